@@ -1,0 +1,200 @@
+"""The small catalogue of published models: their sizes, their exact parameter counts, and where both come from.
+
+The sizes are those of each model's own config.json; the counts are those of its weights by distinct storage (tied
+weights once). The tests build every entry with transformers' classes on the meta device and compare counts and sites.
+This module knows nothing about cost, adapters or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from lorakit.plan.families import Origin, Sizes, bert, gpt2, llama, qwen2, qwen3
+from lorakit.plan.shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One published model.
+
+    Attributes:
+        names: What it may be called; the first is the one that is printed. Case does not matter.
+        family: The function of `families` that lays out its parts.
+        parameters: Exact count by distinct storage.
+        sizes: The sizes of its config.json.
+        paper: Where the sizes were published, beside the config.json of the first hub id.
+        dtype: Type in which the weights are published.
+    """
+
+    names: tuple[str, ...]
+    family: Callable[[Origin, Sizes], ModelShape]
+    parameters: int
+    sizes: Sizes
+    paper: str
+    dtype: str = "bfloat16"
+
+    @property
+    def source(self) -> str:
+        """One line that says where the sizes can be looked up."""
+        hub_id = next((n for n in self.names if "/" in n), self.names[0])
+        return f"config.json of {hub_id}; {self.paper}"
+
+
+_GPT2 = "Radford et al. 2019, Language Models are Unsupervised Multitask Learners, table 2"
+_BERT = "Devlin et al. 2019, arXiv:1810.04805, section 3"
+_LLAMA = "Llama Team 2024, arXiv:2407.21783, table 3"
+_LLAMA32 = "Llama 3.2 model card, 2024"
+_QWEN25 = "Qwen Team 2024, arXiv:2412.15115, table 1"
+_QWEN3 = "Qwen Team 2025, arXiv:2505.09388, table 1"
+_SMOLLM2 = "Ben Allal et al. 2025, arXiv:2502.02737"
+
+_CODE_VOCAB, _QWEN_BIG = 151_936, 152_064
+
+
+def _ids(owner: str, *names: str) -> tuple[str, ...]:
+    """Each name and its hub id: ("x",) of "o" -> ("x", "o/x")."""
+    return tuple(form for name in names for form in (name, f"{owner}/{name}"))
+
+
+_ENTRIES: tuple[Entry, ...] = (
+    Entry(
+        ("gpt2", "openai-community/gpt2", "gpt2-small", "gpt-2"),
+        gpt2,
+        124_439_808,
+        Sizes(768, 12, 12, 50_257, 1024),
+        _GPT2,
+        "float32",
+    ),
+    Entry(
+        ("gpt2-medium", "openai-community/gpt2-medium"),
+        gpt2,
+        354_823_168,
+        Sizes(1024, 24, 16, 50_257, 1024),
+        _GPT2,
+        "float32",
+    ),
+    Entry(
+        ("gpt2-large", "openai-community/gpt2-large"),
+        gpt2,
+        774_030_080,
+        Sizes(1280, 36, 20, 50_257, 1024),
+        _GPT2,
+        "float32",
+    ),
+    Entry(
+        ("gpt2-xl", "openai-community/gpt2-xl"),
+        gpt2,
+        1_557_611_200,
+        Sizes(1600, 48, 25, 50_257, 1024),
+        _GPT2,
+        "float32",
+    ),
+    Entry(
+        ("bert-base-uncased", "google-bert/bert-base-uncased", "bert-base", "bert"),
+        bert,
+        109_482_240,
+        Sizes(768, 12, 12, 30_522, 512),
+        _BERT,
+        "float32",
+    ),
+    Entry(
+        ("bert-large-uncased", "google-bert/bert-large-uncased", "bert-large"),
+        bert,
+        335_141_888,
+        Sizes(1024, 24, 16, 30_522, 512),
+        _BERT,
+        "float32",
+    ),
+    Entry(
+        _ids("meta-llama", "Llama-3.1-8B", "Llama-3.1-8B-Instruct"),
+        llama,
+        8_030_261_248,
+        Sizes(4096, 32, 32, 128_256, 131_072, 14_336, 8, tied=False),
+        _LLAMA,
+    ),
+    Entry(
+        _ids("meta-llama", "Llama-3.2-1B", "Llama-3.2-1B-Instruct"),
+        llama,
+        1_235_814_400,
+        Sizes(2048, 16, 32, 128_256, 131_072, 8192, 8),
+        _LLAMA32,
+    ),
+    Entry(
+        _ids("meta-llama", "Llama-3.2-3B", "Llama-3.2-3B-Instruct"),
+        llama,
+        3_212_749_824,
+        Sizes(3072, 28, 24, 128_256, 131_072, 8192, 8),
+        _LLAMA32,
+    ),
+    Entry(
+        _ids("meta-llama", "Llama-3.3-70B-Instruct", "Llama-3.1-70B", "Llama-3.1-70B-Instruct"),
+        llama,
+        70_553_706_496,
+        Sizes(8192, 80, 64, 128_256, 131_072, 28_672, 8, tied=False),
+        _LLAMA,
+    ),
+    *(
+        Entry(_ids("Qwen", f"Qwen2.5-{size}", f"Qwen2.5-{size}-Instruct"), qwen2, count, sizes, _QWEN25)
+        for size, count, sizes in (
+            ("0.5B", 494_032_768, Sizes(896, 24, 14, _CODE_VOCAB, 32_768, 4864, 2)),
+            ("1.5B", 1_543_714_304, Sizes(1536, 28, 12, _CODE_VOCAB, 32_768, 8960, 2)),
+            ("3B", 3_085_938_688, Sizes(2048, 36, 16, _CODE_VOCAB, 32_768, 11_008, 2)),
+            ("7B", 7_615_616_512, Sizes(3584, 28, 28, _QWEN_BIG, 32_768, 18_944, 4, tied=False)),
+            ("14B", 14_770_033_664, Sizes(5120, 48, 40, _QWEN_BIG, 32_768, 13_824, 8, tied=False)),
+            ("32B", 32_763_876_352, Sizes(5120, 64, 40, _QWEN_BIG, 32_768, 27_648, 8, tied=False)),
+            ("72B", 72_706_203_648, Sizes(8192, 80, 64, _QWEN_BIG, 32_768, 29_568, 8, tied=False)),
+        )
+    ),
+    *(
+        Entry(_ids("Qwen", f"Qwen3-{size}"), qwen3, count, sizes, _QWEN3)
+        for size, count, sizes in (
+            ("0.6B", 596_049_920, Sizes(1024, 28, 16, _CODE_VOCAB, 40_960, 3072, 8, 128)),
+            ("1.7B", 1_720_574_976, Sizes(2048, 28, 16, _CODE_VOCAB, 40_960, 6144, 8, 128)),
+            ("4B", 4_022_468_096, Sizes(2560, 36, 32, _CODE_VOCAB, 40_960, 9728, 8, 128)),
+            ("8B", 8_190_735_360, Sizes(4096, 36, 32, _CODE_VOCAB, 40_960, 12_288, 8, 128, tied=False)),
+            ("14B", 14_768_307_200, Sizes(5120, 40, 40, _CODE_VOCAB, 40_960, 17_408, 8, 128, tied=False)),
+            ("32B", 32_762_123_264, Sizes(5120, 64, 64, _CODE_VOCAB, 40_960, 25_600, 8, 128, tied=False)),
+        )
+    ),
+    *(
+        Entry(_ids("HuggingFaceTB", f"SmolLM2-{size}", f"SmolLM2-{size}-Instruct"), llama, count, sizes, _SMOLLM2)
+        for size, count, sizes in (
+            ("135M", 134_515_008, Sizes(576, 30, 9, 49_152, 8192, 1536, 3)),
+            ("360M", 361_821_120, Sizes(960, 32, 15, 49_152, 8192, 2560, 5)),
+            ("1.7B", 1_711_376_384, Sizes(2048, 24, 32, 49_152, 8192, 8192, 32)),
+        )
+    ),
+)
+
+
+def names() -> list[str]:
+    """The first name of every entry, in the order of the catalogue."""
+    return [entry.names[0] for entry in _ENTRIES]
+
+
+def aliases() -> list[str]:
+    """Every name and hub id that `published` knows."""
+    return [name for entry in _ENTRIES for name in entry.names]
+
+
+def published(name: str) -> ModelShape | None:
+    """The shape of a published model.
+
+    Args:
+        name: A common name or a hub id, such as "gpt2" or "meta-llama/Llama-3.2-1B"; case does not matter.
+
+    Returns:
+        Its shape, or None where the catalogue does not have it.
+    """
+    wanted = name.casefold()
+    for entry in _ENTRIES:
+        if any(wanted == known.casefold() for known in entry.names):
+            return _built(entry)
+    return None
+
+
+@cache
+def _built(entry: Entry) -> ModelShape:
+    return entry.family(Origin(entry.names[0], entry.source, entry.parameters, entry.dtype), entry.sizes)

@@ -1,0 +1,199 @@
+"""What plan knows of a model: the names and shapes of its parts, and nothing else.
+
+A `ModelShape` comes from `lorakit.plan.catalogue` (published models) or is handed in by `lorakit.hub` (any model
+directory, read on the meta device). This module knows nothing about torch, files, adapters or cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+KINDS = ("Linear", "Conv1D", "Embedding")
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """One module that an adapter can stand on.
+
+    Attributes:
+        path: Dotted path of the module, as `named_modules()` gives it.
+        kind: "Linear", "Conv1D" or "Embedding".
+        out_features: Rows of the weight in nn.Linear's orientation; for an Embedding the width of a row of its table.
+        in_features: Columns of that weight; for an Embedding the number of rows of its table.
+        dense: Whether "all-linear" takes it: a Linear or Conv1D that is not the output head.
+        bias: Whether the module has a bias of `out_features` numbers.
+        tied_to: Path of the module whose weight this one shares (its own weight is then not counted), or None.
+    """
+
+    path: str
+    kind: str
+    out_features: int
+    in_features: int
+    dense: bool = True
+    bias: bool = False
+    tied_to: str | None = None
+
+    @property
+    def weight_parameters(self) -> int:
+        """Numbers in the weight, shared or not."""
+        return self.out_features * self.in_features
+
+    @property
+    def bias_parameters(self) -> int:
+        """Numbers in the bias; 0 without one."""
+        return self.out_features if self.bias else 0
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that this module adds to the model: weight and bias, without a weight shared with another module."""
+        return (0 if self.tied_to else self.weight_parameters) + self.bias_parameters
+
+
+@dataclass(frozen=True)
+class PlainShape:
+    """A module that owns parameters but cannot carry an adapter here, such as a norm.
+
+    Attributes:
+        path: Dotted path of the module.
+        parameters: Numbers in its own parameters (not those of its children), by distinct storage.
+        biases: How many of them lie in parameters whose name contains "bias".
+    """
+
+    path: str
+    parameters: int
+    biases: int = 0
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Names and shapes of a model; everything that plan computes comes from here.
+
+    Attributes:
+        name: What people call the model.
+        source: Where the shape was taken from: a paper, a config file, a path.
+        architecture: Class of the model in transformers, such as "GPT2LMHeadModel".
+        parameters: Exact number of parameters by distinct storage; tied weights count once.
+        hidden: Width of the residual stream.
+        layers: Number of blocks.
+        heads: Query heads of a block.
+        kv_heads: Key and value heads of a block.
+        head_dim: Width of a head.
+        intermediate: Inner width of the MLP.
+        vocab: Rows of the vocabulary, which is also the width of the logits.
+        positions: Longest input that the model was made for, in tokens.
+        tied: Whether the output head shares its weight with the input embedding.
+        gated: Whether the MLP is gated (SwiGLU and kin).
+        sites: Every Linear, Conv1D and Embedding in the order of `named_modules()`.
+        others: Every other module that owns parameters, in the same order.
+        dtype: Type in which the weights are published, such as "float32".
+        causal: Whether a token sees only the tokens before it.
+        dropouts: Dropout of the base while it trains: {"embedding": p, "residual": p, "attention": p}; absent is 0.
+        published: Whether `source` names a published model; False for one that was read from disk.
+        containers: Paths of modules without parameters of their own; a target list may name one by mistake.
+    """
+
+    name: str
+    source: str
+    architecture: str
+    parameters: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    positions: int
+    tied: bool
+    gated: bool
+    sites: tuple[SiteShape, ...]
+    others: tuple[PlainShape, ...] = ()
+    dtype: str = "float32"
+    causal: bool = True
+    dropouts: dict[str, float] = field(default_factory=dict)
+    published: bool = False
+    containers: tuple[str, ...] = ()
+
+    @property
+    def counted_parameters(self) -> int:
+        """The sum over `sites` and `others`; equal to `parameters` where every parameter belongs to one of them."""
+        return sum(s.parameters for s in self.sites) + sum(o.parameters for o in self.others)
+
+    @property
+    def bias_parameters(self) -> int:
+        """Numbers in every parameter whose name contains "bias"."""
+        return sum(s.bias_parameters for s in self.sites) + sum(o.biases for o in self.others)
+
+    @property
+    def query_width(self) -> int:
+        """heads × head_dim: width of the queries and of what attention returns."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """kv_heads × head_dim: width of the keys, and of the values."""
+        return self.kv_heads * self.head_dim
+
+    def site(self, path: str) -> SiteShape:
+        """The site at a path.
+
+        Args:
+            path: Dotted path of the module.
+
+        Returns:
+            The site.
+
+        Raises:
+            KeyError: No Linear, Conv1D or Embedding lies there.
+        """
+        for candidate in self.sites:
+            if candidate.path == path:
+                return candidate
+        raise KeyError(path)
+
+
+def role(path: str) -> str:
+    """What a site is for: its path without the numbers of the layers, such as "transformer.h.*.attn.c_attn".
+
+    Args:
+        path: Dotted path of a module.
+
+    Returns:
+        The path with every all-digit part replaced by "*".
+    """
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def within(path: str, name: str) -> bool:
+    """Whether a module is the one that a name ends in, or lies below it.
+
+    Args:
+        path: Dotted path of a module.
+        name: One or more dotted parts, such as "lm_head" or "mlp.c_proj".
+
+    Returns:
+        True where the parts of `name` appear one after another in `path`.
+    """
+    return f".{name}." in f".{path}."
+
+
+def short_roles(paths: Iterable[str]) -> dict[str, str]:
+    """The shortest ending of each role that tells it from the others, for tables that people read.
+
+    Args:
+        paths: Dotted paths of modules.
+
+    Returns:
+        Role -> its shortest unambiguous dotted ending, such as "attn.c_proj"; numbers of layers are left out.
+    """
+    roles = list(dict.fromkeys(role(path) for path in paths))
+    words = {r: [p for p in r.split(".") if p != "*"] for r in roles}
+    short = {}
+    for r in roles:
+        for count in range(1, len(words[r]) + 1):
+            ending = words[r][-count:]
+            if sum(w[-count:] == ending for w in words.values()) == 1:
+                break
+        short[r] = ".".join(ending)
+    return short
