@@ -1,0 +1,51 @@
+"""lorakit: Low-Rank Adaptation for PyTorch and Transformers models.
+
+The public names below are a lazy table (PEP 562): `import lorakit` loads no torch, and each name loads
+only the part it lives in.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdapterError": "errors",
+    "LoraConfig": "config",
+    "LoraLayer": "core",
+    "LorakitError": "errors",
+    "PeftModel": "peft",
+    "TaskType": "config",
+    "activate": "core",
+    "adapters": "core",
+    "attach": "core",
+    "detach": "core",
+    "disable": "core",
+    "estimate": "plan",
+    "get_peft_model": "peft",
+    "load_adapter": "core",
+    "merge": "core",
+    "merge_and_unload": "core",
+    "merged_state_dict": "core",
+    "route": "core",
+    "save_adapter": "core",
+    "sites": "core",
+    "trainable_parameters": "core",
+    "unmerge": "core",
+    "use": "core",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
+    return getattr(import_module(f"lorakit.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

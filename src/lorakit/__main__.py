@@ -1,0 +1,10 @@
+"""`python -m lorakit` is the same program as `lorakit`."""
+
+from __future__ import annotations
+
+import sys
+
+from lorakit.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

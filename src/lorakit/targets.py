@@ -1,0 +1,290 @@
+"""Which modules a config names: pure matching over paths, the same for a live model and for a plan.
+
+The rules are the field's. A list entry is a path or a dotted suffix of one; a string is a regular expression
+for the whole path; "all-linear" is every dense layer but the output head. `exclude_modules` wins. This
+module knows no torch: it sees names, kinds and sizes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.config import HEADS_BY_TASK, LoraConfig, TaskType
+from lorakit.errors import ConfigError, TargetError, nearest
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module that a target may name.
+
+    Attributes:
+        path: Dotted path in the model.
+        kind: The kind of site it can be ("Linear", "Conv1D", "Embedding", ...), or None where LoRA cannot sit.
+        type_name: Class name of the module, for messages.
+        dense: It counts for "all-linear" (a dense layer that is not the output head).
+        out_features: Width of its output, 0 where it has none.
+        in_features: Width of its input (rows of an embedding), 0 where it has none.
+    """
+
+    path: str
+    kind: str | None
+    type_name: str = ""
+    dense: bool = False
+    out_features: int = 0
+    in_features: int = 0
+
+
+@dataclass(frozen=True)
+class Match:
+    """A candidate that the config names, with what holds there.
+
+    Attributes:
+        path: Dotted path of the site.
+        kind: The kind of site.
+        rank: Rank at this site, after `rank_pattern`.
+        alpha: Alpha at this site, after `alpha_pattern`.
+        entry: The target entry that named it.
+    """
+
+    path: str
+    kind: str
+    rank: int
+    alpha: float
+    entry: str
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What a config names in a model.
+
+    Attributes:
+        matches: The sites, in the model's order.
+        saved: Paths of the modules that `modules_to_save` names.
+        missing: Sentences about entries that name nothing; empty unless a partial match was allowed.
+        notes: Sentences that a person should read, such as one name that hits sites of different make.
+    """
+
+    matches: tuple[Match, ...]
+    saved: tuple[str, ...]
+    missing: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def resolve(candidates: Sequence[Candidate], config: LoraConfig, *, allow_partial: bool = False) -> Resolution:
+    """Find the sites that a config names.
+
+    Args:
+        candidates: Every named module of the model, in order, containers among them.
+        config: The config; it is only read.
+        allow_partial: Entries that name nothing become sentences in `missing` instead of an error.
+
+    Returns:
+        The resolution; `matches` is never empty.
+
+    Raises:
+        TargetError: Nothing matches, an entry matches nothing, or a named module cannot take LoRA.
+        ConfigError: A pattern is not a regular expression, or no targets are given.
+    """
+    saved, unsaved = _saved(candidates, config)
+    found = _targeted(candidates, config, saved)
+    missing = [*unsaved, *_unmatched(candidates, config, found)]
+    if not found:
+        raise TargetError(_nothing(candidates, config))
+    if missing and not allow_partial:
+        raise TargetError(" ".join(missing))
+    _check_kinds(found, config)
+    matches = tuple(
+        Match(
+            path=candidate.path,
+            kind=candidate.kind or "",
+            rank=first_match(config.rank_pattern, candidate.path, config.r),
+            alpha=first_match(config.alpha_pattern, candidate.path, config.lora_alpha),
+            entry=entry,
+        )
+        for candidate, entry in found
+    )
+    return Resolution(matches, tuple(saved), tuple(missing), tuple(_notes(found, matches)))
+
+
+def names_path(entry: str, path: str) -> bool:
+    """Whether a list entry names a path: the whole path, or its end after a dot."""
+    return path == entry or path.endswith("." + entry)
+
+
+def first_match(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that fits the end of a path, after a dot or from the start.
+
+    Args:
+        pattern: Regular expression -> value, in the order they are tried.
+        path: Dotted path of a site.
+        default: The value where none fits.
+
+    Raises:
+        ConfigError: A key is not a regular expression.
+    """
+    return next((value for key, value in pattern.items() if key_fits(key, path)), default)
+
+
+def key_fits(key: str, path: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` fits a path.
+
+    Raises:
+        ConfigError: The key is not a regular expression.
+    """
+    return _compile(rf"(.*\.)?({key})", key).fullmatch(path) is not None
+
+
+def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], str | None]:
+    """A function from a candidate to the entry that names it, or None."""
+    if isinstance(value, str):
+        if value.lower() == ALL_LINEAR:
+            return lambda candidate: ALL_LINEAR if candidate.dense else None
+        pattern = _compile(value, name)
+        return lambda candidate: value if pattern.fullmatch(candidate.path) else None
+    entries = frozenset(value)
+
+    def entry_of(candidate: Candidate) -> str | None:
+        rest = candidate.path
+        while rest:  # the path itself, then each shorter end of it after a dot
+            if rest in entries:
+                return rest
+            _, _, rest = rest.partition(".")
+        return None
+
+    return entry_of
+
+
+def _compile(pattern: str, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as cause:
+        raise ConfigError(f"{where}: {pattern!r} is not a regular expression ({cause}).") from None
+
+
+def _saved(candidates: Sequence[Candidate], config: LoraConfig) -> tuple[list[str], list[str]]:
+    """Paths that `modules_to_save` and the task name, and a sentence for each entry that names nothing."""
+    heads = HEADS_BY_TASK.get(config.task_type, ()) if isinstance(config.task_type, TaskType) else ()
+    asked = [entry for entry in config.modules_to_save or [] if entry not in heads]
+    paths = [c.path for c in candidates if any(names_path(entry, c.path) for entry in (*asked, *heads))]
+    outermost = [p for p in paths if not any(p.startswith(other + ".") for other in paths)]
+    missing = [
+        f"modules_to_save entry {entry!r} matches no module{_hint(entry, candidates)}."
+        for entry in asked
+        if not any(names_path(entry, path) for path in paths)
+    ]
+    return outermost, missing
+
+
+def _targeted(candidates: Sequence[Candidate], config: LoraConfig, saved: Sequence[str]) -> list[tuple[Candidate, str]]:
+    if config.target_modules is None:
+        raise ConfigError("target_modules is not set; name the modules to adapt, or use 'all-linear'.")
+    entry_of = _matcher("target_modules", config.target_modules)
+    excluded = _matcher("exclude_modules", config.exclude_modules) if config.exclude_modules else lambda _: None
+    in_layer = _layer_filter(config)
+    inside = tuple(path + "." for path in saved)
+    found = []
+    for candidate in candidates:
+        entry = entry_of(candidate)
+        if entry is None or candidate.path in saved or candidate.path.startswith(inside):
+            continue
+        if excluded(candidate) is None and in_layer(candidate.path):
+            found.append((candidate, entry))
+    return found
+
+
+def _layer_filter(config: LoraConfig) -> Callable[[str], bool]:
+    if config.layers_to_transform is None:
+        return lambda _: True
+    wanted = config.layers_to_transform
+    indices = {wanted} if isinstance(wanted, int) else set(wanted)
+    lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else list(config.layers_pattern or ())
+    names = "|".join(map(re.escape, lists)) if lists else r"[^.]+"
+    pattern = re.compile(rf"(?:^|.*?\.)(?:{names})\.(\d+)(?:\.|$)")
+
+    def in_layer(path: str) -> bool:
+        found = pattern.match(path)
+        return found is not None and int(found.group(1)) in indices
+
+    return in_layer
+
+
+def _unmatched(
+    candidates: Sequence[Candidate], config: LoraConfig, found: Sequence[tuple[Candidate, str]]
+) -> list[str]:
+    sentences = []
+    if not isinstance(config.target_modules, str):
+        used = {entry for _, entry in found}
+        for entry in sorted(set(config.target_modules or ()) - used):
+            if not any(names_path(entry, candidate.path) for candidate, _ in found):
+                sentences.append(_unmatched_entry("target_modules", entry, candidates))
+    excluded = config.exclude_modules
+    for entry in sorted(excluded) if excluded and not isinstance(excluded, str) else ():
+        if not any(names_path(entry, candidate.path) for candidate in candidates):
+            sentences.append(_unmatched_entry("exclude_modules", entry, candidates))
+    paths = [candidate.path for candidate, _ in found]
+    for name in ("rank_pattern", "alpha_pattern") if paths else ():
+        for key in getattr(config, name):
+            if not any(key_fits(key, path) for path in paths):
+                sentences.append(f"{name} key {key!r} matches none of the {len(paths)} adapted modules.")
+    return sentences
+
+
+def _unmatched_entry(field: str, entry: str, candidates: Sequence[Candidate]) -> str:
+    if any(names_path(entry, candidate.path) for candidate in candidates):
+        return f"{field} entry {entry!r} matches only modules that are excluded or in other layers."
+    return f"{field} entry {entry!r} matches no module{_hint(entry, candidates)}."
+
+
+def _hint(entry: str, candidates: Sequence[Candidate]) -> str:
+    words = nearest(entry, sorted({c.path.rsplit(".", 1)[-1] for c in candidates if not c.path[-1:].isdigit()}))
+    return f"; nearest: {', '.join(words)}" if words else ""
+
+
+def _nothing(candidates: Sequence[Candidate], config: LoraConfig) -> str:
+    wanted = config.target_modules
+    shown = repr(wanted) if isinstance(wanted, str) else repr(sorted(wanted or ()))
+    adaptable = sorted({c.path.rsplit(".", 1)[-1] for c in candidates if c.kind})
+    hints = [_hint(entry, candidates) for entry in ([] if isinstance(wanted, str) else sorted(wanted or ()))]
+    return (
+        f"Target modules {shown} not found in the base model{''.join(hints[:3])}. "
+        f"Modules that can be adapted here: {', '.join(adaptable[:12]) or 'none'}."
+    )
+
+
+def _check_kinds(found: Sequence[tuple[Candidate, str]], config: LoraConfig) -> None:
+    bad = [(candidate, entry) for candidate, entry in found if candidate.kind is None]
+    if not bad:
+        return
+    candidate, entry = bad[0]
+    more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+    raise TargetError(
+        f"Target module {candidate.path!r}{more}, named by {entry!r}, is a {candidate.type_name or 'module'}, "
+        "which is not supported: LoRA sits on Linear, Conv1D and Embedding modules. Name those inside it."
+    )
+
+
+def _notes(found: Sequence[tuple[Candidate, str]], matches: Sequence[Match]) -> list[str]:
+    """Sentences about a name that hits modules of different make, and about ranks that are too large."""
+    templates: dict[str, dict[str, list[Candidate]]] = {}
+    for candidate, entry in found:
+        if entry != ALL_LINEAR and not any(char in entry for char in r"*+?|()[]\^$"):
+            template = re.sub(r"\.\d+(?=\.|$)", ".*", candidate.path)
+            templates.setdefault(entry, {}).setdefault(template, []).append(candidate)
+    notes = []
+    for entry, groups in sorted(templates.items()):
+        if len(groups) > 1:
+            parts = [
+                f"{template} ({members[0].in_features}→{members[0].out_features}, ×{len(members)})"
+                for template, members in groups.items()
+            ]
+            notes.append(f"{entry!r} names {len(groups)} different modules: {' and '.join(parts)}.")
+    for (candidate, _), match in zip(found, matches, strict=True):
+        smaller = min(candidate.out_features, candidate.in_features)
+        if 0 < smaller < match.rank:
+            notes.append(f"{match.path}: rank {match.rank} is larger than the module's smaller side, {smaller}.")
+    return notes
