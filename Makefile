@@ -1,0 +1,39 @@
+# Every target but help and clean sets up .venv first (scripts/bootstrap.py), which takes no time once it is done.
+PY := .venv/bin/python
+BOOT := $(or $(PYTHON),python3)
+# Two workers with one thread each use both cores of a small machine; more threads than cores stall torch.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q -n 2 --dist worksteal
+.DEFAULT_GOAL := help
+.PHONY: help setup check test test-all demo bench hook clean
+
+help:  ## this list
+	@awk -F ':.*## *' '/^[a-z-]+:.*## / { printf "  make %-9s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup:  ## .venv with everything the other targets need
+	@command -v $(BOOT) >/dev/null || { echo "setup: error: $(BOOT) is not on PATH; install Python 3.10 or newer" >&2; exit 1; }
+	@$(BOOT) scripts/bootstrap.py
+
+check: setup  ## lint, format, types and architecture: what a commit must pass
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(PY) -m pytest -q -n 0 tests/test_architecture.py
+
+test: setup  ## the whole suite without what is slow or needs a GPU
+	$(PYTEST) -m "not slow and not gpu and not net"
+
+test-all: setup  ## the whole suite, the slow tests too
+	$(PYTEST) -m "not gpu and not net"
+
+demo: setup  ## adapt a real language model to a real text and show what it learned
+	$(PY) scripts/demo.py
+
+bench: setup  ## run the benchmarks; each appends rows to benchmarks/results
+	@for file in benchmarks/bench_*.py; do echo "$$file"; $(PY) $$file || exit 1; done
+
+hook: setup  ## run `make check` before every commit
+	@path=$$(git rev-parse --git-path hooks/pre-commit) && printf '#!/bin/sh\nexec make check\n' > "$$path" && chmod +x "$$path" && echo "installed $$path"
+
+clean:  ## remove .venv, caches and built files (not runs/)
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
