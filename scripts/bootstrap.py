@@ -152,7 +152,7 @@ def create(python):
 
 def needs_cpu_index(python):
     """Whether plain pip would bring CUDA to a machine that has no use for it."""
-    if not sys.platform.startswith("linux") or os.path.exists("/proc/driver/nvidia/version"):
+    if not sys.platform.startswith("linux") or Path("/proc/driver/nvidia/version").exists():
         return False
     if shutil.which("nvidia-smi") or works(str(python), "import torch"):
         return False

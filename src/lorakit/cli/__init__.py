@@ -1,8 +1,8 @@
 """The command line: `lorakit <verb>`, one file per verb, loaded when it is called.
 
-A verb is a function `run` in `lorakit/cli/<verb>.py`; its parameters are the flags, its docstring the help, and what it
-returns the exit code (None is 0). A verb file imports torch inside its functions, so that `--help` loads none. This file
-knows the names of the verbs, how an exception becomes a message and an exit code, and nothing of what the verbs do.
+A verb is a function `run` in `lorakit/cli/<verb>.py`; its parameters are the flags, its docstring the help, and what
+it returns the exit code (None is 0). A verb file imports torch inside its functions, so that `--help` loads none. This
+file knows the verbs' names, how an exception becomes a message and an exit code, and nothing of what the verbs do.
 
 Exit codes: 0 done · 1 failed · 2 used wrongly · 130 interrupted · 141 the reader of a pipe went away.
 """
@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from lorakit import __version__
 from lorakit.cli import console
@@ -124,7 +124,15 @@ def _without_traceback_flag(tokens: list[str]) -> tuple[list[str], bool]:
     return kept + tokens[end:], len(kept) < end
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Take the place of `warnings.showwarning`, whose signature this is: people want the message alone."""
     console.warning(str(message))
 
 
