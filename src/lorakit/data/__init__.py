@@ -1,0 +1,39 @@
+"""Training data: from files on disk to padded batches whose every dropped or cut token is counted.
+
+    files --read_records--> records --split--> records --encode--> sequences --Loader--> batches
+
+Tokenizers come in as arguments (`tokens.Tokenizer` says what is asked of them); nothing here imports transformers.
+"""
+
+from __future__ import annotations
+
+from lorakit.data.encoding import Encoded, Sequence, encode
+from lorakit.data.loader import Batch, Loader, padding_id
+from lorakit.data.reading import read_records
+from lorakit.data.records import Completion, Conversation, Document, Message, Record, Records
+from lorakit.data.reference_text import python_reference, write_python_reference
+from lorakit.data.report import DataReport
+from lorakit.data.splitting import Split, split
+from lorakit.data.tokens import Tokenizer
+
+__all__ = [
+    "Batch",
+    "Completion",
+    "Conversation",
+    "DataReport",
+    "Document",
+    "Encoded",
+    "Loader",
+    "Message",
+    "Record",
+    "Records",
+    "Sequence",
+    "Split",
+    "Tokenizer",
+    "encode",
+    "padding_id",
+    "python_reference",
+    "read_records",
+    "split",
+    "write_python_reference",
+]

@@ -1,0 +1,178 @@
+"""Batches of padded sequences in a seeded order, seekable to any point.
+
+There are no background workers: what comes next is a function of the data, the seed and two numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorakit.data.encoding import IGNORED, Sequence
+from lorakit.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorakit.data.tokens import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows padded on the right to the longest of them.
+
+    Attributes:
+        input_ids: Token ids, shape (rows, length), int64.
+        attention_mask: 1 for a token, 0 for padding, shape (rows, length), int64.
+        labels: Token ids where the loss is taken, -100 elsewhere, shape (rows, length), int64.
+        epoch: How much of the data has been seen with this batch, in epochs.
+        tokens: Tokens without padding.
+        trained_tokens: Positions that a causal loss trains: labels that are not -100.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    epoch: float
+    tokens: int
+    trained_tokens: int
+
+
+class Loader(Iterator[Batch]):
+    """Gives batches, epoch after epoch, each in an order of its own; the last batch of an epoch may be smaller.
+
+    Args:
+        sequences: What `encode` made; at least one.
+        batch_rows: Rows of a batch.
+        seed: Decides the order of every epoch.
+        shuffle: False keeps the order of `sequences` in every epoch.
+        epochs: Stops after so many; None goes on forever.
+        pad_id: Token that fills rows up; the attention mask hides it. See `padding_id`.
+
+    Raises:
+        ConfigError: `batch_rows` is below 1.
+        DataError: There are no sequences.
+    """
+
+    def __init__(
+        self,
+        sequences: list[Sequence],
+        batch_rows: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        epochs: int | None = None,
+        pad_id: int = 0,
+    ) -> None:
+        if batch_rows < 1:
+            raise ConfigError(f"The batch size is {batch_rows}; at least 1 row is needed.")
+        if not sequences:
+            raise DataError("There are no sequences to make batches from.")
+        self.sequences = sequences
+        self.batch_rows = batch_rows
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epochs = epochs
+        self.pad_id = pad_id
+        self._epoch = 0
+        self._batch = 0
+        self._order = self._order_of(0)
+        self._digest: str | None = None
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of one epoch, the smaller last one among them."""
+        return -(-len(self.sequences) // self.batch_rows)
+
+    @property
+    def epoch(self) -> float:
+        """How much of the data has been given out, in epochs."""
+        return self._epoch + self._batch / self.batches_per_epoch
+
+    def __next__(self) -> Batch:
+        if self._batch == self.batches_per_epoch:
+            self._seek(self._epoch + 1, 0)
+        if self.epochs is not None and self._epoch >= self.epochs:
+            raise StopIteration
+        at = self._batch * self.batch_rows
+        rows = [self.sequences[index] for index in self._order[at : at + self.batch_rows]]
+        self._batch += 1
+        return self._padded(rows)
+
+    def state(self) -> dict[str, Any]:
+        """Where the loader stands, as JSON values: position, seed, and a digest of the data."""
+        return {
+            "epoch": self._epoch,
+            "batch": self._batch,
+            "seed": self.seed,
+            "batch_rows": self.batch_rows,
+            "shuffle": self.shuffle,
+            "data_sha256": self._data_digest(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where another loader stood; the batches that follow are the ones it would have given.
+
+        Args:
+            state: What `state` gave.
+
+        Raises:
+            DataError: The state belongs to other data, another seed or another batch size, or is no state.
+        """
+        mine = self.state()
+        different = [key for key in ("data_sha256", "seed", "batch_rows", "shuffle") if state.get(key) != mine[key]]
+        if different:
+            told = ", ".join("the data" if key == "data_sha256" else key for key in different)
+            raise DataError(f"The position in the data cannot be taken up again: {told} changed since it was kept.")
+        epoch, batch = state.get("epoch"), state.get("batch")
+        if isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 and 0 <= batch <= self.batches_per_epoch:
+            self._seek(epoch, batch)
+        else:
+            raise DataError(f"The kept position in the data is not one: epoch {epoch!r}, batch {batch!r}.")
+
+    def _seek(self, epoch: int, batch: int) -> None:
+        self._epoch, self._batch, self._order = epoch, batch, self._order_of(epoch)
+
+    def _order_of(self, epoch: int) -> list[int]:
+        order = list(range(len(self.sequences)))
+        if self.shuffle:
+            random.Random(f"{self.seed}:{epoch}").shuffle(order)
+        return order
+
+    def _padded(self, rows: list[Sequence]) -> Batch:
+        import torch
+
+        longest = max(len(row) for row in rows)
+        # filled by length, never by id: where padding and end of text share an id, the end is still trained
+        ids = [[*row.input_ids, *[self.pad_id] * (longest - len(row))] for row in rows]
+        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+        labels = [[*row.labels, *[IGNORED] * (longest - len(row))] for row in rows]
+        return Batch(
+            input_ids=torch.tensor(ids, dtype=torch.int64),
+            attention_mask=torch.tensor(mask, dtype=torch.int64),
+            labels=torch.tensor(labels, dtype=torch.int64),
+            epoch=self.epoch,
+            tokens=sum(len(row) for row in rows),
+            trained_tokens=sum(row.trained_tokens for row in rows),
+        )
+
+    def _data_digest(self) -> str:
+        if self._digest is None:
+            digest = hashlib.sha256()
+            for sequence in self.sequences:
+                digest.update(len(sequence).to_bytes(8, "little"))
+                digest.update(sequence.input_ids.tobytes())
+                digest.update(sequence.labels.tobytes())
+            self._digest = digest.hexdigest()
+        return self._digest
+
+
+def padding_id(tokenizer: Tokenizer) -> int:
+    """The id to fill rows up with: the tokenizer's padding, else its end of text, else 0."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return candidate
+    return 0

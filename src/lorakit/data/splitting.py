@@ -1,0 +1,69 @@
+"""Holds out a share of the records for evaluation, by document, decided by a seed and the content alone.
+
+Equal records stay on one side, so that nothing that is trained on is also evaluated on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lorakit.data.records import Record, Records, content_digest
+from lorakit.errors import ConfigError
+
+DEFAULT_FRACTION = 0.05
+"""Share of the documents that is held out where nothing else is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Records to train on and records to evaluate on.
+
+    Attributes:
+        train: What is trained on, in the order given; carries the notes of the input.
+        held_out: What is evaluated on, in the order given; may be empty.
+        note: A sentence to print on what was held out, or why nothing was.
+    """
+
+    train: Records
+    held_out: Records
+    note: str
+
+
+def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: int = 0) -> Split:
+    """Hold out a share of the documents, whole ones, at least one where there are two.
+
+    Which ones depends on the seed and on what the records say, not on their order, and hardly on the others:
+    records that are added later leave most of the choice as it was.
+
+    Args:
+        records: All records.
+        fraction: Share of the distinct documents to hold out, in [0, 1).
+        seed: Another seed, another choice.
+
+    Returns:
+        Both sides and a sentence.
+
+    Raises:
+        ConfigError: The fraction is outside [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise ConfigError(f"eval_fraction is {fraction}; a share in [0, 1) is needed, such as {DEFAULT_FRACTION}.")
+    notes = records.notes if isinstance(records, Records) else []
+    everything = Records(records, notes)
+    if fraction == 0:
+        return Split(everything, Records(), "Nothing is held out for evaluation (eval_fraction is 0).")
+    digests = [content_digest(record, salt=str(seed)) for record in everything]
+    distinct = sorted(set(digests))
+    if len(distinct) < 2:
+        note = (
+            "Nothing is held out for evaluation: the data is a single document, and documents are not cut for it. "
+            "Give --eval-data to measure on other text."
+        )
+        return Split(everything, Records(), note)
+    count = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
+    chosen = set(distinct[:count])
+    train = Records((r for r, d in zip(everything, digests, strict=True) if d not in chosen), notes)
+    held_out = Records(r for r, d in zip(everything, digests, strict=True) if d in chosen)
+    note = f"{len(held_out):,} of {len(everything):,} documents are held out for evaluation (seed {seed})."
+    return Split(train, held_out, note)
