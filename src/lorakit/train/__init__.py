@@ -1,0 +1,31 @@
+"""Training: settings, the loop, checkpoints that resume bit for bit, metrics, evaluation.
+
+The names below are a lazy table (PEP 562), so that reading settings for `--help` loads no torch.
+This part knows model, data and adapter only through `lorakit.hub`, `lorakit.data` and `lorakit.core`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "Evaluation": "evaluation",
+    "RunResult": "running",
+    "TrainSettings": "settings",
+    "evaluate": "evaluation",
+    "run": "running",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'lorakit.train' has no attribute {name!r}")
+    return getattr(import_module(f"lorakit.train.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

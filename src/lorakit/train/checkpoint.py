@@ -1,0 +1,285 @@
+"""Checkpoints: a folder `checkpoint-<step>` that is whole or absent, and is believed only when every byte verifies.
+
+In it: the adapter in PEFT's files, `optimizer.safetensors`, `random.safetensors`, `state.json`, and `manifest.json`
+with size and SHA-256 of each. Written out of sight and renamed into place; read newest first until one verifies.
+Knows nothing about models or the loop: who saves hands in the tensors and a function that writes the adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
+
+from lorakit import durable
+from lorakit.errors import DiskError, LorakitError, RunError
+from lorakit.train.state import TrainState
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+OPTIMIZER = "optimizer.safetensors"
+RANDOM = "random.safetensors"
+_NAME = re.compile(r"checkpoint-(\d{1,12})")
+_MAX_MANIFEST_BYTES = 1 << 20
+_MAX_STATE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds beside the adapter.
+
+    Attributes:
+        state: Position, best so far, data position.
+        optimizer: Optimizer state by name.
+        random: Random generators' tensors by name.
+        random_plain: Their plain part.
+        environment: The machine and versions (`state.environment`).
+        schedule: The schedule's fields.
+    """
+
+    state: TrainState
+    optimizer: Mapping[str, torch.Tensor]
+    random: Mapping[str, torch.Tensor]
+    random_plain: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    schedule: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome of looking for a checkpoint to go on from.
+
+    Attributes:
+        path: The newest checkpoint that verifies, or None.
+        skipped: Newer ones that do not, each with the reason, newest first.
+    """
+
+    path: Path | None
+    skipped: tuple[tuple[Path, str], ...]
+
+
+def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], object]) -> Path:
+    """Write `checkpoint-<step>`; after a crash at any moment the old ones stand and this one is whole or absent.
+
+    Args:
+        folder: The run folder.
+        snapshot: What to keep; its state gives the step.
+        write_adapter: Writes the adapter's files into the folder that it is given.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        DiskError: The disk refuses; the checkpoints that stood there still stand.
+    """
+    final = folder / f"checkpoint-{snapshot.state.step}"
+    plain = {
+        "format": FORMAT,
+        "state": snapshot.state.as_dict(),
+        "random": snapshot.random_plain,
+        "environment": snapshot.environment,
+        "schedule": snapshot.schedule,
+    }
+    try:
+        with durable.publish_directory(final) as temporary:
+            write_adapter(temporary)
+            durable.write_bytes(temporary / OPTIMIZER, tensors_to_bytes(dict(snapshot.optimizer)))
+            durable.write_bytes(temporary / RANDOM, tensors_to_bytes(dict(snapshot.random)))
+            durable.write_json(temporary / STATE, plain)
+            durable.write_bytes(temporary / MANIFEST, _manifest(temporary))
+            if final.exists():  # the same step again, after evaluating it: last, so that the gap is two renames
+                discard(final)
+    except DiskError as cause:
+        reason = getattr(cause.__cause__, "strerror", None) or str(cause)
+        raise DiskError(f"{final}: cannot be written ({reason}); the earlier checkpoints still stand.") from cause
+    return final
+
+
+def load(path: Path) -> Snapshot:
+    """Read a checkpoint that verifies; the adapter's files are the caller's to read.
+
+    Args:
+        path: The checkpoint's folder.
+
+    Returns:
+        What was saved.
+
+    Raises:
+        RunError: The checkpoint is damaged; the message names the file.
+    """
+    verify(path)
+    try:
+        plain = durable.read_json(path / STATE, _MAX_STATE_BYTES)
+        if plain["format"] != FORMAT:
+            raise RunError(f"{path}: written in format {plain['format']}; this version of lorakit reads {FORMAT}.")
+        return Snapshot(
+            state=TrainState.from_dict(plain["state"]),
+            optimizer=tensors_from_bytes((path / OPTIMIZER).read_bytes()),
+            random=tensors_from_bytes((path / RANDOM).read_bytes()),
+            random_plain=plain["random"],
+            environment=plain["environment"],
+            schedule=plain["schedule"],
+        )
+    except (OSError, KeyError, TypeError, SafetensorError) as cause:
+        raise RunError(f"{path}: the checkpoint cannot be read ({cause}).") from cause
+
+
+def verify(path: Path) -> None:
+    """Check every file of a checkpoint against its manifest, and the manifest against itself.
+
+    Args:
+        path: The checkpoint's folder.
+
+    Raises:
+        RunError: Something is missing or differs; the message names the first such file.
+    """
+    try:
+        raw = durable.read_bytes(path / MANIFEST, _MAX_MANIFEST_BYTES)
+        manifest = durable.parse_json(raw)
+        files = manifest["files"]
+        whole = raw == _canonical(manifest["step"], files) and manifest["step"] == _step(path)
+        names = set(files) if whole else set()
+    except (LorakitError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole, names = False, set()
+    if not whole:
+        raise RunError(f"{path}: {MANIFEST} is missing, damaged or of another checkpoint.")
+    missing = {OPTIMIZER, RANDOM, STATE} - names
+    if missing:
+        raise RunError(f"{path}: {', '.join(sorted(missing))} is not listed in {MANIFEST}.")
+    for name in sorted(names):
+        reason = _damage(path / name, files[name])
+        if reason:
+            raise RunError(f"{path}: {name} {reason}.")
+
+
+def newest_good(folder: Path) -> Found:
+    """The newest checkpoint of a run that verifies, and the newer ones that do not.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        What was found; files are only read.
+    """
+    skipped = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            verify(path)
+        except (RunError, OSError) as cause:
+            skipped.append((path, str(cause).removeprefix(f"{path}: ").rstrip(".")))
+        else:
+            return Found(path, tuple(skipped))
+    return Found(None, tuple(skipped))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders that bear a checkpoint's name, oldest step first, whether they verify or not."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, key=lambda pair: pair[0]) if path.is_dir()]
+
+
+def prune(folder: Path, limit: int, best_step: int | None) -> list[Path]:
+    """Remove the oldest checkpoints above a limit; the newest and the best always stay.
+
+    Args:
+        folder: The run folder.
+        limit: How many may stay, at least 1; two stay at a limit of 1 when the best is not the newest.
+        best_step: Step of the best checkpoint, or None.
+
+    Returns:
+        The folders removed.
+    """
+    present = checkpoints(folder)
+    spared = set(present[-1:]) | {p for p in present if _step(p) == best_step}
+    removable = [path for path in present if path not in spared]
+    removed = removable[: max(0, len(present) - limit)]
+    for path in removed:
+        discard(path)
+    return removed
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint so that nothing takes it for one again; its content stays for people to look at.
+
+    Args:
+        path: The checkpoint's folder.
+
+    Returns:
+        Its new place, `damaged-checkpoint-<step>` or that with a suffix.
+
+    Raises:
+        DiskError: The disk refuses.
+    """
+    target = path.with_name(f"damaged-{path.name}")
+    if target.exists():
+        target = path.with_name(f"damaged-{path.name}-{secrets.token_hex(3)}")
+    try:
+        return path.rename(target)
+    except OSError as cause:
+        raise DiskError(f"{path}: the damaged checkpoint cannot be set aside ({cause.strerror}).") from cause
+
+
+def discard(path: Path) -> None:
+    """Remove a folder so that a crash leaves it whole or under a name that the next start sweeps away.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        DiskError: The disk refuses.
+    """
+    doomed = path.with_name(f"{durable.TEMPORARY}{secrets.token_hex(6)}-{path.name}")
+    try:
+        path.rename(doomed)
+    except OSError as cause:
+        raise DiskError(f"{path}: the old checkpoint cannot be removed ({cause.strerror}).") from cause
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _step(path: Path) -> int | None:
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def _damage(path: Path, entry: Mapping[str, Any]) -> str | None:
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return "is missing"
+    if size != entry["bytes"]:
+        return f"has {size:,} bytes instead of {entry['bytes']:,}"
+    if durable.sha256_file(path) != entry["sha256"]:
+        return "does not have the SHA-256 that the manifest gives"
+    return None
+
+
+def _manifest(folder: Path) -> bytes:
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": durable.sha256_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    step = json.loads((folder / STATE).read_text(encoding="utf-8"))["state"]["step"]
+    return _canonical(step, files)
+
+
+def _canonical(step: int, files: Mapping[str, Any]) -> bytes:
+    """The one way in which a manifest is written, so that a change of any bit of it shows."""
+    body = json.dumps({"files": files, "format": FORMAT, "step": step}, sort_keys=True)
+    seal = durable.sha256_bytes(body.encode())
+    return (
+        json.dumps({"files": files, "format": FORMAT, "seal": seal, "step": step}, indent=1, sort_keys=True) + "\n"
+    ).encode()

@@ -1,0 +1,84 @@
+"""Loss and perplexity of a model on batches, over all trained tokens alike.
+
+Knows nothing about training; the command `lorakit eval` uses it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lorakit.data import Batch
+from lorakit.errors import DataError, NonFiniteError
+from lorakit.train.loss import loss_sum, trained_tokens
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        loss: Mean cross entropy per trained token, in nats.
+        tokens: Trained tokens that it is the mean of.
+    """
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); held below infinity, for which JSON has no word."""
+        return math.exp(min(self.loss, 700.0))
+
+
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], device: str | torch.device, stop: Callable[[], bool] = lambda: False
+) -> Evaluation | None:
+    """Mean loss over the trained tokens of all batches, without gradients and without dropout.
+
+    Args:
+        model: A causal language model; its training mode is put back afterwards.
+        batches: Batches on the CPU.
+        device: Where the model is.
+        stop: Asked between batches; True abandons the evaluation.
+
+    Returns:
+        The evaluation, or None when it was abandoned.
+
+    Raises:
+        DataError: No batch holds a trained token.
+        NonFiniteError: The loss is NaN or infinite.
+    """
+    total, tokens = 0.0, 0
+    with evaluating(model), torch.inference_mode():
+        for batch in batches:
+            if stop():
+                return None
+            total += loss_sum(
+                model, batch.input_ids.to(device), batch.attention_mask.to(device), batch.labels.to(device)
+            ).item()
+            tokens += trained_tokens(batch.labels)
+    if tokens == 0:
+        raise DataError("The evaluation data holds no trained token; give --eval-data with more text.")
+    if not math.isfinite(total):
+        raise NonFiniteError(
+            f"The evaluation loss is {total}; the adapter or the base holds values that are not finite."
+        )
+    return Evaluation(total / tokens, tokens)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, and each module back in its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

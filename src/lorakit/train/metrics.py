@@ -1,0 +1,100 @@
+"""`metrics.jsonl`: one row per optimizer step and per evaluation, appended as they happen.
+
+Knows the rows' fields and the file; `lorakit.report.runs` reads it back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lorakit import durable
+from lorakit.errors import DiskError
+from lorakit.report.runs import METRICS_FILE, read_metrics
+
+TRAIN_FIELDS = (
+    "step",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+    "trained_tokens",
+    "seconds",
+    "tokens_per_second",
+    "peak_rss_bytes",
+)
+EVAL_FIELDS = ("step", "eval_loss", "eval_perplexity", "eval_tokens")
+
+
+class MetricsLog:
+    """Appends whole lines to `metrics.jsonl`; a crash can only tear the last one, which readers drop.
+
+    Raises:
+        DiskError: The file cannot be opened or written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / METRICS_FILE
+        try:
+            self._file = self.path.open("ab", buffering=0)
+        except OSError as cause:
+            raise DiskError(f"{self.path}: cannot be opened for writing ({cause.strerror}).") from cause
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row.
+
+        Args:
+            row: Exactly the fields of `TRAIN_FIELDS` or `EVAL_FIELDS`, all finite.
+
+        Raises:
+            DiskError: The disk refuses.
+            ValueError: A value is NaN or infinite.
+        """
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        try:
+            self._file.write(line)
+        except OSError as cause:
+            raise DiskError(f"{self.path}: cannot be written ({cause.strerror}).") from cause
+
+    def sync(self) -> None:
+        """Flush to the disk, so that a checkpoint never knows of a row that a power cut takes away.
+
+        Raises:
+            DiskError: The disk refuses.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as cause:
+            raise DiskError(f"{self.path}: cannot be written ({cause.strerror}).") from cause
+
+
+def cut(folder: Path, step: int) -> int:
+    """Drop the rows past a step and a torn last line; they will come again.
+
+    Args:
+        folder: The run folder.
+        step: The last step whose rows stay; -1 drops all.
+
+    Returns:
+        How many whole rows were dropped.
+
+    Raises:
+        DiskError: The disk refuses; the old file then still stands.
+    """
+    path = folder / METRICS_FILE
+    rows = read_metrics(folder).rows
+    kept = [row for row in rows if row["step"] <= step]
+    durable.write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+    return len(rows) - len(kept)

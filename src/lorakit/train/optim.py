@@ -1,0 +1,116 @@
+"""AdamW over the trainable tensors, its clipping, and its state as named tensors.
+
+The state is kept by parameter name, so that a checkpoint says which moment belongs to which tensor. Knows nothing about
+models, steps or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from lorakit.errors import RunError
+
+Named = Sequence[tuple[str, nn.Parameter]]
+"""Trainable tensors with their names in the model."""
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_FUSED_DEVICES = ("cpu", "cuda", "mps")
+
+
+def adamw(named: Named, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW, fused where the device has it; only matrices decay, since a magnitude or bias has no reason to shrink.
+
+    Args:
+        named: The trainable tensors.
+        learning_rate: The first rate; the loop sets it anew before each step.
+        weight_decay: Share of a matrix's value, times the rate, taken away each step.
+
+    Returns:
+        The optimizer, without state.
+
+    Raises:
+        RunError: There is nothing to train.
+
+    Source:
+        Loshchilov and Hutter 2019, arXiv:1711.05101; betas 0.9 and 0.999, eps 1e-8.
+    """
+    if not named:
+        raise RunError("There is nothing to train: the model has no trainable tensor.")
+    matrices = [p for _, p in named if p.ndim > 1]
+    others = [p for _, p in named if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for _, p in named)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused
+    )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Give every group the same learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale all gradients so that their common 2-norm is at most `max_norm`.
+
+    Args:
+        parameters: Tensors whose `.grad` is scaled in place; those without a gradient are skipped.
+        max_norm: The largest norm; 0 scales nothing.
+
+    Returns:
+        The norm before scaling, a scalar.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(list(parameters), max_norm, norm)
+    return norm
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, torch.Tensor]:
+    """The optimizer's state under names, ready for a file.
+
+    Args:
+        optimizer: From `adamw`.
+        named: The tensors that it trains.
+
+    Returns:
+        "exp_avg/<name>", "exp_avg_sq/<name>" (shape of the tensor) and "step/<name>" (scalar), on the CPU.
+        A tensor that never had a gradient has no state and no entry.
+    """
+    tensors = {}
+    for name, parameter in named:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `state_tensors` gave.
+
+    Args:
+        optimizer: A fresh optimizer over the same tensors.
+        named: The tensors that it trains.
+        tensors: State by name.
+
+    Raises:
+        RunError: A name or shape does not fit; nothing has been put back then.
+    """
+    shapes = {name: parameter.shape for name, parameter in named}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        wanted = shapes.get(name)
+        if wanted is None or kind not in (*_MOMENTS, "step") or (kind in _MOMENTS and value.shape != wanted):
+            raise RunError(
+                f"The optimizer state {key} of shape {tuple(value.shape)} does not fit this model's adapter."
+            )
+    for name, parameter in named:
+        state = {kind: tensors[f"{kind}/{name}"] for kind in ("step", *_MOMENTS) if f"{kind}/{name}" in tensors}
+        if state:
+            optimizer.state[parameter] = {key: value.to(parameter.device).clone() for key, value in state.items()}

@@ -1,0 +1,184 @@
+"""What a person sees while a run goes on: a live line on a terminal, plain lines elsewhere.
+
+The one place in training that knows rich. Knows the rows of metrics, nothing of the loop.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Protocol, TextIO
+
+PLAIN_SECONDS = 10.0
+"""Plain lines come at most so often, but for the first, the last and evaluations."""
+
+
+class Progress(Protocol):
+    """Where a run reports to."""
+
+    def __enter__(self) -> Progress: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def begin(self, step: int, total_steps: int) -> None:
+        """The loop starts at a step."""
+
+    def train_row(self, row: dict[str, Any]) -> None:
+        """A step is done."""
+
+    def eval_row(self, row: dict[str, Any]) -> None:
+        """An evaluation is done."""
+
+    def busy(self, what: str) -> None:
+        """Something that takes a while begins, such as an evaluation."""
+
+    def say(self, text: str) -> None:
+        """A line for the person."""
+
+
+class PlainProgress:
+    """Lines of text, for pipes, files and notebooks."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+        self._total = self._first = self._last_step = 0
+        self._shown = self._started = float("-inf")
+
+    def __enter__(self) -> PlainProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def begin(self, step: int, total_steps: int) -> None:
+        """Remember where the loop starts, for the time left."""
+        self._first, self._total, self._started = step, total_steps, time.monotonic()
+
+    def train_row(self, row: dict[str, Any]) -> None:
+        """Print the step, if the last line is old enough."""
+        now = time.monotonic()
+        if row["step"] not in (self._first + 1, self._total) and now - self._shown < PLAIN_SECONDS:
+            return
+        self._shown = now
+        left = (now - self._started) / (row["step"] - self._first) * (self._total - row["step"])
+        self.say(f"step {row['step']}/{self._total}  {_facts(row)}  {_clock(left)} left")
+
+    def eval_row(self, row: dict[str, Any]) -> None:
+        """Print the evaluation."""
+        self.say(_evaluation(row))
+
+    def busy(self, what: str) -> None:
+        """Nothing: the result will be a line."""
+
+    def say(self, text: str) -> None:
+        """Print the line at once, also into a pipe."""
+        print(text, file=self._stream or sys.stdout, flush=True)
+
+
+class LiveProgress:
+    """A bar with loss, tokens a second, memory and time left, at the foot of a terminal."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._console = Console(file=stream or sys.stdout, highlight=False)
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            refresh_per_second=4,
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> LiveProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is not None:
+            self._bar.stop()
+
+    def begin(self, step: int, total_steps: int) -> None:
+        """Show the bar."""
+        self._task = self._bar.add_task("training", total=total_steps, completed=step, facts="")
+        self._bar.start()
+
+    def train_row(self, row: dict[str, Any]) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, description="training", completed=row["step"], facts=_facts(row))
+
+    def eval_row(self, row: dict[str, Any]) -> None:
+        """Leave a line above the bar."""
+        self.say(_evaluation(row))
+
+    def busy(self, what: str) -> None:
+        """Say before the bar what is going on."""
+        if self._task is not None:
+            self._bar.update(self._task, description=what)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+
+class Silence:
+    """Reports nothing; the default for programs."""
+
+    def __enter__(self) -> Silence:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def begin(self, step: int, total_steps: int) -> None:
+        """Nothing."""
+
+    def train_row(self, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def eval_row(self, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def busy(self, what: str) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+
+def progress_for(stream: TextIO) -> Progress:
+    """A live bar where the stream is a terminal, plain lines otherwise."""
+    return LiveProgress(stream) if stream.isatty() else PlainProgress(stream)
+
+
+def _facts(row: dict[str, Any]) -> str:
+    memory = row["peak_rss_bytes"] / 1e9
+    return f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s  peak {memory:.2f} GB"
+
+
+def _evaluation(row: dict[str, Any]) -> str:
+    return (
+        f"evaluation at step {row['step']}: loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:.2f} "
+        f"over {row['eval_tokens']:,} tokens"
+    )
+
+
+def _clock(seconds: float) -> str:
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

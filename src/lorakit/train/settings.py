@@ -1,0 +1,211 @@
+"""`TrainSettings`: everything that decides a run, checked strictly and by name.
+
+Values and reasons of the defaults are in `defaults.py`; reading flags and files is in `sources.py`. This module knows
+nothing about models or data: what needs one of them (does a target match, does a file exist) is checked later.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from lorakit.config import LoraConfig, TaskType
+from lorakit.errors import ConfigError, nearest
+from lorakit.train.defaults import DEFAULTS
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+Scheduler = Literal["cosine", "linear", "constant"]
+
+_DTYPE_WORDS = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+
+
+def _one_or_many(value: Any) -> Any:
+    """A single path where a list is meant becomes a list of one."""
+    if isinstance(value, (str, Path)):
+        value = [value]
+    if isinstance(value, (list, tuple)):
+        return [str(item) if isinstance(item, Path) else item for item in value]
+    return value
+
+
+def _path_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _targets(value: Any) -> Any:
+    """One word stays a word ("all-linear" or a pattern); a list of the one word "all-linear" is that word."""
+    if isinstance(value, (list, tuple, set)):
+        names = list(value)
+        return "all-linear" if names == ["all-linear"] else names
+    return value
+
+
+def _dtype_word(value: Any) -> Any:
+    return _DTYPE_WORDS.get(value, value) if isinstance(value, str) else value
+
+
+def _device_word(value: str) -> str:
+    kind, _, index = value.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not index.isdigit()):
+        raise ValueError("it must be auto, cpu, cuda, cuda:N or mps")
+    return value
+
+
+def _setting(name: str, **limits: Any) -> Any:
+    row = DEFAULTS[name]
+    return Field(default=row.value, description=row.help(), **limits)
+
+
+Text = Annotated[str, BeforeValidator(_path_text), Field(min_length=1)]
+Paths = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_or_many), Field(min_length=1)]
+
+
+class TrainSettings(BaseModel):
+    """What to train on what, and how; the fields are the flags of `lorakit train`.
+
+    Each field's meaning, default and the default's reason are its description, from `defaults.DEFAULTS`.
+
+    Raises:
+        ConfigError: A field is unknown (the nearest name is given), missing, of a wrong type or out of range; all
+            such fields are named at once.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    model: Text = _setting("model")
+    data: Paths = _setting("data")
+    output_dir: Text = _setting("output_dir")
+    eval_data: Paths | None = _setting("eval_data")
+    eval_fraction: float = _setting("eval_fraction", ge=0, lt=1)
+    r: int = _setting("r", ge=1)
+    lora_alpha: float = _setting("lora_alpha", gt=0)
+    lora_dropout: float = _setting("lora_dropout", ge=0, lt=1)
+    target_modules: Annotated[str | list[str], BeforeValidator(_targets)] = _setting("target_modules", min_length=1)
+    use_dora: bool = _setting("use_dora")
+    use_rslora: bool = _setting("use_rslora")
+    allow_partial_targets: bool = _setting("allow_partial_targets")
+    learning_rate: float = _setting("learning_rate", gt=0)
+    lr_scheduler_type: Scheduler = _setting("lr_scheduler_type")
+    warmup_ratio: float = _setting("warmup_ratio", ge=0, le=1)
+    weight_decay: float = _setting("weight_decay", ge=0)
+    max_grad_norm: float = _setting("max_grad_norm", ge=0)
+    max_steps: int | None = _setting("max_steps", ge=1)
+    num_train_epochs: float = _setting("num_train_epochs", gt=0)
+    per_device_train_batch_size: int = _setting("per_device_train_batch_size", ge=1)
+    gradient_accumulation_steps: int = _setting("gradient_accumulation_steps", ge=1)
+    max_length: int = _setting("max_length", ge=2)
+    dtype: Annotated[Dtype, BeforeValidator(_dtype_word)] = _setting("dtype")
+    seed: int = _setting("seed", ge=0, lt=2**63)
+    device: Annotated[str, AfterValidator(_device_word)] = _setting("device")
+    gradient_checkpointing: bool = _setting("gradient_checkpointing")
+    eval_steps: int | None = _setting("eval_steps", ge=1)
+    save_steps: int | None = _setting("save_steps", ge=1)
+    save_total_limit: int = _setting("save_total_limit", ge=1)
+    early_stopping_patience: int | None = _setting("early_stopping_patience", ge=1)
+    resume: bool = _setting("resume")
+    overwrite: bool = _setting("overwrite")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as cause:
+            raise ConfigError(_sentences(cause)) from None
+        if self.resume and self.overwrite:
+            raise ConfigError("resume and overwrite exclude each other: go on with the run, or replace it.")
+
+    def lora_config(self) -> LoraConfig:
+        """The adapter's config; fields without a train setting keep `LoraConfig`'s defaults.
+
+        Returns:
+            A new config for a causal language model.
+
+        Raises:
+            ConfigError: As `LoraConfig`.
+        """
+        return LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=self.r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.target_modules,
+            use_dora=self.use_dora,
+            use_rslora=self.use_rslora,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings as plain JSON values, by field name."""
+        return self.model_dump(mode="json")
+
+
+def check_names(values: dict[str, Any], where: str = "") -> None:
+    """Refuse names that are no setting.
+
+    Args:
+        values: Settings by name, as a file or program gave them.
+        where: What gave them, such as a file's path; put before each sentence.
+
+    Raises:
+        ConfigError: A name is no setting; the message gives the nearest ones.
+    """
+    unknown = [name for name in values if name not in TrainSettings.model_fields]
+    if unknown:
+        raise ConfigError(" ".join(f"{where}{_unknown(name)}" for name in unknown))
+
+
+def _unknown(name: str) -> str:
+    close = nearest(name, list(TrainSettings.model_fields), count=1)
+    hint = f"did you mean {close[0]}?" if close else "see `lorakit train --help` for the settings."
+    return f"{name} is not a setting; {hint}"
+
+
+def _sentences(cause: ValidationError) -> str:
+    """One sentence per field; where a field allows several types, the closest complaint stands for all."""
+    messages: dict[str, str] = {}
+    for error in cause.errors(include_url=False):
+        name = str(error["loc"][0]) if error["loc"] else "settings"
+        if name not in messages:
+            messages[name] = _sentence(name, error)
+    return " ".join(messages.values())
+
+
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "text",
+    "list": "a list",
+}
+
+
+def _sentence(name: str, error: Any) -> str:
+    kind, value = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return _unknown(name)
+    if value is ... or kind == "missing":
+        meaning = DEFAULTS[name].meaning
+        return f"{name} is missing; give --{name.replace('_', '-')} ({meaning[0].lower()}{meaning[1:]})."
+    if kind == "literal_error":
+        allowed = error["ctx"]["expected"]
+        close = nearest(str(value), allowed.replace("'", "").replace(" or ", ", ").split(", "), 1)
+        return f"{name} is {value!r}; it must be {allowed}{f'; did you mean {close[0]}?' if close else '.'}"
+    if kind == "value_error":
+        return f"{name} is {value!r}; {error['ctx']['error']}."
+    if kind in ("too_short", "string_too_short"):
+        return f"{name} is {value!r}; it must not be empty."
+    if "than" in kind:
+        return f"{name} is {value!r}; it must be {_range(name)}."
+    return f"{name} is {value!r}; it must be {_EXPECTED.get(kind.split('_')[0], error['msg'])}."
+
+
+def _range(name: str) -> str:
+    words = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
+    bounds = {
+        word: getattr(limit, word)
+        for limit in TrainSettings.model_fields[name].metadata
+        for word in words
+        if getattr(limit, word, None) is not None
+    }
+    return " and ".join(f"{words[word]} {bounds[word]}" for word in words if word in bounds)
