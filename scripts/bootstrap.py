@@ -99,7 +99,7 @@ def install():
             f"{free / 1e9:.1f} GB are free here and {NEEDED_BYTES / 1e9:.0f} GB are needed; free some space."
         )
     python = VENV / "bin" / "python"
-    if not (python.exists() and works(str(python))):
+    if not (python.exists() and works(str(python), "import pip")):
         create(find_python())
     say("installing into .venv (once; a few minutes, mostly downloads)")
     LOG.write_text("")
@@ -152,14 +152,17 @@ def create(python):
 
 def needs_cpu_index(python):
     """Whether plain pip would bring CUDA to a machine that has no use for it."""
-    if not sys.platform.startswith("linux") or Path("/proc/driver/nvidia/version").exists():
-        return False
-    if shutil.which("nvidia-smi") or works(str(python), "import torch"):
+    if not sys.platform.startswith("linux") or has_nvidia_gpu() or works(str(python), "import torch"):
         return False
     listed = subprocess.run([str(python), "-m", "pip", "config", "list"], stdout=subprocess.PIPE, check=False)
     settings = [line.split("=")[0].split(".")[-1] for line in listed.stdout.decode(errors="replace").splitlines()]
     own_sources = {"index-url", "extra-index-url", "find-links", "no-index", "constraint"}
     return not own_sources.intersection(settings)
+
+
+def has_nvidia_gpu():
+    """Whether an NVIDIA driver is here."""
+    return Path("/proc/driver/nvidia/version").exists() or bool(shutil.which("nvidia-smi"))
 
 
 def pip(python, what, *arguments, may_fail=False):

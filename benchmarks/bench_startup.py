@@ -1,0 +1,32 @@
+"""Claims: `import lorakit` adds at most 0.15 s to a bare Python, and `lorakit --help` answers within 0.6 s.
+
+python benchmarks/bench_startup.py
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from runner import append_row, seconds_of
+
+COMMANDS = {
+    "bare python": ["-c", "pass"],
+    "import lorakit": ["-c", "import lorakit"],
+    "import lorakit.plan": ["-c", "import lorakit.plan"],
+    "lorakit --help": ["-m", "lorakit", "--help"],
+    "lorakit train --help": ["-m", "lorakit", "train", "--help"],
+}
+
+
+def main() -> None:
+    for what, arguments in COMMANDS.items():
+
+        def start(arguments: list[str] = arguments) -> None:
+            subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
+
+        append_row("startup", {"what": what}, {"seconds": seconds_of(start, repeats=7)})
+
+
+if __name__ == "__main__":
+    main()
