@@ -211,7 +211,7 @@ def follow(process, progress):
 def explain(what, tail):
     """One sentence about a failed pip, with a hint where its last lines hold a known cause."""
     text = "\n".join(tail)
-    errors = [line for line in tail if line.upper().startswith("ERROR")] or tail[-1:]
+    errors = [line for line in tail if "Error: " in line or line.startswith("ERROR")] or tail[-1:]
     said = errors[-1][:300] if errors else "pip said nothing"
     for marks, hint in HINTS:
         if any(mark in text for mark in marks):
