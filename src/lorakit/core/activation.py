@@ -1,0 +1,143 @@
+"""Choose which adapters act: the default, and blocks that override it; list adapters and what they train."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from torch import nn
+
+from lorakit.config import LoraConfig
+from lorakit.core.checks import check_known
+from lorakit.core.extras import BiasSwitch, ModuleCopies
+from lorakit.core.layer import LoraLayer
+from lorakit.core.routing import BASE, CheckpointContexts, Override, Route
+from lorakit.core.sitemap import copies, find_state, layers, state_of
+from lorakit.errors import RouteError
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Make these adapters the default, together; every thread that has no override of its own uses them.
+
+    Args:
+        model: An adapted model.
+        names: Adapters; none of them means the base alone.
+
+    Raises:
+        RouteError: There is no such adapter.
+    """
+    state = state_of(model)
+    state.check(names)
+    for _, layer in layers(model):
+        layer.own_route = None
+    for _, holder in copies(model):
+        holder.own_route = None
+    state.default = Route(tuple(names))
+
+
+def use(model: nn.Module, *names: str) -> Override:
+    """A block in which these adapters act, together, on every row, in this thread or task alone.
+
+    Args:
+        model: An adapted model.
+        names: One adapter or more.
+
+    Raises:
+        RouteError: There is no such adapter, or none was named.
+    """
+    state = state_of(model)
+    if not names:
+        raise RouteError("`use` was given no adapter. Name at least one; `disable` gives the base alone.")
+    state.check(names)
+    return state.override(Route(tuple(dict.fromkeys(names))))
+
+
+def route(model: nn.Module, rows: Sequence[str | None]) -> Override:
+    """A block in which each row of the batch has its own adapter.
+
+    Args:
+        model: An adapted model.
+        rows: One name per row of the batch, None for the base alone.
+
+    Raises:
+        RouteError: There is no such adapter, or no rows.
+    """
+    state = state_of(model)
+    if isinstance(rows, str) or not rows:
+        raise RouteError(f"`route` was given {rows!r}. Give a list with one adapter (or None) per row of the batch.")
+    state.check(rows)
+    return state.override(Route(rows=tuple(rows)))
+
+
+def disable(model: nn.Module) -> Override:
+    """A block in which the model is its original base: nothing added, nothing merged, the old biases.
+
+    Args:
+        model: An adapted model.
+
+    Raises:
+        AdapterError: The model has no adapters.
+    """
+    return state_of(model).override(BASE)
+
+
+def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
+    """A `context_fn` for non-reentrant gradient checkpointing, so that a recomputation has its forward's route.
+
+    Args:
+        model: An adapted model.
+
+    Raises:
+        AdapterError: The model has no adapters.
+    """
+    return CheckpointContexts(state_of(model))
+
+
+def adapters(model: nn.Module) -> dict[str, LoraConfig]:
+    """Name -> config of every adapter on a model, in the order they came; empty where there are none.
+
+    Args:
+        model: Any model.
+    """
+    state = find_state(model)
+    return {} if state is None else {name: dataclasses.replace(config) for name, config in state.configs.items()}
+
+
+def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of adapters that are trained.
+
+    Args:
+        model: An adapted model.
+        name: One adapter, or None for all.
+
+    Returns:
+        Pairs of a parameter's name in the model and the parameter, with `requires_grad` set; each (…) once.
+
+    Raises:
+        AdapterError: There is no such adapter.
+    """
+    state = state_of(model)
+    names = list(state.configs) if name is None else [name]
+    check_known(state, names)
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    owned = {id(p) for n in names for p in adapter_parameters(model, n)}
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) in owned:
+            found[id(parameter)] = (path, parameter)
+    return list(found.values())
+
+
+def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """Every parameter of one adapter: A, B, magnitudes, copied modules, trained biases; any shapes (…)."""
+    parameters: list[nn.Parameter] = []
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and name in module.r:
+            factor = module.factor(name)
+            parameters += [t for t in (factor.A, factor.B, factor.magnitude) if isinstance(t, nn.Parameter)]
+        elif isinstance(module, ModuleCopies) and name in module.modules_to_save:
+            parameters += module.modules_to_save[name].parameters()
+        else:
+            for switch in BiasSwitch.on(module):
+                if switch.adapter == name:
+                    parameters += [module._parameters[bias] for bias in switch.originals]  # type: ignore[misc]
+    return parameters

@@ -1,0 +1,280 @@
+"""Attach adapters to a model and detach them; choose which are active.
+
+Everything is checked and built off the model first and put in place in one step that cannot fail, so that a
+refused call leaves the model as it was. The base is frozen while adapters sit on it and gets its
+`requires_grad` flags back with the last of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lorakit.config import LoraConfig, scale
+from lorakit.core.activation import trainable_parameters
+from lorakit.core.bases import base_of
+from lorakit.core.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
+from lorakit.core.extras import BiasSwitch, ModuleCopies, biased_modules
+from lorakit.core.factor import Factor
+from lorakit.core.inits import Blank, init_named
+from lorakit.core.kinds import Kind, kind_named
+from lorakit.core.layer import LAYERS, LoraLayer
+from lorakit.core.merging import check_unmergeable, unmerge
+from lorakit.core.routing import AdapterState, Route
+from lorakit.core.sitemap import SiteMap, find_state, layers, state_of, survey
+from lorakit.core.variants import variant_for
+from lorakit.default_targets import DEFAULT_TARGETS
+from lorakit.errors import ConfigError
+from lorakit.targets import Match, resolve
+
+
+@dataclass(frozen=True)
+class AttachReport:
+    """What `attach` did.
+
+    Attributes:
+        name: The adapter.
+        matches: The sites, with rank, alpha and the entry that named each.
+        trainable_parameters: Numbers that will be trained.
+        notes: Sentences a person should read.
+        missing: Entries that named nothing (with "partial_targets" allowed).
+    """
+
+    name: str
+    matches: tuple[Match, ...]
+    trainable_parameters: int
+    notes: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One factor, built but not in place: where it goes and what it is."""
+
+    path: str
+    kind: Kind
+    factor: Factor
+    r: int
+    lora_alpha: float
+
+
+def attach(
+    model: nn.Module,
+    config: LoraConfig,
+    name: str = "default",
+    *,
+    allow: Collection[str] = (),
+    seed: int | None = None,
+) -> AttachReport:
+    """Put a fresh adapter on a model. The first one becomes active; later ones wait for `activate` or `use`.
+
+    Args:
+        model: The base, or a model that has adapters already. It is changed in place.
+        config: How the adapter looks; it is copied.
+        name: Its name.
+        allow: Refusals to lift: "partial_targets", "odd_scale".
+        seed: Seed for the fresh factors; None draws from torch's own generator.
+
+    Returns:
+        What was attached.
+
+    Raises:
+        ConfigError: The config does not fit this model, or a name in `allow` is unknown.
+        TargetError: A target matches nothing, or what it matches cannot take factors.
+        AdapterError: The name is taken or cannot be used.
+        NotYetSupported: The config asks for what is not built yet.
+    """
+    check_allowances(allow)
+    state = find_state(model)
+    check_new_name(state, name)
+    config = with_targets(config, model)
+    check_bias_alone(state, config)
+    site_map = survey(model)
+    found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow)
+    check_scales([(m.path, scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
+    parts = _fresh_parts(site_map, config, found.matches, seed)
+    publish(model, site_map, name, config, parts, found.saved)
+    trained = sum(p.numel() for _, p in trainable_parameters(model, name))
+    return AttachReport(name, found.matches, trained, found.notes, found.missing)
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take an adapter off a model, or all of them; the base gets its bits and flags back.
+
+    Args:
+        model: An adapted model, changed in place.
+        name: The adapter, or None for all.
+
+    Raises:
+        AdapterError: There is no such adapter.
+        MergeError: It is merged, and the base's bits were not kept.
+    """
+    state = state_of(model)
+    names = list(state.configs) if name is None else [name]
+    check_known(state, names)
+    merged = [n for n in names if any(n in layer.merged_adapters for _, layer in layers(model))]
+    check_unmergeable(model, merged)
+    if merged:
+        unmerge(model, *merged)
+    site_map = survey(model)
+    for module in site_map.modules.values():
+        _forget(module, names, site_map)
+    _drop_bias_switches(model, names)
+    for gone in names:
+        del state.configs[gone]
+    state.default = Route(tuple(n for n in state.default.names if n not in names))
+    if not state.configs:
+        for parameter, trained in state.frozen:
+            parameter.requires_grad_(trained)
+
+
+def publish(
+    model: nn.Module,
+    site_map: SiteMap,
+    name: str,
+    config: LoraConfig,
+    parts: Sequence[Part],
+    saved: Sequence[str],
+) -> None:
+    """Put a built adapter in place; nothing here can refuse.
+
+    Args:
+        model: The model, changed in place.
+        site_map: Its map, made since the last change.
+        name: The adapter.
+        config: Its config, ours to keep.
+        parts: Its factors.
+        saved: Paths of the modules it copies.
+    """
+    state = find_state(model)
+    if state is None:
+        state = AdapterState()
+        state.frozen = [(p, p.requires_grad) for p in model.parameters()]
+        for parameter, _ in state.frozen:
+            parameter.requires_grad_(False)
+        state.default = Route((name,))
+    state.configs[name] = config
+    for part in parts:
+        layer = site_map.modules[part.path]
+        if not isinstance(layer, LoraLayer):
+            layer = LAYERS[part.kind.name](layer, part.kind, state)
+            site_map.replace(site_map.modules[part.path], layer)
+            site_map.modules[part.path] = layer
+        part.factor.dropout.train(layer.training)
+        layer.put(name, part.factor, part.r, part.lora_alpha)
+    for path in saved:
+        holder = site_map.modules[path]
+        if not isinstance(holder, ModuleCopies):
+            holder = ModuleCopies(holder, state)
+            site_map.replace(site_map.modules[path], holder)
+        holder.add(name)
+    for module, names in [(m, n) for _, m, n in biased_modules(model, name, config.bias)]:
+        BiasSwitch.install(name, names, module, state)
+    _tell_sites_of_old_biases(model)
+
+
+def build_factor(A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor | None, how: Factor) -> Factor:
+    """A factor whose tensors are trainable parameters.
+
+    Args:
+        A: (r, in).
+        B: (out, r).
+        magnitude: (out,) or None.
+        how: Where scale, dropout and variant are taken from.
+
+    Returns:
+        The factor.
+    """
+    vector = None if magnitude is None else nn.Parameter(magnitude)
+    return dataclasses.replace(how, A=nn.Parameter(A), B=nn.Parameter(B), magnitude=vector)
+
+
+def make_dropout(p: float) -> nn.Module:
+    """What an input passes before A: nothing where p is 0."""
+    return nn.Dropout(p) if p > 0 else nn.Identity()
+
+
+def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """A copy of a config, with the field's default targets for this architecture where it names none.
+
+    Raises:
+        ConfigError: It names none, and there is no default for this architecture.
+    """
+    if config.target_modules is not None:
+        return dataclasses.replace(config)
+    model_type = str(getattr(getattr(model, "config", None), "model_type", None))
+    if model_type not in DEFAULT_TARGETS:
+        raise ConfigError(
+            f"target_modules is not set, and there is no default for a {type(model).__name__}. Name the "
+            "modules to adapt, or use 'all-linear'."
+        )
+    default = DEFAULT_TARGETS[model_type]
+    return dataclasses.replace(config, target_modules=default if isinstance(default, str) else set(default))
+
+
+def _fresh_parts(site_map: SiteMap, config: LoraConfig, matches: Sequence[Match], seed: int | None) -> list[Part]:
+    init = init_named(config.init_lora_weights)
+    generators = _generators(seed)
+    parts = []
+    for match in matches:
+        kind, module = kind_named(match.kind), site_map.modules[match.path]
+        base = module.base_layer if isinstance(module, LoraLayer) else module
+        variant = variant_for(config.use_dora, kind.name, match.path)
+        weight: torch.Tensor = base.weight  # type: ignore[assignment]
+        A_shape, B_shape = kind.shapes(kind.slots(base)[0], match.rank)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        filled = init.fill(Blank(kind, A_shape, B_shape, weight.device, dtype, generators(weight.device)))
+        factor_scale = scale(match.rank, match.alpha, config.use_rslora)
+        magnitude = None
+        if variant.name != "plain":
+            W = module.read() if isinstance(module, LoraLayer) else base_of(base).read(weight)
+            magnitude = variant.magnitude(W, filled.A, filled.B, factor_scale)
+        dropout = make_dropout(config.lora_dropout if kind.drops else 0.0)
+        how = Factor(filled.A, filled.B, factor_scale, dropout, variant.name)
+        part = build_factor(filled.A, filled.B, magnitude, how)
+        parts.append(Part(match.path, kind, part, match.rank, match.alpha))
+    return parts
+
+
+def _generators(seed: int | None) -> Callable[[torch.device], torch.Generator | None]:
+    """One seeded generator per device, made when first asked for; None without a seed."""
+    made: dict[torch.device, torch.Generator] = {}
+
+    def for_device(device: torch.device) -> torch.Generator | None:
+        if seed is None or device.type == "meta":
+            return None
+        if device not in made:
+            made[device] = torch.Generator(device).manual_seed(seed)
+        return made[device]
+
+    return for_device
+
+
+def _forget(module: nn.Module, names: Sequence[str], site_map: SiteMap) -> None:
+    if isinstance(module, LoraLayer):
+        for name in names:
+            module.remove(name)
+        if not module.r:
+            site_map.replace(module, module.base_layer)
+    elif isinstance(module, ModuleCopies):
+        for name in names:
+            if name in module.modules_to_save:
+                del module.modules_to_save[name]
+        if not len(module.modules_to_save):
+            site_map.replace(module, module.original_module)
+
+
+def _drop_bias_switches(model: nn.Module, names: Sequence[str]) -> None:
+    for module in model.modules():
+        BiasSwitch.uninstall(module, names)
+    _tell_sites_of_old_biases(model)
+
+
+def _tell_sites_of_old_biases(model: nn.Module) -> None:
+    for _, layer in layers(model):
+        found = [(s.adapter, s.originals["bias"]) for s in BiasSwitch.on(layer.base_layer) if "bias" in s.originals]
+        layer.old_bias = found[0] if found else None

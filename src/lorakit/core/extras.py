@@ -1,0 +1,226 @@
+"""The table EXTRAS: parts of an adapter that are not factors: copies of whole modules, and trained biases.
+
+One state selects them together with the factors. Both leave the original in reach: a copied module stands
+beside it, and a trained bias remembers its old value, so that `disable` and other adapters see the base.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.layer import LoraLayer, clone_with
+from lorakit.core.routing import AdapterState, Forwards, Route, resolve
+from lorakit.errors import RouteError
+
+
+class ModuleCopies(nn.Module):
+    """A module with a trained copy per adapter that names it in `modules_to_save`.
+
+    Attributes:
+        original_module: The module that stood here, frozen.
+        modules_to_save: Adapter -> its copy.
+        merged_adapter: Adapter whose copy stands in for the original, or None.
+    """
+
+    def __init__(self, original: nn.Module, state: AdapterState) -> None:
+        super().__init__()
+        self.training = original.training
+        self.original_module = original
+        self.modules_to_save = nn.ModuleDict()
+        self.merged_adapter: str | None = None
+        self.own_route: Route | None = None
+        self.state = state
+        self.forwards = Forwards()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in {"original_module", "modules_to_save"} or name.startswith("__"):
+                raise
+            return getattr(self.selected(), name)
+
+    def add(self, name: str) -> nn.Module:
+        """Copy the original for an adapter; the copy is trainable and has the original's mode.
+
+        Args:
+            name: The adapter.
+
+        Returns:
+            The copy.
+        """
+        duplicate = copy.deepcopy(self.original_module)
+        for parameter in duplicate.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        self.modules_to_save[name] = duplicate
+        return duplicate
+
+    def selected(self) -> nn.Module:
+        """The module that the state's route selects now, for attribute access from outside."""
+        return self._of(self.state.active() if self.own_route is None else self.own_route)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the selected module returns; a mixed batch goes through each module with its own rows.
+
+        Args:
+            args: What the module takes; in a mixed batch the first axis of every tensor holds the rows.
+            kwargs: Likewise.
+
+        Raises:
+            RouteError: Several copies of this module are active at once, or a mixed batch does not fit.
+        """
+        route, again = resolve(self.state, self.own_route, self.forwards)
+        if not again:
+            self.forwards.note(route)
+        output = self._of(route)(*args, **kwargs) if route.rows is None else self._mixed(route, args, kwargs)
+        if not again and isinstance(output, Tensor) and output.requires_grad and not torch.compiler.is_compiling():
+            self.forwards.remember(output, route)
+        return output
+
+    def _of(self, route: Route) -> nn.Module:
+        copies = [name for name in route.names if name in self.modules_to_save]
+        if len(copies) > 1:
+            raise RouteError(
+                f"{' and '.join(copies)} are active together, and each has its own copy of this module "
+                "(modules_to_save). Activate one of them, or route rows to them."
+            )
+        if not copies and self.merged_adapter is not None and self.merged_adapter in route.names:
+            copies = [self.merged_adapter]
+        return self.modules_to_save[copies[0]] if copies else self.original_module
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.modules_to_save
+
+    def _mixed(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        rows = route.rows or ()
+        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if first is None or first.shape[0] != len(rows):
+            raise RouteError(
+                f"The route names {len(rows)} rows, and a copied module received "
+                f"{'no tensor' if first is None else tuple(first.shape)}. Give one adapter per row of the batch."
+            )
+        parts, order = [], []
+        for row in dict.fromkeys(rows):
+            indices = [index for index, other in enumerate(rows) if other == row]
+            chosen = torch.tensor(indices, device=first.device)
+            alone = Route((row,)) if row is not None else Route()
+            with self.state.override(alone):  # what stands inside sees these rows only
+                part = self._of(alone)(
+                    *(_rows_of(value, chosen, len(rows)) for value in args),
+                    **{key: _rows_of(value, chosen, len(rows)) for key, value in kwargs.items()},
+                )
+            parts.append(part)
+            order.extend(indices)
+        back = torch.tensor(order, device=first.device).argsort()
+        return torch.cat(parts).index_select(0, back)
+
+
+def _rows_of(value: Any, index: Tensor, rows: int) -> Any:
+    if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
+        return value.index_select(0, index)
+    return value
+
+
+class BiasSwitch:
+    """A forward hook on a module whose bias an adapter trains in place: other routes get the old bias.
+
+    Where the adapter is not active, the module runs once more as a shallow clone with the bias it had before,
+    so the result has the base's very bits, and nothing is swapped under another thread.
+    """
+
+    def __init__(self, adapter: str, names: tuple[str, ...], module: nn.Module, state: AdapterState) -> None:
+        self.adapter = adapter
+        self.originals = {name: module._parameters[name].detach().clone() for name in names}  # type: ignore[union-attr]
+        self.state = state
+        self.forwards = Forwards()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The hook: the output as it is, or made anew with the old bias, for the rows that want it."""
+        route, again = resolve(self.state, None, self.forwards)
+        if not again:
+            self.forwards.note(route)
+        if route.common_to_all(frozenset({self.adapter})):
+            return output
+        device = next(iter(module.parameters())).device
+        clone = clone_with(module, {name: old.to(device) for name, old in self.originals.items()})
+        clone.__dict__["_forward_hooks"] = OrderedDict()
+        clone.__dict__["_forward_hooks_with_kwargs"] = OrderedDict()
+        old = clone(*args, **kwargs)
+        if route.rows is None or self.adapter not in route.mentions:
+            return old
+        if output.shape[0] != len(route.rows):
+            raise RouteError(
+                f"The route names {len(route.rows)} rows, and a module with a trained bias returned "
+                f"{tuple(output.shape)}. Give one adapter per row of the batch."
+            )
+        ours = torch.tensor([row == self.adapter for row in route.rows], device=output.device)
+        return torch.where(ours.view(-1, *[1] * (output.ndim - 1)), output, old)
+
+    @staticmethod
+    def on(module: nn.Module) -> list[BiasSwitch]:
+        """The switches that hang on a module."""
+        return [hook for hook in module._forward_hooks.values() if isinstance(hook, BiasSwitch)]
+
+    @classmethod
+    def install(cls, adapter: str, names: tuple[str, ...], module: nn.Module, state: AdapterState) -> None:
+        """Remember a module's biases, hang a switch on it, and make the biases trainable."""
+        module.register_forward_hook(cls(adapter, names, module, state), with_kwargs=True)
+        for name in names:
+            module._parameters[name].requires_grad_(True)  # type: ignore[union-attr]
+
+    @staticmethod
+    def forget(module: nn.Module) -> None:
+        """Take every switch off a module and leave its biases as they were trained."""
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, BiasSwitch):
+                del module._forward_hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
+
+    @staticmethod
+    def uninstall(module: nn.Module, adapters: Collection[str]) -> None:
+        """Take the switches of some adapters off a module and give it its old biases back, bit for bit."""
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, BiasSwitch) and hook.adapter in adapters:
+                del module._forward_hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
+                for name, old in hook.originals.items():
+                    parameter: nn.Parameter = module._parameters[name]  # type: ignore[assignment]
+                    with torch.no_grad():
+                        parameter.copy_(old)
+                    parameter.requires_grad_(False)
+
+
+def biased_modules(model: nn.Module, name: str, choice: str) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    """The modules of the base whose biases an adapter trains.
+
+    Args:
+        model: The adapted model.
+        name: The adapter; what it copies whole (`ModuleCopies`) it does not train twice.
+        choice: The config's `bias`: "all", or "lora_only" for the sites alone.
+
+    Yields:
+        Path, module, and the names of its bias parameters.
+    """
+    if choice == "none":
+        return
+    bases = {id(m.base_layer) for m in model.modules() if isinstance(m, LoraLayer)}
+    copied = {
+        id(inner)
+        for holder in model.modules()
+        if isinstance(holder, ModuleCopies)
+        for module in (*holder.modules_to_save.values(), *([holder.original_module] if name in holder else []))
+        for inner in module.modules()
+    }
+    for path, module in model.named_modules():
+        if id(module) in copied or isinstance(module, (LoraLayer, ModuleCopies)):
+            continue
+        if choice == "all" or id(module) in bases:
+            names = tuple(leaf for leaf, p in module._parameters.items() if p is not None and "bias" in leaf)
+            if names:
+                yield path, module, names

@@ -1,0 +1,305 @@
+"""Merge adapters into the base weight, and take them out again to the very bit.
+
+A merge computes W₀ + Σ update in fp32 or wider from the base as it was, and writes it once in the base's dtype. The
+original weight is kept (on its device or in main memory) unless the caller gives it up, so several merges
+come out in any order. What a low-precision base could not take in is measured and reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.bases import base_of
+from lorakit.core.checks import check_known
+from lorakit.core.extras import BiasSwitch, ModuleCopies
+from lorakit.core.kinds import dense_delta
+from lorakit.core.layer import LoraLayer
+from lorakit.core.sitemap import base_tensors, copies, layers, shares_weight, state_of
+from lorakit.core.variants import variant_named
+from lorakit.errors import MergeError
+
+KeepBase = Literal[True, False, "cpu"]
+
+
+@dataclass(frozen=True)
+class SiteMerge:
+    """How one site took a merge.
+
+    Attributes:
+        path: The site.
+        survived: Share of the delta that the stored weight took in, 1 − ‖W' − (W₀ + Δ)‖ / ‖Δ‖, at least 0.
+        changed: Share of the weight's elements that changed.
+    """
+
+    path: str
+    survived: float
+    changed: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge` did.
+
+    Attributes:
+        names: The adapters merged by this call.
+        sites: How each site took it.
+        kept_bytes: Memory that the kept originals take.
+    """
+
+    names: tuple[str, ...]
+    sites: tuple[SiteMerge, ...]
+    kept_bytes: int
+
+    @property
+    def survived(self) -> float:
+        """The mean share of the delta that was taken in, 0 to 1; 1 where there was nothing to merge."""
+        return sum(site.survived for site in self.sites) / len(self.sites) if self.sites else 1.0
+
+
+def merge(model: nn.Module, *names: str, keep_base: KeepBase = True, untie: bool = False) -> MergeReport:
+    """Write adapters into the base weights.
+
+    Args:
+        model: An adapted model, changed in place.
+        names: Adapters; none means those of the default route.
+        keep_base: Keep each original weight on its device (True), in main memory ("cpu"), or not (False: this
+            cannot be undone).
+        untie: Give a site that shares its weight with another module (tied embeddings) a weight of its own.
+
+    Returns:
+        How much survived, and what the kept originals cost.
+
+    Raises:
+        MergeError: Already merged, not mergeable, a weight is shared, or the result is not finite.
+        AdapterError: There is no such adapter.
+    """
+    state = state_of(model)
+    chosen = tuple(names or state.default.names)
+    check_known(state, chosen)
+    _check_mergeable(model, chosen, untie)
+    here = [(path, layer, [n for n in chosen if n in layer.r]) for path, layer in layers(model)]
+    here = [(path, layer, new) for path, layer, new in here if new]
+    if keep_base is False:  # two passes instead of a copy: all is known to be sound before the first weight changes
+        reports = [_merged_weight(path, layer, new)[1] for path, layer, new in here]
+        for path, layer, new in here:
+            _write(layer, _merged_weight(path, layer, new)[0], new, keep_base, untie)
+    else:
+        computed = [_merged_weight(path, layer, new) for path, layer, new in here]
+        reports = [report for _, report in computed]
+        for (_, layer, new), (stored, _) in zip(here, computed, strict=True):
+            _write(layer, stored, new, keep_base, untie)
+    for _, holder in copies(model):
+        holder.merged_adapter = next((n for n in chosen if n in holder.modules_to_save), holder.merged_adapter)
+    kept = sum(layer.kept.numel() * layer.kept.element_size() for _, layer in layers(model) if layer.kept is not None)
+    return MergeReport(chosen, tuple(reports), kept)
+
+
+def unmerge(model: nn.Module, *names: str) -> None:
+    """Take adapters out of the base weights; with the last of them the very bits are back.
+
+    Args:
+        model: An adapted model, changed in place.
+        names: Adapters; none means all that are merged.
+
+    Raises:
+        MergeError: One of them is not merged, or the base's bits were not kept.
+    """
+    state = state_of(model)
+    merged = {name for _, layer in layers(model) for name in layer.merged_adapters}
+    merged |= {holder.merged_adapter for _, holder in copies(model) if holder.merged_adapter}
+    chosen = names or tuple(merged)
+    check_known(state, chosen)
+    for name in chosen:
+        if name not in merged:
+            raise MergeError(f"Adapter {name!r} is not merged. Merged here: {', '.join(sorted(merged)) or 'none'}.")
+    check_unmergeable(model, chosen)
+    for _, layer in layers(model):
+        if not any(name in layer.merged_adapters for name in chosen):
+            continue
+        left = [name for name in layer.merged_adapters if name not in chosen]
+        kept = layer.original_weight()
+        weight: Tensor = layer.base_layer.weight  # type: ignore[assignment]
+        weight.data = _sum_of_updates(layer, left)[0] if left else kept
+        layer.merged_adapters = left
+        if not left:
+            layer.kept = None
+            if layer.tied_weight is not None:
+                layer.base_layer.weight, layer.tied_weight = layer.tied_weight, None
+    for _, holder in copies(model):
+        holder.merged_adapter = None if holder.merged_adapter in chosen else holder.merged_adapter
+
+
+def merge_and_unload(model: nn.Module, *names: str, untie: bool = False) -> MergeReport:
+    """Merge adapters for good and take every trace of adapters off the model; nothing is kept, site by site.
+
+    Args:
+        model: An adapted model, changed in place into a plain one.
+        names: Adapters to merge; none means those of the default route. Others are dropped.
+        untie: As `merge`.
+
+    Returns:
+        How much of the deltas survived.
+
+    Raises:
+        MergeError: As `merge`.
+        AdapterError: There is no such adapter.
+    """
+    state = state_of(model)
+    report = merge(model, *names, keep_base=False, untie=untie)
+    for module in list(model.modules()):
+        for attribute, child in list(module._modules.items()):
+            if isinstance(child, LoraLayer):
+                module._modules[attribute] = child.base_layer
+            elif isinstance(child, ModuleCopies):
+                merged = child.merged_adapter
+                module._modules[attribute] = child.modules_to_save[merged] if merged else child.original_module
+    dropped = set(state.configs) - set(report.names)
+    for module in model.modules():
+        BiasSwitch.uninstall(module, dropped)
+        BiasSwitch.forget(module)
+    for parameter, trained in state.frozen:
+        parameter.requires_grad_(trained)
+    return report
+
+
+def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
+    """The state dict of the base with adapters merged, under the base's own names; the model is left alone.
+
+    Args:
+        model: An adapted model.
+        names: Adapters; none means those of the default route.
+
+    Returns:
+        Name -> tensor (…) in the base's dtype. Tensors without an adapter are the model's own, not copies. A weight
+        that is tied in the model and adapted in one place appears under both names, no longer the same.
+
+    Raises:
+        MergeError: An adapter cannot be merged.
+        AdapterError: There is no such adapter.
+    """
+    return dict(iter_merged(model, *names))
+
+
+def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
+    """`merged_state_dict`, one tensor at a time.
+
+    Yields:
+        Name and tensor (…).
+
+    Raises:
+        MergeError: An adapter cannot be merged.
+        AdapterError: There is no such adapter.
+    """
+    state = state_of(model)
+    chosen = tuple(names or state.default.names)
+    check_known(state, chosen)
+    _check_variants(model, chosen)
+    sites = {id(layer.base_layer): layer for _, layer in layers(model)}
+    replaced = _copied_tensors(model, chosen)
+    for name, tensor, module in base_tensors(model):
+        leaf = name.rpartition(".")[2]
+        if id(module) in sites and leaf == "weight":
+            layer = sites[id(module)]
+            here = [n for n in chosen if n in layer.r]
+            yield name, _sum_of_updates(layer, here)[0] if here else tensor.detach()
+        elif name in replaced:
+            yield name, replaced[name]
+        else:
+            biases = [s for s in BiasSwitch.on(module) if s.adapter in chosen and leaf in s.originals]
+            yield name, (module._parameters[leaf] if biases else tensor).detach()  # type: ignore[union-attr]
+
+
+def check_unmergeable(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse to unmerge where the base's bits were given up.
+
+    Raises:
+        MergeError: The message names the adapter and a site.
+    """
+    for path, layer in layers(model):
+        lost = [name for name in names if name in layer.merged_adapters]
+        if lost and layer.kept is None:
+            raise MergeError(
+                f"Adapter {lost[0]!r} was merged with keep_base=False, so the bits of {path} are gone. "
+                "Load the base anew."
+            )
+
+
+def _check_mergeable(model: nn.Module, names: Sequence[str], untie: bool) -> None:
+    _check_variants(model, names)
+    if not names:
+        raise MergeError("No adapter is active, so there is nothing to merge. Name the adapters.")
+    for path, layer in layers(model):
+        here = [name for name in names if name in layer.r]
+        twice = [name for name in here if name in layer.merged_adapters]
+        if twice:
+            raise MergeError(f"Adapter {twice[0]!r} is merged already. Unmerge it first.")
+        if here and layer.merged_adapters and layer.kept is None:
+            raise MergeError(
+                f"{path} holds {', '.join(layer.merged_adapters)}, merged with keep_base=False, so its base is gone. "
+                "Load the base anew and merge all adapters in one call."
+            )
+        shared = shares_weight(model, layer) if here and not untie else []
+        if shared:
+            raise MergeError(
+                f"{path} shares its weight with {shared[0]}; a merge would change both. Merge with untie=True to give "
+                f"{path} a weight of its own (and save with tie_word_embeddings=False), or do not adapt it."
+            )
+
+
+def _check_variants(model: nn.Module, names: Sequence[str]) -> None:
+    for path, layer in layers(model):
+        for name in names:
+            if name in layer.r and not variant_named(layer.variant[name]).mergeable:
+                raise MergeError(f"Adapter {name!r} at {path} is {layer.variant[name]}, which cannot be merged.")
+
+
+def _sum_of_updates(layer: LoraLayer, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """What to store for W₀ + Σ update, with W₀ (out, in) and the exact sum (out, in) it stands for."""
+    with torch.no_grad():
+        W = layer.read()
+        total = torch.zeros_like(W)
+        for name in names:
+            factor = layer.factor(name)
+            delta = dense_delta(factor.A.to(W.dtype), factor.B.to(W.dtype)) * factor.scale
+            total += variant_named(factor.variant).update(W, delta, factor)
+        stored = base_of(layer.base_layer).write(W + total, layer.original_weight())
+    return stored, W, total
+
+
+def _merged_weight(path: str, layer: LoraLayer, new: Sequence[str]) -> tuple[Tensor, SiteMerge]:
+    stored, W, total = _sum_of_updates(layer, [*layer.merged_adapters, *new])
+    if not bool(torch.isfinite(stored).all()):
+        raise MergeError(f"Merging {', '.join(new)} at {path} gives NaN or infinite weights. Nothing was changed.")
+    after = base_of(layer.base_layer).read(stored)
+    wanted = float(torch.linalg.vector_norm(total))
+    lost = float(torch.linalg.vector_norm(after - (W + total)))
+    changed = float((after != W).float().mean())
+    return stored, SiteMerge(path, 1.0 if wanted == 0 else max(0.0, 1.0 - lost / wanted), changed)
+
+
+def _write(layer: LoraLayer, stored: Tensor, names: Sequence[str], keep_base: KeepBase, untie: bool) -> None:
+    weight: nn.Parameter = layer.base_layer.weight  # type: ignore[assignment]
+    if keep_base is not False and layer.kept is None:
+        layer.kept = weight.detach().to("cpu") if keep_base == "cpu" else weight.detach()
+    if untie:  # a parameter of its own: the other holder keeps the old one
+        layer.tied_weight = weight if layer.tied_weight is None else layer.tied_weight
+        layer.base_layer.weight = nn.Parameter(stored, requires_grad=weight.requires_grad)
+    else:
+        weight.data = stored
+    layer.merged_adapters = [*layer.merged_adapters, *names]
+
+
+def _copied_tensors(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """Name in the base -> tensor (…) of the copy that an adapter trained in its place."""
+    found: dict[str, Tensor] = {}
+    for path, holder in copies(model):
+        for name in names:
+            if name in holder.modules_to_save:
+                for leaf, tensor in holder.modules_to_save[name].state_dict().items():
+                    found[f"{path}.{leaf}"] = tensor
+    return found

@@ -1,0 +1,275 @@
+"""Which adapter is active: one state object per model, a scoped override per context, one function that reads them.
+
+Every layer of a model refers to the model's `AdapterState`. It holds a default, replaced whole, that a new thread
+sees. `use`, `route` and `disable` lay a scoped override over it in a context variable: it ends with its block,
+also when the block raises, and no other thread or task sees it. A forward that autograd runs again (gradient
+checkpointing) must not ask what is active *now*: it takes the route that its first run had, or it raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+import weakref
+from collections.abc import Sequence
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.config import LoraConfig
+from lorakit.errors import RouteError
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which adapters a forward uses.
+
+    Attributes:
+        names: Adapters that act on every row, in the order given; none of them is the base alone.
+        rows: One adapter per row of the batch (None: the base alone), or None where all rows are alike.
+    """
+
+    names: tuple[str, ...] = ()
+    rows: tuple[str | None, ...] | None = None
+    _indices: dict[torch.device, list[tuple[str, Tensor]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @property
+    def mentions(self) -> frozenset[str]:
+        """Every adapter that some row uses."""
+        return frozenset(self.names if self.rows is None else filter(None, self.rows))
+
+    def common_to_all(self, names: frozenset[str]) -> bool:
+        """Whether every row uses each of these adapters."""
+        if self.rows is None:
+            return names <= set(self.names)
+        return all(names <= {row} for row in self.rows)
+
+    def segments(self, device: torch.device) -> list[tuple[str, Tensor]]:
+        """The rows of each adapter, made once per device and kept.
+
+        Args:
+            device: Where the indices shall live.
+
+        Returns:
+            Pairs of an adapter and its row numbers, (rows of it,) int64; rows of the base appear in none.
+        """
+        if device not in self._indices:
+            rows = self.rows or ()
+            self._indices[device] = [
+                (name, torch.tensor([i for i, row in enumerate(rows) if row == name], device=device))
+                for name in dict.fromkeys(filter(None, rows))
+            ]
+        return self._indices[device]
+
+    def describe(self) -> str:
+        """The route in words, for messages."""
+        if self.rows is not None:
+            return "rows " + ", ".join(row or "base" for row in self.rows)
+        return "adapter " + " + ".join(self.names) if self.names else "the base alone"
+
+
+BASE = Route()
+"""The base alone."""
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """An override in force: for which state, which route, and inside which backward it was opened (-1: none)."""
+
+    state: AdapterState
+    route: Route
+    backward: int
+
+
+# The only global: a context variable cannot be copied or pickled, so no object of a model may hold it.
+_SCOPES: ContextVar[tuple[_Scope, ...]] = ContextVar("lorakit_scopes", default=())
+
+
+class AdapterState:
+    """What every adapted part of one model shares: the adapters' configs and which of them is active.
+
+    Attributes:
+        configs: Adapter name -> its config.
+        default: The route where no scoped override is in force.
+        frozen: The base's parameters with the `requires_grad` they had before the first adapter came.
+        base_fingerprint: Cache of the base's fingerprint, or None.
+    """
+
+    def __init__(self) -> None:
+        self.configs: dict[str, LoraConfig] = {}
+        self.default: Route = BASE
+        self.frozen: list[tuple[torch.nn.Parameter, bool]] = []
+        self.base_fingerprint: Any = None
+        self._open: dict[int, int] = {}  # thread -> overrides open in it
+        self._told: set[int] = set()  # threads that were told of an override elsewhere
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}, "_told": set()}
+
+    def check(self, names: Sequence[str | None]) -> None:
+        """Refuse names of adapters that are not there.
+
+        Raises:
+            RouteError: A name is unknown; the message lists those that are known.
+        """
+        unknown = sorted({name for name in names if name is not None and name not in self.configs})
+        if unknown:
+            known = ", ".join(self.configs) or "none"
+            raise RouteError(f"There is no adapter {unknown[0]!r} on this model. Adapters here: {known}.")
+
+    def override(self, route: Route) -> Override:
+        """A block in which this route is in force, in this context only.
+
+        Args:
+            route: What the block's forwards use.
+        """
+        return Override(self, route)
+
+    def active(self) -> Route:
+        """The route in force for this model in this context (not the rule for a recomputation; see `resolve`)."""
+        for scope in reversed(_SCOPES.get()):
+            if scope.state is self:
+                return scope.route
+        return self.default
+
+    def _tell_of_other_threads(self) -> None:
+        thread = threading.get_ident()
+        if thread in self._told or not any(other != thread for other in list(self._open)):
+            return
+        self._told.add(thread)
+        warnings.warn(
+            "A `use`, `route` or `disable` block of another thread is open on this model; this thread does not see it "
+            f"and runs with {self.default.describe()}. Open the block in the thread that runs the forward.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+class Override(contextlib.AbstractContextManager[None]):
+    """A scoped override; it can be entered again after it has ended."""
+
+    def __init__(self, state: AdapterState, route: Route) -> None:
+        self._state, self._route = state, route
+        self._entered: list[tuple[Token[tuple[_Scope, ...]], int]] = []
+
+    def __enter__(self) -> None:
+        thread = threading.get_ident()
+        scope = _Scope(self._state, self._route, torch._C._current_graph_task_id())
+        self._entered.append((_SCOPES.set((*_SCOPES.get(), scope)), thread))
+        self._state._open[thread] = self._state._open.get(thread, 0) + 1
+
+    def __exit__(self, *_: object) -> None:
+        token, thread = self._entered.pop()
+        _SCOPES.reset(token)
+        left = self._state._open.get(thread, 1) - 1
+        if left:
+            self._state._open[thread] = left
+        else:
+            self._state._open.pop(thread, None)
+
+
+class Forwards:
+    """The forwards of one layer whose backward may still come: each lives as long as its autograd graph.
+
+    Copies and pickles of it are empty, since graphs are not copied.
+    """
+
+    def __init__(self) -> None:
+        self._alive: dict[int, weakref.ref[_Mark]] = {}
+        self._first: Route | None = None
+        self._varied = False
+
+    def __reduce__(self) -> tuple[type[Forwards], tuple[()]]:
+        return Forwards, ()
+
+    def note(self, route: Route) -> None:
+        """Take note of the route of a forward; as long as all are the same, a recomputation has no choice."""
+        if route is not self._first and not self._varied:
+            self._varied = self._first is not None and route != self._first
+            self._first = route
+
+    def remember(self, output: Tensor, route: Route) -> None:
+        """Tie a route to the graph of an output.
+
+        Args:
+            output: What the layer returned, any shape (…), with a graph.
+            route: What it ran with.
+        """
+        mark, alive = _Mark(route), self._alive
+        key = id(mark)
+        alive[key] = weakref.ref(mark, lambda _: alive.pop(key, None))
+        if output.grad_fn is not None:
+            output.grad_fn.metadata["lorakit"] = mark  # type: ignore[index]  # torch's stub calls it a method
+
+    def of_recomputation(self) -> Route:
+        """The route of the forward that autograd runs again.
+
+        Raises:
+            RouteError: Outstanding forwards used several routes, or left no trace.
+        """
+        if self._first is not None and not self._varied:
+            return self._first
+        marks = [mark for ref in list(self._alive.values()) if (mark := ref()) is not None]
+        routes = {mark.route for mark in marks}
+        if len(routes) == 1:
+            return routes.pop()
+        found = " and ".join(sorted(r.describe() for r in routes)) or "none (reentrant checkpointing leaves no trace)"
+        raise RouteError(
+            "A checkpointed forward runs again in a backward, and which adapter it used cannot be known; outstanding "
+            f"forwards: {found}. Enable checkpointing with gradient_checkpointing_kwargs={{'use_reentrant': False, "
+            "'context_fn': lorakit.core.checkpoint_contexts(model)}."
+        )
+
+
+class _Mark:
+    """A route kept alive by an autograd graph."""
+
+    __slots__ = ("__weakref__", "route")
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+
+
+def resolve(state: AdapterState, own: Route | None, forwards: Forwards) -> tuple[Route, bool]:
+    """The route that a forward of one layer uses now.
+
+    Args:
+        state: The model's state.
+        own: The layer's exception to the default, or None.
+        forwards: The layer's forwards so far.
+
+    Returns:
+        The route, and whether autograd is running this forward again.
+
+    Raises:
+        RouteError: It runs again and its first route cannot be known.
+    """
+    default = state.default if own is None else own
+    if torch.compiler.is_compiling():
+        return default, False  # a compiled graph cannot read a context variable; it has the default
+    backward = torch._C._current_graph_task_id()
+    for scope in reversed(_SCOPES.get()):
+        if scope.state is state and scope.backward == backward:
+            return scope.route, backward != -1
+    if backward != -1:
+        return forwards.of_recomputation(), True
+    if state._open:
+        state._tell_of_other_threads()
+    return default, False
+
+
+class CheckpointContexts:
+    """A `context_fn` for non-reentrant checkpointing: the recomputation gets the route that the forward had."""
+
+    def __init__(self, state: AdapterState) -> None:
+        self.state = state
+
+    def __call__(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        """The context of the forward (none) and that of its recomputation."""
+        return contextlib.nullcontext(), self.state.override(self.state.active())

@@ -1,0 +1,219 @@
+"""The map of a model: which modules can take factors, who holds them, and which share one weight.
+
+One walk gives the candidates for target matching, every parent of each module (a module can stand in several
+places), and the adapted layers. It knows nothing about configs or arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.extras import BiasSwitch, ModuleCopies
+from lorakit.core.kinds import Kind, kind_named, kind_of
+from lorakit.core.layer import LoraLayer
+from lorakit.core.routing import AdapterState
+from lorakit.errors import AdapterError
+from lorakit.targets import Candidate
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where adapters sit.
+
+    Attributes:
+        path: Dotted path in the model.
+        kind: Name of the kind.
+        out_features: Rows of the canonical weight.
+        in_features: Columns of the canonical weight.
+        layer: The layer that stands there.
+    """
+
+    path: str
+    kind: str
+    out_features: int
+    in_features: int
+    layer: LoraLayer
+
+
+@dataclass(frozen=True)
+class SiteMap:
+    """A model as attaching sees it.
+
+    Attributes:
+        modules: Path -> module, of the base and of the layers that stand in it, in order.
+        parents: id of a module -> every (parent, attribute) that holds it.
+        candidates: What targets may name.
+    """
+
+    modules: dict[str, nn.Module]
+    parents: dict[int, list[tuple[nn.Module, str]]]
+    candidates: list[Candidate]
+
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Put a module where another stands, in every place."""
+        for parent, attribute in self.parents[id(old)]:
+            parent._modules[attribute] = new
+        self.parents[id(new)] = self.parents[id(old)]
+
+
+def survey(model: nn.Module) -> SiteMap:
+    """Walk a model once.
+
+    Args:
+        model: Any module; adapters may sit in it already.
+
+    Returns:
+        The map. What stands inside an adapted layer or beside a copied module is not listed.
+    """
+    head = _output_head(model)
+    modules: dict[str, nn.Module] = {}
+    parents: dict[int, list[tuple[nn.Module, str]]] = {}
+    candidates: list[Candidate] = []
+    kinds: dict[type[nn.Module], Kind | None] = {}
+    for path, module in _outside_of_adapters(model, "", set(), parents):
+        if path:
+            modules[path] = module
+            candidates.append(_candidate(path, module, head, kinds))
+    return SiteMap(modules, parents, candidates)
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """The places of a model where adapters sit, in the model's order.
+
+    Args:
+        model: An adapted model; one without adapters has none.
+    """
+    return [
+        Site(path, layer.kind_name, slot.out_features, slot.in_features, layer)
+        for path, layer in layers(model)
+        for slot in layer.kind.slots(layer.base_layer)
+    ]
+
+
+def layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """Every adapted layer with its path."""
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def copies(model: nn.Module) -> list[tuple[str, ModuleCopies]]:
+    """Every module with trained copies, with its path."""
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, ModuleCopies)]
+
+
+def state_of(model: nn.Module) -> AdapterState:
+    """The state that the layers of a model share.
+
+    Raises:
+        AdapterError: The model has no adapters.
+    """
+    state = find_state(model)
+    if state is None:
+        raise AdapterError(f"This {type(model).__name__} has no adapters. Attach or load one first.")
+    return state
+
+
+def find_state(model: nn.Module) -> AdapterState | None:
+    """The state that the layers of a model share, or None where there are no adapters."""
+    for module in model.modules():
+        if isinstance(module, (LoraLayer, ModuleCopies)):
+            return module.state
+    return None
+
+
+def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
+    """The base's own parameters and buffers as they were before any merge, under the base's own names.
+
+    Args:
+        model: A model with or without adapters.
+
+    Yields:
+        Name without any trace of adapters, tensor (…) of any shape, and the module that holds it. Shared
+        parameters come once per name; buffers that are not saved are left out.
+    """
+    originals = {id(layer.base_layer): layer for _, layer in layers(model)}
+    for path, module in _plain_modules(model, ""):
+        layer = originals.get(id(module))
+        old = _old_biases(module)
+        prefix = f"{path}." if path else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                tensor = layer.original_weight() if layer is not None and name == "weight" else old.get(name, parameter)
+                yield prefix + name, tensor, module
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield prefix + name, buffer, module
+
+
+def shares_weight(model: nn.Module, layer: LoraLayer) -> list[str]:
+    """Names of other parameters of the base that are the same tensor as a layer's weight (tied or replicated)."""
+    weight = layer.base_layer.weight
+    return [
+        name
+        for name, _, module in base_tensors(model)
+        if module is not layer.base_layer and module._parameters.get(name.rpartition(".")[2]) is weight
+    ]
+
+
+def _old_biases(module: nn.Module) -> dict[str, Tensor]:
+    return {name: old for switch in BiasSwitch.on(module) for name, old in switch.originals.items()}
+
+
+def _plain_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The base's modules under the paths they have without adapters; one that stands in two places comes twice."""
+    if isinstance(module, LoraLayer):
+        module = module.base_layer
+    elif isinstance(module, ModuleCopies):
+        module = module.original_module
+    yield path, module
+    for attribute, child in module._modules.items():
+        if child is not None:
+            yield from _plain_modules(child, f"{path}.{attribute}" if path else attribute)
+
+
+def _outside_of_adapters(
+    module: nn.Module, path: str, seen: set[int], parents: dict[int, list[tuple[nn.Module, str]]]
+) -> Iterator[tuple[str, nn.Module]]:
+    seen.add(id(module))
+    yield path, module
+    if isinstance(module, (LoraLayer, ModuleCopies)):
+        return
+    for attribute, child in module._modules.items():
+        if child is None:
+            continue
+        parents.setdefault(id(child), []).append((module, attribute))
+        if id(child) not in seen:
+            yield from _outside_of_adapters(child, f"{path}.{attribute}" if path else attribute, seen, parents)
+
+
+def _candidate(
+    path: str, module: nn.Module, head: nn.Module | None, kinds: dict[type[nn.Module], Kind | None]
+) -> Candidate:
+    if isinstance(module, LoraLayer):
+        base, kind = module.base_layer, kind_named(module.kind_name)
+    else:
+        base = module
+        if type(base) not in kinds:
+            kinds[type(base)] = kind_of(type(base))
+        found = kinds[type(base)]
+        weight = base._parameters.get("weight") if found else None
+        if found is None or weight is None or weight.ndim != 2 or not torch.is_floating_point(weight):
+            return Candidate(path, None, type(base).__name__)
+        kind = found
+    slot = kind.slots(base)[0]
+    dense = kind.drops and module is not head and base is not head
+    return Candidate(path, kind.name, type(base).__name__, dense, slot.out_features, slot.in_features)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    if getter is None:
+        return None
+    try:
+        head = getter()
+    except (AttributeError, NotImplementedError):  # models without one differ in how they say so
+        return None
+    return head if isinstance(head, nn.Module) else None
