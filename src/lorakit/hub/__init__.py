@@ -1,0 +1,31 @@
+"""The one door to transformers and the model hub: finding models, loading them, their shapes, this machine's speed.
+
+Nothing heavy is imported before a function is called. Knows nothing of adapters or training.
+"""
+
+from __future__ import annotations
+
+from lorakit.hub.calibration import Calibration, DtypeChoice, calibrate, choose_dtype
+from lorakit.hub.models import load_model, load_tokenizer
+from lorakit.hub.packaged import PACKAGED, packaged_directory
+from lorakit.hub.shapes import shape_of, shape_of_module
+from lorakit.hub.sources import ModelSource, require, resolve
+from lorakit.hub.texts import chat_template_hash, tokenizer_hash
+
+__all__ = [
+    "PACKAGED",
+    "Calibration",
+    "DtypeChoice",
+    "ModelSource",
+    "calibrate",
+    "chat_template_hash",
+    "choose_dtype",
+    "load_model",
+    "load_tokenizer",
+    "packaged_directory",
+    "require",
+    "resolve",
+    "shape_of",
+    "shape_of_module",
+    "tokenizer_hash",
+]

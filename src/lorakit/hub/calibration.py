@@ -1,0 +1,169 @@
+"""Measures, in about two seconds, how fast this machine multiplies matrices and copies memory.
+
+bf16 products are six times as fast as fp32 on one processor, twice on the next and slower on an old one, so what
+dtype to train in, and how long a plan takes, is measured and not assumed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorakit.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+SHAPE = (1024, 1024, 2048)
+"""Rows (tokens of a batch), inner and outer width of the measured product: those of a small model's MLP."""
+
+COPIED_BYTES = 1 << 26
+"""Bytes that are copied: more than the caches of common processors hold."""
+
+NEEDED_FACTOR = 1.2
+"""How many times faster than fp32 products bf16 ones must be to be chosen: below, its rounding buys nothing."""
+
+CHOICES = ("auto", "bfloat16", "float32")
+"""What may be asked for in training."""
+
+_BUDGET_SECONDS = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How fast a device is.
+
+    Attributes:
+        bf16_flops_per_second: Of a bf16 product, one multiply-add counted as two.
+        fp32_flops_per_second: Of an fp32 product.
+        copy_bytes_per_second: Bytes read plus bytes written.
+        seconds: How long the measurement took.
+        dtype: "bfloat16" or "float32": what "auto" stands for here.
+        device: What was measured.
+        threads: Threads that torch uses on it.
+    """
+
+    bf16_flops_per_second: float
+    fp32_flops_per_second: float
+    copy_bytes_per_second: float
+    seconds: float
+    dtype: str
+    device: str
+    threads: int
+
+    @property
+    def factor(self) -> float:
+        """How many times faster bf16 products are than fp32 ones."""
+        return self.bf16_flops_per_second / self.fp32_flops_per_second
+
+    def line(self) -> str:
+        """The result as one sentence to print."""
+        bf16, fp32 = self.bf16_flops_per_second / 1e9, self.fp32_flops_per_second / 1e9
+        return (
+            f"Measured on {self.device} with {self.threads} threads in {self.seconds:.1f} s: products of "
+            f"{bf16:,.0f} GFLOP/s in bf16, {fp32:,.0f} in fp32; copies of {self.copy_bytes_per_second / 1e9:,.1f} GB/s."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DtypeChoice:
+    """A dtype and why it was taken.
+
+    Attributes:
+        dtype: "bfloat16" or "float32".
+        reason: One sentence to print.
+    """
+
+    dtype: str
+    reason: str
+
+
+def calibrate(device: str | torch.device = "cpu") -> Calibration:
+    """Measure a device: products in bf16 and fp32 of a shape as in training, and copies.
+
+    Args:
+        device: What to measure.
+
+    Returns:
+        The rates; each from the fastest of several runs, so that a busy machine disturbs them little.
+    """
+    import torch
+
+    began = time.perf_counter()
+    rates = {dtype: _product_rate(device, dtype) for dtype in (torch.bfloat16, torch.float32)}
+    copied = _copy_rate(device)
+    bf16, fp32 = rates[torch.bfloat16], rates[torch.float32]
+    return Calibration(
+        bf16_flops_per_second=bf16,
+        fp32_flops_per_second=fp32,
+        copy_bytes_per_second=copied,
+        seconds=time.perf_counter() - began,
+        dtype="bfloat16" if bf16 >= NEEDED_FACTOR * fp32 else "float32",
+        device=str(device),
+        threads=torch.get_num_threads(),
+    )
+
+
+def choose_dtype(requested: str, calibration: Calibration | None = None) -> DtypeChoice:
+    """Decide in which dtype the base is held and multiplied.
+
+    Args:
+        requested: "auto", "bfloat16" or "float32".
+        calibration: What `calibrate` gave; measured here when "auto" needs it and it is None.
+
+    Returns:
+        The dtype and the reason in a sentence.
+
+    Raises:
+        ConfigError: Anything else was asked for.
+    """
+    if requested not in CHOICES:
+        raise ConfigError(f"dtype is {requested!r}; allowed: {', '.join(CHOICES)}.")
+    if requested != "auto":
+        return DtypeChoice(requested, f"{requested}, as asked for.")
+    measured = calibration or calibrate()
+    times = f"bf16 products run at {measured.factor:.1f} times the speed of fp32 here"
+    if measured.dtype == "bfloat16":
+        return DtypeChoice("bfloat16", f"bfloat16: {times} (at least {NEEDED_FACTOR} times is asked for).")
+    return DtypeChoice("float32", f"float32: {times}, less than the {NEEDED_FACTOR} times that bf16 must bring.")
+
+
+def _product_rate(device: str | torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of x W^T, the product of a linear layer."""
+    import torch
+
+    rows, inner, outer = SHAPE
+    generator = torch.Generator().manual_seed(0)  # of its own, so that the caller's random numbers stay as they were
+    x = torch.randn(rows, inner, generator=generator).to(device, dtype)
+    weight = torch.randn(outer, inner, generator=generator).to(device, dtype)
+    with torch.no_grad():
+        seconds = _fastest(lambda: torch.nn.functional.linear(x, weight), device)
+    return 2 * rows * inner * outer / seconds
+
+
+def _copy_rate(device: str | torch.device) -> float:
+    import torch
+
+    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPIED_BYTES / _fastest(lambda: target.copy_(source), device)
+
+
+def _fastest(work: Callable[[], object], device: str | torch.device) -> float:
+    """Seconds of the fastest run within the budget; at least two, the first of which warms up."""
+    import torch
+
+    wait = torch.cuda.synchronize if str(device).startswith("cuda") else None
+    best, began = float("inf"), time.perf_counter()
+    runs = 0
+    while runs < 2 or time.perf_counter() - began < _BUDGET_SECONDS:
+        start = time.perf_counter()
+        work()
+        if wait:
+            wait()
+        if runs:
+            best = min(best, time.perf_counter() - start)
+        runs += 1
+    return best

@@ -1,0 +1,231 @@
+"""The shape of any transformers model for `lorakit.plan`, read on the meta device: names and sizes, no weights.
+
+Models of the catalogue are answered by it, without torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.errors import ModelError
+from lorakit.hub.quiet import quiet_transformers
+from lorakit.hub.sources import ModelSource, resolve
+from lorakit.plan import catalogue
+from lorakit.plan.shapes import ModelShape, PlainShape, SiteShape
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_PACKAGED_AS = {"smollm2": "SmolLM2-135M-Instruct"}
+_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
+
+_SIZES = {
+    "hidden": ("hidden_size", "d_model", "n_embd", "dim"),
+    "layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    "heads": ("num_attention_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads"),
+    "head_dim": ("head_dim", "d_kv"),
+    "intermediate": ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "decoder_ffn_dim", "hidden_dim"),
+    "positions": ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx"),
+}
+_DROPOUTS = {
+    "embedding": ("embd_pdrop", "embedding_dropout", "hidden_dropout_prob", "dropout_rate", "dropout"),
+    "residual": ("resid_pdrop", "hidden_dropout", "hidden_dropout_prob", "dropout_rate", "dropout"),
+    "attention": ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob", "dropout_rate"),
+}
+
+
+def shape_of(model: str | os.PathLike[str] | ModelSource) -> ModelShape:
+    """The shape of a model: of an existing path, else of the catalogue, else of the hub's config.
+
+    Args:
+        model: A directory, a `config.json`, a packaged or catalogue name, a hub id, or what `resolve` gave.
+
+    Returns:
+        Names and sizes of all its parts.
+
+    Raises:
+        ModelError: There is no such model, or its config cannot be turned into one.
+    """
+    if not isinstance(model, ModelSource):
+        given = os.fspath(model)
+        if not Path(given).expanduser().exists():
+            known = catalogue.published(_PACKAGED_AS.get(given, given))
+            if known is not None:
+                return dataclasses.replace(known, name=given) if given in _PACKAGED_AS else known
+        model = resolve(given)
+    return _from_config(model)
+
+
+def shape_of_module(module: nn.Module, name: str, source: str) -> ModelShape:
+    """The shape of a transformers model that exists, on whatever device.
+
+    Args:
+        module: The model; it needs a `config`.
+        name: What people call it.
+        source: Where it comes from.
+
+    Returns:
+        Names and sizes of all its parts.
+    """
+    config: Any = module.config
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    sites, others, containers = _parts(module)
+    sizes = {name: _first(text, fields) for name, fields in _SIZES.items()}
+    heads = sizes["heads"] or 1
+    hidden = sizes["hidden"] or 0
+    head_dim = sizes["head_dim"] or hidden // heads
+    dropouts = {cause: _number(text, fields) for cause, fields in _DROPOUTS.items()}
+    return ModelShape(
+        name=name,
+        source=source,
+        architecture=type(module).__name__,
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        hidden=hidden,
+        layers=sizes["layers"] or 0,
+        heads=heads,
+        kv_heads=sizes["kv_heads"] or heads,
+        head_dim=head_dim,
+        intermediate=sizes["intermediate"] or 4 * hidden,
+        vocab=getattr(text, "vocab_size", None) or _vocab(sites),
+        positions=sizes["positions"] or 0,
+        tied=any(site.tied_to for site in sites if not site.dense),
+        gated=any("gate" in site.path.rsplit(".", 1)[-1] or site.path.endswith(".wi_1") for site in sites),
+        sites=tuple(sites),
+        others=tuple(others),
+        dtype=_dtype_name(config),
+        causal=_is_causal(module, config),
+        dropouts={cause: p for cause, p in dropouts.items() if p},
+        containers=tuple(containers),
+    )
+
+
+def _from_config(source: ModelSource) -> ModelShape:
+    import torch
+    import transformers
+
+    try:
+        with quiet_transformers():
+            config = transformers.AutoConfig.from_pretrained(
+                source.path_or_id, trust_remote_code=False, local_files_only=source.kind != "hub"
+            )
+            with torch.device("meta"):
+                module = _model_class(config)(config)
+    except Exception as cause:  # configs of foreign models raise what they like
+        raise ModelError(
+            f"{source.given}: its config cannot be turned into a model "
+            f"({type(cause).__name__}: {' '.join(str(cause).split())[:240]})."
+        ) from cause
+    return shape_of_module(module, _short_name(source), source.given)
+
+
+def _model_class(config: Any) -> Any:
+    """The class that the config names, else the first automatic class that takes the config."""
+    import transformers
+
+    for architecture in config.architectures or ():
+        named = getattr(transformers, str(architecture), None)
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            return named
+    for auto in _AUTO_CLASSES:
+        found = getattr(transformers, auto)
+        if type(config) in found._model_mapping:
+            return found.from_config
+    raise ModelError(f"transformers has no model for the config {type(config).__name__}")
+
+
+def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[str]]:
+    """All modules: those that can carry an adapter, the others that own parameters, and mere containers."""
+    sites: list[SiteShape] = []
+    others: list[PlainShape] = []
+    containers: list[str] = []
+    heads = _output_heads(module)
+    owners: dict[int, str] = {}
+    for path, part in module.named_modules():
+        own = dict(part.named_parameters(recurse=False))
+        if not own:
+            if path and next(part.children(), None) is not None:
+                containers.append(path)
+            continue
+        kind = _kind(part)
+        if kind is not None:
+            tied_to = owners.setdefault(id(part.weight), path)
+            sites.append(_site(path, kind, part, tied_to if tied_to != path else None, id(part) not in heads))
+        else:
+            fresh = {name: p for name, p in own.items() if owners.setdefault(id(p), path) == path}
+            biases = sum(p.numel() for name, p in fresh.items() if "bias" in name)
+            others.append(PlainShape(path, sum(p.numel() for p in fresh.values()), biases))
+    return sites, others, sorted(containers)
+
+
+def _site(path: str, kind: str, part: Any, tied_to: str | None, inner: bool) -> SiteShape:
+    first, second = (int(size) for size in part.weight.shape)
+    # nn.Linear holds (out, in); Conv1D (in, out); an Embedding (rows, width), where the width is what comes out
+    out_features, in_features = (first, second) if kind == "Linear" else (second, first)
+    biased = getattr(part, "bias", None) is not None
+    return SiteShape(path, kind, out_features, in_features, kind != "Embedding" and inner, biased, tied_to)
+
+
+def _kind(part: Any) -> str | None:
+    from torch import nn
+
+    if isinstance(part, nn.Linear):
+        return "Linear"
+    if isinstance(part, nn.Embedding):
+        return "Embedding"
+    return "Conv1D" if type(part).__name__ == "Conv1D" else None
+
+
+def _output_heads(module: nn.Module) -> set[int]:
+    """Identities of the modules that "all-linear" leaves out: the output head, and heads of classifiers."""
+    heads = set()
+    output = getattr(module, "get_output_embeddings", lambda: None)()
+    if output is not None:
+        heads.add(id(output))
+    for name in ("score", "classifier", "qa_outputs"):
+        head = getattr(module, name, None)
+        if head is not None:
+            heads.add(id(head))
+    return heads
+
+
+def _first(config: Any, fields: Iterable[str]) -> int | None:
+    for field in fields:
+        value = getattr(config, field, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def _number(config: Any, fields: Iterable[str]) -> float:
+    for field in fields:
+        value = getattr(config, field, None)
+        if isinstance(value, int | float):
+            return float(value)
+    return 0.0
+
+
+def _vocab(sites: list[SiteShape]) -> int:
+    return max((site.in_features for site in sites if site.kind == "Embedding"), default=0)
+
+
+def _dtype_name(config: Any) -> str:
+    dtype = getattr(config, "dtype", None)
+    return "float32" if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _is_causal(module: nn.Module, config: Any) -> bool:
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    return type(module).__name__.endswith(("ForCausalLM", "LMHeadModel")) or bool(getattr(config, "is_decoder", False))
+
+
+def _short_name(source: ModelSource) -> str:
+    path = Path(source.given)
+    if source.kind == "config":
+        return path.resolve().parent.name or source.given
+    return path.resolve().name if source.kind == "directory" else source.given
