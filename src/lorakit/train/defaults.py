@@ -31,7 +31,8 @@ class Default:
         """The line of `--help`: meaning, default and reason."""
         if self.value is ...:
             return f"{self.meaning}."
-        shown = self.shown if self.shown is not None else str(self.value)
+        plain = "off" if self.value is False else str(self.value)
+        shown = self.shown if self.shown is not None else plain
         return f"{self.meaning}. Default {shown}: {self.reason}."
 
 
@@ -65,7 +66,10 @@ DEFAULTS: dict[str, Default] = {
     ),
     # the optimizer
     "learning_rate": Default(
-        "Peak learning rate", 3e-4, "about ten times that of full fine-tuning, steady from 0.1B to 8B at alpha = 2 r"
+        "Peak learning rate",
+        3e-4,
+        "about ten times that of full fine-tuning, steady from 0.1B to 8B at alpha = 2 r",
+        "3e-4",
     ),
     "lr_scheduler_type": Default(
         "Course of the learning rate after the warm-up: cosine, linear or constant",

@@ -15,7 +15,7 @@ from torch import nn
 
 from lorakit.data import Batch
 from lorakit.errors import DataError, NonFiniteError
-from lorakit.train.loss import loss_sum, trained_tokens
+from lorakit.train.loss import loss_sum
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,8 @@ def evaluate(
         for batch in batches:
             if stop():
                 return None
-            total += loss_sum(
-                model, batch.input_ids.to(device), batch.attention_mask.to(device), batch.labels.to(device)
-            ).item()
-            tokens += trained_tokens(batch.labels)
+            total += loss_sum(model, batch, device).item()
+            tokens += batch.trained_tokens
     if tokens == 0:
         raise DataError("The evaluation data holds no trained token; give --eval-data with more text.")
     if not math.isfinite(total):

@@ -5,13 +5,16 @@ Knows nothing about what is being finished.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name))
+
+_ANSWER = b"\ninterrupted: finishing this step and saving a checkpoint; once more stops at once.\n"
 
 
 class Interrupts:
@@ -23,9 +26,8 @@ class Interrupts:
         requested: Whether a signal has come.
     """
 
-    def __init__(self, on_first: Callable[[], None] = lambda: None) -> None:
+    def __init__(self) -> None:
         self.requested = False
-        self._on_first = on_first
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -44,4 +46,5 @@ class Interrupts:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self._on_first()
+        with contextlib.suppress(OSError):
+            os.write(2, _ANSWER)  # past Python's buffers: they may be in use where the signal came

@@ -80,12 +80,13 @@ class MetricsLog:
             raise DiskError(f"{self.path}: cannot be written ({cause.strerror}).") from cause
 
 
-def cut(folder: Path, step: int) -> int:
-    """Drop the rows past a step and a torn last line; they will come again.
+def cut(folder: Path, step: int, evaluated_step: int) -> int:
+    """Drop the rows that a checkpoint does not know of, and a torn last line; they will come again.
 
     Args:
         folder: The run folder.
-        step: The last step whose rows stay; -1 drops all.
+        step: The last step of the checkpoint; -1 drops all.
+        evaluated_step: The last step that it knows an evaluation of; -1 for none.
 
     Returns:
         How many whole rows were dropped.
@@ -93,8 +94,7 @@ def cut(folder: Path, step: int) -> int:
     Raises:
         DiskError: The disk refuses; the old file then still stands.
     """
-    path = folder / METRICS_FILE
     rows = read_metrics(folder).rows
-    kept = [row for row in rows if row["step"] <= step]
-    durable.write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+    kept = [row for row in rows if row["step"] <= (evaluated_step if "eval_loss" in row else step)]
+    durable.write_text(folder / METRICS_FILE, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
     return len(rows) - len(kept)

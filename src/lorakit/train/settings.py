@@ -35,11 +35,12 @@ def _path_text(value: Any) -> Any:
 
 
 def _targets(value: Any) -> Any:
-    """One word stays a word ("all-linear" or a pattern); a list of the one word "all-linear" is that word."""
-    if isinstance(value, (list, tuple, set)):
-        names = list(value)
-        return "all-linear" if names == ["all-linear"] else names
-    return value
+    """A list of one word that is "all-linear" or can only be a pattern becomes that word: flags give lists."""
+    if not isinstance(value, (list, tuple, set)):
+        return value
+    names = list(value)
+    alone = names[0] if len(names) == 1 and isinstance(names[0], str) else ""
+    return alone if alone == "all-linear" or set(alone) & set(r"*+?^$|()[]{}\\") else names
 
 
 def _dtype_word(value: Any) -> Any:

@@ -1,0 +1,42 @@
+"""`lorakit eval`: loss and perplexity of a model on data, with and without adapters."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from lorakit.cli import console
+from lorakit.train.defaults import DEFAULTS
+
+_LENGTH, _ROWS = DEFAULTS["max_length"].value, DEFAULTS["per_device_train_batch_size"].value
+
+
+def run(  # noqa: PLR0913 - the flags of the verb
+    *,
+    model: Annotated[str, Parameter(help="Model directory, hub id, or smollm2 (the packaged model).")],
+    data: Annotated[list[str], Parameter(help="Files: .txt, .md (documents) or .jsonl.")],
+    adapter: Annotated[
+        list[str] | None, Parameter(help="Adapter directories; several are evaluated side by side.")
+    ] = None,
+    max_length: Annotated[int, Parameter(help="Longest row in tokens.")] = _LENGTH,
+    batch_size: Annotated[int, Parameter(help="Rows of a batch.")] = _ROWS,
+    dtype: Annotated[str, Parameter(help="Precision of the base: auto, bfloat16 or float32.")] = "auto",
+    device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto",
+    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Take an adapter of another base.")] = False,
+    json: console.JsonFlag = False,
+) -> None:
+    """Loss and perplexity over all trained tokens of the data, of the base and of each adapter on it."""
+    from lorakit.train.comparison import EvalSettings, compare
+
+    allow = ("base_mismatch",) if allow_base_mismatch else ()
+    asked = EvalSettings(model, data, adapter or (), max_length, batch_size, dtype, device, allow)
+    found = compare(asked, console.note)
+    if json:
+        console.emit_json({"model": model, "data": data, "results": [row.as_dict() for row in found]})
+        return
+    rows: list[list[str]] = [
+        [row.name, f"{row.evaluation.loss:.4f}", f"{row.evaluation.perplexity:.2f}", f"{row.evaluation.tokens:,}"]
+        for row in found
+    ]
+    console.say(console.table(["", "loss", "perplexity", "tokens"], rows))

@@ -1,0 +1,233 @@
+"""How a run ends: the adapter of its best step is published, the plot drawn, the record closed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import RunError
+from lorakit.train import checkpoint
+from lorakit.train.memory import peak_rss_bytes
+from lorakit.train.preparing import ADAPTER_FOLDER
+from lorakit.train.publishing import model_card, plot_loss, publish_adapter
+from lorakit.train.readying import Ready
+from lorakit.train.record import versions, write_record
+
+_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        folder: The run folder.
+        ending: "finished", "stopped early" or "interrupted".
+        adapter: Folder of the adapter; None after an interruption.
+        steps: Optimizer steps done.
+        total_steps: Optimizer steps asked for.
+        adapter_step: The step that `adapter` is of; None after an interruption.
+        first_loss: Evaluation loss of the base, or None without evaluation data.
+        best_loss: Evaluation loss of `adapter`, or None.
+        trainable_parameters: Numbers trained.
+        total_parameters: Numbers of the base.
+        adapter_bytes: Size of the adapter's weights file.
+        base_bytes: Size of the base's weights in memory.
+        tokens_per_second: Over all steps, without evaluations and saving.
+        peak_rss_bytes: Largest resident size of the process.
+        seconds: From the call to the return.
+        dtype: Precision of the base.
+        plan: What was planned, as `Plan.as_dict()` gives it.
+        notes: Sentences a person should read.
+    """
+
+    folder: Path
+    ending: str
+    adapter: Path | None
+    steps: int
+    total_steps: int
+    adapter_step: int | None
+    first_loss: float | None
+    best_loss: float | None
+    trainable_parameters: int
+    total_parameters: int
+    adapter_bytes: int
+    base_bytes: int
+    tokens_per_second: float
+    peak_rss_bytes: int
+    seconds: float
+    dtype: str
+    plan: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """The result as sentences for a person."""
+        if self.ending == "interrupted":
+            return [
+                f"Interrupted at step {self.steps} of {self.total_steps}; a checkpoint is kept. "
+                f"Go on with: lorakit train --output-dir {self.folder} --resume"
+            ]
+        told = "Stopped early" if self.ending == "stopped early" else "Finished"
+        share = self.trainable_parameters / self.total_parameters
+        return [
+            f"{told} at step {self.steps} of {self.total_steps} in {self.seconds:,.0f} s, "
+            f"{self.tokens_per_second:,.0f} tokens/s, peak memory {self.peak_rss_bytes / 1e9:.2f} GB.",
+            f"Held out: {_result_sentence(self.first_loss, self.best_loss)}.",
+            f"Adapter of step {self.adapter_step}: {self.adapter} ({self.adapter_bytes / 1e6:,.1f} MB beside "
+            f"{self.base_bytes / 1e6:,.0f} MB of the base; {self.trainable_parameters:,} trained of "
+            f"{self.total_parameters:,}, {share:.2%}).",
+            *self.notes,
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as plain JSON values."""
+        values = dataclasses.asdict(self)
+        values.update(folder=str(self.folder), adapter=str(self.adapter) if self.adapter else None)
+        values["notes"] = list(self.notes)
+        return values
+
+
+def finish(ready: Ready, ending: str, seconds: float) -> RunResult:
+    """Publish what the run came to; after an interruption only the record is written.
+
+    Args:
+        ready: The run.
+        ending: "finished", "stopped early" or "interrupted".
+        seconds: Time since the run was asked for.
+
+    Returns:
+        The result, which also stands in `run.json`.
+
+    Raises:
+        RunError: No checkpoint of the run verifies.
+        DiskError: The disk refuses.
+    """
+    request, state = ready.request, ready.state
+    notes = list(ready.notes)
+    adapter = step = None
+    if ending != "interrupted":
+        step = _chosen_step(ready, notes)
+        card = model_card(_card_facts(ready, step))
+        source = request.folder / f"checkpoint-{step}"
+        adapter = publish_adapter(source, request.folder, ready.tokenizer.save_pretrained, card)
+        notes.append(plot_loss(request.folder, f"{request.source.base_name}: loss over the steps"))
+        if state.best_loss is not None and state.first_loss is not None and state.best_loss >= state.first_loss:
+            notes.append("The adapter is no better than the base on the held-out data: do not use it as it is.")
+    result = RunResult(
+        folder=request.folder,
+        ending=ending,
+        adapter=adapter,
+        steps=state.step,
+        total_steps=ready.pace.total_steps,
+        adapter_step=step,
+        first_loss=state.first_loss,
+        best_loss=state.best_loss,
+        trainable_parameters=ready.trainable_parameters,
+        total_parameters=ready.total_parameters,
+        adapter_bytes=(adapter / _WEIGHTS).stat().st_size if adapter else 0,
+        base_bytes=ready.base_bytes,
+        tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
+        peak_rss_bytes=peak_rss_bytes(),
+        seconds=seconds,
+        dtype=ready.precision.dtype,
+        plan=dict(ready.planned.values),
+        notes=tuple(notes),
+    )
+    write_record(request.folder, {**record(ready, ending), "result": result.as_dict()})
+    return result
+
+
+def record(ready: Ready, status: str) -> dict[str, Any]:
+    """The content of `run.json` but for the result.
+
+    Args:
+        ready: The run.
+        status: "running", "failed", "interrupted", "stopped early" or "finished".
+
+    Returns:
+        Plain JSON values.
+    """
+    request = ready.request
+    held_out = ready.batches.held_out_report
+    return {
+        "status": status,
+        "settings": request.settings.as_dict(),
+        "resolved": {
+            "base": request.source.base_name,
+            "dtype": ready.precision.dtype,
+            "device": str(request.device),
+            "max_length": request.forecast.max_length,
+            **dataclasses.asdict(ready.pace),
+            "trainable_parameters": ready.trainable_parameters,
+            "total_parameters": ready.total_parameters,
+        },
+        "versions": versions(),
+        "data_sha256": dict(request.hashes),
+        "data": ready.batches.train_report.as_dict(),
+        "evaluation_data": held_out.as_dict() if held_out else None,
+        "plan": dict(ready.planned.values),
+    }
+
+
+def training_facts(ready: Ready) -> dict[str, Any]:
+    """What `lorakit.json` of a saved adapter says about its training."""
+    request, state = ready.request, ready.state
+    current = state.evaluated_step == state.step
+    return {
+        "step": state.step,
+        "total_steps": ready.pace.total_steps,
+        "eval_loss": state.last_loss if current else None,
+        "base_eval_loss": state.first_loss,
+        "trained_tokens": state.trained_tokens,
+        "data_sha256": dict(request.hashes),
+        "seed": request.settings.seed,
+        "dtype": ready.precision.dtype,
+    }
+
+
+def _chosen_step(ready: Ready, notes: list[str]) -> int:
+    """The step whose checkpoint becomes `adapter/`: the best by evaluation loss, else the last."""
+    folder, state = ready.request.folder, ready.state
+    wanted = state.best_step or state.step
+    try:
+        checkpoint.verify(folder / f"checkpoint-{wanted}")
+    except RunError as cause:
+        found = checkpoint.newest_good(folder)
+        if found.path is None:
+            raise
+        notes.append(f"{cause} {ADAPTER_FOLDER} is of {found.path.name} instead.")
+        return int(found.path.name.removeprefix("checkpoint-"))
+    return wanted
+
+
+def _card_facts(ready: Ready, step: int) -> Mapping[str, Any]:
+    settings, state = ready.request.settings, ready.state
+    targets = settings.target_modules
+    return {
+        "base": ready.request.source.base_name,
+        "base_model_name_or_path": ready.request.source.recorded_name,
+        "trainable": ready.trainable_parameters,
+        "total": ready.total_parameters,
+        "r": settings.r,
+        "lora_alpha": f"{settings.lora_alpha:g}",
+        "targets": targets if isinstance(targets, str) else ", ".join(targets),
+        "data": [Path(path).name for path in settings.data],
+        "step": step,
+        "steps": ready.pace.total_steps,
+        "learning_rate": f"{settings.learning_rate:g}",
+        "seed": settings.seed,
+        "dtype": ready.precision.dtype,
+        "eval": _result_sentence(state.first_loss, state.best_loss),
+        "versions": versions(),
+    }
+
+
+def _result_sentence(first: float | None, best: float | None) -> str:
+    if best is None:
+        return "not measured, nothing was held out"
+    before = f"{math.exp(min(first, 700)):.2f} → " if first is not None else ""
+    return f"perplexity {before}{math.exp(min(best, 700)):.2f}"

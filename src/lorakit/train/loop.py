@@ -1,0 +1,220 @@
+"""The loop: step, evaluate, keep, stop. When each happens is here; how, is in the modules beside.
+
+Between two steps the run is wholly described by the trainable tensors, the optimizer's state, the random generators
+and `TrainState`; that is what makes a checkpoint enough to go on from.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorakit.data import Batch, Loader
+from lorakit.errors import NonFiniteError, RunError
+from lorakit.train.evaluation import evaluate
+from lorakit.train.interrupts import Interrupts
+from lorakit.train.memory import peak_rss_bytes
+from lorakit.train.metrics import MetricsLog
+from lorakit.train.progress import Progress
+from lorakit.train.schedule import Schedule
+from lorakit.train.state import TrainState
+from lorakit.train.step import StepResult, Trainee, train_step, without_gradient
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long and how often.
+
+    Attributes:
+        total_steps: Optimizer steps of the run.
+        accumulation: Batches of a step; fewer at the end of an epoch.
+        eval_steps: Steps between evaluations.
+        save_steps: Steps between checkpoints.
+        patience: Evaluations without a better one after which the run ends, or None.
+    """
+
+    total_steps: int
+    accumulation: int
+    eval_steps: int
+    save_steps: int
+    patience: int | None
+
+
+def steps_per_epoch(batches: int, accumulation: int) -> int:
+    """Optimizer steps of one pass over the data; the last takes the batches that are left."""
+    return -(-batches // accumulation)
+
+
+class Loop:
+    """One run from a state to its end.
+
+    Args:
+        trainee: Model and optimizer.
+        loader: Training batches, at the state's position.
+        held_out: Gives the evaluation batches anew, or None.
+        schedule: Learning rate by step.
+        pace: How long and how often.
+        state: Where the run stands; changed as it goes on.
+        save: Keeps a checkpoint of the state and returns its folder.
+        folder: The run folder.
+        progress: Where to report to.
+        saved_already: Whether the state comes from a checkpoint, so that keeping it again would change nothing.
+    """
+
+    def __init__(  # noqa: PLR0913 - the parts of a run, each named by the caller
+        self,
+        *,
+        trainee: Trainee,
+        loader: Loader,
+        held_out: Callable[[], Iterable[Batch]] | None,
+        schedule: Schedule,
+        pace: Pace,
+        state: TrainState,
+        save: Callable[[TrainState], Path],
+        folder: Path,
+        progress: Progress,
+        saved_already: bool = False,
+    ) -> None:
+        self.trainee = trainee
+        self.loader = loader
+        self.held_out = held_out
+        self.schedule = schedule
+        self.pace = pace
+        self.state = state
+        self.save = save
+        self.folder = folder
+        self.progress = progress
+        self.kept = (state.step, state.evaluated_step) if saved_already else (-1, -1)
+        self.first = True
+
+    def run(self) -> str:
+        """Go on to the end.
+
+        Returns:
+            "finished", "stopped early" or "interrupted"; a checkpoint of the last step is kept in every case.
+
+        Raises:
+            NonFiniteError: A loss or gradient became NaN or infinite; the message names the last good checkpoint.
+            RunError: As `train_step`; the message names the step and the last good checkpoint.
+            DiskError: The disk refuses.
+            KeyboardInterrupt: A second signal came.
+        """
+        self.progress.begin(self.state.step, self.pace.total_steps)
+        self.trainee.model.train()
+        with Interrupts() as interrupts, MetricsLog(self.folder) as log:
+            while True:
+                self._evaluate(log, interrupts)
+                ending = self._ending(interrupts)
+                self._keep(log, always=ending is not None)
+                if ending is not None:
+                    return ending
+                self._step(log)
+
+    def _ending(self, interrupts: Interrupts) -> str | None:
+        if self.state.step >= self.pace.total_steps and not self._evaluation_due():
+            return "finished"
+        if self.pace.patience is not None and self.state.stale_evaluations >= self.pace.patience:
+            return "stopped early"
+        return "interrupted" if interrupts.requested else None
+
+    def _evaluation_due(self) -> bool:
+        step = self.state.step
+        at_this_step = step % self.pace.eval_steps == 0 or step >= self.pace.total_steps
+        return self.held_out is not None and at_this_step and self.state.evaluated_step != step
+
+    def _evaluate(self, log: MetricsLog, interrupts: Interrupts) -> None:
+        if self.held_out is None or not self._evaluation_due():
+            return
+        self.progress.busy("evaluating")
+        try:
+            with self.trainee.computing():
+                found = evaluate(
+                    self.trainee.model, self.held_out(), self.trainee.device, stop=lambda: interrupts.requested
+                )
+        except NonFiniteError as cause:
+            raise NonFiniteError(f"{self.folder}: step {self.state.step}: {cause} {self._last_good()}") from cause
+        if found is None:
+            return
+        self.state.note_evaluation(found.loss)
+        row = {
+            "step": self.state.step,
+            "eval_loss": found.loss,
+            "eval_perplexity": found.perplexity,
+            "eval_tokens": found.tokens,
+        }
+        log.append(row)
+        self.progress.eval_row(row)
+
+    def _keep(self, log: MetricsLog, always: bool) -> None:
+        """Save where it is due: at the interval, at a new best step, and at the end."""
+        state = self.state
+        due = state.step > 0 and (state.step % self.pace.save_steps == 0 or state.best_step == state.step)
+        now = (state.step, state.evaluated_step)
+        if not (due or always) or now == self.kept:
+            return
+        self.progress.busy("saving")
+        log.sync()
+        state.data = self.loader.state()
+        self.save(state)
+        self.kept = now
+
+    def _step(self, log: MetricsLog) -> None:
+        state, began = self.state, time.perf_counter()
+        rate = self.schedule.rate(state.step)
+        try:
+            result = train_step(self.trainee, self._batches(), rate)
+        except RunError as cause:
+            kind = type(cause)
+            advice = " Try a lower --learning-rate, or --dtype float32." if kind is NonFiniteError else ""
+            text = str(cause).rstrip(".")
+            raise kind(f"{self.folder}: in step {state.step + 1} {text}.{advice} {self._last_good()}") from cause
+        seconds = time.perf_counter() - began
+        state.step += 1
+        state.tokens += result.tokens
+        state.trained_tokens += result.trained_tokens
+        state.seconds += seconds
+        row = self._row(result, rate, seconds)
+        log.append(row)
+        self.progress.train_row(row)
+        if self.first:
+            self.first = False
+            self._say_without_gradient()
+
+    def _batches(self) -> list[Batch]:
+        """The batches of the next step, which never reach over the end of an epoch."""
+        batches: list[Batch] = []
+        while len(batches) < self.pace.accumulation:
+            batches.append(next(self.loader))
+            if self.loader.epoch.is_integer():  # the batch was the last of its epoch
+                break
+        return batches
+
+    def _row(self, result: StepResult, rate: float, seconds: float) -> dict[str, float | int]:
+        return {
+            "step": self.state.step,
+            "epoch": self.loader.epoch,
+            "loss": result.loss,
+            "learning_rate": rate,
+            "grad_norm": result.grad_norm,
+            "tokens": result.tokens,
+            "trained_tokens": result.trained_tokens,
+            "seconds": seconds,
+            "tokens_per_second": result.tokens / seconds,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+
+    def _say_without_gradient(self) -> None:
+        names = without_gradient(self.trainee)
+        if names:
+            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            self.progress.say(
+                f"warning: the first step gave {len(names)} of {len(self.trainee.named)} trainable tensors no "
+                f"gradient ({listed}); they will not learn."
+            )
+
+    def _last_good(self) -> str:
+        if self.kept[0] < 0:
+            return "No checkpoint had been saved yet."
+        return f"The last good checkpoint is checkpoint-{self.kept[0]}."

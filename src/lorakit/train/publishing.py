@@ -1,0 +1,109 @@
+"""What a finished run leaves for others: `adapter/` with tokenizer and model card, and the loss plot.
+
+Knows the run folder; the adapter's files are those of the chosen checkpoint, taken over byte for byte.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorakit import durable
+from lorakit.errors import MissingExtra
+from lorakit.report.plots import loss_plot
+from lorakit.report.runs import read_metrics
+from lorakit.train import checkpoint
+from lorakit.train.preparing import ADAPTER_FOLDER, PLOT_FILE
+
+_OURS = {checkpoint.MANIFEST, checkpoint.STATE, checkpoint.OPTIMIZER, checkpoint.RANDOM}
+
+
+def publish_adapter(source: Path, folder: Path, save_tokenizer: Callable[[Path], object], card: str) -> Path:
+    """Put the adapter of a checkpoint into `adapter/`, whole or not at all.
+
+    Args:
+        source: The checkpoint; it has been verified.
+        folder: The run folder.
+        save_tokenizer: Writes the tokenizer's files into a folder.
+        card: Text of README.md.
+
+    Returns:
+        The adapter's folder.
+
+    Raises:
+        DiskError: The disk refuses.
+    """
+    final = folder / ADAPTER_FOLDER
+    with durable.publish_directory(final) as temporary:
+        for path in sorted(source.iterdir()):
+            if path.is_file() and path.name not in _OURS:
+                shutil.copyfile(path, temporary / path.name)
+        save_tokenizer(temporary)
+        durable.write_text(temporary / "README.md", card)
+        if final.exists():
+            checkpoint.discard(final)
+    return final
+
+
+def plot_loss(folder: Path, title: str) -> str:
+    """Draw `loss.svg` where matplotlib is there.
+
+    Args:
+        folder: The run folder.
+        title: A line above the plot.
+
+    Returns:
+        A sentence that says where it is, or why there is none.
+    """
+    path = folder / PLOT_FILE
+    try:
+        loss_plot(read_metrics(folder), path, title)
+    except MissingExtra as cause:
+        return str(cause)
+    return f"Loss over the steps: {path}"
+
+
+def model_card(facts: Mapping[str, Any]) -> str:
+    """The README of an adapter: what it is, how it was made, how it did, how to use it.
+
+    Args:
+        facts: base, targets, r, lora_alpha, trainable, total, data (names), step, steps, eval (a sentence), seed,
+            learning_rate, dtype, versions.
+
+    Returns:
+        Markdown with the metadata block that model hubs read.
+    """
+    base = facts["base_model_name_or_path"]
+    header = ["---", "library_name: peft", "tags:", "- lora", "- lorakit"]
+    if base:
+        header.append(f"base_model: {base}")
+    header.append("---")
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    body = f"""
+# LoRA adapter for {facts["base"]}
+
+{facts["trainable"]:,} trained parameters beside {facts["total"]:,} of the frozen base: rank {facts["r"]},
+alpha {facts["lora_alpha"]}, on {facts["targets"]}.
+
+| | |
+|---|---|
+| data | {", ".join(facts["data"])} |
+| trained | {facts["step"]} of {facts["steps"]} optimizer steps, rate {facts["learning_rate"]}, seed {facts["seed"]} |
+| result | {facts["eval"]} |
+| precision | base {facts["dtype"]}, adapter float32 |
+| made with | {versions} |
+
+```python
+from lorakit import PeftModel  # or: from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({base or "PATH_OF_THE_BASE"!r})
+model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
+```
+
+Known limits: it was measured on the data above only. Licence and limits of the base apply.
+"""
+    return "\n".join(header) + "\n" + body

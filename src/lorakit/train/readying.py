@@ -1,0 +1,198 @@
+"""From a request to a model with its adapter, optimizer and data, at the state to begin from.
+
+Nothing of the run folder is changed here; `running.py` does that, once nothing can be refused any more.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorakit import core, hub
+from lorakit.train import checkpoint
+from lorakit.train.forecast import Precision, precision
+from lorakit.train.loop import Pace, steps_per_epoch
+from lorakit.train.optim import adamw, load_state_tensors
+from lorakit.train.planning import Planned, planned_run
+from lorakit.train.preparing import RunBatches, make_batches
+from lorakit.train.progress import Progress
+from lorakit.train.request import Request
+from lorakit.train.schedule import Schedule, schedule
+from lorakit.train.settings import TrainSettings
+from lorakit.train.state import TrainState, differences, environment, restore_random_state
+from lorakit.train.step import Trainee
+
+ADAPTER = "default"
+"""Name of the adapter in the model that is trained."""
+
+_EVALUATIONS = 10
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What the loop and the ending need.
+
+    Attributes:
+        request: The request.
+        precision: Precision of the base, and the machine's speed.
+        planned: The plan.
+        tokenizer: The base's tokenizer.
+        batches: Data as batches.
+        pace: How long and how often.
+        schedule: Learning rate by step.
+        trainee: Model and optimizer.
+        state: Where the run stands.
+        found: The checkpoint that is taken up, and those that were skipped.
+        total_parameters: Numbers of the base.
+        base_bytes: Their size in memory.
+        notes: Sentences a person should read.
+    """
+
+    request: Request
+    precision: Precision
+    planned: Planned
+    tokenizer: Any
+    batches: RunBatches
+    pace: Pace
+    schedule: Schedule
+    trainee: Trainee
+    state: TrainState
+    found: checkpoint.Found
+    total_parameters: int
+    base_bytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Numbers that are trained."""
+        return sum(parameter.numel() for _, parameter in self.trainee.named)
+
+
+def make_ready(request: Request, progress: Progress) -> Ready:
+    """Load and set up everything; random generators are seeded, or as they were at the checkpoint.
+
+    Args:
+        request: A checked request.
+        progress: Told what the data is, what is planned, what is taken up.
+
+    Returns:
+        All that the loop needs.
+
+    Raises:
+        LorakitError: Data, model or checkpoint cannot be used; the message says which and why.
+    """
+    settings = request.settings
+    tokenizer = hub.load_tokenizer(request.source)
+    batches = make_batches(settings, request.data, tokenizer, request.forecast.max_length)
+    _say_data(request, batches, progress)
+    pace = make_pace(settings, batches)
+    chosen = precision(settings, request.device, _recorded_dtype(request))
+    planned = planned_run(request, pace, chosen)
+    for line in (*chosen.lines, *planned.lines):
+        progress.say(line)
+    model = hub.load_model(request.source, chosen.dtype, request.device)
+    own = list(model.parameters())
+    total, base_bytes = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
+    found = checkpoint.newest_good(request.folder) if settings.resume else checkpoint.Found(None, ())
+    notes = _put_adapter(model, request, found, progress)
+    trainee = _trainee(model, request, chosen.dtype)
+    rates = schedule(settings.learning_rate, pace.total_steps, settings.warmup_ratio, settings.lr_scheduler_type)
+    state = _take_up(request, trainee, batches, found, chosen.dtype, progress)
+    return Ready(
+        request, chosen, planned, tokenizer, batches, pace, rates, trainee, state, found, total, base_bytes, notes
+    )
+
+
+def make_pace(settings: TrainSettings, batches: RunBatches) -> Pace:
+    """How long a run is and how often it evaluates and saves; an interval that is not given is a tenth of the run.
+
+    Args:
+        settings: The intervals and lengths.
+        batches: The data.
+
+    Returns:
+        The pace.
+    """
+    accumulation = settings.gradient_accumulation_steps
+    epoch = steps_per_epoch(batches.loader.batches_per_epoch, accumulation)
+    total = settings.max_steps or max(1, math.ceil(settings.num_train_epochs * epoch))
+    eval_steps = settings.eval_steps or max(1, math.ceil(total / _EVALUATIONS))
+    return Pace(total, accumulation, eval_steps, settings.save_steps or eval_steps, settings.early_stopping_patience)
+
+
+def _say_data(request: Request, batches: RunBatches, progress: Progress) -> None:
+    for note in request.forecast.notes:
+        progress.say(note)
+    for line in batches.train_report.lines():
+        progress.say(f"training data: {line}")
+    progress.say(request.data.note)
+    if batches.held_out_report is not None:
+        for line in batches.held_out_report.lines():
+            progress.say(f"evaluation data: {line}")
+
+
+def _recorded_dtype(request: Request) -> str | None:
+    return (request.record or {}).get("resolved", {}).get("dtype")
+
+
+def _put_adapter(model: Any, request: Request, found: checkpoint.Found, progress: Progress) -> tuple[str, ...]:
+    """A fresh adapter, or the one of the checkpoint; says which and why."""
+    for path, reason in found.skipped:
+        progress.say(f"{path}: skipped, {reason}.")
+    if found.path is not None:
+        progress.say(f"Going on from {found.path}.")
+        core.load_adapter(model, found.path, ADAPTER, trainable=True)
+        return ()
+    if request.settings.resume:
+        progress.say(f"{request.folder}: there is no good checkpoint, so the run starts from its first step.")
+    allow = ("partial_targets",) if request.settings.allow_partial_targets else ()
+    report = core.attach(model, request.forecast.config, ADAPTER, allow=allow, seed=request.settings.seed)
+    for note in report.notes:
+        progress.say(note)
+    return tuple(report.notes)
+
+
+def _trainee(model: Any, request: Request, dtype: str) -> Trainee:
+    settings, device = request.settings, request.device
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)}
+        )
+    named = core.trainable_parameters(model, ADAPTER)
+    optimizer = adamw(named, settings.learning_rate, settings.weight_decay)
+    autocast = torch.bfloat16 if device.type != "cpu" and dtype == "bfloat16" else None
+    return Trainee(model, named, optimizer, device, settings.max_grad_norm, autocast)
+
+
+def _take_up(
+    request: Request, trainee: Trainee, batches: RunBatches, found: checkpoint.Found, dtype: str, progress: Progress
+) -> TrainState:
+    """Random generators, optimizer and data position: seeded, or those of the checkpoint."""
+    seed_everything(request.settings.seed)
+    if found.path is None:
+        return TrainState()
+    snapshot = checkpoint.load(found.path)
+    load_state_tensors(trainee.optimizer, trainee.named, snapshot.optimizer)
+    batches.loader.load_state(snapshot.state.data)
+    changed = differences(snapshot.environment, environment(request.device, dtype))
+    if changed:
+        progress.say(
+            f"This machine differs from the checkpoint's ({'; '.join(changed)}): results are equal within rounding, "
+            "not bit for bit."
+        )
+    restore_random_state(snapshot.random, snapshot.random_plain)
+    return snapshot.state
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every global random generator that training can draw from."""
+    random.seed(seed)
+    torch.manual_seed(seed)  # the accelerators' too
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)

@@ -1,0 +1,100 @@
+"""A run as asked for, after everything that can be refused before a weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit import hub
+from lorakit.errors import RunError, UsageError
+from lorakit.train.forecast import Forecast, forecast
+from lorakit.train.preparing import (
+    RunData,
+    check_place,
+    claim_place,
+    pick_device,
+    read_data,
+    refuse_many_processes,
+)
+from lorakit.train.progress import Progress
+from lorakit.train.record import data_hashes, read_record
+from lorakit.train.settings import TrainSettings
+from lorakit.train.sources import resumed
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is known before a weight is loaded.
+
+    Attributes:
+        settings: The settings; on resume those of the run.
+        folder: The run folder; it exists and can be written to.
+        device: Where to compute.
+        source: The base.
+        data: Records to train and evaluate on.
+        hashes: SHA-256 of the data files by path.
+        record: `run.json` of the run that is resumed, or None.
+        forecast: Shape, adapter config and length.
+    """
+
+    settings: TrainSettings
+    folder: Path
+    device: torch.device
+    source: hub.ModelSource
+    data: RunData
+    hashes: Mapping[str, str]
+    record: Mapping[str, Any] | None
+    forecast: Forecast
+
+    @property
+    def evaluation_note(self) -> str:
+        """What is evaluated on, in a sentence."""
+        return self.data.note
+
+
+def check(settings: TrainSettings, progress: Progress) -> Request:
+    """Refuse what can be refused; nothing is written but an empty folder at the very end.
+
+    Args:
+        settings: What was asked for.
+        progress: Told before something takes long.
+
+    Returns:
+        The request.
+
+    Raises:
+        LorakitError: Something cannot be done as asked; class and message say what.
+    """
+    refuse_many_processes()
+    if settings.resume:
+        settings = resumed({name: getattr(settings, name) for name in settings.model_fields_set})
+    settings.lora_config()
+    device = pick_device(settings.device)
+    check_place(settings)
+    folder = Path(settings.output_dir)
+    data = read_data(settings)
+    if settings.early_stopping_patience is not None and not data.held_out:
+        raise UsageError(f"early_stopping_patience needs evaluation data. {data.note}")
+    hashes = data_hashes([*settings.data, *(settings.eval_data or ())])
+    record = read_record(folder) if settings.resume else None
+    if record is not None:
+        _refuse_other_data(folder, record, hashes)
+    source = hub.resolve(settings.model, progress.say)
+    hub.require(source, tokenizer=True)
+    prospect = forecast(settings, source)
+    claim_place(folder)
+    return Request(settings, folder, device, source, data, hashes, record, prospect)
+
+
+def _refuse_other_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
+    before = record.get("data_sha256", {})
+    changed = [path for path in hashes if hashes[path] != before.get(path)]
+    if changed:
+        raise RunError(
+            f"{folder}: the run cannot go on, because its data changed since it began: {', '.join(changed)}. "
+            "Put the file back, or train into a new --output-dir."
+        )

@@ -1,0 +1,128 @@
+"""One run from settings to adapter: check, load, train, publish.
+
+The order is the point: whatever can be refused is refused before a weight is loaded, and nothing of an older run is
+touched before the new one can begin. The arithmetic is in `step.py`, the sequence of steps in `loop.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from lorakit import core
+from lorakit.errors import DiskError, LorakitError
+from lorakit.train import checkpoint
+from lorakit.train.ending import RunResult, finish, record, training_facts
+from lorakit.train.loop import Loop
+from lorakit.train.metrics import cut
+from lorakit.train.optim import state_tensors
+from lorakit.train.preparing import remove_run
+from lorakit.train.progress import Progress, Silence
+from lorakit.train.readying import ADAPTER, Ready, make_ready
+from lorakit.train.record import write_record
+from lorakit.train.request import check
+from lorakit.train.settings import TrainSettings
+from lorakit.train.state import TrainState, environment, random_state, restore_random_state
+
+__all__ = ["RunResult", "run"]
+
+
+def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
+    """Train an adapter as the settings say; the run is kept as a folder.
+
+    Torch's, Python's and numpy's random generators are seeded for the run and put back afterwards.
+
+    Args:
+        settings: What to do. With `resume`, what was not given is taken from the run.
+        progress: Where to report to; None is silent.
+
+    Returns:
+        What the run came to.
+
+    Raises:
+        LorakitError: Something cannot be done as asked; class and message say what. An older run has not been touched
+            unless training had begun, and then its last good checkpoint stands.
+        KeyboardInterrupt: A signal came while loading, or a second one while training.
+    """
+    began = time.perf_counter()
+    progress = progress or Silence()
+    with progress, _random_numbers_kept():
+        ready = make_ready(check(settings, progress), progress)
+        _begin(ready)
+        ending = _train(ready, progress)
+        return finish(ready, ending, time.perf_counter() - began)
+
+
+def _begin(ready: Ready) -> None:
+    """From here on files of the run change."""
+    folder, settings = ready.request.folder, ready.request.settings
+    if settings.overwrite:
+        remove_run(folder)
+    for path, _ in ready.found.skipped:
+        checkpoint.set_aside(path)
+    if settings.resume:
+        cut(folder, ready.state.step if ready.found.path else -1, ready.state.evaluated_step)
+    write_record(folder, record(ready, "running"))
+
+
+def _train(ready: Ready, progress: Progress) -> str:
+    """The loop; how it failed is written into the record before it is raised."""
+    folder = ready.request.folder
+    loop = Loop(
+        trainee=ready.trainee,
+        loader=ready.batches.loader,
+        held_out=ready.batches.held_out,
+        schedule=ready.schedule,
+        pace=ready.pace,
+        state=ready.state,
+        save=lambda state: _save(ready, state),
+        folder=folder,
+        progress=progress,
+        saved_already=ready.found.path is not None,
+    )
+    try:
+        return loop.run()
+    except LorakitError as cause:
+        error = {"code": cause.code, "message": str(cause)}
+        with contextlib.suppress(DiskError):
+            write_record(folder, {**record(ready, "failed"), "error": error})
+        raise
+
+
+def _save(ready: Ready, state: TrainState) -> Path:
+    request, trainee = ready.request, ready.trainee
+    tensors, plain = random_state()
+    snapshot = checkpoint.Snapshot(
+        state=state,
+        optimizer=state_tensors(trainee.optimizer, trainee.named),
+        random=tensors,
+        random_plain=plain,
+        environment=environment(request.device, ready.precision.dtype),
+        schedule=dataclasses.asdict(ready.schedule),
+    )
+
+    def write_adapter(folder: Path) -> None:
+        core.save_adapter(
+            trainee.model,
+            folder,
+            ADAPTER,
+            training=training_facts(ready),
+            base_model_name_or_path=request.source.recorded_name,
+            base_name=request.source.base_name,
+        )
+
+    path = checkpoint.save(request.folder, snapshot, write_adapter)
+    checkpoint.prune(request.folder, request.settings.save_total_limit, state.best_step)
+    return path
+
+
+@contextlib.contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    tensors, plain = random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(tensors, plain)
