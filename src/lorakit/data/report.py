@@ -94,7 +94,12 @@ class DataReport:
                 "differently once the conversation goes on; one row per answer trains them all."
             )
         if self.duplicate_rows:
-            lines.append(f"{_count(self.duplicate_rows, 'row')} repeat an earlier one; they are kept.")
+            one = self.duplicate_rows == 1
+            lines.append(
+                "1 row repeats an earlier one; it is kept."
+                if one
+                else f"{self.duplicate_rows:,} rows repeat earlier ones; they are kept."
+            )
         if self.sequences and not self.ended_rows:
             lines.append("No row trains an end of text, so the model will not learn where to stop.")
         return lines
