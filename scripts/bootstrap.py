@@ -47,8 +47,7 @@ def main():
     try:
         if is_done():
             return 0
-        VENV.mkdir(exist_ok=True)
-        with (VENV / "setup.lock").open("w") as lock:
+        with (ROOT / "pyproject.toml").open() as lock:  # a file in .venv would go when .venv is made afresh
             wait_for(lock)
             if not is_done():
                 install()
@@ -122,7 +121,7 @@ def check_room():
 def find_python():
     """Path of a Python that is new enough and can make environments; $PYTHON first, then this one."""
     names = [os.environ.get("PYTHON"), sys.executable]
-    names += ["python3.13", "python3.12", "python3.11", "python3.10", "python3.14", "/usr/bin/python3"]
+    names += ["python3", "python3.13", "python3.12", "python3.11", "python3.10", "python3.14", "/usr/bin/python3"]
     found = [path for path in (shutil.which(name) for name in names if name) if path]
     for path in found:
         if works(path, "import venv, ensurepip"):

@@ -41,6 +41,7 @@ LOWEST = {
 }  # packages without one door: the lowest floor for each
 DOORS = {  # third-party package -> the files or folders that may import it
     "transformers": ("hub",),
+    "tokenizers": ("hub",),
     "huggingface_hub": ("hub",),
     "gguf": ("hub",),
     "matplotlib": ("report/plots.py",),
@@ -273,6 +274,8 @@ def _holds_tensor(annotation: ast.AST | None) -> bool:
         return _holds_tensor(ast.parse(annotation.value, mode="eval").body)
     if isinstance(annotation, ast.Subscript) and _last_name(annotation.value) in CONTAINERS:
         return False
+    if isinstance(annotation, ast.Subscript) and _last_name(annotation.value) == "Annotated":
+        return _holds_tensor(next(ast.iter_child_nodes(annotation.slice), None))
     if isinstance(annotation, (ast.Name, ast.Attribute)):
         return _last_name(annotation) == "Tensor"
     return annotation is not None and any(_holds_tensor(child) for child in ast.iter_child_nodes(annotation))
@@ -354,6 +357,7 @@ GOOD = [
         {"a.py": "def f():\n    '''Doc." + "\n" * 70 + "'''", "peft/a.py": "def f(a, b, c, d, e, f, g, h): ..."},
     ),
     (undocumented, {"a.py": DOC + "def _f(): ...\nclass _A:\n    def f(self): ...", "b.py": ""}),
+    (shapeless, {"a.py": "def f(x: Annotated[int, Parameter(help='A Tensor of no code')]): 'Doc.'"}),
     (shapeless, {"a.py": "def f(x: Tensor) -> Tensor: 'Rows, (tokens, rank).'\ndef g(x: dict[str, Tensor]): 'Doc.'"}),
     (
         unnamed_errors,

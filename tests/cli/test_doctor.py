@@ -73,3 +73,10 @@ def test_it_examines_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert facts["torch"]["threads"] >= 1
     assert facts["packages"]["torch"]
     assert facts["speed"] is None
+
+
+def test_it_measures_speed_where_hub_can(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    speed = json.loads(capsys.readouterr().out)["speed"]
+    assert speed["bf16_flops_per_second"] > 0
+    assert speed["dtype"] in ("bfloat16", "float32")

@@ -55,6 +55,13 @@ def test_python_m_lorakit_is_the_same_program() -> None:
     assert done.stderr.endswith("Did you mean `lorakit plan`?\n")
 
 
+def test_an_unknown_verb_names_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serv", "--json"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: 'serv' is not a verb of lorakit; there are {', '.join(VERBS)}.")
+    assert json.loads(captured.out)["error"]["code"] == "LORA-E011"
+
+
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (3, 3)])
 def test_what_a_verb_returns_is_the_exit_code(verb: Any, returned: int | None, code: int) -> None:
     def run() -> int | None:

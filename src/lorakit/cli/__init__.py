@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from lorakit import __version__
 from lorakit.cli import console
-from lorakit.errors import LorakitError, nearest
+from lorakit.errors import LorakitError, UsageError, nearest
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -92,8 +92,7 @@ def application() -> App:
 
 def _dispatch(tokens: list[str]) -> int:
     if tokens and not tokens[0].startswith("-") and tokens[0] not in VERBS:
-        console.error(_unknown_verb(tokens[0]))
-        return 2
+        raise UsageError(_unknown_verb(tokens[0]))
     result = application()(tokens, exit_on_error=False, print_error=False, verbose=False)
     return result if isinstance(result, int) else 0
 
