@@ -1,0 +1,39 @@
+import dataclasses
+
+import pytest
+import torch
+
+from lorakit.errors import ConfigError
+from lorakit.hub import Calibration, calibrate, choose_dtype
+
+FAST = Calibration(3e11, 1e11, 2e10, 1.9, "bfloat16", "cpu", 2)
+SLOW = dataclasses.replace(FAST, bf16_flops_per_second=5e10, dtype="float32")
+
+
+def test_this_machine_is_measured_in_about_two_seconds_and_no_random_number_is_drawn() -> None:
+    before = torch.random.get_rng_state()
+    measured = calibrate()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert measured.seconds < 20  # about two on a free machine; tests may share theirs
+    assert min(measured.bf16_flops_per_second, measured.fp32_flops_per_second, measured.copy_bytes_per_second) > 1e6
+    assert measured.dtype == ("bfloat16" if measured.factor >= 1.2 else "float32")
+
+
+def test_the_dtype_comes_with_its_reason() -> None:
+    assert choose_dtype("auto", FAST).dtype == "bfloat16"
+    assert choose_dtype("auto", FAST).reason == (
+        "bfloat16: bf16 products run at 3.0 times the speed of fp32 here (at least 1.2 times is asked for)."
+    )
+    assert choose_dtype("auto", SLOW).dtype == "float32"
+    assert choose_dtype("auto", SLOW).reason == (
+        "float32: bf16 products run at 0.5 times the speed of fp32 here, less than the 1.2 times that bf16 must bring."
+    )
+    assert choose_dtype("float32", FAST).reason == "float32, as asked for."
+    with pytest.raises(ConfigError, match="dtype is 'int8'; allowed: auto, bfloat16, float32"):
+        choose_dtype("int8")
+
+
+def test_the_line_that_is_printed() -> None:
+    assert FAST.line() == (
+        "Measured on cpu with 2 threads in 1.9 s: products of 300 GFLOP/s in bf16, 100 in fp32; copies of 20.0 GB/s."
+    )

@@ -1,0 +1,97 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit.errors import ConfigError, ModelError
+from lorakit.hub import chat_template_hash, load_model, load_tokenizer, tokenizer_hash
+
+
+def test_a_directory_gives_back_its_model_in_its_dtype(tiny_model_directory: Path, tiny_llama: Any) -> None:
+    loaded = load_model(tiny_model_directory)
+    assert not loaded.training
+    assert loaded.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), tiny_llama.parameters(), strict=True))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    for dtype in ("bfloat16", torch.bfloat16):
+        assert load_model(tiny_model_directory, dtype=dtype).dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="dtype is 'int4'; allowed: auto, float32, bfloat16, float16"):
+        load_model(tiny_model_directory, dtype="int4")
+    with pytest.raises(ConfigError, match="task is 'x'; allowed: causal, seq2seq, classification, encoder"):
+        load_model(tiny_model_directory, task="x")
+
+
+def test_other_tasks(tiny_model_directory: Path) -> None:
+    assert type(load_model(tiny_model_directory, task="classification")).__name__ == "LlamaForSequenceClassification"
+    assert type(load_model(tiny_model_directory, task="encoder")).__name__ == "LlamaModel"
+
+
+def test_loading_leaves_the_settings_of_transformers_and_prints_nothing(
+    tiny_model_directory: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    load_model(tiny_model_directory)
+    load_tokenizer(tiny_model_directory)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_weights_that_are_missing_or_damaged(tiny_model_directory: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = tiny_model_directory / "model.safetensors"
+    whole = load_file(weights)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({key: value for key, value in whole.items() if key != name}, weights, {"format": "pt"})
+    with pytest.raises(
+        ModelError, match=f"the files lack 1 weights of the model, such as {name}; they would be random"
+    ):
+        load_model(tiny_model_directory)
+    save_file({**whole, name: torch.zeros(3, 3)}, weights, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"the model cannot be loaded|have other shapes than the config says"):
+        load_model(tiny_model_directory)
+    save_file(whole, weights, {"format": "pt"})
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"tiny-llama: the model cannot be loaded \(SafetensorError"):
+        load_model(tiny_model_directory)
+
+
+def test_code_of_a_folder_is_never_run(tiny_model_directory: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_model_directory / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
+    (tiny_model_directory / "config.json").write_text(json.dumps(config))
+    trap = tmp_path / "ran"
+    (tiny_model_directory / "mine.py").write_text(f"open({str(trap)!r}, 'w')")
+    with pytest.raises(ModelError, match="it brings its own Python code, and code from a model's folder is never run"):
+        load_model(tiny_model_directory)
+    assert not trap.exists()
+
+
+def test_a_model_without_a_tokenizer(tiny_model_directory: Path) -> None:
+    (tiny_model_directory / "tokenizer.json").unlink()
+    with pytest.raises(
+        ModelError, match=r"tiny-llama: the model directory has no tokenizer \(such as tokenizer.json\)"
+    ):
+        load_tokenizer(tiny_model_directory)
+
+
+def test_hashes_know_what_decides_and_nothing_else(tiny_model_directory: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model_directory)
+    first, template = tokenizer_hash(tokenizer), chat_template_hash(tokenizer)
+    tokenizer(["a", "b b"], padding=True, truncation=True, max_length=3)
+    tokenizer.save_pretrained(tmp_path / "again")
+    shutil.copy(tiny_model_directory / "config.json", tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
+    assert tokenizer_hash(tokenizer) == tokenizer_hash(again) == first
+    assert chat_template_hash(again) == template
+    again.add_tokens(["<new>"])
+    assert tokenizer_hash(again) != first
+    again.chat_template += " "
+    assert chat_template_hash(again) != template
+    again.chat_template = None
+    assert chat_template_hash(again) is None

@@ -1,0 +1,132 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from lorakit.errors import ModelError
+from lorakit.hub import require, resolve
+from lorakit.hub.sources import offline
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The hub is never asked for real: a test that wants an answer sets one."""
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "model_info", unreachable)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def refused(model: object, **needs: bool) -> str:
+    with pytest.raises(ModelError) as error:
+        source = resolve(model)  # type: ignore[arg-type]
+        require(source, **needs)
+    return str(error.value)
+
+
+def model_folder(path: Path, *files: str) -> Path:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    for name in files:
+        (path / name).write_bytes(b"{}")
+    return path
+
+
+def test_an_existing_path_comes_first(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "smollm2", "model.safetensors", "tokenizer.json")
+    source = resolve("smollm2")
+    require(source, weights=True, tokenizer=True)
+    assert (source.kind, source.given, source.recorded_name) == ("directory", "smollm2", "smollm2")
+    assert resolve(folder).recorded_name == str(folder)
+    config = resolve(folder / "config.json")
+    assert config.kind == "config"
+    assert "a config file gives shapes, not weights" in refused(folder / "config.json")
+
+
+def test_what_is_no_model_directory(tmp_path: Path) -> None:
+    assert "'./nothing': there is no such model directory." in refused("./nothing")
+    assert refused("no/such/model").endswith("The folder no/such does not exist either.")
+    assert "''" in refused("")
+    model_folder(tmp_path / "models" / "llama-small")
+    assert refused("models/llama-smal").endswith("Near it: models/llama-small.")
+    assert refused("models").endswith(
+        "the directory has no config.json, so it is no model. Below it, these are models: llama-small."
+    )
+    (tmp_path / "file.txt").write_text("x")
+    assert "file.txt: is a file; a model is a directory with a config.json" in refused("file.txt")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "gpt2"}))
+    assert refused("adapter").endswith(
+        "It holds an adapter: give that as --adapter, and its base as --model. Its base is 'gpt2'."
+    )
+
+
+def test_what_a_model_directory_lacks(tmp_path: Path) -> None:
+    bare = model_folder(tmp_path / "bare")
+    assert refused(bare) == (
+        f"{bare}: the model directory has no weights; model.safetensors (or its index and parts) is needed."
+    )
+    pickled = model_folder(tmp_path / "pickled", "pytorch_model.bin")
+    assert "the weights are a pickle (pytorch_model.bin), which can run code when it is opened" in refused(pickled)
+    gguf = model_folder(tmp_path / "gguf", "x.Q4_1.gguf")
+    assert "the weights are GGUF (x.Q4_1.gguf)" in refused(gguf)
+    dumb = model_folder(tmp_path / "dumb", "model.safetensors")
+    assert refused(dumb, tokenizer=True).startswith(f"{dumb}: the model directory has no tokenizer (such as tokenizer.")
+
+
+def test_a_hub_id_without_a_network() -> None:
+    said = refused("gpt3")
+    assert said.startswith(
+        "'gpt3' is no directory here and no packaged model (smollm2), and the hub cannot be reached "
+    )
+    assert "(ConnectionError: no route). Give a directory, or try again with a network." in said
+    assert "Near it: gpt2" in said
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_offline_is_respected_and_said(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "0")
+    assert offline() is None
+    monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: pytest.fail("the network was used"))
+    assert f"The network is off ({name} is set): unset it, or give a directory." in refused("some/model")
+
+
+def test_the_hub_s_cache_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "/cache/config.json")
+    source = resolve("openai-community/gpt2")
+    assert (source.kind, source.path_or_id, source.recorded_name) == ("hub", *["openai-community/gpt2"] * 2)
+
+
+def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(*files: str) -> None:
+        found = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+        monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: found)
+
+    answer("config.json", "model.safetensors")
+    assert resolve("some/model").kind == "hub"
+    answer("config.json", "pytorch_model.bin")
+    assert "the hub has no safetensors weights of this model, and only those are read." in refused("some/model")
+    answer("README.md")
+    assert "is no transformers model (no config.json)" in refused("some/model")
+
+
+def test_a_name_that_the_hub_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = huggingface_hub.errors.RepositoryNotFoundError
+    error = missing.__new__(missing, "404")
+
+    def not_found(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "model_info", not_found)
+    assert "and the hub has no model of that name that you may read." in refused("some/modle")
