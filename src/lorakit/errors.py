@@ -8,7 +8,8 @@
     ├─ RouteError (RuntimeError)     LORA-E040   which adapter a row uses is not known, or cannot be had here
     ├─ MergeError (RuntimeError)     LORA-E050   merging or unmerging is not possible as asked
     ├─ AdapterFileError (ValueError) LORA-E060   files of an adapter are missing, damaged or do not fit
-    │  └─ BaseMismatchError          LORA-E061   the adapter was made on another base
+    │  ├─ BaseMismatchError          LORA-E061   the adapter was made on another base
+    │  └─ PatternError               LORA-E062   a name pattern from a file is a regular expression, which is not run
     ├─ ModelError (ValueError)       LORA-E070   a model or tokenizer cannot be found or used
     ├─ DataError (ValueError)        LORA-E080   training data cannot be read or used
     ├─ RunError (RuntimeError)       LORA-E090   a run folder or checkpoint cannot be used, or a run cannot go on
@@ -85,6 +86,12 @@ class BaseMismatchError(AdapterFileError):
     """The adapter was made on another base model."""
 
     code = "LORA-E061"
+
+
+class PatternError(AdapterFileError):
+    """A name pattern from a file is a regular expression, which is not run."""
+
+    code = "LORA-E062"
 
 
 class ModelError(LorakitError, ValueError):

@@ -14,14 +14,22 @@ from lorakit.core.activation import (
     use,
 )
 from lorakit.core.attaching import AttachReport, attach, detach
+from lorakit.core.fingerprint import Fingerprint, fingerprint
+from lorakit.core.inspecting import AdapterSummary, inspect_adapter
 from lorakit.core.layer import LoraLayer
+from lorakit.core.loading import LoadReport, load_adapter
 from lorakit.core.merging import MergeReport, merge, merge_and_unload, merged_state_dict, unmerge
+from lorakit.core.saving import SavedAdapter, save_adapter
 from lorakit.core.sitemap import Site, sites
 
 __all__ = [
+    "AdapterSummary",
     "AttachReport",
+    "Fingerprint",
+    "LoadReport",
     "LoraLayer",
     "MergeReport",
+    "SavedAdapter",
     "Site",
     "activate",
     "adapters",
@@ -29,10 +37,14 @@ __all__ = [
     "checkpoint_contexts",
     "detach",
     "disable",
+    "fingerprint",
+    "inspect_adapter",
+    "load_adapter",
     "merge",
     "merge_and_unload",
     "merged_state_dict",
     "route",
+    "save_adapter",
     "sites",
     "trainable_parameters",
     "unmerge",

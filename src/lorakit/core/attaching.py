@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lorakit.config import LoraConfig, scale
-from lorakit.core.activation import trainable_parameters
+from lorakit.core.activation import adapter_parameters
 from lorakit.core.bases import base_of
 from lorakit.core.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
 from lorakit.core.extras import BiasSwitch, ModuleCopies, biased_modules
@@ -98,7 +98,7 @@ def attach(
     check_scales([(m.path, scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
     parts = _fresh_parts(site_map, config, found.matches, seed)
     publish(model, site_map, name, config, parts, found.saved)
-    trained = sum(p.numel() for _, p in trainable_parameters(model, name))
+    trained = sum(parameter.numel() for parameter in adapter_parameters(model, name))
     return AttachReport(name, found.matches, trained, found.notes, found.missing)
 
 
@@ -172,9 +172,10 @@ def publish(
             holder = ModuleCopies(holder, state)
             site_map.replace(site_map.modules[path], holder)
         holder.add(name)
-    for module, names in [(m, n) for _, m, n in biased_modules(model, name, config.bias)]:
-        BiasSwitch.install(name, names, module, state)
-    _tell_sites_of_old_biases(model)
+    if config.bias != "none":
+        for _, module, names in list(biased_modules(model, name, config.bias)):
+            BiasSwitch.install(name, names, module, state)
+        _tell_sites_of_old_biases(model)
 
 
 def build_factor(A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor | None, how: Factor) -> Factor:

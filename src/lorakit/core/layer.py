@@ -20,6 +20,16 @@ from lorakit.core.routing import AdapterState, Forwards, Route, resolve
 from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError, RouteError
 
+HOLDERS: Mapping[str, type[nn.ModuleDict | nn.ParameterDict]] = {
+    "lora_dropout": nn.ModuleDict,
+    "lora_A": nn.ModuleDict,
+    "lora_B": nn.ModuleDict,
+    "lora_embedding_A": nn.ParameterDict,
+    "lora_embedding_B": nn.ParameterDict,
+    "lora_magnitude_vector": nn.ModuleDict,
+}
+"""Attributes that hold something per adapter; each is made when it is first asked for, since most layers need three."""
+
 OF_THE_BASE = frozenset({"weight", "bias"})
 """Attributes that, when set on the layer, belong to the base module: other code ties weights that way."""
 
@@ -45,9 +55,6 @@ class LoraLayer(nn.Module):
         super().__init__()
         self.training = base_layer.training
         self.base_layer = base_layer
-        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
-        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
-        self.lora_dropout, self.lora_magnitude_vector = nn.ModuleDict(), nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -72,6 +79,9 @@ class LoraLayer(nn.Module):
         except AttributeError:
             if name == "base_layer" or name.startswith("__"):
                 raise
+            if name in HOLDERS:
+                holder = self._modules[name] = HOLDERS[name]()
+                return holder
             return getattr(super().__getattr__("base_layer"), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -101,13 +111,12 @@ class LoraLayer(nn.Module):
 
     def remove(self, name: str) -> None:
         """Drop an adapter's factor; one that is not here is no matter."""
-        for holder in (
-            *(self.lora_A, self.lora_B, self.lora_embedding_A, self.lora_embedding_B),
-            *(self.lora_dropout, self.lora_magnitude_vector),
-            *(self.r, self.lora_alpha, self.scaling, self.variant),
-        ):
-            if name in holder:
+        for attribute in HOLDERS:
+            holder: Any = self._modules.get(attribute)
+            if holder is not None and name in holder:
                 del holder[name]
+        for settings in (self.r, self.lora_alpha, self.scaling, self.variant):
+            settings.pop(name, None)
 
     def factor(self, name: str) -> Factor:
         """The one accessor of A and B: everything that computes with them asks here.
@@ -120,7 +129,8 @@ class LoraLayer(nn.Module):
         """
         first, second = (getattr(self, attribute)[name] for attribute in self.kind.names)
         A, B = (first.weight, second.weight) if self.kind.on_disk else (first, second)
-        vector = self.lora_magnitude_vector[name].weight if name in self.lora_magnitude_vector else None
+        vectors: Any = self._modules.get("lora_magnitude_vector", {})
+        vector = vectors[name].weight if name in vectors else None
         return Factor(A, B, self.scaling[name], self.lora_dropout[name], self.variant[name], _tensor(vector))
 
     def read(self) -> Tensor:

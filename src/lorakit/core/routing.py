@@ -98,14 +98,12 @@ class AdapterState:
         configs: Adapter name -> its config.
         default: The route where no scoped override is in force.
         frozen: The base's parameters with the `requires_grad` they had before the first adapter came.
-        base_fingerprint: Cache of the base's fingerprint, or None.
     """
 
     def __init__(self) -> None:
         self.configs: dict[str, LoraConfig] = {}
         self.default: Route = BASE
         self.frozen: list[tuple[torch.nn.Parameter, bool]] = []
-        self.base_fingerprint: Any = None
         self._open: dict[int, int] = {}  # thread -> overrides open in it
         self._told: set[int] = set()  # threads that were told of an override elsewhere
 

@@ -1,0 +1,191 @@
+"""Compare an adapter's tensors with a model: what belongs where, and everything that does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lorakit.config import LoraConfig
+from lorakit.core.extras import ModuleCopies
+from lorakit.core.keys import MAGNITUDE, PREFIX, parse, plain_path
+from lorakit.core.kinds import kind_named
+from lorakit.core.layer import LoraLayer
+from lorakit.core.patterns import literal_value
+from lorakit.core.sitemap import SiteMap
+from lorakit.errors import PatternError, TargetError, nearest
+from lorakit.targets import resolve
+
+
+@dataclass
+class Fit:
+    """Where an adapter's tensors go.
+
+    Attributes:
+        sites: Site -> its parts: "A" (r, in), "B" (out, r), and for DoRA "magnitude" (out,).
+        saved: Paths of the modules it copies.
+        copied: (id of the original module, name inside) -> tensor's name.
+        biases: (id of a module, name of the bias) -> tensor's name.
+        problems: One sentence per mismatch.
+        shape_problems: Some mismatch is one of shapes, which no allowance lifts.
+    """
+
+    sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    saved: tuple[str, ...] = ()
+    copied: dict[tuple[int, str], str] = field(default_factory=dict)
+    biases: dict[tuple[int, str], str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    shape_problems: bool = False
+
+
+def fit(tensors: Mapping[str, Tensor], config: LoraConfig, site_map: SiteMap) -> Fit:
+    """Find the place of every tensor.
+
+    Args:
+        tensors: Name on disk -> tensor (…).
+        config: The adapter's config.
+        site_map: The model's map.
+
+    Returns:
+        The places, with every mismatch in `problems`.
+    """
+    result = Fit()
+    left = dict(tensors)
+    for name in list(left):
+        key = parse(name)
+        if key is not None and (key.part != "magnitude" or config.use_dora):
+            result.sites.setdefault(key.path, {})[key.part] = left.pop(name)
+    expected, result.saved = _expected(config, site_map)
+    _take_copies(left, site_map, result)
+    _take_biases(left, config, site_map, result)
+    _check_sites(config, site_map, expected, result)
+    extra = [name for name in left if not _known_extra(name, result)]
+    result.problems += [f"unexpected {name}{_prefix_hint(name)}" for name in extra]
+    return result
+
+
+def _expected(config: LoraConfig, site_map: SiteMap) -> tuple[set[str] | None, tuple[str, ...]]:
+    """The sites that the config names, or None where only a pattern could tell; and the modules it copies."""
+    plain = dataclasses.replace(config, rank_pattern={}, alpha_pattern={})
+    only_words = not isinstance(config.target_modules, str) or config.target_modules.lower() == "all-linear"
+    only_words = only_words and config.target_modules is not None
+    if not only_words or isinstance(config.exclude_modules, str):
+        plain = dataclasses.replace(plain, target_modules="all-linear", exclude_modules=None, layers_to_transform=None)
+        plain.layers_pattern = None
+    try:
+        found = resolve(site_map.candidates, plain, allow_partial=True)
+    except TargetError:
+        return (set() if only_words else None), ()
+    only_words = only_words and not isinstance(config.exclude_modules, str)
+    return ({match.path for match in found.matches} if only_words else None), found.saved
+
+
+def _take_copies(left: dict[str, Tensor], site_map: SiteMap, result: Fit) -> None:
+    for path in result.saved:
+        module = site_map.modules[path]
+        original = module.original_module if isinstance(module, ModuleCopies) else module
+        for leaf, own in original.state_dict().items():
+            name = f"{PREFIX}{path}.{leaf}"
+            if name not in left:
+                result.problems.append(f"missing {name}")
+                continue
+            given = left.pop(name)
+            _check_shape(name, given, tuple(own.shape), result)
+            result.copied[(id(original), leaf)] = name
+
+
+def _take_biases(left: dict[str, Tensor], config: LoraConfig, site_map: SiteMap, result: Fit) -> None:
+    for path, module, leaf in _biases(config, site_map, result):
+        name = f"{PREFIX}{path}.{leaf}"
+        if name not in left:
+            result.problems.append(f"missing {name}")
+            continue
+        given = left.pop(name)
+        _check_shape(name, given, tuple(module._parameters[leaf].shape), result)  # type: ignore[union-attr]
+        result.biases[(id(module), leaf)] = name
+
+
+def _biases(config: LoraConfig, site_map: SiteMap, result: Fit) -> Iterator[tuple[str, nn.Module, str]]:
+    """Path on disk, module and name of every bias that the adapter trains."""
+    if config.bias == "none":
+        return
+    inside = tuple(path + "." for path in result.saved)
+    for path, standing in site_map.modules.items():
+        if path in result.saved or path.startswith(inside):
+            continue
+        module = standing.base_layer if isinstance(standing, LoraLayer) else standing
+        if isinstance(module, ModuleCopies):
+            continue
+        is_site = path in result.sites
+        if is_site or config.bias == "all":
+            where = f"{path}.base_layer" if is_site or isinstance(standing, LoraLayer) else plain_path(path)
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None and "bias" in leaf:
+                    yield where, module, leaf
+
+
+def _check_sites(config: LoraConfig, site_map: SiteMap, expected: set[str] | None, result: Fit) -> None:
+    candidates = {candidate.path: candidate for candidate in site_map.candidates}
+    for path in list(result.sites):
+        candidate = candidates.get(path)
+        if candidate is None or candidate.kind is None:
+            result.problems.append(f"unexpected site {path}{_hint(path, list(candidates))}")
+            del result.sites[path]
+            continue
+        if expected is not None and path not in expected:
+            result.problems.append(f"unexpected site {path}: the config does not name it")
+        _check_parts(config, path, site_map, candidate.kind, result)
+    for path in sorted((expected or set()) - set(result.sites)):
+        result.problems.append(f"missing site {path}: the config names it, and there are no tensors for it")
+
+
+def _check_parts(config: LoraConfig, path: str, site_map: SiteMap, kind_name: str, result: Fit) -> None:
+    parts, kind = result.sites[path], kind_named(kind_name)
+    wanted = {"A", "B", "magnitude"} if config.use_dora else {"A", "B"}
+    names = {"A": kind.names[0] + kind.on_disk, "B": kind.names[1] + kind.on_disk, "magnitude": MAGNITUDE}
+    lacking = sorted(wanted - set(parts))
+    result.problems += [f"missing {PREFIX}{path}.{names[part]}" for part in lacking]
+    if lacking:
+        del result.sites[path]
+        return
+    standing = site_map.modules[path]
+    base = standing.base_layer if isinstance(standing, LoraLayer) else standing
+    slot = kind.slots(base)[0]
+    rank = _rank(config, path, int(parts["A"].shape[0]) if parts["A"].ndim else 0)
+    shapes = dict(zip(("A", "B"), kind.shapes(slot, rank), strict=True))
+    shapes["magnitude"] = (slot.out_features,)
+    for part in sorted(wanted):
+        _check_shape(f"{path}.{names[part]}", parts[part], shapes[part], result)
+
+
+def _rank(config: LoraConfig, path: str, found: int) -> int:
+    """The rank that a site must have; where a pattern is not a plain name, any rank that the config mentions."""
+    try:
+        return int(literal_value(config.rank_pattern, path, config.r))
+    except PatternError:
+        return found if found in {config.r, *config.rank_pattern.values()} else config.r
+
+
+def _check_shape(name: str, given: Tensor, wanted: Sequence[int], result: Fit) -> None:
+    if tuple(given.shape) != tuple(wanted):
+        result.problems.append(f"{name} has shape {tuple(given.shape)}, {tuple(wanted)} was expected")
+        result.shape_problems = True
+
+
+def _known_extra(name: str, result: Fit) -> bool:
+    """PEFT adds the base's matrix where embeddings are targeted, that of the head, and biases beside copied modules."""
+    if any(f"{path}.{word}." in name for path in result.saved for word in ("original_module", "modules_to_save")):
+        return True
+    path = name.removeprefix(PREFIX).removesuffix(".base_layer.weight")
+    return name.endswith(".base_layer.weight") and (path in result.sites or path.endswith("lm_head"))
+
+
+def _prefix_hint(name: str) -> str:
+    return "" if name.startswith(PREFIX) else f" (names begin with {PREFIX!r} in PEFT's format)"
+
+
+def _hint(path: str, candidates: list[str]) -> str:
+    words = nearest(path, candidates, 1)
+    return f" (nearest in this model: {words[0]})" if words else ""

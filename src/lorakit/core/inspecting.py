@@ -1,0 +1,156 @@
+"""Look into an adapter's files without a model: config, sites, how strong each is, and what looks wrong."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.config import LoraConfig, scale
+from lorakit.core.checks import LARGEST_USUAL_SCALE
+from lorakit.core.fingerprint import Fingerprint
+from lorakit.core.keys import parse
+from lorakit.core.loading import read_adapter
+from lorakit.core.patterns import literal_value
+from lorakit.errors import PatternError
+
+
+@dataclass(frozen=True)
+class SiteSummary:
+    """One site of an adapter on disk.
+
+    Attributes:
+        path: Where it sits.
+        r: Rank.
+        lora_alpha: Alpha, or None where a pattern from the file is not a plain name.
+        scale: Effective scale, or None likewise.
+        in_features: Columns of A.
+        out_features: Rows of B.
+        norm: Frobenius norm of scale·B·A (without scale where that is unknown).
+    """
+
+    path: str
+    r: int
+    lora_alpha: float | None
+    scale: float | None
+    in_features: int
+    out_features: int
+    norm: float
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """An adapter on disk.
+
+    Attributes:
+        folder: Where.
+        config: Its config.
+        sites: Its sites, sorted.
+        parameters: Numbers it holds.
+        weights_bytes: Size of the weights file.
+        weights_sha256: Its SHA-256.
+        base: Fingerprint of its base, or None.
+        facts: What `lorakit.json` says besides.
+        findings: Sentences about what looks wrong; empty for a healthy adapter.
+    """
+
+    folder: str
+    config: LoraConfig
+    sites: tuple[SiteSummary, ...]
+    parameters: int
+    weights_bytes: int
+    weights_sha256: str
+    base: Fingerprint | None
+    facts: dict[str, Any]
+    findings: tuple[str, ...]
+
+
+def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
+    """Read an adapter's files and judge its health.
+
+    Args:
+        folder: A folder that PEFT or lorakit wrote.
+
+    Returns:
+        The summary; `findings` names zero B, NaN, odd scales and files that changed.
+
+    Raises:
+        AdapterFileError: A file is missing or damaged.
+        NotYetSupported: The adapter needs what is not built yet.
+    """
+    files = read_adapter(folder)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in files.file.tensors.items():
+        key = parse(name)
+        if key is not None:
+            pairs.setdefault(key.path, {})[key.part] = tensor
+    sites = tuple(
+        _site(files.config, path, parts["A"], parts["B"])
+        for path, parts in sorted(pairs.items())
+        if {"A", "B"} <= set(parts)
+    )
+    findings = [*files.warnings, *_findings(sites, pairs, files.file.tensors)]
+    return AdapterSummary(
+        folder=str(folder),
+        config=files.config,
+        sites=sites,
+        parameters=sum(tensor.numel() for tensor in files.file.tensors.values()),
+        weights_bytes=files.file.size_bytes,
+        weights_sha256=files.file.sha256,
+        base=files.sidecar.base,
+        facts=files.sidecar.facts,
+        findings=tuple(findings),
+    )
+
+
+def delta_norm(A: Tensor, B: Tensor) -> float:
+    """Frobenius norm of B·A without the product: √ trace((BᵀB)(AAᵀ)).   [docs/math.md (9)]
+
+    Args:
+        A: (r, in).
+        B: (out, r).
+    """
+    A, B = A.double().flatten(1), B.double().flatten(1)
+    return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+
+
+def _site(config: LoraConfig, path: str, A: Tensor, B: Tensor) -> SiteSummary:
+    r = int(A.shape[0])
+    try:
+        alpha: float | None = literal_value(config.alpha_pattern, path, config.lora_alpha)
+    except PatternError:
+        alpha = None
+    effective = None if alpha is None else scale(r, alpha, config.use_rslora)
+    norm = delta_norm(A, B) * (1.0 if effective is None else abs(effective))
+    return SiteSummary(path, r, alpha, effective, int(A.shape[1]), int(B.shape[0]), norm)
+
+
+def _findings(
+    sites: tuple[SiteSummary, ...], pairs: dict[str, dict[str, Tensor]], tensors: dict[str, Tensor]
+) -> list[str]:
+    found = []
+    zero = [s.path for s in sites if not bool(pairs[s.path]["A"].any()) or not bool(pairs[s.path]["B"].any())]
+    if zero:
+        what = "all" if len(zero) == len(sites) else f"{len(zero)} of {len(sites)}"
+        found.append(
+            f"B·A is zero at {what} sites, first {zero[0]}: an adapter that was never trained, or trained in vain."
+        )
+    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        found.append(f"NaN or infinite numbers in {len(bad)} tensors, first in {bad[0]}.")
+    odd = [s for s in sites if s.scale is not None and not 0 < s.scale <= LARGEST_USUAL_SCALE]
+    if odd:
+        where = f"{len(odd)} sites, first {odd[0].path}"
+        found.append(f"The scale is {odd[0].scale:g} at {where}; above 0 and at most {LARGEST_USUAL_SCALE:g} is usual.")
+    unknown = [s.path for s in sites if s.scale is None]
+    if unknown:
+        found.append(f"The scale of {len(unknown)} sites follows from a regular expression, which is not run.")
+    incomplete = [path for path, parts in pairs.items() if not {"A", "B"} <= set(parts)]
+    if incomplete:
+        found.append(f"A or B is missing at {len(incomplete)} sites, first {incomplete[0]}.")
+    if not sites:
+        found.append("There are no LoRA sites in the file.")
+    return found

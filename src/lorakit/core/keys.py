@@ -1,0 +1,84 @@
+"""Names of an adapter's tensors on disk: `base_model.model.` + path of the site + what it is.
+
+The names are PEFT's. This is their only home: saving builds names here and loading takes them apart here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lorakit.core.extras import BiasSwitch, ModuleCopies
+from lorakit.core.layer import LoraLayer
+
+PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
+
+ENDINGS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
+    f".{MAGNITUDE}": "magnitude",
+    f".{MAGNITUDE}.weight": "magnitude",  # an older PEFT wrote it so
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A name taken apart.
+
+    Attributes:
+        path: Path of the site.
+        part: "A", "B" or "magnitude".
+    """
+
+    path: str
+    part: str
+
+
+def parse(name: str) -> Key | None:
+    """Take a name apart; None where it is not that of a factor."""
+    if not name.startswith(PREFIX):
+        return None
+    rest = name.removeprefix(PREFIX)
+    for ending, part in ENDINGS.items():
+        if rest.endswith(ending):
+            return Key(rest.removesuffix(ending), part)
+    return None
+
+
+def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Everything one adapter trained, under its names on disk.
+
+    Args:
+        model: The adapted model.
+        adapter: The adapter.
+
+    Returns:
+        Name -> tensor (…), the model's own, sorted by name.
+    """
+    found: dict[str, Tensor] = {}
+    sites = {id(m.base_layer): m for m in model.modules() if isinstance(m, LoraLayer)}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter in module.r:
+            factor, kind = module.factor(adapter), module.kind
+            found[f"{PREFIX}{path}.{kind.names[0]}{kind.on_disk}"] = factor.A
+            found[f"{PREFIX}{path}.{kind.names[1]}{kind.on_disk}"] = factor.B
+            if factor.magnitude is not None:
+                found[f"{PREFIX}{path}.{MAGNITUDE}"] = factor.magnitude
+        elif isinstance(module, ModuleCopies) and adapter in module:
+            for leaf, tensor in module.modules_to_save[adapter].state_dict().items():
+                found[f"{PREFIX}{path}.{leaf}"] = tensor
+        for switch in BiasSwitch.on(module):
+            if switch.adapter == adapter:
+                where = path if id(module) in sites else plain_path(path)
+                for leaf in switch.originals:
+                    found[f"{PREFIX}{where}.{leaf}"] = module._parameters[leaf]
+    return dict(sorted(found.items()))
+
+
+def plain_path(path: str) -> str:
+    """A path in an adapted model as it is in the plain base."""
+    return ".".join(word for word in path.split(".") if word not in {"base_layer", "original_module"})

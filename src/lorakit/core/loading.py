@@ -1,0 +1,238 @@
+"""Load an adapter strictly: everything is read and checked off the model, all mismatches are told at once.
+
+Which sites an adapter has follows from its tensors' names, so no pattern of a file is ever run. Only when
+nothing is wrong, or what is wrong was allowed by name, does the model change, in one step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.config import CONFIG_FILE, LoraConfig, read_config, scale
+from lorakit.core.activation import adapter_parameters
+from lorakit.core.attaching import Part, build_factor, make_dropout, publish
+from lorakit.core.checks import check_allowances, check_bias_alone, check_new_name, check_scales
+from lorakit.core.extras import BiasSwitch, ModuleCopies
+from lorakit.core.factor import Factor
+from lorakit.core.fingerprint import DIFFERENT, compare, fingerprint
+from lorakit.core.fitting import Fit, fit
+from lorakit.core.kinds import kind_named
+from lorakit.core.layer import LoraLayer
+from lorakit.core.patterns import literal_value
+from lorakit.core.sidecar import WEIGHTS_FILE, Sidecar, integrity, read_sidecar
+from lorakit.core.sitemap import SiteMap, find_state, survey
+from lorakit.core.tensorfile import TensorFile, read_tensors
+from lorakit.core.variants import variant_for
+from lorakit.errors import AdapterFileError, BaseMismatchError, PatternError
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_adapter` did.
+
+    Attributes:
+        name: The adapter.
+        config: Its config, as read.
+        sites: How many sites it has.
+        base: Verdict on the base: same, same at other precision, unverifiable, different.
+        warnings: Sentences a person should read.
+    """
+
+    name: str
+    config: LoraConfig
+    sites: int
+    base: str
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter's folder as it was read.
+
+    Attributes:
+        folder: Where.
+        config: The config.
+        file: The weights.
+        sidecar: What `lorakit.json` says.
+        config_is_ours: The config is byte for byte the one that was written with the weights.
+        warnings: Sentences a person should read.
+    """
+
+    folder: Path
+    config: LoraConfig
+    file: TensorFile
+    sidecar: Sidecar
+    config_is_ours: bool
+    warnings: tuple[str, ...]
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    trainable: bool = False,
+    allow: Collection[str] = (),
+) -> LoadReport:
+    """Put a saved adapter on a model. The first adapter becomes active; later ones wait for `activate` or `use`.
+
+    Args:
+        model: The base, or a model that has adapters already. It is changed in place.
+        folder: A folder that PEFT or lorakit wrote.
+        name: The adapter's name here.
+        trainable: Go on training it; otherwise it is frozen.
+        allow: Refusals to lift: "base_mismatch", "key_mismatch", "nonfinite", "odd_scale".
+
+    Returns:
+        What was loaded.
+
+    Raises:
+        AdapterFileError: Files are missing or damaged, or tensors do not fit; all mismatches are named.
+        BaseMismatchError: The adapter was made on another base.
+        AdapterError: The name is taken or cannot be used.
+        ConfigError: A scale is odd, or a word in `allow` is unknown.
+        NotYetSupported: The adapter needs what is not built yet.
+    """
+    check_allowances(allow)
+    state = find_state(model)
+    check_new_name(state, name)
+    files = read_adapter(folder)
+    config = files.config
+    check_bias_alone(state, config)
+    said = list(files.warnings)
+    verdict, reason = compare(files.sidecar.base, fingerprint(model))
+    if verdict == DIFFERENT and "base_mismatch" not in allow:
+        raise BaseMismatchError(
+            f"{files.folder}: made on another base: {reason}. Load its own base, or allow 'base_mismatch'."
+        )
+    if verdict == DIFFERENT:
+        said.append(f"{files.folder}: loaded on another base as allowed: {reason}.")
+    site_map = survey(model)
+    fitted = fit(files.file.tensors, config, site_map)
+    said += _judge(files, fitted, allow)
+    parts = _parts(files, fitted, site_map, allow)
+    publish(model, site_map, name, dataclasses.replace(config, inference_mode=not trainable), parts, fitted.saved)
+    _fill_extras(model, name, fitted, files.file.tensors)
+    if not trainable:
+        _freeze(model, name)
+    for sentence in said:
+        warnings.warn(sentence, UserWarning, stacklevel=2)
+    return LoadReport(name, config, len(parts), verdict, tuple(said))
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
+    """Read and verify the files of an adapter; no model is needed.
+
+    Args:
+        folder: A folder that PEFT or lorakit wrote.
+
+    Raises:
+        AdapterFileError: A file is missing, damaged, or of a kind that is never loaded.
+        NotYetSupported: The adapter needs what is not built yet.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise AdapterFileError(f"{folder}: there is no such folder; an adapter is a folder with {CONFIG_FILE}.")
+    if not (folder / CONFIG_FILE).exists():
+        raise AdapterFileError(f"{folder}: there is no {CONFIG_FILE}, so this is not an adapter.")
+    config, unknown = read_config(folder)
+    weights = folder / WEIGHTS_FILE
+    if not weights.exists() and (folder / "adapter_model.bin").exists():
+        raise AdapterFileError(
+            f"{folder}: the weights are a pickle (adapter_model.bin), which is never loaded, since it can run code. "
+            f"Convert it to {WEIGHTS_FILE} with the program that wrote it."
+        )
+    file = read_tensors(weights)
+    sidecar = read_sidecar(folder)
+    said = []
+    if unknown:
+        said.append(f"{folder}: fields of {CONFIG_FILE} that are not known here were left out: {', '.join(unknown)}.")
+    doubt = integrity(sidecar, file, weights)
+    if doubt and sidecar.present:
+        said.append(f"{folder}: {doubt}.")
+    ours = sidecar.trusts(folder / CONFIG_FILE)
+    if sidecar.present and not ours:
+        said.append(f"{folder}: {CONFIG_FILE} was edited since the adapter was saved; it is taken as it is.")
+    return AdapterFiles(folder, config, file, sidecar, ours, tuple(said))
+
+
+def _judge(files: AdapterFiles, fitted: Fit, allow: Collection[str]) -> list[str]:
+    """Refuse what does not fit, all at once; what was allowed comes back as sentences."""
+    said = []
+    if fitted.problems:
+        shown = "; ".join(fitted.problems[:6])
+        more = f"; and {len(fitted.problems) - 6} more" if len(fitted.problems) > 6 else ""
+        if fitted.shape_problems or "key_mismatch" not in allow:
+            raise AdapterFileError(f"{files.folder}: the adapter does not fit this model: {shown}{more}.")
+        said.append(f"{files.folder}: loaded in part as allowed: {shown}{more}.")
+    bad = [key for key, tensor in files.file.tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        sentence = f"{files.folder}: NaN or infinite numbers in {len(bad)} tensors, first in {bad[0]}"
+        if "nonfinite" not in allow:
+            raise AdapterFileError(f"{sentence}. Take an earlier checkpoint, or allow 'nonfinite'.")
+        said.append(f"{sentence}.")
+    return said
+
+
+def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, allow: Collection[str]) -> list[Part]:
+    config, parts = files.config, []
+    known = files.sidecar.sites if files.config_is_ours else {}
+    kinds = {candidate.path: candidate.kind or "" for candidate in site_map.candidates}
+    scales = []
+    for path, tensors in fitted.sites.items():
+        module = site_map.modules[path]
+        base = module.base_layer if isinstance(module, LoraLayer) else module
+        kind = kind_named(kinds[path])
+        r = int(tensors["A"].shape[0])
+        alpha = _alpha(files, path, known)
+        factor_scale = scale(r, alpha, config.use_rslora)
+        scales.append((path, factor_scale))
+        weight: Tensor = base.weight  # type: ignore[assignment]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        own = {part: tensor.to(device=weight.device, dtype=dtype, copy=True) for part, tensor in tensors.items()}
+        variant = variant_for(config.use_dora, kind.name, path)
+        dropout = make_dropout(config.lora_dropout if kind.drops else 0.0)
+        how = Factor(own["A"], own["B"], factor_scale, dropout, variant.name)
+        parts.append(Part(path, kind, build_factor(own["A"], own["B"], own.get("magnitude"), how), r, alpha))
+    check_scales(scales, allow)
+    return parts
+
+
+def _alpha(files: AdapterFiles, path: str, known: dict[str, dict[str, float]]) -> float:
+    """Alpha at a site: from `lorakit.json` where the config is the one it was written with, else from the config."""
+    if path in known:
+        return float(known[path]["lora_alpha"])
+    try:
+        return literal_value(files.config.alpha_pattern, path, files.config.lora_alpha)
+    except PatternError as cause:
+        raise AdapterFileError(f"{files.folder / CONFIG_FILE}: alpha_pattern: {cause}") from None
+
+
+def _fill_extras(model: nn.Module, name: str, fitted: Fit, tensors: dict[str, Tensor]) -> None:
+    """Put the numbers of copied modules and trained biases in place."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ModuleCopies) and name in module:
+                copied = module.modules_to_save[name]
+                for leaf, own in copied.state_dict(keep_vars=True).items():
+                    key = fitted.copied.get((id(module.original_module), leaf))
+                    if key is not None:
+                        own.copy_(tensors[key])
+            for switch in BiasSwitch.on(module):
+                for leaf in switch.originals if switch.adapter == name else ():
+                    key = fitted.biases.get((id(module), leaf))
+                    if key is not None:
+                        module._parameters[leaf].copy_(tensors[key])  # type: ignore[union-attr]
+
+
+def _freeze(model: nn.Module, name: str) -> None:
+    for parameter in adapter_parameters(model, name):
+        parameter.requires_grad_(False)

@@ -1,0 +1,152 @@
+"""Save an adapter in PEFT's format, with `lorakit.json` beside it; every file durable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, LoraConfig, TaskType
+from lorakit.core.bases import base_of
+from lorakit.core.checks import check_allowances, check_known
+from lorakit.core.fingerprint import fingerprint
+from lorakit.core.keys import adapter_tensors
+from lorakit.core.sidecar import FORMAT_VERSION, METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
+from lorakit.core.sitemap import layers, state_of, survey
+from lorakit.core.tensorfile import encode
+from lorakit.durable import sha256_bytes, sha256_file, write_bytes
+from lorakit.errors import AdapterError
+from lorakit.targets import ALL_LINEAR, names_path, resolve
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What was written.
+
+    Attributes:
+        folder: Where.
+        files: The names written.
+        weights_bytes: Size of the weights.
+        weights_sha256: Their SHA-256, which identifies the adapter whatever its name.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    weights_bytes: int
+    weights_sha256: str
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    base_model_name_or_path: str | None = None,
+    facts: dict[str, Any] | None = None,
+    allow: Collection[str] = (),
+) -> SavedAdapter:
+    """Write one adapter as PEFT's two files and `lorakit.json`.
+
+    Args:
+        model: The adapted model; only read. A merged adapter is saved as it is.
+        folder: Where; it is made when it is missing. Older files of an adapter there are replaced one by one.
+        name: The adapter.
+        base_model_name_or_path: What the user gave as the base; None keeps the config's own.
+        facts: More for `lorakit.json` (training facts, hashes of the tokenizer); plain JSON values.
+        allow: Refusals to lift: "nonfinite".
+
+    Returns:
+        What was written.
+
+    Raises:
+        AdapterError: There is no such adapter, or its numbers are not finite.
+        DiskError: The disk refuses; files that stood there are whole.
+        ConfigError: A word in `allow` is unknown.
+    """
+    check_allowances(allow)
+    state = state_of(model)
+    check_known(state, [name])
+    tensors = adapter_tensors(model, name)
+    if "nonfinite" not in allow:
+        _check_finite(name, tensors)
+    config = _config_on_disk(model, state.configs[name], base_model_name_or_path)
+    weights = encode(tensors, {"format": "pt", METADATA_KEY: str(FORMAT_VERSION)})
+    folder = Path(folder)
+    present = folder / WEIGHTS_FILE
+    about = {
+        **(facts or {}),
+        "format_version": FORMAT_VERSION,
+        "weights": {"file": WEIGHTS_FILE, "sha256": sha256_bytes(weights), "bytes": len(weights)},
+        "config": {"file": CONFIG_FILE, "sha256": sha256_bytes(config)},
+        "base": fingerprint(model).as_dict(),
+        "sites": {
+            path: {"r": layer.r[name], "lora_alpha": layer.lora_alpha[name]}
+            for path, layer in layers(model)
+            if name in layer.r
+        },
+    }
+    if present.is_file():  # between two renames old weights stand beside new words: both are named until the end
+        between = {**about, "weights": {**about["weights"], "previous_sha256": sha256_file(present)}}
+        write_bytes(folder / SIDECAR_FILE, _json(between))
+    write_bytes(folder / CONFIG_FILE, config)
+    write_bytes(present, weights)
+    write_bytes(folder / SIDECAR_FILE, _json(about))
+    return SavedAdapter(folder, (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE), len(weights), sha256_bytes(weights))
+
+
+def _config_on_disk(model: nn.Module, config: LoraConfig, base: str | None) -> bytes:
+    transposed = any(
+        base_of(layer.base_layer).transposed and layer.kind.drops for _, layer in layers(model) if layer.r
+    )  # an embedding lies transposed too, but readers ask for dense layers
+    heads = HEADS_BY_TASK.get(config.task_type, ()) if isinstance(config.task_type, TaskType) else ()
+    config = dataclasses.replace(
+        config,
+        target_modules=portable_targets(model, config),
+        auto_mapping=config.auto_mapping or (None if config.task_type else _class_of(model)),
+        modules_to_save=list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None,
+        fan_in_fan_out=transposed,
+        inference_mode=True,
+        base_model_name_or_path=base if base is not None else config.base_model_name_or_path,
+    )
+    return _json(config.as_json())
+
+
+def _class_of(model: nn.Module) -> dict[str, str]:
+    """Where another program finds the base's class, written as PEFT does when no task is given; never read here."""
+    return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+
+
+def portable_targets(model: nn.Module, config: LoraConfig) -> set[str] | list[str] | str | None:
+    """The targets in words that every reader knows: "all-linear" becomes names, the shortest that name the same.
+
+    Args:
+        model: The adapted model.
+        config: The adapter's config.
+    """
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != ALL_LINEAR:
+        return config.target_modules
+    candidates = survey(model).candidates
+    paths = {match.path for match in resolve(candidates, config, allow_partial=True).matches}
+    words = {path.rpartition(".")[2] for path in paths}
+    named = {c.path for c in candidates if any(names_path(word, c.path) for word in words)}
+    return words if named == paths else paths
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _check_finite(name: str, tensors: dict[str, Tensor]) -> None:
+    bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise AdapterError(
+            f"Adapter {name!r} holds NaN or infinite numbers in {len(bad)} of {len(tensors)} tensors, first in "
+            f"{bad[0]}. It was not saved; allow 'nonfinite' to save it anyway."
+        )

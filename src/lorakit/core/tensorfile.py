@@ -1,0 +1,125 @@
+"""Read and write one safetensors file, with every check before memory is taken.
+
+The header is parsed here: its size and the number of tensors are bounded, no name stands twice, dtypes are
+floating, and the spans fill the file exactly. What passes is read into memory that is ours, never mapped, so
+that a file that changes later changes nothing here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from lorakit.durable import parse_json, read_bytes, sha256_bytes
+from lorakit.errors import AdapterFileError
+
+MAX_FILE_BYTES = 64 << 30
+MAX_HEADER_BYTES = 8 << 20
+MAX_TENSORS = 100_000
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""dtypes that an adapter's numbers may have on disk, with their size; others would be destroyed by a cast."""
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A file as it was read.
+
+    Attributes:
+        tensors: Name -> tensor (…) on the CPU.
+        metadata: The header's own words.
+        sha256: Of the whole file.
+        size_bytes: Of the whole file.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    sha256: str
+    size_bytes: int
+
+
+def encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """The bytes of a safetensors file.
+
+    Args:
+        tensors: Name -> tensor (…) on any device.
+        metadata: Words for the header.
+
+    Returns:
+        The whole file.
+    """
+    own = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+    return safetensors.torch.save(own, metadata)
+
+
+def read_tensors(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) -> TensorFile:
+    """Read a safetensors file of an adapter.
+
+    Args:
+        path: The file.
+        max_bytes: The largest size that is read.
+
+    Returns:
+        Its tensors, each (…), its metadata and its SHA-256.
+
+    Raises:
+        AdapterFileError: The file is missing, not a regular file, or its content is damaged or absurd; the
+            message says what was found where.
+    """
+    data = read_bytes(path, max_bytes)
+    header, start = _header(path, data)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise AdapterFileError(f"{path}: the header's metadata is not a table of words.")
+    if len(header) > MAX_TENSORS:
+        raise AdapterFileError(f"{path}: names {len(header):,} tensors; at most {MAX_TENSORS:,} are read.")
+    spans = sorted(_span(path, name, entry) for name, entry in header.items())
+    end = 0
+    for first, last, name in spans:
+        if first != end:
+            raise AdapterFileError(f"{path}: tensor {name!r} begins at byte {first}, where {end} was expected.")
+        end = last
+    if start + end != len(data):
+        raise AdapterFileError(
+            f"{path}: holds {len(data):,} bytes, and its header describes {start + end:,}; it is truncated or damaged."
+        )
+    return TensorFile(safetensors.torch.load(data), metadata, sha256_bytes(data), len(data))
+
+
+def _header(path: str | os.PathLike[str], data: bytes) -> tuple[dict[str, Any], int]:
+    if len(data) < 8:
+        raise AdapterFileError(f"{path}: {len(data)} bytes are too few for a safetensors file: empty or truncated.")
+    size = int.from_bytes(data[:8], "little")
+    if size > MAX_HEADER_BYTES or 8 + size > len(data):
+        kind = "a pickle, which is never loaded" if data[:2] in (b"PK", b"\x80\x02") else "damaged"
+        raise AdapterFileError(
+            f"{path}: not a safetensors file (it claims a header of {size:,} bytes); it may be {kind}."
+        )
+    try:
+        header = parse_json(data[8 : 8 + size])
+    except (ValueError, RecursionError) as cause:
+        raise AdapterFileError(f"{path}: the header is not valid JSON ({cause}).") from None
+    if not isinstance(header, dict):
+        raise AdapterFileError(f"{path}: the header is not a table of tensors.")
+    return header, 8 + size
+
+
+def _span(path: str | os.PathLike[str], name: str, entry: Any) -> tuple[int, int, str]:
+    try:
+        dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [first, last, *shape]
+    except (TypeError, KeyError, ValueError):
+        raise AdapterFileError(f"{path}: the header's entry for {name!r} is not one of a tensor.") from None
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+        raise AdapterFileError(f"{path}: tensor {name!r} has a shape or place that is not made of whole numbers.")
+    if dtype not in ITEM_BYTES:
+        raise AdapterFileError(
+            f"{path}: tensor {name!r} has dtype {dtype}; only {', '.join(ITEM_BYTES)} can hold an adapter's numbers."
+        )
+    if last - first != ITEM_BYTES[dtype] * math.prod(shape):
+        raise AdapterFileError(f"{path}: tensor {name!r} of shape {shape} does not fit its {last - first} bytes.")
+    return first, last, name
