@@ -1,6 +1,6 @@
 import pytest
 
-from lorakit.data import Document, Records, split
+from lorakit.data import Completion, Document, Records, split
 from lorakit.errors import ConfigError
 
 
@@ -36,7 +36,12 @@ def test_a_single_document_leaves_nothing_and_that_is_said(count: int) -> None:
     parts = split(documents(count), 0.05)
     assert len(parts.train) == count
     assert not parts.held_out
-    assert "the data is a single document, and documents are not cut for it. Give --eval-data" in parts.note
+    assert "the data is a single document, which is not cut for it. Give --eval-data" in parts.note
+
+
+def test_rows_that_are_no_documents_are_called_rows() -> None:
+    rows = [Completion("p", str(index)) for index in range(3)]
+    assert split(rows, 0.3).note == "1 of 3 rows is held out for evaluation (seed 0)."
 
 
 def test_two_documents_leave_one_and_zero_leaves_none() -> None:

@@ -79,6 +79,8 @@ def test_what_a_model_directory_lacks(tmp_path: Path) -> None:
     assert "the weights are a pickle (pytorch_model.bin), which can run code when it is opened" in refused(pickled)
     gguf = model_folder(tmp_path / "gguf", "x.Q4_1.gguf")
     assert "the weights are GGUF (x.Q4_1.gguf)" in refused(gguf)
+    both = model_folder(tmp_path / "both", "model.safetensors", "adapter_config.json")
+    assert f"{both}: the directory holds a model and an adapter (adapter_config.json)" in refused(both)
     dumb = model_folder(tmp_path / "dumb", "model.safetensors")
     assert refused(dumb, tokenizer=True).startswith(f"{dumb}: the model directory has no tokenizer (such as tokenizer.")
 
@@ -121,12 +123,19 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is no transformers model (no config.json)" in refused("some/model")
 
 
-def test_a_name_that_the_hub_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = huggingface_hub.errors.RepositoryNotFoundError
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("RepositoryNotFoundError", "and the hub has no model of that name that you may read."),
+        ("GatedRepoError", "the hub asks for permission to read this model; ask for it on the model's page"),
+    ],
+)
+def test_a_name_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch, kind: str, said: str) -> None:
+    missing = getattr(huggingface_hub.errors, kind)
     error = missing.__new__(missing, "404")
 
     def not_found(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(huggingface_hub, "model_info", not_found)
-    assert "and the hub has no model of that name that you may read." in refused("some/modle")
+    assert said in refused("some/modle")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lorakit.data.records import Record, Records, content_digest
+from lorakit.data.records import Document, Record, Records, content_digest
 from lorakit.errors import ConfigError
 
 DEFAULT_FRACTION = 0.05
@@ -57,7 +57,7 @@ def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: i
     distinct = sorted(set(digests))
     if len(distinct) < 2:
         note = (
-            "Nothing is held out for evaluation: the data is a single document, and documents are not cut for it. "
+            f"Nothing is held out for evaluation: the data is a single {_noun(everything, 1)}, which is not cut for it. "
             "Give --eval-data to measure on other text."
         )
         return Split(everything, Records(), note)
@@ -65,5 +65,12 @@ def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: i
     chosen = set(distinct[:count])
     train = Records((r for r, d in zip(everything, digests, strict=True) if d not in chosen), notes)
     held_out = Records(r for r, d in zip(everything, digests, strict=True) if d in chosen)
-    note = f"{len(held_out):,} of {len(everything):,} documents are held out for evaluation (seed {seed})."
+    verb = "is" if len(held_out) == 1 else "are"
+    total = f"{len(everything):,} {_noun(everything, len(everything))}"
+    note = f"{len(held_out):,} of {total} {verb} held out for evaluation (seed {seed})."
     return Split(train, held_out, note)
+
+
+def _noun(records: Records, count: int) -> str:
+    word = "document" if all(isinstance(record, Document) for record in records) else "row"
+    return word if count == 1 else f"{word}s"

@@ -42,7 +42,7 @@ class Calibration:
         seconds: How long the measurement took.
         dtype: "bfloat16" or "float32": what "auto" stands for here.
         device: What was measured.
-        threads: Threads that torch uses on it.
+        threads: Threads that torch uses on the processor.
     """
 
     bf16_flops_per_second: float
@@ -61,8 +61,9 @@ class Calibration:
     def line(self) -> str:
         """The result as one sentence to print."""
         bf16, fp32 = self.bf16_flops_per_second / 1e9, self.fp32_flops_per_second / 1e9
+        where = f"{self.device} with {self.threads} threads" if self.device == "cpu" else self.device
         return (
-            f"Measured on {self.device} with {self.threads} threads in {self.seconds:.1f} s: products of "
+            f"Measured on {where} in {self.seconds:.1f} s: products of "
             f"{bf16:,.0f} GFLOP/s in bf16, {fp32:,.0f} in fp32; copies of {self.copy_bytes_per_second / 1e9:,.1f} GB/s."
         )
 
@@ -155,7 +156,7 @@ def _fastest(work: Callable[[], object], device: str | torch.device) -> float:
     """Seconds of the fastest run within the budget; at least two, the first of which warms up."""
     import torch
 
-    wait = torch.cuda.synchronize if str(device).startswith("cuda") else None
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(torch.device(device).type)
     best, began = float("inf"), time.perf_counter()
     runs = 0
     while runs < 2 or time.perf_counter() - began < _BUDGET_SECONDS:

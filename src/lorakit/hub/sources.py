@@ -93,6 +93,11 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
     if source.kind == "config":
         raise ModelError(f"{source.given}: a config file gives shapes, not weights; give the model's directory.")
     folder = Path(source.path_or_id)
+    if weights and (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{source.given}: the directory holds a model and an adapter (adapter_config.json), and transformers would "
+            "load one on top of the other; move the adapter into a directory of its own."
+        )
     if weights and not any((folder / name).is_file() for name in _WEIGHTS):
         raise ModelError(_no_weights(source.given, folder))
     if tokenizer and not any((folder / name).is_file() for name in _TOKENIZERS):
@@ -181,6 +186,11 @@ def _ask_hub(given: str, path: Path) -> None:
         )
     try:
         info = huggingface_hub.model_info(given, timeout=HUB_TIMEOUT_SECONDS)
+    except huggingface_hub.errors.GatedRepoError:
+        raise ModelError(
+            f"{given!r}: the hub asks for permission to read this model; ask for it on the model's page, then log in "
+            "with `hf auth login`."
+        ) from None
     except huggingface_hub.errors.RepositoryNotFoundError:
         raise ModelError(
             f"{missing}, and the hub has no model of that name that you may read.{_neighbours(given, path)}"
