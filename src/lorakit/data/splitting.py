@@ -57,8 +57,8 @@ def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: i
     distinct = sorted(set(digests))
     if len(distinct) < 2:
         note = (
-            f"Nothing is held out for evaluation: the data is a single {_noun(everything, 1)}, which is not cut for it. "
-            "Give --eval-data to measure on other text."
+            f"Nothing is held out for evaluation: the data is a single {_noun(everything, 1)}, which is not cut for "
+            "it. Give --eval-data to measure on other text."
         )
         return Split(everything, Records(), note)
     count = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
