@@ -1,0 +1,37 @@
+"""plan: what a run will cost, known before it starts, from the shapes of a model alone.
+
+Exact trainable counts and why they are so, bytes by cause, FLOPs, time, sizes on disk, with full fine-tuning beside.
+Shapes come from `catalogue`, or are handed in by `lorakit.hub`. Nothing here loads torch, reads a model or measures a
+machine.
+"""
+
+from lorakit.plan import catalogue
+from lorakit.plan.estimate import Method, Plan, estimate
+from lorakit.plan.flops import Flops
+from lorakit.plan.job import Job, Speed
+from lorakit.plan.memory import Line, Memory
+from lorakit.plan.params import Count, RankTable, SiteCount, count, rank_table
+from lorakit.plan.shapes import ModelShape, PlainShape, SiteShape
+from lorakit.plan.text import render, summary
+
+__all__ = [
+    "Count",
+    "Flops",
+    "Job",
+    "Line",
+    "Memory",
+    "Method",
+    "ModelShape",
+    "Plan",
+    "PlainShape",
+    "RankTable",
+    "SiteCount",
+    "SiteShape",
+    "Speed",
+    "catalogue",
+    "count",
+    "estimate",
+    "rank_table",
+    "render",
+    "summary",
+]

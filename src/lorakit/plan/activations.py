@@ -1,0 +1,263 @@
+"""What the forward pass keeps for the backward, derived block by block from what autograd saves.
+
+Three families are known exactly (the tests count them with `torch.autograd.graph.saved_tensors_hooks`); any other
+architecture is reckoned as the nearest of them, and the plan says so. A frozen linear layer keeps nothing of its
+input; it is the factor A that makes an input live. What depends on the whole vocabulary is in `memory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from lorakit.plan.job import Job
+from lorakit.plan.params import Count, SiteCount
+from lorakit.plan.shapes import ModelShape, SiteShape
+
+_FP32, _INDEX = 4, 8
+
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+"""Sites of a block that read the same tensor, which is then kept once."""
+
+ATTENTION_OUTPUTS = ("o_proj", "attn.c_proj", "attention.output.dense")
+"""Sites whose input the fused attention keeps anyway."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the blocks of some architectures compute.
+
+    Attributes:
+        name: What the plan calls it.
+        architectures: Classes of transformers that compute so, checked by the tests.
+        block: Bytes that one block keeps for a job, whatever is adapted in it.
+        last_norm: Bytes that the norm before the head keeps, per token, for a width and bytes per number.
+        trained_norms: Bytes per token that the norms of a block keep more when their weights are trained.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    block: Callable[[ModelShape, Job], int]
+    last_norm: Callable[[int, int], int]
+    trained_norms: Callable[[int, int], int]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes kept for the backward by one batch.
+
+    Attributes:
+        family: The family that was reckoned with.
+        is_known: Whether the architecture is one of the family's own; if not, the numbers are an estimate.
+        blocks: Bytes of all blocks.
+        largest_block: Bytes of the block that keeps most.
+        outside: Bytes kept before the first and after the last block.
+        boundary: Bytes of the input of one block.
+        blocks_kept: Blocks that keep anything: those from the first adapted one on.
+        transient: Bytes of gradients that live at once while one block is gone through backward.
+    """
+
+    family: str
+    is_known: bool
+    blocks: int
+    largest_block: int
+    outside: int
+    boundary: int
+    blocks_kept: int
+    transient: int
+
+
+def _rms_norm(width: int, _: int) -> int:
+    """Input in fp32 (for a bf16 model a copy of its own) and one reciprocal root per token."""
+    return _FP32 * width + _FP32
+
+
+def _layer_norm(width: int, number: int) -> int:
+    """Input, mean and reciprocal deviation, in the model's dtype."""
+    return number * (width + 2)
+
+
+def _attention(shape: ModelShape, job: Job) -> int:
+    """What scaled dot-product attention keeps on a CPU.
+
+    Fused: q, k, v, the output, and a log-sum in fp32. With dropout inside, the unfused path: scaled q and k, and v,
+    all fp32; and three maps of rows × heads × T² in fp32: probabilities, dropout's noise, and their product.
+    """
+    tokens, number = job.batch_tokens, job.dtype_bytes
+    if shape.dropouts.get("attention"):
+        maps = job.batch_rows * shape.heads * job.length_tokens**2
+        return _FP32 * (tokens * (shape.query_width + 2 * shape.kv_width) + 3 * maps)
+    return tokens * (number * 2 * (shape.query_width + shape.kv_width) + _FP32 * shape.heads)
+
+
+def _llama_block(shape: ModelShape, job: Job) -> int:
+    """Two RMSNorms, attention, SwiGLU: gate, silu(gate), up; rotary positions keep nothing per block."""
+    number = job.dtype_bytes
+    per_token = 2 * _rms_norm(shape.hidden, number) + 3 * number * shape.intermediate
+    if any(o.path.endswith("q_norm") for o in shape.others):  # Qwen3's norms of each head
+        per_token += _FP32 * (shape.query_width + shape.kv_width + shape.heads + shape.kv_heads)
+    return job.batch_tokens * per_token + _attention(shape, job)
+
+
+def _gpt2_block(shape: ModelShape, job: Job) -> int:
+    """Two LayerNorms, attention, tanh-GELU (input, half of it, tanh, one plus tanh), noise of two dropouts."""
+    return job.batch_tokens * _classic(shape, job, 4) + _attention(shape, job)
+
+
+def _bert_block(shape: ModelShape, job: Job) -> int:
+    """As GPT-2, but GELU is one operation that keeps its input alone."""
+    return job.batch_tokens * _classic(shape, job, 1) + _attention(shape, job)
+
+
+def _classic(shape: ModelShape, job: Job, activations: int) -> int:
+    number = job.dtype_bytes
+    noise = 2 * number * shape.hidden if shape.dropouts.get("residual") else 0
+    return 2 * _layer_norm(shape.hidden, number) + activations * number * shape.intermediate + noise
+
+
+_LLAMA = Family(
+    "Llama-like block (RMSNorm, rotary, SwiGLU, sdpa)",
+    ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"),
+    _llama_block,
+    _rms_norm,
+    lambda width, number: 2 * number * width,
+)
+_GPT2 = Family(
+    "GPT-2-like block (LayerNorm, tanh-GELU, dropout)", ("GPT2LMHeadModel",), _gpt2_block, _layer_norm, lambda *_: 0
+)
+_BERT = Family(
+    "BERT-like block (LayerNorm, GELU, dropout)",
+    ("BertModel", "BertForSequenceClassification", "BertForMaskedLM"),
+    _bert_block,
+    lambda *_: 0,
+    lambda *_: 0,
+)
+FAMILIES: tuple[Family, ...] = (_LLAMA, _GPT2, _BERT)
+
+
+def family_of(shape: ModelShape) -> tuple[Family, bool]:
+    """The family of an architecture, and whether it is one of the family's own.
+
+    Args:
+        shape: The model. An unknown one counts as Llama-like where its MLP is gated, else as GPT-2-like where it is
+            causal, else as BERT-like.
+    """
+    for family in FAMILIES:
+        if shape.architecture in family.architectures:
+            return family, True
+    if shape.gated:
+        return _LLAMA, False
+    return (_GPT2 if shape.causal else _BERT), False
+
+
+def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Activations:
+    """Bytes kept while an adapter is trained on a frozen base.   [docs/math.md (24)]
+
+    Args:
+        shape: The base.
+        counted: The adapter's sites.
+        dropout: `lora_dropout`: above 0 each site keeps its own dropped input and the noise.
+        job: Batch, length, dtype.
+    """
+    family, is_known = family_of(shape)
+    by_layer = dict.fromkeys(_inner(shape, counted), family.block(shape, job))
+    outside = job.batch_tokens * family.last_norm(shape.hidden, job.dtype_bytes)
+    for layer, kept in _of_sites(shape, counted.sites, dropout, job):
+        if layer in by_layer:
+            by_layer[layer] += kept
+        else:
+            outside += kept
+    return _gathered(shape, job, (family, is_known), by_layer, outside)
+
+
+def of_full(shape: ModelShape, job: Job) -> Activations:
+    """Bytes kept while every weight is trained: the input of every product, and the normed activations.
+
+    Args:
+        shape: The model.
+        job: Batch, length, dtype.
+    """
+    family, is_known = family_of(shape)
+    number, tokens = job.dtype_bytes, job.batch_tokens
+    block = family.block(shape, job) + tokens * family.trained_norms(shape.hidden, number)
+    by_layer = dict.fromkeys(range(shape.layers), block)
+    outside = tokens * (family.last_norm(shape.hidden, number) + number * shape.hidden)
+    for site in _distinct_inputs(shape, [s for s in shape.sites if s.kind != "Embedding"]):
+        layer = layer_of(site.path)
+        if layer is not None:
+            by_layer[layer] = by_layer.get(layer, 0) + number * tokens * site.in_features
+    return _gathered(shape, job, (family, is_known), by_layer, outside)
+
+
+def layer_of(path: str) -> int | None:
+    """Index of the block that a path lies in: its first all-digit part, or None outside of the blocks.
+
+    Args:
+        path: Dotted path of a module.
+    """
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def _inner(shape: ModelShape, counted: Count) -> range:
+    """Blocks that keep anything: none lies below the first number that is trained."""
+    paths = [*(site.path for site in counted.sites), *counted.saved]
+    below = any(s.path in paths for s in shape.sites if s.kind == "Embedding")
+    if below or counted.biases:
+        return range(shape.layers)
+    found = [layer for layer in map(layer_of, paths) if layer is not None]
+    return range(min(found, default=shape.layers), shape.layers)
+
+
+def _of_sites(
+    shape: ModelShape, sites: tuple[SiteCount, ...], dropout: float, job: Job
+) -> Iterable[tuple[int | None, int]]:
+    """Layer and bytes: inputs of A, then for each site what lies between A and B, and casts of both."""
+    tokens, number = job.batch_tokens, job.dtype_bytes
+    dense = [site for site in sites if site.kind != "Embedding"]
+    inputs = dense if dropout else _distinct_inputs(shape, dense)
+    for site in inputs:
+        yield layer_of(site.path), (2 if dropout else 1) * number * tokens * site.in_features
+    for site in sites:
+        kept = number * tokens * site.rank
+        if site.kind == "Embedding":
+            kept += _INDEX * tokens
+        if number != _FP32:
+            kept += number * site.factors  # A and B are fp32; the product is taken with a copy in the base's dtype
+        if site.magnitudes:
+            kept += 2 * number * tokens * site.out_features  # y₀ − b and z, both multiplied by the gain
+        yield layer_of(site.path), kept
+
+
+def _distinct_inputs(
+    shape: ModelShape, sites: Iterable[SiteCount] | Iterable[SiteShape]
+) -> list[SiteCount | SiteShape]:
+    """One site for each input tensor that has to be kept."""
+    fused = not shape.dropouts.get("attention")
+    found: dict[tuple[str, str], SiteCount | SiteShape] = {}
+    for site in sites:
+        if fused and site.path.endswith(ATTENTION_OUTPUTS):
+            continue
+        parent, _, name = site.path.rpartition(".")
+        shared = next((group[0] for group in SHARED_INPUTS if name in group), name)
+        found.setdefault((parent, shared), site)
+    return list(found.values())
+
+
+def _gathered(
+    shape: ModelShape, job: Job, family: tuple[Family, bool], by_layer: dict[int, int], outside: int
+) -> Activations:
+    number, tokens = job.dtype_bytes, job.batch_tokens
+    # the gradient of the stream and of its branch; of an inner product, and of both of its operands
+    transient = number * tokens * (2 * shape.hidden + 3 * shape.intermediate)
+    if shape.dropouts.get("attention"):
+        transient += 2 * _FP32 * job.batch_rows * shape.heads * job.length_tokens**2
+    return Activations(
+        family=family[0].name,
+        is_known=family[1],
+        blocks=sum(by_layer.values()),
+        largest_block=max(by_layer.values(), default=0),
+        outside=outside,
+        boundary=number * tokens * shape.hidden,
+        blocks_kept=len(by_layer),
+        transient=transient,
+    )

@@ -1,0 +1,237 @@
+"""`estimate`: the plan of a run, from the shape of a model, a config, a job and, where there is one, a speed.
+
+Brings counts, bytes, FLOPs, time and files together; each is computed in its own module. Knows nothing about how a
+plan is printed, where a shape comes from, or how a speed is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lorakit.config import LoraConfig
+from lorakit.plan import files, flops, memory, params, words
+from lorakit.plan.files import FileSize
+from lorakit.plan.flops import Flops
+from lorakit.plan.job import Job, Speed
+from lorakit.plan.memory import Memory
+from lorakit.plan.params import Count, RankTable
+from lorakit.plan.shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one way to train costs: LoRA, or every weight.
+
+    Attributes:
+        name: "LoRA" or "full fine-tuning".
+        trainable: Numbers that are trained.
+        memory: Bytes of a step.
+        flops: FLOPs per token.
+        tokens_per_second: Expected speed, or None where no speed is known.
+        step_seconds: Expected length of an optimizer step, or None.
+        run_seconds: Expected length of the run, or None where speed or steps are not known.
+        saved_bytes: What one saved result takes on disk.
+        resumable_bytes: What a checkpoint with the optimizer's state takes on disk.
+    """
+
+    name: str
+    trainable: int
+    memory: Memory
+    flops: Flops
+    tokens_per_second: float | None
+    step_seconds: float | None
+    run_seconds: float | None
+    saved_bytes: int
+    resumable_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost.
+
+    Attributes:
+        shape: The base.
+        config: The adapter.
+        job: The job.
+        speed: The machine's speed, or None.
+        counted: Trainable numbers.
+        reasons: Why there are so many, in sentences.
+        lora: Cost of the run.
+        full: Cost of full fine-tuning of the same model on the same job.
+        files: Sizes on disk.
+        ranks: The rank table, or None where no ranks were asked for.
+        notes: What else a person should know.
+    """
+
+    shape: ModelShape
+    config: LoraConfig
+    job: Job
+    speed: Speed | None
+    counted: Count
+    reasons: tuple[str, ...]
+    lora: Method
+    full: Method
+    files: tuple[FileSize, ...]
+    ranks: RankTable | None
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole plan as JSON values: the same content as the text."""
+        shape, counted = self.shape, self.counted
+        return {
+            "model": {
+                "name": shape.name,
+                "source": shape.source,
+                "architecture": shape.architecture,
+                "parameters": shape.parameters,
+                "layers": shape.layers,
+                "hidden": shape.hidden,
+                "vocab": shape.vocab,
+                "positions": shape.positions,
+                "tied": shape.tied,
+            },
+            "adapter": {
+                "trainable": counted.trainable,
+                "base": counted.base,
+                "share": counted.share,
+                "factors": counted.factors,
+                "magnitudes": counted.magnitudes,
+                "modules_to_save": dict(counted.saved),
+                "biases": counted.biases,
+                "groups": [{**asdict(group), "trainable": group.trainable} for group in counted.groups()],
+                "reasons": list(self.reasons),
+            },
+            "job": {
+                **asdict(self.job),
+                "batch_tokens": self.job.batch_tokens,
+                "step_tokens": self.job.step_tokens,
+                "run_tokens": None if self.job.steps is None else self.job.steps * self.job.step_tokens,
+            },
+            "speed": None if self.speed is None else asdict(self.speed),
+            "lora": _method_dict(self.lora),
+            "full_fine_tuning": _method_dict(self.full),
+            "files": [asdict(file) for file in self.files],
+            "ranks": None if self.ranks is None else asdict(self.ranks),
+            "notes": list(self.notes),
+        }
+
+
+def estimate(  # noqa: PLR0913 - the two options are keywords
+    shape: ModelShape,
+    config: LoraConfig,
+    job: Job | None = None,
+    speed: Speed | None = None,
+    *,
+    ranks: Sequence[int] = (),
+    allow_partial: bool = False,
+) -> Plan:
+    """Say what training an adapter will cost; nothing is loaded and nothing is measured.
+
+    Args:
+        shape: The base: `catalogue.published(name)`, or `lorakit.hub.shape_of(model)`.
+        config: The adapter; `target_modules` has to be set.
+        job: Batch, length, steps, dtype; 4 rows of 256 tokens by default.
+        speed: Of the machine; without one the plan has no times.
+        ranks: Columns of the rank table; none by default.
+        allow_partial: Targets that match nothing become sentences instead of an error.
+
+    Returns:
+        The plan.
+
+    Raises:
+        TargetError: A target matches nothing, or a module that cannot take LoRA.
+        ConfigError: The config has no targets, or a pattern cannot be used.
+    """
+    job = job or Job()
+    counted = params.count(shape, config, allow_partial=allow_partial)
+    sizes = files.sizes(shape, counted)
+    saved = [size.size_bytes for size in sizes]
+    lora = _method(
+        "LoRA",
+        counted.trainable,
+        memory.of_lora(shape, counted, config.lora_dropout, job),
+        flops.lora(shape, counted, job),
+        (job, speed),
+        (saved[0], saved[1]),
+    )
+    full = _method(
+        "full fine-tuning",
+        shape.parameters,
+        memory.of_full(shape, job),
+        flops.full(shape, job),
+        (job, _for_full(speed, lora.flops, flops.full(shape, job))),
+        (saved[2], saved[3]),
+    )
+    return Plan(
+        shape=shape,
+        config=config,
+        job=job,
+        speed=speed,
+        counted=counted,
+        reasons=tuple(words.reasons(counted, config)),
+        lora=lora,
+        full=full,
+        files=tuple(sizes),
+        ranks=params.rank_table(shape, config, ranks) if ranks else None,
+        notes=_notes(shape, job, speed, lora.memory),
+    )
+
+
+def _method(  # noqa: PLR0913 - gathers what was computed apart
+    name: str,
+    trainable: int,
+    needs: Memory,
+    costs: Flops,
+    pace: tuple[Job, Speed | None],
+    saved: tuple[int, int],
+) -> Method:
+    job, speed = pace
+    rate = None if speed is None else speed.tokens_at(costs.total)
+    step = None if rate is None else job.step_tokens / rate
+    run = None if step is None or job.steps is None else step * job.steps
+    return Method(name, trainable, needs, costs, rate, step, run, *saved)
+
+
+def _for_full(speed: Speed | None, lora: Flops, full: Flops) -> Speed | None:
+    """A given rate of tokens is of LoRA training; full fine-tuning is slower by its FLOPs."""
+    if speed is None or speed.tokens_per_second is None:
+        return speed
+    return Speed(tokens_per_second=speed.tokens_per_second * lora.total / full.total, source=speed.source)
+
+
+def _notes(shape: ModelShape, job: Job, speed: Speed | None, needs: Memory) -> tuple[str, ...]:
+    notes = list(needs.notes)
+    if 0 < shape.positions < job.length_tokens:
+        notes.append(
+            f"{shape.name} was made for at most {shape.positions:,} tokens; the job has {job.length_tokens:,}."
+        )
+    if speed is None:
+        notes.append(
+            "Hours need a speed: --tokens-per-second of an earlier run, or --calibrate to measure this machine."
+        )
+    elif speed.tokens_per_second is None:
+        notes.append(
+            f"Times take {speed.utilisation:.0%} of the speed of a bare matrix product, which small models reach on a "
+            "CPU; the first steps of the run tell better."
+        )
+    return tuple(notes)
+
+
+def _method_dict(method: Method) -> dict[str, Any]:
+    return {
+        "trainable": method.trainable,
+        "memory": {
+            "lines": [asdict(line) for line in method.memory.lines],
+            "peak_bytes": method.memory.peak_bytes,
+            "peak_moment": method.memory.peak_moment,
+            "above_weights_bytes": method.memory.above_weights_bytes,
+        },
+        "flops_per_token": {**asdict(method.flops), "total": method.flops.total},
+        "tokens_per_second": method.tokens_per_second,
+        "step_seconds": method.step_seconds,
+        "run_seconds": method.run_seconds,
+        "saved_bytes": method.saved_bytes,
+        "resumable_bytes": method.resumable_bytes,
+    }

@@ -1,0 +1,51 @@
+"""Sizes on disk of what a run writes: the adapter, its checkpoint, and the whole model beside them.
+
+Sizes are of the tensors; a safetensors file adds a header of about a hundred bytes per tensor. This module knows no
+file names and writes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorakit.plan.job import DTYPE_BYTES
+from lorakit.plan.params import Count
+from lorakit.plan.shapes import ModelShape
+
+MASTER_BYTES = 4
+"""Bytes of a trained number: adapters are kept, and saved, in fp32."""
+
+
+@dataclass(frozen=True)
+class FileSize:
+    """One thing on disk.
+
+    Attributes:
+        what: In a few words.
+        formula: How the size comes about.
+        size_bytes: The size.
+    """
+
+    what: str
+    formula: str
+    size_bytes: int
+
+
+def sizes(shape: ModelShape, counted: Count) -> list[FileSize]:
+    """What lies on disk after LoRA and after full fine-tuning.   [docs/math.md (40)-(43)]
+
+    Args:
+        shape: The base.
+        counted: The adapter.
+
+    Returns:
+        Adapter; adapter with Adam's two moments; model; checkpoint of full fine-tuning in fp32 with two moments.
+    """
+    trained, base = counted.trainable, shape.parameters
+    published = DTYPE_BYTES.get(shape.dtype, MASTER_BYTES)
+    return [
+        FileSize("adapter, fp32", f"4 × {trained:,}", MASTER_BYTES * trained),
+        FileSize("adapter with Adam's two moments", f"3 × 4 × {trained:,}", 3 * MASTER_BYTES * trained),
+        FileSize(f"full model, {shape.dtype}", f"{published} × {base:,}", published * base),
+        FileSize("full checkpoint with Adam's two moments", f"3 × 4 × {base:,}", 3 * MASTER_BYTES * base),
+    ]

@@ -1,0 +1,100 @@
+"""Floating-point operations per token, forward and backward, for LoRA and for full fine-tuning beside it.
+
+One multiply-add counts as two. Counted are matrix products and attention; norms, softmax and activations are not:
+they cost time, but hardly any operations. This module knows nothing about machines or time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorakit.plan.job import Job
+from lorakit.plan.params import Count
+from lorakit.plan.shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs per token of one way to train.
+
+    Attributes:
+        forward: Of the forward pass.
+        backward: Of the backward pass.
+        recomputed: Of computing the blocks again under gradient checkpointing; 0 without.
+    """
+
+    forward: float
+    backward: float
+    recomputed: float
+
+    @property
+    def total(self) -> float:
+        """FLOPs per token of a training step."""
+        return self.forward + self.backward + self.recomputed
+
+
+def products(shape: ModelShape) -> int:
+    """FLOPs per token of one pass through every dense product of the base, the head among them.   [docs/math.md (30)]
+
+    2 × out × in for each Linear and Conv1D; looking up an embedding costs none.
+
+    Args:
+        shape: The model.
+    """
+    return sum(2 * site.weight_parameters for site in shape.sites if site.kind != "Embedding")
+
+
+def attention(shape: ModelShape, length_tokens: int) -> float:
+    """FLOPs per token of the products within attention, forward.   [docs/math.md (31)]
+
+    Each query meets T̄ keys and values: 4 × layers × heads × head_dim × T̄, with T̄ = (T + 1) / 2 in a causal model
+    (the mean over positions, which is what sdpa computes) and T otherwise.
+
+    Args:
+        shape: The model.
+        length_tokens: T, tokens of a row.
+    """
+    mean_length = (length_tokens + 1) / 2 if shape.causal else float(length_tokens)
+    return 4.0 * shape.layers * shape.query_width * mean_length
+
+
+def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
+    """FLOPs per token of LoRA training.   [docs/math.md (32)]
+
+    The frozen weights need no gradient, so the backward of a product is one product (dX) and not two; the factors
+    add 2r(in + out) forward and twice that backward. Slightly high: below the first adapted site there is no dX.
+
+    Args:
+        shape: The base.
+        counted: The adapter.
+        job: Length of rows, checkpointing.
+    """
+    added = sum(
+        2 * site.rank * ((0 if site.kind == "Embedding" else site.in_features) + site.out_features)
+        for site in counted.sites
+    )
+    norms = sum(2 * s.out_features * s.in_features * s.rank for s in counted.sites if s.magnitudes)
+    base, within = products(shape), attention(shape, job.length_tokens)
+    copied = sum(2 * numbers for numbers in counted.saved.values())  # dW of modules that are trained whole
+    per_batch = norms / job.batch_tokens  # DoRA's norm of W + ΔW is taken once per forward
+    forward = base + within + added + per_batch
+    return Flops(forward, base + 2 * within + 2 * added + copied, _again(shape, forward, job))
+
+
+def full(shape: ModelShape, job: Job) -> Flops:
+    """FLOPs per token of full fine-tuning: dX and dW, twice the forward.   [docs/math.md (33)]
+
+    Args:
+        shape: The model.
+        job: Length of rows, checkpointing.
+    """
+    forward = products(shape) + attention(shape, job.length_tokens)
+    return Flops(forward, 2 * forward, _again(shape, forward, job))
+
+
+def _again(shape: ModelShape, forward: float, job: Job) -> float:
+    """What checkpointing computes twice: the blocks, not the head."""
+    if not job.gradient_checkpointing:
+        return 0.0
+    heads = sum(2 * s.weight_parameters for s in shape.sites if s.kind != "Embedding" and not s.dense)
+    return forward - heads

@@ -1,0 +1,133 @@
+"""What is asked of a plan beside model and adapter: the training job, and the speed of a machine.
+
+Knows nothing about models, and measures nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorakit.errors import ConfigError, nearest
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+"""Bytes of one number by dtype."""
+
+DTYPE_WORDS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+"""Short words for the dtypes."""
+
+UTILISATION = 0.4
+"""Share of a bare matrix product's speed that a training step of a plain transformers model reaches on a CPU.
+
+Measured over one step of SmolLM2-135M's geometry: 0.45 where bf16 products are slow (AVX-512), 0.27 where they are
+fast (AMX), since norms, softmax, activations and the allocator take their time beside the products.
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training job.
+
+    Attributes:
+        batch_rows: Rows of a batch.
+        length_tokens: Tokens of a row.
+        accumulation: Batches of an optimizer step.
+        steps: Optimizer steps, or None where that is not known.
+        dtype: In which the base is held and computed with.
+        optimizer: Only "adamw": two fp32 moments for each trained number.
+        gradient_checkpointing: Keep only the input of each block and compute the rest again in the backward.
+
+    Raises:
+        ConfigError: A number is below 1, or dtype or optimizer is not known.
+    """
+
+    batch_rows: int = 4
+    length_tokens: int = 256
+    accumulation: int = 1
+    steps: int | None = None
+    dtype: str = "bfloat16"
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        for name in ("batch_rows", "length_tokens", "accumulation", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        if self.optimizer != "adamw":
+            raise ConfigError(f"optimizer is {self.optimizer!r}; a plan knows adamw only.")
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one batch: what is in memory at once."""
+        return self.batch_rows * self.length_tokens
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.batch_tokens * self.accumulation
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one number of the base."""
+        return DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a machine is; one of the two rates is enough, and a given rate of tokens wins.
+
+    Attributes:
+        flops_per_second: Of a bare matrix product in the job's dtype, one multiply-add counted as two.
+        tokens_per_second: Of training steps, as a run prints it.
+        source: Where the rate comes from, in a few words.
+        utilisation: Share of `flops_per_second` that a step reaches.
+
+    Raises:
+        ConfigError: There is no rate, or it is not above 0.
+    """
+
+    flops_per_second: float | None = None
+    tokens_per_second: float | None = None
+    source: str = "given"
+    utilisation: float = UTILISATION
+
+    def __post_init__(self) -> None:
+        rates = [rate for rate in (self.flops_per_second, self.tokens_per_second) if rate is not None]
+        if not rates or any(not rate > 0 for rate in (*rates, self.utilisation)):
+            raise ConfigError(
+                f"a speed must be above 0; {self.flops_per_second} FLOP/s and "
+                f"{self.tokens_per_second} tokens/s were given."
+            )
+
+    def tokens_at(self, flops_per_token: float) -> float:
+        """Tokens per second of training that costs so many FLOPs per token.   [docs/math.md (34)]
+
+        Args:
+            flops_per_token: Forward, backward and recomputation.
+        """
+        if self.tokens_per_second is not None:
+            return self.tokens_per_second
+        return (self.flops_per_second or 0.0) * self.utilisation / flops_per_token
+
+
+def dtype_name(word: str) -> str:
+    """The full name of a dtype.
+
+    Args:
+        word: Such as "bf16" or "bfloat16".
+
+    Returns:
+        Such as "bfloat16".
+
+    Raises:
+        ConfigError: There is no such dtype here.
+    """
+    name = DTYPE_WORDS.get(word, word)
+    if name not in DTYPE_BYTES:
+        hint = nearest(word, [*DTYPE_BYTES, *DTYPE_WORDS], 1)
+        raise ConfigError(
+            f"dtype is {word!r}; it must be one of {', '.join(DTYPE_BYTES)}"
+            + (f". Did you mean {hint[0]}?" if hint else ".")
+        )
+    return name

@@ -1,0 +1,219 @@
+"""Bytes of a training step by cause, each line with its formula, and the moment at which their sum is largest.
+
+Reckoned is what the program holds: tensors, to the byte where the formula is exact. An allocator may hold more:
+glibc keeps freed blocks below 32 MB, and cannot give them to an aligned request of the same size (`ALLOCATOR_NOTE`).
+This module knows nothing about time or files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorakit.plan import activations
+from lorakit.plan.activations import Activations
+from lorakit.plan.files import MASTER_BYTES
+from lorakit.plan.job import Job
+from lorakit.plan.params import Count
+from lorakit.plan.shapes import ModelShape
+
+RUNTIME_BYTES = 50_000_000
+"""What a first training step makes resident beside tensors, on Linux with torch 2.13 for CPU: pages of the libraries
+that are first executed (15 to 19 MB), kernels and scratch space of oneDNN, and the heaps of its threads."""
+
+LOSS_COPIES = 3
+"""Tensors of tokens × vocabulary in fp32 that live at once where the backward begins: the log-probabilities that
+cross entropy kept, the gradient that reaches them, and the gradient that leaves log-softmax."""
+
+ALLOCATOR_NOTE = (
+    "Tensors only: glibc's malloc keeps freed blocks below 32 MB and cannot reuse one for an aligned request of the same "
+    "size, so a process may hold about a quarter to three quarters more than its activations. "
+    "MALLOC_MMAP_THRESHOLD_=131072 in the environment avoids that, at some cost in speed."
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Bytes of one cause.
+
+    Attributes:
+        cause: weights, adapter, optimizer, gradients, activations, logits or runtime.
+        formula: How the bytes come about, with its numbers.
+        equation: Number of the formula in docs/math.md.
+        size_bytes: At its largest.
+        at_peak_bytes: At the moment of the peak.
+    """
+
+    cause: str
+    formula: str
+    equation: int
+    size_bytes: int
+    at_peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a step needs.
+
+    Attributes:
+        lines: One per cause.
+        peak_bytes: The largest sum over the moments of a step.
+        peak_moment: Which moment that is.
+        notes: What the numbers rest on.
+    """
+
+    lines: tuple[Line, ...]
+    peak_bytes: int
+    peak_moment: str
+    notes: tuple[str, ...]
+
+    def bytes_of(self, cause: str) -> int:
+        """Bytes of a cause at its largest.
+
+        Args:
+            cause: As in `Line.cause`.
+        """
+        return sum(line.size_bytes for line in self.lines if line.cause == cause)
+
+    @property
+    def above_weights_bytes(self) -> int:
+        """The peak without base and adapter weights: what a process grows by once every weight is resident."""
+        return self.peak_bytes - self.bytes_of("weights") - self.bytes_of("adapter")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Formula and bytes of one cause."""
+
+    formula: str
+    size: int
+    equation: int
+
+
+def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memory:
+    """Bytes of a LoRA step: frozen weights in the job's dtype, fp32 factors, AdamW.   [docs/math.md (20)-(27)]
+
+    Args:
+        shape: The base.
+        counted: The adapter.
+        dropout: `lora_dropout`.
+        job: Batch, length, dtype, accumulation, checkpointing.
+    """
+    number, factors = job.dtype_bytes, counted.factors + counted.magnitudes
+    plain = counted.copied + counted.biases  # copies and biases have the base's dtype
+    added = f" + {number} × {plain:,}" if plain else ""
+    kept = activations.of_lora(shape, counted, dropout, job)
+    parts = {
+        "weights": _Part(f"{number} × {shape.parameters:,}", number * shape.parameters, 20),
+        "adapter": _Part(
+            f"4 × {factors:,}" + (f" + {number} × {counted.copied:,}" if counted.copied else ""),
+            MASTER_BYTES * factors + number * counted.copied,
+            21,
+        ),
+        "optimizer": _Part(f"2 × (4 × {factors:,}{added})", 2 * (MASTER_BYTES * factors + number * plain), 23),
+        "gradients": _Part(f"4 × {factors:,}{added}", MASTER_BYTES * factors + number * plain, 22),
+    }
+    return _memory(shape, kept, parts, job)
+
+
+def of_full(shape: ModelShape, job: Job) -> Memory:
+    """Bytes of full fine-tuning of the same model: 16 for each number, and what its backward needs.
+
+    fp32: weight, gradient, two moments of 4 bytes. bf16 or fp16: weight and gradient of 2, and an fp32 master copy
+    beside the two moments, as mixed precision has it.
+
+    Args:
+        shape: The model.
+        job: Batch, length, dtype, accumulation, checkpointing.
+
+    Source:
+        Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1.
+    """
+    number, numbers = job.dtype_bytes, shape.parameters
+    states = 2 if number >= MASTER_BYTES else 3
+    parts = {
+        "weights": _Part(f"{number} × {numbers:,}", number * numbers, 20),
+        "optimizer": _Part(f"{states} × 4 × {numbers:,}", states * MASTER_BYTES * numbers, 23),
+        "gradients": _Part(f"{number} × {numbers:,}", number * numbers, 22),
+    }
+    return _memory(shape, activations.of_full(shape, job), parts, job)
+
+
+def logits_bytes(shape: ModelShape, job: Job) -> int:
+    """Bytes over the vocabulary at the start of the backward: 3 × 4 × tokens × vocabulary.   [docs/math.md (25)]
+
+    The logits themselves, in the base's dtype, are gone by then: nothing keeps them once they are upcast. A model
+    without a head of the vocabulary's width has none.
+
+    Args:
+        shape: The model.
+        job: Tokens of a batch; all are reckoned as trained.
+    """
+    has_head = any(s.kind != "Embedding" and not s.dense and s.out_features == shape.vocab for s in shape.sites)
+    return LOSS_COPIES * 4 * job.batch_tokens * shape.vocab if has_head else 0
+
+
+def _memory(shape: ModelShape, kept: Activations, parts: dict[str, _Part], job: Job) -> Memory:
+    parts["activations"] = _activation_part(kept, job)
+    logits = logits_bytes(shape, job)
+    formula = (
+        f"{LOSS_COPIES} × 4 × {job.batch_tokens:,} tokens × {shape.vocab:,}"
+        if logits
+        else "no head over the vocabulary"
+    )
+    parts["logits"] = _Part(formula, logits, 25)
+    parts["runtime"] = _Part("measured: library pages, kernels, threads", RUNTIME_BYTES, 26)
+    moment, at_peak = _peak(parts, kept, job)
+    lines = tuple(
+        Line(cause, part.formula, part.equation, part.size, at_peak.get(cause, part.size))
+        for cause, part in parts.items()
+    )
+    return Memory(lines, sum(line.at_peak_bytes for line in lines), moment, _notes(shape, kept))
+
+
+def _activation_part(kept: Activations, job: Job) -> _Part:
+    tokens, blocks = job.batch_tokens, max(kept.blocks_kept, 1)
+    if job.gradient_checkpointing:
+        formula = (
+            f"{kept.blocks_kept} × {kept.boundary:,} (inputs of blocks) + {kept.largest_block:,} (one block anew) "
+            f"+ {kept.transient:,} (its gradients) + {kept.outside:,}"
+        )
+        size = kept.blocks_kept * kept.boundary + kept.largest_block + kept.transient + kept.outside
+    else:
+        formula = (
+            f"{kept.blocks_kept} blocks × {tokens:,} tokens × {kept.blocks / blocks / tokens:,.0f} B + {kept.outside:,}"
+        )
+        size = kept.blocks + kept.outside
+    return _Part(formula, size, 24)
+
+
+def _peak(parts: dict[str, _Part], kept: Activations, job: Job) -> tuple[str, dict[str, int]]:
+    """The moment at which most is held, and what is held then of the causes that come and go.   [docs/math.md (27)]"""
+    earlier = parts["gradients"].size if job.accumulation > 1 else 0  # of the step's batches before this one
+    gradients = parts["gradients"].size
+    if job.gradient_checkpointing:
+        inputs, block = kept.blocks_kept * kept.boundary, kept.largest_block + kept.transient
+        moments = {
+            "the backward begins at the loss": (inputs + kept.outside, parts["logits"].size, earlier),
+            "the last block is computed anew": (inputs + block, 0, earlier),
+            "the first block is computed anew": (kept.boundary + block, 0, gradients),
+        }
+    else:
+        moments = {
+            "the backward begins at the loss": (kept.blocks + kept.outside, parts["logits"].size, earlier),
+            "the backward enters the last block": (kept.blocks + kept.transient, 0, earlier),
+            "the backward leaves the first block": (kept.largest_block + kept.transient, 0, gradients),
+        }
+    moments["the optimizer steps"] = (0, 0, gradients)
+    moment = max(moments, key=lambda name: sum(moments[name]))
+    held = dict(zip(("activations", "logits", "gradients"), moments[moment], strict=True))
+    return moment, held
+
+
+def _notes(shape: ModelShape, kept: Activations) -> tuple[str, ...]:
+    if kept.is_known:
+        return (f"Activations: {kept.family}.", ALLOCATOR_NOTE)
+    return (
+        f"{shape.architecture} is not an architecture whose activations were derived; they are reckoned as those of a "
+        f"{kept.family}, so take them as an estimate.",
+        ALLOCATOR_NOTE,
+    )

@@ -1,0 +1,314 @@
+"""Exact trainable counts: by site, by shape, by kind, and by rank.
+
+Which sites a config names is `lorakit.targets`' answer, the same that attaching uses; this module only counts. It
+knows nothing about bytes, time or files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorakit.config import LoraConfig, scale
+from lorakit.errors import UsageError
+from lorakit.plan.shapes import ModelShape, SiteShape, role, short_roles
+from lorakit.targets import Candidate, Match, resolve
+
+
+@dataclass(frozen=True)
+class SiteCount:
+    """What one site trains.
+
+    Attributes:
+        path: Dotted path of the site.
+        kind: "Linear", "Conv1D" or "Embedding".
+        out_features: Rows of the canonical weight.
+        in_features: Columns of it.
+        rank: Rank here.
+        scale: Factor before B·A here.
+        entry: The target entry that named it.
+        factors: Numbers in A and B: rank × (in + out).
+        magnitudes: Numbers in DoRA's magnitude: out, or 0 without DoRA.
+    """
+
+    path: str
+    kind: str
+    out_features: int
+    in_features: int
+    rank: int
+    scale: float
+    entry: str
+    factors: int
+    magnitudes: int
+
+    @property
+    def trainable(self) -> int:
+        """Numbers that this site trains."""
+        return self.factors + self.magnitudes
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites that are the same but for the layer.
+
+    Attributes:
+        label: Shortest ending of the path that tells this module from the others, such as "attn.c_proj".
+        kind: Kind of the sites.
+        out_features: Rows of their weights.
+        in_features: Columns of their weights.
+        rank: Their rank.
+        scale: Their scale.
+        entry: The target entry that named them.
+        sites: How many there are.
+        each: Numbers that one of them trains.
+    """
+
+    label: str
+    kind: str
+    out_features: int
+    in_features: int
+    rank: int
+    scale: float
+    entry: str
+    sites: int
+    each: int
+
+    @property
+    def trainable(self) -> int:
+        """Numbers that all of them train."""
+        return self.sites * self.each
+
+
+@dataclass(frozen=True)
+class Count:
+    """What an adapter trains in a model.
+
+    Attributes:
+        base: Numbers of the base, by distinct storage.
+        sites: The sites, in the model's order.
+        saved: Path -> numbers of each module that is copied and trained whole (`modules_to_save`).
+        biases: Numbers of the base's biases that are trained.
+        missing: Sentences about entries that name nothing, where that was allowed.
+        notes: Sentences of `lorakit.targets` that a person should read.
+    """
+
+    base: int
+    sites: tuple[SiteCount, ...]
+    saved: dict[str, int]
+    biases: int
+    missing: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def factors(self) -> int:
+        """Numbers in all A and B."""
+        return sum(site.factors for site in self.sites)
+
+    @property
+    def magnitudes(self) -> int:
+        """Numbers in all of DoRA's magnitudes."""
+        return sum(site.magnitudes for site in self.sites)
+
+    @property
+    def copied(self) -> int:
+        """Numbers in whole modules that are copied and trained."""
+        return sum(self.saved.values())
+
+    @property
+    def trainable(self) -> int:
+        """Everything that is trained: factors, magnitudes, copied modules, biases.   [docs/math.md (10)]"""
+        return self.factors + self.magnitudes + self.copied + self.biases
+
+    @property
+    def share(self) -> float:
+        """Trainable numbers as a share of the base's, without unit."""
+        return self.trainable / self.base if self.base else 0.0
+
+    def groups(self) -> list[Group]:
+        """The sites gathered: one group per module of a block and rank, in the model's order."""
+        labels = short_roles(site.path for site in self.sites)
+        gathered: dict[tuple[object, ...], list[SiteCount]] = {}
+        for site in self.sites:
+            key = (labels[role(site.path)], site.out_features, site.in_features, site.rank, site.scale, site.entry)
+            gathered.setdefault(key, []).append(site)
+        return [
+            Group(
+                labels[role(members[0].path)],
+                members[0].kind,
+                members[0].out_features,
+                members[0].in_features,
+                members[0].rank,
+                members[0].scale,
+                members[0].entry,
+                len(members),
+                members[0].trainable,
+            )
+            for members in gathered.values()
+        ]
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """One distinct shape of site in a rank table.
+
+    Attributes:
+        labels: The modules that have this shape.
+        kind: Their kind.
+        out_features: Rows of the weight.
+        in_features: Columns of it.
+        sites: How many sites have it.
+        each: Numbers that one such site trains, by column.
+    """
+
+    labels: tuple[str, ...]
+    kind: str
+    out_features: int
+    in_features: int
+    sites: int
+    each: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RankTable:
+    """Trainable numbers by rank.
+
+    Attributes:
+        ranks: The columns.
+        rows: One per distinct shape of site.
+        totals: All that is trained at each rank, over all sites, with copies and biases.
+        shares: The same as a share of the base, without unit.
+    """
+
+    ranks: tuple[int, ...]
+    rows: tuple[RankRow, ...]
+    totals: tuple[int, ...]
+    shares: tuple[float, ...]
+
+
+def factor_parameters(rank: int, in_features: int, out_features: int) -> int:
+    """Numbers in A (rank, in) and B (out, rank): rank × (in + out).   [docs/math.md (10)]
+
+    Args:
+        rank: Rank of the factor.
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+
+    Source:
+        Hu et al. 2021, arXiv:2106.09685, section 4.2.
+    """
+    return rank * (in_features + out_features)
+
+
+def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False) -> Count:
+    """Count what an adapter trains in a model, exactly.
+
+    Args:
+        shape: The model.
+        config: The adapter.
+        allow_partial: Entries that name nothing become sentences instead of an error.
+
+    Returns:
+        The counts.
+
+    Raises:
+        TargetError: A target matches nothing, or a module that cannot take LoRA.
+        ConfigError: A pattern cannot be used, or no targets are given.
+    """
+    resolution = resolve(candidates(shape), config, allow_partial=allow_partial)
+    by_path = {site.path: site for site in shape.sites}
+    sites = tuple(_site_count(by_path[match.path], match, config) for match in resolution.matches)
+    saved = {path: _whole(shape, path) for path in resolution.saved}
+    biases = _biases(shape, config.bias, {site.path for site in sites}, tuple(saved))
+    return Count(shape.parameters, sites, saved, biases, resolution.missing, resolution.notes)
+
+
+def candidates(shape: ModelShape) -> list[Candidate]:
+    """What targets may name in a model: its sites, and everything else so that a wrong name is explained.
+
+    Args:
+        shape: The model.
+
+    Returns:
+        Sites first in the model's order, then modules that cannot take LoRA.
+    """
+    found = [Candidate(s.path, s.kind, s.kind, s.dense, s.out_features, s.in_features) for s in shape.sites]
+    found += [Candidate(other.path, None, "module without a weight matrix") for other in shape.others]
+    found += [Candidate(path, None, "container of modules") for path in shape.containers]
+    return found
+
+
+def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int]) -> RankTable:
+    """Trainable numbers by rank: one row per distinct shape of site and a total, one column per rank.
+
+    Args:
+        shape: The model.
+        config: The adapter; its rank and `rank_pattern` give way to the column's rank.
+        ranks: The columns.
+
+    Returns:
+        The table.
+
+    Raises:
+        UsageError: A rank is below 1, or there is none.
+        TargetError: As `count`.
+    """
+    if not ranks or any(rank < 1 for rank in ranks):
+        raise UsageError(f"ranks are {list(ranks)}; give one or more whole numbers of at least 1, such as 4,8,16,32.")
+    columns = [count(shape, dataclasses.replace(config, r=rank, rank_pattern={})) for rank in ranks]
+    labels = short_roles(site.path for site in columns[0].sites)
+    rows: dict[tuple[str, int, int], list[int]] = {}
+    for index, site in enumerate(columns[0].sites):
+        rows.setdefault((site.kind, site.out_features, site.in_features), []).append(index)
+    return RankTable(
+        tuple(ranks),
+        tuple(
+            RankRow(
+                tuple(dict.fromkeys(labels[role(columns[0].sites[i].path)] for i in members)),
+                *key,
+                len(members),
+                tuple(column.sites[members[0]].trainable for column in columns),
+            )
+            for key, members in rows.items()
+        ),
+        tuple(column.trainable for column in columns),
+        tuple(column.share for column in columns),
+    )
+
+
+def _site_count(site: SiteShape, match: Match, config: LoraConfig) -> SiteCount:
+    return SiteCount(
+        path=site.path,
+        kind=site.kind,
+        out_features=site.out_features,
+        in_features=site.in_features,
+        rank=match.rank,
+        scale=scale(match.rank, match.alpha, config.use_rslora),
+        entry=match.entry,
+        factors=factor_parameters(match.rank, site.in_features, site.out_features),
+        magnitudes=site.out_features if config.use_dora else 0,
+    )
+
+
+def _whole(shape: ModelShape, path: str) -> int:
+    """Numbers of a module and all inside it; a tied weight counts, since the copy has its own."""
+    inside = path + "."
+    own = sum(
+        s.weight_parameters + s.bias_parameters for s in shape.sites if s.path == path or s.path.startswith(inside)
+    )
+    return own + sum(o.parameters for o in shape.others if o.path == path or o.path.startswith(inside))
+
+
+def _biases(shape: ModelShape, choice: str, adapted: set[str], saved: tuple[str, ...]) -> int:
+    """Numbers of the base's biases that are trained; modules that are copied whole do not train theirs twice."""
+    if choice == "none":
+        return 0
+    copied = tuple(path + "." for path in saved)
+    sites = sum(
+        s.bias_parameters
+        for s in shape.sites
+        if (choice == "all" or s.path in adapted) and s.path not in saved and not s.path.startswith(copied)
+    )
+    if choice != "all":
+        return sites
+    return sites + sum(o.biases for o in shape.others if o.path not in saved and not o.path.startswith(copied))
