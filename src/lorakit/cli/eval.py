@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -9,33 +10,42 @@ from cyclopts import Parameter
 from lorakit.cli import console
 from lorakit.train.defaults import DEFAULTS
 
-_LENGTH, _ROWS = DEFAULTS["max_length"].value, DEFAULTS["per_device_train_batch_size"].value
+
+@dataclass(frozen=True)
+class Flags:
+    """The flags of the verb, as their help says."""
+
+    model: Annotated[str, Parameter(help="Model directory, hub id, or smollm2 (the packaged model).")]
+    data: Annotated[list[str], Parameter(help="Files: .txt, .md (documents) or .jsonl.")]
+    adapter: Annotated[list[str] | None, Parameter(help="Adapter directories, evaluated side by side.")] = None
+    max_length: Annotated[int, Parameter(help="Longest row in tokens.")] = DEFAULTS["max_length"].value
+    batch_size: Annotated[int, Parameter(help="Rows of a batch.")] = DEFAULTS["per_device_train_batch_size"].value
+    dtype: Annotated[str, Parameter(help="Precision of the base: auto, bfloat16 or float32.")] = "auto"
+    device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto"
+    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Take an adapter of another base.")] = False
 
 
-def run(  # noqa: PLR0913 - the flags of the verb
-    *,
-    model: Annotated[str, Parameter(help="Model directory, hub id, or smollm2 (the packaged model).")],
-    data: Annotated[list[str], Parameter(help="Files: .txt, .md (documents) or .jsonl.")],
-    adapter: Annotated[
-        list[str] | None, Parameter(help="Adapter directories; several are evaluated side by side.")
-    ] = None,
-    max_length: Annotated[int, Parameter(help="Longest row in tokens.")] = _LENGTH,
-    batch_size: Annotated[int, Parameter(help="Rows of a batch.")] = _ROWS,
-    dtype: Annotated[str, Parameter(help="Precision of the base: auto, bfloat16 or float32.")] = "auto",
-    device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto",
-    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Take an adapter of another base.")] = False,
-    json: console.JsonFlag = False,
-) -> None:
+def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag = False) -> None:
     """Loss and perplexity over all trained tokens of the data, of the base and of each adapter on it."""
     from lorakit.train.comparison import EvalSettings, compare
 
-    allow = ("base_mismatch",) if allow_base_mismatch else ()
-    asked = EvalSettings(model, data, adapter or (), max_length, batch_size, dtype, device, allow)
-    found = compare(asked, console.note)
+    found = compare(
+        EvalSettings(
+            model=flags.model,
+            data=flags.data,
+            adapters=flags.adapter or (),
+            max_length=flags.max_length,
+            batch_rows=flags.batch_size,
+            dtype=flags.dtype,
+            device=flags.device,
+            allow=("base_mismatch",) if flags.allow_base_mismatch else (),
+        ),
+        console.note,
+    )
     if json:
-        console.emit_json({"model": model, "data": data, "results": [row.as_dict() for row in found]})
+        console.emit_json({"model": flags.model, "data": flags.data, "results": [row.as_dict() for row in found]})
         return
-    rows: list[list[str]] = [
+    rows = [
         [row.name, f"{row.evaluation.loss:.4f}", f"{row.evaluation.perplexity:.2f}", f"{row.evaluation.tokens:,}"]
         for row in found
     ]

@@ -73,7 +73,10 @@ def compare(settings: EvalSettings, say: Callable[[str], None] = lambda _: None)
         The base first, then the adapters in the order given.
 
     Raises:
-        LorakitError: Data, model or adapter cannot be used; class and message say what.
+        ConfigError: The batch size is below 1.
+        AdapterFileError: There is no such adapter directory, or it cannot be used on this base.
+        RunError: The evaluation was abandoned.
+        LorakitError: Data or model cannot be used; class and message say what.
     """
     if settings.batch_rows < 1:
         raise ConfigError(f"batch_size is {settings.batch_rows}; it must be at least 1.")

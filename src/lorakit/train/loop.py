@@ -47,10 +47,11 @@ def steps_per_epoch(batches: int, accumulation: int) -> int:
     return -(-batches // accumulation)
 
 
+@dataclass
 class Loop:
     """One run from a state to its end.
 
-    Args:
+    Attributes:
         trainee: Model and optimizer.
         loader: Training batches, at the state's position.
         held_out: Gives the evaluation batches anew, or None.
@@ -60,34 +61,19 @@ class Loop:
         save: Keeps a checkpoint of the state and returns its folder.
         folder: The run folder.
         progress: Where to report to.
-        saved_already: Whether the state comes from a checkpoint, so that keeping it again would change nothing.
+        kept: Step and evaluated step of the newest checkpoint, or (-1, -1).
     """
 
-    def __init__(  # noqa: PLR0913 - the parts of a run, each named by the caller
-        self,
-        *,
-        trainee: Trainee,
-        loader: Loader,
-        held_out: Callable[[], Iterable[Batch]] | None,
-        schedule: Schedule,
-        pace: Pace,
-        state: TrainState,
-        save: Callable[[TrainState], Path],
-        folder: Path,
-        progress: Progress,
-        saved_already: bool = False,
-    ) -> None:
-        self.trainee = trainee
-        self.loader = loader
-        self.held_out = held_out
-        self.schedule = schedule
-        self.pace = pace
-        self.state = state
-        self.save = save
-        self.folder = folder
-        self.progress = progress
-        self.kept = (state.step, state.evaluated_step) if saved_already else (-1, -1)
-        self.first = True
+    trainee: Trainee
+    loader: Loader
+    held_out: Callable[[], Iterable[Batch]] | None
+    schedule: Schedule
+    pace: Pace
+    state: TrainState
+    save: Callable[[TrainState], Path]
+    folder: Path
+    progress: Progress
+    kept: tuple[int, int] = (-1, -1)
 
     def run(self) -> str:
         """Go on to the end.
@@ -101,7 +87,8 @@ class Loop:
             DiskError: The disk refuses.
             KeyboardInterrupt: A second signal came.
         """
-        self.progress.begin(self.state.step, self.pace.total_steps)
+        first = self.state.step
+        self.progress.begin(first, self.pace.total_steps)
         self.trainee.model.train()
         with Interrupts() as interrupts, MetricsLog(self.folder) as log:
             while True:
@@ -111,6 +98,8 @@ class Loop:
                 if ending is not None:
                     return ending
                 self._step(log)
+                if self.state.step == first + 1:
+                    self._say_without_gradient()
 
     def _ending(self, interrupts: Interrupts) -> str | None:
         if self.state.step >= self.pace.total_steps and not self._evaluation_due():
@@ -178,9 +167,6 @@ class Loop:
         row = self._row(result, rate, seconds)
         log.append(row)
         self.progress.train_row(row)
-        if self.first:
-            self.first = False
-            self._say_without_gradient()
 
     def _batches(self) -> list[Batch]:
         """The batches of the next step, which never reach over the end of an epoch."""

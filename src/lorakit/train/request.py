@@ -67,6 +67,7 @@ def check(settings: TrainSettings, progress: Progress) -> Request:
         The request.
 
     Raises:
+        UsageError: Early stopping without evaluation data, a device that is not here, or a folder that holds a run.
         LorakitError: Something cannot be done as asked; class and message say what.
     """
     refuse_many_processes()

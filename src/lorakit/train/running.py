@@ -81,7 +81,7 @@ def _train(ready: Ready, progress: Progress) -> str:
         save=lambda state: _save(ready, state),
         folder=folder,
         progress=progress,
-        saved_already=ready.found.path is not None,
+        kept=(ready.state.step, ready.state.evaluated_step) if ready.found.path else (-1, -1),
     )
     try:
         return loop.run()

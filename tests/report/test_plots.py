@@ -1,0 +1,41 @@
+"""The loss plot, and what is said without matplotlib."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorakit.errors import MissingExtra
+from lorakit.report.plots import loss_plot
+from lorakit.report.runs import Metrics
+
+ROWS = (
+    {"step": 0, "eval_loss": 3.0},
+    {"step": 1, "loss": 2.9},
+    {"step": 2, "loss": 2.5},
+    {"step": 2, "eval_loss": 2.6},
+)
+
+
+def test_both_curves_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    loss_plot(Metrics(ROWS), tmp_path / "loss.svg", "a < b & c")
+    text = (tmp_path / "loss.svg").read_text(encoding="utf-8")
+    assert text.lstrip().startswith("<?xml")
+    assert text.count('<g id="line2d') > 10
+
+
+def test_a_run_without_evaluations_or_rows(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    loss_plot(Metrics(ROWS[1:3]), tmp_path / "loss.svg")
+    loss_plot(Metrics(()), tmp_path / "empty.svg")
+    assert (tmp_path / "empty.svg").exists()
+
+
+def test_without_matplotlib_the_pip_command_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtra, match=r'The loss plot needs matplotlib: pip install "lorakit\[report\]"'):
+        loss_plot(Metrics(ROWS), tmp_path / "loss.svg")
+    assert not (tmp_path / "loss.svg").exists()

@@ -1,0 +1,76 @@
+"""AdamW, its clipping, and its state by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lorakit.errors import RunError
+from lorakit.train.optim import adamw, clip, load_state_tensors, set_rate, state_tensors
+
+
+def _named() -> list[tuple[str, nn.Parameter]]:
+    torch.manual_seed(0)
+    return [
+        ("a.lora_A", nn.Parameter(torch.randn(2, 3))),
+        ("a.lora_B", nn.Parameter(torch.randn(4, 2))),
+        ("a.magnitude", nn.Parameter(torch.randn(4))),
+    ]
+
+
+def _step(named: list[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in named:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+
+
+def test_only_matrices_decay_and_the_optimizer_is_fused() -> None:
+    optimizer = adamw(_named(), 0.1, 0.5)
+    decays = {tuple(p.shape): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays == {(2, 3): 0.5, (4, 2): 0.5, (4,): 0.0}
+    assert optimizer.defaults["fused"]
+
+
+def test_nothing_to_train() -> None:
+    with pytest.raises(RunError, match="There is nothing to train"):
+        adamw([], 0.1, 0.0)
+
+
+def test_state_put_back_goes_on_bit_for_bit() -> None:
+    whole, parted = _named(), _named()
+    one, two = adamw(whole, 0.1, 0.1), adamw(parted, 0.1, 0.1)
+    for seed in range(3):
+        _step(whole, one, seed)
+        _step(parted, two, seed)
+    again = adamw(parted, 0.1, 0.1)
+    load_state_tensors(again, parted, state_tensors(two, parted))
+    for optimizer, named in ((one, whole), (again, parted)):
+        set_rate(optimizer, 0.05)
+        _step(named, optimizer, 9)
+    for (_, a), (_, b) in zip(whole, parted, strict=True):
+        assert torch.equal(a, b)
+    kept = state_tensors(again, parted)
+    assert set(kept) == {f"{kind}/{name}" for name, _ in parted for kind in ("step", "exp_avg", "exp_avg_sq")}
+    assert all(torch.equal(value, kept[key]) for key, value in state_tensors(one, whole).items())
+
+
+def test_state_of_another_adapter_is_refused_and_changes_nothing() -> None:
+    named = _named()
+    optimizer = adamw(named, 0.1, 0.0)
+    for tensors in ({"exp_avg/a.lora_A": torch.zeros(3, 3)}, {"exp_avg/b": torch.zeros(2, 3)}, {"odd/a.lora_A": torch.zeros(2, 3)}):  # fmt: skip
+        with pytest.raises(RunError, match="does not fit this model's adapter"):
+            load_state_tensors(optimizer, named, tensors)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(("limit", "scaled"), [(1.0, True), (0.0, False), (1e9, False)])
+def test_clip_returns_the_norm_before(limit: float, scaled: bool) -> None:
+    named = _named()
+    for _, parameter in named[:2]:
+        parameter.grad = torch.full_like(parameter, 3.0)
+    norm = clip([p for _, p in named], limit)
+    assert float(norm) == pytest.approx((14 * 9) ** 0.5)
+    after = sum(float(p.grad.square().sum()) for _, p in named[:2] if p.grad is not None) ** 0.5
+    assert after == pytest.approx(1.0 if scaled else (14 * 9) ** 0.5, rel=1e-4)

@@ -1,0 +1,135 @@
+"""What is refused before anything is loaded, and that nothing is changed by it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit.errors import DataError, DiskError, NotYetSupported, RunError, UsageError
+from lorakit.train.preparing import (
+    check_place,
+    claim_place,
+    make_batches,
+    pick_device,
+    read_data,
+    refuse_many_processes,
+    remove_run,
+)
+from lorakit.train.settings import TrainSettings
+
+
+def _settings(folder: Path, **values: Any) -> TrainSettings:
+    return TrainSettings(**{"model": "m", "data": ["a.txt"], "output_dir": str(folder), **values})
+
+
+def test_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    refuse_many_processes()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(NotYetSupported, match="WORLD_SIZE is 2: training on several processes is not built yet"):
+        refuse_many_processes()
+
+
+def test_devices() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(UsageError, match=r"device is 'cuda:99', but torch .* finds \d+ CUDA devices here"):
+        pick_device("cuda:99")
+
+
+def test_a_folder_that_holds_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        check_place(_settings(tmp_path))
+    assert str(caught.value) == (
+        f"{tmp_path}: already holds a run. Give --resume to go on with it, --overwrite to replace it, "
+        "or another --output-dir."
+    )
+    check_place(_settings(tmp_path, resume=True))
+    check_place(_settings(tmp_path, overwrite=True))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "adapter", "checkpoint-3"])
+def test_what_is_left_of_a_run_counts_as_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(UsageError, match="already holds a run"):
+        check_place(_settings(tmp_path))
+
+
+def test_a_folder_with_other_things_is_fine(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    check_place(_settings(tmp_path))
+
+
+def test_nothing_to_resume_and_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no run to resume; leave out --resume to start one"):
+        check_place(_settings(tmp_path / "nope", resume=True))
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(RunError, match="is not a folder; --output-dir must be one"):
+        check_place(_settings(tmp_path / "file"))
+
+
+def test_claiming_makes_the_folder_and_sweeps(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    claim_place(folder)
+    assert list(folder.iterdir()) == []
+    (folder / ".lorakit-tmp-123-checkpoint-4").mkdir()
+    claim_place(folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_disk_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(DiskError, match=r"cannot be written \(Read-only file system\)"):
+        claim_place(tmp_path / "run")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of folders")
+def test_removing_a_run_leaves_the_rest(tmp_path: Path) -> None:
+    for name in ("checkpoint-1", "checkpoint-22", "damaged-checkpoint-2", "adapter"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x", encoding="utf-8")
+    for name in ("run.json", "metrics.jsonl", "loss.svg", "notes.txt"):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    remove_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_data_is_held_out_or_given(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    for number in range(8):
+        (tmp_path / f"{number}.txt").write_text(f"The fox number {number} jumps over the dog.\n" * 5, encoding="utf-8")
+    files = [str(tmp_path / f"{number}.txt") for number in range(8)]
+    settings = _settings(tmp_path / "out", data=files[:7], per_device_train_batch_size=2)
+    data = read_data(settings)
+    assert (len(data.train), len(data.held_out)) == (6, 1)
+    batches = make_batches(settings, data, tiny_tokenizer, 16)
+    assert batches.held_out is not None
+    lengths = [batch.input_ids.shape[1] for batch in batches.held_out()]
+    assert lengths == sorted(lengths)
+    assert sum(b.tokens for b in batches.held_out()) == sum(b.tokens for b in batches.held_out())
+    given = read_data(settings.model_copy(update={"eval_data": files[7:]}))
+    assert (len(given.train), len(given.held_out)) == (7, 1)
+    assert given.note == f"Evaluation on {files[7]}."
+
+
+def test_one_document_leaves_nothing_to_hold_out(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    (tmp_path / "a.txt").write_text("The fox jumps over the dog.", encoding="utf-8")
+    settings = _settings(tmp_path / "out", data=[str(tmp_path / "a.txt")])
+    data = read_data(settings)
+    assert "a single document" in data.note
+    assert make_batches(settings, data, tiny_tokenizer, 16).held_out is None
+
+
+def test_evaluation_rows_without_anything_to_train_say_so(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    (tmp_path / "a.txt").write_text("The fox jumps over the dog.", encoding="utf-8")
+    (tmp_path / "e.jsonl").write_text('{"prompt": "x", "completion": ""}\n', encoding="utf-8")
+    settings = _settings(tmp_path / "out", data=[str(tmp_path / "a.txt")], eval_data=[str(tmp_path / "e.jsonl")])
+    with pytest.raises(DataError, match="In the evaluation data: No token is left to train"):
+        make_batches(settings, read_data(settings), tiny_tokenizer, 16)

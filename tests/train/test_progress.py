@@ -1,0 +1,66 @@
+"""What a person sees: lines in a pipe, a bar on a terminal."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+
+from lorakit.train import progress as module
+from lorakit.train.progress import LiveProgress, PlainProgress, Silence, progress_for
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def _row(step: int) -> dict[str, Any]:
+    return {"step": step, "loss": 2.5, "tokens_per_second": 1234.5, "peak_rss_bytes": 1_500_000_000}
+
+
+EVALUATION = {"step": 2, "eval_loss": 1.5, "eval_perplexity": 4.48, "eval_tokens": 12345}
+
+
+def test_plain_lines_are_few_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    clock = iter(range(1000))
+    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
+    with PlainProgress(stream) as progress:
+        progress.begin(0, 30)
+        for step in range(1, 31):
+            progress.train_row(_row(step))
+        progress.eval_row(EVALUATION)
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[1] for line in lines[:-1]] == ["1/30", "11/30", "21/30", "30/30"]
+    assert lines[0] == "step 1/30  loss 2.5000  1,234 tokens/s  peak 1.50 GB  0:29 left"
+    assert lines[-1] == "evaluation at step 2: loss 1.5000, perplexity 4.48 over 12,345 tokens"
+
+
+def test_a_terminal_gets_a_bar_with_everything_on_it() -> None:
+    stream = Terminal()
+    with progress_for(stream) as progress:
+        assert isinstance(progress, LiveProgress)
+        progress.say("[bold]no markup[/bold]")
+        progress.begin(0, 3)
+        progress.busy("evaluating")
+        progress.eval_row(EVALUATION)
+        for step in range(1, 4):
+            progress.train_row(_row(step))
+    text = stream.getvalue()
+    for part in ("[bold]no markup[/bold]", "loss 2.5000", "1,234 tokens/s", "peak 1.50 GB", "3/3", "perplexity 4.48"):
+        assert part in text
+
+
+def test_anything_else_gets_lines() -> None:
+    assert isinstance(progress_for(io.StringIO()), PlainProgress)
+
+
+def test_silence_takes_everything() -> None:
+    with Silence() as progress:
+        progress.begin(0, 1)
+        progress.busy("x")
+        progress.train_row(_row(1))
+        progress.eval_row(EVALUATION)
+        progress.say("x")

@@ -1,0 +1,89 @@
+"""Settings are strict, and say what is wrong by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.errors import ConfigError
+from lorakit.train.defaults import CHANGEABLE_ON_RESUME, DEFAULTS
+from lorakit.train.settings import TrainSettings
+
+GIVEN: dict[str, Any] = {"model": "m", "data": ["a.txt"], "output_dir": "out"}
+
+
+def test_every_setting_has_a_row_and_every_default_a_reason() -> None:
+    assert set(TrainSettings.model_fields) == set(DEFAULTS)
+    for name, row in DEFAULTS.items():
+        assert row.reason or row.value is ..., name
+        assert TrainSettings.model_fields[name].description == row.help()
+    assert set(DEFAULTS) >= CHANGEABLE_ON_RESUME
+
+
+def test_defaults_are_those_of_the_issue() -> None:
+    settings = TrainSettings(**GIVEN)
+    assert (settings.target_modules, settings.r, settings.lora_alpha, settings.dtype) == ("all-linear", 16, 32, "auto")
+    config = settings.lora_config()
+    assert (config.r, config.lora_alpha, config.target_modules, config.bias) == (16, 32, "all-linear", "none")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"r": 0}, "r is 0; it must be at least 1."),
+        ({"r": "8"}, "r is '8'; it must be a whole number."),
+        ({"r": True}, "r is True; it must be a whole number."),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0; it must be at least 0 and less than 1."),
+        ({"lora_dropout": -0.1}, "lora_dropout is -0.1; it must be at least 0 and less than 1."),
+        ({"learning_rate": float("nan")}, "learning_rate is nan; it must be a finite number."),
+        ({"learning_rate": "1e-4"}, "learning_rate is '1e-4'; it must be a number."),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be greater than 0."),
+        ({"use_dora": "yes"}, "use_dora is 'yes'; it must be true or false."),
+        ({"data": []}, "data is []; it must not be empty."),
+        ({"data": [3]}, "data is 3; it must be text."),
+        ({"target_modules": []}, "target_modules is []; it must not be empty."),
+        ({"dtype": "bf15"}, "dtype is 'bf15'; it must be 'auto', 'bfloat16' or 'float32'; did you mean bfloat16?"),
+        ({"device": "tpu"}, "device is 'tpu'; it must be auto, cpu, cuda, cuda:N or mps."),
+        ({"learning_rat": 1.0}, "learning_rat is not a setting; did you mean learning_rate?"),
+        ({"zzz": 1}, "zzz is not a setting; see `lorakit train --help` for the settings."),
+        ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other: go on with the run, or replace it."),
+    ],
+)  # fmt: skip
+def test_bad_values_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainSettings(**{**GIVEN, **values})
+    assert str(caught.value) == message
+    assert caught.value.exit_code == 2
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainSettings(model="m", r=0, max_steps=-1)
+    for part in ("data is missing; give --data", "output_dir is missing", "r is 0", "max_steps is -1"):
+        assert part in str(caught.value)
+
+
+def test_words_people_use_are_taken() -> None:
+    settings = TrainSettings(model=Path("m"), data="a.txt", output_dir=Path("out"), dtype="bf16", lora_alpha=16)
+    assert (settings.model, settings.data, settings.output_dir, settings.dtype) == ("m", ["a.txt"], "out", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (["all-linear"], "all-linear"),
+        (["q_proj"], ["q_proj"]),
+        ([r".*\.q_proj"], r".*\.q_proj"),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        ("all-linear", "all-linear"),
+    ],
+)
+def test_target_modules_as_flags_give_them(given: Any, taken: Any) -> None:
+    assert TrainSettings(**GIVEN, target_modules=given).target_modules == taken
+
+
+def test_settings_go_through_json() -> None:
+    settings = TrainSettings(**GIVEN, target_modules=["q_proj"], eval_data=["b.txt"], max_steps=3)
+    assert TrainSettings(**settings.as_dict()) == settings

@@ -1,0 +1,131 @@
+"""One optimizer step: its guards. That a split changes nothing is law 9."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lorakit.data import Batch
+from lorakit.errors import DataError, NonFiniteError, RunError
+from lorakit.train.optim import adamw
+from lorakit.train.step import Trainee, train_step, without_gradient
+
+
+class Bigram(nn.Module):
+    """The smallest language model: a table of next-token logits, a part of it frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Parameter(torch.randn(5, 5))
+        self.idle = nn.Parameter(torch.zeros(2, 2))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> Any:
+        class Output:
+            logits = self.table[input_ids]
+
+        return Output
+
+
+def batch(ids: list[list[int]], labels: list[list[int]] | None = None) -> Batch:
+    targets = torch.tensor(ids if labels is None else labels)
+    targets[:, 0] = -100
+    trained = int((targets != -100).sum())
+    return Batch(torch.tensor(ids), torch.ones_like(targets), targets, 0.5, targets.numel(), trained)
+
+
+def trainee(model: nn.Module, max_grad_norm: float = 1.0) -> Trainee:
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return Trainee(model, named, adamw(named, 0.1, 0.0), torch.device("cpu"), max_grad_norm)
+
+
+def test_a_step_returns_the_mean_and_the_counts() -> None:
+    model = Bigram()
+    rows = batch([[1, 2, 3], [0, 1, 2]], [[1, 2, -100], [0, 1, 2]])
+    log = torch.log_softmax(model.table.detach(), 1)
+    expected = -float(log[1, 2] + log[0, 1] + log[1, 2]) / 3
+    result = train_step(trainee(model), [rows], 0.1)
+    assert result.loss == pytest.approx(expected, rel=1e-6)
+    assert (result.tokens, result.trained_tokens) == (6, 3)
+    assert result.grad_norm > 0
+
+
+def test_tensors_without_gradient_are_named() -> None:
+    model = Bigram()
+    whole = trainee(model)
+    train_step(whole, [batch([[1, 2, 3]])], 0.1)
+    assert without_gradient(whole) == ["idle"]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nothing_moves_when_a_number_is_not_finite(where: str) -> None:
+    model = Bigram()
+    whole = trainee(model)
+    train_step(whole, [batch([[1, 2, 3]])], 0.1)
+    if where == "loss":
+        model.table.data[4, 4] = float("nan")
+    else:
+        model.table.register_hook(lambda gradient: gradient * float("inf"))
+    before = model.table.detach().clone()
+    moments = {k: v.clone() for k, v in whole.optimizer.state[model.table].items()}
+    with pytest.raises(NonFiniteError, match=r"the (loss|gradient norm) became (nan|inf), so the step was not taken"):
+        train_step(whole, [batch([[4, 4, 4]])], 0.1)
+    assert torch.equal(before, model.table.detach()) or where == "loss"
+    assert torch.allclose(before, model.table.detach(), equal_nan=True, rtol=0, atol=0)
+    assert all(torch.equal(v, moments[k]) for k, v in whole.optimizer.state[model.table].items())
+    assert model.table.grad is None
+
+
+def test_a_step_without_a_trained_token() -> None:
+    with pytest.raises(DataError, match="hold no trained token"):
+        train_step(trainee(Bigram()), [batch([[1, 2]], [[-100, -100]])], 0.1)
+
+
+def test_a_batch_without_a_trained_token_beside_others_counts_for_nothing() -> None:
+    rows, empty = batch([[1, 2, 3]]), batch([[3, 2]], [[-100, -100]])
+    one, two = Bigram(), Bigram()
+    a, b = train_step(trainee(one), [rows], 0.1), train_step(trainee(two), [empty, rows], 0.1)
+    assert a.loss == b.loss
+    assert torch.equal(one.table, two.table)
+
+
+def test_a_frozen_model() -> None:
+    model = Bigram()
+    whole = trainee(model)
+    model.requires_grad_(False)
+    with pytest.raises(RunError, match="does not depend on any trainable tensor: the adapter is inactive or frozen"):
+        train_step(whole, [batch([[1, 2, 3]])], 0.1)
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
+def test_memory_that_runs_out_names_the_batch_and_the_way_out(cause: Exception) -> None:
+    class Greedy(Bigram):
+        def forward(self, **_: Any) -> Any:
+            raise cause
+
+    with pytest.raises(RunError) as caught:
+        train_step(trainee(Greedy()), [batch([[1, 2, 3], [1, 2, 3]])], 0.1)
+    assert str(caught.value) == (
+        "memory ran out in a batch of 2 rows of 3 tokens. Halve --per-device-train-batch-size and double "
+        "--gradient-accumulation-steps (the result is the same), or give --gradient-checkpointing or a smaller "
+        "--max-length."
+    )
+
+
+def test_other_errors_pass_through() -> None:
+    class Broken(Bigram):
+        def forward(self, **_: Any) -> Any:
+            raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match=r"^shape mismatch$"):
+        train_step(trainee(Broken()), [batch([[1, 2, 3]])], 0.1)
