@@ -178,20 +178,19 @@ def publish(
         _tell_sites_of_old_biases(model)
 
 
-def build_factor(A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor | None, how: Factor) -> Factor:
-    """A factor whose tensors are trainable parameters.
+def as_parameters(factor: Factor, trainable: bool = True) -> Factor:
+    """A factor whose tensors are parameters.
 
     Args:
-        A: (r, in).
-        B: (out, r).
-        magnitude: (out,) or None.
-        how: Where scale, dropout and variant are taken from.
+        factor: With A (r, in), B (out, r) and perhaps a magnitude (out,) as plain tensors.
+        trainable: They require gradients.
 
     Returns:
         The factor.
     """
-    vector = None if magnitude is None else nn.Parameter(magnitude)
-    return dataclasses.replace(how, A=nn.Parameter(A), B=nn.Parameter(B), magnitude=vector)
+    A, B = nn.Parameter(factor.A, trainable), nn.Parameter(factor.B, trainable)
+    vector = None if factor.magnitude is None else nn.Parameter(factor.magnitude, trainable)
+    return dataclasses.replace(factor, A=A, B=B, magnitude=vector)
 
 
 def make_dropout(p: float) -> nn.Module:
@@ -235,9 +234,8 @@ def _fresh_parts(site_map: SiteMap, config: LoraConfig, matches: Sequence[Match]
             W = module.read() if isinstance(module, LoraLayer) else base_of(base).read(weight)
             magnitude = variant.magnitude(W, filled.A, filled.B, factor_scale)
         dropout = make_dropout(config.lora_dropout if kind.drops else 0.0)
-        how = Factor(filled.A, filled.B, factor_scale, dropout, variant.name)
-        part = build_factor(filled.A, filled.B, magnitude, how)
-        parts.append(Part(match.path, kind, part, match.rank, match.alpha))
+        factor = as_parameters(Factor(filled.A, filled.B, factor_scale, dropout, variant.name, magnitude))
+        parts.append(Part(match.path, kind, factor, match.rank, match.alpha))
     return parts
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorakit.config import CONFIG_FILE, LoraConfig, read_config, scale
 from lorakit.core.activation import adapter_parameters
-from lorakit.core.attaching import Part, build_factor, make_dropout, publish
+from lorakit.core.attaching import Part, as_parameters, make_dropout, publish
 from lorakit.core.checks import check_allowances, check_bias_alone, check_new_name, check_scales
 from lorakit.core.extras import BiasSwitch, ModuleCopies
 from lorakit.core.factor import Factor
@@ -118,11 +118,12 @@ def load_adapter(
     site_map = survey(model)
     fitted = fit(files.file.tensors, config, site_map)
     said += _judge(files, fitted, allow)
-    parts = _parts(files, fitted, site_map, allow)
+    parts = _parts(files, fitted, site_map, trainable, allow)
     publish(model, site_map, name, dataclasses.replace(config, inference_mode=not trainable), parts, fitted.saved)
-    _fill_extras(model, name, fitted, files.file.tensors)
-    if not trainable:
-        _freeze(model, name)
+    if fitted.copied or fitted.biases:
+        _fill_extras(model, name, fitted, files.file.tensors)
+        for parameter in adapter_parameters(model, name):
+            parameter.requires_grad_(trainable)
     for sentence in said:
         warnings.warn(sentence, UserWarning, stacklevel=2)
     return LoadReport(name, config, len(parts), verdict, tuple(said))
@@ -182,7 +183,7 @@ def _judge(files: AdapterFiles, fitted: Fit, allow: Collection[str]) -> list[str
     return said
 
 
-def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, allow: Collection[str]) -> list[Part]:
+def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, trainable: bool, allow: Collection[str]) -> list[Part]:
     config, parts = files.config, []
     known = files.sidecar.sites if files.config_is_ours else {}
     kinds = {candidate.path: candidate.kind or "" for candidate in site_map.candidates}
@@ -200,8 +201,8 @@ def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, allow: Collectio
         own = {part: tensor.to(device=weight.device, dtype=dtype, copy=True) for part, tensor in tensors.items()}
         variant = variant_for(config.use_dora, kind.name, path)
         dropout = make_dropout(config.lora_dropout if kind.drops else 0.0)
-        how = Factor(own["A"], own["B"], factor_scale, dropout, variant.name)
-        parts.append(Part(path, kind, build_factor(own["A"], own["B"], own.get("magnitude"), how), r, alpha))
+        factor = Factor(own["A"], own["B"], factor_scale, dropout, variant.name, own.get("magnitude"))
+        parts.append(Part(path, kind, as_parameters(factor, trainable), r, alpha))
     check_scales(scales, allow)
     return parts
 
@@ -231,8 +232,3 @@ def _fill_extras(model: nn.Module, name: str, fitted: Fit, tensors: dict[str, Te
                     key = fitted.biases.get((id(module), leaf))
                     if key is not None:
                         module._parameters[leaf].copy_(tensors[key])  # type: ignore[union-attr]
-
-
-def _freeze(model: nn.Module, name: str) -> None:
-    for parameter in adapter_parameters(model, name):
-        parameter.requires_grad_(False)
