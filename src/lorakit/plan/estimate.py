@@ -118,7 +118,7 @@ class Plan:
         }
 
 
-def estimate(  # noqa: PLR0913 - the two options are keywords
+def estimate(
     shape: ModelShape,
     config: LoraConfig,
     job: Job | None = None,
@@ -179,7 +179,7 @@ def estimate(  # noqa: PLR0913 - the two options are keywords
     )
 
 
-def _method(  # noqa: PLR0913 - gathers what was computed apart
+def _method(
     name: str,
     trainable: int,
     needs: Memory,

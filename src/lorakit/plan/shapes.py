@@ -127,7 +127,7 @@ class ModelShape:
 
     @property
     def query_width(self) -> int:
-        """heads × head_dim: width of the queries and of what attention returns."""
+        """Heads × head_dim: width of the queries and of what attention returns."""
         return self.heads * self.head_dim
 
     @property

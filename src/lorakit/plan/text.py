@@ -60,7 +60,11 @@ def bytes_text(count: float) -> str:
     """
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 99.95 else f"{count:.1f} {unit}"
+            return (
+                f"{count:.0f} {unit}"
+                if unit == "B" or abs(count) >= 99.95
+                else f"{count:.{1 + (unit == 'GB')}f} {unit}"
+            )
         count /= 1000
     return f"{count:,.2f} TB"
 

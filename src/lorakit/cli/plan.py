@@ -1,0 +1,215 @@
+"""`lorakit plan`: what a run will cost, before it starts.
+
+The numbers are those of `lorakit.plan`; this file turns flags into its arguments and loads torch only where a speed has
+to be measured or a model directory has to be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from lorakit.cli import console
+from lorakit.config import LoraConfig
+from lorakit.errors import UsageError
+from lorakit.plan import Job, Speed
+from lorakit.train.defaults import DEFAULTS
+
+
+def _flag(name: str) -> Parameter:
+    return Parameter(help=DEFAULTS[name].help(), negative=())
+
+
+@dataclass(frozen=True)
+class AdapterFlags:
+    """Flags that describe the adapter; their defaults are those of `lorakit train`."""
+
+    r: Annotated[int, _flag("r")] = DEFAULTS["r"].value
+    lora_alpha: Annotated[float, _flag("lora_alpha")] = DEFAULTS["lora_alpha"].value
+    lora_dropout: Annotated[float, _flag("lora_dropout")] = DEFAULTS["lora_dropout"].value
+    target_modules: Annotated[list[str] | None, _flag("target_modules")] = None
+    exclude_modules: Annotated[list[str] | None, Parameter(help="Names of modules to leave out. Default none.")] = None
+    modules_to_save: Annotated[
+        list[str] | None, Parameter(help="Names of modules that are copied and trained whole. Default none.")
+    ] = None
+    bias: Annotated[str, Parameter(help="Biases of the base to train: none, all or lora_only. Default none.")] = "none"
+    use_dora: Annotated[bool, _flag("use_dora")] = False
+    use_rslora: Annotated[bool, _flag("use_rslora")] = False
+    allow_partial_targets: Annotated[bool, _flag("allow_partial_targets")] = False
+
+    def config(self) -> LoraConfig:
+        """The adapter's config.
+
+        Raises:
+            ConfigError: A value is not allowed; the message names the field.
+        """
+        targets: Any = self.target_modules or DEFAULTS["target_modules"].value
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=_words(targets),
+            exclude_modules=_words(self.exclude_modules),
+            modules_to_save=self.modules_to_save,
+            bias=self.bias,
+            use_dora=self.use_dora,
+            use_rslora=self.use_rslora,
+        )
+
+
+@dataclass(frozen=True)
+class JobFlags:
+    """Flags that describe the job; their defaults are those of `lorakit train`."""
+
+    per_device_train_batch_size: Annotated[
+        int,
+        Parameter(
+            name=("--per-device-train-batch-size", "--batch-size"), help=DEFAULTS["per_device_train_batch_size"].help()
+        ),
+    ] = DEFAULTS["per_device_train_batch_size"].value
+    max_length: Annotated[
+        int | None,
+        Parameter(help="Tokens of a row. Default 512, as `lorakit train`, or what the model takes where that is less."),
+    ] = None
+    gradient_accumulation_steps: Annotated[int, _flag("gradient_accumulation_steps")] = DEFAULTS[
+        "gradient_accumulation_steps"
+    ].value
+    gradient_checkpointing: Annotated[bool, _flag("gradient_checkpointing")] = False
+    dtype: Annotated[
+        str,
+        Parameter(
+            help="Precision of the base: auto, bfloat16 or float32. Default auto: what a measurement of this machine "
+            "chooses (as `lorakit train`), and without one the precision that the model is published in."
+        ),
+    ] = "auto"
+    max_steps: Annotated[int | None, Parameter(help="Optimizer steps of the run. Default none: no hours.")] = None
+    tokens: Annotated[
+        int | None, Parameter(help="Tokens of the run, in place of --max-steps; rounded up to whole steps.")
+    ] = None
+    tokens_per_second: Annotated[
+        float | None, Parameter(help="Speed of training, as a run prints it; then nothing is measured.")
+    ] = None
+    calibrate: Annotated[
+        bool | None,
+        Parameter(
+            negative="--no-calibrate",
+            help="Measure this machine (about two seconds, and torch is loaded). Default: only where --max-steps or "
+            "--tokens asks for a time and --tokens-per-second does not give the speed.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """Dtype, speed and a sentence about them."""
+
+    dtype: str
+    speed: Speed | None
+    said: tuple[str, ...]
+
+
+_ADAPTER, _JOB = AdapterFlags(), JobFlags()
+
+
+def run(
+    model: Annotated[
+        str, Parameter(help="A model directory or config.json, smollm2, a published model's name, or a hub id.")
+    ],
+    /,
+    *,
+    ranks: Annotated[
+        list[str] | None, Parameter(help="Ranks of a table of parameters, such as 4,8,16,32. Default no table.")
+    ] = None,
+    json: console.JsonFlag = False,
+    adapter: Annotated[AdapterFlags, Parameter(name="*", show_default=False)] = _ADAPTER,
+    job: Annotated[JobFlags, Parameter(name="*", show_default=False)] = _JOB,
+) -> int:
+    """What a run will cost, before it starts: parameters, bytes, FLOPs, hours, files.
+
+    MODEL is an existing path, else smollm2, else a name of the catalogue (gpt2, meta-llama/Llama-3.2-1B, ...), else a
+    hub id. No weights are loaded. With --max-steps or --tokens the plan says how long the run takes: from
+    --tokens-per-second, or else from a measurement of about two seconds.
+    """
+    from lorakit import hub, plan
+
+    config, columns = adapter.config(), _ranks(ranks)
+    shape = hub.shape_of(model)
+    plan.count(shape, config, allow_partial=adapter.allow_partial_targets)  # a wrong name is said before measuring
+    length = job.max_length or min(DEFAULTS["max_length"].value, shape.positions or DEFAULTS["max_length"].value)
+    dtype = shape.dtype if job.dtype == "auto" else job.dtype
+    wanted = Job(
+        batch_rows=job.per_device_train_batch_size,
+        length_tokens=length,
+        accumulation=job.gradient_accumulation_steps,
+        dtype=dtype,
+        gradient_checkpointing=job.gradient_checkpointing,
+    )
+    steps = _steps(job, wanted)
+    machine = _machine(job, dtype, steps)
+    planned = plan.estimate(
+        shape,
+        config,
+        replace(wanted, dtype=machine.dtype, steps=steps),
+        machine.speed,
+        ranks=columns,
+        allow_partial=adapter.allow_partial_targets,
+    )
+    if json:
+        console.emit_json({**planned.as_dict(), "machine": list(machine.said)})
+        return 0
+    console.say(plan.render(planned))
+    for sentence in machine.said:
+        console.say(sentence)
+    return 0
+
+
+def _machine(job: JobFlags, dtype: str, steps: int | None) -> _Machine:
+    """Which precision and speed to plan with; measures only where it was asked for or a time needs it."""
+    if job.tokens_per_second is not None:
+        if job.calibrate:
+            raise UsageError("--calibrate and --tokens-per-second exclude each other: the speed is measured or given.")
+        return _Machine(dtype, Speed(tokens_per_second=job.tokens_per_second, source="as given, of LoRA training"), ())
+    measures = steps is not None if job.calibrate is None else job.calibrate
+    if not measures:
+        return _Machine(dtype, None, ())
+    from lorakit import hub
+
+    measured = hub.calibrate()
+    said = [measured.line()]
+    if job.dtype == "auto":
+        choice = hub.choose_dtype("auto", measured)
+        dtype = choice.dtype
+        said.append(choice.reason)
+    rate = measured.fp32_flops_per_second if dtype in ("float32", "fp32") else measured.bf16_flops_per_second
+    return _Machine(dtype, Speed(flops_per_second=rate, source=f"measured, {rate / 1e9:,.0f} GFLOP/s"), tuple(said))
+
+
+def _steps(job: JobFlags, wanted: Job) -> int | None:
+    """Optimizer steps of the run, from either flag."""
+    for name, value in (("max-steps", job.max_steps), ("tokens", job.tokens)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} is {value}; it must be a whole number of at least 1.")
+    if job.tokens is None:
+        return job.max_steps
+    if job.max_steps is not None:
+        raise UsageError("--max-steps and --tokens exclude each other: both say how long the run is.")
+    return -(-job.tokens // wanted.step_tokens)
+
+
+def _ranks(words: Sequence[str] | None) -> list[int]:
+    ranks = []
+    for word in (part for given in words or () for part in given.split(",") if part):
+        if not word.strip().isdigit() or int(word) < 1:
+            raise UsageError(f"--ranks holds {word!r}; give whole numbers of at least 1, such as 4,8,16,32.")
+        ranks.append(int(word))
+    return ranks
+
+
+def _words(names: list[str] | str | None) -> list[str] | str | None:
+    """A list of the one word all-linear is that word."""
+    if not isinstance(names, list):
+        return names
+    return "all-linear" if [name.lower() for name in names] == ["all-linear"] else names
