@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit import hub
 from lorakit.errors import RunError
 from lorakit.train import checkpoint
 from lorakit.train.memory import peak_rss_bytes
@@ -133,7 +134,7 @@ def finish(ready: Ready, ending: str, seconds: float) -> RunResult:
         tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
         peak_rss_bytes=peak_rss_bytes(),
         seconds=seconds,
-        dtype=ready.precision.dtype,
+        dtype=ready.planned.dtype,
         plan=dict(ready.planned.values),
         notes=tuple(notes),
     )
@@ -158,7 +159,7 @@ def record(ready: Ready, status: str) -> dict[str, Any]:
         "settings": request.settings.as_dict(),
         "resolved": {
             "base": request.source.base_name,
-            "dtype": ready.precision.dtype,
+            "dtype": ready.planned.dtype,
             "device": str(request.device),
             "max_length": request.forecast.max_length,
             **dataclasses.asdict(ready.pace),
@@ -173,19 +174,31 @@ def record(ready: Ready, status: str) -> dict[str, Any]:
     }
 
 
-def training_facts(ready: Ready) -> dict[str, Any]:
-    """What `lorakit.json` of a saved adapter says about its training."""
+def adapter_facts(ready: Ready) -> dict[str, Any]:
+    """What `lorakit.json` of a saved adapter says beside core's own: base, tokenizer, training.
+
+    Args:
+        ready: The run, at the step that is saved.
+
+    Returns:
+        Plain JSON values.
+    """
     request, state = ready.request, ready.state
-    current = state.evaluated_step == state.step
+    evaluated = state.evaluated_step == state.step
     return {
-        "step": state.step,
-        "total_steps": ready.pace.total_steps,
-        "eval_loss": state.last_loss if current else None,
-        "base_eval_loss": state.first_loss,
-        "trained_tokens": state.trained_tokens,
-        "data_sha256": dict(request.hashes),
-        "seed": request.settings.seed,
-        "dtype": ready.precision.dtype,
+        "base_name": request.source.base_name,
+        "tokenizer_sha256": hub.tokenizer_hash(ready.tokenizer),
+        "chat_template_sha256": hub.chat_template_hash(ready.tokenizer),
+        "training": {
+            "step": state.step,
+            "total_steps": ready.pace.total_steps,
+            "eval_loss": state.last_loss if evaluated and state.step else None,
+            "base_eval_loss": state.first_loss,
+            "trained_tokens": state.trained_tokens,
+            "data_sha256": dict(request.hashes),
+            "seed": request.settings.seed,
+            "dtype": ready.planned.dtype,
+        },
     }
 
 
@@ -220,7 +233,7 @@ def _card_facts(ready: Ready, step: int) -> Mapping[str, Any]:
         "steps": ready.pace.total_steps,
         "learning_rate": f"{settings.learning_rate:g}",
         "seed": settings.seed,
-        "dtype": ready.precision.dtype,
+        "dtype": ready.planned.dtype,
         "eval": _result_sentence(state.first_loss, state.best_loss),
         "versions": versions(),
     }

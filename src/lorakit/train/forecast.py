@@ -1,13 +1,8 @@
-"""What a run will cost, worked out before it starts: shape of the model, precision, plan.
-
-Brings the settings, the hub's shape and calibration, and `lorakit.plan` together; computes no cost itself.
-"""
+"""What the base's shape alone decides: whether targets match and how long a row may be. No weight is loaded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
 
 from lorakit import hub, plan
 from lorakit.config import LoraConfig
@@ -30,21 +25,6 @@ class Forecast:
     config: LoraConfig
     max_length: int
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Precision:
-    """In which precision the base is held, and how fast the machine is.
-
-    Attributes:
-        dtype: "bfloat16" or "float32".
-        calibration: What was measured, or None where nothing had to be.
-        lines: Sentences that say both.
-    """
-
-    dtype: str
-    calibration: hub.Calibration | None
-    lines: tuple[str, ...]
 
 
 def forecast(settings: TrainSettings, source: hub.ModelSource) -> Forecast:
@@ -75,21 +55,3 @@ def forecast(settings: TrainSettings, source: hub.ModelSource) -> Forecast:
         length = shape.positions
         notes.append(f"Rows have at most {length:,} tokens: the model takes no more.")
     return Forecast(shape, config, length, tuple(notes))
-
-
-def precision(settings: TrainSettings, device: torch.device, recorded: str | None) -> Precision:
-    """Decide the base's precision; "auto" measures the machine, a resumed run keeps what it had.
-
-    Args:
-        settings: `dtype` is read.
-        device: What is measured.
-        recorded: The precision of the run that is resumed, or None.
-
-    Returns:
-        The precision and the sentences that say why.
-    """
-    calibration = hub.calibrate(device)
-    if recorded is not None:
-        return Precision(recorded, calibration, (calibration.line(), f"{recorded}, as the run began."))
-    choice = hub.choose_dtype(settings.dtype, calibration)
-    return Precision(choice.dtype, calibration, (calibration.line(), choice.reason))

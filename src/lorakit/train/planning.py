@@ -1,4 +1,7 @@
-"""The plan of a run, made from its settings, its data and the machine's measured speed, and put into words."""
+"""The plan of a run, made from its settings, its data and the machine's measured speed, and put into words.
+
+The costs are `lorakit.plan`'s, the speed `lorakit.hub`'s; here they are only brought together.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.train.forecast import Precision
+from lorakit import hub, plan
 from lorakit.train.loop import Pace
 from lorakit.train.request import Request
+
+WORTH_MEASURING_FLOPS = 2e12
+"""A run of fewer FLOPs is over before the machine is measured, unless the precision depends on it."""
 
 
 @dataclass(frozen=True)
@@ -16,14 +22,55 @@ class Planned:
     """A plan and how it is printed.
 
     Attributes:
+        dtype: Precision of the base: "bfloat16" or "float32".
         values: The plan as plain JSON values.
         lines: Sentences for a person.
     """
 
+    dtype: str
     values: Mapping[str, Any]
     lines: tuple[str, ...]
 
 
-def planned_run(request: Request, pace: Pace, precision: Precision) -> Planned:
-    """Plan a run."""
-    return Planned({}, ())
+def planned_run(request: Request, pace: Pace) -> Planned:
+    """Plan a run: its precision first ("auto" measures the machine), then its memory and time.
+
+    Args:
+        request: The checked request; a resumed run keeps the precision that it began with.
+        pace: Its steps.
+
+    Returns:
+        The plan.
+    """
+    recorded = ((request.record or {}).get("resolved") or {}).get("dtype")
+    wanted = recorded or request.settings.dtype
+    calibration, lines = None, []
+    if wanted == "auto" or _flops(request, pace, wanted) > WORTH_MEASURING_FLOPS:
+        calibration = hub.calibrate(request.device)
+        lines.append(calibration.line())
+    choice = hub.choose_dtype(wanted, calibration)
+    lines.append(f"Base in {choice.reason}" if recorded is None else f"Base in {recorded}, as when the run began.")
+    speed = None
+    if calibration is not None:
+        rates = {"bfloat16": calibration.bf16_flops_per_second, "float32": calibration.fp32_flops_per_second}
+        speed = plan.Speed(flops_per_second=rates[choice.dtype], source="measured")
+    made = _estimate(request, pace, choice.dtype, speed)
+    return Planned(choice.dtype, made.as_dict(), (*lines, *plan.summary(made)))
+
+
+def _estimate(request: Request, pace: Pace, dtype: str, speed: plan.Speed | None) -> plan.Plan:
+    settings, prospect = request.settings, request.forecast
+    job = plan.Job(
+        batch_rows=settings.per_device_train_batch_size,
+        length_tokens=prospect.max_length,
+        accumulation=pace.accumulation,
+        steps=pace.total_steps,
+        dtype=dtype,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+    return plan.estimate(prospect.shape, prospect.config, job, speed, allow_partial=settings.allow_partial_targets)
+
+
+def _flops(request: Request, pace: Pace, dtype: str) -> float:
+    made = _estimate(request, pace, dtype, None)
+    return made.lora.flops.total * made.job.step_tokens * pace.total_steps

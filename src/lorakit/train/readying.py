@@ -15,7 +15,6 @@ import torch
 
 from lorakit import core, hub
 from lorakit.train import checkpoint
-from lorakit.train.forecast import Precision, precision
 from lorakit.train.loop import Pace, steps_per_epoch
 from lorakit.train.optim import adamw, load_state_tensors
 from lorakit.train.planning import Planned, planned_run
@@ -39,8 +38,7 @@ class Ready:
 
     Attributes:
         request: The request.
-        precision: Precision of the base, and the machine's speed.
-        planned: The plan.
+        planned: The plan, and the precision of the base.
         tokenizer: The base's tokenizer.
         batches: Data as batches.
         pace: How long and how often.
@@ -54,7 +52,6 @@ class Ready:
     """
 
     request: Request
-    precision: Precision
     planned: Planned
     tokenizer: Any
     batches: RunBatches
@@ -91,21 +88,18 @@ def make_ready(request: Request, progress: Progress) -> Ready:
     batches = make_batches(settings, request.data, tokenizer, request.forecast.max_length)
     _say_data(request, batches, progress)
     pace = make_pace(settings, batches)
-    chosen = precision(settings, request.device, _recorded_dtype(request))
-    planned = planned_run(request, pace, chosen)
-    for line in (*chosen.lines, *planned.lines):
+    planned = planned_run(request, pace)
+    for line in planned.lines:
         progress.say(line)
-    model = hub.load_model(request.source, chosen.dtype, request.device)
+    model = hub.load_model(request.source, planned.dtype, request.device)
     own = list(model.parameters())
     total, base_bytes = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
     found = checkpoint.newest_good(request.folder) if settings.resume else checkpoint.Found(None, ())
     notes = _put_adapter(model, request, found, progress)
-    trainee = _trainee(model, request, chosen.dtype)
+    trainee = _trainee(model, request, planned.dtype)
     rates = schedule(settings.learning_rate, pace.total_steps, settings.warmup_ratio, settings.lr_scheduler_type)
-    state = _take_up(request, trainee, batches, found, chosen.dtype, progress)
-    return Ready(
-        request, chosen, planned, tokenizer, batches, pace, rates, trainee, state, found, total, base_bytes, notes
-    )
+    state = _take_up(request, trainee, batches, found, planned.dtype, progress)
+    return Ready(request, planned, tokenizer, batches, pace, rates, trainee, state, found, total, base_bytes, notes)
 
 
 def make_pace(settings: TrainSettings, batches: RunBatches) -> Pace:
@@ -136,18 +130,13 @@ def _say_data(request: Request, batches: RunBatches, progress: Progress) -> None
             progress.say(f"evaluation data: {line}")
 
 
-def _recorded_dtype(request: Request) -> str | None:
-    return (request.record or {}).get("resolved", {}).get("dtype")
-
-
 def _put_adapter(model: Any, request: Request, found: checkpoint.Found, progress: Progress) -> tuple[str, ...]:
     """A fresh adapter, or the one of the checkpoint; says which and why."""
     for path, reason in found.skipped:
         progress.say(f"{path}: skipped, {reason}.")
     if found.path is not None:
         progress.say(f"Going on from {found.path}.")
-        core.load_adapter(model, found.path, ADAPTER, trainable=True)
-        return ()
+        return core.load_adapter(model, found.path, ADAPTER, trainable=True).warnings
     if request.settings.resume:
         progress.say(f"{request.folder}: there is no good checkpoint, so the run starts from its first step.")
     allow = ("partial_targets",) if request.settings.allow_partial_targets else ()

@@ -15,7 +15,7 @@ from pathlib import Path
 from lorakit import core
 from lorakit.errors import DiskError, LorakitError
 from lorakit.train import checkpoint
-from lorakit.train.ending import RunResult, finish, record, training_facts
+from lorakit.train.ending import RunResult, adapter_facts, finish, record
 from lorakit.train.loop import Loop
 from lorakit.train.metrics import cut
 from lorakit.train.optim import state_tensors
@@ -100,7 +100,7 @@ def _save(ready: Ready, state: TrainState) -> Path:
         optimizer=state_tensors(trainee.optimizer, trainee.named),
         random=tensors,
         random_plain=plain,
-        environment=environment(request.device, ready.precision.dtype),
+        environment=environment(request.device, ready.planned.dtype),
         schedule=dataclasses.asdict(ready.schedule),
     )
 
@@ -109,9 +109,8 @@ def _save(ready: Ready, state: TrainState) -> Path:
             trainee.model,
             folder,
             ADAPTER,
-            training=training_facts(ready),
             base_model_name_or_path=request.source.recorded_name,
-            base_name=request.source.base_name,
+            facts=adapter_facts(ready),
         )
 
     path = checkpoint.save(request.folder, snapshot, write_adapter)
