@@ -100,6 +100,29 @@ def test_long_conversations_are_cut_and_counted(tiny_tokenizer: Any) -> None:
     whole = len(conversation_tokens(TALK, tiny_tokenizer).ids)
     report = encode([TALK], tiny_tokenizer, whole - 4).report
     assert (report.cut_rows, report.cut_tokens, report.ended_rows) == (1, 4, 0)
+    assert report.cut_trained_tokens == 3  # the line feed after the end was never trained
+
+
+def test_a_token_that_hides_the_space_before_an_answer_is_found_out(tiny_tokenizer: Any) -> None:
+    """Some tokenizers leave the space before a word out of its offsets: what decodes to another text is not taken."""
+    from tokenizers import processors
+
+    tiny_tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tiny_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    turns = conversation_tokens(Conversation((Message("user", "hello"), Message("assistant", "world"))), tiny_tokenizer)
+    assert said(tiny_tokenizer, turns) == ["world<|im_end|>"]
+
+
+def test_tokens_that_do_not_give_the_text_back_are_refused(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = iter(range(10_000))
+    monkeypatch.setattr(tiny_tokenizer, "decode", lambda *_, **__: f"something else {next(count)}")
+    with pytest.raises(DataError, match=r"talk.jsonl:3: the tokens of the assistant's turns do not give back the text"):
+        encode([TALK], tiny_tokenizer, 64)
 
 
 def test_no_template_and_a_template_that_refuses(tiny_tokenizer: Any) -> None:

@@ -1,11 +1,12 @@
 import itertools
 import json
+from array import array
 from typing import Any
 
 import pytest
 import torch
 
-from lorakit.data import Document, Loader, encode, padding_id
+from lorakit.data import Document, Loader, Sequence, encode, padding_id
 from lorakit.errors import ConfigError, DataError
 
 
@@ -78,6 +79,9 @@ def test_a_state_of_other_data_is_refused(sequences: Any) -> None:
     state = Loader(sequences, 4, seed=5).state()
     with pytest.raises(DataError, match="cannot be taken up again: the data, batch_rows changed since it was kept"):
         Loader(sequences[1:], 3, seed=5).load_state(state)
+    same_tokens = [Sequence(s.input_ids, array("i", [-100] * len(s))) for s in sequences]
+    with pytest.raises(DataError, match="taken up again: the data changed"):
+        Loader(same_tokens, 4, seed=5).load_state(state)
     with pytest.raises(DataError, match="seed changed"):
         Loader(sequences, 4, seed=6).load_state(state)
     with pytest.raises(DataError, match="The kept position in the data is not one: epoch 0, batch 99"):

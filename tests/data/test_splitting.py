@@ -29,6 +29,9 @@ def test_equal_documents_stay_on_one_side() -> None:
     trained, held_out = ({r.text for r in side if isinstance(r, Document)} for side in (parts.train, parts.held_out))
     assert len(held_out) == 3
     assert not trained & held_out
+    often = [*[Document("said often")] * 90, *documents(9)]
+    for seed in range(5):  # the share is one of texts, not of repetitions
+        assert len({r.text for r in split(often, 0.3, seed).held_out if isinstance(r, Document)}) == 3
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -34,10 +34,16 @@ def test_loading_leaves_the_settings_of_transformers_and_prints_nothing(
 ) -> None:
     from transformers.utils import logging
 
-    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    load_model(tiny_model_directory)
-    load_tokenizer(tiny_model_directory)
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    earlier = logging.get_verbosity()
+    try:
+        logging.set_verbosity_info()
+        logging.enable_progress_bar()
+        load_model(tiny_model_directory)
+        load_tokenizer(tiny_model_directory)
+        assert logging.get_verbosity() == logging.INFO
+        assert logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(earlier)
     assert capfd.readouterr() == ("", "")
 
 
@@ -53,7 +59,7 @@ def test_weights_that_are_missing_or_damaged(tiny_model_directory: Path) -> None
     ):
         load_model(tiny_model_directory)
     save_file({**whole, name: torch.zeros(3, 3)}, weights, {"format": "pt"})
-    with pytest.raises(ModelError, match=r"the model cannot be loaded|have other shapes than the config says"):
+    with pytest.raises(ModelError, match=r"tiny-llama: the model cannot be loaded \(RuntimeError: .*size"):
         load_model(tiny_model_directory)
     save_file(whole, weights, {"format": "pt"})
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -40,7 +40,6 @@ class Calibration:
         fp32_flops_per_second: Of an fp32 product.
         copy_bytes_per_second: Bytes read plus bytes written.
         seconds: How long the measurement took.
-        dtype: "bfloat16" or "float32": what "auto" stands for here.
         device: What was measured.
         threads: Threads that torch uses on the processor.
     """
@@ -49,7 +48,6 @@ class Calibration:
     fp32_flops_per_second: float
     copy_bytes_per_second: float
     seconds: float
-    dtype: str
     device: str
     threads: int
 
@@ -57,6 +55,11 @@ class Calibration:
     def factor(self) -> float:
         """How many times faster bf16 products are than fp32 ones."""
         return self.bf16_flops_per_second / self.fp32_flops_per_second
+
+    @property
+    def dtype(self) -> str:
+        """What "auto" stands for here: bf16 where its products are `NEEDED_FACTOR` times as fast, else fp32."""
+        return "bfloat16" if self.factor >= NEEDED_FACTOR else "float32"
 
     def line(self) -> str:
         """The result as one sentence to print."""
@@ -95,13 +98,11 @@ def calibrate(device: str | torch.device = "cpu") -> Calibration:
     began = time.perf_counter()
     rates = {dtype: _product_rate(device, dtype) for dtype in (torch.bfloat16, torch.float32)}
     copied = _copy_rate(device)
-    bf16, fp32 = rates[torch.bfloat16], rates[torch.float32]
     return Calibration(
-        bf16_flops_per_second=bf16,
-        fp32_flops_per_second=fp32,
+        bf16_flops_per_second=rates[torch.bfloat16],
+        fp32_flops_per_second=rates[torch.float32],
         copy_bytes_per_second=copied,
         seconds=time.perf_counter() - began,
-        dtype="bfloat16" if bf16 >= NEEDED_FACTOR * fp32 else "float32",
         device=str(device),
         threads=torch.get_num_threads(),
     )

@@ -119,6 +119,3 @@ def _check_report(source: ModelSource, report: dict[str, Any], task: str) -> Non
             f"{source.given}: the files lack {len(missing)} weights of the model, such as {missing[0]}; they would be "
             f"random. Is it a model for the task '{task}'?"
         )
-    mismatched = list(report.get("mismatched_keys", ()))
-    if mismatched:
-        raise ModelError(f"{source.given}: {len(mismatched)} weights have other shapes than the config says.")
