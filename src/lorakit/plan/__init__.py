@@ -6,7 +6,7 @@ machine.
 """
 
 from lorakit.plan import catalogue
-from lorakit.plan.estimate import Method, Plan, estimate
+from lorakit.plan.estimating import Method, Plan, estimate
 from lorakit.plan.flops import Flops
 from lorakit.plan.job import Job, Speed
 from lorakit.plan.memory import Line, Memory

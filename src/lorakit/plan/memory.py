@@ -25,8 +25,8 @@ LOSS_COPIES = 3
 cross entropy kept, the gradient that reaches them, and the gradient that leaves log-softmax."""
 
 ALLOCATOR_NOTE = (
-    "Memory is that of tensors. glibc's malloc keeps freed blocks below 32 MB and cannot give one to an aligned request "
-    "of the same size, so a process may hold a quarter to three quarters of its activations on top. "
+    "Memory is that of tensors. glibc's malloc keeps freed blocks below 32 MB and cannot give one to an aligned "
+    "request of the same size, so a process may hold a quarter to three quarters of its activations on top. "
     "MALLOC_MMAP_THRESHOLD_=131072 in the environment avoids that, at some cost in speed."
 )
 

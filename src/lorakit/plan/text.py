@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from lorakit.plan.estimate import Method, Plan
+from lorakit.plan.estimating import Method, Plan
 from lorakit.plan.params import RankTable
 
 WIDTH = 100

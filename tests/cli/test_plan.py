@@ -1,0 +1,121 @@
+"""`lorakit plan`: what is printed, and what each mistake is answered with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.cli import main
+
+REFERENCE = ["plan", "gpt2", "--r", "8", "--lora-alpha", "16", "--target-modules", "c_attn", "c_proj"]
+
+
+def _json(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert main([*words, "--json"]) == 0
+    values: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return values
+
+
+def test_the_reference_project(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*REFERENCE, "--ranks", "4,8,16,32"]) == 0
+    out = capsys.readouterr().out
+    assert "trainable: 811,008 of 124,439,808 (0.65 %) of the base" in out
+    assert "in the attention and in the MLP" in out
+    assert "12 × (24,576 + 12,288 + 30,720) = 811,008" in out
+    assert "12,288   24,576     49,152     98,304" in out
+    assert "Hours need a speed" in out
+
+
+def test_json_is_the_same_content(capsys: pytest.CaptureFixture[str]) -> None:
+    values = _json([*REFERENCE, "--ranks", "4", "8", "--max-steps=10", "--tokens-per-second", "512"], capsys)
+    assert values["adapter"]["trainable"] == 811_008
+    assert values["ranks"]["ranks"] == [4, 8]
+    assert values["lora"]["run_seconds"] == 10 * 4 * 512 / 512
+    assert values["job"]["dtype"] == "float32"
+
+
+def test_flags_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "gpt2", "--batch-size", "2", "--max_length", "128", "--gradient-accumulation-steps", "3"]
+    words += ["--dtype", "bf16", "--gradient-checkpointing", "--use-dora", "--bias", "all"]
+    words += ["--tokens", "1000", "--tokens-per-second", "100"]
+    values = _json(words, capsys)
+    job = values["job"]
+    assert (job["batch_rows"], job["length_tokens"], job["accumulation"]) == (2, 128, 3)
+    assert (job["dtype"], job["gradient_checkpointing"], job["steps"]) == ("bfloat16", True, 2)
+    assert values["adapter"]["magnitudes"] > 0
+    assert values["adapter"]["biases"] == 102_144
+
+
+def test_defaults_are_those_of_train(capsys: pytest.CaptureFixture[str]) -> None:
+    values = _json(["plan", "HuggingFaceTB/SmolLM2-135M"], capsys)
+    assert {(g["rank"], g["scale"], g["entry"]) for g in values["adapter"]["groups"]} == {(16, 2.0, "all-linear")}
+    assert (values["job"]["batch_rows"], values["job"]["length_tokens"]) == (4, 512)
+
+
+def test_a_directory_and_its_config(tiny_model_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--r", "4", "--target-modules", "q_proj", "v_proj"]
+    whole = _json(["plan", str(tiny_model_directory), *words], capsys)
+    alone = _json(["plan", str(tiny_model_directory / "config.json"), *words], capsys)
+    assert whole["adapter"]["trainable"] == 2 * 4 * (32 + 32 + 32 + 16)
+    assert whole["adapter"] == alone["adapter"]
+    assert whole["job"]["length_tokens"] == 128  # what the model takes
+
+
+def test_a_time_without_a_speed_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorakit import hub
+
+    measured = hub.Calibration(8e11, 2e11, 2e10, 2.0, "bfloat16", "cpu", 2)
+    monkeypatch.setattr(hub, "calibrate", lambda: measured)
+    values = _json([*REFERENCE, "--max-steps", "10"], capsys)
+    assert values["speed"]["flops_per_second"] == 8e11
+    assert values["job"]["dtype"] == "bfloat16"
+    assert values["machine"][0].startswith("Measured on cpu with 2 threads")
+    values = _json([*REFERENCE, "--calibrate", "--dtype", "fp32"], capsys)
+    assert values["speed"]["flops_per_second"] == 2e11
+    assert values["lora"]["run_seconds"] is None
+    assert _json([*REFERENCE, "--max-steps", "10", "--no-calibrate"], capsys)["speed"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["gpt2", "--target-modules", "c_atn"], 1, "nearest: c_attn"),
+        (["gpt2", "--r", "0"], 2, "r is 0; it must be a whole number of at least 1."),
+        (["gpt2", "--lora-dropout", "1.5"], 2, "lora_dropout is 1.5; it must lie in [0, 1)."),
+        (["gpt2", "--ranks", "4,x"], 2, "--ranks holds 'x'; give whole numbers of at least 1, such as 4,8,16,32."),
+        (["gpt2", "--tokens", "9", "--max-steps", "9"], 2, "--max-steps and --tokens exclude each other"),
+        (["gpt2", "--max-steps", "0"], 2, "--max-steps is 0; it must be a whole number of at least 1."),
+        (["gpt2", "--calibrate", "--tokens-per-second", "9"], 2, "exclude each other: the speed is measured or given"),
+        (["gpt2", "--tokens-per-second", "0"], 2, "a speed must be above 0"),
+        (["gpt2", "--batch-size", "0"], 2, "batch_rows is 0; it must be a whole number of at least 1."),
+        (["gpt2", "--dtype", "bfloat61"], 2, "Did you mean bfloat16?"),
+        (["gpt2", "--targets", "c_attn"], 2, "--target"),
+        ([], 2, "See `lorakit plan --help`."),
+    ],
+)
+def test_mistakes(words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["plan", "gpt3"]) == 1
+    assert "gpt2" in capsys.readouterr().err
+
+
+def test_a_published_model_is_planned_at_once_and_without_torch() -> None:
+    code = f"import sys; from lorakit.cli import main; main({REFERENCE!r}); sys.exit('torch' in sys.modules)"
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "811,008" in done.stdout
+    assert time.perf_counter() - began < 3  # a third of a second on an idle machine

@@ -1,0 +1,111 @@
+"""The derived activations against what autograd saves, counted with saved-tensor hooks over lorakit's own layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lorakit.config import LoraConfig
+from lorakit.plan import Job, activations, catalogue, count
+from lorakit.plan.memory import logits_bytes
+
+ROWS, LENGTH, LAYERS = 2, 48, 6
+
+
+def _model(name: str, dropout: float) -> Any:
+    import transformers as hf
+
+    vocab, small = 300, {"hidden_size": 64, "num_hidden_layers": LAYERS, "vocab_size": 300, "intermediate_size": 160}
+    if name == "gpt2":
+        drops = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+        ids = {"bos_token_id": 0, "eos_token_id": 0}
+        return hf.GPT2LMHeadModel(hf.GPT2Config(vocab, 64, 64, n_layer=LAYERS, n_head=4, **drops, **ids))
+    if name == "bert":
+        drops = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        return hf.BertModel(hf.BertConfig(**small, num_attention_heads=4, **drops))
+    family = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[name]
+    config = getattr(hf, f"{family}Config")(
+        **small, num_attention_heads=4, num_key_value_heads=2, **({} if name == "qwen2" else {"head_dim": 16})
+    )
+    return getattr(hf, f"{family}ForCausalLM")(config)
+
+
+def _saved_bytes(model: Any, ids: Any) -> int:
+    """Bytes of distinct storages that the graph holds, without parameters and buffers."""
+    import torch
+
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    held: dict[int, Any] = {}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = tensor
+        return tensor
+
+    causal = "labels" if hasattr(model, "lm_head") else None
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(input_ids=ids, **({causal: ids, "use_cache": False} if causal else {}))
+    del output
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "dora"])
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "dropout", "targets"),
+    [
+        ("llama", 0.0, "all-linear"),
+        ("llama", 0.0, ["q_proj", "v_proj"]),
+        ("qwen2", 0.0, "all-linear"),
+        ("qwen3", 0.0, "all-linear"),
+        ("gpt2", 0.1, ["c_attn", "c_proj"]),
+        ("gpt2", 0.1, "all-linear"),
+        ("gpt2", 0.0, ["c_attn", "c_proj"]),
+        ("bert", 0.1, ["query", "value"]),
+        ("bert", 0.0, "all-linear"),
+    ],
+    ids=str,
+)
+def test_what_autograd_saves(  # noqa: PLR0917
+    name: str, dropout: float, targets: Any, dtype: str, lora_dropout: float, use_dora: bool
+) -> None:
+    import torch
+
+    from lorakit import core, hub
+
+    model = _model(name, dropout).to(getattr(torch, dtype))
+    shape = hub.shape_of_module(model, "small", "here")
+    config = LoraConfig(r=4, target_modules=targets, lora_dropout=lora_dropout, use_dora=use_dora)
+    core.attach(model, config)
+    model.train()
+    saved = _saved_bytes(model, torch.randint(0, 300, (ROWS, LENGTH)))
+    job = Job(ROWS, LENGTH, dtype=dtype)
+    planned = activations.of_lora(shape, count(shape, config), lora_dropout, job)
+    log_probabilities = logits_bytes(shape, job) // 3  # one of the three tensors of the loss is saved in the forward
+    assert planned.is_known
+    assert planned.blocks + planned.outside + log_probabilities == pytest.approx(saved, rel=0.03)
+
+
+def test_blocks_below_the_first_adapted_one_keep_nothing() -> None:
+    shape = catalogue.published("SmolLM2-135M")
+    assert shape is not None
+    config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[20, 25])
+    planned = activations.of_lora(shape, count(shape, config), 0.0, Job())
+    assert planned.blocks_kept == 10
+
+
+def test_an_unknown_architecture_is_reckoned_as_the_nearest_and_says_so() -> None:
+    import dataclasses
+
+    shape = catalogue.published("SmolLM2-135M")
+    assert shape is not None
+    strange = dataclasses.replace(shape, architecture="StrangeForCausalLM")
+    family, is_known = activations.family_of(strange)
+    assert (family.name[:5], is_known) == ("Llama", False)
+    family, is_known = activations.family_of(dataclasses.replace(strange, gated=False))
+    assert (family.name[:5], is_known) == ("GPT-2", False)
+    family, is_known = activations.family_of(dataclasses.replace(strange, gated=False, causal=False))
+    assert (family.name[:4], is_known) == ("BERT", False)

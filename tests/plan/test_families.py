@@ -1,0 +1,31 @@
+"""The layouts are compared with transformers in test_catalogue; here are the rules that no entry shows."""
+
+from __future__ import annotations
+
+from lorakit.plan.families import Origin, Sizes, llama, qwen2, qwen3
+
+ORIGIN = Origin("toy", "nowhere", 0, "float32")
+
+
+def test_head_dim_and_kv_heads_default_to_the_heads() -> None:
+    shape = llama(ORIGIN, Sizes(64, 1, 4, 100, 32, 128))
+    assert (shape.head_dim, shape.kv_heads) == (16, 4)
+    assert shape.site("model.layers.0.self_attn.k_proj").out_features == 64
+
+
+def test_a_head_dim_of_its_own() -> None:
+    shape = qwen3(ORIGIN, Sizes(64, 1, 4, 100, 32, 128, 2, 32))
+    assert shape.site("model.layers.0.self_attn.q_proj").out_features == 128
+    assert shape.site("model.layers.0.self_attn.o_proj").in_features == 128
+    assert [o.path for o in shape.others][0] == "model.layers.0.self_attn.q_norm"
+
+
+def test_qwen2_has_biases_on_query_key_and_value_alone() -> None:
+    shape = qwen2(ORIGIN, Sizes(64, 1, 4, 100, 32, 128, 2))
+    assert [s.path.rsplit(".", 1)[-1] for s in shape.sites if s.bias] == ["q_proj", "k_proj", "v_proj"]
+
+
+def test_an_untied_head_is_counted() -> None:
+    tied = llama(ORIGIN, Sizes(64, 1, 4, 100, 32, 128))
+    untied = llama(ORIGIN, Sizes(64, 1, 4, 100, 32, 128, tied=False))
+    assert untied.counted_parameters - tied.counted_parameters == 6400

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import dataclasses
+
+from lorakit.config import LoraConfig
+from lorakit.plan import Job, catalogue, count, memory
+from lorakit.plan.memory import Memory
+from lorakit.plan.shapes import ModelShape
+
+MB = 1_000_000
+
+
+def _shape(name: str) -> ModelShape:
+    shape = catalogue.published(name)
+    assert shape is not None
+    return shape
+
+
+def _lora(name: str, job: Job, **fields: object) -> Memory:
+    config = LoraConfig(**{"r": 16, "target_modules": "all-linear", **fields})
+    return memory.of_lora(_shape(name), count(_shape(name), config), config.lora_dropout, job)
+
+
+def test_smollm2_by_cause() -> None:
+    needs = _lora("SmolLM2-135M", Job(4, 256))
+    trained = 4_884_480
+    assert needs.bytes_of("weights") == 2 * 134_515_008
+    assert needs.bytes_of("adapter") == needs.bytes_of("gradients") == 4 * trained
+    assert needs.bytes_of("optimizer") == 8 * trained
+    assert needs.bytes_of("logits") == 12 * 1024 * 49_152
+    assert 690 * MB < needs.bytes_of("activations") < 710 * MB
+    assert needs.peak_bytes == sum(line.at_peak_bytes for line in needs.lines)
+    assert needs.peak_moment == "the backward begins at the loss"
+
+
+def test_every_line_has_a_formula_and_an_equation() -> None:
+    lines = _lora("gpt2", Job(4, 256, dtype="float32")).lines
+    assert [line.equation for line in lines] == [20, 21, 23, 22, 24, 25, 26]
+    assert all(line.formula for line in lines)
+    assert next(line for line in lines if line.cause == "weights").formula == "4 × 124,439,808"
+
+
+def test_checkpointing_keeps_the_inputs_of_the_blocks() -> None:
+    plain, again = _lora("gpt2", Job(dtype="float32")), _lora("gpt2", Job(dtype="float32", gradient_checkpointing=True))
+    assert again.peak_bytes < plain.peak_bytes / 2
+    kept = next(line for line in again.lines if line.cause == "activations").at_peak_bytes
+    assert kept == 12 * 4 * 1024 * 768 + 4 * 1024 * 770
+
+
+def test_without_a_head_the_peak_is_where_the_backward_enters_the_last_block() -> None:
+    needs = _lora("bert-base", Job(4, 128, dtype="float32"))
+    assert needs.bytes_of("logits") == 0
+    assert needs.peak_moment == "the backward enters the last block"
+
+
+def test_checkpointing_without_a_head_peaks_where_gradients_are_whole() -> None:
+    needs = _lora("bert-base", Job(4, 128, dtype="float32", gradient_checkpointing=True))
+    assert needs.peak_moment.endswith("block is computed anew")
+
+
+def test_gradients_of_earlier_batches_are_held_under_accumulation() -> None:
+    one, two = _lora("gpt2", Job()), _lora("gpt2", Job(accumulation=2))
+    assert two.peak_bytes - one.peak_bytes == one.bytes_of("gradients")
+
+
+def test_full_fine_tuning_takes_sixteen_bytes_a_number() -> None:
+    for dtype in ("float32", "bfloat16"):
+        needs = memory.of_full(_shape("gpt2"), Job(dtype=dtype))
+        states = sum(needs.bytes_of(cause) for cause in ("weights", "gradients", "optimizer"))
+        assert states == 16 * 124_439_808
+
+
+def test_an_unknown_architecture_is_said_to_be_an_estimate() -> None:
+    shape = dataclasses.replace(_shape("SmolLM2-135M"), architecture="StrangeForCausalLM")
+    needs = memory.of_lora(shape, count(shape, LoraConfig(target_modules="all-linear")), 0.0, Job())
+    assert "StrangeForCausalLM is not an architecture whose activations were derived" in needs.notes[0]
+    assert "take them as an estimate" in needs.notes[0]
+
+
+def test_above_the_weights() -> None:
+    needs = _lora("gpt2", Job())
+    assert needs.above_weights_bytes == needs.peak_bytes - 2 * 124_439_808 - needs.bytes_of("adapter")

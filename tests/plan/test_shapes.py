@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+
+from lorakit.plan import SiteShape, catalogue
+from lorakit.plan.shapes import role, short_roles
+
+
+def test_a_tied_weight_counts_once() -> None:
+    site = SiteShape("lm_head", "Linear", 100, 8, tied_to="wte")
+    assert (site.weight_parameters, site.parameters) == (800, 0)
+    assert SiteShape("c", "Conv1D", 12, 4, bias=True).parameters == 60
+
+
+def test_role_forgets_the_layer() -> None:
+    assert role("transformer.h.11.attn.c_proj") == "transformer.h.*.attn.c_proj"
+    assert role("lm_head") == "lm_head"
+
+
+def test_short_roles_are_the_shortest_that_differ() -> None:
+    paths = ["h.0.attn.c_proj", "h.1.attn.c_proj", "h.0.mlp.c_proj", "h.0.attn.c_attn"]
+    assert short_roles(paths) == {
+        "h.*.attn.c_proj": "attn.c_proj",
+        "h.*.mlp.c_proj": "mlp.c_proj",
+        "h.*.attn.c_attn": "c_attn",
+    }
+
+
+def test_short_roles_of_one_that_ends_another() -> None:
+    assert short_roles(["proj", "a.proj"]) == {"proj": "proj", "a.proj": "a.proj"}
+
+
+def test_a_site_is_found_by_path() -> None:
+    shape = catalogue.published("gpt2")
+    assert shape is not None
+    assert shape.site("transformer.h.3.mlp.c_proj").in_features == 3072
+    with pytest.raises(KeyError):
+        shape.site("transformer.h.12.mlp.c_proj")

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from typing import Any
+
+from lorakit.config import LoraConfig
+from lorakit.plan import catalogue, count, words
+
+
+def _reasons(name: str = "gpt2", **fields: Any) -> str:
+    shape = catalogue.published(name)
+    assert shape is not None
+    config = LoraConfig(r=8, lora_alpha=16, **fields)
+    return "\n".join(words.reasons(count(shape, config), config))
+
+
+def test_the_c_proj_case_is_said_in_words() -> None:
+    told = _reasons(target_modules=["c_attn", "c_proj"], lora_dropout=0.05)
+    assert "'c_proj' names 2 different modules, in the attention and in the MLP" in told
+    assert "attn.c_proj (768→768, 12 × Conv1D), 12,288 each and mlp.c_proj (3,072→768, 12 × Conv1D), 30,720" in told
+    assert "12 × (24,576 + 12,288 + 30,720) = 811,008" in told
+    assert 'Dropout has no parameters, and bias "none" adds none.' in told
+
+
+def test_one_name_one_module() -> None:
+    told = _reasons(target_modules=["c_attn"])
+    assert "'c_attn' names c_attn (768→2,304, 12 × Conv1D), 24,576 each." in told
+    assert "different modules" not in told
+
+
+def test_all_linear_lists_what_it_takes() -> None:
+    told = _reasons("SmolLM2-135M", target_modules="all-linear")
+    assert "takes every dense layer but the output head" in told
+    assert told.count("30 × Linear") == 7
+
+
+def test_what_is_trained_beside_the_factors_is_said() -> None:
+    told = _reasons(target_modules=["c_attn"], bias="all", modules_to_save=["wpe"], use_dora=True)
+    assert "transformer.wpe is copied and trained whole: 786,432." in told
+    assert "bias 'all' trains 102,144 numbers" in told
+    assert "DoRA adds a magnitude for each output of a site: 27,648 in all." in told
+    assert "adds none" not in told
+
+
+def test_a_rank_above_the_module_is_noted() -> None:
+    shape = catalogue.published("gpt2")
+    assert shape is not None
+    config = LoraConfig(r=1000, target_modules=["h.0.attn.c_proj"])
+    assert "rank 1000 is larger" in "\n".join(words.reasons(count(shape, config), config))
