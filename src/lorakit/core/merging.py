@@ -243,12 +243,20 @@ def _check_mergeable(model: nn.Module, names: Sequence[str], untie: bool) -> Non
                 f"{path} holds {', '.join(layer.merged_adapters)}, merged with keep_base=False, so its base is gone. "
                 "Load the base anew and merge all adapters in one call."
             )
-        shared = shares_weight(model, layer) if here and not untie else []
-        if shared:
-            raise MergeError(
-                f"{path} shares its weight with {shared[0]}; a merge would change both. Merge with untie=True to give "
-                f"{path} a weight of its own (and save with tie_word_embeddings=False), or do not adapt it."
-            )
+    for path, other in tied_sites(model, names) if not untie else ():
+        raise MergeError(
+            f"{path} shares its weight with {other}; a merge would change both. Merge with untie=True to give "
+            f"{path} a weight of its own (and save with tie_word_embeddings=False), or do not adapt it."
+        )
+
+
+def tied_sites(model: nn.Module, names: Sequence[str]) -> list[tuple[str, str]]:
+    """The sites of some adapters whose weight another module shares, each with the name of the other."""
+    found = []
+    for path, layer in layers(model):
+        shared = shares_weight(model, layer) if any(name in layer.r for name in names) else []
+        found += [(path, shared[0])] if shared else []
+    return found
 
 
 def _check_variants(model: nn.Module, names: Sequence[str]) -> None:

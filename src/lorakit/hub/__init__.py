@@ -5,6 +5,7 @@ Nothing heavy is imported before a function is called. Knows nothing of adapters
 
 from __future__ import annotations
 
+from lorakit.hub.adapters import adapter_from_hub
 from lorakit.hub.calibration import Calibration, DtypeChoice, calibrate, choose_dtype
 from lorakit.hub.models import load_model, load_tokenizer
 from lorakit.hub.packaged import PACKAGED, packaged_directory
@@ -17,6 +18,7 @@ __all__ = [
     "Calibration",
     "DtypeChoice",
     "ModelSource",
+    "adapter_from_hub",
     "calibrate",
     "chat_template_hash",
     "choose_dtype",

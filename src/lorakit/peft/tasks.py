@@ -1,0 +1,72 @@
+"""`PeftModel` for each task: the forward states its signature, since programs read from it which columns to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import Parameter, Signature
+from typing import Any
+
+from lorakit.peft.model import PeftModel
+
+_WANTED_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
+
+
+def _forward_of(*columns: str) -> Callable[..., Any]:
+    """A forward that takes these columns, by place or by name, and PEFT's options after them.
+
+    What is None is not passed on: models differ in which names they take.
+    """
+    names = (*columns, *_WANTED_OUTPUTS)
+
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward; see `PeftModel.forward` for `adapter_names`."""
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        named.pop("task_ids", None)  # PEFT passes it to other methods' models only
+        return PeftModel.forward(self, **{name: value for name, value in named.items() if value is not None})
+
+    options = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names]
+    first, rest = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD), Parameter("kwargs", Parameter.VAR_KEYWORD)
+    forward.__signature__ = Signature([first, *options, rest])  # type: ignore[attr-defined]
+    return forward
+
+
+class PeftModelForCausalLM(PeftModel):
+    """For decoder-only language models."""
+
+    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """For encoder-decoder language models."""
+
+    forward = _forward_of(
+        *("input_ids", "attention_mask", "inputs_embeds"),
+        *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels"),
+    )
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """For classifiers of whole texts; the head is copied and trained whole."""
+
+    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """For classifiers of tokens; the head is copied and trained whole."""
+
+    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """For extractive question answering; the head is copied and trained whole."""
+
+    forward = _forward_of(
+        *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
+        *("start_positions", "end_positions"),
+    )
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """For models whose hidden states are used."""
+
+    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds")
