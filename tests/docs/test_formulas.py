@@ -82,7 +82,7 @@ def test_fresh_factors(init: bool | str, deviation: float) -> None:
 def test_first_gradients() -> None:
     """With B = 0 only B has a gradient; with both zero, neither has, for ever."""
     model, layer = adapted()
-    W, bias, A, B = parts(layer)
+    _, _, A, B = parts(layer)
     x, y = torch.randn(9, IN, dtype=torch.float64), torch.randn(9, OUT, dtype=torch.float64)
     F.mse_loss(model(x), y, reduction="sum").backward()
     G = 2 * (model(x).detach() - y)  # dL/dh, (rows, out)
@@ -134,7 +134,7 @@ def test_a_site_trains_r_times_in_plus_out() -> None:
 
 def test_merged_weight_is_base_plus_updates() -> None:
     model, layer = adapted()
-    W, bias, A, B = parts(layer)
+    W, _, A, B = parts(layer)
     x = torch.randn(4, IN, dtype=torch.float64)
     before = model(x)
     core.merge(model)
