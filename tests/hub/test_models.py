@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +104,22 @@ def test_hashes_know_what_decides_and_nothing_else(tiny_model_directory: Path, t
     assert chat_template_hash(again) != template
     again.chat_template = None
     assert chat_template_hash(again) is None
+
+
+def test_a_model_of_the_hub_s_cache_loads_offline(tiny_model_directory: Path, tmp_path: Path) -> None:
+    entry = tmp_path / "hf" / "hub" / "models--some--tiny"
+    shutil.copytree(tiny_model_directory, entry / "snapshots" / "0123abcd")
+    (entry / "refs").mkdir()
+    (entry / "refs" / "main").write_text("0123abcd")
+    code = (
+        "from lorakit import hub\n"
+        "source = hub.resolve('some/tiny'); hub.require(source, tokenizer=True)\n"
+        "model, tokenizer = hub.load_model(source), hub.load_tokenizer(source)\n"
+        "shape = hub.shape_of(source)\n"
+        "print(source.kind, source.recorded_name, model.num_parameters() == shape.parameters, len(tokenizer) > 200)\n"
+        "hub.load_model('some/other')"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "hub some/tiny True True\n", done.stderr
+    assert "The network is off (HF_HUB_OFFLINE is set): unset it, or give a directory." in done.stderr
