@@ -12,6 +12,7 @@ from lorakit.data import encode, padding_id, read_records
 from lorakit.errors import AdapterFileError, ConfigError, RunError
 from lorakit.train.defaults import DEFAULTS
 from lorakit.train.evaluation import Evaluation, evaluate
+from lorakit.train.forecast import row_length
 from lorakit.train.preparing import evaluation_batches, pick_device
 
 
@@ -45,7 +46,7 @@ class EvalSettings:
         model: What `hub.resolve` takes.
         data: Files to evaluate on.
         adapters: Adapter directories.
-        max_length: Longest row in tokens.
+        max_length: Longest row in tokens; the default gives way where the model takes fewer.
         batch_rows: Rows of a batch.
         dtype: "auto", "bfloat16" or "float32".
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
@@ -73,7 +74,7 @@ def compare(settings: EvalSettings, say: Callable[[str], None] = lambda _: None)
         The base first, then the adapters in the order given.
 
     Raises:
-        ConfigError: The batch size is below 1.
+        ConfigError: The batch size is below 1, or the length is.
         AdapterFileError: There is no such adapter directory, or it cannot be used on this base.
         RunError: The evaluation was abandoned.
         LorakitError: Data or model cannot be used; class and message say what.
@@ -89,8 +90,9 @@ def compare(settings: EvalSettings, say: Callable[[str], None] = lambda _: None)
     hub.require(source, tokenizer=True)
     for folder in settings.adapters:
         core.inspect_adapter(folder)  # refuses what cannot be read before the base is loaded
+    length = row_length(hub.shape_of(source), settings.max_length)
     tokenizer = hub.load_tokenizer(source)
-    encoded = encode(records, tokenizer, settings.max_length)
+    encoded = encode(records, tokenizer, length)
     for line in encoded.report.lines():
         say(line)
     choice = hub.choose_dtype(settings.dtype, hub.calibrate(where) if settings.dtype == "auto" else None)

@@ -11,6 +11,7 @@ from typing import Any
 
 from lorakit import hub
 from lorakit.errors import RunError
+from lorakit.plan.text import bytes_text
 from lorakit.train import checkpoint
 from lorakit.train.memory import peak_rss_bytes
 from lorakit.train.preparing import ADAPTER_FOLDER
@@ -76,10 +77,10 @@ class RunResult:
         share = self.trainable_parameters / self.total_parameters
         return [
             f"{told} at step {self.steps} of {self.total_steps} in {self.seconds:,.0f} s, "
-            f"{self.tokens_per_second:,.0f} tokens/s, peak memory {self.peak_rss_bytes / 1e9:.2f} GB.",
+            f"{self.tokens_per_second:,.0f} tokens/s, peak memory {bytes_text(self.peak_rss_bytes)}.",
             f"Held out: {_result_sentence(self.first_loss, self.best_loss)}.",
-            f"Adapter of step {self.adapter_step}: {self.adapter} ({self.adapter_bytes / 1e6:,.1f} MB beside "
-            f"{self.base_bytes / 1e6:,.0f} MB of the base; {self.trainable_parameters:,} trained of "
+            f"Adapter of step {self.adapter_step}: {self.adapter} ({bytes_text(self.adapter_bytes)} beside "
+            f"{bytes_text(self.base_bytes)} of the base; {self.trainable_parameters:,} trained of "
             f"{self.total_parameters:,}, {share:.2%}).",
             *self.notes,
         ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lorakit import hub, plan
 from lorakit.config import LoraConfig
 from lorakit.errors import UsageError
+from lorakit.train.defaults import DEFAULTS
 from lorakit.train.settings import TrainSettings
 
 
@@ -45,13 +46,29 @@ def forecast(settings: TrainSettings, source: hub.ModelSource) -> Forecast:
     shape = hub.shape_of(source)
     config = settings.lora_config()
     plan.count(shape, config, allow_partial=settings.allow_partial_targets)
-    length, notes = settings.max_length, []
-    if 0 < shape.positions < length:
-        if "max_length" in settings.model_fields_set:
-            raise UsageError(
-                f"max_length is {length:,}, but {source.given} takes at most {shape.positions:,} tokens; "
-                f"give --max-length {shape.positions} or less."
-            )
-        length = shape.positions
-        notes.append(f"Rows have at most {length:,} tokens: the model takes no more.")
-    return Forecast(shape, config, length, tuple(notes))
+    length = row_length(shape, settings.max_length)
+    notes = () if length == settings.max_length else (f"Rows have at most {length:,} tokens: the model takes no more.",)
+    return Forecast(shape, config, length, notes)
+
+
+def row_length(shape: plan.ModelShape, wanted: int) -> int:
+    """The longest row that a model takes.
+
+    Args:
+        shape: The model.
+        wanted: Tokens; the default gives way where the model takes fewer, anything else was asked for.
+
+    Returns:
+        `wanted`, or the model's positions.
+
+    Raises:
+        UsageError: More was asked for than the model takes.
+    """
+    if not 0 < shape.positions < wanted:
+        return wanted
+    if wanted != DEFAULTS["max_length"].value:
+        raise UsageError(
+            f"max_length is {wanted:,}, but {shape.name} takes at most {shape.positions:,} tokens; "
+            f"give --max-length {shape.positions} or less."
+        )
+    return shape.positions

@@ -18,6 +18,7 @@ from lorakit.data import Batch, DataReport, Encoded, Loader, Records, Tokenizer,
 from lorakit.errors import DataError, DiskError, NotYetSupported, RunError, UsageError
 from lorakit.report.runs import METRICS_FILE, RUN_FILE
 from lorakit.train.checkpoint import checkpoints
+from lorakit.train.record import refuse_second_run
 from lorakit.train.settings import TrainSettings
 
 ADAPTER_FOLDER = "adapter"
@@ -112,10 +113,7 @@ def check_place(settings: TrainSettings) -> None:
     if settings.resume and not folder.exists():
         raise RunError(f"{folder}: holds no run to resume; leave out --resume to start one.")
     if holds_run(folder) and not (settings.resume or settings.overwrite):
-        raise UsageError(
-            f"{folder}: already holds a run. Give --resume to go on with it, --overwrite to replace it, "
-            "or another --output-dir."
-        )
+        refuse_second_run(folder)
 
 
 def claim_place(folder: Path) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lorakit
 from lorakit import durable
-from lorakit.errors import AdapterFileError, RunError
+from lorakit.errors import AdapterFileError, RunError, UsageError
 from lorakit.report.runs import RUN_FILE
 
 FORMAT = 1
@@ -42,6 +42,18 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("settings"), dict):
         raise RunError(f"{path}: not the record of a run in format {FORMAT}, which this version of lorakit reads.")
     return record
+
+
+def refuse_second_run(folder: Path) -> NoReturn:
+    """Refuse to start a run where one already is.
+
+    Raises:
+        UsageError: Always; the message gives the ways out.
+    """
+    raise UsageError(
+        f"{folder}: already holds a run. Give --resume to go on with it, --overwrite to replace it, "
+        "or another --output-dir."
+    )
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

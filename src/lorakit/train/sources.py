@@ -14,7 +14,9 @@ from typing import Any
 import yaml
 
 from lorakit.errors import ConfigError, RunError
+from lorakit.report.runs import RUN_FILE
 from lorakit.train.defaults import CHANGEABLE_ON_RESUME
+from lorakit.train.record import read_record, refuse_second_run
 from lorakit.train.settings import TrainSettings, check_names
 
 MAX_FILE_BYTES = 1 << 20
@@ -84,12 +86,18 @@ def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSet
 
     Raises:
         ConfigError: As `TrainSettings` and `read_settings_file`.
+        UsageError: Model or data are missing, and a run is already there.
         RunError: As `resumed`.
     """
     values = dict(read_settings_file(file)) if file is not None else {}
     values.update({name: value for name, value in given.items() if value is not None})
     if values.get("resume") is True and isinstance(values.get("output_dir"), (str, Path)):
         return resumed(values)
+    missing = values.get("model") is None or values.get("data") is None
+    if missing and not values.get("overwrite") and isinstance(values.get("output_dir"), (str, Path)):
+        folder = Path(values["output_dir"])
+        if (folder / RUN_FILE).exists():  # what is missing is --resume, not --model
+            refuse_second_run(folder)
     return TrainSettings(**values)
 
 
@@ -107,8 +115,6 @@ def resumed(values: Mapping[str, Any]) -> TrainSettings:
         RunError: A given value differs from the run's and may not change; each is named with both values. Or the
             run's record cannot be read.
     """
-    from lorakit.train.record import read_record  # the record's format is its own matter
-
     record = read_record(Path(values["output_dir"]))
     if record is None:
         return TrainSettings(**values)
