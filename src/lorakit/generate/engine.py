@@ -1,0 +1,314 @@
+"""Tokens in, tokens out: one pass over the prompts, then one token a step, with the model's own cache.
+
+Prompts of several lengths form one batch, padded on the left and masked, so every row gets what it would get alone;
+each row can have its own adapter. The engine knows token ids only: no text, no tokenizer, no HTTP. Beams, and the
+many logits processors of transformers' `generate`, are not covered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core import disable, route, use
+from lorakit.core.sitemap import find_state, layers
+from lorakit.errors import ConfigError, ModelError, NonFiniteError, UsageError
+from lorakit.generate.sampling import Sampler, Sampling
+
+Ending = Literal["eos", "length", "context"]
+"""Why a row ended: a token of `eos_ids` · `max_new_tokens` reached · the model's context is full."""
+
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # what transformers calls it, newest first
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """One token of one row.
+
+    Attributes:
+        row: Number of the prompt it continues.
+        token: Its id.
+        ended: Why the row ends with this token, or None where it goes on.
+    """
+
+    row: int
+    token: int
+    ended: Ending | None
+
+
+def generate(
+    model: nn.Module,
+    input_ids: Sequence[int] | Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos_ids: Collection[int] = (),
+) -> Iterator[int]:
+    """Continue one prompt; tokens come as they are made, with the adapters that are active now.
+
+    Args:
+        model: A causal language model in eval mode.
+        input_ids: The prompt, (length,) or (1, length).
+        max_new_tokens: At most so many new tokens.
+        temperature: 0 for greedy; see `Sampling`.
+        top_p: See `Sampling`.
+        seed: See `Sampling`.
+        eos_ids: Tokens that end the answer; the one that did is the last that comes.
+
+    Returns:
+        The new tokens' ids, one by one.
+
+    Raises:
+        UsageError: The prompt is empty, holds ids the model has not, or leaves no room in the context.
+        ConfigError: A number is out of its range.
+        ModelError: The model is in train mode or has no cache.
+        NonFiniteError: The model's logits are NaN or infinite.
+    """
+    if isinstance(input_ids, Tensor):
+        rows = input_ids.shape[0] if input_ids.ndim == 2 else 1
+        if rows != 1 or input_ids.ndim not in (1, 2):
+            raise UsageError(
+                f"generate continues one prompt, (length,) or (1, length), and was given {tuple(input_ids.shape)}; "
+                "generate_batch takes several."
+            )
+        input_ids = input_ids.flatten().tolist()
+    prompts = [input_ids]
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    stream = generate_batch(model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids)
+    return (new.token for new in stream)
+
+
+def generate_batch(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 - frozen, so it can be shared
+    eos_ids: Collection[int] = (),
+    adapters: Sequence[str | None] | None = None,
+) -> Iterator[NewToken]:
+    """Continue several prompts together, each perhaps with its own adapter; tokens come as they are made.
+
+    Everything is checked, and the route fixed, by this call; the model runs when tokens are asked for.
+
+    Args:
+        model: A causal language model in eval mode.
+        prompts: Token ids per row; the rows may differ in length.
+        max_new_tokens: At most so many new tokens per row.
+        sampling: For all rows, or one per row.
+        eos_ids: Tokens that end a row; the one that did is the row's last.
+        adapters: Per row the name of an adapter, or None for the base alone; without it the adapters that are active
+            now, on every row.
+
+    Returns:
+        The new tokens, step by step and within a step by row.
+
+    Raises:
+        UsageError: A prompt is empty, holds ids the model has not, or leaves no room in the context; or lists that
+            should be as long as there are rows are not.
+        ConfigError: `max_new_tokens` is below 1.
+        RouteError: There is no such adapter.
+        ModelError: The model is in train mode or has no cache.
+        NonFiniteError: The model's logits are NaN or infinite.
+    """
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    if model.training:
+        raise ModelError("The model is in train mode, so dropout would act on the answers; call model.eval() first.")
+    rows = [[int(token) for token in prompt] for prompt in prompts]
+    limit = context_tokens(model)
+    _check_prompts(rows, _vocabulary(model), limit)
+    samplings = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
+    if len(samplings) != len(rows):
+        raise UsageError(f"There are {len(rows)} prompts and {len(samplings)} samplings; give one per prompt, or one.")
+    forward = _Forward(model, rows, limit, _scope(model, adapters, len(rows)))
+    return _steps(forward, _Rows(rows, [Sampler(s) for s in samplings], frozenset(eos_ids), max_new_tokens, limit))
+
+
+def context_tokens(model: nn.Module) -> int | None:
+    """How many tokens, prompt and answer together, a model takes; None where its config names no limit.
+
+    Args:
+        model: A model with a transformers config.
+    """
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", None)
+    limit = getattr(text() if text is not None else config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _steps(forward: _Forward, rows: _Rows) -> Iterator[NewToken]:
+    tokens: list[int] | None = None
+    while not rows.are_over:
+        logits = forward.prefill() if tokens is None else forward.step(tokens)
+        tokens = rows.pick(logits)
+        yield from rows.advance(tokens)
+
+
+class _Rows:
+    """Which rows still run, what each chooses next, and why it ends."""
+
+    def __init__(
+        self,
+        prompts: list[list[int]],
+        samplers: list[Sampler],
+        eos_ids: frozenset[int],
+        max_new_tokens: int,
+        context: int | None,
+    ) -> None:
+        self._samplers, self._eos_ids, self._made = samplers, eos_ids, 0
+        room = [max_new_tokens if context is None else min(max_new_tokens, context - len(ids)) for ids in prompts]
+        self._room, self._asked = room, max_new_tokens
+        self._open = list(range(len(prompts)))
+
+    @property
+    def are_over(self) -> bool:
+        return not self._open
+
+    def pick(self, logits: Tensor) -> list[int]:
+        """A token per row from logits (rows, vocabulary); rows that are over get any."""
+        best, highest = logits.argmax(-1).tolist(), logits.amax(-1).isfinite().tolist()
+        for row in self._open:
+            if not highest[row]:
+                raise NonFiniteError(
+                    f"The logits of row {row} are NaN or infinite at new token {self._made + 1}: the weights, or the "
+                    "adapter's, are damaged or too large for this dtype. Try float32, and look at the adapter with "
+                    "`lorakit inspect`."
+                )
+        picked = list(best)
+        for row in self._open:
+            if not self._samplers[row].is_greedy:
+                picked[row] = self._samplers[row].pick(logits[row])
+        return picked
+
+    def advance(self, tokens: list[int]) -> list[NewToken]:
+        self._made += 1
+        new = [NewToken(row, tokens[row], self._ending(row, tokens[row])) for row in self._open]
+        self._open = [item.row for item in new if item.ended is None]
+        return new
+
+    def _ending(self, row: int, token: int) -> Ending | None:
+        if token in self._eos_ids:
+            return "eos"
+        if self._made < self._room[row]:
+            return None
+        return "length" if self._made >= self._asked else "context"
+
+
+class _Forward:
+    """The model with its cache over a batch: the prompts once, then a token per row and step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: list[list[int]],
+        context: int | None,
+        scope: contextlib.AbstractContextManager[None],
+    ) -> None:
+        self._model, self._scope, self._last = model, scope, (context or sys.maxsize) - 1
+        takes = inspect.signature(model.forward).parameters
+        cache_name = next((name for name in _CACHE_NAMES if name in takes), None)
+        if cache_name is None:
+            raise ModelError(f"A {type(model).__name__} takes no cache of keys and values; only such models generate.")
+        self._cache_name = cache_name
+        self._cache: Any = None
+        self._extra = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._positioned = "position_ids" in takes
+        device = _device(model)
+        longest = max(len(ids) for ids in prompts)
+        # what is masked is never read: any id that exists will do as padding
+        self._ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
+        self._mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+
+    def prefill(self) -> Tensor:
+        """Logits after the prompts, (rows, vocabulary)."""
+        return self._run(self._ids, (self._mask.cumsum(-1) - 1).clamp_min(0))
+
+    def step(self, tokens: list[int]) -> Tensor:
+        """Logits after one more token per row, (rows, vocabulary)."""
+        ids = torch.tensor(tokens, device=self._mask.device)[:, None]
+        self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
+        # rows that are over go on for the others' sake; their positions must still exist
+        return self._run(ids, (self._mask.sum(-1, keepdim=True) - 1).clamp_max(self._last))
+
+    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": self._mask, "use_cache": True, **self._extra}
+        if self._positioned:
+            inputs["position_ids"] = positions
+        if self._cache is not None:
+            inputs[self._cache_name] = self._cache
+        # Both blocks close before a token is handed out: an open one would act on whoever receives it. no_grad, not
+        # inference_mode: buffers that a model makes on the way must stay usable for training.
+        with torch.no_grad(), self._scope:
+            output = self._model(**inputs)
+        self._cache = getattr(output, self._cache_name, None)
+        if self._cache is None:
+            raise ModelError(f"A {type(self._model).__name__} returned no cache of keys and values.")
+        logits: Tensor = output.logits[:, -1]
+        return logits.float()
+
+
+def _check_prompts(rows: list[list[int]], vocabulary: int | None, limit: int | None) -> None:
+    if not rows:
+        raise UsageError("There is no prompt to continue.")
+    for number, ids in enumerate(rows):
+        which = f"prompt {number + 1} of {len(rows)}" if len(rows) > 1 else "the prompt"
+        if not ids:
+            raise UsageError(f"{which} is empty: it has no token to continue from.")
+        odd = [token for token in ids if token < 0 or (vocabulary is not None and token >= vocabulary)]
+        if odd:
+            size = f"0 to {vocabulary - 1:,}" if vocabulary is not None else "0 and up"
+            raise UsageError(f"{which} holds the token id {odd[0]}, and the model has {size}: is it another tokenizer?")
+        if limit is not None and len(ids) >= limit:
+            raise UsageError(
+                f"{which} has {len(ids):,} tokens, and the model takes {limit:,} in all: nothing is left for an "
+                "answer. Shorten it."
+            )
+
+
+def _scope(
+    model: nn.Module, adapters: Sequence[str | None] | None, rows: int
+) -> contextlib.AbstractContextManager[None]:
+    """A block, entered anew for each step, in which the wanted adapters act."""
+    state = find_state(model)
+    if adapters is None:
+        # What is active now stays so, also when tokens are asked for outside the caller's block; single layers that
+        # were set apart from the default have no word in a scope, so such a model is left as it is.
+        if state is None or any(layer.own_route is not None for _, layer in layers(model)):
+            return contextlib.nullcontext()
+        return state.override(state.active())
+    if len(adapters) != rows:
+        raise UsageError(
+            f"There are {rows} prompts and {len(adapters)} adapters; give one adapter, or None, per prompt."
+        )
+    if state is None and not any(adapters):
+        return contextlib.nullcontext()
+    first = adapters[0]
+    if any(name != first for name in adapters):
+        return route(model, list(adapters))
+    return disable(model) if first is None else use(model, first)
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    weight = _embedding_weight(model)
+    return None if weight is None else int(weight.shape[0])
+
+
+def _device(model: nn.Module) -> torch.device:
+    weight = _embedding_weight(model)
+    return weight.device if weight is not None else next(model.parameters()).device
+
+
+def _embedding_weight(model: nn.Module) -> Tensor | None:
+    getter = getattr(model, "get_input_embeddings", None)
+    weight = getattr(getter(), "weight", None) if getter is not None else None
+    return weight if isinstance(weight, Tensor) else None

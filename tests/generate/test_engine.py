@@ -1,0 +1,227 @@
+"""lorakit.generate.engine: equal to transformers token by token, a batch equal to its rows alone, refusals by text."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit import core
+from lorakit.config import LoraConfig
+from lorakit.errors import ConfigError, ModelError, NonFiniteError, RouteError, UsageError
+from lorakit.generate import NewToken, Sampling, context_tokens, generate, generate_batch
+
+PROMPTS = [[5, 17, 200, 3], [9], [44, 45, 46, 47, 48, 49, 50], [300, 2, 300]]
+
+
+def rows_of(stream: Iterator[NewToken], count: int) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in range(count)]
+    for new in stream:
+        rows[new.row].append(new.token)
+    return rows
+
+
+def alone(model: Any, prompt: Sequence[int], **options: Any) -> list[int]:
+    return list(generate(model, prompt, max_new_tokens=12, **options))
+
+
+def attach_strong(model: Any, name: str, seed: int, targets: Any = "all-linear", **fields: Any) -> None:
+    """An adapter with a random B, strong enough to change what is said."""
+    core.attach(model, LoraConfig(r=4, lora_alpha=16, target_modules=targets, **fields), name, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for path, parameter in core.trainable_parameters(model, name):
+        if "lora_B" in path:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_gpt2"])
+def model(request: pytest.FixtureRequest) -> Any:
+    """A small model with layers strong enough that it does not just say the same token again."""
+    made = request.getfixturevalue(request.param)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if (parameter.ndim == 2 and ".layers." in name) or ".h." in name:
+                parameter.mul_(12)
+    return made
+
+
+@pytest.fixture
+def adapted(model: Any) -> Any:
+    attach_strong(model, "one", 1)
+    attach_strong(model, "two", 2, use_dora=True)
+    return model.eval()
+
+
+def test_greedy_is_what_transformers_generates(model: Any) -> None:
+    assert len(set(alone(model, PROMPTS[0]))) > 3
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        theirs = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert alone(model, prompt) == theirs[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("architecture", ["OPT", "Bloom", "GPTNeoX", "Qwen3"])
+def test_models_that_count_positions_in_other_ways(architecture: str) -> None:
+    import transformers
+
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 512}
+    more = {"OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "Qwen3": {"num_key_value_heads": 2, "head_dim": 8}}
+    config = getattr(transformers, f"{architecture}Config")(
+        **sizes,
+        **more.get(architecture, {}),
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    torch.manual_seed(0)
+    other = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
+    ids = torch.tensor([PROMPTS[0]])
+    theirs = other.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    one_by_one = [alone(other, prompt) for prompt in PROMPTS]
+    assert one_by_one[0] == theirs[0, len(PROMPTS[0]) :].tolist()
+    assert rows_of(generate_batch(other, PROMPTS, max_new_tokens=12), len(PROMPTS)) == one_by_one
+
+
+def test_a_batch_is_its_rows_one_by_one(model: Any) -> None:
+    together = rows_of(generate_batch(model, PROMPTS, max_new_tokens=12), len(PROMPTS))
+    assert together == [alone(model, prompt) for prompt in PROMPTS]
+
+
+def test_a_sampled_batch_is_its_rows_one_by_one(model: Any) -> None:
+    samplings = [Sampling(1.0, seed=seed, top_p=0.9) for seed in range(len(PROMPTS))]
+    together = rows_of(generate_batch(model, PROMPTS, max_new_tokens=12, sampling=samplings), len(PROMPTS))
+    expected = [alone(model, ids, temperature=1.0, top_p=0.9, seed=seed) for seed, ids in enumerate(PROMPTS)]
+    assert together == expected
+    assert together != rows_of(generate_batch(model, PROMPTS, max_new_tokens=12), len(PROMPTS))
+
+
+def test_a_batch_of_mixed_adapters_is_its_rows_one_by_one(adapted: Any) -> None:
+    names = ["one", None, "two", "one"]
+    together = rows_of(generate_batch(adapted, PROMPTS, max_new_tokens=12, adapters=names), len(PROMPTS))
+    expected = []
+    for prompt, name in zip(PROMPTS, names, strict=True):
+        with core.disable(adapted) if name is None else core.use(adapted, name):
+            expected.append(alone(adapted, prompt))
+    assert together == expected
+    answers = [
+        rows_of(generate_batch(adapted, PROMPTS[:1], max_new_tokens=12, adapters=[n]), 1)[0]
+        for n in ("one", "two", None)
+    ]
+    assert all(a != b for a, b in itertools.combinations(answers, 2))
+
+
+def test_the_route_is_the_one_in_force_at_the_call(adapted: Any) -> None:
+    core.activate(adapted, "one")
+    with core.use(adapted, "two"):
+        stream = generate(adapted, PROMPTS[0], max_new_tokens=12)
+        inside = alone(adapted, PROMPTS[0])
+    assert list(stream) == inside
+    assert alone(adapted, PROMPTS[0]) != inside
+
+
+def test_an_open_stream_leaves_no_trace_on_whoever_reads_it(adapted: Any) -> None:
+    core.activate(adapted)
+    base = adapted(torch.tensor(PROMPTS[:1])).logits
+    stream = generate_batch(adapted, PROMPTS[:1], max_new_tokens=3, adapters=["one"])
+    next(stream)
+    assert torch.is_grad_enabled()
+    assert torch.equal(adapted(torch.tensor(PROMPTS[:1])).logits, base)
+
+
+def test_it_ends_at_an_end_token_which_is_the_last_to_come(model: Any) -> None:
+    whole = alone(model, PROMPTS[0])
+    end = next(token for token in whole if whole.index(token) > 1)
+    assert alone(model, PROMPTS[0], eos_ids=(end, 511)) == whole[: whole.index(end) + 1]
+
+
+def test_each_row_says_why_it_ended(tiny_gpt2: Any) -> None:
+    lone = alone(tiny_gpt2, PROMPTS[0])
+    end = lone[2]
+    long = [7] * 125
+    endings = {}
+    for new in generate_batch(tiny_gpt2, [PROMPTS[0], long, PROMPTS[1]], max_new_tokens=12, eos_ids={end}):
+        endings.setdefault(new.row, []).append(new.ended)
+    expected = lone.index(end)
+    assert endings[0] == [None] * expected + ["eos"]
+    assert endings[1] in ([None, None, "context"], ["eos"], [None, "eos"], [None, None, "eos"])
+    assert endings[2][-1] in ("length", "eos")
+
+
+def test_it_stops_where_the_context_is_full(model: Any) -> None:
+    assert context_tokens(model) == 128
+    tokens = list(generate_batch(model, [[7] * 120, [7] * 3], max_new_tokens=20))
+    assert [(t.row, t.ended) for t in tokens if t.ended] == [(0, "context"), (1, "length")]
+    assert sum(t.row == 0 for t in tokens) == 8
+    assert rows_of(iter(tokens), 2)[1] == list(generate(model, [7] * 3, max_new_tokens=20))
+
+
+def test_a_tensor_is_a_prompt_too(model: Any) -> None:
+    assert alone(model, torch.tensor(PROMPTS[:1])) == alone(model, torch.tensor(PROMPTS[0])) == alone(model, PROMPTS[0])
+
+
+def test_nothing_runs_and_all_is_checked_before_the_first_token_is_asked_for(tiny_gpt2: Any) -> None:
+    with pytest.raises(UsageError):
+        generate(tiny_gpt2, [], max_new_tokens=1)
+    tiny_gpt2.forward = None  # would fail if it were called
+    with pytest.raises(TypeError):
+        generate(tiny_gpt2, [1], max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ([], "There is no prompt to continue."),
+        ([[]], "the prompt is empty: it has no token to continue from."),
+        ([[1], []], "prompt 2 of 2 is empty"),
+        ([[1, 512]], "the prompt holds the token id 512, and the model has 0 to 511: is it another tokenizer?"),
+        ([[-1]], "the prompt holds the token id -1"),
+        ([[1] * 128], "the prompt has 128 tokens, and the model takes 128 in all: nothing is left for an answer."),
+    ],
+)
+def test_bad_prompts_are_refused_by_name(tiny_gpt2: Any, prompts: list[list[int]], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        generate_batch(tiny_gpt2, prompts, max_new_tokens=1)
+    assert said in str(caught.value)
+
+
+def test_bad_settings_are_refused_by_name(tiny_gpt2: Any) -> None:
+    with pytest.raises(ConfigError, match="max_new_tokens is 0; it must be at least 1"):
+        generate(tiny_gpt2, [1], max_new_tokens=0)
+    with pytest.raises(UsageError, match="There are 1 prompts and 2 samplings"):
+        generate_batch(tiny_gpt2, [[1]], max_new_tokens=1, sampling=[Sampling(), Sampling()])
+    with pytest.raises(UsageError, match="There are 1 prompts and 2 adapters"):
+        generate_batch(tiny_gpt2, [[1]], max_new_tokens=1, adapters=[None, None])
+    with pytest.raises(UsageError, match=r"generate continues one prompt, .* and was given"):
+        generate(tiny_gpt2, torch.tensor([[1], [2]]), max_new_tokens=1)
+    with pytest.raises(ModelError, match="in train mode, so dropout would act on the answers"):
+        generate(tiny_gpt2.train(), [1], max_new_tokens=1)
+
+
+def test_an_unknown_adapter_is_refused(adapted: Any) -> None:
+    with pytest.raises(RouteError, match=r"no adapter 'three' on this model\. Adapters here: one, two"):
+        generate_batch(adapted, PROMPTS[:2], max_new_tokens=1, adapters=["one", "three"])
+
+
+def test_a_model_without_a_cache_is_refused() -> None:
+    with pytest.raises(ModelError, match="A Linear takes no cache of keys and values"):
+        generate(torch.nn.Linear(2, 2).eval(), [1], max_new_tokens=1)
+
+
+def test_logits_that_are_no_numbers_stop_it(tiny_gpt2: Any) -> None:
+    with torch.no_grad():
+        tiny_gpt2.transformer.ln_f.bias[0] = torch.nan
+    with pytest.raises(NonFiniteError, match="The logits of row 0 are NaN or infinite at new token 1"):
+        list(generate(tiny_gpt2, [1], max_new_tokens=3))
