@@ -1,0 +1,126 @@
+"""The small random models that peft and lorakit are compared on; the same name gives the same bits each time."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROWS, LENGTH, VOCABULARY = 3, 7, 60
+_SPREAD = {"initializer_range": 0.2}
+
+
+def model_named(name: str, seed: int = 0) -> nn.Module:
+    """A fresh model in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[name]().eval()
+
+
+def inputs_for(name: str) -> dict[str, Tensor]:
+    """Arguments of the model's forward, labels among them where the model has a loss of its own."""
+    ids = _ids(ROWS, LENGTH)
+    if name.startswith("sequential"):
+        return {"input": ids}
+    if name.startswith("t5"):
+        return {"input_ids": ids, "labels": _ids(ROWS, 4)}
+    labels = {
+        "classes": torch.tensor([0, 2, 1]),
+        "tokens": ids % 3,
+        "words": ids,
+    }
+    if name.endswith("-answers"):
+        spans = {"start_positions": torch.tensor([0, 1, 2]), "end_positions": torch.tensor([3, 3, 4])}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **spans}
+    kind = name.rpartition("-")[2]
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {**given, "labels": labels[kind]} if kind in labels else given
+
+
+def outputs_of(result: Any) -> dict[str, Tensor]:
+    """Every tensor of floats that a forward returned."""
+    if isinstance(result, Tensor):
+        return {"output": result}
+    return {k: v for k, v in result.items() if isinstance(v, Tensor) and v.is_floating_point()}
+
+
+def loss_of(result: Any) -> Tensor:
+    """The model's own loss, or a sum over its outputs that depends on each number in its own way."""
+    outputs = outputs_of(result)
+    if "loss" in outputs:
+        return outputs["loss"]
+    return sum(  # type: ignore[return-value]
+        (tensor * torch.linspace(-1, 1, tensor.numel()).view(tensor.shape)).sum() for tensor in outputs.values()
+    )
+
+
+def _ids(rows: int, length: int) -> Tensor:
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(8))
+
+
+def _of(model: str, config: str, **sizes: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        import transformers
+
+        made = getattr(transformers, model)(getattr(transformers, config)(vocab_size=VOCABULARY, **sizes))
+        with torch.no_grad():  # biases start at zero and norms at one, which would hide mistakes
+            for parameter in made.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.1 * torch.randn(parameter.shape))
+        return made
+
+    return make
+
+
+def _sequential() -> nn.Module:
+    return nn.Sequential(
+        OrderedDict(
+            embed=nn.Embedding(VOCABULARY, 12), up=nn.Linear(12, 20), act=nn.Tanh(), head=nn.Linear(20, 7, bias=False)
+        )
+    )
+
+
+def _unnamed() -> nn.Module:
+    return nn.Sequential(nn.Embedding(VOCABULARY, 12), nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 7))
+
+
+_GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0, **_SPREAD}
+_LLAMA = {
+    **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
+    **{"num_key_value_heads": 1, "max_position_embeddings": 16, "pad_token_id": 0, "eos_token_id": 1, **_SPREAD},
+}
+_BERT = {
+    **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
+    **{"max_position_embeddings": 16, "pad_token_id": 0, **_SPREAD},
+}
+_ROBERTA = {**_BERT, "max_position_embeddings": 20}
+_OPT = {
+    **{"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
+    **{"max_position_embeddings": 16, "pad_token_id": 0, "init_std": 0.2},
+}
+_T5 = {
+    **{"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0},
+    **{"initializer_factor": 0.5},
+}
+_THREE = {"num_labels": 3}
+
+MODELS: Mapping[str, Callable[[], nn.Module]] = {
+    "sequential": _sequential,
+    "sequential-unnamed": _unnamed,
+    "gpt2-words": _of("GPT2LMHeadModel", "GPT2Config", **_GPT2),
+    "gpt2-classes": _of("GPT2ForSequenceClassification", "GPT2Config", **_GPT2, **_THREE, pad_token_id=0),
+    "llama-words": _of("LlamaForCausalLM", "LlamaConfig", **_LLAMA, tie_word_embeddings=False),
+    "llama-tied-words": _of("LlamaForCausalLM", "LlamaConfig", **_LLAMA, tie_word_embeddings=True),
+    "llama-classes": _of("LlamaForSequenceClassification", "LlamaConfig", **_LLAMA, **_THREE),
+    "qwen2-words": _of("Qwen2ForCausalLM", "Qwen2Config", **_LLAMA, tie_word_embeddings=True),
+    "opt-words": _of("OPTForCausalLM", "OPTConfig", **_OPT),
+    "bert-classes": _of("BertForSequenceClassification", "BertConfig", **_BERT, **_THREE),
+    "bert-tokens": _of("BertForTokenClassification", "BertConfig", **_BERT, **_THREE),
+    "bert-answers": _of("BertForQuestionAnswering", "BertConfig", **_BERT),
+    "bert-features": _of("BertModel", "BertConfig", **_BERT),
+    "roberta-classes": _of("RobertaForSequenceClassification", "RobertaConfig", **_ROBERTA, **_THREE),
+    "t5-words": _of("T5ForConditionalGeneration", "T5Config", **_T5, tie_word_embeddings=True),
+}
