@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +19,20 @@ def load(name: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their own module up there
     spec.loader.exec_module(module)
     return module
 
 
 def test_every_example_is_tested_here() -> None:
-    tested = {"quickstart", "many_adapters", "alpha_and_learning_rate", "naive_lora", "reference_project"}
+    tested = {"quickstart", "many_adapters", "alpha_and_learning_rate", "naive_lora"}
+    tested |= {"reference_project", "full_beside_lora"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_examples_are_short(path: Path) -> None:
-    limit = 400 if path.stem == "reference_project" else 65
+    limit = {"reference_project": 350, "full_beside_lora": 150}.get(path.stem, 60)
     assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
 
 
@@ -54,3 +59,32 @@ def test_many_adapters(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_alpha_and_learning_rate() -> None:
     assert load("alpha_and_learning_rate").table().count("\n") == 6
+
+
+def test_reference_project(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first four parts in the quick form, on a tiny model; the counts are the real ones."""
+    monkeypatch.setattr(sys, "argv", ["reference_project.py", "--quick", "--parts", "1", "2", "3", "4"])
+    load("reference_project").main()
+    told = capsys.readouterr().out
+    assert "**811,008** trainable of **124,439,808** (0.65 %)" in told
+    assert [line for line in told.splitlines() if line.startswith("## ")] == [
+        "## 1. How many numbers are trained",
+        "## 2. Twenty epochs on a small text",
+        "## 3. Three tasks, one base",
+        "## 4. Rules of thumb, tried",
+    ]
+    before, after = next(line for line in told.splitlines() if "the trained text" in line).split("|")[2:4]
+    assert float(after) < float(before)
+    difference = float(told.split("differ from one by one by at most ")[1].split(".\n")[0])
+    assert difference < 1e-4
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_beside_lora() -> None:
+    """Its last part, which starts processes of its own."""
+    command = [sys.executable, str(EXAMPLES / "reference_project.py"), "--quick", "--parts", "5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "## 5. Full fine-tuning beside LoRA, measured" in done.stdout
+    assert "| trained numbers | 8,704 | 37,024 |" in done.stdout

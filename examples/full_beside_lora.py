@@ -1,0 +1,127 @@
+"""Full fine-tuning beside LoRA: the same model and the same batches, each trained in a process of its own, measured.
+
+    python examples/full_beside_lora.py [--quick]
+
+The last part of `reference_project.py`, whose model, text and loop it uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from reference_project import FULL, PRACTICE, QUICK, Sizes, load, megabytes, topics, train, trained_parts
+from safetensors.torch import save_file
+
+import lorakit
+from lorakit import LoraConfig
+from lorakit.data import encode
+from lorakit.train.memory import peak_rss_bytes
+
+
+def compare(sizes: Sizes, quick: bool) -> None:
+    """LoRA and full fine-tuning of the same model on the same batches, measured."""
+    found = {}
+    for method in ("lora", "full"):
+        command = [sys.executable, __file__, "--measure", method, *(["--quick"] if quick else [])]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[method] = json.loads(done.stdout.splitlines()[-1])
+    lora, full = found["lora"], found["full"]
+    print("| | LoRA, r = 8, all linear | full fine-tuning |\n|---|---|---|")
+    print(f"| trained numbers | {lora['trained']:,} | {full['trained']:,} |")
+    print(f"| seconds a step (median of {sizes.measured_steps}) | {lora['seconds']:.2f} | {full['seconds']:.2f} |")
+    for label, key in (("peak memory of the process", "peak"), ("of it above the loaded model", "above")):
+        print(f"| {label} | {lora[key] / 1e6:,.0f} MB | {full[key] / 1e6:,.0f} MB |")
+    print(f"| saved result | {lora['saved']} | {full['saved']} |")
+    print(f"| what resuming needs besides | {lora['besides']} | {full['besides']} |")
+    print(
+        f"\nSame model and batches of {sizes.rows} × {sizes.length} tokens. Full fine-tuning keeps an fp32 copy of the"
+    )
+    print("weights beside Adam's moments: added to bf16 weights, steps below half of their last digit would be lost.")
+
+
+def measure(method: str, sizes: Sizes, quick: bool) -> None:
+    """Train a few steps in this process and print one line of JSON."""
+    model, tokenizer, _ = load(quick)
+    sequences = encode(topics(PRACTICE), tokenizer, sizes.length).sequences
+    loaded = resident_bytes()
+    job: Any = {"rows": sizes.rows, "epochs": 99, "limit": sizes.measured_steps}
+    with tempfile.TemporaryDirectory() as folder:
+        result, state = Path(folder) / "result", Path(folder) / "state"
+        if method == "lora":
+            lorakit.attach(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), seed=0)
+            parts = trained_parts(model, "default")
+            told = train(model, parts, sequences, rate=1e-3, **job)
+            peak = peak_rss_bytes()
+            result.mkdir()
+            lorakit.save_adapter(model, result)
+        else:
+            with master_copies(model) as parts:
+                told = train(model, parts, sequences, rate=1e-5, **job)
+            peak = peak_rss_bytes()
+            model.save_pretrained(result)
+        kept = [value for part in parts for value in told.optimizer.state[part].values() if value.ndim]
+        kept += parts if method == "full" else []  # the fp32 copies; the adapter itself is fp32 already
+        save_file({str(i): tensor.detach().contiguous() for i, tensor in enumerate(kept)}, state)
+        sizes_found = {"saved": megabytes(result), "besides": megabytes(state)}
+    facts = {"trained": sum(part.numel() for part in parts), "peak": peak, "above": peak - loaded}
+    print(json.dumps({**facts, **sizes_found, "seconds": statistics.median(told.seconds)}))
+
+
+@contextmanager
+def master_copies(model: Any) -> Iterator[list[Any]]:
+    """fp32 copies for the optimizer: gradients go to them as they arrive, their values go back before each forward."""
+    own = list(model.parameters())
+    copies = [torch.nn.Parameter(parameter.detach().float().clone()) for parameter in own]
+
+    def give(parameter: Any, copy: Any) -> Any:
+        def hook(_: Any) -> None:
+            copy.grad, parameter.grad = parameter.grad.float(), None
+
+        return parameter.register_post_accumulate_grad_hook(hook)
+
+    @torch.no_grad()
+    def take(*_: Any) -> None:
+        for parameter, copy in zip(own, copies, strict=True):
+            parameter.copy_(copy)
+
+    for parameter in own:
+        parameter.requires_grad_(True)
+    hooks = [give(parameter, copy) for parameter, copy in zip(own, copies, strict=True)]
+    hooks.append(model.register_forward_pre_hook(take))
+    try:
+        yield copies
+        take()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now, on Linux."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Full fine-tuning beside LoRA, measured.")
+    parser.add_argument("--quick", action="store_true", help="a tiny random model and a few steps")
+    parser.add_argument("--measure", choices=["lora", "full"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    sizes = QUICK if arguments.quick else FULL
+    if arguments.measure:
+        measure(arguments.measure, sizes, arguments.quick)
+    else:
+        compare(sizes, arguments.quick)
+
+
+if __name__ == "__main__":
+    main()
