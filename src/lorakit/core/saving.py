@@ -87,7 +87,7 @@ def save_adapter(
         "config": {"file": CONFIG_FILE, "sha256": sha256_bytes(config)},
         "base": fingerprint(model).as_dict(),
         "sites": {
-            path: {"r": layer.r[name], "lora_alpha": layer.lora_alpha[name]}
+            path: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])}
             for path, layer in layers(model)
             if name in layer.r
         },

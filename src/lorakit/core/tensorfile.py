@@ -7,6 +7,7 @@ that a file that changes later changes nothing here.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class TensorFile:
 
 
 def encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The bytes of a safetensors file.
+    """The bytes of a safetensors file; the same content always gives the same bytes.
 
     Args:
         tensors: Name -> tensor (…) on any device.
@@ -53,7 +54,18 @@ def encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
         The whole file.
     """
     own = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
-    return safetensors.torch.save(own, metadata)
+    return _in_order(safetensors.torch.save(own, metadata))
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same file with its metadata sorted: safetensors writes them in an order that changes from call to call."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def read_tensors(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) -> TensorFile:
