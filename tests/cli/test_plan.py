@@ -72,7 +72,7 @@ def test_a_time_without_a_speed_is_measured(
 ) -> None:
     from lorakit import hub
 
-    measured = hub.Calibration(8e11, 2e11, 2e10, 2.0, "bfloat16", "cpu", 2)
+    measured = hub.Calibration(8e11, 2e11, 2e10, 2.0, "cpu", 2)
     monkeypatch.setattr(hub, "calibrate", lambda: measured)
     values = _json([*REFERENCE, "--max-steps", "10"], capsys)
     assert values["speed"]["flops_per_second"] == 8e11

@@ -17,7 +17,7 @@ def test_a_head_dim_of_its_own() -> None:
     shape = qwen3(ORIGIN, Sizes(64, 1, 4, 100, 32, 128, 2, 32))
     assert shape.site("model.layers.0.self_attn.q_proj").out_features == 128
     assert shape.site("model.layers.0.self_attn.o_proj").in_features == 128
-    assert [o.path for o in shape.others][0] == "model.layers.0.self_attn.q_norm"
+    assert next(o.path for o in shape.others) == "model.layers.0.self_attn.q_norm"
 
 
 def test_qwen2_has_biases_on_query_key_and_value_alone() -> None:

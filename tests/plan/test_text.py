@@ -20,8 +20,8 @@ def test_what_the_text_says() -> None:
     for row in (
         "attn.c_proj  Conv1D    768 × 768     12  8      2  12,288    147,456",
         "c_attn              2,304 × 768     12   12,288   24,576     49,152     98,304",
-        "adapter, fp32                            3.2 MB  4 × 811,008",
-        "adapter with Adam's two moments          9.7 MB  3 × 4 × 811,008",
+        "adapter, fp32                             3.2 MB  4 × 811,008",
+        "adapter with Adam's two moments           9.7 MB  3 × 4 × 811,008",
         "100 steps                     3 min",
     ):
         assert row in text

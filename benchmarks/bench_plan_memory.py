@@ -1,0 +1,176 @@
+"""Claim: a plan's peak memory is that of a real run: within 10 %, 15 % with gradient checkpointing.
+
+Each case runs in a fresh process: a model with random weights of the published shape, adapted by lorakit.core, trained
+for a few steps by lorakit.train's own step. Measured is the peak of the resident size minus what is resident once every
+weight was touched; planned is `Memory.above_weights_bytes`. Each case runs twice: with the C library's allocator as it
+is, and with MALLOC_MMAP_THRESHOLD_ pinned, so that a freed tensor goes back to the system at once.
+
+python benchmarks/bench_plan_memory.py [--steps 6] [--markdown docs/memory.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from runner import append_row
+
+from lorakit.config import LoraConfig
+from lorakit.plan import Job, Memory, catalogue, count
+from lorakit.plan.memory import of_lora
+
+CASES: tuple[dict[str, Any], ...] = tuple(
+    {"model": model, "dtype": dtype, "checkpointing": again}
+    for model, dtype in (("SmolLM2-135M", "bfloat16"), ("gpt2", "float32"))
+    for again in (False, True)
+)
+PINNED = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+ALLOCATORS: dict[str, dict[str, str]] = {"stock": {}, "pinned": PINNED}
+ROWS, LENGTH, RANK = 4, 256, 16
+BOUNDS = {False: 0.10, True: 0.15}
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def planned(case: dict[str, Any]) -> Memory:
+    shape = catalogue.published(case["model"])
+    if shape is None:
+        raise SystemExit(f"{case['model']} is not in the catalogue")
+    job = Job(ROWS, LENGTH, dtype=case["dtype"], gradient_checkpointing=case["checkpointing"])
+    return of_lora(shape, count(shape, _config()), 0.0, job)
+
+
+def measure(case: dict[str, Any], steps: int, environment: dict[str, str]) -> list[int]:
+    """Run one case in a process of its own; its growth in bytes after each step."""
+    command = [sys.executable, __file__, "--child", json.dumps(case), "--steps", str(steps)]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{case} failed:\n{done.stderr}")
+    growth: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return growth
+
+
+def child(case: dict[str, Any], steps: int) -> list[int]:
+    """Bytes by which the peak exceeds what was resident with every weight touched, after each step."""
+    import gc
+
+    import torch
+
+    from lorakit import core
+    from lorakit.data.loader import Batch
+    from lorakit.train.optim import adamw
+    from lorakit.train.step import Trainee, train_step
+
+    torch.manual_seed(0)
+    model = _model(case)
+    core.attach(model, _config())
+    model.train()
+    if case["checkpointing"]:
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)}
+        )
+    named = core.trainable_parameters(model)
+    trainee = Trainee(model, named, adamw(named, 1e-4, 0.0), torch.device("cpu"), 1.0)
+    for parameter in model.parameters():
+        parameter.detach().view(-1)[:: 1024 // parameter.element_size()].sum()  # touch every page
+    gc.collect()
+    CLEAR.write_text("5")  # the peak begins anew here
+    resident, growth = _status("VmRSS"), []
+    for _ in range(steps):
+        ids = torch.randint(0, model.config.vocab_size, (ROWS, LENGTH))
+        labels = ids.clone()
+        batch = Batch(ids, torch.ones_like(ids), labels, 0.0, ids.numel(), ROWS * (LENGTH - 1))
+        train_step(trainee, [batch], 1e-4)
+        growth.append(_status("VmHWM") - resident)
+    return growth
+
+
+def _model(case: dict[str, Any]) -> Any:
+    import torch
+    import transformers
+
+    shape = catalogue.published(case["model"])
+    if shape is None:
+        raise SystemExit(f"{case['model']} is not in the catalogue")
+    dtype = getattr(torch, case["dtype"])
+    if shape.architecture == "GPT2LMHeadModel":
+        config: Any = transformers.GPT2Config(dtype=dtype)
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=shape.vocab,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            max_position_embeddings=shape.positions,
+            tie_word_embeddings=shape.tied,
+            dtype=dtype,
+        )
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _config() -> LoraConfig:
+    return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+
+
+def _status(field: str) -> int:
+    line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | dtype | checkpointing | allocator | planned | first step | peak of all steps | difference |",
+        "|---|---|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['model']} | {row['dtype']} | {'yes' if row['checkpointing'] else 'no'} | {row['allocator']} "
+            f"| {row['planned_bytes'] / 1e6:,.0f} MB | {row['growth'][0] / 1e6:,.0f} MB "
+            f"| {row['growth'][-1] / 1e6:,.0f} MB | {100 * row['difference']:+.1f} % |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--markdown", type=Path, help="also write the table into this file, between its markers")
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(child(json.loads(arguments.child), arguments.steps)))
+        return
+    rows, missed = [], []
+    for case in CASES:
+        for allocator, environment in ALLOCATORS.items():
+            growth = measure(case, arguments.steps, environment)
+            wanted = planned(case).above_weights_bytes
+            difference = growth[-1] / wanted - 1
+            facts = {**case, "tokens": f"{ROWS}x{LENGTH}", "r": RANK, "allocator": allocator, "planned_bytes": wanted}
+            append_row("plan_memory", facts, {"peak_bytes": growth[-1:], "first_step_bytes": growth[:1]})
+            rows.append({**facts, "growth": growth, "difference": difference})
+            if allocator == "pinned" and abs(difference) > BOUNDS[case["checkpointing"]]:
+                missed.append(facts)
+    table = _markdown(rows)
+    print(table)
+    if arguments.markdown:
+        _insert(arguments.markdown, table)
+    if missed:
+        raise SystemExit(f"outside of the bounds: {missed}")
+
+
+def _insert(path: Path, table: str) -> None:
+    begin, end = "<!-- begin: bench_plan_memory -->", "<!-- end: bench_plan_memory -->"
+    text = path.read_text(encoding="utf-8")
+    head, _, rest = text.partition(begin)
+    path.write_text(f"{head}{begin}\n{table}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
