@@ -1,0 +1,124 @@
+"""Law 5: a batch whose rows use different adapters gives each row what it would get alone."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorakit.core import attach, disable, route, use
+
+from .tolerances import assert_close, assert_differs
+from .zoo import ARCHITECTURES, BERT, EVERY_KIND, LINEARS, Case, Specimen, cases, randomise, run, with_adapters
+
+
+def one_by_one(model: nn.Module, given: Any, rows: list[str | None]) -> Tensor:
+    """Each row from a whole batch in which every row has its adapter."""
+    whole = {}
+    for name in set(rows):
+        with use(model, name) if name else disable(model):
+            whole[name] = run(model, given)
+    return torch.stack([whole[name][row] for row, name in enumerate(rows)])
+
+
+def assert_told_apart(model: nn.Module, given: Any, names: list[str | None], dtype: torch.dtype) -> None:
+    """Any two adapters, and the base, answer every row differently."""
+    answers = [one_by_one(model, given, [name] * 4) for name in names]
+    for first, second in itertools.combinations(answers, 2):
+        for row in range(4):
+            assert_differs(first[row], second[row], dtype)
+
+
+@pytest.mark.parametrize("case", cases())
+def test_rows(case: Case) -> None:
+    model, given = case.adapted("a", "b"), case.specimen.given(case.dtype)
+    assert_told_apart(model, given, ["a", "b", None], case.dtype)
+    for rows in (["a", "b", None, "a"], [None, None, "b", None], ["b", "a", "b", "a"], ["a"] * 4, [None] * 4):
+        with route(model, rows):
+            mixed = run(model, given)
+        assert_close(mixed, one_by_one(model, given, rows), case.dtype)
+
+
+@pytest.mark.parametrize("specimen", ARCHITECTURES, ids=str)
+def test_architectures(specimen: Specimen) -> None:
+    model, given = with_adapters(specimen, "a", "b", "c"), specimen.given()
+    assert_told_apart(model, given, ["a", "b", "c", None], torch.float32)
+    for rows in itertools.islice(itertools.permutations(["a", "b", "c", None]), 0, 24, 5):
+        with route(model, list(rows)):
+            mixed = run(model, given)
+        assert_close(mixed, one_by_one(model, given, list(rows)), torch.float32)
+
+
+def test_base_rows_have_the_bases_own_answer() -> None:
+    base = run(EVERY_KIND.model(), EVERY_KIND.given())
+    model = with_adapters(EVERY_KIND, "a")
+    with route(model, [None, "a", None, "a"]):
+        mixed = run(model, EVERY_KIND.given())
+    assert_close(mixed[[0, 2]], base[[0, 2]], torch.float32)
+    assert_differs(mixed[1], base[1], torch.float32)
+
+
+def test_adapters_of_different_make_in_one_batch() -> None:
+    """Plain, DoRA, rsLoRA of another rank, and one that sits on other sites only."""
+    model, given = LINEARS.model(), LINEARS.given()
+    attach(model, LINEARS.config(), "plain")
+    attach(model, LINEARS.config(use_dora=True, r=3), "dora")
+    attach(model, LINEARS.config(use_rslora=True, r=7, lora_alpha=5), "rs")
+    attach(model, LINEARS.config(target_modules=["out"]), "elsewhere")
+    names = ["plain", "dora", "rs", "elsewhere"]
+    for seed, name in enumerate(names):
+        randomise(model, name, seed)
+    assert_told_apart(model, given, [*names, None], torch.float32)
+    for rows in ([*names], [*reversed(names)], ["dora", None, "dora", "elsewhere"]):
+        with route(model, rows):
+            mixed = run(model, given)
+        assert_close(mixed, one_by_one(model, given, rows), torch.float32)
+
+
+def test_module_copies_go_with_their_rows() -> None:
+    model, given = BERT.model(), BERT.given()
+    attach(model, BERT.config(modules_to_save=["classifier"]), "a")
+    attach(model, BERT.config(modules_to_save=["classifier"]), "b")
+    attach(model, BERT.config(), "c")
+    for seed, name in enumerate("abc"):
+        randomise(model, name, seed)
+    assert_told_apart(model, given, ["a", "b", "c", None], torch.float32)
+    for rows in (["a", "b", "c", None], [None, "b", None, "a"]):
+        with route(model, rows):
+            mixed = run(model, given)
+        assert_close(mixed, one_by_one(model, given, rows), torch.float32)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_go_with_their_rows(bias: str) -> None:
+    model, given = BERT.model(), BERT.given()
+    attach(model, BERT.config(bias=bias), "a")
+    attach(model, BERT.config(), "b")
+    randomise(model, "a", 1)
+    randomise(model, "b", 2)
+    rows = ["a", "b", None, "a"]
+    with route(model, rows):
+        mixed = run(model, given)
+    assert_close(mixed, one_by_one(model, given, rows), torch.float32)
+    base = run(BERT.model(), given)
+    assert_close(mixed[2], base[2], torch.float32)
+
+
+def test_gradients_of_a_mixed_batch_are_those_of_its_rows() -> None:
+    model, given = with_adapters(EVERY_KIND, "a", "b", dtype=torch.float64), EVERY_KIND.given()
+    rows = ["a", "b", None, "a"]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with route(model, rows):
+        model(given).pow(2).sum().backward()
+    mixed = [p.grad.clone() for p in parameters]
+    model.zero_grad()
+    for row, name in enumerate(rows):
+        if name is not None:
+            with use(model, name):
+                model(given[row : row + 1]).pow(2).sum().backward()
+    for parameter, gradient in zip(parameters, mixed, strict=True):
+        assert gradient.abs().max() > 0
+        assert_close(gradient, parameter.grad, torch.float64)

@@ -1,0 +1,259 @@
+"""The models and adapters that laws and core tests are run over, and the cases that the tables make.
+
+Each `Specimen` makes a fresh small model from a fixed seed, in eval mode, and knows its input and its output.
+`randomise` gives an adapter numbers that no other adapter has: with a zero B, every routing test would pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorakit.config import LoraConfig
+from lorakit.core import attach, trainable_parameters
+from lorakit.core.inits import INITS
+from lorakit.core.kinds import KINDS
+from lorakit.core.variants import VARIANTS
+
+ROWS = 4
+FP32 = torch.float32
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A small model.
+
+    Attributes:
+        name: Shown in the test's id.
+        make: Builds it in fp32.
+        targets: Names for `target_modules`.
+        inputs: Number of rows -> keyword arguments of the model, or one tensor.
+        kind: The kind of its targeted sites, "" where they are mixed.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    targets: tuple[str, ...]
+    inputs: Callable[[int], Any]
+    kind: str = ""
+
+    def model(self, dtype: torch.dtype = FP32, seed: int = 0) -> nn.Module:
+        """A fresh model in eval mode; the same seed gives the same bits."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.make().to(dtype).eval()
+
+    def given(self, dtype: torch.dtype = FP32, rows: int = ROWS) -> Any:
+        """The input, in the model's dtype where it is made of floats."""
+        given = self.inputs(rows)
+        if isinstance(given, Tensor):
+            return given.to(dtype) if given.is_floating_point() else given
+        return given
+
+    def config(self, **fields: Any) -> LoraConfig:
+        """A config for its targets with rank 4 and alpha 8."""
+        return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": list(self.targets), **fields})
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def run(model: nn.Module, given: Any) -> Tensor:
+    """The output of a model, (rows, …), without a graph."""
+    with torch.no_grad():
+        return output(model, given)
+
+
+def output(model: nn.Module, given: Any) -> Tensor:
+    """The output of a model, (rows, …), with its graph."""
+    if isinstance(given, Tensor):
+        return model(given)
+    return model(**given).logits
+
+
+def randomise(model: nn.Module, name: str, seed: int, size: float = 0.5) -> None:
+    """Give everything that an adapter trains random numbers of its own, B among them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for path, parameter in trainable_parameters(model, name):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if "lora_magnitude" in path:
+                parameter.mul_((1 + 0.2 * noise).to(parameter.dtype))
+            elif "lora_" in path:
+                parameter.copy_(size * noise)
+            else:
+                parameter.add_((size * noise).to(parameter.dtype))
+
+
+def with_adapters(specimen: Specimen, *names: str, dtype: torch.dtype = FP32, **fields: Any) -> nn.Module:
+    """A model with adapters that differ in every number; the first is active."""
+    model = specimen.model(dtype)
+    for index, name in enumerate(names):
+        attach(model, specimen.config(**fields), name)
+        randomise(model, name, seed=100 + index)
+    return model
+
+
+def _numbers(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
+
+
+def _ids(rows: int, length: int = 6, below: int = 50) -> Tensor:
+    return torch.randint(1, below, (rows, length), generator=torch.Generator().manual_seed(8))
+
+
+def _linears() -> nn.Module:
+    return nn.Sequential(
+        OrderedDict(up=nn.Linear(12, 20), act=nn.Tanh(), square=nn.Linear(20, 20, bias=False), out=nn.Linear(20, 7))
+    )
+
+
+def _conv1ds() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    up, square, out = Conv1D(20, 12), Conv1D(20, 20), nn.Linear(20, 7)
+    for module in (up, square):  # its own start, 0.02, would drown in the adapters
+        nn.init.normal_(module.weight, std=0.3)
+        nn.init.normal_(module.bias)
+    return nn.Sequential(OrderedDict(up=up, act=nn.Tanh(), square=square, out=out))
+
+
+def _embedding() -> nn.Module:
+    return nn.Sequential(OrderedDict(embed=nn.Embedding(50, 12), act=nn.Tanh(), out=nn.Linear(12, 7)))
+
+
+def _every_kind() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    conv = Conv1D(12, 12)
+    nn.init.normal_(conv.weight, std=0.3)
+    return nn.Sequential(OrderedDict(embed=nn.Embedding(50, 12), conv=conv, act=nn.Tanh(), linear=nn.Linear(12, 7)))
+
+
+def _gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, initializer_range=0.2))
+
+
+def _llama(tied: bool = False) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    words = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 0, "tie_word_embeddings": tied}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **words, initializer_range=0.2))
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=32, num_labels=3, initializer_range=0.2)
+    return BertForSequenceClassification(config)
+
+
+def _t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, tie_word_embeddings=False))
+
+
+def _text(rows: int) -> dict[str, Tensor]:
+    return {"input_ids": _ids(rows)}
+
+
+def _pair(rows: int) -> dict[str, Tensor]:
+    return {"input_ids": _ids(rows), "decoder_input_ids": _ids(rows, 4)}
+
+
+LINEARS = Specimen("linears", _linears, ("up", "square"), lambda rows: _numbers(rows, 12), "Linear")
+CONV1DS = Specimen("conv1ds", _conv1ds, ("up", "square"), lambda rows: _numbers(rows, 12), "Conv1D")
+EMBEDDING = Specimen("embedding", _embedding, ("embed",), _ids, "Embedding")
+EVERY_KIND = Specimen("every-kind", _every_kind, ("embed", "conv", "linear"), _ids)
+GPT2 = Specimen("gpt2", _gpt2, ("c_attn", "c_proj"), _text, "Conv1D")
+LLAMA = Specimen("llama", _llama, ("q_proj", "v_proj", "down_proj"), _text, "Linear")
+TIED = Specimen("llama-tied", lambda: _llama(tied=True), ("q_proj", "v_proj"), _text, "Linear")
+BERT = Specimen("bert", _bert, ("query", "value"), _text, "Linear")
+T5 = Specimen("t5", _t5, ("q", "v"), _pair, "Linear")
+
+OF_KIND = {specimen.kind: specimen for specimen in (LINEARS, CONV1DS, EMBEDDING)}
+ARCHITECTURES = (GPT2, LLAMA, BERT, T5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of each table, and a dtype for the base."""
+
+    kind: str
+    variant: str
+    init: bool | str
+    dtype: torch.dtype
+
+    @property
+    def specimen(self) -> Specimen:
+        """The model whose sites are of this kind; a new kind needs one in `OF_KIND`."""
+        return OF_KIND[self.kind]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What the config says beside targets, rank and alpha."""
+        return {"use_dora": self.variant == "dora", "init_lora_weights": self.init}
+
+    def adapted(self, *names: str) -> nn.Module:
+        """A model with adapters that differ in every number."""
+        return with_adapters(self.specimen, *names, dtype=self.dtype, **self.fields)
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.variant}-{self.init}-{str(self.dtype).removeprefix('torch.')}"
+
+
+def _allowed(case: Case) -> bool:
+    return any(row.name == case.variant and case.kind in row.kinds for row in VARIANTS)
+
+
+def every_case() -> list[Case]:
+    """The whole product of the tables."""
+    axes = ([k.name for k in KINDS], [v.name for v in VARIANTS], [i.name for i in INITS], DTYPES)
+    return [case for case in itertools.starmap(Case, itertools.product(*axes)) if _allowed(case)]
+
+
+def usual_cases() -> list[Case]:
+    """Every pair of rows at least once, and all of plain × Linear."""
+    chosen = [case for case in every_case() if case.kind == "Linear" and case.variant == "plain"]
+    open_pairs = set().union(*map(_pairs, every_case())) - set().union(*map(_pairs, chosen))
+    while open_pairs:
+        best = max(every_case(), key=lambda case: len(open_pairs & _pairs(case)))
+        open_pairs -= _pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+def _pairs(case: Case) -> set[tuple[Any, ...]]:
+    rows = (("kind", case.kind), ("variant", case.variant), ("init", case.init), ("dtype", str(case.dtype)))
+    return set(itertools.combinations(rows, 2))
+
+
+def cases() -> list[Any]:
+    """Parameters for pytest: the usual cases, and the rest of the product marked slow."""
+    usual = usual_cases()
+    rest = [case for case in every_case() if case not in usual]
+    return [pytest.param(case, id=str(case)) for case in usual] + [
+        pytest.param(case, id=str(case), marks=pytest.mark.slow) for case in rest
+    ]
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The base's tensors as they stand in the modules now, under the names they have in the plain model."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name.replace(".base_layer", ""): tensor for name, tensor in tensors if ".lora_" not in name}
