@@ -1,0 +1,69 @@
+"""Everything in which lorakit's files and behaviour differ from peft's on purpose, each with its reason.
+
+A comparison that finds a difference that is not here fails, and so does an entry that no comparison needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .rows import Row
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One accepted difference.
+
+    Attributes:
+        reason: Why it is accepted.
+        holds: Row, peft's value and ours -> whether this is the difference that is meant.
+    """
+
+    reason: str
+    holds: Callable[[Row, Any, Any], bool]
+
+
+ABSENT = "<absent>"
+
+FILES_OF_PEFT_ALONE: Mapping[str, str] = {
+    "README.md": "a model card of placeholders; people write their own, `lorakit train` writes one that says what was done",
+}
+FILES_OF_OURS_ALONE: Mapping[str, str] = {
+    "lorakit.json": "fingerprint of the base, SHA-256 of both files, rank and alpha of each site; peft does not look at it",
+}
+
+METADATA: Mapping[str, str] = {
+    "lorakit": "tells a file that lorakit wrote from one that another program rewrote, so that damage is an error and a "
+    "re-save is not",
+}
+
+CONFIG: Mapping[str, Difference] = {
+    "peft_version": Difference(
+        "the API level that is followed, which transformers asks for, not the version that happens to be installed",
+        lambda row, theirs, ours: ours == "0.22.0",
+    ),
+    "target_modules": Difference(
+        "'all-linear' is written as the shortest names that name the same modules; peft writes every path until they "
+        "are twenty or more",
+        lambda row, theirs, ours: row.fields.get("target_modules") == "all-linear"
+        and {path.rpartition(".")[2] for path in theirs} >= set(ours),
+    ),
+}
+
+TENSORS_OF_PEFT_ALONE: Mapping[str, Difference] = {
+    ".base_layer.weight": Difference(
+        "peft copies the base's whole embedding or head matrix where one is targeted and its name is known to it; nothing "
+        "trained it, and loading does not need it",
+        lambda row, name, _: any(word in name for word in ("embed_tokens", "lm_head")),
+    ),
+    ".original_module.bias": Difference(
+        "with bias='all', peft also saves the bias of the original beside a copied module; nothing trained it",
+        lambda row, name, _: row.fields.get("bias") == "all",
+    ),
+    ".modules_to_save.bias": Difference(
+        "with bias='all', peft saves the bias of a copied module a second time under the copy's name in memory",
+        lambda row, name, _: row.fields.get("bias") == "all",
+    ),
+}

@@ -1,0 +1,44 @@
+"""Merged weights are peft's, whichever library merged."""
+
+from __future__ import annotations
+
+import pytest
+
+from .architectures import model_named, outputs_of
+from .closeness import assert_close, assert_differs, assert_same_bits
+from .rows import ROWS_COMPARED, Row, quiet_peft
+
+TIED_TARGETS = {"causal-tied-embeddings"}
+
+
+@pytest.mark.parametrize("row", ROWS_COMPARED, ids=str)
+def test_merge_and_unload(row: Row) -> None:
+    peft_model, our_model = row.pair()
+    adapted = outputs_of(our_model(**row.inputs))
+    with quiet_peft():
+        expected = peft_model.merge_and_unload()
+    found = our_model.merge_and_unload()
+    plain = model_named(row.model)
+    assert list(found.state_dict()) == list(plain.state_dict())
+    assert_close(found.state_dict(), expected.state_dict())
+    assert_differs(found.state_dict(), plain.state_dict())
+    assert_close(outputs_of(found(**row.inputs)), adapted, rtol=2e-5)
+    assert [name for name, p in found.named_parameters() if not p.requires_grad] == []
+
+
+@pytest.mark.parametrize("row", ROWS_COMPARED, ids=str)
+def test_merge_adapter_and_back(row: Row) -> None:
+    peft_model, our_model = row.pair()
+    before = {name: tensor.clone() for name, tensor in our_model.state_dict().items()}
+    with quiet_peft():
+        peft_model.merge_adapter()
+    our_model.merge_adapter()
+    assert_close(our_model.state_dict(), peft_model.state_dict())
+    our_model.unmerge_adapter()
+    assert_same_bits(our_model.state_dict(), before)  # peft's unmerging subtracts, and rounds
+
+
+@pytest.mark.parametrize("row", ROWS_COMPARED, ids=str)
+def test_unload(row: Row) -> None:
+    _, our_model = row.pair()
+    assert_same_bits(our_model.unload().state_dict(), model_named(row.model).state_dict())
