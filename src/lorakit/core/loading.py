@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from lorakit.config import CONFIG_FILE, LoraConfig, read_config, scale
 from lorakit.core.activation import adapter_parameters
+from lorakit.core.applied import check_not_applied
 from lorakit.core.attaching import Part, as_parameters, make_dropout, publish
 from lorakit.core.checks import check_allowances, check_bias_alone, check_new_name, check_scales
 from lorakit.core.extras import BiasSwitch, ModuleCopies
 from lorakit.core.factor import Factor
-from lorakit.core.fingerprint import DIFFERENT, compare, fingerprint
+from lorakit.core.fingerprinting import DIFFERENT, compare, fingerprint
 from lorakit.core.fitting import Fit, fit
 from lorakit.core.kinds import kind_named
 from lorakit.core.layer import LoraLayer
@@ -96,7 +97,7 @@ def load_adapter(
 
     Raises:
         AdapterFileError: Files are missing or damaged, or tensors do not fit; all mismatches are named.
-        BaseMismatchError: The adapter was made on another base.
+        BaseMismatchError: The adapter was made on another base, or was merged into this one for good.
         AdapterError: The name is taken or cannot be used.
         ConfigError: A scale is odd, or a word in `allow` is unknown.
         NotYetSupported: The adapter needs what is not built yet.
@@ -107,6 +108,7 @@ def load_adapter(
     files = read_adapter(folder)
     config = files.config
     check_bias_alone(state, config)
+    check_not_applied(model, files.folder, files.file.sha256, allow)
     said = list(files.warnings)
     verdict, reason = compare(files.sidecar.base, fingerprint(model))
     if verdict == DIFFERENT and "base_mismatch" not in allow:

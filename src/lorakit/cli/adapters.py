@@ -1,0 +1,134 @@
+"""What verbs that take adapters have in common: the flags that lift refusals, loading, and which tokenizer fits.
+
+Knows nothing of what a verb does with the adapters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from lorakit.cli import console
+from lorakit.errors import AdapterFileError, LorakitError, UsageError
+
+if TYPE_CHECKING:
+    from lorakit.core.loading import AdapterFiles
+    from lorakit.hub import ModelSource
+
+
+@dataclass(frozen=True)
+class Allowances:
+    """Refusals that the user lifts, one flag each."""
+
+    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Take an adapter of another base.")] = False
+    allow_key_mismatch: Annotated[
+        bool, Parameter(negative=(), help="Take what fits of an adapter that fits in part.")
+    ] = False
+    allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Take an adapter that holds NaN or infinity.")] = False
+    allow_odd_scale: Annotated[
+        bool, Parameter(negative=(), help="Take an adapter whose scale is 0, negative or above 1000.")
+    ] = False
+
+    def words(self) -> tuple[str, ...]:
+        """What was lifted, in the words of `lorakit.core`."""
+        return tuple(field.name.removeprefix("allow_") for field in fields(self) if getattr(self, field.name))
+
+
+def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
+    """Read adapters before a base is loaded, so that what is wrong with their files is said at once.
+
+    Args:
+        folders: As the user gave them.
+
+    Returns:
+        One per folder.
+
+    Raises:
+        UsageError: A folder was given twice.
+        AdapterFileError: A folder is missing or damaged.
+    """
+    from lorakit.core.loading import read_adapter
+
+    seen: dict[Path, str] = {}
+    for folder in folders:
+        place = Path(folder).resolve()
+        if place in seen:
+            raise UsageError(f"--adapter names {folder} twice.")
+        seen[place] = folder
+        refuse_run_folder(folder)
+    return [read_adapter(folder) for folder in folders]
+
+
+def refuse_run_folder(folder: str) -> None:
+    """Point to the adapter inside, where the folder of a run was given.
+
+    Raises:
+        AdapterFileError: The folder is no adapter and holds one as `adapter`.
+    """
+    inside = Path(folder) / "adapter"
+    if (inside / "adapter_config.json").is_file() and not (Path(folder) / "adapter_config.json").exists():
+        raise AdapterFileError(f"{folder}: this is the folder of a run; its adapter is {inside}.")
+
+
+def load_adapters(model: Any, folders: Sequence[str], allow: Collection[str]) -> list[str]:
+    """Put adapters on a model.
+
+    Args:
+        model: The base.
+        folders: As the user gave them.
+        allow: Words of `Allowances.words`.
+
+    Returns:
+        The adapters' names on the model, in order.
+
+    Raises:
+        LorakitError: As `core.load_adapter`; what could be allowed is named by its flag.
+    """
+    from lorakit import core
+
+    names = [f"adapter_{number}" for number, _ in enumerate(folders, start=1)]
+    for name, folder in zip(names, folders, strict=True):
+        try:
+            core.load_adapter(model, folder, name, allow=allow)
+        except LorakitError as error:
+            raise type(error)(by_flag(str(error))) from error
+    return names
+
+
+def by_flag(message: str) -> str:
+    """A message of the core in which what can be allowed is named by its flag."""
+    return re.sub(r"\ballow '(\w+)'", lambda word: f"give --allow-{word[1].replace('_', '-')}", message)
+
+
+def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Any:
+    """The tokenizer to use: the one that lies with the adapters, where it does, since they were trained with it.
+
+    Args:
+        source: The base.
+        adapters: The adapters.
+
+    Returns:
+        A transformers tokenizer: that of the adapters' folders if all that have one agree, else the model's own.
+
+    Raises:
+        ModelError: Neither has a tokenizer, or it cannot be read.
+    """
+    from lorakit import hub
+
+    own: dict[tuple[str, str | None], Any] = {}
+    for files in adapters:
+        if (files.folder / "tokenizer_config.json").is_file():
+            place = str(files.folder)
+            tokenizer = hub.load_tokenizer(hub.ModelSource("directory", place, place, None, place))
+            own[hub.tokenizer_hash(tokenizer), hub.chat_template_hash(tokenizer)] = tokenizer
+    if len(own) == 1:
+        return next(iter(own.values()))
+    tokenizer = hub.load_tokenizer(source)
+    if len(own) > 1:
+        console.warning("the adapters come with different tokenizers or chat templates; the model's own is used.")
+    return tokenizer

@@ -1,0 +1,227 @@
+"""`lorakit generate`: continue a prompt, with adapters side by side."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from lorakit.cli import console
+from lorakit.cli.adapters import Allowances, load_adapters, read_adapters, tokenizer_for
+from lorakit.cli.answers import Answer, show
+from lorakit.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from lorakit.generate import Sampling
+
+MAX_PROMPT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The flags of the verb, as their help says."""
+
+    model: Annotated[str, Parameter(help="Model directory, hub id, or smollm2 (the packaged model).")]
+    adapter: Annotated[
+        list[str] | None,
+        Parameter(help="Adapter directories. With several, base and adapters answer side by side, in one batch."),
+    ] = None
+    base: Annotated[bool, Parameter(negative=(), help="Let the base answer too, also beside a single adapter.")] = False
+    prompt: Annotated[
+        list[str] | None, Parameter(help="Texts to answer, one by one. Without any, standard input is one.")
+    ] = None
+    prompt_file: Annotated[list[Path] | None, Parameter(help="Files that hold one prompt each.")] = None
+    chat: Annotated[
+        bool | None,
+        Parameter(
+            help="Put the prompt into the chat template as the user's turn, or continue it as plain text. Default: chat "
+            "where the tokenizer has a template.",
+            show_default=False,
+        ),
+    ] = None
+    system: Annotated[str | None, Parameter(help="System message before the user's turn.")] = None
+    max_new_tokens: Annotated[int, Parameter(help="Longest answer in tokens.")] = 256
+    temperature: Annotated[
+        float,
+        Parameter(
+            help="0 takes the likeliest token each time, so that the same call gives the same answer and a difference "
+            "between answers is the adapter's. Above 0 draws: 0.7 is lively."
+        ),
+    ] = 0.0
+    top_p: Annotated[float, Parameter(help="Draw among the likeliest tokens that reach this probability.")] = 1.0
+    top_k: Annotated[int, Parameter(help="Draw among so many of the likeliest tokens; 0 is all.")] = 0
+    seed: Annotated[int, Parameter(help="Where the draws begin, for every answer alike.")] = 0
+    dtype: Annotated[
+        str, Parameter(help="Precision of the base: auto (as in its files), bfloat16, float16 or float32.")
+    ] = "auto"
+    device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto"
+
+
+def run(
+    *,
+    flags: Annotated[Flags, Parameter(name="*")],
+    allow: Annotated[Allowances | None, Parameter(name="*")] = None,
+    json: console.JsonFlag = False,
+) -> None:
+    """Continue prompts; the answer streams to standard output, everything else goes to standard error."""
+    if flags.system is not None and flags.chat is False:
+        raise UsageError("--system needs the chat template, and --no-chat leaves it out; give one of them.")
+    prompts = read_prompts(flags.prompt or (), flags.prompt_file or ())
+
+    from lorakit import hub
+    from lorakit.generate import Sampling
+    from lorakit.train.preparing import pick_device
+
+    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
+    device = pick_device(flags.device)
+    folders = flags.adapter or []
+    files = read_adapters(folders)
+    source = hub.resolve(flags.model, console.note)
+    hub.require(source)
+    tokenizer = tokenizer_for(source, files)
+    encoded = encode_prompts(prompts, tokenizer, flags.chat, flags.system)
+    model = hub.load_model(source, flags.dtype, device)
+    names: list[str | None] = list(load_adapters(model, folders, (allow or Allowances()).words()))
+    if flags.base or len(names) != 1:
+        names.insert(0, None)
+    labels = dict(zip((name for name in names if name), folders, strict=True))
+    ask = _asker(model, tokenizer, names, flags.max_new_tokens, sampling)
+    results = []
+    for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
+        answers = [Answer("base" if name is None else labels[name], tokenizer, ids) for name in names]
+        if len(prompts) > 1 and not json:
+            console.say(("\n" if number else "") + f"> {_first_line(prompt)}\n")
+        show(answers, ask(ids), quiet=json)
+        results.append({"prompt": prompt, "answers": [answer.as_dict() for answer in answers]})
+    if json:
+        chat = _wants_chat(tokenizer, flags.chat)
+        facts = {"dtype": str(model.dtype).removeprefix("torch."), "device": str(device), "chat": chat}
+        console.emit_json({"model": flags.model, **facts, "sampling": asdict(sampling), "results": results})
+
+
+def read_prompts(texts: Iterable[str], files: Iterable[Path]) -> list[str]:
+    """The prompts of a call: texts, then files, or standard input where there is neither.
+
+    Args:
+        texts: Prompts as they are.
+        files: Files with one prompt each; "-" is standard input.
+
+    Returns:
+        At least one prompt; a line break that ends a file is not part of it.
+
+    Raises:
+        UsageError: There is none, or one is empty.
+        DataError: A file is missing, too large, or not UTF-8.
+    """
+    prompts = [(text, "--prompt") for text in texts]
+    prompts += [(_standard_input() if str(path) == "-" else _read(path), str(path)) for path in files]
+    if not prompts:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError('There is nothing to answer: give --prompt "...", --prompt-file FILE, or pipe a text in.')
+        prompts = [(_standard_input(), "standard input")]
+    for text, where in prompts:
+        if not text.strip():
+            raise UsageError(f"{where}: the prompt is empty.")
+    return [text for text, _ in prompts]
+
+
+def encode_prompts(prompts: list[str], tokenizer: Any, chat: bool | None, system: str | None) -> list[list[int]]:
+    """Token ids of prompts, in the chat template or as plain text.
+
+    Args:
+        prompts: Texts.
+        tokenizer: A transformers tokenizer.
+        chat: Whether to use the chat template; None: where there is one.
+        system: System message, or None.
+
+    Returns:
+        Ids per prompt.
+
+    Raises:
+        UsageError: The template is asked for and missing, or it refuses the conversation.
+    """
+    from lorakit.data.tokens import beginning, token_ids
+
+    if not _wants_chat(tokenizer, chat):
+        if system is not None:
+            raise UsageError("--system needs a chat template, and the model's tokenizer has none.")
+        return [beginning(tokenizer) + token_ids(tokenizer, prompt) for prompt in prompts]
+    if not tokenizer.chat_template:
+        raise UsageError("--chat was given, and the model's tokenizer has no chat template; leave it out.")
+    before = [] if system is None else [{"role": "system", "content": system}]
+    encoded = []
+    for prompt in prompts:
+        try:
+            found = tokenizer.apply_chat_template(
+                [*before, {"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
+            )
+        except Exception as cause:  # a template is a program from elsewhere and may raise anything
+            raise UsageError(f"The chat template refuses this prompt ({cause}); try --no-chat.") from cause
+        encoded.append(list(found["input_ids"]))
+    return encoded
+
+
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer, as model, generation config and tokenizer name them.
+
+    Args:
+        model: A transformers model.
+        tokenizer: Its tokenizer.
+    """
+    found: set[int] = set()
+    for holder in (getattr(model, "generation_config", None), model.config, tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        found |= set(ids) if isinstance(ids, (list, tuple)) else {ids} if isinstance(ids, int) else set()
+    return found
+
+
+def _asker(
+    model: Any, tokenizer: Any, names: list[str | None], max_new_tokens: int, sampling: Sampling
+) -> Callable[[list[int]], Any]:
+    from lorakit.generate import generate_batch
+
+    ends = end_ids(model, tokenizer)
+    adapters = names if any(names) else None
+
+    def ask(ids: list[int]) -> Any:
+        return generate_batch(
+            model,
+            [ids] * len(names),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            eos_ids=ends,
+            adapters=adapters,
+        )
+
+    return ask
+
+
+def _wants_chat(tokenizer: Any, chat: bool | None) -> bool:
+    return bool(tokenizer.chat_template) if chat is None else chat
+
+
+def _first_line(prompt: str) -> str:
+    first, *rest = prompt.strip().splitlines()
+    return first[:120] + (" …" if rest or len(first) > 120 else "")
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as cause:
+        raise DataError(f"standard input: not UTF-8 ({cause.reason} at byte {cause.start}).") from None
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_PROMPT_BYTES:
+            raise DataError(f"{path}: larger than {MAX_PROMPT_BYTES >> 20} MiB, so not a prompt.")
+        return path.read_text(encoding="utf-8").removesuffix("\n")
+    except OSError as cause:
+        raise DataError(f"{path}: the prompt file cannot be read ({cause.strerror}).") from None
+    except UnicodeDecodeError as cause:
+        raise DataError(f"{path}: not UTF-8 ({cause.reason} at byte {cause.start}).") from None
