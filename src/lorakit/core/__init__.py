@@ -14,7 +14,7 @@ from lorakit.core.activation import (
     use,
 )
 from lorakit.core.attaching import AttachReport, attach, detach
-from lorakit.core.fingerprint import Fingerprint, fingerprint
+from lorakit.core.fingerprinting import Fingerprint, fingerprint
 from lorakit.core.inspecting import AdapterSummary, inspect_adapter
 from lorakit.core.layer import LoraLayer
 from lorakit.core.loading import LoadReport, load_adapter

@@ -66,7 +66,7 @@ class Init:
 
 
 def _kaiming(blank: Blank) -> Filled:
-    """One side uniform in ±1/√fan_in (an Embedding's: standard normal), the zero side zero.  [docs/math.md (5)]
+    """One side uniform in ±1/√fan_in (an Embedding's: standard normal), the zero side zero.  [docs/math.md (5), (6)]
 
     Source: He et al. 2015 with a = √5, as nn.Linear's own start; Hu et al. 2021, section 4.1.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorakit.config import LoraConfig, scale
 from lorakit.core.checks import LARGEST_USUAL_SCALE
-from lorakit.core.fingerprint import Fingerprint
+from lorakit.core.fingerprinting import Fingerprint
 from lorakit.core.keys import parse
 from lorakit.core.loading import read_adapter
 from lorakit.core.patterns import literal_value

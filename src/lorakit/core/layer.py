@@ -138,7 +138,7 @@ class LoraLayer(nn.Module):
         return base_of(self.base_layer).read(self.original_weight())
 
     def original_weight(self) -> Tensor:
-        """The base weight as it is stored, without anything merged, on the base's device; any layout (…)."""
+        """The base weight as it is stored, without anything merged, on the base's device: (out, in), or (in, out)."""
         weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
         return weight if self.kept is None else self.kept.to(device=weight.device, dtype=weight.dtype)
 
@@ -184,7 +184,7 @@ class LoraLayer(nn.Module):
         return self._mixed(route, skip, x, y0)
 
     def _mixed(self, route: Route, skip: frozenset[str], x: Tensor, y0: Tensor) -> Tensor:
-        """Each row of the batch with its own adapter; x (rows, …), y0 (rows, …, out)."""
+        """Each row of the batch with its own adapter; x (rows, …), y0 (rows, …, out).   [docs/math.md (13)]"""
         rows = route.rows or ()
         axis = self.kind.row_axis(self.base_layer)
         if axis is None or x.shape[axis] != len(rows):

@@ -28,7 +28,7 @@ KeepBase = Literal[True, False, "cpu"]
 
 @dataclass(frozen=True)
 class SiteMerge:
-    """How one site took a merge.
+    """How one site took a merge.   [docs/math.md (12)]
 
     Attributes:
         path: The site.
@@ -267,7 +267,7 @@ def _check_variants(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _sum_of_updates(layer: LoraLayer, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """What to store for W₀ + Σ update, with W₀ (out, in) and the exact sum (out, in) it stands for."""
+    """What to store for W₀ + Σ update, with W₀ (out, in) and the exact sum (out, in).   [docs/math.md (11)]"""
     with torch.no_grad():
         W = layer.read()
         total = torch.zeros_like(W)

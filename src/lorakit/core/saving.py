@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, LoraConfig, TaskType
 from lorakit.core.bases import base_of
 from lorakit.core.checks import check_allowances, check_known
-from lorakit.core.fingerprint import fingerprint
+from lorakit.core.fingerprinting import fingerprint
 from lorakit.core.keys import adapter_tensors
 from lorakit.core.sidecar import FORMAT_VERSION, METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
 from lorakit.core.sitemap import layers, state_of, survey

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.core.fingerprint import Fingerprint
+from lorakit.core.fingerprinting import Fingerprint
 from lorakit.core.tensorfile import TensorFile
 from lorakit.durable import read_json, sha256_file
 from lorakit.errors import AdapterFileError

@@ -1,38 +1,14 @@
-"""`get_peft_model`, and which wrapper class belongs to which task."""
+"""`get_peft_model`: adapt a model and wrap it as its task asks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from lorakit.config import LoraConfig, TaskType
+from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError
 from lorakit.peft.model import PeftModel
-from lorakit.peft.tasks import (
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-)
-
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: Mapping[str, type[PeftModel]] = {
-    TaskType.SEQ_CLS.value: PeftModelForSequenceClassification,
-    TaskType.SEQ_2_SEQ_LM.value: PeftModelForSeq2SeqLM,
-    TaskType.CAUSAL_LM.value: PeftModelForCausalLM,
-    TaskType.TOKEN_CLS.value: PeftModelForTokenClassification,
-    TaskType.QUESTION_ANS.value: PeftModelForQuestionAnswering,
-    TaskType.FEATURE_EXTRACTION.value: PeftModelForFeatureExtraction,
-}
-"""Task -> wrapper class, under PEFT's own name."""
-
-
-def class_for(task: TaskType | str | None) -> type[PeftModel]:
-    """The wrapper class for a task; `PeftModel` where there is none."""
-    return PeftModel if task is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TaskType(task).value]
 
 
 def get_peft_model(
@@ -60,4 +36,4 @@ def get_peft_model(
         model.add_adapter(adapter_name, peft_config)
         model.set_adapter(adapter_name)
         return model
-    return class_for(peft_config.task_type)(model, peft_config, adapter_name, **kwargs)
+    return PeftModel.for_task(peft_config.task_type)(model, peft_config, adapter_name, **kwargs)

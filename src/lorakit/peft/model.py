@@ -6,13 +6,13 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from lorakit import core
-from lorakit.config import CONFIG_FILE, LoraConfig, read_config
+from lorakit.config import CONFIG_FILE, LoraConfig, TaskType, read_config
 from lorakit.core.sitemap import find_state
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.peft.tuner import ALL_ALLOWED, LoraModel
@@ -26,7 +26,10 @@ class PeftModel(nn.Module):
 
     Attributes:
         base_model: The `LoraModel` around the user's model.
+        task: What the wrapper is for, or None.
     """
+
+    task: ClassVar[TaskType | None] = None
 
     def __init__(
         self, model: nn.Module, peft_config: LoraConfig | None = None, adapter_name: str = "default", **kwargs: Any
@@ -94,13 +97,16 @@ class PeftModel(nn.Module):
         Raises:
             AdapterFileError: Files are missing or damaged, or tensors do not fit.
         """
-        from lorakit.peft.mapping import class_for
-
         folder = adapter_folder(model_id, kwargs.pop("subfolder", None), kwargs.pop("revision", None))
         task = (config or read_config(folder)[0]).task_type
-        wrapper = (class_for(task) if cls is PeftModel else cls)(model, **kwargs)
+        wrapper = cls.for_task(task)(model, **kwargs)
         wrapper.load_adapter(folder, adapter_name, is_trainable=is_trainable)
         return wrapper
+
+    @classmethod
+    def for_task(cls, task: TaskType | str | None) -> type[PeftModel]:
+        """The class of wrapper for a task: this class's own subclass where it has one, otherwise this class."""
+        return next((kind for kind in cls.__subclasses__() if task is not None and kind.task == task), cls)
 
     def load_adapter(
         self,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import Parameter, Signature
 from typing import Any
 
+from lorakit.config import TaskType
 from lorakit.peft.model import PeftModel
 
 _WANTED_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
@@ -33,12 +34,14 @@ def _forward_of(*columns: str) -> Callable[..., Any]:
 class PeftModelForCausalLM(PeftModel):
     """For decoder-only language models."""
 
+    task = TaskType.CAUSAL_LM
     forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
     """For encoder-decoder language models."""
 
+    task = TaskType.SEQ_2_SEQ_LM
     forward = _forward_of(
         *("input_ids", "attention_mask", "inputs_embeds"),
         *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels"),
@@ -48,18 +51,21 @@ class PeftModelForSeq2SeqLM(PeftModel):
 class PeftModelForSequenceClassification(PeftModel):
     """For classifiers of whole texts; the head is copied and trained whole."""
 
+    task = TaskType.SEQ_CLS
     forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
 
 
 class PeftModelForTokenClassification(PeftModel):
     """For classifiers of tokens; the head is copied and trained whole."""
 
+    task = TaskType.TOKEN_CLS
     forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
 
 
 class PeftModelForQuestionAnswering(PeftModel):
     """For extractive question answering; the head is copied and trained whole."""
 
+    task = TaskType.QUESTION_ANS
     forward = _forward_of(
         *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
         *("start_positions", "end_positions"),
@@ -69,4 +75,11 @@ class PeftModelForQuestionAnswering(PeftModel):
 class PeftModelForFeatureExtraction(PeftModel):
     """For models whose hidden states are used."""
 
+    task = TaskType.FEATURE_EXTRACTION
     forward = _forward_of("input_ids", "attention_mask", "inputs_embeds")
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: Mapping[str, type[PeftModel]] = {
+    kind.task.value: kind for kind in PeftModel.__subclasses__() if kind.task is not None
+}
+"""Task -> wrapper class, under PEFT's own name."""
