@@ -32,7 +32,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); held below infinity, for which JSON has no word."""
+        """exp(loss); held below infinity, for which JSON has no word.   [docs/math.md (15)]"""
         return math.exp(min(self.loss, 700.0))
 
 

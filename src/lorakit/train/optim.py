@@ -22,6 +22,7 @@ _FUSED_DEVICES = ("cpu", "cuda", "mps")
 
 def adamw(named: Named, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW, fused where the device has it; only matrices decay, since a magnitude or bias has no reason to shrink.
+    [docs/math.md (16)]
 
     Args:
         named: The trainable tensors.

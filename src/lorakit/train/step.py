@@ -64,7 +64,7 @@ class StepResult:
 
 
 def train_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-    """Take one optimizer step on the mean loss over the trained tokens of all batches together.
+    """Take one optimizer step on the mean loss over the trained tokens of all batches.   [docs/math.md (14)]
 
     The tokens are counted before the first forward, so each batch's sum is divided by the count of the whole step and
     the gradient does not depend on how the rows are split into batches.
