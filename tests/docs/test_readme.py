@@ -1,0 +1,69 @@
+"""The README does what it says: its Python runs, its commands exist and run, and both languages hold the same code."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = "".join(blocks("README.md", "sh")).splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("lorakit ")]
+
+
+def without_comments(code: str) -> list[str]:
+    return [line.partition("#")[0].rstrip() for line in code.splitlines()]
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_python_blocks_run(number: int, tmp_path: Path) -> None:
+    code = blocks("README.md", "python")[number]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for promised in re.findall(r"^# (trainable params.*)$", code, flags=re.MULTILINE):
+        assert promised in done.stdout
+
+
+def test_there_are_two_python_blocks_and_every_verb_is_shown() -> None:
+    from lorakit.cli import VERBS
+
+    assert len(blocks("README.md", "python")) == 2
+    assert {arguments[0] for arguments in commands()} == set(VERBS)
+
+
+def test_the_korean_page_holds_the_same_code() -> None:
+    for language in ("python", "sh"):
+        ours, theirs = blocks("README.md", language), blocks("README.ko.md", language)
+        assert [without_comments(block) for block in ours] == [without_comments(block) for block in theirs]
+
+
+def test_every_link_leads_somewhere() -> None:
+    for page in ("README.md", "README.ko.md"):
+        for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
+            assert (ROOT / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.slow
+def test_commands_run_in_order(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "docs" / "math.md", tmp_path / "notes.md")
+    for arguments in commands():
+        shorter = ["2" if before == "--max-steps" else word for before, word in zip(["", *arguments], arguments)]
+        extra = {"train": ["--max-length", "32"], "generate": ["--max-new-tokens", "4"]}.get(arguments[0], [])
+        done = subprocess.run(
+            [sys.executable, "-m", "lorakit", *shorter, *extra],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{arguments}: {done.stderr}"
