@@ -1,0 +1,60 @@
+"""docs/format.md lists the fields that the code writes, no more and no fewer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit import core
+from lorakit.config import LoraConfig
+from lorakit.core import sidecar, tensorfile
+from lorakit.core.keys import ENDINGS
+from lorakit.hub.packaged import MANIFEST
+from lorakit.train import checkpoint, metrics, state
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
+
+
+def listed(name: str) -> list[str]:
+    """The words in backticks of the paragraph, or the first column of the table, after a marker."""
+    block = PAGE.split(f"<!-- fields: {name} -->\n\n")[1].split("\n\n")[0]
+    if block.startswith("|"):
+        return re.findall(r"^\| `([\w.]+)`", block, re.MULTILINE)
+    return re.findall(r"`(\w+)`", block)
+
+
+def test_fields_of_lorakit_json(tiny_llama: Any, tmp_path: Path) -> None:
+    core.attach(tiny_llama, LoraConfig(r=2, target_modules=["q_proj"]))
+    core.save_adapter(tiny_llama, tmp_path)
+    about = json.loads((tmp_path / "lorakit.json").read_text(encoding="utf-8"))
+    found = [
+        f"{key}.{inner}" if key in ("weights", "config", "base") else key
+        for key, value in about.items()
+        for inner in (value if key in ("weights", "config", "base") else [""])
+    ]
+    assert sorted(listed("sidecar")) == sorted(found)
+    assert set(next(iter(about["sites"].values()))) == {"r", "lora_alpha"}
+    assert {path.name for path in tmp_path.iterdir()} == set(re.findall(r"^\| `([\w.]+)` \|", PAGE, re.MULTILINE)[:3])
+
+
+def test_rows_state_and_environment() -> None:
+    assert listed("train") == list(metrics.TRAIN_FIELDS)
+    assert listed("eval") == list(metrics.EVAL_FIELDS)
+    assert listed("state") == [field.name for field in dataclasses.fields(state.TrainState)]
+    assert listed("environment") == list(state.environment(torch.device("cpu"), "float32"))
+
+
+def test_names_and_caps() -> None:
+    names = (checkpoint.MANIFEST, checkpoint.STATE, checkpoint.OPTIMIZER, checkpoint.RANDOM, MANIFEST)
+    assert all(f"`{name}`" in PAGE for name in names)
+    assert all(f"`{ending}`" in PAGE for ending in ENDINGS if not ending.endswith("vector.weight"))
+    assert tensorfile.MAX_FILE_BYTES == 64 << 30
+    assert tensorfile.MAX_HEADER_BYTES == 8 << 20
+    assert tensorfile.MAX_TENSORS == 100_000
+    assert sidecar.MAX_BYTES == 16 << 20
+    assert sidecar.FORMAT_VERSION == 1
