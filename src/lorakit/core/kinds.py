@@ -9,7 +9,7 @@ dotted string and looked up along the MRO.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,37 +134,24 @@ def _embedding_up(module: Any, h: Tensor, B: Tensor) -> Tensor:
     return z if embed_scale is None else z * torch.as_tensor(embed_scale, dtype=z.dtype, device=z.device)
 
 
-_DENSE_NAMES = ("lora_A", "lora_B")
+_LINEAR = Kind(
+    name="Linear",
+    types=(nn.Linear,),
+    acts_on="input",
+    zero_side="B",
+    names=("lora_A", "lora_B"),
+    on_disk=".weight",
+    drops=True,
+    slots=_linear_slots,
+    row_axis=_first_axis,
+    shapes=_factor_shapes,
+    down=_linear_down,
+    up=_linear_up,
+)
 
 KINDS: tuple[Kind, ...] = (
-    Kind(
-        name="Linear",
-        types=(nn.Linear,),
-        acts_on="input",
-        zero_side="B",
-        names=_DENSE_NAMES,
-        on_disk=".weight",
-        drops=True,
-        slots=_linear_slots,
-        row_axis=_first_axis,
-        shapes=_factor_shapes,
-        down=_linear_down,
-        up=_linear_up,
-    ),
-    Kind(
-        name="Conv1D",
-        types=("transformers.pytorch_utils.Conv1D",),
-        acts_on="input",
-        zero_side="B",
-        names=_DENSE_NAMES,
-        on_disk=".weight",
-        drops=True,
-        slots=_transposed_slots,
-        row_axis=_first_axis,
-        shapes=_factor_shapes,
-        down=_linear_down,
-        up=_linear_up,
-    ),
+    _LINEAR,
+    replace(_LINEAR, name="Conv1D", types=("transformers.pytorch_utils.Conv1D",), slots=_transposed_slots),
     Kind(
         name="Embedding",
         types=(nn.Embedding,),

@@ -7,7 +7,7 @@ It never writes to the base: merging does, and the layer only knows what is merg
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +89,25 @@ class LoraLayer(nn.Module):
             setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that the route in force names, as this layer sees it."""
+        route = self.state.active() if self.own_route is None else self.own_route
+        return list(route.names)
+
+    def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
+        """Make an exception to the model's default at this layer alone; `activate` on the model ends it.
+
+        Args:
+            adapter_names: One adapter or several; none means the base alone.
+
+        Raises:
+            RouteError: There is no such adapter on the model.
+        """
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        self.state.check(names)
+        self.own_route = Route(names)
 
     def put(self, name: str, factor: Factor, r: int, lora_alpha: float) -> None:
         """Add an adapter's factor.
