@@ -1,0 +1,71 @@
+"""`lorakit eval`: base and adapters on the same tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit import cli, core
+from lorakit.config import LoraConfig
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("The quick fox jumps over lazy dogs. " * 20, encoding="utf-8")
+    return path
+
+
+def _adapter(model: Any, folder: Path, seed: int) -> Path:
+    core.attach(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False), seed=seed)
+    core.save_adapter(model, folder)
+    core.detach(model)
+    return folder
+
+
+def test_side_by_side(
+    tmp_path: Path, tiny_model_directory: Path, tiny_llama: Any, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [_adapter(tiny_llama, tmp_path / f"adapter-{n}", n) for n in (1, 2)]
+    words = ["eval", "--model", str(tiny_model_directory), "--data", str(text), "--dtype", "float32", "--device", "cpu"]
+    assert cli.main([*words, "--adapter", str(folders[0]), "--adapter", str(folders[1]), "--json"]) == 0
+    captured = capsys.readouterr()
+    results = json.loads(captured.out)["results"]
+    assert [row["name"] for row in results] == ["base", *map(str, folders)]
+    assert len({row["loss"] for row in results}) == 3
+    assert len({row["tokens"] for row in results}) == 1
+    for row in results:
+        assert row["perplexity"] == pytest.approx(torch.tensor(row["loss"]).exp().item(), rel=1e-4)
+    assert "1 document" in captured.err
+    assert cli.main([*words, "--adapter", *map(str, folders)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["loss", "perplexity", "tokens"]
+    assert [line.split()[0] for line in lines[2:]] == ["base", *map(str, folders)]
+    assert cli.main(words) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+@pytest.mark.filterwarnings("default:.*loaded on another base")
+def test_what_is_refused(
+    tmp_path: Path, tiny_model_directory: Path, tiny_llama: Any, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", "--model", str(tiny_model_directory), "--dtype", "float32", "--device", "cpu"]
+
+    def refused(*more: str) -> str:
+        assert cli.main([*words, *more]) in (1, 2)
+        return capsys.readouterr().err
+
+    assert f"{tmp_path / 'nope'}: there is no such adapter directory." in refused(
+        "--data", str(text), "--adapter", str(tmp_path / "nope")
+    )
+    assert "there is no such data file" in refused("--data", str(tmp_path / "nope.txt"))
+    assert "batch_size is 0; it must be at least 1." in refused("--data", str(text), "--batch-size", "0")
+    assert "takes at most 128 tokens" in refused("--data", str(text), "--max-length", "999")
+    tiny_llama.model.embed_tokens.weight.data.mul_(-1.5)
+    other = _adapter(tiny_llama, tmp_path / "other", 1)
+    assert "another base" in refused("--data", str(text), "--adapter", str(other))
+    assert cli.main([*words, "--data", str(text), "--adapter", str(other), "--allow-base-mismatch"]) == 0

@@ -1,0 +1,455 @@
+"""`lorakit train` from flags to run folder: what it leaves, and what it refuses, in which words."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit import cli, core, hub
+from lorakit.errors import DiskError
+from lorakit.train import checkpoint, loop, running
+from lorakit.train.evaluation import Evaluation
+from lorakit.train.metrics import EVAL_FIELDS, TRAIN_FIELDS
+
+Train = Callable[..., int]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    paths = []
+    for number in range(6):
+        path = tmp_path / f"{number}.txt"
+        path.write_text(f"The quick fox number {number} jumps over {number + 3} lazy dogs. " * 4, encoding="utf-8")
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture
+def train(tmp_path: Path, tiny_model_directory: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Runs the verb on a tiny model; keywords replace or (None) leave out flags."""
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)  # drawing costs more than training here
+
+    def call(*more: str, **flags: Any) -> int:
+        given = {
+            "model": tiny_model_directory,
+            "data": texts,
+            "output-dir": tmp_path / "run",
+            "max-length": 24,
+            "dtype": "float32",
+            "device": "cpu",
+            "max-steps": 4,
+            "eval-fraction": 0.2,
+            "learning-rate": 0.01,
+            "r": 4,
+        }
+        given.update({name.replace("_", "-"): value for name, value in flags.items()})
+        words = ["train"]
+        for name, value in given.items():
+            if value is not None:
+                words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        return cli.main([*words, *more])
+
+    return call
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+def test_a_run_and_what_it_leaves(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train() == 0
+    out = capsys.readouterr().out
+    folder = tmp_path / "run"
+    for part in (
+        "training data: 5 documents",
+        "1 of 6 documents is held out for evaluation (seed 0).",
+        "Base in float32, as asked for.",
+        "evaluation at step 0: loss",
+        "step 1/4  loss",
+        "Finished at step 4 of 4",
+        "Held out: perplexity",
+        f"Adapter of step 4: {folder / 'adapter'}",
+        'The loss plot needs matplotlib: pip install "lorakit[report]"',
+    ):
+        assert part in out
+    rows = _rows(folder)
+    assert [tuple(row) for row in rows if "loss" in row] == [TRAIN_FIELDS] * 4
+    assert [tuple(row) for row in rows if "eval_loss" in row] == [EVAL_FIELDS] * 5
+    assert [row["step"] for row in rows] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+    record = _record(folder)
+    assert record["status"] == "finished"
+    assert record["settings"]["lora_alpha"] == 32
+    assert record["resolved"]["total_steps"] == 4
+    assert record["plan"]["adapter"]["trainable"] == record["resolved"]["trainable_parameters"]
+    assert record["versions"]["torch"] == torch.__version__
+    assert len(record["data_sha256"]) == 6
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter",
+        "checkpoint-3",
+        "checkpoint-4",
+        "metrics.jsonl",
+        "run.json",
+    ]
+
+
+def test_the_adapter_is_whole_and_better_than_the_base(
+    train: Train, tmp_path: Path, tiny_model_directory: Path
+) -> None:
+    assert train() == 0
+    folder = tmp_path / "run" / "adapter"
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "lorakit.json", "tokenizer.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    model = hub.load_model(str(tiny_model_directory))
+    report = core.load_adapter(model, folder)
+    assert (report.base, report.warnings) == ("same", ())
+    facts = json.loads((folder / "lorakit.json").read_text(encoding="utf-8"))
+    assert facts["training"]["step"] == 4
+    assert facts["training"]["eval_loss"] < facts["training"]["base_eval_loss"]
+    assert facts["base_name"] == str(tiny_model_directory)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == str(tiny_model_directory)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: peft")
+    assert "perplexity" in card
+
+
+def test_json_is_all_that_goes_to_stdout(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--json") == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert (result["ending"], result["steps"], result["adapter_step"]) == ("finished", 4, 4)
+    assert result["best_loss"] < result["first_loss"]
+    assert result["adapter"] == str(tmp_path / "run" / "adapter")
+    assert "step 1/4" in captured.err
+
+
+def test_flags_in_every_form(train: Train, tmp_path: Path, texts: list[str]) -> None:
+    words = ["--data", texts[0], "--data", texts[1], "--target_modules", "q_proj", "v_proj", "--use_dora"]
+    assert train(*words, data=None, max_steps=1, eval_fraction=0) == 0
+    settings = _record(tmp_path / "run")["settings"]
+    assert settings["data"] == texts[:2]
+    assert settings["target_modules"] == ["q_proj", "v_proj"]
+    assert settings["use_dora"] is True
+
+
+def test_a_file_of_settings_with_flags_winning(train: Train, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("learning-rate: 1e-3\nr: 2\nweight_decay: 1e-2\n", encoding="utf-8")
+    assert train("--config", str(path), r=8, learning_rate=None, max_steps=1) == 0
+    settings = _record(tmp_path / "run")["settings"]
+    assert (settings["learning_rate"], settings["r"], settings["weight_decay"]) == (1e-3, 8, 1e-2)
+
+
+def test_a_single_document_leaves_nothing_to_evaluate(
+    train: Train, tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(data=texts[:1]) == 0
+    out = capsys.readouterr().out
+    assert "Nothing is held out for evaluation: the data is a single document" in out
+    assert "Held out: not measured, nothing was held out." in out
+    assert _record(tmp_path / "run")["result"]["adapter_step"] == 4
+
+
+def _losses(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
+    """Evaluations give these losses, one after another."""
+    course = iter(losses)
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: Evaluation(next(course), 10))
+
+
+def test_the_adapter_is_the_best_not_the_last(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _losses(monkeypatch, 2.0, 1.9, 1.5, 1.7, 1.6, 1.8)
+    assert train(max_steps=5, save_total_limit=1) == 0
+    folder, result = tmp_path / "run", _record(tmp_path / "run")["result"]
+    assert (result["adapter_step"], result["first_loss"], result["best_loss"]) == (2, 2.0, 1.5)
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["checkpoint-2", "checkpoint-5"]
+    name = "adapter_model.safetensors"
+    assert (folder / "adapter" / name).read_bytes() == (folder / "checkpoint-2" / name).read_bytes()
+    assert (folder / "adapter" / name).read_bytes() != (folder / "checkpoint-5" / name).read_bytes()
+    assert "no better than the base" not in capsys.readouterr().out
+
+
+def test_an_adapter_that_is_worse_than_the_base_is_not_praised(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _losses(monkeypatch, 1.0, 1.2, 1.1)
+    assert train(max_steps=2) == 0
+    assert "The adapter is no better than the base on the held-out data" in capsys.readouterr().out
+
+
+def test_early_stopping(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _losses(monkeypatch, 2.0, 1.9, 1.95, 1.8, 1.85, 1.9)
+    assert train(max_steps=50, eval_steps=1, early_stopping_patience=2) == 0
+    result = _record(tmp_path / "run")["result"]
+    assert (result["ending"], result["steps"], result["adapter_step"]) == ("stopped early", 5, 3)
+    assert "Stopped early at step 5 of 50" in capsys.readouterr().out
+
+
+def test_interrupted_once_it_saves_and_exits_130_and_goes_on_to_the_same_bits(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train(output_dir=tmp_path / "whole", save_steps=100, eval_steps=100) == 0
+    _signal_in_step(monkeypatch, signal.SIGTERM, step=2, times=1)
+    assert train(save_steps=100, eval_steps=100) == 130
+    captured = capfd.readouterr()
+    folder = tmp_path / "run"
+    assert "interrupted: finishing this step and saving a checkpoint; once more stops at once." in captured.err
+    assert f"Go on with: lorakit train --output-dir {folder} --resume" in captured.out
+    assert _record(folder)["status"] == "interrupted"
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["checkpoint-2"]
+    assert not (folder / "adapter").exists()
+    monkeypatch.undo()
+    assert cli.main(["train", "--output-dir", str(folder), "--resume"]) == 0
+    for name in ("adapter/adapter_model.safetensors", "checkpoint-4/optimizer.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_interrupted_twice_it_stops_at_once(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _signal_in_step(monkeypatch, signal.SIGINT, step=3, times=2)
+    assert train(save_steps=1) == 130
+    folder = tmp_path / "run"
+    assert checkpoint.newest_good(folder).path == folder / "checkpoint-2"
+    assert [row["step"] for row in _rows(folder) if "loss" in row] == [1, 2]
+    assert "error: interrupted" in capfd.readouterr().err
+
+
+def _signal_in_step(monkeypatch: pytest.MonkeyPatch, number: int, step: int, times: int) -> None:
+    real, done = loop.train_step, iter(range(1, 1000))
+
+    def step_with_signal(*arguments: Any) -> Any:
+        if next(done) == step:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", step_with_signal)
+
+
+def test_resume_passes_over_damage_and_says_so(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(save_steps=1, save_total_limit=4, eval_fraction=0) == 0
+    folder = tmp_path / "run"
+    before = (folder / "checkpoint-4" / "optimizer.safetensors").read_bytes()
+    (folder / "checkpoint-4" / "optimizer.safetensors").write_bytes(before[:-1])
+    (folder / "checkpoint-3" / "state.json").unlink()
+    assert cli.main(["train", "--output-dir", str(folder), "--resume"]) == 0
+    out = capsys.readouterr().out
+    assert f"{folder / 'checkpoint-4'}: skipped, optimizer.safetensors has " in out
+    assert f"{folder / 'checkpoint-3'}: skipped, state.json is missing." in out
+    assert f"Going on from {folder / 'checkpoint-2'}." in out
+    assert (folder / "checkpoint-4" / "optimizer.safetensors").read_bytes() == before
+    assert {"damaged-checkpoint-3", "damaged-checkpoint-4"} <= {path.name for path in folder.iterdir()}
+    assert [row["step"] for row in _rows(folder)] == [1, 2, 3, 4]
+
+
+def test_resume_with_every_checkpoint_damaged_starts_over(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(eval_fraction=0) == 0
+    folder = tmp_path / "run"
+    weights = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    for path in checkpoint.checkpoints(folder):
+        (path / "manifest.json").unlink()
+    assert cli.main(["train", "--output-dir", str(folder), "--resume"]) == 0
+    assert "there is no good checkpoint, so the run starts from its first step" in capsys.readouterr().out
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_resume_goes_further_with_more_steps_and_refuses_the_rest(
+    train: Train, tmp_path: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train() == 0
+    folder = tmp_path / "run"
+    again = ["train", "--output-dir", str(folder), "--resume"]
+    assert cli.main([*again, "--max-steps", "6", "--save-steps", "5", "--eval-steps", "3"]) == 0
+    assert [row["step"] for row in _rows(folder) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    capsys.readouterr()
+    assert cli.main([*again, "--r", "8", "--learning-rate", "0.1"]) == 1
+    assert (
+        "cannot go on with other settings: r is 8 and was 4; learning_rate is 0.1 and was 0.01."
+        in capsys.readouterr().err
+    )
+    Path(texts[0]).write_text("something else", encoding="utf-8")
+    assert cli.main(again) == 1
+    assert f"the run cannot go on, because its data changed since it began: {texts[0]}." in capsys.readouterr().err
+
+
+def test_overwrite_replaces_the_run_once_the_new_one_can_begin(train: Train, tmp_path: Path) -> None:
+    assert train() == 0
+    folder = tmp_path / "run"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert train("--overwrite", data=[str(tmp_path / "nope.txt")]) == 1
+    assert train("--overwrite", target_modules=["q_prok"]) == 1
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert train("--overwrite", max_steps=2) == 0
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
+    assert len([row for row in _rows(folder) if "loss" in row]) == 2
+
+
+def _refused(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int, *words: str, **flags: Any
+) -> str:
+    """The sentence with which a call is refused; nothing may have been made."""
+    before = sorted(tmp_path.iterdir())
+    assert train(*words, **flags) == code
+    assert sorted(tmp_path.iterdir()) == before
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return captured.err.removeprefix("error: ").strip()
+
+
+def test_bad_flags(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(code: int, *words: str, **flags: Any) -> str:
+        return _refused(train, tmp_path, capsys, code, *words, **flags)
+
+    assert refused(2, r=0) == "r is 0; it must be at least 1."
+    assert refused(2, lora_dropout=1.0) == "lora_dropout is 1.0; it must be at least 0 and less than 1."
+    assert "Did you mean --learning-rate?" in refused(2, "--learning-rat", "3")
+    assert refused(2, model=None).startswith("model is missing; give --model (model directory, hub id, or smollm2")
+    assert refused(2, device="cuda:77").startswith("device is 'cuda:77', but torch")
+    assert refused(2, dtype="bf15").startswith("dtype is 'bf15'; it must be 'auto', 'bfloat16' or 'float32'")
+    assert refused(2, max_length=4096).endswith("takes at most 128 tokens; give --max-length 128 or less.")
+    assert refused(2, eval_fraction=0, early_stopping_patience=2).startswith("early_stopping_patience needs evaluation")
+
+
+def test_bad_data(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(content: bytes, name: str = "bad.jsonl") -> str:
+        path = tmp_path / name
+        path.write_bytes(content)
+        return _refused(train, tmp_path, capsys, 1, data=[str(path)])
+
+    missing = tmp_path / "nope.txt"
+    assert _refused(train, tmp_path, capsys, 1, data=[str(missing)]).startswith(
+        f"{missing}: there is no such data file"
+    )
+    assert "bad.jsonl" in refused(b"")
+    assert "bad.jsonl" in refused(b"\x00\x01\xff\xfe" * 50)
+    assert "bad.txt" in refused("straße".encode("latin-1"), "bad.txt")
+    assert "bad.jsonl:2: the field 'text' is the number 3; a string is needed." in refused(
+        b'{"text": "a"}\n{"text": 3}\n'
+    )
+
+
+def test_bad_models_and_targets(
+    train: Train, tmp_path: Path, tiny_model_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typo = _refused(train, tmp_path, capsys, 1, target_modules=["q_proj", "v_prok"])
+    assert "v_prok" in typo
+    assert "v_proj" in typo
+    assert train("--allow-partial-targets", target_modules=["q_proj", "v_prok"], max_steps=1) == 0
+    capsys.readouterr()
+    (tiny_model_directory / "tokenizer.json").unlink()
+    assert "the model directory has no tokenizer" in _refused(train, tmp_path, capsys, 1, output_dir=tmp_path / "other")
+
+
+def test_a_second_run_in_the_same_folder(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train() == 0
+    capsys.readouterr()
+    folder = tmp_path / "run"
+    sentence = (
+        f"error: {folder}: already holds a run. Give --resume to go on with it, --overwrite to replace it, or another "
+        "--output-dir.\n"
+    )
+    assert train() == 2
+    assert capsys.readouterr().err == sentence
+    assert cli.main(["train", "--output-dir", str(folder)]) == 2
+    assert capsys.readouterr().err == sentence
+
+
+def test_several_processes(train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert train() == 1
+    assert "WORLD_SIZE is 4: training on several processes is not built yet" in capsys.readouterr().err
+
+
+def test_a_loss_that_becomes_nan(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = train(learning_rate=1e30, max_grad_norm=0, warmup_ratio=0, save_steps=1, eval_fraction=0, max_steps=9)
+    assert code == 1
+    err = capsys.readouterr().err
+    folder = tmp_path / "run"
+    good = checkpoint.newest_good(folder).path
+    assert good is not None
+    assert f"error: {folder}: in step " in err
+    assert "so the step was not taken. Try a lower --learning-rate, or --dtype float32." in err
+    assert f"The last good checkpoint is {good.name}." in err
+    assert _record(folder)["status"] == "failed"
+    assert _record(folder)["error"]["code"] == "LORA-E091"
+    from safetensors.torch import load_file
+
+    assert all(torch.isfinite(t).all() for t in load_file(good / "adapter_model.safetensors").values())
+    assert len([row for row in _rows(folder) if "loss" in row]) == int(good.name.split("-")[1])
+
+
+def test_a_base_that_holds_nan(
+    train: Train, tmp_path: Path, tiny_model_directory: Path, tiny_llama: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_llama.model.norm.weight.data.fill_(float("nan"))
+    tiny_llama.save_pretrained(tiny_model_directory)
+    assert train() == 1
+    err = capsys.readouterr().err
+    assert "step 0: The evaluation loss is nan; the adapter or the base holds values that are not finite." in err
+    assert "No checkpoint had been saved yet." in err
+
+
+def test_a_disk_that_fills_up_while_training(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = checkpoint.save
+
+    def full(folder: Path, snapshot: checkpoint.Snapshot, write: Any) -> Path:
+        if snapshot.state.step < 3:
+            return real(folder, snapshot, write)
+        raise DiskError(f"{folder / 'checkpoint-3'}: cannot be written (No space left on device); the earlier stand.")
+
+    monkeypatch.setattr(running.checkpoint, "save", full)
+    assert train(save_steps=1) == 1
+    assert "checkpoint-3: cannot be written (No space left on device)" in capsys.readouterr().err
+    folder = tmp_path / "run"
+    assert checkpoint.newest_good(folder).path == folder / "checkpoint-2"
+    assert _record(folder)["status"] == "failed"
+
+
+def test_memory_that_runs_out(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorakit.train import step
+
+    def greedy(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(step, "loss_sum", greedy)
+    assert train() == 1
+    err = capsys.readouterr().err
+    assert "in step 1 memory ran out in a batch of 4 rows of 24 tokens. Halve --per-device-train-batch-size" in err
+
+
+def test_random_generators_are_left_as_they_were(train: Train) -> None:
+    before = torch.get_rng_state()
+    assert train(lora_dropout=0.5) == 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_help_gives_every_flag_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for flag in ("--learning-rate", "--early-stopping-patience", "--gradient-checkpointing", "--config", "--resume"):
+        assert flag in text
+    assert "Default 16: room for a new task" in text
