@@ -52,21 +52,25 @@ def use(model: nn.Module, *names: str) -> Override:
     return state.override(Route(tuple(dict.fromkeys(names))))
 
 
-def route(model: nn.Module, rows: Sequence[str | None]) -> Override:
+def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1) -> Override:
     """A block in which each row of the batch has its own adapter.
 
     Args:
         model: An adapted model.
         rows: One name per row of the batch, None for the base alone.
+        copies: A batch may also hold each row so many times running, as beam search repeats prompts for a decoder
+            whose encoder saw each once.
 
     Raises:
-        RouteError: There is no such adapter, or no rows.
+        RouteError: There is no such adapter, no rows, or copies is below 1.
     """
     state = state_of(model)
     if isinstance(rows, str) or not rows:
         raise RouteError(f"`route` was given {rows!r}. Give a list with one adapter (or None) per row of the batch.")
+    if copies < 1:
+        raise RouteError(f"`route` was given copies={copies!r}; it must be a whole number of at least 1.")
     state.check(rows)
-    return state.override(Route(rows=tuple(rows)))
+    return state.override(Route(rows=tuple(rows), copies=copies))
 
 
 def disable(model: nn.Module) -> Override:

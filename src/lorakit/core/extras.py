@@ -98,11 +98,11 @@ class ModuleCopies(nn.Module):
         return name in self.modules_to_save
 
     def _mixed(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        rows = route.rows or ()
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if first is None or first.shape[0] != len(rows):
+        rows = None if first is None else route.rows_of(first.shape[0])
+        if first is None or rows is None:
             raise RouteError(
-                f"The route names {len(rows)} rows, and a copied module received "
+                f"The route names {len(route.rows or ())} rows, and a copied module received "
                 f"{'no tensor' if first is None else tuple(first.shape)}. Give one adapter per row of the batch."
             )
         parts, order = [], []
@@ -154,12 +154,13 @@ class BiasSwitch:
         old = clone(*args, **kwargs)
         if route.rows is None or self.adapter not in route.mentions:
             return old
-        if output.shape[0] != len(route.rows):
+        rows = route.rows_of(output.shape[0])
+        if rows is None:
             raise RouteError(
                 f"The route names {len(route.rows)} rows, and a module with a trained bias returned "
                 f"{tuple(output.shape)}. Give one adapter per row of the batch."
             )
-        ours = torch.tensor([row == self.adapter for row in route.rows], device=output.device)
+        ours = torch.tensor([row == self.adapter for row in rows], device=output.device)
         return torch.where(ours.view(-1, *[1] * (output.ndim - 1)), output, old)
 
     @staticmethod

@@ -204,16 +204,15 @@ class LoraLayer(nn.Module):
 
     def _mixed(self, route: Route, skip: frozenset[str], x: Tensor, y0: Tensor) -> Tensor:
         """Each row of the batch with its own adapter; x (rows, …), y0 (rows, …, out).   [docs/math.md (13)]"""
-        rows = route.rows or ()
         axis = self.kind.row_axis(self.base_layer)
-        if axis is None or x.shape[axis] != len(rows):
+        if axis is None or route.rows_of(x.shape[axis]) is None:
             size = "no batch axis" if axis is None else f"{x.shape[axis]} rows"
             raise RouteError(
-                f"The route names {len(rows)} rows, and a {self.kind_name} received {tuple(x.shape)} with {size}. Give "
-                "one adapter per row of the batch (with beams: each as often as there are beams)."
+                f"The route names {len(route.rows or ())} rows, and a {self.kind_name} received {tuple(x.shape)} with "
+                f"{size}. Give one adapter per row of the batch (where rows come again as beams: `copies` of each)."
             )
         y = y0
-        for name, index in route.segments(x.device):
+        for name, index in route.segments(x.device, x.shape[axis]):
             if name in self.r and name not in skip:
                 part = self._addition(name, (name,), x.index_select(axis, index), y0.index_select(axis, index))
                 y = y.index_add(axis, index, part)

@@ -87,12 +87,16 @@ def merge(model: nn.Module, *names: str, keep_base: KeepBase = True, untie: bool
     if keep_base is False:  # two passes instead of a copy: all is known to be sound before the first weight changes
         reports = [_merged_weight(path, layer, new)[1] for path, layer, new in here]
         for path, layer, new in here:
-            _write(layer, _merged_weight(path, layer, new)[0], new, keep_base, untie)
-    else:
-        computed = [_merged_weight(path, layer, new) for path, layer, new in here]
-        reports = [report for _, report in computed]
-        for (_, layer, new), (stored, _) in zip(here, computed, strict=True):
-            _write(layer, stored, new, keep_base, untie)
+            _put(layer, _built(layer, _merged_weight(path, layer, new)[0], keep_base, untie), new)
+    else:  # whatever takes memory comes before the first change
+        built = []
+        reports = []
+        for path, layer, new in here:
+            stored, report = _merged_weight(path, layer, new)
+            built.append(_built(layer, stored, keep_base, untie))
+            reports.append(report)
+        for (_, layer, new), weight in zip(here, built, strict=True):
+            _put(layer, weight, new)
     for _, holder in copies(model):
         holder.merged_adapter = next((n for n in chosen if n in holder.modules_to_save), holder.merged_adapter)
     kept = sum(layer.kept.numel() * layer.kept.element_size() for _, layer in layers(model) if layer.kept is not None)
@@ -118,13 +122,14 @@ def unmerge(model: nn.Module, *names: str) -> None:
         if name not in merged:
             raise MergeError(f"Adapter {name!r} is not merged. Merged here: {', '.join(sorted(merged)) or 'none'}.")
     check_unmergeable(model, chosen)
+    ready = []  # whatever takes memory comes before the first change
     for _, layer in layers(model):
-        if not any(name in layer.merged_adapters for name in chosen):
-            continue
         left = [name for name in layer.merged_adapters if name not in chosen]
-        kept = layer.original_weight()
+        if left != layer.merged_adapters:
+            ready.append((layer, left, _sum_of_updates(layer, left)[0] if left else layer.original_weight()))
+    for layer, left, tensor in ready:
         weight: Tensor = layer.base_layer.weight  # type: ignore[assignment]
-        weight.data = _sum_of_updates(layer, left)[0] if left else kept
+        weight.data = tensor
         layer.merged_adapters = left
         if not left:
             layer.kept = None
@@ -290,15 +295,31 @@ def _merged_weight(path: str, layer: LoraLayer, new: Sequence[str]) -> tuple[Ten
     return stored, SiteMerge(path, 1.0 if wanted == 0 else max(0.0, 1.0 - lost / wanted), changed)
 
 
-def _write(layer: LoraLayer, stored: Tensor, names: Sequence[str], keep_base: KeepBase, untie: bool) -> None:
+@dataclass(frozen=True)
+class _Built:
+    """What a site's weight becomes, ready to be put in place: the tensor to store, or a parameter of its own."""
+
+    stored: Tensor
+    kept: Tensor | None
+    own: nn.Parameter | None
+
+
+def _built(layer: LoraLayer, stored: Tensor, keep_base: KeepBase, untie: bool) -> _Built:
     weight: nn.Parameter = layer.base_layer.weight  # type: ignore[assignment]
-    if keep_base is not False and layer.kept is None:
-        layer.kept = weight.detach().to("cpu") if keep_base == "cpu" else weight.detach()
-    if untie:  # a parameter of its own: the other holder keeps the old one
+    kept = layer.kept
+    if keep_base is not False and kept is None:
+        kept = weight.detach().to("cpu") if keep_base == "cpu" else weight.detach()
+    return _Built(stored, kept, nn.Parameter(stored, requires_grad=weight.requires_grad) if untie else None)
+
+
+def _put(layer: LoraLayer, built: _Built, names: Sequence[str]) -> None:
+    weight: nn.Parameter = layer.base_layer.weight  # type: ignore[assignment]
+    layer.kept = built.kept
+    if built.own is not None:  # the other holder keeps the old one
         layer.tied_weight = weight if layer.tied_weight is None else layer.tied_weight
-        layer.base_layer.weight = nn.Parameter(stored, requires_grad=weight.requires_grad)
+        layer.base_layer.weight = built.own
     else:
-        weight.data = stored
+        weight.data = built.stored
     layer.merged_adapters = [*layer.merged_adapters, *names]
 
 

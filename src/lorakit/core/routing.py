@@ -31,11 +31,13 @@ class Route:
     Attributes:
         names: Adapters that act on every row, in the order given; none of them is the base alone.
         rows: One adapter per row of the batch (None: the base alone), or None where all rows are alike.
+        copies: A batch may also hold each row so many times running: beams, of which an encoder sees one.
     """
 
     names: tuple[str, ...] = ()
     rows: tuple[str | None, ...] | None = None
-    _indices: dict[torch.device, list[tuple[str, Tensor]]] = field(
+    copies: int = 1
+    _indices: dict[tuple[torch.device, int], list[tuple[str, Tensor]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -50,22 +52,34 @@ class Route:
             return names <= set(self.names)
         return all(names <= {row} for row in self.rows)
 
-    def segments(self, device: torch.device) -> list[tuple[str, Tensor]]:
-        """The rows of each adapter, made once per device and kept.
+    def rows_of(self, size: int) -> tuple[str | None, ...] | None:
+        """The adapter of each row of a batch, or None where the route does not fit it.
+
+        Args:
+            size: Rows of the batch.
+        """
+        rows = self.rows or ()
+        if size == len(rows):
+            return rows
+        return tuple(row for row in rows for _ in range(self.copies)) if size == len(rows) * self.copies else None
+
+    def segments(self, device: torch.device, size: int) -> list[tuple[str, Tensor]]:
+        """The rows of each adapter, made once per device and size and kept.
 
         Args:
             device: Where the indices shall live.
+            size: Rows of the batch, which the route fits.
 
         Returns:
             Pairs of an adapter and its row numbers, (rows of it,) int64; rows of the base appear in none.
         """
-        if device not in self._indices:
-            rows = self.rows or ()
-            self._indices[device] = [
+        if (device, size) not in self._indices:
+            rows = self.rows_of(size) or ()
+            self._indices[device, size] = [
                 (name, torch.tensor([i for i, row in enumerate(rows) if row == name], device=device))
                 for name in dict.fromkeys(filter(None, rows))
             ]
-        return self._indices[device]
+        return self._indices[device, size]
 
     def describe(self) -> str:
         """The route in words, for messages."""

@@ -269,14 +269,16 @@ class PeftModel(nn.Module):
         Raises:
             RouteError: There is no such adapter, or the rows do not fit the batch.
         """
-        copies = _rows_per_prompt(kwargs, self.get_base_model())
-        names = None if adapter_names is None else [name for name in adapter_names for _ in range(copies)]
         model: Any = self.get_base_model()
-        with self.rows(names):
+        with self.rows(adapter_names, _rows_per_prompt(kwargs, model)):
             return model.generate(*args, **kwargs)
 
-    def rows(self, adapter_names: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
+    def rows(self, adapter_names: Sequence[str] | None, copies: int = 1) -> contextlib.AbstractContextManager[None]:
         """A block with one adapter per row; none where `adapter_names` is None.
+
+        Args:
+            adapter_names: One adapter per row of the batch, "__base__" for the base alone.
+            copies: A batch may also hold each row so many times running (beams).
 
         Raises:
             RouteError: There is no such adapter.
@@ -286,7 +288,8 @@ class PeftModel(nn.Module):
             return contextlib.nullcontext()
         if self.training:
             raise ConfigError("Cannot pass `adapter_names` when the model is in training mode.")
-        return core.route(self.get_base_model(), [None if name == BASE_NAME else name for name in adapter_names])
+        rows = [None if name == BASE_NAME else name for name in adapter_names]
+        return core.route(self.get_base_model(), rows, copies=copies)
 
     @property
     def has_adapters(self) -> bool:
