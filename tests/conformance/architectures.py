@@ -87,24 +87,13 @@ def _unnamed() -> nn.Module:
     return nn.Sequential(nn.Embedding(VOCABULARY, 12), nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 7))
 
 
+_HEADS = {"num_hidden_layers": 2, "num_attention_heads": 2}
 _GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0, **_SPREAD}
-_LLAMA = {
-    **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
-    **{"num_key_value_heads": 1, "max_position_embeddings": 16, "pad_token_id": 0, "eos_token_id": 1, **_SPREAD},
-}
-_BERT = {
-    **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
-    **{"max_position_embeddings": 16, "pad_token_id": 0, **_SPREAD},
-}
+_BERT = dict(hidden_size=16, intermediate_size=24, max_position_embeddings=16, pad_token_id=0, **_HEADS, **_SPREAD)
 _ROBERTA = {**_BERT, "max_position_embeddings": 20}
-_OPT = {
-    **{"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
-    **{"max_position_embeddings": 16, "pad_token_id": 0, "init_std": 0.2},
-}
-_T5 = {
-    **{"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0},
-    **{"initializer_factor": 0.5},
-}
+_LLAMA = {**_BERT, "num_key_value_heads": 1, "eos_token_id": 1}
+_OPT = dict(hidden_size=16, word_embed_proj_dim=16, ffn_dim=24, max_position_embeddings=16, init_std=0.2, **_HEADS)
+_T5 = dict(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0, initializer_factor=0.5)
 _THREE = {"num_labels": 3}
 
 MODELS: Mapping[str, Callable[[], nn.Module]] = {
@@ -116,7 +105,7 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "llama-tied-words": _of("LlamaForCausalLM", "LlamaConfig", **_LLAMA, tie_word_embeddings=True),
     "llama-classes": _of("LlamaForSequenceClassification", "LlamaConfig", **_LLAMA, **_THREE),
     "qwen2-words": _of("Qwen2ForCausalLM", "Qwen2Config", **_LLAMA, tie_word_embeddings=True),
-    "opt-words": _of("OPTForCausalLM", "OPTConfig", **_OPT),
+    "opt-words": _of("OPTForCausalLM", "OPTConfig", **_OPT, pad_token_id=0),
     "bert-classes": _of("BertForSequenceClassification", "BertConfig", **_BERT, **_THREE),
     "bert-tokens": _of("BertForTokenClassification", "BertConfig", **_BERT, **_THREE),
     "bert-answers": _of("BertForQuestionAnswering", "BertConfig", **_BERT),

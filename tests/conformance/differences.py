@@ -47,8 +47,10 @@ CONFIG: Mapping[str, Difference] = {
     "target_modules": Difference(
         "'all-linear' is written as the shortest names that name the same modules; peft writes every path until they "
         "are twenty or more",
-        lambda row, theirs, ours: row.fields.get("target_modules") == "all-linear"
-        and {path.rpartition(".")[2] for path in theirs} >= set(ours),
+        lambda row, theirs, ours: (
+            row.fields.get("target_modules") == "all-linear"
+            and {path.rpartition(".")[2] for path in theirs} >= set(ours)
+        ),
     ),
 }
 

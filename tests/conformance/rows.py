@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import lorakit.peft as ours
 import pytest
 import torch
 from torch import Tensor, nn
+
+import lorakit.peft as ours
 
 from .architectures import inputs_for, model_named
 
@@ -63,6 +64,7 @@ class Row:
         peft_model, our_model = made
         randomise(peft_model)
         copy_adapters(peft_model, our_model)
+        peft_model.eval()  # the wrapper alone is in training mode after get_peft_model; ours has the mode of its base
         return peft_model, our_model
 
     @property
@@ -114,13 +116,15 @@ def copy_adapters(source: nn.Module, target: nn.Module) -> None:
 def _rows() -> list[Row]:
     word, pair, group, tag = "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS"
     attention, gpt2, llama, bert, t5 = ["q_proj", "v_proj"], "gpt2-words", "llama-words", "bert-classes", "t5-words"
-    each = [
+    return [
         # kinds x variants x inits
         Row("linear", "sequential", {"target_modules": ["up", "head"]}),
         Row("linear-dora", "sequential", {"target_modules": ["up", "head"], "use_dora": True}),
         Row("linear-gaussian", "sequential", {"target_modules": ["up"], "init_lora_weights": "gaussian"}),
         Row("linear-random", "sequential", {"target_modules": ["up", "head"], "init_lora_weights": False}),
-        Row("linear-dora-random", "sequential", {"target_modules": ["up"], "use_dora": True, "init_lora_weights": False}),
+        Row(
+            "linear-dora-random", "sequential", {"target_modules": ["up"], "use_dora": True, "init_lora_weights": False}
+        ),
         Row("linear-rslora-dora", "sequential", {"target_modules": ["up"], "use_dora": True, "use_rslora": True}),
         Row("embedding", "sequential", {"target_modules": ["embed"]}),
         Row("embedding-gaussian", "sequential", {"target_modules": ["embed"], "init_lora_weights": "gaussian"}),
@@ -148,21 +152,38 @@ def _rows() -> list[Row]:
         Row("regex", llama, {"task_type": word, "target_modules": r".*layers\.1\..*\.(q|k)_proj"}),
         Row("full-paths", llama, {"target_modules": ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]}),
         Row("suffix-of-two-words", llama, {"target_modules": ["self_attn.q_proj", "mlp.up_proj"]}),
-        Row("exclude-list", llama, {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]}),
+        Row(
+            "exclude-list",
+            llama,
+            {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+        ),
         Row("exclude-regex", llama, {"target_modules": attention, "exclude_modules": r".*layers\.0.*"}),
         Row("one-layer", llama, {"target_modules": attention, "layers_to_transform": 1}),
         Row("layers", llama, {"target_modules": attention, "layers_to_transform": [0], "layers_pattern": "layers"}),
         Row("layers-gpt2", gpt2, {"target_modules": ["c_attn"], "layers_to_transform": [1], "layers_pattern": ["h"]}),
         # ranks and scales by site
         Row("rslora", llama, {"task_type": word, "target_modules": attention, "use_rslora": True}),
-        Row("rank-pattern", llama, {"target_modules": attention, "rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 7}}),
+        Row(
+            "rank-pattern",
+            llama,
+            {"target_modules": attention, "rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 7}},
+        ),
         Row("alpha-pattern", llama, {"target_modules": attention, "alpha_pattern": {"q_proj": 3, "v_proj": 11.5}}),
         Row(
             "patterns-rslora",
             gpt2,
-            {"target_modules": ["c_attn", "c_proj"], "rank_pattern": {"attn.c_proj": 2}, "alpha_pattern": {"c_attn": 9}, "use_rslora": True},
+            {
+                "target_modules": ["c_attn", "c_proj"],
+                "rank_pattern": {"attn.c_proj": 2},
+                "alpha_pattern": {"c_attn": 9},
+                "use_rslora": True,
+            },
         ),
-        Row("patterns-anchored", llama, {"target_modules": attention, "rank_pattern": {"^model.layers.1.self_attn.q_proj": 3}}),
+        Row(
+            "patterns-anchored",
+            llama,
+            {"target_modules": attention, "rank_pattern": {"^model.layers.1.self_attn.q_proj": 3}},
+        ),
         Row("large-rank", "sequential", {"target_modules": ["head"], "r": 6}),
         # parts that are not factors
         Row("bias-all", bert, {"task_type": group, "target_modules": ["query"], "bias": "all"}),
@@ -173,7 +194,11 @@ def _rows() -> list[Row]:
         Row("saved-head", "sequential", {"target_modules": ["up"], "modules_to_save": ["head"]}),
         Row("saved-lm-head", llama, {"task_type": word, "target_modules": attention, "modules_to_save": ["lm_head"]}),
         Row("saved-pooler", "bert-features", {"target_modules": ["query"], "modules_to_save": ["pooler"]}),
-        Row("saved-and-bias", bert, {"target_modules": ["query"], "modules_to_save": ["classifier"], "bias": "lora_only"}),
+        Row(
+            "saved-and-bias",
+            bert,
+            {"target_modules": ["query"], "modules_to_save": ["classifier"], "bias": "lora_only"},
+        ),
         # tasks and architectures
         Row("causal-llama", llama, {"task_type": word, "target_modules": [*attention, "down_proj"]}),
         Row("causal-tied", "llama-tied-words", {"task_type": word, "target_modules": attention}),
@@ -188,11 +213,14 @@ def _rows() -> list[Row]:
         Row("classes-word-embeddings", bert, {"task_type": group, "target_modules": ["word_embeddings", "query"]}),
         Row("tokens-bert", "bert-tokens", {"task_type": tag, "target_modules": ["query", "key"]}),
         Row("answers-bert", "bert-answers", {"task_type": "QUESTION_ANS", "target_modules": ["query"]}),
-        Row("features-bert", "bert-features", {"task_type": "FEATURE_EXTRACTION", "target_modules": ["query", "pooler.dense"]}),
+        Row(
+            "features-bert",
+            "bert-features",
+            {"task_type": "FEATURE_EXTRACTION", "target_modules": ["query", "pooler.dense"]},
+        ),
         Row("sequences-t5", t5, {"task_type": pair, "target_modules": ["q", "v", "wo"]}),
         Row("sequences-t5-dora", t5, {"task_type": pair, "target_modules": ["q", "v"], "use_dora": True}),
     ]
-    return each
 
 
 ROWS_COMPARED = _rows()

@@ -7,11 +7,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lorakit.peft as ours
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+
+import lorakit.peft as ours
 
 from . import differences
 from .architectures import model_named, outputs_of
@@ -114,7 +114,9 @@ def _compare_configs(row: Row, theirs_: dict[str, Any], ours_: dict[str, Any]) -
         first, second = (_unordered(config.get(field, differences.ABSENT)) for config in (theirs_, ours_))
         if first != second:
             accepted = differences.CONFIG.get(field)
-            assert accepted is not None and accepted.holds(row, first, second), f"{field}: peft {first}, lorakit {second}"
+            assert accepted is not None and accepted.holds(row, first, second), (
+                f"{field}: peft {first}, lorakit {second}"
+            )
             USED.add(field)
 
 
@@ -134,7 +136,3 @@ def _unordered(value: Any) -> Any:
 def _metadata(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as file:
         return dict(file.metadata())
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / WEIGHTS)

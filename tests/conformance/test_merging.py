@@ -8,8 +8,6 @@ from .architectures import model_named, outputs_of
 from .closeness import assert_close, assert_differs, assert_same_bits
 from .rows import ROWS_COMPARED, Row, quiet_peft
 
-TIED_TARGETS = {"causal-tied-embeddings"}
-
 
 @pytest.mark.parametrize("row", ROWS_COMPARED, ids=str)
 def test_merge_and_unload(row: Row) -> None:
