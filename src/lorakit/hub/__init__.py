@@ -9,6 +9,7 @@ from lorakit.hub.adapters import adapter_from_hub
 from lorakit.hub.calibration import Calibration, DtypeChoice, calibrate, choose_dtype
 from lorakit.hub.models import load_model, load_tokenizer
 from lorakit.hub.packaged import PACKAGED, packaged_directory
+from lorakit.hub.saving import save_model
 from lorakit.hub.shapes import shape_of, shape_of_module
 from lorakit.hub.sources import ModelSource, require, resolve
 from lorakit.hub.texts import chat_template_hash, tokenizer_hash
@@ -27,6 +28,7 @@ __all__ = [
     "packaged_directory",
     "require",
     "resolve",
+    "save_model",
     "shape_of",
     "shape_of_module",
     "tokenizer_hash",

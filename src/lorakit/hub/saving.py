@@ -36,7 +36,9 @@ def save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(folder))
         except (OSError, SafetensorError) as cause:  # a full disk comes out of the writer of safetensors as the latter
-            raise DiskError(f"{folder.parent}: the model cannot be written ({' '.join(str(cause).split())}).") from cause
+            raise DiskError(
+                f"{folder.parent}: the model cannot be written ({' '.join(str(cause).split())})."
+            ) from cause
         except Exception as cause:  # what a model's own code raises
             raise ModelError(
                 f"transformers does not write this {type(model).__name__} ({' '.join(str(cause).split())[:240]})."
