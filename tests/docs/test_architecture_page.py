@@ -1,0 +1,68 @@
+"""ARCHITECTURE.md names the parts, floors, doors and core files that there are."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def rules() -> Any:
+    spec = importlib.util.spec_from_file_location("house_rules", ROOT / "tests" / "test_architecture.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_part_stands_on_its_floor(rules: Any) -> None:
+    on_page = {
+        part: int(floor.replace("−", "-"))
+        for floor, cell in re.findall(r"^\| (−?\d) \| ([^|]+) \|", PAGE, re.MULTILINE)
+        for part in re.findall(r"`(\w+)(?:\.py|/)`", cell)
+    }
+    reserved = {part: int(n) for part, n in re.findall(r"`(\w+)/` \((\d)\)", PAGE)}
+    assert {**on_page, **reserved} == {p: n for p, n in rules.FLOORS.items() if not p.startswith("__")}
+    package = ROOT / "src" / "lorakit"
+    assert set(on_page) == {
+        path.stem if path.suffix else path.name
+        for path in package.iterdir()
+        if not path.name.startswith("__") and (path.suffix == ".py" or any(path.glob("*.py")))
+    }
+
+
+def test_doors_are_those_of_the_rules(rules: Any) -> None:
+    table = re.findall(r"^\| ([a-z][\w, ]+) \| (`[^|]+`) \|$", PAGE, re.MULTILINE)
+    doors = {
+        package: tuple(d.rstrip("/") for d in re.findall(r"`([\w./]+)`", cell))
+        for packages, cell in table
+        for package in packages.split(", ")
+    }
+    assert doors == rules.DOORS
+
+
+def test_every_file_of_the_core_is_named() -> None:
+    files = {path.name for path in (ROOT / "src/lorakit/core").glob("*.py")} - {"__init__.py"}
+    section = PAGE.split("| file of `core/`")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+\.py)`", section)) == files
+
+
+def test_rows_are_those_of_the_tables() -> None:
+    from lorakit.core import bases, inits, kinds, variants
+
+    for table in (kinds.KINDS, bases.BASES, inits.INITS, variants.VARIANTS):
+        for row in table:  # type: ignore[attr-defined]
+            assert str(row.name) in PAGE
+
+
+def test_page_is_short() -> None:
+    assert PAGE.count("\n") <= 150
+    assert (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").count("\n") <= 80
