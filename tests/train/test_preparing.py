@@ -17,6 +17,7 @@ from lorakit.train.preparing import (
     pick_device,
     read_data,
     refuse_many_processes,
+    release,
     remove_run,
 )
 from lorakit.train.settings import TrainSettings
@@ -75,10 +76,13 @@ def test_nothing_to_resume_and_no_folder(tmp_path: Path) -> None:
 
 def test_claiming_makes_the_folder_and_sweeps(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
-    claim_place(folder)
+    lock = claim_place(folder)
     assert list(folder.iterdir()) == []
+    with pytest.raises(RunError, match="another process is training into this folder"):
+        claim_place(folder)
+    release(lock)
     (folder / ".lorakit-tmp-123-checkpoint-4").mkdir()
-    claim_place(folder)
+    release(claim_place(folder))
     assert list(folder.iterdir()) == []
 
 
@@ -87,7 +91,7 @@ def test_a_disk_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", read_only)
-    with pytest.raises(DiskError, match=r"cannot be written \(Read-only file system\)"):
+    with pytest.raises(DiskError, match=r"cannot be made \(Read-only file system\)"):
         claim_place(tmp_path / "run")
 
 

@@ -74,10 +74,12 @@ class RunResult:
                 f"Go on with: lorakit train --output-dir {self.folder} --resume"
             ]
         told = "Stopped early" if self.ending == "stopped early" else "Finished"
+        planned = (self.plan.get("lora") or {}).get("tokens_per_second")
+        beside = f" (planned {planned:,.0f})" if planned else ""
         share = self.trainable_parameters / self.total_parameters
         return [
             f"{told} at step {self.steps} of {self.total_steps} in {self.seconds:,.0f} s, "
-            f"{self.tokens_per_second:,.0f} tokens/s, peak memory {bytes_text(self.peak_rss_bytes)}.",
+            f"{self.tokens_per_second:,.0f} tokens/s{beside}, peak memory {bytes_text(self.peak_rss_bytes)}.",
             f"Held out: {_result_sentence(self.first_loss, self.best_loss)}.",
             f"Adapter of step {self.adapter_step}: {self.adapter} ({bytes_text(self.adapter_bytes)} beside "
             f"{bytes_text(self.base_bytes)} of the base; {self.trainable_parameters:,} trained of "

@@ -32,12 +32,13 @@ class Planned:
     lines: tuple[str, ...]
 
 
-def planned_run(request: Request, pace: Pace) -> Planned:
+def planned_run(request: Request, pace: Pace, longest: int) -> Planned:
     """Plan a run: its precision first ("auto" measures the machine), then its memory and time.
 
     Args:
         request: The checked request; a resumed run keeps the precision that it began with.
         pace: Its steps.
+        longest: Tokens of its longest row.
 
     Returns:
         The plan.
@@ -45,7 +46,7 @@ def planned_run(request: Request, pace: Pace) -> Planned:
     recorded = ((request.record or {}).get("resolved") or {}).get("dtype")
     wanted = recorded or request.settings.dtype
     calibration, lines = None, []
-    if wanted == "auto" or _flops(request, pace, wanted) > WORTH_MEASURING_FLOPS:
+    if wanted == "auto" or _flops(request, pace, longest, wanted) > WORTH_MEASURING_FLOPS:
         calibration = hub.calibrate(request.device)
         lines.append(calibration.line())
     choice = hub.choose_dtype(wanted, calibration)
@@ -54,15 +55,15 @@ def planned_run(request: Request, pace: Pace) -> Planned:
     if calibration is not None:
         rates = {"bfloat16": calibration.bf16_flops_per_second, "float32": calibration.fp32_flops_per_second}
         speed = plan.Speed(flops_per_second=rates[choice.dtype], source="measured")
-    made = _estimate(request, pace, choice.dtype, speed)
+    made = _estimate(request, pace, longest, choice.dtype, speed)
     return Planned(choice.dtype, made.as_dict(), (*lines, *plan.summary(made)))
 
 
-def _estimate(request: Request, pace: Pace, dtype: str, speed: plan.Speed | None) -> plan.Plan:
+def _estimate(request: Request, pace: Pace, longest: int, dtype: str, speed: plan.Speed | None) -> plan.Plan:
     settings, prospect = request.settings, request.forecast
     job = plan.Job(
         batch_rows=settings.per_device_train_batch_size,
-        length_tokens=prospect.max_length,
+        length_tokens=longest,
         accumulation=pace.accumulation,
         steps=pace.total_steps,
         dtype=dtype,
@@ -71,6 +72,6 @@ def _estimate(request: Request, pace: Pace, dtype: str, speed: plan.Speed | None
     return plan.estimate(prospect.shape, prospect.config, job, speed, allow_partial=settings.allow_partial_targets)
 
 
-def _flops(request: Request, pace: Pace, dtype: str) -> float:
-    made = _estimate(request, pace, dtype, None)
+def _flops(request: Request, pace: Pace, longest: int, dtype: str) -> float:
+    made = _estimate(request, pace, longest, dtype, None)
     return made.lora.flops.total * made.job.step_tokens * pace.total_steps

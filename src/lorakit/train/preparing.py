@@ -5,6 +5,7 @@ Each check takes far less than a second and names what is wrong. Knows nothing a
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -116,19 +117,61 @@ def check_place(settings: TrainSettings) -> None:
         refuse_second_run(folder)
 
 
-def claim_place(folder: Path) -> None:
-    """Make the run folder, see that it can be written to, and sweep away what killed writers left in it.
+def claim_place(folder: Path) -> int:
+    """Make the run folder, take it for this process, see that it can be written to, and sweep it.
+
+    The folder itself is locked, so that no file is left and the system frees it however the process ends.
 
     Args:
         folder: The run folder.
 
+    Returns:
+        A descriptor that holds the folder until it is closed; -1 where the system has no such locks.
+
     Raises:
+        RunError: Another process has it.
         DiskError: The disk is read-only, full, or refuses.
     """
-    probe = folder / f"{durable.TEMPORARY}probe"
-    durable.write_bytes(probe, b"")
-    probe.unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise DiskError(f"{folder}: cannot be made ({cause.strerror}).") from cause
+    lock = _lock(folder)
+    try:
+        durable.write_bytes(folder / f"{durable.TEMPORARY}probe", b"")
+    except DiskError:
+        release(lock)
+        raise
     durable.sweep(folder)
+    return lock
+
+
+def release(lock: int) -> None:
+    """Let other processes have a run folder.
+
+    Args:
+        lock: What `claim_place` gave.
+    """
+    if lock >= 0:
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    try:
+        import fcntl
+    except ImportError:
+        return -1
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as cause:
+        os.close(descriptor)
+        if cause.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise RunError(
+                f"{folder}: another process is training into this folder; wait for it, or give another --output-dir."
+            ) from None
+        return -1  # a file system without locks
+    return descriptor
 
 
 def holds_run(folder: Path) -> bool:

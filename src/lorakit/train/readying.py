@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lorakit import core, hub
+from lorakit.errors import ModelError
 from lorakit.train import checkpoint
 from lorakit.train.loop import Pace, steps_per_epoch
 from lorakit.train.optim import adamw, load_state_tensors
@@ -88,7 +89,7 @@ def make_ready(request: Request, progress: Progress) -> Ready:
     batches = make_batches(settings, request.data, tokenizer, request.forecast.max_length)
     _say_data(request, batches, progress)
     pace = make_pace(settings, batches)
-    planned = planned_run(request, pace)
+    planned = planned_run(request, pace, max(len(row) for row in batches.loader.sequences))
     for line in planned.lines:
         progress.say(line)
     model = hub.load_model(request.source, planned.dtype, request.device)
@@ -149,13 +150,22 @@ def _put_adapter(model: Any, request: Request, found: checkpoint.Found, progress
 def _trainee(model: Any, request: Request, dtype: str) -> Trainee:
     settings, device = request.settings, request.device
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)}
-        )
+        _recompute_activations(model)
     named = core.trainable_parameters(model, ADAPTER)
     optimizer = adamw(named, settings.learning_rate, settings.weight_decay)
     autocast = torch.bfloat16 if device.type != "cpu" and dtype == "bfloat16" else None
     return Trainee(model, named, optimizer, device, settings.max_grad_norm, autocast)
+
+
+def _recompute_activations(model: Any) -> None:
+    """Gradient checkpointing, non-reentrant, in which a recomputation has the route of its forward."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)})
+    except ValueError as cause:
+        raise ModelError(
+            f"{type(model).__name__} cannot recompute activations; leave out --gradient-checkpointing."
+        ) from cause
 
 
 def _take_up(

@@ -39,6 +39,7 @@ class Request:
         hashes: SHA-256 of the data files by path.
         record: `run.json` of the run that is resumed, or None.
         forecast: Shape, adapter config and length.
+        lock: Descriptor that holds the folder for this process, or -1.
     """
 
     settings: TrainSettings
@@ -49,11 +50,7 @@ class Request:
     hashes: Mapping[str, str]
     record: Mapping[str, Any] | None
     forecast: Forecast
-
-    @property
-    def evaluation_note(self) -> str:
-        """What is evaluated on, in a sentence."""
-        return self.data.note
+    lock: int
 
 
 def check(settings: TrainSettings, progress: Progress) -> Request:
@@ -87,8 +84,7 @@ def check(settings: TrainSettings, progress: Progress) -> Request:
     source = hub.resolve(settings.model, progress.say)
     hub.require(source, tokenizer=True)
     prospect = forecast(settings, source)
-    claim_place(folder)
-    return Request(settings, folder, device, source, data, hashes, record, prospect)
+    return Request(settings, folder, device, source, data, hashes, record, prospect, claim_place(folder))
 
 
 def _refuse_other_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[str, str]) -> None:

@@ -19,7 +19,7 @@ from lorakit.train.ending import RunResult, adapter_facts, finish, record
 from lorakit.train.loop import Loop
 from lorakit.train.metrics import cut
 from lorakit.train.optim import state_tensors
-from lorakit.train.preparing import remove_run
+from lorakit.train.preparing import release, remove_run
 from lorakit.train.progress import Progress, Silence
 from lorakit.train.readying import ADAPTER, Ready, make_ready
 from lorakit.train.record import write_record
@@ -49,8 +49,10 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
     """
     began = time.perf_counter()
     progress = progress or Silence()
-    with progress, _random_numbers_kept():
-        ready = make_ready(check(settings, progress), progress)
+    with progress, _random_numbers_kept(), contextlib.ExitStack() as held:
+        request = check(settings, progress)
+        held.callback(release, request.lock)
+        ready = make_ready(request, progress)
         _begin(ready)
         ending = _train(ready, progress)
         return finish(ready, ending, time.perf_counter() - began)

@@ -1,0 +1,138 @@
+"""When the loop steps, evaluates, keeps and stops, seen from a whole small run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit.errors import RunError
+from lorakit.report.runs import read_metrics
+from lorakit.train import checkpoint, loop, readying
+from lorakit.train.loop import steps_per_epoch
+from lorakit.train.running import RunResult, run
+from lorakit.train.settings import TrainSettings
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for number in range(5):
+        text = f"The quick fox number {number} jumps over {number + 3} lazy dogs. " * 3
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    return {
+        "model": tiny_model_directory,
+        "data": [tmp_path / f"{number}.txt" for number in range(5)],
+        "output_dir": tmp_path / "run",
+        "max_length": 24,
+        "dtype": "float32",
+        "device": "cpu",
+        "max_steps": 4,
+        "eval_fraction": 0.2,
+        "eval_steps": 2,
+        "save_steps": 3,
+        "r": 2,
+    }
+
+
+def _run(settings: dict[str, Any], **more: Any) -> RunResult:
+    return run(TrainSettings(**{**settings, **more}))
+
+
+def test_a_step_never_reaches_over_the_end_of_an_epoch(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert [steps_per_epoch(batches, 3) for batches in (1, 3, 4, 7)] == [1, 1, 2, 3]
+    result = _run(settings, max_steps=None, num_train_epochs=2, gradient_accumulation_steps=3, eval_steps=100)
+    rows = read_metrics(tmp_path / "run").train
+    assert result.steps == result.total_steps == len(rows)
+    assert rows[len(rows) // 2 - 1]["epoch"] == 1.0
+    assert rows[-1]["epoch"] == 2.0
+    assert sum(row["tokens"] for row in rows[: len(rows) // 2]) == sum(row["tokens"] for row in rows[len(rows) // 2 :])
+
+
+def test_intervals_that_are_not_given_are_a_tenth_of_the_run(settings: dict[str, Any]) -> None:
+    class Batches:
+        class loader:
+            batches_per_epoch = 70
+
+    plain = {k: v for k, v in settings.items() if k not in ("max_steps", "eval_steps", "save_steps")}
+    pace = readying.make_pace(TrainSettings(**plain), Batches)  # type: ignore[arg-type]
+    assert (pace.total_steps, pace.eval_steps, pace.save_steps) == (210, 21, 21)
+    pace = readying.make_pace(TrainSettings(**plain, num_train_epochs=0.01, eval_steps=7), Batches)  # type: ignore[arg-type]
+    assert (pace.total_steps, pace.eval_steps, pace.save_steps) == (1, 7, 7)
+
+
+def test_a_signal_while_evaluating_abandons_it_and_resuming_catches_up(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _run(settings, output_dir=tmp_path / "whole")
+    real, calls = loop.evaluate, iter(range(1, 100))
+
+    def evaluate(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    assert _run(settings).ending == "interrupted"
+    folder = tmp_path / "run"
+    assert checkpoint.load(folder / "checkpoint-2").state.evaluated_step == 0
+    assert [row["step"] for row in read_metrics(folder).evaluations] == [0]
+    monkeypatch.setattr(loop, "evaluate", real)
+    result = _run(settings, resume=True)
+    assert (result.ending, result.best_loss) == ("finished", whole.best_loss)
+    assert [row["eval_loss"] for row in read_metrics(folder).evaluations] == [
+        row["eval_loss"] for row in read_metrics(tmp_path / "whole").evaluations
+    ]
+    name = "adapter/adapter_model.safetensors"
+    assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_tensors_without_gradient_are_told(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorakit.train.progress import PlainProgress
+
+    monkeypatch.setattr(loop, "without_gradient", lambda trainee: [name for name, _ in trainee.named][:5])
+    run(TrainSettings(**settings), PlainProgress())
+    out = capsys.readouterr().out
+    assert "warning: the first step gave 5 of 28 trainable tensors no gradient (model.layers.0." in out
+    assert "and 2 more); they will not learn." in out
+
+
+def test_two_processes_do_not_train_into_one_folder(settings: dict[str, Any], tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(RunError, match="another process is training into this folder; wait for it"):
+            _run(settings)
+    finally:
+        os.close(descriptor)
+    assert _run(settings, max_steps=1).ending == "finished"
+    assert _run(settings, max_steps=2, resume=True).steps == 2
+
+
+def test_the_base_does_not_move(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    real = readying.hub.load_model
+
+    def load(*arguments: Any) -> Any:
+        seen["model"] = model = real(*arguments)
+        seen["before"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        return model
+
+    monkeypatch.setattr(readying.hub, "load_model", load)
+    _run(settings, lora_dropout=0.1, gradient_checkpointing=True)
+    from lorakit import core
+
+    core.detach(seen["model"])
+    after = seen["model"].state_dict()
+    assert after.keys() == seen["before"].keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in seen["before"].items())
