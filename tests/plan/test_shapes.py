@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lorakit.plan import SiteShape, catalogue
-from lorakit.plan.shapes import role, short_roles
+from lorakit.plan.shapes import block_of, role, short_roles
 
 
 def test_a_tied_weight_counts_once() -> None:
@@ -36,3 +36,22 @@ def test_a_site_is_found_by_path() -> None:
     assert shape.site("transformer.h.3.mlp.c_proj").in_features == 3072
     with pytest.raises(KeyError):
         shape.site("transformer.h.12.mlp.c_proj")
+
+
+def test_blocks_are_named_by_their_first_number() -> None:
+    assert block_of("decoder.block.3.layer.0.SelfAttention.q") == "decoder.block.3"
+    assert block_of("lm_head") is None
+    shape = catalogue.published("gpt2")
+    assert shape is not None
+    assert shape.blocks == tuple(f"transformer.h.{layer}" for layer in range(12))
+
+
+def test_encoder_and_decoder_have_blocks_of_their_own() -> None:
+    import torch
+    import transformers
+
+    from lorakit import hub
+
+    with torch.device("meta"):
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(num_layers=2, num_decoder_layers=3))
+    assert len(hub.shape_of_module(model, "t5", "here").blocks) == 5

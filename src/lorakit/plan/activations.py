@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lorakit.plan.job import Job
 from lorakit.plan.params import Count, SiteCount
-from lorakit.plan.shapes import ModelShape, SiteShape
+from lorakit.plan.shapes import ModelShape, SiteShape, block_of
 
 _FP32, _INDEX = 4, 8
 
@@ -160,14 +160,14 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Acti
         job: Batch, length, dtype.
     """
     family, is_known = family_of(shape)
-    by_layer = dict.fromkeys(_inner(shape, counted), family.block(shape, job))
+    by_block = dict.fromkeys(_inner(shape, counted), family.block(shape, job))
     outside = job.batch_tokens * family.last_norm(shape.hidden, job.dtype_bytes)
-    for layer, kept in _of_sites(shape, counted.sites, dropout, job):
-        if layer in by_layer:
-            by_layer[layer] += kept
+    for block, kept in _of_sites(shape, counted.sites, dropout, job):
+        if block in by_block:
+            by_block[block] += kept
         else:
             outside += kept
-    return _gathered(shape, job, (family, is_known), by_layer, outside)
+    return _gathered(shape, job, (family, is_known), by_block, outside)
 
 
 def of_full(shape: ModelShape, job: Job) -> Activations:
@@ -179,44 +179,37 @@ def of_full(shape: ModelShape, job: Job) -> Activations:
     """
     family, is_known = family_of(shape)
     number, tokens = job.dtype_bytes, job.batch_tokens
-    block = family.block(shape, job) + tokens * family.trained_norms(shape.hidden, number)
-    by_layer = dict.fromkeys(range(shape.layers), block)
+    each = family.block(shape, job) + tokens * family.trained_norms(shape.hidden, number)
+    by_block = dict.fromkeys(shape.blocks, each)
     outside = tokens * (family.last_norm(shape.hidden, number) + number * shape.hidden)
     for site in _distinct_inputs(shape, [s for s in shape.sites if s.kind != "Embedding"]):
-        layer = layer_of(site.path)
-        if layer is not None:
-            by_layer[layer] = by_layer.get(layer, 0) + number * tokens * site.in_features
-    return _gathered(shape, job, (family, is_known), by_layer, outside)
+        block = block_of(site.path)
+        if block is not None:
+            by_block[block] += number * tokens * site.in_features
+    return _gathered(shape, job, (family, is_known), by_block, outside)
 
 
-def layer_of(path: str) -> int | None:
-    """Index of the block that a path lies in: its first all-digit part, or None outside of the blocks.
-
-    Args:
-        path: Dotted path of a module.
-    """
-    return next((int(part) for part in path.split(".") if part.isdigit()), None)
-
-
-def _inner(shape: ModelShape, counted: Count) -> range:
+def _inner(shape: ModelShape, counted: Count) -> tuple[str, ...]:
     """Blocks that keep anything: none lies below the first number that is trained."""
     paths = [*(site.path for site in counted.sites), *counted.saved]
+    blocks = shape.blocks
     below = any(s.path in paths for s in shape.sites if s.kind == "Embedding")
     if below or counted.biases:
-        return range(shape.layers)
-    found = [layer for layer in map(layer_of, paths) if layer is not None]
-    return range(min(found, default=shape.layers), shape.layers)
+        return blocks
+    trained = {block_of(path) for path in paths}
+    first = next((index for index, block in enumerate(blocks) if block in trained), len(blocks))
+    return blocks[first:]
 
 
 def _of_sites(
     shape: ModelShape, sites: tuple[SiteCount, ...], dropout: float, job: Job
-) -> Iterable[tuple[int | None, int]]:
-    """Layer and bytes: inputs of A, then for each site what lies between A and B, and casts of both."""
+) -> Iterable[tuple[str | None, int]]:
+    """Block and bytes: inputs of A, then for each site what lies between A and B, and casts of both."""
     tokens, number = job.batch_tokens, job.dtype_bytes
     dense = [site for site in sites if site.kind != "Embedding"]
     inputs = dense if dropout else _distinct_inputs(shape, dense)
     for site in inputs:
-        yield layer_of(site.path), (2 if dropout else 1) * number * tokens * site.in_features
+        yield block_of(site.path), (2 if dropout else 1) * number * tokens * site.in_features
     for site in sites:
         kept = number * tokens * site.rank
         if site.kind == "Embedding":
@@ -225,7 +218,7 @@ def _of_sites(
             kept += number * site.factors  # A and B are fp32; the product is taken with a copy in the base's dtype
         if site.magnitudes:
             kept += 2 * number * tokens * site.out_features  # y₀ − b and z, both multiplied by the gain
-        yield layer_of(site.path), kept
+        yield block_of(site.path), kept
 
 
 def _distinct_inputs(
@@ -244,7 +237,7 @@ def _distinct_inputs(
 
 
 def _gathered(
-    shape: ModelShape, job: Job, family: tuple[Family, bool], by_layer: dict[int, int], outside: int
+    shape: ModelShape, job: Job, family: tuple[Family, bool], by_block: dict[str, int], outside: int
 ) -> Activations:
     number, tokens = job.dtype_bytes, job.batch_tokens
     # the gradient of the stream and of its branch; of an inner product, and of both of its operands
@@ -254,10 +247,10 @@ def _gathered(
     return Activations(
         family=family[0].name,
         is_known=family[1],
-        blocks=sum(by_layer.values()),
-        largest_block=max(by_layer.values(), default=0),
+        blocks=sum(by_block.values()),
+        largest_block=max(by_block.values(), default=0),
         outside=outside,
         boundary=number * tokens * shape.hidden,
-        blocks_kept=len(by_layer),
+        blocks_kept=len(by_block),
         transient=transient,
     )

@@ -47,7 +47,7 @@ def products(shape: ModelShape) -> int:
 def attention(shape: ModelShape, length_tokens: int) -> float:
     """FLOPs per token of the products within attention, forward.   [docs/math.md (31)]
 
-    Each query meets T̄ keys and values: 4 × layers × heads × head_dim × T̄, with T̄ = (T + 1) / 2 in a causal model
+    Each query meets T̄ keys and values: 4 × blocks × heads × head_dim × T̄, with T̄ = (T + 1) / 2 in a causal model
     (the mean over positions, which is what sdpa computes) and T otherwise.
 
     Args:
@@ -55,7 +55,7 @@ def attention(shape: ModelShape, length_tokens: int) -> float:
         length_tokens: T, tokens of a row.
     """
     mean_length = (length_tokens + 1) / 2 if shape.causal else float(length_tokens)
-    return 4.0 * shape.layers * shape.query_width * mean_length
+    return 4.0 * len(shape.blocks) * shape.query_width * mean_length
 
 
 def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:

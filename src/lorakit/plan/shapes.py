@@ -135,6 +135,11 @@ class ModelShape:
         """kv_heads × head_dim: width of the keys, and of the values."""
         return self.kv_heads * self.head_dim
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Paths of the blocks, such as "model.layers.0", in order; of encoder and decoder where there are both."""
+        return tuple(dict.fromkeys(block for site in self.sites if (block := block_of(site.path)) is not None))
+
     def site(self, path: str) -> SiteShape:
         """The site at a path.
 
@@ -165,17 +170,18 @@ def role(path: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
 
 
-def within(path: str, name: str) -> bool:
-    """Whether a module is the one that a name ends in, or lies below it.
+def block_of(path: str) -> str | None:
+    """The block that a module lies in: its path up to the first number, such as "transformer.h.11".
 
     Args:
         path: Dotted path of a module.
-        name: One or more dotted parts, such as "lm_head" or "mlp.c_proj".
 
     Returns:
-        True where the parts of `name` appear one after another in `path`.
+        The block's path, or None for a module outside of the blocks.
     """
-    return f".{name}." in f".{path}."
+    parts = path.split(".")
+    end = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    return None if end is None else ".".join(parts[: end + 1])
 
 
 def short_roles(paths: Iterable[str]) -> dict[str, str]:
