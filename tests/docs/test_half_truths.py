@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lorakit import core
 from lorakit.config import LoraConfig
@@ -101,3 +102,21 @@ def test_activations_stay() -> None:
         full.bytes_of("optimizer") + full.bytes_of("gradients")
     )
     assert lora.bytes_of("activations") > 0.7 * full.bytes_of("activations")
+
+
+def test_a_perplexity_near_one_can_come_from_noise() -> None:
+    """Random tokens hold nothing to learn; their perplexity falls towards 1 all the same, and that of others rises."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, initializer_range=0.2, **sizes))
+    core.attach(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), seed=0)
+    learned, other = torch.randint(0, 64, (2, 2, 16))
+    before = model(other, labels=other).loss.item()
+    optimizer = torch.optim.Adam([p for _, p in core.trainable_parameters(model)], lr=1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = model(learned, labels=learned).loss
+        loss.backward()
+        optimizer.step()
+    assert math.exp(loss.item()) < 1.1
+    assert model(other, labels=other).loss.item() > before
