@@ -93,7 +93,7 @@ _BERT = dict(hidden_size=16, intermediate_size=24, max_position_embeddings=16, p
 _ROBERTA = {**_BERT, "max_position_embeddings": 20}
 _LLAMA = {**_BERT, "num_key_value_heads": 1, "eos_token_id": 1}
 _OPT = dict(hidden_size=16, word_embed_proj_dim=16, ffn_dim=24, max_position_embeddings=16, init_std=0.2, **_HEADS)
-_T5 = dict(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0, initializer_factor=0.5)
+_T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
 _THREE = {"num_labels": 3}
 
 MODELS: Mapping[str, Callable[[], nn.Module]] = {
@@ -111,5 +111,5 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "bert-answers": _of("BertForQuestionAnswering", "BertConfig", **_BERT),
     "bert-features": _of("BertModel", "BertConfig", **_BERT),
     "roberta-classes": _of("RobertaForSequenceClassification", "RobertaConfig", **_ROBERTA, **_THREE),
-    "t5-words": _of("T5ForConditionalGeneration", "T5Config", **_T5, tie_word_embeddings=True),
+    "t5-words": _of("T5ForConditionalGeneration", "T5Config", **_T5, initializer_factor=0.5, tie_word_embeddings=True),
 }

@@ -69,3 +69,23 @@ TENSORS_OF_PEFT_ALONE: Mapping[str, Difference] = {
         lambda row, name, _: row.fields.get("bias") == "all",
     ),
 }
+
+WHERE_PEFT_IS_WRONG: Mapping[str, str] = {
+    "saved_modules_are_matched_at_a_dot": "modules_to_save is compared with str.endswith there, so 'out' names lora_dropout",
+    "unknown_adapters_are_refused": "merging or activating a name that does not exist does nothing there, in silence",
+    "unmerging_restores_bits": "unmerging subtracts there, and bf16 weights drift",
+    "disable_while_merged_is_for_a_block": "a disabled forward unmerges for good there",
+    "a_failed_mixed_batch_leaves_nothing": "its hooks stay on the layers when a forward raises",
+    "a_failed_call_leaves_the_model": "a refused get_peft_model leaves wrapped layers there",
+    "mismatched_files_are_named": "unexpected tensors are passed over in silence there",
+    "the_config_is_only_read": "get_peft_model and save_pretrained write into the caller's config there",
+    "a_merge_unties_with_a_word": "merging into a tied embedding changes the head as well there",
+    "several_dora_adapters_add": "the second DoRA adapter there scales the first one's result, so their order counts",
+    "layers_hold_for_full_paths": "layers_to_transform is ignored there where a target is a full path",
+    "layers_at_the_top_count": "layers_to_transform finds no layers there when their list is at the top of the model",
+    "gaussian_reaches_embeddings": "init_lora_weights='gaussian' is silently the default there on an embedding",
+    "dropout_below_zero_is_refused": "a negative lora_dropout is accepted there and drops nothing",
+    "merged_and_dora_rows_mix": "mixed batches are refused there with DoRA, and while something is merged",
+    "merging_rounds_once": "safe_merge rounds the delta to the weight's dtype before it is added there",
+}
+"""Behaviour that is compared with our own formula instead; each has a test of its name in test_where_peft_is_wrong.py."""
