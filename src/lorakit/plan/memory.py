@@ -26,7 +26,7 @@ cross entropy kept, the gradient that reaches them, and the gradient that leaves
 
 ALLOCATOR_NOTE = (
     "Memory is that of tensors. glibc's malloc keeps freed blocks below 32 MB and cannot give one to an aligned "
-    "request of the same size, so a process may hold a quarter to three quarters of its activations on top. "
+    "request of the same size, so a process often holds a tenth more, and has been seen to hold half more. "
     "MALLOC_MMAP_THRESHOLD_=131072 in the environment avoids that, at some cost in speed."
 )
 
