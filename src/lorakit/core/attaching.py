@@ -18,7 +18,7 @@ from lorakit.config import LoraConfig, scale
 from lorakit.core.activation import adapter_parameters
 from lorakit.core.bases import base_of
 from lorakit.core.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
-from lorakit.core.extras import BiasSwitch, ModuleCopies, biased_modules
+from lorakit.core.extras import BiasSwitch, Extras, ModuleCopies, build_extras
 from lorakit.core.factor import Factor
 from lorakit.core.inits import Blank, init_named
 from lorakit.core.kinds import Kind, kind_named
@@ -97,7 +97,8 @@ def attach(
     found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow)
     check_scales([(m.path, scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
     parts = _fresh_parts(site_map, config, found.matches, seed)
-    publish(model, site_map, name, config, parts, found.saved)
+    extras = build_extras(site_map.modules, [part.path for part in parts], found.saved, config.bias)
+    publish(model, site_map, name, config, parts, extras)
     trained = sum(parameter.numel() for parameter in adapter_parameters(model, name))
     return AttachReport(name, found.matches, trained, found.notes, found.missing)
 
@@ -138,7 +139,7 @@ def publish(
     name: str,
     config: LoraConfig,
     parts: Sequence[Part],
-    saved: Sequence[str],
+    extras: Extras,
 ) -> None:
     """Put a built adapter in place; nothing here can refuse.
 
@@ -148,7 +149,7 @@ def publish(
         name: The adapter.
         config: Its config, ours to keep.
         parts: Its factors.
-        saved: Paths of the modules it copies.
+        extras: Its copied modules and biases.
     """
     state = find_state(model)
     if state is None:
@@ -166,16 +167,15 @@ def publish(
             site_map.modules[part.path] = layer
         part.factor.dropout.train(layer.training)
         layer.put(name, part.factor, part.r, part.lora_alpha)
-    for path in saved:
+    for path, duplicate in extras.copies.items():
         holder = site_map.modules[path]
         if not isinstance(holder, ModuleCopies):
             holder = ModuleCopies(holder, state)
             site_map.replace(site_map.modules[path], holder)
-        holder.add(name)
-    if config.bias != "none":
-        for _, module, names in list(biased_modules(model, name, config.bias)):
-            BiasSwitch.install(name, names, module, state)
-        _tell_sites_of_old_biases(model)
+        holder.put(name, duplicate)
+    for module, originals in extras.biases:
+        BiasSwitch.install(name, originals, module, state)
+    _tell_sites_of_old_biases(model)
 
 
 def as_parameters(factor: Factor, trainable: bool = True) -> Factor:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from lorakit.core.layer import LoraLayer, clone_with
 from lorakit.core.routing import AdapterState, Forwards, Route, resolve
-from lorakit.errors import RouteError
+from lorakit.errors import RouteError, TargetError
 
 
 class ModuleCopies(nn.Module):
@@ -46,20 +47,14 @@ class ModuleCopies(nn.Module):
                 raise
             return getattr(self.selected(), name)
 
-    def add(self, name: str) -> nn.Module:
-        """Copy the original for an adapter; the copy is trainable and has the original's mode.
+    def put(self, name: str, duplicate: nn.Module) -> None:
+        """Add an adapter's copy.
 
         Args:
             name: The adapter.
-
-        Returns:
-            The copy.
+            duplicate: What `trainable_copy` made of the original.
         """
-        duplicate = copy.deepcopy(self.original_module)
-        for parameter in duplicate.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
         self.modules_to_save[name] = duplicate
-        return duplicate
 
     def selected(self) -> nn.Module:
         """The module that the state's route selects now, for attribute access from outside."""
@@ -134,9 +129,9 @@ class BiasSwitch:
     so the result has the base's very bits, and nothing is swapped under another thread.
     """
 
-    def __init__(self, adapter: str, names: tuple[str, ...], module: nn.Module, state: AdapterState) -> None:
+    def __init__(self, adapter: str, originals: dict[str, Tensor], state: AdapterState) -> None:
         self.adapter = adapter
-        self.originals = {name: module._parameters[name].detach().clone() for name in names}  # type: ignore[union-attr]
+        self.originals = originals
         self.state = state
         self.forwards = Forwards()
 
@@ -169,10 +164,10 @@ class BiasSwitch:
         return [hook for hook in module._forward_hooks.values() if isinstance(hook, BiasSwitch)]
 
     @classmethod
-    def install(cls, adapter: str, names: tuple[str, ...], module: nn.Module, state: AdapterState) -> None:
-        """Remember a module's biases, hang a switch on it, and make the biases trainable."""
-        module.register_forward_hook(cls(adapter, names, module, state), with_kwargs=True)
-        for name in names:
+    def install(cls, adapter: str, originals: dict[str, Tensor], module: nn.Module, state: AdapterState) -> None:
+        """Hang a switch with a module's old biases on it, and make the biases trainable."""
+        module.register_forward_hook(cls(adapter, originals, state), with_kwargs=True)
+        for name in originals:
             module._parameters[name].requires_grad_(True)  # type: ignore[union-attr]
 
     @staticmethod
@@ -197,31 +192,95 @@ class BiasSwitch:
                     parameter.requires_grad_(False)
 
 
-def biased_modules(model: nn.Module, name: str, choice: str) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-    """The modules of the base whose biases an adapter trains.
+@dataclass(frozen=True)
+class Extras:
+    """What an adapter trains beside its factors, built but not in place.
+
+    Attributes:
+        copies: Path -> trainable copy of the module there.
+        biases: Modules of the base, each with the biases it has now, (…), by name.
+    """
+
+    copies: dict[str, nn.Module]
+    biases: list[tuple[nn.Module, dict[str, Tensor]]]
+
+
+def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved: Sequence[str], bias: str) -> Extras:
+    """Make an adapter's extras off the model.
 
     Args:
-        model: The adapted model.
-        name: The adapter; what it copies whole (`ModuleCopies`) it does not train twice.
-        choice: The config's `bias`: "all", or "lora_only" for the sites alone.
+        modules: Path -> module, of the base and of the layers and copied modules that stand in it.
+        sites: Paths of the adapter's sites.
+        saved: Paths of the modules that it copies.
+        bias: The config's `bias`: "none", "all", or "lora_only" for the sites alone.
+
+    Returns:
+        The extras. Biases of what is copied whole are not trained twice.
+
+    Raises:
+        TargetError: What shall be copied holds sites or copies of another adapter.
+    """
+    copies = {path: trainable_copy(path, modules[path]) for path in saved}
+    biases = [
+        (module, {leaf: module._parameters[leaf].detach().clone() for leaf in leaves})  # type: ignore[union-attr]
+        for _, module, leaves in biased_modules(modules, sites, saved, bias)
+    ]
+    return Extras(copies, biases)
+
+
+def biased_modules(
+    modules: Mapping[str, nn.Module], sites: Collection[str], saved: Sequence[str], bias: str
+) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    """The modules of the base whose biases an adapter trains; what it copies whole it does not train twice.
+
+    Args:
+        modules: As for `build_extras`; so are the others.
+        sites: Paths of the adapter's sites.
+        saved: Paths of the modules that it copies.
+        bias: The config's `bias`.
 
     Yields:
-        Path, module, and the names of its bias parameters.
+        Path in the plain base, module, and the names of its bias parameters.
     """
-    if choice == "none":
-        return
-    bases = {id(m.base_layer) for m in model.modules() if isinstance(m, LoraLayer)}
-    copied = {
-        id(inner)
-        for holder in model.modules()
-        if isinstance(holder, ModuleCopies)
-        for module in (*holder.modules_to_save.values(), *([holder.original_module] if name in holder else []))
-        for inner in module.modules()
-    }
-    for path, module in model.named_modules():
-        if id(module) in copied or isinstance(module, (LoraLayer, ModuleCopies)):
+    copied = tuple(path + "." for path in saved)
+    for path, standing in modules.items() if bias != "none" else ():
+        if path in saved or path.startswith(copied) or (bias == "lora_only" and path not in sites):
             continue
-        if choice == "all" or id(module) in bases:
-            names = tuple(leaf for leaf, p in module._parameters.items() if p is not None and "bias" in leaf)
-            if names:
-                yield path, module, names
+        for inner, module in _base_modules(standing):
+            leaves = tuple(leaf for leaf, p in module._parameters.items() if p is not None and "bias" in leaf)
+            if leaves:
+                yield f"{path}.{inner}" if inner else path, module, leaves
+
+
+def _base_modules(standing: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What of the base stands here: one module, or all under a module that another adapter copies."""
+    if isinstance(standing, ModuleCopies):
+        yield from standing.original_module.named_modules()
+    else:
+        yield "", standing.base_layer if isinstance(standing, LoraLayer) else standing
+
+
+def trainable_copy(path: str, standing: nn.Module) -> nn.Module:
+    """A copy of a module of the base, as it was before any adapter, with every number trainable; it keeps the mode.
+
+    Args:
+        path: Its path, for the message.
+        standing: The module, or the `ModuleCopies` that stands on it.
+
+    Raises:
+        TargetError: It holds sites or copies of another adapter.
+    """
+    original = standing.original_module if isinstance(standing, ModuleCopies) else standing
+    held = [module for module in original.modules() if isinstance(module, (LoraLayer, ModuleCopies))]
+    if held:
+        raise TargetError(
+            f"modules_to_save names {path!r}, and another adapter on this model sits inside it. One of them has to "
+            "leave the other's modules alone, or they need a model each."
+        )
+    states = [switch.state for module in original.modules() for switch in BiasSwitch.on(module)]
+    duplicate = copy.deepcopy(original, {id(state): state for state in states})
+    for module in duplicate.modules():
+        BiasSwitch.uninstall(module, [switch.adapter for switch in BiasSwitch.on(module)])
+    for parameter in duplicate.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return duplicate

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.config import LoraConfig
-from lorakit.core.extras import ModuleCopies
-from lorakit.core.keys import MAGNITUDE, PREFIX, parse, plain_path
+from lorakit.core.extras import ModuleCopies, biased_modules
+from lorakit.core.keys import MAGNITUDE, PREFIX, parse
 from lorakit.core.kinds import kind_named
 from lorakit.core.layer import LoraLayer
 from lorakit.core.patterns import literal_value
@@ -97,33 +97,16 @@ def _take_copies(left: dict[str, Tensor], site_map: SiteMap, result: Fit) -> Non
 
 
 def _take_biases(left: dict[str, Tensor], config: LoraConfig, site_map: SiteMap, result: Fit) -> None:
-    for path, module, leaf in _biases(config, site_map, result):
-        name = f"{PREFIX}{path}.{leaf}"
-        if name not in left:
-            result.problems.append(f"missing {name}")
-            continue
-        given = left.pop(name)
-        _check_shape(name, given, tuple(module._parameters[leaf].shape), result)  # type: ignore[union-attr]
-        result.biases[(id(module), leaf)] = name
-
-
-def _biases(config: LoraConfig, site_map: SiteMap, result: Fit) -> Iterator[tuple[str, nn.Module, str]]:
-    """Path on disk, module and name of every bias that the adapter trains."""
-    if config.bias == "none":
-        return
-    inside = tuple(path + "." for path in result.saved)
-    for path, standing in site_map.modules.items():
-        if path in result.saved or path.startswith(inside):
-            continue
-        module = standing.base_layer if isinstance(standing, LoraLayer) else standing
-        if isinstance(module, ModuleCopies):
-            continue
-        is_site = path in result.sites
-        if is_site or config.bias == "all":
-            where = f"{path}.base_layer" if is_site or isinstance(standing, LoraLayer) else plain_path(path)
-            for leaf, parameter in module._parameters.items():
-                if parameter is not None and "bias" in leaf:
-                    yield where, module, leaf
+    for path, module, leaves in biased_modules(site_map.modules, result.sites, result.saved, config.bias):
+        for leaf in leaves:
+            inside, plain = f"{PREFIX}{path}.base_layer.{leaf}", f"{PREFIX}{path}.{leaf}"
+            name = inside if inside in left or (path in result.sites and plain not in left) else plain
+            if name not in left:
+                result.problems.append(f"missing {name}")
+                continue
+            given = left.pop(name)
+            _check_shape(name, given, tuple(module._parameters[leaf].shape), result)  # type: ignore[union-attr]
+            result.biases[(id(module), leaf)] = name
 
 
 def _check_sites(config: LoraConfig, site_map: SiteMap, expected: set[str] | None, result: Fit) -> None:

@@ -73,7 +73,8 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
                 found[f"{PREFIX}{path}.{leaf}"] = tensor
         for switch in BiasSwitch.on(module):
             if switch.adapter == adapter:
-                where = path if id(module) in sites else plain_path(path)
+                layer = sites.get(id(module))
+                where = path if layer is not None and adapter in layer.r else plain_path(path)
                 for leaf in switch.originals:
                     found[f"{PREFIX}{where}.{leaf}"] = module._parameters[leaf]
     return dict(sorted(found.items()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from lorakit.core.activation import adapter_parameters
 from lorakit.core.applied import check_not_applied
 from lorakit.core.attaching import Part, as_parameters, make_dropout, publish
 from lorakit.core.checks import check_allowances, check_bias_alone, check_new_name, check_scales
-from lorakit.core.extras import BiasSwitch, ModuleCopies
+from lorakit.core.extras import Extras, ModuleCopies, build_extras
 from lorakit.core.factor import Factor
 from lorakit.core.fingerprinting import DIFFERENT, compare, fingerprint
 from lorakit.core.fitting import Fit, fit
@@ -121,13 +121,15 @@ def load_adapter(
     fitted = fit(files.file.tensors, config, site_map)
     said += _judge(files, fitted, allow)
     parts = _parts(files, fitted, site_map, trainable, allow)
-    publish(model, site_map, name, dataclasses.replace(config, inference_mode=not trainable), parts, fitted.saved)
-    if fitted.copied or fitted.biases:
-        _fill_extras(model, name, fitted, files.file.tensors)
-        for parameter in adapter_parameters(model, name):
-            parameter.requires_grad_(trainable)
-    for sentence in said:
+    extras = build_extras(site_map.modules, fitted.sites, fitted.saved, config.bias)
+    biases = _filled_copies(extras, fitted, site_map, files.file.tensors)
+    for sentence in said:  # where warnings are errors, this refuses, so it comes before any change
         warnings.warn(sentence, UserWarning, stacklevel=2)
+    publish(model, site_map, name, dataclasses.replace(config, inference_mode=not trainable), parts, extras)
+    for parameter, tensor in biases:
+        parameter.data = tensor
+    for parameter in adapter_parameters(model, name):
+        parameter.requires_grad_(trainable)
     return LoadReport(name, config, len(parts), verdict, tuple(said))
 
 
@@ -219,18 +221,23 @@ def _alpha(files: AdapterFiles, path: str, known: dict[str, dict[str, float]]) -
         raise AdapterFileError(f"{files.folder / CONFIG_FILE}: alpha_pattern: {cause}") from None
 
 
-def _fill_extras(model: nn.Module, name: str, fitted: Fit, tensors: dict[str, Tensor]) -> None:
-    """Put the numbers of copied modules and trained biases in place."""
+def _filled_copies(
+    extras: Extras, fitted: Fit, site_map: SiteMap, tensors: Mapping[str, Tensor]
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """Put the file's numbers into the copies, which are not in the model yet; each bias with what it will hold."""
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, ModuleCopies) and name in module:
-                copied = module.modules_to_save[name]
-                for leaf, own in copied.state_dict(keep_vars=True).items():
-                    key = fitted.copied.get((id(module.original_module), leaf))
-                    if key is not None:
-                        own.copy_(tensors[key])
-            for switch in BiasSwitch.on(module):
-                for leaf in switch.originals if switch.adapter == name else ():
-                    key = fitted.biases.get((id(module), leaf))
-                    if key is not None:
-                        module._parameters[leaf].copy_(tensors[key])  # type: ignore[union-attr]
+        for path, duplicate in extras.copies.items():
+            standing = site_map.modules[path]
+            original = standing.original_module if isinstance(standing, ModuleCopies) else standing
+            for leaf, own in duplicate.state_dict(keep_vars=True).items():
+                key = fitted.copied.get((id(original), leaf))
+                if key is not None:
+                    own.copy_(tensors[key])
+    found: list[tuple[nn.Parameter, Tensor]] = []
+    for module, originals in extras.biases:
+        for leaf, old in originals.items():
+            key = fitted.biases.get((id(module), leaf))
+            if key is not None:
+                parameter: nn.Parameter = module._parameters[leaf]  # type: ignore[assignment]
+                found.append((parameter, tensors[key].to(device=old.device, dtype=old.dtype, copy=True)))
+    return found
