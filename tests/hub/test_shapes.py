@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from lorakit.config import LoraConfig
 from lorakit.errors import ModelError
 from lorakit.hub import shape_of, shape_of_module
-from lorakit.plan import catalogue
+from lorakit.plan import catalogue, count
 
 
 def test_a_catalogue_name_needs_no_torch() -> None:
@@ -79,12 +80,15 @@ def test_a_sequence_to_sequence_model() -> None:
     assert not shape.site("lm_head").dense
 
 
-def test_a_classifier_keeps_its_head_out_of_all_linear(tiny_model_directory: Path) -> None:
+def test_all_linear_takes_a_classifiers_head_unless_the_task_copies_it(tiny_model_directory: Path) -> None:
+    """As attaching and PEFT do: only the output embedding is left out by itself."""
     from lorakit.hub import load_model
 
     shape = shape_of_module(load_model(tiny_model_directory, task="classification"), "tiny", "here")
-    assert not shape.site("score").dense
-    assert shape.site("model.layers.0.mlp.up_proj").dense
+    paths = [site.path for site in count(shape, LoraConfig(target_modules="all-linear")).sites]
+    assert "score" in paths and "model.layers.0.mlp.up_proj" in paths
+    counted = count(shape, LoraConfig(target_modules="all-linear", task_type="SEQ_CLS"))
+    assert "score" not in [site.path for site in counted.sites] and list(counted.saved) == ["score"]
 
 
 def test_a_config_that_names_no_class_and_one_that_is_no_model(tiny_model_directory: Path) -> None:

@@ -181,16 +181,9 @@ def _kind(part: Any) -> str | None:
 
 
 def _output_heads(module: nn.Module) -> set[int]:
-    """Identities of the modules that "all-linear" leaves out: the output head, and heads of classifiers."""
-    heads = set()
+    """Identities of the modules that "all-linear" leaves out, as attaching does: the output head."""
     output = getattr(module, "get_output_embeddings", lambda: None)()
-    if output is not None:
-        heads.add(id(output))
-    for name in ("score", "classifier", "qa_outputs"):
-        head = getattr(module, name, None)
-        if head is not None:
-            heads.add(id(head))
-    return heads
+    return set() if output is None else {id(output)}
 
 
 def _first(config: Any, fields: Iterable[str]) -> int | None:
