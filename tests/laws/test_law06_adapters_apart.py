@@ -21,10 +21,11 @@ from lorakit.core import (
     unmerge,
     use,
 )
+from lorakit.errors import TargetError
 
-from .snapshots import bits, same_bits
+from .snapshots import bits, same_bits, snapshot
 from .tolerances import assert_differs
-from .zoo import ARCHITECTURES, EVERY_KIND, Case, Specimen, cases, randomise, run, with_adapters
+from .zoo import ARCHITECTURES, BERT, EVERY_KIND, Case, Specimen, cases, randomise, run, with_adapters
 
 
 def train(model: nn.Module, specimen: Specimen, name: str, dtype: torch.dtype = torch.float32, steps: int = 3) -> None:
@@ -130,3 +131,51 @@ def test_names_of_adapters_do_not_mix(other: str) -> None:
     paths = [{path for path, _ in trainable_parameters(model, name)} for name in ("a", other)]
     assert paths[0] and paths[1] and not paths[0] & paths[1]
     assert len(paths[0] | paths[1]) == len(trainable_parameters(model))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_copy_is_made_of_the_base_not_of_what_another_adapter_trained(bias: str, tmp_path: Path) -> None:
+    model, given = BERT.model(), BERT.given()
+    base = run(model, given)
+    attach(model, BERT.config(bias=bias), "a")
+    randomise(model, "a", 1)
+    attach(model, BERT.config(modules_to_save=["classifier", "pooler"]), "b")
+    with use(model, "b"):
+        assert same_bits(run(model, given), base)
+    randomise(model, "b", 2)
+    with use(model, "b"):
+        expected = run(model, given)
+    save_adapter(model, tmp_path, "b")
+    detach(model, "a")
+    with use(model, "b"):
+        assert same_bits(run(model, given), expected)
+    fresh = BERT.model()
+    load_adapter(fresh, tmp_path, "b")
+    assert same_bits(run(fresh, given), expected)
+
+
+def test_a_file_does_not_depend_on_what_sat_beside_the_adapter(tmp_path: Path) -> None:
+    """Biases are the catch: those of another adapter's sites lie deeper in the model."""
+    model = BERT.model()
+    attach(model, BERT.config(target_modules=["key"], modules_to_save=["classifier"]), "a")
+    attach(model, BERT.config(bias="all"), "b")
+    alone = BERT.model()
+    attach(alone, BERT.config(bias="all"), "b")
+    for either in (model, alone):
+        randomise(either, "b", 2)
+    one, other = save_adapter(model, tmp_path / "1", "b"), save_adapter(alone, tmp_path / "2", "b")
+    assert one.weights_sha256 == other.weights_sha256
+    for target in (BERT.model(), with_adapters(BERT, "x", target_modules=["value"], modules_to_save=["classifier"])):
+        load_adapter(target, tmp_path / "1", "b")
+        with use(target, "b"), use(alone, "b"):
+            assert same_bits(run(target, BERT.given()), run(alone, BERT.given()))
+
+
+@pytest.mark.parametrize("targets", [["query", "pooler.dense"], ["query", "classifier"]])
+def test_a_copy_of_a_module_that_holds_another_adapters_sites_is_refused(targets: list[str]) -> None:
+    model = with_adapters(BERT, "a", target_modules=targets)
+    before = snapshot(model)
+    inside = targets[1].split(".")[0]
+    with pytest.raises(TargetError, match=f"modules_to_save names .*{inside}.*another adapter"):
+        attach(model, BERT.config(modules_to_save=[inside]), "b")
+    assert snapshot(model) == before

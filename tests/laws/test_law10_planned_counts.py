@@ -1,0 +1,117 @@
+"""Law 10, the half of the counts: what the plan counts is what attaching trains, number for number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lorakit.config import LoraConfig
+from lorakit.core import attach, merge, trainable_parameters
+from lorakit.hub.shapes import shape_of_module
+from lorakit.plan import catalogue, count
+
+from .zoo import BERT, GPT2, LLAMA, T5, TIED, Specimen
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "all-linear": {"target_modules": "all-linear"},
+    "patterns": {
+        "rank_pattern": {"0": 2, r".*\.1\..*": 3},
+        "target_modules": r".*\.(0|1)\..*(q|v|query|c_attn|q_proj)",
+    },
+    "bias-all": {"bias": "all"},
+    "bias-lora-only": {"bias": "lora_only"},
+}
+
+
+def trained(model: Any, name: str | None = None) -> int:
+    return sum(parameter.numel() for _, parameter in trainable_parameters(model, name))
+
+
+@pytest.mark.parametrize("specimen", [GPT2, LLAMA, TIED, BERT, T5], ids=str)
+@pytest.mark.parametrize("which", FIELDS)
+def test_planned_is_attached(specimen: Specimen, which: str) -> None:
+    model = specimen.model()
+    config = specimen.config(**FIELDS[which])
+    if which == "patterns":
+        config.rank_pattern = {r".*\.1\..*": 3}
+    shape = shape_of_module(model, specimen.name, "here")
+    planned = count(shape, config)
+    assert planned.base == sum(parameter.numel() for parameter in model.parameters())
+    report = attach(model, config)
+    assert planned.trainable == report.trainable_parameters == trained(model)
+    assert planned.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert [site.path for site in planned.sites] == [match.path for match in report.matches]
+    assert [site.rank for site in planned.sites] == [match.rank for match in report.matches]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"task_type": "SEQ_CLS"},
+        {"modules_to_save": ["classifier"], "bias": "all"},
+        {"modules_to_save": ["pooler", "word_embeddings"]},
+        {"target_modules": ["word_embeddings", "query"]},
+        {"task_type": "SEQ_CLS", "bias": "lora_only", "target_modules": ["query", "classifier.dense"]},
+    ],
+    ids=str,
+)
+def test_copies_and_embeddings(fields: dict[str, Any]) -> None:
+    model = BERT.model()
+    config = BERT.config(**fields)
+    if "classifier.dense" in (config.target_modules or ()):
+        config.target_modules = {"query"}
+    planned = count(shape_of_module(model, "bert", "here"), config)
+    attach(model, config)
+    assert planned.trainable == trained(model) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_second_adapter_and_a_merge_change_no_count() -> None:
+    model, config = GPT2.model(), GPT2.config()
+    planned = count(shape_of_module(model, "gpt2", "here"), config).trainable
+    attach(model, config, "a")
+    attach(model, config, "b")
+    merge(model, "a")
+    assert trained(model, "a") == trained(model, "b") == planned
+    assert trained(model) == 2 * planned
+
+
+REFERENCE = LoraConfig(
+    r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM"
+)
+
+
+def test_the_widely_taught_project() -> None:
+    """GPT-2 Small, r = 8, c_attn and c_proj: 811,008 of 124,439,808; c_proj names two modules of each block."""
+    shape = catalogue.published("gpt2")
+    assert shape is not None
+    planned = count(shape, REFERENCE)
+    assert (planned.trainable, planned.base) == (811_008, 124_439_808)
+    assert f"{100 * planned.share:.2f}" == "0.65"
+
+
+@pytest.mark.parametrize(
+    ("r", "c_attn", "c_proj"), [(4, 12_288, 6_144), (8, 24_576, 12_288), (16, 49_152, 24_576), (32, 98_304, 49_152)]
+)
+def test_counts_by_rank(r: int, c_attn: int, c_proj: int) -> None:
+    shape = catalogue.published("gpt2")
+    assert shape is not None
+    planned = count(shape, LoraConfig(r=r, target_modules=["c_attn", "c_proj"]))
+    by_path = {site.path.removeprefix("transformer.h.0."): site.factors for site in planned.sites}
+    assert (by_path["attn.c_attn"], by_path["attn.c_proj"]) == (c_attn, c_proj)
+
+
+def test_the_whole_gpt2_attached() -> None:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config())
+    model.tie_weights()
+    report = attach(model, REFERENCE)
+    assert report.trainable_parameters == trained(model) == 811_008
+    per_block = {m.path.split(".", 3)[3]: None for m in report.matches}
+    assert list(per_block) == ["attn.c_attn", "attn.c_proj", "mlp.c_proj"]
+    assert any("c_proj" in note and "2 different modules" in note for note in report.notes)
