@@ -221,7 +221,9 @@ def memorise_part(sizes: Sizes, quick: bool) -> None:
     print("| perplexity | before | after |\n|---|---|---|")
     for label, was, now in zip(("the trained text", "held-out topics"), before, after, strict=True):
         print(f"| {label} | {was:.2f} | {now:.2f} |")
-    print("\nThe first row is memorisation. Only the second says whether anything was learned that carries over.\n")
+    harm = "It rose: what was learned by heart does harm elsewhere." if after[1] > before[1] else "It fell."
+    print("\nThe first row is memorisation. Only the second says whether anything was learned that carries over.", harm)
+    print()
     with tempfile.TemporaryDirectory() as folder:
         sizes_on_disk(model, told.optimizer, Path(folder))
 
@@ -232,7 +234,8 @@ def sizes_on_disk(model: Any, optimizer: torch.optim.Optimizer, folder: Path) ->
     lorakit.save_adapter(model, folder / "adapter")
     pairs = [(f"{key}/{name}", optimizer.state[p][key]) for name, p in named for key in ("exp_avg", "exp_avg_sq")]
     save_file(dict(pairs), folder / "moments")
-    save_file({name: tensor.contiguous() for name, tensor in lorakit.merged_state_dict(model).items()}, folder / "full")
+    lorakit.merge_and_unload(model)  # a plain model again, with the adapter in its weights
+    model.save_pretrained(folder / "full")
     adapter = folder / "adapter" / "adapter_model.safetensors"
     print("| file | size |\n|---|---|")
     print(f"| adapter, fp32 | {megabytes(adapter)} |")
