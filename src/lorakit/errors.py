@@ -136,6 +136,22 @@ class NotYetSupported(LorakitError, NotImplementedError):
     code = "LORA-E120"
 
 
+def warn_caller(sentence: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line outside lorakit that led here, however many of our own calls lie between.
+
+    Args:
+        sentence: What a person should read.
+        category: Class of the warning.
+    """
+    import sys
+    import warnings
+
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "lorakit":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(sentence, category, stacklevel=level)
+
+
 def nearest(word: str, candidates: list[str], count: int = 3) -> list[str]:
     """The candidates closest in spelling to a word, best first, for use in messages.
 

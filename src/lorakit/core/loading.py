@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from lorakit.core.sidecar import WEIGHTS_FILE, Sidecar, integrity, read_sidecar
 from lorakit.core.sitemap import SiteMap, find_state, survey
 from lorakit.core.tensorfile import TensorFile, read_tensors
 from lorakit.core.variants import variant_for
-from lorakit.errors import AdapterFileError, BaseMismatchError, PatternError
+from lorakit.errors import AdapterFileError, BaseMismatchError, PatternError, warn_caller
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def load_adapter(
     extras = build_extras(site_map.modules, fitted.sites, fitted.saved, config.bias)
     biases = _filled_copies(extras, fitted, site_map, files.file.tensors)
     for sentence in said:  # where warnings are errors, this refuses, so it comes before any change
-        warnings.warn(sentence, UserWarning, stacklevel=2)
+        warn_caller(sentence)
     publish(model, site_map, name, dataclasses.replace(config, inference_mode=not trainable), parts, extras)
     for parameter, tensor in biases:
         parameter.data = tensor

@@ -21,13 +21,17 @@ def _forward_of(*columns: str) -> Callable[..., Any]:
 
     def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward; see `PeftModel.forward` for `adapter_names`."""
-        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        named = dict(zip(names, args, strict=False))
+        if len(args) > len(named) or named.keys() & kwargs.keys():
+            signature.bind(self, *args, **kwargs)  # raises as Python does: too many, or given twice
+        named.update(kwargs)
         named.pop("task_ids", None)  # PEFT passes it to other methods' models only
         return PeftModel.forward(self, **{name: value for name, value in named.items() if value is not None})
 
     options = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names]
     first, rest = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD), Parameter("kwargs", Parameter.VAR_KEYWORD)
-    forward.__signature__ = Signature([first, *options, rest])  # type: ignore[attr-defined]
+    signature = Signature([first, *options, rest])
+    forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward
 
 

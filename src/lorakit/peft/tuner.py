@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from lorakit.config import LoraConfig
 from lorakit.core.activation import adapter_parameters
 from lorakit.core.merging import tied_sites
 from lorakit.core.sitemap import find_state
-from lorakit.errors import AdapterError
+from lorakit.errors import AdapterError, warn_caller
 
 ALL_ALLOWED = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "odd_scale")
 """What PEFT goes on with; here each comes with a warning."""
@@ -80,7 +79,7 @@ class LoraModel(nn.Module):
         """
         report = core.attach(self.model, config, name, allow=ALL_ALLOWED)
         for sentence in report.missing:
-            warnings.warn(sentence, UserWarning, stacklevel=4)
+            warn_caller(sentence)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones; they alone are trained.
@@ -113,7 +112,7 @@ class LoraModel(nn.Module):
         core.detach(self.model, adapter_name)
         left = list(self.peft_config)
         if left and not self.active_adapters:
-            warnings.warn(f"Adapter {adapter_name} was active; {left[0]} is now.", UserWarning, stacklevel=3)
+            warn_caller(f"Adapter {adapter_name} was active; {left[0]} is now.")
             self.set_adapter(left[0])
 
     def enable_adapter_layers(self) -> None:
@@ -178,10 +177,8 @@ class LoraModel(nn.Module):
         tied = tied_sites(self.model, tuple(adapter_names or self.active_adapters))
         if tied:
             path, other = tied[0]
-            warnings.warn(
+            warn_caller(
                 f"{path} shares its weight with {other}; merging gives it a weight of its own, so the model is no "
-                "longer tied (tie_word_embeddings is False from now on).",
-                UserWarning,
-                stacklevel=3,
+                "longer tied (tie_word_embeddings is False from now on)."
             )
         return bool(tied)
