@@ -172,9 +172,9 @@ def trained_parts(model: Any, name: str) -> list[Any]:
     return [parameter for _, parameter in lorakit.trainable_parameters(model, name)]
 
 
-def megabytes(path: Path) -> str:
-    """Size of a file, or of all files in a folder."""
-    files = [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
+def megabytes(*paths: Path) -> str:
+    """Size of files and folders together."""
+    files = [inner for path in paths for inner in ([path] if path.is_file() else path.rglob("*")) if inner.is_file()]
     return f"{sum(file.stat().st_size for file in files) / 1e6:,.3g} MB"
 
 
@@ -239,7 +239,7 @@ def sizes_on_disk(model: Any, optimizer: torch.optim.Optimizer, folder: Path) ->
     adapter = folder / "adapter" / "adapter_model.safetensors"
     print("| file | size |\n|---|---|")
     print(f"| adapter, fp32 | {megabytes(adapter)} |")
-    print(f"| Adam's two moments beside it | {megabytes(folder / 'moments')} |")
+    print(f"| adapter with Adam's two moments | {megabytes(adapter, folder / 'moments')} |")
     print(f"| the whole model, the adapter merged | {megabytes(folder / 'full')} |")
 
 
