@@ -71,11 +71,9 @@ class ModuleCopies(nn.Module):
             RouteError: Several copies of this module are active at once, or a mixed batch does not fit.
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
-        if not again:
-            self.forwards.note(route)
         output = self._of(route)(*args, **kwargs) if route.rows is None else self._mixed(route, args, kwargs)
-        if not again and isinstance(output, Tensor) and output.requires_grad and not torch.compiler.is_compiling():
-            self.forwards.remember(output, route)
+        if not again and not torch.compiler.is_compiling():
+            self.forwards.note(output, route)
         return output
 
     def _of(self, route: Route) -> nn.Module:
@@ -138,8 +136,14 @@ class BiasSwitch:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The hook: the output as it is, or made anew with the old bias, for the rows that want it."""
         route, again = resolve(self.state, None, self.forwards)
-        if not again:
-            self.forwards.note(route)
+        result = self._under(route, module, args, kwargs, output)
+        if not again and not torch.compiler.is_compiling():
+            self.forwards.note(result, route)
+        return result
+
+    def _under(
+        self, route: Route, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         if route.common_to_all(frozenset({self.adapter})):
             return output
         device = next(iter(module.parameters())).device

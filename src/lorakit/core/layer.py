@@ -183,9 +183,7 @@ class LoraLayer(nn.Module):
         else:
             y = self._adapted(route, x, args, kwargs)
         if not again and not torch.compiler.is_compiling():
-            self.forwards.note(route)
-            if y.requires_grad:
-                self.forwards.remember(y, route)
+            self.forwards.note(y, route)
         return y
 
     def _adapted(self, route: Route, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

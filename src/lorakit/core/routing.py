@@ -187,56 +187,82 @@ class Override(contextlib.AbstractContextManager[None]):
 
 
 class Forwards:
-    """The forwards of one layer whose backward may still come: each lives as long as its autograd graph.
+    """The forwards of one layer that a backward may run again, as far as they left a trace.
 
+    A forward whose output has a graph is remembered for as long as that graph lives. Of the others, which end with
+    their call or belong to reentrant checkpointing, only the routes are kept: one, or that there were several.
     Copies and pickles of it are empty, since graphs are not copied.
     """
 
     def __init__(self) -> None:
         self._alive: dict[int, weakref.ref[_Mark]] = {}
-        self._first: Route | None = None
-        self._varied = False
+        self._without_graph = {True: _Routes(), False: _Routes()}  # by whether gradients were switched on
 
     def __reduce__(self) -> tuple[type[Forwards], tuple[()]]:
         return Forwards, ()
 
-    def note(self, route: Route) -> None:
-        """Take note of the route of a forward; as long as all are the same, a recomputation has no choice."""
-        if route is not self._first and not self._varied:
-            self._varied = self._first is not None and route != self._first
-            self._first = route
-
-    def remember(self, output: Tensor, route: Route) -> None:
-        """Tie a route to the graph of an output.
+    def note(self, output: Any, route: Route) -> None:
+        """Take note of a forward.
 
         Args:
-            output: What the layer returned, any shape (…), with a graph.
+            output: What it returned; a tensor of any shape (…), or something else.
             route: What it ran with.
         """
+        if torch.is_inference_mode_enabled():
+            return  # no backward ever comes to it
+        if not isinstance(output, Tensor) or output.grad_fn is None:
+            self._without_graph[torch.is_grad_enabled()].add(route)
+            return
         mark, alive = _Mark(route), self._alive
         key = id(mark)
         alive[key] = weakref.ref(mark, lambda _: alive.pop(key, None))
-        if output.grad_fn is not None:
-            output.grad_fn.metadata["lorakit"] = mark  # type: ignore[index]  # torch's stub calls it a method
+        output.grad_fn.metadata["lorakit", id(self)] = mark  # type: ignore[index]  # torch's stub calls it a method
 
     def of_recomputation(self) -> Route:
         """The route of the forward that autograd runs again.
 
         Raises:
-            RouteError: Outstanding forwards used several routes, or left no trace.
+            RouteError: Forwards that it could be used several routes, or left no trace.
         """
-        if self._first is not None and not self._varied:
-            return self._first
-        marks = [mark for ref in list(self._alive.values()) if (mark := ref()) is not None]
-        routes = {mark.route for mark in marks}
+        with_graph = [mark.route for ref in list(self._alive.values()) if (mark := ref()) is not None]
+        switched_on, switched_off = self._without_graph[True], self._without_graph[False]
+        if not torch.is_grad_enabled():  # so it was the first time, too
+            possible = [switched_off]
+        elif _is_non_reentrant():
+            possible = [_Routes(with_graph), switched_on]
+        else:  # reentrant checkpointing switches gradients off for the first run
+            possible = [_Routes(with_graph), switched_on, switched_off]
+        routes = {route for one in possible for route in one.some}
         if len(routes) == 1:
             return routes.pop()
-        found = " and ".join(sorted(r.describe() for r in routes)) or "none (reentrant checkpointing leaves no trace)"
+        found = " and ".join(sorted(route.describe() for route in routes)) or "none"
         raise RouteError(
-            "A checkpointed forward runs again in a backward, and which adapter it used cannot be known; outstanding "
-            f"forwards: {found}. Enable checkpointing with gradient_checkpointing_kwargs={{'use_reentrant': False, "
-            "'context_fn': lorakit.core.checkpoint_contexts(model)}."
+            "A checkpointed forward runs again in a backward, and which adapter it used cannot be known; forwards that "
+            f"it could be used: {found}. Enable checkpointing with gradient_checkpointing_kwargs={{'use_reentrant': "
+            "False, 'context_fn': lorakit.core.checkpoint_contexts(model)}."
         )
+
+
+class _Routes:
+    """Routes as a recomputation asks for them: at most two are kept, since two are too many already."""
+
+    def __init__(self, routes: Sequence[Route] = ()) -> None:
+        self.some: tuple[Route, ...] = ()
+        for route in routes:
+            self.add(route)
+
+    def add(self, route: Route) -> None:
+        if len(self.some) < 2 and route not in self.some:
+            self.some = (*self.some, route)
+
+
+def _is_non_reentrant() -> bool:
+    """Whether non-reentrant checkpointing runs this forward again: its hook for saved tensors is then the topmost.
+
+    Torch has no public word for it. A torch that names the hook otherwise makes the answer no, and more refused.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
+    return top is not None and getattr(top[0], "__qualname__", "").startswith("_recomputation_hook.")
 
 
 class _Mark:
