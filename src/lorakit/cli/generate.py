@@ -38,8 +38,8 @@ class Flags:
     chat: Annotated[
         bool | None,
         Parameter(
-            help="Put the prompt into the chat template as the user's turn, or continue it as plain text. Default: chat "
-            "where the tokenizer has a template.",
+            help="Put the prompt into the chat template as the user's turn, or continue it as plain text. Default: "
+            "chat where the tokenizer has a template.",
             show_default=False,
         ),
     ] = None
@@ -68,8 +68,7 @@ def run(
     json: console.JsonFlag = False,
 ) -> None:
     """Continue prompts; the answer streams to standard output, everything else goes to standard error."""
-    if flags.system is not None and flags.chat is False:
-        raise UsageError("--system needs the chat template, and --no-chat leaves it out; give one of them.")
+    _check(flags)
     prompts = read_prompts(flags.prompt or (), flags.prompt_file or ())
 
     from lorakit import hub
@@ -177,6 +176,11 @@ def end_ids(model: Any, tokenizer: Any) -> set[int]:
         ids = getattr(holder, "eos_token_id", None)
         found |= set(ids) if isinstance(ids, (list, tuple)) else {ids} if isinstance(ids, int) else set()
     return found
+
+
+def _check(flags: Flags) -> None:
+    if flags.system is not None and flags.chat is False:
+        raise UsageError("--system needs the chat template, and --no-chat leaves it out; give one of them.")
 
 
 def _asker(

@@ -56,10 +56,8 @@ def run(
     """
     from lorakit import hub
     from lorakit.cli.merged_model import Order, check_target, record, write_merged
-    from lorakit.hub.models import DTYPES
 
-    if flags.dtype not in DTYPES:
-        raise ConfigError(f"dtype is {flags.dtype!r}; allowed: {', '.join(DTYPES)}.")
+    _check_dtype(flags.dtype)
     check_target(flags.output_dir)
     files = read_adapters(flags.adapter)
     source = hub.resolve(flags.model, console.note)
@@ -92,17 +90,24 @@ def doubts(done: Merged) -> list[str]:
     survived = _mean_survived(done)
     if survived < LITTLE_SURVIVED:
         found.append(
-            f"only {survived:.0%} of the adapter's change fits into {done.dtype} weights; the rest is smaller than a step "
-            "of that precision. --dtype float32 keeps it."
+            f"only {survived:.0%} of the adapter's change fits into {done.dtype} weights; the rest is smaller than a "
+            "step of that precision. --dtype float32 keeps it."
         )
     if done.probe is not None and done.probe.max_difference > LARGE_DIFFERENCE * done.probe.effect:
         found.append(
-            f"the merged model differs from base and adapters by up to {done.probe.max_difference:.2g} in a logit, while "
-            f"the adapters change the base by up to {done.probe.effect:.2g}: much of what they do is lost."
+            f"the merged model differs from base and adapters by up to {done.probe.max_difference:.2g} in a logit, "
+            f"while the adapters change the base by up to {done.probe.effect:.2g}: much of what they do is lost."
         )
     if not done.has_tokenizer:
         found.append("neither the model nor the adapters have a tokenizer, so the directory has none.")
     return found
+
+
+def _check_dtype(dtype: str) -> None:
+    from lorakit.hub.models import DTYPES
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
 
 
 def _mean_survived(done: Merged) -> float:
@@ -122,8 +127,8 @@ def _text(order: Order, done: Merged) -> str:
         lines += [
             f"checked    loaded again: the largest difference of a logit from base and adapters is "
             f"{probe.max_difference:.2g} (allowed {probe.tolerance:.2g}),",
-            f"           where the adapters change the base by up to {probe.effect:.2g}; the likeliest token is the same "
-            f"at {probe.same_top:.0%} of positions",
+            f"           where the adapters change the base by up to {probe.effect:.2g}; the likeliest token is the "
+            f"same at {probe.same_top:.0%} of positions",
         ]
     if done.untied:
         lines.append("untied     input and output embeddings are two weights now (tie_word_embeddings is false)")

@@ -274,7 +274,7 @@ def _refuse_tied(model: Any, names: Sequence[str]) -> None:
 
 
 def _untie_config(model: Any) -> bool:
-    """Say in the config that the embeddings are two weights, where a merge made them two; otherwise a load ties them."""
+    """Say in the config that the embeddings are two weights, where a merge made them two, or a load would tie them."""
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
     if not tied or inner is None or outer is None or inner.weight is outer.weight:

@@ -1,0 +1,266 @@
+"""lorakit.cli.generate: what is printed where, base and adapters side by side, and refusals by text."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit import core, hub
+from lorakit.cli import answers, main
+from lorakit.cli.generate import encode_prompts
+from lorakit.generate import generate
+
+Save = Callable[..., Path]
+
+
+def asked(capsys: pytest.CaptureFixture[str], *words: Any) -> dict[str, Any]:
+    assert main(["generate", *map(str, words), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert isinstance(found, dict)
+    return found
+
+
+def refusal(capsys: pytest.CaptureFixture[str], code: int, *words: Any) -> str:
+    assert main(["generate", *map(str, words)]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def by_hand(directory: Path, text: str, adapter: Path | None = None, tokens: int = 6) -> str:
+    """The answer to a chat prompt, with the library alone."""
+    tokenizer, model = hub.load_tokenizer(directory), hub.load_model(directory)
+    if adapter is not None:
+        core.load_adapter(model, adapter)
+    ids = encode_prompts([text], tokenizer, None, None)[0]
+    made = list(generate(model, ids, max_new_tokens=tokens, eos_ids=(0,)))
+    return str(tokenizer.decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def test_the_answer_alone_goes_to_stdout(tiny_model_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", "--model", str(tiny_model_directory), "--prompt", "hello", "--max-new-tokens", "6"]
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    text = by_hand(tiny_model_directory, "hello")
+    assert captured.out == text + ("" if text.endswith("\n") else "\n")
+    assert captured.err.startswith("[6 tokens, ")
+    assert "cut off at --max-new-tokens]" in captured.err
+    assert main(words) == 0
+    assert capsys.readouterr().out == captured.out
+
+
+def test_base_and_adapters_answer_in_one_batch_as_they_do_alone(
+    tiny_model_directory: Path, save_adapter: Save, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = save_adapter("one", 1), save_adapter("two", 2)
+    common = ["--model", tiny_model_directory, "--prompt", "hello world", "what is?", "--max-new-tokens", 6]
+    found = asked(capsys, *common, "--adapter", one, two)
+    assert [row["prompt"] for row in found["results"]] == ["hello world", "what is?"]
+    for row in found["results"]:
+        expected = {"base": None, str(one): one, str(two): two}
+        assert [answer["name"] for answer in row["answers"]] == list(expected)
+        for answer in row["answers"]:
+            assert answer["text"] == by_hand(tiny_model_directory, row["prompt"], expected[answer["name"]])
+        assert len({answer["text"] for answer in row["answers"]}) == 3
+
+
+def test_a_single_adapter_answers_alone_unless_the_base_is_asked_for(
+    tiny_model_directory: Path, save_adapter: Save, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = save_adapter("one")
+    common = ["--model", tiny_model_directory, "--adapter", one, "--prompt", "hello", "--max-new-tokens", 6]
+    alone = asked(capsys, *common)["results"][0]["answers"]
+    assert [(a["name"], a["text"]) for a in alone] == [(str(one), by_hand(tiny_model_directory, "hello", one))]
+    assert [a["name"] for a in asked(capsys, *common, "--base")["results"][0]["answers"]] == ["base", str(one)]
+
+
+def test_several_answers_stand_one_below_the_other_in_a_pipe(
+    tiny_model_directory: Path, save_adapter: Save, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = save_adapter("one")
+    words = ["--model", str(tiny_model_directory), "--adapter", str(one), "--base", "--prompt", "hello"]
+    assert main(["generate", *words, "--max-new-tokens", "4"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("── base ─")
+    assert f"\n\n── {one} ──" in captured.out
+    assert f"[{one}: 4 tokens" in captured.err
+
+
+def test_columns_on_a_wide_terminal(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorakit.generate import NewToken
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    rows = [answers.Answer("base", tiny_tokenizer, [1]), answers.Answer("mine", tiny_tokenizer, [1])]
+    ids = tiny_tokenizer("hello")["input_ids"]
+    stream = [NewToken(row, token, "length" if token == ids[-1] else None) for token in ids for row in (0, 1)]
+    answers.show(rows, stream)
+    shown = screen.getvalue()
+    assert any("base" in line and "mine" in line for line in shown.splitlines())
+    assert any(line.count("hello") == 2 for line in shown.splitlines())
+
+
+def test_a_models_terminal_commands_are_not_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
+    assert answers._printable("a\x1b[2Jb") == "a␛[2Jb"
+
+
+def test_draws_repeat_with_their_seed(tiny_model_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--model", tiny_model_directory, "--prompt", "hello", "--max-new-tokens", 12, "--temperature", 2.0]
+    texts = [asked(capsys, *common, "--seed", seed)["results"][0]["answers"][0]["text"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_prompts_come_from_files_and_from_a_pipe(
+    tiny_model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p.txt").write_text("from a file\nof two lines\n", encoding="utf-8")
+    common = ["--model", tiny_model_directory, "--max-new-tokens", 2]
+    found = asked(capsys, *common, "--prompt-file", tmp_path / "p.txt")
+    assert [row["prompt"] for row in found["results"]] == ["from a file\nof two lines"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe\n"))
+    assert asked(capsys, *common)["results"][0]["prompt"] == "from a pipe"
+
+
+def test_the_chat_template_is_used_where_there_is_one(
+    tiny_model_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--model", tiny_model_directory, "--prompt", "hello", "--max-new-tokens", 2]
+    assert asked(capsys, *common)["chat"] is True
+    assert asked(capsys, *common, "--no-chat")["chat"] is False
+    tokenizer = hub.load_tokenizer(tiny_model_directory)
+    (ids,) = encode_prompts(["hello"], tokenizer, None, "be brief")
+    assert tokenizer.decode(ids) == (
+        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(encode_prompts(["hello"], tokenizer, False, None)[0]) == "hello"
+
+
+def test_an_adapters_own_tokenizer_is_used(
+    tiny_model_directory: Path, save_adapter: Save, tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = save_adapter("one")
+    tiny_tokenizer.chat_template = None
+    tiny_tokenizer.save_pretrained(one)
+    common = ["--model", tiny_model_directory, "--prompt", "hello", "--max-new-tokens", 2]
+    assert asked(capsys, *common, "--adapter", one)["chat"] is False
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--prompt", ""], 2, "--prompt: the prompt is empty."),
+        (["--prompt", "x", "--system", "s", "--no-chat"], 2, "--system needs the chat template, and --no-chat leaves"),
+        (["--prompt", "x", "--temperature", "-1"], 2, "temperature is -1.0; it must be 0 (greedy)"),
+        (["--prompt", "x", "--top-p", "2"], 2, "top_p is 2.0; it must lie above 0 and at most at 1"),
+        (["--prompt", "x", "--max-new-tokens", "0"], 2, "max_new_tokens is 0; it must be at least 1."),
+        (["--prompt", "x", "--dtype", "int8"], 2, "dtype is 'int8'; allowed: auto, float32, bfloat16, float16."),
+        (["--prompt", "x", "--adapter", "nowhere"], 1, "nowhere: there is no such folder; an adapter is a folder with"),
+        (
+            ["--prompt-file", "nowhere.txt"],
+            1,
+            "nowhere.txt: the prompt file cannot be read (No such file or directory)",
+        ),
+        (["--prompt", "word " * 200], 2, "tokens, and the model takes 128 in all: nothing is left for an answer."),
+        (["--promt", "x"], 2, "Did you mean"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(
+    tiny_model_directory: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, said: str
+) -> None:
+    assert said in refusal(capsys, code, "--model", tiny_model_directory, *words)
+
+
+def test_nothing_to_answer(
+    tiny_model_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
+    assert "There is nothing to answer: give --prompt" in refusal(capsys, 2, "--model", tiny_model_directory)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "standard input: the prompt is empty." in refusal(capsys, 2, "--model", tiny_model_directory)
+
+
+def test_a_prompt_file_that_is_no_text(
+    tiny_model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p").write_bytes(b"ab\xff")
+    said = refusal(capsys, 1, "--model", tiny_model_directory, "--prompt-file", tmp_path / "p")
+    assert "p: not UTF-8 (invalid start byte at byte 2)." in said
+
+
+def test_models_that_cannot_be_used(
+    tiny_model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "there is no such model directory" in refusal(capsys, 1, "--model", tmp_path / "no", "--prompt", "x")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tiny_model_directory / name).unlink()
+    said = refusal(capsys, 1, "--model", tiny_model_directory, "--prompt", "x")
+    assert "the model directory has no tokenizer (such as tokenizer.json)" in said
+
+
+def test_templates_that_are_missing_or_refuse(
+    tiny_tokenizer: Any, tmp_path: Path, tiny_llama: Any, capsys: Any
+) -> None:
+    tiny_llama.save_pretrained(tmp_path / "m")
+    tiny_tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
+    tiny_tokenizer.save_pretrained(tmp_path / "m")
+    words = ["--model", tmp_path / "m", "--prompt", "x"]
+    said = refusal(capsys, 2, *words)
+    assert "The chat template refuses this prompt (no system role here); try --no-chat." in said
+    tiny_tokenizer.chat_template = None
+    shutil.rmtree(tmp_path / "m")
+    tiny_llama.save_pretrained(tmp_path / "m")
+    tiny_tokenizer.save_pretrained(tmp_path / "m")
+    assert "--chat was given, and the model's tokenizer has no chat template" in refusal(capsys, 2, *words, "--chat")
+    assert "--system needs a chat template" in refusal(capsys, 2, *words, "--system", "s")
+
+
+def test_adapters_that_cannot_be_used(
+    tiny_model_directory: Path, save_adapter: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--model", tiny_model_directory, "--prompt", "x", "--max-new-tokens", 2, "--adapter"]
+    one = save_adapter("one")
+    assert f"--adapter names {one}/ twice." in refusal(capsys, 2, *common, one, f"{one}/")
+    shutil.copytree(one, tmp_path / "run" / "adapter")
+    said = refusal(capsys, 1, *common, tmp_path / "run")
+    assert f"this is the folder of a run; its adapter is {tmp_path / 'run' / 'adapter'}." in said
+    (one / "adapter_model.safetensors").rename(one / "adapter_model.bin")
+    assert "the weights are a pickle (adapter_model.bin), which is never loaded" in refusal(capsys, 1, *common, one)
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_adapter_of_another_base_needs_a_word(
+    tiny_model_directory: Path, save_adapter: Save, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = hub.load_model(tiny_model_directory)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    one = save_adapter("one", model=other)
+    common = ["--model", tiny_model_directory, "--prompt", "x", "--max-new-tokens", 2, "--adapter", one]
+    said = refusal(capsys, 1, *common)
+    assert "made on another base" in said
+    assert "give --allow-base-mismatch." in said
+    assert main(["generate", *map(str, common), "--allow-base-mismatch"]) == 0
+    assert f"warning: {one}: loaded on another base as allowed" in capsys.readouterr().err
+
+
+def test_damaged_numbers_are_named(
+    tiny_model_directory: Path, save_adapter: Save, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = save_adapter("one", spread=float("nan"))
+    common = ["--model", tiny_model_directory, "--prompt", "x", "--adapter", one]
+    assert "give --allow-nonfinite." in refusal(capsys, 1, *common)

@@ -1,0 +1,104 @@
+"""lorakit.cli.inspect: what is said of an adapter, by text and JSON, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit.cli import main
+from lorakit.cli.inspect import groups
+from lorakit.core import inspect_adapter
+
+Save = Callable[..., Path]
+
+
+def test_a_healthy_adapter(save_adapter: Save, capsys: pytest.CaptureFixture[str]) -> None:
+    one = save_adapter("one", rank_pattern={"down_proj": 2}, use_rslora=True)
+    assert main(["inspect", str(one)]) == 0
+    out = capsys.readouterr().out
+    assert f"{one}: " in out
+    assert "at 14 sites" in out
+    assert "r=4, lora_alpha=8, lora_dropout=0.0" in out
+    assert "use_rslora=True, rank_pattern={'down_proj': 2}" in out
+    assert "base       tiny; fingerprint LlamaForCausalLM, " in out
+    assert "adapter_model.safetensors " in out
+    assert "healthy: all numbers finite, every site trained, scales as usual" in out
+    (down,) = [line.split() for line in out.splitlines() if line.startswith("down_proj")]
+    assert down[:6] == ["down_proj", "2", "32", "×", "64", "2"]
+    assert down[6] == f"{8 / 2**0.5:.6g}"
+
+
+def test_json_says_the_same(save_adapter: Save, capsys: pytest.CaptureFixture[str]) -> None:
+    one = save_adapter("one")
+    assert main(["inspect", str(one), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["healthy"] is True
+    assert found["findings"] == []
+    assert found["config"]["r"] == 4
+    assert len(found["sites"]) == 14
+    assert {group["module"]: group["sites"] for group in found["groups"]}["q_proj"] == 2
+    assert found["files"]["lorakit.json"] == (one / "lorakit.json").stat().st_size
+    assert found["base"]["architecture"] == "LlamaForCausalLM"
+    assert len(found["weights_sha256"]) == 64
+
+
+def test_norms_are_those_of_the_products(save_adapter: Save) -> None:
+    from safetensors.torch import load_file
+
+    one = save_adapter("one")
+    tensors = load_file(one / "adapter_model.safetensors")
+    (group,) = [found for name, found in groups(inspect_adapter(one).sites) if name == "q_proj"]
+    stem = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    norms = [float(torch.linalg.norm(tensors[stem.format(i, "B")] @ tensors[stem.format(i, "A")])) * 2 for i in (0, 1)]
+    assert group["norm"]["min"] == pytest.approx(min(norms), rel=1e-5)
+    assert group["norm"]["max"] == pytest.approx(max(norms), rel=1e-5)
+    assert group["norm"]["median"] == pytest.approx(sum(norms) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"spread": 0.0}, "B·A is zero at all sites"),
+        ({"spread": float("nan")}, "NaN or infinite numbers in 14 tensors"),
+    ],
+)
+def test_findings_end_with_exit_code_1(
+    save_adapter: Save, capsys: pytest.CaptureFixture[str], fields: dict[str, Any], said: str
+) -> None:
+    one = save_adapter("one", **fields)
+    assert main(["inspect", str(one)]) == 1
+    out = capsys.readouterr().out
+    assert said in out
+    assert "healthy" not in out
+
+
+def test_an_adapter_of_peft_without_our_file_is_no_finding(
+    save_adapter: Save, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = save_adapter("one")
+    (one / "lorakit.json").unlink()
+    assert main(["inspect", str(one)]) == 0
+    assert "no fingerprint, so another base of the same shapes would not be noticed" in capsys.readouterr().out
+
+
+def test_what_is_no_adapter_is_refused(
+    save_adapter: Save, tmp_path: Path, tiny_model_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = save_adapter("one")
+    shutil.copytree(one, tmp_path / "run" / "adapter")
+    for folder, said in (
+        (tmp_path / "no", "there is no such folder"),
+        (tiny_model_directory, "there is no adapter_config.json, so this is not an adapter"),
+        (tmp_path / "run", "this is the folder of a run; its adapter is"),
+    ):
+        assert main(["inspect", str(folder)]) == 1
+        assert said in capsys.readouterr().err
+    (one / "adapter_model.safetensors").write_bytes(b"\x80\x02pickle, not safetensors")
+    assert main(["inspect", str(one), "--json"]) == 1
+    assert "which is never loaded" in json.loads(capsys.readouterr().out)["error"]["message"]
