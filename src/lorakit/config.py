@@ -242,7 +242,11 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
         NotYetSupported: The file asks for what is not built yet, so its weights would be misread.
     """
     path = Path(folder)
+    if not path.exists():
+        raise AdapterFileError(f"{path}: there is no such folder; an adapter is a folder with {CONFIG_FILE}.")
     path = path / CONFIG_FILE if path.is_dir() else path
+    if not path.exists():
+        raise AdapterFileError(f"{path.parent}: there is no {CONFIG_FILE}, so this is not an adapter.")
     values = read_json(path)
     if not isinstance(values, dict):
         raise AdapterFileError(

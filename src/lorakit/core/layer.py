@@ -68,6 +68,10 @@ class LoraLayer(nn.Module):
         self.kind_name = kind.name
         self.forwards = Forwards()
 
+    def _get_name(self) -> str:
+        merged = f"[merged: {', '.join(self.merged_adapters)}]" if self.merged_adapters else ""
+        return f"lora.{type(self).__name__}{merged}"  # what `repr` shows, so that a site is told from its base
+
     @property
     def kind(self) -> Kind:
         """The row of KINDS."""

@@ -143,10 +143,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
         NotYetSupported: The adapter needs what is not built yet.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise AdapterFileError(f"{folder}: there is no such folder; an adapter is a folder with {CONFIG_FILE}.")
-    if not (folder / CONFIG_FILE).exists():
-        raise AdapterFileError(f"{folder}: there is no {CONFIG_FILE}, so this is not an adapter.")
+    if folder.is_file():
+        raise AdapterFileError(f"{folder} is a file; an adapter is a folder with {CONFIG_FILE}.")
     config, unknown = read_config(folder)
     weights = folder / WEIGHTS_FILE
     if not weights.exists() and (folder / "adapter_model.bin").exists():
@@ -174,7 +172,7 @@ def _judge(files: AdapterFiles, fitted: Fit, allow: Collection[str]) -> list[str
     if fitted.problems:
         shown = "; ".join(fitted.problems[:6])
         more = f"; and {len(fitted.problems) - 6} more" if len(fitted.problems) > 6 else ""
-        if fitted.shape_problems or "key_mismatch" not in allow:
+        if fitted.shape_problems or not fitted.sites or "key_mismatch" not in allow:  # no site at all is no part
             raise AdapterFileError(f"{files.folder}: the adapter does not fit this model: {shown}{more}.")
         said.append(f"{files.folder}: loaded in part as allowed: {shown}{more}.")
     bad = [key for key, tensor in files.file.tensors.items() if not bool(torch.isfinite(tensor).all())]
