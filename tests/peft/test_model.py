@@ -413,7 +413,7 @@ class TestFiles:
     def test_nothing_that_fits_is_refused_here_too(self, two: Any, tmp_path: Path) -> None:
         two.save_pretrained(tmp_path)
         other = bert()
-        with pytest.raises(AdapterFileError, match="does not fit this model: unexpected site model.layers.0.self_attn.q"):
+        with pytest.raises(AdapterFileError, match="does not fit this model: unexpected site model"):
             PeftModel.from_pretrained(other, tmp_path / "a")
         assert all(parameter.requires_grad for parameter in other.parameters())
 

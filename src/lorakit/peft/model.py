@@ -15,6 +15,7 @@ from lorakit import core
 from lorakit.config import CONFIG_FILE, LoraConfig, TaskType, read_config
 from lorakit.core.sitemap import find_state
 from lorakit.errors import AdapterError, ConfigError
+from lorakit.peft.options import check_options
 from lorakit.peft.tuner import ALL_ALLOWED, LoraModel
 
 BASE_NAME = "__base__"
@@ -35,9 +36,7 @@ class PeftModel(nn.Module):
         self, model: nn.Module, peft_config: LoraConfig | None = None, adapter_name: str = "default", **kwargs: Any
     ) -> None:
         super().__init__()
-        if kwargs.pop("autocast_adapter_dtype", True) is not True or any(kwargs.values()):
-            unknown = ", ".join(sorted(kwargs)) or "autocast_adapter_dtype=False"
-            raise ConfigError(f"{unknown}: not supported here; adapters are fp32 and compute in the base's dtype.")
+        check_options(type(self).__name__, kwargs)
         self.base_model = LoraModel(model)
         self.training = model.training
         if peft_config is not None:
@@ -89,18 +88,19 @@ class PeftModel(nn.Module):
             adapter_name: The adapter's name here.
             is_trainable: Go on training it; otherwise it is frozen and the model is put in eval mode.
             config: Only its task_type is used: it picks the class that is returned.
-            kwargs: `subfolder`, `revision`.
+            kwargs: `subfolder`, `revision`; for others see `options.py`.
 
         Returns:
             A wrapper of the class for the adapter's task.
 
         Raises:
             AdapterFileError: Files are missing or damaged, or tensors do not fit.
+            NotYetSupported: The adapter, or an option, needs what is not built yet.
         """
         folder = adapter_folder(model_id, kwargs.pop("subfolder", None), kwargs.pop("revision", None))
         task = (config or read_config(folder)[0]).task_type
-        wrapper = cls.for_task(task)(model, **kwargs)
-        wrapper.load_adapter(folder, adapter_name, is_trainable=is_trainable)
+        wrapper = cls.for_task(task)(model)
+        wrapper.load_adapter(folder, adapter_name, is_trainable=is_trainable, **kwargs)
         return wrapper
 
     @classmethod
@@ -121,7 +121,7 @@ class PeftModel(nn.Module):
             model_id: A folder, or a hub id.
             adapter_name: The adapter's name here.
             is_trainable: Go on training it; otherwise it is frozen and the model is put in eval mode.
-            kwargs: `subfolder`, `revision`.
+            kwargs: `subfolder`, `revision`; for others see `options.py`.
 
         Returns:
             What was loaded; mismatches that PEFT would pass over are in its warnings, and warned about.
@@ -129,8 +129,10 @@ class PeftModel(nn.Module):
         Raises:
             AdapterFileError: Files are missing or damaged, or shapes do not fit.
             AdapterError: The name is taken or cannot be used.
+            NotYetSupported: The adapter, or an option, needs what is not built yet.
         """
-        folder = adapter_folder(model_id, kwargs.get("subfolder"), kwargs.get("revision"))
+        folder = adapter_folder(model_id, kwargs.pop("subfolder", None), kwargs.pop("revision", None))
+        check_options("load_adapter", kwargs)
         report = core.load_adapter(
             self.get_base_model(), folder, adapter_name, trainable=is_trainable, allow=ALL_ALLOWED
         )
@@ -144,13 +146,15 @@ class PeftModel(nn.Module):
         Args:
             adapter_name: Its name.
             peft_config: Its config; it is copied, and the copy learns the base's name.
-            kwargs: Accepted for PEFT's `low_cpu_mem_usage`.
+            kwargs: See `options.py`.
 
         Raises:
             AdapterError: The name is taken or cannot be used.
             TargetError: Nothing matches.
             ConfigError: The config does not fit.
+            NotYetSupported: The config, or an option, asks for what is not built yet.
         """
+        check_options("add_adapter", kwargs)
         active = self.active_adapters
         self.base_model.inject(adapter_name, peft_config)
         own = self.peft_config[adapter_name]
@@ -202,6 +206,7 @@ class PeftModel(nn.Module):
         save_directory: str | os.PathLike[str],
         safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -211,16 +216,19 @@ class PeftModel(nn.Module):
             save_directory: Where.
             safe_serialization: Must be true: pickles are not written.
             selected_adapters: Which; None means all.
+            save_embedding_layers: Must not be true: the base's own matrices are not part of an adapter.
             is_main_process: Other processes write nothing.
-            kwargs: Accepted and without effect here.
+            kwargs: See `options.py`.
 
         Raises:
             ConfigError: safe_serialization is false.
+            NotYetSupported: An option asks for what is not built yet.
             AdapterError: There is no such adapter, or its numbers are not finite.
             DiskError: The disk refuses; files that stood there are whole.
         """
         if not safe_serialization:
             raise ConfigError("safe_serialization=False asks for a pickle, which is not written; leave it at True.")
+        check_options("save_pretrained", {"save_embedding_layers": save_embedding_layers, **kwargs})
         if Path(save_directory).is_file():
             raise ConfigError(f"{save_directory} is a file; a folder is needed.")
         for name in (selected_adapters or self.peft_config) if is_main_process else ():
