@@ -165,7 +165,6 @@ def publish(
             layer = LAYERS[part.kind.name](layer, part.kind, state)
             site_map.replace(site_map.modules[part.path], layer)
             site_map.modules[part.path] = layer
-        part.factor.dropout.train(layer.training)
         layer.put(name, part.factor, part.r, part.lora_alpha)
     for path, duplicate in extras.copies.items():
         holder = site_map.modules[path]

@@ -34,6 +34,7 @@ class ModuleCopies(nn.Module):
         self.training = original.training
         self.original_module = original
         self.modules_to_save = nn.ModuleDict()
+        self.modules_to_save.training = original.training
         self.merged_adapter: str | None = None
         self.own_route: Route | None = None
         self.state = state

@@ -129,6 +129,12 @@ class LoraLayer(nn.Module):
         self.lora_dropout[name] = factor.dropout
         if factor.magnitude is not None:
             self.lora_magnitude_vector[name] = Magnitude(factor.magnitude)  # type: ignore[arg-type]
+        for attribute in HOLDERS:
+            held: Any = self._modules.get(attribute)
+            if held is not None and name in held:  # new modules take the mode of what they stand on
+                held.training = self.training
+                if isinstance(held[name], nn.Module):
+                    held[name].train(self.training)
         self.r[name], self.lora_alpha[name] = r, lora_alpha
         self.scaling[name], self.variant[name] = factor.scale, factor.variant
 

@@ -13,7 +13,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Sequence
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,11 +94,13 @@ BASE = Route()
 
 @dataclass(frozen=True)
 class _Scope:
-    """An override in force: for which state, which route, and inside which backward it was opened (-1: none)."""
+    """An override in force: for which state, which route, inside which backward it was opened (-1: none), and where."""
 
     state: AdapterState
     route: Route
     backward: int
+    block: Override
+    thread: int
 
 
 # The only global: a context variable cannot be copied or pickled, so no object of a model may hold it.
@@ -119,10 +121,14 @@ class AdapterState:
         self.default: Route = BASE
         self.frozen: list[tuple[torch.nn.Parameter, bool]] = []
         self._open: dict[int, int] = {}  # thread -> overrides open in it
-        self._told: set[int] = set()  # threads that were told of an override elsewhere
+        # Threads that were told of an override elsewhere; not their numbers, which come again.
+        self._told: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}, "_told": set()}
+        return {name: value for name, value in self.__dict__.items() if name not in {"_open", "_told"}}
+
+    def __setstate__(self, known: dict[str, Any]) -> None:
+        self.__dict__.update(known, _open={}, _told=weakref.WeakSet())
 
     def check(self, names: Sequence[str | None]) -> None:
         """Refuse names of adapters that are not there.
@@ -151,8 +157,8 @@ class AdapterState:
         return self.default
 
     def _tell_of_other_threads(self) -> None:
-        thread = threading.get_ident()
-        if thread in self._told or not any(other != thread for other in list(self._open)):
+        thread, number = threading.current_thread(), threading.get_ident()
+        if thread in self._told or not any(other != number for other in list(self._open)):
             return
         self._told.add(thread)
         warnings.warn(
@@ -164,21 +170,22 @@ class AdapterState:
 
 
 class Override(contextlib.AbstractContextManager[None]):
-    """A scoped override; it can be entered again after it has ended."""
+    """A scoped override; it can be entered again, also by several threads and tasks at once: it holds no state."""
 
     def __init__(self, state: AdapterState, route: Route) -> None:
         self._state, self._route = state, route
-        self._entered: list[tuple[Token[tuple[_Scope, ...]], int]] = []
 
     def __enter__(self) -> None:
         thread = threading.get_ident()
-        scope = _Scope(self._state, self._route, torch._C._current_graph_task_id())
-        self._entered.append((_SCOPES.set((*_SCOPES.get(), scope)), thread))
+        scope = _Scope(self._state, self._route, torch._C._current_graph_task_id(), self, thread)
+        _SCOPES.set((*_SCOPES.get(), scope))
         self._state._open[thread] = self._state._open.get(thread, 0) + 1
 
     def __exit__(self, *_: object) -> None:
-        token, thread = self._entered.pop()
-        _SCOPES.reset(token)
+        scopes = _SCOPES.get()
+        ours = next((scope for scope in reversed(scopes) if scope.block is self), None)
+        _SCOPES.set(tuple(scope for scope in scopes if scope is not ours))
+        thread = threading.get_ident() if ours is None else ours.thread
         left = self._state._open.get(thread, 1) - 1
         if left:
             self._state._open[thread] = left
