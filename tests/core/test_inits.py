@@ -1,0 +1,131 @@
+"""Fresh factors: shapes, which side is zero, and the distribution of the other, as PEFT and the paper have them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lorakit.config import LoraConfig
+from lorakit.core import attach
+from lorakit.core.inits import INITS, LATER, init_named
+from lorakit.errors import ConfigError, NotYetSupported
+
+from ..laws.snapshots import same_bits
+
+R, IN, OUT, VOCABULARY = 64, 1024, 512, 700
+
+
+def dense() -> nn.Module:
+    return nn.Sequential(nn.Linear(IN, OUT))
+
+
+def conv1d() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return nn.Sequential(Conv1D(OUT, IN))
+
+
+def factors(
+    model: nn.Module, init: bool | str, seed: int | None = 0, **fields: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    attach(model, LoraConfig(r=R, target_modules=["0"], init_lora_weights=init, **fields), seed=seed)
+    layer = model[0]
+    if isinstance(layer.base_layer, nn.Embedding):
+        return layer.lora_embedding_A["default"].detach(), layer.lora_embedding_B["default"].detach()
+    return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+
+
+@pytest.mark.parametrize("make", [dense, conv1d])
+def test_default_is_kaiming_uniform_and_zero(make: object) -> None:
+    """kaiming_uniform_(a=√5) on (r, in): uniform within ±1/√in, so of standard deviation 1/√(3·in)."""
+    A, B = factors(make(), True)
+    bound = 1 / math.sqrt(IN)
+    assert A.shape == (R, IN) and B.shape == (OUT, R)
+    assert 0.99 * bound < A.abs().max().item() <= bound
+    assert A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    assert abs(A.mean().item()) < 4 * bound / math.sqrt(3 * A.numel())
+    counts = torch.histc(A, bins=10, min=-bound, max=bound)
+    assert counts.min() > 0.93 * A.numel() / 10  # flat
+    assert torch.count_nonzero(B) == 0
+
+
+@pytest.mark.parametrize("make", [dense, conv1d])
+def test_gaussian_has_standard_deviation_1_over_r(make: object) -> None:
+    A, B = factors(make(), "gaussian")
+    assert A.std().item() == pytest.approx(1 / R, rel=0.02)
+    assert A.abs().max().item() > 3.5 / R  # a uniform one of that deviation ends at 1.73
+    assert torch.count_nonzero(B) == 0
+
+
+@pytest.mark.parametrize("init", [True, "gaussian"])
+def test_an_embedding_has_the_sides_swapped(init: bool | str) -> None:
+    A, B = factors(nn.Sequential(nn.Embedding(VOCABULARY, IN)), init)
+    assert A.shape == (R, VOCABULARY) and B.shape == (IN, R)
+    assert torch.count_nonzero(A) == 0
+    assert B.std().item() == pytest.approx(1.0 if init is True else 1 / R, rel=0.02)
+
+
+@pytest.mark.parametrize("make", [dense, conv1d, lambda: nn.Sequential(nn.Embedding(VOCABULARY, IN))])
+def test_random_fills_both(make: object) -> None:
+    A, B = factors(make(), False)
+    assert torch.count_nonzero(A) == A.numel() and torch.count_nonzero(B) == B.numel()
+
+
+def test_two_sites_and_two_adapters_begin_differently() -> None:
+    model = nn.Sequential(nn.Linear(IN, IN), nn.Linear(IN, IN))
+    for name in ("a", "b"):
+        attach(model, LoraConfig(r=R, target_modules=["0", "1"]), name)
+    found = [model[site].lora_A[name].weight for site in (0, 1) for name in ("a", "b")]
+    assert not any(same_bits(one, other) for index, one in enumerate(found) for other in found[index + 1 :])
+
+
+def test_a_seed_gives_the_same_bits_and_leaves_torchs_generator_alone() -> None:
+    state = torch.get_rng_state()
+    one, other, third = factors(dense(), True, 5)[0], factors(dense(), True, 5)[0], factors(dense(), True, 6)[0]
+    assert same_bits(one, other) and not same_bits(one, third)
+    torch.set_rng_state(state)
+    model = dense()
+    before = torch.get_rng_state()
+    factors(model, True, 5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_a_seed_torchs_own_generator_decides() -> None:
+    torch.manual_seed(3)
+    model = dense()
+    one = factors(model, True, None)[0]
+    torch.manual_seed(3)
+    model = dense()
+    assert same_bits(factors(model, True, None)[0], one)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_factors_are_fp32_or_wider_on_the_device_of_their_site(dtype: torch.dtype) -> None:
+    A, B = factors(dense().to(dtype), True)
+    assert A.dtype == B.dtype == torch.promote_types(dtype, torch.float32)
+    A, B = factors(dense().to("meta"), True)
+    assert A.device.type == B.device.type == "meta"
+
+
+def test_dora_begins_with_the_norm_of_each_output() -> None:
+    for make in (dense, conv1d):
+        model = make()
+        W = model[0].weight.detach() if make is dense else model[0].weight.detach().T
+        factors(model, True, use_dora=True)
+        magnitude = model[0].lora_magnitude_vector["default"].weight
+        assert magnitude.shape == (OUT,) and magnitude.requires_grad
+        torch.testing.assert_close(magnitude, W.norm(dim=1))
+
+
+def test_names_that_are_not_there() -> None:
+    assert [init_named(row.name) for row in INITS] == list(INITS)
+    for name in LATER:
+        with pytest.raises(NotYetSupported, match=f"'{name}'.*not built yet"):
+            init_named(name)
+    with pytest.raises(ConfigError, match=r"'gaussain'.*Did you mean 'gaussian'\?"):
+        init_named("gaussain")
+    with pytest.raises(ConfigError, match="must be True, False or 'gaussian'"):
+        init_named("zzzzzz")
