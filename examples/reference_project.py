@@ -111,15 +111,17 @@ def topics(names: tuple[str, ...]) -> Records:
 def tasks() -> dict[str, Records]:
     """Three tasks over functions of the standard library: the same prompt, and another answer in each."""
     rows: dict[str, Records] = {"summary": Records(), "signature": Records(), "module": Records()}
+    seen: set[str] = set()  # a name that several modules hand on is asked once
     for module_name in MODULES:
         module = __import__(module_name)
         for name, function in sorted(vars(module).items()):
-            if name.startswith("_") or not inspect.isroutine(function) or not function.__doc__:
+            if name in seen or name.startswith("_") or not inspect.isroutine(function) or not function.__doc__:
                 continue
             try:
                 parameters = ", ".join(inspect.signature(function).parameters)
             except ValueError:  # some built-in functions keep theirs to themselves
                 continue
+            seen.add(name)
             answers = {"summary": function.__doc__.split(".")[0], "signature": parameters, "module": module_name}
             for task, answer in answers.items():
                 rows[task].append(Completion(f"{name}: ", " ".join(answer.split())[:120], task))
@@ -248,10 +250,11 @@ def tasks_part(sizes: Sizes, quick: bool) -> None:
     print("\n## 3. Three tasks, one base\n")
     model, tokenizer, _ = load(quick)
     train_rows, test_rows = {}, {}
-    for task, records in tasks().items():
-        sequences = encode(records, tokenizer, sizes.length).sequences
-        test_rows[task] = sequences[::5][: 2 * sizes.evaluated]
-        train_rows[task] = [s for i, s in enumerate(sequences) if i % 5][: 12 if quick else None]
+    records = tasks()
+    for task, rows in records.items():  # every fifth function is held out, the same ones in all tasks
+        test_rows[task] = encode(rows[::5], tokenizer, sizes.length).sequences[: 2 * sizes.evaluated]
+        kept = [row for number, row in enumerate(rows) if number % 5]
+        train_rows[task] = encode(kept, tokenizer, sizes.length).sequences[: 12 if quick else None]
     seconds = 0.0
     for number, (task, sequences) in enumerate(train_rows.items()):
         lorakit.attach(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), task, seed=number)
@@ -266,13 +269,14 @@ def tasks_part(sizes: Sizes, quick: bool) -> None:
         with lorakit.disable(model) if task is None else lorakit.use(model, task):
             cells = [f"{perplexity(model, rows, tokenizer):.2f}" for rows in test_rows.values()]
         print(f"| {task or 'base'} | {' | '.join(cells)} |")
-    mixed_batch(model, tokenizer, list(train_rows), 8 if quick else 24)
+    unseen = records["summary"][100]
+    mixed_batch(model, tokenizer, list(train_rows), unseen, 8 if quick else 24)
 
 
 @torch.no_grad()
-def mixed_batch(model: Any, tokenizer: Any, names: list[str], length: int) -> None:
+def mixed_batch(model: Any, tokenizer: Any, names: list[str], unseen: Any, length: int) -> None:
     """One prompt in every row, another adapter for each: decoded greedily, and compared with one by one."""
-    prompt = tokenizer("nlargest: ", add_special_tokens=False)["input_ids"]
+    prompt = tokenizer(unseen.prompt, add_special_tokens=False)["input_ids"]
     start = torch.tensor([prompt] * len(names))
     with lorakit.route(model, names):
         together = model(start).logits
@@ -284,7 +288,8 @@ def mixed_batch(model: Any, tokenizer: Any, names: list[str], length: int) -> No
         with lorakit.use(model, name):
             alone.append(model(start[:1]).logits)
     difference = (torch.cat(alone) - together).abs().max().item()
-    print(f"\nOne batch, prompt `nlargest: `; the logits differ from one by one by at most {difference:.2g}.\n")
+    print(f"\nThree rows of one batch, each with another adapter, prompt `{unseen.prompt}` (held out).")
+    print(f"The logits differ from one by one by at most {difference:.2g}.\n")
     print("| adapter | answer |\n|---|---|")
     for name, row in zip(names, rows.tolist(), strict=True):
         ids = row[len(prompt) :]
