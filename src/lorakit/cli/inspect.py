@@ -30,7 +30,9 @@ _CONFIG_IF_SET = (
 
 
 def run(
-    adapter: Annotated[str, Parameter(help="Directory of an adapter, of lorakit or PEFT. Exit code 1: something looks wrong.")],
+    adapter: Annotated[
+        str, Parameter(help="Directory of an adapter, of lorakit or PEFT. Exit code 1: something looks wrong.")
+    ],
     *,
     json: console.JsonFlag = False,
 ) -> int:
