@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reference_project import FULL, PRACTICE, QUICK, Sizes, load, megabytes, topics, train, trained_parts
+from reference_project import FULL, PRACTICE, QUICK, Sizes, load, on_disk, topics, train, trained_parts
 from safetensors.torch import save_file
 
 import lorakit
 from lorakit import LoraConfig
 from lorakit.data import encode
+from lorakit.plan.text import bytes_text
 from lorakit.train.memory import peak_rss_bytes
 
 
@@ -40,7 +41,7 @@ def compare(sizes: Sizes, quick: bool) -> None:
     print(f"| trained numbers | {lora['trained']:,} | {full['trained']:,} |")
     print(f"| seconds a step (median of {sizes.measured_steps}) | {lora['seconds']:.2f} | {full['seconds']:.2f} |")
     for label, key in (("peak memory of the process", "peak"), ("of it above the loaded model", "above")):
-        print(f"| {label} | {lora[key] / 1e6:,.0f} MB | {full[key] / 1e6:,.0f} MB |")
+        print(f"| {label} | {bytes_text(lora[key])} | {bytes_text(full[key])} |")
     print(f"| saved result | {lora['saved']} | {full['saved']} |")
     print(f"| what resuming needs besides | {lora['besides']} | {full['besides']} |")
     print(
@@ -53,6 +54,8 @@ def measure(method: str, sizes: Sizes, quick: bool) -> None:
     """Train a few steps in this process and print one line of JSON."""
     model, tokenizer, _ = load(quick)
     sequences = encode(topics(PRACTICE), tokenizer, sizes.length).sequences
+    for parameter in model.parameters():
+        parameter.detach().float().sum()  # a weight that was read from a file is in memory once it was touched
     loaded = resident_bytes()
     job: Any = {"rows": sizes.rows, "epochs": 99, "limit": sizes.measured_steps}
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +75,7 @@ def measure(method: str, sizes: Sizes, quick: bool) -> None:
         kept = [value for part in parts for value in told.optimizer.state[part].values() if value.ndim]
         kept += parts if method == "full" else []  # the fp32 copies; the adapter itself is fp32 already
         save_file({str(i): tensor.detach().contiguous() for i, tensor in enumerate(kept)}, state)
-        sizes_found = {"saved": megabytes(result), "besides": megabytes(state)}
+        sizes_found = {"saved": on_disk(result), "besides": on_disk(state)}
     facts = {"trained": sum(part.numel() for part in parts), "peak": peak, "above": peak - loaded}
     print(json.dumps({**facts, **sizes_found, "seconds": statistics.median(told.seconds)}))
 

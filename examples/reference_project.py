@@ -28,6 +28,7 @@ import lorakit
 from lorakit import LoraConfig, TaskType, hub
 from lorakit.data import Completion, Document, Loader, Records, Sequence, encode, padding_id, python_reference
 from lorakit.plan import catalogue, estimate
+from lorakit.plan.text import bytes_text
 from lorakit.train.evaluation import evaluate
 from lorakit.train.loss import loss_sum
 
@@ -174,10 +175,10 @@ def trained_parts(model: Any, name: str) -> list[Any]:
     return [parameter for _, parameter in lorakit.trainable_parameters(model, name)]
 
 
-def megabytes(*paths: Path) -> str:
+def on_disk(*paths: Path) -> str:
     """Size of files and folders together."""
     files = [inner for path in paths for inner in ([path] if path.is_file() else path.rglob("*")) if inner.is_file()]
-    return f"{sum(file.stat().st_size for file in files) / 1e6:,.3g} MB"
+    return bytes_text(sum(file.stat().st_size for file in files))
 
 
 # --- the parts
@@ -240,9 +241,9 @@ def sizes_on_disk(model: Any, optimizer: torch.optim.Optimizer, folder: Path) ->
     model.save_pretrained(folder / "full")
     adapter = folder / "adapter" / "adapter_model.safetensors"
     print("| file | size |\n|---|---|")
-    print(f"| adapter, fp32 | {megabytes(adapter)} |")
-    print(f"| adapter with Adam's two moments | {megabytes(adapter, folder / 'moments')} |")
-    print(f"| the whole model, the adapter merged | {megabytes(folder / 'full')} |")
+    print(f"| adapter, fp32 | {on_disk(adapter)} |")
+    print(f"| adapter with Adam's two moments | {on_disk(adapter, folder / 'moments')} |")
+    print(f"| the whole model, the adapter merged | {on_disk(folder / 'full')} |")
 
 
 def tasks_part(sizes: Sizes, quick: bool) -> None:
