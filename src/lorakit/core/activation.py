@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -133,15 +133,30 @@ def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tupl
 
 def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     """Every parameter of one adapter: A, B, magnitudes, copied modules, trained biases; any shapes (…)."""
-    parameters: list[nn.Parameter] = []
+    return parameters_by_adapter(model, [name])[name]
+
+
+def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str, list[nn.Parameter]]:
+    """`adapter_parameters` of several adapters, in one walk of the model.
+
+    Args:
+        model: An adapted model.
+        names: Adapters.
+
+    Returns:
+        Adapter -> its parameters, (…), in the model's order.
+    """
+    found: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     for module in model.modules():
-        if isinstance(module, LoraLayer) and name in module.r:
-            factor = module.factor(name)
-            parameters += [t for t in (factor.A, factor.B, factor.magnitude) if isinstance(t, nn.Parameter)]
-        elif isinstance(module, ModuleCopies) and name in module.modules_to_save:
-            parameters += module.modules_to_save[name].parameters()
-        else:
+        if isinstance(module, LoraLayer):
+            for name in found.keys() & module.r.keys():
+                factor = module.factor(name)
+                found[name] += [t for t in (factor.A, factor.B, factor.magnitude) if isinstance(t, nn.Parameter)]
+        elif isinstance(module, ModuleCopies):
+            for name in found.keys() & module.modules_to_save.keys():
+                found[name] += module.modules_to_save[name].parameters()
+        elif module._forward_hooks:
             for switch in BiasSwitch.on(module):
-                if switch.adapter == name:
-                    parameters += [module._parameters[bias] for bias in switch.originals]  # type: ignore[misc]
-    return parameters
+                if switch.adapter in found:
+                    found[switch.adapter] += [module._parameters[bias] for bias in switch.originals]  # type: ignore[misc]
+    return found

@@ -19,7 +19,7 @@ from lorakit.core.checks import check_known
 from lorakit.core.extras import BiasSwitch, ModuleCopies
 from lorakit.core.kinds import dense_delta
 from lorakit.core.layer import LoraLayer
-from lorakit.core.sitemap import base_tensors, copies, layers, shares_weight, state_of
+from lorakit.core.sitemap import base_tensors, copies, holders, layers, state_of
 from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError
 
@@ -257,10 +257,11 @@ def _check_mergeable(model: nn.Module, names: Sequence[str], untie: bool) -> Non
 
 def tied_sites(model: nn.Module, names: Sequence[str]) -> list[tuple[str, str]]:
     """The sites of some adapters whose weight another module shares, each with the name of the other."""
-    found = []
+    held, found = holders(model), []
     for path, layer in layers(model):
-        shared = shares_weight(model, layer) if any(name in layer.r for name in names) else []
-        found += [(path, shared[0])] if shared else []
+        if any(name in layer.r for name in names):
+            shared = [name for name, module in held[id(layer.base_layer.weight)] if module is not layer.base_layer]
+            found += [(path, shared[0])] if shared else []
     return found
 
 

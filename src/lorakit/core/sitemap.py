@@ -148,14 +148,14 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
                 yield prefix + name, buffer, module
 
 
-def shares_weight(model: nn.Module, layer: LoraLayer) -> list[str]:
-    """Names of other parameters of the base that are the same tensor as a layer's weight (tied or replicated)."""
-    weight = layer.base_layer.weight
-    return [
-        name
-        for name, _, module in base_tensors(model)
-        if module is not layer.base_layer and module._parameters.get(name.rpartition(".")[2]) is weight
-    ]
+def holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Who holds each parameter of the base: its id -> names and modules, several where it is tied."""
+    found: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, _, module in base_tensors(model):
+        parameter = module._parameters.get(name.rpartition(".")[2])
+        if parameter is not None:
+            found.setdefault(id(parameter), []).append((name, module))
+    return found
 
 
 def _old_biases(module: nn.Module) -> dict[str, Tensor]:

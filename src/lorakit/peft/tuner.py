@@ -9,7 +9,7 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.activation import adapter_parameters
+from lorakit.core.activation import parameters_by_adapter
 from lorakit.core.merging import tied_sites
 from lorakit.core.sitemap import find_state
 from lorakit.errors import AdapterError, warn_caller
@@ -93,9 +93,9 @@ class LoraModel(nn.Module):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         core.activate(self.model, *names)
-        for name in self.peft_config:
+        for name, parameters in parameters_by_adapter(self.model, self.peft_config).items():
             trained = name in names and not inference_mode
-            for parameter in adapter_parameters(self.model, name):
+            for parameter in parameters:
                 parameter.requires_grad_(trained and parameter.is_floating_point())
 
     def delete_adapter(self, adapter_name: str) -> None:
