@@ -175,8 +175,8 @@ class LoraConfig:
         self.target_modules = _names("target_modules", self.target_modules)
         self.exclude_modules = _names("exclude_modules", self.exclude_modules)
         self.modules_to_save = _plain_list("modules_to_save", self.modules_to_save)
-        self.rank_pattern = dict(self.rank_pattern or {})
-        self.alpha_pattern = dict(self.alpha_pattern or {})
+        self.rank_pattern = _table("rank_pattern", self.rank_pattern)
+        self.alpha_pattern = _table("alpha_pattern", self.alpha_pattern)
         _check_numbers(self)
         _check_layers(self)
         if self.bias not in BIAS_CHOICES:
@@ -312,6 +312,15 @@ def _plain_list(name: str, value: Any) -> list[str] | None:
         raise ConfigError(f"{name} is {value!r}; it must be a list of names, such as [{value!r}].")
     _names(name, value)
     return list(value)
+
+
+def _table(name: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{name} is {value!r}; it must be a table from name patterns to numbers.")
+    bad = [key for key in value or {} if not isinstance(key, str) or not key]
+    if bad:
+        raise ConfigError(f"{name} holds the key {bad[0]!r}; each key must be a non-empty pattern.")
+    return dict(value or {})
 
 
 def _check_numbers(config: LoraConfig) -> None:

@@ -153,10 +153,11 @@ def read_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         raise AdapterFileError(f"{path}: there is no such file.") from None
     except OSError as cause:
         raise AdapterFileError(f"{path}: cannot be opened ({cause.strerror}).") from cause
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise AdapterFileError(f"{path}: not a regular file; only regular files are read.")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise AdapterFileError(f"{path}: not a regular file; only regular files are read.")
         if status.st_size > max_bytes:
             raise AdapterFileError(
                 f"{path}: {status.st_size:,} bytes, more than the {max_bytes:,} that are allowed here."

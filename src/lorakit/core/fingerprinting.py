@@ -52,7 +52,10 @@ class Fingerprint:
             made = cls(**values)
         except TypeError:
             return None
-        sound = isinstance(made.samples, dict) and all(
+        words, numbers = (made.architecture, made.names_sha256, made.dtype), (made.parameters, made.vocabulary)
+        sound = all(isinstance(w, str) for w in words) and all(isinstance(n, int) for n in numbers)
+        sound = sound and isinstance(made.samples, dict)
+        sound = sound and all(
             isinstance(text, str) and not set(text) - set("0123456789abcdef") for text in made.samples.values()
         )
         return made if sound else None

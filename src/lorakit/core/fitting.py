@@ -111,7 +111,8 @@ def _take_biases(left: dict[str, Tensor], config: LoraConfig, site_map: SiteMap,
 
 def _check_sites(config: LoraConfig, site_map: SiteMap, expected: set[str] | None, result: Fit) -> None:
     candidates = {candidate.path: candidate for candidate in site_map.candidates}
-    for path in list(result.sites):
+    present = set(result.sites)
+    for path in sorted(present):
         candidate = candidates.get(path)
         if candidate is None or candidate.kind is None:
             result.problems.append(f"unexpected site {path}{_hint(path, list(candidates))}")
@@ -120,7 +121,7 @@ def _check_sites(config: LoraConfig, site_map: SiteMap, expected: set[str] | Non
         if expected is not None and path not in expected:
             result.problems.append(f"unexpected site {path}: the config does not name it")
         _check_parts(config, path, site_map, candidate.kind, result)
-    for path in sorted((expected or set()) - set(result.sites)):
+    for path in sorted((expected or set()) - present):
         result.problems.append(f"missing site {path}: the config names it, and there are no tensors for it")
 
 

@@ -88,9 +88,7 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
         if key is not None:
             pairs.setdefault(key.path, {})[key.part] = tensor
     sites = tuple(
-        _site(files.config, path, parts["A"], parts["B"])
-        for path, parts in sorted(pairs.items())
-        if {"A", "B"} <= set(parts)
+        _site(files.config, path, parts["A"], parts["B"]) for path, parts in sorted(pairs.items()) if _is_pair(parts)
     )
     findings = [*files.warnings, *_findings(sites, pairs, files.file.tensors)]
     return AdapterSummary(
@@ -115,6 +113,14 @@ def delta_norm(A: Tensor, B: Tensor) -> float:
     """
     A, B = A.double().flatten(1), B.double().flatten(1)
     return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+
+
+def _is_pair(parts: dict[str, Tensor]) -> bool:
+    """Whether A (r, in, …) and B (out, r, …) are both there, with one rank of at least 1."""
+    if not {"A", "B"} <= set(parts):
+        return False
+    A, B = parts["A"], parts["B"]
+    return A.ndim >= 2 and B.ndim >= 2 and A.shape[0] == B.shape[1] >= 1
 
 
 def _site(config: LoraConfig, path: str, A: Tensor, B: Tensor) -> SiteSummary:
@@ -148,9 +154,11 @@ def _findings(
     unknown = [s.path for s in sites if s.scale is None]
     if unknown:
         found.append(f"The scale of {len(unknown)} sites follows from a regular expression, which is not run.")
-    incomplete = [path for path, parts in pairs.items() if not {"A", "B"} <= set(parts)]
-    if incomplete:
-        found.append(f"A or B is missing at {len(incomplete)} sites, first {incomplete[0]}.")
+    odd_pairs = [path for path, parts in pairs.items() if not _is_pair(parts)]
+    if odd_pairs:
+        found.append(
+            f"A or B is missing, or they do not fit together, at {len(odd_pairs)} sites, first {odd_pairs[0]}."
+        )
     if not sites:
         found.append("There are no LoRA sites in the file.")
     return found

@@ -7,8 +7,9 @@ nothing is wrong, or what is wrong was allowed by name, does the model change, i
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,9 @@ from lorakit.core.sitemap import SiteMap, find_state, survey
 from lorakit.core.tensorfile import TensorFile, read_tensors
 from lorakit.core.variants import variant_for
 from lorakit.errors import AdapterFileError, BaseMismatchError, PatternError, warn_caller
+
+SHOWN = 6
+"""So many mismatches are named in an error."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +174,8 @@ def _judge(files: AdapterFiles, fitted: Fit, allow: Collection[str]) -> list[str
     """Refuse what does not fit, all at once; what was allowed comes back as sentences."""
     said = []
     if fitted.problems:
-        shown = "; ".join(fitted.problems[:6])
-        more = f"; and {len(fitted.problems) - 6} more" if len(fitted.problems) > 6 else ""
+        shown = "; ".join(_some_of_each(fitted.problems))
+        more = f"; and {len(fitted.problems) - SHOWN} more" if len(fitted.problems) > SHOWN else ""
         if fitted.shape_problems or not fitted.sites or "key_mismatch" not in allow:  # no site at all is no part
             raise AdapterFileError(f"{files.folder}: the adapter does not fit this model: {shown}{more}.")
         said.append(f"{files.folder}: loaded in part as allowed: {shown}{more}.")
@@ -182,6 +186,16 @@ def _judge(files: AdapterFiles, fitted: Fit, allow: Collection[str]) -> list[str
             raise AdapterFileError(f"{sentence}. Take an earlier checkpoint, or allow 'nonfinite'.")
         said.append(f"{sentence}.")
     return said
+
+
+def _some_of_each(problems: Sequence[str]) -> list[str]:
+    """The first few mismatches, of each sort some: what is missing means little without what came instead."""
+    sorts: dict[str, list[str]] = {}
+    for sentence in problems:
+        word = sentence.partition(" ")[0]
+        sorts.setdefault(word if word in {"missing", "unexpected"} else "shape", []).append(sentence)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*sorts.values()))
+    return [sentence for sentence in turns if sentence is not None][:SHOWN]
 
 
 def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, trainable: bool, allow: Collection[str]) -> list[Part]:

@@ -72,6 +72,14 @@ def read_sidecar(folder: str | os.PathLike[str]) -> Sidecar:
     known = {"format_version", "weights", "config", "base", "sites"}
     facts = {key: value for key, value in values.items() if key not in known}
     base = Fingerprint.from_dict(values["base"]) if values.get("base") else None
+    if values.get("base") and base is None:
+        raise AdapterFileError(f"{path}: base is not a fingerprint. Remove the file to load unverified.")
+    for site, entry in sites.items():
+        if not _is_site(entry):
+            raise AdapterFileError(
+                f"{path}: sites[{site!r}] is {str(entry)[:60]}; numbers r and lora_alpha were expected. Remove the "
+                "file to load unverified."
+            )
     return Sidecar(True, shas, str(config.get("sha256", "")), base, sites, facts)
 
 
@@ -99,6 +107,11 @@ def integrity(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
     if sidecar.present:
         return "the weights were rewritten by another program, so they cannot be verified"
     return f"there is no {SIDECAR_FILE}, so the weights cannot be verified"
+
+
+def _is_site(entry: Any) -> bool:
+    numbers = [entry.get("r"), entry.get("lora_alpha")] if isinstance(entry, dict) else [None]
+    return all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
 
 
 def _table(value: Any) -> dict[str, Any]:

@@ -111,6 +111,8 @@ def _header(path: str | os.PathLike[str], data: bytes) -> tuple[dict[str, Any], 
         raise AdapterFileError(
             f"{path}: not a safetensors file (it claims a header of {size:,} bytes); it may be {kind}."
         )
+    if data.count(b":", 8, 8 + size) > 4 * MAX_TENSORS + 10_000:  # four to a tensor; counted, since parsing takes long
+        raise AdapterFileError(f"{path}: the header names too many tensors; at most {MAX_TENSORS:,} are read.")
     try:
         header = parse_json(data[8 : 8 + size])
     except (ValueError, RecursionError) as cause:
