@@ -136,7 +136,7 @@ def key_fits(key: str, path: str) -> bool:
     Raises:
         ConfigError: The key is not a regular expression.
     """
-    return _compile(rf"(.*\.)?({key})", key).fullmatch(path) is not None
+    return _compile(rf"(.*\.)?({key})", "rank_pattern or alpha_pattern", key).fullmatch(path) is not None
 
 
 def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], str | None]:
@@ -159,11 +159,11 @@ def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], s
     return entry_of
 
 
-def _compile(pattern: str, where: str) -> re.Pattern[str]:
+def _compile(pattern: str, where: str, given: str | None = None) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as cause:
-        raise ConfigError(f"{where}: {pattern!r} is not a regular expression ({cause}).") from None
+        raise ConfigError(f"{where}: {given or pattern!r} is not a regular expression ({cause}).") from None
 
 
 def _saved(candidates: Sequence[Candidate], config: LoraConfig) -> tuple[list[str], list[str]]:
