@@ -68,7 +68,7 @@ DEFAULTS: dict[str, Default] = {
     "learning_rate": Default(
         "Peak learning rate",
         3e-4,
-        "about ten times that of full fine-tuning, steady from 0.1B to 8B at alpha = 2 r",
+        "about ten times what full fine-tuning takes, as the field uses it at alpha = 2 r",
         "3e-4",
     ),
     "lr_scheduler_type": Default(
