@@ -45,7 +45,7 @@ def main() -> int:
 
 def demo(began: float) -> None:
     """Prepare model and text, train, ask both, and sum up."""
-    from lorakit import data, hub
+    from lorakit import data
     from lorakit.train import TrainSettings, run
     from lorakit.train.progress import progress_for
 
