@@ -2,9 +2,9 @@
 
     python benchmarks/bench_attach.py [--sites 560] [--repeats 9]
 
-The model is a Llama of width 16: its arithmetic is nothing, so what is measured is the work per site. Python's collector
-is off while a call is timed, as `timeit` has it: one full collection over all that transformers holds takes longer than
-the call, and falls into every second one by chance. `--collector` leaves it on.
+The model is a Llama of width 16: its arithmetic is nothing, so what is measured is the work per site. Python's
+collector is off while a call is timed, as `timeit` has it: one full collection over all that transformers holds takes
+longer than the call, and falls into every second one by chance. `--collector` leaves it on.
 """
 
 from __future__ import annotations

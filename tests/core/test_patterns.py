@@ -1,0 +1,46 @@
+"""Patterns from a file are words: what is not a plain name is refused by name and never run."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from lorakit.core.patterns import literal_value, names
+from lorakit.errors import PatternError
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "fits"),
+    [
+        ("q_proj", "model.layers.0.q_proj", True),
+        ("q_proj", "q_proj", True),
+        ("0.q_proj", "model.layers.0.q_proj", True),
+        (r"0\.q_proj", "model.layers.0.q_proj", True),
+        ("^model.layers.0.q_proj", "model.layers.0.q_proj", True),
+        (r"^model\.layers\.0\.q_proj", "model.layers.0.q_proj", True),
+        ("^q_proj", "model.layers.0.q_proj", False),
+        ("proj", "model.q_proj", False),
+        ("model", "model.q_proj", False),
+        ("10.q_proj", "model.0.q_proj", False),
+        ("0.q_proj", "model.10.q_proj", False),
+    ],
+)
+def test_plain_names(pattern: str, path: str, fits: bool) -> None:
+    assert names(pattern, path) is fits
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "q_proj|v_proj", ".*q_proj", "layers.[01].q", "q?", "(", "a{99999}"])
+def test_regular_expressions_are_refused_at_once(pattern: str) -> None:
+    started = time.perf_counter()
+    with pytest.raises(PatternError, match="regular expression"):
+        names(pattern, "a" * 200 + "!")
+    assert time.perf_counter() - started < 0.1
+
+
+def test_the_first_that_fits_decides_and_later_ones_are_not_tried() -> None:
+    assert literal_value({"v": 1, "q": 2, "x.q": 3}, "x.q", 9) == 2
+    assert literal_value({"v": 1}, "x.q", 9) == 9
+    assert literal_value({}, "x.q", 9) == 9
+    with pytest.raises(PatternError):
+        literal_value({".*": 1}, "x.q", 9)
