@@ -26,7 +26,7 @@ def test_the_report() -> None:
 @pytest.mark.parametrize(
     ("specimen", "ends"),
     [(GPT2, {"c_attn"}), (LLAMA, {"q_proj", "v_proj"}), (BERT, {"query", "value"}), (T5, {"q", "v"})],
-    ids=str,
+    ids=["gpt2", "llama", "bert", "t5"],
 )
 def test_default_targets_are_the_fields(specimen: object, ends: set[str]) -> None:
     model = specimen.model()
