@@ -57,7 +57,10 @@ def test_every_link_leads_somewhere() -> None:
 def test_commands_run_in_order(tmp_path: Path) -> None:
     shutil.copy(ROOT / "docs" / "math.md", tmp_path / "notes.md")
     for arguments in commands():
-        shorter = ["2" if before == "--max-steps" else word for before, word in zip(["", *arguments[:-1]], arguments, strict=True)]
+        shorter = [
+            "2" if before == "--max-steps" else word
+            for before, word in zip(["", *arguments[:-1]], arguments, strict=True)
+        ]
         extra = {"train": ["--max-length", "32"], "generate": ["--max-new-tokens", "4"]}.get(arguments[0], [])
         done = subprocess.run(
             [sys.executable, "-m", "lorakit", *shorter, *extra],
