@@ -139,18 +139,18 @@ def summary(result: Any, directory: Path, program_bytes: int, seconds: float) ->
     adapter = show(result.adapter)
     print(f"\nEverything lies in {show(RUN)}: run.json, metrics.jsonl, loss.svg, adapter/, checkpoint-{result.steps}/.")
     print("\nTry next:")
-    for command in next_commands(adapter):
+    for command in next_commands(adapter, show(ROOT / "runs" / "demo-merged")):
         print(f"  {command}")
 
 
-def next_commands(adapter: str) -> list[str]:
+def next_commands(adapter: str, merged: str) -> list[str]:
     """The three commands that a person may want now."""
     lorakit = show(Path(sys.executable).parent / "lorakit")
     prompt = "A decorator is"
     return [
         f'{lorakit} generate --model smollm2 --adapter {adapter} --base --no-chat --prompt "{prompt}"',
         f"{lorakit} inspect {adapter}",
-        f"{lorakit} merge --model smollm2 --adapter {adapter} --output-dir {show(ROOT / 'runs' / 'demo-merged')}",
+        f"{lorakit} merge --model smollm2 --adapter {adapter} --output-dir {merged}",
     ]
 
 
