@@ -139,6 +139,13 @@ def test_new_modules_take_the_mode_of_what_they_stand_on() -> None:
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_every_module_that_comes_has_the_mode(mode: bool) -> None:
+    model = BERT.model().train(mode)
+    attach(model, BERT.config(lora_dropout=0.1, use_dora=True, modules_to_save=["classifier"], bias="all"))
+    assert {module.training for module in model.modules()} == {mode}
+
+
 def test_dropout_is_off_on_an_eval_base_and_on_in_training() -> None:
     model = with_adapters(LINEARS, "a", lora_dropout=0.5)
     given = LINEARS.given()
