@@ -178,6 +178,7 @@ class Life(RuleBasedStateMachine):
         self.x = LINEARS.given(torch.float64)
         self.numbers: dict[str, dict[str, tuple[torch.Tensor, float]]] = {}
         self.merged: set[str] = set()
+        self.joined: set[str] = set()  # in the default because they were merged
         self.default: tuple[str, ...] = ()
         self.seeds = itertools.count()
         self.folder = tempfile.TemporaryDirectory()
@@ -220,12 +221,14 @@ class Life(RuleBasedStateMachine):
         detach(self.model, name)
         del self.numbers[name]
         self.merged.discard(name)
+        self.joined.discard(name)
         self.default = tuple(n for n in self.default if n != name)
 
     @precondition(lambda self: self.numbers)
     @rule(data=st.data())
     def activate(self, data: st.DataObject) -> None:
         self.default = tuple(data.draw(st.lists(st.sampled_from(sorted(self.numbers)), unique=True)))
+        self.joined = set()
         activate(self.model, *self.default)
 
     @precondition(lambda self: self.numbers)
@@ -247,6 +250,8 @@ class Life(RuleBasedStateMachine):
             return
         assert not self.merged & set(names)
         self.merged |= set(names)
+        joined = tuple(n for n in names if n not in self.default)
+        self.default, self.joined = (*self.default, *joined), self.joined | set(joined)
 
     @precondition(lambda self: self.merged)
     @rule(data=st.data())
@@ -254,6 +259,9 @@ class Life(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.merged)))
         unmerge(self.model, name)
         self.merged.discard(name)
+        if name in self.joined:
+            self.default = tuple(n for n in self.default if n != name)
+            self.joined.discard(name)
 
     @precondition(lambda self: self.numbers)
     @rule(data=st.data())

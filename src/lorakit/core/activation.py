@@ -32,7 +32,7 @@ def activate(model: nn.Module, *names: str) -> None:
         layer.own_route = None
     for _, holder in copies(model):
         holder.own_route = None
-    state.default = Route(tuple(names))
+    state.replace_default(names)
 
 
 def use(model: nn.Module, *names: str) -> Override:

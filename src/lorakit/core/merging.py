@@ -62,7 +62,7 @@ class MergeReport:
 
 
 def merge(model: nn.Module, *names: str, keep_base: KeepBase = True, untie: bool = False) -> MergeReport:
-    """Write adapters into the base weights.
+    """Write adapters into the base weights; from then on they belong to the default route, until they are unmerged.
 
     Args:
         model: An adapted model, changed in place.
@@ -99,6 +99,7 @@ def merge(model: nn.Module, *names: str, keep_base: KeepBase = True, untie: bool
             _put(layer, weight, new)
     for _, holder in copies(model):
         holder.merged_adapter = next((n for n in chosen if n in holder.modules_to_save), holder.merged_adapter)
+    state.join_default(chosen)
     kept = sum(layer.kept.numel() * layer.kept.element_size() for _, layer in layers(model) if layer.kept is not None)
     return MergeReport(chosen, tuple(reports), kept)
 
@@ -137,6 +138,7 @@ def unmerge(model: nn.Module, *names: str) -> None:
                 layer.base_layer.weight, layer.tied_weight = layer.tied_weight, None
     for _, holder in copies(model):
         holder.merged_adapter = None if holder.merged_adapter in chosen else holder.merged_adapter
+    state.leave_default(chosen)
 
 
 def merge_and_unload(model: nn.Module, *names: str, untie: bool = False) -> MergeReport:

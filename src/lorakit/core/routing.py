@@ -119,6 +119,7 @@ class AdapterState:
     def __init__(self) -> None:
         self.configs: dict[str, LoraConfig] = {}
         self.default: Route = BASE
+        self._joined: tuple[str, ...] = ()  # adapters that are in the default because they were merged
         self.frozen: list[tuple[torch.nn.Parameter, bool]] = []
         self._open: dict[int, int] = {}  # thread -> overrides open in it
         # Threads that were told of an override elsewhere; not their numbers, which come again.
@@ -140,6 +141,21 @@ class AdapterState:
         if unknown:
             known = ", ".join(self.configs) or "none"
             raise RouteError(f"There is no adapter {unknown[0]!r} on this model. Adapters here: {known}.")
+
+    def replace_default(self, names: Sequence[str]) -> None:
+        """Make these adapters the default, whatever it was."""
+        self.default, self._joined = Route(tuple(names)), ()
+
+    def join_default(self, names: Sequence[str]) -> None:
+        """Put adapters that were merged into the default, behind those that are in it."""
+        joined = tuple(name for name in dict.fromkeys(names) if name not in self.default.names)
+        self.default, self._joined = Route((*self.default.names, *joined)), (*self._joined, *joined)
+
+    def leave_default(self, names: Sequence[str]) -> None:
+        """Take adapters that were unmerged out of the default, where merging had put them there."""
+        left = tuple(name for name in self._joined if name in names)
+        self._joined = tuple(name for name in self._joined if name not in names)
+        self.default = Route(tuple(name for name in self.default.names if name not in left))
 
     def override(self, route: Route) -> Override:
         """A block in which this route is in force, in this context only.
