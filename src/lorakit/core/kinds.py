@@ -169,6 +169,8 @@ KINDS: tuple[Kind, ...] = (
 )
 
 
+_NAMED = {kind.name: kind for kind in KINDS}
+
 READ_BY_THEIR_OWNER = frozenset({"torch.nn.modules.linear.NonDynamicallyQuantizableLinear"})
 """Dense layers whose weight another module reads without calling them: factors beside them would do nothing."""
 
@@ -191,4 +193,4 @@ def kind_of(module_type: type[nn.Module]) -> Kind | None:
 
 def kind_named(name: str) -> Kind:
     """The kind with that name; names are the table's own, so a miss is a mistake in lorakit."""
-    return next(kind for kind in KINDS if kind.name == name)
+    return _NAMED[name]

@@ -187,11 +187,10 @@ class LoraLayer(nn.Module):
             MergeError: What is merged is not wanted here, and the base's bits were not kept.
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
-        here = [name for name in route.mentions if name in self.r]
-        if not here and not self.merged_adapters:
-            y: Tensor = self.base_layer(x, *args, **kwargs)
-        else:
+        if self.merged_adapters or not route.mentions.isdisjoint(self.r):
             y = self._adapted(route, x, args, kwargs)
+        else:
+            y = self.base_layer(x, *args, **kwargs)
         if not again and not torch.compiler.is_compiling():
             self.forwards.note(y, route)
         return y

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class Route:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    @property
+    @cached_property
     def mentions(self) -> frozenset[str]:
         """Every adapter that some row uses."""
         return frozenset(self.names if self.rows is None else filter(None, self.rows))

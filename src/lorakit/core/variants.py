@@ -126,9 +126,12 @@ VARIANTS: tuple[Variant, ...] = (
 )
 
 
+_NAMED = {variant.name: variant for variant in VARIANTS}
+
+
 def variant_named(name: str) -> Variant:
     """The variant with that name; names are the table's own, so a miss is a mistake in lorakit."""
-    return next(variant for variant in VARIANTS if variant.name == name)
+    return _NAMED[name]
 
 
 def variant_for(use_dora: bool, kind: str, path: str) -> Variant:
