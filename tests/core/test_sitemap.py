@@ -1,0 +1,72 @@
+"""The map of a model: sites, parents, shared weights, and the base's tensors under their own names."""
+
+import pytest
+import torch
+from torch import nn
+
+from lorakit import LoraConfig, core
+from lorakit.core.merging import tied_sites
+from lorakit.core.sitemap import base_tensors, find_state, state_of, survey
+from lorakit.errors import AdapterError
+
+
+class Shared(nn.Module):
+    """One layer in two places, and two embeddings with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.again = self.first
+        self.inputs, self.outputs = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+        self.outputs.weight = self.inputs.weight
+        self.register_buffer("kept", torch.ones(2))
+        self.register_buffer("passing", torch.ones(2), persistent=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.outputs
+
+
+def test_candidates_have_kinds_and_sizes_and_the_head_is_not_dense() -> None:
+    found = {c.path: c for c in survey(Shared()).candidates}
+    assert (found["first"].kind, found["first"].dense) == ("Linear", True)
+    assert (found["outputs"].kind, found["outputs"].dense) == ("Linear", False)
+    assert (found["inputs"].kind, found["inputs"].dense) == ("Embedding", False)
+    assert (found["inputs"].out_features, found["inputs"].in_features) == (4, 6)
+
+
+def test_a_module_in_two_places_is_replaced_in_both() -> None:
+    model = Shared()
+    core.attach(model, LoraConfig(target_modules=["first"]))
+    assert model.first is model.again and isinstance(model.first, core.LoraLayer)
+    assert [site.path for site in core.sites(model)] == ["first"]
+    core.detach(model)
+    assert model.first is model.again and type(model.first) is nn.Linear
+
+
+def test_the_bases_tensors_keep_their_names_under_adapters() -> None:
+    model = Shared()
+    names = [name for name, _, _ in base_tensors(model)]
+    before = {name: tensor.clone() for name, tensor, _ in base_tensors(model)}
+    core.attach(model, LoraConfig(target_modules=["first", "inputs"], modules_to_save=["outputs"], bias="lora_only"))
+    assert [name for name, _, _ in base_tensors(model)] == names
+    assert "kept" in names and "passing" not in names
+    assert all(torch.equal(tensor, before[name]) for name, tensor, _ in base_tensors(model))
+
+
+def test_a_tied_weight_is_known() -> None:
+    model = Shared()
+    core.attach(model, LoraConfig(target_modules=["inputs", "first"]))
+    assert tied_sites(model, ["default"]) == [("inputs", "outputs.weight")]
+
+
+def test_a_quantised_weight_is_no_site() -> None:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    (candidate,) = survey(nn.Sequential(layer)).candidates
+    assert candidate.kind is None and candidate.type_name == "Linear"
+
+
+def test_a_model_without_adapters_has_no_state() -> None:
+    assert find_state(Shared()) is None
+    with pytest.raises(AdapterError, match="This Shared has no adapters. Attach or load one first."):
+        state_of(Shared())

@@ -1,0 +1,85 @@
+"""The table VARIANTS: additions to output and weight, against the papers' formulas written out."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorakit.core.factor import Factor
+from lorakit.core.variants import row_norms, variant_for, variant_named
+from lorakit.errors import NotYetSupported
+
+SCALE = 0.7
+
+
+@pytest.fixture
+def numbers() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    W, A, B, bias, x = (torch.randn(*s, dtype=torch.float64) for s in ((3, 5), (2, 5), (3, 2), (3,), (4, 5)))
+    return W, A, B, bias, x
+
+
+def factor(A: Tensor, B: Tensor, variant: str, magnitude: Tensor | None = None) -> Factor:
+    return Factor(A, B, SCALE, nn.Identity(), variant, magnitude)
+
+
+def test_row_norms_are_those_of_the_dense_sum(numbers: tuple[Tensor, ...]) -> None:
+    W, A, B, _, _ = numbers
+    torch.testing.assert_close(row_norms(W, A, B, SCALE), torch.linalg.vector_norm(W + SCALE * B @ A, dim=1))
+
+
+@pytest.mark.parametrize("name", ["plain", "dora"])
+def test_output_and_update_agree_with_the_formula(name: str, numbers: tuple[Tensor, ...]) -> None:
+    W, A, B, bias, x = numbers
+    magnitude = torch.rand(3, dtype=torch.float64) + 0.5 if name == "dora" else None
+    full = W + SCALE * B @ A
+    if magnitude is not None:  # arXiv:2402.09353, eq. (5)
+        full = magnitude.unsqueeze(1) * full / torch.linalg.vector_norm(full, dim=1, keepdim=True)
+    row, held = variant_named(name), factor(A, B, name, magnitude)
+    y0, z = F.linear(x, W, bias), SCALE * (x @ A.T) @ B.T
+    torch.testing.assert_close(y0 + row.output(y0, bias, z, held, lambda: W), F.linear(x, full, bias))
+    torch.testing.assert_close(W + row.update(W, SCALE * B @ A, held), full)
+
+
+def test_doras_magnitude_begins_as_the_norm_so_that_nothing_changes(numbers: tuple[Tensor, ...]) -> None:
+    W, A, _, bias, x = numbers
+    B, row = torch.zeros(3, 2, dtype=torch.float64), variant_named("dora")
+    held = factor(A, B, "dora", row.magnitude(W, A, B, SCALE))
+    y0 = F.linear(x, W, bias)
+    assert not row.output(y0, bias, torch.zeros_like(y0), held, lambda: W).any()
+
+
+def test_the_norm_is_constant_in_the_backward(numbers: tuple[Tensor, ...]) -> None:
+    W, A, B, _, x = numbers
+    A, magnitude = A.clone().requires_grad_(), torch.ones(3, dtype=torch.float64, requires_grad=True)
+    held = factor(A, B, "dora", magnitude)
+    y0 = x @ W.T
+    z = SCALE * (x @ A.T) @ B.T
+    (y0 + variant_named("dora").output(y0, None, z, held, lambda: W)).sum().backward()
+    gain = (magnitude / row_norms(W, A, B, SCALE)).detach()
+    expected = torch.autograd.grad((gain * (SCALE * (x @ A.T) @ B.T)).sum(), A)[0]
+    torch.testing.assert_close(A.grad, expected)
+    assert magnitude.grad is not None and magnitude.grad.abs().min() > 0
+
+
+def test_a_row_of_zeros_stays_zero_instead_of_nan(numbers: tuple[Tensor, ...]) -> None:
+    W, A, B, _, x = numbers
+    W, B = W.clone(), B.clone()
+    W[0], B[0] = 0, 0
+    held = factor(A, B, "dora", row_norms(W, A, B, SCALE))
+    found = variant_named("dora").output(x @ W.T, None, SCALE * (x @ A.T) @ B.T, held, lambda: W)
+    assert torch.isfinite(found).all() and not found[:, 0].any()
+
+
+def test_dora_on_an_embedding_is_refused_by_name() -> None:
+    with pytest.raises(NotYetSupported, match="use_dora at wte: DoRA on Embedding is not built yet"):
+        variant_for(True, "Embedding", "wte")
+    assert variant_for(False, "Embedding", "wte").name == "plain"
+
+
+def test_factors_can_be_replaced_but_not_changed(numbers: tuple[Tensor, ...]) -> None:
+    _, A, B, _, _ = numbers
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        factor(A, B, "plain").scale = 1.0  # type: ignore[misc]
