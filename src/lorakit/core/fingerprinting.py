@@ -27,7 +27,7 @@ class Fingerprint:
 
     Attributes:
         architecture: Class name of the model.
-        parameters: Numbers in it, each shared tensor counted under every name.
+        parameters: Numbers in it; a tensor that is shared under several names counts once.
         names_sha256: Of the sorted names and shapes.
         vocabulary: Rows of the input embedding, 0 where there is none.
         dtype: dtype of most of the sampled tensors.
@@ -79,7 +79,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     dtypes = [str(tensors[name].dtype).removeprefix("torch.") for name in chosen]
     return Fingerprint(
         architecture=type(_innermost(model)).__name__,
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        parameters=sum({id(tensor): tensor.numel() for tensor in tensors.values()}.values()),
         names_sha256=hashlib.sha256(listing.encode()).hexdigest(),
         vocabulary=_vocabulary(model),
         dtype=max(set(dtypes), key=dtypes.count) if dtypes else "",

@@ -108,6 +108,7 @@ class LiveProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._task is not None:
+            self._bar.update(self._task, description="done" if kind is None else "stopped")
             self._bar.stop()
 
     def begin(self, step: int, total_steps: int) -> None:
