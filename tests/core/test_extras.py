@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakit.core import attach, detach, disable, use
+from lorakit import LoraConfig
+from lorakit.core import attach, detach, disable, route, use
 from lorakit.errors import ConfigError, RouteError
 
 from ..laws.snapshots import same_bits
@@ -116,3 +117,22 @@ def test_a_module_that_takes_words_and_returns_no_tensor_is_copied_too() -> None
     assert same_bits(run(model, x), before)
     model(x).sum().backward()
     assert model.head.modules_to_save["default"].lin.weight.grad is not None
+
+
+class Named(torch.nn.Module):
+    """A module whose output is not a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"out": self.inner(x)}
+
+
+def test_a_mixed_batch_through_a_copy_without_a_tensor_is_refused_by_name() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), Named()).eval()
+    for name in "ab":
+        attach(model, LoraConfig(target_modules=["0"], modules_to_save=["1"]), name)
+    with route(model, ["a", "b"]), pytest.raises(RouteError, match="A copied module returns a dict"):
+        model(torch.ones(2, 3))

@@ -111,6 +111,11 @@ class ModuleCopies(nn.Module):
                 )
             parts.append(part)
             order.extend(indices)
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise RouteError(
+                f"A copied module returns a {type(parts[0]).__name__}, whose rows cannot be put together for a mixed batch. "
+                "Run the rows of each adapter on their own with `use`."
+            )
         back = torch.tensor(order, device=first.device).argsort()
         return torch.cat(parts).index_select(0, back)
 
