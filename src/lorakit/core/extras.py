@@ -113,7 +113,7 @@ class ModuleCopies(nn.Module):
             order.extend(indices)
         if not all(isinstance(part, Tensor) for part in parts):
             raise RouteError(
-                f"A copied module returns a {type(parts[0]).__name__}, whose rows cannot be put together for a mixed batch. "
+                f"A copied module returns a {type(parts[0]).__name__}, whose rows cannot be put together again. "
                 "Run the rows of each adapter on their own with `use`."
             )
         back = torch.tensor(order, device=first.device).argsort()
