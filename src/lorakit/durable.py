@@ -66,7 +66,16 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         DiskError: As `write_bytes`.
         ValueError: The value holds a NaN or an infinity, which JSON has no word for.
     """
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """What `write_json` writes, for those who need its hash first.
+
+    Raises:
+        ValueError: The value holds a NaN or an infinity, which JSON has no word for.
+    """
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 @contextlib.contextmanager

@@ -221,7 +221,7 @@ def _fresh_parts(site_map: SiteMap, config: LoraConfig, matches: Sequence[Match]
     parts = []
     for match in matches:
         kind, module = kind_named(match.kind), site_map.modules[match.path]
-        base = module.base_layer if isinstance(module, LoraLayer) else module
+        base = site_map.base(match.path)
         variant = variant_for(config.use_dora, kind.name, match.path)
         weight: torch.Tensor = base.weight  # type: ignore[assignment]
         A_shape, B_shape = kind.shapes(kind.slots(base)[0], match.rank)

@@ -12,7 +12,6 @@ from lorakit.config import LoraConfig
 from lorakit.core.extras import ModuleCopies, biased_modules
 from lorakit.core.keys import MAGNITUDE, PREFIX, parse
 from lorakit.core.kinds import kind_named
-from lorakit.core.layer import LoraLayer
 from lorakit.core.patterns import literal_value
 from lorakit.core.sitemap import SiteMap
 from lorakit.errors import PatternError, TargetError, nearest
@@ -134,9 +133,7 @@ def _check_parts(config: LoraConfig, path: str, site_map: SiteMap, kind_name: st
     if lacking:
         del result.sites[path]
         return
-    standing = site_map.modules[path]
-    base = standing.base_layer if isinstance(standing, LoraLayer) else standing
-    slot = kind.slots(base)[0]
+    slot = kind.slots(site_map.base(path))[0]
     rank = _rank(config, path, int(parts["A"].shape[0]) if parts["A"].ndim else 0)
     shapes = dict(zip(("A", "B"), kind.shapes(slot, rank), strict=True))
     shapes["magnitude"] = (slot.out_features,)

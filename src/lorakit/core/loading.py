@@ -26,7 +26,6 @@ from lorakit.core.factor import Factor
 from lorakit.core.fingerprinting import DIFFERENT, compare, fingerprint
 from lorakit.core.fitting import Fit, fit
 from lorakit.core.kinds import kind_named
-from lorakit.core.layer import LoraLayer
 from lorakit.core.patterns import literal_value
 from lorakit.core.sidecar import WEIGHTS_FILE, Sidecar, integrity, read_sidecar
 from lorakit.core.sitemap import SiteMap, find_state, survey
@@ -204,8 +203,7 @@ def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, trainable: bool,
     kinds = {candidate.path: candidate.kind or "" for candidate in site_map.candidates}
     scales = []
     for path, tensors in fitted.sites.items():
-        module = site_map.modules[path]
-        base = module.base_layer if isinstance(module, LoraLayer) else module
+        base = site_map.base(path)
         kind = kind_named(kinds[path])
         r = int(tensors["A"].shape[0])
         alpha = _alpha(files, path, known)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from lorakit.core.keys import adapter_tensors
 from lorakit.core.sidecar import FORMAT_VERSION, METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
 from lorakit.core.sitemap import layers, state_of, survey
 from lorakit.core.tensorfile import encode
-from lorakit.durable import sha256_bytes, sha256_file, write_bytes
+from lorakit.durable import json_bytes, sha256_bytes, sha256_file, write_bytes, write_json
 from lorakit.errors import AdapterError
 from lorakit.targets import ALL_LINEAR, names_path, resolve
 
@@ -94,10 +93,10 @@ def save_adapter(
     }
     if present.is_file():  # between two renames old weights stand beside new words: both are named until the end
         between = {**about, "weights": {**about["weights"], "previous_sha256": sha256_file(present)}}
-        write_bytes(folder / SIDECAR_FILE, _json(between))
+        write_json(folder / SIDECAR_FILE, between)
     write_bytes(folder / CONFIG_FILE, config)
     write_bytes(present, weights)
-    write_bytes(folder / SIDECAR_FILE, _json(about))
+    write_json(folder / SIDECAR_FILE, about)
     return SavedAdapter(folder, (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE), len(weights), sha256_bytes(weights))
 
 
@@ -115,7 +114,7 @@ def _config_on_disk(model: nn.Module, config: LoraConfig, base: str | None) -> b
         inference_mode=True,
         base_model_name_or_path=base if base is not None else config.base_model_name_or_path,
     )
-    return _json(config.as_json())
+    return json_bytes(config.as_json())
 
 
 def _class_of(model: nn.Module) -> dict[str, str]:
@@ -137,10 +136,6 @@ def portable_targets(model: nn.Module, config: LoraConfig) -> set[str] | list[st
     words = {path.rpartition(".")[2] for path in paths}
     named = {c.path for c in candidates if any(names_path(word, c.path) for word in words)}
     return words if named == paths else paths
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _check_finite(name: str, tensors: dict[str, Tensor]) -> None:

@@ -53,6 +53,11 @@ class SiteMap:
     parents: dict[int, list[tuple[nn.Module, str]]]
     candidates: list[Candidate]
 
+    def base(self, path: str) -> nn.Module:
+        """The base's module at a path, also where a layer stands there."""
+        standing = self.modules[path]
+        return standing.base_layer if isinstance(standing, LoraLayer) else standing
+
     def replace(self, old: nn.Module, new: nn.Module) -> None:
         """Put a module where another stands, in every place."""
         for parent, attribute in self.parents[id(old)]:

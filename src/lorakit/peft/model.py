@@ -13,10 +13,11 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import CONFIG_FILE, LoraConfig, TaskType, read_config
+from lorakit.core.checks import ALLOWANCES
 from lorakit.core.sitemap import find_state
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.peft.options import check_options
-from lorakit.peft.tuner import ALL_ALLOWED, LoraModel
+from lorakit.peft.tuner import LoraModel
 
 BASE_NAME = "__base__"
 """In `adapter_names`: a row that runs on the base alone."""
@@ -134,7 +135,7 @@ class PeftModel(nn.Module):
         folder = adapter_folder(model_id, kwargs.pop("subfolder", None), kwargs.pop("revision", None))
         check_options("load_adapter", kwargs)
         report = core.load_adapter(
-            self.get_base_model(), folder, adapter_name, trainable=is_trainable, allow=ALL_ALLOWED
+            self.get_base_model(), folder, adapter_name, trainable=is_trainable, allow=ALLOWANCES
         )
         if not is_trainable:
             self.eval()

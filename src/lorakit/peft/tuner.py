@@ -10,12 +10,10 @@ from torch import nn
 from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.activation import parameters_by_adapter
+from lorakit.core.checks import ALLOWANCES
 from lorakit.core.merging import tied_sites
 from lorakit.core.sitemap import find_state
 from lorakit.errors import AdapterError, warn_caller
-
-ALL_ALLOWED = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "odd_scale")
-"""What PEFT goes on with; here each comes with a warning."""
 
 
 class LoraModel(nn.Module):
@@ -77,7 +75,7 @@ class LoraModel(nn.Module):
             TargetError: Nothing matches.
             ConfigError: The config does not fit.
         """
-        report = core.attach(self.model, config, name, allow=ALL_ALLOWED)
+        report = core.attach(self.model, config, name, allow=ALLOWANCES)  # PEFT goes on; here each comes with a warning
         for sentence in report.missing:
             warn_caller(sentence)
 
