@@ -1,5 +1,7 @@
 """The table BASES: a weight is read as (out, in) in at least fp32 and written back in its own layout and dtype."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -13,13 +15,26 @@ MODULES = {"dense": nn.Linear(5, 3), "transposed": Conv1D(3, 5), "embedding": nn
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_written_is_what_was_read(name: str, dtype: torch.dtype) -> None:
-    stored = MODULES[name].weight.detach().to(dtype)
-    base = base_of(MODULES[name])
-    read = base.read(stored)
+    module = MODULES[name]
+    stored = module.weight.detach().to(dtype)
+    base = base_of(module)
+    read = base.read(module, stored)
     assert tuple(read.shape) == (3, 5)
     assert read.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    written = base.write(read, stored)
+    written = base.write(module, stored, read)
     assert written.dtype == dtype and written.is_contiguous() and torch.equal(written, stored)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_placed_is_stored_and_a_clone_leaves_the_module_alone(name: str) -> None:
+    module = copy.deepcopy(MODULES[name])
+    base, before, parameter = base_of(module), module.weight.detach().clone(), module.weight
+    other = base.write(module, before, base.read(module, before) + 1)
+    clone = base.clone(module, "weight", other)
+    assert torch.equal(module.weight, before) and torch.equal(clone.weight, other)
+    base.place(module, "weight", other)
+    assert module.weight is parameter and torch.equal(base.stored(module, "weight"), other)
+    assert base.device(module, "weight") == other.device
 
 
 def test_which_row_it_is() -> None:

@@ -1,12 +1,15 @@
 """The table KINDS: which modules it finds, shapes of A and B, and the two half-products beside the dense delta."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.core.kinds import KINDS, dense_delta, kind_named, kind_of
+from lorakit.core.kinds import KINDS, dense_delta, kind_named, kind_of, parameter_slot
+from lorakit.errors import ConfigError, MergeError, TargetError
 
 
 class OwnLinear(nn.Linear):
@@ -42,10 +45,10 @@ def test_every_kind_gives_linear_orientation(name: str) -> None:
     assert kind.shapes(slot, 2) == ((2, 5), (3, 2))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_the_half_products_are_the_dense_delta(kind) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("name", MODULES)
+def test_the_half_products_are_the_dense_delta(name: str) -> None:
     torch.manual_seed(0)
-    A, B, module = torch.randn(2, 5), torch.randn(3, 2), MODULES[kind.name]
+    kind, module, A, B = kind_named(name), MODULES[name], torch.randn(2, 5), torch.randn(3, 2)
     x = torch.randint(0, 5, (4, 6)) if kind.name == "Embedding" else torch.randn(4, 6, 5)
     one_hot = F.one_hot(x, 5).float() if kind.name == "Embedding" else x
     found = kind.up(module, kind.down(module, x, A), B)
@@ -53,7 +56,7 @@ def test_the_half_products_are_the_dense_delta(kind) -> None:  # type: ignore[no
 
 
 def test_only_an_embedding_begins_with_a_zero_A() -> None:
-    assert {kind.name: kind.zero_side for kind in KINDS} == {"Linear": "B", "Conv1D": "B", "Embedding": "A"}
+    assert {kind.name for kind in KINDS if kind.zero_side == "A"} == {"Embedding"}
 
 
 def test_a_scaled_embedding_scales_its_delta() -> None:
@@ -62,3 +65,68 @@ def test_a_scaled_embedding_scales_its_delta() -> None:
     kind, A, B = kind_named("Embedding"), torch.randn(2, 5), torch.randn(3, 2)
     x = torch.tensor([1, 3])
     torch.testing.assert_close(kind.up(module, kind.down(module, x, A), B), 4 * dense_delta(A, B).T[x])
+
+
+CONVOLUTIONS = [nn.Conv1d, nn.Conv2d, nn.Conv3d]
+AROUND = [
+    {},
+    {"stride": 2, "padding": 1},
+    {"dilation": 2, "padding": 2},
+    {"padding": 1, "padding_mode": "circular"},
+    {"padding": "same", "padding_mode": "reflect", "dilation": 2},
+    {"padding": 1, "groups": 2},
+]
+
+
+@pytest.mark.parametrize("around", AROUND, ids=str)
+@pytest.mark.parametrize("make", CONVOLUTIONS, ids=lambda make: make.__name__)
+def test_a_convolutions_half_products_are_the_convolution_with_its_delta(
+    make: type[nn.Conv2d], around: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    dims = CONVOLUTIONS.index(make) + 1
+    module = make(4, 6, 3, bias=False, **around)
+    kind, (slot,) = kind_of(make), kind_of(make).slots(module)  # type: ignore[union-attr]
+    A_shape, B_shape = kind.shapes(slot, 2)  # type: ignore[union-attr]
+    A, B = torch.randn(A_shape), torch.randn(B_shape)
+    x = torch.randn(2, 4, *[8] * dims)
+    found = kind.up(module, kind.down(module, x, A), B)  # type: ignore[union-attr]
+    whole = make(4, 6, 3, bias=False, **{**around, "groups": 1})
+    flat_A, flat_B = kind.flat(slot, A, B)  # type: ignore[union-attr]
+    whole.weight.data = (flat_B @ flat_A).view(whole.weight.shape)
+    torch.testing.assert_close(found, whole(x), rtol=1e-4, atol=1e-4)
+    if slot.groups == 1:
+        torch.testing.assert_close(kind.delta(slot, A, B), whole.weight.data)  # type: ignore[union-attr]
+    else:
+        with pytest.raises(MergeError, match="2 groups has no place"):
+            kind.delta(slot, A, B)  # type: ignore[union-attr]
+        wide = make(4, 6, 3, bias=False, **{**around, "groups": 1})
+        wide.weight.data = kind.flat_weight(slot, module.weight.data).view(wide.weight.shape)  # type: ignore[union-attr]
+        torch.testing.assert_close(module(x), wide(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_rank_that_the_groups_do_not_divide_is_refused() -> None:
+    kind = kind_named("Conv2d")
+    (slot,) = kind.slots(nn.Conv2d(4, 6, 3, groups=2))
+    with pytest.raises(ConfigError, match="rank is 3, and a convolution of 2 groups needs one that is divisible by 2"):
+        kind.shapes(slot, 3)
+
+
+@pytest.mark.parametrize("in_first", [False, True])
+def test_experts_share_a_and_b_as_peft_lays_them(in_first: bool) -> None:
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.stack = nn.Parameter(torch.zeros((2, 5, 3) if in_first else (2, 3, 5)))
+    module.is_transposed = in_first  # type: ignore[assignment]
+    slot, kind = parameter_slot(module, "stack"), kind_named("Parameter")
+    assert kind.shapes(slot, 4) == ((8, 5), (3, 8))
+    A, B = torch.randn(8, 5), torch.randn(3, 8)
+    delta = kind.delta(slot, A, B)
+    for expert in range(2):
+        one = B[:, expert::2] @ A[4 * expert : 4 * expert + 4]
+        torch.testing.assert_close(delta[expert], one.T if in_first else one)
+
+
+def test_a_parameter_of_one_axis_is_refused() -> None:
+    with pytest.raises(TargetError, match=r"'weight' has shape \(4,\); LoRA on a parameter needs two axes or three"):
+        parameter_slot(nn.LayerNorm(4), "weight")

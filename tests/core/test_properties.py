@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import nn
@@ -49,6 +49,13 @@ def conv1d(out: int, size: int) -> nn.Module:
     return Conv1D(out, size)
 
 
+def conditioned(layer: Any) -> bool:
+    """Whether no row of W + s·B·A is small beside its parts: DoRA divides by its norm, and would show their rounding."""
+    W, factor = layer.read(), layer.factor("default")
+    rows = row_norms(W, factor.A, factor.B, factor.scale)
+    return bool((W.norm(dim=1) <= 4 * rows).all())
+
+
 @QUICK
 @given(kind=st.sampled_from(["Linear", "Conv1D", "Embedding"]), size=SIZES, out=SIZES, r=st.integers(1, 12),
        alpha=st.floats(0.1, 64), rslora=st.booleans(), dora=st.booleans(), dtype=DTYPES, rows=st.integers(1, 4))  # fmt: skip
@@ -59,13 +66,13 @@ def test_formula_merge_and_round_trip_for_any_shape(
     made = {"Linear": nn.Linear(size, out), "Conv1D": conv1d(out, size), "Embedding": nn.Embedding(size, out)}[kind]
     model = nn.Sequential(made).to(dtype).eval()
     x = torch.randint(0, size, (rows, 3)) if kind == "Embedding" else torch.randn(rows, size).to(dtype)
-    dora = dora and kind != "Embedding"
     attach(
         model,
         LoraConfig(r=r, lora_alpha=alpha, use_rslora=rslora, use_dora=dora, target_modules=["0"]),
         allow=["odd_scale"],
     )
     randomise(model, "default", 1, size=0.2)
+    assume(not dora or conditioned(model[0]))
     adapted = run(model, x)
     plain = nn.Sequential(
         {"Linear": nn.Linear(size, out), "Conv1D": conv1d(out, size), "Embedding": nn.Embedding(size, out)}[kind]

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorakit.config import LoraConfig
 from lorakit.core.factor import Factor
-from lorakit.core.variants import row_norms, variant_for, variant_named
-from lorakit.errors import NotYetSupported
+from lorakit.core.kinds import Slot, kind_named
+from lorakit.core.variants import At, row_norms, variant_for, variant_named
+from lorakit.errors import ConfigError
 
 SCALE = 0.7
+KIND, SLOT = kind_named("Linear"), Slot("weight", 3, 5)
 
 
 @pytest.fixture
@@ -23,6 +26,11 @@ def numbers() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def factor(A: Tensor, B: Tensor, variant: str, magnitude: Tensor | None = None) -> Factor:
     return Factor(A, B, SCALE, nn.Identity(), variant, magnitude)
+
+
+def output(y0: Tensor, bias: Tensor | None, z: Tensor, held: Factor, W: Tensor) -> Tensor:
+    """The variant's addition to an output (…, out)."""
+    return variant_named(held.variant).output(At(y0, bias, z, held, KIND, SLOT, lambda: W))
 
 
 def test_row_norms_are_those_of_the_dense_sum(numbers: tuple[Tensor, ...]) -> None:
@@ -39,16 +47,16 @@ def test_output_and_update_agree_with_the_formula(name: str, numbers: tuple[Tens
         full = magnitude.unsqueeze(1) * full / torch.linalg.vector_norm(full, dim=1, keepdim=True)
     row, held = variant_named(name), factor(A, B, name, magnitude)
     y0, z = F.linear(x, W, bias), SCALE * (x @ A.T) @ B.T
-    torch.testing.assert_close(y0 + row.output(y0, bias, z, held, lambda: W), F.linear(x, full, bias))
-    torch.testing.assert_close(W + row.update(W, SCALE * B @ A, held), full)
+    torch.testing.assert_close(y0 + output(y0, bias, z, held, W), F.linear(x, full, bias))
+    torch.testing.assert_close(W + row.update(KIND, SLOT, W, SCALE * B @ A, held), full)
 
 
 def test_doras_magnitude_begins_as_the_norm_so_that_nothing_changes(numbers: tuple[Tensor, ...]) -> None:
     W, A, _, bias, x = numbers
     B, row = torch.zeros(3, 2, dtype=torch.float64), variant_named("dora")
-    held = factor(A, B, "dora", row.magnitude(W, A, B, SCALE))
+    held = factor(A, B, "dora", row.magnitude(KIND, SLOT, W, A, B, SCALE))
     y0 = F.linear(x, W, bias)
-    assert not row.output(y0, bias, torch.zeros_like(y0), held, lambda: W).any()
+    assert not output(y0, bias, torch.zeros_like(y0), held, W).any()
 
 
 def test_the_norm_is_constant_in_the_backward(numbers: tuple[Tensor, ...]) -> None:
@@ -57,7 +65,7 @@ def test_the_norm_is_constant_in_the_backward(numbers: tuple[Tensor, ...]) -> No
     held = factor(A, B, "dora", magnitude)
     y0 = x @ W.T
     z = SCALE * (x @ A.T) @ B.T
-    (y0 + variant_named("dora").output(y0, None, z, held, lambda: W)).sum().backward()
+    (y0 + output(y0, None, z, held, W)).sum().backward()
     gain = (magnitude / row_norms(W, A, B, SCALE)).detach()
     expected = torch.autograd.grad((gain * (SCALE * (x @ A.T) @ B.T)).sum(), A)[0]
     torch.testing.assert_close(A.grad, expected)
@@ -69,14 +77,14 @@ def test_a_row_of_zeros_stays_zero_instead_of_nan(numbers: tuple[Tensor, ...]) -
     W, B = W.clone(), B.clone()
     W[0], B[0] = 0, 0
     held = factor(A, B, "dora", row_norms(W, A, B, SCALE))
-    found = variant_named("dora").output(x @ W.T, None, SCALE * (x @ A.T) @ B.T, held, lambda: W)
+    found = output(x @ W.T, None, SCALE * (x @ A.T) @ B.T, held, W)
     assert torch.isfinite(found).all() and not found[:, 0].any()
 
 
-def test_dora_on_an_embedding_is_refused_by_name() -> None:
-    with pytest.raises(NotYetSupported, match="use_dora at wte: DoRA on Embedding is not built yet"):
-        variant_for(True, "Embedding", "wte")
-    assert variant_for(False, "Embedding", "wte").name == "plain"
+def test_a_kind_without_a_meaning_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="use_dora at mha: dora cannot act on a MultiheadAttention; it can on Linear"):
+        variant_for(LoraConfig(use_dora=True), "MultiheadAttention", "mha")
+    assert variant_for(LoraConfig(), "MultiheadAttention", "mha").name == "plain"
 
 
 def test_factors_can_be_replaced_but_not_changed(numbers: tuple[Tensor, ...]) -> None:

@@ -55,6 +55,8 @@ def test_what_is_merged_does_not_leak_into_other_routes(case: Case) -> None:
             assert_close(run(model, given), before, case.dtype)
     with disable(model):
         assert same_bits(run(model, given), base)
+    if not case.takes_rows:
+        return
     with route(model, ["a", None, "b", "c"]):
         mixed = run(model, given)
     for row, before in enumerate((expected[0], base, expected[1], expected[2])):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core import attach, disable, route, use
+from lorakit.errors import RouteError
 
 from .tolerances import assert_close, assert_differs
 from .zoo import ARCHITECTURES, BERT, EVERY_KIND, LINEARS, Case, Specimen, cases, randomise, run, with_adapters
@@ -38,6 +39,10 @@ def test_rows(case: Case) -> None:
     assert_told_apart(model, given, ["a", "b", None], case.dtype)
     for rows in (["a", "b", None, "a"], [None, None, "b", None], ["b", "a", "b", "a"], ["a"] * 4, [None] * 4):
         with route(model, rows):
+            if len(set(rows)) > 1 and not case.takes_rows:
+                with pytest.raises(RouteError, match=f"a {case.kind} has one weight for all rows"):
+                    run(model, given)
+                continue
             mixed = run(model, given)
         assert_close(mixed, one_by_one(model, given, rows), case.dtype)
 

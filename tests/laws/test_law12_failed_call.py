@@ -99,7 +99,6 @@ ATTACH: dict[str, tuple[LoraConfig, str, type[LorakitError], str]] = {
     "keys": (config(), "keys", AdapterError, "'keys'"),
     "train": (config(), "train", AdapterError, "'train'"),
     "type": (config(), "type", AdapterError, "'type'"),
-    "dora-embedding": (config(target_modules=["query", "word_embeddings"], use_dora=True), "new", NotYetSupported, "word_embeddings"),
     "pissa": (config(init_lora_weights="pissa"), "new", NotYetSupported, "pissa"),
     "init": (config(init_lora_weights="gausian"), "new", ConfigError, "'gausian'.*gaussian"),
     "second-bias": (config(bias="all"), "new", ConfigError, "bias"),

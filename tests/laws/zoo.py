@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core import attach, trainable_parameters
 from lorakit.core.inits import INITS
-from lorakit.core.kinds import KINDS
+from lorakit.core.kinds import KINDS, kind_named
 from lorakit.core.variants import VARIANTS
 
 ROWS = 4
@@ -130,6 +130,30 @@ def _embedding() -> nn.Module:
     return nn.Sequential(OrderedDict(embed=nn.Embedding(50, 12), act=nn.Tanh(), out=nn.Linear(12, 7)))
 
 
+def _convs(dims: int) -> nn.Module:
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    around = {"padding": 1, "padding_mode": "circular"}  # what moves the kernel is the base's, not the adapter's
+    up, square = conv(3, 8, 3, **around), conv(8, 8, 3, dilation=2, padding=2, bias=False)
+    out = nn.Linear(8 * 6**dims, 7)
+    nn.init.normal_(out.weight, std=0.3)  # its own start would drown what differs
+    return nn.Sequential(OrderedDict(up=up, act=nn.Tanh(), square=square, flat=nn.Flatten(), out=out))
+
+
+class _Attending(nn.Module):
+    """Self-attention and a dense layer; keys and values may have widths of their own."""
+
+    def __init__(self, **widths: int) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(8, 2, batch_first=True, **widths)
+        self.out = nn.Linear(8, 7)
+        self.widths = widths
+        self.requires_grad_(False)  # torch computes attention another way, to other bits, where a weight is trained
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys, values = (x[..., : self.widths.get(name, 8)] for name in ("kdim", "vdim"))
+        return self.out(self.mha(x, keys, values)[0])
+
+
 def _every_kind() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
@@ -187,7 +211,15 @@ TIED = Specimen("llama-tied", lambda: _llama(tied=True), ("q_proj", "v_proj"), _
 BERT = Specimen("bert", _bert, ("query", "value"), _text, "Linear")
 T5 = Specimen("t5", _t5, ("q", "v"), _pair, "Linear")
 
-OF_KIND = {specimen.kind: specimen for specimen in (LINEARS, CONV1DS, EMBEDDING)}
+CONV1 = Specimen("conv1d", lambda: _convs(1), ("up", "square"), lambda rows: _numbers(rows, 3, 6), "Conv1d")
+CONV2 = Specimen("conv2d", lambda: _convs(2), ("up", "square"), lambda rows: _numbers(rows, 3, 6, 6), "Conv2d")
+CONV3 = Specimen("conv3d", lambda: _convs(3), ("up", "square"), lambda rows: _numbers(rows, 3, 6, 6, 6), "Conv3d")
+MHA = Specimen("attention", _Attending, ("mha",), lambda rows: _numbers(rows, 5, 8), "MultiheadAttention")
+MHA_WIDTHS = Specimen(
+    "attention-widths", lambda: _Attending(kdim=6, vdim=4), ("mha",), lambda rows: _numbers(rows, 5, 8)
+)
+
+OF_KIND = {specimen.kind: specimen for specimen in (LINEARS, CONV1DS, EMBEDDING, CONV1, CONV2, CONV3, MHA)}
 ARCHITECTURES = (GPT2, LLAMA, BERT, T5)
 
 
@@ -206,6 +238,11 @@ class Case:
         return OF_KIND[self.kind]
 
     @property
+    def takes_rows(self) -> bool:
+        """Whether rows of a batch can have different adapters."""
+        return kind_named(self.kind).row_axis(nn.Module()) is not None
+
+    @property
     def fields(self) -> dict[str, Any]:
         """What the config says beside targets, rank and alpha."""
         return {"use_dora": self.variant == "dora", "init_lora_weights": self.init}
@@ -219,7 +256,8 @@ class Case:
 
 
 def _allowed(case: Case) -> bool:
-    return any(row.name == case.variant and case.kind in row.kinds for row in VARIANTS)
+    known = case.kind in OF_KIND  # bare parameters are named, not targeted: they have laws of their own
+    return known and any(row.name == case.variant and case.kind in row.kinds for row in VARIANTS)
 
 
 def every_case() -> list[Case]:

@@ -150,8 +150,7 @@ def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str,
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for name in found.keys() & module.r.keys():
-                factor = module.factor(name)
-                found[name] += [t for t in (factor.A, factor.B, factor.magnitude) if isinstance(t, nn.Parameter)]
+                found[name] += module.parameters_of(name)
         elif isinstance(module, ModuleCopies):
             for name in found.keys() & module.modules_to_save.keys():
                 found[name] += module.modules_to_save[name].parameters()

@@ -10,22 +10,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, scale
 from lorakit.core.activation import adapter_parameters
-from lorakit.core.bases import base_of
+from lorakit.core.bases import Base, base_of
 from lorakit.core.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
 from lorakit.core.extras import BiasSwitch, Extras, ModuleCopies, build_extras
 from lorakit.core.factor import Factor
-from lorakit.core.inits import Blank, init_named
-from lorakit.core.kinds import Kind, kind_named
-from lorakit.core.layer import LAYERS, LoraLayer
+from lorakit.core.inits import Blank, Filled, init_for
+from lorakit.core.kinds import kind_named
+from lorakit.core.layer import LoraLayer
+from lorakit.core.layer_names import LAYERS
 from lorakit.core.merging import check_unmergeable, unmerge
 from lorakit.core.routing import AdapterState, Route
-from lorakit.core.sitemap import SiteMap, find_state, layers, state_of, survey
+from lorakit.core.sitemap import Place, SiteMap, find_state, layers, state_of, survey
 from lorakit.core.variants import variant_for
 from lorakit.default_targets import DEFAULT_TARGETS
 from lorakit.errors import ConfigError
@@ -51,15 +53,28 @@ class AttachReport:
     missing: tuple[str, ...]
 
 
+BOTH = frozenset({"A", "B"})
+
+
 @dataclass(frozen=True)
 class Part:
-    """One factor, built but not in place: where it goes and what it is."""
+    """One factor, built but not in place.
 
-    path: str
-    kind: Kind
+    Attributes:
+        place: Where it goes.
+        factor: What it is.
+        r: Its rank.
+        lora_alpha: Its alpha.
+        moved: What the base's module stores for this adapter, where its init moves the base.
+        trains: Which of "A" and "B" are trained.
+    """
+
+    place: Place
     factor: Factor
     r: int
     lora_alpha: float
+    moved: Any = None
+    trains: frozenset[str] = BOTH
 
 
 def attach(
@@ -97,7 +112,7 @@ def attach(
     found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow)
     check_scales([(m.path, scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
     parts = _fresh_parts(site_map, config, found.matches, seed)
-    extras = build_extras(site_map.modules, [part.path for part in parts], found.saved, config.bias)
+    extras = build_extras(site_map.modules, {part.place.outer for part in parts}, found.saved, config.bias)
     publish(model, site_map, name, config, parts, extras)
     trained = sum(parameter.numel() for parameter in adapter_parameters(model, name))
     return AttachReport(name, found.matches, trained, found.notes, found.missing)
@@ -160,12 +175,10 @@ def publish(
         state.default = Route((name,))
     state.configs[name] = config
     for part in parts:
-        layer = site_map.modules[part.path]
-        if not isinstance(layer, LoraLayer):
-            layer = LAYERS[part.kind.name](layer, part.kind, state)
-            site_map.replace(site_map.modules[part.path], layer)
-            site_map.modules[part.path] = layer
-        layer.put(name, part.factor, part.r, part.lora_alpha)
+        layer = site_map.layer(part.place) or site_map.put(part.place, _maker(part.place, state))
+        layer.put(name, part.factor, part.r, part.lora_alpha, part.trains)
+        if part.moved is not None:
+            layer.move_base(name, part.moved)
     for path, duplicate in extras.copies.items():
         holder = site_map.modules[path]
         if not isinstance(holder, ModuleCopies):
@@ -177,19 +190,25 @@ def publish(
     _tell_sites_of_old_biases(model)
 
 
-def as_parameters(factor: Factor, trainable: bool = True) -> Factor:
+def _maker(place: Place, state: AdapterState) -> Callable[[nn.Module], LoraLayer]:
+    return lambda module: LAYERS[place.kind.name](module, place.kind, place.slot, state)
+
+
+def as_parameters(factor: Factor, trainable: bool = True, trains: frozenset[str] = BOTH) -> Factor:
     """A factor whose tensors are parameters.
 
     Args:
-        factor: With A (r, in), B (out, r) and perhaps a magnitude (out,) as plain tensors.
+        factor: With A (r, in), B (out, r) and perhaps a magnitude and a bias (out,) as plain tensors.
         trainable: They require gradients.
+        trains: Which of "A" and "B" do at all.
 
     Returns:
         The factor.
     """
-    A, B = nn.Parameter(factor.A, trainable), nn.Parameter(factor.B, trainable)
+    A, B = nn.Parameter(factor.A, trainable and "A" in trains), nn.Parameter(factor.B, trainable and "B" in trains)
     vector = None if factor.magnitude is None else nn.Parameter(factor.magnitude, trainable)
-    return dataclasses.replace(factor, A=A, B=B, magnitude=vector)
+    bias = None if factor.bias is None else nn.Parameter(factor.bias, trainable)
+    return dataclasses.replace(factor, A=A, B=B, magnitude=vector, bias=bias)
 
 
 def make_dropout(p: float) -> nn.Module:
@@ -215,27 +234,81 @@ def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
     return dataclasses.replace(config, target_modules=default if isinstance(default, str) else set(default))
 
 
+def factor_dtype(module: nn.Module, parameter: str) -> torch.dtype:
+    """The dtype of A and B beside a weight: fp32, or the weight's where it is wider.
+
+    Args:
+        module: The module that holds the weight.
+        parameter: Its name there.
+    """
+    weight = module._parameters.get(parameter)
+    floats = weight is not None and weight.is_floating_point()
+    return torch.promote_types(weight.dtype, torch.float32) if floats else torch.float32  # type: ignore[union-attr]
+
+
 def _fresh_parts(site_map: SiteMap, config: LoraConfig, matches: Sequence[Match], seed: int | None) -> list[Part]:
-    init = init_named(config.init_lora_weights)
     generators = _generators(seed)
     parts = []
     for match in matches:
-        kind, module = kind_named(match.kind), site_map.modules[match.path]
-        base = site_map.base(match.path)
-        variant = variant_for(config.use_dora, kind.name, match.path)
-        weight: torch.Tensor = base.weight  # type: ignore[assignment]
-        A_shape, B_shape = kind.shapes(kind.slots(base)[0], match.rank)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        filled = init.fill(Blank(kind, A_shape, B_shape, weight.device, dtype, generators(weight.device)))
-        factor_scale = scale(match.rank, match.alpha, config.use_rslora)
-        magnitude = None
-        if variant.name != "plain":
-            W = module.read() if isinstance(module, LoraLayer) else base_of(base).read(weight)
-            magnitude = variant.magnitude(W, filled.A, filled.B, factor_scale)
-        dropout = make_dropout(config.lora_dropout if kind.drops else 0.0)
-        factor = as_parameters(Factor(filled.A, filled.B, factor_scale, dropout, variant.name, magnitude))
-        parts.append(Part(match.path, kind, factor, match.rank, match.alpha))
+        for place in site_map.places(match.path, kind_named(match.kind)):
+            parts.append(_fresh_part(site_map, config, match, place, generators))
     return parts
+
+
+def _fresh_part(
+    site_map: SiteMap,
+    config: LoraConfig,
+    match: Match,
+    place: Place,
+    generators: Callable[[torch.device], torch.Generator | None],
+) -> Part:
+    kind, slot = place.kind, place.slot
+    init = init_for(config.init_lora_weights, kind.name, place.path)
+    variant = variant_for(config, kind.name, place.path)
+    module, standing = site_map.holder(place), site_map.layer(place)
+    base = base_of(module, slot.parameter)
+    device = base.device(module, slot.parameter)
+
+    def read() -> Tensor:
+        return standing.read() if standing is not None else base.read(module, base.stored(module, slot.parameter))
+
+    factor_scale = scale(match.rank, match.alpha, config.use_rslora)
+    blank = Blank(
+        kind=kind,
+        slot=slot,
+        r=match.rank,
+        scale=factor_scale,
+        shapes=kind.shapes(slot, match.rank),
+        device=device,
+        dtype=factor_dtype(module, slot.parameter),
+        path=place.path,
+        read=read,
+        config=config,
+        generator=generators(device),
+    )
+    filled = init.fill(blank)
+    moved = _moved(filled, base, module, standing, place)
+    magnitude = None
+    if variant.has_magnitude:
+        W = read() if moved is None else base.read(module, moved)
+        magnitude = variant.magnitude(kind, slot, W, filled.A, filled.B, factor_scale).view(kind.vector(slot))
+    dropout = make_dropout(config.lora_dropout if kind.drops else 0.0)
+    factor = Factor(filled.A, filled.B, factor_scale, dropout, variant.name, magnitude)
+    factor = as_parameters(factor, trains=filled.trains)
+    return Part(place, factor, match.rank, match.alpha, moved, filled.trains)
+
+
+def _moved(filled: Filled, base: Base, module: nn.Module, standing: LoraLayer | None, place: Place) -> Any:
+    """What the module shall store where an init moves the base; one adapter of a site can."""
+    if filled.W is None:
+        return None
+    if standing is not None and (standing.moved_by is not None or standing.merged_adapters):
+        who = standing.moved_by or standing.merged_adapters[0]
+        raise ConfigError(
+            f"{place.path}: this init moves the base weight, which adapter {who!r} has moved or is merged into. Detach "
+            "or unmerge it first, or use an init that leaves the base alone."
+        )
+    return base.write(module, base.stored(module, place.slot.parameter), filled.W)
 
 
 def _generators(seed: int | None) -> Callable[[torch.device], torch.Generator | None]:
@@ -254,16 +327,30 @@ def _generators(seed: int | None) -> Callable[[torch.device], torch.Generator | 
 
 def _forget(module: nn.Module, names: Sequence[str], site_map: SiteMap) -> None:
     if isinstance(module, LoraLayer):
-        for name in names:
-            module.remove(name)
-        if not module.r:
-            site_map.replace(module, module.base_layer)
+        owner, children = module.owner, module.kind.inner
+        standing = _without(module, names)
+        if standing is not module:
+            site_map.replace(module, standing)
+        for child in children:
+            owner._modules[child] = _without(owner._modules[child], names)  # type: ignore[arg-type]
     elif isinstance(module, ModuleCopies):
         for name in names:
             if name in module.modules_to_save:
                 del module.modules_to_save[name]
         if not len(module.modules_to_save):
             site_map.replace(module, module.original_module)
+
+
+def _without(module: nn.Module, names: Sequence[str]) -> nn.Module:
+    """What stands at a site when some adapters have left: a layer without any leaves too."""
+    if not isinstance(module, LoraLayer):
+        return module
+    for name in names:
+        if name == module.moved_by:
+            module.give_base_back()
+        module.remove(name)
+    module.base_layer = _without(module.base_layer, names)
+    return module if module.r else module.base_layer
 
 
 def _drop_bias_switches(model: nn.Module, names: Sequence[str]) -> None:
@@ -274,5 +361,5 @@ def _drop_bias_switches(model: nn.Module, names: Sequence[str]) -> None:
 
 def _tell_sites_of_old_biases(model: nn.Module) -> None:
     for _, layer in layers(model):
-        found = [(s.adapter, s.originals["bias"]) for s in BiasSwitch.on(layer.base_layer) if "bias" in s.originals]
+        found = [(s.adapter, s.originals["bias"]) for s in BiasSwitch.on(layer.owner) if "bias" in s.originals]
         layer.old_bias = found[0] if found else None

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layer import LoraLayer, clone_with
+from lorakit.core.cloning import clone_with
+from lorakit.core.layer import LoraLayer
 from lorakit.core.routing import AdapterState, Forwards, Route, resolve
 from lorakit.errors import RouteError, TargetError
 
@@ -267,7 +268,7 @@ def _base_modules(standing: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(standing, ModuleCopies):
         yield from standing.original_module.named_modules()
     else:
-        yield "", standing.base_layer if isinstance(standing, LoraLayer) else standing
+        yield "", standing.owner if isinstance(standing, LoraLayer) else standing
 
 
 def trainable_copy(path: str, standing: nn.Module) -> nn.Module:

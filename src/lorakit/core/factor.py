@@ -6,9 +6,20 @@ modules only carry parameters under the field's names; their `forward` is not us
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+
+HOLDERS: Mapping[str, type[nn.ModuleDict | nn.ParameterDict]] = {
+    "lora_dropout": nn.ModuleDict,
+    "lora_A": nn.ModuleDict,
+    "lora_B": nn.ModuleDict,
+    "lora_embedding_A": nn.ParameterDict,
+    "lora_embedding_B": nn.ParameterDict,
+    "lora_magnitude_vector": nn.ModuleDict,
+}
+"""Attributes that hold something per adapter; each is made when it is first asked for, since most layers need three."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +33,7 @@ class Factor:
         dropout: What the input passes before A.
         variant: Name of the row of VARIANTS.
         magnitude: Norm per output that DoRA learns, (out,), or None.
+        bias: Bias of B, (out,), scaled like the rest (`lora_bias`), or None.
     """
 
     A: Tensor
@@ -30,16 +42,36 @@ class Factor:
     dropout: nn.Module
     variant: str
     magnitude: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class FactorWeight(nn.Linear):
     """Carries A or B as `.weight`; an nn.Linear for programs that look for one, without its random start."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight = weight
-        self.register_parameter("bias", None)
+        self.register_parameter("bias", bias)
+
+
+class FactorKernel(nn.Module):
+    """Carries A or B of a convolution as `.weight`, (r, in, k…) or (out, r / groups, 1…)."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+
+
+def carrier(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Module:
+    """The module that carries A or B.
+
+    Args:
+        weight: A or B, (…) with two axes or more.
+        bias: Bias of B, (out,), or None.
+    """
+    return FactorWeight(weight, bias) if weight.ndim == 2 else FactorKernel(weight, bias)
 
 
 class Magnitude(nn.Module):

@@ -13,7 +13,7 @@ from lorakit.core.extras import ModuleCopies, biased_modules
 from lorakit.core.keys import MAGNITUDE, PREFIX, parse
 from lorakit.core.kinds import kind_named
 from lorakit.core.patterns import literal_value
-from lorakit.core.sitemap import SiteMap
+from lorakit.core.sitemap import INSIDE, Place, SiteMap
 from lorakit.errors import PatternError, TargetError, nearest
 from lorakit.targets import resolve
 
@@ -23,7 +23,7 @@ class Fit:
     """Where an adapter's tensors go.
 
     Attributes:
-        sites: Site -> its parts: "A" (r, in), "B" (out, r), and for DoRA "magnitude" (out,).
+        sites: Path on disk -> its place and its parts: "A" (r, in), "B" (out, r), "bias" and "magnitude" (out,).
         saved: Paths of the modules it copies.
         copied: (id of the original module, name inside) -> tensor's name.
         biases: (id of a module, name of the bias) -> tensor's name.
@@ -31,12 +31,16 @@ class Fit:
         shape_problems: Some mismatch is one of shapes, which no allowance lifts.
     """
 
-    sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    sites: dict[str, tuple[Place, dict[str, Tensor]]] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
     copied: dict[tuple[int, str], str] = field(default_factory=dict)
     biases: dict[tuple[int, str], str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     shape_problems: bool = False
+
+    def outer_paths(self) -> set[str]:
+        """Paths in the plain base of the modules that get factors."""
+        return {place.outer for place, _ in self.sites.values()}
 
 
 def fit(tensors: Mapping[str, Tensor], config: LoraConfig, site_map: SiteMap) -> Fit:
@@ -52,14 +56,16 @@ def fit(tensors: Mapping[str, Tensor], config: LoraConfig, site_map: SiteMap) ->
     """
     result = Fit()
     left = dict(tensors)
+    present: dict[str, dict[str, Tensor]] = {}
     for name in list(left):
         key = parse(name)
         if key is not None and (key.part != "magnitude" or config.use_dora):
-            result.sites.setdefault(key.path, {})[key.part] = left.pop(name)
+            present.setdefault(key.path, {})[key.part] = left.pop(name)
     expected, result.saved = _expected(config, site_map)
+    _find_places(present, site_map, result)
     _take_copies(left, site_map, result)
     _take_biases(left, config, site_map, result)
-    _check_sites(config, site_map, expected, result)
+    _check_sites(config, expected, result)
     extra = [name for name in left if not _known_extra(name, result)]
     result.problems += [f"unexpected {name}{_prefix_hint(name)}" for name in extra]
     return result
@@ -78,7 +84,22 @@ def _expected(config: LoraConfig, site_map: SiteMap) -> tuple[set[str] | None, t
     except TargetError:
         return (set() if only_words else None), ()
     only_words = only_words and not isinstance(config.exclude_modules, str)
-    return ({match.path for match in found.matches} if only_words else None), found.saved
+    if not only_words:
+        return None, found.saved
+    places = [place for m in found.matches for place in site_map.places(m.path, kind_named(m.kind))]
+    return {place.path for place in places}, found.saved
+
+
+def _find_places(present: Mapping[str, dict[str, Tensor]], site_map: SiteMap, result: Fit) -> None:
+    kinds = {candidate.path: candidate.kind for candidate in site_map.candidates}
+    for path in sorted(present):
+        outer = path.partition(INSIDE)[0]
+        places = site_map.places(outer, kind_named(kinds[outer])) if kinds.get(outer) else []  # type: ignore[arg-type]
+        place = next((place for place in places if place.path == path), None)
+        if place is None:
+            result.problems.append(f"unexpected site {path}{_hint(path, list(kinds))}")
+        else:
+            result.sites[path] = (place, present[path])
 
 
 def _take_copies(left: dict[str, Tensor], site_map: SiteMap, result: Fit) -> None:
@@ -96,10 +117,11 @@ def _take_copies(left: dict[str, Tensor], site_map: SiteMap, result: Fit) -> Non
 
 
 def _take_biases(left: dict[str, Tensor], config: LoraConfig, site_map: SiteMap, result: Fit) -> None:
-    for path, module, leaves in biased_modules(site_map.modules, result.sites, result.saved, config.bias):
+    outer = result.outer_paths()
+    for path, module, leaves in biased_modules(site_map.modules, outer, result.saved, config.bias):
         for leaf in leaves:
             inside, plain = f"{PREFIX}{path}.base_layer.{leaf}", f"{PREFIX}{path}.{leaf}"
-            name = inside if inside in left or (path in result.sites and plain not in left) else plain
+            name = inside if inside in left or (path in outer and plain not in left) else plain
             if name not in left:
                 result.problems.append(f"missing {name}")
                 continue
@@ -108,35 +130,35 @@ def _take_biases(left: dict[str, Tensor], config: LoraConfig, site_map: SiteMap,
             result.biases[(id(module), leaf)] = name
 
 
-def _check_sites(config: LoraConfig, site_map: SiteMap, expected: set[str] | None, result: Fit) -> None:
-    candidates = {candidate.path: candidate for candidate in site_map.candidates}
+def _check_sites(config: LoraConfig, expected: set[str] | None, result: Fit) -> None:
     present = set(result.sites)
     for path in sorted(present):
-        candidate = candidates.get(path)
-        if candidate is None or candidate.kind is None:
-            result.problems.append(f"unexpected site {path}{_hint(path, list(candidates))}")
-            del result.sites[path]
-            continue
         if expected is not None and path not in expected:
             result.problems.append(f"unexpected site {path}: the config does not name it")
-        _check_parts(config, path, site_map, candidate.kind, result)
+        _check_parts(config, path, result)
     for path in sorted((expected or set()) - present):
         result.problems.append(f"missing site {path}: the config names it, and there are no tensors for it")
 
 
-def _check_parts(config: LoraConfig, path: str, site_map: SiteMap, kind_name: str, result: Fit) -> None:
-    parts, kind = result.sites[path], kind_named(kind_name)
-    wanted = {"A", "B", "magnitude"} if config.use_dora else {"A", "B"}
-    names = {"A": kind.names[0] + kind.on_disk, "B": kind.names[1] + kind.on_disk, "magnitude": MAGNITUDE}
+def _check_parts(config: LoraConfig, path: str, result: Fit) -> None:
+    place, parts = result.sites[path]
+    kind, slot = place.kind, place.slot
+    names = {
+        "A": kind.names[0] + kind.on_disk,
+        "B": kind.names[1] + kind.on_disk,
+        "bias": f"{kind.names[1]}.bias",
+        "magnitude": MAGNITUDE,
+    }
+    wanted = {"A", "B"} | ({"magnitude"} if config.use_dora else set()) | ({"bias"} if config.lora_bias else set())
     lacking = sorted(wanted - set(parts))
     result.problems += [f"missing {PREFIX}{path}.{names[part]}" for part in lacking]
+    result.problems += [f"unexpected {PREFIX}{path}.{names[part]}" for part in sorted(set(parts) - wanted)]
     if lacking:
         del result.sites[path]
         return
-    slot = kind.slots(site_map.base(path))[0]
-    rank = _rank(config, path, int(parts["A"].shape[0]) if parts["A"].ndim else 0)
+    rank = _rank(config, path, kind.rank(slot, tuple(parts["A"].shape)))
     shapes = dict(zip(("A", "B"), kind.shapes(slot, rank), strict=True))
-    shapes["magnitude"] = (slot.out_features,)
+    shapes |= {"bias": (slot.out_features,), "magnitude": kind.vector(slot)}
     for part in sorted(wanted):
         _check_shape(f"{path}.{names[part]}", parts[part], shapes[part], result)
 

@@ -20,6 +20,7 @@ ENDINGS = {
     ".lora_B.weight": "B",
     ".lora_embedding_A": "A",
     ".lora_embedding_B": "B",
+    ".lora_B.bias": "bias",
     f".{MAGNITUDE}": "magnitude",
     f".{MAGNITUDE}.weight": "magnitude",  # an older PEFT wrote it so
 }
@@ -31,7 +32,7 @@ class Key:
 
     Attributes:
         path: Path of the site.
-        part: "A", "B" or "magnitude".
+        part: "A", "B", "bias" or "magnitude".
     """
 
     path: str
@@ -60,14 +61,16 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
         Name -> tensor (…), the model's own, sorted by name.
     """
     found: dict[str, Tensor] = {}
-    sites = {id(m.base_layer): m for m in model.modules() if isinstance(m, LoraLayer)}
+    sites = {id(m.owner): m for m in model.modules() if isinstance(m, LoraLayer)}
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter in module.r:
             factor, kind = module.factor(adapter), module.kind
             found[f"{PREFIX}{path}.{kind.names[0]}{kind.on_disk}"] = factor.A
             found[f"{PREFIX}{path}.{kind.names[1]}{kind.on_disk}"] = factor.B
+            if factor.bias is not None:
+                found[f"{PREFIX}{path}.{kind.names[1]}.bias"] = factor.bias
             if factor.magnitude is not None:
-                found[f"{PREFIX}{path}.{MAGNITUDE}"] = factor.magnitude
+                found[f"{PREFIX}{path}.{MAGNITUDE}"] = factor.magnitude.view(kind.vector(module.slot))
         elif isinstance(module, ModuleCopies) and adapter in module:
             for leaf, tensor in module.modules_to_save[adapter].state_dict().items():
                 found[f"{PREFIX}{path}.{leaf}"] = tensor

@@ -7,28 +7,19 @@ It never writes to the base: merging does, and the layer only knows what is merg
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.bases import base_of
-from lorakit.core.factor import Factor, FactorWeight, Magnitude
-from lorakit.core.kinds import Kind, kind_named
+from lorakit.core.bases import Base, base_of
+from lorakit.core.cloning import clone_with
+from lorakit.core.factor import HOLDERS, Factor, Magnitude, carrier
+from lorakit.core.kinds import Kind, Slot, kind_named, spread
 from lorakit.core.routing import AdapterState, Forwards, Route, resolve
-from lorakit.core.variants import variant_named
+from lorakit.core.variants import At, variant_named
 from lorakit.errors import MergeError, RouteError
-
-HOLDERS: Mapping[str, type[nn.ModuleDict | nn.ParameterDict]] = {
-    "lora_dropout": nn.ModuleDict,
-    "lora_A": nn.ModuleDict,
-    "lora_B": nn.ModuleDict,
-    "lora_embedding_A": nn.ParameterDict,
-    "lora_embedding_B": nn.ParameterDict,
-    "lora_magnitude_vector": nn.ModuleDict,
-}
-"""Attributes that hold something per adapter; each is made when it is first asked for, since most layers need three."""
 
 OF_THE_BASE = frozenset({"weight", "bias"})
 """Attributes that, when set on the layer, belong to the base module: other code ties weights that way."""
@@ -49,9 +40,11 @@ class LoraLayer(nn.Module):
         lora_alpha: Adapter -> alpha.
         scaling: Adapter -> scale.
         merged_adapters: Adapters that are written into the base weight now.
+        slot: The weight that the factors belong to.
+        moved_by: The adapter whose init moved the base weight (PiSSA and its like), or None.
     """
 
-    def __init__(self, base_layer: nn.Module, kind: Kind, state: AdapterState) -> None:
+    def __init__(self, base_layer: nn.Module, kind: Kind, slot: Slot, state: AdapterState) -> None:
         super().__init__()
         self.training = base_layer.training
         self.base_layer = base_layer
@@ -59,13 +52,17 @@ class LoraLayer(nn.Module):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.variant: dict[str, str] = {}
+        self.trains: dict[str, frozenset[str]] = {}
         self.merged_adapters: list[str] = []
-        self.kept: Tensor | None = None  # the base weight's bits from before the first merge
+        self.kept: Any = None  # what the base stored before anything was written to it
+        self.moved_by: str | None = None
+        self.moved: Any = None  # what the base stores for the adapter that moved it
         self.tied_weight: nn.Parameter | None = None  # what the base shared with others before a merge untied it
         self.own_route: Route | None = None  # this layer's exception to the model's default
         self.old_bias: tuple[str, Tensor] | None = None  # who trains the base's bias, and what it was before
         self.state = state
         self.kind_name = kind.name
+        self.slot = slot
         self.forwards = Forwards()
 
     def _get_name(self) -> str:
@@ -76,6 +73,19 @@ class LoraLayer(nn.Module):
     def kind(self) -> Kind:
         """The row of KINDS."""
         return kind_named(self.kind_name)
+
+    @property
+    def owner(self) -> nn.Module:
+        """The base's own module: where a module has several adapted weights, their layers stand around each other."""
+        module = self.base_layer
+        while isinstance(module, LoraLayer):
+            module = module.base_layer
+        return module
+
+    @property
+    def base(self) -> Base:
+        """The row of BASES."""
+        return base_of(self.owner, self.slot.parameter)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -113,7 +123,7 @@ class LoraLayer(nn.Module):
         self.state.check(names)
         self.own_route = Route(names)
 
-    def put(self, name: str, factor: Factor, r: int, lora_alpha: float) -> None:
+    def put(self, name: str, factor: Factor, r: int, lora_alpha: float, trains: frozenset[str]) -> None:
         """Add an adapter's factor.
 
         Args:
@@ -121,11 +131,14 @@ class LoraLayer(nn.Module):
             factor: Its A (r, in), B (out, r) and the rest; A, B and magnitude are parameters.
             r: Its rank.
             lora_alpha: Its alpha.
+            trains: Which of "A" and "B" are trained.
         """
         kind = self.kind
-        holders = [getattr(self, attribute) for attribute in kind.names]
-        for holder, weight in zip(holders, (factor.A, factor.B), strict=True):
-            holder[name] = FactorWeight(weight) if kind.on_disk else weight  # type: ignore[arg-type]
+        down, up = (getattr(self, attribute) for attribute in kind.names)
+        A: Any = factor.A
+        B: Any = factor.B
+        bias: Any = factor.bias
+        down[name], up[name] = (carrier(A), carrier(B, bias)) if kind.on_disk else (A, B)
         self.lora_dropout[name] = factor.dropout
         if factor.magnitude is not None:
             self.lora_magnitude_vector[name] = Magnitude(factor.magnitude)  # type: ignore[arg-type]
@@ -136,7 +149,7 @@ class LoraLayer(nn.Module):
                 if isinstance(held[name], nn.Module):
                     held[name].train(self.training)
         self.r[name], self.lora_alpha[name] = r, lora_alpha
-        self.scaling[name], self.variant[name] = factor.scale, factor.variant
+        self.scaling[name], self.variant[name], self.trains[name] = factor.scale, factor.variant, trains
 
     def remove(self, name: str) -> None:
         """Drop an adapter's factor; one that is not here is no matter."""
@@ -144,7 +157,7 @@ class LoraLayer(nn.Module):
             holder: Any = self._modules.get(attribute)
             if holder is not None and name in holder:
                 del holder[name]
-        for settings in (self.r, self.lora_alpha, self.scaling, self.variant):
+        for settings in (self.r, self.lora_alpha, self.scaling, self.variant, self.trains):
             settings.pop(name, None)
 
     def factor(self, name: str) -> Factor:
@@ -157,26 +170,41 @@ class LoraLayer(nn.Module):
             The factor, with A (r, in) and B (out, r).
         """
         first, second = (getattr(self, attribute)[name] for attribute in self.kind.names)
-        A, B = (first.weight, second.weight) if self.kind.on_disk else (first, second)
-        vectors: Any = self._modules.get("lora_magnitude_vector", {})
-        vector = vectors[name].weight if name in vectors else None
-        return Factor(A, B, self.scaling[name], self.lora_dropout[name], self.variant[name], _tensor(vector))
+        A, B, bias = (first.weight, second.weight, second.bias) if self.kind.on_disk else (first, second, None)
+        vectors: Any = self._modules.get("lora_magnitude_vector")
+        vector = vectors[name].weight.flatten() if vectors is not None and name in vectors else None
+        return Factor(A, B, self.scaling[name], self.lora_dropout[name], self.variant[name], vector, bias)
 
-    def read(self) -> Tensor:
-        """The base weight without anything merged, canonical (out, in), fp32 or wider."""
-        return base_of(self.base_layer).read(self.original_weight())
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """The parameters of an adapter here, A and B first, (…); none where it has no factor."""
+        held = [self._modules.get(attribute) for attribute in HOLDERS if attribute != "lora_dropout"]
+        parts: list[Any] = [holder[name] for holder in held if holder is not None and name in holder]  # type: ignore[index, operator]
+        return [p for part in parts for p in (part.parameters() if isinstance(part, nn.Module) else (part,))]
 
-    def original_weight(self) -> Tensor:
-        """The base weight as it is stored, without anything merged, on the base's device: (out, in), or (in, out)."""
-        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
-        return weight if self.kept is None else self.kept.to(device=weight.device, dtype=weight.dtype)
+    def read(self, name: str | None = None) -> Tensor:
+        """The base weight without anything merged, canonical (out, in), fp32 or wider.
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        Args:
+            name: As this adapter sees it: one whose init moved the base has a base of its own.
+        """
+        stored = self.moved if name is not None and name == self.moved_by else self.original()
+        return self.base.read(self.owner, stored)
+
+    def original(self) -> Any:
+        """What the base stored before anything was written to it, on the base's device and in its dtype."""
+        base, owner, parameter = self.base, self.owner, self.slot.parameter
+        if self.kept is None:
+            return base.stored(owner, parameter)
+        if not isinstance(self.kept, Tensor) or base.quantised:
+            return self.kept
+        now = base.stored(owner, parameter)
+        return self.kept.to(device=now.device, dtype=now.dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's output plus what the active adapters add.
 
         Args:
-            x: What the base module takes: (…, in), or indices (…) for an embedding.
-            args: Passed to the base module.
+            args: What the base module takes: first (…, in), or indices (…) for an embedding.
             kwargs: Passed to the base module.
 
         Returns:
@@ -187,43 +215,51 @@ class LoraLayer(nn.Module):
             MergeError: What is merged is not wanted here, and the base's bits were not kept.
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
-        if self.merged_adapters or not route.mentions.isdisjoint(self.r):
-            y = self._adapted(route, x, args, kwargs)
+        if not self.merged_adapters and self.moved_by is None and route.mentions.isdisjoint(self.r):
+            y = self.base_layer(*args, **kwargs)
+        elif self.kind.acts_on == "weight":
+            y = self._on_weight(route, args, kwargs)
         else:
-            y = self.base_layer(x, *args, **kwargs)
+            y = self._beside(route, args, kwargs)
         if not again and not torch.compiler.is_compiling():
             self.forwards.note(y, route)
         return y
 
-    def _adapted(self, route: Route, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    def _beside(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """The base's output y₀ (…, out) and, for the adapters of the route, A and B beside it."""
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
         merged = frozenset(self.merged_adapters)
-        stays = route.common_to_all(merged)
-        module = self.base_layer if stays else self._unmerged_module()
-        y0: Tensor = module(x, *args, **kwargs)
+        stays = route.common_to_all(self._inside())
         skip = merged if stays else frozenset()
         if route.rows is None:
-            y = y0
+            y = y0 = (self.base_layer if stays else self._base_for(self.moved_by in route.names))(*args, **kwargs)
             for name in route.names:
                 if name in self.r and name not in skip:
                     y = y + self._addition(name, route.names, x, y0)
             return y
+        y0 = self.base_layer(*args, **kwargs) if stays else self._base_of_rows(route, x, args, kwargs)
         return self._mixed(route, skip, x, y0)
 
     def _mixed(self, route: Route, skip: frozenset[str], x: Tensor, y0: Tensor) -> Tensor:
         """Each row of the batch with its own adapter; x (rows, …), y0 (rows, …, out).   [docs/math.md (13)]"""
-        axis = self.kind.row_axis(self.base_layer)
-        if axis is None or route.rows_of(x.shape[axis]) is None:
-            size = "no batch axis" if axis is None else f"{x.shape[axis]} rows"
-            raise RouteError(
-                f"The route names {len(route.rows or ())} rows, and a {self.kind_name} received {tuple(x.shape)} with "
-                f"{size}. Give one adapter per row of the batch (where rows come again as beams: `copies` of each)."
-            )
+        axis = self._row_axis(route, x)
         y = y0
         for name, index in route.segments(x.device, x.shape[axis]):
             if name in self.r and name not in skip:
                 part = self._addition(name, (name,), x.index_select(axis, index), y0.index_select(axis, index))
                 y = y.index_add(axis, index, part)
         return y
+
+    def _row_axis(self, route: Route, x: Tensor) -> int:
+        """The axis of x (rows, …) that holds the rows; a route that does not fit is refused."""
+        axis = self.kind.row_axis(self.owner)
+        if axis is None or route.rows_of(x.shape[axis]) is None:
+            size = "no batch axis" if axis is None else f"{x.shape[axis]} rows"
+            raise RouteError(
+                f"The route names {len(route.rows or ())} rows, and a {self.kind_name} received {tuple(x.shape)} with "
+                f"{size}. Give one adapter per row of the batch (where rows come again as beams: `copies` of each)."
+            )
+        return axis
 
     def _addition(self, name: str, beside: tuple[str, ...], x: Tensor, y0: Tensor) -> Tensor:
         """What one adapter adds where `beside` act: x (…, in) or indices (…), y0 (…, out) -> (…, out) like y0."""
@@ -232,7 +268,12 @@ class LoraLayer(nn.Module):
             x = factor.dropout(x.to(dtype))
         h = kind.down(self.base_layer, x, factor.A.to(dtype)) * factor.scale  # (…, r): the small place to scale
         z = kind.up(self.base_layer, h, factor.B.to(dtype))
-        return variant_named(factor.variant).output(y0, self._bias_under(beside), z, factor, self.read)
+        if factor.bias is not None:
+            z = z + spread(factor.bias.to(dtype) * factor.scale, self.slot)
+        if factor.variant == "plain":
+            return z
+        at = At(y0, self._bias_under(beside), z, factor, kind, self.slot, lambda: self.read(name))
+        return variant_named(factor.variant).output(at)
 
     def _bias_under(self, names: tuple[str, ...]) -> Tensor | None:
         """The bias, (out,), that the base's output has where these adapters act, or None."""
@@ -241,46 +282,116 @@ class LoraLayer(nn.Module):
         bias = getattr(self.base_layer, "bias", None)
         return bias if isinstance(bias, Tensor) else None
 
-    def _unmerged_module(self) -> nn.Module:
-        if not self.merged_adapters:
+    def _inside(self) -> frozenset[str]:
+        """The adapters that the weight in the base's module is right for: merged ones, and one that moved it."""
+        return frozenset((*self.merged_adapters, *([self.moved_by] if self.moved_by is not None else [])))
+
+    def _base_for(self, moved: bool) -> nn.Module:
+        """The base's module with nothing merged, as the adapter that moved it has it or as it was."""
+        if not self.merged_adapters and (moved or self.moved_by is None):
             return self.base_layer
-        if self.kept is None:
+        self._check_kept()
+        return self.base.clone(self.owner, self.slot.parameter, self.moved if moved else self.original())
+
+    def _base_of_rows(self, route: Route, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """The base's output (rows, …, out) where rows differ in which base they see."""
+        if self.moved_by is None or self.moved_by not in route.mentions:
+            y0: Tensor = self._base_for(False)(*args, **kwargs)
+            return y0
+        axis = self._row_axis(route, x)
+        index = dict(route.segments(x.device, x.shape[axis]))[self.moved_by]
+        y0 = self._base_for(False)(*args, **kwargs)
+        rest = (x.index_select(axis, index), *args[1:]) if args else ()
+        return y0.index_copy(axis, index, self._base_for(True)(*(rest or (x.index_select(axis, index),))))
+
+    def _on_weight(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The owner, once, as a clone whose adapted weights have their updates in them."""
+        if route.rows is not None:
+            if len(set(route.rows)) > 1:
+                raise RouteError(
+                    f"The rows of this batch have different adapters, and a {self.kind_name} has one weight for all "
+                    "rows. Run the rows of each adapter on their own with `use`, or leave the module out of them."
+                )
+            route = Route(tuple(filter(None, route.rows[:1])))
+        owner, tensors = self.owner, {}
+        for layer in self.chain():
+            weight = layer.effective(route)
+            if weight is not None:
+                tensors[layer.slot.parameter] = weight
+        clone = clone_with(owner, tensors)
+        for child in self.kind.inner:
+            inside = owner._modules[child]
+            weight = inside.effective(route) if isinstance(inside, LoraLayer) else None
+            if weight is not None:
+                clone._modules[child] = clone_with(inside.base_layer, {"weight": weight})  # type: ignore[union-attr, arg-type]
+        return clone(*args, **kwargs)
+
+    def chain(self) -> Iterator[LoraLayer]:
+        """The layer and those that stand inside it around the same owner, the outermost first."""
+        layer: nn.Module = self
+        while isinstance(layer, LoraLayer):
+            yield layer
+            layer = layer.base_layer
+
+    def effective(self, route: Route) -> Tensor | None:
+        """The weight as it acts under a route, in the base's layout and dtype; None where it lies so already.
+
+        Args:
+            route: Which adapters act, on all rows.
+
+        Returns:
+            (out, in) or as the base stores it, with a graph to A and B.
+        """
+        names = [name for name in route.names if name in self.r]
+        if frozenset(names) == self._inside() == frozenset(self.merged_adapters):
+            return None
+        self._check_kept()
+        W = self.read()
+        total = W
+        for name in names:
+            total = total + self.update(name, W)
+        stored: Tensor = self.base.write(self.owner, self.original(), total)
+        return stored
+
+    def update(self, name: str, W: Tensor) -> Tensor:
+        """What an adapter adds to the base's weight when it is written into it.   [docs/math.md (11)]
+
+        Args:
+            name: An adapter that has a factor here.
+            W: The base weight as `read` gives it, (out, in).
+
+        Returns:
+            The addition, like W, with a graph where gradients are on.
+
+        Raises:
+            MergeError: It has no place in a weight of this shape.
+        """
+        factor = self.factor(name)
+        own = self.read(name) if name == self.moved_by else W
+        delta = self.kind.delta(self.slot, factor.A.to(W.dtype), factor.B.to(W.dtype)) * factor.scale
+        addition = variant_named(factor.variant).update(self.kind, self.slot, own, delta, factor)
+        return addition if own is W else addition + (own - W)
+
+    def move_base(self, name: str, stored: Any) -> None:
+        """Put the base weight that an adapter's init made in place; the original is kept.
+
+        Args:
+            name: The adapter.
+            stored: What the base's module shall store.
+        """
+        self.kept = self.original()
+        self.moved_by, self.moved = name, stored
+        self.base.place(self.owner, self.slot.parameter, stored)
+
+    def give_base_back(self) -> None:
+        """Put the original weight back in place; nothing may be merged."""
+        self.base.place(self.owner, self.slot.parameter, self.original())
+        self.kept = self.moved = self.moved_by = None
+
+    def _check_kept(self) -> None:
+        if self.merged_adapters and self.kept is None:
             raise MergeError(
                 f"{', '.join(self.merged_adapters)} is merged into the base and its bits were not kept "
                 "(keep_base=False), so the base alone and other adapters cannot be had. Merge with keep_base=True, "
                 "or load the base anew."
             )
-        return clone_with(self.base_layer, {"weight": self.original_weight()})
-
-
-class Linear(LoraLayer):
-    """A `LoraLayer` on a dense layer (nn.Linear or transformers' Conv1D)."""
-
-
-class Embedding(LoraLayer):
-    """A `LoraLayer` on an nn.Embedding."""
-
-
-LAYERS: Mapping[str, type[LoraLayer]] = {"Linear": Linear, "Conv1D": Linear, "Embedding": Embedding}
-"""Kind -> the name that `isinstance` and `repr` show."""
-
-
-def _tensor(value: Any) -> Tensor | None:
-    return value if isinstance(value, Tensor) else None
-
-
-def clone_with(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A shallow clone of a module that has some parameters of its own; the module is not touched.
-
-    Args:
-        module: Any module.
-        tensors: Names of direct parameters -> the tensors that the clone has instead, of the same shapes (…).
-
-    Returns:
-        The clone; everything else is shared. It is meant to live for one forward.
-    """
-    clone = module.__new__(type(module))
-    clone.__dict__ = {**module.__dict__, "_parameters": dict(module._parameters)}
-    for name, tensor in tensors.items():
-        clone._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-    return clone

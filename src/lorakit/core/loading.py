@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from lorakit.config import CONFIG_FILE, LoraConfig, read_config, scale
 from lorakit.core.activation import adapter_parameters
 from lorakit.core.applied import check_not_applied
-from lorakit.core.attaching import Part, as_parameters, make_dropout, publish
+from lorakit.core.attaching import Part, as_parameters, factor_dtype, make_dropout, publish
+from lorakit.core.bases import base_of
 from lorakit.core.checks import check_allowances, check_bias_alone, check_new_name, check_scales
 from lorakit.core.extras import Extras, ModuleCopies, build_extras
 from lorakit.core.factor import Factor
 from lorakit.core.fingerprinting import DIFFERENT, compare, fingerprint
 from lorakit.core.fitting import Fit, fit
-from lorakit.core.kinds import kind_named
 from lorakit.core.patterns import literal_value
 from lorakit.core.sidecar import WEIGHTS_FILE, Sidecar, integrity, read_sidecar
 from lorakit.core.sitemap import SiteMap, find_state, survey
@@ -123,7 +123,7 @@ def load_adapter(
     fitted = fit(files.file.tensors, config, site_map)
     said += _judge(files, fitted, allow)
     parts = _parts(files, fitted, site_map, trainable, allow)
-    extras = build_extras(site_map.modules, fitted.sites, fitted.saved, config.bias)
+    extras = build_extras(site_map.modules, fitted.outer_paths(), fitted.saved, config.bias)
     biases = _filled_copies(extras, fitted, site_map, files.file.tensors)
     for sentence in said:  # where warnings are errors, this refuses, so it comes before any change
         warn_caller(sentence)
@@ -200,22 +200,20 @@ def _some_of_each(problems: Sequence[str]) -> list[str]:
 def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, trainable: bool, allow: Collection[str]) -> list[Part]:
     config, parts = files.config, []
     known = files.sidecar.sites if files.config_is_ours else {}
-    kinds = {candidate.path: candidate.kind or "" for candidate in site_map.candidates}
     scales = []
-    for path, tensors in fitted.sites.items():
-        base = site_map.base(path)
-        kind = kind_named(kinds[path])
-        r = int(tensors["A"].shape[0])
+    for path, (place, tensors) in fitted.sites.items():
+        r = place.kind.rank(place.slot, tensors["A"].shape)
         alpha = _alpha(files, path, known)
         factor_scale = scale(r, alpha, config.use_rslora)
         scales.append((path, factor_scale))
-        weight: Tensor = base.weight  # type: ignore[assignment]
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        own = {part: tensor.to(device=weight.device, dtype=dtype, copy=True) for part, tensor in tensors.items()}
-        variant = variant_for(config.use_dora, kind.name, path)
-        dropout = make_dropout(config.lora_dropout if kind.drops else 0.0)
-        factor = Factor(own["A"], own["B"], factor_scale, dropout, variant.name, own.get("magnitude"))
-        parts.append(Part(path, kind, as_parameters(factor, trainable), r, alpha))
+        module, parameter = site_map.holder(place), place.slot.parameter
+        device, dtype = base_of(module, parameter).device(module, parameter), factor_dtype(module, parameter)
+        own = {part: tensor.to(device=device, dtype=dtype, copy=True) for part, tensor in tensors.items()}
+        variant = variant_for(config, place.kind.name, path)
+        dropout = make_dropout(config.lora_dropout if place.kind.drops else 0.0)
+        vector = own["magnitude"].view(place.kind.vector(place.slot)) if "magnitude" in own else None
+        factor = Factor(own["A"], own["B"], factor_scale, dropout, variant.name, vector, own.get("bias"))
+        parts.append(Part(place, as_parameters(factor, trainable), r, alpha))
     check_scales(scales, allow)
     return parts
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.bases import base_of
 from lorakit.core.checks import check_known
 from lorakit.core.extras import BiasSwitch, ModuleCopies
-from lorakit.core.kinds import dense_delta
 from lorakit.core.layer import LoraLayer
 from lorakit.core.sitemap import base_tensors, copies, holders, layers, state_of
 from lorakit.core.variants import variant_named
@@ -78,6 +76,11 @@ def merge(model: nn.Module, *names: str, keep_base: KeepBase = True, untie: bool
         MergeError: Already merged, not mergeable, a weight is shared, or the result is not finite.
         AdapterError: There is no such adapter.
     """
+    return _merge(model, names, keep_base, untie, in_place=True)
+
+
+def _merge(model: nn.Module, names: Sequence[str], keep_base: KeepBase, untie: bool, in_place: bool) -> MergeReport:
+    """`merge`; with `in_place` false, an adapter that moved the base and is not merged is left out of account."""
     state = state_of(model)
     chosen = tuple(names or state.default.names)
     check_known(state, chosen)
@@ -85,14 +88,14 @@ def merge(model: nn.Module, *names: str, keep_base: KeepBase = True, untie: bool
     here = [(path, layer, [n for n in chosen if n in layer.r]) for path, layer in layers(model)]
     here = [(path, layer, new) for path, layer, new in here if new]
     if keep_base is False:  # two passes instead of a copy: all is known to be sound before the first weight changes
-        reports = [_merged_weight(path, layer, new)[1] for path, layer, new in here]
+        reports = [_merged_weight(path, layer, new, in_place)[1] for path, layer, new in here]
         for path, layer, new in here:
-            _put(layer, _built(layer, _merged_weight(path, layer, new)[0], keep_base, untie), new)
+            _put(layer, _built(layer, _merged_weight(path, layer, new, in_place)[0], keep_base, untie), new)
     else:  # whatever takes memory comes before the first change
         built = []
         reports = []
         for path, layer, new in here:
-            stored, report = _merged_weight(path, layer, new)
+            stored, report = _merged_weight(path, layer, new, in_place)
             built.append(_built(layer, stored, keep_base, untie))
             reports.append(report)
         for (_, layer, new), weight in zip(here, built, strict=True):
@@ -127,18 +130,29 @@ def unmerge(model: nn.Module, *names: str) -> None:
     for _, layer in layers(model):
         left = [name for name in layer.merged_adapters if name not in chosen]
         if left != layer.merged_adapters:
-            ready.append((layer, left, _sum_of_updates(layer, left)[0] if left else layer.original_weight()))
-    for layer, left, tensor in ready:
-        weight: Tensor = layer.base_layer.weight  # type: ignore[assignment]
-        weight.data = tensor
+            ready.append((layer, left, stored_for(layer, left)))
+    for layer, left, stored in ready:
+        layer.base.place(layer.owner, layer.slot.parameter, stored)
         layer.merged_adapters = left
         if not left:
-            layer.kept = None
+            layer.kept = layer.kept if layer.moved_by is not None else None
             if layer.tied_weight is not None:
-                layer.base_layer.weight, layer.tied_weight = layer.tied_weight, None
+                layer.owner._parameters[layer.slot.parameter], layer.tied_weight = layer.tied_weight, None
     for _, holder in copies(model):
         holder.merged_adapter = None if holder.merged_adapter in chosen else holder.merged_adapter
     state.leave_default(chosen)
+
+
+def stored_for(layer: LoraLayer, merged: Sequence[str]) -> Any:
+    """What a site's module stores while these adapters are merged: the original where there are none.
+
+    Args:
+        layer: The site.
+        merged: Adapters.
+    """
+    if merged:
+        return _sum_of_updates(layer, merged, in_place=True)[0]
+    return layer.moved if layer.moved_by is not None else layer.original()
 
 
 def merge_and_unload(model: nn.Module, *names: str, untie: bool = False) -> MergeReport:
@@ -157,11 +171,14 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False) -> Merg
         AdapterError: There is no such adapter.
     """
     state = state_of(model)
-    report = merge(model, *names, keep_base=False, untie=untie)
+    report = _merge(model, names, keep_base=False, untie=untie, in_place=False)
+    for _, layer in layers(model):
+        if layer.moved_by is not None and not layer.merged_adapters:
+            layer.give_base_back()
     for module in list(model.modules()):
         for attribute, child in list(module._modules.items()):
             if isinstance(child, LoraLayer):
-                module._modules[attribute] = child.base_layer
+                module._modules[attribute] = child.owner
             elif isinstance(child, ModuleCopies):
                 merged = child.merged_adapter
                 module._modules[attribute] = child.modules_to_save[merged] if merged else child.original_module
@@ -206,14 +223,14 @@ def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
     chosen = tuple(names or state.default.names)
     check_known(state, chosen)
     _check_variants(model, chosen)
-    sites = {id(layer.base_layer): layer for _, layer in layers(model)}
+    sites = {(id(layer.owner), layer.slot.parameter): layer for _, layer in layers(model)}
     replaced = _copied_tensors(model, chosen)
     for name, tensor, module in base_tensors(model):
         leaf = name.rpartition(".")[2]
-        if id(module) in sites and leaf == "weight":
-            layer = sites[id(module)]
+        layer = sites.get((id(module), leaf))
+        if layer is not None:
             here = [n for n in chosen if n in layer.r]
-            yield name, _sum_of_updates(layer, here)[0] if here else tensor.detach()
+            yield name, _sum_of_updates(layer, here, in_place=False)[0] if here else tensor.detach()
         elif name in replaced:
             yield name, replaced[name]
         else:
@@ -262,7 +279,8 @@ def tied_sites(model: nn.Module, names: Sequence[str]) -> list[tuple[str, str]]:
     held, found = holders(model), []
     for path, layer in layers(model):
         if any(name in layer.r for name in names):
-            shared = [name for name, module in held[id(layer.base_layer.weight)] if module is not layer.base_layer]
+            parameter = layer.owner._parameters.get(layer.slot.parameter)
+            shared = [name for name, module in held.get(id(parameter), ()) if module is not layer.owner]
             found += [(path, shared[0])] if shared else []
     return found
 
@@ -274,24 +292,27 @@ def _check_variants(model: nn.Module, names: Sequence[str]) -> None:
                 raise MergeError(f"Adapter {name!r} at {path} is {layer.variant[name]}, which cannot be merged.")
 
 
-def _sum_of_updates(layer: LoraLayer, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """What to store for W₀ + Σ update, with W₀ (out, in) and the exact sum (out, in).   [docs/math.md (11)]"""
+def _sum_of_updates(layer: LoraLayer, names: Sequence[str], in_place: bool) -> tuple[Any, Tensor, Tensor]:
+    """What to store for W₀ + Σ update, with W₀ (out, in) and the exact sum (out, in).   [docs/math.md (11)]
+
+    In its place in the model, the weight must also be right for an adapter that moved the base and is not merged.
+    """
     with torch.no_grad():
         W = layer.read()
         total = torch.zeros_like(W)
         for name in names:
-            factor = layer.factor(name)
-            delta = dense_delta(factor.A.to(W.dtype), factor.B.to(W.dtype)) * factor.scale
-            total += variant_named(factor.variant).update(W, delta, factor)
-        stored = base_of(layer.base_layer).write(W + total, layer.original_weight())
+            total += layer.update(name, W)
+        if in_place and layer.moved_by is not None and layer.moved_by not in names:
+            total += layer.read(layer.moved_by) - W
+        stored = layer.base.write(layer.owner, layer.original(), W + total)
     return stored, W, total
 
 
-def _merged_weight(path: str, layer: LoraLayer, new: Sequence[str]) -> tuple[Tensor, SiteMerge]:
-    stored, W, total = _sum_of_updates(layer, [*layer.merged_adapters, *new])
-    if not bool(torch.isfinite(stored).all()):
+def _merged_weight(path: str, layer: LoraLayer, new: Sequence[str], in_place: bool) -> tuple[Any, SiteMerge]:
+    stored, W, total = _sum_of_updates(layer, [*layer.merged_adapters, *new], in_place)
+    after = layer.base.read(layer.owner, stored)
+    if not bool(torch.isfinite(after).all()):
         raise MergeError(f"Merging {', '.join(new)} at {path} gives NaN or infinite weights. Nothing was changed.")
-    after = base_of(layer.base_layer).read(stored)
     wanted = float(torch.linalg.vector_norm(total))
     lost = float(torch.linalg.vector_norm(after - (W + total)))
     changed = float((after != W).float().mean())
@@ -300,29 +321,31 @@ def _merged_weight(path: str, layer: LoraLayer, new: Sequence[str]) -> tuple[Ten
 
 @dataclass(frozen=True)
 class _Built:
-    """What a site's weight becomes, ready to be put in place: the tensor to store, or a parameter of its own."""
+    """What a site's weight becomes, ready to be put in place: the thing to store, or a parameter of its own."""
 
-    stored: Tensor
-    kept: Tensor | None
+    stored: Any
+    kept: Any
     own: nn.Parameter | None
 
 
-def _built(layer: LoraLayer, stored: Tensor, keep_base: KeepBase, untie: bool) -> _Built:
-    weight: nn.Parameter = layer.base_layer.weight  # type: ignore[assignment]
+def _built(layer: LoraLayer, stored: Any, keep_base: KeepBase, untie: bool) -> _Built:
     kept = layer.kept
     if keep_base is not False and kept is None:
-        kept = weight.detach().to("cpu") if keep_base == "cpu" else weight.detach()
-    return _Built(stored, kept, nn.Parameter(stored, requires_grad=weight.requires_grad) if untie else None)
+        kept = layer.original()
+        kept = kept.to("cpu") if keep_base == "cpu" and not layer.base.quantised else kept
+    weight = layer.owner._parameters.get(layer.slot.parameter)
+    own = None if weight is None or not untie else nn.Parameter(stored, requires_grad=weight.requires_grad)
+    return _Built(stored, kept, own)
 
 
 def _put(layer: LoraLayer, built: _Built, names: Sequence[str]) -> None:
-    weight: nn.Parameter = layer.base_layer.weight  # type: ignore[assignment]
+    owner, parameter = layer.owner, layer.slot.parameter
     layer.kept = built.kept
     if built.own is not None:  # the other holder keeps the old one
-        layer.tied_weight = weight if layer.tied_weight is None else layer.tied_weight
-        layer.base_layer.weight = built.own
+        layer.tied_weight = owner._parameters[parameter] if layer.tied_weight is None else layer.tied_weight
+        owner._parameters[parameter] = built.own
     else:
-        weight.data = built.stored
+        layer.base.place(owner, parameter, built.stored)
     layer.merged_adapters = [*layer.merged_adapters, *names]
 
 

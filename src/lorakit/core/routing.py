@@ -234,6 +234,8 @@ class Forwards:
         """
         if torch.is_inference_mode_enabled():
             return  # no backward ever comes to it
+        if isinstance(output, tuple) and output:
+            output = output[0]  # attention returns its weights beside its output
         if not isinstance(output, Tensor) or output.grad_fn is None:
             self._without_graph[torch.is_grad_enabled()].add(route)
             return

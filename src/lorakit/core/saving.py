@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, LoraConfig, TaskType
-from lorakit.core.bases import base_of
 from lorakit.core.checks import check_allowances, check_known
 from lorakit.core.fingerprinting import fingerprint
 from lorakit.core.keys import adapter_tensors
@@ -102,7 +101,7 @@ def save_adapter(
 
 def _config_on_disk(model: nn.Module, config: LoraConfig, base: str | None) -> bytes:
     transposed = any(
-        base_of(layer.base_layer).transposed and layer.kind.drops for _, layer in layers(model) if layer.r
+        layer.base.transposed and layer.kind.drops for _, layer in layers(model) if layer.r
     )  # an embedding lies transposed too, but readers ask for dense layers
     heads = HEADS_BY_TASK.get(config.task_type, ()) if isinstance(config.task_type, TaskType) else ()
     config = dataclasses.replace(

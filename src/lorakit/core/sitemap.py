@@ -6,14 +6,15 @@ places), and the adapted layers. It knows nothing about configs or arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.bases import base_of
 from lorakit.core.extras import BiasSwitch, ModuleCopies
-from lorakit.core.kinds import Kind, kind_named, kind_of
+from lorakit.core.kinds import INNER, Kind, Slot, kind_of
 from lorakit.core.layer import LoraLayer
 from lorakit.core.routing import AdapterState
 from lorakit.errors import AdapterError
@@ -40,6 +41,25 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where one factor sits, before or after its layer is there.
+
+    Attributes:
+        path: Path of its layer, also its name on disk.
+        outer: Path of the module in the plain base.
+        kind: The kind of the site.
+        slot: The weight.
+        child: Name of the child of that module that holds the weight, "" for the module itself.
+    """
+
+    path: str
+    outer: str
+    kind: Kind
+    slot: Slot
+    child: str = ""
+
+
+@dataclass(frozen=True)
 class SiteMap:
     """A model as attaching sees it.
 
@@ -56,13 +76,76 @@ class SiteMap:
     def base(self, path: str) -> nn.Module:
         """The base's module at a path, also where a layer stands there."""
         standing = self.modules[path]
-        return standing.base_layer if isinstance(standing, LoraLayer) else standing
+        return standing.owner if isinstance(standing, LoraLayer) else standing
+
+    def places(self, path: str, kind: Kind) -> list[Place]:
+        """Every weight that naming a module adapts.
+
+        Args:
+            path: Path of the module.
+            kind: Its kind.
+
+        Returns:
+            The places, in the order in which their layers can be put around the module: the innermost first.
+        """
+        owner = self.base(path)
+        slots = kind.slots(owner)
+        found = [Place(path + INSIDE * depth, path, kind, slot) for depth, slot in enumerate(slots)]
+        for child in kind.inner:
+            (slot,) = INNER.slots(inner_base(owner, child))
+            found.append(Place(f"{path}{INSIDE * len(slots)}.{child}", path, INNER, slot, child))
+        return found[::-1]
+
+    def holder(self, place: Place) -> nn.Module:
+        """The base's module that holds a place's weight."""
+        owner = self.base(place.outer)
+        return inner_base(owner, place.child) if place.child else owner
+
+    def layer(self, place: Place) -> LoraLayer | None:
+        """The layer that stands at a place already, or None."""
+        if place.child:
+            inside = self.base(place.outer)._modules[place.child]
+            return inside if isinstance(inside, LoraLayer) else None
+        standing = self.modules[place.outer]
+        chain = standing.chain() if isinstance(standing, LoraLayer) else ()
+        return next((layer for layer in chain if layer.slot.parameter == place.slot.parameter), None)
+
+    def put(self, place: Place, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
+        """Stand a new layer at a place.
+
+        Args:
+            place: Where.
+            make: Makes the layer around the module that it gets.
+        """
+        if place.child:
+            owner = self.base(place.outer)
+            layer = make(owner._modules[place.child])  # type: ignore[arg-type]
+            owner._modules[place.child] = layer
+            return layer
+        standing = self.modules[place.outer]
+        layer = make(standing)
+        self.replace(standing, layer)
+        self.modules[place.outer] = layer
+        return layer
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
         """Put a module where another stands, in every place."""
         for parent, attribute in self.parents[id(old)]:
             parent._modules[attribute] = new
         self.parents[id(new)] = self.parents[id(old)]
+
+
+INSIDE = ".base_layer"
+"""What the path of a layer gets for each layer that stands around it."""
+
+DENSE_KINDS = frozenset({"Linear", "Conv1D"})
+"""The kinds that "all-linear" means."""
+
+
+def inner_base(owner: nn.Module, child: str) -> nn.Module:
+    """A child of a module of the base, also where a layer stands around it."""
+    inside: nn.Module = owner._modules[child]  # type: ignore[assignment]
+    return inside.owner if isinstance(inside, LoraLayer) else inside
 
 
 def survey(model: nn.Module) -> SiteMap:
@@ -93,9 +176,8 @@ def sites(model: nn.Module) -> list[Site]:
         model: An adapted model; one without adapters has none.
     """
     return [
-        Site(path, layer.kind_name, slot.out_features, slot.in_features, layer)
+        Site(path, layer.kind_name, layer.slot.out_features, layer.slot.in_features, layer)
         for path, layer in layers(model)
-        for slot in layer.kind.slots(layer.base_layer)
     ]
 
 
@@ -139,14 +221,14 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
         Name without any trace of adapters, tensor (…) of any shape, and the module that holds it. Shared
         parameters come once per name; buffers that are not saved are left out.
     """
-    originals = {id(layer.base_layer): layer for _, layer in layers(model)}
+    originals = {(id(layer.owner), layer.slot.parameter): layer for _, layer in layers(model)}
     for path, module in _plain_modules(model, ""):
-        layer = originals.get(id(module))
         old = _old_biases(module)
         prefix = f"{path}." if path else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                tensor = layer.original_weight() if layer is not None and name == "weight" else old.get(name, parameter)
+                layer = originals.get((id(module), name))
+                tensor = layer.original() if layer is not None else old.get(name, parameter)
                 yield prefix + name, tensor, module
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
@@ -170,7 +252,7 @@ def _old_biases(module: nn.Module) -> dict[str, Tensor]:
 def _plain_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """The base's modules under the paths they have without adapters; one that stands in two places comes twice."""
     if isinstance(module, LoraLayer):
-        module = module.base_layer
+        module = module.owner
     elif isinstance(module, ModuleCopies):
         module = module.original_module
     yield path, module
@@ -197,20 +279,22 @@ def _outside_of_adapters(
 def _candidate(
     path: str, module: nn.Module, head: nn.Module | None, kinds: dict[type[nn.Module], Kind | None]
 ) -> Candidate:
-    if isinstance(module, LoraLayer):
-        base, kind = module.base_layer, kind_named(module.kind_name)
-    else:
-        base = module
-        if type(base) not in kinds:
-            kinds[type(base)] = kind_of(type(base))
-        found = kinds[type(base)]
-        weight = base._parameters.get("weight") if found else None
-        if found is None or weight is None or weight.ndim != 2 or not torch.is_floating_point(weight):
-            return Candidate(path, None, type(base).__name__)
-        kind = found
+    base = module.owner if isinstance(module, LoraLayer) else module
+    if type(base) not in kinds:
+        kinds[type(base)] = kind_of(type(base))
+    kind = kinds[type(base)]
+    if kind is None or not _can_be_read(base, kind):
+        return Candidate(path, None, type(base).__name__)
     slot = kind.slots(base)[0]
-    dense = kind.drops and module is not head and base is not head
+    dense = kind.name in DENSE_KINDS and module is not head and base is not head
     return Candidate(path, kind.name, type(base).__name__, dense, slot.out_features, slot.in_features)
+
+
+def _can_be_read(module: nn.Module, kind: Kind) -> bool:
+    """Whether the weights of a module are floats, or stored in a way that BASES knows."""
+    weight = module._parameters.get("weight")
+    floats = weight is not None and torch.is_floating_point(weight) and weight.ndim > 1
+    return floats or kind.acts_on == "weight" or base_of(module).quantised
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

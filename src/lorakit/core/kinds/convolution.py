@@ -1,0 +1,104 @@
+"""Kinds of convolutions: nn.Conv1d, nn.Conv2d, nn.Conv3d.
+
+A is a convolution to r channels that moves as the base does (stride, padding, padding mode, dilation) and sees
+all input channels; B mixes channels at one point, in the base's groups. Both lie as PEFT writes them: A (r, in, k…), B
+(out, r / groups, 1…). With groups above one the delta reaches channels that the base's weight has no place for, so
+it has no delta in the base's shape; as a convolution of one group it has one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorakit.core.kinds.dense import LINEAR
+from lorakit.core.kinds.kind import Shape, Slot
+from lorakit.errors import ConfigError, MergeError
+
+_CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
+
+
+def _slots(module: Any) -> tuple[Slot, ...]:
+    slot = Slot("weight", module.out_channels, module.in_channels, kernel=module.kernel_size, groups=module.groups)
+    return (slot,)
+
+
+def _shapes(slot: Slot, r: int) -> tuple[Shape, Shape]:
+    if r % slot.groups:
+        raise ConfigError(
+            f"The rank is {r}, and a convolution of {slot.groups} groups needs one that is divisible by {slot.groups}. "
+            "Choose another rank (rank_pattern for this module alone) or leave the module out."
+        )
+    point = (1,) * len(slot.kernel)
+    return (r, slot.in_features, *slot.kernel), (slot.out_features, r // slot.groups, *point)
+
+
+def _down(module: Any, x: Tensor, A: Tensor) -> Tensor:
+    padding = module.padding
+    if module.padding_mode != "zeros":
+        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+    convolve = _CONVOLVE[A.ndim - 3]
+    return convolve(x, A, None, module.stride, padding, module.dilation)  # (N, in, …) -> (N, r, …)
+
+
+def _up(module: Any, h: Tensor, B: Tensor) -> Tensor:
+    return _CONVOLVE[B.ndim - 3](h, B, groups=module.groups)  # (N, r, …) -> (N, out, …)
+
+
+def _flat(slot: Slot, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    return A.flatten(1), _in_one_group(B.flatten(1), slot)
+
+
+def _flat_weight(slot: Slot, W: Tensor) -> Tensor:
+    return _in_one_group(W, slot).flatten(1)
+
+
+def _in_one_group(W: Tensor, slot: Slot) -> Tensor:
+    """A weight (out, in / groups, …) as that of one group, (out, in, …), with zeros where a group does not see."""
+    if slot.groups == 1:
+        return W
+    groups, inside = slot.groups, W.shape[1]
+    wide = W.new_zeros(W.shape[0], groups, *W.shape[1:])
+    group_of = torch.arange(W.shape[0], device=W.device) // (W.shape[0] // groups)
+    wide[torch.arange(W.shape[0], device=W.device), group_of] = W
+    return wide.view(W.shape[0], groups * inside, *W.shape[2:])
+
+
+def _delta(slot: Slot, A: Tensor, B: Tensor) -> Tensor:
+    """The delta (out, in, k…) of A (r, in, k…) and B (out, r, 1…).
+
+    Raises:
+        MergeError: The convolution has groups.
+    """
+    if slot.groups > 1:
+        raise MergeError(
+            f"A convolution of {slot.groups} groups has no place for what its adapter adds, which reaches all input "
+            "channels. Merge with dense=True to make it a convolution of one group."
+        )
+    A, B = _flat(slot, A, B)
+    return (B @ A).view(slot.out_features, slot.in_features, *slot.kernel)
+
+
+def _vector(slot: Slot) -> Shape:
+    return (1, slot.out_features, *[1] * len(slot.kernel))
+
+
+CONV1 = replace(
+    LINEAR,
+    name="Conv1d",
+    types=(nn.Conv1d,),
+    slots=_slots,
+    shapes=_shapes,
+    vector=_vector,
+    down=_down,
+    up=_up,
+    flat=_flat,
+    flat_weight=_flat_weight,
+    delta=_delta,
+)
+CONV2 = replace(CONV1, name="Conv2d", types=(nn.Conv2d,))
+CONV3 = replace(CONV1, name="Conv3d", types=(nn.Conv3d,))

@@ -1,0 +1,96 @@
+"""Kinds whose factors act on a weight for the length of one forward: bare parameters and nn.MultiheadAttention.
+
+Such a module never shows what its weight is multiplied with, so B·A is added to the weight instead. Experts that
+lie in one parameter share its A and B on disk as PEFT lays them: A (experts·r, in), expert by expert, and B
+(out, r·experts) with the expert as the fastest index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.kinds.dense import LINEAR
+from lorakit.core.kinds.kind import Shape, Slot, dense_delta
+from lorakit.errors import TargetError
+
+
+def _no_axis(_: nn.Module) -> int | None:
+    return None
+
+
+def parameter_slot(module: nn.Module, name: str) -> Slot:
+    """The slot of a parameter of a module, of two axes (out, in) or of three (experts, out, in).
+
+    Args:
+        module: The module that holds it.
+        name: Its name there.
+
+    Raises:
+        TargetError: It has another number of axes.
+    """
+    shape = tuple(module._parameters[name].shape)  # type: ignore[union-attr]
+    if len(shape) == 2:
+        return Slot(name, *shape)
+    if len(shape) != 3:
+        raise TargetError(f"The parameter {name!r} has shape {shape}; LoRA on a parameter needs two axes or three.")
+    in_first = bool(getattr(module, "is_transposed", False))  # transformers' mark of experts that lie as (in, out)
+    experts, first, second = shape
+    return Slot(name, *((second, first) if in_first else (first, second)), experts, in_first)
+
+
+def _shapes(slot: Slot, r: int) -> tuple[Shape, Shape]:
+    wide = r * max(slot.experts, 1)
+    return (wide, slot.in_features), (slot.out_features, wide)
+
+
+def _rank(slot: Slot, shape: Shape) -> int:
+    return shape[0] // max(slot.experts, 1) if shape else 0
+
+
+def _delta(slot: Slot, A: Tensor, B: Tensor) -> Tensor:
+    """The delta in the parameter's own shape, of A (experts·r, in) and B (out, r·experts)."""
+    if not slot.experts:
+        return dense_delta(A, B)
+    A, B = per_expert(slot, A, B)
+    return torch.bmm(A.mT, B.mT) if slot.in_first else torch.bmm(B, A)
+
+
+def per_expert(slot: Slot, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of each expert: A (experts, r, in) and B (experts, out, r), from how they lie on disk."""
+    A = A.view(slot.experts, -1, slot.in_features)
+    B = B.view(slot.out_features, -1, slot.experts).permute(2, 0, 1)
+    return A, B
+
+
+def _attention_slots(module: Any) -> tuple[Slot, ...]:
+    if module.in_proj_weight is not None:
+        return (parameter_slot(module, "in_proj_weight"),)
+    return tuple(parameter_slot(module, name) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"))
+
+
+PARAMETER = replace(
+    LINEAR,
+    name="Parameter",
+    types=(),  # named by target_parameters, never found by its module's type
+    acts_on="weight",
+    drops=False,
+    row_axis=_no_axis,
+    shapes=_shapes,
+    rank=_rank,
+    delta=_delta,
+)
+
+ATTENTION = replace(
+    PARAMETER,
+    name="MultiheadAttention",
+    types=(nn.MultiheadAttention,),
+    slots=_attention_slots,
+    inner=("out_proj",),
+)
+
+INNER = replace(PARAMETER, name="InnerLinear", slots=LINEAR.slots)
+"""A dense layer inside such a module, whose weight the module reads without calling it."""
