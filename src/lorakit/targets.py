@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.config import HEADS_BY_TASK, LoraConfig, TaskType
+from lorakit.config import HEADS_BY_TASK, LoraConfig, TaskType, check_built
 from lorakit.errors import ConfigError, TargetError, nearest
 
 ALL_LINEAR = "all-linear"
@@ -89,7 +89,9 @@ def resolve(candidates: Sequence[Candidate], config: LoraConfig, *, allow_partia
     Raises:
         TargetError: Nothing matches, an entry matches nothing, or a named module cannot take LoRA.
         ConfigError: A pattern is not a regular expression, or no targets are given.
+        NotYetSupported: The config asks for what is not built.
     """
+    check_built(config)
     saved, unsaved = _saved(candidates, config)
     found = _targeted(candidates, config, saved)
     missing = [*unsaved, *_unmatched(candidates, config, found)]
