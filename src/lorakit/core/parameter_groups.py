@@ -14,8 +14,8 @@ from torch import nn
 
 from lorakit.core.activation import trainable_parameters
 from lorakit.core.sitemap import layers
-from lorakit.errors import ConfigError, nearest
-from lorakit.targets import first_match, key_fits
+from lorakit.errors import ConfigError
+from lorakit.targets import first_match, unfitting_keys
 
 Role = Literal["A", "B", "embedding", "vector", "whole"]
 """A or B of a site; either factor of an embedding; a magnitude or bias (one axis); a matrix of a copied module."""
@@ -114,13 +114,9 @@ def rates_by_name(parts: Sequence[TrainedPart], rates: Rates) -> dict[str, float
         grows with the width.
     """
     sites = list(dict.fromkeys(part.site for part in parts))
-    for key in rates.patterns:
-        if not any(key_fits(key, site) for site in sites):
-            close = ", ".join(nearest(key, sorted({site.rpartition(".")[2] for site in sites})))
-            raise ConfigError(
-                f"learning_rate_pattern key {key!r} matches none of the {len(sites)} trained modules"
-                f"{f'; nearest: {close}' if close else ''}."
-            )
+    wrong = unfitting_keys("learning_rate_pattern", rates.patterns, sites)
+    if wrong:
+        raise ConfigError(" ".join(wrong))
     return {part.name: _rate(part, rates) for part in parts}
 
 
