@@ -12,8 +12,22 @@ from typing import Any
 
 import pytest
 
-from lorakit.config import API_LEVEL, CONFIG_FILE, HEADS_BY_TASK, NEUTRAL, LoraConfig, TaskType, read_config, scale
-from lorakit.errors import AdapterFileError, ConfigError, NotYetSupported
+from lorakit.config import (
+    API_LEVEL,
+    CONFIG_FILE,
+    HEADS_BY_TASK,
+    NOT_BUILT,
+    LoftQConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftType,
+    TaskType,
+    check_built,
+    read_config,
+    scale,
+)
+from lorakit.config.lora import PARTS
+from lorakit.errors import AdapterFileError, ConfigError, ConfigTypeError, NotYetSupported
 
 DEFAULTS = {
     "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": None, "exclude_modules": None, "bias": "none",
@@ -28,7 +42,7 @@ def test_defaults_are_the_fields() -> None:
     config = LoraConfig()
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
     assert API_LEVEL == "0.22.0"
-    assert all(getattr(config, name) == neutral for name, neutral in NEUTRAL.items())
+    assert all(getattr(config, name) == neutral for name, neutral in NOT_BUILT.items())
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -45,7 +59,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "alpha infinite": ({"lora_alpha": math.inf}, "lora_alpha is inf"),
     "alpha a word": ({"lora_alpha": "16"}, "lora_alpha is '16'"),
     "bias": ({"bias": "some"}, r"bias is 'some'; it must be one of 'none', 'all', 'lora_only'"),
-    "task": ({"task_type": "CAUSAL"}, "task_type is 'CAUSAL'; it must be one of .*Did you mean CAUSAL_LM?"),
+    "task": ({"task_type": "CAUSAL"}, "Invalid task type: 'CAUSAL'. Must be one of .*Did you mean CAUSAL_LM?"),
     "method": ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
     "targets a number": ({"target_modules": 3}, "target_modules is 3"),
     "targets of numbers": ({"target_modules": ["q", 3]}, "target_modules holds 3"),
@@ -58,8 +72,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "pattern a list": ({"rank_pattern": ["q"]}, r"rank_pattern is \['q'\]; it must be a table"),
     "pattern of a number": ({"alpha_pattern": {3: 1}}, "alpha_pattern holds the key 3"),
     "init a number": ({"init_lora_weights": 3}, "init_lora_weights is 3; it must be True, False or a name"),
-    "layers pattern alone": ({"layers_pattern": "h"}, "layers_pattern is given without layers_to_transform"),
-    "layers of a regex": ({"layers_to_transform": [1], "target_modules": "q.*"}, "cannot be combined with target_modules as one string"),
+    "layers pattern alone": ({"layers_pattern": "h"}, "When `layers_pattern` is specified, `layers_to_transform` must also"),
+    "layers of a regex": ({"layers_to_transform": [1], "target_modules": "q.*"}, "`layers_to_transform` cannot be used when `target_modules` is a str"),
 }  # fmt: skip
 
 
@@ -84,14 +98,22 @@ def test_what_is_allowed(fields: dict[str, Any]) -> None:
     LoraConfig(**fields)
 
 
-@pytest.mark.parametrize("name", NEUTRAL)
-def test_what_is_known_but_not_built_says_so(name: str) -> None:
-    value = {"layer_replication": [(0, 2)], "target_parameters": ["w"]}.get(
-        name, True if NEUTRAL[name] is False else {"x": 1}
-    )
+ASKING = {
+    "layer_replication": [(0, 2)], "target_parameters": ["w"], "trainable_token_indices": [1], "loftq_config": LoftQConfig(),
+    "alora_invocation_tokens": [1], "megatron_config": {"x": 1}, "eva_config": {}, "corda_config": {}, "lora_ga_config": {},
+    "velora_config": {}, "monteclora_config": {}, "use_bdlora": {}, "arrow_config": {}, "kasa_config": {},
+}  # fmt: skip
+WITH = {"loftq_config": {"init_lora_weights": "loftq"}, "alora_invocation_tokens": {"task_type": "CAUSAL_LM"}}
+WITH |= {f"{name}_config": {"init_lora_weights": name} for name in ("eva", "corda", "lora_ga")}
+
+
+@pytest.mark.parametrize("name", NOT_BUILT)
+def test_what_is_known_but_not_built_is_a_config_and_refused_where_it_is_used(name: str) -> None:
+    config = LoraConfig(**{name: ASKING.get(name, True)}, **WITH.get(name, {}))
     with pytest.raises(NotYetSupported, match=f"{name} is .*not built yet. Leave it at"):
-        LoraConfig(**{name: value})
-    LoraConfig(**{name: NEUTRAL[name]})
+        check_built(config)
+    check_built(LoraConfig(**{name: NOT_BUILT[name]}))
+    check_built(LoraConfig(**{name: None}))
 
 
 def test_what_was_passed_in_is_not_shared() -> None:
@@ -133,8 +155,7 @@ def test_json_both_ways(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     read, ignored = read_config(tmp_path)
     assert ignored == []
-    assert read == dataclasses.replace(config, inference_mode=True)
-    assert config.inference_mode is False
+    assert read == config
     assert LoraConfig.from_pretrained(tmp_path) == read == read_config(tmp_path / CONFIG_FILE)[0]
 
 
@@ -154,8 +175,10 @@ def write(folder: Path, **values: Any) -> Path:
 
 
 def test_reading_is_tolerant_and_says_what_it_left_out(tmp_path: Path) -> None:
-    config, ignored = read_config(write(tmp_path, r=4, peft_type="LORA", zzz=1, future={"a": 1}, megatron_core="x"))
-    assert config.r == 4 and ignored == ["future", "zzz"]
+    config, ignored = read_config(
+        write(tmp_path, r=4, peft_type="LORA", zzz=1, future_thing={"a": 1}, megatron_core="x")
+    )
+    assert config.r == 4 and ignored == ["future_thing", "zzz"]
 
 
 def test_an_old_file_without_most_fields(tmp_path: Path) -> None:
@@ -165,7 +188,7 @@ def test_an_old_file_without_most_fields(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["loftq_config", "eva_config", "corda_config", "trainable_token_indices"])
 def test_null_and_empty_ask_for_nothing(name: str, tmp_path: Path) -> None:
-    for nothing in (None, NEUTRAL[name]):
+    for nothing in (None, {} if name == "loftq_config" else None):
         read_config(write(tmp_path, **{name: nothing}))
 
 
@@ -186,3 +209,108 @@ def test_programs_that_hold_several_methods_may_ask() -> None:
     config = LoraConfig()
     assert config.is_prompt_learning is False and config.is_adaption_prompt is False
     assert config.to_dict()["r"] == 8
+
+
+PEFTS = {"monteclora_config": {"num_samples": 2}, "use_bdlora": {"nblocks": 2}, "arrow_config": {"top_k": 2}}
+PEFTS |= {"eva_config": {"rho": 1.5}, "corda_config": {"corda_method": "kpm"}, "kasa_config": {"beta": 0.5}}
+PEFTS |= {"lora_ga_config": {"scale": "unit"}, "velora_config": {"num_groups": 8}}
+
+
+@pytest.mark.filterwarnings("ignore:`.*` specified but will be ignored")
+@pytest.mark.parametrize("name", PEFTS)
+def test_a_nested_config_comes_back_as_its_class(name: str, tmp_path: Path) -> None:
+    config = LoraConfig(**{name: PEFTS[name]})
+    config.save_pretrained(tmp_path)
+    read = LoraConfig.from_pretrained(tmp_path)
+    assert read == config and type(getattr(read, name)).__name__.endswith("Config")
+    with pytest.raises(ConfigTypeError, match="a dict, or None; 3 was given"):
+        LoraConfig(**{name: 3})
+
+
+def test_the_fields_their_defaults_and_json_are_pefts() -> None:
+    peft = pytest.importorskip("peft")
+    ours, theirs = dataclasses.fields(LoraConfig), dataclasses.fields(peft.LoraConfig)
+    assert [f.name for f in ours] == [f.name for f in theirs]
+    assert {**LoraConfig().as_json(), "peft_version": None} == {**peft.LoraConfig().to_dict(), "peft_version": None}
+    assert [member.value for member in PeftType] == [member.value for member in peft.PeftType]
+    for part in PARTS.values():
+        other = getattr(peft.tuners.lora.config, part.__name__)
+        assert dataclasses.asdict(part()) == dataclasses.asdict(other())
+
+
+REFUSED = {
+    "loftq without settings": ({"init_lora_weights": "loftq"}, "`loftq_config` must be specified when"),
+    "dora of megatron": ({"use_dora": True, "megatron_config": {"a": 1}}, "DoRA does not support megatron_core"),
+    "a bias of B with an init": ({"lora_bias": True, "init_lora_weights": "olora"}, "lora_bias=True is only supported with"),
+    "a bias of B with DoRA": ({"lora_bias": True, "use_dora": True}, "lora_bias=True is not supported for DoRA"),
+    "rho": ({"eva_config": {"rho": 0.5}, "init_lora_weights": "eva"}, "`rho` must be >= 1.0"),
+    "a method": ({"peft_type": "IA3"}, "peft_type is 'IA3'; this library knows LORA only"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", REFUSED)
+def test_fields_that_exclude_each_other(which: str) -> None:
+    fields, text = REFUSED[which]
+    with pytest.raises(ConfigError, match=text):
+        LoraConfig(**fields)
+    with pytest.raises(TypeError, match="`target_parameters` must be a list of strings or None"):
+        LoraConfig(target_parameters="w")
+
+
+def test_settings_without_their_init_are_said() -> None:
+    with pytest.warns(UserWarning, match="`loftq_config` specified but will be ignored"):
+        assert LoraConfig(loftq_config=LoftQConfig()).loftq_config == {}
+    with pytest.warns(UserWarning, match="`eva_config` is not specified. Using default EVA config"):
+        assert LoraConfig(init_lora_weights="eva").eva_config is not None
+    with pytest.warns(UserWarning, match="aLoRA is currently only supported for CAUSAL_LM"):
+        LoraConfig(alora_invocation_tokens=[1])
+    LoraConfig(init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=8))
+
+
+def test_a_key_of_a_newer_version_is_kept_and_named(tmp_path: Path) -> None:
+    write(tmp_path, peft_type="LORA", r=3, zzz={"a": 1})
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['zzz'\] for class LoraConfig"):
+        config = PeftConfig.from_pretrained(tmp_path)
+    assert type(config) is LoraConfig and config.r == 3 and "zzz" not in config.to_dict()
+    config.with_fields(r=4).save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / CONFIG_FILE).read_text())["zzz"] == {"a": 1}
+    with pytest.raises(TypeError, match=r"The LoraConfig config .* is missing required keys: \{'peft_type'\}"):
+        LoraConfig.from_pretrained(write(tmp_path, foo="bar"))
+    with pytest.raises(ConfigError, match="peft_type is 'IA3'"):
+        PeftConfig.from_pretrained(write(tmp_path, peft_type="IA3"))
+    with pytest.raises(ValueError, match=f"Can't find '{CONFIG_FILE}' at"):
+        PeftConfig.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "refused"),
+    [("use_new", True, True), ("use_new", False, False), ("new_config", {"a": 1}, True), ("new_config", {}, False),
+     ("init_new", "x", True), ("lora_new", 2, True), ("lora_new", None, False), ("note", "x", False)],
+)  # fmt: skip
+def test_a_key_of_a_newer_version_is_refused_where_it_changes_what_is_computed(
+    key: str, value: Any, refused: bool, tmp_path: Path
+) -> None:
+    write(tmp_path, **{key: value})
+    if refused:
+        with pytest.raises(NotYetSupported, match=f"{key} is .* another version of PEFT"):
+            read_config(tmp_path)
+    else:
+        assert read_config(tmp_path)[1] == [key]
+
+
+def test_settings_of_a_process_are_not_written(tmp_path: Path) -> None:
+    config = LoraConfig(runtime_config={"ephemeral_gpu_offload": True})
+    assert config.runtime_config.ephemeral_gpu_offload and "runtime_config" not in config.to_dict()
+    config.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / CONFIG_FILE).read_text())
+    with pytest.warns(UserWarning, match="`runtime_config` key. This is ignored"):
+        read = LoraConfig.from_pretrained(write(tmp_path, **values, runtime_config={"ephemeral_gpu_offload": True}))
+    assert not read.runtime_config.ephemeral_gpu_offload
+
+
+def test_a_copy_with_other_fields_shares_nothing_and_says_nothing_again() -> None:
+    with pytest.warns(UserWarning):
+        config = LoraConfig(rank_pattern={"q": 2}, alora_invocation_tokens=[1])
+    twin = config.with_fields(r=3)
+    twin.rank_pattern["v"] = 1
+    assert config.rank_pattern == {"q": 2} and config.r == 8 and twin.r == 3

@@ -13,6 +13,7 @@ CODES = {
     "LorakitError": ("LORA-E000", 1, Exception),
     "ConfigError": ("LORA-E010", 2, ValueError),
     "UsageError": ("LORA-E011", 2, ValueError),
+    "ConfigTypeError": ("LORA-E012", 2, TypeError),
     "TargetError": ("LORA-E020", 1, ValueError),
     "AdapterError": ("LORA-E030", 1, ValueError),
     "RouteError": ("LORA-E040", 1, RuntimeError),

@@ -2,7 +2,8 @@
 
     LorakitError                     LORA-E000
     ├─ ConfigError (ValueError)      LORA-E010   a field of a config or setting is not allowed
-    │  └─ UsageError                 LORA-E011   the command line or call cannot be carried out as asked
+    │  ├─ UsageError                 LORA-E011   the command line or call cannot be carried out as asked
+    │  └─ ConfigTypeError (TypeError) LORA-E012  a field or setting is of a type that is not allowed
     ├─ TargetError (ValueError)      LORA-E020   a target list matches nothing, or only in part
     ├─ AdapterError (ValueError)     LORA-E030   no such adapter, a name that cannot be used, a name in use
     ├─ RouteError (RuntimeError)     LORA-E040   which adapter a row uses is not known, or cannot be had here
@@ -50,6 +51,12 @@ class UsageError(ConfigError):
     """The command line or call cannot be carried out as asked."""
 
     code = "LORA-E011"
+
+
+class ConfigTypeError(ConfigError, TypeError):
+    """A field of a config or setting is of a type that is not allowed."""
+
+    code = "LORA-E012"
 
 
 class TargetError(LorakitError, ValueError):

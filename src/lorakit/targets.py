@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.config import HEADS_BY_TASK, LoraConfig, TaskType
+from lorakit.config import HEADS_BY_TASK, LoraConfig, TaskType, check_built
 from lorakit.errors import ConfigError, TargetError, nearest
 
 ALL_LINEAR = "all-linear"
@@ -89,7 +89,9 @@ def resolve(candidates: Sequence[Candidate], config: LoraConfig, *, allow_partia
     Raises:
         TargetError: Nothing matches, an entry matches nothing, or a named module cannot take LoRA.
         ConfigError: A pattern is not a regular expression, or no targets are given.
+        NotYetSupported: The config asks for what is not built.
     """
+    check_built(config)
     saved, unsaved = _saved(candidates, config)
     found = _targeted(candidates, config, saved)
     missing = [*unsaved, *_unmatched(candidates, config, found)]
@@ -228,9 +230,27 @@ def _unmatched(
             sentences.append(_unmatched_entry("exclude_modules", entry, candidates))
     paths = [candidate.path for candidate, _ in found]
     for name in ("rank_pattern", "alpha_pattern") if paths else ():
-        for key in getattr(config, name):
-            if not any(key_fits(key, path) for path in paths):
-                sentences.append(f"{name} key {key!r} matches none of the {len(paths)} adapted modules.")
+        sentences += unfitting_keys(name, getattr(config, name), paths)
+    return sentences
+
+
+def unfitting_keys(field: str, keys: Collection[str], paths: Sequence[str]) -> list[str]:
+    """A sentence for each pattern that fits none of the adapted modules, with the nearest names.
+
+    Args:
+        field: What the patterns belong to, such as "rank_pattern".
+        keys: The patterns.
+        paths: Dotted paths of the adapted modules.
+
+    Raises:
+        ConfigError: A key is not a regular expression.
+    """
+    sentences = []
+    for key in keys:
+        if not any(key_fits(key, path) for path in paths):
+            words = nearest(key.rpartition(".")[2], sorted({path.rpartition(".")[2] for path in paths}))
+            hint = f"; nearest: {', '.join(words)}" if words else ""
+            sentences.append(f"{field} key {key!r} matches none of the {len(paths)} adapted modules{hint}.")
     return sentences
 
 

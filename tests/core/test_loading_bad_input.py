@@ -324,7 +324,12 @@ def test_an_odd_scale(fields: dict[str, Any], text: str, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"trainable_token_indices": [1]}, {"lora_bias": True}, {"use_qalora": True}, {"alora_invocation_tokens": [1]}],
+    [
+        {"trainable_token_indices": [1]},
+        {"lora_bias": True},
+        {"use_qalora": True},
+        {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},
+    ],
     ids=str,
 )
 def test_what_is_not_built_yet(fields: dict[str, Any], folder: Path) -> None:

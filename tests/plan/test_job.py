@@ -24,7 +24,7 @@ def test_short_words_for_dtypes() -> None:
         ({"batch_rows": 0}, "batch_rows is 0; it must be a whole number of at least 1."),
         ({"steps": 0}, "steps is 0; it must be a whole number of at least 1."),
         ({"dtype": "bfloat61"}, "dtype is 'bfloat61'.*Did you mean bfloat16?"),
-        ({"optimizer": "sgd"}, "optimizer is 'sgd'; a plan knows adamw only."),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; it must be adamw or lorafa."),
     ],
 )
 def test_what_a_job_cannot_be(fields: dict[str, Any], message: str) -> None:

@@ -78,6 +78,7 @@ class JobFlags:
         "gradient_accumulation_steps"
     ].value
     gradient_checkpointing: Annotated[bool, _flag("gradient_checkpointing")] = False
+    optimizer: Annotated[str, _flag("optimizer")] = DEFAULTS["optimizer"].value
     dtype: Annotated[
         str,
         Parameter(
@@ -146,6 +147,7 @@ def run(
         accumulation=job.gradient_accumulation_steps,
         dtype=dtype,
         gradient_checkpointing=job.gradient_checkpointing,
+        optimizer=job.optimizer,
     )
     steps = _steps(job, wanted)
     machine = _machine(job, dtype, steps)

@@ -16,7 +16,7 @@ from lorakit.cli import console
 from lorakit.train.defaults import DEFAULTS
 from lorakit.train.settings import TrainSettings
 
-_LISTS = frozenset({"data", "eval_data", "target_modules"})
+_LISTS = frozenset({"data", "eval_data", "target_modules", "learning_rate_pattern"})
 
 
 def _flag_type(name: str) -> Any:

@@ -145,7 +145,7 @@ def estimate(
         ConfigError: The config has no targets, or a pattern cannot be used.
     """
     job = job or Job()
-    counted = params.count(shape, config, allow_partial=allow_partial)
+    counted = params.count(shape, config, allow_partial=allow_partial, optimizer=job.optimizer)
     sizes = files.sizes(shape, counted)
     saved = [size.size_bytes for size in sizes]
     lora = _method(
@@ -174,7 +174,7 @@ def estimate(
         lora=lora,
         full=full,
         files=tuple(sizes),
-        ranks=params.rank_table(shape, config, ranks) if ranks else None,
+        ranks=params.rank_table(shape, config, ranks, job.optimizer) if ranks else None,
         notes=_notes(shape, job, speed, lora.memory),
     )
 

@@ -41,11 +41,12 @@ def sizes(shape: ModelShape, counted: Count) -> list[FileSize]:
     Returns:
         Adapter; adapter with Adam's two moments; model; checkpoint of full fine-tuning in fp32 with two moments.
     """
-    trained, base = counted.trainable, shape.parameters
+    trained, held, base = counted.trainable, counted.saved_numbers, shape.parameters
+    whole = f"3 × 4 × {trained:,}" if held == trained else f"4 × {held:,} + 2 × 4 × {trained:,}"
     published = DTYPE_BYTES.get(shape.dtype, MASTER_BYTES)
     return [
-        FileSize("adapter, fp32", f"4 × {trained:,}", MASTER_BYTES * trained),
-        FileSize("adapter with Adam's two moments", f"3 × 4 × {trained:,}", 3 * MASTER_BYTES * trained),
+        FileSize("adapter, fp32", f"4 × {held:,}", MASTER_BYTES * held),
+        FileSize("adapter with Adam's two moments", whole, MASTER_BYTES * (held + 2 * trained)),
         FileSize(f"full model, {shape.dtype}", f"{published} × {base:,}", published * base),
         FileSize("full checkpoint with Adam's two moments", f"3 × 4 × {base:,}", 3 * MASTER_BYTES * base),
     ]

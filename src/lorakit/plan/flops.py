@@ -76,9 +76,10 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
     norms = sum(2 * s.out_features * s.in_features * s.rank for s in counted.sites if s.magnitudes)
     base, within = products(shape), attention(shape, job.length_tokens)
     copied = sum(2 * numbers for numbers in counted.saved.values())  # dW of modules that are trained whole
+    frozen = 2 * counted.frozen  # the gradient of LoRA-FA's frozen factors, which is not made
     per_batch = norms / job.batch_tokens  # DoRA's norm of W + ΔW is taken once per forward
     forward = base + within + added + per_batch
-    return Flops(forward, base + 2 * within + 2 * added + copied, _again(shape, forward, job))
+    return Flops(forward, base + 2 * within + 2 * added - frozen + copied, _again(shape, forward, job))
 
 
 def full(shape: ModelShape, job: Job) -> Flops:

@@ -30,6 +30,7 @@ class SiteCount:
         entry: The target entry that named it.
         factors: Numbers in A and B: rank × (in + out).
         magnitudes: Numbers in DoRA's magnitude: out, or 0 without DoRA.
+        frozen: Numbers of the factors that LoRA-FA leaves as they are: rank × in, of an embedding rank × out; else 0.
     """
 
     path: str
@@ -41,11 +42,12 @@ class SiteCount:
     entry: str
     factors: int
     magnitudes: int
+    frozen: int = 0
 
     @property
     def trainable(self) -> int:
         """Numbers that this site trains."""
-        return self.factors + self.magnitudes
+        return self.factors + self.magnitudes - self.frozen
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,11 @@ class Count:
         return sum(site.factors for site in self.sites)
 
     @property
+    def frozen(self) -> int:
+        """Numbers in factors that LoRA-FA leaves as they are."""
+        return sum(site.frozen for site in self.sites)
+
+    @property
     def magnitudes(self) -> int:
         """Numbers in all of DoRA's magnitudes."""
         return sum(site.magnitudes for site in self.sites)
@@ -118,7 +125,12 @@ class Count:
     @property
     def trainable(self) -> int:
         """Everything that is trained: factors, magnitudes, copied modules, biases.   [docs/math.md (10)]"""
-        return self.factors + self.magnitudes + self.copied + self.biases
+        return self.factors - self.frozen + self.magnitudes + self.copied + self.biases
+
+    @property
+    def saved_numbers(self) -> int:
+        """Everything that an adapter file holds: what is trained, and factors that are not."""
+        return self.trainable + self.frozen
 
     @property
     def share(self) -> float:
@@ -200,13 +212,14 @@ def factor_parameters(rank: int, in_features: int, out_features: int) -> int:
     return rank * (in_features + out_features)
 
 
-def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False) -> Count:
+def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False, optimizer: str = "adamw") -> Count:
     """Count what an adapter trains in a model, exactly.
 
     Args:
         shape: The model.
         config: The adapter.
         allow_partial: Entries that name nothing become sentences instead of an error.
+        optimizer: As in `Job`: "lorafa" freezes one factor of each site.
 
     Returns:
         The counts.
@@ -217,7 +230,7 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False)
     """
     resolution = resolve(candidates(shape), config, allow_partial=allow_partial)
     by_path = {site.path: site for site in shape.sites}
-    sites = tuple(_site_count(by_path[match.path], match, config) for match in resolution.matches)
+    sites = tuple(_site_count(by_path[match.path], match, config, optimizer) for match in resolution.matches)
     saved = {path: _whole(shape, path) for path in resolution.saved}
     biases = _biases(shape, config.bias, {site.path for site in sites}, tuple(saved))
     return Count(shape.parameters, sites, saved, biases, resolution.missing, resolution.notes)
@@ -238,13 +251,14 @@ def candidates(shape: ModelShape) -> list[Candidate]:
     return found
 
 
-def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int]) -> RankTable:
+def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int], optimizer: str = "adamw") -> RankTable:
     """Trainable numbers by rank: one row per distinct shape of site and a total, one column per rank.
 
     Args:
         shape: The model.
         config: The adapter; its rank and `rank_pattern` give way to the column's rank.
         ranks: The columns.
+        optimizer: As in `Job`.
 
     Returns:
         The table.
@@ -255,7 +269,9 @@ def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int]) -> R
     """
     if not ranks or any(rank < 1 for rank in ranks):
         raise UsageError(f"ranks are {list(ranks)}; give one or more whole numbers of at least 1, such as 4,8,16,32.")
-    columns = [count(shape, dataclasses.replace(config, r=rank, rank_pattern={})) for rank in ranks]
+    columns = [
+        count(shape, dataclasses.replace(config, r=rank, rank_pattern={}), optimizer=optimizer) for rank in ranks
+    ]
     labels = short_roles(site.path for site in columns[0].sites)
     rows: dict[tuple[str, int, int], list[int]] = {}
     for index, site in enumerate(columns[0].sites):
@@ -276,7 +292,8 @@ def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int]) -> R
     )
 
 
-def _site_count(site: SiteShape, match: Match, config: LoraConfig) -> SiteCount:
+def _site_count(site: SiteShape, match: Match, config: LoraConfig, optimizer: str) -> SiteCount:
+    stays = site.out_features if site.kind == "Embedding" else site.in_features
     return SiteCount(
         path=site.path,
         kind=site.kind,
@@ -287,6 +304,7 @@ def _site_count(site: SiteShape, match: Match, config: LoraConfig) -> SiteCount:
         entry=match.entry,
         factors=factor_parameters(match.rank, site.in_features, site.out_features),
         magnitudes=site.out_features if config.use_dora else 0,
+        frozen=match.rank * stays if optimizer == "lorafa" else 0,
     )
 
 

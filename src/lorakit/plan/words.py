@@ -30,6 +30,8 @@ def reasons(counted: Count, config: LoraConfig) -> list[str]:
     sentences.append(_idle(config))
     if config.use_dora:
         sentences.append(f"DoRA adds a magnitude for each output of a site: {counted.magnitudes:,} in all.")
+    if counted.frozen:
+        sentences.append(f"LoRA-FA leaves one factor of each site as it is: {counted.frozen:,} numbers beside these.")
     for path, numbers in counted.saved.items():
         sentences.append(f"{path} is copied and trained whole: {numbers:,}.")
     if config.bias != "none":
@@ -68,9 +70,8 @@ def _sum(counted: Count) -> str:
     for count, members in by_sites.items():
         inner = " + ".join(f"{group.each:,}" for group in members)
         terms.append(f"{count} × ({inner})" if len(members) > 1 else f"{count} × {inner}")
-    return f"{' + '.join(terms)} = {total:,}; one site trains r × (in + out)" + (
-        " + out." if counted.magnitudes else "."
-    )
+    each = "out (of an embedding in)" if counted.frozen else "(in + out)"
+    return f"{' + '.join(terms)} = {total:,}; one site trains r × {each}" + (" + out." if counted.magnitudes else ".")
 
 
 def _idle(config: LoraConfig) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.plan.quantised import STORAGES
+
 
 @dataclass(frozen=True)
 class Default:
@@ -64,12 +66,36 @@ DEFAULTS: dict[str, Default] = {
     "allow_partial_targets": Default(
         "Go on when a name in --target-modules matches nothing", False, "a name that matches nothing is mostly a typo"
     ),
+    "allocate_ranks": Default(
+        "Give each module a rank of its own, by gradients (GoRA) or by inputs (EVA) of the first training rows, within "
+        "as many trained numbers as --r everywhere would have: none, gradients or inputs",
+        "none",
+        "the same rank everywhere is the adapter that others can reckon with",
+    ),
     # the optimizer
+    "optimizer": Default(
+        "adamw, or lorafa: A is frozen and B's gradient corrected for it (LoRA-FA)",
+        "adamw",
+        "lorafa keeps no input for A's gradient, which saves memory, and learns a little less",
+    ),
     "learning_rate": Default(
         "Peak learning rate",
         3e-4,
         "about ten times what full fine-tuning takes, as the field uses it at alpha = 2 r",
         "3e-4",
+    ),
+    "loraplus_lr_ratio": Default(
+        "Learning rate of B over that of A (LoRA+)", None, "1: A and B learn at one rate; LoRA+ takes 4 to 16", "none"
+    ),
+    "loraplus_lr_embedding": Default(
+        "Learning rate of the factors of embeddings", None, "the same as elsewhere; PEFT's LoRA+ takes 1e-6", "none"
+    ),
+    "learning_rate_pattern": Default(
+        "Learning rates of single modules as PATTERN=RATE, such as down_proj=1e-4; a pattern is read as in "
+        "rank_pattern, the first that fits wins",
+        {},
+        "one rate suits all modules mostly",
+        "none",
     ),
     "lr_scheduler_type": Default(
         "Course of the learning rate after the warm-up: cosine, linear or constant",
@@ -100,6 +126,19 @@ DEFAULTS: dict[str, Default] = {
         "Precision of the base: auto, bfloat16 or float32; adapter and optimizer are always float32",
         "auto",
         "a calibration of two seconds picks the faster one on this machine",
+    ),
+    "quantization": Default(
+        f"Store the base's linear layers in fewer bits: {', '.join(storage.name for storage in STORAGES)}; --dtype is then "
+        "that of the products and of all that is not stored so",
+        None,
+        "the base stays as exact as it is; nf4 takes about a quarter of the memory of bf16 (QLoRA)",
+        "none",
+    ),
+    "double_quantization": Default(
+        "Quantise the scales of nf4 and fp4 as well",
+        True,
+        "0.37 bits a number less for next to no error",
+        "on",
     ),
     "seed": Default("Seed of everything random: A, dropout, order of the data, split", 0, "the same run twice"),
     "device": Default("cpu, cuda, cuda:N, mps or auto", "auto", "the accelerator where there is one"),

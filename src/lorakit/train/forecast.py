@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from lorakit import hub, plan
 from lorakit.config import LoraConfig
-from lorakit.errors import UsageError
+from lorakit.errors import ConfigError, UsageError
+from lorakit.targets import unfitting_keys
 from lorakit.train.defaults import DEFAULTS
 from lorakit.train.settings import TrainSettings
 
@@ -41,11 +42,17 @@ def forecast(settings: TrainSettings, source: hub.ModelSource) -> Forecast:
     Raises:
         ModelError: The model's config cannot be read.
         TargetError: A target matches nothing.
+        ConfigError: A key of `learning_rate_pattern` fits no adapted module.
         UsageError: `max_length` was given and the model cannot take it.
     """
     shape = hub.shape_of(source)
     config = settings.lora_config()
-    plan.count(shape, config, allow_partial=settings.allow_partial_targets)
+    counted = plan.count(shape, config, allow_partial=settings.allow_partial_targets)
+    wrong = unfitting_keys(
+        "learning_rate_pattern", settings.learning_rate_pattern, [site.path for site in counted.sites]
+    )
+    if wrong:
+        raise ConfigError(" ".join(wrong))
     length = row_length(shape, settings.max_length)
     notes = () if length == settings.max_length else (f"Rows have at most {length:,} tokens: the model takes no more.",)
     return Forecast(shape, config, length, notes)

@@ -1,4 +1,4 @@
-"""AdamW over the trainable tensors, its clipping, and its state as named tensors.
+"""AdamW and LoRA-FA over the trainable tensors, their rates, clipping, and their state as named tensors.
 
 The state is kept by parameter name, so that a checkpoint says which moment belongs to which tensor. Knows nothing about
 models, steps or files.
@@ -7,10 +7,12 @@ models, steps or files.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from lorakit.core.lorafa import LoraFA, Pair
 from lorakit.errors import RunError
 
 Named = Sequence[tuple[str, nn.Parameter]]
@@ -20,7 +22,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _FUSED_DEVICES = ("cpu", "cuda", "mps")
 
 
-def adamw(named: Named, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+def adamw(
+    named: Named, learning_rate: float, weight_decay: float, rates: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
     """AdamW, fused where the device has it; only matrices decay, since a magnitude or bias has no reason to shrink.
     [docs/math.md (16)]
 
@@ -28,6 +32,7 @@ def adamw(named: Named, learning_rate: float, weight_decay: float) -> torch.opti
         named: The trainable tensors.
         learning_rate: The first rate; the loop sets it anew before each step.
         weight_decay: Share of a matrix's value, times the rate, taken away each step.
+        rates: Name of a tensor -> its peak rate, where that is not `learning_rate`'s.
 
     Returns:
         The optimizer, without state.
@@ -38,21 +43,56 @@ def adamw(named: Named, learning_rate: float, weight_decay: float) -> torch.opti
     Source:
         Loshchilov and Hutter 2019, arXiv:1711.05101; betas 0.9 and 0.999, eps 1e-8.
     """
+    groups = _groups(named, learning_rate, weight_decay, rates or {})
+    fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for _, p in named)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+
+
+def lorafa(
+    named: Named,
+    pairs: Sequence[Pair],
+    learning_rate: float,
+    weight_decay: float,
+    rates: Mapping[str, float] | None = None,
+) -> LoraFA:
+    """LoRA-FA with the groups that `adamw` would have.
+
+    Args:
+        named: The trainable tensors, after `lorakit.core.lorafa.freeze_factors`.
+        pairs: What that gave.
+        learning_rate: The first rate; the loop sets it anew before each step.
+        weight_decay: Share of a matrix's value, times the rate, taken away each step.
+        rates: Name of a tensor -> its peak rate, where that is not `learning_rate`'s.
+
+    Returns:
+        The optimizer, without state.
+
+    Raises:
+        RunError: There is nothing to train.
+    """
+    return LoraFA(_groups(named, learning_rate, weight_decay, rates or {}), pairs, lr=learning_rate)
+
+
+def _groups(
+    named: Named, learning_rate: float, weight_decay: float, rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Tensors by rate and decay; `share` is a group's peak rate over the run's."""
     if not named:
         raise RunError("There is nothing to train: the model has no trainable tensor.")
-    matrices = [p for _, p in named if p.ndim > 1]
-    others = [p for _, p in named if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for _, p in named)
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused
-    )
+    gathered: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        key = (rates.get(name, learning_rate) / learning_rate, weight_decay if parameter.ndim > 1 else 0.0)
+        gathered.setdefault(key, []).append(parameter)
+    return [
+        {"params": members, "lr": share * learning_rate, "share": share, "weight_decay": decay}
+        for (share, decay), members in gathered.items()
+    ]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Give every group the same learning rate."""
+    """Give every group its share of the run's learning rate: one schedule for all, each at its own height."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["share"]
 
 
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
@@ -78,7 +118,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, t
     """The optimizer's state under names, ready for a file.
 
     Args:
-        optimizer: From `adamw`.
+        optimizer: From `adamw` or `lorafa`.
         named: The tensors that it trains.
 
     Returns:

@@ -68,6 +68,9 @@ def _estimate(request: Request, pace: Pace, longest: int, dtype: str, speed: pla
         steps=pace.total_steps,
         dtype=dtype,
         gradient_checkpointing=settings.gradient_checkpointing,
+        optimizer=settings.optimizer,
+        quantization=settings.quantization,
+        double_quantization=settings.double_quantization,
     )
     return plan.estimate(prospect.shape, prospect.config, job, speed, allow_partial=settings.allow_partial_targets)
 

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 
 from lorakit import core, hub
+from lorakit.core.lorafa import freeze_factors
+from lorakit.core.parameter_groups import Rates, rates_by_name, trained_parts
 from lorakit.errors import ModelError
 from lorakit.train import checkpoint
+from lorakit.train.allotting import allotted
 from lorakit.train.loop import Pace, steps_per_epoch
-from lorakit.train.optim import adamw, load_state_tensors
+from lorakit.train.optim import adamw, load_state_tensors, lorafa
 from lorakit.train.planning import Planned, planned_run
 from lorakit.train.preparing import RunBatches, make_batches
 from lorakit.train.progress import Progress
@@ -92,11 +95,11 @@ def make_ready(request: Request, progress: Progress) -> Ready:
     planned = planned_run(request, pace, max(len(row) for row in batches.loader.sequences))
     for line in planned.lines:
         progress.say(line)
-    model = hub.load_model(request.source, planned.dtype, request.device)
+    model = hub.load_model(request.source, planned.dtype, request.device, quantization=settings.stored_as())
     own = list(model.parameters())
     total, base_bytes = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
     found = checkpoint.newest_good(request.folder) if settings.resume else checkpoint.Found(None, ())
-    notes = _put_adapter(model, request, found, progress)
+    notes = _put_adapter(model, request, batches, found, progress)
     trainee = _trainee(model, request, planned.dtype)
     rates = schedule(settings.learning_rate, pace.total_steps, settings.warmup_ratio, settings.lr_scheduler_type)
     state = _take_up(request, trainee, batches, found, planned.dtype, progress)
@@ -131,7 +134,9 @@ def _say_data(request: Request, batches: RunBatches, progress: Progress) -> None
             progress.say(f"evaluation data: {line}")
 
 
-def _put_adapter(model: Any, request: Request, found: checkpoint.Found, progress: Progress) -> tuple[str, ...]:
+def _put_adapter(
+    model: Any, request: Request, batches: RunBatches, found: checkpoint.Found, progress: Progress
+) -> tuple[str, ...]:
     """A fresh adapter, or the one of the checkpoint; says which and why."""
     for path, reason in found.skipped:
         progress.say(f"{path}: skipped, {reason}.")
@@ -141,7 +146,10 @@ def _put_adapter(model: Any, request: Request, found: checkpoint.Found, progress
     if request.settings.resume:
         progress.say(f"{request.folder}: there is no good checkpoint, so the run starts from its first step.")
     allow = ("partial_targets",) if request.settings.allow_partial_targets else ()
-    report = core.attach(model, request.forecast.config, ADAPTER, allow=allow, seed=request.settings.seed)
+    config = request.forecast.config
+    if request.settings.allocate_ranks != "none":
+        config = allotted(model, request, batches.loader, progress)
+    report = core.attach(model, config, ADAPTER, allow=allow, seed=request.settings.seed)
     for note in report.notes:
         progress.say(note)
     return tuple(report.notes)
@@ -151,8 +159,20 @@ def _trainee(model: Any, request: Request, dtype: str) -> Trainee:
     settings, device = request.settings, request.device
     if settings.gradient_checkpointing:
         _recompute_activations(model)
+    pairs = freeze_factors(model, ADAPTER) if settings.optimizer == "lorafa" else None
     named = core.trainable_parameters(model, ADAPTER)
-    optimizer = adamw(named, settings.learning_rate, settings.weight_decay)
+    wanted = Rates(
+        settings.learning_rate,
+        settings.loraplus_lr_ratio or 1.0,
+        settings.loraplus_lr_embedding,
+        settings.learning_rate_pattern,
+    )
+    rates = rates_by_name(trained_parts(model, ADAPTER), wanted)
+    optimizer: torch.optim.Optimizer
+    if pairs is None:
+        optimizer = adamw(named, settings.learning_rate, settings.weight_decay, rates)
+    else:
+        optimizer = lorafa(named, pairs, settings.learning_rate, settings.weight_decay, rates)
     autocast = torch.bfloat16 if device.type != "cpu" and dtype == "bfloat16" else None
     return Trainee(model, named, optimizer, device, settings.max_grad_norm, autocast)
 

@@ -6,6 +6,9 @@ nothing about models or data: what needs one of them (does a target match, does 
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,10 +16,14 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from lorakit.config import LoraConfig, TaskType
 from lorakit.errors import ConfigError, nearest
+from lorakit.plan.quantised import Quantization
 from lorakit.train.defaults import DEFAULTS
 
 Dtype = Literal["auto", "bfloat16", "float32"]
+Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
 Scheduler = Literal["cosine", "linear", "constant"]
+Optimizer = Literal["adamw", "lorafa"]
+Allocation = Literal["none", "gradients", "inputs"]
 
 _DTYPE_WORDS = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
@@ -41,6 +48,32 @@ def _targets(value: Any) -> Any:
     names = list(value)
     alone = names[0] if len(names) == 1 and isinstance(names[0], str) else ""
     return alone if alone == "all-linear" or set(alone) & set(r"*+?^$|()[]{}\\") else names
+
+
+def _rates(value: Any) -> Any:
+    """A table from patterns to rates, from a table or from words PATTERN=RATE, as flags give them."""
+    words = value if isinstance(value, Mapping) else _one_or_many(value)
+    if not isinstance(words, (Mapping, list)):
+        raise ValueError("it must be a table from patterns to rates")
+    entries = words.items() if isinstance(words, Mapping) else [_cut(entry) for entry in words]
+    table = {}
+    for pattern, rate in entries:
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf or not pattern:
+            raise ValueError("each entry must be PATTERN=RATE with a rate above 0, such as down_proj=1e-4")
+        try:
+            re.compile(pattern)
+        except re.error as cause:
+            raise ValueError(f"{pattern!r} is not a regular expression ({cause})") from None
+        table[pattern] = float(rate)
+    return table
+
+
+def _cut(entry: Any) -> tuple[str, float | None]:
+    pattern, _, rate = str(entry).rpartition("=")
+    try:
+        return pattern, float(rate)
+    except ValueError:
+        return pattern, None
 
 
 def _dtype_word(value: Any) -> Any:
@@ -87,7 +120,12 @@ class TrainSettings(BaseModel):
     use_dora: bool = _setting("use_dora")
     use_rslora: bool = _setting("use_rslora")
     allow_partial_targets: bool = _setting("allow_partial_targets")
+    allocate_ranks: Allocation = _setting("allocate_ranks")
+    optimizer: Optimizer = _setting("optimizer")
     learning_rate: float = _setting("learning_rate", gt=0)
+    loraplus_lr_ratio: float | None = _setting("loraplus_lr_ratio", gt=0)
+    loraplus_lr_embedding: float | None = _setting("loraplus_lr_embedding", gt=0)
+    learning_rate_pattern: Annotated[dict[str, float], BeforeValidator(_rates)] = _setting("learning_rate_pattern")
     lr_scheduler_type: Scheduler = _setting("lr_scheduler_type")
     warmup_ratio: float = _setting("warmup_ratio", ge=0, le=1)
     weight_decay: float = _setting("weight_decay", ge=0)
@@ -98,6 +136,8 @@ class TrainSettings(BaseModel):
     gradient_accumulation_steps: int = _setting("gradient_accumulation_steps", ge=1)
     max_length: int = _setting("max_length", ge=2)
     dtype: Annotated[Dtype, BeforeValidator(_dtype_word)] = _setting("dtype")
+    quantization: Stored | None = _setting("quantization")
+    double_quantization: bool = _setting("double_quantization")
     seed: int = _setting("seed", ge=0, lt=2**63)
     device: Annotated[str, AfterValidator(_device_word)] = _setting("device")
     gradient_checkpointing: bool = _setting("gradient_checkpointing")
@@ -115,6 +155,15 @@ class TrainSettings(BaseModel):
             raise ConfigError(_sentences(cause)) from None
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: go on with the run, or replace it.")
+        if self.optimizer == "lorafa" and self.loraplus_lr_ratio is not None:
+            raise ConfigError(
+                "loraplus_lr_ratio and the optimizer lorafa exclude each other: lorafa freezes A, so there is no rate "
+                "of A that B's could be a multiple of. Leave one of them out."
+            )
+
+    def stored_as(self) -> Quantization | None:
+        """How the base shall be stored, or None for as it is."""
+        return None if self.quantization is None else Quantization(self.quantization, self.double_quantization)
 
     def lora_config(self) -> LoraConfig:
         """The adapter's config; fields without a train setting keep `LoraConfig`'s defaults.

@@ -1,0 +1,206 @@
+"""The checks that `LoraConfig` makes of its own fields; each names field, value and what is allowed.
+
+The beginnings of some sentences are PEFT's, because programs match them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lorakit.config.parts import CordaConfig, EvaConfig, LoftQConfig
+from lorakit.config.words import BIAS_CHOICES, PeftType, TaskType
+from lorakit.errors import ConfigError, ConfigTypeError, nearest, warn_caller
+
+if TYPE_CHECKING:
+    from lorakit.config.lora import LoraConfig
+
+
+def task(value: TaskType | str | None) -> TaskType | None:
+    """The task type that a word means.
+
+    Raises:
+        ConfigError: There is no such task.
+    """
+    if value is None:
+        return None
+    try:
+        return TaskType(value)
+    except ValueError:
+        allowed = [word.value for word in TaskType]
+        hint = nearest(str(value), allowed, 1)
+        raise ConfigError(
+            f"Invalid task type: {value!r}. Must be one of the following task types: {', '.join(allowed)}."
+            + (f" Did you mean {hint[0]}?" if hint else "")
+        ) from None
+
+
+def lora(value: PeftType | str | None) -> PeftType:
+    """LORA, whatever the field held, as PEFT; but another method's name is not passed over.
+
+    Raises:
+        ConfigError: It names another method.
+    """
+    if value != PeftType.LORA.value and value in {method.value for method in PeftType}:
+        raise ConfigError(f"peft_type is {value!r}; this library knows LORA only.")
+    return PeftType.LORA
+
+
+def names(field: str, value: Any) -> set[str] | str | None:
+    """A list of names as a set, a pattern as it is.
+
+    Raises:
+        ConfigError: It is neither, or an entry is empty or no name.
+    """
+    if value is None or (isinstance(value, str) and value):
+        return value
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ConfigError(f"{field} is {value!r}; it must be a list of names or one non-empty pattern.")
+    entries = list(value)
+    bad = [entry for entry in entries if not isinstance(entry, str) or not entry]
+    if bad:
+        raise ConfigError(f"{field} holds {bad[0]!r}; each entry must be a non-empty name.")
+    return set(entries)
+
+
+def plain_list(field: str, value: Any) -> list[str] | None:
+    """A list of names, copied.
+
+    Raises:
+        ConfigError: It is one string, or holds what is no name.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        raise ConfigError(f"{field} is {value!r}; it must be a list of names, such as [{value!r}].")
+    names(field, value)
+    return list(value)
+
+
+def parameters(value: Any) -> list[str] | None:
+    """Names of bare parameters, copied.
+
+    Raises:
+        ConfigTypeError: It is one string.
+        ConfigError: An entry is no name.
+    """
+    if isinstance(value, str):
+        raise ConfigTypeError(f"`target_parameters` must be a list of strings or None. {value!r} was given.")
+    return plain_list("target_parameters", value)
+
+
+def table(field: str, value: Any) -> dict[str, Any]:
+    """A table from patterns to numbers, copied.
+
+    Raises:
+        ConfigError: It is no table, or a key is no pattern.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{field} is {value!r}; it must be a table from name patterns to numbers.")
+    bad = [key for key in value or {} if not isinstance(key, str) or not key]
+    if bad:
+        raise ConfigError(f"{field} holds the key {bad[0]!r}; each key must be a non-empty pattern.")
+    return dict(value or {})
+
+
+def check_numbers(config: LoraConfig) -> None:
+    """Ranks, alphas and dropout.
+
+    Raises:
+        ConfigError: One is no number, or out of its range.
+    """
+    _whole("r", config.r)
+    _finite("lora_alpha", config.lora_alpha)
+    _finite("lora_dropout", config.lora_dropout)
+    if not 0 <= config.lora_dropout < 1:
+        raise ConfigError(f"lora_dropout is {config.lora_dropout!r}; it must lie in [0, 1).")
+    for key, rank in config.rank_pattern.items():
+        _whole(f"rank_pattern[{key!r}]", rank)
+    for key, alpha in config.alpha_pattern.items():
+        _finite(f"alpha_pattern[{key!r}]", alpha)
+
+
+def _whole(field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{field} is {value!r}; it must be a whole number of at least 1.")
+
+
+def _finite(field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{field} is {value!r}; it must be a finite number.")
+
+
+def check_words(config: LoraConfig) -> None:
+    """Fields with a few allowed values.
+
+    Raises:
+        ConfigError: A value is not one of them.
+    """
+    if config.bias not in BIAS_CHOICES:
+        raise ConfigError(f"bias is {config.bias!r}; it must be one of {', '.join(map(repr, BIAS_CHOICES))}.")
+    if not isinstance(config.init_lora_weights, (bool, str)):
+        raise ConfigError(f"init_lora_weights is {config.init_lora_weights!r}; it must be True, False or a name.")
+
+
+def check_layers(config: LoraConfig) -> None:
+    """Layers by number go with lists of names.
+
+    Raises:
+        ConfigError: They stand beside one pattern, or their list is named and they are not.
+    """
+    if isinstance(config.target_modules, str):
+        for field in ("layers_to_transform", "layers_pattern"):
+            if getattr(config, field) is not None:
+                raise ConfigError(
+                    f"`{field}` cannot be used when `target_modules` is a str. Give target_modules as a list."
+                )
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+
+def check_inits(config: LoraConfig) -> None:
+    """An init and its settings belong together; settings without their init are said and left alone.
+
+    Raises:
+        ConfigError: "loftq" without `loftq_config`.
+        ConfigTypeError: `loftq_config` is neither a table nor a `LoftQConfig`.
+    """
+    settings = config.loftq_config
+    if settings is not None and not isinstance(settings, (dict, LoftQConfig)):
+        raise ConfigTypeError(f"`loftq_config` must be a `LoftQConfig`, a dict, or None; {settings!r} was given.")
+    config.loftq_config = dict(vars(settings) if isinstance(settings, LoftQConfig) else settings or {})
+    init = config.init_lora_weights
+    if init == "loftq" and not config.loftq_config:
+        raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
+    if init != "loftq" and config.loftq_config:
+        warn_caller("`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.")
+        config.loftq_config = {}
+    for word, field, part in (("eva", "eva_config", EvaConfig), ("corda", "corda_config", CordaConfig)):
+        shown = part.__name__.removesuffix("Config").replace("Eva", "EVA").replace("Corda", "CorDA")
+        if init == word and getattr(config, field) is None:
+            warn_caller(
+                f"`init_lora_weights` is {word!r} but `{field}` is not specified. Using default {shown} config."
+            )
+            setattr(config, field, part())
+        elif init != word and getattr(config, field) is not None:
+            warn_caller(f"`{field}` specified but will be ignored when `init_lora_weights` is not {word!r}.")
+
+
+def check_together(config: LoraConfig) -> None:
+    """Fields that exclude each other.
+
+    Raises:
+        ConfigError: Two of them do.
+    """
+    if config.use_dora and config.megatron_config:
+        raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
+    if config.lora_bias and config.init_lora_weights not in (True, False):
+        raise ConfigError(
+            "The argument lora_bias=True is only supported with init_lora_weights=True or False, got "
+            f"init_lora_weights={config.init_lora_weights} instead."
+        )
+    if config.lora_bias and config.use_dora:
+        raise ConfigError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False.")
+    if config.alora_invocation_tokens is not None and config.task_type != TaskType.CAUSAL_LM:
+        warn_caller("aLoRA is currently only supported for CAUSAL_LM task; it is used in causal models alone.")

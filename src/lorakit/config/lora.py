@@ -1,0 +1,329 @@
+"""`LoraConfig`, and `PeftConfig` above it: PEFT's fields and methods; the only home of the field's defaults.
+
+The constructor is strict. What is known but not built is accepted here and refused where it would be used
+(`built.py`). This file knows nothing about models, matching or tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lorakit.config import checks
+from lorakit.config.locating import config_file, read_values
+from lorakit.config.parts import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
+    restored,
+)
+from lorakit.config.words import API_LEVEL, CONFIG_FILE, PeftType, TaskType
+from lorakit.durable import write_json
+from lorakit.errors import ConfigError, ConfigTypeError, warn_caller
+
+Config = TypeVar("Config", bound="PeftConfigMixin")
+
+PARTS: Mapping[str, type] = {
+    "eva_config": EvaConfig,
+    "corda_config": CordaConfig,
+    "lora_ga_config": LoraGAConfig,
+    "velora_config": VeloraConfig,
+    "monteclora_config": MontecloraConfig,
+    "use_bdlora": BdLoraConfig,
+    "arrow_config": ArrowConfig,
+    "kasa_config": KasaConfig,
+}
+"""Fields that hold a config of their own."""
+
+
+@dataclass
+class PeftConfigMixin:
+    """What every config of the field can do: to a table, to a file, and back.
+
+    Attributes:
+        task_type: What the model is for; picks heads that are trained whole (`HEADS_BY_TASK`).
+        peft_type: The method.
+        auto_mapping: Class and library of the base, as PEFT writes it; kept, never imported.
+        peft_version: Level of PEFT's files that is followed.
+        unknown: Keys of a file that are no fields here, with their values; written again when it is saved.
+    """
+
+    task_type: TaskType | str | None = None
+    peft_type: PeftType | str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+
+    def __post_init__(self) -> None:
+        self.task_type = checks.task(self.task_type)
+        self.peft_version = self.peft_version or API_LEVEL
+        self.unknown: dict[str, Any] = {}
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Always False: programs that hold adapters of several methods ask for it."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Always False, as `is_prompt_learning`."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Field name -> value, nested configs as tables; without settings of this process."""
+        values = dataclasses.asdict(self)
+        values.pop("runtime_config", None)
+        return values
+
+    def as_json(self) -> dict[str, Any]:
+        """What `adapter_config.json` holds: plain values, sets as sorted lists, and the unknown keys that were read."""
+        return {**self.unknown, **{name: _plain(value) for name, value in self.to_dict().items()}}
+
+    def with_fields(self: Config, **fields: Any) -> Config:
+        """A copy with some fields changed; nothing is checked or warned about again, and nothing is shared.
+
+        Args:
+            fields: Field name -> value.
+        """
+        twin = copy.deepcopy(self)
+        for name, value in fields.items():
+            setattr(twin, name, value)
+        return twin
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json` into a folder.
+
+        Args:
+            save_directory: The folder; it is made when it is missing.
+            kwargs: `auto_mapping_dict` is written as `auto_mapping`; others are PEFT's and have no effect here.
+
+        Raises:
+            ConfigError: The folder is a file.
+            DiskError: The file cannot be written.
+        """
+        if Path(save_directory).is_file():
+            raise ConfigError(f"Provided path ({save_directory}) should be a directory, not a file.")
+        values = self.as_json()
+        if kwargs.get("auto_mapping_dict") is not None:
+            values["auto_mapping"] = kwargs["auto_mapping_dict"]
+        write_json(Path(save_directory) / CONFIG_FILE, values)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Read `adapter_config.json` from a folder, or from a hub.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a hub id.
+            subfolder: A folder inside it.
+            kwargs: `revision`; other options of the hub's client have no effect here, and fields are not overridden.
+
+        Returns:
+            The config, of the class that its method asks for.
+
+        Raises:
+            AdapterFileError: The file is missing or damaged.
+            ConfigError: A value is not allowed, or the method is not LORA.
+            ConfigTypeError: The file has unknown keys and does not say its method: it is no config.
+        """
+        path = config_file(pretrained_model_name_or_path, subfolder, kwargs.get("revision"))
+        values = cls.from_json_file(path)
+        return cls.from_peft_type(**cls.check_kwargs(**values))
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """What a config file holds, as a table; settings of a process do not belong there and are left out.
+
+        Args:
+            path_json_file: The file.
+            kwargs: PEFT's; without effect.
+
+        Raises:
+            AdapterFileError: The file is missing, not JSON, or no object.
+        """
+        values = read_values(Path(path_json_file))
+        if values.pop("runtime_config", None) is not None:
+            warn_caller(f"{path_json_file} holds a `runtime_config` key. This is ignored: it is for one process only.")
+        return values
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> Any:
+        """A config from its fields, of the class that `peft_type` asks for; unknown names are kept aside and named.
+
+        Args:
+            kwargs: Field name -> value.
+
+        Raises:
+            ConfigError: A value is not allowed, or the method is not LORA.
+            ConfigTypeError: There are unknown names, and no `peft_type`.
+        """
+        checks.lora(kwargs.get("peft_type"))
+        kind: type[PeftConfigMixin] = LoraConfig if "peft_type" in kwargs else cls
+        known = {f.name for f in dataclasses.fields(kind)}
+        unknown = {key: value for key, value in kwargs.items() if key not in known}
+        if unknown and "peft_type" not in kwargs:
+            raise ConfigTypeError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
+            )
+        config = kind(**{key: value for key, value in kwargs.items() if key in known})
+        if unknown:
+            config.unknown = unknown
+            warn_caller(
+                f"Unexpected keyword arguments {sorted(unknown)} for class {kind.__name__}, these are ignored. They "
+                "come from another version of PEFT, and are written again when the config is saved."
+            )
+        return config
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """A place for subclasses to look at fields before they are used; returns them."""
+        return kwargs
+
+
+@dataclass
+class PeftConfig(PeftConfigMixin):
+    """The fields that a config of every method has.
+
+    Attributes:
+        base_model_name_or_path: What the user gave as the base.
+        revision: Revision of the base on a hub.
+        inference_mode: The adapter is loaded frozen.
+    """
+
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+
+@dataclass
+class LoraConfig(PeftConfig):
+    """How an adapter looks: where it sits, its rank and scale, how it begins.
+
+    Attributes:
+        r: Rank, at least 1.
+        target_modules: Names or dotted suffixes, one regular expression, or "all-linear".
+        exclude_modules: The same, for what is left out; wins over `target_modules`.
+        lora_alpha: Numerator of the scale (`scale`).
+        lora_dropout: Probability in [0, 1) with which an input element of A is dropped in training.
+        fan_in_fan_out: Written for other readers; here the base itself says how its weight lies.
+        bias: "none", "all" or "lora_only": which biases of the base are trained too.
+        use_rslora: Scale by 1/√r instead of 1/r.
+        modules_to_save: Names of modules that are copied and trained whole.
+        init_lora_weights: True (A Kaiming, B zero), False (both random), or the name of an init.
+        layers_to_transform: Indices of the layers to adapt.
+        layers_pattern: Name of the list of layers that these indices count.
+        rank_pattern: Name pattern -> rank, over `r`.
+        alpha_pattern: Name pattern -> alpha, over `lora_alpha`.
+        megatron_config: Megatron's parallel layers; not built.
+        megatron_core: Where Megatron would be imported from; never imported.
+        trainable_token_indices: Rows of the embedding that are trained, or a table from embedding to rows.
+        loftq_config: Settings of the init "loftq".
+        eva_config: Settings of the init "eva".
+        corda_config: Settings of the init "corda".
+        lora_ga_config: Settings of the init "lora_ga".
+        use_dora: Weight-decomposed variant (arXiv:2402.09353).
+        velora_config: VeLoRA; not built.
+        alora_invocation_tokens: The adapter acts from these tokens on (aLoRA, arXiv:2504.12397).
+        use_qalora: QALoRA; not built.
+        qalora_group_size: Its groups.
+        monteclora_config: MonteCLoRA; not built.
+        layer_replication: Ranges of layers that are stacked anew, sharing their weights.
+        runtime_config: Settings of this process; never written.
+        lora_bias: B has a bias.
+        target_parameters: Names of bare parameters to adapt, such as fused experts.
+        use_bdlora: BD-LoRA; not built.
+        arrow_config: Arrow routing; not built.
+        kasa_config: KaSA; not built.
+        ensure_weight_tying: What is adapted on one of two tied weights acts on both.
+
+    Raises:
+        ConfigError: A field holds what is not allowed; the message names field, value and what is allowed.
+        ConfigTypeError: A field is of a type that is not allowed.
+    """
+
+    r: int = 8
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: LoftQConfig | dict[str, Any] = field(default_factory=dict)
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
+    use_dora: bool = False
+    velora_config: VeloraConfig | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: MontecloraConfig | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: BdLoraConfig | None = None
+    arrow_config: ArrowConfig | None = None
+    kasa_config: KasaConfig | None = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = checks.lora(self.peft_type)
+        self.target_modules = checks.names("target_modules", self.target_modules)
+        self.exclude_modules = checks.names("exclude_modules", self.exclude_modules)
+        self.modules_to_save = checks.plain_list("modules_to_save", self.modules_to_save)
+        self.target_parameters = checks.parameters(self.target_parameters)
+        self.rank_pattern = checks.table("rank_pattern", self.rank_pattern)
+        self.alpha_pattern = checks.table("alpha_pattern", self.alpha_pattern)
+        for name, part in PARTS.items():
+            setattr(self, name, restored(getattr(self, name), part))
+        self.runtime_config = restored(self.runtime_config, LoraRuntimeConfig) or LoraRuntimeConfig()
+        checks.check_numbers(self)
+        checks.check_words(self)
+        checks.check_layers(self)
+        checks.check_inits(self)
+        checks.check_together(self)
+        self.custom_modules: dict[type, type] | None = None
+
+    def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
+        """Layer classes of one's own for module types, PEFT's private way; used by `core` where that is built.
+
+        Args:
+            mapping: Module type -> class of the layer.
+        """
+        self.custom_modules = {**(self.custom_modules or {}), **mapping}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return value

@@ -1,0 +1,177 @@
+"""LoRA-FA as PEFT offers it: one group of all tensors with their names and scales, over `lorakit.core.lorafa`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from lorakit.core.lorafa import LoraFA, Pair, freeze_factors
+from lorakit.core.sitemap import layers
+from lorakit.errors import ConfigError
+
+
+class LoraFAOptimizer(LoraFA):
+    """AdamW on the corrected gradient of B, with PEFT's groups: `params`, `names` and `scaling_factors` side by side.
+
+    Unlike PEFT's, it pairs A and B by adapter and site, so that several adapters, magnitudes and biases beside them are
+    stepped right, keeps its products in fp32, and its state belongs to tensors, so that it can be saved and loaded.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        *,
+        pairs: Sequence[Pair] | None = None,
+    ) -> None:
+        """Set up the optimizer.
+
+        Args:
+            params: Groups with `params`, `names` and `scaling_factors`.
+            lr: Learning rate, where a group has none.
+            betas: As AdamW.
+            eps: As AdamW.
+            weight_decay: As AdamW.
+            correct_bias: Whether the moments are corrected for their start from zero.
+            pairs: Which factor is corrected by which; None finds them by name within each group.
+
+        Raises:
+            ConfigError: A number is out of range.
+        """
+        groups = [dict(group) if isinstance(group, dict) else group for group in params]
+        for group in groups:
+            if isinstance(group, dict):
+                group.setdefault("correct_bias", correct_bias)
+        named = [pair for group in groups if isinstance(group, dict) for pair in _pairs_by_name(group)]
+        super().__init__(
+            groups, named if pairs is None else pairs, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+        )
+        self.state = _StateByName(self.param_groups)
+        self._warned = False
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Computes the loss anew, or None.
+
+        Returns:
+            What the closure returned.
+        """
+        if not self._warned and any("scaling_factors" not in g and "scaling_factor" in g for g in self.param_groups):
+            self._warned = True
+            warnings.warn(
+                "`scaling_factor` is deprecated: give `scaling_factors`, one for each tensor of the group.",
+                FutureWarning,
+                stacklevel=2,
+            )
+        return super().step(closure)
+
+
+def create_lorafa_optimizer(
+    model: Any, r: int, lora_alpha: int, lr: float, weight_decay: float = 0.0, use_rslora: bool | None = None
+) -> LoraFAOptimizer:
+    """An optimizer that leaves A as it is and corrects B's gradient for it (Zhang et al. 2023, arXiv:2308.03303).
+
+    The factors that do not begin at zero are frozen: A, on an embedding B. Each site's own scale is used, whatever
+    `r` and `lora_alpha` say; they are taken so that code written for PEFT runs.
+
+    Args:
+        model: A model with adapters.
+        r: Rank, for the group's deprecated entry `scaling_factor` alone.
+        lora_alpha: Alpha, likewise.
+        lr: Learning rate.
+        weight_decay: Of AdamW.
+        use_rslora: Deprecated: None, or what the active adapters' configs say.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ConfigError: `use_rslora` is not what an active adapter's config says.
+    """
+    configs = {name: model.peft_config[name] for name in model.active_adapters if name in model.peft_config}
+    stabilised = bool(configs) and all(config.use_rslora for config in configs.values())
+    if use_rslora is not None:
+        _check_rslora(use_rslora, {name: bool(config.use_rslora) for name, config in configs.items()})
+        stabilised = use_rslora
+    scales = _scales(model)
+    pairs = freeze_factors(model)
+    named = list(model.named_parameters())
+    group = {
+        "params": [parameter for _, parameter in named],
+        "lr": lr,
+        "names": [name for name, _ in named],
+        "scaling_factors": [scales.get(id(parameter)) for _, parameter in named],
+        "scaling_factor": lora_alpha / (math.sqrt(r) if stabilised else r),
+        "betas": (0.9, 0.999),
+        "weight_decay": weight_decay,
+    }
+    return LoraFAOptimizer([group], pairs=pairs)
+
+
+class _StateByName(defaultdict[Any, Any]):
+    """State by tensor, in which a pair's can also be looked up as PEFT names it: "<site>.lora" -> moments of B."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        super().__init__(dict)
+        names = [item for group in groups for item in zip(group.get("names", ()), group["params"], strict=False)]
+        self._by_name = {name[: name.find("lora")] + "lora": p for name, p in named_b(names)}
+
+    def __missing__(self, key: Any) -> Any:
+        if isinstance(key, str) and key in self._by_name:
+            state = self[self._by_name[key]]
+            return {"step": state["step"], "exp_avg_B": state["exp_avg"], "exp_avg_sq_B": state["exp_avg_sq"]}
+        return super().__missing__(key)
+
+
+def named_b(named: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+    """Those of a model's named tensors that are a B.
+
+    Args:
+        named: Pairs of name and tensor.
+    """
+    return [(name, p) for name, p in named if ".lora_B." in name and p.ndim > 1]
+
+
+def _pairs_by_name(group: dict[str, Any]) -> list[Pair]:
+    tensors = dict(zip(group.get("names", ()), group["params"], strict=False))
+    scales = group.get("scaling_factors", [group.get("scaling_factor")] * len(tensors))
+    by_name = dict(zip(tensors, scales, strict=False))
+    return [
+        Pair(B, tensors[name.replace(".lora_B.", ".lora_A.")], by_name[name])
+        for name, B in named_b(tensors.items())
+        if name.replace(".lora_B.", ".lora_A.") in tensors
+    ]
+
+
+def _scales(model: nn.Module) -> dict[int, float]:
+    found = {}
+    for _, layer in layers(model):
+        for name in layer.r:
+            factor = layer.factor(name)
+            found.update({id(t): factor.scale for t in (factor.A, factor.B, factor.magnitude) if t is not None})
+    return found
+
+
+def _check_rslora(given: bool, configured: dict[str, bool]) -> None:
+    other = [name for name, value in configured.items() if value != given]
+    if other:
+        raise ConfigError(
+            f"`use_rslora={given}` was passed to create_lorafa_optimizer, but it is {not given} in the config of "
+            f"{', '.join(map(repr, other))}. Leave the argument out: the config decides."
+        )
+    warnings.warn(
+        "`use_rslora` of create_lorafa_optimizer is deprecated: the adapter's config decides; leave it out.",
+        FutureWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,64 @@
+"""`--allocate-ranks`: what the first training rows say about the base, made into a config with a rank for each module.
+
+The criteria are `lorakit.core.allocating`'s; here the data is brought to it, a row at a time, so that less memory is
+taken than by a training step. Nothing random is drawn and the run's own loader is not moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from itertools import islice
+from typing import Any, Literal, cast
+
+import torch
+
+from lorakit.config import LoraConfig
+from lorakit.core.allocating import allocate
+from lorakit.data import Batch, Loader
+from lorakit.train.loss import loss_sum
+from lorakit.train.progress import Progress
+from lorakit.train.request import Request
+
+ROWS = 32
+"""Training rows that are looked at."""
+
+
+def allotted(model: Any, request: Request, loader: Loader, progress: Progress) -> LoraConfig:
+    """The run's config with the ranks that the base and the first rows propose.
+
+    Args:
+        model: The base, on the run's device.
+        request: Names the criterion, the config, the seed.
+        loader: The run's; its rows are taken in the order of its first epoch.
+        progress: Told what came of it.
+
+    Returns:
+        The config; its adapter trains at most as many numbers as the run's config would.
+
+    Raises:
+        LorakitError: As `lorakit.core.allocating.allocate`.
+    """
+    settings, device = request.settings, request.device
+    own = Loader(loader.sequences, 1, settings.seed, epochs=1, pad_id=loader.pad_id)
+    rows = [batch for batch in islice(own, ROWS) if batch.trained_tokens]
+
+    def loss(model: Any, batch: Batch) -> torch.Tensor:
+        wide = device.type == "cpu" or next(model.parameters()).dtype == torch.float32
+        with contextlib.nullcontext() if wide else torch.autocast(device.type, dtype=torch.bfloat16):
+            return loss_sum(model, batch, device) / batch.trained_tokens
+
+    progress.busy(f"looking at {len(rows)} rows for the ranks")
+    found = allocate(
+        model,
+        request.forecast.config,
+        rows,
+        loss,
+        by=cast(Literal["gradients", "inputs"], settings.allocate_ranks),
+        allow=("partial_targets",) if settings.allow_partial_targets else (),
+    )
+    ranks = sorted(found.ranks.values())
+    progress.say(
+        f"Ranks by {settings.allocate_ranks} of {len(rows)} rows: {ranks[0]} to {ranks[-1]}, the middle one "
+        f"{ranks[len(ranks) // 2]}; {found.parameters:,} numbers in A and B, of {found.budget:,} with r {settings.r}."
+    )
+    return found.config
