@@ -129,7 +129,7 @@ def sensitivity(module: nn.Module, gradient: Tensor) -> float:
         He et al. 2025, arXiv:2502.12171 (GoRA), section 3.
     """
     weight: Tensor = module.weight  # type: ignore[assignment]
-    return float((base_of(module).read(weight) * gradient).abs().mean())
+    return float((base_of(module).read(module, weight.detach()) * gradient).abs().mean())
 
 
 def by_sensitivity(
