@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.bases import Base, base_of
-from lorakit.core.cloning import clone_with
 from lorakit.core.factor import HOLDERS, Factor, Magnitude, carrier
 from lorakit.core.kinds import Kind, Slot, kind_named, spread
 from lorakit.core.routing import AdapterState, Forwards, Route, resolve
 from lorakit.core.variants import At, variant_named
+from lorakit.core.weight_side import for_all_rows, run_owner
 from lorakit.errors import MergeError, RouteError
 
 OF_THE_BASE = frozenset({"weight", "bias"})
@@ -306,25 +306,9 @@ class LoraLayer(nn.Module):
 
     def _on_weight(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The owner, once, as a clone whose adapted weights have their updates in them."""
-        if route.rows is not None:
-            if len(set(route.rows)) > 1:
-                raise RouteError(
-                    f"The rows of this batch have different adapters, and a {self.kind_name} has one weight for all "
-                    "rows. Run the rows of each adapter on their own with `use`, or leave the module out of them."
-                )
-            route = Route(tuple(filter(None, route.rows[:1])))
-        owner, tensors = self.owner, {}
-        for layer in self.chain():
-            weight = layer.effective(route)
-            if weight is not None:
-                tensors[layer.slot.parameter] = weight
-        clone = clone_with(owner, tensors)
-        for child in self.kind.inner:
-            inside = owner._modules[child]
-            weight = inside.effective(route) if isinstance(inside, LoraLayer) else None
-            if weight is not None:
-                clone._modules[child] = clone_with(inside.base_layer, {"weight": weight})  # type: ignore[union-attr, arg-type]
-        return clone(*args, **kwargs)
+        inside = {child: self.owner._modules[child] for child in self.kind.inner}
+        children = {child: module for child, module in inside.items() if isinstance(module, LoraLayer)}
+        return run_owner(tuple(self.chain()), children, for_all_rows(route, self.kind_name), args, kwargs)
 
     def chain(self) -> Iterator[LoraLayer]:
         """The layer and those that stand inside it around the same owner, the outermost first."""
@@ -346,11 +330,11 @@ class LoraLayer(nn.Module):
         if frozenset(names) == self._inside() == frozenset(self.merged_adapters):
             return None
         self._check_kept()
-        W = self.read()
-        total = W
-        for name in names:
-            total = total + self.update(name, W)
-        stored: Tensor = self.base.write(self.owner, self.original(), total)
+        with torch.autocast(self.base.device(self.owner, self.slot.parameter).type, enabled=False):
+            total = W = self.read()
+            for name in names:
+                total = total + self.update(name, W)
+            stored: Tensor = self.base.write(self.owner, self.original(), total)
         return stored
 
     def update(self, name: str, W: Tensor) -> Tensor:

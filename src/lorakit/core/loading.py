@@ -26,12 +26,13 @@ from lorakit.core.extras import Extras, ModuleCopies, build_extras
 from lorakit.core.factor import Factor
 from lorakit.core.fingerprinting import DIFFERENT, compare, fingerprint
 from lorakit.core.fitting import Fit, fit
+from lorakit.core.parameter_sites import check_standing, dropout_at, named_places
 from lorakit.core.patterns import literal_value
 from lorakit.core.sidecar import WEIGHTS_FILE, Sidecar, integrity, read_sidecar
 from lorakit.core.sitemap import SiteMap, find_state, survey
 from lorakit.core.tensorfile import TensorFile, read_tensors
 from lorakit.core.variants import variant_for
-from lorakit.errors import AdapterFileError, BaseMismatchError, PatternError, warn_caller
+from lorakit.errors import AdapterFileError, BaseMismatchError, PatternError, TargetError, warn_caller
 
 SHOWN = 6
 """So many mismatches are named in an error."""
@@ -145,7 +146,12 @@ def place_adapter(
     config = files.config
     check_bias_alone(state, config)
     site_map = survey(model)
-    fitted = fit(files.file.tensors, config, site_map)
+    try:
+        bare = named_places(site_map, config, model)
+        fitted = fit(files.file.tensors, config, site_map, bare)
+        check_standing(site_map, [place for place, _ in fitted.sites.values()])
+    except TargetError as cause:
+        raise AdapterFileError(f"{files.folder}: {cause}") from None
     said = [*files.warnings, *_judge(files, fitted, allow)]
     parts = _parts(files, fitted, site_map, trainable, allow)
     extras = build_extras(site_map.modules, fitted.outer_paths(), fitted.saved, config.bias)
@@ -194,8 +200,13 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
     return AdapterFiles(folder, config, file, sidecar, ours, tuple(said))
 
 
-def alpha_at(files: AdapterFiles, path: str) -> float:
+def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) -> float:
     """Alpha at a site: from `lorakit.json` where the config is the one it was written with, else from the config.
+
+    Args:
+        files: What was read.
+        path: The site's path on disk.
+        pattern_path: What patterns are held against, where that is another.
 
     Raises:
         AdapterFileError: It follows from a regular expression, which is not run.
@@ -203,7 +214,7 @@ def alpha_at(files: AdapterFiles, path: str) -> float:
     if files.config_is_ours and path in files.sidecar.sites:
         return float(files.sidecar.sites[path]["lora_alpha"])
     try:
-        return literal_value(files.config.alpha_pattern, path, files.config.lora_alpha)
+        return literal_value(files.config.alpha_pattern, pattern_path or path, files.config.lora_alpha)
     except PatternError as cause:
         raise AdapterFileError(f"{files.folder / CONFIG_FILE}: alpha_pattern: {cause}") from None
 
@@ -241,14 +252,14 @@ def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, trainable: bool,
     scales = []
     for path, (place, tensors) in fitted.sites.items():
         r = place.kind.rank(place.slot, tensors["A"].shape)
-        alpha = alpha_at(files, path)
+        alpha = alpha_at(files, path, place.pattern_path)
         factor_scale = scale(r, alpha, config.use_rslora)
         scales.append((path, factor_scale))
         module, parameter = site_map.holder(place), place.slot.parameter
         device, dtype = base_of(module, parameter).device(module, parameter), factor_dtype(module, parameter)
         own = {part: tensor.to(device=device, dtype=dtype, copy=True) for part, tensor in tensors.items()}
         variant = variant_for(config, place.kind.name, path)
-        dropout = make_dropout(config.lora_dropout if place.kind.drops else 0.0)
+        dropout = make_dropout(dropout_at(config, place, module))
         vector = own["magnitude"].view(place.kind.vector(place.slot)) if "magnitude" in own else None
         factor = Factor(own["A"], own["B"], factor_scale, dropout, variant.name, vector, own.get("bias"))
         parts.append(Part(place, as_parameters(factor, trainable), r, alpha))

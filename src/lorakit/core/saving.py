@@ -16,6 +16,7 @@ from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, LoraConfig, TaskType
 from lorakit.core.checks import check_allowances, check_known
 from lorakit.core.fingerprinting import fingerprint
 from lorakit.core.keys import adapter_tensors
+from lorakit.core.parameter_sites import paths_on_disk
 from lorakit.core.sidecar import FORMAT_VERSION, METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
 from lorakit.core.sitemap import layers, state_of, survey
 from lorakit.core.tensorfile import encode
@@ -76,7 +77,7 @@ def save_adapter(
         _check_finite(name, tensors)
     config = _config_on_disk(model, state.configs[name], base_model_name_or_path)
     weights = encode(tensors, {"format": "pt", METADATA_KEY: str(FORMAT_VERSION)})
-    folder = Path(folder)
+    folder, on_disk = Path(folder), paths_on_disk(model, name)
     present = folder / WEIGHTS_FILE
     about = {
         **(facts or {}),
@@ -85,9 +86,9 @@ def save_adapter(
         "config": {"file": CONFIG_FILE, "sha256": sha256_bytes(config)},
         "base": fingerprint(model).as_dict(),
         "sites": {
-            path: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])}
+            on_disk[path]: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])}
             for path, layer in layers(model)
-            if name in layer.r
+            if path in on_disk
         },
     }
     if present.is_file():  # between two renames old weights stand beside new words: both are named until the end

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.core.bases import base_of
 from lorakit.core.extras import BiasSwitch, ModuleCopies
-from lorakit.core.kinds import INNER, Kind, Slot, kind_of
+from lorakit.core.kinds import INNER, PARAMETER, Kind, Slot, kind_of
 from lorakit.core.layer import LoraLayer
 from lorakit.core.routing import AdapterState
 from lorakit.errors import AdapterError
@@ -57,6 +57,11 @@ class Place:
     kind: Kind
     slot: Slot
     child: str = ""
+
+    @property
+    def pattern_path(self) -> str:
+        """What `rank_pattern` and `alpha_pattern` are held against: the site's path, or its bare parameter's."""
+        return f"{self.outer}.{self.slot.parameter}" if self.kind.name == PARAMETER.name else self.path
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class SiteMap:
         return next((layer for layer in chain if layer.slot.parameter == place.slot.parameter), None)
 
     def put(self, place: Place, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
-        """Stand a new layer at a place.
+        """Stand a new layer at a place; those of one module's bare parameters keep the order of their definition.
 
         Args:
             place: Where.
@@ -122,8 +127,14 @@ class SiteMap:
             layer = make(owner._modules[place.child])  # type: ignore[arg-type]
             owner._modules[place.child] = layer
             return layer
-        standing = self.modules[place.outer]
-        layer = make(standing)
+        standing = inside = self.modules[place.outer]
+        around: LoraLayer | None = None
+        while isinstance(inside, LoraLayer) and _goes_around(inside, place):
+            around, inside = inside, inside.base_layer
+        layer = make(inside)
+        if around is not None:
+            around.base_layer = layer
+            return layer
         self.replace(standing, layer)
         self.modules[place.outer] = layer
         return layer
@@ -140,6 +151,21 @@ INSIDE = ".base_layer"
 
 DENSE_KINDS = frozenset({"Linear", "Conv1D"})
 """The kinds that "all-linear" means."""
+
+
+def defined_parameters(module: nn.Module) -> list[str]:
+    """The names of a module's own parameters in the order of their definition, those that are parametrised last."""
+    names = [name for name, parameter in module._parameters.items() if parameter is not None]
+    parametrised = module._modules.get("parametrizations")
+    return names + ([] if parametrised is None else list(parametrised._modules))
+
+
+def _goes_around(layer: LoraLayer, place: Place) -> bool:
+    """Whether a layer has to stand around the one that comes: of bare parameters, the one that is defined last."""
+    if place.kind.name != PARAMETER.name:
+        return False
+    names = defined_parameters(layer.owner)
+    return names.index(layer.slot.parameter) > names.index(place.slot.parameter)
 
 
 def inner_base(owner: nn.Module, child: str) -> nn.Module:
