@@ -20,7 +20,6 @@ NOT_BUILT: Mapping[str, Any] = {
     "use_qalora": False,
     "monteclora_config": None,
     "layer_replication": None,
-    "lora_bias": False,
     "target_parameters": None,
     "use_bdlora": None,
     "arrow_config": None,

@@ -107,8 +107,9 @@ class SiteMap:
             inside = self.base(place.outer)._modules[place.child]
             return inside if isinstance(inside, LoraLayer) else None
         standing = self.modules[place.outer]
-        chain = standing.chain() if isinstance(standing, LoraLayer) else ()
-        return next((layer for layer in chain if layer.slot.parameter == place.slot.parameter), None)
+        while isinstance(standing, LoraLayer) and standing.slot.parameter != place.slot.parameter:
+            standing = standing.base_layer
+        return standing if isinstance(standing, LoraLayer) else None
 
     def put(self, place: Place, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
         """Stand a new layer at a place.
@@ -228,7 +229,13 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 layer = originals.get((id(module), name))
-                tensor = layer.original() if layer is not None else old.get(name, parameter)
+                if layer is not None:
+                    tensor = layer.original()
+                elif name == "bias" and (id(module), "weight") in originals:
+                    kept = originals[id(module), "weight"].kept_bias
+                    tensor = old.get(name, parameter if kept is None else kept)
+                else:
+                    tensor = old.get(name, parameter)
                 yield prefix + name, tensor, module
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
