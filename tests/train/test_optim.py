@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from lorakit.core.lorafa import Pair
 from lorakit.errors import RunError
-from lorakit.train.optim import adamw, clip, load_state_tensors, set_rate, state_tensors
+from lorakit.train.optim import adamw, clip, load_state_tensors, lorafa, set_rate, state_tensors
 
 
 def _named() -> list[tuple[str, nn.Parameter]]:
@@ -31,6 +32,35 @@ def test_only_matrices_decay_and_the_optimizer_is_fused() -> None:
     decays = {tuple(p.shape): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decays == {(2, 3): 0.5, (4, 2): 0.5, (4,): 0.0}
     assert optimizer.defaults["fused"]
+
+
+def test_each_tensor_keeps_its_share_of_the_rate() -> None:
+    named = _named()
+    optimizer = adamw(named, 0.1, 0.5, {"a.lora_B": 0.8, "a.magnitude": 0.1})
+    names = {id(p): name for name, p in named}
+    for rate in (0.1, 0.025):
+        set_rate(optimizer, rate)
+        found = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert found == pytest.approx({"a.lora_A": rate, "a.lora_B": 8 * rate, "a.magnitude": rate})
+
+
+def test_lorafa_has_the_groups_of_adamw_and_goes_on_bit_for_bit() -> None:
+    whole, parted = _named()[1:], _named()[1:]
+    A = torch.randn(2, 3)
+    one, two = (lorafa(n, [Pair(n[0][1], A, 2.0)], 0.1, 0.5, {"a.lora_B": 0.3}) for n in (whole, parted))
+    assert [(g["lr"], g["weight_decay"]) for g in one.param_groups] == [(pytest.approx(0.3), 0.5), (0.1, 0.0)]
+    for seed in range(3):
+        _step(whole, one, seed)
+        _step(parted, two, seed)
+    again = lorafa(parted, [Pair(parted[0][1], A, 2.0)], 0.1, 0.5, {"a.lora_B": 0.3})
+    load_state_tensors(again, parted, state_tensors(two, parted))
+    for optimizer, named in ((one, whole), (again, parted)):
+        set_rate(optimizer, 0.05)
+        _step(named, optimizer, 9)
+    for (_, a), (_, b) in zip(whole, parted, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(RunError, match="There is nothing to train"):
+        lorafa([], [], 0.1, 0.0)
 
 
 def test_nothing_to_train() -> None:

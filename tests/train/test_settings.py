@@ -29,6 +29,16 @@ def test_defaults_are_those_of_the_issue() -> None:
     assert (config.r, config.lora_alpha, config.target_modules, config.bias) == (16, 32, "all-linear", "none")
 
 
+def test_rates_by_pattern_come_as_words_or_as_a_table() -> None:
+    table = {"q_proj": 1e-4, r"layers\.(0|1)=?": 0.5}
+    for given in (table, ["q_proj=1e-4", r"layers\.(0|1)=?=0.5"]):
+        settings = TrainSettings(**GIVEN, learning_rate_pattern=given)
+        assert settings.learning_rate_pattern == table
+        assert TrainSettings(**settings.as_dict()) == settings
+    assert TrainSettings(**GIVEN, learning_rate_pattern="q_proj=2").learning_rate_pattern == {"q_proj": 2.0}
+    assert TrainSettings(**GIVEN).learning_rate_pattern == {}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -48,6 +58,14 @@ def test_defaults_are_those_of_the_issue() -> None:
         ({"device": "tpu"}, "device is 'tpu'; it must be auto, cpu, cuda, cuda:N or mps."),
         ({"learning_rat": 1.0}, "learning_rat is not a setting; did you mean learning_rate?"),
         ({"zzz": 1}, "zzz is not a setting; see `lorakit train --help` for the settings."),
+        ({"optimizer": "lora_fa"}, "optimizer is 'lora_fa'; it must be 'adamw' or 'lorafa'; did you mean lorafa?"),
+        ({"loraplus_lr_ratio": 0}, "loraplus_lr_ratio is 0; it must be greater than 0."),
+        ({"allocate_ranks": True}, "allocate_ranks is True; it must be 'none', 'gradients' or 'inputs'."),
+        ({"learning_rate_pattern": {"q_proj": 0}}, "learning_rate_pattern is {'q_proj': 0}; each entry must be PATTERN=RATE with a rate above 0, such as down_proj=1e-4."),
+        ({"learning_rate_pattern": ["q_proj"]}, "learning_rate_pattern is ['q_proj']; each entry must be PATTERN=RATE with a rate above 0, such as down_proj=1e-4."),
+        ({"learning_rate_pattern": ["(=1e-4"]}, "learning_rate_pattern is ['(=1e-4']; '(' is not a regular expression (missing ), unterminated subpattern at position 0)."),
+        ({"learning_rate_pattern": 3}, "learning_rate_pattern is 3; it must be a table from patterns to rates."),
+        ({"optimizer": "lorafa", "loraplus_lr_ratio": 4.0}, "loraplus_lr_ratio and the optimizer lorafa exclude each other: lorafa freezes A, so there is no rate of A that B's could be a multiple of. Leave one of them out."),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other: go on with the run, or replace it."),
     ],
 )  # fmt: skip

@@ -14,38 +14,69 @@ from lorakit.core.activation import (
     use,
 )
 from lorakit.core.attaching import AttachReport, attach, detach
+from lorakit.core.combining import CombineReport, average, combine, combine_folders, rescale, subtract
+from lorakit.core.comparing import Comparison, compare_adapters, compare_folders
+from lorakit.core.compressing import CompressReport, compress, compress_folder
+from lorakit.core.extracting import ExtractReport, extract, extract_to_folder
 from lorakit.core.fingerprinting import Fingerprint, fingerprint
 from lorakit.core.inspecting import AdapterSummary, inspect_adapter
+from lorakit.core.intruders import SiteIntruders, reduce_intruders
 from lorakit.core.layer import LoraLayer
 from lorakit.core.loading import LoadReport, load_adapter
+from lorakit.core.lowrank import Cut
 from lorakit.core.merging import MergeReport, merge, merge_and_unload, merged_state_dict, unmerge
 from lorakit.core.saving import SavedAdapter, save_adapter
 from lorakit.core.sitemap import Site, sites
+from lorakit.core.sources import TensorSource, source_of_folder, source_of_model
+from lorakit.core.ways import WAYS, Way
 
 __all__ = [
+    "WAYS",
     "AdapterSummary",
     "AttachReport",
+    "CombineReport",
+    "Comparison",
+    "CompressReport",
+    "Cut",
+    "ExtractReport",
     "Fingerprint",
     "LoadReport",
     "LoraLayer",
     "MergeReport",
     "SavedAdapter",
     "Site",
+    "SiteIntruders",
+    "TensorSource",
+    "Way",
     "activate",
     "adapters",
     "attach",
+    "average",
     "checkpoint_contexts",
+    "combine",
+    "combine_folders",
+    "compare_adapters",
+    "compare_folders",
+    "compress",
+    "compress_folder",
     "detach",
     "disable",
+    "extract",
+    "extract_to_folder",
     "fingerprint",
     "inspect_adapter",
     "load_adapter",
     "merge",
     "merge_and_unload",
     "merged_state_dict",
+    "reduce_intruders",
+    "rescale",
     "route",
     "save_adapter",
     "sites",
+    "source_of_folder",
+    "source_of_model",
+    "subtract",
     "trainable_parameters",
     "unmerge",
     "use",

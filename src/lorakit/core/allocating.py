@@ -155,9 +155,10 @@ def by_sensitivity(
     Source:
         He et al. 2025, arXiv:2502.12171 (GoRA), section 3: ranks from normalised sensitivities, √(in + out) as cost.
     """
-    weights = {path: value / math.sqrt(costs[path]) for path, value in sensitivities.items()}
-    if not any(value > 0 for value in weights.values()):
+    largest = max(sensitivities.values(), default=0.0)
+    if not largest > 0:
         raise DataError("No gradient reached any of the sites, so there is nothing to allocate ranks by.")
+    weights = {path: value / largest / math.sqrt(costs[path]) for path, value in sensitivities.items()}
     least = {path: max(1, math.ceil(LEAST * ranks[path])) for path in weights}
     most = {path: max(least[path], min(math.floor(MOST * ranks[path]), limits[path])) for path in weights}
     budget = sum(ranks[path] * costs[path] for path in weights)
@@ -165,7 +166,7 @@ def by_sensitivity(
     def at(factor: float) -> dict[str, int]:
         return {path: min(max(int(factor * weights[path]), least[path]), most[path]) for path in weights}
 
-    low, high = 0.0, max(most.values()) / min(value for value in weights.values() if value > 0)
+    low, high = 0.0, 1e9 * max(most.values())  # a sensitivity below a billionth of the largest counts for nothing
     for _ in range(100):
         middle = (low + high) / 2
         if sum(rank * costs[path] for path, rank in at(middle).items()) <= budget:

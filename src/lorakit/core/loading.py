@@ -105,11 +105,8 @@ def load_adapter(
         NotYetSupported: The adapter needs what is not built yet.
     """
     check_allowances(allow)
-    state = find_state(model)
-    check_new_name(state, name)
+    check_new_name(find_state(model), name)
     files = read_adapter(folder)
-    config = files.config
-    check_bias_alone(state, config)
     check_not_applied(model, files.folder, files.file.sha256, allow)
     said = list(files.warnings)
     verdict, reason = compare(files.sidecar.base, fingerprint(model))
@@ -119,9 +116,37 @@ def load_adapter(
         )
     if verdict == DIFFERENT:
         said.append(f"{files.folder}: loaded on another base as allowed: {reason}.")
+    sites, more = place_adapter(model, dataclasses.replace(files, warnings=tuple(said)), name, trainable, allow)
+    return LoadReport(name, files.config, sites, verdict, more)
+
+
+def place_adapter(
+    model: nn.Module, files: AdapterFiles, name: str, trainable: bool, allow: Collection[str]
+) -> tuple[int, tuple[str, ...]]:
+    """Put what was read onto a model; everything is checked before the first change.
+
+    Args:
+        model: The base, or a model that has adapters already.
+        files: What was read, with the warnings that shall be said.
+        name: The adapter's name here.
+        trainable: Go on training it.
+        allow: Refusals to lift: "key_mismatch", "nonfinite", "odd_scale".
+
+    Returns:
+        How many sites it has, and every warning that was said.
+
+    Raises:
+        AdapterFileError: Tensors do not fit; all mismatches are named.
+        AdapterError: The name is taken or cannot be used.
+        ConfigError: A scale is odd, or biases would be trained twice.
+    """
+    state = find_state(model)
+    check_new_name(state, name)
+    config = files.config
+    check_bias_alone(state, config)
     site_map = survey(model)
     fitted = fit(files.file.tensors, config, site_map)
-    said += _judge(files, fitted, allow)
+    said = [*files.warnings, *_judge(files, fitted, allow)]
     parts = _parts(files, fitted, site_map, trainable, allow)
     extras = build_extras(site_map.modules, fitted.outer_paths(), fitted.saved, config.bias)
     biases = _filled_copies(extras, fitted, site_map, files.file.tensors)
@@ -132,7 +157,7 @@ def load_adapter(
         parameter.data = tensor
     for parameter in adapter_parameters(model, name):
         parameter.requires_grad_(trainable)
-    return LoadReport(name, config, len(parts), verdict, tuple(said))
+    return len(parts), tuple(said)
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
@@ -169,6 +194,20 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
     return AdapterFiles(folder, config, file, sidecar, ours, tuple(said))
 
 
+def alpha_at(files: AdapterFiles, path: str) -> float:
+    """Alpha at a site: from `lorakit.json` where the config is the one it was written with, else from the config.
+
+    Raises:
+        AdapterFileError: It follows from a regular expression, which is not run.
+    """
+    if files.config_is_ours and path in files.sidecar.sites:
+        return float(files.sidecar.sites[path]["lora_alpha"])
+    try:
+        return literal_value(files.config.alpha_pattern, path, files.config.lora_alpha)
+    except PatternError as cause:
+        raise AdapterFileError(f"{files.folder / CONFIG_FILE}: alpha_pattern: {cause}") from None
+
+
 def _judge(files: AdapterFiles, fitted: Fit, allow: Collection[str]) -> list[str]:
     """Refuse what does not fit, all at once; what was allowed comes back as sentences."""
     said = []
@@ -199,11 +238,10 @@ def _some_of_each(problems: Sequence[str]) -> list[str]:
 
 def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, trainable: bool, allow: Collection[str]) -> list[Part]:
     config, parts = files.config, []
-    known = files.sidecar.sites if files.config_is_ours else {}
     scales = []
     for path, (place, tensors) in fitted.sites.items():
         r = place.kind.rank(place.slot, tensors["A"].shape)
-        alpha = _alpha(files, path, known)
+        alpha = alpha_at(files, path)
         factor_scale = scale(r, alpha, config.use_rslora)
         scales.append((path, factor_scale))
         module, parameter = site_map.holder(place), place.slot.parameter
@@ -217,16 +255,6 @@ def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, trainable: bool,
         parts.append(Part(place, as_parameters(factor, trainable), r, alpha))
     check_scales(scales, allow)
     return parts
-
-
-def _alpha(files: AdapterFiles, path: str, known: dict[str, dict[str, float]]) -> float:
-    """Alpha at a site: from `lorakit.json` where the config is the one it was written with, else from the config."""
-    if path in known:
-        return float(known[path]["lora_alpha"])
-    try:
-        return literal_value(files.config.alpha_pattern, path, files.config.lora_alpha)
-    except PatternError as cause:
-        raise AdapterFileError(f"{files.folder / CONFIG_FILE}: alpha_pattern: {cause}") from None
 
 
 def _filled_copies(

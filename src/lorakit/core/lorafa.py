@@ -1,7 +1,7 @@
 """LoRA-FA: one factor of each site is frozen, and the other's gradient is corrected for what the frozen one looks like.
 
-Frozen is the factor that does not begin at zero: A, on an embedding B. `freeze_factors` freezes it and says which pairs
-there are; `LoraFA` is the optimizer that steps on the corrected gradient. Knows nothing about schedules or files.
+Frozen is the factor that does not begin at zero: A; on an embedding, and under MiCA, B. `freeze_factors` freezes it and
+says which pairs there are; `LoraFA` is the optimizer that steps on the corrected gradient. Knows no schedules or files.
 """
 
 from __future__ import annotations
@@ -32,12 +32,21 @@ class Pair:
         frozen: The other one.
         scale: Factor before B·A.
         trained_is_A: Whether `trained` is A.
+        experts: So many B lie side by side, (out, r·experts) with the expert as fastest index; 0 where it is one.
     """
 
     trained: nn.Parameter
     frozen: Tensor
     scale: float
     trained_is_A: bool = False
+    experts: int = 0
+
+    @property
+    def blocks(self) -> int:
+        """So many A·Aᵀ there are: one for each expert, or each group of a convolution."""
+        if self.trained_is_A:
+            return 1
+        return self.experts or len(self.frozen) // self.trained.shape[1]
 
 
 def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
@@ -57,26 +66,25 @@ def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
     trained = {id(parameter) for _, parameter in trainable_parameters(model, name)}
     pairs = []
     for path, layer in layers(model):
-        trains_a = layer.kind.zero_side == "A"
         for adapter in layer.r if name is None else layer.r.keys() & {name}:
-            factor = layer.factor(adapter)
-            learns, stays = (factor.A, factor.B) if trains_a else (factor.B, factor.A)
+            trains_a = layer.kind.zero_side == "A" or layer.trains[adapter] == {"A"}
+            A, B = layer.parameters_of(adapter)[:2]
+            learns, stays = (A, B) if trains_a else (B, A)
             if id(learns) in trained:
-                pairs.append(Pair(learns, stays, factor.scale, trains_a))  # type: ignore[arg-type]
+                pairs.append(Pair(learns, stays, layer.scaling[adapter], trains_a, layer.slot.experts))
             elif id(stays) in trained:
                 raise ConfigError(f"{path}: LoRA-FA freezes the only factor that this adapter trains; use AdamW.")
             stays.requires_grad_(False)
     return pairs
 
 
-def corrected_gradient(gradient: Tensor, inverse: Tensor, scale: float, trained_is_A: bool = False) -> Tensor:
+def corrected_gradient(gradient: Tensor, pair: Pair, inverse: Tensor) -> Tensor:
     """The step of B that moves the weight most like full fine-tuning would: g_B·(A·Aᵀ)⁻¹/s².   [docs/math.md (18)]
 
     Args:
-        gradient: Of B, (out, r), or of A, (r, in), for an embedding; further axes are flattened into the outer one.
-        inverse: (A·Aᵀ)⁻¹, or (Bᵀ·B)⁻¹ where A is trained, from `inverse_gram`: (groups, r / groups, r / groups).
-        scale: s.
-        trained_is_A: Whether the gradient is A's; the inverse then stands on its left.
+        gradient: Of the pair's trained factor, in its shape: (out, r), (r, in), or with the axes of a kernel.
+        pair: Says how the factors lie, and s.
+        inverse: From `inverse_gram`, (blocks, r / blocks, r / blocks); it stands on the left of A's gradient.
 
     Returns:
         As `gradient`, in its dtype.
@@ -86,27 +94,28 @@ def corrected_gradient(gradient: Tensor, inverse: Tensor, scale: float, trained_
         Wang et al. 2024, arXiv:2407.18242, section 3, derive for both factors.
     """
     g = gradient.to(inverse.dtype)
-    if trained_is_A:
+    if pair.trained_is_A:
         corrected = inverse[0] @ g.reshape(len(inverse[0]), -1)
+    elif pair.experts:
+        by_expert = g.reshape(len(g), -1, pair.experts).permute(2, 0, 1) @ inverse  # (experts, out, r)
+        corrected = by_expert.permute(1, 2, 0)
     else:
         corrected = g.reshape(len(inverse), -1, inverse.shape[-1]) @ inverse
-    return (corrected / scale**2).reshape(gradient.shape).to(gradient.dtype)
+    return (corrected / pair.scale**2).reshape(gradient.shape).to(gradient.dtype)
 
 
-def inverse_gram(frozen: Tensor, trained_is_A: bool = False, groups: int = 1) -> Tensor:
-    """(A·Aᵀ + δ·I)⁻¹ of a frozen A, or (Bᵀ·B + δ·I)⁻¹ of a frozen B.
+def inverse_gram(pair: Pair) -> Tensor:
+    """(A·Aᵀ + δ·I)⁻¹ of a pair's frozen A, or (Bᵀ·B + δ·I)⁻¹ of its frozen B.
 
     Args:
-        frozen: A (r, in, …), or B (out, r).
-        trained_is_A: Whether the frozen one is B.
-        groups: Of a grouped convolution, whose outputs see r / groups rows of A each.
+        pair: The pair.
 
     Returns:
-        (groups, r / groups, r / groups), fp32 or wider.
+        (blocks, r / blocks, r / blocks), fp32 or wider.
     """
-    rows = at_least_fp32(frozen.detach())
-    rows = rows.T if trained_is_A else rows
-    rows = rows.reshape(groups, len(rows) // groups, -1)
+    rows = at_least_fp32(pair.frozen.detach())
+    rows = rows.T if pair.trained_is_A else rows
+    rows = rows.reshape(pair.blocks, len(rows) // pair.blocks, -1)
     ridge = RIDGE * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
     return torch.linalg.pinv(rows @ rows.mT + ridge)
 
@@ -175,18 +184,13 @@ class LoraFA(torch.optim.Optimizer):
         """The parameter's gradient, corrected where it is a pair's trained factor; its own shape (…)."""
         gradient: Tensor = parameter.grad  # type: ignore[assignment]
         pair = self.pairs.get(id(parameter))
-        return (
-            gradient
-            if pair is None
-            else corrected_gradient(gradient, self._inverse(pair), pair.scale, pair.trained_is_A)
-        )
+        return gradient if pair is None else corrected_gradient(gradient, pair, self._inverse(pair))
 
     def _inverse(self, pair: Pair) -> Tensor:
         state = (pair.frozen._version, pair.frozen.data_ptr())
         kept = self._inverses.get(id(pair.trained))
         if kept is None or kept[0] != state:
-            groups = 1 if pair.trained_is_A else len(pair.frozen) // pair.trained.shape[1]
-            kept = self._inverses[id(pair.trained)] = (state, inverse_gram(pair.frozen, pair.trained_is_A, groups))
+            kept = self._inverses[id(pair.trained)] = (state, inverse_gram(pair))
         return kept[1]
 
     def _update(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> None:

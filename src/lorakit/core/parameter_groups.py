@@ -64,16 +64,12 @@ def roles(model: nn.Module) -> dict[int, tuple[Role, str]]:
     """
     found: dict[int, tuple[Role, str]] = {}
     for path, layer in layers(model):
-        site = path.removesuffix(".base_layer")
-        while site.endswith(".base_layer"):  # layers can stand one inside the other
-            site = site.removesuffix(".base_layer")
-        of_embedding = layer.kind.zero_side == "A"
+        site = path.replace(".base_layer", "")  # layers can stand one inside the other
+        factors: tuple[Role, Role] = ("embedding", "embedding") if layer.kind.zero_side == "A" else ("A", "B")
         for adapter in layer.r:
-            factor = layer.factor(adapter)
-            found[id(factor.A)] = ("embedding" if of_embedding else "A", site)
-            found[id(factor.B)] = ("embedding" if of_embedding else "B", site)
-            if factor.magnitude is not None:
-                found[id(factor.magnitude)] = ("vector", site)
+            A, B, *vectors = layer.parameters_of(adapter)
+            found.update(zip((id(A), id(B)), ((role, site) for role in factors), strict=True))
+            found.update((id(vector), ("vector", site)) for vector in vectors if vector is not A and vector is not B)
     return found
 
 

@@ -1,0 +1,264 @@
+"""Algebra of low-rank products B·A that never forms the product: singular values, inner products, angles.
+
+Everything is batched over groups, A (g, r, in) and B (g, out, r), so that a grouped convolution, whose output channels
+see only their own part of A, is g products side by side; every other site has one group. Computed in float64. This
+file knows nothing of adapters, scales or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorakit.errors import ConfigError
+
+SPARE, SKETCH = 16, 8
+"""A sketch is wider than the rank by the first number, and made where it is narrower than the matrix by the second."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """B·A as its factors.
+
+    Attributes:
+        A: (g, r, in).
+        B: (g, out, r).
+    """
+
+    A: Tensor
+    B: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Rank over all groups, as `r` counts it."""
+        return self.A.shape[0] * self.A.shape[1]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular value decomposition of B·A.
+
+    Attributes:
+        U: Left singular vectors, (g, out, k), with k = min(r, out, in).
+        S: Singular values, largest first, (g, k).
+        Vh: Right singular vectors, (g, k, in).
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+
+def product_of(A: Tensor, B: Tensor) -> Product:
+    """The factors of one site as a product of matrices.
+
+    Args:
+        A: (r, in, …), as a site holds it.
+        B: (out, r / g, …), where g > 1 on a grouped convolution.
+
+    Returns:
+        The product, in float64; kernels lie flat in the columns of A.
+    """
+    wide = torch.float64 if A.device.type != "mps" else torch.float32  # that device has no float64
+    A, B = A.detach().to(wide).flatten(1), B.detach().to(wide).flatten(1)
+    groups = max(1, A.shape[0] // B.shape[1])
+    return Product(A.reshape(groups, -1, A.shape[1]), B.reshape(groups, -1, B.shape[1]))
+
+
+def factors_of(product: Product, A_like: Tensor, B_like: Tensor) -> tuple[Tensor, Tensor]:
+    """`product_of`, backwards: A (r, in, …) and B (out, r / g, …) in the form of two others, in fp32 or wider.
+
+    Args:
+        product: With any rank.
+        A_like: An A of this site, (r, in, …).
+        B_like: A B of this site, (out, r / g, …).
+    """
+    A = product.A.reshape(-1, *A_like.shape[1:])
+    B = product.B.reshape(B_like.shape[0], -1, *B_like.shape[2:])
+    return A.to(_kept(A_like.dtype)).contiguous(), B.to(_kept(B_like.dtype)).contiguous()
+
+
+def stacked(products: Sequence[Product], weights: Sequence[float]) -> Product:
+    """Σ w·B·A as one product whose rank is the sum of the ranks.   [docs/math.md (50)]
+
+    Args:
+        products: Of one site.
+        weights: One number per product; each goes into B.
+    """
+    A = torch.cat([product.A for product in products], dim=1)
+    B = torch.cat([product.B * weight for product, weight in zip(products, weights, strict=True)], dim=2)
+    return Product(A, B)
+
+
+def spectrum(product: Product) -> Spectrum:
+    """The exact singular value decomposition of B·A, from the factors alone.   [docs/math.md (51)]
+
+    B = Q·R and Aᵀ = P·T give B·A = Q·(R·Tᵀ)·Pᵀ, so only the small R·Tᵀ is decomposed. Cost: O((in + out)·r²).
+
+    Args:
+        product: The factors.
+    """
+    Q, R = torch.linalg.qr(product.B)
+    P, T = torch.linalg.qr(product.A.mT)
+    u, S, vh = torch.linalg.svd(R @ T.mT, full_matrices=False)
+    return Spectrum(Q @ u, S, vh @ P.mT)
+
+
+def truncated(found: Spectrum, rank: int) -> Product:
+    """The nearest product of a smaller rank: B = U·S, A = Vᵀ of the largest singular values.   [docs/math.md (52)]
+
+    Args:
+        found: The decomposition.
+        rank: Largest rank of a group.
+
+    Source:
+        Eckart and Young 1936.
+    """
+    return Product(found.Vh[:, :rank], found.U[:, :, :rank] * found.S[:, None, :rank])
+
+
+def padded(product: Product, rank: int) -> Product:
+    """The same product with the rank that was asked for: what a site has no room for is zero.
+
+    Args:
+        product: Of any rank.
+        rank: The rank of each group.
+    """
+    lack = rank - product.A.shape[1]
+    if lack <= 0:
+        return product
+    return Product(torch.nn.functional.pad(product.A, (0, 0, 0, lack)), torch.nn.functional.pad(product.B, (0, lack)))
+
+
+def rank_for(S: Tensor, energy: float) -> int:
+    """The smallest rank whose singular values hold a share of the energy ΣS².   [docs/math.md (52)]
+
+    Args:
+        S: Singular values, largest first, (g, k); every group keeps the same number of them.
+        energy: The share, in (0, 1].
+
+    Returns:
+        At least 1, also where everything is zero.
+    """
+    held = S.double().square().sum(0).cumsum(0)
+    total = float(held[-1])
+    if total == 0:
+        return 1
+    slack = 8 * torch.finfo(held.dtype).eps * total  # a share of 1 asks for no value that is rounding alone
+    return min(int((held < energy * total - slack).sum()) + 1, S.shape[1])
+
+
+def inner(one: Product, other: Product) -> float:
+    """⟨B·A, B'·A'⟩ = trace((BᵀB')(A'Aᵀ)), from two small matrices.   [docs/math.md (53)]
+
+    Args:
+        one: A product.
+        other: Another of the same site; the ranks may differ.
+    """
+    return float(((one.B.mT @ other.B) * (one.A @ other.A.mT)).sum())
+
+
+def cosines(one: Tensor, other: Tensor) -> Tensor:
+    """Cosines of the principal angles between two column spaces, largest first.   [docs/math.md (54)]
+
+    Args:
+        one: Orthonormal columns, (g, n, k).
+        other: Orthonormal columns, (g, n, l).
+
+    Returns:
+        (g, min(k, l)), each in [0, 1].
+
+    Source:
+        Björck and Golub 1973; the mean of their squares is φ of Hu et al. 2021, arXiv:2106.09685, eq. (4).
+    """
+    return torch.linalg.svdvals(one.mT @ other).clamp(max=1.0)
+
+
+def significant(found: Spectrum) -> int:
+    """How many singular values are more than rounding: the true rank of a product."""
+    S = found.S
+    if S.numel() == 0:
+        return 0
+    floor = S.max() * max(found.U.shape[1], found.Vh.shape[2]) * torch.finfo(torch.float32).eps
+    return int(S.gt(floor).any(0).sum())
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How far to cut a product down: to a rank, or to a share of its energy; one of the two.
+
+    Attributes:
+        rank: At most this rank.
+        energy: The smallest rank that holds this share of the energy ΣS², in (0, 1].
+
+    Raises:
+        ConfigError: Both or neither are given, or the one is out of range.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.rank is None) == (self.energy is None):
+            raise ConfigError("Give a rank or a share of the energy, and not both.")
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
+            raise ConfigError(f"rank is {self.rank!r}; it must be a whole number of at least 1.")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise ConfigError(f"energy is {self.energy!r}; it is a share in (0, 1].")
+
+    def of(self, S: Tensor) -> int:
+        """The rank of each group for singular values (g, k), largest first; at least 1."""
+        if self.rank is None:
+            return rank_for(S, self.energy or 1.0)
+        return max(1, min(self.rank // S.shape[0], S.shape[1]))
+
+
+def cut(found: Spectrum, to: Cut) -> tuple[Product, float]:
+    """Cut a product down.
+
+    Args:
+        found: Its decomposition.
+        to: How far.
+
+    Returns:
+        The product, and the share of the energy that it lacks.
+    """
+    rank = to.of(found.S)
+    energy = found.S.square()
+    total = float(energy.sum())
+    return truncated(found, rank), float(energy[:, rank:].sum()) / total if total else 0.0
+
+
+def dense_spectrum(delta: Tensor, rank: int | None = None) -> tuple[Spectrum, float]:
+    """The singular value decomposition of a dense update, or its largest part where a small rank is enough.
+
+    Where `rank` is far below the matrix, a random sketch with four power iterations takes the place of the whole
+    decomposition (Halko et al. 2011, arXiv:0909.4061); what is missing is known from the norms all the same.
+
+    Args:
+        delta: (out, in), in fp32 or wider.
+        rank: So many singular values are asked for; None for all.
+
+    Returns:
+        The decomposition, of one group, and the whole energy ‖delta‖².
+    """
+    energy = float(delta.double().square().sum())
+    width = None if rank is None else rank + SPARE
+    if width is None or SKETCH * width >= min(delta.shape):
+        U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+        return Spectrum(U[None], S[None], Vh[None]), energy
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(delta.shape[1], width, generator=generator, dtype=delta.dtype).to(delta.device)
+    Q = torch.linalg.qr(delta @ probe).Q
+    for _ in range(4):
+        Q = torch.linalg.qr(delta.mT @ Q).Q
+        Q = torch.linalg.qr(delta @ Q).Q
+    u, S, Vh = torch.linalg.svd(Q.mT @ delta, full_matrices=False)
+    return Spectrum((Q @ u)[None], S[None], Vh[None]), energy
+
+
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

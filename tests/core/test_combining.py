@@ -1,0 +1,494 @@
+"""The combined adapter does what was combined: against dense sums in float64, over kinds, ranks, scales and variants."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lorakit.core import (
+    adapters,
+    attach,
+    average,
+    combine,
+    combine_folders,
+    load_adapter,
+    merged_state_dict,
+    rescale,
+    save_adapter,
+    subtract,
+    use,
+)
+from lorakit.core.sitemap import layers
+from lorakit.core.ways import WAYS, Way
+from lorakit.errors import (
+    AdapterError,
+    AdapterFileError,
+    BaseMismatchError,
+    ConfigError,
+    NotYetSupported,
+    UsageError,
+)
+
+from ..laws.snapshots import files, same_bits, snapshot
+from ..laws.zoo import BERT, CONV1DS, EMBEDDING, EVERY_KIND, GPT2, LINEARS, LLAMA, Specimen, randomise, run
+
+KINDS = (LINEARS, CONV1DS, EMBEDDING, EVERY_KIND, GPT2)
+SCALES: dict[str, dict[str, Any]] = {
+    "a": {"r": 4, "lora_alpha": 8},
+    "b": {"r": 2, "lora_alpha": 5, "use_rslora": True},
+    "c": {"r": 4, "lora_alpha": 3, "use_rslora": True, "alpha_pattern": {"last": 9}},
+    "d": {"r": 3, "lora_alpha": 8, "rank_pattern": {"last": 5}},
+}
+
+
+def made(specimen: Specimen, *names: str, dtype: torch.dtype = torch.float64, **fields: Any) -> nn.Module:
+    """A model with adapters of these names, each with the rank and scale of SCALES and numbers of its own."""
+    model = specimen.model(dtype)
+    for number, name in enumerate(names):
+        attach(model, specimen.config(**{**scales(name, specimen), **fields}), name)
+        randomise(model, name, 30 + number)
+    return model
+
+
+def scales(name: str, specimen: Specimen) -> dict[str, Any]:
+    """Rank and scale of an adapter; patterns name the specimen's last target."""
+    last = specimen.targets[-1]
+    return {key: {last: v["last"]} if isinstance(v, dict) else v for key, v in SCALES[name].items()}
+
+
+def deltas(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Path -> scale·B·A, dense, in float64."""
+    found = {}
+    for path, layer in layers(model):
+        if name in layer.r:
+            factor = layer.factor(name)
+            found[path] = (factor.B.double().flatten(1) @ factor.A.double().flatten(1) * factor.scale).detach()
+    return found
+
+
+def total(model: nn.Module, weights: dict[str, float]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        for path, delta in deltas(model, name).items():
+            found[path] = found.get(path, 0) + weight * delta
+    return found
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    assert found.keys() == expected.keys()
+    for path, delta in found.items():
+        torch.testing.assert_close(delta, expected[path], rtol=tolerance, atol=tolerance)
+
+
+def nearest(delta: Tensor, rank: int) -> Tensor:
+    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+    return U[:, :rank] * S[:rank] @ Vh[:rank]
+
+
+@pytest.mark.parametrize("specimen", KINDS, ids=str)
+def test_cat_is_exact_under_every_scale(specimen: Specimen) -> None:
+    model = made(specimen, "a", "b", "d")
+    weights = {"a": 0.7, "b": -1.3, "d": 2.0}
+    report = combine(model, list(weights), list(weights.values()), "sum", way="cat")
+    same(deltas(model, "sum"), total(model, weights))
+    assert report.deviation < 1e-12
+    assert all(layer.scaling["sum"] == 1.0 for _, layer in layers(model))
+    with use(model, "a"):
+        first = run(model, specimen.given(torch.float64))
+    with use(model, "sum"):
+        assert not torch.allclose(run(model, specimen.given(torch.float64)), first)
+
+
+@pytest.mark.parametrize("specimen", KINDS, ids=str)
+def test_svd_is_the_nearest_of_its_rank(specimen: Specimen) -> None:
+    model = made(specimen, "a", "c", "b")
+    weights = {"a": 1.0, "c": -0.5, "b": 1.0}
+    report = combine(model, list(weights), list(weights.values()), "near", way=Way("svd", rank=3))
+    exact = total(model, weights)
+    same(deltas(model, "near"), {path: nearest(delta, 3) for path, delta in exact.items()}, 1e-8)
+    for site in report.sites:
+        apart = torch.linalg.norm(deltas(model, "near")[site.path] - exact[site.path])
+        assert site.deviation == pytest.approx(float(apart / torch.linalg.norm(exact[site.path])), rel=1e-6)
+        assert site.r == 3
+
+
+def test_svd_takes_the_largest_rank_of_a_site_where_none_is_asked() -> None:
+    model = made(LINEARS, "a", "d")
+    report = combine(model, ["a", "d"], [1.0, 1.0], "near")
+    assert {site.path: site.r for site in report.sites} == {"up": 4, "square": 5}
+    assert (report.config.r, report.config.rank_pattern, report.config.alpha_pattern) == (
+        *(4, {"square": 5}, {"square": 5}),
+    ) or (report.config.r, report.config.rank_pattern) == (5, {"up": 4})
+
+
+def test_svd_of_one_adapter_is_that_adapter() -> None:
+    model = made(LINEARS, "c")
+    combine(model, ["c"], [-2.0], "one")
+    same(deltas(model, "one"), total(model, {"c": -2.0}))
+
+
+def test_a_rank_above_the_site_is_filled_with_zeros() -> None:
+    model = made(LINEARS, "a", "b")
+    report = combine(model, ["a", "b"], [1.0, 1.0], "wide", way=Way("svd", rank=30))
+    assert report.config.r == 30 and not report.config.rank_pattern
+    same(deltas(model, "wide"), total(model, {"a": 1.0, "b": 1.0}))
+
+
+def test_linear_adds_a_and_b_by_themselves() -> None:
+    model = made(LINEARS, "a", "c")
+    combine(model, ["a", "c"], [0.7, -1.3], "rough", way="linear")
+    layer = model.up
+    w, v = 0.7 * layer.scaling["a"], 1.3 * layer.scaling["c"]
+    A = w**0.5 * layer.lora_A["a"].weight - v**0.5 * layer.lora_A["c"].weight
+    B = w**0.5 * layer.lora_B["a"].weight + v**0.5 * layer.lora_B["c"].weight
+    torch.testing.assert_close(deltas(model, "rough")["up"], (B @ A).detach())
+
+
+def trimmed(delta: Tensor, density: float) -> Tensor:
+    kept = delta.abs().flatten().topk(int(density * delta.numel())).indices
+    mask = torch.zeros(delta.numel(), dtype=torch.bool).index_fill(0, kept, True).view_as(delta)
+    return delta * mask
+
+
+@pytest.mark.parametrize("specimen", [LINEARS, EVERY_KIND], ids=str)
+def test_ties_and_pruning_on_the_whole_update(specimen: Specimen) -> None:
+    model = made(specimen, "a", "b")
+    combine(model, ["a", "b"], [1.0, 0.5], "ties", way=Way("ties_svd", rank=20, density=0.4))
+    combine(model, ["a", "b"], [1.0, 0.5], "large", way=Way("magnitude_prune_svd", rank=20, density=0.4))
+    for path in deltas(model, "a"):
+        parts = torch.stack([trimmed(deltas(model, name)[path], 0.4) for name in "ab"])
+        sign = torch.where(parts.sum(0) >= 0, 1.0, -1.0)
+        agree = parts.sign() == sign
+        by = torch.tensor([1.0, 0.5], dtype=torch.float64).view(2, 1, 1)
+        ties = (parts * by * agree).sum(0) / agree.sum(0).clamp(min=1)
+        torch.testing.assert_close(deltas(model, "ties")[path], nearest(ties, 20), rtol=1e-5, atol=1e-5)
+        large = nearest((parts * by).sum(0), 20)
+        torch.testing.assert_close(deltas(model, "large")[path], large, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_an_adapter_of_weight_zero_is_not_there(name: str) -> None:
+    density = {} if name in ("svd", "linear", "cat") else {"density": 0.5}
+    way = Way(name, **density, seed=5) if "dare" in name else Way(name, **density)
+    model = made(LINEARS, "a", "c")
+    combine(model, ["a", "c"], [0.8, 0.0], "both", way=way)
+    combine(model, ["a"], [0.8], "alone", way=way)
+    same(deltas(model, "both"), deltas(model, "alone"))
+    combine(model, ["a", "c"], [0.0, 0.0], "none", way=way)
+    assert all(not delta.any() for delta in deltas(model, "none").values())
+
+
+@pytest.mark.parametrize("name", [name for name in WAYS if name.startswith("dare")])
+def test_what_is_drawn_follows_the_seed(name: str) -> None:
+    model = made(LINEARS, "a", "c")
+    for new, seed in (("x", 1), ("y", 1), ("z", 2)):
+        combine(model, ["a", "c"], [1.0, 1.0], new, way=Way(name, density=0.5, seed=seed))
+    same(deltas(model, "x"), deltas(model, "y"))
+    assert not torch.allclose(deltas(model, "x")["up"], deltas(model, "z")["up"])
+    combine(model, ["a", "c"], [1.0, 1.0], "whole", way=Way(name, density=1))
+    plain = {"dare_linear": "linear", "dare_linear_svd": "svd"}
+    if name in plain:
+        combine(model, ["a", "c"], [1.0, 1.0], "plain", way=plain[name])
+        same(deltas(model, "whole"), deltas(model, "plain"), 1e-4)
+
+
+def test_sites_of_each_adapter_are_kept() -> None:
+    model = LINEARS.model(torch.float64)
+    attach(model, LINEARS.config(target_modules=["up"]), "a")
+    attach(model, LINEARS.config(target_modules=["square", "out"], r=2), "b")
+    for number, name in enumerate("ab"):
+        randomise(model, name, number)
+    report = combine(model, ["a", "b"], [0.5, -1.0], "sum")
+    same(deltas(model, "sum"), total(model, {"a": 0.5, "b": -1.0}))
+    assert report.config.target_modules == {"up", "square", "out"}
+    assert sorted(site.r for site in report.sites) == [2, 2, 4]
+
+
+def test_targets_that_no_common_words_name_become_paths(tmp_path: Path) -> None:
+    model = LLAMA.model()
+    attach(model, LLAMA.config(target_modules=r".*layers\.0\.self_attn\.q_proj"), "a")
+    attach(model, LLAMA.config(target_modules=["q_proj"], layers_to_transform=[1], r=2), "b")
+    report = combine(model, ["a", "b"], [1.0, 1.0], "sum", way="cat")
+    assert report.config.target_modules == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    assert report.config.layers_to_transform is None
+    save_adapter(model, tmp_path, "sum")
+    load_adapter(LLAMA.model(), tmp_path)
+
+
+def test_sums_means_and_differences() -> None:
+    model = made(LINEARS, "a", "b")
+    average(model, ["a", "b"], way="cat")
+    same(deltas(model, "average"), total(model, {"a": 0.5, "b": 0.5}))
+    subtract(model, "a", "b")
+    same(deltas(model, "difference"), total(model, {"a": 1.0, "b": -1.0}))
+    rescale(model, "b", 3.0)
+    same(deltas(model, "rescaled"), total(model, {"b": 3.0}))
+    subtract(model, "a", "a", "nothing")
+    assert max(float(delta.abs().max()) for delta in deltas(model, "nothing").values()) < 1e-12
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    ranks=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    alpha=st.floats(0.1, 40),
+    rslora=st.booleans(),
+    weights=st.lists(st.floats(-3, 3), min_size=3, max_size=3),
+    embedding=st.booleans(),
+)
+def test_cat_and_svd_for_any_shape(
+    shape: tuple[int, int],
+    ranks: list[int],
+    alpha: float,
+    rslora: bool,
+    weights: list[float],
+    embedding: bool,
+) -> None:
+    model = nn.Sequential(nn.Embedding(*shape) if embedding else nn.Linear(*shape)).double()
+    from lorakit.config import LoraConfig
+
+    names = ["x", "y", "z"][: len(ranks)]
+    for name, r in zip(names, ranks, strict=True):
+        attach(model, LoraConfig(r=r, lora_alpha=alpha, use_rslora=rslora, target_modules=["0"]), name)
+        randomise(model, name, r)
+    by = dict(zip(names, weights, strict=False))
+    combine(model, names, list(by.values()), "cat", way="cat")
+    same(deltas(model, "cat"), total(model, by), 1e-9)
+    rank = max(ranks)
+    combine(model, names, list(by.values()), "svd", way=Way("svd", rank=rank))
+    same(deltas(model, "svd"), {path: nearest(delta, rank) for path, delta in total(model, by).items()}, 1e-7)
+
+
+# --- DoRA
+
+
+def effect(model: nn.Module, specimen: Specimen, *names: str) -> Tensor:
+    with use(model, *names):
+        return run(model, specimen.given(torch.float64))
+
+
+@pytest.mark.parametrize("specimen", [LINEARS, CONV1DS], ids=str)
+def test_dora_is_combined_exactly(specimen: Specimen) -> None:
+    """Two DoRA adapters and a plain one: W' − W of the result is the weighted sum of what each does to W."""
+    model = made(specimen, "a", "b", use_dora=True)
+    attach(model, specimen.config(**scales("d", specimen)), "d")
+    randomise(model, "d", 77)
+    weights = {"a": 0.7, "b": -0.4, "d": 1.5}
+    base = specimen.model(torch.float64).state_dict()
+    combine(model, list(weights), list(weights.values()), "sum", way="cat")
+    assert adapters(model)["sum"].use_dora
+    merged = {name: merged_state_dict(model, name) for name in [*weights, "sum"]}
+    for leaf in ("up.weight", "square.weight"):
+        expected = base[leaf] + sum(weight * (merged[name][leaf] - base[leaf]) for name, weight in weights.items())
+        torch.testing.assert_close(merged["sum"][leaf], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_dora_of_several_active_adapters_is_their_combination() -> None:
+    model = made(LINEARS, "a", "c", use_dora=True)
+    combine(model, ["a", "c"], [1.0, 1.0], "sum", way="cat")
+    torch.testing.assert_close(effect(model, LINEARS, "sum"), effect(model, LINEARS, "a", "c"))
+
+
+def test_dora_cut_to_a_rank_keeps_its_gains() -> None:
+    model = made(LINEARS, "a", "c", use_dora=True)
+    report = combine(model, ["a", "c"], [1.0, 0.5], "near", way=Way("svd", rank=2))
+    assert 0 < report.deviation < 1
+    combine(model, ["a", "c"], [1.0, 0.5], "all", way=Way("svd", rank=20))
+    combine(model, ["a", "c"], [1.0, 0.5], "cat", way="cat")
+    torch.testing.assert_close(effect(model, LINEARS, "all"), effect(model, LINEARS, "cat"))
+
+
+def test_what_dora_cannot_do() -> None:
+    model = made(LINEARS, "a", "c", use_dora=True)
+    with pytest.raises(AdapterError, match="a is DoRA, which can be combined by 'cat' or 'svd', and not by 'linear'"):
+        combine(model, ["a", "c"], [1.0, 1.0], "x", way="linear")
+    twin = made(LINEARS, "a", use_dora=True)
+    with torch.no_grad():
+        twin.up.lora_magnitude_vector["a"].weight.mul_(0)
+    with pytest.raises(AdapterError, match="At up the gains of these DoRA adapters cancel for 20 outputs"):
+        combine(twin, ["a"], [1.0], "x", way="cat")
+
+
+# --- parts that are no factors
+
+
+def test_a_copied_module_of_one_adapter_is_taken_over_with_its_numbers() -> None:
+    model = BERT.model()
+    attach(model, BERT.config(modules_to_save=["classifier"]), "a")
+    attach(model, BERT.config(), "b")
+    for number, name in enumerate("ab"):
+        randomise(model, name, number)
+    combine(model, ["a", "b"], [1.0, 1.0], "sum", way="cat")
+    held = model.classifier.modules_to_save
+    assert same_bits(held["sum"].weight, held["a"].weight) and held["sum"].weight is not held["a"].weight
+    with use(model, "a", "b"):
+        both = run(model, BERT.given())
+    with use(model, "sum"):
+        torch.testing.assert_close(run(model, BERT.given()), both, rtol=1e-4, atol=1e-5)
+
+
+REFUSED: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
+    "unknown": (lambda m: combine(m, ["a", "typo"], [1, 1], "x"), AdapterError, "There is no adapter 'typo'"),
+    "taken": (lambda m: combine(m, ["a", "b"], [1, 1], "b"), AdapterError, "There is an adapter 'b' on this model"),
+    "name": (lambda m: combine(m, ["a"], [1], "x.y"), AdapterError, "cannot be an adapter's name"),
+    "count": (lambda m: combine(m, ["a", "b"], [1], "x"), AdapterError, "There are 2 adapters and 1 weights"),
+    "none": (lambda m: combine(m, [], [], "x"), AdapterError, "No adapter was named"),
+    "nan": (lambda m: combine(m, ["a"], [float("nan")], "x"), AdapterError, "A weight is nan"),
+    "way": (lambda m: combine(m, ["a"], [1], "x", way="lin"), ConfigError, "There is no way 'lin'"),
+    "ranks": (
+        lambda m: combine(m, ["a", "b"], [1, 1], "x", way="linear"),
+        ConfigError,
+        r"ranks 2 and 4: all adapters must have the same r value at a site for 'linear'\. Take 'cat'",
+    ),
+    "copies": (
+        lambda m: combine(m, ["a", "one", "two"], [1, 1, 1], "x"),
+        AdapterError,
+        r"Cannot add weighted adapters if they target the same module with modules_to_save, but found 1 such "
+        r"instance\(s\)\. First: base_model\.model\.out\.",
+    ),
+    "biases": (lambda m: combine(m, ["a", "bias"], [1, 1], "x"), ConfigError, r"bias trains biases of the base"),
+    "overflow": (lambda m: combine(m, ["a"], [1e300], "x"), AdapterError, "NaN or infinite numbers"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_call_changes_nothing(case: str) -> None:
+    model = made(LINEARS, "a", "b", dtype=torch.float32)
+    attach(model, LINEARS.config(modules_to_save=["out"]), "one")
+    attach(model, LINEARS.config(modules_to_save=["out"]), "two")
+    attach(model, LINEARS.config(bias="lora_only"), "bias")
+    before = snapshot(model)
+    call, error, said = REFUSED[case]
+    with pytest.raises(error, match=said):
+        call(model)
+    assert snapshot(model) == before
+
+
+def test_the_new_adapter_is_frozen_and_waits() -> None:
+    model = made(LINEARS, "a", "b")
+    combine(model, ["a", "b"], [1.0, 1.0], "sum")
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".sum." in n)
+    assert model.up.active_adapters == ["a"]
+
+
+# --- folders
+
+
+def saved(tmp_path: Path, *names: str, specimen: Specimen = LLAMA, **fields: Any) -> nn.Module:
+    model = made(specimen, *names, dtype=torch.float32, **fields)
+    for name in names:
+        save_adapter(model, tmp_path / name, name, facts={"base_name": "tiny", "training": {"step": 3}})
+    return model
+
+
+@pytest.mark.parametrize("specimen", [LLAMA, GPT2, EMBEDDING], ids=str)
+def test_folders_are_combined_without_their_base(tmp_path: Path, specimen: Specimen) -> None:
+    model = saved(tmp_path, "a", "b", specimen=specimen)
+    report = combine_folders([tmp_path / "a", tmp_path / "b"], [0.5, -1.0], tmp_path / "sum", way="cat")
+    loaded = load_adapter(model, tmp_path / "sum", "sum")
+    same(deltas(model, "sum"), total(model, {"a": 0.5, "b": -1.0}), 1e-5)
+    assert (loaded.base, loaded.warnings) == ("same", ())
+    about = json.loads((tmp_path / "sum" / "lorakit.json").read_text())
+    assert about["operation"] == report.facts["operation"]
+    assert about["operation"]["name"] == "combine" and about["operation"]["way"] == "cat"
+    assert [(of["name"], of["weight"], len(of["sha256"])) for of in about["operation"]["of"]] == [
+        ("a", 0.5, 64),
+        ("b", -1.0, 64),
+    ]
+    assert about["base_name"] == "tiny" and "training" not in about
+    assert str(tmp_path) not in (tmp_path / "sum" / "lorakit.json").read_text()
+
+
+def test_ranks_of_the_result_are_read_by_any_reader(tmp_path: Path) -> None:
+    """The config alone gives each site its rank and scale 1: without lorakit.json, and for patterns that overlap."""
+    model = nn.Sequential()
+    model.add_module("lin", nn.Linear(6, 6))
+    inner = nn.Sequential()
+    inner.add_module("lin", nn.Linear(6, 6))
+    model.add_module("deep", inner)
+    from lorakit.config import LoraConfig
+
+    for name, pattern in (("a", {"^lin": 3}), ("b", {"deep.lin": 2})):
+        attach(
+            model, LoraConfig(r=4, lora_alpha=9, rank_pattern=pattern, target_modules=["lin"], use_rslora=True), name
+        )
+        randomise(model, name, len(pattern))
+        save_adapter(model, tmp_path / name, name)
+    report = combine_folders([tmp_path / "a", tmp_path / "b"], [1.0, 1.0], tmp_path / "sum", way="cat")
+    assert sorted(site.r for site in report.sites) == [6, 7]
+    (tmp_path / "sum" / "lorakit.json").unlink()
+    load_adapter(model, tmp_path / "sum", "sum")
+    same(deltas(model, "sum"), total(model, {"a": 1.0, "b": 1.0}), 1e-5)
+
+
+def test_dora_folders_need_the_base(tmp_path: Path) -> None:
+    model = saved(tmp_path, "a", "c", specimen=LINEARS, use_dora=True)
+    folders = [tmp_path / "a", tmp_path / "c"]
+    with pytest.raises(AdapterError, match=r"a is DoRA, whose effect depends on the base's weights"):
+        combine_folders(folders, [1.0, 1.0], tmp_path / "sum", way="cat")
+    assert not (tmp_path / "sum").exists()
+    combine_folders(folders, [1.0, 1.0], tmp_path / "sum", way="cat", model=LINEARS.model())
+    load_adapter(model, tmp_path / "sum", "sum")
+    with use(model, "a", "c"):
+        both = run(model, LINEARS.given())
+    with use(model, "sum"):
+        torch.testing.assert_close(run(model, LINEARS.given()), both, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_of_other_bases_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "a")
+    other = LLAMA.model(seed=5)
+    attach(other, LLAMA.config(), "x")
+    save_adapter(other, tmp_path / "x", "x")
+    folders = [tmp_path / "a", tmp_path / "x"]
+    with pytest.raises(BaseMismatchError, match="were made on different bases: the numbers of"):
+        combine_folders(folders, [1.0, 1.0], tmp_path / "sum")
+    combine_folders(folders, [1.0, 1.0], tmp_path / "sum", allow=("base_mismatch",))
+    saved(tmp_path / "gpt2", "a", specimen=GPT2)
+    with pytest.raises(BaseMismatchError, match="different bases"):
+        combine_folders([tmp_path / "a", tmp_path / "gpt2" / "a"], [1.0, 1.0], tmp_path / "y")
+
+
+def test_shapes_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    saved(tmp_path, "a", specimen=LINEARS)
+    other = nn.Sequential()
+    other.add_module("up", nn.Linear(5, 20))
+    from lorakit.config import LoraConfig
+
+    attach(other, LoraConfig(target_modules=["up"]), "x")
+    save_adapter(other, tmp_path / "x", "x")
+    with pytest.raises(AdapterError, match=r"do not fit one base: at up they change weights of 20 × \(12,\) and 20 × "):
+        combine_folders([tmp_path / "a", tmp_path / "x"], [1, 1], tmp_path / "sum", allow=("base_mismatch",))
+
+
+def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    saved(tmp_path, "a", "b")
+    before = files(tmp_path)
+    with pytest.raises(UsageError, match="is not an empty folder; nothing is overwritten"):
+        combine_folders([tmp_path / "a", tmp_path / "b"], [1, 1], tmp_path / "a")
+    with pytest.raises(AdapterError, match="NaN or infinite"):
+        combine_folders([tmp_path / "a"], [1e300], tmp_path / "c")
+    with pytest.raises(AdapterFileError, match="no such folder"):
+        combine_folders([tmp_path / "a", tmp_path / "typo"], [1, 1], tmp_path / "c")
+    with pytest.raises(ConfigError, match="allow holds 'all'"):
+        combine_folders([tmp_path / "a"], [1], tmp_path / "c", allow=("all",))
+    assert files(tmp_path) == before
+
+
+def test_bare_parameters_are_not_combined() -> None:
+    model = nn.Sequential()
+    model.add_module("inner", nn.Linear(4, 4))
+    from lorakit.config import LoraConfig
+
+    attach(model, LoraConfig(target_modules=["inner"]), "a")
+    model.inner.state.configs["a"].target_parameters = ["inner.weight"]
+    with pytest.raises(NotYetSupported, match=r"a sits on bare parameters .* support targeting nn\.Parameter"):
+        combine(model, ["a"], [1.0])

@@ -1,0 +1,67 @@
+"""One test per formula of docs/math.md, (17) to (19): the formula is written out here and compared with the code."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lorakit import core
+from lorakit.config import LoraConfig
+from lorakit.core.allocating import allocate
+from lorakit.core.lorafa import Pair, corrected_gradient, inverse_gram
+from lorakit.core.parameter_groups import Rates, rates_by_name, trained_parts
+
+
+def two_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 8, bias=False), nn.Tanh(), nn.Linear(8, 6, bias=False))
+
+
+def test_rate_of_b_is_a_multiple_of_that_of_a() -> None:
+    """(17)"""
+    model = two_layers()
+    core.attach(model, LoraConfig(r=2, target_modules=["0", "2"]))
+    rates = rates_by_name(trained_parts(model), Rates(0.01, b_ratio=16.0, patterns={"2": 0.03}))
+    assert rates == pytest.approx({
+        "0.lora_A.default.weight": 0.01,
+        "0.lora_B.default.weight": 0.16,
+        "2.lora_A.default.weight": 0.03,
+        "2.lora_B.default.weight": 0.48,
+    })  # fmt: skip
+
+
+def test_corrected_gradient_is_the_nearest_that_a_frozen_a_allows() -> None:
+    """(18)"""
+    torch.manual_seed(0)
+    A, gamma, s = torch.randn(3, 9), torch.randn(5, 9), 2.5
+    pair = Pair(nn.Parameter(torch.zeros(5, 3)), A, s)
+    X = corrected_gradient(s * gamma @ A.T, pair, inverse_gram(pair))
+    torch.testing.assert_close(X, gamma @ A.T @ torch.linalg.inv(A @ A.T) / s, rtol=1e-4, atol=1e-5)
+    left = (s * X @ A - gamma).norm()
+    for seed in range(20):
+        other = X + 0.1 * torch.randn(X.shape, generator=torch.Generator().manual_seed(seed))
+        assert (s * other @ A - gamma).norm() > left
+
+
+def test_ranks_follow_the_sensitivity_within_the_budget() -> None:
+    """(19)"""
+    model, x, r = two_layers(), torch.randn(20, 12), 4
+    found = allocate(model, LoraConfig(r=r, target_modules=["0", "2"]), [x], lambda m, b: m(b).square().mean())
+    model(x).square().mean().backward()
+    sites = {"0": model[0], "2": model[2]}  # type: ignore[index]
+    sensitivity = {path: float((m.weight * m.weight.grad).detach().abs().mean()) for path, m in sites.items()}
+    assert found.evidence == pytest.approx(sensitivity, rel=1e-4)
+    costs = {path: sum(m.weight.shape) for path, m in sites.items()}
+    weights = {path: sensitivity[path] / math.sqrt(costs[path]) for path in sites}
+    ends = {path: (math.ceil(r / 2), min(4 * r, *m.weight.shape)) for path, m in sites.items()}
+    best = {}
+    for step in range(20_000):  # the largest factor that the budget allows
+        ranks = {p: min(max(int(step / 500 / weights["0"] * weights[p]), ends[p][0]), ends[p][1]) for p in sites}
+        if sum(ranks[p] * costs[p] for p in sites) > sum(r * costs[p] for p in sites):
+            break
+        best = ranks
+    assert found.ranks == best
+    assert found.ranks["0"] != found.ranks["2"]
