@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.core.checks import check_known
@@ -17,19 +19,24 @@ from lorakit.core.extras import BiasSwitch, ModuleCopies
 from lorakit.core.layer import LoraLayer
 from lorakit.core.sitemap import base_tensors, copies, holders, layers, state_of
 from lorakit.core.variants import variant_named
-from lorakit.core.writing import (
-    KeepBase,
-    SiteMerge,
-    bias_for,
-    brings_bias,
-    built_for,
-    merged_weight,
-    put_bias,
-    put_weight,
-    stored_for,
-    sum_of_updates,
-)
 from lorakit.errors import MergeError
+
+KeepBase = Literal[True, False, "cpu"]
+
+
+@dataclass(frozen=True)
+class SiteMerge:
+    """How one site took a merge.   [docs/math.md (12)]
+
+    Attributes:
+        path: The site.
+        survived: Share of the delta that the stored weight took in, 1 − ‖W' − (W₀ + Δ)‖ / ‖Δ‖, at least 0.
+        changed: Share of the weight's elements that changed.
+    """
+
+    path: str
+    survived: float
+    changed: float
 
 
 @dataclass(frozen=True)
@@ -81,20 +88,18 @@ def _merge(model: nn.Module, names: Sequence[str], keep_base: KeepBase, untie: b
     here = [(path, layer, [n for n in chosen if n in layer.r]) for path, layer in layers(model)]
     here = [(path, layer, new) for path, layer, new in here if new]
     if keep_base is False:  # two passes instead of a copy: all is known to be sound before the first weight changes
-        reports = [merged_weight(path, layer, new, in_place)[1] for path, layer, new in here]
+        reports = [_merged_weight(path, layer, new, in_place)[1] for path, layer, new in here]
         for path, layer, new in here:
-            put_weight(
-                layer, built_for(layer, merged_weight(path, layer, new, in_place)[0], new, keep_base, untie), new
-            )
+            _put(layer, _built(layer, _merged_weight(path, layer, new, in_place)[0], keep_base, untie), new)
     else:  # whatever takes memory comes before the first change
         built = []
         reports = []
         for path, layer, new in here:
-            stored, report = merged_weight(path, layer, new, in_place)
-            built.append(built_for(layer, stored, new, keep_base, untie))
+            stored, report = _merged_weight(path, layer, new, in_place)
+            built.append(_built(layer, stored, keep_base, untie))
             reports.append(report)
         for (_, layer, new), weight in zip(here, built, strict=True):
-            put_weight(layer, weight, new)
+            _put(layer, weight, new)
     for _, holder in copies(model):
         holder.merged_adapter = next((n for n in chosen if n in holder.modules_to_save), holder.merged_adapter)
     state.join_default(chosen)
@@ -125,10 +130,9 @@ def unmerge(model: nn.Module, *names: str) -> None:
     for _, layer in layers(model):
         left = [name for name in layer.merged_adapters if name not in chosen]
         if left != layer.merged_adapters:
-            ready.append((layer, left, stored_for(layer, left), bias_for(layer, left)))
-    for layer, left, stored, bias in ready:
+            ready.append((layer, left, stored_for(layer, left)))
+    for layer, left, stored in ready:
         layer.base.place(layer.owner, layer.slot.parameter, stored)
-        put_bias(layer, bias)
         layer.merged_adapters = left
         if not left:
             layer.kept = layer.kept if layer.moved_by is not None else None
@@ -137,6 +141,18 @@ def unmerge(model: nn.Module, *names: str) -> None:
     for _, holder in copies(model):
         holder.merged_adapter = None if holder.merged_adapter in chosen else holder.merged_adapter
     state.leave_default(chosen)
+
+
+def stored_for(layer: LoraLayer, merged: Sequence[str]) -> Any:
+    """What a site's module stores while these adapters are merged: the original where there are none.
+
+    Args:
+        layer: The site.
+        merged: Adapters.
+    """
+    if merged:
+        return _sum_of_updates(layer, merged, in_place=True)[0]
+    return layer.moved if layer.moved_by is not None else layer.original()
 
 
 def merge_and_unload(model: nn.Module, *names: str, untie: bool = False) -> MergeReport:
@@ -209,22 +225,17 @@ def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
     _check_variants(model, chosen)
     sites = {(id(layer.owner), layer.slot.parameter): layer for _, layer in layers(model)}
     replaced = _copied_tensors(model, chosen)
-    biases = {(id(layer.owner), "bias"): layer for layer in sites.values() if brings_bias(layer, chosen)}
     for name, tensor, module in base_tensors(model):
         leaf = name.rpartition(".")[2]
         layer = sites.get((id(module), leaf))
         if layer is not None:
             here = [n for n in chosen if n in layer.r]
-            yield name, sum_of_updates(layer, here, in_place=False)[0] if here else tensor.detach()
-        elif (id(module), leaf) in biases:
-            layer = biases[id(module), leaf]
-            bias = bias_for(layer, [n for n in chosen if n in layer.r])
-            yield name, tensor.detach() if bias is None else bias
+            yield name, _sum_of_updates(layer, here, in_place=False)[0] if here else tensor.detach()
         elif name in replaced:
             yield name, replaced[name]
         else:
-            trained = [s for s in BiasSwitch.on(module) if s.adapter in chosen and leaf in s.originals]
-            yield name, (module._parameters[leaf] if trained else tensor).detach()  # type: ignore[union-attr]
+            biases = [s for s in BiasSwitch.on(module) if s.adapter in chosen and leaf in s.originals]
+            yield name, (module._parameters[leaf] if biases else tensor).detach()  # type: ignore[union-attr]
 
 
 def check_unmergeable(model: nn.Module, names: Sequence[str]) -> None:
@@ -279,11 +290,63 @@ def _check_variants(model: nn.Module, names: Sequence[str]) -> None:
         for name in names:
             if name in layer.r and not variant_named(layer.variant[name]).mergeable:
                 raise MergeError(f"Adapter {name!r} at {path} is {layer.variant[name]}, which cannot be merged.")
-        if layer.original_bias() is None and brings_bias(layer, names):
-            raise MergeError(
-                f"Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias: {path} has no "
-                "place for the adapter's."
-            )
+
+
+def _sum_of_updates(layer: LoraLayer, names: Sequence[str], in_place: bool) -> tuple[Any, Tensor, Tensor]:
+    """What to store for W₀ + Σ update, with W₀ (out, in) and the exact sum (out, in).   [docs/math.md (11)]
+
+    In its place in the model, the weight must also be right for an adapter that moved the base and is not merged.
+    """
+    with torch.no_grad():
+        W = layer.read()
+        total = torch.zeros_like(W)
+        for name in names:
+            total += layer.update(name, W)
+        if in_place and layer.moved_by is not None and layer.moved_by not in names:
+            total += layer.read(layer.moved_by) - W
+        stored = layer.base.write(layer.owner, layer.original(), W + total)
+    return stored, W, total
+
+
+def _merged_weight(path: str, layer: LoraLayer, new: Sequence[str], in_place: bool) -> tuple[Any, SiteMerge]:
+    stored, W, total = _sum_of_updates(layer, [*layer.merged_adapters, *new], in_place)
+    after = layer.base.read(layer.owner, stored)
+    if not bool(torch.isfinite(after).all()):
+        raise MergeError(f"Merging {', '.join(new)} at {path} gives NaN or infinite weights. Nothing was changed.")
+    wanted = float(torch.linalg.vector_norm(total))
+    lost = float(torch.linalg.vector_norm(after - (W + total)))
+    changed = float((after != W).float().mean())
+    return stored, SiteMerge(path, 1.0 if wanted == 0 else max(0.0, 1.0 - lost / wanted), changed)
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What a site's weight becomes, ready to be put in place: the thing to store, or a parameter of its own."""
+
+    stored: Any
+    kept: Any
+    own: nn.Parameter | None
+
+
+def _built(layer: LoraLayer, stored: Any, keep_base: KeepBase, untie: bool) -> _Built:
+    kept = layer.kept
+    if keep_base is not False and kept is None:
+        kept = layer.original()
+        kept = kept.to("cpu") if keep_base == "cpu" and not layer.base.quantised else kept
+    weight = layer.owner._parameters.get(layer.slot.parameter)
+    own = None if weight is None or not untie else nn.Parameter(stored, requires_grad=weight.requires_grad)
+    return _Built(stored, kept, own)
+
+
+def _put(layer: LoraLayer, built: _Built, names: Sequence[str]) -> None:
+    owner, parameter = layer.owner, layer.slot.parameter
+    layer.kept = built.kept
+    if built.own is not None:  # the other holder keeps the old one
+        layer.tied_weight = owner._parameters[parameter] if layer.tied_weight is None else layer.tied_weight
+        owner._parameters[parameter] = built.own
+    else:
+        layer.base.place(owner, parameter, built.stored)
+    layer.merged_adapters = [*layer.merged_adapters, *names]
 
 
 def _copied_tensors(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
