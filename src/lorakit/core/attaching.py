@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, scale
 from lorakit.core.activation import adapter_parameters
-from lorakit.core.bases import Base, base_of
+from lorakit.core.bases import Base, base_of, hold_still, let_go
 from lorakit.core.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
 from lorakit.core.extras import BiasSwitch, Extras, ModuleCopies, build_extras
 from lorakit.core.factor import Factor
@@ -146,6 +146,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if not state.configs:
         for parameter, trained in state.frozen:
             parameter.requires_grad_(trained)
+        let_go(state.held)
 
 
 def publish(
@@ -169,6 +170,7 @@ def publish(
     state = find_state(model)
     if state is None:
         state = AdapterState()
+        state.held = hold_still(model)
         state.frozen = [(p, p.requires_grad) for p in model.parameters()]
         for parameter, _ in state.frozen:
             parameter.requires_grad_(False)

@@ -41,6 +41,7 @@ class LoraLayer(nn.Module):
         merged_adapters: Adapters that are written into the base weight now.
         slot: The weight that the factors belong to.
         moved_by: The adapter whose init moved the base weight (PiSSA and its like), or None.
+        replaced: The base's quantised module, where a dense one stands in its place since a merge; else empty.
     """
 
     def __init__(self, base_layer: nn.Module, kind: Kind, slot: Slot, state: AdapterState) -> None:
@@ -56,6 +57,7 @@ class LoraLayer(nn.Module):
         self.kept: Any = None  # what the base stored before anything was written to it
         self.moved_by: str | None = None
         self.moved: Any = None  # what the base stores for the adapter that moved it
+        self.replaced: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no child
         self.kept_bias: Tensor | None = None  # the base's bias from before a merge wrote to it (`lora_bias`)
         self.tied_weight: nn.Parameter | None = None  # what the base shared with others before a merge untied it
         self.own_route: Route | None = None  # this layer's exception to the model's default
@@ -83,9 +85,14 @@ class LoraLayer(nn.Module):
         return module
 
     @property
+    def source(self) -> nn.Module:
+        """The module that holds the base's weight: the owner, or the one that a dense module has replaced."""
+        return self.replaced[0] if self.replaced else self.owner
+
+    @property
     def base(self) -> Base:
         """The row of BASES."""
-        return base_of(self.owner, self.slot.parameter)
+        return base_of(self.source, self.slot.parameter)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -188,16 +195,16 @@ class LoraLayer(nn.Module):
             name: As this adapter sees it: one whose init moved the base has a base of its own.
         """
         stored = self.moved if name is not None and name == self.moved_by else self.original()
-        return self.base.read(self.owner, stored)
+        return self.base.read(self.source, stored)
 
     def original(self) -> Any:
         """What the base stored before anything was written to it, on the base's device and in its dtype."""
-        base, owner, parameter = self.base, self.owner, self.slot.parameter
+        base, source, parameter = self.base, self.source, self.slot.parameter
         if self.kept is None:
-            return base.stored(owner, parameter)
+            return base.stored(source, parameter)
         if not isinstance(self.kept, Tensor) or base.quantised:
             return self.kept
-        now = base.stored(owner, parameter)
+        now = base.stored(source, parameter)
         return self.kept.to(device=now.device, dtype=now.dtype)
 
     def original_bias(self) -> Tensor | None:
@@ -306,7 +313,7 @@ class LoraLayer(nn.Module):
         if not self.merged_adapters and (moved or self.moved_by is None):
             return self.base_layer
         self.check_kept()
-        clone = self.base.clone(self.owner, self.slot.parameter, self.moved if moved else self.original())
+        clone = self.base.clone(self.source, self.slot.parameter, self.moved if moved else self.original())
         if self.kept_bias is not None:
             clone._parameters["bias"] = self.kept_bias  # type: ignore[assignment]
         return clone
@@ -314,13 +321,11 @@ class LoraLayer(nn.Module):
     def _base_of_rows(self, route: Route, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """The base's output (rows, …, out) where rows differ in which base they see."""
         if self.moved_by is None or self.moved_by not in route.mentions:
-            y0: Tensor = self._base_for(False)(*args, **kwargs)
-            return y0
+            return self._base_for(False)(*args, **kwargs)
         axis = self._row_axis(route, x)
         index = dict(route.segments(x.device, x.shape[axis]))[self.moved_by]
         y0 = self._base_for(False)(*args, **kwargs)
-        rest = (x.index_select(axis, index), *args[1:]) if args else ()
-        return y0.index_copy(axis, index, self._base_for(True)(*(rest or (x.index_select(axis, index),))))
+        return y0.index_copy(axis, index, self._base_for(True)(x.index_select(axis, index), *args[1:]))
 
     def update(self, name: str, W: Tensor) -> Tensor:
         """What an adapter adds to the base's weight when it is written into it.   [docs/math.md (11)]
@@ -342,12 +347,7 @@ class LoraLayer(nn.Module):
         return addition if own is W else addition + (own - W)
 
     def move_base(self, name: str, stored: Any) -> None:
-        """Put the base weight that an adapter's init made in place; the original is kept.
-
-        Args:
-            name: The adapter.
-            stored: What the base's module shall store.
-        """
+        """Put the base weight that the init of adapter `name` made in place, as stored; the original is kept."""
         self.kept = self.original()
         self.moved_by, self.moved = name, stored
         self.base.place(self.owner, self.slot.parameter, stored)
@@ -363,7 +363,7 @@ class LoraLayer(nn.Module):
         Raises:
             MergeError: Something is merged and the original was not kept.
         """
-        if self.merged_adapters and self.kept is None:
+        if self.merged_adapters and self.kept is None and not self.replaced:
             raise MergeError(
                 f"{', '.join(self.merged_adapters)} is merged into the base and its bits were not kept "
                 "(keep_base=False), so the base alone and other adapters cannot be had. Merge with keep_base=True, "
