@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _CONFIG_SHOWN = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "task_type")
 _CONFIG_IF_SET = (
+    "target_parameters",
+    "layer_replication",
     "use_rslora",
     "use_dora",
     "rank_pattern",

@@ -19,7 +19,6 @@ NOT_BUILT: Mapping[str, Any] = {
     "alora_invocation_tokens": None,
     "use_qalora": False,
     "monteclora_config": None,
-    "lora_bias": False,
     "use_bdlora": None,
     "arrow_config": None,
     "kasa_config": None,

@@ -93,9 +93,8 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
         key = parse(name)
         if key is not None:
             pairs.setdefault(key.path, {})[key.part] = tensor
-    sites = tuple(
-        _site(files, path, parts["A"], parts["B"]) for path, parts in sorted(pairs.items()) if _is_pair(parts)
-    )
+    whole = {path: parts for path, parts in sorted(pairs.items()) if _is_pair(parts)}
+    sites = tuple(_site(files, path, parts["A"], parts["B"]) for path, parts in whole.items())
     findings = [*files.warnings, *_findings(sites, pairs, files.file.tensors)]
     return AdapterSummary(
         folder=str(folder),
@@ -153,12 +152,10 @@ def _rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, flo
         rank = int(known["r"])
         return (rank if rank > 0 and rows % rank == 0 else rows), float(known["lora_alpha"])
     module = path.partition(INSIDE)[0]
-    names = _parameters_meant(config, module) or [path]
+    meant = _parameters_meant(config, module)
     try:
-        ranks = (
-            {int(literal_value(config.rank_pattern, name, config.r)) for name in names} if names != [path] else {rows}
-        )
-        alphas = {float(literal_value(config.alpha_pattern, name, config.lora_alpha)) for name in names}
+        ranks = {int(literal_value(config.rank_pattern, name, config.r)) for name in meant} or {rows}
+        alphas = {float(literal_value(config.alpha_pattern, name, config.lora_alpha)) for name in meant or [path]}
     except PatternError:
         return rows, None
     fitting = [rank for rank in ranks if rank > 0 and rows % rank == 0]

@@ -125,9 +125,7 @@ def paths_on_disk(model: nn.Module, adapter: str) -> dict[str, str]:
     around: dict[int, list[LoraLayer]] = {}  # id of a layer -> those around it, around the same module
     for path, layer in layers(model):
         outside = around.get(id(layer), [])
-        inside = next(iter(list(layer.chain())[1:]), None)
-        if inside is not None:
-            around[id(inside)] = [*outside, layer]
+        around[id(layer.base_layer)] = [*outside, layer]
         if adapter in layer.r:
             strangers = sum(adapter not in other.r for other in outside)
             found[path] = path.removesuffix(INSIDE * strangers) if strangers else path

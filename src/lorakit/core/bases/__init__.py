@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
-from lorakit.core.bases.dense import DENSE, TRANSPOSED
+from lorakit.core.bases.bitsandbytes import EIGHT_BIT, FOUR_BIT
+from lorakit.core.bases.dense import COMPUTED, DENSE, NOT_WRITTEN, TRANSPOSED
+from lorakit.core.bases.hqq import HQQ
 from lorakit.core.bases.storage import Base, at_least_fp32
+from lorakit.core.bases.torchao import TORCHAO
+from lorakit.core.cloning import PARAMETRISED
 
-__all__ = ["BASES", "Base", "at_least_fp32", "base_of"]
+__all__ = ["BASES", "COMPUTED", "NOT_WRITTEN", "Base", "at_least_fp32", "base_of", "hold_still", "let_go"]
 
-BASES: tuple[Base, ...] = (TRANSPOSED, DENSE)
+BASES: tuple[Base, ...] = (FOUR_BIT, EIGHT_BIT, TORCHAO, HQQ, COMPUTED, TRANSPOSED, DENSE)
 
 
 def base_of(module: nn.Module, parameter: str = "weight") -> Base:
@@ -19,6 +25,8 @@ def base_of(module: nn.Module, parameter: str = "weight") -> Base:
         module: A module of the base.
         parameter: Name of its weight.
     """
+    if PARAMETRISED in module._modules and parameter not in module._parameters:
+        return COMPUTED
     for owner in (type(module._parameters.get(parameter)), type(module)):
         for ancestor in owner.__mro__:
             dotted = f"{ancestor.__module__}.{ancestor.__qualname__}"
@@ -26,3 +34,32 @@ def base_of(module: nn.Module, parameter: str = "weight") -> Base:
                 if dotted in base.types:
                     return base
     return DENSE
+
+
+def hold_still(model: nn.Module) -> list[nn.Module]:
+    """Keep every module of a model from rewriting its own weight in a forward, as some quantisers' do in eval mode.
+
+    Args:
+        model: Any model; numbers stay as they are.
+
+    Returns:
+        The modules that had to be held; `let_go` ends it.
+    """
+    rows: dict[type[nn.Module], Base] = {}
+    held = []
+    for module in model.modules():
+        if type(module) not in rows:
+            rows[type(module)] = base_of(module)
+        if rows[type(module)].hold(module):
+            held.append(module)
+    return held
+
+
+def let_go(modules: Iterable[nn.Module]) -> None:
+    """End what `hold_still` did.
+
+    Args:
+        modules: What it returned.
+    """
+    for module in modules:
+        base_of(module).let_go(module)
