@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.sitemap import base_tensors
+from lorakit.core.underlying import base_tensors
 
 TENSORS, NUMBERS = 16, 16  # sampled tensors, and numbers of each
 

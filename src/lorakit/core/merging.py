@@ -31,16 +31,8 @@ from lorakit.core.merged_weight import (
     stored_for,
     sum_of_updates,
 )
-from lorakit.core.sitemap import (
-    QuantisedWeight,
-    base_tensors,
-    copies,
-    float_dtype,
-    holders,
-    layers,
-    quantised_weights,
-    state_of,
-)
+from lorakit.core.sitemap import copies, layers, state_of
+from lorakit.core.underlying import QuantisedWeight, base_tensors, float_dtype, holders, quantised_weights
 from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError
 

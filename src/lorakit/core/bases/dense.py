@@ -60,8 +60,8 @@ def _device_computed(module: nn.Module, parameter: str) -> torch.device:
 
 
 NOT_WRITTEN = (
-    "The parameter {parameter!r} of {type} is computed by torch.nn.utils.parametrize, so nothing can be written into it. "
-    "Remove the parametrization first."
+    "The parameter {parameter!r} of {type} is computed by torch.nn.utils.parametrize, so nothing can be written into "
+    "it. Remove the parametrization first."
 )
 
 DENSE = Base(
