@@ -26,6 +26,7 @@ from lorakit.core.layer import LoraLayer
 from lorakit.core.layer_names import LAYERS
 from lorakit.core.merging import check_unmergeable, unmerge
 from lorakit.core.parameter_sites import bare_parameters, dropout_at, places_of
+from lorakit.core.replication import stacked_for
 from lorakit.core.routing import AdapterState, Route
 from lorakit.core.sitemap import Place, SiteMap, find_state, layers, state_of, survey
 from lorakit.core.variants import variant_for
@@ -108,13 +109,14 @@ def attach(
     check_new_name(state, name)
     config = with_targets(config, model)
     check_bias_alone(state, config)
-    site_map = survey(model)
-    bare = bare_parameters(site_map, model) if config.target_parameters else None
-    found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
-    check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
-    parts = _fresh_parts(site_map, config, found.matches, seed)
-    extras = build_extras(site_map.modules, {part.place.outer for part in parts}, found.saved, config.bias)
-    publish(model, site_map, name, config, parts, extras)
+    with stacked_for(model, config, state):
+        site_map = survey(model)
+        bare = bare_parameters(site_map, model) if config.target_parameters else None
+        found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
+        check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
+        parts = _fresh_parts(site_map, config, found.matches, seed)
+        extras = build_extras(site_map.modules, {part.place.outer for part in parts}, found.saved, config.bias)
+        publish(model, site_map, name, config, parts, extras)
     trained = sum(parameter.numel() for parameter in adapter_parameters(model, name))
     return AttachReport(name, found.matches, trained, found.notes, found.missing)
 
@@ -148,6 +150,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         for parameter, trained in state.frozen:
             parameter.requires_grad_(trained)
         let_go(state.held)
+        if state.replication is not None:
+            state.replication.undo()
 
 
 def publish(

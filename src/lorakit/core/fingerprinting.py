@@ -70,7 +70,11 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     Returns:
         The fingerprint of what is under the adapters.
     """
-    tensors = {name: t for name, t, module in base_tensors(model) if name.rpartition(".")[2] in module._parameters}
+    tensors = {
+        name: t
+        for name, t, module in base_tensors(model, stacked=False)
+        if name.rpartition(".")[2] in module._parameters
+    }
     listing = "\n".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(tensors.items()))
     large = sorted(name for name, tensor in tensors.items() if tensor.ndim >= 2)
     step = max(1, len(large) // TENSORS)

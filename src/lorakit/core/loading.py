@@ -28,6 +28,7 @@ from lorakit.core.fingerprinting import DIFFERENT, compare, fingerprint
 from lorakit.core.fitting import Fit, fit
 from lorakit.core.parameter_sites import check_standing, dropout_at, named_places
 from lorakit.core.patterns import literal_value
+from lorakit.core.replication import stacked_for
 from lorakit.core.sidecar import WEIGHTS_FILE, Sidecar, integrity, read_sidecar
 from lorakit.core.sitemap import SiteMap, find_state, survey
 from lorakit.core.tensorfile import TensorFile, read_tensors
@@ -145,25 +146,31 @@ def place_adapter(
     check_new_name(state, name)
     config = files.config
     check_bias_alone(state, config)
-    site_map = survey(model)
-    try:
-        bare = named_places(site_map, config, model)
-        fitted = fit(files.file.tensors, config, site_map, bare)
-        check_standing(site_map, [place for place, _ in fitted.sites.values()])
-    except TargetError as cause:
-        raise AdapterFileError(f"{files.folder}: {cause}") from None
-    said = [*files.warnings, *_judge(files, fitted, allow)]
-    parts = _parts(files, fitted, site_map, trainable, allow)
-    extras = build_extras(site_map.modules, fitted.outer_paths(), fitted.saved, config.bias)
-    biases = _filled_copies(extras, fitted, site_map, files.file.tensors)
-    for sentence in said:  # where warnings are errors, this refuses, so it comes before any change
-        warn_caller(sentence)
-    publish(model, site_map, name, dataclasses.replace(config, inference_mode=not trainable), parts, extras)
+    with stacked_for(model, config, state):
+        site_map = survey(model)
+        fitted = _fitted(model, files, site_map)
+        said = [*files.warnings, *_judge(files, fitted, allow)]
+        parts = _parts(files, fitted, site_map, trainable, allow)
+        extras = build_extras(site_map.modules, fitted.outer_paths(), fitted.saved, config.bias)
+        biases = _filled_copies(extras, fitted, site_map, files.file.tensors)
+        for sentence in said:  # where warnings are errors, this refuses, so it comes before any change
+            warn_caller(sentence)
+        publish(model, site_map, name, dataclasses.replace(config, inference_mode=not trainable), parts, extras)
     for parameter, tensor in biases:
         parameter.data = tensor
     for parameter in adapter_parameters(model, name):
         parameter.requires_grad_(trainable)
     return len(parts), tuple(said)
+
+
+def _fitted(model: nn.Module, files: AdapterFiles, site_map: SiteMap) -> Fit:
+    try:
+        bare = named_places(site_map, files.config, model)
+        fitted = fit(files.file.tensors, files.config, site_map, bare)
+        check_standing(site_map, [place for place, _ in fitted.sites.values()])
+    except TargetError as cause:
+        raise AdapterFileError(f"{files.folder}: {cause}") from None
+    return fitted
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:

@@ -201,6 +201,8 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
     for parameter, trained in state.frozen:
         parameter.requires_grad_(trained)
     let_go(state.held)
+    if state.replication is not None:
+        state.replication.untie()
     return report
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,26 +12,30 @@ from torch import Tensor, nn
 from lorakit.core.bases import Base, base_of
 from lorakit.core.extras import BiasSwitch, ModuleCopies
 from lorakit.core.layer import LoraLayer
-from lorakit.core.sitemap import layers
+from lorakit.core.sitemap import find_state, layers
 
 
-def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
+def base_tensors(model: nn.Module, *, stacked: bool = True) -> Iterator[tuple[str, Tensor, nn.Module]]:
     """The base's own parameters and buffers as they were before any merge, under the base's own names.
 
     Args:
         model: A model with or without adapters.
+        stacked: Layers that are stacked anew (`layer_replication`) as they stand; false gives the original ones.
 
     Yields:
         Name without any trace of adapters, tensor (…) of any shape, and the module that holds it. Shared
         parameters come once per name; buffers that are not saved are left out.
     """
     originals = {(id(layer.source), layer.slot.parameter): layer for _, layer in layers(model)}
-    for path, module in _plain_modules(model, ""):
+    unstacked = None if stacked else _unstacked(model)
+    if unstacked is not None:  # a copy's weight is that of its original, in another module
+        originals |= {(id(parameter), ""): layer for parameter, layer in _shared(originals.values())}
+    for path, module in _plain_modules(model, "", unstacked):
         old = _old_biases(module)
         prefix = f"{path}." if path else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                layer = originals.get((id(module), name))
+                layer = originals.get((id(module), name)) or originals.get((id(parameter), ""))
                 if layer is not None:
                     tensor = layer.base.tensors(layer.original())[0]
                 elif name == "bias" and (id(module), "weight") in originals:
@@ -121,8 +125,24 @@ def _old_biases(module: nn.Module) -> dict[str, Tensor]:
     return {name: old for switch in BiasSwitch.on(module) for name, old in switch.originals.items()}
 
 
-def _plain_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+def _unstacked(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """The list of layers that stands in a model and the one that stood there, or None."""
+    state = find_state(model)
+    replication = None if state is None else state.replication
+    return None if replication is None else (replication.stacked, replication.original)
+
+
+def _shared(standing: Iterable[LoraLayer]) -> list[tuple[nn.Parameter, LoraLayer]]:
+    held = [(layer.source._parameters.get(layer.slot.parameter), layer) for layer in standing]
+    return [(parameter, layer) for parameter, layer in held if parameter is not None]
+
+
+def _plain_modules(
+    module: nn.Module, path: str, unstacked: tuple[nn.Module, nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
     """The base's modules under the paths they have without adapters; one that stands in two places comes twice."""
+    if unstacked is not None and module is unstacked[0]:
+        module = unstacked[1]
     if isinstance(module, LoraLayer):
         module = module.source
     elif isinstance(module, ModuleCopies):
@@ -130,4 +150,4 @@ def _plain_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Modul
     yield path, module
     for attribute, child in module._modules.items():
         if child is not None:
-            yield from _plain_modules(child, f"{path}.{attribute}" if path else attribute)
+            yield from _plain_modules(child, f"{path}.{attribute}" if path else attribute, unstacked)
