@@ -209,7 +209,7 @@ class LoraLayer(nn.Module):
 
     def original_bias(self) -> Tensor | None:
         """The base's bias, (out,), without anything merged, or None."""
-        bias = self.owner._parameters.get("bias") if self.kept_bias is None else self.kept_bias
+        bias = getattr(self.owner, "bias", None) if self.kept_bias is None else self.kept_bias
         return bias if isinstance(bias, Tensor) else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
