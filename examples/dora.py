@@ -2,7 +2,7 @@
 
     python examples/dora.py
 
-A dense layer shall become a teacher that differs from it (a) by a scaling of its rows, (b) by a low-rank update. DoRA has one
+A dense layer shall become a teacher that differs by (a) a scaling of its rows, (b) a low-rank update. DoRA has one
 learned length per output besides A and B, so it meets (a) at once; on (b) it has nothing over LoRA.
 """
 
@@ -18,7 +18,6 @@ IN, OUT, RANK, STEPS = 32, 24, 2, 300
 
 
 def teacher(W: Tensor, task: str) -> Tensor:
-    """The weight (out, in) to be learned."""
     generator = torch.Generator().manual_seed(1)
     if task == "lengths":
         return (0.5 + torch.rand(OUT, 1, generator=generator)) * W
@@ -27,12 +26,12 @@ def teacher(W: Tensor, task: str) -> Tensor:
 
 def train(model: nn.Module, name: str, target: Tensor) -> float:
     """Mean squared error after a fixed number of steps with one adapter."""
-    generator = torch.Generator().manual_seed(2)
     parameters = [parameter for _, parameter in trainable_parameters(model, name)]
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    torch.manual_seed(2)
     with use(model, name):
         for _ in range(STEPS):
-            x = torch.randn(64, IN, generator=generator)
+            x = torch.randn(64, IN)
             loss = (model(x) - x @ target.T).square().mean()
             optimizer.zero_grad()
             loss.backward()
