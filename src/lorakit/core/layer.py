@@ -289,8 +289,9 @@ class LoraLayer(nn.Module):
         kind, factor, dtype = self.kind, self.factor(name), y0.dtype
         if kind.drops:
             x = factor.dropout(x.to(dtype))
-        h = kind.down(self.base_layer, x, factor.A.to(dtype)) * factor.scale  # (…, r): the small place to scale
-        z = kind.up(self.base_layer, h, factor.B.to(dtype))
+        module = self.source if self.replaced else self.base_layer
+        h = kind.down(module, x, factor.A.to(dtype)) * factor.scale  # (…, r): the small place to scale
+        z = kind.up(module, h, factor.B.to(dtype))
         if factor.bias is not None:
             z = z + spread(factor.bias.to(dtype) * factor.scale, self.slot)
         if factor.variant == "plain":
