@@ -50,6 +50,7 @@ def save_adapter(
     base_model_name_or_path: str | None = None,
     facts: dict[str, Any] | None = None,
     allow: Collection[str] = (),
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> SavedAdapter:
     """Write one adapter as PEFT's two files and `lorakit.json`.
 
@@ -60,6 +61,7 @@ def save_adapter(
         base_model_name_or_path: What the user gave as the base; None keeps the config's own.
         facts: More for `lorakit.json` (training facts, hashes of the tokenizer); plain JSON values.
         allow: Refusals to lift: "nonfinite".
+        tensors: Name on disk -> tensor (…) to write instead of the model's own, as gathered from several devices.
 
     Returns:
         What was written.
@@ -72,7 +74,7 @@ def save_adapter(
     check_allowances(allow)
     state = state_of(model)
     check_known(state, [name])
-    tensors = adapter_tensors(model, name)
+    tensors = adapter_tensors(model, name) if tensors is None else dict(sorted(tensors.items()))
     if "nonfinite" not in allow:
         _check_finite(name, tensors)
     config = _config_on_disk(model, state.configs[name], base_model_name_or_path)
@@ -156,7 +158,7 @@ def portable_targets(model: nn.Module, config: LoraConfig) -> set[str] | list[st
     return words if named == paths else paths
 
 
-def _check_finite(name: str, tensors: dict[str, Tensor]) -> None:
+def _check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
     bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise AdapterError(

@@ -80,15 +80,16 @@ class QuantisedWeight:
         return self.base.dense(self.module, self.base.read(self.module, self.stored), dtype)
 
 
-def quantised_weights(model: nn.Module) -> Iterator[QuantisedWeight]:
+def quantised_weights(model: nn.Module, *, stacked: bool = True) -> Iterator[QuantisedWeight]:
     """Every weight of a base that is stored in fewer bits.
 
     Args:
         model: A model with or without adapters.
+        stacked: As `base_tensors`.
     """
     standing = {id(layer.source): layer for _, layer in layers(model)}
     rows: dict[tuple[type, type], Base] = {}
-    for path, module in _plain_modules(model, ""):
+    for path, module in _plain_modules(model, "", None if stacked else _unstacked(model)):
         key = (type(module), type(module._parameters.get("weight")))
         row = rows.setdefault(key, rows[key] if key in rows else base_of(module))
         if row.quantised:
