@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, scale
 from lorakit.core.activation import adapter_parameters
-from lorakit.core.bases import Base, base_of
+from lorakit.core.bases import Base, base_of, hold_still, let_go
 from lorakit.core.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
 from lorakit.core.extras import BiasSwitch, Extras, ModuleCopies, build_extras
 from lorakit.core.factor import Factor
-from lorakit.core.inits import Blank, Filled, init_for
+from lorakit.core.inits import Blank, Filled, fresh_bias, init_for
+from lorakit.core.invoking import install, uninstall
 from lorakit.core.kinds import kind_named
 from lorakit.core.layer import LoraLayer
 from lorakit.core.layer_names import LAYERS
@@ -142,10 +143,13 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     _drop_bias_switches(model, names)
     for gone in names:
         del state.configs[gone]
+    if not any(config.alora_invocation_tokens is not None for config in state.configs.values()):
+        uninstall(model)
     state.default = Route(tuple(n for n in state.default.names if n not in names))
     if not state.configs:
         for parameter, trained in state.frozen:
             parameter.requires_grad_(trained)
+        let_go(state.held)
 
 
 def publish(
@@ -169,6 +173,7 @@ def publish(
     state = find_state(model)
     if state is None:
         state = AdapterState()
+        state.held = hold_still(model)
         state.frozen = [(p, p.requires_grad) for p in model.parameters()]
         for parameter, _ in state.frozen:
             parameter.requires_grad_(False)
@@ -187,6 +192,8 @@ def publish(
         holder.put(name, duplicate)
     for module, originals in extras.biases:
         BiasSwitch.install(name, originals, module, state)
+    if config.alora_invocation_tokens is not None:
+        install(model, state)
     _tell_sites_of_old_biases(model)
 
 
@@ -263,6 +270,7 @@ def _fresh_part(
     generators: Callable[[torch.device], torch.Generator | None],
 ) -> Part:
     kind, slot = place.kind, place.slot
+    check_bias_of_b(config, place)
     init = init_for(config.init_lora_weights, kind.name, place.path)
     variant = variant_for(config, kind.name, place.path)
     module, standing = site_map.holder(place), site_map.layer(place)
@@ -288,14 +296,33 @@ def _fresh_part(
     )
     filled = init.fill(blank)
     moved = _moved(filled, base, module, standing, place)
+    if moved is not None and not variant.mergeable:
+        raise ConfigError(
+            f"{place.path}: init_lora_weights={config.init_lora_weights!r} moves the base weight, and {variant.name} "
+            "needs the base as it is before its start. Use another init."
+        )
     magnitude = None
     if variant.has_magnitude:
         W = read() if moved is None else base.read(module, moved)
         magnitude = variant.magnitude(kind, slot, W, filled.A, filled.B, factor_scale).view(kind.vector(slot))
     dropout = make_dropout(config.lora_dropout if kind.drops else 0.0)
-    factor = Factor(filled.A, filled.B, factor_scale, dropout, variant.name, magnitude)
+    bias = fresh_bias(blank, not init.is_identity) if config.lora_bias else None
+    factor = Factor(filled.A, filled.B, factor_scale, dropout, variant.name, magnitude, bias)
     factor = as_parameters(factor, trains=filled.trains)
     return Part(place, factor, match.rank, match.alpha, moved, filled.trains)
+
+
+def check_bias_of_b(config: LoraConfig, place: Place) -> None:
+    """Refuse `lora_bias` where B makes no output of its own.
+
+    Raises:
+        ConfigError: The message names the site and its kind.
+    """
+    if config.lora_bias and not place.kind.takes_bias:
+        raise ConfigError(
+            f"lora_bias=True is not supported for {place.path}, a {place.kind.name}: B has no output of its own there. "
+            "Leave the module out of the targets, or lora_bias off."
+        )
 
 
 def _moved(filled: Filled, base: Base, module: nn.Module, standing: LoraLayer | None, place: Place) -> Any:

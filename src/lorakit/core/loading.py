@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorakit.config import CONFIG_FILE, LoraConfig, read_config, scale
 from lorakit.core.activation import adapter_parameters
 from lorakit.core.applied import check_not_applied
-from lorakit.core.attaching import Part, as_parameters, factor_dtype, make_dropout, publish
+from lorakit.core.attaching import Part, as_parameters, check_bias_of_b, factor_dtype, make_dropout, publish
 from lorakit.core.bases import base_of
 from lorakit.core.checks import check_allowances, check_bias_alone, check_new_name, check_scales
 from lorakit.core.extras import Extras, ModuleCopies, build_extras
@@ -247,6 +247,7 @@ def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, trainable: bool,
         module, parameter = site_map.holder(place), place.slot.parameter
         device, dtype = base_of(module, parameter).device(module, parameter), factor_dtype(module, parameter)
         own = {part: tensor.to(device=device, dtype=dtype, copy=True) for part, tensor in tensors.items()}
+        check_bias_of_b(config, place)
         variant = variant_for(config, place.kind.name, path)
         dropout = make_dropout(config.lora_dropout if place.kind.drops else 0.0)
         vector = own["magnitude"].view(place.kind.vector(place.slot)) if "magnitude" in own else None

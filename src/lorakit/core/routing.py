@@ -126,10 +126,16 @@ BASE = Route()
 
 
 @dataclass(frozen=True)
-class _Scope:
+class Scope:
     """An override in force: for which state, inside which backward it was opened (-1: none), and where.
 
-    It overrides the route, or, with no route, it only knows where adapters begin.
+    Attributes:
+        state: The model.
+        route: What its forwards use; None where only the starts are said.
+        starts: Where adapters begin, or None where that is not said.
+        backward: Number of the backward.
+        block: The block.
+        thread: Number of the thread.
     """
 
     state: AdapterState
@@ -141,7 +147,7 @@ class _Scope:
 
 
 # The only global: a context variable cannot be copied or pickled, so no object of a model may hold it.
-_SCOPES: ContextVar[tuple[_Scope, ...]] = ContextVar("lorakit_scopes", default=())
+_SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("lorakit_scopes", default=())
 
 
 class AdapterState:
@@ -151,6 +157,7 @@ class AdapterState:
         configs: Adapter name -> its config.
         default: The route where no scoped override is in force.
         frozen: The base's parameters with the `requires_grad` they had before the first adapter came.
+        held: The base's modules that are kept from rewriting their own weight while adapters are here.
     """
 
     def __init__(self) -> None:
@@ -159,6 +166,7 @@ class AdapterState:
         self._joined: tuple[str, ...] = ()  # adapters that are in the default because they were merged
         self.frozen: list[tuple[torch.nn.Parameter, bool]] = []
         self.invocations: Traces[Starts] = Traces()  # of forwards in which adapters waited for their invocation
+        self.held: list[torch.nn.Module] = []
         self._open: dict[int, int] = {}  # thread -> overrides open in it
         # Threads that were told of an override elsewhere; not their numbers, which come again.
         self._told: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
@@ -219,6 +227,16 @@ class AdapterState:
                     return scope.route, starts
         return None, starts
 
+    def scopes(self) -> list[Scope]:
+        """The overrides of this model that were opened in this context and backward, the innermost first."""
+        backward = torch._C._current_graph_task_id()
+        return [s for s in reversed(_SCOPES.get()) if s.state is self and s.backward == backward]
+
+    def starts(self) -> Starts | None:
+        """Where adapters begin, as overrides of this context and backward say it, or None."""
+        route, starts = self._scoped(torch._C._current_graph_task_id())
+        return starts if starts is not None or route is None else route.starts
+
     def awaits(self, route: Route) -> bool:
         """Whether an adapter of a route waits for its invocation tokens."""
         known = self.configs
@@ -245,7 +263,7 @@ class Override(contextlib.AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         thread = threading.get_ident()
-        scope = _Scope(self._state, self._route, self._starts, torch._C._current_graph_task_id(), self, thread)
+        scope = Scope(self._state, self._route, self._starts, torch._C._current_graph_task_id(), self, thread)
         _SCOPES.set((*_SCOPES.get(), scope))
         if self._route is not None:
             self._state._open[thread] = self._state._open.get(thread, 0) + 1
@@ -302,8 +320,8 @@ def _first_starts(state: AdapterState, route: Route) -> Starts:
     first = alive[0] if alive else None
     if first is None or not all(first.agrees(other, names) for other in alive[1:]):
         raise RouteError(
-            f"A checkpointed forward runs again in a backward, and where {', '.join(names)} began in its rows cannot be "
-            f"known: {len(alive)} forwards could be meant. Enable checkpointing with gradient_checkpointing_kwargs="
+            f"A checkpointed forward runs again in a backward, and where {', '.join(names)} began in its rows cannot "
+            f"be known: {len(alive)} forwards could be meant. Enable checkpointing with gradient_checkpointing_kwargs="
             "{'use_reentrant': False, 'context_fn': lorakit.core.checkpoint_contexts(model)}."
         )
     return first

@@ -17,7 +17,7 @@ from lorakit.errors import RouteError
 
 
 def last_invocation(input_ids: Tensor, tokens: Sequence[int], visible: Tensor | None = None) -> Tensor:
-    """Where the last occurrence of some tokens begins in each row.   [docs/math.md (47)]
+    """Where the last occurrence of some tokens begins in each row.   [docs/math.md (90)]
 
     Args:
         input_ids: (rows, length), whole numbers.

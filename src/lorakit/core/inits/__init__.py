@@ -7,11 +7,11 @@ may return a new base weight; the layer then keeps the old one.
 
 from __future__ import annotations
 
-from lorakit.core.inits.init import Blank, Filled, Init
+from lorakit.core.inits.init import Blank, Filled, Init, fresh_bias
 from lorakit.core.inits.plain import GAUSSIAN, KAIMING, RANDOM
 from lorakit.errors import ConfigError, NotYetSupported, nearest
 
-__all__ = ["INITS", "Blank", "Filled", "Init", "init_for", "init_named"]
+__all__ = ["INITS", "Blank", "Filled", "Init", "fresh_bias", "init_for", "init_named"]
 
 INITS: tuple[Init, ...] = (KAIMING, GAUSSIAN, RANDOM)
 

@@ -109,3 +109,14 @@ def uniform(blank: Blank, shape: Shape) -> Tensor:
     """Uniform numbers in ±1/√fan_in, of the given shape (r, in) or (out, r)."""
     bound = 1.0 / math.sqrt(math.prod(shape[1:]))
     return torch.empty(shape, device=blank.device, dtype=blank.dtype).uniform_(-bound, bound, generator=blank.generator)
+
+
+def fresh_bias(blank: Blank, random: bool) -> Tensor:
+    """The bias that B begins with, (out,): zeros, or random as a dense layer of r inputs has it.
+
+    Args:
+        blank: The site.
+        random: Whether a fresh adapter shall act.
+    """
+    shape = (blank.slot.out_features, blank.r)
+    return uniform(blank, shape)[:, 0].contiguous() if random else zeros(blank, shape[:1])

@@ -15,7 +15,7 @@ from lorakit.errors import MergeError, RouteError
 
 
 def _output(at: At) -> Tensor:
-    """The addition is z from the start of the last invocation on, and zero before it.   [docs/math.md (47)]
+    """The addition is z from the start of the last invocation on, and zero before it.   [docs/math.md (90)]
 
     Takes and returns (rows, positions, out).
 
