@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Route:
         rows: One adapter per row of the batch (None: the base alone), or None where all rows are alike.
         copies: A batch may also hold each row so many times running: beams, of which an encoder sees one.
         starts: Where adapters that wait for their invocation begin in this forward, or None where that is not known.
+        mentions: Every adapter that some row uses.
     """
 
     names: tuple[str, ...] = ()
@@ -45,12 +46,19 @@ class Route:
         default_factory=dict, init=False, repr=False, compare=False
     )
     starts: Starts | None = field(default=None, compare=False)
+    mentions: frozenset[str] = field(init=False, repr=False, compare=False)  # not cached: dynamo cannot trace the lock
+
+    def __post_init__(self) -> None:
+        some = self.names if self.rows is None else filter(None, self.rows)
+        object.__setattr__(self, "mentions", frozenset(some))
 
     def begun(self, starts: Starts | None) -> Route:
         """The same route in a forward whose starts are known, or without any; a route that has some keeps them."""
         if starts is None or self.starts is not None:
             return self
-        return self._like(starts)
+        if id(self) not in starts.begun:  # once per forward, not per layer
+            starts.begun[id(self)] = (self, self._like(starts))
+        return starts.begun[id(self)][1]
 
     def named(self) -> Route:
         """The route without what is true in one forward alone."""
@@ -73,11 +81,6 @@ class Route:
     def acting(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """What tells an adapter where it acts, z (rows, positions, out) -> mask, or None where that is not known."""
         return None if self.starts is None else partial(self.starts.mask, name)
-
-    @cached_property
-    def mentions(self) -> frozenset[str]:
-        """Every adapter that some row uses."""
-        return frozenset(self.names if self.rows is None else filter(None, self.rows))
 
     def common_to_all(self, names: frozenset[str]) -> bool:
         """Whether every row uses each of these adapters."""
@@ -297,8 +300,10 @@ def resolve(state: AdapterState, own: Route | None, forwards: Forwards) -> tuple
         RouteError: It runs again and its first route cannot be known.
     """
     default = state.default if own is None else own
-    if torch.compiler.is_compiling():
-        return default, False  # a compiled graph cannot read a context variable; it has the default
+    if torch.compiler.is_compiling() and not state._open:
+        # No context variable can be read in a compiled graph. Dynamo guards on this being empty: while a block is open
+        # anywhere, the layer is traced anew, cannot be, and runs uncompiled, so that it has the block's route.
+        return default, False
     backward = torch._C._current_graph_task_id()
     again = backward != -1
     route, starts = state._scoped(backward)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,26 +76,43 @@ def save_adapter(
         _check_finite(name, tensors)
     config = _config_on_disk(model, state.configs[name], base_model_name_or_path)
     weights = encode(tensors, {"format": "pt", METADATA_KEY: str(FORMAT_VERSION)})
-    folder = Path(folder)
+    sites = {
+        path: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])}
+        for path, layer in layers(model)
+        if name in layer.r
+    }
+    about = {**(facts or {}), "base": fingerprint(model).as_dict(), "sites": sites}
+    return write_files(Path(folder), config, weights, about)
+
+
+def write_files(folder: Path, config: bytes, weights: bytes, about: Mapping[str, Any]) -> SavedAdapter:
+    """Write the three files of an adapter; older ones are replaced so that no crash leaves what cannot be read.
+
+    Args:
+        folder: Where; it is made when it is missing.
+        config: Content of `adapter_config.json`.
+        weights: Content of `adapter_model.safetensors`.
+        about: For `lorakit.json`, beside what it says of the two: base, sites, facts.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DiskError: The disk refuses; files that stood there are whole.
+    """
     present = folder / WEIGHTS_FILE
-    about = {
-        **(facts or {}),
+    words = {
+        **about,
         "format_version": FORMAT_VERSION,
         "weights": {"file": WEIGHTS_FILE, "sha256": sha256_bytes(weights), "bytes": len(weights)},
         "config": {"file": CONFIG_FILE, "sha256": sha256_bytes(config)},
-        "base": fingerprint(model).as_dict(),
-        "sites": {
-            path: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])}
-            for path, layer in layers(model)
-            if name in layer.r
-        },
     }
     if present.is_file():  # between two renames old weights stand beside new words: both are named until the end
-        between = {**about, "weights": {**about["weights"], "previous_sha256": sha256_file(present)}}
+        between = {**words, "weights": {**words["weights"], "previous_sha256": sha256_file(present)}}
         write_json(folder / SIDECAR_FILE, between)
     write_bytes(folder / CONFIG_FILE, config)
     write_bytes(present, weights)
-    write_json(folder / SIDECAR_FILE, about)
+    write_json(folder / SIDECAR_FILE, words)
     return SavedAdapter(folder, (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE), len(weights), sha256_bytes(weights))
 
 

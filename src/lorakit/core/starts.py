@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,7 @@ class Starts:
         self.found: dict[str, Tensor] = {}
         self._masks: dict[tuple[str, int, bool, torch.device], Tensor] = {}
         self._parts: dict[str, Starts] = {}
+        self.begun: dict[int, tuple[Any, Any]] = {}  # of routes: each, and itself with these starts
 
     def back(self, name: str) -> Tensor:
         """So many of the last positions of each row, (rows,) int64, 0 where the row does not invoke it.
