@@ -16,7 +16,6 @@ NOT_BUILT: Mapping[str, Any] = {
     "corda_config": None,
     "lora_ga_config": None,
     "velora_config": None,
-    "alora_invocation_tokens": None,
     "use_qalora": False,
     "monteclora_config": None,
     "use_bdlora": None,

@@ -22,6 +22,7 @@ from lorakit.core.checks import check_allowances, check_bias_alone, check_known,
 from lorakit.core.extras import BiasSwitch, Extras, ModuleCopies, build_extras
 from lorakit.core.factor import Factor
 from lorakit.core.inits import Blank, Filled, fresh_bias, init_for
+from lorakit.core.invoking import install, uninstall
 from lorakit.core.layer import LoraLayer
 from lorakit.core.layer_names import LAYERS
 from lorakit.core.merging import check_unmergeable, unmerge
@@ -145,6 +146,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     _drop_bias_switches(model, names)
     for gone in names:
         del state.configs[gone]
+    if not any(config.alora_invocation_tokens is not None for config in state.configs.values()):
+        uninstall(model)
     state.default = Route(tuple(n for n in state.default.names if n not in names))
     if not state.configs:
         for parameter, trained in state.frozen:
@@ -194,6 +197,8 @@ def publish(
         holder.put(name, duplicate)
     for module, originals in extras.biases:
         BiasSwitch.install(name, originals, module, state)
+    if config.alora_invocation_tokens is not None:
+        install(model, state)
     _tell_sites_of_old_biases(model)
 
 
@@ -292,6 +297,11 @@ def _fresh_part(
     )
     filled = init.fill(blank)
     moved = _moved(filled, base, module, standing, place)
+    if moved is not None and not variant.mergeable:
+        raise ConfigError(
+            f"{place.path}: init_lora_weights={config.init_lora_weights!r} moves the base weight, and {variant.name} "
+            "needs the base as it is before its start. Use another init."
+        )
     magnitude = None
     if variant.has_magnitude:
         W = read() if moved is None else base.read(module, moved)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from lorakit.core.bases import base_of
 from lorakit.core.cloning import clone_with
+from lorakit.core.forwards import Forwards
 from lorakit.core.layer import LoraLayer
-from lorakit.core.routing import AdapterState, Forwards, Route, resolve
+from lorakit.core.routing import AdapterState, Route, resolve
 from lorakit.errors import RouteError, TargetError
 
 

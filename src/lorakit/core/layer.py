@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lorakit.core.bases import Base, base_of
 from lorakit.core.factor import HOLDERS, Factor, Magnitude, carrier
+from lorakit.core.forwards import Forwards
 from lorakit.core.kinds import Kind, Slot, kind_named, spread
-from lorakit.core.routing import AdapterState, Forwards, Route, resolve
+from lorakit.core.routing import AdapterState, Route, resolve
 from lorakit.core.variants import At, variant_named
 from lorakit.errors import MergeError, RouteError
 
@@ -258,7 +259,7 @@ class LoraLayer(nn.Module):
                     own = name == self.moved_by
                     asks = self.variant[name] != "plain" and (bool(skip) or (moved and not own))
                     seen = self._base_for(own)(*args, **kwargs) if asks else y0
-                    y = y + self._addition(name, route.names, x, seen)
+                    y = y + self._addition(name, route, x, seen)
             return y
         y0 = self.base_layer(*args, **kwargs) if stays else self._base_of_rows(route, x, args, kwargs)
         return self._mixed(route, skip, x, y0)
@@ -269,7 +270,8 @@ class LoraLayer(nn.Module):
         y = y0
         for name, index in route.segments(x.device, x.shape[axis]):
             if name in self.r and name not in skip:
-                part = self._addition(name, (name,), x.index_select(axis, index), y0.index_select(axis, index))
+                alone = route.alone(name, index)
+                part = self._addition(name, alone, x.index_select(axis, index), y0.index_select(axis, index))
                 y = y.index_add(axis, index, part)
         return y
 
@@ -284,8 +286,8 @@ class LoraLayer(nn.Module):
             )
         return axis
 
-    def _addition(self, name: str, beside: tuple[str, ...], x: Tensor, y0: Tensor) -> Tensor:
-        """What one adapter adds where `beside` act: x (…, in) or indices (…), y0 (…, out) -> (…, out) like y0."""
+    def _addition(self, name: str, route: Route, x: Tensor, y0: Tensor) -> Tensor:
+        """What one adapter of a route adds: x (…, in) or indices (…), y0 (…, out) -> (…, out) like y0."""
         kind, factor, dtype = self.kind, self.factor(name), y0.dtype
         if kind.drops:
             x = factor.dropout(x.to(dtype))
@@ -296,7 +298,8 @@ class LoraLayer(nn.Module):
             z = z + spread(factor.bias.to(dtype) * factor.scale, self.slot)
         if factor.variant == "plain":
             return z
-        at = At(y0, self._bias_under(beside), z, factor, kind, self.slot, lambda: self.read(name))
+        bias = self._bias_under(route.names)
+        at = At(y0, bias, z, factor, kind, self.slot, lambda: self.read(name), route.acting(name))
         return variant_named(factor.variant).output(at)
 
     def _bias_under(self, names: tuple[str, ...]) -> Tensor | None:
