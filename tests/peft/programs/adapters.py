@@ -142,7 +142,8 @@ print("ok: accelerate: prepared, stepped, saved and brought back")
 
 if importlib.util.find_spec("sentence_transformers"):
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
 
     words = [*"abcdefghijklmnopqrstuvwxyz", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     (files / "bert").mkdir()
@@ -204,7 +205,7 @@ if importlib.util.find_spec("diffusers"):
     painter.enable_adapters()
     painter.save_lora_adapter(files / "unet", adapter_name="style")
     other = unet()
-    other.load_lora_adapter(str(files / "unet"), prefix=None, adapter_name="style")
+    other.load_lora_adapter(str(files / "unet"), prefix=None, adapter_name="style", use_safetensors=True)
     assert torch.equal(image(other), styled)
     other.set_adapters(["style"], [0.0])
     assert torch.allclose(image(other), blank, atol=1e-6)
