@@ -22,6 +22,7 @@ from lorakit.core.fingerprinting import Fingerprint, fingerprint
 from lorakit.core.inspecting import AdapterSummary, inspect_adapter
 from lorakit.core.intruders import SiteIntruders, reduce_intruders
 from lorakit.core.invoking import invocation_offsets, invoked
+from lorakit.core.kinds import Kind, Slot, kind_named
 from lorakit.core.layer import LoraLayer
 from lorakit.core.loading import LoadReport, load_adapter
 from lorakit.core.lowrank import Cut
@@ -41,12 +42,14 @@ __all__ = [
     "Cut",
     "ExtractReport",
     "Fingerprint",
+    "Kind",
     "LoadReport",
     "LoraLayer",
     "MergeReport",
     "SavedAdapter",
     "Site",
     "SiteIntruders",
+    "Slot",
     "TensorSource",
     "Way",
     "activate",
@@ -68,6 +71,7 @@ __all__ = [
     "inspect_adapter",
     "invocation_offsets",
     "invoked",
+    "kind_named",
     "load_adapter",
     "merge",
     "merge_and_unload",

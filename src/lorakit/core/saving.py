@@ -17,7 +17,7 @@ from lorakit.core.checks import check_allowances, check_known
 from lorakit.core.fingerprinting import fingerprint
 from lorakit.core.keys import adapter_tensors
 from lorakit.core.parameter_sites import paths_on_disk
-from lorakit.core.sidecar import FORMAT_VERSION, METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
+from lorakit.core.sidecar import FORMAT_VERSION, KINDS_KEY, METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
 from lorakit.core.sitemap import layers, state_of, survey
 from lorakit.core.tensorfile import encode
 from lorakit.durable import json_bytes, sha256_bytes, sha256_file, write_bytes, write_json
@@ -85,6 +85,10 @@ def save_adapter(
         for path, layer in layers(model)
         if path in on_disk
     }
+    own = sorted(
+        {layer.kind_name for path, layer in layers(model) if path in on_disk and layer.kind_name in state.kinds}
+    )
+    facts = {**(facts or {}), KINDS_KEY: own} if own else facts
     about = {**(facts or {}), "base": fingerprint(model).as_dict(), "sites": sites}
     return write_files(Path(folder), config, weights, about)
 

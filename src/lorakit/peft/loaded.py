@@ -11,10 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import core
+from lorakit.config import LoraConfig
 from lorakit.core.checks import ALLOWANCES
 from lorakit.core.loading import read_adapter
 from lorakit.peft import flags
 from lorakit.peft.locating import adapter_folder
+from lorakit.peft.own_kinds import kinds_of
 from lorakit.peft.state_dicts import WRAPPED, names_of, set_peft_model_state_dict
 from lorakit.peft.tuner import CONFIGS
 
@@ -34,7 +36,7 @@ class LoadResult:
     report: core.LoadReport | None = None
 
 
-def load_whole(model: Any, folder: Path, name: str, *, trainable: bool) -> LoadResult:
+def load_whole(model: Any, folder: Path, name: str, *, trainable: bool, config: LoraConfig | None = None) -> LoadResult:
     """Put a saved adapter on a model.
 
     Args:
@@ -42,13 +44,14 @@ def load_whole(model: Any, folder: Path, name: str, *, trainable: bool) -> LoadR
         folder: The adapter's folder.
         name: Its name here.
         trainable: Go on training it.
+        config: What the caller gave, for the custom modules registered in it.
 
     Raises:
         AdapterFileError: Files are missing or damaged, or shapes do not fit.
         AdapterError: The name cannot be used.
     """
     user = model.get_base_model()
-    report = core.load_adapter(user, folder, name, trainable=trainable, allow=ALLOWANCES)
+    report = core.load_adapter(user, folder, name, trainable=trainable, allow=ALLOWANCES, kinds=kinds_of(config))
     setattr(user, CONFIGS, model.peft_config)
     result = LoadResult(report=report)
     if report.warnings:

@@ -114,7 +114,7 @@ class PeftModel(Counted):
             model_id: A folder, or a hub id.
             adapter_name: The adapter's name here.
             is_trainable: Go on training it; otherwise it is frozen and the model is put in eval mode.
-            config: Only its task_type is used: it picks the class that is returned.
+            config: Its task_type picks the class that is returned, its custom modules are known again.
             autocast_adapter_dtype: False gives the factors the dtype of the weight they stand beside.
             kwargs: `subfolder`, `revision`, `key_mapping`; for others see `options.py`.
 
@@ -133,7 +133,7 @@ class PeftModel(Counted):
         wrapper = cls.for_task(task)(model)
         kwargs.setdefault("key_mapping", getattr(model, "_checkpoint_conversion_mapping", None))
         result = wrapper.load_adapter(
-            folder, adapter_name, is_trainable, autocast_adapter_dtype=autocast_adapter_dtype, **kwargs
+            folder, adapter_name, is_trainable, autocast_adapter_dtype=autocast_adapter_dtype, config=config, **kwargs
         )
         if result.missing_keys:
             warn_caller(f"Found missing adapter keys while loading the checkpoint: {result.missing_keys}.")
@@ -178,14 +178,14 @@ class PeftModel(Counted):
             NotYetSupported: The adapter, or an option, needs what is not built yet.
         """
         folder = adapter_folder(model_id, kwargs.pop("subfolder", None), kwargs.pop("revision", None))
-        ignore_sizes = bool(kwargs.pop("ignore_mismatched_sizes", False))
+        ignore_sizes, config = bool(kwargs.pop("ignore_mismatched_sizes", False)), kwargs.pop("config", None)
         check_options("load_adapter", kwargs)
         if key_mapping or ignore_sizes or adapter_name in self.peft_config:
             result = load_by_names(
                 self, folder, adapter_name, trainable=is_trainable, key_mapping=key_mapping, ignore_sizes=ignore_sizes
             )
         else:
-            result = load_whole(self, folder, adapter_name, trainable=is_trainable)
+            result = load_whole(self, folder, adapter_name, trainable=is_trainable, config=config)
         if not autocast_adapter_dtype:
             casting.cast_to_base(self, adapter_name)
         if not is_trainable:
