@@ -23,16 +23,17 @@ from lorakit.core.extras import BiasSwitch, Extras, ModuleCopies, build_extras
 from lorakit.core.factor import Factor
 from lorakit.core.inits import Blank, Filled, fresh_bias, init_for
 from lorakit.core.invoking import install, uninstall
-from lorakit.core.kinds import kind_named
 from lorakit.core.layer import LoraLayer
 from lorakit.core.layer_names import LAYERS
 from lorakit.core.merging import check_unmergeable, unmerge
+from lorakit.core.parameter_sites import bare_parameters, dropout_at, places_of
+from lorakit.core.replication import stacked_for
 from lorakit.core.routing import AdapterState, Route
 from lorakit.core.sitemap import Place, SiteMap, find_state, layers, state_of, survey
 from lorakit.core.variants import variant_for
 from lorakit.default_targets import DEFAULT_TARGETS
 from lorakit.errors import ConfigError
-from lorakit.targets import Match, resolve
+from lorakit.targets import Match, match_path, resolve
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,14 @@ def attach(
     check_new_name(state, name)
     config = with_targets(config, model)
     check_bias_alone(state, config)
-    site_map = survey(model)
-    found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow)
-    check_scales([(m.path, scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
-    parts = _fresh_parts(site_map, config, found.matches, seed)
-    extras = build_extras(site_map.modules, {part.place.outer for part in parts}, found.saved, config.bias)
-    publish(model, site_map, name, config, parts, extras)
+    with stacked_for(model, config, state):
+        site_map = survey(model)
+        bare = bare_parameters(site_map, model) if config.target_parameters else None
+        found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
+        check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
+        parts = _fresh_parts(site_map, config, found.matches, seed)
+        extras = build_extras(site_map.modules, {part.place.outer for part in parts}, found.saved, config.bias)
+        publish(model, site_map, name, config, parts, extras)
     trained = sum(parameter.numel() for parameter in adapter_parameters(model, name))
     return AttachReport(name, found.matches, trained, found.notes, found.missing)
 
@@ -150,6 +153,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         for parameter, trained in state.frozen:
             parameter.requires_grad_(trained)
         let_go(state.held)
+        if state.replication is not None:
+            state.replication.undo()
 
 
 def publish(
@@ -229,9 +234,9 @@ def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
     Raises:
         ConfigError: It names none, and there is no default for this architecture.
     """
-    if config.target_modules is not None:
-        return dataclasses.replace(config)
     model_type = str(getattr(getattr(model, "config", None), "model_type", None))
+    if config.target_modules is not None or (config.target_parameters and model_type not in DEFAULT_TARGETS):
+        return dataclasses.replace(config)
     if model_type not in DEFAULT_TARGETS:
         raise ConfigError(
             f"target_modules is not set, and there is no default for a {type(model).__name__}. Name the "
@@ -255,11 +260,7 @@ def factor_dtype(module: nn.Module, parameter: str) -> torch.dtype:
 
 def _fresh_parts(site_map: SiteMap, config: LoraConfig, matches: Sequence[Match], seed: int | None) -> list[Part]:
     generators = _generators(seed)
-    parts = []
-    for match in matches:
-        for place in site_map.places(match.path, kind_named(match.kind)):
-            parts.append(_fresh_part(site_map, config, match, place, generators))
-    return parts
+    return [_fresh_part(site_map, config, match, place, generators) for match, place in places_of(site_map, matches)]
 
 
 def _fresh_part(
@@ -305,7 +306,7 @@ def _fresh_part(
     if variant.has_magnitude:
         W = read() if moved is None else base.read(module, moved)
         magnitude = variant.magnitude(kind, slot, W, filled.A, filled.B, factor_scale).view(kind.vector(slot))
-    dropout = make_dropout(config.lora_dropout if kind.drops else 0.0)
+    dropout = make_dropout(dropout_at(config, place, module))
     bias = fresh_bias(blank, not init.is_identity) if config.lora_bias else None
     factor = Factor(filled.A, filled.B, factor_scale, dropout, variant.name, magnitude, bias)
     factor = as_parameters(factor, trains=filled.trains)

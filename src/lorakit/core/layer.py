@@ -7,7 +7,7 @@ It never writes to the base: merging does, and the layer only knows what is merg
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lorakit.core.factor import HOLDERS, Factor, Magnitude, carrier
 from lorakit.core.forwards import Forwards
 from lorakit.core.kinds import Kind, Slot, kind_named, spread
 from lorakit.core.routing import AdapterState, Route, resolve
+from lorakit.core.switching import Switched
 from lorakit.core.variants import At, variant_named
 from lorakit.errors import MergeError, RouteError
 
@@ -25,7 +26,7 @@ OF_THE_BASE = frozenset({"weight", "bias"})
 """Attributes that, when set on the layer, belong to the base module: other code ties weights that way."""
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(Switched):
     """A base module and the low-rank factors beside it.
 
     Attributes:
@@ -112,24 +113,20 @@ class LoraLayer(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapters that the route in force names, as this layer sees it."""
-        route = self.state.active() if self.own_route is None else self.own_route
-        return list(route.names)
+    def available_adapters(self) -> list[str]:
+        """Adapters that have a factor here."""
+        return list(self.r)
 
-    def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
-        """Make an exception to the model's default at this layer alone; `activate` on the model ends it.
+    def set_trained(self, name: str, trained: bool) -> None:
+        """Train an adapter's factor, or freeze it; what its init says is never trained stays frozen.
 
         Args:
-            adapter_names: One adapter or several; none means the base alone.
-
-        Raises:
-            RouteError: There is no such adapter on the model.
+            name: The adapter; one that has nothing here is no matter.
+            trained: Its parameters require gradients.
         """
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        self.state.check(names)
-        self.own_route = Route(names)
+        super().set_trained(name, trained)
+        for part in {"A", "B"} - self.trains.get(name, frozenset("AB")):
+            getattr(self.factor(name), part).requires_grad_(False)
 
     def put(self, name: str, factor: Factor, r: int, lora_alpha: float, trains: frozenset[str]) -> None:
         """Add an adapter's factor.

@@ -159,17 +159,21 @@ class AdapterState:
     Attributes:
         configs: Adapter name -> its config.
         default: The route where no scoped override is in force.
+        aside: The default that `lay_aside` took away, or None.
         frozen: The base's parameters with the `requires_grad` they had before the first adapter came.
         held: The base's modules that are kept from rewriting their own weight while adapters are here.
+        replication: How the base's layers were stacked anew for the adapters, or None.
     """
 
     def __init__(self) -> None:
         self.configs: dict[str, LoraConfig] = {}
         self.default: Route = BASE
+        self.aside: Route | None = None
         self._joined: tuple[str, ...] = ()  # adapters that are in the default because they were merged
         self.frozen: list[tuple[torch.nn.Parameter, bool]] = []
         self.invocations: Traces[Starts] = Traces()  # of forwards in which adapters waited for their invocation
         self.held: list[torch.nn.Module] = []
+        self.replication: Any = None
         self._open: dict[int, int] = {}  # thread -> overrides open in it
         # Threads that were told of an override elsewhere; not their numbers, which come again.
         self._told: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
@@ -193,7 +197,22 @@ class AdapterState:
 
     def replace_default(self, names: Sequence[str]) -> None:
         """Make these adapters the default, whatever it was."""
-        self.default, self._joined = Route(tuple(names)), ()
+        self.default, self._joined, self.aside = Route(tuple(names)), (), None
+
+    @property
+    def chosen(self) -> Route:
+        """The default, also while it is laid aside."""
+        return self.default if self.aside is None else self.aside
+
+    def lay_aside(self) -> None:
+        """Make the base alone the default, until `take_up`."""
+        if self.aside is None:
+            self.default, self.aside = BASE, self.default
+
+    def take_up(self) -> None:
+        """Undo `lay_aside`; adapters that left in between are not taken up."""
+        if self.aside is not None:
+            self.default, self.aside = Route(tuple(n for n in self.aside.names if n in self.configs)), None
 
     def join_default(self, names: Sequence[str]) -> None:
         """Put adapters that were merged into the default, behind those that are in it."""

@@ -16,6 +16,7 @@ from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, LoraConfig, TaskType
 from lorakit.core.checks import check_allowances, check_known
 from lorakit.core.fingerprinting import fingerprint
 from lorakit.core.keys import adapter_tensors
+from lorakit.core.parameter_sites import paths_on_disk
 from lorakit.core.sidecar import FORMAT_VERSION, METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
 from lorakit.core.sitemap import layers, state_of, survey
 from lorakit.core.tensorfile import encode
@@ -78,10 +79,11 @@ def save_adapter(
         _check_finite(name, tensors)
     config = _config_on_disk(model, state.configs[name], base_model_name_or_path)
     weights = encode(tensors, {"format": "pt", METADATA_KEY: str(FORMAT_VERSION)})
+    on_disk = paths_on_disk(model, name)
     sites = {
-        path: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])}
+        on_disk[path]: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])}
         for path, layer in layers(model)
-        if name in layer.r
+        if path in on_disk
     }
     about = {**(facts or {}), "base": fingerprint(model).as_dict(), "sites": sites}
     return write_files(Path(folder), config, weights, about)
