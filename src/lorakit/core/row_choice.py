@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.sitemap import SiteMap, find_state
-from lorakit.core.token_rows import TokenRows
+from lorakit.core.extras import ModuleCopies
+from lorakit.core.sitemap import SiteMap
+from lorakit.core.token_rows import ChosenRows, TokenRows
 from lorakit.errors import ConfigError, TargetError, nearest, warn_caller
 from lorakit.targets import names_path
 
 USUAL_NAME = "embed_tokens"
 """Where a list of indices belongs in a model that does not say which module is its input embedding."""
-
-
-@dataclass(frozen=True)
-class ChosenRows:
-    """Rows of one table.
-
-    Attributes:
-        path: The table's path in the plain base.
-        indices: Numbers of the rows.
-        tied: Paths of modules that share the table's weight and so act with the same rows.
-    """
-
-    path: str
-    indices: tuple[int, ...]
-    tied: tuple[str, ...]
 
 
 def chosen_rows(
@@ -93,7 +78,7 @@ def input_embedding(model: nn.Module, site_map: SiteMap) -> str | None:
 def _table(site_map: SiteMap, path: str) -> nn.Module:
     """The base's module at a path, whatever stands around it."""
     standing = site_map.modules[path]
-    return standing.original_module if isinstance(standing, TokenRows) else site_map.base(path)
+    return standing.original_module if isinstance(standing, ModuleCopies) else site_map.base(path)
 
 
 def _named(model: nn.Module, site_map: SiteMap, config: LoraConfig) -> dict[str, tuple[int, ...]]:
@@ -135,7 +120,7 @@ def _checked(site_map: SiteMap, path: str, indices: Sequence[int]) -> tuple[int,
     odd = [i for i in numbers if not 0 <= i < weight.shape[0]]
     if odd:
         raise ConfigError(
-            f"trainable_token_indices of {path} holds {odd[0]}, and the table has the rows 0 to {weight.shape[0] - 1:,}. "
+            f"trainable_token_indices of {path} holds {odd[0]}, and the table has rows 0 to {weight.shape[0] - 1:,}. "
             "For tokens that were added, call model.resize_token_embeddings first."
         )
     return tuple(numbers)
@@ -156,7 +141,7 @@ def _groups(named: Mapping[str, tuple[int, ...]], site_map: SiteMap, config: Lor
             if apart and config.ensure_weight_tying:
                 raise ConfigError(
                     "Cannot ensure weight tying when different token indices are specified for tied layers: "
-                    f"{path}: {list(named[path])}, {apart[0]}: {list(named[apart[0]])}. Name the same rows for both, or "
+                    f"{path}: {list(named[path])}, {apart[0]}: {list(named[apart[0]])}. Name the same rows, or "
                     "set ensure_weight_tying=False."
                 )
             tied = [other for other in shared if other not in apart]
@@ -191,8 +176,7 @@ def _check_standing(group: ChosenRows, site_map: SiteMap) -> None:
         fresh = not isinstance(leader, TokenRows) and not isinstance(standing, TokenRows)
         wrong += [] if together or fresh else [path]
     if wrong:
-        state = find_state(site_map.modules[wrong[0]])
         raise ConfigError(
-            f"trainable_token_indices: {wrong[0]} has rows of other adapters here ({', '.join(state.configs if state else ())}) "
-            "that are tied otherwise. Name the same tables in all of them, or give the adapters a model each."
+            f"trainable_token_indices: rows of another adapter at {wrong[0]} are tied otherwise than these. Name the "
+            "same tables in both adapters, or give them a model each."
         )

@@ -7,18 +7,49 @@ never copied for a forward: what the base returns is mended where a trained row 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorakit.core.cloning import clone_with
 from lorakit.core.forwards import Forwards
 from lorakit.core.routing import AdapterState, Route, resolve
+from lorakit.core.switching import Switched
 from lorakit.errors import MergeError, RouteError
 
 Replacement = tuple[Tensor, Tensor]
 """Row numbers of the table, (n,), and what stands there instead, (n, d)."""
+
+
+@dataclass(frozen=True)
+class ChosenRows:
+    """Rows of one table.
+
+    Attributes:
+        path: The table's path in the plain base.
+        indices: Numbers of the rows.
+        tied: Paths of modules that share the table's weight and so act with the same rows.
+    """
+
+    path: str
+    indices: tuple[int, ...]
+    tied: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """Rows of one table, built but not in place.
+
+    Attributes:
+        chosen: Which they are.
+        rows: What stands there, (n, d).
+    """
+
+    chosen: ChosenRows
+    rows: nn.Parameter
 
 
 class TokenAdapter(nn.Module):
@@ -34,9 +65,12 @@ class TokenAdapter(nn.Module):
     def __init__(self, base_layer: nn.Module, leader: TokenAdapter | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.trainable_tokens_delta = nn.ParameterDict() if leader is None else leader.trainable_tokens_delta
+        self.trainable_tokens_delta: nn.ParameterDict = (
+            nn.ParameterDict() if leader is None else leader.trainable_tokens_delta
+        )
         self.token_indices: dict[str, list[int]] = {} if leader is None else leader.token_indices
         self.kept: dict[str, Tensor | None] = {} if leader is None else leader.kept
+        self.tied_weight: nn.Parameter | None = None  # what the base shared with others before a merge untied it
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -48,15 +82,18 @@ class TokenAdapter(nn.Module):
         rows = self.trainable_tokens_delta[name]
         return torch.tensor(self.token_indices[name], device=rows.device), rows
 
-    def original(self) -> Tensor:
+    def original(self, strict: bool = True) -> Tensor:
         """The base's table without any merged rows, (V, d); the base's own parameter where nothing is merged.
+
+        Args:
+            strict: Raise where the base's rows were given up; otherwise they stay as they are.
 
         Raises:
             MergeError: Something is merged, and the base's rows were given up.
         """
         table: Tensor = self.base_layer.weight  # type: ignore[assignment]
-        for name in self.kept:
-            index, rows = self._given_back(name)
+        for name in [name for name, rows in self.kept.items() if strict or rows is not None]:
+            index, rows = self.given_back(name)
             table = table.detach().index_copy(0, index.to(table.device), rows.to(table))
         return table
 
@@ -73,11 +110,10 @@ class TokenAdapter(nn.Module):
         """What must be put over the base's output where some adapters act, in order.
 
         Args:
-            names: The adapters; those without rows here are no matter.
+            names: The adapters; those without rows here are no matter, and merged ones act already.
 
         Raises:
             RouteError: Two of them train the same row.
-            MergeError: Another one is merged, and the base's rows were given up.
         """
         here = [name for name in names if name in self.token_indices]
         taken: dict[int, str] = {}
@@ -89,10 +125,18 @@ class TokenAdapter(nn.Module):
                     "(trainable_token_indices). Activate one of them, or route rows of the batch to them."
                 )
             taken |= dict.fromkeys(self.token_indices[name], name)
-        back = [self._given_back(name) for name in self.kept if name not in here]
-        return back + [self.rows(name) for name in here if name not in self.kept]
+        return [self.rows(name) for name in here if name not in self.kept or self.is_stale(names)]
 
-    def _given_back(self, name: str) -> Replacement:
+    def is_stale(self, names: Sequence[str]) -> bool:
+        """Whether the table holds rows of a merged adapter that shall not act; `names` are those that shall."""
+        return any(name not in names for name in self.kept)
+
+    def given_back(self, name: str) -> Replacement:
+        """Row numbers of a merged adapter, (n,), and what the base had there, (n, d).
+
+        Raises:
+            MergeError: The base's rows were given up.
+        """
         kept = self.kept[name]
         if kept is None:
             raise MergeError(
@@ -102,7 +146,7 @@ class TokenAdapter(nn.Module):
         return torch.tensor(self.token_indices[name], device=kept.device), kept
 
 
-class TokenRows(nn.Module):
+class TokenRows(Switched):
     """An embedding, or a head tied to one, of which adapters train some rows (`trainable_token_indices`).
 
     Attributes:
@@ -113,11 +157,19 @@ class TokenRows(nn.Module):
     def __init__(self, table: nn.Module, state: AdapterState, leader: TokenRows | None = None) -> None:
         super().__init__()
         self.training = table.training
-        self.token_adapter = TokenAdapter(table, None if leader is None else leader.token_adapter)
+        self.token_adapter: TokenAdapter = TokenAdapter(table, None if leader is None else leader.token_adapter)
         self.follows = leader is not None
         self.own_route: Route | None = None
         self.state = state
         self.forwards = Forwards()
+
+    adapter_layer_names: tuple[str, ...] = ("token_adapter.trainable_tokens_delta",)
+    other_param_names: tuple[str, ...] = ("token_adapter.token_indices",)
+
+    def leads(self, other: TokenRows) -> bool:
+        """Whether another table has its rows from here."""
+        mine, others = self.token_adapter, other.token_adapter
+        return other.follows and others.trainable_tokens_delta is mine.trainable_tokens_delta
 
     @property
     def original_module(self) -> nn.Module:
@@ -130,7 +182,7 @@ class TokenRows(nn.Module):
         except AttributeError:
             if name == "token_adapter" or name.startswith("__"):
                 raise
-            adapter: TokenAdapter = super().__getattr__("token_adapter")
+            adapter: Any = super().__getattr__("token_adapter")
             if name == "weight":
                 active = self.state.active() if self.own_route is None else self.own_route
                 here = [n for n in active.names if n in adapter.token_indices]
@@ -187,18 +239,28 @@ class TokenRows(nn.Module):
             RouteError: The route cannot be known, does not fit the batch, or two adapters train the same row.
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
-        y: Tensor = self.original_module(x, *args, **kwargs)
-        if route.rows is None:
-            y = self._mended(x, y, self.token_adapter.replacements(route.names))
-        else:
-            for names, index in self._parts(route, x):
-                wanted = self.token_adapter.replacements(names)
-                if wanted:
-                    part = self._mended(x.index_select(0, index), y.index_select(0, index), wanted)
-                    y = y.index_copy(0, index, part)
+        y = self._of(route.names, x, *args, **kwargs) if route.rows is None else self._mixed(route, x, *args, **kwargs)
         if not again and not torch.compiler.is_compiling():
             self.forwards.note(y, route)
         return y
+
+    def _of(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output, (…, d) or (…, V), where some adapters act on every row."""
+        adapter, table = self.token_adapter, self.original_module
+        if adapter.is_stale(names):  # a clone with the whole table, so that the base's answer is its own to the bit
+            table = clone_with(table, {"weight": adapter.original()})
+        y: Tensor = table(x, *args, **kwargs)
+        mend = looked_up if isinstance(table, nn.Embedding) else read_out
+        for index, rows in adapter.replacements(names):
+            y = mend(table, x, y, index.to(x.device), rows.to(y.device))
+        return y
+
+    def _mixed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        parts, order = [], []
+        for names, index in self._parts(route, x):
+            parts.append(self._of(names, x.index_select(0, index), *args, **kwargs))
+            order.append(index)
+        return torch.cat(parts).index_select(0, torch.cat(order).argsort())
 
     @staticmethod
     def _parts(route: Route, x: Tensor) -> Iterator[tuple[tuple[str, ...], Tensor]]:
@@ -212,14 +274,8 @@ class TokenRows(nn.Module):
             index = [number for number, other in enumerate(rows) if other == row]
             yield (() if row is None else (row,)), torch.tensor(index, device=x.device)
 
-    def _mended(self, x: Tensor, y: Tensor, wanted: Sequence[Replacement]) -> Tensor:
-        mend = looked_up if isinstance(self.original_module, nn.Embedding) else read_out
-        for index, rows in wanted:
-            y = mend(self.original_module, x, y, index.to(x.device), rows.to(device=y.device, dtype=y.dtype))
-        return y
 
-
-def looked_up(table: nn.Module, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+def looked_up(table: Any, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """The output of an embedding with some rows of its table replaced.
 
     Args:
@@ -235,21 +291,20 @@ def looked_up(table: nn.Module, x: Tensor, y: Tensor, index: Tensor, rows: Tenso
     numbers, order = index.sort()
     place = torch.searchsorted(numbers, x.contiguous()).clamp_max(len(numbers) - 1)
     hit = numbers[place] == x
-    embedding: Any = table
-    if embedding.max_norm is not None:  # torch shortens long rows in place when it looks them up
-        norms = rows.norm(p=embedding.norm_type, dim=1, keepdim=True)
-        rows = torch.where(norms > embedding.max_norm, rows * (embedding.max_norm / (norms + 1e-7)), rows)
-    padding = embedding.padding_idx
+    if table.max_norm is not None:  # torch shortens long rows in place when it looks them up
+        norms = rows.norm(p=table.norm_type, dim=1, keepdim=True)
+        rows = torch.where(norms > table.max_norm, rows * (table.max_norm / (norms + 1e-7)), rows)
+    padding = table.padding_idx
     if padding is not None:  # the row of the padding has no gradient
         rows = torch.where((index == padding)[:, None], rows.detach(), rows)
-    new = F.embedding(order[place], rows)
-    scale = getattr(embedding, "embed_scale", None)  # scaled embeddings multiply what they look up
+    new = F.embedding(order[place], rows.to(y.dtype))
+    scale = getattr(table, "embed_scale", None)  # scaled embeddings multiply what they look up
     if scale is not None:
         new = new * torch.as_tensor(scale, dtype=new.dtype, device=new.device)
     return torch.where(hit[..., None], new, y)
 
 
-def read_out(table: nn.Module, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+def read_out(table: Any, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """The output of a head with some rows of its weight replaced.
 
     Args:
@@ -262,6 +317,5 @@ def read_out(table: nn.Module, x: Tensor, y: Tensor, index: Tensor, rows: Tensor
     Returns:
         (…, V). Cost: 2·n·d FLOPs for each position.
     """
-    bias = getattr(table, "bias", None)
-    new = F.linear(x.to(rows.dtype), rows, None if bias is None else bias[index].to(rows.dtype))
-    return y.index_copy(-1, index, new)
+    change = (rows - table.weight[index].to(rows)).to(y.dtype)  # nothing to the bit where they are the base's own
+    return y.index_add(-1, index, F.linear(x.to(y.dtype), change))
