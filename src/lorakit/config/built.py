@@ -10,7 +10,6 @@ from lorakit.errors import NotYetSupported
 
 NOT_BUILT: Mapping[str, Any] = {
     "megatron_config": None,
-    "trainable_token_indices": None,
     "loftq_config": {},
     "eva_config": None,
     "corda_config": None,

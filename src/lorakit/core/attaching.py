@@ -20,17 +20,20 @@ from lorakit.core.activation import adapter_parameters
 from lorakit.core.bases import Base, base_of, hold_still, let_go
 from lorakit.core.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
 from lorakit.core.extras import BiasSwitch, Extras, ModuleCopies, build_extras
-from lorakit.core.factor import Factor
+from lorakit.core.factor import Factor, factor_dtype, make_dropout
 from lorakit.core.inits import Blank, Filled, fresh_bias, init_for
 from lorakit.core.invoking import install, uninstall
 from lorakit.core.kinds import Kind
 from lorakit.core.layer import LoraLayer
 from lorakit.core.layer_names import layer_class
-from lorakit.core.merging import check_unmergeable, unmerge
+from lorakit.core.merging import check_unmergeable, merged_adapters, unmerge
 from lorakit.core.parameter_sites import bare_parameters, dropout_at, places_of
 from lorakit.core.replication import stacked_for
 from lorakit.core.routing import AdapterState, Route
+from lorakit.core.row_choice import chosen_rows
+from lorakit.core.row_parts import new_rows, put_rows
 from lorakit.core.sitemap import Place, SiteMap, find_state, layers, state_of, survey
+from lorakit.core.token_rows import TokenRows
 from lorakit.core.variants import variant_for
 from lorakit.default_targets import DEFAULT_TARGETS
 from lorakit.errors import ConfigError
@@ -119,7 +122,10 @@ def attach(
         found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
         check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
         parts = _fresh_parts(site_map, config, found.matches, seed)
-        extras = build_extras(site_map.modules, {part.place.outer for part in parts}, found.saved, config.bias)
+        outer = {part.place.outer for part in parts}
+        rows = new_rows(site_map, chosen_rows(model, site_map, config, outer, found.saved))
+        extras = build_extras(site_map.modules, outer, found.saved, config.bias)
+        extras = dataclasses.replace(extras, rows=tuple(rows))
         publish(model, site_map, name, config, parts, extras)
     trained = sum(parameter.numel() for parameter in adapter_parameters(model, name))
     return AttachReport(name, found.matches, trained, found.notes, found.missing)
@@ -139,7 +145,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     state = state_of(model)
     names = list(state.configs) if name is None else [name]
     check_known(state, names)
-    merged = [n for n in names if any(n in layer.merged_adapters for _, layer in layers(model))]
+    merged = [n for n in names if n in merged_adapters(model)]
     check_unmergeable(model, merged)
     if merged:
         unmerge(model, *merged)
@@ -199,6 +205,7 @@ def publish(
             holder = ModuleCopies(holder, state)
             site_map.replace(site_map.modules[path], holder)
         holder.put(name, duplicate)
+    put_rows(site_map, name, extras.rows, state)
     for module, originals in extras.biases:
         BiasSwitch.install(name, originals, module, state)
     if config.alora_invocation_tokens is not None:
@@ -228,11 +235,6 @@ def as_parameters(factor: Factor, trainable: bool = True, trains: frozenset[str]
     return dataclasses.replace(factor, A=A, B=B, magnitude=vector, bias=bias)
 
 
-def make_dropout(p: float) -> nn.Module:
-    """What an input passes before A: nothing where p is 0."""
-    return nn.Dropout(p) if p > 0 else nn.Identity()
-
-
 def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
     """A copy of a config, with the field's default targets for this architecture where it names none.
 
@@ -249,18 +251,6 @@ def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
         )
     default = DEFAULT_TARGETS[model_type]
     return dataclasses.replace(config, target_modules=default if isinstance(default, str) else set(default))
-
-
-def factor_dtype(module: nn.Module, parameter: str) -> torch.dtype:
-    """The dtype of A and B beside a weight: fp32, or the weight's where it is wider.
-
-    Args:
-        module: The module that holds the weight.
-        parameter: Its name there.
-    """
-    weight = module._parameters.get(parameter)
-    floats = weight is not None and weight.is_floating_point()
-    return torch.promote_types(weight.dtype, torch.float32) if floats else torch.float32  # type: ignore[union-attr]
 
 
 def _fresh_parts(site_map: SiteMap, config: LoraConfig, matches: Sequence[Match], seed: int | None) -> list[Part]:
@@ -366,11 +356,10 @@ def _forget(module: nn.Module, names: Sequence[str], site_map: SiteMap) -> None:
             site_map.replace(module, standing)
         for child in children:
             owner._modules[child] = _without(owner._modules[child], names)  # type: ignore[arg-type]
-    elif isinstance(module, ModuleCopies):
+    elif isinstance(module, (ModuleCopies, TokenRows)):
         for name in names:
-            if name in module.modules_to_save:
-                del module.modules_to_save[name]
-        if not len(module.modules_to_save):
+            module.remove(name)
+        if not module.available_adapters():
             site_map.replace(module, module.original_module)
 
 

@@ -19,22 +19,23 @@ from torch import Tensor, nn
 from lorakit.config import CONFIG_FILE, LoraConfig, read_config, scale
 from lorakit.core.activation import adapter_parameters
 from lorakit.core.applied import check_not_applied
-from lorakit.core.attaching import Part, as_parameters, check_bias_of_b, factor_dtype, make_dropout, publish
+from lorakit.core.attaching import Part, as_parameters, check_bias_of_b, publish
 from lorakit.core.bases import base_of
 from lorakit.core.checks import check_allowances, check_bias_alone, check_new_name, check_scales
 from lorakit.core.extras import Extras, ModuleCopies, build_extras
-from lorakit.core.factor import Factor
+from lorakit.core.factor import Factor, factor_dtype, make_dropout
 from lorakit.core.fingerprinting import DIFFERENT, compare, fingerprint
 from lorakit.core.fitting import Fit, fit
 from lorakit.core.kinds import Kind
 from lorakit.core.parameter_sites import check_standing, dropout_at, named_places
 from lorakit.core.patterns import literal_value
 from lorakit.core.replication import stacked_for
+from lorakit.core.row_parts import new_rows
 from lorakit.core.sidecar import KINDS_KEY, WEIGHTS_FILE, Sidecar, integrity, read_sidecar
 from lorakit.core.sitemap import SiteMap, find_state, survey
 from lorakit.core.tensorfile import TensorFile, read_tensors
 from lorakit.core.variants import variant_for
-from lorakit.errors import AdapterFileError, BaseMismatchError, PatternError, TargetError, warn_caller
+from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, PatternError, TargetError, warn_caller
 
 SHOWN = 6
 """So many mismatches are named in an error."""
@@ -162,6 +163,10 @@ def place_adapter(
         said = [*files.warnings, *_judge(files, fitted, allow)]
         parts = _parts(files, fitted, site_map, trainable, allow)
         extras = build_extras(site_map.modules, fitted.outer_paths(), fitted.saved, config.bias)
+        tensors = files.file.tensors
+        given = {chosen.path: tensors[key] for chosen, key in fitted.rows}
+        rows = new_rows(site_map, [chosen for chosen, _ in fitted.rows], given, trainable)
+        extras = dataclasses.replace(extras, rows=tuple(rows))
         biases = _filled_copies(extras, fitted, site_map, files.file.tensors)
         for sentence in said:  # where warnings are errors, this refuses, so it comes before any change
             warn_caller(sentence)
@@ -187,9 +192,9 @@ def _check_kinds(files: AdapterFiles, site_map: SiteMap) -> None:
 def _fitted(model: nn.Module, files: AdapterFiles, site_map: SiteMap) -> Fit:
     try:
         bare = named_places(site_map, files.config, model)
-        fitted = fit(files.file.tensors, files.config, site_map, bare)
+        fitted = fit(files.file.tensors, files.config, site_map, bare, model)
         check_standing(site_map, [place for place, _ in fitted.sites.values()])
-    except TargetError as cause:
+    except (TargetError, ConfigError) as cause:
         raise AdapterFileError(f"{files.folder}: {cause}") from None
     return fitted
 
