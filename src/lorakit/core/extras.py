@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -236,11 +236,13 @@ class Extras:
         copies: Path -> trainable copy of the module there.
         biases: Modules of the base, each with the biases it has now, (…), by name.
         rows: Rows of tables.
+        leaders: Path of a module -> path of the one to which it is tied.
     """
 
     copies: dict[str, nn.Module]
     biases: list[tuple[nn.Module, dict[str, Tensor]]]
     rows: tuple[NewRows, ...] = ()
+    leaders: Mapping[str, str] = field(default_factory=dict)
 
 
 def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved: Sequence[str], bias: str) -> Extras:
