@@ -79,6 +79,16 @@ class ModuleCopies(Switched):
             del self.modules_to_save[name]
 
     @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that act here and have a copy, also while they are disabled."""
+        return [name for name in super().active_adapters if name in self.modules_to_save]
+
+    @property
+    def _adapters(self) -> set[str]:
+        """PEFT's name for `available_adapters`."""
+        return set(self.modules_to_save)
+
+    @property
     def merged_adapters(self) -> list[str]:
         """The adapter whose copy stands in for the original, as a list."""
         return [self.merged_adapter] if self.merged_adapter is not None else []
