@@ -23,6 +23,7 @@ from lorakit.peft import casting, flags, standing
 from lorakit.peft.keyed_targets import config_for_keys
 from lorakit.peft.matching import said_of_missing
 from lorakit.peft.own_kinds import kinds_of
+from lorakit.peft.parameters_by_name import check_parameters
 
 BASE_NAME = "__base__"
 """In `adapter_names`: a row that runs on the base alone."""
@@ -99,12 +100,13 @@ class BaseTuner(nn.Module):
     @property
     def targeted_module_names(self) -> list[str]:
         """Paths of the adapted modules."""
-        return [site.path for site in core.sites(self.model)]
+        return [site.path for site in core.sites(self.model) if site.kind != "Parameter"]
 
     @property
     def targeted_parameter_names(self) -> list[str]:
         """Paths of the bare parameters that are adapted."""
-        return []
+        sites = [site for site in core.sites(self.model) if site.kind == "Parameter"]
+        return [f"{site.path.partition('.base_layer')[0]}.{site.layer.slot.parameter}" for site in sites]
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
@@ -159,6 +161,7 @@ class BaseTuner(nn.Module):
                 f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, set bias to "
                 "'none' for all adapters."
             )
+        check_parameters(self.model, self.peft_config, config)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones; they alone are trained.
