@@ -17,17 +17,20 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, scale
 from lorakit.core.activation import adapter_parameters
-from lorakit.core.bases import Base, base_of
+from lorakit.core.bases import base_of
 from lorakit.core.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
 from lorakit.core.extras import BiasSwitch, Extras, ModuleCopies, build_extras
 from lorakit.core.factor import Factor
-from lorakit.core.inits import Blank, Filled, init_for
+from lorakit.core.inits import Blank, init_for
+from lorakit.core.inits.init import BOTH
 from lorakit.core.kinds import kind_named
 from lorakit.core.layer import LoraLayer
 from lorakit.core.layer_names import LAYERS
 from lorakit.core.merging import check_unmergeable, unmerge
+from lorakit.core.moving import check_can_move, give_base_back, moved_base, written
 from lorakit.core.routing import AdapterState, Route
 from lorakit.core.sitemap import Place, SiteMap, find_state, layers, state_of, survey
+from lorakit.core.statistics import Statistics
 from lorakit.core.variants import variant_for
 from lorakit.default_targets import DEFAULT_TARGETS
 from lorakit.errors import ConfigError
@@ -53,9 +56,6 @@ class AttachReport:
     missing: tuple[str, ...]
 
 
-BOTH = frozenset({"A", "B"})
-
-
 @dataclass(frozen=True)
 class Part:
     """One factor, built but not in place.
@@ -67,6 +67,7 @@ class Part:
         lora_alpha: Its alpha.
         moved: What the base's module stores for this adapter, where its init moves the base.
         trains: Which of "A" and "B" are trained.
+        initial: A (r, in) and B (out, r) as they were when the base became W − s·B·A, or None.
     """
 
     place: Place
@@ -75,6 +76,7 @@ class Part:
     lora_alpha: float
     moved: Any = None
     trains: frozenset[str] = BOTH
+    initial: tuple[Tensor, Tensor] | None = None
 
 
 def attach(
@@ -84,6 +86,7 @@ def attach(
     *,
     allow: Collection[str] = (),
     seed: int | None = None,
+    statistics: Statistics | None = None,
 ) -> AttachReport:
     """Put a fresh adapter on a model. The first one becomes active; later ones wait for `activate` or `use`.
 
@@ -93,6 +96,7 @@ def attach(
         name: Its name.
         allow: Refusals to lift: "partial_targets", "odd_scale".
         seed: Seed for the fresh factors; None draws from torch's own generator.
+        statistics: What `collect_for` made of the data, for an init that looks at data.
 
     Returns:
         What was attached.
@@ -111,11 +115,13 @@ def attach(
     site_map = survey(model)
     found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow)
     check_scales([(m.path, scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
-    parts = _fresh_parts(site_map, config, found.matches, seed)
+    if statistics is not None:
+        statistics.check(config)
+    parts = _fresh_parts(site_map, config, found.matches, seed, statistics)
     extras = build_extras(site_map.modules, {part.place.outer for part in parts}, found.saved, config.bias)
     publish(model, site_map, name, config, parts, extras)
     trained = sum(parameter.numel() for parameter in adapter_parameters(model, name))
-    return AttachReport(name, found.matches, trained, found.notes, found.missing)
+    return AttachReport(name, found.matches, trained, (*found.notes, *_memory_notes(config, parts)), found.missing)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -178,7 +184,7 @@ def publish(
         layer = site_map.layer(part.place) or site_map.put(part.place, _maker(part.place, state))
         layer.put(name, part.factor, part.r, part.lora_alpha, part.trains)
         if part.moved is not None:
-            layer.move_base(name, part.moved)
+            layer.move_base(name, part.moved, part.initial)
     for path, duplicate in extras.copies.items():
         holder = site_map.modules[path]
         if not isinstance(holder, ModuleCopies):
@@ -246,69 +252,84 @@ def factor_dtype(module: nn.Module, parameter: str) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32) if floats else torch.float32  # type: ignore[union-attr]
 
 
-def _fresh_parts(site_map: SiteMap, config: LoraConfig, matches: Sequence[Match], seed: int | None) -> list[Part]:
+def _fresh_parts(
+    site_map: SiteMap, config: LoraConfig, matches: Sequence[Match], seed: int | None, statistics: Statistics | None
+) -> list[Part]:
     generators = _generators(seed)
     parts = []
     for match in matches:
         for place in site_map.places(match.path, kind_named(match.kind)):
-            parts.append(_fresh_part(site_map, config, match, place, generators))
+            blank = blank_for(site_map, config, match, place)
+            seen = None if statistics is None else statistics.sites.get(place.path)
+            blank = dataclasses.replace(blank, generator=generators(blank.device), statistics=seen)
+            parts.append(_fresh_part(site_map, blank, match, place))
     return parts
 
 
-def _fresh_part(
-    site_map: SiteMap,
-    config: LoraConfig,
-    match: Match,
-    place: Place,
-    generators: Callable[[torch.device], torch.Generator | None],
-) -> Part:
-    kind, slot = place.kind, place.slot
-    init = init_for(config.init_lora_weights, kind.name, place.path)
-    variant = variant_for(config, kind.name, place.path)
+def blank_for(site_map: SiteMap, config: LoraConfig, match: Match, place: Place) -> Blank:
+    """What an init is given for a site, without randomness and statistics.
+
+    Args:
+        site_map: The model's map.
+        config: The adapter's config.
+        match: The target match that names the site.
+        place: Where.
+    """
     module, standing = site_map.holder(place), site_map.layer(place)
-    base = base_of(module, slot.parameter)
-    device = base.device(module, slot.parameter)
+    parameter = place.slot.parameter
+    base = base_of(module, parameter)
 
     def read() -> Tensor:
-        return standing.read() if standing is not None else base.read(module, base.stored(module, slot.parameter))
+        return standing.read() if standing is not None else base.read(module, base.stored(module, parameter))
 
-    factor_scale = scale(match.rank, match.alpha, config.use_rslora)
-    blank = Blank(
-        kind=kind,
-        slot=slot,
+    return Blank(
+        kind=place.kind,
+        slot=place.slot,
         r=match.rank,
-        scale=factor_scale,
-        shapes=kind.shapes(slot, match.rank),
-        device=device,
-        dtype=factor_dtype(module, slot.parameter),
+        scale=scale(match.rank, match.alpha, config.use_rslora),
+        shapes=place.kind.shapes(place.slot, match.rank),
+        device=base.device(module, parameter),
+        dtype=factor_dtype(module, parameter),
         path=place.path,
         read=read,
         config=config,
-        generator=generators(device),
     )
-    filled = init.fill(blank)
-    moved = _moved(filled, base, module, standing, place)
+
+
+def _fresh_part(site_map: SiteMap, blank: Blank, match: Match, place: Place) -> Part:
+    config, kind, slot = blank.config, place.kind, place.slot
+    init = init_for(config.init_lora_weights, kind.name, place.path)
+    variant = variant_for(config, kind.name, place.path)
+    module = site_map.holder(place)
+    if init.changes_base:
+        check_can_move(site_map, place, init)
+    with torch.no_grad():
+        filled = init.fill(blank)
+    initial = (filled.A, filled.B) if init.changes_base and filled.W is None else None
+    moved = None
+    if initial is not None:
+        moved = moved_base(site_map, place, initial, blank.scale)
+    elif filled.W is not None:
+        moved = written(site_map, place, filled.W)
     magnitude = None
     if variant.has_magnitude:
-        W = read() if moved is None else base.read(module, moved)
-        magnitude = variant.magnitude(kind, slot, W, filled.A, filled.B, factor_scale).view(kind.vector(slot))
+        W = blank.read() if moved is None else base_of(module, slot.parameter).read(module, moved)
+        magnitude = variant.magnitude(kind, slot, W, filled.A, filled.B, blank.scale).view(kind.vector(slot))
     dropout = make_dropout(config.lora_dropout if kind.drops else 0.0)
-    factor = Factor(filled.A, filled.B, factor_scale, dropout, variant.name, magnitude)
-    factor = as_parameters(factor, trains=filled.trains)
-    return Part(place, factor, match.rank, match.alpha, moved, filled.trains)
+    factor = Factor(filled.A, filled.B, blank.scale, dropout, variant.name, magnitude)
+    factor = as_parameters(factor, trains=init.trains)
+    return Part(place, factor, match.rank, match.alpha, moved, init.trains, initial)
 
 
-def _moved(filled: Filled, base: Base, module: nn.Module, standing: LoraLayer | None, place: Place) -> Any:
-    """What the module shall store where an init moves the base; one adapter of a site can."""
-    if filled.W is None:
-        return None
-    if standing is not None and (standing.moved_by is not None or standing.merged_adapters):
-        who = standing.moved_by or standing.merged_adapters[0]
-        raise ConfigError(
-            f"{place.path}: this init moves the base weight, which adapter {who!r} has moved or is merged into. Detach "
-            "or unmerge it first, or use an init that leaves the base alone."
-        )
-    return base.write(module, base.stored(module, place.slot.parameter), filled.W)
+def _memory_notes(config: LoraConfig, parts: Sequence[Part]) -> list[str]:
+    moved = [part for part in parts if part.moved is not None]
+    if not moved:
+        return []
+    kept = sum(t.numel() * t.element_size() for part in moved for t in (part.moved, *(part.initial or ())) if isinstance(t, Tensor))
+    return [
+        f"{config.init_lora_weights} moves the base's weight at {len(moved)} sites; the originals and the first factors "
+        f"are kept beside it, {kept / 1e6:,.1f} MB, so that the base can be had back."
+    ]
 
 
 def _generators(seed: int | None) -> Callable[[torch.device], torch.Generator | None]:
@@ -347,7 +368,7 @@ def _without(module: nn.Module, names: Sequence[str]) -> nn.Module:
         return module
     for name in names:
         if name == module.moved_by:
-            module.give_base_back()
+            give_base_back(module)
         module.remove(name)
     module.base_layer = _without(module.base_layer, names)
     return module if module.r else module.base_layer

@@ -57,6 +57,7 @@ class LoraLayer(nn.Module):
         self.kept: Any = None  # what the base stored before anything was written to it
         self.moved_by: str | None = None
         self.moved: Any = None  # what the base stores for the adapter that moved it
+        self.initial: tuple[Tensor, Tensor] | None = None  # that adapter's A and B before training, in main memory
         self.tied_weight: nn.Parameter | None = None  # what the base shared with others before a merge untied it
         self.own_route: Route | None = None  # this layer's exception to the model's default
         self.old_bias: tuple[str, Tensor] | None = None  # who trains the base's bias, and what it was before
@@ -187,18 +188,22 @@ class LoraLayer(nn.Module):
         Args:
             name: As this adapter sees it: one whose init moved the base has a base of its own.
         """
-        stored = self.moved if name is not None and name == self.moved_by else self.original()
+        stored = self.moved_base() if name is not None and name == self.moved_by else self.original()
         return self.base.read(self.owner, stored)
 
     def original(self) -> Any:
         """What the base stored before anything was written to it, on the base's device and in its dtype."""
-        base, owner, parameter = self.base, self.owner, self.slot.parameter
-        if self.kept is None:
-            return base.stored(owner, parameter)
-        if not isinstance(self.kept, Tensor) or base.quantised:
-            return self.kept
-        now = base.stored(owner, parameter)
-        return self.kept.to(device=now.device, dtype=now.dtype)
+        return self._now(self.kept)
+
+    def moved_base(self) -> Any:
+        """What the base stores for the adapter that moved it, on the base's device and in its dtype."""
+        return self._now(self.moved if self.merged_adapters else None)
+
+    def _now(self, stored: Any) -> Any:
+        now = self.base.stored(self.owner, self.slot.parameter)
+        if not isinstance(stored, Tensor) or self.base.quantised:
+            return now if stored is None else stored
+        return stored.to(device=now.device, dtype=now.dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's output plus what the active adapters add.
@@ -291,7 +296,7 @@ class LoraLayer(nn.Module):
         if not self.merged_adapters and (moved or self.moved_by is None):
             return self.base_layer
         self._check_kept()
-        return self.base.clone(self.owner, self.slot.parameter, self.moved if moved else self.original())
+        return self.base.clone(self.owner, self.slot.parameter, self.moved_base() if moved else self.original())
 
     def _base_of_rows(self, route: Route, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """The base's output (rows, …, out) where rows differ in which base they see."""
@@ -347,18 +352,18 @@ class LoraLayer(nn.Module):
             return None
         self._check_kept()
         W = self.read()
-        total = W
+        total = self.read(self.moved_by) if self.moved_by in names else W
         for name in names:
-            total = total + self.update(name, W)
+            total = total + self.addition(name, W)
         stored: Tensor = self.base.write(self.owner, self.original(), total)
         return stored
 
-    def update(self, name: str, W: Tensor) -> Tensor:
-        """What an adapter adds to the base's weight when it is written into it.   [docs/math.md (11)]
+    def addition(self, name: str, W: Tensor) -> Tensor:
+        """What an adapter adds to the weight that it sees when it is written into it.   [docs/math.md (11)]
 
         Args:
             name: An adapter that has a factor here.
-            W: The base weight as `read` gives it, (out, in).
+            W: The base weight as `read` gives it, (out, in); one that moved the base sees its own.
 
         Returns:
             The addition, like W, with a graph where gradients are on.
@@ -367,26 +372,22 @@ class LoraLayer(nn.Module):
             MergeError: It has no place in a weight of this shape.
         """
         factor = self.factor(name)
-        own = self.read(name) if name == self.moved_by else W
+        seen = self.read(name) if name == self.moved_by else W
         delta = self.kind.delta(self.slot, factor.A.to(W.dtype), factor.B.to(W.dtype)) * factor.scale
-        addition = variant_named(factor.variant).update(self.kind, self.slot, own, delta, factor)
-        return addition if own is W else addition + (own - W)
+        return variant_named(factor.variant).update(self.kind, self.slot, seen, delta, factor)
 
-    def move_base(self, name: str, stored: Any) -> None:
+    def move_base(self, name: str, stored: Any, initial: tuple[Tensor, Tensor] | None) -> None:
         """Put the base weight that an adapter's init made in place; the original is kept.
 
         Args:
             name: The adapter.
             stored: What the base's module shall store.
+            initial: The adapter's A (r, in) and B (out, r) before training, where the base became W − s·B·A.
         """
         self.kept = self.original()
         self.moved_by, self.moved = name, stored
+        self.initial = initial and (initial[0].detach().to("cpu", copy=True), initial[1].detach().to("cpu", copy=True))
         self.base.place(self.owner, self.slot.parameter, stored)
-
-    def give_base_back(self) -> None:
-        """Put the original weight back in place; nothing may be merged."""
-        self.base.place(self.owner, self.slot.parameter, self.original())
-        self.kept = self.moved = self.moved_by = None
 
     def _check_kept(self) -> None:
         if self.merged_adapters and self.kept is None:

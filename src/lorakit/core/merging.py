@@ -152,7 +152,7 @@ def stored_for(layer: LoraLayer, merged: Sequence[str]) -> Any:
     """
     if merged:
         return _sum_of_updates(layer, merged, in_place=True)[0]
-    return layer.moved if layer.moved_by is not None else layer.original()
+    return layer.moved_base() if layer.moved_by is not None else layer.original()
 
 
 def merge_and_unload(model: nn.Module, *names: str, untie: bool = False) -> MergeReport:
@@ -173,8 +173,9 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False) -> Merg
     state = state_of(model)
     report = _merge(model, names, keep_base=False, untie=untie, in_place=False)
     for _, layer in layers(model):
-        if layer.moved_by is not None and not layer.merged_adapters:
-            layer.give_base_back()
+        if layer.moved_by is not None and layer.moved_by not in layer.merged_adapters:
+            layer.moved_by = None
+            layer.base.place(layer.owner, layer.slot.parameter, stored_for(layer, layer.merged_adapters))
     for module in list(model.modules()):
         for attribute, child in list(module._modules.items()):
             if isinstance(child, LoraLayer):
@@ -295,16 +296,19 @@ def _check_variants(model: nn.Module, names: Sequence[str]) -> None:
 def _sum_of_updates(layer: LoraLayer, names: Sequence[str], in_place: bool) -> tuple[Any, Tensor, Tensor]:
     """What to store for W₀ + Σ update, with W₀ (out, in) and the exact sum (out, in).   [docs/math.md (11)]
 
-    In its place in the model, the weight must also be right for an adapter that moved the base and is not merged.
+    In its place in the model, the weight must also be right for an adapter that moved the base and is not merged. Where
+    the base was moved, the sum begins at the moved weight, so that it is rounded once.
     """
     with torch.no_grad():
         W = layer.read()
+        from_moved = layer.moved_by is not None and (in_place or layer.moved_by in names)
+        start = layer.read(layer.moved_by) if from_moved else W
         total = torch.zeros_like(W)
         for name in names:
-            total += layer.update(name, W)
-        if in_place and layer.moved_by is not None and layer.moved_by not in names:
-            total += layer.read(layer.moved_by) - W
-        stored = layer.base.write(layer.owner, layer.original(), W + total)
+            total += layer.addition(name, W)
+        stored = layer.base.write(layer.owner, layer.original(), start + total)
+        if from_moved:
+            total += start - W
     return stored, W, total
 
 

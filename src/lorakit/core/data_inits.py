@@ -1,0 +1,151 @@
+"""Look at data for the inits that need it: EVA and CorDA at what sites receive, LoRA-GA at gradients.
+
+Sites are looked at a few at a time, and what was collected of each is reduced at once to the small tensors that its init
+needs, so memory is bounded whatever the model's size; the batches are gone through once for each such group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.config import EvaConfig, LoraConfig
+from lorakit.core.activation import disable
+from lorakit.core.allocating import by_explained_variance, in_groups, with_ranks
+from lorakit.core.attaching import blank_for, with_targets
+from lorakit.core.collecting import Forward, collect_gradients, collect_inputs
+from lorakit.core.inits import Blank, Init, init_for, init_named
+from lorakit.core.kinds import kind_named
+from lorakit.core.moving import check_can_move
+from lorakit.core.sitemap import Place, find_state, survey
+from lorakit.core.statistics import Statistics
+from lorakit.errors import ConfigError, DataError
+from lorakit.targets import Match, resolve
+
+
+def collect_for(
+    model: nn.Module,
+    config: LoraConfig,
+    batches: Iterable[Any],
+    forward: Forward,
+    *,
+    keep: Callable[[Any], Tensor | None] | None = None,
+    allow: Collection[str] = (),
+) -> Statistics:
+    """What the init of a config needs of the data: `attach(model, found.config, statistics=found)` uses it.
+
+    Adapters that sit on the model do not act meanwhile. For "eva" with rho above 1 the ranks of the config are
+    redistributed, and a site that gets none is left out.
+
+    Args:
+        model: The base; it is left as it was.
+        config: Where the adapter will sit, its ranks, its init; it is only read.
+        batches: What `forward` takes; a list, where more is looked at than fits into memory at once.
+        forward: Runs the model on a batch; for "lora_ga" it returns the loss, a scalar.
+        keep: From a batch to a mask (rows, length) of the positions that count; not for "lora_ga".
+        allow: "partial_targets" lets entries of the config name nothing.
+
+    Returns:
+        The statistics, with the config to attach.
+
+    Raises:
+        ConfigError: The init needs no data, or has no meaning at a site.
+        TargetError: The config names nothing, or a site whose inputs are no rows of numbers.
+        DataError: There is no batch, a mask does not fit, or nothing of the data reached a site.
+    """
+    init = init_named(config.init_lora_weights)
+    if init.digest is None:
+        raise ConfigError(f"init_lora_weights is {config.init_lora_weights!r}, which looks at no data. Attach it as it is.")
+    config, site_map = with_targets(config, model), survey(model)
+    matches = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow).matches
+    blanks: dict[str, Blank] = {}
+    for match in matches:
+        place = _only_place(site_map.places(match.path, kind_named(match.kind)), config)
+        if init.changes_base:
+            check_can_move(site_map, place, init)
+        blanks[place.path] = blank_for(site_map, config, match, place)
+    sites: dict[str, dict[str, Tensor]] = {}
+    groups = in_groups(list(blanks), lambda path: _size_bytes(init, blanks[path]))
+    if len(groups) > 1 and isinstance(batches, Iterator):
+        raise DataError(f"The batches are gone through {len(groups)} times to bound memory. Give a list, no iterator.")
+    with torch.no_grad() if find_state(model) is None else disable(model):
+        for group in groups:
+            sites |= _looked_at(model, init, {path: blanks[path] for path in group}, batches, forward, keep)
+    if init.name == "eva":
+        config = redistributed(config, matches, sites)
+    return Statistics(config, sites)
+
+
+def redistributed(config: LoraConfig, matches: Sequence[Match], sites: dict[str, dict[str, Tensor]]) -> LoraConfig:
+    """EVA's ranks: the pooled shares of variance, strongest first, until the config's ranks are spent.
+
+    Args:
+        config: As it was given.
+        matches: The sites with their ranks.
+        sites: Path -> what was found, "ratios" (k,) among it; those that get no rank are taken out.
+
+    Returns:
+        The config with patterns that say the ranks, and without the sites that get none.
+
+    Source:
+        Paischer et al. 2024, arXiv:2410.07170, section 3.3.
+    """
+    settings = config.eva_config or EvaConfig()
+    if settings.rho == 1:
+        return config
+    ratios = {match.path: sites[match.path]["ratios"].tolist() for match in matches}
+    ranks = by_explained_variance(ratios, dict.fromkeys(ratios, 1), sum(match.rank for match in matches), least=0)
+    left = [match for match in matches if ranks[match.path]]
+    for path in ratios.keys() - {match.path for match in left}:
+        del sites[path]
+    found = with_ranks(config, left, ranks)
+    if not settings.adjust_scaling_factors:
+        found = dataclasses.replace(found, alpha_pattern=dict(config.alpha_pattern))
+    if len(left) < len(matches):
+        found = dataclasses.replace(
+            found,
+            target_modules={match.path for match in left},
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
+    return found
+
+
+def _only_place(places: Sequence[Place], config: LoraConfig) -> Place:
+    for place in places:
+        init_for(config.init_lora_weights, place.kind.name, place.path)
+    return places[0]
+
+
+def _size_bytes(init: Init, blank: Blank) -> int:
+    """Memory of what is collected at a site until it is reduced."""
+    n = math.prod(blank.A_shape[1:])
+    return 4 * n * (n if init.needs == "inputs" else blank.slot.out_features)
+
+
+def _looked_at(
+    model: nn.Module,
+    init: Init,
+    blanks: dict[str, Blank],
+    batches: Iterable[Any],
+    forward: Forward,
+    keep: Callable[[Any], Tensor | None] | None,
+) -> dict[str, dict[str, Tensor]]:
+    paths = list(blanks)
+    collected: Any
+    if init.needs == "gradients":
+        collected = collect_gradients(model, paths, batches, forward)
+    else:
+        collected = collect_inputs(model, paths, batches, forward, keep=keep, even=init.name == "corda")
+    found = {}
+    with torch.no_grad():
+        for path in paths:
+            if init.digest is not None:
+                found[path] = init.digest(blanks[path], collected.pop(path))
+    return found
