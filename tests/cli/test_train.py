@@ -21,6 +21,12 @@ from lorakit.train.metrics import EVAL_FIELDS, TRAIN_FIELDS
 Train = Callable[..., int]
 
 
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The config of a run's adapter."""
+    found: dict[str, Any] = json.loads((folder / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    return found
+
+
 @pytest.fixture
 def texts(tmp_path: Path) -> list[str]:
     paths = []
@@ -453,3 +459,43 @@ def test_help_gives_every_flag_with_its_reason(capsys: pytest.CaptureFixture[str
     for flag in ("--learning-rate", "--early-stopping-patience", "--gradient-checkpointing", "--config", "--resume"):
         assert flag in text
     assert "Default 16: room for a new task" in text
+
+
+def test_lorafa_and_rates_by_pattern_reach_the_run(train: Train, tmp_path: Path) -> None:
+    assert train("--learning-rate-pattern", "q_proj=0.5", "down_proj=1e-9", optimizer="lorafa") == 0
+    before = core.inspect_adapter(tmp_path / "run" / "checkpoint-4")
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["settings"]["learning_rate_pattern"] == {"q_proj": 0.5, "down_proj": 1e-9}
+    planned = record["plan"]["adapter"]["trainable"]
+    assert record["result"]["trainable_parameters"] == planned < record["plan"]["adapter"]["factors"]
+    with __import__("safetensors").safe_open(str(tmp_path / "run/checkpoint-4/optimizer.safetensors"), "pt") as file:
+        assert all(".lora_B." in name for name in file.keys())  # noqa: SIM118
+    norms = {site.path.rpartition(".")[2]: site.norm for site in before.sites}
+    assert norms["q_proj"] > 5 * norms["up_proj"]
+    assert norms["up_proj"] > 1e4 * norms["down_proj"]
+
+
+def test_a_rate_for_no_module_is_refused_before_anything_is_loaded(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "load_model", lambda *_: pytest.fail("loaded"))
+    assert train("--learning-rate-pattern", "q_pro=0.5") == 2
+    said = capsys.readouterr().err
+    assert "learning_rate_pattern key 'q_pro' matches none of the 14 adapted modules; nearest: q_proj" in said
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("by", ["gradients", "inputs"])
+def test_allocated_ranks_are_in_the_adapter_and_within_the_budget(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], by: str
+) -> None:
+    assert train(allocate_ranks=by) == 0
+    said = capsys.readouterr().out
+    assert f"Ranks by {by} of " in said
+    ranks = adapter_config(tmp_path / "run")["rank_pattern"]
+    assert len(set(ranks.values())) > 1
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    budget = record["plan"]["adapter"]["trainable"]
+    assert 0.9 * budget < record["result"]["trainable_parameters"] <= budget
+    scales = {site.scale for site in core.inspect_adapter(tmp_path / "run" / "adapter").sites}
+    assert scales == {8.0}

@@ -326,7 +326,6 @@ def test_an_odd_scale(fields: dict[str, Any], text: str, folder: Path) -> None:
     "fields",
     [
         {"trainable_token_indices": [1]},
-        {"lora_bias": True},
         {"use_qalora": True},
         {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},
     ],

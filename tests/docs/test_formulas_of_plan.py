@@ -158,3 +158,21 @@ def test_sizes_on_disk(tiny_gpt2: Any, tmp_path: Path) -> None:
     assert (adapter, with_moments, model, full) == (4 * trained, 12 * trained, 4 * base, 12 * base)
     header = (tmp_path / "adapter_model.safetensors").stat().st_size - adapter
     assert 0 < header < 200 * len(core.trainable_parameters(tiny_gpt2))
+
+
+@pytest.mark.parametrize(
+    ("name", "double"), [("nf4", True), ("nf4", False), ("fp4", True), ("int8", False), ("int8-torchao", False)]
+)
+@pytest.mark.parametrize(("rows", "columns"), [(128, 64), (96, 200)])
+def test_a_quantised_weight_takes_its_bits_and_scales(name: str, double: bool, rows: int, columns: int) -> None:
+    storage = storage_named(name)
+    pytest.importorskip(storage.package)
+    made = quantised(nn.Linear(columns, rows, bias=False), name, double)
+    assert storage.size(rows, columns, 4, double) == size_bytes(tensors_of(made))
+
+
+def test_an_hqq_weight_takes_its_bits_scales_and_zero_points() -> None:
+    pytest.importorskip("hqq")
+    for bits in (4, 8):
+        made = quantised(nn.Linear(64, 96, bias=False).bfloat16(), f"hqq{bits}", False)
+        assert storage_named(f"hqq{bits}").size(96, 64, 2, False) == size_bytes(tensors_of(made))

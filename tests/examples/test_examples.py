@@ -27,6 +27,7 @@ def load(name: str) -> Any:
 def test_every_example_is_tested_here() -> None:
     tested = {"quickstart", "many_adapters", "alpha_and_learning_rate", "naive_lora"}
     tested |= {"reference_project", "full_beside_lora"}
+    tested |= {"optimizers"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -59,6 +60,17 @@ def test_many_adapters(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_alpha_and_learning_rate() -> None:
     assert load("alpha_and_learning_rate").table().count("\n") == 6
+
+
+def test_optimizers(capsys: pytest.CaptureFixture[str]) -> None:
+    load("optimizers").main()
+    lines = capsys.readouterr().out.splitlines()
+    left = {line.partition(":")[0]: int(line.partition(": ")[2].partition("%")[0]) for line in lines}
+    assert len(left) == 5
+    assert all(share < 90 for share in left.values())
+    assert left["LoRA+, B at 16 times the rate"] < left["AdamW"]
+    assert left["AdamW, layer 0 at 10 times the rate"] < left["AdamW"]
+    assert "ranks [4, 4, 4], 576 numbers" in next(line for line in lines if line.startswith("LoRA-FA"))
 
 
 def test_reference_project(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

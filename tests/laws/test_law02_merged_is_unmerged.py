@@ -64,6 +64,17 @@ def test_what_is_merged_does_not_leak_into_other_routes(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", cases())
+def test_merged_beside_one_that_is_not(case: Case) -> None:
+    """A variant that asks for the base's output gets the base's, whatever is written into the weight."""
+    model, given = case.adapted("a", "b"), case.specimen.given(case.dtype)
+    with use(model, "a", "b"):
+        expected = run(model, given)
+    merge(model, "a")
+    with use(model, "a", "b"):
+        assert_close(run(model, given), expected, case.dtype)
+
+
+@pytest.mark.parametrize("case", cases())
 def test_merged_state_dict_in_a_plain_model(case: Case) -> None:
     model, given = case.adapted("a"), case.specimen.given(case.dtype)
     expected, before = run(model, given), snapshot(model)

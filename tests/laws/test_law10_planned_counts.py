@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from lorakit.config import LoraConfig
 from lorakit.core import attach, merge, trainable_parameters
+from lorakit.core.lorafa import LoraFA, freeze_factors
 from lorakit.hub.shapes import shape_of_module
-from lorakit.plan import catalogue, count
+from lorakit.plan import Job, catalogue, count, estimate
 
 from .zoo import BERT, GPT2, LLAMA, T5, TIED, Specimen
 
@@ -45,6 +47,37 @@ def test_planned_is_attached(specimen: Specimen, which: str) -> None:
     assert planned.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert [site.path for site in planned.sites] == [match.path for match in report.matches]
     assert [site.rank for site in planned.sites] == [match.rank for match in report.matches]
+
+
+@pytest.mark.parametrize("specimen", [GPT2, LLAMA, BERT], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"target_modules": "embedding"}], ids=str)
+def test_lora_fa_trains_one_factor_of_two(specimen: Specimen, fields: dict[str, Any]) -> None:
+    model = specimen.model()
+    if fields.get("target_modules"):
+        fields = {
+            "target_modules": [
+                "wte" if specimen is GPT2 else "embed_tokens" if specimen is LLAMA else "word_embeddings"
+            ]
+        }
+    config = specimen.config(**fields)
+    shape = shape_of_module(model, specimen.name, "here")
+    planned, whole = count(shape, config, optimizer="lorafa"), count(shape, config)
+    plan = estimate(shape, config, Job(optimizer="lorafa", dtype="float32"))
+    attach(model, config)
+    held = trained(model)
+    pairs = freeze_factors(model)
+    assert planned.trainable == trained(model) == held - planned.frozen
+    assert planned.saved_numbers == whole.trainable == held
+    optimizer = LoraFA([p for _, p in trainable_parameters(model)], pairs)
+    for _, parameter in trainable_parameters(model):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moments = [t for state in optimizer.state.values() for t in state.values() if t.ndim]
+    assert plan.lora.memory.bytes_of("optimizer") == sum(t.numel() * t.element_size() for t in moments)
+    assert plan.lora.memory.bytes_of("gradients") == 4 * planned.trainable
+    assert plan.files[0].size_bytes == 4 * held
+    assert plan.files[1].size_bytes == 4 * held + 8 * planned.trainable
+    assert plan.lora.flops.backward < estimate(shape, config, Job(dtype="float32")).lora.flops.backward
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,31 @@ def test_what_autograd_saves(
     assert planned.blocks + planned.outside + log_probabilities == pytest.approx(saved, rel=0.03)
 
 
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "targets"), [("llama", "all-linear"), ("gpt2", ["c_attn", "c_proj"])], ids=str)
+def test_a_frozen_factor_keeps_no_input(name: str, targets: Any, dtype: str, lora_dropout: float) -> None:
+    import torch
+
+    from lorakit import core, hub
+    from lorakit.core.lorafa import freeze_factors
+
+    model = _model(name, 0.0).to(getattr(torch, dtype))
+    shape = hub.shape_of_module(model, "small", "here")
+    config = LoraConfig(r=4, target_modules=targets, lora_dropout=lora_dropout)
+    core.attach(model, config)
+    freeze_factors(model)
+    model.train()
+    saved = _saved_bytes(model, torch.randint(0, 300, (ROWS, LENGTH)))
+    job = Job(ROWS, LENGTH, dtype=dtype, optimizer="lorafa")
+    both = [
+        activations.of_lora(shape, count(shape, config, optimizer=o), lora_dropout, job) for o in ("lorafa", "adamw")
+    ]
+    log_probabilities = logits_bytes(shape, job) // 3
+    assert both[0].blocks + both[0].outside + log_probabilities == pytest.approx(saved, rel=0.03)
+    assert both[0].blocks < both[1].blocks
+
+
 def test_blocks_below_the_first_adapted_one_keep_nothing() -> None:
     shape = catalogue.published("SmolLM2-135M")
     assert shape is not None

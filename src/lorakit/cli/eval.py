@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from lorakit.cli import console
+from lorakit.plan.quantised import stored_as
 from lorakit.train.defaults import DEFAULTS
 
 
@@ -22,6 +23,8 @@ class Flags:
     batch_size: Annotated[int, Parameter(help="Rows of a batch.")] = DEFAULTS["per_device_train_batch_size"].value
     dtype: Annotated[str, Parameter(help="Precision of the base: auto, bfloat16 or float32.")] = "auto"
     device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto"
+    quantization: Annotated[str | None, Parameter(help=DEFAULTS["quantization"].help())] = None
+    double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True
     allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Take an adapter of another base.")] = False
 
 
@@ -39,6 +42,7 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
             dtype=flags.dtype,
             device=flags.device,
             allow=("base_mismatch",) if flags.allow_base_mismatch else (),
+            quantization=stored_as(flags.quantization, flags.double_quantization),
         ),
         console.note,
     )

@@ -14,6 +14,8 @@ from lorakit.cli import console
 from lorakit.cli.adapters import Allowances, load_adapters, read_adapters, tokenizer_for
 from lorakit.cli.answers import Answer, show
 from lorakit.errors import DataError, UsageError
+from lorakit.plan.quantised import stored_as
+from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
     from lorakit.generate import Sampling
@@ -59,6 +61,8 @@ class Flags:
         str, Parameter(help="Precision of the base: auto (as in its files), bfloat16, float16 or float32.")
     ] = "auto"
     device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto"
+    quantization: Annotated[str | None, Parameter(help=DEFAULTS["quantization"].help())] = None
+    double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True
 
 
 def run(
@@ -77,13 +81,16 @@ def run(
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     device = pick_device(flags.device)
+    quantization = stored_as(flags.quantization, flags.double_quantization)
+    if quantization is not None:
+        hub.require_quantiser(quantization)
     folders = flags.adapter or []
     files = read_adapters(folders)
     source = hub.resolve(flags.model, console.note)
     hub.require(source)
     tokenizer = tokenizer_for(source, files)
     encoded = encode_prompts(prompts, tokenizer, flags.chat, flags.system)
-    model = hub.load_model(source, flags.dtype, device)
+    model = hub.load_model(source, flags.dtype, device, quantization=quantization)
     names: list[str | None] = list(load_adapters(model, folders, (allow or Allowances()).words()))
     if flags.base or len(names) != 1:
         names.insert(0, None)

@@ -79,6 +79,8 @@ class JobFlags:
     ].value
     gradient_checkpointing: Annotated[bool, _flag("gradient_checkpointing")] = False
     optimizer: Annotated[str, _flag("optimizer")] = DEFAULTS["optimizer"].value
+    quantization: Annotated[str | None, _flag("quantization")] = None
+    double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True
     dtype: Annotated[
         str,
         Parameter(
@@ -148,6 +150,8 @@ def run(
         dtype=dtype,
         gradient_checkpointing=job.gradient_checkpointing,
         optimizer=job.optimizer,
+        quantization=job.quantization,
+        double_quantization=job.double_quantization,
     )
     steps = _steps(job, wanted)
     machine = _machine(job, dtype, steps)

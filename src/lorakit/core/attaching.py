@@ -10,28 +10,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.config import LoraConfig, scale
 from lorakit.core.activation import adapter_parameters
-from lorakit.core.bases import base_of
+from lorakit.core.bases import hold_still, let_go
 from lorakit.core.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
 from lorakit.core.extras import BiasSwitch, Extras, ModuleCopies, build_extras
-from lorakit.core.factor import Factor
-from lorakit.core.inits import Blank, init_for
-from lorakit.core.inits.init import BOTH
-from lorakit.core.kinds import kind_named
+from lorakit.core.fresh import Part, fresh_parts, memory_notes
 from lorakit.core.layer import LoraLayer
 from lorakit.core.layer_names import LAYERS
 from lorakit.core.merging import check_unmergeable, unmerge
-from lorakit.core.moving import check_can_move, give_base_back, moved_base, written
+from lorakit.core.moving import give_base_back
 from lorakit.core.routing import AdapterState, Route
 from lorakit.core.sitemap import Place, SiteMap, find_state, layers, state_of, survey
 from lorakit.core.statistics import Statistics
-from lorakit.core.variants import variant_for
 from lorakit.default_targets import DEFAULT_TARGETS
 from lorakit.errors import ConfigError
 from lorakit.targets import Match, resolve
@@ -54,29 +48,6 @@ class AttachReport:
     trainable_parameters: int
     notes: tuple[str, ...]
     missing: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One factor, built but not in place.
-
-    Attributes:
-        place: Where it goes.
-        factor: What it is.
-        r: Its rank.
-        lora_alpha: Its alpha.
-        moved: What the base's module stores for this adapter, where its init moves the base.
-        trains: Which of "A" and "B" are trained.
-        initial: A (r, in) and B (out, r) as they were when the base became W − s·B·A, or None.
-    """
-
-    place: Place
-    factor: Factor
-    r: int
-    lora_alpha: float
-    moved: Any = None
-    trains: frozenset[str] = BOTH
-    initial: tuple[Tensor, Tensor] | None = None
 
 
 def attach(
@@ -115,13 +86,11 @@ def attach(
     site_map = survey(model)
     found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow)
     check_scales([(m.path, scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
-    if statistics is not None:
-        statistics.check(config)
-    parts = _fresh_parts(site_map, config, found.matches, seed, statistics)
+    parts = fresh_parts(site_map, config, found.matches, seed, statistics)
     extras = build_extras(site_map.modules, {part.place.outer for part in parts}, found.saved, config.bias)
     publish(model, site_map, name, config, parts, extras)
     trained = sum(parameter.numel() for parameter in adapter_parameters(model, name))
-    return AttachReport(name, found.matches, trained, (*found.notes, *_memory_notes(config, parts)), found.missing)
+    return AttachReport(name, found.matches, trained, (*found.notes, *memory_notes(config, parts)), found.missing)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -152,6 +121,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if not state.configs:
         for parameter, trained in state.frozen:
             parameter.requires_grad_(trained)
+        let_go(state.held)
 
 
 def publish(
@@ -175,6 +145,7 @@ def publish(
     state = find_state(model)
     if state is None:
         state = AdapterState()
+        state.held = hold_still(model)
         state.frozen = [(p, p.requires_grad) for p in model.parameters()]
         for parameter, _ in state.frozen:
             parameter.requires_grad_(False)
@@ -200,28 +171,6 @@ def _maker(place: Place, state: AdapterState) -> Callable[[nn.Module], LoraLayer
     return lambda module: LAYERS[place.kind.name](module, place.kind, place.slot, state)
 
 
-def as_parameters(factor: Factor, trainable: bool = True, trains: frozenset[str] = BOTH) -> Factor:
-    """A factor whose tensors are parameters.
-
-    Args:
-        factor: With A (r, in), B (out, r) and perhaps a magnitude and a bias (out,) as plain tensors.
-        trainable: They require gradients.
-        trains: Which of "A" and "B" do at all.
-
-    Returns:
-        The factor.
-    """
-    A, B = nn.Parameter(factor.A, trainable and "A" in trains), nn.Parameter(factor.B, trainable and "B" in trains)
-    vector = None if factor.magnitude is None else nn.Parameter(factor.magnitude, trainable)
-    bias = None if factor.bias is None else nn.Parameter(factor.bias, trainable)
-    return dataclasses.replace(factor, A=A, B=B, magnitude=vector, bias=bias)
-
-
-def make_dropout(p: float) -> nn.Module:
-    """What an input passes before A: nothing where p is 0."""
-    return nn.Dropout(p) if p > 0 else nn.Identity()
-
-
 def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
     """A copy of a config, with the field's default targets for this architecture where it names none.
 
@@ -238,112 +187,6 @@ def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
         )
     default = DEFAULT_TARGETS[model_type]
     return dataclasses.replace(config, target_modules=default if isinstance(default, str) else set(default))
-
-
-def factor_dtype(module: nn.Module, parameter: str) -> torch.dtype:
-    """The dtype of A and B beside a weight: fp32, or the weight's where it is wider.
-
-    Args:
-        module: The module that holds the weight.
-        parameter: Its name there.
-    """
-    weight = module._parameters.get(parameter)
-    floats = weight is not None and weight.is_floating_point()
-    return torch.promote_types(weight.dtype, torch.float32) if floats else torch.float32  # type: ignore[union-attr]
-
-
-def _fresh_parts(
-    site_map: SiteMap, config: LoraConfig, matches: Sequence[Match], seed: int | None, statistics: Statistics | None
-) -> list[Part]:
-    generators = _generators(seed)
-    parts = []
-    for match in matches:
-        for place in site_map.places(match.path, kind_named(match.kind)):
-            blank = blank_for(site_map, config, match, place)
-            seen = None if statistics is None else statistics.sites.get(place.path)
-            blank = dataclasses.replace(blank, generator=generators(blank.device), statistics=seen)
-            parts.append(_fresh_part(site_map, blank, match, place))
-    return parts
-
-
-def blank_for(site_map: SiteMap, config: LoraConfig, match: Match, place: Place) -> Blank:
-    """What an init is given for a site, without randomness and statistics.
-
-    Args:
-        site_map: The model's map.
-        config: The adapter's config.
-        match: The target match that names the site.
-        place: Where.
-    """
-    module, standing = site_map.holder(place), site_map.layer(place)
-    parameter = place.slot.parameter
-    base = base_of(module, parameter)
-
-    def read() -> Tensor:
-        return standing.read() if standing is not None else base.read(module, base.stored(module, parameter))
-
-    return Blank(
-        kind=place.kind,
-        slot=place.slot,
-        r=match.rank,
-        scale=scale(match.rank, match.alpha, config.use_rslora),
-        shapes=place.kind.shapes(place.slot, match.rank),
-        device=base.device(module, parameter),
-        dtype=factor_dtype(module, parameter),
-        path=place.path,
-        read=read,
-        config=config,
-    )
-
-
-def _fresh_part(site_map: SiteMap, blank: Blank, match: Match, place: Place) -> Part:
-    config, kind, slot = blank.config, place.kind, place.slot
-    init = init_for(config.init_lora_weights, kind.name, place.path)
-    variant = variant_for(config, kind.name, place.path)
-    module = site_map.holder(place)
-    if init.changes_base:
-        check_can_move(site_map, place, init)
-    with torch.no_grad():
-        filled = init.fill(blank)
-    initial = (filled.A, filled.B) if init.changes_base and filled.W is None else None
-    moved = None
-    if initial is not None:
-        moved = moved_base(site_map, place, initial, blank.scale)
-    elif filled.W is not None:
-        moved = written(site_map, place, filled.W)
-    magnitude = None
-    if variant.has_magnitude:
-        W = blank.read() if moved is None else base_of(module, slot.parameter).read(module, moved)
-        magnitude = variant.magnitude(kind, slot, W, filled.A, filled.B, blank.scale).view(kind.vector(slot))
-    dropout = make_dropout(config.lora_dropout if kind.drops else 0.0)
-    factor = Factor(filled.A, filled.B, blank.scale, dropout, variant.name, magnitude)
-    factor = as_parameters(factor, trains=init.trains)
-    return Part(place, factor, match.rank, match.alpha, moved, init.trains, initial)
-
-
-def _memory_notes(config: LoraConfig, parts: Sequence[Part]) -> list[str]:
-    moved = [part for part in parts if part.moved is not None]
-    if not moved:
-        return []
-    kept = sum(t.numel() * t.element_size() for part in moved for t in (part.moved, *(part.initial or ())) if isinstance(t, Tensor))
-    return [
-        f"{config.init_lora_weights} moves the base's weight at {len(moved)} sites; the originals and the first factors "
-        f"are kept beside it, {kept / 1e6:,.1f} MB, so that the base can be had back."
-    ]
-
-
-def _generators(seed: int | None) -> Callable[[torch.device], torch.Generator | None]:
-    """One seeded generator per device, made when first asked for; None without a seed."""
-    made: dict[torch.device, torch.Generator] = {}
-
-    def for_device(device: torch.device) -> torch.Generator | None:
-        if seed is None or device.type == "meta":
-            return None
-        if device not in made:
-            made[device] = torch.Generator(device).manual_seed(seed)
-        return made[device]
-
-    return for_device
 
 
 def _forget(module: nn.Module, names: Sequence[str], site_map: SiteMap) -> None:

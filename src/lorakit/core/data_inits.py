@@ -1,11 +1,12 @@
 """Look at data for the inits that need it: EVA and CorDA at what sites receive, LoRA-GA at gradients.
 
-Sites are looked at a few at a time, and what was collected of each is reduced at once to the small tensors that its init
-needs, so memory is bounded whatever the model's size; the batches are gone through once for each such group.
+Sites are looked at a few at a time, and what was collected of each is reduced at once to the small tensors that its
+init needs, so memory is bounded whatever the model's size; the batches are gone through once for each such group.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from lorakit.config import EvaConfig, LoraConfig
 from lorakit.core.activation import disable
 from lorakit.core.allocating import by_explained_variance, in_groups, with_ranks
-from lorakit.core.attaching import blank_for, with_targets
+from lorakit.core.attaching import with_targets
 from lorakit.core.collecting import Forward, collect_gradients, collect_inputs
+from lorakit.core.fresh import blank_for
 from lorakit.core.inits import Blank, Init, init_for, init_named
 from lorakit.core.kinds import kind_named
 from lorakit.core.moving import check_can_move
@@ -60,7 +62,9 @@ def collect_for(
     """
     init = init_named(config.init_lora_weights)
     if init.digest is None:
-        raise ConfigError(f"init_lora_weights is {config.init_lora_weights!r}, which looks at no data. Attach it as it is.")
+        raise ConfigError(
+            f"init_lora_weights is {config.init_lora_weights!r}, which looks at no data. Attach it as it is."
+        )
     config, site_map = with_targets(config, model), survey(model)
     matches = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow).matches
     blanks: dict[str, Blank] = {}
@@ -73,7 +77,7 @@ def collect_for(
     groups = in_groups(list(blanks), lambda path: _size_bytes(init, blanks[path]))
     if len(groups) > 1 and isinstance(batches, Iterator):
         raise DataError(f"The batches are gone through {len(groups)} times to bound memory. Give a list, no iterator.")
-    with torch.no_grad() if find_state(model) is None else disable(model):
+    with contextlib.nullcontext() if find_state(model) is None else disable(model):
         for group in groups:
             sites |= _looked_at(model, init, {path: blanks[path] for path in group}, batches, forward, keep)
     if init.name == "eva":

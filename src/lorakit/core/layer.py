@@ -7,14 +7,13 @@ It never writes to the base: merging does, and the layer only knows what is merg
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.bases import Base, base_of
-from lorakit.core.cloning import clone_with
 from lorakit.core.factor import HOLDERS, Factor, Magnitude, carrier
 from lorakit.core.kinds import Kind, Slot, kind_named, spread
 from lorakit.core.routing import AdapterState, Forwards, Route, resolve
@@ -42,6 +41,7 @@ class LoraLayer(nn.Module):
         merged_adapters: Adapters that are written into the base weight now.
         slot: The weight that the factors belong to.
         moved_by: The adapter whose init moved the base weight (PiSSA and its like), or None.
+        replaced: The base's quantised module, where a dense one stands in its place since a merge; else empty.
     """
 
     def __init__(self, base_layer: nn.Module, kind: Kind, slot: Slot, state: AdapterState) -> None:
@@ -58,6 +58,8 @@ class LoraLayer(nn.Module):
         self.moved_by: str | None = None
         self.moved: Any = None  # what the base stores for the adapter that moved it
         self.initial: tuple[Tensor, Tensor] | None = None  # that adapter's A and B before training, in main memory
+        self.replaced: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no child
+        self.kept_bias: Tensor | None = None  # the base's bias from before a merge wrote to it (`lora_bias`)
         self.tied_weight: nn.Parameter | None = None  # what the base shared with others before a merge untied it
         self.own_route: Route | None = None  # this layer's exception to the model's default
         self.old_bias: tuple[str, Tensor] | None = None  # who trains the base's bias, and what it was before
@@ -84,9 +86,14 @@ class LoraLayer(nn.Module):
         return module
 
     @property
+    def source(self) -> nn.Module:
+        """The module that holds the base's weight: the owner, or the one that a dense module has replaced."""
+        return self.replaced[0] if self.replaced else self.owner
+
+    @property
     def base(self) -> Base:
         """The row of BASES."""
-        return base_of(self.owner, self.slot.parameter)
+        return base_of(self.source, self.slot.parameter)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -189,21 +196,26 @@ class LoraLayer(nn.Module):
             name: As this adapter sees it: one whose init moved the base has a base of its own.
         """
         stored = self.moved_base() if name is not None and name == self.moved_by else self.original()
-        return self.base.read(self.owner, stored)
+        return self.base.read(self.source, stored)
 
     def original(self) -> Any:
         """What the base stored before anything was written to it, on the base's device and in its dtype."""
-        return self._now(self.kept)
+        return self._as_now(self.kept)
 
     def moved_base(self) -> Any:
         """What the base stores for the adapter that moved it, on the base's device and in its dtype."""
-        return self._now(self.moved if self.merged_adapters else None)
+        return self._as_now(self.moved if self.merged_adapters else None)
 
-    def _now(self, stored: Any) -> Any:
-        now = self.base.stored(self.owner, self.slot.parameter)
-        if not isinstance(stored, Tensor) or self.base.quantised:
+    def _as_now(self, stored: Any) -> Any:
+        now = self.base.stored(self.source, self.slot.parameter)
+        if stored is None or not isinstance(stored, Tensor) or self.base.quantised:
             return now if stored is None else stored
         return stored.to(device=now.device, dtype=now.dtype)
+
+    def original_bias(self) -> Tensor | None:
+        """The base's bias, (out,), without anything merged, or None."""
+        bias = self.owner._parameters.get("bias") if self.kept_bias is None else self.kept_bias
+        return bias if isinstance(bias, Tensor) else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's output plus what the active adapters add.
@@ -222,25 +234,36 @@ class LoraLayer(nn.Module):
         route, again = resolve(self.state, self.own_route, self.forwards)
         if not self.merged_adapters and self.moved_by is None and route.mentions.isdisjoint(self.r):
             y = self.base_layer(*args, **kwargs)
-        elif self.kind.acts_on == "weight":
-            y = self._on_weight(route, args, kwargs)
         else:
-            y = self._beside(route, args, kwargs)
+            y = self.adapted(route, args, kwargs)
         if not again and not torch.compiler.is_compiling():
             self.forwards.note(y, route)
         return y
 
-    def _beside(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """The base's output y₀ (…, out) and, for the adapters of the route, A and B beside it."""
+    def adapted(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The base's output y₀ (…, out) and, for the adapters of a route, A and B beside it.
+
+        Args:
+            route: Which adapters act.
+            args: What the base module takes, x (…, in) first.
+            kwargs: Likewise.
+
+        Raises:
+            RouteError: The route does not fit this batch.
+        """
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         merged = frozenset(self.merged_adapters)
-        stays = route.common_to_all(self._inside())
+        stays = route.common_to_all(self.inside())
         skip = merged if stays else frozenset()
         if route.rows is None:
-            y = y0 = (self.base_layer if stays else self._base_for(self.moved_by in route.names))(*args, **kwargs)
+            moved = self.moved_by in route.names
+            y = y0 = (self.base_layer if stays else self._base_for(moved))(*args, **kwargs)
             for name in route.names:
                 if name in self.r and name not in skip:
-                    y = y + self._addition(name, route.names, x, y0)
+                    own = name == self.moved_by
+                    asks = self.variant[name] != "plain" and (bool(skip) or (moved and not own))
+                    seen = self._base_for(own)(*args, **kwargs) if asks else y0
+                    y = y + self._addition(name, route.names, x, seen)
             return y
         y0 = self.base_layer(*args, **kwargs) if stays else self._base_of_rows(route, x, args, kwargs)
         return self._mixed(route, skip, x, y0)
@@ -284,10 +307,9 @@ class LoraLayer(nn.Module):
         """The bias, (out,), that the base's output has where these adapters act, or None."""
         if self.old_bias is not None and self.old_bias[0] not in names:
             return self.old_bias[1]
-        bias = getattr(self.base_layer, "bias", None)
-        return bias if isinstance(bias, Tensor) else None
+        return self.original_bias()
 
-    def _inside(self) -> frozenset[str]:
+    def inside(self) -> frozenset[str]:
         """The adapters that the weight in the base's module is right for: merged ones, and one that moved it."""
         return frozenset((*self.merged_adapters, *([self.moved_by] if self.moved_by is not None else [])))
 
@@ -295,68 +317,20 @@ class LoraLayer(nn.Module):
         """The base's module with nothing merged, as the adapter that moved it has it or as it was."""
         if not self.merged_adapters and (moved or self.moved_by is None):
             return self.base_layer
-        self._check_kept()
-        return self.base.clone(self.owner, self.slot.parameter, self.moved_base() if moved else self.original())
+        self.check_kept()
+        clone = self.base.clone(self.source, self.slot.parameter, self.moved_base() if moved else self.original())
+        if self.kept_bias is not None:
+            clone._parameters["bias"] = self.kept_bias  # type: ignore[assignment]
+        return clone
 
     def _base_of_rows(self, route: Route, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """The base's output (rows, …, out) where rows differ in which base they see."""
         if self.moved_by is None or self.moved_by not in route.mentions:
-            y0: Tensor = self._base_for(False)(*args, **kwargs)
-            return y0
+            return self._base_for(False)(*args, **kwargs)
         axis = self._row_axis(route, x)
         index = dict(route.segments(x.device, x.shape[axis]))[self.moved_by]
         y0 = self._base_for(False)(*args, **kwargs)
-        rest = (x.index_select(axis, index), *args[1:]) if args else ()
-        return y0.index_copy(axis, index, self._base_for(True)(*(rest or (x.index_select(axis, index),))))
-
-    def _on_weight(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The owner, once, as a clone whose adapted weights have their updates in them."""
-        if route.rows is not None:
-            if len(set(route.rows)) > 1:
-                raise RouteError(
-                    f"The rows of this batch have different adapters, and a {self.kind_name} has one weight for all "
-                    "rows. Run the rows of each adapter on their own with `use`, or leave the module out of them."
-                )
-            route = Route(tuple(filter(None, route.rows[:1])))
-        owner, tensors = self.owner, {}
-        for layer in self.chain():
-            weight = layer.effective(route)
-            if weight is not None:
-                tensors[layer.slot.parameter] = weight
-        clone = clone_with(owner, tensors)
-        for child in self.kind.inner:
-            inside = owner._modules[child]
-            weight = inside.effective(route) if isinstance(inside, LoraLayer) else None
-            if weight is not None:
-                clone._modules[child] = clone_with(inside.base_layer, {"weight": weight})  # type: ignore[union-attr, arg-type]
-        return clone(*args, **kwargs)
-
-    def chain(self) -> Iterator[LoraLayer]:
-        """The layer and those that stand inside it around the same owner, the outermost first."""
-        layer: nn.Module = self
-        while isinstance(layer, LoraLayer):
-            yield layer
-            layer = layer.base_layer
-
-    def effective(self, route: Route) -> Tensor | None:
-        """The weight as it acts under a route, in the base's layout and dtype; None where it lies so already.
-
-        Args:
-            route: Which adapters act, on all rows.
-
-        Returns:
-            (out, in) or as the base stores it, with a graph to A and B.
-        """
-        names = [name for name in route.names if name in self.r]
-        if frozenset(names) == self._inside() == frozenset(self.merged_adapters):
-            return None
-        self._check_kept()
-        W = self.read()
-        total = self.read(self.moved_by) if self.moved_by in names else W
-        for name in names:
-            total = total + self.addition(name, W)
-        stored: Tensor = self.base.write(self.owner, self.original(), total)
-        return stored
+        return y0.index_copy(axis, index, self._base_for(True)(x.index_select(axis, index), *args[1:]))
 
     def addition(self, name: str, W: Tensor) -> Tensor:
         """What an adapter adds to the weight that it sees when it is written into it.   [docs/math.md (11)]
@@ -389,8 +363,13 @@ class LoraLayer(nn.Module):
         self.initial = initial and (initial[0].detach().to("cpu", copy=True), initial[1].detach().to("cpu", copy=True))
         self.base.place(self.owner, self.slot.parameter, stored)
 
-    def _check_kept(self) -> None:
-        if self.merged_adapters and self.kept is None:
+    def check_kept(self) -> None:
+        """Refuse to go back to a base whose bits were given up.
+
+        Raises:
+            MergeError: Something is merged and the original was not kept.
+        """
+        if self.merged_adapters and self.kept is None and not self.replaced:
             raise MergeError(
                 f"{', '.join(self.merged_adapters)} is merged into the base and its bits were not kept "
                 "(keep_base=False), so the base alone and other adapters cannot be had. Merge with keep_base=True, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lorakit.core.layer import LoraLayer
+from lorakit.core.weightside import WeightSideLayer
 
 
 class Linear(LoraLayer):
@@ -27,11 +28,18 @@ class Conv3d(LoraLayer):
     """A `LoraLayer` on an nn.Conv3d."""
 
 
-class MultiheadAttention(LoraLayer):
+class MultiheadAttention(WeightSideLayer):
     """A `LoraLayer` on the in-projection of an nn.MultiheadAttention."""
 
 
-class ParamWrapper(LoraLayer):
+class InnerLinear(WeightSideLayer):
+    """A `LoraLayer` on a dense layer whose weight the module around it reads."""
+
+    def _get_name(self) -> str:
+        return super()._get_name().replace("InnerLinear", "Linear")
+
+
+class ParamWrapper(WeightSideLayer):
     """A `LoraLayer` on a bare parameter of a module."""
 
 
@@ -44,6 +52,6 @@ LAYERS: Mapping[str, type[LoraLayer]] = {
     "Conv3d": Conv3d,
     "MultiheadAttention": MultiheadAttention,
     "Parameter": ParamWrapper,
-    "InnerLinear": Linear,
+    "InnerLinear": InnerLinear,
 }
 """Kind -> the name that `isinstance` and `repr` show."""

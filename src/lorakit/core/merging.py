@@ -9,34 +9,54 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.bases import let_go
+from lorakit.core.biases import bias_for, brings_bias, put_bias
 from lorakit.core.checks import check_known
 from lorakit.core.extras import BiasSwitch, ModuleCopies
 from lorakit.core.layer import LoraLayer
-from lorakit.core.sitemap import base_tensors, copies, holders, layers, state_of
+from lorakit.core.merged_weight import (
+    How,
+    KeepBase,
+    SiteMerge,
+    built,
+    keeps_base,
+    kept_bytes,
+    merged_weight,
+    place,
+    put,
+    stored_for,
+    sum_of_updates,
+)
+from lorakit.core.sitemap import (
+    QuantisedWeight,
+    base_tensors,
+    copies,
+    float_dtype,
+    holders,
+    layers,
+    quantised_weights,
+    state_of,
+)
 from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError
 
-KeepBase = Literal[True, False, "cpu"]
-
-
-@dataclass(frozen=True)
-class SiteMerge:
-    """How one site took a merge.   [docs/math.md (12)]
-
-    Attributes:
-        path: The site.
-        survived: Share of the delta that the stored weight took in, 1 − ‖W' − (W₀ + Δ)‖ / ‖Δ‖, at least 0.
-        changed: Share of the weight's elements that changed.
-    """
-
-    path: str
-    survived: float
-    changed: float
+__all__ = [
+    "KeepBase",
+    "MergeReport",
+    "SiteMerge",
+    "check_unmergeable",
+    "iter_merged",
+    "merge",
+    "merge_and_unload",
+    "merged_state_dict",
+    "stored_for",
+    "tied_sites",
+    "unmerge",
+]
 
 
 @dataclass(frozen=True)
@@ -58,8 +78,15 @@ class MergeReport:
         """The mean share of the delta that was taken in, 0 to 1; 1 where there was nothing to merge."""
         return sum(site.survived for site in self.sites) / len(self.sites) if self.sites else 1.0
 
+    @property
+    def error(self) -> float:
+        """The mean error of the weights written: a rounding of a plain base, of a quantised one far more."""
+        return sum(site.error for site in self.sites) / len(self.sites) if self.sites else 0.0
 
-def merge(model: nn.Module, *names: str, keep_base: KeepBase = True, untie: bool = False) -> MergeReport:
+
+def merge(
+    model: nn.Module, *names: str, keep_base: KeepBase = True, untie: bool = False, dense: bool = False
+) -> MergeReport:
     """Write adapters into the base weights; from then on they belong to the default route, until they are unmerged.
 
     Args:
@@ -68,19 +95,20 @@ def merge(model: nn.Module, *names: str, keep_base: KeepBase = True, untie: bool
         keep_base: Keep each original weight on its device (True), in main memory ("cpu"), or not (False: this
             cannot be undone).
         untie: Give a site that shares its weight with another module (tied embeddings) a weight of its own.
+        dense: Put a plain module in the place of a quantised one, instead of quantising the merged weight, which
+            loses most of a small delta; its dtype is that of the quantised one's products.
 
     Returns:
-        How much survived, and what the kept originals cost.
+        How much survived, what was lost, and what the kept originals cost.
 
     Raises:
         MergeError: Already merged, not mergeable, a weight is shared, or the result is not finite.
         AdapterError: There is no such adapter.
     """
-    return _merge(model, names, keep_base, untie, in_place=True)
+    return _merge(model, names, keep_base, untie, How(dense=float_dtype(model) if dense else None))
 
 
-def _merge(model: nn.Module, names: Sequence[str], keep_base: KeepBase, untie: bool, in_place: bool) -> MergeReport:
-    """`merge`; with `in_place` false, an adapter that moved the base and is not merged is left out of account."""
+def _merge(model: nn.Module, names: Sequence[str], keep_base: KeepBase, untie: bool, how: How) -> MergeReport:
     state = state_of(model)
     chosen = tuple(names or state.default.names)
     check_known(state, chosen)
@@ -88,23 +116,25 @@ def _merge(model: nn.Module, names: Sequence[str], keep_base: KeepBase, untie: b
     here = [(path, layer, [n for n in chosen if n in layer.r]) for path, layer in layers(model)]
     here = [(path, layer, new) for path, layer, new in here if new]
     if keep_base is False:  # two passes instead of a copy: all is known to be sound before the first weight changes
-        reports = [_merged_weight(path, layer, new, in_place)[1] for path, layer, new in here]
+        reports = [merged_weight(path, layer, new, how)[1] for path, layer, new in here]
         for path, layer, new in here:
-            _put(layer, _built(layer, _merged_weight(path, layer, new, in_place)[0], keep_base, untie), new)
+            bias = bias_for(layer, [*layer.merged_adapters, *new])
+            put(layer, built(layer, merged_weight(path, layer, new, how)[0], keep_base, untie), new)
+            put_bias(layer, bias)
     else:  # whatever takes memory comes before the first change
-        built = []
+        ready = []
         reports = []
         for path, layer, new in here:
-            stored, report = _merged_weight(path, layer, new, in_place)
-            built.append(_built(layer, stored, keep_base, untie))
+            stored, report = merged_weight(path, layer, new, how)
+            ready.append((built(layer, stored, keep_base, untie), bias_for(layer, [*layer.merged_adapters, *new])))
             reports.append(report)
-        for (_, layer, new), weight in zip(here, built, strict=True):
-            _put(layer, weight, new)
+        for (_, layer, new), (weight, bias) in zip(here, ready, strict=True):
+            put(layer, weight, new)
+            put_bias(layer, bias)
     for _, holder in copies(model):
         holder.merged_adapter = next((n for n in chosen if n in holder.modules_to_save), holder.merged_adapter)
     state.join_default(chosen)
-    kept = sum(layer.kept.numel() * layer.kept.element_size() for _, layer in layers(model) if layer.kept is not None)
-    return MergeReport(chosen, tuple(reports), kept)
+    return MergeReport(chosen, tuple(reports), sum(kept_bytes(layer) for _, layer in layers(model)))
 
 
 def unmerge(model: nn.Module, *names: str) -> None:
@@ -130,9 +160,10 @@ def unmerge(model: nn.Module, *names: str) -> None:
     for _, layer in layers(model):
         left = [name for name in layer.merged_adapters if name not in chosen]
         if left != layer.merged_adapters:
-            ready.append((layer, left, stored_for(layer, left)))
-    for layer, left, stored in ready:
-        layer.base.place(layer.owner, layer.slot.parameter, stored)
+            ready.append((layer, left, stored_for(layer, left), bias_for(layer, left)))
+    for layer, left, stored, bias in ready:
+        place(layer, stored)
+        put_bias(layer, bias)
         layer.merged_adapters = left
         if not left:
             layer.kept = layer.kept if layer.moved_by is not None else None
@@ -143,25 +174,14 @@ def unmerge(model: nn.Module, *names: str) -> None:
     state.leave_default(chosen)
 
 
-def stored_for(layer: LoraLayer, merged: Sequence[str]) -> Any:
-    """What a site's module stores while these adapters are merged: the original where there are none.
-
-    Args:
-        layer: The site.
-        merged: Adapters.
-    """
-    if merged:
-        return _sum_of_updates(layer, merged, in_place=True)[0]
-    return layer.moved_base() if layer.moved_by is not None else layer.original()
-
-
-def merge_and_unload(model: nn.Module, *names: str, untie: bool = False) -> MergeReport:
+def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: bool = False) -> MergeReport:
     """Merge adapters for good and take every trace of adapters off the model; nothing is kept, site by site.
 
     Args:
         model: An adapted model, changed in place into a plain one.
         names: Adapters to merge; none means those of the default route. Others are dropped.
         untie: As `merge`.
+        dense: As `merge`; where quantised modules have no adapter, they stay quantised.
 
     Returns:
         How much of the deltas survived.
@@ -171,11 +191,11 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False) -> Merg
         AdapterError: There is no such adapter.
     """
     state = state_of(model)
-    report = _merge(model, names, keep_base=False, untie=untie, in_place=False)
+    report = _merge(model, names, False, untie, How(False, float_dtype(model) if dense else None))
     for _, layer in layers(model):
         if layer.moved_by is not None and layer.moved_by not in layer.merged_adapters:
             layer.moved_by = None
-            layer.base.place(layer.owner, layer.slot.parameter, stored_for(layer, layer.merged_adapters))
+            place(layer, stored_for(layer, layer.merged_adapters))
     for module in list(model.modules()):
         for attribute, child in list(module._modules.items()):
             if isinstance(child, LoraLayer):
@@ -189,6 +209,7 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False) -> Merg
         BiasSwitch.forget(module)
     for parameter, trained in state.frozen:
         parameter.requires_grad_(trained)
+    let_go(state.held)
     return report
 
 
@@ -201,7 +222,8 @@ def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
 
     Returns:
         Name -> tensor (…) in the base's dtype. Tensors without an adapter are the model's own, not copies. A weight
-        that is tied in the model and adapted in one place appears under both names, no longer the same.
+        that is tied in the model and adapted in one place appears under both names, no longer the same. Quantised
+        weights are multiplied out, in the dtype of their products: the state dict is that of the plain base.
 
     Raises:
         MergeError: An adapter cannot be merged.
@@ -224,19 +246,41 @@ def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
     chosen = tuple(names or state.default.names)
     check_known(state, chosen)
     _check_variants(model, chosen)
-    sites = {(id(layer.owner), layer.slot.parameter): layer for _, layer in layers(model)}
+    sites = {(id(layer.source), layer.slot.parameter): layer for _, layer in layers(model)}
     replaced = _copied_tensors(model, chosen)
+    biased = {(id(layer.source), "bias"): layer for layer in sites.values() if brings_bias(layer, chosen)}
+    quantised = {weight.packed: weight for weight in quantised_weights(model)}
+    how = How(False, float_dtype(model)) if quantised else How(False)
     for name, tensor, module in base_tensors(model):
         leaf = name.rpartition(".")[2]
+        if name in quantised:
+            yield from _multiplied_out(quantised[name], chosen, how)
+            continue
         layer = sites.get((id(module), leaf))
         if layer is not None:
             here = [n for n in chosen if n in layer.r]
-            yield name, _sum_of_updates(layer, here, in_place=False)[0] if here else tensor.detach()
+            yield name, sum_of_updates(layer, here, How(False))[0] if here else tensor.detach()
+        elif (id(module), leaf) in biased:
+            layer = biased[id(module), leaf]
+            bias = bias_for(layer, [n for n in chosen if n in layer.r])
+            yield name, tensor.detach() if bias is None else bias
         elif name in replaced:
             yield name, replaced[name]
         else:
             biases = [s for s in BiasSwitch.on(module) if s.adapter in chosen and leaf in s.originals]
             yield name, (module._parameters[leaf] if biases else tensor).detach()  # type: ignore[union-attr]
+
+
+def _multiplied_out(weight: QuantisedWeight, names: Sequence[str], how: How) -> Iterator[tuple[str, Tensor]]:
+    """A quantised weight with adapters in it as the plain base has it: name and tensor; also a bias of its own."""
+    here = [] if weight.layer is None else [name for name in names if name in weight.layer.r]
+    if weight.layer is None or not here:
+        plain = weight.multiplied_out(how.dense or torch.float32)
+    else:
+        plain = sum_of_updates(weight.layer, here, how)[0]
+    yield weight.name, plain._parameters["weight"].detach()  # type: ignore[union-attr]
+    if weight.loose_bias is not None:
+        yield weight.name.removesuffix("weight") + "bias", weight.loose_bias.detach()
 
 
 def check_unmergeable(model: nn.Module, names: Sequence[str]) -> None:
@@ -247,7 +291,7 @@ def check_unmergeable(model: nn.Module, names: Sequence[str]) -> None:
     """
     for path, layer in layers(model):
         lost = [name for name in names if name in layer.merged_adapters]
-        if lost and layer.kept is None:
+        if lost and not keeps_base(layer):
             raise MergeError(
                 f"Adapter {lost[0]!r} was merged with keep_base=False, so the bits of {path} are gone. "
                 "Load the base anew."
@@ -263,7 +307,7 @@ def _check_mergeable(model: nn.Module, names: Sequence[str], untie: bool) -> Non
         twice = [name for name in here if name in layer.merged_adapters]
         if twice:
             raise MergeError(f"Adapter {twice[0]!r} is merged already. Unmerge it first.")
-        if here and layer.merged_adapters and layer.kept is None:
+        if here and layer.merged_adapters and not keeps_base(layer):
             raise MergeError(
                 f"{path} holds {', '.join(layer.merged_adapters)}, merged with keep_base=False, so its base is gone. "
                 "Load the base anew and merge all adapters in one call."
@@ -291,66 +335,11 @@ def _check_variants(model: nn.Module, names: Sequence[str]) -> None:
         for name in names:
             if name in layer.r and not variant_named(layer.variant[name]).mergeable:
                 raise MergeError(f"Adapter {name!r} at {path} is {layer.variant[name]}, which cannot be merged.")
-
-
-def _sum_of_updates(layer: LoraLayer, names: Sequence[str], in_place: bool) -> tuple[Any, Tensor, Tensor]:
-    """What to store for W₀ + Σ update, with W₀ (out, in) and the exact sum (out, in).   [docs/math.md (11)]
-
-    In its place in the model, the weight must also be right for an adapter that moved the base and is not merged. Where
-    the base was moved, the sum begins at the moved weight, so that it is rounded once.
-    """
-    with torch.no_grad():
-        W = layer.read()
-        from_moved = layer.moved_by is not None and (in_place or layer.moved_by in names)
-        start = layer.read(layer.moved_by) if from_moved else W
-        total = torch.zeros_like(W)
-        for name in names:
-            total += layer.addition(name, W)
-        stored = layer.base.write(layer.owner, layer.original(), start + total)
-        if from_moved:
-            total += start - W
-    return stored, W, total
-
-
-def _merged_weight(path: str, layer: LoraLayer, new: Sequence[str], in_place: bool) -> tuple[Any, SiteMerge]:
-    stored, W, total = _sum_of_updates(layer, [*layer.merged_adapters, *new], in_place)
-    after = layer.base.read(layer.owner, stored)
-    if not bool(torch.isfinite(after).all()):
-        raise MergeError(f"Merging {', '.join(new)} at {path} gives NaN or infinite weights. Nothing was changed.")
-    wanted = float(torch.linalg.vector_norm(total))
-    lost = float(torch.linalg.vector_norm(after - (W + total)))
-    changed = float((after != W).float().mean())
-    return stored, SiteMerge(path, 1.0 if wanted == 0 else max(0.0, 1.0 - lost / wanted), changed)
-
-
-@dataclass(frozen=True)
-class _Built:
-    """What a site's weight becomes, ready to be put in place: the thing to store, or a parameter of its own."""
-
-    stored: Any
-    kept: Any
-    own: nn.Parameter | None
-
-
-def _built(layer: LoraLayer, stored: Any, keep_base: KeepBase, untie: bool) -> _Built:
-    kept = layer.kept
-    if keep_base is not False and kept is None:
-        kept = layer.original()
-        kept = kept.to("cpu") if keep_base == "cpu" and not layer.base.quantised else kept
-    weight = layer.owner._parameters.get(layer.slot.parameter)
-    own = None if weight is None or not untie else nn.Parameter(stored, requires_grad=weight.requires_grad)
-    return _Built(stored, kept, own)
-
-
-def _put(layer: LoraLayer, built: _Built, names: Sequence[str]) -> None:
-    owner, parameter = layer.owner, layer.slot.parameter
-    layer.kept = built.kept
-    if built.own is not None:  # the other holder keeps the old one
-        layer.tied_weight = owner._parameters[parameter] if layer.tied_weight is None else layer.tied_weight
-        owner._parameters[parameter] = built.own
-    else:
-        layer.base.place(owner, parameter, built.stored)
-    layer.merged_adapters = [*layer.merged_adapters, *names]
+        if layer.original_bias() is None and brings_bias(layer, names):
+            raise MergeError(
+                f"Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias: {path} has no "
+                "place for the adapter's."
+            )
 
 
 def _copied_tensors(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from lorakit.core.bases import base_of
 from lorakit.core.inits import Init
 from lorakit.core.layer import LoraLayer
-from lorakit.core.merging import stored_for
+from lorakit.core.merged_weight import place as put_in_place
+from lorakit.core.merged_weight import stored_for
 from lorakit.core.residual import what_is_left
 from lorakit.core.sitemap import Place, SiteMap
 from lorakit.errors import ConfigError
@@ -38,10 +39,17 @@ def check_can_move(site_map: SiteMap, place: Place, init: Init | None = None) ->
             f"{place.path}: this init moves the base weight, which adapter {who!r} has moved or is merged into. Detach "
             "or unmerge it first, or use an init that leaves the base alone."
         )
+    sharing = site_map.shared.get(id(module._parameters.get(place.slot.parameter)), [])
+    if sharing or len(site_map.parents.get(id(site_map.modules[place.outer]), ())) > 1:
+        other = next((path for path in sharing if path != place.outer), "another place")
+        raise ConfigError(
+            f"{place.path} shares its weight with {other}, and this init would move it for both. Leave the module out, "
+            "or use an init that leaves the base alone."
+        )
     if init is not None and base_of(module, place.slot.parameter).quantised and not init.requantises:
         raise ConfigError(
-            f"{place.path}: init_lora_weights is {init.name!r}, which needs the weight in float32, float16 or bfloat16, "
-            "and this one is quantised: what is left would be rounded a second time. Attach to the base as it was "
+            f"{place.path}: init_lora_weights is {init.name!r}, which needs the weight in float32, float16 or "
+            "bfloat16, and this one is quantised: what is left would be rounded a second time. Attach to the base as it was "
             "before it was quantised, or use True."
         )
 
@@ -55,9 +63,7 @@ def moved_base(site_map: SiteMap, place: Place, factors: tuple[Tensor, Tensor], 
         factors: A (r, in) and B (out, r).
         scale: s.
     """
-    module, parameter = site_map.holder(place), place.slot.parameter
-    standing, base = site_map.layer(place), base_of(module, parameter)
-    W = standing.read() if standing is not None else base.read(module, base.stored(module, parameter))
+    W = site_map.weight(place)
     return written(site_map, place, what_is_left(place.kind, place.slot, W, factors, scale))
 
 
@@ -76,6 +82,6 @@ def give_base_back(layer: LoraLayer) -> None:
         layer: A site whose base was moved.
     """
     layer.moved_by = layer.moved = layer.initial = None
-    layer.base.place(layer.owner, layer.slot.parameter, stored_for(layer, layer.merged_adapters))
+    put_in_place(layer, stored_for(layer, layer.merged_adapters))
     if not layer.merged_adapters:
         layer.kept = None

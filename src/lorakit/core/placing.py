@@ -5,6 +5,7 @@ On a model it passes the same checks and takes the same way as an adapter that i
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -13,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.config import CONFIG_FILE, scale
+from lorakit.config import scale
 from lorakit.core.bases import base_of
 from lorakit.core.gains import Reading
 from lorakit.core.kinds import kind_named
 from lorakit.core.loading import AdapterFiles, place_adapter
 from lorakit.core.loose import LooseAdapter
-from lorakit.core.sidecar import FORMAT_VERSION, METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE, Sidecar
+from lorakit.core.saving import SavedAdapter, write_files
+from lorakit.core.sidecar import FORMAT_VERSION, METADATA_KEY, Sidecar
 from lorakit.core.sitemap import INSIDE, survey
 from lorakit.core.tensorfile import TensorFile, encode
-from lorakit.durable import json_bytes, publish_directory, sha256_bytes, write_bytes, write_json
+from lorakit.durable import json_bytes, publish_directory
 from lorakit.errors import AdapterError, UsageError
 
 
@@ -45,16 +47,19 @@ def put(model: nn.Module, adapter: LooseAdapter, name: str) -> None:
     place_adapter(model, files, name, False, ("odd_scale",))
 
 
-def write(adapter: LooseAdapter, folder: str | os.PathLike[str], *, allow: Collection[str] = ()) -> str:
-    """Write an adapter into a new folder, in PEFT's format with `lorakit.json`; nothing is left of it on an error.
+def write(
+    adapter: LooseAdapter, folder: str | os.PathLike[str], *, replace: bool = False, allow: Collection[str] = ()
+) -> SavedAdapter:
+    """Write an adapter into a folder, in PEFT's format with `lorakit.json`.
 
     Args:
         adapter: What to write.
-        folder: Where; nothing but an empty folder may stand there.
+        folder: Where; a new one, of which nothing is left on an error, unless `replace` is set.
+        replace: Write over an adapter that stands there, file by file.
         allow: Refusals to lift: "nonfinite".
 
     Returns:
-        SHA-256 of the weights.
+        What was written.
 
     Raises:
         UsageError: Something stands there.
@@ -62,26 +67,20 @@ def write(adapter: LooseAdapter, folder: str | os.PathLike[str], *, allow: Colle
         DiskError: The disk refuses.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: is not an empty folder; nothing is overwritten. Give a new one.")
     tensors = adapter.tensors()
     if "nonfinite" not in allow:
         _check_finite(tensors)
     weights = encode(tensors, {"format": "pt", METADATA_KEY: str(FORMAT_VERSION)})
     config = json_bytes({**adapter.config.as_json(), "inference_mode": True})
-    about: dict[str, Any] = {
-        **adapter.facts,
-        "format_version": FORMAT_VERSION,
-        "weights": {"file": WEIGHTS_FILE, "sha256": sha256_bytes(weights), "bytes": len(weights)},
-        "config": {"file": CONFIG_FILE, "sha256": sha256_bytes(config)},
-        "base": None if adapter.base is None else adapter.base.as_dict(),
-        "sites": _sites(adapter),
-    }
+    base = None if adapter.base is None else adapter.base.as_dict()
+    about: dict[str, Any] = {**adapter.facts, "base": base, "sites": _sites(adapter)}
+    if replace:
+        return write_files(folder, config, weights, about)
     with publish_directory(folder) as fresh:
-        write_bytes(fresh / CONFIG_FILE, config)
-        write_bytes(fresh / WEIGHTS_FILE, weights)
-        write_json(fresh / SIDECAR_FILE, about)
-    return sha256_bytes(weights)
+        saved = write_files(fresh, config, weights, about)
+    return dataclasses.replace(saved, folder=folder)
 
 
 def reader_of(model: nn.Module) -> Callable[[str], Reading]:

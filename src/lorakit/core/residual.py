@@ -1,7 +1,7 @@
 """Adapters whose init moved the base: what the base becomes, and the same adapter as plain LoRA on the original.
 
-Such an adapter acts on W − s·B₀·A₀, where B₀ and A₀ are its factors before training. On the original W it is plain LoRA of
-twice the rank, exactly. Everything here is about one site's tensors and one config; files and models are elsewhere.
+Such an adapter acts on W − s·B₀·A₀, where B₀ and A₀ are its factors before training. On the original W it is plain LoRA
+of twice the rank, exactly. Everything here is about one site's tensors and one config; files and models are elsewhere.
 """
 
 from __future__ import annotations

@@ -115,6 +115,7 @@ class AdapterState:
         configs: Adapter name -> its config.
         default: The route where no scoped override is in force.
         frozen: The base's parameters with the `requires_grad` they had before the first adapter came.
+        held: The base's modules that are kept from rewriting their own weight while adapters are here.
     """
 
     def __init__(self) -> None:
@@ -122,6 +123,7 @@ class AdapterState:
         self.default: Route = BASE
         self._joined: tuple[str, ...] = ()  # adapters that are in the default because they were merged
         self.frozen: list[tuple[torch.nn.Parameter, bool]] = []
+        self.held: list[torch.nn.Module] = []
         self._open: dict[int, int] = {}  # thread -> overrides open in it
         # Threads that were told of an override elsewhere; not their numbers, which come again.
         self._told: weakref.WeakSet[threading.Thread] = weakref.WeakSet()

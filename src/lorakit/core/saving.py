@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, LoraConfig, TaskType
 from lorakit.core.checks import check_allowances, check_known
 from lorakit.core.fingerprinting import fingerprint
-from lorakit.core.keys import adapter_tensors
+from lorakit.core.saved_form import INITIAL_FILE, Form, saved_form
 from lorakit.core.sidecar import FORMAT_VERSION, METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
 from lorakit.core.sitemap import layers, state_of, survey
 from lorakit.core.tensorfile import encode
@@ -49,8 +49,12 @@ def save_adapter(
     base_model_name_or_path: str | None = None,
     facts: dict[str, Any] | None = None,
     allow: Collection[str] = (),
+    form: Form = "plain",
 ) -> SavedAdapter:
     """Write one adapter as PEFT's two files and `lorakit.json`.
+
+    One whose init moved the base (PiSSA and its like) is written as plain LoRA of twice the rank, which any program
+    reads onto the original base; `load_adapter` makes it what it was where it is trained on.
 
     Args:
         model: The adapted model; only read. A merged adapter is saved as it is.
@@ -59,43 +63,61 @@ def save_adapter(
         base_model_name_or_path: What the user gave as the base; None keeps the config's own.
         facts: More for `lorakit.json` (training facts, hashes of the tokenizer); plain JSON values.
         allow: Refusals to lift: "nonfinite".
+        form: "trained" writes such an adapter as it is, with the rank that it has, and its first factors beside it.
 
     Returns:
         What was written.
 
     Raises:
-        AdapterError: There is no such adapter, or its numbers are not finite.
+        AdapterError: There is no such adapter, its numbers are not finite, or it has no plain form.
         DiskError: The disk refuses; files that stood there are whole.
         ConfigError: A word in `allow` is unknown.
     """
     check_allowances(allow)
-    state = state_of(model)
-    check_known(state, [name])
-    tensors = adapter_tensors(model, name)
+    check_known(state_of(model), [name])
+    found = saved_form(model, name, form)
     if "nonfinite" not in allow:
-        _check_finite(name, tensors)
-    config = _config_on_disk(model, state.configs[name], base_model_name_or_path)
-    weights = encode(tensors, {"format": "pt", METADATA_KEY: str(FORMAT_VERSION)})
-    folder = Path(folder)
+        _check_finite(name, found.tensors)
+    config = _config_on_disk(model, found.config, base_model_name_or_path)
+    weights = encode(found.tensors, {"format": "pt", METADATA_KEY: str(FORMAT_VERSION)})
+    about = {**(facts or {}), **found.about, "base": fingerprint(model).as_dict(), "sites": found.sites}
+    if found.initial is not None:
+        write_bytes(Path(folder) / INITIAL_FILE, found.initial)
+    written = write_files(Path(folder), config, weights, about)
+    if found.initial is None:
+        (Path(folder) / INITIAL_FILE).unlink(missing_ok=True)
+        return written
+    return dataclasses.replace(written, files=(*written.files, INITIAL_FILE))
+
+
+def write_files(folder: Path, config: bytes, weights: bytes, about: Mapping[str, Any]) -> SavedAdapter:
+    """Write the three files of an adapter; older ones are replaced so that no crash leaves what cannot be read.
+
+    Args:
+        folder: Where; it is made when it is missing.
+        config: Content of `adapter_config.json`.
+        weights: Content of `adapter_model.safetensors`.
+        about: For `lorakit.json`, beside what it says of the two: base, sites, facts.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DiskError: The disk refuses; files that stood there are whole.
+    """
     present = folder / WEIGHTS_FILE
-    about = {
-        **(facts or {}),
+    words = {
+        **about,
         "format_version": FORMAT_VERSION,
         "weights": {"file": WEIGHTS_FILE, "sha256": sha256_bytes(weights), "bytes": len(weights)},
         "config": {"file": CONFIG_FILE, "sha256": sha256_bytes(config)},
-        "base": fingerprint(model).as_dict(),
-        "sites": {
-            path: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])}
-            for path, layer in layers(model)
-            if name in layer.r
-        },
     }
     if present.is_file():  # between two renames old weights stand beside new words: both are named until the end
-        between = {**about, "weights": {**about["weights"], "previous_sha256": sha256_file(present)}}
+        between = {**words, "weights": {**words["weights"], "previous_sha256": sha256_file(present)}}
         write_json(folder / SIDECAR_FILE, between)
     write_bytes(folder / CONFIG_FILE, config)
     write_bytes(present, weights)
-    write_json(folder / SIDECAR_FILE, about)
+    write_json(folder / SIDECAR_FILE, words)
     return SavedAdapter(folder, (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE), len(weights), sha256_bytes(weights))
 
 

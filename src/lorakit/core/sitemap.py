@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.bases import base_of
+from lorakit.core.bases import Base, base_of
 from lorakit.core.extras import BiasSwitch, ModuleCopies
 from lorakit.core.kinds import INNER, Kind, Slot, kind_of
 from lorakit.core.layer import LoraLayer
@@ -101,14 +103,33 @@ class SiteMap:
         owner = self.base(place.outer)
         return inner_base(owner, place.child) if place.child else owner
 
+    @cached_property
+    def shared(self) -> dict[int, list[str]]:
+        """Id of each parameter that several modules of the base hold -> their paths."""
+        held: dict[int, list[str]] = {}
+        for path in self.modules:
+            for parameter in self.base(path)._parameters.values():
+                if parameter is not None:
+                    held.setdefault(id(parameter), []).append(path)
+        return {key: paths for key, paths in held.items() if len(paths) > 1}
+
+    def weight(self, place: Place) -> Tensor:
+        """The base weight at a place without anything merged, canonical (out, in), fp32 or wider."""
+        standing, module, parameter = self.layer(place), self.holder(place), place.slot.parameter
+        if standing is not None:
+            return standing.read()
+        base = base_of(module, parameter)
+        return base.read(module, base.stored(module, parameter))
+
     def layer(self, place: Place) -> LoraLayer | None:
         """The layer that stands at a place already, or None."""
         if place.child:
             inside = self.base(place.outer)._modules[place.child]
             return inside if isinstance(inside, LoraLayer) else None
         standing = self.modules[place.outer]
-        chain = standing.chain() if isinstance(standing, LoraLayer) else ()
-        return next((layer for layer in chain if layer.slot.parameter == place.slot.parameter), None)
+        while isinstance(standing, LoraLayer) and standing.slot.parameter != place.slot.parameter:
+            standing = standing.base_layer
+        return standing if isinstance(standing, LoraLayer) else None
 
     def put(self, place: Place, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
         """Stand a new layer at a place.
@@ -221,18 +242,86 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
         Name without any trace of adapters, tensor (…) of any shape, and the module that holds it. Shared
         parameters come once per name; buffers that are not saved are left out.
     """
-    originals = {(id(layer.owner), layer.slot.parameter): layer for _, layer in layers(model)}
+    originals = {(id(layer.source), layer.slot.parameter): layer for _, layer in layers(model)}
     for path, module in _plain_modules(model, ""):
         old = _old_biases(module)
         prefix = f"{path}." if path else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 layer = originals.get((id(module), name))
-                tensor = layer.original() if layer is not None else old.get(name, parameter)
+                if layer is not None:
+                    tensor = layer.base.tensors(layer.original())[0]
+                elif name == "bias" and (id(module), "weight") in originals:
+                    kept = originals[id(module), "weight"].kept_bias
+                    tensor = old.get(name, parameter if kept is None else kept)
+                else:
+                    tensor = old.get(name, parameter)
                 yield prefix + name, tensor, module
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield prefix + name, buffer, module
+
+
+@dataclass(frozen=True)
+class QuantisedWeight:
+    """A weight of the base that is stored in fewer bits, as it was before any merge.
+
+    Attributes:
+        name: The name that it has in the plain base.
+        packed: The name of its packed numbers in `base_tensors`.
+        module: The module that holds it.
+        base: How it is stored.
+        stored: What is stored.
+        layer: The layer around the module, or None.
+    """
+
+    name: str
+    packed: str
+    module: nn.Module
+    base: Base
+    stored: Any
+    layer: LoraLayer | None
+
+    @property
+    def loose_bias(self) -> Tensor | None:
+        """The module's bias, (out,), where it is no parameter of it."""
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, Tensor) and "bias" not in self.module._parameters else None
+
+    def multiplied_out(self, dtype: torch.dtype) -> nn.Module:
+        """The plain module that computes the same, in the dtype of its products or, where it has none, in `dtype`."""
+        return self.base.dense(self.module, self.base.read(self.module, self.stored), dtype)
+
+
+def quantised_weights(model: nn.Module) -> Iterator[QuantisedWeight]:
+    """Every weight of a base that is stored in fewer bits.
+
+    Args:
+        model: A model with or without adapters.
+    """
+    standing = {id(layer.source): layer for _, layer in layers(model)}
+    rows: dict[tuple[type, type], Base] = {}
+    for path, module in _plain_modules(model, ""):
+        key = (type(module), type(module._parameters.get("weight")))
+        row = rows.setdefault(key, rows[key] if key in rows else base_of(module))
+        if row.quantised:
+            prefix = f"{path}." if path else ""
+            packed = next(name for name in ("weight", *module._parameters) if name in module._parameters)
+            layer = standing.get(id(module))
+            stored = layer.original() if layer is not None else row.stored(module, "weight")
+            yield QuantisedWeight(f"{prefix}weight", prefix + packed, module, row, stored, layer)
+
+
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype in which a base computes, as its first plain parameter of floats has it; fp32 where there is none.
+
+    Args:
+        model: A model with or without adapters.
+    """
+    for _, tensor, module in base_tensors(model):
+        if tensor.is_floating_point() and not base_of(module).quantised:
+            return tensor.dtype
+    return torch.float32
 
 
 def holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
@@ -252,7 +341,7 @@ def _old_biases(module: nn.Module) -> dict[str, Tensor]:
 def _plain_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """The base's modules under the paths they have without adapters; one that stands in two places comes twice."""
     if isinstance(module, LoraLayer):
-        module = module.owner
+        module = module.source
     elif isinstance(module, ModuleCopies):
         module = module.original_module
     yield path, module

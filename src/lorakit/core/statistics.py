@@ -73,7 +73,9 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     """
     file = read_tensors(path)
     if file.metadata.get(KEY) != "1":
-        raise AdapterFileError(f"{path}: this is no file of statistics that `Statistics.save` wrote. Collect them anew.")
+        raise AdapterFileError(
+            f"{path}: this is no file of statistics that `Statistics.save` wrote. Collect them anew."
+        )
     try:
         values = json.loads(file.metadata["config"])
         known = {field.name for field in dataclasses.fields(LoraConfig)}

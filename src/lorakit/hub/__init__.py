@@ -9,6 +9,7 @@ from lorakit.hub.adapters import adapter_from_hub
 from lorakit.hub.calibration import Calibration, DtypeChoice, calibrate, choose_dtype
 from lorakit.hub.models import load_model, load_tokenizer
 from lorakit.hub.packaged import PACKAGED, packaged_directory
+from lorakit.hub.quantising import quantiser_facts, require_quantiser
 from lorakit.hub.saving import save_model
 from lorakit.hub.shapes import shape_of, shape_of_module
 from lorakit.hub.sources import ModelSource, require, resolve
@@ -26,7 +27,9 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "packaged_directory",
+    "quantiser_facts",
     "require",
+    "require_quantiser",
     "resolve",
     "save_model",
     "shape_of",

@@ -1,6 +1,7 @@
 """Loading models and tokenizers: safetensors only, no code from a model's folder, nothing left at random.
 
-Knows nothing of adapters; what is loaded is the user's model, in eval mode.
+Knows nothing of adapters; what is loaded is the user's model, in eval mode. How a base is stored in fewer bits is
+`quantising`'s business.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import ConfigError, ModelError
+from lorakit.hub.quantising import loading_options, refuse_twice, require_quantiser, settle
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.hub.sources import ModelSource, require, resolve
+from lorakit.plan.quantised import Quantization
 
 if TYPE_CHECKING:
     import torch
@@ -34,39 +37,56 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     task: str = "causal",
+    quantization: str | Quantization | None = None,
 ) -> Any:
     """Load a model with its weights.
 
     Args:
         model: What `resolve` takes, or what it gave.
-        dtype: "auto" (as in the file), a name of `DTYPES`, or a torch dtype.
+        dtype: "auto" (as in the file), a name of `DTYPES`, or a torch dtype; of a quantised model that of its
+            products and of what is not quantised.
         device: Where the weights go.
         task: A key of `TASKS`. For "classification" a head that the file lacks is made fresh.
+        quantization: Store the linear layers in fewer bits: a `Quantization`, or its name.
 
     Returns:
         The model, in eval mode.
 
     Raises:
-        ConfigError: No such dtype or task.
-        ModelError: There is no such model, it has no safetensors weights, a file is damaged, or weights are missing.
+        ConfigError: No such dtype, task or quantisation, or the files are quantised already.
+        ModelError: There is no such model, it has no safetensors weights, a file is damaged, weights are missing, or
+            it cannot be quantised so.
+        MissingExtra: The quantiser's package is not installed.
     """
     if task not in TASKS:
         raise ConfigError(f"task is {task!r}; allowed: {', '.join(TASKS)}.")
+    stored = Quantization(quantization) if isinstance(quantization, str) else quantization
+    if stored is not None:
+        require_quantiser(stored)
     wanted = _dtype(dtype)
     source = model if isinstance(model, ModelSource) else resolve(model)
     require(source)
     import transformers
 
     with quiet_transformers(bars=source.kind == "hub"):
+        config = _call(source, transformers.AutoConfig.from_pretrained)
+        options: dict[str, Any] = {"device_map": {"": device}} if refuse_twice(config, stored, source) else {}
+        if stored is not None:
+            wanted = (config.dtype or _dtype("float32")) if wanted == "auto" else wanted
+            options = loading_options(stored, wanted, device)
         loaded, report = _call(
             source,
             getattr(transformers, TASKS[task]).from_pretrained,
             dtype=wanted,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
-    _check_report(source, report, task)
-    return loaded.to(device).eval()
+        _check_report(source, report, task)
+        if "device_map" not in options:
+            loaded = loaded.to(device)
+        settle(loaded, stored, source)
+    return loaded.eval()
 
 
 def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> Any:

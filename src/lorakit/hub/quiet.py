@@ -1,9 +1,13 @@
-"""Keeps transformers from drawing bars and logging over our own output while it loads something."""
+"""Keeps transformers, and the quantisers that it imports, from logging over our own output while it loads."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
+
+_CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
+"""Loggers that speak when a quantiser is imported, which transformers does whenever one is installed."""
 
 
 @contextlib.contextmanager
@@ -16,15 +20,23 @@ def quiet_transformers(*, bars: bool = False) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    from transformers.utils import logging
-
-    verbosity, drew_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if not bars:
-        logging.disable_progress_bar()
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        yield
+        from transformers.utils import logging as own
+
+        verbosity, drew_bars = own.get_verbosity(), own.is_progress_bar_enabled()
+        own.set_verbosity_error()
+        if not bars:
+            own.disable_progress_bar()
+        try:
+            yield
+        finally:
+            own.set_verbosity(verbosity)
+            if drew_bars and not bars:
+                own.enable_progress_bar()
     finally:
-        logging.set_verbosity(verbosity)
-        if drew_bars and not bars:
-            logging.enable_progress_bar()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

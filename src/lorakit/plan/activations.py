@@ -8,10 +8,11 @@ input; it is the factor A that makes an input live. What depends on the whole vo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorakit.plan.job import Job
 from lorakit.plan.params import Count, SiteCount
+from lorakit.plan.quantised import StoredBase
 from lorakit.plan.shapes import ModelShape, SiteShape, block_of
 
 _FP32, _INDEX = 4, 8
@@ -150,7 +151,7 @@ def family_of(shape: ModelShape) -> tuple[Family, bool]:
     return (_GPT2 if shape.causal else _BERT), False
 
 
-def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Activations:
+def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: StoredBase | None = None) -> Activations:
     """Bytes kept while an adapter is trained on a frozen base.   [docs/math.md (24)]
 
     Args:
@@ -158,16 +159,18 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Acti
         counted: The adapter's sites.
         dropout: `lora_dropout`: above 0 each site keeps its own dropped input and the noise.
         job: Batch, length, dtype.
+        base: How the base is stored in fewer bits, or None.
     """
     family, is_known = family_of(shape)
     by_block = dict.fromkeys(_inner(shape, counted), family.block(shape, job))
     outside = job.batch_tokens * family.last_norm(shape.hidden, job.dtype_bytes)
-    for block, kept in _of_sites(shape, counted.sites, dropout, job):
+    for block, kept in (*_of_sites(shape, counted.sites, dropout, job), *_of_base(shape, counted, dropout, job, base)):
         if block in by_block:
             by_block[block] += kept
-        else:
+        elif block is None:  # blocks below the first adapted one keep nothing
             outside += kept
-    return _gathered(shape, job, (family, is_known), by_block, outside)
+    found = _gathered(shape, job, (family, is_known), by_block, outside)
+    return found if base is None else replace(found, transient=found.transient + _multiplied_out(counted, job, base))
 
 
 def of_full(shape: ModelShape, job: Job) -> Activations:
@@ -204,12 +207,16 @@ def _inner(shape: ModelShape, counted: Count) -> tuple[str, ...]:
 def _of_sites(
     shape: ModelShape, sites: tuple[SiteCount, ...], dropout: float, job: Job
 ) -> Iterable[tuple[str | None, int]]:
-    """Block and bytes: inputs of A, then for each site what lies between A and B, and casts of both."""
+    """Block and bytes: inputs of A, then for each site what lies between A and B, and casts of both.
+
+    An A that LoRA-FA froze needs no input, only dropout's noise.
+    """
     tokens, number = job.batch_tokens, job.dtype_bytes
     dense = [site for site in sites if site.kind != "Embedding"]
-    inputs = dense if dropout else _distinct_inputs(shape, dense)
+    inputs = dense if dropout else _distinct_inputs(shape, [site for site in dense if not site.frozen])
     for site in inputs:
-        yield block_of(site.path), (2 if dropout else 1) * number * tokens * site.in_features
+        copies = 0 if isinstance(site, SiteCount) and site.frozen else 1
+        yield block_of(site.path), (copies + bool(dropout)) * number * tokens * site.in_features
     for site in sites:
         kept = number * tokens * site.rank
         if site.kind == "Embedding":
@@ -221,6 +228,34 @@ def _of_sites(
         yield block_of(site.path), kept
 
 
+def _of_base(
+    shape: ModelShape, counted: Count, dropout: float, job: Job, base: StoredBase | None
+) -> Iterable[tuple[str | None, int]]:
+    """Block and bytes that the products with a quantised base keep: the weight multiplied out, or inputs of their own.
+
+    An input that a factor A keeps anyway is the same tensor, unless A sees it dropped.
+    """
+    if base is None or base.storage.keeps == "nothing":
+        return
+    if base.storage.keeps == "weight":
+        for site in base.sites:
+            yield block_of(site.path), job.dtype_bytes * site.weight_parameters
+        return
+    learning = [] if dropout else [s for s in counted.sites if s.kind != "Embedding" and not s.frozen]
+    of_factors = _distinct_inputs(shape, learning)
+    kept = {_input_of(site.path) for site in of_factors}
+    for quantised in _distinct_inputs(shape, base.sites):
+        if _input_of(quantised.path) not in kept:
+            yield block_of(quantised.path), job.dtype_bytes * job.batch_tokens * quantised.in_features
+
+
+def _multiplied_out(counted: Count, job: Job, base: StoredBase) -> int:
+    """The largest weight in the dtype of its product, for as long as that takes; for DoRA's norm in fp32."""
+    if counted.magnitudes:
+        return _FP32 * base.largest
+    return 0 if base.storage.keeps == "weight" else job.dtype_bytes * base.largest
+
+
 def _distinct_inputs(
     shape: ModelShape, sites: Iterable[SiteCount] | Iterable[SiteShape]
 ) -> list[SiteCount | SiteShape]:
@@ -230,10 +265,14 @@ def _distinct_inputs(
     for site in sites:
         if fused and site.path.endswith(ATTENTION_OUTPUTS):
             continue
-        parent, _, name = site.path.rpartition(".")
-        shared = next((group[0] for group in SHARED_INPUTS if name in group), name)
-        found.setdefault((parent, shared), site)
+        found.setdefault(_input_of(site.path), site)
     return list(found.values())
+
+
+def _input_of(path: str) -> tuple[str, str]:
+    """What tells one input tensor from another: the parent, and the first of the sites that read the same tensor."""
+    parent, _, name = path.rpartition(".")
+    return parent, next((group[0] for group in SHARED_INPUTS if name in group), name)
 
 
 def _gathered(

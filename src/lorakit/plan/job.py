@@ -8,12 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorakit.errors import ConfigError, nearest
+from lorakit.plan.quantised import storage_named
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 """Bytes of one number by dtype."""
 
 DTYPE_WORDS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 """Short words for the dtypes."""
+
+OPTIMIZERS = ("adamw", "lorafa")
+"""AdamW over all trained numbers; LoRA-FA: the factor that does not begin at zero is frozen, AdamW over the rest."""
 
 UTILISATION = 0.4
 """Share of a bare matrix product's speed that a training step of a plain transformers model reaches on a CPU.
@@ -33,11 +37,13 @@ class Job:
         accumulation: Batches of an optimizer step.
         steps: Optimizer steps, or None where that is not known.
         dtype: In which the base is held and computed with.
-        optimizer: Only "adamw": two fp32 moments for each trained number.
+        optimizer: "adamw" or "lorafa": two fp32 moments for each trained number; lorafa trains one factor of two.
         gradient_checkpointing: Keep only the input of each block and compute the rest again in the backward.
+        quantization: A name of `plan.quantised.STORAGES`, or None for a base in `dtype`.
+        double_quantization: Quantise the scales too, where that storage can.
 
     Raises:
-        ConfigError: A number is below 1, or dtype or optimizer is not known.
+        ConfigError: A number is below 1, or dtype, optimizer or quantization is not known.
     """
 
     batch_rows: int = 4
@@ -47,6 +53,8 @@ class Job:
     dtype: str = "bfloat16"
     optimizer: str = "adamw"
     gradient_checkpointing: bool = False
+    quantization: str | None = None
+    double_quantization: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
@@ -54,8 +62,10 @@ class Job:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
-        if self.optimizer != "adamw":
-            raise ConfigError(f"optimizer is {self.optimizer!r}; a plan knows adamw only.")
+        if self.quantization is not None:
+            storage_named(self.quantization)
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(f"optimizer is {self.optimizer!r}; it must be {' or '.join(OPTIMIZERS)}.")
 
     @property
     def batch_tokens(self) -> int:

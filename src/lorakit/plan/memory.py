@@ -14,6 +14,7 @@ from lorakit.plan.activations import Activations
 from lorakit.plan.files import MASTER_BYTES
 from lorakit.plan.job import Job
 from lorakit.plan.params import Count
+from lorakit.plan.quantised import StoredBase, stored
 from lorakit.plan.shapes import ModelShape
 
 RUNTIME_BYTES = 50_000_000
@@ -90,7 +91,9 @@ class _Part:
 
 
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memory:
-    """Bytes of a LoRA step: frozen weights in the job's dtype, fp32 factors, AdamW.   [docs/math.md (20)-(27)]
+    """Bytes of a LoRA step: frozen weights in the job's dtype or quantised, fp32 factors, AdamW.
+
+    By docs/math.md (20) to (28).
 
     Args:
         shape: The base.
@@ -99,20 +102,29 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
         job: Batch, length, dtype, accumulation, checkpointing.
     """
     number, factors = job.dtype_bytes, counted.factors + counted.magnitudes
+    trained = factors - counted.frozen  # LoRA-FA's frozen factors have neither gradient nor moments
     plain = counted.copied + counted.biases  # copies and biases have the base's dtype
     added = f" + {number} × {plain:,}" if plain else ""
-    kept = activations.of_lora(shape, counted, dropout, job)
+    base = stored(shape, job.quantization, number, job.double_quantization) if job.quantization else None
+    kept = activations.of_lora(shape, counted, dropout, job, base)
     parts = {
-        "weights": _Part(f"{number} × {shape.parameters:,}", number * shape.parameters, 20),
+        "weights": _weights(shape, number, base),
         "adapter": _Part(
             f"4 × {factors:,}" + (f" + {number} × {counted.copied:,}" if counted.copied else ""),
             MASTER_BYTES * factors + number * counted.copied,
             21,
         ),
-        "optimizer": _Part(f"2 × (4 × {factors:,}{added})", 2 * (MASTER_BYTES * factors + number * plain), 23),
-        "gradients": _Part(f"4 × {factors:,}{added}", MASTER_BYTES * factors + number * plain, 22),
+        "optimizer": _Part(f"2 × (4 × {trained:,}{added})", 2 * (MASTER_BYTES * trained + number * plain), 23),
+        "gradients": _Part(f"4 × {trained:,}{added}", MASTER_BYTES * trained + number * plain, 22),
     }
     return _memory(shape, kept, parts, job)
+
+
+def _weights(shape: ModelShape, number: int, base: StoredBase | None) -> _Part:
+    if base is None:
+        return _Part(f"{number} × {shape.parameters:,}", number * shape.parameters, 20)
+    formula = f"{number} × {base.rest:,} + {base.size_bytes:,} ({base.storage.name} of {base.numbers:,})"
+    return _Part(formula, number * base.rest + base.size_bytes, 28)
 
 
 def of_full(shape: ModelShape, job: Job) -> Memory:

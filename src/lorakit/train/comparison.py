@@ -10,6 +10,7 @@ from typing import Any
 from lorakit import core, hub
 from lorakit.data import encode, padding_id, read_records
 from lorakit.errors import AdapterFileError, ConfigError, RunError
+from lorakit.plan.quantised import Quantization
 from lorakit.train.defaults import DEFAULTS
 from lorakit.train.evaluation import Evaluation, evaluate
 from lorakit.train.forecast import row_length
@@ -51,6 +52,7 @@ class EvalSettings:
         dtype: "auto", "bfloat16" or "float32".
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         allow: Refusals of `core.load_adapter` to lift.
+        quantization: How to store the base, or None for as it is.
     """
 
     model: str
@@ -61,6 +63,7 @@ class EvalSettings:
     dtype: str = "auto"
     device: str = "auto"
     allow: Collection[str] = ()
+    quantization: Quantization | None = None
 
 
 def compare(settings: EvalSettings, say: Callable[[str], None] = lambda _: None) -> list[Compared]:
@@ -81,6 +84,8 @@ def compare(settings: EvalSettings, say: Callable[[str], None] = lambda _: None)
     """
     if settings.batch_rows < 1:
         raise ConfigError(f"batch_size is {settings.batch_rows}; it must be at least 1.")
+    if settings.quantization is not None:
+        hub.require_quantiser(settings.quantization)
     where = pick_device(settings.device)
     for folder in settings.adapters:
         if not Path(folder).is_dir():
@@ -97,7 +102,7 @@ def compare(settings: EvalSettings, say: Callable[[str], None] = lambda _: None)
         say(line)
     choice = hub.choose_dtype(settings.dtype, hub.calibrate(where) if settings.dtype == "auto" else None)
     say(choice.reason)
-    loaded = hub.load_model(source, choice.dtype, where)
+    loaded = hub.load_model(source, choice.dtype, where, quantization=settings.quantization)
     batches = evaluation_batches(encoded, settings.batch_rows, padding_id(tokenizer))
 
     def measured(name: str) -> Compared:

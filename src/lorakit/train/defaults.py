@@ -128,8 +128,8 @@ DEFAULTS: dict[str, Default] = {
         "a calibration of two seconds picks the faster one on this machine",
     ),
     "quantization": Default(
-        f"Store the base's linear layers in fewer bits: {', '.join(storage.name for storage in STORAGES)}; --dtype is then "
-        "that of the products and of all that is not stored so",
+        f"Store the base's linear layers in fewer bits: {', '.join(storage.name for storage in STORAGES)}; --dtype is "
+        "then that of the products and of all that is not stored so",
         None,
         "the base stays as exact as it is; nf4 takes about a quarter of the memory of bf16 (QLoRA)",
         "none",

@@ -163,6 +163,7 @@ def record(ready: Ready, status: str) -> dict[str, Any]:
         "resolved": {
             "base": request.source.base_name,
             "dtype": ready.planned.dtype,
+            "quantization": request.quantization,
             "device": str(request.device),
             "max_length": request.forecast.max_length,
             **dataclasses.asdict(ready.pace),
@@ -201,6 +202,7 @@ def adapter_facts(ready: Ready) -> dict[str, Any]:
             "data_sha256": dict(request.hashes),
             "seed": request.settings.seed,
             "dtype": ready.planned.dtype,
+            "quantization": request.quantization,
         },
     }
 

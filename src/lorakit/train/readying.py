@@ -17,6 +17,7 @@ from lorakit import core, hub
 from lorakit.core.lorafa import freeze_factors
 from lorakit.core.parameter_groups import Rates, rates_by_name, trained_parts
 from lorakit.errors import ModelError
+from lorakit.plan.quantised import stored
 from lorakit.train import checkpoint
 from lorakit.train.allotting import allotted
 from lorakit.train.loop import Pace, steps_per_epoch
@@ -96,14 +97,23 @@ def make_ready(request: Request, progress: Progress) -> Ready:
     for line in planned.lines:
         progress.say(line)
     model = hub.load_model(request.source, planned.dtype, request.device, quantization=settings.stored_as())
-    own = list(model.parameters())
-    total, base_bytes = sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own)
+    total, base_bytes = request.forecast.shape.parameters, _base_bytes(model, request)
     found = checkpoint.newest_good(request.folder) if settings.resume else checkpoint.Found(None, ())
     notes = _put_adapter(model, request, batches, found, progress)
     trainee = _trainee(model, request, planned.dtype)
     rates = schedule(settings.learning_rate, pace.total_steps, settings.warmup_ratio, settings.lr_scheduler_type)
     state = _take_up(request, trainee, batches, found, planned.dtype, progress)
     return Ready(request, planned, tokenizer, batches, pace, rates, trainee, state, found, total, base_bytes, notes)
+
+
+def _base_bytes(model: torch.nn.Module, request: Request) -> int:
+    """Size of the base in memory; of a quantised one by formula, since its scales are no parameters."""
+    quantization = request.settings.stored_as()
+    if quantization is None:
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+    number = next(p.element_size() for p in model.parameters() if p.is_floating_point())
+    base = stored(request.forecast.shape, quantization.name, number, quantization.double)
+    return number * base.rest + base.size_bytes
 
 
 def make_pace(settings: TrainSettings, batches: RunBatches) -> Pace:
@@ -198,7 +208,7 @@ def _take_up(
     snapshot = checkpoint.load(found.path)
     load_state_tensors(trainee.optimizer, trainee.named, snapshot.optimizer)
     batches.loader.load_state(snapshot.state.data)
-    changed = differences(snapshot.environment, environment(request.device, dtype))
+    changed = differences(snapshot.environment, environment(request.device, dtype, request.quantization))
     if changed:
         progress.say(
             f"This machine differs from the checkpoint's ({'; '.join(changed)}): results are equal within rounding, "

@@ -52,6 +52,12 @@ class Request:
     forecast: Forecast
     lock: int
 
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """How the base is stored in fewer bits, as plain JSON values, or None for as it is."""
+        wanted = self.settings.stored_as()
+        return None if wanted is None else hub.quantiser_facts(wanted)
+
 
 def check(settings: TrainSettings, progress: Progress) -> Request:
     """Refuse what can be refused; nothing is written but an empty folder at the very end.
@@ -71,6 +77,9 @@ def check(settings: TrainSettings, progress: Progress) -> Request:
     if settings.resume:
         settings = resumed({name: getattr(settings, name) for name in settings.model_fields_set})
     settings.lora_config()
+    quantization = settings.stored_as()
+    if quantization is not None:
+        hub.require_quantiser(quantization)
     device = pick_device(settings.device)
     check_place(settings)
     folder = Path(settings.output_dir)

@@ -102,7 +102,7 @@ def _save(ready: Ready, state: TrainState) -> Path:
         optimizer=state_tensors(trainee.optimizer, trainee.named),
         random=tensors,
         random_plain=plain,
-        environment=environment(request.device, ready.planned.dtype),
+        environment=environment(request.device, ready.planned.dtype, request.quantization),
         schedule=dataclasses.asdict(ready.schedule),
     )
 

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from lorakit.config import LoraConfig, TaskType
 from lorakit.errors import ConfigError, nearest
-from lorakit.plan.quantised import Quantization
+from lorakit.plan.quantised import Quantization, stored_as
 from lorakit.train.defaults import DEFAULTS
 
 Dtype = Literal["auto", "bfloat16", "float32"]
@@ -163,7 +163,7 @@ class TrainSettings(BaseModel):
 
     def stored_as(self) -> Quantization | None:
         """How the base shall be stored, or None for as it is."""
-        return None if self.quantization is None else Quantization(self.quantization, self.double_quantization)
+        return stored_as(self.quantization, self.double_quantization)
 
     def lora_config(self) -> LoraConfig:
         """The adapter's config; fields without a train setting keep `LoraConfig`'s defaults.

@@ -130,12 +130,13 @@ def restore_random_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str
         numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
 
 
-def environment(device: torch.device, dtype: str) -> dict[str, Any]:
+def environment(device: torch.device, dtype: str, quantization: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What decides the bits of a result beside the inputs: the same here and there gives the same bits.
 
     Args:
         device: Where the run computes.
         dtype: Precision of the base.
+        quantization: How the base is stored in fewer bits, or None.
 
     Returns:
         Plain values by name.
@@ -148,6 +149,7 @@ def environment(device: torch.device, dtype: str) -> dict[str, Any]:
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
         "dtype": dtype,
+        "quantization": dict(quantization) if quantization else None,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "isa_limit": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),

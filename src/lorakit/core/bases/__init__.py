@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
+from lorakit.core.bases.bitsandbytes import EIGHT_BIT, FOUR_BIT
 from lorakit.core.bases.dense import DENSE, TRANSPOSED
+from lorakit.core.bases.hqq import HQQ
 from lorakit.core.bases.storage import Base, at_least_fp32
+from lorakit.core.bases.torchao import TORCHAO
 
-__all__ = ["BASES", "Base", "at_least_fp32", "base_of"]
+__all__ = ["BASES", "Base", "at_least_fp32", "base_of", "hold_still", "let_go"]
 
-BASES: tuple[Base, ...] = (TRANSPOSED, DENSE)
+BASES: tuple[Base, ...] = (FOUR_BIT, EIGHT_BIT, TORCHAO, HQQ, TRANSPOSED, DENSE)
 
 
 def base_of(module: nn.Module, parameter: str = "weight") -> Base:
@@ -26,3 +31,32 @@ def base_of(module: nn.Module, parameter: str = "weight") -> Base:
                 if dotted in base.types:
                     return base
     return DENSE
+
+
+def hold_still(model: nn.Module) -> list[nn.Module]:
+    """Keep every module of a model from rewriting its own weight in a forward, as some quantisers' do in eval mode.
+
+    Args:
+        model: Any model; numbers stay as they are.
+
+    Returns:
+        The modules that had to be held; `let_go` ends it.
+    """
+    rows: dict[type[nn.Module], Base] = {}
+    held = []
+    for module in model.modules():
+        if type(module) not in rows:
+            rows[type(module)] = base_of(module)
+        if rows[type(module)].hold(module):
+            held.append(module)
+    return held
+
+
+def let_go(modules: Iterable[nn.Module]) -> None:
+    """End what `hold_still` did.
+
+    Args:
+        modules: What it returned.
+    """
+    for module in modules:
+        base_of(module).let_go(module)

@@ -14,6 +14,36 @@ import torch
 from torch import Tensor, nn
 
 
+def one_tensor(stored: Any) -> tuple[Tensor, ...]:
+    """A plain weight, of any shape, consists of itself."""
+    return (stored,)
+
+
+def exact_values(stored: Any, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of a plain weight at places (n,) of it flattened, in fp32 or wider, and errors of nothing, both (n,)."""
+    numbers = at_least_fp32(stored.detach()[torch.unravel_index(places, stored.shape)])
+    return numbers, torch.zeros_like(numbers)
+
+
+def needs_no_hold(_: nn.Module) -> bool:
+    """A plain weight is not rewritten by its module."""
+    return False
+
+
+def lets_nothing_go(_: nn.Module) -> None:
+    """There was nothing to hold."""
+
+
+def linear_with(module: Any, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
+    """A plain nn.Linear in the place of a quantised one: weight (out, in) in a dtype, the same bias and mode."""
+    made = nn.Linear(1, 1, bias=False, device="meta")
+    made.out_features, made.in_features = canonical.shape
+    made.weight = nn.Parameter(canonical.to(dtype), requires_grad=False)
+    if getattr(module, "bias", None) is not None:
+        made.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+    return made.train(module.training)
+
+
 @dataclass(frozen=True)
 class Base:
     """One way a weight is stored.
@@ -29,6 +59,13 @@ class Base:
         place: Module, name, stored thing -> None: puts it into the module; a plain parameter stays the same object.
         clone: Module, name, stored thing -> a shallow clone of the module that holds the thing.
         device: Module, name -> where the weight lies.
+        tensors: Stored thing -> the tensors that it consists of.
+        dense: Module, canonical weight (out, in), dtype -> a plain module to put in its place, whose weight that is.
+        values: Stored thing, places in the canonical weight flattened row after row (of a plain weight: in the weight
+            as it lies), (n,) -> the numbers there, and how far each may be from what was quantised, both (n,); the
+            rest is not multiplied out.
+        hold: Module -> whether it had to be kept from rewriting its own weight in a forward, which it is now.
+        let_go: Module that was held -> None: ends that.
     """
 
     name: str
@@ -41,6 +78,11 @@ class Base:
     place: Callable[[nn.Module, str, Any], None]
     clone: Callable[[nn.Module, str, Any], nn.Module]
     device: Callable[[nn.Module, str], torch.device]
+    tensors: Callable[[Any], tuple[Tensor, ...]] = one_tensor
+    dense: Callable[[nn.Module, Tensor, torch.dtype], nn.Module] = linear_with
+    values: Callable[[Any, Tensor], tuple[Tensor, Tensor]] = exact_values
+    hold: Callable[[nn.Module], bool] = needs_no_hold
+    let_go: Callable[[nn.Module], None] = lets_nothing_go
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:

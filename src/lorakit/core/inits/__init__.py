@@ -1,17 +1,18 @@
 """The table INITS: how a fresh factor is filled.
 
 Each row is a function from a `Blank` to A and B. Most fill the side that learns and leave the kind's zero side at
-zero, so that a fresh adapter changes no output. Others take a part of the base weight into A and B, and the base becomes
-what is left; the layer then keeps the original. Factors are made on the device of their site, in fp32 or wider.
+zero, so that a fresh adapter changes no output. Others take a part of the base weight into A and B, and the base
+becomes what is left; the layer then keeps the original. Factors are made on the device of their site, in fp32 or wider.
 """
 
 from __future__ import annotations
 
 import re
 
+from lorakit.config import LoraConfig
 from lorakit.core.inits.corda import CORDA
 from lorakit.core.inits.eva import EVA
-from lorakit.core.inits.init import Blank, Filled, Init
+from lorakit.core.inits.init import BOTH, Blank, Filled, Init, fresh_bias
 from lorakit.core.inits.loftq import LOFTQ
 from lorakit.core.inits.lora_ga import LORA_GA
 from lorakit.core.inits.mica import MICA
@@ -21,7 +22,7 @@ from lorakit.core.inits.pissa import PISSA
 from lorakit.core.inits.plain import GAUSSIAN, KAIMING, RANDOM
 from lorakit.errors import ConfigError, nearest
 
-__all__ = ["INITS", "Blank", "Filled", "Init", "init_for", "init_named"]
+__all__ = ["INITS", "Blank", "Filled", "Init", "fresh_bias", "init_for", "init_named", "trains_of"]
 
 INITS: tuple[Init, ...] = (
     KAIMING,
@@ -75,3 +76,11 @@ def init_for(name: bool | str, kind: str, path: str) -> Init:
             f"{', '.join(init.kinds)}. Leave the module out, or use True."
         )
     return init
+
+
+def trains_of(config: LoraConfig) -> frozenset[str]:
+    """Which of "A" and "B" an adapter trains, from its config; both where its init is not known here."""
+    try:
+        return init_named(config.init_lora_weights).trains
+    except ConfigError:
+        return BOTH

@@ -26,7 +26,7 @@ def _digest(blank: Blank, collected: Any) -> dict[str, Tensor]:
 
 
 def method_of(blank: Blank) -> str:
-    """ "ipm" or "kpm".
+    """Which of "ipm" and "kpm" the config asks for.
 
     Raises:
         ConfigError: The config says something else.

@@ -16,8 +16,17 @@ from lorakit.errors import ConfigError
 
 BOTH = frozenset({"A", "B"})
 
-MATRICES = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention", "Parameter")
-MATRICES += ("InnerLinear",)
+MATRICES: tuple[str, ...] = (
+    "Linear",
+    "Conv1D",
+    "Embedding",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "MultiheadAttention",
+    "Parameter",
+    "InnerLinear",
+)
 """The kinds whose weight is a matrix, or several side by side, as inits that decompose it need."""
 
 
@@ -122,8 +131,8 @@ class Blank:
         """
         if self.statistics is None:
             raise ConfigError(
-                f"{self.path}: init_lora_weights is {self.config.init_lora_weights!r}, which looks at data, and nothing "
-                "was collected for this site. Give attach the `statistics` that lorakit.core.collect_for makes."
+                f"{self.path}: init_lora_weights is {self.config.init_lora_weights!r}, which looks at data, and "
+                "nothing was collected for this site. Give attach the `statistics` that lorakit.core.collect_for makes."
             )
         return {name: tensor.to(self.device) for name, tensor in self.statistics.items()}
 
@@ -209,3 +218,14 @@ def balanced(blank: Blank, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Te
         raise ConfigError(f"{blank.path}: the scale is 0, so no B·A can stand for a part of the base. Give an alpha.")
     root = (S / abs(blank.scale)).sqrt()
     return root[..., None] * Vh, U * (root if blank.scale > 0 else -root)[..., None, :]
+
+
+def fresh_bias(blank: Blank, random: bool) -> Tensor:
+    """The bias that B begins with, (out,): zeros, or random as a dense layer of r inputs has it.
+
+    Args:
+        blank: The site.
+        random: Whether a fresh adapter shall act.
+    """
+    shape = (blank.slot.out_features, blank.r)
+    return uniform(blank, shape)[:, 0].contiguous() if random else zeros(blank, shape[:1])

@@ -82,6 +82,11 @@ class Kind:
     flat_weight: Callable[[Slot, Tensor], Tensor]
     delta: Callable[[Slot, Tensor, Tensor], Tensor]
 
+    @property
+    def takes_bias(self) -> bool:
+        """Whether B can have a bias (`lora_bias`): where it makes an output of its own out of numbers."""
+        return self.acts_on == "input" and self.drops
+
 
 def channel_axis(slot: Slot) -> int:
     """The axis of a module's output that holds its channels: the last, of a convolution the one before its kernel's."""

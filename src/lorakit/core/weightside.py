@@ -1,0 +1,79 @@
+"""`WeightSideLayer`: a layer whose factors act on a weight for the length of one forward.
+
+For modules that never show what their weight is multiplied with: bare parameters, fused experts, nn.MultiheadAttention.
+One dense weight per adapted weight is made in each forward; the module itself is not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorakit.core.cloning import clone_with
+from lorakit.core.layer import LoraLayer
+from lorakit.core.routing import Route
+from lorakit.errors import RouteError
+
+
+class WeightSideLayer(LoraLayer):
+    """A base module, or a layer around it, one of whose weights has low-rank factors."""
+
+    def adapted(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The owner's output, once, as a clone whose adapted weights have their updates in them.
+
+        Args:
+            route: Which adapters act.
+            args: What the owner takes.
+            kwargs: Likewise.
+
+        Raises:
+            RouteError: Rows of the batch have different adapters.
+        """
+        if route.rows is not None:
+            if len(set(route.rows)) > 1:
+                raise RouteError(
+                    f"The rows of this batch have different adapters, and a {self.kind_name} has one weight for all "
+                    "rows. Run the rows of each adapter on their own with `use`, or leave the module out of them."
+                )
+            route = Route(tuple(filter(None, route.rows[:1])))
+        owner, tensors = self.owner, {}
+        for layer in self.chain():
+            weight = layer.effective(route)
+            if weight is not None:
+                tensors[layer.slot.parameter] = weight
+        clone = clone_with(owner, tensors)
+        for child in self.kind.inner:
+            inside = owner._modules[child]
+            weight = inside.effective(route) if isinstance(inside, WeightSideLayer) else None
+            if weight is not None:
+                clone._modules[child] = clone_with(inside.base_layer, {"weight": weight})  # type: ignore[union-attr, arg-type]
+        return clone(*args, **kwargs)
+
+    def chain(self) -> Iterator[WeightSideLayer]:
+        """The layer and those that stand inside it around the same owner, the outermost first."""
+        layer: nn.Module = self
+        while isinstance(layer, WeightSideLayer):
+            yield layer
+            layer = layer.base_layer
+
+    def effective(self, route: Route) -> Tensor | None:
+        """The weight as it acts under a route, in the base's layout and dtype; None where it lies so already.
+
+        Args:
+            route: Which adapters act, on all rows.
+
+        Returns:
+            (out, in) or as the base stores it, with a graph to A and B.
+        """
+        names = [name for name in route.names if name in self.r]
+        if frozenset(names) == self.inside() == frozenset(self.merged_adapters):
+            return None
+        self.check_kept()
+        W = self.read()
+        total = self.read(self.moved_by) if self.moved_by in names else W
+        for name in names:
+            total = total + self.addition(name, W)
+        stored: Tensor = self.base.write(self.owner, self.original(), total)
+        return stored

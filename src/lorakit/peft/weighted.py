@@ -1,0 +1,215 @@
+"""Combining and converting adapters under PEFT's names and with its signatures.
+
+The numbers come from `lorakit.core`, which keeps what was combined exact under rsLoRA, patterns and DoRA, where PEFT's
+own result is too strong, cannot be loaded again, or drops the magnitudes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorakit import core
+from lorakit.config import LoraConfig
+from lorakit.core.compressing import plain_loose
+from lorakit.core.keys import PREFIX
+from lorakit.core.loose import LooseAdapter, loose_from_model
+from lorakit.core.lowrank import Cut
+from lorakit.core.placing import reader_of, write
+from lorakit.core.sitemap import find_state
+from lorakit.errors import AdapterError, ConfigError, warn_caller
+
+
+def add_weighted_adapter(
+    model: nn.Module,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool = True,
+    svd_driver: str | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+) -> None:
+    """Combine adapters into a new one, which is frozen and not active.
+
+    As in PEFT, one adapter is taken times its weight, whatever the way, and options that a way does not use are
+    passed over. A name that exists is warned about, where PEFT returns in silence.
+
+    Args:
+        model: The adapted model.
+        adapters: Their names.
+        weights: One number each; negative ones subtract.
+        adapter_name: The new adapter's name.
+        combination_type: One of `lorakit.core.WAYS`.
+        svd_rank: Rank of the result, for ways with svd.
+        svd_clamp: Quantile beyond which numbers are cut, for ways with svd.
+        svd_full_matrices: Accepted; it has no effect on the result.
+        svd_driver: Method of torch's decomposition on CUDA.
+        density: Share of the numbers that pruning keeps.
+        majority_sign_method: "total" or "frequency".
+
+    Raises:
+        AdapterError: There is no such adapter, it sits on bare parameters, or the adapters cannot be combined.
+        ConfigError: The way does not exist or lacks something, or the ranks do not fit it.
+    """
+    state = find_state(model)
+    configs: Mapping[str, LoraConfig] = {} if state is None else state.configs
+    if adapter_name in configs:
+        warn_caller(f"There is an adapter {adapter_name!r} already, so nothing was combined. Give another name.")
+        return
+    for name in adapters:
+        if name not in configs:
+            raise AdapterError(f"Adapter {name} does not exist. Adapters here: {', '.join(configs)}.")
+        if configs[name].target_parameters:
+            raise AdapterError(
+                f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter {name!r})"
+            )
+    if combination_type not in core.WAYS:
+        raise ConfigError(f"Invalid combination_type: {combination_type}. There are {', '.join(core.WAYS)}.")
+    if len(adapters) == 1 and not (svd_rank and combination_type.endswith("svd")):
+        combination_type = "cat"  # exact, and of the adapter's own rank
+    options: dict[str, Any] = {"majority_sign": majority_sign_method}
+    if combination_type not in ("svd", "linear", "cat"):
+        options["density"] = _at_most_one(density)
+    if combination_type.endswith("svd"):
+        options |= {"rank": svd_rank, "clamp": svd_clamp, "driver": svd_driver}
+    core.combine(model, list(adapters), list(weights), adapter_name, way=core.Way(combination_type, **options))
+
+
+def _at_most_one(density: float | None) -> float | None:
+    if density is not None and density > 1:
+        warn_caller(f"The density {density} is greater than or equal to 1, no pruning will be performed.")
+        return 1.0
+    return density
+
+
+def reduce_intruder_dimension(
+    peft_model: Any,
+    old_adapter_name: str = "default",
+    new_adapter_name: str = "intruder_reduced",
+    top_k: int = 10,
+    threshold_epsilon: float = 0.5,
+    mitigation_lambda: float = 0.75,
+    logging_sink: Callable[[str], Any] | None = print,
+) -> None:
+    """Add a version of an adapter with weaker intruder dimensions, and make it the active one.
+
+    Args:
+        peft_model: A `PeftModel`.
+        old_adapter_name: The adapter, which stays.
+        new_adapter_name: The new one.
+        top_k: So many of the strongest directions are looked at.
+        threshold_epsilon: An intruder's cosine with every direction of the base is below this.
+        mitigation_lambda: The share of each intruder that stays.
+        logging_sink: Takes one line per site; None says nothing.
+
+    Raises:
+        AdapterError: There is no such adapter, it is DoRA, or the new name is taken.
+        ConfigError: `top_k` is below 1.
+    """
+    say = logging_sink or (lambda line: None)
+    told = core.reduce_intruders(
+        _user_model(peft_model),
+        old_adapter_name,
+        new_adapter_name,
+        top=top_k,
+        threshold=threshold_epsilon,
+        keep=mitigation_lambda,
+    )
+    for site in told:
+        say(f"{site.path}: Intruders: {len(site.indices)}" if site.indices else f"{site.path}: No intruders")
+    say(f"Enabling new adapter {new_adapter_name}")
+    peft_model.set_adapter(new_adapter_name)
+
+
+def convert_to_lora(
+    model: nn.Module,
+    rank: int | float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """An adapter as plain LoRA of scale 1, of another rank or of any variant; the model is only read.
+
+    Args:
+        model: A `PeftModel`, or a model with adapters in it.
+        rank: A rank, or as a float the share of each site's energy to hold, in (0, 1].
+        adapter_name: The adapter.
+        progressbar: Accepted; nothing is drawn.
+        compile_kwargs: Accepted; nothing is compiled.
+
+    Returns:
+        The config, and the tensors, each (r, in) or (out, r), under their names on disk (without PEFT's prefix where
+        the model is no `PeftModel`).
+
+    Raises:
+        TypeError: There is nothing to convert on this model.
+        ConfigError: The rank is out of range, or the adapter trains biases of the base.
+        AdapterError: There is no such adapter.
+        NotYetSupported: It sits on bare parameters.
+    """
+    found = _converted(model, rank, adapter_name)
+    prefix = PREFIX if _user_model(model) is not model else ""
+    return found.config, {prefix + name.removeprefix(PREFIX): tensor for name, tensor in found.tensors().items()}
+
+
+def save_as_lora(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    rank: int | float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """`convert_to_lora`, written into a folder.
+
+    Args:
+        path: The folder; an adapter that stands there is replaced.
+        model: As for `convert_to_lora`; so are the others.
+        rank: As there.
+        adapter_name: As there.
+        progressbar: Accepted; nothing is drawn.
+        compile_kwargs: Accepted; nothing is compiled.
+
+    Raises:
+        TypeError: As `convert_to_lora`.
+        ConfigError: As `convert_to_lora`.
+        AdapterError: As `convert_to_lora`.
+        DiskError: The folder cannot be written.
+    """
+    write(_converted(model, rank, adapter_name), path, replace=True)
+
+
+def _converted(model: nn.Module, rank: int | float, adapter_name: str) -> LooseAdapter:
+    if isinstance(rank, float) and not 0 < rank <= 1:
+        raise ConfigError(
+            f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}."
+        )
+    if rank == 0:
+        raise ConfigError("Passing a rank of 0 doesn't make sense, please pass a valid value.")
+    inner = _user_model(model)
+    state = find_state(inner)
+    if state is None:
+        raise TypeError("Could not detect any layer that supports LoRA conversion.")
+    loose = loose_from_model(inner, adapter_name)
+    smallest = min(min(f.A[0].numel(), f.B.shape[0]) for f in loose.factors.values())
+    if isinstance(rank, int) and rank > smallest:
+        raise ConfigError(
+            f"The chosen rank {rank} is larger than the weight shape ({smallest}), please choose a lower rank."
+        )
+    if not loose.config.use_dora:
+        warn_caller("Converting a PEFT adapter to LoRA that is already a LoRA adapter; its rank may change.")
+    cut = Cut(energy=rank) if isinstance(rank, float) else Cut(rank=rank)
+    return plain_loose(loose, cut, reader_of(inner))[0]
+
+
+def _user_model(model: Any) -> nn.Module:
+    """The user's own model inside a wrapper, or the model itself."""
+    inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner
