@@ -119,3 +119,17 @@ def test_a_published_model_is_planned_at_once_and_without_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert "811,008" in done.stdout
     assert time.perf_counter() - began < 3  # a third of a second on an idle machine
+
+
+def test_lorafa_trains_one_factor_of_two(capsys: pytest.CaptureFixture[str]) -> None:
+    plans = []
+    for optimizer in ("adamw", "lorafa"):
+        assert main(["plan", "gpt2", "--r", "8", "--optimizer", optimizer, "--json"]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    whole, half = ({line["cause"]: line["size_bytes"] for line in p["lora"]["memory"]["lines"]} for p in plans)
+    assert half["adapter"] == whole["adapter"]
+    assert half["optimizer"] == 8 * plans[1]["adapter"]["trainable"] < whole["optimizer"]
+    assert half["activations"] < whole["activations"]
+    assert any("LoRA-FA leaves one factor of each site as it is" in r for r in plans[1]["adapter"]["reasons"])
+    assert main(["plan", "gpt2", "--optimizer", "sgd"]) == 2
+    assert "optimizer is 'sgd'; it must be adamw or lorafa." in capsys.readouterr().err

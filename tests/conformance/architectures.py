@@ -32,6 +32,10 @@ def inputs_for(name: str) -> dict[str, Tensor]:
         "tokens": ids % 3,
         "words": ids,
     }
+    if name.endswith("-pictures"):
+        return {"pixel_values": _numbers(3, 3, 8, 8), "labels": labels["classes"]}
+    if name.endswith("-speech"):
+        return {"input_features": _numbers(3, 4, 16), "labels": ids}
     if name.endswith("-answers"):
         spans = {"start_positions": torch.tensor([0, 1, 2]), "end_positions": torch.tensor([3, 3, 4])}
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **spans}
@@ -61,6 +65,10 @@ def _ids(rows: int, length: int) -> Tensor:
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(8))
 
 
+def _numbers(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(9))
+
+
 def _of(model: str, config: str, **sizes: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         import transformers
@@ -83,6 +91,27 @@ def _sequential() -> nn.Module:
     )
 
 
+class _Convolutions(nn.Module):
+    """Token vectors through one convolution of each dimension, each as plain as peft's adapters are."""
+
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 12)
+        self.one = nn.Conv1d(LENGTH, 6, 3, stride=2, padding=1)
+        self.two = nn.Conv2d(1, 6, 3, padding=1, bias=False)
+        self.mixed = nn.Conv2d(6, 6, 1, groups=groups)
+        self.three = nn.Conv3d(1, 2, 3, padding=1)
+        self.head = nn.Linear(6, 7)
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        x = self.one(self.embed(input_ids))  # (rows, 6, 6)
+        x = torch.tanh(self.mixed(torch.tanh(self.two(x.unsqueeze(1)))))  # (rows, 6, 6, 6)
+        out: Tensor = self.head(
+            torch.tanh(self.three(x.unsqueeze(1))).flatten(2).mean(2, keepdim=True).expand(-1, -1, 6)
+        )
+        return out
+
+
 def _unnamed() -> nn.Module:
     return nn.Sequential(nn.Embedding(VOCABULARY, 12), nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 7))
 
@@ -96,8 +125,34 @@ _OPT = dict(hidden_size=16, word_embed_proj_dim=16, ffn_dim=24, max_position_emb
 _T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
 _THREE = {"num_labels": 3}
 
+_MOE = {**_LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2}
+_GEMMA = {**_LLAMA, "head_dim": 8}
+_NEOX = {**_BERT, "eos_token_id": 1, "hidden_dropout": 0.0, "rotary_pct": 0.5}
+_VIT = dict(hidden_size=16, intermediate_size=24, image_size=8, patch_size=4, num_channels=3, **_HEADS, **_SPREAD)
+_WHISPER = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "num_mel_bins": 4,
+    "max_source_positions": 8,
+    "max_target_positions": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 2,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "init_std": 0.2,
+}
+
 MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "sequential": _sequential,
+    "convolutions": _Convolutions,
+    "convolutions-in-groups": lambda: _Convolutions(groups=2),
     "sequential-unnamed": _unnamed,
     "gpt2-words": _of("GPT2LMHeadModel", "GPT2Config", **_GPT2),
     "gpt2-classes": _of("GPT2ForSequenceClassification", "GPT2Config", **_GPT2, **_THREE, pad_token_id=0),
@@ -105,6 +160,12 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "llama-tied-words": _of("LlamaForCausalLM", "LlamaConfig", **_LLAMA, tie_word_embeddings=True),
     "llama-classes": _of("LlamaForSequenceClassification", "LlamaConfig", **_LLAMA, **_THREE),
     "qwen2-words": _of("Qwen2ForCausalLM", "Qwen2Config", **_LLAMA, tie_word_embeddings=True),
+    "qwen3-words": _of("Qwen3ForCausalLM", "Qwen3Config", **_GEMMA, tie_word_embeddings=False),
+    "gemma-words": _of("GemmaForCausalLM", "GemmaConfig", **_GEMMA, tie_word_embeddings=False),
+    "mixtral-words": _of("MixtralForCausalLM", "MixtralConfig", **_MOE, tie_word_embeddings=False),
+    "neox-words": _of("GPTNeoXForCausalLM", "GPTNeoXConfig", **_NEOX),
+    "vit-pictures": _of("ViTForImageClassification", "ViTConfig", **_VIT, **_THREE),
+    "whisper-speech": _of("WhisperForConditionalGeneration", "WhisperConfig", **_WHISPER),
     "opt-words": _of("OPTForCausalLM", "OPTConfig", **_OPT, pad_token_id=0),
     "bert-classes": _of("BertForSequenceClassification", "BertConfig", **_BERT, **_THREE),
     "bert-tokens": _of("BertForTokenClassification", "BertConfig", **_BERT, **_THREE),

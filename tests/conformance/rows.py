@@ -130,6 +130,14 @@ def _rows() -> list[Row]:
         Row("embedding-gaussian", "sequential", {"target_modules": ["embed"], "init_lora_weights": "gaussian"}),
         Row("embedding-random", "sequential", {"target_modules": ["embed", "up"], "init_lora_weights": False}),
         Row("embedding-rslora", "sequential", {"target_modules": ["embed"], "use_rslora": True}),
+        Row("embedding-dora", "sequential", {"target_modules": ["embed", "up"], "use_dora": True}),
+        Row("linear-bias", "sequential", {"target_modules": ["up"], "lora_bias": True}),
+        Row("convolutions", "convolutions", {"target_modules": ["one", "two", "three"]}),
+        Row("convolutions-dora", "convolutions", {"target_modules": ["one", "two", "three"], "use_dora": True}),
+        Row("convolutions-bias", "convolutions", {"target_modules": ["one", "mixed", "three"], "lora_bias": True}),
+        Row("convolutions-gaussian", "convolutions", {"target_modules": ["two"], "init_lora_weights": "gaussian"}),
+        Row("convolutions-rslora", "convolutions", {"target_modules": ["one", "head"], "use_rslora": True}),
+        Row("convolutions-in-groups", "convolutions-in-groups", {"target_modules": ["mixed", "head"]}),
         Row("unnamed", "sequential-unnamed", {"target_modules": ["1", "3"]}),
         Row("unnamed-all", "sequential-unnamed", {"target_modules": "all-linear"}),
         Row("conv1d", gpt2, {"task_type": word, "target_modules": ["c_attn", "c_proj"]}),
@@ -206,6 +214,18 @@ def _rows() -> list[Row]:
         Row("causal-opt", "opt-words", {"task_type": word, "target_modules": ["q_proj", "fc1"]}),
         Row("causal-embeddings", llama, {"task_type": word, "target_modules": ["q_proj", "embed_tokens"]}),
         Row("causal-head", llama, {"task_type": word, "target_modules": ["q_proj", "lm_head"]}),
+        Row("causal-qwen3", "qwen3-words", {"task_type": word, "target_modules": "all-linear"}),
+        Row("causal-gemma", "gemma-words", {"task_type": word, "target_modules": ["q_proj", "gate_proj"]}),
+        Row(
+            "causal-gemma-embeddings", "gemma-words", {"task_type": word, "target_modules": ["q_proj", "embed_tokens"]}
+        ),
+        Row("causal-mixtral", "mixtral-words", {"task_type": word, "target_modules": ["q_proj", "o_proj"]}),
+        Row("causal-neox", "neox-words", {"task_type": word, "target_modules": ["query_key_value", "dense_4h_to_h"]}),
+        Row(
+            "pictures-vit", "vit-pictures", {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
+        ),
+        Row("pictures-vit-patches", "vit-pictures", {"target_modules": ["projection", "classifier"]}),
+        Row("speech-whisper", "whisper-speech", {"target_modules": ["q_proj", "v_proj", "fc1"]}),
         Row("classes-bert", bert, {"task_type": group, "target_modules": ["query", "dense"]}),
         Row("classes-roberta", "roberta-classes", {"task_type": group, "target_modules": ["query", "value"]}),
         Row("classes-gpt2", "gpt2-classes", {"task_type": group, "target_modules": ["c_attn"]}),

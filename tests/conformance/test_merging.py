@@ -8,8 +8,11 @@ from .architectures import model_named, outputs_of
 from .closeness import assert_close, assert_differs, assert_same_bits
 from .rows import ROWS_COMPARED, Row, quiet_peft
 
+MERGED = [row for row in ROWS_COMPARED if "in-groups" not in row.name]
+"""The rows that both merge: a convolution of several groups has no place for what its adapter adds."""
 
-@pytest.mark.parametrize("row", ROWS_COMPARED, ids=str)
+
+@pytest.mark.parametrize("row", MERGED, ids=str)
 def test_merge_and_unload(row: Row) -> None:
     peft_model, our_model = row.pair()
     adapted = outputs_of(our_model(**row.inputs))
@@ -21,10 +24,12 @@ def test_merge_and_unload(row: Row) -> None:
     assert_close(found.state_dict(), expected.state_dict())
     assert_differs(found.state_dict(), plain.state_dict())
     assert_close(outputs_of(found(**row.inputs)), adapted, rtol=2e-5)
-    assert [name for name, p in found.named_parameters() if not p.requires_grad] == []
+    assert {n: p.requires_grad for n, p in found.named_parameters()} == {
+        n: p.requires_grad for n, p in model_named(row.model).named_parameters()
+    }
 
 
-@pytest.mark.parametrize("row", ROWS_COMPARED, ids=str)
+@pytest.mark.parametrize("row", MERGED, ids=str)
 def test_merge_adapter_and_back(row: Row) -> None:
     peft_model, our_model = row.pair()
     before = {name: tensor.clone() for name, tensor in our_model.state_dict().items()}

@@ -27,7 +27,7 @@ def load(name: str) -> Any:
 def test_every_example_is_tested_here() -> None:
     tested = {"quickstart", "many_adapters", "alpha_and_learning_rate", "naive_lora"}
     tested |= {"reference_project", "full_beside_lora"}
-    tested |= {"optimizers"}
+    tested |= {"optimizers", "dora"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -100,3 +100,18 @@ def test_full_fine_tuning_beside_lora() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert "## 5. Full fine-tuning beside LoRA, measured" in done.stdout
     assert "| trained numbers | 8,704 | 37,024 |" in done.stdout
+
+
+def test_dora(capsys: pytest.CaptureFixture[str]) -> None:
+    load("dora").main()
+    told = capsys.readouterr().out
+    ends = {
+        (line.split(":")[0], line.split()[1]): float(line.split()[-1])
+        for line in told.splitlines()
+        if "ends at" in line
+    }
+    assert ends["lengths", "dora"] < 1e-6 < 1e-3 < ends["lengths", "lora"]
+    assert ends["low-rank", "lora"] < 1e-6 < ends["low-rank", "dora"]
+    moved = [float(line.split()[-1]) for line in told.splitlines() if "merged" in line]
+    assert len(moved) == 2
+    assert max(moved) < 1e-5

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakit.config import LoraConfig
+from lorakit.config import EvaConfig, LoraConfig
 from lorakit.core import (
     activate,
     attach,
@@ -36,7 +36,6 @@ from lorakit.errors import (
     DiskError,
     LorakitError,
     MergeError,
-    NotYetSupported,
     RouteError,
     TargetError,
 )

@@ -69,12 +69,13 @@ def test_the_base_name_is_what_the_model_says(tiny_llama: Any) -> None:
 
 def test_a_wrapped_model_gets_no_second_wrapper(tiny_llama: Any) -> None:
     first = get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"]))
-    second = get_peft_model(first, LoraConfig(target_modules=["v_proj"]), adapter_name="b")
+    with pytest.warns(UserWarning, match="modify a model with PEFT for a second time"):
+        second = get_peft_model(first, LoraConfig(target_modules=["v_proj"]), adapter_name="b")
     assert second is first
     assert second.active_adapter == "b"
     assert not any("base_model.model.base_model" in name for name in second.state_dict())
-    with pytest.raises(AdapterError, match="There is an adapter 'b' on this model already"):
-        get_peft_model(first, LoraConfig(target_modules=["v_proj"]), adapter_name="b")
+    with pytest.raises(AdapterError, match="Adapter with name 'b' already exists"):
+        second.add_adapter("b", LoraConfig(target_modules=["v_proj"]))
 
 
 def test_a_partial_list_is_warned_about_by_name_where_the_core_raises(tiny_llama: Any) -> None:
@@ -84,7 +85,7 @@ def test_a_partial_list_is_warned_about_by_name_where_the_core_raises(tiny_llama
     text = "target_modules entry 'v_porj' matches no module; nearest: v_proj"
     with pytest.raises(TargetError, match=text):
         attach(tiny_llama, config)
-    with pytest.warns(UserWarning, match=text) as said:
+    with pytest.warns(RuntimeWarning, match=text) as said:
         wrapped = get_peft_model(tiny_llama, config)
     assert [w.filename for w in said] == [__file__]  # the line of the caller, not one of ours
     assert {name.rpartition(".")[2] for name in wrapped.targeted_module_names} == {"q_proj"}
@@ -100,7 +101,7 @@ def test_a_partial_list_is_warned_about_by_name_where_the_core_raises(tiny_llama
     ],
 )
 def test_other_lists_that_match_nothing_are_warned_about(tiny_llama: Any, fields: dict[str, Any], text: str) -> None:
-    with pytest.warns(UserWarning, match=text):
+    with pytest.warns(RuntimeWarning, match=text):
         get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"], **fields))
 
 

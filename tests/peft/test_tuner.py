@@ -63,7 +63,7 @@ def test_merge_adapter_and_back(two: Any) -> None:
     site = two.base_model.model.model.layers[0].mlp.down_proj
     assert site.merged_adapters == ["a"]
     close(logits(two), adapted)
-    with pytest.raises(MergeError, match=r"Adapter 'a' is merged already\. Unmerge it first\."):
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
         two.merge_adapter()
     two.unmerge_adapter()
     assert site.merged_adapters == []
@@ -76,10 +76,11 @@ def test_switching_while_merged_is_right(two: Any) -> None:
     expected = logits(two)
     two.set_adapter("a")
     two.merge_adapter(["a"])
-    two.set_adapter("b")
-    close(logits(two), expected)
-    two.unmerge_adapter()
+    with pytest.warns(UserWarning, match="Adapter cannot be set when the model is merged. Unmerging the model first"):
+        two.set_adapter("b")
     assert torch.equal(logits(two), expected)
+    with pytest.warns(UserWarning, match="Already unmerged. Nothing to do"):
+        two.unmerge_adapter()
 
 
 def test_unload_while_merged_gives_the_base_bits(two: Any) -> None:
@@ -122,7 +123,7 @@ def test_heads_and_biases_are_merged_too() -> None:
 
 def test_two_trained_biases_cannot_be_had() -> None:
     model = get_peft_model(bert(), LoraConfig(target_modules=["query"], bias="all"))
-    with pytest.raises(ValueError, match="adapter 'default' trains the base's biases already: only one adapter can"):
+    with pytest.raises(ValueError, match="LoraModel supports only 1 adapter with bias"):
         model.add_adapter("b", LoraConfig(target_modules=["query"], bias="lora_only"))
 
 

@@ -28,6 +28,10 @@ VERBS = {
     "eval": "Loss and perplexity of a model, with or without an adapter.",
     "generate": "Continue a prompt; several adapters answer side by side.",
     "merge": "Write base and adapter as one model directory.",
+    "combine": "Several adapters as one: sums, differences, the field's eleven ways.",
+    "compress": "An adapter at a lower rank, exactly, with what is lost.",
+    "extract": "An adapter from a fully fine-tuned model and its base.",
+    "compare": "Two adapters site by site: direction, strength, subspaces.",
     "inspect": "What is in an adapter: config, sites, norms, health, its base.",
     "doctor": "What this machine and its packages offer, and what to change.",
 }

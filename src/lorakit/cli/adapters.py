@@ -5,8 +5,9 @@ Knows nothing of what a verb does with the adapters.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -92,12 +93,62 @@ def load_adapters(model: Any, folders: Sequence[str], allow: Collection[str]) ->
     from lorakit import core
 
     names = [f"adapter_{number}" for number, _ in enumerate(folders, start=1)]
-    for name, folder in zip(names, folders, strict=True):
-        try:
+    with naming_flags():
+        for name, folder in zip(names, folders, strict=True):
             core.load_adapter(model, folder, name, allow=allow)
-        except LorakitError as error:
-            raise type(error)(by_flag(str(error))) from error
     return names
+
+
+@contextlib.contextmanager
+def naming_flags() -> Iterator[None]:
+    """A block whose errors name what can be allowed by its flag.
+
+    Raises:
+        LorakitError: Of the class that was raised inside.
+    """
+    try:
+        yield
+    except LorakitError as error:
+        raise type(error)(by_flag(str(error))) from error
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+"""Files that a tokenizer may leave in an adapter's folder."""
+
+
+def take_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> bool:
+    """Copy the tokenizer that lies with adapters beside what was made of them, where all have the same.
+
+    Args:
+        adapters: The adapters, as they were read.
+        folder: The new adapter.
+
+    Returns:
+        Whether there was one.
+    """
+    from lorakit.durable import read_bytes, write_bytes
+
+    found = []
+    for files in adapters:
+        there = [name for name in TOKENIZER_FILES if (files.folder / name).is_file()]
+        found.append({name: read_bytes(files.folder / name, LARGEST_TOKENIZER_BYTES) for name in there})
+    if not found[0] or any(other != found[0] for other in found[1:]):
+        return False
+    for name, content in found[0].items():
+        write_bytes(folder / name, content)
+    return True
+
+
+LARGEST_TOKENIZER_BYTES = 256 << 20
 
 
 def by_flag(message: str) -> str:

@@ -26,7 +26,7 @@ from lorakit.core.layer import LoraLayer
 from lorakit.core.loading import LoadReport, load_adapter
 from lorakit.core.lowrank import Cut
 from lorakit.core.merging import MergeReport, merge, merge_and_unload, merged_state_dict, unmerge
-from lorakit.core.saving import SavedAdapter, save_adapter
+from lorakit.core.saving import SavedAdapter, save_adapter, save_as_trained
 from lorakit.core.sitemap import Site, sites
 from lorakit.core.sources import TensorSource, source_of_folder, source_of_model
 from lorakit.core.statistics import Statistics, load_statistics
@@ -79,6 +79,7 @@ __all__ = [
     "rescale",
     "route",
     "save_adapter",
+    "save_as_trained",
     "set_trained",
     "sites",
     "source_of_folder",

@@ -128,8 +128,8 @@ def sensitivity(module: nn.Module, gradient: Tensor) -> float:
     Source:
         He et al. 2025, arXiv:2502.12171 (GoRA), section 3.
     """
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return float((base_of(module).read(module, weight.detach()) * gradient).abs().mean())
+    base = base_of(module)
+    return float((base.read(module, base.stored(module, "weight")) * gradient).abs().mean())
 
 
 def by_sensitivity(

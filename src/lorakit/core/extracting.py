@@ -204,7 +204,8 @@ def extract_loose(
     made = described(config, ranks, config.target_modules if not isinstance(config.target_modules, list) else None)
     limit = {"rank": cut.rank} if cut.rank is not None else {"energy": cut.energy}
     facts = {"operation": {"name": "extract", **limit}}
-    known = None if any(p.is_meta for p in model.parameters()) else fingerprint(model)
+    meta = any(parameter.is_meta for parameter in model.parameters())
+    known = fingerprint(model, (lambda name: _weight(base, aliases[name])) if meta else None)
     others = {PREFIX + name: tensor for name, tensor in copies.items()}
     adapter = LooseAdapter("extracted", made, factors, others, known, facts)
     return adapter, lambda name: ExtractReport(name, made, tuple(sites), resolved.saved, outside, facts)

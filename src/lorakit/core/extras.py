@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.bases import base_of
 from lorakit.core.cloning import clone_with
 from lorakit.core.layer import LoraLayer
 from lorakit.core.routing import AdapterState, Forwards, Route, resolve
@@ -274,6 +275,8 @@ def _base_modules(standing: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def trainable_copy(path: str, standing: nn.Module) -> nn.Module:
     """A copy of a module of the base, as it was before any adapter, with every number trainable; it keeps the mode.
 
+    What is quantised in it becomes plain in the copy: fewer bits cannot be trained.
+
     Args:
         path: Its path, for the message.
         standing: The module, or the `ModuleCopies` that stands on it.
@@ -289,9 +292,33 @@ def trainable_copy(path: str, standing: nn.Module) -> nn.Module:
             "leave the other's modules alone, or they need a model each."
         )
     states = [switch.state for module in original.modules() for switch in BiasSwitch.on(module)]
-    duplicate = copy.deepcopy(original, {id(state): state for state in states})
+    duplicate = _plain(copy.deepcopy(original, {id(state): state for state in states}))
     for module in duplicate.modules():
         BiasSwitch.uninstall(module, [switch.adapter for switch in BiasSwitch.on(module)])
     for parameter in duplicate.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return duplicate
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """A module with every quantised part of it multiplied out; itself where nothing is."""
+    row = base_of(module)
+    if row.quantised:
+        return row.dense(module, row.read(module, row.stored(module, "weight")), torch.float32)
+    for name, child in module._modules.items():
+        module._modules[name] = None if child is None else _plain(child)
+    return module
+
+
+def plain_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what a trained copy of a module holds; quantised weights are plain in it."""
+    if not any(base_of(part).quantised for part in module.modules()):
+        return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    shapes = {}
+    for path, part in module.named_modules():
+        prefix = f"{path}." if path else ""
+        row, held = base_of(part), {**part._parameters, **part._buffers}
+        if row.quantised:
+            held = {"weight": row.read(part, row.stored(part, "weight")), "bias": getattr(part, "bias", None)}
+        shapes.update({prefix + name: tuple(tensor.shape) for name, tensor in held.items() if tensor is not None})
+    return shapes

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lorakit.config import LoraConfig
-from lorakit.core.extras import ModuleCopies, biased_modules
+from lorakit.core.extras import ModuleCopies, biased_modules, plain_shapes
 from lorakit.core.keys import MAGNITUDE, PREFIX, parse
 from lorakit.core.kinds import kind_named
 from lorakit.core.patterns import literal_value
@@ -106,13 +106,13 @@ def _take_copies(left: dict[str, Tensor], site_map: SiteMap, result: Fit) -> Non
     for path in result.saved:
         module = site_map.modules[path]
         original = module.original_module if isinstance(module, ModuleCopies) else module
-        for leaf, own in original.state_dict().items():
+        for leaf, shape in plain_shapes(original).items():
             name = f"{PREFIX}{path}.{leaf}"
             if name not in left:
                 result.problems.append(f"missing {name}")
                 continue
             given = left.pop(name)
-            _check_shape(name, given, tuple(own.shape), result)
+            _check_shape(name, given, shape, result)
             result.copied[(id(original), leaf)] = name
 
 

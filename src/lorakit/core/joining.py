@@ -26,8 +26,8 @@ def check_one_base(adapters: Sequence[LooseAdapter]) -> None:
         verdict, reason = compare(known[0][1], base)
         if verdict == DIFFERENT:
             raise BaseMismatchError(
-                f"{known[0][0]} and {label} were made on different bases: {reason}. Allow 'base_mismatch' if they "
-                "fit nevertheless."
+                f"{known[0][0]} and {label} were made on different bases: {reason}. If they fit nevertheless, "
+                "allow 'base_mismatch'."
             )
 
 

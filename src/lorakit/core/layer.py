@@ -214,7 +214,7 @@ class LoraLayer(nn.Module):
 
     def original_bias(self) -> Tensor | None:
         """The base's bias, (out,), without anything merged, or None."""
-        bias = self.owner._parameters.get("bias") if self.kept_bias is None else self.kept_bias
+        bias = getattr(self.owner, "bias", None) if self.kept_bias is None else self.kept_bias
         return bias if isinstance(bias, Tensor) else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -294,8 +294,9 @@ class LoraLayer(nn.Module):
         kind, factor, dtype = self.kind, self.factor(name), y0.dtype
         if kind.drops:
             x = factor.dropout(x.to(dtype))
-        h = kind.down(self.base_layer, x, factor.A.to(dtype)) * factor.scale  # (…, r): the small place to scale
-        z = kind.up(self.base_layer, h, factor.B.to(dtype))
+        module = self.source if self.replaced else self.base_layer
+        h = kind.down(module, x, factor.A.to(dtype)) * factor.scale  # (…, r): the small place to scale
+        z = kind.up(module, h, factor.B.to(dtype))
         if factor.bias is not None:
             z = z + spread(factor.bias.to(dtype) * factor.scale, self.slot)
         if factor.variant == "plain":

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.core.bases import base_of
 from lorakit.core.layer import LoraLayer
+from lorakit.core.one_group import in_one_group
 from lorakit.errors import MergeError
 
 KeepBase = Literal[True, False, "cpu"]
@@ -80,10 +81,12 @@ def sum_of_updates(layer: LoraLayer, names: Sequence[str], how: How) -> tuple[An
     """What to store for W₀ + Σ update, with W₀ (out, in) and the exact sum (out, in).   [docs/math.md (11)]
 
     In its place in the model, the weight must also be right for an adapter that moved the base and is not merged; where
-    the moved weight counts, the sum begins there, so that it is rounded once. In the place of a quantised weight, a
-    plain module that holds the sum can be what is stored.
+    the moved weight counts, the sum begins there, so that it is rounded once. In the place of a quantised weight or of
+    a convolution of several groups, a plain module that holds the sum can be what is stored.
     """
     with torch.no_grad():
+        if how.dense is not None and layer.slot.groups > 1:
+            return in_one_group(layer, names)
         W = layer.read()
         from_moved = layer.moved_by is not None and (how.in_place or layer.moved_by in names)
         start = layer.read(layer.moved_by) if from_moved else W

@@ -95,8 +95,9 @@ def merge(
         keep_base: Keep each original weight on its device (True), in main memory ("cpu"), or not (False: this
             cannot be undone).
         untie: Give a site that shares its weight with another module (tied embeddings) a weight of its own.
-        dense: Put a plain module in the place of a quantised one, instead of quantising the merged weight, which
-            loses most of a small delta; its dtype is that of the quantised one's products.
+        dense: Put a plain module in the place of a convolution of several groups, which has no place for its delta,
+            and of a quantised one, instead of quantising the merged weight, which loses most of a small delta; the
+            dtype is that of the quantised one's products.
 
     Returns:
         How much survived, what was lost, and what the kept originals cost.

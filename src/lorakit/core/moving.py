@@ -49,8 +49,8 @@ def check_can_move(site_map: SiteMap, place: Place, init: Init | None = None) ->
     if init is not None and base_of(module, place.slot.parameter).quantised and not init.requantises:
         raise ConfigError(
             f"{place.path}: init_lora_weights is {init.name!r}, which needs the weight in float32, float16 or "
-            "bfloat16, and this one is quantised: what is left would be rounded a second time. Attach to the base as it was "
-            "before it was quantised, or use True."
+            "bfloat16, and this one is quantised: what is left would be rounded a second time. Attach to the base as "
+            "it was before it was quantised, or use True."
         )
 
 

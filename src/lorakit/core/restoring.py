@@ -126,8 +126,8 @@ def past_of(
     named = f"{folder}: init_lora_weights is {config.init_lora_weights!r}: the factors act on a base that it changed"
     if init.needs:
         raise AdapterFileError(
-            f"{named} by looking at data, and the file does not hold it. Have the adapter saved as plain LoRA (in PEFT: "
-            "save_pretrained with path_initial_model_for_weight_conversion; here: save_adapter). If the base at hand "
+            f"{named} by looking at data, and the file does not hold it. Have the adapter saved as plain LoRA (in "
+            "PEFT: save_pretrained with path_initial_model_for_weight_conversion; here: save_adapter). If the base at hand "
             "is the changed one, set init_lora_weights to true in its config."
         )
     if RECOMPUTE not in allow:

@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ class Route:
         names: Adapters that act on every row, in the order given; none of them is the base alone.
         rows: One adapter per row of the batch (None: the base alone), or None where all rows are alike.
         copies: A batch may also hold each row so many times running: beams, of which an encoder sees one.
+        mentions: Every adapter that some row uses.
     """
 
     names: tuple[str, ...] = ()
@@ -42,10 +42,11 @@ class Route:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    @cached_property
-    def mentions(self) -> frozenset[str]:
-        """Every adapter that some row uses."""
-        return frozenset(self.names if self.rows is None else filter(None, self.rows))
+    mentions: frozenset[str] = field(init=False, repr=False, compare=False)  # not cached: dynamo cannot trace the lock
+
+    def __post_init__(self) -> None:
+        some = self.names if self.rows is None else filter(None, self.rows)
+        object.__setattr__(self, "mentions", frozenset(some))
 
     def common_to_all(self, names: frozenset[str]) -> bool:
         """Whether every row uses each of these adapters."""
@@ -317,8 +318,10 @@ def resolve(state: AdapterState, own: Route | None, forwards: Forwards) -> tuple
         RouteError: It runs again and its first route cannot be known.
     """
     default = state.default if own is None else own
-    if torch.compiler.is_compiling():
-        return default, False  # a compiled graph cannot read a context variable; it has the default
+    if torch.compiler.is_compiling() and not state._open:
+        # No context variable can be read in a compiled graph. Dynamo guards on this being empty: while a block is open
+        # anywhere, the layer is traced anew, cannot be, and runs uncompiled, so that it has the block's route.
+        return default, False
     backward = torch._C._current_graph_task_id()
     for scope in reversed(_SCOPES.get()):
         if scope.state is state and scope.backward == backward:

@@ -7,6 +7,7 @@ other adapter has one form.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ class SavedForm:
     """An adapter as it is written.
 
     Attributes:
+        name: The adapter.
         tensors: Name on disk -> tensor (…).
         config: Its config.
         sites: Path -> rank and alpha.
@@ -40,6 +42,7 @@ class SavedForm:
         initial: Content of `INITIAL_FILE`, or None.
     """
 
+    name: str
     tensors: dict[str, Tensor]
     config: LoraConfig
     sites: dict[str, dict[str, float]]
@@ -47,43 +50,47 @@ class SavedForm:
     initial: bytes | None = None
 
 
-def saved_form(model: nn.Module, name: str, form: Form = "plain") -> SavedForm:
+def saved_form(
+    model: nn.Module, name: str, form: Form = "plain", tensors: Mapping[str, Tensor] | None = None
+) -> SavedForm:
     """An adapter's numbers and config in the form in which they are written.
 
     Args:
         model: The adapted model; only read.
         name: The adapter.
         form: "plain", or "trained" for one that moved the base.
+        tensors: Name on disk -> tensor (…) instead of the model's own, as gathered from several devices.
 
     Raises:
         AdapterError: It moved a quantised base, so that no plain LoRA is exactly what it is.
     """
     config = state_of(model).configs[name]
-    tensors, here = adapter_tensors(model, name), [(path, m) for path, m in layers(model) if name in m.r]
+    tensors = adapter_tensors(model, name) if tensors is None else dict(sorted(tensors.items()))
+    here = [(path, layer) for path, layer in layers(model) if name in layer.r]
     sites = {path: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])} for path, layer in here}
     moved = [(path, layer) for path, layer in here if layer.moved_by == name]
     if not moved:
-        return SavedForm(tensors, config, sites, {})
+        return SavedForm(name, tensors, config, sites, {})
     began = {**beginning(config), "sites": sites}
     if any(layer.initial is None for _, layer in moved):  # LoftQ: the base lost more than a product of low rank
-        return SavedForm(tensors, config, sites, {BEGAN: began})
+        return SavedForm(name, tensors, config, sites, {BEGAN: began})
     if form == "trained":
         first = {key: tensor for path, layer in moved for key, tensor in _initial(path, layer)}
         initial = encode(first, {"format": "pt"})
         began |= {"file": INITIAL_FILE, "sha256": sha256_bytes(initial)}
-        return SavedForm(tensors, config, sites, {BEGAN: began}, initial)
+        return SavedForm(name, tensors, config, sites, {BEGAN: began}, initial)
     for path, layer in moved:
         if layer.base.quantised:
             raise AdapterError(
                 f"{path}: {config.init_lora_weights} moved a quantised base, which was rounded a second time, so "
-                f"adapter {name!r} is no plain LoRA on the original. Save it with form='trained'."
+                f"adapter {name!r} is no plain LoRA on the original. Use `save_as_trained`."
             )
         down, up = _keys(path, layer)
         tensors[down], tensors[up] = as_plain(layer.slot, tensors[down], tensors[up], layer.initial)  # type: ignore[arg-type]
     wide = plain_config(config)
     more = wide.lora_alpha / config.lora_alpha if config.lora_alpha else 1.0
     doubled = {path: {"r": 2 * site["r"], "lora_alpha": more * site["lora_alpha"]} for path, site in sites.items()}
-    return SavedForm(tensors, wide, doubled, {BEGAN: began})
+    return SavedForm(name, tensors, wide, doubled, {BEGAN: began})
 
 
 def _keys(path: str, layer: LoraLayer) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, LoraConfig, TaskType
 from lorakit.core.checks import check_allowances, check_known
 from lorakit.core.fingerprinting import fingerprint
-from lorakit.core.saved_form import INITIAL_FILE, Form, saved_form
+from lorakit.core.saved_form import INITIAL_FILE, SavedForm, saved_form
 from lorakit.core.sidecar import FORMAT_VERSION, METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
 from lorakit.core.sitemap import layers, state_of, survey
 from lorakit.core.tensorfile import encode
@@ -49,7 +49,7 @@ def save_adapter(
     base_model_name_or_path: str | None = None,
     facts: dict[str, Any] | None = None,
     allow: Collection[str] = (),
-    form: Form = "plain",
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> SavedAdapter:
     """Write one adapter as PEFT's two files and `lorakit.json`.
 
@@ -63,7 +63,7 @@ def save_adapter(
         base_model_name_or_path: What the user gave as the base; None keeps the config's own.
         facts: More for `lorakit.json` (training facts, hashes of the tokenizer); plain JSON values.
         allow: Refusals to lift: "nonfinite".
-        form: "trained" writes such an adapter as it is, with the rank that it has, and its first factors beside it.
+        tensors: Name on disk -> tensor (…) to write instead of the model's own, as gathered from several devices.
 
     Returns:
         What was written.
@@ -75,9 +75,72 @@ def save_adapter(
     """
     check_allowances(allow)
     check_known(state_of(model), [name])
-    found = saved_form(model, name, form)
+    found = saved_form(model, name, "plain", tensors)
+    return save_form(model, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
+
+
+def save_as_trained(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    base_model_name_or_path: str | None = None,
+    facts: dict[str, Any] | None = None,
+    allow: Collection[str] = (),
+    tensors: Mapping[str, Tensor] | None = None,
+) -> SavedAdapter:
+    """`save_adapter`, but one whose init moved the base keeps the rank that it has, with its first factors beside it.
+
+    Other programs that know the init compute it again on the original base; `load_adapter` needs no init for it.
+
+    Args:
+        model: As in `save_adapter`, and so the others; tensors are (…).
+        folder: Where.
+        name: The adapter.
+        base_model_name_or_path: What the user gave as the base.
+        facts: More for `lorakit.json`.
+        allow: Refusals to lift: "nonfinite".
+        tensors: What to write instead of the model's own numbers.
+
+    Returns:
+        What was written.
+
+    Raises:
+        AdapterError: As `save_adapter`.
+        DiskError: Likewise.
+        ConfigError: Likewise.
+    """
+    check_allowances(allow)
+    check_known(state_of(model), [name])
+    found = saved_form(model, name, "trained", tensors)
+    return save_form(model, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
+
+
+def save_form(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    found: SavedForm,
+    *,
+    base_model_name_or_path: str | None = None,
+    facts: dict[str, Any] | None = None,
+    allow: Collection[str] = (),
+) -> SavedAdapter:
+    """Write an adapter in a form that was made ready; see `save_adapter`.
+
+    Args:
+        model: The adapted model; its base is told by its fingerprint.
+        folder: Where.
+        found: Tensors, config, sites.
+        base_model_name_or_path: What the user gave as the base.
+        facts: More for `lorakit.json`.
+        allow: Refusals to lift: "nonfinite".
+
+    Raises:
+        AdapterError: Its numbers are not finite.
+        DiskError: The disk refuses.
+    """
     if "nonfinite" not in allow:
-        _check_finite(name, found.tensors)
+        _check_finite(found.name, found.tensors)
     config = _config_on_disk(model, found.config, base_model_name_or_path)
     weights = encode(found.tensors, {"format": "pt", METADATA_KEY: str(FORMAT_VERSION)})
     about = {**(facts or {}), **found.about, "base": fingerprint(model).as_dict(), "sites": found.sites}
@@ -159,7 +222,7 @@ def portable_targets(model: nn.Module, config: LoraConfig) -> set[str] | list[st
     return words if named == paths else paths
 
 
-def _check_finite(name: str, tensors: dict[str, Tensor]) -> None:
+def _check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
     bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise AdapterError(

@@ -11,7 +11,7 @@ from lorakit.hub.models import load_model, load_tokenizer
 from lorakit.hub.packaged import PACKAGED, packaged_directory
 from lorakit.hub.quantising import quantiser_facts, require_quantiser
 from lorakit.hub.saving import save_model
-from lorakit.hub.shapes import shape_of, shape_of_module
+from lorakit.hub.shapes import shape_of, shape_of_module, skeleton
 from lorakit.hub.sources import ModelSource, require, resolve
 from lorakit.hub.texts import chat_template_hash, tokenizer_hash
 
@@ -34,5 +34,6 @@ __all__ = [
     "save_model",
     "shape_of",
     "shape_of_module",
+    "skeleton",
     "tokenizer_hash",
 ]

@@ -105,6 +105,18 @@ def shape_of_module(module: nn.Module, name: str, source: str) -> ModelShape:
 
 
 def _from_config(source: ModelSource) -> ModelShape:
+    return shape_of_module(skeleton(source), _short_name(source), source.given)
+
+
+def skeleton(source: ModelSource) -> nn.Module:
+    """A model's modules on the meta device, from its config: all names, no numbers.
+
+    Args:
+        source: What `resolve` gave.
+
+    Raises:
+        ModelError: Its config cannot be turned into a model.
+    """
     import torch
     import transformers
 
@@ -114,13 +126,13 @@ def _from_config(source: ModelSource) -> ModelShape:
                 source.path_or_id, trust_remote_code=False, local_files_only=source.kind != "hub"
             )
             with torch.device("meta"):
-                module = _model_class(config)(config)
+                module: nn.Module = _model_class(config)(config)
     except Exception as cause:  # configs of foreign models raise what they like
         raise ModelError(
             f"{source.given}: its config cannot be turned into a model "
             f"({type(cause).__name__}: {' '.join(str(cause).split())[:240]})."
         ) from cause
-    return shape_of_module(module, _short_name(source), source.given)
+    return module
 
 
 def _model_class(config: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,18 +12,20 @@ import torch
 from torch import nn
 
 from lorakit import core
-from lorakit.config import CONFIG_FILE, LoraConfig, TaskType, read_config
-from lorakit.core.checks import ALLOWANCES
-from lorakit.core.sitemap import find_state
-from lorakit.errors import AdapterError, ConfigError
+from lorakit.config import LoraConfig, PeftConfig, PeftType, TaskType, read_config
+from lorakit.errors import AdapterError, ConfigError, warn_caller
+from lorakit.peft import casting, standing, status
+from lorakit.peft.cards import write_card
+from lorakit.peft.counting import Counted
+from lorakit.peft.loaded import LoadResult, load_by_names, load_whole
+from lorakit.peft.locating import adapter_folder
 from lorakit.peft.options import check_options
-from lorakit.peft.tuner import LoraModel
+from lorakit.peft.preparing import checkpoints, take_gradients_at_the_input
+from lorakit.peft.state_dicts import get_peft_model_state_dict
+from lorakit.peft.tuners.lora.model import LoraModel
 
-BASE_NAME = "__base__"
-"""In `adapter_names`: a row that runs on the base alone."""
 
-
-class PeftModel(nn.Module):
+class PeftModel(Counted):
     """A model with adapters, as PEFT shows it.
 
     Attributes:
@@ -32,16 +34,24 @@ class PeftModel(nn.Module):
     """
 
     task: ClassVar[TaskType | None] = None
+    special_peft_forward_args: ClassVar[frozenset[str]] = frozenset({"adapter_names", "alora_offsets"})
 
     def __init__(
-        self, model: nn.Module, peft_config: LoraConfig | None = None, adapter_name: str = "default", **kwargs: Any
+        self,
+        model: nn.Module,
+        peft_config: LoraConfig | None = None,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
-        check_options(type(self).__name__, kwargs)
         self.base_model = LoraModel(model)
         self.training = model.training
+        self.peft_type = PeftType.LORA
         if peft_config is not None:
-            self.add_adapter(adapter_name, peft_config)
+            self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+        if checkpoints(model):
+            self.prepare_model_for_gradient_checkpointing(model)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -71,6 +81,21 @@ class PeftModel(nn.Module):
         """The config of the first active adapter."""
         return self.peft_config[self.active_adapters[0]]
 
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter acts now."""
+        return any(not standing.is_disabled(layer) for layer in standing.adapted(self))
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that some adapter copies, or None."""
+        return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The base's dtype, where it says one."""
+        return getattr(self.base_model, "dtype", None)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -79,6 +104,7 @@ class PeftModel(nn.Module):
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: LoraConfig | None = None,
+        autocast_adapter_dtype: bool = True,
         **kwargs: Any,
     ) -> PeftModel:
         """Load a saved adapter onto a model.
@@ -89,19 +115,28 @@ class PeftModel(nn.Module):
             adapter_name: The adapter's name here.
             is_trainable: Go on training it; otherwise it is frozen and the model is put in eval mode.
             config: Only its task_type is used: it picks the class that is returned.
-            kwargs: `subfolder`, `revision`; for others see `options.py`.
+            autocast_adapter_dtype: False gives the factors the dtype of the weight they stand beside.
+            kwargs: `subfolder`, `revision`, `key_mapping`; for others see `options.py`.
 
         Returns:
             A wrapper of the class for the adapter's task.
 
         Raises:
+            ConfigError: `config` is no config.
             AdapterFileError: Files are missing or damaged, or tensors do not fit.
             NotYetSupported: The adapter, or an option, needs what is not built yet.
         """
+        if config is not None and not isinstance(config, PeftConfig):
+            raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}")
         folder = adapter_folder(model_id, kwargs.pop("subfolder", None), kwargs.pop("revision", None))
         task = (config or read_config(folder)[0]).task_type
         wrapper = cls.for_task(task)(model)
-        wrapper.load_adapter(folder, adapter_name, is_trainable=is_trainable, **kwargs)
+        kwargs.setdefault("key_mapping", getattr(model, "_checkpoint_conversion_mapping", None))
+        result = wrapper.load_adapter(
+            folder, adapter_name, is_trainable, autocast_adapter_dtype=autocast_adapter_dtype, **kwargs
+        )
+        if result.missing_keys:
+            warn_caller(f"Found missing adapter keys while loading the checkpoint: {result.missing_keys}.")
         return wrapper
 
     @classmethod
@@ -114,55 +149,82 @@ class PeftModel(nn.Module):
         model_id: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
-    ) -> core.LoadReport:
-        """Load one more adapter; it does not become active unless it is the first.
+    ) -> LoadResult:
+        """Load one more adapter; it does not become active unless it is the first. One that is here gets its numbers.
 
         Args:
             model_id: A folder, or a hub id.
             adapter_name: The adapter's name here.
             is_trainable: Go on training it; otherwise it is frozen and the model is put in eval mode.
-            kwargs: `subfolder`, `revision`; for others see `options.py`.
+            torch_device: Accepted; factors go to their site's device.
+            autocast_adapter_dtype: False gives the factors the dtype of the weight they stand beside.
+            ephemeral_gpu_offload: Accepted.
+            low_cpu_mem_usage: Accepted; factors are made once, where their site is.
+            key_mapping: Regular expression -> what to write instead, for names of another layout of the base.
+            kwargs: `subfolder`, `revision`, `ignore_mismatched_sizes`; for others see `options.py`.
 
         Returns:
-            What was loaded; mismatches that PEFT would pass over are in its warnings, and warned about.
+            What was loaded; mismatches that PEFT would pass over are warned about.
 
         Raises:
             AdapterFileError: Files are missing or damaged, or shapes do not fit.
-            AdapterError: The name is taken or cannot be used.
+            AdapterError: The name cannot be used.
             NotYetSupported: The adapter, or an option, needs what is not built yet.
         """
         folder = adapter_folder(model_id, kwargs.pop("subfolder", None), kwargs.pop("revision", None))
+        ignore_sizes = bool(kwargs.pop("ignore_mismatched_sizes", False))
         check_options("load_adapter", kwargs)
-        report = core.load_adapter(
-            self.get_base_model(), folder, adapter_name, trainable=is_trainable, allow=ALLOWANCES
-        )
+        if key_mapping or ignore_sizes or adapter_name in self.peft_config:
+            result = load_by_names(
+                self, folder, adapter_name, trainable=is_trainable, key_mapping=key_mapping, ignore_sizes=ignore_sizes
+            )
+        else:
+            result = load_whole(self, folder, adapter_name, trainable=is_trainable)
+        if not autocast_adapter_dtype:
+            casting.cast_to_base(self, adapter_name)
         if not is_trainable:
             self.eval()
-        return report
+        return result
 
-    def add_adapter(self, adapter_name: str, peft_config: LoraConfig, **kwargs: Any) -> None:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: LoraConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         """Attach a fresh adapter; the first becomes active, later ones wait for `set_adapter`.
 
         Args:
             adapter_name: Its name.
             peft_config: Its config; it is copied, and the copy learns the base's name.
-            kwargs: See `options.py`.
+            low_cpu_mem_usage: Accepted; factors are made once, where their site is.
+            autocast_adapter_dtype: False gives the factors the dtype of the weight they stand beside.
 
         Raises:
+            ConfigError: It is no LoraConfig, or does not fit.
             AdapterError: The name is taken or cannot be used.
             TargetError: Nothing matches.
-            ConfigError: The config does not fit.
-            NotYetSupported: The config, or an option, asks for what is not built yet.
+            NotYetSupported: The config asks for what is not built yet.
         """
-        check_options("add_adapter", kwargs)
-        active = self.active_adapters
-        self.base_model.inject(adapter_name, peft_config)
+        if not isinstance(peft_config, LoraConfig):
+            raise ConfigError(
+                "Cannot combine adapters with different peft types. Found LORA and "
+                f"{getattr(peft_config, 'peft_type', type(peft_config).__name__)}."
+            )
+        if adapter_name in self.peft_config:
+            raise AdapterError(f"Adapter with name '{adapter_name}' already exists.")
+        self.base_model.inject(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
         own = self.peft_config[adapter_name]
         own.base_model_name_or_path = (
             getattr(self.get_base_model(), "name_or_path", None) or own.base_model_name_or_path
         )
-        self.base_model.set_adapter(active or adapter_name, inference_mode=own.inference_mode and not active)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones; they alone are trained.
@@ -209,6 +271,7 @@ class PeftModel(nn.Module):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
+        state_dict: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """Write adapters as PEFT does: "default" into the folder itself, others into a folder of their name.
@@ -217,35 +280,79 @@ class PeftModel(nn.Module):
             save_directory: Where.
             safe_serialization: Must be true: pickles are not written.
             selected_adapters: Which; None means all.
-            save_embedding_layers: Must not be true: the base's own matrices are not part of an adapter.
+            save_embedding_layers: True adds the base's embedding matrices, for a vocabulary that was resized;
+                otherwise they are not part of an adapter.
             is_main_process: Other processes write nothing.
+            state_dict: Name in the model -> tensor (…) to write instead of the model's own, as gathered elsewhere.
             kwargs: See `options.py`.
 
         Raises:
-            ConfigError: safe_serialization is false.
+            ConfigError: safe_serialization is false, or an adapter is not here.
             NotYetSupported: An option asks for what is not built yet.
             AdapterError: There is no such adapter, or its numbers are not finite.
             DiskError: The disk refuses; files that stood there are whole.
         """
         if not safe_serialization:
             raise ConfigError("safe_serialization=False asks for a pickle, which is not written; leave it at True.")
-        check_options("save_pretrained", {"save_embedding_layers": save_embedding_layers, **kwargs})
+        check_options("save_pretrained", kwargs)
         if Path(save_directory).is_file():
             raise ConfigError(f"{save_directory} is a file; a folder is needed.")
-        for name in (selected_adapters or self.peft_config) if is_main_process else ():
+        chosen = list(self.peft_config if selected_adapters is None else selected_adapters)
+        if any(name not in self.peft_config for name in chosen):
+            raise ConfigError(
+                "You passed an invalid `selected_adapters` arguments, current supported adapter names are "
+                f"{list(self.peft_config)} - got {selected_adapters}."
+            )
+        whole = save_embedding_layers is True
+        for name in chosen if is_main_process else ():
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            core.save_adapter(self.get_base_model(), folder, name)
+            tensors = None
+            if state_dict is not None or whole:
+                tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=whole)
+            core.save_adapter(self.get_base_model(), folder, name, tensors=tensors)
+        if is_main_process:
+            self.create_or_update_model_card(save_directory)
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Trainable numbers, and all numbers of the model with its adapters."""
-        numbers = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trained in numbers if trained), sum(n for n, _ in numbers)
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write `README.md` beside an adapter, or put into one that is there what it lacks.
 
-    def print_trainable_parameters(self) -> None:
-        """Print PEFT's line: the share is of all parameters, adapters included."""
-        trainable, total = self.get_nb_trainable_parameters()
-        share = 100 * trainable / total if total else 0.0
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+        Args:
+            output_dir: The folder.
+        """
+        write_card(self, Path(output_dir))
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """The status of every adapted layer; see `status.get_layer_status`."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """The status of the model; see `status.get_model_status`."""
+        return status.get_model_status(self)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train adapters, or freeze them, whatever is active.
+
+        Args:
+            adapter_names: One name or several.
+            requires_grad: Train them.
+        """
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether an adapter's update can be written as plain LoRA.
+
+        Args:
+            adapter_name: The adapter.
+        """
+        return self.base_model.supports_lora_conversion(adapter_name)
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Let what comes out of the input embedding require gradients.
+
+        Args:
+            model: The user's model.
+        """
+        take_gradients_at_the_input(model)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's own forward.
@@ -261,7 +368,7 @@ class PeftModel(nn.Module):
         Raises:
             RouteError: There is no such adapter, or the rows do not fit the batch.
         """
-        with self.rows(adapter_names):
+        with self.base_model.rows(adapter_names):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -279,64 +386,15 @@ class PeftModel(nn.Module):
             RouteError: There is no such adapter, or the rows do not fit the batch.
         """
         model: Any = self.get_base_model()
-        with self.rows(adapter_names, _rows_per_prompt(kwargs, model)):
+        with self.base_model.rows(adapter_names, standing.rows_per_prompt(kwargs, model)):
             return model.generate(*args, **kwargs)
-
-    def rows(self, adapter_names: Sequence[str] | None, copies: int = 1) -> contextlib.AbstractContextManager[None]:
-        """A block with one adapter per row; none where `adapter_names` is None.
-
-        Args:
-            adapter_names: One adapter per row of the batch, "__base__" for the base alone.
-            copies: A batch may also hold each row so many times running (beams).
-
-        Raises:
-            RouteError: There is no such adapter.
-            ConfigError: The model is in training mode, where PEFT refuses mixed batches too.
-        """
-        if adapter_names is None:
-            return contextlib.nullcontext()
-        if self.training:
-            raise ConfigError("Cannot pass `adapter_names` when the model is in training mode.")
-        rows = [None if name == BASE_NAME else name for name in adapter_names]
-        return core.route(self.get_base_model(), rows, copies=copies)
 
     @property
     def has_adapters(self) -> bool:
         """Whether any adapter sits on the model."""
-        return find_state(self.get_base_model()) is not None
+        return bool(self.peft_config)
 
     @property
     def device(self) -> torch.device:
         """Where the model's first parameter lives."""
         return next(self.parameters()).device
-
-
-def adapter_folder(model_id: str | os.PathLike[str], subfolder: str | None, revision: str | None) -> Path:
-    """The folder of an adapter: a local one as it is, a hub id through the hub's cache.
-
-    Args:
-        model_id: A folder, or a hub id.
-        subfolder: A folder inside it.
-        revision: Revision on the hub.
-
-    Raises:
-        AdapterFileError: There is neither.
-    """
-    folder = Path(model_id)
-    if folder.exists() or not _looks_like_a_hub_id(str(model_id)):
-        return folder / subfolder if subfolder else folder
-    from lorakit.hub import adapter_from_hub
-
-    fetched = adapter_from_hub(str(model_id), revision=revision, subfolder=subfolder)
-    return fetched / subfolder if subfolder else fetched
-
-
-def _looks_like_a_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and CONFIG_FILE not in name
-
-
-def _rows_per_prompt(kwargs: dict[str, Any], model: nn.Module) -> int:
-    """How many rows `generate` makes of each prompt: beams, or sequences to return."""
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    found = [kwargs.get(word) or getattr(config, word, None) or 1 for word in ("num_beams", "num_return_sequences")]
-    return max(int(number) for number in found)

@@ -31,11 +31,6 @@ WITHOUT_EFFECT: Mapping[str, str] = {
 """Option -> why nothing has to be done for it."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "autocast_adapter_dtype": (True,),
-    "mixed": (False,),
-    "key_mapping": (None, {}),
-    "revision": (None,),
-    "save_embedding_layers": ("auto", False),
     "path_initial_model_for_weight_conversion": (None,),
     "push_to_hub": (False, None),
 }

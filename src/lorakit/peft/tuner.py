@@ -1,32 +1,65 @@
-"""`LoraModel`: what a `PeftModel` calls its `base_model`, with the operations on the adapters of the model inside."""
+"""`BaseTuner`: what a `PeftModel` calls its `base_model`, with the operations on the adapters of the model inside."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.activation import parameters_by_adapter
 from lorakit.core.checks import ALLOWANCES
+from lorakit.core.layer import LoraLayer
 from lorakit.core.merging import tied_sites
 from lorakit.core.sitemap import find_state
-from lorakit.errors import AdapterError, warn_caller
+from lorakit.default_targets import DEFAULT_TARGETS
+from lorakit.errors import AdapterError, ConfigError, RouteError, warn_caller
+from lorakit.peft import casting, flags, standing
+from lorakit.peft.keyed_targets import config_for_keys
+from lorakit.targets import key_fits
+
+BASE_NAME = "__base__"
+"""In `adapter_names`: a row that runs on the base alone."""
+
+CONFIGS = "peft_config"
+"""Attribute of the user's model under which other programs look for its adapters' configs."""
 
 
-class LoraModel(nn.Module):
+class BaseTuner(nn.Module):
     """Holds the user's model and acts on its adapters.
 
     Attributes:
         model: The user's own model, adapted in place.
+        prefix: How the names of an adapter's parameters begin.
+        tuner_layer_cls: Class of the adapted layers.
+        target_module_mapping: What is adapted where a config names nothing, by the base's `model_type`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    prefix: ClassVar[str] = "lora_"
+    tuner_layer_cls: ClassVar[type[nn.Module]] = LoraLayer
+    target_module_mapping: ClassVar[Mapping[str, Any]] = DEFAULT_TARGETS
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: LoraConfig | Mapping[str, LoraConfig] | None = None,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.training = model.training
+        if peft_config is not None:
+            if standing.configs_of(model):
+                warn_caller(
+                    "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters "
+                    "in the model. Make sure to know what you are doing!"
+                )
+            config = peft_config if isinstance(peft_config, LoraConfig) else peft_config[adapter_name]
+            self.inject(adapter_name, config, state_dict=state_dict)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -43,18 +76,17 @@ class LoraModel(nn.Module):
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
         """Adapter -> config; the live table."""
-        state = find_state(self.model)
-        return {} if state is None else state.configs
+        return standing.configs_of(self.model)
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters of the route in force."""
+        """The adapters that act by default, also while they are disabled."""
         state = find_state(self.model)
-        return [] if state is None else list(state.active().names)
+        return [] if state is None else list(self.__dict__.get("_disabled", state.default.names))
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The active adapter's name, or a list where several are active."""
+        """The active adapter's name, or a list where there is not exactly one."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
@@ -63,21 +95,59 @@ class LoraModel(nn.Module):
         """Paths of the adapted modules."""
         return [site.path for site in core.sites(self.model)]
 
-    def inject(self, name: str, config: LoraConfig) -> None:
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Paths of the bare parameters that are adapted."""
+        return []
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The model's own config as a table, or one that says it is a custom model."""
+        config = getattr(model, "config", None)
+        as_table = getattr(config, "to_dict", None)
+        table = as_table() if callable(as_table) else config
+        return dict(table) if isinstance(table, Mapping) else {"model_type": "custom"}
+
+    def inject(
+        self,
+        name: str,
+        config: LoraConfig,
+        *,
+        autocast_adapter_dtype: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Attach a fresh adapter; entries that match nothing are warned about by name.
 
         Args:
             name: Its name.
             config: Its config; it is copied.
+            autocast_adapter_dtype: False gives the factors the dtype of the weight they stand beside.
+            state_dict: Names of tensors (…) that say where the adapter sits, instead of the config.
 
         Raises:
             AdapterError: The name is taken or cannot be used.
             TargetError: Nothing matches.
             ConfigError: The config does not fit.
         """
-        report = core.attach(self.model, config, name, allow=ALLOWANCES)  # PEFT goes on; here each comes with a warning
-        for sentence in report.missing:
-            warn_caller(sentence)
+        self._check_new_adapter_config(config)
+        active = self.active_adapters
+        asked = config if state_dict is None else config_for_keys(self.model, config, state_dict)
+        report = core.attach(self.model, asked, name, allow=ALLOWANCES)  # PEFT goes on; here each comes with a warning
+        for sentence in said_of_missing(config, report):
+            warn_caller(sentence, RuntimeWarning)
+        if state_dict is not None:
+            self.peft_config[name].target_modules = config.target_modules
+        setattr(self.model, CONFIGS, self.peft_config)
+        flags.set_trained(self.model, name, not active and not config.inference_mode)
+        if not autocast_adapter_dtype:
+            casting.cast_to_base(self.model, name)
+
+    def _check_new_adapter_config(self, config: LoraConfig) -> None:
+        if config.bias != "none" and any(other.bias != "none" for other in self.peft_config.values()):
+            raise ConfigError(
+                f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, set bias to "
+                "'none' for all adapters."
+            )
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones; they alone are trained.
@@ -90,11 +160,29 @@ class LoraModel(nn.Module):
             RouteError: There is no such adapter.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        state = find_state(self.model)
+        if state is None and not names:
+            return
+        if state is None:
+            raise RouteError(f"There is no adapter {names[0]!r} on this model. Adapters here: none.")
+        state.check(names)
+        if any(standing.merged_at(module) for module in standing.adapted(self.model)):
+            warn_caller("Adapter cannot be set when the model is merged. Unmerging the model first.")
+            core.unmerge(self.model)
         core.activate(self.model, *names)
-        for name, parameters in parameters_by_adapter(self.model, self.peft_config).items():
-            trained = name in names and not inference_mode
-            for parameter in parameters:
-                parameter.requires_grad_(trained and parameter.is_floating_point())
+        self.__dict__.pop("_disabled", None)
+        flags.train_only(self.model, names if not inference_mode else ())
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train adapters, or freeze them, whatever is active.
+
+        Args:
+            adapter_names: One name or several; one that has nothing here is passed over.
+            requires_grad: Train them.
+        """
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.peft_config:
+                flags.set_trained(self.model, name, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off; with an active one gone, the first that is left becomes active.
@@ -103,24 +191,73 @@ class LoraModel(nn.Module):
             adapter_name: Its name.
 
         Raises:
-            AdapterError: There is no such adapter.
+            AdapterError: There is no such adapter, or it is merged.
         """
         if adapter_name not in self.peft_config:
             raise AdapterError(f"Adapter {adapter_name} does not exist")
+        if any(adapter_name in standing.merged_at(module) for module in standing.adapted(self.model)):
+            raise AdapterError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
+            )
+        active = self.active_adapters
         core.detach(self.model, adapter_name)
-        left = list(self.peft_config)
-        if left and not self.active_adapters:
-            warn_caller(f"Adapter {adapter_name} was active; {left[0]} is now.")
+        left = sorted(self.peft_config)
+        if not left:
+            self.__dict__.pop("_disabled", None)
+            self.model.__dict__.pop(CONFIGS, None)
+        elif active == [adapter_name]:
+            warn_caller(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
             self.set_adapter(left[0])
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether an adapter's update can be written as plain LoRA: not where it depends on the position.
+
+        Args:
+            adapter_name: The adapter.
+        """
+        config = self.peft_config.get(adapter_name)
+        return config is not None and config.alora_invocation_tokens is None
 
     def enable_adapter_layers(self) -> None:
         """Undo `disable_adapter_layers`."""
-        core.activate(self.model, *self.__dict__.pop("_disabled", self.active_adapters))
+        names = self.__dict__.pop("_disabled", None)
+        if names is not None:
+            core.activate(self.model, *names)
 
     def disable_adapter_layers(self) -> None:
         """Run the base alone until `enable_adapter_layers`; for a block, `disable_adapter` is safer."""
-        self.__dict__.setdefault("_disabled", self.active_adapters)
-        core.activate(self.model)
+        if "_disabled" not in self.__dict__ and self.peft_config:
+            self.__dict__["_disabled"] = self.active_adapters
+            core.activate(self.model)
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(
+        self, *_: Any, adapter_names: Sequence[str] | None = None, **__: Any
+    ) -> Iterator[None]:
+        """A block whose forwards take one adapter per row, as programs over a bare tuner open it."""
+        with self.rows(adapter_names):
+            yield
+
+    def rows(self, adapter_names: Sequence[str] | None, copies: int = 1) -> contextlib.AbstractContextManager[None]:
+        """A block with one adapter per row; none where `adapter_names` is None.
+
+        Args:
+            adapter_names: One adapter per row of the batch, "__base__" for the base alone.
+            copies: A batch may also hold each row so many times running (beams).
+
+        Raises:
+            ConfigError: The model is in training mode, where PEFT refuses mixed batches too.
+            RouteError: There is no such adapter.
+        """
+        if adapter_names is None:
+            return contextlib.nullcontext()
+        if self.training:
+            raise ConfigError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE_NAME})
+        if unknown:
+            raise ConfigError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        rows = [None if name == BASE_NAME else name for name in adapter_names]
+        return core.route(self.model, rows, copies=copies)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters into the base weights; the originals are kept, so `unmerge_adapter` restores their bits.
@@ -130,13 +267,18 @@ class LoraModel(nn.Module):
             safe_merge: Accepted and always true: a merge that is not finite is refused.
 
         Raises:
-            MergeError: An adapter cannot be merged, or is merged already.
+            MergeError: An adapter cannot be merged.
             AdapterError: There is no such adapter.
         """
-        core.merge(self.model, *(adapter_names or ()), untie=self._warn_of_ties(adapter_names))
+        fresh = self._unmerged(adapter_names)
+        if fresh:
+            core.merge(self.model, *fresh, untie=self._warn_of_ties(fresh))
 
     def unmerge_adapter(self) -> None:
         """Take every merged adapter out again, to the very bit."""
+        if not any(standing.merged_at(module) for module in standing.adapted(self.model)):
+            warn_caller("Already unmerged. Nothing to do.")
+            return
         core.unmerge(self.model)
 
     def merge_and_unload(
@@ -156,23 +298,47 @@ class LoraModel(nn.Module):
             MergeError: An adapter cannot be merged.
             AdapterError: There is no such adapter.
         """
-        if self._warn_of_ties(adapter_names):
-            config = getattr(self.model, "config", None)
-            if config is not None:
-                config.tie_word_embeddings = False
-            core.merge_and_unload(self.model, *(adapter_names or ()), untie=True)
-        else:
-            core.merge_and_unload(self.model, *(adapter_names or ()))
-        return self.model
+        fresh = self._unmerged(adapter_names, quiet=True)
+        untie = self._warn_of_ties(fresh)
+        config: Any = getattr(self.model, "config", None)
+        if untie and config is not None:
+            config.tie_word_embeddings = False
+        if fresh:
+            core.merge_and_unload(self.model, *fresh, untie=untie)
+        elif self.peft_config:
+            core.detach(self.model)
+        return self._bare()
 
     def unload(self) -> nn.Module:
         """Take all adapters off and give the plain base back."""
-        core.detach(self.model)
+        if self.peft_config:
+            core.detach(self.model)
+        return self._bare()
+
+    def _bare(self) -> nn.Module:
+        self.__dict__.pop("_disabled", None)
+        self.model.__dict__.pop(CONFIGS, None)
         return self.model
 
-    def _warn_of_ties(self, adapter_names: Iterable[str] | None) -> bool:
+    def _unmerged(self, adapter_names: Sequence[str] | None, quiet: bool = False) -> list[str]:
+        """The adapters to merge that are not merged already, as PEFT: those that are, are said."""
+        if isinstance(adapter_names, str):
+            raise ConfigError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        asked = list(self.active_adapters if adapter_names is None else adapter_names)
+        merged = {name for module in standing.adapted(self.model) for name in standing.merged_at(module)}
+        fresh = [name for name in asked if name not in merged]
+        if merged and not quiet:
+            warn_caller(
+                f"Already following adapters were merged {','.join(sorted(merged))}. You are now additionally merging "
+                f"{','.join(fresh)}."
+                if fresh
+                else "All adapters are already merged, nothing to do."
+            )
+        return fresh
+
+    def _warn_of_ties(self, adapter_names: Iterable[str]) -> bool:
         """Whether a merge must untie weights; it is said when it must."""
-        tied = tied_sites(self.model, tuple(adapter_names or self.active_adapters))
+        tied = tied_sites(self.model, tuple(adapter_names)) if self.peft_config else []
         if tied:
             path, other = tied[0]
             warn_caller(
@@ -180,3 +346,23 @@ class LoraModel(nn.Module):
                 "longer tied (tie_word_embeddings is False from now on)."
             )
         return bool(tied)
+
+
+def said_of_missing(config: LoraConfig, report: core.AttachReport) -> list[str]:
+    """What is said where PEFT goes on although an entry names nothing; its own words come first where programs match.
+
+    Args:
+        config: The config.
+        report: What attaching it gave.
+    """
+    said = [sentence for sentence in report.missing if not sentence.startswith(("rank_pattern", "alpha_pattern"))]
+    for field in ("rank_pattern", "alpha_pattern"):
+        unmatched = sorted(
+            key for key in getattr(config, field) if not any(key_fits(key, match.path) for match in report.matches)
+        )
+        why = " ".join(sentence for sentence in report.missing if sentence.startswith(field))
+        if unmatched:
+            said.append(
+                f"The following {field} keys did not match any targeted module and were ignored: {unmatched}. {why}"
+            )
+    return said

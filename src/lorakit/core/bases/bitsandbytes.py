@@ -22,8 +22,9 @@ _ROWS = 32
 _STEADY = "support_avx512bf16_for_cpu"
 """The flag of a `Linear4bit` that lets it repack its weight. It makes the flag itself, for the processor at hand."""
 
-_HALF_STEP = {"nf4": 0.1520, "fp4": 0.1668}
-"""Half of the widest gap between two values of a code that runs from −1 to 1: no number was moved farther."""
+_HALF_STEP = {"nf4": 0.153, "fp4": 0.18}
+"""Half of the widest gap between two values of a code that runs from −1 to 1: no number was moved farther. fp4 does not
+round at the very middle of its gaps."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,8 @@ def _values_four_bit(weight: Any, places: Tensor) -> tuple[Tensor, Tensor]:
     if state.nested:
         outer = state.state2
         scales = outer.code[state.absmax[blocks].long()] * outer.absmax[blocks // outer.blocksize] + state.offset
-        slack = scales.abs() * 0.02  # a scale of one byte is itself a hundredth off
+        gap = outer.code.sort().values.diff().max() / 2  # a scale of one byte is itself so far off
+        slack = gap * outer.absmax[blocks // outer.blocksize]
     else:
         scales, slack = state.absmax[blocks].float(), 0.0
     return state.code[codes] * scales, _HALF_STEP[state.quant_type] * scales.abs() + slack

@@ -83,7 +83,7 @@ def _tensors(stored: Stored) -> tuple[Tensor, ...]:
 def _values(stored: Stored, places: Tensor) -> tuple[Tensor, Tensor]:
     """(number − zero) × scale; of 4 bits, the numbers of the first half of the groups lie in the upper halves.
 
-    What HQQ optimises is not the largest error, so a number may lie as far off as two steps.
+    What HQQ optimises is not the largest error; a number lies within a step all the same.
     """
     packed, facts = stored
     bits, group = facts["nbits"], facts["group_size"]
@@ -99,7 +99,7 @@ def _values(stored: Stored, places: Tensor) -> tuple[Tensor, Tensor]:
     else:
         numbers = packed[groups, within].float()
     steps = facts["scale"].float().reshape(-1)[groups]
-    return (numbers - facts["zero"].float().reshape(-1)[groups]) * steps, 2 * steps.abs()
+    return (numbers - facts["zero"].float().reshape(-1)[groups]) * steps, steps.abs()
 
 
 def _has_packed_scales(facts: dict[str, Any]) -> bool:

@@ -1,0 +1,136 @@
+"""`lorakit combine`: several adapters as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from lorakit.cli import console
+from lorakit.cli.adapters import naming_flags, read_adapters, take_tokenizer
+from lorakit.errors import UsageError
+
+if TYPE_CHECKING:
+    from lorakit.core import CombineReport, Way
+
+WORST_SITES = 5
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The flags of the verb, as their help says."""
+
+    adapter: Annotated[list[str], Parameter(help="Adapter directories, of lorakit or PEFT, of one base.")]
+    output_dir: Annotated[Path, Parameter(help="Adapter directory to make; it must not exist, or be empty.")]
+    weights: Annotated[
+        list[float] | None,
+        Parameter(
+            help="One number per adapter; negative ones subtract. 1 each by default, which is what several active "
+            "adapters do together.",
+        ),
+    ] = None
+    way: Annotated[
+        str,
+        Parameter(
+            help="cat (exact, the ranks add up), svd (the nearest of a rank), linear (rough); ties, dare_ties, "
+            "dare_linear, magnitude_prune prune A and B by themselves, and with _svd the whole update."
+        ),
+    ] = "svd"
+    rank: Annotated[int | None, Parameter(help="Rank of the result, for svd; by default the largest at each site.")] = (
+        None
+    )
+    density: Annotated[float | None, Parameter(help="Share of the numbers that pruning keeps, in (0, 1].")] = None
+    majority_sign: Annotated[str, Parameter(help="Of ties: total, the sign of the sum, or frequency, of most.")] = (
+        "total"
+    )
+    clamp: Annotated[float | None, Parameter(help="For svd: cut numbers beyond this quantile, in (0.5, 1].")] = None
+    seed: Annotated[int | None, Parameter(help="Of what dare drops.")] = None
+    model: Annotated[
+        str | None, Parameter(help="The base; needed for DoRA alone, whose effect depends on the base's weights.")
+    ] = None
+    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Take adapters of different bases.")] = False
+    allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result that holds NaN or infinity.")] = False
+
+
+def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag = False) -> None:
+    """Combine adapters into one. The base is not loaded (but for DoRA).
+
+    What is combined is each adapter's effect: scale times B·A. The result has scale 1, so its effect is what was
+    combined, whatever ranks, alphas and rsLoRA the adapters had. How far each site is from the plain weighted sum is
+    said.
+    """
+    from lorakit import core, hub
+
+    way = _way(flags)
+    weights = _weights(flags)
+    files = read_adapters(flags.adapter)
+    model = None
+    if flags.model is not None:
+        source = hub.resolve(flags.model, console.note)
+        hub.require(source)
+        model = hub.load_model(source, "float32")
+    allowed = {"base_mismatch": flags.allow_base_mismatch, "nonfinite": flags.allow_nonfinite}
+    with naming_flags():
+        report = core.combine_folders(
+            flags.adapter,
+            weights,
+            flags.output_dir,
+            way=way,
+            model=model,
+            allow=[word for word, lifted in allowed.items() if lifted],
+        )
+    take_tokenizer(files, flags.output_dir)
+    if json:
+        console.emit_json(as_dict(report))
+    else:
+        console.say(_text(report, way, flags.adapter, weights))
+
+
+def as_dict(report: CombineReport) -> dict[str, Any]:
+    """The report as plain JSON values.
+
+    Args:
+        report: What was made.
+    """
+    return {
+        "output_dir": report.name,
+        "config": report.config.as_json(),
+        "deviation": report.deviation,
+        "sites": [asdict(site) for site in report.sites],
+        **report.facts,
+    }
+
+
+def _way(flags: Flags) -> Way:
+    from lorakit.core import Way
+
+    return Way(flags.way, flags.rank, flags.density, flags.majority_sign, flags.clamp, None, flags.seed)
+
+
+def _weights(flags: Flags) -> list[float]:
+    if flags.weights is None:
+        return [1.0] * len(flags.adapter)
+    if len(flags.weights) != len(flags.adapter):
+        raise UsageError(
+            f"--weights has {len(flags.weights)} numbers, and --adapter names {len(flags.adapter)}; give one each."
+        )
+    return flags.weights
+
+
+def _text(report: CombineReport, way: Way, folders: Sequence[str], weights: Sequence[float]) -> str:
+    ranks = sorted({site.r for site in report.sites})
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    total = " + ".join(f"{weight:g} × {folder}" for weight, folder in zip(weights, folders, strict=True))
+    lines = [
+        f"{report.name}: {len(report.sites)} sites, {rank}, scale 1",
+        f"combined   {total} by {way.name}",
+        f"deviation  from the plain sum {report.deviation:.2%} at most",
+    ]
+    if report.deviation > 0 and len(report.sites) > 1:
+        worst = sorted(report.sites, key=lambda site: -site.deviation)[:WORST_SITES]
+        rows = [[site.path, str(site.r), f"{site.deviation:.2%}"] for site in worst]
+        lines += ["", console.table(["site that deviates most", "r", "deviation"], rows)]
+    return "\n".join(lines)

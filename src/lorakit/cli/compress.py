@@ -1,0 +1,79 @@
+"""`lorakit compress`: an adapter at a lower rank."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from lorakit.cli import console
+from lorakit.cli.adapters import naming_flags, read_adapters, take_tokenizer
+
+if TYPE_CHECKING:
+    from lorakit.core import CompressReport
+
+WORST_SITES = 5
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The flags of the verb, as their help says."""
+
+    adapter: Annotated[str, Parameter(help="Adapter directory, of lorakit or PEFT.")]
+    output_dir: Annotated[Path, Parameter(help="Adapter directory to make; it must not exist, or be empty.")]
+    rank: Annotated[int | None, Parameter(help="Largest rank of a site.")] = None
+    energy: Annotated[
+        float | None,
+        Parameter(help="Or the share of each site's energy ‖ΔW‖² to keep, in (0, 1]; 1 drops what does nothing."),
+    ] = None
+    allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result that holds NaN or infinity.")] = False
+
+
+def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag = False) -> None:
+    """Make an adapter smaller: the nearest of a lower rank at each site, from its factors alone.
+
+    The base is not loaded. What is lost is known exactly, and said. Give --rank or --energy.
+    """
+    from lorakit import core
+
+    files = read_adapters([flags.adapter])
+    allow = ["nonfinite"] if flags.allow_nonfinite else []
+    with naming_flags():
+        report = core.compress_folder(
+            flags.adapter, flags.output_dir, rank=flags.rank, energy=flags.energy, allow=allow
+        )
+    take_tokenizer(files, flags.output_dir)
+    if json:
+        console.emit_json(as_dict(report))
+    else:
+        console.say(_text(report, flags.adapter))
+
+
+def as_dict(report: CompressReport) -> dict[str, Any]:
+    """The report as plain JSON values.
+
+    Args:
+        report: What was made.
+    """
+    return {
+        "output_dir": report.name,
+        "config": report.config.as_json(),
+        "energy_lost": report.energy_lost,
+        "sites": [asdict(site) for site in report.sites],
+        **report.facts,
+    }
+
+
+def _text(report: CompressReport, folder: str) -> str:
+    before, after = (sum(getattr(site, name) for site in report.sites) for name in ("r_before", "r"))
+    lines = [
+        f"{report.name}: {folder} at {len(report.sites)} sites, ranks {before:,} in all before, {after:,} after",
+        f"lost       {report.energy_lost:.2%} of the energy ‖ΔW‖² of the whole adapter",
+    ]
+    worst = sorted(report.sites, key=lambda site: -site.energy_lost)[:WORST_SITES]
+    rows = [[s.path, str(s.r_before), str(s.r), f"{s.energy_lost:.2%}"] for s in worst if s.energy_lost > 0]
+    if rows:
+        lines += ["", console.table(["site that loses most", "r before", "r", "lost"], rows)]
+    return "\n".join(lines)

@@ -1,0 +1,62 @@
+"""`README.md` beside an adapter, as a model hub shows it: what it is, on which base; what a person wrote stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lorakit.config import API_LEVEL, TaskType
+from lorakit.durable import write_text
+
+FENCE = "---"
+
+
+def write_card(model: Any, folder: Path) -> None:
+    """Write a card, or put into one that is there what its header lacks.
+
+    Args:
+        model: The wrapper.
+        folder: The adapter's folder.
+    """
+    path = folder / "README.md"
+    header, text = _parts(path.read_text("utf-8") if path.is_file() else "")
+    given = {line.partition(":")[0] for line in header}
+    for field, lines in _facts(model):
+        if field not in given:
+            header += lines
+    if f"- PEFT {API_LEVEL}" not in text.splitlines():
+        text = f"{text.rstrip()}\n\n### Framework versions\n\n- PEFT {API_LEVEL}\n".lstrip()
+    write_text(path, "\n".join([FENCE, *header, FENCE, "", text]))
+
+
+def _facts(model: Any) -> Iterator[tuple[str, list[str]]]:
+    """Fields of the header, each with its lines."""
+    base = model.get_base_model()
+    name = getattr(base, "name_or_path", None)
+    if name:
+        yield "base_model", [f"base_model: {_word(name)}"]
+    yield "library_name", ["library_name: peft"]
+    if model.task == TaskType.CAUSAL_LM:
+        yield "pipeline_tag", ["pipeline_tag: text-generation"]
+    tags = {"lora", *(getattr(base, "model_tags", None) or ())}
+    if hasattr(base, "get_output_embeddings"):
+        tags.add("transformers")
+    if name:
+        tags.add(f"base_model:adapter:{name}")
+    yield "tags", ["tags:", *(f"- {_word(tag)}" for tag in sorted(tags))]
+
+
+def _word(value: str) -> str:
+    """A word of the header, quoted where it would not be read as one."""
+    plain = all(char.isalnum() or char in "-_./" for char in value)
+    return value if plain and value else "'" + value.replace("'", "''") + "'"
+
+
+def _parts(text: str) -> tuple[list[str], str]:
+    """The lines of a card's header, and its text."""
+    lines = text.splitlines()
+    if not lines or lines[0].strip() != FENCE or FENCE not in (line.strip() for line in lines[1:]):
+        return [], text
+    end = next(number for number, line in enumerate(lines[1:], 1) if line.strip() == FENCE)
+    return lines[1:end], "\n".join(lines[end + 1 :]).strip() + "\n"

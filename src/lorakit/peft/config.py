@@ -1,0 +1,12 @@
+"""Configs under PEFT's module path."""
+
+from lorakit.peft.lazy import names_of
+
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "config": "PeftConfig PeftConfigMixin",
+        "elsewhere": "PromptLearningConfig",
+    },
+)
+__all__ = __dir__()

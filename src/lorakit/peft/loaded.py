@@ -1,0 +1,124 @@
+"""Saved adapters onto a wrapped model: as they are, or under other names; and what PEFT's callers read of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lorakit import core
+from lorakit.core.checks import ALLOWANCES
+from lorakit.core.loading import read_adapter
+from lorakit.peft import flags
+from lorakit.peft.locating import adapter_folder
+from lorakit.peft.state_dicts import WRAPPED, names_of, set_peft_model_state_dict
+from lorakit.peft.tuner import CONFIGS
+
+
+@dataclass
+class LoadResult:
+    """What came of loading, as PEFT's callers read it.
+
+    Attributes:
+        missing_keys: Names in the model, of this adapter, that got nothing.
+        unexpected_keys: Names in the file that belong nowhere.
+        report: What the core says of it, where it loaded the adapter whole.
+    """
+
+    missing_keys: list[str] = field(default_factory=list)
+    unexpected_keys: list[str] = field(default_factory=list)
+    report: core.LoadReport | None = None
+
+
+def load_whole(model: Any, folder: Path, name: str, *, trainable: bool) -> LoadResult:
+    """Put a saved adapter on a model.
+
+    Args:
+        model: The wrapper.
+        folder: The adapter's folder.
+        name: Its name here.
+        trainable: Go on training it.
+
+    Raises:
+        AdapterFileError: Files are missing or damaged, or shapes do not fit.
+        AdapterError: The name cannot be used.
+    """
+    user = model.get_base_model()
+    report = core.load_adapter(user, folder, name, trainable=trainable, allow=ALLOWANCES)
+    setattr(user, CONFIGS, model.peft_config)
+    result = LoadResult(report=report)
+    if report.warnings:
+        held = set(read_adapter(folder).file.tensors)
+        places = dict(names_of(model, name))
+        result.missing_keys = [key for on_disk, key in places.items() if on_disk not in held]
+        result.unexpected_keys = sorted(held - set(places))
+    return result
+
+
+def load_by_names(
+    model: Any,
+    folder: Path,
+    name: str,
+    *,
+    trainable: bool,
+    key_mapping: Mapping[str, str] | None = None,
+    ignore_sizes: bool = False,
+) -> LoadResult:
+    """Put a saved adapter's tensors on a model by their names, into an adapter that is there or a fresh one.
+
+    Args:
+        model: The wrapper.
+        folder: The adapter's folder.
+        name: Its name here.
+        trainable: Go on training it, where it is fresh.
+        key_mapping: Regular expression -> what to write instead; the first that fits a name is used.
+        ignore_sizes: Leave out what has another shape, with a warning.
+
+    Raises:
+        AdapterFileError: Files are missing or damaged, or shapes do not fit.
+        AdapterError: The name cannot be used.
+    """
+    files = read_adapter(folder)
+    if name not in model.peft_config:
+        model.add_adapter(name, files.config.with_fields(inference_mode=not trainable))
+        flags.set_trained(model, name, trainable)
+    tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
+    result = set_peft_model_state_dict(model, tensors, name, ignore_mismatched_sizes=ignore_sizes)
+    own = {key for _, key in names_of(model, name)}
+    return LoadResult([key for key in result.missing_keys if key in own], result.unexpected_keys)
+
+
+def renamed(key: str, key_mapping: Mapping[str, str]) -> str:
+    """A name on disk after the first expression that fits; expressions see it without the wrapper's prefix."""
+    bare = key.removeprefix(WRAPPED)
+    for pattern, replacement in key_mapping.items():
+        changed, count = re.subn(pattern, replacement, bare)
+        if count:
+            return WRAPPED + changed
+    return key
+
+
+def load_peft_weights(
+    model_id: str, device: str | None = None, key_mapping: Mapping[str, str] | None = None, **kwargs: Any
+) -> dict[str, Tensor]:
+    """The tensors of a saved adapter.
+
+    Args:
+        model_id: A folder, or a hub id.
+        device: Where the tensors shall live; None leaves them in main memory.
+        key_mapping: As for `load_by_names`.
+        kwargs: `subfolder`, `revision`; others are PEFT's and have no effect here.
+
+    Returns:
+        Name on disk -> tensor (…).
+
+    Raises:
+        AdapterFileError: Files are missing or damaged.
+    """
+    files = read_adapter(adapter_folder(model_id, kwargs.get("subfolder"), kwargs.get("revision")))
+    tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
+    return tensors if device is None else {key: tensor.to(device) for key, tensor in tensors.items()}

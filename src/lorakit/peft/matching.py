@@ -1,0 +1,138 @@
+"""PEFT's questions about what a config names in a model, answered by `lorakit.targets`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from lorakit.config import LoraConfig, TaskType
+from lorakit.core.sitemap import survey
+from lorakit.errors import ConfigError, TargetError
+from lorakit.targets import ALL_LINEAR, Candidate, names_path, resolve
+
+SEQ_CLS_HEADS = ("score", "classifier")
+
+
+class ExcludedModule:
+    """Said of a module that is left out on purpose; it counts as no."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
+def check_target_module_exists(config: Any, key: str) -> Any:
+    """Whether a config names a module.
+
+    Args:
+        config: A config with `target_modules` and its like.
+        key: Dotted path of the module.
+
+    Returns:
+        Something true where it does; `ExcludedModule` where it is left out on purpose.
+
+    Raises:
+        ConfigError: A pattern is not a regular expression.
+    """
+    if _excluded(config, key):
+        return ExcludedModule()
+    if config.target_modules is None:
+        return False
+    plain = LoraConfig(
+        target_modules=config.target_modules,
+        layers_to_transform=getattr(config, "layers_to_transform", None),
+        layers_pattern=getattr(config, "layers_pattern", None) or None,
+    )
+    try:
+        return bool(resolve([Candidate(key, "Linear", dense=True)], plain, allow_partial=True).matches)
+    except TargetError:
+        return False
+
+
+def _excluded(config: Any, key: str) -> bool:
+    excluded = getattr(config, "exclude_modules", None)
+    if isinstance(excluded, str):
+        if re.fullmatch(excluded, key):
+            return True
+    elif any(names_path(entry, key) for entry in excluded or ()):
+        return True
+    saved = getattr(config, "modules_to_save", None) or ()
+    return any(names_path(entry, ".".join(key.split(".")[:end])) for entry in saved for end in _ends(key))
+
+
+def _ends(key: str) -> range:
+    return range(1, key.count(".") + 2)
+
+
+def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[str, list[str]]:
+    """The modules that an adapter's config names, and those that it does not.
+
+    Args:
+        tuner: What `PeftModel.base_model` is.
+        adapter_name: The adapter.
+    """
+    config = tuner.peft_config[adapter_name]
+    found: dict[str, list[str]] = {"matched": [], "unmatched": []}
+    for key, _ in tuner.model.named_modules():
+        found["matched" if check_target_module_exists(config, key) else "unmatched"].append(key)
+    return found
+
+
+def maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
+    """A config whose "all-linear" is spelled out, in place, as PEFT does it.
+
+    Args:
+        peft_config: The config; it is changed and returned.
+        model: The model.
+    """
+    targets = getattr(peft_config, "target_modules", None)
+    if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
+        return peft_config
+    heads = {id(head) for head in _heads(model, getattr(peft_config, "task_type", None))}
+    site_map = survey(model)
+    peft_config.target_modules = {
+        candidate.path
+        for candidate in site_map.candidates
+        if candidate.dense and id(site_map.base(candidate.path)) not in heads
+    }
+    return peft_config
+
+
+def _heads(model: nn.Module, task: Any) -> list[nn.Module]:
+    """The classifier of a model whose task it is; the output head is never dense to begin with."""
+    if task != TaskType.SEQ_CLS or not hasattr(model, "get_output_embeddings"):
+        return []
+    found = (getattr(model, name, None) for name in SEQ_CLS_HEADS)
+    return [head for head in found if head is not None][:1]
+
+
+def find_minimal_target_modules(target_modules: Collection[str], other_module_names: Collection[str]) -> set[str]:
+    """The fewest dotted ends that name these modules and none of the others.
+
+    Args:
+        target_modules: Paths to name.
+        other_module_names: Paths not to name.
+
+    Raises:
+        ConfigError: There are none, one is empty, or a path is in both.
+    """
+    if isinstance(target_modules, str) or not target_modules:
+        raise ConfigError("target_modules should be a list or set of strings.")
+    if "" in target_modules:
+        raise ConfigError("target_modules should not contain an empty string.")
+    if set(target_modules) & set(other_module_names):
+        raise ConfigError("target_modules and other_module_names contain common elements, this should not happen.")
+    taken = {end for name in other_module_names for end in _suffixes(name)}
+    chosen: set[str] = set()
+    for name in sorted(target_modules, key=_suffixes):
+        if any(names_path(end, name) for end in chosen):
+            continue
+        chosen.add(next((end for end in _suffixes(name) if end not in taken), name))
+    return chosen
+
+
+def _suffixes(path: str) -> list[str]:
+    words = path.split(".")
+    return [".".join(words[-count:]) for count in range(1, len(words) + 1)]

@@ -1,0 +1,117 @@
+"""Get a base ready for training: gradients at its input, frozen and raised parameters, dtypes under autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+HALF = (torch.float16, torch.bfloat16)
+DENSE_METHODS = ("gptq", "aqlm", "eetq", "torchao", "hqq")
+"""Ways to quantise whose own tensors are halves that must stay as they are."""
+
+
+def checkpoints(model: Any) -> bool:
+    """Whether gradient checkpointing is on in a model of transformers; the word for it differs by version."""
+    newer = getattr(model, "is_activation_checkpointing", None)
+    return bool(newer if newer is not None else getattr(model, "is_gradient_checkpointing", False))
+
+
+def take_gradients_at_the_input(model: Any) -> None:
+    """Let what comes out of the input embedding require gradients, as reentrant gradient checkpointing needs.
+
+    Args:
+        model: A model; one whose weights are loaded in 8 or 4 bits does it by itself.
+    """
+    if any(getattr(model, word, False) for word in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
+        return
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    elif hasattr(model, "get_input_embeddings"):
+        model.get_input_embeddings().register_forward_hook(_require_gradients)
+
+
+def _require_gradients(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    output.requires_grad_(True)
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> Any:
+    """Freeze a quantised base, raise what is not quantised to fp32, and switch gradient checkpointing on.
+
+    Args:
+        model: The base, changed in place.
+        use_gradient_checkpointing: Switch it on where the base is quantised.
+        gradient_checkpointing_kwargs: Its options.
+        auto_clear_cache: Give cached memory back to a GPU.
+
+    Returns:
+        The same model.
+    """
+    method = getattr(model, "quantization_method", None)
+    method = getattr(method, "value", method)
+    hqq = bool(getattr(model, "hqq_quantized", False))
+    quantised = method in DENSE_METHODS or hqq
+    in_bits = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+        if not quantised and parameter.dtype in HALF and type(parameter).__name__ != "Params4bit":
+            parameter.data = parameter.data.float()
+    if not quantised and auto_clear_cache and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if (in_bits or quantised) and use_gradient_checkpointing:
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options.get("use_reentrant", True):
+            if hasattr(model, "enable_input_require_grads"):
+                model.enable_input_require_grads()
+            else:
+                model.get_input_embeddings().register_forward_hook(_require_gradients)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    return model
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give what is frozen a half-precision dtype, and what is trained fp32.
+
+    Args:
+        model: The model, changed in place.
+        dtype: For what is frozen.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
+    """Labels as a decoder's inputs: one place to the right, the start token first.
+
+    Args:
+        input_ids: (rows, tokens).
+        pad_token_id: Stands where labels are masked.
+        decoder_start_token_id: Comes first.
+
+    Returns:
+        (rows, tokens).
+
+    Raises:
+        ValueError: There is no pad token.
+    """
+    if pad_token_id is None:
+        raise ValueError("self.model.config.pad_token_id has to be defined.")
+    shifted = torch.roll(input_ids, 1, dims=-1)
+    shifted[:, 0] = decoder_start_token_id
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+def infer_device() -> str:
+    """The kind of device that is here: "cuda", "mps", "xpu" or "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else "cpu"

@@ -1,0 +1,91 @@
+"""Small questions about what stands on a model, in PEFT's words: which adapters, which act, which are merged.
+
+The answers come from `lorakit.core`; other files of this part ask here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from lorakit.config import LoraConfig
+from lorakit.core.extras import ModuleCopies
+from lorakit.core.factor import HOLDERS
+from lorakit.core.layer import LoraLayer
+from lorakit.core.sitemap import find_state
+
+
+def is_wrapper(model: nn.Module) -> bool:
+    """Whether a model is a `PeftModel`: it holds a tuner, which holds the user's model."""
+    inner = model._modules.get("base_model")
+    return inner is not None and hasattr(inner, "tuner_layer_cls")
+
+
+def adapted(model: nn.Module) -> Iterator[LoraLayer | ModuleCopies]:
+    """Every adapted layer and copied module."""
+    return (module for module in model.modules() if isinstance(module, (LoraLayer, ModuleCopies)))
+
+
+def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
+    """Adapter -> config; the live table, empty where there are no adapters."""
+    state = find_state(model)
+    return {} if state is None else state.configs
+
+
+def holders_of(module: LoraLayer | ModuleCopies) -> Iterator[Any]:
+    """The containers of a layer that hold something per adapter."""
+    if isinstance(module, ModuleCopies):
+        yield module.modules_to_save
+        return
+    for attribute in HOLDERS:
+        held = module._modules.get(attribute)
+        if held is not None and attribute != "lora_dropout":
+            yield held
+
+
+def available_at(module: LoraLayer | ModuleCopies) -> set[str]:
+    """Adapters that have something at a layer."""
+    return set(module.modules_to_save.keys() if isinstance(module, ModuleCopies) else module.r)
+
+
+def active_at(module: LoraLayer | ModuleCopies) -> list[str]:
+    """Adapters that act at a layer, also while they are disabled, as PEFT lists them."""
+    route = module.state.default if module.own_route is None else module.own_route
+    return list(route.names)
+
+
+def merged_at(module: LoraLayer | ModuleCopies) -> list[str]:
+    """Adapters that are merged at a layer."""
+    if isinstance(module, ModuleCopies):
+        return [module.merged_adapter] if module.merged_adapter else []
+    return list(module.merged_adapters)
+
+
+def is_disabled(module: LoraLayer | ModuleCopies) -> bool:
+    """Whether a layer's adapters are switched off now."""
+    return not module.state.active().mentions
+
+
+BACKENDS = {"bnb-4bit": "bnb 4bit", "bnb-8bit": "bnb 8bit"}
+"""Name of a row of BASES -> PEFT's word for it, where it has another."""
+
+
+def quantisation_at(module: LoraLayer | ModuleCopies) -> str | None:
+    """How a layer's base weight is quantised, in PEFT's words, or None."""
+    if isinstance(module, ModuleCopies) or not module.base.quantised:
+        return None
+    return BACKENDS.get(module.base.name, module.base.name)
+
+
+def rows_per_prompt(kwargs: Mapping[str, Any], model: nn.Module) -> int:
+    """How many rows `generate` makes of each prompt: beams, or sequences to return.
+
+    Args:
+        kwargs: What `generate` was given.
+        model: The user's model.
+    """
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    found = [kwargs.get(word) or getattr(config, word, None) or 1 for word in ("num_beams", "num_return_sequences")]
+    return max(int(number) for number in found)

@@ -1,0 +1,209 @@
+"""State dicts of an adapter and of its base: names as on disk, taken from a model or put into one.
+
+On disk the adapter's name is not part of a tensor's name, in memory it is; a wrapped model's names begin with
+`base_model.model.`, those of a bare one do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lorakit.core.extras import BiasSwitch, ModuleCopies
+from lorakit.core.layer import LoraLayer
+from lorakit.core.sitemap import base_tensors
+from lorakit.errors import AdapterError, AdapterFileError, warn_caller
+from lorakit.peft import standing
+
+WRAPPED = "base_model.model."
+COMPILED = "_orig_mod"
+FSDP = "_fsdp_wrapped_module."
+
+
+class IncompatibleKeys(NamedTuple):
+    """What did not fit, as `load_state_dict` returns it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def get_peft_model_state_dict(
+    model: Any,
+    state_dict: Mapping[str, Any] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Any]:
+    """The tensors of one adapter, under their names on disk.
+
+    Args:
+        model: A wrapped model, or a model with adapters in it.
+        state_dict: Where the values (…) come from instead of the model, as gathered from several devices.
+        adapter_name: The adapter.
+        unwrap_compiled: The model may be compiled.
+        save_embedding_layers: True adds the base's embedding matrices, for a vocabulary that was resized.
+
+    Raises:
+        AdapterError: There is no such adapter.
+    """
+    model = getattr(model, COMPILED, model) if unwrap_compiled else model
+    if adapter_name not in standing.configs_of(model):
+        raise AdapterError(f"There is no adapter {adapter_name!r} on this model.")
+    values = model.state_dict() if state_dict is None else state_dict
+    found = {}
+    for on_disk, in_memory in names_of(model, adapter_name):
+        if in_memory in values:
+            found[on_disk] = values[in_memory]
+    if save_embedding_layers is True:
+        found |= _embeddings(model, values)
+    return found
+
+
+def names_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str]]:
+    """The names of an adapter's tensors, on disk and in memory.
+
+    Args:
+        model: A wrapped model, or a model with adapters in it.
+        adapter: The adapter.
+
+    Yields:
+        Name on disk, and name in the model's state dict.
+    """
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, LoraLayer):
+            yield from _of_layer(module, prefix, adapter)
+        elif isinstance(module, ModuleCopies):
+            if adapter in module.modules_to_save:
+                for leaf in module.modules_to_save[adapter].state_dict():
+                    yield f"{prefix}{leaf}", f"{prefix}modules_to_save.{adapter}.{leaf}"
+        elif module._forward_hooks:
+            for switch in BiasSwitch.on(module):
+                if switch.adapter == adapter:
+                    yield from ((f"{prefix}{leaf}", f"{prefix}{leaf}") for leaf in switch.originals)
+
+
+def _of_layer(layer: LoraLayer, prefix: str, adapter: str) -> Iterator[tuple[str, str]]:
+    for attribute, held in layer._modules.items():
+        if attribute in {"base_layer", "lora_dropout"} or held is None or adapter not in held:  # type: ignore[operator]
+            continue
+        entry = held[adapter]  # type: ignore[index]
+        if not isinstance(entry, nn.Module):
+            yield f"{prefix}{attribute}", f"{prefix}{attribute}.{adapter}"
+            continue
+        for leaf in entry.state_dict():
+            ending = "" if attribute == "lora_magnitude_vector" else f".{leaf}"
+            yield f"{prefix}{attribute}{ending}", f"{prefix}{attribute}.{adapter}.{leaf}"
+
+
+def _embeddings(model: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    if not hasattr(model, "get_input_embeddings"):
+        warn_caller("Could not identify embedding layer(s) because the model is not a 🤗 transformers model.")
+        return {}
+    wanted = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    prefixes = tuple(f"{path}." for path, module in model.named_modules() if any(module is layer for layer in wanted))
+    own = {in_memory for name in standing.configs_of(model) for _, in_memory in names_of(model, name)}
+    return {key: value for key, value in values.items() if key.startswith(prefixes) and key not in own}
+
+
+def set_peft_model_state_dict(
+    model: Any,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> IncompatibleKeys:
+    """Put tensors into an adapter that is on a model.
+
+    Args:
+        model: A wrapped model, or a model with adapters in it.
+        peft_model_state_dict: Name on disk -> tensor (…), with or without the prefix of a wrapped model.
+        adapter_name: The adapter.
+        ignore_mismatched_sizes: Leave out, with a warning, what has another shape.
+        low_cpu_mem_usage: Accepted; factors are where they belong already.
+
+    Returns:
+        Names in the model that got nothing, and names that belong nowhere; the latter are also warned about.
+
+    Raises:
+        AdapterError: There is no such adapter.
+        AdapterFileError: A shape does not fit.
+    """
+    if adapter_name not in standing.configs_of(model):
+        raise AdapterError(f"There is no adapter {adapter_name!r} on this model.")
+    places = {_bare(on_disk): in_memory for on_disk, in_memory in names_of(model, adapter_name)}
+    current = model.state_dict()
+    others = {_bare(key): key for key in current}
+    placed: dict[str, Tensor] = {}
+    unexpected, wrong = [], []
+    for key, tensor in peft_model_state_dict.items():
+        target = places.get(_bare(key)) or others.get(_bare(key))
+        if target is None:
+            unexpected.append(key)
+        elif current[target].shape != tensor.shape:
+            wrong.append(f"- {target}: found shape {tensor.shape} in the checkpoint and {current[target].shape} here")
+        else:
+            placed[target] = tensor
+    if wrong and not ignore_mismatched_sizes:
+        raise AdapterFileError(
+            f"Error(s) in loading state_dict for {type(model).__name__}: size mismatch\n" + "\n".join(wrong)
+        )
+    if wrong:
+        warn_caller(
+            f"Some weights of {type(model).__name__} were not initialized from the model checkpoint and are being "
+            "ignored because you passed `ignore_mismatched_sizes=True`: " + "\n".join(wrong)
+        )
+    if unexpected:
+        warn_caller(f"The adapter {adapter_name!r} has no place for these tensors: {', '.join(unexpected[:8])}.")
+    result = model.load_state_dict(placed, strict=False)
+    return IncompatibleKeys(list(result.missing_keys), unexpected)
+
+
+def _bare(key: str) -> str:
+    return key.removeprefix(WRAPPED).replace(FSDP, "")
+
+
+def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
+    """The base's own tensors as they were before any merge, (…), under the names they have without adapters.
+
+    Args:
+        model: A wrapped model, or a model with adapters in it.
+    """
+    return {name: tensor.detach() for name, tensor, _ in base_tensors(_user_model(model))}
+
+
+def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], strict: bool = True) -> IncompatibleKeys:
+    """Put tensors into the base, under the names they have without adapters.
+
+    Args:
+        model: A wrapped model, or a model with adapters in it.
+        state_dict: Name in the plain base -> tensor (…).
+        strict: Names that are missing or too many are an error.
+
+    Returns:
+        Names that were missing and too many.
+
+    Raises:
+        AdapterFileError: Names do not fit and `strict` is true, or a shape does not.
+    """
+    own = {name: tensor for name, tensor, _ in base_tensors(_user_model(model))}
+    missing = [name for name in own if name not in state_dict]
+    unexpected = [name for name in state_dict if name not in own]
+    if strict and (missing or unexpected):
+        raise AdapterFileError(
+            f"Error(s) in loading the base's state dict. Missing key(s): {missing}. Unexpected key(s): {unexpected}."
+        )
+    wrong = [name for name, tensor in state_dict.items() if name in own and own[name].shape != tensor.shape]
+    if wrong:
+        raise AdapterFileError(f"size mismatch in the base's state dict: {', '.join(wrong)}.")
+    for name, tensor in state_dict.items():
+        if name in own:
+            own[name].data.copy_(tensor)
+    return IncompatibleKeys(missing, unexpected)
+
+
+def _user_model(model: Any) -> nn.Module:
+    inner: nn.Module = model.get_base_model() if standing.is_wrapper(model) else model
+    return inner

@@ -1,0 +1,187 @@
+"""What stands on a model, layer by layer and as a whole: PEFT's two status functions and what they return."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from lorakit.core.extras import ModuleCopies
+from lorakit.core.layer import LoraLayer
+from lorakit.errors import AdapterError
+from lorakit.peft import standing
+
+Irregular = Literal["irregular"]
+IRREGULAR: Irregular = "irregular"
+"""Said where layers do not agree."""
+
+
+@dataclass
+class TunerLayerStatus:
+    """One adapted layer, or copied module.
+
+    Attributes:
+        name: Its path.
+        module_type: Its class as `repr` shows it.
+        enabled: Its adapters are not disabled.
+        active_adapters: Adapters that act.
+        merged_adapters: Adapters that are written into the base.
+        requires_grad: Adapter -> whether its parameters are trained here.
+        available_adapters: Adapters that have something here, sorted.
+        devices: Adapter -> kinds of device that hold it.
+        quantization_backend: How the base's weight is quantised, or None.
+    """
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+@dataclass
+class TunerModelStatus:
+    """A whole model; what its layers do not agree on is "irregular".
+
+    Attributes:
+        base_model_type: Class of the user's model.
+        adapter_model_type: Class of the tuner, or "None" for a bare model.
+        peft_types: Adapter -> method.
+        trainable_params: Numbers that are trained.
+        total_params: Numbers in all.
+        num_adapter_layers: Adapted layers and copied modules.
+        enabled: Adapters are not disabled.
+        active_adapters: Adapters that act.
+        merged_adapters: Adapters that are written into the base.
+        requires_grad: Adapter -> whether it is trained.
+        available_adapters: Adapters that have something here, sorted.
+        devices: Adapter -> kinds of device that hold it.
+        quantization_backend: How the base's weights are quantised, or None.
+    """
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Irregular
+    active_adapters: list[str] | Irregular
+    merged_adapters: list[str] | Irregular
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """The status of every adapted layer and copied module.
+
+    Args:
+        model: A wrapped model, or a model with adapters in it.
+
+    Raises:
+        AdapterError: There are none.
+    """
+    inner = getattr(model, "base_model", model) if standing.is_wrapper(model) else model
+    found = [
+        _layer_status(name, module)
+        for name, module in inner.named_modules()
+        if isinstance(module, (LoraLayer, ModuleCopies))
+    ]
+    if not found:
+        raise AdapterError(
+            "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters "
+            "injected in the model."
+        )
+    return found
+
+
+def _layer_status(name: str, module: LoraLayer | ModuleCopies) -> TunerLayerStatus:
+    flags: dict[str, list[bool]] = defaultdict(list)
+    devices: dict[str, set[str]] = defaultdict(set)
+    for adapter, parameter in _parameters(module):
+        flags[adapter].append(parameter.requires_grad)
+        devices[adapter].add(parameter.device.type)
+    return TunerLayerStatus(
+        name=name,
+        module_type=repr(module).partition("(")[0],
+        enabled=not standing.is_disabled(module),
+        active_adapters=standing.active_at(module),
+        merged_adapters=standing.merged_at(module),
+        requires_grad={adapter: _agreed(values) for adapter, values in flags.items()},
+        available_adapters=sorted(standing.available_at(module)),
+        devices={adapter: sorted(kinds) for adapter, kinds in devices.items()},
+        quantization_backend=standing.quantisation_at(module),
+    )
+
+
+def _parameters(module: LoraLayer | ModuleCopies) -> Iterator[tuple[str, nn.Parameter]]:
+    for holder in standing.holders_of(module):
+        for adapter, held in holder.items():
+            for parameter in held.parameters() if isinstance(held, nn.Module) else [held]:
+                yield adapter, parameter
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """The status of a model.
+
+    Args:
+        model: A wrapped model, or a model with adapters in it.
+
+    Raises:
+        AdapterError: It has no adapters.
+    """
+    wrapped = standing.is_wrapper(model)
+    found = get_layer_status(model)
+    numbers = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    user: Any = model.get_base_model() if wrapped else model  # type: ignore[operator]
+    known = wrapped or hasattr(user, "get_output_embeddings")
+    trained: dict[str, list[bool | Irregular]] = defaultdict(list)
+    devices: dict[str, set[str]] = defaultdict(set)
+    for status in found:
+        for adapter, value in status.requires_grad.items():
+            trained[adapter].append(value)
+        for adapter, kinds in status.devices.items():
+            devices[adapter].update(kinds)
+    return TunerModelStatus(
+        base_model_type=type(user).__name__ if known else "other",
+        adapter_model_type=type(model.base_model).__name__ if wrapped else "None",
+        peft_types=dict.fromkeys(standing.configs_of(user), "LORA") if wrapped else {},
+        trainable_params=sum(count for count, flag in numbers if flag),
+        total_params=sum(count for count, _ in numbers),
+        num_adapter_layers=len(found),
+        enabled=_agreed([status.enabled for status in found]),
+        active_adapters=_same([status.active_adapters for status in found]),
+        merged_adapters=_merged(found),
+        requires_grad={adapter: _agreed(values) for adapter, values in trained.items()},
+        available_adapters=sorted({name for status in found for name in status.available_adapters}),
+        devices={adapter: sorted(kinds) for adapter, kinds in devices.items()},
+        quantization_backend=_one({status.quantization_backend for status in found}),
+    )
+
+
+def _agreed(values: Iterable[bool | Irregular]) -> bool | Irregular:
+    seen = set(values)
+    return IRREGULAR if len(seen) > 1 or IRREGULAR in seen else bool(seen.pop() if seen else True)
+
+
+def _same(lists: list[list[str]]) -> list[str] | Irregular:
+    return list(lists[0]) if all(one == lists[0] for one in lists) else IRREGULAR
+
+
+def _merged(found: list[TunerLayerStatus]) -> list[str] | Irregular:
+    merged = {name for status in found for name in status.merged_adapters}
+    partly = any(merged & (set(status.available_adapters) - set(status.merged_adapters)) for status in found)
+    return IRREGULAR if partly else sorted(merged)
+
+
+def _one(values: set[str | None]) -> str | None:
+    return values.pop() if len(values) == 1 else IRREGULAR

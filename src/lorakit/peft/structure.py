@@ -1,0 +1,282 @@
+"""Questions about a model's parts that programs ask PEFT: names of modules, batch sizes, shared storage, devices.
+
+Answers come from the model alone; what belongs to launchers that are not here is answered with "no".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.bases import base_of
+from lorakit.errors import ConfigError, ConfigTypeError, NotYetSupported
+
+
+def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """A module's parent, the module, and its name in the parent.
+
+    Args:
+        model: The model.
+        key: Dotted path.
+    """
+    parent, _, name = key.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(key), name
+
+
+def get_batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
+    """Rows of a batch.
+
+    Args:
+        input_ids: (rows, tokens), or None.
+        inputs_embeds: (rows, tokens, width), or None.
+
+    Raises:
+        ConfigError: Both are None.
+    """
+    given = input_ids if input_ids is not None else inputs_embeds
+    if given is None:
+        raise ConfigError("You have to provide either input_ids or inputs_embeds")
+    return int(given.shape[0])
+
+
+def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
+    """The first pattern that fits the end of a path, or the path itself."""
+    return next((key for key in pattern_keys if re.match(rf".*\.?({key})$", key_to_match)), key_to_match)
+
+
+def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
+    """A regular expression against a whole path."""
+    return re.fullmatch(target_pattern, key)
+
+
+def input_embeddings_name(model: Any, default: str | None = None) -> str | None:
+    """Path of a model's input embedding, or a default where it does not say."""
+    getter = getattr(model, "get_input_embeddings", None)
+    wanted = getter() if callable(getter) else None
+    return next((name for name, module in model.named_modules() if wanted is not None and module is wanted), default)
+
+
+def names_tied_with_embedding(model: Any) -> list[str]:
+    """Paths of modules whose weight is the input embedding's own."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    getter = getattr(inner, "get_input_embeddings", None)
+    embedding = getter() if callable(getter) else None
+    weight = getattr(embedding, "weight", None)
+    return [
+        name
+        for name, module in inner.named_modules()
+        if weight is not None and module is not embedding and module._parameters.get("weight") is weight
+    ]
+
+
+def no_split_modules(model: Any) -> set[str]:
+    """Class names of modules that must stay on one device."""
+    found: set[str] = set()
+    for module in model.modules():
+        found |= set(getattr(module, "_no_split_modules", None) or ())
+    return found
+
+
+def fsdp_auto_wrap_policy(model: Any) -> Callable[..., bool]:
+    """FSDP's policy for an adapted model: transformer blocks, and each trained leaf on its own.
+
+    Args:
+        model: The model; FSDP_TRANSFORMER_CLS_TO_WRAP may name the classes of its blocks.
+
+    Raises:
+        ConfigTypeError: No module is of a class that is named.
+    """
+    from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
+
+    words = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted(no_split_modules(model))))
+    classes = {type(module).__name__: type(module) for module in model.modules()}
+    missing = [word for word in words.split(",") if word and word not in classes]
+    if missing:
+        raise ConfigTypeError(f"Could not find the transformer layer class to wrap in the model: {missing[0]}.")
+    blocks = {classes[word] for word in words.split(",") if word}
+    leaves = partial(lambda_auto_wrap_policy, lambda_fn=_is_trained_leaf)
+    return partial(_or_policy, policies=[leaves, partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks)])
+
+
+def _is_trained_leaf(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return not list(module.children()) and weight is not None and bool(weight.requires_grad)
+
+
+def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
+    """What tells one storage from another.
+
+    Args:
+        tensor: A tensor of any shape.
+    """
+    storage = tensor.untyped_storage()
+    return tensor.device, storage.data_ptr(), storage.nbytes()
+
+
+def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """A weight (a, b) as (b, a) where it lies transposed."""
+    if not fan_in_fan_out:
+        return weight
+    return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T
+
+
+def str_to_bool(value: str) -> int:
+    """1 for a word that says yes, 0 for one that says no.
+
+    Raises:
+        ConfigError: It says neither.
+    """
+    word = value.lower()
+    if word in ("y", "yes", "t", "true", "on", "1"):
+        return 1
+    if word in ("n", "no", "f", "false", "off", "0"):
+        return 0
+    raise ConfigError(f"invalid truth value {value}")
+
+
+def get_quantization_config(model: Any, method: str) -> Any:
+    """A model's quantisation config where it is of this method, else None."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return config if getattr(model, "quantization_method", None) == method else None
+
+
+def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:
+    """Path of a module in a model, or ""."""
+    return next((name for name, module in model.named_modules() if module is reference_module), "")
+
+
+def get_device_map(model: Any) -> dict[str, Any]:
+    """Part of a model -> its device."""
+    return getattr(model, "hf_device_map", None) or {"": next(model.parameters()).device}
+
+
+@contextlib.contextmanager
+def onload_layer(layer: nn.Module) -> Iterator[None]:
+    """PEFT's block around a layer whose weights lie elsewhere; they do not here.
+
+    Args:
+        layer: The layer.
+
+    Yields:
+        Nothing.
+    """
+    yield
+
+
+def dequantize_module_weight(module: nn.Module) -> Tensor:
+    """A module's weight as numbers, (out, in), whatever it is stored in."""
+    base = base_of(module)
+    return base.read(module, base.stored(module, "weight"))
+
+
+def check_deepspeed_zero3_enabled() -> bool:
+    """Whether DeepSpeed splits parameters: no, it is not supported here."""
+    return False
+
+
+@contextlib.contextmanager
+def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: nn.Module | None = None) -> Iterator[None]:
+    """PEFT's block around split parameters; none are split here.
+
+    Args:
+        param: Parameters.
+        modifier_rank: PEFT's.
+        fwd_module: PEFT's.
+
+    Yields:
+        Nothing.
+    """
+    yield
+
+
+def get_layer_device_map(model: Any) -> None:
+    """Layer -> device: None, since layers are where the model put them."""
+
+
+@contextlib.contextmanager
+def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
+    """A block in which modules are made without memory, on torch's meta device.
+
+    Args:
+        include_buffers: Accepted; buffers are made so too.
+
+    Yields:
+        Nothing.
+    """
+    with torch.device("meta"):
+        yield
+
+
+def skip_init_on_device(func: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFT's mark on functions that `init_empty_weights` must not touch; nothing has to be done here."""
+    return func
+
+
+def build_peft_weight_mapping(
+    weight_conversions: Iterable[Any] | None, adapter_name: str, peft_config: Any = None
+) -> list[Any]:
+    """How transformers' own loader has to rename an adapter's tensors, as a base's are renamed.
+
+    Args:
+        weight_conversions: What transformers does to the base's tensors.
+        adapter_name: The adapter.
+        peft_config: Its config.
+
+    Raises:
+        NotYetSupported: The base's tensors are put together, not only renamed (fused experts).
+    """
+    if not weight_conversions:
+        return []
+    from lorakit.hub.renamings import renaming
+
+    found = [renaming("base_model.model.model.", "model."), renaming("base_model.model.", "")]
+    found.append(renaming(r"(lora_[^\.]*)", rf"\1.{adapter_name}"))
+    for conversion in weight_conversions:
+        if type(conversion).__name__ != "WeightRenaming":
+            raise NotYetSupported(
+                "Loading an adapter through transformers onto a base whose experts are put together is not built. Use "
+                "PeftModel.from_pretrained."
+            )
+        found.append(conversion)
+    return found
+
+
+def unused(*_: Any, **__: Any) -> None:
+    """PEFT's inner steps that have no counterpart here; calling one does nothing."""
+
+
+_BITS = {"Params4bit": "4bit", "Int8Params": "8bit"}
+
+_NAMES: dict[str, Any] = {
+    "_get_submodules": get_submodules,
+    "_get_batch_size": get_batch_size,
+    "_get_input_embeddings_name": input_embeddings_name,
+    "_get_module_names_tied_with_embedding": names_tied_with_embedding,
+    "_get_no_split_modules": no_split_modules,
+    "_is_valid_match": lambda key, target_key: key == target_key or key.endswith(f".{target_key}"),
+    "_freeze_adapter": unused,
+    "_set_trainable": unused,
+    "_set_adapter": unused,
+    "set_additional_trainable_modules": unused,
+    "map_cache_to_layer_device_map": unused,
+    "convert_peft_config_for_transformers": unused,
+    "get_model_conversion_mapping": lambda model: [],
+    "get_gptqmodel_quant_linear": unused,
+    "get_bnb_param_type": lambda parameter: {"Params4bit": "4bit", "Int8Params": "8bit"}.get(
+        type(parameter).__name__, False
+    ),
+}
+"""PEFT's private names, and steps that have no counterpart here."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return _NAMES[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,11 @@
+"""LoKr's layer by name; it cannot be made here."""
+
+from lorakit.peft.lazy import names_of
+
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "elsewhere": "factorization LoKrLayer",
+    },
+)
+__all__ = __dir__()

@@ -1,0 +1,11 @@
+"""CorDA under PEFT's module path."""
+
+from lorakit.peft.lazy import names_of
+
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "peft.data_inits": "preprocess_corda",
+    },
+)
+__all__ = __dir__()

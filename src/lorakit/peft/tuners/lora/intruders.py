@@ -1,0 +1,11 @@
+"""Intruder dimensions under PEFT's module path."""
+
+from lorakit.peft.lazy import names_of
+
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "peft.weighted": "reduce_intruder_dimension",
+    },
+)
+__all__ = __dir__()

@@ -1,0 +1,11 @@
+"""MonteCLoRA under PEFT's module path; it is not built."""
+
+from lorakit.peft.lazy import names_of
+
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "elsewhere": "MontecloraSampler",
+    },
+)
+__all__ = __dir__()

@@ -1,0 +1,11 @@
+"""Adapted layers on a te base, under PEFT's module path."""
+
+from lorakit.peft.lazy import names_of
+
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "peft.layer_classes": "TeLinear",
+    },
+)
+__all__ = __dir__()

@@ -1,0 +1,11 @@
+"""LoftQ under PEFT's module path."""
+
+from lorakit.peft.lazy import names_of
+
+__getattr__, __dir__ = names_of(
+    __name__,
+    {
+        "peft.data_inits": "replace_lora_weights_loftq",
+    },
+)
+__all__ = __dir__()

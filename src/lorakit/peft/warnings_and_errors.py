@@ -1,0 +1,12 @@
+"""PEFT's names for errors and warnings; the errors are lorakit's own classes."""
+
+from __future__ import annotations
+
+from lorakit.errors import LorakitError as PeftError
+from lorakit.errors import TargetError as NoMatchingPeftModuleError
+
+__all__ = ["NoMatchingPeftModuleError", "PeftError", "PeftWarning"]
+
+
+class PeftWarning(UserWarning):
+    """What PEFT's own warnings are; a filter over it also finds those of this face."""

@@ -1,0 +1,81 @@
+"""lorakit.cli.extract: what full fine-tuning changed, as an adapter; weights read from files one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit import core, hub
+from lorakit.cli import main
+
+Save = Callable[..., Path]
+IDS = torch.tensor([[5, 17, 200, 3, 9, 44]])
+
+
+@pytest.fixture
+def tuned(tiny_model_directory: Path, save_adapter: Save, tmp_path: Path) -> Path:
+    """A model directory whose dense weights changed by rank 4, and whose last norm changed too."""
+    model = hub.load_model(tiny_model_directory, "float32")
+    core.load_adapter(model, save_adapter("one"))
+    core.merge_and_unload(model)
+    with torch.no_grad():
+        model.model.norm.weight.add_(0.25)
+    model.config.dtype = torch.float32
+    model.save_pretrained(tmp_path / "tuned")
+    return tmp_path / "tuned"
+
+
+@pytest.mark.parametrize("files", [True, False])
+def test_what_changed_is_found_again(
+    tiny_model_directory: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], files: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from lorakit.cli import extract
+
+    if not files:
+        monkeypatch.setattr(extract, "_has_files", lambda source: False)
+    out = tmp_path / "adapter"
+    words = ["--base", tiny_model_directory, "--tuned", tuned, "--output-dir", out, "--rank", 4]
+    assert main(["extract", *map(str, words)]) == 0
+    text = capsys.readouterr().out
+    assert f"{out}: 14 sites, ranks 4 to 4, scale 1" in text
+    assert "captured   9" in text
+    assert "not in the adapter: 1 other tensors\n  - model.norm.weight: changed by 1.41" in text
+    base, after = hub.load_model(tiny_model_directory, "float32"), hub.load_model(tuned, "float32")
+    loaded = core.load_adapter(base, out)
+    assert loaded.base == "same" and loaded.config.base_model_name_or_path == str(tiny_model_directory)
+    base.model.norm.weight.data = after.model.norm.weight.data
+    with torch.no_grad():
+        torch.testing.assert_close(base(IDS).logits, after(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_json_energy_and_modules_taken_whole(
+    tiny_model_directory: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--base", tiny_model_directory, "--tuned", tuned, "--output-dir", tmp_path / "a", "--energy", 0.7]
+    words += ["--target-modules", "q_proj", "down_proj", "--modules-to-save", "model.norm", "--json"]
+    assert main(["extract", *map(str, words)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["sites"]) == 4 and found["copied"] == ["model.norm"]
+    assert all(site["energy_lost"] <= 0.3 for site in found["sites"])
+    assert {change["why"] for change in found["outside"]} == {"changed"}
+    core.load_adapter(hub.load_model(tiny_model_directory, "float32"), tmp_path / "a")
+
+
+def test_what_is_refused(
+    tiny_model_directory: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start: list[Any] = ["extract", "--base", tiny_model_directory, "--output-dir", tmp_path / "a"]
+    for words, code, said in (
+        (["--tuned", tuned], 2, "Give a rank or a share of the energy"),
+        (["--tuned", tuned, "--rank", 2, "--target-modules", "q_prj"], 1, "q_prj"),
+        (["--tuned", tmp_path / "no", "--rank", 2], 1, "no"),
+    ):
+        assert main([*map(str, start), *map(str, words)]) == code
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "a").exists()

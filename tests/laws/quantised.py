@@ -1,0 +1,72 @@
+"""Models whose dense layers are stored in fewer bits, one for each way of storage whose package is installed.
+
+Widths are multiples of 64: at others, the CPU kernel of bitsandbytes multiplies out other numbers than it packed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.quantising import quantised_linear
+from lorakit.core.sitemap import quantised_weights
+from lorakit.plan.quantised import STORAGES, Quantization, Storage
+
+from .snapshots import bits
+from .zoo import Specimen
+
+WRITTEN = {"nf4": 0.11, "fp4": 0.14, "hqq4": 0.11, "int8": 0.01, "int8-torchao": 0.01, "hqq8": 0.01}
+"""Relative error that writing a merged weight into each storage may make."""
+
+EVALUATED = {"int8": 0.02}
+"""Where a forward in eval mode rounds what the plain product does not: bitsandbytes' int8 rounds activations too."""
+
+
+def storages() -> list[Any]:
+    """Parameters for pytest: every way of storage, skipped where its package is missing."""
+    return [
+        pytest.param(
+            storage,
+            id=storage.name,
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec(storage.package) is None, reason=f"{storage.package} is not installed"
+            ),
+        )
+        for storage in STORAGES
+    ]
+
+
+def specimen(storage: Storage) -> Specimen:
+    """Two quantised layers, one of them with a bias, and a dense head."""
+
+    def make() -> nn.Module:
+        plain = _plain()
+        for name in ("up", "square"):
+            setattr(plain, name, quantised_linear(getattr(plain, name), Quantization(storage.name)))
+        return plain
+
+    return Specimen(storage.name, make, ("up", "square"), _numbers)
+
+
+DENSE = Specimen("dense", lambda: _plain(), ("up", "square"), lambda rows: _numbers(rows))
+
+
+def packed_bits(model: nn.Module) -> list[str]:
+    """SHA-256 of everything that the quantised weights of a model consist of, as they were before any merge."""
+    return [bits(tensor) for weight in quantised_weights(model) for tensor in weight.base.tensors(weight.stored)]
+
+
+def _plain() -> nn.Module:
+    layers = {"up": nn.Linear(64, 128), "square": nn.Linear(128, 128, bias=False), "out": nn.Linear(128, 7)}
+    return nn.Sequential(
+        OrderedDict(up=layers["up"], act=nn.Tanh(), square=layers["square"], last=nn.Tanh(), out=layers["out"])
+    )
+
+
+def _numbers(rows: int) -> Tensor:
+    return torch.randn(rows, 64, generator=torch.Generator().manual_seed(7))
