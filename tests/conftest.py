@@ -87,6 +87,30 @@ def tiny_llama() -> Any:
 
 
 @pytest.fixture
+def wide_model_directory(tmp_path: Path, tiny_tokenizer: Any) -> Path:
+    """As `tiny_model_directory`, of widths that are multiples of 64, which quantisers' kernels ask for."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    folder = tmp_path / "wide-llama"
+    _seeded(lambda: LlamaForCausalLM(config)).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
 def tiny_gpt2() -> Any:
     """A GPT-2 of two layers, width 32 (Conv1D sites); it takes the ids of `tiny_tokenizer`."""
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -15,6 +15,7 @@ _HOMES = {
     "AdapterError": "errors",
     "LoraConfig": "config",
     "LoraLayer": "core",
+    "LoraTrainerMixin": "peft",
     "LorakitError": "errors",
     "PeftModel": "peft",
     "TaskType": "config",

@@ -327,7 +327,6 @@ def test_an_odd_scale(fields: dict[str, Any], text: str, folder: Path) -> None:
     [
         {"trainable_token_indices": [1]},
         {"use_qalora": True},
-        {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},
     ],
     ids=str,
 )

@@ -27,7 +27,7 @@ def load(name: str) -> Any:
 def test_every_example_is_tested_here() -> None:
     tested = {"quickstart", "many_adapters", "alpha_and_learning_rate", "naive_lora"}
     tested |= {"reference_project", "full_beside_lora"}
-    tested |= {"optimizers", "dora"}
+    tested |= {"optimizers", "dora", "combine_adapters"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -56,6 +56,16 @@ def test_many_adapters(capsys: pytest.CaptureFixture[str]) -> None:
     tokens = example.torch.randint(0, 100, (3, 12))
     alone = example.one_by_one(model, tokens)
     assert (alone - example.mixed(model, tokens).roll(1, 0)).abs().max() > 0.01  # the adapters do differ
+
+
+def test_combine_adapters(capsys: pytest.CaptureFixture[str]) -> None:
+    load("combine_adapters").main()
+    told = capsys.readouterr().out
+    assert float(told.split("logits differ by ")[1].split()[0]) < 1e-5
+    away = [float(line.split(": ")[1].split("%")[0]) for line in told.splitlines() if "away from the sum" in line]
+    assert len(away) == 3 and 0 < away[0] < away[1]
+    assert "both - brief = polite: cosine 1.000000" in told
+    assert 0 < float(told.split("lacks ")[1].split("%")[0]) < 60
 
 
 def test_alpha_and_learning_rate() -> None:

@@ -13,7 +13,7 @@ from .tolerances import assert_close, assert_differs
 from .zoo import ARCHITECTURES, Case, Specimen, cases, run, with_adapters
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", cases(mergeable=True))
 def test_merge(case: Case) -> None:
     model, given = case.adapted("a"), case.specimen.given(case.dtype)
     base = run(case.specimen.model(case.dtype), given)
@@ -24,7 +24,7 @@ def test_merge(case: Case) -> None:
     assert_close(run(model, given), expected, case.dtype)
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", cases(mergeable=True))
 def test_merge_of_two_is_both_active(case: Case) -> None:
     model, given = case.adapted("a", "b"), case.specimen.given(case.dtype)
     with use(model, "a", "b"):
@@ -39,7 +39,7 @@ def test_merge_of_two_is_both_active(case: Case) -> None:
     assert_close(run(plain, given), expected, case.dtype)
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", cases(mergeable=True))
 def test_what_is_merged_does_not_leak_into_other_routes(case: Case) -> None:
     model, given = case.adapted("a", "b", "c"), case.specimen.given(case.dtype)
     routes = [("a",), ("b",), ("c",), ("a", "b"), ("b", "c")]
@@ -63,7 +63,7 @@ def test_what_is_merged_does_not_leak_into_other_routes(case: Case) -> None:
         assert_close(mixed[row], before[row], case.dtype)
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", cases(mergeable=True))
 def test_merged_beside_one_that_is_not(case: Case) -> None:
     """A variant that asks for the base's output gets the base's, whatever is written into the weight."""
     model, given = case.adapted("a", "b"), case.specimen.given(case.dtype)
@@ -74,7 +74,7 @@ def test_merged_beside_one_that_is_not(case: Case) -> None:
         assert_close(run(model, given), expected, case.dtype)
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", cases(mergeable=True))
 def test_merged_state_dict_in_a_plain_model(case: Case) -> None:
     model, given = case.adapted("a"), case.specimen.given(case.dtype)
     expected, before = run(model, given), snapshot(model)
@@ -85,7 +85,7 @@ def test_merged_state_dict_in_a_plain_model(case: Case) -> None:
     assert_close(run(plain, given), expected, case.dtype)
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", cases(mergeable=True))
 def test_merge_and_unload_leaves_a_plain_model(case: Case) -> None:
     model, given = case.adapted("a", "b"), case.specimen.given(case.dtype)
     expected = run(model, given)

@@ -23,7 +23,7 @@ def hashes(model: nn.Module) -> dict[str, str]:
     return {name: bits(tensor) for name, tensor in base_tensors(model).items()}
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", cases(mergeable=True))
 def test_in_any_order(case: Case) -> None:
     plain = BaseBits(case.specimen.model(case.dtype)).before
     model = case.adapted("a", "b", "c")

@@ -11,6 +11,7 @@ from torch import nn
 
 from lorakit.core import (
     activate,
+    adapters,
     attach,
     detach,
     disable,
@@ -72,7 +73,8 @@ def live(
     if specimen is not MHA:
         with route(model, ["a", None, "b", "a"]):
             run(model, given)
-    merged_state_dict(model, "a", "b")
+    if adapters(model)["a"].alora_invocation_tokens is None:
+        merged_state_dict(model, "a", "b")
     save_adapter(model, folder, "a")
     if reload:
         load_adapter(model, folder, "c", allow=())

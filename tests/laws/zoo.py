@@ -20,9 +20,11 @@ from lorakit.config import LoraConfig
 from lorakit.core import attach, collect_for, trainable_parameters
 from lorakit.core.inits import INITS, init_named
 from lorakit.core.kinds import KINDS, kind_named
-from lorakit.core.variants import VARIANTS
+from lorakit.core.variants import VARIANTS, variant_named
 
 ROWS = 4
+INVOCATION = (3, 4)
+"""The tokens that aLoRA adapters wait for here."""
 FP32 = torch.float32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -164,6 +166,11 @@ def _embedding() -> nn.Module:
     return nn.Sequential(OrderedDict(embed=nn.Embedding(50, 12), act=nn.Tanh(), out=nn.Linear(12, 7)))
 
 
+def _on_tokens(make: Callable[[], nn.Module]) -> nn.Module:
+    embed = nn.Embedding(50, 12)
+    return nn.Sequential(OrderedDict([("embed", embed), ("still", nn.Tanh()), *make().named_children()]))
+
+
 def _convs(dims: int) -> nn.Module:
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
     around = {"padding": 1, "padding_mode": "circular"}  # what moves the kernel is the base's, not the adapter's
@@ -231,6 +238,13 @@ def _text(rows: int) -> dict[str, Tensor]:
     return {"input_ids": _ids(rows)}
 
 
+def _invoking(rows: int) -> Tensor:
+    """Tokens among which `INVOCATION` stands once in each row, from the third on."""
+    ids = _ids(rows).clamp_min(INVOCATION[-1] + 1)
+    ids[:, 2 : 2 + len(INVOCATION)] = torch.tensor(INVOCATION)
+    return ids
+
+
 def _pair(rows: int) -> dict[str, Tensor]:
     return {"input_ids": _ids(rows), "decoder_input_ids": _ids(rows, 4)}
 
@@ -253,6 +267,10 @@ MHA_WIDTHS = Specimen(
     "attention-widths", lambda: _Attending(kdim=6, vdim=4), ("mha",), lambda rows: _numbers(rows, 5, 8)
 )
 
+WAITING_LINEARS = Specimen("tokens-linears", lambda: _on_tokens(_linears), ("up", "square"), _invoking, "Linear")
+WAITING_CONV1DS = Specimen("tokens-conv1ds", lambda: _on_tokens(_conv1ds), ("up", "square"), _invoking, "Conv1D")
+WAITING = {specimen.kind: specimen for specimen in (WAITING_LINEARS, WAITING_CONV1DS)}
+
 OF_KIND = {specimen.kind: specimen for specimen in (LINEARS, CONV1DS, EMBEDDING, CONV1, CONV2, CONV3, MHA)}
 ARCHITECTURES = (GPT2, LLAMA, BERT, T5)
 
@@ -269,7 +287,7 @@ class Case:
     @property
     def specimen(self) -> Specimen:
         """The model whose sites are of this kind; a new kind needs one in `OF_KIND`."""
-        return OF_KIND[self.kind]
+        return WAITING[self.kind] if self.variant == "alora" else OF_KIND[self.kind]
 
     @property
     def takes_rows(self) -> bool:
@@ -279,7 +297,14 @@ class Case:
     @property
     def fields(self) -> dict[str, Any]:
         """What the config says beside targets, rank and alpha."""
-        return {"use_dora": self.variant == "dora", "init_lora_weights": self.init}
+        waits = {"alora_invocation_tokens": list(INVOCATION), "task_type": "CAUSAL_LM"}
+        waits = waits if self.variant == "alora" else {}
+        return {"use_dora": self.variant == "dora", "init_lora_weights": self.init, **waits}
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the variant has a place in the weight."""
+        return variant_named(self.variant).mergeable
 
     def adapted(self, *names: str) -> nn.Module:
         """A model with adapters that differ in every number."""
@@ -318,13 +343,12 @@ def _pairs(case: Case) -> set[tuple[Any, ...]]:
     return set(itertools.combinations(rows, 2))
 
 
-def cases() -> list[Any]:
-    """Parameters for pytest: the usual cases, and the rest of the product marked slow."""
+def cases(mergeable: bool = False) -> list[Any]:
+    """Parameters for pytest: the usual cases, and the rest of the product marked slow; or those that can be merged."""
     usual = usual_cases()
     rest = [case for case in every_case() if case not in usual]
-    return [pytest.param(case, id=str(case)) for case in usual] + [
-        pytest.param(case, id=str(case), marks=pytest.mark.slow) for case in rest
-    ]
+    both = [(case, ()) for case in usual] + [(case, pytest.mark.slow) for case in rest]
+    return [pytest.param(c, id=str(c), marks=marks) for c, marks in both if c.mergeable or not mergeable]
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:

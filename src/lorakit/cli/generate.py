@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from lorakit.cli import console
 from lorakit.cli.adapters import Allowances, load_adapters, read_adapters, tokenizer_for
 from lorakit.cli.answers import Answer, show
+from lorakit.cli.stored import say_how_trained
 from lorakit.errors import DataError, UsageError
 from lorakit.plan.quantised import stored_as
 from lorakit.train.defaults import DEFAULTS
@@ -86,6 +87,7 @@ def run(
         hub.require_quantiser(quantization)
     folders = flags.adapter or []
     files = read_adapters(folders)
+    say_how_trained(files, quantization)
     source = hub.resolve(flags.model, console.note)
     hub.require(source)
     tokenizer = tokenizer_for(source, files)

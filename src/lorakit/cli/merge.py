@@ -10,7 +10,10 @@ from cyclopts import Parameter
 
 from lorakit.cli import console
 from lorakit.cli.adapters import Allowances, read_adapters
+from lorakit.cli.stored import say_how_trained
 from lorakit.errors import ConfigError
+from lorakit.plan.quantised import stored_as
+from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
     from lorakit.cli.merged_model import Merged, Order
@@ -34,6 +37,14 @@ class Flags:
             "computes in float32; float32 also keeps all of a small adapter, at twice the size."
         ),
     ] = "auto"
+    quantization: Annotated[
+        str | None,
+        Parameter(
+            help="Merge into the base as it was stored in training (nf4, ...): the directory holds the numbers of the "
+            "quantised base multiplied out, with the adapter in them. Default none: into the base as it is."
+        ),
+    ] = None
+    double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True
     untie: Annotated[
         bool,
         Parameter(
@@ -59,11 +70,15 @@ def run(
 
     _check_dtype(flags.dtype)
     check_target(flags.output_dir)
+    quantization = stored_as(flags.quantization, flags.double_quantization)
+    if quantization is not None:
+        hub.require_quantiser(quantization)
     files = read_adapters(flags.adapter)
+    say_how_trained(files, quantization)
     source = hub.resolve(flags.model, console.note)
     hub.require(source)
     words = (allow or Allowances()).words()
-    order = Order(source, files, flags.adapter, flags.output_dir, flags.dtype, flags.untie, words)
+    order = Order(source, files, flags.adapter, flags.output_dir, flags.dtype, flags.untie, words, quantization)
     done = write_merged(order, console.note)
     for sentence in doubts(done):
         console.warning(sentence)

@@ -20,9 +20,11 @@ from lorakit import core, hub
 from lorakit.cli.adapters import load_adapters, tokenizer_for
 from lorakit.core.applied import note_applied
 from lorakit.core.merging import SiteMerge, tied_sites
+from lorakit.core.quantising import multiply_out
 from lorakit.durable import publish_directory, write_json
 from lorakit.errors import MergeError, ModelError, UsageError
 from lorakit.machine import this_machine
+from lorakit.plan.quantised import Quantization
 
 if TYPE_CHECKING:
     from lorakit.core.loading import AdapterFiles
@@ -35,6 +37,9 @@ ROUNDING = {"float32": 0.0, "float16": 0.05, "bfloat16": 0.3}
 NOISE = {"float32": 0.001, "float16": 0.1, "bfloat16": 0.6}
 """By dtype of the comparison: what two ways to compute the same may differ by, in the same unit. In bf16 that is more
 than most adapters change, so the comparison is made in fp32 wherever that fits into memory."""
+
+ROUNDED_ACTIVATIONS = 0.3
+"""What bitsandbytes' int8 may change a logit by when it evaluates, since it rounds activations; in the same unit."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Order:
         dtype: "auto" (the base's) or a name of `hub.models.DTYPES`.
         untie: Give sites that share a weight one of their own.
         allow: Refusals of `core.load_adapter` to lift.
+        quantization: How the base was stored when the adapters were trained, or None for as it is.
     """
 
     source: hub.ModelSource
@@ -58,6 +64,7 @@ class Order:
     dtype: str
     untie: bool
     allow: Collection[str]
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -161,11 +168,13 @@ class Expected:
         base: Logits of the base alone, (tokens, vocabulary).
         adapted: Of base and adapters, (tokens, vocabulary).
         dtype: What they were computed in.
+        noise: What the quantised base's own products may be off by, in standard deviations of the logits.
     """
 
     base: Tensor
     adapted: Tensor
     dtype: str
+    noise: float = 0.0
 
 
 def compare(expected: Expected, merged: Tensor, dtype: str) -> Probe:
@@ -184,7 +193,7 @@ def compare(expected: Expected, merged: Tensor, dtype: str) -> Probe:
     """
     adapted = expected.adapted
     difference = float((merged - adapted).abs().max())
-    tolerance = (ROUNDING.get(dtype, 0.0) + NOISE.get(expected.dtype, 0.001)) * float(adapted.std())
+    tolerance = (ROUNDING.get(dtype, 0.0) + NOISE.get(expected.dtype, 0.001) + expected.noise) * float(adapted.std())
     if not difference <= tolerance:  # also where it is NaN
         raise MergeError(
             f"The merged directory does not say what base and adapters say: on {len(adapted)} tokens the logits differ "
@@ -211,6 +220,7 @@ def record(order: Order, done: Merged) -> dict[str, Any]:
             for given, files in zip(order.folders, order.adapters, strict=True)
         ],
         "dtype": done.dtype,
+        "quantization": None if order.quantization is None else hub.quantiser_facts(order.quantization),
         "untied": done.untied,
         "probe": asdict(done.probe) if done.probe else None,
         "survived": {"mean": sum(shares) / len(shares) if shares else 1.0, "worst": min(shares, default=1.0)},
@@ -229,14 +239,15 @@ def _tokenizer(order: Order) -> Any:
 
 
 def _ask_unmerged(order: Order, computing: str) -> Expected:
-    model = hub.load_model(order.source, computing)
+    model = hub.load_model(order.source, computing, quantization=order.quantization)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again, and are shown, when the adapters are loaded to be merged
         names = load_adapters(model, order.folders, order.allow)
     if not order.untie:
         _refuse_tied(model, names)
     ids = _probe_ids(model)
-    return Expected(_logits(model, ids, []), _logits(model, ids, names), _dtype_name(model))
+    noise = ROUNDED_ACTIVATIONS if order.quantization is not None and order.quantization.name == "int8" else 0.0
+    return Expected(_logits(model, ids, []), _logits(model, ids, names), _dtype_name(model), noise)
 
 
 def _merge_into(order: Order, folder: Path, tokenizer: Any) -> Merged:
@@ -244,8 +255,14 @@ def _merge_into(order: Order, folder: Path, tokenizer: Any) -> Merged:
     model = hub.load_model(order.source)
     if order.dtype != "auto" and getattr(torch, order.dtype) != model.dtype:
         model.to(torch.float32)  # merged there and rounded once, on the way to the wanted dtype
-    names = load_adapters(model, order.folders, order.allow)
-    report = core.merge_and_unload(model, *names, untie=order.untie)
+    stored = model
+    if order.quantization is not None:  # what was trained on is merged, and its numbers are put into the plain model
+        stored = hub.load_model(order.source, model.dtype, quantization=order.quantization)
+    names = load_adapters(stored, order.folders, order.allow)
+    report = core.merge_and_unload(stored, *names, untie=order.untie, dense=True)
+    if stored is not model:
+        multiply_out(stored)
+        model.load_state_dict(stored.state_dict(), strict=True)
     untied = _untie_config(model)
     if order.dtype != "auto":
         model.to(getattr(torch, order.dtype))

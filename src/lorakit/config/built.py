@@ -12,7 +12,6 @@ NOT_BUILT: Mapping[str, Any] = {
     "megatron_config": None,
     "trainable_token_indices": None,
     "velora_config": None,
-    "alora_invocation_tokens": None,
     "use_qalora": False,
     "monteclora_config": None,
     "layer_replication": None,

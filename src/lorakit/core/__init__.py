@@ -22,6 +22,7 @@ from lorakit.core.extracting import ExtractReport, extract, extract_to_folder
 from lorakit.core.fingerprinting import Fingerprint, fingerprint
 from lorakit.core.inspecting import AdapterSummary, inspect_adapter
 from lorakit.core.intruders import SiteIntruders, reduce_intruders
+from lorakit.core.invoking import invocation_offsets, invoked
 from lorakit.core.layer import LoraLayer
 from lorakit.core.loading import LoadReport, load_adapter
 from lorakit.core.lowrank import Cut
@@ -70,6 +71,8 @@ __all__ = [
     "extract_to_folder",
     "fingerprint",
     "inspect_adapter",
+    "invocation_offsets",
+    "invoked",
     "load_adapter",
     "load_statistics",
     "merge",

@@ -12,7 +12,8 @@ from lorakit.core.checks import check_known
 from lorakit.core.extras import BiasSwitch, ModuleCopies
 from lorakit.core.layer import LoraLayer
 from lorakit.core.routing import BASE, CheckpointContexts, Override, Route
-from lorakit.core.sitemap import copies, find_state, layers, state_of
+from lorakit.core.sitemap import find_state, state_of
+from lorakit.core.walking import walk
 from lorakit.errors import RouteError
 
 
@@ -26,12 +27,11 @@ def activate(model: nn.Module, *names: str) -> None:
     Raises:
         RouteError: There is no such adapter.
     """
-    state = state_of(model)
+    adapted = [module for _, module in walk(model) if isinstance(module, (LoraLayer, ModuleCopies))]
+    state = adapted[0].state if adapted else state_of(model)
     state.check(names)
-    for _, layer in layers(model):
-        layer.own_route = None
-    for _, holder in copies(model):
-        holder.own_route = None
+    for module in adapted:
+        module.own_route, module.aside = None, ()
     state.replace_default(names)
 
 
@@ -147,13 +147,10 @@ def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str,
         Adapter -> its parameters, (…), in the model's order.
     """
     found: dict[str, list[nn.Parameter]] = {name: [] for name in names}
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            for name in found.keys() & module.r.keys():
+    for _, module in walk(model):
+        if isinstance(module, (LoraLayer, ModuleCopies)):
+            for name in found.keys() & set(module.available_adapters()):
                 found[name] += module.parameters_of(name)
-        elif isinstance(module, ModuleCopies):
-            for name in found.keys() & module.modules_to_save.keys():
-                found[name] += module.modules_to_save[name].parameters()
         elif module._forward_hooks:
             for switch in BiasSwitch.on(module):
                 if switch.adapter in found:

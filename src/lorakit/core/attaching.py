@@ -19,6 +19,7 @@ from lorakit.core.bases import hold_still, let_go
 from lorakit.core.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
 from lorakit.core.extras import BiasSwitch, Extras, ModuleCopies, build_extras
 from lorakit.core.fresh import Part, fresh_parts, memory_notes
+from lorakit.core.invoking import install, uninstall
 from lorakit.core.layer import LoraLayer
 from lorakit.core.layer_names import LAYERS
 from lorakit.core.merging import check_unmergeable, unmerge
@@ -117,6 +118,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     _drop_bias_switches(model, names)
     for gone in names:
         del state.configs[gone]
+    if not any(config.alora_invocation_tokens is not None for config in state.configs.values()):
+        uninstall(model)
     state.default = Route(tuple(n for n in state.default.names if n not in names))
     if not state.configs:
         for parameter, trained in state.frozen:
@@ -164,6 +167,8 @@ def publish(
         holder.put(name, duplicate)
     for module, originals in extras.biases:
         BiasSwitch.install(name, originals, module, state)
+    if config.alora_invocation_tokens is not None:
+        install(model, state)
     _tell_sites_of_old_biases(model)
 
 

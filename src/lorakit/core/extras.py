@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from lorakit.core.bases import base_of
 from lorakit.core.cloning import clone_with
+from lorakit.core.forwards import Forwards
 from lorakit.core.layer import LoraLayer
-from lorakit.core.routing import AdapterState, Forwards, Route, resolve
+from lorakit.core.routing import AdapterState, Route, resolve
+from lorakit.core.switching import Switched
 from lorakit.errors import RouteError, TargetError
 
 
-class ModuleCopies(nn.Module):
+class ModuleCopies(Switched):
     """A module with a trained copy per adapter that names it in `modules_to_save`.
 
     Attributes:
@@ -58,6 +60,27 @@ class ModuleCopies(nn.Module):
             duplicate: What `trainable_copy` made of the original.
         """
         self.modules_to_save[name] = duplicate
+
+    adapter_layer_names: tuple[str, ...] = ("modules_to_save",)
+    other_param_names: tuple[str, ...] = ()
+
+    def available_adapters(self) -> list[str]:
+        """Adapters that have a copy here."""
+        return list(self.modules_to_save)
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """The parameters of an adapter's copy, (…); none where it has none."""
+        return list(self.modules_to_save[name].parameters()) if name in self.modules_to_save else []
+
+    def remove(self, name: str) -> None:
+        """Drop an adapter's copy; one that is not here is no matter."""
+        if name in self.modules_to_save:
+            del self.modules_to_save[name]
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapter whose copy stands in for the original, as a list."""
+        return [self.merged_adapter] if self.merged_adapter is not None else []
 
     def selected(self) -> nn.Module:
         """The module that the state's route selects now, for attribute access from outside."""

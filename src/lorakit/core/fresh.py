@@ -109,6 +109,11 @@ def _fresh_part(site_map: SiteMap, blank: Blank, match: Match, place: Place) -> 
     variant = variant_for(config, kind.name, place.path)
     if init.changes_base:
         check_can_move(site_map, place, init)
+        if not variant.mergeable:
+            raise ConfigError(
+                f"{place.path}: init_lora_weights={config.init_lora_weights!r} moves the base weight, and "
+                f"{variant.name} needs the base as it is before its start. Use another init."
+            )
     with torch.no_grad():
         filled = init.fill(blank)
     initial = (filled.A, filled.B) if init.changes_base and filled.W is None else None

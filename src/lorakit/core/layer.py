@@ -7,7 +7,7 @@ It never writes to the base: merging does, and the layer only knows what is merg
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from lorakit.core.bases import Base, base_of
 from lorakit.core.factor import HOLDERS, Factor, Magnitude, carrier
+from lorakit.core.forwards import Forwards
 from lorakit.core.kinds import Kind, Slot, kind_named, spread
-from lorakit.core.routing import AdapterState, Forwards, Route, resolve
+from lorakit.core.routing import AdapterState, Route, resolve
+from lorakit.core.switching import Switched
 from lorakit.core.variants import At, variant_named
 from lorakit.errors import MergeError, RouteError
 
@@ -24,7 +26,7 @@ OF_THE_BASE = frozenset({"weight", "bias"})
 """Attributes that, when set on the layer, belong to the base module: other code ties weights that way."""
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(Switched):
     """A base module and the low-rank factors beside it.
 
     Attributes:
@@ -112,24 +114,20 @@ class LoraLayer(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapters that the route in force names, as this layer sees it."""
-        route = self.state.active() if self.own_route is None else self.own_route
-        return list(route.names)
+    def available_adapters(self) -> list[str]:
+        """Adapters that have a factor here."""
+        return list(self.r)
 
-    def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
-        """Make an exception to the model's default at this layer alone; `activate` on the model ends it.
+    def set_trained(self, name: str, trained: bool) -> None:
+        """Train an adapter's factor, or freeze it; what its init says is never trained stays frozen.
 
         Args:
-            adapter_names: One adapter or several; none means the base alone.
-
-        Raises:
-            RouteError: There is no such adapter on the model.
+            name: The adapter; one that has nothing here is no matter.
+            trained: Its parameters require gradients.
         """
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        self.state.check(names)
-        self.own_route = Route(names)
+        super().set_trained(name, trained)
+        for part in {"A", "B"} - self.trains.get(name, frozenset("AB")):
+            getattr(self.factor(name), part).requires_grad_(False)
 
     def put(self, name: str, factor: Factor, r: int, lora_alpha: float, trains: frozenset[str]) -> None:
         """Add an adapter's factor.
@@ -263,7 +261,7 @@ class LoraLayer(nn.Module):
                     own = name == self.moved_by
                     asks = self.variant[name] != "plain" and (bool(skip) or (moved and not own))
                     seen = self._base_for(own)(*args, **kwargs) if asks else y0
-                    y = y + self._addition(name, route.names, x, seen)
+                    y = y + self._addition(name, route, x, seen)
             return y
         y0 = self.base_layer(*args, **kwargs) if stays else self._base_of_rows(route, x, args, kwargs)
         return self._mixed(route, skip, x, y0)
@@ -274,7 +272,8 @@ class LoraLayer(nn.Module):
         y = y0
         for name, index in route.segments(x.device, x.shape[axis]):
             if name in self.r and name not in skip:
-                part = self._addition(name, (name,), x.index_select(axis, index), y0.index_select(axis, index))
+                alone = route.alone(name, index)
+                part = self._addition(name, alone, x.index_select(axis, index), y0.index_select(axis, index))
                 y = y.index_add(axis, index, part)
         return y
 
@@ -289,8 +288,8 @@ class LoraLayer(nn.Module):
             )
         return axis
 
-    def _addition(self, name: str, beside: tuple[str, ...], x: Tensor, y0: Tensor) -> Tensor:
-        """What one adapter adds where `beside` act: x (…, in) or indices (…), y0 (…, out) -> (…, out) like y0."""
+    def _addition(self, name: str, route: Route, x: Tensor, y0: Tensor) -> Tensor:
+        """What one adapter of a route adds: x (…, in) or indices (…), y0 (…, out) -> (…, out) like y0."""
         kind, factor, dtype = self.kind, self.factor(name), y0.dtype
         if kind.drops:
             x = factor.dropout(x.to(dtype))
@@ -301,7 +300,8 @@ class LoraLayer(nn.Module):
             z = z + spread(factor.bias.to(dtype) * factor.scale, self.slot)
         if factor.variant == "plain":
             return z
-        at = At(y0, self._bias_under(beside), z, factor, kind, self.slot, lambda: self.read(name))
+        bias = self._bias_under(route.names)
+        at = At(y0, bias, z, factor, kind, self.slot, lambda: self.read(name), route.acting(name))
         return variant_named(factor.variant).output(at)
 
     def _bias_under(self, names: tuple[str, ...]) -> Tensor | None:

@@ -4,46 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorakit.core.layer import LoraLayer
+from lorakit.core.field_layer import FieldLayer
 from lorakit.core.weightside import WeightSideLayer
 
 
-class Linear(LoraLayer):
+class Linear(FieldLayer):
     """A `LoraLayer` on a dense layer (nn.Linear or transformers' Conv1D)."""
 
 
-class Embedding(LoraLayer):
+class Embedding(FieldLayer):
     """A `LoraLayer` on an nn.Embedding."""
 
 
-class Conv1d(LoraLayer):
+class Conv1d(FieldLayer):
     """A `LoraLayer` on an nn.Conv1d."""
 
 
-class Conv2d(LoraLayer):
+class Conv2d(FieldLayer):
     """A `LoraLayer` on an nn.Conv2d."""
 
 
-class Conv3d(LoraLayer):
+class Conv3d(FieldLayer):
     """A `LoraLayer` on an nn.Conv3d."""
 
 
-class MultiheadAttention(WeightSideLayer):
+class MultiheadAttention(FieldLayer, WeightSideLayer):
     """A `LoraLayer` on the in-projection of an nn.MultiheadAttention."""
 
 
-class InnerLinear(WeightSideLayer):
+class InnerLinear(FieldLayer, WeightSideLayer):
     """A `LoraLayer` on a dense layer whose weight the module around it reads."""
 
     def _get_name(self) -> str:
         return super()._get_name().replace("InnerLinear", "Linear")
 
 
-class ParamWrapper(WeightSideLayer):
+class ParamWrapper(FieldLayer, WeightSideLayer):
     """A `LoraLayer` on a bare parameter of a module."""
 
 
-LAYERS: Mapping[str, type[LoraLayer]] = {
+LAYERS: Mapping[str, type[FieldLayer]] = {
     "Linear": Linear,
     "Conv1D": Linear,
     "Embedding": Embedding,

@@ -17,6 +17,7 @@ from lorakit.core.bases import let_go
 from lorakit.core.biases import bias_for, brings_bias, put_bias
 from lorakit.core.checks import check_known
 from lorakit.core.extras import BiasSwitch, ModuleCopies
+from lorakit.core.invoking import uninstall
 from lorakit.core.layer import LoraLayer
 from lorakit.core.merged_weight import (
     How,
@@ -208,6 +209,7 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
     for module in model.modules():
         BiasSwitch.uninstall(module, dropped)
         BiasSwitch.forget(module)
+    uninstall(model)
     for parameter, trained in state.frozen:
         parameter.requires_grad_(trained)
     let_go(state.held)

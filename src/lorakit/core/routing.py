@@ -12,15 +12,18 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorakit.config import LoraConfig
+from lorakit.core.forwards import Forwards, Traces
+from lorakit.core.starts import Starts
 from lorakit.errors import RouteError
 
 
@@ -32,6 +35,7 @@ class Route:
         names: Adapters that act on every row, in the order given; none of them is the base alone.
         rows: One adapter per row of the batch (None: the base alone), or None where all rows are alike.
         copies: A batch may also hold each row so many times running: beams, of which an encoder sees one.
+        starts: Where adapters that wait for their invocation begin in this forward, or None where that is not known.
         mentions: Every adapter that some row uses.
     """
 
@@ -41,12 +45,42 @@ class Route:
     _indices: dict[tuple[torch.device, int], list[tuple[str, Tensor]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-
+    starts: Starts | None = field(default=None, compare=False)
     mentions: frozenset[str] = field(init=False, repr=False, compare=False)  # not cached: dynamo cannot trace the lock
 
     def __post_init__(self) -> None:
         some = self.names if self.rows is None else filter(None, self.rows)
         object.__setattr__(self, "mentions", frozenset(some))
+
+    def begun(self, starts: Starts | None) -> Route:
+        """The same route in a forward whose starts are known, or without any; a route that has some keeps them."""
+        if starts is None or self.starts is not None:
+            return self
+        if id(self) not in starts.begun:  # once per forward, not per layer
+            starts.begun[id(self)] = (self, self._like(starts))
+        return starts.begun[id(self)][1]
+
+    def named(self) -> Route:
+        """The route without what is true in one forward alone."""
+        return self if self.starts is None else self._like(None)
+
+    def _like(self, starts: Starts | None) -> Route:
+        route = Route(self.names, self.rows, self.copies, starts)
+        object.__setattr__(route, "_indices", self._indices)
+        return route
+
+    def alone(self, name: str, index: Tensor) -> Route:
+        """One adapter on its rows of a mixed batch.
+
+        Args:
+            name: The adapter.
+            index: Numbers of its rows, (rows of it,).
+        """
+        return Route((name,), starts=None if self.starts is None else self.starts.of_rows(name, index))
+
+    def acting(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """What tells an adapter where it acts, z (rows, positions, out) -> mask, or None where that is not known."""
+        return None if self.starts is None else partial(self.starts.mask, name)
 
     def common_to_all(self, names: frozenset[str]) -> bool:
         """Whether every row uses each of these adapters."""
@@ -95,18 +129,28 @@ BASE = Route()
 
 
 @dataclass(frozen=True)
-class _Scope:
-    """An override in force: for which state, which route, inside which backward it was opened (-1: none), and where."""
+class Scope:
+    """An override in force: for which state, inside which backward it was opened (-1: none), and where.
+
+    Attributes:
+        state: The model.
+        route: What its forwards use; None where only the starts are said.
+        starts: Where adapters begin, or None where that is not said.
+        backward: Number of the backward.
+        block: The block.
+        thread: Number of the thread.
+    """
 
     state: AdapterState
-    route: Route
+    route: Route | None
+    starts: Starts | None
     backward: int
     block: Override
     thread: int
 
 
 # The only global: a context variable cannot be copied or pickled, so no object of a model may hold it.
-_SCOPES: ContextVar[tuple[_Scope, ...]] = ContextVar("lorakit_scopes", default=())
+_SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("lorakit_scopes", default=())
 
 
 class AdapterState:
@@ -115,6 +159,7 @@ class AdapterState:
     Attributes:
         configs: Adapter name -> its config.
         default: The route where no scoped override is in force.
+        aside: The default that `lay_aside` took away, or None.
         frozen: The base's parameters with the `requires_grad` they had before the first adapter came.
         held: The base's modules that are kept from rewriting their own weight while adapters are here.
     """
@@ -122,8 +167,10 @@ class AdapterState:
     def __init__(self) -> None:
         self.configs: dict[str, LoraConfig] = {}
         self.default: Route = BASE
+        self.aside: Route | None = None
         self._joined: tuple[str, ...] = ()  # adapters that are in the default because they were merged
         self.frozen: list[tuple[torch.nn.Parameter, bool]] = []
+        self.invocations: Traces[Starts] = Traces()  # of forwards in which adapters waited for their invocation
         self.held: list[torch.nn.Module] = []
         self._open: dict[int, int] = {}  # thread -> overrides open in it
         # Threads that were told of an override elsewhere; not their numbers, which come again.
@@ -148,7 +195,22 @@ class AdapterState:
 
     def replace_default(self, names: Sequence[str]) -> None:
         """Make these adapters the default, whatever it was."""
-        self.default, self._joined = Route(tuple(names)), ()
+        self.default, self._joined, self.aside = Route(tuple(names)), (), None
+
+    @property
+    def chosen(self) -> Route:
+        """The default, also while it is laid aside."""
+        return self.default if self.aside is None else self.aside
+
+    def lay_aside(self) -> None:
+        """Make the base alone the default, until `take_up`."""
+        if self.aside is None:
+            self.default, self.aside = BASE, self.default
+
+    def take_up(self) -> None:
+        """Undo `lay_aside`; adapters that left in between are not taken up."""
+        if self.aside is not None:
+            self.default, self.aside = Route(tuple(n for n in self.aside.names if n in self.configs)), None
 
     def join_default(self, names: Sequence[str]) -> None:
         """Put adapters that were merged into the default, behind those that are in it."""
@@ -161,20 +223,44 @@ class AdapterState:
         self._joined = tuple(name for name in self._joined if name not in names)
         self.default = Route(tuple(name for name in self.default.names if name not in left))
 
-    def override(self, route: Route) -> Override:
+    def override(self, route: Route | None, starts: Starts | None = None) -> Override:
         """A block in which this route is in force, in this context only.
 
         Args:
-            route: What the block's forwards use.
+            route: What the block's forwards use; None leaves that as it is, and only says where adapters begin.
+            starts: Where adapters begin that wait for their invocation.
         """
-        return Override(self, route)
+        return Override(self, route, starts)
 
     def active(self) -> Route:
         """The route in force for this model in this context (not the rule for a recomputation; see `resolve`)."""
+        route, starts = self._scoped(None)
+        return (self.default if route is None else route).begun(starts)
+
+    def _scoped(self, backward: int | None) -> tuple[Route | None, Starts | None]:
+        """What the innermost overrides say: of any backward, or of the one with that number."""
+        starts = None
         for scope in reversed(_SCOPES.get()):
-            if scope.state is self:
-                return scope.route
-        return self.default
+            if scope.state is self and backward in (None, scope.backward):
+                starts = scope.starts if starts is None else starts
+                if scope.route is not None:
+                    return scope.route, starts
+        return None, starts
+
+    def scopes(self) -> list[Scope]:
+        """The overrides of this model that were opened in this context and backward, the innermost first."""
+        backward = torch._C._current_graph_task_id()
+        return [s for s in reversed(_SCOPES.get()) if s.state is self and s.backward == backward]
+
+    def starts(self) -> Starts | None:
+        """Where adapters begin, as overrides of this context and backward say it, or None."""
+        route, starts = self._scoped(torch._C._current_graph_task_id())
+        return starts if starts is not None or route is None else route.starts
+
+    def awaits(self, route: Route) -> bool:
+        """Whether an adapter of a route waits for its invocation tokens."""
+        known = self.configs
+        return any(known[name].alora_invocation_tokens is not None for name in route.mentions if name in known)
 
     def _tell_of_other_threads(self) -> None:
         thread, number = threading.current_thread(), threading.get_ident()
@@ -192,115 +278,28 @@ class AdapterState:
 class Override(contextlib.AbstractContextManager[None]):
     """A scoped override; it can be entered again, also by several threads and tasks at once: it holds no state."""
 
-    def __init__(self, state: AdapterState, route: Route) -> None:
-        self._state, self._route = state, route
+    def __init__(self, state: AdapterState, route: Route | None, starts: Starts | None = None) -> None:
+        self._state, self._route, self._starts = state, route, starts
 
     def __enter__(self) -> None:
         thread = threading.get_ident()
-        scope = _Scope(self._state, self._route, torch._C._current_graph_task_id(), self, thread)
+        scope = Scope(self._state, self._route, self._starts, torch._C._current_graph_task_id(), self, thread)
         _SCOPES.set((*_SCOPES.get(), scope))
-        self._state._open[thread] = self._state._open.get(thread, 0) + 1
+        if self._route is not None:
+            self._state._open[thread] = self._state._open.get(thread, 0) + 1
 
     def __exit__(self, *_: object) -> None:
         scopes = _SCOPES.get()
         ours = next((scope for scope in reversed(scopes) if scope.block is self), None)
         _SCOPES.set(tuple(scope for scope in scopes if scope is not ours))
+        if self._route is None:
+            return
         thread = threading.get_ident() if ours is None else ours.thread
         left = self._state._open.get(thread, 1) - 1
         if left:
             self._state._open[thread] = left
         else:
             self._state._open.pop(thread, None)
-
-
-class Forwards:
-    """The forwards of one layer that a backward may run again, as far as they left a trace.
-
-    A forward whose output has a graph is remembered for as long as that graph lives. Of the others, which end with
-    their call or belong to reentrant checkpointing, only the routes are kept: one, or that there were several.
-    Copies and pickles of it are empty, since graphs are not copied.
-    """
-
-    def __init__(self) -> None:
-        self._alive: dict[int, weakref.ref[_Mark]] = {}
-        self._without_graph = {True: _Routes(), False: _Routes()}  # by whether gradients were switched on
-
-    def __reduce__(self) -> tuple[type[Forwards], tuple[()]]:
-        return Forwards, ()
-
-    def note(self, output: Any, route: Route) -> None:
-        """Take note of a forward.
-
-        Args:
-            output: What it returned; a tensor of any shape (…), or something else.
-            route: What it ran with.
-        """
-        if torch.is_inference_mode_enabled():
-            return  # no backward ever comes to it
-        if isinstance(output, tuple) and output:
-            output = output[0]  # attention returns its weights beside its output
-        if not isinstance(output, Tensor) or output.grad_fn is None:
-            self._without_graph[torch.is_grad_enabled()].add(route)
-            return
-        mark, alive = _Mark(route), self._alive
-        key = id(mark)
-        alive[key] = weakref.ref(mark, lambda _: alive.pop(key, None))
-        output.grad_fn.metadata["lorakit", id(self)] = mark  # type: ignore[index]  # torch's stub calls it a method
-
-    def of_recomputation(self) -> Route:
-        """The route of the forward that autograd runs again.
-
-        Raises:
-            RouteError: Forwards that it could be used several routes, or left no trace.
-        """
-        with_graph = [mark.route for ref in list(self._alive.values()) if (mark := ref()) is not None]
-        switched_on, switched_off = self._without_graph[True], self._without_graph[False]
-        if not torch.is_grad_enabled():  # so it was the first time, too
-            possible = [switched_off]
-        elif _is_non_reentrant():
-            possible = [_Routes(with_graph), switched_on]
-        else:  # reentrant checkpointing switches gradients off for the first run
-            possible = [_Routes(with_graph), switched_on, switched_off]
-        routes = {route for one in possible for route in one.some}
-        if len(routes) == 1:
-            return routes.pop()
-        found = " and ".join(sorted(route.describe() for route in routes)) or "none"
-        raise RouteError(
-            "A checkpointed forward runs again in a backward, and which adapter it used cannot be known; forwards that "
-            f"it could be used: {found}. Enable checkpointing with gradient_checkpointing_kwargs={{'use_reentrant': "
-            "False, 'context_fn': lorakit.core.checkpoint_contexts(model)}."
-        )
-
-
-class _Routes:
-    """Routes as a recomputation asks for them: at most two are kept, since two are too many already."""
-
-    def __init__(self, routes: Sequence[Route] = ()) -> None:
-        self.some: tuple[Route, ...] = ()
-        for route in routes:
-            self.add(route)
-
-    def add(self, route: Route) -> None:
-        if len(self.some) < 2 and route not in self.some:
-            self.some = (*self.some, route)
-
-
-def _is_non_reentrant() -> bool:
-    """Whether non-reentrant checkpointing runs this forward again: its hook for saved tensors is then the topmost.
-
-    Torch has no public word for it. A torch that names the hook otherwise makes the answer no, and more refused.
-    """
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
-    return top is not None and getattr(top[0], "__qualname__", "").startswith("_recomputation_hook.")
-
-
-class _Mark:
-    """A route kept alive by an autograd graph."""
-
-    __slots__ = ("__weakref__", "route")
-
-    def __init__(self, route: Route) -> None:
-        self.route = route
 
 
 def resolve(state: AdapterState, own: Route | None, forwards: Forwards) -> tuple[Route, bool]:
@@ -323,14 +322,31 @@ def resolve(state: AdapterState, own: Route | None, forwards: Forwards) -> tuple
         # anywhere, the layer is traced anew, cannot be, and runs uncompiled, so that it has the block's route.
         return default, False
     backward = torch._C._current_graph_task_id()
-    for scope in reversed(_SCOPES.get()):
-        if scope.state is state and scope.backward == backward:
-            return scope.route, backward != -1
-    if backward != -1:
-        return forwards.of_recomputation(), True
-    if state._open:
-        state._tell_of_other_threads()
-    return default, False
+    again = backward != -1
+    route, starts = state._scoped(backward)
+    if route is None and again:
+        route = forwards.of_recomputation()
+    elif route is None:
+        route = default
+        if state._open:
+            state._tell_of_other_threads()
+    if again and starts is None and route.starts is None and state.awaits(route):
+        starts = _first_starts(state, route)
+    return route.begun(starts), again
+
+
+def _first_starts(state: AdapterState, route: Route) -> Starts:
+    """Where adapters began in the forward that autograd runs again."""
+    alive = state.invocations.alive()
+    names = sorted(name for name in route.mentions if state.configs[name].alora_invocation_tokens is not None)
+    first = alive[0] if alive else None
+    if first is None or not all(first.agrees(other, names) for other in alive[1:]):
+        raise RouteError(
+            f"A checkpointed forward runs again in a backward, and where {', '.join(names)} began in its rows cannot "
+            f"be known: {len(alive)} forwards could be meant. Enable checkpointing with gradient_checkpointing_kwargs="
+            "{'use_reentrant': False, 'context_fn': lorakit.core.checkpoint_contexts(model)}."
+        )
+    return first
 
 
 class CheckpointContexts:

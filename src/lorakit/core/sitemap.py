@@ -19,6 +19,7 @@ from lorakit.core.extras import BiasSwitch, ModuleCopies
 from lorakit.core.kinds import INNER, Kind, Slot, kind_of
 from lorakit.core.layer import LoraLayer
 from lorakit.core.routing import AdapterState
+from lorakit.core.walking import walk
 from lorakit.errors import AdapterError
 from lorakit.targets import Candidate
 
@@ -204,12 +205,12 @@ def sites(model: nn.Module) -> list[Site]:
 
 def layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     """Every adapted layer with its path."""
-    return [(path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)]
+    return [(path, module) for path, module in walk(model) if isinstance(module, LoraLayer)]
 
 
 def copies(model: nn.Module) -> list[tuple[str, ModuleCopies]]:
     """Every module with trained copies, with its path."""
-    return [(path, module) for path, module in model.named_modules() if isinstance(module, ModuleCopies)]
+    return [(path, module) for path, module in walk(model) if isinstance(module, ModuleCopies)]
 
 
 def state_of(model: nn.Module) -> AdapterState:
@@ -226,7 +227,7 @@ def state_of(model: nn.Module) -> AdapterState:
 
 def find_state(model: nn.Module) -> AdapterState | None:
     """The state that the layers of a model share, or None where there are no adapters."""
-    for module in model.modules():
+    for _, module in walk(model):
         if isinstance(module, (LoraLayer, ModuleCopies)):
             return module.state
     return None

@@ -6,11 +6,13 @@ called as any causal language model of that library is, and its own cache of key
 
 from lorakit.generate.detokenizing import TextStream, Tokenizer
 from lorakit.generate.engine import Ending, NewToken, context_tokens, generate, generate_batch
+from lorakit.generate.prefixes import Prefix, read_prefix
 from lorakit.generate.sampling import Sampler, Sampling
 
 __all__ = [
     "Ending",
     "NewToken",
+    "Prefix",
     "Sampler",
     "Sampling",
     "TextStream",
@@ -18,4 +20,5 @@ __all__ = [
     "context_tokens",
     "generate",
     "generate_batch",
+    "read_prefix",
 ]

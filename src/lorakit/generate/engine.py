@@ -17,15 +17,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lorakit.core import disable, route, use
+from lorakit.core import disable, invoked, route, use
 from lorakit.core.sitemap import find_state, layers
 from lorakit.errors import ConfigError, ModelError, NonFiniteError, UsageError
+from lorakit.generate.prefixes import CACHE_NAMES, Prefix, check_prefix, read_prefix, shared_tokens, waits
 from lorakit.generate.sampling import Sampler, Sampling
 
 Ending = Literal["eos", "length", "context"]
 """Why a row ended: a token of `eos_ids` · `max_new_tokens` reached · the model's context is full."""
-
-_CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # what transformers calls it, newest first
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,7 @@ def generate_batch(
     sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 - frozen, so it can be shared
     eos_ids: Collection[int] = (),
     adapters: Sequence[str | None] | None = None,
+    prefix: Prefix | None = None,
 ) -> Iterator[NewToken]:
     """Continue several prompts together, each perhaps with its own adapter; tokens come as they are made.
 
@@ -108,6 +108,9 @@ def generate_batch(
         eos_ids: Tokens that end a row; the one that did is the row's last.
         adapters: Per row the name of an adapter, or None for the base alone; without it the adapters that are active
             now, on every row.
+        prefix: What all prompts begin with, as the base has read it (`read_prefix`), so that it is not read again; for
+            rows of the base, and of aLoRA adapters whose invocation comes later. Without it, the model reads what such
+            rows share once by itself.
 
     Returns:
         The new tokens, step by step and within a step by row.
@@ -130,7 +133,11 @@ def generate_batch(
     samplings = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
     if len(samplings) != len(rows):
         raise UsageError(f"There are {len(rows)} prompts and {len(samplings)} samplings; give one per prompt, or one.")
-    forward = _Forward(model, rows, limit, _scope(model, adapters, len(rows)))
+    scope, names = _scope(model, adapters, len(rows)), _names(model, adapters, len(rows))
+    if prefix is not None:
+        check_prefix(model, prefix, rows, names)
+    shared = shared_tokens(model, rows, names) if prefix is None else len(prefix.tokens)
+    forward = _Forward(model, rows, limit, scope, prefix or shared)
     return _steps(forward, _Rows(rows, [Sampler(s) for s in samplings], frozenset(eos_ids), max_new_tokens, limit))
 
 
@@ -213,25 +220,35 @@ class _Forward:
         prompts: list[list[int]],
         context: int | None,
         scope: contextlib.AbstractContextManager[None],
+        prefix: Prefix | int,
     ) -> None:
         self._model, self._scope, self._last = model, scope, (context or sys.maxsize) - 1
         takes = inspect.signature(model.forward).parameters
-        cache_name = next((name for name in _CACHE_NAMES if name in takes), None)
+        cache_name = next((name for name in CACHE_NAMES if name in takes), None)
         if cache_name is None:
             raise ModelError(f"A {type(model).__name__} takes no cache of keys and values; only such models generate.")
         self._cache_name = cache_name
-        self._cache: Any = None
         self._extra = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._positioned = "position_ids" in takes
         device = _device(model)
         longest = max(len(ids) for ids in prompts)
         # what is masked is never read: any id that exists will do as padding
-        self._ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
-        self._mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+        read = prefix if isinstance(prefix, int) else len(prefix.tokens)
+        mask = [[1] * read + [0] * (longest - len(ids)) + [1] * (len(ids) - read) for ids in prompts]
+        padded = [ids[:read] + [0] * (longest - len(ids)) + ids[read:] for ids in prompts]
+        self._ids, self._mask = torch.tensor(padded, device=device), torch.tensor(mask, device=device)
+        self._cache: Any = None
+        self._prefix, self._read = prefix, read
+        self._starts = invoked(model, self._ids, self._mask) if waits(model) else contextlib.nullcontext()
 
     def prefill(self) -> Tensor:
         """Logits after the prompts, (rows, vocabulary)."""
-        return self._run(self._ids, (self._mask.cumsum(-1) - 1).clamp_min(0))
+        if self._read:
+            begun = self._prefix
+            if isinstance(begun, int):
+                begun = read_prefix(self._model, self._ids[0, : self._read].tolist())
+            self._cache = begun.of_rows(self._ids.shape[0])
+        return self._run(self._ids[:, self._read :], (self._mask.cumsum(-1) - 1).clamp_min(0)[:, self._read :])
 
     def step(self, tokens: list[int]) -> Tensor:
         """Logits after one more token per row, (rows, vocabulary)."""
@@ -246,9 +263,9 @@ class _Forward:
             inputs["position_ids"] = positions
         if self._cache is not None:
             inputs[self._cache_name] = self._cache
-        # Both blocks close before a token is handed out: an open one would act on whoever receives it. no_grad, not
+        # All blocks close before a token is handed out: an open one would act on whoever receives it. no_grad, not
         # inference_mode: buffers that a model makes on the way must stay usable for training.
-        with torch.no_grad(), self._scope:
+        with torch.no_grad(), self._scope, self._starts:
             output = self._model(**inputs)
         self._cache = getattr(output, self._cache_name, None)
         if self._cache is None:
@@ -296,6 +313,17 @@ def _scope(
     if any(name != first for name in adapters):
         return route(model, list(adapters))
     return disable(model) if first is None else use(model, first)
+
+
+def _names(model: nn.Module, adapters: Sequence[str | None] | None, rows: int) -> list[tuple[str, ...]]:
+    """Per row the adapters that act."""
+    if adapters is not None:
+        return [() if name is None else (name,) for name in adapters]
+    state = find_state(model)
+    active = None if state is None else state.active()
+    if active is None or active.rows is None:
+        return [() if active is None else active.names] * rows
+    return [() if name is None else (name,) for name in active.rows_of(rows) or ()]
 
 
 def _vocabulary(model: nn.Module) -> int | None:

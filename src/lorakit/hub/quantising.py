@@ -90,13 +90,21 @@ def settle(model: nn.Module, wanted: Quantization | None, source: ModelSource) -
         source: For messages.
 
     Raises:
-        ModelError: A module cannot be stored so.
+        ModelError: A module cannot be stored so, or its package computes it wrongly here.
     """
     if wanted is not None and wanted.storage.package == "hqq":
         _quantise_by_hqq(model, wanted, source)
     from lorakit.core.bases import hold_still
+    from lorakit.core.quantising import wrongly_multiplied_out
 
     hold_still(model)
+    wrong = wrongly_multiplied_out(model)
+    if wrong is not None:
+        raise ModelError(
+            f"{source.given}: on this device the quantiser's package multiplies out {wrong[0]} wrongly, by up to "
+            f"{wrong[1]:.0%} of its largest number (bitsandbytes does so on a CPU for widths that are a multiple of 16 "
+            "and not of 64). Take another quantization, or another device."
+        )
 
 
 def refuse_twice(config: Any, wanted: Quantization | None, source: ModelSource) -> bool:

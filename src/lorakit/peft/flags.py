@@ -6,20 +6,20 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
-from lorakit.core.activation import parameters_by_adapter
-from lorakit.peft import standing
+from lorakit.core.extras import BiasSwitch, ModuleCopies
+from lorakit.core.layer import LoraLayer
+from lorakit.core.walking import walk
 
 
 def set_trained(model: nn.Module, name: str, trained: bool) -> None:
-    """Train one adapter, or freeze it.
+    """Train one adapter, or freeze it; what its init says is never trained stays frozen.
 
     Args:
         model: A model with adapters in it.
-        name: The adapter.
+        name: The adapter; one that is not there is no matter.
         trained: Whether its parameters require gradients.
     """
-    for parameter in parameters_by_adapter(model, [name])[name]:
-        parameter.requires_grad_(trained and parameter.is_floating_point())
+    _set(model, {name: trained})
 
 
 def train_only(model: nn.Module, names: Collection[str]) -> None:
@@ -29,9 +29,7 @@ def train_only(model: nn.Module, names: Collection[str]) -> None:
         model: A model with adapters in it.
         names: The adapters to train.
     """
-    for name, parameters in parameters_by_adapter(model, standing.configs_of(model)).items():
-        for parameter in parameters:
-            parameter.requires_grad_(name in names and parameter.is_floating_point())
+    _set(model, dict.fromkeys(names, True), others=False)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -42,6 +40,19 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
         adapter_names: One name or several; one that is not there is passed over, as PEFT does.
         requires_grad: Train them.
     """
-    for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-        if name in standing.configs_of(model):
-            set_trained(model, name, requires_grad)
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    _set(model, dict.fromkeys(names, requires_grad))
+
+
+def _set(model: nn.Module, wanted: dict[str, bool], others: bool | None = None) -> None:
+    for _, module in walk(model):
+        if isinstance(module, (LoraLayer, ModuleCopies)):
+            for name in module.available_adapters():
+                flag = wanted.get(name, others)
+                if flag is not None:
+                    module.set_trained(name, flag)
+        elif module._forward_hooks:
+            for switch in BiasSwitch.on(module):
+                flag = wanted.get(switch.adapter, others)
+                for leaf in switch.originals if flag is not None else ():
+                    module._parameters[leaf].requires_grad_(flag)  # type: ignore[union-attr, arg-type]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lorakit.peft import standing
-from lorakit.peft.tuner import BaseTuner
+from lorakit.peft.tuner import CONFIGS, BaseTuner
 
 
 def set_adapter(
@@ -48,4 +48,6 @@ def delete_adapter(
     tuner = BaseTuner(model)
     if adapter_name in standing.configs_of(model):
         tuner.delete_adapter(adapter_name)
+        if not standing.configs_of(model):
+            setattr(model, CONFIGS, {})  # empty, as PEFT leaves it: transformers looks into it and takes it off itself
     return tuner.active_adapters or None

@@ -14,7 +14,7 @@ from torch import nn
 from lorakit import core
 from lorakit.config import LoraConfig, PeftConfig, PeftType, TaskType, read_config
 from lorakit.errors import AdapterError, ConfigError, warn_caller
-from lorakit.peft import casting, standing, status
+from lorakit.peft import casting, standing, starting, status
 from lorakit.peft.cards import write_card
 from lorakit.peft.counting import Counted
 from lorakit.peft.loaded import LoadResult, load_by_names, load_whole
@@ -368,7 +368,7 @@ class PeftModel(Counted):
         Raises:
             RouteError: There is no such adapter, or the rows do not fit the batch.
         """
-        with self.base_model.rows(adapter_names):
+        with starting.options_of_forward(self, adapter_names, args, kwargs):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -386,7 +386,7 @@ class PeftModel(Counted):
             RouteError: There is no such adapter, or the rows do not fit the batch.
         """
         model: Any = self.get_base_model()
-        with self.base_model.rows(adapter_names, standing.rows_per_prompt(kwargs, model)):
+        with starting.options_of_generation(self, adapter_names, args, kwargs):
             return model.generate(*args, **kwargs)
 
     @property

@@ -15,6 +15,7 @@ from lorakit.core.extras import ModuleCopies
 from lorakit.core.factor import HOLDERS
 from lorakit.core.layer import LoraLayer
 from lorakit.core.sitemap import find_state
+from lorakit.core.walking import walk
 
 
 def is_wrapper(model: nn.Module) -> bool:
@@ -25,7 +26,7 @@ def is_wrapper(model: nn.Module) -> bool:
 
 def adapted(model: nn.Module) -> Iterator[LoraLayer | ModuleCopies]:
     """Every adapted layer and copied module."""
-    return (module for module in model.modules() if isinstance(module, (LoraLayer, ModuleCopies)))
+    return (module for _, module in walk(model) if isinstance(module, (LoraLayer, ModuleCopies)))
 
 
 def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
@@ -47,25 +48,22 @@ def holders_of(module: LoraLayer | ModuleCopies) -> Iterator[Any]:
 
 def available_at(module: LoraLayer | ModuleCopies) -> set[str]:
     """Adapters that have something at a layer."""
-    return set(module.modules_to_save.keys() if isinstance(module, ModuleCopies) else module.r)
+    return set(module.available_adapters())
 
 
 def active_at(module: LoraLayer | ModuleCopies) -> list[str]:
     """Adapters that act at a layer, also while they are disabled, as PEFT lists them."""
-    route = module.state.default if module.own_route is None else module.own_route
-    return list(route.names)
+    return module.active_adapters
 
 
 def merged_at(module: LoraLayer | ModuleCopies) -> list[str]:
     """Adapters that are merged at a layer."""
-    if isinstance(module, ModuleCopies):
-        return [module.merged_adapter] if module.merged_adapter else []
     return list(module.merged_adapters)
 
 
 def is_disabled(module: LoraLayer | ModuleCopies) -> bool:
     """Whether a layer's adapters are switched off now."""
-    return not module.state.active().mentions
+    return module.disable_adapters
 
 
 BACKENDS = {"bnb-4bit": "bnb 4bit", "bnb-8bit": "bnb 8bit"}

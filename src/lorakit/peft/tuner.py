@@ -82,7 +82,7 @@ class BaseTuner(nn.Module):
     def active_adapters(self) -> list[str]:
         """The adapters that act by default, also while they are disabled."""
         state = find_state(self.model)
-        return [] if state is None else list(self.__dict__.get("_disabled", state.default.names))
+        return [] if state is None else list(state.chosen.names)
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -170,7 +170,6 @@ class BaseTuner(nn.Module):
             warn_caller("Adapter cannot be set when the model is merged. Unmerging the model first.")
             core.unmerge(self.model)
         core.activate(self.model, *names)
-        self.__dict__.pop("_disabled", None)
         flags.train_only(self.model, names if not inference_mode else ())
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -203,7 +202,6 @@ class BaseTuner(nn.Module):
         core.detach(self.model, adapter_name)
         left = sorted(self.peft_config)
         if not left:
-            self.__dict__.pop("_disabled", None)
             self.model.__dict__.pop(CONFIGS, None)
         elif active == [adapter_name]:
             warn_caller(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
@@ -220,15 +218,17 @@ class BaseTuner(nn.Module):
 
     def enable_adapter_layers(self) -> None:
         """Undo `disable_adapter_layers`."""
-        names = self.__dict__.pop("_disabled", None)
-        if names is not None:
-            core.activate(self.model, *names)
+        state = find_state(self.model)
+        if state is not None:
+            state.take_up()
+            for module in standing.adapted(self.model):
+                module.enable_adapters(True)
 
     def disable_adapter_layers(self) -> None:
         """Run the base alone until `enable_adapter_layers`; for a block, `disable_adapter` is safer."""
-        if "_disabled" not in self.__dict__ and self.peft_config:
-            self.__dict__["_disabled"] = self.active_adapters
-            core.activate(self.model)
+        state = find_state(self.model)
+        if state is not None:
+            state.lay_aside()
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(
@@ -316,7 +316,6 @@ class BaseTuner(nn.Module):
         return self._bare()
 
     def _bare(self) -> nn.Module:
-        self.__dict__.pop("_disabled", None)
         self.model.__dict__.pop(CONFIGS, None)
         return self.model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lorakit.config import LoraConfig
+from lorakit.core.variants.alora import ALORA
 from lorakit.core.variants.dora import DORA, row_norms
 from lorakit.core.variants.plain import PLAIN
 from lorakit.core.variants.variant import At, Variant
@@ -10,7 +11,7 @@ from lorakit.errors import ConfigError
 
 __all__ = ["VARIANTS", "At", "Variant", "row_norms", "variant_for", "variant_named"]
 
-VARIANTS: tuple[Variant, ...] = (PLAIN, DORA)
+VARIANTS: tuple[Variant, ...] = (PLAIN, DORA, ALORA)
 
 _NAMED = {variant.name: variant for variant in VARIANTS}
 
@@ -31,10 +32,18 @@ def variant_for(config: LoraConfig, kind: str, path: str) -> Variant:
     Raises:
         ConfigError: The variant has no meaning on this kind.
     """
-    variant = variant_named("dora" if config.use_dora else "plain")
+    asked = {
+        "use_dora": "dora" if config.use_dora else None,
+        "alora_invocation_tokens": "alora" if config.alora_invocation_tokens is not None else None,
+    }
+    chosen = {field: name for field, name in asked.items() if name is not None}
+    if len(chosen) > 1:
+        raise ConfigError(f"{' and '.join(chosen)} at {path}: these variants exclude each other; choose one.")
+    field, name = next(iter(chosen.items()), ("", "plain"))
+    variant = variant_named(name)
     if kind not in variant.kinds:
         raise ConfigError(
-            f"use_dora at {path}: {variant.name} cannot act on a {kind}; it can on {', '.join(variant.kinds)}. Take "
+            f"{field} at {path}: {variant.name} cannot act on a {kind}; it can on {', '.join(variant.kinds)}. Take "
             "the module out of target_modules, or leave the variant off."
         )
     return variant

@@ -28,8 +28,8 @@ class At:
         kind: The kind of the site.
         slot: Its geometry.
         read: Reads the canonical base weight, (out, in) or as the kind says.
-        starts: For each row, how many positions before the end of its input the adapter begins, or None where the
-            row does not invoke it; None for variants that do not ask.
+        acts: z -> where the adapter acts, shaped to multiply it, for variants that wait for an invocation; None
+            where that is not known.
     """
 
     y0: Tensor
@@ -39,7 +39,7 @@ class At:
     kind: Kind
     slot: Slot
     read: Callable[[], Tensor]
-    starts: tuple[int | None, ...] | None = None
+    acts: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

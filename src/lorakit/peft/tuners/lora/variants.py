@@ -7,10 +7,12 @@ __getattr__, __dir__ = names_of(
     {
         "peft.variants_by_name": """
             ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant BlockDiagonalLinear
-            calculate_alora_offsets DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant
-            DoraLinearVariant get_alora_offsets_for_forward get_alora_offsets_for_generate
-            is_alora_relevant_in_batch KasaLinearVariant MiCAEmbeddingVariant MiCALinearVariant
-            MontecloraLinearVariant VeloraLinearVariant
+            DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant DoraLinearVariant
+            KasaLinearVariant MiCAEmbeddingVariant MiCALinearVariant MontecloraLinearVariant VeloraLinearVariant
+        """,
+        "peft.starting": """
+            calculate_alora_offsets get_alora_offsets_for_forward get_alora_offsets_for_generate
+            is_alora_relevant_in_batch
         """,
     },
 )

@@ -1,0 +1,163 @@
+"""`LoraTrainerMixin`: train an adapted model in another's trainer: Hugging Face's `Trainer`, TRL's `SFTTrainer`.
+
+    class LoraTrainer(LoraTrainerMixin, Trainer): ...
+
+The parent trains the user's own model, which has the factors in it; what is written and read is the adapter alone. It
+needs no package `peft`, and one that is installed makes no difference. This module imports no transformers: the parent
+is whatever class stands behind the mixin.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit.config import CONFIG_FILE, LoraConfig
+from lorakit.core.sitemap import find_state
+from lorakit.errors import ConfigError, NotYetSupported, RunError
+from lorakit.peft.mapping_func import get_peft_model
+from lorakit.peft.model import PeftModel
+
+ARGUMENTS_FILE = "training_args.bin"
+"""Where the parent keeps its arguments, beside the model."""
+
+
+class LoraTrainerMixin:
+    """Stands before a trainer class and makes its checkpoints adapters: small, resumable, loadable by PEFT.
+
+    Args:
+        model: A `lorakit.peft.PeftModel`, a model that `lorakit.attach` adapted, or a bare one with `peft_config`.
+        args: What the parent takes, from its second argument on.
+        peft_config: A `LoraConfig` with which a bare model is adapted first.
+        kwargs: What the parent takes.
+
+    Attributes:
+        lora_model: The model with its adapters, as a `PeftModel`; `model` is the same model, seen as its base.
+
+    Raises:
+        ConfigError: The model has no adapter.
+        NotYetSupported: The parent was asked to shard the model (FSDP, DeepSpeed).
+    """
+
+    lora_model: PeftModel
+    args: Any
+    state: Any
+    data_collator: Any
+    processing_class: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(LoraTrainerMixin)]
+        parent = next((kind for kind in before if "_inner_training_loop" in vars(kind)), None)
+        if parent is not None:
+            raise ConfigError(
+                f"{cls.__name__}: LoraTrainerMixin must stand before the trainer: "
+                f"class {cls.__name__}(LoraTrainerMixin, {parent.__name__})."
+            )
+
+    def __init__(self, model: Any = None, *args: Any, peft_config: Any = None, **kwargs: Any) -> None:
+        if isinstance(peft_config, LoraConfig) and isinstance(model, nn.Module):
+            model = get_peft_model(model, peft_config)
+        elif peft_config is not None:
+            raise ConfigError(
+                f"peft_config: a {type(peft_config).__name__} for a model that is a {type(model).__name__}; the mixin "
+                "needs a LoraConfig of lorakit, and the model itself, loaded."
+            )
+        parent: Any = super()
+        self._marked: list[nn.Module] = []
+        try:
+            parent.__init__(None if model is None else self._adopt(model), *args, **kwargs)
+        finally:
+            for base in self._marked:
+                del base._hf_peft_config_loaded
+            self._marked.clear()
+        for name in ("fsdp", "deepspeed"):
+            if getattr(self, f"is_{name}_enabled", False):
+                raise NotYetSupported(f"{name}: adapters of a sharded model are not written yet; train it unsharded.")
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """The parent's call of `model_init`, whose model is adopted as one that was given.
+
+        Args:
+            trial: What the parent hands on.
+
+        Returns:
+            The model that the parent trains.
+
+        Raises:
+            ConfigError: The model has no adapter.
+        """
+        parent: Any = super()
+        return self._adopt(parent.call_model_init(trial))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's optimizer; one without anything to train is refused.
+
+        Args:
+            args: What the parent takes.
+            kwargs: Likewise.
+
+        Raises:
+            ConfigError: No parameter is trained, as after loading an adapter without `is_trainable`.
+        """
+        if not any(parameter.requires_grad for parameter in self.lora_model.parameters()):
+            raise ConfigError(
+                f"Nothing would be trained: {', '.join(self.lora_model.peft_config)} is frozen. Load an adapter with "
+                "is_trainable=True to go on training it, or call set_requires_grad on it."
+            )
+        parent: Any = super()
+        return parent.create_optimizer(*args, **kwargs)
+
+    def _adopt(self, model: Any) -> nn.Module:
+        """Keep the wrapper for reading and writing; what comes back is the user's model, which the parent trains."""
+        if not isinstance(model, PeftModel):
+            if not isinstance(model, nn.Module) or find_state(model) is None:
+                raise ConfigError(
+                    f"model: a {type(model).__name__} without an adapter; adapt it with lorakit.get_peft_model or "
+                    "lorakit.attach first, or hand over a peft_config."
+                )
+            model = PeftModel(model)
+        self.lora_model = model
+        base: Any = model.get_base_model()
+        if getattr(base, "is_quantized", False) and not base._hf_peft_config_loaded:
+            # The parent refuses a quantised model that does not say so; afterwards it would break the base's own save.
+            base._hf_peft_config_loaded = True
+            self._marked.append(base)
+        return base
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The adapters, the tokenizer and the arguments, where the parent would write the whole model."""
+        if not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lora_model.save_pretrained(folder)
+        speaker = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if speaker is not None:
+            speaker.save_pretrained(folder)
+        torch.save(self.args, folder / ARGUMENTS_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Read every adapter of a checkpoint into the standing one, in place."""
+        for name, folder in self._folders(resume_from_checkpoint).items():
+            result = self.lora_model.load_adapter(folder, name, is_trainable=True)
+            strange = [*result.missing_keys, *result.unexpected_keys]
+            if strange:
+                raise RunError(f"{folder}: not a checkpoint of this adapter: {len(strange)} keys, first {strange[0]}.")
+
+    def _load_best_model(self) -> None:
+        """Read the adapters of the best checkpoint, in place."""
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _folders(self, checkpoint: str | os.PathLike[str]) -> dict[str, Path]:
+        """Adapter -> its folder in a checkpoint: "default" lies in the checkpoint itself, others below it."""
+        root = Path(checkpoint)
+        folders = {name: root if name == "default" else root / name for name in self.lora_model.peft_config}
+        gone = [name for name, folder in folders.items() if not (folder / CONFIG_FILE).exists()]
+        if gone:
+            raise RunError(f"{root}: this checkpoint has no adapter {', '.join(gone)}; nothing was read from it.")
+        return folders
