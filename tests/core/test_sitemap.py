@@ -6,7 +6,8 @@ from torch import nn
 
 from lorakit import LoraConfig, core
 from lorakit.core.merging import tied_sites
-from lorakit.core.sitemap import base_tensors, find_state, state_of, survey
+from lorakit.core.sitemap import find_state, state_of, survey
+from lorakit.core.underlying import base_tensors
 from lorakit.errors import AdapterError
 
 

@@ -20,7 +20,7 @@ from lorakit.config import LoraConfig
 from lorakit.core import attach, collect_for, trainable_parameters
 from lorakit.core.inits import INITS, init_named
 from lorakit.core.kinds import KINDS, kind_named
-from lorakit.core.variants import VARIANTS, variant_named
+from lorakit.core.variants import VARIANTS, variant_named, variant_named
 
 ROWS = 4
 INVOCATION = (3, 4)
@@ -315,7 +315,8 @@ class Case:
 
 
 def _allowed(case: Case) -> bool:
-    if case.kind not in init_named(case.init).kinds:
+    init = init_named(case.init)
+    if case.kind not in init.kinds or (init.changes_base and not variant_named(case.variant).mergeable):
         return False
     known = case.kind in OF_KIND  # bare parameters are named, not targeted: they have laws of their own
     return known and any(row.name == case.variant and case.kind in row.kinds for row in VARIANTS)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _CONFIG_SHOWN = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "task_type")
 _CONFIG_IF_SET = (
+    "target_parameters",
+    "layer_replication",
     "use_rslora",
     "use_dora",
     "rank_pattern",
@@ -81,11 +83,12 @@ def groups(sites: Sequence[SiteSummary]) -> list[tuple[str, dict[str, Any]]]:
         sites: Sites of an adapter.
 
     Returns:
-        Name and {"module", "sites", "shapes", "ranks", "scales", "norm": {"min", "median", "max"}}.
+        Name and {"module", "sites", "shapes", "ranks", "experts", "scales", "norm": {"min", "median", "max"}}.
     """
     by_name: dict[str, list[SiteSummary]] = {}
     for site in sites:
-        by_name.setdefault(site.path.rpartition(".")[2], []).append(site)
+        module, inside, deeper = site.path.partition(".base_layer")
+        by_name.setdefault(module.rpartition(".")[2] + inside + deeper, []).append(site)
     return [(name, _group(name, members)) for name, members in by_name.items()]
 
 
@@ -96,6 +99,7 @@ def _group(name: str, members: list[SiteSummary]) -> dict[str, Any]:
         "sites": len(members),
         "shapes": sorted({(site.out_features, site.in_features) for site in members}),
         "ranks": sorted({site.r for site in members}),
+        "experts": sorted({site.experts for site in members}),
         "scales": sorted({site.scale for site in members if site.scale is not None}),
         "norm": {"min": min(norms), "median": statistics.median(norms), "max": max(norms)},
     }
@@ -133,11 +137,15 @@ def _row(group: dict[str, Any]) -> list[str]:
     return [
         group["module"],
         str(group["sites"]),
-        ", ".join(f"{out} × {into}" for out, into in group["shapes"]),
+        _experts(group["experts"]) + ", ".join(f"{out} × {into}" for out, into in group["shapes"]),
         _span(group["ranks"]),
         _span(group["scales"]) or "?",
         *(f"{norm[key]:.3g}" for key in ("min", "median", "max")),
     ]
+
+
+def _experts(counts: Sequence[int]) -> str:
+    return f"{_span(counts)} × " if any(counts) else ""
 
 
 def _span(values: Sequence[float]) -> str:

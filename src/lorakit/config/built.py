@@ -14,8 +14,6 @@ NOT_BUILT: Mapping[str, Any] = {
     "velora_config": None,
     "use_qalora": False,
     "monteclora_config": None,
-    "layer_replication": None,
-    "target_parameters": None,
     "use_bdlora": None,
     "arrow_config": None,
     "kasa_config": None,

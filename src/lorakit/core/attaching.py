@@ -24,12 +24,14 @@ from lorakit.core.layer import LoraLayer
 from lorakit.core.layer_names import LAYERS
 from lorakit.core.merging import check_unmergeable, unmerge
 from lorakit.core.moving import give_base_back
+from lorakit.core.parameter_sites import bare_parameters
+from lorakit.core.replication import stacked_for
 from lorakit.core.routing import AdapterState, Route
 from lorakit.core.sitemap import Place, SiteMap, find_state, layers, state_of, survey
 from lorakit.core.statistics import Statistics
 from lorakit.default_targets import DEFAULT_TARGETS
 from lorakit.errors import ConfigError
-from lorakit.targets import Match, resolve
+from lorakit.targets import Match, match_path, resolve
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,14 @@ def attach(
     check_new_name(state, name)
     config = with_targets(config, model)
     check_bias_alone(state, config)
-    site_map = survey(model)
-    found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow)
-    check_scales([(m.path, scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
-    parts = fresh_parts(site_map, config, found.matches, seed, statistics)
-    extras = build_extras(site_map.modules, {part.place.outer for part in parts}, found.saved, config.bias)
-    publish(model, site_map, name, config, parts, extras)
+    with stacked_for(model, config, state):
+        site_map = survey(model)
+        bare = bare_parameters(site_map, model) if config.target_parameters else None
+        found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
+        check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
+        parts = fresh_parts(site_map, config, found.matches, seed, statistics)
+        extras = build_extras(site_map.modules, {part.place.outer for part in parts}, found.saved, config.bias)
+        publish(model, site_map, name, config, parts, extras)
     trained = sum(parameter.numel() for parameter in adapter_parameters(model, name))
     return AttachReport(name, found.matches, trained, (*found.notes, *memory_notes(config, parts)), found.missing)
 
@@ -125,6 +129,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         for parameter, trained in state.frozen:
             parameter.requires_grad_(trained)
         let_go(state.held)
+        if state.replication is not None:
+            state.replication.undo()
 
 
 def publish(
@@ -182,9 +188,9 @@ def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
     Raises:
         ConfigError: It names none, and there is no default for this architecture.
     """
-    if config.target_modules is not None:
-        return dataclasses.replace(config)
     model_type = str(getattr(getattr(model, "config", None), "model_type", None))
+    if config.target_modules is not None or (config.target_parameters and model_type not in DEFAULT_TARGETS):
+        return dataclasses.replace(config)
     if model_type not in DEFAULT_TARGETS:
         raise ConfigError(
             f"target_modules is not set, and there is no default for a {type(model).__name__}. Name the "

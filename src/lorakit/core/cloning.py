@@ -9,6 +9,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+PARAMETRISED = "parametrizations"
+"""Where `torch.nn.utils.parametrize` keeps what computes a parameter."""
+
 
 def clone_with(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A shallow clone of a module that has some parameters of its own; the module is not touched.
@@ -21,10 +24,19 @@ def clone_with(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     Returns:
         The clone; everything else is shared. It is meant to live for one forward.
     """
-    clone = module.__new__(type(module))
-    clone.__dict__ = {
-        **module.__dict__,
-        "_parameters": {**module._parameters, **tensors},
-        "_modules": dict(module._modules),
-    }
+    parametrised = module._modules.get(PARAMETRISED)
+    if parametrised is None or tensors.keys().isdisjoint(parametrised._modules):
+        return _shallow(module, type(module), tensors, dict(module._modules))
+    # torch put a class with properties in front of the module's own; the clone is of its own class, with plain tensors
+    others = {name: getattr(module, name) for name in parametrised._modules}
+    children = {name: child for name, child in module._modules.items() if name != PARAMETRISED}
+    return _shallow(module, type(module).__mro__[1], {**others, **tensors}, children)
+
+
+def _shallow(
+    module: nn.Module, made_of: type[nn.Module], tensors: Mapping[str, Tensor], children: dict[str, nn.Module | None]
+) -> nn.Module:
+    clone = made_of.__new__(made_of)
+    parameters = {**module._parameters, **tensors}
+    clone.__dict__ = {**module.__dict__, "_parameters": parameters, "_modules": children}
     return clone

@@ -65,6 +65,10 @@ def collect_for(
         raise ConfigError(
             f"init_lora_weights is {config.init_lora_weights!r}, which looks at no data. Attach it as it is."
         )
+    if config.layer_replication:
+        raise ConfigError(
+            "layer_replication stacks layers that are not there while data is collected. Use another init."
+        )
     config, site_map = with_targets(config, model), survey(model)
     matches = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow).matches
     blanks: dict[str, Blank] = {}
@@ -151,5 +155,8 @@ def _looked_at(
     with torch.no_grad():
         for path in paths:
             if init.digest is not None:
-                found[path] = init.digest(blanks[path], collected.pop(path))
+                try:
+                    found[path] = init.digest(blanks[path], collected.pop(path))
+                except DataError as cause:
+                    raise DataError(f"{path}: {cause}") from None
     return found

@@ -24,8 +24,9 @@ from lorakit.core.kinds import Kind, kind_named
 from lorakit.core.loose import LooseAdapter, LooseFactor, described
 from lorakit.core.lowrank import Cut, dense_spectrum, truncated
 from lorakit.core.placing import put, write
-from lorakit.core.sitemap import Place, SiteMap, base_tensors, survey
+from lorakit.core.sitemap import Place, SiteMap, survey
 from lorakit.core.sources import TensorSource, source_of_model
+from lorakit.core.underlying import base_tensors
 from lorakit.errors import ConfigError, ModelError, NotYetSupported
 from lorakit.targets import resolve
 

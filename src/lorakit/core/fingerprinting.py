@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.sitemap import QuantisedWeight, base_tensors, quantised_weights
+from lorakit.core.underlying import QuantisedWeight, base_tensors, quantised_weights
 
 TENSORS, NUMBERS = 16, 16  # sampled tensors, and numbers of each
 
@@ -135,9 +135,9 @@ def _of_tensor(tensor: Tensor) -> _Part:
 
 def _parts(model: nn.Module) -> dict[str, _Part]:
     """The base's parameters under the names and with the shapes of the plain base."""
-    quantised = {weight.packed: weight for weight in quantised_weights(model)}
+    quantised = {weight.packed: weight for weight in quantised_weights(model, stacked=False)}
     parts = {}
-    for name, tensor, module in base_tensors(model):
+    for name, tensor, module in base_tensors(model, stacked=False):
         weight = quantised.get(name)
         if weight is not None:
             rows, columns = _canonical(weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from lorakit.core.kinds import kind_named
 from lorakit.core.patterns import literal_value
 from lorakit.core.sitemap import INSIDE, Place, SiteMap
 from lorakit.errors import PatternError, TargetError, nearest
-from lorakit.targets import resolve
+from lorakit.targets import resolve, saved_modules
 
 
 @dataclass
@@ -43,13 +44,16 @@ class Fit:
         return {place.outer for place, _ in self.sites.values()}
 
 
-def fit(tensors: Mapping[str, Tensor], config: LoraConfig, site_map: SiteMap) -> Fit:
+def fit(
+    tensors: Mapping[str, Tensor], config: LoraConfig, site_map: SiteMap, bare: Mapping[str, Place] | None = None
+) -> Fit:
     """Find the place of every tensor.
 
     Args:
         tensors: Name on disk -> tensor (…).
         config: The adapter's config.
         site_map: The model's map.
+        bare: Path on disk -> place, of the bare parameters that the config names.
 
     Returns:
         The places, with every mismatch in `problems`.
@@ -62,7 +66,8 @@ def fit(tensors: Mapping[str, Tensor], config: LoraConfig, site_map: SiteMap) ->
         if key is not None and (key.part != "magnitude" or config.use_dora):
             present.setdefault(key.path, {})[key.part] = left.pop(name)
     expected, result.saved = _expected(config, site_map)
-    _find_places(present, site_map, result)
+    expected = None if expected is None else expected | set(bare or ())
+    _find_places(present, site_map, bare or {}, result)
     _take_copies(left, site_map, result)
     _take_biases(left, config, site_map, result)
     _check_sites(config, expected, result)
@@ -75,14 +80,17 @@ def _expected(config: LoraConfig, site_map: SiteMap) -> tuple[set[str] | None, t
     """The sites that the config names, or None where only a pattern could tell; and the modules it copies."""
     plain = dataclasses.replace(config, rank_pattern={}, alpha_pattern={})
     only_words = not isinstance(config.target_modules, str) or config.target_modules.lower() == "all-linear"
-    only_words = only_words and config.target_modules is not None
+    if config.target_modules is None and config.target_parameters:
+        plain.target_modules = []
+    only_words = only_words and plain.target_modules is not None
     if not only_words or isinstance(config.exclude_modules, str):
         plain = dataclasses.replace(plain, target_modules="all-linear", exclude_modules=None, layers_to_transform=None)
         plain.layers_pattern = None
     try:
         found = resolve(site_map.candidates, plain, allow_partial=True)
     except TargetError:
-        return (set() if only_words else None), ()
+        saved = saved_modules(site_map.candidates, plain)[0] if config.target_parameters else ()
+        return (set() if only_words else None), tuple(saved)
     only_words = only_words and not isinstance(config.exclude_modules, str)
     if not only_words:
         return None, found.saved
@@ -90,12 +98,14 @@ def _expected(config: LoraConfig, site_map: SiteMap) -> tuple[set[str] | None, t
     return {place.path for place in places}, found.saved
 
 
-def _find_places(present: Mapping[str, dict[str, Tensor]], site_map: SiteMap, result: Fit) -> None:
+def _find_places(
+    present: Mapping[str, dict[str, Tensor]], site_map: SiteMap, bare: Mapping[str, Place], result: Fit
+) -> None:
     kinds = {candidate.path: candidate.kind for candidate in site_map.candidates}
     for path in sorted(present):
         outer = path.partition(INSIDE)[0]
         places = site_map.places(outer, kind_named(kinds[outer])) if kinds.get(outer) else []  # type: ignore[arg-type]
-        place = next((place for place in places if place.path == path), None)
+        place = bare.get(path) or next((place for place in places if place.path == path), None)
         if place is None:
             result.problems.append(f"unexpected site {path}{_hint(path, list(kinds))}")
         else:
@@ -118,9 +128,11 @@ def _take_copies(left: dict[str, Tensor], site_map: SiteMap, result: Fit) -> Non
 
 def _take_biases(left: dict[str, Tensor], config: LoraConfig, site_map: SiteMap, result: Fit) -> None:
     outer = result.outer_paths()
+    depths = Counter(place.outer for place, _ in result.sites.values() if not place.child)
     for path, module, leaves in biased_modules(site_map.modules, outer, result.saved, config.bias):
         for leaf in leaves:
-            inside, plain = f"{PREFIX}{path}.base_layer.{leaf}", f"{PREFIX}{path}.{leaf}"
+            around = INSIDE * max(1, depths[path])
+            inside, plain = f"{PREFIX}{path}{around}.{leaf}", f"{PREFIX}{path}.{leaf}"
             name = inside if inside in left or (path in outer and plain not in left) else plain
             if name not in left:
                 result.problems.append(f"missing {name}")
@@ -156,7 +168,7 @@ def _check_parts(config: LoraConfig, path: str, result: Fit) -> None:
     if lacking:
         del result.sites[path]
         return
-    rank = _rank(config, path, kind.rank(slot, tuple(parts["A"].shape)))
+    rank = _rank(config, place.pattern_path, kind.rank(slot, tuple(parts["A"].shape)))
     shapes = dict(zip(("A", "B"), kind.shapes(slot, rank), strict=True))
     shapes |= {"bias": (slot.out_features,), "magnitude": kind.vector(slot)}
     for part in sorted(wanted):

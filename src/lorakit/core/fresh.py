@@ -18,8 +18,8 @@ from lorakit.core.bases import base_of
 from lorakit.core.factor import Factor
 from lorakit.core.inits import Blank, fresh_bias, init_for
 from lorakit.core.inits.init import BOTH
-from lorakit.core.kinds import kind_named
 from lorakit.core.moving import check_can_move, moved_base, written
+from lorakit.core.parameter_sites import dropout_at, places_of
 from lorakit.core.sitemap import Place, SiteMap
 from lorakit.core.statistics import Statistics
 from lorakit.core.variants import variant_for
@@ -69,12 +69,11 @@ def fresh_parts(
         statistics.check(config)
     generators = _generators(seed)
     parts = []
-    for match in matches:
-        for place in site_map.places(match.path, kind_named(match.kind)):
-            blank = blank_for(site_map, config, match, place)
-            seen = None if statistics is None else statistics.sites.get(place.path)
-            blank = dataclasses.replace(blank, generator=generators(blank.device), statistics=seen)
-            parts.append(_fresh_part(site_map, blank, match, place))
+    for match, place in places_of(site_map, matches):
+        blank = blank_for(site_map, config, match, place)
+        seen = None if statistics is None else statistics.sites.get(place.path)
+        blank = dataclasses.replace(blank, generator=generators(blank.device), statistics=seen)
+        parts.append(_fresh_part(site_map, blank, match, place))
     return parts
 
 
@@ -127,7 +126,7 @@ def _fresh_part(site_map: SiteMap, blank: Blank, match: Match, place: Place) -> 
         module = site_map.holder(place)
         W = blank.read() if moved is None else base_of(module, slot.parameter).read(module, moved)
         magnitude = variant.magnitude(kind, slot, W, filled.A, filled.B, blank.scale).view(kind.vector(slot))
-    dropout = make_dropout(config.lora_dropout if kind.drops else 0.0)
+    dropout = make_dropout(dropout_at(config, place, site_map.holder(place)))
     bias = fresh_bias(blank, not init.is_identity) if config.lora_bias else None
     factor = Factor(filled.A, filled.B, blank.scale, dropout, variant.name, magnitude, bias)
     factor = as_parameters(factor, trains=init.trains)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,12 @@ from lorakit.config import LoraConfig, scale
 from lorakit.core.checks import LARGEST_USUAL_SCALE
 from lorakit.core.fingerprinting import Fingerprint
 from lorakit.core.keys import parse
-from lorakit.core.loading import read_adapter
+from lorakit.core.kinds import Slot, per_expert
+from lorakit.core.loading import AdapterFiles, read_adapter
 from lorakit.core.patterns import literal_value
+from lorakit.core.sitemap import INSIDE
 from lorakit.errors import PatternError
+from lorakit.targets import names_path
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,13 @@ class SiteSummary:
 
     Attributes:
         path: Where it sits.
-        r: Rank.
+        r: Rank; of experts in one parameter, that of each.
         lora_alpha: Alpha, or None where a pattern from the file is not a plain name.
         scale: Effective scale, or None likewise.
         in_features: Columns of A.
         out_features: Rows of B.
         norm: Frobenius norm of scale·B·A (without scale where that is unknown).
+        experts: So many matrices share A and B; 0 where it is one.
     """
 
     path: str
@@ -39,6 +44,7 @@ class SiteSummary:
     in_features: int
     out_features: int
     norm: float
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,8 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
         key = parse(name)
         if key is not None:
             pairs.setdefault(key.path, {})[key.part] = tensor
-    sites = tuple(
-        _site(files.config, path, parts["A"], parts["B"]) for path, parts in sorted(pairs.items()) if _is_pair(parts)
-    )
+    whole = {path: parts for path, parts in sorted(pairs.items()) if _is_pair(parts)}
+    sites = tuple(_site(files, path, parts["A"], parts["B"]) for path, parts in whole.items())
     findings = [*files.warnings, *_findings(sites, pairs, files.file.tensors)]
     return AdapterSummary(
         folder=str(folder),
@@ -123,15 +128,49 @@ def _is_pair(parts: dict[str, Tensor]) -> bool:
     return A.ndim >= 2 and B.ndim >= 2 and A.shape[0] == B.shape[1] >= 1
 
 
-def _site(config: LoraConfig, path: str, A: Tensor, B: Tensor) -> SiteSummary:
-    r = int(A.shape[0])
+def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
+    r, alpha = _rank_and_alpha(files, path, int(A.shape[0]))
+    experts = A.shape[0] // r if A.shape[0] > r and A.ndim == 2 else 0
+    effective = None if alpha is None else scale(r, alpha, files.config.use_rslora)
+    pairs = [(A, B)]
+    if experts:
+        slot = Slot("", int(B.shape[0]), int(A.shape[1]), experts)
+        pairs = list(zip(*per_expert(slot, A, B), strict=True))
+    norm = math.sqrt(sum(delta_norm(*pair) ** 2 for pair in pairs)) * (1.0 if effective is None else abs(effective))
+    return SiteSummary(path, r, alpha, effective, int(A.shape[1]), int(B.shape[0]), norm, experts)
+
+
+def _rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, float | None]:
+    """Rank and alpha of a site whose A has so many rows; alpha is None where it cannot be known without a model.
+
+    The files name modules, not their parameters: of an adapter that PEFT wrote, a parameter's own rank and alpha are
+    known where the patterns give all parameters that may be meant the same.
+    """
+    config = files.config
+    known = files.sidecar.sites.get(path) if files.config_is_ours else None
+    if known is not None:
+        rank = int(known["r"])
+        return (rank if rank > 0 and rows % rank == 0 else rows), float(known["lora_alpha"])
+    module = path.partition(INSIDE)[0]
+    meant = _parameters_meant(config, module)
     try:
-        alpha: float | None = literal_value(config.alpha_pattern, path, config.lora_alpha)
+        ranks = {int(literal_value(config.rank_pattern, name, config.r)) for name in meant} or {rows}
+        alphas = {float(literal_value(config.alpha_pattern, name, config.lora_alpha)) for name in meant or [path]}
     except PatternError:
-        alpha = None
-    effective = None if alpha is None else scale(r, alpha, config.use_rslora)
-    norm = delta_norm(A, B) * (1.0 if effective is None else abs(effective))
-    return SiteSummary(path, r, alpha, effective, int(A.shape[1]), int(B.shape[0]), norm)
+        return rows, None
+    fitting = [rank for rank in ranks if rank > 0 and rows % rank == 0]
+    if len(fitting) != 1 or len(alphas) != 1:
+        return rows, None
+    return fitting[0], alphas.pop()
+
+
+def _parameters_meant(config: LoraConfig, module: str) -> list[str]:
+    """The parameters of a module that `target_parameters` may mean; none where the module itself is a target."""
+    targets = config.target_modules
+    if not isinstance(targets, str) and any(names_path(entry, module) for entry in targets or ()):
+        return []
+    parts = [entry.rpartition(".") for entry in config.target_parameters or ()]
+    return [f"{module}.{name}" for holder, _, name in parts if not holder or names_path(holder, module)]
 
 
 def _findings(

@@ -5,12 +5,15 @@ The names are PEFT's. This is their only home: saving builds names here and load
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from lorakit.core.extras import BiasSwitch, ModuleCopies
 from lorakit.core.layer import LoraLayer
+from lorakit.core.parameter_sites import paths_on_disk
+from lorakit.core.sitemap import INSIDE
 
 PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
@@ -61,8 +64,10 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
         Name -> tensor (…), the model's own, sorted by name.
     """
     found: dict[str, Tensor] = {}
-    sites = {id(m.owner): m for m in model.modules() if isinstance(m, LoraLayer)}
+    depths = Counter(id(m.owner) for m in model.modules() if isinstance(m, LoraLayer) and adapter in m.r)
+    on_disk = paths_on_disk(model, adapter)
     for path, module in model.named_modules():
+        path = on_disk.get(path, path)
         if isinstance(module, LoraLayer) and adapter in module.r:
             factor, kind = module.factor(adapter), module.kind
             found[f"{PREFIX}{path}.{kind.names[0]}{kind.on_disk}"] = factor.A
@@ -76,8 +81,7 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
                 found[f"{PREFIX}{path}.{leaf}"] = tensor
         for switch in BiasSwitch.on(module):
             if switch.adapter == adapter:
-                layer = sites.get(id(module))
-                where = path if layer is not None and adapter in layer.r else plain_path(path)
+                where = plain_path(path) + INSIDE * depths[id(module)]
                 for leaf in switch.originals:
                     found[f"{PREFIX}{where}.{leaf}"] = module._parameters[leaf]
     return dict(sorted(found.items()))

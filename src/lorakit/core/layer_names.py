@@ -42,6 +42,15 @@ class InnerLinear(FieldLayer, WeightSideLayer):
 class ParamWrapper(FieldLayer, WeightSideLayer):
     """A `LoraLayer` on a bare parameter of a module."""
 
+    @property
+    def parameter_name(self) -> str:
+        """Name of the parameter in the module."""
+        return self.slot.parameter
+
+    def extra_repr(self) -> str:
+        """What `repr` shows first: layers of several parameters stand around one module."""
+        return f"parameter_name={self.parameter_name!r},"
+
 
 LAYERS: Mapping[str, type[FieldLayer]] = {
     "Linear": Linear,

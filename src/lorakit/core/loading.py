@@ -28,14 +28,16 @@ from lorakit.core.fingerprinting import DIFFERENT, compare, fingerprint
 from lorakit.core.fitting import Fit, fit
 from lorakit.core.fresh import Part, as_parameters, check_bias_of_b, factor_dtype, make_dropout
 from lorakit.core.inits import trains_of
+from lorakit.core.parameter_sites import check_standing, dropout_at, named_places
 from lorakit.core.patterns import literal_value
+from lorakit.core.replication import stacked_for
 from lorakit.core.restoring import Past, past_of
 from lorakit.core.sidecar import WEIGHTS_FILE, Sidecar, integrity, read_sidecar
 from lorakit.core.sitemap import SiteMap, find_state, survey
 from lorakit.core.tensorfile import TensorFile, read_tensors
 from lorakit.core.training_flags import set_trained
 from lorakit.core.variants import variant_for
-from lorakit.errors import AdapterFileError, BaseMismatchError, PatternError, warn_caller
+from lorakit.errors import AdapterFileError, BaseMismatchError, PatternError, TargetError, warn_caller
 from lorakit.targets import Match
 
 SHOWN = 6
@@ -155,21 +157,32 @@ def place_adapter(
     check_new_name(state, name)
     config = files.config
     check_bias_alone(state, config)
-    site_map = survey(model)
-    fitted = fit(files.file.tensors, config, site_map)
-    said = [*files.warnings, *_judge(files, fitted, allow)]
-    past = past_of(files.folder, config, files.sidecar.began if files.is_ours else {}, trainable, allow)
-    parts = _parts(files, fitted, site_map, past, trainable)
-    check_scales([(part.place.path, part.factor.scale) for part in parts], allow)
-    extras = build_extras(site_map.modules, fitted.outer_paths(), fitted.saved, config.bias)
-    biases = _filled_copies(extras, fitted, site_map, files.file.tensors)
-    for sentence in said:  # where warnings are errors, this refuses, so it comes before any change
-        warn_caller(sentence)
-    publish(model, site_map, name, past.config.with_fields(inference_mode=not trainable), parts, extras)
+    with stacked_for(model, config, state):
+        site_map = survey(model)
+        fitted = _fitted(model, files, site_map)
+        said = [*files.warnings, *_judge(files, fitted, allow)]
+        past = past_of(files.folder, config, files.sidecar.began if files.is_ours else {}, trainable, allow)
+        parts = _parts(files, fitted, site_map, past, trainable)
+        check_scales([(part.place.path, part.factor.scale) for part in parts], allow)
+        extras = build_extras(site_map.modules, fitted.outer_paths(), fitted.saved, config.bias)
+        biases = _filled_copies(extras, fitted, site_map, files.file.tensors)
+        for sentence in said:  # where warnings are errors, this refuses, so it comes before any change
+            warn_caller(sentence)
+        publish(model, site_map, name, past.config.with_fields(inference_mode=not trainable), parts, extras)
     for parameter, tensor in biases:
         parameter.data = tensor
     set_trained(model, [name], trainable)
     return len(parts), tuple(said)
+
+
+def _fitted(model: nn.Module, files: AdapterFiles, site_map: SiteMap) -> Fit:
+    try:
+        bare = named_places(site_map, files.config, model)
+        fitted = fit(files.file.tensors, files.config, site_map, bare)
+        check_standing(site_map, [place for place, _ in fitted.sites.values()])
+    except TargetError as cause:
+        raise AdapterFileError(f"{files.folder}: {cause}") from None
+    return fitted
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
@@ -206,8 +219,13 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
     return AdapterFiles(folder, config, file, sidecar, ours, tuple(said))
 
 
-def alpha_at(files: AdapterFiles, path: str) -> float:
+def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) -> float:
     """Alpha at a site: from `lorakit.json` where the config is the one it was written with, else from the config.
+
+    Args:
+        files: What was read.
+        path: The site's path on disk.
+        pattern_path: What patterns are held against, where that is another.
 
     Raises:
         AdapterFileError: It follows from a regular expression, which is not run.
@@ -215,7 +233,7 @@ def alpha_at(files: AdapterFiles, path: str) -> float:
     if files.config_is_ours and path in files.sidecar.sites:
         return float(files.sidecar.sites[path]["lora_alpha"])
     try:
-        return literal_value(files.config.alpha_pattern, path, files.config.lora_alpha)
+        return literal_value(files.config.alpha_pattern, pattern_path or path, files.config.lora_alpha)
     except PatternError as cause:
         raise AdapterFileError(f"{files.folder / CONFIG_FILE}: alpha_pattern: {cause}") from None
 
@@ -259,15 +277,15 @@ def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, past: Past, trai
         own: dict[str, Any] = {part: t.to(device=device, dtype=dtype, copy=True) for part, t in tensors.items()}
         before = past.sites.get(path, {})
         r = int(before.get("r", kind.rank(slot, own["A"].shape)))
-        alpha = float(before["lora_alpha"]) if before else alpha_at(files, path)
+        alpha = float(before["lora_alpha"]) if before else alpha_at(files, path, place.pattern_path)
         factor_scale = scale(r, alpha, config.use_rslora)
         stored = initial = None
         if past.moves:
             match = Match(place.outer, kind.name, r, alpha, "")
-            moved = past.moved(site_map, place, own["A"], own["B"], match, factor_scale)
+            moved = past.moved(site_map, place, path, (own["A"], own["B"]), match)
             own["A"], own["B"], stored, initial = moved.A, moved.B, moved.stored, moved.initial
         variant = variant_for(config, kind.name, path)
-        dropout = make_dropout(config.lora_dropout if kind.drops else 0.0)
+        dropout = make_dropout(dropout_at(config, place, module))
         vector = own["magnitude"].view(kind.vector(slot)) if "magnitude" in own else None
         factor = Factor(own["A"], own["B"], factor_scale, dropout, variant.name, vector, own.get("bias"))
         parts.append(Part(place, as_parameters(factor, trainable, trains), r, alpha, stored, trains, initial))

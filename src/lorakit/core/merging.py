@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.bases import let_go
+from lorakit.core.bases import COMPUTED, NOT_WRITTEN, let_go
 from lorakit.core.biases import bias_for, brings_bias, put_bias
 from lorakit.core.checks import check_known
 from lorakit.core.extras import BiasSwitch, ModuleCopies
@@ -32,16 +32,8 @@ from lorakit.core.merged_weight import (
     stored_for,
     sum_of_updates,
 )
-from lorakit.core.sitemap import (
-    QuantisedWeight,
-    base_tensors,
-    copies,
-    float_dtype,
-    holders,
-    layers,
-    quantised_weights,
-    state_of,
-)
+from lorakit.core.sitemap import copies, layers, state_of
+from lorakit.core.underlying import QuantisedWeight, base_tensors, float_dtype, holders, quantised_weights
 from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError
 
@@ -213,6 +205,8 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
     for parameter, trained in state.frozen:
         parameter.requires_grad_(trained)
     let_go(state.held)
+    if state.replication is not None:
+        state.replication.untie()
     return report
 
 
@@ -310,6 +304,8 @@ def _check_mergeable(model: nn.Module, names: Sequence[str], untie: bool) -> Non
         twice = [name for name in here if name in layer.merged_adapters]
         if twice:
             raise MergeError(f"Adapter {twice[0]!r} is merged already. Unmerge it first.")
+        if here and layer.base is COMPUTED:
+            raise MergeError(NOT_WRITTEN.format(parameter=layer.slot.parameter, type=type(layer.owner).__name__))
         if here and layer.merged_adapters and not keeps_base(layer):
             raise MergeError(
                 f"{path} holds {', '.join(layer.merged_adapters)}, merged with keep_base=False, so its base is gone. "

@@ -13,7 +13,7 @@ from torch import nn
 from lorakit.core.bases.bitsandbytes import eight_bit_linear, four_bit_linear
 from lorakit.core.bases.hqq import hqq_linear
 from lorakit.core.bases.torchao import int8_linear
-from lorakit.core.sitemap import float_dtype, quantised_weights
+from lorakit.core.underlying import float_dtype, quantised_weights
 from lorakit.plan.quantised import BLOCK, Quantization
 
 PLACES, ROUNDING = 4096, 1e-2

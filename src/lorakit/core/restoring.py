@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorakit.config import LoraConfig
+from lorakit.config import scale as lora_scale
 from lorakit.core.fresh import blank_for
 from lorakit.core.inits import Init, init_named
 from lorakit.core.keys import parse
@@ -69,21 +70,22 @@ class Past:
         """Whether the base is moved for it."""
         return self.halves or self.first is not None or self.init is not None
 
-    def moved(self, site_map: SiteMap, place: Place, A: Tensor, B: Tensor, match: Match, scale: float) -> Moved:
+    def moved(self, site_map: SiteMap, place: Place, path: str, factors: tuple[Tensor, Tensor], match: Match) -> Moved:
         """What to put at a site.
 
         Args:
             site_map: The model's map.
             place: The site.
-            A: As on file, (r, in), or (2r, in) in the form of plain LoRA.
-            B: As on file, (out, r) or (out, 2r).
+            path: Its path on disk.
+            factors: As on file: A (r, in), or (2r, in) in the form of plain LoRA, and B (out, r) or (out, 2r).
             match: The site's path, rank and alpha as it was trained.
-            scale: The scale as it was trained.
 
         Raises:
             ConfigError: The base is moved or merged into already.
             AdapterFileError: Its first factors are missing.
         """
+        A, B = factors
+        scale = lora_scale(match.rank, match.alpha, self.config.use_rslora)
         check_can_move(site_map, place)
         if self.init is not None:
             with torch.no_grad():
@@ -94,9 +96,9 @@ class Past:
         if self.halves:
             (A, B), initial = apart(place.slot, A, B)
         else:
-            first = (self.first or {}).get(place.path)
+            first = (self.first or {}).get(path)
             if first is None or first[0].shape != A.shape or first[1].shape != B.shape:
-                raise AdapterFileError(f"The first factors of {place.path} are missing or of another shape.")
+                raise AdapterFileError(f"The first factors of {path} are missing or of another shape.")
             initial = (first[0].to(A), first[1].to(B))
         return Moved(A, B, moved_base(site_map, place, initial, scale), initial)
 
@@ -127,8 +129,8 @@ def past_of(
     if init.needs:
         raise AdapterFileError(
             f"{named} by looking at data, and the file does not hold it. Have the adapter saved as plain LoRA (in "
-            "PEFT: save_pretrained with path_initial_model_for_weight_conversion; here: save_adapter). If the base at hand "
-            "is the changed one, set init_lora_weights to true in its config."
+            "PEFT: save_pretrained with path_initial_model_for_weight_conversion; here: save_adapter). If the base at "
+            "hand is the changed one, set init_lora_weights to true in its config."
         )
     if RECOMPUTE not in allow:
         raise AdapterFileError(

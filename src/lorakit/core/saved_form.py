@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.keys import PREFIX, adapter_tensors
 from lorakit.core.layer import LoraLayer
+from lorakit.core.parameter_sites import paths_on_disk
 from lorakit.core.residual import as_plain, beginning, plain_config
 from lorakit.core.sidecar import BEGAN
 from lorakit.core.sitemap import layers, state_of
@@ -66,7 +67,8 @@ def saved_form(
     """
     config = state_of(model).configs[name]
     tensors = adapter_tensors(model, name) if tensors is None else dict(sorted(tensors.items()))
-    here = [(path, layer) for path, layer in layers(model) if name in layer.r]
+    on_disk = paths_on_disk(model, name)
+    here = [(on_disk[path], layer) for path, layer in layers(model) if path in on_disk]
     sites = {path: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])} for path, layer in here}
     moved = [(path, layer) for path, layer in here if layer.moved_by == name]
     if not moved:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.bases import Base, base_of
-from lorakit.core.extras import BiasSwitch, ModuleCopies
-from lorakit.core.kinds import INNER, Kind, Slot, kind_of
+from lorakit.core.bases import base_of
+from lorakit.core.cloning import PARAMETRISED
+from lorakit.core.extras import ModuleCopies
+from lorakit.core.kinds import INNER, PARAMETER, Kind, Slot, kind_of
 from lorakit.core.layer import LoraLayer
 from lorakit.core.routing import AdapterState
 from lorakit.core.walking import walk
@@ -60,6 +60,11 @@ class Place:
     kind: Kind
     slot: Slot
     child: str = ""
+
+    @property
+    def pattern_path(self) -> str:
+        """What `rank_pattern` and `alpha_pattern` are held against: the site's path, or its bare parameter's."""
+        return f"{self.outer}.{self.slot.parameter}" if self.kind.name == PARAMETER.name else self.path
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ class SiteMap:
         return standing if isinstance(standing, LoraLayer) else None
 
     def put(self, place: Place, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
-        """Stand a new layer at a place.
+        """Stand a new layer at a place; those of one module's bare parameters keep the order of their definition.
 
         Args:
             place: Where.
@@ -144,8 +149,14 @@ class SiteMap:
             layer = make(owner._modules[place.child])  # type: ignore[arg-type]
             owner._modules[place.child] = layer
             return layer
-        standing = self.modules[place.outer]
-        layer = make(standing)
+        standing = inside = self.modules[place.outer]
+        around: LoraLayer | None = None
+        while isinstance(inside, LoraLayer) and _goes_around(inside, place):
+            around, inside = inside, inside.base_layer
+        layer = make(inside)
+        if around is not None:
+            around.base_layer = layer
+            return layer
         self.replace(standing, layer)
         self.modules[place.outer] = layer
         return layer
@@ -162,6 +173,21 @@ INSIDE = ".base_layer"
 
 DENSE_KINDS = frozenset({"Linear", "Conv1D"})
 """The kinds that "all-linear" means."""
+
+
+def defined_parameters(module: nn.Module) -> list[str]:
+    """The names of a module's own parameters in the order of their definition, those that are parametrised last."""
+    names = [name for name, parameter in module._parameters.items() if parameter is not None]
+    parametrised = module._modules.get(PARAMETRISED)
+    return names + ([] if parametrised is None else list(parametrised._modules))
+
+
+def _goes_around(layer: LoraLayer, place: Place) -> bool:
+    """Whether a layer has to stand around the one that comes: of bare parameters, the one that is defined last."""
+    if place.kind.name != PARAMETER.name:
+        return False
+    names = defined_parameters(layer.owner)
+    return names.index(layer.slot.parameter) > names.index(place.slot.parameter)
 
 
 def inner_base(owner: nn.Module, child: str) -> nn.Module:
@@ -231,124 +257,6 @@ def find_state(model: nn.Module) -> AdapterState | None:
         if isinstance(module, (LoraLayer, ModuleCopies)):
             return module.state
     return None
-
-
-def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
-    """The base's own parameters and buffers as they were before any merge, under the base's own names.
-
-    Args:
-        model: A model with or without adapters.
-
-    Yields:
-        Name without any trace of adapters, tensor (…) of any shape, and the module that holds it. Shared
-        parameters come once per name; buffers that are not saved are left out.
-    """
-    originals = {(id(layer.source), layer.slot.parameter): layer for _, layer in layers(model)}
-    for path, module in _plain_modules(model, ""):
-        old = _old_biases(module)
-        prefix = f"{path}." if path else ""
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                layer = originals.get((id(module), name))
-                if layer is not None:
-                    tensor = layer.base.tensors(layer.original())[0]
-                elif name == "bias" and (id(module), "weight") in originals:
-                    kept = originals[id(module), "weight"].kept_bias
-                    tensor = old.get(name, parameter if kept is None else kept)
-                else:
-                    tensor = old.get(name, parameter)
-                yield prefix + name, tensor, module
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield prefix + name, buffer, module
-
-
-@dataclass(frozen=True)
-class QuantisedWeight:
-    """A weight of the base that is stored in fewer bits, as it was before any merge.
-
-    Attributes:
-        name: The name that it has in the plain base.
-        packed: The name of its packed numbers in `base_tensors`.
-        module: The module that holds it.
-        base: How it is stored.
-        stored: What is stored.
-        layer: The layer around the module, or None.
-    """
-
-    name: str
-    packed: str
-    module: nn.Module
-    base: Base
-    stored: Any
-    layer: LoraLayer | None
-
-    @property
-    def loose_bias(self) -> Tensor | None:
-        """The module's bias, (out,), where it is no parameter of it."""
-        bias = getattr(self.module, "bias", None)
-        return bias if isinstance(bias, Tensor) and "bias" not in self.module._parameters else None
-
-    def multiplied_out(self, dtype: torch.dtype) -> nn.Module:
-        """The plain module that computes the same, in the dtype of its products or, where it has none, in `dtype`."""
-        return self.base.dense(self.module, self.base.read(self.module, self.stored), dtype)
-
-
-def quantised_weights(model: nn.Module) -> Iterator[QuantisedWeight]:
-    """Every weight of a base that is stored in fewer bits.
-
-    Args:
-        model: A model with or without adapters.
-    """
-    standing = {id(layer.source): layer for _, layer in layers(model)}
-    rows: dict[tuple[type, type], Base] = {}
-    for path, module in _plain_modules(model, ""):
-        key = (type(module), type(module._parameters.get("weight")))
-        row = rows.setdefault(key, rows[key] if key in rows else base_of(module))
-        if row.quantised:
-            prefix = f"{path}." if path else ""
-            packed = next(name for name in ("weight", *module._parameters) if name in module._parameters)
-            layer = standing.get(id(module))
-            stored = layer.original() if layer is not None else row.stored(module, "weight")
-            yield QuantisedWeight(f"{prefix}weight", prefix + packed, module, row, stored, layer)
-
-
-def float_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype in which a base computes, as its first plain parameter of floats has it; fp32 where there is none.
-
-    Args:
-        model: A model with or without adapters.
-    """
-    for _, tensor, module in base_tensors(model):
-        if tensor.is_floating_point() and not base_of(module).quantised:
-            return tensor.dtype
-    return torch.float32
-
-
-def holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """Who holds each parameter of the base: its id -> names and modules, several where it is tied."""
-    found: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, _, module in base_tensors(model):
-        parameter = module._parameters.get(name.rpartition(".")[2])
-        if parameter is not None:
-            found.setdefault(id(parameter), []).append((name, module))
-    return found
-
-
-def _old_biases(module: nn.Module) -> dict[str, Tensor]:
-    return {name: old for switch in BiasSwitch.on(module) for name, old in switch.originals.items()}
-
-
-def _plain_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """The base's modules under the paths they have without adapters; one that stands in two places comes twice."""
-    if isinstance(module, LoraLayer):
-        module = module.source
-    elif isinstance(module, ModuleCopies):
-        module = module.original_module
-    yield path, module
-    for attribute, child in module._modules.items():
-        if child is not None:
-            yield from _plain_modules(child, f"{path}.{attribute}" if path else attribute)
 
 
 def _outside_of_adapters(

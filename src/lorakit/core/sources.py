@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lorakit.core.sitemap import base_tensors
+from lorakit.core.underlying import base_tensors
 from lorakit.errors import ModelError
 
 

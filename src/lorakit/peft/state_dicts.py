@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorakit.core.extras import BiasSwitch, ModuleCopies
 from lorakit.core.layer import LoraLayer
-from lorakit.core.sitemap import base_tensors
+from lorakit.core.underlying import base_tensors
 from lorakit.errors import AdapterError, AdapterFileError, warn_caller
 from lorakit.peft import standing
 

@@ -7,14 +7,15 @@ from collections.abc import Iterable
 from torch import nn
 
 from lorakit.core.bases.bitsandbytes import EIGHT_BIT, FOUR_BIT
-from lorakit.core.bases.dense import DENSE, TRANSPOSED
+from lorakit.core.bases.dense import COMPUTED, DENSE, NOT_WRITTEN, TRANSPOSED
 from lorakit.core.bases.hqq import HQQ
 from lorakit.core.bases.storage import Base, at_least_fp32
 from lorakit.core.bases.torchao import TORCHAO
+from lorakit.core.cloning import PARAMETRISED
 
-__all__ = ["BASES", "Base", "at_least_fp32", "base_of", "hold_still", "let_go"]
+__all__ = ["BASES", "COMPUTED", "NOT_WRITTEN", "Base", "at_least_fp32", "base_of", "hold_still", "let_go"]
 
-BASES: tuple[Base, ...] = (FOUR_BIT, EIGHT_BIT, TORCHAO, HQQ, TRANSPOSED, DENSE)
+BASES: tuple[Base, ...] = (FOUR_BIT, EIGHT_BIT, TORCHAO, HQQ, COMPUTED, TRANSPOSED, DENSE)
 
 
 def base_of(module: nn.Module, parameter: str = "weight") -> Base:
@@ -24,6 +25,8 @@ def base_of(module: nn.Module, parameter: str = "weight") -> Base:
         module: A module of the base.
         parameter: Name of its weight.
     """
+    if PARAMETRISED in module._modules and parameter not in module._parameters:
+        return COMPUTED
     for owner in (type(module._parameters.get(parameter)), type(module)):
         for ancestor in owner.__mro__:
             dotted = f"{ancestor.__module__}.{ancestor.__qualname__}"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lorakit.core.bases.storage import Base, at_least_fp32
 from lorakit.core.cloning import clone_with
+from lorakit.errors import MergeError
 
 
 def _stored(module: nn.Module, parameter: str) -> Tensor:
@@ -45,6 +46,24 @@ def _device(module: nn.Module, parameter: str) -> torch.device:
     return module._parameters[parameter].device  # type: ignore[union-attr]
 
 
+def _computed(module: nn.Module, parameter: str) -> Tensor:
+    tensor: Tensor = getattr(module, parameter)
+    return tensor.detach()
+
+
+def _place_computed(module: nn.Module, parameter: str, stored: Tensor) -> None:
+    raise MergeError(NOT_WRITTEN.format(parameter=parameter, type=type(module).__name__))
+
+
+def _device_computed(module: nn.Module, parameter: str) -> torch.device:
+    return _computed(module, parameter).device
+
+
+NOT_WRITTEN = (
+    "The parameter {parameter!r} of {type} is computed by torch.nn.utils.parametrize, so nothing can be written into "
+    "it. Remove the parametrization first."
+)
+
 DENSE = Base(
     name="dense",
     types=("torch.nn.modules.module.Module",),
@@ -57,6 +76,9 @@ DENSE = Base(
     clone=_clone,
     device=_device,
 )
+
+COMPUTED = replace(DENSE, name="computed", types=(), stored=_computed, place=_place_computed, device=_device_computed)
+"""A parameter that torch.nn.utils.parametrize computes: it can be read, and there is no place to write it to."""
 
 TRANSPOSED = replace(
     DENSE,

@@ -32,7 +32,7 @@ def parameter_slot(module: nn.Module, name: str) -> Slot:
     Raises:
         TargetError: It has another number of axes.
     """
-    shape = tuple(module._parameters[name].shape)  # type: ignore[union-attr]
+    shape = tuple(getattr(module, name).shape)
     if len(shape) == 2:
         return Slot(name, *shape)
     if len(shape) != 3:

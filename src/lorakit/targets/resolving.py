@@ -8,80 +8,45 @@ module knows no torch: it sees names, kinds and sizes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 from lorakit.config import HEADS_BY_TASK, LoraConfig, TaskType, check_built
 from lorakit.errors import ConfigError, TargetError, nearest
+from lorakit.targets.parameters import (
+    match_path,
+    no_parameter,
+    targeted_parameters,
+    too_large,
+    unmatched_parameters,
+)
+from lorakit.targets.words import (
+    BareParameter,
+    Candidate,
+    Match,
+    Resolution,
+    compiled,
+    first_match,
+    key_fits,
+    names_path,
+)
 
 ALL_LINEAR = "all-linear"
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A module that a target may name.
-
-    Attributes:
-        path: Dotted path in the model.
-        kind: The kind of site it can be ("Linear", "Conv1D", "Embedding", ...), or None where LoRA cannot sit.
-        type_name: Class name of the module, for messages.
-        dense: It counts for "all-linear" (a dense layer that is not the output head).
-        out_features: Width of its output, 0 where it has none.
-        in_features: Width of its input (rows of an embedding), 0 where it has none.
-    """
-
-    path: str
-    kind: str | None
-    type_name: str = ""
-    dense: bool = False
-    out_features: int = 0
-    in_features: int = 0
-
-
-@dataclass(frozen=True)
-class Match:
-    """A candidate that the config names, with what holds there.
-
-    Attributes:
-        path: Dotted path of the site.
-        kind: The kind of site.
-        rank: Rank at this site, after `rank_pattern`.
-        alpha: Alpha at this site, after `alpha_pattern`.
-        entry: The target entry that named it.
-    """
-
-    path: str
-    kind: str
-    rank: int
-    alpha: float
-    entry: str
-
-
-@dataclass(frozen=True)
-class Resolution:
-    """What a config names in a model.
-
-    Attributes:
-        matches: The sites, in the model's order.
-        saved: Paths of the modules that `modules_to_save` names.
-        missing: Sentences about entries that name nothing; empty unless a partial match was allowed.
-        notes: Sentences that a person should read, such as one name that hits sites of different make.
-    """
-
-    matches: tuple[Match, ...]
-    saved: tuple[str, ...]
-    missing: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
-def resolve(candidates: Sequence[Candidate], config: LoraConfig, *, allow_partial: bool = False) -> Resolution:
+def resolve(
+    candidates: Sequence[Candidate],
+    config: LoraConfig,
+    *,
+    allow_partial: bool = False,
+    parameters: Sequence[BareParameter] | None = None,
+) -> Resolution:
     """Find the sites that a config names.
 
     Args:
         candidates: Every named module of the model, in order, containers among them.
         config: The config; it is only read.
         allow_partial: Entries that name nothing become sentences in `missing` instead of an error.
+        parameters: Every named parameter, in order; None leaves `target_parameters` out of account.
 
     Returns:
         The resolution; `matches` is never empty.
@@ -92,11 +57,13 @@ def resolve(candidates: Sequence[Candidate], config: LoraConfig, *, allow_partia
         NotYetSupported: The config asks for what is not built.
     """
     check_built(config)
-    saved, unsaved = _saved(candidates, config)
+    saved, unsaved = saved_modules(candidates, config)
     found = _targeted(candidates, config, saved)
-    missing = [*unsaved, *_unmatched(candidates, config, found)]
-    if not found:
-        raise TargetError(_nothing(candidates, config))
+    bare = [] if parameters is None else targeted_parameters(parameters, config, saved)
+    missing = [*unsaved, *_unmatched(candidates, config, found, [match_path(match) for match in bare])]
+    missing += [] if parameters is None else unmatched_parameters(parameters, config, bare)
+    if not found and not bare:
+        raise TargetError(_nothing(candidates, config) if config.target_modules else no_parameter(missing))
     if missing and not allow_partial:
         raise TargetError(" ".join(missing))
     _check_kinds(found, config)
@@ -110,35 +77,8 @@ def resolve(candidates: Sequence[Candidate], config: LoraConfig, *, allow_partia
         )
         for candidate, entry in found
     )
-    return Resolution(matches, tuple(saved), tuple(missing), tuple(_notes(found, matches)))
-
-
-def names_path(entry: str, path: str) -> bool:
-    """Whether a list entry names a path: the whole path, or its end after a dot."""
-    return path == entry or path.endswith("." + entry)
-
-
-def first_match(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that fits the end of a path, after a dot or from the start.
-
-    Args:
-        pattern: Regular expression -> value, in the order they are tried.
-        path: Dotted path of a site.
-        default: The value where none fits.
-
-    Raises:
-        ConfigError: A key is not a regular expression.
-    """
-    return next((value for key, value in pattern.items() if key_fits(key, path)), default)
-
-
-def key_fits(key: str, path: str) -> bool:
-    """Whether a key of `rank_pattern` or `alpha_pattern` fits a path.
-
-    Raises:
-        ConfigError: The key is not a regular expression.
-    """
-    return _compile(rf"(.*\.)?({key})", "rank_pattern or alpha_pattern", key).fullmatch(path) is not None
+    notes = [*_notes(found, matches), *(too_large(match, parameters) for match in bare)]
+    return Resolution((*matches, *bare), tuple(saved), tuple(missing), tuple(filter(None, notes)))
 
 
 def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], str | None]:
@@ -146,7 +86,7 @@ def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], s
     if isinstance(value, str):
         if value.lower() == ALL_LINEAR:
             return lambda candidate: ALL_LINEAR if candidate.dense else None
-        pattern = _compile(value, name)
+        pattern = compiled(value, name)
         return lambda candidate: value if pattern.fullmatch(candidate.path) else None
     entries = frozenset(value)
 
@@ -161,15 +101,13 @@ def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], s
     return entry_of
 
 
-def _compile(pattern: str, where: str, given: str | None = None) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as cause:
-        raise ConfigError(f"{where}: {given or pattern!r} is not a regular expression ({cause}).") from None
+def saved_modules(candidates: Sequence[Candidate], config: LoraConfig) -> tuple[list[str], list[str]]:
+    """Paths that `modules_to_save` and the task name, and a sentence for each entry that names nothing.
 
-
-def _saved(candidates: Sequence[Candidate], config: LoraConfig) -> tuple[list[str], list[str]]:
-    """Paths that `modules_to_save` and the task name, and a sentence for each entry that names nothing."""
+    Args:
+        candidates: As `resolve`.
+        config: The config.
+    """
     heads = HEADS_BY_TASK.get(config.task_type, ()) if isinstance(config.task_type, TaskType) else ()
     asked = [entry for entry in config.modules_to_save or [] if entry not in heads]
     paths = [c.path for c in candidates if any(names_path(entry, c.path) for entry in (*asked, *heads))]
@@ -183,6 +121,8 @@ def _saved(candidates: Sequence[Candidate], config: LoraConfig) -> tuple[list[st
 
 
 def _targeted(candidates: Sequence[Candidate], config: LoraConfig, saved: Sequence[str]) -> list[tuple[Candidate, str]]:
+    if config.target_modules is None and config.target_parameters:
+        return []
     if config.target_modules is None:
         raise ConfigError("target_modules is not set; name the modules to adapt, or use 'all-linear'.")
     entry_of = _matcher("target_modules", config.target_modules)
@@ -216,7 +156,10 @@ def _layer_filter(config: LoraConfig) -> Callable[[str], bool]:
 
 
 def _unmatched(
-    candidates: Sequence[Candidate], config: LoraConfig, found: Sequence[tuple[Candidate, str]]
+    candidates: Sequence[Candidate],
+    config: LoraConfig,
+    found: Sequence[tuple[Candidate, str]],
+    bare: Sequence[str] = (),
 ) -> list[str]:
     sentences = []
     if not isinstance(config.target_modules, str):
@@ -228,7 +171,7 @@ def _unmatched(
     for entry in sorted(excluded) if excluded and not isinstance(excluded, str) else ():
         if not any(names_path(entry, candidate.path) for candidate in candidates):
             sentences.append(_unmatched_entry("exclude_modules", entry, candidates))
-    paths = [candidate.path for candidate, _ in found]
+    paths = [*(candidate.path for candidate, _ in found), *bare]
     for name in ("rank_pattern", "alpha_pattern") if paths else ():
         sentences += unfitting_keys(name, getattr(config, name), paths)
     return sentences

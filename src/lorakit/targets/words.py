@@ -1,0 +1,134 @@
+"""The words of matching: what may be named, what was named, and the two rules for names and patterns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module that a target may name.
+
+    Attributes:
+        path: Dotted path in the model.
+        kind: The kind of site it can be ("Linear", "Conv1D", "Embedding", ...), or None where LoRA cannot sit.
+        type_name: Class name of the module, for messages.
+        dense: It counts for "all-linear" (a dense layer that is not the output head).
+        out_features: Width of its output, 0 where it has none.
+        in_features: Width of its input (rows of an embedding), 0 where it has none.
+    """
+
+    path: str
+    kind: str | None
+    type_name: str = ""
+    dense: bool = False
+    out_features: int = 0
+    in_features: int = 0
+
+
+@dataclass(frozen=True)
+class BareParameter:
+    """A parameter that `target_parameters` may name, such as the experts of a layer in one tensor.
+
+    Attributes:
+        module: Path of the module that holds it, "" for the model itself.
+        name: Its name there.
+        shape: Its shape.
+    """
+
+    module: str
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def path(self) -> str:
+        """Dotted path in the model."""
+        return f"{self.module}.{self.name}" if self.module else self.name
+
+
+@dataclass(frozen=True)
+class Match:
+    """A candidate that the config names, with what holds there.
+
+    Attributes:
+        path: Dotted path of the module.
+        kind: The kind of site.
+        rank: Rank at this site, after `rank_pattern`.
+        alpha: Alpha at this site, after `alpha_pattern`.
+        entry: The target entry that named it.
+        parameter: Name of the one parameter of the module that is meant, "" where the kind says.
+    """
+
+    path: str
+    kind: str
+    rank: int
+    alpha: float
+    entry: str
+    parameter: str = ""
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What a config names in a model.
+
+    Attributes:
+        matches: The sites, in the model's order.
+        saved: Paths of the modules that `modules_to_save` names.
+        missing: Sentences about entries that name nothing; empty unless a partial match was allowed.
+        notes: Sentences that a person should read, such as one name that hits sites of different make.
+    """
+
+    matches: tuple[Match, ...]
+    saved: tuple[str, ...]
+    missing: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def names_path(entry: str, path: str) -> bool:
+    """Whether a list entry names a path: the whole path, or its end after a dot."""
+    return path == entry or path.endswith("." + entry)
+
+
+def first_match(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that fits the end of a path, after a dot or from the start.
+
+    Args:
+        pattern: Regular expression -> value, in the order they are tried.
+        path: Dotted path of a site.
+        default: The value where none fits.
+
+    Raises:
+        ConfigError: A key is not a regular expression.
+    """
+    return next((value for key, value in pattern.items() if key_fits(key, path)), default)
+
+
+def key_fits(key: str, path: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` fits a path.
+
+    Raises:
+        ConfigError: The key is not a regular expression.
+    """
+    return compiled(rf"(.*\.)?({key})", "rank_pattern or alpha_pattern", key).fullmatch(path) is not None
+
+
+def compiled(pattern: str, where: str, given: str | None = None) -> re.Pattern[str]:
+    """A pattern, ready to be used.
+
+    Args:
+        pattern: A regular expression.
+        where: The field it stands in.
+        given: What the user wrote, where that differs.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as cause:
+        raise ConfigError(f"{where}: {given or pattern!r} is not a regular expression ({cause}).") from None
