@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lorakit.core import (
-    adapters,
     attach,
     average,
     combine,
-    combine_folders,
     load_adapter,
-    merged_state_dict,
     rescale,
     save_adapter,
     subtract,
@@ -30,67 +26,26 @@ from lorakit.core.sitemap import layers
 from lorakit.core.ways import WAYS, Way
 from lorakit.errors import (
     AdapterError,
-    AdapterFileError,
-    BaseMismatchError,
     ConfigError,
     NotYetSupported,
-    UsageError,
 )
 
-from ..laws.snapshots import files, same_bits, snapshot
-from ..laws.zoo import BERT, CONV1DS, EMBEDDING, EVERY_KIND, GPT2, LINEARS, LLAMA, Specimen, randomise, run
+from ..laws.snapshots import same_bits, snapshot
+from ..laws.zoo import (
+    BERT,
+    CONV1DS,
+    EMBEDDING,
+    EVERY_KIND,
+    GPT2,
+    LINEARS,
+    LLAMA,
+    Specimen,
+    randomise,
+    run,
+)
+from .updates import deltas, made, nearest, same, total
 
 KINDS = (LINEARS, CONV1DS, EMBEDDING, EVERY_KIND, GPT2)
-SCALES: dict[str, dict[str, Any]] = {
-    "a": {"r": 4, "lora_alpha": 8},
-    "b": {"r": 2, "lora_alpha": 5, "use_rslora": True},
-    "c": {"r": 4, "lora_alpha": 3, "use_rslora": True, "alpha_pattern": {"last": 9}},
-    "d": {"r": 3, "lora_alpha": 8, "rank_pattern": {"last": 5}},
-}
-
-
-def made(specimen: Specimen, *names: str, dtype: torch.dtype = torch.float64, **fields: Any) -> nn.Module:
-    """A model with adapters of these names, each with the rank and scale of SCALES and numbers of its own."""
-    model = specimen.model(dtype)
-    for number, name in enumerate(names):
-        attach(model, specimen.config(**{**scales(name, specimen), **fields}), name)
-        randomise(model, name, 30 + number)
-    return model
-
-
-def scales(name: str, specimen: Specimen) -> dict[str, Any]:
-    """Rank and scale of an adapter; patterns name the specimen's last target."""
-    last = specimen.targets[-1]
-    return {key: {last: v["last"]} if isinstance(v, dict) else v for key, v in SCALES[name].items()}
-
-
-def deltas(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Path -> scale·B·A, dense, in float64."""
-    found = {}
-    for path, layer in layers(model):
-        if name in layer.r:
-            factor = layer.factor(name)
-            found[path] = (factor.B.double().flatten(1) @ factor.A.double().flatten(1) * factor.scale).detach()
-    return found
-
-
-def total(model: nn.Module, weights: dict[str, float]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        for path, delta in deltas(model, name).items():
-            found[path] = found.get(path, 0) + weight * delta
-    return found
-
-
-def same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
-    assert found.keys() == expected.keys()
-    for path, delta in found.items():
-        torch.testing.assert_close(delta, expected[path], rtol=tolerance, atol=tolerance)
-
-
-def nearest(delta: Tensor, rank: int) -> Tensor:
-    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
-    return U[:, :rank] * S[:rank] @ Vh[:rank]
 
 
 @pytest.mark.parametrize("specimen", KINDS, ids=str)
@@ -267,56 +222,6 @@ def test_cat_and_svd_for_any_shape(
     same(deltas(model, "svd"), {path: nearest(delta, rank) for path, delta in total(model, by).items()}, 1e-7)
 
 
-# --- DoRA
-
-
-def effect(model: nn.Module, specimen: Specimen, *names: str) -> Tensor:
-    with use(model, *names):
-        return run(model, specimen.given(torch.float64))
-
-
-@pytest.mark.parametrize("specimen", [LINEARS, CONV1DS], ids=str)
-def test_dora_is_combined_exactly(specimen: Specimen) -> None:
-    """Two DoRA adapters and a plain one: W' − W of the result is the weighted sum of what each does to W."""
-    model = made(specimen, "a", "b", use_dora=True)
-    attach(model, specimen.config(**scales("d", specimen)), "d")
-    randomise(model, "d", 77)
-    weights = {"a": 0.7, "b": -0.4, "d": 1.5}
-    base = specimen.model(torch.float64).state_dict()
-    combine(model, list(weights), list(weights.values()), "sum", way="cat")
-    assert adapters(model)["sum"].use_dora
-    merged = {name: merged_state_dict(model, name) for name in [*weights, "sum"]}
-    for leaf in ("up.weight", "square.weight"):
-        expected = base[leaf] + sum(weight * (merged[name][leaf] - base[leaf]) for name, weight in weights.items())
-        torch.testing.assert_close(merged["sum"][leaf], expected, rtol=1e-9, atol=1e-9)
-
-
-def test_dora_of_several_active_adapters_is_their_combination() -> None:
-    model = made(LINEARS, "a", "c", use_dora=True)
-    combine(model, ["a", "c"], [1.0, 1.0], "sum", way="cat")
-    torch.testing.assert_close(effect(model, LINEARS, "sum"), effect(model, LINEARS, "a", "c"))
-
-
-def test_dora_cut_to_a_rank_keeps_its_gains() -> None:
-    model = made(LINEARS, "a", "c", use_dora=True)
-    report = combine(model, ["a", "c"], [1.0, 0.5], "near", way=Way("svd", rank=2))
-    assert 0 < report.deviation < 1
-    combine(model, ["a", "c"], [1.0, 0.5], "all", way=Way("svd", rank=20))
-    combine(model, ["a", "c"], [1.0, 0.5], "cat", way="cat")
-    torch.testing.assert_close(effect(model, LINEARS, "all"), effect(model, LINEARS, "cat"))
-
-
-def test_what_dora_cannot_do() -> None:
-    model = made(LINEARS, "a", "c", use_dora=True)
-    with pytest.raises(AdapterError, match="a is DoRA, which can be combined by 'cat' or 'svd', and not by 'linear'"):
-        combine(model, ["a", "c"], [1.0, 1.0], "x", way="linear")
-    twin = made(LINEARS, "a", use_dora=True)
-    with torch.no_grad():
-        twin.up.lora_magnitude_vector["a"].weight.mul_(0)
-    with pytest.raises(AdapterError, match="At up the gains of these DoRA adapters cancel for 20 outputs"):
-        combine(twin, ["a"], [1.0], "x", way="cat")
-
-
 # --- parts that are no factors
 
 
@@ -377,110 +282,6 @@ def test_the_new_adapter_is_frozen_and_waits() -> None:
     combine(model, ["a", "b"], [1.0, 1.0], "sum")
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".sum." in n)
     assert model.up.active_adapters == ["a"]
-
-
-# --- folders
-
-
-def saved(tmp_path: Path, *names: str, specimen: Specimen = LLAMA, **fields: Any) -> nn.Module:
-    model = made(specimen, *names, dtype=torch.float32, **fields)
-    for name in names:
-        save_adapter(model, tmp_path / name, name, facts={"base_name": "tiny", "training": {"step": 3}})
-    return model
-
-
-@pytest.mark.parametrize("specimen", [LLAMA, GPT2, EMBEDDING], ids=str)
-def test_folders_are_combined_without_their_base(tmp_path: Path, specimen: Specimen) -> None:
-    model = saved(tmp_path, "a", "b", specimen=specimen)
-    report = combine_folders([tmp_path / "a", tmp_path / "b"], [0.5, -1.0], tmp_path / "sum", way="cat")
-    loaded = load_adapter(model, tmp_path / "sum", "sum")
-    same(deltas(model, "sum"), total(model, {"a": 0.5, "b": -1.0}), 1e-5)
-    assert (loaded.base, loaded.warnings) == ("same", ())
-    about = json.loads((tmp_path / "sum" / "lorakit.json").read_text())
-    assert about["operation"] == report.facts["operation"]
-    assert about["operation"]["name"] == "combine" and about["operation"]["way"] == "cat"
-    assert [(of["name"], of["weight"], len(of["sha256"])) for of in about["operation"]["of"]] == [
-        ("a", 0.5, 64),
-        ("b", -1.0, 64),
-    ]
-    assert about["base_name"] == "tiny" and "training" not in about
-    assert str(tmp_path) not in (tmp_path / "sum" / "lorakit.json").read_text()
-
-
-def test_ranks_of_the_result_are_read_by_any_reader(tmp_path: Path) -> None:
-    """The config alone gives each site its rank and scale 1: without lorakit.json, and for patterns that overlap."""
-    model = nn.Sequential()
-    model.add_module("lin", nn.Linear(6, 6))
-    inner = nn.Sequential()
-    inner.add_module("lin", nn.Linear(6, 6))
-    model.add_module("deep", inner)
-    from lorakit.config import LoraConfig
-
-    for name, pattern in (("a", {"^lin": 3}), ("b", {"deep.lin": 2})):
-        attach(
-            model, LoraConfig(r=4, lora_alpha=9, rank_pattern=pattern, target_modules=["lin"], use_rslora=True), name
-        )
-        randomise(model, name, len(pattern))
-        save_adapter(model, tmp_path / name, name)
-    report = combine_folders([tmp_path / "a", tmp_path / "b"], [1.0, 1.0], tmp_path / "sum", way="cat")
-    assert sorted(site.r for site in report.sites) == [6, 7]
-    (tmp_path / "sum" / "lorakit.json").unlink()
-    load_adapter(model, tmp_path / "sum", "sum")
-    same(deltas(model, "sum"), total(model, {"a": 1.0, "b": 1.0}), 1e-5)
-
-
-def test_dora_folders_need_the_base(tmp_path: Path) -> None:
-    model = saved(tmp_path, "a", "c", specimen=LINEARS, use_dora=True)
-    folders = [tmp_path / "a", tmp_path / "c"]
-    with pytest.raises(AdapterError, match=r"a is DoRA, whose effect depends on the base's weights"):
-        combine_folders(folders, [1.0, 1.0], tmp_path / "sum", way="cat")
-    assert not (tmp_path / "sum").exists()
-    combine_folders(folders, [1.0, 1.0], tmp_path / "sum", way="cat", model=LINEARS.model())
-    load_adapter(model, tmp_path / "sum", "sum")
-    with use(model, "a", "c"):
-        both = run(model, LINEARS.given())
-    with use(model, "sum"):
-        torch.testing.assert_close(run(model, LINEARS.given()), both, rtol=1e-4, atol=1e-4)
-
-
-def test_adapters_of_other_bases_are_refused(tmp_path: Path) -> None:
-    saved(tmp_path, "a")
-    other = LLAMA.model(seed=5)
-    attach(other, LLAMA.config(), "x")
-    save_adapter(other, tmp_path / "x", "x")
-    folders = [tmp_path / "a", tmp_path / "x"]
-    with pytest.raises(BaseMismatchError, match="were made on different bases: the numbers of"):
-        combine_folders(folders, [1.0, 1.0], tmp_path / "sum")
-    combine_folders(folders, [1.0, 1.0], tmp_path / "sum", allow=("base_mismatch",))
-    saved(tmp_path / "gpt2", "a", specimen=GPT2)
-    with pytest.raises(BaseMismatchError, match="different bases"):
-        combine_folders([tmp_path / "a", tmp_path / "gpt2" / "a"], [1.0, 1.0], tmp_path / "y")
-
-
-def test_shapes_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    saved(tmp_path, "a", specimen=LINEARS)
-    other = nn.Sequential()
-    other.add_module("up", nn.Linear(5, 20))
-    from lorakit.config import LoraConfig
-
-    attach(other, LoraConfig(target_modules=["up"]), "x")
-    save_adapter(other, tmp_path / "x", "x")
-    with pytest.raises(AdapterError, match=r"do not fit one base: at up they change weights of 20 × \(12,\) and 20 × "):
-        combine_folders([tmp_path / "a", tmp_path / "x"], [1, 1], tmp_path / "sum", allow=("base_mismatch",))
-
-
-def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path: Path) -> None:
-    saved(tmp_path, "a", "b")
-    before = files(tmp_path)
-    with pytest.raises(UsageError, match="is not an empty folder; nothing is overwritten"):
-        combine_folders([tmp_path / "a", tmp_path / "b"], [1, 1], tmp_path / "a")
-    with pytest.raises(AdapterError, match="NaN or infinite"):
-        combine_folders([tmp_path / "a"], [1e300], tmp_path / "c")
-    with pytest.raises(AdapterFileError, match="no such folder"):
-        combine_folders([tmp_path / "a", tmp_path / "typo"], [1, 1], tmp_path / "c")
-    with pytest.raises(ConfigError, match="allow holds 'all'"):
-        combine_folders([tmp_path / "a"], [1], tmp_path / "c", allow=("all",))
-    assert files(tmp_path) == before
 
 
 def test_bare_parameters_are_not_combined() -> None:

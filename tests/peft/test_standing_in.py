@@ -46,6 +46,7 @@ FOUR_BITS = [
         "the adapter is trained and saved alone",
         "a resumed run ends with the same bits",
         "gradient checkpointing changes no bit",
+        "SFTTrainer trains, saves and resumes to the same bits",
         "what was saved answers as what was trained",
         "the base is given back and can be saved",
     )
@@ -91,7 +92,9 @@ from transformers.utils.peft_utils import check_peft_version
 check_peft_version("0.22.0")
 assert is_peft_available()
 from accelerate.utils import is_peft_model
-assert not is_peft_model(None)
+from torch import nn
+assert not is_peft_model(nn.Linear(1, 1))
+assert is_peft_model(peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"])))
 """
 
 ASKED_BEFORE = """
@@ -181,8 +184,9 @@ def test_adapters_of_bare_models(peft: bool, tiny_model_directory: Any, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("peft", [True, False], ids=["peft_installed", "peft_absent"])
-def test_a_trainer_over_a_base_in_four_bits(peft: bool, tmp_path: Path) -> None:
+def test_trainers_over_a_base_in_four_bits(peft: bool, tiny_model_directory: Any, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
+    pytest.importorskip("trl")
     files = tmp_path / "files"
     files.mkdir()
-    assert run("quantised", "stand_in", files, peft=peft, links=tmp_path / "links") == FOUR_BITS
+    assert run("quantised", "stand_in", tiny_model_directory, files, peft=peft, links=tmp_path / "links") == FOUR_BITS

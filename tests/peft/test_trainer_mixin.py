@@ -230,8 +230,9 @@ def test_both_trainers(peft: bool, tiny_model_directory: Any, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("peft", [True, False], ids=["peft_installed", "peft_absent"])
-def test_a_base_in_four_bits(peft: bool, tmp_path: Path) -> None:
+def test_a_base_in_four_bits(peft: bool, tiny_model_directory: Any, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
+    pytest.importorskip("trl")
     files = tmp_path / "files"
     files.mkdir()
-    assert run("quantised", "mixin", files, peft=peft, links=tmp_path / "links") == FOUR_BITS
+    assert run("quantised", "mixin", tiny_model_directory, files, peft=peft, links=tmp_path / "links") == FOUR_BITS

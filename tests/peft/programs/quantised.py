@@ -1,6 +1,6 @@
 """Train adapters on a base in 4 bits (bitsandbytes nf4 with double quantisation), in the way named by the first argument.
 
-    python quantised.py stand_in | mixin  FOLDER_FOR_FILES
+    python quantised.py stand_in | mixin  FOLDER_OF_A_TOKENIZER  FOLDER_FOR_FILES
 
 After the first lines it is written as for peft, and is the same for both ways.
 """
@@ -8,7 +8,7 @@ After the first lines it is written as for peft, and is the same for both ways.
 import sys
 from pathlib import Path
 
-way, files = sys.argv[1], Path(sys.argv[2])
+way, tokenizer_folder, files = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 
 if way == "stand_in":
     from lorakit.peft import stand_in
@@ -19,27 +19,33 @@ else:
     from lorakit.peft import LoraConfig, LoraTrainerMixin, PeftModel, get_peft_model, prepare_model_for_kbit_training
 
 import torch
+from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
     TrainingArguments,
 )
+from trl import SFTConfig, SFTTrainer
 
 if way == "mixin":
+
+    class TrlTrainer(LoraTrainerMixin, SFTTrainer):
+        pass
 
     class HubTrainer(LoraTrainerMixin, Trainer):
         pass
 
 else:
-    HubTrainer = Trainer
+    HubTrainer, TrlTrainer = Trainer, SFTTrainer
 
 sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 torch.manual_seed(0)
-LlamaForCausalLM(LlamaConfig(vocab_size=128, max_position_embeddings=64, **sizes)).save_pretrained(files / "base")
-tokens = torch.randint(0, 128, (8, 10), generator=torch.Generator().manual_seed(1))
+LlamaForCausalLM(LlamaConfig(vocab_size=512, max_position_embeddings=64, **sizes)).save_pretrained(files / "base")
+tokens = torch.randint(0, 512, (8, 10), generator=torch.Generator().manual_seed(1))
 rows = [{"input_ids": row, "labels": row} for row in tokens]
 
 
@@ -60,6 +66,19 @@ def trainer(name, **more):
     common = {"output_dir": str(files / name), "max_steps": 4, "save_steps": 2, "logging_steps": 1, "report_to": []}
     common |= {"use_cpu": True, "disable_tqdm": True, "learning_rate": 0.02, "dataloader_pin_memory": False}
     return HubTrainer(model=model, args=TrainingArguments(**common | more), train_dataset=rows)
+
+
+def trl_trainer(name):
+    torch.manual_seed(0)
+    common = {"output_dir": str(files / name), "max_steps": 4, "save_steps": 2, "logging_steps": 1, "report_to": []}
+    common |= {"use_cpu": True, "disable_tqdm": True, "learning_rate": 0.02, "per_device_train_batch_size": 2}
+    return TrlTrainer(
+        model=quantised(),
+        args=SFTConfig(**common, bf16=False, max_length=32, activation_checkpointing=False),
+        train_dataset=Dataset.from_list([{"prompt": f"what is {i}?", "completion": f" it is {i}"} for i in range(16)]),
+        processing_class=AutoTokenizer.from_pretrained(tokenizer_folder),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    )
 
 
 def wrapper(one):
@@ -98,6 +117,15 @@ thrifty.train()
 spared = numbers(thrifty)
 assert all(torch.equal(ended[name], spared[name]) for name in ended)
 print("ok: 4 bits: gradient checkpointing changes no bit")
+
+conversation = trl_trainer("conversation")
+conversation.train()
+continued = trl_trainer("continued")
+continued.train(resume_from_checkpoint=str(files / "conversation" / "checkpoint-2"))
+one, other = numbers(conversation), numbers(continued)
+assert all(torch.equal(one[name], other[name]) for name in one)
+assert not (files / "conversation" / "checkpoint-2" / "model.safetensors").exists()
+print("ok: 4 bits: SFTTrainer trains, saves and resumes to the same bits")
 
 whole.save_model(str(files / "saved"))
 opened = PeftModel.from_pretrained(quantised(), files / "saved")
