@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakit.core.bases import base_of
+from lorakit.core.bases.dense import COMPUTED, NOT_WRITTEN
 from lorakit.core.inits import Init
 from lorakit.core.layer import LoraLayer
 from lorakit.core.merged_weight import place as put_in_place
@@ -46,6 +47,8 @@ def check_can_move(site_map: SiteMap, place: Place, init: Init | None = None) ->
             f"{place.path} shares its weight with {other}, and this init would move it for both. Leave the module out, "
             "or use an init that leaves the base alone."
         )
+    if base_of(module, place.slot.parameter) is COMPUTED:
+        raise ConfigError(NOT_WRITTEN.format(parameter=place.path, type=type(module).__name__))
     if init is not None and base_of(module, place.slot.parameter).quantised and not init.requantises:
         raise ConfigError(
             f"{place.path}: init_lora_weights is {init.name!r}, which needs the weight in float32, float16 or "
