@@ -20,7 +20,7 @@ from lorakit.config import LoraConfig
 from lorakit.core import attach, collect_for, trainable_parameters
 from lorakit.core.inits import INITS, init_named
 from lorakit.core.kinds import KINDS, kind_named
-from lorakit.core.variants import VARIANTS, variant_named, variant_named
+from lorakit.core.variants import VARIANTS, variant_named
 
 ROWS = 4
 INVOCATION = (3, 4)
