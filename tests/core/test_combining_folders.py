@@ -139,3 +139,12 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="allow holds 'all'"):
         combine_folders([tmp_path / "a"], [1], tmp_path / "c", allow=("all",))
     assert files(tmp_path) == before
+
+
+def test_a_site_inside_what_another_copied_is_refused(tmp_path: Path) -> None:
+    for name, fields in (("a", {"modules_to_save": ["out"]}), ("b", {"target_modules": ["up", "out"]})):
+        model = LINEARS.model()
+        attach(model, LINEARS.config(**fields), name)
+        save_adapter(model, tmp_path / name, name)
+    with pytest.raises(AdapterError, match="One adapter sits at out, which another has copied whole"):
+        combine_folders([tmp_path / "a", tmp_path / "b"], [1.0, 1.0], tmp_path / "sum")

@@ -137,6 +137,18 @@ def test_combined_and_compressed_on_every_kind(specimen: Specimen, fields: dict[
         assert torch.equal(effect(model, specimen, f"again{number}"), effect(model, specimen, name))
 
 
+def test_a_bias_on_b_of_one_adapter_alone(tmp_path: Path) -> None:
+    model = LINEARS.model(torch.float64)
+    attach(model, LINEARS.config(target_modules=["up"], lora_bias=True), "a")
+    attach(model, LINEARS.config(r=2), "b")
+    for number, name in enumerate("ab"):
+        randomise(model, name, number + 1)
+    combine(model, ["a", "b"], [1.0, 1.0], "sum", way="cat")
+    torch.testing.assert_close(effect(model, LINEARS, "sum"), effect(model, LINEARS, "a", "b"))
+    save_adapter(model, tmp_path, "sum")
+    load_adapter(model, tmp_path, "again")
+
+
 def test_adapters_that_wait_for_different_tokens_are_refused() -> None:
     model = WAITING_LINEARS.model()
     attach(model, WAITING_LINEARS.config(alora_invocation_tokens=[3, 4], task_type="CAUSAL_LM"), "a")

@@ -27,7 +27,7 @@ def load(name: str) -> Any:
 def test_every_example_is_tested_here() -> None:
     tested = {"quickstart", "many_adapters", "alpha_and_learning_rate", "naive_lora"}
     tested |= {"reference_project", "full_beside_lora"}
-    tested |= {"optimizers", "dora", "combine_adapters"}
+    tested |= {"optimizers", "dora", "combine_adapters", "qlora"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -125,3 +125,16 @@ def test_dora(capsys: pytest.CaptureFixture[str]) -> None:
     moved = [float(line.split()[-1]) for line in told.splitlines() if "merged" in line]
     assert len(moved) == 2
     assert max(moved) < 1e-5
+
+
+def test_qlora(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    load("qlora").main()
+    told = capsys.readouterr().out
+    before, after = (float(word) for word in told.split("loss ")[1].split(" in ")[0].split(" -> "))
+    assert after < before - 1
+    assert "on the plain base (same at other precision)" in told
+    packed = float(told.split("error ")[1].split("%")[0])
+    assert 5 < packed < 15
+    assert "merged into plain weights: error 0.0e+00" in told
+    assert float(told.rsplit("loss ", 1)[1]) == pytest.approx(after, abs=0.2)

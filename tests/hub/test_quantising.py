@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorakit import hub
-from lorakit.core.sitemap import quantised_weights
+from lorakit.core.underlying import quantised_weights
 from lorakit.errors import ConfigError, MissingExtra, ModelError
 from lorakit.plan.quantised import STORAGES, Quantization, Storage, quantised_sites, stored
 
@@ -105,7 +105,7 @@ def test_what_hqq_cannot_store_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_named(wide_model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakit.hub.quantising._NEEDS", {"bitsandbytes": ("no_such_package_here",)})
+    monkeypatch.setattr("lorakit.hub.quantising._NEEDS", {"bitsandbytes": ("quant", "no_such_package_here")})
     with pytest.raises(MissingExtra, match=r"needs the package no_such_package_here: pip install 'lorakit\[quant\]'"):
         hub.load_model(wide_model_directory, quantization="nf4")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.quantising import quantised_linear
-from lorakit.core.sitemap import quantised_weights
+from lorakit.core.underlying import quantised_weights
 from lorakit.plan.quantised import STORAGES, Quantization, Storage
 
 from .snapshots import bits

@@ -9,6 +9,7 @@ Exit codes: 0 done · 1 failed · 2 used wrongly · 130 interrupted · 141 the r
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokens, as_traceback = _without_traceback_flag(list(sys.argv[1:] if argv is None else argv))
     as_traceback = as_traceback or os.environ.get("LORAKIT_TRACEBACK", "") not in ("", "0")
     as_json = "--json" in tokens
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its int8 layers log a line at every forward
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:

@@ -204,11 +204,10 @@ def combine_loose(
         with torch.no_grad():
             found[path], deviation = _site(path, here, way, generator, reading(path) if dora and reading else None)
         sites.append(SiteCombined(path, found[path].r, deviation))
-    config = described(
-        joined_config([a.config for a in adapters]),
-        {path: factor.r for path, factor in found.items()},
-        common_targets(adapters),
-    )
+    joined = joined_config([a.config for a in adapters])
+    if joined.lora_bias:
+        found = {path: _with_bias(factor) for path, factor in found.items()}
+    config = described(joined, {path: factor.r for path, factor in found.items()}, common_targets(adapters))
     others = {name: tensor for adapter in adapters for name, tensor in adapter.others.items()}
     base = next((adapter.base for adapter in adapters if adapter.base is not None), None)
     facts = {**shared_facts(adapters), "operation": _operation(adapters, weights, way)}
@@ -301,6 +300,15 @@ def _biases(acting: Sequence[tuple[LooseFactor, float]]) -> dict[str, tuple[str,
     if not there:
         return {}
     return {"bias": (there[0][0][0], torch.stack([bias * by for (_, bias), by in there]).sum(0))}
+
+
+def _with_bias(factor: LooseFactor) -> LooseFactor:
+    """A config with lora_bias says that every site has one."""
+    if "bias" in factor.others:
+        return factor
+    ending = factor.endings[1].removesuffix(".weight") + ".bias"
+    nothing = factor.B.new_zeros(factor.B.shape[0])
+    return dataclasses.replace(factor, others={**factor.others, "bias": (ending, nothing)})
 
 
 def _check(adapters: Sequence[LooseAdapter], weights: Sequence[float], way: Way, has_base: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lorakit.config import HEADS_BY_TASK, LoraConfig
 from lorakit.core.fingerprinting import DIFFERENT, Fingerprint, compare
+from lorakit.core.keys import PREFIX
 from lorakit.core.loose import LooseAdapter
 from lorakit.errors import AdapterError, BaseMismatchError, ConfigError
 
@@ -35,26 +36,45 @@ def check_joinable(adapters: Sequence[LooseAdapter]) -> None:
     """Refuse adapters that have parts of which no combination is defined.
 
     Raises:
-        AdapterError: There is none, two copy one module, or they act after different tokens.
+        AdapterError: There is none, two copy one module or train rows of tokens, or they need different models.
         ConfigError: One trains biases of the base.
     """
     if not adapters:
         raise AdapterError("No adapter was named.")
     for adapter in adapters:
         check_plain_parts(adapter)
-    tokens = {str(adapter.config.alora_invocation_tokens) for adapter in adapters}
-    if len(tokens) > 1:
-        raise AdapterError("The adapters act after different invocation tokens (aLoRA), so one cannot stand for them.")
+    for field, what in MUST_AGREE.items():
+        if len({str(getattr(adapter.config, field)) for adapter in adapters}) > 1:
+            raise AdapterError(f"The adapters {what} ({field}), so one cannot stand for them.")
+    with_rows = [adapter.label for adapter in adapters if adapter.config.trainable_token_indices]
+    if len(with_rows) > 1:
+        raise AdapterError(f"{' and '.join(with_rows)} train rows of tokens, which are not combined.")
+    _check_copies(adapters)
+
+
+MUST_AGREE: Mapping[str, str] = {
+    "alora_invocation_tokens": "act after different invocation tokens",
+    "layer_replication": "were made on differently replicated layers",
+}
+"""Fields of the config in which adapters must agree to become one, and what it means if they do not."""
+
+
+def _check_copies(adapters: Sequence[LooseAdapter]) -> None:
+    """Refuse two copies of one module, and sites inside a copied one; the copy of one adapter is taken as it is."""
     holders: dict[str, set[int]] = {}
     for number, adapter in enumerate(adapters):
         for name in adapter.others:
             holders.setdefault(name.rpartition(".")[0], set()).add(number)
     twice = sorted(path for path, numbers in holders.items() if len(numbers) > 1)
-    if twice:  # the copy of one adapter is taken as it is
+    if twice:
         raise AdapterError(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
             f"{len(twice)} such instance(s). First: {twice[0]}."
         )
+    copied = tuple(holder.removeprefix(PREFIX) + "." for holder in holders)
+    inside = [path for adapter in adapters for path in adapter.factors if f"{path}.".startswith(copied)]
+    if inside:
+        raise AdapterError(f"One adapter sits at {inside[0]}, which another has copied whole (modules_to_save).")
 
 
 def check_plain_parts(adapter: LooseAdapter) -> None:
@@ -88,6 +108,7 @@ def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
         lora_bias=any(config.lora_bias for config in configs),
         modules_to_save=[word for word in dict.fromkeys(copied) if word not in heads] or None,
         fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
+        trainable_token_indices=next((c.trainable_token_indices for c in configs if c.trainable_token_indices), None),
     )
 
 

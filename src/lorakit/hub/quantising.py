@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_NEEDS = {"bitsandbytes": ("bitsandbytes", "accelerate"), "torchao": ("torchao",), "hqq": ("hqq",)}
+_NEEDS = {
+    "bitsandbytes": ("quant", "bitsandbytes", "accelerate"),
+    "torchao": ("quant", "torchao", "accelerate"),
+    "hqq": ("hqq", "hqq"),
+}
+"""Package of a storage -> the extra of lorakit that brings it, and the packages that have to be there."""
 
 
 def quantiser_facts(wanted: Quantization) -> dict[str, Any]:
@@ -42,10 +47,11 @@ def require_quantiser(wanted: Quantization) -> None:
     Raises:
         MissingExtra: The message holds the pip command.
     """
-    missing = [name for name in _NEEDS[wanted.storage.package] if importlib.util.find_spec(name) is None]
+    extra, *needed = _NEEDS[wanted.storage.package]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtra(
-            f"quantization {wanted.name!r} needs the package {' and '.join(missing)}: pip install 'lorakit[quant]'"
+            f"quantization {wanted.name!r} needs the package {' and '.join(missing)}: pip install 'lorakit[{extra}]'"
         )
 
 

@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
+from lorakit.core.activation import parameters_by_adapter
 from lorakit.core.checks import ALLOWANCES
 from lorakit.core.layer import LoraLayer
 from lorakit.core.merging import tied_sites
@@ -272,7 +274,20 @@ class BaseTuner(nn.Module):
         """
         fresh = self._unmerged(adapter_names)
         if fresh:
+            self._warn_of_training(fresh)
             core.merge(self.model, *fresh, untie=self._warn_of_ties(fresh))
+
+    def _warn_of_training(self, names: Sequence[str]) -> None:
+        """A merged layer runs its base alone, so that a loss over it reaches no factor; PEFT says nothing."""
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        owned = parameters_by_adapter(self.model, names)
+        trained = [name for name in names if any(parameter.requires_grad for parameter in owned[name])]
+        if trained:
+            warn_caller(
+                f"{', '.join(trained)} is merged while the model trains: forwards do not run through its factors, so "
+                "nothing of it is learned until unmerge_adapter()."
+            )
 
     def unmerge_adapter(self) -> None:
         """Take every merged adapter out again, to the very bit."""
