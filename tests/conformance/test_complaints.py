@@ -138,8 +138,10 @@ def test_saving_asks_nobody(no_network: list[Any], tiny_llama: Any, tmp_path: Pa
     config = ours.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
     model = ours.get_peft_model(tiny_llama, config)
     model.save_pretrained(tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").exists()
+    names = set(load_file(tmp_path / "adapter_model.safetensors"))
     assert not no_network
+    assert "base_model.model.model.embed_tokens.lora_embedding_A" in names
+    assert not any("base_layer" in name for name in names), "the base's own matrices are not part of an adapter"
 
 
 def test_an_adapter_that_goes_on_training_is_no_second_wrapper(tiny_llama: Any, tmp_path: Path) -> None:

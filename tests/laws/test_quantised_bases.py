@@ -274,3 +274,36 @@ def test_it_survives_deepcopy_and_pickle(storage: Storage) -> None:
     file.seek(0)
     loaded: Any = torch.load(file, weights_only=False)
     assert same_bits(run(loaded, kind.given()), expected)
+
+
+@EVERY
+@pytest.mark.parametrize("dense", [False, True], ids=["quantised", "dense"])
+def test_a_bias_of_the_adapter_goes_in_and_out(storage: Storage, dense: bool) -> None:
+    kind = specimen(storage)
+    model = with_adapters(kind, "a", target_modules=["up"], lora_bias=True)
+    expected = run(model, kind.given())
+    report = core.merge(model, "a", dense=dense)
+    near(run(model, kind.given()), expected, 1e-5 + 3 * report.error + EVALUATED.get(storage.name, 0))
+    with core.disable(model):
+        assert same_bits(run(model, kind.given()), run(kind.model(), kind.given()))
+    core.unmerge(model)
+    assert same_bits(run(model, kind.given()), expected)
+
+
+@EVERY
+@pytest.mark.parametrize("reentrant", [False, True], ids=["anew", "reentrant"])
+def test_recomputed_gradients_are_those_of_the_plain_backward(storage: Storage, reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    kind = specimen(storage)
+    model = with_adapters(kind, "a").train()
+    given = kind.given().requires_grad_(True)
+
+    def gradients(out: torch.Tensor) -> list[torch.Tensor]:
+        model.zero_grad()
+        out.square().sum().backward()
+        return [parameter.grad.clone() for _, parameter in core.trainable_parameters(model)]
+
+    plain = gradients(model(given))
+    again = gradients(checkpoint(model, given, use_reentrant=reentrant))
+    assert all(same_bits(one, other) for one, other in zip(plain, again, strict=True))

@@ -190,3 +190,13 @@ def test_trainers_over_a_base_in_four_bits(peft: bool, tiny_model_directory: Any
     files = tmp_path / "files"
     files.mkdir()
     assert run("quantised", "stand_in", tiny_model_directory, files, peft=peft, links=tmp_path / "links") == FOUR_BITS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peft", [True, False], ids=["peft_installed", "peft_absent"])
+def test_other_trainers_of_trl(peft: bool, tiny_model_directory: Any, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    done = run("preferences", tiny_model_directory, runs, peft=peft, links=tmp_path / "links")
+    assert [line.partition(":")[0] for line in done] == ["DPOTrainer", "KTOTrainer", "RewardTrainer", "GRPOTrainer"]

@@ -35,7 +35,8 @@ def _saved_bytes(model: Any, ids: Any) -> int:
     """Bytes of distinct storages that the graph holds, without parameters and buffers."""
     import torch
 
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    plain = (t for t in (*model.parameters(), *model.buffers()) if not hasattr(t, "__tensor_flatten__"))
+    own = {t.untyped_storage().data_ptr() for t in plain}  # a quantiser's own tensor class has no storage
     held: dict[int, Any] = {}
 
     def pack(tensor: Any) -> Any:

@@ -34,7 +34,15 @@ def put_bias(layer: LoraLayer, bias: Tensor | None) -> None:
     """Put what `bias_for` made, (out,), in place; None leaves the bias alone."""
     if bias is None:
         return
-    held: nn.Parameter = layer.owner._parameters["bias"]  # type: ignore[assignment]
-    old = held.detach() if layer.kept_bias is None else layer.kept_bias
-    layer.kept_bias = None if bias is layer.kept_bias else old
-    held.data = bias
+    old = layer.original_bias()
+    layer.kept_bias = None if bias is layer.kept_bias or old is None else old.detach()
+    set_bias(layer.owner, bias)
+
+
+def set_bias(module: nn.Module, bias: Tensor) -> None:
+    """Make a tensor (out,) the bias of a module, whether that is a parameter of it or, as in HQQ, a mere attribute."""
+    held = module._parameters.get("bias")
+    if held is not None:
+        held.data = bias
+    else:
+        module.__dict__["bias"] = bias

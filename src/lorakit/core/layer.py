@@ -321,7 +321,8 @@ class LoraLayer(Switched):
         self.check_kept()
         clone = self.base.clone(self.source, self.slot.parameter, self.moved_base() if moved else self.original())
         if self.kept_bias is not None:
-            clone._parameters["bias"] = self.kept_bias  # type: ignore[assignment]
+            held: Any = clone._parameters if "bias" in clone._parameters else clone.__dict__
+            held["bias"] = self.kept_bias
         return clone
 
     def _base_of_rows(self, route: Route, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
