@@ -102,13 +102,14 @@ def test_eva() -> None:
 
 
 def test_corda() -> None:
-    scaled = torch.cat([x / x.max().abs() for x in rows()])
-    C = scaled.T @ scaled / len(scaled)
+    scaled = [x / x.max().abs() for x in rows()]
+    C = sum((x.T @ x for x in scaled), torch.zeros(IN, IN)) / len(scaled)
     C = C + torch.eye(IN) * C.diagonal().mean() * 0.01
     for method, part in (("ipm", slice(0, R)), ("kpm", slice(IN - R, IN))):
         W, A, B, left, _ = began("corda", data=True, corda_config={"corda_method": method})
         U, S, Vh = torch.linalg.svd(W @ C, full_matrices=False)
         close(SCALE * B @ A, U[:, part] @ S[part].diag() @ Vh[part] @ C.inverse(), 1e-8)
+        close((B * B).sum(0), S[part] / SCALE, 1e-8)
         close(left, W - SCALE * B @ A)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,23 +60,7 @@ def collect_for(
         TargetError: The config names nothing, or a site whose inputs are no rows of numbers.
         DataError: There is no batch, a mask does not fit, or nothing of the data reached a site.
     """
-    init = init_named(config.init_lora_weights)
-    if init.digest is None:
-        raise ConfigError(
-            f"init_lora_weights is {config.init_lora_weights!r}, which looks at no data. Attach it as it is."
-        )
-    if config.layer_replication:
-        raise ConfigError(
-            "layer_replication stacks layers that are not there while data is collected. Use another init."
-        )
-    config, site_map = with_targets(config, model), survey(model)
-    matches = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow).matches
-    blanks: dict[str, Blank] = {}
-    for match in matches:
-        place = _only_place(site_map.places(match.path, kind_named(match.kind)), config)
-        if init.changes_base:
-            check_can_move(site_map, place, init)
-        blanks[place.path] = blank_for(site_map, config, match, place)
+    init, config, matches, blanks = _asked(model, config, allow)
     sites: dict[str, dict[str, Tensor]] = {}
     groups = in_groups(list(blanks), lambda path: _size_bytes(init, blanks[path]))
     if len(groups) > 1 and isinstance(batches, Iterator):
@@ -87,6 +71,27 @@ def collect_for(
     if init.name == "eva":
         config = redistributed(config, matches, sites)
     return Statistics(config, sites)
+
+
+def reduced(
+    model: nn.Module, config: LoraConfig, collected: Mapping[str, Any], allow: Collection[str] = ()
+) -> Statistics:
+    """Statistics for `attach` from what was collected elsewhere.
+
+    Args:
+        model: The base; it is left as it was.
+        config: As in `collect_for`; its ranks stay.
+        collected: Path -> `InputStatistics` or `GradientStatistics`; sites that are not in it are left out.
+        allow: As in `collect_for`.
+
+    Raises:
+        ConfigError: The init needs no data, or has no meaning at a site.
+        TargetError: The config names nothing.
+    """
+    init, config, _, blanks = _asked(model, config, allow)
+    with torch.no_grad():
+        found = {path: init.digest(blanks[path], collected[path]) for path in blanks if path in collected}  # type: ignore[misc]
+    return Statistics(config, found)
 
 
 def redistributed(config: LoraConfig, matches: Sequence[Match], sites: dict[str, dict[str, Tensor]]) -> LoraConfig:
@@ -123,6 +128,29 @@ def redistributed(config: LoraConfig, matches: Sequence[Match], sites: dict[str,
             layers_pattern=None,
         )
     return found
+
+
+def _asked(
+    model: nn.Module, config: LoraConfig, allow: Collection[str]
+) -> tuple[Init, LoraConfig, Sequence[Match], dict[str, Blank]]:
+    init = init_named(config.init_lora_weights)
+    if init.digest is None:
+        raise ConfigError(
+            f"init_lora_weights is {config.init_lora_weights!r}, which looks at no data. Attach it as it is."
+        )
+    if config.layer_replication:
+        raise ConfigError(
+            "layer_replication stacks layers that are not there while data is collected. Use another init."
+        )
+    config, site_map = with_targets(config, model), survey(model)
+    matches = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow).matches
+    blanks: dict[str, Blank] = {}
+    for match in matches:
+        place = _only_place(site_map.places(match.path, kind_named(match.kind)), config)
+        if init.changes_base:
+            check_can_move(site_map, place, init)
+        blanks[place.path] = blank_for(site_map, config, match, place)
+    return init, config, matches, blanks
 
 
 def _only_place(places: Sequence[Place], config: LoraConfig) -> Place:

@@ -171,7 +171,7 @@ def place_adapter(
         publish(model, site_map, name, past.config.with_fields(inference_mode=not trainable), parts, extras)
     for parameter, tensor in biases:
         parameter.data = tensor
-    set_trained(model, [name], trainable)
+    set_trained(model, {name: trainable})
     return len(parts), tuple(said)
 
 

@@ -5,27 +5,31 @@ What an init freezes (MiCA's B) stays frozen, whatever is switched. Knows nothin
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
 from torch import nn
 
-from lorakit.core.activation import parameters_by_adapter
-from lorakit.core.sitemap import layers
+from lorakit.core.extras import BiasSwitch, ModuleCopies
+from lorakit.core.layer import LoraLayer
+from lorakit.core.walking import walk
 
 
-def set_trained(model: nn.Module, names: Collection[str], trained: bool = True) -> None:
+def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | None = None) -> None:
     """Train adapters, or freeze them.
 
     Args:
         model: An adapted model; only `requires_grad` is changed.
-        names: Adapters; one that has nothing here is passed over.
-        trained: Whether their parameters require gradients, apart from those that their init froze.
+        wanted: Adapter -> whether its parameters require gradients; one that is not here is no matter.
+        others: The same for all adapters that are not named; None leaves them.
     """
-    for parameters in parameters_by_adapter(model, names).values():
-        for parameter in parameters:
-            parameter.requires_grad_(trained and parameter.is_floating_point())
-    for _, layer in layers(model) if trained else ():
-        for name in layer.r.keys() & set(names):
-            for word, parameter in zip("AB", layer.parameters_of(name), strict=False):
-                if word not in layer.trains[name]:
-                    parameter.requires_grad_(False)
+    for _, module in walk(model):
+        if isinstance(module, (LoraLayer, ModuleCopies)):
+            for name in module.available_adapters():
+                flag = wanted.get(name, others)
+                if flag is not None:
+                    module.set_trained(name, flag)
+        elif module._forward_hooks:
+            for switch in BiasSwitch.on(module):
+                flag = wanted.get(switch.adapter, others)
+                for leaf in switch.originals if flag is not None else ():
+                    module._parameters[leaf].requires_grad_(flag)  # type: ignore[union-attr, arg-type]

@@ -17,10 +17,23 @@ DAMP, LARGEST_ERROR = 0.01, 0.05
 
 
 def _digest(blank: Blank, collected: Any) -> dict[str, Tensor]:
-    """U (out, r), S (r,) and Vᵀ·C⁻¹ (r, n) of W·C, C the second moment of the inputs."""
+    """U (out, r), S (r,) and Vᵀ·C⁻¹ (r, n) of W·C, C the inputs' Σ x·xᵀ of a call, averaged over calls."""
+    return cropped(blank, collected.second_moment() * (collected.rows / collected.calls))
+
+
+def cropped(blank: Blank, C: Tensor) -> dict[str, Tensor]:
+    """The r directions that the config's method takes.
+
+    Args:
+        blank: The site.
+        C: (n, n), how its inputs are spread.
+
+    Returns:
+        U (out, r), S (r,) and Vh (r, n), which is Vᵀ·C⁻¹.
+    """
     (W,) = blank.matrices()
     blank.check_rank(min(W.shape))
-    U, S, Vh = decomposed(W, collected.second_moment().to(W))
+    U, S, Vh = decomposed(W, C.to(W))
     part = slice(0, blank.r) if method_of(blank) == "ipm" else slice(len(S) - blank.r, None)
     return {"U": U[:, part].contiguous(), "S": S[part].clone(), "Vh": Vh[part].contiguous()}
 

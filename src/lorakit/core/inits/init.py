@@ -90,20 +90,21 @@ class Blank:
             return W.mT if self.slot.in_first else W
         return self.kind.flat_weight(self.slot, W)[None]
 
-    def check_rank(self, most: int, needs: str = "r") -> None:
+    def check_rank(self, most: int, said: str = "") -> None:
         """Refuse a rank for which the weight has too few directions.
 
         Args:
             most: The largest rank there is.
-            needs: What the init needs so many directions for, in words.
+            said: What the init needs, in words; that r is at most so much where nothing is given.
 
         Raises:
             ConfigError: r is larger.
         """
         if self.r > most:
+            said = said or f"init_lora_weights={self.config.init_lora_weights!r} needs as many directions as r"
             raise ConfigError(
-                f"{self.path}: init_lora_weights is {self.config.init_lora_weights!r}, which needs {needs} directions; "
-                f"r is {self.r}, and at most {most} is possible here. Lower r (rank_pattern for this module alone)."
+                f"{self.path}: {said}; r is {self.r}, and at most {most} is possible here. Lower r (rank_pattern for "
+                "this module alone)."
             )
 
     def laid(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

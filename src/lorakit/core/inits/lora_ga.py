@@ -52,7 +52,7 @@ def strongest(blank: Blank, gradient: Tensor) -> dict[str, Tensor]:
     if blank.slot.groups > 1:
         blank.matrices()  # says why not
     G = blank.kind.flat_weight(blank.slot, gradient)
-    blank.check_rank(min(G.shape) // 2, "2·r")
+    blank.check_rank(min(G.shape) // 2, "init_lora_weights='lora_ga' needs 2·r directions of the gradient")
     found, _ = dense_spectrum(G, 2 * blank.r)
     part = slice(0, 2 * blank.r)
     return {"U": found.U[0, :, part].contiguous(), "S": found.S[0, part].clone(), "Vh": found.Vh[0, part].contiguous()}

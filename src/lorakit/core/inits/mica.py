@@ -14,7 +14,7 @@ def _mica(blank: Blank) -> Filled:
         arXiv:2604.01694 (MiCA), as PEFT has it: the adapter writes only where the base writes least.
     """
     W = blank.matrices()
-    blank.check_rank(min(W.shape[1:]))
+    blank.check_rank(min(W.shape[1:]), "MiCA requires `r` <= min(in_features, out_features)")
     U = torch.linalg.svd(W, full_matrices=False).U
     A, B = zeros(blank, blank.A_shape), U[..., -blank.r :]
     return Filled(A, blank.laid(A.reshape(W.shape[0], blank.r, -1), B)[1])
