@@ -69,7 +69,12 @@ def collect_for(
         for group in groups:
             sites |= _looked_at(model, init, {path: blanks[path] for path in group}, batches, forward, keep)
     if init.name == "eva":
-        config = redistributed(config, matches, sites)
+        given = {match.path: match.rank for match in matches}
+        ratios = {path: tensors["ratios"].tolist() for path, tensors in sites.items()}
+        ranks = ranks_by_variance(config.eva_config or EvaConfig(), given, ratios)
+        if ranks != given:
+            config = redistributed(config, matches, ranks)
+            sites = {path: tensors for path, tensors in sites.items() if ranks[path]}
     return Statistics(config, sites)
 
 
@@ -94,30 +99,41 @@ def reduced(
     return Statistics(config, found)
 
 
-def redistributed(config: LoraConfig, matches: Sequence[Match], sites: dict[str, dict[str, Tensor]]) -> LoraConfig:
-    """EVA's ranks: the pooled shares of variance, strongest first, until the config's ranks are spent.
+def ranks_by_variance(
+    settings: EvaConfig, ranks: Mapping[str, int], ratios: Mapping[str, Sequence[float]]
+) -> dict[str, int]:
+    """EVA's ranks: the pooled shares of variance, strongest first, until the ranks of the config are spent.
 
     Args:
-        config: As it was given.
-        matches: The sites with their ranks.
-        sites: Path -> what was found, "ratios" (k,) among it; those that get no rank are taken out.
+        settings: With rho at 1 the ranks stay.
+        ranks: Path -> rank in the config.
+        ratios: Path -> share of the variance of each direction, strongest first, as many as its rank may be.
 
     Returns:
-        The config with patterns that say the ranks, and without the sites that get none.
+        Path -> rank, which may be 0.
 
     Source:
         Paischer et al. 2024, arXiv:2410.07170, section 3.3.
     """
-    settings = config.eva_config or EvaConfig()
     if settings.rho == 1:
-        return config
-    ratios = {match.path: sites[match.path]["ratios"].tolist() for match in matches}
-    ranks = by_explained_variance(ratios, dict.fromkeys(ratios, 1), sum(match.rank for match in matches), least=0)
+        return dict(ranks)
+    return by_explained_variance(ratios, dict.fromkeys(ratios, 1), sum(ranks.values()), least=0)
+
+
+def redistributed(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[str, int]) -> LoraConfig:
+    """A config with other ranks, in which sites that get none are not named.   [docs/math.md (64)]
+
+    Args:
+        config: As it was given; its `eva_config` says whether scales stay as they were.
+        matches: The sites with their ranks.
+        ranks: Path -> new rank.
+
+    Returns:
+        The config.
+    """
     left = [match for match in matches if ranks[match.path]]
-    for path in ratios.keys() - {match.path for match in left}:
-        del sites[path]
     found = with_ranks(config, left, ranks)
-    if not settings.adjust_scaling_factors:
+    if not (config.eva_config or EvaConfig()).adjust_scaling_factors:
         found = dataclasses.replace(found, alpha_pattern=dict(config.alpha_pattern))
     if len(left) < len(matches):
         found = dataclasses.replace(

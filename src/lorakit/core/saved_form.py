@@ -7,6 +7,7 @@ other adapter has one form.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from lorakit.errors import AdapterError
 INITIAL_FILE = "lorakit_initial.safetensors"
 """The first factors of an adapter that moved the base and is written as it is trained."""
 
-Form = Literal["plain", "trained"]
+Form = Literal["plain", "trained", "raw"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def saved_form(
     Args:
         model: The adapted model; only read.
         name: The adapter.
-        form: "plain", or "trained" for one that moved the base.
+        form: For one that moved the base: "plain", "trained", or "raw": its numbers and no word of how it began.
         tensors: Name on disk -> tensor (…) instead of the model's own, as gathered from several devices.
 
     Raises:
@@ -71,7 +72,7 @@ def saved_form(
     here = [(on_disk[path], layer) for path, layer in layers(model) if path in on_disk]
     sites = {path: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])} for path, layer in here}
     moved = [(path, layer) for path, layer in here if layer.moved_by == name]
-    if not moved:
+    if not moved or form == "raw":
         return SavedForm(name, tensors, config, sites, {})
     began = {**beginning(config), "sites": sites}
     if any(layer.initial is None for _, layer in moved):  # LoftQ: the base lost more than a product of low rank
@@ -89,10 +90,43 @@ def saved_form(
             )
         down, up = _keys(path, layer)
         tensors[down], tensors[up] = as_plain(layer.slot, tensors[down], tensors[up], layer.initial)  # type: ignore[arg-type]
+    return SavedForm(name, tensors, about={BEGAN: began}, **_doubled(config, sites))
+
+
+def converted_form(
+    model: nn.Module, name: str, initial: Mapping[str, Tensor], tensors: Mapping[str, Tensor] | None = None
+) -> SavedForm:
+    """An adapter as plain LoRA of twice the rank, less what it began with, which comes from a file.
+
+    Args:
+        model: The adapted model; only read.
+        name: The adapter.
+        initial: Name on disk -> tensor (…), as it was saved before training.
+        tensors: As in `saved_form`.
+
+    Raises:
+        AdapterError: The tensors are those of another adapter.
+    """
+    found = saved_form(model, name, "raw", tensors)
+    on_disk = paths_on_disk(model, name)
+    for path, layer in layers(model):
+        if path in on_disk:
+            down, up = _keys(on_disk[path], layer)
+            first = [initial.get(key) for key in (down, up)]
+            if any(a is None or a.shape != found.tensors[key].shape for a, key in zip(first, (down, up), strict=True)):
+                raise AdapterError(f"{down} is missing in what was saved before training, or has another shape.")
+            pair = found.tensors[down], found.tensors[up]
+            found.tensors[down], found.tensors[up] = as_plain(layer.slot, *pair, (first[0], first[1]))  # type: ignore[arg-type]
+    return dataclasses.replace(found, **_doubled(found.config, found.sites))
+
+
+def _doubled(config: LoraConfig, sites: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     wide = plain_config(config)
     more = wide.lora_alpha / config.lora_alpha if config.lora_alpha else 1.0
-    doubled = {path: {"r": 2 * site["r"], "lora_alpha": more * site["lora_alpha"]} for path, site in sites.items()}
-    return SavedForm(name, tensors, wide, doubled, {BEGAN: began})
+    return {
+        "config": wide,
+        "sites": {path: {"r": 2 * site["r"], "lora_alpha": more * site["lora_alpha"]} for path, site in sites.items()},
+    }
 
 
 def _keys(path: str, layer: LoraLayer) -> tuple[str, str]:
