@@ -325,7 +325,6 @@ def test_an_odd_scale(fields: dict[str, Any], text: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"trainable_token_indices": [1]},
         {"use_qalora": True},
     ],
     ids=str,

@@ -6,11 +6,15 @@ import ast
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from lorakit.config import LoraConfig
 from lorakit.config.built import NOT_BUILT
+
+from ..peft.running import run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "from-peft.md").read_text(encoding="utf-8")
@@ -55,3 +59,39 @@ def test_every_field_of_the_config_has_its_place() -> None:
     named = {name.partition(":")[0]: set(re.findall(r"`(\w+)`", cells[0])) for name, cells in table.items()}
     assert named["raises"] == set(NOT_BUILT)
     assert named["built"] | named["kept, without effect by themselves"] == known - set(NOT_BUILT)
+
+
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+PREPARE = """
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig
+model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype=torch.float32)
+model.config._name_or_path = {folder!r}
+args = SFTConfig(output_dir={runs!r}, max_steps=1, save_steps=1, report_to=[], use_cpu=True, bf16=False, max_length=16)
+rows = Dataset.from_list([{{"prompt": "what is", "completion": " it"}}] * 8)
+"""
+
+
+def test_the_mixin_as_the_page_shows_it(tiny_llama: Any, tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    ids = torch.randint(0, 60, (8, 6), generator=torch.Generator().manual_seed(0))
+    args = TrainingArguments(str(tmp_path), max_steps=1, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    space = {"model": tiny_llama, "args": args, "rows": [{"input_ids": row, "labels": row} for row in ids]}
+    exec(BLOCKS[0], space)
+    assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "checkpoint-1" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_stand_in_as_the_page_shows_it(tiny_model_directory: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    runs, program = tmp_path / "runs", tmp_path / "program.py"
+    prepare = PREPARE.format(folder=str(tiny_model_directory), runs=str(runs))
+    program.write_text(BLOCKS[1].replace("\nSFTTrainer(", f"\n{prepare}\nSFTTrainer("), encoding="utf-8")
+    run(program, peft=False, links=tmp_path / "links")
+    assert (runs / "checkpoint-1" / "adapter_model.safetensors").exists()
+    assert not (runs / "checkpoint-1" / "model.safetensors").exists()

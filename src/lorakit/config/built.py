@@ -10,7 +10,6 @@ from lorakit.errors import NotYetSupported
 
 NOT_BUILT: Mapping[str, Any] = {
     "megatron_config": None,
-    "trainable_token_indices": None,
     "velora_config": None,
     "use_qalora": False,
     "monteclora_config": None,

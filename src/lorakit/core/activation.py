@@ -9,10 +9,10 @@ from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.checks import check_known
-from lorakit.core.extras import BiasSwitch, ModuleCopies
-from lorakit.core.layer import LoraLayer
+from lorakit.core.extras import BiasSwitch
 from lorakit.core.routing import BASE, CheckpointContexts, Override, Route
 from lorakit.core.sitemap import find_state, state_of
+from lorakit.core.switching import Switched
 from lorakit.core.walking import walk
 from lorakit.errors import RouteError
 
@@ -27,7 +27,7 @@ def activate(model: nn.Module, *names: str) -> None:
     Raises:
         RouteError: There is no such adapter.
     """
-    adapted = [module for _, module in walk(model) if isinstance(module, (LoraLayer, ModuleCopies))]
+    adapted = [module for _, module in walk(model) if isinstance(module, Switched)]
     state = adapted[0].state if adapted else state_of(model)
     state.check(names)
     for module in adapted:
@@ -148,7 +148,7 @@ def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str,
     """
     found: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     for _, module in walk(model):
-        if isinstance(module, (LoraLayer, ModuleCopies)):
+        if isinstance(module, Switched):
             for name in found.keys() & set(module.available_adapters()):
                 found[name] += module.parameters_of(name)
         elif module._forward_hooks:

@@ -22,13 +22,16 @@ from lorakit.core.fresh import Part, fresh_parts, memory_notes
 from lorakit.core.invoking import install, uninstall
 from lorakit.core.layer import LoraLayer
 from lorakit.core.layer_names import LAYERS
-from lorakit.core.merging import check_unmergeable, unmerge
+from lorakit.core.merging import check_unmergeable, merged_adapters, unmerge
 from lorakit.core.moving import give_base_back
 from lorakit.core.parameter_sites import bare_parameters
 from lorakit.core.replication import stacked_for
 from lorakit.core.routing import AdapterState, Route
+from lorakit.core.row_choice import chosen_rows
+from lorakit.core.row_parts import new_rows, put_rows
 from lorakit.core.sitemap import Place, SiteMap, find_state, layers, state_of, survey
 from lorakit.core.statistics import Statistics
+from lorakit.core.token_rows import TokenRows
 from lorakit.default_targets import DEFAULT_TARGETS
 from lorakit.errors import ConfigError
 from lorakit.targets import Match, match_path, resolve
@@ -92,7 +95,10 @@ def attach(
         found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
         check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
         parts = fresh_parts(site_map, config, found.matches, seed, statistics)
-        extras = build_extras(site_map.modules, {part.place.outer for part in parts}, found.saved, config.bias)
+        outer = {part.place.outer for part in parts}
+        rows = new_rows(site_map, chosen_rows(model, site_map, config, outer, found.saved))
+        extras = build_extras(site_map.modules, outer, found.saved, config.bias)
+        extras = dataclasses.replace(extras, rows=tuple(rows))
         publish(model, site_map, name, config, parts, extras)
     trained = sum(parameter.numel() for parameter in adapter_parameters(model, name))
     return AttachReport(name, found.matches, trained, (*found.notes, *memory_notes(config, parts)), found.missing)
@@ -112,7 +118,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     state = state_of(model)
     names = list(state.configs) if name is None else [name]
     check_known(state, names)
-    merged = [n for n in names if any(n in layer.merged_adapters for _, layer in layers(model))]
+    merged = [n for n in names if n in merged_adapters(model)]
     check_unmergeable(model, merged)
     if merged:
         unmerge(model, *merged)
@@ -171,6 +177,7 @@ def publish(
             holder = ModuleCopies(holder, state)
             site_map.replace(site_map.modules[path], holder)
         holder.put(name, duplicate)
+    put_rows(site_map, name, extras.rows, state)
     for module, originals in extras.biases:
         BiasSwitch.install(name, originals, module, state)
     if config.alora_invocation_tokens is not None:
@@ -208,11 +215,10 @@ def _forget(module: nn.Module, names: Sequence[str], site_map: SiteMap) -> None:
             site_map.replace(module, standing)
         for child in children:
             owner._modules[child] = _without(owner._modules[child], names)  # type: ignore[arg-type]
-    elif isinstance(module, ModuleCopies):
+    elif isinstance(module, (ModuleCopies, TokenRows)):
         for name in names:
-            if name in module.modules_to_save:
-                del module.modules_to_save[name]
-        if not len(module.modules_to_save):
+            module.remove(name)
+        if not module.available_adapters():
             site_map.replace(module, module.original_module)
 
 

@@ -1,6 +1,6 @@
-"""The table EXTRAS: parts of an adapter that are not factors: copies of whole modules, and trained biases.
+"""The table EXTRAS: parts of an adapter that are not factors: copies of modules, rows of tables, trained biases.
 
-One state selects them together with the factors. Both leave the original in reach: a copied module stands
+One state selects them together with the factors. All leave the original in reach: a copied module stands
 beside it, and a trained bias remembers its old value, so that `disable` and other adapters see the base.
 """
 
@@ -21,6 +21,7 @@ from lorakit.core.forwards import Forwards
 from lorakit.core.layer import LoraLayer
 from lorakit.core.routing import AdapterState, Route, resolve
 from lorakit.core.switching import Switched
+from lorakit.core.token_rows import NewRows, TokenRows
 from lorakit.errors import RouteError, TargetError
 
 
@@ -234,10 +235,12 @@ class Extras:
     Attributes:
         copies: Path -> trainable copy of the module there.
         biases: Modules of the base, each with the biases it has now, (…), by name.
+        rows: Rows of tables.
     """
 
     copies: dict[str, nn.Module]
     biases: list[tuple[nn.Module, dict[str, Tensor]]]
+    rows: tuple[NewRows, ...] = ()
 
 
 def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved: Sequence[str], bias: str) -> Extras:
@@ -292,7 +295,8 @@ def _base_modules(standing: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(standing, ModuleCopies):
         yield from standing.original_module.named_modules()
     else:
-        yield "", standing.owner if isinstance(standing, LoraLayer) else standing
+        inner = standing.original_module if isinstance(standing, TokenRows) else standing
+        yield "", inner.owner if isinstance(inner, LoraLayer) else inner
 
 
 def trainable_copy(path: str, standing: nn.Module) -> nn.Module:
@@ -308,7 +312,7 @@ def trainable_copy(path: str, standing: nn.Module) -> nn.Module:
         TargetError: It holds sites or copies of another adapter.
     """
     original = standing.original_module if isinstance(standing, ModuleCopies) else standing
-    held = [module for module in original.modules() if isinstance(module, (LoraLayer, ModuleCopies))]
+    held = [module for module in original.modules() if isinstance(module, Switched)]
     if held:
         raise TargetError(
             f"modules_to_save names {path!r}, and another adapter on this model sits inside it. One of them has to "

@@ -7,14 +7,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.extras import ModuleCopies, biased_modules, plain_shapes
-from lorakit.core.keys import MAGNITUDE, PREFIX, parse
+from lorakit.core.keys import MAGNITUDE, PREFIX, ROWS, parse
 from lorakit.core.kinds import kind_named
 from lorakit.core.patterns import literal_value
+from lorakit.core.row_choice import chosen_rows
 from lorakit.core.sitemap import INSIDE, Place, SiteMap
+from lorakit.core.token_rows import ChosenRows
 from lorakit.errors import PatternError, TargetError, nearest
 from lorakit.targets import resolve, saved_modules
 
@@ -28,6 +30,7 @@ class Fit:
         saved: Paths of the modules it copies.
         copied: (id of the original module, name inside) -> tensor's name.
         biases: (id of a module, name of the bias) -> tensor's name.
+        rows: Rows of tables, each with its tensor's name.
         problems: One sentence per mismatch.
         shape_problems: Some mismatch is one of shapes, which no allowance lifts.
     """
@@ -36,6 +39,7 @@ class Fit:
     saved: tuple[str, ...] = ()
     copied: dict[tuple[int, str], str] = field(default_factory=dict)
     biases: dict[tuple[int, str], str] = field(default_factory=dict)
+    rows: list[tuple[ChosenRows, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     shape_problems: bool = False
 
@@ -45,7 +49,11 @@ class Fit:
 
 
 def fit(
-    tensors: Mapping[str, Tensor], config: LoraConfig, site_map: SiteMap, bare: Mapping[str, Place] | None = None
+    tensors: Mapping[str, Tensor],
+    config: LoraConfig,
+    site_map: SiteMap,
+    bare: Mapping[str, Place] | None = None,
+    model: nn.Module | None = None,
 ) -> Fit:
     """Find the place of every tensor.
 
@@ -54,9 +62,14 @@ def fit(
         config: The adapter's config.
         site_map: The model's map.
         bare: Path on disk -> place, of the bare parameters that the config names.
+        model: The model, where it shall say which table `trainable_token_indices` means.
 
     Returns:
         The places, with every mismatch in `problems`.
+
+    Raises:
+        TargetError: Rows of tables are named that cannot be trained here.
+        ConfigError: Likewise.
     """
     result = Fit()
     left = dict(tensors)
@@ -70,6 +83,7 @@ def fit(
     _find_places(present, site_map, bare or {}, result)
     _take_copies(left, site_map, result)
     _take_biases(left, config, site_map, result)
+    _take_rows(left, config, site_map, model, result)
     _check_sites(config, expected, result)
     extra = [name for name in left if not _known_extra(name, result)]
     result.problems += [f"unexpected {name}{_prefix_hint(name)}" for name in extra]
@@ -142,6 +156,21 @@ def _take_biases(left: dict[str, Tensor], config: LoraConfig, site_map: SiteMap,
             result.biases[(id(module), leaf)] = name
 
 
+def _take_rows(
+    left: dict[str, Tensor], config: LoraConfig, site_map: SiteMap, model: nn.Module | None, result: Fit
+) -> None:
+    if config.trainable_token_indices is None or model is None:
+        return
+    for chosen in chosen_rows(model, site_map, config, result.outer_paths(), result.saved):
+        name = f"{PREFIX}{chosen.path}{ROWS}"
+        if name not in left:
+            result.problems.append(f"missing {name}")
+            continue
+        table: Tensor = site_map.base(chosen.path)._parameters["weight"]  # type: ignore[assignment]
+        _check_shape(name, left.pop(name), (len(chosen.indices), table.shape[1]), result)
+        result.rows.append((chosen, name))
+
+
 def _check_sites(config: LoraConfig, expected: set[str] | None, result: Fit) -> None:
     present = set(result.sites)
     for path in sorted(present):
@@ -193,8 +222,9 @@ def _known_extra(name: str, result: Fit) -> bool:
     """PEFT adds the base's matrix where embeddings are targeted, that of the head, and biases beside copied modules."""
     if any(f"{path}.{word}." in name for path in result.saved for word in ("original_module", "modules_to_save")):
         return True
-    path = name.removeprefix(PREFIX).removesuffix(".base_layer.weight")
-    return name.endswith(".base_layer.weight") and (path in result.sites or path.endswith("lm_head"))
+    path = name.removeprefix(PREFIX).removesuffix(".base_layer.weight").removesuffix(".token_adapter")
+    known = path in result.sites or path.endswith("lm_head") or any(path == chosen.path for chosen, _ in result.rows)
+    return name.endswith(".base_layer.weight") and known
 
 
 def _prefix_hint(name: str) -> str:

@@ -14,9 +14,11 @@ from lorakit.core.extras import BiasSwitch, ModuleCopies
 from lorakit.core.layer import LoraLayer
 from lorakit.core.parameter_sites import paths_on_disk
 from lorakit.core.sitemap import INSIDE
+from lorakit.core.token_rows import TokenRows
 
 PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
+ROWS = ".token_adapter.trainable_tokens_delta"
 
 ENDINGS = {
     ".lora_A.weight": "A",
@@ -69,16 +71,12 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     for path, module in model.named_modules():
         path = on_disk.get(path, path)
         if isinstance(module, LoraLayer) and adapter in module.r:
-            factor, kind = module.factor(adapter), module.kind
-            found[f"{PREFIX}{path}.{kind.names[0]}{kind.on_disk}"] = factor.A
-            found[f"{PREFIX}{path}.{kind.names[1]}{kind.on_disk}"] = factor.B
-            if factor.bias is not None:
-                found[f"{PREFIX}{path}.{kind.names[1]}.bias"] = factor.bias
-            if factor.magnitude is not None:
-                found[f"{PREFIX}{path}.{MAGNITUDE}"] = factor.magnitude.view(kind.vector(module.slot))
+            found |= _of_layer(f"{PREFIX}{path}", module, adapter)
         elif isinstance(module, ModuleCopies) and adapter in module:
             for leaf, tensor in module.modules_to_save[adapter].state_dict().items():
                 found[f"{PREFIX}{path}.{leaf}"] = tensor
+        elif isinstance(module, TokenRows) and adapter in module and not module.follows:
+            found[f"{PREFIX}{path}{ROWS}"] = module.token_adapter.trainable_tokens_delta[adapter]
         for switch in BiasSwitch.on(module):
             if switch.adapter == adapter:
                 where = plain_path(path) + INSIDE * depths[id(module)]
@@ -87,6 +85,17 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return dict(sorted(found.items()))
 
 
+def _of_layer(where: str, layer: LoraLayer, adapter: str) -> dict[str, Tensor]:
+    factor, kind = layer.factor(adapter), layer.kind
+    first, second = kind.names
+    found = {f"{where}.{first}{kind.on_disk}": factor.A, f"{where}.{second}{kind.on_disk}": factor.B}
+    if factor.bias is not None:
+        found[f"{where}.{second}.bias"] = factor.bias
+    if factor.magnitude is not None:
+        found[f"{where}.{MAGNITUDE}"] = factor.magnitude.view(kind.vector(layer.slot))
+    return found
+
+
 def plain_path(path: str) -> str:
     """A path in an adapted model as it is in the plain base."""
-    return ".".join(word for word in path.split(".") if word not in {"base_layer", "original_module"})
+    return ".".join(word for word in path.split(".") if word not in {"base_layer", "original_module", "token_adapter"})

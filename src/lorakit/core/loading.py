@@ -32,12 +32,13 @@ from lorakit.core.parameter_sites import check_standing, dropout_at, named_place
 from lorakit.core.patterns import literal_value
 from lorakit.core.replication import stacked_for
 from lorakit.core.restoring import Past, past_of
+from lorakit.core.row_parts import new_rows
 from lorakit.core.sidecar import WEIGHTS_FILE, Sidecar, integrity, read_sidecar
 from lorakit.core.sitemap import SiteMap, find_state, survey
 from lorakit.core.tensorfile import TensorFile, read_tensors
 from lorakit.core.training_flags import set_trained
 from lorakit.core.variants import variant_for
-from lorakit.errors import AdapterFileError, BaseMismatchError, PatternError, TargetError, warn_caller
+from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, PatternError, TargetError, warn_caller
 from lorakit.targets import Match
 
 SHOWN = 6
@@ -165,6 +166,10 @@ def place_adapter(
         parts = _parts(files, fitted, site_map, past, trainable)
         check_scales([(part.place.path, part.factor.scale) for part in parts], allow)
         extras = build_extras(site_map.modules, fitted.outer_paths(), fitted.saved, config.bias)
+        tensors = files.file.tensors
+        given = {chosen.path: tensors[key] for chosen, key in fitted.rows}
+        rows = new_rows(site_map, [chosen for chosen, _ in fitted.rows], given, trainable)
+        extras = dataclasses.replace(extras, rows=tuple(rows))
         biases = _filled_copies(extras, fitted, site_map, files.file.tensors)
         for sentence in said:  # where warnings are errors, this refuses, so it comes before any change
             warn_caller(sentence)
@@ -178,9 +183,9 @@ def place_adapter(
 def _fitted(model: nn.Module, files: AdapterFiles, site_map: SiteMap) -> Fit:
     try:
         bare = named_places(site_map, files.config, model)
-        fitted = fit(files.file.tensors, files.config, site_map, bare)
+        fitted = fit(files.file.tensors, files.config, site_map, bare, model)
         check_standing(site_map, [place for place, _ in fitted.sites.values()])
-    except TargetError as cause:
+    except (TargetError, ConfigError) as cause:
         raise AdapterFileError(f"{files.folder}: {cause}") from None
     return fitted
 

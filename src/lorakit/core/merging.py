@@ -32,7 +32,16 @@ from lorakit.core.merged_weight import (
     stored_for,
     sum_of_updates,
 )
+from lorakit.core.merging_rows import (
+    check_rows,
+    kept_row_bytes,
+    merge_rows,
+    merged_names,
+    merged_tables,
+    unmerge_rows,
+)
 from lorakit.core.sitemap import copies, layers, state_of
+from lorakit.core.switching import Switched
 from lorakit.core.underlying import QuantisedWeight, base_tensors, float_dtype, holders, quantised_weights
 from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError
@@ -45,6 +54,7 @@ __all__ = [
     "iter_merged",
     "merge",
     "merge_and_unload",
+    "merged_adapters",
     "merged_state_dict",
     "stored_for",
     "tied_sites",
@@ -107,6 +117,7 @@ def _merge(model: nn.Module, names: Sequence[str], keep_base: KeepBase, untie: b
     chosen = tuple(names or state.default.names)
     check_known(state, chosen)
     _check_mergeable(model, chosen, untie)
+    check_rows(model, chosen, untie)
     here = [(path, layer, [n for n in chosen if n in layer.r]) for path, layer in layers(model)]
     here = [(path, layer, new) for path, layer, new in here if new]
     if keep_base is False:  # two passes instead of a copy: all is known to be sound before the first weight changes
@@ -127,8 +138,16 @@ def _merge(model: nn.Module, names: Sequence[str], keep_base: KeepBase, untie: b
             put_bias(layer, bias)
     for _, holder in copies(model):
         holder.merged_adapter = next((n for n in chosen if n in holder.modules_to_save), holder.merged_adapter)
+    merge_rows(model, chosen, keep=keep_base is not False)
     state.join_default(chosen)
-    return MergeReport(chosen, tuple(reports), sum(kept_bytes(layer) for _, layer in layers(model)))
+    kept = sum(kept_bytes(layer) for _, layer in layers(model)) + kept_row_bytes(model)
+    return MergeReport(chosen, tuple(reports), kept)
+
+
+def merged_adapters(model: nn.Module) -> set[str]:
+    """The adapters that are written into the base somewhere now."""
+    merged = {name for _, layer in layers(model) for name in layer.merged_adapters}
+    return merged | {h.merged_adapter for _, h in copies(model) if h.merged_adapter} | merged_names(model)
 
 
 def unmerge(model: nn.Module, *names: str) -> None:
@@ -142,8 +161,7 @@ def unmerge(model: nn.Module, *names: str) -> None:
         MergeError: One of them is not merged, or the base's bits were not kept.
     """
     state = state_of(model)
-    merged = {name for _, layer in layers(model) for name in layer.merged_adapters}
-    merged |= {holder.merged_adapter for _, holder in copies(model) if holder.merged_adapter}
+    merged = merged_adapters(model)
     chosen = names or tuple(merged)
     check_known(state, chosen)
     for name in chosen:
@@ -165,6 +183,7 @@ def unmerge(model: nn.Module, *names: str) -> None:
                 layer.owner._parameters[layer.slot.parameter], layer.tied_weight = layer.tied_weight, None
     for _, holder in copies(model):
         holder.merged_adapter = None if holder.merged_adapter in chosen else holder.merged_adapter
+    unmerge_rows(model, chosen)
     state.leave_default(chosen)
 
 
@@ -192,11 +211,8 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
             place(layer, stored_for(layer, layer.merged_adapters))
     for module in list(model.modules()):
         for attribute, child in list(module._modules.items()):
-            if isinstance(child, LoraLayer):
-                module._modules[attribute] = child.owner
-            elif isinstance(child, ModuleCopies):
-                merged = child.merged_adapter
-                module._modules[attribute] = child.modules_to_save[merged] if merged else child.original_module
+            if isinstance(child, Switched):
+                module._modules[attribute] = _plain(child)
     dropped = set(state.configs) - set(report.names)
     for module in model.modules():
         BiasSwitch.uninstall(module, dropped)
@@ -208,6 +224,13 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
     if state.replication is not None:
         state.replication.untie()
     return report
+
+
+def _plain(standing: Switched) -> nn.Module:
+    """What stays of an adapted module when everything is merged."""
+    if isinstance(standing, ModuleCopies) and standing.merged_adapter:
+        return standing.modules_to_save[standing.merged_adapter]
+    return standing.owner if isinstance(standing, LoraLayer) else standing.original_module  # type: ignore[return-value]
 
 
 def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
@@ -349,4 +372,4 @@ def _copied_tensors(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]
             if name in holder.modules_to_save:
                 for leaf, tensor in holder.modules_to_save[name].state_dict().items():
                     found[f"{path}.{leaf}"] = tensor
-    return found
+    return found | {f"{path}.weight": table for path, table in merged_tables(model, names).items()}

@@ -19,6 +19,8 @@ from lorakit.core.extras import ModuleCopies
 from lorakit.core.kinds import INNER, PARAMETER, Kind, Slot, kind_of
 from lorakit.core.layer import LoraLayer
 from lorakit.core.routing import AdapterState
+from lorakit.core.switching import Switched
+from lorakit.core.token_rows import TokenRows
 from lorakit.core.walking import walk
 from lorakit.errors import AdapterError
 from lorakit.targets import Candidate
@@ -82,8 +84,10 @@ class SiteMap:
     candidates: list[Candidate]
 
     def base(self, path: str) -> nn.Module:
-        """The base's module at a path, also where a layer stands there."""
+        """The base's module at a path, also where a layer or trained rows stand there."""
         standing = self.modules[path]
+        if isinstance(standing, TokenRows):
+            return standing.original_module
         return standing.owner if isinstance(standing, LoraLayer) else standing
 
     def places(self, path: str, kind: Kind) -> list[Place]:
@@ -254,7 +258,7 @@ def state_of(model: nn.Module) -> AdapterState:
 def find_state(model: nn.Module) -> AdapterState | None:
     """The state that the layers of a model share, or None where there are no adapters."""
     for _, module in walk(model):
-        if isinstance(module, (LoraLayer, ModuleCopies)):
+        if isinstance(module, Switched):
             return module.state
     return None
 
@@ -264,7 +268,7 @@ def _outside_of_adapters(
 ) -> Iterator[tuple[str, nn.Module]]:
     seen.add(id(module))
     yield path, module
-    if isinstance(module, (LoraLayer, ModuleCopies)):
+    if isinstance(module, Switched):
         return
     for attribute, child in module._modules.items():
         if child is None:

@@ -13,6 +13,8 @@ from lorakit.core.bases import Base, base_of
 from lorakit.core.extras import BiasSwitch, ModuleCopies
 from lorakit.core.layer import LoraLayer
 from lorakit.core.sitemap import find_state, layers
+from lorakit.core.token_rows import TokenRows
+from lorakit.core.walking import walk
 
 
 def base_tensors(model: nn.Module, *, stacked: bool = True) -> Iterator[tuple[str, Tensor, nn.Module]]:
@@ -27,6 +29,7 @@ def base_tensors(model: nn.Module, *, stacked: bool = True) -> Iterator[tuple[st
         parameters come once per name; buffers that are not saved are left out.
     """
     originals = {(id(layer.source), layer.slot.parameter): layer for _, layer in layers(model)}
+    tables = _merged_tables(model)
     unstacked = None if stacked else _unstacked(model)
     if unstacked is not None:  # a copy's weight is that of its original, in another module
         originals |= {(id(parameter), ""): layer for parameter, layer in _shared(originals.values())}
@@ -42,7 +45,7 @@ def base_tensors(model: nn.Module, *, stacked: bool = True) -> Iterator[tuple[st
                     kept = originals[id(module), "weight"].kept_bias
                     tensor = old.get(name, parameter if kept is None else kept)
                 else:
-                    tensor = old.get(name, parameter)
+                    tensor = old.get(name, tables.get(id(parameter), parameter))
                 yield prefix + name, tensor, module
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
@@ -133,6 +136,12 @@ def _unstacked(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     return None if replication is None else (replication.stacked, replication.original)
 
 
+def _merged_tables(model: nn.Module) -> dict[int, Tensor]:
+    """The id of a table's weight into which rows are merged -> the table without them, as far as they were kept."""
+    tables = [m for _, m in walk(model) if isinstance(m, TokenRows) and not m.follows and m.merged_adapters]
+    return {id(t.original_module.weight): t.token_adapter.original(strict=False) for t in tables}
+
+
 def _shared(standing: Iterable[LoraLayer]) -> list[tuple[nn.Parameter, LoraLayer]]:
     held = [(layer.source._parameters.get(layer.slot.parameter), layer) for layer in standing]
     return [(parameter, layer) for parameter, layer in held if parameter is not None]
@@ -146,7 +155,7 @@ def _plain_modules(
         module = unstacked[1]
     if isinstance(module, LoraLayer):
         module = module.source
-    elif isinstance(module, ModuleCopies):
+    elif isinstance(module, (ModuleCopies, TokenRows)):
         module = module.original_module
     yield path, module
     for attribute, child in module._modules.items():

@@ -65,6 +65,7 @@ def save(
         return save_form(user, folder, saved_form(user, name, "raw", tensors))
     warn_caller(
         f"Adapter {name!r} acts on a base that {config.init_lora_weights!r} changed, and is saved so, as PEFT does. "
-        "For other programs pass `path_initial_model_for_weight_conversion`, or save it with `lorakit.core.save_adapter`."
+        "For other programs pass `path_initial_model_for_weight_conversion`, or save it with "
+        "`lorakit.core.save_adapter`."
     )
     return core.save_as_trained(user, folder, name, tensors=tensors)

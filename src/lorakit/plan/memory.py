@@ -91,9 +91,7 @@ class _Part:
 
 
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memory:
-    """Bytes of a LoRA step: frozen weights in the job's dtype or quantised, fp32 factors, AdamW.
-
-    By docs/math.md (20) to (28).
+    """Bytes of a LoRA step: frozen weights, fp32 factors, AdamW or LoRA-FA.   [docs/math.md (20)-(28)]
 
     Args:
         shape: The base.
