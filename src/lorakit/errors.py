@@ -71,14 +71,14 @@ class AdapterError(LorakitError, ValueError):
     code = "LORA-E030"
 
 
-class RouteError(LorakitError, RuntimeError):
+class RouteError(LorakitError, RuntimeError, ValueError):
     """Which adapter a row uses is not known, or cannot be had at this site."""
 
     code = "LORA-E040"
 
 
-class MergeError(LorakitError, RuntimeError):
-    """Merging or unmerging is not possible as asked."""
+class MergeError(LorakitError, RuntimeError, ValueError):
+    """Merging or unmerging is not possible as asked; programs of the field catch either builtin."""
 
     code = "LORA-E050"
 

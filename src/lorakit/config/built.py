@@ -16,7 +16,6 @@ NOT_BUILT: Mapping[str, Any] = {
     "use_bdlora": None,
     "arrow_config": None,
     "kasa_config": None,
-    "ensure_weight_tying": False,
 }
 """Fields that are known but not built, each with the value that asks for nothing."""
 

@@ -17,7 +17,8 @@ from lorakit.config import LoraConfig, scale
 from lorakit.core.activation import adapter_parameters
 from lorakit.core.bases import hold_still, let_go
 from lorakit.core.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
-from lorakit.core.extras import BiasSwitch, Extras, ModuleCopies, build_extras
+from lorakit.core.extra_parts import fresh_extras
+from lorakit.core.extras import BiasSwitch, Extras, ModuleCopies
 from lorakit.core.fresh import Part, fresh_parts, memory_notes
 from lorakit.core.invoking import install, uninstall
 from lorakit.core.layer import LoraLayer
@@ -27,10 +28,10 @@ from lorakit.core.moving import give_base_back
 from lorakit.core.parameter_sites import bare_parameters
 from lorakit.core.replication import stacked_for
 from lorakit.core.routing import AdapterState, Route
-from lorakit.core.row_choice import chosen_rows
-from lorakit.core.row_parts import new_rows, put_rows
+from lorakit.core.row_parts import put_rows
 from lorakit.core.sitemap import Place, SiteMap, find_state, layers, state_of, survey
 from lorakit.core.statistics import Statistics
+from lorakit.core.ties import tie_factors, with_ties
 from lorakit.core.token_rows import TokenRows
 from lorakit.default_targets import DEFAULT_TARGETS
 from lorakit.errors import ConfigError
@@ -93,13 +94,12 @@ def attach(
         site_map = survey(model)
         bare = bare_parameters(site_map, model) if config.target_parameters else None
         found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
+        ties = with_ties(model, site_map, config, found)
+        found = ties.found
         check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
         parts = fresh_parts(site_map, config, found.matches, seed, statistics)
         outer = {part.place.outer for part in parts}
-        rows = new_rows(site_map, chosen_rows(model, site_map, config, outer, found.saved))
-        extras = build_extras(site_map.modules, outer, found.saved, config.bias)
-        extras = dataclasses.replace(extras, rows=tuple(rows))
-        publish(model, site_map, name, config, parts, extras)
+        publish(model, site_map, name, config, parts, fresh_extras(model, site_map, config, outer, ties))
     trained = sum(parameter.numel() for parameter in adapter_parameters(model, name))
     return AttachReport(name, found.matches, trained, (*found.notes, *memory_notes(config, parts)), found.missing)
 
@@ -177,6 +177,7 @@ def publish(
             holder = ModuleCopies(holder, state)
             site_map.replace(site_map.modules[path], holder)
         holder.put(name, duplicate)
+    tie_factors(site_map, name, extras.leaders)
     put_rows(site_map, name, extras.rows, state)
     for module, originals in extras.biases:
         BiasSwitch.install(name, originals, module, state)
@@ -200,7 +201,8 @@ def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
         return dataclasses.replace(config)
     if model_type not in DEFAULT_TARGETS:
         raise ConfigError(
-            f"target_modules is not set, and there is no default for a {type(model).__name__}. Name the "
+            f"Please specify `target_modules` in `peft_config`: it is not set, and there is no default for a "
+            f"{type(model).__name__}. Name the "
             "modules to adapt, or use 'all-linear'."
         )
     default = DEFAULT_TARGETS[model_type]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -77,6 +77,16 @@ class ModuleCopies(Switched):
         """Drop an adapter's copy; one that is not here is no matter."""
         if name in self.modules_to_save:
             del self.modules_to_save[name]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that act here and have a copy, also while they are disabled."""
+        return [name for name in super().active_adapters if name in self.modules_to_save]
+
+    @property
+    def _adapters(self) -> set[str]:
+        """PEFT's name for `available_adapters`."""
+        return set(self.modules_to_save)
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -236,11 +246,13 @@ class Extras:
         copies: Path -> trainable copy of the module there.
         biases: Modules of the base, each with the biases it has now, (…), by name.
         rows: Rows of tables.
+        leaders: Path of a module -> path of the one to which it is tied.
     """
 
     copies: dict[str, nn.Module]
     biases: list[tuple[nn.Module, dict[str, Tensor]]]
     rows: tuple[NewRows, ...] = ()
+    leaders: Mapping[str, str] = field(default_factory=dict)
 
 
 def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved: Sequence[str], bias: str) -> Extras:

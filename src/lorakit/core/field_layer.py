@@ -12,18 +12,45 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import scale
-from lorakit.core.factor import HOLDERS
+from lorakit.core.factor import HOLDERS, Factor
+from lorakit.core.kinds import Kind, Slot
 from lorakit.core.layer import LoraLayer
 from lorakit.core.merging import merge, unmerge
-from lorakit.core.routing import Route
+from lorakit.core.routing import AdapterState, Route
 from lorakit.errors import ConfigTypeError, warn_caller
 
 
 class FieldLayer(LoraLayer):
-    """A `LoraLayer` as programs of the field know it."""
+    """A `LoraLayer` as programs of the field know it.
+
+    Attributes:
+        use_dora: Adapter -> whether it is DoRA here.
+        use_rslora: Adapter -> whether its scale is that of rsLoRA.
+        lora_bias: Adapter -> whether its B has a bias here.
+        other_param_names: Attributes that hold numbers per adapter.
+        cast_input_dtype_enabled: Accepted; the arithmetic here casts by itself.
+    """
 
     other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "lora_dropout")
     cast_input_dtype_enabled: bool = True
+
+    def __init__(self, base_layer: nn.Module, kind: Kind, slot: Slot, state: AdapterState) -> None:
+        super().__init__(base_layer, kind, slot, state)
+        self.use_dora: dict[str, bool] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.lora_bias: dict[str, bool] = {}
+
+    def put(self, name: str, factor: Factor, r: int, lora_alpha: float, trains: frozenset[str]) -> None:
+        """Add an adapter's factor; see `LoraLayer.put` for shapes such as A (r, in)."""
+        super().put(name, factor, r, lora_alpha, trains)
+        self.use_dora[name], self.lora_bias[name] = factor.variant == "dora", factor.bias is not None
+        self.use_rslora[name] = name in self.state.configs and self.state.configs[name].use_rslora
+
+    def remove(self, name: str) -> None:
+        """Drop an adapter's factor; one that is not here is no matter."""
+        super().remove(name)
+        for table in (self.use_dora, self.use_rslora, self.lora_bias):
+            table.pop(name, None)
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
@@ -49,21 +76,6 @@ class FieldLayer(LoraLayer):
     def merged(self) -> bool:
         """Whether an adapter is written into the base weight now."""
         return bool(self.merged_adapters)
-
-    @property
-    def use_dora(self) -> dict[str, bool]:
-        """Adapter -> whether it is DoRA here."""
-        return {name: variant == "dora" for name, variant in self.variant.items()}
-
-    @property
-    def use_rslora(self) -> dict[str, bool]:
-        """Adapter -> whether its scale is that of rsLoRA."""
-        return {name: self.state.configs[name].use_rslora for name in self.r if name in self.state.configs}
-
-    @property
-    def lora_bias(self) -> dict[str, bool]:
-        """Adapter -> whether its B has a bias here."""
-        return {name: self.factor(name).bias is not None for name in self.r}
 
     def get_base_layer(self) -> nn.Module:
         """The base's own module."""
@@ -171,6 +183,10 @@ class FieldLayer(LoraLayer):
             adapter_name: The adapter.
         """
         return self.variant.get(adapter_name, "plain") != "alora"
+
+    def _all_available_adapter_names(self) -> list[str]:
+        """PEFT's name for `available_adapters`, sorted."""
+        return sorted(self.available_adapters())
 
     def _cast_input_dtype(self, x: Any, dtype: torch.dtype) -> Any:
         """PEFT's step before A; the arithmetic here casts by itself."""

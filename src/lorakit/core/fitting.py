@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
@@ -16,6 +17,7 @@ from lorakit.core.kinds import kind_named
 from lorakit.core.patterns import literal_value
 from lorakit.core.row_choice import chosen_rows
 from lorakit.core.sitemap import INSIDE, Place, SiteMap
+from lorakit.core.ties import tied_groups, with_ties
 from lorakit.core.token_rows import ChosenRows
 from lorakit.errors import PatternError, TargetError, nearest
 from lorakit.targets import resolve, saved_modules
@@ -31,6 +33,7 @@ class Fit:
         copied: (id of the original module, name inside) -> tensor's name.
         biases: (id of a module, name of the bias) -> tensor's name.
         rows: Rows of tables, each with its tensor's name.
+        leaders: Path of a module -> path of the one to which it is tied.
         problems: One sentence per mismatch.
         shape_problems: Some mismatch is one of shapes, which no allowance lifts.
     """
@@ -40,6 +43,7 @@ class Fit:
     copied: dict[tuple[int, str], str] = field(default_factory=dict)
     biases: dict[tuple[int, str], str] = field(default_factory=dict)
     rows: list[tuple[ChosenRows, str]] = field(default_factory=list)
+    leaders: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     shape_problems: bool = False
 
@@ -84,6 +88,7 @@ def fit(
     _take_copies(left, site_map, result)
     _take_biases(left, config, site_map, result)
     _take_rows(left, config, site_map, model, result)
+    _check_ties(tensors, config, site_map, result)
     _check_sites(config, expected, result)
     extra = [name for name in left if not _known_extra(name, result)]
     result.problems += [f"unexpected {name}{_prefix_hint(name)}" for name in extra]
@@ -105,6 +110,8 @@ def _expected(config: LoraConfig, site_map: SiteMap) -> tuple[set[str] | None, t
     except TargetError:
         saved = saved_modules(site_map.candidates, plain)[0] if config.target_parameters else ()
         return (set() if only_words else None), tuple(saved)
+    if config.ensure_weight_tying:
+        found = with_ties(None, site_map, plain, found).found
     only_words = only_words and not isinstance(config.exclude_modules, str)
     if not only_words:
         return None, found.saved
@@ -169,6 +176,30 @@ def _take_rows(
         table: Tensor = site_map.base(chosen.path)._parameters["weight"]  # type: ignore[assignment]
         _check_shape(name, left.pop(name), (len(chosen.indices), table.shape[1]), result)
         result.rows.append((chosen, name))
+
+
+def _check_ties(tensors: Mapping[str, Tensor], config: LoraConfig, site_map: SiteMap, result: Fit) -> None:
+    """Find what is tied in the file; where the two are not the same there, they cannot become one."""
+    if not config.ensure_weight_tying:
+        return
+    groups = tied_groups(site_map, {*result.saved, *result.outer_paths()})
+    result.leaders = {path: leader for leader, partners in groups.items() for path in partners}
+    for path, leader in result.leaders.items():
+        pairs = [(f"{PREFIX}{path}.weight", tensors.get(f"{PREFIX}{leader}.weight"))]
+        if leader in result.sites:
+            embedding = result.sites[leader][1]
+            pairs = [
+                (f"{PREFIX}{path}.lora_{part}.weight", embedding[other].T if other in embedding else None)
+                for part, other in ("AB", "BA")
+            ]
+        for name, wanted in pairs:
+            if name in tensors and wanted is not None and not same_numbers(tensors[name], wanted):
+                result.problems.append(f"untied {name}: its numbers are not those of {leader}, to which it is tied")
+
+
+def same_numbers(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors (…) of a file hold the same numbers, whatever their dtypes."""
+    return one.shape == other.shape and torch.equal(one.to(other.dtype), other)
 
 
 def _check_sites(config: LoraConfig, expected: set[str] | None, result: Fit) -> None:

@@ -36,6 +36,7 @@ from lorakit.core.row_parts import new_rows
 from lorakit.core.sidecar import WEIGHTS_FILE, Sidecar, integrity, read_sidecar
 from lorakit.core.sitemap import SiteMap, find_state, survey
 from lorakit.core.tensorfile import TensorFile, read_tensors
+from lorakit.core.ties import tie_copies
 from lorakit.core.training_flags import set_trained
 from lorakit.core.variants import variant_for
 from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, PatternError, TargetError, warn_caller
@@ -169,7 +170,8 @@ def place_adapter(
         tensors = files.file.tensors
         given = {chosen.path: tensors[key] for chosen, key in fitted.rows}
         rows = new_rows(site_map, [chosen for chosen, _ in fitted.rows], given, trainable)
-        extras = dataclasses.replace(extras, rows=tuple(rows))
+        extras = dataclasses.replace(extras, rows=tuple(rows), leaders=fitted.leaders)
+        tie_copies(extras.copies, fitted.leaders)
         biases = _filled_copies(extras, fitted, site_map, files.file.tensors)
         for sentence in said:  # where warnings are errors, this refuses, so it comes before any change
             warn_caller(sentence)

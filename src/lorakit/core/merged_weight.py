@@ -120,7 +120,10 @@ def merged_weight(path: str, layer: LoraLayer, new: Sequence[str], how: How) -> 
     stored, W, total = sum_of_updates(layer, [*layer.merged_adapters, *new], how)
     after = _read_back(layer, stored)
     if not bool(torch.isfinite(after).all()):
-        raise MergeError(f"Merging {', '.join(new)} at {path} gives NaN or infinite weights. Nothing was changed.")
+        raise MergeError(
+            f"NaNs detected in the merged weights: merging {', '.join(new)} at {path} gives NaN or infinite weights. "
+            "Nothing was changed."
+        )
     wanted = float(torch.linalg.vector_norm(total))
     lost = float(torch.linalg.vector_norm(after - (W + total)))
     changed = float((after != W).float().mean())

@@ -42,6 +42,7 @@ from lorakit.core.merging_rows import (
 )
 from lorakit.core.sitemap import copies, layers, state_of
 from lorakit.core.switching import Switched
+from lorakit.core.ties import leader_of, of_one_weight, untied_copies
 from lorakit.core.underlying import QuantisedWeight, base_tensors, float_dtype, holders, quantised_weights
 from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError
@@ -119,7 +120,8 @@ def _merge(model: nn.Module, names: Sequence[str], keep_base: KeepBase, untie: b
     _check_mergeable(model, chosen, untie)
     check_rows(model, chosen, untie)
     here = [(path, layer, [n for n in chosen if n in layer.r]) for path, layer in layers(model)]
-    here = [(path, layer, new) for path, layer, new in here if new]
+    led = [] if untie else of_one_weight(model, chosen)
+    here = [(path, layer, new) for path, layer, new in here if new and all(layer is not one for one, _ in led)]
     if keep_base is False:  # two passes instead of a copy: all is known to be sound before the first weight changes
         reports = [merged_weight(path, layer, new, how)[1] for path, layer, new in here]
         for path, layer, new in here:
@@ -138,6 +140,8 @@ def _merge(model: nn.Module, names: Sequence[str], keep_base: KeepBase, untie: b
             put_bias(layer, bias)
     for _, holder in copies(model):
         holder.merged_adapter = next((n for n in chosen if n in holder.modules_to_save), holder.merged_adapter)
+    for layer, leader in led:
+        layer.kept, layer.merged_adapters = leader.kept, list(leader.merged_adapters)
     merge_rows(model, chosen, keep=keep_base is not False)
     state.join_default(chosen)
     kept = sum(kept_bytes(layer) for _, layer in layers(model)) + kept_row_bytes(model)
@@ -173,8 +177,10 @@ def unmerge(model: nn.Module, *names: str) -> None:
         left = [name for name in layer.merged_adapters if name not in chosen]
         if left != layer.merged_adapters:
             ready.append((layer, left, stored_for(layer, left), bias_for(layer, left)))
+    led = {id(layer) for layer, _ in of_one_weight(model, chosen)}
     for layer, left, stored, bias in ready:
-        place(layer, stored)
+        if id(layer) not in led or layer.tied_weight is not None:
+            place(layer, stored)
         put_bias(layer, bias)
         layer.merged_adapters = left
         if not left:
@@ -278,6 +284,7 @@ def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
             continue
         layer = sites.get((id(module), leaf))
         if layer is not None:
+            layer = leader_of(layer, chosen) or layer  # one weight, to the bit
             here = [n for n in chosen if n in layer.r]
             yield name, sum_of_updates(layer, here, How(False))[0] if here else tensor.detach()
         elif (id(module), leaf) in biased:
@@ -343,13 +350,14 @@ def _check_mergeable(model: nn.Module, names: Sequence[str], untie: bool) -> Non
 
 def tied_sites(model: nn.Module, names: Sequence[str]) -> list[tuple[str, str]]:
     """The sites of some adapters whose weight another module shares, each with the name of the other."""
-    held, found = holders(model), []
+    held, found, pairs = holders(model), [], of_one_weight(model, names)
     for path, layer in layers(model):
         if any(name in layer.r for name in names):
             parameter = layer.owner._parameters.get(layer.slot.parameter)
-            shared = [name for name, module in held.get(id(parameter), ()) if module is not layer.owner]
+            one = {id(m.owner) for pair in pairs if layer in pair for m in pair} | {id(layer.owner)}
+            shared = [name for name, module in held.get(id(parameter), ()) if id(module) not in one]
             found += [(path, shared[0])] if shared else []
-    return found
+    return found + untied_copies(model, names, held)
 
 
 def _check_variants(model: nn.Module, names: Sequence[str]) -> None:

@@ -54,28 +54,32 @@ def chosen_rows(
 
 def sharers(site_map: SiteMap, path: str) -> list[str]:
     """Paths of the other modules of the base whose weight is the very parameter of the module at a path."""
-    weight = _table(site_map, path)._parameters.get("weight")
-    if weight is None:
-        return []
-    return [
-        other
-        for other in site_map.modules
-        if other != path and _table(site_map, other)._parameters.get("weight") is weight
-    ]
+    whole = next((group for group in shared_weights(site_map) if path in group), [])
+    return [other for other in whole if other != path]
 
 
-def input_embedding(model: nn.Module, site_map: SiteMap) -> str | None:
+def shared_weights(site_map: SiteMap) -> list[list[str]]:
+    """The modules of the base that share one parameter as their weight, as lists of paths in the model's order."""
+    groups: dict[int, list[str]] = {}
+    for path in site_map.modules:
+        weight = table_at(site_map, path)._parameters.get("weight")
+        if weight is not None:
+            groups.setdefault(id(weight), []).append(path)
+    return [paths for paths in groups.values() if len(paths) > 1]
+
+
+def input_embedding(model: nn.Module | None, site_map: SiteMap) -> str | None:
     """Path of the model's input embedding in the plain base, or None where the model does not say which it is."""
     getter = getattr(model, "get_input_embeddings", None)
     try:
         module = getter() if getter is not None else None
     except (AttributeError, NotImplementedError):  # models without one differ in how they say so
         module = None
-    found = (path for path, standing in site_map.modules.items() if module in (standing, _table(site_map, path)))
+    found = (path for path, standing in site_map.modules.items() if module in (standing, table_at(site_map, path)))
     return next(found, None) if module is not None else None
 
 
-def _table(site_map: SiteMap, path: str) -> nn.Module:
+def table_at(site_map: SiteMap, path: str) -> nn.Module:
     """The base's module at a path, whatever stands around it."""
     standing = site_map.modules[path]
     return standing.original_module if isinstance(standing, ModuleCopies) else site_map.base(path)
@@ -103,7 +107,7 @@ def _named(model: nn.Module, site_map: SiteMap, config: LoraConfig) -> dict[str,
 
 
 def _checked(site_map: SiteMap, path: str, indices: Sequence[int]) -> tuple[int, ...]:
-    table = _table(site_map, path)
+    table = table_at(site_map, path)
     weight = table._parameters.get("weight")
     dense = isinstance(table, (nn.Embedding, nn.Linear)) and isinstance(weight, Tensor) and weight.is_floating_point()
     if not dense or weight is None:
@@ -130,12 +134,12 @@ def _groups(named: Mapping[str, tuple[int, ...]], site_map: SiteMap, config: Lor
     """Tables that share a weight and are named with the same rows, or not at all, are one; the embedding leads."""
     groups: list[ChosenRows] = []
     followers: set[str] = set()
-    leading = sorted(named, key=lambda path: not isinstance(_table(site_map, path), nn.Embedding))
+    leading = sorted(named, key=lambda path: not isinstance(table_at(site_map, path), nn.Embedding))
     for path in leading:
         if path in followers:
             continue
         tied: list[str] = []
-        if isinstance(_table(site_map, path), nn.Embedding):
+        if isinstance(table_at(site_map, path), nn.Embedding):
             shared = sharers(site_map, path)
             apart = [other for other in shared if named.get(other, named[path]) != named[path]]
             if apart and config.ensure_weight_tying:
@@ -159,7 +163,7 @@ def _check_free(
             "trainable_token_indices trains some of its rows. Name it in one of the two."
         )
     standing = site_map.modules[path]
-    if path in sites or (standing is not _table(site_map, path) and not isinstance(standing, TokenRows)):
+    if path in sites or (standing is not table_at(site_map, path) and not isinstance(standing, TokenRows)):
         raise TargetError(
             f"trainable_token_indices cannot be applied to {path}: an adapter has factors or a copy there. Take it out "
             "of target_modules or modules_to_save, or give the adapters a model each."

@@ -25,6 +25,9 @@ MAX_TENSORS = 100_000
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """dtypes that an adapter's numbers may have on disk, with their size; others would be destroyed by a cast."""
 
+WHOLE_BYTES = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+"""dtypes that buffers of copied modules may have beside those, such as a batch norm's count."""
+
 
 @dataclass(frozen=True)
 class TensorFile:
@@ -130,10 +133,11 @@ def _span(path: str | os.PathLike[str], name: str, entry: Any) -> tuple[int, int
         raise AdapterFileError(f"{path}: the header's entry for {name!r} is not one of a tensor.") from None
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
         raise AdapterFileError(f"{path}: tensor {name!r} has a shape or place that is not made of whole numbers.")
-    if dtype not in ITEM_BYTES:
+    sizes = ITEM_BYTES if ".lora_" in name else {**ITEM_BYTES, **WHOLE_BYTES}
+    if dtype not in sizes:
         raise AdapterFileError(
             f"{path}: tensor {name!r} has dtype {dtype}; only {', '.join(ITEM_BYTES)} can hold an adapter's numbers."
         )
-    if last - first != ITEM_BYTES[dtype] * math.prod(shape):
+    if last - first != sizes[dtype] * math.prod(shape):
         raise AdapterFileError(f"{path}: tensor {name!r} of shape {shape} does not fit its {last - first} bytes.")
     return first, last, name

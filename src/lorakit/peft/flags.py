@@ -44,6 +44,28 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     _set(model, dict.fromkeys(names, requires_grad))
 
 
+def pause(model: nn.Module) -> list[nn.Parameter]:
+    """Freeze every adapter for a while.
+
+    Args:
+        model: A model with adapters in it.
+
+    Returns:
+        The parameters, (…), that were trained.
+    """
+    trained = [
+        parameter
+        for _, module in walk(model)
+        if isinstance(module, (LoraLayer, ModuleCopies))
+        for name in module.available_adapters()
+        for parameter in module.parameters_of(name)
+        if parameter.requires_grad
+    ]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    return trained
+
+
 def _set(model: nn.Module, wanted: dict[str, bool], others: bool | None = None) -> None:
     for _, module in walk(model):
         if isinstance(module, (LoraLayer, ModuleCopies)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,12 +12,18 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import core
+from lorakit.config import LoraConfig
 from lorakit.core.checks import ALLOWANCES
-from lorakit.core.loading import read_adapter
+from lorakit.core.loading import place_adapter, read_adapter
+from lorakit.errors import AdapterFileError
 from lorakit.peft import flags
 from lorakit.peft.locating import adapter_folder
 from lorakit.peft.state_dicts import WRAPPED, names_of, set_peft_model_state_dict
 from lorakit.peft.tuner import CONFIGS
+
+
+class SizeMismatchError(AdapterFileError, RuntimeError):
+    """A tensor of an adapter has another shape than its place; torch's own loader raises a RuntimeError."""
 
 
 @dataclass
@@ -34,7 +41,7 @@ class LoadResult:
     report: core.LoadReport | None = None
 
 
-def load_whole(model: Any, folder: Path, name: str, *, trainable: bool) -> LoadResult:
+def load_whole(model: Any, folder: Path, name: str, *, trainable: bool, config: LoraConfig | None = None) -> LoadResult:
     """Put a saved adapter on a model.
 
     Args:
@@ -42,14 +49,19 @@ def load_whole(model: Any, folder: Path, name: str, *, trainable: bool) -> LoadR
         folder: The adapter's folder.
         name: Its name here.
         trainable: Go on training it.
+        config: Used instead of the one in the folder, and noted to be frozen or not; None takes the folder's.
 
     Raises:
-        AdapterFileError: Files are missing or damaged, or shapes do not fit.
+        AdapterFileError: Files are missing or damaged.
+        SizeMismatchError: Shapes do not fit.
         AdapterError: The name cannot be used.
     """
-    user = model.get_base_model()
-    report = core.load_adapter(user, folder, name, trainable=trainable, allow=ALLOWANCES)
-    setattr(user, CONFIGS, model.peft_config)
+    try:
+        report = _load(model, folder, name, trainable, config)
+    except AdapterFileError as refused:
+        if "has shape" in str(refused):
+            raise SizeMismatchError(f"size mismatch: {refused}") from None
+        raise
     result = LoadResult(report=report)
     if report.warnings:
         held = set(read_adapter(folder).file.tensors)
@@ -57,6 +69,20 @@ def load_whole(model: Any, folder: Path, name: str, *, trainable: bool) -> LoadR
         result.missing_keys = [key for on_disk, key in places.items() if on_disk not in held]
         result.unexpected_keys = sorted(held - set(places))
     return result
+
+
+def _load(model: Any, folder: Path, name: str, trainable: bool, config: LoraConfig | None) -> core.LoadReport:
+    user = model.get_base_model()
+    if config is None:
+        report = core.load_adapter(user, folder, name, trainable=trainable, allow=ALLOWANCES)
+    else:
+        files = dataclasses.replace(read_adapter(folder), config=config, config_is_ours=False)
+        sites, said = place_adapter(user, files, name, trainable, ALLOWANCES)
+        report = core.LoadReport(name, config, sites, "unverifiable", said)
+        config.inference_mode = not trainable
+        model.peft_config[name] = config
+    setattr(user, CONFIGS, model.peft_config)
+    return report
 
 
 def load_by_names(

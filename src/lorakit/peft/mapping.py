@@ -68,7 +68,7 @@ def inject_adapter_in_model(
         peft_config: How the adapter looks; it is only read.
         model: The base, changed in place.
         adapter_name: Its name.
-        low_cpu_mem_usage: Accepted; factors are made once, where their site is.
+        low_cpu_mem_usage: Leave the factors without memory until `set_peft_model_state_dict` fills them.
         state_dict: Names of tensors (…) that say where the adapter sits, instead of the config; only names are read.
 
     Raises:
@@ -83,5 +83,5 @@ def inject_adapter_in_model(
             "is LoRA."
         )
     tuner = LoraModel(model)
-    tuner.inject(adapter_name, peft_config, state_dict=state_dict)
+    tuner.inject(adapter_name, peft_config, on_meta=low_cpu_mem_usage, state_dict=state_dict)
     return model

@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from lorakit.config import LoraConfig, TaskType
+from lorakit.core.attaching import AttachReport
 from lorakit.core.sitemap import survey
 from lorakit.errors import ConfigError, TargetError
-from lorakit.targets import ALL_LINEAR, Candidate, names_path, resolve
+from lorakit.targets import ALL_LINEAR, Candidate, key_fits, names_path, resolve
 
 SEQ_CLS_HEADS = ("score", "classifier")
 
@@ -136,3 +137,23 @@ def find_minimal_target_modules(target_modules: Collection[str], other_module_na
 def _suffixes(path: str) -> list[str]:
     words = path.split(".")
     return [".".join(words[-count:]) for count in range(1, len(words) + 1)]
+
+
+def said_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
+    """What is said where PEFT goes on although an entry names nothing; its own words come first where programs match.
+
+    Args:
+        config: The config.
+        report: What attaching it gave.
+    """
+    said = [sentence for sentence in report.missing if not sentence.startswith(("rank_pattern", "alpha_pattern"))]
+    for field in ("rank_pattern", "alpha_pattern"):
+        unmatched = sorted(
+            key for key in getattr(config, field) if not any(key_fits(key, match.path) for match in report.matches)
+        )
+        why = " ".join(sentence for sentence in report.missing if sentence.startswith(field))
+        if unmatched:
+            said.append(
+                f"The following {field} keys did not match any targeted module and were ignored: {unmatched}. {why}"
+            )
+    return said

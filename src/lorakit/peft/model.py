@@ -14,18 +14,18 @@ from torch import nn
 from lorakit import core
 from lorakit.config import LoraConfig, PeftConfig, PeftType, TaskType, read_config
 from lorakit.errors import AdapterError, ConfigError, warn_caller
-from lorakit.peft import casting, standing, starting, status
-from lorakit.peft.cards import write_card
-from lorakit.peft.counting import Counted
+from lorakit.peft import casting, standing, starting
 from lorakit.peft.loaded import LoadResult, load_by_names, load_whole
 from lorakit.peft.locating import adapter_folder
 from lorakit.peft.options import check_options
 from lorakit.peft.preparing import checkpoints, take_gradients_at_the_input
+from lorakit.peft.pushing import Pushed
+from lorakit.peft.showing import Shown
 from lorakit.peft.state_dicts import get_peft_model_state_dict
 from lorakit.peft.tuners.lora.model import LoraModel
 
 
-class PeftModel(Counted):
+class PeftModel(Shown, Pushed):
     """A model with adapters, as PEFT shows it.
 
     Attributes:
@@ -114,7 +114,7 @@ class PeftModel(Counted):
             model_id: A folder, or a hub id.
             adapter_name: The adapter's name here.
             is_trainable: Go on training it; otherwise it is frozen and the model is put in eval mode.
-            config: Only its task_type is used: it picks the class that is returned.
+            config: Used instead of the one in the folder, with `inference_mode` set.
             autocast_adapter_dtype: False gives the factors the dtype of the weight they stand beside.
             kwargs: `subfolder`, `revision`, `key_mapping`; for others see `options.py`.
 
@@ -133,7 +133,7 @@ class PeftModel(Counted):
         wrapper = cls.for_task(task)(model)
         kwargs.setdefault("key_mapping", getattr(model, "_checkpoint_conversion_mapping", None))
         result = wrapper.load_adapter(
-            folder, adapter_name, is_trainable, autocast_adapter_dtype=autocast_adapter_dtype, **kwargs
+            folder, adapter_name, is_trainable, autocast_adapter_dtype=autocast_adapter_dtype, config=config, **kwargs
         )
         if result.missing_keys:
             warn_caller(f"Found missing adapter keys while loading the checkpoint: {result.missing_keys}.")
@@ -178,6 +178,7 @@ class PeftModel(Counted):
             NotYetSupported: The adapter, or an option, needs what is not built yet.
         """
         folder = adapter_folder(model_id, kwargs.pop("subfolder", None), kwargs.pop("revision", None))
+        config = kwargs.pop("config", None)
         ignore_sizes = bool(kwargs.pop("ignore_mismatched_sizes", False))
         check_options("load_adapter", kwargs)
         if key_mapping or ignore_sizes or adapter_name in self.peft_config:
@@ -185,7 +186,7 @@ class PeftModel(Counted):
                 self, folder, adapter_name, trainable=is_trainable, key_mapping=key_mapping, ignore_sizes=ignore_sizes
             )
         else:
-            result = load_whole(self, folder, adapter_name, trainable=is_trainable)
+            result = load_whole(self, folder, adapter_name, trainable=is_trainable, config=config)
         if not autocast_adapter_dtype:
             casting.cast_to_base(self, adapter_name)
         if not is_trainable:
@@ -257,8 +258,16 @@ class PeftModel(Counted):
         Yields:
             Nothing.
         """
+        irregular = self.base_model.is_partly_disabled()
+        if irregular:
+            warn_caller(
+                "The model contains some adapter layers that are enabled and others that are disabled. This is most "
+                "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled"
+            )
         with contextlib.nullcontext() if not self.peft_config else core.disable(self.get_base_model()):
             yield
+        if irregular:
+            self.base_model.enable_adapter_layers()
 
     def get_base_model(self) -> nn.Module:
         """The user's model, with the adapters in it."""
@@ -313,22 +322,6 @@ class PeftModel(Counted):
         if is_main_process:
             self.create_or_update_model_card(save_directory)
 
-    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write `README.md` beside an adapter, or put into one that is there what it lacks.
-
-        Args:
-            output_dir: The folder.
-        """
-        write_card(self, Path(output_dir))
-
-    def get_layer_status(self) -> list[status.TunerLayerStatus]:
-        """The status of every adapted layer; see `status.get_layer_status`."""
-        return status.get_layer_status(self)
-
-    def get_model_status(self) -> status.TunerModelStatus:
-        """The status of the model; see `status.get_model_status`."""
-        return status.get_model_status(self)
-
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Train adapters, or freeze them, whatever is active.
 
@@ -368,7 +361,7 @@ class PeftModel(Counted):
         Raises:
             RouteError: There is no such adapter, or the rows do not fit the batch.
         """
-        with starting.options_of_forward(self, adapter_names, args, kwargs):
+        with standing.saying_lengths(adapter_names), starting.options_of_forward(self, adapter_names, args, kwargs):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:

@@ -5,7 +5,8 @@ The answers come from `lorakit.core`; other files of this part ask here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from lorakit.core.factor import HOLDERS
 from lorakit.core.layer import LoraLayer
 from lorakit.core.sitemap import find_state
 from lorakit.core.walking import walk
+from lorakit.errors import RouteError
 
 
 def is_wrapper(model: nn.Module) -> bool:
@@ -68,6 +70,28 @@ def is_disabled(module: LoraLayer | ModuleCopies) -> bool:
 
 BACKENDS = {"bnb-4bit": "bnb 4bit", "bnb-8bit": "bnb 8bit"}
 """Name of a row of BASES -> PEFT's word for it, where it has another."""
+
+
+@contextlib.contextmanager
+def saying_lengths(adapter_names: Sequence[str] | None) -> Iterator[None]:
+    """A block whose refusal of rows that do not fit the batch begins as PEFT's does.
+
+    Args:
+        adapter_names: One adapter per row, or None.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        RouteError: As the block's.
+    """
+    try:
+        yield
+    except RouteError as refused:
+        if adapter_names is None or "rows" not in str(refused):
+            raise
+        said = "Length of `adapter_names` should be the same as the number of inputs"
+        raise RouteError(f"{said}, but got {len(adapter_names)}. {refused}") from refused
 
 
 def quantisation_at(module: LoraLayer | ModuleCopies) -> str | None:

@@ -15,7 +15,7 @@ from lorakit.core.extras import BiasSwitch, ModuleCopies
 from lorakit.core.layer import LoraLayer
 from lorakit.core.underlying import base_tensors
 from lorakit.errors import AdapterError, AdapterFileError, warn_caller
-from lorakit.peft import standing
+from lorakit.peft import casting, standing
 
 WRAPPED = "base_model.model."
 COMPILED = "_orig_mod"
@@ -54,8 +54,9 @@ def get_peft_model_state_dict(
     values = model.state_dict() if state_dict is None else state_dict
     found = {}
     for on_disk, in_memory in names_of(model, adapter_name):
-        if in_memory in values:
-            found[on_disk] = values[in_memory]
+        gathered = in_memory if in_memory in values else in_memory.replace(FSDP, "")
+        if gathered in values:
+            found[on_disk.replace(FSDP, "")] = values[gathered]
     if save_embedding_layers is True:
         found |= _embeddings(model, values)
     return found
@@ -157,6 +158,8 @@ def set_peft_model_state_dict(
         )
     if unexpected:
         warn_caller(f"The adapter {adapter_name!r} has no place for these tensors: {', '.join(unexpected[:8])}.")
+    hollow = {name: tensor for name, tensor in placed.items() if current[name].is_meta}
+    casting.fill(model, adapter_name, hollow)
     result = model.load_state_dict(placed, strict=False)
     return IncompatibleKeys(list(result.missing_keys), unexpected)
 

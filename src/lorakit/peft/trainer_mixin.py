@@ -68,13 +68,14 @@ class LoraTrainerMixin:
                 "needs a LoraConfig of lorakit, and the model itself, loaded."
             )
         parent: Any = super()
-        self._marked: list[nn.Module] = []
+        self._judged = True  # the parent looks at the model it is given in its constructor, and only there
+        self._marked: list[Any] = []
         try:
             parent.__init__(None if model is None else self._adopt(model), *args, **kwargs)
         finally:
+            self._judged = False
             for base in self._marked:
                 del base._hf_peft_config_loaded
-            self._marked.clear()
         for name in ("fsdp", "deepspeed"):
             if getattr(self, f"is_{name}_enabled", False):
                 raise NotYetSupported(f"{name}: adapters of a sharded model are not written yet; train it unsharded.")
@@ -123,8 +124,8 @@ class LoraTrainerMixin:
             model = PeftModel(model)
         self.lora_model = model
         base: Any = model.get_base_model()
-        if getattr(base, "is_quantized", False) and not base._hf_peft_config_loaded:
-            # The parent refuses a quantised model that does not say so; afterwards it would break the base's own save.
+        if self._judged and getattr(base, "is_quantized", False) and not base._hf_peft_config_loaded:
+            # The parent refuses a quantised model without this; while it stands, the base's own save looks for peft.
             base._hf_peft_config_loaded = True
             self._marked.append(base)
         return base
@@ -136,7 +137,9 @@ class LoraTrainerMixin:
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.lora_model.save_pretrained(folder)
-        speaker = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        speaker = self.processing_class
+        if speaker is None:
+            speaker = getattr(self.data_collator, "tokenizer", None)
         if speaker is not None:
             speaker.save_pretrained(folder)
         torch.save(self.args, folder / ARGUMENTS_FILE)

@@ -13,6 +13,7 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.activation import parameters_by_adapter
 from lorakit.core.checks import ALLOWANCES
+from lorakit.core.extras import ModuleCopies
 from lorakit.core.layer import LoraLayer
 from lorakit.core.merging import tied_sites
 from lorakit.core.sitemap import find_state
@@ -20,7 +21,7 @@ from lorakit.default_targets import DEFAULT_TARGETS
 from lorakit.errors import AdapterError, ConfigError, RouteError, warn_caller
 from lorakit.peft import casting, flags, standing
 from lorakit.peft.keyed_targets import config_for_keys
-from lorakit.targets import key_fits
+from lorakit.peft.matching import said_of_missing
 
 BASE_NAME = "__base__"
 """In `adapter_names`: a row that runs on the base alone."""
@@ -37,11 +38,13 @@ class BaseTuner(nn.Module):
         prefix: How the names of an adapter's parameters begin.
         tuner_layer_cls: Class of the adapted layers.
         target_module_mapping: What is adapted where a config names nothing, by the base's `model_type`.
+        uses_shared_state: PEFT's word for methods whose parameters lie in the tuner; LoRA's do not.
     """
 
     prefix: ClassVar[str] = "lora_"
     tuner_layer_cls: ClassVar[type[nn.Module]] = LoraLayer
     target_module_mapping: ClassVar[Mapping[str, Any]] = DEFAULT_TARGETS
+    uses_shared_state: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -61,7 +64,7 @@ class BaseTuner(nn.Module):
                     "in the model. Make sure to know what you are doing!"
                 )
             config = peft_config if isinstance(peft_config, LoraConfig) else peft_config[adapter_name]
-            self.inject(adapter_name, config, state_dict=state_dict)
+            self.inject(adapter_name, config, on_meta=low_cpu_mem_usage, state_dict=state_dict)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -116,6 +119,7 @@ class BaseTuner(nn.Module):
         config: LoraConfig,
         *,
         autocast_adapter_dtype: bool = True,
+        on_meta: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Attach a fresh adapter; entries that match nothing are warned about by name.
@@ -124,6 +128,7 @@ class BaseTuner(nn.Module):
             name: Its name.
             config: Its config; it is copied.
             autocast_adapter_dtype: False gives the factors the dtype of the weight they stand beside.
+            on_meta: Leave the factors without memory until `set_peft_model_state_dict` fills them.
             state_dict: Names of tensors (…) that say where the adapter sits, instead of the config.
 
         Raises:
@@ -143,6 +148,8 @@ class BaseTuner(nn.Module):
         flags.set_trained(self.model, name, not active and not config.inference_mode)
         if not autocast_adapter_dtype:
             casting.cast_to_base(self.model, name)
+        if on_meta:
+            casting.empty(self.model, name)
 
     def _check_new_adapter_config(self, config: LoraConfig) -> None:
         if config.bias != "none" and any(other.bias != "none" for other in self.peft_config.values()):
@@ -160,6 +167,7 @@ class BaseTuner(nn.Module):
 
         Raises:
             RouteError: There is no such adapter.
+            ConfigError: Two of them copy the same module.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         state = find_state(self.model)
@@ -168,6 +176,12 @@ class BaseTuner(nn.Module):
         if state is None:
             raise RouteError(f"There is no adapter {names[0]!r} on this model. Adapters here: none.")
         state.check(names)
+        for module in standing.adapted(self.model):
+            if isinstance(module, ModuleCopies) and len(set(names) & standing.available_at(module)) > 1:
+                raise ConfigError(
+                    f"Only one adapter can be set at a time for modules_to_save, got {names}: each has its own copy of "
+                    "the module."
+                )
         if any(standing.merged_at(module) for module in standing.adapted(self.model)):
             warn_caller("Adapter cannot be set when the model is merged. Unmerging the model first.")
             core.unmerge(self.model)
@@ -218,6 +232,10 @@ class BaseTuner(nn.Module):
         config = self.peft_config.get(adapter_name)
         return config is not None and config.alora_invocation_tokens is None
 
+    def is_partly_disabled(self) -> bool:
+        """Whether adapters are switched off at some layers and on at others."""
+        return len({bool(module.aside) for module in standing.adapted(self.model)}) > 1
+
     def enable_adapter_layers(self) -> None:
         """Undo `disable_adapter_layers`."""
         state = find_state(self.model)
@@ -225,11 +243,14 @@ class BaseTuner(nn.Module):
             state.take_up()
             for module in standing.adapted(self.model):
                 module.enable_adapters(True)
+            for parameter in self.__dict__.pop("_paused", ()):
+                parameter.requires_grad_(True)
 
     def disable_adapter_layers(self) -> None:
-        """Run the base alone until `enable_adapter_layers`; for a block, `disable_adapter` is safer."""
+        """Run the base alone, and train nothing, until `enable_adapter_layers`; a block is safer: `disable_adapter`."""
         state = find_state(self.model)
-        if state is not None:
+        if state is not None and state.aside is None:
+            self.__dict__["_paused"] = flags.pause(self.model)
             state.lay_aside()
 
     @contextlib.contextmanager
@@ -258,6 +279,9 @@ class BaseTuner(nn.Module):
         unknown = sorted(set(adapter_names) - set(self.peft_config) - {BASE_NAME})
         if unknown:
             raise ConfigError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        state = find_state(self.model)
+        if state is not None and state.chosen.names and not state.active().mentions:
+            return contextlib.nullcontext()  # disabled, which PEFT puts above what a call asks for
         rows = [None if name == BASE_NAME else name for name in adapter_names]
         return core.route(self.model, rows, copies=copies)
 
@@ -360,23 +384,3 @@ class BaseTuner(nn.Module):
                 "longer tied (tie_word_embeddings is False from now on)."
             )
         return bool(tied)
-
-
-def said_of_missing(config: LoraConfig, report: core.AttachReport) -> list[str]:
-    """What is said where PEFT goes on although an entry names nothing; its own words come first where programs match.
-
-    Args:
-        config: The config.
-        report: What attaching it gave.
-    """
-    said = [sentence for sentence in report.missing if not sentence.startswith(("rank_pattern", "alpha_pattern"))]
-    for field in ("rank_pattern", "alpha_pattern"):
-        unmatched = sorted(
-            key for key in getattr(config, field) if not any(key_fits(key, match.path) for match in report.matches)
-        )
-        why = " ".join(sentence for sentence in report.missing if sentence.startswith(field))
-        if unmatched:
-            said.append(
-                f"The following {field} keys did not match any targeted module and were ignored: {unmatched}. {why}"
-            )
-    return said
