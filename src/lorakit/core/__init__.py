@@ -23,6 +23,7 @@ from lorakit.core.fingerprinting import Fingerprint, fingerprint
 from lorakit.core.inspecting import AdapterSummary, inspect_adapter
 from lorakit.core.intruders import SiteIntruders, reduce_intruders
 from lorakit.core.invoking import invocation_offsets, invoked
+from lorakit.core.kinds import Kind, Slot, kind_named
 from lorakit.core.layer import LoraLayer
 from lorakit.core.loading import LoadReport, load_adapter
 from lorakit.core.lowrank import Cut
@@ -44,12 +45,14 @@ __all__ = [
     "Cut",
     "ExtractReport",
     "Fingerprint",
+    "Kind",
     "LoadReport",
     "LoraLayer",
     "MergeReport",
     "SavedAdapter",
     "Site",
     "SiteIntruders",
+    "Slot",
     "Statistics",
     "TensorSource",
     "Way",
@@ -73,6 +76,7 @@ __all__ = [
     "inspect_adapter",
     "invocation_offsets",
     "invoked",
+    "kind_named",
     "load_adapter",
     "load_statistics",
     "merge",

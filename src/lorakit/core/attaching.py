@@ -8,7 +8,7 @@ refused call leaves the model as it was. The base is frozen while adapters sit o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -21,8 +21,9 @@ from lorakit.core.extra_parts import fresh_extras
 from lorakit.core.extras import BiasSwitch, Extras, ModuleCopies
 from lorakit.core.fresh import Part, fresh_parts, memory_notes
 from lorakit.core.invoking import install, uninstall
+from lorakit.core.kinds import Kind
 from lorakit.core.layer import LoraLayer
-from lorakit.core.layer_names import LAYERS
+from lorakit.core.layer_names import layer_class
 from lorakit.core.merging import check_unmergeable, merged_adapters, unmerge
 from lorakit.core.moving import give_base_back
 from lorakit.core.parameter_sites import bare_parameters
@@ -65,6 +66,7 @@ def attach(
     allow: Collection[str] = (),
     seed: int | None = None,
     statistics: Statistics | None = None,
+    kinds: Iterable[Kind] = (),
 ) -> AttachReport:
     """Put a fresh adapter on a model. The first one becomes active; later ones wait for `activate` or `use`.
 
@@ -75,6 +77,7 @@ def attach(
         allow: Refusals to lift: "partial_targets", "odd_scale".
         seed: Seed for the fresh factors; None draws from torch's own generator.
         statistics: What `collect_for` made of the data, for an init that looks at data.
+        kinds: Kinds of site of the user's own; loading the adapter needs them again.
 
     Returns:
         What was attached.
@@ -91,7 +94,7 @@ def attach(
     config = with_targets(config, model)
     check_bias_alone(state, config)
     with stacked_for(model, config, state):
-        site_map = survey(model)
+        site_map = survey(model, kinds)
         bare = bare_parameters(site_map, model) if config.target_parameters else None
         found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
         ties = with_ties(model, site_map, config, found)
@@ -166,6 +169,7 @@ def publish(
             parameter.requires_grad_(False)
         state.default = Route((name,))
     state.configs[name] = config
+    state.kinds = site_map.own
     for part in parts:
         layer = site_map.layer(part.place) or site_map.put(part.place, _maker(part.place, state))
         layer.put(name, part.factor, part.r, part.lora_alpha, part.trains)
@@ -187,7 +191,8 @@ def publish(
 
 
 def _maker(place: Place, state: AdapterState) -> Callable[[nn.Module], LoraLayer]:
-    return lambda module: LAYERS[place.kind.name](module, place.kind, place.slot, state)
+    made = layer_class(place.kind)
+    return lambda module: made(module, place.kind, place.slot, state)
 
 
 def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, scale
 from lorakit.core.bases import base_of
-from lorakit.core.factor import Factor
+from lorakit.core.factor import Factor, factor_dtype, make_dropout
 from lorakit.core.inits import Blank, fresh_bias, init_for
 from lorakit.core.inits.init import BOTH
 from lorakit.core.moving import check_can_move, moved_base, written
@@ -161,23 +161,6 @@ def as_parameters(factor: Factor, trainable: bool = True, trains: frozenset[str]
     vector = None if factor.magnitude is None else nn.Parameter(factor.magnitude, trainable)
     bias = None if factor.bias is None else nn.Parameter(factor.bias, trainable)
     return dataclasses.replace(factor, A=A, B=B, magnitude=vector, bias=bias)
-
-
-def make_dropout(p: float) -> nn.Module:
-    """What an input passes before A: nothing where p is 0."""
-    return nn.Dropout(p) if p > 0 else nn.Identity()
-
-
-def factor_dtype(module: nn.Module, parameter: str) -> torch.dtype:
-    """The dtype of A and B beside a weight: fp32, or the weight's where it is wider.
-
-    Args:
-        module: The module that holds the weight.
-        parameter: Its name there.
-    """
-    weight = module._parameters.get(parameter)
-    floats = weight is not None and weight.is_floating_point()
-    return torch.promote_types(weight.dtype, torch.float32) if floats else torch.float32  # type: ignore[union-attr]
 
 
 def check_bias_of_b(config: LoraConfig, place: Place) -> None:

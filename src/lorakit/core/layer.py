@@ -77,7 +77,7 @@ class LoraLayer(Switched):
     @property
     def kind(self) -> Kind:
         """The row of KINDS."""
-        return kind_named(self.kind_name)
+        return kind_named(self.kind_name, self.state.kinds)
 
     @property
     def owner(self) -> nn.Module:

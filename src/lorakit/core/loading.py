@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,18 @@ from lorakit.core.attaching import publish
 from lorakit.core.bases import base_of
 from lorakit.core.checks import check_allowances, check_bias_alone, check_new_name, check_scales
 from lorakit.core.extras import Extras, ModuleCopies, build_extras
-from lorakit.core.factor import Factor
+from lorakit.core.factor import Factor, factor_dtype, make_dropout
 from lorakit.core.fingerprinting import DIFFERENT, compare, fingerprint
 from lorakit.core.fitting import Fit, fit
-from lorakit.core.fresh import Part, as_parameters, check_bias_of_b, factor_dtype, make_dropout
+from lorakit.core.fresh import Part, as_parameters, check_bias_of_b
 from lorakit.core.inits import trains_of
+from lorakit.core.kinds import Kind
 from lorakit.core.parameter_sites import check_standing, dropout_at, named_places
 from lorakit.core.patterns import literal_value
 from lorakit.core.replication import stacked_for
 from lorakit.core.restoring import Past, past_of
 from lorakit.core.row_parts import new_rows
-from lorakit.core.sidecar import WEIGHTS_FILE, Sidecar, integrity, read_sidecar
+from lorakit.core.sidecar import KINDS_KEY, WEIGHTS_FILE, Sidecar, integrity, read_sidecar
 from lorakit.core.sitemap import SiteMap, find_state, survey
 from lorakit.core.tensorfile import TensorFile, read_tensors
 from lorakit.core.ties import tie_copies
@@ -98,6 +99,7 @@ def load_adapter(
     *,
     trainable: bool = False,
     allow: Collection[str] = (),
+    kinds: Iterable[Kind] = (),
 ) -> LoadReport:
     """Put a saved adapter on a model. The first adapter becomes active; later ones wait for `activate` or `use`.
 
@@ -108,6 +110,7 @@ def load_adapter(
         trainable: Go on training it; otherwise it is frozen. One whose init moved the base, written as plain LoRA,
             moves it again then and has its own rank.
         allow: Refusals to lift: "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init".
+        kinds: Kinds of site of the user's own that the adapter was made with.
 
     Returns:
         What was loaded.
@@ -131,12 +134,17 @@ def load_adapter(
         )
     if verdict == DIFFERENT:
         said.append(f"{files.folder}: loaded on another base as allowed: {reason}.")
-    sites, more = place_adapter(model, dataclasses.replace(files, warnings=tuple(said)), name, trainable, allow)
+    sites, more = place_adapter(model, dataclasses.replace(files, warnings=tuple(said)), name, trainable, allow, kinds)
     return LoadReport(name, files.config, sites, verdict, more)
 
 
 def place_adapter(
-    model: nn.Module, files: AdapterFiles, name: str, trainable: bool, allow: Collection[str]
+    model: nn.Module,
+    files: AdapterFiles,
+    name: str,
+    trainable: bool,
+    allow: Collection[str],
+    kinds: Iterable[Kind] = (),
 ) -> tuple[int, tuple[str, ...]]:
     """Put what was read onto a model; everything is checked before the first change.
 
@@ -146,6 +154,7 @@ def place_adapter(
         name: The adapter's name here.
         trainable: Go on training it.
         allow: Refusals to lift: "key_mismatch", "nonfinite", "odd_scale", "recompute_init".
+        kinds: As `load_adapter`.
 
     Returns:
         How many sites it has, and every warning that was said.
@@ -160,7 +169,8 @@ def place_adapter(
     config = files.config
     check_bias_alone(state, config)
     with stacked_for(model, config, state):
-        site_map = survey(model)
+        site_map = survey(model, kinds)
+        _check_kinds(files, site_map)
         fitted = _fitted(model, files, site_map)
         said = [*files.warnings, *_judge(files, fitted, allow)]
         past = past_of(files.folder, config, files.sidecar.began if files.is_ours else {}, trainable, allow)
@@ -180,6 +190,17 @@ def place_adapter(
         parameter.data = tensor
     set_trained(model, {name: trainable})
     return len(parts), tuple(said)
+
+
+def _check_kinds(files: AdapterFiles, site_map: SiteMap) -> None:
+    """Refuse an adapter that was made with a user's own kinds of site which are not given here."""
+    asked = files.sidecar.facts.get(KINDS_KEY)
+    lacking = sorted({str(name) for name in asked if str(name) not in site_map.own} if isinstance(asked, list) else ())
+    if lacking:
+        raise AdapterFileError(
+            f"{files.folder}: made with kinds of site of its user's own: {', '.join(lacking)}. Give them again: "
+            "load_adapter(..., kinds=[...])."
+        )
 
 
 def _fitted(model: nn.Module, files: AdapterFiles, site_map: SiteMap) -> Fit:

@@ -16,7 +16,7 @@ from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, LoraConfig, TaskType
 from lorakit.core.checks import check_allowances, check_known
 from lorakit.core.fingerprinting import fingerprint
 from lorakit.core.saved_form import INITIAL_FILE, SavedForm, saved_form
-from lorakit.core.sidecar import FORMAT_VERSION, METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
+from lorakit.core.sidecar import FORMAT_VERSION, KINDS_KEY, METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
 from lorakit.core.sitemap import layers, state_of, survey
 from lorakit.core.tensorfile import encode
 from lorakit.durable import json_bytes, sha256_bytes, sha256_file, write_bytes, write_json
@@ -143,6 +143,9 @@ def save_form(
         _check_finite(found.name, found.tensors)
     config = _config_on_disk(model, found.config, base_model_name_or_path)
     weights = encode(found.tensors, {"format": "pt", METADATA_KEY: str(FORMAT_VERSION)})
+    kinds = state_of(model).kinds
+    own = sorted({layer.kind_name for _, layer in layers(model) if found.name in layer.r and layer.kind_name in kinds})
+    facts = {**(facts or {}), KINDS_KEY: own} if own else facts
     about = {**(facts or {}), **found.about, "base": fingerprint(model).as_dict(), "sites": found.sites}
     if found.initial is not None:
         write_bytes(Path(folder) / INITIAL_FILE, found.initial)

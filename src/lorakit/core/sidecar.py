@@ -22,6 +22,9 @@ FORMAT_VERSION = 1
 METADATA_KEY = "lorakit"
 """Stands in the weights file's header as long as no other program has written it anew."""
 
+KINDS_KEY = "kinds"
+"""Names of the user's own kinds of site that the adapter was made with."""
+
 MAX_BYTES = 16 << 20
 
 BEGAN = "began"

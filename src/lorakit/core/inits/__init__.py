@@ -20,6 +20,7 @@ from lorakit.core.inits.olora import OLORA
 from lorakit.core.inits.orthogonal import ORTHOGONAL
 from lorakit.core.inits.pissa import PISSA
 from lorakit.core.inits.plain import GAUSSIAN, KAIMING, RANDOM
+from lorakit.core.kinds import is_for
 from lorakit.errors import ConfigError, nearest
 
 __all__ = ["INITS", "Blank", "Filled", "Init", "fresh_bias", "init_for", "init_named", "trains_of"]
@@ -70,7 +71,7 @@ def init_for(name: bool | str, kind: str, path: str) -> Init:
         ConfigError: There is no such init, or it has no meaning on this kind.
     """
     init = init_named(name)
-    if kind not in init.kinds:
+    if not is_for(init.kinds, kind):
         raise ConfigError(
             f"init_lora_weights is {name!r}, which has no meaning on a {kind} ({path}); it has one on "
             f"{', '.join(init.kinds)}. Leave the module out, or use True."
