@@ -16,7 +16,7 @@ SOURCES = Path(lorakit.__file__).parent.parent
 PACKAGES = Path(torch.__file__).parent.parent
 
 
-def run(program: str | Path, *arguments: object, peft: bool, links: Path) -> list[str]:
+def run(program: str | Path, *arguments: object, peft: bool, links: Path, processes: int = 1) -> list[str]:
     """What a program says when it is done: the parts it went through, one a line.
 
     Args:
@@ -25,6 +25,7 @@ def run(program: str | Path, *arguments: object, peft: bool, links: Path) -> lis
         peft: Whether the real `peft` can be imported there. Where not, the interpreter sees no site-packages (-S) but a
             folder of links to everything in it except peft and its metadata: nothing is blocked, it is not there.
         links: Where that folder is made.
+        processes: More than one are started together by torch.distributed.run.
     """
     path, flags = [str(SOURCES)], []
     if not peft:
@@ -42,7 +43,8 @@ def run(program: str | Path, *arguments: object, peft: bool, links: Path) -> lis
         "TOKENIZERS_PARALLELISM": "false",
     }
     file = program if isinstance(program, Path) else PROGRAMS / f"{program}.py"
-    command = [sys.executable, *flags, str(file), *map(str, arguments)]
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *flags, *together * (processes > 1), str(file), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     ours = [line for line in done.stderr.splitlines() if "UserWarning" in line or "/lorakit/" in line]

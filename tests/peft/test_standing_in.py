@@ -201,3 +201,12 @@ def test_other_trainers_of_trl(peft: bool, tiny_model_directory: Any, tmp_path: 
     runs.mkdir()
     done = run("preferences", tiny_model_directory, runs, peft=peft, links=tmp_path / "links")
     assert [line.partition(":")[0] for line in done] == ["DPOTrainer", "KTOTrainer", "RewardTrainer", "GRPOTrainer"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["stand_in", "mixin"])
+def test_two_processes(way: str, tiny_model_directory: Any, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    done = run("distributed", way, tiny_model_directory, runs, peft=True, links=tmp_path / "links", processes=2)
+    assert done == ["two processes: the adapter alone is saved; a resumed run ends with the same bits"]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.core.bases import base_of
 from lorakit.core.cloning import PARAMETRISED
@@ -117,6 +118,24 @@ class SiteMap:
         """The base's module that holds a place's weight."""
         owner = self.base(place.outer)
         return inner_base(owner, place.child) if place.child else owner
+
+    @cached_property
+    def shared(self) -> dict[int, list[str]]:
+        """Id of each parameter that several modules of the base hold -> their paths."""
+        held: dict[int, list[str]] = {}
+        for path in self.modules:
+            for parameter in self.base(path)._parameters.values():
+                if parameter is not None:
+                    held.setdefault(id(parameter), []).append(path)
+        return {key: paths for key, paths in held.items() if len(paths) > 1}
+
+    def weight(self, place: Place) -> Tensor:
+        """The base weight at a place without anything merged, canonical (out, in), fp32 or wider."""
+        standing, module, parameter = self.layer(place), self.holder(place), place.slot.parameter
+        if standing is not None:
+            return standing.read()
+        base = base_of(module, parameter)
+        return base.read(module, base.stored(module, parameter))
 
     def layer(self, place: Place) -> LoraLayer | None:
         """The layer that stands at a place already, or None."""
