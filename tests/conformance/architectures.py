@@ -126,6 +126,7 @@ _T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "d
 _THREE = {"num_labels": 3}
 
 _MOE = {**_LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2}
+_OSS = {**_MOE, "head_dim": 8, "num_hidden_layers": 2, "sliding_window": 8}
 _GEMMA = {**_LLAMA, "head_dim": 8}
 _NEOX = {**_BERT, "eos_token_id": 1, "hidden_dropout": 0.0, "rotary_pct": 0.5}
 _VIT = dict(hidden_size=16, intermediate_size=24, image_size=8, patch_size=4, num_channels=3, **_HEADS, **_SPREAD)
@@ -163,6 +164,7 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "qwen3-words": _of("Qwen3ForCausalLM", "Qwen3Config", **_GEMMA, tie_word_embeddings=False),
     "gemma-words": _of("GemmaForCausalLM", "GemmaConfig", **_GEMMA, tie_word_embeddings=False),
     "mixtral-words": _of("MixtralForCausalLM", "MixtralConfig", **_MOE, tie_word_embeddings=False),
+    "gpt-oss-words": _of("GptOssForCausalLM", "GptOssConfig", **_OSS, tie_word_embeddings=False),
     "neox-words": _of("GPTNeoXForCausalLM", "GPTNeoXConfig", **_NEOX),
     "vit-pictures": _of("ViTForImageClassification", "ViTConfig", **_VIT, **_THREE),
     "whisper-speech": _of("WhisperForConditionalGeneration", "WhisperConfig", **_WHISPER),

@@ -115,6 +115,7 @@ def copy_adapters(source: nn.Module, target: nn.Module) -> None:
 
 def _rows() -> list[Row]:
     word, pair, group, tag = "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS"
+    experts = ["gate_up_proj", "down_proj"]
     attention, gpt2, llama, bert, t5 = ["q_proj", "v_proj"], "gpt2-words", "llama-words", "bert-classes", "t5-words"
     return [
         # kinds x variants x inits
@@ -220,6 +221,45 @@ def _rows() -> list[Row]:
             "causal-gemma-embeddings", "gemma-words", {"task_type": word, "target_modules": ["q_proj", "embed_tokens"]}
         ),
         Row("causal-mixtral", "mixtral-words", {"task_type": word, "target_modules": ["q_proj", "o_proj"]}),
+        Row(
+            "experts-mixtral",
+            "mixtral-words",
+            {"task_type": word, "target_modules": [], "target_parameters": [f"experts.{p}" for p in experts]},
+        ),
+        Row(
+            "experts-mixtral-and-modules",
+            "mixtral-words",
+            {"task_type": word, "target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
+        ),
+        Row(
+            "experts-mixtral-rslora",
+            "mixtral-words",
+            {
+                "target_modules": [],
+                "target_parameters": [f"experts.{p}" for p in experts],
+                "use_rslora": True,
+            },
+        ),
+        Row(
+            "experts-gpt-oss",
+            "gpt-oss-words",
+            {"task_type": word, "target_modules": [], "target_parameters": [f"mlp.experts.{p}" for p in experts]},
+        ),
+        Row(
+            "parameter-of-a-linear",
+            llama,
+            {"task_type": word, "target_modules": ["q_proj"], "target_parameters": ["gate_proj.weight"]},
+        ),
+        Row(
+            "layers-stacked-llama",
+            llama,
+            {"task_type": word, "target_modules": attention, "layer_replication": [(0, 2), (1, 2), (0, 1)]},
+        ),
+        Row(
+            "layers-stacked-bert",
+            "bert-features",
+            {"target_modules": ["query"], "layer_replication": [(0, 1), (0, 2)]},
+        ),
         Row("causal-neox", "neox-words", {"task_type": word, "target_modules": ["query_key_value", "dense_4h_to_h"]}),
         Row(
             "pictures-vit", "vit-pictures", {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}

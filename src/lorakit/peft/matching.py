@@ -12,7 +12,7 @@ from lorakit.config import LoraConfig, TaskType
 from lorakit.core.attaching import AttachReport
 from lorakit.core.sitemap import survey
 from lorakit.errors import ConfigError, TargetError
-from lorakit.targets import ALL_LINEAR, Candidate, key_fits, names_path, resolve
+from lorakit.targets import ALL_LINEAR, Candidate, key_fits, match_path, names_path, resolve
 
 SEQ_CLS_HEADS = ("score", "classifier")
 
@@ -148,9 +148,8 @@ def said_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
     """
     said = [sentence for sentence in report.missing if not sentence.startswith(("rank_pattern", "alpha_pattern"))]
     for field in ("rank_pattern", "alpha_pattern"):
-        unmatched = sorted(
-            key for key in getattr(config, field) if not any(key_fits(key, match.path) for match in report.matches)
-        )
+        paths = [match_path(match) for match in report.matches]
+        unmatched = sorted(key for key in getattr(config, field) if not any(key_fits(key, path) for path in paths))
         why = " ".join(sentence for sentence in report.missing if sentence.startswith(field))
         if unmatched:
             said.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,6 @@ from lorakit.core.activation import parameters_by_adapter
 from lorakit.core.checks import ALLOWANCES
 from lorakit.core.extras import ModuleCopies
 from lorakit.core.layer import LoraLayer
-from lorakit.core.merging import tied_sites
 from lorakit.core.sitemap import find_state
 from lorakit.default_targets import DEFAULT_TARGETS
 from lorakit.errors import AdapterError, ConfigError, RouteError, warn_caller
@@ -24,6 +23,7 @@ from lorakit.peft.keyed_targets import config_for_keys
 from lorakit.peft.matching import said_of_missing
 from lorakit.peft.own_kinds import kinds_of
 from lorakit.peft.parameters_by_name import check_parameters
+from lorakit.peft.ties import warn_of_ties
 
 BASE_NAME = "__base__"
 """In `adapter_names`: a row that runs on the base alone."""
@@ -304,7 +304,7 @@ class BaseTuner(nn.Module):
         fresh = self._unmerged(adapter_names)
         if fresh:
             self._warn_of_training(fresh)
-            core.merge(self.model, *fresh, untie=self._warn_of_ties(fresh))
+            core.merge(self.model, *fresh, untie=warn_of_ties(self.model, fresh)[0])
 
     def _warn_of_training(self, names: Sequence[str]) -> None:
         """A merged layer runs its base alone, so that a loss over it reaches no factor; PEFT says nothing."""
@@ -343,9 +343,9 @@ class BaseTuner(nn.Module):
             AdapterError: There is no such adapter.
         """
         fresh = self._unmerged(adapter_names, quiet=True)
-        untie = self._warn_of_ties(fresh)
+        untie, tied = warn_of_ties(self.model, fresh) if fresh else (False, False)
         config: Any = getattr(self.model, "config", None)
-        if untie and config is not None:
+        if tied and config is not None:
             config.tie_word_embeddings = False
         if fresh:
             core.merge_and_unload(self.model, *fresh, untie=untie)
@@ -378,14 +378,3 @@ class BaseTuner(nn.Module):
                 else "All adapters are already merged, nothing to do."
             )
         return fresh
-
-    def _warn_of_ties(self, adapter_names: Iterable[str]) -> bool:
-        """Whether a merge must untie weights; it is said when it must."""
-        tied = tied_sites(self.model, tuple(adapter_names)) if self.peft_config else []
-        if tied:
-            path, other = tied[0]
-            warn_caller(
-                f"{path} shares its weight with {other}; merging gives it a weight of its own, so the model is no "
-                "longer tied (tie_word_embeddings is False from now on)."
-            )
-        return bool(tied)
