@@ -4,10 +4,10 @@ BOOT := $(or $(PYTHON),python3)
 # Two workers with one thread each use both cores of a small machine; more threads than cores stall torch.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q -n 2 --dist worksteal
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-all demo bench hook clean
+.PHONY: help setup check test test-all demo bench peft-suite hook clean
 
 help:  ## this list
-	@awk -F ':.*## *' '/^[a-z-]+:.*## / { printf "  make %-9s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## *' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup:  ## .venv with everything the other targets need
 	@command -v $(BOOT) >/dev/null || { echo "setup: error: $(BOOT) is not on PATH; install Python 3.10 or newer" >&2; exit 1; }
@@ -30,6 +30,9 @@ demo: setup  ## adapt a real language model to a real text and show what it lear
 
 bench: setup  ## run the benchmarks; each appends rows to benchmarks/results
 	@for file in benchmarks/bench_*.py; do echo "$$file"; $(PY) $$file || exit 1; done
+
+peft-suite: setup  ## PEFT's own published tests over lorakit.peft (fetches its source distribution)
+	$(PY) scripts/peft_suite.py $(ARGS)
 
 hook: setup  ## run `make check` before every commit
 	@path=$$(git rev-parse --git-path hooks/pre-commit) && printf '#!/bin/sh\nexec make check\n' > "$$path" && chmod +x "$$path" && echo "installed $$path"

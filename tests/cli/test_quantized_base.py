@@ -146,3 +146,23 @@ def test_plan_shows_the_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "takes Linear modules, and this GPT2LMHeadModel has none" in capsys.readouterr().err
     assert main(["plan", "gpt2", "--quantization", "q4"]) == 2
     assert "quantization is 'q4'; it must be one of nf4, fp4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("quantization", "package"), [("int8", "bitsandbytes"), ("int8-torchao", "torchao"), ("hqq4", "hqq")]
+)
+def test_every_quantiser_trains(
+    quantization: str, package: str, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(package)
+    assert train(quantization=quantization, eval_steps=6) == 0
+    assert "MatMul8bitLt" not in capsys.readouterr().err
+    result = read(tmp_path / "run" / "run.json")["result"]
+    assert result["best_loss"] < result["first_loss"] - 0.1
+
+
+def test_recomputed_activations_give_the_same_adapter(train: Train, tmp_path: Path) -> None:
+    for folder, words in (("plain", []), ("again", ["--gradient-checkpointing"])):
+        assert train(*words, output_dir=tmp_path / folder, eval_steps=6) == 0
+    one, other = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("plain", "again"))
+    assert one.read_bytes() == other.read_bytes()

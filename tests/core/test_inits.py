@@ -10,8 +10,8 @@ from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core import attach
-from lorakit.core.inits import INITS, LATER, init_named
-from lorakit.errors import ConfigError, NotYetSupported
+from lorakit.core.inits import INITS, init_named
+from lorakit.errors import ConfigError
 
 from ..laws.snapshots import same_bits
 
@@ -122,10 +122,20 @@ def test_dora_begins_with_the_norm_of_each_output() -> None:
 
 def test_names_that_are_not_there() -> None:
     assert [init_named(row.name) for row in INITS] == list(INITS)
-    for name in LATER:
-        with pytest.raises(NotYetSupported, match=f"'{name}'.*not built yet"):
-            init_named(name)
+    assert init_named("PiSSA_niter_16") is init_named("pissa")
     with pytest.raises(ConfigError, match=r"'gaussain'.*Did you mean 'gaussian'\?"):
         init_named("gaussain")
-    with pytest.raises(ConfigError, match="must be True, False or 'gaussian'"):
-        init_named("zzzzzz")
+    for name in ("zzzzzz", "pissa_niter_", "pissa_niter_x"):
+        with pytest.raises(
+            ConfigError, match=rf"init_lora_weights='{name}'; it must be True, False or one of gaussian, "
+        ):
+            init_named(name)
+
+
+@pytest.mark.parametrize("name", ["eva", "corda"])
+def test_an_init_without_a_meaning_on_a_kind_is_refused(name: str) -> None:
+    config = LoraConfig(target_modules=["0"], init_lora_weights=name, **{f"{name}_config": {}})
+    with pytest.raises(
+        ConfigError, match=f"'{name}', which has no meaning on a Embedding \\(0\\); it has one on Linear"
+    ):
+        attach(nn.Sequential(nn.Embedding(9, 4)), config)

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from lorakit.core import attach, load_adapter, merge, save_adapter, trainable_parameters, use
+from lorakit.core.inits import init_named
 
 from .snapshots import same_bits, snapshot
-from .tolerances import assert_differs
+from .tolerances import assert_close, assert_differs
 from .zoo import ARCHITECTURES, BERT, EVERY_KIND, LINEARS, TIED, Case, Specimen, cases, run, with_adapters
 
 
@@ -23,12 +24,17 @@ def test_round_trip(case: Case, tmp_path: Path) -> None:
             expected[name] = run(model, given)
         save_adapter(model, tmp_path / name, name)
     assert_differs(expected["a"], expected["b"], case.dtype)
-    fresh = case.specimen.model(case.dtype)
+    fresh, moved = case.specimen.model(case.dtype), init_named(case.init).changes_base
+    if case.init == "loftq":
+        return  # test_law_moved_bases.py
     assert load_adapter(fresh, tmp_path / "b", "b").base == "same"
     assert load_adapter(fresh, tmp_path / "a", "other").warnings == ()
     for name, saved in (("b", "b"), ("other", "a")):
         with use(fresh, name):
-            assert same_bits(run(fresh, given), expected[saved])
+            if moved and saved == "a":  # written as plain LoRA of twice the rank, on the base as it was
+                assert_close(run(fresh, given), expected[saved], case.dtype)
+            else:
+                assert same_bits(run(fresh, given), expected[saved])
 
 
 @pytest.mark.parametrize("specimen", [*ARCHITECTURES, TIED], ids=str)

@@ -22,6 +22,7 @@ from lorakit.core import (
     save_adapter,
     use,
 )
+from lorakit.core.inits import init_named
 
 from .snapshots import BaseBits, bits
 from .tolerances import assert_differs
@@ -33,6 +34,7 @@ from .zoo import (
     TIED,
     Case,
     Specimen,
+    attach_fresh,
     base_tensors,
     cases,
     output,
@@ -52,7 +54,9 @@ def train(model: nn.Module, specimen: Specimen, dtype: torch.dtype = torch.float
     model.eval()
 
 
-def live(model: nn.Module, specimen: Specimen, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+def live(
+    model: nn.Module, specimen: Specimen, folder: Path, dtype: torch.dtype = torch.float32, reload: bool = True
+) -> None:
     """Everything that people do with an adapted model, merging aside."""
     given = specimen.given(dtype)
     train(model, specimen, dtype)
@@ -72,8 +76,9 @@ def live(model: nn.Module, specimen: Specimen, folder: Path, dtype: torch.dtype 
     if adapters(model)["a"].alora_invocation_tokens is None:
         merged_state_dict(model, "a", "b")
     save_adapter(model, folder, "a")
-    load_adapter(model, folder, "c", allow=())
-    with use(model, "c"):
+    if reload:
+        load_adapter(model, folder, "c", allow=())
+    with use(model, "c" if reload else "a"):
         run(model, given)
 
 
@@ -81,11 +86,15 @@ def live(model: nn.Module, specimen: Specimen, folder: Path, dtype: torch.dtype 
 def test_a_life_with_adapters(case: Case, tmp_path: Path) -> None:
     model = case.specimen.model(case.dtype)
     base, mark = BaseBits(model), fingerprint(model)
-    for name in ("a", "b"):
-        attach(model, case.specimen.config(lora_dropout=0.1, **case.fields), name)
-    live(model, case.specimen, tmp_path, case.dtype)
-    assert base.changed() == []
-    assert {name: bits(tensor) for name, tensor in base_tensors(model).items()} == base.before
+    init = init_named(case.init)
+    attach_fresh(model, case.specimen, "a", case.dtype, **{"lora_dropout": 0.1, **case.fields})
+    plain = {"init_lora_weights": True} if init.changes_base else {}
+    attach_fresh(model, case.specimen, "b", case.dtype, **{"lora_dropout": 0.1, **case.fields, **plain})
+    moved = {name: bits(tensor) for name, tensor in base_tensors(model).items()}
+    assert (moved == base.before) is not init.changes_base
+    live(model, case.specimen, tmp_path, case.dtype, reload=case.init != "loftq")
+    assert base.changed() == [name for name in base.before if moved[name] != base.before[name]]
+    assert {name: bits(tensor) for name, tensor in base_tensors(model).items()} == moved
     assert fingerprint(model) == mark
     detach(model)
     assert BaseBits(model).before == base.before

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakit.config import LoraConfig
+from lorakit.config import EvaConfig, LoraConfig
 from lorakit.core import (
     activate,
     attach,
@@ -36,7 +36,6 @@ from lorakit.errors import (
     DiskError,
     LorakitError,
     MergeError,
-    NotYetSupported,
     RouteError,
     TargetError,
 )
@@ -99,7 +98,7 @@ ATTACH: dict[str, tuple[LoraConfig, str, type[LorakitError], str]] = {
     "keys": (config(), "keys", AdapterError, "'keys'"),
     "train": (config(), "train", AdapterError, "'train'"),
     "type": (config(), "type", AdapterError, "'type'"),
-    "pissa": (config(init_lora_weights="pissa"), "new", NotYetSupported, "pissa"),
+    "eva without data": (BERT.config(init_lora_weights="eva", eva_config=EvaConfig()), "new", ConfigError, "looks at data, and"),
     "init": (config(init_lora_weights="gausian"), "new", ConfigError, "'gausian'.*gaussian"),
     "second-bias": (config(bias="all"), "new", ConfigError, "bias"),
 }  # fmt: skip

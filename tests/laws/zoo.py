@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core import attach, trainable_parameters
-from lorakit.core.inits import INITS
+from lorakit.core import attach, collect_for, trainable_parameters
+from lorakit.core.inits import INITS, init_named
 from lorakit.core.kinds import KINDS, kind_named
 from lorakit.core.variants import VARIANTS, variant_named
 
@@ -96,12 +96,46 @@ def randomise(model: nn.Module, name: str, seed: int, size: float = 0.5) -> None
 
 
 def with_adapters(specimen: Specimen, *names: str, dtype: torch.dtype = FP32, **fields: Any) -> nn.Module:
-    """A model with adapters that differ in every number; the first is active."""
-    model = specimen.model(dtype)
+    """A model with adapters that differ in every number; the first is active.
+
+    One adapter of a site can move its base, so where the init does, the others begin as usual beside it.
+    """
+    model, plain = specimen.model(dtype), {}
     for index, name in enumerate(names):
-        attach(model, specimen.config(**fields), name)
+        attach_fresh(model, specimen, name, dtype, **{**fields, **plain})
         randomise(model, name, seed=100 + index)
+        if init_named(fields.get("init_lora_weights", True)).changes_base:
+            plain = {"init_lora_weights": True, "loftq_config": {}}
     return model
+
+
+def attach_fresh(
+    model: nn.Module,
+    specimen: Specimen,
+    name: str = "default",
+    dtype: torch.dtype = FP32,
+    seed: int | None = None,
+    **fields: Any,
+) -> None:
+    """Attach an adapter, with what its init wants to know of the data, and the settings that its init cannot lack."""
+    init = init_named(fields.get("init_lora_weights", True))
+    config, statistics = specimen.config(**{**SETTINGS.get(str(init.name), {}), **fields}), None
+    if init.needs:
+        batches = [specimen.given(dtype, rows=40)]
+        statistics = collect_for(
+            model, config, batches, lambda model, given: output(model, given).square().mean() / 100
+        )
+        config = statistics.config
+    attach(model, config, name, seed=seed, statistics=statistics)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "loftq": {"loftq_config": {"loftq_bits": 4, "loftq_iter": 2}},
+    "eva": {"eva_config": {"rho": 1.0}},
+    "corda": {"corda_config": {"corda_method": "ipm"}},
+    "lora_ga": {"r": 2, "lora_alpha": 4},  # twice the rank must fit into the smallest weight
+}
+"""What a config says besides for an init, by the init's name."""
 
 
 def _numbers(*shape: int) -> Tensor:
@@ -281,6 +315,9 @@ class Case:
 
 
 def _allowed(case: Case) -> bool:
+    init = init_named(case.init)
+    if case.kind not in init.kinds or (init.changes_base and not variant_named(case.variant).mergeable):
+        return False
     known = case.kind in OF_KIND  # bare parameters are named, not targeted: they have laws of their own
     return known and any(row.name == case.variant and case.kind in row.kinds for row in VARIANTS)
 

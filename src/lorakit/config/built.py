@@ -10,10 +10,6 @@ from lorakit.errors import NotYetSupported
 
 NOT_BUILT: Mapping[str, Any] = {
     "megatron_config": None,
-    "loftq_config": {},
-    "eva_config": None,
-    "corda_config": None,
-    "lora_ga_config": None,
     "velora_config": None,
     "use_qalora": False,
     "monteclora_config": None,

@@ -17,18 +17,22 @@ from lorakit.core.attaching import AttachReport, attach, detach
 from lorakit.core.combining import CombineReport, average, combine, combine_folders, rescale, subtract
 from lorakit.core.comparing import Comparison, compare_adapters, compare_folders
 from lorakit.core.compressing import CompressReport, compress, compress_folder
+from lorakit.core.data_inits import collect_for
 from lorakit.core.extracting import ExtractReport, extract, extract_to_folder
 from lorakit.core.fingerprinting import Fingerprint, fingerprint
 from lorakit.core.inspecting import AdapterSummary, inspect_adapter
 from lorakit.core.intruders import SiteIntruders, reduce_intruders
 from lorakit.core.invoking import invocation_offsets, invoked
+from lorakit.core.kinds import Kind, Slot, kind_named
 from lorakit.core.layer import LoraLayer
 from lorakit.core.loading import LoadReport, load_adapter
 from lorakit.core.lowrank import Cut
 from lorakit.core.merging import MergeReport, merge, merge_and_unload, merged_state_dict, unmerge
-from lorakit.core.saving import SavedAdapter, save_adapter
+from lorakit.core.saving import SavedAdapter, save_adapter, save_as_trained
 from lorakit.core.sitemap import Site, sites
 from lorakit.core.sources import TensorSource, source_of_folder, source_of_model
+from lorakit.core.statistics import Statistics, load_statistics
+from lorakit.core.training_flags import set_trained
 from lorakit.core.ways import WAYS, Way
 
 __all__ = [
@@ -41,12 +45,15 @@ __all__ = [
     "Cut",
     "ExtractReport",
     "Fingerprint",
+    "Kind",
     "LoadReport",
     "LoraLayer",
     "MergeReport",
     "SavedAdapter",
     "Site",
     "SiteIntruders",
+    "Slot",
+    "Statistics",
     "TensorSource",
     "Way",
     "activate",
@@ -54,6 +61,7 @@ __all__ = [
     "attach",
     "average",
     "checkpoint_contexts",
+    "collect_for",
     "combine",
     "combine_folders",
     "compare_adapters",
@@ -68,7 +76,9 @@ __all__ = [
     "inspect_adapter",
     "invocation_offsets",
     "invoked",
+    "kind_named",
     "load_adapter",
+    "load_statistics",
     "merge",
     "merge_and_unload",
     "merged_state_dict",
@@ -76,6 +86,8 @@ __all__ = [
     "rescale",
     "route",
     "save_adapter",
+    "save_as_trained",
+    "set_trained",
     "sites",
     "source_of_folder",
     "source_of_model",

@@ -95,13 +95,13 @@ def allocate(
     ranks: dict[str, int] = {}
     evidence: dict[str, float] = {}
     if by == "gradients" and chosen:
-        for group in _passes(list(before), lambda path: 4 * math.prod(sizes[path])):
+        for group in in_groups(list(before), lambda path: 4 * math.prod(sizes[path])):
             for path, statistics in collect_gradients(model, group, batches, forward).items():
                 evidence[path] = sensitivity(modules[path], statistics.mean()) if statistics.calls else 0.0
         ranks = by_sensitivity(evidence, costs, before, {path: min(sizes[path]) for path in before})
     elif chosen:
         ratios: dict[str, list[float]] = {}
-        for group in _passes(list(before), lambda path: 4 * sizes[path][1] ** 2):
+        for group in in_groups(list(before), lambda path: 4 * sizes[path][1] ** 2):
             for path, inputs in collect_inputs(model, group, batches, forward, keep=keep).items():
                 most = min(round(MOST * before[path]), *sizes[path])
                 ratios[path] = inputs.principal(most).ratios.tolist() if inputs.rows else []
@@ -238,8 +238,13 @@ def _exact(path: str, paths: Sequence[str]) -> str:
     return "^" + re.escape(path)
 
 
-def _passes(paths: Sequence[str], size_bytes: Callable[[str], int]) -> list[list[str]]:
-    """The paths in groups whose statistics fit into `MAX_BYTES`, at least one in each."""
+def in_groups(paths: Sequence[str], size_bytes: Callable[[str], int]) -> list[list[str]]:
+    """The paths in groups whose statistics fit into `MAX_BYTES`, at least one in each.
+
+    Args:
+        paths: Of sites.
+        size_bytes: What the statistics of one take.
+    """
     groups: list[list[str]] = []
     room = 0
     for path in paths:

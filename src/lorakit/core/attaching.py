@@ -8,33 +8,32 @@ refused call leaves the model as it was. The base is frozen while adapters sit o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.config import LoraConfig, scale
 from lorakit.core.activation import adapter_parameters
-from lorakit.core.bases import Base, base_of, hold_still, let_go
+from lorakit.core.bases import hold_still, let_go
 from lorakit.core.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
 from lorakit.core.extra_parts import fresh_extras
 from lorakit.core.extras import BiasSwitch, Extras, ModuleCopies
-from lorakit.core.factor import Factor
-from lorakit.core.inits import Blank, Filled, fresh_bias, init_for
+from lorakit.core.fresh import Part, fresh_parts, memory_notes
 from lorakit.core.invoking import install, uninstall
+from lorakit.core.kinds import Kind
 from lorakit.core.layer import LoraLayer
-from lorakit.core.layer_names import LAYERS
+from lorakit.core.layer_names import layer_class
 from lorakit.core.merging import check_unmergeable, merged_adapters, unmerge
-from lorakit.core.parameter_sites import bare_parameters, dropout_at, places_of
+from lorakit.core.moving import give_base_back
+from lorakit.core.parameter_sites import bare_parameters
 from lorakit.core.replication import stacked_for
 from lorakit.core.routing import AdapterState, Route
 from lorakit.core.row_parts import put_rows
 from lorakit.core.sitemap import Place, SiteMap, find_state, layers, state_of, survey
+from lorakit.core.statistics import Statistics
 from lorakit.core.ties import tie_factors, with_ties
 from lorakit.core.token_rows import TokenRows
-from lorakit.core.variants import variant_for
 from lorakit.default_targets import DEFAULT_TARGETS
 from lorakit.errors import ConfigError
 from lorakit.targets import Match, match_path, resolve
@@ -59,30 +58,6 @@ class AttachReport:
     missing: tuple[str, ...]
 
 
-BOTH = frozenset({"A", "B"})
-
-
-@dataclass(frozen=True)
-class Part:
-    """One factor, built but not in place.
-
-    Attributes:
-        place: Where it goes.
-        factor: What it is.
-        r: Its rank.
-        lora_alpha: Its alpha.
-        moved: What the base's module stores for this adapter, where its init moves the base.
-        trains: Which of "A" and "B" are trained.
-    """
-
-    place: Place
-    factor: Factor
-    r: int
-    lora_alpha: float
-    moved: Any = None
-    trains: frozenset[str] = BOTH
-
-
 def attach(
     model: nn.Module,
     config: LoraConfig,
@@ -90,6 +65,8 @@ def attach(
     *,
     allow: Collection[str] = (),
     seed: int | None = None,
+    statistics: Statistics | None = None,
+    kinds: Iterable[Kind] = (),
 ) -> AttachReport:
     """Put a fresh adapter on a model. The first one becomes active; later ones wait for `activate` or `use`.
 
@@ -99,6 +76,8 @@ def attach(
         name: Its name.
         allow: Refusals to lift: "partial_targets", "odd_scale".
         seed: Seed for the fresh factors; None draws from torch's own generator.
+        statistics: What `collect_for` made of the data, for an init that looks at data.
+        kinds: Kinds of site of the user's own; loading the adapter needs them again.
 
     Returns:
         What was attached.
@@ -115,17 +94,17 @@ def attach(
     config = with_targets(config, model)
     check_bias_alone(state, config)
     with stacked_for(model, config, state):
-        site_map = survey(model)
+        site_map = survey(model, kinds)
         bare = bare_parameters(site_map, model) if config.target_parameters else None
         found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
         ties = with_ties(model, site_map, config, found)
         found = ties.found
         check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
-        parts = _fresh_parts(site_map, config, found.matches, seed)
+        parts = fresh_parts(site_map, config, found.matches, seed, statistics)
         outer = {part.place.outer for part in parts}
         publish(model, site_map, name, config, parts, fresh_extras(model, site_map, config, outer, ties))
     trained = sum(parameter.numel() for parameter in adapter_parameters(model, name))
-    return AttachReport(name, found.matches, trained, found.notes, found.missing)
+    return AttachReport(name, found.matches, trained, (*found.notes, *memory_notes(config, parts)), found.missing)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -190,11 +169,12 @@ def publish(
             parameter.requires_grad_(False)
         state.default = Route((name,))
     state.configs[name] = config
+    state.kinds = site_map.own
     for part in parts:
         layer = site_map.layer(part.place) or site_map.put(part.place, _maker(part.place, state))
         layer.put(name, part.factor, part.r, part.lora_alpha, part.trains)
         if part.moved is not None:
-            layer.move_base(name, part.moved)
+            layer.move_base(name, part.moved, part.initial)
     for path, duplicate in extras.copies.items():
         holder = site_map.modules[path]
         if not isinstance(holder, ModuleCopies):
@@ -211,29 +191,8 @@ def publish(
 
 
 def _maker(place: Place, state: AdapterState) -> Callable[[nn.Module], LoraLayer]:
-    return lambda module: LAYERS[place.kind.name](module, place.kind, place.slot, state)
-
-
-def as_parameters(factor: Factor, trainable: bool = True, trains: frozenset[str] = BOTH) -> Factor:
-    """A factor whose tensors are parameters.
-
-    Args:
-        factor: With A (r, in), B (out, r) and perhaps a magnitude and a bias (out,) as plain tensors.
-        trainable: They require gradients.
-        trains: Which of "A" and "B" do at all.
-
-    Returns:
-        The factor.
-    """
-    A, B = nn.Parameter(factor.A, trainable and "A" in trains), nn.Parameter(factor.B, trainable and "B" in trains)
-    vector = None if factor.magnitude is None else nn.Parameter(factor.magnitude, trainable)
-    bias = None if factor.bias is None else nn.Parameter(factor.bias, trainable)
-    return dataclasses.replace(factor, A=A, B=B, magnitude=vector, bias=bias)
-
-
-def make_dropout(p: float) -> nn.Module:
-    """What an input passes before A: nothing where p is 0."""
-    return nn.Dropout(p) if p > 0 else nn.Identity()
+    made = layer_class(place.kind)
+    return lambda module: made(module, place.kind, place.slot, state)
 
 
 def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
@@ -252,113 +211,6 @@ def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
         )
     default = DEFAULT_TARGETS[model_type]
     return dataclasses.replace(config, target_modules=default if isinstance(default, str) else set(default))
-
-
-def factor_dtype(module: nn.Module, parameter: str) -> torch.dtype:
-    """The dtype of A and B beside a weight: fp32, or the weight's where it is wider.
-
-    Args:
-        module: The module that holds the weight.
-        parameter: Its name there.
-    """
-    weight = module._parameters.get(parameter)
-    floats = weight is not None and weight.is_floating_point()
-    return torch.promote_types(weight.dtype, torch.float32) if floats else torch.float32  # type: ignore[union-attr]
-
-
-def _fresh_parts(site_map: SiteMap, config: LoraConfig, matches: Sequence[Match], seed: int | None) -> list[Part]:
-    generators = _generators(seed)
-    return [_fresh_part(site_map, config, match, place, generators) for match, place in places_of(site_map, matches)]
-
-
-def _fresh_part(
-    site_map: SiteMap,
-    config: LoraConfig,
-    match: Match,
-    place: Place,
-    generators: Callable[[torch.device], torch.Generator | None],
-) -> Part:
-    kind, slot = place.kind, place.slot
-    check_bias_of_b(config, place)
-    init = init_for(config.init_lora_weights, kind.name, place.path)
-    variant = variant_for(config, kind.name, place.path)
-    module, standing = site_map.holder(place), site_map.layer(place)
-    base = base_of(module, slot.parameter)
-    device = base.device(module, slot.parameter)
-
-    def read() -> Tensor:
-        return standing.read() if standing is not None else base.read(module, base.stored(module, slot.parameter))
-
-    factor_scale = scale(match.rank, match.alpha, config.use_rslora)
-    blank = Blank(
-        kind=kind,
-        slot=slot,
-        r=match.rank,
-        scale=factor_scale,
-        shapes=kind.shapes(slot, match.rank),
-        device=device,
-        dtype=factor_dtype(module, slot.parameter),
-        path=place.path,
-        read=read,
-        config=config,
-        generator=generators(device),
-    )
-    filled = init.fill(blank)
-    moved = _moved(filled, base, module, standing, place)
-    if moved is not None and not variant.mergeable:
-        raise ConfigError(
-            f"{place.path}: init_lora_weights={config.init_lora_weights!r} moves the base weight, and {variant.name} "
-            "needs the base as it is before its start. Use another init."
-        )
-    magnitude = None
-    if variant.has_magnitude:
-        W = read() if moved is None else base.read(module, moved)
-        magnitude = variant.magnitude(kind, slot, W, filled.A, filled.B, factor_scale).view(kind.vector(slot))
-    dropout = make_dropout(dropout_at(config, place, module))
-    bias = fresh_bias(blank, not init.is_identity) if config.lora_bias else None
-    factor = Factor(filled.A, filled.B, factor_scale, dropout, variant.name, magnitude, bias)
-    factor = as_parameters(factor, trains=filled.trains)
-    return Part(place, factor, match.rank, match.alpha, moved, filled.trains)
-
-
-def check_bias_of_b(config: LoraConfig, place: Place) -> None:
-    """Refuse `lora_bias` where B makes no output of its own.
-
-    Raises:
-        ConfigError: The message names the site and its kind.
-    """
-    if config.lora_bias and not place.kind.takes_bias:
-        raise ConfigError(
-            f"lora_bias=True is not supported for {place.path}, a {place.kind.name}: B has no output of its own there. "
-            "Leave the module out of the targets, or lora_bias off."
-        )
-
-
-def _moved(filled: Filled, base: Base, module: nn.Module, standing: LoraLayer | None, place: Place) -> Any:
-    """What the module shall store where an init moves the base; one adapter of a site can."""
-    if filled.W is None:
-        return None
-    if standing is not None and (standing.moved_by is not None or standing.merged_adapters):
-        who = standing.moved_by or standing.merged_adapters[0]
-        raise ConfigError(
-            f"{place.path}: this init moves the base weight, which adapter {who!r} has moved or is merged into. Detach "
-            "or unmerge it first, or use an init that leaves the base alone."
-        )
-    return base.write(module, base.stored(module, place.slot.parameter), filled.W)
-
-
-def _generators(seed: int | None) -> Callable[[torch.device], torch.Generator | None]:
-    """One seeded generator per device, made when first asked for; None without a seed."""
-    made: dict[torch.device, torch.Generator] = {}
-
-    def for_device(device: torch.device) -> torch.Generator | None:
-        if seed is None or device.type == "meta":
-            return None
-        if device not in made:
-            made[device] = torch.Generator(device).manual_seed(seed)
-        return made[device]
-
-    return for_device
 
 
 def _forget(module: nn.Module, names: Sequence[str], site_map: SiteMap) -> None:
@@ -382,7 +234,7 @@ def _without(module: nn.Module, names: Sequence[str]) -> nn.Module:
         return module
     for name in names:
         if name == module.moved_by:
-            module.give_base_back()
+            give_base_back(module)
         module.remove(name)
     module.base_layer = _without(module.base_layer, names)
     return module if module.r else module.base_layer

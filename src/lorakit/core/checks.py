@@ -11,7 +11,7 @@ from lorakit.config import LoraConfig
 from lorakit.core.routing import AdapterState
 from lorakit.errors import AdapterError, ConfigError
 
-ALLOWANCES = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "odd_scale")
+ALLOWANCES = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init")
 """The refusals that a caller can lift by name."""
 
 LARGEST_USUAL_SCALE = 1000.0

@@ -32,6 +32,7 @@ def collect_inputs(
     *,
     components: int | None = None,
     keep: Callable[[Any], Tensor | None] | None = None,
+    even: bool = False,
 ) -> dict[str, InputStatistics]:
     """Moments of what each site receives, without gradients and in evaluation mode.
 
@@ -45,6 +46,7 @@ def collect_inputs(
         components: None keeps the whole second moment, 4·in² bytes a site; a number keeps so many principal directions
             by incremental SVD, 4·components·in bytes, and what lies beyond them is lost.
         keep: From a batch to a mask (rows, length) of the positions that count, such as those that are not padding.
+        even: Divide what a site receives in a call by its largest number, so that no batch outweighs the others.
 
     Returns:
         Path -> statistics; those of a site that no batch reached have 0 rows.
@@ -57,7 +59,7 @@ def collect_inputs(
     for path, module in modules.items():
         _refuse_inputs(path, module)
     found = {path: InputStatistics(components) for path in paths}
-    collector = _Inputs(found)
+    collector = _Inputs(found, even)
     hooks = {path: collector.hook(path, module) for path, module in modules.items()}
     with torch.no_grad(), _quietly(model), _hooked(modules, hooks):
         for batch in _some(batches):
@@ -108,8 +110,8 @@ def collect_gradients(
 class _Inputs:
     """Takes note of what modules receive; the same tensor given to several in turn is worked on once."""
 
-    def __init__(self, found: dict[str, InputStatistics]) -> None:
-        self.found = found
+    def __init__(self, found: dict[str, InputStatistics], even: bool) -> None:
+        self.found, self.even = found, even
         self.mask: Tensor | None = None
         self._last: tuple[weakref.ref[Tensor], int, InputStatistics] | None = None
         self._busy = False
@@ -135,6 +137,8 @@ class _Inputs:
             rows = patches(module, x) if isinstance(module, _CONVOLUTIONS) else self._rows(path, x)
         finally:
             self._busy = False
+        if self.even:
+            rows = evened(rows)
         if statistics.components is None:
             part = InputStatistics()
             part.add(rows)
@@ -197,6 +201,15 @@ class _Tap(torch.autograd.Function):
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def evened(rows: Tensor) -> Tensor:
+    """Rows (n, in) over their largest number (where none is positive, over the largest magnitude), in fp32 or wider."""
+    rows = at_least_fp32(rows)
+    if not rows.numel():
+        return rows
+    largest = float(rows.max().abs()) or float(rows.abs().max())
+    return rows / largest if largest else rows
 
 
 def weight_gradient(module: nn.Module, x: Tensor, G: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from lorakit.core.bases import base_of
 from lorakit.core.checks import check_allowances
 from lorakit.core.fingerprinting import fingerprint
 from lorakit.core.keys import PREFIX
-from lorakit.core.kinds import Kind, kind_named
+from lorakit.core.kinds import Kind
 from lorakit.core.loose import LooseAdapter, LooseFactor, described
 from lorakit.core.lowrank import Cut, dense_spectrum, truncated
 from lorakit.core.placing import put, write
@@ -193,7 +193,7 @@ def extract_loose(
     aliases, taken = _aliases(model), set[str]()
     with torch.no_grad():
         for match in sorted(resolved.matches, key=lambda match: match.path):
-            for place in site_map.places(match.path, kind_named(match.kind)):
+            for place in site_map.places(match.path, site_map.kind(match.kind)):
                 weight = ".".join(filter(None, (place.outer, place.child, place.slot.parameter)))
                 factors[place.path], site = _site(site_map, place, base, tuned, cut, aliases[weight])
                 sites.append(site)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 HOLDERS: Mapping[str, type[nn.ModuleDict | nn.ParameterDict]] = {
@@ -80,3 +81,20 @@ class Magnitude(nn.Module):
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
+
+
+def make_dropout(p: float) -> nn.Module:
+    """What an input passes before A: nothing where p is 0."""
+    return nn.Dropout(p) if p > 0 else nn.Identity()
+
+
+def factor_dtype(module: nn.Module, parameter: str) -> torch.dtype:
+    """The dtype of A and B beside a weight: fp32, or the weight's where it is wider.
+
+    Args:
+        module: The module that holds the weight.
+        parameter: Its name there.
+    """
+    weight = module._parameters.get(parameter)
+    floats = weight is not None and weight.is_floating_point()
+    return torch.promote_types(weight.dtype, torch.float32) if floats else torch.float32  # type: ignore[union-attr]

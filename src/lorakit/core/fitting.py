@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.extras import ModuleCopies, biased_modules, plain_shapes
 from lorakit.core.keys import MAGNITUDE, PREFIX, ROWS, parse
-from lorakit.core.kinds import kind_named
 from lorakit.core.patterns import literal_value
 from lorakit.core.row_choice import chosen_rows
 from lorakit.core.sitemap import INSIDE, Place, SiteMap
@@ -115,7 +114,7 @@ def _expected(config: LoraConfig, site_map: SiteMap) -> tuple[set[str] | None, t
     only_words = only_words and not isinstance(config.exclude_modules, str)
     if not only_words:
         return None, found.saved
-    places = [place for m in found.matches for place in site_map.places(m.path, kind_named(m.kind))]
+    places = [place for m in found.matches for place in site_map.places(m.path, site_map.kind(m.kind))]
     return {place.path for place in places}, found.saved
 
 
@@ -125,7 +124,7 @@ def _find_places(
     kinds = {candidate.path: candidate.kind for candidate in site_map.candidates}
     for path in sorted(present):
         outer = path.partition(INSIDE)[0]
-        places = site_map.places(outer, kind_named(kinds[outer])) if kinds.get(outer) else []  # type: ignore[arg-type]
+        places = site_map.places(outer, site_map.kind(kinds[outer])) if kinds.get(outer) else []  # type: ignore[arg-type]
         place = bare.get(path) or next((place for place in places if place.path == path), None)
         if place is None:
             result.problems.append(f"unexpected site {path}{_hint(path, list(kinds))}")

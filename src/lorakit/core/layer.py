@@ -59,6 +59,7 @@ class LoraLayer(Switched):
         self.kept: Any = None  # what the base stored before anything was written to it
         self.moved_by: str | None = None
         self.moved: Any = None  # what the base stores for the adapter that moved it
+        self.initial: tuple[Tensor, Tensor] | None = None  # that adapter's A and B before training, in main memory
         self.replaced: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no child
         self.kept_bias: Tensor | None = None  # the base's bias from before a merge wrote to it (`lora_bias`)
         self.tied_weight: nn.Parameter | None = None  # what the base shared with others before a merge untied it
@@ -76,7 +77,7 @@ class LoraLayer(Switched):
     @property
     def kind(self) -> Kind:
         """The row of KINDS."""
-        return kind_named(self.kind_name)
+        return kind_named(self.kind_name, self.state.kinds)
 
     @property
     def owner(self) -> nn.Module:
@@ -192,18 +193,22 @@ class LoraLayer(Switched):
         Args:
             name: As this adapter sees it: one whose init moved the base has a base of its own.
         """
-        stored = self.moved if name is not None and name == self.moved_by else self.original()
+        stored = self.moved_base() if name is not None and name == self.moved_by else self.original()
         return self.base.read(self.source, stored)
 
     def original(self) -> Any:
         """What the base stored before anything was written to it, on the base's device and in its dtype."""
-        base, source, parameter = self.base, self.source, self.slot.parameter
-        if self.kept is None:
-            return base.stored(source, parameter)
-        if not isinstance(self.kept, Tensor) or base.quantised:
-            return self.kept
-        now = base.stored(source, parameter)
-        return self.kept.to(device=now.device, dtype=now.dtype)
+        return self._as_now(self.kept)
+
+    def moved_base(self) -> Any:
+        """What the base stores for the adapter that moved it, on the base's device and in its dtype."""
+        return self._as_now(self.moved if self.merged_adapters else None)
+
+    def _as_now(self, stored: Any) -> Any:
+        now = self.base.stored(self.source, self.slot.parameter)
+        if stored is None or not isinstance(stored, Tensor) or self.base.quantised:
+            return now if stored is None else stored
+        return stored.to(device=now.device, dtype=now.dtype)
 
     def original_bias(self) -> Tensor | None:
         """The base's bias, (out,), without anything merged, or None."""
@@ -314,7 +319,7 @@ class LoraLayer(Switched):
         if not self.merged_adapters and (moved or self.moved_by is None):
             return self.base_layer
         self.check_kept()
-        clone = self.base.clone(self.source, self.slot.parameter, self.moved if moved else self.original())
+        clone = self.base.clone(self.source, self.slot.parameter, self.moved_base() if moved else self.original())
         if self.kept_bias is not None:
             held: Any = clone._parameters if "bias" in clone._parameters else clone.__dict__
             held["bias"] = self.kept_bias
@@ -329,12 +334,12 @@ class LoraLayer(Switched):
         y0 = self._base_for(False)(*args, **kwargs)
         return y0.index_copy(axis, index, self._base_for(True)(x.index_select(axis, index), *args[1:]))
 
-    def update(self, name: str, W: Tensor) -> Tensor:
-        """What an adapter adds to the base's weight when it is written into it.   [docs/math.md (11)]
+    def addition(self, name: str, W: Tensor) -> Tensor:
+        """What an adapter adds to the weight that it sees when it is written into it.   [docs/math.md (11)]
 
         Args:
             name: An adapter that has a factor here.
-            W: The base weight as `read` gives it, (out, in).
+            W: The base weight as `read` gives it, (out, in); one that moved the base sees its own.
 
         Returns:
             The addition, like W, with a graph where gradients are on.
@@ -343,21 +348,22 @@ class LoraLayer(Switched):
             MergeError: It has no place in a weight of this shape.
         """
         factor = self.factor(name)
-        own = self.read(name) if name == self.moved_by else W
+        seen = self.read(name) if name == self.moved_by else W
         delta = self.kind.delta(self.slot, factor.A.to(W.dtype), factor.B.to(W.dtype)) * factor.scale
-        addition = variant_named(factor.variant).update(self.kind, self.slot, own, delta, factor)
-        return addition if own is W else addition + (own - W)
+        return variant_named(factor.variant).update(self.kind, self.slot, seen, delta, factor)
 
-    def move_base(self, name: str, stored: Any) -> None:
-        """Put the base weight that the init of adapter `name` made in place, as stored; the original is kept."""
+    def move_base(self, name: str, stored: Any, initial: tuple[Tensor, Tensor] | None) -> None:
+        """Put the base weight that an adapter's init made in place; the original is kept.
+
+        Args:
+            name: The adapter.
+            stored: What the base's module shall store.
+            initial: The adapter's A (r, in) and B (out, r) before training, where the base became W − s·B·A.
+        """
         self.kept = self.original()
         self.moved_by, self.moved = name, stored
+        self.initial = initial and (initial[0].detach().to("cpu", copy=True), initial[1].detach().to("cpu", copy=True))
         self.base.place(self.owner, self.slot.parameter, stored)
-
-    def give_base_back(self) -> None:
-        """Put the original weight back in place; nothing may be merged."""
-        self.base.place(self.owner, self.slot.parameter, self.original())
-        self.kept = self.moved = self.moved_by = None
 
     def check_kept(self) -> None:
         """Refuse to go back to a base whose bits were given up.

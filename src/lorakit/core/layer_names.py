@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from lorakit.core.field_layer import FieldLayer
+from lorakit.core.kinds import Kind
+from lorakit.core.layer import LoraLayer
 from lorakit.core.weightside import WeightSideLayer
 
 
@@ -64,3 +67,15 @@ LAYERS: Mapping[str, type[FieldLayer]] = {
     "InnerLinear": InnerLinear,
 }
 """Kind -> the name that `isinstance` and `repr` show."""
+
+
+def layer_class(kind: Kind) -> type[LoraLayer]:
+    """The class of the layers of a kind: the one it brings, the table's, or, of a user's own, the one for its side.
+
+    Args:
+        kind: The kind.
+    """
+    if kind.layer is not None:
+        made: Any = kind.layer
+        return made
+    return LAYERS.get(kind.name) or (WeightSideLayer if kind.acts_on == "weight" else LoraLayer)

@@ -9,34 +9,40 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.config import CONFIG_FILE, LoraConfig, read_config, scale
-from lorakit.core.activation import adapter_parameters
 from lorakit.core.applied import check_not_applied
-from lorakit.core.attaching import Part, as_parameters, check_bias_of_b, factor_dtype, make_dropout, publish
+from lorakit.core.attaching import publish
 from lorakit.core.bases import base_of
 from lorakit.core.checks import check_allowances, check_bias_alone, check_new_name, check_scales
 from lorakit.core.extras import Extras, ModuleCopies, build_extras
-from lorakit.core.factor import Factor
+from lorakit.core.factor import Factor, factor_dtype, make_dropout
 from lorakit.core.fingerprinting import DIFFERENT, compare
 from lorakit.core.fitting import Fit, fit
+from lorakit.core.fresh import Part, as_parameters, check_bias_of_b
+from lorakit.core.inits import trains_of
+from lorakit.core.kinds import Kind
 from lorakit.core.parameter_sites import check_standing, dropout_at, named_places
 from lorakit.core.patterns import literal_value
 from lorakit.core.replication import stacked_for
+from lorakit.core.restoring import Past, past_of
 from lorakit.core.row_parts import new_rows
-from lorakit.core.sidecar import WEIGHTS_FILE, Sidecar, integrity, read_sidecar
+from lorakit.core.sidecar import KINDS_KEY, WEIGHTS_FILE, Sidecar, integrity, read_sidecar
 from lorakit.core.sitemap import SiteMap, find_state, survey
 from lorakit.core.tensorfile import TensorFile, read_tensors
 from lorakit.core.ties import tie_copies
+from lorakit.core.training_flags import set_trained
 from lorakit.core.variants import variant_for
 from lorakit.core.vocabulary import room_for, way_out, without_brought_rows
 from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, PatternError, TargetError, warn_caller
+from lorakit.targets import Match
 
 SHOWN = 6
 """So many mismatches are named in an error."""
@@ -81,6 +87,11 @@ class AdapterFiles:
     config_is_ours: bool
     warnings: tuple[str, ...]
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether config and weights are, byte for byte, those that `lorakit.json` speaks of."""
+        return self.config_is_ours and self.file.sha256 in self.sidecar.weights_sha256
+
 
 def load_adapter(
     model: nn.Module,
@@ -89,6 +100,7 @@ def load_adapter(
     *,
     trainable: bool = False,
     allow: Collection[str] = (),
+    kinds: Iterable[Kind] = (),
 ) -> LoadReport:
     """Put a saved adapter on a model. The first adapter becomes active; later ones wait for `activate` or `use`.
 
@@ -96,8 +108,10 @@ def load_adapter(
         model: The base, or a model that has adapters already. It is changed in place.
         folder: A folder that PEFT or lorakit wrote.
         name: The adapter's name here.
-        trainable: Go on training it; otherwise it is frozen.
-        allow: Refusals to lift: "base_mismatch", "key_mismatch", "nonfinite", "odd_scale".
+        trainable: Go on training it; otherwise it is frozen. One whose init moved the base, written as plain LoRA,
+            moves it again then and has its own rank.
+        allow: Refusals to lift: "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init".
+        kinds: Kinds of site of the user's own that the adapter was made with.
 
     Returns:
         What was loaded.
@@ -122,12 +136,17 @@ def load_adapter(
         if verdict == DIFFERENT:
             said.append(f"{files.folder}: loaded on another base as allowed: {reason}.")
         files = dataclasses.replace(files, warnings=tuple(said))
-        sites, more = place_adapter(model, files, name, trainable, allow)
+        sites, more = place_adapter(model, files, name, trainable, allow, kinds)
     return LoadReport(name, files.config, sites, verdict, more)
 
 
 def place_adapter(
-    model: nn.Module, files: AdapterFiles, name: str, trainable: bool, allow: Collection[str]
+    model: nn.Module,
+    files: AdapterFiles,
+    name: str,
+    trainable: bool,
+    allow: Collection[str],
+    kinds: Iterable[Kind] = (),
 ) -> tuple[int, tuple[str, ...]]:
     """Put what was read onto a model; everything is checked before the first change.
 
@@ -136,7 +155,8 @@ def place_adapter(
         files: What was read, with the warnings that shall be said.
         name: The adapter's name here.
         trainable: Go on training it.
-        allow: Refusals to lift: "key_mismatch", "nonfinite", "odd_scale".
+        allow: Refusals to lift: "key_mismatch", "nonfinite", "odd_scale", "recompute_init".
+        kinds: As `load_adapter`.
 
     Returns:
         How many sites it has, and every warning that was said.
@@ -151,10 +171,13 @@ def place_adapter(
     config = files.config
     check_bias_alone(state, config)
     with stacked_for(model, config, state):
-        site_map = survey(model)
+        site_map = survey(model, kinds)
+        _check_kinds(files, site_map)
         fitted = _fitted(model, files, site_map)
         said = [*files.warnings, *_judge(files, fitted, allow)]
-        parts = _parts(files, fitted, site_map, trainable, allow)
+        past = past_of(files.folder, config, files.sidecar.began if files.is_ours else {}, trainable, allow)
+        parts = _parts(files, fitted, site_map, past, trainable)
+        check_scales([(part.place.path, part.factor.scale) for part in parts], allow)
         extras = build_extras(site_map.modules, fitted.outer_paths(), fitted.saved, config.bias)
         tensors = files.file.tensors
         given = {chosen.path: tensors[key] for chosen, key in fitted.rows}
@@ -164,12 +187,22 @@ def place_adapter(
         biases = _filled_copies(extras, fitted, site_map, files.file.tensors)
         for sentence in said:  # where warnings are errors, this refuses, so it comes before any change
             warn_caller(sentence)
-        publish(model, site_map, name, dataclasses.replace(config, inference_mode=not trainable), parts, extras)
+        publish(model, site_map, name, past.config.with_fields(inference_mode=not trainable), parts, extras)
     for parameter, tensor in biases:
         parameter.data = tensor
-    for parameter in adapter_parameters(model, name):
-        parameter.requires_grad_(trainable)
+    set_trained(model, {name: trainable})
     return len(parts), tuple(said)
+
+
+def _check_kinds(files: AdapterFiles, site_map: SiteMap) -> None:
+    """Refuse an adapter that was made with a user's own kinds of site which are not given here."""
+    asked = files.sidecar.facts.get(KINDS_KEY)
+    lacking = sorted({str(name) for name in asked if str(name) not in site_map.own} if isinstance(asked, list) else ())
+    if lacking:
+        raise AdapterFileError(
+            f"{files.folder}: made with kinds of site of its user's own: {', '.join(lacking)}. Give them again: "
+            "load_adapter(..., kinds=[...])."
+        )
 
 
 def _fitted(model: nn.Module, files: AdapterFiles, site_map: SiteMap) -> Fit:
@@ -263,24 +296,29 @@ def _some_of_each(problems: Sequence[str]) -> list[str]:
     return [sentence for sentence in turns if sentence is not None][:SHOWN]
 
 
-def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, trainable: bool, allow: Collection[str]) -> list[Part]:
+def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, past: Past, trainable: bool) -> list[Part]:
     config, parts = files.config, []
-    scales = []
+    trains = trains_of(config)
     for path, (place, tensors) in fitted.sites.items():
-        r = place.kind.rank(place.slot, tensors["A"].shape)
-        alpha = alpha_at(files, path, place.pattern_path)
-        factor_scale = scale(r, alpha, config.use_rslora)
-        scales.append((path, factor_scale))
-        module, parameter = site_map.holder(place), place.slot.parameter
-        device, dtype = base_of(module, parameter).device(module, parameter), factor_dtype(module, parameter)
-        own = {part: tensor.to(device=device, dtype=dtype, copy=True) for part, tensor in tensors.items()}
         check_bias_of_b(config, place)
-        variant = variant_for(config, place.kind.name, path)
+        kind, slot = place.kind, place.slot
+        module, parameter = site_map.holder(place), slot.parameter
+        device, dtype = base_of(module, parameter).device(module, parameter), factor_dtype(module, parameter)
+        own: dict[str, Any] = {part: t.to(device=device, dtype=dtype, copy=True) for part, t in tensors.items()}
+        before = past.sites.get(path, {})
+        r = int(before.get("r", kind.rank(slot, own["A"].shape)))
+        alpha = float(before["lora_alpha"]) if before else alpha_at(files, path, place.pattern_path)
+        factor_scale = scale(r, alpha, config.use_rslora)
+        stored = initial = None
+        if past.moves:
+            match = Match(place.outer, kind.name, r, alpha, "")
+            moved = past.moved(site_map, place, path, (own["A"], own["B"]), match)
+            own["A"], own["B"], stored, initial = moved.A, moved.B, moved.stored, moved.initial
+        variant = variant_for(config, kind.name, path)
         dropout = make_dropout(dropout_at(config, place, module))
-        vector = own["magnitude"].view(place.kind.vector(place.slot)) if "magnitude" in own else None
+        vector = own["magnitude"].view(kind.vector(slot)) if "magnitude" in own else None
         factor = Factor(own["A"], own["B"], factor_scale, dropout, variant.name, vector, own.get("bias"))
-        parts.append(Part(place, as_parameters(factor, trainable), r, alpha))
-    check_scales(scales, allow)
+        parts.append(Part(place, as_parameters(factor, trainable, trains), r, alpha, stored, trains, initial))
     return parts
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig, scale
 from lorakit.core.checks import check_known
 from lorakit.core.fingerprinting import Fingerprint
-from lorakit.core.keys import PREFIX, adapter_tensors, parse
+from lorakit.core.keys import PREFIX, parse
 from lorakit.core.loading import alpha_at, read_adapter
+from lorakit.core.saved_form import saved_form
 from lorakit.core.sitemap import INSIDE, layers, state_of, survey
 from lorakit.errors import AdapterFileError, NotYetSupported
 from lorakit.targets import resolve
@@ -104,10 +105,11 @@ def loose_from_model(model: nn.Module, name: str) -> LooseAdapter:
     """
     state = state_of(model)
     check_known(state, [name])
-    config = dataclasses.replace(state.configs[name])
-    _check_whole(config, name)
+    _check_whole(state.configs[name], name)
+    found = saved_form(model, name)
+    config = dataclasses.replace(found.config)
     scales = {path: layer.scaling[name] for path, layer in layers(model) if name in layer.r}
-    tensors = {key: tensor.detach() for key, tensor in adapter_tensors(model, name).items()}
+    tensors = {key: tensor.detach() for key, tensor in found.tensors.items()}
     factors, others = _sorted_out(tensors, scales)
     outer = _outer(factors)
     named = {match.path for match in resolve(survey(model).candidates, config, allow_partial=True).matches}

@@ -61,7 +61,7 @@ def stored_for(layer: LoraLayer, merged: Sequence[str]) -> Any:
     if merged:
         dtype: Any = layer.owner.weight.dtype if layer.replaced else None
         return sum_of_updates(layer, merged, How(dense=dtype))[0]
-    return layer.moved if layer.moved_by is not None else layer.original()
+    return layer.moved_base() if layer.moved_by is not None else layer.original()
 
 
 def keeps_base(layer: LoraLayer) -> bool:
@@ -80,22 +80,25 @@ def kept_bytes(layer: LoraLayer) -> int:
 def sum_of_updates(layer: LoraLayer, names: Sequence[str], how: How) -> tuple[Any, Tensor, Tensor]:
     """What to store for W₀ + Σ update, with W₀ (out, in) and the exact sum (out, in).   [docs/math.md (11)]
 
-    In its place in the model, the weight must also be right for an adapter that moved the base and is not merged. In
-    the place of a quantised weight or of a convolution of several groups, a plain module that holds the sum can be what
-    is stored.
+    In its place in the model, the weight must also be right for an adapter that moved the base and is not merged; where
+    the moved weight counts, the sum begins there, so that it is rounded once. In the place of a quantised weight or of
+    a convolution of several groups, a plain module that holds the sum can be what is stored.
     """
     with torch.no_grad():
         if how.dense is not None and layer.slot.groups > 1:
             return in_one_group(layer, names)
         W = layer.read()
+        from_moved = layer.moved_by is not None and (how.in_place or layer.moved_by in names)
+        start = layer.read(layer.moved_by) if from_moved else W
         total = torch.zeros_like(W)
         for name in names:
-            total += layer.update(name, W)
-        if how.in_place and layer.moved_by is not None and layer.moved_by not in names:
-            total += layer.read(layer.moved_by) - W
+            total += layer.addition(name, W)
         if how.dense is not None and layer.base.quantised:
-            return layer.base.dense(layer.source, W + total, how.dense), W, total
-        stored = layer.base.write(layer.source, layer.original(), W + total)
+            stored: Any = layer.base.dense(layer.source, start + total, how.dense)
+        else:
+            stored = layer.base.write(layer.source, layer.original(), start + total)
+        if from_moved:
+            total += start - W
     return stored, W, total
 
 

@@ -212,8 +212,9 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
     state = state_of(model)
     report = _merge(model, names, False, untie, How(False, float_dtype(model) if dense else None))
     for _, layer in layers(model):
-        if layer.moved_by is not None and not layer.merged_adapters:
-            layer.give_base_back()
+        if layer.moved_by is not None and layer.moved_by not in layer.merged_adapters:
+            layer.moved_by = None
+            place(layer, stored_for(layer, layer.merged_adapters))
     for module in list(model.modules()):
         for attribute, child in list(module._modules.items()):
             if isinstance(child, Switched):

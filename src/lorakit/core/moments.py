@@ -35,13 +35,14 @@ class InputStatistics:
     Attributes:
         components: None where the whole second moment is kept, else how many directions are.
         rows: How many rows were counted.
+        calls: How often rows came.
         total: Σ x, (in,); None before the first row.
         gram: Σ x·xᵀ, (in, in); None before the first row, and always where `components` is given.
     """
 
     def __init__(self, components: int | None = None) -> None:
         self.components = components
-        self.rows = 0
+        self.rows = self.calls = 0
         self.total: Tensor | None = None
         self.gram: Tensor | None = None
         self._sketch: Tensor | None = None  # (≤ components, in): singular values times directions, centred
@@ -57,7 +58,7 @@ class InputStatistics:
             return
         rows = at_least_fp32(rows.detach())
         if self.components is None:
-            self._add(len(rows), rows.sum(0), float(rows.square().sum(dtype=torch.float64)))
+            self._add(1, len(rows), rows.sum(0), float(rows.square().sum(dtype=torch.float64)))
             product = rows.T @ rows
             self.gram = product if self.gram is None else self.gram.add_(product)
             return
@@ -67,7 +68,7 @@ class InputStatistics:
             stacked = [self._sketch, *stacked, shift[None]]
         _, values, vectors = torch.linalg.svd(torch.cat(stacked), full_matrices=False)
         self._sketch = values[: self.components, None] * vectors[: self.components]
-        self._add(len(rows), rows.sum(0), float(rows.square().sum(dtype=torch.float64)))
+        self._add(1, len(rows), rows.sum(0), float(rows.square().sum(dtype=torch.float64)))
 
     def merge(self, other: InputStatistics) -> None:
         """Count what another has counted; both keep whole second moments.
@@ -77,10 +78,11 @@ class InputStatistics:
         """
         if other.total is None or other.gram is None:
             return
-        self._add(other.rows, other.total, other._squares)
+        self._add(other.calls, other.rows, other.total, other._squares)
         self.gram = other.gram.clone() if self.gram is None else self.gram.add_(other.gram)
 
-    def _add(self, rows: int, total: Tensor, squares: float) -> None:
+    def _add(self, calls: int, rows: int, total: Tensor, squares: float) -> None:
+        self.calls += calls
         self.rows += rows
         self._squares += squares
         self.total = total.clone() if self.total is None else self.total.add_(total)

@@ -15,7 +15,7 @@ from torch import nn
 from lorakit.config import LoraConfig
 from lorakit.core.experts import shows_tokens
 from lorakit.core.extras import ModuleCopies
-from lorakit.core.kinds import PARAMETER, kind_named, parameter_slot
+from lorakit.core.kinds import PARAMETER, parameter_slot
 from lorakit.core.layer import LoraLayer
 from lorakit.core.sitemap import INSIDE, Place, SiteMap, defined_parameters, layers
 from lorakit.errors import ConfigError, TargetError
@@ -71,7 +71,7 @@ def places_of(site_map: SiteMap, matches: Sequence[Match]) -> list[tuple[Match, 
     found = []
     for match in matches:
         if not match.parameter:
-            found += [(match, place) for place in site_map.places(match.path, kind_named(match.kind))]
+            found += [(match, place) for place in site_map.places(match.path, site_map.kind(match.kind))]
     whole = {place.outer: match for match, place in found}
     by_module: dict[str, list[Match]] = {}
     for match in matches:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from lorakit.config import scale
 from lorakit.core.bases import base_of
 from lorakit.core.gains import Reading
-from lorakit.core.kinds import kind_named
 from lorakit.core.loading import AdapterFiles, place_adapter
 from lorakit.core.loose import LooseAdapter
 from lorakit.core.saving import SavedAdapter, write_files
@@ -97,7 +96,7 @@ def reader_of(model: nn.Module) -> Callable[[str], Reading]:
 
     def at(path: str) -> Reading:
         outer = path.partition(INSIDE)[0]
-        places = site_map.places(outer, kind_named(kinds[outer])) if kinds.get(outer) else []  # type: ignore[arg-type]
+        places = site_map.places(outer, site_map.kind(kinds[outer])) if kinds.get(outer) else []  # type: ignore[arg-type]
         place = next((place for place in places if place.path == path), None)
         if place is None:
             raise AdapterError(f"The model has no site {path}, at which an adapter sits.")

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from lorakit.config import LoraConfig
@@ -52,6 +53,7 @@ class Replication:
         original: The list that was there.
         stacked: The list that is there now.
         settings: Fields of the model's config that follow.
+        dtype: dtype of the first layer's first weight when the list was built.
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -60,6 +62,7 @@ class Replication:
     original: nn.ModuleList
     stacked: nn.ModuleList
     settings: tuple[Setting, ...]
+    dtype: torch.dtype
 
     def put(self) -> None:
         """Put the new list in place."""
@@ -73,9 +76,9 @@ class Replication:
         for number, layer in enumerate(self.original):
             if number in order:
                 _follow(layer, self.stacked[order.index(number)])
-            else:  # it stood nowhere, so what moved the model has passed it by
-                there = next(self.stacked.parameters(), None)
-                layer.to(there.device if there is not None else None)
+            else:  # it stood nowhere, so what moved or cast the model has passed it by
+                now = next(self.stacked.parameters())
+                layer.to(device=now.device, dtype=now.dtype if now.dtype != self.dtype else None)
         self.holder._modules[self.attribute] = self.original
         for setting in self.settings:
             setattr(setting.config, setting.name, setting.before)
@@ -144,8 +147,9 @@ def _built(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replication:
     order = _order(ranges)
     stacked = nn.ModuleList([_copy(original[number], index) for index, number in enumerate(order)])
     stacked.training = original.training
+    dtype = next(stacked.parameters()).dtype
     settings = _settings(getattr(holder, "config", getattr(model, "config", None)), count, order)
-    return Replication(tuple(ranges), holder, attribute, original, stacked, tuple(settings))
+    return Replication(tuple(ranges), holder, attribute, original, stacked, tuple(settings), dtype)
 
 
 def _order(ranges: Sequence[tuple[int, int]]) -> list[int]:

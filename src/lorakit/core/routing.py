@@ -163,6 +163,7 @@ class AdapterState:
         frozen: The base's parameters with the `requires_grad` they had before the first adapter came.
         held: The base's modules that are kept from rewriting their own weight while adapters are here.
         replication: How the base's layers were stacked anew for the adapters, or None.
+        kinds: Kinds of site that the user made, by name (`lorakit.core.Kind`).
     """
 
     def __init__(self) -> None:
@@ -174,6 +175,7 @@ class AdapterState:
         self.invocations: Traces[Starts] = Traces()  # of forwards in which adapters waited for their invocation
         self.held: list[torch.nn.Module] = []
         self.replication: Any = None
+        self.kinds: dict[str, Any] = {}
         self._open: dict[int, int] = {}  # thread -> overrides open in it
         # Threads that were told of an override elsewhere; not their numbers, which come again.
         self._told: weakref.WeakSet[threading.Thread] = weakref.WeakSet()

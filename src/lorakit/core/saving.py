@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, LoraConfig, TaskType
 from lorakit.core.checks import check_allowances, check_known
 from lorakit.core.fingerprinting import fingerprint
-from lorakit.core.keys import adapter_tensors
-from lorakit.core.parameter_sites import paths_on_disk
-from lorakit.core.sidecar import FORMAT_VERSION, METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
+from lorakit.core.saved_form import INITIAL_FILE, SavedForm, saved_form
+from lorakit.core.sidecar import FORMAT_VERSION, KINDS_KEY, METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
 from lorakit.core.sitemap import layers, state_of, survey
 from lorakit.core.tensorfile import encode
 from lorakit.durable import json_bytes, sha256_bytes, sha256_file, write_bytes, write_json
@@ -54,6 +53,9 @@ def save_adapter(
 ) -> SavedAdapter:
     """Write one adapter as PEFT's two files and `lorakit.json`.
 
+    One whose init moved the base (PiSSA and its like) is written as plain LoRA of twice the rank, which any program
+    reads onto the original base; `load_adapter` makes it what it was where it is trained on.
+
     Args:
         model: The adapted model; only read. A merged adapter is saved as it is.
         folder: Where; it is made when it is missing. Older files of an adapter there are replaced one by one.
@@ -67,26 +69,91 @@ def save_adapter(
         What was written.
 
     Raises:
-        AdapterError: There is no such adapter, or its numbers are not finite.
+        AdapterError: There is no such adapter, its numbers are not finite, or it has no plain form.
         DiskError: The disk refuses; files that stood there are whole.
         ConfigError: A word in `allow` is unknown.
     """
     check_allowances(allow)
-    state = state_of(model)
-    check_known(state, [name])
-    tensors = adapter_tensors(model, name) if tensors is None else dict(sorted(tensors.items()))
+    check_known(state_of(model), [name])
+    found = saved_form(model, name, "plain", tensors)
+    return save_form(model, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
+
+
+def save_as_trained(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    base_model_name_or_path: str | None = None,
+    facts: dict[str, Any] | None = None,
+    allow: Collection[str] = (),
+    tensors: Mapping[str, Tensor] | None = None,
+) -> SavedAdapter:
+    """`save_adapter`, but one whose init moved the base keeps the rank that it has, with its first factors beside it.
+
+    Other programs that know the init compute it again on the original base; `load_adapter` needs no init for it.
+
+    Args:
+        model: As in `save_adapter`, and so the others; tensors are (…).
+        folder: Where.
+        name: The adapter.
+        base_model_name_or_path: What the user gave as the base.
+        facts: More for `lorakit.json`.
+        allow: Refusals to lift: "nonfinite".
+        tensors: What to write instead of the model's own numbers.
+
+    Returns:
+        What was written.
+
+    Raises:
+        AdapterError: As `save_adapter`.
+        DiskError: Likewise.
+        ConfigError: Likewise.
+    """
+    check_allowances(allow)
+    check_known(state_of(model), [name])
+    found = saved_form(model, name, "trained", tensors)
+    return save_form(model, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
+
+
+def save_form(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    found: SavedForm,
+    *,
+    base_model_name_or_path: str | None = None,
+    facts: dict[str, Any] | None = None,
+    allow: Collection[str] = (),
+) -> SavedAdapter:
+    """Write an adapter in a form that was made ready; see `save_adapter`.
+
+    Args:
+        model: The adapted model; its base is told by its fingerprint.
+        folder: Where.
+        found: Tensors, config, sites.
+        base_model_name_or_path: What the user gave as the base.
+        facts: More for `lorakit.json`.
+        allow: Refusals to lift: "nonfinite".
+
+    Raises:
+        AdapterError: Its numbers are not finite.
+        DiskError: The disk refuses.
+    """
     if "nonfinite" not in allow:
-        _check_finite(name, tensors)
-    config = _config_on_disk(model, state.configs[name], base_model_name_or_path)
-    weights = encode(tensors, {"format": "pt", METADATA_KEY: str(FORMAT_VERSION)})
-    on_disk = paths_on_disk(model, name)
-    sites = {
-        on_disk[path]: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])}
-        for path, layer in layers(model)
-        if path in on_disk
-    }
-    about = {**(facts or {}), "base": fingerprint(model).as_dict(), "sites": sites}
-    return write_files(Path(folder), config, weights, about)
+        _check_finite(found.name, found.tensors)
+    config = _config_on_disk(model, found.config, base_model_name_or_path)
+    weights = encode(found.tensors, {"format": "pt", METADATA_KEY: str(FORMAT_VERSION)})
+    kinds = state_of(model).kinds
+    own = sorted({layer.kind_name for _, layer in layers(model) if found.name in layer.r and layer.kind_name in kinds})
+    facts = {**(facts or {}), KINDS_KEY: own} if own else facts
+    about = {**(facts or {}), **found.about, "base": fingerprint(model).as_dict(), "sites": found.sites}
+    if found.initial is not None:
+        write_bytes(Path(folder) / INITIAL_FILE, found.initial)
+    written = write_files(Path(folder), config, weights, about)
+    if found.initial is None:
+        (Path(folder) / INITIAL_FILE).unlink(missing_ok=True)
+        return written
+    return dataclasses.replace(written, files=(*written.files, INITIAL_FILE))
 
 
 def write_files(folder: Path, config: bytes, weights: bytes, about: Mapping[str, Any]) -> SavedAdapter:

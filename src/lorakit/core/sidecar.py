@@ -7,7 +7,7 @@ about the training. An adapter without it, or rewritten by another program, stil
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,13 @@ FORMAT_VERSION = 1
 METADATA_KEY = "lorakit"
 """Stands in the weights file's header as long as no other program has written it anew."""
 
+KINDS_KEY = "kinds"
+"""Names of the user's own kinds of site that the adapter was made with."""
+
 MAX_BYTES = 16 << 20
+
+BEGAN = "began"
+"""Where it says how an adapter began whose init moved the base: its config's words, each site's rank and alpha."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Sidecar:
         base: Fingerprint of the base, or None.
         sites: Site -> {"r", "lora_alpha"}.
         facts: Everything else: training facts, names, hashes.
+        began: How an adapter began whose init moved the base; else empty.
     """
 
     present: bool
@@ -44,6 +51,7 @@ class Sidecar:
     base: Fingerprint | None
     sites: dict[str, dict[str, float]]
     facts: dict[str, Any]
+    began: dict[str, Any] = field(default_factory=dict)
 
     def trusts(self, config_path: Path) -> bool:
         """Whether the config beside it is, byte for byte, the one it was written with."""
@@ -69,7 +77,7 @@ def read_sidecar(folder: str | os.PathLike[str]) -> Sidecar:
         )
     weights, config, sites = (_table(values.get(key)) for key in ("weights", "config", "sites"))
     shas = tuple(str(weights[key]) for key in ("sha256", "previous_sha256") if weights.get(key))
-    known = {"format_version", "weights", "config", "base", "sites"}
+    known = {"format_version", "weights", "config", "base", "sites", BEGAN}
     facts = {key: value for key, value in values.items() if key not in known}
     base = Fingerprint.from_dict(values["base"]) if values.get("base") else None
     if values.get("base") and base is None:
@@ -80,7 +88,12 @@ def read_sidecar(folder: str | os.PathLike[str]) -> Sidecar:
                 f"{path}: sites[{site!r}] is {str(entry)[:60]}; numbers r and lora_alpha were expected. Remove the "
                 "file to load unverified."
             )
-    return Sidecar(True, shas, str(config.get("sha256", "")), base, sites, facts)
+    began = _table(values.get(BEGAN))
+    if began and not all(map(_is_site, _table(began.get("sites")).values())):
+        raise AdapterFileError(
+            f"{path}: {BEGAN} does not hold numbers r and lora_alpha. Remove the file to load it plain."
+        )
+    return Sidecar(True, shas, str(config.get("sha256", "")), base, sites, facts, began)
 
 
 def integrity(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:

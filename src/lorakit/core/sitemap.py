@@ -6,16 +6,17 @@ places), and the adapted layers. It knows nothing about configs or arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.core.bases import base_of
 from lorakit.core.cloning import PARAMETRISED
 from lorakit.core.extras import ModuleCopies
-from lorakit.core.kinds import INNER, PARAMETER, Kind, Slot, kind_of
+from lorakit.core.kinds import INNER, KINDS, PARAMETER, Kind, Slot, checked, kind_named, kind_of
 from lorakit.core.layer import LoraLayer
 from lorakit.core.routing import AdapterState
 from lorakit.core.switching import Switched
@@ -76,11 +77,17 @@ class SiteMap:
         modules: Path -> module, of the base and of the layers that stand in it, in order.
         parents: id of a module -> every (parent, attribute) that holds it.
         candidates: What targets may name.
+        own: Kinds that the user made, by name.
     """
 
     modules: dict[str, nn.Module]
     parents: dict[int, list[tuple[nn.Module, str]]]
     candidates: list[Candidate]
+    own: dict[str, Kind] = field(default_factory=dict)
+
+    def kind(self, name: str) -> Kind:
+        """The kind with that name, of the table or the user's."""
+        return kind_named(name, self.own)
 
     def base(self, path: str) -> nn.Module:
         """The base's module at a path, also where a layer or trained rows stand there."""
@@ -111,6 +118,24 @@ class SiteMap:
         """The base's module that holds a place's weight."""
         owner = self.base(place.outer)
         return inner_base(owner, place.child) if place.child else owner
+
+    @cached_property
+    def shared(self) -> dict[int, list[str]]:
+        """Id of each parameter that several modules of the base hold -> their paths."""
+        held: dict[int, list[str]] = {}
+        for path in self.modules:
+            for parameter in self.base(path)._parameters.values():
+                if parameter is not None:
+                    held.setdefault(id(parameter), []).append(path)
+        return {key: paths for key, paths in held.items() if len(paths) > 1}
+
+    def weight(self, place: Place) -> Tensor:
+        """The base weight at a place without anything merged, canonical (out, in), fp32 or wider."""
+        standing, module, parameter = self.layer(place), self.holder(place), place.slot.parameter
+        if standing is not None:
+            return standing.read()
+        base = base_of(module, parameter)
+        return base.read(module, base.stored(module, parameter))
 
     def layer(self, place: Place) -> LoraLayer | None:
         """The layer that stands at a place already, or None."""
@@ -181,25 +206,34 @@ def inner_base(owner: nn.Module, child: str) -> nn.Module:
     return inside.owner if isinstance(inside, LoraLayer) else inside
 
 
-def survey(model: nn.Module) -> SiteMap:
+def survey(model: nn.Module, kinds: Iterable[Kind] = ()) -> SiteMap:
     """Walk a model once.
 
     Args:
         model: Any module; adapters may sit in it already.
+        kinds: Kinds that the user made, beside those that adapters on the model brought.
 
     Returns:
         The map. What stands inside an adapted layer or beside a copied module is not listed.
+
+    Raises:
+        ConfigError: One of `kinds` cannot be used.
     """
+    state = find_state(model)
+    own = {**({} if state is None else state.kinds), **checked(kinds)}
     head = _output_head(model)
     modules: dict[str, nn.Module] = {}
     parents: dict[int, list[tuple[nn.Module, str]]] = {}
     candidates: list[Candidate] = []
-    kinds: dict[type[nn.Module], Kind | None] = {}
+    known: dict[type[nn.Module], Kind | None] = {}
     for path, module in _outside_of_adapters(model, "", set(), parents):
         if path:
             modules[path] = module
-            candidates.append(_candidate(path, module, head, kinds))
-    return SiteMap(modules, parents, candidates)
+            base = module.owner if isinstance(module, LoraLayer) else module
+            if type(base) not in known:
+                known[type(base)] = kind_of(type(base), own)
+            candidates.append(_candidate(path, base, known[type(base)], head))
+    return SiteMap(modules, parents, candidates, own)
 
 
 def sites(model: nn.Module) -> list[Site]:
@@ -259,17 +293,11 @@ def _outside_of_adapters(
             yield from _outside_of_adapters(child, f"{path}.{attribute}" if path else attribute, seen, parents)
 
 
-def _candidate(
-    path: str, module: nn.Module, head: nn.Module | None, kinds: dict[type[nn.Module], Kind | None]
-) -> Candidate:
-    base = module.owner if isinstance(module, LoraLayer) else module
-    if type(base) not in kinds:
-        kinds[type(base)] = kind_of(type(base))
-    kind = kinds[type(base)]
+def _candidate(path: str, base: nn.Module, kind: Kind | None, head: nn.Module | None) -> Candidate:
     if kind is None or not _can_be_read(base, kind):
         return Candidate(path, None, type(base).__name__)
     slot = kind.slots(base)[0]
-    dense = kind.name in DENSE_KINDS and module is not head and base is not head
+    dense = (kind.name in DENSE_KINDS or (kind.layer is not None and isinstance(base, nn.Linear))) and base is not head
     return Candidate(path, kind.name, type(base).__name__, dense, slot.out_features, slot.in_features)
 
 
@@ -277,7 +305,7 @@ def _can_be_read(module: nn.Module, kind: Kind) -> bool:
     """Whether the weights of a module are floats, or stored in a way that BASES knows."""
     weight = module._parameters.get("weight")
     floats = weight is not None and torch.is_floating_point(weight) and weight.ndim > 1
-    return floats or kind.acts_on == "weight" or base_of(module).quantised
+    return floats or kind.acts_on == "weight" or kind not in KINDS or base_of(module).quantised
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

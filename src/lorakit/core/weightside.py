@@ -79,9 +79,10 @@ class WeightSideLayer(LoraLayer):
             return None
         self.check_kept()
         with torch.autocast(self.base.device(self.owner, self.slot.parameter).type, enabled=False):
-            total = W = self.read()
+            W = self.read()
+            total = self.read(self.moved_by) if self.moved_by in names else W
             for name in names:
-                total = total + self.update(name, W)
+                total = total + self.addition(name, W)
             stored: Tensor = self.base.write(self.owner, self.original(), total)
         return stored
 

@@ -150,3 +150,4 @@ def _quantise_by_hqq(model: nn.Module, wanted: Quantization, source: ModelSource
             )
         linear: Any = model.get_submodule(site.path)
         model.set_submodule(site.path, quantised_linear(linear, wanted))
+    model.hqq_quantized = True  # what programs of the field look for

@@ -18,6 +18,7 @@ from lorakit.core.loading import place_adapter, read_adapter
 from lorakit.errors import AdapterFileError
 from lorakit.peft import flags
 from lorakit.peft.locating import adapter_folder
+from lorakit.peft.own_kinds import kinds_of
 from lorakit.peft.state_dicts import WRAPPED, names_of, set_peft_model_state_dict
 from lorakit.peft.tuner import CONFIGS
 
@@ -77,7 +78,7 @@ def _load(model: Any, folder: Path, name: str, trainable: bool, config: LoraConf
         report = core.load_adapter(user, folder, name, trainable=trainable, allow=ALLOWANCES)
     else:
         files = dataclasses.replace(read_adapter(folder), config=config, config_is_ours=False)
-        sites, said = place_adapter(user, files, name, trainable, ALLOWANCES)
+        sites, said = place_adapter(user, files, name, trainable, ALLOWANCES, kinds_of(config))
         report = core.LoadReport(name, config, sites, "unverifiable", said)
         config.inference_mode = not trainable
         model.peft_config[name] = config

@@ -230,7 +230,7 @@ def build_peft_weight_mapping(
         peft_config: Its config.
 
     Raises:
-        NotYetSupported: The base's tensors are put together, not only renamed (fused experts).
+        NotYetSupported: The adapter acts on what transformers puts together by now, not only renames (experts).
     """
     if not weight_conversions:
         return []
@@ -239,13 +239,28 @@ def build_peft_weight_mapping(
     found = [renaming("base_model.model.model.", "model."), renaming("base_model.model.", "")]
     found.append(renaming(r"(lora_[^\.]*)", rf"\1.{adapter_name}"))
     for conversion in weight_conversions:
-        if type(conversion).__name__ != "WeightRenaming":
+        if type(conversion).__name__ == "WeightRenaming":
+            found.append(conversion)
+        elif _concerns(conversion, peft_config):
             raise NotYetSupported(
-                "Loading an adapter through transformers onto a base whose experts are put together is not built. Use "
-                "PeftModel.from_pretrained."
+                f"The adapter names {', '.join(sorted(_joined_words(conversion)))}, which this version of transformers "
+                "puts together into one tensor; joining their factors is not built. Load it with the version of "
+                "transformers that it was made with."
             )
-        found.append(conversion)
     return found
+
+
+def _joined_words(conversion: Any) -> set[str]:
+    """Last words of the modules whose tensors transformers puts together."""
+    return {pattern.removesuffix(".weight").rpartition(".")[2] for pattern in conversion.source_patterns}
+
+
+def _concerns(conversion: Any, config: Any) -> bool:
+    """Whether an adapter may have factors at modules that are put together; an expression may name anything."""
+    targets = getattr(config, "target_modules", None)
+    if targets is None or isinstance(targets, str):
+        return config is None or isinstance(targets, str)
+    return not _joined_words(conversion).isdisjoint(target.rpartition(".")[2] for target in targets)
 
 
 def unused(*_: Any, **__: Any) -> None:

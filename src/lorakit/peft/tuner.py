@@ -22,6 +22,7 @@ from lorakit.errors import AdapterError, ConfigError, RouteError, warn_caller
 from lorakit.peft import casting, flags, standing
 from lorakit.peft.keyed_targets import config_for_keys
 from lorakit.peft.matching import said_of_missing
+from lorakit.peft.own_kinds import kinds_of
 
 BASE_NAME = "__base__"
 """In `adapter_names`: a row that runs on the base alone."""
@@ -139,7 +140,8 @@ class BaseTuner(nn.Module):
         self._check_new_adapter_config(config)
         active = self.active_adapters
         asked = config if state_dict is None else config_for_keys(self.model, config, state_dict)
-        report = core.attach(self.model, asked, name, allow=ALLOWANCES)  # PEFT goes on; here each comes with a warning
+        # PEFT goes on where entries match nothing; here each comes with a warning
+        report = core.attach(self.model, asked, name, allow=ALLOWANCES, kinds=kinds_of(config))
         for sentence in said_of_missing(config, report):
             warn_caller(sentence, RuntimeWarning)
         if state_dict is not None:

@@ -207,6 +207,11 @@ def _notes(shape: ModelShape, job: Job, speed: Speed | None, needs: Memory) -> t
         notes.append(
             f"{shape.name} was made for at most {shape.positions:,} tokens; the job has {job.length_tokens:,}."
         )
+    if job.quantization is not None:
+        notes.append(
+            f"{job.quantization}: every product multiplies its weight out first, which the times leave out; full "
+            "fine-tuning is that of the plain base."
+        )
     if speed is None:
         notes.append(
             "Hours need a speed: --tokens-per-second of an earlier run, or --calibrate to measure this machine."

@@ -91,6 +91,35 @@ assert not model._hf_peft_config_loaded
 assert torch.equal(logits(model), plain)
 print("ok: transformers: adapters are deleted")
 
+# transformers puts the experts' tensors of older files together; an adapter beside them, and one on them, are no matter
+from transformers import MixtralConfig, MixtralForCausalLM
+
+sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+mixture = MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)
+torch.manual_seed(0)
+MixtralForCausalLM(mixture).save_pretrained(files / "experts")
+for label, fields in (
+    ("beside", {"target_modules": ["q_proj"]}),
+    ("on", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}),
+):
+    model = AutoModelForCausalLM.from_pretrained(files / "experts", dtype=torch.float32)
+    model.add_adapter(LoraConfig(r=2, **fields))
+    randomise(model)
+    answer = logits(model)
+    model.save_pretrained(files / label)
+    loaded = AutoModelForCausalLM.from_pretrained(files / "experts", dtype=torch.float32)
+    loaded.load_adapter(str(files / label))
+    assert torch.equal(logits(loaded), answer), label
+try:
+    loaded.load_adapter(
+        peft_config=LoraConfig(r=2, target_modules=["w1", "w3"]), adapter_state_dict={}, adapter_name="old"
+    )
+except NotImplementedError as error:
+    assert "w1, w3" in str(error)
+else:
+    raise AssertionError("an adapter of an older layout was taken for one of this")
+print("ok: transformers: adapters beside and on fused experts")
+
 # a folder with an adapter in it, where a model is asked for
 wrapped = get_peft_model(base(), LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
 randomise(wrapped)

@@ -1,39 +1,60 @@
 """The table INITS: how a fresh factor is filled.
 
 Each row is a function from a `Blank` to A and B. Most fill the side that learns and leave the kind's zero side at
-zero, so that a fresh adapter changes no output. Factors are made on the device of their site, in fp32 or wider. An init
-may return a new base weight; the layer then keeps the old one.
+zero, so that a fresh adapter changes no output. Others take a part of the base weight into A and B, and the base
+becomes what is left; the layer then keeps the original. Factors are made on the device of their site, in fp32 or wider.
 """
 
 from __future__ import annotations
 
-from lorakit.core.inits.init import Blank, Filled, Init, fresh_bias
+import re
+
+from lorakit.config import LoraConfig
+from lorakit.core.inits.corda import CORDA
+from lorakit.core.inits.eva import EVA
+from lorakit.core.inits.init import BOTH, Blank, Filled, Init, fresh_bias
+from lorakit.core.inits.loftq import LOFTQ
+from lorakit.core.inits.lora_ga import LORA_GA
+from lorakit.core.inits.mica import MICA
+from lorakit.core.inits.olora import OLORA
+from lorakit.core.inits.orthogonal import ORTHOGONAL
+from lorakit.core.inits.pissa import PISSA
 from lorakit.core.inits.plain import GAUSSIAN, KAIMING, RANDOM
-from lorakit.errors import ConfigError, NotYetSupported, nearest
+from lorakit.core.kinds import is_for
+from lorakit.errors import ConfigError, nearest
 
-__all__ = ["INITS", "Blank", "Filled", "Init", "fresh_bias", "init_for", "init_named"]
+__all__ = ["INITS", "Blank", "Filled", "Init", "fresh_bias", "init_for", "init_named", "trains_of"]
 
-INITS: tuple[Init, ...] = (KAIMING, GAUSSIAN, RANDOM)
-
-LATER = ("pissa", "olora", "orthogonal", "eva", "corda", "loftq", "lora_ga", "mica")
-"""Names that the field knows and that are not built yet."""
+INITS: tuple[Init, ...] = (
+    KAIMING,
+    GAUSSIAN,
+    RANDOM,
+    PISSA,
+    OLORA,
+    ORTHOGONAL,
+    EVA,
+    CORDA,
+    LOFTQ,
+    LORA_GA,
+    MICA,
+)
 
 
 def init_named(name: bool | str) -> Init:
     """The row for a value of `init_lora_weights`.
 
     Raises:
-        NotYetSupported: A method that is not built yet.
         ConfigError: No such init; the message names the nearest.
     """
     for init in INITS:
         if init.name is name or (isinstance(name, str) and init.name == name.lower()):
             return init
-    if any(str(name).lower().startswith(method) for method in LATER):
-        raise NotYetSupported(f"init_lora_weights is {name!r}: this init is not built yet. Use True or 'gaussian'.")
-    hint = nearest(str(name), ["gaussian", *LATER], 1)
+        if isinstance(name, str) and init.family and re.fullmatch(init.family, name.lower()):
+            return init
+    words = [str(init.name) for init in INITS if isinstance(init.name, str)]
+    hint = nearest(str(name), words, 1)
     raise ConfigError(
-        f"init_lora_weights is {name!r}; it must be True, False or 'gaussian'"
+        f"Unknown initialization init_lora_weights={name!r}; it must be True, False or one of {', '.join(words)}"
         + (f". Did you mean {hint[0]!r}?" if hint else ".")
     )
 
@@ -50,9 +71,17 @@ def init_for(name: bool | str, kind: str, path: str) -> Init:
         ConfigError: There is no such init, or it has no meaning on this kind.
     """
     init = init_named(name)
-    if kind not in init.kinds:
+    if not is_for(init.kinds, kind):
         raise ConfigError(
             f"init_lora_weights is {name!r}, which has no meaning on a {kind} ({path}); it has one on "
             f"{', '.join(init.kinds)}. Leave the module out, or use True."
         )
     return init
+
+
+def trains_of(config: LoraConfig) -> frozenset[str]:
+    """Which of "A" and "B" an adapter trains, from its config; both where its init is not known here."""
+    try:
+        return init_named(config.init_lora_weights).trains
+    except ConfigError:
+        return BOTH

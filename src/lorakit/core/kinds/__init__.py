@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
+
 from torch import nn
 
 from lorakit.core.kinds.convolution import CONV1, CONV2, CONV3
 from lorakit.core.kinds.dense import CONV1D, EMBEDDING, LINEAR
 from lorakit.core.kinds.kind import Kind, Shape, Slot, channel_axis, dense_delta, spread
 from lorakit.core.kinds.parameter import ATTENTION, INNER, PARAMETER, parameter_slot, per_expert
+from lorakit.errors import ConfigError
 
 __all__ = [
     "INNER",
@@ -18,7 +22,9 @@ __all__ = [
     "Shape",
     "Slot",
     "channel_axis",
+    "checked",
     "dense_delta",
+    "is_for",
     "kind_named",
     "kind_of",
     "parameter_slot",
@@ -28,28 +34,66 @@ __all__ = [
 
 KINDS: tuple[Kind, ...] = (LINEAR, CONV1D, EMBEDDING, CONV1, CONV2, CONV3, ATTENTION, PARAMETER, INNER)
 
+NONE: Mapping[str, Kind] = MappingProxyType({})
+
 _NAMED = {kind.name: kind for kind in KINDS}
 
 READ_BY_THEIR_OWNER = frozenset({"torch.nn.modules.linear.NonDynamicallyQuantizableLinear"})
 """Dense layers whose weight another module reads without calling them: factors beside them would do nothing."""
 
 
-def kind_of(module_type: type[nn.Module]) -> Kind | None:
+def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kind | None:
     """The kind of site that a type of module can be, or None; the nearest ancestor in a row decides.
 
     Args:
         module_type: Class of a module of the base.
+        own: Kinds that a user made, by name; at one ancestor they come before the table's.
     """
     for ancestor in module_type.__mro__:
         dotted = f"{ancestor.__module__}.{ancestor.__qualname__}"
         if dotted in READ_BY_THEIR_OWNER:
             return None
-        for kind in KINDS:
+        for kind in (*own.values(), *KINDS):
             if ancestor in kind.types or dotted in kind.types:
                 return kind
     return None
 
 
-def kind_named(name: str) -> Kind:
-    """The kind with that name; names are the table's own, so a miss is a mistake in lorakit."""
-    return _NAMED[name]
+def kind_named(name: str, own: Mapping[str, Kind] = NONE) -> Kind:
+    """The kind with that name, one of the table or one that a user made; a miss is a mistake in lorakit.
+
+    Args:
+        name: Its name.
+        own: Kinds that a user made, by name.
+    """
+    return own[name] if name in own else _NAMED[name]
+
+
+def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
+    """Kinds that a user made, by name.
+
+    Args:
+        kinds: Rows, most simply `dataclasses.replace` of one of the table.
+
+    Raises:
+        ConfigError: One is no `Kind`, bears a name that is taken, or names no module type.
+    """
+    found: dict[str, Kind] = {}
+    for kind in kinds:
+        if not isinstance(kind, Kind):
+            raise ConfigError(f"kinds holds {kind!r}; each must be a lorakit.core.Kind.")
+        if kind.name in _NAMED or kind.name in found or not kind.types:
+            why = "names no module type" if not kind.types else "bears the name of another"
+            raise ConfigError(f"kinds: the kind {kind.name!r} {why}. Give it a name and types of its own.")
+        found[kind.name] = kind
+    return found
+
+
+def is_for(kinds: Collection[str], name: str) -> bool:
+    """Whether a row of INITS or VARIANTS has a meaning on a kind; one for every kind has it on a user's own too.
+
+    Args:
+        kinds: Names of the kinds that the row names.
+        name: The kind's name.
+    """
+    return name in kinds or (name not in _NAMED and set(kinds) >= set(_NAMED))

@@ -61,6 +61,7 @@ class Kind:
         flat: A and B of a slot as matrices, (r, n) and (out, r), so that the delta of one matrix is their product.
         flat_weight: The canonical weight of a slot as a matrix, (out, n).
         delta: The unscaled delta of a slot in the shape of its canonical weight; raises MergeError where it has none.
+        layer: Class of the layer that stands there, of a kind that a user made; None for the table's own.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Kind:
     flat: Callable[[Slot, Tensor, Tensor], tuple[Tensor, Tensor]]
     flat_weight: Callable[[Slot, Tensor], Tensor]
     delta: Callable[[Slot, Tensor, Tensor], Tensor]
+    layer: type[nn.Module] | None = None
 
     @property
     def takes_bias(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lorakit.config import LoraConfig
+from lorakit.core.kinds import is_for
 from lorakit.core.variants.alora import ALORA
 from lorakit.core.variants.dora import DORA, row_norms
 from lorakit.core.variants.plain import PLAIN
@@ -41,7 +42,7 @@ def variant_for(config: LoraConfig, kind: str, path: str) -> Variant:
         raise ConfigError(f"{' and '.join(chosen)} at {path}: these variants exclude each other; choose one.")
     field, name = next(iter(chosen.items()), ("", "plain"))
     variant = variant_named(name)
-    if kind not in variant.kinds:
+    if not is_for(variant.kinds, kind):
         raise ConfigError(
             f"{field} at {path}: {variant.name} cannot act on a {kind}; it can on {', '.join(variant.kinds)}. Take "
             "the module out of target_modules, or leave the variant off."

@@ -1,0 +1,149 @@
+"""Run PEFT's own published tests over `lorakit.peft`, by renaming the import, and count what passes.
+
+    make peft-suite                       # the files that need no model from a hub
+    make peft-suite ARGS="test_other.py"  # some of them
+
+The tests come from the source distribution of the installed `peft` on the package index; nothing of them is kept here.
+Left out, and counted: cases of PEFT's other methods, and of LoRA variants that lorakit refuses by name. Failures that
+ask for a model of a hub are told apart, since they say nothing where there is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+FILES = (
+    "test_config.py",
+    "test_custom_models.py",
+    "test_helpers.py",
+    "test_initialization.py",
+    "test_lora_conversion.py",
+    "test_lora_intruders.py",
+    "test_lora_variants.py",
+    "test_lorafa.py",
+    "test_loraplus.py",
+    "test_low_level_api.py",
+    "test_mapping.py",
+    "test_other.py",
+    "test_target_parameters.py",
+    "test_trainable_tokens.py",
+    "test_tuners_utils.py",
+)
+NEEDS_A_HUB = re.compile(
+    r"offline mode|LocalEntryNotFound|couldn't connect to|Cannot reach|is not a local folder|HF_HUB_OFFLINE|"
+    r"Can't load the (configuration|tokenizer)|does not appear to have a file|ConnectionError|OfflineModeIsEnabled"
+)
+
+CONFTEST = """
+import collections
+import pytest
+from lorakit.peft import elsewhere
+
+elsewhere._refuse = lambda name: None  # lists of cases hold configs of other methods, which shall be counted, not raise
+REFUSED = {"velora_config", "use_qalora", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config"}
+LEFT_OUT = collections.Counter()
+
+
+def reason(value, depth=0):
+    kind = value if isinstance(value, type) else type(value)
+    if kind.__name__.endswith("Config") and "peft" in kind.__module__ and kind.__name__ != "LoraConfig":
+        return "another method"
+    if isinstance(value, dict):
+        if any(value.get(name) for name in REFUSED):
+            return "a variant that is refused by name"
+        value = list(value.values())
+    if isinstance(value, (list, tuple)) and depth < 4:
+        return next(filter(None, (reason(item, depth + 1) for item in value)), None)
+    return None
+
+
+def pytest_collection_modifyitems(config, items):
+    kept = []
+    for item in items:
+        values = list(getattr(item, "callspec").params.values()) if hasattr(item, "callspec") else []
+        why = reason(values)
+        if why:
+            LEFT_OUT[why] += 1
+        else:
+            kept.append(item)
+    items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line("left out: " + ", ".join(f"{n} of {why}" for why, n in LEFT_OUT.items()))
+"""
+
+
+def fetch(folder: Path) -> Path:
+    """The tests of the installed `peft`, with the import renamed."""
+    version = importlib.metadata.version("peft")
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(folder)]
+    subprocess.run([*pip, f"peft=={version}"], check=True)
+    with tarfile.open(next(folder.glob("peft-*.tar.gz"))) as archive:
+        archive.extractall(folder, filter="data")
+    tests = folder / f"peft-{version}" / "tests"
+    for path in tests.glob("*.py"):
+        text = re.sub(r"^(\s*)(from|import) peft\b", r"\1\2 lorakit.peft", path.read_text("utf-8"), flags=re.MULTILINE)
+        text = re.sub(r"(patch(?:\.object)?\(\s*[\"'])peft\.", r"\1lorakit.peft.", text)
+        path.write_text(text, "utf-8")
+    (tests / "__init__.py").touch()
+    (tests.parent / "pyproject.toml").unlink()  # its options ask for plugins
+    (tests / "conftest.py").write_text(CONFTEST, "utf-8")
+    return tests
+
+
+def main() -> int:
+    """Fetch, run file by file, print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", default=FILES, help="files of PEFT's tests (default: those without a hub)")
+    parser.add_argument("--failed", action="store_true", help="name each test that failed")
+    options = parser.parse_args()
+    offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryDirectory() as temporary:
+        tests = fetch(Path(temporary))
+        for name in options.files:
+            report = tests.parent / "report.xml"
+            report.unlink(missing_ok=True)
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "-n", "2", f"--junitxml={report}"]
+            run = subprocess.run(
+                [*command, "-W", "ignore", f"tests/{name}"],
+                cwd=tests.parent,
+                env={**os.environ, **offline},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            told = counted(report, options.failed) if report.exists() else (run.stdout + run.stderr)[-300:].strip()
+            print(f"{name}: {told}", flush=True)
+    return 0
+
+
+def counted(report: Path, names: bool) -> str:
+    """One line for a file: what passed, what failed, what asked for a hub; with `names`, each that failed."""
+    counts: collections.Counter[str] = collections.Counter()
+    failed = []
+    for case in ElementTree.parse(report).iter("testcase"):
+        bad = [child for child in case if child.tag in {"failure", "error"}]
+        if bad and NEEDS_A_HUB.search(f"{bad[0].get('message')} {bad[0].text}"):
+            counts["need a hub"] += 1
+        elif bad:
+            counts["failed"] += 1
+            failed.append(f"    {case.get('name')}: {(bad[0].get('message') or '').splitlines()[0][:140]}")
+        else:
+            counts["skipped" if any(child.tag == "skipped" for child in case) else "passed"] += 1
+    line = ", ".join(f"{counts[word]} {word}" for word in ("passed", "failed", "skipped", "need a hub") if counts[word])
+    return "\n".join([line or "no test", *(failed if names else [])])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
