@@ -262,7 +262,7 @@ def test_a_disk_that_refuses(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", refuse)
-        patch.setattr(hub, "load_model", lambda *_: pytest.fail("nothing heavy happens before the disk is asked"))
+        patch.setattr(hub, "load_model", lambda *_, **__: pytest.fail("nothing heavy happens before the disk is asked"))
         assert "out: cannot be written (Read-only file system)" in error(capsys, 1, *words)
     with monkeypatch.context() as patch:
         patch.setattr("lorakit.hub.saving.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(100, 100, 10))

@@ -166,3 +166,21 @@ def test_recomputed_activations_give_the_same_adapter(train: Train, tmp_path: Pa
         assert train(*words, output_dir=tmp_path / folder, eval_steps=6) == 0
     one, other = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("plain", "again"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_files_that_are_quantised_already_are_said_to_be(
+    train: Train, tmp_path: Path, wide_model_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = tmp_path / "packed"
+    hub.load_model(wide_model_directory, "float32", quantization="nf4").save_pretrained(packed)
+    hub.load_tokenizer(wide_model_directory).save_pretrained(packed)
+    assert train(model=packed) == 2
+    assert "its files are quantised already (bitsandbytes); leave out quantization 'nf4'" in capsys.readouterr().err
+    assert train(model=packed, quantization=None) == 0
+    record = read(tmp_path / "run" / "run.json")
+    assert record["resolved"]["quantization"]["method"] == "nf4"
+    assert "(nf4 of" in record["plan"]["lora"]["memory"]["lines"][0]["formula"]
+    words = ["--model", str(packed), "--adapter", str(tmp_path / "run" / "adapter")]
+    assert main(["merge", *words, "--output-dir", str(tmp_path / "merged")]) == 1
+    assert "its files are quantised (nf4), and a plain directory is made of the plain base" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()

@@ -478,7 +478,7 @@ def test_lorafa_and_rates_by_pattern_reach_the_run(train: Train, tmp_path: Path)
 def test_a_rate_for_no_module_is_refused_before_anything_is_loaded(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(hub, "load_model", lambda *_, **__: pytest.fail("loaded"))
     assert train("--learning-rate-pattern", "q_pro=0.5") == 2
     said = capsys.readouterr().err
     assert "learning_rate_pattern key 'q_pro' matches none of the 14 adapted modules; nearest: q_proj" in said

@@ -123,8 +123,8 @@ def test_the_base_does_not_move(settings: dict[str, Any], monkeypatch: pytest.Mo
     seen: dict[str, Any] = {}
     real = readying.hub.load_model
 
-    def load(*arguments: Any) -> Any:
-        seen["model"] = model = real(*arguments)
+    def load(*arguments: Any, **named: Any) -> Any:
+        seen["model"] = model = real(*arguments, **named)
         seen["before"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         return model
 

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from lorakit.cli import console
 from lorakit.cli.adapters import Allowances, read_adapters
 from lorakit.cli.stored import say_how_trained
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, MergeError
 from lorakit.plan.quantised import stored_as
 from lorakit.train.defaults import DEFAULTS
 
@@ -77,6 +77,12 @@ def run(
     say_how_trained(files, quantization)
     source = hub.resolve(flags.model, console.note)
     hub.require(source)
+    stored = hub.stored_as_files(source, quantization)
+    if stored is not None and quantization is None:
+        raise MergeError(
+            f"{flags.model}: its files are quantised ({stored.name}), and a plain directory is made of the plain base. "
+            f"Give that as --model, with --quantization {stored.name} for the numbers that the adapter was trained on."
+        )
     words = (allow or Allowances()).words()
     order = Order(source, files, flags.adapter, flags.output_dir, flags.dtype, flags.untie, words, quantization)
     done = write_merged(order, console.note)

@@ -206,9 +206,8 @@ def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
         return dataclasses.replace(config)
     if model_type not in DEFAULT_TARGETS:
         raise ConfigError(
-            f"Please specify `target_modules` in `peft_config`: it is not set, and there is no default for a "
-            f"{type(model).__name__}. Name the "
-            "modules to adapt, or use 'all-linear'."
+            "Please specify `target_modules` in `peft_config`: it is not set, and there is no default for a "
+            f"{type(model).__name__}. Name the modules to adapt, or use 'all-linear'."
         )
     default = DEFAULT_TARGETS[model_type]
     return dataclasses.replace(config, target_modules=default if isinstance(default, str) else set(default))

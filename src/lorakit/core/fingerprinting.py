@@ -93,7 +93,7 @@ def fingerprint(model: nn.Module, read: Callable[[str], Tensor] | None = None) -
         architecture=type(_innermost(model)).__name__,
         parameters=sum({part.key: math.prod(part.shape) for part in parts.values()}.values()),
         names_sha256=hashlib.sha256(listing.encode()).hexdigest(),
-        vocabulary=_vocabulary(model),
+        vocabulary=vocabulary_of(model),
         dtype=max(set(dtypes), key=dtypes.count) if dtypes else "",
         samples={name: _patterns(values) for name, (values, _) in numbers.items()},
         bounds={name: _patterns(bound) for name, (_, bound) in numbers.items() if bound is not None},
@@ -220,7 +220,8 @@ def _order(pattern: str) -> int:
     return -(bits & 0x7FFF) if bits & 0x8000 else bits
 
 
-def _vocabulary(model: nn.Module) -> int:
+def vocabulary_of(model: nn.Module) -> int:
+    """Rows of a model's input embedding, 0 where it has none."""
     getter = getattr(model, "get_input_embeddings", None)
     try:
         embedding = getter() if getter is not None else None

@@ -197,7 +197,7 @@ def _check_ties(tensors: Mapping[str, Tensor], config: LoraConfig, site_map: Sit
 
 
 def same_numbers(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors (…) of a file hold the same numbers, whatever their dtypes."""
+    """Whether two tensors of any shape hold the same numbers, whatever their dtypes."""
     return one.shape == other.shape and torch.equal(one.to(other.dtype), other)
 
 

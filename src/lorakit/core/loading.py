@@ -24,7 +24,7 @@ from lorakit.core.bases import base_of
 from lorakit.core.checks import check_allowances, check_bias_alone, check_new_name, check_scales
 from lorakit.core.extras import Extras, ModuleCopies, build_extras
 from lorakit.core.factor import Factor, factor_dtype, make_dropout
-from lorakit.core.fingerprinting import DIFFERENT, compare, fingerprint
+from lorakit.core.fingerprinting import DIFFERENT, compare
 from lorakit.core.fitting import Fit, fit
 from lorakit.core.fresh import Part, as_parameters, check_bias_of_b
 from lorakit.core.inits import trains_of
@@ -40,6 +40,7 @@ from lorakit.core.tensorfile import TensorFile, read_tensors
 from lorakit.core.ties import tie_copies
 from lorakit.core.training_flags import set_trained
 from lorakit.core.variants import variant_for
+from lorakit.core.vocabulary import room_for, way_out, without_brought_rows
 from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, PatternError, TargetError, warn_caller
 from lorakit.targets import Match
 
@@ -126,15 +127,16 @@ def load_adapter(
     check_new_name(find_state(model), name)
     files = read_adapter(folder)
     check_not_applied(model, files.folder, files.file.sha256, allow)
-    said = list(files.warnings)
-    verdict, reason = compare(files.sidecar.base, fingerprint(model))
-    if verdict == DIFFERENT and "base_mismatch" not in allow:
-        raise BaseMismatchError(
-            f"{files.folder}: made on another base: {reason}. Load its own base, or allow 'base_mismatch'."
-        )
-    if verdict == DIFFERENT:
-        said.append(f"{files.folder}: loaded on another base as allowed: {reason}.")
-    sites, more = place_adapter(model, dataclasses.replace(files, warnings=tuple(said)), name, trainable, allow, kinds)
+    with room_for(model, files.config, files.sidecar.base) as grown:
+        said = [*files.warnings, *(f"{files.folder}: {sentence}" for sentence in grown)]
+        known, present = without_brought_rows(model, files.config, files.sidecar.base)
+        verdict, reason = compare(known, present)
+        if verdict == DIFFERENT and "base_mismatch" not in allow:
+            raise BaseMismatchError(f"{files.folder}: made on another base: {reason}. {way_out(known, present)}")
+        if verdict == DIFFERENT:
+            said.append(f"{files.folder}: loaded on another base as allowed: {reason}.")
+        files = dataclasses.replace(files, warnings=tuple(said))
+        sites, more = place_adapter(model, files, name, trainable, allow, kinds)
     return LoadReport(name, files.config, sites, verdict, more)
 
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lorakit.core.extras import BiasSwitch, ModuleCopies
-from lorakit.core.layer import LoraLayer
+from lorakit.core.extras import BiasSwitch
+from lorakit.core.switching import Switched
 from lorakit.core.walking import walk
 
 
@@ -23,7 +23,7 @@ def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | Non
         others: The same for all adapters that are not named; None leaves them.
     """
     for _, module in walk(model):
-        if isinstance(module, (LoraLayer, ModuleCopies)):
+        if isinstance(module, Switched):
             for name in module.available_adapters():
                 flag = wanted.get(name, others)
                 if flag is not None:

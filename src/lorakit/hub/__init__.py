@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lorakit.hub.adapters import adapter_from_hub
 from lorakit.hub.calibration import Calibration, DtypeChoice, calibrate, choose_dtype
-from lorakit.hub.models import load_model, load_tokenizer
+from lorakit.hub.models import load_model, load_tokenizer, stored_as_files
 from lorakit.hub.packaged import PACKAGED, packaged_directory
 from lorakit.hub.quantising import quantiser_facts, require_quantiser
 from lorakit.hub.saving import save_model
@@ -35,5 +35,6 @@ __all__ = [
     "shape_of",
     "shape_of_module",
     "skeleton",
+    "stored_as_files",
     "tokenizer_hash",
 ]

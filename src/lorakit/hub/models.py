@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import ConfigError, ModelError
-from lorakit.hub.quantising import loading_options, refuse_twice, require_quantiser, settle
+from lorakit.hub.quantising import loading_options, refuse_twice, require_quantiser, settle, words_of_files
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.hub.sources import ModelSource, require, resolve
 from lorakit.plan.quantised import Quantization
@@ -87,6 +87,30 @@ def load_model(
             loaded = loaded.to(device)
         settle(loaded, stored, source)
     return loaded.eval()
+
+
+def stored_as_files(
+    model: str | os.PathLike[str] | ModelSource, wanted: Quantization | None = None
+) -> Quantization | None:
+    """How a loaded model will be stored: as was asked for, or as its files are; no weight is loaded.
+
+    Args:
+        model: What `resolve` takes, or what it gave.
+        wanted: What was asked for, or None.
+
+    Returns:
+        The quantisation; None where it is plain, or quantised in a way that has no word.
+
+    Raises:
+        ConfigError: The files are quantised already, and a quantisation was asked for.
+        ModelError: There is no such model.
+    """
+    source = model if isinstance(model, ModelSource) else resolve(model)
+    import transformers
+
+    with quiet_transformers():
+        config = _call(source, transformers.AutoConfig.from_pretrained)
+    return words_of_files(config) if refuse_twice(config, wanted, source) else wanted
 
 
 def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> Any:

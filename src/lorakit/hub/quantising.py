@@ -137,6 +137,27 @@ def refuse_twice(config: Any, wanted: Quantization | None, source: ModelSource) 
     return stored is not None
 
 
+def words_of_files(config: Any) -> Quantization | None:
+    """How a model's files are quantised, in the words of `--quantization`.
+
+    Args:
+        config: The model's config.
+
+    Returns:
+        The quantisation, or None where the files are plain or quantised in a way that has no word.
+    """
+    facts: Any = getattr(config, "quantization_config", None)
+    facts = facts if isinstance(facts, dict) else facts.to_dict() if facts is not None else {}
+    method = str(getattr(facts.get("quant_method"), "value", facts.get("quant_method")))
+    if method == "bitsandbytes" and facts.get("load_in_8bit"):
+        return Quantization("int8")
+    if method == "bitsandbytes" and facts.get("bnb_4bit_quant_type") in ("nf4", "fp4"):
+        return Quantization(facts["bnb_4bit_quant_type"], bool(facts.get("bnb_4bit_use_double_quant")))
+    if method == "torchao" and "Int8WeightOnlyConfig" in str(facts.get("quant_type")):
+        return Quantization("int8-torchao")
+    return None
+
+
 def _quantise_by_hqq(model: nn.Module, wanted: Quantization, source: ModelSource) -> None:
     from lorakit.core.quantising import quantised_linear
 
@@ -150,4 +171,4 @@ def _quantise_by_hqq(model: nn.Module, wanted: Quantization, source: ModelSource
             )
         linear: Any = model.get_submodule(site.path)
         model.set_submodule(site.path, quantised_linear(linear, wanted))
-    model.hqq_quantized = True  # what programs of the field look for
+    vars(model)["hqq_quantized"] = True  # what programs of the field look for

@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
-from lorakit.core.extras import BiasSwitch, ModuleCopies
-from lorakit.core.layer import LoraLayer
+from lorakit import core
+from lorakit.core.switching import Switched
 from lorakit.core.walking import walk
 
 
@@ -19,7 +19,7 @@ def set_trained(model: nn.Module, name: str, trained: bool) -> None:
         name: The adapter; one that is not there is no matter.
         trained: Whether its parameters require gradients.
     """
-    _set(model, {name: trained})
+    core.set_trained(model, {name: trained})
 
 
 def train_only(model: nn.Module, names: Collection[str]) -> None:
@@ -29,7 +29,7 @@ def train_only(model: nn.Module, names: Collection[str]) -> None:
         model: A model with adapters in it.
         names: The adapters to train.
     """
-    _set(model, dict.fromkeys(names, True), others=False)
+    core.set_trained(model, dict.fromkeys(names, True), others=False)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -41,7 +41,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
         requires_grad: Train them.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-    _set(model, dict.fromkeys(names, requires_grad))
+    core.set_trained(model, dict.fromkeys(names, requires_grad))
 
 
 def pause(model: nn.Module) -> list[nn.Parameter]:
@@ -56,7 +56,7 @@ def pause(model: nn.Module) -> list[nn.Parameter]:
     trained = [
         parameter
         for _, module in walk(model)
-        if isinstance(module, (LoraLayer, ModuleCopies))
+        if isinstance(module, Switched)
         for name in module.available_adapters()
         for parameter in module.parameters_of(name)
         if parameter.requires_grad
@@ -64,17 +64,3 @@ def pause(model: nn.Module) -> list[nn.Parameter]:
     for parameter in trained:
         parameter.requires_grad_(False)
     return trained
-
-
-def _set(model: nn.Module, wanted: dict[str, bool], others: bool | None = None) -> None:
-    for _, module in walk(model):
-        if isinstance(module, (LoraLayer, ModuleCopies)):
-            for name in module.available_adapters():
-                flag = wanted.get(name, others)
-                if flag is not None:
-                    module.set_trained(name, flag)
-        elif module._forward_hooks:
-            for switch in BiasSwitch.on(module):
-                flag = wanted.get(switch.adapter, others)
-                for leaf in switch.originals if flag is not None else ():
-                    module._parameters[leaf].requires_grad_(flag)  # type: ignore[union-attr, arg-type]

@@ -14,7 +14,7 @@ from torch import nn
 from lorakit import core
 from lorakit.config import LoraConfig, PeftConfig, PeftType, TaskType, read_config
 from lorakit.errors import AdapterError, ConfigError, warn_caller
-from lorakit.peft import casting, standing, starting
+from lorakit.peft import casting, converting_inits, standing, starting
 from lorakit.peft.loaded import LoadResult, load_by_names, load_whole
 from lorakit.peft.locating import adapter_folder
 from lorakit.peft.options import check_options
@@ -280,6 +280,7 @@ class PeftModel(Shown, Pushed):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
         state_dict: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -292,6 +293,8 @@ class PeftModel(Shown, Pushed):
             save_embedding_layers: True adds the base's embedding matrices, for a vocabulary that was resized;
                 otherwise they are not part of an adapter.
             is_main_process: Other processes write nothing.
+            path_initial_model_for_weight_conversion: Where the adapter was saved before training: what acts on a base
+                that its init changed (PiSSA and its like) is written as plain LoRA of twice the rank.
             state_dict: Name in the model -> tensor (…) to write instead of the model's own, as gathered elsewhere.
             kwargs: See `options.py`.
 
@@ -318,7 +321,7 @@ class PeftModel(Shown, Pushed):
             tensors = None
             if state_dict is not None or whole:
                 tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=whole)
-            core.save_adapter(self.get_base_model(), folder, name, tensors=tensors)
+            converting_inits.save(self, folder, name, tensors, path_initial_model_for_weight_conversion)
         if is_main_process:
             self.create_or_update_model_card(save_directory)
 

@@ -31,7 +31,6 @@ WITHOUT_EFFECT: Mapping[str, str] = {
 """Option -> why nothing has to be done for it."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "path_initial_model_for_weight_conversion": (None,),
     "push_to_hub": (False, None),
 }
 """Option that is not built yet -> the values that ask for nothing that is not done anyway."""

@@ -16,6 +16,8 @@ from lorakit.core.extras import ModuleCopies
 from lorakit.core.factor import HOLDERS
 from lorakit.core.layer import LoraLayer
 from lorakit.core.sitemap import find_state
+from lorakit.core.switching import Switched
+from lorakit.core.token_rows import TokenRows
 from lorakit.core.walking import walk
 from lorakit.errors import RouteError
 
@@ -26,9 +28,9 @@ def is_wrapper(model: nn.Module) -> bool:
     return inner is not None and hasattr(inner, "tuner_layer_cls")
 
 
-def adapted(model: nn.Module) -> Iterator[LoraLayer | ModuleCopies]:
+def adapted(model: nn.Module) -> Iterator[Switched]:
     """Every adapted layer and copied module."""
-    return (module for _, module in walk(model) if isinstance(module, (LoraLayer, ModuleCopies)))
+    return (module for _, module in walk(model) if isinstance(module, Switched))
 
 
 def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
@@ -37,33 +39,34 @@ def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
     return {} if state is None else state.configs
 
 
-def holders_of(module: LoraLayer | ModuleCopies) -> Iterator[Any]:
+def holders_of(module: Switched) -> Iterator[Any]:
     """The containers of a layer that hold something per adapter."""
     if isinstance(module, ModuleCopies):
         yield module.modules_to_save
-        return
+    elif isinstance(module, TokenRows):
+        yield module.token_adapter.trainable_tokens_delta
     for attribute in HOLDERS:
         held = module._modules.get(attribute)
         if held is not None and attribute != "lora_dropout":
             yield held
 
 
-def available_at(module: LoraLayer | ModuleCopies) -> set[str]:
+def available_at(module: Switched) -> set[str]:
     """Adapters that have something at a layer."""
     return set(module.available_adapters())
 
 
-def active_at(module: LoraLayer | ModuleCopies) -> list[str]:
+def active_at(module: Switched) -> list[str]:
     """Adapters that act at a layer, also while they are disabled, as PEFT lists them."""
     return module.active_adapters
 
 
-def merged_at(module: LoraLayer | ModuleCopies) -> list[str]:
+def merged_at(module: Switched) -> list[str]:
     """Adapters that are merged at a layer."""
-    return list(module.merged_adapters)
+    return list(getattr(module, "merged_adapters", ()))
 
 
-def is_disabled(module: LoraLayer | ModuleCopies) -> bool:
+def is_disabled(module: Switched) -> bool:
     """Whether a layer's adapters are switched off now."""
     return module.disable_adapters
 
@@ -88,15 +91,15 @@ def saying_lengths(adapter_names: Sequence[str] | None) -> Iterator[None]:
     try:
         yield
     except RouteError as refused:
-        if adapter_names is None or "rows" not in str(refused):
+        if adapter_names is None or "The route names" not in str(refused):
             raise
         said = "Length of `adapter_names` should be the same as the number of inputs"
         raise RouteError(f"{said}, but got {len(adapter_names)}. {refused}") from refused
 
 
-def quantisation_at(module: LoraLayer | ModuleCopies) -> str | None:
+def quantisation_at(module: Switched) -> str | None:
     """How a layer's base weight is quantised, in PEFT's words, or None."""
-    if isinstance(module, ModuleCopies) or not module.base.quantised:
+    if not isinstance(module, LoraLayer) or not module.base.quantised:
         return None
     return BACKENDS.get(module.base.name, module.base.name)
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from lorakit.core.extras import BiasSwitch, ModuleCopies
 from lorakit.core.layer import LoraLayer
+from lorakit.core.token_rows import TokenRows
 from lorakit.core.underlying import base_tensors
 from lorakit.errors import AdapterError, AdapterFileError, warn_caller
 from lorakit.peft import casting, standing
 
 WRAPPED = "base_model.model."
 COMPILED = "_orig_mod"
+ROWS = "token_adapter.trainable_tokens_delta"
 FSDP = "_fsdp_wrapped_module."
 
 
@@ -80,10 +82,17 @@ def names_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str]]:
             if adapter in module.modules_to_save:
                 for leaf in module.modules_to_save[adapter].state_dict():
                     yield f"{prefix}{leaf}", f"{prefix}modules_to_save.{adapter}.{leaf}"
+        elif isinstance(module, TokenRows):
+            if adapter in module.available_adapters() and not module.follows:
+                yield f"{prefix}{ROWS}", f"{prefix}{ROWS}.{adapter}"
         elif module._forward_hooks:
-            for switch in BiasSwitch.on(module):
-                if switch.adapter == adapter:
-                    yield from ((f"{prefix}{leaf}", f"{prefix}{leaf}") for leaf in switch.originals)
+            yield from _of_biases(module, prefix, adapter)
+
+
+def _of_biases(module: nn.Module, prefix: str, adapter: str) -> Iterator[tuple[str, str]]:
+    for switch in BiasSwitch.on(module):
+        if switch.adapter == adapter:
+            yield from ((f"{prefix}{leaf}", f"{prefix}{leaf}") for leaf in switch.originals)
 
 
 def _of_layer(layer: LoraLayer, prefix: str, adapter: str) -> Iterator[tuple[str, str]]:

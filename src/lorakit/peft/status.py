@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lorakit.core.extras import ModuleCopies
-from lorakit.core.layer import LoraLayer
+from lorakit.core.switching import Switched
 from lorakit.errors import AdapterError
 from lorakit.peft import standing
 
@@ -91,11 +90,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         AdapterError: There are none.
     """
     inner = getattr(model, "base_model", model) if standing.is_wrapper(model) else model
-    found = [
-        _layer_status(name, module)
-        for name, module in inner.named_modules()
-        if isinstance(module, (LoraLayer, ModuleCopies))
-    ]
+    found = [_layer_status(name, module) for name, module in inner.named_modules() if isinstance(module, Switched)]
     if not found:
         raise AdapterError(
             "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters "
@@ -104,7 +99,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     return found
 
 
-def _layer_status(name: str, module: LoraLayer | ModuleCopies) -> TunerLayerStatus:
+def _layer_status(name: str, module: Switched) -> TunerLayerStatus:
     flags: dict[str, list[bool]] = defaultdict(list)
     devices: dict[str, set[str]] = defaultdict(set)
     for adapter, parameter in _parameters(module):
@@ -123,7 +118,7 @@ def _layer_status(name: str, module: LoraLayer | ModuleCopies) -> TunerLayerStat
     )
 
 
-def _parameters(module: LoraLayer | ModuleCopies) -> Iterator[tuple[str, nn.Parameter]]:
+def _parameters(module: Switched) -> Iterator[tuple[str, nn.Parameter]]:
     for holder in standing.holders_of(module):
         for adapter, held in holder.items():
             for parameter in held.parameters() if isinstance(held, nn.Module) else [held]:

@@ -19,6 +19,7 @@ from lorakit.core.sitemap import find_state
 from lorakit.default_targets import DEFAULT_TARGETS
 from lorakit.errors import AdapterError, ConfigError, RouteError, warn_caller
 from lorakit.peft import casting, flags, standing
+from lorakit.peft.init_steps import for_attaching
 from lorakit.peft.keyed_targets import config_for_keys
 from lorakit.peft.matching import said_of_missing
 from lorakit.peft.own_kinds import kinds_of
@@ -143,7 +144,10 @@ class BaseTuner(nn.Module):
         active = self.active_adapters
         asked = config if state_dict is None else config_for_keys(self.model, config, state_dict)
         # PEFT goes on where entries match nothing; here each comes with a warning
-        report = core.attach(self.model, asked, name, allow=ALLOWANCES, kinds=kinds_of(config))
+        asked, found = for_attaching(self.model, asked)
+        report = core.attach(self.model, asked, name, allow=ALLOWANCES, kinds=kinds_of(config), statistics=found)
+        self.peft_config[name].init_lora_weights = config.init_lora_weights
+        self.peft_config[name].eva_config = config.eva_config
         for sentence in said_of_missing(config, report):
             warn_caller(sentence, RuntimeWarning)
         if state_dict is not None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from lorakit.core.extras import ModuleCopies
-from lorakit.core.extras import ModuleCopies as AuxiliaryTrainingWrapper
+from abc import ABC
+from typing import TYPE_CHECKING
+
 from lorakit.core.extras import ModuleCopies as ModulesToSaveWrapper
-from lorakit.peft.elsewhere import placeholder
+from lorakit.core.token_rows import TokenAdapter as TrainableTokensLayer
+from lorakit.core.token_rows import TokenRows as TrainableTokensWrapper
 
-__all__ = [
-    "AuxiliaryTrainingWrapper",
-    "ModuleCopies",
-    "ModulesToSaveWrapper",
-    "TrainableTokensLayer",
-    "TrainableTokensWrapper",
-]
+__all__ = ["AuxiliaryTrainingWrapper", "ModulesToSaveWrapper", "TrainableTokensLayer", "TrainableTokensWrapper"]
 
-TrainableTokensWrapper = placeholder("TrainableTokensWrapper")
-TrainableTokensLayer = placeholder("TrainableTokensLayer")
+if TYPE_CHECKING:
+    from lorakit.core.switching import Switched as AuxiliaryTrainingWrapper
+else:
+
+    class AuxiliaryTrainingWrapper(ABC):  # noqa: B024  # nothing is made of it
+        """What copied modules and trained rows have in common in PEFT; for `isinstance` alone."""
+
+    AuxiliaryTrainingWrapper.register(ModulesToSaveWrapper)
+    AuxiliaryTrainingWrapper.register(TrainableTokensWrapper)

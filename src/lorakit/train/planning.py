@@ -69,8 +69,8 @@ def _estimate(request: Request, pace: Pace, longest: int, dtype: str, speed: pla
         dtype=dtype,
         gradient_checkpointing=settings.gradient_checkpointing,
         optimizer=settings.optimizer,
-        quantization=settings.quantization,
-        double_quantization=settings.double_quantization,
+        quantization=None if request.stored is None else request.stored.name,
+        double_quantization=request.stored is not None and request.stored.double,
     )
     return plan.estimate(prospect.shape, prospect.config, job, speed, allow_partial=settings.allow_partial_targets)
 

@@ -108,7 +108,7 @@ def make_ready(request: Request, progress: Progress) -> Ready:
 
 def _base_bytes(model: torch.nn.Module, request: Request) -> int:
     """Size of the base in memory; of a quantised one by formula, since its scales are no parameters."""
-    quantization = request.settings.stored_as()
+    quantization = request.stored
     if quantization is None:
         return sum(p.numel() * p.element_size() for p in model.parameters())
     number = next(p.element_size() for p in model.parameters() if p.is_floating_point())

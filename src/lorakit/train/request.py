@@ -11,6 +11,7 @@ import torch
 
 from lorakit import hub
 from lorakit.errors import RunError, UsageError
+from lorakit.plan.quantised import Quantization
 from lorakit.train.forecast import Forecast, forecast
 from lorakit.train.preparing import (
     RunData,
@@ -40,6 +41,7 @@ class Request:
         record: `run.json` of the run that is resumed, or None.
         forecast: Shape, adapter config and length.
         lock: Descriptor that holds the folder for this process, or -1.
+        stored: How the base is stored in fewer bits: as was asked for, or as its files are; None for as it is.
     """
 
     settings: TrainSettings
@@ -51,12 +53,12 @@ class Request:
     record: Mapping[str, Any] | None
     forecast: Forecast
     lock: int
+    stored: Quantization | None = None
 
     @property
     def quantization(self) -> dict[str, Any] | None:
         """How the base is stored in fewer bits, as plain JSON values, or None for as it is."""
-        wanted = self.settings.stored_as()
-        return None if wanted is None else hub.quantiser_facts(wanted)
+        return None if self.stored is None else hub.quantiser_facts(self.stored)
 
 
 def check(settings: TrainSettings, progress: Progress) -> Request:
@@ -77,9 +79,9 @@ def check(settings: TrainSettings, progress: Progress) -> Request:
     if settings.resume:
         settings = resumed({name: getattr(settings, name) for name in settings.model_fields_set})
     settings.lora_config()
-    quantization = settings.stored_as()
-    if quantization is not None:
-        hub.require_quantiser(quantization)
+    wanted = settings.stored_as()
+    if wanted is not None:
+        hub.require_quantiser(wanted)
     device = pick_device(settings.device)
     check_place(settings)
     folder = Path(settings.output_dir)
@@ -92,8 +94,9 @@ def check(settings: TrainSettings, progress: Progress) -> Request:
         _refuse_other_data(folder, record, hashes)
     source = hub.resolve(settings.model, progress.say)
     hub.require(source, tokenizer=True)
+    stored = hub.stored_as_files(source, wanted)
     prospect = forecast(settings, source)
-    return Request(settings, folder, device, source, data, hashes, record, prospect, claim_place(folder))
+    return Request(settings, folder, device, source, data, hashes, record, prospect, claim_place(folder), stored)
 
 
 def _refuse_other_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
