@@ -10,10 +10,12 @@ import torch
 from lorakit.config import LoraConfig
 from lorakit.core import attach, merge, trainable_parameters
 from lorakit.core.lorafa import LoraFA, freeze_factors
+from lorakit.errors import ConfigError, NotYetSupported
 from lorakit.hub.shapes import shape_of_module
 from lorakit.plan import Job, catalogue, count, estimate
+from lorakit.targets import match_path
 
-from .zoo import BERT, GPT2, LLAMA, T5, TIED, Specimen
+from .zoo import BERT, GPT2, LLAMA, MIXTRAL, T5, TIED, Specimen
 
 FIELDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -148,3 +150,45 @@ def test_the_whole_gpt2_attached() -> None:
     per_block = {m.path.split(".", 3)[3]: None for m in report.matches}
     assert list(per_block) == ["attn.c_attn", "attn.c_proj", "mlp.c_proj"]
     assert any("c_proj" in note and "2 different modules" in note for note in report.notes)
+
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": [], "target_parameters": EXPERTS},
+        {"target_parameters": ["gate_up_proj"], "rank_pattern": {"0.mlp.experts.gate_up_proj": 1}},
+        {"target_modules": [], "target_parameters": ["q_proj.weight", "gate.weight"]},
+    ],
+    ids=["experts", "experts and modules", "matrices"],
+)
+def test_bare_parameters_and_experts_are_counted(fields: dict[str, Any]) -> None:
+    model = MIXTRAL.model()
+    config = MIXTRAL.config(**fields)
+    shape = shape_of_module(model, MIXTRAL.name, "here")
+    planned = count(shape, config)
+    report = attach(model, config)
+    assert planned.trainable == report.trainable_parameters == trained(model)
+    wanted = {(match_path(match), match.rank) for match in report.matches}
+    assert {(site.path, site.rank) for site in planned.sites} == wanted
+    with pytest.raises(NotYetSupported, match="bytes and time of adapted parameters are not planned yet"):
+        estimate(shape, config)
+
+
+@pytest.mark.parametrize(("specimen", "ranges"), [(LLAMA, [(0, 2), (0, 1)]), (BERT, [(1, 2), (0, 2)])], ids=str)
+def test_stacked_layers_are_counted(specimen: Specimen, ranges: list[tuple[int, int]]) -> None:
+    model = specimen.model()
+    if specimen is BERT:
+        model = model.bert
+    shape = shape_of_module(model, specimen.name, "here")
+    config = specimen.config(layer_replication=ranges)
+    planned, base = count(shape, config), sum(parameter.numel() for parameter in model.parameters())
+    report = attach(model, config)
+    assert planned.base == base
+    assert planned.trainable == report.trainable_parameters
+    assert [site.path for site in planned.sites] == [match.path for match in report.matches]
+    assert estimate(shape, config).counted.trainable == planned.trainable
+    with pytest.raises(ConfigError, match=r"holds \(0, 9\)"):
+        count(shape, specimen.config(layer_replication=[(0, 9)]))

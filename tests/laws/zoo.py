@@ -39,6 +39,7 @@ class Specimen:
         targets: Names for `target_modules`.
         inputs: Number of rows -> keyword arguments of the model, or one tensor.
         kind: The kind of its targeted sites, "" where they are mixed.
+        parameters: Names for `target_parameters`.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Specimen:
     targets: tuple[str, ...]
     inputs: Callable[[int], Any]
     kind: str = ""
+    parameters: tuple[str, ...] = ()
 
     def model(self, dtype: torch.dtype = FP32, seed: int = 0) -> nn.Module:
         """A fresh model in eval mode; the same seed gives the same bits."""
@@ -62,7 +64,10 @@ class Specimen:
 
     def config(self, **fields: Any) -> LoraConfig:
         """A config for its targets with rank 4 and alpha 8."""
-        return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": list(self.targets), **fields})
+        words = {"r": 4, "lora_alpha": 8, "target_modules": list(self.targets)}
+        if self.parameters:
+            words["target_parameters"] = list(self.parameters)
+        return LoraConfig(**{**words, **fields})
 
     def __str__(self) -> str:
         return self.name
@@ -195,6 +200,29 @@ class _Attending(nn.Module):
         return self.out(self.mha(x, keys, values)[0])
 
 
+class _Experts(nn.Module):
+    """Each row through all experts in one tensor, and a square matrix; the second layout is transformers' other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.square = nn.Parameter(torch.randn(3, 12, 20) / 3), nn.Parameter(torch.randn(20, 20) / 4)
+        self.is_transposed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(torch.einsum("ni,eio->no", x, self.up)) @ self.square.T
+
+
+class _Mixed(nn.Module):
+    """Experts, and a dense layer adapted by its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.down = _Experts(), nn.Linear(20, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.experts(x)))
+
+
 def _every_kind() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
@@ -217,6 +245,16 @@ def _llama(tied: bool = False) -> nn.Module:
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
     words = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 0, "tie_word_embeddings": tied}
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **words, initializer_range=0.2))
+
+
+def _mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+    words = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 0}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **heads, **experts, **words, initializer_range=0.2))
 
 
 def _bert() -> nn.Module:
@@ -259,6 +297,9 @@ TIED = Specimen("llama-tied", lambda: _llama(tied=True), ("q_proj", "v_proj"), _
 BERT = Specimen("bert", _bert, ("query", "value"), _text, "Linear")
 T5 = Specimen("t5", _t5, ("q", "v"), _pair, "Linear")
 
+MIXTRAL = Specimen("mixtral", _mixtral, ("q_proj",), _text, "", ("experts.gate_up_proj", "experts.down_proj"))
+EXPERTS = Specimen("experts", _Mixed, (), lambda rows: _numbers(rows, 12), "Parameter", ("up", "square", "down.weight"))
+
 CONV1 = Specimen("conv1d", lambda: _convs(1), ("up", "square"), lambda rows: _numbers(rows, 3, 6), "Conv1d")
 CONV2 = Specimen("conv2d", lambda: _convs(2), ("up", "square"), lambda rows: _numbers(rows, 3, 6, 6), "Conv2d")
 CONV3 = Specimen("conv3d", lambda: _convs(3), ("up", "square"), lambda rows: _numbers(rows, 3, 6, 6, 6), "Conv3d")
@@ -271,7 +312,7 @@ WAITING_LINEARS = Specimen("tokens-linears", lambda: _on_tokens(_linears), ("up"
 WAITING_CONV1DS = Specimen("tokens-conv1ds", lambda: _on_tokens(_conv1ds), ("up", "square"), _invoking, "Conv1D")
 WAITING = {specimen.kind: specimen for specimen in (WAITING_LINEARS, WAITING_CONV1DS)}
 
-OF_KIND = {specimen.kind: specimen for specimen in (LINEARS, CONV1DS, EMBEDDING, CONV1, CONV2, CONV3, MHA)}
+OF_KIND = {specimen.kind: specimen for specimen in (LINEARS, CONV1DS, EMBEDDING, CONV1, CONV2, CONV3, MHA, EXPERTS)}
 ARCHITECTURES = (GPT2, LLAMA, BERT, T5)
 
 
@@ -318,7 +359,7 @@ def _allowed(case: Case) -> bool:
     init = init_named(case.init)
     if case.kind not in init.kinds or (init.changes_base and not variant_named(case.variant).mergeable):
         return False
-    known = case.kind in OF_KIND  # bare parameters are named, not targeted: they have laws of their own
+    known = case.kind in OF_KIND  # a dense layer inside nn.MultiheadAttention comes with that
     return known and any(row.name == case.variant and case.kind in row.kinds for row in VARIANTS)
 
 

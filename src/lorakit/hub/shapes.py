@@ -170,7 +170,8 @@ def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[s
         else:
             fresh = {name: p for name, p in own.items() if owners.setdefault(id(p), path) == path}
             biases = sum(p.numel() for name, p in fresh.items() if "bias" in name)
-            others.append(PlainShape(path, sum(p.numel() for p in fresh.values()), biases))
+            matrices = tuple((name, tuple(p.shape)) for name, p in own.items() if p.ndim in {2, 3})
+            others.append(PlainShape(path, sum(p.numel() for p in fresh.values()), biases, matrices))
     return sites, others, sorted(containers)
 
 

@@ -6,11 +6,13 @@ plan is printed, where a shape comes from, or how a speed is measured.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorakit.config import LoraConfig
+from lorakit.errors import NotYetSupported
 from lorakit.plan import files, flops, memory, params, words
 from lorakit.plan.files import FileSize
 from lorakit.plan.flops import Flops
@@ -18,6 +20,7 @@ from lorakit.plan.job import Job, Speed
 from lorakit.plan.memory import Memory
 from lorakit.plan.params import Count, RankTable
 from lorakit.plan.shapes import ModelShape
+from lorakit.plan.stacking import stacked
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,15 @@ def estimate(
     Raises:
         TargetError: A target matches nothing, or a module that cannot take LoRA.
         ConfigError: The config has no targets, or a pattern cannot be used.
+        NotYetSupported: The config adapts bare parameters.
     """
     job = job or Job()
+    if config.target_parameters:
+        raise NotYetSupported(
+            "target_parameters: bytes and time of adapted parameters are not planned yet, since they depend on how "
+            "their module runs. The counts are: lorakit.plan.count(shape, config)."
+        )
+    shape, config = stacked(shape, config), dataclasses.replace(config, layer_replication=None)
     counted = params.count(shape, config, allow_partial=allow_partial, optimizer=job.optimizer)
     sizes = files.sizes(shape, counted)
     saved = [size.size_bytes for size in sizes]

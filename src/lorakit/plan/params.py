@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorakit.config import LoraConfig, scale
-from lorakit.errors import UsageError
+from lorakit.errors import NotYetSupported, UsageError
 from lorakit.plan.shapes import ModelShape, SiteShape, role, short_roles
-from lorakit.targets import Candidate, Match, resolve
+from lorakit.plan.stacking import stacked
+from lorakit.targets import BareParameter, Candidate, Match, match_path, resolve
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class SiteCount:
 
     Attributes:
         path: Dotted path of the site.
-        kind: "Linear", "Conv1D" or "Embedding".
-        out_features: Rows of the canonical weight.
+        kind: "Linear", "Conv1D", "Embedding", or "Parameter" for what `target_parameters` names.
+        out_features: Rows of the canonical weight; of experts, of each as they are stored.
         in_features: Columns of it.
         rank: Rank here.
         scale: Factor before B·A here.
@@ -228,9 +229,17 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
         TargetError: A target matches nothing, or a module that cannot take LoRA.
         ConfigError: A pattern cannot be used, or no targets are given.
     """
-    resolution = resolve(candidates(shape), config, allow_partial=allow_partial)
+    shape = stacked(shape, config)
+    bare = _bare_parameters(shape)
+    resolution = resolve(candidates(shape), config, allow_partial=allow_partial, parameters=bare)
     by_path = {site.path: site for site in shape.sites}
-    sites = tuple(_site_count(by_path[match.path], match, config, optimizer) for match in resolution.matches)
+    shapes = {parameter.path: parameter.shape for parameter in bare}
+    sites = tuple(
+        _parameter_count(shapes[match_path(match)], match, config, optimizer)
+        if match.parameter
+        else _site_count(by_path[match.path], match, config, optimizer)
+        for match in resolution.matches
+    )
     saved = {path: _whole(shape, path) for path in resolution.saved}
     biases = _biases(shape, config.bias, {site.path for site in sites}, tuple(saved))
     return Count(shape.parameters, sites, saved, biases, resolution.missing, resolution.notes)
@@ -305,6 +314,38 @@ def _site_count(site: SiteShape, match: Match, config: LoraConfig, optimizer: st
         factors=factor_parameters(match.rank, site.in_features, site.out_features),
         magnitudes=site.out_features if config.use_dora else 0,
         frozen=match.rank * stays if optimizer == "lorafa" else 0,
+    )
+
+
+def _bare_parameters(shape: ModelShape) -> list[BareParameter]:
+    """What `target_parameters` may name: weights of sites as they are stored, and other matrices."""
+    found = []
+    for site in shape.sites:
+        rows = (site.out_features, site.in_features)
+        found.append(BareParameter(site.path, "weight", rows if site.kind == "Linear" else rows[::-1]))
+    found += [BareParameter(other.path, name, size) for other in shape.others for name, size in other.matrices]
+    return found
+
+
+def _parameter_count(size: tuple[int, ...], match: Match, config: LoraConfig, optimizer: str) -> SiteCount:
+    """A bare parameter: (out, in), or so many experts, each with a factor of its own."""
+    experts = size[0] if len(size) == 3 else 1
+    out_features, in_features = size[-2:]
+    if optimizer == "lorafa" and experts > 1:
+        raise NotYetSupported(
+            f"{match_path(match)}: the plan does not know which side of experts is the input, which LoRA-FA asks for."
+        )
+    return SiteCount(
+        path=match_path(match),
+        kind="Parameter",
+        out_features=out_features,
+        in_features=in_features,
+        rank=match.rank,
+        scale=scale(match.rank, match.alpha, config.use_rslora),
+        entry=match.entry,
+        factors=experts * factor_parameters(match.rank, in_features, out_features),
+        magnitudes=0,
+        frozen=match.rank * in_features if optimizer == "lorafa" else 0,
     )
 
 

@@ -58,11 +58,13 @@ class PlainShape:
         path: Dotted path of the module.
         parameters: Numbers in its own parameters (not those of its children), by distinct storage.
         biases: How many of them lie in parameters whose name contains "bias".
+        matrices: Name and shape of each of its own parameters with two axes or three, such as fused experts.
     """
 
     path: str
     parameters: int
     biases: int = 0
+    matrices: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
