@@ -12,7 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorakit import core, hub
 from lorakit.config import LoraConfig
+from lorakit.core.bases import base_of
+from lorakit.core.quantising import quantised_linear
 from lorakit.plan import Job, ModelShape, Plan, Speed, activations, count, estimate, flops, memory
+from lorakit.plan.quantised import Quantization, storage_named
 from lorakit.train.optim import adamw, state_tensors
 
 CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
@@ -160,6 +163,11 @@ def test_sizes_on_disk(tiny_gpt2: Any, tmp_path: Path) -> None:
     assert 0 < header < 200 * len(core.trainable_parameters(tiny_gpt2))
 
 
+def tensors_of(module: nn.Module) -> tuple[torch.Tensor, ...]:
+    row = base_of(module)
+    return row.tensors(row.stored(module, "weight"))
+
+
 @pytest.mark.parametrize(
     ("name", "double"), [("nf4", True), ("nf4", False), ("fp4", True), ("int8", False), ("int8-torchao", False)]
 )
@@ -167,12 +175,12 @@ def test_sizes_on_disk(tiny_gpt2: Any, tmp_path: Path) -> None:
 def test_a_quantised_weight_takes_its_bits_and_scales(name: str, double: bool, rows: int, columns: int) -> None:
     storage = storage_named(name)
     pytest.importorskip(storage.package)
-    made = quantised(nn.Linear(columns, rows, bias=False), name, double)
+    made = quantised_linear(nn.Linear(columns, rows, bias=False), Quantization(name, double))
     assert storage.size(rows, columns, 4, double) == size_bytes(tensors_of(made))
 
 
 def test_an_hqq_weight_takes_its_bits_scales_and_zero_points() -> None:
     pytest.importorskip("hqq")
     for bits in (4, 8):
-        made = quantised(nn.Linear(64, 96, bias=False).bfloat16(), f"hqq{bits}", False)
+        made = quantised_linear(nn.Linear(64, 96, bias=False).bfloat16(), Quantization(f"hqq{bits}"))
         assert storage_named(f"hqq{bits}").size(96, 64, 2, False) == size_bytes(tensors_of(made))

@@ -35,8 +35,8 @@ def check_rows(model: nn.Module, names: Sequence[str], untie: bool) -> None:
             for index in adapter.token_indices[name]:
                 if index in taken:
                     raise MergeError(
-                        f"{taken[index]} and {name} both train row {index} of {path} (trainable_token_indices), so "
-                        "they cannot be merged together. Merge one of them."
+                        f"Token indices of adapter {name} are already defined and would result in undefined merging "
+                        f"behavior: {taken[index]} trains row {index} of {path} too. Merge one of them."
                     )
             taken |= dict.fromkeys(adapter.token_indices[name], name)
             if not bool(torch.isfinite(adapter.trainable_tokens_delta[name]).all()):

@@ -98,7 +98,7 @@ def _named(model: nn.Module, site_map: SiteMap, config: LoraConfig) -> dict[str,
         if not paths:
             words = nearest(name, [p.rpartition(".")[2] for p in site_map.modules], 1)
             raise TargetError(
-                f"Target modules {{{name!r}}} not found in the base model (trainable_token_indices)"
+                f"Target modules {{{name!r}}} not found in the base model. trainable_token_indices names it"
                 + (f"; nearest: {words[0]}." if words else ".")
             )
         for path in paths:

@@ -69,6 +69,7 @@ class TokenAdapter(nn.Module):
             nn.ParameterDict() if leader is None else leader.trainable_tokens_delta
         )
         self.token_indices: dict[str, list[int]] = {} if leader is None else leader.token_indices
+        self.within: tuple[TokenRows, ...] = ()  # in a tuple, so that it is no submodule of ours
         self.kept: dict[str, Tensor | None] = {} if leader is None else leader.kept
         self.tied_weight: nn.Parameter | None = None  # what the base shared with others before a merge untied it
 
@@ -76,6 +77,21 @@ class TokenAdapter(nn.Module):
     def merged_adapters(self) -> list[str]:
         """The adapters whose rows are written into the table now."""
         return list(self.kept)
+
+    @property
+    def merged(self) -> bool:
+        """Whether an adapter's rows are written into the table now."""
+        return bool(self.kept)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that act here, also while they are disabled."""
+        return self.within[0].active_adapters if self.within else []
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """As `active_adapters`, PEFT's other name."""
+        return self.active_adapters
 
     def rows(self, name: str) -> Replacement:
         """Row numbers of an adapter, (n,), and its rows, (n, d)."""
@@ -158,6 +174,7 @@ class TokenRows(Switched):
         super().__init__()
         self.training = table.training
         self.token_adapter: TokenAdapter = TokenAdapter(table, None if leader is None else leader.token_adapter)
+        self.token_adapter.within = (self,)
         self.follows = leader is not None
         self.own_route: Route | None = None
         self.state = state
