@@ -14,6 +14,7 @@ from lorakit.config import LoraConfig
 from lorakit.core.bases import base_of, hold_still, let_go
 from lorakit.core.quantising import multiply_out, quantised_linear, wrongly_multiplied_out
 from lorakit.core.underlying import quantised_weights
+from lorakit.errors import MergeError
 from lorakit.plan.quantised import STORAGES, Quantization
 
 WAYS = [
@@ -167,3 +168,15 @@ def test_a_weight_on_the_meta_device_has_a_place() -> None:
     pytest.importorskip("bitsandbytes")
     module = quantised_linear(linear(), Quantization("nf4"))
     assert base_of(module).device(module, "weight") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_layer_that_is_not_quantised_yet_can_be_adapted_and_fingerprinted(bits: int) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    module = bnb.nn.Linear4bit(64, 64) if bits == 4 else bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+    model = nn.Sequential(module)
+    core.attach(model, LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    assert torch.equal(model[0].read(), module.weight.detach().float())
+    assert core.fingerprint(model).samples
+    with pytest.raises(MergeError, match="has not been quantised yet"):
+        core.merge(model)

@@ -78,7 +78,7 @@ def test_law_2_merged_into_the_quantised_weight_within_the_error_that_is_reporte
     wanted = {}
     for site in core.sites(model):
         W = site.layer.read()
-        wanted[site.path] = (W + site.layer.update("a", W)).detach()
+        wanted[site.path] = (W + site.layer.addition("a", W)).detach()
     report = core.merge(model, "a")
     assert {site.path for site in report.sites} == set(wanted)
     plain = DENSE.model()

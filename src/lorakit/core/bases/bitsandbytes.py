@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.bases.storage import Base, linear_with
+from lorakit.core.bases.storage import Base, exact_values, linear_with
 from lorakit.core.cloning import clone_with
+from lorakit.errors import MergeError
 
 _ROWS = 32
 """Rows that bitsandbytes puts side by side when it repacks a 4-bit weight for a CPU."""
@@ -33,13 +34,13 @@ class EightBit:
 
     Attributes:
         parameter: The module's `Int8Params`.
-        numbers: (out, in), int8.
-        scales: The largest magnitude of each row, (out,), fp32.
+        numbers: (out, in), int8; floats where nothing has been quantised yet.
+        scales: The largest magnitude of each row, (out,), fp32; None where nothing has been quantised yet.
     """
 
     parameter: Any
     numbers: Tensor
-    scales: Tensor
+    scales: Tensor | None
 
 
 def four_bit_linear(linear: nn.Linear, quant_type: str, double: bool) -> nn.Module:
@@ -113,6 +114,8 @@ def _stored_four_bit(module: Any, _: str) -> Any:
 def _read_four_bit(_: nn.Module, weight: Any) -> Tensor:
     import bitsandbytes.functional as package
 
+    if weight.quant_state is None:  # it is quantised when it is first moved to a device
+        return weight.detach().float()
     plain = _plain(weight)
     return package.dequantize_4bit(plain.data, _in_fp32(plain.quant_state))
 
@@ -121,6 +124,8 @@ def _write_four_bit(_: nn.Module, like: Any, canonical: Tensor) -> Any:
     import bitsandbytes.functional as package
 
     state = like.quant_state
+    if state is None:
+        raise MergeError("A 4-bit layer has not been quantised yet, which moving the model to its device does first.")
     packed, made = package.quantize_4bit(
         canonical.to(like.device, torch.float32).contiguous(),
         blocksize=state.blocksize,
@@ -149,12 +154,16 @@ def _clone_four_bit(module: nn.Module, _: str, weight: Any) -> nn.Module:
 
 def _tensors_four_bit(weight: Any) -> tuple[Tensor, ...]:
     state = weight.quant_state
+    if state is None:
+        return (weight.data,)
     inner = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
     return (weight.data, state.absmax, state.code, *inner)
 
 
 def _values_four_bit(weight: Any, places: Tensor) -> tuple[Tensor, Tensor]:
     """Two numbers lie in a byte, the earlier in its upper half; a value of the code times the scale of its block."""
+    if weight.quant_state is None:
+        return exact_values(weight.data, places)
     plain = _plain(weight)
     state, packed = plain.quant_state, plain.data.view(torch.uint8).reshape(-1)
     places = places.to(packed.device)
@@ -178,12 +187,16 @@ def _stored_eight_bit(module: Any, _: str) -> EightBit:
 
 
 def _read_eight_bit(_: nn.Module, stored: EightBit) -> Tensor:
+    if stored.scales is None:
+        return stored.numbers.detach().float()
     return stored.numbers.float() * (stored.scales.float() / 127).unsqueeze(1)
 
 
 def _write_eight_bit(_: nn.Module, like: EightBit, canonical: Tensor) -> EightBit:
     import bitsandbytes as package
 
+    if like.scales is None:
+        raise MergeError("An 8-bit layer has not been quantised yet, which moving the model to its device does first.")
     numbers, scales, _outliers = package.functional.int8_vectorwise_quant(
         canonical.to(like.numbers.device, torch.float16)
     )
@@ -205,10 +218,12 @@ def _clone_eight_bit(module: nn.Module, parameter: str, stored: EightBit) -> nn.
 
 
 def _tensors_eight_bit(stored: EightBit) -> tuple[Tensor, ...]:
-    return (stored.numbers, stored.scales)
+    return (stored.numbers,) if stored.scales is None else (stored.numbers, stored.scales)
 
 
 def _values_eight_bit(stored: EightBit, places: Tensor) -> tuple[Tensor, Tensor]:
+    if stored.scales is None:
+        return exact_values(stored.numbers, places)
     columns = stored.numbers.shape[1]
     places = places.to(stored.numbers.device)
     steps = stored.scales.float()[places // columns] / 127
@@ -216,7 +231,8 @@ def _values_eight_bit(stored: EightBit, places: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _dense_four_bit(module: Any, canonical: Tensor, _: torch.dtype) -> nn.Module:
-    return _dense(module, canonical, module.compute_dtype or module.weight.quant_state.dtype)
+    state = module.weight.quant_state
+    return _dense(module, canonical, module.compute_dtype or (canonical.dtype if state is None else state.dtype))
 
 
 def _dense(module: Any, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
