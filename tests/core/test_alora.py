@@ -431,3 +431,10 @@ def test_a_site_whose_positions_are_not_known_says_so() -> None:
     with contextlib.suppress(RouteError):
         model.train()(ids)
         pytest.fail("seven tokens of eight have no known positions")
+
+
+def test_an_init_that_moves_the_base_is_refused() -> None:
+    """Before its start the model must be the base."""
+    words = {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM", "init_lora_weights": "pissa"}
+    with pytest.raises(ConfigError, match=r"'pissa' moves the base weight, and alora needs the base as it is"):
+        attach(LLAMA.model(), LLAMA.config(**words))

@@ -131,3 +131,22 @@ def test_end_tokens_as_padding_and_as_invocation(tiny_llama: Any) -> None:
     assert close(alone, logits(theirs, input_ids=text))
     assert close(alone, logits(mine, input_ids=padded, attention_mask=mask)[:, :4])
     assert not close(alone, logits(theirs, input_ids=padded, attention_mask=mask)[:, :4])
+
+
+def test_what_is_said_of_tied_weights(tiny_llama: Any) -> None:
+    with pytest.warns(
+        UserWarning, match="Model has `tie_word_embeddings=True` and a tied layer is part of the adapter"
+    ):
+        peft.get_peft_model(copy.deepcopy(tiny_llama), LoraConfig(r=2, target_modules=["embed_tokens"]))
+    with pytest.warns(UserWarning, match="You have requested `ensure_weight_tying`, but no tied modules are added"):
+        peft.get_peft_model(
+            copy.deepcopy(tiny_llama), LoraConfig(r=2, target_modules=["q_proj"], ensure_weight_tying=True)
+        )
+
+
+def test_offsets_over_a_bare_tuner(tiny_llama: Any) -> None:
+    mine, _ = pair(tiny_llama, ["q_proj", "v_proj"])
+    embedded = mine.get_base_model().get_input_embeddings()(IDS)
+    with torch.no_grad(), mine.base_model._enable_peft_forward_hooks(alora_offsets=[None, 5, 3]):
+        found = mine.base_model(inputs_embeds=embedded).logits
+    assert close(found, logits(mine))

@@ -98,12 +98,13 @@ def with_ties(model: nn.Module | None, site_map: SiteMap, config: LoraConfig, fo
 
 
 def tied_groups(site_map: SiteMap, paths: Collection[str]) -> dict[str, list[str]]:
-    """Modules that share a weight with some module: the leader, an embedding where there is one -> the others."""
+    """The embeddings whose weight other modules share, where some path is among them -> those others."""
     groups: dict[str, list[str]] = {}
     for whole in shared_weights(site_map):
         if any(path in whole for path in paths):
-            leader = next((p for p in whole if isinstance(table_at(site_map, p), nn.Embedding)), whole[0])
-            groups[leader] = [p for p in whole if p != leader]
+            leader = next((p for p in whole if isinstance(table_at(site_map, p), nn.Embedding)), None)
+            if leader is not None:  # others share a weight too, such as layers that are stacked anew
+                groups[leader] = [p for p in whole if p != leader]
     return groups
 
 

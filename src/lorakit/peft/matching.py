@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from lorakit.config import LoraConfig, TaskType
 from lorakit.core.attaching import AttachReport
 from lorakit.core.sitemap import survey
+from lorakit.core.ties import TIED
 from lorakit.errors import ConfigError, TargetError
 from lorakit.targets import ALL_LINEAR, Candidate, key_fits, match_path, names_path, resolve
 
@@ -156,3 +157,12 @@ def said_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
                 f"The following {field} keys did not match any targeted module and were ignored: {unmatched}. {why}"
             )
     return said
+
+
+def said_of_ties(notes: Sequence[str]) -> list[str]:
+    """What PEFT warns of where weights are tied, among the notes of an attached adapter.
+
+    Args:
+        notes: What `attach` noted.
+    """
+    return [note for note in notes if note.startswith((TIED, "You have requested `ensure_weight_tying`"))]

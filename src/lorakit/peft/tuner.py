@@ -21,7 +21,7 @@ from lorakit.errors import AdapterError, ConfigError, RouteError, warn_caller
 from lorakit.peft import casting, flags, standing
 from lorakit.peft.init_steps import for_attaching
 from lorakit.peft.keyed_targets import config_for_keys
-from lorakit.peft.matching import said_of_missing
+from lorakit.peft.matching import said_of_missing, said_of_ties
 from lorakit.peft.own_kinds import kinds_of
 from lorakit.peft.parameters_by_name import check_parameters
 from lorakit.peft.ties import warn_of_ties
@@ -150,6 +150,8 @@ class BaseTuner(nn.Module):
         self.peft_config[name].eva_config = config.eva_config
         for sentence in said_of_missing(config, report):
             warn_caller(sentence, RuntimeWarning)
+        for sentence in said_of_ties(report.notes):
+            warn_caller(sentence)
         if state_dict is not None:
             self.peft_config[name].target_modules = config.target_modules
         setattr(self.model, CONFIGS, self.peft_config)
@@ -264,10 +266,11 @@ class BaseTuner(nn.Module):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(
-        self, *_: Any, adapter_names: Sequence[str] | None = None, **__: Any
+        self, *_: Any, adapter_names: Sequence[str] | None = None, alora_offsets: Any = None, **__: Any
     ) -> Iterator[None]:
         """A block whose forwards take one adapter per row, as programs over a bare tuner open it."""
-        with self.rows(adapter_names):
+        starts = contextlib.nullcontext() if alora_offsets is None else core.invoked(self.model, offsets=alora_offsets)
+        with self.rows(adapter_names), starts:
             yield
 
     def rows(self, adapter_names: Sequence[str] | None, copies: int = 1) -> contextlib.AbstractContextManager[None]:
