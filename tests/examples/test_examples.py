@@ -29,6 +29,7 @@ def test_every_example_is_tested_here() -> None:
     tested |= {"reference_project", "full_beside_lora"}
     tested |= {"optimizers", "dora", "combine_adapters", "qlora"}
     tested |= {"moe_experts"}
+    tested |= {"optimizers", "dora", "combine_adapters", "qlora", "activated_lora"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -44,6 +45,14 @@ def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
     assert "trained numbers at 14 sites" in told
     assert "row of the base is the base: True" in told
     assert "loaded: same base" in told
+
+
+def test_activated_lora(capsys: pytest.CaptureFixture[str]) -> None:
+    load("activated_lora").main()
+    told = capsys.readouterr().out
+    assert "positions that the adapter changes: [12, 13] of 14" in told
+    assert "'judge': 7" in told
+    assert "'base': 7" not in told
 
 
 def test_many_adapters(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,13 @@ class FieldLayer(LoraLayer):
             table.pop(name, None)
 
     @property
+    def frozen_peft_weight_names(self) -> dict[str, tuple[str, ...]]:
+        """Adapter -> attributes whose numbers its init froze (MiCA); adapters that train all are not in it."""
+        names = dict(zip("AB", self.kind.names, strict=True))
+        frozen = {name: {"A", "B"} - trains for name, trains in self.trains.items()}
+        return {name: tuple(names[part] for part in sorted(parts)) for name, parts in frozen.items() if parts}
+
+    @property
     def adapter_layer_names(self) -> tuple[str, ...]:
         """Attributes that hold parameters per adapter."""
         return tuple(name for name in HOLDERS if name != "lora_dropout" and name in self._modules)

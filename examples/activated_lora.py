@@ -1,0 +1,60 @@
+"""Activated LoRA: an adapter that acts from its invocation tokens on, so that the base's cache of a prompt serves it.
+
+A tiny model learns to answer 7 whenever it is invoked, and is the base before that, to the last bit.
+"""
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lorakit import LoraConfig, core
+from lorakit.generate import generate_batch, read_prefix
+
+INVOCATION, ANSWER = [40, 41], 7
+CONFIG = LoraConfig(
+    r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", alora_invocation_tokens=INVOCATION
+)
+
+
+def base() -> LlamaForCausalLM:
+    """A Llama of two layers with random weights."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2))
+
+
+def train(model: LlamaForCausalLM, steps: int = 60) -> None:
+    """Texts of random tokens that end with the invocation and the answer; only the answer is learned."""
+    parameters = [parameter for _, parameter in core.trainable_parameters(model)]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    for _ in range(steps):
+        texts = torch.cat([torch.randint(0, 40, (8, 10)), torch.tensor([[*INVOCATION, ANSWER]] * 8)], 1)
+        labels = texts.clone()
+        labels[:, :-1] = -100
+        optimizer.zero_grad()
+        model(input_ids=texts, labels=labels).loss.backward()
+        optimizer.step()
+
+
+def main() -> None:
+    """Train, compare with the base position by position, and let base and adapter share one cache."""
+    model = base()
+    core.attach(model, CONFIG, "judge")
+    train(model)
+    model.eval()
+    prompt = torch.randint(0, 40, (1, 12))
+    invoked = torch.cat([prompt, torch.tensor([INVOCATION])], 1)
+    with torch.no_grad():
+        adapted: Tensor = model(input_ids=invoked).logits
+        with core.disable(model):
+            plain: Tensor = model(input_ids=invoked).logits
+    changed = (adapted - plain).abs().amax(-1)[0] > 0
+    print(f"positions that the adapter changes: {[int(i) for i in changed.nonzero()]} of {invoked.shape[1]}")
+    prefix = read_prefix(model, prompt[0].tolist())  # read once, by the base
+    rows = [invoked[0].tolist()] * 2
+    answers = generate_batch(model, rows, max_new_tokens=1, adapters=["judge", None], prefix=prefix)
+    print("from one cache:", {"judge" if new.row == 0 else "base": new.token for new in answers})
+
+
+if __name__ == "__main__":
+    main()
