@@ -27,7 +27,6 @@ def load(name: str) -> Any:
 def test_every_example_is_tested_here() -> None:
     tested = {"quickstart", "many_adapters", "alpha_and_learning_rate", "naive_lora"}
     tested |= {"reference_project", "full_beside_lora"}
-    tested |= {"optimizers", "dora", "combine_adapters", "qlora"}
     tested |= {"moe_experts"}
     tested |= {"optimizers", "dora", "combine_adapters", "qlora", "activated_lora"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
