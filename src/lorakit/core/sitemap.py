@@ -65,7 +65,7 @@ class Place:
 
     @property
     def pattern_path(self) -> str:
-        """What `rank_pattern` and `alpha_pattern` are held against: the path of its module, or of its bare parameter."""
+        """What `rank_pattern` and `alpha_pattern` are held against: the path of its module or bare parameter."""
         return f"{self.outer}.{self.slot.parameter}" if self.kind.name == PARAMETER.name else self.outer
 
 
