@@ -499,3 +499,24 @@ def test_allocated_ranks_are_in_the_adapter_and_within_the_budget(
     assert 0.9 * budget < record["result"]["trainable_parameters"] <= budget
     scales = {site.scale for site in core.inspect_adapter(tmp_path / "run" / "adapter").sites}
     assert scales == {8.0}
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica"])
+def test_inits(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], init: str) -> None:
+    assert train(init_lora_weights=init, r=3 if init == "lora_ga" else 4) == 0
+    said = capsys.readouterr().out
+    assert ("The adapter begins with" in said) is (init in ("eva", "corda", "lora_ga"))
+    moves = init in ("pissa", "olora", "corda", "lora_ga")
+    assert (f"{init} moves the base's weight at " in said) is moves
+    config = adapter_config(tmp_path / "run")
+    assert config["init_lora_weights"] is True if moves else config["init_lora_weights"] == init
+    if moves:  # any program reads it onto the base as it was
+        assert config["r"] == (6 if init == "lora_ga" else 8)
+        assert "began" in json.loads((tmp_path / "run" / "adapter" / "lorakit.json").read_text(encoding="utf-8"))
+
+
+def test_an_init_that_is_none(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(init_lora_weights="pisa") == 2
+    assert "init_lora_weights is 'pisa'; it must be one of default, gaussian, pissa" in capsys.readouterr().err
+    assert train(init_lora_weights="eva", allocate_ranks="inputs") == 2
+    assert "allocate_ranks and the init eva exclude each other" in capsys.readouterr().err

@@ -82,6 +82,14 @@ def test_layers_share_weights_and_have_adapters_of_their_own() -> None:
     assert [layer.self_attn.layer_idx for layer in layers] == [0, 1, 2, 3]
 
 
+def test_copies_of_a_layer_are_no_tied_modules() -> None:
+    model = llama()
+    assert core.attach(model, config()).notes == ()
+    core.detach(model)
+    core.attach(model, config(ensure_weight_tying=True))
+    assert len({id(site.layer.lora_A["default"].weight) for site in core.sites(model)}) == 8
+
+
 def test_the_output_is_that_of_the_written_out_model() -> None:
     model = adapted("a", "b")
     for name in ("a", "b"):

@@ -27,6 +27,7 @@ def load(name: str) -> Any:
 def test_every_example_is_tested_here() -> None:
     tested = {"quickstart", "many_adapters", "alpha_and_learning_rate", "naive_lora"}
     tested |= {"reference_project", "full_beside_lora"}
+    tested |= {"moe_experts"}
     tested |= {"optimizers", "dora", "combine_adapters", "qlora", "activated_lora"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
@@ -74,6 +75,15 @@ def test_combine_adapters(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(away) == 3 and 0 < away[0] < away[1]
     assert "both - brief = polite: cosine 1.000000" in told
     assert 0 < float(told.split("lacks ")[1].split("%")[0]) < 60
+
+
+def test_moe_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    load("moe_experts").main()
+    told = capsys.readouterr().out
+    first, last = (float(line.split()[1]) for line in told.splitlines() if line.startswith("loss "))
+    assert last < first / 2
+    assert told.count("4 experts, rank 2") == 2
+    assert float(told.split("differ by ")[1]) < 1e-4
 
 
 def test_alpha_and_learning_rate() -> None:

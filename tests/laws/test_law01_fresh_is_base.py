@@ -10,7 +10,7 @@ from lorakit.core.inits import init_named
 
 from .snapshots import same_bits
 from .tolerances import assert_close, assert_differs
-from .zoo import ARCHITECTURES, EVERY_KIND, Case, Specimen, attach_fresh, cases, run
+from .zoo import ARCHITECTURES, EVERY_KIND, MIXTRAL, Case, Specimen, attach_fresh, cases, run
 
 
 @pytest.mark.parametrize("case", cases())
@@ -27,7 +27,7 @@ def test_fresh_adapter_changes_nothing_where_the_init_declares_it(case: Case) ->
         assert_close(after, before, case.dtype)
 
 
-@pytest.mark.parametrize("specimen", ARCHITECTURES, ids=str)
+@pytest.mark.parametrize("specimen", [*ARCHITECTURES, MIXTRAL], ids=str)
 @pytest.mark.parametrize("init", [True, "gaussian"])
 def test_architectures(specimen: Specimen, init: bool | str) -> None:
     model, given = specimen.model(), specimen.given()

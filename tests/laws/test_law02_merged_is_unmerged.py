@@ -10,7 +10,7 @@ from lorakit.core import disable, merge, merge_and_unload, merged_state_dict, ro
 
 from .snapshots import same_bits, snapshot
 from .tolerances import assert_close, assert_differs
-from .zoo import ARCHITECTURES, Case, Specimen, cases, run, with_adapters
+from .zoo import ARCHITECTURES, MIXTRAL, Case, Specimen, cases, run, with_adapters
 
 
 @pytest.mark.parametrize("case", cases(mergeable=True))
@@ -95,7 +95,7 @@ def test_merge_and_unload_leaves_a_plain_model(case: Case) -> None:
     assert list(model.state_dict()) == list(case.specimen.model(case.dtype).state_dict())
 
 
-@pytest.mark.parametrize("specimen", ARCHITECTURES, ids=str)
+@pytest.mark.parametrize("specimen", [*ARCHITECTURES, MIXTRAL], ids=str)
 def test_architectures(specimen: Specimen) -> None:
     model, given = with_adapters(specimen, "a"), specimen.given()
     expected = run(model, given)

@@ -14,7 +14,7 @@ from lorakit.errors import MergeError
 
 from .snapshots import BaseBits, bits, same_bits, snapshot
 from .tolerances import assert_differs
-from .zoo import ARCHITECTURES, BERT, EVERY_KIND, Case, Specimen, base_tensors, cases, run, with_adapters
+from .zoo import ARCHITECTURES, BERT, EVERY_KIND, MIXTRAL, Case, Specimen, base_tensors, cases, run, with_adapters
 
 ORDERS = list(itertools.permutations("abc"))
 
@@ -49,7 +49,7 @@ def test_in_any_order(case: Case) -> None:
 
 
 @pytest.mark.parametrize("keep_base", [True, "cpu"])
-@pytest.mark.parametrize("specimen", [EVERY_KIND, *ARCHITECTURES], ids=str)
+@pytest.mark.parametrize("specimen", [EVERY_KIND, *ARCHITECTURES, MIXTRAL], ids=str)
 def test_architectures(specimen: Specimen, keep_base: bool | str) -> None:
     plain = BaseBits(specimen.model(torch.bfloat16)).before
     model, given = with_adapters(specimen, "a", "b", dtype=torch.bfloat16), specimen.given()

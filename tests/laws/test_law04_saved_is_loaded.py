@@ -12,7 +12,7 @@ from lorakit.core.inits import init_named
 
 from .snapshots import same_bits, snapshot
 from .tolerances import assert_close, assert_differs
-from .zoo import ARCHITECTURES, BERT, EVERY_KIND, LINEARS, TIED, Case, Specimen, cases, run, with_adapters
+from .zoo import ARCHITECTURES, BERT, EVERY_KIND, LINEARS, MIXTRAL, TIED, Case, Specimen, cases, run, with_adapters
 
 
 @pytest.mark.parametrize("case", cases())
@@ -37,7 +37,7 @@ def test_round_trip(case: Case, tmp_path: Path) -> None:
                 assert same_bits(run(fresh, given), expected[saved])
 
 
-@pytest.mark.parametrize("specimen", [*ARCHITECTURES, TIED], ids=str)
+@pytest.mark.parametrize("specimen", [*ARCHITECTURES, MIXTRAL, TIED], ids=str)
 def test_architectures(specimen: Specimen, tmp_path: Path) -> None:
     model, given = with_adapters(specimen, "a"), specimen.given()
     save_adapter(model, tmp_path, "a")

@@ -25,7 +25,7 @@ from lorakit.errors import TargetError
 
 from .snapshots import bits, same_bits, snapshot
 from .tolerances import assert_differs
-from .zoo import ARCHITECTURES, BERT, EVERY_KIND, Case, Specimen, cases, randomise, run, with_adapters
+from .zoo import ARCHITECTURES, BERT, EVERY_KIND, MIXTRAL, Case, Specimen, cases, randomise, run, with_adapters
 
 
 def train(model: nn.Module, specimen: Specimen, name: str, dtype: torch.dtype = torch.float32, steps: int = 3) -> None:
@@ -57,7 +57,7 @@ def test_training_one_leaves_the_other(case: Case) -> None:
         assert same_bits(run(model, given), before)
 
 
-@pytest.mark.parametrize("specimen", ARCHITECTURES, ids=str)
+@pytest.mark.parametrize("specimen", [*ARCHITECTURES, MIXTRAL], ids=str)
 def test_training_one_leaves_the_other_in_architectures(specimen: Specimen) -> None:
     model, given = with_adapters(specimen, "a", "b"), specimen.given()
     with use(model, "a"):

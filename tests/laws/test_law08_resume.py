@@ -223,8 +223,13 @@ def test_killed_again_and_again(tmp_path: Path, tiny_model_directory: Path) -> N
         },
         {"allocate_ranks": "gradients", "optimizer": "lorafa"},
         {"learning_rate_pattern": {".*": 0.1}, "allocate_ranks": "inputs", "use_dora": True},
+        {"init_lora_weights": "pissa", "dtype": "bfloat16"},
+        {"init_lora_weights": "corda", "use_rslora": True},
+        {"init_lora_weights": "lora_ga", "r": 3, "use_dora": True},
+        {"init_lora_weights": "eva"},
+        {"init_lora_weights": "mica"},
     ],
-    ids=lambda more: next(iter(more)),
+    ids=lambda more: str(more.get("init_lora_weights", next(iter(more)))),
 )
 def test_killed_with_other_settings(tmp_path: Path, tiny_model_directory: Path, more: dict[str, Any]) -> None:
     settings = _settings(

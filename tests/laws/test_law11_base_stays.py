@@ -30,6 +30,7 @@ from .zoo import (
     ARCHITECTURES,
     BERT,
     EVERY_KIND,
+    EXPERTS,
     MHA,
     TIED,
     Case,
@@ -70,7 +71,7 @@ def live(
         train(model, specimen, dtype)
     with disable(model):
         run(model, given)
-    if specimen is not MHA:
+    if specimen not in (MHA, EXPERTS):
         with route(model, ["a", None, "b", "a"]):
             run(model, given)
     if adapters(model)["a"].alora_invocation_tokens is None:
@@ -87,9 +88,10 @@ def test_a_life_with_adapters(case: Case, tmp_path: Path) -> None:
     model = case.specimen.model(case.dtype)
     base, mark = BaseBits(model), fingerprint(model)
     init = init_named(case.init)
-    attach_fresh(model, case.specimen, "a", case.dtype, **{"lora_dropout": 0.1, **case.fields})
+    drops = {"lora_dropout": 0.0 if case.kind == "Parameter" else 0.1}  # a bare parameter's input is never shown
+    attach_fresh(model, case.specimen, "a", case.dtype, **{**drops, **case.fields})
     plain = {"init_lora_weights": True} if init.changes_base else {}
-    attach_fresh(model, case.specimen, "b", case.dtype, **{"lora_dropout": 0.1, **case.fields, **plain})
+    attach_fresh(model, case.specimen, "b", case.dtype, **{**drops, **case.fields, **plain})
     moved = {name: bits(tensor) for name, tensor in base_tensors(model).items()}
     assert (moved == base.before) is not init.changes_base
     live(model, case.specimen, tmp_path, case.dtype, reload=case.init != "loftq")

@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused_and_leaves_the_model(tiny_llama: Any, conf
 
 
 def test_no_targets_and_no_default_for_the_architecture() -> None:
-    with pytest.raises(ConfigError, match="Please specify `target_modules` .* there is no default for a Sequential"):
+    with pytest.raises(ConfigError, match=r"Please specify `target_modules` .* there is no default for a Sequential"):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig())
 
 

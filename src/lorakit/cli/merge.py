@@ -12,7 +12,7 @@ from lorakit.cli import console
 from lorakit.cli.adapters import Allowances, read_adapters
 from lorakit.cli.stored import say_how_trained
 from lorakit.errors import ConfigError, MergeError
-from lorakit.plan.quantised import stored_as
+from lorakit.plan.quantised import Quantization, stored_as
 from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
@@ -77,12 +77,7 @@ def run(
     say_how_trained(files, quantization)
     source = hub.resolve(flags.model, console.note)
     hub.require(source)
-    stored = hub.stored_as_files(source, quantization)
-    if stored is not None and quantization is None:
-        raise MergeError(
-            f"{flags.model}: its files are quantised ({stored.name}), and a plain directory is made of the plain base. "
-            f"Give that as --model, with --quantization {stored.name} for the numbers that the adapter was trained on."
-        )
+    _refuse_quantised_files(flags.model, hub.stored_as_files(source, quantization), quantization)
     words = (allow or Allowances()).words()
     order = Order(source, files, flags.adapter, flags.output_dir, flags.dtype, flags.untie, words, quantization)
     done = write_merged(order, console.note)
@@ -122,6 +117,14 @@ def doubts(done: Merged) -> list[str]:
     if not done.has_tokenizer:
         found.append("neither the model nor the adapters have a tokenizer, so the directory has none.")
     return found
+
+
+def _refuse_quantised_files(model: str, stored: Quantization | None, wanted: Quantization | None) -> None:
+    if stored is not None and wanted is None:
+        raise MergeError(
+            f"{model}: its files are quantised ({stored.name}), and a plain directory is made of the plain base. Give "
+            f"that as --model, with --quantization {stored.name} for the numbers that the adapter was trained on."
+        )
 
 
 def _check_dtype(dtype: str) -> None:

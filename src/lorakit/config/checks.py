@@ -185,6 +185,13 @@ def check_inits(config: LoraConfig) -> None:
             setattr(config, field, part())
         elif init != word and getattr(config, field) is not None:
             warn_caller(f"`{field}` specified but will be ignored when `init_lora_weights` is not {word!r}.")
+    moves = str(init).startswith("pissa") or init in ("olora", "corda", "lora_ga")
+    if moves and config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+        warn_caller(
+            "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion of modified base "
+            "weights: PEFT's `path_initial_model_for_weight_conversion` is not to be had with it. "
+            "`lorakit.core.save_adapter` writes plain LoRA all the same."
+        )
 
 
 def check_together(config: LoraConfig) -> None:

@@ -64,7 +64,7 @@ def shows_tokens(module: nn.Module, parameter: str = "down_proj") -> bool:
 
 
 def expert_factor(slot: Slot, factor: Factor) -> ExpertFactor:
-    """A factor of fused experts, taken apart by expert.   [docs/math.md (20)]
+    """A factor of fused experts, taken apart by expert.   [docs/math.md (92)]
 
     Args:
         slot: The parameter.

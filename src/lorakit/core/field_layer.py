@@ -31,14 +31,15 @@ class FieldLayer(LoraLayer):
         cast_input_dtype_enabled: Accepted; the arithmetic here casts by itself.
     """
 
+    use_dora: dict[str, bool]
+    use_rslora: dict[str, bool]
+    lora_bias: dict[str, bool]
     other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "lora_dropout")
     cast_input_dtype_enabled: bool = True
 
     def __init__(self, base_layer: nn.Module, kind: Kind, slot: Slot, state: AdapterState) -> None:
         super().__init__(base_layer, kind, slot, state)
-        self.use_dora: dict[str, bool] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.lora_bias: dict[str, bool] = {}
+        self.__dict__.update(use_dora={}, use_rslora={}, lora_bias={})
 
     def put(self, name: str, factor: Factor, r: int, lora_alpha: float, trains: frozenset[str]) -> None:
         """Add an adapter's factor; see `LoraLayer.put` for shapes such as A (r, in)."""
@@ -51,6 +52,13 @@ class FieldLayer(LoraLayer):
         super().remove(name)
         for table in (self.use_dora, self.use_rslora, self.lora_bias):
             table.pop(name, None)
+
+    @property
+    def frozen_peft_weight_names(self) -> dict[str, tuple[str, ...]]:
+        """Adapter -> attributes whose numbers its init froze (MiCA); adapters that train all are not in it."""
+        names = dict(zip("AB", self.kind.names, strict=True))
+        frozen = {name: {"A", "B"} - trains for name, trains in self.trains.items()}
+        return {name: tuple(names[part] for part in sorted(parts)) for name, parts in frozen.items() if parts}
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:

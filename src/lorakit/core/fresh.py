@@ -72,6 +72,8 @@ def fresh_parts(
     for match, place in places_of(site_map, matches):
         blank = blank_for(site_map, config, match, place)
         seen = None if statistics is None else statistics.sites.get(place.path)
+        if statistics is not None and seen is None and statistics.others_usual:
+            blank = dataclasses.replace(blank, config=config.with_fields(init_lora_weights=True))
         blank = dataclasses.replace(blank, generator=generators(blank.device), statistics=seen)
         parts.append(_fresh_part(site_map, blank, match, place))
     return parts

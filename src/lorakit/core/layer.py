@@ -46,29 +46,42 @@ class LoraLayer(Switched):
         replaced: The base's quantised module, where a dense one stands in its place since a merge; else empty.
     """
 
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    variant: dict[str, str]
+    trains: dict[str, frozenset[str]]
+    merged_adapters: list[str]
+    kept: Any = None  # what the base stored before anything was written to it
+    moved_by: str | None = None
+    moved: Any = None  # what the base stores for the adapter that moved it
+    initial: tuple[Tensor, Tensor] | None = None  # that adapter's A and B before training, in main memory
+    replaced: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no child
+    kept_bias: Tensor | None = None  # the base's bias from before a merge wrote to it (`lora_bias`)
+    tied_weight: nn.Parameter | None  # what the base shared with others before a merge untied it
+    own_route: Route | None = None  # this layer's exception to the model's default
+    old_bias: tuple[str, Tensor] | None = None  # who trains the base's bias, and what it was before
+    kind_name: str
+    slot: Slot
+    forwards: Forwards
+
     def __init__(self, base_layer: nn.Module, kind: Kind, slot: Slot, state: AdapterState) -> None:
         super().__init__()
-        self.training = base_layer.training
         self.base_layer = base_layer
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
-        self.variant: dict[str, str] = {}
-        self.trains: dict[str, frozenset[str]] = {}
-        self.merged_adapters: list[str] = []
-        self.kept: Any = None  # what the base stored before anything was written to it
-        self.moved_by: str | None = None
-        self.moved: Any = None  # what the base stores for the adapter that moved it
-        self.initial: tuple[Tensor, Tensor] | None = None  # that adapter's A and B before training, in main memory
-        self.replaced: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no child
-        self.kept_bias: Tensor | None = None  # the base's bias from before a merge wrote to it (`lora_bias`)
-        self.tied_weight: nn.Parameter | None = None  # what the base shared with others before a merge untied it
-        self.own_route: Route | None = None  # this layer's exception to the model's default
-        self.old_bias: tuple[str, Tensor] | None = None  # who trains the base's bias, and what it was before
-        self.state = state
-        self.kind_name = kind.name
-        self.slot = slot
-        self.forwards = Forwards()
+        self.__dict__.update(  # hundreds of layers are made at once, and torch's own way to set is slow
+            training=base_layer.training,
+            r={},
+            lora_alpha={},
+            scaling={},
+            variant={},
+            trains={},
+            merged_adapters=[],
+            tied_weight=None,
+            state=state,
+            kind_name=kind.name,
+            slot=slot,
+            forwards=Forwards(),
+        )
 
     def _get_name(self) -> str:
         merged = f"[merged: {', '.join(self.merged_adapters)}]" if self.merged_adapters else ""
@@ -183,9 +196,16 @@ class LoraLayer(Switched):
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """The parameters of an adapter here, A and B first, (…); none where it has no factor."""
-        held = [self._modules.get(attribute) for attribute in HOLDERS if attribute != "lora_dropout"]
-        parts: list[Any] = [holder[name] for holder in held if holder is not None and name in holder]  # type: ignore[index, operator]
-        return [p for part in parts for p in (part.parameters() if isinstance(part, nn.Module) else (part,))]
+        found: list[Any] = []
+        for attribute, holder in self._modules.items():  # A's and B's come first: `put` makes them first
+            if holder is None or attribute in ("base_layer", "lora_dropout"):
+                continue
+            inside = holder._modules.get(name)
+            if inside is not None:
+                found += [parameter for parameter in inside._parameters.values() if parameter is not None]
+            elif name in holder._parameters:
+                found.append(holder._parameters[name])
+        return found
 
     def read(self, name: str | None = None) -> Tensor:
         """The base weight without anything merged, canonical (out, in), fp32 or wider.

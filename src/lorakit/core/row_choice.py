@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -59,13 +60,16 @@ def sharers(site_map: SiteMap, path: str) -> list[str]:
 
 
 def shared_weights(site_map: SiteMap) -> list[list[str]]:
-    """The modules of the base that share one parameter as their weight, as lists of paths in the model's order."""
-    groups: dict[int, list[str]] = {}
+    """The modules of the base that share one parameter as their weight, as lists of paths in the model's order.
+
+    Copies of one layer (`layer_replication`) are not meant: they share all they have, and are adapted apart on purpose.
+    """
+    groups: dict[int, dict[str, str]] = {}
     for path in site_map.modules:
         weight = table_at(site_map, path)._parameters.get("weight")
         if weight is not None:
-            groups.setdefault(id(weight), []).append(path)
-    return [paths for paths in groups.values() if len(paths) > 1]
+            groups.setdefault(id(weight), {}).setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", path), path)
+    return [list(paths.values()) for paths in groups.values() if len(paths) > 1]
 
 
 def input_embedding(model: nn.Module | None, site_map: SiteMap) -> str | None:

@@ -65,8 +65,8 @@ class Place:
 
     @property
     def pattern_path(self) -> str:
-        """What `rank_pattern` and `alpha_pattern` are held against: the site's path, or its bare parameter's."""
-        return f"{self.outer}.{self.slot.parameter}" if self.kind.name == PARAMETER.name else self.path
+        """What `rank_pattern` and `alpha_pattern` are held against: the path of its module or bare parameter."""
+        return f"{self.outer}.{self.slot.parameter}" if self.kind.name == PARAMETER.name else self.outer
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,12 @@ class Statistics:
     Attributes:
         config: The config to attach: the one that was given, for "eva" with the ranks that the data propose.
         sites: Path -> name -> tensor (…), as the init's row wants them.
+        others_usual: Sites that are not among them begin as with True; otherwise they are refused.
     """
 
     config: LoraConfig
     sites: Mapping[str, Mapping[str, Tensor]]
+    others_usual: bool = False
 
     def check(self, config: LoraConfig) -> None:
         """Refuse a config of another init.

@@ -46,7 +46,8 @@ class Switched(nn.Module):
             trained: Its parameters require gradients.
         """
         for parameter in self.parameters_of(name):
-            parameter.requires_grad_(trained and parameter.is_floating_point())
+            if parameter.requires_grad is not trained:
+                parameter.requires_grad_(trained and parameter.is_floating_point())
 
     @property
     def active_adapters(self) -> list[str]:

@@ -129,11 +129,11 @@ def update_signature(model: Any, method: str = "all") -> None:
 
 def _show(model: Any, method: str, silent: tuple[set[str], ...]) -> None:
     own = {name for name in inspect.signature(getattr(model, method)).parameters if name != "adapter_names"}
-    if own not in silent:
+    inner = getattr(type(model.get_base_model()), method, None)
+    if own not in silent or inner is None:
         return
     plain = getattr(type(model), method)
     twin = FunctionType(plain.__code__, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
     twin.__kwdefaults__ = plain.__kwdefaults__
-    inner = getattr(type(model.get_base_model()), method)
     update_wrapper(twin, inner, assigned=("__doc__", "__name__", "__annotations__"))
     setattr(model, method, MethodType(twin, model))

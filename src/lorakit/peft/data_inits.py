@@ -193,8 +193,13 @@ def preprocess_loraga(
             "lora_ga_config=LoraGAConfig(...)."
         )
     modules = _targeted(model, lora_config)
+    if not modules:
+        raise ConfigError(
+            "No supported layers found for LoRA-GA initialization. It takes gradients of nn.Linear and Conv1D, and "
+            "target_modules names none of these."
+        )
     for path, module in modules.items():
-        if base_of(module).quantised:
+        if base_of(module).quantised or hasattr(module, "quant_state"):
             raise ConfigError(
                 f"LoRA-GA does not support quantized models. Found quantized module: {path!r}: its weight takes no "
                 "gradient. Collect on the base as it was before it was quantised."

@@ -39,6 +39,17 @@ PROMPT_METHODS: Mapping[PeftType, str] = {
 """Methods that learn a prompt -> their config."""
 
 
+_TABLES = """
+ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HRA IA3 IA3_FEEDFORWARD LILY LNTUNING
+LOHA LOKR MISS OFT PEANUT POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA VBLORA VERA WAVEFT
+"""
+TARGET_TABLES = " ".join(
+    f"TRANSFORMERS_MODELS_TO_{word}_MODULES_MAPPING"
+    for word in (word if word.endswith("_FEEDFORWARD") else f"{word}_TARGET" for word in _TABLES.split())
+)
+"""Names of other methods' tables of default targets, which are empty here."""
+
+
 class PromptLearningConfig(PeftConfig):
     """What PEFT's configs of learned prompts have in common; none can be made here."""
 
@@ -80,6 +91,8 @@ def placeholder(name: str) -> Any:
     """
     if name in globals() and not name.startswith("_"):
         return globals()[name]
+    if name in TARGET_TABLES.split():
+        return {}
     if not name.lstrip("_")[:1].isupper():
         return _refusing(name)
     base: type = object

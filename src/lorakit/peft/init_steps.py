@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor, nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
+from lorakit.core.attaching import with_targets
 from lorakit.core.bases import at_least_fp32, base_of
 from lorakit.core.data_inits import reduced
 from lorakit.core.moments import GradientStatistics
-from lorakit.errors import ConfigError
+from lorakit.core.sitemap import survey
+from lorakit.errors import ConfigError, warn_caller
+from lorakit.targets import resolve
 
 EIGENS, GRADIENT = "eigens", "_peft_loraga_grad"
 """Attributes under which PEFT's functions leave what they found on a module."""
@@ -48,7 +53,18 @@ def for_attaching(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, cor
     if config.lora_ga_config is None:
         raise ConfigError("lora_ga_config must be provided when init_lora_weights='lora_ga'.")
     gradients = {path: _gradient(model.get_submodule(path), gradient) for path, gradient in found.items()}
-    return config, reduced(model, config, gradients, ("partial_targets",))
+    statistics = reduced(model, config, gradients, ("partial_targets",))
+    named = [
+        match.path
+        for match in resolve(survey(model).candidates, with_targets(config, model), allow_partial=True).matches
+    ]
+    without = [path for path in named if path not in statistics.sites]
+    if without:
+        warn_caller(
+            f"LoRA-GA has no gradient for {', '.join(without)}; they begin as with init_lora_weights=True. "
+            "preprocess_loraga takes those of dense layers that the loss depends on."
+        )
+    return config, dataclasses.replace(statistics, others_usual=True)
 
 
 def _gradient(module: nn.Module, gradient: Tensor) -> GradientStatistics:

@@ -6,10 +6,15 @@ from typing import Any
 
 from torch import nn
 
+from lorakit import core
 from lorakit.config import LoraConfig
+from lorakit.core.attaching import with_targets
+from lorakit.core.sitemap import survey
 from lorakit.errors import ConfigError, warn_caller
+from lorakit.peft import standing
 from lorakit.peft.mixed_model import PeftMixedModel
 from lorakit.peft.model import PeftModel
+from lorakit.targets import resolve
 
 
 def get_peft_model(
@@ -46,18 +51,30 @@ def get_peft_model(
     _say_of_the_base(model, peft_config, revision)
     if revision is not None:
         peft_config = peft_config.with_fields(revision=revision)
+    _make_room(model, peft_config, adapter_name)
     if mixed:
         return PeftMixedModel(model, peft_config, adapter_name)
     if isinstance(model, PeftModel):
-        warn_caller(
-            "You are trying to modify a model with PEFT for a second time. It gets a second adapter here, without a "
-            "second wrapper; call `.unload()` before, if that is not meant."
-        )
         model.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
         model.set_adapter(adapter_name)
         return model
     kind = PeftModel.for_task(peft_config.task_type)
     return kind(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def _make_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
+    """What is said where a model has adapters already; one of the same name gives way, as when a cell is run again."""
+    user: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    there = standing.configs_of(user)
+    if there:
+        replaced = f" The adapter '{adapter_name}' that was there is replaced." if adapter_name in there else ""
+        warn_caller(
+            "You are trying to modify a model with PEFT for a second time. It gets another adapter here, without a "
+            f"second wrapper; call `.unload()` before, if that is not meant.{replaced}"
+        )
+    if adapter_name in there:
+        resolve(survey(user).candidates, with_targets(config, user), allow_partial=True)  # refused before it leaves
+        core.detach(user, adapter_name)
 
 
 def _say_of_the_base(model: nn.Module, config: LoraConfig, revision: str | None) -> None:

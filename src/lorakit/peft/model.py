@@ -45,12 +45,13 @@ class PeftModel(Shown, Pushed):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
+        checkpointing = checkpoints(model)  # asked before the layers are there, since the answer walks the model
         self.base_model = LoraModel(model)
         self.training = model.training
         self.peft_type = PeftType.LORA
         if peft_config is not None:
             self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
-        if checkpoints(model):
+        if checkpointing:
             self.prepare_model_for_gradient_checkpointing(model)
 
     def __getattr__(self, name: str) -> Any:

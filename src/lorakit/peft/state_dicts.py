@@ -15,6 +15,7 @@ from lorakit.core.extras import BiasSwitch, ModuleCopies
 from lorakit.core.layer import LoraLayer
 from lorakit.core.token_rows import TokenRows
 from lorakit.core.underlying import base_tensors
+from lorakit.core.walking import walk
 from lorakit.errors import AdapterError, AdapterFileError, warn_caller
 from lorakit.peft import casting, standing
 
@@ -53,9 +54,13 @@ def get_peft_model_state_dict(
     model = getattr(model, COMPILED, model) if unwrap_compiled else model
     if adapter_name not in standing.configs_of(model):
         raise AdapterError(f"There is no adapter {adapter_name!r} on this model.")
+    own = list(tensors_of(model, adapter_name))
+    direct = state_dict is None and not any(FSDP in in_memory for _, in_memory, _ in own)
+    if direct and save_embedding_layers is not True:
+        return {on_disk: tensor.detach() for on_disk, _, tensor in own}
     values = model.state_dict() if state_dict is None else state_dict
     found = {}
-    for on_disk, in_memory in names_of(model, adapter_name):
+    for on_disk, in_memory, _ in own:
         gathered = in_memory if in_memory in values else in_memory.replace(FSDP, "")
         if gathered in values:
             found[on_disk.replace(FSDP, "")] = values[gathered]
@@ -74,38 +79,55 @@ def names_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str]]:
     Yields:
         Name on disk, and name in the model's state dict.
     """
-    for path, module in model.named_modules():
+    yield from ((on_disk, in_memory) for on_disk, in_memory, _ in tensors_of(model, adapter))
+
+
+def tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
+    """An adapter's tensors as they lie in the model.
+
+    Args:
+        model: A wrapped model, or a model with adapters in it.
+        adapter: The adapter.
+
+    Yields:
+        Name on disk, name in the model's state dict, and the tensor (…).
+    """
+    for path, module in walk(model):
         prefix = f"{path}." if path else ""
         if isinstance(module, LoraLayer):
             yield from _of_layer(module, prefix, adapter)
         elif isinstance(module, ModuleCopies):
             if adapter in module.modules_to_save:
-                for leaf in module.modules_to_save[adapter].state_dict():
-                    yield f"{prefix}{leaf}", f"{prefix}modules_to_save.{adapter}.{leaf}"
+                for leaf, tensor in module.modules_to_save[adapter].state_dict(keep_vars=True).items():
+                    yield f"{prefix}{leaf}", f"{prefix}modules_to_save.{adapter}.{leaf}", tensor
         elif isinstance(module, TokenRows):
             if adapter in module.available_adapters() and not module.follows:
-                yield f"{prefix}{ROWS}", f"{prefix}{ROWS}.{adapter}"
+                rows = module.token_adapter.trainable_tokens_delta[adapter]
+                yield f"{prefix}{ROWS}", f"{prefix}{ROWS}.{adapter}", rows
         elif module._forward_hooks:
             yield from _of_biases(module, prefix, adapter)
 
 
-def _of_biases(module: nn.Module, prefix: str, adapter: str) -> Iterator[tuple[str, str]]:
+def _of_biases(module: nn.Module, prefix: str, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
     for switch in BiasSwitch.on(module):
-        if switch.adapter == adapter:
-            yield from ((f"{prefix}{leaf}", f"{prefix}{leaf}") for leaf in switch.originals)
+        for leaf in switch.originals if switch.adapter == adapter else ():
+            yield f"{prefix}{leaf}", f"{prefix}{leaf}", module._parameters[leaf]  # type: ignore[misc]
 
 
-def _of_layer(layer: LoraLayer, prefix: str, adapter: str) -> Iterator[tuple[str, str]]:
+def _of_layer(layer: LoraLayer, prefix: str, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
     for attribute, held in layer._modules.items():
-        if attribute in {"base_layer", "lora_dropout"} or held is None or adapter not in held:  # type: ignore[operator]
+        if held is None or attribute in ("base_layer", "lora_dropout"):
             continue
-        entry = held[adapter]  # type: ignore[index]
-        if not isinstance(entry, nn.Module):
-            yield f"{prefix}{attribute}", f"{prefix}{attribute}.{adapter}"
+        entry = held._modules.get(adapter)
+        if entry is None:
+            raw = held._parameters.get(adapter)
+            if raw is not None:
+                yield f"{prefix}{attribute}", f"{prefix}{attribute}.{adapter}", raw
             continue
-        for leaf in entry.state_dict():
-            ending = "" if attribute == "lora_magnitude_vector" else f".{leaf}"
-            yield f"{prefix}{attribute}{ending}", f"{prefix}{attribute}.{adapter}.{leaf}"
+        for leaf, tensor in entry._parameters.items():
+            if tensor is not None:
+                ending = "" if attribute == "lora_magnitude_vector" else f".{leaf}"
+                yield f"{prefix}{attribute}{ending}", f"{prefix}{attribute}.{adapter}.{leaf}", tensor
 
 
 def _embeddings(model: Any, values: Mapping[str, Any]) -> dict[str, Any]:

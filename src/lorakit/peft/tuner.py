@@ -13,6 +13,7 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.activation import parameters_by_adapter
 from lorakit.core.checks import ALLOWANCES
+from lorakit.core.collector import collector_at_rest
 from lorakit.core.extras import ModuleCopies
 from lorakit.core.layer import LoraLayer
 from lorakit.core.sitemap import find_state
@@ -145,7 +146,8 @@ class BaseTuner(nn.Module):
         asked = config if state_dict is None else config_for_keys(self.model, config, state_dict)
         # PEFT goes on where entries match nothing; here each comes with a warning
         asked, found = for_attaching(self.model, asked)
-        report = core.attach(self.model, asked, name, allow=ALLOWANCES, kinds=kinds_of(config), statistics=found)
+        with collector_at_rest():
+            report = core.attach(self.model, asked, name, allow=ALLOWANCES, kinds=kinds_of(config), statistics=found)
         self.peft_config[name].init_lora_weights = config.init_lora_weights
         self.peft_config[name].eva_config = config.eva_config
         for sentence in said_of_missing(config, report):

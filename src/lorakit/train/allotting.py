@@ -7,6 +7,7 @@ taken than by a training step. Nothing random is drawn and the run's own loader 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from itertools import islice
 from typing import Any, Literal, cast
 
@@ -21,6 +22,32 @@ from lorakit.train.request import Request
 
 ROWS = 32
 """Training rows that are looked at."""
+
+
+def first_rows(request: Request, loader: Loader) -> list[Batch]:
+    """The first training rows, one to a batch, in the order of the run's first epoch.
+
+    Args:
+        request: Names the seed.
+        loader: The run's; it is not moved.
+    """
+    own = Loader(loader.sequences, 1, request.settings.seed, epochs=1, pad_id=loader.pad_id)
+    return [batch for batch in islice(own, ROWS) if batch.trained_tokens]
+
+
+def loss_of_a_row(device: torch.device) -> Callable[[Any, Batch], torch.Tensor]:
+    """The mean loss over a batch's trained tokens, as a function of model and batch, a scalar.
+
+    Args:
+        device: Where the model is.
+    """
+
+    def loss(model: Any, batch: Batch) -> torch.Tensor:
+        wide = device.type == "cpu" or next(model.parameters()).dtype == torch.float32
+        with contextlib.nullcontext() if wide else torch.autocast(device.type, dtype=torch.bfloat16):
+            return loss_sum(model, batch, device) / batch.trained_tokens
+
+    return loss
 
 
 def allotted(model: Any, request: Request, loader: Loader, progress: Progress) -> LoraConfig:
@@ -38,21 +65,13 @@ def allotted(model: Any, request: Request, loader: Loader, progress: Progress) -
     Raises:
         LorakitError: As `lorakit.core.allocating.allocate`.
     """
-    settings, device = request.settings, request.device
-    own = Loader(loader.sequences, 1, settings.seed, epochs=1, pad_id=loader.pad_id)
-    rows = [batch for batch in islice(own, ROWS) if batch.trained_tokens]
-
-    def loss(model: Any, batch: Batch) -> torch.Tensor:
-        wide = device.type == "cpu" or next(model.parameters()).dtype == torch.float32
-        with contextlib.nullcontext() if wide else torch.autocast(device.type, dtype=torch.bfloat16):
-            return loss_sum(model, batch, device) / batch.trained_tokens
-
+    settings, rows = request.settings, first_rows(request, loader)
     progress.busy(f"looking at {len(rows)} rows for the ranks")
     found = allocate(
         model,
         request.forecast.config,
         rows,
-        loss,
+        loss_of_a_row(request.device),
         by=cast(Literal["gradients", "inputs"], settings.allocate_ranks),
         allow=("partial_targets",) if settings.allow_partial_targets else (),
     )

@@ -66,6 +66,13 @@ DEFAULTS: dict[str, Default] = {
     "allow_partial_targets": Default(
         "Go on when a name in --target-modules matches nothing", False, "a name that matches nothing is mostly a typo"
     ),
+    "init_lora_weights": Default(
+        "How the adapter begins: default, gaussian, pissa, olora, orthogonal, mica, or, from the first training rows, "
+        "eva, corda, lora_ga",
+        "default",
+        "A random and B zero, as the field does it; pissa, olora, corda and lora_ga keep a second copy of each adapted "
+        "weight in memory, and are saved as plain LoRA of twice the rank",
+    ),
     "allocate_ranks": Default(
         "Give each module a rank of its own, by gradients (GoRA) or by inputs (EVA) of the first training rows, within "
         "as many trained numbers as --r everywhere would have: none, gradients or inputs",

@@ -20,6 +20,7 @@ from lorakit.errors import ModelError
 from lorakit.plan.quantised import stored
 from lorakit.train import checkpoint
 from lorakit.train.allotting import allotted
+from lorakit.train.beginning import begun
 from lorakit.train.loop import Pace, steps_per_epoch
 from lorakit.train.optim import adamw, load_state_tensors, lorafa
 from lorakit.train.planning import Planned, planned_run
@@ -159,7 +160,8 @@ def _put_adapter(
     config = request.forecast.config
     if request.settings.allocate_ranks != "none":
         config = allotted(model, request, batches.loader, progress)
-    report = core.attach(model, config, ADAPTER, allow=allow, seed=request.settings.seed)
+    config, statistics = begun(model, config, request, batches.loader, progress)
+    report = core.attach(model, config, ADAPTER, allow=allow, seed=request.settings.seed, statistics=statistics)
     for note in report.notes:
         progress.say(note)
     return tuple(report.notes)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from lorakit.config import LoraConfig, TaskType
+from lorakit.config import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig, TaskType
 from lorakit.errors import ConfigError, nearest
 from lorakit.plan.quantised import Quantization, stored_as
 from lorakit.train.defaults import DEFAULTS
@@ -24,6 +24,8 @@ Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
 Scheduler = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "lorafa"]
 Allocation = Literal["none", "gradients", "inputs"]
+INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
+"""Words of `init_lora_weights`; LoftQ is not among them: it needs the base both as it was and in few bits."""
 
 _DTYPE_WORDS = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
@@ -87,6 +89,14 @@ def _device_word(value: str) -> str:
     return value
 
 
+def _init_word(value: str) -> str:
+    if value not in INITS and not re.fullmatch(r"pissa_niter_\d{1,3}", value):
+        close = nearest(value, list(INITS), 1)
+        hint = f" (nearest: {close[0]})" if close else ""
+        raise ValueError(f"it must be one of {', '.join(INITS)}, or pissa_niter_N{hint}")
+    return value
+
+
 def _setting(name: str, **limits: Any) -> Any:
     row = DEFAULTS[name]
     return Field(default=row.value, description=row.help(), **limits)
@@ -120,6 +130,7 @@ class TrainSettings(BaseModel):
     use_dora: bool = _setting("use_dora")
     use_rslora: bool = _setting("use_rslora")
     allow_partial_targets: bool = _setting("allow_partial_targets")
+    init_lora_weights: Annotated[str, AfterValidator(_init_word)] = _setting("init_lora_weights")
     allocate_ranks: Allocation = _setting("allocate_ranks")
     optimizer: Optimizer = _setting("optimizer")
     learning_rate: float = _setting("learning_rate", gt=0)
@@ -155,6 +166,10 @@ class TrainSettings(BaseModel):
             raise ConfigError(_sentences(cause)) from None
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other: go on with the run, or replace it.")
+        if self.init_lora_weights == "eva" and self.allocate_ranks != "none":
+            raise ConfigError(
+                "allocate_ranks and the init eva exclude each other: eva spreads the ranks itself. Leave one out."
+            )
         if self.optimizer == "lorafa" and self.loraplus_lr_ratio is not None:
             raise ConfigError(
                 "loraplus_lr_ratio and the optimizer lorafa exclude each other: lorafa freezes A, so there is no rate "
@@ -182,6 +197,10 @@ class TrainSettings(BaseModel):
             target_modules=self.target_modules,
             use_dora=self.use_dora,
             use_rslora=self.use_rslora,
+            init_lora_weights=True if self.init_lora_weights == "default" else self.init_lora_weights,
+            eva_config=EvaConfig() if self.init_lora_weights == "eva" else None,
+            corda_config=CordaConfig() if self.init_lora_weights == "corda" else None,
+            lora_ga_config=LoraGAConfig() if self.init_lora_weights == "lora_ga" else None,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _rank(slot: Slot, shape: Shape) -> int:
 
 
 def _delta(slot: Slot, A: Tensor, B: Tensor) -> Tensor:
-    """The delta in the parameter's own shape, of A (experts·r, in) and B (out, r·experts)."""
+    """The delta in the parameter's own shape, of A (experts·r, in) and B (out, r·experts).   [docs/math.md (92)]"""
     if not slot.experts:
         return dense_delta(A, B)
     A, B = per_expert(slot, A, B)

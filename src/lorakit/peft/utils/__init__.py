@@ -1,5 +1,6 @@
 """What PEFT gathers under `peft.utils`."""
 
+from lorakit.peft.elsewhere import TARGET_TABLES
 from lorakit.peft.lazy import names_of
 
 __getattr__, __dir__ = names_of(
@@ -23,7 +24,7 @@ __getattr__, __dir__ = names_of(
             id_tensor_storage map_cache_to_layer_device_map match_target_against_key
             set_additional_trainable_modules str_to_bool transpose
         """,
-        "elsewhere": "_prepare_prompt_learning_config bloom_model_postprocess_past_key_value",
+        "elsewhere": f"_prepare_prompt_learning_config bloom_model_postprocess_past_key_value {TARGET_TABLES}",
         "config": "PeftType TaskType",
         "peft.state_dicts": """
             get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict

@@ -1,5 +1,6 @@
 """Constants under PEFT's module path."""
 
+from lorakit.peft.elsewhere import TARGET_TABLES
 from lorakit.peft.lazy import names_of
 
 __getattr__, __dir__ = names_of(
@@ -12,7 +13,7 @@ __getattr__, __dir__ = names_of(
             UPCAST_DTYPES WEIGHTS_NAME
         """,
         "peft.tuners.lora.model": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
-        "elsewhere": "bloom_model_postprocess_past_key_value",
+        "elsewhere": f"bloom_model_postprocess_past_key_value {TARGET_TABLES}",
     },
 )
 __all__ = __dir__()

@@ -5,7 +5,7 @@ from lorakit.peft.lazy import names_of
 __getattr__, __dir__ = names_of(
     __name__,
     {
-        "peft.data_inits": "IncrementalPCA",
+        "elsewhere": "IncrementalPCA",
     },
 )
 __all__ = __dir__()

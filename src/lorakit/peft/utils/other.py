@@ -1,5 +1,6 @@
 """Functions and classes around a model's parts, under PEFT's module path."""
 
+from lorakit.peft.elsewhere import TARGET_TABLES
 from lorakit.peft.lazy import names_of
 
 __getattr__, __dir__ = names_of(
@@ -22,7 +23,11 @@ __getattr__, __dir__ = names_of(
             fsdp_auto_wrap_policy get_gptqmodel_quant_linear get_pattern_key get_quantization_config
             id_tensor_storage match_target_against_key set_additional_trainable_modules str_to_bool transpose
         """,
-        "elsewhere": "_prepare_prompt_learning_config bloom_model_postprocess_past_key_value",
+        "elsewhere": f"""
+            _prepare_prompt_learning_config bloom_model_postprocess_past_key_value
+            starcoder_model_postprocess_past_key_value
+            {TARGET_TABLES}
+        """,
     },
 )
 __all__ = __dir__()

@@ -1,0 +1,140 @@
+"""What programs of the field call on adapted layers, and switch in them one by one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lorakit.config import LoraConfig
+from lorakit.core import attach, disable, merge, use
+from lorakit.core.conditions import condition_number, of_expert_weights, of_linear_weights
+from lorakit.core.walking import walk
+from lorakit.errors import MergeError, RouteError
+
+X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+
+
+def adapted(**fields: Any) -> nn.Sequential:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    for name in ("a", "b"):
+        attach(model, LoraConfig(target_modules=["0", "1"], init_lora_weights=False, r=2, **fields), name)
+    return model.eval()
+
+
+def test_attributes() -> None:
+    layer: Any = adapted(use_rslora=True)[0]
+    assert (layer.in_features, layer.out_features, layer.fan_in_fan_out, layer.merged) == (4, 6, False, False)
+    assert layer.adapter_layer_names == ("lora_A", "lora_B") and layer.get_base_layer() is layer.base_layer
+    assert layer.use_rslora == {"a": True, "b": True} and layer.use_dora == layer.lora_bias == {"a": False, "b": False}
+    assert torch.equal(layer.get_base_weight(), layer.base_layer.weight)
+    layer.remove("b")
+    assert layer.use_rslora == {"a": True}
+
+
+def test_scales() -> None:
+    layer: Any = adapted(lora_alpha=8)[0]
+    layer.set_scale("a", 0.5)
+    layer.set_scale("nobody", 0.5)
+    assert layer.scaling == {"a": 2.0, "b": 4.0}
+    layer.scale_layer(3)
+    assert layer.scaling == {"a": 6.0, "b": 4.0}
+    layer.unscale_layer(3)
+    assert layer.scaling["a"] == 2.0
+    layer.unscale_layer()
+    assert layer.scaling["a"] == 4.0
+
+
+def test_the_delta_lies_as_the_weight_does() -> None:
+    model = adapted()
+    layer: Any = model[0]
+    with disable(model):
+        plain = layer(X)
+    torch.testing.assert_close(layer(X) - plain, X @ layer.get_delta_weight("a").T)
+
+
+def test_one_layer_merges_alone_and_the_model_goes_on() -> None:
+    model = adapted()
+    before, bits = model(X), model[0].base_layer.weight.clone()
+    model[0].merge()
+    assert model[0].merged_adapters == ["a"] and model[1].merged_adapters == []
+    torch.testing.assert_close(model(X), before)
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
+        model[0].merge()
+    with pytest.raises(TypeError, match="should be a list of strings"):
+        model[0].merge(adapter_names="a")
+    model[0].unmerge()
+    assert torch.equal(model[0].base_layer.weight, bits) and torch.equal(model(X), before)
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model[0].unmerge()
+
+
+def test_another_adapter_merged_in_one_layer_acts_there_alone() -> None:
+    model, twin = adapted(), adapted()
+    model[0].merge(adapter_names=["b"])
+    twin[0].set_adapter(["a", "b"])
+    torch.testing.assert_close(model(X), twin(X))
+    assert model[1].active_adapters == ["a"]
+
+
+def test_switching() -> None:
+    model = adapted()
+    layer: Any = model[0]
+    assert (layer.active_adapter, layer.disable_adapters) == ("a", False)
+    layer.enable_adapters(False)
+    layer.enable_adapters(False)
+    assert (layer.active_adapter, layer.disable_adapters) == ("a", True)
+    assert torch.equal(layer(X), layer.base_layer(X))
+    assert copy.deepcopy(model)[0].disable_adapters
+    layer.enable_adapters(True)
+    layer.set_adapter(["a", "b"], inference_mode=True)
+    assert layer.active_adapter == ["a", "b"] and not any(p.requires_grad for p in layer.parameters())
+    layer.set_requires_grad("b")
+    assert layer.lora_A["b"].weight.requires_grad and not layer.lora_A["a"].weight.requires_grad
+    with use(model, "b"):
+        assert model[1].active_adapters == ["b"]
+    with disable(model):
+        assert model[1].active_adapters == ["a"] and model[1].disable_adapters
+    with pytest.raises(RouteError, match="no adapter 'c'"):
+        layer.set_adapter("c")
+
+
+def test_a_default_is_laid_aside_and_taken_up() -> None:
+    model = adapted()
+    state, before = model[0].state, model(X)
+    state.lay_aside()
+    state.lay_aside()
+    assert model[0].disable_adapters and model[0].active_adapters == ["a"] and not torch.equal(model(X), before)
+    state.take_up()
+    assert torch.equal(model(X), before)
+
+
+def test_the_walk_has_the_names_and_order_of_torch() -> None:
+    model = adapted()
+    every = [(name, module) for name, module in model.named_modules() if ".lora_" not in name]
+    assert list(walk(model)) == every
+    shared = nn.Linear(2, 2)
+    twice = nn.Sequential(shared, nn.Sequential(shared))
+    assert list(walk(twice)) == list(twice.named_modules())
+
+
+def test_condition_numbers() -> None:
+    assert condition_number(torch.diag(torch.tensor([6.0, 2.0]))) == pytest.approx(3)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(9, 9))
+    assert list(of_linear_weights(model, largest=4)) == ["0"]
+    experts = nn.Module()
+    experts.down_proj = nn.Parameter(torch.stack([torch.eye(2), 2 * torch.eye(2)]))
+    assert of_expert_weights(nn.Sequential(experts), [".down_proj"], 4)["0.down_proj"] == pytest.approx(1)
+
+
+def test_what_cannot_be_merged_is_a_value_error_and_a_runtime_error() -> None:
+    model = adapted()
+    with torch.no_grad():
+        model[0].lora_B["a"].weight.fill_(float("nan"))
+    for kind in (ValueError, RuntimeError, MergeError):
+        with pytest.raises(kind, match="NaNs detected in the merged weights"):
+            merge(model)

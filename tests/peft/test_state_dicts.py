@@ -1,0 +1,119 @@
+"""State dicts of an adapter and of its base, beside the installed peft."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lorakit.errors import AdapterError, AdapterFileError
+from lorakit.peft import (
+    LoraConfig,
+    get_base_model_state_dict,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {"target_modules": ["0"]},
+    "dora": {"target_modules": ["0"], "use_dora": True},
+    "copied": {"target_modules": ["0"], "modules_to_save": ["2"]},
+    "biases": {"target_modules": ["0"], "bias": "all"},
+    "bias of B": {"target_modules": ["0"], "lora_bias": True},
+}
+
+
+def base() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def adapted(config: dict[str, Any], seed: int = 1) -> Any:
+    plain = base()
+    torch.manual_seed(seed)
+    model = get_peft_model(plain, LoraConfig(**config, init_lora_weights=False))
+    model.add_adapter("b", LoraConfig(target_modules=["0"], init_lora_weights=False))
+    return model
+
+
+@pytest.mark.parametrize("which", CONFIGS)
+def test_names_and_shapes_are_pefts(which: str) -> None:
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(**CONFIGS[which]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT takes the bias of a B for a matrix that lost an axis
+        wanted = {name: tuple(t.shape) for name, t in peft.get_peft_model_state_dict(theirs).items()}
+    found = get_peft_model_state_dict(adapted(CONFIGS[which]))
+    assert {name: tuple(t.shape) for name, t in found.items()} == wanted
+
+
+@pytest.mark.parametrize("which", CONFIGS)
+def test_out_and_in_again(which: str) -> None:
+    model, other = adapted(CONFIGS[which]), adapted(CONFIGS[which], 2)
+    x = torch.randn(5, 4)
+    assert not torch.equal(model(x), other(x))
+    result = set_peft_model_state_dict(other, get_peft_model_state_dict(model))
+    assert result.unexpected_keys == [] and torch.equal(model(x), other(x))
+
+
+def test_values_from_elsewhere() -> None:
+    model = adapted(CONFIGS["plain"])
+    gathered = {name: torch.full_like(tensor, 7.0) for name, tensor in model.state_dict().items()}
+    assert all((t == 7).all() for t in get_peft_model_state_dict(model, gathered).values())
+
+
+def test_a_bare_model_has_no_prefix() -> None:
+    model = inject_adapter_in_model(LoraConfig(target_modules=["0"]), base())
+    names = list(get_peft_model_state_dict(model))
+    assert names == ["0.lora_A.weight", "0.lora_B.weight"]
+    result = set_peft_model_state_dict(model, {f"base_model.model.{n}": torch.ones(8, 4) for n in names[:1]})
+    assert result.unexpected_keys == [] and (model[0].lora_A["default"].weight == 1).all()
+
+
+def test_what_does_not_fit() -> None:
+    model = adapted(CONFIGS["plain"])
+    with pytest.warns(UserWarning, match="has no place for these tensors: nowhere"):
+        assert set_peft_model_state_dict(model, {"nowhere": torch.ones(1)}).unexpected_keys == ["nowhere"]
+    wrong = {"base_model.model.0.lora_A.weight": torch.ones(2, 4)}
+    with pytest.raises(AdapterFileError, match="size mismatch"):
+        set_peft_model_state_dict(model, wrong)
+    with pytest.warns(UserWarning, match="because you passed `ignore_mismatched_sizes=True`"):
+        set_peft_model_state_dict(model, wrong, ignore_mismatched_sizes=True)
+    for do in (get_peft_model_state_dict, lambda m, adapter_name: set_peft_model_state_dict(m, {}, adapter_name)):
+        with pytest.raises(AdapterError, match="There is no adapter 'c'"):
+            do(model, adapter_name="c")
+
+
+def test_factors_without_memory_get_it() -> None:
+    model = inject_adapter_in_model(LoraConfig(target_modules=["0"]), base(), low_cpu_mem_usage=True)
+    assert {p.device.type for n, p in model.named_parameters() if "lora" in n} == {"meta"}
+    set_peft_model_state_dict(model, {"0.lora_A.weight": torch.ones(8, 4), "0.lora_B.weight": torch.ones(6, 8)})
+    assert {p.device.type for p in model.parameters()} == {"cpu"} and (model[0].lora_B["default"].weight == 1).all()
+
+
+def test_the_base_out_and_in() -> None:
+    model = adapted(CONFIGS["copied"])
+    plain = base().state_dict()
+    found = get_base_model_state_dict(model)
+    assert list(found) == list(plain) and all(torch.equal(found[name], plain[name]) for name in plain)
+    set_base_model_state_dict(model, {name: tensor + 1 for name, tensor in plain.items()})
+    assert torch.equal(model.base_model.model[0].base_layer.weight, plain["0.weight"] + 1)
+    with pytest.raises(AdapterFileError, match=r"Missing key\(s\): \['0.bias'.*Unexpected key\(s\): \['x'\]"):
+        set_base_model_state_dict(model, {"0.weight": plain["0.weight"], "x": torch.ones(1)})
+    assert set_base_model_state_dict(model, {"x": torch.ones(1)}, strict=False).unexpected_keys == ["x"]
+    with pytest.raises(AdapterFileError, match=r"size mismatch in the base's state dict: 0\.weight"):
+        set_base_model_state_dict(model, {"0.weight": torch.ones(1)}, strict=False)
+
+
+def test_embeddings_are_added_where_they_are_asked_for(tiny_llama: Any) -> None:
+    model = get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"]))
+    more = set(get_peft_model_state_dict(model, save_embedding_layers=True)) - set(get_peft_model_state_dict(model))
+    assert more == {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"}
+    with pytest.warns(UserWarning, match="Could not identify embedding layer"):
+        get_peft_model_state_dict(adapted(CONFIGS["plain"]), save_embedding_layers=True)
