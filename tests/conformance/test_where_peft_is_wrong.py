@@ -130,6 +130,7 @@ def test_the_config_is_only_read(tmp_path: Path) -> None:
     assert model.peft_config["b"] is not config
 
 
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True. and a tied layer:UserWarning")
 def test_a_merge_unties_with_a_word(tmp_path: Path) -> None:
     _, model = TIED.pair()
     with torch.no_grad():
