@@ -138,3 +138,13 @@ def test_what_cannot_be_merged_is_a_value_error_and_a_runtime_error() -> None:
     for kind in (ValueError, RuntimeError, MergeError):
         with pytest.raises(kind, match="NaNs detected in the merged weights"):
             merge(model)
+
+
+def test_a_bias_of_B_that_is_not_finite_is_not_merged() -> None:
+    model = adapted(lora_bias=True)
+    before = model[0].base_layer.bias.clone()
+    with torch.no_grad():
+        model[0].lora_B["a"].bias.fill_(float("inf"))
+    with pytest.raises(MergeError, match="NaNs detected in the merged weights: the bias of B of a is NaN or infinite"):
+        merge(model)
+    assert torch.equal(model[0].base_layer.bias, before) and model[0].merged_adapters == []

@@ -27,7 +27,7 @@ def load(name: str) -> Any:
 def test_every_example_is_tested_here() -> None:
     tested = {"quickstart", "many_adapters", "alpha_and_learning_rate", "naive_lora"}
     tested |= {"reference_project", "full_beside_lora"}
-    tested |= {"moe_experts"}
+    tested |= {"moe_experts", "pissa_to_plain_lora"}
     tested |= {"optimizers", "dora", "combine_adapters", "qlora", "activated_lora"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
@@ -52,6 +52,17 @@ def test_activated_lora(capsys: pytest.CaptureFixture[str]) -> None:
     assert "positions that the adapter changes: [12, 13] of 14" in told
     assert "'judge': 7" in told
     assert "'base': 7" not in told
+
+
+def test_pissa_to_plain_lora(capsys: pytest.CaptureFixture[str]) -> None:
+    load("pissa_to_plain_lora").main()
+    told = capsys.readouterr().out
+    assert "pissa moves the base's weight at 2 sites" in told
+    assert "fresh adapter: the output moved by 0.0000" in told
+    assert "on disk: r 8, alpha 16, init_lora_weights True" in told
+    assert "plain LoRA on the original base: the same output within 0.0000" in told
+    assert "trained on: r 4, the very bits: True" in told
+    assert "detached: the base's very bits: True" in told
 
 
 def test_many_adapters(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from lorakit.targets import match_path
 from .zoo import BERT, GPT2, LLAMA, MIXTRAL, T5, TIED, Specimen
 
 FIELDS: dict[str, dict[str, Any]] = {
+    "mica": {"init_lora_weights": "mica"},
     "plain": {},
     "dora": {"use_dora": True},
     "all-linear": {"target_modules": "all-linear"},

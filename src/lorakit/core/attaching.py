@@ -103,7 +103,7 @@ def attach(
         parts = fresh_parts(site_map, config, found.matches, seed, statistics)
         outer = {part.place.outer for part in parts}
         publish(model, site_map, name, config, parts, fresh_extras(model, site_map, config, outer, ties))
-    trained = sum(parameter.numel() for parameter in adapter_parameters(model, name))
+    trained = sum(parameter.numel() for parameter in adapter_parameters(model, name) if parameter.requires_grad)
     return AttachReport(name, found.matches, trained, (*found.notes, *memory_notes(config, parts)), found.missing)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lorakit.core.bases import at_least_fp32
 from lorakit.core.layer import LoraLayer
+from lorakit.errors import MergeError
 
 
 def brings_bias(layer: LoraLayer, names: Sequence[str]) -> bool:
@@ -17,7 +18,11 @@ def brings_bias(layer: LoraLayer, names: Sequence[str]) -> bool:
 
 
 def bias_for(layer: LoraLayer, names: Sequence[str]) -> Tensor | None:
-    """The base's bias, (out,), with those of adapters in it; None where nothing was or is written to it."""
+    """The base's bias, (out,), with those of adapters in it; None where nothing was or is written to it.
+
+    Raises:
+        MergeError: It would not be finite.
+    """
     old = layer.original_bias()
     if old is None or not brings_bias(layer, names):
         return layer.kept_bias
@@ -27,6 +32,11 @@ def bias_for(layer: LoraLayer, names: Sequence[str]) -> Tensor | None:
             factor = layer.factor(name)
             if factor.bias is not None:
                 total += factor.bias.to(total.dtype) * factor.scale
+        if not bool(torch.isfinite(total).all()):
+            raise MergeError(
+                f"NaNs detected in the merged weights: the bias of B of {', '.join(names)} is NaN or infinite. Nothing "
+                "was changed."
+            )
         return total.to(old.dtype)
 
 

@@ -22,6 +22,9 @@ from lorakit.core.switching import Switched
 from lorakit.core.variants import At, variant_named
 from lorakit.errors import MergeError, RouteError
 
+SET_ASIDE = frozenset({"kept", "moved"})
+"""Attributes that hold what a base stored or shall store, in whatever form."""
+
 OF_THE_BASE = frozenset({"weight", "bias"})
 """Attributes that, when set on the layer, belong to the base module: other code ties weights that way."""
 
@@ -124,6 +127,8 @@ class LoraLayer(Switched):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in OF_THE_BASE:
             setattr(self.base_layer, name, value)
+        elif name in SET_ASIDE:  # a quantised weight is a parameter; one that is set aside is none of this layer's
+            self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
 

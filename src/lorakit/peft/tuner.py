@@ -192,8 +192,8 @@ class BaseTuner(nn.Module):
         for module in standing.adapted(self.model):
             if isinstance(module, ModuleCopies) and len(set(names) & standing.available_at(module)) > 1:
                 raise ConfigError(
-                    f"Only one adapter can be set at a time for modules_to_save, got {names}: each has its own copy of "
-                    "the module."
+                    f"Only one adapter can be set at a time for ModulesToSaveWrapper, got {names}: each has its own "
+                    "copy of the module."
                 )
         if any(standing.merged_at(module) for module in standing.adapted(self.model)):
             warn_caller("Adapter cannot be set when the model is merged. Unmerging the model first.")

@@ -31,7 +31,8 @@ class SiteCount:
         entry: The target entry that named it.
         factors: Numbers in A and B: rank × (in + out).
         magnitudes: Numbers in DoRA's magnitude: out, or 0 without DoRA.
-        frozen: Numbers of the factors that LoRA-FA leaves as they are: rank × in, of an embedding rank × out; else 0.
+        frozen: Numbers of the factors that stay: with LoRA-FA rank × in, of an embedding rank × out; with the init mica
+            rank × out; else 0.
     """
 
     path: str
@@ -303,6 +304,7 @@ def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int], opti
 
 def _site_count(site: SiteShape, match: Match, config: LoraConfig, optimizer: str) -> SiteCount:
     stays = site.out_features if site.kind == "Embedding" else site.in_features
+    lorafa = match.rank * stays if optimizer == "lorafa" else 0
     return SiteCount(
         path=site.path,
         kind=site.kind,
@@ -313,7 +315,7 @@ def _site_count(site: SiteShape, match: Match, config: LoraConfig, optimizer: st
         entry=match.entry,
         factors=factor_parameters(match.rank, site.in_features, site.out_features),
         magnitudes=site.out_features if config.use_dora else 0,
-        frozen=match.rank * stays if optimizer == "lorafa" else 0,
+        frozen=match.rank * site.out_features if config.init_lora_weights == "mica" else lorafa,
     )
 
 
@@ -335,6 +337,7 @@ def _parameter_count(size: tuple[int, ...], match: Match, config: LoraConfig, op
         raise NotYetSupported(
             f"{match_path(match)}: the plan does not know which side of experts is the input, which LoRA-FA asks for."
         )
+    lorafa = match.rank * in_features if optimizer == "lorafa" else 0
     return SiteCount(
         path=match_path(match),
         kind="Parameter",
@@ -345,7 +348,7 @@ def _parameter_count(size: tuple[int, ...], match: Match, config: LoraConfig, op
         entry=match.entry,
         factors=experts * factor_parameters(match.rank, in_features, out_features),
         magnitudes=0,
-        frozen=match.rank * in_features if optimizer == "lorafa" else 0,
+        frozen=experts * match.rank * out_features if config.init_lora_weights == "mica" else lorafa,
     )
 
 
