@@ -71,20 +71,10 @@ class LoraLayer(Switched):
     def __init__(self, base_layer: nn.Module, kind: Kind, slot: Slot, state: AdapterState) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.__dict__.update(  # hundreds of layers are made at once, and torch's own way to set is slow
-            training=base_layer.training,
-            r={},
-            lora_alpha={},
-            scaling={},
-            variant={},
-            trains={},
-            merged_adapters=[],
-            tied_weight=None,
-            state=state,
-            kind_name=kind.name,
-            slot=slot,
-            forwards=Forwards(),
-        )
+        tables: dict[str, Any] = {name: {} for name in ("r", "lora_alpha", "scaling", "variant", "trains")}
+        lists: dict[str, Any] = {"merged_adapters": [], "tied_weight": None, "forwards": Forwards()}
+        # hundreds of layers are made at once, and torch's own way to set an attribute is slow
+        self.__dict__.update(tables, training=base_layer.training, state=state, kind_name=kind.name, slot=slot, **lists)
 
     def _get_name(self) -> str:
         merged = f"[merged: {', '.join(self.merged_adapters)}]" if self.merged_adapters else ""
