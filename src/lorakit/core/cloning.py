@@ -38,5 +38,6 @@ def _shallow(
 ) -> nn.Module:
     clone = made_of.__new__(made_of)
     parameters = {**module._parameters, **tensors}
-    clone.__dict__ = {**module.__dict__, "_parameters": parameters, "_modules": children}
+    own = {name: value for name, value in module.__dict__.items() if name not in tensors}  # FSDP lays plain tensors there
+    clone.__dict__ = {**own, "_parameters": parameters, "_modules": children}
     return clone

@@ -13,7 +13,7 @@ from lorakit.errors import MergeError
 
 
 def _stored(module: nn.Module, parameter: str) -> Tensor:
-    tensor: Tensor = module._parameters[parameter]  # type: ignore[assignment]
+    tensor: Tensor = getattr(module, parameter)  # not from _parameters: FSDP has plain tensors there in a forward
     return tensor.detach()
 
 
