@@ -19,6 +19,7 @@ from lorakit.core.bases import hold_still, let_go
 from lorakit.core.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
 from lorakit.core.extra_parts import fresh_extras
 from lorakit.core.extras import BiasSwitch, Extras, ModuleCopies
+from lorakit.core.fast_paths import keep_off
 from lorakit.core.fresh import Part, fresh_parts, memory_notes
 from lorakit.core.invoking import install, uninstall
 from lorakit.core.kinds import Kind
@@ -188,6 +189,7 @@ def publish(
     if config.alora_invocation_tokens is not None:
         install(model, state)
     _tell_sites_of_old_biases(model)
+    keep_off(site_map.modules.values())
 
 
 def _maker(place: Place, state: AdapterState) -> Callable[[nn.Module], LoraLayer]:

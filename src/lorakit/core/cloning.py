@@ -38,6 +38,8 @@ def _shallow(
 ) -> nn.Module:
     clone = made_of.__new__(made_of)
     parameters = {**module._parameters, **tensors}
-    own = {name: value for name, value in module.__dict__.items() if name not in tensors}  # FSDP lays plain tensors there
+    own = {
+        name: value for name, value in module.__dict__.items() if name not in tensors
+    }  # FSDP lays some there
     clone.__dict__ = {**own, "_parameters": parameters, "_modules": children}
     return clone

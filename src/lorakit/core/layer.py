@@ -22,8 +22,7 @@ from lorakit.core.switching import Switched
 from lorakit.core.variants import At, variant_named
 from lorakit.errors import MergeError, RouteError
 
-SET_ASIDE = frozenset({"kept", "moved"})
-"""Attributes that hold what a base stored or shall store, in whatever form."""
+SET_ASIDE = frozenset({"kept", "moved"})  # what a base stored or shall store, in whatever form
 
 OF_THE_BASE = frozenset({"weight", "bias"})
 """Attributes that, when set on the layer, belong to the base module: other code ties weights that way."""
@@ -117,7 +116,7 @@ class LoraLayer(Switched):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in OF_THE_BASE:
             setattr(self.base_layer, name, value)
-        elif name in SET_ASIDE:  # a quantised weight is a parameter; one that is set aside is none of this layer's
+        elif name in SET_ASIDE:  # a quantised weight is a parameter, and one set aside is none of this layer's
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
@@ -173,6 +172,7 @@ class LoraLayer(Switched):
                 del holder[name]
         for settings in (self.r, self.lora_alpha, self.scaling, self.variant, self.trains):
             settings.pop(name, None)
+        self.drop_exception(name)
 
     def factor(self, name: str) -> Factor:
         """The one accessor of A and B: everything that computes with them asks here.
@@ -368,12 +368,9 @@ class LoraLayer(Switched):
         return variant_named(factor.variant).update(self.kind, self.slot, seen, delta, factor)
 
     def move_base(self, name: str, stored: Any, initial: tuple[Tensor, Tensor] | None) -> None:
-        """Put the base weight that an adapter's init made in place; the original is kept.
+        """Put the base weight that the init of adapter `name` made in place, as stored; the original is kept.
 
-        Args:
-            name: The adapter.
-            stored: What the base's module shall store.
-            initial: The adapter's A (r, in) and B (out, r) before training, where the base became W − s·B·A.
+        `initial` is the adapter's A (r, in) and B (out, r) before training, where the base became W − s·B·A.
         """
         self.kept = self.original()
         self.moved_by, self.moved = name, stored

@@ -34,6 +34,11 @@ def check_can_move(site_map: SiteMap, place: Place, init: Init | None = None) ->
         ConfigError: The message says who stands in the way and what to do.
     """
     standing, module = site_map.layer(place), site_map.holder(place)
+    if base_of(module, place.slot.parameter).device(module, place.slot.parameter).type == "meta":
+        raise ConfigError(
+            f"{place.path}: this init moves the base weight, and on the meta device there are no numbers to move. Load "
+            "the base first, or use init_lora_weights=True."
+        )
     if standing is not None and (standing.moved_by is not None or standing.merged_adapters):
         who = standing.moved_by or standing.merged_adapters[0]
         raise ConfigError(

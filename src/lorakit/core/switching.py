@@ -38,6 +38,13 @@ class Switched(nn.Module):
     def remove(self, name: str) -> None:
         """Drop what an adapter has here; one that has nothing is no matter."""
 
+    def drop_exception(self, name: str) -> None:
+        """End this module's exception to the model's default, where it names an adapter that leaves."""
+        if self.own_route is not None and name in self.own_route.mentions:
+            self.own_route = None
+        if self.aside and self.aside[0] is not None and name in self.aside[0].mentions:
+            self.aside = (None,)
+
     def set_trained(self, name: str, trained: bool) -> None:
         """Train what an adapter has here, or freeze it.
 

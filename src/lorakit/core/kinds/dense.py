@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.core.kinds.kind import Kind, Shape, Slot, dense_delta, first_axis
+from lorakit.errors import MergeError
 
 
 def factor_shapes(slot: Slot, r: int) -> tuple[Shape, Shape]:
@@ -63,13 +64,30 @@ def _transposed_slots(module: Any) -> tuple[Slot, ...]:
     return (Slot("weight", out_features, in_features),)
 
 
+def _table_slots(module: Any) -> tuple[Slot, ...]:
+    rows, width = module.weight.shape
+    return (Slot("weight", width, rows, bounded=module.max_norm is not None),)
+
+
+def _table_delta(slot: Slot, A: Tensor, B: Tensor) -> Tensor:
+    """The delta (d, V) of A (r, V) and B (d, r).
+
+    Raises:
+        MergeError: The table shortens what it looks up, so a sum in it would be shortened as a whole.
+    """
+    if slot.bounded:
+        raise MergeError(
+            "An embedding with max_norm shortens the rows that it looks up; with an adapter in the table it would "
+            "shorten their sum. Keep the adapter beside it, or take max_norm off."
+        )
+    return dense_delta(A, B)
+
+
 def _embedding_down(module: Any, indices: Tensor, A: Tensor) -> Tensor:
     return F.embedding(
         indices,
         A.T,  # (V, r)
         padding_idx=module.padding_idx,
-        max_norm=module.max_norm,
-        norm_type=module.norm_type,
         scale_grad_by_freq=module.scale_grad_by_freq,
         sparse=module.sparse,
     )
@@ -112,7 +130,8 @@ EMBEDDING = replace(
     names=("lora_embedding_A", "lora_embedding_B"),
     on_disk="",
     drops=False,
-    slots=_transposed_slots,
+    slots=_table_slots,
+    delta=_table_delta,
     down=_embedding_down,
     up=_embedding_up,
 )

@@ -27,6 +27,7 @@ class Slot:
         in_first: An expert's matrix lies as (in, out).
         kernel: Size of a convolution's kernel, () elsewhere.
         groups: Groups of a convolution.
+        bounded: Rows are shortened to a largest norm when they are looked up.
     """
 
     parameter: str
@@ -36,6 +37,7 @@ class Slot:
     in_first: bool = False
     kernel: Shape = ()
     groups: int = 1
+    bounded: bool = False
 
 
 @dataclass(frozen=True)

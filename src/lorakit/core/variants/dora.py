@@ -45,7 +45,7 @@ def _output(at: At) -> Tensor:
         Liu et al. 2024, arXiv:2402.09353, eq. (5) and (11).
     """
     gain = spread(_gain(at.kind, at.slot, at.read(), at.factor), at.slot)
-    without_bias = at.y0 if at.bias is None else at.y0 - spread(at.bias, at.slot)
+    without_bias = at.y0 if at.bias is None else at.y0 - spread(at.bias.to(at.y0.dtype), at.slot)
     return (gain - 1).to(at.y0.dtype) * without_bias + gain.to(at.y0.dtype) * at.z
 
 
