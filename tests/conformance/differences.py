@@ -27,9 +27,7 @@ class Difference:
 
 ABSENT = "<absent>"
 
-FILES_OF_PEFT_ALONE: Mapping[str, str] = {
-    "README.md": "a model card of placeholders; people write their own, `lorakit train` writes one that says what was done",
-}
+FILES_OF_PEFT_ALONE: Mapping[str, str] = {}
 FILES_OF_OURS_ALONE: Mapping[str, str] = {
     "lorakit.json": "fingerprint of the base, SHA-256 of both files, rank and alpha of each site; peft does not look at it",
 }

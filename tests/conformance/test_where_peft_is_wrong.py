@@ -112,6 +112,7 @@ def test_mismatched_files_are_named(tmp_path: Path) -> None:
     assert "unexpected site stranger" in text
 
 
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True. and a tied layer:UserWarning")
 def test_the_config_is_only_read(tmp_path: Path) -> None:
     fields = {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2}, "modules_to_save": ["lm_head"]}
     config = ours.LoraConfig(**fields, task_type="CAUSAL_LM")
@@ -119,7 +120,7 @@ def test_the_config_is_only_read(tmp_path: Path) -> None:
     model = ours.get_peft_model(
         model_named("gpt2-words"), ours.LoraConfig(task_type="SEQ_CLS", target_modules=["c_fc"])
     )
-    with pytest.warns(UserWarning, match="rank_pattern key 'q_proj' matches none"):
+    with pytest.warns(RuntimeWarning, match="rank_pattern key 'q_proj' matches none"):
         model.add_adapter("b", config)
     model.set_adapter("b")
     model.save_pretrained(tmp_path)
@@ -174,7 +175,7 @@ def test_layers_hold_for_full_paths() -> None:
     targets = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
     config = ours.LoraConfig(target_modules=targets, layers_to_transform=[1])
     with pytest.warns(
-        UserWarning, match="'model.layers.0.self_attn.q_proj' matches only modules that are excluded or in"
+        RuntimeWarning, match="'model.layers.0.self_attn.q_proj' matches only modules that are excluded or in"
     ):
         model = ours.get_peft_model(model_named("llama-words"), config)
     assert model.targeted_module_names == targets[1:]

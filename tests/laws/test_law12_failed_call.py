@@ -122,7 +122,7 @@ def test_attach(which: str) -> None:
 
 def test_attach_without_targets() -> None:
     model = with_adapters(EVERY_KIND, "a", "b")
-    refused(model, EVERY_KIND, lambda m: attach(m, LoraConfig(), "new"), ConfigError, "target_modules is not set")
+    refused(model, EVERY_KIND, lambda m: attach(m, LoraConfig(), "new"), ConfigError, "Please specify `target_modules`")
     refused(
         model, EVERY_KIND, lambda m: attach(m, config(), "new", allow=["partial"]), ConfigError, "allow holds 'partial'"
     )

@@ -227,17 +227,21 @@ def _check_parts(config: LoraConfig, path: str, result: Fit) -> None:
     if lacking:
         del result.sites[path]
         return
-    rank = _rank(config, place.pattern_path, kind.rank(slot, tuple(parts["A"].shape)))
+    rank = _rank(config, place, kind.rank(slot, tuple(parts["A"].shape)))
     shapes = dict(zip(("A", "B"), kind.shapes(slot, rank), strict=True))
     shapes |= {"bias": (slot.out_features,), "magnitude": kind.vector(slot)}
     for part in sorted(wanted):
         _check_shape(f"{path}.{names[part]}", parts[part], shapes[part], result)
 
 
-def _rank(config: LoraConfig, path: str, found: int) -> int:
-    """The rank that a site must have; where a pattern is not a plain name, any rank that the config mentions."""
+def _rank(config: LoraConfig, place: Place, found: int) -> int:
+    """The rank that a site must have; where a pattern is not a plain name, any rank that the config mentions.
+
+    A pattern names the module, or one weight of several by its own path: combined adapters have a rank for each.
+    """
     try:
-        return int(literal_value(config.rank_pattern, path, config.r))
+        of_module = literal_value(config.rank_pattern, place.pattern_path, config.r)
+        return int(literal_value(config.rank_pattern, place.path, of_module))
     except PatternError:
         return found if found in {config.r, *config.rank_pattern.values()} else config.r
 
