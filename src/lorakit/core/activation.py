@@ -8,8 +8,8 @@ from collections.abc import Collection, Sequence
 from torch import nn
 
 from lorakit.config import LoraConfig
+from lorakit.core.bias_switch import BiasSwitch
 from lorakit.core.checks import check_known
-from lorakit.core.extras import BiasSwitch
 from lorakit.core.routing import BASE, CheckpointContexts, Override, Route
 from lorakit.core.sitemap import find_state, state_of
 from lorakit.core.switching import Switched

@@ -16,9 +16,10 @@ from torch import nn
 from lorakit.config import LoraConfig, scale
 from lorakit.core.activation import adapter_parameters
 from lorakit.core.bases import hold_still, let_go
+from lorakit.core.bias_switch import BiasSwitch
 from lorakit.core.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
 from lorakit.core.extra_parts import fresh_extras
-from lorakit.core.extras import BiasSwitch, Extras, ModuleCopies
+from lorakit.core.extras import Extras, ModuleCopies
 from lorakit.core.fast_paths import keep_off
 from lorakit.core.fresh import Part, fresh_parts, memory_notes
 from lorakit.core.invoking import install, uninstall

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ def bias_for(layer: LoraLayer, names: Sequence[str]) -> Tensor | None:
     """
     old = layer.original_bias()
     if old is None or not brings_bias(layer, names):
+        layer.kept_bias = None if layer.kept_bias is None else old  # as the base is now, which may have been cast
         return layer.kept_bias
     with torch.no_grad():
         total = at_least_fp32(old).clone()
@@ -38,6 +39,49 @@ def bias_for(layer: LoraLayer, names: Sequence[str]) -> Tensor | None:
                 "was changed."
             )
         return total.to(old.dtype)
+
+
+def check_place(path: str, layer: LoraLayer, names: Sequence[str]) -> None:
+    """Refuse to write adapters' own biases where the base has none, or into one that another adapter trains in place.
+
+    Raises:
+        MergeError: The message names the site.
+    """
+    trainer = None if layer.old_bias is None else layer.old_bias[0]
+    for name in names:
+        if trainer is not None and name != trainer and brings_bias(layer, [name]):
+            raise MergeError(
+                f"Adapter {name!r} brings a bias of its own (lora_bias), and adapter {trainer!r} trains the base's at "
+                f"{path}, so it cannot be merged. Detach {trainer!r} first."
+            )
+    if layer.original_bias() is None and brings_bias(layer, names):
+        raise MergeError(
+            f"Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias: {path} has no "
+            "place for the adapter's."
+        )
+
+
+def check_replaceable(model_layers: Iterable[tuple[str, LoraLayer]], names: Sequence[str], in_place: bool) -> None:
+    """Refuse to put a dense module where an adapter trains the bias of the one that stands there.
+
+    Args:
+        model_layers: Paths and layers of a model.
+        names: The adapters that shall be merged with dense=True.
+        in_place: Adapters stay on the model.
+
+    Raises:
+        MergeError: The message names the adapter and the site.
+    """
+    for path, layer in model_layers:
+        replaces = layer.base.quantised or layer.slot.groups > 1
+        if layer.old_bias is None or not replaces or not any(name in layer.r for name in names):
+            continue
+        trainer = layer.old_bias[0]
+        if in_place or trainer not in names:
+            raise MergeError(
+                f"dense=True puts another module at {path}, whose bias adapter {trainer!r} trains in place. Detach "
+                f"{trainer!r} first, or merge with dense=False."
+            )
 
 
 def put_bias(layer: LoraLayer, bias: Tensor | None) -> None:

@@ -5,12 +5,25 @@ Nothing of the original is touched, so another thread that runs it sees no chang
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 PARAMETRISED = "parametrizations"
 """Where `torch.nn.utils.parametrize` keeps what computes a parameter."""
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+"""Where a module keeps its hooks."""
 
 
 def clone_with(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -33,13 +46,48 @@ def clone_with(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     return _shallow(module, type(module).__mro__[1], {**others, **tensors}, children)
 
 
+def bare(module: nn.Module) -> nn.Module:
+    """A shallow clone of a module without other people's hooks, for a forward that is not one of the model's own.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The clone; hooks that are part of what the module computes (`part_of_module`) are on it.
+    """
+    clone = clone_with(module, {})
+    ours = {key: hook for key, hook in module._forward_hooks.items() if _is_part(hook)}
+    for table in HOOKS:
+        clone.__dict__[table] = OrderedDict()
+    clone._forward_hooks.update(ours)
+    clone._forward_hooks_with_kwargs.update((k, v) for k, v in module._forward_hooks_with_kwargs.items() if k in ours)
+    return clone
+
+
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """A shallow clone of a module whose other people's hooks run once, around a forward made of several `bare` ones.
+
+    Args:
+        module: Any module.
+        forward: What takes the place of its forward.
+    """
+    clone = clone_with(module, {})
+    for table in ("_forward_hooks", "_forward_hooks_with_kwargs"):
+        kept = ((k, v) for k, v in getattr(module, table).items() if not _is_part(module._forward_hooks.get(k)))
+        clone.__dict__[table] = OrderedDict(kept)
+    clone.__dict__["forward"] = forward
+    return clone
+
+
+def _is_part(hook: Any) -> bool:
+    return getattr(hook, "part_of_module", False)
+
+
 def _shallow(
     module: nn.Module, made_of: type[nn.Module], tensors: Mapping[str, Tensor], children: dict[str, nn.Module | None]
 ) -> nn.Module:
     clone = made_of.__new__(made_of)
     parameters = {**module._parameters, **tensors}
-    own = {
-        name: value for name, value in module.__dict__.items() if name not in tensors
-    }  # FSDP lays some there
+    own = {name: value for name, value in module.__dict__.items() if name not in tensors}  # FSDP lays some there
     clone.__dict__ = {**own, "_parameters": parameters, "_modules": children}
     return clone

@@ -7,7 +7,6 @@ beside it, and a trained bias remembers its old value, so that `disable` and oth
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.bases import base_of
-from lorakit.core.cloning import clone_with
+from lorakit.core.bias_switch import BiasSwitch, out_projection
 from lorakit.core.forwards import Forwards
 from lorakit.core.layer import LoraLayer
 from lorakit.core.routing import AdapterState, Route, resolve
 from lorakit.core.switching import Switched
 from lorakit.core.token_rows import NewRows, TokenRows
-from lorakit.errors import RouteError, TargetError
+from lorakit.errors import ConfigError, RouteError, TargetError
 
 
 class ModuleCopies(Switched):
@@ -162,89 +161,14 @@ def _rows_of(value: Any, index: Tensor, rows: int) -> Any:
     return value
 
 
-class BiasSwitch:
-    """A forward hook on a module whose bias an adapter trains in place: other routes get the old bias.
-
-    Where the adapter is not active, the module runs once more as a shallow clone with the bias it had before,
-    so the result has the base's very bits, and nothing is swapped under another thread.
-    """
-
-    def __init__(self, adapter: str, originals: dict[str, Tensor], state: AdapterState) -> None:
-        self.adapter = adapter
-        self.originals = originals
-        self.state = state
-        self.forwards = Forwards()
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The hook: the output as it is, or made anew with the old bias, for the rows that want it."""
-        route, again = resolve(self.state, None, self.forwards)
-        result = self._under(route, module, args, kwargs, output)
-        if not again and not torch.compiler.is_compiling():
-            self.forwards.note(result, route)
-        return result
-
-    def _under(
-        self, route: Route, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        if route.common_to_all(frozenset({self.adapter})):
-            return output
-        device = next(iter(module.parameters())).device
-        clone = clone_with(module, {name: old.to(device) for name, old in self.originals.items()})
-        clone.__dict__["_forward_hooks"] = OrderedDict()
-        clone.__dict__["_forward_hooks_with_kwargs"] = OrderedDict()
-        old = clone(*args, **kwargs)
-        if route.rows is None or self.adapter not in route.mentions:
-            return old
-        rows = route.rows_of(output.shape[0])
-        if rows is None:
-            raise RouteError(
-                f"The route names {len(route.rows)} rows, and a module with a trained bias returned "
-                f"{tuple(output.shape)}. Give one adapter per row of the batch."
-            )
-        ours = torch.tensor([row == self.adapter for row in rows], device=output.device)
-        return torch.where(ours.view(-1, *[1] * (output.ndim - 1)), output, old)
-
-    @staticmethod
-    def on(module: nn.Module) -> list[BiasSwitch]:
-        """The switches that hang on a module."""
-        return [hook for hook in module._forward_hooks.values() if isinstance(hook, BiasSwitch)]
-
-    @classmethod
-    def install(cls, adapter: str, originals: dict[str, Tensor], module: nn.Module, state: AdapterState) -> None:
-        """Hang a switch with a module's old biases on it, and make the biases trainable."""
-        module.register_forward_hook(cls(adapter, originals, state), with_kwargs=True)
-        for name in originals:
-            module._parameters[name].requires_grad_(True)  # type: ignore[union-attr]
-
-    @staticmethod
-    def forget(module: nn.Module) -> None:
-        """Take every switch off a module and leave its biases as they were trained."""
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, BiasSwitch):
-                del module._forward_hooks[key]
-                module._forward_hooks_with_kwargs.pop(key, None)
-
-    @staticmethod
-    def uninstall(module: nn.Module, adapters: Collection[str]) -> None:
-        """Take the switches of some adapters off a module and give it its old biases back, bit for bit."""
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, BiasSwitch) and hook.adapter in adapters:
-                del module._forward_hooks[key]
-                module._forward_hooks_with_kwargs.pop(key, None)
-                for name, old in hook.originals.items():
-                    parameter: nn.Parameter = module._parameters[name]  # type: ignore[assignment]
-                    with torch.no_grad():
-                        parameter.copy_(old)
-                    parameter.requires_grad_(False)
-
-
 @dataclass(frozen=True)
 class Extras:
     """What an adapter trains beside its factors, built but not in place.
 
     Attributes:
         copies: Path -> trainable copy of the module there.
-        biases: Modules of the base, each with the biases it has now, (…), by name.
+        biases: Modules of the base, each with the biases it has now, (…), by name; none where only what is inside it
+            has some.
         rows: Rows of tables.
         leaders: Path of a module -> path of the one to which it is tied.
     """
@@ -269,13 +193,35 @@ def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved
 
     Raises:
         TargetError: What shall be copied holds sites or copies of another adapter.
+        ConfigError: A bias that shall be trained has something merged into it, or is a copy in a dense module's place.
     """
     copies = {path: trainable_copy(path, modules[path]) for path in saved}
+    found = list(biased_modules(modules, sites, saved, bias))
+    standing = {id(layer.owner): layer for layer in modules.values() if isinstance(layer, LoraLayer)} if found else {}
+    for path, module, _ in found:
+        _check_untouched(path, standing.get(id(module)))
     biases = [
         (module, {leaf: module._parameters[leaf].detach().clone() for leaf in leaves})  # type: ignore[union-attr]
-        for _, module, leaves in biased_modules(modules, sites, saved, bias)
+        for _, module, leaves in found
     ]
+    own = {id(module) for module, _ in biases}
+    for place in modules.values() if biases else ():
+        for _, module in _base_modules(place):
+            reads_inside = isinstance(module, nn.MultiheadAttention) and id(out_projection(module)) in own
+            if reads_inside and id(module) not in own:
+                biases.append((module, {}))
+                own.add(id(module))
     return Extras(copies, biases)
+
+
+def _check_untouched(path: str, layer: LoraLayer | None) -> None:
+    """Refuse to train a bias in which merged adapters are, since what it was without them is asked for later."""
+    if layer is not None and (layer.kept_bias is not None or layer.replaced):
+        how = "with their biases (lora_bias)" if layer.kept_bias is not None else "with dense=True"
+        raise ConfigError(
+            f"The bias at {path} cannot be trained while {', '.join(layer.merged_adapters)} is merged there {how}. "
+            "Unmerge first, or set bias='none'."
+        )
 
 
 def biased_modules(

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lorakit.core.extras import BiasSwitch, ModuleCopies
+from lorakit.core.bias_switch import BiasSwitch
+from lorakit.core.extras import ModuleCopies
 from lorakit.core.layer import LoraLayer
 from lorakit.core.parameter_sites import paths_on_disk
 from lorakit.core.sitemap import INSIDE

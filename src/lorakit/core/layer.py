@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.bases import Base, base_of
+from lorakit.core.cloning import bare, with_forward
 from lorakit.core.factor import HOLDERS, Factor, Magnitude, carrier
 from lorakit.core.forwards import Forwards
 from lorakit.core.kinds import Kind, Slot, kind_named, spread
@@ -227,7 +228,8 @@ class LoraLayer(Switched):
 
     def original_bias(self) -> Tensor | None:
         """The base's bias, (out,), without anything merged, or None."""
-        bias = getattr(self.owner, "bias", None) if self.kept_bias is None else self.kept_bias
+        now = getattr(self.owner, "bias", None)
+        bias = now if self.kept_bias is None or now is None else self.kept_bias.to(now.device, now.dtype)
         return bias if isinstance(bias, Tensor) else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -275,7 +277,7 @@ class LoraLayer(Switched):
                 if name in self.r and name not in skip:
                     own = name == self.moved_by
                     asks = self.variant[name] != "plain" and (bool(skip) or (moved and not own))
-                    seen = self._base_for(own)(*args, **kwargs) if asks else y0
+                    seen = bare(self._base_for(own))(*args, **kwargs) if asks else y0
                     y = y + self._addition(name, route, x, seen)
             return y
         y0 = self.base_layer(*args, **kwargs) if stays else self._base_of_rows(route, x, args, kwargs)
@@ -321,9 +323,10 @@ class LoraLayer(Switched):
 
     def _bias_under(self, names: tuple[str, ...]) -> Tensor | None:
         """The bias, (out,), that the base's output has where these adapters act, or None."""
-        if self.old_bias is not None and self.old_bias[0] not in names:
-            return self.old_bias[1]
-        return self.original_bias()
+        bias = self.original_bias()
+        if bias is not None and self.old_bias is not None and self.old_bias[0] not in names:
+            return self.old_bias[1].to(bias.device, bias.dtype)
+        return bias
 
     def inside(self) -> frozenset[str]:
         """The adapters that the weight in the base's module is right for: merged ones, and one that moved it."""
@@ -337,7 +340,7 @@ class LoraLayer(Switched):
         clone = self.base.clone(self.source, self.slot.parameter, self.moved_base() if moved else self.original())
         if self.kept_bias is not None:
             held: Any = clone._parameters if "bias" in clone._parameters else clone.__dict__
-            held["bias"] = self.kept_bias
+            held["bias"] = self.original_bias()
         return clone
 
     def _base_of_rows(self, route: Route, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -346,8 +349,13 @@ class LoraLayer(Switched):
             return self._base_for(False)(*args, **kwargs)
         axis = self._row_axis(route, x)
         index = dict(route.segments(x.device, x.shape[axis]))[self.moved_by]
-        y0 = self._base_for(False)(*args, **kwargs)
-        return y0.index_copy(axis, index, self._base_for(True)(x.index_select(axis, index), *args[1:]))
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:  # each on all rows: hooks read the batch as the route has it
+            before, moved = (bare(self._base_for(one))(*args, **kwargs) for one in (False, True))
+            return before.index_copy(axis, index, moved.index_select(axis, index))
+
+        y: Tensor = with_forward(self.base_layer, forward)(*args, **kwargs)
+        return y
 
     def addition(self, name: str, W: Tensor) -> Tensor:
         """What an adapter adds to the weight that it sees when it is written into it.   [docs/math.md (11)]

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.bases import COMPUTED, NOT_WRITTEN, let_go
-from lorakit.core.biases import bias_for, brings_bias, put_bias
+from lorakit.core.bias_switch import BiasSwitch
+from lorakit.core.biases import bias_for, brings_bias, check_place, check_replaceable, put_bias
 from lorakit.core.checks import check_known
-from lorakit.core.extras import BiasSwitch, ModuleCopies
+from lorakit.core.extras import ModuleCopies
 from lorakit.core.invoking import uninstall
 from lorakit.core.layer import LoraLayer
 from lorakit.core.merged_weight import (
@@ -119,6 +120,8 @@ def _merge(model: nn.Module, names: Sequence[str], keep_base: KeepBase, untie: b
     check_known(state, chosen)
     _check_mergeable(model, chosen, untie)
     check_rows(model, chosen, untie)
+    if how.dense is not None:
+        check_replaceable(layers(model), chosen, how.in_place)
     here = [(path, layer, [n for n in chosen if n in layer.r]) for path, layer in layers(model)]
     led = [] if untie else of_one_weight(model, chosen)
     here = [(path, layer, new) for path, layer, new in here if new and all(layer is not one for one, _ in led)]
@@ -365,11 +368,7 @@ def _check_variants(model: nn.Module, names: Sequence[str]) -> None:
         for name in names:
             if name in layer.r and not variant_named(layer.variant[name]).mergeable:
                 raise MergeError(f"Adapter {name!r} at {path} is {layer.variant[name]}, which cannot be merged.")
-        if layer.original_bias() is None and brings_bias(layer, names):
-            raise MergeError(
-                f"Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias: {path} has no "
-                "place for the adapter's."
-            )
+        check_place(path, layer, names)
 
 
 def _copied_tensors(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lorakit.core.extras import BiasSwitch
+from lorakit.core.bias_switch import BiasSwitch
 from lorakit.core.switching import Switched
 from lorakit.core.walking import walk
 

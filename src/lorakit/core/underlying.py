@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.bases import Base, base_of
-from lorakit.core.extras import BiasSwitch, ModuleCopies
+from lorakit.core.bias_switch import BiasSwitch
+from lorakit.core.extras import ModuleCopies
 from lorakit.core.layer import LoraLayer
 from lorakit.core.sitemap import find_state, layers
 from lorakit.core.token_rows import TokenRows
@@ -42,7 +43,8 @@ def base_tensors(model: nn.Module, *, stacked: bool = True) -> Iterator[tuple[st
                 if layer is not None:
                     tensor = layer.base.tensors(layer.original())[0]
                 elif name == "bias" and (id(module), "weight") in originals:
-                    kept = originals[id(module), "weight"].kept_bias
+                    layer = originals[id(module), "weight"]
+                    kept = None if layer.kept_bias is None else layer.original_bias()
                     tensor = old.get(name, parameter if kept is None else kept)
                 else:
                     tensor = old.get(name, tables.get(id(parameter), parameter))
@@ -126,7 +128,7 @@ def holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 
 
 def _old_biases(module: nn.Module) -> dict[str, Tensor]:
-    return {name: old for switch in BiasSwitch.on(module) for name, old in switch.originals.items()}
+    return {name: old for switch in BiasSwitch.on(module) for name, old in switch.old(module).items()}
 
 
 def _unstacked(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lorakit.core.extras import BiasSwitch, ModuleCopies
+from lorakit.core.bias_switch import BiasSwitch
+from lorakit.core.extras import ModuleCopies
 from lorakit.core.layer import LoraLayer
 from lorakit.core.token_rows import TokenRows
 from lorakit.core.underlying import base_tensors
