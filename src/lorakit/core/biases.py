@@ -25,7 +25,8 @@ def bias_for(layer: LoraLayer, names: Sequence[str]) -> Tensor | None:
     """
     old = layer.original_bias()
     if old is None or not brings_bias(layer, names):
-        layer.kept_bias = None if layer.kept_bias is None else old  # as the base is now, which may have been cast
+        if layer.kept_bias is not None:
+            layer.kept_bias = old  # as the base is now, which may have been cast
         return layer.kept_bias
     with torch.no_grad():
         total = at_least_fp32(old).clone()

@@ -23,7 +23,7 @@ from lorakit.core.switching import Switched
 from lorakit.core.variants import At, variant_named
 from lorakit.errors import MergeError, RouteError
 
-SET_ASIDE = frozenset({"kept", "moved"})  # what a base stored or shall store, in whatever form
+SET_ASIDE = frozenset({"kept", "moved", "tied_weight"})  # what a base stored or shall store, in whatever form
 
 OF_THE_BASE = frozenset({"weight", "bias"})
 """Attributes that, when set on the layer, belong to the base module: other code ties weights that way."""
@@ -135,7 +135,8 @@ class LoraLayer(Switched):
         """
         super().set_trained(name, trained)
         for part in {"A", "B"} - self.trains.get(name, frozenset("AB")):
-            getattr(self.factor(name), part).requires_grad_(False)
+            if (tensor := getattr(self.factor(name), part)).is_leaf:  # else it is another layer's, which freezes it
+                tensor.requires_grad_(False)
 
     def put(self, name: str, factor: Factor, r: int, lora_alpha: float, trains: frozenset[str]) -> None:
         """Add an adapter's factor.

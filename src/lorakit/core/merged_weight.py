@@ -146,7 +146,7 @@ class Built:
     Attributes:
         stored: The thing to store, or a plain module for the place of a quantised one.
         kept: The original, where it is not left in a module that is replaced.
-        own: A parameter of the site's own, where it shared one.
+        own: A parameter of the site's own, where it shares one.
         keeps: Whether the original can be had back.
     """
 
@@ -156,14 +156,14 @@ class Built:
     keeps: bool
 
 
-def built(layer: LoraLayer, stored: Any, keep_base: KeepBase, untie: bool) -> Built:
+def built(layer: LoraLayer, stored: Any, keep_base: KeepBase, apart: bool) -> Built:
     """Make ready what a merge puts in place.
 
     Args:
         layer: The site's layer.
         stored: What `merged_weight` gave.
         keep_base: As in `merge`.
-        untie: As in `merge`.
+        apart: The site's parameter is another module's too, and the site gets its own.
     """
     kept = layer.kept
     if keep_base is not False and kept is None and not isinstance(stored, nn.Module):
@@ -171,7 +171,7 @@ def built(layer: LoraLayer, stored: Any, keep_base: KeepBase, untie: bool) -> Bu
         kept = kept.to("cpu") if keep_base == "cpu" and not layer.base.quantised else kept
     weight = layer.owner._parameters.get(layer.slot.parameter)
     own = None
-    if untie and weight is not None and not layer.base.quantised:
+    if apart and weight is not None and not layer.base.quantised and not isinstance(stored, nn.Module):
         own = nn.Parameter(stored, requires_grad=weight.requires_grad)
     return Built(stored, kept, own, keep_base is not False)
 
@@ -198,10 +198,27 @@ def put(layer: LoraLayer, made: Built, names: Sequence[str]) -> None:
     owner, parameter = layer.owner, layer.slot.parameter
     layer.kept = made.kept
     if made.own is not None:  # the other holder keeps the old one
-        layer.tied_weight = owner._parameters[parameter] if layer.tied_weight is None else layer.tied_weight
+        if made.keeps and layer.tied_weight is None:
+            layer.tied_weight = owner._parameters[parameter]
         owner._parameters[parameter] = made.own
     else:
         place(layer, made.stored)
         if not made.keeps:
             layer.replaced = ()
     layer.merged_adapters = [*layer.merged_adapters, *names]
+
+
+def give_back(owner: nn.Module, parameter: str, held: nn.Parameter, stored: Tensor) -> None:
+    """Give a module the parameter again that it shared before a merge untied it.
+
+    Args:
+        owner: The module.
+        parameter: The parameter's name there.
+        held: What was set aside, of any shape; an earlier merge may have written to it, and it does not follow the
+            model to another device or dtype.
+        stored: What it shall hold, where the model is now.
+    """
+    same = (held.device, held.dtype) == (stored.device, stored.dtype) and torch.equal(held.detach(), stored)
+    if not same:
+        held.data = stored.detach()
+    owner._parameters[parameter] = held

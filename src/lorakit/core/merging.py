@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.bases import COMPUTED, NOT_WRITTEN, let_go
+from lorakit.core.bases import let_go
 from lorakit.core.bias_switch import BiasSwitch
-from lorakit.core.biases import bias_for, brings_bias, check_place, check_replaceable, put_bias
+from lorakit.core.biases import bias_for, brings_bias, check_replaceable, put_bias
 from lorakit.core.checks import check_known
 from lorakit.core.extras import ModuleCopies
 from lorakit.core.invoking import uninstall
@@ -25,7 +25,7 @@ from lorakit.core.merged_weight import (
     KeepBase,
     SiteMerge,
     built,
-    keeps_base,
+    give_back,
     kept_bytes,
     merged_weight,
     place,
@@ -33,7 +33,9 @@ from lorakit.core.merged_weight import (
     stored_for,
     sum_of_updates,
 )
+from lorakit.core.merging_checks import check_mergeable, check_unmergeable, check_variants, sites_apart, tied_sites
 from lorakit.core.merging_rows import (
+    built_rows,
     check_rows,
     kept_row_bytes,
     merge_rows,
@@ -43,9 +45,14 @@ from lorakit.core.merging_rows import (
 )
 from lorakit.core.sitemap import copies, layers, state_of
 from lorakit.core.switching import Switched
-from lorakit.core.ties import leader_of, of_one_weight, untied_copies
-from lorakit.core.underlying import QuantisedWeight, base_tensors, float_dtype, holders, quantised_weights
-from lorakit.core.variants import variant_named
+from lorakit.core.ties import leader_of, of_one_weight
+from lorakit.core.token_rows import TokenRows
+from lorakit.core.underlying import (
+    QuantisedWeight,
+    base_tensors,
+    float_dtype,
+    quantised_weights,
+)
 from lorakit.errors import MergeError
 
 __all__ = [
@@ -118,25 +125,28 @@ def _merge(model: nn.Module, names: Sequence[str], keep_base: KeepBase, untie: b
     state = state_of(model)
     chosen = tuple(names or state.default.names)
     check_known(state, chosen)
-    _check_mergeable(model, chosen, untie)
+    check_mergeable(model, chosen, untie)
     check_rows(model, chosen, untie)
     if how.dense is not None:
         check_replaceable(layers(model), chosen, how.in_place)
     here = [(path, layer, [n for n in chosen if n in layer.r]) for path, layer in layers(model)]
     led = [] if untie else of_one_weight(model, chosen)
     here = [(path, layer, new) for path, layer, new in here if new and all(layer is not one for one, _ in led)]
+    own = sites_apart(model, untie)
+    tables = built_rows(model, chosen, keep=keep_base is not False)
     if keep_base is False:  # two passes instead of a copy: all is known to be sound before the first weight changes
         reports = [merged_weight(path, layer, new, how)[1] for path, layer, new in here]
         for path, layer, new in here:
             bias = bias_for(layer, [*layer.merged_adapters, *new])
-            put(layer, built(layer, merged_weight(path, layer, new, how)[0], keep_base, untie), new)
+            put(layer, built(layer, merged_weight(path, layer, new, how)[0], keep_base, id(layer) in own), new)
             put_bias(layer, bias)
     else:  # whatever takes memory comes before the first change
         ready = []
         reports = []
         for path, layer, new in here:
             stored, report = merged_weight(path, layer, new, how)
-            ready.append((built(layer, stored, keep_base, untie), bias_for(layer, [*layer.merged_adapters, *new])))
+            weight = built(layer, stored, keep_base, id(layer) in own)
+            ready.append((weight, bias_for(layer, [*layer.merged_adapters, *new])))
             reports.append(report)
         for (_, layer, new), (weight, bias) in zip(here, ready, strict=True):
             put(layer, weight, new)
@@ -145,7 +155,7 @@ def _merge(model: nn.Module, names: Sequence[str], keep_base: KeepBase, untie: b
         holder.merged_adapter = next((n for n in chosen if n in holder.modules_to_save), holder.merged_adapter)
     for layer, leader in led:
         layer.kept, layer.merged_adapters = leader.kept, list(leader.merged_adapters)
-    merge_rows(model, chosen, keep=keep_base is not False)
+    merge_rows(tables)
     state.join_default(chosen)
     kept = sum(kept_bytes(layer) for _, layer in layers(model)) + kept_row_bytes(model)
     return MergeReport(chosen, tuple(reports), kept)
@@ -182,14 +192,15 @@ def unmerge(model: nn.Module, *names: str) -> None:
             ready.append((layer, left, stored_for(layer, left), bias_for(layer, left)))
     led = {id(layer) for layer, _ in of_one_weight(model, chosen)}
     for layer, left, stored, bias in ready:
-        if id(layer) not in led or layer.tied_weight is not None:
+        if layer.tied_weight is not None and not left:
+            give_back(layer.owner, layer.slot.parameter, layer.tied_weight, stored)
+            layer.tied_weight = None
+        elif id(layer) not in led:
             place(layer, stored)
         put_bias(layer, bias)
         layer.merged_adapters = left
         if not left:
             layer.kept = layer.kept if layer.moved_by is not None else None
-            if layer.tied_weight is not None:
-                layer.owner._parameters[layer.slot.parameter], layer.tied_weight = layer.tied_weight, None
     for _, holder in copies(model):
         holder.merged_adapter = None if holder.merged_adapter in chosen else holder.merged_adapter
     unmerge_rows(model, chosen)
@@ -213,6 +224,7 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
         AdapterError: There is no such adapter.
     """
     state = state_of(model)
+    flags = _flags(model)
     report = _merge(model, names, False, untie, How(False, float_dtype(model) if dense else None))
     for _, layer in layers(model):
         if layer.moved_by is not None and layer.moved_by not in layer.merged_adapters:
@@ -229,10 +241,38 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
     uninstall(model)
     for parameter, trained in state.frozen:
         parameter.requires_grad_(trained)
+    _give_flags(flags)
     let_go(state.held)
     if state.replication is not None:
         state.replication.untie()
     return report
+
+
+def _flags(model: nn.Module) -> list[tuple[LoraLayer | TokenRows, set[str]]]:
+    """The layers and tables, each with the names of the base's parameters there that were trained before adapters."""
+    trained = {id(parameter) for parameter, flag in state_of(model).frozen if flag}
+    found: list[tuple[LoraLayer | TokenRows, set[str]]] = []
+    for _, layer in layers(model):
+        held = {**layer.source._parameters}
+        if layer.tied_weight is not None:
+            held[layer.slot.parameter] = layer.tied_weight
+        found.append((layer, {name for name, parameter in held.items() if id(parameter) in trained}))
+    for module in model.modules():
+        if isinstance(module, TokenRows):
+            held = dict(module.original_module._parameters)
+            for shared in module.token_adapter.tied_weight:
+                held["weight"] = shared
+            found.append((module, {name for name, parameter in held.items() if id(parameter) in trained}))
+    return found
+
+
+def _give_flags(flags: list[tuple[LoraLayer | TokenRows, set[str]]]) -> None:
+    """Train again what stands where something was trained."""
+    for standing, names in flags:
+        owner = standing.owner if isinstance(standing, LoraLayer) else standing.original_module
+        for name, parameter in owner._parameters.items():
+            if name in names and parameter is not None:
+                parameter.requires_grad_(True)
 
 
 def _plain(standing: Switched) -> nn.Module:
@@ -274,7 +314,7 @@ def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
     state = state_of(model)
     chosen = tuple(names or state.default.names)
     check_known(state, chosen)
-    _check_variants(model, chosen)
+    check_variants(model, chosen)
     sites = {(id(layer.source), layer.slot.parameter): layer for _, layer in layers(model)}
     replaced = _copied_tensors(model, chosen)
     biased = {(id(layer.source), "bias"): layer for layer in sites.values() if brings_bias(layer, chosen)}
@@ -311,64 +351,6 @@ def _multiplied_out(weight: QuantisedWeight, names: Sequence[str], how: How) -> 
     yield weight.name, plain._parameters["weight"].detach()  # type: ignore[union-attr]
     if weight.loose_bias is not None:
         yield weight.name.removesuffix("weight") + "bias", weight.loose_bias.detach()
-
-
-def check_unmergeable(model: nn.Module, names: Sequence[str]) -> None:
-    """Refuse to unmerge where the base's bits were given up.
-
-    Raises:
-        MergeError: The message names the adapter and a site.
-    """
-    for path, layer in layers(model):
-        lost = [name for name in names if name in layer.merged_adapters]
-        if lost and not keeps_base(layer):
-            raise MergeError(
-                f"Adapter {lost[0]!r} was merged with keep_base=False, so the bits of {path} are gone. "
-                "Load the base anew."
-            )
-
-
-def _check_mergeable(model: nn.Module, names: Sequence[str], untie: bool) -> None:
-    _check_variants(model, names)
-    if not names:
-        raise MergeError("No adapter is active, so there is nothing to merge. Name the adapters.")
-    for path, layer in layers(model):
-        here = [name for name in names if name in layer.r]
-        twice = [name for name in here if name in layer.merged_adapters]
-        if twice:
-            raise MergeError(f"Adapter {twice[0]!r} is merged already. Unmerge it first.")
-        if here and layer.base is COMPUTED:
-            raise MergeError(NOT_WRITTEN.format(parameter=layer.slot.parameter, type=type(layer.owner).__name__))
-        if here and layer.merged_adapters and not keeps_base(layer):
-            raise MergeError(
-                f"{path} holds {', '.join(layer.merged_adapters)}, merged with keep_base=False, so its base is gone. "
-                "Load the base anew and merge all adapters in one call."
-            )
-    for path, other in tied_sites(model, names) if not untie else ():
-        raise MergeError(
-            f"{path} shares its weight with {other}; a merge would change both. Merge with untie=True to give "
-            f"{path} a weight of its own (and save with tie_word_embeddings=False), or do not adapt it."
-        )
-
-
-def tied_sites(model: nn.Module, names: Sequence[str]) -> list[tuple[str, str]]:
-    """The sites of some adapters whose weight another module shares, each with the name of the other."""
-    held, found, pairs = holders(model), [], of_one_weight(model, names)
-    for path, layer in layers(model):
-        if any(name in layer.r for name in names):
-            parameter = layer.owner._parameters.get(layer.slot.parameter)
-            one = {id(m.owner) for pair in pairs if layer in pair for m in pair} | {id(layer.owner)}
-            shared = [name for name, module in held.get(id(parameter), ()) if id(module) not in one]
-            found += [(path, shared[0])] if shared else []
-    return found + untied_copies(model, names, held)
-
-
-def _check_variants(model: nn.Module, names: Sequence[str]) -> None:
-    for path, layer in layers(model):
-        for name in names:
-            if name in layer.r and not variant_named(layer.variant[name]).mergeable:
-                raise MergeError(f"Adapter {name!r} at {path} is {layer.variant[name]}, which cannot be merged.")
-        check_place(path, layer, names)
 
 
 def _copied_tensors(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.merged_weight import give_back
 from lorakit.core.token_rows import TokenAdapter, TokenRows
-from lorakit.core.underlying import holders
+from lorakit.core.underlying import holders, identity, set_aside
 from lorakit.core.walking import walk
 from lorakit.errors import MergeError
 
@@ -49,25 +51,64 @@ def check_rows(model: nn.Module, names: Sequence[str], untie: bool) -> None:
             )
 
 
-def merge_rows(model: nn.Module, names: Sequence[str], keep: bool) -> None:
-    """Write rows into their tables; `check_rows` has found nothing.
+@dataclass(frozen=True)
+class BuiltRows:
+    """A table with rows in it, ready to be put in place.
+
+    Attributes:
+        members: The table and those that follow its rows.
+        weight: The table's weight, (V, d), in memory of its own.
+        kept: Adapter -> the base's rows in place of its own, (n, d), or None where they are given up.
+        own: A parameter of these tables' own, where they share theirs with others.
+    """
+
+    members: tuple[TokenAdapter, ...]
+    weight: Tensor
+    kept: dict[str, Tensor | None]
+    own: nn.Parameter | None
+
+
+def built_rows(model: nn.Module, names: Sequence[str], keep: bool) -> list[BuiltRows]:
+    """Make ready what `merge_rows` puts in place; `check_rows` has found nothing.
 
     Args:
-        model: An adapted model.
+        model: An adapted model; it is left alone.
         names: Adapters.
         keep: Remember the base's rows, so that `unmerge_rows` can put them back.
     """
+    ready, aside = [], set_aside(model)
     for _, table in row_tables(model):
-        adapter = table.token_adapter
         here = [name for name in names if name in table]
-        if here and _shared(model, table) is not None:
-            _untie(adapter)
+        if not here:
+            continue
+        held = _weight(table.token_adapter)
+        weight, kept = held.detach().clone(), dict.fromkeys(here, None)  # others may look at the memory it lies in
         for name in here:
-            index, rows = adapter.rows(name)
-            weight: nn.Parameter = adapter.base_layer.weight  # type: ignore[assignment]
+            index, rows = table.token_adapter.rows(name)
             index = index.to(weight.device)
-            adapter.kept[name] = weight.detach()[index].clone() if keep else None
-            _write(weight, index, rows)
+            kept |= {name: weight[index] if keep else None}
+            weight.index_copy_(0, index, rows.detach().to(weight))
+        apart = _shared(model, table) is not None or id(held) in aside
+        own = nn.Parameter(weight, held.requires_grad) if apart else None
+        ready.append(BuiltRows(tuple(_members(model, table)), weight, kept, own))
+    return ready
+
+
+def merge_rows(ready: Sequence[BuiltRows]) -> None:
+    """Put tables with rows in them in place; nothing here can refuse.
+
+    Args:
+        ready: What `built_rows` gave.
+    """
+    for built in ready:
+        for adapter in built.members:
+            if built.own is None:
+                _weight(adapter).data = built.weight
+            else:  # the other holders keep the old one
+                back = any(rows is not None for rows in built.kept.values()) and not adapter.tied_weight
+                adapter.tied_weight = (_weight(adapter),) if back else adapter.tied_weight
+                adapter.base_layer._parameters["weight"] = built.own
+        built.members[0].kept.update(built.kept)  # one table of what is kept for all of them
 
 
 def unmerge_rows(model: nn.Module, names: Sequence[str]) -> None:
@@ -77,10 +118,13 @@ def unmerge_rows(model: nn.Module, names: Sequence[str]) -> None:
         for name in [name for name in adapter.kept if name in names]:
             index, rows = adapter.given_back(name)
             del adapter.kept[name]
-            weight: nn.Parameter = adapter.base_layer.weight  # type: ignore[assignment]
-            _write(weight, index.to(weight.device), rows)
-        if not adapter.kept and adapter.tied_weight is not None:
-            adapter.base_layer._parameters["weight"], adapter.tied_weight = adapter.tied_weight, None
+            weight = _weight(adapter)
+            with torch.no_grad():  # the memory is the table's own since the merge
+                weight.index_copy_(0, index.to(weight.device), rows.to(weight))
+        for member in _members(model, table) if not adapter.kept else ():
+            for held in member.tied_weight:
+                give_back(member.base_layer, "weight", held, _weight(member).detach())
+            member.tied_weight = ()
 
 
 def merged_names(model: nn.Module) -> set[str]:
@@ -111,21 +155,19 @@ def merged_tables(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     return found
 
 
-def _write(weight: nn.Parameter, index: Tensor, rows: Tensor) -> None:
-    with torch.no_grad():
-        weight.index_copy_(0, index, rows.to(weight))
+def _weight(adapter: TokenAdapter) -> nn.Parameter:
+    """The parameter, (V, d), that a table has now."""
+    return adapter.base_layer._parameters["weight"]  # type: ignore[return-value]
+
+
+def _members(model: nn.Module, table: TokenRows) -> list[TokenAdapter]:
+    """A table, and those that follow its rows."""
+    followers = [m for _, m in walk(model) if isinstance(m, TokenRows) and table.leads(m)]
+    return [module.token_adapter for module in (table, *followers)]
 
 
 def _shared(model: nn.Module, table: TokenRows) -> str | None:
     """The name of a tensor that is the table's weight and does not follow its rows, or None."""
-    base = table.original_module
-    tied = {id(m.original_module) for _, m in walk(model) if isinstance(m, TokenRows) and table.leads(m)}
-    named = holders(model).get(id(base._parameters["weight"]), ())
-    return next((name for name, module in named if module is not base and id(module) not in tied), None)
-
-
-def _untie(adapter: TokenAdapter) -> None:
-    """Give a table a weight of its own; the other holder keeps the old one."""
-    held: nn.Parameter = adapter.base_layer._parameters["weight"]  # type: ignore[assignment]
-    adapter.tied_weight = held if adapter.tied_weight is None else adapter.tied_weight
-    adapter.base_layer._parameters["weight"] = nn.Parameter(held.detach().clone(), held.requires_grad)
+    held = _weight(table.token_adapter)
+    tied = {id(member.base_layer) for member in _members(model, table) if _weight(member) is held}
+    return next((name for name, module in holders(model).get(identity(held), ()) if id(module) not in tied), None)

@@ -17,6 +17,7 @@ from lorakit.core.factor import FactorWeight
 from lorakit.core.layer import LoraLayer
 from lorakit.core.row_choice import input_embedding, shared_weights, sharers, table_at
 from lorakit.core.sitemap import SiteMap, copies, layers
+from lorakit.core.underlying import identity
 from lorakit.errors import ConfigError
 from lorakit.targets import Match, Resolution
 
@@ -140,20 +141,22 @@ def leader_of(layer: LoraLayer, names: Collection[str]) -> LoraLayer | None:
 
     Args:
         layer: A layer.
-        names: Adapters, at least one of which has a factor there.
+        names: Adapters. Where the leading layer has one of them that the layer has not, they are not one.
     """
     carriers = [layer.lora_A[name] for name in names if name in layer.r and "lora_A" in layer._modules]
     leading = {carrier.leader for carrier in carriers if isinstance(carrier, TiedWeight)}
     if len(leading) != 1 or not all(isinstance(carrier, TiedWeight) for carrier in carriers):
         return None
     leader: LoraLayer = next(iter(leading))[0]
+    if any(name in leader.r and name not in layer.r for name in names):
+        return None
     mine, its = (one.source._parameters.get(one.slot.parameter) for one in (layer, leader))
     return leader if mine is its and mine is not None else None
 
 
 def of_one_weight(model: nn.Module, names: Collection[str]) -> list[tuple[LoraLayer, LoraLayer]]:
-    """The layers that are led for every one of some adapters that they have, each with its leader."""
-    pairs = [(layer, leader_of(layer, [n for n in names if n in layer.r])) for _, layer in layers(model)]
+    """The layers that are led for every one of some adapters, which are all that their leaders have, with these."""
+    pairs = [(layer, leader_of(layer, names)) for _, layer in layers(model)]
     return [(layer, leader) for layer, leader in pairs if leader is not None]
 
 
@@ -165,7 +168,7 @@ def untied_copies(
     Args:
         model: An adapted model.
         names: Adapters.
-        held: id of a parameter of the base -> names and modules that hold it.
+        held: `identity` of a weight of the base -> names and modules that hold it.
 
     Returns:
         Path of the copied module, and the name of the other.
@@ -175,7 +178,7 @@ def untied_copies(
     for path, holder in copies(model):
         for name in [name for name in names if name in holder.modules_to_save]:
             parameter = holder.original_module._parameters.get("weight")
-            for other, module in held.get(id(parameter), ()):
+            for other, module in held.get(identity(parameter), ()):
                 twin = holders.get(id(module))
                 copied = twin.modules_to_save[name] if twin is not None and name in twin.modules_to_save else None
                 mine = holder.modules_to_save[name]._parameters["weight"]

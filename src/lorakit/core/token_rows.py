@@ -71,7 +71,7 @@ class TokenAdapter(nn.Module):
         self.token_indices: dict[str, list[int]] = {} if leader is None else leader.token_indices
         self.within: tuple[TokenRows, ...] = ()  # in a tuple, so that it is no submodule of ours
         self.kept: dict[str, Tensor | None] = {} if leader is None else leader.kept
-        self.tied_weight: nn.Parameter | None = None  # what the base shared with others before a merge untied it
+        self.tied_weight: tuple[nn.Parameter, ...] = ()  # what the base shared before a merge untied it; no parameter
 
     @property
     def merged_adapters(self) -> list[str]:

@@ -117,14 +117,27 @@ def float_dtype(model: nn.Module) -> torch.dtype:
     return torch.float32
 
 
+def identity(parameter: Tensor | None) -> int:
+    """What parameters of any shape in the same memory have in common: where it begins, or else the id of the object."""
+    plain = parameter is not None and type(parameter.data) is Tensor
+    return (plain and parameter.data_ptr()) or id(parameter)  # type: ignore[union-attr]
+
+
 def holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """Who holds each parameter of the base: its id -> names and modules, several where it is tied."""
+    """Who holds each weight of the base: its `identity` -> names and modules, several where it is tied."""
     found: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, _, module in base_tensors(model):
         parameter = module._parameters.get(name.rpartition(".")[2])
         if parameter is not None:
-            found.setdefault(id(parameter), []).append((name, module))
+            found.setdefault(identity(parameter), []).append((name, module))
     return found
+
+
+def set_aside(model: nn.Module) -> set[int]:
+    """The ids of parameters that come back to a module when what was merged with `untie` is unmerged."""
+    found = {id(layer.tied_weight) for _, layer in layers(model) if layer.tied_weight is not None}
+    tables = [module.token_adapter for _, module in walk(model) if isinstance(module, TokenRows)]
+    return found | {id(held) for table in tables for held in table.tied_weight}
 
 
 def _old_biases(module: nn.Module) -> dict[str, Tensor]:
