@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -85,3 +87,15 @@ def test_more_by_place_than_there_is_place_for_is_refused() -> None:
         model(*[None] * 12)
     with pytest.raises(TypeError):
         model(ids(), input_ids=ids())
+
+
+def test_the_class_for_a_task_does_not_depend_on_what_was_imported_before() -> None:
+    """In a fresh interpreter, from the first two names that most programs import."""
+    program = (
+        "from torch import nn\n"
+        "from lorakit import LoraConfig, get_peft_model\n"
+        "model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(task_type='CAUSAL_LM', target_modules=['0']))\n"
+        "print(type(model).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "PeftModelForCausalLM"

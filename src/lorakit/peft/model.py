@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -143,6 +144,7 @@ class PeftModel(Shown, Pushed):
     @classmethod
     def for_task(cls, task: TaskType | str | None) -> type[PeftModel]:
         """The class of wrapper for a task: this class's own subclass where it has one, otherwise this class."""
+        import_module("lorakit.peft.tasks")  # its own subclasses are there once their module is, which needs this one
         return next((kind for kind in cls.__subclasses__() if task is not None and kind.task == task), cls)
 
     def load_adapter(
