@@ -69,6 +69,8 @@ def once(library: ModuleType, base: Callable[[], Any], folder: Path) -> dict[str
         pass
     with clock.on("state_dict"):
         wrapped.state_dict()
+    with clock.on("get_peft_model_state_dict"):
+        library.get_peft_model_state_dict(wrapped, adapter_name="b")
     with clock.on("save_pretrained"):
         wrapped.save_pretrained(folder, selected_adapters=["b"])
     with clock.on("load_adapter"):
