@@ -16,7 +16,6 @@ from lorakit.errors import ConfigError, ConfigTypeError
 Part = TypeVar("Part")
 
 VELORA_STARTS = ("batch_average", "batch_average_once", "random")
-CORDA_METHODS = ("ipm", "kpm")
 
 
 def restored(value: Any, part: type[Part]) -> Part | None:

@@ -267,8 +267,6 @@ def unused(*_: Any, **__: Any) -> None:
     """PEFT's inner steps that have no counterpart here; calling one does nothing."""
 
 
-_BITS = {"Params4bit": "4bit", "Int8Params": "8bit"}
-
 _NAMES: dict[str, Any] = {
     "_get_submodules": get_submodules,
     "_get_batch_size": get_batch_size,

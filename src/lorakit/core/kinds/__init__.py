@@ -9,7 +9,7 @@ from torch import nn
 
 from lorakit.core.kinds.convolution import CONV1, CONV2, CONV3
 from lorakit.core.kinds.dense import CONV1D, EMBEDDING, LINEAR
-from lorakit.core.kinds.kind import Kind, Shape, Slot, channel_axis, dense_delta, spread
+from lorakit.core.kinds.kind import Kind, Shape, Slot, dense_delta, spread
 from lorakit.core.kinds.parameter import ATTENTION, INNER, PARAMETER, parameter_slot, per_expert
 from lorakit.errors import ConfigError
 
@@ -21,7 +21,6 @@ __all__ = [
     "Kind",
     "Shape",
     "Slot",
-    "channel_axis",
     "checked",
     "dense_delta",
     "is_for",

@@ -92,11 +92,6 @@ class Kind:
         return self.acts_on == "input" and self.drops
 
 
-def channel_axis(slot: Slot) -> int:
-    """The axis of a module's output that holds its channels: the last, of a convolution the one before its kernel's."""
-    return -1 - len(slot.kernel)
-
-
 def spread(vector: Tensor, slot: Slot) -> Tensor:
     """A vector (out,) shaped to act on an output (…, out) or, of a convolution, (…, out, k…)."""
     return vector.view(-1, *[1] * len(slot.kernel)) if slot.kernel else vector
