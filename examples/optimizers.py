@@ -7,9 +7,9 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.allocating import allocate
-from lorakit.core.lorafa import LoraFA, freeze_factors
-from lorakit.core.parameter_groups import Rates, rates_by_name, trained_parts
+from lorakit.core.data.allocating import allocate
+from lorakit.core.optimizers.lorafa import LoraFA, freeze_factors
+from lorakit.core.optimizers.parameter_groups import Rates, rates_by_name, trained_parts
 
 CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2", "4"])
 

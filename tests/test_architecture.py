@@ -344,7 +344,11 @@ BAD = [
     (unnamed_errors, {"a.py": "def f():\n    'Doc.'\n    raise DataError('x')"}, "f raises DataError"),
     (unnamed_errors, {"a.py": "def f():\n    'Raises:\\n RunError: x.'\n    raise errors.DataError('x')"}, "DataError"),
     (misnamed, {"core/utils.py": ""}, "a file's name says what is in it"),
-    (misnamed, {"core/__init__.py": "from lorakit.core.merging import merge", "core/merge.py": ""}, "merge is also"),
+    (
+        misnamed,
+        {"core/__init__.py": "from lorakit.core.merging.merging import merge", "core/merge.py": ""},
+        "merge is also",
+    ),
 ]
 GOOD = [
     (floor_breaches, {"train/a.py": "from lorakit import __version__, core\nfrom .loop import x"}),
@@ -371,8 +375,8 @@ GOOD = [
     (
         misnamed,
         {
-            "core/__init__.py": "from lorakit.core import merging\nfrom lorakit.core.merging import merge",
-            "core/merging.py": "",
+            "core/__init__.py": "from lorakit.core import merging\nfrom lorakit.core.merging.merging import merge",
+            "core/merging/merging.py": "",
         },
     ),
 ]

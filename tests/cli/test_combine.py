@@ -12,7 +12,7 @@ import torch
 
 from lorakit import core, hub
 from lorakit.cli import main
-from lorakit.core.sitemap import layers
+from lorakit.core.layering.sitemap import layers
 
 Save = Callable[..., Path]
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 import peft
 from lorakit import core
 from lorakit.config import LoraConfig, scale
-from lorakit.core import allocating
-from lorakit.core.allocating import allocate, by_explained_variance, by_sensitivity, sensitivity, with_ranks
+from lorakit.core.data import allocating
+from lorakit.core.data.allocating import allocate, by_explained_variance, by_sensitivity, sensitivity, with_ranks
 from lorakit.errors import ConfigError, DataError
 from lorakit.targets import Match, first_match
 

@@ -22,8 +22,8 @@ from lorakit.core import (
     subtract,
     use,
 )
-from lorakit.core.sitemap import layers
-from lorakit.core.ways import WAYS, Way
+from lorakit.core.layering.sitemap import layers
+from lorakit.core.operations.ways import WAYS, Way
 from lorakit.errors import (
     AdapterError,
     ConfigError,

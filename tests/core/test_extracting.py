@@ -22,7 +22,7 @@ from lorakit.core import (
     source_of_model,
     use,
 )
-from lorakit.core.sitemap import layers
+from lorakit.core.layering.sitemap import layers
 from lorakit.errors import AdapterError, ConfigError, ModelError, TargetError
 
 from ..laws.snapshots import snapshot

@@ -11,8 +11,8 @@ from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core import attach, disable, merge, use
-from lorakit.core.conditions import condition_number, of_expert_weights, of_linear_weights
-from lorakit.core.walking import walk
+from lorakit.core.bases.conditions import condition_number, of_expert_weights, of_linear_weights
+from lorakit.core.layering.walking import walk
 from lorakit.errors import MergeError, RouteError
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lorakit import LoraConfig, core
-from lorakit.core.fingerprinting import (
+from lorakit.core.files.fingerprinting import (
     DIFFERENT,
     OTHER_PRECISION,
     SAME,

@@ -32,8 +32,8 @@ from lorakit.core import (
     unmerge,
     use,
 )
-from lorakit.core.loading import read_adapter
-from lorakit.core.saved_form import INITIAL_FILE
+from lorakit.core.files.loading import read_adapter
+from lorakit.core.files.saved_form import INITIAL_FILE
 from lorakit.errors import AdapterFileError, ConfigError
 
 from ..laws.snapshots import BaseBits, same_bits, snapshot

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from lorakit.config import CONFIG_FILE
 from lorakit.core import attach, inspect_adapter, load_adapter, save_adapter, use
-from lorakit.core.sidecar import METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
-from lorakit.core.tensorfile import MAX_TENSORS
+from lorakit.core.files.sidecar import METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
+from lorakit.core.files.tensorfile import MAX_TENSORS
 from lorakit.durable import sha256_bytes, sha256_file
 from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, LorakitError, NotYetSupported
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lorakit.core.patterns import literal_value, names
+from lorakit.core.files.patterns import literal_value, names
 from lorakit.errors import PatternError
 
 

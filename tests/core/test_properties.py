@@ -29,8 +29,8 @@ from lorakit.core import (
     unmerge,
     use,
 )
-from lorakit.core.inspecting import delta_norm
-from lorakit.core.tensorfile import encode, read_tensors
+from lorakit.core.files.inspecting import delta_norm
+from lorakit.core.files.tensorfile import encode, read_tensors
 from lorakit.core.variants import row_norms
 from lorakit.errors import AdapterError, AdapterFileError, LorakitError
 

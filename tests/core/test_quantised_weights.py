@@ -12,8 +12,8 @@ from torch import nn
 from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.bases import base_of, hold_still, let_go
-from lorakit.core.quantising import multiply_out, quantised_linear, wrongly_multiplied_out
-from lorakit.core.underlying import quantised_weights
+from lorakit.core.bases.quantising import multiply_out, quantised_linear, wrongly_multiplied_out
+from lorakit.core.layering.underlying import quantised_weights
 from lorakit.errors import MergeError
 from lorakit.plan.quantised import STORAGES, Quantization
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from lorakit import LoraConfig, core
-from lorakit.core.merging import tied_sites
-from lorakit.core.sitemap import find_state, state_of, survey
-from lorakit.core.underlying import base_tensors
+from lorakit.core.layering.sitemap import find_state, state_of, survey
+from lorakit.core.layering.underlying import base_tensors
+from lorakit.core.merging.merging import tied_sites
 from lorakit.errors import AdapterError
 
 

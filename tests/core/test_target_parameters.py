@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.experts import MARKS, shows_tokens
-from lorakit.core.layer_names import ParamWrapper
+from lorakit.core.layering.experts import MARKS, shows_tokens
+from lorakit.core.layering.layer_names import ParamWrapper
 from lorakit.errors import AdapterFileError, ConfigError, MergeError, RouteError, TargetError
 
 EXPERTS, D, HIDDEN, TOP = 3, 6, 10, 2

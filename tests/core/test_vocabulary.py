@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peft
 from lorakit.core import attach, detach, disable, fingerprint, load_adapter, merge_and_unload, save_adapter
-from lorakit.core.fingerprinting import SAME
+from lorakit.core.files.fingerprinting import SAME
 from lorakit.errors import AdapterFileError, BaseMismatchError
 
 from ..laws.snapshots import snapshot

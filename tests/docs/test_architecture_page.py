@@ -49,10 +49,14 @@ def test_doors_are_those_of_the_rules(rules: Any) -> None:
     assert doors == rules.DOORS
 
 
-def test_every_file_of_the_core_is_named() -> None:
-    files = {path.name for path in (ROOT / "src/lorakit/core").glob("*.py")} - {"__init__.py"}
-    section = PAGE.split("| file of `core/`")[1].split("\n\n")[0]
-    assert set(re.findall(r"`(\w+\.py)`", section)) == files
+def test_every_folder_of_the_core_is_named() -> None:
+    core = ROOT / "src/lorakit/core"
+    assert [path.name for path in core.glob("*.py")] == ["__init__.py"]
+    folders = {path.name for path in core.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    section = PAGE.split("| folder of `core/`")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)/`", section)) - {"core"} == folders
+    named = set(re.findall(r"`(\w+)`", section))
+    assert named <= {path.stem for path in core.rglob("*.py")}
 
 
 def test_rows_are_those_of_the_tables() -> None:

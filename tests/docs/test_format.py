@@ -12,8 +12,8 @@ import torch
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core import sidecar, tensorfile
-from lorakit.core.keys import ENDINGS
+from lorakit.core.files import sidecar, tensorfile
+from lorakit.core.files.keys import ENDINGS
 from lorakit.hub.packaged import MANIFEST
 from lorakit.train import checkpoint, metrics, state
 

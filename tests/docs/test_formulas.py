@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lorakit import core
 from lorakit.config import LoraConfig, scale
-from lorakit.core.inspecting import delta_norm
+from lorakit.core.files.inspecting import delta_norm
 from lorakit.core.kinds import dense_delta
 from lorakit.core.variants import row_norms
 from lorakit.data import Batch

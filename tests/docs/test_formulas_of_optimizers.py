@@ -10,9 +10,9 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.allocating import allocate
-from lorakit.core.lorafa import Pair, corrected_gradient, inverse_gram
-from lorakit.core.parameter_groups import Rates, rates_by_name, trained_parts
+from lorakit.core.data.allocating import allocate
+from lorakit.core.optimizers.lorafa import Pair, corrected_gradient, inverse_gram
+from lorakit.core.optimizers.parameter_groups import Rates, rates_by_name, trained_parts
 
 
 def two_layers() -> nn.Module:

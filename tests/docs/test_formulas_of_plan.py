@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lorakit import core, hub
 from lorakit.config import LoraConfig
 from lorakit.core.bases import base_of
-from lorakit.core.quantising import quantised_linear
+from lorakit.core.bases.quantising import quantised_linear
 from lorakit.plan import Job, ModelShape, Plan, Speed, activations, count, estimate, flops, memory
 from lorakit.plan.quantised import Quantization, storage_named
 from lorakit.train.optim import adamw, state_tensors

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorakit import hub
-from lorakit.core.underlying import quantised_weights
+from lorakit.core.layering.underlying import quantised_weights
 from lorakit.errors import ConfigError, MissingExtra, ModelError
 from lorakit.plan.quantised import STORAGES, Quantization, Storage, quantised_sites, stored
 

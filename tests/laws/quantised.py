@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.quantising import quantised_linear
-from lorakit.core.underlying import quantised_weights
+from lorakit.core.bases.quantising import quantised_linear
+from lorakit.core.layering.underlying import quantised_weights
 from lorakit.plan.quantised import STORAGES, Quantization, Storage
 
 from .snapshots import bits

@@ -9,7 +9,7 @@ import torch
 
 from lorakit.config import LoraConfig
 from lorakit.core import attach, merge, trainable_parameters
-from lorakit.core.lorafa import LoraFA, freeze_factors
+from lorakit.core.optimizers.lorafa import LoraFA, freeze_factors
 from lorakit.errors import ConfigError, NotYetSupported
 from lorakit.hub.shapes import shape_of_module
 from lorakit.plan import Job, catalogue, count, estimate

@@ -77,7 +77,7 @@ def test_what_the_products_keep(name: str, lora_dropout: float, targets: Any) ->
     import torch
 
     from lorakit import core, hub
-    from lorakit.core.quantising import quantised_linear
+    from lorakit.core.bases.quantising import quantised_linear
 
     from .test_activations import LENGTH, ROWS, _model, _saved_bytes
 

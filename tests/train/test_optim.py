@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit.core.lorafa import Pair
+from lorakit.core.optimizers.lorafa import Pair
 from lorakit.errors import RunError
 from lorakit.train.optim import adamw, clip, load_state_tensors, lorafa, set_rate, state_tensors
 

@@ -14,7 +14,7 @@ from lorakit.cli.adapters import refuse_run_folder
 
 if TYPE_CHECKING:
     from lorakit.core import Comparison
-    from lorakit.core.comparing import SiteComparison
+    from lorakit.core.operations.comparing import SiteComparison
 
 
 def run(

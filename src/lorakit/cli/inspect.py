@@ -15,7 +15,7 @@ from lorakit.cli.adapters import refuse_run_folder
 
 if TYPE_CHECKING:
     from lorakit.core import AdapterSummary
-    from lorakit.core.inspecting import SiteSummary
+    from lorakit.core.files.inspecting import SiteSummary
 
 _CONFIG_SHOWN = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "task_type")
 _CONFIG_IF_SET = (

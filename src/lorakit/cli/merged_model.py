@@ -18,16 +18,16 @@ from torch import Tensor
 
 from lorakit import core, hub
 from lorakit.cli.adapters import load_adapters, tokenizer_for
-from lorakit.core.applied import note_applied
-from lorakit.core.merging import SiteMerge, tied_sites
-from lorakit.core.quantising import multiply_out
+from lorakit.core.bases.quantising import multiply_out
+from lorakit.core.merging.applied import note_applied
+from lorakit.core.merging.merging import SiteMerge, tied_sites
 from lorakit.durable import publish_directory, write_json
 from lorakit.errors import MergeError, ModelError, UsageError
 from lorakit.machine import this_machine
 from lorakit.plan.quantised import Quantization
 
 if TYPE_CHECKING:
-    from lorakit.core.loading import AdapterFiles
+    from lorakit.core.files.loading import AdapterFiles
 
 RECORD_FILE = "lorakit_merged.json"
 PROBE_TOKENS = 48

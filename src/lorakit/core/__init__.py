@@ -4,7 +4,26 @@ The functions act on a model and return reports; nothing wraps or impersonates i
 safetensors, and nothing of transformers, training or the command line.
 """
 
-from lorakit.core.activation import (
+from lorakit.core.data.inits import collect_for
+from lorakit.core.data.statistics import Statistics, load_statistics
+from lorakit.core.files.fingerprinting import Fingerprint, fingerprint
+from lorakit.core.files.inspecting import AdapterSummary, inspect_adapter
+from lorakit.core.files.loading import LoadReport, load_adapter
+from lorakit.core.files.saving import SavedAdapter, save_adapter, save_as_trained
+from lorakit.core.kinds import Kind, Slot, kind_named
+from lorakit.core.layering.layer import LoraLayer
+from lorakit.core.layering.sitemap import Site, sites
+from lorakit.core.making.attaching import AttachReport, attach, detach
+from lorakit.core.merging.merging import MergeReport, merge, merge_and_unload, merged_state_dict, unmerge
+from lorakit.core.operations.combining import CombineReport, average, combine, combine_folders, rescale, subtract
+from lorakit.core.operations.comparing import Comparison, compare_adapters, compare_folders
+from lorakit.core.operations.compressing import CompressReport, compress, compress_folder
+from lorakit.core.operations.extracting import ExtractReport, extract, extract_to_folder
+from lorakit.core.operations.intruders import SiteIntruders, reduce_intruders
+from lorakit.core.operations.lowrank import Cut
+from lorakit.core.operations.sources import TensorSource, source_of_folder, source_of_model
+from lorakit.core.operations.ways import WAYS, Way
+from lorakit.core.routes.activation import (
     activate,
     adapters,
     checkpoint_contexts,
@@ -13,27 +32,8 @@ from lorakit.core.activation import (
     trainable_parameters,
     use,
 )
-from lorakit.core.attaching import AttachReport, attach, detach
-from lorakit.core.combining import CombineReport, average, combine, combine_folders, rescale, subtract
-from lorakit.core.comparing import Comparison, compare_adapters, compare_folders
-from lorakit.core.compressing import CompressReport, compress, compress_folder
-from lorakit.core.data_inits import collect_for
-from lorakit.core.extracting import ExtractReport, extract, extract_to_folder
-from lorakit.core.fingerprinting import Fingerprint, fingerprint
-from lorakit.core.inspecting import AdapterSummary, inspect_adapter
-from lorakit.core.intruders import SiteIntruders, reduce_intruders
-from lorakit.core.invoking import invocation_offsets, invoked
-from lorakit.core.kinds import Kind, Slot, kind_named
-from lorakit.core.layer import LoraLayer
-from lorakit.core.loading import LoadReport, load_adapter
-from lorakit.core.lowrank import Cut
-from lorakit.core.merging import MergeReport, merge, merge_and_unload, merged_state_dict, unmerge
-from lorakit.core.saving import SavedAdapter, save_adapter, save_as_trained
-from lorakit.core.sitemap import Site, sites
-from lorakit.core.sources import TensorSource, source_of_folder, source_of_model
-from lorakit.core.statistics import Statistics, load_statistics
-from lorakit.core.training_flags import set_trained
-from lorakit.core.ways import WAYS, Way
+from lorakit.core.routes.invoking import invocation_offsets, invoked
+from lorakit.core.routes.training_flags import set_trained
 
 __all__ = [
     "WAYS",

@@ -101,7 +101,7 @@ def settle(model: nn.Module, wanted: Quantization | None, source: ModelSource) -
     if wanted is not None and wanted.storage.package == "hqq":
         _quantise_by_hqq(model, wanted, source)
     from lorakit.core.bases import hold_still
-    from lorakit.core.quantising import wrongly_multiplied_out
+    from lorakit.core.bases.quantising import wrongly_multiplied_out
 
     hold_still(model)
     wrong = wrongly_multiplied_out(model)
@@ -159,7 +159,7 @@ def words_of_files(config: Any) -> Quantization | None:
 
 
 def _quantise_by_hqq(model: nn.Module, wanted: Quantization, source: ModelSource) -> None:
-    from lorakit.core.quantising import quantised_linear
+    from lorakit.core.bases.quantising import quantised_linear
 
     storage = wanted.storage
     for site in quantised_sites(shape_of_module(model, source.given, source.given), storage):

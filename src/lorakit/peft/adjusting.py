@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lorakit.config import PeftConfig
-from lorakit.core.layer import LoraLayer
+from lorakit.core.layering.layer import LoraLayer
 from lorakit.errors import AdapterError, ConfigError, ConfigTypeError, LorakitError
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layer import LoraLayer
+from lorakit.core.layering.layer import LoraLayer
 from lorakit.peft import standing
 
 NARROW = (torch.float16, torch.bfloat16)

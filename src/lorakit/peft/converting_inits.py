@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import core
-from lorakit.core.loading import read_adapter
-from lorakit.core.saved_form import converted_form, saved_form
-from lorakit.core.saving import save_form
-from lorakit.core.sitemap import layers
+from lorakit.core.files.loading import read_adapter
+from lorakit.core.files.saved_form import converted_form, saved_form
+from lorakit.core.files.saving import save_form
+from lorakit.core.layering.sitemap import layers
 from lorakit.errors import ConfigError, warn_caller
 
 MOVE_THE_BASE = ("pissa", "corda", "olora", "lora_ga")

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import CordaConfig, LoraConfig
-from lorakit.core.attaching import with_targets
 from lorakit.core.bases import base_of
-from lorakit.core.collecting import evened
-from lorakit.core.data_inits import reduced
-from lorakit.core.moments import InputStatistics
-from lorakit.core.sitemap import survey
-from lorakit.core.tensorfile import encode, read_tensors
+from lorakit.core.data.collecting import evened
+from lorakit.core.data.inits import reduced
+from lorakit.core.data.moments import InputStatistics
+from lorakit.core.files.tensorfile import encode, read_tensors
+from lorakit.core.layering.sitemap import survey
+from lorakit.core.making.attaching import with_targets
 from lorakit.durable import write_bytes
 from lorakit.errors import ConfigError, DataError
 from lorakit.peft.eva import get_eva_state_dict, initialize_lora_eva_weights

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from lorakit import core
 from lorakit.config import EvaConfig, LoraConfig
-from lorakit.core.allocating import in_groups
-from lorakit.core.attaching import with_targets
-from lorakit.core.data_inits import ranks_by_variance, redistributed
+from lorakit.core.data.allocating import in_groups
+from lorakit.core.data.inits import ranks_by_variance, redistributed
+from lorakit.core.data.moments import InputStatistics
 from lorakit.core.kinds import kind_of
-from lorakit.core.layer import LoraLayer
-from lorakit.core.moments import InputStatistics
-from lorakit.core.sitemap import layers, survey
+from lorakit.core.layering.layer import LoraLayer
+from lorakit.core.layering.sitemap import layers, survey
+from lorakit.core.making.attaching import with_targets
 from lorakit.errors import AdapterError, ConfigError, ConfigTypeError, DataError, warn_caller
 from lorakit.peft import standing
 from lorakit.peft.matching import find_minimal_target_modules

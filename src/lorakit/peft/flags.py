@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 from torch import nn
 
 from lorakit import core
-from lorakit.core.switching import Switched
-from lorakit.core.walking import walk
+from lorakit.core.layering.walking import walk
+from lorakit.core.routes.switching import Switched
 
 
 def set_trained(model: nn.Module, name: str, trained: bool) -> None:

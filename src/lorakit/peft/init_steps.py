@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.attaching import with_targets
 from lorakit.core.bases import at_least_fp32, base_of
-from lorakit.core.data_inits import reduced
-from lorakit.core.moments import GradientStatistics
-from lorakit.core.sitemap import survey
+from lorakit.core.data.inits import reduced
+from lorakit.core.data.moments import GradientStatistics
+from lorakit.core.layering.sitemap import survey
+from lorakit.core.making.attaching import with_targets
 from lorakit.errors import ConfigError, warn_caller
 from lorakit.targets import resolve
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from lorakit.core.conditions import EXPERT_WEIGHTS, of_expert_weights, of_linear_weights
+from lorakit.core.bases.conditions import EXPERT_WEIGHTS, of_expert_weights, of_linear_weights
 
 
 class KappaTuneSelector:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.sitemap import survey
+from lorakit.core.layering.sitemap import survey
 from lorakit.errors import ConfigError, TargetError, warn_caller
 from lorakit.targets import resolve
 

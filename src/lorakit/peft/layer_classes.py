@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakit.core.layer import LoraLayer
-from lorakit.core.layer import LoraLayer as BaseTunerLayer
-from lorakit.core.layer_names import LAYERS
+from lorakit.core.layering.layer import LoraLayer
+from lorakit.core.layering.layer import LoraLayer as BaseTunerLayer
+from lorakit.core.layering.layer_names import LAYERS
 from lorakit.peft.elsewhere import placeholder
 
 __all__ = ["BaseTunerLayer", "LoraLayer"]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.checks import ALLOWANCES
-from lorakit.core.loading import place_adapter, read_adapter
+from lorakit.core.files.loading import place_adapter, read_adapter
+from lorakit.core.making.checks import ALLOWANCES
 from lorakit.errors import AdapterFileError
 from lorakit.peft import flags
 from lorakit.peft.locating import adapter_folder

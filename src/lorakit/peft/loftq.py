@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layer import LoraLayer
-from lorakit.core.lowrank import dense_spectrum
-from lorakit.core.sitemap import layers
-from lorakit.core.sources import source_of_folder
+from lorakit.core.layering.layer import LoraLayer
+from lorakit.core.layering.sitemap import layers
+from lorakit.core.operations.lowrank import dense_spectrum
+from lorakit.core.operations.sources import source_of_folder
 from lorakit.errors import AdapterError, ConfigError
 
 FOUR_BIT = "bitsandbytes 4-bit"

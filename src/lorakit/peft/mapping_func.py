@@ -8,8 +8,8 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.attaching import with_targets
-from lorakit.core.sitemap import survey
+from lorakit.core.layering.sitemap import survey
+from lorakit.core.making.attaching import with_targets
 from lorakit.errors import ConfigError, warn_caller
 from lorakit.peft import standing
 from lorakit.peft.mixed_model import PeftMixedModel

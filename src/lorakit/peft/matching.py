@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from lorakit.config import LoraConfig, TaskType
-from lorakit.core.attaching import AttachReport
-from lorakit.core.sitemap import survey
-from lorakit.core.ties import TIED
+from lorakit.core.layering.sitemap import survey
+from lorakit.core.making.attaching import AttachReport
+from lorakit.core.parts.ties import TIED
 from lorakit.errors import ConfigError, TargetError
 from lorakit.targets import ALL_LINEAR, Candidate, key_fits, match_path, names_path, resolve
 

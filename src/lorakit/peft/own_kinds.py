@@ -6,7 +6,7 @@ import dataclasses
 
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import Kind, kind_named, kind_of
-from lorakit.core.layer_names import LAYERS
+from lorakit.core.layering.layer_names import LAYERS
 from lorakit.errors import NotYetSupported, warn_caller
 
 

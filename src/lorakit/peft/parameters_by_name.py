@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.parameter_sites import bare_parameters
-from lorakit.core.sitemap import survey
+from lorakit.core.layering.parameter_sites import bare_parameters
+from lorakit.core.layering.sitemap import survey
 from lorakit.errors import ConfigError
 from lorakit.targets import targeted_parameters
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.core.layer import LoraLayer
+from lorakit.core.layering.layer import LoraLayer
 from lorakit.errors import ConfigTypeError, warn_caller
 from lorakit.peft import standing
 from lorakit.peft.matching import ExcludedModule, find_minimal_target_modules, maybe_include_all_linear_layers

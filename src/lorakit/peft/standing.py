@@ -12,13 +12,13 @@ from typing import Any
 from torch import nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.extras import ModuleCopies
-from lorakit.core.factor import HOLDERS
-from lorakit.core.layer import LoraLayer
-from lorakit.core.sitemap import find_state
-from lorakit.core.switching import Switched
-from lorakit.core.token_rows import TokenRows
-from lorakit.core.walking import walk
+from lorakit.core.layering.factor import HOLDERS
+from lorakit.core.layering.layer import LoraLayer
+from lorakit.core.layering.sitemap import find_state
+from lorakit.core.layering.walking import walk
+from lorakit.core.parts.extras import ModuleCopies
+from lorakit.core.parts.token_rows import TokenRows
+from lorakit.core.routes.switching import Switched
 from lorakit.errors import RouteError
 
 

@@ -1,4 +1,4 @@
-"""Activated LoRA in PEFT's words: `alora_offsets` and what computes them, over `lorakit.core.invoking`."""
+"""Activated LoRA in PEFT's words: `alora_offsets` and what computes them, over `lorakit.core.routes.invoking`."""
 
 from __future__ import annotations
 

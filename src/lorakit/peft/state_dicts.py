@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lorakit.core.bias_switch import BiasSwitch
-from lorakit.core.extras import ModuleCopies
-from lorakit.core.layer import LoraLayer
-from lorakit.core.token_rows import TokenRows
-from lorakit.core.underlying import base_tensors
-from lorakit.core.walking import walk
+from lorakit.core.layering.layer import LoraLayer
+from lorakit.core.layering.underlying import base_tensors
+from lorakit.core.layering.walking import walk
+from lorakit.core.parts.bias_switch import BiasSwitch
+from lorakit.core.parts.extras import ModuleCopies
+from lorakit.core.parts.token_rows import TokenRows
 from lorakit.errors import AdapterError, AdapterFileError, warn_caller
 from lorakit.peft import casting, standing
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lorakit.core.switching import Switched
+from lorakit.core.routes.switching import Switched
 from lorakit.errors import AdapterError
 from lorakit.peft import standing
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, PeftConfig, scale
-from lorakit.core.layer import LoraLayer
-from lorakit.core.loading import read_adapter
+from lorakit.core.files.loading import read_adapter
+from lorakit.core.layering.layer import LoraLayer
 from lorakit.errors import AdapterFileError, ConfigError, MergeError, warn_caller
 from lorakit.peft import standing
 from lorakit.peft.locating import adapter_folder

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lorakit.core.merging import tied_sites
+from lorakit.core.merging.merging import tied_sites
 from lorakit.errors import warn_caller
 
 

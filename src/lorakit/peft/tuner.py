@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.activation import parameters_by_adapter
-from lorakit.core.checks import ALLOWANCES
-from lorakit.core.collector import collector_at_rest
-from lorakit.core.extras import ModuleCopies
-from lorakit.core.layer import LoraLayer
-from lorakit.core.sitemap import find_state
+from lorakit.core.layering.layer import LoraLayer
+from lorakit.core.layering.sitemap import find_state
+from lorakit.core.making.checks import ALLOWANCES
+from lorakit.core.making.collector import collector_at_rest
+from lorakit.core.parts.extras import ModuleCopies
+from lorakit.core.routes.activation import parameters_by_adapter
 from lorakit.default_targets import DEFAULT_TARGETS
 from lorakit.errors import AdapterError, ConfigError, RouteError, warn_caller
 from lorakit.peft import casting, flags, standing

@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import ABC
 from typing import TYPE_CHECKING
 
-from lorakit.core.extras import ModuleCopies as ModulesToSaveWrapper
-from lorakit.core.token_rows import TokenAdapter as TrainableTokensLayer
-from lorakit.core.token_rows import TokenRows as TrainableTokensWrapper
+from lorakit.core.parts.extras import ModuleCopies as ModulesToSaveWrapper
+from lorakit.core.parts.token_rows import TokenAdapter as TrainableTokensLayer
+from lorakit.core.parts.token_rows import TokenRows as TrainableTokensWrapper
 
 __all__ = ["AuxiliaryTrainingWrapper", "ModulesToSaveWrapper", "TrainableTokensLayer", "TrainableTokensWrapper"]
 
 if TYPE_CHECKING:
-    from lorakit.core.switching import Switched as AuxiliaryTrainingWrapper
+    from lorakit.core.routes.switching import Switched as AuxiliaryTrainingWrapper
 else:
 
     class AuxiliaryTrainingWrapper(ABC):  # noqa: B024  # nothing is made of it

@@ -1,7 +1,7 @@
 """`--allocate-ranks`: what the first training rows say about the base, made into a config with a rank for each module.
 
-The criteria are `lorakit.core.allocating`'s; here the data is brought to it, a row at a time, so that less memory is
-taken than by a training step. Nothing random is drawn and the run's own loader is not moved.
+The criteria are `lorakit.core.data.allocating`'s; here the data is brought to it, a row at a time, so that less
+memory is taken than by a training step. Nothing random is drawn and the run's own loader is not moved.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import torch
 
 from lorakit.config import LoraConfig
-from lorakit.core.allocating import allocate
+from lorakit.core.data.allocating import allocate
 from lorakit.data import Batch, Loader
 from lorakit.train.loss import loss_sum
 from lorakit.train.progress import Progress
@@ -63,7 +63,7 @@ def allotted(model: Any, request: Request, loader: Loader, progress: Progress) -
         The config; its adapter trains at most as many numbers as the run's config would.
 
     Raises:
-        LorakitError: As `lorakit.core.allocating.allocate`.
+        LorakitError: As `lorakit.core.data.allocating.allocate`.
     """
     settings, rows = request.settings, first_rows(request, loader)
     progress.busy(f"looking at {len(rows)} rows for the ranks")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.core.lorafa import LoraFA, Pair
+from lorakit.core.optimizers.lorafa import LoraFA, Pair
 from lorakit.errors import RunError
 
 Named = Sequence[tuple[str, nn.Parameter]]
@@ -58,7 +58,7 @@ def lorafa(
     """LoRA-FA with the groups that `adamw` would have.
 
     Args:
-        named: The trainable tensors, after `lorakit.core.lorafa.freeze_factors`.
+        named: The trainable tensors, after `lorakit.core.optimizers.lorafa.freeze_factors`.
         pairs: What that gave.
         learning_rate: The first rate; the loop sets it anew before each step.
         weight_decay: Share of a matrix's value, times the rate, taken away each step.

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from lorakit import core, hub
-from lorakit.core.lorafa import freeze_factors
-from lorakit.core.parameter_groups import Rates, rates_by_name, trained_parts
+from lorakit.core.optimizers.lorafa import freeze_factors
+from lorakit.core.optimizers.parameter_groups import Rates, rates_by_name, trained_parts
 from lorakit.errors import ModelError
 from lorakit.plan.quantised import stored
 from lorakit.train import checkpoint

@@ -11,7 +11,7 @@ from lorakit.core.bases.dense import COMPUTED, DENSE, NOT_WRITTEN, TRANSPOSED
 from lorakit.core.bases.hqq import HQQ
 from lorakit.core.bases.storage import Base, at_least_fp32
 from lorakit.core.bases.torchao import TORCHAO
-from lorakit.core.cloning import PARAMETRISED
+from lorakit.core.layering.cloning import PARAMETRISED
 
 __all__ = ["BASES", "COMPUTED", "NOT_WRITTEN", "Base", "at_least_fp32", "base_of", "hold_still", "let_go"]
 

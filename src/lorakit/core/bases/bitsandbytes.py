@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.bases.storage import Base, exact_values, linear_with
-from lorakit.core.cloning import clone_with
+from lorakit.core.layering.cloning import clone_with
 from lorakit.errors import MergeError
 
 _ROWS = 32

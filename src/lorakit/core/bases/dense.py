@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.bases.storage import Base, at_least_fp32
-from lorakit.core.cloning import clone_with
+from lorakit.core.layering.cloning import clone_with
 from lorakit.errors import MergeError
 
 

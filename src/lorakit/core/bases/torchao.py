@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.bases.storage import Base, linear_with
-from lorakit.core.cloning import clone_with
+from lorakit.core.layering.cloning import clone_with
 from lorakit.errors import MergeError
 
 _INT8 = "Int8Tensor"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakit.core.inits.init import MATRICES, Blank, Filled, Init, balanced
-from lorakit.core.rounding_grids import on_int8, on_normal_float
+from lorakit.core.inits.rounding_grids import on_int8, on_normal_float
 from lorakit.errors import ConfigError
 
 ROUNDED: Mapping[int, Callable[[Tensor], Tensor]] = {4: on_normal_float, 8: on_int8}

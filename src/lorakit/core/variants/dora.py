@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lorakit.core.bases import at_least_fp32
-from lorakit.core.factor import Factor
 from lorakit.core.kinds import Kind, Slot, spread
+from lorakit.core.layering.factor import Factor
 from lorakit.core.variants.variant import At, Variant
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lorakit.core.factor import Factor
 from lorakit.core.kinds import KINDS, Kind, Slot
+from lorakit.core.layering.factor import Factor
 from lorakit.core.variants.variant import At, Variant, no_magnitude
 
 

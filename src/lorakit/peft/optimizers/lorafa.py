@@ -1,4 +1,4 @@
-"""LoRA-FA as PEFT offers it: one group of all tensors with their names and scales, over `lorakit.core.lorafa`."""
+"""LoRA-FA as PEFT offers it: one group of all tensors with names and scales, over `core.optimizers.lorafa`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.core.lorafa import LoraFA, Pair, freeze_factors
-from lorakit.core.sitemap import layers
+from lorakit.core.layering.sitemap import layers
+from lorakit.core.optimizers.lorafa import LoraFA, Pair, freeze_factors
 from lorakit.errors import ConfigError
 
 

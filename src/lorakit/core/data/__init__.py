@@ -1,0 +1,1 @@
+"""What data says about a base: collected inputs and gradients, inits and ranks from them."""

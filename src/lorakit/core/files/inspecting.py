@@ -1,0 +1,203 @@
+"""Look into an adapter's files without a model: config, sites, how strong each is, and what looks wrong."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.config import LoraConfig, scale
+from lorakit.core.files.fingerprinting import Fingerprint
+from lorakit.core.files.keys import parse
+from lorakit.core.files.loading import AdapterFiles, read_adapter
+from lorakit.core.files.patterns import literal_value
+from lorakit.core.kinds import Slot, per_expert
+from lorakit.core.layering.sitemap import INSIDE
+from lorakit.core.making.checks import LARGEST_USUAL_SCALE
+from lorakit.errors import PatternError
+from lorakit.targets import names_path
+
+
+@dataclass(frozen=True)
+class SiteSummary:
+    """One site of an adapter on disk.
+
+    Attributes:
+        path: Where it sits.
+        r: Rank; of experts in one parameter, that of each.
+        lora_alpha: Alpha, or None where a pattern from the file is not a plain name.
+        scale: Effective scale, or None likewise.
+        in_features: Columns of A.
+        out_features: Rows of B.
+        norm: Frobenius norm of scale·B·A (without scale where that is unknown).
+        experts: So many matrices share A and B; 0 where it is one.
+    """
+
+    path: str
+    r: int
+    lora_alpha: float | None
+    scale: float | None
+    in_features: int
+    out_features: int
+    norm: float
+    experts: int = 0
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """An adapter on disk.
+
+    Attributes:
+        folder: Where.
+        config: Its config.
+        sites: Its sites, sorted.
+        parameters: Numbers it holds.
+        weights_bytes: Size of the weights file.
+        weights_sha256: Its SHA-256.
+        base: Fingerprint of its base, or None.
+        facts: What `lorakit.json` says besides.
+        findings: Sentences about what looks wrong; empty for a healthy adapter.
+    """
+
+    folder: str
+    config: LoraConfig
+    sites: tuple[SiteSummary, ...]
+    parameters: int
+    weights_bytes: int
+    weights_sha256: str
+    base: Fingerprint | None
+    facts: dict[str, Any]
+    findings: tuple[str, ...]
+
+
+def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
+    """Read an adapter's files and judge its health.
+
+    Args:
+        folder: A folder that PEFT or lorakit wrote.
+
+    Returns:
+        The summary; `findings` names zero B, NaN, odd scales and files that changed.
+
+    Raises:
+        AdapterFileError: A file is missing or damaged.
+        NotYetSupported: The adapter needs what is not built yet.
+    """
+    files = read_adapter(folder)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in files.file.tensors.items():
+        key = parse(name)
+        if key is not None:
+            pairs.setdefault(key.path, {})[key.part] = tensor
+    whole = {path: parts for path, parts in sorted(pairs.items()) if _is_pair(parts)}
+    sites = tuple(_site(files, path, parts["A"], parts["B"]) for path, parts in whole.items())
+    findings = [*files.warnings, *_findings(sites, pairs, files.file.tensors)]
+    return AdapterSummary(
+        folder=str(folder),
+        config=files.config,
+        sites=sites,
+        parameters=sum(tensor.numel() for tensor in files.file.tensors.values()),
+        weights_bytes=files.file.size_bytes,
+        weights_sha256=files.file.sha256,
+        base=files.sidecar.base,
+        facts=files.sidecar.facts,
+        findings=tuple(findings),
+    )
+
+
+def delta_norm(A: Tensor, B: Tensor) -> float:
+    """Frobenius norm of B·A without the product: √ trace((BᵀB)(AAᵀ)).   [docs/math.md (9)]
+
+    Args:
+        A: (r, in).
+        B: (out, r).
+    """
+    A, B = A.double().flatten(1), B.double().flatten(1)
+    return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+
+
+def _is_pair(parts: dict[str, Tensor]) -> bool:
+    """Whether A (r, in, …) and B (out, r, …) are both there, with one rank of at least 1."""
+    if not {"A", "B"} <= set(parts):
+        return False
+    A, B = parts["A"], parts["B"]
+    return A.ndim >= 2 and B.ndim >= 2 and A.shape[0] == B.shape[1] >= 1
+
+
+def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
+    r, alpha = _rank_and_alpha(files, path, int(A.shape[0]))
+    experts = A.shape[0] // r if A.shape[0] > r and A.ndim == 2 else 0
+    effective = None if alpha is None else scale(r, alpha, files.config.use_rslora)
+    pairs = [(A, B)]
+    if experts:
+        slot = Slot("", int(B.shape[0]), int(A.shape[1]), experts)
+        pairs = list(zip(*per_expert(slot, A, B), strict=True))
+    norm = math.sqrt(sum(delta_norm(*pair) ** 2 for pair in pairs)) * (1.0 if effective is None else abs(effective))
+    return SiteSummary(path, r, alpha, effective, int(A.shape[1]), int(B.shape[0]), norm, experts)
+
+
+def _rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, float | None]:
+    """Rank and alpha of a site whose A has so many rows; alpha is None where it cannot be known without a model.
+
+    The files name modules, not their parameters: of an adapter that PEFT wrote, a parameter's own rank and alpha are
+    known where the patterns give all parameters that may be meant the same.
+    """
+    config = files.config
+    known = files.sidecar.sites.get(path) if files.config_is_ours else None
+    if known is not None:
+        rank = int(known["r"])
+        return (rank if rank > 0 and rows % rank == 0 else rows), float(known["lora_alpha"])
+    module = path.partition(INSIDE)[0]
+    meant = _parameters_meant(config, module)
+    try:
+        ranks = {int(literal_value(config.rank_pattern, name, config.r)) for name in meant} or {rows}
+        alphas = {float(literal_value(config.alpha_pattern, name, config.lora_alpha)) for name in meant or [path]}
+    except PatternError:
+        return rows, None
+    fitting = [rank for rank in ranks if rank > 0 and rows % rank == 0]
+    if len(fitting) != 1 or len(alphas) != 1:
+        return rows, None
+    return fitting[0], alphas.pop()
+
+
+def _parameters_meant(config: LoraConfig, module: str) -> list[str]:
+    """The parameters of a module that `target_parameters` may mean; none where the module itself is a target."""
+    targets = config.target_modules
+    if not isinstance(targets, str) and any(names_path(entry, module) for entry in targets or ()):
+        return []
+    parts = [entry.rpartition(".") for entry in config.target_parameters or ()]
+    return [f"{module}.{name}" for holder, _, name in parts if not holder or names_path(holder, module)]
+
+
+def _findings(
+    sites: tuple[SiteSummary, ...], pairs: dict[str, dict[str, Tensor]], tensors: dict[str, Tensor]
+) -> list[str]:
+    found = []
+    zero = [s.path for s in sites if not bool(pairs[s.path]["A"].any()) or not bool(pairs[s.path]["B"].any())]
+    if zero:
+        what = "all" if len(zero) == len(sites) else f"{len(zero)} of {len(sites)}"
+        found.append(
+            f"B·A is zero at {what} sites, first {zero[0]}: an adapter that was never trained, or trained in vain."
+        )
+    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        found.append(f"NaN or infinite numbers in {len(bad)} tensors, first in {bad[0]}.")
+    odd = [s for s in sites if s.scale is not None and not 0 < s.scale <= LARGEST_USUAL_SCALE]
+    if odd:
+        where = f"{len(odd)} sites, first {odd[0].path}"
+        found.append(f"The scale is {odd[0].scale:g} at {where}; above 0 and at most {LARGEST_USUAL_SCALE:g} is usual.")
+    unknown = [s.path for s in sites if s.scale is None]
+    if unknown:
+        found.append(f"The scale of {len(unknown)} sites follows from a regular expression, which is not run.")
+    odd_pairs = [path for path, parts in pairs.items() if not _is_pair(parts)]
+    if odd_pairs:
+        found.append(
+            f"A or B is missing, or they do not fit together, at {len(odd_pairs)} sites, first {odd_pairs[0]}."
+        )
+    if not sites:
+        found.append("There are no LoRA sites in the file.")
+    return found

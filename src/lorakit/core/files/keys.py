@@ -1,0 +1,102 @@
+"""Names of an adapter's tensors on disk: `base_model.model.` + path of the site + what it is.
+
+The names are PEFT's. This is their only home: saving builds names here and loading takes them apart here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lorakit.core.layering.layer import LoraLayer
+from lorakit.core.layering.parameter_sites import paths_on_disk
+from lorakit.core.layering.sitemap import INSIDE
+from lorakit.core.parts.bias_switch import BiasSwitch
+from lorakit.core.parts.extras import ModuleCopies
+from lorakit.core.parts.token_rows import TokenRows
+
+PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
+ROWS = ".token_adapter.trainable_tokens_delta"
+
+ENDINGS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
+    ".lora_B.bias": "bias",
+    f".{MAGNITUDE}": "magnitude",
+    f".{MAGNITUDE}.weight": "magnitude",  # an older PEFT wrote it so
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A name taken apart.
+
+    Attributes:
+        path: Path of the site.
+        part: "A", "B", "bias" or "magnitude".
+    """
+
+    path: str
+    part: str
+
+
+def parse(name: str) -> Key | None:
+    """Take a name apart; None where it is not that of a factor."""
+    if not name.startswith(PREFIX):
+        return None
+    rest = name.removeprefix(PREFIX)
+    for ending, part in ENDINGS.items():
+        if rest.endswith(ending):
+            return Key(rest.removesuffix(ending), part)
+    return None
+
+
+def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Everything one adapter trained, under its names on disk.
+
+    Args:
+        model: The adapted model.
+        adapter: The adapter.
+
+    Returns:
+        Name -> tensor (…), the model's own, sorted by name.
+    """
+    found: dict[str, Tensor] = {}
+    depths = Counter(id(m.owner) for m in model.modules() if isinstance(m, LoraLayer) and adapter in m.r)
+    on_disk = paths_on_disk(model, adapter)
+    for path, module in model.named_modules():
+        path = on_disk.get(path, path)
+        if isinstance(module, LoraLayer) and adapter in module.r:
+            found |= _of_layer(f"{PREFIX}{path}", module, adapter)
+        elif isinstance(module, ModuleCopies) and adapter in module:
+            for leaf, tensor in module.modules_to_save[adapter].state_dict().items():
+                found[f"{PREFIX}{path}.{leaf}"] = tensor
+        elif isinstance(module, TokenRows) and adapter in module and not module.follows:
+            found[f"{PREFIX}{path}{ROWS}"] = module.token_adapter.trainable_tokens_delta[adapter]
+        for switch in BiasSwitch.on(module):
+            if switch.adapter == adapter:
+                where = plain_path(path) + INSIDE * depths[id(module)]
+                for leaf in switch.originals:
+                    found[f"{PREFIX}{where}.{leaf}"] = module._parameters[leaf]
+    return dict(sorted(found.items()))
+
+
+def _of_layer(where: str, layer: LoraLayer, adapter: str) -> dict[str, Tensor]:
+    factor, kind = layer.factor(adapter), layer.kind
+    first, second = kind.names
+    found = {f"{where}.{first}{kind.on_disk}": factor.A, f"{where}.{second}{kind.on_disk}": factor.B}
+    if factor.bias is not None:
+        found[f"{where}.{second}.bias"] = factor.bias
+    if factor.magnitude is not None:
+        found[f"{where}.{MAGNITUDE}"] = factor.magnitude.view(kind.vector(layer.slot))
+    return found
+
+
+def plain_path(path: str) -> str:
+    """A path in an adapted model as it is in the plain base."""
+    return ".".join(word for word in path.split(".") if word not in {"base_layer", "original_module", "token_adapter"})

@@ -1,0 +1,344 @@
+"""Load an adapter strictly: everything is read and checked off the model, all mismatches are told at once.
+
+Which sites an adapter has follows from its tensors' names, so no pattern of a file is ever run. Only when
+nothing is wrong, or what is wrong was allowed by name, does the model change, in one step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.config import CONFIG_FILE, LoraConfig, read_config, scale
+from lorakit.core.bases import base_of
+from lorakit.core.files.fingerprinting import DIFFERENT, compare
+from lorakit.core.files.fitting import Fit, fit
+from lorakit.core.files.patterns import literal_value
+from lorakit.core.files.restoring import Past, past_of
+from lorakit.core.files.sidecar import KINDS_KEY, WEIGHTS_FILE, Sidecar, integrity, read_sidecar
+from lorakit.core.files.tensorfile import TensorFile, read_tensors
+from lorakit.core.inits import trains_of
+from lorakit.core.kinds import Kind
+from lorakit.core.layering.factor import Factor, factor_dtype, make_dropout
+from lorakit.core.layering.parameter_sites import check_standing, dropout_at, named_places
+from lorakit.core.layering.replication import stacked_for
+from lorakit.core.layering.sitemap import SiteMap, find_state, survey
+from lorakit.core.making.attaching import publish
+from lorakit.core.making.checks import check_allowances, check_bias_alone, check_new_name, check_scales
+from lorakit.core.making.fresh import Part, as_parameters, check_bias_of_b
+from lorakit.core.merging.applied import check_not_applied
+from lorakit.core.parts.extras import Extras, ModuleCopies, build_extras
+from lorakit.core.parts.row_parts import new_rows
+from lorakit.core.parts.ties import tie_copies
+from lorakit.core.parts.vocabulary import room_for, way_out, without_brought_rows
+from lorakit.core.routes.training_flags import set_trained
+from lorakit.core.variants import variant_for
+from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, PatternError, TargetError, warn_caller
+from lorakit.targets import Match
+
+SHOWN = 6
+"""So many mismatches are named in an error."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_adapter` did.
+
+    Attributes:
+        name: The adapter.
+        config: Its config, as read.
+        sites: How many sites it has.
+        base: Verdict on the base: same, same at other precision, unverifiable, different.
+        warnings: Sentences a person should read.
+    """
+
+    name: str
+    config: LoraConfig
+    sites: int
+    base: str
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter's folder as it was read.
+
+    Attributes:
+        folder: Where.
+        config: The config.
+        file: The weights.
+        sidecar: What `lorakit.json` says.
+        config_is_ours: The config is byte for byte the one that was written with the weights.
+        warnings: Sentences a person should read.
+    """
+
+    folder: Path
+    config: LoraConfig
+    file: TensorFile
+    sidecar: Sidecar
+    config_is_ours: bool
+    warnings: tuple[str, ...]
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether config and weights are, byte for byte, those that `lorakit.json` speaks of."""
+        return self.config_is_ours and self.file.sha256 in self.sidecar.weights_sha256
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    trainable: bool = False,
+    allow: Collection[str] = (),
+    kinds: Iterable[Kind] = (),
+) -> LoadReport:
+    """Put a saved adapter on a model. The first adapter becomes active; later ones wait for `activate` or `use`.
+
+    Args:
+        model: The base, or a model that has adapters already. It is changed in place.
+        folder: A folder that PEFT or lorakit wrote.
+        name: The adapter's name here.
+        trainable: Go on training it; otherwise it is frozen. One whose init moved the base, written as plain LoRA,
+            moves it again then and has its own rank.
+        allow: Refusals to lift: "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init".
+        kinds: Kinds of site of the user's own that the adapter was made with.
+
+    Returns:
+        What was loaded.
+
+    Raises:
+        AdapterFileError: Files are missing or damaged, or tensors do not fit; all mismatches are named.
+        BaseMismatchError: The adapter was made on another base, or was merged into this one for good.
+        AdapterError: The name is taken or cannot be used.
+        ConfigError: A scale is odd, or a word in `allow` is unknown.
+        NotYetSupported: The adapter needs what is not built yet.
+    """
+    check_allowances(allow)
+    check_new_name(find_state(model), name)
+    files = read_adapter(folder)
+    check_not_applied(model, files.folder, files.file.sha256, allow)
+    with room_for(model, files.config, files.sidecar.base) as grown:
+        said = [*files.warnings, *(f"{files.folder}: {sentence}" for sentence in grown)]
+        known, present = without_brought_rows(model, files.config, files.sidecar.base)
+        verdict, reason = compare(known, present)
+        if verdict == DIFFERENT and "base_mismatch" not in allow:
+            raise BaseMismatchError(f"{files.folder}: made on another base: {reason}. {way_out(known, present)}")
+        if verdict == DIFFERENT:
+            said.append(f"{files.folder}: loaded on another base as allowed: {reason}.")
+        files = dataclasses.replace(files, warnings=tuple(said))
+        sites, more = place_adapter(model, files, name, trainable, allow, kinds)
+    return LoadReport(name, files.config, sites, verdict, more)
+
+
+def place_adapter(
+    model: nn.Module,
+    files: AdapterFiles,
+    name: str,
+    trainable: bool,
+    allow: Collection[str],
+    kinds: Iterable[Kind] = (),
+) -> tuple[int, tuple[str, ...]]:
+    """Put what was read onto a model; everything is checked before the first change.
+
+    Args:
+        model: The base, or a model that has adapters already.
+        files: What was read, with the warnings that shall be said.
+        name: The adapter's name here.
+        trainable: Go on training it.
+        allow: Refusals to lift: "key_mismatch", "nonfinite", "odd_scale", "recompute_init".
+        kinds: As `load_adapter`.
+
+    Returns:
+        How many sites it has, and every warning that was said.
+
+    Raises:
+        AdapterFileError: Tensors do not fit; all mismatches are named.
+        AdapterError: The name is taken or cannot be used.
+        ConfigError: A scale is odd, or biases would be trained twice.
+    """
+    state = find_state(model)
+    check_new_name(state, name)
+    config = files.config
+    check_bias_alone(state, config)
+    with stacked_for(model, config, state):
+        site_map = survey(model, kinds)
+        _check_kinds(files, site_map)
+        fitted = _fitted(model, files, site_map)
+        said = [*files.warnings, *_judge(files, fitted, allow)]
+        past = past_of(files.folder, config, files.sidecar.began if files.is_ours else {}, trainable, allow)
+        parts = _parts(files, fitted, site_map, past, trainable)
+        check_scales([(part.place.path, part.factor.scale) for part in parts], allow)
+        extras = build_extras(site_map.modules, fitted.outer_paths(), fitted.saved, config.bias)
+        tensors = files.file.tensors
+        given = {chosen.path: tensors[key] for chosen, key in fitted.rows}
+        rows = new_rows(site_map, [chosen for chosen, _ in fitted.rows], given, trainable)
+        extras = dataclasses.replace(extras, rows=tuple(rows), leaders=fitted.leaders)
+        tie_copies(extras.copies, fitted.leaders)
+        biases = _filled_copies(extras, fitted, site_map, files.file.tensors)
+        for sentence in said:  # where warnings are errors, this refuses, so it comes before any change
+            warn_caller(sentence)
+        publish(model, site_map, name, past.config.with_fields(inference_mode=not trainable), parts, extras)
+    for parameter, tensor in biases:
+        parameter.data = tensor
+    set_trained(model, {name: trainable})
+    return len(parts), tuple(said)
+
+
+def _check_kinds(files: AdapterFiles, site_map: SiteMap) -> None:
+    """Refuse an adapter that was made with a user's own kinds of site which are not given here."""
+    asked = files.sidecar.facts.get(KINDS_KEY)
+    lacking = sorted({str(name) for name in asked if str(name) not in site_map.own} if isinstance(asked, list) else ())
+    if lacking:
+        raise AdapterFileError(
+            f"{files.folder}: made with kinds of site of its user's own: {', '.join(lacking)}. Give them again: "
+            "load_adapter(..., kinds=[...])."
+        )
+
+
+def _fitted(model: nn.Module, files: AdapterFiles, site_map: SiteMap) -> Fit:
+    try:
+        bare = named_places(site_map, files.config, model)
+        fitted = fit(files.file.tensors, files.config, site_map, bare, model)
+        check_standing(site_map, [place for place, _ in fitted.sites.values()])
+    except (TargetError, ConfigError) as cause:
+        raise AdapterFileError(f"{files.folder}: {cause}") from None
+    return fitted
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
+    """Read and verify the files of an adapter; no model is needed.
+
+    Args:
+        folder: A folder that PEFT or lorakit wrote.
+
+    Raises:
+        AdapterFileError: A file is missing, damaged, or of a kind that is never loaded.
+        NotYetSupported: The adapter needs what is not built yet.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise AdapterFileError(f"{folder} is a file; an adapter is a folder with {CONFIG_FILE}.")
+    config, unknown = read_config(folder)
+    weights = folder / WEIGHTS_FILE
+    if not weights.exists() and (folder / "adapter_model.bin").exists():
+        raise AdapterFileError(
+            f"{folder}: the weights are a pickle (adapter_model.bin), which is never loaded, since it can run code. "
+            f"Convert it to {WEIGHTS_FILE} with the program that wrote it."
+        )
+    file = read_tensors(weights)
+    sidecar = read_sidecar(folder)
+    said = []
+    if unknown:
+        said.append(f"{folder}: fields of {CONFIG_FILE} that are not known here were left out: {', '.join(unknown)}.")
+    doubt = integrity(sidecar, file, weights)
+    if doubt and sidecar.present:
+        said.append(f"{folder}: {doubt}.")
+    ours = sidecar.trusts(folder / CONFIG_FILE)
+    if sidecar.present and not ours:
+        said.append(f"{folder}: {CONFIG_FILE} was edited since the adapter was saved; it is taken as it is.")
+    return AdapterFiles(folder, config, file, sidecar, ours, tuple(said))
+
+
+def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) -> float:
+    """Alpha at a site: from `lorakit.json` where the config is the one it was written with, else from the config.
+
+    Args:
+        files: What was read.
+        path: The site's path on disk.
+        pattern_path: What patterns are held against, where that is another.
+
+    Raises:
+        AdapterFileError: It follows from a regular expression, which is not run.
+    """
+    if files.config_is_ours and path in files.sidecar.sites:
+        return float(files.sidecar.sites[path]["lora_alpha"])
+    try:
+        return literal_value(files.config.alpha_pattern, pattern_path or path, files.config.lora_alpha)
+    except PatternError as cause:
+        raise AdapterFileError(f"{files.folder / CONFIG_FILE}: alpha_pattern: {cause}") from None
+
+
+def _judge(files: AdapterFiles, fitted: Fit, allow: Collection[str]) -> list[str]:
+    """Refuse what does not fit, all at once; what was allowed comes back as sentences."""
+    said = []
+    if fitted.problems:
+        shown = "; ".join(_some_of_each(fitted.problems))
+        more = f"; and {len(fitted.problems) - SHOWN} more" if len(fitted.problems) > SHOWN else ""
+        if fitted.shape_problems or not fitted.sites or "key_mismatch" not in allow:  # no site at all is no part
+            raise AdapterFileError(f"{files.folder}: the adapter does not fit this model: {shown}{more}.")
+        said.append(f"{files.folder}: loaded in part as allowed: {shown}{more}.")
+    bad = [key for key, tensor in files.file.tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        sentence = f"{files.folder}: NaN or infinite numbers in {len(bad)} tensors, first in {bad[0]}"
+        if "nonfinite" not in allow:
+            raise AdapterFileError(f"{sentence}. Take an earlier checkpoint, or allow 'nonfinite'.")
+        said.append(f"{sentence}.")
+    return said
+
+
+def _some_of_each(problems: Sequence[str]) -> list[str]:
+    """The first few mismatches, of each sort some: what is missing means little without what came instead."""
+    sorts: dict[str, list[str]] = {}
+    for sentence in problems:
+        word = sentence.partition(" ")[0]
+        sorts.setdefault(word if word in {"missing", "unexpected"} else "shape", []).append(sentence)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*sorts.values()))
+    return [sentence for sentence in turns if sentence is not None][:SHOWN]
+
+
+def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, past: Past, trainable: bool) -> list[Part]:
+    config, parts = files.config, []
+    trains = trains_of(config)
+    for path, (place, tensors) in fitted.sites.items():
+        check_bias_of_b(config, place)
+        kind, slot = place.kind, place.slot
+        module, parameter = site_map.holder(place), slot.parameter
+        device, dtype = base_of(module, parameter).device(module, parameter), factor_dtype(module, parameter)
+        own: dict[str, Any] = {part: t.to(device=device, dtype=dtype, copy=True) for part, t in tensors.items()}
+        before = past.sites.get(path, {})
+        r = int(before.get("r", kind.rank(slot, own["A"].shape)))
+        alpha = float(before["lora_alpha"]) if before else alpha_at(files, path, place.pattern_path)
+        factor_scale = scale(r, alpha, config.use_rslora)
+        stored = initial = None
+        if past.moves:
+            match = Match(place.outer, kind.name, r, alpha, "")
+            moved = past.moved(site_map, place, path, (own["A"], own["B"]), match)
+            own["A"], own["B"], stored, initial = moved.A, moved.B, moved.stored, moved.initial
+        variant = variant_for(config, kind.name, path)
+        dropout = make_dropout(dropout_at(config, place, module))
+        vector = own["magnitude"].view(kind.vector(slot)) if "magnitude" in own else None
+        factor = Factor(own["A"], own["B"], factor_scale, dropout, variant.name, vector, own.get("bias"))
+        parts.append(Part(place, as_parameters(factor, trainable, trains), r, alpha, stored, trains, initial))
+    return parts
+
+
+def _filled_copies(
+    extras: Extras, fitted: Fit, site_map: SiteMap, tensors: Mapping[str, Tensor]
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """Put the file's numbers into the copies, which are not in the model yet; each bias with what it will hold."""
+    with torch.no_grad():
+        for path, duplicate in extras.copies.items():
+            standing = site_map.modules[path]
+            original = standing.original_module if isinstance(standing, ModuleCopies) else standing
+            for leaf, own in duplicate.state_dict(keep_vars=True).items():
+                key = fitted.copied.get((id(original), leaf))
+                if key is not None:
+                    own.copy_(tensors[key])
+    found: list[tuple[nn.Parameter, Tensor]] = []
+    for module, originals in extras.biases:
+        for leaf, old in originals.items():
+            key = fitted.biases.get((id(module), leaf))
+            if key is not None:
+                parameter: nn.Parameter = module._parameters[leaf]  # type: ignore[assignment]
+                found.append((parameter, tensors[key].to(device=old.device, dtype=old.dtype, copy=True)))
+    return found

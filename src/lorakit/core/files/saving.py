@@ -1,0 +1,234 @@
+"""Save an adapter in PEFT's format, with `lorakit.json` beside it; every file durable."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, LoraConfig, TaskType
+from lorakit.core.files.fingerprinting import fingerprint
+from lorakit.core.files.saved_form import INITIAL_FILE, SavedForm, saved_form
+from lorakit.core.files.sidecar import FORMAT_VERSION, KINDS_KEY, METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
+from lorakit.core.files.tensorfile import encode
+from lorakit.core.layering.sitemap import layers, state_of, survey
+from lorakit.core.making.checks import check_allowances, check_known
+from lorakit.durable import json_bytes, sha256_bytes, sha256_file, write_bytes, write_json
+from lorakit.errors import AdapterError
+from lorakit.targets import ALL_LINEAR, names_path, resolve
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What was written.
+
+    Attributes:
+        folder: Where.
+        files: The names written.
+        weights_bytes: Size of the weights.
+        weights_sha256: Their SHA-256, which identifies the adapter whatever its name.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    weights_bytes: int
+    weights_sha256: str
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    base_model_name_or_path: str | None = None,
+    facts: dict[str, Any] | None = None,
+    allow: Collection[str] = (),
+    tensors: Mapping[str, Tensor] | None = None,
+) -> SavedAdapter:
+    """Write one adapter as PEFT's two files and `lorakit.json`.
+
+    One whose init moved the base (PiSSA and its like) is written as plain LoRA of twice the rank, which any program
+    reads onto the original base; `load_adapter` makes it what it was where it is trained on.
+
+    Args:
+        model: The adapted model; only read. A merged adapter is saved as it is.
+        folder: Where; it is made when it is missing. Older files of an adapter there are replaced one by one.
+        name: The adapter.
+        base_model_name_or_path: What the user gave as the base; None keeps the config's own.
+        facts: More for `lorakit.json` (training facts, hashes of the tokenizer); plain JSON values.
+        allow: Refusals to lift: "nonfinite".
+        tensors: Name on disk -> tensor (…) to write instead of the model's own, as gathered from several devices.
+
+    Returns:
+        What was written.
+
+    Raises:
+        AdapterError: There is no such adapter, its numbers are not finite, or it has no plain form.
+        DiskError: The disk refuses; files that stood there are whole.
+        ConfigError: A word in `allow` is unknown.
+    """
+    check_allowances(allow)
+    check_known(state_of(model), [name])
+    found = saved_form(model, name, "plain", tensors)
+    return save_form(model, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
+
+
+def save_as_trained(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    base_model_name_or_path: str | None = None,
+    facts: dict[str, Any] | None = None,
+    allow: Collection[str] = (),
+    tensors: Mapping[str, Tensor] | None = None,
+) -> SavedAdapter:
+    """`save_adapter`, but one whose init moved the base keeps the rank that it has, with its first factors beside it.
+
+    Other programs that know the init compute it again on the original base; `load_adapter` needs no init for it.
+
+    Args:
+        model: As in `save_adapter`, and so the others; tensors are (…).
+        folder: Where.
+        name: The adapter.
+        base_model_name_or_path: What the user gave as the base.
+        facts: More for `lorakit.json`.
+        allow: Refusals to lift: "nonfinite".
+        tensors: What to write instead of the model's own numbers.
+
+    Returns:
+        What was written.
+
+    Raises:
+        AdapterError: As `save_adapter`.
+        DiskError: Likewise.
+        ConfigError: Likewise.
+    """
+    check_allowances(allow)
+    check_known(state_of(model), [name])
+    found = saved_form(model, name, "trained", tensors)
+    return save_form(model, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
+
+
+def save_form(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    found: SavedForm,
+    *,
+    base_model_name_or_path: str | None = None,
+    facts: dict[str, Any] | None = None,
+    allow: Collection[str] = (),
+) -> SavedAdapter:
+    """Write an adapter in a form that was made ready; see `save_adapter`.
+
+    Args:
+        model: The adapted model; its base is told by its fingerprint.
+        folder: Where.
+        found: Tensors, config, sites.
+        base_model_name_or_path: What the user gave as the base.
+        facts: More for `lorakit.json`.
+        allow: Refusals to lift: "nonfinite".
+
+    Raises:
+        AdapterError: Its numbers are not finite.
+        DiskError: The disk refuses.
+    """
+    if "nonfinite" not in allow:
+        _check_finite(found.name, found.tensors)
+    config = _config_on_disk(model, found.config, base_model_name_or_path)
+    weights = encode(found.tensors, {"format": "pt", METADATA_KEY: str(FORMAT_VERSION)})
+    kinds = state_of(model).kinds
+    own = sorted({layer.kind_name for _, layer in layers(model) if found.name in layer.r and layer.kind_name in kinds})
+    facts = {**(facts or {}), KINDS_KEY: own} if own else facts
+    about = {**(facts or {}), **found.about, "base": fingerprint(model).as_dict(), "sites": found.sites}
+    if found.initial is not None:
+        write_bytes(Path(folder) / INITIAL_FILE, found.initial)
+    written = write_files(Path(folder), config, weights, about)
+    if found.initial is None:
+        (Path(folder) / INITIAL_FILE).unlink(missing_ok=True)
+        return written
+    return dataclasses.replace(written, files=(*written.files, INITIAL_FILE))
+
+
+def write_files(folder: Path, config: bytes, weights: bytes, about: Mapping[str, Any]) -> SavedAdapter:
+    """Write the three files of an adapter; older ones are replaced so that no crash leaves what cannot be read.
+
+    Args:
+        folder: Where; it is made when it is missing.
+        config: Content of `adapter_config.json`.
+        weights: Content of `adapter_model.safetensors`.
+        about: For `lorakit.json`, beside what it says of the two: base, sites, facts.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DiskError: The disk refuses; files that stood there are whole.
+    """
+    present = folder / WEIGHTS_FILE
+    words = {
+        **about,
+        "format_version": FORMAT_VERSION,
+        "weights": {"file": WEIGHTS_FILE, "sha256": sha256_bytes(weights), "bytes": len(weights)},
+        "config": {"file": CONFIG_FILE, "sha256": sha256_bytes(config)},
+    }
+    if present.is_file():  # between two renames old weights stand beside new words: both are named until the end
+        between = {**words, "weights": {**words["weights"], "previous_sha256": sha256_file(present)}}
+        write_json(folder / SIDECAR_FILE, between)
+    write_bytes(folder / CONFIG_FILE, config)
+    write_bytes(present, weights)
+    write_json(folder / SIDECAR_FILE, words)
+    return SavedAdapter(folder, (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE), len(weights), sha256_bytes(weights))
+
+
+def _config_on_disk(model: nn.Module, config: LoraConfig, base: str | None) -> bytes:
+    transposed = any(
+        layer.base.transposed and layer.kind.drops for _, layer in layers(model) if layer.r
+    )  # an embedding lies transposed too, but readers ask for dense layers
+    heads = HEADS_BY_TASK.get(config.task_type, ()) if isinstance(config.task_type, TaskType) else ()
+    config = dataclasses.replace(
+        config,
+        target_modules=portable_targets(model, config),
+        auto_mapping=config.auto_mapping or (None if config.task_type else _class_of(model)),
+        modules_to_save=list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None,
+        fan_in_fan_out=transposed,
+        inference_mode=True,
+        base_model_name_or_path=base if base is not None else config.base_model_name_or_path,
+    )
+    return json_bytes(config.as_json())
+
+
+def _class_of(model: nn.Module) -> dict[str, str]:
+    """Where another program finds the base's class, written as PEFT does when no task is given; never read here."""
+    return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+
+
+def portable_targets(model: nn.Module, config: LoraConfig) -> set[str] | list[str] | str | None:
+    """The targets in words that every reader knows: "all-linear" becomes names, the shortest that name the same.
+
+    Args:
+        model: The adapted model.
+        config: The adapter's config.
+    """
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != ALL_LINEAR:
+        return config.target_modules
+    candidates = survey(model).candidates
+    paths = {match.path for match in resolve(candidates, config, allow_partial=True).matches}
+    words = {path.rpartition(".")[2] for path in paths}
+    named = {c.path for c in candidates if any(names_path(word, c.path) for word in words)}
+    return words if named == paths else paths
+
+
+def _check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise AdapterError(
+            f"Adapter {name!r} holds NaN or infinite numbers in {len(bad)} of {len(tensors)} tensors, first in "
+            f"{bad[0]}. It was not saved; allow 'nonfinite' to save it anyway."
+        )

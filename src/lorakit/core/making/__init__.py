@@ -1,0 +1,1 @@
+"""From a config to an adapter on a model."""

@@ -1,0 +1,86 @@
+"""What every call on adapters checks before it touches a model: names, allowances, scales."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+from torch import nn
+
+from lorakit.config import LoraConfig
+from lorakit.core.routes.routing import AdapterState
+from lorakit.errors import AdapterError, ConfigError
+
+ALLOWANCES = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init")
+"""The refusals that a caller can lift by name."""
+
+LARGEST_USUAL_SCALE = 1000.0
+
+
+def check_new_name(state: AdapterState | None, name: str) -> None:
+    """Refuse a name that is taken, or that torch's module containers cannot hold.
+
+    Raises:
+        AdapterError: With the reason and what is allowed.
+    """
+    if state is not None and name in state.configs:
+        raise AdapterError(f"There is an adapter {name!r} on this model already. Detach it first or rename this one.")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_\-]{0,99}", name):
+        raise AdapterError(
+            f"{name!r} cannot be an adapter's name: up to 100 letters, digits, '_' and '-' are allowed, and no dot."
+        )
+    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name in nn.Module().__dict__:
+        raise AdapterError(f"{name!r} cannot be an adapter's name: torch's module containers use that word themselves.")
+
+
+def check_known(state: AdapterState, names: Sequence[str]) -> None:
+    """Refuse names of adapters that are not there.
+
+    Raises:
+        AdapterError: The message lists those that are.
+    """
+    for name in names:
+        if name not in state.configs:
+            raise AdapterError(f"There is no adapter {name!r} on this model. Adapters: {', '.join(state.configs)}.")
+
+
+def check_allowances(allow: Collection[str]) -> None:
+    """Refuse a word in `allow` that lifts nothing.
+
+    Raises:
+        ConfigError: The message lists the words that do.
+    """
+    unknown = sorted(set(allow) - set(ALLOWANCES))
+    if unknown:
+        raise ConfigError(f"allow holds {unknown[0]!r}; it may hold {', '.join(map(repr, ALLOWANCES))}.")
+
+
+def check_scales(scales: Sequence[tuple[str, float]], allow: Collection[str]) -> None:
+    """Refuse scales that are almost always a mistake, unless "odd_scale" is allowed.
+
+    Raises:
+        ConfigError: A scale is not above 0 and at most 1000.
+    """
+    odd = [(path, value) for path, value in scales if not 0 < value <= LARGEST_USUAL_SCALE]
+    if odd and "odd_scale" not in allow:
+        path, value = odd[0]
+        raise ConfigError(
+            f"The scale at {path} is {value:g}; above 0 and at most {LARGEST_USUAL_SCALE:g} is usual. "
+            "Check lora_alpha, r and the patterns, or allow 'odd_scale'."
+        )
+
+
+def check_bias_alone(state: AdapterState | None, config: LoraConfig) -> None:
+    """Refuse a second adapter that trains the base's biases, since they exist once.
+
+    Raises:
+        ConfigError: Another adapter does so already.
+    """
+    if config.bias == "none" or state is None:
+        return
+    for name, other in state.configs.items():
+        if other.bias != "none":
+            raise ConfigError(
+                f"bias is {config.bias!r}, and adapter {name!r} trains the base's biases already: only one "
+                "adapter can. Set bias='none'."
+            )

@@ -1,0 +1,192 @@
+"""Factors built off the model: what an init is given at a site, and what becomes of it.
+
+Nothing here changes a model. What is built is put in place by `attaching`, in one step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.config import LoraConfig, scale
+from lorakit.core.bases import base_of
+from lorakit.core.data.statistics import Statistics
+from lorakit.core.inits import Blank, fresh_bias, init_for
+from lorakit.core.inits.init import BOTH
+from lorakit.core.layering.factor import Factor, factor_dtype, make_dropout
+from lorakit.core.layering.parameter_sites import dropout_at, places_of
+from lorakit.core.layering.sitemap import Place, SiteMap
+from lorakit.core.making.moving import check_can_move, moved_base, written
+from lorakit.core.variants import variant_for
+from lorakit.errors import ConfigError
+from lorakit.targets import Match
+
+
+@dataclass(frozen=True)
+class Part:
+    """One factor, built but not in place.
+
+    Attributes:
+        place: Where it goes.
+        factor: What it is.
+        r: Its rank.
+        lora_alpha: Its alpha.
+        moved: What the base's module stores for this adapter, where its init moves the base.
+        trains: Which of "A" and "B" are trained.
+        initial: A (r, in) and B (out, r) as they were when the base became W − s·B·A, or None.
+    """
+
+    place: Place
+    factor: Factor
+    r: int
+    lora_alpha: float
+    moved: Any = None
+    trains: frozenset[str] = BOTH
+    initial: tuple[Tensor, Tensor] | None = None
+
+
+def fresh_parts(
+    site_map: SiteMap, config: LoraConfig, matches: Sequence[Match], seed: int | None, statistics: Statistics | None
+) -> list[Part]:
+    """Fresh factors for every site that a config names.
+
+    Args:
+        site_map: The model's map.
+        config: The adapter's config.
+        matches: The sites, with rank and alpha.
+        seed: Seed, or None for torch's own generator.
+        statistics: What was made of the data, or None.
+
+    Raises:
+        ConfigError: The init or the variant does not fit a site, or another init than the statistics are for is asked.
+    """
+    if statistics is not None:
+        statistics.check(config)
+    generators = _generators(seed)
+    parts = []
+    for match, place in places_of(site_map, matches):
+        blank = blank_for(site_map, config, match, place)
+        seen = None if statistics is None else statistics.sites.get(place.path)
+        if statistics is not None and seen is None and statistics.others_usual:
+            blank = dataclasses.replace(blank, config=config.with_fields(init_lora_weights=True))
+        blank = dataclasses.replace(blank, generator=generators(blank.device), statistics=seen)
+        parts.append(_fresh_part(site_map, blank, match, place))
+    return parts
+
+
+def blank_for(site_map: SiteMap, config: LoraConfig, match: Match, place: Place) -> Blank:
+    """What an init is given for a site, without randomness and statistics.
+
+    Args:
+        site_map: The model's map.
+        config: The adapter's config.
+        match: The target match that names the site.
+        place: Where.
+    """
+    module, parameter = site_map.holder(place), place.slot.parameter
+    return Blank(
+        kind=place.kind,
+        slot=place.slot,
+        r=match.rank,
+        scale=scale(match.rank, match.alpha, config.use_rslora),
+        shapes=place.kind.shapes(place.slot, match.rank),
+        device=base_of(module, parameter).device(module, parameter),
+        dtype=factor_dtype(module, parameter),
+        path=place.path,
+        read=lambda: site_map.weight(place),
+        config=config,
+    )
+
+
+def _fresh_part(site_map: SiteMap, blank: Blank, match: Match, place: Place) -> Part:
+    config, kind, slot = blank.config, place.kind, place.slot
+    check_bias_of_b(config, place)
+    init = init_for(config.init_lora_weights, kind.name, place.path)
+    variant = variant_for(config, kind.name, place.path)
+    if init.changes_base:
+        check_can_move(site_map, place, init)
+        if not variant.mergeable:
+            raise ConfigError(
+                f"{place.path}: init_lora_weights={config.init_lora_weights!r} moves the base weight, and "
+                f"{variant.name} needs the base as it is before its start. Use another init."
+            )
+    with torch.no_grad():
+        filled = init.fill(blank)
+    initial = (filled.A, filled.B) if init.changes_base and filled.W is None else None
+    moved = None
+    if initial is not None:
+        moved = moved_base(site_map, place, initial, blank.scale)
+    elif filled.W is not None:
+        moved = written(site_map, place, filled.W)
+    magnitude = None
+    if variant.has_magnitude:
+        module = site_map.holder(place)
+        W = blank.read() if moved is None else base_of(module, slot.parameter).read(module, moved)
+        magnitude = variant.magnitude(kind, slot, W, filled.A, filled.B, blank.scale).view(kind.vector(slot))
+    dropout = make_dropout(dropout_at(config, place, site_map.holder(place)))
+    bias = fresh_bias(blank, not init.is_identity) if config.lora_bias else None
+    factor = Factor(filled.A, filled.B, blank.scale, dropout, variant.name, magnitude, bias)
+    factor = as_parameters(factor, trains=init.trains)
+    return Part(place, factor, match.rank, match.alpha, moved, init.trains, initial)
+
+
+def memory_notes(config: LoraConfig, parts: Sequence[Part]) -> list[str]:
+    """What keeping the originals of a moved base costs, as a sentence; none where nothing was moved."""
+    moved = [part for part in parts if part.moved is not None]
+    if not moved:
+        return []
+    held = [tensor for part in moved for tensor in (part.moved, *(part.initial or ())) if isinstance(tensor, Tensor)]
+    kept_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    return [
+        f"{config.init_lora_weights} moves the base's weight at {len(moved)} sites; the originals and the first "
+        f"factors are kept beside it, {kept_bytes / 1e6:,.1f} MB, so that the base can be had back."
+    ]
+
+
+def as_parameters(factor: Factor, trainable: bool = True, trains: frozenset[str] = BOTH) -> Factor:
+    """A factor whose tensors are parameters.
+
+    Args:
+        factor: With A (r, in), B (out, r) and perhaps a magnitude and a bias (out,) as plain tensors.
+        trainable: They require gradients.
+        trains: Which of "A" and "B" do at all.
+
+    Returns:
+        The factor.
+    """
+    A, B = nn.Parameter(factor.A, trainable and "A" in trains), nn.Parameter(factor.B, trainable and "B" in trains)
+    vector = None if factor.magnitude is None else nn.Parameter(factor.magnitude, trainable)
+    bias = None if factor.bias is None else nn.Parameter(factor.bias, trainable)
+    return dataclasses.replace(factor, A=A, B=B, magnitude=vector, bias=bias)
+
+
+def check_bias_of_b(config: LoraConfig, place: Place) -> None:
+    """Refuse `lora_bias` where B makes no output of its own.
+
+    Raises:
+        ConfigError: The message names the site and its kind.
+    """
+    if config.lora_bias and not place.kind.takes_bias:
+        raise ConfigError(
+            f"lora_bias=True is not supported for {place.path}, a {place.kind.name}: B has no output of its own there. "
+            "Leave the module out of the targets, or lora_bias off."
+        )
+
+
+def _generators(seed: int | None) -> Callable[[torch.device], torch.Generator | None]:
+    """One seeded generator per device, made when first asked for; None without a seed."""
+    made: dict[torch.device, torch.Generator] = {}
+
+    def for_device(device: torch.device) -> torch.Generator | None:
+        if seed is None or device.type == "meta":
+            return None
+        if device not in made:
+            made[device] = torch.Generator(device).manual_seed(seed)
+        return made[device]
+
+    return for_device

@@ -1,0 +1,95 @@
+"""Put another base weight in place for an adapter whose init moves the base, and take it back.
+
+One adapter of a site can move it. The original stays with the layer, so that `disable`, other adapters, `detach` and
+merges see it. Knows nothing of how an init makes its factors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.core.bases import base_of
+from lorakit.core.bases.dense import COMPUTED, NOT_WRITTEN
+from lorakit.core.inits import Init
+from lorakit.core.layering.layer import LoraLayer
+from lorakit.core.layering.sitemap import Place, SiteMap
+from lorakit.core.making.residual import what_is_left
+from lorakit.core.merging.merged_weight import place as put_in_place
+from lorakit.core.merging.merged_weight import stored_for
+from lorakit.errors import ConfigError
+
+
+def check_can_move(site_map: SiteMap, place: Place, init: Init | None = None) -> None:
+    """Refuse to move a base weight that is moved or merged into already, or that a second rounding would harm.
+
+    Args:
+        site_map: The model's map.
+        place: The site.
+        init: Who wants to; None for one that comes from a file.
+
+    Raises:
+        ConfigError: The message says who stands in the way and what to do.
+    """
+    standing, module = site_map.layer(place), site_map.holder(place)
+    if base_of(module, place.slot.parameter).device(module, place.slot.parameter).type == "meta":
+        raise ConfigError(
+            f"{place.path}: this init moves the base weight, and on the meta device there are no numbers to move. Load "
+            "the base first, or use init_lora_weights=True."
+        )
+    if standing is not None and (standing.moved_by is not None or standing.merged_adapters):
+        who = standing.moved_by or standing.merged_adapters[0]
+        raise ConfigError(
+            f"{place.path}: this init moves the base weight, which adapter {who!r} has moved or is merged into. Detach "
+            "or unmerge it first, or use an init that leaves the base alone."
+        )
+    sharing = site_map.shared.get(id(module._parameters.get(place.slot.parameter)), [])
+    if sharing or len(site_map.parents.get(id(site_map.modules[place.outer]), ())) > 1:
+        other = next((path for path in sharing if path != place.outer), "another place")
+        raise ConfigError(
+            f"{place.path} shares its weight with {other}, and this init would move it for both. Leave the module out, "
+            "or use an init that leaves the base alone."
+        )
+    if base_of(module, place.slot.parameter) is COMPUTED:
+        raise ConfigError(NOT_WRITTEN.format(parameter=place.path, type=type(module).__name__))
+    if init is not None and base_of(module, place.slot.parameter).quantised and not init.requantises:
+        raise ConfigError(
+            f"{place.path}: init_lora_weights is {init.name!r}, which needs the weight in float32, float16 or "
+            "bfloat16, and this one is quantised: what is left would be rounded a second time. Attach to the base as "
+            "it was before it was quantised, or use True."
+        )
+
+
+def moved_base(site_map: SiteMap, place: Place, factors: tuple[Tensor, Tensor], scale: float) -> Any:
+    """What a site's module shall store for W − s·B·A, with W the base as it is.
+
+    Args:
+        site_map: The model's map.
+        place: The site.
+        factors: A (r, in) and B (out, r).
+        scale: s.
+    """
+    W = site_map.weight(place)
+    return written(site_map, place, what_is_left(place.kind, place.slot, W, factors, scale))
+
+
+def written(site_map: SiteMap, place: Place, W: Tensor) -> Any:
+    """What a site's module shall store for a canonical weight (out, in)."""
+    module, parameter = site_map.holder(place), place.slot.parameter
+    base = base_of(module, parameter)
+    with torch.no_grad():
+        return base.write(module, base.stored(module, parameter), W)
+
+
+def give_base_back(layer: LoraLayer) -> None:
+    """Put the original in place of a moved base weight; adapters that are merged into it stay merged.
+
+    Args:
+        layer: A site whose base was moved.
+    """
+    layer.moved_by = layer.moved = layer.initial = None
+    put_in_place(layer, stored_for(layer, layer.merged_adapters))
+    if not layer.merged_adapters:
+        layer.kept = None

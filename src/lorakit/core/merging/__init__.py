@@ -1,0 +1,1 @@
+"""Adapters written into the base, and out again."""

@@ -1,0 +1,118 @@
+"""Which merges cannot be done, found before the first change, and which sites share a weight with another module.
+
+It reads the model and changes nothing; what a merge writes is `merging`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lorakit.core.bases import COMPUTED, NOT_WRITTEN
+from lorakit.core.layering.sitemap import copies, layers
+from lorakit.core.layering.underlying import holders, identity, set_aside
+from lorakit.core.merging.biases import check_place
+from lorakit.core.merging.merged_weight import keeps_base
+from lorakit.core.parts.ties import of_one_weight, untied_copies
+from lorakit.core.variants import variant_named
+from lorakit.errors import MergeError
+
+ONE_COPY = (
+    "{one} and {other} each have their own copy of {path} (modules_to_save), and only one can stand in its place. "
+    "Merge one of the two adapters."
+)
+
+
+def check_unmergeable(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse to unmerge where the base's bits were given up.
+
+    Raises:
+        MergeError: The message names the adapter and a site.
+    """
+    for path, layer in layers(model):
+        lost = [name for name in names if name in layer.merged_adapters]
+        if lost and not keeps_base(layer):
+            raise MergeError(
+                f"Adapter {lost[0]!r} was merged with keep_base=False, so the bits of {path} are gone. "
+                "Load the base anew."
+            )
+
+
+def check_mergeable(model: nn.Module, names: Sequence[str], untie: bool) -> None:
+    """Refuse a merge that cannot be done; rows of tables are `merging_rows`'s to check.
+
+    Args:
+        model: An adapted model.
+        names: Adapters to merge.
+        untie: As in `merge`.
+
+    Raises:
+        MergeError: Merged already, not mergeable, or a weight is shared.
+    """
+    check_variants(model, names)
+    if not names:
+        raise MergeError("No adapter is active, so there is nothing to merge. Name the adapters.")
+    for path, layer in layers(model):
+        here = [name for name in names if name in layer.r]
+        twice = [name for name in here if name in layer.merged_adapters]
+        if twice:
+            raise MergeError(f"Adapter {twice[0]!r} is merged already. Unmerge it first.")
+        if here and layer.base is COMPUTED:
+            raise MergeError(NOT_WRITTEN.format(parameter=layer.slot.parameter, type=type(layer.owner).__name__))
+        if here and layer.merged_adapters and not keeps_base(layer):
+            raise MergeError(
+                f"{path} holds {', '.join(layer.merged_adapters)}, merged with keep_base=False, so its base is gone. "
+                "Load the base anew and merge all adapters in one call."
+            )
+    for path, holder in copies(model):
+        new = next((name for name in names if name in holder.modules_to_save), None)
+        if new is not None and new == holder.merged_adapter:
+            raise MergeError(f"Adapter {new!r} is merged already. Unmerge it first.")
+        if new is not None and holder.merged_adapter is not None:
+            raise MergeError(ONE_COPY.format(one=holder.merged_adapter, other=new, path=path))
+    for path, other in tied_sites(model, names) if not untie else ():
+        raise MergeError(
+            f"{path} shares its weight with {other}; a merge would change both. Merge with untie=True to give "
+            f"{path} a weight of its own (and save with tie_word_embeddings=False), or do not adapt it."
+        )
+
+
+def tied_sites(model: nn.Module, names: Sequence[str]) -> list[tuple[str, str]]:
+    """The sites of some adapters whose weight another module shares, each with the name of the other."""
+    held, found, pairs = holders(model), [], of_one_weight(model, names)
+    for path, layer in layers(model):
+        if any(name in layer.r for name in names):
+            parameter = layer.owner._parameters.get(layer.slot.parameter)
+            one = {id(m.owner) for pair in pairs if layer in pair for m in pair} | {id(layer.owner)}
+            shared = [name for name, module in held.get(identity(parameter), ()) if id(module) not in one]
+            found += [(path, shared[0])] if shared else []
+    return found + untied_copies(model, names, held)
+
+
+def sites_apart(model: nn.Module, untie: bool) -> set[int]:
+    """The ids of layers that a merge gives a weight of their own: theirs is another's, or comes back to one."""
+    held, aside, found = holders(model), set_aside(model), set()
+    for _, layer in layers(model):
+        parameter = layer.source._parameters.get(layer.slot.parameter)
+        shared = any(module is not layer.source for _, module in held.get(identity(parameter), ()))
+        if id(parameter) in aside or (untie and shared):
+            found.add(id(layer))
+    return found
+
+
+def check_variants(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse adapters that cannot be written into a base, whatever is merged into it now.
+
+    Raises:
+        MergeError: The message names the adapter and the site.
+    """
+    for path, layer in layers(model):
+        for name in names:
+            if name in layer.r and not variant_named(layer.variant[name]).mergeable:
+                raise MergeError(f"Adapter {name!r} at {path} is {layer.variant[name]}, which cannot be merged.")
+        check_place(path, layer, names)
+    for path, holder in copies(model):
+        here = [name for name in names if name in holder.modules_to_save]
+        if len(here) > 1:
+            raise MergeError(ONE_COPY.format(one=here[0], other=here[1], path=path))

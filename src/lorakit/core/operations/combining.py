@@ -1,0 +1,339 @@
+"""Combine adapters into one: weighted sums, differences, means, in the field's eleven ways.
+
+What is combined is each adapter's effect, weight · scale · B·A, site by site; the result has scale 1 everywhere, so its
+effect is what was combined and nothing else, whatever ranks, alphas and rsLoRA the adapters had. No dense product is
+made where factors suffice. DoRA adapters are combined exactly, as the sum of what each adds to the weight, which
+needs the base.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.config import LoraConfig
+from lorakit.core.making.checks import check_allowances
+from lorakit.core.operations.gains import Reading, gains_of, with_gains
+from lorakit.core.operations.joining import check_joinable, check_one_base, joined_config, shared_facts
+from lorakit.core.operations.loose import (
+    LooseAdapter,
+    LooseFactor,
+    common_targets,
+    described,
+    loose_from_folder,
+    loose_from_model,
+)
+from lorakit.core.operations.lowrank import Product, factors_of, padded, product_of, spectrum, stacked, truncated
+from lorakit.core.operations.placing import put, reader_of, write
+from lorakit.core.operations.ways import Way, added_up, clamped
+from lorakit.errors import AdapterError, ConfigError
+
+
+@dataclass(frozen=True)
+class SiteCombined:
+    """One site of a combined adapter.
+
+    Attributes:
+        path: Where.
+        r: Its rank.
+        deviation: ‖result − Σ weight·Δ‖ / ‖Σ weight·Δ‖, how far it is from the plain sum; 0 where that sum is zero.
+    """
+
+    path: str
+    r: int
+    deviation: float
+
+
+@dataclass(frozen=True)
+class CombineReport:
+    """What combining gave.
+
+    Attributes:
+        name: The new adapter, or its folder.
+        config: Its config.
+        sites: Its sites.
+        facts: How it came about, for `save_adapter(..., facts=...)`; a folder has them in `lorakit.json`.
+    """
+
+    name: str
+    config: LoraConfig
+    sites: tuple[SiteCombined, ...]
+    facts: dict[str, Any]
+
+    @property
+    def deviation(self) -> float:
+        """The largest deviation of a site."""
+        return max((site.deviation for site in self.sites), default=0.0)
+
+
+def combine(
+    model: nn.Module,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    name: str = "combined",
+    *,
+    way: Way | str = "svd",
+) -> CombineReport:
+    """Put a weighted combination of adapters on their model, as a new adapter; it is frozen, and not active.
+
+    Args:
+        model: The adapted model.
+        adapters: Their names.
+        weights: One number each; negative ones subtract, 0 leaves an adapter out.
+        name: The new adapter's name.
+        way: How; a bare word is that way with its defaults.
+
+    Returns:
+        What was made, with how far each site is from the plain sum.
+
+    Raises:
+        AdapterError: There is no such adapter, the new name is taken, or the adapters cannot be combined.
+        ConfigError: The way does not exist or lacks something, or the ranks do not fit it.
+        NotYetSupported: An adapter has parts that cannot be combined.
+    """
+    way = Way(way) if isinstance(way, str) else way
+    sources = [loose_from_model(model, adapter) for adapter in adapters]
+    result, sites = combine_loose(sources, weights, way, reader_of(model))
+    put(model, result, name)
+    return CombineReport(name, result.config, sites, dict(result.facts))
+
+
+def combine_folders(
+    folders: Sequence[str | os.PathLike[str]],
+    weights: Sequence[float],
+    output: str | os.PathLike[str],
+    *,
+    way: Way | str = "svd",
+    model: nn.Module | None = None,
+    allow: Collection[str] = (),
+) -> CombineReport:
+    """Combine adapters on disk into a new folder; the base is only needed for DoRA.
+
+    Args:
+        folders: Their folders.
+        weights: One number each.
+        output: The folder to make; nothing may stand there.
+        way: How.
+        model: The base, for DoRA.
+        allow: Refusals to lift: "base_mismatch", "nonfinite".
+
+    Returns:
+        What was written.
+
+    Raises:
+        AdapterFileError: A folder is no adapter, or is damaged.
+        BaseMismatchError: They were made on different bases.
+        AdapterError: They cannot be combined.
+        ConfigError: As `combine`, or a word in `allow` is unknown.
+        NotYetSupported: As `combine`.
+        DiskError: The folder cannot be written.
+    """
+    check_allowances(allow)
+    way = Way(way) if isinstance(way, str) else way
+    sources = [loose_from_folder(folder) for folder in folders]
+    if "base_mismatch" not in allow:
+        check_one_base(sources)
+    result, sites = combine_loose(sources, weights, way, None if model is None else reader_of(model))
+    write(result, output, allow=allow)
+    return CombineReport(str(output), result.config, sites, dict(result.facts))
+
+
+def average(
+    model: nn.Module, adapters: Sequence[str], name: str = "average", *, way: Way | str = "svd"
+) -> CombineReport:
+    """The mean of adapters; `combine` with equal weights that add up to 1.
+
+    Raises:
+        AdapterError: As `combine`, or none was named.
+    """
+    return combine(model, adapters, [1 / max(1, len(adapters))] * len(adapters), name, way=way)
+
+
+def subtract(model: nn.Module, adapter: str, other: str, name: str = "difference") -> CombineReport:
+    """What one adapter has beyond another, exactly; its rank is the sum of theirs.
+
+    Raises:
+        AdapterError: As `combine`.
+    """
+    return combine(model, [adapter, other], [1.0, -1.0], name, way="cat")
+
+
+def rescale(model: nn.Module, adapter: str, weight: float, name: str = "rescaled") -> CombineReport:
+    """An adapter with another strength, exactly.
+
+    Raises:
+        AdapterError: As `combine`.
+    """
+    return combine(model, [adapter], [weight], name, way="cat")
+
+
+def combine_loose(
+    adapters: Sequence[LooseAdapter],
+    weights: Sequence[float],
+    way: Way,
+    reading: Callable[[str], Reading] | None = None,
+) -> tuple[LooseAdapter, tuple[SiteCombined, ...]]:
+    """Combine adapters wherever they come from.
+
+    Args:
+        adapters: Of one base.
+        weights: One number each.
+        way: How.
+        reading: Path -> the base's weight there; only asked where an adapter is DoRA.
+
+    Returns:
+        The result, and how far each site is from the plain sum.
+
+    Raises:
+        AdapterError: They cannot be combined, or numbers and adapters are not equally many.
+        ConfigError: The ranks do not fit the way.
+        NotYetSupported: An adapter has parts that cannot be combined.
+    """
+    check_joinable(adapters)
+    _check(adapters, weights, way, reading is not None)
+    dora = any(adapter.config.use_dora for adapter in adapters)
+    generator, found, sites = way.generator(), {}, []
+    for path in sorted({path for adapter in adapters for path in adapter.factors}):
+        here = [(a.factors[path], w) for a, w in zip(adapters, weights, strict=True) if path in a.factors]
+        with torch.no_grad():
+            found[path], deviation = _site(path, here, way, generator, reading(path) if dora and reading else None)
+        sites.append(SiteCombined(path, found[path].r, deviation))
+    joined = joined_config([a.config for a in adapters])
+    if joined.lora_bias:
+        found = {path: _with_bias(factor) for path, factor in found.items()}
+    config = described(joined, {path: factor.r for path, factor in found.items()}, common_targets(adapters))
+    others = {name: tensor for adapter in adapters for name, tensor in adapter.others.items()}
+    base = next((adapter.base for adapter in adapters if adapter.base is not None), None)
+    facts = {**shared_facts(adapters), "operation": _operation(adapters, weights, way)}
+    return LooseAdapter("", config, found, others, base, facts), tuple(sites)
+
+
+def _site(
+    path: str,
+    here: Sequence[tuple[LooseFactor, float]],
+    way: Way,
+    generator: torch.Generator | None,
+    reading: Reading | None,
+) -> tuple[LooseFactor, float]:
+    """The combined factor of one site, with scale 1, and its deviation from the plain sum."""
+    _check_shapes(path, [factor for factor, _ in here])
+    first = here[0][0]
+    acting = [(factor, weight) for factor, weight in here if weight != 0]
+    acting = acting or [(first, 0.0)]
+    products = [product_of(factor.A, factor.B) for factor, _ in acting]
+    total = None
+    if reading is not None:
+        gains, total = gains_of(path, acting, reading)
+        products = [Product(p.A, p.B * g.view_as(p.B[..., :1])) for p, g in zip(products, gains, strict=True)]
+    by = [weight * factor.scale for factor, weight in acting]
+    exact = stacked(products, by)
+    if way.name == "cat":
+        product = exact
+    elif way.decomposes:
+        product = _decomposed(path, products, acting, exact, way, generator)
+    else:
+        product = _by_themselves(path, products, by, way, generator)
+    norm = float(spectrum(exact).S.norm())
+    apart = float(spectrum(stacked([product, exact], [1.0, -1.0])).S.norm())
+    others: dict[str, tuple[str, Tensor]] = _biases(acting)
+    if reading is not None and total is not None:
+        product, magnitude = with_gains(product, total, reading, first)
+        others["magnitude"] = magnitude
+    A, B = factors_of(product, first.A, first.B)
+    return LooseFactor(A, B, 1.0, first.endings, others), apart / norm if norm else 0.0
+
+
+def _decomposed(
+    path: str,
+    products: Sequence[Product],
+    acting: Sequence[tuple[LooseFactor, float]],
+    exact: Product,
+    way: Way,
+    generator: torch.Generator | None,
+) -> Product:
+    """Ways with "svd": of the sum, from factors; of pruned updates, from the dense update, which they are made of."""
+    groups = exact.A.shape[0]
+    asked = way.rank if way.rank is not None else max(factor.r for factor, _ in acting)
+    if asked % groups:
+        raise ConfigError(f"{path} is a grouped convolution: its rank must be a multiple of {groups}, and is {asked}.")
+    rank = asked // groups
+    if not way.prunes:
+        if exact.A.shape[1] <= rank and way.clamp is None:
+            return padded(exact, rank)
+        product = truncated(spectrum(exact), rank)
+    else:
+        dtype = torch.promote_types(acting[0][0].A.dtype, torch.float32)
+        deltas = [(p.B @ p.A * factor.scale).to(dtype) for p, (factor, _) in zip(products, acting, strict=True)]
+        dense = added_up(deltas, [weight for _, weight in acting], way, generator)
+        U, S, Vh = torch.linalg.svd(dense, full_matrices=False, driver=way.driver if dense.is_cuda else None)
+        product = Product(Vh[:, :rank].to(exact.A.dtype), (U[:, :, :rank] * S[:, None, :rank]).to(exact.A.dtype))
+    if way.clamp is not None:
+        product = Product(*clamped(product.A, product.B, way.clamp))
+    return padded(product, rank)
+
+
+def _by_themselves(
+    path: str, products: Sequence[Product], by: Sequence[float], way: Way, generator: torch.Generator | None
+) -> Product:
+    """Ways without "svd": on A and on B by themselves, each with the root of the weight, the sign on A."""
+    ranks = sorted({product.rank for product in products})
+    if len(ranks) > 1:
+        raise ConfigError(
+            f"{path} has ranks {' and '.join(map(str, ranks))}: all adapters must have the same r value at a site for "
+            f"{way.name!r}. Take 'cat', or a way with svd."
+        )
+    roots = [abs(weight) ** 0.5 for weight in by]
+    signed = [root if weight >= 0 else -root for root, weight in zip(roots, by, strict=True)]
+    A = added_up([product.A for product in products], signed, way, generator)
+    return Product(A, added_up([product.B for product in products], roots, way, generator))
+
+
+def _biases(acting: Sequence[tuple[LooseFactor, float]]) -> dict[str, tuple[str, Tensor]]:
+    """The bias of B (lora_bias), which is part of what the scale multiplies."""
+    there = [(factor.others["bias"], weight * factor.scale) for factor, weight in acting if "bias" in factor.others]
+    if not there:
+        return {}
+    return {"bias": (there[0][0][0], torch.stack([bias * by for (_, bias), by in there]).sum(0))}
+
+
+def _with_bias(factor: LooseFactor) -> LooseFactor:
+    """A config with lora_bias says that every site has one."""
+    if "bias" in factor.others:
+        return factor
+    ending = factor.endings[1].removesuffix(".weight") + ".bias"
+    nothing = factor.B.new_zeros(factor.B.shape[0])
+    return dataclasses.replace(factor, others={**factor.others, "bias": (ending, nothing)})
+
+
+def _check(adapters: Sequence[LooseAdapter], weights: Sequence[float], way: Way, has_base: bool) -> None:
+    if len(adapters) != len(weights):
+        raise AdapterError(f"There are {len(adapters)} adapters and {len(weights)} weights; give one weight each.")
+    bad = [weight for weight in weights if not isinstance(weight, (int, float)) or not abs(weight) < float("inf")]
+    if bad:
+        raise AdapterError(f"A weight is {bad[0]!r}; weights are finite numbers.")
+    dora = [adapter.label for adapter in adapters if adapter.config.use_dora]
+    if dora and not has_base:
+        raise AdapterError(f"{dora[0]} is DoRA, whose effect depends on the base's weights. Give the base model too.")
+    if dora and way.name not in ("cat", "svd"):
+        raise AdapterError(f"{dora[0]} is DoRA, which can be combined by 'cat' or 'svd', and not by {way.name!r}.")
+
+
+def _check_shapes(path: str, factors: Sequence[LooseFactor]) -> None:
+    shapes = {(tuple(f.A.shape[1:]), f.B.shape[0], f.A.shape[0] // f.B.shape[1], f.B.shape[2:]) for f in factors}
+    if len(shapes) > 1:
+        sizes = " and ".join(sorted({f"{f.B.shape[0]} × {tuple(f.A.shape[1:])}" for f in factors}))
+        raise AdapterError(f"The adapters do not fit one base: at {path} they change weights of {sizes}.")
+
+
+def _operation(adapters: Sequence[LooseAdapter], weights: Sequence[float], way: Way) -> dict[str, Any]:
+    settings = {key: value for key, value in dataclasses.asdict(way).items() if value is not None and key != "name"}
+    if not way.elects:
+        settings.pop("majority_sign")
+    of = [{**adapter.origin(), "weight": weight} for adapter, weight in zip(adapters, weights, strict=True)]
+    return {"name": "combine", "way": way.name, **settings, "of": of}

@@ -1,0 +1,175 @@
+"""Compare two adapters site by site: do they change the weights in the same direction, how strongly, in which spaces.
+
+Everything comes from the factors; no product is formed and no base is needed. Of DoRA only the low-rank part is seen.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.files.fingerprinting import UNVERIFIABLE, compare
+from lorakit.core.operations.loose import LooseAdapter, LooseFactor, loose_from_folder, loose_from_model
+from lorakit.core.operations.lowrank import Product, Spectrum, cosines, inner, product_of, significant, spectrum
+from lorakit.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class SiteComparison:
+    """Two updates of one weight.
+
+    Attributes:
+        path: The site.
+        ranks: What each has of directions that are more than rounding.
+        norms: Frobenius norm of each update, scale included.
+        cosine: Of the two updates as vectors, in [−1, 1]; 0 where one is zero.
+        output_angles: Principal angles between what they write to, in degrees, smallest first.
+        input_angles: Principal angles between what they read from, likewise.
+        output_overlap: Mean squared cosine of the output angles, in [0, 1]: 1 where one space holds the other.
+        input_overlap: Likewise of the input angles.
+    """
+
+    path: str
+    ranks: tuple[int, int]
+    norms: tuple[float, float]
+    cosine: float
+    output_angles: tuple[float, ...]
+    input_angles: tuple[float, ...]
+    output_overlap: float
+    input_overlap: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two adapters.
+
+    Attributes:
+        names: Names or folders of the two.
+        sites: The sites that both have.
+        only_first: Sites that only the first has.
+        only_second: Sites that only the second has.
+        norms: Norm of each over all its sites.
+        cosine: Of the two over all sites, as if each were one long vector; a site that one lacks counts as zero there.
+        base: Whether their bases are the same: same, same at other precision, unverifiable, different.
+        dora: One of them is DoRA, of which only the low-rank part is compared.
+    """
+
+    names: tuple[str, str]
+    sites: tuple[SiteComparison, ...]
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+    norms: tuple[float, float]
+    cosine: float
+    base: str
+    dora: bool
+
+
+def compare_adapters(model: nn.Module, first: str, second: str) -> Comparison:
+    """Compare two adapters of a model.
+
+    Args:
+        model: The adapted model; only read.
+        first: An adapter.
+        second: Another.
+
+    Raises:
+        AdapterError: There is no such adapter.
+    """
+    return compare_loose(loose_from_model(model, first), loose_from_model(model, second))
+
+
+def compare_folders(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Comparison:
+    """Compare two adapters on disk.
+
+    Args:
+        first: A folder.
+        second: Another.
+
+    Raises:
+        AdapterFileError: A folder is no adapter, or is damaged.
+        AdapterError: At some site they change weights of different shapes.
+    """
+    return compare_loose(loose_from_folder(first), loose_from_folder(second))
+
+
+def compare_loose(first: LooseAdapter, second: LooseAdapter) -> Comparison:
+    """Compare two adapters wherever they come from.
+
+    Args:
+        first: An adapter.
+        second: Another.
+
+    Raises:
+        AdapterError: At some site they change weights of different shapes.
+    """
+    with torch.no_grad():
+        shared = [path for path in first.factors if path in second.factors]
+        pairs = {path: (_scaled(first.factors[path]), _scaled(second.factors[path])) for path in shared}
+        for path, (one, other) in pairs.items():
+            if (one.A.shape[::2], one.B.shape[:2]) != (other.A.shape[::2], other.B.shape[:2]):
+                raise AdapterError(
+                    f"{first.label} and {second.label} do not change the same weights: at {path} the one is "
+                    f"{one.B.shape[1]} × {one.A.shape[2]}, the other {other.B.shape[1]} × {other.A.shape[2]}."
+                )
+        sites = tuple(_site(path, *pair) for path, pair in pairs.items())
+        norms = (_norm(first), _norm(second))
+        dot = sum(inner(one, other) for one, other in pairs.values())
+    verdict = UNVERIFIABLE
+    if first.base is not None and second.base is not None:
+        verdict, _ = compare(first.base, second.base)
+    return Comparison(
+        names=(first.label, second.label),
+        sites=sites,
+        only_first=tuple(path for path in first.factors if path not in second.factors),
+        only_second=tuple(path for path in second.factors if path not in first.factors),
+        norms=norms,
+        cosine=_ratio(dot, norms[0] * norms[1]),
+        base=verdict,
+        dora=first.config.use_dora or second.config.use_dora,
+    )
+
+
+def _scaled(factor: LooseFactor) -> Product:
+    product = product_of(factor.A, factor.B)
+    return Product(product.A, product.B * factor.scale)
+
+
+def _norm(adapter: LooseAdapter) -> float:
+    scaled = (_scaled(factor) for factor in adapter.factors.values())
+    return math.sqrt(max(0.0, sum(inner(product, product) for product in scaled)))
+
+
+def _site(path: str, one: Product, other: Product) -> SiteComparison:
+    spectra = spectrum(one), spectrum(other)
+    norms = (float(spectra[0].S.norm()), float(spectra[1].S.norm()))
+    ranks = (significant(spectra[0]), significant(spectra[1]))
+    out, into = _between(spectra, ranks, output=True), _between(spectra, ranks, output=False)
+    return SiteComparison(
+        path=path,
+        ranks=ranks,
+        norms=norms,
+        cosine=_ratio(inner(one, other), norms[0] * norms[1]),
+        output_angles=_degrees(out),
+        input_angles=_degrees(into),
+        output_overlap=float(out.square().mean()) if out.numel() else 0.0,
+        input_overlap=float(into.square().mean()) if into.numel() else 0.0,
+    )
+
+
+def _between(spectra: tuple[Spectrum, Spectrum], ranks: tuple[int, int], *, output: bool) -> Tensor:
+    one, other = (
+        found.U[:, :, :rank] if output else found.Vh[:, :rank].mT for found, rank in zip(spectra, ranks, strict=True)
+    )
+    return cosines(one, other)
+
+
+def _degrees(found: Tensor) -> tuple[float, ...]:
+    return tuple(sorted(math.degrees(math.acos(float(cosine))) for cosine in found.flatten()))
+
+
+def _ratio(dot: float, norms: float) -> float:
+    return max(-1.0, min(1.0, dot / norms)) if norms else 0.0

@@ -1,0 +1,228 @@
+"""Compress an adapter to a lower rank, exactly, from its factors; turn DoRA into plain LoRA, as near as a rank allows.
+
+No dense weight is made for plain LoRA. What is lost is known exactly, and said site by site.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.config import LoraConfig
+from lorakit.core.making.checks import check_allowances
+from lorakit.core.operations.gains import Reading, gains_of
+from lorakit.core.operations.joining import check_plain_parts, shared_facts
+from lorakit.core.operations.loose import (
+    LooseAdapter,
+    LooseFactor,
+    common_targets,
+    described,
+    loose_from_folder,
+    loose_from_model,
+)
+from lorakit.core.operations.lowrank import (
+    Cut,
+    Product,
+    cut,
+    dense_spectrum,
+    factors_of,
+    product_of,
+    spectrum,
+    truncated,
+)
+from lorakit.core.operations.placing import put, write
+from lorakit.errors import NotYetSupported
+
+
+@dataclass(frozen=True)
+class SiteCompressed:
+    """One site.
+
+    Attributes:
+        path: Where.
+        r_before: Rank as it was.
+        r: Rank as it is.
+        norm: Frobenius norm of the update, scale included, as it was.
+        energy_lost: Share of that norm's square that the new rank lacks, in [0, 1].
+    """
+
+    path: str
+    r_before: int
+    r: int
+    norm: float
+    energy_lost: float
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """What compressing gave.
+
+    Attributes:
+        name: The new adapter, or its folder.
+        config: Its config.
+        sites: Its sites.
+        facts: How it came about, for `save_adapter(..., facts=...)`; a folder has them in `lorakit.json`.
+    """
+
+    name: str
+    config: LoraConfig
+    sites: tuple[SiteCompressed, ...]
+    facts: dict[str, Any]
+
+    @property
+    def energy_lost(self) -> float:
+        """Share of the whole adapter's energy that is lost."""
+        whole = sum(site.norm**2 for site in self.sites)
+        return sum(site.norm**2 * site.energy_lost for site in self.sites) / whole if whole else 0.0
+
+
+def compress(
+    model: nn.Module,
+    adapter: str,
+    name: str = "compressed",
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> CompressReport:
+    """Put a smaller version of an adapter on its model; it is frozen, and not active.
+
+    Args:
+        model: The adapted model.
+        adapter: The adapter, which stays.
+        name: The new adapter's name.
+        rank: Largest rank of a site.
+        energy: Or the share of each site's energy that must stay, in (0, 1].
+
+    Returns:
+        What was lost where.
+
+    Raises:
+        AdapterError: There is no such adapter, or the new name is taken.
+        ConfigError: Rank and energy are both given or both missing, or out of range.
+    """
+    result, sites = compress_loose(loose_from_model(model, adapter), Cut(rank, energy))
+    put(model, result, name)
+    return CompressReport(name, result.config, sites, dict(result.facts))
+
+
+def compress_folder(
+    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    allow: Collection[str] = (),
+) -> CompressReport:
+    """Write a smaller version of an adapter on disk; its base is not needed.
+
+    Args:
+        folder: The adapter.
+        output: The folder to make; nothing may stand there.
+        rank: As `compress`.
+        energy: As `compress`.
+        allow: Refusals to lift: "nonfinite".
+
+    Returns:
+        What was lost where.
+
+    Raises:
+        AdapterFileError: The folder is no adapter, or is damaged.
+        ConfigError: As `compress`, or a word in `allow` is unknown.
+        DiskError: The folder cannot be written.
+    """
+    check_allowances(allow)
+    result, sites = compress_loose(loose_from_folder(folder), Cut(rank, energy))
+    write(result, output, allow=allow)
+    return CompressReport(str(output), result.config, sites, dict(result.facts))
+
+
+def compress_loose(adapter: LooseAdapter, to: Cut) -> tuple[LooseAdapter, tuple[SiteCompressed, ...]]:
+    """Compress an adapter wherever it comes from. DoRA keeps its magnitudes, which hold the length of each row.
+
+    Args:
+        adapter: The adapter.
+        to: How far.
+
+    Returns:
+        The smaller one, with scale 1, and what was lost where.
+    """
+    return _reduced(adapter, to, "compress", lambda path, factor: None)
+
+
+def plain_loose(
+    adapter: LooseAdapter, to: Cut, reading: Callable[[str], Reading]
+) -> tuple[LooseAdapter, tuple[SiteCompressed, ...]]:
+    """An adapter as plain LoRA of scale 1, whatever variant it is; DoRA's update is taken apart as a dense matrix.
+
+    Args:
+        adapter: The adapter.
+        to: Its rank or share of energy; plain sites are compressed.
+        reading: Path -> the base's weight there; only asked where the adapter is DoRA.
+
+    Returns:
+        The plain adapter, and what was lost where.
+
+    Raises:
+        ConfigError: It trains biases of the base.
+        NotYetSupported: DoRA on a grouped convolution.
+    """
+    check_plain_parts(adapter)
+
+    def update(path: str, factor: LooseFactor) -> Tensor | None:
+        if "magnitude" not in factor.others:
+            return None
+        base = reading(path)
+        gains, _ = gains_of(path, [(factor, 1.0)], base)
+        W = base.W.flatten(1)
+        product = product_of(factor.A, factor.B)
+        if product.A.shape[0] > 1:
+            raise NotYetSupported(f"{path} is a grouped convolution, whose DoRA cannot be turned into plain LoRA.")
+        return (gains[0] * (W + factor.scale * (product.B @ product.A)[0]) - W).float()
+
+    result, sites = _reduced(adapter, to, "convert", update)
+    config = dataclasses.replace(result.config, use_dora=False)
+    return dataclasses.replace(result, config=config), sites
+
+
+def _reduced(
+    adapter: LooseAdapter, to: Cut, operation: str, update: Callable[[str, LooseFactor], Tensor | None]
+) -> tuple[LooseAdapter, tuple[SiteCompressed, ...]]:
+    found: dict[str, LooseFactor] = {}
+    sites = []
+    with torch.no_grad():
+        for path, factor in adapter.factors.items():
+            dense = update(path, factor)
+            product, norm, lost = _cut_factor(factor, to) if dense is None else _cut_dense(dense, to)
+            A, B = factors_of(product, factor.A, factor.B)
+            others = dict(factor.others)
+            if dense is not None:
+                del others["magnitude"]
+            if "bias" in others:  # part of what the scale multiplies, which is 1 from now on
+                others["bias"] = (others["bias"][0], others["bias"][1] * factor.scale)
+            found[path] = LooseFactor(A, B, 1.0, factor.endings, others)
+            sites.append(SiteCompressed(path, factor.r, found[path].r, norm, lost))
+    ranks = {path: factor.r for path, factor in found.items()}
+    config = described(adapter.config, ranks, common_targets([adapter]))
+    limit = {"rank": to.rank} if to.rank is not None else {"energy": to.energy}
+    facts = {**shared_facts([adapter]), "operation": {"name": operation, **limit, "of": [adapter.origin()]}}
+    return dataclasses.replace(adapter, config=config, factors=found, facts=facts, sha256=""), tuple(sites)
+
+
+def _cut_factor(factor: LooseFactor, to: Cut) -> tuple[Product, float, float]:
+    product = product_of(factor.A, factor.B)
+    found = spectrum(Product(product.A, product.B * factor.scale))
+    smaller, lost = cut(found, to)
+    return smaller, float(found.S.norm()), lost
+
+
+def _cut_dense(delta: Tensor, to: Cut) -> tuple[Product, float, float]:
+    found, whole = dense_spectrum(delta, to.rank)
+    product = truncated(found, to.of(found.S))
+    kept = float(found.S[:, : product.A.shape[1]].double().square().sum())
+    return product, whole**0.5, max(0.0, 1 - kept / whole) if whole else 0.0

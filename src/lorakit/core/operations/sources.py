@@ -1,0 +1,82 @@
+"""Where the tensors of a model are read from, one at a time: a model in memory, or safetensors files in a folder.
+
+Knows names and tensors, nothing of adapters.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lorakit.core.layering.underlying import base_tensors
+from lorakit.errors import ModelError
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Tensors by name, each read when it is asked for.
+
+    Attributes:
+        label: What messages call it.
+        shapes: Name -> shape.
+        read: Name -> tensor (…).
+    """
+
+    label: str
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+
+    def under(self, names: Sequence[str]) -> str | None:
+        """The first of a tensor's names that this source has, or None.
+
+        Args:
+            names: In the model; files often leave its first word out, as `transformer.`.
+        """
+        candidates = [*names, *(name.partition(".")[2] for name in names)]
+        return next((candidate for candidate in candidates if candidate in self.shapes), None)
+
+
+def source_of_model(model: nn.Module, label: str = "the model") -> TensorSource:
+    """The parameters and buffers of a model's base; what is merged into it is left out.
+
+    Args:
+        model: With or without adapters; only read.
+        label: What messages call it.
+    """
+    tensors = {name: tensor.detach() for name, tensor, _ in base_tensors(model)}
+    return TensorSource(label, {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__)
+
+
+def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
+    """The tensors of a model directory's safetensors files; only one is in memory at a time.
+
+    Args:
+        folder: The directory.
+
+    Raises:
+        ModelError: There is no such folder, it holds no safetensors, or a file is damaged.
+    """
+    folder = Path(folder)
+    files = sorted(path for path in folder.glob("*.safetensors") if path.is_file()) if folder.is_dir() else []
+    if not files:
+        raise ModelError(f"{folder}: there are no safetensors files here, so no weights can be read one by one.")
+    homes: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a mapping
+                    homes[name], shapes[name] = path, tuple(file.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as cause:
+            raise ModelError(f"{path}: cannot be read as safetensors ({cause}).") from None
+
+    def read(name: str) -> Tensor:
+        with safe_open(homes[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    return TensorSource(str(folder), shapes, read)

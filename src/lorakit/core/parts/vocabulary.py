@@ -1,0 +1,223 @@
+"""New tokens: adapters that were trained after the vocabulary grew, and bases that have not grown yet.
+
+An adapter that brings every new row by itself (`trainable_token_indices`, or a copy of the whole table) needs none of
+them from the base, so the loader appends rows for it to fill, and compares the base without them. It knows what an
+adapter's files say, and no file itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit.config import LoraConfig
+from lorakit.core.files.fingerprinting import NUMBERS, Fingerprint, fingerprint, vocabulary_of
+from lorakit.core.layering.sitemap import SiteMap, find_state, survey
+from lorakit.core.layering.underlying import base_tensors
+from lorakit.core.parts.row_choice import input_embedding, sharers, table_at
+from lorakit.targets import names_path
+
+
+@contextlib.contextmanager
+def room_for(model: nn.Module, config: LoraConfig, known: Fingerprint | None) -> Iterator[list[str]]:
+    """A block in which a model has the rows that an adapter brings; they stay, unless the block fails.
+
+    Args:
+        model: The base.
+        config: The adapter's config.
+        known: The fingerprint of the base it was trained on, or None.
+
+    Yields:
+        Sentences about what was appended.
+    """
+    present = vocabulary_of(model)
+    wanted = known.vocabulary if known is not None else 1 + max(_all_rows(config), default=-1)
+    tables = _tables_to_fill(model, config, range(present, wanted)) if 0 < present < wanted else []
+    growth = _Growth()
+    if tables:
+        growth.append(model, tables, wanted)
+    try:
+        yield [_sentence(present, wanted)] if tables else []
+    except BaseException:
+        growth.undo()
+        raise
+
+
+def _sentence(present: int, wanted: int) -> str:
+    return (
+        f"The base has {present:,} tokens and the adapter was trained with {wanted:,}: {wanted - present:,} rows were "
+        "appended, which the adapter fills."
+    )
+
+
+def way_out(known: Fingerprint | None, present: Fingerprint) -> str:
+    """What to do about an adapter that was made on another base."""
+    if known is None or known.vocabulary <= present.vocabulary or known.architecture != present.architecture:
+        return "Load its own base, or allow 'base_mismatch'."
+    return (
+        f"New tokens were added before it was trained, and the adapter does not bring all their rows: call "
+        f"model.resize_token_embeddings({known.vocabulary}) as then, and allow 'base_mismatch'; or train it with "
+        "trainable_token_indices (or modules_to_save) for the new rows, so that it brings them."
+    )
+
+
+def without_brought_rows(
+    model: nn.Module, config: LoraConfig, known: Fingerprint | None
+) -> tuple[Fingerprint | None, Fingerprint]:
+    """Two fingerprints to compare, without the numbers that the adapter brings by itself.
+
+    Args:
+        model: The base.
+        config: The adapter's config.
+        known: The fingerprint of the base it was trained on, or None.
+
+    Returns:
+        That one and the model's, with those numbers blank in both.
+    """
+    present = fingerprint(model)
+    if known is None or (config.trainable_token_indices is None and not config.modules_to_save):
+        return known, present
+    site_map = survey(model)
+    path = input_embedding(model, site_map)
+    asked = _asked(config, path)
+    replaced: dict[int, Collection[int]] = {}
+    for table, rows in asked.items():
+        for named in [p for p in site_map.modules if names_path(table, p)]:
+            replaced[id(table_at(site_map, named)._parameters.get("weight"))] = rows
+    for named in _saved(config, site_map) if path is not None else ():
+        weight = table_at(site_map, named)._parameters.get("weight")
+        if weight is not None and named in {path, *_tables(model, site_map, path or "")}:
+            replaced[id(weight)] = range(weight.shape[0])
+    blank = {
+        name: _blanks(tuple(tensor.shape), replaced[id(tensor)])
+        for name, tensor, _ in base_tensors(model)
+        if id(tensor) in replaced
+    }
+    return _blanked(known, blank), _blanked(present, blank)
+
+
+def _all_rows(config: LoraConfig) -> list[int]:
+    return [row for rows in _asked(config, None).values() for row in rows]
+
+
+def _tables_to_fill(model: nn.Module, config: LoraConfig, rows: range) -> list[nn.Module]:
+    """The tables that lack some rows, if an adapter brings these for all of them; otherwise none."""
+    site_map = survey(model)
+    path = input_embedding(model, site_map)
+    if path is None or find_state(model) is not None or _is_odd(model, rows.start):
+        return []
+    asked, paths = _asked(config, path), [path, *_tables(model, site_map, path)]
+    brought = all(_brings(config, asked, site_map, table, rows) for table in paths)
+    return [table_at(site_map, table) for table in paths] if brought else []
+
+
+def _asked(config: LoraConfig, path: str | None) -> dict[str, tuple[int, ...]]:
+    """Name of a table -> numbers of the rows that an adapter brings."""
+    asked = config.trainable_token_indices
+    if asked is None:
+        return {}
+    table = asked if isinstance(asked, Mapping) else {path or "": asked}
+    return {name: tuple(i for i in rows if isinstance(i, int)) for name, rows in table.items()}
+
+
+def _saved(config: LoraConfig, site_map: SiteMap) -> list[str]:
+    return [path for path in site_map.modules if any(names_path(entry, path) for entry in config.modules_to_save or ())]
+
+
+def _tables(model: Any, site_map: SiteMap, path: str) -> list[str]:
+    """Paths of the other tables with a row per token: those that share the embedding's weight, and the head."""
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        head = getter() if getter is not None else None
+    except (AttributeError, NotImplementedError):  # models without one differ in how they say so
+        head = None
+    heads = [p for p, standing in site_map.modules.items() if head is not None and standing is head and p != path]
+    return list(dict.fromkeys([*sharers(site_map, path), *heads]))
+
+
+def _brings(
+    config: LoraConfig,
+    asked: Mapping[str, Collection[int]],
+    site_map: SiteMap,
+    table: str,
+    rows: range,
+) -> bool:
+    """Whether an adapter brings these rows of a table, by itself or through the table it is tied to."""
+    together = {table, *sharers(site_map, table)}
+    if any(path in together for path in _saved(config, site_map)) and (
+        config.ensure_weight_tying or table in _saved(config, site_map)
+    ):
+        return True
+    named = [i for name, indices in asked.items() for p in together if names_path(name, p) for i in indices]
+    return set(rows) <= set(named)
+
+
+def _is_odd(model: nn.Module, vocabulary: int) -> bool:
+    """Whether something else of the model has a place per token, which only the model itself knows how to enlarge."""
+    return any(vocabulary in buffer.shape for buffer in model.buffers() if buffer.ndim > 1)
+
+
+class _Growth:
+    """Rows that were appended to tables, and how to take them off again."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[Any, dict[str, Any]]] = []
+        self._made: dict[int, nn.Parameter] = {}
+
+    def append(self, model: Any, tables: Collection[nn.Module], rows: int) -> None:
+        """Append rows to tables until they have so many, each the mean of those there; the config says so too."""
+        for table in tables:
+            self._enlarge(table, rows)
+        config: Any = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        for thing in (text, model):
+            if isinstance(getattr(thing, "vocab_size", None), int):
+                self._change(thing, vocab_size=rows)
+
+    def undo(self) -> None:
+        """Give everything back as it was."""
+        for thing, values in reversed(self._before):
+            for name, value in values.items():
+                setattr(thing, name, value)
+
+    def _enlarge(self, table: Any, rows: int) -> None:
+        old, missing = table.weight, rows - table.weight.shape[0]
+        if id(old) not in self._made:
+            new = old.detach().float().mean(0, keepdim=True).to(old.dtype).expand(missing, -1)
+            self._made[id(old)] = nn.Parameter(torch.cat([old.detach(), new]), old.requires_grad)
+        size = "num_embeddings" if isinstance(table, nn.Embedding) else "out_features"
+        self._change(table, weight=self._made[id(old)], **{size: rows})
+        if getattr(table, "bias", None) is not None:
+            bias = torch.cat([table.bias.detach(), table.bias.new_zeros(missing)])
+            self._change(table, bias=nn.Parameter(bias, table.bias.requires_grad))
+
+    def _change(self, thing: Any, **values: Any) -> None:
+        self._before.append((thing, {name: getattr(thing, name) for name in values}))
+        for name, value in values.items():
+            setattr(thing, name, value)
+
+
+def _blanks(shape: tuple[int, ...], rows: Collection[int]) -> list[int]:
+    """Which of the numbers that a fingerprint takes of a tensor lie in some rows of it."""
+    size = math.prod(shape)
+    places = torch.linspace(0, size - 1, min(NUMBERS, size), dtype=torch.float64).long().tolist()
+    taken = set(rows)
+    return [number for number, place in enumerate(places) if place // (size // shape[0]) in taken]
+
+
+def _blanked(mark: Fingerprint, blank: Mapping[str, Collection[int]]) -> Fingerprint:
+    def of(table: dict[str, str]) -> dict[str, str]:
+        return {
+            name: "".join(
+                "0000" if i in blank.get(name, ()) else text[4 * i : 4 * i + 4] for i in range(len(text) // 4)
+            )
+            for name, text in table.items()
+        }
+
+    return dataclasses.replace(mark, samples=of(mark.samples), bounds=of(mark.bounds))

@@ -1,0 +1,1 @@
+"""Which adapter acts: the state of a model, overrides, recomputations, what is trained."""

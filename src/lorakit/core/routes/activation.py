@@ -1,0 +1,158 @@
+"""Choose which adapters act: the default, and blocks that override it; list adapters and what they train."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+from torch import nn
+
+from lorakit.config import LoraConfig
+from lorakit.core.layering.sitemap import find_state, state_of
+from lorakit.core.layering.walking import walk
+from lorakit.core.making.checks import check_known
+from lorakit.core.parts.bias_switch import BiasSwitch
+from lorakit.core.routes.routing import BASE, CheckpointContexts, Override, Route
+from lorakit.core.routes.switching import Switched
+from lorakit.errors import RouteError
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Make these adapters the default, together; every thread that has no override of its own uses them.
+
+    Args:
+        model: An adapted model.
+        names: Adapters; none of them means the base alone.
+
+    Raises:
+        RouteError: There is no such adapter.
+    """
+    adapted = [module for _, module in walk(model) if isinstance(module, Switched)]
+    state = adapted[0].state if adapted else state_of(model)
+    state.check(names)
+    for module in adapted:
+        module.own_route, module.aside = None, ()
+    state.replace_default(names)
+
+
+def use(model: nn.Module, *names: str) -> Override:
+    """A block in which these adapters act, together, on every row, in this thread or task alone.
+
+    Args:
+        model: An adapted model.
+        names: One adapter or more.
+
+    Raises:
+        RouteError: There is no such adapter, or none was named.
+    """
+    state = state_of(model)
+    if not names:
+        raise RouteError("`use` was given no adapter. Name at least one; `disable` gives the base alone.")
+    state.check(names)
+    return state.override(Route(tuple(dict.fromkeys(names))))
+
+
+def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1) -> Override:
+    """A block in which each row of the batch has its own adapter.
+
+    Args:
+        model: An adapted model.
+        rows: One name per row of the batch, None for the base alone.
+        copies: A batch may also hold each row so many times running, as beam search repeats prompts for a decoder
+            whose encoder saw each once.
+
+    Raises:
+        RouteError: There is no such adapter, no rows, or copies is below 1.
+    """
+    state = state_of(model)
+    if isinstance(rows, str) or not rows:
+        raise RouteError(f"`route` was given {rows!r}. Give a list with one adapter (or None) per row of the batch.")
+    if copies < 1:
+        raise RouteError(f"`route` was given copies={copies!r}; it must be a whole number of at least 1.")
+    state.check(rows)
+    return state.override(Route(rows=tuple(rows), copies=copies))
+
+
+def disable(model: nn.Module) -> Override:
+    """A block in which the model is its original base: nothing added, nothing merged, the old biases.
+
+    Args:
+        model: An adapted model.
+
+    Raises:
+        AdapterError: The model has no adapters.
+    """
+    return state_of(model).override(BASE)
+
+
+def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
+    """A `context_fn` for non-reentrant gradient checkpointing, so that a recomputation has its forward's route.
+
+    Args:
+        model: An adapted model.
+
+    Raises:
+        AdapterError: The model has no adapters.
+    """
+    return CheckpointContexts(state_of(model))
+
+
+def adapters(model: nn.Module) -> dict[str, LoraConfig]:
+    """Name -> config of every adapter on a model, in the order they came; empty where there are none.
+
+    Args:
+        model: Any model.
+    """
+    state = find_state(model)
+    return {} if state is None else {name: dataclasses.replace(config) for name, config in state.configs.items()}
+
+
+def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of adapters that are trained.
+
+    Args:
+        model: An adapted model.
+        name: One adapter, or None for all.
+
+    Returns:
+        Pairs of a parameter's name in the model and the parameter, with `requires_grad` set; each (…) once.
+
+    Raises:
+        AdapterError: There is no such adapter.
+    """
+    state = state_of(model)
+    names = list(state.configs) if name is None else [name]
+    check_known(state, names)
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    owned = {id(p) for n in names for p in adapter_parameters(model, n)}
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) in owned:
+            found[id(parameter)] = (path, parameter)
+    return list(found.values())
+
+
+def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """Every parameter of one adapter: A, B, magnitudes, copied modules, trained biases; any shapes (…)."""
+    return parameters_by_adapter(model, [name])[name]
+
+
+def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str, list[nn.Parameter]]:
+    """`adapter_parameters` of several adapters, in one walk of the model.
+
+    Args:
+        model: An adapted model.
+        names: Adapters.
+
+    Returns:
+        Adapter -> its parameters, (…), in the model's order.
+    """
+    found: dict[str, list[nn.Parameter]] = {name: [] for name in names}
+    for _, module in walk(model):
+        if isinstance(module, Switched):
+            for name in found.keys() & set(module.available_adapters()):
+                found[name] += module.parameters_of(name)
+        elif module._forward_hooks:
+            for switch in BiasSwitch.on(module):
+                if switch.adapter in found:
+                    found[switch.adapter] += [module._parameters[bias] for bias in switch.originals]  # type: ignore[misc]
+    return found

@@ -1,0 +1,364 @@
+"""Which adapter is active: one state object per model, a scoped override per context, one function that reads them.
+
+Every layer of a model refers to the model's `AdapterState`. It holds a default, replaced whole, that a new thread
+sees. `use`, `route` and `disable` lay a scoped override over it in a context variable: it ends with its block,
+also when the block raises, and no other thread or task sees it. A forward that autograd runs again (gradient
+checkpointing) must not ask what is active *now*: it takes the route that its first run had, or it raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.config import LoraConfig
+from lorakit.core.routes.forwards import Forwards, Traces
+from lorakit.core.routes.starts import Starts
+from lorakit.errors import RouteError
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which adapters a forward uses.
+
+    Attributes:
+        names: Adapters that act on every row, in the order given; none of them is the base alone.
+        rows: One adapter per row of the batch (None: the base alone), or None where all rows are alike.
+        copies: A batch may also hold each row so many times running: beams, of which an encoder sees one.
+        starts: Where adapters that wait for their invocation begin in this forward, or None where that is not known.
+        mentions: Every adapter that some row uses.
+    """
+
+    names: tuple[str, ...] = ()
+    rows: tuple[str | None, ...] | None = None
+    copies: int = 1
+    _indices: dict[tuple[torch.device, int], list[tuple[str, Tensor]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    starts: Starts | None = field(default=None, compare=False)
+    mentions: frozenset[str] = field(init=False, repr=False, compare=False)  # not cached: dynamo cannot trace the lock
+
+    def __post_init__(self) -> None:
+        some = self.names if self.rows is None else filter(None, self.rows)
+        object.__setattr__(self, "mentions", frozenset(some))
+
+    def begun(self, starts: Starts | None) -> Route:
+        """The same route in a forward whose starts are known, or without any; a route that has some keeps them."""
+        if starts is None or self.starts is not None:
+            return self
+        if id(self) not in starts.begun:  # once per forward, not per layer
+            starts.begun[id(self)] = (self, self._like(starts))
+        return starts.begun[id(self)][1]
+
+    def named(self) -> Route:
+        """The route without what is true in one forward alone."""
+        return self if self.starts is None else self._like(None)
+
+    def _like(self, starts: Starts | None) -> Route:
+        route = Route(self.names, self.rows, self.copies, starts)
+        object.__setattr__(route, "_indices", self._indices)
+        return route
+
+    def alone(self, name: str, index: Tensor) -> Route:
+        """One adapter on its rows of a mixed batch.
+
+        Args:
+            name: The adapter.
+            index: Numbers of its rows, (rows of it,).
+        """
+        return Route((name,), starts=None if self.starts is None else self.starts.of_rows(name, index))
+
+    def acting(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """What tells an adapter where it acts, z (rows, positions, out) -> mask, or None where that is not known."""
+        return None if self.starts is None else partial(self.starts.mask, name)
+
+    def common_to_all(self, names: frozenset[str]) -> bool:
+        """Whether every row uses each of these adapters."""
+        if self.rows is None:
+            return names <= set(self.names)
+        return all(names <= {row} for row in self.rows)
+
+    def rows_of(self, size: int) -> tuple[str | None, ...] | None:
+        """The adapter of each row of a batch, or None where the route does not fit it.
+
+        Args:
+            size: Rows of the batch.
+        """
+        rows = self.rows or ()
+        if size == len(rows):
+            return rows
+        return tuple(row for row in rows for _ in range(self.copies)) if size == len(rows) * self.copies else None
+
+    def segments(self, device: torch.device, size: int) -> list[tuple[str, Tensor]]:
+        """The rows of each adapter, made once per device and size and kept.
+
+        Args:
+            device: Where the indices shall live.
+            size: Rows of the batch, which the route fits.
+
+        Returns:
+            Pairs of an adapter and its row numbers, (rows of it,) int64; rows of the base appear in none.
+        """
+        if (device, size) not in self._indices:
+            rows = self.rows_of(size) or ()
+            self._indices[device, size] = [
+                (name, torch.tensor([i for i, row in enumerate(rows) if row == name], device=device))
+                for name in dict.fromkeys(filter(None, rows))
+            ]
+        return self._indices[device, size]
+
+    def describe(self) -> str:
+        """The route in words, for messages."""
+        if self.rows is not None:
+            return "rows " + ", ".join(row or "base" for row in self.rows)
+        return "adapter " + " + ".join(self.names) if self.names else "the base alone"
+
+
+BASE = Route()
+"""The base alone."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """An override in force: for which state, inside which backward it was opened (-1: none), and where.
+
+    Attributes:
+        state: The model.
+        route: What its forwards use; None where only the starts are said.
+        starts: Where adapters begin, or None where that is not said.
+        backward: Number of the backward.
+        block: The block.
+        thread: Number of the thread.
+    """
+
+    state: AdapterState
+    route: Route | None
+    starts: Starts | None
+    backward: int
+    block: Override
+    thread: int
+
+
+# The only global: a context variable cannot be copied or pickled, so no object of a model may hold it.
+_SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("lorakit_scopes", default=())
+
+
+class AdapterState:
+    """What every adapted part of one model shares: the adapters' configs and which of them is active.
+
+    Attributes:
+        configs: Adapter name -> its config.
+        default: The route where no scoped override is in force.
+        aside: The default that `lay_aside` took away, or None.
+        frozen: The base's parameters with the `requires_grad` they had before the first adapter came.
+        held: The base's modules that are kept from rewriting their own weight while adapters are here.
+        replication: How the base's layers were stacked anew for the adapters, or None.
+        kinds: Kinds of site that the user made, by name (`lorakit.core.Kind`).
+    """
+
+    def __init__(self) -> None:
+        self.configs: dict[str, LoraConfig] = {}
+        self.default: Route = BASE
+        self.aside: Route | None = None
+        self._joined: tuple[str, ...] = ()  # adapters that are in the default because they were merged
+        self.frozen: list[tuple[torch.nn.Parameter, bool]] = []
+        self.invocations: Traces[Starts] = Traces()  # of forwards in which adapters waited for their invocation
+        self.held: list[torch.nn.Module] = []
+        self.replication: Any = None
+        self.kinds: dict[str, Any] = {}
+        self._open: dict[int, int] = {}  # thread -> overrides open in it
+        # Threads that were told of an override elsewhere; not their numbers, which come again.
+        self._told: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in {"_open", "_told"}}
+
+    def __setstate__(self, known: dict[str, Any]) -> None:
+        self.__dict__.update(known, _open={}, _told=weakref.WeakSet())
+
+    def check(self, names: Sequence[str | None]) -> None:
+        """Refuse names of adapters that are not there.
+
+        Raises:
+            RouteError: A name is unknown; the message lists those that are known.
+        """
+        unknown = sorted({name for name in names if name is not None and name not in self.configs})
+        if unknown:
+            known = ", ".join(self.configs) or "none"
+            raise RouteError(f"There is no adapter {unknown[0]!r} on this model. Adapters here: {known}.")
+
+    def replace_default(self, names: Sequence[str]) -> None:
+        """Make these adapters the default, whatever it was."""
+        self.default, self._joined, self.aside = Route(tuple(names)), (), None
+
+    @property
+    def chosen(self) -> Route:
+        """The default, also while it is laid aside."""
+        return self.default if self.aside is None else self.aside
+
+    def lay_aside(self) -> None:
+        """Make the base alone the default, until `take_up`."""
+        if self.aside is None:
+            self.default, self.aside = BASE, self.default
+
+    def take_up(self) -> None:
+        """Undo `lay_aside`; adapters that left in between are not taken up."""
+        if self.aside is not None:
+            self.default, self.aside = Route(tuple(n for n in self.aside.names if n in self.configs)), None
+
+    def join_default(self, names: Sequence[str]) -> None:
+        """Put adapters that were merged into the default, behind those that are in it."""
+        joined = tuple(name for name in dict.fromkeys(names) if name not in self.default.names)
+        self.default, self._joined = Route((*self.default.names, *joined)), (*self._joined, *joined)
+
+    def leave_default(self, names: Sequence[str]) -> None:
+        """Take adapters that were unmerged out of the default, where merging had put them there."""
+        left = tuple(name for name in self._joined if name in names)
+        self._joined = tuple(name for name in self._joined if name not in names)
+        self.default = Route(tuple(name for name in self.default.names if name not in left))
+
+    def override(self, route: Route | None, starts: Starts | None = None) -> Override:
+        """A block in which this route is in force, in this context only.
+
+        Args:
+            route: What the block's forwards use; None leaves that as it is, and only says where adapters begin.
+            starts: Where adapters begin that wait for their invocation.
+        """
+        return Override(self, route, starts)
+
+    def active(self) -> Route:
+        """The route in force for this model in this context (not the rule for a recomputation; see `resolve`)."""
+        route, starts = self._scoped(None)
+        return (self.default if route is None else route).begun(starts)
+
+    def _scoped(self, backward: int | None) -> tuple[Route | None, Starts | None]:
+        """What the innermost overrides say: of any backward, or of the one with that number."""
+        starts = None
+        for scope in reversed(_SCOPES.get()):
+            if scope.state is self and backward in (None, scope.backward):
+                starts = scope.starts if starts is None else starts
+                if scope.route is not None:
+                    return scope.route, starts
+        return None, starts
+
+    def scopes(self) -> list[Scope]:
+        """The overrides of this model that were opened in this context and backward, the innermost first."""
+        backward = torch._C._current_graph_task_id()
+        return [s for s in reversed(_SCOPES.get()) if s.state is self and s.backward == backward]
+
+    def starts(self) -> Starts | None:
+        """Where adapters begin, as overrides of this context and backward say it, or None."""
+        route, starts = self._scoped(torch._C._current_graph_task_id())
+        return starts if starts is not None or route is None else route.starts
+
+    def awaits(self, route: Route) -> bool:
+        """Whether an adapter of a route waits for its invocation tokens."""
+        known = self.configs
+        return any(known[name].alora_invocation_tokens is not None for name in route.mentions if name in known)
+
+    def _tell_of_other_threads(self) -> None:
+        thread, number = threading.current_thread(), threading.get_ident()
+        if thread in self._told or not any(other != number for other in list(self._open)):
+            return
+        self._told.add(thread)
+        warnings.warn(
+            "A `use`, `route` or `disable` block of another thread is open on this model; this thread does not see it "
+            f"and runs with {self.default.describe()}. Open the block in the thread that runs the forward.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+class Override(contextlib.AbstractContextManager[None]):
+    """A scoped override; it can be entered again, also by several threads and tasks at once: it holds no state."""
+
+    def __init__(self, state: AdapterState, route: Route | None, starts: Starts | None = None) -> None:
+        self._state, self._route, self._starts = state, route, starts
+
+    def __enter__(self) -> None:
+        thread = threading.get_ident()
+        scope = Scope(self._state, self._route, self._starts, torch._C._current_graph_task_id(), self, thread)
+        _SCOPES.set((*_SCOPES.get(), scope))
+        if self._route is not None:
+            self._state._open[thread] = self._state._open.get(thread, 0) + 1
+
+    def __exit__(self, *_: object) -> None:
+        scopes = _SCOPES.get()
+        ours = next((scope for scope in reversed(scopes) if scope.block is self), None)
+        _SCOPES.set(tuple(scope for scope in scopes if scope is not ours))
+        if self._route is None:
+            return
+        thread = threading.get_ident() if ours is None else ours.thread
+        left = self._state._open.get(thread, 1) - 1
+        if left:
+            self._state._open[thread] = left
+        else:
+            self._state._open.pop(thread, None)
+
+
+def resolve(state: AdapterState, own: Route | None, forwards: Forwards) -> tuple[Route, bool]:
+    """The route that a forward of one layer uses now.
+
+    Args:
+        state: The model's state.
+        own: The layer's exception to the default, or None.
+        forwards: The layer's forwards so far.
+
+    Returns:
+        The route, and whether autograd is running this forward again.
+
+    Raises:
+        RouteError: It runs again and its first route cannot be known.
+    """
+    default = state.default if own is None else own
+    if torch.compiler.is_compiling() and not state._open:
+        # No context variable can be read in a compiled graph. Dynamo guards on this being empty: while a block is open
+        # anywhere, the layer is traced anew, cannot be, and runs uncompiled, so that it has the block's route.
+        return default, False
+    backward = torch._C._current_graph_task_id()
+    again = backward != -1
+    route, starts = state._scoped(backward)
+    if route is None and again:
+        route = forwards.of_recomputation()
+    elif route is None:
+        route = default
+        if state._open:
+            state._tell_of_other_threads()
+    if again and starts is None and route.starts is None and state.awaits(route):
+        starts = _first_starts(state, route)
+    return route.begun(starts), again
+
+
+def _first_starts(state: AdapterState, route: Route) -> Starts:
+    """Where adapters began in the forward that autograd runs again."""
+    alive = state.invocations.alive()
+    names = sorted(name for name in route.mentions if state.configs[name].alora_invocation_tokens is not None)
+    first = alive[0] if alive else None
+    if first is None or not all(first.agrees(other, names) for other in alive[1:]):
+        raise RouteError(
+            f"A checkpointed forward runs again in a backward, and where {', '.join(names)} began in its rows cannot "
+            f"be known: {len(alive)} forwards could be meant. Enable checkpointing with gradient_checkpointing_kwargs="
+            "{'use_reentrant': False, 'context_fn': lorakit.core.checkpoint_contexts(model)}."
+        )
+    return first
+
+
+class CheckpointContexts:
+    """A `context_fn` for non-reentrant checkpointing: the recomputation gets the route that the forward had."""
+
+    def __init__(self, state: AdapterState) -> None:
+        self.state = state
+
+    def __call__(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        """The context of the forward (none) and that of its recomputation."""
+        return contextlib.nullcontext(), self.state.override(self.state.active())
