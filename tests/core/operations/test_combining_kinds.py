@@ -26,7 +26,7 @@ from lorakit.errors import (
     AdapterError,
 )
 
-from ..laws.zoo import (
+from ...laws.zoo import (
     CONV1,
     CONV1DS,
     CONV2,

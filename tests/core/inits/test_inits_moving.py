@@ -36,9 +36,9 @@ from lorakit.core.files.loading import read_adapter
 from lorakit.core.files.saved_form import INITIAL_FILE
 from lorakit.errors import AdapterFileError, ConfigError
 
-from ..laws.snapshots import BaseBits, same_bits, snapshot
-from ..laws.tolerances import assert_close, assert_differs
-from ..laws.zoo import CONV1DS, CONV2, EMBEDDING, LINEARS, MHA, Specimen, attach_fresh, randomise, run
+from ...laws.snapshots import BaseBits, same_bits, snapshot
+from ...laws.tolerances import assert_close, assert_differs
+from ...laws.zoo import CONV1DS, CONV2, EMBEDDING, LINEARS, MHA, Specimen, attach_fresh, randomise, run
 
 MOVING = ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq")
 FP32 = torch.float32

@@ -9,9 +9,9 @@ from lorakit import LoraConfig
 from lorakit.core import attach, detach, disable, route, use
 from lorakit.errors import ConfigError, RouteError
 
-from ..laws.snapshots import same_bits
-from ..laws.tolerances import assert_differs
-from ..laws.zoo import BERT, randomise, run
+from ...laws.snapshots import same_bits
+from ...laws.tolerances import assert_differs
+from ...laws.zoo import BERT, randomise, run
 
 
 def two_with_copies() -> torch.nn.Module:

@@ -30,8 +30,8 @@ from lorakit.errors import (
     NotYetSupported,
 )
 
-from ..laws.snapshots import same_bits, snapshot
-from ..laws.zoo import (
+from ...laws.snapshots import same_bits, snapshot
+from ...laws.zoo import (
     BERT,
     CONV1DS,
     EMBEDDING,

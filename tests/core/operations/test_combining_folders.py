@@ -25,8 +25,8 @@ from lorakit.errors import (
     UsageError,
 )
 
-from ..laws.snapshots import files
-from ..laws.zoo import (
+from ...laws.snapshots import files
+from ...laws.zoo import (
     EMBEDDING,
     GPT2,
     LINEARS,

@@ -15,9 +15,9 @@ from torch import nn
 from lorakit.config import LoraConfig
 from lorakit.core import LoraLayer, activate, adapters, attach, detach, merge, sites, trainable_parameters, unmerge, use
 
-from ..laws.snapshots import same_bits
-from ..laws.tolerances import assert_close, assert_differs
-from ..laws.zoo import BERT, CONV1DS, EMBEDDING, EVERY_KIND, GPT2, LINEARS, LLAMA, TIED, randomise, run, with_adapters
+from ...laws.snapshots import same_bits
+from ...laws.tolerances import assert_close, assert_differs
+from ...laws.zoo import BERT, CONV1DS, EMBEDDING, EVERY_KIND, GPT2, LINEARS, LLAMA, TIED, randomise, run, with_adapters
 
 
 def test_names_and_shapes_in_the_model() -> None:

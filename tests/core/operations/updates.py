@@ -13,7 +13,7 @@ from lorakit.core import (
 )
 from lorakit.core.layering.sitemap import layers
 
-from ..laws.zoo import (
+from ...laws.zoo import (
     Specimen,
     randomise,
     run,

@@ -31,9 +31,9 @@ from lorakit.core import (
 from lorakit.core.parts.ties import TIED as SAID
 from lorakit.errors import AdapterFileError, ConfigError, MergeError
 
-from ..laws.snapshots import same_bits
-from ..laws.tolerances import assert_close, assert_differs
-from ..laws.zoo import GPT2, LLAMA, TIED, output, randomise, run
+from ...laws.snapshots import same_bits
+from ...laws.tolerances import assert_close, assert_differs
+from ...laws.zoo import GPT2, LLAMA, TIED, output, randomise, run
 
 FP32 = torch.float32
 GIVEN = TIED.given()

@@ -18,9 +18,9 @@ from lorakit.core import (
 )
 from lorakit.errors import MergeError
 
-from ..laws.snapshots import bits, same_bits, snapshot
-from ..laws.tolerances import assert_close
-from ..laws.zoo import BERT, CONV1DS, EVERY_KIND, GPT2, LINEARS, TIED, randomise, run, with_adapters
+from ...laws.snapshots import bits, same_bits, snapshot
+from ...laws.tolerances import assert_close
+from ...laws.zoo import BERT, CONV1DS, EVERY_KIND, GPT2, LINEARS, TIED, randomise, run, with_adapters
 
 
 def with_delta(size: float, dtype: torch.dtype) -> torch.nn.Module:

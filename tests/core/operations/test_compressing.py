@@ -21,8 +21,8 @@ from lorakit.core.operations.lowrank import Cut
 from lorakit.core.operations.placing import put, reader_of
 from lorakit.errors import AdapterError, ConfigError
 
-from ..laws.snapshots import same_bits, snapshot
-from ..laws.zoo import BERT, CONV1DS, EVERY_KIND, LINEARS, LLAMA, Specimen, randomise, run
+from ...laws.snapshots import same_bits, snapshot
+from ...laws.zoo import BERT, CONV1DS, EVERY_KIND, LINEARS, LLAMA, Specimen, randomise, run
 
 
 def made(specimen: Specimen, dtype: torch.dtype = torch.float64, **fields: Any) -> nn.Module:

@@ -27,8 +27,8 @@ from lorakit.core.files.tensorfile import MAX_TENSORS
 from lorakit.durable import sha256_bytes, sha256_file
 from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, LorakitError, NotYetSupported
 
-from ..laws.snapshots import bits, same_bits, snapshot
-from ..laws.zoo import BERT, GPT2, LINEARS, LLAMA, randomise, run, with_adapters
+from ...laws.snapshots import bits, same_bits, snapshot
+from ...laws.zoo import BERT, GPT2, LINEARS, LLAMA, randomise, run, with_adapters
 
 Damage = Callable[[Path], None]
 A_KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -548,7 +548,7 @@ def test_no_code_runs_and_no_file_is_written_while_hostile_files_are_loaded(tmp_
     save_file({}, tmp_path / "warm.safetensors")
     program = f"""
 import sys, warnings; warnings.simplefilter("ignore")
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from tests.laws.zoo import LINEARS
 from lorakit.core import load_adapter
 model = LINEARS.model(); load_adapter(model, {str(tmp_path / "good")!r}, "warm")

@@ -16,8 +16,8 @@ from lorakit.core.operations.comparing import compare_loose
 from lorakit.core.operations.loose import loose_from_model
 from lorakit.errors import AdapterError
 
-from ..laws.snapshots import snapshot
-from ..laws.zoo import EVERY_KIND, GPT2, LLAMA, Specimen, randomise, with_adapters
+from ...laws.snapshots import snapshot
+from ...laws.zoo import EVERY_KIND, GPT2, LLAMA, Specimen, randomise, with_adapters
 
 
 def delta(model: nn.Module, path: str, name: str) -> Tensor:

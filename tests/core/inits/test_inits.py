@@ -13,7 +13,7 @@ from lorakit.core import attach
 from lorakit.core.inits import INITS, init_named
 from lorakit.errors import ConfigError
 
-from ..laws.snapshots import same_bits
+from ...laws.snapshots import same_bits
 
 R, IN, OUT, VOCABULARY = 64, 1024, 512, 700
 

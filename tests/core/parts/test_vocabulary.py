@@ -15,9 +15,9 @@ from lorakit.core import attach, detach, disable, fingerprint, load_adapter, mer
 from lorakit.core.files.fingerprinting import SAME
 from lorakit.errors import AdapterFileError, BaseMismatchError
 
-from ..laws.snapshots import snapshot
-from ..laws.tolerances import assert_close
-from ..laws.zoo import GPT2, LLAMA, TIED, Specimen, randomise, run
+from ...laws.snapshots import snapshot
+from ...laws.tolerances import assert_close
+from ...laws.zoo import GPT2, LLAMA, TIED, Specimen, randomise, run
 
 FP32 = torch.float32
 GIVEN = {"input_ids": torch.tensor([[50, 3, 51, 1], [1, 50, 4, 5]])}

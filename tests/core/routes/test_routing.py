@@ -14,8 +14,8 @@ import torch
 from lorakit.core import activate, attach, disable, route, use
 from lorakit.errors import RouteError
 
-from ..laws.snapshots import bits
-from ..laws.zoo import EVERY_KIND, LINEARS, randomise, run, with_adapters
+from ...laws.snapshots import bits
+from ...laws.zoo import EVERY_KIND, LINEARS, randomise, run, with_adapters
 
 NAMES = ("a", "b", "c", "d")
 

@@ -34,9 +34,9 @@ from lorakit.core.routes.routing import _SCOPES
 from lorakit.core.routes.starts import last_invocation
 from lorakit.errors import ConfigError, MergeError, RouteError
 
-from ..laws.snapshots import same_bits
-from ..laws.tolerances import assert_close, assert_differs
-from ..laws.zoo import EMBEDDING, GPT2, INVOCATION, LLAMA, Specimen, randomise, run
+from ...laws.snapshots import same_bits
+from ...laws.tolerances import assert_close, assert_differs
+from ...laws.zoo import EMBEDDING, GPT2, INVOCATION, LLAMA, Specimen, randomise, run
 
 FP32 = torch.float32
 WORD = "cache"  # what transformers calls the cache of keys and values

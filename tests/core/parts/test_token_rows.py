@@ -34,9 +34,9 @@ from lorakit.core import (
 )
 from lorakit.errors import AdapterFileError, ConfigError, MergeError, RouteError, TargetError
 
-from ..laws.snapshots import same_bits, snapshot
-from ..laws.tolerances import assert_close, assert_differs
-from ..laws.zoo import GPT2, LLAMA, T5, TIED, Specimen, base_tensors, output, randomise, run
+from ...laws.snapshots import same_bits, snapshot
+from ...laws.tolerances import assert_close, assert_differs
+from ...laws.zoo import GPT2, LLAMA, T5, TIED, Specimen, base_tensors, output, randomise, run
 
 FP32 = torch.float32
 INDICES = [7, 3, 20]

@@ -25,7 +25,7 @@ from lorakit.core import (
 )
 from lorakit.errors import ConfigError, MergeError, RouteError
 
-from ..laws.snapshots import same_bits
+from ...laws.snapshots import same_bits
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
 

@@ -25,8 +25,8 @@ from lorakit.core import (
 from lorakit.core.layering.sitemap import layers
 from lorakit.errors import AdapterError, ConfigError, ModelError, TargetError
 
-from ..laws.snapshots import snapshot
-from ..laws.zoo import BERT, CONV1DS, EVERY_KIND, GPT2, LINEARS, TIED, Specimen, randomise, run
+from ...laws.snapshots import snapshot
+from ...laws.zoo import BERT, CONV1DS, EVERY_KIND, GPT2, LINEARS, TIED, Specimen, randomise, run
 
 
 def delta(model: nn.Module, path: str, name: str = "extracted") -> Tensor:

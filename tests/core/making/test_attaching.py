@@ -10,7 +10,7 @@ from lorakit.config import LoraConfig
 from lorakit.core import adapters, attach, detach, sites, trainable_parameters
 from lorakit.errors import AdapterError, TargetError
 
-from ..laws.zoo import BERT, EVERY_KIND, GPT2, LINEARS, LLAMA, T5, with_adapters
+from ...laws.zoo import BERT, EVERY_KIND, GPT2, LINEARS, LLAMA, T5, with_adapters
 
 
 def test_the_report() -> None:

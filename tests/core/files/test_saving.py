@@ -17,8 +17,8 @@ from lorakit.core.files.sidecar import SIDECAR_FILE, WEIGHTS_FILE
 from lorakit.durable import sha256_file
 from lorakit.errors import AdapterError, ConfigError
 
-from ..laws.snapshots import files, same_bits
-from ..laws.zoo import BERT, EMBEDDING, EVERY_KIND, GPT2, LLAMA, TIED, randomise, run, with_adapters
+from ...laws.snapshots import files, same_bits
+from ...laws.zoo import BERT, EMBEDDING, EVERY_KIND, GPT2, LLAMA, TIED, randomise, run, with_adapters
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -25,9 +25,9 @@ from lorakit.core import (
 )
 from lorakit.errors import MergeError
 
-from ..laws.snapshots import bits, snapshot
-from ..laws.tolerances import assert_close, assert_differs
-from ..laws.zoo import LINEARS, TIED, randomise, run
+from ...laws.snapshots import bits, snapshot
+from ...laws.tolerances import assert_close, assert_differs
+from ...laws.zoo import LINEARS, TIED, randomise, run
 
 FP32 = torch.float32
 GIVEN = TIED.given()

@@ -11,8 +11,8 @@ from lorakit.core import adapters, attach, reduce_intruders
 from lorakit.core.layering.sitemap import layers
 from lorakit.errors import AdapterError, ConfigError
 
-from ..laws.snapshots import same_bits, snapshot
-from ..laws.zoo import CONV1DS, EMBEDDING, EVERY_KIND, LINEARS, Specimen, randomise, with_adapters
+from ...laws.snapshots import same_bits, snapshot
+from ...laws.zoo import CONV1DS, EMBEDDING, EVERY_KIND, LINEARS, Specimen, randomise, with_adapters
 
 
 def delta(model: nn.Module, path: str, name: str) -> Tensor:

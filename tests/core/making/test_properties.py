@@ -34,9 +34,9 @@ from lorakit.core.files.tensorfile import encode, read_tensors
 from lorakit.core.variants import row_norms
 from lorakit.errors import AdapterError, AdapterFileError, LorakitError
 
-from ..laws.snapshots import BaseBits, bits, same_bits
-from ..laws.tolerances import assert_close
-from ..laws.zoo import LINEARS, base_tensors, randomise, run
+from ...laws.snapshots import BaseBits, bits, same_bits
+from ...laws.tolerances import assert_close
+from ...laws.zoo import LINEARS, base_tensors, randomise, run
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SIZES = st.integers(1, 9)
