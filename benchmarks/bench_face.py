@@ -18,11 +18,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import peft
 import torch
 from runner import append_row
 
 import lorakit.peft
-import peft
 
 SITES = 560
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

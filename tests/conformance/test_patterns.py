@@ -6,13 +6,13 @@ import copy
 import re
 from typing import Any
 
+import peft
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-import peft
 from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.targets import first_match

@@ -97,8 +97,9 @@ def _gpt2_classes() -> nn.Module:
 
 def main() -> None:
     """Write the folders anew that are named on the command line, or all that peft writes."""
-    import lorakit.peft
     import peft
+
+    import lorakit.peft
 
     for name in sys.argv[1:] or GOLDEN:
         library: Any = peft if name in GOLDEN else lorakit.peft

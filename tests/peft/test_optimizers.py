@@ -6,12 +6,12 @@ import copy
 import warnings
 from typing import Any
 
+import peft
 import peft.optimizers.lorafa as theirs
 import pytest
 import torch
 from torch import nn
 
-import peft
 from lorakit import peft as face
 from lorakit.errors import ConfigError, NotYetSupported
 from lorakit.peft.optimizers import (

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft as real
 import pytest
 import torch
 from torch import Tensor, nn
 
-import peft as real
 from lorakit import peft
 from lorakit.config import LoraConfig
 from lorakit.errors import RouteError

@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-import peft
 from lorakit import core
 from lorakit.config import LoraConfig, scale
 from lorakit.core.data import allocating

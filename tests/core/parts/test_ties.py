@@ -8,12 +8,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import peft
 from lorakit.core import (
     attach,
     detach,

@@ -9,13 +9,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peft
 from lorakit import LoraConfig
 from lorakit.core import (
     attach,

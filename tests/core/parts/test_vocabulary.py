@@ -6,11 +6,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
-import peft
 from lorakit.core import attach, detach, disable, fingerprint, load_adapter, merge_and_unload, save_adapter
 from lorakit.core.files.fingerprinting import SAME
 from lorakit.errors import AdapterFileError, BaseMismatchError

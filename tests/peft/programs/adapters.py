@@ -14,10 +14,9 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, BertTokenizerFast, pipeline
-
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
 base_folder, files = sys.argv[1], Path(sys.argv[2])
 tokenizer = AutoTokenizer.from_pretrained(base_folder)

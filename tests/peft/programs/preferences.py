@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
-
-from peft import LoraConfig, PeftModel
 
 base_folder, runs = sys.argv[1], Path(sys.argv[2])
 pairs = [{"prompt": f"what is {i}?", "chosen": f" it is {i}", "rejected": f" not {i}"} for i in range(8)]
