@@ -75,6 +75,7 @@ class LoraLayer(Switched):
         lists: dict[str, Any] = {"merged_adapters": [], "tied_weight": None, "forwards": Forwards()}
         # hundreds of layers are made at once, and torch's own way to set an attribute is slow
         self.__dict__.update(tables, training=base_layer.training, state=state, kind_name=kind.name, slot=slot, **lists)
+        state.join(self)
 
     def _get_name(self) -> str:
         merged = f"[merged: {', '.join(self.merged_adapters)}]" if self.merged_adapters else ""
@@ -88,10 +89,10 @@ class LoraLayer(Switched):
     @property
     def owner(self) -> nn.Module:
         """The base's own module: where a module has several adapted weights, their layers stand around each other."""
-        module = self.base_layer
+        module: Any = self._modules["base_layer"]  # without torch's slow way to an attribute: all ask for this
         while isinstance(module, LoraLayer):
-            module = module.base_layer
-        return module
+            module = module._modules["base_layer"]
+        return module  # type: ignore[no-any-return]
 
     @property
     def source(self) -> nn.Module:
@@ -134,7 +135,7 @@ class LoraLayer(Switched):
             trained: Its parameters require gradients.
         """
         super().set_trained(name, trained)
-        for part in {"A", "B"} - self.trains.get(name, frozenset("AB")):
+        for part in () if len(self.trains.get(name, "AB")) == 2 else {"A", "B"} - self.trains[name]:
             if (tensor := getattr(self.factor(name), part)).is_leaf:  # else it is another layer's, which freezes it
                 tensor.requires_grad_(False)
 
