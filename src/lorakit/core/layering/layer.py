@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakit.core.bases import Base, base_of
 from lorakit.core.kinds import Kind, Slot, kind_named, spread
 from lorakit.core.layering.cloning import bare, with_forward
-from lorakit.core.layering.factor import HOLDERS, Factor, Magnitude, carrier
+from lorakit.core.layering.factor import HOLDERS, TRAINED, Factor, Magnitude, carrier
 from lorakit.core.routes.forwards import Forwards
 from lorakit.core.routes.routing import AdapterState, Route, resolve
 from lorakit.core.routes.switching import Switched
@@ -92,7 +92,7 @@ class LoraLayer(Switched):
         module: Any = self._modules["base_layer"]  # without torch's slow way to an attribute: all ask for this
         while isinstance(module, LoraLayer):
             module = module._modules["base_layer"]
-        return module  # type: ignore[no-any-return]
+        return module
 
     @property
     def source(self) -> nn.Module:
@@ -161,9 +161,9 @@ class LoraLayer(Switched):
         for attribute in HOLDERS:
             held: Any = self._modules.get(attribute)
             if held is not None and name in held:  # new modules take the mode of what they stand on
-                held.training = self.training
-                if isinstance(held[name], nn.Module):
-                    held[name].train(self.training)
+                for new in (held, *filter(None, [held._modules.get(name)])):
+                    if new.training is not self.training:
+                        new.train(self.training)
         self.r[name], self.lora_alpha[name] = r, lora_alpha
         self.scaling[name], self.variant[name], self.trains[name] = factor.scale, factor.variant, trains
 
@@ -195,14 +195,12 @@ class LoraLayer(Switched):
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """The parameters of an adapter here, A and B first, (…); none where it has no factor."""
         found: list[Any] = []
-        for attribute, holder in self._modules.items():  # A's and B's come first: `put` makes them first
-            if holder is None or attribute in ("base_layer", "lora_dropout"):
-                continue
-            inside = holder._modules.get(name)
-            if inside is not None:
-                found += [parameter for parameter in inside._parameters.values() if parameter is not None]
-            elif name in holder._parameters:
-                found.append(holder._parameters[name])
+        for holder in map(self._modules.get, TRAINED):
+            if holder is not None:
+                inside = holder._modules.get(name)
+                for tensor in (holder._parameters.get(name),) if inside is None else inside._parameters.values():
+                    if tensor is not None:
+                        found.append(tensor)
         return found
 
     def read(self, name: str | None = None) -> Tensor:
