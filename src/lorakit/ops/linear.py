@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,35 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lorakit.ops.adapted import Adapted, LowRank, as_written, autocast, factors, refuse_trained, rows, unflat
 from lorakit.ops.dropout import draw, where, zero_
 
-
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """Factors of one adapter: A (r, in), B (out, r), the scale, and the dropout of its input that is in force now.
-
-    Raises:
-        ValueError: The dropout leaves nothing.
-    """
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    p: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.p < 1:
-            raise ValueError(f"the dropout beside a frozen module is at least 0 and below 1; got {self.p}")
-
-
-@dataclass(frozen=True, eq=False)
-class Adapted:
-    """A frozen linear module and what is beside it: W (out, in), or (in, out) where transposed; bias (out,)."""
-
-    W: Tensor
-    bias: Tensor | None = None
-    low: LowRank | None = None
-    transposed: bool = False
+__all__ = ["Adapted", "Form", "Group", "LowRank", "factors", "linears", "reference", "refuse_trained", "rows", "unflat"]
 
 
 def reference(x: Tensor, group: Sequence[Adapted], masks: Sequence[Tensor | None] | None = None) -> list[Tensor]:
@@ -66,46 +41,13 @@ def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
     """
     if torch.is_grad_enabled():
         refuse_trained(group)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    flat = factors(group)
+    x, flat = autocast(x), factors(group)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat)):
         ys = _Linears.apply(x, tuple(group), *flat)
     else:
-        with torch.autocast(x.device.type, enabled=False):
+        with as_written(x):
             ys = Group(group, x.dtype).forward(rows(x))
     return tuple(unflat(y, x) for y in ys)  # here: outputs that are views could not be changed in place
-
-
-def refuse_trained(group: Sequence[Adapted]) -> None:
-    """Refuse weights that are trained: the fused operations make no gradient for them.
-
-    Raises:
-        ValueError: A weight or bias asks for a gradient.
-    """
-    for module in group:
-        for name, tensor in (("weight", module.W), ("bias", module.bias)):
-            if tensor is not None and tensor.requires_grad:
-                shape = tuple(tensor.shape)
-                raise ValueError(
-                    f"a {name} of shape {shape} asks for a gradient, and the fused operations make none for the base; "
-                    f"freeze it, or run the module itself"
-                )
-
-
-def factors(group: Sequence[Adapted]) -> list[Tensor | None]:
-    """A_0, B_0, A_1, B_1, …: the trained inputs of a function over the group, None where a module has no adapter."""
-    return [t for module in group for t in ((module.low.A, module.low.B) if module.low else (None, None))]
-
-
-def rows(x: Tensor) -> Tensor:
-    """Contiguous rows (N, in) of x (…, in); a view where it can be."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
-def unflat(y: Tensor, like: Tensor) -> Tensor:
-    """Rows y (N, out) in the leading dimensions of `like` (…, in)."""
-    return y.view(*like.shape[:-1], y.shape[-1])
 
 
 class Form(NamedTuple):
@@ -248,7 +190,7 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: tuple[Adapted, ...], *flat: Tensor | None) -> tuple[Tensor, ...]:
         parts = Group(_with(group, flat), x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with as_written(x):
             ys = parts.forward(rows(x))
         ctx.form, tensors = parts.pack()
         ctx.shape = x.shape
@@ -261,7 +203,7 @@ class _Linears(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         x, *tensors = ctx.saved_tensors
         flat = [None if dy is None else rows(dy) for dy in dys]
-        with torch.autocast(tensors[0].device.type, enabled=False):
+        with as_written(tensors[0]):
             parts = Group.unpack(ctx.form, tensors)
             dx, grads = parts.backward(None if x is None else rows(x), flat, ctx.needs_input_grad[0])
         return None if dx is None else dx.view(ctx.shape), None, *(grad for pair in grads for grad in pair)

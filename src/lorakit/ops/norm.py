@@ -97,11 +97,12 @@ def normalised(x: Tensor, norm: Norm) -> Tensor:
     """
     if torch.is_grad_enabled():
         refuse_trained_norm(norm)
-        if x.requires_grad:
-            result: Tensor = _Normalised.apply(x, norm)
-            return result
-    with torch.autocast(x.device.type, enabled=False):
-        return norm.forward(_rows(x))[0].view(x.shape)
+    if torch.is_grad_enabled() and x.requires_grad:
+        n = _Normalised.apply(x, norm)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            n = norm.forward(_rows(x))[0]
+    return n.view(x.shape)  # here: an output that is a view could not be changed in place
 
 
 def refuse_trained_norm(norm: Norm | None) -> None:
@@ -214,7 +215,7 @@ class _Normalised(torch.autograd.Function):
             n, stats = norm.forward(_rows(x))
         ctx.save_for_backward(x, *stats)
         ctx.norm = norm
-        return n.view(x.shape)
+        return n
 
     @staticmethod
     @once_differentiable
