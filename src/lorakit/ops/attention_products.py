@@ -112,7 +112,7 @@ class _Scores:
         ds = torch.bmm(dy, values.transpose(1, 2), out=self._buffer(2, dy, values))
         torch.ops.aten._softmax_backward_data.out(ds, weights, -1, ds.dtype, grad_input=ds)
         if capped is not None:
-            ds.addcmul_(ds, capped.square_(), value=-1)
+            torch.ops.aten.tanh_backward.grad_input(ds, capped, grad_input=ds)
         return ds
 
     def _buffer(self, which: int, rows: Tensor, seen: Tensor) -> Tensor:
