@@ -220,6 +220,23 @@ def test_without_gradients(block: type) -> None:
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_it_compiles_as_one_graph(way: Way) -> None:
+    """With the routes worked out beforehand, since those depend on data."""
+    x, A, B, scales = made()
+    routed = Routed(torch.tensor(ROUTES["mixed"]), 4)
+
+    def loss(x: Tensor) -> Tensor:
+        base = x.sum().expand(6, 3, 5) * 1
+        return segmented(x, A, B, scales, routed, base, way).square().sum()
+
+    expected = [loss(x), *torch.autograd.grad(loss(x), (x, A, B))]
+    torch.compiler.reset()
+    value = torch.compile(loss, backend="aot_eager", fullgraph=True)(x)
+    for a, b in zip([value, *torch.autograd.grad(value, (x, A, B))], expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_under_autocast_products_run_in_its_dtype() -> None:
     x, A, B, scales = made(dtype=torch.float32)
     index = torch.tensor(ROUTES["mixed"])

@@ -207,7 +207,10 @@ class _Segments:
         if self.taken is not None:
             whole = wide.new_zeros(flat)
             wide = whole.index_copy_(0, self.taken, wide.view(-1, *flat[1:]))
-        return wide.view(shape) if into is None else into.add_(wide.view(shape))
+        if into is None:
+            return wide.view(shape)
+        into.add_(wide.view(shape))
+        return into
 
 
 def _masked_shrink(wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
