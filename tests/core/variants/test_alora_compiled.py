@@ -71,7 +71,7 @@ def test_gradients_are_those_of_the_uncompiled_model(model: nn.Module) -> None:
 def test_a_whole_graph_is_refused_with_a_sentence_and_plain_adapters_still_have_one(model: nn.Module) -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with pytest.raises(
-        torch._dynamo.exc.Unsupported, match="outside of a compiled graph. Compile with fullgraph=False"
+        torch._dynamo.exc.Unsupported, match=r"outside of a compiled graph\. Compile with fullgraph=False"
     ):
         compiled(IDS)
     activate(model, "plain")

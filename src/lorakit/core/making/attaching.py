@@ -85,7 +85,8 @@ def attach(
         What was attached.
 
     Raises:
-        ConfigError: The config does not fit this model, or a name in `allow` is unknown.
+        ConfigError: The config does not fit this model or the statistics, or a name in `allow` is unknown.
+        BaseMismatchError: The statistics were collected on another base.
         TargetError: A target matches nothing, or what it matches cannot take factors.
         AdapterError: The name is taken or cannot be used.
         NotYetSupported: The config asks for what is not built yet.
@@ -95,6 +96,8 @@ def attach(
     check_new_name(state, name)
     config = with_targets(config, model)
     check_bias_alone(state, config)
+    if statistics is not None:
+        statistics.check(config, model)
     with stacked_for(model, config, state):
         site_map = survey(model, kinds)
         bare = bare_parameters(site_map, model) if config.target_parameters else None

@@ -63,10 +63,8 @@ def fresh_parts(
         statistics: What was made of the data, or None.
 
     Raises:
-        ConfigError: The init or the variant does not fit a site, or another init than the statistics are for is asked.
+        ConfigError: The init or the variant does not fit a site.
     """
-    if statistics is not None:
-        statistics.check(config)
     generators = _generators(seed)
     parts = []
     for match, place in places_of(site_map, matches):
