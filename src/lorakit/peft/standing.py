@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.layering.factor import HOLDERS
+from lorakit.core.layering.factor import TRAINED
 from lorakit.core.layering.layer import LoraLayer
 from lorakit.core.layering.sitemap import find_state
 from lorakit.core.layering.walking import walk
@@ -45,9 +45,9 @@ def holders_of(module: Switched) -> Iterator[Any]:
         yield module.modules_to_save
     elif isinstance(module, TokenRows):
         yield module.token_adapter.trainable_tokens_delta
-    for attribute in HOLDERS:
+    for attribute in TRAINED:
         held = module._modules.get(attribute)
-        if held is not None and attribute != "lora_dropout":
+        if held is not None:
             yield held
 
 

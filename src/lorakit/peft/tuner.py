@@ -189,13 +189,14 @@ class BaseTuner(nn.Module):
         if state is None:
             raise RouteError(f"There is no adapter {names[0]!r} on this model. Adapters here: none.")
         state.check(names)
-        for module in standing.adapted(self.model):
+        members = state.members()
+        for module in members:
             if isinstance(module, ModuleCopies) and len(set(names) & standing.available_at(module)) > 1:
                 raise ConfigError(
                     f"Only one adapter can be set at a time for ModulesToSaveWrapper, got {names}: each has its own "
                     "copy of the module."
                 )
-        if any(standing.merged_at(module) for module in standing.adapted(self.model)):
+        if any(standing.merged_at(module) for module in members):
             warn_caller("Adapter cannot be set when the model is merged. Unmerging the model first.")
             core.unmerge(self.model)
         core.activate(self.model, *names)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
+import pickle
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from lorakit.core import activate, attach, disable, route, use
+from lorakit.core import activate, attach, detach, disable, route, set_trained, use
+from lorakit.core.layering.layer import LoraLayer
+from lorakit.core.layering.sitemap import state_of
 from lorakit.errors import RouteError
 
 from ...laws.snapshots import bits
@@ -300,3 +304,25 @@ def test_no_row_at_all() -> None:
     for rows in ([], "abcd"):
         with pytest.raises(RouteError, match="Give a list with one adapter"):
             route(model, rows)
+
+
+def test_a_copy_of_the_model_switches_its_own_layers() -> None:
+    """Layers are found by the state, without a walk: a copied or unpickled model's are its own."""
+    model = with_adapters(LINEARS, "a", "b")
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        activate(twin, "b")
+        set_trained(twin, {"b": False})
+        flags = {name: p.requires_grad for name, p in twin.named_parameters() if "lora_" in name}
+        assert flags and all(flag == (".a." in name) for name, flag in flags.items())
+        assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
+        assert state_of(model).default.names == ("a",)
+        found = {id(m) for m in state_of(twin).members()}
+        assert found == {id(m) for m in twin.modules() if isinstance(m, LoraLayer)}
+
+
+def test_layers_that_left_are_members_no_longer() -> None:
+    model = with_adapters(LINEARS, "a")
+    state = state_of(model)
+    held = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    detach(model)
+    assert held and state.members() == []

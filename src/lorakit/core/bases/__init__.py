@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from torch import nn
 
 from lorakit.core.bases.bitsandbytes import EIGHT_BIT, FOUR_BIT
-from lorakit.core.bases.dense import COMPUTED, DENSE, NOT_WRITTEN, TRANSPOSED
+from lorakit.core.bases.dense import COMPUTED, COMPUTED_TRANSPOSED, DENSE, NOT_WRITTEN, TRANSPOSED
 from lorakit.core.bases.hqq import HQQ
 from lorakit.core.bases.storage import Base, at_least_fp32
 from lorakit.core.bases.torchao import TORCHAO
 from lorakit.core.layering.cloning import PARAMETRISED
 
-__all__ = ["BASES", "COMPUTED", "NOT_WRITTEN", "Base", "at_least_fp32", "base_of", "hold_still", "let_go"]
+__all__ = ["BASES", "NOT_WRITTEN", "Base", "at_least_fp32", "base_of", "hold_still", "is_computed", "let_go"]
 
-BASES: tuple[Base, ...] = (FOUR_BIT, EIGHT_BIT, TORCHAO, HQQ, COMPUTED, TRANSPOSED, DENSE)
+BASES: tuple[Base, ...] = (FOUR_BIT, EIGHT_BIT, TORCHAO, HQQ, COMPUTED, COMPUTED_TRANSPOSED, TRANSPOSED, DENSE)
 
 
 def base_of(module: nn.Module, parameter: str = "weight") -> Base:
@@ -25,8 +25,23 @@ def base_of(module: nn.Module, parameter: str = "weight") -> Base:
         module: A module of the base.
         parameter: Name of its weight.
     """
-    if PARAMETRISED in module._modules and parameter not in module._parameters:
-        return COMPUTED
+    row = _row_of(module, parameter)
+    if is_computed(module, parameter):
+        return COMPUTED_TRANSPOSED if row.transposed else COMPUTED
+    return row
+
+
+def is_computed(module: nn.Module, parameter: str = "weight") -> bool:
+    """Whether torch.nn.utils.parametrize computes a parameter.
+
+    Args:
+        module: A module of the base.
+        parameter: Name of its weight.
+    """
+    return PARAMETRISED in module._modules and parameter not in module._parameters
+
+
+def _row_of(module: nn.Module, parameter: str) -> Base:
     for owner in (type(module._parameters.get(parameter)), type(module)):
         for ancestor in owner.__mro__:
             dotted = f"{ancestor.__module__}.{ancestor.__qualname__}"

@@ -77,7 +77,15 @@ DENSE = Base(
     device=_device,
 )
 
-COMPUTED = replace(DENSE, name="computed", types=(), stored=_computed, place=_place_computed, device=_device_computed)
+COMPUTED = replace(
+    DENSE,
+    name="computed",
+    types=(),
+    written=False,
+    stored=_computed,
+    place=_place_computed,
+    device=_device_computed,
+)
 """A parameter that torch.nn.utils.parametrize computes: it can be read, and there is no place to write it to."""
 
 TRANSPOSED = replace(
@@ -88,3 +96,14 @@ TRANSPOSED = replace(
     read=_read_transposed,
     write=_write_transposed,
 )
+
+COMPUTED_TRANSPOSED = replace(
+    TRANSPOSED,
+    name="computed transposed",
+    types=(),
+    written=False,
+    stored=_computed,
+    place=_place_computed,
+    device=_device_computed,
+)
+"""The same of a module that stores its weight as (in, out)."""

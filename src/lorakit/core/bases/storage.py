@@ -53,6 +53,7 @@ class Base:
         types: Types of the weight, or of the module that holds it, as dotted names.
         transposed: The stored weight is (in, out); a reader of files needs to know.
         quantised: Writing loses more than a rounding to the weight's dtype.
+        written: There is a place to write a new weight to.
         stored: Module, name of its parameter -> what lies there now; it shares memory with the module.
         read: Module, stored thing -> canonical weight, (out, in) or as its kind says, fp32 or wider.
         write: Module, stored thing to be like, canonical weight -> a new thing to store.
@@ -78,6 +79,7 @@ class Base:
     place: Callable[[nn.Module, str, Any], None]
     clone: Callable[[nn.Module, str, Any], nn.Module]
     device: Callable[[nn.Module, str], torch.device]
+    written: bool = True
     tensors: Callable[[Any], tuple[Tensor, ...]] = one_tensor
     dense: Callable[[nn.Module, Tensor, torch.dtype], nn.Module] = linear_with
     values: Callable[[Any, Tensor], tuple[Tensor, Tensor]] = exact_values

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.bases import is_computed
+
 HOLDERS: Mapping[str, type[nn.ModuleDict | nn.ParameterDict]] = {
     "lora_dropout": nn.ModuleDict,
     "lora_A": nn.ModuleDict,
@@ -21,6 +23,9 @@ HOLDERS: Mapping[str, type[nn.ModuleDict | nn.ParameterDict]] = {
     "lora_magnitude_vector": nn.ModuleDict,
 }
 """Attributes that hold something per adapter; each is made when it is first asked for, since most layers need three."""
+
+TRAINED = tuple(name for name in HOLDERS if name != "lora_dropout")
+"""Those of HOLDERS that hold parameters, A's and B's first."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,10 @@ class FactorWeight(nn.Linear):
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        self.weight = weight
-        self.register_parameter("bias", bias)
+        out_features, in_features = weight.shape
+        # hundreds are made at once, and torch's own way to set an attribute is slow
+        self.__dict__.update(out_features=out_features, in_features=in_features)
+        self._parameters.update(weight=weight, bias=bias)
 
 
 class FactorKernel(nn.Module):
@@ -95,6 +101,6 @@ def factor_dtype(module: nn.Module, parameter: str) -> torch.dtype:
         module: The module that holds the weight.
         parameter: Its name there.
     """
-    weight = module._parameters.get(parameter)
+    weight = getattr(module, parameter) if is_computed(module, parameter) else module._parameters.get(parameter)
     floats = weight is not None and weight.is_floating_point()
     return torch.promote_types(weight.dtype, torch.float32) if floats else torch.float32  # type: ignore[union-attr]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorakit.config import scale
 from lorakit.core.kinds import Kind, Slot
-from lorakit.core.layering.factor import HOLDERS, Factor
+from lorakit.core.layering.factor import TRAINED, Factor
 from lorakit.core.layering.layer import LoraLayer
 from lorakit.core.merging.merging import merge, unmerge
 from lorakit.core.routes.routing import AdapterState, Route
@@ -63,7 +63,7 @@ class FieldLayer(LoraLayer):
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
         """Attributes that hold parameters per adapter."""
-        return tuple(name for name in HOLDERS if name != "lora_dropout" and name in self._modules)
+        return tuple(name for name in TRAINED if name in self._modules)
 
     @property
     def in_features(self) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakit.core.bases import Base, base_of
 from lorakit.core.kinds import Kind, Slot, kind_named, spread
 from lorakit.core.layering.cloning import bare, with_forward
-from lorakit.core.layering.factor import HOLDERS, Factor, Magnitude, carrier
+from lorakit.core.layering.factor import HOLDERS, TRAINED, Factor, Magnitude, carrier
 from lorakit.core.routes.forwards import Forwards
 from lorakit.core.routes.routing import AdapterState, Route, resolve
 from lorakit.core.routes.switching import Switched
@@ -75,6 +75,7 @@ class LoraLayer(Switched):
         lists: dict[str, Any] = {"merged_adapters": [], "tied_weight": None, "forwards": Forwards()}
         # hundreds of layers are made at once, and torch's own way to set an attribute is slow
         self.__dict__.update(tables, training=base_layer.training, state=state, kind_name=kind.name, slot=slot, **lists)
+        state.join(self)
 
     def _get_name(self) -> str:
         merged = f"[merged: {', '.join(self.merged_adapters)}]" if self.merged_adapters else ""
@@ -88,9 +89,9 @@ class LoraLayer(Switched):
     @property
     def owner(self) -> nn.Module:
         """The base's own module: where a module has several adapted weights, their layers stand around each other."""
-        module = self.base_layer
+        module: Any = self._modules["base_layer"]  # without torch's slow way to an attribute: all ask for this
         while isinstance(module, LoraLayer):
-            module = module.base_layer
+            module = module._modules["base_layer"]
         return module
 
     @property
@@ -134,7 +135,7 @@ class LoraLayer(Switched):
             trained: Its parameters require gradients.
         """
         super().set_trained(name, trained)
-        for part in {"A", "B"} - self.trains.get(name, frozenset("AB")):
+        for part in () if len(self.trains.get(name, "AB")) == 2 else {"A", "B"} - self.trains[name]:
             if (tensor := getattr(self.factor(name), part)).is_leaf:  # else it is another layer's, which freezes it
                 tensor.requires_grad_(False)
 
@@ -160,9 +161,9 @@ class LoraLayer(Switched):
         for attribute in HOLDERS:
             held: Any = self._modules.get(attribute)
             if held is not None and name in held:  # new modules take the mode of what they stand on
-                held.training = self.training
-                if isinstance(held[name], nn.Module):
-                    held[name].train(self.training)
+                for new in (held, *filter(None, [held._modules.get(name)])):
+                    if new.training is not self.training:
+                        new.train(self.training)
         self.r[name], self.lora_alpha[name] = r, lora_alpha
         self.scaling[name], self.variant[name], self.trains[name] = factor.scale, factor.variant, trains
 
@@ -194,14 +195,12 @@ class LoraLayer(Switched):
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """The parameters of an adapter here, A and B first, (…); none where it has no factor."""
         found: list[Any] = []
-        for attribute, holder in self._modules.items():  # A's and B's come first: `put` makes them first
-            if holder is None or attribute in ("base_layer", "lora_dropout"):
-                continue
-            inside = holder._modules.get(name)
-            if inside is not None:
-                found += [parameter for parameter in inside._parameters.values() if parameter is not None]
-            elif name in holder._parameters:
-                found.append(holder._parameters[name])
+        for holder in map(self._modules.get, TRAINED):
+            if holder is not None:
+                inside = holder._modules.get(name)
+                for tensor in (holder._parameters.get(name),) if inside is None else inside._parameters.values():
+                    if tensor is not None:
+                        found.append(tensor)
         return found
 
     def read(self, name: str | None = None) -> Tensor:

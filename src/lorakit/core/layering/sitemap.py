@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.bases import base_of
+from lorakit.core.bases import base_of, is_computed
 from lorakit.core.kinds import INNER, KINDS, PARAMETER, Kind, Slot, checked, kind_named, kind_of
 from lorakit.core.layering.cloning import PARAMETRISED
 from lorakit.core.layering.layer import LoraLayer
@@ -305,7 +305,7 @@ def _can_be_read(module: nn.Module, kind: Kind) -> bool:
     """Whether the weights of a module are floats, or stored in a way that BASES knows."""
     weight = module._parameters.get("weight")
     floats = weight is not None and torch.is_floating_point(weight) and weight.ndim > 1
-    return floats or kind.acts_on == "weight" or kind not in KINDS or base_of(module).quantised
+    return floats or kind.acts_on == "weight" or kind not in KINDS or is_computed(module) or base_of(module).quantised
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

@@ -126,10 +126,11 @@ def identity(parameter: Tensor | None) -> int:
 def holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     """Who holds each weight of the base: its `identity` -> names and modules, several where it is tied."""
     found: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, _, module in base_tensors(model):
-        parameter = module._parameters.get(name.rpartition(".")[2])
-        if parameter is not None:
-            found.setdefault(identity(parameter), []).append((name, module))
+    for path, module in _plain_modules(model, ""):
+        prefix = f"{path}." if path else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(identity(parameter), []).append((prefix + name, module))
     return found
 
 

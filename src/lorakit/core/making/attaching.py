@@ -133,10 +133,12 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     site_map = survey(model)
     for module in site_map.modules.values():
         _forget(module, names, site_map)
-    _drop_bias_switches(model, names)
+    if state.biased:
+        _drop_bias_switches(model, names)
+    waited = any(config.alora_invocation_tokens is not None for config in state.configs.values())
     for gone in names:
         del state.configs[gone]
-    if not any(config.alora_invocation_tokens is not None for config in state.configs.values()):
+    if waited and not any(config.alora_invocation_tokens is not None for config in state.configs.values()):
         uninstall(model)
     state.default = Route(tuple(n for n in state.default.names if n not in names))
     if not state.configs:
@@ -192,7 +194,8 @@ def publish(
         BiasSwitch.install(name, originals, module, state)
     if config.alora_invocation_tokens is not None:
         install(model, state)
-    _tell_sites_of_old_biases(model)
+    if state.biased:
+        _tell_sites_of_old_biases(model)
     keep_off(site_map.modules.values())
 
 
@@ -232,6 +235,7 @@ def _forget(module: nn.Module, names: Sequence[str], site_map: SiteMap) -> None:
             module.remove(name)
         if not module.available_adapters():
             site_map.replace(module, module.original_module)
+            module.state.leave(module)
 
 
 def _without(module: nn.Module, names: Sequence[str]) -> nn.Module:
@@ -242,8 +246,14 @@ def _without(module: nn.Module, names: Sequence[str]) -> nn.Module:
         if name == module.moved_by:
             give_base_back(module)
         module.remove(name)
-    module.base_layer = _without(module.base_layer, names)
-    return module if module.r else module.base_layer
+    base_layer: nn.Module = module._modules["base_layer"]  # type: ignore[assignment]
+    inside = _without(base_layer, names)
+    if inside is not base_layer:
+        module.base_layer = inside
+    if module.r:
+        return module
+    module.state.leave(module)
+    return inside
 
 
 def _drop_bias_switches(model: nn.Module, names: Sequence[str]) -> None:

@@ -5,8 +5,7 @@ Nothing here changes a model. What is built is put in place by `attaching`, in o
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,36 +67,47 @@ def fresh_parts(
     generators = _generators(seed)
     parts = []
     for match, place in places_of(site_map, matches):
-        blank = blank_for(site_map, config, match, place)
         seen = None if statistics is None else statistics.sites.get(place.path)
-        if statistics is not None and seen is None and statistics.others_usual:
-            blank = dataclasses.replace(blank, config=config.with_fields(init_lora_weights=True))
-        blank = dataclasses.replace(blank, generator=generators(blank.device), statistics=seen)
+        usual = statistics is not None and seen is None and statistics.others_usual
+        asked = config.with_fields(init_lora_weights=True) if usual else config
+        blank = blank_for(site_map, asked, match, place, generators, seen)
         parts.append(_fresh_part(site_map, blank, match, place))
     return parts
 
 
-def blank_for(site_map: SiteMap, config: LoraConfig, match: Match, place: Place) -> Blank:
-    """What an init is given for a site, without randomness and statistics.
+def blank_for(
+    site_map: SiteMap,
+    config: LoraConfig,
+    match: Match,
+    place: Place,
+    generators: Callable[[torch.device], torch.Generator | None] = lambda _: None,
+    statistics: Mapping[str, Tensor] | None = None,
+) -> Blank:
+    """What an init is given for a site.
 
     Args:
         site_map: The model's map.
         config: The adapter's config.
         match: The target match that names the site.
         place: Where.
+        generators: Source of randomness by device.
+        statistics: What was made of the data for this site, name -> tensor (…), or None.
     """
     module, parameter = site_map.holder(place), place.slot.parameter
+    device = base_of(module, parameter).device(module, parameter)
     return Blank(
         kind=place.kind,
         slot=place.slot,
         r=match.rank,
         scale=scale(match.rank, match.alpha, config.use_rslora),
         shapes=place.kind.shapes(place.slot, match.rank),
-        device=base_of(module, parameter).device(module, parameter),
+        device=device,
         dtype=factor_dtype(module, parameter),
         path=place.path,
         read=lambda: site_map.weight(place),
         config=config,
+        generator=generators(device),
+        statistics=statistics,
     )
 
 
@@ -160,7 +170,7 @@ def as_parameters(factor: Factor, trainable: bool = True, trains: frozenset[str]
     A, B = nn.Parameter(factor.A, trainable and "A" in trains), nn.Parameter(factor.B, trainable and "B" in trains)
     vector = None if factor.magnitude is None else nn.Parameter(factor.magnitude, trainable)
     bias = None if factor.bias is None else nn.Parameter(factor.bias, trainable)
-    return dataclasses.replace(factor, A=A, B=B, magnitude=vector, bias=bias)
+    return Factor(A, B, factor.scale, factor.dropout, factor.variant, vector, bias)
 
 
 def check_bias_of_b(config: LoraConfig, place: Place) -> None:

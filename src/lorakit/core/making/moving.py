@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakit.core.bases import base_of
-from lorakit.core.bases.dense import COMPUTED, NOT_WRITTEN
+from lorakit.core.bases.dense import NOT_WRITTEN
 from lorakit.core.inits import Init
 from lorakit.core.layering.layer import LoraLayer
 from lorakit.core.layering.sitemap import Place, SiteMap
@@ -52,7 +52,7 @@ def check_can_move(site_map: SiteMap, place: Place, init: Init | None = None) ->
             f"{place.path} shares its weight with {other}, and this init would move it for both. Leave the module out, "
             "or use an init that leaves the base alone."
         )
-    if base_of(module, place.slot.parameter) is COMPUTED:
+    if not base_of(module, place.slot.parameter).written:
         raise ConfigError(NOT_WRITTEN.format(parameter=place.path, type=type(module).__name__))
     if init is not None and base_of(module, place.slot.parameter).quantised and not init.requantises:
         raise ConfigError(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lorakit.core.bases import COMPUTED, NOT_WRITTEN
+from lorakit.core.bases import NOT_WRITTEN
 from lorakit.core.layering.sitemap import copies, layers
 from lorakit.core.layering.underlying import holders, identity, set_aside
 from lorakit.core.merging.biases import check_place
@@ -58,7 +58,7 @@ def check_mergeable(model: nn.Module, names: Sequence[str], untie: bool) -> None
         twice = [name for name in here if name in layer.merged_adapters]
         if twice:
             raise MergeError(f"Adapter {twice[0]!r} is merged already. Unmerge it first.")
-        if here and layer.base is COMPUTED:
+        if here and not layer.base.written:
             raise MergeError(NOT_WRITTEN.format(parameter=layer.slot.parameter, type=type(layer.owner).__name__))
         if here and layer.merged_adapters and not keeps_base(layer):
             raise MergeError(

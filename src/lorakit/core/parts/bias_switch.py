@@ -85,6 +85,7 @@ class BiasSwitch:
     @classmethod
     def install(cls, adapter: str, originals: dict[str, Tensor], module: nn.Module, state: AdapterState) -> None:
         """Hang a switch with a module's old biases on it, and make the biases trainable."""
+        state.biased = True
         module.register_forward_hook(cls(adapter, originals, state), with_kwargs=True, prepend=True)
         for name in originals:
             module._parameters[name].requires_grad_(True)  # type: ignore[union-attr]

@@ -43,6 +43,7 @@ class ModuleCopies(Switched):
         self.own_route: Route | None = None
         self.state = state
         self.forwards = Forwards()
+        state.join(self)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -179,6 +179,7 @@ class TokenRows(Switched):
         self.own_route: Route | None = None
         self.state = state
         self.forwards = Forwards()
+        state.join(self)
 
     adapter_layer_names: tuple[str, ...] = ("token_adapter.trainable_tokens_delta",)
     other_param_names: tuple[str, ...] = ("token_adapter.token_indices",)

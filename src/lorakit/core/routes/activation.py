@@ -27,11 +27,11 @@ def activate(model: nn.Module, *names: str) -> None:
     Raises:
         RouteError: There is no such adapter.
     """
-    adapted = [module for _, module in walk(model) if isinstance(module, Switched)]
-    state = adapted[0].state if adapted else state_of(model)
+    state = state_of(model)
     state.check(names)
-    for module in adapted:
-        module.own_route, module.aside = None, ()
+    for module in state.members():
+        if module.own_route is not None or module.aside:
+            module.own_route, module.aside = None, ()
     state.replace_default(names)
 
 

@@ -164,7 +164,10 @@ class AdapterState:
         held: The base's modules that are kept from rewriting their own weight while adapters are here.
         replication: How the base's layers were stacked anew for the adapters, or None.
         kinds: Kinds of site that the user made, by name (`lorakit.core.Kind`).
+        biased: Whether an adapter has trained biases of the base in place, so that modules have to be asked for them.
     """
+
+    biased: bool = False
 
     def __init__(self) -> None:
         self.configs: dict[str, LoraConfig] = {}
@@ -181,10 +184,23 @@ class AdapterState:
         self._told: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in {"_open", "_told"}}
+        return {name: value for name, value in self.__dict__.items() if name not in {"_open", "_told", "_members"}}
 
     def __setstate__(self, known: dict[str, Any]) -> None:
-        self.__dict__.update(known, _open={}, _told=weakref.WeakSet())
+        self.__dict__.update(known, _open={}, _told=weakref.WeakSet())  # members join as they are copied
+
+    def join(self, module: torch.nn.Module) -> None:
+        """Note an adapted module that refers to this state; it is held weakly."""
+        self.__dict__.setdefault("_members", {})[id(module)] = weakref.ref(module)
+
+    def leave(self, module: torch.nn.Module) -> None:
+        """Forget a module that is adapted no longer."""
+        self.__dict__.get("_members", {}).pop(id(module), None)
+
+    def members(self) -> list[Any]:
+        """The adapted modules of this state in the order they came, found without a walk over the model."""
+        found = [reference() for reference in self.__dict__.get("_members", {}).values()]
+        return [module for module in found if module is not None]
 
     def check(self, names: Sequence[str | None]) -> None:
         """Refuse names of adapters that are not there.

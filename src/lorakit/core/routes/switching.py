@@ -6,6 +6,7 @@ Other programs switch adapters module by module; this is where they can. It know
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -26,6 +27,10 @@ class Switched(nn.Module):
     state: AdapterState
     own_route: Route | None
     aside: tuple[Route | None, ...] = ()
+
+    def __setstate__(self, known: dict[str, Any]) -> None:
+        super().__setstate__(known)
+        self.state.join(self)  # a copy belongs to the copied state
 
     def available_adapters(self) -> list[str]:
         """Adapters that have something here."""

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lorakit.core.layering.sitemap import find_state
 from lorakit.core.layering.walking import walk
 from lorakit.core.parts.bias_switch import BiasSwitch
-from lorakit.core.routes.switching import Switched
 
 
 def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | None = None) -> None:
@@ -22,13 +22,14 @@ def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | Non
         wanted: Adapter -> whether its parameters require gradients; one that is not here is no matter.
         others: The same for all adapters that are not named; None leaves them.
     """
-    for _, module in walk(model):
-        if isinstance(module, Switched):
-            for name in module.available_adapters():
-                flag = wanted.get(name, others)
-                if flag is not None:
-                    module.set_trained(name, flag)
-        elif module._forward_hooks:
+    state = find_state(model)
+    for module in () if state is None else state.members():
+        for name in module.available_adapters():
+            flag = wanted.get(name, others)
+            if flag is not None:
+                module.set_trained(name, flag)
+    if state is not None and state.biased:
+        for _, module in walk(model):
             for switch in BiasSwitch.on(module):
                 flag = wanted.get(switch.adapter, others)
                 for leaf in switch.originals if flag is not None else ():
