@@ -210,7 +210,12 @@ def test_what_cannot_be_collected_is_said() -> None:
     )
     refused(ConfigError, "r is 13, and at most 12 is possible", config_for("eva", r=13, rank_pattern={}))
     embed = nn.Sequential(OrderedDict(up=nn.Embedding(9, 12)))
-    refused(ConfigError, r"'eva', which has no meaning on a Embedding \(up\)", config_for("eva", target_modules=["up"], rank_pattern={}), model=embed)
+    refused(
+        ConfigError,
+        r"'eva', which has no meaning on a Embedding \(up\)",
+        config_for("eva", target_modules=["up"], rank_pattern={}),
+        model=embed,
+    )
     grouped = nn.Sequential(OrderedDict(up=nn.Conv1d(4, 6, 1, groups=2)))
     refused(TargetError, "up.*groups", config_for("eva", target_modules=["up"], r=2, rank_pattern={}), model=grouped)
 

@@ -86,7 +86,7 @@ def saved_form(
         if layer.base.quantised:
             raise AdapterError(
                 f"{path}: {config.init_lora_weights} moved a quantised base, which was rounded a second time, so "
-                f"adapter {name!r} is no plain LoRA on the original. Use `save_as_trained`."
+                f"adapter {name!r} is no plain LoRA on the original. Use `save_as_trained`, or merge it."
             )
         down, up = _keys(path, layer)
         tensors[down], tensors[up] = as_plain(layer.slot, tensors[down], tensors[up], layer.initial)  # type: ignore[arg-type]

@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig, scale
 from lorakit.core.files.fingerprinting import Fingerprint
 from lorakit.core.files.keys import PREFIX, parse
-from lorakit.core.files.loading import alpha_at, read_adapter
+from lorakit.core.files.loading import AdapterFiles, alpha_at, read_adapter
+from lorakit.core.files.restoring import RECOMPUTE, Past, past_of
 from lorakit.core.files.saved_form import saved_form
+from lorakit.core.kinds import Slot
 from lorakit.core.layering.sitemap import INSIDE, layers, state_of, survey
 from lorakit.core.making.checks import check_known
-from lorakit.errors import AdapterFileError, NotYetSupported
+from lorakit.core.making.residual import as_plain, plain_config
+from lorakit.errors import AdapterError, AdapterFileError, NotYetSupported
 from lorakit.targets import resolve
 
 
@@ -100,12 +103,13 @@ def loose_from_model(model: nn.Module, name: str) -> LooseAdapter:
         name: The adapter.
 
     Raises:
-        AdapterError: There is no such adapter.
+        AdapterError: There is no such adapter, or it is no plain LoRA on the original base (LoftQ).
         NotYetSupported: It sits on bare parameters.
     """
     state = state_of(model)
     check_known(state, [name])
     _check_whole(state.configs[name], name)
+    _check_plain(model, name)
     found = saved_form(model, name)
     config = dataclasses.replace(found.config)
     scales = {path: layer.scaling[name] for path, layer in layers(model) if name in layer.r}
@@ -125,8 +129,9 @@ def loose_from_folder(folder: str | os.PathLike[str]) -> LooseAdapter:
         folder: A folder that PEFT or lorakit wrote.
 
     Raises:
-        AdapterFileError: A file is missing or damaged, A and B do not fit together, or a scale follows from a
-            regular expression, which is not run.
+        AdapterFileError: A file is missing or damaged, A and B do not fit together, a scale follows from a regular
+            expression, which is not run, or the factors act on a base that its init changed, and the folder does not
+            say how.
         NotYetSupported: The adapter needs what is not built yet, or sits on bare parameters.
     """
     files = read_adapter(folder)
@@ -135,6 +140,10 @@ def loose_from_folder(folder: str | os.PathLike[str]) -> LooseAdapter:
     ranks = {key.path: int(t.shape[0]) for n, t in tensors.items() if (key := parse(n)) and key.part == "A" and t.ndim}
     scales = {path: scale(r, alpha_at(files, path), config.use_rslora) for path, r in ranks.items()}
     factors, others = _sorted_out(tensors, scales)
+    past = past_of(files.folder, config, files.sidecar.began if files.is_ours else {}, False, (RECOMPUTE,))
+    if past.moves:
+        factors = _on_the_original(factors, past, files)
+        config = plain_config(config)
     for path, factor in factors.items():
         fits = factor.A.ndim >= 2 and factor.B.ndim >= 2 and factor.B.shape[1] and not factor.r % factor.B.shape[1]
         if not fits:
@@ -216,6 +225,42 @@ def _sorted_out(
         (end_A, A), (end_B, B) = found.pop("A"), found.pop("B")
         factors[path] = LooseFactor(A, B, scales[path], (end_A, end_B), found)
     return factors, others
+
+
+def _check_plain(model: nn.Module, name: str) -> None:
+    for path, layer in layers(model):
+        if layer.moved_by == name and layer.initial is None:
+            raise AdapterError(
+                f"{path}: {state_of(model).configs[name].init_lora_weights} changed the base by more than a product of "
+                f"low rank, so adapter {name!r} is no plain LoRA on the original: its factors alone do not say what it "
+                "does. Merge it, or write what it makes of the model with merged_state_dict."
+            )
+
+
+def _on_the_original(factors: Mapping[str, LooseFactor], past: Past, files: AdapterFiles) -> dict[str, LooseFactor]:
+    """The factors of an adapter whose init moved the base, as plain LoRA of twice the rank."""
+    named = (
+        f"{files.folder}: init_lora_weights is {files.config.init_lora_weights!r}: the factors act on a base that it"
+    )
+    if past.first is None:
+        raise AdapterFileError(
+            f"{named} changed, and the folder does not say how. Load it with allow=['recompute_init'] and save it with "
+            "save_adapter, or, in PEFT, with path_initial_model_for_weight_conversion. If the base at hand is the "
+            "changed one, set init_lora_weights to true in its config."
+        )
+    if files.sidecar.base is not None and files.sidecar.base.bounds:
+        raise AdapterFileError(
+            f"{named} changed while it was quantised, so it was rounded a second time, and this is no plain LoRA on "
+            "the original. Merge it instead."
+        )
+    plain = {}
+    for path, factor in factors.items():
+        first = past.first.get(path)
+        if first is None or (first[0].shape, first[1].shape) != (factor.A.shape, factor.B.shape):
+            raise AdapterFileError(f"{files.folder}: the first factors of {path} are missing or of another shape.")
+        A, B = as_plain(Slot("weight", factor.B.shape[0], factor.A.shape[1]), factor.A, factor.B, first)
+        plain[path] = dataclasses.replace(factor, A=A, B=B)
+    return plain
 
 
 def _check_whole(config: LoraConfig, label: str) -> None:
