@@ -24,7 +24,7 @@ from lorakit.core.layering.parameter_sites import bare_parameters
 from lorakit.core.layering.replication import stacked_for
 from lorakit.core.layering.sitemap import Place, SiteMap, find_state, layers, state_of, survey
 from lorakit.core.making.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
-from lorakit.core.making.fresh import Part, fresh_parts, memory_notes
+from lorakit.core.making.fresh import Part, fresh_parts, notes_on_moving
 from lorakit.core.making.moving import give_base_back
 from lorakit.core.merging.merging import check_unmergeable, merged_adapters, unmerge
 from lorakit.core.parts.bias_switch import BiasSwitch
@@ -109,7 +109,7 @@ def attach(
         outer = {part.place.outer for part in parts}
         publish(model, site_map, name, config, parts, fresh_extras(model, site_map, config, outer, ties))
     trained = sum(parameter.numel() for parameter in adapter_parameters(model, name) if parameter.requires_grad)
-    return AttachReport(name, found.matches, trained, (*found.notes, *memory_notes(config, parts)), found.missing)
+    return AttachReport(name, found.matches, trained, (*found.notes, *notes_on_moving(config, parts)), found.missing)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
