@@ -13,6 +13,8 @@ import torch
 from lorakit import core, hub
 from lorakit.cli import main
 
+from ..laws.zoo import MIXTRAL, randomise
+
 Save = Callable[..., Path]
 IDS = torch.tensor([[5, 17, 200, 3, 9, 44]])
 
@@ -79,3 +81,21 @@ def test_what_is_refused(
         assert main([*map(str, start), *map(str, words)]) == code
         assert said in capsys.readouterr().err
         assert not (tmp_path / "a").exists()
+
+
+def test_experts_that_lie_one_by_one_in_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers writes fused experts one by one, so the models are loaded; the changes are found per expert."""
+    model = MIXTRAL.model()
+    model.save_pretrained(tmp_path / "base")
+    core.attach(model, MIXTRAL.config(), "a")
+    randomise(model, "a", 3)
+    core.merge_and_unload(model, "a")
+    model.save_pretrained(tmp_path / "tuned")
+    words = ["extract", "--base", tmp_path / "base", "--tuned", tmp_path / "tuned", "--output-dir", tmp_path / "x"]
+    words += ["--rank", 4, "--target-modules", "q_proj", "--target-parameters", *MIXTRAL.parameters]
+    assert main([*map(str, words)]) == 0
+    assert "6 sites, ranks 4 to 4, scale 1\ncaptured   100.00%" in capsys.readouterr().out
+    base = hub.load_model(tmp_path / "base", "float32")
+    core.load_adapter(base, tmp_path / "x")
+    with torch.no_grad():
+        torch.testing.assert_close(base(IDS % 50).logits, model(IDS % 50).logits, rtol=1e-3, atol=1e-3)

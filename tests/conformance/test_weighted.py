@@ -16,8 +16,9 @@ from lorakit import core
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.peft import weighted
 
+from .architectures import model_named
 from .closeness import assert_close
-from .rows import Row, copy_adapters, quiet_peft, randomise, theirs
+from .rows import ROWS_COMPARED, Row, copy_adapters, quiet_peft, randomise, theirs
 
 ROWS = [
     Row("linear", "sequential", {"target_modules": ["up", "head"]}),
@@ -303,3 +304,21 @@ def test_signatures_are_pefts() -> None:
         (weighted.save_as_lora, theirs.save_as_lora),
     ):
         assert names(ours_) == names(theirs_)
+
+
+@pytest.mark.parametrize("way", ["cat", "svd", "ties"])
+def test_experts_are_combined_and_read_by_peft(way: str, tmp_path: Path) -> None:
+    """peft refuses to combine what sits on bare parameters; what is made here does in peft what it does here."""
+    row = next(row for row in ROWS_COMPARED if row.name == "experts-mixtral-and-modules")
+    both = row.pair("a", "b")
+    with quiet_peft(), pytest.raises(ValueError, match=r"does not support targeting nn\.Parameter"):
+        both[0].add_weighted_adapter(["a", "b"], [0.7, 1.4], "new", combination_type=way, density=0.6)
+    model = both[1]
+    model.base_model.add_weighted_adapter(["a", "b"], [0.7, 1.4], "new", combination_type=way, density=0.6)
+    model.set_adapter("new")
+    model.save_pretrained(tmp_path, selected_adapters=["new"])
+    with quiet_peft():
+        again = theirs.PeftModel.from_pretrained(model_named(row.model), tmp_path / "new")
+    with torch.no_grad():
+        found, expected = ({"logits": each.eval()(**row.inputs).logits} for each in (again, model))
+    assert_close(found, expected, 1e-4)

@@ -228,6 +228,7 @@ def test_killed_again_and_again(tmp_path: Path, tiny_model_directory: Path) -> N
         {"init_lora_weights": "lora_ga", "r": 3, "use_dora": True},
         {"init_lora_weights": "eva"},
         {"init_lora_weights": "mica"},
+        {"new_tokens": ["jumps over", "<never>"], "weight_decay": 0.1},
     ],
     ids=lambda more: str(more.get("init_lora_weights", next(iter(more)))),
 )

@@ -27,6 +27,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "target_modules": r".*\.(0|1)\..*(q|v|query|c_attn|q_proj)",
     },
     "bias-all": {"bias": "all"},
+    "rows": {"trainable_token_indices": [3, 1, 7]},
     "bias-lora-only": {"bias": "lora_only"},
 }
 

@@ -76,12 +76,12 @@ def refuse_run_folder(folder: str) -> None:
         raise AdapterFileError(f"{folder}: this is the folder of a run; its adapter is {inside}.")
 
 
-def load_adapters(model: Any, folders: Sequence[str], allow: Collection[str]) -> list[str]:
-    """Put adapters on a model.
+def load_adapters(model: Any, adapters: Sequence[AdapterFiles], allow: Collection[str]) -> list[str]:
+    """Put adapters on a model; those with new tokens come first, since a base without adapters can grow for them.
 
     Args:
         model: The base.
-        folders: As the user gave them.
+        adapters: As they were read.
         allow: Words of `Allowances.words`.
 
     Returns:
@@ -92,11 +92,15 @@ def load_adapters(model: Any, folders: Sequence[str], allow: Collection[str]) ->
     """
     from lorakit import core
 
-    names = [f"adapter_{number}" for number, _ in enumerate(folders, start=1)]
+    names = [f"adapter_{number}" for number, _ in enumerate(adapters, start=1)]
     with naming_flags():
-        for name, folder in zip(names, folders, strict=True):
-            core.load_adapter(model, folder, name, allow=allow)
+        for name, files in sorted(zip(names, adapters, strict=True), key=lambda pair: -_vocabulary(pair[1])):
+            core.load_adapter(model, files.folder, name, allow=allow)
     return names
+
+
+def _vocabulary(files: AdapterFiles) -> int:
+    return 0 if files.sidecar.base is None else files.sidecar.base.vocabulary
 
 
 @contextlib.contextmanager
@@ -164,7 +168,8 @@ def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Any:
         adapters: The adapters.
 
     Returns:
-        A transformers tokenizer: that of the adapters' folders if all that have one agree, else the model's own.
+        A transformers tokenizer: that of the adapters' folders if all that have one agree, or if one of them has all
+        tokens of the others; else the model's own.
 
     Raises:
         ModelError: Neither has a tokenizer, or it cannot be read.
@@ -177,9 +182,21 @@ def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Any:
             place = str(files.folder)
             tokenizer = hub.load_tokenizer(hub.ModelSource("directory", place, place, None, place))
             own[hub.tokenizer_hash(tokenizer), hub.chat_template_hash(tokenizer)] = tokenizer
-    if len(own) == 1:
-        return next(iter(own.values()))
+    widest = _widest(list(own.values()))
+    if widest is not None:
+        return widest
     tokenizer = hub.load_tokenizer(source)
     if len(own) > 1:
         console.warning("the adapters come with different tokenizers or chat templates; the model's own is used.")
     return tokenizer
+
+
+def _widest(tokenizers: Sequence[Any]) -> Any | None:
+    """The tokenizer that knows all tokens of the others under the same ids, and has the same chat template, or None."""
+    if not tokenizers:
+        return None
+    words = [set(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
+    most = max(range(len(words)), key=lambda number: len(words[number]))
+    template = tokenizers[most].chat_template
+    fits = all(word <= words[most] for word in words) and all(t.chat_template == template for t in tokenizers)
+    return tokenizers[most] if fits else None

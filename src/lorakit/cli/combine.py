@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -14,7 +14,7 @@ from lorakit.cli.adapters import naming_flags, read_adapters, take_tokenizer
 from lorakit.errors import UsageError
 
 if TYPE_CHECKING:
-    from lorakit.core import CombineReport, Way
+    from lorakit.core import MadeReport, Way
 
 WORST_SITES = 5
 
@@ -84,24 +84,9 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
         )
     take_tokenizer(files, flags.output_dir)
     if json:
-        console.emit_json(as_dict(report))
+        console.emit_json({"output_dir": report.name, **report.as_dict()})
     else:
         console.say(_text(report, way, flags.adapter, weights))
-
-
-def as_dict(report: CombineReport) -> dict[str, Any]:
-    """The report as plain JSON values.
-
-    Args:
-        report: What was made.
-    """
-    return {
-        "output_dir": report.name,
-        "config": report.config.as_json(),
-        "deviation": report.deviation,
-        "sites": [asdict(site) for site in report.sites],
-        **report.facts,
-    }
 
 
 def _way(flags: Flags) -> Way:
@@ -120,7 +105,7 @@ def _weights(flags: Flags) -> list[float]:
     return flags.weights
 
 
-def _text(report: CombineReport, way: Way, folders: Sequence[str], weights: Sequence[float]) -> str:
+def _text(report: MadeReport, way: Way, folders: Sequence[str], weights: Sequence[float]) -> str:
     ranks = sorted({site.r for site in report.sites})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     total = " + ".join(f"{weight:g} × {folder}" for weight, folder in zip(weights, folders, strict=True))

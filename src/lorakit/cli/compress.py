@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -12,7 +12,7 @@ from lorakit.cli import console
 from lorakit.cli.adapters import naming_flags, read_adapters, take_tokenizer
 
 if TYPE_CHECKING:
-    from lorakit.core import CompressReport
+    from lorakit.core import MadeReport
 
 WORST_SITES = 5
 
@@ -46,27 +46,12 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
         )
     take_tokenizer(files, flags.output_dir)
     if json:
-        console.emit_json(as_dict(report))
+        console.emit_json({"output_dir": report.name, **report.as_dict()})
     else:
         console.say(_text(report, flags.adapter))
 
 
-def as_dict(report: CompressReport) -> dict[str, Any]:
-    """The report as plain JSON values.
-
-    Args:
-        report: What was made.
-    """
-    return {
-        "output_dir": report.name,
-        "config": report.config.as_json(),
-        "energy_lost": report.energy_lost,
-        "sites": [asdict(site) for site in report.sites],
-        **report.facts,
-    }
-
-
-def _text(report: CompressReport, folder: str) -> str:
+def _text(report: MadeReport, folder: str) -> str:
     before, after = (sum(getattr(site, name) for site in report.sites) for name in ("r_before", "r"))
     lines = [
         f"{report.name}: {folder} at {len(report.sites)} sites, ranks {before:,} in all before, {after:,} after",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +36,10 @@ class Flags:
     target_modules: Annotated[
         list[str] | None, Parameter(help="Module names, or all-linear, which is the default.")
     ] = None
+    target_parameters: Annotated[
+        list[str] | None,
+        Parameter(help="Bare parameters such as mlp.experts.down_proj, whose experts get a change each, of one rank."),
+    ] = None
     modules_to_save: Annotated[
         list[str] | None, Parameter(help="Modules to take over whole, such as embeddings that grew.")
     ] = None
@@ -68,26 +72,9 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
             allow=["nonfinite"] if flags.allow_nonfinite else [],
         )
     if json:
-        console.emit_json(as_dict(report))
+        console.emit_json({"output_dir": report.name, **report.as_dict()})
     else:
         console.say(_text(report))
-
-
-def as_dict(report: ExtractReport) -> dict[str, Any]:
-    """The report as plain JSON values.
-
-    Args:
-        report: What was made.
-    """
-    return {
-        "output_dir": report.name,
-        "config": report.config.as_json(),
-        "captured": report.captured,
-        "copied": list(report.copied),
-        "sites": [asdict(site) for site in report.sites],
-        "outside": [asdict(change) for change in report.outside],
-        **report.facts,
-    }
 
 
 def _config(flags: Flags, model: nn.Module, base_name: str | None) -> LoraConfig:
@@ -97,6 +84,7 @@ def _config(flags: Flags, model: nn.Module, base_name: str | None) -> LoraConfig
     targets: Any = words[0] if words == ["all-linear"] else words
     return LoraConfig(
         target_modules=targets,
+        target_parameters=flags.target_parameters,
         modules_to_save=flags.modules_to_save,
         task_type="CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None,
         base_model_name_or_path=base_name,
@@ -108,8 +96,11 @@ def _read(base: ModelSource, tuned: ModelSource) -> tuple[nn.Module, TensorSourc
     from lorakit import core, hub
 
     if _has_files(base) and _has_files(tuned):
+        skeleton = hub.skeleton(base)
         files = core.source_of_folder(base.path_or_id), core.source_of_folder(tuned.path_or_id)
-        return hub.skeleton(base), *files
+        fused = [name for name, parameter in skeleton.named_parameters() if parameter.ndim > 2]
+        if all(source.under([name]) is not None for source in files for name in fused):
+            return skeleton, *files  # else the files hold experts one by one, and loading fuses them
     models = hub.load_model(base), hub.load_model(tuned)
     return models[0], core.source_of_model(models[0], base.given), core.source_of_model(models[1], tuned.given)
 

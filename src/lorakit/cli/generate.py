@@ -93,7 +93,7 @@ def run(
     tokenizer = tokenizer_for(source, files)
     encoded = encode_prompts(prompts, tokenizer, flags.chat, flags.system)
     model = hub.load_model(source, flags.dtype, device, quantization=quantization)
-    names: list[str | None] = list(load_adapters(model, folders, (allow or Allowances()).words()))
+    names: list[str | None] = list(load_adapters(model, files, (allow or Allowances()).words()))
     if flags.base or len(names) != 1:
         names.insert(0, None)
     labels = dict(zip((name for name in names if name), folders, strict=True))

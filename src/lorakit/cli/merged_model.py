@@ -19,8 +19,10 @@ from torch import Tensor
 from lorakit import core, hub
 from lorakit.cli.adapters import load_adapters, tokenizer_for
 from lorakit.core.bases.quantising import multiply_out
+from lorakit.core.files.fingerprinting import vocabulary_of
 from lorakit.core.merging.applied import note_applied
 from lorakit.core.merging.merging import SiteMerge, tied_sites
+from lorakit.core.parts.growing import grow_vocabulary
 from lorakit.durable import publish_directory, write_json
 from lorakit.errors import MergeError, ModelError, UsageError
 from lorakit.machine import this_machine
@@ -242,7 +244,7 @@ def _ask_unmerged(order: Order, computing: str) -> Expected:
     model = hub.load_model(order.source, computing, quantization=order.quantization)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again, and are shown, when the adapters are loaded to be merged
-        names = load_adapters(model, order.folders, order.allow)
+        names = load_adapters(model, order.adapters, order.allow)
     if not order.untie:
         _refuse_tied(model, names)
     ids = _probe_ids(model)
@@ -258,10 +260,11 @@ def _merge_into(order: Order, folder: Path, tokenizer: Any) -> Merged:
     stored = model
     if order.quantization is not None:  # what was trained on is merged, and its numbers are put into the plain model
         stored = hub.load_model(order.source, model.dtype, quantization=order.quantization)
-    names = load_adapters(stored, order.folders, order.allow)
+    names = load_adapters(stored, order.adapters, order.allow)
     report = core.merge_and_unload(stored, *names, untie=order.untie, dense=True)
     if stored is not model:
         multiply_out(stored)
+        grow_vocabulary(model, vocabulary_of(stored))  # as it did for the adapters
         model.load_state_dict(stored.state_dict(), strict=True)
     untied = _untie_config(model)
     if order.dtype != "auto":

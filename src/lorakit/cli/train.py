@@ -16,7 +16,7 @@ from lorakit.cli import console
 from lorakit.train.defaults import DEFAULTS
 from lorakit.train.settings import TrainSettings
 
-_LISTS = frozenset({"data", "eval_data", "target_modules", "learning_rate_pattern"})
+_LISTS = frozenset({"data", "eval_data", "target_modules", "learning_rate_pattern", "new_tokens"})
 
 
 def _flag_type(name: str) -> Any:
@@ -52,7 +52,10 @@ def run(
     """
     from lorakit.train.sources import gather
 
-    settings = gather(flags.model_dump() if flags is not None else {}, config)
+    given: dict[str, Any] = flags.model_dump() if flags is not None else {}
+    if given.get("new_tokens") is not None:  # "a,b" and "a b" alike; a token with a comma in it needs a file
+        given["new_tokens"] = ",".join(given["new_tokens"])
+    settings = gather(given, config)
 
     from lorakit.train import run as train  # torch and transformers, after the settings are known to be right
     from lorakit.train.progress import progress_for

@@ -15,12 +15,13 @@ from lorakit.core.layering.layer import LoraLayer
 from lorakit.core.layering.sitemap import Site, sites
 from lorakit.core.making.attaching import AttachReport, attach, detach
 from lorakit.core.merging.merging import MergeReport, merge, merge_and_unload, merged_state_dict, unmerge
-from lorakit.core.operations.combining import CombineReport, average, combine, combine_folders, rescale, subtract
+from lorakit.core.operations.combining import average, combine, combine_folders, rescale, subtract
 from lorakit.core.operations.comparing import Comparison, compare_adapters, compare_folders
-from lorakit.core.operations.compressing import CompressReport, compress, compress_folder
+from lorakit.core.operations.compressing import compress, compress_folder
 from lorakit.core.operations.extracting import ExtractReport, extract, extract_to_folder
 from lorakit.core.operations.intruders import SiteIntruders, reduce_intruders
 from lorakit.core.operations.lowrank import Cut
+from lorakit.core.operations.reports import MadeReport
 from lorakit.core.operations.sources import TensorSource, source_of_folder, source_of_model
 from lorakit.core.operations.ways import WAYS, Way
 from lorakit.core.routes.activation import (
@@ -39,15 +40,14 @@ __all__ = [
     "WAYS",
     "AdapterSummary",
     "AttachReport",
-    "CombineReport",
     "Comparison",
-    "CompressReport",
     "Cut",
     "ExtractReport",
     "Fingerprint",
     "Kind",
     "LoadReport",
     "LoraLayer",
+    "MadeReport",
     "MergeReport",
     "SavedAdapter",
     "Site",

@@ -6,6 +6,7 @@ Nothing heavy is imported before a function is called. Knows nothing of adapters
 from __future__ import annotations
 
 from lorakit.hub.adapters import adapter_from_hub
+from lorakit.hub.added_tokens import AddedTokens, add_tokens
 from lorakit.hub.calibration import Calibration, DtypeChoice, calibrate, choose_dtype
 from lorakit.hub.models import load_model, load_tokenizer, stored_as_files
 from lorakit.hub.packaged import PACKAGED, packaged_directory
@@ -17,10 +18,12 @@ from lorakit.hub.texts import chat_template_hash, tokenizer_hash
 
 __all__ = [
     "PACKAGED",
+    "AddedTokens",
     "Calibration",
     "DtypeChoice",
     "ModelSource",
     "adapter_from_hub",
+    "add_tokens",
     "calibrate",
     "chat_template_hash",
     "choose_dtype",

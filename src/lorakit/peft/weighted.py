@@ -55,7 +55,7 @@ def add_weighted_adapter(
         majority_sign_method: "total" or "frequency".
 
     Raises:
-        AdapterError: There is no such adapter, it sits on bare parameters, or the adapters cannot be combined.
+        AdapterError: There is no such adapter, or the adapters cannot be combined.
         ConfigError: The way does not exist or lacks something, or the ranks do not fit it.
     """
     state = find_state(model)
@@ -66,10 +66,6 @@ def add_weighted_adapter(
     for name in adapters:
         if name not in configs:
             raise AdapterError(f"Adapter {name} does not exist. Adapters here: {', '.join(configs)}.")
-        if configs[name].target_parameters:
-            raise AdapterError(
-                f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter {name!r})"
-            )
     if combination_type not in core.WAYS:
         raise ConfigError(f"Invalid combination_type: {combination_type}. There are {', '.join(core.WAYS)}.")
     if len(adapters) == 1 and not (svd_rank and combination_type.endswith("svd")):
@@ -123,7 +119,8 @@ def reduce_intruder_dimension(
         keep=mitigation_lambda,
     )
     for site in told:
-        say(f"{site.path}: Intruders: {len(site.indices)}" if site.indices else f"{site.path}: No intruders")
+        where = site.path if site.expert is None else f"{site.path}[{site.expert}]"
+        say(f"{where}: Intruders: {len(site.indices)}" if site.indices else f"{where}: No intruders")
     say(f"Enabling new adapter {new_adapter_name}")
     peft_model.set_adapter(new_adapter_name)
 
@@ -152,7 +149,6 @@ def convert_to_lora(
         TypeError: There is nothing to convert on this model.
         ConfigError: The rank is out of range, or the adapter trains biases of the base.
         AdapterError: There is no such adapter.
-        NotYetSupported: It sits on bare parameters.
     """
     found = _converted(model, rank, adapter_name)
     prefix = PREFIX if _user_model(model) is not model else ""

@@ -194,7 +194,7 @@ def of_full(shape: ModelShape, job: Job) -> Activations:
 
 def _inner(shape: ModelShape, counted: Count) -> tuple[str, ...]:
     """Blocks that keep anything: none lies below the first number that is trained."""
-    paths = [*(site.path for site in counted.sites), *counted.saved]
+    paths = [*(site.path for site in counted.sites), *counted.saved, *counted.rows]
     blocks = shape.blocks
     below = any(s.path in paths for s in shape.sites if s.kind == "Embedding")
     if below or counted.biases:

@@ -103,6 +103,7 @@ class Plan:
                 "magnitudes": counted.magnitudes,
                 "modules_to_save": dict(counted.saved),
                 "biases": counted.biases,
+                "token_rows": dict(counted.rows),
                 "groups": [{**asdict(group), "trainable": group.trainable} for group in counted.groups()],
                 "reasons": list(self.reasons),
             },

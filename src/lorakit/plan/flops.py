@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from lorakit.plan.job import Job
 from lorakit.plan.params import Count
+from lorakit.plan.rows import read_out
 from lorakit.plan.shapes import ModelShape
 
 
@@ -62,7 +63,8 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
     """FLOPs per token of LoRA training.   [docs/math.md (32)]
 
     The frozen weights need no gradient, so the backward of a product is one product (dX) and not two; the factors
-    add 2r(in + out) forward and twice that backward. Slightly high: below the first adapted site there is no dX.
+    add 2r(in + out) forward and twice that backward, and so do n rows of a head with 2n·in. Slightly high: below the
+    first adapted site there is no dX.
 
     Args:
         shape: The base.
@@ -72,7 +74,7 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
     added = sum(
         2 * site.rank * ((0 if site.kind == "Embedding" else site.in_features) + site.out_features)
         for site in counted.sites
-    )
+    ) + 2 * read_out(shape, counted.rows)
     norms = sum(2 * s.out_features * s.in_features * s.rank for s in counted.sites if s.magnitudes)
     base, within = products(shape), attention(shape, job.length_tokens)
     copied = sum(2 * numbers for numbers in counted.saved.values())  # dW of modules that are trained whole

@@ -99,7 +99,7 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
         dropout: `lora_dropout`.
         job: Batch, length, dtype, accumulation, checkpointing.
     """
-    number, factors = job.dtype_bytes, counted.factors + counted.magnitudes
+    number, factors = job.dtype_bytes, counted.factors + counted.magnitudes + counted.row_numbers
     trained = factors - counted.frozen  # LoRA-FA's frozen factors have neither gradient nor moments
     plain = counted.copied + counted.biases  # copies and biases have the base's dtype
     added = f" + {number} × {plain:,}" if plain else ""

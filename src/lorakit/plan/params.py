@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from lorakit.config import LoraConfig, scale
 from lorakit.errors import NotYetSupported, UsageError
+from lorakit.plan.rows import trained_rows
 from lorakit.plan.shapes import ModelShape, SiteShape, role, short_roles
 from lorakit.plan.stacking import stacked
 from lorakit.targets import BareParameter, Candidate, Match, match_path, resolve
@@ -93,6 +94,7 @@ class Count:
         sites: The sites, in the model's order.
         saved: Path -> numbers of each module that is copied and trained whole (`modules_to_save`).
         biases: Numbers of the base's biases that are trained.
+        rows: Path -> numbers of the rows that are trained of each table (`trainable_token_indices`), tied ones once.
         missing: Sentences about entries that name nothing, where that was allowed.
         notes: Sentences of `lorakit.targets` that a person should read.
     """
@@ -101,6 +103,7 @@ class Count:
     sites: tuple[SiteCount, ...]
     saved: dict[str, int]
     biases: int
+    rows: dict[str, int]
     missing: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -126,8 +129,13 @@ class Count:
 
     @property
     def trainable(self) -> int:
-        """Everything that is trained: factors, magnitudes, copied modules, biases.   [docs/math.md (10)]"""
-        return self.factors - self.frozen + self.magnitudes + self.copied + self.biases
+        """Everything that is trained: factors, magnitudes, copied modules, biases, rows.   [docs/math.md (10)]"""
+        return self.factors - self.frozen + self.magnitudes + self.copied + self.biases + self.row_numbers
+
+    @property
+    def row_numbers(self) -> int:
+        """Numbers in trained rows of tables."""
+        return sum(self.rows.values())
 
     @property
     def saved_numbers(self) -> int:
@@ -243,7 +251,8 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
     )
     saved = {path: _whole(shape, path) for path in resolution.saved}
     biases = _biases(shape, config.bias, {site.path for site in sites}, tuple(saved))
-    return Count(shape.parameters, sites, saved, biases, resolution.missing, resolution.notes)
+    rows = trained_rows(shape, config, {site.path for site in sites})
+    return Count(shape.parameters, sites, saved, biases, rows, resolution.missing, resolution.notes)
 
 
 def candidates(shape: ModelShape) -> list[Candidate]:

@@ -134,6 +134,8 @@ def _sites(plan: Plan) -> str:
     ]  # fmt: skip
     for path, numbers in plan.counted.saved.items():
         rows.append([path, "copied whole", "", "1", "", "", f"{numbers:,}", f"{numbers:,}"])
+    for path, numbers in plan.counted.rows.items():
+        rows.append([path, "some rows", "", "1", "", "", f"{numbers:,}", f"{numbers:,}"])
     if plan.counted.biases:
         rows.append(["biases of the base", "", "", "", "", "", "", f"{plan.counted.biases:,}"])
     rows.append(["total", "", "", f"{len(plan.counted.sites):,}", "", "", "", f"{plan.counted.trainable:,}"])

@@ -34,6 +34,8 @@ def reasons(counted: Count, config: LoraConfig) -> list[str]:
         sentences.append(f"LoRA-FA leaves one factor of each site as it is: {counted.frozen:,} numbers beside these.")
     for path, numbers in counted.saved.items():
         sentences.append(f"{path} is copied and trained whole: {numbers:,}.")
+    for path, numbers in counted.rows.items():
+        sentences.append(f"Some rows of {path} are trained, in place of the base's: {numbers:,}.")
     if config.bias != "none":
         sentences.append(f"bias {config.bias!r} trains {counted.biases:,} numbers of the base's biases.")
     # what `targets` says of one name with several modules is said above, with the numbers

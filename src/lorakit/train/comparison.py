@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lorakit import core, hub
-from lorakit.data import encode, padding_id, read_records
+from lorakit.data import Batch, encode, padding_id, read_records
 from lorakit.errors import AdapterFileError, ConfigError, RunError
 from lorakit.plan.quantised import Quantization
 from lorakit.train.defaults import DEFAULTS
@@ -69,9 +71,11 @@ class EvalSettings:
 def compare(settings: EvalSettings, say: Callable[[str], None] = lambda _: None) -> list[Compared]:
     """Loss of a base, and of each adapter on it, over the same tokens.
 
+    An adapter with a tokenizer of its own, such as one with new tokens, reads the same data with that.
+
     Args:
         settings: What to evaluate on what.
-        say: Told what the data is and in which precision.
+        say: Told what the data is, in which precision, and which adapter reads it otherwise.
 
     Returns:
         The base first, then the adapters in the order given.
@@ -82,6 +86,41 @@ def compare(settings: EvalSettings, say: Callable[[str], None] = lambda _: None)
         RunError: The evaluation was abandoned.
         LorakitError: Data or model cannot be used; class and message say what.
     """
+    where = _checked(settings)
+    records = read_records(settings.data)
+    source = hub.resolve(settings.model, say)
+    hub.require(source, tokenizer=True)
+    bases = [core.inspect_adapter(folder).base for folder in settings.adapters]  # refuses what cannot be read
+    length = row_length(hub.shape_of(source), settings.max_length)
+    tokenizer = hub.load_tokenizer(source)
+    encoded = encode(records, tokenizer, length)
+    for line in encoded.report.lines():
+        say(line)
+    batches = evaluation_batches(encoded, settings.batch_rows, padding_id(tokenizer))
+    given = []
+    for folder in settings.adapters:
+        own = own_tokenizer(folder, tokenizer)
+        if own is not None:
+            say(f"{folder}: has a tokenizer of its own, so its loss is over its own tokens.")
+            encoded = encode(records, own, length)
+        given.append(batches if own is None else evaluation_batches(encoded, settings.batch_rows, padding_id(own)))
+    choice = hub.choose_dtype(settings.dtype, hub.calibrate(where) if settings.dtype == "auto" else None)
+    say(choice.reason)
+    loaded = hub.load_model(source, choice.dtype, where, quantization=settings.quantization)
+    first = _measured(loaded, "base", batches, where)
+    found = {}
+    # the base grows for new tokens and stays so, and more logits are another loss: fewer tokens come first
+    for number in sorted(range(len(bases)), key=lambda n: 0 if (base := bases[n]) is None else base.vocabulary):
+        folder, name = settings.adapters[number], f"adapter{number}"
+        core.load_adapter(loaded, folder, name, allow=settings.allow)
+        with core.use(loaded, name):
+            found[number] = _measured(loaded, folder, given[number], where)
+        core.detach(loaded, name)
+    return [first, *(found[number] for number in range(len(bases)))]
+
+
+def _checked(settings: EvalSettings) -> torch.device:
+    """The device, after what can be refused at once."""
     if settings.batch_rows < 1:
         raise ConfigError(f"batch_size is {settings.batch_rows}; it must be at least 1.")
     if settings.quantization is not None:
@@ -90,32 +129,28 @@ def compare(settings: EvalSettings, say: Callable[[str], None] = lambda _: None)
     for folder in settings.adapters:
         if not Path(folder).is_dir():
             raise AdapterFileError(f"{folder}: there is no such adapter directory.")
-    records = read_records(settings.data)
-    source = hub.resolve(settings.model, say)
-    hub.require(source, tokenizer=True)
-    for folder in settings.adapters:
-        core.inspect_adapter(folder)  # refuses what cannot be read before the base is loaded
-    length = row_length(hub.shape_of(source), settings.max_length)
-    tokenizer = hub.load_tokenizer(source)
-    encoded = encode(records, tokenizer, length)
-    for line in encoded.report.lines():
-        say(line)
-    choice = hub.choose_dtype(settings.dtype, hub.calibrate(where) if settings.dtype == "auto" else None)
-    say(choice.reason)
-    loaded = hub.load_model(source, choice.dtype, where, quantization=settings.quantization)
-    batches = evaluation_batches(encoded, settings.batch_rows, padding_id(tokenizer))
+    return where
 
-    def measured(name: str) -> Compared:
-        found = evaluate(loaded, batches(), where)
-        if found is None:
-            raise RunError("The evaluation was abandoned.")
-        return Compared(name, found)
 
-    rows = [measured("base")]
-    for number, folder in enumerate(settings.adapters):
-        name = f"adapter{number}"
-        core.load_adapter(loaded, folder, name, allow=settings.allow)
-        with core.use(loaded, name):
-            rows.append(measured(folder))
-        core.detach(loaded, name)
-    return rows
+def _measured(model: Any, name: str, batches: Callable[[], Iterable[Batch]], where: torch.device) -> Compared:
+    found = evaluate(model, batches(), where)
+    if found is None:
+        raise RunError("The evaluation was abandoned.")
+    return Compared(name, found)
+
+
+def own_tokenizer(folder: str, tokenizer: Any) -> Any | None:
+    """The tokenizer that lies with an adapter, where it is another than the base's.
+
+    Args:
+        folder: The adapter's directory.
+        tokenizer: The base's.
+
+    Raises:
+        ModelError: It cannot be read.
+    """
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        return None
+    found = hub.load_tokenizer(hub.ModelSource("directory", folder, folder, None, folder))
+    same = hub.tokenizer_hash(found) == hub.tokenizer_hash(tokenizer)
+    return None if same and hub.chat_template_hash(found) == hub.chat_template_hash(tokenizer) else found

@@ -61,6 +61,13 @@ DEFAULTS: dict[str, Default] = {
         "all-linear",
         "attention and MLP together learn more than attention alone at the same number of parameters",
     ),
+    "new_tokens": Default(
+        "Tokens to add to the vocabulary, such as '<think>,</think>': their rows of the embedding and the head are "
+        "trained, and no others; the tokenizer is saved with the adapter",
+        [],
+        "the base's vocabulary is enough for most tasks",
+        "none",
+    ),
     "use_dora": Default("Train a magnitude per output as well (DoRA)", False, "slower, and seldom better at r 16"),
     "use_rslora": Default("Scale by alpha / sqrt(r)", False, "it matters for ranks above 64"),
     "allow_partial_targets": Default(

@@ -117,7 +117,7 @@ def finish(ready: Ready, ending: str, seconds: float) -> RunResult:
         step = _chosen_step(ready, notes)
         card = model_card(_card_facts(ready, step))
         source = request.folder / f"checkpoint-{step}"
-        adapter = publish_adapter(source, request.folder, ready.tokenizer.save_pretrained, card)
+        adapter = publish_adapter(source, request.folder, ready.request.tokenizer.save_pretrained, card)
         notes.append(plot_loss(request.folder, f"{request.source.base_name}: loss over the steps"))
         if state.best_loss is not None and state.first_loss is not None and state.best_loss >= state.first_loss:
             notes.append("The adapter is no better than the base on the held-out data: do not use it as it is.")
@@ -191,8 +191,8 @@ def adapter_facts(ready: Ready) -> dict[str, Any]:
     evaluated = state.evaluated_step == state.step
     return {
         "base_name": request.source.base_name,
-        "tokenizer_sha256": hub.tokenizer_hash(ready.tokenizer),
-        "chat_template_sha256": hub.chat_template_hash(ready.tokenizer),
+        "tokenizer_sha256": hub.tokenizer_hash(ready.request.tokenizer),
+        "chat_template_sha256": hub.chat_template_hash(ready.request.tokenizer),
         "training": {
             "step": state.step,
             "total_steps": ready.pace.total_steps,
@@ -233,6 +233,7 @@ def _card_facts(ready: Ready, step: int) -> Mapping[str, Any]:
         "r": settings.r,
         "lora_alpha": f"{settings.lora_alpha:g}",
         "targets": targets if isinstance(targets, str) else ", ".join(targets),
+        "new_tokens": settings.new_tokens,
         "data": [Path(path).name for path in settings.data],
         "step": step,
         "steps": ready.pace.total_steps,

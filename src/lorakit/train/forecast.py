@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from lorakit import hub, plan
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError, UsageError
 from lorakit.targets import unfitting_keys
 from lorakit.train.defaults import DEFAULTS
+from lorakit.train.new_tokens import NewTokens, add_new_tokens
 from lorakit.train.settings import TrainSettings
 
 
@@ -21,41 +23,48 @@ class Forecast:
         config: The adapter's config.
         max_length: Longest row in tokens: the setting, or what the model can take where the setting was left alone.
         notes: Sentences a person should read.
+        new_tokens: What is added to the vocabulary, or None.
     """
 
     shape: plan.ModelShape
     config: LoraConfig
     max_length: int
     notes: tuple[str, ...]
+    new_tokens: NewTokens | None = None
 
 
-def forecast(settings: TrainSettings, source: hub.ModelSource) -> Forecast:
+def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: Any) -> Forecast:
     """Read the model's shape and check targets and length against it; no weight is loaded.
 
     Args:
         settings: Adapter and length.
         source: The model.
+        tokenizer: Its tokenizer, to which new tokens are added.
 
     Returns:
         The forecast.
 
     Raises:
-        ModelError: The model's config cannot be read.
+        ModelError: The model's config cannot be read, or model or tokenizer cannot take new tokens.
         TargetError: A target matches nothing.
-        ConfigError: A key of `learning_rate_pattern` fits no adapted module.
+        ConfigError: A key of `learning_rate_pattern` fits no adapted module, or a new token is not new.
         UsageError: `max_length` was given and the model cannot take it.
     """
     shape = hub.shape_of(source)
-    config = settings.lora_config()
+    config, new = settings.lora_config(), None
+    if settings.new_tokens:
+        base = hub.skeleton(source)
+        new = add_new_tokens(tokenizer, settings.new_tokens, base)
+        config = new.config(config, base)
     counted = plan.count(shape, config, allow_partial=settings.allow_partial_targets)
     wrong = unfitting_keys(
-        "learning_rate_pattern", settings.learning_rate_pattern, [site.path for site in counted.sites]
+        "learning_rate_pattern", settings.learning_rate_pattern, [*(site.path for site in counted.sites), *counted.rows]
     )
     if wrong:
         raise ConfigError(" ".join(wrong))
     length = row_length(shape, settings.max_length)
     notes = () if length == settings.max_length else (f"Rows have at most {length:,} tokens: the model takes no more.",)
-    return Forecast(shape, config, length, notes)
+    return Forecast(shape, config, length, notes, new)
 
 
 def row_length(shape: plan.ModelShape, wanted: int) -> int:

@@ -19,6 +19,11 @@ from lorakit.train.preparing import ADAPTER_FOLDER, PLOT_FILE
 
 _OURS = {checkpoint.MANIFEST, checkpoint.STATE, checkpoint.OPTIMIZER, checkpoint.RANDOM}
 
+_GROWING = """rows = len(AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER"))
+if rows > base.get_input_embeddings().num_embeddings:  # peft needs this for the new tokens; lorakit does it by itself
+    base.resize_token_embeddings(rows)
+"""
+
 
 def publish_adapter(source: Path, folder: Path, save_tokenizer: Callable[[Path], object], card: str) -> Path:
     """Put the adapter of a checkpoint into `adapter/`, whole or not at all.
@@ -69,8 +74,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
     """The README of an adapter: what it is, how it was made, how it did, how to use it.
 
     Args:
-        facts: base, targets, r, lora_alpha, trainable, total, data (names), step, steps, eval (a sentence), seed,
-            learning_rate, dtype, versions.
+        facts: base, targets, r, lora_alpha, trainable, total, new_tokens, data (names), step, steps, eval (a sentence),
+            seed, learning_rate, dtype, versions.
 
     Returns:
         Markdown with the metadata block that model hubs read.
@@ -80,6 +85,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
     if base:
         header.append(f"base_model: {base}")
     header.append("---")
+    tokens = ", ".join(f"`{token}`" for token in facts["new_tokens"]).replace("|", r"\|")
+    row = f"| new tokens | {tokens} |\n" if tokens else ""
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     body = f"""
 # LoRA adapter for {facts["base"]}
@@ -89,7 +96,7 @@ alpha {facts["lora_alpha"]}, on {facts["targets"]}.
 
 | | |
 |---|---|
-| data | {", ".join(facts["data"])} |
+{row}| data | {", ".join(facts["data"])} |
 | trained | {facts["step"]} of {facts["steps"]} optimizer steps, rate {facts["learning_rate"]}, seed {facts["seed"]} |
 | result | {facts["eval"]} |
 | precision | base {facts["dtype"]}, adapter float32 |
@@ -100,7 +107,7 @@ from lorakit import PeftModel  # or: from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained({base or "PATH_OF_THE_BASE"!r})
-model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")
+{_GROWING if tokens else ""}model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 ```
 

@@ -45,7 +45,6 @@ class Ready:
     Attributes:
         request: The request.
         planned: The plan, and the precision of the base.
-        tokenizer: The base's tokenizer.
         batches: Data as batches.
         pace: How long and how often.
         schedule: Learning rate by step.
@@ -59,7 +58,6 @@ class Ready:
 
     request: Request
     planned: Planned
-    tokenizer: Any
     batches: RunBatches
     pace: Pace
     schedule: Schedule
@@ -90,8 +88,7 @@ def make_ready(request: Request, progress: Progress) -> Ready:
         LorakitError: Data, model or checkpoint cannot be used; the message says which and why.
     """
     settings = request.settings
-    tokenizer = hub.load_tokenizer(request.source)
-    batches = make_batches(settings, request.data, tokenizer, request.forecast.max_length)
+    batches = make_batches(settings, request.data, request.tokenizer, request.forecast.max_length)
     _say_data(request, batches, progress)
     pace = make_pace(settings, batches)
     planned = planned_run(request, pace, max(len(row) for row in batches.loader.sequences))
@@ -104,7 +101,7 @@ def make_ready(request: Request, progress: Progress) -> Ready:
     trainee = _trainee(model, request, planned.dtype)
     rates = schedule(settings.learning_rate, pace.total_steps, settings.warmup_ratio, settings.lr_scheduler_type)
     state = _take_up(request, trainee, batches, found, planned.dtype, progress)
-    return Ready(request, planned, tokenizer, batches, pace, rates, trainee, state, found, total, base_bytes, notes)
+    return Ready(request, planned, batches, pace, rates, trainee, state, found, total, base_bytes, notes)
 
 
 def _base_bytes(model: torch.nn.Module, request: Request) -> int:
@@ -135,7 +132,8 @@ def make_pace(settings: TrainSettings, batches: RunBatches) -> Pace:
 
 
 def _say_data(request: Request, batches: RunBatches, progress: Progress) -> None:
-    for note in request.forecast.notes:
+    new = request.forecast.new_tokens
+    for note in (*request.forecast.notes, *(() if new is None else (new.sentence(),))):
         progress.say(note)
     for line in batches.train_report.lines():
         progress.say(f"training data: {line}")
@@ -148,23 +146,31 @@ def _say_data(request: Request, batches: RunBatches, progress: Progress) -> None
 def _put_adapter(
     model: Any, request: Request, batches: RunBatches, found: checkpoint.Found, progress: Progress
 ) -> tuple[str, ...]:
-    """A fresh adapter, or the one of the checkpoint; says which and why."""
+    """A fresh adapter, or the one of the checkpoint; says which and why. The base grows by the rows of new tokens."""
+    new = request.forecast.new_tokens
+    unseen = () if new is None else tuple(new.unseen(batches.loader))
+    if new is not None:
+        new.grow(model)
     for path, reason in found.skipped:
         progress.say(f"{path}: skipped, {reason}.")
     if found.path is not None:
         progress.say(f"Going on from {found.path}.")
-        return core.load_adapter(model, found.path, ADAPTER, trainable=True).warnings
+        return core.load_adapter(model, found.path, ADAPTER, trainable=True).warnings + unseen
     if request.settings.resume:
         progress.say(f"{request.folder}: there is no good checkpoint, so the run starts from its first step.")
     allow = ("partial_targets",) if request.settings.allow_partial_targets else ()
     config = request.forecast.config
     if request.settings.allocate_ranks != "none":
         config = allotted(model, request, batches.loader, progress)
+    if new is not None:
+        config = new.config(config, model)
     config, statistics = begun(model, config, request, batches.loader, progress)
     report = core.attach(model, config, ADAPTER, allow=allow, seed=request.settings.seed, statistics=statistics)
-    for note in report.notes:
+    if new is not None:
+        new.begin(model, ADAPTER)
+    for note in (*report.notes, *unseen):
         progress.say(note)
-    return tuple(report.notes)
+    return (*report.notes, *unseen)
 
 
 def _trainee(model: Any, request: Request, dtype: str) -> Trainee:

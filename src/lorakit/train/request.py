@@ -39,6 +39,7 @@ class Request:
         data: Records to train and evaluate on.
         hashes: SHA-256 of the data files by path.
         record: `run.json` of the run that is resumed, or None.
+        tokenizer: The base's tokenizer, with the run's new tokens.
         forecast: Shape, adapter config and length.
         lock: Descriptor that holds the folder for this process, or -1.
         stored: How the base is stored in fewer bits: as was asked for, or as its files are; None for as it is.
@@ -51,6 +52,7 @@ class Request:
     data: RunData
     hashes: Mapping[str, str]
     record: Mapping[str, Any] | None
+    tokenizer: Any
     forecast: Forecast
     lock: int
     stored: Quantization | None = None
@@ -95,8 +97,10 @@ def check(settings: TrainSettings, progress: Progress) -> Request:
     source = hub.resolve(settings.model, progress.say)
     hub.require(source, tokenizer=True)
     stored = hub.stored_as_files(source, wanted)
-    prospect = forecast(settings, source)
-    return Request(settings, folder, device, source, data, hashes, record, prospect, claim_place(folder), stored)
+    tokenizer = hub.load_tokenizer(source)
+    prospect = forecast(settings, source, tokenizer)
+    lock = claim_place(folder)
+    return Request(settings, folder, device, source, data, hashes, record, tokenizer, prospect, lock, stored)
 
 
 def _refuse_other_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[str, str]) -> None:

@@ -114,6 +114,8 @@ def _save(ready: Ready, state: TrainState) -> Path:
             base_model_name_or_path=request.source.recorded_name,
             facts=adapter_facts(ready),
         )
+        if request.forecast.new_tokens is not None:  # the base's own tokenizer would not know them
+            request.tokenizer.save_pretrained(folder)
 
     path = checkpoint.save(request.folder, snapshot, write_adapter)
     checkpoint.prune(request.folder, request.settings.save_total_limit, state.best_step)

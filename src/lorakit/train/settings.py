@@ -70,6 +70,20 @@ def _rates(value: Any) -> Any:
     return table
 
 
+def _tokens(value: Any) -> Any:
+    """A list of tokens, each as it is; one text is cut at its commas, as flags give it."""
+    if isinstance(value, str):
+        value = [token.strip() for token in value.split(",")]
+    if not isinstance(value, (list, tuple)) or not all(isinstance(token, str) for token in value):
+        raise ValueError("it must be a list of texts")
+    if not all(value):
+        raise ValueError("a token must not be empty")
+    twice = [token for number, token in enumerate(value) if token in value[:number]]
+    if twice:
+        raise ValueError(f"{twice[0]!r} stands twice in it")
+    return list(value)
+
+
 def _cut(entry: Any) -> tuple[str, float | None]:
     pattern, _, rate = str(entry).rpartition("=")
     try:
@@ -127,6 +141,7 @@ class TrainSettings(BaseModel):
     lora_alpha: float = _setting("lora_alpha", gt=0)
     lora_dropout: float = _setting("lora_dropout", ge=0, lt=1)
     target_modules: Annotated[str | list[str], BeforeValidator(_targets)] = _setting("target_modules", min_length=1)
+    new_tokens: Annotated[list[str], BeforeValidator(_tokens)] = _setting("new_tokens")
     use_dora: bool = _setting("use_dora")
     use_rslora: bool = _setting("use_rslora")
     allow_partial_targets: bool = _setting("allow_partial_targets")

@@ -27,7 +27,6 @@ from lorakit.core.operations.ways import WAYS, Way
 from lorakit.errors import (
     AdapterError,
     ConfigError,
-    NotYetSupported,
 )
 
 from ...laws.snapshots import same_bits, snapshot
@@ -282,14 +281,3 @@ def test_the_new_adapter_is_frozen_and_waits() -> None:
     combine(model, ["a", "b"], [1.0, 1.0], "sum")
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".sum." in n)
     assert model.up.active_adapters == ["a"]
-
-
-def test_bare_parameters_are_not_combined() -> None:
-    model = nn.Sequential()
-    model.add_module("inner", nn.Linear(4, 4))
-    from lorakit.config import LoraConfig
-
-    attach(model, LoraConfig(target_modules=["inner"]), "a")
-    model.inner.state.configs["a"].target_parameters = ["inner.weight"]
-    with pytest.raises(NotYetSupported, match=r"a sits on bare parameters .* support targeting nn\.Parameter"):
-        combine(model, ["a"], [1.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,24 @@ from lorakit.core import (
     use,
 )
 from lorakit.core.layering.sitemap import layers
-from lorakit.errors import AdapterError, ConfigError, ModelError, TargetError
+from lorakit.errors import AdapterError, ConfigError, ModelError, NotYetSupported, TargetError
 
 from ...laws.snapshots import snapshot
-from ...laws.zoo import BERT, CONV1DS, EVERY_KIND, GPT2, LINEARS, TIED, Specimen, randomise, run
+from ...laws.zoo import (
+    BERT,
+    CONV1DS,
+    EVERY_KIND,
+    EXPERTS,
+    GPT2,
+    LINEARS,
+    LLAMA,
+    MIXTRAL,
+    TIED,
+    Specimen,
+    randomise,
+    run,
+)
+from .experts import deltas, experts, weights
 
 
 def delta(model: nn.Module, path: str, name: str = "extracted") -> Tensor:
@@ -51,7 +66,7 @@ def tuned_everywhere(specimen: Specimen, dtype: torch.dtype = torch.float64) -> 
     return model
 
 
-@pytest.mark.parametrize("specimen", [LINEARS, CONV1DS, EVERY_KIND, GPT2], ids=str)
+@pytest.mark.parametrize("specimen", [LINEARS, CONV1DS, EVERY_KIND, GPT2, EXPERTS, MIXTRAL], ids=str)
 def test_a_change_of_low_rank_is_found_again(specimen: Specimen) -> None:
     base, tuned = specimen.model(torch.float64), tuned_by_rank(specimen)
     report = extract(base, tuned, specimen.config(), rank=4)
@@ -168,3 +183,86 @@ def test_a_resized_vocabulary_is_told() -> None:
     assert ("embed.weight", None, "(50, 12) before, (60, 12) after") in [
         (change.name, change.norm, change.why) for change in report.outside
     ]
+
+
+@pytest.mark.parametrize("specimen", [EXPERTS, MIXTRAL], ids=str)
+def test_each_expert_has_its_own_change(specimen: Specimen) -> None:
+    base, tuned = specimen.model(torch.float64), tuned_everywhere(specimen)
+    report = extract(base, tuned, specimen.config(), rank=2)
+    attach(tuned, specimen.config(), "there")
+    changes = {where: after - weights(base)[where] for where, after in weights(tuned).items()}
+    found = deltas(base, "extracted")
+    assert found.keys() == changes.keys()
+    for site in report.sites:
+        names = experts(site.path, dict(layers(base))[site.path])
+        S = [torch.linalg.svdvals(changes[where]) for where in names]
+        energy, lost = (sum(float(s[first:].square().sum()) for s in S) for first in (0, 2))
+        assert (site.norm, site.energy_lost) == (pytest.approx(energy**0.5), pytest.approx(lost / energy))
+        for where in names:
+            U, s, Vh = torch.linalg.svd(changes[where], full_matrices=False)
+            torch.testing.assert_close(found[where], U[:, :2] * s[:2] @ Vh[:2])
+
+
+@pytest.mark.parametrize("specimen", [EXPERTS, MIXTRAL], ids=str)
+def test_experts_have_one_rank_for_a_share_of_the_energy(specimen: Specimen) -> None:
+    base, tuned = specimen.model(torch.float64), tuned_everywhere(specimen)
+    report = extract(base, tuned, specimen.config(), energy=0.8)
+    attach(tuned, specimen.config(), "there")
+    changes = {where: after - weights(base)[where] for where, after in weights(tuned).items()}
+    for site in report.sites:
+        names = experts(site.path, dict(layers(base))[site.path])
+        held = sum(torch.linalg.svdvals(changes[where]).square() for where in names).cumsum(0)
+        assert site.r == 1 + int((held < 0.8 * held[-1]).sum())
+        assert site.energy_lost == pytest.approx(float(1 - held[site.r - 1] / held[-1]))
+
+
+def test_experts_are_read_from_files_one_by_one(tmp_path: Path) -> None:
+    base, tuned = EXPERTS.model(), tuned_by_rank(EXPERTS, torch.float32)
+    for name, model in (("base", base), ("tuned", tuned)):
+        (tmp_path / name).mkdir()
+        save_file({key: t.clone() for key, t in model.state_dict().items()}, tmp_path / name / "model.safetensors")
+    source = source_of_folder(tmp_path / "tuned")
+    assert torch.equal(source.read_one("experts.up", 2), tuned.experts.up[2])
+
+    def whole(name: str) -> Tensor:
+        assert name != "experts.up", "three experts at once"
+        return source.read(name)
+
+    sources = source_of_folder(tmp_path / "base"), dataclasses.replace(source, read=whole)
+    skeleton = copy.deepcopy(base).to("meta")
+    config = EXPERTS.config(target_parameters=["experts.up"], target_modules=[])
+    with pytest.raises(AssertionError, match="three experts at once"):  # to say what changed outside
+        extract_to_folder(skeleton, *sources, EXPERTS.config(target_parameters=["square"]), tmp_path / "x", cut=Cut(4))
+    report = extract_to_folder(skeleton, *sources, config, tmp_path / "adapter", cut=Cut(rank=4))
+    assert {change.name for change in report.outside} == {"experts.square", "down.weight"}
+    load_adapter(base, tmp_path / "adapter", "found")
+    attach(tuned, EXPERTS.config(), "there")
+    for where, delta in deltas(base, "found").items():
+        change = weights(tuned)[where] - weights(base)[where]
+        torch.testing.assert_close(delta, change, rtol=1e-3, atol=1e-4)
+
+
+def test_layers_that_are_stacked_anew_are_refused_with_the_way_out() -> None:
+    ranges = [(0, 2), (1, 2)]
+    model, stacked = LLAMA.model(), LLAMA.model()
+    before = snapshot(model)
+    said = r"layer_replication: nothing is extracted from layers that are stacked anew.*attach a fresh adapter"
+    with pytest.raises(ConfigError, match=said):
+        extract(model, LLAMA.model(), LLAMA.config(layer_replication=ranges), rank=2)
+    assert snapshot(model) == before
+    attach(stacked, LLAMA.config(layer_replication=ranges), "a")
+    with pytest.raises(ConfigError, match=said):
+        extract(stacked, LLAMA.model(), LLAMA.config(), rank=2)
+    merge_and_unload(stacked, untie=True)
+    plain, tuned = stacked, copy.deepcopy(stacked)
+    with torch.no_grad():
+        tuned.model.layers[2].self_attn.q_proj.weight[0] += 1.0
+    report = extract(plain, tuned, LLAMA.config(), rank=1)
+    assert [site.path for site in report.sites if site.norm] == ["model.layers.2.self_attn.q_proj"]
+    assert report.captured == pytest.approx(1)
+
+
+def test_a_grouped_convolution_has_no_change_of_its_form() -> None:
+    base, tuned = (nn.Sequential(nn.Conv1d(4, 8, 3, groups=2)) for _ in range(2))
+    with pytest.raises(NotYetSupported, match="grouped convolution, whose change no product of its form is"):
+        extract(base, tuned, LoraConfig(target_modules=["0"]), rank=1)

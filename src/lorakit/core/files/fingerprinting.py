@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -70,17 +71,20 @@ class Fingerprint:
         return made if sound else None
 
 
-def fingerprint(model: nn.Module, read: Callable[[str], Tensor] | None = None) -> Fingerprint:
+def fingerprint(
+    model: nn.Module, read: Callable[[str], Tensor] | None = None, cut: Mapping[int, int] = MappingProxyType({})
+) -> Fingerprint:
     """Take the fingerprint of a model's base.
 
     Args:
         model: A model with or without adapters; only read.
         read: Name -> tensor (…), for a model on the meta device whose numbers lie elsewhere.
+        cut: Id of a tensor of the base -> how many of its rows are meant, where it has more.
 
     Returns:
         The fingerprint of what is under the adapters.
     """
-    parts = _parts(model)
+    parts = _parts(model, cut)
     listing = "\n".join(f"{name} {part.shape}" for name, part in sorted(parts.items()))
     large = sorted(name for name, part in parts.items() if len(part.shape) >= 2)
     step = max(1, len(large) // TENSORS)
@@ -93,7 +97,7 @@ def fingerprint(model: nn.Module, read: Callable[[str], Tensor] | None = None) -
         architecture=type(_innermost(model)).__name__,
         parameters=sum({part.key: math.prod(part.shape) for part in parts.values()}.values()),
         names_sha256=hashlib.sha256(listing.encode()).hexdigest(),
-        vocabulary=vocabulary_of(model),
+        vocabulary=min(vocabulary_of(model), *cut.values()) if cut else vocabulary_of(model),
         dtype=max(set(dtypes), key=dtypes.count) if dtypes else "",
         samples={name: _patterns(values) for name, (values, _) in numbers.items()},
         bounds={name: _patterns(bound) for name, (_, bound) in numbers.items() if bound is not None},
@@ -129,11 +133,12 @@ class _Part:
         return tensor.detach()[torch.unravel_index(places.to(tensor.device), tensor.shape)], None
 
 
-def _of_tensor(tensor: Tensor) -> _Part:
-    return _Part(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), id(tensor), tensor)
+def _of_tensor(tensor: Tensor, cut: Mapping[int, int] = MappingProxyType({})) -> _Part:
+    meant = tensor[: cut[id(tensor)]] if id(tensor) in cut else tensor
+    return _Part(tuple(meant.shape), str(tensor.dtype).removeprefix("torch."), id(tensor), meant)
 
 
-def _parts(model: nn.Module) -> dict[str, _Part]:
+def _parts(model: nn.Module, cut: Mapping[int, int]) -> dict[str, _Part]:
     """The base's parameters under the names and with the shapes of the plain base."""
     quantised = {weight.packed: weight for weight in quantised_weights(model, stacked=False)}
     parts = {}
@@ -147,7 +152,7 @@ def _parts(model: nn.Module) -> dict[str, _Part]:
             if weight.loose_bias is not None:
                 parts[weight.name.removesuffix("weight") + "bias"] = _of_tensor(weight.loose_bias)
         elif name.rpartition(".")[2] in module._parameters:
-            parts[name] = _of_tensor(tensor)
+            parts[name] = _of_tensor(tensor, cut)
     return parts
 
 

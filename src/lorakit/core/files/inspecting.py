@@ -14,12 +14,9 @@ from lorakit.config import LoraConfig, scale
 from lorakit.core.files.fingerprinting import Fingerprint
 from lorakit.core.files.keys import parse
 from lorakit.core.files.loading import AdapterFiles, read_adapter
-from lorakit.core.files.patterns import literal_value
+from lorakit.core.files.ranks import rank_and_alpha
 from lorakit.core.kinds import Slot, per_expert
-from lorakit.core.layering.sitemap import INSIDE
 from lorakit.core.making.checks import LARGEST_USUAL_SCALE
-from lorakit.errors import PatternError
-from lorakit.targets import names_path
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ def _is_pair(parts: dict[str, Tensor]) -> bool:
 
 
 def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
-    r, alpha = _rank_and_alpha(files, path, int(A.shape[0]))
+    r, alpha = rank_and_alpha(files, path, int(A.shape[0]))
     experts = A.shape[0] // r if A.shape[0] > r and A.ndim == 2 else 0
     effective = None if alpha is None else scale(r, alpha, files.config.use_rslora)
     pairs = [(A, B)]
@@ -138,39 +135,6 @@ def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
         pairs = list(zip(*per_expert(slot, A, B), strict=True))
     norm = math.sqrt(sum(delta_norm(*pair) ** 2 for pair in pairs)) * (1.0 if effective is None else abs(effective))
     return SiteSummary(path, r, alpha, effective, int(A.shape[1]), int(B.shape[0]), norm, experts)
-
-
-def _rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, float | None]:
-    """Rank and alpha of a site whose A has so many rows; alpha is None where it cannot be known without a model.
-
-    The files name modules, not their parameters: of an adapter that PEFT wrote, a parameter's own rank and alpha are
-    known where the patterns give all parameters that may be meant the same.
-    """
-    config = files.config
-    known = files.sidecar.sites.get(path) if files.config_is_ours else None
-    if known is not None:
-        rank = int(known["r"])
-        return (rank if rank > 0 and rows % rank == 0 else rows), float(known["lora_alpha"])
-    module = path.partition(INSIDE)[0]
-    meant = _parameters_meant(config, module)
-    try:
-        ranks = {int(literal_value(config.rank_pattern, name, config.r)) for name in meant} or {rows}
-        alphas = {float(literal_value(config.alpha_pattern, name, config.lora_alpha)) for name in meant or [path]}
-    except PatternError:
-        return rows, None
-    fitting = [rank for rank in ranks if rank > 0 and rows % rank == 0]
-    if len(fitting) != 1 or len(alphas) != 1:
-        return rows, None
-    return fitting[0], alphas.pop()
-
-
-def _parameters_meant(config: LoraConfig, module: str) -> list[str]:
-    """The parameters of a module that `target_parameters` may mean; none where the module itself is a target."""
-    targets = config.target_modules
-    if not isinstance(targets, str) and any(names_path(entry, module) for entry in targets or ()):
-        return []
-    parts = [entry.rpartition(".") for entry in config.target_parameters or ()]
-    return [f"{module}.{name}" for holder, _, name in parts if not holder or names_path(holder, module)]
 
 
 def _findings(

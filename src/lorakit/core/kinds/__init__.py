@@ -10,7 +10,7 @@ from torch import nn
 from lorakit.core.kinds.convolution import CONV1, CONV2, CONV3
 from lorakit.core.kinds.dense import CONV1D, EMBEDDING, LINEAR
 from lorakit.core.kinds.kind import Kind, Shape, Slot, dense_delta, spread
-from lorakit.core.kinds.parameter import ATTENTION, INNER, PARAMETER, parameter_slot, per_expert
+from lorakit.core.kinds.parameter import ATTENTION, INNER, PARAMETER, parameter_slot, per_expert, side_by_side
 from lorakit.errors import ConfigError
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "kind_of",
     "parameter_slot",
     "per_expert",
+    "side_by_side",
     "spread",
 ]
 

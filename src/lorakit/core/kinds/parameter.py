@@ -66,6 +66,11 @@ def per_expert(slot: Slot, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return A, B
 
 
+def side_by_side(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """`per_expert`, backwards: (experts·r, in) and (out, r·experts) of A (experts, r, in) and B (experts, out, r)."""
+    return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+
+
 def _attention_slots(module: Any) -> tuple[Slot, ...]:
     if module.in_proj_weight is not None:
         return (parameter_slot(module, "in_proj_weight"),)

@@ -3,73 +3,29 @@
 What is combined is each adapter's effect, weight · scale · B·A, site by site; the result has scale 1 everywhere, so its
 effect is what was combined and nothing else, whatever ranks, alphas and rsLoRA the adapters had. No dense product is
 made where factors suffice. DoRA adapters are combined exactly, as the sum of what each adds to the weight, which
-needs the base.
+needs the base. Experts that lie in one parameter are combined each by itself, as if each were a site.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.config import LoraConfig
 from lorakit.core.making.checks import check_allowances
 from lorakit.core.operations.gains import Reading, gains_of, with_gains
 from lorakit.core.operations.joining import check_joinable, check_one_base, joined_config, shared_facts
-from lorakit.core.operations.loose import (
-    LooseAdapter,
-    LooseFactor,
-    common_targets,
-    described,
-    loose_from_folder,
-    loose_from_model,
-)
-from lorakit.core.operations.lowrank import Product, factors_of, padded, product_of, spectrum, stacked, truncated
+from lorakit.core.operations.loose import LooseAdapter, LooseFactor, loose_from_folder, loose_from_model
+from lorakit.core.operations.lowrank import Product, padded, spectrum, stacked, truncated
+from lorakit.core.operations.naming import aligned, common_targets, described
 from lorakit.core.operations.placing import put, reader_of, write
+from lorakit.core.operations.reports import MadeReport, SiteMade
 from lorakit.core.operations.ways import Way, added_up, clamped
 from lorakit.errors import AdapterError, ConfigError
-
-
-@dataclass(frozen=True)
-class SiteCombined:
-    """One site of a combined adapter.
-
-    Attributes:
-        path: Where.
-        r: Its rank.
-        deviation: ‖result − Σ weight·Δ‖ / ‖Σ weight·Δ‖, how far it is from the plain sum; 0 where that sum is zero.
-    """
-
-    path: str
-    r: int
-    deviation: float
-
-
-@dataclass(frozen=True)
-class CombineReport:
-    """What combining gave.
-
-    Attributes:
-        name: The new adapter, or its folder.
-        config: Its config.
-        sites: Its sites.
-        facts: How it came about, for `save_adapter(..., facts=...)`; a folder has them in `lorakit.json`.
-    """
-
-    name: str
-    config: LoraConfig
-    sites: tuple[SiteCombined, ...]
-    facts: dict[str, Any]
-
-    @property
-    def deviation(self) -> float:
-        """The largest deviation of a site."""
-        return max((site.deviation for site in self.sites), default=0.0)
 
 
 def combine(
@@ -79,7 +35,7 @@ def combine(
     name: str = "combined",
     *,
     way: Way | str = "svd",
-) -> CombineReport:
+) -> MadeReport:
     """Put a weighted combination of adapters on their model, as a new adapter; it is frozen, and not active.
 
     Args:
@@ -95,13 +51,12 @@ def combine(
     Raises:
         AdapterError: There is no such adapter, the new name is taken, or the adapters cannot be combined.
         ConfigError: The way does not exist or lacks something, or the ranks do not fit it.
-        NotYetSupported: An adapter has parts that cannot be combined.
     """
     way = Way(way) if isinstance(way, str) else way
     sources = [loose_from_model(model, adapter) for adapter in adapters]
     result, sites = combine_loose(sources, weights, way, reader_of(model))
     put(model, result, name)
-    return CombineReport(name, result.config, sites, dict(result.facts))
+    return MadeReport(name, result.config, sites, dict(result.facts))
 
 
 def combine_folders(
@@ -112,7 +67,7 @@ def combine_folders(
     way: Way | str = "svd",
     model: nn.Module | None = None,
     allow: Collection[str] = (),
-) -> CombineReport:
+) -> MadeReport:
     """Combine adapters on disk into a new folder; the base is only needed for DoRA.
 
     Args:
@@ -131,7 +86,6 @@ def combine_folders(
         BaseMismatchError: They were made on different bases.
         AdapterError: They cannot be combined.
         ConfigError: As `combine`, or a word in `allow` is unknown.
-        NotYetSupported: As `combine`.
         DiskError: The folder cannot be written.
     """
     check_allowances(allow)
@@ -141,12 +95,10 @@ def combine_folders(
         check_one_base(sources)
     result, sites = combine_loose(sources, weights, way, None if model is None else reader_of(model))
     write(result, output, allow=allow)
-    return CombineReport(str(output), result.config, sites, dict(result.facts))
+    return MadeReport(str(output), result.config, sites, dict(result.facts))
 
 
-def average(
-    model: nn.Module, adapters: Sequence[str], name: str = "average", *, way: Way | str = "svd"
-) -> CombineReport:
+def average(model: nn.Module, adapters: Sequence[str], name: str = "average", *, way: Way | str = "svd") -> MadeReport:
     """The mean of adapters; `combine` with equal weights that add up to 1.
 
     Raises:
@@ -155,7 +107,7 @@ def average(
     return combine(model, adapters, [1 / max(1, len(adapters))] * len(adapters), name, way=way)
 
 
-def subtract(model: nn.Module, adapter: str, other: str, name: str = "difference") -> CombineReport:
+def subtract(model: nn.Module, adapter: str, other: str, name: str = "difference") -> MadeReport:
     """What one adapter has beyond another, exactly; its rank is the sum of theirs.
 
     Raises:
@@ -164,7 +116,7 @@ def subtract(model: nn.Module, adapter: str, other: str, name: str = "difference
     return combine(model, [adapter, other], [1.0, -1.0], name, way="cat")
 
 
-def rescale(model: nn.Module, adapter: str, weight: float, name: str = "rescaled") -> CombineReport:
+def rescale(model: nn.Module, adapter: str, weight: float, name: str = "rescaled") -> MadeReport:
     """An adapter with another strength, exactly.
 
     Raises:
@@ -178,7 +130,7 @@ def combine_loose(
     weights: Sequence[float],
     way: Way,
     reading: Callable[[str], Reading] | None = None,
-) -> tuple[LooseAdapter, tuple[SiteCombined, ...]]:
+) -> tuple[LooseAdapter, tuple[SiteMade, ...]]:
     """Combine adapters wherever they come from.
 
     Args:
@@ -193,21 +145,20 @@ def combine_loose(
     Raises:
         AdapterError: They cannot be combined, or numbers and adapters are not equally many.
         ConfigError: The ranks do not fit the way.
-        NotYetSupported: An adapter has parts that cannot be combined.
     """
     check_joinable(adapters)
     _check(adapters, weights, way, reading is not None)
     dora = any(adapter.config.use_dora for adapter in adapters)
     generator, found, sites = way.generator(), {}, []
-    for path in sorted({path for adapter in adapters for path in adapter.factors}):
-        here = [(a.factors[path], w) for a, w in zip(adapters, weights, strict=True) if path in a.factors]
+    for path, factors in aligned(adapters).items():
+        here = [(factor, weight) for factor, weight in zip(factors, weights, strict=True) if factor is not None]
         with torch.no_grad():
-            found[path], deviation = _site(path, here, way, generator, reading(path) if dora and reading else None)
-        sites.append(SiteCombined(path, found[path].r, deviation))
+            found[path], site = _site(path, here, way, generator, reading(path) if dora and reading else None)
+        sites.append(site)
     joined = joined_config([a.config for a in adapters])
     if joined.lora_bias:
         found = {path: _with_bias(factor) for path, factor in found.items()}
-    config = described(joined, {path: factor.r for path, factor in found.items()}, common_targets(adapters))
+    config, found = described(joined, found, common_targets(adapters))
     others = {name: tensor for adapter in adapters for name, tensor in adapter.others.items()}
     base = next((adapter.base for adapter in adapters if adapter.base is not None), None)
     facts = {**shared_facts(adapters), "operation": _operation(adapters, weights, way)}
@@ -220,13 +171,13 @@ def _site(
     way: Way,
     generator: torch.Generator | None,
     reading: Reading | None,
-) -> tuple[LooseFactor, float]:
-    """The combined factor of one site, with scale 1, and its deviation from the plain sum."""
+) -> tuple[LooseFactor, SiteMade]:
+    """The combined factor of one site, with scale 1, and how far it is from the plain sum."""
     _check_shapes(path, [factor for factor, _ in here])
     first = here[0][0]
     acting = [(factor, weight) for factor, weight in here if weight != 0]
     acting = acting or [(first, 0.0)]
-    products = [product_of(factor.A, factor.B) for factor, _ in acting]
+    products = [factor.product() for factor, _ in acting]
     total = None
     if reading is not None:
         gains, total = gains_of(path, acting, reading)
@@ -235,34 +186,45 @@ def _site(
     exact = stacked(products, by)
     if way.name == "cat":
         product = exact
-    elif way.decomposes:
-        product = _decomposed(path, products, acting, exact, way, generator)
     else:
-        product = _by_themselves(path, products, by, way, generator)
+        make = _decomposed if way.decomposes else _by_themselves
+        parts = _by_expert(products, first.experts if way.prunes or way.clamp is not None else 1)
+        product = _side_by_side([make(path, part, acting, way, generator) for part in parts])
     norm = float(spectrum(exact).S.norm())
     apart = float(spectrum(stacked([product, exact], [1.0, -1.0])).S.norm())
     others: dict[str, tuple[str, Tensor]] = _biases(acting)
     if reading is not None and total is not None:
         product, magnitude = with_gains(product, total, reading, first)
         others["magnitude"] = magnitude
-    A, B = factors_of(product, first.A, first.B)
-    return LooseFactor(A, B, 1.0, first.endings, others), apart / norm if norm else 0.0
+    made = dataclasses.replace(first.holding(product), others=others)
+    return made, SiteMade(path, made.r, exact.rank * first.shared, norm, apart / norm if norm else 0.0)
+
+
+def _by_expert(products: Sequence[Product], experts: int) -> Iterator[list[Product]]:
+    """The products of each expert by itself, one expert after the other; all groups together where there is one."""
+    wide = products[0].A.shape[0] // experts
+    for first in range(0, wide * experts, wide):
+        yield [Product(p.A[first : first + wide], p.B[first : first + wide]) for p in products]
+
+
+def _side_by_side(products: Sequence[Product]) -> Product:
+    return Product(torch.cat([p.A for p in products]), torch.cat([p.B for p in products]))
 
 
 def _decomposed(
     path: str,
     products: Sequence[Product],
     acting: Sequence[tuple[LooseFactor, float]],
-    exact: Product,
     way: Way,
     generator: torch.Generator | None,
 ) -> Product:
     """Ways with "svd": of the sum, from factors; of pruned updates, from the dense update, which they are made of."""
-    groups = exact.A.shape[0]
+    groups = acting[0][0].shared
     asked = way.rank if way.rank is not None else max(factor.r for factor, _ in acting)
     if asked % groups:
         raise ConfigError(f"{path} is a grouped convolution: its rank must be a multiple of {groups}, and is {asked}.")
     rank = asked // groups
+    exact = stacked(products, [weight * factor.scale for factor, weight in acting])
     if not way.prunes:
         if exact.A.shape[1] <= rank and way.clamp is None:
             return padded(exact, rank)
@@ -279,10 +241,15 @@ def _decomposed(
 
 
 def _by_themselves(
-    path: str, products: Sequence[Product], by: Sequence[float], way: Way, generator: torch.Generator | None
+    path: str,
+    products: Sequence[Product],
+    acting: Sequence[tuple[LooseFactor, float]],
+    way: Way,
+    generator: torch.Generator | None,
 ) -> Product:
     """Ways without "svd": on A and on B by themselves, each with the root of the weight, the sign on A."""
-    ranks = sorted({product.rank for product in products})
+    ranks = sorted({factor.r for factor, _ in acting})
+    by = [weight * factor.scale for factor, weight in acting]
     if len(ranks) > 1:
         raise ConfigError(
             f"{path} has ranks {' and '.join(map(str, ranks))}: all adapters must have the same r value at a site for "
@@ -325,10 +292,15 @@ def _check(adapters: Sequence[LooseAdapter], weights: Sequence[float], way: Way,
 
 
 def _check_shapes(path: str, factors: Sequence[LooseFactor]) -> None:
-    shapes = {(tuple(f.A.shape[1:]), f.B.shape[0], f.A.shape[0] // f.B.shape[1], f.B.shape[2:]) for f in factors}
+    shapes = {(tuple(f.A.shape[1:]), f.B.shape[0], f.shared, f.experts, f.B.shape[2:]) for f in factors}
     if len(shapes) > 1:
-        sizes = " and ".join(sorted({f"{f.B.shape[0]} × {tuple(f.A.shape[1:])}" for f in factors}))
+        sizes = " and ".join(sorted({_size(f) for f in factors}))
         raise AdapterError(f"The adapters do not fit one base: at {path} they change weights of {sizes}.")
+
+
+def _size(factor: LooseFactor) -> str:
+    one = f"{factor.B.shape[0]} × {tuple(factor.A.shape[1:])}"
+    return f"{factor.experts} experts of {one}" if factor.experts > 1 else one
 
 
 def _operation(adapters: Sequence[LooseAdapter], weights: Sequence[float], way: Way) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lorakit.core.files.fingerprinting import UNVERIFIABLE, compare
 from lorakit.core.operations.loose import LooseAdapter, LooseFactor, loose_from_folder, loose_from_model
-from lorakit.core.operations.lowrank import Product, Spectrum, cosines, inner, product_of, significant, spectrum
+from lorakit.core.operations.lowrank import Product, Spectrum, cosines, inner, significant, spectrum
+from lorakit.core.operations.naming import aligned
 from lorakit.errors import AdapterError
 
 
@@ -24,10 +25,10 @@ class SiteComparison:
 
     Attributes:
         path: The site.
-        ranks: What each has of directions that are more than rounding.
+        ranks: What each has of directions that are more than rounding; of experts, the largest.
         norms: Frobenius norm of each update, scale included.
         cosine: Of the two updates as vectors, in [−1, 1]; 0 where one is zero.
-        output_angles: Principal angles between what they write to, in degrees, smallest first.
+        output_angles: Principal angles between what they write to, in degrees, smallest first; of all experts.
         input_angles: Principal angles between what they read from, likewise.
         output_overlap: Mean squared cosine of the output angles, in [0, 1]: 1 where one space holds the other.
         input_overlap: Likewise of the input angles.
@@ -104,16 +105,17 @@ def compare_loose(first: LooseAdapter, second: LooseAdapter) -> Comparison:
         second: Another.
 
     Raises:
-        AdapterError: At some site they change weights of different shapes.
+        AdapterError: At some site they change weights of different shapes, or files do not say which bare parameters
+            are the same.
     """
     with torch.no_grad():
-        shared = [path for path in first.factors if path in second.factors]
-        pairs = {path: (_scaled(first.factors[path]), _scaled(second.factors[path])) for path in shared}
+        both = aligned([first, second])
+        pairs = {p: (_scaled(one), _scaled(other)) for p, (one, other) in both.items() if one and other}
         for path, (one, other) in pairs.items():
             if (one.A.shape[::2], one.B.shape[:2]) != (other.A.shape[::2], other.B.shape[:2]):
                 raise AdapterError(
                     f"{first.label} and {second.label} do not change the same weights: at {path} the one is "
-                    f"{one.B.shape[1]} × {one.A.shape[2]}, the other {other.B.shape[1]} × {other.A.shape[2]}."
+                    f"{_size(one)}, the other {_size(other)}."
                 )
         sites = tuple(_site(path, *pair) for path, pair in pairs.items())
         norms = (_norm(first), _norm(second))
@@ -124,8 +126,8 @@ def compare_loose(first: LooseAdapter, second: LooseAdapter) -> Comparison:
     return Comparison(
         names=(first.label, second.label),
         sites=sites,
-        only_first=tuple(path for path in first.factors if path not in second.factors),
-        only_second=tuple(path for path in second.factors if path not in first.factors),
+        only_first=tuple(path for path, (one, other) in both.items() if one and not other),
+        only_second=tuple(path for path, (one, other) in both.items() if other and not one),
         norms=norms,
         cosine=_ratio(dot, norms[0] * norms[1]),
         base=verdict,
@@ -134,7 +136,7 @@ def compare_loose(first: LooseAdapter, second: LooseAdapter) -> Comparison:
 
 
 def _scaled(factor: LooseFactor) -> Product:
-    product = product_of(factor.A, factor.B)
+    product = factor.product()
     return Product(product.A, product.B * factor.scale)
 
 
@@ -150,7 +152,7 @@ def _site(path: str, one: Product, other: Product) -> SiteComparison:
     out, into = _between(spectra, ranks, output=True), _between(spectra, ranks, output=False)
     return SiteComparison(
         path=path,
-        ranks=ranks,
+        ranks=(max(ranks[0]), max(ranks[1])),
         norms=norms,
         cosine=_ratio(inner(one, other), norms[0] * norms[1]),
         output_angles=_degrees(out),
@@ -160,11 +162,18 @@ def _site(path: str, one: Product, other: Product) -> SiteComparison:
     )
 
 
-def _between(spectra: tuple[Spectrum, Spectrum], ranks: tuple[int, int], *, output: bool) -> Tensor:
-    one, other = (
-        found.U[:, :, :rank] if output else found.Vh[:, :rank].mT for found, rank in zip(spectra, ranks, strict=True)
-    )
-    return cosines(one, other)
+def _between(
+    spectra: tuple[Spectrum, Spectrum], ranks: tuple[tuple[int, ...], tuple[int, ...]], *, output: bool
+) -> Tensor:
+    """Cosines between the spaces of each group, which has a true rank of its own: (all of them,)."""
+    one, other = (found.U if output else found.Vh.mT for found in spectra)
+    parts = zip(one, other, *ranks, strict=True)
+    return torch.cat([cosines(a[None, :, :k], b[None, :, :m]).flatten() for a, b, k, m in parts])
+
+
+def _size(product: Product) -> str:
+    one = f"{product.B.shape[1]} × {product.A.shape[2]}"
+    return f"{product.A.shape[0]} of {one}" if product.A.shape[0] > 1 else one
 
 
 def _degrees(found: Tensor) -> tuple[float, ...]:

@@ -1,6 +1,7 @@
 """Compress an adapter to a lower rank, exactly, from its factors; turn DoRA into plain LoRA, as near as a rank allows.
 
-No dense weight is made for plain LoRA. What is lost is known exactly, and said site by site.
+No dense weight is made for plain LoRA. What is lost is known exactly, and said site by site. Experts that lie in one
+parameter are cut each by itself to one common rank, for which their share of the energy is taken together.
 """
 
 from __future__ import annotations
@@ -8,78 +9,19 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.config import LoraConfig
 from lorakit.core.making.checks import check_allowances
 from lorakit.core.operations.gains import Reading, gains_of
 from lorakit.core.operations.joining import check_plain_parts, shared_facts
-from lorakit.core.operations.loose import (
-    LooseAdapter,
-    LooseFactor,
-    common_targets,
-    described,
-    loose_from_folder,
-    loose_from_model,
-)
-from lorakit.core.operations.lowrank import (
-    Cut,
-    Product,
-    cut,
-    dense_spectrum,
-    factors_of,
-    product_of,
-    spectrum,
-    truncated,
-)
+from lorakit.core.operations.loose import LooseAdapter, LooseFactor, loose_from_folder, loose_from_model
+from lorakit.core.operations.lowrank import Cut, Product, cut, dense_spectrum, spectrum, truncated
+from lorakit.core.operations.naming import common_targets, described
 from lorakit.core.operations.placing import put, write
+from lorakit.core.operations.reports import MadeReport, SiteMade
 from lorakit.errors import NotYetSupported
-
-
-@dataclass(frozen=True)
-class SiteCompressed:
-    """One site.
-
-    Attributes:
-        path: Where.
-        r_before: Rank as it was.
-        r: Rank as it is.
-        norm: Frobenius norm of the update, scale included, as it was.
-        energy_lost: Share of that norm's square that the new rank lacks, in [0, 1].
-    """
-
-    path: str
-    r_before: int
-    r: int
-    norm: float
-    energy_lost: float
-
-
-@dataclass(frozen=True)
-class CompressReport:
-    """What compressing gave.
-
-    Attributes:
-        name: The new adapter, or its folder.
-        config: Its config.
-        sites: Its sites.
-        facts: How it came about, for `save_adapter(..., facts=...)`; a folder has them in `lorakit.json`.
-    """
-
-    name: str
-    config: LoraConfig
-    sites: tuple[SiteCompressed, ...]
-    facts: dict[str, Any]
-
-    @property
-    def energy_lost(self) -> float:
-        """Share of the whole adapter's energy that is lost."""
-        whole = sum(site.norm**2 for site in self.sites)
-        return sum(site.norm**2 * site.energy_lost for site in self.sites) / whole if whole else 0.0
 
 
 def compress(
@@ -89,7 +31,7 @@ def compress(
     *,
     rank: int | None = None,
     energy: float | None = None,
-) -> CompressReport:
+) -> MadeReport:
     """Put a smaller version of an adapter on its model; it is frozen, and not active.
 
     Args:
@@ -108,7 +50,7 @@ def compress(
     """
     result, sites = compress_loose(loose_from_model(model, adapter), Cut(rank, energy))
     put(model, result, name)
-    return CompressReport(name, result.config, sites, dict(result.facts))
+    return MadeReport(name, result.config, sites, dict(result.facts))
 
 
 def compress_folder(
@@ -118,7 +60,7 @@ def compress_folder(
     rank: int | None = None,
     energy: float | None = None,
     allow: Collection[str] = (),
-) -> CompressReport:
+) -> MadeReport:
     """Write a smaller version of an adapter on disk; its base is not needed.
 
     Args:
@@ -139,10 +81,10 @@ def compress_folder(
     check_allowances(allow)
     result, sites = compress_loose(loose_from_folder(folder), Cut(rank, energy))
     write(result, output, allow=allow)
-    return CompressReport(str(output), result.config, sites, dict(result.facts))
+    return MadeReport(str(output), result.config, sites, dict(result.facts))
 
 
-def compress_loose(adapter: LooseAdapter, to: Cut) -> tuple[LooseAdapter, tuple[SiteCompressed, ...]]:
+def compress_loose(adapter: LooseAdapter, to: Cut) -> tuple[LooseAdapter, tuple[SiteMade, ...]]:
     """Compress an adapter wherever it comes from. DoRA keeps its magnitudes, which hold the length of each row.
 
     Args:
@@ -157,7 +99,7 @@ def compress_loose(adapter: LooseAdapter, to: Cut) -> tuple[LooseAdapter, tuple[
 
 def plain_loose(
     adapter: LooseAdapter, to: Cut, reading: Callable[[str], Reading]
-) -> tuple[LooseAdapter, tuple[SiteCompressed, ...]]:
+) -> tuple[LooseAdapter, tuple[SiteMade, ...]]:
     """An adapter as plain LoRA of scale 1, whatever variant it is; DoRA's update is taken apart as a dense matrix.
 
     Args:
@@ -180,7 +122,7 @@ def plain_loose(
         base = reading(path)
         gains, _ = gains_of(path, [(factor, 1.0)], base)
         W = base.W.flatten(1)
-        product = product_of(factor.A, factor.B)
+        product = factor.product()
         if product.A.shape[0] > 1:
             raise NotYetSupported(f"{path} is a grouped convolution, whose DoRA cannot be turned into plain LoRA.")
         return (gains[0] * (W + factor.scale * (product.B @ product.A)[0]) - W).float()
@@ -192,32 +134,30 @@ def plain_loose(
 
 def _reduced(
     adapter: LooseAdapter, to: Cut, operation: str, update: Callable[[str, LooseFactor], Tensor | None]
-) -> tuple[LooseAdapter, tuple[SiteCompressed, ...]]:
+) -> tuple[LooseAdapter, tuple[SiteMade, ...]]:
     found: dict[str, LooseFactor] = {}
     sites = []
     with torch.no_grad():
         for path, factor in adapter.factors.items():
             dense = update(path, factor)
             product, norm, lost = _cut_factor(factor, to) if dense is None else _cut_dense(dense, to)
-            A, B = factors_of(product, factor.A, factor.B)
             others = dict(factor.others)
             if dense is not None:
                 del others["magnitude"]
             if "bias" in others:  # part of what the scale multiplies, which is 1 from now on
                 others["bias"] = (others["bias"][0], others["bias"][1] * factor.scale)
-            found[path] = LooseFactor(A, B, 1.0, factor.endings, others)
-            sites.append(SiteCompressed(path, factor.r, found[path].r, norm, lost))
-    ranks = {path: factor.r for path, factor in found.items()}
-    config = described(adapter.config, ranks, common_targets([adapter]))
+            found[path] = dataclasses.replace(factor.holding(product), others=others)
+            sites.append(SiteMade(path, found[path].r, factor.r, norm, lost**0.5))
+    config, found = described(adapter.config, found, common_targets([adapter]))
     limit = {"rank": to.rank} if to.rank is not None else {"energy": to.energy}
     facts = {**shared_facts([adapter]), "operation": {"name": operation, **limit, "of": [adapter.origin()]}}
     return dataclasses.replace(adapter, config=config, factors=found, facts=facts, sha256=""), tuple(sites)
 
 
 def _cut_factor(factor: LooseFactor, to: Cut) -> tuple[Product, float, float]:
-    product = product_of(factor.A, factor.B)
+    product = factor.product()
     found = spectrum(Product(product.A, product.B * factor.scale))
-    smaller, lost = cut(found, to)
+    smaller, lost = cut(found, to, factor.shared)
     return smaller, float(found.S.norm()), lost
 
 

@@ -1,14 +1,14 @@
 """Extract an adapter from a fully fine-tuned model and its base: the nearest low-rank update at each site.
 
-Weights are read one pair at a time. What the adapter does not hold is reported: the energy that a site's rank leaves
-out, and every change outside the sites.
+Weights are read one pair at a time, experts that lie in one parameter one by one. What the adapter does not hold is
+reported: the energy that a site's rank leaves out, and every change outside the sites.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,34 +18,20 @@ from lorakit.config import LoraConfig
 from lorakit.core.bases import base_of
 from lorakit.core.files.fingerprinting import fingerprint
 from lorakit.core.files.keys import PREFIX
-from lorakit.core.kinds import Kind
-from lorakit.core.layering.sitemap import Place, SiteMap, survey
+from lorakit.core.kinds import PARAMETER, Kind
+from lorakit.core.layering.parameter_sites import bare_parameters, places_of
+from lorakit.core.layering.sitemap import Place, SiteMap, defined_parameters, find_state, survey
 from lorakit.core.layering.underlying import base_tensors
 from lorakit.core.making.attaching import with_targets
 from lorakit.core.making.checks import check_allowances
-from lorakit.core.operations.loose import LooseAdapter, LooseFactor, described
-from lorakit.core.operations.lowrank import Cut, dense_spectrum, truncated
+from lorakit.core.operations.loose import BareSite, LooseAdapter, LooseFactor
+from lorakit.core.operations.lowrank import Cut, Product, dense_spectrum, factors_of, truncated
+from lorakit.core.operations.naming import described
 from lorakit.core.operations.placing import put, write
+from lorakit.core.operations.reports import MadeReport, SiteMade
 from lorakit.core.operations.sources import TensorSource, source_of_model
 from lorakit.errors import ConfigError, ModelError, NotYetSupported
 from lorakit.targets import resolve
-
-
-@dataclass(frozen=True)
-class SiteExtracted:
-    """One site.
-
-    Attributes:
-        path: Where.
-        r: The rank taken.
-        norm: Frobenius norm of the change of the weight.
-        energy_lost: Share of that norm's square that the rank leaves out, in [0, 1].
-    """
-
-    path: str
-    r: int
-    norm: float
-    energy_lost: float
 
 
 @dataclass(frozen=True)
@@ -64,24 +50,16 @@ class OutsideChange:
 
 
 @dataclass(frozen=True)
-class ExtractReport:
+class ExtractReport(MadeReport):
     """What extracting gave.
 
     Attributes:
-        name: The new adapter, or its folder.
-        config: Its config.
-        sites: Its sites.
         copied: Modules that it holds whole (`modules_to_save`).
         outside: What changed besides, largest first.
-        facts: How it came about, for `save_adapter(..., facts=...)`; a folder has them in `lorakit.json`.
     """
 
-    name: str
-    config: LoraConfig
-    sites: tuple[SiteExtracted, ...]
     copied: tuple[str, ...]
     outside: tuple[OutsideChange, ...]
-    facts: dict[str, Any]
 
     @property
     def captured(self) -> float:
@@ -90,6 +68,11 @@ class ExtractReport:
         held = sum(site.norm**2 * (1 - site.energy_lost) for site in self.sites)
         whole = inside + sum(change.norm**2 for change in self.outside if change.norm is not None)
         return held / whole if whole else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values, without the name."""
+        more = {"captured": self.captured, "copied": list(self.copied), "outside": [asdict(c) for c in self.outside]}
+        return {**super().as_dict(), **more}
 
 
 def extract(
@@ -106,7 +89,8 @@ def extract(
     Args:
         model: The base, with or without adapters; the adapter is put on it.
         tuned: The fine-tuned model.
-        config: Which sites (targets), and which modules are taken over whole (`modules_to_save`).
+        config: Which sites (`target_modules`, `target_parameters`), and which modules are taken over whole
+            (`modules_to_save`).
         name: The new adapter's name.
         rank: Largest rank of a site.
         energy: Or the share of each site's change that must be held, in (0, 1].
@@ -116,7 +100,8 @@ def extract(
 
     Raises:
         ModelError: The two are not models of one architecture.
-        ConfigError: Rank and energy are both given or both missing, or the config asks for what cannot be extracted.
+        ConfigError: Rank and energy are both given or both missing, the config asks for what cannot be extracted, or
+            the base's layers are stacked anew (`layer_replication`).
         TargetError: A target matches nothing.
         NotYetSupported: A site's kind has no update that can be taken apart.
         AdapterError: The name is taken or cannot be used.
@@ -183,63 +168,110 @@ def extract_loose(
         ConfigError: The config asks for what cannot be extracted.
         NotYetSupported: A site's kind has no update that can be taken apart.
     """
-    if config.use_dora or config.bias != "none":
-        raise ConfigError("What is extracted is plain LoRA: leave use_dora off and bias at 'none'.")
+    _check_plain(config, model)
     config = with_targets(config, model)
     site_map = survey(model)
-    resolved = resolve(site_map.candidates, config)
+    bare = bare_parameters(site_map, model) if config.target_parameters else None
+    resolved = resolve(site_map.candidates, config, parameters=bare)
     factors: dict[str, LooseFactor] = {}
     sites = []
     aliases, taken = _aliases(model), set[str]()
     with torch.no_grad():
-        for match in sorted(resolved.matches, key=lambda match: match.path):
-            for place in site_map.places(match.path, site_map.kind(match.kind)):
-                weight = ".".join(filter(None, (place.outer, place.child, place.slot.parameter)))
-                factors[place.path], site = _site(site_map, place, base, tuned, cut, aliases[weight])
-                sites.append(site)
-                taken.add(weight)
+        places = [place for _, place in places_of(site_map, resolved.matches)]
+        for place in sorted(places, key=lambda place: place.path):
+            weight = ".".join(filter(None, (place.outer, place.child, place.slot.parameter)))
+            factors[place.path], site = _site(site_map, place, (base, tuned), cut, aliases[weight])
+            sites.append(site)
+            taken.add(weight)
         inside = [name for name in aliases for path in resolved.saved if name.startswith(f"{path}.")]
         copies = {name: _weight(tuned, aliases[name]) for name in inside}
         outside = _outside(aliases, base, tuned, {*inside, *taken})
-    ranks = {path: factor.r for path, factor in factors.items()}
-    made = described(config, ranks, config.target_modules if not isinstance(config.target_modules, list) else None)
+    named = config.target_modules
+    made, factors = described(config, factors, named if not isinstance(named, list) else None)
     limit = {"rank": cut.rank} if cut.rank is not None else {"energy": cut.energy}
     facts = {"operation": {"name": "extract", **limit}}
     meta = any(parameter.is_meta for parameter in model.parameters())
     known = fingerprint(model, (lambda name: _weight(base, aliases[name])) if meta else None)
     others = {PREFIX + name: tensor for name, tensor in copies.items()}
     adapter = LooseAdapter("extracted", made, factors, others, known, facts)
-    return adapter, lambda name: ExtractReport(name, made, tuple(sites), resolved.saved, outside, facts)
+    return adapter, lambda name: ExtractReport(name, made, tuple(sites), facts, resolved.saved, outside)
+
+
+def _check_plain(config: LoraConfig, model: nn.Module) -> None:
+    if config.use_dora or config.bias != "none":
+        raise ConfigError("What is extracted is plain LoRA: leave use_dora off and bias at 'none'.")
+    state = find_state(model)
+    if config.layer_replication or (state is not None and state.replication is not None):
+        raise ConfigError(
+            "layer_replication: nothing is extracted from layers that are stacked anew, since several of them share "
+            "one weight of the base, which the fine-tuned model has once for each. Make the stacked model the base: "
+            "attach a fresh adapter with that layer_replication, merge_and_unload(untie=True), and extract without it."
+        )
 
 
 def _site(
-    site_map: SiteMap, place: Place, base: TensorSource, tuned: TensorSource, cut: Cut, names: Sequence[str]
-) -> tuple[LooseFactor, SiteExtracted]:
-    slot, holder = place.slot, site_map.holder(place)
-    before, after = _weight(base, names), _weight(tuned, names)
-    if before.shape != after.shape:
+    site_map: SiteMap, place: Place, sources: tuple[TensorSource, TensorSource], cut: Cut, names: Sequence[str]
+) -> tuple[LooseFactor, SiteMade]:
+    """The nearest low-rank change of one weight, of experts of each, and what it leaves out.   [docs/math.md (52)]"""
+    slot, kind = place.slot, place.kind
+    if slot.groups > 1:
+        raise NotYetSupported(f"{names[0]} is that of a grouped convolution, whose change no product of its form is.")
+    under = [_name_in(source, names) for source in sources]
+    shapes = [source.shapes[name] for source, name in zip(sources, under, strict=True)]
+    if shapes[0] != shapes[1]:
         raise ModelError(
-            f"{names[0]} is {tuple(before.shape)} in {base.label} and {tuple(after.shape)} in {tuned.label}: these are "
+            f"{names[0]} is {shapes[0]} in {sources[0].label} and {shapes[1]} in {sources[1].label}: these are "
             "not a base and its fine-tuned form. Take the module into modules_to_save, or out of the targets."
         )
-    if slot.experts or slot.groups > 1:
-        raise NotYetSupported(f"{names[0]} holds several matrices (experts or groups), which are not taken apart yet.")
-    row = base_of(holder, slot.parameter)
-    delta = row.read(holder, after).flatten(1) - row.read(holder, before).flatten(1)
-    found, whole = dense_spectrum(delta, cut.rank)
-    product = truncated(found, cut.of(found.S))
-    r = product.rank
-    kept = float(found.S[:, :r].double().square().sum())
-    A, B = (t.view(shape) for t, shape in zip((product.A, product.B), place.kind.shapes(slot, r), strict=True))
+    rank = cut.rank
+    if rank is None and slot.experts:  # they have one rank: all singular values first, then one change at a time again
+        S = torch.stack([torch.linalg.svdvals(delta) for delta in _changes(site_map, place, sources, under)])
+        rank = cut.of(S)
+    parts, whole, kept = [], 0.0, 0.0
+    for delta in _changes(site_map, place, sources, under):
+        found, energy = dense_spectrum(delta, rank)
+        part = truncated(found, cut.of(found.S) if rank is None else min(rank, *delta.shape))
+        parts.append(part)
+        whole += energy
+        kept += float(found.S[:, : part.rank].double().square().sum())
+    product = Product(torch.cat([part.A for part in parts]), torch.cat([part.B for part in parts]))
+    like = [product.A.new_empty(shape, device="meta") for shape in kind.shapes(slot, product.rank)]
+    A, B = factors_of(product, like[0], like[1], max(1, slot.experts))
     lost = max(0.0, 1 - kept / whole) if whole else 0.0
-    return LooseFactor(A, B, 1.0, _endings(place.kind)), SiteExtracted(place.path, r, whole**0.5, lost)
+    made = LooseFactor(A, B, 1.0, _endings(kind), {}, _bare(site_map, place))
+    return made, SiteMade(place.path, made.r, min(delta.shape), whole**0.5, lost**0.5)
 
 
-def _weight(source: TensorSource, names: Sequence[str]) -> Tensor:
+def _changes(
+    site_map: SiteMap, place: Place, sources: tuple[TensorSource, TensorSource], names: Sequence[str]
+) -> Iterator[Tensor]:
+    """The change of a weight as a matrix (out, n), in fp32 or wider; of experts one after the other."""
+    slot, holder = place.slot, site_map.holder(place)
+    row, pairs = base_of(holder, slot.parameter), list(zip(sources, names, strict=True))
+    if not slot.experts:
+        before, after = (row.read(holder, source.read(name)).flatten(1) for source, name in pairs)
+        yield after - before
+    for expert in range(slot.experts):
+        before, after = (row.read(holder, source.read_one(name, expert)) for source, name in pairs)
+        yield (after - before).T if slot.in_first else after - before
+
+
+def _bare(site_map: SiteMap, place: Place) -> BareSite | None:
+    if place.kind.name != PARAMETER.name:
+        return None
+    order = defined_parameters(site_map.holder(place)).index(place.slot.parameter)
+    return BareSite((place.pattern_path,), order, max(1, place.slot.experts))
+
+
+def _name_in(source: TensorSource, names: Sequence[str]) -> str:
     under = source.under(names)
     if under is None:
         raise ModelError(f"{source.label} has no {names[0]}, so nothing can be extracted there.")
-    return source.read(under)
+    return under
+
+
+def _weight(source: TensorSource, names: Sequence[str]) -> Tensor:
+    return source.read(_name_in(source, names))
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:

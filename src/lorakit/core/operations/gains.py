@@ -16,7 +16,7 @@ from torch import Tensor
 from lorakit.core.files.keys import MAGNITUDE
 from lorakit.core.kinds import Kind, Slot
 from lorakit.core.operations.loose import LooseFactor
-from lorakit.core.operations.lowrank import Product, factors_of
+from lorakit.core.operations.lowrank import Product
 from lorakit.core.variants.dora import DORA
 from lorakit.errors import AdapterError
 
@@ -29,7 +29,7 @@ class Reading:
     """The base's weight at a site, and its geometry.
 
     Attributes:
-        W: Canonical weight, (out, in, …), in float64.
+        W: Canonical weight, (out, in, …), in float64; of experts as the base stores them, (experts, …, …).
         kind: The kind of the site.
         slot: Its geometry.
     """
@@ -37,6 +37,13 @@ class Reading:
     W: Tensor
     kind: Kind
     slot: Slot
+
+    def matrix(self, expert: int = 0) -> Tensor:
+        """The weight as a matrix, (out, n), in float64; of several experts one, so that one is wide at a time."""
+        if not self.slot.experts:
+            return self.kind.flat_weight(self.slot, self.W)
+        W = self.W[expert].double()
+        return W.T if self.slot.in_first else W
 
     def norms(self, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """The norm of each output of W + scale·B·A, (out,), for A (r, in, …) and B (out, r, …)."""
@@ -94,6 +101,6 @@ def with_gains(
     """
     rows = total.view(product.B.shape[0], product.B.shape[1], 1).to(product.B.dtype)
     turned = Product(product.A, product.B / rows)
-    A, B = factors_of(turned, like.A, like.B)
-    magnitude = (total * reading.norms(A, B, 1.0)).to(A.dtype)
+    held = like.holding(turned)
+    magnitude = (total * reading.norms(held.A, held.B, 1.0)).to(held.A.dtype)
     return turned, (f".{MAGNITUDE}", magnitude.view(reading.kind.vector(reading.slot)))

@@ -12,31 +12,33 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.core.operations.gains import Reading
 from lorakit.core.operations.joining import check_plain_parts
 from lorakit.core.operations.loose import LooseFactor, loose_from_model
-from lorakit.core.operations.lowrank import Product, factors_of, padded, product_of, spectrum, stacked
+from lorakit.core.operations.lowrank import Product, padded, spectrum, stacked
 from lorakit.core.operations.placing import put, reader_of
 from lorakit.errors import AdapterError, ConfigError
 
 
 @dataclass(frozen=True)
 class SiteIntruders:
-    """One site.
+    """One site, or one of several experts in a parameter.
 
     Attributes:
         path: Where.
         indices: Which singular vectors of W + ΔW are intruders, counted from 0, strongest first.
         cosines: For each, the largest cosine with a singular vector of W, in absolute value.
         energy_lost: Share of the weakened update's energy that does not fit into the adapter's rank.
+        expert: Which of several experts that lie in one parameter, each a weight of its own; else None.
     """
 
     path: str
     indices: tuple[int, ...]
     cosines: tuple[float, ...]
     energy_lost: float
+    expert: int | None = None
 
 
 def reduce_intruders(
@@ -59,7 +61,7 @@ def reduce_intruders(
         keep: The share of each intruder that stays; 1 changes nothing, 0 takes it out.
 
     Returns:
-        What was found at each site.
+        What was found at each site, of experts at each expert.
 
     Raises:
         AdapterError: There is no such adapter, it is DoRA, or the new name is taken.
@@ -76,37 +78,53 @@ def reduce_intruders(
     sites = []
     with torch.no_grad():
         for path, factor in loose.factors.items():
-            found[path], site = _weakened(path, factor, read(path), top, threshold, keep)
-            sites.append(site)
+            base = read(factor.names[0] if factor.names else path)
+            found[path], here = _weakened(path, factor, base, (top, threshold, keep))
+            sites += here
     put(model, dataclasses.replace(loose, factors=found), name)
     return tuple(sites)
 
 
 def _weakened(
-    path: str, factor: LooseFactor, base: Reading, top: int, threshold: float, keep: float
-) -> tuple[LooseFactor, SiteIntruders]:
+    path: str, factor: LooseFactor, base: Reading, how: tuple[int, float, float]
+) -> tuple[LooseFactor, list[SiteIntruders]]:
+    """The factor with weaker intruders, matrix by matrix; it stays as it is where there are none."""
+    if factor.shared > 1:
+        raise AdapterError(f"{path} is a grouped convolution, whose intruder dimensions are not defined.")
+    product, wide = factor.product(), torch.promote_types(factor.A.dtype, torch.float32)
+    parts, sites = [], []
+    for expert in range(factor.experts):
+        part = Product(product.A[expert, None], product.B[expert, None])
+        found, site = _of_matrix(path, part, factor.scale, base.matrix(expert).to(wide), how)
+        parts.append(found)
+        sites.append(dataclasses.replace(site, expert=expert if factor.experts > 1 else None))
+    if not any(site.indices for site in sites):
+        return factor, sites
+    made = Product(torch.cat([part.A for part in parts]), torch.cat([part.B for part in parts]))
+    return factor.holding(made, factor.scale), sites
+
+
+def _of_matrix(
+    path: str, product: Product, scale: float, W: Tensor, how: tuple[int, float, float]
+) -> tuple[Product, SiteIntruders]:
     """ΔW + (keep − 1)·Σ u·σ·vᵀ over the intruders, cut to the adapter's rank.   [docs/math.md (58)]
 
     The directions are those of the outputs, whatever way the base stores the weight.
     """
-    product = product_of(factor.A, factor.B)
-    if product.A.shape[0] > 1:
-        raise AdapterError(f"{path} is a grouped convolution, whose intruder dimensions are not defined.")
-    delta = Product(product.A, product.B * factor.scale)
-    W = base.kind.flat_weight(base.slot, base.W).to(torch.promote_types(factor.A.dtype, torch.float32))
+    top, threshold, keep = how
+    delta = Product(product.A, product.B * scale)
     U0 = torch.linalg.svd(W, full_matrices=False).U
     U, S, Vh = torch.linalg.svd(W + (delta.B[0] @ delta.A[0]).to(W.dtype), full_matrices=False)
     nearest = (U[:, :top].mT @ U0).abs().amax(1)
     chosen = torch.nonzero(nearest < threshold).flatten()
     if not chosen.numel():
-        return factor, SiteIntruders(path, (), (), 0.0)
-    wide = product.A.dtype
+        return product, SiteIntruders(path, (), (), 0.0)
+    wide, rank = product.A.dtype, product.rank
     intruders = Product(Vh[chosen].to(wide)[None], (U[:, chosen] * S[chosen]).to(wide)[None])
     spread = spectrum(stacked([delta, intruders], [1.0, keep - 1.0]))
-    root = spread.S[0, : factor.r].sqrt()
-    part = Product(spread.Vh[:, : factor.r] * root[:, None], spread.U[:, :, : factor.r] * (root / factor.scale))
-    A, B = factors_of(padded(part, factor.r), factor.A, factor.B)
+    root = spread.S[0, :rank].sqrt()
+    weaker = Product(spread.Vh[:, :rank] * root[:, None], spread.U[:, :, :rank] * (root / scale))
     energy = spread.S.square()
-    lost = float(energy[:, factor.r :].sum() / energy.sum())
+    lost = float(energy[:, rank:].sum() / energy.sum())
     told = (tuple(chosen.tolist()), tuple(nearest[chosen].tolist()))
-    return dataclasses.replace(factor, A=A, B=B), SiteIntruders(path, *told, lost)
+    return padded(weaker, rank), SiteIntruders(path, *told, lost)

@@ -46,6 +46,7 @@ def check_joinable(adapters: Sequence[LooseAdapter]) -> None:
     for field, what in MUST_AGREE.items():
         if len({str(getattr(adapter.config, field)) for adapter in adapters}) > 1:
             raise AdapterError(f"The adapters {what} ({field}), so one cannot stand for them.")
+    _check_bare(adapters)
     with_rows = [adapter.label for adapter in adapters if adapter.config.trainable_token_indices]
     if len(with_rows) > 1:
         raise AdapterError(f"{' and '.join(with_rows)} train rows of tokens, which are not combined.")
@@ -57,6 +58,18 @@ MUST_AGREE: Mapping[str, str] = {
     "layer_replication": "were made on differently replicated layers",
 }
 """Fields of the config in which adapters must agree to become one, and what it means if they do not."""
+
+
+def _check_bare(adapters: Sequence[LooseAdapter]) -> None:
+    """Refuse, beside bare parameters, what would give the result a part that no bare parameter can have."""
+    bare = next((adapter.label for adapter in adapters if adapter.config.target_parameters), None)
+    for field, what in (("use_dora", "is DoRA"), ("lora_bias", "has a bias on B (lora_bias)")):
+        other = next((adapter.label for adapter in adapters if getattr(adapter.config, field)), None)
+        if bare is not None and other is not None:
+            raise AdapterError(
+                f"{other} {what}, and {bare} sits on bare parameters (target_parameters), which cannot have that: no "
+                "one adapter can do what the two do. Keep both active, or merge them into a model."
+            )
 
 
 def _check_copies(adapters: Sequence[LooseAdapter]) -> None:
@@ -101,11 +114,13 @@ def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
         copied += [*(config.modules_to_save or []), *(HEADS_BY_TASK.get(config.task_type, ()))]  # type: ignore[call-overload]
     task = next((config.task_type for config in configs if config.task_type), None)
     heads = HEADS_BY_TASK.get(task, ())  # type: ignore[call-overload]
+    parameters = {entry for config in configs for entry in config.target_parameters or ()}
     return dataclasses.replace(
         configs[0],
         task_type=task,
         use_dora=any(config.use_dora for config in configs),
         lora_bias=any(config.lora_bias for config in configs),
+        target_parameters=sorted(parameters) or None,
         modules_to_save=[word for word in dict.fromkeys(copied) if word not in heads] or None,
         fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
         trainable_token_indices=next((c.trainable_token_indices for c in configs if c.trainable_token_indices), None),

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,35 @@ from lorakit.config import LoraConfig, scale
 from lorakit.core.files.fingerprinting import Fingerprint
 from lorakit.core.files.keys import PREFIX, parse
 from lorakit.core.files.loading import AdapterFiles, alpha_at, read_adapter
-from lorakit.core.files.restoring import RECOMPUTE, Past, past_of
+from lorakit.core.files.ranks import parameters_meant, rank_and_alpha
 from lorakit.core.files.saved_form import saved_form
-from lorakit.core.kinds import Slot
-from lorakit.core.layering.sitemap import INSIDE, layers, state_of, survey
+from lorakit.core.kinds import PARAMETER
+from lorakit.core.layering.parameter_sites import bare_parameters, paths_on_disk
+from lorakit.core.layering.sitemap import INSIDE, defined_parameters, layers, state_of, survey
 from lorakit.core.making.checks import check_known
-from lorakit.core.making.residual import as_plain, plain_config
-from lorakit.errors import AdapterError, AdapterFileError, NotYetSupported
-from lorakit.targets import resolve
+from lorakit.core.making.residual import plain_config
+from lorakit.core.operations.lowrank import Product, factors_of, product_of
+from lorakit.core.operations.moved import check_plain, on_the_original
+from lorakit.errors import AdapterFileError
+from lorakit.targets import match_path, resolve
+
+PLAIN_TARGETS: Mapping[str, Any] = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+"""What a config says where its targets are exactly what they name."""
+
+
+@dataclass(frozen=True)
+class BareSite:
+    """Which bare parameter a factor sits on, as far as that is known.
+
+    Attributes:
+        names: Its path, or those of all that it may be where files do not say.
+        order: Its place in its module's order of definition, from which its path on disk follows.
+        experts: So many matrices share A and B, each with its own part of them.
+    """
+
+    names: tuple[str, ...]
+    order: int = 0
+    experts: int = 1
 
 
 @dataclass(frozen=True)
@@ -35,11 +55,12 @@ class LooseFactor:
     """One adapter at one site.
 
     Attributes:
-        A: (r, in, …).
-        B: (out, r, …).
+        A: (r, in, …); of experts (experts·r, in).
+        B: (out, r, …); of experts (out, r·experts).
         scale: What B·A is multiplied by.
         endings: How the names of A and B end on disk.
         others: What else it has there, by part: "magnitude" (out,), "bias" (out,); each with its name's ending.
+        bare: The bare parameter it sits on, or None for a module.
     """
 
     A: Tensor
@@ -47,15 +68,40 @@ class LooseFactor:
     scale: float
     endings: tuple[str, str]
     others: Mapping[str, tuple[str, Tensor]] = field(default_factory=dict)
+    bare: BareSite | None = None
+
+    @property
+    def experts(self) -> int:
+        """So many matrices share A and B, each with its own part of them; 1 where it is one."""
+        return 1 if self.bare is None else self.bare.experts
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of a bare parameter its path, or those of all that it may be; of a module none."""
+        return () if self.bare is None else self.bare.names
 
     @property
     def r(self) -> int:
-        """The rank."""
-        return int(self.A.shape[0])
+        """The rank; of experts, that of each."""
+        return int(self.A.shape[0]) // self.experts
+
+    @property
+    def shared(self) -> int:
+        """So many groups share the rank: those of a grouped convolution."""
+        return 1 if self.experts > 1 else max(1, int(self.A.shape[0]) // int(self.B.shape[1]))
 
     def part(self, name: str) -> Tensor | None:
         """A tensor of `others`, of any shape, or None."""
         return self.others[name][1] if name in self.others else None
+
+    def product(self) -> Product:
+        """A and B as matrices, (g, r, in) and (g, out, r), without the scale."""
+        return product_of(self.A, self.B, self.experts)
+
+    def holding(self, product: Product, scale: float = 1.0) -> LooseFactor:
+        """The same site with another product of any rank, (g, r, in) and (g, out, r), and another scale."""
+        A, B = factors_of(product, self.A, self.B, self.experts)
+        return dataclasses.replace(self, A=A, B=B, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -104,21 +150,23 @@ def loose_from_model(model: nn.Module, name: str) -> LooseAdapter:
 
     Raises:
         AdapterError: There is no such adapter, or it is no plain LoRA on the original base (LoftQ).
-        NotYetSupported: It sits on bare parameters.
     """
     state = state_of(model)
     check_known(state, [name])
-    _check_whole(state.configs[name], name)
-    _check_plain(model, name)
+    check_plain(model, name)
     found = saved_form(model, name)
     config = dataclasses.replace(found.config)
-    scales = {path: layer.scaling[name] for path, layer in layers(model) if name in layer.r}
+    known = _sites_in(model, name)
     tensors = {key: tensor.detach() for key, tensor in found.tensors.items()}
-    factors, others = _sorted_out(tensors, scales)
-    outer = _outer(factors)
-    named = {match.path for match in resolve(survey(model).candidates, config, allow_partial=True).matches}
-    if named != outer:  # loaded in part, as was allowed: the config names more than there is
-        config = dataclasses.replace(config, target_modules=outer, **_PLAIN_TARGETS)
+    factors, others = _sorted_out(tensors, lambda path, A: known[path])
+    site_map = survey(model)
+    bare = bare_parameters(site_map, model) if config.target_parameters else None
+    matches = resolve(site_map.candidates, config, allow_partial=True, parameters=bare).matches
+    outer, parameters = outer_modules(factors), {name for factor in factors.values() for name in factor.names}
+    if {match.path for match in matches if not match.parameter} != outer:
+        config = dataclasses.replace(config, target_modules=outer, **PLAIN_TARGETS)  # loaded in part, as was allowed
+    if {match_path(match) for match in matches if match.parameter} != parameters:
+        config = dataclasses.replace(config, target_parameters=sorted(parameters) or None)
     return LooseAdapter(name, config, factors, others)
 
 
@@ -130,23 +178,22 @@ def loose_from_folder(folder: str | os.PathLike[str]) -> LooseAdapter:
 
     Raises:
         AdapterFileError: A file is missing or damaged, A and B do not fit together, a scale follows from a regular
-            expression, which is not run, or the factors act on a base that its init changed, and the folder does not
-            say how.
-        NotYetSupported: The adapter needs what is not built yet, or sits on bare parameters.
+            expression, which is not run, rank and scale of a bare parameter cannot be known without a model, or the
+            factors act on a base that an init changed, and the folder does not say how.
+        NotYetSupported: The adapter needs what is not built yet.
     """
     files = read_adapter(folder)
-    config, tensors = files.config, files.file.tensors
-    _check_whole(config, str(folder))
-    ranks = {key.path: int(t.shape[0]) for n, t in tensors.items() if (key := parse(n)) and key.part == "A" and t.ndim}
-    scales = {path: scale(r, alpha_at(files, path), config.use_rslora) for path, r in ranks.items()}
-    factors, others = _sorted_out(tensors, scales)
-    past = past_of(files.folder, config, files.sidecar.began if files.is_ours else {}, False, (RECOMPUTE,))
-    if past.moves:
-        factors = _on_the_original(factors, past, files)
+    config = files.config
+    _check_told(files)
+    factors, others = _sorted_out(files.file.tensors, lambda path, A: _site_on_disk(files, path, A))
+    plain = on_the_original(files, {p: (f.A, f.B, f.experts if f.names else 0) for p, f in factors.items()})
+    if plain is not None:
+        factors = {p: dataclasses.replace(f, A=plain[p][0], B=plain[p][1]) for p, f in factors.items()}
         config = plain_config(config)
     for path, factor in factors.items():
-        fits = factor.A.ndim >= 2 and factor.B.ndim >= 2 and factor.B.shape[1] and not factor.r % factor.B.shape[1]
-        if not fits:
+        fits = factor.A.ndim >= 2 and factor.B.ndim >= 2 and factor.B.shape[1]
+        fits = fits and not factor.A.shape[0] % factor.B.shape[1]
+        if not fits or (factor.names and factor.A.shape[0] != factor.B.shape[1]):
             shapes = f"{tuple(factor.A.shape)} and {tuple(factor.B.shape)}"
             raise AdapterFileError(f"{folder}: A and B of {path} do not fit together: {shapes}.")
     if not factors:
@@ -155,58 +202,58 @@ def loose_from_folder(folder: str | os.PathLike[str]) -> LooseAdapter:
     return LooseAdapter(str(folder), config, factors, others, side.base, side.facts, files.file.sha256)
 
 
-def described(config: LoraConfig, ranks: Mapping[str, int], targets: set[str] | str | None = None) -> LoraConfig:
-    """A config for factors whose scale is 1, whatever their ranks: it says of every site what lies there.
+def outer_modules(factors: Mapping[str, LooseFactor]) -> set[str]:
+    """The modules that must be named to have such sites: a module brings what stands inside it.
 
     Args:
-        config: All that has nothing to do with rank and scale.
-        ranks: Path of each site -> its rank.
-        targets: What `target_modules` says, or None for the paths.
-
-    Returns:
-        A config without rsLoRA in which alpha equals the rank everywhere, so that any reader gets scale 1.
+        factors: Path on disk -> factor; what sits on bare parameters is left out.
     """
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {_anchored(path, ranks): r for path, r in ranks.items() if r != usual}
-    narrowed = {} if targets is not None else _PLAIN_TARGETS
-    return dataclasses.replace(
-        config,
-        r=usual,
-        lora_alpha=usual,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        use_rslora=False,
-        init_lora_weights=True,
-        target_modules=_outer(ranks) if targets is None else targets,
-        **narrowed,
-    )
+    return {path.partition(INSIDE)[0] for path, factor in factors.items() if not factor.names}
 
 
-_PLAIN_TARGETS: Mapping[str, Any] = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
-
-
-def common_targets(adapters: Sequence[LooseAdapter]) -> set[str] | str | None:
-    """What names exactly the sites of some adapters together, in the words of their configs; None where only paths do.
-
-    Args:
-        adapters: Of one base.
-    """
-    first, *rest = (adapter.config for adapter in adapters)
-    said = ("target_modules", *_PLAIN_TARGETS)
-    if all(getattr(first, name) == getattr(config, name) for config in rest for name in said):
-        known = first.target_modules
-        return set(known) if isinstance(known, (list, set)) else known
-    found: set[str] = set()
-    for config in (first, *rest):
-        narrowed = any(getattr(config, name) is not None for name in _PLAIN_TARGETS)
-        if narrowed or not isinstance(config.target_modules, (list, set)):
-            return None
-        found |= set(config.target_modules)
+def _sites_in(model: nn.Module, name: str) -> dict[str, tuple[float, BareSite | None]]:
+    """Path on disk -> scale and bare parameter, of an adapter's factors on a model."""
+    on_disk, found = paths_on_disk(model, name), {}
+    for path, layer in layers(model):
+        if path in on_disk:
+            slot, bare = layer.slot, None
+            if layer.kind_name == PARAMETER.name:
+                names = (f"{path.partition(INSIDE)[0]}.{slot.parameter}",)
+                bare = BareSite(names, defined_parameters(layer.owner).index(slot.parameter), max(1, slot.experts))
+            found[on_disk[path]] = layer.scaling[name], bare
     return found
 
 
+def _site_on_disk(files: AdapterFiles, path: str, A: Tensor) -> tuple[float, BareSite | None]:
+    """Scale and bare parameter from the files alone: of several of one module, the outermost is defined last."""
+    config, names = files.config, parameters_meant(files.config, path)
+    rows = int(A.shape[0]) if A.ndim else 0
+    if not names:
+        return scale(max(1, rows), alpha_at(files, path), config.use_rslora), None
+    r, alpha = rank_and_alpha(files, path, rows)
+    if alpha is None:
+        raise AdapterFileError(
+            f"{files.folder}: rank and alpha at {path} follow from which parameter it is ({' or '.join(names)}), which "
+            "these files do not say. Load the adapter onto its model, and do it there."
+        )
+    order = -path.count(INSIDE) if len(names) > 1 else 0
+    return scale(r, alpha, config.use_rslora), BareSite(names, order, max(1, rows // r))
+
+
+def _check_told(files: AdapterFiles) -> None:
+    """Refuse files that do not tell modules from bare parameters."""
+    config = files.config
+    entry = next((entry for entry in config.target_parameters or () if "." not in entry), None)
+    if entry is not None and isinstance(config.target_modules, str):
+        raise AdapterFileError(
+            f"{files.folder}: target_parameters names {entry!r} without its module, and target_modules is "
+            f"{config.target_modules!r}, so these files do not say which sites are bare parameters. Load the adapter "
+            "onto its model, and do it there."
+        )
+
+
 def _sorted_out(
-    tensors: Mapping[str, Tensor], scales: Mapping[str, float]
+    tensors: Mapping[str, Tensor], site: Callable[[str, Tensor], tuple[float, BareSite | None]]
 ) -> tuple[dict[str, LooseFactor], dict[str, Tensor]]:
     parts: dict[str, dict[str, tuple[str, Tensor]]] = {}
     others: dict[str, Tensor] = {}
@@ -223,60 +270,6 @@ def _sorted_out(
             lacking = " and ".join(sorted({"A", "B"} - set(found)))
             raise AdapterFileError(f"The adapter's site {path} has no {lacking}.")
         (end_A, A), (end_B, B) = found.pop("A"), found.pop("B")
-        factors[path] = LooseFactor(A, B, scales[path], (end_A, end_B), found)
+        scale_here, bare = site(path, A)
+        factors[path] = LooseFactor(A, B, scale_here, (end_A, end_B), found, bare)
     return factors, others
-
-
-def _check_plain(model: nn.Module, name: str) -> None:
-    for path, layer in layers(model):
-        if layer.moved_by == name and layer.initial is None:
-            raise AdapterError(
-                f"{path}: {state_of(model).configs[name].init_lora_weights} changed the base by more than a product of "
-                f"low rank, so adapter {name!r} is no plain LoRA on the original: its factors alone do not say what it "
-                "does. Merge it, or write what it makes of the model with merged_state_dict."
-            )
-
-
-def _on_the_original(factors: Mapping[str, LooseFactor], past: Past, files: AdapterFiles) -> dict[str, LooseFactor]:
-    """The factors of an adapter whose init moved the base, as plain LoRA of twice the rank."""
-    named = (
-        f"{files.folder}: init_lora_weights is {files.config.init_lora_weights!r}: the factors act on a base that it"
-    )
-    if past.first is None:
-        raise AdapterFileError(
-            f"{named} changed, and the folder does not say how. Load it with allow=['recompute_init'] and save it with "
-            "save_adapter, or, in PEFT, with path_initial_model_for_weight_conversion. If the base at hand is the "
-            "changed one, set init_lora_weights to true in its config."
-        )
-    if files.sidecar.base is not None and files.sidecar.base.bounds:
-        raise AdapterFileError(
-            f"{named} changed while it was quantised, so it was rounded a second time, and this is no plain LoRA on "
-            "the original. Merge it instead."
-        )
-    plain = {}
-    for path, factor in factors.items():
-        first = past.first.get(path)
-        if first is None or (first[0].shape, first[1].shape) != (factor.A.shape, factor.B.shape):
-            raise AdapterFileError(f"{files.folder}: the first factors of {path} are missing or of another shape.")
-        A, B = as_plain(Slot("weight", factor.B.shape[0], factor.A.shape[1]), factor.A, factor.B, first)
-        plain[path] = dataclasses.replace(factor, A=A, B=B)
-    return plain
-
-
-def _check_whole(config: LoraConfig, label: str) -> None:
-    if config.target_parameters:
-        raise NotYetSupported(
-            f"{label} sits on bare parameters (target_parameters); this does not support targeting nn.Parameter. "
-            "Merge it into a model instead."
-        )
-
-
-def _outer(paths: Iterable[str]) -> set[str]:
-    """The modules that must be named to have sites at these paths: a module brings what stands inside it."""
-    return {path.partition(INSIDE)[0] for path in paths}
-
-
-def _anchored(path: str, paths: Mapping[str, int]) -> str:
-    """A pattern that names one path and no other: some path may end with another."""
-    ambiguous = any(other.endswith("." + path) for other in paths)
-    return "^" + path.replace(".", r"\.") if ambiguous else path

@@ -1,8 +1,8 @@
 """Algebra of low-rank products B·A that never forms the product: singular values, inner products, angles.
 
-Everything is batched over groups, A (g, r, in) and B (g, out, r), so that a grouped convolution, whose output channels
-see only their own part of A, is g products side by side; every other site has one group. Computed in float64. This
-file knows nothing of adapters, scales or files.
+Everything is batched over groups, A (g, r, in) and B (g, out, r): the experts of one parameter are g products side by
+side, and so is a grouped convolution, whose output channels see only their own part of A; every other site has one
+group. Computed in float64. This file knows nothing of adapters, scales or files.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorakit.core.kinds import Slot, per_expert, side_by_side
 from lorakit.errors import ConfigError
 
 SPARE, SKETCH = 16, 8
@@ -33,8 +34,8 @@ class Product:
 
     @property
     def rank(self) -> int:
-        """Rank over all groups, as `r` counts it."""
-        return self.A.shape[0] * self.A.shape[1]
+        """Rank of each group."""
+        return self.A.shape[1]
 
 
 @dataclass(frozen=True)
@@ -52,32 +53,37 @@ class Spectrum:
     Vh: Tensor
 
 
-def product_of(A: Tensor, B: Tensor) -> Product:
+def product_of(A: Tensor, B: Tensor, experts: int = 1) -> Product:
     """The factors of one site as a product of matrices.
 
     Args:
-        A: (r, in, …), as a site holds it.
-        B: (out, r / g, …), where g > 1 on a grouped convolution.
+        A: (r, in, …), as a site holds it; of experts (experts·r, in).
+        B: (out, r / g, …), where g > 1 on a grouped convolution; of experts (out, r·experts).
+        experts: So many matrices share A and B, each with its own part of them.
 
     Returns:
         The product, in float64; kernels lie flat in the columns of A.
     """
     wide = torch.float64 if A.device.type != "mps" else torch.float32  # that device has no float64
     A, B = A.detach().to(wide).flatten(1), B.detach().to(wide).flatten(1)
+    if experts > 1:
+        return Product(*per_expert(Slot("", B.shape[0], A.shape[1], experts), A, B))
     groups = max(1, A.shape[0] // B.shape[1])
     return Product(A.reshape(groups, -1, A.shape[1]), B.reshape(groups, -1, B.shape[1]))
 
 
-def factors_of(product: Product, A_like: Tensor, B_like: Tensor) -> tuple[Tensor, Tensor]:
+def factors_of(product: Product, A_like: Tensor, B_like: Tensor, experts: int = 1) -> tuple[Tensor, Tensor]:
     """`product_of`, backwards: A (r, in, …) and B (out, r / g, …) in the form of two others, in fp32 or wider.
 
     Args:
         product: With any rank.
         A_like: An A of this site, (r, in, …).
         B_like: A B of this site, (out, r / g, …).
+        experts: As `product_of`.
     """
-    A = product.A.reshape(-1, *A_like.shape[1:])
-    B = product.B.reshape(B_like.shape[0], -1, *B_like.shape[2:])
+    A, B = side_by_side(product.A, product.B) if experts > 1 else (product.A, product.B)
+    A = A.reshape(-1, *A_like.shape[1:])
+    B = B.reshape(B_like.shape[0], -1, *B_like.shape[2:])
     return A.to(_kept(A_like.dtype)).contiguous(), B.to(_kept(B_like.dtype)).contiguous()
 
 
@@ -177,13 +183,13 @@ def cosines(one: Tensor, other: Tensor) -> Tensor:
     return torch.linalg.svdvals(one.mT @ other).clamp(max=1.0)
 
 
-def significant(found: Spectrum) -> int:
-    """How many singular values are more than rounding: the true rank of a product."""
+def significant(found: Spectrum) -> tuple[int, ...]:
+    """How many singular values are more than rounding: the true rank of each group of a product."""
     S = found.S
     if S.numel() == 0:
-        return 0
+        return (0,) * S.shape[0]
     floor = S.max() * max(found.U.shape[1], found.Vh.shape[2]) * torch.finfo(torch.float32).eps
-    return int(S.gt(floor).any(0).sum())
+    return tuple(S.gt(floor).sum(1).tolist())
 
 
 @dataclass(frozen=True)
@@ -209,24 +215,30 @@ class Cut:
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ConfigError(f"energy is {self.energy!r}; it is a share in (0, 1].")
 
-    def of(self, S: Tensor) -> int:
-        """The rank of each group for singular values (g, k), largest first; at least 1."""
+    def of(self, S: Tensor, shared: int = 1) -> int:
+        """The rank of each group; at least 1.
+
+        Args:
+            S: Singular values, largest first, (g, k).
+            shared: So many groups share the rank, as in a grouped convolution; experts have it each.
+        """
         if self.rank is None:
             return rank_for(S, self.energy or 1.0)
-        return max(1, min(self.rank // S.shape[0], S.shape[1]))
+        return max(1, min(self.rank // shared, S.shape[1]))
 
 
-def cut(found: Spectrum, to: Cut) -> tuple[Product, float]:
+def cut(found: Spectrum, to: Cut, shared: int = 1) -> tuple[Product, float]:
     """Cut a product down.
 
     Args:
         found: Its decomposition.
         to: How far.
+        shared: As in `Cut.of`.
 
     Returns:
         The product, and the share of the energy that it lacks.
     """
-    rank = to.of(found.S)
+    rank = to.of(found.S, shared)
     energy = found.S.square()
     total = float(energy.sum())
     return truncated(found, rank), float(energy[:, rank:].sum()) / total if total else 0.0

@@ -20,7 +20,8 @@ from lorakit.core.files.loading import AdapterFiles, place_adapter
 from lorakit.core.files.saving import SavedAdapter, write_files
 from lorakit.core.files.sidecar import FORMAT_VERSION, METADATA_KEY, Sidecar
 from lorakit.core.files.tensorfile import TensorFile, encode
-from lorakit.core.layering.sitemap import INSIDE, survey
+from lorakit.core.kinds import PARAMETER, parameter_slot
+from lorakit.core.layering.sitemap import INSIDE, Place, SiteMap, defined_parameters, survey
 from lorakit.core.operations.gains import Reading
 from lorakit.core.operations.loose import LooseAdapter
 from lorakit.durable import json_bytes, publish_directory
@@ -89,7 +90,8 @@ def reader_of(model: nn.Module) -> Callable[[str], Reading]:
         model: Only read.
 
     Returns:
-        Path -> the weight there, (out, in, …), as it was before any merge. It raises AdapterError where there is none.
+        Path of a site, or of a bare parameter -> the weight there, (out, in, …), as it was before any merge. It raises
+        AdapterError where there is none.
     """
     site_map = survey(model)
     kinds = {candidate.path: candidate.kind for candidate in site_map.candidates}
@@ -97,15 +99,23 @@ def reader_of(model: nn.Module) -> Callable[[str], Reading]:
     def at(path: str) -> Reading:
         outer = path.partition(INSIDE)[0]
         places = site_map.places(outer, site_map.kind(kinds[outer])) if kinds.get(outer) else []  # type: ignore[arg-type]
-        place = next((place for place in places if place.path == path), None)
+        place = next((place for place in places if place.path == path), None) or _bare_place(site_map, path)
         if place is None:
             raise AdapterError(f"The model has no site {path}, at which an adapter sits.")
         layer, holder, parameter = site_map.layer(place), site_map.holder(place), place.slot.parameter
         base = base_of(holder, parameter)
-        W = base.read(holder, base.stored(holder, parameter)) if layer is None else layer.read()
-        return Reading(W.double(), place.kind, place.slot)
+        stored = base.stored(holder, parameter) if layer is None else layer.original()
+        W = stored if place.slot.experts else base.read(holder, stored).double()
+        return Reading(W, place.kind, place.slot)
 
     return at
+
+
+def _bare_place(site_map: SiteMap, path: str) -> Place | None:
+    module, _, parameter = path.rpartition(".")
+    if module not in site_map.modules or parameter not in defined_parameters(site_map.base(module)):
+        return None
+    return Place(path, module, PARAMETER, parameter_slot(site_map.base(module), parameter))
 
 
 def _sites(adapter: LooseAdapter) -> dict[str, dict[str, float]]:

@@ -25,11 +25,13 @@ class TensorSource:
         label: What messages call it.
         shapes: Name -> shape.
         read: Name -> tensor (…).
+        read_one: Name and number -> the tensor (…) at that place of the first axis, such as one expert of many.
     """
 
     label: str
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
+    read_one: Callable[[str, int], Tensor]
 
     def under(self, names: Sequence[str]) -> str | None:
         """The first of a tensor's names that this source has, or None.
@@ -49,7 +51,8 @@ def source_of_model(model: nn.Module, label: str = "the model") -> TensorSource:
         label: What messages call it.
     """
     tensors = {name: tensor.detach() for name, tensor, _ in base_tensors(model)}
-    return TensorSource(label, {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__)
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    return TensorSource(label, shapes, tensors.__getitem__, lambda name, number: tensors[name][number])
 
 
 def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
@@ -83,4 +86,9 @@ def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
         with safe_open(homes[name], framework="pt") as file:
             return file.get_tensor(name)
 
-    return TensorSource(str(folder), shapes, read)
+    def read_one(name: str, number: int) -> Tensor:
+        with safe_open(homes[name], framework="pt") as file:
+            one: Tensor = file.get_slice(name)[number]
+            return one
+
+    return TensorSource(str(folder), shapes, read, read_one)

@@ -127,4 +127,4 @@ def _rate(part: TrainedPart, rates: Rates) -> float:
 def _owner(name: str) -> str:
     """Path of the module that a tensor outside the factors belongs to, as the base has it."""
     path = name.rpartition(".")[0]
-    return path.partition(".modules_to_save.")[0].replace(".base_layer", "")
+    return path.partition(".modules_to_save.")[0].partition(".token_adapter.")[0].replace(".base_layer", "")

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +19,7 @@ from lorakit.config import LoraConfig
 from lorakit.core.files.fingerprinting import NUMBERS, Fingerprint, fingerprint, vocabulary_of
 from lorakit.core.layering.sitemap import SiteMap, find_state, survey
 from lorakit.core.layering.underlying import base_tensors
+from lorakit.core.parts.growing import Growth, is_odd, tables_per_token
 from lorakit.core.parts.row_choice import input_embedding, sharers, table_at
 from lorakit.targets import names_path
 
@@ -39,7 +39,7 @@ def room_for(model: nn.Module, config: LoraConfig, known: Fingerprint | None) ->
     present = vocabulary_of(model)
     wanted = known.vocabulary if known is not None else 1 + max(_all_rows(config), default=-1)
     tables = _tables_to_fill(model, config, range(present, wanted)) if 0 < present < wanted else []
-    growth = _Growth()
+    growth = Growth()
     if tables:
         growth.append(model, tables, wanted)
     try:
@@ -72,6 +72,8 @@ def without_brought_rows(
 ) -> tuple[Fingerprint | None, Fingerprint]:
     """Two fingerprints to compare, without the numbers that the adapter brings by itself.
 
+    Of a model to which tokens were added since, the rows that were there before are compared.
+
     Args:
         model: The base.
         config: The adapter's config.
@@ -80,7 +82,7 @@ def without_brought_rows(
     Returns:
         That one and the model's, with those numbers blank in both.
     """
-    present = fingerprint(model)
+    present = fingerprint(model, cut=_newer_rows(model, known))
     if known is None or (config.trainable_token_indices is None and not config.modules_to_save):
         return known, present
     site_map = survey(model)
@@ -92,7 +94,7 @@ def without_brought_rows(
             replaced[id(table_at(site_map, named)._parameters.get("weight"))] = rows
     for named in _saved(config, site_map) if path is not None else ():
         weight = table_at(site_map, named)._parameters.get("weight")
-        if weight is not None and named in {path, *_tables(model, site_map, path or "")}:
+        if weight is not None and named in {path, *tables_per_token(model, site_map, path or "")}:
             replaced[id(weight)] = range(weight.shape[0])
     blank = {
         name: _blanks(tuple(tensor.shape), replaced[id(tensor)])
@@ -100,6 +102,17 @@ def without_brought_rows(
         if id(tensor) in replaced
     }
     return _blanked(known, blank), _blanked(present, blank)
+
+
+def _newer_rows(model: nn.Module, known: Fingerprint | None) -> dict[int, int]:
+    """Ids of the tensors with a row per token, where a model has more of them than an adapter's base -> that many."""
+    if known is None or not 0 < known.vocabulary < vocabulary_of(model):
+        return {}
+    site_map = survey(model)
+    path = input_embedding(model, site_map)
+    tables = [] if path is None else [path, *tables_per_token(model, site_map, path)]
+    held = [p for table in tables for p in table_at(site_map, table)._parameters.values() if p is not None]
+    return {id(p): known.vocabulary for p in held}
 
 
 def _all_rows(config: LoraConfig) -> list[int]:
@@ -110,9 +123,9 @@ def _tables_to_fill(model: nn.Module, config: LoraConfig, rows: range) -> list[n
     """The tables that lack some rows, if an adapter brings these for all of them; otherwise none."""
     site_map = survey(model)
     path = input_embedding(model, site_map)
-    if path is None or find_state(model) is not None or _is_odd(model, rows.start):
+    if path is None or find_state(model) is not None or is_odd(model, rows.start):
         return []
-    asked, paths = _asked(config, path), [path, *_tables(model, site_map, path)]
+    asked, paths = _asked(config, path), [path, *tables_per_token(model, site_map, path)]
     brought = all(_brings(config, asked, site_map, table, rows) for table in paths)
     return [table_at(site_map, table) for table in paths] if brought else []
 
@@ -130,17 +143,6 @@ def _saved(config: LoraConfig, site_map: SiteMap) -> list[str]:
     return [path for path in site_map.modules if any(names_path(entry, path) for entry in config.modules_to_save or ())]
 
 
-def _tables(model: Any, site_map: SiteMap, path: str) -> list[str]:
-    """Paths of the other tables with a row per token: those that share the embedding's weight, and the head."""
-    getter = getattr(model, "get_output_embeddings", None)
-    try:
-        head = getter() if getter is not None else None
-    except (AttributeError, NotImplementedError):  # models without one differ in how they say so
-        head = None
-    heads = [p for p, standing in site_map.modules.items() if head is not None and standing is head and p != path]
-    return list(dict.fromkeys([*sharers(site_map, path), *heads]))
-
-
 def _brings(
     config: LoraConfig,
     asked: Mapping[str, Collection[int]],
@@ -156,51 +158,6 @@ def _brings(
         return True
     named = [i for name, indices in asked.items() for p in together if names_path(name, p) for i in indices]
     return set(rows) <= set(named)
-
-
-def _is_odd(model: nn.Module, vocabulary: int) -> bool:
-    """Whether something else of the model has a place per token, which only the model itself knows how to enlarge."""
-    return any(vocabulary in buffer.shape for buffer in model.buffers() if buffer.ndim > 1)
-
-
-class _Growth:
-    """Rows that were appended to tables, and how to take them off again."""
-
-    def __init__(self) -> None:
-        self._before: list[tuple[Any, dict[str, Any]]] = []
-        self._made: dict[int, nn.Parameter] = {}
-
-    def append(self, model: Any, tables: Collection[nn.Module], rows: int) -> None:
-        """Append rows to tables until they have so many, each the mean of those there; the config says so too."""
-        for table in tables:
-            self._enlarge(table, rows)
-        config: Any = getattr(model, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        for thing in (text, model):
-            if isinstance(getattr(thing, "vocab_size", None), int):
-                self._change(thing, vocab_size=rows)
-
-    def undo(self) -> None:
-        """Give everything back as it was."""
-        for thing, values in reversed(self._before):
-            for name, value in values.items():
-                setattr(thing, name, value)
-
-    def _enlarge(self, table: Any, rows: int) -> None:
-        old, missing = table.weight, rows - table.weight.shape[0]
-        if id(old) not in self._made:
-            new = old.detach().float().mean(0, keepdim=True).to(old.dtype).expand(missing, -1)
-            self._made[id(old)] = nn.Parameter(torch.cat([old.detach(), new]), old.requires_grad)
-        size = "num_embeddings" if isinstance(table, nn.Embedding) else "out_features"
-        self._change(table, weight=self._made[id(old)], **{size: rows})
-        if getattr(table, "bias", None) is not None:
-            bias = torch.cat([table.bias.detach(), table.bias.new_zeros(missing)])
-            self._change(table, bias=nn.Parameter(bias, table.bias.requires_grad))
-
-    def _change(self, thing: Any, **values: Any) -> None:
-        self._before.append((thing, {name: getattr(thing, name) for name in values}))
-        for name, value in values.items():
-            setattr(thing, name, value)
 
 
 def _blanks(shape: tuple[int, ...], rows: Collection[int]) -> list[int]:

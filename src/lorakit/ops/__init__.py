@@ -1,0 +1,1 @@
+"""Fused operations on tensors: each file says first in plain PyTorch what is computed, then computes it fast."""
