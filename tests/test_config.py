@@ -205,6 +205,91 @@ def test_errors_of_a_file_name_it(tmp_path: Path) -> None:
         read_config(tmp_path / "nowhere")
 
 
+TEXT, NUMBER, LIST, TABLE = "a word", 7.5, [[0]], {"a": [1]}
+WRONG: dict[str, tuple[Any, ...]] = {
+    "task_type": (NUMBER, LIST, TABLE), "peft_type": (NUMBER, LIST, TABLE, None), "auto_mapping": (NUMBER, TEXT, LIST),
+    "peft_version": (NUMBER, LIST, TABLE, True), "base_model_name_or_path": (NUMBER, LIST, TABLE, True),
+    "revision": (NUMBER, LIST, TABLE), "inference_mode": (NUMBER, 1, TEXT, LIST, TABLE),
+    "r": (NUMBER, TEXT, LIST, TABLE, None, True), "target_modules": (NUMBER, True, LIST, TABLE, [1], [""], ""),
+    "exclude_modules": (NUMBER, True, LIST, TABLE, [None]), "lora_alpha": (TEXT, LIST, TABLE, None, True),
+    "lora_dropout": (TEXT, LIST, TABLE, None, True, NUMBER), "fan_in_fan_out": (NUMBER, 1, TEXT, LIST, TABLE),
+    "bias": (NUMBER, TEXT, LIST, TABLE, None, True), "use_rslora": (NUMBER, 1, "no", LIST, TABLE),
+    "modules_to_save": (NUMBER, TEXT, LIST, TABLE, True), "init_lora_weights": (NUMBER, LIST, TABLE, None),
+    "layers_to_transform": (NUMBER, TEXT, LIST, TABLE, True, ["1"], [1.5]),
+    "layers_pattern": (NUMBER, LIST, TABLE, True), "rank_pattern": (NUMBER, TEXT, LIST, TABLE, {"": 1}, {"a": "1"}),
+    "alpha_pattern": (NUMBER, TEXT, LIST, TABLE, {"a": "1"}, {"a": None}), "megatron_config": (NUMBER, TEXT, LIST),
+    "trainable_token_indices": (NUMBER, TEXT, LIST, {"a": 1}, {"a": ["b"]}, [1.5], True),
+    "loftq_config": (NUMBER, TEXT, LIST), "eva_config": (NUMBER, TEXT, LIST, {"rho": TEXT}, {"use_label_mask": 1}),
+    "corda_config": (NUMBER, TEXT, LIST, {"verbose": TEXT}, {"cache_file": 1}),
+    "lora_ga_config": (NUMBER, TEXT, LIST, {"stable_gamma": TEXT}, {"scale": 1}), "use_dora": (NUMBER, 1, TEXT, LIST, TABLE),
+    "velora_config": (NUMBER, TEXT, LIST, {"num_groups": TEXT}), "alora_invocation_tokens": (NUMBER, TEXT, LIST, TABLE, ["a"]),
+    "use_qalora": (NUMBER, TEXT, LIST, TABLE), "monteclora_config": (NUMBER, TEXT, LIST, {"buffer_size": None}),
+    "layer_replication": (NUMBER, TEXT, [[0]], [["a", 1]], [[0, 1, 2]], [0, 1], [[0, 1.5]], TABLE, [[0, True]], ["ab"]),
+    "lora_bias": (NUMBER, 1, TEXT, LIST, TABLE), "target_parameters": (NUMBER, TEXT, LIST, TABLE, True),
+    "use_bdlora": (NUMBER, TEXT, LIST, {"target_modules_bd_a": 1}, {"nblocks": TEXT}),
+    "arrow_config": (NUMBER, TEXT, LIST, {"top_k": TEXT}), "kasa_config": (NUMBER, TEXT, LIST, {"beta": TEXT}),
+    "ensure_weight_tying": (NUMBER, 1, TEXT, LIST, TABLE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_a_value_of_a_wrong_type_in_a_file(field: str, tmp_path: Path) -> None:
+    """Each names the file, the field, and what stands there; none is an error of Python's."""
+    for value in WRONG[field]:
+        content = {"peft_type": "LORA", "r": 4, "target_modules": ["q"], field: value}
+        (tmp_path / CONFIG_FILE).write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(AdapterFileError) as caught:
+            read_config(tmp_path)
+        said = str(caught.value).replace("`", "").replace("task type", "task_type")
+        assert str(tmp_path / CONFIG_FILE) in said
+        assert field in said
+        assert any(repr(part) in said for part in (value, *(value if isinstance(value, list) else ()), *_inside(value)))
+        if field != "peft_type":
+            with pytest.raises(ConfigError):
+                LoraConfig(**content)
+
+
+def _inside(value: Any) -> list[Any]:
+    return [part for pair in value.items() for part in pair] if isinstance(value, dict) else []
+
+
+def test_every_field_is_in_the_table_of_wrong_types() -> None:
+    without_meaning = {"megatron_core", "qalora_group_size", "runtime_config"}
+    assert {field.name for field in dataclasses.fields(LoraConfig)} - without_meaning == set(WRONG)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (
+            {"layer_replication": [[0]]},
+            r"layer_replication is \[\[0\]\]; it must be a list of lists of 2 whole numbers, or nothing",
+        ),
+        ({"use_rslora": "no"}, "use_rslora is 'no'; it must be true or false"),
+        ({"layers_to_transform": "1"}, "is '1'; it must be a list of whole numbers, or a whole number, or nothing"),
+        ({"trainable_token_indices": 3}, "a list of whole numbers, or a table of lists of whole numbers, or nothing"),
+        ({"eva_config": {"rho": "2"}}, "eva_config: rho is '2'; it must be a number"),
+        ({"velora_config": 3}, "`velora_config` must be a `VeloraConfig`, a dict, or None; 3 was given"),
+    ],
+    ids=str,
+)
+def test_what_a_type_should_be(value: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigTypeError, match=text):
+        LoraConfig(**value)
+
+
+def test_other_sequences_and_subclasses() -> None:
+    @dataclasses.dataclass
+    class Own(LoraConfig):
+        more: Unknown = None  # type: ignore[name-defined] # noqa: F821
+
+    config = Own(layers_to_transform=range(2), target_modules=("a",), layer_replication=((0, 2), [1, 2]))
+    assert config.more is None
+    assert LoraConfig(base_model_name_or_path=Path("x"), layers_to_transform=(1, 2)).r == 8
+    with pytest.raises(ConfigTypeError, match="use_dora is 1; it must be true or false"):
+        Own(use_dora=1)
+
+
 def test_programs_that_hold_several_methods_may_ask() -> None:
     config = LoraConfig()
     assert config.is_prompt_learning is False and config.is_adaption_prompt is False

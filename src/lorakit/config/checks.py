@@ -42,7 +42,7 @@ def lora(value: PeftType | str | None) -> PeftType:
     Raises:
         ConfigError: It names another method.
     """
-    if value != PeftType.LORA.value and value in {method.value for method in PeftType}:
+    if value != PeftType.LORA.value and value in [method.value for method in PeftType]:
         raise ConfigError(f"peft_type is {value!r}; this library knows LORA only.")
     return PeftType.LORA
 
@@ -55,7 +55,7 @@ def names(field: str, value: Any) -> set[str] | str | None:
     """
     if value is None or (isinstance(value, str) and value):
         return value
-    if isinstance(value, str) or not isinstance(value, Iterable):
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise ConfigError(f"{field} is {value!r}; it must be a list of names or one non-empty pattern.")
     entries = list(value)
     bad = [entry for entry in entries if not isinstance(entry, str) or not entry]

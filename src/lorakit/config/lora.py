@@ -30,6 +30,7 @@ from lorakit.config.parts import (
     VeloraConfig,
     restored,
 )
+from lorakit.config.typed import check_types
 from lorakit.config.words import API_LEVEL, CONFIG_FILE, PeftType, TaskType
 from lorakit.durable import write_json
 from lorakit.errors import ConfigError, ConfigTypeError, warn_caller
@@ -47,6 +48,11 @@ PARTS: Mapping[str, type] = {
     "kasa_config": KasaConfig,
 }
 """Fields that hold a config of their own."""
+
+CHECKED_BY_VALUE = frozenset(
+    {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights", "loftq_config"}
+)
+"""Fields whose values have checks, and sentences, of their own."""
 
 
 @dataclass
@@ -303,8 +309,9 @@ class LoraConfig(PeftConfig):
         self.rank_pattern = checks.table("rank_pattern", self.rank_pattern)
         self.alpha_pattern = checks.table("alpha_pattern", self.alpha_pattern)
         for name, part in PARTS.items():
-            setattr(self, name, restored(getattr(self, name), part))
-        self.runtime_config = restored(self.runtime_config, LoraRuntimeConfig) or LoraRuntimeConfig()
+            setattr(self, name, restored(name, getattr(self, name), part))
+        self.runtime_config = restored("runtime_config", self.runtime_config, LoraRuntimeConfig) or LoraRuntimeConfig()
+        check_types(self, CHECKED_BY_VALUE)
         checks.check_numbers(self)
         checks.check_words(self)
         checks.check_layers(self)

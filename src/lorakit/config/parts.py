@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from lorakit.config.typed import check_types
 from lorakit.errors import ConfigError, ConfigTypeError
 
 Part = TypeVar("Part")
@@ -18,10 +19,11 @@ Part = TypeVar("Part")
 VELORA_STARTS = ("batch_average", "batch_average_once", "random")
 
 
-def restored(value: Any, part: type[Part]) -> Part | None:
+def restored(field: str, value: Any, part: type[Part]) -> Part | None:
     """A nested config as its class: what came out of JSON is a table, and its unknown keys are left out.
 
     Args:
+        field: The field that holds it.
         value: None, an instance, or a table of its fields.
         part: The class.
 
@@ -33,8 +35,11 @@ def restored(value: Any, part: type[Part]) -> Part | None:
         return value
     if isinstance(value, Mapping):
         known = {f.name for f in dataclasses.fields(part) if f.init}  # type: ignore[arg-type]
-        return part(**{key: entry for key, entry in value.items() if key in known})
-    raise ConfigTypeError(f"`{part.__name__}` must be a `{part.__name__}`, a dict, or None; {value!r} was given.")
+        try:
+            return part(**{key: entry for key, entry in value.items() if key in known})
+        except ConfigError as cause:
+            raise type(cause)(f"{field}: {cause}") from None
+    raise ConfigTypeError(f"`{field}` must be a `{part.__name__}`, a dict, or None; {value!r} was given.")
 
 
 def _at_least(name: str, value: float, least: float, said: str, *, strict: bool = False) -> None:
@@ -42,8 +47,15 @@ def _at_least(name: str, value: float, least: float, said: str, *, strict: bool 
         raise ConfigError(f"`{name}` {said}, got {value!r}.")
 
 
+class _Typed:
+    """A config whose fields hold what they are annotated with."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
 @dataclass
-class LoraRuntimeConfig:
+class LoraRuntimeConfig(_Typed):
     """Settings of one process, never written to a file.
 
     Attributes:
@@ -54,7 +66,7 @@ class LoraRuntimeConfig:
 
 
 @dataclass
-class LoftQConfig:
+class LoftQConfig(_Typed):
     """Settings of the init "loftq" (Li et al. 2023, arXiv:2310.08659).
 
     Attributes:
@@ -67,7 +79,7 @@ class LoftQConfig:
 
 
 @dataclass
-class EvaConfig:
+class EvaConfig(_Typed):
     """Settings of the init "eva" (Paischer et al. 2024, arXiv:2410.07170).
 
     Attributes:
@@ -90,13 +102,14 @@ class EvaConfig:
     adjust_scaling_factors: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least("rho", self.rho, 1.0, "must be >= 1.0")
         if not 0.0 <= self.tau <= 1.0:
             raise ConfigError(f"`tau` must be between 0.0 and 1.0, got {self.tau!r}.")
 
 
 @dataclass
-class CordaConfig:
+class CordaConfig(_Typed):
     """Settings of the init "corda" (Yang et al. 2024, arXiv:2406.05223).
 
     Attributes:
@@ -117,7 +130,7 @@ class CordaConfig:
 
 
 @dataclass
-class LoraGAConfig:
+class LoraGAConfig(_Typed):
     """Settings of the init "lora_ga" (Wang et al. 2024, arXiv:2407.05000).
 
     Attributes:
@@ -132,7 +145,7 @@ class LoraGAConfig:
 
 
 @dataclass
-class VeloraConfig:
+class VeloraConfig(_Typed):
     """Settings of VeLoRA (arXiv:2405.17991), which is not built.
 
     Attributes:
@@ -149,6 +162,7 @@ class VeloraConfig:
     init_type: str = "batch_average"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least("num_groups", self.num_groups, 0, "should be positive", strict=True)
         _at_least("scale", self.scale, 0, "should be positive", strict=True)
         if self.init_type not in VELORA_STARTS:
@@ -156,7 +170,7 @@ class VeloraConfig:
 
 
 @dataclass
-class MontecloraConfig:
+class MontecloraConfig(_Typed):
     """Settings of MonteCLoRA, which is not built.
 
     Attributes:
@@ -179,12 +193,13 @@ class MontecloraConfig:
     buffer_size: int = 150
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("num_samples", "dirichlet_prior", "buffer_size"):
             _at_least(name, getattr(self, name), 0, "must be greater than 0", strict=True)
 
 
 @dataclass
-class BdLoraConfig:
+class BdLoraConfig(_Typed):
     """Settings of BD-LoRA, which is not built.
 
     Attributes:
@@ -203,13 +218,14 @@ class BdLoraConfig:
     match_strict: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         both = sorted(set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ()))
         if both:
             raise ConfigError(f"Found overlapping modules in target_modules_bd lists: {', '.join(both)}.")
 
 
 @dataclass
-class ArrowConfig:
+class ArrowConfig(_Typed):
     """Settings of Arrow routing (arXiv:2405.11157), which is not built.
 
     Attributes:
@@ -232,6 +248,7 @@ class ArrowConfig:
     rng_seed: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.top_k <= 0:
             raise ConfigError(f"top_k cannot be negative or zero, got {self.top_k!r}.")
         if self.router_temperature <= 0:
@@ -239,7 +256,7 @@ class ArrowConfig:
 
 
 @dataclass
-class KasaConfig:
+class KasaConfig(_Typed):
     """Settings of KaSA (arXiv:2412.06071), which is not built.
 
     Attributes:
@@ -254,5 +271,6 @@ class KasaConfig:
     gamma: float = 1e-3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least("beta", self.beta, 0, "must be non-negative")
         _at_least("gamma", self.gamma, 0, "must be non-negative")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 
+import torch
 from torch import nn
 
 from lorakit import core
-from lorakit.core.layering.walking import walk
-from lorakit.core.routes.switching import Switched
+from lorakit.core.layering.sitemap import find_state
 
 
 def set_trained(model: nn.Module, name: str, trained: bool) -> None:
@@ -53,10 +54,10 @@ def pause(model: nn.Module) -> list[nn.Parameter]:
     Returns:
         The parameters, (…), that were trained.
     """
+    state = find_state(model)
     trained = [
         parameter
-        for _, module in walk(model)
-        if isinstance(module, Switched)
+        for module in (() if state is None else state.members())
         for name in module.available_adapters()
         for parameter in module.parameters_of(name)
         if parameter.requires_grad
@@ -64,3 +65,30 @@ def pause(model: nn.Module) -> list[nn.Parameter]:
     for parameter in trained:
         parameter.requires_grad_(False)
     return trained
+
+
+@contextlib.contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """A block in which a model is its original base, and its adapters are frozen, as PEFT shows it.
+
+    The flags belong to all threads. So they are only touched where gradients are recorded: threads that serve leave
+    one that trains alone. Adapters that become active within the block keep the flags that this gave them.
+
+    Args:
+        model: A model; one without adapters is left alone.
+
+    Yields:
+        Nothing.
+    """
+    state = find_state(model)
+    if state is None:
+        yield
+        return
+    before = set(state.chosen.names)
+    trained = pause(model) if torch.is_grad_enabled() else []
+    try:
+        with core.disable(model):
+            yield
+    finally:
+        for parameter in trained if before <= set(state.chosen.names) else ():
+            parameter.requires_grad_(True)

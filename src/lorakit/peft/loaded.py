@@ -19,12 +19,8 @@ from lorakit.errors import AdapterFileError
 from lorakit.peft import flags
 from lorakit.peft.locating import adapter_folder
 from lorakit.peft.own_kinds import kinds_of
-from lorakit.peft.state_dicts import WRAPPED, names_of, set_peft_model_state_dict
+from lorakit.peft.state_dicts import WRAPPED, StateDictError, names_of, set_peft_model_state_dict
 from lorakit.peft.tuner import CONFIGS
-
-
-class SizeMismatchError(AdapterFileError, RuntimeError):
-    """A tensor of an adapter has another shape than its place; torch's own loader raises a RuntimeError."""
 
 
 @dataclass
@@ -54,14 +50,14 @@ def load_whole(model: Any, folder: Path, name: str, *, trainable: bool, config: 
 
     Raises:
         AdapterFileError: Files are missing or damaged.
-        SizeMismatchError: Shapes do not fit.
+        StateDictError: Shapes do not fit.
         AdapterError: The name cannot be used.
     """
     try:
         report = _load(model, folder, name, trainable, config)
     except AdapterFileError as refused:
         if "has shape" in str(refused):
-            raise SizeMismatchError(f"size mismatch: {refused}") from None
+            raise StateDictError(f"size mismatch: {refused}") from None
         raise
     result = LoadResult(report=report)
     if report.warnings:

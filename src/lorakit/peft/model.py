@@ -12,16 +12,17 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from lorakit import core
 from lorakit.config import LoraConfig, PeftConfig, PeftType, TaskType, read_config
 from lorakit.errors import AdapterError, ConfigError, warn_caller
-from lorakit.peft import casting, converting_inits, standing, starting
+from lorakit.peft import casting, converting_inits, flags, standing
 from lorakit.peft.loaded import LoadResult, load_by_names, load_whole
 from lorakit.peft.locating import adapter_folder
+from lorakit.peft.mixed_batches import in_peft_words
 from lorakit.peft.options import check_options
 from lorakit.peft.preparing import checkpoints, take_gradients_at_the_input
 from lorakit.peft.pushing import Pushed
 from lorakit.peft.showing import Shown
+from lorakit.peft.starting import options_of_forward, options_of_generation
 from lorakit.peft.state_dicts import get_peft_model_state_dict
 from lorakit.peft.tuners.lora.model import LoraModel
 
@@ -256,7 +257,7 @@ class PeftModel(Shown, Pushed):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """A block in which the model is its original base, in this thread alone, whatever is merged.
+        """A block in which the model is its original base, in this thread alone; see `flags.paused`.
 
         Yields:
             Nothing.
@@ -267,7 +268,7 @@ class PeftModel(Shown, Pushed):
                 "The model contains some adapter layers that are enabled and others that are disabled. This is most "
                 "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled"
             )
-        with contextlib.nullcontext() if not self.peft_config else core.disable(self.get_base_model()):
+        with flags.paused(self.get_base_model()):
             yield
         if irregular:
             self.base_model.enable_adapter_layers()
@@ -367,7 +368,7 @@ class PeftModel(Shown, Pushed):
         Raises:
             RouteError: There is no such adapter, or the rows do not fit the batch.
         """
-        with standing.saying_lengths(adapter_names), starting.options_of_forward(self, adapter_names, args, kwargs):
+        with in_peft_words(adapter_names, args, kwargs), options_of_forward(self, adapter_names, args, kwargs):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -385,7 +386,7 @@ class PeftModel(Shown, Pushed):
             RouteError: There is no such adapter, or the rows do not fit the batch.
         """
         model: Any = self.get_base_model()
-        with starting.options_of_generation(self, adapter_names, args, kwargs):
+        with options_of_generation(self, adapter_names, args, kwargs):
             return model.generate(*args, **kwargs)
 
     @property

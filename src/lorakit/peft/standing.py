@@ -5,8 +5,7 @@ The answers come from `lorakit.core`; other files of this part ask here.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -19,7 +18,6 @@ from lorakit.core.layering.walking import walk
 from lorakit.core.parts.extras import ModuleCopies
 from lorakit.core.parts.token_rows import TokenRows
 from lorakit.core.routes.switching import Switched
-from lorakit.errors import RouteError
 
 
 def is_wrapper(model: nn.Module) -> bool:
@@ -73,28 +71,6 @@ def is_disabled(module: Switched) -> bool:
 
 BACKENDS = {"bnb-4bit": "bnb 4bit", "bnb-8bit": "bnb 8bit"}
 """Name of a row of BASES -> PEFT's word for it, where it has another."""
-
-
-@contextlib.contextmanager
-def saying_lengths(adapter_names: Sequence[str] | None) -> Iterator[None]:
-    """A block whose refusal of rows that do not fit the batch begins as PEFT's does.
-
-    Args:
-        adapter_names: One adapter per row, or None.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        RouteError: As the block's.
-    """
-    try:
-        yield
-    except RouteError as refused:
-        if adapter_names is None or "The route names" not in str(refused):
-            raise
-        said = "Length of `adapter_names` should be the same as the number of inputs"
-        raise RouteError(f"{said}, but got {len(adapter_names)}. {refused}") from refused
 
 
 def quantisation_at(module: Switched) -> str | None:

@@ -13,8 +13,7 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.errors import warn_caller
 from lorakit.peft import standing
-
-BASE_NAME = "__base__"
+from lorakit.peft.mixed_batches import BASE_NAME
 
 _ONLY_EMBEDDINGS = (
     "Cannot calculate aLoRA offsets when only inputs_embeds are provided. Disabling aLoRA for this forward pass."

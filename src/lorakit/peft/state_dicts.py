@@ -33,6 +33,10 @@ class IncompatibleKeys(NamedTuple):
     unexpected_keys: list[str]
 
 
+class StateDictError(AdapterFileError, RuntimeError):
+    """Tensors do not fit their places by name or shape; torch's own loader raises a RuntimeError."""
+
+
 def get_peft_model_state_dict(
     model: Any,
     state_dict: Mapping[str, Any] | None = None,
@@ -162,7 +166,7 @@ def set_peft_model_state_dict(
 
     Raises:
         AdapterError: There is no such adapter.
-        AdapterFileError: A shape does not fit.
+        StateDictError: A shape does not fit.
     """
     if adapter_name not in standing.configs_of(model):
         raise AdapterError(f"There is no adapter {adapter_name!r} on this model.")
@@ -180,7 +184,7 @@ def set_peft_model_state_dict(
         else:
             placed[target] = tensor
     if wrong and not ignore_mismatched_sizes:
-        raise AdapterFileError(
+        raise StateDictError(
             f"Error(s) in loading state_dict for {type(model).__name__}: size mismatch\n" + "\n".join(wrong)
         )
     if wrong:
@@ -221,18 +225,18 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
         Names that were missing and too many.
 
     Raises:
-        AdapterFileError: Names do not fit and `strict` is true, or a shape does not.
+        StateDictError: Names do not fit and `strict` is true, or a shape does not.
     """
     own = {name: tensor for name, tensor, _ in base_tensors(_user_model(model))}
     missing = [name for name in own if name not in state_dict]
     unexpected = [name for name in state_dict if name not in own]
     if strict and (missing or unexpected):
-        raise AdapterFileError(
+        raise StateDictError(
             f"Error(s) in loading the base's state dict. Missing key(s): {missing}. Unexpected key(s): {unexpected}."
         )
     wrong = [name for name, tensor in state_dict.items() if name in own and own[name].shape != tensor.shape]
     if wrong:
-        raise AdapterFileError(f"size mismatch in the base's state dict: {', '.join(wrong)}.")
+        raise StateDictError(f"size mismatch in the base's state dict: {', '.join(wrong)}.")
     for name, tensor in state_dict.items():
         if name in own:
             own[name].data.copy_(tensor)

@@ -15,7 +15,6 @@ from lorakit.core.layering.layer import LoraLayer
 from lorakit.core.layering.sitemap import find_state
 from lorakit.core.making.checks import ALLOWANCES
 from lorakit.core.making.collector import collector_at_rest
-from lorakit.core.parts.extras import ModuleCopies
 from lorakit.core.routes.activation import parameters_by_adapter
 from lorakit.default_targets import DEFAULT_TARGETS
 from lorakit.errors import AdapterError, ConfigError, RouteError, warn_caller
@@ -23,12 +22,11 @@ from lorakit.peft import casting, flags, standing
 from lorakit.peft.init_steps import for_attaching
 from lorakit.peft.keyed_targets import config_for_keys
 from lorakit.peft.matching import said_of_missing, said_of_ties
+from lorakit.peft.mixed_batches import BASE_NAME
 from lorakit.peft.own_kinds import kinds_of
 from lorakit.peft.parameters_by_name import check_parameters
 from lorakit.peft.ties import warn_of_ties
-
-BASE_NAME = "__base__"
-"""In `adapter_names`: a row that runs on the base alone."""
+from lorakit.peft.together import check_together
 
 CONFIGS = "peft_config"
 """Attribute of the user's model under which other programs look for its adapters' configs."""
@@ -190,12 +188,7 @@ class BaseTuner(nn.Module):
             raise RouteError(f"There is no adapter {names[0]!r} on this model. Adapters here: none.")
         state.check(names)
         members = state.members()
-        for module in members:
-            if isinstance(module, ModuleCopies) and len(set(names) & standing.available_at(module)) > 1:
-                raise ConfigError(
-                    f"Only one adapter can be set at a time for ModulesToSaveWrapper, got {names}: each has its own "
-                    "copy of the module."
-                )
+        check_together(members, names)
         if any(standing.merged_at(module) for module in members):
             warn_caller("Adapter cannot be set when the model is merged. Unmerging the model first.")
             core.unmerge(self.model)

@@ -239,3 +239,22 @@ def test_a_merged_bias_is_cast_with_the_model() -> None:
     assert model[0].kept_bias is None
     detach(model)
     assert all(torch.equal(value, base.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_of_an_attention_lora_only_trains_the_out_projections_bias_as_peft(tmp_path: Path) -> None:
+    import peft
+
+    config = LoraConfig(r=2, target_modules=["0"], bias="lora_only")
+    models = [nn.Sequential(nn.MultiheadAttention(6, 2), nn.Identity()) for _ in range(2)]
+    shaken(models[0], config, "a")
+    names = {name for name, _ in trainable_parameters(models[0], "a") if "bias" in name}
+    assert names == {"0.base_layer.out_proj.base_layer.bias"}
+    save_adapter(models[0], tmp_path / "ours", "a")
+
+    theirs = peft.PeftModel.from_pretrained(models[1], str(tmp_path / "ours"))
+    bias = models[0][0].owner.out_proj.bias
+    assert torch.equal(theirs.base_model.model[0].base_layer.out_proj.base_layer.bias, bias)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    third = nn.Sequential(nn.MultiheadAttention(6, 2), nn.Identity())
+    load_adapter(third, tmp_path / "theirs", "a", allow=["base_mismatch"])
+    assert torch.equal(third[0].owner.out_proj.bias, bias)

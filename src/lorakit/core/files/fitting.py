@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.files.keys import MAGNITUDE, PREFIX, ROWS, parse
+from lorakit.core.files.keys import MAGNITUDE, PREFIX, ROWS, inside, parse
 from lorakit.core.files.patterns import literal_value
 from lorakit.core.layering.sitemap import INSIDE, Place, SiteMap
 from lorakit.core.parts.extras import ModuleCopies, biased_modules, plain_shapes
@@ -148,12 +148,14 @@ def _take_copies(left: dict[str, Tensor], site_map: SiteMap, result: Fit) -> Non
 
 def _take_biases(left: dict[str, Tensor], config: LoraConfig, site_map: SiteMap, result: Fit) -> None:
     outer = result.outer_paths()
-    depths = Counter(place.outer for place, _ in result.sites.values() if not place.child)
+    adapted = (f"{place.outer}.{place.child}" if place.child else place.outer for place, _ in result.sites.values())
+    depths = Counter(adapted)
     for path, module, leaves in biased_modules(site_map.modules, outer, result.saved, config.bias):
         for leaf in leaves:
-            around = INSIDE * max(1, depths[path])
-            inside, plain = f"{PREFIX}{path}{around}.{leaf}", f"{PREFIX}{path}.{leaf}"
-            name = inside if inside in left or (path in outer and plain not in left) else plain
+            # as PEFT writes it; as it does where another adapter has a layer; and as it lies in the plain base
+            ways = [inside(path, depths), path + INSIDE * max(1, depths[path]), path]
+            names = [f"{PREFIX}{way}.{leaf}" for way in ways]
+            name = next((name for name in names if name in left), names[0])
             if name not in left:
                 result.problems.append(f"missing {name}")
                 continue

@@ -6,6 +6,7 @@ The names are PEFT's. This is their only home: saving builds names here and load
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -67,8 +68,12 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
         Name -> tensor (…), the model's own, sorted by name.
     """
     found: dict[str, Tensor] = {}
-    depths = Counter(id(m.owner) for m in model.modules() if isinstance(m, LoraLayer) and adapter in m.r)
     on_disk = paths_on_disk(model, adapter)
+    depths = Counter(
+        plain_path(on_disk.get(path, path))
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.r
+    )
     for path, module in model.named_modules():
         path = on_disk.get(path, path)
         if isinstance(module, LoraLayer) and adapter in module.r:
@@ -80,7 +85,7 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
             found[f"{PREFIX}{path}{ROWS}"] = module.token_adapter.trainable_tokens_delta[adapter]
         for switch in BiasSwitch.on(module):
             if switch.adapter == adapter:
-                where = plain_path(path) + INSIDE * depths[id(module)]
+                where = inside(plain_path(path), depths)
                 for leaf in switch.originals:
                     found[f"{PREFIX}{where}.{leaf}"] = module._parameters[leaf]
     return dict(sorted(found.items()))
@@ -95,6 +100,19 @@ def _of_layer(where: str, layer: LoraLayer, adapter: str) -> dict[str, Tensor]:
     if factor.magnitude is not None:
         found[f"{where}.{MAGNITUDE}"] = factor.magnitude.view(kind.vector(layer.slot))
     return found
+
+
+def inside(path: str, depths: Mapping[str, int]) -> str:
+    """A path in the plain base as it is where layers stand: an attention's projection is inside two of them.
+
+    Args:
+        path: The path.
+        depths: Path of each adapted module -> layers around it.
+    """
+    words, where = path.split("."), ""
+    for end, word in enumerate(words, 1):
+        where += ("." if where else "") + word + INSIDE * depths.get(".".join(words[:end]), 0)
+    return where
 
 
 def plain_path(path: str) -> str:

@@ -27,6 +27,7 @@ class FieldLayer(LoraLayer):
         use_dora: Adapter -> whether it is DoRA here.
         use_rslora: Adapter -> whether its scale is that of rsLoRA.
         lora_bias: Adapter -> whether its B has a bias here.
+        frozen_peft_weight_names: Adapter -> attributes whose numbers its init froze (MiCA); others are not in it.
         other_param_names: Attributes that hold numbers per adapter.
         cast_input_dtype_enabled: Accepted; the arithmetic here casts by itself.
     """
@@ -34,31 +35,28 @@ class FieldLayer(LoraLayer):
     use_dora: dict[str, bool]
     use_rslora: dict[str, bool]
     lora_bias: dict[str, bool]
+    frozen_peft_weight_names: dict[str, tuple[str, ...]]
     other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "lora_dropout")
     cast_input_dtype_enabled: bool = True
 
     def __init__(self, base_layer: nn.Module, kind: Kind, slot: Slot, state: AdapterState) -> None:
         super().__init__(base_layer, kind, slot, state)
-        self.__dict__.update(use_dora={}, use_rslora={}, lora_bias={})
+        self.__dict__.update(use_dora={}, use_rslora={}, lora_bias={}, frozen_peft_weight_names={})
 
     def put(self, name: str, factor: Factor, r: int, lora_alpha: float, trains: frozenset[str]) -> None:
         """Add an adapter's factor; see `LoraLayer.put` for shapes such as A (r, in)."""
         super().put(name, factor, r, lora_alpha, trains)
         self.use_dora[name], self.lora_bias[name] = factor.variant == "dora", factor.bias is not None
         self.use_rslora[name] = name in self.state.configs and self.state.configs[name].use_rslora
+        frozen = tuple(held for part, held in zip("AB", self.kind.names, strict=True) if part not in trains)
+        if frozen:
+            self.frozen_peft_weight_names[name] = frozen
 
     def remove(self, name: str) -> None:
         """Drop an adapter's factor; one that is not here is no matter."""
         super().remove(name)
-        for table in (self.use_dora, self.use_rslora, self.lora_bias):
+        for table in (self.use_dora, self.use_rslora, self.lora_bias, self.frozen_peft_weight_names):
             table.pop(name, None)
-
-    @property
-    def frozen_peft_weight_names(self) -> dict[str, tuple[str, ...]]:
-        """Adapter -> attributes whose numbers its init froze (MiCA); adapters that train all are not in it."""
-        names = dict(zip("AB", self.kind.names, strict=True))
-        frozen = {name: {"A", "B"} - trains for name, trains in self.trains.items()}
-        return {name: tuple(names[part] for part in sorted(parts)) for name, parts in frozen.items() if parts}
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:

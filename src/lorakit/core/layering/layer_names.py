@@ -34,6 +34,9 @@ class Conv3d(FieldLayer):
 class MultiheadAttention(FieldLayer, WeightSideLayer):
     """A `LoraLayer` on the in-projection of an nn.MultiheadAttention."""
 
+    def _restore_weights(self) -> None:
+        """PEFT's step after its forward merged; here no forward writes to the base, so nothing is to be restored."""
+
 
 class InnerLinear(FieldLayer, WeightSideLayer):
     """A `LoraLayer` on a dense layer whose weight the module around it reads."""

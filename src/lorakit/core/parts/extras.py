@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.bases import base_of
+from lorakit.core.kinds import kind_of
 from lorakit.core.layering.layer import LoraLayer
 from lorakit.core.parts.bias_switch import BiasSwitch, out_projection
 from lorakit.core.parts.token_rows import NewRows, TokenRows
@@ -240,13 +241,24 @@ def biased_modules(
         Path in the plain base, module, and the names of its bias parameters.
     """
     copied = tuple(path + "." for path in saved)
+    adapted = {*sites, *_read_by(modules, sites)} if bias == "lora_only" else set(modules)
     for path, standing in modules.items() if bias != "none" else ():
-        if path in saved or path.startswith(copied) or (bias == "lora_only" and path not in sites):
+        if path in saved or path.startswith(copied) or path not in adapted:
             continue
         for inner, module in _base_modules(standing):
-            leaves = tuple(leaf for leaf, p in module._parameters.items() if p is not None and "bias" in leaf)
+            held = [leaf for leaf, p in module._parameters.items() if p is not None and "bias" in leaf]
+            # PEFT asks an adapted module for its `bias`, so that of an attention's in-projection is not among them
+            leaves = tuple(leaf for leaf in held if bias == "all" or leaf == "bias")
             if leaves:
                 yield f"{path}.{inner}" if inner else path, module, leaves
+
+
+def _read_by(modules: Mapping[str, nn.Module], sites: Collection[str]) -> Iterator[str]:
+    """Paths of children whose weights get factors together with those of the sites that read them."""
+    for path in sites:
+        standing = modules[path]
+        kind = kind_of(type(standing.owner if isinstance(standing, LoraLayer) else standing))
+        yield from (f"{path}.{child}" for child in (() if kind is None else kind.inner))
 
 
 def _base_modules(standing: nn.Module) -> Iterator[tuple[str, nn.Module]]:

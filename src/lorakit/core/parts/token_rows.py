@@ -84,6 +84,12 @@ class TokenAdapter(nn.Module):
         return bool(self.kept)
 
     @property
+    def trainable_tokens_original(self) -> dict[str, Tensor]:
+        """Adapter -> what the base has in place of its rows, (n, d)."""
+        table = self.original(strict=False).detach()
+        return {name: table[torch.tensor(at, device=table.device)] for name, at in self.token_indices.items()}
+
+    @property
     def active_adapters(self) -> list[str]:
         """The adapters that act here, also while they are disabled."""
         return self.within[0].active_adapters if self.within else []
@@ -182,7 +188,7 @@ class TokenRows(Switched):
         state.join(self)
 
     adapter_layer_names: tuple[str, ...] = ("token_adapter.trainable_tokens_delta",)
-    other_param_names: tuple[str, ...] = ("token_adapter.token_indices",)
+    other_param_names: tuple[str, ...] = ("token_adapter.token_indices", "token_adapter.trainable_tokens_original")
 
     def leads(self, other: TokenRows) -> bool:
         """Whether another table has its rows from here."""
@@ -235,6 +241,16 @@ class TokenRows(Switched):
     def available_adapters(self) -> list[str]:
         """Adapters that have rows here."""
         return list(self.token_adapter.token_indices)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that act here and have rows, also while they are disabled."""
+        return [name for name in super().active_adapters if name in self]
+
+    @property
+    def _adapters(self) -> set[str]:
+        """PEFT's name for `available_adapters`."""
+        return set(self.available_adapters())
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """The rows of an adapter, (n, d); none where it has none, or where they are those of another module."""

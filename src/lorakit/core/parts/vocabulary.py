@@ -16,7 +16,14 @@ import torch
 from torch import nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.files.fingerprinting import NUMBERS, Fingerprint, fingerprint, vocabulary_of
+from lorakit.core.files.fingerprinting import (
+    DIFFERENT,
+    NUMBERS,
+    Fingerprint,
+    compare,
+    fingerprint,
+    vocabulary_of,
+)
 from lorakit.core.layering.sitemap import SiteMap, find_state, survey
 from lorakit.core.layering.underlying import base_tensors
 from lorakit.core.parts.growing import Growth, is_odd, tables_per_token
@@ -72,7 +79,7 @@ def without_brought_rows(
 ) -> tuple[Fingerprint | None, Fingerprint]:
     """Two fingerprints to compare, without the numbers that the adapter brings by itself.
 
-    Of a model to which tokens were added since, the rows that were there before are compared.
+    A model that has more tokens is compared as it was before they were added; where it was another even so, as it is.
 
     Args:
         model: The base.
@@ -82,7 +89,18 @@ def without_brought_rows(
     Returns:
         That one and the model's, with those numbers blank in both.
     """
-    present = fingerprint(model, cut=_newer_rows(model, known))
+    cut = _newer_rows(model, known)
+    if cut:
+        before = _blanked_pair(model, config, known, cut)
+        if compare(*before)[0] != DIFFERENT:
+            return before
+    return _blanked_pair(model, config, known, {})
+
+
+def _blanked_pair(
+    model: nn.Module, config: LoraConfig, known: Fingerprint | None, cut: Mapping[int, int]
+) -> tuple[Fingerprint | None, Fingerprint]:
+    present = fingerprint(model, cut=cut)
     if known is None or (config.trainable_token_indices is None and not config.modules_to_save):
         return known, present
     site_map = survey(model)
@@ -97,7 +115,7 @@ def without_brought_rows(
         if weight is not None and named in {path, *tables_per_token(model, site_map, path or "")}:
             replaced[id(weight)] = range(weight.shape[0])
     blank = {
-        name: _blanks(tuple(tensor.shape), replaced[id(tensor)])
+        name: _blanks((cut.get(id(tensor), tensor.shape[0]), *tensor.shape[1:]), replaced[id(tensor)])
         for name, tensor, _ in base_tensors(model)
         if id(tensor) in replaced
     }

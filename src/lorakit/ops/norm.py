@@ -1,0 +1,247 @@
+"""Normalisation of rows with frozen weights: RMS norm and layer norm, as halves for other operations and by themselves.
+
+Nothing is saved but the input and one or two numbers a row; what a norm gave is made again where a backward wants it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+SLAB = 1 << 20
+"""Numbers that are widened to fp32 at a time: their images stay near the cache and take little memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A frozen normalisation of the last dimension.
+
+    Attributes:
+        kind: "rms" (T5, Llama, Gemma) or "layer".
+        weight: (d,), or None for ones.
+        bias: (d,) of a layer norm, or None.
+        eps: Added to the mean square, or to the variance.
+        offset: Added to the weight: 1 where the checkpoint stores it from zero (Gemma).
+    """
+
+    kind: Literal["rms", "layer"]
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-6
+    offset: float = 0.0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The normalised x (N, d) and the numbers of each row, (N, 1) each, that the other methods take."""
+        if self.kind == "layer":
+            n, mean, rstd = layer_forward(x, self.weight, self.bias, self.eps)
+            return n, (mean, rstd)
+        n, rstd = rms_forward(x, self.weight, self.eps, self.offset)
+        return n, (rstd,)
+
+    def again(self, x: Tensor, stats: Sequence[Tensor]) -> Tensor:
+        """The normalised x (N, d) once more, to the bit."""
+        if self.kind == "layer":
+            return layer_forward(x, self.weight, self.bias, self.eps)[0]
+        return rms_again(x, stats[0], self.weight, self.offset)
+
+    def backward(self, dn: Tensor, x: Tensor, stats: Sequence[Tensor]) -> Tensor:
+        """The gradient for x (N, d) from that for the normalised x (N, d); a new tensor."""
+        if self.kind == "layer":
+            return layer_backward(dn, x, stats[0], stats[1], self.weight)
+        return rms_backward(dn, x, stats[0], self.weight, self.offset)
+
+
+def reference(x: Tensor, norm: Norm) -> Tensor:
+    """The norm of x (..., d) in plain PyTorch, rounded where transformers rounds."""
+    if norm.kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    wide = x.to(_wide(x.dtype))
+    n = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+    if norm.offset:
+        return (n if norm.weight is None else n * (norm.offset + norm.weight.to(n.dtype))).to(x.dtype)
+    return n.to(x.dtype) if norm.weight is None else n.to(x.dtype) * norm.weight.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0) -> Tensor:
+    """RMS norm of x (..., d) with a frozen weight (d,), [docs/math.md (76)]; saves x and a number a row.
+
+    Raises:
+        ValueError: The weight asks for a gradient.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467, eq. (4).
+    """
+    return normalised(x, Norm("rms", weight, None, eps, offset))
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer norm of x (..., d) with frozen weight and bias (d,), [docs/math.md (77)]; saves x and two numbers a row.
+
+    Raises:
+        ValueError: The weight or the bias asks for a gradient.
+
+    Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450, eq. (4).
+    """
+    return normalised(x, Norm("layer", weight, bias, eps))
+
+
+def normalised(x: Tensor, norm: Norm) -> Tensor:
+    """The norm of x (..., d), in its dtype.
+
+    Raises:
+        ValueError: Weight or bias of the norm ask for a gradient.
+    """
+    if torch.is_grad_enabled():
+        refuse_trained_norm(norm)
+        if x.requires_grad:
+            result: Tensor = _Normalised.apply(x, norm)
+            return result
+    with torch.autocast(x.device.type, enabled=False):
+        return norm.forward(_rows(x))[0].view(x.shape)
+
+
+def refuse_trained_norm(norm: Norm | None) -> None:
+    """Refuse a norm that is trained: the fused operations make no gradient for it.
+
+    Raises:
+        ValueError: Weight or bias ask for a gradient.
+    """
+    for name in ("weight", "bias"):
+        tensor = None if norm is None else getattr(norm, name)
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"the {name} {tuple(tensor.shape)} of a norm asks for a gradient, and the fused operations make none "
+                "for it; freeze it, or run the module itself"
+            )
+
+
+# ---- halves: rows in, rows out, no autograd
+
+
+def rms_forward(x: Tensor, w: Tensor | None, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """RMS norm of x (N, d) and 1/rms of its rows (N, 1), in fp32 or wider, by [docs/math.md (76)]."""
+    rstd = x.new_empty(len(x), 1, dtype=_wide(x.dtype))
+    return _rms(x, rstd, w, offset, eps), rstd
+
+
+def rms_again(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float = 0.0) -> Tensor:
+    """What `rms_forward` gave of x (N, d), from the rstd (N, 1) that it gave."""
+    return _rms(x, rstd, w, offset, None)
+
+
+def rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: float = 0.0) -> Tensor:
+    """The gradient for x (N, d) from that for its norm (N, d), rstd (N, 1) and the weight (d,); a new tensor."""
+    dx, gain = torch.empty_like(x), _gain(w, offset, rstd.dtype)
+    wide, gradients, products = _scratch(x, rstd.dtype), _scratch(x, rstd.dtype), _room(x, rstd.dtype)
+    for rows in slabs(x):
+        r, part = rstd[rows], x[rows]
+        g = dx[rows] if gradients is None else gradients[: len(r)]
+        if gain is None:
+            g.copy_(dn[rows])
+        else:
+            g.copy_(dn[rows]).mul_(gain)
+        if wide is not None:
+            part = wide[: len(r)].copy_(part)
+        dot = torch.mul(g, part, out=products[: len(r)]).sum(-1, keepdim=True)
+        g.mul_(r).addcmul_(part, dot.mul_(r).mul_(r).mul_(r), value=-1 / x.shape[1])
+        if gradients is not None:
+            dx[rows].copy_(g)
+    return dx
+
+
+def layer_forward(x: Tensor, w: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer norm of x (N, d), and mean and 1/deviation of its rows, (N, 1) each, by [docs/math.md (77)]."""
+    bias = None if bias is None else bias.to(_dtype_of_parameters(x))
+    n, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], _weight(w, x), bias, eps)
+    return n, mean, rstd
+
+
+def layer_backward(dn: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor | None) -> Tensor:
+    """The gradient for x (N, d) from that for its norm (N, d), mean and rstd (N, 1) and the weight (d,)."""
+    backward = torch.ops.aten.native_layer_norm_backward
+    dx: Tensor = backward(dn.to(x.dtype), x, x.shape[-1:], mean, rstd, _weight(w, x), None, [True, False, False])[0]
+    return dx
+
+
+def slabs(x: Tensor) -> Iterator[slice]:
+    """Rows of x (N, d) that are worked on at a time: about SLAB numbers on a CPU, all of them elsewhere."""
+    many = len(x) if x.device.type != "cpu" else _many(x)
+    yield from (slice(begin, begin + many) for begin in range(0, len(x), max(many, 1)))
+
+
+def _rms(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, eps: float | None) -> Tensor:
+    """RMS norm with the given rstd, which is filled first where there is an eps."""
+    n, scratch = torch.empty_like(x), _scratch(x, rstd.dtype)
+    gain = _gain(w, offset, rstd.dtype) if offset else w
+    for rows in slabs(x):
+        r, out = rstd[rows], n[rows]
+        wide = x[rows] if scratch is None else scratch[: len(r)].copy_(x[rows])
+        if eps is not None:
+            torch.linalg.vector_norm(wide, dim=-1, keepdim=True, out=r)
+            r.square_().div_(x.shape[1]).add_(eps).rsqrt_()
+        if scratch is None:
+            torch.mul(wide, r, out=out)
+        elif offset and gain is not None:
+            out.copy_(wide.mul_(r).mul_(gain))
+            continue
+        else:
+            out.copy_(wide.mul_(r))
+        if gain is not None:
+            out.mul_(gain)
+    return n
+
+
+def _gain(w: Tensor | None, offset: float, dtype: torch.dtype) -> Tensor | None:
+    return None if w is None else w.to(dtype) + offset if offset else w.to(dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _weight(w: Tensor | None, x: Tensor) -> Tensor:
+    dtype = _dtype_of_parameters(x)
+    return x.new_ones(x.shape[-1], dtype=dtype) if w is None else w.to(dtype)
+
+
+def _dtype_of_parameters(x: Tensor) -> torch.dtype:
+    """On a CPU, weights in bf16 would have torch round mean and deviation to bf16 too; fp32 images of them do not."""
+    return _wide(x.dtype) if x.device.type == "cpu" else x.dtype
+
+
+def _many(x: Tensor) -> int:
+    return min(max(SLAB // max(x.shape[1], 1), 1), len(x))
+
+
+def _room(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(_many(x) if x.device.type == "cpu" else len(x), x.shape[1], dtype=dtype)
+
+
+def _scratch(x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Room for the image of a slab of x, or None where x is wide already."""
+    return None if x.dtype == dtype else _room(x, dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+class _Normalised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            n, stats = norm.forward(_rows(x))
+        ctx.save_for_backward(x, *stats)
+        ctx.norm = norm
+        return n.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dn: Tensor) -> tuple[Tensor, None]:
+        x, *stats = ctx.saved_tensors
+        return ctx.norm.backward(_rows(dn), _rows(x), stats).view(x.shape), None

@@ -1,0 +1,55 @@
+"""Adapters that train rows of a table, as programs see and choose them; those that cannot act at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lorakit.peft import LoraConfig, get_peft_model
+
+
+def rows(*indices: int) -> LoraConfig:
+    return LoraConfig(target_modules=["1"], trainable_token_indices={"0": list(indices)})
+
+
+@pytest.fixture
+def model() -> Any:
+    found = get_peft_model(nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4)), rows(0, 3), adapter_name="a")
+    found.add_adapter("b", rows(3))
+    found.add_adapter("c", rows(5))
+    found.add_adapter("none", LoraConfig(target_modules=["1"]))
+    return found
+
+
+def test_the_same_row_of_two_adapters_is_refused_and_nothing_changes(model: Any) -> None:
+    with pytest.raises(ValueError, match=r"Only one adapter can be set at a time for TrainableTokensWrapper.*row 3"):
+        model.set_adapter(["a", "b"])
+    assert model.active_adapters == ["a"]
+
+
+def test_rows_apart_act_together(model: Any) -> None:
+    model.set_adapter(["a", "c"])
+    assert model.base_model.model[0].active_adapters == ["a", "c"]
+
+
+def test_a_table_lists_the_adapters_that_have_rows_there(model: Any) -> None:
+    table = model.base_model.model[0]
+    assert table._adapters == {"a", "b", "c"}
+    model.set_adapter("none")
+    assert table.active_adapters == table.token_adapter.active_adapters == []
+
+
+def test_what_the_base_has_in_place_of_the_rows(model: Any) -> None:
+    table = model.base_model.model[0]
+    before = table.original_module.weight.detach().clone()
+    table.token_adapter.trainable_tokens_delta["a"].data.normal_()
+    model.eval().merge_adapter(["a"])
+    found = table.token_adapter.trainable_tokens_original
+    assert list(found) == ["a", "b", "c"]
+    assert torch.equal(found["a"], before[[0, 3]])
+    model.unmerge_adapter()
+    model.delete_adapter("b")
+    assert "b" not in table.token_adapter.trainable_tokens_original
