@@ -116,6 +116,7 @@ def blank_for(
 def _fresh_part(site_map: SiteMap, blank: Blank, match: Match, place: Place) -> Part:
     config, kind, slot = blank.config, place.kind, place.slot
     check_bias_of_b(config, place)
+    check_storage(site_map, place)
     init = init_for(config.init_lora_weights, kind.name, place.path)
     variant = variant_for(config, kind.name, place.path)
     if init.changes_base:
@@ -180,6 +181,21 @@ def as_parameters(factor: Factor, trainable: bool = True, trains: frozenset[str]
     vector = None if factor.magnitude is None else nn.Parameter(factor.magnitude, trainable)
     bias = None if factor.bias is None else nn.Parameter(factor.bias, trainable)
     return Factor(A, B, factor.scale, factor.dropout, factor.variant, vector, bias)
+
+
+def check_storage(site_map: SiteMap, place: Place) -> None:
+    """Refuse to act on a weight that would be rounded to few bits in each forward, and pass no gradient.
+
+    Raises:
+        ConfigError: The message names the site and its storage.
+    """
+    base = base_of(site_map.holder(place), place.slot.parameter)
+    if place.kind.acts_on == "weight" and base.quantised:
+        raise ConfigError(
+            f"{place.path} is stored as {base.name}, and a {place.kind.name} is adapted by its weight, which would be "
+            "rounded with its update in each forward. Name a dense layer in target_modules, where the adapter acts "
+            "beside the weight, or leave it out."
+        )
 
 
 def check_bias_of_b(config: LoraConfig, place: Place) -> None:
