@@ -103,7 +103,7 @@ class LoraLayer(Switched):
     @property
     def base(self) -> Base:
         """The row of BASES."""
-        return base_of(self.source, self.slot.parameter)
+        return base_of(self.source, self.slot.parameter, self.slot.as_stored)
 
     def __getattr__(self, name: str) -> Any:
         try:

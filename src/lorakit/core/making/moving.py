@@ -113,7 +113,7 @@ def cost_of(site_map: SiteMap, place: Place, moved: Any, initial: tuple[Tensor, 
 def written(site_map: SiteMap, place: Place, W: Tensor) -> Any:
     """What a site's module shall store for a canonical weight (out, in)."""
     module, parameter = site_map.holder(place), place.slot.parameter
-    base = base_of(module, parameter)
+    base = base_of(module, parameter, place.slot.as_stored)
     with torch.no_grad():
         return base.write(module, base.stored(module, parameter), W)
 

@@ -1,0 +1,126 @@
+"""Attention over grouped heads, packs, windows and soft-caps: a forward and a backward, and a function of autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorakit.ops import attention_flash, attention_products
+from lorakit.ops.adapted import as_written, autocast
+from lorakit.ops.attention_pattern import Pattern, mask
+
+# Tokens of the longest sequence from which PyTorch's kernel is taken. On a CPU without matrix units the products are
+# the faster way up to 4096 and more; with them, the kernel's work in cache wins earlier.
+FLASH_FROM = 2048
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    """Softmax of the masked scores times v, in plain PyTorch. q (B, H, T, D), k, v (B, KV, T, D) -> (B, H, T, D)."""
+    pattern.check(q, k, v)
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    scores = q @ k.transpose(2, 3) * pattern.scale_for(q.shape[3])
+    if pattern.softcap is not None:
+        scores = torch.tanh(scores / pattern.softcap) * pattern.softcap
+    seen = mask(pattern, pattern.lengths(q.shape[2]), q.device)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=wide).to(q.dtype) @ v
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -> Tensor:
+    """Softmax(scale·q·kᵀ under the pattern)·v, [docs/math.md (81)]; its gradients are [docs/math.md (82)].
+
+    q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E), KV a divisor of H, in any strides -> (B, H, T, E), stored as
+    (B, T, H, E). Kept for the backward: q, k and v; with flash also the output and a number per row. Nothing (T, T).
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. (1); Ainslie et al. 2023, arXiv:2305.13245, for shared heads;
+    Rabe and Staats 2021, arXiv:2112.05682, for weights made again in the backward.
+
+    Raises:
+        ValueError: Shapes do not fit, a number of the pattern is out of range, or flash cannot compute it.
+    """
+    pattern = Pattern() if pattern is None else pattern
+    q, k, v = (autocast(t) for t in (q, k, v))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        return _Attention.apply(q, k, v, pattern)
+    return forward(q, k, v, pattern)[0]
+
+
+def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
+    """Which way computes this pattern over q (B, H, T, D) and v (B, KV, T, E): "flash" or "products".
+
+    Raises:
+        ValueError: Flash is asked for and has no place for what the pattern asks.
+    """
+    possible = attention_flash.takes(q, v, pattern)
+    if pattern.way == "flash" and not possible:
+        raise ValueError(
+            "way='flash' knows no window, no softcap and no value width of its own, and runs on a CPU alone; "
+            "use way='auto' or 'products'"
+        )
+    if pattern.way != "auto":
+        return pattern.way
+    return "flash" if possible and max(pattern.lengths(q.shape[2]), default=0) >= FLASH_FROM else "products"
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None]:
+    """`attention` without autograd: the output (B, H, T, E), stored as (B, T, H, E), and what flash's backward asks.
+
+    q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E). The second is log Σ exp of each row's scores (B, H, T) in fp32 or
+    wider with flash, None with products.
+    """
+    pattern.check(q, k, v)
+    way = chosen(q, v, pattern)
+    with as_written(q):
+        if way == "flash":
+            return attention_flash.forward(q, k, v, pattern)
+        return attention_products.forward(q, k, v, pattern), None
+
+
+def backward(
+    dout: Tensor,
+    operands: tuple[Tensor, Tensor, Tensor],
+    saved: tuple[Tensor | None, Tensor | None],
+    pattern: Pattern,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v from that of the output, in `into` or in new tensors stored as (B, T, heads, width).
+
+    dout (B, H, T, E); operands: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E); saved: what `forward` gave; of it the
+    output may be None where the second is.
+    """
+    if into is None:
+        dq, dk, dv = (_stored_by_token(t) for t in operands)
+        into = (dq, dk, dv)
+    out, lse = saved
+    with as_written(dout):
+        if lse is None or out is None:
+            attention_products.backward(dout, operands, into, pattern)
+        else:
+            attention_flash.backward(dout, operands, (out, lse), into, pattern)
+    return into
+
+
+def _stored_by_token(x: Tensor) -> Tensor:
+    """An empty tensor of the shape of x (B, H, T, D), stored as (B, T, H, D)."""
+    batch, heads, tokens, width = x.shape
+    return torch.empty(batch, tokens, heads, width, dtype=x.dtype, device=x.device).transpose(1, 2)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        out, lse = forward(q, k, v, pattern)
+        ctx.pattern = pattern
+        ctx.save_for_backward(q, k, v, None if lse is None else out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = backward(dout, (q, k, v), (out, lse), ctx.pattern)
+        asked = zip(grads, ctx.needs_input_grad, strict=False)
+        return (*(grad if needed else None for grad, needed in asked), None)

@@ -1,0 +1,165 @@
+"""Attention by batched products, a block of query rows at a time.
+
+Formulas [docs/math.md (81)] and [docs/math.md (82)]. The heads of q that share a head of k are more rows of the same
+product, so k and v are not repeated. A block sees only the places that its pattern allows at all: with a causal mask
+the upper triangle is not computed, with a window only the band is. Scores live in one buffer that all blocks use; the
+backward makes them again, so that nothing of tokens × tokens is kept, and neither are sums of the softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorakit.ops.attention_pattern import Pattern, Piece, mask, pieces
+
+BLOCK = 64  # query rows of a block: long enough for the products, short enough to leave most of the triangle out
+SCORES = 2**22  # numbers in the buffer of scores, at most, as long as a block has 8 rows
+TOGETHER = 2**19  # rows of the batch are computed together while their scores stay this few and fit the cache
+
+
+class _Block(NamedTuple):
+    """Rows start … stop of a piece, against the places low … high of it."""
+
+    start: int
+    stop: int
+    low: int
+    high: int
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    """Softmax(scores)·v. q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E) -> (B, H, T, E), stored as (B, T, H, E)."""
+    batch, heads, tokens, _ = q.shape
+    out = torch.empty(batch, tokens, heads, v.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
+    scores = _Scores(q, k, pattern)
+    for piece in scores.pieces:
+        keys, values = (_cut(t, piece).flatten(0, 1) for t in (k, v))
+        queries, written = _cut(q, piece), _cut(out, piece)
+        for block in scores.blocks(piece):
+            weights, _ = scores.weights(_rows(queries, block, keys), keys, piece, block)
+            _put(written, block, torch.bmm(weights, values[:, block.low : block.high]))
+    return out
+
+
+def backward(
+    dout: Tensor, operands: tuple[Tensor, Tensor, Tensor], into: tuple[Tensor, Tensor, Tensor], pattern: Pattern
+) -> None:
+    """The gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E), written `into` tensors of their shapes.
+
+    dout (B, H, T, E). No tensor is read after what it shares storage with is written, but for the three given.
+    """
+    q, k, v = operands
+    scores = _Scores(q, k, pattern)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    for piece in scores.pieces:
+        queries, incoming, dq = (_cut(t, piece) for t in (q, dout, into[0]))
+        keys, values = (_cut(t, piece).flatten(0, 1) for t in (k, v))
+        dk, dv = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (keys, values))  # sums over blocks
+        for block in scores.blocks(piece):
+            seen = slice(block.low, block.high)
+            rows, dy = _rows(queries, block, keys), _rows(incoming, block, keys)
+            weights, capped = scores.weights(rows, keys, piece, block)
+            dv[:, seen].add_(torch.bmm(weights.transpose(1, 2), dy))
+            ds = scores.backward(dy, values[:, seen], weights, capped)
+            _put(dq, block, _scaled(ds, keys[:, seen], scores.scale))
+            dk[:, seen].add_(_scaled(ds.transpose(1, 2), rows, scores.scale))
+        for total, grad in ((dk, into[1]), (dv, into[2])):
+            _cut(grad, piece).copy_(total.view(_cut(grad, piece).shape))
+
+
+class _Scores:
+    """The softmax weights of one block after the other, in buffers that are made once."""
+
+    def __init__(self, q: Tensor, k: Tensor, pattern: Pattern) -> None:
+        batch, heads, tokens, width = q.shape
+        self.pattern, self.scale, self.group = pattern, pattern.scale_for(width), heads // k.shape[1]
+        longest = max(*pattern.lengths(tokens), min(BLOCK, tokens), 1)
+        seen = longest if pattern.window is None else min(longest, 2 * pattern.window + BLOCK)
+        self.rows = min(BLOCK, longest, max(8, SCORES // (heads * seen)))
+        together = max(1, min(batch, TOGETHER // (heads * self.rows * seen)))
+        self.pieces = list(pieces(batch, tokens, pattern, together, join=self.rows))
+        self.buffers = [torch.empty(0, dtype=q.dtype, device=q.device) for _ in range(3)]
+        self.masks: dict[tuple[object, ...], Tensor] = {}
+
+    def blocks(self, piece: Piece) -> Iterator[_Block]:
+        """Blocks of query rows, and what each may see."""
+        length = piece.tokens.stop - piece.tokens.start
+        for start in range(0, length, self.rows):
+            stop = min(length, start + self.rows)
+            yield _Block(start, stop, *self.pattern.span(start, stop, length))
+
+    def weights(self, rows: Tensor, keys: Tensor, piece: Piece, block: _Block) -> tuple[Tensor, Tensor | None]:
+        """Softmax of the block's scores (Z, G·n, m), and tanh of them where they are capped; both in the buffers."""
+        seen, cap = keys[:, block.low : block.high], self.pattern.softcap
+        scores = self._buffer(0, rows, seen)
+        scale = self.scale if cap is None else self.scale / cap
+        torch.baddbmm(scores, rows, seen.transpose(1, 2), beta=0, alpha=scale, out=scores)
+        capped = None
+        if cap is not None:
+            capped = torch.tanh(scores, out=self._buffer(1, rows, seen))
+            torch.mul(capped, cap, out=scores)
+        bias = self._bias(piece, block, rows)
+        if bias is not None:
+            each_head = scores.view(len(scores), self.group, block.stop - block.start, seen.shape[1])
+            each_head[..., -bias.shape[1] :].add_(bias)
+        return torch.softmax(scores, -1, out=scores), capped
+
+    def backward(self, dy: Tensor, values: Tensor, weights: Tensor, capped: Tensor | None) -> Tensor:
+        """The gradient of the scaled scores (Z, G·n, m) from that of the output rows dy (Z, G·n, E)."""
+        ds = torch.bmm(dy, values.transpose(1, 2), out=self._buffer(2, dy, values))
+        torch.ops.aten._softmax_backward_data.out(ds, weights, -1, ds.dtype, grad_input=ds)
+        if capped is not None:
+            torch.ops.aten.tanh_backward.grad_input(ds, capped, grad_input=ds)
+        return ds
+
+    def _buffer(self, which: int, rows: Tensor, seen: Tensor) -> Tensor:
+        shape = (rows.shape[0], rows.shape[1], seen.shape[1])
+        count = shape[0] * shape[1] * shape[2]
+        if self.buffers[which].numel() < count:
+            self.buffers[which] = torch.empty(count, dtype=rows.dtype, device=rows.device)
+        return self.buffers[which][:count].view(shape)
+
+    def _bias(self, piece: Piece, block: _Block, rows: Tensor) -> Tensor | None:
+        """0 where a row sees a place and −∞ where not, (n, m), for the last m places of a block; None where all do."""
+        pattern, count = self.pattern, block.stop - block.start
+        if len(piece.lengths) > 1:
+            key: tuple[object, ...] = (piece.lengths,)
+        elif pattern.window is not None:
+            key = (count, block.start - block.low, block.high - block.low)
+        elif pattern.causal:
+            key = (count,)
+        else:
+            return None
+        if key not in self.masks:
+            if len(piece.lengths) > 1:
+                seen = mask(pattern, piece.lengths, rows.device)
+            else:
+                low = block.start if pattern.window is None else block.low
+                places = torch.arange(low, block.high, device=rows.device)
+                seen = pattern.allowed(torch.arange(block.start, block.stop, device=rows.device), places)
+            bias = torch.zeros(seen.shape, dtype=rows.dtype, device=rows.device)
+            self.masks[key] = bias.masked_fill_(~seen, -torch.inf)
+        return self.masks[key]
+
+
+def _cut(x: Tensor, piece: Piece) -> Tensor:
+    return x[piece.batch, :, piece.tokens]
+
+
+def _rows(x: Tensor, block: _Block, keys: Tensor) -> Tensor:
+    """Rows of a block, those of heads that share a key head one after the other: (b, H, T, D) -> (b·KV, G·n, D)."""
+    return x[:, :, block.start : block.stop].reshape(len(keys), -1, x.shape[3])
+
+
+def _put(x: Tensor, block: _Block, rows: Tensor) -> None:
+    """The reverse of `_rows`."""
+    written = x[:, :, block.start : block.stop]
+    written.copy_(rows.view(written.shape))
+
+
+def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    out = torch.empty(a.shape[0], a.shape[1], b.shape[2], dtype=a.dtype, device=a.device)
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)

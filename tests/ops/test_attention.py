@@ -1,0 +1,254 @@
+"""Attention: both ways against plain PyTorch in value and gradients, what they keep, and what they refuse."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorakit.ops import attention_products
+from lorakit.ops.attention import FLASH_FROM, attention, chosen, reference
+from lorakit.ops.attention_pattern import Pattern
+
+Operands = tuple[Tensor, Tensor, Tensor]
+PATTERNS = {
+    "causal": Pattern(),
+    "full": Pattern(causal=False),
+    "scale": Pattern(scale=0.3),
+    "window": Pattern(window=3),
+    "window of one": Pattern(window=1),
+    "window on both sides": Pattern(causal=False, window=2),
+    "window over all": Pattern(window=64),
+    "softcap": Pattern(softcap=1.5, scale=0.7),
+    "window and softcap": Pattern(window=4, softcap=2.0),
+    "packed": Pattern(segments=(5, 1, 7)),
+    "packed, full": Pattern(segments=(1, 10, 2), causal=False),
+    "packed, window": Pattern(segments=(9, 4), window=2),
+    "packed, window on both sides": Pattern(segments=(9, 4), window=2, causal=False),
+    "packed, softcap": Pattern(segments=(6, 7), softcap=3.0),
+}
+HEADS = [(4, 4), (6, 2), (3, 1)]
+FLASH = ["causal", "full", "scale", "window over all", "packed", "packed, full"]
+
+
+def operands(heads: int, kv: int, dtype: torch.dtype = torch.float64, batch: int = 2, tokens: int = 13) -> Operands:
+    """q, k, v in the strides of a projection, one of them in a wider buffer."""
+    torch.manual_seed(heads * 10 + kv)
+    made = []
+    for count, spare in ((heads, 0), (kv, 2), (kv, 0)):
+        rows = torch.randn(batch, tokens, count + spare, 5).to(dtype)[:, :, :count]
+        made.append(rows.transpose(1, 2).requires_grad_())
+    return made[0], made[1], made[2]
+
+
+def gradients(out: Tensor, given: Operands) -> Operands:
+    torch.manual_seed(7)
+    return torch.autograd.grad(out, given, torch.randn(out.shape).to(out.dtype))  # type: ignore[return-value]
+
+
+@pytest.fixture(params=[64, 4, 3], ids=lambda rows: f"blocks of {rows}")
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Short blocks, so that few tokens have several; and then each row of the batch is alone."""
+    monkeypatch.setattr(attention_products, "BLOCK", request.param)
+    if request.param == 3:
+        monkeypatch.setattr(attention_products, "TOGETHER", 1)
+    return request.param
+
+
+def with_way(pattern: Pattern, way: str) -> Pattern:
+    return Pattern(**{**vars(pattern), "way": way})
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(("heads", "kv"), HEADS)
+def test_products(name: str, heads: int, kv: int, block: int) -> None:
+    given, pattern = operands(heads, kv), with_way(PATTERNS[name], "products")
+    out, expected = attention(*given, pattern), reference(*given, pattern)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(out, given), gradients(expected, given), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FLASH)
+@pytest.mark.parametrize(("heads", "kv"), HEADS)
+def test_flash(name: str, heads: int, kv: int) -> None:
+    given, pattern = operands(heads, kv), with_way(PATTERNS[name], "flash")
+    out, expected = attention(*given, pattern), reference(*given, pattern)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(out, given), gradients(expected, given), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["flash", "products"])
+def test_gradcheck(way: str) -> None:
+    pattern = Pattern(segments=(2, 4), way=way)  # type: ignore[arg-type]
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, pattern), operands(4, 2, batch=1, tokens=6))
+
+
+def test_gradcheck_of_window_and_softcap() -> None:
+    pattern = Pattern(window=2, softcap=1.0)
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, pattern), operands(2, 1, batch=1, tokens=5))
+
+
+@pytest.mark.parametrize("name", ["causal", "window and softcap", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision_is_as_near_the_truth_as_plain_pytorch(name: str, dtype: torch.dtype, block: int) -> None:
+    exact = tuple(t.detach().bfloat16().double().requires_grad_() for t in operands(6, 2))
+    lower = tuple(t.detach().to(dtype).requires_grad_() for t in exact)
+    truth_out = reference(*exact, PATTERNS[name])  # type: ignore[arg-type]
+    truth = [truth_out, *gradients(truth_out, exact)]  # type: ignore[arg-type]
+    errors = []
+    for function in (attention, reference):
+        out = function(*lower, PATTERNS[name])  # type: ignore[arg-type]
+        assert out.dtype == dtype
+        found = [out, *gradients(out, lower)]  # type: ignore[arg-type]
+        errors.append([(a - b).norm() / b.norm() for a, b in zip(found, truth, strict=True)])
+    for ours, plain in zip(*errors, strict=True):
+        assert ours <= 1.5 * plain + (1e-6 if dtype == torch.float32 else 1e-3)
+
+
+def test_value_of_another_width() -> None:
+    q, k, _ = operands(4, 2)
+    v = torch.randn(2, 2, 13, 3, dtype=torch.float64, requires_grad=True)
+    out, expected = attention(q, k, v), reference(q, k, v, Pattern())
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(out, (q, k, v)), gradients(expected, (q, k, v)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["flash", "products"])
+def test_one_token_and_none(way: str) -> None:
+    for tokens in (1, 0):
+        given = operands(4, 2, tokens=tokens)
+        out = attention(*given, Pattern(way=way if tokens else "products"))  # type: ignore[arg-type]
+        torch.testing.assert_close(out, given[2].repeat_interleave(2, 1))
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, cap: float, s: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, weights and 1 − tanh² of one causal head, row by row."""
+    out, weights, slopes = torch.zeros_like(v), *(torch.zeros(len(q), len(k), dtype=q.dtype) for _ in range(2))
+    for i in range(len(q)):
+        capped = torch.stack([torch.tanh(s * (q[i] @ k[j]) / cap) for j in range(i + 1)])
+        weights[i, : i + 1] = (cap * capped).exp() / (cap * capped).exp().sum()
+        slopes[i, : i + 1] = 1 - capped**2
+        out[i] = sum(weights[i, j] * v[j] for j in range(i + 1))
+    return out, weights, slopes
+
+
+def test_it_is_the_formula(block: int) -> None:
+    q, k, v = (t.detach() for t in operands(2, 1, batch=1))
+    out = attention(q, k, v, Pattern(softcap=1.5, scale=0.4))
+    for head in range(2):
+        torch.testing.assert_close(out[0, head], by_hand(q[0, head], k[0, 0], v[0, 0], 1.5, 0.4)[0])
+
+
+def test_its_gradients_are_the_formula(block: int) -> None:
+    q, k, v = operands(1, 1, batch=1)
+    G = torch.randn(13, 5, dtype=torch.float64)
+    found = torch.autograd.grad(attention(q, k, v, Pattern(softcap=1.5, scale=0.4)), (q, k, v), G[None, None])
+    q0, k0, v0 = (t.detach()[0, 0] for t in (q, k, v))
+    _, P, slope = by_hand(q0, k0, v0, 1.5, 0.4)
+    dP = G @ v0.t()
+    Z = P * (dP - (P * dP).sum(1, keepdim=True)) * slope
+    for grad, wanted in zip(found, (0.4 * Z @ k0, 0.4 * Z.t() @ q0, P.t() @ G), strict=True):
+        torch.testing.assert_close(grad[0, 0], wanted)
+
+
+@pytest.mark.parametrize("way", ["flash", "products"])
+def test_packed_is_one_by_one_and_nothing_leaks(way: str) -> None:
+    pattern = Pattern(segments=(5, 1, 7), way=way)  # type: ignore[arg-type]
+    given = operands(4, 2, torch.float32, batch=1)
+    whole = attention(*given, pattern)
+    for start, stop in itertools.pairwise((0, 5, 6, 13)):
+        alone = attention(*(t[:, :, start:stop] for t in given), Pattern(way=way))  # type: ignore[arg-type]
+        torch.testing.assert_close(whole[:, :, start:stop], alone)
+    changed = [t.detach().clone() for t in given]
+    for t in changed:
+        t[:, :, 5:6] = 1e4
+    again = attention(*changed, pattern)  # type: ignore[arg-type]
+    assert torch.equal(again[:, :, 6:], whole[:, :, 6:])
+    assert torch.equal(again[:, :, :5], whole[:, :, :5])
+
+
+@pytest.mark.parametrize("way", ["flash", "products"])
+def test_what_is_kept_for_the_backward(way: str) -> None:
+    batch, heads, kv, tokens, width = 2, 6, 2, 13, 5
+    given = operands(heads, kv, torch.bfloat16)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        attention(*given, Pattern(way=way))  # type: ignore[arg-type]
+    expected = batch * tokens * width * (heads + 2 * kv) * 2
+    if way == "flash":
+        expected += batch * tokens * heads * (width * 2 + 4)
+    assert sum(t.numel() * t.element_size() for t in kept) == expected
+
+
+def test_output_is_stored_by_token_and_the_gradient_that_came_in_stays() -> None:
+    for way in ("flash", "products"):
+        given = operands(6, 2)
+        out = attention(*given, Pattern(way=way))  # type: ignore[arg-type]
+        assert out.transpose(1, 2).is_contiguous()
+        incoming = torch.randn_like(out)
+        before = incoming.clone()
+        out.backward(incoming)
+        assert torch.equal(incoming, before)
+
+
+def test_only_asked_gradients_and_no_graph_without_grad() -> None:
+    q, k, v = operands(4, 2)
+    (grad,) = torch.autograd.grad(attention(q, k.detach(), v.detach()).sum(), q)
+    (wanted,) = torch.autograd.grad(reference(q, k.detach(), v.detach(), Pattern()).sum(), q)
+    torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert not attention(q, k, v).requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(attention(q, k, v), reference(q, k, v, Pattern()))
+
+
+def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_operands() -> None:
+    given = operands(4, 2, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention(*given)
+    assert out.dtype == torch.bfloat16
+    assert all(grad.dtype == torch.float32 for grad in gradients(out, given))
+
+
+def test_choice_of_the_way() -> None:
+    short, long = (torch.empty(1, 1, tokens, 4) for tokens in (FLASH_FROM - 1, FLASH_FROM))
+    assert chosen(short, short, Pattern()) == "products"
+    assert chosen(long, long, Pattern()) == "flash"
+    assert chosen(long, long, Pattern(softcap=1.0)) == "products"
+    assert chosen(long, long, Pattern(window=8)) == "products"
+    assert chosen(long, long, Pattern(window=FLASH_FROM)) == "flash"
+    assert chosen(long, long, Pattern(segments=(FLASH_FROM // 2,) * 2)) == "products"
+    assert chosen(long, long, Pattern(way="products")) == "products"
+    assert chosen(long, torch.empty(1, 1, FLASH_FROM, 2), Pattern()) == "products"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        (Pattern(segments=(5, 5)), "fill the 13 tokens of a row; these are 2 lengths, 10 tokens in sum"),
+        (Pattern(segments=(0, 13)), "segments must be positive"),
+        (Pattern(window=0), "a window of 0 tokens sees nothing"),
+        (Pattern(softcap=0.0), "softcap must be above 0"),
+        (Pattern(way="flash", softcap=1.0), "way='flash' knows no window, no softcap"),
+        (Pattern(way="flash", window=2), "way='flash' knows no window"),
+    ],
+)
+def test_patterns_that_are_refused(pattern: Pattern, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        attention(*operands(4, 2), pattern)
+
+
+def test_shapes_that_are_refused() -> None:
+    q, k, v = operands(4, 2)
+    cases: list[tuple[Operands, str]] = [
+        ((q[0], k, v), r"\(batch, heads, tokens, width\), and was given q \(4, 13, 5\)"),
+        ((q[:, :, :5], k, v), "batch and tokens must be the same"),
+        ((q[..., :2], k, v), "and the width of q and k"),
+        ((q[:, :3], k, v), "3 heads of q cannot share 2 heads of k and v evenly"),
+        ((q, k.float(), v), "attention takes one dtype"),
+    ]
+    for given, said in cases:
+        with pytest.raises(ValueError, match=said):
+            attention(*given)
