@@ -360,15 +360,17 @@ def test_it_compiles_as_one_graph(name: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_dropout_beside_the_base_leaves_the_base_alone() -> None:
-    """What is dropped is dropped for the adapter; with B = 0 the output is the base's to the bit."""
-    group = made(GROUPS["all drop"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qkv", "all drop"])
+def test_a_fresh_adapter_leaves_the_base_to_the_bit(name: str, dtype: torch.dtype) -> None:
+    """With B = 0: what is dropped is dropped for the adapter alone, and adding nothing rounds nothing."""
+    group = made(GROUPS[name], 64, dtype, torch.float32)
+    x = deterministic((40, 64), 1).to(dtype)
     for module in group:
         module.low.B.data.zero_()  # type: ignore[union-attr]
-    x = deterministic((4, 7), 1)
     for y, module in zip(linears(x, group), group, strict=True):
-        base = linears(x, [replace(module, low=None)])[0]
-        assert torch.equal(y, base)
+        W = module.W.t() if module.transposed else module.W
+        assert torch.equal(y, torch.nn.functional.linear(x, W, module.bias))
 
 
 def test_a_dropout_of_one_is_refused() -> None:

@@ -17,6 +17,11 @@ WIDTH = 7
 EPS = 1e-3
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def made(name: str, dtype: torch.dtype = D, width: int = WIDTH) -> Norm:
     g = torch.Generator().manual_seed(3)
     w, b = (torch.randn(width, generator=g, dtype=D).to(dtype) for _ in range(2))

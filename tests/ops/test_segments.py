@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from lorakit.ops import segments
 from lorakit.ops.segments import Routed, Way, reference, segmented
 
 D = torch.float64
@@ -171,18 +172,41 @@ def test_routes_are_worked_out_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "tokens", "way"), [(32, 1, "masked"), (4, 128, "rows"), (512, 1, "sorted"), (1, 1, "rows")]
+    ("rows", "tokens", "adapters", "way"),
+    [
+        (1, 1, 4, "masked"),
+        (32, 1, 8, "masked"),
+        (512, 1, 8, "sorted"),
+        (4, 128, 4, "rows"),
+        (32, 1, 32, "rows"),
+        (512, 1, 32, "sorted"),
+    ],
 )
-def test_the_way_follows_from_the_shape(rows: int, tokens: int, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, A, B, scales = made(rows, (tokens,))
-    index = torch.arange(rows) % 4
-    assert torch.equal(segmented(x, A, B, scales, index), segmented(x, A, B, scales, index, way=way))
-    others = [other for other in WAYS if other != way]
-    from lorakit.ops import segments
-
-    for other in others:
+def test_the_way_follows_from_the_shape(
+    rows: int, tokens: int, adapters: int, way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in {*WAYS} - {way}:
         monkeypatch.setitem(segments._WAYS, other, None)  # type: ignore[arg-type]
-    segmented(x, A, B, scales, index)
+    g = torch.Generator().manual_seed(0)
+    x, A, B = (torch.randn(*s, generator=g, dtype=D) for s in ((rows, tokens, 7), (adapters, 2, 7), (adapters, 5, 2)))
+    index, scales = torch.arange(rows) * 7 % adapters, torch.rand(adapters, generator=g)
+    y = segmented(x, A, B, scales, index)
+    torch.testing.assert_close(y, reference(x, A, B, scales, index), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_scales_may_be_in_a_and_rows_in_the_adapters_order(way: Way) -> None:
+    x, A, B, scales = made(4)
+    index = torch.arange(4)
+    assert Routed(index, 4).in_place
+    scaled = A * scales[:, None, None]
+    y = segmented(x, scaled, B, None, index, way=way)
+    expected = reference(x, A, B, scales, index)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    for a, b in zip(
+        torch.autograd.grad(y.sum(), (x, A, B)), torch.autograd.grad(expected.sum(), (x, A, B)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("block", [torch.no_grad, torch.inference_mode])
@@ -194,6 +218,23 @@ def test_without_gradients(block: type) -> None:
         y = segmented(x, A, B, scales, index)
     assert y.grad_fn is None
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_compiles_as_one_graph(way: Way) -> None:
+    """With the routes worked out beforehand, since those depend on data."""
+    x, A, B, scales = made()
+    routed = Routed(torch.tensor(ROUTES["mixed"]), 4)
+
+    def loss(x: Tensor) -> Tensor:
+        base = x.sum().expand(6, 3, 5) * 1
+        return segmented(x, A, B, scales, routed, base, way).square().sum()
+
+    expected = [loss(x), *torch.autograd.grad(loss(x), (x, A, B))]
+    torch.compiler.reset()
+    value = torch.compile(loss, backend="aot_eager", fullgraph=True)(x)
+    for a, b in zip([value, *torch.autograd.grad(value, (x, A, B))], expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_under_autocast_products_run_in_its_dtype() -> None:

@@ -1,6 +1,6 @@
 """Activations of MLPs: their values, and their gradients from the input alone, written into a tensor that is given.
 
-Torch's own kernels, but for two whose sigmoid form takes a CPU half the time.
+Torch's own kernels, but for one whose sigmoid form takes a CPU less time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from torch.nn import functional as F
 from lorakit.ops.widening import room, room_to_widen, slabs
 
 aten = torch.ops.aten
+
+SLOPE = 2 * math.sqrt(2 / math.pi)
+"""Of the sigmoid in the approximate GELU, at 0."""
+QUICK = 1.702
+"""The same of "quick GELU", x·σ(1.702·x)."""
 
 
 @dataclass(frozen=True)
@@ -33,74 +38,27 @@ class Activation:
     gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class SigmoidGated:
-    """f(x) = x·σ(k(x)) with k(x) = linear·x + cubic·x³, in fp32 or wider, some rows at a time, [docs/math.md (78)].
+def gelu_tanh(x: Tensor, out: Tensor) -> Tensor:
+    """Write the approximate GELU of rows x (N, f) into out (N, f), as x times a sigmoid, [docs/math.md (78)].
 
-    Torch's tanh, which the other form of the approximate GELU needs, takes a CPU four times as long as its sigmoid.
+    Torch's tanh takes a CPU four times as long as its sigmoid. Computed in fp32 or wider, some rows at a time.
     """
-
-    linear: float
-    cubic: float = 0.0
-
-    def value(self, x: Tensor, out: Tensor) -> Tensor:
-        """Write f(x) of x (N, f) into out (N, f)."""
-        inputs, gates = room_to_widen(x), room(x)
-        for rows in slabs(x):
-            part = _image(x[rows], inputs)
-            gate = self._gate(part, gates[: len(part)])
-            _write(gate, part, out[rows])
-        return out
-
-    def gradient(self, dy: Tensor, x: Tensor, out: Tensor) -> Tensor:
-        """Write dy·f'(x) = dy·σ·(1 + x·k'·(1 − σ)) into out (N, f), which may be dy (N, f)."""
-        inputs, gates, slopes = room_to_widen(x), room(x), room(x)
-        for rows in slabs(x):
-            part = _image(x[rows], inputs)
-            gate, slope = self._gate(part, gates[: len(part)]), slopes[: len(part)]
-            if self.cubic:
-                torch.mul(part, part, out=slope).mul_(3 * self.cubic).add_(self.linear).mul_(part)
-            else:
-                torch.mul(part, self.linear, out=slope)
-            slope.addcmul_(slope, gate, value=-1).add_(1).mul_(gate)
-            _write(slope, _image(dy[rows], inputs), out[rows])
-        return out
-
-    def _gate(self, x: Tensor, out: Tensor) -> Tensor:
-        """σ(k(x))."""
-        if not self.cubic:
-            return torch.mul(x, self.linear, out=out).sigmoid_()
-        return torch.mul(x, x, out=out).mul_(self.cubic).add_(self.linear).mul_(x).sigmoid_()
+    if x.device.type != "cpu":
+        return aten.gelu.out(x, approximate="tanh", out=out)
+    inputs, gates = room_to_widen(x), room(x)
+    for rows in slabs(x):
+        part = x[rows] if inputs is None else inputs[: len(x[rows])].copy_(x[rows])
+        gate = torch.mul(part, part, out=gates[: len(part)])
+        gate.mul_(0.044715 * SLOPE).add_(SLOPE).mul_(part).sigmoid_()
+        if inputs is None:
+            torch.mul(gate, part, out=out[rows])
+        else:
+            out[rows].copy_(gate.mul_(part))
+    return out
 
 
-def _image(part: Tensor, scratch: Tensor | None) -> Tensor:
-    return part if scratch is None else scratch[: len(part)].copy_(part)
-
-
-def _write(owned: Tensor, factor: Tensor, out: Tensor) -> None:
-    """Owned·factor into out, rounded once; owned is not what it was afterwards."""
-    if out.dtype == owned.dtype:
-        torch.mul(owned, factor, out=out)
-    else:
-        out.copy_(owned.mul_(factor))
-
-
-GELU_TANH = SigmoidGated(2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715)
-QUICK_GELU = SigmoidGated(1.702)
-
-
-def _gelu_tanh(x: Tensor, out: Tensor) -> Tensor:
-    if x.device.type == "cpu":
-        return GELU_TANH.value(x, out)
-    result: Tensor = aten.gelu.out(x, approximate="tanh", out=out)
-    return result
-
-
-def _gelu_tanh_gradient(dy: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    if x.device.type == "cpu":
-        return GELU_TANH.gradient(dy, x, out)
-    result: Tensor = aten.gelu_backward.grad_input(dy, x, approximate="tanh", grad_input=out)
-    return result
+def _quick_gelu(x: Tensor, out: Tensor) -> Tensor:
+    return aten.silu.out(x * QUICK, out=out).mul_(1 / QUICK)
 
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -114,8 +72,16 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda x, out: aten.gelu.out(x, out=out),
         lambda dy, x, out: aten.gelu_backward.grad_input(dy, x, grad_input=out),
     ),
-    "gelu_tanh": Activation(lambda x: F.gelu(x, approximate="tanh"), _gelu_tanh, _gelu_tanh_gradient),
-    "quick_gelu": Activation(lambda x: x * torch.sigmoid(1.702 * x), QUICK_GELU.value, QUICK_GELU.gradient),
+    "gelu_tanh": Activation(
+        lambda x: F.gelu(x, approximate="tanh"),
+        gelu_tanh,
+        lambda dy, x, out: aten.gelu_backward.grad_input(dy, x, approximate="tanh", grad_input=out),
+    ),
+    "quick_gelu": Activation(
+        lambda x: x * torch.sigmoid(QUICK * x),
+        _quick_gelu,
+        lambda dy, x, out: aten.silu_backward.grad_input(dy, x * QUICK, grad_input=out),
+    ),
     "relu": Activation(
         F.relu,
         lambda x, out: torch.clamp_min(x, 0, out=out),

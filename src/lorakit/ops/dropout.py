@@ -109,10 +109,10 @@ def _gaps(count: int, p: float, device: torch.device | str) -> tuple[Tensor, Ten
         return positions, positions.diff(prepend=positions[:1])
     expected = count * p
     draws = int(expected + 4 * math.sqrt(expected)) + 8  # past the end but for once in thousands
-    steps = torch.empty(0, dtype=torch.int64, device=device)
+    exact, whole = (torch.float32, torch.int32) if p >= FEW else (torch.float64, torch.int64)
+    steps = torch.empty(0, dtype=whole, device=device)
     while True:
-        more = torch.rand(draws, dtype=torch.float32 if p >= FEW else torch.float64, device=device)
-        more = more.neg_().log1p_().mul_(1 / math.log1p(-p)).long()
+        more = torch.rand(draws, dtype=exact, device=device).neg_().log1p_().mul_(1 / math.log1p(-p)).to(whole)
         more[0 if len(steps) else 1 :].add_(1)
         steps = torch.cat([steps, more]) if len(steps) else more
         positions = steps.cumsum(0)

@@ -2,9 +2,9 @@
 
 With B transposed, forward and backward are the same three products: `shrink` from wide rows to thin, `expand` from thin
 to wide, `outer` of both. There are three ways to take them, with the same results. `masked` multiplies by all adapters
-at once and blots out what is not a row's own: the waste is free while there are few tokens, since a product of few rows
-takes the time to read the weights. `rows` copies each row's factors together: for rows of many tokens. `sorted` puts
-the rows of one adapter together and takes one product for each: for many short rows.
+at once and blots out what is not a row's own: with few adapters the waste costs less than anything else. `rows` takes a
+product for each row, with copies of its factors: for rows of many tokens, and for many adapters. `sorted` puts the rows
+of one adapter together and takes one product for each: for many short rows.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from lorakit.ops.adapted import as_written, autocast
 
 Way = Literal["masked", "rows", "sorted"]
-FEW_TOKENS = 64  # up to here a product with all adapters takes hardly longer than with one
-LONG_ROW = 16  # tokens from which a row fills a product of its own
-MANY_ADAPTERS = 3  # times the rows: from here copying the factors of the rows is less than reading all of them
+LONG_ROW = 4  # tokens from which a row fills products of its own
+LONG_RUN, FULL_RUN = 32, 8  # rows of an adapter from which its products are full; from which they beat single rows
+FEW_ADAPTERS = 16  # up to here a product with all of them is no dearer than copies of each row's own
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +51,11 @@ class Routed:
     def own(self) -> Tensor:
         """One where the adapter is the row's own (rows, adapters), fp32."""
         return (self.index[:, None] == torch.arange(self.adapters, device=self.index.device)).float()
+
+    @cached_property
+    def in_place(self) -> bool:
+        """Whether each adapter has one row, in the adapters' order."""
+        return self.index.tolist() == list(range(self.adapters))
 
     @cached_property
     def served(self) -> Tensor | None:
@@ -89,17 +94,18 @@ def segmented(
     x: Tensor,
     A: Tensor,
     B: Tensor,
-    scales: Tensor,
+    scales: Tensor | None,
     index: Tensor | Routed,
     into: Tensor | None = None,
     way: Way | None = None,
 ) -> Tensor:
     """s_k·B_k·(A_k·x_i) for each row i of x (rows, …, in) and its adapter k = index[i] [docs/math.md (72)].
 
-    A (K, r, in) and B (K, out, r) hold all adapters, those of smaller rank filled up with zeros; scales (K,); index
-    (rows,) with −1 for none, or the `Routed` made of it. The result (rows, …, out) is added to `into`, in place, where
-    that is given. Gradients go to x, A, B and into. Nothing is copied where A and B have the dtype of x and B is the
-    transposed view of a (K, r, out). The way "masked" multiplies by every adapter, so all of them must be finite.
+    A (K, r, in) and B (K, out, r) hold all adapters, those of smaller rank filled up with zeros; scales (K,), or None
+    where A holds them; index (rows,) with −1 for none, or the `Routed` made of it. The result (rows, …, out) is added
+    to `into`, in place, where that is given. Gradients go to x, A, B and into. Where A and B have the dtype of x and B
+    is the transposed view of a (K, r, out), nothing is copied but each row's own factors in the way "rows". The way
+    "masked" multiplies by every adapter, so all of them must be finite.
 
     Raises:
         ValueError: Shapes do not fit, or a row asks for an adapter that there is not.
@@ -114,9 +120,10 @@ def segmented(
         return _Segments(A, B, scales, rows, way, x.dtype).forward(x, into)[0]
 
 
-def _check(x: Tensor, A: Tensor, B: Tensor, scales: Tensor, rows: Routed, into: Tensor | None) -> None:
+def _check(x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, into: Tensor | None) -> None:
     K, r, width = A.shape
-    fits = len(x) == len(rows.index) and x.shape[-1] == width and B.shape[::2] == (K, r) and scales.shape == (K,)
+    fits = len(x) == len(rows.index) and x.shape[-1] == width and B.shape[::2] == (K, r)
+    fits = fits and (scales is None or scales.shape == (K,))
     if into is not None:
         fits = fits and into.shape == (*x.shape[:-1], B.shape[1])
     if not fits or rows.adapters != K:
@@ -129,10 +136,13 @@ def _check(x: Tensor, A: Tensor, B: Tensor, scales: Tensor, rows: Routed, into: 
 
 
 def _way(x: Tensor, rows: Routed) -> Way:
-    tokens = x.numel() // x.shape[-1]
-    if tokens <= FEW_TOKENS and rows.adapters <= MANY_ADAPTERS * len(x):
-        return "masked"
-    return "rows" if tokens <= FEW_TOKENS or tokens >= LONG_ROW * len(x) else "sorted"
+    """By measurement, on widths of 576 and 2048 at rank 16."""
+    run = len(x) / rows.adapters
+    if x.numel() // x.shape[-1] >= LONG_ROW * len(x):
+        return "rows"
+    if rows.adapters <= FEW_ADAPTERS:
+        return "sorted" if run >= LONG_RUN else "masked"
+    return "sorted" if run >= FULL_RUN else "rows"
 
 
 class _Call(NamedTuple):
@@ -140,7 +150,7 @@ class _Call(NamedTuple):
 
     rows: Routed
     adapter: Tensor  # (served,) of each
-    scales: Tensor  # (K,) fp32
+    scales: Tensor | None  # (served,) fp32
 
 
 class _Products(NamedTuple):
@@ -154,11 +164,13 @@ class _Products(NamedTuple):
 class _Segments:
     """Forward and backward in one of the ways."""
 
-    def __init__(self, A: Tensor, B: Tensor, scales: Tensor, rows: Routed, way: Way, dtype: torch.dtype) -> None:
+    def __init__(self, A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, way: Way, dtype: torch.dtype) -> None:
         self.A, self.Bt = A.to(dtype), B.to(dtype).transpose(1, 2)
         self.do = _WAYS[way]
         self.taken = {"masked": None, "rows": rows.served, "sorted": rows.order}[way]
-        self.call = _Call(rows, rows.index if self.taken is None else rows.index[self.taken], scales.float())
+        adapter = rows.index if self.taken is None else rows.index.index_select(0, self.taken)
+        own = None if scales is None else scales.float().index_select(0, adapter.clamp_min(0))
+        self.call = _Call(rows, adapter, own)
 
     def forward(self, x: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
         """The result (rows, …, out), and the thin rows that the backward needs."""
@@ -195,13 +207,16 @@ class _Segments:
         if self.taken is not None:
             whole = wide.new_zeros(flat)
             wide = whole.index_copy_(0, self.taken, wide.view(-1, *flat[1:]))
-        return wide.view(shape) if into is None else into.add_(wide.view(shape))
+        if into is None:
+            return wide.view(shape)
+        into.add_(wide.view(shape))
+        return into
 
 
 def _masked_shrink(wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
     """(N, in) -> (N, K·r), zero but for each row's own r."""
     h = torch.mm(wide.flatten(0, 1), stack.flatten(0, 1).t())
-    own = call.rows.own * call.scales
+    own = call.rows.own if call.scales is None else call.rows.own * call.scales[:, None]
     h.view(*wide.shape[:2], *stack.shape[:2]).mul_(own[:, None, :, None])
     return h
 
@@ -217,12 +232,22 @@ def _masked_outer(h: Tensor, wide: Tensor, stack: Tensor, call: _Call) -> Tensor
 
 def _rows_shrink(wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
     """(rows, T, in) -> (rows, T, r)."""
-    return torch.bmm(wide, stack[call.adapter].transpose(1, 2)).mul_(call.scales[call.adapter][:, None, None])
+    return _scaled(torch.bmm(wide, _of_rows(stack, call).transpose(1, 2)), call)
 
 
 def _rows_expand(h: Tensor, stack: Tensor, call: _Call, wide: Tensor | None) -> Tensor:
-    own = stack[call.adapter]
+    own = _of_rows(stack, call)
     return torch.bmm(h, own) if wide is None else wide.baddbmm_(h, own)
+
+
+def _scaled(h: Tensor, call: _Call) -> Tensor:
+    """(rows, T, r), each row times its adapter's scale."""
+    return h if call.scales is None else h.mul_(call.scales[:, None, None])
+
+
+def _of_rows(stack: Tensor, call: _Call) -> Tensor:
+    """The factor of each row (rows, r, in): a copy, but for rows that stand as their adapters do."""
+    return stack if call.rows.in_place else stack.index_select(0, call.adapter)
 
 
 def _rows_outer(h: Tensor, wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
@@ -236,7 +261,7 @@ def _sorted_shrink(wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
     h = wide.new_empty(*wide.shape[:2], stack.shape[1])
     for k, start, end in call.rows.runs:
         torch.mm(wide[start:end].flatten(0, 1), stack[k].t(), out=h[start:end].flatten(0, 1))
-    return h.mul_(call.scales[call.adapter][:, None, None])
+    return _scaled(h, call)
 
 
 def _sorted_expand(h: Tensor, stack: Tensor, call: _Call, wide: Tensor | None) -> Tensor:
@@ -267,7 +292,7 @@ _WAYS = {
 class _Segmented(torch.autograd.Function):
     @staticmethod
     def forward(  # `into` comes first: where it is a view, autograd takes the first for what was changed in place
-        ctx: Any, into: Tensor | None, x: Tensor, A: Tensor, B: Tensor, scales: Tensor, how: tuple[Routed, Way]
+        ctx: Any, into: Tensor | None, x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, how: tuple[Routed, Way]
     ) -> Tensor:
         if into is not None:
             ctx.mark_dirty(into)

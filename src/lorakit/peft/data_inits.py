@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import CordaConfig, LoraConfig
-from lorakit.core.bases import base_of
+from lorakit.core.bases import NOT_WRITTEN, base_of
 from lorakit.core.data.collecting import evened, in_mode
 from lorakit.core.data.inits import reduced
 from lorakit.core.data.moments import InputStatistics
 from lorakit.core.files.tensorfile import encode
 from lorakit.core.kinds import Slot, kind_of
+from lorakit.core.layering.parameter_sites import bare_parameters
 from lorakit.core.layering.sitemap import survey
 from lorakit.core.making.attaching import with_targets
 from lorakit.durable import write_bytes
@@ -77,12 +78,12 @@ def preprocess_corda(
         hooked_model: The model that `run_model` runs, where it is another one.
 
     Raises:
-        ConfigError: There is no corda_config, its method is unknown, or run_model is missing.
+        ConfigError: There is no corda_config, its method is unknown, run_model is missing, or no dense module is named.
         AdapterFileError: A cache is damaged, or a pickle.
         DataError: Nothing reached a module.
     """
     settings = _corda(lora_config)
-    modules = _targeted(model, lora_config)
+    modules = _dense(model, lora_config, "CorDA initialization. It looks at what reaches")
     if is_there(settings.cache_file):
         _eigens_from(settings, modules)
         return
@@ -211,7 +212,7 @@ def preprocess_loraga(
         cache_file: Read where it exists, else written, as safetensors.
 
     Raises:
-        ConfigError: There is no lora_ga_config, or a targeted weight is quantised.
+        ConfigError: There is no lora_ga_config, no dense module is named, or a targeted weight is quantised.
         TargetError: The config names nothing.
         AdapterFileError: The cache is damaged, or a pickle.
     """
@@ -220,7 +221,7 @@ def preprocess_loraga(
             "If you want to use LoRA-GA, please initialize the LoraConfig with init_lora_weights='lora_ga' and "
             "lora_ga_config=LoraGAConfig(...)."
         )
-    modules = _takes_gradients(_targeted(model, lora_config))
+    modules = _takes_gradients(_dense(model, lora_config, "LoRA-GA initialization. It takes gradients of"))
     if is_there(cache_file):
         _gradients_from(Cache.of(cache_file), modules)
         return
@@ -240,12 +241,9 @@ def preprocess_loraga(
 
 
 def _takes_gradients(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    if not modules:
-        raise ConfigError(
-            "No supported layers found for LoRA-GA initialization. It takes gradients of nn.Linear and Conv1D, and "
-            "target_modules names none of these."
-        )
     for path, module in modules.items():
+        if not base_of(module).written:
+            raise ConfigError(NOT_WRITTEN.format(parameter=f"{path}.weight", type=type(module).__name__))
         if base_of(module).quantised or hasattr(module, "quant_state"):
             raise ConfigError(
                 f"LoRA-GA does not support quantized models. Found quantized module: {path!r}: its weight takes no "
@@ -295,7 +293,8 @@ def _targeted(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """Path -> module, of the dense modules that a config names."""
     site_map = survey(model)
     asked = with_targets(config, model)
-    matches: Iterable[Any] = resolve(site_map.candidates, asked, allow_partial=True).matches
+    bare = bare_parameters(site_map, model) if asked.target_parameters else None
+    matches: Iterable[Any] = resolve(site_map.candidates, asked, allow_partial=True, parameters=bare).matches
     return {match.path: site_map.base(match.path) for match in matches if match.kind in DENSE}
 
 
@@ -303,6 +302,15 @@ def _slot(module: nn.Module) -> Slot:
     kind: Any = kind_of(type(module))
     slot: Slot = kind.slots(module)[0]
     return slot
+
+
+def _dense(model: nn.Module, config: LoraConfig, what: str) -> dict[str, nn.Module]:
+    modules = _targeted(model, config)
+    if not modules:
+        raise ConfigError(
+            f"No supported layers found for {what} nn.Linear and Conv1D, and target_modules names none of these."
+        )
+    return modules
 
 
 def _device(module: nn.Module) -> torch.device:

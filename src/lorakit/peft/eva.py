@@ -16,14 +16,16 @@ from lorakit.core.data.allocating import in_groups
 from lorakit.core.data.collecting import in_mode
 from lorakit.core.data.inits import ranks_by_variance, redistributed
 from lorakit.core.data.moments import InputStatistics
+from lorakit.core.inits import init_for
 from lorakit.core.kinds import kind_of
 from lorakit.core.layering.layer import LoraLayer
+from lorakit.core.layering.parameter_sites import bare_parameters
 from lorakit.core.layering.sitemap import layers, survey
 from lorakit.core.making.attaching import with_targets
 from lorakit.errors import AdapterError, ConfigError, ConfigTypeError, DataError, warn_caller
 from lorakit.peft import standing
 from lorakit.peft.matching import find_minimal_target_modules
-from lorakit.targets import Match, resolve
+from lorakit.targets import Match, match_path, resolve
 
 DENSE = ("Linear", "Conv1D")
 INSIDE = "base_model.model."
@@ -314,7 +316,12 @@ def _sites(user: nn.Module, config: LoraConfig, adapter: str | None) -> tuple[li
     """The dense modules to look at, with the ranks that the config gives them."""
     site_map = survey(user)
     asked = with_targets(config, user)
-    matches = [m for m in resolve(site_map.candidates, asked, allow_partial=True).matches if m.kind in DENSE]
+    bare = bare_parameters(site_map, user) if asked.target_parameters else None
+    named = resolve(site_map.candidates, asked, allow_partial=True, parameters=bare).matches
+    for match in named:
+        if match.parameter:
+            init_for("eva", match.kind, match_path(match))
+    matches = [match for match in named if match.kind in DENSE]
     if adapter is not None:
         standing_here = {path for path, layer in layers(user) if adapter in layer.r}
         matches = [match for match in matches if match.path in standing_here]

@@ -8,7 +8,7 @@ refused call leaves the model as it was. The base is frozen while adapters sit o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -210,7 +210,7 @@ def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
     Raises:
         ConfigError: It names none, and there is no default for this architecture.
     """
-    model_type = str(getattr(getattr(model, "config", None), "model_type", None))
+    model_type = model_type_of(model)
     if config.target_modules is not None or (config.target_parameters and model_type not in DEFAULT_TARGETS):
         return dataclasses.replace(config)
     if model_type not in DEFAULT_TARGETS:
@@ -220,6 +220,21 @@ def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
         )
     default = DEFAULT_TARGETS[model_type]
     return dataclasses.replace(config, target_modules=default if isinstance(default, str) else set(default))
+
+
+def model_type_of(model: nn.Module) -> str:
+    """What a model's config, an object or a table, says its architecture is; "None" where it does not.
+
+    Args:
+        model: Any model.
+    """
+    config = getattr(model, "config", None)
+    said = getattr(config, "model_type", None)
+    if not isinstance(said, str):
+        as_table = getattr(config, "to_dict", None)
+        table = as_table() if callable(as_table) else config
+        said = table.get("model_type") if isinstance(table, Mapping) else None
+    return str(said)
 
 
 def _forget(module: nn.Module, names: Sequence[str], site_map: SiteMap) -> None:

@@ -206,8 +206,8 @@ def check_bias_of_b(config: LoraConfig, place: Place) -> None:
     """
     if config.lora_bias and not place.kind.takes_bias:
         raise ConfigError(
-            f"lora_bias=True is not supported for {place.path}, a {place.kind.name}: B has no output of its own there. "
-            "Leave the module out of the targets, or lora_bias off."
+            f"lora_bias=True is not supported for {place.kind.name}, at {place.path}: B has no output of its own "
+            "there. Leave the module out of the targets, or lora_bias off."
         )
 
 

@@ -22,7 +22,9 @@ from lorakit.core.parts.token_rows import NewRows, TokenRows
 from lorakit.core.routes.forwards import Forwards
 from lorakit.core.routes.routing import AdapterState, Route, resolve
 from lorakit.core.routes.switching import Switched
-from lorakit.errors import ConfigError, RouteError, TargetError
+from lorakit.errors import ConfigError, ConfigTypeError, RouteError, TargetError
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 class ModuleCopies(Switched):
@@ -290,8 +292,14 @@ def trainable_copy(path: str, standing: nn.Module) -> nn.Module:
 
     Raises:
         TargetError: It holds sites or copies of another adapter.
+        ConfigTypeError: It is a mere container, whose parts the model takes out and calls itself.
     """
     original = standing.original_module if isinstance(standing, ModuleCopies) else standing
+    if isinstance(original, CONTAINERS):
+        raise ConfigTypeError(
+            f"modules_to_save cannot be applied to modules of type {type(original).__name__}: {path} is never called "
+            "itself, so that a copy of it would not act. Name the modules in it."
+        )
     held = [module for module in original.modules() if isinstance(module, Switched)]
     if held:
         raise TargetError(
