@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lorakit.ops.adapted import as_written, autocast
 from lorakit.ops.widening import wide
 
 CPU_CHUNK, OTHER_CHUNK = (256, 48 << 20), (4096, 256 << 20)
@@ -94,9 +95,8 @@ def linear_cross_entropy(
     arXiv:2410.10989, section 3.2, here for a frozen W.
     """
     if torch.is_autocast_enabled(h.device.type):
-        dtype = torch.get_autocast_dtype(h.device.type)
-        bias = None if head.bias is None else head.bias.to(dtype)
-        h, head = h.to(dtype), replace(head, W=head.W.to(dtype), bias=bias)
+        bias = None if head.bias is None else autocast(head.bias)
+        h, head = autocast(h), replace(head, W=autocast(head.W), bias=bias)
     _check(h, head, labels, ignore_index, chunk)
     flat, targets = h.flatten(0, -2), labels.flatten().long()
     rows = (targets != ignore_index).nonzero().squeeze(1)
@@ -109,7 +109,7 @@ def linear_cross_entropy(
     if torch.is_grad_enabled() and (h.requires_grad or head.W.requires_grad):
         loss = _LinearCrossEntropy.apply(flat, head.W, trained)
     else:
-        with torch.autocast(h.device.type, enabled=False):
+        with as_written(h):
             loss = trained.run(Needs(h=False, W=False))[0]
     return loss / (count if total is None else total)
 
@@ -217,7 +217,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, W: Tensor, trained: Trained) -> Tensor:
-        with torch.autocast(h.device.type, enabled=False):
+        with as_written(h):
             loss, dh, dW = trained.run(Needs(*ctx.needs_input_grad[:2]))
         ctx.save_for_backward(dh, dW, trained.rows)
         ctx.scale, ctx.rows_of_h, ctx.dtype_of_W = trained.head.scale, len(h), W.dtype

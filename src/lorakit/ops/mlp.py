@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.ops import linear
 from lorakit.ops.activation import Activation, activation
-from lorakit.ops.linear import Adapted, Group
+from lorakit.ops.adapted import Adapted, as_written, autocast, factors, refuse_trained, rows, unflat
+from lorakit.ops.linear import Group
 from lorakit.ops.norm import Norm, normalised, refuse_trained_norm
 from lorakit.ops.norm import reference as norm_reference
 
@@ -75,24 +76,24 @@ def reference(x: Tensor, form: Form) -> Tensor:
 def _mlp(x: Tensor, form: Form) -> Tensor:
     modules = (*form.inner, form.down)
     if torch.is_grad_enabled():
-        linear.refuse_trained(modules)
+        refuse_trained(modules)
         refuse_trained_norm(form.norm)
     if torch.is_autocast_enabled(x.device.type):
         return _under_autocast(x, form)
-    flat = linear.factors(modules)
+    flat = factors(modules)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat)):
         y = _Mlp.apply(x, form, *flat)
     else:
         y = _forward(x, form)[0]
-    return linear.unflat(y, x)  # here: an output that is a view could not be changed in place
+    return unflat(y, x)  # here: an output that is a view could not be changed in place
 
 
 def _under_autocast(x: Tensor, form: Form) -> Tensor:
     """As autocast has it: the norm and the residual in the dtype of x, what is between them in autocast's."""
     n = x if form.norm is None else normalised(x, form.norm)
-    dtype = torch.get_autocast_dtype(x.device.type)
-    with torch.autocast(x.device.type, enabled=False):
-        y = _mlp(n.to(dtype), form._replace(norm=None, residual=False))
+    n = autocast(n)
+    with as_written(x):
+        y = _mlp(n, form._replace(norm=None, residual=False))
     return x + y if form.residual else y
 
 
@@ -106,7 +107,7 @@ class _Made(NamedTuple):
 
 def _forward(x: Tensor, form: Form) -> tuple[Tensor, _Made]:
     """The output rows (N, d), and what was made on the way."""
-    flat = linear.rows(x)
+    flat = rows(x)
     n, stats = (flat, ()) if form.norm is None else form.norm.forward(flat)
     inner, outer = Group(form.inner, x.dtype), Group([form.down], x.dtype)
     hidden = inner.forward(n, owned=form.norm is not None)
@@ -143,13 +144,13 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         tensors, form = iter(ctx.saved_tensors), ctx.form
         outside, hidden, stats, (x,), inside = ([next(tensors) for _ in range(count)] for count in ctx.counts)
-        with torch.autocast(dy.device.type, enabled=False):
-            dy = linear.rows(dy)
+        with as_written(dy):
+            dy = rows(dy)
             dhidden, last = _back_through_the_activation(dy, hidden, Group.unpack(ctx.outer, outside), form, ctx.deep)
             if not ctx.deep:
                 return (None, None, *(None for _ in form.inner for _ in range(2)), *last)
             inner, norm = Group.unpack(ctx.inner, inside), form.norm
-            flat = None if x is None else linear.rows(x)
+            flat = None if x is None else rows(x)
             n = norm.again(flat, stats) if norm is not None and inner.needs_x else flat
             dx, grads = inner.backward(n, dhidden, ctx.needs_input_grad[0], owned=norm is not None and inner.needs_x)
             del n, dhidden

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lorakit.ops.adapted import as_written, unflat
+from lorakit.ops.adapted import rows as rows_of
 from lorakit.ops.widening import room, room_to_widen, slabs, wide
 
 
@@ -100,9 +102,9 @@ def normalised(x: Tensor, norm: Norm) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         n = _Normalised.apply(x, norm)
     else:
-        with torch.autocast(x.device.type, enabled=False):
-            n = norm.forward(_rows(x))[0]
-    return n.view(x.shape)  # here: an output that is a view could not be changed in place
+        with as_written(x):
+            n = norm.forward(rows_of(x))[0]
+    return unflat(n, x)  # here: an output that is a view could not be changed in place
 
 
 def refuse_trained_norm(norm: Norm | None) -> None:
@@ -204,15 +206,11 @@ def _dtype_of_parameters(x: Tensor) -> torch.dtype:
     return wide(x.dtype) if x.device.type == "cpu" else x.dtype
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
 class _Normalised(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            n, stats = norm.forward(_rows(x))
+        with as_written(x):
+            n, stats = norm.forward(rows_of(x))
         ctx.save_for_backward(x, *stats)
         ctx.norm = norm
         return n
@@ -221,4 +219,4 @@ class _Normalised(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dn: Tensor) -> tuple[Tensor, None]:
         x, *stats = ctx.saved_tensors
-        return ctx.norm.backward(_rows(dn), _rows(x), stats).view(x.shape), None
+        return ctx.norm.backward(rows_of(dn), rows_of(x), stats).view(x.shape), None

@@ -19,6 +19,7 @@ from lorakit.config import EvaConfig, LoraConfig
 from lorakit.core.data.allocating import by_explained_variance, in_groups, with_ranks
 from lorakit.core.data.collecting import Forward, collect_gradients, collect_inputs
 from lorakit.core.data.statistics import Statistics
+from lorakit.core.files.fingerprinting import fingerprint
 from lorakit.core.inits import Blank, Init, init_for, init_named
 from lorakit.core.kinds import kind_named
 from lorakit.core.layering.parameter_sites import bare_parameters
@@ -76,7 +77,7 @@ def collect_for(
         if ranks != given:
             config = redistributed(config, matches, ranks)
             sites = {path: tensors for path, tensors in sites.items() if ranks[path]}
-    return Statistics(config, sites)
+    return Statistics(config, sites, base=fingerprint(model))
 
 
 def reduced(
@@ -97,7 +98,7 @@ def reduced(
     init, config, _, blanks = _asked(model, config, allow)
     with torch.no_grad():
         found = {path: init.digest(blanks[path], collected[path]) for path in blanks if path in collected}  # type: ignore[misc]
-    return Statistics(config, found)
+    return Statistics(config, found, base=fingerprint(model))
 
 
 def ranks_by_variance(

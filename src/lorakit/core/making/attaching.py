@@ -24,7 +24,7 @@ from lorakit.core.layering.parameter_sites import bare_parameters
 from lorakit.core.layering.replication import stacked_for
 from lorakit.core.layering.sitemap import Place, SiteMap, find_state, layers, state_of, survey
 from lorakit.core.making.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
-from lorakit.core.making.fresh import Part, fresh_parts, memory_notes
+from lorakit.core.making.fresh import Part, fresh_parts, notes_on_moving
 from lorakit.core.making.inference import trainable_tensors
 from lorakit.core.making.moving import give_base_back
 from lorakit.core.merging.merging import check_unmergeable, merged_adapters, unmerge
@@ -87,7 +87,8 @@ def attach(
         What was attached.
 
     Raises:
-        ConfigError: The config does not fit this model, or a name in `allow` is unknown.
+        ConfigError: The config does not fit this model or the statistics, or a name in `allow` is unknown.
+        BaseMismatchError: The statistics were collected on another base.
         TargetError: A target matches nothing, or what it matches cannot take factors.
         AdapterError: The name is taken or cannot be used.
         NotYetSupported: The config asks for what is not built yet.
@@ -97,6 +98,8 @@ def attach(
     check_new_name(state, name)
     config = with_targets(config, model)
     check_bias_alone(state, config)
+    if statistics is not None:
+        statistics.check(config, model)
     with stacked_for(model, config, state):
         site_map = survey(model, kinds)
         bare = bare_parameters(site_map, model) if config.target_parameters else None
@@ -108,7 +111,7 @@ def attach(
         outer = {part.place.outer for part in parts}
         publish(model, site_map, name, config, parts, fresh_extras(model, site_map, config, outer, ties))
     trained = sum(parameter.numel() for parameter in adapter_parameters(model, name) if parameter.requires_grad)
-    return AttachReport(name, found.matches, trained, (*found.notes, *memory_notes(config, parts)), found.missing)
+    return AttachReport(name, found.matches, trained, (*found.notes, *notes_on_moving(config, parts)), found.missing)
 
 
 @trainable_tensors
