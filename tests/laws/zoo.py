@@ -333,7 +333,7 @@ class Case:
     @property
     def takes_rows(self) -> bool:
         """Whether rows of a batch can have different adapters."""
-        return kind_named(self.kind).acts_on == "input"
+        return kind_named(self.kind).row_axis(nn.Module()) is not None
 
     @property
     def fields(self) -> dict[str, Any]:

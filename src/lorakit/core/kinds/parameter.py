@@ -78,7 +78,8 @@ def _attention_slots(module: Any) -> tuple[Slot, ...]:
 
 
 def _attention_axis(module: Any) -> int | None:
-    return 0 if module.batch_first else 1
+    first = getattr(module, "batch_first", None)  # a module of another make may not say
+    return None if first is None else 0 if first else 1
 
 
 PARAMETER = replace(
