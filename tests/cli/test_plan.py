@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from lorakit import core
 from lorakit.cli import main
+
+from ..laws.zoo import MIXTRAL
 
 REFERENCE = ["plan", "gpt2", "--r", "8", "--lora-alpha", "16", "--target-modules", "c_attn", "c_proj"]
 
@@ -133,3 +136,22 @@ def test_lorafa_trains_one_factor_of_two(capsys: pytest.CaptureFixture[str]) -> 
     assert any("LoRA-FA leaves one factor of each site as it is" in r for r in plans[1]["adapter"]["reasons"])
     assert main(["plan", "gpt2", "--optimizer", "sgd"]) == 2
     assert "optimizer is 'sgd'; it must be adamw or lorafa." in capsys.readouterr().err
+
+
+def test_experts_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The parameters alone where no module is named; beside modules where one is. The counts are the model's own."""
+    model = MIXTRAL.model()
+    model.config.save_pretrained(tmp_path)
+    for words, fields in (
+        ([], {"target_modules": []}),
+        (["--target-modules", "all-linear"], {"target_modules": "all-linear"}),
+    ):
+        flags = ["plan", str(tmp_path), "--r", "4", "--target-parameters", *MIXTRAL.parameters, *words]
+        assert main([*flags, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        attached = MIXTRAL.model()
+        report = core.attach(attached, MIXTRAL.config(**fields))
+        assert found["adapter"]["trainable"] == report.trainable_parameters
+        assert {group["experts"] for group in found["adapter"]["groups"]} == ({3} if not words else {1, 3})
+        assert main(flags) == 0
+        assert "3 experts in one parameter" in " ".join(capsys.readouterr().out.split())

@@ -20,22 +20,22 @@ def model_named(name: str, seed: int = 0) -> nn.Module:
         return MODELS[name]().eval()
 
 
-def inputs_for(name: str) -> dict[str, Tensor]:
+def inputs_for(name: str, seed: int = 8) -> dict[str, Tensor]:
     """Arguments of the model's forward, labels among them where the model has a loss of its own."""
-    ids = _ids(ROWS, LENGTH)
+    ids = _ids(ROWS, LENGTH, seed)
     if name.startswith("sequential"):
         return {"input": ids}
     if name.startswith("t5"):
-        return {"input_ids": ids, "labels": _ids(ROWS, 4)}
+        return {"input_ids": ids, "labels": _ids(ROWS, 4, seed)}
     labels = {
         "classes": torch.tensor([0, 2, 1]),
         "tokens": ids % 3,
         "words": ids,
     }
     if name.endswith("-pictures"):
-        return {"pixel_values": _numbers(3, 3, 8, 8), "labels": labels["classes"]}
+        return {"pixel_values": _numbers(seed, 3, 3, 8, 8), "labels": labels["classes"]}
     if name.endswith("-speech"):
-        return {"input_features": _numbers(3, 4, 16), "labels": ids}
+        return {"input_features": _numbers(seed, 3, 4, 16), "labels": ids}
     if name.endswith("-answers"):
         spans = {"start_positions": torch.tensor([0, 1, 2]), "end_positions": torch.tensor([3, 3, 4])}
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **spans}
@@ -61,12 +61,12 @@ def loss_of(result: Any) -> Tensor:
     )
 
 
-def _ids(rows: int, length: int) -> Tensor:
-    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(8))
+def _ids(rows: int, length: int, seed: int) -> Tensor:
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def _numbers(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(9))
+def _numbers(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 1))
 
 
 def _of(model: str, config: str, **sizes: Any) -> Callable[[], nn.Module]:
@@ -100,7 +100,7 @@ class _Convolutions(nn.Module):
         self.one = nn.Conv1d(LENGTH, 6, 3, stride=2, padding=1)
         self.two = nn.Conv2d(1, 6, 3, padding=1, bias=False)
         self.mixed = nn.Conv2d(6, 6, 1, groups=groups)
-        self.three = nn.Conv3d(1, 2, 3, padding=1)
+        self.three = nn.Conv3d(1, 4, 3, padding=1)
         self.head = nn.Linear(6, 7)
 
     def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
@@ -110,6 +110,62 @@ class _Convolutions(nn.Module):
             torch.tanh(self.three(x.unsqueeze(1))).flatten(2).mean(2, keepdim=True).expand(-1, -1, 6)
         )
         return out
+
+
+class _Attending(nn.Module):
+    """Token vectors through torch's own attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mha = nn.Embedding(VOCABULARY, 12), nn.MultiheadAttention(12, 2, batch_first=True)
+        self.head = nn.Linear(12, 7)
+        self.requires_grad_(False)  # torch computes attention another way, to other bits, where a weight is trained
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.embed(input)
+        out: Tensor = self.head(self.mha(x, x, x)[0])
+        return out
+
+
+class _Experts(nn.Module):
+    """Parameters without a module of their own: experts in one tensor, and a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack, self.matrix = nn.Parameter(torch.randn(3, 20, 12) / 3), nn.Parameter(torch.randn(14, 20) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(torch.einsum("nti,eoi->nto", x, self.stack)) @ self.matrix.T
+
+
+def _bare() -> nn.Module:
+    return nn.Sequential(OrderedDict(embed=nn.Embedding(VOCABULARY, 12), experts=_Experts(), head=nn.Linear(14, 7)))
+
+
+def _parametrised() -> nn.Module:
+    """An embedding and a dense layer whose weights are computed from two others in each forward."""
+    model = _sequential()
+    for module in (model.embed, model.up):
+        nn.utils.parametrizations.weight_norm(module)
+    return model
+
+
+def _in_few_bits(storage: str) -> Callable[[], nn.Module]:
+    """A Llama as wide as quantisers' kernels ask for, its dense layers in a storage of `--quantization`."""
+
+    def make() -> nn.Module:
+        from lorakit.core.bases.quantising import quantised_linear
+        from lorakit.plan.quantised import Quantization
+
+        sizes = {**_LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+        model: Any = _of("LlamaForCausalLM", "LlamaConfig", **sizes, tie_word_embeddings=False)()
+        for path, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and path != "lm_head":
+                model.set_submodule(path, quantised_linear(module, Quantization(storage)))
+        model.is_loaded_in_4bit, model.is_loaded_in_8bit = storage == "nf4", storage == "int8"  # peft asks the model
+        return model
+
+    return make
 
 
 def _unnamed() -> nn.Module:
@@ -155,6 +211,9 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "convolutions": _Convolutions,
     "convolutions-in-groups": lambda: _Convolutions(groups=2),
     "sequential-unnamed": _unnamed,
+    "sequential-attention": _Attending,
+    "sequential-bare": _bare,
+    "sequential-parametrised": _parametrised,
     "gpt2-words": _of("GPT2LMHeadModel", "GPT2Config", **_GPT2),
     "gpt2-classes": _of("GPT2ForSequenceClassification", "GPT2Config", **_GPT2, **_THREE, pad_token_id=0),
     "llama-words": _of("LlamaForCausalLM", "LlamaConfig", **_LLAMA, tie_word_embeddings=False),
@@ -175,4 +234,5 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "bert-features": _of("BertModel", "BertConfig", **_BERT),
     "roberta-classes": _of("RobertaForSequenceClassification", "RobertaConfig", **_ROBERTA, **_THREE),
     "t5-words": _of("T5ForConditionalGeneration", "T5Config", **_T5, initializer_factor=0.5, tie_word_embeddings=True),
+    **{f"llama-{storage}-words": _in_few_bits(storage) for storage in ("nf4", "int8", "int8-torchao", "hqq4")},
 }

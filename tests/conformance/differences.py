@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lorakit.core.inits import init_named
+
 from .rows import Row
 
 
@@ -28,8 +30,15 @@ class Difference:
 ABSENT = "<absent>"
 
 FILES_OF_PEFT_ALONE: Mapping[str, str] = {}
-FILES_OF_OURS_ALONE: Mapping[str, str] = {
-    "lorakit.json": "fingerprint of the base, SHA-256 of both files, rank and alpha of each site; peft does not look at it",
+FILES_OF_OURS_ALONE: Mapping[str, Difference] = {
+    "lorakit.json": Difference(
+        "fingerprint of the base, SHA-256 of both files, rank and alpha of each site; peft does not look at it",
+        lambda row, *_: True,
+    ),
+    "lorakit_initial.safetensors": Difference(
+        "what an adapter that moved the base began with, so that it loads without its data; peft does not look at it",
+        lambda row, *_: init_named(row.fields.get("init_lora_weights", True)).changes_base,
+    ),
 }
 
 METADATA: Mapping[str, str] = {
@@ -55,6 +64,15 @@ CONFIG: Mapping[str, Difference] = {
         ),
     ),
 }
+
+CONFIG_OF_CONVERTED: Mapping[str, Difference] = {
+    field: Difference(
+        "plain LoRA has no settings of an init; peft leaves them there, and warns of them when they are read",
+        lambda row, theirs, ours: theirs is not None and ours is None,
+    )
+    for field in ("corda_config", "lora_ga_config")
+}
+"""More of them where an adapter that moved the base is written as plain LoRA."""
 
 TENSORS_OF_PEFT_ALONE: Mapping[str, Difference] = {
     ".base_layer.weight": Difference(
@@ -88,6 +106,7 @@ WHERE_PEFT_IS_WRONG: Mapping[str, str] = {
     "gaussian_reaches_embeddings": "init_lora_weights='gaussian' is silently the default there on an embedding",
     "dropout_below_zero_is_refused": "a negative lora_dropout is accepted there and drops nothing",
     "merged_and_dora_rows_mix": "mixed batches are refused there with DoRA, and while something is merged",
+    "a_converted_dora_keeps_its_magnitude": "converted from PiSSA to plain LoRA, a DoRA adapter loses what its magnitudes learned",
     "merging_rounds_once": "safe_merge rounds the delta to the weight's dtype before it is added there",
 }
 """Behaviour that is compared with our own formula instead; each has a test of its name in test_where_peft_is_wrong.py."""

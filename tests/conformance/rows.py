@@ -106,11 +106,12 @@ def randomise(model: nn.Module) -> None:
 
 
 def copy_adapters(source: nn.Module, target: nn.Module) -> None:
-    """Copy the numbers of all adapters by their names in memory, biases of the base included."""
+    """Copy the numbers of all adapters by their names in memory, and those of the base, packed weights excepted."""
     given = dict(source.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, parameter in target.named_parameters(remove_duplicate=False):
-            parameter.copy_(given[name])
+            if type(parameter) is nn.Parameter and parameter.is_floating_point():
+                parameter.copy_(given[name])
 
 
 def _rows() -> list[Row]:

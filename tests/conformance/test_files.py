@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 import lorakit.peft as ours
 
 from . import differences
 from .architectures import model_named, outputs_of
-from .closeness import assert_close, assert_differs, assert_same_bits
+from .closeness import assert_close, assert_differs
 from .rows import ROWS_COMPARED, Row, quiet_peft, theirs
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-USED: set[str] = set()
+from .written import compare_folders
 
 
 class Saved:
@@ -49,18 +44,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("row", ROWS_COMPARED, ids=str)
 def test_same_files(row: Row, saved: Any) -> None:
-    folders = saved(row)
-    names, our_names = ({path.name for path in folder.iterdir()} for folder in (folders.theirs, folders.ours))
-    assert names - our_names == set(differences.FILES_OF_PEFT_ALONE)
-    assert our_names - names == set(differences.FILES_OF_OURS_ALONE)
-    _compare_configs(row, *(json.loads((f / CONFIG).read_text()) for f in (folders.theirs, folders.ours)))
-    metadata, our_metadata = (_metadata(f / WEIGHTS) for f in (folders.theirs, folders.ours))
-    assert {k: v for k, v in our_metadata.items() if k not in differences.METADATA} == metadata
-    tensors, our_tensors = (load_file(f / WEIGHTS) for f in (folders.theirs, folders.ours))
-    for name in set(tensors) - set(our_tensors):
-        _accept_tensor(row, name)
-        del tensors[name]
-    assert_same_bits(our_tensors, tensors)
+    compare_folders(row, saved(row).theirs, saved(row).ours)
 
 
 @pytest.mark.parametrize("row", ROWS_COMPARED, ids=str)
@@ -100,39 +84,5 @@ def test_what_peft_saved_again_is_unverified_once(row: Row, saved: Any, tmp_path
 
 
 def test_every_accepted_difference_is_needed(saved: Any) -> None:
-    for row in ROWS_COMPARED:
-        folders = saved(row)
-        first, second = (json.loads((f / CONFIG).read_text()) for f in (folders.theirs, folders.ours))
-        _compare_configs(row, first, second)
-        for name in set(load_file(folders.theirs / WEIGHTS)) - set(load_file(folders.ours / WEIGHTS)):
-            _accept_tensor(row, name)
-    assert set(differences.CONFIG) | set(differences.TENSORS_OF_PEFT_ALONE) == USED
-
-
-def _compare_configs(row: Row, theirs_: dict[str, Any], ours_: dict[str, Any]) -> None:
-    for field in sorted(set(theirs_) | set(ours_)):
-        first, second = (_unordered(config.get(field, differences.ABSENT)) for config in (theirs_, ours_))
-        if first != second:
-            accepted = differences.CONFIG.get(field)
-            assert accepted is not None and accepted.holds(row, first, second), (
-                f"{field}: peft {first}, lorakit {second}"
-            )
-            USED.add(field)
-
-
-def _accept_tensor(row: Row, name: str) -> None:
-    for ending, accepted in differences.TENSORS_OF_PEFT_ALONE.items():
-        if name.endswith(ending) and accepted.holds(row, name, None):
-            USED.add(ending)
-            return
-    raise AssertionError(f"peft alone wrote {name}")
-
-
-def _unordered(value: Any) -> Any:
-    """Lists of names are sets in peft, and it writes them in the order of their hashes."""
-    return sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata())
+    used = set().union(*(compare_folders(row, saved(row).theirs, saved(row).ours) for row in ROWS_COMPARED))
+    assert set(differences.CONFIG) | set(differences.TENSORS_OF_PEFT_ALONE) == used

@@ -87,3 +87,39 @@ def test_an_adapter_of_the_quantised_base_loads_on_the_plain_one_in_both(
     with quiet_peft():
         other = theirs.PeftModel.from_pretrained(hub.load_model(wide_model_directory, "float32"), tmp_path)
         near(logits(mine), logits(other))
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default' acts on a base")
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_olora_rounds_the_same_base_to_the_same_numbers(
+    quantization: str, rslora: bool, wide_model_directory: Path
+) -> None:
+    fields = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], "use_rslora": rslora}
+    made = []
+    for library in (theirs, ours):
+        with quiet_peft():
+            config = library.LoraConfig(init_lora_weights="olora", **fields)
+            made.append(library.get_peft_model(base(wide_model_directory, quantization), config))
+    them, us = made
+    for name, tensor in them.state_dict().items():
+        if "lora_" in name:
+            torch.testing.assert_close(us.state_dict()[name].abs(), tensor.abs(), atol=1e-4, rtol=1e-3)
+    near(logits(us.train()), logits(them.train()), 2e-3)  # a number at the edge of two steps may fall to either
+
+
+@pytest.mark.parametrize("quantization", STORAGES)
+@pytest.mark.parametrize("init", ["pissa", "corda", "loftq", "lora_ga"])
+def test_what_peft_refuses_on_a_quantised_base_is_refused(
+    quantization: str, init: str, wide_model_directory: Path
+) -> None:
+    fields: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": init}
+    if init == "loftq":
+        fields["loftq_config"] = {"loftq_bits": 4}
+    if init in ("corda", "lora_ga"):
+        fields |= {f"{init}_config": (ours.CordaConfig if init == "corda" else ours.LoraGAConfig)()}
+    model = base(wide_model_directory, quantization)
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"rounded a second time|please run `preprocess_"):
+        ours.get_peft_model(model, ours.LoraConfig(**fields))
+    assert torch.equal(logits(model), before)

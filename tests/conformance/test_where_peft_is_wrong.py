@@ -20,7 +20,7 @@ from lorakit.errors import AdapterError, ConfigError, RouteError, TargetError
 from .architectures import model_named, outputs_of
 from .closeness import assert_close, assert_differs, assert_same_bits
 from .differences import WHERE_PEFT_IS_WRONG
-from .rows import Row, quiet_peft, theirs
+from .rows import Row, copy_adapters, quiet_peft, randomise, theirs
 
 LLAMA = Row("llama", "llama-words", {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]})
 TIED = Row("tied", "llama-tied-words", {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "embed_tokens"]})
@@ -216,6 +216,30 @@ def test_merged_and_dora_rows_mix() -> None:
             assert_close({"y": model(x, adapter_names=names)}, {"y": expected})
             model.merge_adapter(["a"])
             assert_close({"y": model(x, adapter_names=names)}, {"y": expected})
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default' acts on a base")
+def test_a_converted_dora_keeps_its_magnitude(tmp_path: Path) -> None:
+    row = Row("moved", "sequential", {"target_modules": ["up"], "use_dora": True, "init_lora_weights": "pissa"})
+    models = {library: row.wrapped(library).eval() for library in (theirs, ours)}
+    for library, model in models.items():
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(tmp_path / "began" / library.__name__)
+        model.peft_config["default"].init_lora_weights = "pissa"
+    randomise(models[theirs])
+    copy_adapters(models[theirs], models[ours])
+    magnitudes = {}
+    for library, model in models.items():
+        folder, began = tmp_path / library.__name__, tmp_path / "began" / theirs.__name__
+        with quiet_peft():
+            model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(began))
+        written = load_file(folder / "adapter_model.safetensors")
+        magnitudes[library] = [name for name in written if "lora_magnitude_vector" in name]
+    assert magnitudes == {theirs: [], ours: ["base_model.model.up.lora_magnitude_vector"]}
+    with quiet_peft(), torch.no_grad():
+        loaded = theirs.PeftModel.from_pretrained(model_named(row.model), tmp_path / ours.__name__)
+        expected = outputs_of(models[theirs](**row.inputs))
+        assert_close(outputs_of(loaded(**row.inputs)), expected, rtol=1e-5)
 
 
 def test_merging_rounds_once() -> None:

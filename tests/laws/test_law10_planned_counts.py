@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core import attach, merge, trainable_parameters
 from lorakit.core.optimizers.lorafa import LoraFA, freeze_factors
-from lorakit.errors import ConfigError, NotYetSupported
+from lorakit.errors import ConfigError
 from lorakit.hub.shapes import shape_of_module
 from lorakit.plan import Job, catalogue, count, estimate
+from lorakit.plan.flops import products
 from lorakit.targets import match_path
 
 from .zoo import BERT, GPT2, LLAMA, MIXTRAL, T5, TIED, Specimen
@@ -154,29 +156,78 @@ def test_the_whole_gpt2_attached() -> None:
     assert any("c_proj" in note and "2 different modules" in note for note in report.notes)
 
 
-EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+def _qwen3_moe() -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    experts = {"moe_intermediate_size": 10, "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [1]}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts))
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"target_modules": [], "target_parameters": EXPERTS},
-        {"target_parameters": ["gate_up_proj"], "rank_pattern": {"0.mlp.experts.gate_up_proj": 1}},
-        {"target_modules": [], "target_parameters": ["q_proj.weight", "gate.weight"]},
-    ],
-    ids=["experts", "experts and modules", "matrices"],
-)
-def test_bare_parameters_and_experts_are_counted(fields: dict[str, Any]) -> None:
-    model = MIXTRAL.model()
-    config = MIXTRAL.config(**fields)
-    shape = shape_of_module(model, MIXTRAL.name, "here")
-    planned = count(shape, config)
+def _gpt_oss() -> nn.Module:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    return GptOssForCausalLM(GptOssConfig(**sizes, **heads, num_local_experts=3, num_experts_per_tok=2))
+
+
+EXPERTS = MIXTRAL.parameters
+QWEN3_MOE = Specimen("qwen3-moe", _qwen3_moe, ("q_proj",), MIXTRAL.inputs, "", EXPERTS)
+GPT_OSS = Specimen("gpt-oss", _gpt_oss, ("q_proj",), MIXTRAL.inputs, "", EXPERTS)
+BARE: dict[str, dict[str, Any]] = {
+    "experts": {"target_modules": []},
+    "experts-and-modules": {"target_parameters": ["gate_up_proj"], "rank_pattern": {"0.mlp.experts.gate_up_proj": 1}},
+    "matrices": {"target_modules": [], "target_parameters": ["q_proj.weight", "layers.0.self_attn.k_proj.weight"]},
+    "rslora": {"use_rslora": True, "lora_dropout": 0.1, "target_modules": "all-linear"},
+    "mica": {"target_modules": [], "init_lora_weights": "mica"},
+}
+
+
+@pytest.mark.parametrize("specimen", [MIXTRAL, QWEN3_MOE, GPT_OSS], ids=str)
+@pytest.mark.parametrize("which", BARE)
+def test_bare_parameters_and_experts_are_counted(specimen: Specimen, which: str) -> None:
+    model = specimen.model()
+    config = specimen.config(**BARE[which])
+    shape = shape_of_module(model, specimen.name, "here")
+    plan = estimate(shape, config, Job(dtype="float32"), ranks=[config.r])
+    planned = plan.counted
+    assert planned.base == sum(parameter.numel() for parameter in model.parameters())
     report = attach(model, config)
     assert planned.trainable == report.trainable_parameters == trained(model)
     wanted = {(match_path(match), match.rank) for match in report.matches}
     assert {(site.path, site.rank) for site in planned.sites} == wanted
-    with pytest.raises(NotYetSupported, match="bytes and time of adapted parameters are not planned yet"):
-        estimate(shape, config)
+    assert sum(group.trainable for group in planned.groups()) == planned.trainable
+    held = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    assert plan.lora.memory.bytes_of("adapter") == 4 * held
+    assert plan.lora.memory.bytes_of("optimizer") == 2 * plan.lora.memory.bytes_of("gradients") == 8 * trained(model)
+    if not config.rank_pattern:
+        assert plan.ranks is not None and plan.ranks.totals == (planned.trainable,)
+
+
+@pytest.mark.parametrize("specimen", [MIXTRAL, QWEN3_MOE, GPT_OSS], ids=str)
+def test_lora_fa_of_experts_freezes_what_sees_the_tokens(specimen: Specimen) -> None:
+    model = specimen.model()
+    config = specimen.config()
+    planned = count(shape_of_module(model, specimen.name, "here"), config, optimizer="lorafa")
+    attach(model, config)
+    frozen = sum(p.numel() for name, p in model.named_parameters() if ".lora_A." in name)
+    assert (planned.frozen, planned.trainable) == (frozen, trained(model) - frozen)
+
+
+def test_experts_cost_what_a_token_passes() -> None:
+    """Of 3 experts a token passes 2: base and factors are multiplied for these alone, stored and trained for all."""
+    shape = shape_of_module(MIXTRAL.model(), "m", "here")
+    plan = estimate(shape, MIXTRAL.config(target_modules=[]), Job(2, 8))
+    bare = estimate(shape, MIXTRAL.config(target_parameters=[]), Job(2, 8))
+    experts = 2 * 2 * (48 * 16 + 16 * 24)
+    heads = 2 * 2 * (16 * 16 + 2 * 8 * 16 + 16 * 16) + 2 * 50 * 16
+    assert products(shape) == 2 * experts + heads
+    added = 2 * 2 * 2 * 4 * ((48 + 16) + (16 + 24))  # layers × experts × FLOPs × rank
+    assert plan.lora.flops.forward - bare.lora.flops.forward == added - 2 * 2 * 4 * (16 + 16)
+    assert any("each token is reckoned to pass 2 experts" in note for note in plan.notes)
+    assert "2 × 3 experts in one parameter" in " ".join(plan.reasons)
 
 
 @pytest.mark.parametrize(("specimen", "ranges"), [(LLAMA, [(0, 2), (0, 1)]), (BERT, [(1, 2), (0, 2)])], ids=str)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit.ops import cross_entropy
 from lorakit.ops.cross_entropy import Head, chunk_rows, linear_cross_entropy, reference
@@ -21,6 +22,11 @@ HEADS: dict[str, dict[str, Any]] = {
     "capped": {"softcap": 1.5},
     "scaled, then capped": {"scale": 1.7, "softcap": 2.0},
 }
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
 
 
 def made(n: int, dtype: torch.dtype = D, *, bias: bool = False, **settings: Any) -> tuple[Tensor, Head, Tensor]:
@@ -160,6 +166,23 @@ def test_what_is_saved() -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda t, to=saved: to.append(t.nbytes) or t, lambda t: t):  # type: ignore[misc]
             linear_cross_entropy(h, head, targets, total=1)
         assert sum(saved) == expected
+
+
+def test_no_more_logits_than_those_of_a_chunk_exist_at_a_time() -> None:
+    h, W = torch.randn(64, 4, dtype=torch.bfloat16, requires_grad=True), torch.randn(1000, 4, dtype=torch.bfloat16)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    with Watch():
+        linear_cross_entropy(h, Head(W), torch.arange(64), chunk=16).backward()
+    assert largest == 16 * 1000
 
 
 def test_without_gradients_no_second_product_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

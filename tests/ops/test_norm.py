@@ -9,12 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.ops import norm as ops
+from lorakit.ops import widening
 from lorakit.ops.norm import Norm, layer_norm, normalised, reference, rms_norm
 
 D = torch.float64
 WIDTH = 7
 EPS = 1e-3
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
 
 
 def made(name: str, dtype: torch.dtype = D, width: int = WIDTH) -> Norm:
@@ -86,7 +91,7 @@ def test_it_is_the_reference(name: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_narrow_dtypes(name: str, dtype: torch.dtype, bound: float, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The value is the reference's to the last bit (of fp32: to 1e-6); the gradient is at least as near to float64."""
-    monkeypatch.setattr(ops, "SLAB", many)
+    monkeypatch.setattr(widening, "SLAB", many)
     norm, x = made(name, dtype), torch.randn(33, WIDTH).to(dtype).requires_grad_()
     double = {key: None if (t := getattr(norm, key)) is None else t.double() for key in ("weight", "bias")}
     exact = x.detach().double().requires_grad_()

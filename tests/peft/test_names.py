@@ -128,3 +128,18 @@ def test_which_packages_are_there_is_asked_without_importing_them() -> None:
     assert import_utils.is_transformers_ge_v5 is True and import_utils.is_transformers_le_4_53 is False
     assert import_utils.is_gptqmodel_available() in (True, False)
     assert import_utils.is_xpu_available() in (True, False)
+
+
+@pytest.mark.parametrize(
+    "name", ["tuners.lora.layer.Linear", "utils.other", "tuners.tuners_utils", "mapping", "config"]
+)
+def test_modules_below_are_reached_where_the_face_alone_was_imported(name: str) -> None:
+    code = f"import lorakit.peft; print(lorakit.peft.{name})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert name.rpartition(".")[2] in done.stdout
+
+
+def test_what_is_no_module_is_no_attribute() -> None:
+    with pytest.raises(AttributeError, match=r"module 'lorakit\.peft' has no attribute 'nothing'"):
+        lorakit.peft.nothing  # noqa: B018
+    assert not hasattr(lorakit.peft.utils.hotswap, "nothing")

@@ -114,6 +114,39 @@ def test_a_frozen_factor_keeps_no_input(name: str, targets: Any, dtype: str, lor
     assert both[0].blocks < both[1].blocks
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "parameters", [["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj"], ["q_proj.weight"]], ids=str
+)
+def test_experts_and_bare_matrices_are_reckoned_nearly(parameters: list[str], lora_dropout: float, dtype: str) -> None:
+    """No architecture with experts was derived, so the whole is an estimate; what the adapter adds is near."""
+    import torch
+    import transformers as hf
+
+    from lorakit import core, hub
+
+    if lora_dropout and "q_proj.weight" in parameters:
+        return  # nothing of its input can be dropped
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 300, "intermediate_size": 160, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "experts_implementation": "eager"}
+    saved, planned = [], []
+    for fields in ({"target_modules": ["k_proj"]}, {"target_modules": ["k_proj"], "target_parameters": parameters}):
+        made = hf.MixtralForCausalLM(hf.MixtralConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2))
+        model = made.to(getattr(torch, dtype))
+        shape, job = hub.shape_of_module(model, "small", "here"), Job(ROWS, LENGTH, dtype=dtype)
+        config = LoraConfig(r=4, lora_dropout=lora_dropout if "target_parameters" in fields else 0.0, **fields)
+        core.attach(model, config)
+        model.train()
+        saved.append(_saved_bytes(model, torch.randint(0, 300, (ROWS, LENGTH))))
+        found = activations.of_lora(shape, count(shape, config), config.lora_dropout, job)
+        planned.append(found.blocks + found.outside + logits_bytes(shape, job) // 3)
+    assert not found.is_known
+    assert planned[1] == pytest.approx(saved[1], rel=0.2)
+    first = 4 if "q_proj.weight" in parameters else 10**9  # of 4 layers, the first has no ∂L/∂x, and keeps no W
+    assert planned[1] - planned[0] == pytest.approx((saved[1] - saved[0]) * first / (first - 1), rel=0.2)
+
+
 def test_blocks_below_the_first_adapted_one_keep_nothing() -> None:
     shape = catalogue.published("SmolLM2-135M")
     assert shape is not None

@@ -34,11 +34,11 @@ class Flags:
         float | None, Parameter(help="Or the share of each site's change to hold, in (0, 1]; ranks then differ.")
     ] = None
     target_modules: Annotated[
-        list[str] | None, Parameter(help="Module names, or all-linear, which is the default.")
+        list[str] | None, Parameter(help="Module names, or all-linear, which is the default where nothing is named.")
     ] = None
     target_parameters: Annotated[
         list[str] | None,
-        Parameter(help="Bare parameters such as mlp.experts.down_proj, whose experts get a change each, of one rank."),
+        Parameter(help="Bare parameters such as mlp.experts.down_proj; without --target-modules, these alone."),
     ] = None
     modules_to_save: Annotated[
         list[str] | None, Parameter(help="Modules to take over whole, such as embeddings that grew.")
@@ -80,7 +80,7 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
 def _config(flags: Flags, model: nn.Module, base_name: str | None) -> LoraConfig:
     from lorakit.config import LoraConfig
 
-    words = flags.target_modules or ["all-linear"]
+    words = flags.target_modules or ([] if flags.target_parameters else ["all-linear"])
     targets: Any = words[0] if words == ["all-linear"] else words
     return LoraConfig(
         target_modules=targets,

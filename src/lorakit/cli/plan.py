@@ -31,6 +31,10 @@ class AdapterFlags:
     lora_alpha: Annotated[float, _flag("lora_alpha")] = DEFAULTS["lora_alpha"].value
     lora_dropout: Annotated[float, _flag("lora_dropout")] = DEFAULTS["lora_dropout"].value
     target_modules: Annotated[list[str] | None, _flag("target_modules")] = None
+    target_parameters: Annotated[
+        list[str] | None,
+        Parameter(help="Bare parameters such as mlp.experts.down_proj; without --target-modules, these alone."),
+    ] = None
     exclude_modules: Annotated[list[str] | None, Parameter(help="Names of modules to leave out. Default none.")] = None
     modules_to_save: Annotated[
         list[str] | None, Parameter(help="Names of modules that are copied and trained whole. Default none.")
@@ -46,12 +50,14 @@ class AdapterFlags:
         Raises:
             ConfigError: A value is not allowed; the message names the field.
         """
-        targets: Any = self.target_modules or DEFAULTS["target_modules"].value
+        usual = [] if self.target_parameters else DEFAULTS["target_modules"].value
+        targets: Any = self.target_modules or usual
         return LoraConfig(
             r=self.r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             target_modules=_words(targets),
+            target_parameters=self.target_parameters,
             exclude_modules=_words(self.exclude_modules),
             modules_to_save=self.modules_to_save,
             bias=self.bias,

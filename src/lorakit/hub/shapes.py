@@ -29,7 +29,16 @@ _SIZES = {
     "heads": ("num_attention_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads"),
     "kv_heads": ("num_key_value_heads", "num_kv_heads"),
     "head_dim": ("head_dim", "d_kv"),
-    "intermediate": ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "decoder_ffn_dim", "hidden_dim"),
+    "intermediate": (
+        "moe_intermediate_size",
+        "intermediate_size",
+        "d_ff",
+        "n_inner",
+        "ffn_dim",
+        "decoder_ffn_dim",
+        "hidden_dim",
+    ),
+    "experts_per_token": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"),
     "positions": ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx"),
 }
 _DROPOUTS = {
@@ -94,13 +103,15 @@ def shape_of_module(module: nn.Module, name: str, source: str) -> ModelShape:
         vocab=getattr(text, "vocab_size", None) or _vocab(sites),
         positions=sizes["positions"] or 0,
         tied=any(site.tied_to for site in sites if not site.dense),
-        gated=any("gate" in site.path.rsplit(".", 1)[-1] or site.path.endswith(".wi_1") for site in sites),
+        gated=any("gate" in site.path.rsplit(".", 1)[-1] or site.path.endswith(".wi_1") for site in sites)
+        or any(name == "gate_up_proj" for other in others for name, _ in other.matrices),
         sites=tuple(sites),
         others=tuple(others),
         dtype=_dtype_name(config),
         causal=_is_causal(module, config),
         dropouts={cause: p for cause, p in dropouts.items() if p},
         containers=tuple(containers),
+        experts_per_token=sizes["experts_per_token"] or 0,
     )
 
 
@@ -151,7 +162,10 @@ def _model_class(config: Any) -> Any:
 
 
 def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[str]]:
-    """All modules: those that can carry an adapter, the others that own parameters, and mere containers."""
+    """All modules: those that can carry an adapter, the others that own parameters, and mere containers.
+
+    transformers marks fused experts by their number and by how they lie.
+    """
     sites: list[SiteShape] = []
     others: list[PlainShape] = []
     containers: list[str] = []
@@ -171,7 +185,9 @@ def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[s
             fresh = {name: p for name, p in own.items() if owners.setdefault(id(p), path) == path}
             biases = sum(p.numel() for name, p in fresh.items() if "bias" in name)
             matrices = tuple((name, tuple(p.shape)) for name, p in own.items() if p.ndim in {2, 3})
-            others.append(PlainShape(path, sum(p.numel() for p in fresh.values()), biases, matrices))
+            numbers = sum(p.numel() for p in fresh.values())
+            marks = int(getattr(part, "num_experts", 0)), bool(getattr(part, "is_transposed", False))
+            others.append(PlainShape(path, numbers, biases, matrices, *marks))
     return sites, others, sorted(containers)
 
 

@@ -115,6 +115,22 @@ def offline() -> str | None:
     return None
 
 
+def downloaded(model_id: str) -> Path | None:
+    """The folder of the hub's cache that holds a model, or None; the network is not asked.
+
+    Args:
+        model_id: Its id, "owner/name".
+    """
+    import huggingface_hub
+
+    if not _HUB_ID.fullmatch(model_id):
+        return None
+    try:
+        return Path(huggingface_hub.snapshot_download(model_id, local_files_only=True))
+    except (OSError, ValueError):  # not in the cache, or no id of a hub
+        return None
+
+
 def _local(given: str, path: Path) -> ModelSource:
     if path.is_file():
         if path.suffix != ".json":

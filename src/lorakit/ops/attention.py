@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.ops import attention_flash, attention_products
+from lorakit.ops.adapted import as_written, autocast
 from lorakit.ops.attention_pattern import Pattern, mask
 
 # Tokens of the longest sequence from which PyTorch's kernel is taken. On a CPU without matrix units the products are
@@ -41,8 +42,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -
         ValueError: Shapes do not fit, a number of the pattern is out of range, or flash cannot compute it.
     """
     pattern = Pattern() if pattern is None else pattern
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    q, k, v = (autocast(t) for t in (q, k, v))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         return _Attention.apply(q, k, v, pattern)
     return forward(q, k, v, pattern)[0]
@@ -73,7 +73,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
     """
     pattern.check(q, k, v)
     way = chosen(q, v, pattern)
-    with torch.autocast(q.device.type, enabled=False):
+    with as_written(q):
         if way == "flash":
             return attention_flash.forward(q, k, v, pattern)
         return attention_products.forward(q, k, v, pattern), None
@@ -95,7 +95,7 @@ def backward(
         dq, dk, dv = (_stored_by_token(t) for t in operands)
         into = (dq, dk, dv)
     out, lse = saved
-    with torch.autocast(dout.device.type, enabled=False):
+    with as_written(dout):
         if lse is None or out is None:
             attention_products.backward(dout, operands, into, pattern)
         else:

@@ -18,7 +18,7 @@ from lorakit.ops.attention_pattern import Pattern, Piece, mask, pieces
 
 BLOCK = 64  # query rows of a block: long enough for the products, short enough to leave most of the triangle out
 SCORES = 2**22  # numbers in the buffer of scores, at most, as long as a block has 8 rows
-TOGETHER = 2**19  # rows of the batch are computed together while their scores stay this few and fit the cache
+TOGETHER = 2**20  # rows of the batch are computed together while their scores stay this few and fit the cache
 
 
 class _Block(NamedTuple):
@@ -81,7 +81,8 @@ class _Scores:
         self.rows = min(BLOCK, longest, max(8, SCORES // (heads * seen)))
         together = max(1, min(batch, TOGETHER // (heads * self.rows * seen)))
         self.pieces = list(pieces(batch, tokens, pattern, together, join=self.rows))
-        self.buffers = [torch.empty(0, dtype=q.dtype, device=q.device) for _ in range(3)]
+        self.most = min(batch, together) * heads * self.rows * seen
+        self.buffers: dict[int, Tensor] = {}
         self.masks: dict[tuple[object, ...], Tensor] = {}
 
     def blocks(self, piece: Piece) -> Iterator[_Block]:
@@ -112,14 +113,14 @@ class _Scores:
         ds = torch.bmm(dy, values.transpose(1, 2), out=self._buffer(2, dy, values))
         torch.ops.aten._softmax_backward_data.out(ds, weights, -1, ds.dtype, grad_input=ds)
         if capped is not None:
-            ds.addcmul_(ds, capped.square_(), value=-1)
+            torch.ops.aten.tanh_backward.grad_input(ds, capped, grad_input=ds)
         return ds
 
     def _buffer(self, which: int, rows: Tensor, seen: Tensor) -> Tensor:
         shape = (rows.shape[0], rows.shape[1], seen.shape[1])
         count = shape[0] * shape[1] * shape[2]
-        if self.buffers[which].numel() < count:
-            self.buffers[which] = torch.empty(count, dtype=rows.dtype, device=rows.device)
+        if which not in self.buffers:
+            self.buffers[which] = torch.empty(self.most, dtype=rows.dtype, device=rows.device)
         return self.buffers[which][:count].view(shape)
 
     def _bias(self, piece: Piece, block: _Block, rows: Tensor) -> Tensor | None:

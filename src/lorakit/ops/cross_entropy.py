@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lorakit.ops.adapted import as_written, autocast
+from lorakit.ops.widening import wide
+
 CPU_CHUNK, OTHER_CHUNK = (256, 48 << 20), (4096, 256 << 20)
 """Most rows of a chunk, and most bytes that its logits take. W is read twice for each chunk: below about 100 rows that
 costs a CPU more than the products, and above 256 it gains little. An accelerator wants more rows at once."""
@@ -53,7 +56,7 @@ def reference(
     h: Tensor, head: Head, labels: Tensor, *, total: float | Tensor | None = None, ignore_index: int = -100
 ) -> Tensor:
     """What `linear_cross_entropy` computes (scalar) of h (..., d) and labels (...), in plain PyTorch."""
-    z = F.linear(h, head.W, head.bias).to(_wide(h.dtype)) * head.scale
+    z = F.linear(h, head.W, head.bias).to(wide(h.dtype)) * head.scale
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
     loss = F.cross_entropy(z.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="sum")
@@ -92,9 +95,8 @@ def linear_cross_entropy(
     arXiv:2410.10989, section 3.2, here for a frozen W.
     """
     if torch.is_autocast_enabled(h.device.type):
-        dtype = torch.get_autocast_dtype(h.device.type)
-        bias = None if head.bias is None else head.bias.to(dtype)
-        h, head = h.to(dtype), replace(head, W=head.W.to(dtype), bias=bias)
+        bias = None if head.bias is None else autocast(head.bias)
+        h, head = autocast(h), replace(head, W=autocast(head.W), bias=bias)
     _check(h, head, labels, ignore_index, chunk)
     flat, targets = h.flatten(0, -2), labels.flatten().long()
     rows = (targets != ignore_index).nonzero().squeeze(1)
@@ -107,7 +109,7 @@ def linear_cross_entropy(
     if torch.is_grad_enabled() and (h.requires_grad or head.W.requires_grad):
         loss = _LinearCrossEntropy.apply(flat, head.W, trained)
     else:
-        with torch.autocast(h.device.type, enabled=False):
+        with as_written(h):
             loss = trained.run(Needs(h=False, W=False))[0]
     return loss / (count if total is None else total)
 
@@ -141,9 +143,9 @@ class Trained(NamedTuple):
         Both gradients lack the factor `head.scale`; that of W is in fp32 or wider.
         """
         h, (W, bias), n = self.h.detach(), (self.head.W.detach(), self.head.bias), len(self.labels)
-        losses = h.new_empty(n, dtype=_wide(h.dtype))
+        losses = h.new_empty(n, dtype=wide(h.dtype))
         dh = h.new_empty(n, h.shape[1]) if needs.h else None
-        dW = W.new_zeros(W.shape, dtype=_wide(W.dtype)) if needs.W else None
+        dW = W.new_zeros(W.shape, dtype=wide(W.dtype)) if needs.W else None
         of_chunk = torch.empty_like(W) if needs.W else None
         logits = h.new_empty(min(self.chunk, n), len(W))
         softmax = _Softmax(self.head, logits, gradients=needs.h or needs.W)
@@ -180,7 +182,7 @@ class _Softmax:
         self.scale, self.cap, self.gradients = head.scale, head.softcap, gradients
         many = ROWS_PER_THREAD * torch.get_num_threads() if logits.device.type == "cpu" else len(logits)
         self.many = max(min(many, len(logits)), 1)
-        dtype = _wide(logits.dtype)
+        dtype = wide(logits.dtype)
         self.probabilities = logits.new_empty(self.many, logits.shape[1], dtype=dtype)
         self.widened = None if logits.dtype == dtype else torch.empty_like(self.probabilities)
 
@@ -191,22 +193,22 @@ class _Softmax:
             self._turn(z[few], labels[few].unsqueeze(1), losses[few].unsqueeze(1))
 
     def _turn(self, z: Tensor, labels: Tensor, losses: Tensor) -> None:
-        wide = z if self.widened is None else self.widened[: len(z)].copy_(z)
+        logits = z if self.widened is None else self.widened[: len(z)].copy_(z)
         if self.cap is not None:
-            wide.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
+            logits.mul_(self.scale / self.cap).tanh_().mul_(self.cap)
         elif self.scale != 1.0:
-            wide.mul_(self.scale)
-        p = torch.softmax(wide, -1, out=self.probabilities[: len(z)])
+            logits.mul_(self.scale)
+        p = torch.softmax(logits, -1, out=self.probabilities[: len(z)])
         at_label = p.gather(1, labels)
         torch.log(at_label, out=losses).neg_()
         vanishing = at_label < SMALLEST[p.dtype]
         if vanishing.any():
-            losses.copy_(torch.where(vanishing, wide.logsumexp(1, keepdim=True) - wide.gather(1, labels), losses))
+            losses.copy_(torch.where(vanishing, logits.logsumexp(1, keepdim=True) - logits.gather(1, labels), losses))
         if not self.gradients:
             return
         p.scatter_(1, labels, at_label - 1)
         if self.cap is not None:  # the derivative of cap·tanh(t/cap), from its value
-            p.mul_(wide.square_().mul_(-1 / self.cap**2).add_(1))
+            p.mul_(logits.square_().mul_(-1 / self.cap**2).add_(1))
         z.copy_(p)
 
 
@@ -215,7 +217,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, W: Tensor, trained: Trained) -> Tensor:
-        with torch.autocast(h.device.type, enabled=False):
+        with as_written(h):
             loss, dh, dW = trained.run(Needs(*ctx.needs_input_grad[:2]))
         ctx.save_for_backward(dh, dW, trained.rows)
         ctx.scale, ctx.rows_of_h, ctx.dtype_of_W = trained.head.scale, len(h), W.dtype
@@ -231,10 +233,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if rows is not None:
                 dh = dh.new_zeros(ctx.rows_of_h, dh.shape[1]).index_copy_(0, rows, dh)
         return dh, None if dW is None else (dW * factor).to(ctx.dtype_of_W), None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _check(h: Tensor, head: Head, labels: Tensor, ignore_index: int, chunk: int | None) -> None:

@@ -25,33 +25,40 @@ def zeroed(count: int, p: float, device: torch.device | str) -> Tensor:
     [docs/math.md (70)]. They come from torch's default generator of the device. A probability is exact to 2⁻²⁴.
 
     """
-    return _positions(_steps(count, p, device))
+    return _gaps(count, p, device)[0]
 
 
-def draw(like: Tensor, p: float) -> Tensor:
-    """What to drop of a tensor like this (any shape): a record for `zero_`, small enough to be saved for a backward.
+def draw(like: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """What to drop of a tensor like this (any shape): where, for `zero_`, and a record of it to save for a backward.
 
-    On a CPU it is (dropped,), the steps from each dropped position to the next in the least integer type that holds
-    them; elsewhere, and under a compiler, which cannot have sizes that depend on data, a Boolean mask of like's shape.
+    On a CPU, where is (dropped,) sorted positions, and the record the steps between them in the least integer type that
+    holds them, a byte each at usual shares. Elsewhere, and under a compiler, which cannot have sizes that depend on
+    data, both are one Boolean mask of like's shape. `where` gives the first of them from the second.
     """
     if like.device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.rand(like.shape, device=like.device) < p
-    return _steps(like.numel(), p, like.device)
+        mask = torch.rand(like.shape, device=like.device) < p
+        return mask, mask
+    positions, steps = _gaps(like.numel(), p, like.device)
+    longest = int(steps.max()) if len(steps) else 0
+    return positions, steps.to(next(dtype for dtype in _INTEGERS if longest <= torch.iinfo(dtype).max))
 
 
-def zero_(owned: Tensor, record: Tensor) -> Tensor:
-    """Set to zero, in place, what a record of `draw` names of a contiguous tensor of the same count (any shape)."""
-    if record.dtype == torch.bool:
-        return owned.masked_fill_(record.view(owned.shape), 0)
-    owned.view(-1).index_fill_(0, _positions(record), 0)
+def where(record: Tensor) -> Tensor:
+    """The dropped positions, int64 (dropped,), or the mask (any shape), that a record of `draw` stands for."""
+    return record if record.dtype == torch.bool else record.cumsum(0, dtype=torch.int64)
+
+
+def zero_(owned: Tensor, dropped: Tensor) -> Tensor:
+    """A contiguous tensor (any shape), zero from now on at these positions of it laid flat (dropped,), or in a mask."""
+    if dropped.dtype == torch.bool:
+        return owned.masked_fill_(dropped.view(owned.shape), 0)
+    owned.view(-1).index_fill_(0, dropped, 0)
     return owned
 
 
 def dropped(x: Tensor, index: Tensor) -> Tensor:
     """Contiguous copy of x (any shape) with zero at the positions `index` (dropped,) of x laid flat; not rescaled."""
-    copy = x.clone(memory_format=torch.contiguous_format)
-    copy.view(-1).index_fill_(0, index, 0)
-    return copy
+    return zero_(x.clone(memory_format=torch.contiguous_format), index)
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
@@ -76,16 +83,16 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        record = draw(x, p)
+        positions, record = draw(x, p)
         ctx.save_for_backward(record)
         ctx.scale = 1 / (1 - p)
-        return zero_(_scaled(x, 1 / (1 - p)), record)
+        return zero_(_scaled(x, ctx.scale), positions)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (record,) = ctx.saved_tensors
-        return zero_(_scaled(dy, ctx.scale), record), None
+        return zero_(_scaled(dy, ctx.scale), where(record)), None
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:
@@ -93,36 +100,28 @@ def _scaled(x: Tensor, scale: float) -> Tensor:
     return torch.mul(x, scale, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
 
 
-def _steps(count: int, p: float, device: torch.device | str) -> Tensor:
-    """From each dropped position to the next; the first from position 0."""
+def _gaps(count: int, p: float, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """The dropped positions, and from each to the next; the first from position 0."""
     if not 0 <= p <= 1:
         raise ValueError(_not_a_probability(p))
     if p in (0, 1):
-        return torch.ones(int(p) * count, dtype=torch.uint8, device=device).index_fill_(
-            0, torch.arange(min(1, int(p) * count), device=device), 0
-        )
+        positions = torch.arange(int(p) * count, device=device)
+        return positions, positions.diff(prepend=positions[:1])
     expected = count * p
     draws = int(expected + 4 * math.sqrt(expected)) + 8  # past the end but for once in thousands
-    steps = torch.empty(0, dtype=torch.int64, device=device)
+    exact, whole = (torch.float32, torch.int32) if p >= FEW else (torch.float64, torch.int64)
+    steps = torch.empty(0, dtype=whole, device=device)
     while True:
-        more = torch.rand(draws, dtype=torch.float32 if p >= FEW else torch.float64, device=device)
-        more = more.neg_().log1p_().mul_(1 / math.log1p(-p)).long().add_(1)  # 1 + floor(log(1 − u)/log(1 − p))
-        if not len(steps):
-            more[0] -= 1
+        more = torch.rand(draws, dtype=exact, device=device).neg_().log1p_().mul_(1 / math.log1p(-p)).to(whole)
+        more[0 if len(steps) else 1 :].add_(1)
         steps = torch.cat([steps, more]) if len(steps) else more
-        ends = steps.cumsum(0)
-        if ends[-1] >= count:
-            break
-    steps = steps[: int(torch.searchsorted(ends, count))]
-    longest = int(steps.max()) if len(steps) else 0
-    return steps.to(next(dtype for dtype in _INTEGERS if longest <= torch.iinfo(dtype).max))
+        positions = steps.cumsum(0)
+        within = int(torch.searchsorted(positions, count))
+        if within < len(positions):
+            return positions[:within], steps[:within]
 
 
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
-
-
-def _positions(steps: Tensor) -> Tensor:
-    return steps.cumsum(0, dtype=torch.int64)
 
 
 def _not_a_probability(p: float) -> str:

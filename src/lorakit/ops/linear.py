@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,27 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorakit.ops.dropout import draw, zero_
+from lorakit.ops.adapted import Adapted, LowRank, as_written, autocast, factors, refuse_trained, rows, unflat
+from lorakit.ops.dropout import draw, where, zero_
 
-
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """Factors of one adapter: A (r, in), B (out, r), the scale, and the dropout of its input that is in force now."""
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    p: float = 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class Adapted:
-    """A frozen linear module and what is beside it: W (out, in), or (in, out) where transposed; bias (out,)."""
-
-    W: Tensor
-    bias: Tensor | None = None
-    low: LowRank | None = None
-    transposed: bool = False
+__all__ = ["Adapted", "Form", "Group", "LowRank", "factors", "linears", "reference", "refuse_trained", "rows", "unflat"]
 
 
 def reference(x: Tensor, group: Sequence[Adapted], masks: Sequence[Tensor | None] | None = None) -> list[Tensor]:
@@ -58,45 +41,13 @@ def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
     """
     if torch.is_grad_enabled():
         refuse_trained(group)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    flat = factors(group)
+    x, flat = autocast(x), factors(group)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat)):
-        outputs: tuple[Tensor, ...] = _Linears.apply(x, tuple(group), *flat)
-        return outputs
-    with torch.autocast(x.device.type, enabled=False):
-        return tuple(unflat(y, x) for y in Group(group, x.dtype).forward(rows(x)))
-
-
-def refuse_trained(group: Sequence[Adapted]) -> None:
-    """Refuse weights that are trained: the fused operations make no gradient for them.
-
-    Raises:
-        ValueError: A weight or bias asks for a gradient.
-    """
-    for module in group:
-        for name, tensor in (("weight", module.W), ("bias", module.bias)):
-            if tensor is not None and tensor.requires_grad:
-                shape = tuple(tensor.shape)
-                raise ValueError(
-                    f"a {name} of shape {shape} asks for a gradient, and the fused operations make none for the base; "
-                    f"freeze it, or run the module itself"
-                )
-
-
-def factors(group: Sequence[Adapted]) -> list[Tensor | None]:
-    """A_0, B_0, A_1, B_1, …: the trained inputs of a function over the group, None where a module has no adapter."""
-    return [t for module in group for t in ((module.low.A, module.low.B) if module.low else (None, None))]
-
-
-def rows(x: Tensor) -> Tensor:
-    """Contiguous rows (N, in) of x (…, in); a view where it can be."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
-def unflat(y: Tensor, like: Tensor) -> Tensor:
-    """Rows y (N, out) in the leading dimensions of `like` (…, in)."""
-    return y.view(*like.shape[:-1], y.shape[-1])
+        ys = _Linears.apply(x, tuple(group), *flat)
+    else:
+        with as_written(x):
+            ys = Group(group, x.dtype).forward(rows(x))
+    return tuple(unflat(y, x) for y in ys)  # here: outputs that are views could not be changed in place
 
 
 class Form(NamedTuple):
@@ -111,23 +62,23 @@ class Group:
     """The products of modules that share one input, as a forward and a backward without autograd.
 
     For functions of autograd: `forward`, then `pack` for what must be saved besides x; `unpack` in their backward, then
-    `backward`. Tensors that are called owned may be overwritten.
+    `backward`. To be called where no gradient is recorded. A tensor that is called owned may be overwritten.
     """
 
     def __init__(self, group: Sequence[Adapted], dtype: torch.dtype) -> None:
         self.sites = tuple(group)
         self.dtype = dtype
         self.h: list[Tensor | None] = [None] * len(self.sites)
-        self.dropped: list[Tensor | None] = [None] * len(self.sites)
-        self.trains = tuple(
-            (m.low.A.requires_grad, m.low.B.requires_grad) if m.low is not None else (False, False) for m in group
-        )
-        self.adapted = [(j, m.low) for j, m in enumerate(self.sites) if m.low is not None]
-        self.plain = [j for j, low in self.adapted if low.p == 0]
-        self.dropping = [j for j, low in self.adapted if low.p > 0]
-        self.A = {j: low.A.detach().to(dtype) for j, low in self.adapted}
-        # the scale, and what the dropout divides by, go into the small operand
-        self.B = {j: (low.B.detach() * _scale(low)).to(dtype) for j, low in self.adapted}
+        self.records: list[Tensor | None] = [None] * len(self.sites)
+        self.low = {j: site.low for j, site in enumerate(self.sites) if site.low is not None}
+        self.trains = tuple((m.low.A.requires_grad, m.low.B.requires_grad) if m.low else (False, False) for m in group)
+        self.plain = [j for j, low in self.low.items() if low.p == 0]
+        self.dropping = [j for j, low in self.low.items() if low.p > 0]
+        self.B = {j: low.B.to(dtype) for j, low in self.low.items()}
+        # the scale, and what dropout divides by, go into A, the smallest operand: s·h comes out, and s·B·(A·x) and the
+        # gradient of B need no more
+        self.A = {j: _scaled(low).to(dtype) for j, low in self.low.items() if low.p > 0}
+        self.stacked = torch.cat([_scaled(self.low[j]) for j in self.plain]).to(dtype) if self.plain else None
 
     @property
     def needs_x(self) -> bool:
@@ -136,12 +87,15 @@ class Group:
 
     def forward(self, x: Tensor, owned: bool = False) -> list[Tensor]:
         """The outputs (N, out) for x (N, in); an owned x is not what it was afterwards."""
-        ys = [self._base(x, site) for site in self.sites]
+        ys = [_product(x, site, self.dtype) for site in self.sites]
         hs: dict[int, Tensor] = {}
-        if self.plain:
-            ranks = [len(self.A[j]) for j in self.plain]
-            hs.update(zip(self.plain, torch.mm(x, self._stacked(self.plain).t()).split(ranks, 1), strict=True))
-        for j, kept in self._drops(x, owned, fresh=True):
+        if self.stacked is not None:
+            ranks = [len(self.low[j].A) for j in self.plain]
+            hs.update(zip(self.plain, torch.mm(x, self.stacked.t()).split(ranks, 1), strict=True))
+        zeros: dict[int, Tensor] = {}
+        for j in self.dropping:
+            zeros[j], self.records[j] = draw(x, self.low[j].p)
+        for j, kept in _inputs(x, zeros, owned):
             hs[j] = torch.mm(kept, self.A[j].t())
         for j, h in hs.items():
             ys[j].addmm_(h, self.B[j].t())
@@ -156,122 +110,103 @@ class Group:
         x may be None where `needs_x` is false; an owned x is not what it was afterwards. An output that has no gradient
         is None.
         """
-        live = [j for j, _ in self.adapted if dys[j] is not None and (need_dx or self.trains[j][0])]
-        dh = {j: torch.mm(dys[j], self.B[j]) for j in live}  # type: ignore[arg-type]
-        grads_b = [self._grad_b(j, dy) for j, dy in enumerate(dys)]
-        dx = self._grad_x(dys, dh) if need_dx else None
-        grads_a = self._grads_a(x, dh, owned)
-        return dx, [(grads_a.get(j), grad) for j, grad in enumerate(grads_b)]
+        live = {j: dy for j, dy in enumerate(dys) if dy is not None}
+        dh = {j: torch.mm(live[j], self.B[j]) for j in self.low if j in live and (need_dx or self.trains[j][0])}
+        zeros = {j: where(self.records[j]) for j in self.dropping if j in dh}  # type: ignore[arg-type]
+        beside = self._beside(dh)
+        dx = self._grad_x(live, dh, zeros, beside) if need_dx else None
+        grads_a = {} if x is None else self._grads_a(x, dh, zeros, beside, owned)
+        return dx, [(grads_a.get(j), self._grad_b(j, live.get(j))) for j in range(len(dys))]
 
     def pack(self) -> tuple[Form, list[Tensor | None]]:
         """All that the backward needs besides x: tensors for `save_for_backward`, and what is no tensor."""
         form = [(m.transposed, m.low.scale, m.low.p) if m.low else (m.transposed, None, 0.0) for m in self.sites]
         tensors: list[Tensor | None] = []
         for j, module in enumerate(self.sites):
-            tensors += [module.W, *factors([module]), self.h[j], self.dropped[j]]
+            tensors += [module.W, *factors([module]), self.h[j], self.records[j]]
         return Form(self.dtype, tuple(form), self.trains), tensors
 
     @classmethod
     def unpack(cls, form: Form, tensors: Sequence[Any]) -> Group:
         """The group after its forward, from what `pack` gave."""
-        sites, h, drops = [], [], []
+        sites, h, records = [], [], []
         for j, (transposed, scale, p) in enumerate(form.sites):
-            W, A, B, saved_h, record = tensors[5 * j : 5 * j + 5]
+            W, A, B, saved, record = tensors[5 * j : 5 * j + 5]
             low = None if scale is None else LowRank(A, B, scale, p)
             sites.append(Adapted(W, None, low, transposed))
-            h.append(saved_h)
-            drops.append(record)
+            h.append(saved)
+            records.append(record)
         group = cls(sites, form.dtype)
-        group.trains, group.h, group.dropped = form.trains, h, drops
+        group.trains, group.h, group.records = form.trains, h, records
         return group
 
-    def _base(self, x: Tensor, site: Adapted) -> Tensor:
-        W, bias = site.W.to(self.dtype), None if site.bias is None else site.bias.to(self.dtype)
-        return F.linear(x, W.t() if site.transposed else W, bias)
+    def _beside(self, dh: dict[int, Tensor]) -> Tensor | None:
+        """The dh (N, r) of the modules without dropout, side by side as their A stand one below the other."""
+        first = next((dh[j] for j in self.plain if j in dh), None)
+        if first is None:
+            return None
+        missing = {j: first.new_zeros(len(first), len(self.low[j].A)) for j in self.plain if j not in dh}
+        parts = [dh[j] if j in dh else missing[j] for j in self.plain]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def _stacked(self, chosen: list[int]) -> Tensor:
-        """The A of these modules, one below the other (Σ r, in)."""
-        return self.A[chosen[0]] if len(chosen) == 1 else torch.cat([self.A[j] for j in chosen])
+    def _grad_x(
+        self, dys: dict[int, Tensor], dh: dict[int, Tensor], zeros: dict[int, Tensor], beside: Tensor | None
+    ) -> Tensor | None:
+        total: Tensor | None = None
+        for j in zeros:  # first, since what was dropped must be zeroed before anything is added
+            part = zero_(torch.mm(dh[j], self.A[j]), zeros[j])
+            total = part if total is None else total.add_(part)
+        for j, dy in dys.items():
+            W = self.sites[j].W.to(self.dtype)
+            W = W.t() if self.sites[j].transposed else W
+            total = torch.mm(dy, W) if total is None else total.addmm_(dy, W)
+        if beside is not None and self.stacked is not None and total is not None:
+            total.addmm_(beside, self.stacked)
+        return total
 
-    def _drops(self, x: Tensor, owned: bool, fresh: bool) -> Any:
-        """Each dropping module with its input, made in one buffer, one after the other; the last in an owned x."""
-        buffer: Tensor | None = None
-        for j in self.dropping:
-            if fresh:
-                self.dropped[j] = draw(x, self.sites[j].low.p)  # type: ignore[union-attr]
-            if owned and j == self.dropping[-1]:
-                buffer = x
-            elif buffer is None:
-                buffer = x.clone()
-            else:
-                buffer.copy_(x)
-            yield j, zero_(buffer, self.dropped[j])  # type: ignore[arg-type]
+    def _grads_a(
+        self, x: Tensor, dh: dict[int, Tensor], zeros: dict[int, Tensor], beside: Tensor | None, owned: bool
+    ) -> dict[int, Tensor]:
+        """s·dhᵀ·(D∘x) for each A that asks for it."""
+        grads: dict[int, Tensor] = {}
+        if beside is not None and any(self.trains[j][0] for j in self.plain):
+            ranks = [len(self.low[j].A) for j in self.plain]
+            grads.update(zip(self.plain, torch.mm(beside.t(), x).split(ranks), strict=True))
+        for j, kept in _inputs(x, {j: zeros[j] for j in zeros if self.trains[j][0]}, owned):
+            grads[j] = torch.mm(dh[j].t(), kept)
+        wanted = [j for j in grads if j in dh and self.trains[j][0]]
+        return {j: grads[j].to(self.low[j].A.dtype).mul_(_scale(self.low[j])) for j in wanted}
 
     def _grad_b(self, j: int, dy: Tensor | None) -> Tensor | None:
-        """s·dyᵀ·h, computed as (hᵀ·dy)ᵀ, which is faster for a thin h."""
-        low, h = self.sites[j].low, self.h[j]
-        if low is None or h is None or dy is None or not self.trains[j][1]:
+        """dyᵀ·(s·h), computed as ((s·h)ᵀ·dy)ᵀ, which is faster for a thin h."""
+        h = self.h[j]
+        if h is None or dy is None:
             return None
-        grad = torch.empty(low.B.shape, dtype=low.B.dtype, device=dy.device)
-        return grad.copy_(torch.mm(h.t(), dy).t()).mul_(_scale(low))
-
-    def _grads_a(self, x: Tensor | None, dh: dict[int, Tensor], owned: bool) -> dict[int, Tensor]:
-        grads: dict[int, Tensor] = {}
-        wanted = {j for j in dh if self.trains[j][0]}
-        if x is None or not wanted:
-            return grads
-        plain = [j for j in self.plain if j in wanted]
-        if plain:
-            stacked = torch.mm(_beside([dh[j] for j in plain]).t(), x)
-            grads.update(zip(plain, stacked.split([dh[j].shape[1] for j in plain]), strict=True))
-        for j, kept in self._drops(x, owned, fresh=False):
-            if j in wanted:
-                grads[j] = torch.mm(dh[j].t(), kept)
-        return {j: grad.to(self.sites[j].low.A.dtype) for j, grad in grads.items()}  # type: ignore[union-attr]
-
-    def _grad_x(self, dys: Sequence[Tensor | None], dh: dict[int, Tensor]) -> Tensor | None:
-        total: Tensor | None = None
-        for j in self.dropping:  # first, since what was dropped must be zeroed before anything is added
-            if j in dh:
-                part = zero_(torch.mm(dh[j], self.A[j]), self.dropped[j])  # type: ignore[arg-type]
-                total = part if total is None else total.add_(part)
-        for site, dy in zip(self.sites, dys, strict=True):
-            if dy is not None:
-                W = site.W.to(self.dtype)
-                W = W.t() if site.transposed else W
-                total = torch.mm(dy, W) if total is None else total.addmm_(dy, W)
-        plain = [j for j in self.plain if j in dh]
-        if plain and total is not None:
-            total.addmm_(_beside([dh[j] for j in plain]), self._stacked(plain))
-        return total
+        B = self.low[j].B
+        return torch.empty(B.shape, dtype=B.dtype, device=B.device).copy_(torch.mm(h.t(), dy).t())
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: tuple[Adapted, ...], *flat: Tensor | None) -> tuple[Tensor, ...]:
         parts = Group(_with(group, flat), x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with as_written(x):
             ys = parts.forward(rows(x))
         ctx.form, tensors = parts.pack()
         ctx.shape = x.shape
         ctx.save_for_backward(x if parts.needs_x else None, *tensors)
         ctx.set_materialize_grads(False)
-        return tuple(unflat(y, x) for y in ys)
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         x, *tensors = ctx.saved_tensors
-        parts = Group.unpack(ctx.form, tensors)
         flat = [None if dy is None else rows(dy) for dy in dys]
-        device = tensors[0].device.type
-        with torch.autocast(device, enabled=False):
+        with as_written(tensors[0]):
+            parts = Group.unpack(ctx.form, tensors)
             dx, grads = parts.backward(None if x is None else rows(x), flat, ctx.needs_input_grad[0])
-        return (
-            None if dx is None else dx.view(ctx.shape),
-            None,
-            *(grad for pair in grads for grad in pair),
-        )
+        return None if dx is None else dx.view(ctx.shape), None, *(grad for pair in grads for grad in pair)
 
 
 def _with(group: Sequence[Adapted], flat: Sequence[Tensor | None]) -> list[Adapted]:
@@ -279,13 +214,35 @@ def _with(group: Sequence[Adapted], flat: Sequence[Tensor | None]) -> list[Adapt
     filled = []
     for module, A, B in zip(group, flat[::2], flat[1::2], strict=True):
         low = module.low
-        filled.append(module if low is None or A is None or B is None else replace(module, low=replace(low, A=A, B=B)))
+        if low is None or A is None or B is None or (A is low.A and B is low.B):
+            filled.append(module)
+        else:
+            filled.append(replace(module, low=replace(low, A=A, B=B)))
     return filled
+
+
+def _product(x: Tensor, site: Adapted, dtype: torch.dtype) -> Tensor:
+    W, bias = site.W.to(dtype), None if site.bias is None else site.bias.to(dtype)
+    return F.linear(x, W.t() if site.transposed else W, bias)
+
+
+def _inputs(x: Tensor, zeros: dict[int, Tensor], owned: bool) -> Iterator[tuple[int, Tensor]]:
+    """Each dropping module with its own input: one buffer, filled for one after the other; for the last, an owned x."""
+    buffer: Tensor | None = None
+    for i, (j, dropped) in enumerate(zeros.items()):
+        if owned and i == len(zeros) - 1:
+            buffer = x
+        elif buffer is None:
+            buffer = x.clone()
+        else:
+            buffer.copy_(x)
+        yield j, zero_(buffer, dropped)
 
 
 def _scale(low: LowRank) -> float:
     return low.scale / (1 - low.p)
 
 
-def _beside(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+def _scaled(low: LowRank) -> Tensor:
+    """s·A (r, in), in the dtype of A."""
+    return low.A * _scale(low)

@@ -5,7 +5,7 @@ Nothing is saved but the input and one or two numbers a row; what a norm gave is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-SLAB = 1 << 20
-"""Numbers that are widened to fp32 at a time: their images stay near the cache and take little memory."""
+from lorakit.ops.adapted import as_written, unflat
+from lorakit.ops.adapted import rows as rows_of
+from lorakit.ops.widening import room, room_to_widen, slabs, wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +62,8 @@ def reference(x: Tensor, norm: Norm) -> Tensor:
     """The norm of x (..., d) in plain PyTorch, rounded where transformers rounds."""
     if norm.kind == "layer":
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-    wide = x.to(_wide(x.dtype))
-    n = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+    n = x.to(wide(x.dtype))
+    n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + norm.eps)
     if norm.offset:
         return (n if norm.weight is None else n * (norm.offset + norm.weight.to(n.dtype))).to(x.dtype)
     return n.to(x.dtype) if norm.weight is None else n.to(x.dtype) * norm.weight.to(x.dtype)
@@ -98,11 +99,12 @@ def normalised(x: Tensor, norm: Norm) -> Tensor:
     """
     if torch.is_grad_enabled():
         refuse_trained_norm(norm)
-        if x.requires_grad:
-            result: Tensor = _Normalised.apply(x, norm)
-            return result
-    with torch.autocast(x.device.type, enabled=False):
-        return norm.forward(_rows(x))[0].view(x.shape)
+    if torch.is_grad_enabled() and x.requires_grad:
+        n = _Normalised.apply(x, norm)
+    else:
+        with as_written(x):
+            n = norm.forward(rows_of(x))[0]
+    return unflat(n, x)  # here: an output that is a view could not be changed in place
 
 
 def refuse_trained_norm(norm: Norm | None) -> None:
@@ -125,7 +127,7 @@ def refuse_trained_norm(norm: Norm | None) -> None:
 
 def rms_forward(x: Tensor, w: Tensor | None, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """RMS norm of x (N, d) and 1/rms of its rows (N, 1), in fp32 or wider, by [docs/math.md (76)]."""
-    rstd = x.new_empty(len(x), 1, dtype=_wide(x.dtype))
+    rstd = x.new_empty(len(x), 1, dtype=wide(x.dtype))
     return _rms(x, rstd, w, offset, eps), rstd
 
 
@@ -137,7 +139,7 @@ def rms_again(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float = 0.0) ->
 def rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: float = 0.0) -> Tensor:
     """The gradient for x (N, d) from that for its norm (N, d), rstd (N, 1) and the weight (d,); a new tensor."""
     dx, gain = torch.empty_like(x), _gain(w, offset, rstd.dtype)
-    wide, gradients, products = _scratch(x, rstd.dtype), _scratch(x, rstd.dtype), _room(x, rstd.dtype)
+    inputs, gradients, products = room_to_widen(x), room_to_widen(x), room(x)
     for rows in slabs(x):
         r, part = rstd[rows], x[rows]
         g = dx[rows] if gradients is None else gradients[: len(r)]
@@ -145,8 +147,8 @@ def rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: 
             g.copy_(dn[rows])
         else:
             g.copy_(dn[rows]).mul_(gain)
-        if wide is not None:
-            part = wide[: len(r)].copy_(part)
+        if inputs is not None:
+            part = inputs[: len(r)].copy_(part)
         dot = torch.mul(g, part, out=products[: len(r)]).sum(-1, keepdim=True)
         g.mul_(r).addcmul_(part, dot.mul_(r).mul_(r).mul_(r), value=-1 / x.shape[1])
         if gradients is not None:
@@ -168,29 +170,23 @@ def layer_backward(dn: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor 
     return dx
 
 
-def slabs(x: Tensor) -> Iterator[slice]:
-    """Rows of x (N, d) that are worked on at a time: about SLAB numbers on a CPU, all of them elsewhere."""
-    many = len(x) if x.device.type != "cpu" else _many(x)
-    yield from (slice(begin, begin + many) for begin in range(0, len(x), max(many, 1)))
-
-
 def _rms(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, eps: float | None) -> Tensor:
     """RMS norm with the given rstd, which is filled first where there is an eps."""
-    n, scratch = torch.empty_like(x), _scratch(x, rstd.dtype)
+    n, scratch = torch.empty_like(x), room_to_widen(x)
     gain = _gain(w, offset, rstd.dtype) if offset else w
     for rows in slabs(x):
         r, out = rstd[rows], n[rows]
-        wide = x[rows] if scratch is None else scratch[: len(r)].copy_(x[rows])
+        part = x[rows] if scratch is None else scratch[: len(r)].copy_(x[rows])
         if eps is not None:
-            torch.linalg.vector_norm(wide, dim=-1, keepdim=True, out=r)
+            torch.linalg.vector_norm(part, dim=-1, keepdim=True, out=r)
             r.square_().div_(x.shape[1]).add_(eps).rsqrt_()
         if scratch is None:
-            torch.mul(wide, r, out=out)
+            torch.mul(part, r, out=out)
         elif offset and gain is not None:
-            out.copy_(wide.mul_(r).mul_(gain))
+            out.copy_(part.mul_(r).mul_(gain))
             continue
         else:
-            out.copy_(wide.mul_(r))
+            out.copy_(part.mul_(r))
         if gain is not None:
             out.mul_(gain)
     return n
@@ -200,10 +196,6 @@ def _gain(w: Tensor | None, offset: float, dtype: torch.dtype) -> Tensor | None:
     return None if w is None else w.to(dtype) + offset if offset else w.to(dtype)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _weight(w: Tensor | None, x: Tensor) -> Tensor:
     dtype = _dtype_of_parameters(x)
     return x.new_ones(x.shape[-1], dtype=dtype) if w is None else w.to(dtype)
@@ -211,37 +203,20 @@ def _weight(w: Tensor | None, x: Tensor) -> Tensor:
 
 def _dtype_of_parameters(x: Tensor) -> torch.dtype:
     """On a CPU, weights in bf16 would have torch round mean and deviation to bf16 too; fp32 images of them do not."""
-    return _wide(x.dtype) if x.device.type == "cpu" else x.dtype
-
-
-def _many(x: Tensor) -> int:
-    return min(max(SLAB // max(x.shape[1], 1), 1), len(x))
-
-
-def _room(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(_many(x) if x.device.type == "cpu" else len(x), x.shape[1], dtype=dtype)
-
-
-def _scratch(x: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Room for the image of a slab of x, or None where x is wide already."""
-    return None if x.dtype == dtype else _room(x, dtype)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    return wide(x.dtype) if x.device.type == "cpu" else x.dtype
 
 
 class _Normalised(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            n, stats = norm.forward(_rows(x))
+        with as_written(x):
+            n, stats = norm.forward(rows_of(x))
         ctx.save_for_backward(x, *stats)
         ctx.norm = norm
-        return n.view(x.shape)
+        return n
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dn: Tensor) -> tuple[Tensor, None]:
         x, *stats = ctx.saved_tensors
-        return ctx.norm.backward(_rows(dn), _rows(x), stats).view(x.shape), None
+        return ctx.norm.backward(rows_of(dn), rows_of(x), stats).view(x.shape), None

@@ -11,6 +11,31 @@ from lorakit.durable import write_text
 
 FENCE = "---"
 
+BODY = """# A LoRA adapter for {base}
+
+These files hold a low-rank adapter: for each weight W that it adapts two small matrices A and B, so that the adapted
+weight is W + scale * B A. The base model is not among them. `adapter_config.json` says the rank, the scale and which
+modules are adapted; `adapter_model.safetensors` holds the numbers.
+
+## How to use it
+
+```python
+from lorakit.peft import PeftModel  # or: from peft import PeftModel
+
+model = ...  # {base}, loaded as usual
+model = PeftModel.from_pretrained(model, "path/of/this/folder")
+model = model.merge_and_unload()  # if it shall be written into the base for good
+```
+
+## What only its makers know
+
+- **Purpose**: what it was trained for, and what it should not be used for: not said yet.
+- **Data**: what it was trained on, and under which licence: not said yet.
+- **Evaluation**: on what it was measured, and with which result: not said yet.
+- **Limits**: known faults and risks, beside those of the base model: not said yet.
+"""
+"""The text of a card where nobody has written one; nothing in it goes out of date when the adapter is trained on."""
+
 
 def write_card(model: Any, folder: Path) -> None:
     """Write a card, or put into one that is there what its header lacks.
@@ -25,6 +50,8 @@ def write_card(model: Any, folder: Path) -> None:
     for field, lines in _facts(model):
         if field not in given:
             header += lines
+    if not text.strip():
+        text = BODY.format(base=getattr(model.get_base_model(), "name_or_path", None) or "its base model")
     if f"- PEFT {API_LEVEL}" not in text.splitlines():
         text = f"{text.rstrip()}\n\n### Framework versions\n\n- PEFT {API_LEVEL}\n".lstrip()
     write_text(path, "\n".join([FENCE, *header, FENCE, "", text]))

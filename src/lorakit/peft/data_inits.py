@@ -9,23 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.config import CordaConfig, LoraConfig
-from lorakit.core.bases import base_of
-from lorakit.core.data.collecting import evened
+from lorakit.core.bases import NOT_WRITTEN, base_of
+from lorakit.core.data.collecting import evened, in_mode
 from lorakit.core.data.inits import reduced
 from lorakit.core.data.moments import InputStatistics
-from lorakit.core.files.tensorfile import encode, read_tensors
+from lorakit.core.files.tensorfile import encode
+from lorakit.core.kinds import Slot, kind_of
+from lorakit.core.layering.parameter_sites import bare_parameters
 from lorakit.core.layering.sitemap import survey
 from lorakit.core.making.attaching import with_targets
 from lorakit.durable import write_bytes
 from lorakit.errors import ConfigError, DataError
+from lorakit.peft.caches import Cache, Given, is_there
 from lorakit.peft.eva import get_eva_state_dict, initialize_lora_eva_weights
 from lorakit.peft.init_steps import EIGENS, GRADIENT, for_attaching
 from lorakit.peft.loftq import replace_lora_weights_loftq
@@ -41,9 +42,10 @@ __all__ = [
     "replace_lora_weights_loftq",
 ]
 
-CORDA_FIELDS = ("sample_count", "covariance_matrix", "corda_method", "rank")
+CORDA_FIELDS = ("covariance_matrix", "corda_method", "rank", "sample_count")
+"""What PEFT leaves on a module where `prune_temporary_fields` is off; the last is known where data were run alone."""
+
 DENSE = ("Linear", "Conv1D")
-Cache = str | PathLike[str] | None
 
 
 @dataclass
@@ -76,22 +78,17 @@ def preprocess_corda(
         hooked_model: The model that `run_model` runs, where it is another one.
 
     Raises:
-        ConfigError: There is no corda_config, its method is unknown, or run_model is missing.
+        ConfigError: There is no corda_config, its method is unknown, run_model is missing, or no dense module is named.
         AdapterFileError: A cache is damaged, or a pickle.
         DataError: Nothing reached a module.
     """
     settings = _corda(lora_config)
-    modules = _targeted(model, lora_config)
-    if _is_there(settings.cache_file):
-        cache = read_tensors(settings.cache_file).tensors  # type: ignore[arg-type]
-        for path, module in modules.items():
-            found = (_cached(cache, f"{path}.eigens.{word}", settings.cache_file) for word in ("S_WC", "U_WC", "V_WC"))
-            setattr(module, EIGENS, CordaEigens(*(t.to(_device(module)) for t in found)))
+    modules = _dense(model, lora_config, "CorDA initialization. It looks at what reaches")
+    if is_there(settings.cache_file):
+        _eigens_from(settings, modules)
         return
-    if _is_there(settings.covariance_file):
-        spread = read_tensors(settings.covariance_file).tensors  # type: ignore[arg-type]
-        covariances = {path: _cached(spread, path, settings.covariance_file) for path in modules}
-    else:
+    covariances = _spread(settings, modules)
+    if covariances is None:
         covariances = _covariances(model, lora_config, run_model, hooked_model, modules)
         if settings.covariance_file is not None:
             write_bytes(settings.covariance_file, encode(covariances, {"format": "pt"}))
@@ -100,15 +97,48 @@ def preprocess_corda(
     for path, tensors in statistics.sites.items():
         eigens = CordaEigens(tensors["S"], tensors["U"], tensors["Vh"].T.contiguous())
         setattr(modules[path], EIGENS, eigens)
-    if settings.prune_temporary_fields:
-        for module in modules.values():
-            for field in CORDA_FIELDS:
-                vars(module).pop(field, None)
+        left = (covariances[path], settings.corda_method, len(tensors["S"]))
+        _leave(modules[path], {} if settings.prune_temporary_fields else dict(zip(CORDA_FIELDS[:3], left, strict=True)))
     if settings.cache_file is not None:
         words = {"S": "S_WC", "U": "U_WC"}
         kept = {f"{p}.eigens.{word}": t[name] for p, t in statistics.sites.items() for name, word in words.items()}
         kept |= {f"{path}.eigens.V_WC": t["Vh"].T.contiguous() for path, t in statistics.sites.items()}
-        write_bytes(settings.cache_file, encode(kept, {"format": "pt"}))
+        write_bytes(settings.cache_file, encode(kept, {"format": "pt", "corda_method": settings.corda_method}))
+
+
+def _leave(module: nn.Module, fields: Mapping[str, Any]) -> None:
+    """What PEFT leaves on a module besides: these fields, or none of its own."""
+    if not fields:
+        for field in CORDA_FIELDS:
+            vars(module).pop(field, None)
+    for field, value in fields.items():
+        setattr(module, field, value)
+
+
+def _spread(settings: CordaConfig, modules: Mapping[str, nn.Module]) -> dict[str, Tensor] | None:
+    """Path -> covariance (in, in) as a file has it, or None where there is no file."""
+    if not is_there(settings.covariance_file):
+        return None
+    cache = Cache.of(settings.covariance_file)
+    sides = {path: _slot(module).in_features for path, module in modules.items()}
+    return {path: cache.tensor(path, (n, n)) for path, n in sides.items()}
+
+
+def _eigens_from(settings: CordaConfig, modules: Mapping[str, nn.Module]) -> None:
+    """Leave on the modules what a cache holds for them; all of it is checked first."""
+    cache, found = Cache.of(settings.cache_file), {}
+    method = cache.words.get("corda_method", settings.corda_method)
+    if method != settings.corda_method:
+        raise ConfigError(
+            f"{cache.path}: holds what corda_method {method!r} takes, and the config says {settings.corda_method!r}. "
+            "Remove the file, or name another."
+        )
+    for path, module in modules.items():
+        slot, r = _slot(module), len(cache.tensor(f"{path}.eigens.S_WC"))
+        shapes = {"S_WC": (r,), "U_WC": (slot.out_features, r), "V_WC": (slot.in_features, r)}
+        found[path] = [cache.tensor(f"{path}.eigens.{word}", shape) for word, shape in shapes.items()]
+    for path, module in modules.items():
+        setattr(module, EIGENS, CordaEigens(*(tensor.to(_device(module)) for tensor in found[path])))
 
 
 def _corda(config: LoraConfig) -> CordaConfig:
@@ -152,10 +182,9 @@ def _covariances(
         return hook
 
     runs = hooked_model or model
-    runs.eval()
     handles = [hooked[path].register_forward_hook(look(path)) for path in seen if path in hooked]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_mode(runs, False):
             run_model()
     finally:
         for handle in handles:
@@ -172,7 +201,7 @@ def _covariances(
 
 
 def preprocess_loraga(
-    model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any], cache_file: Cache = None
+    model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any], cache_file: Given = None
 ) -> None:
     """Take the gradients of targeted weights, for init_lora_weights="lora_ga"; `get_peft_model` comes after it.
 
@@ -183,7 +212,7 @@ def preprocess_loraga(
         cache_file: Read where it exists, else written, as safetensors.
 
     Raises:
-        ConfigError: There is no lora_ga_config, or a targeted weight is quantised.
+        ConfigError: There is no lora_ga_config, no dense module is named, or a targeted weight is quantised.
         TargetError: The config names nothing.
         AdapterFileError: The cache is damaged, or a pickle.
     """
@@ -192,32 +221,44 @@ def preprocess_loraga(
             "If you want to use LoRA-GA, please initialize the LoraConfig with init_lora_weights='lora_ga' and "
             "lora_ga_config=LoraGAConfig(...)."
         )
-    modules = _targeted(model, lora_config)
-    if not modules:
-        raise ConfigError(
-            "No supported layers found for LoRA-GA initialization. It takes gradients of nn.Linear and Conv1D, and "
-            "target_modules names none of these."
-        )
-    for path, module in modules.items():
-        if base_of(module).quantised or hasattr(module, "quant_state"):
-            raise ConfigError(
-                f"LoRA-GA does not support quantized models. Found quantized module: {path!r}: its weight takes no "
-                "gradient. Collect on the base as it was before it was quantised."
-            )
-    if _is_there(cache_file):
-        cache = read_tensors(cache_file).tensors  # type: ignore[arg-type]
-        for path, module in modules.items():
-            setattr(module, GRADIENT, _cached(cache, f"{path}.{GRADIENT}", cache_file).to(_device(module)))
+    modules = _takes_gradients(_dense(model, lora_config, "LoRA-GA initialization. It takes gradients of"))
+    if is_there(cache_file):
+        _gradients_from(Cache.of(cache_file), modules)
         return
-    with _only_trained(model, modules.values()) as counts, torch.enable_grad():
+    for module in modules.values():
+        vars(module).pop(GRADIENT, None)  # of an earlier call
+    with in_mode(model, True), _only_trained(model, modules.values()) as counts, torch.enable_grad():
         train_step()
         for module in modules.values():
             weight: Any = module.weight
             if weight.grad is not None and counts[module]:
                 setattr(module, GRADIENT, weight.grad.detach() / counts[module])
     if cache_file is not None:
-        kept = {f"{path}.{GRADIENT}": getattr(module, GRADIENT) for path, module in modules.items()}
-        write_bytes(cache_file, encode(kept, {"format": "pt"}))
+        reached = {path: vars(module)[GRADIENT] for path, module in modules.items() if GRADIENT in vars(module)}
+        kept = {f"{path}.{GRADIENT}": gradient for path, gradient in reached.items()}
+        words = {"format": "pt", "without": "\n".join(sorted(modules.keys() - reached.keys()))}
+        write_bytes(cache_file, encode(kept, words))
+
+
+def _takes_gradients(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    for path, module in modules.items():
+        if not base_of(module).written:
+            raise ConfigError(NOT_WRITTEN.format(parameter=f"{path}.weight", type=type(module).__name__))
+        if base_of(module).quantised or hasattr(module, "quant_state"):
+            raise ConfigError(
+                f"LoRA-GA does not support quantized models. Found quantized module: {path!r}: its weight takes no "
+                "gradient. Collect on the base as it was before it was quantised."
+            )
+    return modules
+
+
+def _gradients_from(cache: Cache, modules: Mapping[str, nn.Module]) -> None:
+    """Leave on the modules what a cache holds for them; all of it is checked first."""
+    without = set(cache.words.get("without", "").split("\n"))
+    weights: dict[str, Any] = {path: module.weight for path, module in modules.items() if path not in without}
+    found = {path: cache.tensor(f"{path}.{GRADIENT}", tuple(weight.shape)) for path, weight in weights.items()}
+    for path, gradient in found.items():
+        setattr(modules[path], GRADIENT, gradient.to(_device(modules[path])))
 
 
 @contextmanager
@@ -226,14 +267,13 @@ def _only_trained(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[
     weights: list[Any] = [module.weight for module in modules]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     before = [(weight, weight.grad) for weight in weights]
-    was_training, counts = model.training, dict.fromkeys(modules, 0)
+    counts = dict.fromkeys(modules, 0)
 
     def count(module: nn.Module, *_: Any) -> None:
         counts[module] += 1
 
     handles = [module.register_full_backward_hook(count) for module in modules]
     try:
-        model.train()
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         for weight in weights:
@@ -247,25 +287,30 @@ def _only_trained(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[
             parameter.requires_grad_(flag)
         for weight, gradient in before:
             weight.grad = gradient
-        model.train(was_training)
 
 
 def _targeted(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """Path -> module, of the dense modules that a config names."""
     site_map = survey(model)
     asked = with_targets(config, model)
-    matches: Iterable[Any] = resolve(site_map.candidates, asked, allow_partial=True).matches
+    bare = bare_parameters(site_map, model) if asked.target_parameters else None
+    matches: Iterable[Any] = resolve(site_map.candidates, asked, allow_partial=True, parameters=bare).matches
     return {match.path: site_map.base(match.path) for match in matches if match.kind in DENSE}
 
 
-def _is_there(path: Cache) -> bool:
-    return path is not None and Path(path).is_file() and Path(path).stat().st_size > 0
+def _slot(module: nn.Module) -> Slot:
+    kind: Any = kind_of(type(module))
+    slot: Slot = kind.slots(module)[0]
+    return slot
 
 
-def _cached(tensors: Mapping[str, Tensor], name: str, path: Cache) -> Tensor:
-    if name not in tensors:
-        raise ConfigError(f"{path}: there is nothing for {name}; it is of another model or config. Remove the file.")
-    return tensors[name]
+def _dense(model: nn.Module, config: LoraConfig, what: str) -> dict[str, nn.Module]:
+    modules = _targeted(model, config)
+    if not modules:
+        raise ConfigError(
+            f"No supported layers found for {what} nn.Linear and Conv1D, and target_modules names none of these."
+        )
+    return modules
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from lorakit import core
 from lorakit.config import EvaConfig, LoraConfig
 from lorakit.core.data.allocating import in_groups
+from lorakit.core.data.collecting import in_mode
 from lorakit.core.data.inits import ranks_by_variance, redistributed
 from lorakit.core.data.moments import InputStatistics
+from lorakit.core.inits import init_for
 from lorakit.core.kinds import kind_of
 from lorakit.core.layering.layer import LoraLayer
+from lorakit.core.layering.parameter_sites import bare_parameters
 from lorakit.core.layering.sitemap import layers, survey
 from lorakit.core.making.attaching import with_targets
 from lorakit.errors import AdapterError, ConfigError, ConfigTypeError, DataError, warn_caller
 from lorakit.peft import standing
 from lorakit.peft.matching import find_minimal_target_modules
-from lorakit.targets import Match, resolve
+from lorakit.targets import Match, match_path, resolve
 
 DENSE = ("Linear", "Conv1D")
 INSIDE = "base_model.model."
@@ -188,17 +191,12 @@ def get_eva_state_dict(
     looking = _Looking(model, dataloader, config, forward_fn, prepare_model_inputs_fn, prepare)
     settings = config.eva_config or EvaConfig()
     found: dict[str, dict[str, Tensor]] = {}
-    mode, training = contextlib.nullcontext() if not wrapped else core.disable(user), model.training
     by_name = dict(zip(names, matches, strict=True))
-    model.eval()
-    try:
-        with mode:
-            for group in in_groups(names, lambda name: 4 * _width(modules[name.removeprefix(prefix)]) ** 2):
-                here = {name: modules[name.removeprefix(prefix)] for name in group}
-                for name, statistics in looking.at(here).items():
-                    found[by_name[name].path] = _principal(name, statistics, by_name[name].rank, settings)
-    finally:
-        model.train(training)
+    with core.disable(user) if wrapped else contextlib.nullcontext(), in_mode(model, False):
+        for group in in_groups(names, lambda name: 4 * _width(modules[name.removeprefix(prefix)]) ** 2):
+            here = {name: modules[name.removeprefix(prefix)] for name in group}
+            for name, statistics in looking.at(here).items():
+                found[by_name[name].path] = _principal(name, statistics, by_name[name].rank, settings)
     ratios = {path: tensors["ratios"].tolist() for path, tensors in found.items()}
     ranks = ranks_by_variance(settings, {match.path: match.rank for match in matches}, ratios)
     return {prefix + match.path: _directions(found[match.path], ranks[match.path], settings) for match in matches}
@@ -233,8 +231,8 @@ def initialize_lora_eva_weights(
         show_progress_bar: Accepted.
 
     Raises:
-        ConfigError: The model is no `PeftModel`, several adapters are active, the adapter has another init, or there
-            is neither data nor a state dict.
+        ConfigError: The model is no `PeftModel`, several adapters are active, the adapter has another init, there is
+            neither data nor a state dict, or the state dict is of another model. Nothing was changed.
         AdapterError: There is no such adapter.
     """
     if not standing.is_wrapper(model):
@@ -263,6 +261,7 @@ def _apply(model: Any, found: Mapping[str, Tensor], name: str) -> None:
     user = model.get_base_model()
     config, active = model.peft_config[name], list(model.active_adapters)
     here = {path: layer for path, layer in layers(user) if name in layer.r}
+    _check(here, found, name)
     sample = next(iter(here.values())).factor(name).A
     trained = any(parameter.requires_grad for layer in here.values() for parameter in layer.parameters_of(name))
     matches = [Match(path, layer.kind_name, layer.r[name], layer.lora_alpha[name], "") for path, layer in here.items()]
@@ -285,6 +284,26 @@ def _apply(model: Any, found: Mapping[str, Tensor], name: str) -> None:
             factor.A.data.copy_(found[path].reshape(factor.A.shape))
 
 
+def _check(here: Mapping[str, LoraLayer], found: Mapping[str, Tensor], name: str) -> None:
+    """Refuse directions (rank, in) that are of another model, or that leave the adapter nothing."""
+    for path in here.keys() & found.keys():
+        A, width = found[path], here[path].slot.in_features
+        if A.ndim != 2 or A.shape[1] != width:
+            raise ConfigError(
+                f"eva_state_dict: {path} has shape {tuple(A.shape)}, and (rank, {width}) was expected: it is of "
+                "another model."
+            )
+        if not bool(torch.isfinite(A).all()):
+            raise ConfigError(f"eva_state_dict: {path} holds NaN or infinite numbers. Collect it anew.")
+    if here and all(path in found and not len(found[path]) for path in here):
+        raise ConfigError(f"eva_state_dict leaves no rank to any module of adapter {name!r}. Collect it anew.")
+    strangers = sorted(found.keys() - here.keys())
+    if strangers and here.keys().isdisjoint(found):
+        raise ConfigError(f"eva_state_dict has nothing for adapter {name!r}; it names {strangers[0]} and others.")
+    if strangers:
+        warn_caller(f"eva_state_dict names modules that adapter {name!r} does not have: {strangers}")
+
+
 def _names(user: nn.Module, here: Mapping[str, LoraLayer], ranks: Mapping[str, int]) -> set[str]:
     left = [path for path in here if ranks[path]]
     if len(left) < CONDENSED_FROM:
@@ -297,7 +316,12 @@ def _sites(user: nn.Module, config: LoraConfig, adapter: str | None) -> tuple[li
     """The dense modules to look at, with the ranks that the config gives them."""
     site_map = survey(user)
     asked = with_targets(config, user)
-    matches = [m for m in resolve(site_map.candidates, asked, allow_partial=True).matches if m.kind in DENSE]
+    bare = bare_parameters(site_map, user) if asked.target_parameters else None
+    named = resolve(site_map.candidates, asked, allow_partial=True, parameters=bare).matches
+    for match in named:
+        if match.parameter:
+            init_for("eva", match.kind, match_path(match))
+    matches = [match for match in named if match.kind in DENSE]
     if adapter is not None:
         standing_here = {path for path, layer in layers(user) if adapter in layer.r}
         matches = [match for match in matches if match.path in standing_here]

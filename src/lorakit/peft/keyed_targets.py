@@ -9,6 +9,7 @@ from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.layering.sitemap import survey
+from lorakit.core.making.attaching import with_targets
 from lorakit.errors import ConfigError, TargetError, warn_caller
 from lorakit.targets import resolve
 
@@ -35,7 +36,7 @@ def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -
     candidates = survey(model).candidates
     here = {candidate.path for candidate in candidates} & paths
     try:
-        named = {match.path for match in resolve(candidates, config, allow_partial=True).matches}
+        named = {match.path for match in resolve(candidates, with_targets(config, model), allow_partial=True).matches}
     except (TargetError, ConfigError):
         named = set()
     said = []
@@ -46,7 +47,8 @@ def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -
     if said:
         warn_caller(
             "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
-            f"provided state_dict. {''.join(said)}",
+            "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
+            f"{''.join(said)}",
             RuntimeWarning,
         )
     exact = "|".join(re.escape(path) for path in sorted(here))

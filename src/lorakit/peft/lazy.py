@@ -26,9 +26,21 @@ def names_of(module: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any
     def find(name: str) -> Any:
         home = table.get(name)
         if home is None:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+            return _submodule(module, name)
         if home == ELSEWHERE:
             return import_module(f"{OURS}peft.elsewhere").placeholder(name)
         return getattr(import_module(OURS + home), name)
 
     return find, lambda: sorted(table)
+
+
+def _submodule(module: str, name: str) -> Any:
+    """A module below another, as programs reach it that imported the one above alone (`peft.tuners.lora.layer`)."""
+    wanted = f"{module}.{name}"
+    try:
+        if not name.startswith("_"):
+            return import_module(wanted)
+    except ModuleNotFoundError as missing:
+        if missing.name != wanted:
+            raise
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from lorakit.config import LoraConfig, TaskType
-from lorakit.core.layering.sitemap import survey
-from lorakit.core.making.attaching import AttachReport
+from lorakit.core.layering.sitemap import layers, survey
+from lorakit.core.making.attaching import AttachReport, model_type_of
+from lorakit.core.merging.biases import brings_bias
 from lorakit.core.parts.ties import TIED
 from lorakit.errors import ConfigError, TargetError
 from lorakit.targets import ALL_LINEAR, Candidate, key_fits, match_path, names_path, resolve
@@ -60,7 +62,8 @@ def _excluded(config: Any, key: str) -> bool:
             return True
     elif any(names_path(entry, key) for entry in excluded or ()):
         return True
-    saved = getattr(config, "modules_to_save", None) or ()
+    heads = SEQ_CLS_HEADS if getattr(config, "task_type", None) in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) else ()
+    saved = (*(getattr(config, "modules_to_save", None) or ()), *heads)
     return any(names_path(entry, ".".join(key.split(".")[:end])) for entry in saved for end in _ends(key))
 
 
@@ -140,6 +143,62 @@ def _suffixes(path: str) -> list[str]:
     return [".".join(words[-count:]) for count in range(1, len(words) + 1)]
 
 
+NOTHING_MATCHED = {
+    "target_modules": "target_modules={value} were set but no module was matched.",
+    "target_parameters": "target_parameters={value} were set but no parameter was matched.",
+    "exclude_modules": "You have passed exclude_modules={value} but no modules were excluded.",
+}
+"""Field -> what PEFT says where none of its entries names anything."""
+
+ALL_EXCLUDED = (
+    "All modules were excluded. This is likely unintended. Look at `target_modules`, `exclude_modules` and "
+    "`modules_to_save`."
+)
+NONE_LEFT = (
+    "No modules were targeted for adaptation. This might be caused by a combination of `target_modules` that match "
+    "nothing and modules that are excluded (`exclude_modules`) or saved whole (`modules_to_save`)."
+)
+
+
+@contextlib.contextmanager
+def refusing_in_peft_words(model: nn.Module, config: LoraConfig) -> Iterator[None]:
+    """A block that attaches an adapter; where no target is left since some are excluded, it says so as PEFT does.
+
+    Args:
+        model: The model.
+        config: The adapter's config.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        TargetError: As the block's, which names the entries and the nearest modules.
+    """
+    try:
+        yield
+    except TargetError as refused:
+        paths = [path for path, _ in model.named_modules() if path]
+        excluded = [path for path in paths if _excluded(config, path)]
+        if not excluded or not str(refused).startswith("Target modules"):
+            raise
+        words = ALL_EXCLUDED if len(excluded) == len(paths) else NONE_LEFT
+        raise TargetError(f"{words} {refused}") from None
+
+
+def with_own_targets(model: nn.Module, config: LoraConfig, table: Mapping[str, str | Collection[str]]) -> LoraConfig:
+    """A config with the default targets of PEFT's table, which programs extend, where it names none.
+
+    Args:
+        model: The model.
+        config: Its config.
+        table: Architecture -> targets.
+    """
+    targets = table.get(model_type_of(model))
+    if targets is None or config.target_modules is not None or config.target_parameters:
+        return config
+    return config.with_fields(target_modules=targets if isinstance(targets, str) else set(targets))
+
+
 def said_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
     """What is said where PEFT goes on although an entry names nothing; its own words come first where programs match.
 
@@ -148,6 +207,11 @@ def said_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
         report: What attaching it gave.
     """
     said = [sentence for sentence in report.missing if not sentence.startswith(("rank_pattern", "alpha_pattern"))]
+    for field, words in NOTHING_MATCHED.items():
+        value = getattr(config, field)
+        own = [index for index, sentence in enumerate(said) if sentence.startswith(f"{field} entry")]
+        if own and len(own) == (1 if isinstance(value, str) else len(value)):
+            said[own[0]] = f"{words.format(value=value)} {said[own[0]]}"
     for field in ("rank_pattern", "alpha_pattern"):
         paths = [match_path(match) for match in report.matches]
         unmatched = sorted(key for key in getattr(config, field) if not any(key_fits(key, path) for path in paths))
@@ -166,3 +230,21 @@ def said_of_ties(notes: Sequence[str]) -> list[str]:
         notes: What `attach` noted.
     """
     return [note for note in notes if note.startswith((TIED, "You have requested `ensure_weight_tying`"))]
+
+
+def said_of_own_biases(model: nn.Module, adapter: str) -> list[str]:
+    """What PEFT warns of where an adapter's B has a bias and the base has none to which a merge could add it.
+
+    Args:
+        model: A model with adapters in it.
+        adapter: The adapter.
+    """
+    found: dict[str, list[str]] = {}
+    for path, layer in layers(model):
+        if brings_bias(layer, [adapter]) and layer.original_bias() is None:
+            found.setdefault(type(layer.owner).__name__, []).append(path)
+    return [
+        f"`lora_bias=True` was passed but the targeted layer of type {kind} has no bias: {adapter!r} acts at "
+        f"{', '.join(paths[:8])}{' and others' if len(paths) > 8 else ''}, but cannot be merged there."
+        for kind, paths in found.items()
+    ]

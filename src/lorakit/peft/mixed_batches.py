@@ -9,13 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
+from lorakit.core.layering.layer_names import LAYERS
 from lorakit.errors import RouteError
+
+NOTHING: Mapping[str, Any] = {}
 
 BASE_NAME = "__base__"
 """In `adapter_names`: a row that runs on the base alone."""
 
 LENGTH = "Length of `adapter_names` should be the same as the number of inputs, but got {rows}."
-ONE_WEIGHT = "lora.{kind} does not support mixed adapter batches."
+ONE_WEIGHT = "lora.{layer} does not support mixed adapter batches yet."
 COPIES = "Mixed batching is only supported for the following modules: Linear, Embedding, Conv1d, Conv2d, Conv3d."
 
 
@@ -24,12 +27,14 @@ class MixedBatchError(RouteError, TypeError):
 
 
 @contextlib.contextmanager
-def in_peft_words(names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """A block around a forward whose refusals of a mixed batch begin as PEFT's do.
+def in_peft_words(
+    names: Sequence[str] | None, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = NOTHING
+) -> Iterator[None]:
+    """A block around a forward, or a generation, whose refusals of a mixed batch begin as PEFT's do.
 
     Args:
         names: One adapter per row, or None.
-        args: What the forward takes.
+        args: What the forward takes; nothing of a generation, which makes rows of its own.
         kwargs: Its options; the first tensor among them all, (rows, …), is the batch.
 
     Yields:
@@ -52,7 +57,8 @@ def in_peft_words(names: Sequence[str] | None, args: Sequence[Any], kwargs: Mapp
         if "The route names" in said:
             raise RouteError(f"{LENGTH.format(rows=len(names))} {said}") from refused
         if kind is not None:
-            raise MixedBatchError(f"{ONE_WEIGHT.format(kind=kind.group(1))} {said}") from refused
+            layer = LAYERS[kind.group(1)].__name__ if kind.group(1) in LAYERS else kind.group(1)
+            raise MixedBatchError(f"{ONE_WEIGHT.format(layer=layer)} {said}") from refused
         if said.startswith("A copied module returns"):
             raise MixedBatchError(f"{COPIES} {said}") from refused
         raise

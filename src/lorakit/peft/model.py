@@ -386,7 +386,7 @@ class PeftModel(Shown, Pushed):
             RouteError: There is no such adapter, or the rows do not fit the batch.
         """
         model: Any = self.get_base_model()
-        with options_of_generation(self, adapter_names, args, kwargs):
+        with in_peft_words(adapter_names), options_of_generation(self, adapter_names, args, kwargs):
             return model.generate(*args, **kwargs)
 
     @property

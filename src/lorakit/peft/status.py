@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lorakit.core.parts.token_rows import TokenRows
 from lorakit.core.routes.switching import Switched
 from lorakit.errors import AdapterError
 from lorakit.peft import standing
@@ -80,6 +81,10 @@ class TunerModelStatus:
     quantization_backend: str | None
 
 
+PARTS = {"ModuleCopies": "ModulesToSaveWrapper", "TokenRows": "TrainableTokensLayer"}
+"""Class of a part of adapters that is no layer -> PEFT's word for it."""
+
+
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """The status of every adapted layer and copied module.
 
@@ -90,7 +95,11 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         AdapterError: There are none.
     """
     inner = getattr(model, "base_model", model) if standing.is_wrapper(model) else model
-    found = [_layer_status(name, module) for name, module in inner.named_modules() if isinstance(module, Switched)]
+    found = [
+        _layer_status(f"{name}.token_adapter" if isinstance(module, TokenRows) else name, module)
+        for name, module in inner.named_modules()
+        if isinstance(module, Switched)
+    ]
     if not found:
         raise AdapterError(
             "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters "
@@ -107,7 +116,7 @@ def _layer_status(name: str, module: Switched) -> TunerLayerStatus:
         devices[adapter].add(parameter.device.type)
     return TunerLayerStatus(
         name=name,
-        module_type=repr(module).partition("(")[0],
+        module_type=PARTS.get(type(module).__name__) or repr(module).partition("(")[0],
         enabled=not standing.is_disabled(module),
         active_adapters=standing.active_at(module),
         merged_adapters=standing.merged_at(module),

@@ -64,16 +64,18 @@ def input_embeddings_name(model: Any, default: str | None = None) -> str | None:
 
 
 def names_tied_with_embedding(model: Any) -> list[str]:
-    """Paths of modules whose weight is the input embedding's own."""
+    """Paths of modules whose weight is the input embedding's own, sorted; none where the config says untied."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not getattr(getattr(inner, "config", None), "tie_word_embeddings", True):
+        return []
     getter = getattr(inner, "get_input_embeddings", None)
     embedding = getter() if callable(getter) else None
     weight = getattr(embedding, "weight", None)
-    return [
+    return sorted(
         name
         for name, module in inner.named_modules()
         if weight is not None and module is not embedding and module._parameters.get("weight") is weight
-    ]
+    )
 
 
 def no_split_modules(model: Any) -> set[str]:

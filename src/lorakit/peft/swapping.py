@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig, PeftConfig, scale
 from lorakit.core.files.loading import read_adapter
 from lorakit.core.layering.layer import LoraLayer
-from lorakit.errors import AdapterFileError, ConfigError, MergeError, warn_caller
+from lorakit.errors import ConfigError, MergeError, warn_caller
 from lorakit.peft import standing
 from lorakit.peft.locating import adapter_folder
-from lorakit.peft.state_dicts import WRAPPED
+from lorakit.peft.state_dicts import WRAPPED, StateDictError
 from lorakit.targets import first_match
 
 COMPARED: Sequence[str] = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
@@ -57,7 +57,7 @@ def hotswap_adapter(
 
     Raises:
         ConfigError: The configs do not agree.
-        AdapterFileError: The adapter needs places that are not there.
+        StateDictError: The adapter needs places that are not there.
         MergeError: The adapter is merged.
     """
     files = read_adapter(adapter_folder(model_name_or_path, kwargs.get("subfolder"), kwargs.get("revision")))
@@ -92,7 +92,7 @@ def hotswap_adapter_from_state_dict(
         parameter_prefix: How the names of its parameters begin.
 
     Raises:
-        AdapterFileError: There is no place for a tensor, or it does not fit.
+        StateDictError: There is no place for a tensor, or it does not fit.
         MergeError: The adapter is merged.
     """
     if any(adapter_name in standing.merged_at(module) for module in standing.adapted(model)):
@@ -107,7 +107,7 @@ def hotswap_adapter_from_state_dict(
     }
     unexpected = [key for key in state_dict if not _there(model, key)]
     if unexpected:
-        raise AdapterFileError(
+        raise StateDictError(
             f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}."
         )
     places = {key: attrgetter(key)(model) for key in state_dict}
@@ -137,7 +137,7 @@ def _there(model: nn.Module, key: str) -> bool:
 def _check_fits(key: str, place: Tensor, tensor: Tensor) -> None:
     differ = [axis for axis, (a, b) in enumerate(zip(place.shape, tensor.shape, strict=False)) if a != b]
     if place.ndim != tensor.ndim or len(differ) > 1:
-        raise AdapterFileError(
+        raise StateDictError(
             f"Incompatible shapes found for LoRA weights {key}: {tuple(place.shape)} and {tuple(tensor.shape)}. Pad "
             "all ranks to the largest with prepare_model_for_compiled_hotswap."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -21,12 +22,20 @@ from lorakit.errors import AdapterError, ConfigError, RouteError, warn_caller
 from lorakit.peft import casting, flags, standing
 from lorakit.peft.init_steps import for_attaching
 from lorakit.peft.keyed_targets import config_for_keys
-from lorakit.peft.matching import said_of_missing, said_of_ties
+from lorakit.peft.matching import (
+    refusing_in_peft_words,
+    said_of_missing,
+    said_of_own_biases,
+    said_of_ties,
+    with_own_targets,
+)
 from lorakit.peft.mixed_batches import BASE_NAME
 from lorakit.peft.own_kinds import kinds_of
 from lorakit.peft.parameters_by_name import check_parameters
+from lorakit.peft.structure import names_tied_with_embedding
 from lorakit.peft.ties import warn_of_ties
 from lorakit.peft.together import check_together
+from lorakit.peft.warnings_and_errors import PartialTargetsWarning, PeftWarning
 
 CONFIGS = "peft_config"
 """Attribute of the user's model under which other programs look for its adapters' configs."""
@@ -114,6 +123,8 @@ class BaseTuner(nn.Module):
         config = getattr(model, "config", None)
         as_table = getattr(config, "to_dict", None)
         table = as_table() if callable(as_table) else config
+        if dataclasses.is_dataclass(table) and not isinstance(table, type):
+            table = dataclasses.asdict(table)
         return dict(table) if isinstance(table, Mapping) else {"model_type": "custom"}
 
     def inject(
@@ -140,16 +151,18 @@ class BaseTuner(nn.Module):
             ConfigError: The config does not fit.
         """
         self._check_new_adapter_config(config)
-        active = self.active_adapters
+        active, config = self.active_adapters, with_own_targets(self.model, config, self.target_module_mapping)
         asked = config if state_dict is None else config_for_keys(self.model, config, state_dict)
         # PEFT goes on where entries match nothing; here each comes with a warning
         asked, found = for_attaching(self.model, asked)
-        with collector_at_rest():
+        with collector_at_rest(), refusing_in_peft_words(self.model, config):
             report = core.attach(self.model, asked, name, allow=ALLOWANCES, kinds=kinds_of(config), statistics=found)
         self.peft_config[name].init_lora_weights = config.init_lora_weights
         self.peft_config[name].eva_config = config.eva_config
         for sentence in said_of_missing(config, report):
-            warn_caller(sentence, RuntimeWarning)
+            warn_caller(sentence, PartialTargetsWarning)
+        for sentence in said_of_own_biases(self.model, name):
+            warn_caller(sentence, PeftWarning)
         for sentence in said_of_ties(report.notes):
             warn_caller(sentence)
         if state_dict is not None:
@@ -238,6 +251,10 @@ class BaseTuner(nn.Module):
         """
         config = self.peft_config.get(adapter_name)
         return config is not None and config.alora_invocation_tokens is None
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """PEFT's name for `structure.names_tied_with_embedding`."""
+        return names_tied_with_embedding(self.model)
 
     def is_partly_disabled(self) -> bool:
         """Whether adapters are switched off at some layers and on at others."""

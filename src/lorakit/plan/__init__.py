@@ -10,7 +10,8 @@ from lorakit.plan.estimating import Method, Plan, estimate
 from lorakit.plan.flops import Flops
 from lorakit.plan.job import Job, Speed
 from lorakit.plan.memory import Line, Memory
-from lorakit.plan.params import Count, RankTable, SiteCount, count, rank_table
+from lorakit.plan.params import Count, SiteCount, count
+from lorakit.plan.ranks import RankTable, rank_table
 from lorakit.plan.shapes import ModelShape, PlainShape, SiteShape
 from lorakit.plan.text import render, summary
 

@@ -94,7 +94,7 @@ def _attention(shape: ModelShape, job: Job) -> int:
 def _llama_block(shape: ModelShape, job: Job) -> int:
     """Two RMSNorms, attention, SwiGLU: gate, silu(gate), up; rotary positions keep nothing per block."""
     number = job.dtype_bytes
-    per_token = 2 * _rms_norm(shape.hidden, number) + 3 * number * shape.intermediate
+    per_token = 2 * _rms_norm(shape.hidden, number) + 3 * number * shape.inner_width
     if any(o.path.endswith("q_norm") for o in shape.others):  # Qwen3's norms of each head
         per_token += _FP32 * (shape.query_width + shape.kv_width + shape.heads + shape.kv_heads)
     return job.batch_tokens * per_token + _attention(shape, job)
@@ -209,16 +209,20 @@ def _of_sites(
 ) -> Iterable[tuple[str | None, int]]:
     """Block and bytes: inputs of A, then for each site what lies between A and B, and casts of both.
 
-    An A that LoRA-FA froze needs no input, only dropout's noise.
+    An A that LoRA-FA froze needs no input, only dropout's noise. An expert's A sees the tokens that pass the expert. A
+    matrix that is a bare parameter lies in its module as W₀ + s·B·A for one forward, and is kept beside its input.
     """
     tokens, number = job.batch_tokens, job.dtype_bytes
     dense = [site for site in sites if site.kind != "Embedding"]
+    seen = {site.path: tokens * (shape.passed(site.experts) if site.experts > 1 else 1) for site in sites}
     inputs = dense if dropout else _distinct_inputs(shape, [site for site in dense if not site.frozen])
     for site in inputs:
         copies = 0 if isinstance(site, SiteCount) and site.frozen else 1
-        yield block_of(site.path), (copies + bool(dropout)) * number * tokens * site.in_features
+        yield block_of(site.path), (copies + bool(dropout)) * number * seen[site.path] * site.in_features
     for site in sites:
-        kept = number * tokens * site.rank
+        kept = number * seen[site.path] * site.rank
+        if site.is_bare_matrix:
+            kept = number * site.out_features * site.in_features
         if site.kind == "Embedding":
             kept += _INDEX * tokens
         if number != _FP32:
@@ -263,7 +267,7 @@ def _distinct_inputs(
     fused = not shape.dropouts.get("attention")
     found: dict[tuple[str, str], SiteCount | SiteShape] = {}
     for site in sites:
-        if fused and site.path.endswith(ATTENTION_OUTPUTS):
+        if fused and _module(site.path).endswith(ATTENTION_OUTPUTS):
             continue
         found.setdefault(_input_of(site.path), site)
     return list(found.values())
@@ -271,8 +275,13 @@ def _distinct_inputs(
 
 def _input_of(path: str) -> tuple[str, str]:
     """What tells one input tensor from another: the parent, and the first of the sites that read the same tensor."""
-    parent, _, name = path.rpartition(".")
+    parent, _, name = _module(path).rpartition(".")
     return parent, next((group[0] for group in SHARED_INPUTS if name in group), name)
+
+
+def _module(path: str) -> str:
+    """The module of a site that may be its weight, named as a bare parameter."""
+    return path.removesuffix(".weight")
 
 
 def _gathered(
@@ -280,7 +289,7 @@ def _gathered(
 ) -> Activations:
     number, tokens = job.dtype_bytes, job.batch_tokens
     # the gradient of the stream and of its branch; of an inner product, and of both of its operands
-    transient = number * tokens * (2 * shape.hidden + 3 * shape.intermediate)
+    transient = number * tokens * (2 * shape.hidden + 3 * shape.inner_width)
     if shape.dropouts.get("attention"):
         transient += 2 * _FP32 * job.batch_rows * shape.heads * job.length_tokens**2
     return Activations(

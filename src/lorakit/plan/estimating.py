@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorakit.config import LoraConfig
-from lorakit.errors import NotYetSupported
 from lorakit.plan import files, flops, memory, params, words
 from lorakit.plan.files import FileSize
 from lorakit.plan.flops import Flops
 from lorakit.plan.job import Job, Speed
 from lorakit.plan.memory import Memory
-from lorakit.plan.params import Count, RankTable
+from lorakit.plan.params import Count
+from lorakit.plan.ranks import RankTable, rank_table
 from lorakit.plan.shapes import ModelShape
 from lorakit.plan.stacking import stacked
 
@@ -147,14 +147,8 @@ def estimate(
     Raises:
         TargetError: A target matches nothing, or a module that cannot take LoRA.
         ConfigError: The config has no targets, or a pattern cannot be used.
-        NotYetSupported: The config adapts bare parameters.
     """
     job = job or Job()
-    if config.target_parameters:
-        raise NotYetSupported(
-            "target_parameters: bytes and time of adapted parameters are not planned yet, since they depend on how "
-            "their module runs. The counts are: lorakit.plan.count(shape, config)."
-        )
     shape, config = stacked(shape, config), dataclasses.replace(config, layer_replication=None)
     counted = params.count(shape, config, allow_partial=allow_partial, optimizer=job.optimizer)
     sizes = files.sizes(shape, counted)
@@ -185,8 +179,8 @@ def estimate(
         lora=lora,
         full=full,
         files=tuple(sizes),
-        ranks=params.rank_table(shape, config, ranks, job.optimizer) if ranks else None,
-        notes=_notes(shape, job, speed, lora.memory),
+        ranks=rank_table(shape, config, ranks, job.optimizer) if ranks else None,
+        notes=(*_notes(shape, job, speed, lora.memory), *_experts_note(shape, counted)),
     )
 
 
@@ -233,6 +227,17 @@ def _notes(shape: ModelShape, job: Job, speed: Speed | None, needs: Memory) -> t
             "CPU; the first steps of the run tell better."
         )
     return tuple(notes)
+
+
+def _experts_note(shape: ModelShape, counted: Count) -> list[str]:
+    """What bytes and time of experts rest on; the counts rest on nothing but shapes."""
+    if not shape.fused and not any(site.experts > 1 for site in counted.sites):
+        return []
+    through = f"{shape.experts_per_token} experts" if shape.experts_per_token else "all experts"
+    return [
+        f"Bytes and time of experts: each token is reckoned to pass {through} of a layer, with A and B beside them, as "
+        "in transformers' own; a module that does not show its tokens keeps a copy of the whole weight in each forward."
+    ]
 
 
 def _method_dict(method: Method) -> dict[str, Any]:

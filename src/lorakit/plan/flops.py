@@ -37,12 +37,13 @@ class Flops:
 def products(shape: ModelShape) -> int:
     """FLOPs per token of one pass through every dense product of the base, the head among them.   [docs/math.md (30)]
 
-    2 × out × in for each Linear and Conv1D; looking up an embedding costs none.
+    2 × out × in for each Linear and Conv1D, and for each expert that a token passes; looking up an embedding is free.
 
     Args:
         shape: The model.
     """
-    return sum(2 * site.weight_parameters for site in shape.sites if site.kind != "Embedding")
+    dense = sum(2 * site.weight_parameters for site in shape.sites if site.kind != "Embedding")
+    return dense + sum(2 * shape.passed(experts) * numbers for experts, numbers in shape.fused)
 
 
 def attention(shape: ModelShape, length_tokens: int) -> float:
@@ -63,25 +64,31 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
     """FLOPs per token of LoRA training.   [docs/math.md (32)]
 
     The frozen weights need no gradient, so the backward of a product is one product (dX) and not two; the factors
-    add 2r(in + out) forward and twice that backward, and so do n rows of a head with 2n·in. Slightly high: below the
-    first adapted site there is no dX.
+    add 2r(in + out) forward and twice that backward, of experts for each that a token passes, and so do n rows of a
+    head with 2n·in. A matrix that is a bare parameter gets B·A added to it once for a batch, and its gradient is made.
+    Slightly high: below the first adapted site there is no dX.
 
     Args:
         shape: The base.
         counted: The adapter.
         job: Length of rows, checkpointing.
     """
+    bare = [site for site in counted.sites if site.is_bare_matrix]
+    beside = [(site, shape.passed(site.experts)) for site in counted.sites if not site.is_bare_matrix]
     added = sum(
-        2 * site.rank * ((0 if site.kind == "Embedding" else site.in_features) + site.out_features)
-        for site in counted.sites
+        2 * through * site.rank * ((0 if site.kind == "Embedding" else site.in_features) + site.out_features)
+        for site, through in beside
     ) + 2 * read_out(shape, counted.rows)
     norms = sum(2 * s.out_features * s.in_features * s.rank for s in counted.sites if s.magnitudes)
+    dense = sum(2 * s.out_features * s.in_features * s.rank for s in bare) / job.batch_tokens
     base, within = products(shape), attention(shape, job.length_tokens)
     copied = sum(2 * numbers for numbers in counted.saved.values())  # dW of modules that are trained whole
-    frozen = 2 * counted.frozen  # the gradient of LoRA-FA's frozen factors, which is not made
+    copied += sum(2 * site.out_features * site.in_features for site in bare)
+    frozen = sum(2 * s.frozen * n / s.experts for s, n in beside)  # the gradient of frozen factors, which is not made
     per_batch = norms / job.batch_tokens  # DoRA's norm of W + ΔW is taken once per forward
-    forward = base + within + added + per_batch
-    return Flops(forward, base + 2 * within + 2 * added - frozen + copied, _again(shape, forward, job))
+    forward = base + within + added + per_batch + dense
+    backward = base + 2 * within + 2 * added - frozen + copied + 2 * dense
+    return Flops(forward, backward, _again(shape, forward, job))
 
 
 def full(shape: ModelShape, job: Job) -> Flops:

@@ -6,12 +6,9 @@ knows nothing about bytes, time or files.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorakit.config import LoraConfig, scale
-from lorakit.errors import NotYetSupported, UsageError
 from lorakit.plan.rows import trained_rows
 from lorakit.plan.shapes import ModelShape, SiteShape, role, short_roles
 from lorakit.plan.stacking import stacked
@@ -25,15 +22,16 @@ class SiteCount:
     Attributes:
         path: Dotted path of the site.
         kind: "Linear", "Conv1D", "Embedding", or "Parameter" for what `target_parameters` names.
-        out_features: Rows of the canonical weight; of experts, of each as they are stored.
+        out_features: Rows of the canonical weight; of experts, of each.
         in_features: Columns of it.
         rank: Rank here.
         scale: Factor before B·A here.
         entry: The target entry that named it.
-        factors: Numbers in A and B: rank × (in + out).
+        factors: Numbers in A and B: experts × rank × (in + out).
         magnitudes: Numbers in DoRA's magnitude: out, or 0 without DoRA.
         frozen: Numbers of the factors that stay: with LoRA-FA rank × in, of an embedding rank × out; with the init mica
             rank × out; else 0.
+        experts: So many matrices lie in one parameter, each with a rank of its own.
     """
 
     path: str
@@ -46,6 +44,12 @@ class SiteCount:
     factors: int
     magnitudes: int
     frozen: int = 0
+    experts: int = 1
+
+    @property
+    def is_bare_matrix(self) -> bool:
+        """Whether it is a matrix that `target_parameters` names, into which B·A is added, and not run beside it."""
+        return self.kind == "Parameter" and self.experts == 1
 
     @property
     def trainable(self) -> int:
@@ -67,6 +71,7 @@ class Group:
         entry: The target entry that named them.
         sites: How many there are.
         each: Numbers that one of them trains.
+        experts: So many matrices lie in each.
     """
 
     label: str
@@ -78,6 +83,7 @@ class Group:
     entry: str
     sites: int
     each: int
+    experts: int = 1
 
     @property
     def trainable(self) -> int:
@@ -152,8 +158,8 @@ class Count:
         labels = short_roles(site.path for site in self.sites)
         gathered: dict[tuple[object, ...], list[SiteCount]] = {}
         for site in self.sites:
-            key = (labels[role(site.path)], site.out_features, site.in_features, site.rank, site.scale, site.entry)
-            gathered.setdefault(key, []).append(site)
+            size = (site.out_features, site.in_features, site.experts)
+            gathered.setdefault((labels[role(site.path)], size, site.rank, site.scale, site.entry), []).append(site)
         return [
             Group(
                 labels[role(members[0].path)],
@@ -165,47 +171,10 @@ class Count:
                 members[0].entry,
                 len(members),
                 members[0].trainable,
+                members[0].experts,
             )
             for members in gathered.values()
         ]
-
-
-@dataclass(frozen=True)
-class RankRow:
-    """One distinct shape of site in a rank table.
-
-    Attributes:
-        labels: The modules that have this shape.
-        kind: Their kind.
-        out_features: Rows of the weight.
-        in_features: Columns of it.
-        sites: How many sites have it.
-        each: Numbers that one such site trains, by column.
-    """
-
-    labels: tuple[str, ...]
-    kind: str
-    out_features: int
-    in_features: int
-    sites: int
-    each: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class RankTable:
-    """Trainable numbers by rank.
-
-    Attributes:
-        ranks: The columns.
-        rows: One per distinct shape of site.
-        totals: All that is trained at each rank, over all sites, with copies and biases.
-        shares: The same as a share of the base, without unit.
-    """
-
-    ranks: tuple[int, ...]
-    rows: tuple[RankRow, ...]
-    totals: tuple[int, ...]
-    shares: tuple[float, ...]
 
 
 def factor_parameters(rank: int, in_features: int, out_features: int) -> int:
@@ -239,12 +208,12 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
         ConfigError: A pattern cannot be used, or no targets are given.
     """
     shape = stacked(shape, config)
-    bare = _bare_parameters(shape)
+    bare, in_first = _bare_parameters(shape), {other.path for other in shape.others if other.in_first}
     resolution = resolve(candidates(shape), config, allow_partial=allow_partial, parameters=bare)
     by_path = {site.path: site for site in shape.sites}
     shapes = {parameter.path: parameter.shape for parameter in bare}
     sites = tuple(
-        _parameter_count(shapes[match_path(match)], match, config, optimizer)
+        _parameter_count(_canonical(shapes[match_path(match)], match.path in in_first), match, config, optimizer)
         if match.parameter
         else _site_count(by_path[match.path], match, config, optimizer)
         for match in resolution.matches
@@ -268,47 +237,6 @@ def candidates(shape: ModelShape) -> list[Candidate]:
     found += [Candidate(other.path, None, "module without a weight matrix") for other in shape.others]
     found += [Candidate(path, None, "container of modules") for path in shape.containers]
     return found
-
-
-def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int], optimizer: str = "adamw") -> RankTable:
-    """Trainable numbers by rank: one row per distinct shape of site and a total, one column per rank.
-
-    Args:
-        shape: The model.
-        config: The adapter; its rank and `rank_pattern` give way to the column's rank.
-        ranks: The columns.
-        optimizer: As in `Job`.
-
-    Returns:
-        The table.
-
-    Raises:
-        UsageError: A rank is below 1, or there is none.
-        TargetError: As `count`.
-    """
-    if not ranks or any(rank < 1 for rank in ranks):
-        raise UsageError(f"ranks are {list(ranks)}; give one or more whole numbers of at least 1, such as 4,8,16,32.")
-    columns = [
-        count(shape, dataclasses.replace(config, r=rank, rank_pattern={}), optimizer=optimizer) for rank in ranks
-    ]
-    labels = short_roles(site.path for site in columns[0].sites)
-    rows: dict[tuple[str, int, int], list[int]] = {}
-    for index, site in enumerate(columns[0].sites):
-        rows.setdefault((site.kind, site.out_features, site.in_features), []).append(index)
-    return RankTable(
-        tuple(ranks),
-        tuple(
-            RankRow(
-                tuple(dict.fromkeys(labels[role(columns[0].sites[i].path)] for i in members)),
-                *key,
-                len(members),
-                tuple(column.sites[members[0]].trainable for column in columns),
-            )
-            for key, members in rows.items()
-        ),
-        tuple(column.trainable for column in columns),
-        tuple(column.share for column in columns),
-    )
 
 
 def _site_count(site: SiteShape, match: Match, config: LoraConfig, optimizer: str) -> SiteCount:
@@ -338,14 +266,15 @@ def _bare_parameters(shape: ModelShape) -> list[BareParameter]:
     return found
 
 
-def _parameter_count(size: tuple[int, ...], match: Match, config: LoraConfig, optimizer: str) -> SiteCount:
-    """A bare parameter: (out, in), or so many experts, each with a factor of its own."""
-    experts = size[0] if len(size) == 3 else 1
-    out_features, in_features = size[-2:]
-    if optimizer == "lorafa" and experts > 1:
-        raise NotYetSupported(
-            f"{match_path(match)}: the plan does not know which side of experts is the input, which LoRA-FA asks for."
-        )
+def _canonical(size: tuple[int, ...], in_first: bool) -> tuple[int, int, int]:
+    """Experts, out and in of a bare parameter; a matrix is one, whose first axis is out."""
+    experts, first, second = size if len(size) == 3 else (1, *size)
+    return (experts, second, first) if in_first and len(size) == 3 else (experts, first, second)
+
+
+def _parameter_count(size: tuple[int, int, int], match: Match, config: LoraConfig, optimizer: str) -> SiteCount:
+    """A bare parameter: a matrix, or so many experts, each with factors of its own."""
+    experts, out_features, in_features = size
     lorafa = match.rank * in_features if optimizer == "lorafa" else 0
     return SiteCount(
         path=match_path(match),
@@ -357,7 +286,8 @@ def _parameter_count(size: tuple[int, ...], match: Match, config: LoraConfig, op
         entry=match.entry,
         factors=experts * factor_parameters(match.rank, in_features, out_features),
         magnitudes=0,
-        frozen=experts * match.rank * out_features if config.init_lora_weights == "mica" else lorafa,
+        frozen=experts * (match.rank * out_features if config.init_lora_weights == "mica" else lorafa),
+        experts=experts,
     )
 
 

@@ -59,12 +59,16 @@ class PlainShape:
         parameters: Numbers in its own parameters (not those of its children), by distinct storage.
         biases: How many of them lie in parameters whose name contains "bias".
         matrices: Name and shape of each of its own parameters with two axes or three, such as fused experts.
+        experts: So many experts lie in each of its parameters of three axes; 0 where it holds none.
+        in_first: They lie as (experts, in, out).
     """
 
     path: str
     parameters: int
     biases: int = 0
     matrices: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    experts: int = 0
+    in_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class ModelShape:
         heads: Query heads of a block.
         kv_heads: Key and value heads of a block.
         head_dim: Width of a head.
-        intermediate: Inner width of the MLP.
+        intermediate: Inner width of the MLP, of experts that of each.
         vocab: Rows of the vocabulary, which is also the width of the logits.
         positions: Longest input that the model was made for, in tokens.
         tied: Whether the output head shares its weight with the input embedding.
@@ -93,6 +97,7 @@ class ModelShape:
         dropouts: Dropout of the base while it trains: {"embedding": p, "residual": p, "attention": p}; absent is 0.
         published: Whether `source` names a published model; False for one that was read from disk.
         containers: Paths of modules without parameters of their own; a target list may name one by mistake.
+        experts_per_token: Of fused experts so many see each token; 0 where there are none, or it is not known.
     """
 
     name: str
@@ -116,6 +121,7 @@ class ModelShape:
     dropouts: dict[str, float] = field(default_factory=dict)
     published: bool = False
     containers: tuple[str, ...] = ()
+    experts_per_token: int = 0
 
     @property
     def counted_parameters(self) -> int:
@@ -126,6 +132,22 @@ class ModelShape:
     def bias_parameters(self) -> int:
         """Numbers in every parameter whose name contains "bias"."""
         return sum(s.bias_parameters for s in self.sites) + sum(o.biases for o in self.others)
+
+    @property
+    def fused(self) -> tuple[tuple[int, int], ...]:
+        """Of each parameter that holds experts, their number and the numbers of one of them."""
+        held = (other.matrices for other in self.others if other.experts)
+        sizes = (size for matrices in held for _, size in matrices if len(size) == 3)
+        return tuple((size[0], size[1] * size[2]) for size in sizes)
+
+    def passed(self, experts: int) -> int:
+        """Through so many of a number of experts each token goes; through all where that is not known."""
+        return min(self.experts_per_token or experts, experts)
+
+    @property
+    def inner_width(self) -> int:
+        """Numbers of a token in the middle of the MLP: its inner width, once for each expert that the token passes."""
+        return self.intermediate * (self.passed(self.fused[0][0]) if self.fused else 1)
 
     @property
     def query_width(self) -> int:

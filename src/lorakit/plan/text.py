@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Sequence
 
 from lorakit.plan.estimating import Method, Plan
-from lorakit.plan.params import RankTable
+from lorakit.plan.ranks import RankTable
 
 WIDTH = 100
 """Columns at which sentences are broken."""

@@ -57,6 +57,8 @@ def _entry(entry: str, groups: list[Group]) -> str:
 
 
 def _kinds(group: Group) -> str:
+    if group.experts > 1:
+        return f"{group.sites} × {group.experts} experts in one parameter"
     return f"{group.sites} × {group.kind}" if group.sites > 1 else f"one {group.kind}"
 
 
@@ -73,6 +75,7 @@ def _sum(counted: Count) -> str:
         inner = " + ".join(f"{group.each:,}" for group in members)
         terms.append(f"{count} × ({inner})" if len(members) > 1 else f"{count} × {inner}")
     each = "out (of an embedding in)" if counted.frozen else "(in + out)"
+    each += ", and each expert as much" if any(group.experts > 1 for group in groups) else ""
     return f"{' + '.join(terms)} = {total:,}; one site trains r × {each}" + (" + out." if counted.magnitudes else ".")
 
 

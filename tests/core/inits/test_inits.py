@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
 
 from lorakit.config import LoraConfig
-from lorakit.core import attach
+from lorakit.core import attach, collect_for
 from lorakit.core.inits import INITS, init_named
 from lorakit.errors import ConfigError
 
@@ -139,3 +140,11 @@ def test_an_init_without_a_meaning_on_a_kind_is_refused(name: str) -> None:
         ConfigError, match=f"'{name}', which has no meaning on a Embedding \\(0\\); it has one on Linear"
     ):
         attach(nn.Sequential(nn.Embedding(9, 4)), config)
+
+
+@pytest.mark.parametrize("name", ["eva", "corda", "lora_ga"])
+def test_data_is_not_collected_for_a_bare_parameter(name: str) -> None:
+    fields = {"target_modules": [], "target_parameters": ["one.weight"], "init_lora_weights": name}
+    model, batch = nn.Sequential(OrderedDict(one=nn.Linear(4, 4))), torch.ones(2, 4)
+    with pytest.raises(ConfigError, match=rf"'{name}', which has no meaning on a Parameter \(one\.weight\)"):
+        collect_for(model, LoraConfig(**fields, **{f"{name}_config": {}}), [batch], lambda model, x: model(x).sum())

@@ -18,6 +18,8 @@ from lorakit.core.layering.experts import MARKS, shows_tokens
 from lorakit.core.layering.layer_names import ParamWrapper
 from lorakit.errors import AdapterFileError, ConfigError, MergeError, RouteError, TargetError
 
+from ...laws.zoo import EVERY_KIND, run
+
 EXPERTS, D, HIDDEN, TOP = 3, 6, 10, 2
 
 
@@ -470,3 +472,30 @@ def test_ranks_and_counts_are_reported() -> None:
     }
     one = 2 * EXPERTS * (D + 2 * HIDDEN) + 1 * EXPERTS * (HIDDEN + D)
     assert report.trainable_parameters == 2 * one
+
+
+@pytest.mark.parametrize("name", ["conv.weight", "embed.weight"])
+def test_a_matrix_that_its_module_holds_transposed_is_adapted_as_it_lies(name: str, tmp_path: Path) -> None:
+    """As in peft: rows of the parameter are B's, whatever the module does with them, in forwards, merges and files."""
+    model = EVERY_KIND.model(torch.float64)
+    W = model.get_parameter(name).detach().clone()
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=[], target_parameters=[name])
+    core.attach(model, config, "a")
+    randomise(model, "a", 3)
+    (site,) = core.sites(model)
+    A, B = (t.detach() for t in (site.layer.factor("a").A, site.layer.factor("a").B))
+    assert (A.shape, B.shape) == ((2, W.shape[1]), (W.shape[0], 2))
+    plain = EVERY_KIND.model(torch.float64)
+    plain.get_parameter(name).data = W + 1.5 * B @ A
+    expected = run(plain, EVERY_KIND.given())
+    torch.testing.assert_close(run(model, EVERY_KIND.given()), expected)
+    core.save_adapter(model, tmp_path / "a", "a")
+    core.load_adapter(model, tmp_path / "a", "again")
+    with core.use(model, "again"):
+        torch.testing.assert_close(run(model, EVERY_KIND.given()), expected)
+    base = EVERY_KIND.model(torch.float64)
+    report = core.extract(base, plain, config, rank=2)
+    assert report.captured == pytest.approx(1)
+    torch.testing.assert_close(run(base, EVERY_KIND.given()), expected)
+    core.merge_and_unload(model, "a")
+    torch.testing.assert_close(model.get_parameter(name), plain.get_parameter(name))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit.config import LoraConfig
 from lorakit.core import (
@@ -307,3 +308,39 @@ def test_the_adapter_stays_as_it_is() -> None:
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert dataclasses.asdict(compress(model, "a", "again", rank=1).sites[0])["r"] == 1
+
+
+def test_a_site_of_many_experts_makes_no_dense_update() -> None:
+    """Of 40 experts of 64 × 48 the whole update has 122,880 numbers; the largest tensor made has a third of that."""
+
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down_proj = nn.Parameter(torch.zeros(1).expand(40, 64, 48), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    model = nn.Sequential(Many())
+    for name in "ab":
+        attach(model, LoraConfig(r=2, target_modules=[], target_parameters=["0.down_proj"]), name)
+        randomise(model, name, ord(name))
+    sizes: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            made = func(*args, **(kwargs or {}))
+            parts = made if isinstance(made, (tuple, list)) else (made,)
+            sizes.extend(t.numel() for t in parts if isinstance(t, torch.Tensor))
+            return made
+
+    for way in ("cat", "svd", "linear", "ties", "ties_svd"):
+        sizes.clear()
+        with Watch():
+            combine(model, ["a", "b"], [1.0, 1.0], way, way=Way(way, density=0.5 if "ties" in way else None))
+        assert max(sizes) <= 40 * 64 * 16
+    sizes.clear()
+    with Watch():
+        compress(model, "a", rank=1)
+        compare_adapters(model, "a", "b")
+    assert max(sizes) <= 40 * 64 * 16

@@ -18,14 +18,16 @@ __all__ = ["BASES", "NOT_WRITTEN", "Base", "at_least_fp32", "base_of", "hold_sti
 BASES: tuple[Base, ...] = (FOUR_BIT, EIGHT_BIT, TORCHAO, HQQ, COMPUTED, COMPUTED_TRANSPOSED, TRANSPOSED, DENSE)
 
 
-def base_of(module: nn.Module, parameter: str = "weight") -> Base:
+def base_of(module: nn.Module, parameter: str = "weight", as_stored: bool = False) -> Base:
     """How a parameter of a module is stored: the weight's type is asked first, then the module's.
 
     Args:
         module: A module of the base.
         parameter: Name of its weight.
+        as_stored: Read it as it lies, also where the module holds it transposed.
     """
     row = _row_of(module, parameter)
+    row = DENSE if as_stored and row.transposed else row
     if is_computed(module, parameter):
         return COMPUTED_TRANSPOSED if row.transposed else COMPUTED
     return row

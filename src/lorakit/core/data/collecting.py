@@ -61,7 +61,7 @@ def collect_inputs(
     found = {path: InputStatistics(components) for path in paths}
     collector = _Inputs(found, even)
     hooks = {path: collector.hook(path, module) for path, module in modules.items()}
-    with torch.no_grad(), _quietly(model), _hooked(modules, hooks):
+    with torch.no_grad(), in_mode(model, False), _hooked(modules, hooks):
         for batch in _some(batches):
             collector.begin(keep(batch) if keep is not None else None)
             forward(model, batch)
@@ -93,7 +93,7 @@ def collect_gradients(
     """
     modules = _modules_at(model, paths)
     found = {path: GradientStatistics() for path in paths}
-    with torch.enable_grad(), _quietly(model):
+    with torch.enable_grad(), in_mode(model, False):
         anchor = torch.zeros((), requires_grad=True)
         collector = _Gradients(found, anchor)
         with _hooked(modules, {path: collector.hook(path, module) for path, module in modules.items()}):
@@ -300,15 +300,20 @@ def _some(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _quietly(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode again afterwards."""
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """A block in which a model trains or evaluates; each module has its own mode again afterwards.
+
+    Args:
+        model: Any model.
+        training: Its mode in the block.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, before in modes:
+            module.training = before
 
 
 @contextlib.contextmanager

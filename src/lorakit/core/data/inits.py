@@ -19,15 +19,17 @@ from lorakit.config import EvaConfig, LoraConfig
 from lorakit.core.data.allocating import by_explained_variance, in_groups, with_ranks
 from lorakit.core.data.collecting import Forward, collect_gradients, collect_inputs
 from lorakit.core.data.statistics import Statistics
+from lorakit.core.files.fingerprinting import fingerprint
 from lorakit.core.inits import Blank, Init, init_for, init_named
 from lorakit.core.kinds import kind_named
+from lorakit.core.layering.parameter_sites import bare_parameters
 from lorakit.core.layering.sitemap import Place, find_state, survey
 from lorakit.core.making.attaching import with_targets
 from lorakit.core.making.fresh import blank_for
 from lorakit.core.making.moving import check_can_move
 from lorakit.core.routes.activation import disable
 from lorakit.errors import ConfigError, DataError
-from lorakit.targets import Match, resolve
+from lorakit.targets import Match, match_path, resolve
 
 
 def collect_for(
@@ -75,7 +77,7 @@ def collect_for(
         if ranks != given:
             config = redistributed(config, matches, ranks)
             sites = {path: tensors for path, tensors in sites.items() if ranks[path]}
-    return Statistics(config, sites)
+    return Statistics(config, sites, base=fingerprint(model))
 
 
 def reduced(
@@ -96,7 +98,7 @@ def reduced(
     init, config, _, blanks = _asked(model, config, allow)
     with torch.no_grad():
         found = {path: init.digest(blanks[path], collected[path]) for path in blanks if path in collected}  # type: ignore[misc]
-    return Statistics(config, found)
+    return Statistics(config, found, base=fingerprint(model))
 
 
 def ranks_by_variance(
@@ -159,7 +161,11 @@ def _asked(
             "layer_replication stacks layers that are not there while data is collected. Use another init."
         )
     config, site_map = with_targets(config, model), survey(model)
-    matches = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow).matches
+    bare = bare_parameters(site_map, model) if config.target_parameters else None
+    found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
+    matches = found.matches
+    for match in matches:
+        init_for(config.init_lora_weights, match.kind, match_path(match))
     blanks: dict[str, Blank] = {}
     for match in matches:
         place = _only_place(site_map.places(match.path, kind_named(match.kind)), config)

@@ -161,12 +161,13 @@ def _canonical(weight: QuantisedWeight) -> tuple[int, int]:
     return int(module.out_features), int(module.in_features)
 
 
-def compare(known: Fingerprint | None, present: Fingerprint) -> tuple[str, str]:
+def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the adapter's") -> tuple[str, str]:
     """Whether an adapter's base is the one at hand.
 
     Args:
         known: The fingerprint kept with the adapter, or None.
         present: That of the model at hand.
+        whose: Of what it is the base, for the reason.
 
     Returns:
         The verdict (`SAME`, `OTHER_PRECISION`, `UNVERIFIABLE`, `DIFFERENT`) and its reason in words.
@@ -174,9 +175,9 @@ def compare(known: Fingerprint | None, present: Fingerprint) -> tuple[str, str]:
     if known is None:
         return UNVERIFIABLE, "the adapter carries no fingerprint of its base"
     if known.architecture != present.architecture:
-        return DIFFERENT, f"the adapter's base is a {known.architecture}, this model is a {present.architecture}"
+        return DIFFERENT, f"{whose} base is a {known.architecture}, this model is a {present.architecture}"
     if known.vocabulary != present.vocabulary:
-        return DIFFERENT, f"the adapter's base has {known.vocabulary:,} tokens, this model has {present.vocabulary:,}"
+        return DIFFERENT, f"{whose} base has {known.vocabulary:,} tokens, this model has {present.vocabulary:,}"
     if known.names_sha256 != present.names_sha256:
         counts = f"{known.parameters:,} against {present.parameters:,} parameters"
         return DIFFERENT, f"names or shapes of the base's parameters differ ({counts})"
@@ -189,7 +190,7 @@ def compare(known: Fingerprint | None, present: Fingerprint) -> tuple[str, str]:
             return DIFFERENT, f"the numbers of {name} differ: same shapes, other weights"
         exact = exact and _close(numbers, present.samples[name], ())
     if known.dtype != present.dtype:
-        return OTHER_PRECISION, f"the adapter's base was {known.dtype}, this model is {present.dtype}"
+        return OTHER_PRECISION, f"{whose} base was {known.dtype}, this model is {present.dtype}"
     if not exact:
         return OTHER_PRECISION, "the numbers agree within what quantising cost, in one way and in another"
     return SAME, "architecture, shapes and sampled numbers agree"

@@ -33,7 +33,7 @@ from lorakit.core.layering.replication import stacked_for
 from lorakit.core.layering.sitemap import SiteMap, find_state, survey
 from lorakit.core.making.attaching import publish
 from lorakit.core.making.checks import check_allowances, check_bias_alone, check_new_name, check_scales
-from lorakit.core.making.fresh import Part, as_parameters, check_bias_of_b
+from lorakit.core.making.fresh import Part, as_parameters, check_bias_of_b, check_storage
 from lorakit.core.merging.applied import check_not_applied
 from lorakit.core.parts.extras import Extras, ModuleCopies, build_extras
 from lorakit.core.parts.row_parts import new_rows
@@ -301,6 +301,7 @@ def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, past: Past, trai
     trains = trains_of(config)
     for path, (place, tensors) in fitted.sites.items():
         check_bias_of_b(config, place)
+        check_storage(site_map, place)
         kind, slot = place.kind, place.slot
         module, parameter = site_map.holder(place), slot.parameter
         device, dtype = base_of(module, parameter).device(module, parameter), factor_dtype(module, parameter)

@@ -83,11 +83,7 @@ def saved_form(
         began |= {"file": INITIAL_FILE, "sha256": sha256_bytes(initial)}
         return SavedForm(name, tensors, config, sites, {BEGAN: began}, initial)
     for path, layer in moved:
-        if layer.base.quantised:
-            raise AdapterError(
-                f"{path}: {config.init_lora_weights} moved a quantised base, which was rounded a second time, so "
-                f"adapter {name!r} is no plain LoRA on the original. Use `save_as_trained`."
-            )
+        _check_plain(path, layer, name, config)
         down, up = _keys(path, layer)
         tensors[down], tensors[up] = as_plain(layer.slot, tensors[down], tensors[up], layer.initial)  # type: ignore[arg-type]
     return SavedForm(name, tensors, about={BEGAN: began}, **_doubled(config, sites))
@@ -105,12 +101,13 @@ def converted_form(
         tensors: As in `saved_form`.
 
     Raises:
-        AdapterError: The tensors are those of another adapter.
+        AdapterError: The tensors are those of another adapter, or it moved a quantised base.
     """
     found = saved_form(model, name, "raw", tensors)
     on_disk = paths_on_disk(model, name)
     for path, layer in layers(model):
         if path in on_disk:
+            _check_plain(path, layer, name, found.config)
             down, up = _keys(on_disk[path], layer)
             first = [initial.get(key) for key in (down, up)]
             if any(a is None or a.shape != found.tensors[key].shape for a, key in zip(first, (down, up), strict=True)):
@@ -118,6 +115,14 @@ def converted_form(
             pair = found.tensors[down], found.tensors[up]
             found.tensors[down], found.tensors[up] = as_plain(layer.slot, *pair, (first[0], first[1]))  # type: ignore[arg-type]
     return dataclasses.replace(found, **_doubled(found.config, found.sites))
+
+
+def _check_plain(path: str, layer: LoraLayer, name: str, config: LoraConfig) -> None:
+    if layer.moved_by == name and layer.base.quantised:
+        raise AdapterError(
+            f"{path}: {config.init_lora_weights} moved a quantised base, which was rounded a second time, so adapter "
+            f"{name!r} is no plain LoRA on the original. Use `save_as_trained`, or merge it."
+        )
 
 
 def _doubled(config: LoraConfig, sites: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

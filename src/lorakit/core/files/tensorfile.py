@@ -110,7 +110,8 @@ def _header(path: str | os.PathLike[str], data: bytes) -> tuple[dict[str, Any], 
         raise AdapterFileError(f"{path}: {len(data)} bytes are too few for a safetensors file: empty or truncated.")
     size = int.from_bytes(data[:8], "little")
     if size > MAX_HEADER_BYTES or 8 + size > len(data):
-        kind = "a pickle, which is never loaded" if data[:2] in (b"PK", b"\x80\x02") else "damaged"
+        pickled = data[:2] == b"PK" or (data[0] == 0x80 and data[1] <= 5)  # a zip of torch's, or any protocol
+        kind = "a pickle, which is never loaded" if pickled else "damaged"
         raise AdapterFileError(
             f"{path}: not a safetensors file (it claims a header of {size:,} bytes); it may be {kind}."
         )

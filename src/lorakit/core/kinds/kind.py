@@ -28,6 +28,7 @@ class Slot:
         kernel: Size of a convolution's kernel, () elsewhere.
         groups: Groups of a convolution.
         bounded: Rows are shortened to a largest norm when they are looked up.
+        as_stored: The canonical weight is the parameter as it lies, also in a module that stores (in, out).
     """
 
     parameter: str
@@ -38,6 +39,7 @@ class Slot:
     kernel: Shape = ()
     groups: int = 1
     bounded: bool = False
+    as_stored: bool = False
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def _no_axis(_: nn.Module) -> int | None:
 
 
 def parameter_slot(module: nn.Module, name: str) -> Slot:
-    """The slot of a parameter of a module, of two axes (out, in) or of three (experts, out, in).
+    """The slot of a parameter of a module, of two axes (out, in) or of three (experts, out, in), as it lies there.
 
     Args:
         module: The module that holds it.
@@ -34,12 +34,12 @@ def parameter_slot(module: nn.Module, name: str) -> Slot:
     """
     shape = tuple(getattr(module, name).shape)
     if len(shape) == 2:
-        return Slot(name, *shape)
+        return Slot(name, *shape, as_stored=True)
     if len(shape) != 3:
         raise TargetError(f"The parameter {name!r} has shape {shape}; LoRA on a parameter needs two axes or three.")
     in_first = bool(getattr(module, "is_transposed", False))  # transformers' mark of experts that lie as (in, out)
     experts, first, second = shape
-    return Slot(name, *((second, first) if in_first else (first, second)), experts, in_first)
+    return Slot(name, *((second, first) if in_first else (first, second)), experts, in_first, as_stored=True)
 
 
 def _shapes(slot: Slot, r: int) -> tuple[Shape, Shape]:

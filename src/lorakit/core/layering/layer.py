@@ -17,6 +17,7 @@ from lorakit.core.bases import Base, base_of
 from lorakit.core.kinds import Kind, Slot, kind_named, spread
 from lorakit.core.layering.cloning import bare, with_forward
 from lorakit.core.layering.factor import HOLDERS, TRAINED, Factor, Magnitude, carrier
+from lorakit.core.layering.reading import Weights, read_once
 from lorakit.core.routes.forwards import Forwards
 from lorakit.core.routes.routing import AdapterState, Route, resolve
 from lorakit.core.routes.switching import Switched
@@ -102,7 +103,7 @@ class LoraLayer(Switched):
     @property
     def base(self) -> Base:
         """The row of BASES."""
-        return base_of(self.source, self.slot.parameter)
+        return base_of(self.source, self.slot.parameter, self.slot.as_stored)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -267,9 +268,9 @@ class LoraLayer(Switched):
             RouteError: The route does not fit this batch.
         """
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        merged = frozenset(self.merged_adapters)
+        weights: Weights = {}
         stays = route.common_to_all(self.inside())
-        skip = merged if stays else frozenset()
+        skip = frozenset(self.merged_adapters) if stays else frozenset()
         if route.rows is None:
             moved = self.moved_by in route.names
             y = y0 = (self.base_layer if stays else self._base_for(moved))(*args, **kwargs)
@@ -278,19 +279,19 @@ class LoraLayer(Switched):
                     own = name == self.moved_by
                     asks = self.variant[name] != "plain" and (bool(skip) or (moved and not own))
                     seen = bare(self._base_for(own))(*args, **kwargs) if asks else y0
-                    y = y + self._addition(name, route, x, seen)
+                    y = y + self._addition(name, route, x, seen, weights)
             return y
         y0 = self.base_layer(*args, **kwargs) if stays else self._base_of_rows(route, x, args, kwargs)
         return self._mixed(route, skip, x, y0)
 
     def _mixed(self, route: Route, skip: frozenset[str], x: Tensor, y0: Tensor) -> Tensor:
         """Each row of the batch with its own adapter; x (rows, …), y0 (rows, …, out).   [docs/math.md (13)]"""
-        axis = self._row_axis(route, x)
-        y = y0
+        axis, y = self._row_axis(route, x), y0
+        weights: Weights = {}
         for name, index in route.segments(x.device, x.shape[axis]):
             if name in self.r and name not in skip:
                 alone = route.alone(name, index)
-                part = self._addition(name, alone, x.index_select(axis, index), y0.index_select(axis, index))
+                part = self._addition(name, alone, x.index_select(axis, index), y0.index_select(axis, index), weights)
                 y = y.index_add(axis, index, part)
         return y
 
@@ -305,7 +306,7 @@ class LoraLayer(Switched):
             )
         return axis
 
-    def _addition(self, name: str, route: Route, x: Tensor, y0: Tensor) -> Tensor:
+    def _addition(self, name: str, route: Route, x: Tensor, y0: Tensor, weights: Weights) -> Tensor:
         """What one adapter of a route adds: x (…, in) or indices (…), y0 (…, out) -> (…, out) like y0."""
         kind, factor, dtype = self.kind, self.factor(name), y0.dtype
         if kind.drops:
@@ -318,7 +319,7 @@ class LoraLayer(Switched):
         if factor.variant == "plain":
             return z
         bias = self._bias_under(route.names)
-        at = At(y0, bias, z, factor, kind, self.slot, lambda: self.read(name), route.acting(name))
+        at = At(y0, bias, z, factor, kind, self.slot, lambda: read_once(self, name, weights), route.acting(name))
         return variant_named(factor.variant).output(at)
 
     def _bias_under(self, names: tuple[str, ...]) -> Tensor | None:

@@ -134,7 +134,7 @@ class SiteMap:
         standing, module, parameter = self.layer(place), self.holder(place), place.slot.parameter
         if standing is not None:
             return standing.read()
-        base = base_of(module, parameter)
+        base = base_of(module, parameter, place.slot.as_stored)
         return base.read(module, base.stored(module, parameter))
 
     def layer(self, place: Place) -> LoraLayer | None:

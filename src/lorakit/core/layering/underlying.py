@@ -76,9 +76,11 @@ class QuantisedWeight:
 
     @property
     def loose_bias(self) -> Tensor | None:
-        """The module's bias, (out,), where it is no parameter of it."""
+        """The module's bias, (out,), as it was before any merge, where it is no parameter of it."""
         bias = getattr(self.module, "bias", None)
-        return bias if isinstance(bias, Tensor) and "bias" not in self.module._parameters else None
+        if not isinstance(bias, Tensor) or "bias" in self.module._parameters:
+            return None
+        return bias if self.layer is None else self.layer.original_bias()
 
     def multiplied_out(self, dtype: torch.dtype) -> nn.Module:
         """The plain module that computes the same, in the dtype of its products or, where it has none, in `dtype`."""

@@ -8,7 +8,7 @@ refused call leaves the model as it was. The base is frozen while adapters sit o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -24,7 +24,7 @@ from lorakit.core.layering.parameter_sites import bare_parameters
 from lorakit.core.layering.replication import stacked_for
 from lorakit.core.layering.sitemap import Place, SiteMap, find_state, layers, state_of, survey
 from lorakit.core.making.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
-from lorakit.core.making.fresh import Part, fresh_parts, memory_notes
+from lorakit.core.making.fresh import Part, fresh_parts, notes_on_moving
 from lorakit.core.making.moving import give_base_back
 from lorakit.core.merging.merging import check_unmergeable, merged_adapters, unmerge
 from lorakit.core.parts.bias_switch import BiasSwitch
@@ -85,7 +85,8 @@ def attach(
         What was attached.
 
     Raises:
-        ConfigError: The config does not fit this model, or a name in `allow` is unknown.
+        ConfigError: The config does not fit this model or the statistics, or a name in `allow` is unknown.
+        BaseMismatchError: The statistics were collected on another base.
         TargetError: A target matches nothing, or what it matches cannot take factors.
         AdapterError: The name is taken or cannot be used.
         NotYetSupported: The config asks for what is not built yet.
@@ -95,6 +96,8 @@ def attach(
     check_new_name(state, name)
     config = with_targets(config, model)
     check_bias_alone(state, config)
+    if statistics is not None:
+        statistics.check(config, model)
     with stacked_for(model, config, state):
         site_map = survey(model, kinds)
         bare = bare_parameters(site_map, model) if config.target_parameters else None
@@ -106,7 +109,7 @@ def attach(
         outer = {part.place.outer for part in parts}
         publish(model, site_map, name, config, parts, fresh_extras(model, site_map, config, outer, ties))
     trained = sum(parameter.numel() for parameter in adapter_parameters(model, name) if parameter.requires_grad)
-    return AttachReport(name, found.matches, trained, (*found.notes, *memory_notes(config, parts)), found.missing)
+    return AttachReport(name, found.matches, trained, (*found.notes, *notes_on_moving(config, parts)), found.missing)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -207,7 +210,7 @@ def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
     Raises:
         ConfigError: It names none, and there is no default for this architecture.
     """
-    model_type = str(getattr(getattr(model, "config", None), "model_type", None))
+    model_type = model_type_of(model)
     if config.target_modules is not None or (config.target_parameters and model_type not in DEFAULT_TARGETS):
         return dataclasses.replace(config)
     if model_type not in DEFAULT_TARGETS:
@@ -217,6 +220,21 @@ def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
         )
     default = DEFAULT_TARGETS[model_type]
     return dataclasses.replace(config, target_modules=default if isinstance(default, str) else set(default))
+
+
+def model_type_of(model: nn.Module) -> str:
+    """What a model's config, an object or a table, says its architecture is; "None" where it does not.
+
+    Args:
+        model: Any model.
+    """
+    config = getattr(model, "config", None)
+    said = getattr(config, "model_type", None)
+    if not isinstance(said, str):
+        as_table = getattr(config, "to_dict", None)
+        table = as_table() if callable(as_table) else config
+        said = table.get("model_type") if isinstance(table, Mapping) else None
+    return str(said)
 
 
 def _forget(module: nn.Module, names: Sequence[str], site_map: SiteMap) -> None:

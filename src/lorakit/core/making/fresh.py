@@ -20,7 +20,7 @@ from lorakit.core.inits.init import BOTH
 from lorakit.core.layering.factor import Factor, factor_dtype, make_dropout
 from lorakit.core.layering.parameter_sites import dropout_at, places_of
 from lorakit.core.layering.sitemap import Place, SiteMap
-from lorakit.core.making.moving import check_can_move, moved_base, written
+from lorakit.core.making.moving import UNMOVED, Cost, check_can_move, cost_of, moved_base, written
 from lorakit.core.variants import variant_for
 from lorakit.errors import ConfigError
 from lorakit.targets import Match
@@ -38,6 +38,7 @@ class Part:
         moved: What the base's module stores for this adapter, where its init moves the base.
         trains: Which of "A" and "B" are trained.
         initial: A (r, in) and B (out, r) as they were when the base became W − s·B·A, or None.
+        cost: What moving the base costs.
     """
 
     place: Place
@@ -47,6 +48,7 @@ class Part:
     moved: Any = None
     trains: frozenset[str] = BOTH
     initial: tuple[Tensor, Tensor] | None = None
+    cost: Cost = UNMOVED
 
 
 def fresh_parts(
@@ -62,10 +64,8 @@ def fresh_parts(
         statistics: What was made of the data, or None.
 
     Raises:
-        ConfigError: The init or the variant does not fit a site, or another init than the statistics are for is asked.
+        ConfigError: The init or the variant does not fit a site.
     """
-    if statistics is not None:
-        statistics.check(config)
     generators = _generators(seed)
     parts = []
     for match, place in places_of(site_map, matches):
@@ -116,6 +116,7 @@ def blank_for(
 def _fresh_part(site_map: SiteMap, blank: Blank, match: Match, place: Place) -> Part:
     config, kind, slot = blank.config, place.kind, place.slot
     check_bias_of_b(config, place)
+    check_storage(site_map, place)
     init = init_for(config.init_lora_weights, kind.name, place.path)
     variant = variant_for(config, kind.name, place.path)
     if init.changes_base:
@@ -142,20 +143,27 @@ def _fresh_part(site_map: SiteMap, blank: Blank, match: Match, place: Place) -> 
     bias = fresh_bias(blank, not init.is_identity) if config.lora_bias else None
     factor = Factor(filled.A, filled.B, blank.scale, dropout, variant.name, magnitude, bias)
     factor = as_parameters(factor, trains=init.trains)
-    return Part(place, factor, match.rank, match.alpha, moved, init.trains, initial)
+    cost = UNMOVED if moved is None else cost_of(site_map, place, moved, initial, blank.scale)
+    return Part(place, factor, match.rank, match.alpha, moved, init.trains, initial, cost)
 
 
-def memory_notes(config: LoraConfig, parts: Sequence[Part]) -> list[str]:
-    """What keeping the originals of a moved base costs, as a sentence; none where nothing was moved."""
-    moved = [part for part in parts if part.moved is not None]
-    if not moved:
+def notes_on_moving(config: LoraConfig, parts: Sequence[Part]) -> list[str]:
+    """What a moved base costs, in sentences; none where nothing was moved."""
+    costs = [part.cost for part in parts if part.moved is not None]
+    if not costs:
         return []
-    held = [tensor for part in moved for tensor in (part.moved, *(part.initial or ())) if isinstance(tensor, Tensor)]
-    kept_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held)
-    return [
-        f"{config.init_lora_weights} moves the base's weight at {len(moved)} sites; the originals and the first "
-        f"factors are kept beside it, {kept_bytes / 1e6:,.1f} MB, so that the base can be had back."
+    notes = [
+        f"{config.init_lora_weights} moves the base's weight at {len(costs)} sites; the originals and the first "
+        f"factors are kept beside it, {sum(cost.kept_bytes for cost in costs) / 1e6:,.1f} MB, so that the base can be "
+        "had back."
     ]
+    lost = max(cost.lost for cost in costs)
+    if lost:
+        notes.append(
+            f"The base is stored in fewer bits, and what {config.init_lora_weights} left of it was rounded a second "
+            f"time, by up to {lost:.2g} of a weight: a fresh adapter is off by as much, and it is no plain LoRA."
+        )
+    return notes
 
 
 def as_parameters(factor: Factor, trainable: bool = True, trains: frozenset[str] = BOTH) -> Factor:
@@ -175,6 +183,21 @@ def as_parameters(factor: Factor, trainable: bool = True, trains: frozenset[str]
     return Factor(A, B, factor.scale, factor.dropout, factor.variant, vector, bias)
 
 
+def check_storage(site_map: SiteMap, place: Place) -> None:
+    """Refuse to act on a weight that would be rounded to few bits in each forward, and pass no gradient.
+
+    Raises:
+        ConfigError: The message names the site and its storage.
+    """
+    base = base_of(site_map.holder(place), place.slot.parameter)
+    if place.kind.acts_on == "weight" and base.quantised:
+        raise ConfigError(
+            f"{place.path} is stored as {base.name}, and a {place.kind.name} is adapted by its weight, which would be "
+            "rounded with its update in each forward. Name a dense layer in target_modules, where the adapter acts "
+            "beside the weight, or leave it out."
+        )
+
+
 def check_bias_of_b(config: LoraConfig, place: Place) -> None:
     """Refuse `lora_bias` where B makes no output of its own.
 
@@ -183,8 +206,8 @@ def check_bias_of_b(config: LoraConfig, place: Place) -> None:
     """
     if config.lora_bias and not place.kind.takes_bias:
         raise ConfigError(
-            f"lora_bias=True is not supported for {place.path}, a {place.kind.name}: B has no output of its own there. "
-            "Leave the module out of the targets, or lora_bias off."
+            f"lora_bias=True is not supported for {place.kind.name}, at {place.path}: B has no output of its own "
+            "there. Leave the module out of the targets, or lora_bias off."
         )
 
 

@@ -6,7 +6,7 @@ merges see it. Knows nothing of how an init makes its factors.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,10 +75,45 @@ def moved_base(site_map: SiteMap, place: Place, factors: tuple[Tensor, Tensor], 
     return written(site_map, place, what_is_left(place.kind, place.slot, W, factors, scale))
 
 
+class Cost(NamedTuple):
+    """What moving one site's base costs.
+
+    Attributes:
+        kept_bytes: Memory that the original and the first factors take beside it.
+        lost: What rounding a quantised weight a second time changes, over the weight; 0 of a plain one.
+    """
+
+    kept_bytes: int
+    lost: float
+
+
+UNMOVED = Cost(0, 0.0)
+"""Of a site whose base stays."""
+
+
+def cost_of(site_map: SiteMap, place: Place, moved: Any, initial: tuple[Tensor, Tensor] | None, scale: float) -> Cost:
+    """What putting another base weight in place costs.
+
+    Args:
+        site_map: The model's map.
+        place: The site.
+        moved: What its module shall store.
+        initial: A (r, in) and B (out, r) where that is W − s·B·A, or None.
+        scale: s.
+    """
+    base = base_of(site_map.holder(place), place.slot.parameter)
+    kept_bytes = sum(t.numel() * t.element_size() for t in (*base.tensors(moved), *(initial or ())))
+    if not base.quantised or initial is None:
+        return Cost(kept_bytes, 0.0)
+    wanted = what_is_left(place.kind, place.slot, site_map.weight(place), initial, scale)
+    lost = torch.linalg.vector_norm(base.read(site_map.holder(place), moved) - wanted)
+    return Cost(kept_bytes, float(lost / torch.linalg.vector_norm(wanted).clamp_min(torch.finfo(wanted.dtype).tiny)))
+
+
 def written(site_map: SiteMap, place: Place, W: Tensor) -> Any:
     """What a site's module shall store for a canonical weight (out, in)."""
     module, parameter = site_map.holder(place), place.slot.parameter
-    base = base_of(module, parameter)
+    base = base_of(module, parameter, place.slot.as_stored)
     with torch.no_grad():
         return base.write(module, base.stored(module, parameter), W)
 

@@ -110,7 +110,10 @@ def check_variants(model: nn.Module, names: Sequence[str]) -> None:
     for path, layer in layers(model):
         for name in names:
             if name in layer.r and not variant_named(layer.variant[name]).mergeable:
-                raise MergeError(f"Adapter {name!r} at {path} is {layer.variant[name]}, which cannot be merged.")
+                raise MergeError(
+                    f"Adapter {name!r} at {path} is {layer.variant[name]}, which cannot be merged: what it adds "
+                    "depends on where a token stands. Keep it beside the base."
+                )
         check_place(path, layer, names)
     for path, holder in copies(model):
         here = [name for name in names if name in holder.modules_to_save]

@@ -121,8 +121,8 @@ def merged_weight(path: str, layer: LoraLayer, new: Sequence[str], how: How) -> 
     after = _read_back(layer, stored)
     if not bool(torch.isfinite(after).all()):
         raise MergeError(
-            f"NaNs detected in the merged weights: merging {', '.join(new)} at {path} gives NaN or infinite weights. "
-            "Nothing was changed."
+            f"NaNs detected in the merged weights. The adapter {', '.join(new)} seems to be broken: merging it at "
+            f"{path} gives NaN or infinite weights. Nothing was changed."
         )
     wanted = float(torch.linalg.vector_norm(total))
     lost = float(torch.linalg.vector_norm(after - (W + total)))

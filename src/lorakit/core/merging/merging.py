@@ -7,7 +7,7 @@ come out in any order. What a low-precision base could not take in is measured a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -323,7 +323,7 @@ def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
     for name, tensor, module in base_tensors(model):
         leaf = name.rpartition(".")[2]
         if name in quantised:
-            yield from _multiplied_out(quantised[name], chosen, how)
+            yield from _multiplied_out(quantised[name], chosen, how, replaced)
             continue
         layer = sites.get((id(module), leaf))
         if layer is not None:
@@ -341,16 +341,22 @@ def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
             yield name, (module._parameters[leaf] if biases else tensor).detach()  # type: ignore[union-attr]
 
 
-def _multiplied_out(weight: QuantisedWeight, names: Sequence[str], how: How) -> Iterator[tuple[str, Tensor]]:
+def _multiplied_out(
+    weight: QuantisedWeight, names: Sequence[str], how: How, replaced: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """A quantised weight with adapters in it as the plain base has it: name and tensor; also a bias of its own."""
     here = [] if weight.layer is None else [name for name in names if name in weight.layer.r]
-    if weight.layer is None or not here:
-        plain = weight.multiplied_out(how.dense or torch.float32)
+    bias, of_bias = weight.loose_bias, weight.name.removesuffix("weight") + "bias"
+    if weight.name in replaced:  # an adapter's copy of the whole module stands in its place
+        yield weight.name, replaced[weight.name]
+        bias = replaced.get(of_bias) if bias is not None else None
+    elif weight.layer is None or not here:
+        yield weight.name, weight.multiplied_out(how.dense or torch.float32)._parameters["weight"].detach()  # type: ignore[union-attr]
     else:
-        plain = sum_of_updates(weight.layer, here, how)[0]
-    yield weight.name, plain._parameters["weight"].detach()  # type: ignore[union-attr]
-    if weight.loose_bias is not None:
-        yield weight.name.removesuffix("weight") + "bias", weight.loose_bias.detach()
+        yield weight.name, sum_of_updates(weight.layer, here, how)[0]._parameters["weight"].detach()
+        bias = bias if bias is None or not brings_bias(weight.layer, here) else bias_for(weight.layer, here)
+    if bias is not None:
+        yield of_bias, bias.detach()
 
 
 def _copied_tensors(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:

@@ -182,16 +182,20 @@ def _site(
     if reading is not None:
         gains, total = gains_of(path, acting, reading)
         products = [Product(p.A, p.B * g.view_as(p.B[..., :1])) for p, g in zip(products, gains, strict=True)]
-    by = [weight * factor.scale for factor, weight in acting]
-    exact = stacked(products, by)
+    exact = stacked(products, [weight * factor.scale for factor, weight in acting])
+    found = spectrum(exact)
     if way.name == "cat":
-        product = exact
+        product, apart = exact, 0.0
+    elif way.name == "svd" and way.clamp is None:
+        rank = _rank(path, acting, way)
+        product = padded(exact if exact.rank <= rank else truncated(found, rank), rank)
+        apart = float(found.S[:, rank:].norm())
     else:
         make = _decomposed if way.decomposes else _by_themselves
-        parts = _by_expert(products, first.experts if way.prunes or way.clamp is not None else 1)
+        parts = _by_expert(products, first.experts)
         product = _side_by_side([make(path, part, acting, way, generator) for part in parts])
-    norm = float(spectrum(exact).S.norm())
-    apart = float(spectrum(stacked([product, exact], [1.0, -1.0])).S.norm())
+        apart = float(spectrum(stacked([product, exact], [1.0, -1.0])).S.norm())
+    norm = float(found.S.norm())
     others: dict[str, tuple[str, Tensor]] = _biases(acting)
     if reading is not None and total is not None:
         product, magnitude = with_gains(product, total, reading, first)
@@ -211,6 +215,15 @@ def _side_by_side(products: Sequence[Product]) -> Product:
     return Product(torch.cat([p.A for p in products]), torch.cat([p.B for p in products]))
 
 
+def _rank(path: str, acting: Sequence[tuple[LooseFactor, float]], way: Way) -> int:
+    """The rank of each group that a way with "svd" gives."""
+    groups = acting[0][0].shared
+    asked = way.rank if way.rank is not None else max(factor.r for factor, _ in acting)
+    if asked % groups:
+        raise ConfigError(f"{path} is a grouped convolution: its rank must be a multiple of {groups}, and is {asked}.")
+    return asked // groups
+
+
 def _decomposed(
     path: str,
     products: Sequence[Product],
@@ -219,22 +232,16 @@ def _decomposed(
     generator: torch.Generator | None,
 ) -> Product:
     """Ways with "svd": of the sum, from factors; of pruned updates, from the dense update, which they are made of."""
-    groups = acting[0][0].shared
-    asked = way.rank if way.rank is not None else max(factor.r for factor, _ in acting)
-    if asked % groups:
-        raise ConfigError(f"{path} is a grouped convolution: its rank must be a multiple of {groups}, and is {asked}.")
-    rank = asked // groups
-    exact = stacked(products, [weight * factor.scale for factor, weight in acting])
+    rank = _rank(path, acting, way)
     if not way.prunes:
-        if exact.A.shape[1] <= rank and way.clamp is None:
-            return padded(exact, rank)
-        product = truncated(spectrum(exact), rank)
+        product = truncated(spectrum(stacked(products, [weight * factor.scale for factor, weight in acting])), rank)
     else:
         dtype = torch.promote_types(acting[0][0].A.dtype, torch.float32)
         deltas = [(p.B @ p.A * factor.scale).to(dtype) for p, (factor, _) in zip(products, acting, strict=True)]
         dense = added_up(deltas, [weight for _, weight in acting], way, generator)
         U, S, Vh = torch.linalg.svd(dense, full_matrices=False, driver=way.driver if dense.is_cuda else None)
-        product = Product(Vh[:, :rank].to(exact.A.dtype), (U[:, :, :rank] * S[:, None, :rank]).to(exact.A.dtype))
+        wide = products[0].A.dtype
+        product = Product(Vh[:, :rank].to(wide), (U[:, :, :rank] * S[:, None, :rank]).to(wide))
     if way.clamp is not None:
         product = Product(*clamped(product.A, product.B, way.clamp))
     return padded(product, rank)

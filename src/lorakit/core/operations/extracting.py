@@ -247,7 +247,7 @@ def _changes(
 ) -> Iterator[Tensor]:
     """The change of a weight as a matrix (out, n), in fp32 or wider; of experts one after the other."""
     slot, holder = place.slot, site_map.holder(place)
-    row, pairs = base_of(holder, slot.parameter), list(zip(sources, names, strict=True))
+    row, pairs = base_of(holder, slot.parameter, slot.as_stored), list(zip(sources, names, strict=True))
     if not slot.experts:
         before, after = (row.read(holder, source.read(name)).flatten(1) for source, name in pairs)
         yield after - before

@@ -25,7 +25,9 @@ from lorakit.core.kinds import PARAMETER
 from lorakit.core.layering.parameter_sites import bare_parameters, paths_on_disk
 from lorakit.core.layering.sitemap import INSIDE, defined_parameters, layers, state_of, survey
 from lorakit.core.making.checks import check_known
+from lorakit.core.making.residual import plain_config
 from lorakit.core.operations.lowrank import Product, factors_of, product_of
+from lorakit.core.operations.moved import check_plain, on_the_original
 from lorakit.errors import AdapterFileError
 from lorakit.targets import match_path, resolve
 
@@ -147,10 +149,11 @@ def loose_from_model(model: nn.Module, name: str) -> LooseAdapter:
         name: The adapter.
 
     Raises:
-        AdapterError: There is no such adapter.
+        AdapterError: There is no such adapter, or it is no plain LoRA on the original base (LoftQ).
     """
     state = state_of(model)
     check_known(state, [name])
+    check_plain(model, name)
     found = saved_form(model, name)
     config = dataclasses.replace(found.config)
     known = _sites_in(model, name)
@@ -175,13 +178,18 @@ def loose_from_folder(folder: str | os.PathLike[str]) -> LooseAdapter:
 
     Raises:
         AdapterFileError: A file is missing or damaged, A and B do not fit together, a scale follows from a regular
-            expression, which is not run, or rank and scale of a bare parameter cannot be known without a model.
+            expression, which is not run, rank and scale of a bare parameter cannot be known without a model, or the
+            factors act on a base that an init changed, and the folder does not say how.
         NotYetSupported: The adapter needs what is not built yet.
     """
     files = read_adapter(folder)
     config = files.config
     _check_told(files)
     factors, others = _sorted_out(files.file.tensors, lambda path, A: _site_on_disk(files, path, A))
+    plain = on_the_original(files, {p: (f.A, f.B, f.experts if f.names else 0) for p, f in factors.items()})
+    if plain is not None:
+        factors = {p: dataclasses.replace(f, A=plain[p][0], B=plain[p][1]) for p, f in factors.items()}
+        config = plain_config(config)
     for path, factor in factors.items():
         fits = factor.A.ndim >= 2 and factor.B.ndim >= 2 and factor.B.shape[1]
         fits = fits and not factor.A.shape[0] % factor.B.shape[1]

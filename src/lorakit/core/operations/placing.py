@@ -103,7 +103,7 @@ def reader_of(model: nn.Module) -> Callable[[str], Reading]:
         if place is None:
             raise AdapterError(f"The model has no site {path}, at which an adapter sits.")
         layer, holder, parameter = site_map.layer(place), site_map.holder(place), place.slot.parameter
-        base = base_of(holder, parameter)
+        base = base_of(holder, parameter, place.slot.as_stored)
         stored = base.stored(holder, parameter) if layer is None else layer.original()
         W = stored if place.slot.experts else base.read(holder, stored).double()
         return Reading(W, place.kind, place.slot)

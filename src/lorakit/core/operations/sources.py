@@ -58,14 +58,18 @@ def source_of_model(model: nn.Module, label: str = "the model") -> TensorSource:
 def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
     """The tensors of a model directory's safetensors files; only one is in memory at a time.
 
+    Where there is a `model.safetensors`, it holds the model, and other files there are something else.
+
     Args:
-        folder: The directory.
+        folder: The directory, or one file.
 
     Raises:
         ModelError: There is no such folder, it holds no safetensors, or a file is damaged.
     """
     folder = Path(folder)
-    files = sorted(path for path in folder.glob("*.safetensors") if path.is_file()) if folder.is_dir() else []
+    whole = folder if folder.is_file() else folder / "model.safetensors"
+    beside = sorted(path for path in folder.glob("*.safetensors") if path.is_file()) if folder.is_dir() else []
+    files = [whole] if whole.is_file() else beside
     if not files:
         raise ModelError(f"{folder}: there are no safetensors files here, so no weights can be read one by one.")
     homes: dict[str, Path] = {}

@@ -22,7 +22,9 @@ from lorakit.core.parts.token_rows import NewRows, TokenRows
 from lorakit.core.routes.forwards import Forwards
 from lorakit.core.routes.routing import AdapterState, Route, resolve
 from lorakit.core.routes.switching import Switched
-from lorakit.errors import ConfigError, RouteError, TargetError
+from lorakit.errors import ConfigError, ConfigTypeError, RouteError, TargetError
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 class ModuleCopies(Switched):
@@ -195,7 +197,8 @@ def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved
 
     Raises:
         TargetError: What shall be copied holds sites or copies of another adapter.
-        ConfigError: A bias that shall be trained has something merged into it, or is a copy in a dense module's place.
+        ConfigError: A bias that shall be trained has something merged into it, is a copy in a dense module's place,
+            or is no parameter (HQQ).
     """
     copies = {path: trainable_copy(path, modules[path]) for path in saved}
     found = list(biased_modules(modules, sites, saved, bias))
@@ -239,6 +242,9 @@ def biased_modules(
 
     Yields:
         Path in the plain base, module, and the names of its bias parameters.
+
+    Raises:
+        ConfigError: A bias is none of its module's parameters.
     """
     copied = tuple(path + "." for path in saved)
     adapted = {*sites, *_read_by(modules, sites)} if bias == "lora_only" else set(modules)
@@ -249,6 +255,11 @@ def biased_modules(
             held = [leaf for leaf, p in module._parameters.items() if p is not None and "bias" in leaf]
             # PEFT asks an adapted module for its `bias`, so that of an attention's in-projection is not among them
             leaves = tuple(leaf for leaf in held if bias == "all" or leaf == "bias")
+            if isinstance(vars(module).get("bias"), Tensor) and base_of(module).quantised:
+                raise ConfigError(
+                    f"{path} is stored as {base_of(module).name}, whose bias is no parameter and cannot be trained. "
+                    "Set bias='none'."
+                )
             if leaves:
                 yield f"{path}.{inner}" if inner else path, module, leaves
 
@@ -281,8 +292,14 @@ def trainable_copy(path: str, standing: nn.Module) -> nn.Module:
 
     Raises:
         TargetError: It holds sites or copies of another adapter.
+        ConfigTypeError: It is a mere container, whose parts the model takes out and calls itself.
     """
     original = standing.original_module if isinstance(standing, ModuleCopies) else standing
+    if isinstance(original, CONTAINERS):
+        raise ConfigTypeError(
+            f"modules_to_save cannot be applied to modules of type {type(original).__name__}: {path} is never called "
+            "itself, so that a copy of it would not act. Name the modules in it."
+        )
     held = [module for module in original.modules() if isinstance(module, Switched)]
     if held:
         raise TargetError(

@@ -80,6 +80,12 @@ def invoked(
     )
 
 
+NOT_IN_A_GRAPH = (
+    "Where an aLoRA adapter begins is found in the tokens of each forward, outside of a compiled graph. Compile with "
+    "fullgraph=False (the adapted layers then run uncompiled), or make another adapter the default."
+)
+
+
 class InvocationHooks:
     """The two hooks on a model: before a forward, where its adapters begin; after it, what its cache must remember.
 
@@ -92,16 +98,27 @@ class InvocationHooks:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Lay the starts of this forward into the context."""
         if torch.compiler.is_compiling():
-            return
+            if not self.state.fits_a_graph(self.state.default):
+                torch._dynamo.graph_break(msg=NOT_IN_A_GRAPH)
+                torch._dynamo.disable(self._open)(module, args, kwargs)
+        else:
+            self._open(module, args, kwargs)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Take them out; called after a failed forward too, with no output."""
+        if torch.compiler.is_compiling():
+            if not self.state.fits_a_graph(self.state.default):
+                torch._dynamo.disable(self._close)(kwargs, output)
+        else:
+            self._close(kwargs, output)
+
+    def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _HookScope.drop(self)  # an interrupt is the one way to end a forward without its second hook
         starts = self._starts(module, args, kwargs)
         if starts is not None:
             _HookScope(self, starts).__enter__()
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Take them out; called after a failed forward too, with no output."""
-        if torch.compiler.is_compiling():
-            return
+    def _close(self, kwargs: dict[str, Any], output: Any) -> None:
         starts = _HookScope.drop(self)
         if starts is None or output is None:
             return

@@ -282,6 +282,19 @@ class AdapterState:
         known = self.configs
         return any(known[name].alora_invocation_tokens is not None for name in route.mentions if name in known)
 
+    def fits_a_graph(self, default: Route) -> bool:
+        """Whether a compiled graph can have a layer's default, since no context variable can be read in one.
+
+        Dynamo guards on what is asked here: while a block is open anywhere, or the default waits for an invocation, the
+        layer is traced anew, cannot be, and runs uncompiled, so that it has the block's route and the forward's starts.
+
+        Args:
+            default: Of the layer, or of the model.
+        """
+        if self._open:  # asked by a branch: dynamo puts no guard on a `not` that is only returned
+            return False
+        return not self.awaits(default)
+
     def _tell_of_other_threads(self) -> None:
         thread, number = threading.current_thread(), threading.get_ident()
         if thread in self._told or not any(other != number for other in list(self._open)):
@@ -337,9 +350,7 @@ def resolve(state: AdapterState, own: Route | None, forwards: Forwards) -> tuple
         RouteError: It runs again and its first route cannot be known.
     """
     default = state.default if own is None else own
-    if torch.compiler.is_compiling() and not state._open:
-        # No context variable can be read in a compiled graph. Dynamo guards on this being empty: while a block is open
-        # anywhere, the layer is traced anew, cannot be, and runs uncompiled, so that it has the block's route.
+    if torch.compiler.is_compiling() and state.fits_a_graph(default):
         return default, False
     backward = torch._C._current_graph_task_id()
     again = backward != -1

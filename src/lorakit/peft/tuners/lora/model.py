@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from lorakit.default_targets import DEFAULT_TARGETS
 from lorakit.peft.tuner import BaseTuner
 from lorakit.peft.weighted import add_weighted_adapter
 
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = dict(DEFAULT_TARGETS)
-"""What is adapted where a config names nothing, under PEFT's name."""
+"""What is adapted where a config names nothing, under PEFT's name; programs put architectures of their own in it."""
 
 
 class LoraModel(BaseTuner):
     """Holds the user's model and acts on its LoRA adapters."""
+
+    target_module_mapping: ClassVar[Mapping[str, Any]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def add_weighted_adapter(
         self,

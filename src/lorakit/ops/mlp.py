@@ -1,0 +1,180 @@
+"""The other half of a decoder layer as one function of autograd: norm, gate and up, activation, down, residual.
+
+Kept for the backward: x and the numbers of its norm, what gate and up gave, (tokens, r) of each adapter, and what
+dropout dropped. The normalised input and the activation are made again, in buffers that then become the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorakit.ops import linear
+from lorakit.ops.activation import Activation, activation
+from lorakit.ops.adapted import Adapted, as_written, autocast, factors, refuse_trained, rows, unflat
+from lorakit.ops.linear import Group
+from lorakit.ops.norm import Norm, normalised, refuse_trained_norm
+from lorakit.ops.norm import reference as norm_reference
+
+
+class Form(NamedTuple):
+    """What an MLP is made of.
+
+    Attributes:
+        inner: (gate, up), or (up,) alone where nothing is multiplied.
+        down: What comes after the activation.
+        act: f, of the gate's output or of the only one.
+        norm: Of the input, or None.
+        residual: Whether x is added.
+    """
+
+    inner: tuple[Adapted, ...]
+    down: Adapted
+    act: Activation
+    norm: Norm | None
+    residual: bool
+
+
+def gated(
+    x: Tensor, norm: Norm | None, gate: Adapted, up: Adapted, down: Adapted, act: str, residual: bool = False
+) -> Tensor:
+    """down(act(gate(n))·up(n)) with n = norm(x), plus x where residual: [docs/math.md (79)]. x (..., d) -> (..., d).
+
+    Gradients go to x and to the factors A and B.
+
+    Raises:
+        ValueError: The activation has no fused form, or a weight of the base asks for a gradient.
+
+    Source: Shazeer 2020, arXiv:2002.05202, eq. (6).
+    """
+    return _mlp(x, Form((gate, up), down, activation(act), norm, residual))
+
+
+def plain(x: Tensor, norm: Norm | None, up: Adapted, down: Adapted, act: str, residual: bool = False) -> Tensor:
+    """down(act(up(n))) with n = norm(x), plus x where residual: [docs/math.md (79)]. x (..., d) -> (..., d).
+
+    Gradients go to x and to the factors A and B.
+
+    Raises:
+        ValueError: The activation has no fused form, or a weight of the base asks for a gradient.
+    """
+    return _mlp(x, Form((up,), down, activation(act), norm, residual))
+
+
+def reference(x: Tensor, form: Form) -> Tensor:
+    """What `gated` and `plain` compute of x (..., d), in plain PyTorch and without dropout -> (..., d)."""
+    first, *up = linear.reference(x if form.norm is None else norm_reference(x, form.norm), form.inner)
+    a = form.act.reference(first)
+    y = linear.reference(a * up[0] if up else a, [form.down])[0]
+    return x + y if form.residual else y
+
+
+def _mlp(x: Tensor, form: Form) -> Tensor:
+    modules = (*form.inner, form.down)
+    if torch.is_grad_enabled():
+        refuse_trained(modules)
+        refuse_trained_norm(form.norm)
+    if torch.is_autocast_enabled(x.device.type):
+        return _under_autocast(x, form)
+    flat = factors(modules)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat)):
+        y = _Mlp.apply(x, form, *flat)
+    else:
+        y = _forward(x, form)[0]
+    return unflat(y, x)  # here: an output that is a view could not be changed in place
+
+
+def _under_autocast(x: Tensor, form: Form) -> Tensor:
+    """As autocast has it: the norm and the residual in the dtype of x, what is between them in autocast's."""
+    n = x if form.norm is None else normalised(x, form.norm)
+    n = autocast(n)
+    with as_written(x):
+        y = _mlp(n, form._replace(norm=None, residual=False))
+    return x + y if form.residual else y
+
+
+class _Made(NamedTuple):
+    """What a forward made that a backward may want."""
+
+    stats: Sequence[Tensor]  # of the norm
+    hidden: list[Tensor]  # what gate and up gave, (N, f)
+    groups: tuple[Group, Group]
+
+
+def _forward(x: Tensor, form: Form) -> tuple[Tensor, _Made]:
+    """The output rows (N, d), and what was made on the way."""
+    flat = rows(x)
+    n, stats = (flat, ()) if form.norm is None else form.norm.forward(flat)
+    inner, outer = Group(form.inner, x.dtype), Group([form.down], x.dtype)
+    hidden = inner.forward(n, owned=form.norm is not None)
+    del n
+    a = form.act.value(hidden[0], torch.empty_like(hidden[0]))
+    if len(hidden) == 2:
+        a.mul_(hidden[1])
+    y = outer.forward(a, owned=True)[0]
+    return y.add_(flat) if form.residual else y, _Made(stats, hidden, (inner, outer))
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, form: Form, *flat: Tensor | None) -> Tensor:
+        y, made = _forward(x, form)
+        inner, outer = made.groups
+        # where neither x nor gate or up is trained, nothing goes back through the activation
+        ctx.deep = ctx.needs_input_grad[0] or any(A or B for A, B in inner.trains)
+        wants_x = inner.needs_x or (form.norm is not None and ctx.needs_input_grad[0])
+        (ctx.inner, inside), (ctx.outer, outside) = inner.pack(), outer.pack()
+        parts = [
+            outside,
+            made.hidden if ctx.deep or outer.needs_x else (),
+            made.stats if wants_x else (),
+            [x if wants_x else None],
+            inside if ctx.deep else (),
+        ]
+        ctx.form, ctx.shape, ctx.counts = form, x.shape, [len(part) for part in parts]
+        ctx.save_for_backward(*(tensor for part in parts for tensor in part))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        tensors, form = iter(ctx.saved_tensors), ctx.form
+        outside, hidden, stats, (x,), inside = ([next(tensors) for _ in range(count)] for count in ctx.counts)
+        with as_written(dy):
+            dy = rows(dy)
+            dhidden, last = _back_through_the_activation(dy, hidden, Group.unpack(ctx.outer, outside), form, ctx.deep)
+            if not ctx.deep:
+                return (None, None, *(None for _ in form.inner for _ in range(2)), *last)
+            inner, norm = Group.unpack(ctx.inner, inside), form.norm
+            flat = None if x is None else rows(x)
+            n = norm.again(flat, stats) if norm is not None and inner.needs_x else flat
+            dx, grads = inner.backward(n, dhidden, ctx.needs_input_grad[0], owned=norm is not None and inner.needs_x)
+            del n, dhidden
+            if dx is not None:
+                dx = dx if norm is None else norm.backward(dx, flat, stats)
+                dx = (dx.add_(dy) if form.residual else dx).view(ctx.shape)
+        return (dx, None, *(grad for pair in grads for grad in pair), *last)
+
+
+def _back_through_the_activation(
+    dy: Tensor, hidden: Sequence[Tensor], outer: Group, form: Form, deep: bool
+) -> tuple[list[Tensor], tuple[Tensor | None, Tensor | None]]:
+    """The gradients of what gate and up gave, (N, f) each, where they are wanted, and those of down's A and B."""
+    first, up = (hidden[0] if hidden else None), (hidden[1] if len(hidden) == 2 else None)
+    value = a = None
+    if first is not None and (outer.needs_x or up is not None):
+        value = a = form.act.value(first, torch.empty_like(first))
+        if up is not None and outer.needs_x:
+            a = value * up
+    da, ((grad_a, grad_b),) = outer.backward(a if outer.needs_x else None, [dy], need_dx=deep, owned=True)
+    del a
+    if da is None or first is None:
+        return [], (grad_a, grad_b)
+    if up is None or value is None:
+        return [form.act.gradient(da, first, da)], (grad_a, grad_b)
+    dup = value.mul_(da)
+    return [form.act.gradient(da.mul_(up), first, da), dup], (grad_a, grad_b)

@@ -1,0 +1,253 @@
+"""The product of lorakit's four tables over the small models: which cells there are, and how both libraries make one.
+
+INITS and VARIANTS are read as they stand, so a new row of theirs joins by itself. A new kind or way of storage needs a
+`Place`, a model that has it; `test_every_row_has_a_place` names what is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.core.inits import INITS, Init, init_named
+from lorakit.core.variants import VARIANTS
+
+from .architectures import ROWS, inputs_for, loss_of, model_named
+from .rows import Row, quiet_peft
+
+INVOCATION = (3, 4)
+SEEDS = range(20, 26)
+"""Of the batches that inits look at."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Sites of one kind and one storage in one model.
+
+    Attributes:
+        model: A key of `MODELS`.
+        kind: Name of a row of KINDS.
+        base: Name of a row of BASES.
+        targets: Names for `target_modules`.
+        parameters: Names for `target_parameters`.
+        needs: Package that the storage needs.
+    """
+
+    model: str
+    kind: str
+    base: str
+    targets: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
+    needs: str = "torch"
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether its task is the one that aLoRA knows."""
+        return self.model.endswith("-words") and not self.model.startswith("t5")
+
+
+def _places() -> Iterator[Place]:
+    attention, gates = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    dense = {
+        "sequential": ("up", "head"),
+        "llama-words": (*attention, *gates),
+        "qwen2-words": (*attention, *gates),
+        "qwen3-words": (*attention, *gates),
+        "gemma-words": (*attention, *gates),
+        "mixtral-words": attention,
+        "gpt-oss-words": attention,
+        "opt-words": ("q_proj", "out_proj", "fc1", "fc2"),
+        "neox-words": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+        "bert-classes": ("query", "key", "value", "output.dense"),
+        "roberta-classes": ("query", "key", "value", "output.dense"),
+        "t5-words": ("q", "k", "v", "o", "wi", "wo"),
+        "vit-pictures": ("q_proj", "v_proj", "fc1"),
+        "whisper-speech": ("q_proj", "out_proj", "fc1", "fc2"),
+    }
+    yield from (Place(model, "Linear", "dense", targets) for model, targets in dense.items())
+    yield Place("gpt2-words", "Conv1D", "transposed", ("c_attn", "c_proj", "c_fc"))
+    embeddings = {
+        "sequential": "embed",
+        "llama-words": "embed_tokens",
+        "gemma-words": "embed_tokens",
+        "gpt2-words": "wpe",
+        "bert-classes": "word_embeddings",
+    }
+    yield from (Place(model, "Embedding", "transposed", (target,)) for model, target in embeddings.items())
+    yield Place("convolutions", "Conv1d", "dense", ("one",))
+    yield Place("convolutions", "Conv2d", "dense", ("two", "mixed"))
+    yield Place("convolutions", "Conv3d", "dense", ("three",))
+    yield Place("whisper-speech", "Conv1d", "dense", ("conv1", "conv2"))
+    yield Place("vit-pictures", "Conv2d", "dense", ("projection",))
+    yield Place("sequential-attention", "MultiheadAttention", "dense", ("mha",))
+    yield Place("sequential-bare", "Parameter", "dense", (), ("experts.stack", "experts.matrix"))
+    fused = ("experts.gate_up_proj", "experts.down_proj")
+    yield from (Place(model, "Parameter", "dense", (), fused) for model in ("mixtral-words", "gpt-oss-words"))
+    yield Place("sequential-parametrised", "Linear", "computed", ("up",))
+    yield Place("sequential-parametrised", "Embedding", "computed transposed", ("embed",))
+    packed = {
+        "nf4": ("bitsandbytes 4-bit", "bitsandbytes"),
+        "int8": ("bitsandbytes 8-bit", "bitsandbytes"),
+        "int8-torchao": ("torchao", "torchao"),
+        "hqq4": ("HQQ", "hqq"),
+    }
+    for storage, (base, package) in packed.items():
+        yield Place(f"llama-{storage}-words", "Linear", base, ("q_proj", "down_proj"), needs=package)
+
+
+PLACES = tuple(_places())
+
+WITHOUT_A_PLACE: Mapping[str, str] = {
+    "InnerLinear": "the dense layer inside nn.MultiheadAttention is adapted together with it and never by itself",
+}
+"""Rows of KINDS and BASES that no place is of, each with its reason."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of each table, in one model."""
+
+    place: Place
+    init: bool | str
+    variant: str
+
+    @property
+    def kind(self) -> str:
+        """Name of the row of KINDS."""
+        return self.place.kind
+
+    @property
+    def base(self) -> str:
+        """Name of the row of BASES."""
+        return self.place.base
+
+    @cached_property
+    def rules(self) -> Init:
+        """The row of its init."""
+        return init_named(self.init)
+
+    @property
+    def row(self) -> Row:
+        """The model and the config that both libraries understand."""
+        fields: dict[str, Any] = {
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": list(self.place.targets),
+            "init_lora_weights": self.init,
+            "use_dora": self.variant == "dora",
+        }
+        if self.place.parameters:
+            fields["target_parameters"] = list(self.place.parameters)
+        if self.place.is_causal:
+            fields["task_type"] = "CAUSAL_LM"
+        if self.variant == "alora":
+            fields["alora_invocation_tokens"] = list(INVOCATION)
+        return Row(str(self), self.place.model, fields)
+
+    @property
+    def converted(self) -> Row:
+        """The same, as plain LoRA of twice the rank."""
+        fields = {key: value for key, value in self.row.fields.items() if key != "init_lora_weights"}
+        return Row(str(self), self.place.model, fields)
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Arguments of the forward; each row has the invocation somewhere else."""
+        given = inputs_for(self.place.model)
+        if self.variant == "alora" and "input_ids" in given:
+            for index, ids in enumerate(given["input_ids"]):
+                ids[ids <= INVOCATION[-1]] = INVOCATION[-1] + 1
+                ids[index + 1 : index + 3] = torch.tensor(INVOCATION)
+        return given
+
+    def made(self, library: Any) -> Any:
+        """A fresh model with a fresh adapter, in eval mode, after both steps of its init where there are two."""
+        model, step = model_named(self.place.model), STEPS.get(str(self.init), Steps())
+        classes = _home(library, "config")
+        settings = {field: getattr(classes, name)(**values) for field, name, values in step.settings}
+        config = self.row.config(library, **settings)
+        with quiet_peft():
+            step.before(library, model, config, self)
+            model = library.get_peft_model(model, config)
+            step.after(library, model, self)
+        return model.eval()
+
+    def __str__(self) -> str:
+        return f"{self.place.model}-{self.place.kind}-{self.place.base}-{self.init}-{self.variant}".replace(" ", "-")
+
+
+def _nothing(*_: Any) -> None:
+    """Most inits have one step."""
+
+
+def _batches(cell: Cell) -> list[dict[str, Tensor]]:
+    return [inputs_for(cell.place.model, seed) for seed in SEEDS]
+
+
+def _home(library: Any, name: str) -> Any:
+    return importlib.import_module(f"{library.__name__}.tuners.lora.{name}")
+
+
+def _covariances(library: Any, model: Any, config: Any, cell: Cell) -> None:
+    def run() -> None:
+        for batch in _batches(cell):
+            for index in range(ROWS):  # one row at a time: peft looks at no batch of several
+                model(**{name: tensor[index : index + 1] for name, tensor in batch.items()})
+
+    _home(library, "corda").preprocess_corda(model, config, run_model=run)
+
+
+def _gradients(library: Any, model: Any, config: Any, cell: Cell) -> None:
+    def step() -> None:
+        for batch in _batches(cell):
+            loss_of(model(**batch)).backward()
+
+    _home(library, "loraga").preprocess_loraga(model, config, step)
+
+
+def _directions(library: Any, model: Any, cell: Cell) -> None:
+    library.initialize_lora_eva_weights(
+        model,
+        _batches(cell),
+        forward_fn=lambda model, batch: model(**batch),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=None,
+        **({} if library.__name__.startswith("lorakit") else {"show_progress_bar": False}),
+    )
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What an init wants beside its name.
+
+    Attributes:
+        settings: Field of the config, its class, its values.
+        before: Library, model, config, cell -> None, ahead of `get_peft_model`.
+        after: Library, wrapped model, cell -> None.
+    """
+
+    settings: tuple[tuple[str, str, dict[str, Any]], ...] = ()
+    before: Callable[..., None] = _nothing
+    after: Callable[..., None] = _nothing
+
+
+STEPS: Mapping[str, Steps] = {
+    "loftq": Steps((("loftq_config", "LoftQConfig", {"loftq_bits": 8}),)),
+    "eva": Steps((("eva_config", "EvaConfig", {"rho": 1.0}),), after=_directions),
+    "corda": Steps((("corda_config", "CordaConfig", {"corda_method": "ipm"}),), before=_covariances),
+    "lora_ga": Steps((("lora_ga_config", "LoraGAConfig", {"direction": "ArB2r"}),), before=_gradients),
+}
+"""By the init's name; one that looks at data and is not here cannot be made, and the test says so."""
+
+
+def every_cell() -> list[Cell]:
+    """The whole product."""
+    axes = ([init.name for init in INITS], [variant.name for variant in VARIANTS])
+    return [Cell(*cell) for cell in itertools.product(PLACES, *axes)]

@@ -1,0 +1,238 @@
+"""The product kinds x inits x variants x bases over small models: what both libraries have is the same in each cell.
+
+By default: every pair of rows that both have, one cell for every rule of refusal; the rest of the product is slow.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lorakit.peft as ours
+from lorakit.core.bases import BASES, base_of
+from lorakit.core.inits import INITS
+from lorakit.core.kinds import KINDS, kind_of
+from lorakit.errors import AdapterFileError
+
+from .architectures import loss_of, model_named, outputs_of
+from .cells import PLACES, STEPS, WITHOUT_A_PLACE, Cell, Place, every_cell
+from .closeness import assert_close, assert_differs
+from .differences import CONFIG_OF_CONVERTED
+from .refusals import BY_LORAKIT, BY_PEFT, QUANTISED, Refusal, is_compared, refusals
+from .rows import copy_adapters, quiet_peft, randomise, theirs
+from .written import compare_folders
+
+TheirAttention = pytest.importorskip("peft.tuners.lora.layer").MultiheadAttention
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*expandable_segments not supported:UserWarning"),
+]
+
+
+def _pairs(cell: Cell) -> set[tuple[Any, ...]]:
+    rows = (("kind", cell.kind), ("init", cell.init), ("variant", cell.variant), ("base", cell.base))
+    return {*itertools.combinations(rows, 2), (("model", cell.place.model), ("kind", cell.kind))}
+
+
+def _covering(cells: list[Cell]) -> list[Cell]:
+    """Few cells with every pair of rows that any of the cells has."""
+    left, chosen = set().union(*map(_pairs, cells)), []
+    while left:
+        chosen.append(max(cells, key=lambda cell: len(left & _pairs(cell))))
+        left -= _pairs(chosen[-1])
+    return chosen
+
+
+def _alone(refusal: Refusal, table: tuple[Refusal, ...], cells: list[Cell]) -> Iterator[Cell]:
+    """The cells of which one rule speaks alone."""
+    return (cell for cell in cells if refusals(cell, table) == [refusal])
+
+
+CELLS = every_cell()
+COMPARED = [cell for cell in CELLS if is_compared(cell)]
+REFUSED = [cell for cell in CELLS if not is_compared(cell)]
+RULES = [(refusal, table) for table in (BY_LORAKIT, BY_PEFT) for refusal in table]
+USUAL = _covering(COMPARED)
+EXAMPLES = [next(_alone(refusal, table, CELLS)) for refusal, table in RULES]
+"""One for each rule; StopIteration here means that a rule says nothing that the others do not say."""
+
+
+def _parameters(cells: list[Cell], usual: list[Cell]) -> list[Any]:
+    return [pytest.param(c, id=str(c), marks=() if c in usual else pytest.mark.slow) for c in cells]
+
+
+def test_every_row_has_a_place() -> None:
+    for table, there in ((KINDS, {p.kind for p in PLACES}), (BASES, {p.base for p in PLACES})):
+        assert {row.name for row in table} == there | (WITHOUT_A_PLACE.keys() & {row.name for row in table})
+        assert not there & WITHOUT_A_PLACE.keys()
+    assert {init.name for init in INITS if init.needs} == {word for word in STEPS if word != "loftq"}
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place.model}-{place.kind}")
+def test_a_place_is_what_it_says(place: Place) -> None:
+    pytest.importorskip(place.needs)
+    model = model_named(place.model)
+    for target in place.targets:
+        named = [m for path, m in model.named_modules() if f".{path}".endswith(f".{target}")]
+        assert named, target
+        for module in named:
+            kind = kind_of(type(module))
+            assert kind is not None and kind.name == place.kind
+            assert base_of(module, kind.slots(module)[0].parameter).name == place.base
+    for target in place.parameters:
+        path = next(path for path, _ in model.named_parameters() if f".{path}".endswith(f".{target}"))
+        module = model.get_submodule(path.rpartition(".")[0])
+        assert kind_of(type(module)) is None
+        assert base_of(module, target.rpartition(".")[2]).name == place.base
+
+
+@pytest.mark.parametrize("cell", _parameters(REFUSED, EXAMPLES))
+def test_what_is_not_compared_is_refused(cell: Cell) -> None:
+    pytest.importorskip(cell.place.needs)
+    for library, table in ((ours, BY_LORAKIT), (theirs, BY_PEFT)):
+        rules = refusals(cell, table)
+        text = "|".join(f"({rule.text})" for rule in rules)
+        if rules and rules[0].how == "raises":
+            with warnings.catch_warnings(), pytest.raises(Exception, match=text):
+                warnings.simplefilter("ignore")
+                model = cell.made(library)
+                for _ in range(2):  # peft's DoRA beside 8 bits fails in its second forward
+                    model(**cell.inputs)
+        elif rules and rules[0].how == "ignores":
+            _assert_default(cell, cell.made(library))
+        else:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                cell.made(library)
+            assert not rules or any(re.search(text, str(warning.message)) for warning in said)
+
+
+def _assert_default(cell: Cell, model: nn.Module) -> None:
+    plain = dict(model_named(cell.place.model).named_parameters())
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_embedding_A.default"):
+            assert not parameter.any()
+        elif ".base_layer." in name:
+            path = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(parameter, plain[path])
+
+
+@pytest.mark.parametrize("cell", _parameters(COMPARED, USUAL))
+def test_a_cell(cell: Cell, tmp_path: Path) -> None:
+    pytest.importorskip(cell.place.needs)
+    peft_model, our_model = _added_once(cell.made(theirs)), cell.made(ours)
+    assert _shapes(our_model) == _shapes(peft_model)
+    assert _trained(our_model) == _trained(peft_model)
+    _begins_alike(cell, peft_model, our_model)
+    _save_what_it_began_with(peft_model, tmp_path / "began")
+    randomise(peft_model)
+    copy_adapters(peft_model, our_model)
+    expected, found = peft_model(**cell.inputs), our_model(**cell.inputs)
+    assert_close(outputs_of(found), outputs_of(expected), rtol=_rtol(cell))
+    assert_differs(outputs_of(found), outputs_of(model_named(cell.place.model)(**cell.inputs)))
+    loss_of(expected).backward()
+    loss_of(found).backward()
+    assert_close(_gradients(our_model), _gradients(peft_model), rtol=10 * _rtol(cell))
+    _save(peft_model, our_model, tmp_path / "trained")
+    compare_folders(cell.row, tmp_path / "trained" / "peft", tmp_path / "trained" / "lorakit")
+    for writer, reader in (("peft", ours), ("lorakit", theirs)):
+        _reads(cell, reader, tmp_path / "trained" / writer, outputs_of(expected))
+    if cell.rules.changes_base and cell.base not in QUANTISED:
+        _converts(cell, peft_model, our_model, tmp_path, outputs_of(expected))
+
+
+def _rtol(cell: Cell) -> float:
+    """Of outputs; a gradient, which sums over rows and layers, may differ ten times as much.
+
+    A moved base and DoRA's gain are differences and quotients of what is compared, and round once more.
+    """
+    return 2e-6 if cell.rules.changes_base or cell.variant == "dora" else 1e-6
+
+
+def _begins_alike(cell: Cell, peft_model: nn.Module, our_model: nn.Module) -> None:
+    """The same sides are zero, and what is a fresh adapter's output here is one there."""
+    given = dict(peft_model.named_parameters())
+    for name, parameter in our_model.named_parameters():
+        if ".lora_" in name:
+            assert bool(parameter.any()) == bool(given[name].any()), name
+            assert parameter.dtype == given[name].dtype
+    if cell.rules.is_identity and not (cell.rules.changes_base and cell.base in QUANTISED):
+        plain = outputs_of(model_named(cell.place.model)(**cell.inputs))
+        for model in (peft_model, our_model):
+            assert_close(outputs_of(model(**cell.inputs)), plain, rtol=1e-5)
+
+
+def _save_what_it_began_with(model: Any, folder: Path) -> None:
+    """As PEFT's users do it, for a later conversion to plain LoRA."""
+    config = model.peft_config["default"]
+    config.init_lora_weights, kept = True, config.init_lora_weights
+    with quiet_peft():
+        model.save_pretrained(folder)
+    config.init_lora_weights = kept
+
+
+def _save(peft_model: Any, our_model: Any, folder: Path, **more: str) -> None:
+    with quiet_peft():
+        warnings.filterwarnings("ignore", "Adapter 'default' acts on a base")
+        warnings.filterwarnings("ignore", ".*specified but will be ignored when `init_lora_weights` is not")
+        peft_model.save_pretrained(folder / "peft", **more)
+        our_model.save_pretrained(folder / "lorakit", **more)
+
+
+def _reads(cell: Cell, library: Any, folder: Path, expected: dict[str, Tensor], rtol: float = 1) -> None:
+    """That library reads what the other wrote."""
+    needs_data = cell.rules.needs and cell.rules.changes_base and folder.parent.name == "trained"
+    if needs_data and library is theirs:
+        return  # it looks for data that is not there, or takes its default in silence
+    with quiet_peft():
+        if needs_data:
+            with pytest.raises(AdapterFileError, match="that it changed by looking at data, and the file does not"):
+                library.PeftModel.from_pretrained(model_named(cell.place.model), folder)
+            return
+        warnings.filterwarnings("ignore", ".*specified but will be ignored when `init_lora_weights` is not")
+        model = library.PeftModel.from_pretrained(model_named(cell.place.model), folder).eval()
+    assert_close(outputs_of(_added_once(model)(**cell.inputs)), expected, rtol=rtol * _rtol(cell))
+
+
+def _converts(cell: Cell, peft_model: Any, our_model: Any, folder: Path, expected: dict[str, Tensor]) -> None:
+    """What moved the base is written as plain LoRA for the base as it was, and the other library reads it."""
+    _save(peft_model, our_model, folder / "plain", path_initial_model_for_weight_conversion=str(folder / "began"))
+    _reads(cell, theirs, folder / "plain" / "lorakit", expected, rtol=2)  # what began is added and taken away again
+    if cell.variant == "plain":  # test_where_peft_is_wrong.py::test_a_converted_dora_keeps_its_magnitude
+        compare_folders(cell.converted, folder / "plain" / "peft", folder / "plain" / "lorakit", CONFIG_OF_CONVERTED)
+        _reads(cell, ours, folder / "plain" / "peft", expected, rtol=2)
+
+
+def _added_once(model: Any) -> Any:
+    """A model in which peft's attention adds what the out-projection learned twice (docs/from-peft.md, 1): half of it."""
+    for module in model.modules():
+        if isinstance(module, TheirAttention):
+            scales = module.base_layer.out_proj.scaling
+            scales.update({name: scale / 2 for name, scale in scales.items()})
+    return model
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+
+
+def _trained(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    twice = {f"{p}.base_layer.out_proj." for p, module in model.named_modules() if isinstance(module, TheirAttention)}
+    return {
+        name: parameter.grad * (2 if any(name.startswith(prefix) for prefix in twice) else 1)  # the second bears none
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }

@@ -1,0 +1,301 @@
+"""The fused MLP: as its reference in value and in every gradient, and with no more saved than it says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lorakit.ops import linear
+from lorakit.ops.activation import ACTIVATIONS, activation
+from lorakit.ops.dropout import draw, where, zero_
+from lorakit.ops.linear import Adapted, LowRank
+from lorakit.ops.mlp import Form, gated, plain, reference
+from lorakit.ops.norm import Norm
+
+D = torch.float64
+WIDTH, INNER = 7, 10
+FORMS: dict[str, dict[str, Any]] = {
+    "llama": {"act": "silu"},
+    "gemma": {"act": "gelu_tanh", "offset": 1.0},
+    "gpt2": {"inner": 1, "act": "gelu_tanh", "kind": "layer", "bias": True, "transposed": True},
+    "bert": {"inner": 1, "act": "gelu", "kind": None, "bias": True, "residual": False},
+    "clip": {"inner": 1, "act": "quick_gelu", "r": (1, 3)},
+    "t5": {"inner": 1, "act": "relu"},
+    "only gate": {"act": "silu", "r": (2, 0, 0)},
+    "only down": {"act": "silu", "r": (0, 0, 3)},
+    "only down of one": {"inner": 1, "act": "silu", "r": (0, 3)},
+    "without adapters": {"act": "silu", "r": (0, 0, 0)},
+    "without norm": {"act": "silu", "kind": None},
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def made(
+    name: str,
+    dtype: torch.dtype = D,
+    master: torch.dtype = D,
+    p: float = 0.0,
+    sizes: tuple[int, int] = (WIDTH, INNER),
+) -> Form:
+    outer, between = sizes
+    spec = {
+        "inner": 2,
+        "kind": "rms",
+        "bias": False,
+        "transposed": False,
+        "residual": True,
+        "offset": 0.0,
+        **FORMS[name],
+    }
+    g = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int, to: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=D).to(to)
+
+    def module(width: int, out: int, r: int) -> Adapted:
+        W = normal(width, out) if spec["transposed"] else normal(out, width)
+        low = None
+        if r:
+            A, B = normal(r, width, to=master) / 2, normal(out, r, to=master) / 2
+            low = LowRank(A.requires_grad_(), B.requires_grad_(), 0.7, p)
+        return Adapted(W / width**0.5, normal(out) if spec["bias"] else None, low, spec["transposed"])
+
+    ranks = spec.get("r", (3, 2, 4)[-spec["inner"] - 1 :])
+    norm = None
+    if spec["kind"] is not None:
+        layered = spec["kind"] == "layer"
+        norm = Norm(spec["kind"], normal(outer), normal(outer) if layered else None, 1e-3, spec["offset"])
+    inner = tuple(module(outer, between, r) for r in ranks[:-1])
+    return Form(inner, module(between, outer, ranks[-1]), activation(spec["act"]), norm, spec["residual"])
+
+
+def fused(x: Tensor, form: Form) -> Tensor:
+    name = next(name for name, act in ACTIVATIONS.items() if act is form.act)
+    if len(form.inner) == 2:
+        return gated(x, form.norm, *form.inner, form.down, name, form.residual)
+    return plain(x, form.norm, form.inner[0], form.down, name, form.residual)
+
+
+def trained(form: Form, x: Tensor | None = None) -> list[Tensor]:
+    return [t for t in (x, *linear.factors((*form.inner, form.down))) if t is not None and t.requires_grad]
+
+
+def gradients(y: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    weights = torch.sin(torch.arange(y.numel(), dtype=D)).view(y.shape).to(y.dtype)
+    return [y.detach(), *(torch.autograd.grad((y * weights).sum(), inputs) if inputs else ())]
+
+
+def same(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-12) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, WIDTH), (1, WIDTH), (WIDTH,)])
+@pytest.mark.parametrize("name", FORMS)
+def test_it_is_the_reference(name: str, shape: tuple[int, ...]) -> None:
+    form, x = made(name), torch.randn(shape, dtype=D, requires_grad=True)
+    inputs = trained(form, x)
+    same(gradients(fused(x, form), inputs), gradients(reference(x, form), inputs))
+
+
+def test_it_is_the_formula() -> None:
+    """Formula (79), written out for a gated MLP with all three adapters."""
+    form, x = made("llama"), torch.randn(5, WIDTH, dtype=D)
+    assert form.norm is not None
+    n = x * (x.square().mean(1, keepdim=True) + form.norm.eps) ** -0.5 * form.norm.weight
+    weights = [m.W + m.low.scale * m.low.B @ m.low.A for m in (*form.inner, form.down)]  # type: ignore[union-attr]
+    g, u = n @ weights[0].T, n @ weights[1].T
+    written = x + (g * torch.sigmoid(g) * u) @ weights[2].T
+    inputs = trained(form)
+    same(gradients(fused(x, form), inputs), gradients(written, inputs))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_gradcheck(name: str) -> None:
+    form, x = made(name), torch.randn(2, WIDTH, dtype=D, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *_: fused(x, form), tuple(trained(form, x)))
+
+
+@pytest.mark.parametrize("frozen", ["x", "A", "B", "x, A and B of the inner ones", "A of down", "all but B of down"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_asks_for_no_gradient_gets_none(name: str, frozen: str) -> None:
+    form, x = made(name), torch.randn(4, WIDTH, dtype=D, requires_grad="x" not in frozen and "all" not in frozen)
+    for module in (*form.inner, form.down):
+        low, is_down = module.low, module is form.down
+        assert low is not None
+        low.A.requires_grad_(not ("A" in frozen and is_down == ("down" in frozen)) and "all" not in frozen)
+        low.B.requires_grad_(not (frozen in ("B", "x, A and B of the inner ones") and not is_down))
+        if "all" in frozen:
+            low.B.requires_grad_(is_down)
+    inputs = trained(form, x)
+    y = fused(x, form)
+    same(gradients(y, inputs), gradients(reference(x, form), inputs))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-3)])
+@pytest.mark.parametrize("name", FORMS)
+def test_narrow_dtypes(name: str, dtype: torch.dtype, bound: float) -> None:
+    """Value and every gradient: at most 1.5 times as far from float64 as the reference; fp32 masters get fp32."""
+    torch.manual_seed(0)
+    sizes = 48, 80
+    form, x = made(name, dtype, torch.float32, sizes=sizes), torch.randn(64, 48).to(dtype).requires_grad_()
+    exact = made(name, dtype, torch.float32, sizes=sizes)
+    exact = exact._replace(
+        inner=tuple(_doubled(m) for m in exact.inner),
+        down=_doubled(exact.down),
+        norm=None if exact.norm is None else _doubled(exact.norm),
+    )
+    wide = x.detach().double().requires_grad_()
+    inputs = trained(form, x)
+    truth = gradients(reference(wide, exact), trained(exact, wide))
+    found, expected = gradients(fused(x, form), inputs), gradients(reference(x, form), inputs)
+    assert [t.dtype for t in found] == [dtype, dtype, *[torch.float32] * (len(inputs) - 1)]
+    for one, other, true in zip(found, expected, truth, strict=True):
+        # where an input of ReLU is rounded across 0, a whole number of the gradient comes or goes
+        assert error(one, true) <= 1.5 * error(other, true) + (4 * bound if name == "t5" else bound)
+
+
+def _doubled(part: Any) -> Any:
+    def wide(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach().double()
+
+    if isinstance(part, Norm):
+        return replace(part, weight=wide(part.weight), bias=wide(part.bias))
+    low = part.low
+    if low is not None:
+        low = replace(low, A=wide(low.A).requires_grad_(), B=wide(low.B).requires_grad_())  # type: ignore[union-attr]
+    return replace(part, W=wide(part.W), bias=wide(part.bias), low=low)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "only down"])
+def test_dropout(name: str) -> None:
+    """The same numbers are dropped in the forward and in the backward; each module draws its own, in order."""
+    form, x = made(name, p=0.4), torch.randn(6, WIDTH, dtype=D, requires_grad=True)
+    inputs = trained(form, x)
+    torch.manual_seed(5)
+    found = gradients(fused(x, form), inputs)
+    torch.manual_seed(5)
+    keeps: list[Tensor | None] = []
+    for module in (*form.inner, form.down):
+        mask = torch.ones(6, INNER if module is form.down else WIDTH, dtype=D)
+        keeps.append(None if module.low is None else zero_(mask, _drawn(mask, 0.4)))
+    from lorakit.ops.norm import reference as normed
+
+    assert form.norm is not None
+    hidden = linear.reference(normed(x, form.norm), form.inner, keeps[:-1])
+    a = form.act.reference(hidden[0]) * (hidden[1] if len(hidden) == 2 else 1)
+    same(found, gradients(x + linear.reference(a, [form.down], keeps[-1:])[0], inputs))
+
+
+def _drawn(like: Tensor, p: float) -> Tensor:
+    return where(draw(like, p)[1])
+
+
+def test_the_value_is_that_of_transformers_to_the_bit() -> None:
+    from transformers.models.llama.configuration_llama import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+    mlp = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=96)).bfloat16().requires_grad_(False)
+    norm = LlamaRMSNorm(64).bfloat16().requires_grad_(False)
+    x = torch.randn(50, 64).bfloat16()
+    parts = [Adapted(m.weight) for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    assert torch.equal(gated(x, Norm("rms", norm.weight), *parts, "silu", residual=True), x + mlp(norm(x)))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("llama", 1), ("gpt2", 2), ("without norm", 0)])
+def test_what_is_saved(name: str, numbers: int) -> None:
+    """x itself, its norm's numbers, what gate and up gave, and (tokens, r) of each adapter; weights as they are."""
+    form = made(name, torch.bfloat16, torch.float32)
+    x = torch.randn(5, 6, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    modules = (*form.inner, form.down)
+    given = {t.data_ptr() for t in (x, *(m.W for m in modules), *linear.factors(modules)) if t is not None}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        fused(x, form)
+        new = [t for t in saved if t.data_ptr() not in given]
+        ranks = sum(len(m.low.A) for m in modules)  # type: ignore[union-attr]
+        bytes_a_token = 4 * numbers + 2 * INNER * len(form.inner) + 2 * ranks
+        assert sum(t.nbytes for t in new) == 30 * bytes_a_token
+        saved.clear()
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                fused(x, form)
+        assert not saved
+
+
+def test_a_strided_input_and_a_second_backward() -> None:
+    form, wide = made("llama"), torch.randn(2, WIDTH, 5, dtype=D, requires_grad=True)
+    inputs = trained(form, wide)
+    y = fused(wide.mT, form)
+    same(gradients(y.mT, inputs), gradients(reference(wide.mT, form).mT, inputs))
+    y = fused(wide.mT, form)
+    y.mul_(2)  # the output may be changed in place
+    first = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
+    same(torch.autograd.grad(y.sum(), inputs), first)
+
+
+def test_nothing_that_was_given_is_written_to() -> None:
+    form, x, dy = (
+        made("llama", p=0.3),
+        torch.randn(4, WIDTH, dtype=D, requires_grad=True),
+        torch.randn(4, WIDTH, dtype=D),
+    )
+    given = [x, dy, *(m.W for m in (*form.inner, form.down)), *trained(form)]
+    before = [t.detach().clone() for t in given]
+    torch.autograd.grad(fused(x, form), trained(form, x), dy)
+    assert all(torch.equal(t, b) for t, b in zip(given, before, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_checkpointing_the_same_is_dropped_again(reentrant: bool) -> None:
+    form, x = made("llama", p=0.3), torch.randn(4, WIDTH, dtype=D, requires_grad=True)
+    results = []
+    for run in (fused, lambda *inputs: checkpoint(fused, *inputs, use_reentrant=reentrant)):
+        torch.manual_seed(7)
+        y = run(x, form)
+        y.sum().backward()
+        results.append([y.detach(), *(t.grad for t in trained(form, x))])
+        for t in trained(form, x):
+            t.grad = None
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_autocast() -> None:
+    """The norm and the residual in fp32, the products in bf16: as near to fp32 as the reference under autocast."""
+    form = made("llama", torch.float32, torch.float32, sizes=(48, 80))
+    x = torch.randn(64, 48, requires_grad=True)
+    truth = gradients(reference(x, form), trained(form, x))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = fused(x, form), reference(x, form)
+    assert y.dtype == torch.float32
+    found, plain_autocast = gradients(y, trained(form, x)), gradients(expected, trained(form, x))
+    assert [t.dtype for t in found] == [t.dtype for t in plain_autocast]
+    for one, other, true in zip(found, plain_autocast, truth, strict=True):
+        assert 0 < error(one, true.double()) < 1.5 * error(other, true.double()) + 2e-3
+
+
+@pytest.mark.parametrize("part", ["W", "bias", "norm"])
+def test_a_trained_base_is_refused(part: str) -> None:
+    form, x = made("gpt2"), torch.randn(2, WIDTH, dtype=D)
+    asked = form.norm.weight if part == "norm" else getattr(form.down, part)  # type: ignore[union-attr]
+    asked.requires_grad_()
+    with pytest.raises(ValueError, match="asks for a gradient, and the fused operations make none"):
+        fused(x, form)
+    with pytest.raises(ValueError, match="activation 'mish' has no fused form"):
+        plain(x, None, form.inner[0], form.down, "mish")

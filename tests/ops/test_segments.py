@@ -1,0 +1,267 @@
+"""Many adapters in one batch: each way is the loop over rows, in value and every gradient, and rows do not mix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from lorakit.ops import segments
+from lorakit.ops.segments import Routed, Way, reference, segmented
+
+D = torch.float64
+WAYS: list[Way] = ["masked", "rows", "sorted"]
+ROUTES = {
+    "mixed": [2, 0, 2, -1, 3, 0],
+    "sorted": [0, 0, 2, 2, 2, 3],
+    "one": [1, 1, 1, 1, 1, 1],
+    "none": [-1, -1, -1, -1, -1, -1],
+    "none first": [-1, -1, 0, 1, 2, 3],
+}
+
+
+def made(rows: int = 6, between: tuple[int, ...] = (3,), dtype: torch.dtype = D) -> tuple[Tensor, ...]:
+    """x, A, B, scales of four adapters, rank 2."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, *between, 7, generator=g, dtype=D).to(dtype).requires_grad_()
+    A, B = (torch.randn(4, *shape, generator=g, dtype=D).requires_grad_() for shape in ((2, 7), (5, 2)))
+    return x, A, B, torch.tensor([0.5, 2.0, 0.7, 1.3])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("between", [(), (3,), (2, 2)])
+def test_it_is_the_formula(way: Way, route: str, between: tuple[int, ...]) -> None:
+    """Formula (72), in double precision."""
+    x, A, B, scales = made(between=between)
+    index = torch.tensor(ROUTES[route])
+    y, expected = segmented(x, A, B, scales, index, way=way), reference(x, A, B, scales, index)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    if route == "none":
+        assert not y.any()
+        return
+    dy = torch.randn(y.shape, dtype=D)
+    for a, b in zip(torch.autograd.grad(y, (x, A, B), dy), torch.autograd.grad(expected, (x, A, B), dy), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert a.is_contiguous()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradcheck(way: Way) -> None:
+    x, A, B, scales = made()
+    index = torch.tensor(ROUTES["mixed"])
+    assert torch.autograd.gradcheck(lambda x, A, B: segmented(x, A, B, scales, index, way=way), (x, A, B))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("strided", [False, True])
+def test_it_is_added_in_place_where_asked(way: Way, strided: bool) -> None:
+    x, A, B, scales = made()
+    index = torch.tensor(ROUTES["mixed"])
+    base = torch.randn(6, 5, 3, dtype=D).transpose(1, 2) if strided else torch.randn(6, 3, 5, dtype=D)
+    start = base.clone().requires_grad_()
+    into = start * 1
+    if strided:
+        into = (start.transpose(1, 2).contiguous() * 1).transpose(1, 2)
+    y = segmented(x, A, B, scales, index, into, way)
+    assert y.data_ptr() == into.data_ptr()
+    expected = base + reference(x, A, B, scales, index)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    dy = torch.randn(6, 3, 5, dtype=D)
+    got = torch.autograd.grad(y, (start, x, A, B), dy)
+    assert torch.equal(got[0], dy)
+    for a, b in zip(got[1:], torch.autograd.grad(expected, (x, A, B), dy), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        again = base.clone()
+        assert segmented(x, A, B, scales, index, again, way) is again
+        torch.testing.assert_close(again, expected.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_row_is_what_it_is_alone(way: Way) -> None:
+    x, A, B, scales = made()
+    index = torch.tensor(ROUTES["mixed"])
+    y = segmented(x, A, B, scales, index, way=way)
+    for i in range(len(x)):
+        alone = segmented(x[i : i + 1], A, B, scales, index[i : i + 1], way=way)
+        torch.testing.assert_close(y[i : i + 1], alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["rows", "sorted"])
+def test_an_adapter_that_is_not_finite_reaches_its_own_rows_only(way: Way) -> None:
+    x, A, B, scales = made()
+    index = torch.tensor(ROUTES["mixed"])
+    A.data[0] = torch.nan
+    finite = segmented(x, A, B, scales, index, way=way).isfinite().all((1, 2))
+    assert finite.tolist() == [k != 0 for k in index]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_lower_ranks_are_filled_up_with_zeros(way: Way) -> None:
+    x, A, B, scales = made()
+    A.data[2, 1], B.data[2, :, 1] = 0, 0
+    index = torch.tensor(ROUTES["mixed"])
+    y = segmented(x, A, B, scales, index, way=way)
+    expected = 0.7 * (x[2] @ A[2, :1].t()) @ B[2, :, :1].t()
+    torch.testing.assert_close(y[2], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_less_precision_it_is_as_near_to_the_truth_as_the_loop(way: Way, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 4, 65, generator=g).to(dtype).requires_grad_()
+    A, B = (torch.randn(4, *shape, generator=g).requires_grad_() for shape in ((8, 65), (33, 8)))
+    index, scales = torch.tensor([2, 0, 2, -1, 3, 0, 0, 1, 2]), torch.tensor([0.5, 2.0, 0.7, 1.3], dtype=D)
+    dy = torch.randn(9, 4, 33, generator=g).to(dtype)
+    exact = [t.detach().double().requires_grad_() for t in (x, A, B)]
+    results = []
+    for call, (a, b, c), down in (
+        (lambda *t: segmented(*t, way=way), (x, A, B), dy),
+        (reference, (x, A, B), dy),
+        (reference, exact, dy.double()),
+    ):
+        y = call(a, b, c, scales, index)
+        results.append([y, *torch.autograd.grad(y, (a, b, c), down)])
+    assert [t.dtype for t in results[0]] == [dtype, dtype, torch.float32, torch.float32]
+    for fast, plain, true in zip(*results, strict=True):
+        assert (fast.double() - true).norm() <= 1.5 * (plain.double() - true).norm() + 1e-3 * true.norm() * (
+            dtype != torch.float32
+        ) + 1e-6 * true.norm()
+        assert (fast.double() - true).norm() <= (0.01 if dtype == torch.bfloat16 else 1e-6) * true.norm()
+
+
+@pytest.mark.parametrize("frozen", ["A", "B", "both", "x"])
+@pytest.mark.parametrize("way", WAYS)
+def test_it_saves_what_the_asked_gradients_need(way: Way, frozen: str) -> None:
+    x, A, B, scales = made()
+    x.requires_grad_(frozen != "x")
+    A.requires_grad_(frozen not in ("A", "both"))
+    B.requires_grad_(frozen not in ("B", "both"))
+    index = torch.tensor(ROUTES["one"])
+    lasting = {t.data_ptr(): name for name, t in {"x": x, "A": A, "B": B, "scales": scales}.items()}
+    saved: list[Tensor] = []
+    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        y = segmented(x, A, B, scales, index, way=way)
+    assert ("x" in {lasting.get(t.data_ptr()) for t in saved}) == A.requires_grad
+    thin = 18 * 2 * (4 if way == "masked" else 1) * 8 if B.requires_grad else 0
+    assert sum(t.numel() * t.element_size() for t in saved if t.data_ptr() not in lasting) == thin
+    asked = [t for t in (x, A, B) if t.requires_grad]
+    expected = torch.autograd.grad(reference(x, A, B, scales, index).sum(), asked)
+    for a, b in zip(torch.autograd.grad(y.sum(), asked), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_routes_are_worked_out_once() -> None:
+    routed = Routed(torch.tensor([2, 0, 2, -1, 3, 0]), 4)
+    assert routed.order is routed.order
+    assert routed.order is not None
+    assert routed.order.tolist() == [1, 5, 0, 2, 4]
+    assert routed.runs == [(0, 0, 2), (2, 2, 4), (3, 4, 5)]
+    assert routed.served is not None
+    assert routed.served.tolist() == [0, 1, 2, 4, 5]
+    settled = Routed(torch.tensor([0, 0, 3]), 4)
+    assert settled.order is None
+    assert settled.served is None
+    x, A, B, scales = made()
+    for way in WAYS:
+        first = segmented(x, A, B, scales, routed, way=way)
+        assert torch.equal(first, segmented(x, A, B, scales, routed, way=way))
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "adapters", "way"),
+    [
+        (1, 1, 4, "masked"),
+        (32, 1, 8, "masked"),
+        (512, 1, 8, "sorted"),
+        (4, 128, 4, "rows"),
+        (32, 1, 32, "rows"),
+        (512, 1, 32, "sorted"),
+    ],
+)
+def test_the_way_follows_from_the_shape(
+    rows: int, tokens: int, adapters: int, way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in {*WAYS} - {way}:
+        monkeypatch.setitem(segments._WAYS, other, None)  # type: ignore[arg-type]
+    g = torch.Generator().manual_seed(0)
+    x, A, B = (torch.randn(*s, generator=g, dtype=D) for s in ((rows, tokens, 7), (adapters, 2, 7), (adapters, 5, 2)))
+    index, scales = torch.arange(rows) * 7 % adapters, torch.rand(adapters, generator=g)
+    y = segmented(x, A, B, scales, index)
+    torch.testing.assert_close(y, reference(x, A, B, scales, index), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_scales_may_be_in_a_and_rows_in_the_adapters_order(way: Way) -> None:
+    x, A, B, scales = made(4)
+    index = torch.arange(4)
+    assert Routed(index, 4).in_place
+    scaled = A * scales[:, None, None]
+    y = segmented(x, scaled, B, None, index, way=way)
+    expected = reference(x, A, B, scales, index)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    for a, b in zip(
+        torch.autograd.grad(y.sum(), (x, A, B)), torch.autograd.grad(expected.sum(), (x, A, B)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("block", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(block: type) -> None:
+    x, A, B, scales = made()
+    index = torch.tensor(ROUTES["mixed"])
+    expected = reference(x, A, B, scales, index).detach()
+    with block():
+        y = segmented(x, A, B, scales, index)
+    assert y.grad_fn is None
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_compiles_as_one_graph(way: Way) -> None:
+    """With the routes worked out beforehand, since those depend on data."""
+    x, A, B, scales = made()
+    routed = Routed(torch.tensor(ROUTES["mixed"]), 4)
+
+    def loss(x: Tensor) -> Tensor:
+        base = x.sum().expand(6, 3, 5) * 1
+        return segmented(x, A, B, scales, routed, base, way).square().sum()
+
+    expected = [loss(x), *torch.autograd.grad(loss(x), (x, A, B))]
+    torch.compiler.reset()
+    value = torch.compile(loss, backend="aot_eager", fullgraph=True)(x)
+    for a, b in zip([value, *torch.autograd.grad(value, (x, A, B))], expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_under_autocast_products_run_in_its_dtype() -> None:
+    x, A, B, scales = made(dtype=torch.float32)
+    index = torch.tensor(ROUTES["mixed"])
+    with torch.autocast("cpu", torch.bfloat16):
+        for way in WAYS:
+            y = segmented(x, A, B, scales, index, way=way)
+            assert y.dtype == torch.bfloat16
+            grads = torch.autograd.grad(y.float().sum(), (x, A, B))
+            assert [g.dtype for g in grads] == [torch.float32, D, D]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x, A, B, scales = made()
+    with pytest.raises(ValueError, match=r"rows ask for the adapters \[-2, 4\], and there are 0 to 3, or -1 for none"):
+        segmented(x, A, B, scales, torch.tensor([0, 4, -2, 1, 1, 1]))
+    index = torch.tensor(ROUTES["mixed"])
+    sentence = (
+        r"these do not fit together: x \(6, 3, 7\), A \(4, 2, 7\), .*; they are x \(rows, …, in\), A \(K, r, in\)"
+    )
+    for bad in (
+        (x, A, B[:3], scales, index),
+        (x, A, B, scales[:3], index),
+        (x, A, B, scales, index[:4]),
+        (x, A, B, scales, index, torch.zeros(6, 5)),
+        (x, A, B, scales, Routed(index, 5)),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            segmented(*bad)
