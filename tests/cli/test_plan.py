@@ -55,6 +55,23 @@ def test_flags_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert values["adapter"]["biases"] == 102_144
 
 
+def test_new_tokens_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """One row for both of tied tables, one in each of two that are apart."""
+    words = ["--r", "8", "--new-tokens", "<think>,</think>", "<x>"]
+    for model, rows in (
+        ("gpt2", {"transformer.wte": 768}),
+        ("Llama-3.1-8B", {"model.embed_tokens": 4096, "lm_head": 4096}),
+    ):
+        plain, values = _json(["plan", model, "--r", "8"], capsys), _json(["plan", model, *words], capsys)
+        assert values["adapter"]["token_rows"] == {path: 3 * width for path, width in rows.items()}
+        assert values["adapter"]["trainable"] == plain["adapter"]["trainable"] + 3 * sum(rows.values())
+        assert values["lora"]["saved_bytes"] == plain["lora"]["saved_bytes"] + 4 * 3 * sum(rows.values())
+        assert values["lora"]["flops_per_token"]["forward"] > plain["lora"]["flops_per_token"]["forward"]
+    assert main(["plan", "gpt2", *words]) == 0
+    out = capsys.readouterr().out
+    assert "Some rows of transformer.wte are trained, in place of the base's: 2,304." in out
+
+
 def test_defaults_are_those_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     values = _json(["plan", "HuggingFaceTB/SmolLM2-135M"], capsys)
     assert {(g["rank"], g["scale"], g["entry"]) for g in values["adapter"]["groups"]} == {(16, 2.0, "all-linear")}

@@ -178,7 +178,7 @@ BY_PEFT: tuple[Refusal, ...] = (
     ),
     Refusal(
         "a packed weight is decomposed as if it were a plain one",
-        lambda cell: cell.base in (*BITSANDBYTES, "torchao") and cell.init in DECOMPOSING and not _requantised(cell),
+        lambda cell: cell.base in (*BITSANDBYTES, "torchao") and cell.init in DECOMPOSING and not _is_unpacked(cell),
         "under float32, float16, or bfloat16|loating point and complex dtype|unimplemented operator|shape",
     ),
     Refusal(
@@ -199,8 +199,11 @@ BY_PEFT: tuple[Refusal, ...] = (
 )
 
 
-def _requantised(cell: Cell) -> bool:
-    return cell.init == "olora" and cell.base in BITSANDBYTES
+def _is_unpacked(cell: Cell) -> bool:
+    """Whether peft unpacks the weight first, or looks at its dtype alone."""
+    return (cell.init == "olora" and cell.base in BITSANDBYTES) or (
+        cell.init == "orthogonal" and cell.base == "torchao"
+    )
 
 
 def refusals(cell: Cell, table: tuple[Refusal, ...]) -> list[Refusal]:

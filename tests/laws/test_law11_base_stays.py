@@ -47,7 +47,7 @@ from .zoo import (
 def train(model: nn.Module, specimen: Specimen, dtype: torch.dtype = torch.float32, steps: int = 2) -> None:
     """Steps over everything that has a gradient, with decay, so that a base parameter left trainable would move."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)  # with 0.1, CorDA overflows in fp16
     for _ in range(steps):
         optimizer.zero_grad()
         output(model, specimen.given(dtype)).float().pow(2).mean().backward()
@@ -93,7 +93,7 @@ def test_a_life_with_adapters(case: Case, tmp_path: Path) -> None:
     plain = {"init_lora_weights": True} if init.changes_base else {}
     attach_fresh(model, case.specimen, "b", case.dtype, **{**drops, **case.fields, **plain})
     moved = {name: bits(tensor) for name, tensor in base_tensors(model).items()}
-    assert (moved == base.before) is not init.changes_base
+    assert (moved == base.before) is not case.moves_base
     live(model, case.specimen, tmp_path, case.dtype, reload=case.init != "loftq")
     assert base.changed() == [name for name in base.before if moved[name] != base.before[name]]
     assert {name: bits(tensor) for name, tensor in base_tensors(model).items()} == moved

@@ -13,8 +13,9 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
+from lorakit.core.bases.quantising import quantised_linear
 from lorakit.errors import MergeError, TargetError
-from lorakit.plan.quantised import Storage
+from lorakit.plan.quantised import Quantization, Storage
 
 from .quantised import DENSE, EVALUATED, WRITTEN, packed_bits, specimen, storages
 from .snapshots import same_bits
@@ -288,6 +289,33 @@ def test_a_bias_of_the_adapter_goes_in_and_out(storage: Storage, dense: bool) ->
         assert same_bits(run(model, kind.given()), run(kind.model(), kind.given()))
     core.unmerge(model)
     assert same_bits(run(model, kind.given()), expected)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_bias_of_the_base_is_back_after_a_dense_merge(storage: Storage, dtype: torch.dtype) -> None:
+    """Its dtype and its bits, in whatever order adapters with a bias of their own come and go."""
+    torch.manual_seed(0)
+    model: Any = nn.ModuleDict({"up": quantised_linear(nn.Linear(64, 128).to(dtype), Quantization(storage.name))})
+    x, before = torch.randn(2, 64, dtype=dtype), model["up"].bias.detach().clone()
+    for seed, name in enumerate(("a", "b")):
+        fields: dict[str, Any] = {"target_modules": ["up"], "lora_bias": True, "init_lora_weights": False}
+        core.attach(model, LoraConfig(r=4, **fields), name, seed=seed)
+    expected = model["up"](x)
+    for going in (("a", "b"), ("b", "a")):
+        for name in ("a", "b"):
+            core.merge(model, name, dense=True)
+        merged = model["up"].owner
+        assert type(merged) is nn.Linear and merged.bias.dtype == merged.weight.dtype == dtype
+        assert not same_bits(merged.bias, before)
+        assert model["up"](x).dtype == dtype
+        for name in going:
+            core.unmerge(model, name)
+        assert model["up"].owner.bias.dtype == dtype
+        assert same_bits(model["up"].owner.bias.detach(), before)
+        assert same_bits(model["up"](x), expected)
+    core.detach(model)
+    assert same_bits(model["up"].bias.detach(), before)
 
 
 @EVERY

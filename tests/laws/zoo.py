@@ -347,6 +347,12 @@ class Case:
         """Whether the variant has a place in the weight."""
         return variant_named(self.variant).mergeable
 
+    @property
+    def moves_base(self) -> bool:
+        """Whether its init moves the base by so much that the base's dtype shows it."""
+        unseen = (self.kind, self.init, self.dtype) == ("Embedding", "lora_ga", torch.bfloat16)  # B has steps of 1e-4
+        return init_named(self.init).changes_base and not unseen
+
     def adapted(self, *names: str) -> nn.Module:
         """A model with adapters that differ in every number."""
         return with_adapters(self.specimen, *names, dtype=self.dtype, **self.fields)

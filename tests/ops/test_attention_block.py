@@ -294,6 +294,17 @@ def test_checkpointing_gives_the_same_gradients_with_dropout(reentrant: bool) ->
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma-2", "packed", "flash"])
+def test_one_graph_under_compile(name: str) -> None:
+    made, *rest = CASES[name]
+    block, x = block_of(**made), an_input()
+    compiled = torch.compile(lambda x: attention_block(x, block, *rest), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(
+        found(lambda x, *_: compiled(x), x, block), found(attention_block, x, block, *rest), rtol=1e-11, atol=1e-11
+    )
+
+
 def test_autocast_keeps_norm_and_residual_wide() -> None:
     block = in_dtype(block_of(norm=rms(WIDTH)), torch.float32, torch.float32)
     x, rest = an_input(dtype=torch.float32), (Pattern(), tables(), True)
@@ -316,7 +327,8 @@ def test_parts_that_do_not_fit() -> None:
             r"projections of \[24, 8\] numbers make no heads of 4 with 2 of k",
         ),
         (x, replace(block, kv_heads=3), r"projections of \[24, 8, 8\] numbers make no heads of 4 with 3"),
-        (x, replace(block, q_norm=rms(5)), "q_norm has 5 numbers; a head has 4 and a row 24"),
+        (x, replace(block, q_norm=rms(5)), r"q_norm has a weight \(5,\); it takes \(4,\), of a head, or \(24,\)"),
+        (x, replace(block, k_norm=Norm("layer", torch.ones(KV, HEAD))), r"k_norm has a weight \(2, 4\)"),  # Cohere's
         (x, replace(block, output=trained), "a weight of shape"),
         (x, replace(block, norm=Norm("rms", torch.ones(WIDTH, requires_grad=True))), "of a norm asks for a gradient"),
     ]

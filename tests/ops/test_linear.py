@@ -305,6 +305,10 @@ def test_an_owned_input_gives_the_same_numbers() -> None:
                 parts = Group(group, D)
                 ys = parts.forward(x.clone(), owned)
                 dx, grads = Group.unpack(*parts.pack()).backward(x.clone(), dys, owned=owned)
+                given = x.clone()
+                again = Group.unpack(*parts.pack()).backward(given, dys, owned=owned)[0]
+            assert again is not None
+            assert (again.data_ptr() == given.data_ptr()) == owned  # room that is there is used
             results.append([*ys, dx, *(g for pair in grads for g in pair if g is not None)])
         for a, b in zip(*results, strict=True):
             assert torch.equal(a, b)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from lorakit.cli import console
 from lorakit.config import LoraConfig
 from lorakit.errors import UsageError
 from lorakit.plan import Job, Speed
+from lorakit.plan.rows import with_new_tokens
 from lorakit.train.defaults import DEFAULTS
 
 
@@ -40,6 +41,7 @@ class AdapterFlags:
         list[str] | None, Parameter(help="Names of modules that are copied and trained whole. Default none.")
     ] = None
     bias: Annotated[str, Parameter(help="Biases of the base to train: none, all or lora_only. Default none.")] = "none"
+    new_tokens: Annotated[list[str] | None, _flag("new_tokens")] = None
     use_dora: Annotated[bool, _flag("use_dora")] = False
     use_rslora: Annotated[bool, _flag("use_rslora")] = False
     allow_partial_targets: Annotated[bool, _flag("allow_partial_targets")] = False
@@ -146,6 +148,9 @@ def run(
 
     config, columns = adapter.config(), _ranks(ranks)
     shape = hub.shape_of(model)
+    tokens = {token.strip() for word in adapter.new_tokens or () for token in word.split(",")} - {""}
+    if tokens:
+        config = with_new_tokens(shape, config, len(tokens))
     plan.count(shape, config, allow_partial=adapter.allow_partial_targets)  # a wrong name is said before measuring
     length = job.max_length or min(DEFAULTS["max_length"].value, shape.positions or DEFAULTS["max_length"].value)
     dtype = shape.dtype if job.dtype == "auto" else job.dtype

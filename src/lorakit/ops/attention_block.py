@@ -75,9 +75,9 @@ class SelfAttention:
                 "give q, k and v, or one projection that has them side by side"
             )
         for name, own, width in (("q_norm", self.q_norm, q), ("k_norm", self.k_norm, shared)):
-            size = None if own is None or own.weight is None else own.weight.numel()
-            if size not in (None, self.head_dim, width):
-                raise ValueError(f"{name} has {size} numbers; a head has {self.head_dim} and a row {width}")
+            size = None if own is None or own.weight is None else tuple(own.weight.shape)
+            if size not in (None, (self.head_dim,), (width,)):
+                raise ValueError(f"{name} has a weight {size}; it takes ({self.head_dim},), of a head, or ({width},)")
         if torch.is_grad_enabled():
             refuse_trained(self.projections)
             for own in (self.norm, self.q_norm, self.k_norm):

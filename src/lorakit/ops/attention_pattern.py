@@ -97,7 +97,8 @@ class Piece(NamedTuple):
 
 def pieces(batch: int, tokens: int, pattern: Pattern, rows_at_once: int, join: int) -> Iterator[Piece]:
     """All pieces: a sequence each, or several short neighbours of at most `join` tokens together."""
-    start, gathered = 0, list[int]()
+    start = 0
+    gathered: list[int] = []
     for length in (*pattern.lengths(tokens), None):
         if gathered and (length is None or sum(gathered) + length > join):
             stop = start + sum(gathered)
@@ -109,7 +110,6 @@ def pieces(batch: int, tokens: int, pattern: Pattern, rows_at_once: int, join: i
 
 def mask(pattern: Pattern, lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Whether each token of a row sees each other, (T, T), for sequences of these lengths."""
-    sizes = torch.tensor(lengths, device=device)
-    which = torch.arange(len(lengths), device=device).repeat_interleave(sizes)
+    which = torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)], device=device)
     places = torch.arange(len(which), device=device)
     return pattern.allowed(places, places) & (which.unsqueeze(1) == which)

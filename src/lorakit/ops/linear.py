@@ -95,7 +95,7 @@ class Group:
         zeros: dict[int, Tensor] = {}
         for j in self.dropping:
             zeros[j], self.records[j] = draw(x, self.low[j].p)
-        for j, kept in _inputs(x, zeros, owned):
+        for j, kept in _inputs(x, zeros, owned, []):
             hs[j] = torch.mm(kept, self.A[j].t())
         for j, h in hs.items():
             ys[j].addmm_(h, self.B[j].t())
@@ -107,15 +107,17 @@ class Group:
     ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
         """The gradients of x (N, in), where asked for, and of each (A, B), from those of the outputs (N, out).
 
-        x may be None where `needs_x` is false; an owned x is not what it was afterwards. An output that has no gradient
+        x may be None where `needs_x` is false; the result may lie where an owned x was. An output that has no gradient
         is None.
         """
         live = {j: dy for j, dy in enumerate(dys) if dy is not None}
         dh = {j: torch.mm(live[j], self.B[j]) for j in self.low if j in live and (need_dx or self.trains[j][0])}
         zeros = {j: where(self.records[j]) for j in self.dropping if j in dh}  # type: ignore[arg-type]
         beside = self._beside(dh)
-        dx = self._grad_x(live, dh, zeros, beside) if need_dx else None
-        grads_a = {} if x is None else self._grads_a(x, dh, zeros, beside, owned)
+        spare: list[Tensor] = []  # room of the shape of x: fresh pages cost as much as a thin product
+        grads_a = {} if x is None else self._grads_a(x, dh, zeros, beside, owned, spare)
+        spare += [x] if owned and x is not None else []
+        dx = self._grad_x(live, dh, zeros, beside, spare) if need_dx else None
         return dx, [(grads_a.get(j), self._grad_b(j, live.get(j))) for j in range(len(dys))]
 
     def pack(self) -> tuple[Form, list[Tensor | None]]:
@@ -150,29 +152,42 @@ class Group:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _grad_x(
-        self, dys: dict[int, Tensor], dh: dict[int, Tensor], zeros: dict[int, Tensor], beside: Tensor | None
+        self,
+        dys: dict[int, Tensor],
+        dh: dict[int, Tensor],
+        zeros: dict[int, Tensor],
+        beside: Tensor | None,
+        spare: list[Tensor],
     ) -> Tensor | None:
         total: Tensor | None = None
+        part: Tensor | None = None
         for j in zeros:  # first, since what was dropped must be zeroed before anything is added
-            part = zero_(torch.mm(dh[j], self.A[j]), zeros[j])
-            total = part if total is None else total.add_(part)
+            room = part if part is not None else _taken(spare)
+            made = zero_(torch.mm(dh[j], self.A[j], out=room), zeros[j])
+            total, part = (made, None) if total is None else (total.add_(made), made)
         for j, dy in dys.items():
             W = self.sites[j].W.to(self.dtype)
             W = W.t() if self.sites[j].transposed else W
-            total = torch.mm(dy, W) if total is None else total.addmm_(dy, W)
+            total = torch.mm(dy, W, out=_taken(spare)) if total is None else total.addmm_(dy, W)
         if beside is not None and self.stacked is not None and total is not None:
             total.addmm_(beside, self.stacked)
         return total
 
     def _grads_a(
-        self, x: Tensor, dh: dict[int, Tensor], zeros: dict[int, Tensor], beside: Tensor | None, owned: bool
+        self,
+        x: Tensor,
+        dh: dict[int, Tensor],
+        zeros: dict[int, Tensor],
+        beside: Tensor | None,
+        owned: bool,
+        spare: list[Tensor],
     ) -> dict[int, Tensor]:
         """s·dhᵀ·(D∘x) for each A that asks for it."""
         grads: dict[int, Tensor] = {}
         if beside is not None and any(self.trains[j][0] for j in self.plain):
             ranks = [len(self.low[j].A) for j in self.plain]
             grads.update(zip(self.plain, torch.mm(beside.t(), x).split(ranks), strict=True))
-        for j, kept in _inputs(x, {j: zeros[j] for j in zeros if self.trains[j][0]}, owned):
+        for j, kept in _inputs(x, {j: zeros[j] for j in zeros if self.trains[j][0]}, owned, spare):
             grads[j] = torch.mm(dh[j].t(), kept)
         wanted = [j for j in grads if j in dh and self.trains[j][0]]
         return {j: grads[j].to(self.low[j].A.dtype).mul_(_scale(self.low[j])) for j in wanted}
@@ -226,17 +241,22 @@ def _product(x: Tensor, site: Adapted, dtype: torch.dtype) -> Tensor:
     return F.linear(x, W.t() if site.transposed else W, bias)
 
 
-def _inputs(x: Tensor, zeros: dict[int, Tensor], owned: bool) -> Iterator[tuple[int, Tensor]]:
-    """Each dropping module with its own input: one buffer, filled for one after the other; for the last, an owned x."""
-    buffer: Tensor | None = None
+def _inputs(x: Tensor, zeros: dict[int, Tensor], owned: bool, spare: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Each dropping module with its own input: in one buffer, one after the other, and the last in an owned x.
+
+    The buffer is then one of the spare ones.
+    """
     for i, (j, dropped) in enumerate(zeros.items()):
         if owned and i == len(zeros) - 1:
-            buffer = x
-        elif buffer is None:
-            buffer = x.clone()
-        else:
-            buffer.copy_(x)
-        yield j, zero_(buffer, dropped)
+            yield j, zero_(x, dropped)
+            return
+        if not spare:
+            spare.append(torch.empty_like(x))
+        yield j, zero_(spare[0].copy_(x), dropped)
+
+
+def _taken(spare: list[Tensor]) -> Tensor | None:
+    return spare.pop() if spare else None
 
 
 def _scale(low: LowRank) -> float:

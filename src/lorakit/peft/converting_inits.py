@@ -15,6 +15,8 @@ from lorakit.core.files.saved_form import converted_form, saved_form
 from lorakit.core.files.saving import save_form
 from lorakit.core.layering.sitemap import layers
 from lorakit.errors import ConfigError, warn_caller
+from lorakit.peft.state_dicts import flat_factors
+from lorakit.peft.warnings_and_errors import PeftWarning
 
 MOVE_THE_BASE = ("pissa", "corda", "olora", "lora_ga")
 
@@ -44,6 +46,13 @@ def save(
         AdapterError: What lies in `initial_folder` is another adapter.
     """
     user, config = model.get_base_model(), model.peft_config[name]
+    flat = flat_factors(model, name, tensors)
+    if flat:
+        warn_caller(
+            f"{', '.join(flat[:8])} {'is' if len(flat) == 1 else 'are'} flat, as DeepSpeed ZeRO-3 / FSDP shards are "
+            "that were not gathered: no program can load the file. Pass the whole tensors as `state_dict`.",
+            PeftWarning,
+        )
     moved = any(layer.moved_by == name for _, layer in layers(user))
     if initial_folder is not None:
         if config.use_rslora and (config.rank_pattern or config.alpha_pattern):

@@ -113,6 +113,18 @@ def tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tenso
             yield from _of_biases(module, prefix, adapter)
 
 
+def flat_factors(model: nn.Module, adapter: str, given: Mapping[str, Any] | None = None) -> list[str]:
+    """Names of an adapter's A and B that have no two axes, as parts of them on one of several devices have.
+
+    Args:
+        model: A wrapped model, or a model with adapters in it.
+        adapter: The adapter.
+        given: Name on disk -> what is written instead of the model's own, (…).
+    """
+    own = {on_disk: tensor for on_disk, _, tensor in tensors_of(model, adapter)} if given is None else given
+    return [key for key, held in own.items() if key.endswith((".lora_A.weight", ".lora_B.weight")) and held.ndim < 2]
+
+
 def _of_biases(module: nn.Module, prefix: str, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
     for switch in BiasSwitch.on(module):
         for leaf in switch.originals if switch.adapter == adapter else ():

@@ -6,6 +6,7 @@ What shares its weight with a table acts with the same rows, and counts once. Kn
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from lorakit.config import LoraConfig
 from lorakit.errors import TargetError
@@ -41,6 +42,25 @@ def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]
             leaders.setdefault(weight, indices)
             found[site.path] = len(indices) * (site.out_features if site.kind == "Embedding" else site.in_features)
     return found
+
+
+def with_new_tokens(shape: ModelShape, config: LoraConfig, tokens: int) -> LoraConfig:
+    """A copy of a config that trains as many rows more as tokens are added, as `lorakit train --new-tokens` does.
+
+    Args:
+        shape: The model, as it is before.
+        config: The adapter.
+        tokens: How many are added.
+
+    Raises:
+        TargetError: The model has no embedding.
+    """
+    (embedding, _), *_ = _named(shape, [])
+    rows = list(range(embedding.in_features, embedding.in_features + tokens))
+    heads = [s for s in shape.sites if s.kind == "Linear" and not s.dense and s.out_features == embedding.in_features]
+    apart = [head.path for head in heads if head.tied_to != embedding.path]
+    asked: Any = dict.fromkeys((embedding.path, *apart), rows) if apart else rows
+    return config.with_fields(trainable_token_indices=asked)
 
 
 def read_out(shape: ModelShape, rows: Mapping[str, int]) -> int:

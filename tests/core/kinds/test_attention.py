@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core import attach, detach, load_adapter, merge, save_adapter, sites, unmerge
+from lorakit.core import attach, detach, load_adapter, merge, route, save_adapter, sites, unmerge, use
 from lorakit.errors import RouteError, TargetError
 
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(3))
@@ -131,3 +132,30 @@ def test_rows_with_different_adapters_are_refused() -> None:
     model = adapted()
     with route(model, ["default", None, None]), pytest.raises(RouteError, match="one weight for all rows"):
         model(X)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_route_has_as_many_rows_as_the_batch(batch_first: bool) -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+    model = nn.ModuleDict({"attention": attention})
+    attach(model, LoraConfig(r=2, target_modules=["attention"], init_lora_weights=False), "a")
+    x = torch.randn(3, 5, 8)  # three rows of five tokens, or five of three
+    rows = 3 if batch_first else 5
+    given = {"query": x, "key": x, "value": x}
+    layer: Any = model["attention"]
+    with use(model, "a"):
+        wanted = layer(x, x, x)[0]
+    with route(model, ["a"] * rows):
+        assert torch.equal(layer(x, x, x)[0], wanted)
+        assert torch.equal(layer(**given)[0], wanted)
+    for wrong in (8 - rows, 1):
+        text = f"The route names {wrong} rows, and a MultiheadAttention received .* with {rows} rows"
+        with route(model, ["a"] * wrong), pytest.raises(RouteError, match=text):
+            layer(x, x, x)
+        with route(model, ["a"] * wrong), pytest.raises(RouteError, match=text):
+            layer(**given)
+    with route(model, ["a"]):
+        assert layer(x[0], x[0], x[0])[0].shape == (5, 8)  # without a batch it is one row
+    with route(model, ["a"] * 2), pytest.raises(RouteError, match="The route names 2 rows"):
+        layer(x[0], x[0], x[0])

@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.config import LoraConfig
+from lorakit.core import attach
 from lorakit.core.kinds import KINDS, dense_delta, kind_named, kind_of, parameter_slot
 from lorakit.errors import ConfigError, MergeError, TargetError
 
@@ -130,3 +132,20 @@ def test_experts_share_a_and_b_as_peft_lays_them(in_first: bool) -> None:
 def test_a_parameter_of_one_axis_is_refused() -> None:
     with pytest.raises(TargetError, match=r"'weight' has shape \(4,\); LoRA on a parameter needs two axes or three"):
         parameter_slot(nn.LayerNorm(4), "weight")
+
+
+@pytest.mark.parametrize("more", [{}, {"padding_idx": 2}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"target_modules": ["table"]}, {"trainable_token_indices": {"table": [1, 2]}}], ids=str
+)
+def test_an_embedding_with_sparse_gradients_trains_as_one_without(more: dict[str, Any], fields: dict[str, Any]) -> None:
+    x, found = torch.tensor([[1, 2, 2, 3]]), []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"table": nn.Embedding(10, 8, sparse=sparse, **more), "other": nn.Linear(8, 8)})
+        attach(model, LoraConfig(**{"r": 2, "target_modules": ["other"], "init_lora_weights": False, **fields}), seed=1)
+        model["other"](model["table"](x)).pow(2).sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None})
+    plain, sparse_one = found
+    assert plain.keys() == sparse_one.keys() and len(plain) >= 2
+    assert all(torch.equal(plain[name], sparse_one[name]) for name in plain)

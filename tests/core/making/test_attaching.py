@@ -10,7 +10,7 @@ from lorakit.config import LoraConfig
 from lorakit.core import adapters, attach, detach, sites, trainable_parameters
 from lorakit.errors import AdapterError, TargetError
 
-from ...laws.zoo import BERT, EVERY_KIND, GPT2, LINEARS, LLAMA, T5, with_adapters
+from ...laws.zoo import BERT, EVERY_KIND, GPT2, LINEARS, LLAMA, T5, TIED, with_adapters
 
 
 def test_the_report() -> None:
@@ -54,11 +54,32 @@ def test_names_that_are_allowed(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "a.b", "a/b", "..", "a b", "é", "x" * 101, "type", "keys", "values", "train", "pop", "__init__"]
+    "name",
+    ["", "a.b", "a/b", "..", "a b", "é", "x" * 101, "type", "keys", "values", "train", "pop", "__init__", "_keys"],
 )
 def test_names_that_are_not(name: str) -> None:
     with pytest.raises(AdapterError, match="cannot be an adapter's name"):
         attach(LINEARS.model(), LINEARS.config(), name)
+
+
+def test_every_name_that_torchs_containers_use_is_refused_or_works() -> None:
+    """On factors of an embedding and of a matrix, on a copied module and on rows of a table: all our mappings."""
+    words = {word for made in (nn.ModuleDict(), nn.ParameterDict(), nn.Module()) for word in dir(made)}
+    config = TIED.config(target_modules=["q_proj"], trainable_token_indices=[1], modules_to_save=["norm"])
+    model = TIED.model()
+    for name in sorted(words):
+        with pytest.raises(AdapterError, match="cannot be an adapter's name"):
+            attach(model, config, name)
+    for name in (
+        "base_layer",
+        "original_module",
+        "modules_to_save",
+        "token_adapter",
+        "trainable_tokens_delta",
+        "state",
+    ):
+        attach(model, config, name)
+        detach(model, name)
 
 
 def test_adapters_come_in_their_order_and_on_sites_of_their_own() -> None:

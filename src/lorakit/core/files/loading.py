@@ -34,6 +34,7 @@ from lorakit.core.layering.sitemap import SiteMap, find_state, survey
 from lorakit.core.making.attaching import publish
 from lorakit.core.making.checks import check_allowances, check_bias_alone, check_new_name, check_scales
 from lorakit.core.making.fresh import Part, as_parameters, check_bias_of_b, check_storage
+from lorakit.core.making.inference import trainable_tensors
 from lorakit.core.merging.applied import check_not_applied
 from lorakit.core.parts.extras import Extras, ModuleCopies, build_extras
 from lorakit.core.parts.row_parts import new_rows
@@ -93,6 +94,7 @@ class AdapterFiles:
         return self.config_is_ours and self.file.sha256 in self.sidecar.weights_sha256
 
 
+@trainable_tensors
 def load_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -140,6 +142,7 @@ def load_adapter(
     return LoadReport(name, files.config, sites, verdict, more)
 
 
+@trainable_tensors
 def place_adapter(
     model: nn.Module,
     files: AdapterFiles,

@@ -89,8 +89,7 @@ def _embedding_down(module: Any, indices: Tensor, A: Tensor) -> Tensor:
         A.T,  # (V, r)
         padding_idx=module.padding_idx,
         scale_grad_by_freq=module.scale_grad_by_freq,
-        sparse=module.sparse,
-    )
+    )  # never sparse: a sparse gradient has no transpose in torch (peft's backward fails there), and A is small
 
 
 def _embedding_up(module: Any, h: Tensor, B: Tensor) -> Tensor:

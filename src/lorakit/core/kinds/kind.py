@@ -56,7 +56,8 @@ class Kind:
         drops: Whether the input can be dropped elementwise (not where it holds indices).
         slots: The weights of a module that naming the module adapts, the outermost layer's first.
         inner: Children that get a site of their own together with the module, because it reads their weight.
-        row_axis: Which axis of the input holds the rows of the batch, or None where a mixed batch has no meaning.
+        row_axis: Which axis of the input holds the rows of the batch, or None where that is not known. Rows can have
+            different adapters where the kind acts on the input.
         shapes: Shapes of A and B for a slot and a rank; raises ConfigError where the rank does not fit.
         rank: Slot, shape of A -> the rank it has.
         vector: Shape in which a vector over the outputs, (out,), lies in memory and on disk.

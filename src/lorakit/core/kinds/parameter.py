@@ -77,6 +77,11 @@ def _attention_slots(module: Any) -> tuple[Slot, ...]:
     return tuple(parameter_slot(module, name) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"))
 
 
+def _attention_axis(module: Any) -> int | None:
+    first = getattr(module, "batch_first", None)  # a module of another make may not say
+    return None if first is None else 0 if first else 1
+
+
 PARAMETER = replace(
     LINEAR,
     name="Parameter",
@@ -93,6 +98,7 @@ ATTENTION = replace(
     PARAMETER,
     name="MultiheadAttention",
     types=(nn.MultiheadAttention,),
+    row_axis=_attention_axis,
     slots=_attention_slots,
     inner=("out_proj",),
 )

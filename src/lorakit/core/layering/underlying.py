@@ -108,15 +108,22 @@ def quantised_weights(model: nn.Module, *, stacked: bool = True) -> Iterator[Qua
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype in which a base computes, as its first plain parameter of floats has it; fp32 where there is none.
+    """The dtype in which a base computes, as its first plain parameter of floats has it.
+
+    Where all its weights are quantised, a bias beside one of them tells; without any, it is fp32.
 
     Args:
         model: A model with or without adapters.
     """
-    for _, tensor, module in base_tensors(model):
-        if tensor.is_floating_point() and not base_of(module).quantised:
+    beside: torch.dtype | None = None
+    for name, tensor, module in base_tensors(model):
+        if not tensor.is_floating_point():
+            continue
+        if not base_of(module).quantised:
             return tensor.dtype
-    return torch.float32
+        if beside is None and name.rpartition(".")[2] == "bias":
+            beside = tensor.dtype
+    return beside or torch.float32
 
 
 def identity(parameter: Tensor | None) -> int:

@@ -32,7 +32,7 @@ class WeightSideLayer(LoraLayer):
             kwargs: Likewise.
 
         Raises:
-            RouteError: Rows of the batch have different adapters.
+            RouteError: Rows of the batch have different adapters, or the route has another number of them.
         """
         if route.rows is not None:
             if len(set(route.rows)) > 1:
@@ -40,6 +40,7 @@ class WeightSideLayer(LoraLayer):
                     f"The rows of this batch have different adapters, and a {self.kind_name} has one weight for all "
                     "rows. Run the rows of each adapter on their own with `use`, or leave the module out of them."
                 )
+            self._check_rows(route, args, kwargs)
             route = Route(tuple(filter(None, route.rows[:1])))
         owner = self.owner
         tensors: dict[str, Tensor] = {}
@@ -57,6 +58,12 @@ class WeightSideLayer(LoraLayer):
         if any(factors.values()):
             return experts_forward(clone, factors, *args, **kwargs)
         return clone(*args, **kwargs)
+
+    def _check_rows(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Refuse a route that does not fit the batch, where the module shows its rows; no batch is one row."""
+        x, axis = args[0] if args else next(iter(kwargs.values()), None), self.kind.row_axis(self.owner)
+        if isinstance(x, Tensor) and axis is not None:
+            self._row_axis(route, x if x.ndim > 2 else x.unsqueeze(axis))
 
     def chain(self) -> Iterator[WeightSideLayer]:
         """The layer and those that stand inside it around the same owner, the outermost first."""

@@ -25,6 +25,7 @@ from lorakit.core.layering.replication import stacked_for
 from lorakit.core.layering.sitemap import Place, SiteMap, find_state, layers, state_of, survey
 from lorakit.core.making.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
 from lorakit.core.making.fresh import Part, fresh_parts, notes_on_moving
+from lorakit.core.making.inference import trainable_tensors
 from lorakit.core.making.moving import give_base_back
 from lorakit.core.merging.merging import check_unmergeable, merged_adapters, unmerge
 from lorakit.core.parts.bias_switch import BiasSwitch
@@ -60,6 +61,7 @@ class AttachReport:
     missing: tuple[str, ...]
 
 
+@trainable_tensors
 def attach(
     model: nn.Module,
     config: LoraConfig,
@@ -112,6 +114,7 @@ def attach(
     return AttachReport(name, found.matches, trained, (*found.notes, *notes_on_moving(config, parts)), found.missing)
 
 
+@trainable_tensors
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Take an adapter off a model, or all of them; the base gets its bits and flags back.
 

@@ -29,7 +29,7 @@ def check_new_name(state: AdapterState | None, name: str) -> None:
         raise AdapterError(
             f"{name!r} cannot be an adapter's name: up to 100 letters, digits, '_' and '-' are allowed, and no dot."
         )
-    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name in nn.Module().__dict__:
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):  # of a module also what each one holds
         raise AdapterError(f"{name!r} cannot be an adapter's name: torch's module containers use that word themselves.")
 
 

@@ -23,6 +23,7 @@ from lorakit.core.layering.underlying import (
     quantised_weights,
 )
 from lorakit.core.making.checks import check_known
+from lorakit.core.making.inference import trainable_tensors
 from lorakit.core.merging.biases import bias_for, brings_bias, check_replaceable, put_bias
 from lorakit.core.merging.checks import check_mergeable, check_unmergeable, check_variants, sites_apart, tied_sites
 from lorakit.core.merging.merged_weight import (
@@ -96,6 +97,7 @@ class MergeReport:
         return sum(site.error for site in self.sites) / len(self.sites) if self.sites else 0.0
 
 
+@trainable_tensors
 def merge(
     model: nn.Module, *names: str, keep_base: KeepBase = True, untie: bool = False, dense: bool = False
 ) -> MergeReport:
@@ -167,6 +169,7 @@ def merged_adapters(model: nn.Module) -> set[str]:
     return merged | {h.merged_adapter for _, h in copies(model) if h.merged_adapter} | merged_names(model)
 
 
+@trainable_tensors
 def unmerge(model: nn.Module, *names: str) -> None:
     """Take adapters out of the base weights; with the last of them the very bits are back.
 
@@ -207,6 +210,7 @@ def unmerge(model: nn.Module, *names: str) -> None:
     state.leave_default(chosen)
 
 
+@trainable_tensors
 def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: bool = False) -> MergeReport:
     """Merge adapters for good and take every trace of adapters off the model; nothing is kept, site by site.
 
