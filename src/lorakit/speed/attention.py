@@ -86,10 +86,9 @@ def shape_of(module: nn.Module) -> Shape | None:
         or not isinstance(scale, float)
     ):
         return None
-    softcap = getattr(module, "attn_logit_softcapping", None)
-    window = (
-        module.sliding_window if hasattr(module, "sliding_window") else getattr(module.config, "sliding_window", None)
-    )
+    softcap: Any = getattr(module, "attn_logit_softcapping", None)
+    told: Any = module if hasattr(module, "sliding_window") else module.config
+    window: Any = getattr(told, "sliding_window", None)
     return Shape(inputs, output, head_dim, scale, window, softcap)
 
 

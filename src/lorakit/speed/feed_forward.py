@@ -68,7 +68,7 @@ def feed_forward(module: nn.Module, x: Any, norm: Norm | None, *, residual: bool
 
 
 def note(forwards: Forwards, y: Tensor, route: Route | None, again: bool) -> None:
-    """Remember a forward with adapters for a backward that may run it again; y (…)."""
+    """Remember a forward with adapters, which gave y (…, d), for a backward that may run it again."""
     if route is not None and not again:
         forwards.note(y, route)
 

@@ -89,5 +89,5 @@ def by_name(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def is_usual(x: torch.Tensor) -> bool:
-    """Whether this call is one that fast forwards are for: no tracing, no autocast, floats."""
+    """Whether a call with x (…, d) is one that fast forwards are for: no tracing, no autocast, floats."""
     return not (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)) and x.is_floating_point()
