@@ -18,13 +18,23 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "lorakit"
 Sources = dict[str, str]
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
-FLOORS = {"__init__": -2, "errors": -1, "durable": 0, "machine": 0, "config": 1, "default_targets": 1, "targets": 2}
+FLOORS = {
+    "__init__": -2,
+    "errors": -1,
+    "allocator": 0,
+    "durable": 0,
+    "machine": 0,
+    "config": 1,
+    "default_targets": 1,
+    "targets": 2,
+}
 FLOORS |= {"plan": 3, "report": 3, "ops": 3, "core": 4, "hub": 5, "data": 6, "speed": 6, "generate": 6, "peft": 6}
 FLOORS |= {"train": 7, "serve": 7, "cli": 8, "__main__": 9}
 TORCH_FREE = {
     "__init__",
     "__main__",
     "errors",
+    "allocator",
     "durable",
     "machine",
     "config",

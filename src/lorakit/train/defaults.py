@@ -159,6 +159,12 @@ DEFAULTS: dict[str, Default] = {
     "gradient_checkpointing": Default(
         "Recompute activations in the backward pass", False, "it saves memory for about a third more time"
     ),
+    "accelerate": Default(
+        "Run the parts of the model that are known by faster forwards with the same numbers, rows without padding",
+        True,
+        "the same result sooner and in less memory; what is not known runs as it is",
+        "on",
+    ),
     # evaluating and keeping
     "eval_steps": Default("Evaluate every so many steps", None, "ten evaluations show the curve", "a tenth of the run"),
     "save_steps": Default(

@@ -15,6 +15,7 @@ from torch import nn
 
 from lorakit.data import Batch
 from lorakit.errors import DataError, NonFiniteError
+from lorakit.speed import Acceleration
 from lorakit.train.loss import loss_sum
 
 
@@ -37,7 +38,11 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], device: str | torch.device, stop: Callable[[], bool] = lambda: False
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: str | torch.device,
+    stop: Callable[[], bool] = lambda: False,
+    fast: Acceleration | None = None,
 ) -> Evaluation | None:
     """Mean loss over the trained tokens of all batches, without gradients and without dropout.
 
@@ -46,6 +51,7 @@ def evaluate(
         batches: Batches on the CPU.
         device: Where the model is.
         stop: Asked between batches; True abandons the evaluation.
+        fast: What `lorakit.speed.accelerate` made of the model, or None.
 
     Returns:
         The evaluation, or None when it was abandoned.
@@ -59,7 +65,7 @@ def evaluate(
         for batch in batches:
             if stop():
                 return None
-            total += loss_sum(model, batch, device).item()
+            total += loss_sum(model, batch, device, fast).item()
             tokens += batch.trained_tokens
     if tokens == 0:
         raise DataError("The evaluation data holds no trained token; give --eval-data with more text.")

@@ -120,7 +120,11 @@ class Loop:
         try:
             with self.trainee.computing():
                 found = evaluate(
-                    self.trainee.model, self.held_out(), self.trainee.device, stop=lambda: interrupts.requested
+                    self.trainee.model,
+                    self.held_out(),
+                    self.trainee.device,
+                    stop=lambda: interrupts.requested,
+                    fast=self.trainee.fast,
                 )
         except NonFiniteError as cause:
             raise NonFiniteError(f"{self.folder}: step {self.state.step}: {cause} {self._last_good()}") from cause

@@ -13,23 +13,32 @@ from torch.nn import functional
 
 from lorakit.data import Batch
 from lorakit.data.encoding import IGNORED
+from lorakit.speed import Acceleration, end_to_end
 
 
-def loss_sum(model: nn.Module, batch: Batch, device: str | torch.device) -> torch.Tensor:
+def loss_sum(
+    model: nn.Module, batch: Batch, device: str | torch.device, fast: Acceleration | None = None
+) -> torch.Tensor:
     """Cross entropy of the next token, summed over the trained tokens of a batch.
 
     Args:
         model: A causal language model; its output has `logits` (rows, length, vocabulary).
         batch: Rows on the CPU; a label that is not -100 is trained, from the position before it.
         device: Where the model is.
+        fast: What `accelerate` made of the model, or None.
 
     Returns:
         A float32 scalar (float64 for a float64 model). Divided by the trained tokens of the whole step it is the mean.
     """
-    labels = batch.labels.to(device)
-    output: Any = model(
-        input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False
-    )
+    inputs: dict[str, Any]
+    inputs, labels = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}, batch.labels
+    if fast is not None and fast.packs and batch.tokens < batch.input_ids.numel():
+        inputs, labels = end_to_end(batch.input_ids, batch.attention_mask, labels)
+    inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    labels = labels.to(device)
+    if fast is not None and fast.head is not None and fast.head.applies():
+        return fast.head.loss_sum(model, labels, **inputs, use_cache=False)
+    output: Any = model(**inputs, use_cache=False)
     targets = labels[:, 1:].reshape(-1)
     logits = output.logits[:, :-1].reshape(targets.numel(), -1)  # (rows * (length - 1), vocabulary)
     kept = targets != IGNORED

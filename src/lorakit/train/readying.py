@@ -5,6 +5,7 @@ Nothing of the run folder is changed here; `running.py` does that, once nothing 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import sys
@@ -18,6 +19,7 @@ from lorakit.core.optimizers.lorafa import freeze_factors
 from lorakit.core.optimizers.parameter_groups import Rates, rates_by_name, trained_parts
 from lorakit.errors import ModelError
 from lorakit.plan.quantised import stored
+from lorakit.speed import accelerate
 from lorakit.train import checkpoint
 from lorakit.train.allotting import allotted
 from lorakit.train.beginning import begun
@@ -99,6 +101,10 @@ def make_ready(request: Request, progress: Progress) -> Ready:
     found = checkpoint.newest_good(request.folder) if settings.resume else checkpoint.Found(None, ())
     notes = _put_adapter(model, request, batches, found, progress)
     trainee = _trainee(model, request, planned.dtype)
+    if settings.accelerate:
+        trainee = dataclasses.replace(trainee, fast=accelerate(model))
+        for line in str(trainee.fast).splitlines():
+            progress.say(line)
     rates = schedule(settings.learning_rate, pace.total_steps, settings.warmup_ratio, settings.lr_scheduler_type)
     state = _take_up(request, trainee, batches, found, planned.dtype, progress)
     return Ready(request, planned, batches, pace, rates, trainee, state, found, total, base_bytes, notes)

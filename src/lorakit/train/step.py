@@ -15,6 +15,7 @@ from torch import nn
 
 from lorakit.data import Batch
 from lorakit.errors import DataError, NonFiniteError, RunError
+from lorakit.speed import Acceleration
 from lorakit.train.loss import loss_sum
 from lorakit.train.optim import clip, set_rate
 
@@ -30,6 +31,7 @@ class Trainee:
         device: Where the model is.
         max_grad_norm: The largest gradient norm; 0 clips nothing.
         autocast: The dtype in which an accelerator computes products of float32 tensors, or None for as they are.
+        fast: What `lorakit.speed.accelerate` made of the model, or None.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class Trainee:
     device: torch.device
     max_grad_norm: float
     autocast: torch.dtype | None = None
+    fast: Acceleration | None = None
 
     def computing(self) -> contextlib.AbstractContextManager[object]:
         """The context in which the model is called."""
@@ -90,7 +93,7 @@ def train_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float)
     for batch in batches:
         with _memory(batch):
             with trainee.computing():
-                loss = loss_sum(trainee.model, batch, trainee.device)
+                loss = loss_sum(trainee.model, batch, trainee.device, trainee.fast)
             if not loss.requires_grad:
                 raise RunError("The loss does not depend on any trainable tensor: the adapter is inactive or frozen.")
             (loss / trained).backward()

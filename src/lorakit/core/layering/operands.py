@@ -1,0 +1,108 @@
+"""What a fused op needs of a site: the base's weight and the one plain adapter that acts there, or nothing at all.
+
+A layer that is anything but plain under the route (several adapters, mixed rows, DoRA, a quantised or merged base,
+somebody's hooks) gives None, and is called as a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from lorakit.core.layering.layer import LoraLayer
+from lorakit.core.routes.forwards import Forwards
+from lorakit.core.routes.routing import Route, resolve
+from lorakit.ops.linear import Adapted, LowRank
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks of a module would be passed over, if its weight were used without calling it."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def operand(module: nn.Module, route: Route | None) -> Adapted | None:
+    """The operands of a linear module as it acts under a route.
+
+    Args:
+        module: A layer of ours, or a module of the base.
+        route: The route of this forward, or None where the model has no adapters.
+
+    Returns:
+        W (out, in) or (in, out), bias (out,) and perhaps A (r, in) and B (out, r); None where it is not that simple.
+    """
+    if is_watched(module):
+        return None
+    if not isinstance(module, LoraLayer):
+        return _plain(module)
+    if route is None or route.rows is not None or module.own_route is not None or module.merged_adapters:
+        return None
+    owner = module.owner
+    names = [name for name in route.names if name in module.r]
+    if module.base_layer is not owner or is_watched(owner) or len(names) > 1:
+        return None
+    if not route.common_to_all(module.inside()):
+        return None
+    found = _plain(owner)
+    if found is None or not names:
+        return found
+    factor = module.factor(names[0])
+    if factor.variant != "plain" or factor.bias is not None or module.kind.acts_on != "input":
+        return None
+    p = _probability(factor.dropout)
+    if p is None:
+        return None
+    return Adapted(found.W, found.bias, LowRank(factor.A, factor.B, factor.scale, p), found.transposed)
+
+
+def operands_of(modules: Sequence[nn.Module], route: Route | None) -> list[Adapted] | None:
+    """`operand` of several modules, or None where one of them has none."""
+    found = []
+    for module in modules:
+        one = operand(module, route)
+        if one is None:
+            return None
+        found.append(one)
+    return found
+
+
+def resolved(modules: Iterable[nn.Module], forwards: Forwards) -> tuple[Route | None, bool]:
+    """The route that modules which are run as one use now, and whether autograd runs them again.
+
+    Args:
+        modules: Some of them may be layers of ours; they belong to one model.
+        forwards: The forwards of the whole so far; it takes the place of each layer's own.
+
+    Raises:
+        RouteError: It runs again and its first route cannot be known.
+    """
+    for module in modules:
+        if isinstance(module, LoraLayer):
+            return resolve(module.state, None, forwards)
+    return None, False
+
+
+def _plain(module: nn.Module) -> Adapted | None:
+    kind = type(module)
+    is_linear = kind.forward is nn.Linear.forward
+    if not is_linear and not (kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"):
+        return None
+    weight: Any = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.requires_grad:
+        return None
+    bias: Any = module._parameters.get("bias")
+    if bias is not None and bias.requires_grad:
+        return None
+    return Adapted(weight, bias, None, not is_linear)
+
+
+def _probability(dropout: nn.Module) -> float | None:
+    """The share that a dropout drops now, or None where it is no plain dropout."""
+    if isinstance(dropout, nn.Identity):
+        return 0.0
+    if type(dropout) is not nn.Dropout or is_watched(dropout):
+        return None
+    return dropout.p if dropout.training else 0.0

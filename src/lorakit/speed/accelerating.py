@@ -1,0 +1,199 @@
+"""`accelerate`: give the parts of a model that are known a faster forward with the same numbers, reversibly.
+
+What is known is told by structure and confirmed by a probe, module by module; everything else stays as it is, and
+the report says which and why.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lorakit.core.layering.layer import LoraLayer
+from lorakit.speed import attention, decoder, feed_forward, norms
+from lorakit.speed.head import Head, head_for
+from lorakit.speed.packing import obeys
+from lorakit.speed.probing import Call, calls, disagreement
+from lorakit.speed.swapping import Swap, stand_in
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A fast forward.
+
+    Attributes:
+        name: Said in the report.
+        fits: Module -> None where it has the structure, else why not, as a short phrase.
+        run: Module and the arguments of a call -> the output, or None where the module's own forward has to run.
+        words: Words in the names of classes that are looked at, in lower case; only these are reported as left.
+    """
+
+    name: str
+    fits: Callable[[nn.Module], str | None]
+    run: Callable[..., Any]
+    words: tuple[str, ...]
+
+
+RECIPES = (
+    Recipe("decoder layer", decoder.fits, decoder.run, ("layer", "block")),
+    Recipe("attention", attention.fits, attention.run, ("attention",)),
+    Recipe("feed-forward", feed_forward.fits, feed_forward.run, ("mlp",)),
+    Recipe("norm", norms.fits, norms.run, ("norm",)),
+)
+
+
+@dataclass(frozen=True)
+class Left:
+    """A module that stays as it is.
+
+    Attributes:
+        path: Path in the model.
+        kind: Its class.
+        why: The reason, as a phrase.
+    """
+
+    path: str
+    kind: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What `accelerate` did to one model.
+
+    Attributes:
+        swaps: The modules that have a stand-in, with the recipe of each.
+        left: Modules of the same sort that stay as they are.
+        head: The head, for a loss without logits, or None.
+        head_left: Why the loss needs logits, or "".
+        packs: Rows may be laid end to end without padding.
+    """
+
+    swaps: tuple[tuple[str, Swap], ...]
+    left: tuple[Left, ...]
+    head: Head | None
+    head_left: str
+    packs: bool = False
+
+    def undo(self) -> None:
+        """Put every module back."""
+        for _, swap in self.swaps:
+            swap.undo()
+
+    def __str__(self) -> str:
+        made = Counter((recipe, type(swap.original).__name__) for recipe, swap in self.swaps)
+        lines = [f"{count} × {kind}: {recipe}" for (recipe, kind), count in made.items()]
+        rest = Counter((left.kind, left.why) for left in self.left)
+        lines += [f"{count} × {kind}: as it is ({why})" for (kind, why), count in rest.items()]
+        if self.head_left:
+            lines.append(f"loss: from logits ({self.head_left})")
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module) -> Acceleration:
+    """Give every part of a model that is known a faster forward.
+
+    Names in the state dict, saving, `isinstance` and the numbers (within roundings) stay as they are. Attach adapters
+    before or after. Calls that a recipe does not know run the module's own forward.
+
+    Args:
+        model: A transformers model, changed in place; `undo()` of what is returned changes it back.
+
+    Returns:
+        Which parts got what, and what was left and why; `print` it.
+    """
+    modules = {path: module for path, module in model.named_modules(remove_duplicate=True) if path}
+    wanted, left = _candidates(modules)
+    head = _head(model)
+    heads = {} if head is None else {"": head}
+    try:
+        found, output = calls(model, {path: module for path, (module, _) in wanted.items()} | heads)
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+        LookupError,
+    ) as failed:  # tokens alone are not its input
+        reason = f"the model does not run on token ids alone: {type(failed).__name__}"
+        return Acceleration((), (Left("", type(model).__name__, reason),), None, reason)
+    fast: dict[str, tuple[nn.Module, Recipe]] = {}
+    for path, (module, recipe) in wanted.items():
+        why = _why_not(model, module, recipe, found.get(path))
+        if why is None:
+            fast[path] = (module, recipe)
+        else:
+            left.append(Left(path, type(module).__name__, why))
+    given = found[""].output if "" in found else None
+    known = head_for(head, given, getattr(output, "logits", None), getattr(model, "config", None))
+    fused, reason = (known, "") if isinstance(known, Head) else (None, known)
+    swaps = _swapped(model, fast, fused, head)
+    return Acceleration(tuple(swaps), tuple(left), fused, reason, _may_pack(model, fast) and obeys(model))
+
+
+def _may_pack(model: Any, fast: dict[str, tuple[nn.Module, Recipe]]) -> bool:
+    """Whether the attention of every layer is one of ours, so that packed sequences cannot see each other."""
+    layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    ours = sum(attention.fits(module) is None for module, _ in fast.values())
+    return isinstance(layers, int) and ours == layers
+
+
+def _candidates(modules: dict[str, nn.Module]) -> tuple[dict[str, tuple[nn.Module, Recipe]], list[Left]]:
+    wanted: dict[str, tuple[nn.Module, Recipe]] = {}
+    left: list[Left] = []
+    for path, module in modules.items():
+        reasons = []
+        for recipe in RECIPES:
+            why = recipe.fits(module)
+            if why is None:
+                wanted[path] = (module, recipe)
+                break
+            if any(word in type(module).__name__.lower() for word in recipe.words) and not isinstance(
+                module, LoraLayer
+            ):
+                reasons.append(why)
+        else:
+            left += [Left(path, type(module).__name__, reason) for reason in reasons[:1]]
+    return wanted, left
+
+
+def _why_not(model: nn.Module, module: nn.Module, recipe: Recipe, call: Call | None) -> str | None:
+    return "it was not called" if call is None else disagreement(model, module, recipe.run, call)
+
+
+def _head(model: Any) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        head = getter() if callable(getter) else None
+    except (AttributeError, NotImplementedError):  # models without one differ in how they say so
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _swapped(
+    model: nn.Module, fast: dict[str, tuple[nn.Module, Recipe]], known: Head | None, head: nn.Module | None
+) -> list[tuple[str, Swap]]:
+    """Put the stand-ins in place; nothing here can refuse."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                holders.setdefault(id(child), []).append((parent, attribute))
+    classes: dict[tuple[type, str], type] = {}
+    swaps = []
+    plans = [(path, module, recipe.name, recipe.run) for path, (module, recipe) in fast.items()]
+    if known is not None and head is not None:
+        plans.append(("", head, "loss without logits", known.run))
+    for path, module, name, run in plans:
+        made = stand_in(module, run, classes, name)
+        swap = Swap(path, module, made, tuple(holders[id(module)]))
+        for parent, attribute in swap.holders:
+            parent._modules[attribute] = made
+        swaps.append((name, swap))
+        if known is not None and module is head:
+            known.module = made
+    return swaps

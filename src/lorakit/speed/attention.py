@@ -1,0 +1,200 @@
+"""The recipe of causal self-attention with rotary positions or none: projections, heads and output as one function."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.layering.operands import operands_of, resolved
+from lorakit.core.routes.forwards import Forwards
+from lorakit.ops.attention_block import SelfAttention, attention_block
+from lorakit.ops.attention_pattern import Pattern
+from lorakit.ops.norm import Norm
+from lorakit.ops.rotary import Rotary
+from lorakit.speed.feed_forward import note
+from lorakit.speed.parts import by_name, is_usual, norm_of, unknown_words
+from lorakit.speed.swapping import FORWARDS
+
+INPUTS = (("q_proj", "k_proj", "v_proj"), ("c_attn",), ("qkv_proj",))
+OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
+NORMS = ("q_norm", "k_norm")
+DROPOUTS = ("attn_dropout", "resid_dropout")
+WORDS = frozenset(
+    {"config", "layer_idx", "layer_type", "head_dim", "num_heads", "num_key_value_heads", "num_key_value_groups"}
+    | {"num_attention_heads", "hidden_size", "embed_dim", "split_size", "is_causal", "is_cross_attention", "scaling"}
+    | {"scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "attention_dropout"}
+    | {"sliding_window", "attn_logit_softcapping", "use_rope", "rotary_fn", "rope_theta", "max_position_embeddings"}
+)
+"""Attributes of attention modules that this recipe reads, or that a probe shows."""
+
+READ = frozenset(
+    {"attention_mask", "position_embeddings", "hidden_states", "cache", "past_key_values", "use_cache", "position_ids"}
+    | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "output_router_logits"}
+)
+"""Arguments of a call that are read or change nothing here; another one that is given sends the call back."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What an attention module is, told by its attributes.
+
+    Attributes:
+        inputs: Names of its projections of the input: three, or one for all.
+        output: Name of its output projection.
+        head_dim: Width of a head.
+        scale: Factor of the scores.
+        window: How far back a token sees, or None.
+        softcap: Bound of the scores by tanh, or None.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    head_dim: int
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+def fits(module: nn.Module) -> str | None:
+    """Why a module is no attention that is known, or None where it is one."""
+    shape = shape_of(module)
+    if shape is None:
+        return "not the children of an attention that is known"
+    if getattr(module, "is_cross_attention", False) or getattr(module, "is_causal", None) is not True:
+        return "it is not causal self-attention"
+    way = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if way != ("sdpa" if shape.softcap is None else "eager"):
+        return f"its attention is computed by {way!r}"
+    return unknown_words(module, WORDS, (*shape.inputs, shape.output, *NORMS, *DROPOUTS))
+
+
+def shape_of(module: nn.Module) -> Shape | None:
+    """What an attention module is, or None where it is none that is known."""
+    held = module._modules
+    inputs = next((names for names in INPUTS if all(held.get(name) is not None for name in names)), None)
+    output = next((name for name in OUTPUTS if held.get(name) is not None), None)
+    head_dim, scale = getattr(module, "head_dim", None), getattr(module, "scaling", None)
+    if (
+        inputs is None
+        or output is None
+        or not hasattr(module, "config")
+        or not isinstance(head_dim, int)
+        or not isinstance(scale, float)
+    ):
+        return None
+    softcap: Any = getattr(module, "attn_logit_softcapping", None)
+    told: Any = module if hasattr(module, "sliding_window") else module.config
+    window: Any = getattr(told, "sliding_window", None)
+    return Shape(inputs, output, head_dim, scale, window, softcap)
+
+
+def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any) -> tuple[Tensor, None] | None:
+    """Output (B, T, d) and no weights, or None where the module's own forward has to run."""
+    kwargs |= by_name(module, args)
+    if not isinstance(hidden_states, Tensor):
+        return None
+    y = attention(module, hidden_states, None, kwargs, residual=False)
+    return None if y is None else (y, None)
+
+
+def attention(
+    module: nn.Module, x: Tensor, norm: Norm | None, call: dict[str, Any], *, residual: bool
+) -> Tensor | None:
+    """Attention with the norm before it and the residual after it.
+
+    Args:
+        module: A module that `fits`.
+        x: Hidden states, (B, T, d).
+        norm: The norm before it, or None.
+        call: The call's arguments by name.
+        residual: Add x.
+
+    Returns:
+        (B, T, d), or None where the module's own forward has to run.
+    """
+    shape = shape_of(module)
+    if shape is None or not is_usual(x) or x.ndim != 3 or not _is_plain(module, x, shape.window, call):
+        return None
+    inside: list[nn.Module] = [module._modules[name] for name in (*shape.inputs, shape.output)]  # type: ignore[misc]
+    forwards: Forwards = module.__dict__.setdefault(FORWARDS, Forwards())
+    route, again = resolved(inside, forwards)
+    operands = operands_of(inside, route)
+    norms = [norm_of(module._modules.get(name)) for name in NORMS]
+    if operands is None or any(
+        made is None and module._modules.get(name) is not None for made, name in zip(norms, NORMS, strict=True)
+    ):
+        return None
+    turn = call.get("position_embeddings") if getattr(module, "use_rope", True) else None
+    *inputs, output = operands
+    block = SelfAttention(tuple(inputs), output, shape.head_dim, _kv_heads(module, shape, operands), norm, *norms)
+    segments = lengths_of(call.get("cu_seq_lens_q"))
+    # a window that is longer than the rows, or that a model does not use, comes without a mask
+    window = None if segments is None and call.get("attention_mask") is None else shape.window
+    pattern = Pattern(scale=shape.scale, window=window, softcap=shape.softcap, segments=segments)
+    y = attention_block(x, block, pattern, None if turn is None else Rotary(*turn), residual)
+    note(forwards, y, route, again)
+    return y
+
+
+def is_causal_alone(mask: Any, tokens: int, window: int | None) -> bool:
+    """Whether a mask says no more than that a token sees itself and what stands before it, within the window.
+
+    The answer is kept on the mask, which all layers of a forward share.
+
+    Args:
+        mask: (rows or 1, heads or 1, tokens, tokens), true or 0 where a token is seen.
+        tokens: Tokens of a row.
+        window: How far back a token sees, or None.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != (tokens, tokens):
+        return False
+    known: dict[int | None, bool] = mask.__dict__.setdefault(ANSWERS, {})
+    if window not in known:
+        places = torch.arange(tokens, device=mask.device)
+        wanted = Pattern(window=window).allowed(places, places)
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        hidden = mask.dtype == torch.bool or bool((mask.masked_fill(seen, torch.finfo(mask.dtype).min) <= -1e4).all())
+        known[window] = hidden and bool((seen == wanted).all())
+    return known[window]
+
+
+ANSWERS = "_lorakit_is_causal"
+"""Where a mask keeps what is known of it."""
+
+
+def lengths_of(boundaries: Any) -> tuple[int, ...] | None:
+    """Lengths of sequences that lie end to end, from their boundaries (sequences + 1,); None where none are given."""
+    if not isinstance(boundaries, Tensor):
+        return None
+    return tuple(after - before for before, after in itertools.pairwise(boundaries.tolist()))
+
+
+def _kv_heads(module: nn.Module, shape: Shape, operands: Any) -> int:
+    if len(operands) == 2:
+        count = getattr(module, "num_key_value_heads", None) or getattr(module.config, "num_key_value_heads", None)
+        return int(count or operands[1].W.shape[0 if operands[1].transposed else 1] // shape.head_dim)
+    W = operands[1].W
+    return int(W.shape[1 if operands[1].transposed else 0] // shape.head_dim)
+
+
+def _is_plain(module: nn.Module, x: Tensor, window: int | None, call: dict[str, Any]) -> bool:
+    """Whether a call asks for causal attention over its own tokens and nothing else."""
+    packed = call.get("cu_seq_lens_q") is not None  # these say all that a mask of packed sequences says
+    mask = call.get("attention_mask")
+    if not packed and mask is not None and not is_causal_alone(mask, x.shape[1], window):
+        return False
+    if call.get("cache") is not None or call.get("past_key_values") is not None:
+        return False
+    if any(value is not None and value is not False for name, value in call.items() if name not in READ):
+        return False
+    return not (module.training and _dropout(module) > 0)
+
+
+def _dropout(module: nn.Module) -> float:
+    inside = [module._modules.get(name) for name in DROPOUTS]
+    shares = [getattr(one, "p", 1.0) for one in inside if one is not None]
+    return max([float(getattr(module, "attention_dropout", 0.0) or 0.0), *shares])

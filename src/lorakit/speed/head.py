@@ -1,0 +1,125 @@
+"""The loss without logits: a model's head hands its hidden states through, and the loss multiplies them in chunks.
+
+Only where the model's logits are the head's output, perhaps scaled or bounded by tanh, as a probe shows; elsewhere the
+loss stays the usual one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.layering.operands import is_watched
+from lorakit.ops.cross_entropy import Head as Operands
+from lorakit.ops.cross_entropy import linear_cross_entropy
+from lorakit.speed.probing import TOLERANCES
+
+IGNORED = -100
+
+
+class Head:
+    """The output head of a model, for a loss that needs no logits.
+
+    Attributes:
+        scale: Factor between the head's output and the logits.
+        softcap: Bound of the logits by tanh, or None.
+        module: What stands in the head's place.
+    """
+
+    module: nn.Module
+
+    def __init__(self, scale: float, softcap: float | None) -> None:
+        self.scale = scale
+        self.softcap = softcap
+        self._given: dict[int, list[Tensor]] = {}  # thread -> what the head got in its `passing` block
+
+    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
+        """The head's stand-in: it keeps the hidden states (…, d) in a `passing` block and gives them on, else None."""
+        given = self._given.get(threading.get_ident())
+        if given is None or not args or kwargs:
+            return None
+        given.append(args[0])
+        hidden: Tensor = args[0]
+        return hidden
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[list[Tensor]]:
+        """A block in which the head multiplies nothing in this thread; what forwards give for logits is meaningless.
+
+        Yields:
+            What the head gets: hidden states, (rows, length, d).
+        """
+        thread = threading.get_ident()
+        given: list[Tensor] = []
+        self._given[thread] = given
+        try:
+            yield given
+        finally:
+            del self._given[thread]
+
+    def applies(self) -> bool:
+        """Whether the head is as it was when the model was accelerated: frozen, plain and unwatched."""
+        weight, bias = self.module._parameters.get("weight"), self.module._parameters.get("bias")
+        frozen = weight is not None and not weight.requires_grad and (bias is None or not bias.requires_grad)
+        return frozen and not is_watched(self.module)
+
+    def loss_sum(self, model: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:
+        """Cross entropy of the next token, summed over the trained tokens.
+
+        Args:
+            model: The accelerated model.
+            labels: (rows, length); -100 is not trained, the others from the position before them.
+            inputs: The model's other arguments.
+
+        Returns:
+            A scalar in fp32 or wider.
+        """
+        with self.passing() as given:
+            model(**inputs)
+        (hidden,) = given
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
+        weight: Any = self.module._parameters["weight"]
+        operands = Operands(weight, self.module._parameters.get("bias"), self.scale, self.softcap)
+        return linear_cross_entropy(
+            hidden.reshape(len(targets), -1), operands, targets, total=1.0, ignore_index=IGNORED
+        )
+
+
+def head_for(head: nn.Module | None, given: Tensor | None, logits: Any, config: Any) -> Head | str:
+    """What stands between a head and the logits of its model.
+
+    Args:
+        head: The model's output embeddings.
+        given: The head's output in a probe, (rows, tokens, V), or None where it was not called.
+        logits: The model's, (rows, tokens, V).
+        config: The model's config.
+
+    Returns:
+        The head, or why its loss needs logits, as a phrase.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        return "its loss is not that of the next token"
+    if head is None or type(head).forward is not nn.Linear.forward or is_watched(head):
+        return "its head is no plain linear module"
+    if head.weight.requires_grad:
+        return "its head is trained"
+    if given is None or not isinstance(logits, Tensor) or given.shape != logits.shape:
+        return "its logits are not the output of its head"
+    found, wanted = given.double(), logits.double()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    if softcap is not None:
+        found = softcap * torch.tanh(found / softcap)
+    scale = float((found * wanted).sum() / (found * found).sum().clamp_min(1e-30))
+    error = torch.linalg.vector_norm(scale * found - wanted) / torch.linalg.vector_norm(wanted).clamp_min(1e-30)
+    if not float(error) <= TOLERANCES.get(logits.dtype, 0.0):
+        return "its logits are more than the output of its head"
+    if torch.equal(given, logits) or abs(scale - 1) < 1e-6 or (softcap is not None and abs(scale - 1) < 1e-2):
+        scale = 1.0
+    elif softcap is not None:
+        return "its logits are bounded and scaled"
+    return Head(scale, softcap)

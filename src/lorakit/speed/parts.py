@@ -1,0 +1,93 @@
+"""What recipes ask of a model's modules: norms, activations and linear operands, told by structure.
+
+An answer of None means "not what a recipe knows", never a guess.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lorakit.core.layering.operands import is_watched
+from lorakit.ops.norm import Norm
+
+ACTIVATIONS: dict[str, str] = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELU": "gelu",
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "QuickGELUActivation": "quick_gelu",
+    "ReLU": "relu",
+}
+"""Class of an activation module -> its name in `lorakit.ops.activation`; a probe confirms each before it is used."""
+
+EPSILONS = ("variance_epsilon", "eps")
+
+
+def activation_of(function: Any) -> str | None:
+    """The name of an activation, or None.
+
+    Args:
+        function: A module or a function of tensors (…).
+    """
+    if isinstance(function, nn.GELU):
+        return "gelu_tanh" if function.approximate == "tanh" else "gelu"
+    if isinstance(function, nn.Module):
+        return None if is_watched(function) else ACTIVATIONS.get(type(function).__name__)
+    return {functional.silu: "silu", functional.gelu: "gelu", functional.relu: "relu"}.get(function)
+
+
+def norm_of(module: nn.Module | None) -> Norm | None:
+    """The operands of a norm over the last axis, or None where a module is none that is known or is not frozen."""
+    if module is None or is_watched(module):
+        return None
+    weight: Any = module._parameters.get("weight")
+    bias: Any = module._parameters.get("bias")
+    if (
+        type(weight) is not nn.Parameter
+        or weight.ndim != 1
+        or any(p.requires_grad for p in (weight, bias) if p is not None)
+    ):
+        return None
+    if isinstance(module, nn.LayerNorm):
+        return Norm("layer", weight, bias, module.eps)
+    eps = next((value for name in EPSILONS if isinstance(value := getattr(module, name, None), float)), None)
+    if eps is None or bias is not None or "RMSNorm" not in type(module).__name__:
+        return None
+    return Norm("rms", weight, None, eps, 1.0 if type(module).__name__.startswith("Gemma") else 0.0)
+
+
+def unknown_words(module: nn.Module, words: Collection[str], children: Collection[str]) -> str | None:
+    """What a module has besides what a recipe knows, as a phrase, or None: a setting may change what no probe shows.
+
+    Args:
+        module: The module.
+        words: Attributes that are known.
+        children: Children that are known.
+    """
+    own = {name for name in vars(module) if not name.startswith("_")} - {"training", *words, *children}
+    inside = {name for name, child in module._modules.items() if child is not None} - set(children)
+    held = {name for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
+    unknown = sorted(own | inside | held)
+    return f"it has {', '.join(unknown)}, which the recipe does not know" if unknown else None
+
+
+def by_name(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    """The arguments behind the first by the names that the module's own forward gives them."""
+    if not args:
+        return {}
+    names = list(inspect.signature(type(module).forward).parameters)[2:]  # without self and the hidden states
+    return dict(zip(names, args, strict=False))
+
+
+def is_usual(x: torch.Tensor) -> bool:
+    """Whether a call with x (…, d) is one that fast forwards are for: no tracing, no autocast, floats."""
+    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)) and x.is_floating_point()

@@ -1,0 +1,331 @@
+"""`accelerate`: the same numbers through faster forwards, which parts get them, and back again to the very module."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from lorakit import LoraConfig, core
+from lorakit.speed import Acceleration, accelerate, end_to_end
+
+from ..laws.snapshots import bits, snapshot
+
+SMALL: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def llama() -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, **HEADS))
+
+
+def mistral() -> Any:
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**SMALL, **HEADS, sliding_window=4))
+
+
+def qwen2() -> Any:
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SMALL, **HEADS))
+
+
+def qwen3() -> Any:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SMALL, **HEADS, head_dim=16))
+
+
+def gemma2() -> Any:
+    config = transformers.Gemma2Config(**SMALL, **HEADS, head_dim=8, query_pre_attn_scalar=8, sliding_window=4)
+    config._attn_implementation = "eager"
+    return transformers.Gemma2ForCausalLM(config)
+
+
+def gpt2() -> Any:
+    config = transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0)
+    config.attn_pdrop = 0.0
+    return transformers.GPT2LMHeadModel(config)
+
+
+def mixtral() -> Any:
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, **HEADS, num_local_experts=2))
+
+
+def opt() -> Any:
+    sizes = {"vocab_size": 61, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "word_embed_proj_dim": 32}
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, num_attention_heads=4, dropout=0.0))
+
+
+def neox() -> Any:
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SMALL, num_attention_heads=4))
+
+
+def bert() -> Any:
+    config = transformers.BertConfig(**SMALL, num_attention_heads=4, hidden_dropout_prob=0)
+    config.attention_probs_dropout_prob = 0.0
+    return transformers.BertForMaskedLM(config)
+
+
+def t5() -> Any:
+    sizes = {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    config = transformers.T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    made.__name__: made for made in (llama, mistral, qwen2, qwen3, gemma2, gpt2, mixtral, opt, neox, bert, t5)
+}
+WHOLE_LAYERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral")
+PACKING = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2", "mixtral")
+
+
+def adapted(name: str, dtype: torch.dtype = torch.float32, **words: Any) -> Any:
+    """A model with one adapter whose B is not zero, in training mode."""
+    torch.manual_seed(0)
+    model = MODELS[name]().to(dtype)
+    core.attach(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **words), seed=1)
+    return model.train()
+
+
+def given(model: Any) -> dict[str, Tensor]:
+    ids = torch.randint(0, 61, (3, 10), generator=torch.Generator().manual_seed(2))
+    return {"input_ids": ids, "labels": ids}
+
+
+def step(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of one batch."""
+    model.zero_grad()
+    loss = model(**given(model)).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def close(ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str, Tensor]], bound: float) -> None:
+    assert ours[1].keys() == theirs[1].keys()
+    assert float((ours[0] - theirs[0]).abs()) <= bound * float(theirs[0].abs())
+    for name, gradient in theirs[1].items():
+        assert float((ours[1][name] - gradient).norm()) <= bound * float(gradient.norm()) + 1e-9, name
+
+
+def recipes(acceleration: Acceleration) -> set[str]:
+    return {recipe for recipe, _ in acceleration.swaps}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_loss_and_gradients(name: str) -> None:
+    model = adapted(name)
+    theirs = step(model)
+    acceleration = accelerate(model)
+    close(step(model), theirs, 2e-5)
+    assert ("decoder layer" in recipes(acceleration)) == (name in WHOLE_LAYERS), str(acceleration)
+    assert acceleration.packs == (name in PACKING), str(acceleration)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_undone_to_the_module(name: str) -> None:
+    model = adapted(name)
+    before, modules, keys = snapshot(model), dict(model.named_modules()), list(model.state_dict())
+    theirs = step(model)
+    acceleration = accelerate(model)
+    assert list(model.state_dict()) == keys
+    step(model)
+    acceleration.undo()
+    assert all(module is modules[path] for path, module in model.named_modules())
+    assert snapshot(model) == before
+    again = step(model)
+    assert bits(again[0]) == bits(theirs[0])
+    assert all(bits(again[1][key]) == bits(gradient) for key, gradient in theirs[1].items())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_in_bf16_it_is_as_near_to_the_truth_as_the_model_itself(name: str) -> None:
+    exact, model = adapted(name, torch.float64), adapted(name, torch.bfloat16)
+    with torch.no_grad():
+        for (_, wide), narrow in zip(exact.named_parameters(), model.parameters(), strict=True):
+            wide.copy_(narrow)
+    truth, theirs = step(exact), step(model)
+    accelerate(model)
+    ours = step(model)
+
+    def error(found: tuple[Tensor, dict[str, Tensor]]) -> float:
+        return sum(float((found[1][k].double() - g).norm() / g.norm()) for k, g in truth[1].items()) / len(truth[1])
+
+    assert error(ours) <= 1.3 * error(theirs)
+    assert abs(float(ours[0]) - float(truth[0])) <= 1.5 * abs(float(theirs[0]) - float(truth[0])) + 2e-3
+
+
+def test_which_adapter_acts_is_asked_at_every_forward() -> None:
+    model = adapted("llama").eval()
+    core.attach(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False), "b", seed=3)
+    ids = given(model)["input_ids"]
+
+    def answers() -> list[Tensor]:
+        found = []
+        with torch.no_grad():
+            for block in (core.use(model, "default"), core.use(model, "b"), core.use(model, "default", "b")):
+                with block:
+                    found.append(model(input_ids=ids).logits)
+            with core.disable(model):
+                found.append(model(input_ids=ids).logits)
+            with core.route(model, ["b", None, "default"]):
+                found.append(model(input_ids=ids).logits)
+            core.merge(model, "b")
+            with core.use(model, "b"):
+                found.append(model(input_ids=ids).logits)
+            core.unmerge(model)
+        return found
+
+    theirs = answers()
+    acceleration = accelerate(model)
+    assert "decoder layer" in recipes(acceleration)
+    for ours, wanted in zip(answers(), theirs, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+    core.detach(model, "b")
+    torch.testing.assert_close(model(input_ids=ids).logits, theirs[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["default", "b"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputation_has_its_forwards_adapter(reentrant: bool, name: str) -> None:
+    model = adapted("llama")
+    core.attach(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), "b", seed=3)
+    with core.use(model, name):
+        theirs = step(model)
+    accelerate(model)
+    model.enable_input_require_grads()
+    words: dict[str, Any] = {"use_reentrant": reentrant}
+    if not reentrant:
+        words["context_fn"] = core.checkpoint_contexts(model)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(words)
+    model.zero_grad()
+    with core.use(model, name):
+        loss = model(**given(model), use_cache=False).loss
+    loss.backward()  # behind the block
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    close((loss.detach(), found), theirs, 2e-5)
+
+
+@pytest.mark.parametrize("name", PACKING)
+def test_rows_end_to_end_are_the_rows_alone(name: str) -> None:
+    model = adapted(name)
+    acceleration = accelerate(model)
+    ids = given(model)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = mask[2, 3:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    inputs, wanted = end_to_end(ids, mask, labels)
+    assert inputs["input_ids"].shape == (1, int(mask.sum()))
+
+    def gradients(loss: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    assert acceleration.head is not None
+    packed = acceleration.head.loss_sum(model, wanted, **inputs, use_cache=False)
+    ours = (packed.detach(), gradients(packed))
+    acceleration.undo()
+    total = torch.zeros(())
+    for row, length in zip(ids, mask.sum(1).tolist(), strict=True):
+        one = row[None, :length]
+        total = total + model(input_ids=one, labels=one, use_cache=False).loss * (length - 1)
+    close(ours, (total.detach(), gradients(total)), 2e-5)
+
+
+def test_a_window_holds_in_packed_rows() -> None:
+    model = adapted("mistral")
+    assert model.config.sliding_window == 4 < int(given(model)["input_ids"].shape[1])
+    test_rows_end_to_end_are_the_rows_alone("mistral")
+
+
+def test_calls_that_a_recipe_does_not_know_run_as_they_did() -> None:
+    model = adapted("llama").eval()
+    ids = given(model)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        padded = model(input_ids=ids, attention_mask=mask).logits
+        cached = model(input_ids=ids[:, :6], use_cache=True)
+        further = model(input_ids=ids[:, 6:], past_key_values=cached.cache).logits
+        written = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    accelerate(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, padded, rtol=1e-4, atol=1e-5)
+        cached = model(input_ids=ids[:, :6], use_cache=True)
+        again = model(input_ids=ids[:, 6:], past_key_values=cached.cache).logits
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0), written)
+    torch.testing.assert_close(again, further, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_inside_is_still_called() -> None:
+    model = adapted("llama")
+    accelerate(model)
+    seen: list[str] = []
+    hooks = [
+        model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: seen.append("q")),
+        model.model.layers[1].mlp.up_proj.base_layer.register_forward_hook(lambda *_: seen.append("up")),
+    ]
+    step(model)
+    assert seen == ["q", "up"]
+    for hook in hooks:
+        hook.remove()
+
+
+def test_copies_and_pickles_are_plain_models() -> None:
+    model = adapted("llama").eval()
+    ids = given(model)["input_ids"]
+    wanted = model(input_ids=ids).logits
+    accelerate(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin.model.layers[0]) is transformers.models.llama.modeling_llama.LlamaDecoderLayer
+        torch.testing.assert_close(twin(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_trained_norm_keeps_its_gradient() -> None:
+    model = adapted("llama")
+    model.model.norm.weight.requires_grad_(True)
+    model.model.layers[1].input_layernorm.weight.requires_grad_(True)
+    theirs = step(model)
+    acceleration = accelerate(model)
+    ours = step(model)
+    assert "model.norm.weight" in ours[1]
+    close(ours, theirs, 2e-5)
+    assert sum(recipe == "decoder layer" for recipe, _ in acceleration.swaps) == 1
+
+
+def test_a_model_that_takes_no_tokens_is_left_and_said() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    acceleration = accelerate(model)
+    assert not acceleration.swaps
+    assert "does not run on token ids alone" in str(acceleration)
+
+
+def test_the_report_says_what_got_what() -> None:
+    said = str(accelerate(adapted("mixtral")))
+    assert "2 × MixtralDecoderLayer: decoder layer" in said
+    assert "2 × MixtralSparseMoeBlock: as it is" in said or "MixtralSparseMoeBlock" not in said
+    assert "1 × Linear: loss without logits" in said
+    assert "loss: from logits" in str(accelerate(adapted("t5")))
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_the_heads_soft_cap_is_honoured(cap: float | None) -> None:
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(**SMALL, **HEADS, head_dim=8, final_logit_softcapping=cap)
+    config._attn_implementation = "eager"
+    model = transformers.Gemma2ForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(40)  # logits that the cap bounds
+    core.attach(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False), seed=1)
+    theirs = step(model.train())
+    acceleration = accelerate(model)
+    assert acceleration.head is not None and acceleration.head.softcap == cap
+    batch = given(model)
+    model.zero_grad()
+    loss = acceleration.head.loss_sum(model, batch["labels"], input_ids=batch["input_ids"]) / 27
+    loss.backward()
+    ours = (loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    close(ours, theirs, 5e-5)
