@@ -19,6 +19,7 @@ _HOMES = {
     "LorakitError": "errors",
     "PeftModel": "peft",
     "TaskType": "config",
+    "accelerate": "speed",
     "activate": "core",
     "adapters": "core",
     "attach": "core",

@@ -14,6 +14,11 @@ import platform
 SWITCH = "LORAKIT_ALLOCATOR"
 """Environment variable: "stock" leaves malloc as it is."""
 
+SAID = (
+    f"Memory that is freed stays with this process, so that the next step need not clear it ({SWITCH}=stock: as usual)."
+)
+"""What a person is told where `keep_large_blocks` took effect."""
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST = 2**31 - 1  # mallopt takes an int: blocks below 2 GiB stay on the heap, and the heap's end is not given back
 

@@ -177,7 +177,8 @@ def _about_cpu(found: Findings) -> list[str]:
         )
     if found.machine.allocator == "glibc":
         lines.append(
-            f"glibc's allocator gives large blocks back too eagerly; training is faster with: export {TUNABLES}"
+            "glibc's allocator gives large blocks back too eagerly; `lorakit train` and `lorakit eval` tell it not to, "
+            f"your own scripts are faster with: export {TUNABLES}"
         )
     if found.machine.load is not None and found.machine.load > cores:
         lines.append(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from lorakit import allocator
 from lorakit.cli import console
 from lorakit.plan.quantised import stored_as
 from lorakit.train.defaults import DEFAULTS
@@ -30,6 +31,7 @@ class Flags:
 
 def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag = False) -> None:
     """Loss and perplexity over all trained tokens of the data, of the base and of each adapter on it."""
+    allocator.keep_large_blocks()  # before torch takes any memory
     from lorakit.train.comparison import EvalSettings, compare
 
     found = compare(

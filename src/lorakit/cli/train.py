@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from lorakit import allocator
 from lorakit.cli import console
 from lorakit.train.defaults import DEFAULTS
 from lorakit.train.settings import TrainSettings
@@ -57,10 +58,15 @@ def run(
         given["new_tokens"] = ",".join(given["new_tokens"])
     settings = gather(given, config)
 
+    kept = allocator.keep_large_blocks()  # before torch takes any memory
+
     from lorakit.train import run as train  # torch and transformers, after the settings are known to be right
     from lorakit.train.progress import progress_for
 
-    result = train(settings, progress_for(sys.stderr if json else sys.stdout))
+    progress = progress_for(sys.stderr if json else sys.stdout)
+    if kept:
+        progress.say(allocator.SAID)
+    result = train(settings, progress)
     if json:
         console.emit_json(result.as_dict())
     else:

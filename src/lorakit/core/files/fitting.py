@@ -122,7 +122,8 @@ def _find_places(
     present: Mapping[str, dict[str, Tensor]], site_map: SiteMap, bare: Mapping[str, Place], result: Fit
 ) -> None:
     kinds = {candidate.path: candidate.kind for candidate in site_map.candidates}
-    for path in sorted(present):
+    inside_first = sorted(present, key=lambda path: (path.partition(INSIDE)[0], -path.count(INSIDE), path))
+    for path in inside_first:  # the order in which layers are put around a module
         outer = path.partition(INSIDE)[0]
         places = site_map.places(outer, site_map.kind(kinds[outer])) if kinds.get(outer) else []  # type: ignore[arg-type]
         place = bare.get(path) or next((place for place in places if place.path == path), None)
