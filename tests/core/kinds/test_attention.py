@@ -159,3 +159,16 @@ def test_a_route_has_as_many_rows_as_the_batch(batch_first: bool) -> None:
         assert layer(x[0], x[0], x[0])[0].shape == (5, 8)  # without a batch it is one row
     with route(model, ["a"] * 2), pytest.raises(RouteError, match="The route names 2 rows"):
         layer(x[0], x[0], x[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 4}], ids=str)
+def test_what_was_loaded_is_saved_under_the_same_names(options: dict[str, int | bool], tmp_path: Path) -> None:
+    model = adapted(**options)
+    first = save_adapter(model, tmp_path / "1")
+    loaded = Model(**options).eval()
+    load_adapter(loaded, tmp_path / "1")
+    assert [(s.path, s.layer.slot) for s in sites(loaded)] == [(s.path, s.layer.slot) for s in sites(model)]
+    assert save_adapter(loaded, tmp_path / "2").weights_sha256 == first.weights_sha256
+    again = Model(**options).eval()
+    load_adapter(again, tmp_path / "2")
+    torch.testing.assert_close(again(X), model(X))  # torch attends another way where a weight is trained

@@ -1,4 +1,4 @@
-"""Properties over drawn shapes, ranks, dtypes, names and orders of calls."""
+"""Properties over drawn names, files and orders of calls; over shapes of every kind: test_any_shape.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import nn
@@ -23,8 +23,6 @@ from lorakit.core import (
     disable,
     load_adapter,
     merge,
-    merged_state_dict,
-    route,
     save_adapter,
     unmerge,
     use,
@@ -34,61 +32,13 @@ from lorakit.core.files.tensorfile import encode, read_tensors
 from lorakit.core.variants import row_norms
 from lorakit.errors import AdapterError, AdapterFileError, LorakitError
 
-from ...laws.snapshots import BaseBits, bits, same_bits
+from ...laws.snapshots import bits, same_bits
 from ...laws.tolerances import assert_close
 from ...laws.zoo import LINEARS, base_tensors, randomise, run
 
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SIZES = st.integers(1, 9)
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
-
-
-def conv1d(out: int, size: int) -> nn.Module:
-    from transformers.pytorch_utils import Conv1D
-
-    return Conv1D(out, size)
-
-
-def conditioned(layer: Any) -> bool:
-    """Whether no row of W + s·B·A is small beside its parts: DoRA divides by its norm, and would show their rounding."""
-    W, factor = layer.read(), layer.factor("default")
-    rows = row_norms(W, factor.A, factor.B, factor.scale)
-    return bool((W.norm(dim=1) <= 4 * rows).all())
-
-
-@QUICK
-@given(kind=st.sampled_from(["Linear", "Conv1D", "Embedding"]), size=SIZES, out=SIZES, r=st.integers(1, 12),
-       alpha=st.floats(0.1, 64), rslora=st.booleans(), dora=st.booleans(), dtype=DTYPES, rows=st.integers(1, 4))  # fmt: skip
-def test_formula_merge_and_round_trip_for_any_shape(
-    kind: str, size: int, out: int, r: int, alpha: float, rslora: bool, dora: bool, dtype: torch.dtype, rows: int
-) -> None:
-    torch.manual_seed(size * 100 + out)
-    made = {"Linear": nn.Linear(size, out), "Conv1D": conv1d(out, size), "Embedding": nn.Embedding(size, out)}[kind]
-    model = nn.Sequential(made).to(dtype).eval()
-    x = torch.randint(0, size, (rows, 3)) if kind == "Embedding" else torch.randn(rows, size).to(dtype)
-    attach(
-        model,
-        LoraConfig(r=r, lora_alpha=alpha, use_rslora=rslora, use_dora=dora, target_modules=["0"]),
-        allow=["odd_scale"],
-    )
-    randomise(model, "default", 1, size=0.2)
-    assume(not dora or conditioned(model[0]))
-    adapted = run(model, x)
-    plain = nn.Sequential(
-        {"Linear": nn.Linear(size, out), "Conv1D": conv1d(out, size), "Embedding": nn.Embedding(size, out)}[kind]
-    )
-    plain = plain.to(dtype)
-    plain.load_state_dict(merged_state_dict(model))
-    assert_close(run(plain, x), adapted, dtype)
-    with route(model, ["default"] * rows):
-        assert_close(run(model, x), adapted, dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(model, folder)
-        before = BaseBits(model).before
-        detach(model)
-        load_adapter(model, folder, allow=["odd_scale"])
-        assert BaseBits(model).before == before
-    assert same_bits(run(model, x), adapted)
 
 
 NAMES = st.text(st.characters(codec="ascii", categories=["L", "N", "P", "Z"]), max_size=12) | st.text(max_size=8)
