@@ -65,8 +65,8 @@ def check_called(model: nn.Module, paths: Iterable[str]) -> None:
     if bad:
         raise TargetError(
             f"Module {bad[0]!r} is incompatible with Mamba-based models (model_type={kind!r}): their fused kernels "
-            f"read the weight of {' and '.join(sorted(READ_PAST))} themselves, so an adapter there would do nothing. Leave "
-            "it out of target_modules, or name it in exclude_modules."
+            f"read the weight of {' and '.join(sorted(READ_PAST))} themselves, so an adapter there would do nothing. "
+            "Leave it out of target_modules, or name it in exclude_modules."
         )
 
 

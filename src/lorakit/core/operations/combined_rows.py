@@ -7,6 +7,7 @@ only through a function that it is given.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +51,13 @@ def row_reader(model: nn.Module) -> RowReading:
         standing = site_map.modules.get(path)
         if standing is None:
             raise AdapterError(f"The model has no {path}, of which an adapter trains rows.")
+        table: Any = site_map.base(path)._parameters["weight"]
         if isinstance(standing, TokenRows):
             table = standing.token_adapter.original()
-        else:
-            table = (
-                standing.original() if isinstance(standing, LoraLayer) else site_map.base(path)._parameters["weight"]
-            )
-        return table.detach()[torch.tensor(list(indices), device=table.device)]
+        elif isinstance(standing, LoraLayer):
+            table = standing.original()
+        rows: Tensor = table.detach()[torch.tensor(list(indices), device=table.device)]
+        return rows
 
     return at
 
