@@ -61,10 +61,10 @@ def once(library: ModuleType, base: Callable[[], Any], folder: Path) -> dict[str
         wrapped = library.get_peft_model(base(), config(library))
     with clock.on("second add_adapter"):
         wrapped.add_adapter("b", config(library))
-    with clock.on("third add_adapter"):
-        wrapped.add_adapter("c", config(library))
     with clock.on("set_adapter"):
         wrapped.set_adapter("b")
+    with clock.on("third add_adapter"):
+        wrapped.add_adapter("c", config(library))
     with clock.on("disable_adapter, enter and exit"), wrapped.disable_adapter():
         pass
     with clock.on("state_dict"):

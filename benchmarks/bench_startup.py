@@ -1,4 +1,5 @@
-"""Claims: `import lorakit` adds at most 0.15 s to a bare Python, and `lorakit --help` answers within 0.6 s.
+"""Claims: `import lorakit` adds at most 0.15 s to a bare Python, `lorakit --help` answers within 0.6 s, and the face
+takes at most 0.3 s more than torch alone.
 
 python benchmarks/bench_startup.py
 """
@@ -14,6 +15,9 @@ COMMANDS = {
     "bare python": ["-c", "pass"],
     "import lorakit": ["-c", "import lorakit"],
     "import lorakit.plan": ["-c", "import lorakit.plan"],
+    "import torch": ["-c", "import torch"],
+    "from lorakit.peft import get_peft_model": ["-c", "from lorakit.peft import LoraConfig, get_peft_model"],
+    "from peft import get_peft_model": ["-c", "from peft import LoraConfig, get_peft_model"],
     "lorakit --help": ["-m", "lorakit", "--help"],
     "lorakit train --help": ["-m", "lorakit", "train", "--help"],
 }

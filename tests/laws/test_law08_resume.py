@@ -212,7 +212,7 @@ def test_killed_again_and_again(tmp_path: Path, tiny_model_directory: Path) -> N
         {"dtype": "bfloat16"},
         {"gradient_checkpointing": True},
         {"use_dora": True, "target_modules": ["q_proj", "down_proj"]},
-        {"early_stopping_patience": 1, "learning_rate": 0.3, "eval_steps": 1},
+        {"early_stopping_patience": 3, "learning_rate": 0.3, "eval_steps": 1},
         {"eval_fraction": 0.0, "lr_scheduler_type": "linear", "weight_decay": 0.1, "use_rslora": True},
         {"loraplus_lr_ratio": 8.0, "learning_rate_pattern": {"q_proj": 0.1, "down_proj": 0.001}, "weight_decay": 0.1},
         {

@@ -151,6 +151,21 @@ def test_the_same_loss_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch)
     assert acceleration.packs == (name in PACKING), str(acceleration)
 
 
+def test_rows_of_an_attention_that_drops_lie_end_to_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are dropped within each sequence; no map of all tokens × all tokens is made."""
+    model = adapted("gpt2_dropping")
+    acceleration = accelerate(model)
+    assert acceleration.packs and acceleration.head is not None
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    ids = given(model)["input_ids"]
+    inputs, labels = end_to_end(ids, torch.ones_like(ids), ids)
+    losses = torch.stack(
+        [acceleration.head.loss_sum(model, labels, **inputs, use_cache=False).detach() / 27 for _ in range(40)]
+    )
+    apart = torch.stack([model(**given(model)).loss.detach() for _ in range(40)])
+    assert abs(losses.mean() - apart.mean()) < 5 * ((losses.var() + apart.var()) / 40) ** 0.5
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_undone_to_the_module(name: str) -> None:
     model = adapted(name)
