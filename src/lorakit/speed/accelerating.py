@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from lorakit.core.layering.layer import LoraLayer
-from lorakit.speed import attention, decoder, feed_forward, norms
+from lorakit.speed import attention, decoder, dropouts, feed_forward, norms
 from lorakit.speed.head import Head, head_for
 from lorakit.speed.packing import obeys
 from lorakit.speed.probing import Call, calls, disagreement
@@ -43,6 +43,7 @@ RECIPES = (
     Recipe("attention", attention.fits, attention.run, ("attention",)),
     Recipe("feed-forward", feed_forward.fits, feed_forward.run, ("mlp",)),
     Recipe("norm", norms.fits, norms.run, ("norm",)),
+    Recipe("dropout", dropouts.fits, dropouts.run, ()),
 )
 
 
@@ -126,7 +127,7 @@ def accelerate(model: nn.Module) -> Acceleration:
         why = _why_not(model, module, recipe, found.get(path))
         if why is None:
             fast[path] = (module, recipe)
-        else:
+        elif recipe.words:
             left.append(Left(path, type(module).__name__, why))
     given = found[""].output if "" in found else None
     known = head_for(head, given, getattr(output, "logits", None), getattr(model, "config", None))
@@ -136,19 +137,19 @@ def accelerate(model: nn.Module) -> Acceleration:
 
 
 def _may_pack(model: Any, fast: dict[str, tuple[nn.Module, Recipe]]) -> bool:
-    """Whether the attention of every layer is one of ours, so that packed sequences cannot see each other.
-
-    One that drops runs as it is while it trains, and would keep maps of all tokens × all tokens.
-    """
+    """Whether the attention of every layer is one of ours, so that packed sequences cannot see each other."""
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    ours = sum(attention.fits(module) is None and not attention.dropout(module) for module, _ in fast.values())
+    ours = sum(attention.fits(module) is None for module, _ in fast.values())
     return isinstance(layers, int) and ours == layers
 
 
 def _candidates(modules: dict[str, nn.Module]) -> tuple[dict[str, tuple[nn.Module, Recipe]], list[Left]]:
     wanted: dict[str, tuple[nn.Module, Recipe]] = {}
     left: list[Left] = []
+    ours = {id(part) for layer in modules.values() if isinstance(layer, LoraLayer) for part in _of_adapters(layer)}
     for path, module in modules.items():
+        if id(module) in ours:
+            continue
         reasons = []
         for recipe in RECIPES:
             why = recipe.fits(module)
@@ -162,6 +163,12 @@ def _candidates(modules: dict[str, nn.Module]) -> tuple[dict[str, tuple[nn.Modul
         else:
             left += [Left(path, type(module).__name__, reason) for reason in reasons[:1]]
     return wanted, left
+
+
+def _of_adapters(layer: LoraLayer) -> list[nn.Module]:
+    """The modules inside a layer that are an adapter's and not the base's."""
+    base = {id(module) for module in layer.base_layer.modules()}
+    return [module for module in layer.modules() if module is not layer and id(module) not in base]
 
 
 def _why_not(model: nn.Module, module: nn.Module, recipe: Recipe, call: Call | None) -> str | None:
