@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorakit.core.layering.operands import is_watched
 from lorakit.speed import attention, feed_forward
 from lorakit.speed.parts import by_name, is_usual, norm_of, unknown_words
 
@@ -35,12 +36,12 @@ def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any)
     kwargs |= by_name(module, args)
     before, attn, after, mlp = (module._modules[name] for name in names)
     first, second = norm_of(before), norm_of(after)
-    if first is None or second is None or attn is None or mlp is None:
+    if first is None or second is None or attn is None or mlp is None or is_watched(attn):
         return None
     x = attention.attention(attn, hidden_states, first, kwargs, residual=True)
     if x is None:
         return None
-    y = None if feed_forward.fits(mlp) else feed_forward.feed_forward(mlp, x, second, residual=True)
+    y = None if feed_forward.fits(mlp) or is_watched(mlp) else feed_forward.feed_forward(mlp, x, second, residual=True)
     return x + mlp(after(x)) if y is None else y  # type: ignore[misc]
 
 
