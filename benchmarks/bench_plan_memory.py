@@ -1,9 +1,10 @@
 """Claim: a plan's peak memory is that of a real run: within 10 %, 15 % with gradient checkpointing.
 
 Each case runs in a fresh process: a model with random weights of the published shape, adapted by lorakit.core, trained
-for a few steps by lorakit.train's own step. Measured is the peak of the resident size minus what is resident once every
-weight was touched; planned is `Memory.above_weights_bytes`. Each case runs twice: with the C library's allocator as it
-is, and with MALLOC_MMAP_THRESHOLD_ pinned, so that a freed tensor goes back to the system at once.
+for a few steps by lorakit.train's own step, accelerated as `lorakit train` is by default, or not. Measured is the peak
+of the resident size minus what is resident once every weight was touched; planned is `Memory.above_weights_bytes`. Each
+case runs twice: with the C library's allocator as the command line sets it, which keeps what is freed, and with
+MALLOC_MMAP_THRESHOLD_ pinned, so that a freed tensor goes back to the system at once.
 
 python benchmarks/bench_plan_memory.py [--steps 6] [--markdown docs/memory.md]
 """
@@ -11,6 +12,7 @@ python benchmarks/bench_plan_memory.py [--steps 6] [--markdown docs/memory.md]
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from resident import resident_with_weights, status
 from runner import append_row
 
 from lorakit.config import LoraConfig
@@ -25,28 +28,37 @@ from lorakit.plan import Job, Memory, catalogue, count
 from lorakit.plan.memory import of_lora
 
 CASES: tuple[dict[str, Any], ...] = tuple(
-    {"model": model, "dtype": dtype, "checkpointing": again}
-    for model, dtype in (("SmolLM2-135M", "bfloat16"), ("gpt2", "float32"))
+    {"model": model, "dtype": dtype, "dropout": dropout, "accelerated": fast, "checkpointing": again}
+    for model, dtype, dropout in (("SmolLM2-135M", "bfloat16", 0.0), ("gpt2", "float32", 0.1), ("gpt2", "float32", 0.0))
+    for fast in (True, False)
     for again in (False, True)
+    if fast or dropout or model != "gpt2"
 )
 PINNED = {"MALLOC_MMAP_THRESHOLD_": "131072"}
-ALLOCATORS: dict[str, dict[str, str]] = {"stock": {}, "pinned": PINNED}
+ALLOCATORS: dict[str, dict[str, str]] = {"kept": {}, "pinned": PINNED}
 ROWS, LENGTH, RANK = 4, 256, 16
 BOUNDS = {False: 0.10, True: 0.15}
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def planned(case: dict[str, Any]) -> Memory:
     shape = catalogue.published(case["model"])
     if shape is None:
         raise SystemExit(f"{case['model']} is not in the catalogue")
-    job = Job(ROWS, LENGTH, dtype=case["dtype"], gradient_checkpointing=case["checkpointing"])
+    shape = dataclasses.replace(shape, dropouts=shape.dropouts if case["dropout"] else {})
+    job = Job(
+        ROWS,
+        LENGTH,
+        dtype=case["dtype"],
+        gradient_checkpointing=case["checkpointing"],
+        accelerated=case["accelerated"],
+    )
     return of_lora(shape, count(shape, _config()), 0.0, job)
 
 
 def measure(case: dict[str, Any], steps: int, environment: dict[str, str]) -> list[int]:
     """Run one case in a process of its own; its growth in bytes after each step."""
-    command = [sys.executable, __file__, "--child", json.dumps(case), "--steps", str(steps)]
+    kept = not environment
+    command = [sys.executable, __file__, "--child", json.dumps({**case, "kept": kept}), "--steps", str(steps)]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{case} failed:\n{done.stderr}")
@@ -56,15 +68,17 @@ def measure(case: dict[str, Any], steps: int, environment: dict[str, str]) -> li
 
 def child(case: dict[str, Any], steps: int) -> list[int]:
     """Bytes by which the peak exceeds what was resident with every weight touched, after each step."""
-    import gc
-
     import torch
 
     from lorakit import core
+    from lorakit.allocator import keep_large_blocks
     from lorakit.data.loader import Batch
+    from lorakit.speed import accelerate
     from lorakit.train.optim import adamw
     from lorakit.train.step import Trainee, train_step
 
+    if case["kept"] and not keep_large_blocks():
+        raise SystemExit("this C library's malloc cannot be told to keep what is freed")
     torch.manual_seed(0)
     model = _model(case)
     core.attach(model, _config())
@@ -75,17 +89,15 @@ def child(case: dict[str, Any], steps: int) -> list[int]:
         )
     named = core.trainable_parameters(model)
     trainee = Trainee(model, named, adamw(named, 1e-4, 0.0), torch.device("cpu"), 1.0)
-    for parameter in model.parameters():
-        parameter.detach().view(-1)[:: 1024 // parameter.element_size()].sum()  # touch every page
-    gc.collect()
-    CLEAR.write_text("5")  # the peak begins anew here
-    resident, growth = _status("VmRSS"), []
+    if case["accelerated"]:
+        trainee = dataclasses.replace(trainee, fast=accelerate(model))
+    resident, growth = resident_with_weights(model), list[int]()
     for _ in range(steps):
         ids = torch.randint(0, model.config.vocab_size, (ROWS, LENGTH))
         labels = ids.clone()
         batch = Batch(ids, torch.ones_like(ids), labels, 0.0, ids.numel(), ROWS * (LENGTH - 1))
         train_step(trainee, [batch], 1e-4)
-        growth.append(_status("VmHWM") - resident)
+        growth.append(status("VmHWM") - resident)
     return growth
 
 
@@ -98,7 +110,9 @@ def _model(case: dict[str, Any]) -> Any:
         raise SystemExit(f"{case['model']} is not in the catalogue")
     dtype = getattr(torch, case["dtype"])
     if shape.architecture == "GPT2LMHeadModel":
-        config: Any = transformers.GPT2Config(dtype=dtype)
+        config: Any = transformers.GPT2Config(
+            dtype=dtype, resid_pdrop=case["dropout"], embd_pdrop=case["dropout"], attn_pdrop=case["dropout"]
+        )
     else:
         config = transformers.LlamaConfig(
             vocab_size=shape.vocab,
@@ -118,19 +132,20 @@ def _config() -> LoraConfig:
     return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
 
 
-def _status(field: str) -> int:
-    line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
+def _word(is_on: bool) -> str:
+    return "yes" if is_on else "no"
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | dtype | checkpointing | allocator | planned | first step | peak of all steps | difference |",
-        "|---|---|---|---|---:|---:|---:|---:|",
+        "| model | dtype | its dropout | accelerated | checkpointing | allocator | planned | first step "
+        "| peak of all steps | difference |",
+        "|---|---|---:|---|---|---|---:|---:|---:|---:|",
     ]
     for row in rows:
         lines.append(
-            f"| {row['model']} | {row['dtype']} | {'yes' if row['checkpointing'] else 'no'} | {row['allocator']} "
+            f"| {row['model']} | {row['dtype']} | {row['dropout']:g} | {_word(row['accelerated'])} "
+            f"| {_word(row['checkpointing'])} | {row['allocator']} "
             f"| {row['planned_bytes'] / 1e6:,.0f} MB | {row['growth'][0] / 1e6:,.0f} MB "
             f"| {row['growth'][-1] / 1e6:,.0f} MB | {100 * row['difference']:+.1f} % |"
         )

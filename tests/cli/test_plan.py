@@ -55,6 +55,20 @@ def test_flags_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert values["adapter"]["biases"] == 102_144
 
 
+def test_forwards_are_those_of_train(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "Llama-3.2-1B", "--max-length", "256"]
+    fast, own = _json(words, capsys), _json([*words, "--no-accelerate"], capsys)
+    assert (fast["job"]["accelerated"], own["job"]["accelerated"]) == (True, False)
+    above = [values["lora"]["memory"]["above_weights_bytes"] for values in (fast, own)]
+    assert above[0] < 0.5 * above[1]
+    assert fast["full_fine_tuning"]["memory"] == {**own["full_fine_tuning"]["memory"]}
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "bfloat16, accelerated" in out and "Rows lie end to end" in " ".join(out.split())
+    assert main([*words, "--no-accelerate"]) == 0
+    assert "bfloat16, not accelerated" in capsys.readouterr().out
+
+
 def test_new_tokens_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     """One row for both of tied tables, one in each of two that are apart."""
     words = ["--r", "8", "--new-tokens", "<think>,</think>", "<x>"]

@@ -252,6 +252,11 @@ def _rows() -> list[Row]:
             {"task_type": word, "target_modules": ["q_proj"], "target_parameters": ["gate_proj.weight"]},
         ),
         Row(
+            "parameter-of-a-conv1d",
+            gpt2,
+            {"task_type": word, "target_modules": [], "target_parameters": ["attn.c_proj.weight", "c_fc.weight"]},
+        ),
+        Row(
             "layers-stacked-llama",
             llama,
             {"task_type": word, "target_modules": attention, "layer_replication": [(0, 2), (1, 2), (0, 1)]},

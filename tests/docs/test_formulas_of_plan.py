@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from lorakit import core, hub
 from lorakit.config import LoraConfig
 from lorakit.core.bases import base_of
 from lorakit.core.bases.quantising import quantised_linear
-from lorakit.plan import Job, ModelShape, Plan, Speed, activations, count, estimate, flops, memory
+from lorakit.plan import Job, ModelShape, Plan, Speed, accelerated, activations, count, estimate, flops, memory
 from lorakit.plan.quantised import Quantization, storage_named
+from lorakit.speed import accelerate
 from lorakit.train.optim import adamw, state_tensors
 
 CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
@@ -89,6 +91,55 @@ def test_activations_are_what_autograd_saves(tiny_llama: Any) -> None:
         hidden = tiny_llama.model(tokens, use_cache=False).last_hidden_state
     assert hidden.requires_grad
     assert sum(kept.values()) == pytest.approx(reckoned.blocks + reckoned.outside, rel=0.15)
+
+
+def kept_by_accelerated_loss(model: Any) -> list[int]:
+    """Bytes of the distinct storages that an accelerated forward and its loss keep, without parameters."""
+    core.attach(model.to(torch.bfloat16).train(), CONFIG)
+    head = accelerate(model).head
+    assert head is not None
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.arange(32).reshape(2, 16)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        head.loss_sum(model, tokens, input_ids=tokens, use_cache=False)
+    return [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+
+
+def test_accelerated_layers_keep_what_the_formula_says(tiny_llama: Any) -> None:
+    shape, tokens = shape_of(tiny_llama), 32
+    job = dataclasses.replace(JOB, accelerated=True)
+    reckoned = activations.of_lora(shape, count(shape, CONFIG), 0.0, job)
+    heads = 2 * shape.query_width + 2 * shape.kv_width
+    numbers = 2 * shape.hidden + heads + 2 * shape.intermediate + 7 * 4
+    assert reckoned.blocks == shape.layers * tokens * (2 * numbers + 8)
+    assert reckoned.transient == 2 * tokens * (3 * shape.hidden + max(2 * shape.intermediate, heads))
+    whole = reckoned.blocks + reckoned.outside + accelerated.loss_keeps(shape, job)
+    assert sum(kept_by_accelerated_loss(tiny_llama)) == pytest.approx(whole, rel=0.02)
+
+
+def test_a_loss_without_logits_keeps_the_gradient_of_its_input(tiny_llama: Any) -> None:
+    shape = shape_of(tiny_llama)
+    needs = planned(tiny_llama, accelerated=True).lora.memory
+    rows = 32  # all of them: 256 rows of 512 words are less than 48 MiB
+    assert needs.bytes_of("logits") == 2 * (rows * 512 + 2 * 32 * shape.hidden) + 8 * 32
+    trained = 2 * 15  # the last token of a row predicts nothing
+    kept = kept_by_accelerated_loss(tiny_llama)
+    assert trained * 2 * shape.hidden in kept and trained * 8 in kept
+    assert max(kept) < 32 * 512 * 2  # no logits among them
+
+
+def test_padding_is_no_token_of_a_step() -> None:
+    job = Job(batch_rows=4, length_tokens=100, accumulation=2, accelerated=True, mean_tokens=62.5)
+    assert job.step_tokens == 4 * 62.5 * 2
+    assert dataclasses.replace(job, accelerated=False).step_tokens == 4 * 100 * 2
+    assert job.batch_tokens == 400  # in memory the longest rows may meet
 
 
 def test_logits_take_twelve_bytes_a_token_and_word(tiny_llama: Any) -> None:

@@ -190,6 +190,16 @@ def memory_by_cause() -> Iterator[list[str]]:
     yield ["(27) peak", "", bytes_text(plan.lora.memory.peak_bytes), bytes_text(plan.full.memory.peak_bytes)]
 
 
+def accelerated_memory() -> Iterator[list[str]]:
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    needs = estimate(shape_of("SmolLM2-135M"), config, Job(4, 256, accelerated=True)).lora.memory
+    yield ["cause", "formula for LoRA, accelerated", "LoRA, accelerated"]
+    for line in needs.lines:
+        if line.equation in (29, 35):
+            yield [f"({line.equation}) {line.cause}", line.formula, bytes_text(line.size_bytes)]
+    yield ["(27) peak", "", bytes_text(needs.peak_bytes)]
+
+
 def flops_by_pass() -> Iterator[list[str]]:
     plan = small()
     yield ["MFLOPs a token", "LoRA", "full fine-tuning", "ratio"]
@@ -237,6 +247,7 @@ TABLES: dict[str, Callable[[], Iterator[list[str]]]] = {
     "by settings": by_settings,
     "on disk": on_disk,
     "memory": memory_by_cause,
+    "accelerated memory": accelerated_memory,
     "flops": flops_by_pass,
     "alpha": alpha_and_rate,
     "survival": survival,

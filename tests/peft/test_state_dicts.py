@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from lorakit.errors import AdapterError, AdapterFileError
 from lorakit.peft import (
@@ -117,3 +119,25 @@ def test_embeddings_are_added_where_they_are_asked_for(tiny_llama: Any) -> None:
     assert more == {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"}
     with pytest.warns(UserWarning, match="Could not identify embedding layer"):
         get_peft_model_state_dict(adapted(CONFIGS["plain"]), save_embedding_layers=True)
+
+
+@pytest.mark.parametrize("around", ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "module._orig_mod."])
+def test_values_of_a_wrapped_model(around: str, tmp_path: Path) -> None:
+    model = adapted(CONFIGS["plain"])
+    given = {f"{around}{name}": tensor for name, tensor in model.state_dict().items()}
+    found, own = get_peft_model_state_dict(model, given), get_peft_model_state_dict(model)
+    assert found.keys() == own.keys() and all(torch.equal(found[name], own[name]) for name in own)
+    inner = {name.replace(".0.", f".0.{around}", 1): tensor for name, tensor in model.state_dict().items()}
+    if not around.startswith("module"):  # inside a model that may be a module's own name
+        assert get_peft_model_state_dict(model, inner).keys() == own.keys()
+    model.save_pretrained(tmp_path, state_dict=given)
+    assert load_file(tmp_path / "adapter_model.safetensors").keys() == own.keys()
+
+
+@pytest.mark.parametrize("given", [{}, {"base_model.model.0.lora_A.default.weight": torch.ones(8, 4)}])
+def test_values_that_are_not_there_are_said(given: dict[str, Tensor], tmp_path: Path) -> None:
+    model = adapted(CONFIGS["plain"])
+    with pytest.warns(UserWarning, match=r"`state_dict` has nothing for \d+ of the \d+ tensors of adapter 'default'"):
+        assert len(get_peft_model_state_dict(model, given)) == len(given)
+    with pytest.warns(UserWarning, match=r"base_model\.model\.0\.lora_B\.weight"):
+        model.save_pretrained(tmp_path, state_dict=given)

@@ -124,6 +124,17 @@ def test_the_same_loss_and_gradients(name: str) -> None:
     assert acceleration.packs == (name in PACKING), str(acceleration)
 
 
+@pytest.mark.parametrize("name", ["attn_pdrop", "resid_pdrop"])
+def test_rows_of_an_attention_that_drops_stay_apart(name: str) -> None:
+    """It runs as it is while it trains, and would keep maps of all tokens × all tokens of the rows laid end to end."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 0}
+    shares = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    for share, packs in ((0.1, False), (0.0, True)):
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **{**shares, name: share}))
+        model.requires_grad_(False)
+        assert accelerate(model).packs is packs
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_undone_to_the_module(name: str) -> None:
     model = adapted(name)

@@ -86,6 +86,7 @@ class JobFlags:
         "gradient_accumulation_steps"
     ].value
     gradient_checkpointing: Annotated[bool, _flag("gradient_checkpointing")] = False
+    accelerate: Annotated[bool, Parameter(help=DEFAULTS["accelerate"].help())] = DEFAULTS["accelerate"].value
     optimizer: Annotated[str, _flag("optimizer")] = DEFAULTS["optimizer"].value
     quantization: Annotated[str | None, _flag("quantization")] = None
     double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True
@@ -163,6 +164,7 @@ def run(
         optimizer=job.optimizer,
         quantization=job.quantization,
         double_quantization=job.double_quantization,
+        accelerated=job.accelerate,
     )
     steps = _steps(job, wanted)
     machine = _machine(job, dtype, steps)

@@ -24,6 +24,9 @@ WRAPPED = "base_model.model."
 COMPILED = "_orig_mod"
 ROWS = "token_adapter.trainable_tokens_delta"
 FSDP = "_fsdp_wrapped_module."
+AROUND = (FSDP, f"{COMPILED}.", "_checkpoint_wrapped_module.")
+"""What FSDP, torch.compile and checkpointing put into the names of what they are around."""
+DATA_PARALLEL = "module."
 
 
 class IncompatibleKeys(NamedTuple):
@@ -64,14 +67,28 @@ def get_peft_model_state_dict(
     if direct and save_embedding_layers is not True:
         return {on_disk: tensor.detach() for on_disk, _, tensor in own}
     values = model.state_dict() if state_dict is None else state_dict
-    found = {}
+    plain = {_without_wrappers(key).removeprefix(DATA_PARALLEL): key for key in values}
+    found, missing = {}, []
     for on_disk, in_memory, _ in own:
-        gathered = in_memory if in_memory in values else in_memory.replace(FSDP, "")
-        if gathered in values:
-            found[on_disk.replace(FSDP, "")] = values[gathered]
+        key = in_memory if in_memory in values else plain.get(_without_wrappers(in_memory).removeprefix(DATA_PARALLEL))
+        if key is None:
+            missing.append(on_disk)
+        else:
+            found[on_disk.replace(FSDP, "")] = values[key]
+    if missing and state_dict is not None:
+        warn_caller(
+            f"`state_dict` has nothing for {len(missing)} of the {len(own)} tensors of adapter {adapter_name!r}, which "
+            f"are left out: {', '.join(missing[:4])}. Give the model's whole state dict, with its own names."
+        )
     if save_embedding_layers is True:
         found |= _embeddings(model, values)
     return found
+
+
+def _without_wrappers(key: str) -> str:
+    for around in AROUND:
+        key = key.replace(around, "")
+    return key
 
 
 def names_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str]]:

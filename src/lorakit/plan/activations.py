@@ -7,9 +7,10 @@ input; it is the factor A that makes an input live. What depends on the whole vo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from lorakit.plan import accelerated
 from lorakit.plan.job import Job
 from lorakit.plan.params import Count, SiteCount
 from lorakit.plan.quantised import StoredBase
@@ -31,16 +32,31 @@ class Family:
     Attributes:
         name: What the plan calls it.
         architectures: Classes of transformers that compute so, checked by the tests.
-        block: Bytes that one block keeps for a job, whatever is adapted in it.
+        norm: Bytes that one of a block's two norms keeps, per token, for a width and bytes per number.
+        halves: Half of a block ("attention", "feed-forward") -> bytes that it keeps for a job besides its norm,
+            whatever is adapted in it.
         last_norm: Bytes that the norm before the head keeps, per token, for a width and bytes per number.
         trained_norms: Bytes per token that the norms of a block keep more when their weights are trained.
+        is_fast: Whether `lorakit.speed.accelerate` has functions for its halves.
     """
 
     name: str
     architectures: tuple[str, ...]
-    block: Callable[[ModelShape, Job], int]
+    norm: Callable[[int, int], int]
+    halves: Mapping[str, Callable[[ModelShape, Job], int]]
     last_norm: Callable[[int, int], int]
     trained_norms: Callable[[int, int], int]
+    is_fast: bool
+
+    def block(self, shape: ModelShape, job: Job) -> int:
+        """Bytes that one block keeps, whatever is adapted in it.
+
+        Args:
+            shape: The model.
+            job: Batch, length, dtype.
+        """
+        norms = 2 * job.batch_tokens * self.norm(shape.hidden, job.dtype_bytes)
+        return norms + sum(kept(shape, job) for kept in self.halves.values())
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,8 @@ class Activations:
         boundary: Bytes of the input of one block.
         blocks_kept: Blocks that keep anything: those from the first adapted one on.
         transient: Bytes of gradients that live at once while one block is gone through backward.
+        fused: Halves of its blocks that run as one function, of `of_blocks` in all.
+        of_blocks: Halves of its blocks that keep anything, or 0 where none of them can run so.
     """
 
     family: str
@@ -66,6 +84,8 @@ class Activations:
     boundary: int
     blocks_kept: int
     transient: int
+    fused: int = 0
+    of_blocks: int = 0
 
 
 def _rms_norm(width: int, _: int) -> int:
@@ -91,47 +111,63 @@ def _attention(shape: ModelShape, job: Job) -> int:
     return tokens * (number * 2 * (shape.query_width + shape.kv_width) + _FP32 * shape.heads)
 
 
-def _llama_block(shape: ModelShape, job: Job) -> int:
-    """Two RMSNorms, attention, SwiGLU: gate, silu(gate), up; rotary positions keep nothing per block."""
-    number = job.dtype_bytes
-    per_token = 2 * _rms_norm(shape.hidden, number) + 3 * number * shape.inner_width
-    if any(o.path.endswith("q_norm") for o in shape.others):  # Qwen3's norms of each head
-        per_token += _FP32 * (shape.query_width + shape.kv_width + shape.heads + shape.kv_heads)
+def _llama_attention(shape: ModelShape, job: Job) -> int:
+    """Attention and, in Qwen3, a norm of each head; rotary positions keep nothing per block."""
+    normed = any(o.path.endswith("q_norm") for o in shape.others)
+    per_token = _FP32 * (shape.query_width + shape.kv_width + shape.heads + shape.kv_heads) if normed else 0
     return job.batch_tokens * per_token + _attention(shape, job)
 
 
-def _gpt2_block(shape: ModelShape, job: Job) -> int:
-    """Two LayerNorms, attention, tanh-GELU (input, half of it, tanh, one plus tanh), noise of two dropouts."""
-    return job.batch_tokens * _classic(shape, job, 4) + _attention(shape, job)
+def _swiglu(shape: ModelShape, job: Job) -> int:
+    """Gate, silu(gate), up."""
+    return job.batch_tokens * 3 * job.dtype_bytes * shape.inner_width
 
 
-def _bert_block(shape: ModelShape, job: Job) -> int:
-    """As GPT-2, but GELU is one operation that keeps its input alone."""
-    return job.batch_tokens * _classic(shape, job, 1) + _attention(shape, job)
+def _dropping_attention(shape: ModelShape, job: Job) -> int:
+    """Attention, and the noise of the dropout behind it."""
+    return _attention(shape, job) + _noise(shape, job)
 
 
-def _classic(shape: ModelShape, job: Job, activations: int) -> int:
-    number = job.dtype_bytes
-    noise = 2 * number * shape.hidden if shape.dropouts.get("residual") else 0
-    return 2 * _layer_norm(shape.hidden, number) + activations * number * shape.intermediate + noise
+def _tanh_gelu(shape: ModelShape, job: Job) -> int:
+    """Input, half of it, tanh, one plus tanh; and the noise of the dropout behind."""
+    return 4 * job.batch_tokens * job.dtype_bytes * shape.intermediate + _noise(shape, job)
+
+
+def _gelu(shape: ModelShape, job: Job) -> int:
+    """One operation that keeps its input alone; and the noise of the dropout behind."""
+    return job.batch_tokens * job.dtype_bytes * shape.intermediate + _noise(shape, job)
+
+
+def _noise(shape: ModelShape, job: Job) -> int:
+    return job.batch_tokens * job.dtype_bytes * shape.hidden if shape.dropouts.get("residual") else 0
 
 
 _LLAMA = Family(
     "Llama-like block (RMSNorm, rotary, SwiGLU, sdpa)",
     ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"),
-    _llama_block,
+    _rms_norm,
+    {"attention": _llama_attention, "feed-forward": _swiglu},
     _rms_norm,
     lambda width, number: 2 * number * width,
+    is_fast=True,
 )
 _GPT2 = Family(
-    "GPT-2-like block (LayerNorm, tanh-GELU, dropout)", ("GPT2LMHeadModel",), _gpt2_block, _layer_norm, lambda *_: 0
+    "GPT-2-like block (LayerNorm, tanh-GELU, dropout)",
+    ("GPT2LMHeadModel",),
+    _layer_norm,
+    {"attention": _dropping_attention, "feed-forward": _tanh_gelu},
+    _layer_norm,
+    lambda *_: 0,
+    is_fast=True,
 )
 _BERT = Family(
     "BERT-like block (LayerNorm, GELU, dropout)",
     ("BertModel", "BertForSequenceClassification", "BertForMaskedLM"),
-    _bert_block,
+    _layer_norm,
+    {"attention": _dropping_attention, "feed-forward": _gelu},
     lambda *_: 0,
     lambda *_: 0,
+    is_fast=False,
 )
 FAMILIES: tuple[Family, ...] = (_LLAMA, _GPT2, _BERT)
 
@@ -151,8 +187,18 @@ def family_of(shape: ModelShape) -> tuple[Family, bool]:
     return (_GPT2 if shape.causal else _BERT), False
 
 
+def packs(shape: ModelShape) -> bool:
+    """Whether accelerated rows are known to lie end to end: not where attention drops.   [docs/math.md (36)]
+
+    Args:
+        shape: The model.
+    """
+    family, is_known = family_of(shape)
+    return is_known and family.is_fast and not (shape.dropouts.get("attention") or shape.dropouts.get("residual"))
+
+
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: StoredBase | None = None) -> Activations:
-    """Bytes kept while an adapter is trained on a frozen base.   [docs/math.md (24)]
+    """Bytes kept while an adapter is trained on a frozen base.   [docs/math.md (24)], accelerated [docs/math.md (29)]
 
     Args:
         shape: The base.
@@ -162,15 +208,49 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
         base: How the base is stored in fewer bits, or None.
     """
     family, is_known = family_of(shape)
-    by_block = dict.fromkeys(_inner(shape, counted), family.block(shape, job))
-    outside = job.batch_tokens * family.last_norm(shape.hidden, job.dtype_bytes)
-    for block, kept in (*_of_sites(shape, counted.sites, dropout, job), *_of_base(shape, counted, dropout, job, base)):
+    inner = _inner(shape, counted)
+    is_fast = job.accelerated and is_known and family.is_fast
+    fused = accelerated.fused(shape, counted, base is not None) if is_fast else frozenset()
+    norm = accelerated.norm(shape, job) if is_fast else family.norm(shape.hidden, job.dtype_bytes)
+    last_norm = norm if is_fast else family.last_norm(shape.hidden, job.dtype_bytes)
+    by_block = dict.fromkeys(inner, 2 * job.batch_tokens * norm)
+    outside = job.batch_tokens * last_norm
+    plain = [site for site in counted.sites if (block_of(site.path), accelerated.half_of(site.path)) not in fused]
+    for block, kept in (
+        *_of_halves(shape, counted, dropout, job, (family, fused)),
+        *_of_sites(shape, tuple(plain), dropout, job),
+        *_of_base(shape, counted, dropout, job, base),
+    ):
         if block in by_block:
             by_block[block] += kept
         elif block is None:  # blocks below the first adapted one keep nothing
             outside += kept
     found = _gathered(shape, job, (family, is_known), by_block, outside)
+    if is_fast:
+        ours = sum(block in by_block for block, _ in fused)
+        whole = ours == 2 * len(inner)
+        least = accelerated.transient(shape, job) if whole else found.transient
+        found = replace(found, fused=ours, of_blocks=2 * len(inner), transient=least)
     return found if base is None else replace(found, transient=found.transient + _multiplied_out(counted, job, base))
+
+
+def _of_halves(
+    shape: ModelShape, counted: Count, dropout: float, job: Job, kind: tuple[Family, frozenset[tuple[str, str]]]
+) -> Iterable[tuple[str, int]]:
+    """Block and bytes: each half of each block, with its sites where it runs as one function."""
+    family, fused = kind
+    within: dict[tuple[str | None, str | None], list[SiteCount]] = {}
+    for site in counted.sites:
+        within.setdefault((block_of(site.path), accelerated.half_of(site.path)), []).append(site)
+    for block in shape.blocks:
+        for name, plain in family.halves.items():
+            sites = within.get((block, name), [])
+            if (block, name) not in fused:
+                yield block, plain(shape, job)
+                continue
+            yield block, accelerated.half(shape, sites, name, dropout, job)
+            if name == "feed-forward" and (block, "attention") not in fused:
+                yield block, accelerated.input_alone(shape, sites, job)
 
 
 def of_full(shape: ModelShape, job: Job) -> Activations:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorakit.config import LoraConfig
-from lorakit.plan import files, flops, memory, params, words
+from lorakit.plan import activations, files, flops, memory, params, words
 from lorakit.plan.files import FileSize
 from lorakit.plan.flops import Flops
 from lorakit.plan.job import Job, Speed
@@ -149,6 +149,7 @@ def estimate(
         ConfigError: The config has no targets, or a pattern cannot be used.
     """
     job = job or Job()
+    job = job if activations.packs(shape) else dataclasses.replace(job, mean_tokens=None)  # then padding is computed
     shape, config = stacked(shape, config), dataclasses.replace(config, layer_replication=None)
     counted = params.count(shape, config, allow_partial=allow_partial, optimizer=job.optimizer)
     sizes = files.sizes(shape, counted)

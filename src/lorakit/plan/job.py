@@ -41,9 +41,14 @@ class Job:
         gradient_checkpointing: Keep only the input of each block and compute the rest again in the backward.
         quantization: A name of `plan.quantised.STORAGES`, or None for a base in `dtype`.
         double_quantization: Quantise the scales too, where that storage can.
+        accelerated: Run the layers by the functions of `lorakit.speed.accelerate` and the loss without logits, as
+            `lorakit train` does by default; else as transformers has them.
+        mean_tokens: Mean tokens of a row without padding, or None where that is not known. Accelerated rows lie end to
+            end, so padded tokens take no time; else they count as any other.
 
     Raises:
-        ConfigError: A number is below 1, or dtype, optimizer or quantization is not known.
+        ConfigError: A number is below 1, mean_tokens is above length_tokens, or dtype, optimizer or quantization is
+            not known.
     """
 
     batch_rows: int = 4
@@ -55,6 +60,8 @@ class Job:
     gradient_checkpointing: bool = False
     quantization: str | None = None
     double_quantization: bool = True
+    accelerated: bool = False
+    mean_tokens: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
@@ -62,6 +69,11 @@ class Job:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        if self.mean_tokens is not None and not 0 < self.mean_tokens <= self.length_tokens:
+            raise ConfigError(
+                f"mean_tokens is {self.mean_tokens!r}; it must be above 0 and at most length_tokens, "
+                f"{self.length_tokens}."
+            )
         if self.quantization is not None:
             storage_named(self.quantization)
         if self.optimizer not in OPTIMIZERS:
@@ -74,8 +86,9 @@ class Job:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of one optimizer step."""
-        return self.batch_tokens * self.accumulation
+        """Tokens that one optimizer step computes, padding among them where it is computed.   [docs/math.md (36)]"""
+        each = self.mean_tokens if self.accelerated and self.mean_tokens is not None else self.length_tokens
+        return round(self.batch_rows * each) * self.accumulation
 
     @property
     def dtype_bytes(self) -> int:

@@ -7,9 +7,9 @@ This module knows nothing about time or files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lorakit.plan import activations
+from lorakit.plan import accelerated, activations
 from lorakit.plan.activations import Activations
 from lorakit.plan.files import MASTER_BYTES
 from lorakit.plan.job import Job
@@ -91,13 +91,13 @@ class _Part:
 
 
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memory:
-    """Bytes of a LoRA step: frozen weights, fp32 factors, AdamW or LoRA-FA.   [docs/math.md (20)-(28)]
+    """Bytes of a LoRA step: frozen weights, fp32 factors, AdamW or LoRA-FA.   [docs/math.md (20)-(29)]
 
     Args:
         shape: The base.
         counted: The adapter.
         dropout: `lora_dropout`.
-        job: Batch, length, dtype, accumulation, checkpointing.
+        job: Batch, length, dtype, accumulation, checkpointing, and whether it is accelerated.
     """
     number, factors = job.dtype_bytes, counted.factors + counted.magnitudes + counted.row_numbers
     trained = factors - counted.frozen  # LoRA-FA's frozen factors have neither gradient nor moments
@@ -115,7 +115,8 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
         "optimizer": _Part(f"2 × (4 × {trained:,}{added})", 2 * (MASTER_BYTES * trained + number * plain), 23),
         "gradients": _Part(f"4 × {trained:,}{added}", MASTER_BYTES * trained + number * plain, 22),
     }
-    return _memory(shape, kept, parts, job)
+    parts["logits"] = _logits(shape, job, kept.of_blocks > 0 and accelerated.makes_no_logits(shape, counted))
+    return _memory(kept, parts, job, _notes(shape, kept, job))
 
 
 def _weights(shape: ModelShape, number: int, base: StoredBase | None) -> _Part:
@@ -145,7 +146,9 @@ def of_full(shape: ModelShape, job: Job) -> Memory:
         "optimizer": _Part(f"{states} × 4 × {numbers:,}", states * MASTER_BYTES * numbers, 23),
         "gradients": _Part(f"{number} × {numbers:,}", number * numbers, 22),
     }
-    return _memory(shape, activations.of_full(shape, job), parts, job)
+    parts["logits"] = _logits(shape, job, without=False)
+    kept = activations.of_full(shape, job)
+    return _memory(kept, parts, job, _notes(shape, kept, replace(job, accelerated=False)))
 
 
 def logits_bytes(shape: ModelShape, job: Job) -> int:
@@ -162,22 +165,33 @@ def logits_bytes(shape: ModelShape, job: Job) -> int:
     return LOSS_COPIES * 4 * job.batch_tokens * shape.vocab if has_head else 0
 
 
-def _memory(shape: ModelShape, kept: Activations, parts: dict[str, _Part], job: Job) -> Memory:
+def _logits(shape: ModelShape, job: Job, without: bool) -> _Part:
+    """What the loss holds where it is largest: tensors over the vocabulary, or without logits a chunk of them."""
+    size, tokens = logits_bytes(shape, job), job.batch_tokens
+    if without:
+        rows = accelerated.chunk_rows(shape, job)
+        hidden = tokens * job.dtype_bytes * shape.hidden
+        formula = (
+            f"{job.dtype_bytes} × ({rows:,} rows × {shape.vocab:,} + 2 × {tokens:,} tokens × {shape.hidden:,}) + "
+            f"8 × {tokens:,}"
+        )
+        chunk = job.dtype_bytes * rows * shape.vocab
+        return _Part(formula, chunk + hidden + accelerated.loss_keeps(shape, job), 35)
+    formula = f"{LOSS_COPIES} × 4 × {tokens:,} tokens × {shape.vocab:,}" if size else "no head over the vocabulary"
+    return _Part(formula, size, 25)
+
+
+def _memory(kept: Activations, parts: dict[str, _Part], job: Job, notes: tuple[str, ...]) -> Memory:
+    logits = parts.pop("logits")
     parts["activations"] = _activation_part(kept, job)
-    logits = logits_bytes(shape, job)
-    formula = (
-        f"{LOSS_COPIES} × 4 × {job.batch_tokens:,} tokens × {shape.vocab:,}"
-        if logits
-        else "no head over the vocabulary"
-    )
-    parts["logits"] = _Part(formula, logits, 25)
+    parts["logits"] = logits
     parts["runtime"] = _Part("measured: library pages, kernels, threads", RUNTIME_BYTES, 26)
     moment, at_peak = _peak(parts, kept, job)
     lines = tuple(
         Line(cause, part.formula, part.equation, part.size, at_peak.get(cause, part.size))
         for cause, part in parts.items()
     )
-    return Memory(lines, sum(line.at_peak_bytes for line in lines), moment, _notes(shape, kept))
+    return Memory(lines, sum(line.at_peak_bytes for line in lines), moment, notes)
 
 
 def _activation_part(kept: Activations, job: Job) -> _Part:
@@ -193,7 +207,7 @@ def _activation_part(kept: Activations, job: Job) -> _Part:
             f"{kept.blocks_kept} blocks × {tokens:,} tokens × {kept.blocks / blocks / tokens:,.0f} B + {kept.outside:,}"
         )
         size = kept.blocks + kept.outside
-    return _Part(formula, size, 24)
+    return _Part(formula, size, 29 if kept.fused else 24)
 
 
 def _peak(parts: dict[str, _Part], kept: Activations, job: Job) -> tuple[str, dict[str, int]]:
@@ -219,11 +233,36 @@ def _peak(parts: dict[str, _Part], kept: Activations, job: Job) -> tuple[str, di
     return moment, held
 
 
-def _notes(shape: ModelShape, kept: Activations) -> tuple[str, ...]:
-    if kept.is_known:
-        return (f"Activations: {kept.family}.", ALLOCATOR_NOTE)
-    return (
-        f"{shape.architecture} is not an architecture whose activations were derived; they are reckoned as those of a "
-        f"{kept.family}, so take them as an estimate.",
-        ALLOCATOR_NOTE,
-    )
+def _notes(shape: ModelShape, kept: Activations, job: Job) -> tuple[str, ...]:
+    if not kept.is_known:
+        reckoned = (
+            f"{shape.architecture} is not an architecture whose activations were derived; they are reckoned as those "
+            f"of a {kept.family}, so take them as an estimate."
+        )
+    else:
+        reckoned = f"Activations: {kept.family}."
+    return reckoned, _how(shape, kept, job), ALLOCATOR_NOTE
+
+
+def _how(shape: ModelShape, kept: Activations, job: Job) -> str:
+    """Which forwards were reckoned, and where they are not what a run was asked for."""
+    if not job.accelerated:
+        return "Forwards as transformers has them (train --no-accelerate): padded tokens take memory and time."
+    if not kept.of_blocks:
+        return (
+            "What accelerated forwards keep was not derived for this architecture: its own forwards are reckoned, and "
+            "a run may need less."
+        )
+    said = "Accelerated forwards (train --no-accelerate turns them off)"
+    own = kept.of_blocks - kept.fused
+    if own:
+        said += (
+            f"; {own} of {kept.of_blocks} halves of layers run as they are, since the base's dropout, DoRA, a copied "
+            "module, a trained bias and a quantised weight have no accelerated form"
+        )
+    if activations.packs(shape):
+        said += (
+            f". Rows lie end to end, so padded tokens take no memory and no time; these are rows of "
+            f"{job.length_tokens:,} tokens each"
+        )
+    return said + "."

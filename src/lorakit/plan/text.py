@@ -112,6 +112,7 @@ def _trainable(plan: Plan) -> str:
 def _head(plan: Plan) -> str:
     shape, job = plan.shape, plan.job
     again = ", gradient checkpointing" if job.gradient_checkpointing else ""
+    forwards = "accelerated" if job.accelerated else "not accelerated"
     steps = "" if job.steps is None else f" · {job.steps:,} steps, {job.steps * job.step_tokens:,} tokens"
     return "\n".join(
         [
@@ -119,7 +120,7 @@ def _head(plan: Plan) -> str:
             f"vocabulary {shape.vocab:,}{', tied head' if shape.tied else ''}",
             _wrapped(f"shape from: {shape.source}"),
             f"job: {job.batch_rows} × {job.length_tokens:,} tokens a batch, {job.accumulation} a step, "
-            f"{job.dtype}{again}{steps}",
+            f"{job.dtype}{again}, {forwards}{steps}",
             _trainable(plan),
         ]
     )

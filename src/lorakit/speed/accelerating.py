@@ -169,9 +169,12 @@ def _loss(model: Any, head: Head) -> LossWithoutLogits | str:
 
 
 def _may_pack(model: Any, fast: dict[str, tuple[nn.Module, Recipe]]) -> bool:
-    """Whether the attention of every layer is one of ours, so that packed sequences cannot see each other."""
+    """Whether the attention of every layer is one of ours, so that packed sequences cannot see each other.
+
+    One that drops runs as it is while it trains, and would keep maps of all tokens × all tokens.
+    """
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    ours = sum(attention.fits(module) is None for module, _ in fast.values())
+    ours = sum(attention.fits(module) is None and not attention.dropout(module) for module, _ in fast.values())
     return isinstance(layers, int) and ours == layers
 
 

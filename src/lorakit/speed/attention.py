@@ -192,10 +192,15 @@ def _is_plain(module: nn.Module, x: Tensor, window: int | None, call: dict[str, 
         return False
     if any(value is not None and value is not False for name, value in call.items() if name not in READ):
         return False
-    return not (module.training and _dropout(module) > 0)
+    return not (module.training and dropout(module) > 0)
 
 
-def _dropout(module: nn.Module) -> float:
+def dropout(module: nn.Module) -> float:
+    """The largest share that an attention drops while it trains, of weights or of its output; it then runs as it is.
+
+    Args:
+        module: A module that `fits`.
+    """
     inside = [module._modules.get(name) for name in DROPOUTS]
     shares = [getattr(one, "p", 1.0) for one in inside if one is not None]
     return max([float(getattr(module, "attention_dropout", 0.0) or 0.0), *shares])

@@ -13,6 +13,7 @@ from lorakit import core, hub
 from lorakit.data import Batch, encode, padding_id, read_records
 from lorakit.errors import AdapterFileError, ConfigError, RunError
 from lorakit.plan.quantised import Quantization
+from lorakit.speed import accelerate
 from lorakit.train.defaults import DEFAULTS
 from lorakit.train.evaluation import Evaluation, evaluate
 from lorakit.train.forecast import row_length
@@ -133,7 +134,11 @@ def _checked(settings: EvalSettings) -> torch.device:
 
 
 def _measured(model: Any, name: str, batches: Callable[[], Iterable[Batch]], where: torch.device) -> Compared:
-    found = evaluate(model, batches(), where)
+    fast = accelerate(model)
+    try:
+        found = evaluate(model, batches(), where, fast=fast)
+    finally:
+        fast.undo()  # the next adapter may grow the base
     if found is None:
         raise RunError("The evaluation was abandoned.")
     return Compared(name, found)

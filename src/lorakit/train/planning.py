@@ -5,7 +5,7 @@ The costs are `lorakit.plan`'s, the speed `lorakit.hub`'s; here they are only br
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +32,13 @@ class Planned:
     lines: tuple[str, ...]
 
 
-def planned_run(request: Request, pace: Pace, longest: int) -> Planned:
+def planned_run(request: Request, pace: Pace, lengths: Sequence[int]) -> Planned:
     """Plan a run: its precision first ("auto" measures the machine), then its memory and time.
 
     Args:
         request: The checked request; a resumed run keeps the precision that it began with.
         pace: Its steps.
-        longest: Tokens of its longest row.
+        lengths: Tokens of each of its rows.
 
     Returns:
         The plan.
@@ -46,7 +46,7 @@ def planned_run(request: Request, pace: Pace, longest: int) -> Planned:
     recorded = ((request.record or {}).get("resolved") or {}).get("dtype")
     wanted = recorded or request.settings.dtype
     calibration, lines = None, []
-    if wanted == "auto" or _flops(request, pace, longest, wanted) > WORTH_MEASURING_FLOPS:
+    if wanted == "auto" or _flops(request, pace, lengths, wanted) > WORTH_MEASURING_FLOPS:
         calibration = hub.calibrate(request.device)
         lines.append(calibration.line())
     choice = hub.choose_dtype(wanted, calibration)
@@ -55,15 +55,15 @@ def planned_run(request: Request, pace: Pace, longest: int) -> Planned:
     if calibration is not None:
         rates = {"bfloat16": calibration.bf16_flops_per_second, "float32": calibration.fp32_flops_per_second}
         speed = plan.Speed(flops_per_second=rates[choice.dtype], source="measured")
-    made = _estimate(request, pace, longest, choice.dtype, speed)
+    made = _estimate(request, pace, lengths, choice.dtype, speed)
     return Planned(choice.dtype, made.as_dict(), (*lines, *plan.summary(made)))
 
 
-def _estimate(request: Request, pace: Pace, longest: int, dtype: str, speed: plan.Speed | None) -> plan.Plan:
+def _estimate(request: Request, pace: Pace, lengths: Sequence[int], dtype: str, speed: plan.Speed | None) -> plan.Plan:
     settings, prospect = request.settings, request.forecast
     job = plan.Job(
         batch_rows=settings.per_device_train_batch_size,
-        length_tokens=longest,
+        length_tokens=max(lengths),
         accumulation=pace.accumulation,
         steps=pace.total_steps,
         dtype=dtype,
@@ -71,10 +71,12 @@ def _estimate(request: Request, pace: Pace, longest: int, dtype: str, speed: pla
         optimizer=settings.optimizer,
         quantization=None if request.stored is None else request.stored.name,
         double_quantization=request.stored is not None and request.stored.double,
+        accelerated=settings.accelerate,
+        mean_tokens=sum(lengths) / len(lengths),
     )
     return plan.estimate(prospect.shape, prospect.config, job, speed, allow_partial=settings.allow_partial_targets)
 
 
-def _flops(request: Request, pace: Pace, longest: int, dtype: str) -> float:
-    made = _estimate(request, pace, longest, dtype, None)
+def _flops(request: Request, pace: Pace, lengths: Sequence[int], dtype: str) -> float:
+    made = _estimate(request, pace, lengths, dtype, None)
     return made.lora.flops.total * made.job.step_tokens * pace.total_steps

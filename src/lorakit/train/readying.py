@@ -93,7 +93,7 @@ def make_ready(request: Request, progress: Progress) -> Ready:
     batches = make_batches(settings, request.data, request.tokenizer, request.forecast.max_length)
     _say_data(request, batches, progress)
     pace = make_pace(settings, batches)
-    planned = planned_run(request, pace, max(len(row) for row in batches.loader.sequences))
+    planned = planned_run(request, pace, [len(row) for row in batches.loader.sequences])
     for line in planned.lines:
         progress.say(line)
     model = hub.load_model(request.source, planned.dtype, request.device, quantization=settings.stored_as())

@@ -1,0 +1,224 @@
+"""Claim: an instruction-tuning job, from the start of the process to the same evaluation loss, beside `Trainer` + peft.
+
+python benchmarks/bench_job.py [--steps 60] [--dropout 0.05] [--rounds 1]
+
+SmolLM2-135M, bf16, r 16 on all linear layers. Rows of prompt and completion cut from Python's language reference, of
+skewed lengths (log-normal), 30 % of the tokens trained. Both sides start a fresh process, import, load, encode the same
+files, take the same number of steps of 4 rows at the same constant rate, evaluate before and after on the same rows
+and save the adapter: `lorakit train`, and transformers' Trainer with peft, padding each batch to its longest row and
+AdamW fused (its default). The wall time of the whole process counts. Both have the C library's allocator as it is, and
+told to keep blocks: `lorakit train` tells it by itself, for peft the process is told at its start. Afterwards one
+function judges both saved adapters on the evaluation rows; where lorakit's loss is not within 1 % of peft's or below,
+the row says so and the benchmark fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from runner import append_row
+
+OURS, THEIRS = "lorakit train", "Trainer + peft"
+ROWS, EVALUATED, MAX_LENGTH, RANK, ALPHA, RATE = 4, 32, 512, 16, 32, 3e-4
+CHARACTERS, SPREAD, TRAINED = 300, 0.9, 0.3  # median of a row, standard deviation of its logarithm, share of the answer
+SLACK = 1.01
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--allocators", nargs="+", choices=("stock", "tuned"), default=["stock", "tuned"])
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        trainer(json.loads(options.child))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_rows(folder, options.steps)
+        cases = [(side, allocator) for allocator in options.allocators for side in (THEIRS, OURS)]
+        seconds: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
+        for number in range(options.rounds):
+            for case in cases[number % 2 :] + cases[: number % 2]:  # who begins changes with the round
+                seconds[case].append(run(*case, folder, options))
+        losses = {case: judged(saved(*case, folder), folder) for case in cases}
+        facts = about(folder)
+    report(seconds, losses, {**facts, "steps": options.steps, "dropout": options.dropout})
+
+
+def write_rows(folder: Path, steps: int) -> None:
+    """train.jsonl, as many rows as the steps take, and eval.jsonl."""
+    from lorakit import data
+
+    drawn = random.Random(0)
+    text = "\n".join(record.text for record in data.python_reference() if isinstance(record, data.Document))
+    rows, at = [], 0
+    while len(rows) < steps * ROWS + EVALUATED:
+        size = max(40, min(int(drawn.lognormvariate(0, SPREAD) * CHARACTERS), 3 * MAX_LENGTH))
+        if at + size > len(text):
+            raise SystemExit(f"the text gives {len(rows)} rows; fewer --steps are needed")
+        answer = at + int(size * (1 - TRAINED))
+        rows.append({"prompt": text[at:answer], "completion": text[answer : at + size]})
+        at += size
+    drawn.shuffle(rows)
+    for name, part in (("eval", rows[:EVALUATED]), ("train", rows[EVALUATED:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+
+
+def run(side: str, allocator: str, folder: Path, options: argparse.Namespace) -> float:
+    """Seconds of a whole process."""
+    target = saved(side, allocator, folder)
+    if side == OURS:
+        command = [sys.executable, "-m", "lorakit", "train", *flags(folder, target.parent, options)]
+    else:
+        asked = {"folder": str(folder), "saved": str(target), "steps": options.steps, "dropout": options.dropout}
+        command = [sys.executable, __file__, "--child", json.dumps(asked)]
+    environment = {**os.environ, "LORAKIT_ALLOCATOR": "stock" if allocator == "stock" else ""}
+    began = time.perf_counter()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    taken = time.perf_counter() - began
+    if done.returncode:
+        raise SystemExit(f"{side} failed:\n{done.stderr}")
+    return taken
+
+
+def saved(side: str, allocator: str, folder: Path) -> Path:
+    """Where a side leaves its adapter."""
+    return folder / f"{'ours' if side == OURS else 'theirs'}-{allocator}" / "adapter"
+
+
+def flags(folder: Path, target: Path, options: argparse.Namespace) -> list[str]:
+    """The command line of `lorakit train`."""
+    given = {
+        "model": "smollm2",
+        "data": folder / "train.jsonl",
+        "eval-data": folder / "eval.jsonl",
+        "output-dir": target,
+        "dtype": "bfloat16",
+        "r": RANK,
+        "lora-alpha": ALPHA,
+        "lora-dropout": options.dropout,
+        "max-length": MAX_LENGTH,
+        "per-device-train-batch-size": ROWS,
+        "gradient-accumulation-steps": 1,
+        "max-steps": options.steps,
+        "eval-steps": options.steps,
+        "learning-rate": RATE,
+        "lr-scheduler-type": "constant",
+        "warmup-ratio": 0,
+        "seed": 0,
+    }
+    return [str(word) for flag, value in given.items() for word in (f"--{flag}", value)] + ["--overwrite"]
+
+
+def sequences(folder: Path, name: str) -> Any:
+    """The rows of a file, encoded as `lorakit train` encodes them."""
+    from lorakit import data, hub
+
+    records = data.read_records([folder / f"{name}.jsonl"])
+    return data.encode(records, hub.load_tokenizer("smollm2"), MAX_LENGTH).sequences
+
+
+def trainer(asked: dict[str, Any]) -> None:
+    """What people write: a model with peft, Trainer, a collator that pads."""
+    from lorakit.allocator import keep_large_blocks
+
+    keep_large_blocks()  # unless the environment says "stock"
+    import peft
+    import transformers
+
+    from lorakit import data, hub
+
+    folder = Path(asked["folder"])
+    tokenizer, model = hub.load_tokenizer("smollm2"), hub.load_model("smollm2", dtype="bfloat16")
+    tokenizer.pad_token_id = data.padding_id(tokenizer)
+    fields = {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": asked["dropout"], "target_modules": "all-linear"}
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
+    rows = {name: [_row(one) for one in sequences(folder, name)] for name in ("train", "eval")}
+    arguments = transformers.TrainingArguments(
+        output_dir=str(Path(asked["saved"]).parent),
+        max_steps=asked["steps"],
+        per_device_train_batch_size=ROWS,
+        per_device_eval_batch_size=ROWS,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        eval_strategy="steps",
+        eval_steps=asked["steps"],
+        eval_on_start=True,
+        prediction_loss_only=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=0,
+    )
+    transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=rows["train"],
+        eval_dataset=rows["eval"],
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, padding=True),
+    ).train()
+    model.save_pretrained(asked["saved"])
+
+
+def _row(one: Any) -> dict[str, list[int]]:
+    return {"input_ids": list(one.input_ids), "attention_mask": [1] * len(one), "labels": list(one.labels)}
+
+
+def judged(adapter: Path, folder: Path) -> float:
+    """The loss of a saved adapter over the trained tokens of the evaluation rows."""
+    import torch
+
+    from lorakit import core, data, hub
+    from lorakit.train.evaluation import evaluate
+
+    model = hub.load_model("smollm2", dtype="bfloat16")
+    core.load_adapter(model, adapter)
+    loader = data.Loader(sequences(folder, "eval"), ROWS, 0, shuffle=False, epochs=1)
+    found = evaluate(model, loader, torch.device("cpu"))
+    if found is None:
+        raise SystemExit("the evaluation was abandoned")
+    return found.loss
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """Shares and lengths of the training rows."""
+    rows = sequences(folder, "train")
+    lengths = sorted(len(row) for row in rows)
+    trained = sum(row.trained_tokens for row in rows) / sum(lengths)
+    quantiles = {"length_p50": lengths[len(lengths) // 2], "length_p90": lengths[9 * len(lengths) // 10]}
+    return {"tokens": sum(lengths), "trained_share": round(trained, 3), **quantiles, "longest": lengths[-1]}
+
+
+def report(
+    seconds: dict[tuple[str, str], list[float]], losses: dict[tuple[str, str], float], facts: dict[str, Any]
+) -> None:
+    """A row for each side and allocator."""
+    worse = []
+    for (side, allocator), taken in seconds.items():
+        theirs = min(seconds[THEIRS, allocator])
+        row = {"what": side, "model": "smollm2", "allocator": allocator, "r": RANK, **facts}
+        row |= {"eval_loss": round(losses[side, allocator], 4), "times_peft": round(theirs / min(taken), 3)}
+        row["same_loss"] = losses[side, allocator] <= SLACK * losses[THEIRS, allocator]
+        append_row("job", row, {"seconds": taken})
+        worse += [] if row["same_loss"] else [f"{side}, {allocator}"]
+    if worse:
+        raise SystemExit(f"more than 1 % above peft's evaluation loss: {worse}; their times are no comparison")
+
+
+if __name__ == "__main__":
+    main()

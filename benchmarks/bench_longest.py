@@ -1,0 +1,118 @@
+"""Claim: the longest sequence that trains within some memory is at least three times peft's.
+
+python benchmarks/bench_longest.py [--gib 2] [--checkpointing] [--dropout 0]
+
+SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, one sequence, all tokens trained. A trial
+is a short step, which makes the optimizer's state, and one of that length, in a fresh process; it fits where the peak of
+the resident size exceeds what is resident with the weights by no more than the limit. Memory grows about as the tokens
+do, so each trial's length follows from those before; the search ends when the longest that fits and the shortest that
+does not are within 7 % of each other. The C library's allocator is as it is: told to keep blocks, a process holds what
+it does not need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from resident import resident_with_weights, status
+from runner import append_row
+from stepping import OURS, PEFT, TARGETS, Job, prepare
+
+GRAIN, CLOSE, FIRST, SHORT = 64, 1.07, 512, 16
+MARGIN = 0.99  # aim a little below the limit: what fits is found sooner
+GROWTH = 4  # a length is at most so many times one that was tried
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=2.0, help="memory above the weights")
+    parser.add_argument("--model", choices=sorted(TARGETS), default="smollm2")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--checkpointing", action="store_true", help="recompute each layer in the backward, both sides")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try things")
+    parser.add_argument("--child", nargs=2, metavar=("SIDE", "JOB"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(options.child[0], Job(**json.loads(options.child[1])))))
+        return
+    limit, found = options.gib * 2**30, dict[str, tuple[int, dict[str, float]]]()
+    for side in (PEFT, OURS):
+
+        def trial(length: int, side: str = side) -> dict[str, float]:
+            job = Job(options.model, "bfloat16", 1, length, options.dropout)
+            fields = {**asdict(job), "checkpointing": options.checkpointing, "layers": options.layers}
+            return child(side, fields)
+
+        found[side] = longest(trial, limit)
+    for side, (length, measured) in found.items():
+        facts = {"what": side, "model": options.model, "gib": options.gib, "dropout": options.dropout}
+        facts |= {"checkpointing": options.checkpointing, "layers": options.layers, "allocator": "stock"}
+        facts["times_peft"] = round(length / found[PEFT][0], 3) if found[PEFT][0] else None
+        samples = {"longest_tokens": [length], "peak_bytes": [measured["peak_bytes"]], "seconds": [measured["seconds"]]}
+        append_row("longest", facts, samples)
+
+
+def longest(trial: Callable[[int], dict[str, float]], limit: float) -> tuple[int, dict[str, float]]:
+    """The longest sequence that fits, to 7 %, and what its trial measured.
+
+    Args:
+        trial: Length in tokens -> its "peak_bytes" above the weights, and "seconds".
+        limit: Bytes.
+    """
+    fits, exceeds, length = {0: {"peak_bytes": 0.0, "seconds": 0.0}}, dict[int, dict[str, float]](), FIRST
+    while True:
+        measured = trial(length)
+        within = measured["peak_bytes"] <= limit
+        print(f"  {length} tokens: {measured['peak_bytes'] / 2**30:.2f} GiB, {measured['seconds']:.1f} s a step")
+        (fits if within else exceeds)[length] = measured
+        low, high = max(fits), min(exceeds, default=None)
+        if high is not None and (high <= CLOSE * low or high - low <= GRAIN):
+            return low, fits[low]
+        length = follows({**fits, **exceeds}, low, high, limit)
+
+
+def follows(tried: dict[int, dict[str, float]], low: int, high: int | None, limit: float) -> int:
+    """The next length: where a line through the two nearest trials meets the limit, kept between low and high."""
+    first, second = sorted(sorted(tried, key=lambda n: abs(tried[n]["peak_bytes"] - limit))[:2])
+    slope = (tried[second]["peak_bytes"] - tried[first]["peak_bytes"]) / (second - first)
+    wanted = second + (MARGIN * limit - tried[second]["peak_bytes"]) / max(slope, 1.0)
+    if high is None:
+        wanted = min(max(wanted, CLOSE * low), GROWTH * max(low, FIRST))
+    elif not low * CLOSE**0.5 < wanted < high / CLOSE**0.5:
+        wanted = max((low + high) / 2, low + GRAIN) if high > 1.3 * low else (low * high) ** 0.5
+    return max(int(wanted) // GRAIN * GRAIN, low + GRAIN)
+
+
+def child(side: str, fields: dict[str, Any]) -> dict[str, float]:
+    """One trial in a fresh process; one that the kernel or malloc refuses needs more than there is."""
+    environment = {**os.environ, "LORAKIT_ALLOCATOR": "stock"}
+    command = [sys.executable, __file__, "--child", side, json.dumps(fields)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == -9 or "allocate memory" in done.stderr or "memory ran out" in done.stderr:
+        return {"peak_bytes": float("inf"), "seconds": 0.0}
+    if done.returncode:
+        raise SystemExit(f"{side} {fields} failed:\n{done.stderr}")
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def measure(side: str, job: Job) -> dict[str, float]:
+    """The peak of a step above the weights, and its seconds."""
+    model, step = prepare(side, job)
+    resident = resident_with_weights(model)
+    step(0, SHORT)
+    began = time.perf_counter()
+    step(1)
+    return {"peak_bytes": status("VmHWM") - resident, "seconds": time.perf_counter() - began}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""What the benchmarks of a training step share: models of published geometry, and the sides that train them.
+
+A side is a name; `prepare` makes of it a function that takes one whole step on batch `number` and returns the loss.
+Weights are random, batches are drawn by their number, so that every side has the same. Nothing here measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+RATE = 1e-4
+ALPHA_OVER_R = 2
+ALL_LINEAR = "all-linear"
+TARGETS: dict[str, tuple[int, str | list[str]]] = {"smollm2": (16, ALL_LINEAR), "gpt2": (8, ["c_attn", "c_proj"])}
+"""Model -> rank and targets that it is measured with."""
+
+PRODUCTS, OURS, OURS_FROZEN, THEIRS_FROZEN = "products alone", "lorakit", "lorakit, frozen", "transformers, frozen"
+PEFT, PEFT_NARROW, PEFT_AUTOCAST = "peft", "peft, adapters in the base's dtype", "peft, bf16 autocast"
+FROZEN_SIDES = (PRODUCTS, OURS_FROZEN, THEIRS_FROZEN)
+PEFT_SIDES = (PEFT, PEFT_NARROW, PEFT_AUTOCAST)
+
+LEVERS: dict[str, frozenset[str]] = {
+    "half layers as one function": frozenset({"decoder layer"}),
+    "attention": frozenset({"decoder layer", "attention"}),
+    "feed-forward": frozenset({"decoder layer", "feed-forward"}),
+    "norms": frozenset({"decoder layer", "norm"}),
+    "loss without logits": frozenset({"loss without logits"}),
+    "dropout by gaps": frozenset({"dropout by gaps"}),
+    "all recipes": frozenset({"decoder layer", "attention", "feed-forward", "norm", "loss without logits"}),
+}
+"""What can be turned off -> the recipes of `accelerate`, and other parts, that go with it: where attention or
+feed-forward is the model's own, a half layer cannot be one function."""
+
+Step = Callable[..., float]
+"""Number of the batch, and perhaps a length other than the job's -> the loss."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One setting of a step.
+
+    Attributes:
+        model: "smollm2" (135M) or "gpt2" (124M).
+        dtype: Of the base.
+        rows: Sequences of a batch.
+        length: Tokens of each; all are trained.
+        dropout: Of the adapters.
+        base_dropout: Of GPT-2 itself; as published it has 0.1.
+        checkpointing: Recompute each layer in the backward.
+        layers: Fewer than the model has, to try things.
+    """
+
+    model: str = "smollm2"
+    dtype: str = "bfloat16"
+    rows: int = 4
+    length: int = 256
+    dropout: float = 0.0
+    base_dropout: float = 0.0
+    checkpointing: bool = False
+    layers: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.rows * self.length
+
+
+def prepare(side: str, job: Job, off: Collection[str] = ()) -> tuple[Any, Step]:
+    """A side's model and its step.
+
+    Args:
+        side: One of the names above.
+        job: The setting.
+        off: Of `LEVERS`' values, what is turned off in "lorakit".
+    """
+    import torch
+
+    torch.manual_seed(0)
+    model = geometry(job).train()
+    if side == PRODUCTS:
+        from products import bare_products
+
+        return model, bare_products(model, job)
+    if side in (OURS_FROZEN, THEIRS_FROZEN):
+        model.requires_grad_(False)
+        return model, _frozen(model, job, ours=side == OURS_FROZEN)
+    return (model, _ours(model, job, off)) if side == OURS else _peft(model, job, side)
+
+
+def geometry(job: Job) -> Any:
+    """A model of published sizes with random weights."""
+    import torch
+    import transformers
+
+    dtype, positions = getattr(torch, job.dtype), max(job.length, 1024)
+    if job.model == "gpt2":
+        p, layers = job.base_dropout, job.layers or 12
+        config: Any = transformers.GPT2Config(
+            n_positions=positions, n_layer=layers, resid_pdrop=p, embd_pdrop=p, attn_pdrop=p, dtype=dtype
+        )
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=job.layers or 30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            max_position_embeddings=positions,
+            tie_word_embeddings=True,
+            dtype=dtype,
+        )
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def adapter_fields(job: Job) -> dict[str, Any]:
+    """The fields of a LoraConfig that both libraries take."""
+    r, targets = TARGETS[job.model]
+    return {
+        "r": r,
+        "lora_alpha": ALPHA_OVER_R * r,
+        "lora_dropout": job.dropout,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+        "fan_in_fan_out": job.model == "gpt2",
+    }
+
+
+def token_ids(model: Any, job: Job, number: int, length: int | None = None) -> Any:
+    """The ids of batch `number`, (rows, length)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(0, model.config.vocab_size, (job.rows, length or job.length), generator=generator)
+
+
+def _frozen(model: Any, job: Job, *, ours: bool) -> Step:
+    """Forward and backward to the embedded input, without any adapter."""
+    from lorakit.speed import accelerate
+
+    fast = accelerate(model) if ours else None
+
+    def step(number: int) -> float:
+        ids = token_ids(model, job, number)
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
+        if fast is not None and fast.head is not None:
+            trained = job.rows * (job.length - 1)
+            loss = fast.head.loss_sum(model, ids, inputs_embeds=embedded, use_cache=False) / trained
+        else:
+            loss = model(inputs_embeds=embedded, labels=ids, use_cache=False).loss
+        loss.backward()
+        return float(loss.detach())
+
+    return step
+
+
+def _ours(model: Any, job: Job, off: Collection[str]) -> Step:
+    """`lorakit train`'s own step."""
+    import torch
+
+    from lorakit import core
+    from lorakit.config import LoraConfig
+    from lorakit.data import Batch
+    from lorakit.train.optim import adamw
+    from lorakit.train.step import Trainee, train_step
+
+    core.attach(model, LoraConfig(**adapter_fields(job)), allow=())
+    if job.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)})
+    named = core.trainable_parameters(model)
+    fast = _accelerated(model, off)
+    trainee = Trainee(model, named, adamw(named, RATE, 0.0), torch.device("cpu"), 1.0, fast=fast)
+
+    def step(number: int, length: int | None = None) -> float:
+        ids = token_ids(model, job, number, length)
+        batch = Batch(ids, torch.ones_like(ids), ids.clone(), 0.0, ids.numel(), len(ids) * (ids.shape[1] - 1))
+        return train_step(trainee, [batch], RATE).loss
+
+    return step
+
+
+def _accelerated(model: Any, off: Collection[str]) -> Any:
+    """What `accelerate` makes of the model, without what is turned off."""
+    from lorakit.ops import linear
+    from lorakit.speed import accelerate
+
+    fast = accelerate(model)
+    for recipe, swap in fast.swaps:
+        if recipe in off:
+            swap.undo()
+    if "loss without logits" in off:
+        fast = replace(fast, head=None)
+    if "dropout by gaps" in off:  # the operations have no switch for it, and need none
+        linear.draw = _mask
+    return fast
+
+
+def _mask(like: Any, p: float) -> tuple[Any, Any]:
+    """A decision for every number of a tensor (any shape), as `torch.nn.functional.dropout` draws them."""
+    import torch
+
+    mask = torch.empty(like.shape, dtype=torch.bool).bernoulli_(p)
+    return mask, mask
+
+
+def _peft(model: Any, job: Job, side: str) -> tuple[Any, Step]:
+    """Peft in a plain loop: the model's own loss, clipping, fused AdamW."""
+    import contextlib
+
+    import peft
+    import torch
+
+    config = peft.LoraConfig(**adapter_fields(job))
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=side != PEFT_NARROW).train()
+    if job.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
+
+    def step(number: int, length: int | None = None) -> float:
+        ids = token_ids(model, job, number, length)
+        narrow = torch.autocast("cpu", torch.bfloat16) if side == PEFT_AUTOCAST else contextlib.nullcontext()
+        with narrow:
+            loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    return model, step

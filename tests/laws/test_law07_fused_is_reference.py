@@ -1,0 +1,271 @@
+"""Law 7: a fused operation is its reference, in value and in every gradient, and its gradients are derivatives.
+
+One table of operations, in double precision: `gradcheck` compares what the backward gives with differences of the
+forward, and value and gradients are compared with the plain PyTorch beside each operation. Lower precisions, what is
+saved and what is refused are tested in tests/ops.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lorakit.ops
+from lorakit.ops import (
+    activation,
+    attention,
+    attention_block,
+    cross_entropy,
+    dropout,
+    linear,
+    mlp,
+    norm,
+    rotary,
+    segments,
+)
+from lorakit.ops.adapted import Adapted, LowRank
+from lorakit.ops.attention_pattern import Pattern
+from lorakit.ops.norm import Norm
+
+from .tolerances import RELATIVE
+
+D = torch.float64
+BOUND = 10 * RELATIVE[D]
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fused operation and its reference over the same tensors.
+
+    Attributes:
+        fused, plain: Tensors that ask for gradients -> one tensor or several.
+        inputs: These tensors.
+    """
+
+    fused: Function
+    plain: Function
+    inputs: tuple[Tensor, ...]
+
+
+def normal(*shape: int, seed: int = 0, trained: bool = False) -> Tensor:
+    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + 31 * seed), dtype=D)
+    return drawn.requires_grad_(trained)
+
+
+def site(out: int, width: int, r: int = 2, *, transposed: bool = False, p: float = 0.0, seed: int = 0) -> Adapted:
+    """A frozen weight of this shape with a bias, and an adapter whose B is not zero where r > 0."""
+    W = normal(*((width, out) if transposed else (out, width)), seed=seed) / width**0.5
+    A, B = normal(max(r, 1), width, seed=seed + 1, trained=True), normal(out, max(r, 1), seed=seed + 2, trained=True)
+    return Adapted(W, normal(out, seed=seed + 3), LowRank(A, B, 0.7, p) if r else None, transposed)
+
+
+def trained(*sites: Adapted) -> tuple[Tensor, ...]:
+    return tuple(tensor for tensor in linear.factors(sites) if tensor is not None)
+
+
+def a_group(*sites: Adapted) -> Case:
+    x = normal(2, 3, 5, trained=True)
+
+    def fused(x: Tensor, *_: Tensor) -> Any:
+        torch.manual_seed(3)
+        return linear.linears(x, sites)
+
+    def plain(x: Tensor, *_: Tensor) -> Any:
+        torch.manual_seed(3)
+        masks: list[Tensor | None] = []
+        for one in sites:
+            if one.low is None or one.low.p == 0:
+                masks.append(None)
+            else:
+                masks.append(dropout.zero_(torch.ones(x.shape, dtype=D), dropout.zeroed(x.numel(), one.low.p, "cpu")))
+        return tuple(linear.reference(x, sites, masks))
+
+    return Case(fused, plain, (x, *trained(*sites)))
+
+
+def a_dropout() -> Case:
+    x = normal(4, 6, trained=True)
+
+    def fused(x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return dropout.dropout(x, 0.4)
+
+    def plain(x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        keep = dropout.zero_(torch.ones(x.shape, dtype=D), dropout.zeroed(x.numel(), 0.4, "cpu"))
+        return dropout.reference(x, 0.4, keep)
+
+    return Case(fused, plain, (x,))
+
+
+def a_norm(kind: Any, **words: Any) -> Case:
+    own = Norm(kind, normal(5, seed=1), words.pop("bias", None), 1e-5, **words)
+    return Case(lambda x: norm.normalised(x, own), lambda x: norm.reference(x, own), (normal(2, 3, 5, trained=True),))
+
+
+def an_activation(name: str) -> Case:
+    """An activation by itself has no function of autograd: it is seen through a feed-forward block of two."""
+    return an_mlp(name, site(6, 5), down=site(5, 6, seed=7))
+
+
+def an_mlp(act: str, *inner: Adapted, down: Adapted, own: Norm | None = None, residual: bool = False) -> Case:
+    form = mlp.Form(inner, down, activation.activation(act), own, residual)
+
+    def fused(x: Tensor, *_: Tensor) -> Tensor:
+        if len(inner) == 1:
+            return mlp.plain(x, own, inner[0], down, act, residual)
+        return mlp.gated(x, own, inner[0], inner[1], down, act, residual)
+
+    x = normal(2, 2, 5, trained=True)
+    return Case(fused, lambda x, *_: mlp.reference(x, form), (x, *trained(*inner, down)))
+
+
+def tables(tokens: int, width: int) -> tuple[Tensor, Tensor]:
+    angles = torch.outer(torch.arange(tokens), 0.7 ** torch.arange(width // 2)).to(D).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def a_turn(pairs: Any) -> Case:
+    cos, sin = tables(4, 4)
+    if pairs == "interleaved":
+        cos, sin = (table[:, :2].repeat_interleave(2, 1) for table in (cos, sin))
+    turn = rotary.Rotary(cos, sin, pairs)
+    x = normal(1, 2, 4, 6, trained=True)
+    return Case(lambda x: rotary.rotate(x, turn), lambda x: rotary.reference(x, turn), (x,))
+
+
+def an_attention(pattern: Pattern) -> Case:
+    q, k, v = (normal(1, heads, 6, 3, seed=i, trained=True) for i, heads in enumerate((4, 2, 2)))
+
+    def both(made: Function) -> Function:
+        return lambda q, k, v: made(q, k, v, pattern)
+
+    return Case(both(attention.attention), both(attention.reference), (q, k, v))
+
+
+def a_block(pattern: Pattern, *, fused_projection: bool = False, norms: bool = False, residual: bool = True) -> Case:
+    inputs = (site(16, 5),) if fused_projection else (site(8, 5), site(4, 5, seed=3), site(4, 5, 0, seed=6))
+    own = [Norm("rms", normal(size, seed=size)) for size in (5, 4, 4)] if norms else [None] * 3
+    block = attention_block.SelfAttention(inputs, site(5, 8, seed=9), 4, 1, *own)
+    turn = rotary.Rotary(*tables(5, 4))
+    x = normal(2, 5, 5, trained=True)
+    return Case(
+        lambda x, *_: attention_block.attention_block(x, block, pattern, turn, residual),
+        lambda x, *_: attention_block.reference(x, block, pattern, turn, residual),
+        (x, *trained(*block.projections)),
+    )
+
+
+def a_loss(**words: Any) -> Case:
+    chunk = words.pop("chunk", None)
+    head, labels = cross_entropy.Head(normal(9, 5, seed=2), **words), torch.tensor([[0, -100, 8], [3, 3, -100]])
+    return Case(
+        lambda h: cross_entropy.linear_cross_entropy(h, head, labels, chunk=chunk),
+        lambda h: cross_entropy.reference(h, head, labels),
+        (normal(2, 3, 5, trained=True),),
+    )
+
+
+def segments_by(way: Any) -> Case:
+    index, scales = torch.tensor([1, -1, 0, 1]), torch.tensor([0.5, 2.0], dtype=D)
+    given = (
+        normal(4, 3, 5, trained=True),
+        normal(2, 2, 5, seed=1, trained=True),
+        normal(2, 6, 2, seed=2, trained=True),
+    )
+    return Case(
+        lambda x, A, B: segments.segmented(x, A, B, scales, index, way=way),
+        lambda x, A, B: segments.reference(x, A, B, scales, index),
+        given,
+    )
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "linear": lambda: a_group(site(4, 5)),
+    "linear: transposed": lambda: a_group(site(4, 5, transposed=True)),
+    "linear: q, k, v": lambda: a_group(site(6, 5), site(3, 5, 1, seed=4), site(3, 5, 0, seed=8)),
+    "linear: with dropout": lambda: a_group(site(6, 5, p=0.3), site(3, 5, seed=4), site(3, 5, p=0.5, seed=8)),
+    "dropout": a_dropout,
+    "norm: rms": lambda: a_norm("rms"),
+    "norm: rms from zero": lambda: a_norm("rms", offset=1.0),
+    "norm: layer": lambda: a_norm("layer", bias=normal(5, seed=4)),
+    **{f"activation: {name}": lambda name=name: an_activation(name) for name in activation.ACTIVATIONS},
+    "mlp: gated": lambda: an_mlp(
+        "silu", site(6, 5), site(6, 5, seed=4), down=site(5, 6, seed=8), own=Norm("rms", normal(5)), residual=True
+    ),
+    "mlp: plain": lambda: an_mlp(
+        "gelu_tanh",
+        site(6, 5, transposed=True),
+        down=site(5, 6, transposed=True, seed=8),
+        own=Norm("layer", normal(5), normal(5, seed=1)),
+        residual=True,
+    ),
+    "rotary: half": lambda: a_turn("half"),
+    "rotary: interleaved": lambda: a_turn("interleaved"),
+    "attention: causal": lambda: an_attention(Pattern()),
+    "attention: flash": lambda: an_attention(Pattern(way="flash")),
+    "attention: both directions": lambda: an_attention(Pattern(causal=False)),
+    "attention: window and soft-cap": lambda: an_attention(Pattern(window=3, softcap=2.0)),
+    "attention: packed": lambda: an_attention(Pattern(segments=(2, 1, 3))),
+    "block: q, k, v": lambda: a_block(Pattern()),
+    "block: one projection": lambda: a_block(Pattern(scale=0.3), fused_projection=True, residual=False),
+    "block: norms, packed": lambda: a_block(Pattern(segments=(2, 3)), norms=True),
+    "cross-entropy": a_loss,
+    "cross-entropy: chunks, scale": lambda: a_loss(chunk=2, bias=normal(9, seed=5), scale=0.25),
+    "cross-entropy: soft-cap": lambda: a_loss(softcap=1.5),
+    **{f"segments: {way}": lambda way=way: segments_by(way) for way in ("masked", "rows", "sorted")},
+}
+
+
+def several(made: Any) -> Sequence[Tensor]:
+    return made if isinstance(made, (tuple, list)) else (made,)
+
+
+def gradients(made: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Of a weighted sum of all outputs, so that no gradient is a symmetry's."""
+    weights = [torch.cos(torch.arange(y.numel(), dtype=D) + i).view(y.shape) for i, y in enumerate(made)]
+    total = torch.stack([(y * w).sum() for y, w in zip(made, weights, strict=True)]).sum()
+    return list(torch.autograd.grad(total, inputs, allow_unused=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_every_gradient_are_the_references(name: str) -> None:
+    case = CASES[name]()
+    ours, theirs = several(case.fused(*case.inputs)), several(case.plain(*case.inputs))
+    pairs = [*zip(ours, theirs, strict=True)]
+    pairs += zip(gradients(ours, case.inputs), gradients(theirs, case.inputs), strict=True)
+    for i, (found, wanted) in enumerate(pairs):
+        assert found is not None and wanted is not None, f"{i}: no gradient"
+        assert found.shape == wanted.shape
+        found, wanted = found.detach(), wanted.detach()
+        assert float((found - wanted).abs().max()) <= BOUND * max(1.0, float(wanted.abs().max())), i
+        assert float(wanted.abs().max()) > 0, f"{i}: all zero, which proves nothing"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_derivatives(name: str) -> None:
+    case = CASES[name]()
+    assert torch.autograd.gradcheck(case.fused, case.inputs)
+
+
+def test_every_operation_with_a_reference_has_a_row() -> None:
+    """A file of `ops` that has a `reference` stands in the table under its name."""
+    known = {name.partition(":")[0] for name in CASES}
+    said = {"attention_block": "block", "cross_entropy": "cross-entropy"}
+    folder = Path(lorakit.ops.__file__).parent
+    found = 0
+    for path in folder.glob("*.py"):
+        names = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+        if "reference" in names:
+            found += 1
+            assert said.get(path.stem, path.stem) in known, path.name
+    assert found >= 9

@@ -1,0 +1,212 @@
+"""The derived bytes of accelerated forwards against what autograd saves, counted with saved-tensor hooks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from lorakit.config import LoraConfig
+from lorakit.plan import Job, ModelShape, Speed, accelerated, activations, catalogue, count, estimate, memory
+
+from .test_activations import LAYERS, LENGTH, ROWS, _model
+
+
+def _saved_bytes(model: Any, fast: Any, ids: Any) -> int:
+    """Bytes of distinct storages that the graph of the loss holds, without parameters and buffers."""
+    import torch
+
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    held: dict[int, Any] = {}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        fast.head.loss_sum(model, ids, input_ids=ids, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+def _both(name: str, targets: Any, job: Job, base_dropout: float = 0.0, **words: Any) -> tuple[int, Any, ModelShape]:
+    """Bytes that an accelerated model saved, what was reckoned, and its shape."""
+    import torch
+
+    from lorakit import core, hub
+    from lorakit.core.optimizers.lorafa import freeze_factors
+    from lorakit.speed import accelerate
+
+    torch.manual_seed(0)
+    model = _model(name, base_dropout).to(getattr(torch, job.dtype))
+    shape = hub.shape_of_module(model, "small", "here")
+    config = LoraConfig(r=4, target_modules=targets, **words)
+    core.attach(model, config)
+    if job.optimizer == "lorafa":
+        freeze_factors(model)
+    model.train()
+    if job.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)})
+    saved = _saved_bytes(model, accelerate(model), torch.randint(0, 300, (ROWS, LENGTH)))
+    counted = count(shape, config, optimizer=job.optimizer)
+    return saved, activations.of_lora(shape, counted, config.lora_dropout, job), shape
+
+
+CASES = [
+    ("llama", "all-linear"),
+    ("llama", ["q_proj", "v_proj"]),
+    ("qwen2", "all-linear"),
+    ("qwen3", "all-linear"),
+    ("gpt2", ["c_attn", "c_proj"]),
+    ("gpt2", "all-linear"),
+]
+
+
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "targets"), CASES, ids=str)
+def test_what_autograd_saves(name: str, targets: Any, dtype: str, lora_dropout: float) -> None:
+    job = Job(ROWS, LENGTH, dtype=dtype, accelerated=True)
+    saved, planned, shape = _both(name, targets, job, lora_dropout=lora_dropout)
+    assert planned.fused == planned.of_blocks == 2 * LAYERS
+    reckoned = planned.blocks + planned.outside + accelerated.loss_keeps(shape, job)
+    assert reckoned == pytest.approx(saved, rel=0.005)
+
+
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "targets"), [CASES[0], CASES[4]], ids=str)
+def test_checkpointing_keeps_the_inputs_of_the_layers(name: str, targets: Any, dtype: str, lora_dropout: float) -> None:
+    job = Job(ROWS, LENGTH, dtype=dtype, accelerated=True, gradient_checkpointing=True)
+    saved, planned, shape = _both(name, targets, job, lora_dropout=lora_dropout)
+    reckoned = LAYERS * planned.boundary + planned.outside + accelerated.loss_keeps(shape, job)
+    assert reckoned == pytest.approx(saved, rel=0.005)
+    assert planned.largest_block * LAYERS == planned.blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "words", "fused"),
+    [
+        ("llama", "all-linear", {"use_dora": True}, 0),
+        ("llama", ["q_proj", "v_proj"], {"use_dora": True}, LAYERS),  # the feed-forward alone
+        ("llama", ["gate_proj", "o_proj"], {"use_dora": True}, 0),
+        ("gpt2", "all-linear", {"base_dropout": 0.1, "lora_dropout": 0.1}, 0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_not_plain_runs_as_it_is(name: str, targets: Any, words: Any, fused: int, dtype: str) -> None:
+    job = Job(ROWS, LENGTH, dtype=dtype, accelerated=True)
+    saved, planned, shape = _both(name, targets, job, **words)
+    assert (planned.fused, planned.of_blocks) == (fused, 2 * LAYERS)
+    reckoned = planned.blocks + planned.outside + accelerated.loss_keeps(shape, job)
+    assert reckoned == pytest.approx(saved, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_frozen_factor_keeps_no_output_of_attention(name: str) -> None:
+    job = Job(ROWS, LENGTH, dtype="float32", accelerated=True, optimizer="lorafa")
+    saved, planned, shape = _both(name, "all-linear", job)
+    assert planned.blocks + planned.outside + accelerated.loss_keeps(shape, job) == pytest.approx(saved, rel=0.01)
+
+
+def test_the_operations_cut_where_the_plan_says() -> None:
+    import torch
+
+    from lorakit.ops import attention, cross_entropy
+
+    assert accelerated.FLASH_FROM == attention.FLASH_FROM
+    shape = _shape("SmolLM2-135M")
+    for vocab in (100, 49_152, 262_144, 2_000_000):
+        wide = dataclasses.replace(shape, vocab=vocab)
+        for dtype in ("bfloat16", "float32"):
+            W = torch.empty(vocab, 1, dtype=getattr(torch, dtype), device="cpu")
+            assert accelerated.chunk_rows(wide, Job(dtype=dtype)) == cross_entropy.chunk_rows(W)
+
+
+def test_long_rows_keep_the_output_and_a_number_a_head() -> None:
+    import torch
+
+    from lorakit.ops.attention import attention
+
+    q = torch.randn(1, 2, accelerated.FLASH_FROM, 8, requires_grad=True)
+    saved = attention(q, q, q).grad_fn.saved_tensors  # type: ignore[union-attr]
+    shape = _shape("SmolLM2-135M")
+    sites = [
+        s for s in count(shape, LoraConfig(target_modules=["q_proj"])).sites if s.path.startswith("model.layers.0.")
+    ]
+    long, short = (
+        accelerated.half(shape, sites, "attention", 0.0, Job(1, length)) / length
+        for length in (accelerated.FLASH_FROM, accelerated.FLASH_FROM // 2)
+    )
+    assert saved[3].shape == q.shape and saved[4].shape == (1, 2, accelerated.FLASH_FROM)
+    assert long - short == 2 * shape.query_width + 4 * shape.heads
+
+
+def _shape(name: str) -> ModelShape:
+    shape = catalogue.published(name)
+    assert shape is not None
+    return shape
+
+
+def _memory(name: str, **fields: Any) -> memory.Memory:
+    shape = _shape(name)
+    config = LoraConfig(r=16, target_modules="all-linear")
+    return memory.of_lora(shape, count(shape, config), 0.0, Job(**{"accelerated": True, **fields}))
+
+
+def test_smollm2_needs_a_third_above_its_weights() -> None:
+    needs, plain = _memory("SmolLM2-135M"), _memory("SmolLM2-135M", accelerated=False)
+    assert [line.equation for line in needs.lines] == [20, 21, 23, 22, 29, 35, 26]
+    assert needs.above_weights_bytes < 0.36 * plain.above_weights_bytes
+    assert "Accelerated forwards (train --no-accelerate turns them off). Rows lie end to end" in needs.notes[1]
+    assert plain.notes[1].startswith("Forwards as transformers has them (train --no-accelerate)")
+
+
+def test_a_base_that_drops_is_said_to_run_as_it_is() -> None:
+    needs = _memory("gpt2")
+    assert "24 of 24 halves of layers run as they are, since the base's dropout" in needs.notes[1]
+    assert "end to end" not in needs.notes[1]
+    assert [line.equation for line in needs.lines][4:6] == [24, 35]
+
+
+def test_an_architecture_that_was_not_derived_is_reckoned_plain() -> None:
+    shape = dataclasses.replace(_shape("SmolLM2-135M"), architecture="StrangeForCausalLM")
+    counted = count(shape, LoraConfig(target_modules="all-linear"))
+    needs, plain = (memory.of_lora(shape, counted, 0.0, Job(accelerated=fast)) for fast in (True, False))
+    assert needs.peak_bytes == plain.peak_bytes
+    assert needs.notes[1].startswith("What accelerated forwards keep was not derived for this architecture")
+
+
+@pytest.mark.parametrize(
+    ("words", "without"),
+    [
+        ({}, True),
+        ({"target_modules": ["q_proj", "lm_head"]}, False),
+        ({"modules_to_save": ["lm_head"]}, False),
+        ({"modules_to_save": ["embed_tokens"]}, False),  # its weight is the head's
+    ],
+    ids=str,
+)
+def test_a_head_that_is_trained_makes_logits(words: dict[str, Any], without: bool) -> None:
+    shape = _shape("SmolLM2-135M")
+    counted = count(shape, LoraConfig(**{"target_modules": ["q_proj"], **words}))
+    assert accelerated.makes_no_logits(shape, counted) is without
+
+
+def test_padding_takes_time_only_without_acceleration() -> None:
+    config, speed = LoraConfig(target_modules="all-linear"), Speed(tokens_per_second=100)
+    found = {}
+    for name in ("SmolLM2-135M", "gpt2"):  # gpt2's attention drops, so its rows are padded
+        for fast in (True, False):
+            job = Job(4, 100, accumulation=2, accelerated=fast, mean_tokens=50.0)
+            found[name, fast] = estimate(_shape(name), config, job, speed).lora.step_seconds
+    assert found == {
+        ("SmolLM2-135M", True): 4.0,
+        ("SmolLM2-135M", False): 8.0,
+        ("gpt2", True): 8.0,
+        ("gpt2", False): 8.0,
+    }
