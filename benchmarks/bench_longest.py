@@ -3,17 +3,18 @@
 python benchmarks/bench_longest.py [--gib 2] [--checkpointing] [--dropout 0]
 
 SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, one sequence, all tokens trained. A trial
-is a short step, which makes the optimizer's state, and one of that length, in a fresh process; it fits where the peak of
-the resident size exceeds what is resident with the weights by no more than the limit. Memory grows about as the tokens
-do, so each trial's length follows from those before; the search ends when the longest that fits and the shortest that
-does not are within 7 % of each other. The C library's allocator is as it is: told to keep blocks, a process holds what
-it does not need.
+is a short step, which makes the optimizer's state, and one of that length, in a fresh process; it fits where the peak
+of the resident size exceeds what is resident with the weights by no more than the limit. Memory grows about as the
+tokens do, so each trial's length follows from those before; the search ends when the longest that fits and the shortest
+that does not are within 7 % of each other. The C library's allocator is as it is: told to keep blocks, a process holds
+what it does not need.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -28,7 +29,8 @@ from stepping import OURS, PEFT, TARGETS, Job, prepare
 
 GRAIN, CLOSE, FIRST, SHORT = 64, 1.07, 512, 16
 MARGIN = 0.99  # aim a little below the limit: what fits is found sooner
-GROWTH = 4  # a length is at most so many times one that was tried
+NEAR = 1.06  # a trial so far from what is known ends the search, where it goes as the line says
+GROWTH = 2  # a length is at most so many times one that was tried
 
 
 def main() -> None:
@@ -81,13 +83,17 @@ def longest(trial: Callable[[int], dict[str, float]], limit: float) -> tuple[int
 
 def follows(tried: dict[int, dict[str, float]], low: int, high: int | None, limit: float) -> int:
     """The next length: where a line through the two nearest trials meets the limit, kept between low and high."""
-    first, second = sorted(sorted(tried, key=lambda n: abs(tried[n]["peak_bytes"] - limit))[:2])
-    slope = (tried[second]["peak_bytes"] - tried[first]["peak_bytes"]) / (second - first)
+    known = [n for n in tried if math.isfinite(tried[n]["peak_bytes"])]
+    nearest = sorted(sorted(known, key=lambda n: abs(tried[n]["peak_bytes"] - limit))[:2])
+    first, second = nearest[0], nearest[-1]
+    slope = (tried[second]["peak_bytes"] - tried[first]["peak_bytes"]) / max(second - first, 1)
     wanted = second + (MARGIN * limit - tried[second]["peak_bytes"]) / max(slope, 1.0)
     if high is None:
-        wanted = min(max(wanted, CLOSE * low), GROWTH * max(low, FIRST))
-    elif not low * CLOSE**0.5 < wanted < high / CLOSE**0.5:
-        wanted = max((low + high) / 2, low + GRAIN) if high > 1.3 * low else (low * high) ** 0.5
+        wanted = min(max(wanted, NEAR * low), GROWTH * max(low, FIRST))
+    elif math.isinf(tried[high]["peak_bytes"]):
+        wanted = (low + high) / 2
+    else:
+        wanted = min(max(wanted, NEAR * low), high / NEAR)
     return max(int(wanted) // GRAIN * GRAIN, low + GRAIN)
 
 

@@ -1,7 +1,7 @@
 """The products of a step with the base's weights and nothing else: each forward, each input gradient, and the head's.
 
-Rows are multiplied in slices of the size that is best for each shape on this machine, found by trial: some shapes run at
-half speed with all rows at once. This is what no implementation of the step can go below, but for attention's own
+Rows are multiplied in slices of the size that is best for each shape on this machine, found by trial: some shapes run
+at half speed with all rows at once. This is what no implementation of the step can go below, but for attention's own
 products, which are not counted.
 """
 

@@ -233,6 +233,18 @@ def test_intruders_of_an_embedding() -> None:
     assert not torch.allclose(*(deltas(model, n)["base_model.model.embed"] for n in model.peft_config))
 
 
+@pytest.mark.parametrize("wide", [True, False])
+def test_intruders_keep_the_dtype_of_the_old_adapter(wide: bool) -> None:
+    """peft takes the base's dtype, so that an fp32 adapter beside a bf16 base is rounded; one in bf16 stays one in both."""
+    config = ours.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8)).to(torch.bfloat16)
+    model = ours.get_peft_model(base, config, autocast_adapter_dtype=wide)
+    weighted.reduce_intruder_dimension(model, threshold_epsilon=999, logging_sink=None)
+    for name in ("default", "intruder_reduced"):
+        factor = model.base_model.model[0].factor(name)
+        assert {factor.A.dtype, factor.B.dtype} == {torch.float32 if wide else torch.bfloat16}
+
+
 @pytest.mark.parametrize("rank", [2, 0.9])
 def test_conversion_as_peft(rank: Any, tmp_path: Path) -> None:
     pair = ROWS[2].pair()

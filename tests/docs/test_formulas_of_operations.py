@@ -1,4 +1,4 @@
-"""The formulas (50) to (58) of docs/math.md, written out densely and compared with the code."""
+"""The formulas (50) to (59) of docs/math.md, written out densely and compared with the code."""
 
 from __future__ import annotations
 
@@ -110,3 +110,19 @@ def test_weakened_intruders() -> None:
     u, s, vh = torch.linalg.svd(weaker, full_matrices=False)
     found = model[0].factor("intruder_reduced")
     torch.testing.assert_close((found.scale * found.B @ found.A).detach(), u[:, :2] * s[:2] @ vh[:2])
+
+
+def test_rows_of_tokens() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, IN), nn.Linear(IN, OUT)).double()
+    config = LoraConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [4, 1]})
+    table = model[0].weight.detach().clone()
+    rows = {}
+    for name in "ab":
+        attach(model, config, name)
+        rows[name] = torch.randn(2, IN).double()
+        model[0].token_adapter.trainable_tokens_delta[name].data.copy_(rows[name])
+    combine(model, ["a", "b"], [0.7, -0.4], "sum", way="cat")
+    W = table[[4, 1]]
+    wanted = W + 0.7 * (rows["a"] - W) - 0.4 * (rows["b"] - W)
+    torch.testing.assert_close(merged_state_dict(model, "sum")["0.weight"][[4, 1]], wanted)

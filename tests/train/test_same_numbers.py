@@ -212,7 +212,7 @@ def test_gradients_of_whole_models_in_double_precision(make: Callable[[], Any]) 
 
 
 RECIPES = {
-    **dict.fromkeys(("llama", "gpt2", "qwen3", "mixtral"), {"decoder layer", "loss without logits"}),
+    **{name: {"decoder layer", "loss without logits"} for name in ("llama", "gpt2", "qwen3", "mixtral")},
     "gemma2": {"attention", "feed-forward", "norm", "loss without logits"},
     "bert": {"norm"},
 }

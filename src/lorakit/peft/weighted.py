@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.files.keys import PREFIX
-from lorakit.core.layering.sitemap import find_state
+from lorakit.core.layering.sitemap import find_state, layers
 from lorakit.core.operations.compressing import plain_loose
 from lorakit.core.operations.loose import LooseAdapter, loose_from_model
 from lorakit.core.operations.lowrank import Cut
@@ -94,7 +94,7 @@ def reduce_intruder_dimension(
     mitigation_lambda: float = 0.75,
     logging_sink: Callable[[str], Any] | None = print,
 ) -> None:
-    """Add a version of an adapter with weaker intruder dimensions, and make it the active one.
+    """Add a version of an adapter with weaker intruder dimensions, in the old one's dtype, and make it the active one.
 
     Args:
         peft_model: A `PeftModel`.
@@ -110,14 +110,20 @@ def reduce_intruder_dimension(
         ConfigError: `top_k` is below 1.
     """
     say = logging_sink or (lambda line: None)
+    model = _user_model(peft_model)
     told = core.reduce_intruders(
-        _user_model(peft_model),
+        model,
         old_adapter_name,
         new_adapter_name,
         top=top_k,
         threshold=threshold_epsilon,
         keep=mitigation_lambda,
     )
+    for _, layer in layers(model):
+        if new_adapter_name in layer.r:
+            like = layer.factor(old_adapter_name).A.dtype
+            for parameter in layer.parameters_of(new_adapter_name):
+                parameter.data = parameter.data.to(like)
     for site in told:
         where = site.path if site.expert is None else f"{site.path}[{site.expert}]"
         say(f"{where}: Intruders: {len(site.indices)}" if site.indices else f"{where}: No intruders")

@@ -190,7 +190,9 @@ def _check_ties(tensors: Mapping[str, Tensor], config: LoraConfig, site_map: Sit
         pairs = [(f"{PREFIX}{path}.weight", tensors.get(f"{PREFIX}{leader}.weight"))]
         if leader in result.sites:
             embedding = result.sites[leader][1]
-            pairs = [
+            names = ("embedding_A", "embedding_B")
+            pairs = [(f"{PREFIX}{path}.lora_{name}", embedding.get(name[-1])) for name in names]
+            pairs += [
                 (f"{PREFIX}{path}.lora_{part}.weight", embedding[other].T if other in embedding else None)
                 for part, other in ("AB", "BA")
             ]

@@ -32,7 +32,7 @@ from lorakit.core.layering.parameter_sites import check_standing, dropout_at, na
 from lorakit.core.layering.replication import stacked_for
 from lorakit.core.layering.sitemap import SiteMap, find_state, survey
 from lorakit.core.making.attaching import publish
-from lorakit.core.making.checks import check_allowances, check_bias_alone, check_new_name, check_scales
+from lorakit.core.making.checks import check_allowances, check_bias_alone, check_called, check_new_name, check_scales
 from lorakit.core.making.fresh import Part, as_parameters, check_bias_of_b, check_storage
 from lorakit.core.making.inference import trainable_tensors
 from lorakit.core.merging.applied import check_not_applied
@@ -177,6 +177,7 @@ def place_adapter(
         site_map = survey(model, kinds)
         _check_kinds(files, site_map)
         fitted = _fitted(model, files, site_map)
+        check_called(model, fitted.outer_paths())
         said = [*files.warnings, *_judge(files, fitted, allow)]
         past = past_of(files.folder, config, files.sidecar.began if files.is_ours else {}, trainable, allow)
         parts = _parts(files, fitted, site_map, past, trainable)

@@ -78,12 +78,14 @@ class SiteMap:
         parents: id of a module -> every (parent, attribute) that holds it.
         candidates: What targets may name.
         own: Kinds that the user made, by name.
+        tied: Modules that share a weight are one, unless the model's config says that its embeddings are not.
     """
 
     modules: dict[str, nn.Module]
     parents: dict[int, list[tuple[nn.Module, str]]]
     candidates: list[Candidate]
     own: dict[str, Kind] = field(default_factory=dict)
+    tied: bool = True
 
     def kind(self, name: str) -> Kind:
         """The kind with that name, of the table or the user's."""
@@ -233,7 +235,8 @@ def survey(model: nn.Module, kinds: Iterable[Kind] = ()) -> SiteMap:
             if type(base) not in known:
                 known[type(base)] = kind_of(type(base), own)
             candidates.append(_candidate(path, base, known[type(base)], head))
-    return SiteMap(modules, parents, candidates, own)
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", True) is not False
+    return SiteMap(modules, parents, candidates, own, tied)
 
 
 def sites(model: nn.Module) -> list[Site]:

@@ -23,7 +23,14 @@ from lorakit.core.layering.layer_names import layer_class
 from lorakit.core.layering.parameter_sites import bare_parameters
 from lorakit.core.layering.replication import stacked_for
 from lorakit.core.layering.sitemap import Place, SiteMap, find_state, layers, state_of, survey
-from lorakit.core.making.checks import check_allowances, check_bias_alone, check_known, check_new_name, check_scales
+from lorakit.core.making.checks import (
+    check_allowances,
+    check_bias_alone,
+    check_called,
+    check_known,
+    check_new_name,
+    check_scales,
+)
 from lorakit.core.making.fresh import Part, fresh_parts, notes_on_moving
 from lorakit.core.making.inference import trainable_tensors
 from lorakit.core.making.moving import give_base_back
@@ -106,6 +113,7 @@ def attach(
         found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
         ties = with_ties(model, site_map, config, found)
         found = ties.found
+        check_called(model, [match.path for match in found.matches])
         check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
         parts = fresh_parts(site_map, config, found.matches, seed, statistics)
         outer = {part.place.outer for part in parts}

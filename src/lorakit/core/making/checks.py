@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.routes.routing import AdapterState
-from lorakit.errors import AdapterError, ConfigError
+from lorakit.errors import AdapterError, ConfigError, TargetError
 
 ALLOWANCES = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init")
 """The refusals that a caller can lift by name."""
 
 LARGEST_USUAL_SCALE = 1000.0
+
+WITH_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+"""Model types of transformers whose mixers hand weights to a fused kernel and do not call their modules."""
+
+READ_PAST = frozenset({"conv1d", "out_proj"})
+"""Names of those modules."""
 
 
 def check_new_name(state: AdapterState | None, name: str) -> None:
@@ -42,6 +48,26 @@ def check_known(state: AdapterState, names: Sequence[str]) -> None:
     for name in names:
         if name not in state.configs:
             raise AdapterError(f"There is no adapter {name!r} on this model. Adapters: {', '.join(state.configs)}.")
+
+
+def check_called(model: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse modules whose weight their model's fused kernels read past them, so that factors there would do nothing.
+
+    Args:
+        model: The model; its config says what it is.
+        paths: Paths of the modules to adapt.
+
+    Raises:
+        TargetError: One of them is such a module.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    bad = sorted({path for path in paths if path.rpartition(".")[2] in READ_PAST}) if kind in WITH_MAMBA else []
+    if bad:
+        raise TargetError(
+            f"Module {bad[0]!r} is incompatible with Mamba-based models (model_type={kind!r}): their fused kernels "
+            f"read the weight of {' and '.join(sorted(READ_PAST))} themselves, so an adapter there would do nothing. "
+            "Leave it out of target_modules, or name it in exclude_modules."
+        )
 
 
 def check_allowances(allow: Collection[str]) -> None:

@@ -80,12 +80,17 @@ def check_mergeable(model: nn.Module, names: Sequence[str], untie: bool) -> None
 
 def tied_sites(model: nn.Module, names: Sequence[str]) -> list[tuple[str, str]]:
     """The sites of some adapters whose weight another module shares, each with the name of the other."""
-    held, found, pairs = holders(model), [], of_one_weight(model, names)
+    held, found = holders(model), []
+    led = {id(layer): leader for layer, leader in of_one_weight(model, names)}
+    one: dict[int, set[int]] = {}  # id of a leading layer -> ids of all modules that are one with its module
+    for _, layer in layers(model):
+        leader = led.get(id(layer), layer)
+        one.setdefault(id(leader), set()).add(id(layer.owner))
     for path, layer in layers(model):
         if any(name in layer.r for name in names):
             parameter = layer.owner._parameters.get(layer.slot.parameter)
-            one = {id(m.owner) for pair in pairs if layer in pair for m in pair} | {id(layer.owner)}
-            shared = [name for name, module in held.get(identity(parameter), ()) if id(module) not in one]
+            those = one[id(led.get(id(layer), layer))]
+            shared = [name for name, module in held.get(identity(parameter), ()) if id(module) not in those]
             found += [(path, shared[0])] if shared else []
     return found + untied_copies(model, names, held)
 

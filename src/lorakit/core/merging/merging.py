@@ -50,7 +50,7 @@ from lorakit.core.merging.rows import (
 )
 from lorakit.core.parts.bias_switch import BiasSwitch
 from lorakit.core.parts.extras import ModuleCopies
-from lorakit.core.parts.ties import leader_of, of_one_weight
+from lorakit.core.parts.ties import of_one_weight
 from lorakit.core.parts.token_rows import TokenRows
 from lorakit.core.routes.invoking import uninstall
 from lorakit.core.routes.switching import Switched
@@ -320,6 +320,7 @@ def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
     check_known(state, chosen)
     check_variants(model, chosen)
     sites = {(id(layer.source), layer.slot.parameter): layer for _, layer in layers(model)}
+    led = {id(layer): leader for layer, leader in of_one_weight(model, chosen)}
     replaced = _copied_tensors(model, chosen)
     biased = {(id(layer.source), "bias"): layer for layer in sites.values() if brings_bias(layer, chosen)}
     quantised = {weight.packed: weight for weight in quantised_weights(model)}
@@ -331,7 +332,7 @@ def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
             continue
         layer = sites.get((id(module), leaf))
         if layer is not None:
-            layer = leader_of(layer, chosen) or layer  # one weight, to the bit
+            layer = led.get(id(layer), layer)  # one weight, to the bit
             here = [n for n in chosen if n in layer.r]
             yield name, sum_of_updates(layer, here, How(False))[0] if here else tensor.detach()
         elif (id(module), leaf) in biased:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.making.checks import check_allowances
+from lorakit.core.operations.combined_rows import RowReading, check_same_rows, combined_rows, row_reader
 from lorakit.core.operations.gains import Reading, gains_of, with_gains
 from lorakit.core.operations.joining import check_joinable, check_one_base, joined_config, shared_facts
 from lorakit.core.operations.loose import LooseAdapter, LooseFactor, loose_from_folder, loose_from_model
@@ -54,7 +55,7 @@ def combine(
     """
     way = Way(way) if isinstance(way, str) else way
     sources = [loose_from_model(model, adapter) for adapter in adapters]
-    result, sites = combine_loose(sources, weights, way, reader_of(model))
+    result, sites = combine_loose(sources, weights, way, reader_of(model), row_reader(model))
     put(model, result, name)
     return MadeReport(name, result.config, sites, dict(result.facts))
 
@@ -68,14 +69,14 @@ def combine_folders(
     model: nn.Module | None = None,
     allow: Collection[str] = (),
 ) -> MadeReport:
-    """Combine adapters on disk into a new folder; the base is only needed for DoRA.
+    """Combine adapters on disk into a new folder; the base is only needed for DoRA and rows of tokens.
 
     Args:
         folders: Their folders.
         weights: One number each.
         output: The folder to make; nothing may stand there.
         way: How.
-        model: The base, for DoRA.
+        model: The base, for DoRA and for rows of tokens.
         allow: Refusals to lift: "base_mismatch", "nonfinite".
 
     Returns:
@@ -93,7 +94,8 @@ def combine_folders(
     sources = [loose_from_folder(folder) for folder in folders]
     if "base_mismatch" not in allow:
         check_one_base(sources)
-    result, sites = combine_loose(sources, weights, way, None if model is None else reader_of(model))
+    base = (None, None) if model is None else (reader_of(model), row_reader(model))
+    result, sites = combine_loose(sources, weights, way, *base)
     write(result, output, allow=allow)
     return MadeReport(str(output), result.config, sites, dict(result.facts))
 
@@ -130,6 +132,7 @@ def combine_loose(
     weights: Sequence[float],
     way: Way,
     reading: Callable[[str], Reading] | None = None,
+    rows: RowReading | None = None,
 ) -> tuple[LooseAdapter, tuple[SiteMade, ...]]:
     """Combine adapters wherever they come from.
 
@@ -138,6 +141,7 @@ def combine_loose(
         weights: One number each.
         way: How.
         reading: Path -> the base's weight there; only asked where an adapter is DoRA.
+        rows: How to read rows of the base's tables; only asked where adapters train the same rows.
 
     Returns:
         The result, and how far each site is from the plain sum.
@@ -147,6 +151,7 @@ def combine_loose(
         ConfigError: The ranks do not fit the way.
     """
     check_joinable(adapters)
+    check_same_rows(adapters)
     _check(adapters, weights, way, reading is not None)
     dora = any(adapter.config.use_dora for adapter in adapters)
     generator, found, sites = way.generator(), {}, []
@@ -160,6 +165,7 @@ def combine_loose(
         found = {path: _with_bias(factor) for path, factor in found.items()}
     config, found = described(joined, found, common_targets(adapters))
     others = {name: tensor for adapter in adapters for name, tensor in adapter.others.items()}
+    others |= combined_rows(adapters, weights, rows)
     base = next((adapter.base for adapter in adapters if adapter.base is not None), None)
     facts = {**shared_facts(adapters), "operation": _operation(adapters, weights, way)}
     return LooseAdapter("", config, found, others, base, facts), tuple(sites)

@@ -11,7 +11,7 @@ from typing import Any
 
 from lorakit.config import HEADS_BY_TASK, LoraConfig
 from lorakit.core.files.fingerprinting import DIFFERENT, Fingerprint, compare
-from lorakit.core.files.keys import PREFIX
+from lorakit.core.files.keys import PREFIX, ROWS
 from lorakit.core.operations.loose import LooseAdapter
 from lorakit.errors import AdapterError, BaseMismatchError, ConfigError
 
@@ -36,7 +36,7 @@ def check_joinable(adapters: Sequence[LooseAdapter]) -> None:
     """Refuse adapters that have parts of which no combination is defined.
 
     Raises:
-        AdapterError: There is none, two copy one module or train rows of tokens, or they need different models.
+        AdapterError: There is none, two copy one module, or they need different models.
         ConfigError: One trains biases of the base.
     """
     if not adapters:
@@ -47,9 +47,6 @@ def check_joinable(adapters: Sequence[LooseAdapter]) -> None:
         if len({str(getattr(adapter.config, field)) for adapter in adapters}) > 1:
             raise AdapterError(f"The adapters {what} ({field}), so one cannot stand for them.")
     _check_bare(adapters)
-    with_rows = [adapter.label for adapter in adapters if adapter.config.trainable_token_indices]
-    if len(with_rows) > 1:
-        raise AdapterError(f"{' and '.join(with_rows)} train rows of tokens, which are not combined.")
     _check_copies(adapters)
 
 
@@ -76,7 +73,7 @@ def _check_copies(adapters: Sequence[LooseAdapter]) -> None:
     """Refuse two copies of one module, and sites inside a copied one; the copy of one adapter is taken as it is."""
     holders: dict[str, set[int]] = {}
     for number, adapter in enumerate(adapters):
-        for name in adapter.others:
+        for name in adapter.others.keys() - {name for name in adapter.others if name.endswith(ROWS)}:
             holders.setdefault(name.rpartition(".")[0], set()).add(number)
     twice = sorted(path for path, numbers in holders.items() if len(numbers) > 1)
     if twice:

@@ -64,11 +64,16 @@ def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
         ConfigError: Only the factor that is to be frozen is trained at a site, so nothing would learn.
     """
     trained = {id(parameter) for _, parameter in trainable_parameters(model, name)}
-    pairs = []
+    pairs: list[Pair] = []
+    seen: set[int] = set()
     for path, layer in layers(model):
         for adapter in layer.r if name is None else layer.r.keys() & {name}:
             trains_a = layer.kind.zero_side == "A" or layer.trains[adapter] == {"A"}
-            A, B = layer.parameters_of(adapter)[:2]
+            own = layer.parameters_of(adapter)[:2]
+            if not own or id(own[0]) in seen:
+                continue  # its factors are those of another, to which it is tied
+            seen.add(id(own[0]))
+            A, B = own
             learns, stays = (A, B) if trains_a else (B, A)
             if id(learns) in trained:
                 pairs.append(Pair(learns, stays, layer.scaling[adapter], trains_a, layer.slot.experts))

@@ -67,7 +67,10 @@ def roles(model: nn.Module) -> dict[int, tuple[Role, str]]:
         site = path.replace(".base_layer", "")  # layers can stand one inside the other
         factors: tuple[Role, Role] = ("embedding", "embedding") if layer.kind.zero_side == "A" else ("A", "B")
         for adapter in layer.r:
-            A, B, *vectors = layer.parameters_of(adapter)
+            own = layer.parameters_of(adapter)
+            if not own:
+                continue  # its factors are those of another, to which it is tied
+            A, B, *vectors = own
             found.update(zip((id(A), id(B)), ((role, site) for role in factors), strict=True))
             found.update((id(vector), ("vector", site)) for vector in vectors if vector is not A and vector is not B)
     return found

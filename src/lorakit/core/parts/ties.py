@@ -1,7 +1,8 @@
 """`ensure_weight_tying`: what an adapter does to one of two modules that share a weight, it does to both.
 
 A copy of a tied module shares the copy of its partner; factors beside a tied head are those of the embedding, turned
-over. It knows the map of a model and its adapted modules; rows of tables have ties of their own (`row_choice`).
+over, and those beside a second embedding are the very same. It knows the map of a model and its adapted modules; rows
+of tables have ties of their own (`row_choice`).
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def with_ties(model: nn.Module | None, site_map: SiteMap, config: LoraConfig, fo
     Raises:
         ConfigError: What is tied cannot be trained as one.
     """
-    named = {*found.saved, *(match.path for match in found.matches)}
+    named = {*found.saved, *(() if _is_all_linear(config) else (match.path for match in found.matches))}
     groups = tied_groups(site_map, named)
     if not config.ensure_weight_tying:
         return Ties(dataclasses.replace(found, notes=(*found.notes, *_left_alone(groups, named))), {})
@@ -99,9 +100,12 @@ def with_ties(model: nn.Module | None, site_map: SiteMap, config: LoraConfig, fo
 
 
 def tied_groups(site_map: SiteMap, paths: Collection[str]) -> dict[str, list[str]]:
-    """The embeddings whose weight other modules share, where some path is among them -> those others."""
+    """The embeddings whose weight other modules share, where some path is among them -> those others.
+
+    None where the model's config says that its embeddings are not tied, whatever they share.
+    """
     groups: dict[str, list[str]] = {}
-    for whole in shared_weights(site_map):
+    for whole in shared_weights(site_map) if site_map.tied else ():
         if any(path in whole for path in paths):
             leader = next((p for p in whole if isinstance(table_at(site_map, p), nn.Embedding)), None)
             if leader is not None:  # others share a weight too, such as layers that are stacked anew
@@ -122,7 +126,7 @@ def tie_copies(copies: Mapping[str, nn.Module], leaders: Mapping[str, str]) -> N
 
 
 def tie_factors(site_map: SiteMap, name: str, leaders: Mapping[str, str]) -> None:
-    """Let the factors beside tied heads be those of the embeddings that lead them; all layers are in place.
+    """Let the factors beside tied modules be those of the embeddings that lead them; all layers are in place.
 
     Args:
         site_map: The model's map.
@@ -131,33 +135,42 @@ def tie_factors(site_map: SiteMap, name: str, leaders: Mapping[str, str]) -> Non
     """
     for path, leader in leaders.items():
         layer, leading = site_map.modules[path], site_map.modules[leader]
-        if isinstance(layer, LoraLayer) and isinstance(leading, LoraLayer) and name in layer.r:
+        if not (isinstance(layer, LoraLayer) and isinstance(leading, LoraLayer) and name in layer.r.keys() & leading.r):
+            continue
+        if layer.kind_name == leading.kind_name:
+            for attribute in layer.kind.names:
+                getattr(layer, attribute)[name] = getattr(leading, attribute)[name]
+        else:
             layer.lora_A[name] = TiedWeight(leading, name, "A").train(layer.training)
             layer.lora_B[name] = TiedWeight(leading, name, "B").train(layer.training)
 
 
-def leader_of(layer: LoraLayer, names: Collection[str]) -> LoraLayer | None:
-    """The layer that leads a layer for every one of some adapters, and whose very weight it has, or None.
+def of_one_weight(model: nn.Module, names: Collection[str]) -> list[tuple[LoraLayer, LoraLayer]]:
+    """The layers that are led for every one of some adapters, with the layers that lead them, whose weight they have.
 
     Args:
-        layer: A layer.
-        names: Adapters. Where the leading layer has one of them that the layer has not, they are not one.
+        model: An adapted model.
+        names: Adapters. Where a leading layer has one of them that a layer has not, or the reverse, they are not one.
     """
-    carriers = [layer.lora_A[name] for name in names if name in layer.r and "lora_A" in layer._modules]
-    leading = {carrier.leader for carrier in carriers if isinstance(carrier, TiedWeight)}
-    if len(leading) != 1 or not all(isinstance(carrier, TiedWeight) for carrier in carriers):
-        return None
-    leader: LoraLayer = next(iter(leading))[0]
-    if any(name in leader.r and name not in layer.r for name in names):
-        return None
-    mine, its = (one.source._parameters.get(one.slot.parameter) for one in (layer, leader))
-    return leader if mine is its and mine is not None else None
+    owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that has it
+    pairs = []
+    for _, layer in layers(model):
+        here = [name for name in names if name in layer.r]
+        leading = {id(found): found for found in (_leading(layer, name, owners) for name in here)}
+        leader = next(iter(leading.values())) if len(leading) == 1 else None
+        if leader is not None and {name for name in names if name in leader.r} == set(here):
+            mine, its = (one.source._parameters.get(one.slot.parameter) for one in (layer, leader))
+            pairs += [(layer, leader)] if mine is its and mine is not None else []
+    return pairs
 
 
-def of_one_weight(model: nn.Module, names: Collection[str]) -> list[tuple[LoraLayer, LoraLayer]]:
-    """The layers that are led for every one of some adapters, which are all that their leaders have, with these."""
-    pairs = [(layer, leader_of(layer, names)) for _, layer in layers(model)]
-    return [(layer, leader) for layer, leader in pairs if leader is not None]
+def _leading(layer: LoraLayer, name: str, owners: dict[int, LoraLayer]) -> LoraLayer | None:
+    """The layer whose factor of an adapter a layer has too, or None where it is its own."""
+    if not layer.kind.on_disk:  # in no carrier, so the parameter itself is shared
+        first = owners.setdefault(id(getattr(layer, layer.kind.names[0])[name]), layer)
+        return None if first is layer else first
+    down = layer.lora_A[name]
+    return down.leader[0] if isinstance(down, TiedWeight) else None
 
 
 def untied_copies(
@@ -202,11 +215,11 @@ def _tied_matches(
     members = (leader, *partners)
     here = [match for match in matches if match.path in members]
     model = next((match for match in here if match.path == leader), here[0])
-    odd = [path for path in partners if kinds.get(path) != "Linear"]
+    odd = [path for path in partners if kinds.get(path) not in ("Linear", "Embedding")]
     if kinds.get(leader) != "Embedding" or odd:
         raise ConfigError(
             f"ensure_weight_tying: {(odd or [leader])[0]} shares its weight with {leader}, and factors are tied only "
-            "between an nn.Embedding and nn.Linear heads. Set ensure_weight_tying=False, or do not target it."
+            "among nn.Embedding and nn.Linear modules. Set ensure_weight_tying=False, or do not target it."
         )
     others = [match for match in matches if match.path not in members]
     return others + [dataclasses.replace(model, path=path, kind=kinds[path] or "") for path in members]
@@ -226,5 +239,10 @@ def _left_alone(groups: Mapping[str, Sequence[str]], named: Collection[str]) -> 
 
 
 def _is_tied(model: nn.Module | None, site_map: SiteMap) -> bool:
-    path = input_embedding(model, site_map)
+    path = input_embedding(model, site_map) if site_map.tied else None
     return path is not None and bool(sharers(site_map, path))
+
+
+def _is_all_linear(config: LoraConfig) -> bool:
+    """The word names layers by their kind, and no table; a head among them is a linear layer as any other."""
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"

@@ -150,9 +150,9 @@ def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str,
     for _, module in walk(model):
         if isinstance(module, Switched):
             for name in found.keys() & set(module.available_adapters()):
-                found[name] += module.parameters_of(name)
+                found[name] += module.parameters_of(name)  # tied tables have the very same
         elif module._forward_hooks:
             for switch in BiasSwitch.on(module):
                 if switch.adapter in found:
                     found[switch.adapter] += [module._parameters[bias] for bias in switch.originals]  # type: ignore[misc]
-    return found
+    return {name: list({id(p): p for p in parameters}.values()) for name, parameters in found.items()}

@@ -1,0 +1,42 @@
+"""Modules that their model does not call cannot be adapted, and this is said before anything changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lorakit import LoraConfig
+from lorakit.core import attach, load_adapter, save_adapter
+from lorakit.errors import TargetError
+
+
+class Mixer(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(model_type=kind)
+        self.in_proj, self.out_proj = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.out_proj(self.in_proj(x))
+        return found
+
+
+@pytest.mark.parametrize("kind", ["mamba", "nemotron_h"])
+@pytest.mark.parametrize("targets", [["out_proj"], "all-linear"], ids=str)
+def test_what_a_fused_kernel_reads_past_is_refused(kind: str, targets: Any, tmp_path: Path) -> None:
+    model = Mixer(kind)
+    with pytest.raises(TargetError, match=r"'out_proj' is incompatible with Mamba-based models .*would do nothing"):
+        attach(model, LoraConfig(r=2, target_modules=targets))
+    assert type(model.out_proj) is nn.Linear
+    attach(model, LoraConfig(r=2, target_modules=["in_proj"]))
+    other = Mixer("llama")
+    attach(other, LoraConfig(r=2, target_modules=targets))
+    save_adapter(other, tmp_path)
+    with pytest.raises(TargetError, match="incompatible with Mamba-based models"):
+        load_adapter(model, tmp_path, "loaded", allow=["base_mismatch"])
+    assert type(model.out_proj) is nn.Linear
