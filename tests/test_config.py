@@ -10,6 +10,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lorakit.config import (
@@ -399,3 +400,32 @@ def test_a_copy_with_other_fields_shares_nothing_and_says_nothing_again() -> Non
     twin = config.with_fields(r=3)
     twin.rank_pattern["v"] = 1
     assert config.rank_pattern == {"q": 2} and config.r == 8 and twin.r == 3
+
+
+def test_numbers_and_ranges_of_other_libraries_are_made_plain(tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "r": np.int64(4),
+        "lora_alpha": np.float32(8),
+        "rank_pattern": {"q": np.int32(3)},
+        "layers_to_transform": range(3),
+        "trainable_token_indices": {"e": np.arange(2)},
+        "modules_to_save": (name for name in ("head",)),
+        "target_parameters": (name for name in ("experts.up",)),
+    }
+    LoraConfig(target_modules=["q"], **given).save_pretrained(tmp_path)
+    held = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {name: held[name] for name in given} == {
+        "r": 4,
+        "lora_alpha": 8.0,
+        "rank_pattern": {"q": 3},
+        "layers_to_transform": [0, 1, 2],
+        "trainable_token_indices": {"e": [0, 1]},
+        "modules_to_save": ["head"],
+        "target_parameters": ["experts.up"],
+    }
+    assert LoraConfig.from_pretrained(tmp_path).layers_to_transform == [0, 1, 2]
+
+
+def test_a_gamma_may_be_any_number() -> None:
+    config = LoraConfig(init_lora_weights="lora_ga", lora_ga_config={"stable_gamma": 16.5})
+    assert config.lora_ga_config is not None and config.lora_ga_config.stable_gamma == 16.5

@@ -7,10 +7,12 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lorakit.ops import attention_products
 from lorakit.ops.attention import FLASH_FROM, attention, chosen, reference
 from lorakit.ops.attention_pattern import Pattern
+from lorakit.ops.dropout import draw_of
 
 Operands = tuple[Tensor, Tensor, Tensor]
 PATTERNS = {
@@ -77,6 +79,88 @@ def test_flash(name: str, heads: int, kv: int) -> None:
     out, expected = attention(*given, pattern), reference(*given, pattern)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients(out, given), gradients(expected, given), rtol=1e-12, atol=1e-12)
+
+
+def dropping(name: str, p: float = 0.3) -> Pattern:
+    return Pattern(**{**vars(PATTERNS[name]), "dropout": p})
+
+
+def kept_by(given: Operands, pattern: Pattern, seed: int) -> Tensor:
+    """Which weights (B, H, T, T) dropout keeps after this seed: with v the identity, the output is the weights."""
+    q, k, v = (t.detach() for t in given)
+    batch, kv, tokens, _ = v.shape
+    torch.manual_seed(seed)
+    return attention(q, k, torch.eye(tokens, dtype=v.dtype).expand(batch, kv, -1, -1), pattern) != 0
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(("heads", "kv"), HEADS)
+def test_dropout_is_its_reference_with_the_mask_given(name: str, heads: int, kv: int, block: int) -> None:
+    given, pattern = operands(heads, kv), dropping(name)
+    kept = kept_by(given, pattern, 11)
+    torch.manual_seed(11)
+    out, expected = attention(*given, pattern), reference(*given, pattern, kept)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(out, given), gradients(expected, given), rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_takes_each_weight_with_its_probability(block: int) -> None:
+    """The law of (70) on the weights: the share, each place of each head alike, heads and rows independent."""
+    p, rounds = 0.3, 300
+    given = operands(4, 2, tokens=6)
+    pattern = Pattern(dropout=p, causal=False)
+    dropped = torch.stack([~kept_by(given, pattern, seed) for seed in range(rounds)]).double()
+    error = (p * (1 - p) / rounds) ** 0.5
+    assert abs(dropped.mean() - p) < 5 * error / dropped[0].numel() ** 0.5
+    assert (dropped.mean(0) - p).abs().max() < 5 * error
+    for axis in (1, 2, 3, 4):
+        both = (dropped * dropped.roll(1, axis)).mean()
+        assert abs(both - p * p) < 6 * p * (1 - p) / dropped.numel() ** 0.5
+
+
+def test_dropout_keeps_the_mean() -> None:
+    given = operands(2, 1, batch=1, tokens=5)
+    torch.manual_seed(0)
+    mean = torch.stack([attention(*given, Pattern(dropout=0.2)).detach() for _ in range(2000)]).mean(0)
+    torch.testing.assert_close(mean, reference(*given, Pattern()).detach(), atol=0.08, rtol=0)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_dropout_is_the_same_when_it_is_run_again(reentrant: bool) -> None:
+    given, pattern = operands(4, 2), dropping("causal")
+    torch.manual_seed(3)
+    straight = attention(*given, pattern)
+    torch.manual_seed(3)
+    again = checkpoint(attention, *given, pattern, use_reentrant=reentrant)
+    torch.manual_seed(99)  # what is drawn between does not matter
+    found = []
+    for out in (straight, again):
+        for t in given:
+            t.grad = None
+        out.sum().backward()
+        found.append([out.detach(), *(t.grad.clone() for t in given)])  # type: ignore[union-attr]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_dropout_keeps_a_byte_for_each_weight_that_it_drops() -> None:
+    given = operands(4, 2, torch.bfloat16)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        attention(*given, Pattern(dropout=0.25, causal=False))
+    (record,) = (t for t in kept if t.dtype == torch.uint8)
+    assert 150 < len(record) < 380  # of 2·4·13² = 1,352
+    assert sum(t.numel() * t.element_size() for t in kept) == sum(t.numel() * 2 for t in given) + len(record)
+
+
+def test_dropout_by_a_mask_is_dropout_by_positions() -> None:
+    """Off the CPU and under a compiler a Boolean mask of all blocks stands for the positions."""
+    given, pattern = operands(4, 2), Pattern(dropout=0.3)
+    scores = attention_products._Scores(given[0], given[1], pattern)
+    positions, _ = draw_of(sum(scores._sizes()), 0.3, torch.device("cpu"))
+    mask = torch.zeros(sum(scores._sizes()), dtype=torch.bool)
+    mask[positions] = True
+    for at, flags in zip(scores.by_block(positions), scores.by_block(mask), strict=True):
+        assert torch.equal(at, flags.nonzero().flatten())
 
 
 @pytest.mark.parametrize("way", ["flash", "products"])
@@ -218,6 +302,7 @@ def test_choice_of_the_way() -> None:
     assert chosen(long, long, Pattern()) == "flash"
     assert chosen(long, long, Pattern(softcap=1.0)) == "products"
     assert chosen(long, long, Pattern(window=8)) == "products"
+    assert chosen(long, long, Pattern(dropout=0.1)) == "products"
     assert chosen(long, long, Pattern(window=FLASH_FROM)) == "flash"
     assert chosen(long, long, Pattern(segments=(FLASH_FROM // 2,) * 2)) == "products"
     assert chosen(long, long, Pattern(way="products")) == "products"
@@ -233,6 +318,8 @@ def test_choice_of_the_way() -> None:
         (Pattern(softcap=0.0), "softcap must be above 0"),
         (Pattern(way="flash", softcap=1.0), "way='flash' knows no window, no softcap"),
         (Pattern(way="flash", window=2), "way='flash' knows no window"),
+        (Pattern(way="flash", dropout=0.1), "knows no window, no softcap, no dropout"),
+        (Pattern(dropout=1.0), "the dropout of attention's weights is at least 0 and below 1; it is 1.0"),
     ],
 )
 def test_patterns_that_are_refused(pattern: Pattern, said: str) -> None:

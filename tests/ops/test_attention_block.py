@@ -164,6 +164,40 @@ def test_gradcheck_with_dropout(name: str) -> None:
     assert torch.autograd.gradcheck(run, tuple(leaves(x, block)), fast_mode=True)
 
 
+@pytest.mark.parametrize("residual", [True, False])
+def test_dropout_of_the_output_comes_before_the_residual(residual: bool) -> None:
+    made, pattern, turn, _ = CASES["GPT-2"]
+    block, x = block_of(**made, dropout=0.4), an_input()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        kept = attention_block(x, block, pattern, turn, False) != 0
+
+    def plain(x: Tensor, block: SelfAttention, *rest: Any) -> Tensor:
+        y = reference(x, block, *rest, False) * kept / 0.6
+        return x + y if residual else y
+
+    def ours(x: Tensor, block: SelfAttention, *rest: Any) -> Tensor:
+        torch.manual_seed(3)
+        return attention_block(x, block, *rest, residual)
+
+    assert 0.25 < 1 - float(kept.double().mean()) < 0.55
+    torch.testing.assert_close(found(ours, x, block, pattern, turn), found(plain, x, block, pattern, turn))
+    none = replace(block, dropout=0.0)
+    torch.testing.assert_close(attention_block(x, none, pattern, turn), reference(x, none, pattern, turn, False))
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "fused, q and k normalised"])
+def test_gradcheck_with_every_dropout(name: str) -> None:
+    made, pattern, *rest = CASES[name]
+    block, x = block_of(**made, p=0.2, dropout=0.3), an_input(1)
+
+    def run(x: Tensor, *_: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return attention_block(x, block, replace(pattern, dropout=0.4), *rest)
+
+    assert torch.autograd.gradcheck(run, tuple(leaves(x, block)), fast_mode=True)
+
+
 def by_hand(x: Tensor, block: SelfAttention, turn: Rotary) -> Tensor:
     """One sequence, head by head and row by row."""
     assert block.norm is not None
@@ -272,7 +306,7 @@ def test_what_is_kept_where_only_the_output_is_trained() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_gives_the_same_gradients_with_dropout(reentrant: bool) -> None:
-    block, rest = block_of(norm=rms(WIDTH), p=0.3), (Pattern(), tables(), True)
+    block, rest = block_of(norm=rms(WIDTH), p=0.3, dropout=0.2), (Pattern(dropout=0.3), tables(), True)
 
     def straight(x: Tensor, *_: Any) -> Tensor:
         torch.manual_seed(4)
@@ -326,6 +360,7 @@ def test_parts_that_do_not_fit() -> None:
             replace(block, inputs=block.inputs[:2]),
             r"projections of \[24, 8\] numbers make no heads of 4 with 2 of k",
         ),
+        (x, replace(block, dropout=1.0), "the dropout of an attention's output is at least 0 and below 1; it is 1.0"),
         (x, replace(block, kv_heads=3), r"projections of \[24, 8, 8\] numbers make no heads of 4 with 3"),
         (x, replace(block, q_norm=rms(5)), r"q_norm has a weight \(5,\); it takes \(4,\), of a head, or \(24,\)"),
         (x, replace(block, k_norm=Norm("layer", torch.ones(KV, HEAD))), r"k_norm has a weight \(2, 4\)"),  # Cohere's

@@ -299,3 +299,38 @@ def test_a_trained_base_is_refused(part: str) -> None:
         fused(x, form)
     with pytest.raises(ValueError, match="activation 'mish' has no fused form"):
         plain(x, None, form.inner[0], form.down, "mish")
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_dropout_of_the_output_comes_before_the_residual(residual: bool) -> None:
+    form, x = made("gpt2")._replace(residual=residual), torch.randn(4, WIDTH, dtype=D, requires_grad=True)
+    inputs = trained(form, x)
+
+    def ours(residual: bool) -> Tensor:
+        torch.manual_seed(3)
+        return plain(x, form.norm, form.inner[0], form.down, "gelu_tanh", residual, 0.4)
+
+    kept = ours(False).detach() != 0
+    assert 0.2 < 1 - float(kept.double().mean()) < 0.6
+    y = reference(x, form._replace(residual=False)) * kept / 0.6
+    same(gradients(ours(residual), inputs), gradients(x + y if residual else y, inputs))
+    with pytest.raises(ValueError, match="the dropout of an MLP's output is at least 0 and below 1; it is 1"):
+        plain(x, form.norm, form.inner[0], form.down, "gelu_tanh", residual, 1.0)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_dropout_of_the_output_is_the_same_when_it_is_run_again(reentrant: bool) -> None:
+    form, x = made("gpt2", p=0.2), torch.randn(4, WIDTH, dtype=D, requires_grad=True)
+    inputs = trained(form, x)
+
+    def run(x: Tensor) -> Tensor:
+        return plain(x, form.norm, form.inner[0], form.down, "gelu_tanh", True, 0.4)
+
+    torch.manual_seed(3)
+    straight = gradients(run(x), inputs)
+    torch.manual_seed(3)
+    y = checkpoint(run, x, use_reentrant=reentrant)
+    for t in inputs:
+        t.grad = None
+    (y * torch.sin(torch.arange(y.numel(), dtype=D)).view(y.shape)).sum().backward()
+    same([y.detach(), *(t.grad for t in inputs if t.grad is not None)], straight)

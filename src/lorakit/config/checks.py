@@ -74,8 +74,9 @@ def plain_list(field: str, value: Any) -> list[str] | None:
         return None
     if isinstance(value, str):
         raise ConfigError(f"{field} is {value!r}; it must be a list of names, such as [{value!r}].")
-    names(field, value)
-    return list(value)
+    entries = list(value) if isinstance(value, Iterable) and not isinstance(value, (bytes, Mapping)) else value
+    names(field, entries)
+    return list(entries)
 
 
 def parameters(value: Any) -> list[str] | None:

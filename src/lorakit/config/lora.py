@@ -30,7 +30,7 @@ from lorakit.config.parts import (
     VeloraConfig,
     restored,
 )
-from lorakit.config.typed import check_types
+from lorakit.config.typed import check_types, plain
 from lorakit.config.words import API_LEVEL, CONFIG_FILE, PeftType, TaskType
 from lorakit.durable import write_json
 from lorakit.errors import ConfigError, ConfigTypeError, warn_caller
@@ -53,6 +53,19 @@ CHECKED_BY_VALUE = frozenset(
     {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights", "loftq_config"}
 )
 """Fields whose values have checks, and sentences, of their own."""
+
+NUMBERS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "layer_replication",
+)
+"""Fields of numbers: a file has to hold them, so those of numpy and ranges are made plain."""
 
 
 @dataclass
@@ -302,6 +315,8 @@ class LoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = checks.lora(self.peft_type)
+        for name in NUMBERS:
+            setattr(self, name, plain(getattr(self, name)))
         self.target_modules = checks.names("target_modules", self.target_modules)
         self.exclude_modules = checks.names("exclude_modules", self.exclude_modules)
         self.modules_to_save = checks.plain_list("modules_to_save", self.modules_to_save)

@@ -141,7 +141,7 @@ class LoraGAConfig(_Typed):
 
     direction: str = "ArB2r"
     scale: str = "stable"
-    stable_gamma: int = 16
+    stable_gamma: float = 16
 
 
 @dataclass

@@ -50,6 +50,26 @@ def _hints(kind: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(ours)}
 
 
+def plain(value: Any) -> Any:
+    """A value as a file can hold it: numbers of other libraries as Python's, ranges, arrays and generators as lists.
+
+    Args:
+        value: Of a field; lists, tuples, sets and tables stay what they are, with plain entries, and are copied.
+    """
+    if value is None or isinstance(value, (bool, str, bytes)):
+        return value
+    if isinstance(value, (numbers.Integral, numbers.Real)):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, Mapping):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return set(value)
+    if not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+        return value
+    entries = [plain(entry) for entry in value]
+    return tuple(entries) if isinstance(value, tuple) else entries
+
+
 def _fits(value: Any, hint: Any) -> bool:
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:

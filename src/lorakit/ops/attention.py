@@ -17,8 +17,11 @@ from lorakit.ops.attention_pattern import Pattern, mask
 FLASH_FROM = 2048
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-    """Softmax of the masked scores times v, in plain PyTorch. q (B, H, T, D), k, v (B, KV, T, D) -> (B, H, T, D)."""
+def reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kept: Tensor | None = None) -> Tensor:
+    """Softmax of the masked scores times v, in plain PyTorch. q (B, H, T, D), k, v (B, KV, T, D) -> (B, H, T, D).
+
+    kept (B, H, T, T): 1 for each weight that dropout keeps, 0 for the others; None where there is no dropout.
+    """
     pattern.check(q, k, v)
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     scores = q @ k.transpose(2, 3) * pattern.scale_for(q.shape[3])
@@ -26,14 +29,16 @@ def reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         scores = torch.tanh(scores / pattern.softcap) * pattern.softcap
     seen = mask(pattern, pattern.lengths(q.shape[2]), q.device)
     wide = torch.promote_types(q.dtype, torch.float32)
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=wide).to(q.dtype) @ v
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=wide).to(q.dtype)
+    return (weights if kept is None else weights * kept.to(q.dtype) / (1 - pattern.dropout)) @ v
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -> Tensor:
     """Softmax(scale·q·kᵀ under the pattern)·v, [docs/math.md (81)]; its gradients are [docs/math.md (82)].
 
     q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E), KV a divisor of H, in any strides -> (B, H, T, E), stored as
-    (B, T, H, E). Kept for the backward: q, k and v; with flash also the output and a number per row. Nothing (T, T).
+    (B, T, H, E). Kept for the backward: q, k and v; with flash also the output and a number per row. Nothing (T, T),
+    but for a byte for each weight that dropout drops.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. (1); Ainslie et al. 2023, arXiv:2305.13245, for shared heads;
     Rabe and Staats 2021, arXiv:2112.05682, for weights made again in the backward.
@@ -57,32 +62,33 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
     possible = attention_flash.takes(q, v, pattern)
     if pattern.way == "flash" and not possible:
         raise ValueError(
-            "way='flash' knows no window, no softcap and no value width of its own, and runs on a CPU alone; "
-            "use way='auto' or 'products'"
+            "way='flash' knows no window, no softcap, no dropout and no value width of its own, and runs on a CPU "
+            "alone; use way='auto' or 'products'"
         )
     if pattern.way != "auto":
         return pattern.way
     return "flash" if possible and max(pattern.lengths(q.shape[2]), default=0) >= FLASH_FROM else "products"
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None]:
-    """`attention` without autograd: the output (B, H, T, E), stored as (B, T, H, E), and what flash's backward asks.
+def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`attention` without autograd: the output (B, H, T, E), stored as (B, T, H, E), and what its backward asks.
 
     q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E). The second is log Σ exp of each row's scores (B, H, T) in fp32 or
-    wider with flash, None with products.
+    wider with flash, None with products; the third the record of the weights that were dropped, or None.
     """
     pattern.check(q, k, v)
     way = chosen(q, v, pattern)
     with as_written(q):
         if way == "flash":
-            return attention_flash.forward(q, k, v, pattern)
-        return attention_products.forward(q, k, v, pattern), None
+            return *attention_flash.forward(q, k, v, pattern), None
+        out, record = attention_products.forward(q, k, v, pattern)
+        return out, None, record
 
 
 def backward(
     dout: Tensor,
     operands: tuple[Tensor, Tensor, Tensor],
-    saved: tuple[Tensor | None, Tensor | None],
+    saved: tuple[Tensor | None, Tensor | None, Tensor | None],
     pattern: Pattern,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,10 +100,10 @@ def backward(
     if into is None:
         dq, dk, dv = (_stored_by_token(t) for t in operands)
         into = (dq, dk, dv)
-    out, lse = saved
+    out, lse, record = saved
     with as_written(dout):
         if lse is None or out is None:
-            attention_products.backward(dout, operands, into, pattern)
+            attention_products.backward(dout, operands, into, pattern, record)
         else:
             attention_flash.backward(dout, operands, (out, lse), into, pattern)
     return into
@@ -112,15 +118,15 @@ def _stored_by_token(x: Tensor) -> Tensor:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        out, lse = forward(q, k, v, pattern)
+        out, lse, record = forward(q, k, v, pattern)
         ctx.pattern = pattern
-        ctx.save_for_backward(q, k, v, None if lse is None else out, lse)
+        ctx.save_for_backward(q, k, v, None if lse is None else out, lse, record)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        grads = backward(dout, (q, k, v), (out, lse), ctx.pattern)
+        q, k, v, *saved = ctx.saved_tensors
+        grads = backward(dout, (q, k, v), tuple(saved), ctx.pattern)
         asked = zip(grads, ctx.needs_input_grad, strict=False)
         return (*(grad if needed else None for grad, needed in asked), None)

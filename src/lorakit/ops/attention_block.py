@@ -19,6 +19,7 @@ from lorakit.ops import attention as attending
 from lorakit.ops import linear, norm, rotary
 from lorakit.ops.adapted import Adapted, as_written, factors, refuse_trained, rows, unflat
 from lorakit.ops.attention_pattern import Pattern
+from lorakit.ops.dropout import join, join_backward
 from lorakit.ops.linear import Group
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
@@ -35,6 +36,7 @@ class SelfAttention:
         kv_heads: KV, a divisor of H.
         norm: Of the input, or None.
         q_norm, k_norm: Of q and k before they are turned: of each head where the weight has D numbers, else of the row.
+        dropout: Share of the output's numbers that become zero, before the residual.
     """
 
     inputs: tuple[Adapted, ...]
@@ -44,6 +46,7 @@ class SelfAttention:
     norm: Norm | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    dropout: float = 0.0
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -78,6 +81,8 @@ class SelfAttention:
             size = None if own is None or own.weight is None else tuple(own.weight.shape)
             if size not in (None, (self.head_dim,), (width,)):
                 raise ValueError(f"{name} has a weight {size}; it takes ({self.head_dim},), of a head, or ({width},)")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"the dropout of an attention's output is at least 0 and below 1; it is {self.dropout}")
         if torch.is_grad_enabled():
             refuse_trained(self.projections)
             for own in (self.norm, self.q_norm, self.k_norm):
@@ -145,7 +150,8 @@ class _Made(NamedTuple):
     heads: tuple[Tensor, Tensor, Tensor]  # q, k, v (B, T, heads, D); of q and k before their norms, where they have any
     own: tuple[Sequence[Tensor], Sequence[Tensor]]  # numbers of these norms
     out: Tensor  # (N, H·D)
-    lse: Tensor | None
+    saved: Sequence[Tensor | None]  # of attention, besides its output
+    record: Tensor | None  # of the output's dropout
     groups: tuple[Group, Group]
 
 
@@ -176,13 +182,11 @@ def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Made]:
     if len(parts) == 1 and turn is not None and block.q_norm is None:
         v = v.contiguous()  # as a view it would keep q and k as they were before the turn
     del parts, split
-    out, lse = attending.forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), pattern)
+    out, *saved = attending.forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), pattern)
     given = out.transpose(1, 2).view(len(flat), -1)
-    y = outs.forward(given)[0]
-    if residual:
-        y.add_(flat)
+    y, record = join(outs.forward(given)[0], flat if residual else None, block.dropout)
     kept = raw[0] if block.q_norm else q, raw[1] if block.k_norm else k, v
-    return y, _Made(stats, kept, (q_stats, k_stats), given, lse, (ins, outs))
+    return y, _Made(stats, kept, (q_stats, k_stats), given, saved, record, (ins, outs))
 
 
 def _normalised(part: Tensor, own: Norm | None, block: SelfAttention) -> tuple[Tensor, Sequence[Tensor]]:
@@ -214,10 +218,10 @@ class _AttentionBlock(torch.autograd.Function):
         # where neither x nor a projection of it is trained, nothing goes back through the attention
         ctx.deep = ctx.needs_input_grad[0] or any(A or B for A, B in ins.trains)
         wants_x = ins.needs_x or (form.block.norm is not None and ctx.needs_input_grad[0])
-        wants_out = outs.needs_x or (ctx.deep and made.lse is not None)
+        wants_out = outs.needs_x or (ctx.deep and made.saved[0] is not None)
         (ctx.ins, inputs), (ctx.outs, output) = ins.pack(), outs.pack()
-        through = [[x if wants_x else None, made.lse], made.heads, made.stats, *made.own, inputs]
-        parts = [[made.out if wants_out else None], output, *(through if ctx.deep else ())]
+        through = [[x if wants_x else None, *made.saved], made.heads, made.stats, *made.own, inputs]
+        parts = [[made.out if wants_out else None, made.record], output, *(through if ctx.deep else ())]
         ctx.form, ctx.shape, ctx.counts = form, x.shape, [len(part) for part in parts]
         ctx.save_for_backward(*(tensor for part in parts for tensor in part))
         return y
@@ -226,15 +230,16 @@ class _AttentionBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         tensors = iter(ctx.saved_tensors)
-        (out,), output, *through = ([next(tensors) for _ in range(count)] for count in ctx.counts)
+        (out, record), output, *through = ([next(tensors) for _ in range(count)] for count in ctx.counts)
         with as_written(dy):
             dy = rows(dy)
-            given, last = Group.unpack(ctx.outs, output).backward(out, [dy], need_dx=ctx.deep)
+            dlast = join_backward(dy, record, ctx.form.block.dropout)
+            given, last = Group.unpack(ctx.outs, output).backward(out, [dlast], need_dx=ctx.deep)
             if given is None:
                 return (None, None, *(None for _ in ctx.form.block.inputs for _ in range(2)), *last[0])
-            (x, lse), heads, stats, q_stats, k_stats, inputs = through
-            dparts = _back_to_projections(given, heads, (q_stats, k_stats), (out, lse), ctx.form)
-            del given
+            (x, *saved), heads, stats, q_stats, k_stats, inputs = through
+            dparts = _back_to_projections(given, heads, (q_stats, k_stats), (out, *saved), ctx.form)
+            del given, dlast
             ins, own = Group.unpack(ctx.ins, inputs), ctx.form.block.norm
             flat = None if x is None else rows(x)
             n = own.again(flat, stats) if own is not None and ins.needs_x else flat
@@ -249,7 +254,7 @@ def _back_to_projections(
     given: Tensor,
     heads: Sequence[Tensor],
     stats: tuple[Sequence[Tensor], Sequence[Tensor]],
-    saved: tuple[Tensor | None, Tensor | None],
+    saved: tuple[Tensor | None, ...],  # the attention's output, and what it gave besides
     form: _Form,
 ) -> list[Tensor]:
     """The gradients of what the projections gave, (N, width) each, from that of the attention's output (N, H·D)."""
@@ -266,7 +271,8 @@ def _back_to_projections(
     out = None if saved[0] is None else saved[0].view(shape).transpose(1, 2)
     dq, dk, dv = (grad.transpose(1, 2) for grad in by_head)
     q, k, v = (operand.transpose(1, 2) for operand in operands)
-    attending.backward(given.view(shape).transpose(1, 2), (q, k, v), (out, saved[1]), pattern, (dq, dk, dv))
+    kept = (out, saved[1], saved[2])
+    attending.backward(given.view(shape).transpose(1, 2), (q, k, v), kept, pattern, (dq, dk, dv))
     for grad, raw, own_stats, own in zip(by_head[:2], heads, stats, owns, strict=False):
         if turn is not None:
             rotary.turn_back_(grad, turn)

@@ -22,6 +22,7 @@ class Pattern:
     softcap: c in c·tanh(score/c), on the scaled scores before the softmax.
     segments: lengths of sequences laid end to end along T, the same in each row of the batch; no token sees another
     sequence's.
+    dropout: share of the weights that become zero, each on its own; the others grow by 1/(1 − dropout).
     way: "flash" is PyTorch's kernel for CPUs, "products" batched products by blocks of query rows; "auto" chooses by
     length.
     """
@@ -31,6 +32,7 @@ class Pattern:
     window: int | None = None
     softcap: float | None = None
     segments: tuple[int, ...] | None = None
+    dropout: float = 0.0
     way: Way = "auto"
 
     def scale_for(self, width: int) -> float:
@@ -85,6 +87,8 @@ class Pattern:
             raise ValueError(f"a window of {self.window} tokens sees nothing; give 1 or more, or None for no window")
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap must be above 0, or None for none; it is {self.softcap}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"the dropout of attention's weights is at least 0 and below 1; it is {self.dropout}")
 
 
 class Piece(NamedTuple):

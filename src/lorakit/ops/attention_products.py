@@ -3,7 +3,9 @@
 Formulas [docs/math.md (81)] and [docs/math.md (82)]. The heads of q that share a head of k are more rows of the same
 product, so k and v are not repeated. A block sees only the places that its pattern allows at all: with a causal mask
 the upper triangle is not computed, with a window only the band is. Scores live in one buffer that all blocks use; the
-backward makes them again, so that nothing of tokens × tokens is kept, and neither are sums of the softmax.
+backward makes them again, so that nothing of tokens × tokens is kept, and neither are sums of the softmax. Dropout is
+drawn once for the scores of all blocks, laid one after the other, and its record is kept: a byte for each that it
+drops.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorakit.ops.attention_pattern import Pattern, Piece, mask, pieces
+from lorakit.ops.dropout import draw_of, where, zero_
 
 BLOCK = 64  # query rows of a block: long enough for the products, short enough to leave most of the triangle out
 SCORES = 2**22  # numbers in the buffer of scores, at most, as long as a block has 8 rows
@@ -30,29 +33,41 @@ class _Block(NamedTuple):
     high: int
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-    """Softmax(scores)·v. q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E) -> (B, H, T, E), stored as (B, T, H, E)."""
+def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None]:
+    """Softmax(scores)·v (B, H, T, E), stored as (B, T, H, E), and the record of the dropped weights, or None.
+
+    q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E).
+    """
     batch, heads, tokens, _ = q.shape
     out = torch.empty(batch, tokens, heads, v.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
     scores = _Scores(q, k, pattern)
+    zeros, record = scores.draw()
     for piece in scores.pieces:
         keys, values = (_cut(t, piece).flatten(0, 1) for t in (k, v))
         queries, written = _cut(q, piece), _cut(out, piece)
         for block in scores.blocks(piece):
             weights, _ = scores.weights(_rows(queries, block, keys), keys, piece, block)
-            _put(written, block, torch.bmm(weights, values[:, block.low : block.high]))
-    return out
+            if record is not None:
+                zero_(weights, next(zeros))
+            _put(written, block, _scaled(weights, values[:, block.low : block.high], scores.share))
+    return out, record
 
 
 def backward(
-    dout: Tensor, operands: tuple[Tensor, Tensor, Tensor], into: tuple[Tensor, Tensor, Tensor], pattern: Pattern
+    dout: Tensor,
+    operands: tuple[Tensor, Tensor, Tensor],
+    into: tuple[Tensor, Tensor, Tensor],
+    pattern: Pattern,
+    record: Tensor | None = None,
 ) -> None:
     """The gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E), written `into` tensors of their shapes.
 
-    dout (B, H, T, E). No tensor is read after what it shares storage with is written, but for the three given.
+    dout (B, H, T, E); record: what `forward` gave. No tensor is read after what it shares storage with is
+    written, but for the three given.
     """
     q, k, v = operands
     scores = _Scores(q, k, pattern)
+    zeros = scores.by_block(where(record)) if record is not None else None
     wide = torch.promote_types(q.dtype, torch.float32)
     for piece in scores.pieces:
         queries, incoming, dq = (_cut(t, piece) for t in (q, dout, into[0]))
@@ -62,8 +77,9 @@ def backward(
             seen = slice(block.low, block.high)
             rows, dy = _rows(queries, block, keys), _rows(incoming, block, keys)
             weights, capped = scores.weights(rows, keys, piece, block)
-            dv[:, seen].add_(torch.bmm(weights.transpose(1, 2), dy))
-            ds = scores.backward(dy, values[:, seen], weights, capped)
+            zero = None if zeros is None else next(zeros)
+            dv[:, seen].add_(_scaled(scores.dropped(weights, zero).transpose(1, 2), dy, scores.share))
+            ds = scores.backward(dy, values[:, seen], weights, capped, zero)
             _put(dq, block, _scaled(ds, keys[:, seen], scores.scale))
             dk[:, seen].add_(_scaled(ds.transpose(1, 2), rows, scores.scale))
         for total, grad in ((dk, into[1]), (dv, into[2])):
@@ -76,6 +92,7 @@ class _Scores:
     def __init__(self, q: Tensor, k: Tensor, pattern: Pattern) -> None:
         batch, heads, tokens, width = q.shape
         self.pattern, self.scale, self.group = pattern, pattern.scale_for(width), heads // k.shape[1]
+        self.heads, self.device, self.share = heads, q.device, 1 / (1 - pattern.dropout)
         longest = max(*pattern.lengths(tokens), min(BLOCK, tokens), 1)
         seen = longest if pattern.window is None else min(longest, 2 * pattern.window + BLOCK)
         self.rows = min(BLOCK, longest, max(8, SCORES // (heads * seen)))
@@ -91,6 +108,36 @@ class _Scores:
         for start in range(0, length, self.rows):
             stop = min(length, start + self.rows)
             yield _Block(start, stop, *self.pattern.span(start, stop, length))
+
+    def draw(self) -> tuple[Iterator[Tensor], Tensor | None]:
+        """What dropout takes from the weights of one block after the other, and the record of it."""
+        if self.pattern.dropout == 0:
+            return iter(()), None
+        zeros, record = draw_of(sum(self._sizes()), self.pattern.dropout, self.device)
+        return self.by_block(zeros), record
+
+    def by_block(self, zeros: Tensor) -> Iterator[Tensor]:
+        """What dropout takes from all blocks laid one after the other, for each of them."""
+        sizes = self._sizes()
+        if zeros.dtype == torch.bool:
+            return iter(zeros.split(sizes))
+        ends = torch.tensor(sizes, dtype=torch.int64).cumsum(0)
+        parts = zeros.tensor_split(torch.searchsorted(zeros, ends)[:-1])
+        return (part - (end - size) for part, end, size in zip(parts, ends.tolist(), sizes, strict=True))
+
+    def dropped(self, weights: Tensor, zero: Tensor | None) -> Tensor:
+        """The block's weights (Z, G·n, m) without those that dropout took, beside the buffer that has them all."""
+        if zero is None:
+            return weights
+        return zero_(self._buffer(3, weights, weights.transpose(1, 2)).copy_(weights), zero)
+
+    def _sizes(self) -> list[int]:
+        """Numbers of scores of each block."""
+        every = [(piece, block) for piece in self.pieces for block in self.blocks(piece)]
+        return [
+            (piece.batch.stop - piece.batch.start) * self.heads * (at.stop - at.start) * (at.high - at.low)
+            for piece, at in every
+        ]
 
     def weights(self, rows: Tensor, keys: Tensor, piece: Piece, block: _Block) -> tuple[Tensor, Tensor | None]:
         """Softmax of the block's scores (Z, G·n, m), and tanh of them where they are capped; both in the buffers."""
@@ -108,9 +155,14 @@ class _Scores:
             each_head[..., -bias.shape[1] :].add_(bias)
         return torch.softmax(scores, -1, out=scores), capped
 
-    def backward(self, dy: Tensor, values: Tensor, weights: Tensor, capped: Tensor | None) -> Tensor:
+    def backward(
+        self, dy: Tensor, values: Tensor, weights: Tensor, capped: Tensor | None, zero: Tensor | None
+    ) -> Tensor:
         """The gradient of the scaled scores (Z, G·n, m) from that of the output rows dy (Z, G·n, E)."""
-        ds = torch.bmm(dy, values.transpose(1, 2), out=self._buffer(2, dy, values))
+        ds = self._buffer(2, dy, values)
+        torch.baddbmm(ds, dy, values.transpose(1, 2), beta=0, alpha=self.share, out=ds)
+        if zero is not None:
+            zero_(ds, zero)
         torch.ops.aten._softmax_backward_data.out(ds, weights, -1, ds.dtype, grad_input=ds)
         if capped is not None:
             torch.ops.aten.tanh_backward.grad_input(ds, capped, grad_input=ds)

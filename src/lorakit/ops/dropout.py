@@ -33,12 +33,17 @@ def draw(like: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
     On a CPU, where is (dropped,) sorted positions, and the record the steps between them in the least integer type that
     holds them, a byte each at usual shares. Elsewhere, and under a compiler, which cannot have sizes that depend on
-    data, both are one Boolean mask of like's shape. `where` gives the first of them from the second.
+    data, both are one Boolean mask (numbers,). `where` gives the first of them from the second.
     """
-    if like.device.type != "cpu" or torch.compiler.is_compiling():
-        mask = torch.rand(like.shape, device=like.device) < p
+    return draw_of(like.numel(), p, like.device)
+
+
+def draw_of(count: int, p: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`draw` for so many numbers: where (dropped,) or a mask (count,), and the record of it."""
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        mask = torch.rand(count, device=device) < p
         return mask, mask
-    positions, steps = _gaps(like.numel(), p, like.device)
+    positions, steps = _gaps(count, p, device)
     longest = int(steps.max()) if len(steps) else 0
     return positions, steps.to(next(dtype for dtype in _INTEGERS if longest <= torch.iinfo(dtype).max))
 
@@ -59,6 +64,24 @@ def zero_(owned: Tensor, dropped: Tensor) -> Tensor:
 def dropped(x: Tensor, index: Tensor) -> Tensor:
     """Contiguous copy of x (any shape) with zero at the positions `index` (dropped,) of x laid flat; not rescaled."""
     return zero_(x.clone(memory_format=torch.contiguous_format), index)
+
+
+def join(owned: Tensor, x: Tensor | None, p: float) -> tuple[Tensor, Tensor | None]:
+    """The sum x + dropout(owned), written to owned, and the record of what was dropped: the end of a branch.
+
+    owned, x (N, d) contiguous; x may be None. The record is None where p = 0.
+    """
+    if p == 0:
+        return owned if x is None else owned.add_(x), None
+    zeros, record = draw(owned, p)
+    zero_(owned, zeros)
+    share = 1 / (1 - p)
+    return owned.mul_(share) if x is None else torch.add(x, owned, alpha=share, out=owned), record
+
+
+def join_backward(dy: Tensor, record: Tensor | None, p: float) -> Tensor:
+    """The gradient of `join`'s owned input from that of its output dy (N, d): dy itself where nothing was dropped."""
+    return dy if record is None else zero_(_scaled(dy, 1 / (1 - p)), where(record))
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from lorakit.ops import linear
 from lorakit.ops.activation import Activation, activation
 from lorakit.ops.adapted import Adapted, as_written, autocast, factors, refuse_trained, rows, unflat
+from lorakit.ops.dropout import join, join_backward
 from lorakit.ops.linear import Group
 from lorakit.ops.norm import Norm, normalised, refuse_trained_norm
 from lorakit.ops.norm import reference as norm_reference
@@ -30,6 +31,7 @@ class Form(NamedTuple):
         act: f, of the gate's output or of the only one.
         norm: Of the input, or None.
         residual: Whether x is added.
+        dropout: Share of the numbers of down's output that become zero, before the residual.
     """
 
     inner: tuple[Adapted, ...]
@@ -37,6 +39,7 @@ class Form(NamedTuple):
     act: Activation
     norm: Norm | None
     residual: bool
+    dropout: float = 0.0
 
 
 def gated(
@@ -54,15 +57,20 @@ def gated(
     return _mlp(x, Form((gate, up), down, activation(act), norm, residual))
 
 
-def plain(x: Tensor, norm: Norm | None, up: Adapted, down: Adapted, act: str, residual: bool = False) -> Tensor:
+def plain(
+    x: Tensor, norm: Norm | None, up: Adapted, down: Adapted, act: str, residual: bool = False, dropout: float = 0.0
+) -> Tensor:
     """down(act(up(n))) with n = norm(x), plus x where residual: [docs/math.md (79)]. x (..., d) -> (..., d).
 
-    Gradients go to x and to the factors A and B.
+    Gradients go to x and to the factors A and B. dropout: share of down's output that becomes zero, before x is added.
 
     Raises:
-        ValueError: The activation has no fused form, or a weight of the base asks for a gradient.
+        ValueError: The activation has no fused form, a weight of the base asks for a gradient, or the dropout leaves
+            nothing.
     """
-    return _mlp(x, Form((up,), down, activation(act), norm, residual))
+    if not 0 <= dropout < 1:
+        raise ValueError(f"the dropout of an MLP's output is at least 0 and below 1; it is {dropout}")
+    return _mlp(x, Form((up,), down, activation(act), norm, residual, dropout))
 
 
 def reference(x: Tensor, form: Form) -> Tensor:
@@ -102,6 +110,7 @@ class _Made(NamedTuple):
 
     stats: Sequence[Tensor]  # of the norm
     hidden: list[Tensor]  # what gate and up gave, (N, f)
+    record: Tensor | None  # of the dropout
     groups: tuple[Group, Group]
 
 
@@ -115,8 +124,8 @@ def _forward(x: Tensor, form: Form) -> tuple[Tensor, _Made]:
     a = form.act.value(hidden[0], torch.empty_like(hidden[0]))
     if len(hidden) == 2:
         a.mul_(hidden[1])
-    y = outer.forward(a, owned=True)[0]
-    return y.add_(flat) if form.residual else y, _Made(stats, hidden, (inner, outer))
+    y, record = join(outer.forward(a, owned=True)[0], flat if form.residual else None, form.dropout)
+    return y, _Made(stats, hidden, record, (inner, outer))
 
 
 class _Mlp(torch.autograd.Function):
@@ -132,7 +141,7 @@ class _Mlp(torch.autograd.Function):
             outside,
             made.hidden if ctx.deep or outer.needs_x else (),
             made.stats if wants_x else (),
-            [x if wants_x else None],
+            [x if wants_x else None, made.record],
             inside if ctx.deep else (),
         ]
         ctx.form, ctx.shape, ctx.counts = form, x.shape, [len(part) for part in parts]
@@ -143,17 +152,18 @@ class _Mlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         tensors, form = iter(ctx.saved_tensors), ctx.form
-        outside, hidden, stats, (x,), inside = ([next(tensors) for _ in range(count)] for count in ctx.counts)
+        outside, hidden, stats, (x, record), inside = ([next(tensors) for _ in range(count)] for count in ctx.counts)
         with as_written(dy):
             dy = rows(dy)
-            dhidden, last = _back_through_the_activation(dy, hidden, Group.unpack(ctx.outer, outside), form, ctx.deep)
+            outer, dlast = Group.unpack(ctx.outer, outside), join_backward(dy, record, form.dropout)
+            dhidden, last = _back_through_the_activation(dlast, hidden, outer, form, ctx.deep)
             if not ctx.deep:
                 return (None, None, *(None for _ in form.inner for _ in range(2)), *last)
             inner, norm = Group.unpack(ctx.inner, inside), form.norm
             flat = None if x is None else rows(x)
             n = norm.again(flat, stats) if norm is not None and inner.needs_x else flat
             dx, grads = inner.backward(n, dhidden, ctx.needs_input_grad[0], owned=norm is not None and inner.needs_x)
-            del n, dhidden
+            del n, dhidden, dlast
             if dx is not None:
                 dx = dx if norm is None else norm.backward(dx, flat, stats)
                 dx = (dx.add_(dy) if form.residual else dx).view(ctx.shape)

@@ -14,6 +14,7 @@ from lorakit.plan.params import Count, SiteCount
 from lorakit.plan.shapes import ModelShape, block_of
 
 _FP32, _INDEX = 4, 8
+_BLOCK = 64  # tokens of a block of attention's
 
 HALVES = {"self_attn": "attention", "attn": "attention", "mlp": "feed-forward"}
 """Child of a decoder layer -> the half it lies in."""
@@ -42,8 +43,8 @@ def half_of(path: str) -> str | None:
 def fused(shape: ModelShape, counted: Count, quantised: bool) -> frozenset[tuple[str, str]]:
     """Every (block, half) that runs as one function.
 
-    A half does where its products are plain: no dropout of the base in it, no DoRA, no matrix as a bare parameter, no
-    copied module, no trained bias, nothing quantised.
+    A half does where its products are plain: no DoRA, no matrix as a bare parameter, no copied module, no trained bias,
+    nothing quantised.
 
     Args:
         shape: The base, of a family whose layers are known.
@@ -52,14 +53,11 @@ def fused(shape: ModelShape, counted: Count, quantised: bool) -> frozenset[tuple
     """
     if quantised or counted.biases:
         return frozenset()
-    halves = {"attention", "feed-forward"}
-    if shape.dropouts.get("attention"):
-        halves -= {"attention"}
-    if shape.dropouts.get("residual"):
-        halves.clear()
     others = [site.path for site in counted.sites if site.magnitudes or site.is_bare_matrix or site.experts > 1]
     left = {(block_of(path), half_of(path)) for path in (*others, *counted.saved)}
-    return frozenset((block, half) for block in shape.blocks for half in halves if (block, half) not in left)
+    return frozenset(
+        (block, half) for block in shape.blocks for half in ("attention", "feed-forward") if (block, half) not in left
+    )
 
 
 def norm(shape: ModelShape, job: Job) -> int:
@@ -85,7 +83,8 @@ def half(shape: ModelShape, sites: Sequence[SiteCount], name: str, dropout: floa
     number, tokens = job.dtype_bytes, job.batch_tokens
     if name == "attention":
         numbers = shape.query_width + 2 * shape.kv_width
-        flash = job.length_tokens >= FLASH_FROM
+        share = shape.dropouts.get("attention", 0.0)
+        flash = job.length_tokens >= FLASH_FROM and not share
         output = any(not _reads_norm(site) and not site.frozen for site in sites)
         kept = number * (numbers + (shape.query_width if output or flash else 0))
         kept += _FP32 * shape.heads if flash else 0
@@ -94,7 +93,10 @@ def half(shape: ModelShape, sites: Sequence[SiteCount], name: str, dropout: floa
     else:
         kept = number * shape.intermediate * (2 if shape.gated else 1)
     kept += sum(number * site.rank for site in sites)
-    return tokens * kept + sum(_dropped(tokens * site.in_features, dropout) for site in sites)
+    gaps = sum(_dropped(tokens * site.in_features, dropout) for site in sites)
+    gaps += _dropped(tokens * shape.hidden, shape.dropouts.get("residual", 0.0))
+    gaps += _dropped(_weights(shape, job), shape.dropouts.get("attention", 0.0)) if name == "attention" else 0
+    return tokens * kept + gaps
 
 
 def input_alone(shape: ModelShape, sites: Sequence[SiteCount], job: Job) -> int:
@@ -163,6 +165,12 @@ def loss_keeps(shape: ModelShape, job: Job) -> int:
 def _reads_norm(site: SiteCount) -> bool:
     """Whether a site reads the output of the norm, and not that of attention or of the activation."""
     return site.path.rpartition(".")[2] in (*INNER, "q_proj", "k_proj", "v_proj", "c_attn")
+
+
+def _weights(shape: ModelShape, job: Job) -> int:
+    """Weights of causal attention that are computed: of blocks of 64 tokens, each with all that its last one sees."""
+    ends = [(start, min(start + _BLOCK, job.length_tokens)) for start in range(0, job.length_tokens, _BLOCK)]
+    return job.batch_rows * shape.heads * sum((stop - start) * stop for start, stop in ends)
 
 
 def _dropped(numbers: int, p: float) -> int:

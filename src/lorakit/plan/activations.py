@@ -188,13 +188,13 @@ def family_of(shape: ModelShape) -> tuple[Family, bool]:
 
 
 def packs(shape: ModelShape) -> bool:
-    """Whether accelerated rows are known to lie end to end: not where attention drops.   [docs/math.md (36)]
+    """Whether accelerated rows are known to lie end to end.   [docs/math.md (36)]
 
     Args:
         shape: The model.
     """
     family, is_known = family_of(shape)
-    return is_known and family.is_fast and not (shape.dropouts.get("attention") or shape.dropouts.get("residual"))
+    return is_known and family.is_fast
 
 
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: StoredBase | None = None) -> Activations:

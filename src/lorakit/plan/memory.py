@@ -257,8 +257,8 @@ def _how(shape: ModelShape, kept: Activations, job: Job) -> str:
     own = kept.of_blocks - kept.fused
     if own:
         said += (
-            f"; {own} of {kept.of_blocks} halves of layers run as they are, since the base's dropout, DoRA, a copied "
-            "module, a trained bias and a quantised weight have no accelerated form"
+            f"; {own} of {kept.of_blocks} halves of layers run as they are, since DoRA, a copied module, a "
+            "trained bias and a quantised weight have no accelerated form"
         )
     if activations.packs(shape):
         said += (

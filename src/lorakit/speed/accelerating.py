@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lorakit.speed import attention, decoder, feed_forward, linear, norms
+from lorakit.speed import attention, decoder, dropouts, feed_forward, linear, norms
 from lorakit.speed.head import Head, head_for
 from lorakit.speed.loss import LossWithoutLogits, loss_for
 from lorakit.speed.packing import obeys
@@ -49,6 +49,7 @@ RECIPES = (
     Recipe("attention", attention.fits, attention.run, _named("attention")),
     Recipe("feed-forward", feed_forward.fits, feed_forward.run, _named("mlp")),
     Recipe("norm", norms.fits, norms.run, _named("norm")),
+    Recipe("dropout", dropouts.fits, dropouts.run, lambda _: False),
     Recipe("adapted linear", linear.fits, linear.run, linear.is_adapted),
 )
 
@@ -141,7 +142,7 @@ def accelerate(model: nn.Module, *, logits: bool = True) -> Acceleration:
         why = _why_not(model, module, recipe, found.get(path))
         if why is None:
             fast[path] = (module, recipe)
-        else:
+        elif recipe.concerns(module):
             left.append(Left(path, type(module).__name__, why))
     given = found[""].output if "" in found else None
     known = head_for(head, given, getattr(output, "logits", None), getattr(model, "config", None))
@@ -169,19 +170,19 @@ def _loss(model: Any, head: Head) -> LossWithoutLogits | str:
 
 
 def _may_pack(model: Any, fast: dict[str, tuple[nn.Module, Recipe]]) -> bool:
-    """Whether the attention of every layer is one of ours, so that packed sequences cannot see each other.
-
-    One that drops runs as it is while it trains, and would keep maps of all tokens × all tokens.
-    """
+    """Whether the attention of every layer is one of ours, so that packed sequences cannot see each other."""
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    ours = sum(attention.fits(module) is None and not attention.dropout(module) for module, _ in fast.values())
+    ours = sum(attention.fits(module) is None for module, _ in fast.values())
     return isinstance(layers, int) and ours == layers
 
 
 def _candidates(modules: dict[str, nn.Module]) -> tuple[dict[str, tuple[nn.Module, Recipe]], list[Left]]:
     wanted: dict[str, tuple[nn.Module, Recipe]] = {}
     left: list[Left] = []
+    inside = {id(part) for layer in modules.values() if linear.is_adapted(layer) for part in _of_adapters(layer)}
     for path, module in modules.items():
+        if id(module) in inside:
+            continue
         reasons = []
         for recipe in RECIPES:
             why = recipe.fits(module)
@@ -193,6 +194,12 @@ def _candidates(modules: dict[str, nn.Module]) -> tuple[dict[str, tuple[nn.Modul
         else:
             left += [Left(path, type(module).__name__, reason) for reason in reasons[:1]]
     return wanted, left
+
+
+def _of_adapters(layer: Any) -> list[nn.Module]:
+    """The modules inside a layer that are an adapter's and not the base's."""
+    base = {id(module) for module in layer.base_layer.modules()}
+    return [module for module in layer.modules() if module is not layer and id(module) not in base]
 
 
 def _why_not(model: nn.Module, module: nn.Module, recipe: Recipe, call: Call | None) -> str | None:

@@ -17,17 +17,20 @@ from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
 from lorakit.speed.feed_forward import note
 from lorakit.speed.operands import operands_of
-from lorakit.speed.parts import by_name, is_usual, norm_of, unknown_words
+from lorakit.speed.parts import by_name, is_usual, norm_of, share_of, unknown_words
 from lorakit.speed.swapping import FORWARDS
 
 INPUTS = (("q_proj", "k_proj", "v_proj"), ("c_attn",), ("qkv_proj",))
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
 NORMS = ("q_norm", "k_norm")
 DROPOUTS = ("attn_dropout", "resid_dropout")
+"""Of the weights, whose share alone is read, and of the output."""
+
 WORDS = frozenset(
     {"config", "layer_idx", "layer_type", "head_dim", "num_heads", "num_key_value_heads", "num_key_value_groups"}
     | {"num_attention_heads", "hidden_size", "embed_dim", "split_size", "is_causal", "is_cross_attention", "scaling"}
     | {"scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "attention_dropout"}
+    | {"dropout", "enable_bias"}  # of OPT
     | {"sliding_window", "attn_logit_softcapping", "use_rope", "rotary_fn", "rope_theta", "max_position_embeddings"}
 )
 """Attributes of attention modules that this recipe reads, or that a probe shows."""
@@ -120,6 +123,9 @@ def attention(
     shape = shape_of(module)
     if shape is None or not is_usual(x) or x.ndim != 3 or not _is_plain(module, x, shape.window, call):
         return None
+    shares = _shares(module)
+    if shares is None:
+        return None
     inside: list[nn.Module] = [module._modules[name] for name in (*shape.inputs, shape.output)]  # type: ignore[misc]
     forwards: Forwards = module.__dict__.setdefault(FORWARDS, Forwards())
     route, again = resolved(inside, forwards)
@@ -131,11 +137,12 @@ def attention(
         return None
     turn = call.get("position_embeddings") if getattr(module, "use_rope", True) else None
     *inputs, output = operands
-    block = SelfAttention(tuple(inputs), output, shape.head_dim, _kv_heads(module, shape, operands), norm, *norms)
+    kv_heads = _kv_heads(module, shape, operands)
+    block = SelfAttention(tuple(inputs), output, shape.head_dim, kv_heads, norm, norms[0], norms[1], shares[1])
     segments = lengths_of(call.get("cu_seq_lens_q"))
     # a window that is longer than the rows, or that a model does not use, comes without a mask
     window = None if segments is None and call.get("attention_mask") is None else shape.window
-    pattern = Pattern(scale=shape.scale, window=window, softcap=shape.softcap, segments=segments)
+    pattern = Pattern(True, shape.scale, window, shape.softcap, segments, shares[0])
     y = attention_block(x, block, pattern, None if turn is None else Rotary(*turn), residual)
     note(forwards, y, route, again)
     return y
@@ -190,17 +197,14 @@ def _is_plain(module: nn.Module, x: Tensor, window: int | None, call: dict[str, 
         return False
     if call.get("cache") is not None or call.get("past_key_values") is not None:
         return False
-    if any(value is not None and value is not False for name, value in call.items() if name not in READ):
-        return False
-    return not (module.training and dropout(module) > 0)
+    return all(value is None or value is False for name, value in call.items() if name not in READ)
 
 
-def dropout(module: nn.Module) -> float:
-    """The largest share that an attention drops while it trains, of weights or of its output; it then runs as it is.
-
-    Args:
-        module: A module that `fits`.
-    """
-    inside = [module._modules.get(name) for name in DROPOUTS]
-    shares = [getattr(one, "p", 1.0) for one in inside if one is not None]
-    return max([float(getattr(module, "attention_dropout", 0.0) or 0.0), *shares])
+def _shares(module: nn.Module) -> tuple[float, float] | None:
+    """The shares of the weights and of the output that are dropped now, or None where it is not that simple."""
+    weights, output = (module._modules.get(name) for name in DROPOUTS)
+    told: list[Any] = [getattr(module, name, None) for name in ("attention_dropout", "dropout")]
+    found = [one for one in (getattr(weights, "p", None), *told) if one is not None]
+    share: Any = found[0] if module.training and found else 0.0
+    last = share_of(output)
+    return None if last is None or not isinstance(share, (int, float)) or not 0 <= share < 1 else (share, last)

@@ -12,11 +12,14 @@ from lorakit.core.routes.routing import Route
 from lorakit.ops.mlp import gated, plain
 from lorakit.ops.norm import Norm
 from lorakit.speed.operands import operands_of
-from lorakit.speed.parts import activation_of, is_usual, unknown_words
+from lorakit.speed.parts import activation_of, is_usual, share_of, unknown_words
 from lorakit.speed.swapping import FORWARDS
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 PLAIN = (("fc1", "fc2"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h"))
+DROPPED = ("c_fc",)
+"""Of blocks that begin with one of these, the child `dropout` is the last, and after nothing else."""
+
 ACTIVATION = ("act_fn", "activation_fn", "act")
 WORDS = frozenset({"config", "hidden_size", "intermediate_size", "mlp_bias", "layer_idx", "embed_dim"})
 """Attributes of feed-forward modules that change nothing which a probe does not show."""
@@ -52,7 +55,10 @@ def feed_forward(module: nn.Module, x: Any, norm: Norm | None, *, residual: bool
         (…, d), or None where the module's own forward has to run.
     """
     names, act = _names(module), activation_of(_activation(module))
-    if names is None or act is None or not isinstance(x, Tensor) or not is_usual(x) or _drops(module):
+    if names is None or act is None or not isinstance(x, Tensor) or not is_usual(x):
+        return None
+    p = share_of(module._modules.get("dropout"))
+    if p is None or (p > 0 and names[0] not in DROPPED):
         return None
     inside: list[nn.Module] = [module._modules[name] for name in names]  # type: ignore[misc]
     forwards: Forwards = module.__dict__.setdefault(FORWARDS, Forwards())
@@ -63,7 +69,7 @@ def feed_forward(module: nn.Module, x: Any, norm: Norm | None, *, residual: bool
     if len(operands) == 3:
         y = gated(x, norm, operands[0], operands[1], operands[2], act, residual)
     else:
-        y = plain(x, norm, operands[0], operands[1], act, residual)
+        y = plain(x, norm, operands[0], operands[1], act, residual, p)
     note(forwards, y, route, again)
     return y
 
@@ -83,8 +89,3 @@ def _names(module: nn.Module) -> tuple[str, ...] | None:
 
 def _activation(module: nn.Module) -> Any:
     return next((getattr(module, name) for name in ACTIVATION if hasattr(module, name)), None)
-
-
-def _drops(module: nn.Module) -> bool:
-    inside = module._modules.get("dropout")
-    return inside is not None and module.training and not (isinstance(inside, nn.Dropout) and inside.p == 0)

@@ -65,6 +65,15 @@ def norm_of(module: nn.Module | None) -> Norm | None:
     return Norm("rms", weight, None, eps, 1.0 if type(module).__name__.startswith("Gemma") else 0.0)
 
 
+def share_of(dropout: nn.Module | None) -> float | None:
+    """The share of its input that a dropout drops now, 0 where there is none; None where it is no plain one."""
+    if dropout is None or isinstance(dropout, nn.Identity):
+        return 0.0
+    if not isinstance(dropout, nn.Dropout) or is_watched(dropout) or dropout.p >= 1:
+        return None
+    return dropout.p if dropout.training else 0.0
+
+
 def unknown_words(module: nn.Module, words: Collection[str], children: Collection[str]) -> str | None:
     """What a module has besides what a recipe knows, as a phrase, or None: a setting may change what no probe shows.
 

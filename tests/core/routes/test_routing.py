@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from lorakit.core import activate, attach, detach, disable, route, set_trained, use
+from lorakit.config import LoraConfig
+from lorakit.core import activate, attach, detach, disable, merge_and_unload, route, set_trained, use
 from lorakit.core.layering.layer import LoraLayer
 from lorakit.core.layering.sitemap import state_of
-from lorakit.errors import RouteError
+from lorakit.errors import AdapterError, RouteError
 
 from ...laws.snapshots import bits
 from ...laws.zoo import EVERY_KIND, LINEARS, randomise, run, with_adapters
@@ -326,3 +327,29 @@ def test_layers_that_left_are_members_no_longer() -> None:
     held = [m for m in model.modules() if isinstance(m, LoraLayer)]
     detach(model)
     assert held and state.members() == []
+
+
+def test_parts_that_were_adapted_apart_are_not_taken_for_one() -> None:
+    def halves() -> torch.nn.Sequential:
+        return torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+
+    apart = torch.nn.Sequential(halves(), halves())
+    for part in apart:
+        attach(part, LoraConfig(r=2, target_modules=["0"]))
+    grown = halves()
+    attach(grown, LoraConfig(r=2, target_modules=["0", "1"]))
+    with disable(grown):
+        grown.append(copy.deepcopy(grown[1]))
+    for model, second in ((apart, "1.0"), (grown, "2")):
+        for call in (
+            disable,
+            activate,
+            merge_and_unload,
+            detach,
+            lambda m: attach(m, LoraConfig(target_modules=["0"])),
+        ):
+            with pytest.raises(AdapterError, match=rf"0 and {second} were adapted apart: by calls on parts"):
+                call(model)
+    for part in (*apart, grown[2]):
+        with disable(part):
+            part(torch.ones(1, 3))

@@ -274,11 +274,29 @@ def state_of(model: nn.Module) -> AdapterState:
 
 
 def find_state(model: nn.Module) -> AdapterState | None:
-    """The state that the layers of a model share, or None where there are no adapters."""
-    for _, module in walk(model):
+    """The state that the layers of a model share, or None where there are no adapters.
+
+    Raises:
+        AdapterError: Parts of the model were adapted apart, so that no one state says what acts in it.
+    """
+    for path, module in walk(model):
         if isinstance(module, Switched):
+            if model not in module.state.whole:
+                _check_whole(model, path, module.state)
             return module.state
     return None
+
+
+def _check_whole(model: nn.Module, first: str, state: AdapterState) -> None:
+    """Refuse a model with adapted parts of another state; what was looked through is not looked through again."""
+    for path, module in walk(model):
+        if isinstance(module, Switched) and module.state is not state:
+            raise AdapterError(
+                f"{first or 'The model'} and {path} were adapted apart: by calls on parts of this "
+                f"{type(model).__name__}, or one is a copy of a layer that had adapters. Nothing can be said of all at "
+                "once. Call this on each part; or detach them, and attach or load adapters on the whole."
+            )
+    state.whole.add(model)
 
 
 def _outside_of_adapters(

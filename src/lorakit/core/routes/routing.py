@@ -153,6 +153,9 @@ class Scope:
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("lorakit_scopes", default=())
 
 
+OF_THIS_PROCESS = frozenset({"_open", "_told", "_members", "whole"})  # members join as they are copied
+
+
 class AdapterState:
     """What every adapted part of one model shares: the adapters' configs and which of them is active.
 
@@ -164,6 +167,7 @@ class AdapterState:
         held: The base's modules that are kept from rewriting their own weight while adapters are here.
         replication: How the base's layers were stacked anew for the adapters, or None.
         kinds: Kinds of site that the user made, by name (`lorakit.core.Kind`).
+        whole: Models that were looked through for adapted parts of another state, since the last copy; there are none.
         biased: Whether an adapter has trained biases of the base in place, so that modules have to be asked for them.
     """
 
@@ -182,12 +186,14 @@ class AdapterState:
         self._open: dict[int, int] = {}  # thread -> overrides open in it
         # Threads that were told of an override elsewhere; not their numbers, which come again.
         self._told: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+        self.whole: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in {"_open", "_told", "_members"}}
+        self.whole.clear()  # a copied layer may come to stand beside the first
+        return {name: value for name, value in self.__dict__.items() if name not in OF_THIS_PROCESS}
 
     def __setstate__(self, known: dict[str, Any]) -> None:
-        self.__dict__.update(known, _open={}, _told=weakref.WeakSet())  # members join as they are copied
+        self.__dict__.update(known, _open={}, _told=weakref.WeakSet(), whole=weakref.WeakSet())
 
     def join(self, module: torch.nn.Module) -> None:
         """Note an adapted module that refers to this state; it is held weakly."""
