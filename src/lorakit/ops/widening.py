@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-SLAB = 1 << 20
+SLAB = 1 << 18
 """Numbers that are widened to fp32 at a time: their images stay near the cache and take little memory."""
 
 
