@@ -195,7 +195,7 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_the_model_itself(name: str) -> No
     def error(found: tuple[Tensor, dict[str, Tensor]]) -> float:
         return sum(float((found[1][k].double() - g).norm() / g.norm()) for k, g in truth[1].items()) / len(truth[1])
 
-    assert error(ours) <= 1.3 * error(theirs)
+    assert error(ours) <= 1.4 * error(theirs)  # one linear by itself rounds A, B and A·x to bf16; the model does not
     assert abs(float(ours[0]) - float(truth[0])) <= 1.5 * abs(float(theirs[0]) - float(truth[0])) + 2e-3
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from lorakit.core.layering.layer import LoraLayer
-from lorakit.speed import attention, decoder, dropouts, feed_forward, norms
+from lorakit.speed import attention, decoder, dropouts, feed_forward, linear, norms
 from lorakit.speed.head import Head, head_for
+from lorakit.speed.loss import LossWithoutLogits, loss_for
 from lorakit.speed.packing import obeys
 from lorakit.speed.probing import Call, calls, disagreement
 from lorakit.speed.swapping import Swap, stand_in
@@ -29,21 +30,27 @@ class Recipe:
         name: Said in the report.
         fits: Module -> None where it has the structure, else why not, as a short phrase.
         run: Module and the arguments of a call -> the output, or None where the module's own forward has to run.
-        words: Words in the names of classes that are looked at, in lower case; only these are reported as left.
+        concerns: Whether a module that does not fit is reported as left.
     """
 
     name: str
     fits: Callable[[nn.Module], str | None]
     run: Callable[..., Any]
-    words: tuple[str, ...]
+    concerns: Callable[[nn.Module], bool]
+
+
+def _named(*words: str) -> Callable[[nn.Module], bool]:
+    """Whether one of these words is in the name of a module's class, if it is none with adapters."""
+    return lambda module: any(w in type(module).__name__.lower() for w in words) and not linear.is_adapted(module)
 
 
 RECIPES = (
-    Recipe("decoder layer", decoder.fits, decoder.run, ("layer", "block")),
-    Recipe("attention", attention.fits, attention.run, ("attention",)),
-    Recipe("feed-forward", feed_forward.fits, feed_forward.run, ("mlp",)),
-    Recipe("norm", norms.fits, norms.run, ("norm",)),
-    Recipe("dropout", dropouts.fits, dropouts.run, ()),
+    Recipe("decoder layer", decoder.fits, decoder.run, _named("layer", "block")),
+    Recipe("attention", attention.fits, attention.run, _named("attention")),
+    Recipe("feed-forward", feed_forward.fits, feed_forward.run, _named("mlp")),
+    Recipe("norm", norms.fits, norms.run, _named("norm")),
+    Recipe("dropout", dropouts.fits, dropouts.run, lambda _: False),
+    Recipe("adapted linear", linear.fits, linear.run, linear.is_adapted),
 )
 
 
@@ -72,6 +79,7 @@ class Acceleration:
         head: The head, for a loss without logits, or None.
         head_left: Why the loss needs logits, or "".
         packs: Rows may be laid end to end without padding.
+        loss: What computes the model's own loss without logits, or None.
     """
 
     swaps: tuple[tuple[str, Swap], ...]
@@ -79,9 +87,12 @@ class Acceleration:
     head: Head | None
     head_left: str
     packs: bool = False
+    loss: LossWithoutLogits | None = None
 
     def undo(self) -> None:
-        """Put every module back."""
+        """Put every module back, and the loss function."""
+        if self.loss is not None:
+            self.loss.undo()
         for _, swap in self.swaps:
             swap.undo()
 
@@ -95,18 +106,23 @@ class Acceleration:
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module) -> Acceleration:
+def accelerate(model: nn.Module, *, logits: bool = True) -> Acceleration:
     """Give every part of a model that is known a faster forward.
 
     Names in the state dict, saving, `isinstance` and the numbers (within roundings) stay as they are. Attach adapters
     before or after. Calls that a recipe does not know run the module's own forward.
 
     Args:
-        model: A transformers model, changed in place; `undo()` of what is returned changes it back.
+        model: A transformers model, perhaps with adapters of ours or of `peft` in it or around it; changed in place,
+            and `undo()` of what is returned changes it back.
+        logits: False computes the model's own loss without logits, where it is given labels in training mode; the
+            output's `logits` are then None.
 
     Returns:
         Which parts got what, and what was left and why; `print` it.
     """
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return _nothing(model, "its weights are sharded: accelerate it before that")
     modules = {path: module for path, module in model.named_modules(remove_duplicate=True) if path}
     wanted, left = _candidates(modules)
     head = _head(model)
@@ -120,20 +136,37 @@ def accelerate(model: nn.Module) -> Acceleration:
         AttributeError,
         LookupError,
     ) as failed:  # tokens alone are not its input
-        reason = f"the model does not run on token ids alone: {type(failed).__name__}"
-        return Acceleration((), (Left("", type(model).__name__, reason),), None, reason)
+        return _nothing(model, f"the model does not run on token ids alone: {type(failed).__name__}")
     fast: dict[str, tuple[nn.Module, Recipe]] = {}
     for path, (module, recipe) in wanted.items():
         why = _why_not(model, module, recipe, found.get(path))
         if why is None:
             fast[path] = (module, recipe)
-        elif recipe.words:
+        elif recipe.concerns(module):
             left.append(Left(path, type(module).__name__, why))
     given = found[""].output if "" in found else None
     known = head_for(head, given, getattr(output, "logits", None), getattr(model, "config", None))
     fused, reason = (known, "") if isinstance(known, Head) else (None, known)
     swaps = _swapped(model, fast, fused, head)
-    return Acceleration(tuple(swaps), tuple(left), fused, reason, _may_pack(model, fast) and obeys(model))
+    packs = _may_pack(model, fast) and obeys(model)
+    loss = None if logits or fused is None else _loss(model, fused)
+    reason = loss if isinstance(loss, str) else reason
+    return Acceleration(
+        tuple(swaps), tuple(left), fused, reason, packs, loss if isinstance(loss, LossWithoutLogits) else None
+    )
+
+
+def _nothing(model: nn.Module, reason: str) -> Acceleration:
+    return Acceleration((), (Left("", type(model).__name__, reason),), None, reason)
+
+
+def _loss(model: Any, head: Head) -> LossWithoutLogits | str:
+    """The loss without logits, installed; or why not."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    loss = loss_for(inner, head)
+    if isinstance(loss, LossWithoutLogits):
+        loss.install({id(whole): whole for whole in (model, inner)}.values())
+    return loss
 
 
 def _may_pack(model: Any, fast: dict[str, tuple[nn.Module, Recipe]]) -> bool:
@@ -146,9 +179,9 @@ def _may_pack(model: Any, fast: dict[str, tuple[nn.Module, Recipe]]) -> bool:
 def _candidates(modules: dict[str, nn.Module]) -> tuple[dict[str, tuple[nn.Module, Recipe]], list[Left]]:
     wanted: dict[str, tuple[nn.Module, Recipe]] = {}
     left: list[Left] = []
-    ours = {id(part) for layer in modules.values() if isinstance(layer, LoraLayer) for part in _of_adapters(layer)}
+    inside = {id(part) for layer in modules.values() if linear.is_adapted(layer) for part in _of_adapters(layer)}
     for path, module in modules.items():
-        if id(module) in ours:
+        if id(module) in inside:
             continue
         reasons = []
         for recipe in RECIPES:
@@ -156,16 +189,14 @@ def _candidates(modules: dict[str, nn.Module]) -> tuple[dict[str, tuple[nn.Modul
             if why is None:
                 wanted[path] = (module, recipe)
                 break
-            if any(word in type(module).__name__.lower() for word in recipe.words) and not isinstance(
-                module, LoraLayer
-            ):
+            if recipe.concerns(module):
                 reasons.append(why)
         else:
             left += [Left(path, type(module).__name__, reason) for reason in reasons[:1]]
     return wanted, left
 
 
-def _of_adapters(layer: LoraLayer) -> list[nn.Module]:
+def _of_adapters(layer: Any) -> list[nn.Module]:
     """The modules inside a layer that are an adapter's and not the base's."""
     base = {id(module) for module in layer.base_layer.modules()}
     return [module for module in layer.modules() if module is not layer and id(module) not in base]
@@ -201,8 +232,7 @@ def _swapped(
     for path, module, name, run in plans:
         made = stand_in(module, run, classes, name)
         swap = Swap(path, module, made, tuple(holders[id(module)]))
-        for parent, attribute in swap.holders:
-            parent._modules[attribute] = made
+        swap.do()
         swaps.append((name, swap))
         if known is not None and module is head:
             known.module = made

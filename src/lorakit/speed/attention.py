@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layering.operands import operands_of, resolved
+from lorakit.core.layering.operands import resolved
 from lorakit.core.routes.forwards import Forwards
 from lorakit.ops.attention_block import SelfAttention, attention_block
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
 from lorakit.speed.feed_forward import note
+from lorakit.speed.operands import operands_of
 from lorakit.speed.parts import by_name, is_usual, norm_of, share_of, unknown_words
 from lorakit.speed.swapping import FORWARDS
 
@@ -128,7 +129,7 @@ def attention(
     inside: list[nn.Module] = [module._modules[name] for name in (*shape.inputs, shape.output)]  # type: ignore[misc]
     forwards: Forwards = module.__dict__.setdefault(FORWARDS, Forwards())
     route, again = resolved(inside, forwards)
-    operands = operands_of(inside, route)
+    operands = operands_of(inside, route, x)
     norms = [norm_of(module._modules.get(name)) for name in NORMS]
     if operands is None or any(
         made is None and module._modules.get(name) is not None for made, name in zip(norms, NORMS, strict=True)

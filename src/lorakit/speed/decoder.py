@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lorakit.core.layering.operands import is_watched
 from lorakit.ops.dropout import dropout
 from lorakit.ops.norm import Norm, normalised
 from lorakit.speed import attention, feed_forward
@@ -78,14 +79,14 @@ def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any)
     kwargs |= by_name(module, args)
     first, second = (_around(module, half) for half in halves)
     attn, mlp = (module._modules[half.inner] for half in halves)
-    if first is None or second is None or attn is None or mlp is None:
+    if first is None or second is None or attn is None or mlp is None or is_watched(attn):
         return None
     y = attention.attention(attn, hidden_states, first.before, kwargs, residual=first.is_bare)
     if y is None:
         return None
     x = _joined(hidden_states, y, first, added=first.is_bare)
     made = None
-    if feed_forward.fits(mlp) is None:
+    if feed_forward.fits(mlp) is None and not is_watched(mlp):
         made = feed_forward.feed_forward(mlp, x, second.before, residual=second.is_bare)
     if made is None:
         return _joined(x, mlp(x if second.before is None else normalised(x, second.before)), second, added=False)

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.core.layering.operands import operands_of, resolved
+from lorakit.core.layering.operands import resolved
 from lorakit.core.routes.forwards import Forwards
 from lorakit.core.routes.routing import Route
 from lorakit.ops.mlp import gated, plain
 from lorakit.ops.norm import Norm
+from lorakit.speed.operands import operands_of
 from lorakit.speed.parts import activation_of, is_usual, share_of, unknown_words
 from lorakit.speed.swapping import FORWARDS
 
@@ -62,7 +63,7 @@ def feed_forward(module: nn.Module, x: Any, norm: Norm | None, *, residual: bool
     inside: list[nn.Module] = [module._modules[name] for name in names]  # type: ignore[misc]
     forwards: Forwards = module.__dict__.setdefault(FORWARDS, Forwards())
     route, again = resolved(inside, forwards)
-    operands = operands_of(inside, route)
+    operands = operands_of(inside, route, x)
     if operands is None:
         return None
     if len(operands) == 3:

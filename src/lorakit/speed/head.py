@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +23,23 @@ from lorakit.speed.probing import TOLERANCES
 IGNORED = -100
 
 
+@dataclass
+class Passing:
+    """A forward in which the head hands its hidden states through.
+
+    Attributes:
+        owner: The module whose forward it is, or None for a block.
+        given: What the head got, (rows, length, d) each.
+        version: How often the first of these had been changed in place when it was given.
+        used: A loss was computed from it.
+    """
+
+    owner: nn.Module | None
+    given: list[Tensor] = field(default_factory=list)
+    version: int = 0
+    used: bool = False
+
+
 class Head:
     """The output head of a model, for a loss that needs no logits.
 
@@ -29,6 +47,7 @@ class Head:
         scale: Factor between the head's output and the logits.
         softcap: Bound of the logits by tanh, or None.
         module: What stands in the head's place.
+        open: Thread -> the forward there in which the head multiplies nothing.
     """
 
     module: nn.Module
@@ -36,15 +55,16 @@ class Head:
     def __init__(self, scale: float, softcap: float | None) -> None:
         self.scale = scale
         self.softcap = softcap
-        self._given: dict[int, list[Tensor]] = {}  # thread -> what the head got in its `passing` block
+        self.open: dict[int, Passing] = {}
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
-        """The head's stand-in: it keeps the hidden states (…, d) in a `passing` block and gives them on, else None."""
-        given = self._given.get(threading.get_ident())
-        if given is None or not args or kwargs:
+        """The head's stand-in: it keeps the hidden states (…, d) of a passing forward and gives them on, else None."""
+        passing = self.open.get(threading.get_ident()) if self.open else None
+        if passing is None or not args or kwargs:
             return None
-        given.append(args[0])
         hidden: Tensor = args[0]
+        passing.given.append(hidden)
+        passing.version = 0 if hidden.is_inference() else hidden._version
         return hidden
 
     @contextlib.contextmanager
@@ -55,12 +75,11 @@ class Head:
             What the head gets: hidden states, (rows, length, d).
         """
         thread = threading.get_ident()
-        given: list[Tensor] = []
-        self._given[thread] = given
+        self.open[thread] = passing = Passing(None)
         try:
-            yield given
+            yield passing.given
         finally:
-            del self._given[thread]
+            del self.open[thread]
 
     def applies(self) -> bool:
         """Whether the head is as it was when the model was accelerated: frozen, plain and unwatched."""
@@ -82,12 +101,32 @@ class Head:
         with self.passing() as given:
             model(**inputs)
         (hidden,) = given
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        return self.loss(hidden, targets, 1.0, IGNORED)
+
+    def loss(self, hidden: Tensor, targets: Tensor, total: Any, ignore_index: int) -> Tensor:
+        """Cross entropy of targets that stand where they are predicted.
+
+        Args:
+            hidden: What the head got, (…, d).
+            targets: As many labels as hidden states, of any shape (…).
+            total: What the sum is divided by; None for the number of trained targets.
+            ignore_index: The label that is not trained.
+
+        Returns:
+            A scalar in fp32 or wider.
+        """
         weight: Any = self.module._parameters["weight"]
         operands = Operands(weight, self.module._parameters.get("bias"), self.scale, self.softcap)
+        flat = targets.reshape(-1).to(hidden.device)
         return linear_cross_entropy(
-            hidden.reshape(len(targets), -1), operands, targets, total=1.0, ignore_index=IGNORED
+            hidden.reshape(len(flat), -1), operands, flat, total=total, ignore_index=ignore_index
         )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the model gives for logits of hidden states (…, d), (…, V); the head is called as a module."""
+        logits: Tensor = self.module(hidden) * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def head_for(head: nn.Module | None, given: Tensor | None, logits: Any, config: Any) -> Head | str:

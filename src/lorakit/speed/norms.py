@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.ops.norm import normalised
@@ -20,4 +21,8 @@ def run(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Tensor | None:
     norm = norm_of(module)
     if norm is None or args or kwargs or not isinstance(x, Tensor) or not is_usual(x):
         return None
+    if norm.weight is not None and norm.weight.dtype != x.dtype:
+        return None  # what comes out has another dtype, which depends on the model
+    if norm.kind == "layer" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float32:
+        return None  # autocast gives float32
     return normalised(x, norm)

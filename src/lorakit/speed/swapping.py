@@ -11,7 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+
+from lorakit.core.routes.switching import Switched
 
 FORWARDS = "_fast_forwards"
 """Where a module with a stand-in keeps its forwards, as each layer of ours does."""
@@ -36,12 +39,22 @@ class Swap:
     stand_in: nn.Module
     holders: tuple[tuple[nn.Module, str], ...]
 
+    def do(self) -> None:
+        """Put the stand-in wherever the original stands."""
+        self._replace(self.original, self.stand_in)
+
     def undo(self) -> None:
         """Put the original back, wherever the stand-in still stands."""
         self.original.__dict__.pop(FORWARDS, None)
+        self._replace(self.stand_in, self.original)
+
+    def _replace(self, old: nn.Module, new: nn.Module) -> None:
         for parent, attribute in self.holders:
-            if parent._modules.get(attribute) is self.stand_in:
-                parent._modules[attribute] = self.original
+            if parent._modules.get(attribute) is old:
+                parent._modules[attribute] = new
+        if isinstance(old, Switched) and isinstance(new, Switched):  # the state knows its layers weakly, and one may go
+            old.state.leave(old)
+            new.state.join(new)
 
 
 def stand_in(module: nn.Module, fast: Forward, classes: dict[tuple[type, str], type], name: str) -> nn.Module:
@@ -64,6 +77,8 @@ def stand_in(module: nn.Module, fast: Forward, classes: dict[tuple[type, str], t
 def _subclass(original: Any, fast: Forward) -> type:
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a compiler fuses by itself, and gets what it would get without us
+            return original.forward(self, *args, **kwargs)
         made = fast(self, *args, **kwargs)
         return original.forward(self, *args, **kwargs) if made is None else made
 
@@ -75,6 +90,6 @@ def _subclass(original: Any, fast: Forward) -> type:
 
 
 def _blank(kind: Any) -> nn.Module:
-    """An instance without any state."""
-    made: nn.Module = kind.__new__(kind)
+    """An instance without any state; what a class does when it is called is not asked for."""
+    made: nn.Module = object.__new__(kind)
     return made

@@ -6,7 +6,7 @@ somebody's hooks) gives None, and is called as a module.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -18,9 +18,16 @@ from lorakit.ops.linear import Adapted, LowRank
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks of a module would be passed over, if its weight were used without calling it."""
+    """Whether something would be passed over if a module's weight were used without calling it.
+
+    That is a hook, or a forward that somebody set on the instance, as device maps do.
+    """
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 
@@ -37,7 +44,7 @@ def operand(module: nn.Module, route: Route | None) -> Adapted | None:
     if is_watched(module):
         return None
     if not isinstance(module, LoraLayer):
-        return _plain(module)
+        return frozen_linear(module)
     if route is None or route.rows is not None or module.own_route is not None or module.merged_adapters:
         return None
     owner = module.owner
@@ -46,27 +53,16 @@ def operand(module: nn.Module, route: Route | None) -> Adapted | None:
         return None
     if not route.common_to_all(module.inside()):
         return None
-    found = _plain(owner)
+    found = frozen_linear(owner)
     if found is None or not names:
         return found
     factor = module.factor(names[0])
     if factor.variant != "plain" or factor.bias is not None or module.kind.acts_on != "input":
         return None
-    p = _probability(factor.dropout)
+    p = share_dropped(factor.dropout)
     if p is None:
         return None
     return Adapted(found.W, found.bias, LowRank(factor.A, factor.B, factor.scale, p), found.transposed)
-
-
-def operands_of(modules: Sequence[nn.Module], route: Route | None) -> list[Adapted] | None:
-    """`operand` of several modules, or None where one of them has none."""
-    found = []
-    for module in modules:
-        one = operand(module, route)
-        if one is None:
-            return None
-        found.append(one)
-    return found
 
 
 def resolved(modules: Iterable[nn.Module], forwards: Forwards) -> tuple[Route | None, bool]:
@@ -85,7 +81,12 @@ def resolved(modules: Iterable[nn.Module], forwards: Forwards) -> tuple[Route | 
     return None, False
 
 
-def _plain(module: nn.Module) -> Adapted | None:
+def frozen_linear(module: nn.Module) -> Adapted | None:
+    """W (out, in), or (in, out) of a Conv1D, and bias (out,) of a module; None where it is no plain, frozen linear one.
+
+    Args:
+        module: Any module; who calls has seen to its hooks.
+    """
     kind = type(module)
     is_linear = kind.forward is nn.Linear.forward
     if not is_linear and not (kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"):
@@ -99,10 +100,16 @@ def _plain(module: nn.Module) -> Adapted | None:
     return Adapted(weight, bias, None, not is_linear)
 
 
-def _probability(dropout: nn.Module) -> float | None:
-    """The share that a dropout drops now, or None where it is no plain dropout."""
+def share_dropped(dropout: nn.Module) -> float | None:
+    """The share that a dropout drops now, or None where it is no plain dropout.
+
+    Args:
+        dropout: What stands before A.
+    """
     if isinstance(dropout, nn.Identity):
         return 0.0
     if type(dropout) is not nn.Dropout or is_watched(dropout):
         return None
-    return dropout.p if dropout.training else 0.0
+    if not dropout.training:
+        return 0.0
+    return dropout.p if dropout.p < 1 else None

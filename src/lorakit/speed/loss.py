@@ -1,0 +1,163 @@
+"""The loss of other people's loops without logits: a model's own `loss_function`, set on the instance, and two hooks.
+
+In a forward with labels, in training mode, the head hands its hidden states through, and the loss multiplies them in
+chunks; the output's logits are then None. Every other forward is as it was.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lorakit.speed.head import IGNORED, Head, Passing
+from lorakit.speed.probing import at_rest, token_ids
+
+STOCK = ("transformers.loss.loss_utils", "ForCausalLMLoss")
+"""Module and name of the loss whose arithmetic is known."""
+
+
+class LossWithoutLogits:
+    """Stands in for one model's loss function.
+
+    Args:
+        head: The model's head.
+        model: The transformers model whose loss function this is.
+    """
+
+    def __init__(self, head: Head, model: Any) -> None:
+        self.head = head
+        self.model = model
+        self.stock: Callable[..., Tensor] = model.loss_function
+        self.handles: list[RemovableHandle] = []
+
+    def install(self, wholes: Iterable[nn.Module]) -> None:
+        """Set the loss function and hang the hooks on what may be called: the model, and what wraps it."""
+        self.model.loss_function = self
+        for whole in wholes:
+            self.handles.append(whole.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self.handles.append(whole.register_forward_hook(self._end, always_call=True))
+
+    def undo(self) -> None:
+        """Take the hooks away and give the model its own loss function back."""
+        for handle in self.handles:
+            handle.remove()
+        if self.model.__dict__.get("_loss_function") is self:
+            del self.model._loss_function
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        vocab_size: int,
+        num_items_in_batch: Any = None,
+        ignore_index: int = IGNORED,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The loss of the next token, a scalar, with the arguments of transformers' own.
+
+        Args:
+            logits: (rows, length, V), or the hidden states in a passing forward.
+            labels: (rows, length).
+            vocab_size: V.
+            num_items_in_batch: What the sum is divided by; None for the trained labels.
+            ignore_index: The label that is not trained.
+            shift_labels: Labels that stand where they are predicted, (rows, length), instead of `labels`.
+            kwargs: What the stock loss takes besides.
+
+        Raises:
+            RuntimeError: The head was called several times, or what it gave was changed in place.
+        """
+        words = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels}
+        passing = None
+        if not torch.compiler.is_compiling():  # it cannot trace threads, and gets logits
+            passing = self.head.open.get(threading.get_ident())
+        if passing is None or passing.owner is None or not passing.given:
+            return self.stock(logits, labels, vocab_size, **words, **kwargs)
+        if len(passing.given) != 1 or passing.given[0]._version != passing.version:
+            raise RuntimeError(
+                f"{type(self.model).__name__} called its head {len(passing.given)} times or changed what it gave, so "
+                "its loss cannot be computed without logits: leave accelerate(model, logits=False) away."
+            )
+        hidden = passing.given[0]
+        passing.used = True
+        weight: Any = self.head.module._parameters["weight"]
+        if type(weight) is not nn.Parameter or vocab_size != len(weight) or 0 <= ignore_index < vocab_size:
+            del self.head.open[threading.get_ident()]  # a head that is sharded by itself gathers its weight when called
+            try:
+                made = self.head.logits(hidden)
+            finally:
+                self.head.open[threading.get_ident()] = passing
+            return self.stock(made, labels, vocab_size, **words, **kwargs)
+        if shift_labels is None:
+            assert labels is not None
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(hidden.device)
+        return self.head.loss(hidden, shift_labels, num_items_in_batch, ignore_index)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        thread, wanted = threading.get_ident(), self._wanted(module, kwargs)
+        passing = self.head.open.get(thread)
+        if passing is not None and passing.owner is None:
+            return  # a block of our own loop
+        if not wanted:
+            self.head.open.pop(thread, None)  # one that an interrupt left
+        elif passing is None or passing.owner is module:
+            self.head.open[thread] = Passing(module)
+
+    def _wanted(self, module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+        by_name = kwargs.get("return_dict")
+        by_name = getattr(self.model.config, "return_dict", True) if by_name is None else by_name
+        has_labels = isinstance(kwargs.get("labels"), Tensor)
+        return has_labels and bool(by_name) and module.training and self.head.applies()
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return None
+        thread = threading.get_ident()
+        passing = self.head.open.get(thread)
+        if passing is None or passing.owner is not module:
+            return None
+        del self.head.open[thread]
+        if not passing.given or not isinstance(output, Mapping):  # a forward that failed gave nothing
+            return None
+        if not passing.used:
+            raise RuntimeError(f"{type(self.model).__name__} gave labels to a loss that is not its loss_function.")
+        return type(output)(**{name: value for name, value in output.items() if name != "logits"})
+
+
+def loss_for(model: Any, head: Head) -> LossWithoutLogits | str:
+    """What computes a model's loss without logits, not yet installed; or why that cannot be, as a phrase.
+
+    Args:
+        model: The transformers model itself, without what wraps it.
+        head: Its head.
+    """
+    stock: Any = getattr(model, "loss_function", None)
+    if (getattr(stock, "__module__", ""), getattr(stock, "__qualname__", "")) != STOCK:
+        return "its loss function is not that of the next token"
+    asked: list[tuple[tuple[int, ...], int]] = []
+
+    def listening(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+        asked.append((tuple(logits.shape), vocab_size))
+        made: Tensor = stock(logits, labels, vocab_size, **kwargs)
+        return made
+
+    ids = token_ids(model)
+    model.loss_function = listening
+    try:
+        with at_rest(model), torch.inference_mode():
+            output = model(input_ids=ids, labels=ids)
+    finally:
+        del model._loss_function
+    if asked != [(tuple(output.logits.shape), output.logits.shape[-1])]:
+        return "it does not compute its loss from its logits by its loss function"
+    return LossWithoutLogits(head, model)

@@ -1,0 +1,23 @@
+"""The page about `accelerate`: its code runs, top to bottom, as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PAGE = Path(__file__).parents[2] / "docs" / "accelerate.md"
+
+
+def test_the_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    known: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL):
+        exec(block, known)
+    assert "2 × LlamaDecoderLayer: decoder layer" in capsys.readouterr().out
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", PAGE.read_text()):
+        assert (PAGE.parent / target).exists(), target
