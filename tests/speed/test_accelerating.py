@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 
 from lorakit import LoraConfig, core
+from lorakit.errors import ModelError
 from lorakit.speed import Acceleration, accelerate, end_to_end
 
 from ..laws.snapshots import bits, snapshot
@@ -459,3 +460,13 @@ def test_the_heads_soft_cap_is_honoured(cap: float | None) -> None:
     loss.backward()
     ours = (loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     close(ours, theirs, 5e-5)
+
+
+def test_a_second_time_is_refused_and_changes_nothing() -> None:
+    model = adapted("llama")
+    modules, acceleration = dict(model.named_modules()), accelerate(model)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM is accelerated already\. Call undo\(\)"):
+        accelerate(model)
+    acceleration.undo()
+    assert all(module is modules[path] for path, module in model.named_modules())
+    accelerate(model).undo()

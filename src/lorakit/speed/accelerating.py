@@ -14,12 +14,13 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from lorakit.errors import ModelError
 from lorakit.speed import attention, decoder, dropouts, feed_forward, linear, norms
 from lorakit.speed.head import Head, head_for
 from lorakit.speed.loss import LossWithoutLogits, loss_for
 from lorakit.speed.packing import obeys
 from lorakit.speed.probing import Call, calls, disagreement
-from lorakit.speed.swapping import Swap, stand_in
+from lorakit.speed.swapping import Swap, is_stand_in, stand_in
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,15 @@ def accelerate(model: nn.Module, *, logits: bool = True) -> Acceleration:
 
     Returns:
         Which parts got what, and what was left and why; `print` it.
+
+    Raises:
+        ModelError: The model, or a part of it, is accelerated already.
     """
+    if any(is_stand_in(module) for module in model.modules()):
+        raise ModelError(
+            f"This {type(model).__name__} is accelerated already. Call undo() of what `accelerate` returned before "
+            "accelerating it again."
+        )
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return _nothing(model, "its weights are sharded: accelerate it before that")
     modules = {path: module for path, module in model.named_modules(remove_duplicate=True) if path}

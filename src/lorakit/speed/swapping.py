@@ -19,6 +19,9 @@ from lorakit.core.routes.switching import Switched
 FORWARDS = "_fast_forwards"
 """Where a module with a stand-in keeps its forwards, as each layer of ours does."""
 
+MARK = "_stands_in"
+"""What only the classes of stand-ins hold themselves."""
+
 Forward = Callable[..., Any]
 """What a stand-in tries first: module, arguments -> output, or None where it does not apply to this call."""
 
@@ -74,6 +77,15 @@ def stand_in(module: nn.Module, fast: Forward, classes: dict[tuple[type, str], t
     return made
 
 
+def is_stand_in(module: nn.Module) -> bool:
+    """Whether a module is a stand-in.
+
+    Args:
+        module: Any module.
+    """
+    return MARK in vars(type(module))
+
+
 def _subclass(original: Any, fast: Forward) -> type:
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -85,7 +97,7 @@ def _subclass(original: Any, fast: Forward) -> type:
     def as_original(self: nn.Module, protocol: Any) -> Any:  # copies and pickles are plain: a made class has no address
         return _blank, (original,), self.__dict__
 
-    members = {"forward": forward, "__reduce_ex__": as_original, "__module__": original.__module__}
+    members = {"forward": forward, "__reduce_ex__": as_original, "__module__": original.__module__, MARK: True}
     return type(original.__name__, (original,), {**members, "__qualname__": original.__qualname__})
 
 
