@@ -19,6 +19,9 @@ from torch.nn import functional as F
 from lorakit.ops.adapted import as_written, autocast
 from lorakit.ops.widening import wide
 
+IGNORED = -100
+"""The label of rows that are not trained, as everywhere in the field."""
+
 CPU_CHUNK, OTHER_CHUNK = (256, 48 << 20), (4096, 256 << 20)
 """Most rows of a chunk, and most bytes that its logits take. W is read twice for each chunk: below about 100 rows that
 costs a CPU more than the products, and above 256 it gains little. An accelerator wants more rows at once."""
@@ -53,7 +56,7 @@ class Needs(NamedTuple):
 
 
 def reference(
-    h: Tensor, head: Head, labels: Tensor, *, total: float | Tensor | None = None, ignore_index: int = -100
+    h: Tensor, head: Head, labels: Tensor, *, total: float | Tensor | None = None, ignore_index: int = IGNORED
 ) -> Tensor:
     """What `linear_cross_entropy` computes (scalar) of h (..., d) and labels (...), in plain PyTorch."""
     z = F.linear(h, head.W, head.bias).to(wide(h.dtype)) * head.scale
@@ -69,7 +72,7 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     total: float | Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED,
     chunk: int | None = None,
 ) -> Tensor:
     """Cross-entropy of the labels under softmax of the head's logits, [docs/math.md (75)].

@@ -9,16 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layering.operands import resolved
-from lorakit.core.routes.forwards import Forwards
 from lorakit.ops.attention_block import SelfAttention, attention_block
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
-from lorakit.speed.feed_forward import note
-from lorakit.speed.operands import operands_of
+from lorakit.speed.operands import acting_in, forwards_of
 from lorakit.speed.parts import by_name, is_usual, norm_of, share_of, unknown_words
-from lorakit.speed.swapping import FORWARDS
 
 INPUTS = (("q_proj", "k_proj", "v_proj"), ("c_attn",), ("qkv_proj",))
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
@@ -127,16 +123,14 @@ def attention(
     if shares is None:
         return None
     inside: list[nn.Module] = [module._modules[name] for name in (*shape.inputs, shape.output)]  # type: ignore[misc]
-    forwards: Forwards = module.__dict__.setdefault(FORWARDS, Forwards())
-    route, again = resolved(inside, forwards)
-    operands = operands_of(inside, route, x)
+    acting = acting_in(inside, forwards_of(module), x)
     norms = [norm_of(module._modules.get(name)) for name in NORMS]
-    if operands is None or any(
+    if acting is None or any(
         made is None and module._modules.get(name) is not None for made, name in zip(norms, NORMS, strict=True)
     ):
         return None
     turn = call.get("position_embeddings") if getattr(module, "use_rope", True) else None
-    *inputs, output = operands
+    *inputs, output = operands = acting.operands
     kv_heads = _kv_heads(module, shape, operands)
     block = SelfAttention(tuple(inputs), output, shape.head_dim, kv_heads, norm, norms[0], norms[1], shares[1])
     segments = lengths_of(call.get("cu_seq_lens_q"))
@@ -144,7 +138,7 @@ def attention(
     window = None if segments is None and call.get("attention_mask") is None else shape.window
     pattern = Pattern(True, shape.scale, window, shape.softcap, segments, shares[0])
     y = attention_block(x, block, pattern, None if turn is None else Rotary(*turn), residual)
-    note(forwards, y, route, again)
+    acting.note(y)
     return y
 
 

@@ -6,14 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.core.layering.operands import resolved
-from lorakit.core.routes.forwards import Forwards
-from lorakit.core.routes.routing import Route
 from lorakit.ops.mlp import gated, plain
 from lorakit.ops.norm import Norm
-from lorakit.speed.operands import operands_of
+from lorakit.speed.operands import acting_in, forwards_of
 from lorakit.speed.parts import activation_of, is_usual, share_of, unknown_words
-from lorakit.speed.swapping import FORWARDS
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 PLAIN = (("fc1", "fc2"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h"))
@@ -61,23 +57,16 @@ def feed_forward(module: nn.Module, x: Any, norm: Norm | None, *, residual: bool
     if p is None or (p > 0 and names[0] not in DROPPED):
         return None
     inside: list[nn.Module] = [module._modules[name] for name in names]  # type: ignore[misc]
-    forwards: Forwards = module.__dict__.setdefault(FORWARDS, Forwards())
-    route, again = resolved(inside, forwards)
-    operands = operands_of(inside, route, x)
-    if operands is None:
+    acting = acting_in(inside, forwards_of(module), x)
+    if acting is None:
         return None
+    operands = acting.operands
     if len(operands) == 3:
         y = gated(x, norm, operands[0], operands[1], operands[2], act, residual)
     else:
         y = plain(x, norm, operands[0], operands[1], act, residual, p)
-    note(forwards, y, route, again)
+    acting.note(y)
     return y
-
-
-def note(forwards: Forwards, y: Tensor, route: Route | None, again: bool) -> None:
-    """Remember a forward with adapters, which gave y (…, d), for a backward that may run it again."""
-    if route is not None and not again:
-        forwards.note(y, route)
 
 
 def _names(module: nn.Module) -> tuple[str, ...] | None:

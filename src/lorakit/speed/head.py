@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.layering.operands import is_watched
+from lorakit.ops.cross_entropy import IGNORED, linear_cross_entropy
 from lorakit.ops.cross_entropy import Head as Operands
-from lorakit.ops.cross_entropy import linear_cross_entropy
 from lorakit.speed.probing import TOLERANCES
-
-IGNORED = -100
 
 
 @dataclass

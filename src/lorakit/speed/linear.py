@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.core.layering.layer import LoraLayer
-from lorakit.core.layering.operands import frozen_linear, resolved
+from lorakit.core.layering.operands import frozen_linear
 from lorakit.core.routes.forwards import Forwards
 from lorakit.ops.linear import linears
-from lorakit.speed.operands import operands_of
+from lorakit.speed.operands import acting_in
 from lorakit.speed.parts import is_usual
 from lorakit.speed.peft_layers import is_peft_linear
 
@@ -33,11 +33,9 @@ def run(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Tensor | None:
     if args or kwargs or not isinstance(x, Tensor) or not is_usual(x):
         return None
     forwards = module.forwards if isinstance(module, LoraLayer) else Forwards()
-    route, again = resolved([module], forwards)
-    operands = operands_of([module], route, x)
-    if operands is None or operands[0].low is None:  # without an adapter there is nothing to gain
+    acting = acting_in([module], forwards, x)
+    if acting is None or acting.operands[0].low is None:  # without an adapter there is nothing to gain
         return None
-    (y,) = linears(x, operands)
-    if route is not None and not again:
-        forwards.note(y, route)
+    (y,) = linears(x, acting.operands)
+    acting.note(y)
     return y

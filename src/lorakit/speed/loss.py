@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lorakit.speed.head import IGNORED, Head, Passing
+from lorakit.ops.cross_entropy import IGNORED
+from lorakit.speed.head import Head, Passing
 from lorakit.speed.probing import at_rest, token_ids
 
 STOCK = ("transformers.loss.loss_utils", "ForCausalLMLoss")

@@ -3,24 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layering.operands import operand
+from lorakit.core.layering.operands import operand, resolved
+from lorakit.core.routes.forwards import Forwards
 from lorakit.core.routes.routing import Route
 from lorakit.ops.adapted import Adapted, factors
 from lorakit.speed.peft_layers import is_peft_linear, peft_operand
+from lorakit.speed.swapping import FORWARDS
 
 
-def operands_of(modules: Sequence[nn.Module], route: Route | None, x: Tensor) -> list[Adapted] | None:
-    """The operands of modules that one call runs through, or None where one of them has none that can be used.
+@dataclass(frozen=True)
+class Acting:
+    """What acts in one call of modules that run as one.
+
+    Attributes:
+        operands: Of each module.
+        forwards: The forwards of the whole so far.
+        route: The route of this one, or None where the model has no adapters of ours.
+        again: Autograd runs it again.
+    """
+
+    operands: list[Adapted]
+    forwards: Forwards
+    route: Route | None
+    again: bool
+
+    def note(self, y: Tensor) -> None:
+        """Remember what the call gave, y (…, d), for a backward that may run it again."""
+        if self.route is not None and not self.again:
+            self.forwards.note(y, self.route)
+
+
+def acting_in(modules: Sequence[nn.Module], forwards: Forwards, x: Tensor) -> Acting | None:
+    """What acts in modules that one call runs through, or None where one of them has nothing that can be used.
 
     Args:
         modules: Linear modules, with adapters or without.
-        route: The route of this forward, or None where the model has no adapters of ours.
+        forwards: The forwards of the whole so far.
         x: What the call got, (…, in).
+
+    Raises:
+        RouteError: Autograd runs the call again, and its first route cannot be known.
     """
+    route, again = resolved(modules, forwards)
+    operands = _operands(modules, route, x)
+    return None if operands is None else Acting(operands, forwards, route, again)
+
+
+def forwards_of(module: nn.Module) -> Forwards:
+    """The forwards of a module with a stand-in; made when first asked for."""
+    forwards: Forwards = module.__dict__.setdefault(FORWARDS, Forwards())
+    return forwards
+
+
+def _operands(modules: Sequence[nn.Module], route: Route | None, x: Tensor) -> list[Adapted] | None:
     found = []
     for module in modules:
         one = peft_operand(module) if is_peft_linear(module) else operand(module, route)

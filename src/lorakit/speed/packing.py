@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.ops.cross_entropy import IGNORED
 from lorakit.speed.probing import TOLERANCES, at_rest, token_ids
-
-IGNORED = -100
 
 
 def end_to_end(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[dict[str, Any], Tensor]:
