@@ -1,0 +1,50 @@
+"""What a set of compiled kernels computes. PyTorch's own operations compute the same where there is no set.
+
+All tensors are contiguous and on one device; rows are (N, d). Inputs and outputs are in the compute dtype of the call
+(fp32 or bf16, on CUDA also fp16), the numbers of rows in fp32; what is computed between them is fp32, rounded where the
+operation that calls says so. Outputs are given; an output may be one of the inputs where that is said.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Kernels(Protocol):
+    """One implementation: `lorakit.ops.kernels.compiled` for CPUs, `lorakit.ops.kernels.triton` for CUDA."""
+
+    def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
+        """RMS norm of x (N, d) into n (N, d), and 1/rms of its rows into rstd (N, 1). [docs/math.md (76)]
+
+        With offset 0 rounded to x's dtype before the weight (d,) and after it; else once, after offset + weight.
+        """
+
+    def rms_again(self, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, n: Tensor) -> None:
+        """What `rms_forward` wrote into n (N, d), to the bit, from the rstd (N, 1) that it wrote."""
+
+    def rms_backward(
+        self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
+    ) -> None:
+        """The gradient for x (N, d) from that for n (N, d), plus `add` (N, d), into dx (N, d), which may be dn."""
+
+    def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
+        """act(first)·up, or act(first), into out; all (N, f). [docs/math.md (78)] Rounded once, after the product."""
+
+    def gate_backward(
+        self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
+    ) -> None:
+        """The gradients of `gate` for first and up from da, all (N, f), into dfirst, which may be da, and dup."""
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
+        """Rotary positions [docs/math.md (80)]: x (B, T, H, D) turned, or turned back, into out, which may be x.
+
+        cos, sin (B or 1, T, rot): the first rot numbers of a head are turned, the others pass.
+        """
+
+    def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
+        """scale·x (any shape) into out, which may be x, without those numbers that the seed (1,) of uint64 drops.
+
+        Each is dropped with probability p, independently; the same seed, size and p drop the same. [docs/math.md (70)]
+        """
