@@ -15,6 +15,8 @@ from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.dropout import draw_of
 
 Operands = tuple[Tensor, Tensor, Tensor]
+SHORTER = torch.zeros(2, 1, 1, 13).double().index_fill_(3, torch.tensor([9, 10, 11, 12]), -torch.inf)
+SHORTER[1] = 0  # the second row has no padding
 PATTERNS = {
     "causal": Pattern(),
     "full": Pattern(causal=False),
@@ -30,6 +32,11 @@ PATTERNS = {
     "packed, window": Pattern(segments=(9, 4), window=2),
     "packed, window on both sides": Pattern(segments=(9, 4), window=2, causal=False),
     "packed, softcap": Pattern(segments=(6, 7), softcap=3.0),
+    "padded": Pattern(causal=False, bias=SHORTER),
+    "padded, causal": Pattern(bias=SHORTER, scale=0.7),
+    "padded, window": Pattern(bias=SHORTER[:1] / torch.ones(2, 1, 13, 1).double(), window=8),
+    "bias and softcap": Pattern(bias=torch.arange(169.0).view(1, 1, 13, 13).sin().double(), softcap=1.5),
+    "packed, bias": Pattern(bias=torch.arange(169.0).view(1, 1, 13, 13).sin().double(), segments=(5, 1, 7)),
 }
 HEADS = [(4, 4), (6, 2), (3, 1)]
 FLASH = ["causal", "full", "scale", "window over all", "packed", "packed, full"]
@@ -79,6 +86,19 @@ def test_flash(name: str, heads: int, kv: int) -> None:
     out, expected = attention(*given, pattern), reference(*given, pattern)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients(out, given), gradients(expected, given), rtol=1e-12, atol=1e-12)
+
+
+def test_a_bias_of_each_head_and_what_is_no_bias(block: int) -> None:
+    given = operands(6, 2)
+    bias = torch.arange(6 * 169.0).view(1, 6, 13, 13).cos().double()
+    pattern = Pattern(causal=False, bias=bias)
+    out, expected = attention(*given, pattern), reference(*given, pattern)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(out, given), gradients(expected, given), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"shape \(1, 5, 13, 13\), not \(2, 6, 13, 13\) or with 1"):
+        attention(*given, Pattern(bias=bias[:, :5]))
+    with pytest.raises(ValueError, match=r"this one is torch\.float64 and asks for a gradient"):
+        attention(*given, Pattern(bias=bias.clone().requires_grad_()))
 
 
 def dropping(name: str, p: float = 0.3) -> Pattern:
@@ -319,6 +339,7 @@ def test_choice_of_the_way() -> None:
         (Pattern(way="flash", softcap=1.0), "way='flash' knows no window, no softcap"),
         (Pattern(way="flash", window=2), "way='flash' knows no window"),
         (Pattern(way="flash", dropout=0.1), "knows no window, no softcap, no dropout"),
+        (Pattern(way="flash", bias=SHORTER), "no dropout, no bias"),
         (Pattern(dropout=1.0), "the dropout of attention's weights is at least 0 and below 1; it is 1.0"),
     ],
 )

@@ -27,6 +27,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kept: Tensor | 
     scores = q @ k.transpose(2, 3) * pattern.scale_for(q.shape[3])
     if pattern.softcap is not None:
         scores = torch.tanh(scores / pattern.softcap) * pattern.softcap
+    if pattern.bias is not None:
+        scores = scores + pattern.bias.to(scores.dtype)
     seen = mask(pattern, pattern.lengths(q.shape[2]), q.device)
     wide = torch.promote_types(q.dtype, torch.float32)
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=wide).to(q.dtype)
@@ -62,8 +64,8 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
     possible = attention_flash.takes(q, v, pattern)
     if pattern.way == "flash" and not possible:
         raise ValueError(
-            "way='flash' knows no window, no softcap, no dropout and no value width of its own, and runs on a CPU "
-            "alone; use way='auto' or 'products'"
+            "way='flash' knows no window, no softcap, no dropout, no bias and no value width of its own, and runs on a "
+            "CPU alone; use way='auto' or 'products'"
         )
     if pattern.way != "auto":
         return pattern.way

@@ -17,11 +17,12 @@ class _Part(NamedTuple):
 
 
 def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
-    """Whether the kernel computes this pattern: no window, no cap, no dropout, a CPU, and one width of q and v.
+    """Whether the kernel computes this pattern: no window, no cap, no dropout, no bias, a CPU, one width of q and v.
 
     q (B, H, T, D), v (B, KV, T, E).
     """
-    plain = pattern.softcap is None and pattern.dropout == 0 and not pattern.windowed(q.shape[2])
+    plain = pattern.softcap is None and pattern.bias is None and pattern.dropout == 0
+    plain = plain and not pattern.windowed(q.shape[2])
     return plain and q.device.type == "cpu" and q.shape[3] == v.shape[3]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,6 +23,8 @@ class Pattern:
     segments: lengths of sequences laid end to end along T, the same in each row of the batch; no token sees another
     sequence's.
     dropout: share of the weights that become zero, each on its own; the others grow by 1/(1 − dropout).
+    bias: frozen numbers added to the capped scores, (B, H, T, T) or with 1 for any of the first three; −∞ hides
+    padding; who gives it sees to it that each token still sees one.
     way: "flash" is PyTorch's kernel for CPUs, "products" batched products by blocks of query rows; "auto" chooses by
     length.
     """
@@ -33,6 +35,7 @@ class Pattern:
     softcap: float | None = None
     segments: tuple[int, ...] | None = None
     dropout: float = 0.0
+    bias: Tensor | None = field(default=None, compare=False)
     way: Way = "auto"
 
     def scale_for(self, width: int) -> float:
@@ -87,8 +90,26 @@ class Pattern:
             raise ValueError(f"a window of {self.window} tokens sees nothing; give 1 or more, or None for no window")
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap must be above 0, or None for none; it is {self.softcap}")
+        if self.bias is not None:
+            self._check_bias(self.bias, q)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"the dropout of attention's weights is at least 0 and below 1; it is {self.dropout}")
+
+    @staticmethod
+    def _check_bias(bias: Tensor, q: Tensor) -> None:
+        batch, heads, tokens, _ = q.shape
+        fits = bias.dim() == 4 and bias.shape[3] == tokens
+        wanted = (batch, heads, tokens)
+        if not fits or any(size not in (1, whole) for size, whole in zip(bias.shape[:3], wanted, strict=True)):
+            raise ValueError(
+                f"the bias of attention's scores has shape {tuple(bias.shape)}, not {(*wanted, tokens)} or with 1 in "
+                "the first three"
+            )
+        if bias.requires_grad or not bias.is_floating_point():
+            raise ValueError(
+                f"the bias of attention's scores is frozen numbers; this one is {bias.dtype} and "
+                f"{'asks' if bias.requires_grad else 'does not ask'} for a gradient"
+            )
 
 
 class Piece(NamedTuple):

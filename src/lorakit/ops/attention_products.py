@@ -99,6 +99,10 @@ class _Scores:
         together = max(1, min(batch, TOGETHER // (heads * self.rows * seen)))
         self.pieces = list(pieces(batch, tokens, pattern, together, join=self.rows))
         self.most = min(batch, together) * heads * self.rows * seen
+        self.added: Tensor | None = None  # as (B, KV, G, T, T), a view
+        if pattern.bias is not None:
+            every = pattern.bias.to(q.dtype).expand(batch, heads, tokens, tokens)
+            self.added = every.unflatten(1, (-1, self.group))
         self.buffers: dict[int, Tensor] = {}
         self.masks: dict[tuple[object, ...], Tensor] = {}
 
@@ -149,6 +153,10 @@ class _Scores:
         if cap is not None:
             capped = torch.tanh(scores, out=self._buffer(1, rows, seen))
             torch.mul(capped, cap, out=scores)
+        if self.added is not None:
+            rest = self.added[piece.batch, :, :, piece.tokens, piece.tokens]
+            rest = rest[..., block.start : block.stop, block.low : block.high]
+            scores.view(rest.shape).add_(rest)
         bias = self._bias(piece, block, rows)
         if bias is not None:
             each_head = scores.view(len(scores), self.group, block.stop - block.start, seen.shape[1])
