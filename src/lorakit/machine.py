@@ -1,4 +1,4 @@
-"""What this machine is: processor, usable cores, memory, allocator; read from the operating system.
+"""What this machine is, processor, usable cores, memory, allocator, and where it may keep things that can be made again.
 
 Standard library only. Outside Linux most facts are unknown, and then say so instead of guessing. This module knows
 nothing about torch, models or speed: how fast the machine is, is measured, not looked up.
@@ -131,3 +131,11 @@ def _meminfo_bytes(text: str, key: str) -> int | None:
 def _number(text: str) -> int | None:
     first = text.split()[:1]
     return int(first[0]) if first and first[0].isdigit() else None
+
+
+def cache_directory() -> Path:
+    """Where lorakit keeps what can be made again: `LORAKIT_CACHE`, else `lorakit` in `XDG_CACHE_HOME` or ~/.cache."""
+    own, shared = os.environ.get("LORAKIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own).expanduser()
+    return (Path(shared) if shared else Path.home() / ".cache") / "lorakit"

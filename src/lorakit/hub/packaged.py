@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lorakit.durable import publish_directory, read_json, sha256_file, sweep, write_json
 from lorakit.errors import AdapterFileError, DiskError, MissingExtra, ModelError, nearest
+from lorakit.machine import cache_directory
 
 MANIFEST = "lorakit-model.json"
 """The file in a converted directory that says what it was made of and what lies in it."""
@@ -110,14 +111,6 @@ def packaged_directory(
                 say(f"Converting {model.name} ({model.title}) into {final}, once (about 20 seconds).")
             _publish(model, source, final)
     return final
-
-
-def cache_directory() -> Path:
-    """Where lorakit keeps what can be made again: `LORAKIT_CACHE`, else `lorakit` in `XDG_CACHE_HOME` or ~/.cache."""
-    own, shared = os.environ.get("LORAKIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser()
-    return (Path(shared) if shared else Path.home() / ".cache") / "lorakit"
 
 
 def _find(model: Packaged) -> Path:
