@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.ops import attention_flash, attention_products
+from lorakit.ops import attention_flash, attention_products, choices
 from lorakit.ops.adapted import as_written, autocast
 from lorakit.ops.attention_pattern import Pattern, mask
 
@@ -69,7 +69,9 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
         )
     if pattern.way != "auto":
         return pattern.way
-    return "flash" if possible and max(pattern.lengths(q.shape[2]), default=0) >= FLASH_FROM else "products"
+    longest = max(pattern.lengths(q.shape[2]), default=0)
+    usual = longest >= FLASH_FROM
+    return "flash" if possible and choices.flash(q, v, pattern.causal, longest, usual) else "products"
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorakit.ops.adapted import Adapted, LowRank, as_written, autocast, factors, refuse_trained, rows, unflat
+from lorakit.ops.choices import product
 from lorakit.ops.dropout import draw, where, zero_
 
 __all__ = ["Adapted", "Form", "Group", "LowRank", "factors", "linears", "reference", "refuse_trained", "rows", "unflat"]
@@ -168,7 +169,7 @@ class Group:
         for j, dy in dys.items():
             W = self.sites[j].W.to(self.dtype)
             W = W.t() if self.sites[j].transposed else W
-            total = torch.mm(dy, W, out=_taken(spare)) if total is None else total.addmm_(dy, W)
+            total = product(dy, W, _taken(spare) if total is None else total, total)
         if beside is not None and self.stacked is not None and total is not None:
             total.addmm_(beside, self.stacked)
         return total
@@ -238,7 +239,7 @@ def _with(group: Sequence[Adapted], flat: Sequence[Tensor | None]) -> list[Adapt
 
 def _product(x: Tensor, site: Adapted, dtype: torch.dtype) -> Tensor:
     W, bias = site.W.to(dtype), None if site.bias is None else site.bias.to(dtype)
-    return F.linear(x, W.t() if site.transposed else W, bias)
+    return product(x, W if site.transposed else W.t(), plus=bias)
 
 
 def _inputs(x: Tensor, zeros: dict[int, Tensor], owned: bool, spare: list[Tensor]) -> Iterator[tuple[int, Tensor]]:

@@ -1,0 +1,133 @@
+"""Where one thing can be computed in several ways: which way is taken, by shape.
+
+The usual way is taken unless choices are acting: numbers by the name of a shape, as `lorakit.speed.choosing` measured
+them on this machine. What is acting names only shapes for which another way is faster, so where nothing is gained
+there is nothing to look up. The ways agree within roundings.
+
+Some libraries multiply some shapes at half speed with all rows at once (oneDNN, bf16, on processors with matrix units)
+and at full speed some rows at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+ROWS = (768, 1024, 1280, 1536, 2048, 3072, 4096)
+"""Rows of a product that are measured; one of other size goes as the next larger. Fewer than the second largest slice
+or more than the last go all at once."""
+
+SLICES = (512, 256)
+"""Rows at a time that may be chosen instead of all."""
+
+LENGTHS = (256, 512, 1024, 2048)
+"""Tokens of attention's longest sequence that are measured; another goes as the next smaller."""
+
+# Acting in a block of one thread and not in a process: a run's choices must not reach the next run, nor another thread
+# amid its step. A backward on CPU runs in the thread that asks for it.
+_ACTING: ContextVar[Mapping[str, int]] = ContextVar("lorakit_choices", default=MappingProxyType({}))
+
+
+@contextlib.contextmanager
+def acting(choices: Mapping[str, int]) -> Iterator[None]:
+    """A block in which these choices act on what this thread computes; hold it open over whole steps.
+
+    Args:
+        choices: Name of a shape -> rows at a time of a product; 1 or 0, attention by flash or by products.
+    """
+    token = _ACTING.set(MappingProxyType(dict(choices)))
+    try:
+        yield
+    finally:
+        _ACTING.reset(token)
+
+
+def in_force() -> dict[str, int]:
+    """The choices that act here, for a checkpoint: with the same ones, the same kernels give the same bits."""
+    return dict(_ACTING.get())
+
+
+def product(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+    """x·right, or plus + x·right, (N, out), as many rows at a time as were chosen; no gradient is recorded.
+
+    Args:
+        x: (N, in).
+        right: (in, out), in any strides.
+        out: Where the result is written, (N, out); None makes it.
+        plus: (out,) or (N, out); it may be `out`.
+    """
+    chosen = _ACTING.get() if not torch.compiler.is_compiling() else None
+    size = chosen.get(product_name(len(x), right), 0) if chosen and right.device.type == "cpu" else 0
+    if 0 < size < len(x):
+        return in_slices(x, right, size, out, plus)
+    return _at_once(x, right, out, plus)
+
+
+def in_slices(x: Tensor, right: Tensor, size: int, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+    """`product` of x (N, in) and right (in, out) -> (N, out), with about `size` rows at a time."""
+    if out is None:
+        out = x.new_empty(len(x), right.shape[1])
+    for part in slices(len(x), size):
+        room = out[part]
+        added = room if plus is out else plus if plus is None or plus.dim() == 1 else plus[part]
+        _at_once(x[part], right, room, added)
+    return out
+
+
+def _at_once(x: Tensor, right: Tensor, out: Tensor | None, plus: Tensor | None) -> Tensor:
+    if plus is None:
+        return torch.mm(x, right, out=out)
+    return plus.addmm_(x, right) if plus is out else torch.addmm(plus, x, right, out=out)
+
+
+def slices(rows: int, size: int) -> Iterator[slice]:
+    """Slices of about equal size, at most `size` and multiples of 16: a last one of few rows would cost as a full one.
+
+    Args:
+        rows: Rows in all.
+        size: A multiple of 16.
+    """
+    count = max(-(-rows // size), 1)
+    step = min(-(-rows // (16 * count)) * 16, size)
+    yield from (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
+
+
+def flash(q: Tensor, v: Tensor, causal: bool, longest: int, usual: bool) -> bool:
+    """Whether attention goes by flash and not by products.
+
+    Args:
+        q: (B, H, T, D).
+        v: (B, KV, T, D).
+        causal: Whether a token sees only what is before it.
+        longest: Tokens of the longest sequence.
+        usual: What is so where nothing was chosen.
+    """
+    chosen = _ACTING.get() if not torch.compiler.is_compiling() else None
+    if not chosen:
+        return usual
+    name = attention_name((q.shape[1], v.shape[1], q.shape[3]), q.dtype, causal, longest)
+    return bool(chosen.get(name, usual))
+
+
+def product_name(rows: int, right: Tensor) -> str:
+    """The name of a product of so many rows with right (in, out); "" where there is no choice."""
+    if not SLICES[0] < rows <= ROWS[-1]:
+        return ""
+    inner, outer = right.shape
+    counted = next(count for count in ROWS if rows <= count)
+    order = "rows" if right.stride(1) == 1 else "columns"
+    return f"product {counted}x{inner}x{outer} {str(right.dtype)[6:]} by {order}"
+
+
+def attention_name(heads: tuple[int, int, int], dtype: torch.dtype, causal: bool, longest: int) -> str:
+    """The name of attention over heads of q, heads of k and their width; "" where there is no choice."""
+    counted = [length for length in LENGTHS if length <= longest < 2 * length]
+    if not counted:
+        return ""
+    seen = "causal" if causal else "full"
+    return f"attention {counted[0]} tokens {heads[0]}/{heads[1]}x{heads[2]} {str(dtype)[6:]} {seen}"

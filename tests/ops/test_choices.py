@@ -1,0 +1,156 @@
+"""What acts on products and attention: the same numbers, in this block and thread alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lorakit.ops import attention, choices
+from lorakit.ops.adapted import Adapted, LowRank
+from lorakit.ops.attention_pattern import Pattern
+from lorakit.ops.choices import acting, product, product_name, slices
+from lorakit.ops.linear import linears
+
+ROWS, IN, OUT = 700, 48, 32
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype)
+
+
+@pytest.fixture
+def counted() -> Iterator[list[int]]:
+    """Rows of each product."""
+
+    class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+                seen.append(len(args[-2]))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[int] = []
+    with Counting():  # type: ignore[no-untyped-call]
+        yield seen
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "wanted"), [(700, 256, [240, 240, 220]), (1024, 512, [512, 512]), (1, 256, [1])]
+)
+def test_slices_are_about_equal_and_cover_all(rows: int, size: int, wanted: list[int]) -> None:
+    parts = list(slices(rows, size))
+    assert [part.stop - part.start for part in parts] == wanted
+    assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
+
+
+def test_no_slice_is_larger_than_asked_and_the_last_is_no_sliver() -> None:
+    for size in choices.SLICES:
+        for rows in range(1, 3000, 7):
+            sizes = [part.stop - part.start for part in slices(rows, size)]
+            assert sum(sizes) == rows
+            assert max(sizes) <= size
+            assert len(sizes) == -(-rows // size)
+
+
+@pytest.mark.parametrize("by_columns", [True, False])
+@pytest.mark.parametrize("plus", ["nothing", "a row", "out"])
+@pytest.mark.parametrize("size", choices.SLICES)
+def test_a_product_in_slices_is_the_product(by_columns: bool, plus: str, size: int, counted: list[int]) -> None:
+    x, right = drawn(ROWS, IN), drawn(OUT, IN).t() if by_columns else drawn(IN, OUT)
+    room = drawn(ROWS, OUT)
+    added = {"nothing": None, "a row": drawn(OUT), "out": room}[plus]
+    wanted = x @ right + (0 if added is None else added)
+    counted.clear()
+    with acting({product_name(ROWS, right): size}):
+        got = product(x, right, room if plus == "out" else None, added)
+    assert len(counted) == -(-ROWS // size)
+    assert sum(counted) == ROWS
+    assert (got is room) == (plus == "out")
+    torch.testing.assert_close(got, wanted)
+
+
+def test_without_choices_a_product_is_one(counted: list[int]) -> None:
+    x, right = drawn(ROWS, IN), drawn(IN, OUT)
+    product(x, right)
+    with acting({product_name(ROWS, right.t().contiguous().t()): 256}):  # of other strides
+        product(x, right)
+    with acting({product_name(2000, right): 256}):  # of other rows
+        product(x, right)
+    assert counted == [ROWS] * 3
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_adapted_modules_have_the_same_values_and_gradients(
+    transposed: bool, dropout: float, counted: list[int]
+) -> None:
+    W, bias, wanted = drawn(IN, OUT) if transposed else drawn(OUT, IN), drawn(OUT), []
+    forward, backward = (W, W.t()) if transposed else (W.t(), W)
+    chosen = {product_name(ROWS, forward): 256, product_name(ROWS, backward): 512}
+    leaves = [drawn(ROWS, IN), drawn(4, IN), drawn(OUT, 4)]
+    for acts in ({}, chosen):
+        x, A, B = (leaf.clone().requires_grad_() for leaf in leaves)
+        torch.manual_seed(3)
+        counted.clear()
+        with acting(acts):
+            (y,) = linears(x, [Adapted(W, bias, LowRank(A, B, 2.0, dropout), transposed)])
+            y.cos().sum().backward()  # type: ignore[no-untyped-call]
+        assert (240 in counted and 352 in counted) == bool(acts)  # three slices forward, two backward
+        wanted.append((y, x.grad, A.grad, B.grad))
+    for plain, sliced in zip(*wanted, strict=True):
+        torch.testing.assert_close(plain, sliced)
+
+
+def test_choices_act_in_their_block_and_thread_alone() -> None:
+    seen: list[dict[str, int]] = []
+    with acting({"a": 1}):
+        with acting({"b": 2}):
+            assert choices.in_force() == {"b": 2}
+        assert choices.in_force() == {"a": 1}
+        other = threading.Thread(target=lambda: seen.append(choices.in_force()))
+        other.start()
+        other.join()
+    assert choices.in_force() == {}
+    assert seen == [{}]
+
+
+def test_a_backward_runs_under_the_choices_of_its_thread() -> None:
+    seen: list[dict[str, int]] = []
+    x = drawn(2).requires_grad_()
+    x.register_hook(lambda _: seen.append(choices.in_force()))  # type: ignore[no-untyped-call]
+    with acting({"a": 1}):
+        x.sum().backward()  # type: ignore[no-untyped-call]
+    assert seen == [{"a": 1}]
+
+
+def test_attention_goes_as_chosen_for_its_heads_and_length() -> None:
+    q, v = drawn(1, 4, 300, 8), drawn(1, 2, 300, 8)
+    name = choices.attention_name((4, 2, 8), q.dtype, True, 300)
+    assert attention.chosen(q, v, Pattern()) == "products"
+    with acting({name: 1}):
+        assert attention.chosen(q, v, Pattern()) == "flash"
+        assert attention.chosen(q, v, Pattern(causal=False)) == "products"
+        assert attention.chosen(q, v, Pattern(window=5)) == "products"  # for which flash has no place
+        assert attention.chosen(q, v, Pattern(segments=(150, 150))) == "products"  # shorter than any that is measured
+        assert attention.chosen(q, v, Pattern(way="products")) == "products"
+        assert attention.chosen(q[:, :, :256], v[:, :, :256], Pattern()) == "flash"  # goes as the same length
+    long = torch.empty(1, 4, 2048, 8, dtype=q.dtype)
+    with acting({choices.attention_name((4, 4, 8), q.dtype, True, 2048): 0}):
+        assert attention.chosen(long, long, Pattern()) == "products"
+
+
+def test_attention_by_either_way_is_the_same() -> None:
+    leaves, results = [drawn(1, 4, 300, 8), drawn(1, 2, 300, 8), drawn(1, 2, 300, 8)], []
+    for acts in ({}, {choices.attention_name((4, 2, 8), torch.float64, True, 300): 1}):
+        q, k, v = (leaf.clone().requires_grad_() for leaf in leaves)
+        with acting(acts):
+            y = attention.attention(q, k, v)
+            y.cos().sum().backward()  # type: ignore[no-untyped-call]
+        results.append((y, q.grad, k.grad, v.grad))
+    for plain, flash in zip(*results, strict=True):
+        torch.testing.assert_close(plain, flash)
