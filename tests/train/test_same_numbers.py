@@ -17,7 +17,6 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from lorakit import LoraConfig, core
 from lorakit.data import Batch
@@ -25,6 +24,8 @@ from lorakit.speed import accelerate
 from lorakit.train.loss import loss_sum
 from lorakit.train.optim import adamw
 from lorakit.train.step import Trainee, train_step
+
+from ..doubles import InDouble
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # optional packages of peft's that are installed complain when they are imported
@@ -162,16 +163,6 @@ def test_in_bf16_the_difference_is_within_the_spread_of_seeds(make: Callable[[],
         assert all(abs(a - b) <= 0.01 * b for a, b in zip(ours, theirs, strict=True))
 
 
-class InDouble(TorchFunctionMode):
-    """transformers computes norms, softmax and losses in fp32 whatever a model's dtype; here that is double as well."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.float:
-            return args[0].double()
-        kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
-        return func(*(torch.float64 if value is torch.float32 else value for value in args), **kwargs)
-
-
 def loss_of(model: Any, ids: Tensor, labels: Tensor, fast: Any) -> Tensor:
     """The mean over the trained tokens, by `lorakit train`'s own function where the model is causal."""
     if isinstance(model, (transformers.BertForMaskedLM, transformers.T5ForConditionalGeneration)):
@@ -214,6 +205,6 @@ def test_gradients_of_whole_models_in_double_precision(make: Callable[[], Any]) 
 RECIPES = {
     **{name: {"decoder layer", "loss without logits"} for name in ("llama", "gpt2", "qwen3", "mixtral")},
     "gemma2": {"attention", "feed-forward", "norm", "loss without logits"},
-    "bert": {"norm"},
+    "bert": {"encoder layer", "norm"},
 }
 """What must have taken part for the comparison to say something."""

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lorakit.errors import ModelError
-from lorakit.speed import attention, decoder, dropouts, feed_forward, linear, norms
+from lorakit.speed import attention, decoder, dropouts, encoder, feed_forward, linear, norms
 from lorakit.speed.head import Head, head_for
 from lorakit.speed.loss import LossWithoutLogits, loss_for
 from lorakit.speed.packing import obeys
@@ -32,12 +32,14 @@ class Recipe:
         fits: Module -> None where it has the structure, else why not, as a short phrase.
         run: Module and the arguments of a call -> the output, or None where the module's own forward has to run.
         concerns: Whether a module that does not fit is reported as left.
+        whole: It runs all that is inside by itself, of which nothing is reported then.
     """
 
     name: str
     fits: Callable[[nn.Module], str | None]
     run: Callable[..., Any]
     concerns: Callable[[nn.Module], bool]
+    whole: bool = False
 
 
 def _named(*words: str) -> Callable[[nn.Module], bool]:
@@ -46,6 +48,9 @@ def _named(*words: str) -> Callable[[nn.Module], bool]:
 
 
 RECIPES = (
+    Recipe(
+        "encoder layer", encoder.fits, encoder.run, lambda module: encoder.layout_of(module) is not None, whole=True
+    ),
     Recipe("decoder layer", decoder.fits, decoder.run, _named("layer", "block")),
     Recipe("attention", attention.fits, attention.run, _named("attention")),
     Recipe("feed-forward", feed_forward.fits, feed_forward.run, _named("mlp")),
@@ -153,6 +158,8 @@ def accelerate(model: nn.Module, *, logits: bool = True) -> Acceleration:
             fast[path] = (module, recipe)
         elif recipe.concerns(module):
             left.append(Left(path, type(module).__name__, why))
+    whole = tuple(f"{path}." for path, (_, recipe) in fast.items() if recipe.whole)
+    left = [one for one in left if not one.path.startswith(whole)]
     given = found[""].output if "" in found else None
     known = head_for(head, given, getattr(output, "logits", None), getattr(model, "config", None))
     fused, reason = (known, "") if isinstance(known, Head) else (None, known)

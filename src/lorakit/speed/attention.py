@@ -6,13 +6,13 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lorakit.ops.attention_block import SelfAttention, attention_block
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
+from lorakit.speed.masks import under
 from lorakit.speed.operands import acting_in, forwards_of
 from lorakit.speed.parts import by_name, is_usual, norm_of, share_of, unknown_words
 
@@ -117,10 +117,11 @@ def attention(
         (B, T, d), or None where the module's own forward has to run.
     """
     shape = shape_of(module)
-    if shape is None or not is_usual(x) or x.ndim != 3 or not _is_plain(module, x, shape.window, call):
+    if shape is None or not is_usual(x) or x.ndim != 3 or not _is_plain(call):
         return None
     shares = _shares(module)
-    if shares is None:
+    pattern = None if shares is None else _pattern(shape, x, shares[0], call)
+    if shares is None or pattern is None:
         return None
     inside: list[nn.Module] = [module._modules[name] for name in (*shape.inputs, shape.output)]  # type: ignore[misc]
     acting = acting_in(inside, forwards_of(module), x)
@@ -133,39 +134,9 @@ def attention(
     *inputs, output = operands = acting.operands
     kv_heads = _kv_heads(module, shape, operands)
     block = SelfAttention(tuple(inputs), output, shape.head_dim, kv_heads, norm, norms[0], norms[1], shares[1])
-    segments = lengths_of(call.get("cu_seq_lens_q"))
-    # a window that is longer than the rows, or that a model does not use, comes without a mask
-    window = None if segments is None and call.get("attention_mask") is None else shape.window
-    pattern = Pattern(True, shape.scale, window, shape.softcap, segments, shares[0])
     y = attention_block(x, block, pattern, None if turn is None else Rotary(*turn), residual)
     acting.note(y)
     return y
-
-
-def is_causal_alone(mask: Any, tokens: int, window: int | None) -> bool:
-    """Whether a mask says no more than that a token sees itself and what stands before it, within the window.
-
-    The answer is kept on the mask, which all layers of a forward share.
-
-    Args:
-        mask: (rows or 1, heads or 1, tokens, tokens), true or 0 where a token is seen.
-        tokens: Tokens of a row.
-        window: How far back a token sees, or None.
-    """
-    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != (tokens, tokens):
-        return False
-    known: dict[int | None, bool] = mask.__dict__.setdefault(ANSWERS, {})
-    if window not in known:
-        places = torch.arange(tokens, device=mask.device)
-        wanted = Pattern(window=window).allowed(places, places)
-        seen = mask if mask.dtype == torch.bool else mask == 0
-        hidden = mask.dtype == torch.bool or bool((mask.masked_fill(seen, torch.finfo(mask.dtype).min) <= -1e4).all())
-        known[window] = hidden and bool((seen == wanted).all())
-    return known[window]
-
-
-ANSWERS = "_lorakit_is_causal"
-"""Where a mask keeps what is known of it."""
 
 
 def lengths_of(boundaries: Any) -> tuple[int, ...] | None:
@@ -183,12 +154,17 @@ def _kv_heads(module: nn.Module, shape: Shape, operands: Any) -> int:
     return int(W.shape[1 if operands[1].transposed else 0] // shape.head_dim)
 
 
-def _is_plain(module: nn.Module, x: Tensor, window: int | None, call: dict[str, Any]) -> bool:
-    """Whether a call asks for causal attention over its own tokens and nothing else."""
-    packed = call.get("cu_seq_lens_q") is not None  # these say all that a mask of packed sequences says
-    mask = call.get("attention_mask")
-    if not packed and mask is not None and not is_causal_alone(mask, x.shape[1], window):
-        return False
+def _pattern(shape: Shape, x: Tensor, dropped: float, call: dict[str, Any]) -> Pattern | None:
+    """Who sees whom in a call, or None where its mask is none that is known."""
+    segments = lengths_of(call.get("cu_seq_lens_q"))
+    mask = None if segments else call.get("attention_mask")  # these say all that a mask of packed sequences says
+    # a window that is longer than the rows, or that a model does not use, comes without a mask
+    window = None if segments is None and mask is None else shape.window
+    return under(mask, x, Pattern(True, shape.scale, window, shape.softcap, segments, dropped))
+
+
+def _is_plain(call: dict[str, Any]) -> bool:
+    """Whether a call asks for attention over its own tokens and nothing else."""
     if call.get("cache") is not None or call.get("past_key_values") is not None:
         return False
     return all(value is None or value is False for name, value in call.items() if name not in READ)

@@ -1,0 +1,192 @@
+"""The recipe of an encoder layer with its norms behind the residuals: norm(x + attention(x)), norm(x + mlp(x)).
+
+As in Devlin et al. 2018, arXiv:1810.04805: BERT and what descends from it. All that is inside runs as two functions of
+autograd and two norms; padding is hidden by a bias of the scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.layering.operands import is_watched
+from lorakit.ops.attention_block import SelfAttention, attention_block
+from lorakit.ops.attention_pattern import Pattern
+from lorakit.ops.mlp import plain
+from lorakit.ops.norm import Norm, normalised
+from lorakit.speed.masks import under
+from lorakit.speed.operands import acting_in, forwards_of
+from lorakit.speed.parts import activation_of, by_name, is_usual, norm_of, share_of, unknown_words
+
+READ = frozenset({"attention_mask", "position_ids", "num_items_in_batch"})
+"""Arguments of a call that are read or change nothing here; another one that is given sends the call back."""
+
+WORDS = frozenset(
+    {"config", "num_attention_heads", "attention_head_size", "all_head_size", "scaling", "n_heads", "dim", "layer_idx"}
+    | {"is_decoder", "is_causal", "is_cross_attention", "add_cross_attention", "gradient_checkpointing"}
+    | {"chunk_size_feed_forward", "seq_len_dim"}
+)
+"""Attributes of such layers that this recipe reads, or that a probe shows."""
+
+
+class Layout(NamedTuple):
+    """Where an encoder layer has its parts: paths below it, "" for none.
+
+    Attributes:
+        attention: What has the settings of the attention, and the dropout of its weights as its child `dropout`.
+        q, k, v, o: The attention's projections.
+        o_dropout, o_norm: What comes before and after its residual.
+        up, act, down: The feed-forward block.
+        down_dropout, down_norm: What comes before and after its residual.
+    """
+
+    attention: str
+    q: str
+    k: str
+    v: str
+    o: str
+    o_dropout: str
+    o_norm: str
+    up: str
+    act: str
+    down: str
+    down_dropout: str
+    down_norm: str
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The six linear modules."""
+        return self.q, self.k, self.v, self.o, self.up, self.down
+
+    def children(self) -> dict[str, set[str]]:
+        """Path of each module that only holds others -> names of what it holds."""
+        held: dict[str, set[str]] = {}
+        for path in (*self[1:], f"{self.attention}.dropout"):
+            names = path.split(".") if path else []
+            for depth, name in enumerate(names):
+                held.setdefault(".".join(names[:depth]), set()).add(name)
+        return held
+
+
+LAYOUTS = (
+    Layout(
+        attention="attention.self",
+        q="attention.self.query",
+        k="attention.self.key",
+        v="attention.self.value",
+        o="attention.output.dense",
+        o_dropout="attention.output.dropout",
+        o_norm="attention.output.LayerNorm",
+        up="intermediate.dense",
+        act="intermediate.intermediate_act_fn",
+        down="output.dense",
+        down_dropout="output.dropout",
+        down_norm="output.LayerNorm",
+    ),
+    Layout(
+        attention="attention",
+        q="attention.q_lin",
+        k="attention.k_lin",
+        v="attention.v_lin",
+        o="attention.out_lin",
+        o_dropout="",
+        o_norm="sa_layer_norm",
+        up="ffn.lin1",
+        act="ffn.activation",
+        down="ffn.lin2",
+        down_dropout="ffn.dropout",
+        down_norm="output_layer_norm",
+    ),
+)
+"""BERT, RoBERTa, ELECTRA and their like; DistilBERT."""
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """Where a module has the parts of an encoder layer, or None where it lacks one."""
+    return next((found for found in LAYOUTS if all(_at(module, path) is not None for path in found)), None)
+
+
+def fits(module: nn.Module) -> str | None:
+    """Why a module is no encoder layer that is known, or None where it is one."""
+    found = layout_of(module)
+    if found is None:
+        return "not the parts of an encoder layer that is known"
+    attention: Any = _at(module, found.attention)
+    if getattr(attention, "is_causal", None) is not False:
+        return "its attention is causal"
+    way = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    if way != "sdpa":
+        return f"its attention is computed by {way!r}"
+    if activation_of(_at(module, found.act)) is None:
+        return f"its activation is {type(_at(module, found.act)).__name__}"
+    holders = {path: _at(module, path) for path in found.children()}
+    if any(getattr(holder, "chunk_size_feed_forward", 0) for holder in holders.values()):
+        return "its feed-forward block runs in chunks"
+    said = (unknown_words(holders[path], WORDS, tuple(names)) for path, names in found.children().items())
+    return next((words for words in said if words is not None), None)
+
+
+def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor | None:
+    """The layer's output (B, T, d), or None where its own forward has to run."""
+    kwargs |= by_name(module, args)
+    x, found = hidden_states, layout_of(module)
+    if found is None or not isinstance(x, Tensor) or x.ndim != 3 or not _is_plain(module, found, x, kwargs):
+        return None
+    around = _around(module, found, x)
+    acting = acting_in([_at(module, path) for path in found.linears], forwards_of(module), x)
+    if around is None or acting is None:
+        return None
+    attention: Any = _at(module, found.attention)
+    q, k, v, o, up, down = acting.operands
+    width: int = attention.attention_head_size
+    heads = (q.W.shape[1] if q.transposed else q.W.shape[0]) // width
+    pattern = under(kwargs.get("attention_mask"), x, Pattern(False, attention.scaling, dropout=around.weights))
+    act = activation_of(_at(module, found.act))
+    if pattern is None or act is None:
+        return None
+    block = SelfAttention((q, k, v), o, width, heads, dropout=around.first)
+    x = normalised(attention_block(x, block, pattern, residual=True), around.o_norm)
+    y = normalised(plain(x, None, up, down, act, residual=True, dropout=around.second), around.down_norm)
+    acting.note(y)
+    return y
+
+
+class _Around(NamedTuple):
+    """What stands between the products, as it is now: shares that are dropped, and norms."""
+
+    weights: float
+    first: float
+    second: float
+    o_norm: Norm
+    down_norm: Norm
+
+
+def _around(module: nn.Module, found: Layout, x: Tensor) -> _Around | None:
+    attention: Any = _at(module, found.attention)
+    dropped = attention.dropout.p if attention.training else 0.0  # as a share: the module itself is never called
+    shares = [share_of(_at(module, path) if path else None) for path in (found.o_dropout, found.down_dropout)]
+    norms = [norm_of(_at(module, path)) for path in (found.o_norm, found.down_norm)]
+    if any(share is None for share in shares) or not 0 <= dropped < 1:
+        return None
+    if any(norm is None or norm.weight is None or norm.weight.dtype != x.dtype for norm in norms):
+        return None
+    return _Around(dropped, *shares, *norms)  # type: ignore[arg-type]
+
+
+def _is_plain(module: nn.Module, found: Layout, x: Tensor, call: dict[str, Any]) -> bool:
+    """Whether a call asks for self-attention over its own tokens, of modules that nobody watches."""
+    if not is_usual(x) or (x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type)):
+        return False  # under autocast a layer norm gives float32
+    if any(path and is_watched(_at(module, path)) for path in found.children()):
+        return False
+    return all(value is None or value is False for name, value in call.items() if name not in READ)
+
+
+def _at(module: nn.Module, path: str) -> Any:
+    """What stands at a path below a module, the module itself at "", or None."""
+    found: Any = module
+    for name in path.split(".") if path else ():
+        found = getattr(found, name, None)
+    return found

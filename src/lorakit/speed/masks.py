@@ -1,0 +1,62 @@
+"""What the mask of a call hides beside its pattern: nothing, padding, or more; a mask is read once for all layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.ops.attention_pattern import Pattern
+
+HIDDEN = -1e4
+"""Numbers at or below this hide a place: the least of a dtype is added to its score."""
+
+READ = "_lorakit_read"
+"""Where a mask, which all layers of a forward share, keeps what is known of it."""
+
+
+def under(mask: Any, x: Tensor, pattern: Pattern) -> Pattern | None:
+    """A pattern with what a mask hides beside it.
+
+    Args:
+        mask: (rows or 1, heads or 1, T, T), true or 0 where a token is seen; or None.
+        x: Hidden states, (rows, T, d).
+        pattern: Who sees whom without it.
+
+    Returns:
+        The pattern, with a bias where that hides more, or None where the mask shows more than the pattern, hides all
+        from a token, or is no such mask.
+    """
+    if mask is None:
+        return pattern
+    rows, tokens, _ = x.shape
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != (tokens, tokens) or mask.requires_grad:
+        return None
+    if mask.shape[0] not in (1, rows):
+        return None
+    known: dict[Any, Tensor | bool] = mask.__dict__.setdefault(READ, {})
+    key = (pattern.causal, pattern.window, x.dtype)
+    if key not in known:
+        known[key] = _read(mask, pattern, x.dtype)
+    bias = known[key]
+    if isinstance(bias, Tensor):
+        return replace(pattern, bias=bias)
+    return pattern if bias else None
+
+
+def _read(mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor | bool:
+    """What a mask adds to the scores; or whether it says what the pattern says."""
+    hidden = ~mask if mask.dtype == torch.bool else mask <= HIDDEN
+    if mask.dtype != torch.bool and not bool((hidden | (mask == 0)).all()):
+        return False
+    places, seen = torch.arange(mask.shape[-1], device=mask.device), ~hidden
+    allowed = pattern.allowed(places, places)
+    if bool((seen == allowed).all()):
+        return True
+    if bool((seen & ~allowed).any()) or not bool(seen.any(-1).all()):
+        return False
+    keys = seen.any(-2, keepdim=True)
+    least = keys if bool(((keys & allowed) == seen).all()) else seen  # padding is the same for every token of a row
+    return torch.zeros(least.shape, dtype=dtype, device=mask.device).masked_fill_(~least, -torch.inf)

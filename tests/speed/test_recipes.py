@@ -1,0 +1,222 @@
+"""The recipes one by one: models of every structure that is known, with padding and dropout, against themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from lorakit import LoraConfig, core
+from lorakit.speed import Acceleration, accelerate
+
+from ..doubles import InDouble
+from ..laws.snapshots import snapshot
+
+SMALL: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS: dict[str, Any] = {"num_attention_heads": 4}
+NONE: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def bert(**words: Any) -> Any:
+    return transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, **HEADS, **(NONE | words)))
+
+
+def roberta() -> Any:
+    return transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SMALL, **HEADS, **NONE, pad_token_id=0))
+
+
+def electra() -> Any:
+    return transformers.ElectraForMaskedLM(transformers.ElectraConfig(**SMALL, **HEADS, **NONE, embedding_size=32))
+
+
+def distilbert(**words: Any) -> Any:
+    sizes = {"vocab_size": 61, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+    none = {"dropout": 0.0, "attention_dropout": 0.0}
+    return transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(**sizes, **(none | words)))
+
+
+def llama() -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, **HEADS, num_key_value_heads=2))
+
+
+def mistral() -> Any:
+    config = transformers.MistralConfig(**SMALL, **HEADS, num_key_value_heads=2, sliding_window=6)
+    return transformers.MistralForCausalLM(config)
+
+
+def gpt2() -> Any:
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, **none)  # type: ignore[arg-type]
+    )
+
+
+def adapted(make: Callable[[], Any], dtype: torch.dtype = torch.float64, **words: Any) -> Any:
+    """A model with one adapter whose B is not zero, in training mode."""
+    torch.manual_seed(0)
+    model = make().to(dtype)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    core.attach(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **words), seed=1)
+    return model.train()
+
+
+def batch(padded: str = "right") -> dict[str, Tensor]:
+    ids = torch.randint(1, 61, (3, 10), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    if padded == "right":
+        mask[0, 7:] = mask[2, 5:] = 0
+    elif padded == "left":
+        mask[0, :3] = mask[2, :5] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def step(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Loss, logits at every place, and the gradients of one batch."""
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    return [
+        output.loss.detach(),
+        output.logits.detach(),
+        *(p.grad.clone() for p in model.parameters() if p.grad is not None),
+    ]
+
+
+def compared(model: Any, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> Acceleration:
+    """One step of a model of doubles, accelerated, against its own, with no attention of PyTorch's in it."""
+    before, modules = snapshot(model), dict(model.named_modules())
+    with InDouble():
+        theirs = step(model, inputs)
+        acceleration = accelerate(model)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+            ours = step(model, inputs)
+    assert len(ours) == len(theirs) > 10
+    for found, wanted in zip(ours, theirs, strict=True):
+        assert float((found - wanted).norm()) <= 1e-10 * float(wanted.norm()) + 1e-15
+    acceleration.undo()
+    assert snapshot(model) == before
+    assert all(module is modules[path] for path, module in model.named_modules())
+    return acceleration
+
+
+@pytest.mark.parametrize("make", [bert, roberta, electra, distilbert])
+@pytest.mark.parametrize("padded", ["no", "right", "left"])
+def test_encoder_layers(make: Callable[[], Any], padded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    acceleration = compared(adapted(make), batch(padded), monkeypatch)
+    assert [recipe for recipe, _ in acceleration.swaps].count("encoder layer") == 2, str(acceleration)
+    assert "as it is" not in str(acceleration)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, mistral])
+def test_padding_behind_causal_attention(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    acceleration = compared(adapted(make), batch(), monkeypatch)
+    assert [recipe for recipe, _ in acceleration.swaps].count("decoder layer") == 2, str(acceleration)
+
+
+def bert_dropping() -> Any:
+    return bert(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+
+
+def distilbert_dropping() -> Any:
+    return distilbert(dropout=0.2, attention_dropout=0.2)
+
+
+@pytest.mark.parametrize("make", [bert_dropping, distilbert_dropping])
+def test_dropout_has_the_same_law(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean and spread of the loss over draws, and in eval no draw at all; no dropout of PyTorch's runs."""
+    model = adapted(make, torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)  # so that what is dropped shows in the loss
+    inputs = batch()
+
+    def losses() -> Tensor:
+        with torch.no_grad():
+            return torch.stack([model(**inputs).loss for _ in range(200)]).double()
+
+    torch.manual_seed(5)
+    theirs = losses()
+    quiet = model.eval()(**inputs).loss
+    accelerate(model.train())
+    for name in ("dropout", "scaled_dot_product_attention"):
+        monkeypatch.setattr(torch.nn.functional, name, None)
+    ours = losses()
+    torch.testing.assert_close(model.eval()(**inputs).loss, quiet, rtol=1e-5, atol=1e-5)
+    error = (theirs.var() / 200 + ours.var() / 200) ** 0.5
+    assert abs(ours.mean() - theirs.mean()) < 4.5 * error, (ours.mean(), theirs.mean(), quiet)
+    assert 0.7 < ours.std() / theirs.std() < 1.4
+    assert ours.std() > 1e-3
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_an_encoders_dropout_is_the_same_in_a_recomputation(reentrant: bool) -> None:
+    model = adapted(bert_dropping, torch.float32, lora_dropout=0.1)
+    accelerate(model)
+    model.enable_input_require_grads()
+    torch.manual_seed(3)
+    wanted = step(model, batch())
+    words: dict[str, Any] = {"use_reentrant": reentrant}
+    if not reentrant:
+        words["context_fn"] = core.checkpoint_contexts(model)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(words)
+    torch.manual_seed(3)
+    for found, expected in zip(step(model, batch()), wanted, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_an_encoder_layer_that_is_watched_or_asked_for_more_runs_itself() -> None:
+    model = adapted(bert, torch.float32)
+    accelerate(model)
+    seen: list[str] = []
+    inside = model.bert.encoder.layer[0].attention.self
+    handle = inside.register_forward_hook(lambda *_: seen.append("attention"))
+    step(model, batch())
+    assert seen == ["attention"]
+    handle.remove()
+    outputs = model.eval()(**batch(), output_hidden_states=True)
+    assert len(outputs.hidden_states) == 3
+    model.bert.encoder.layer[1].output.LayerNorm.weight.requires_grad_(True)
+    step(model.train(), batch())
+    assert model.bert.encoder.layer[1].output.LayerNorm.weight.grad is not None
+
+
+def test_a_model_says_why_an_encoder_layer_is_left() -> None:
+    model = adapted(lambda: bert(is_decoder=True), torch.float32)
+    assert "2 × BertLayer: as it is (its attention is causal)" in str(accelerate(model))
+    model = adapted(lambda: bert(attn_implementation="eager"), torch.float32)
+    assert "2 × BertLayer: as it is (its attention is computed by 'eager')" in str(accelerate(model))
+
+
+def test_a_mask_that_hides_all_from_a_token_or_shows_what_comes_is_the_models_own() -> None:
+    for make, padded in ((llama, "left"), (mistral, "right")):
+        model, inputs = adapted(make, torch.float32), batch(padded)
+        if make is mistral:
+            inputs["attention_mask"][0, 2:] = 0  # behind them are tokens whose window has nothing
+        theirs = step(model, inputs)
+        accelerate(model)
+        for ours, wanted in zip(step(model, inputs), theirs, strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
+    shown = torch.ones(3, 1, 10, 10, dtype=torch.bool)
+    model = adapted(llama, torch.float32)
+    inputs = {**batch("no"), "attention_mask": shown}
+    theirs = step(model, inputs)
+    accelerate(model)
+    torch.testing.assert_close(step(model, inputs)[1], theirs[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_encoder_under_autocast_gives_what_it_gave(dtype: torch.dtype) -> None:
+    model = adapted(bert, dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs = model(**batch())
+        accelerate(model)
+        ours = model(**batch())
+    assert ours.logits.dtype == theirs.logits.dtype
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=5e-2, atol=5e-2)
