@@ -58,10 +58,12 @@ DOORS = {  # third-party package -> the files or folders that may import it
     "torchao": ("core/bases/torchao.py",),
     "hqq": ("core/bases/hqq.py",),
     "matplotlib": ("report/plots.py",),
+    "triton": ("ops/kernels/triton",),
     "cyclopts": ("cli",),
     "rich": ("train/progress.py", "cli"),
     "yaml": ("train/sources.py", "cli"),
 }
+KERNELS = "ops/kernels/triton/"  # what a kernel takes are pointers, sizes and constants, and no object can hold them
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 400, 60, 7
 BANNED_STEMS = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "base"}
 SHAPE = re.compile(r"\((?:[^(),\n]+,)+[^(),\n]*\)|\(\)|\bany shape\b|\bscalar\b", re.IGNORECASE)
@@ -137,7 +139,7 @@ def oversized(sources: Sources) -> Iterator[str]:
                 yield f"{path}: {node.name} has {length} lines, the cap is {MAX_FUNCTION_LINES}"
             arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
             count = len(arguments) - (arguments[:1] in (["self"], ["cls"]))
-            if count > MAX_ARGUMENTS and _part(path) != "peft":
+            if count > MAX_ARGUMENTS and _part(path) != "peft" and not path.startswith(KERNELS):
                 yield f"{path}: {node.name} takes {count} arguments, the cap is {MAX_ARGUMENTS}"
 
 

@@ -1,0 +1,148 @@
+"""`Kernels` on CUDA: how each of them is cut into programs. In Triton's interpreter they run on a CPU's tensors."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from lorakit.ops.kernels.triton import dropping, gates, losses, norms, positions, weights
+
+TILE = 2048
+"""Numbers of a program where rows are short; a longer row is a tile of its own."""
+ELEMENTWISE = 1024
+QUARTER = 256
+"""Numbers of a quarter of dropout's block. Another one drops others by the same seed."""
+HEADS = 8
+"""Heads of a token that one program turns."""
+LOGITS = 8192
+"""Logits of a row at a time."""
+
+
+class TritonKernels:
+    """`lorakit.ops.kernels.protocol.Kernels`, and what goes beyond it: softmax of scores, losses of rows of logits."""
+
+    activations = frozenset({"silu", "gelu", "gelu_tanh", "quick_gelu", "relu"})
+
+    def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
+        """RMS norm of x (N, d) into n (N, d), and 1/rms of its rows into rstd (N, 1)."""
+        self._rms(x, w, (eps, offset), n, rstd, again=False)
+
+    def rms_again(self, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, n: Tensor) -> None:
+        """What `rms_forward` wrote into n (N, d), from its rstd (N, 1)."""
+        self._rms(x, w, (0.0, offset), n, rstd, again=True)
+
+    def _rms(
+        self, x: Tensor, w: Tensor | None, numbers: tuple[float, float], n: Tensor, rstd: Tensor, *, again: bool
+    ) -> None:
+        grid, tile = _tiles(x)
+        flags = {"HAS_W": w is not None, "FROM_ZERO": numbers[1] != 0, "AGAIN": again}
+        with _on(x):
+            norms.rms[grid](x, x if w is None else w, n, rstd, *x.shape, *numbers, **flags, **tile)
+
+    def rms_backward(
+        self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
+    ) -> None:
+        """The gradient for x (N, d) from that for n (N, d), plus `add` (N, d), into dx (N, d), which may be dn."""
+        grid, tile = _tiles(x)
+        flags = {"HAS_W": w is not None, "HAS_ADD": add is not None}
+        given = (dn, x, x if w is None else w, rstd, x if add is None else add)
+        with _on(x):
+            norms.rms_backward[grid](*given, dx, *x.shape, offset, **flags, **tile)
+
+    def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
+        """act(first)·up, or act(first), into out; all (N, f)."""
+        flags = {"ACT": act, "HAS_UP": up is not None}
+        with _on(first):
+            gates.gate[_blocks(first)](
+                first, first if up is None else up, out, first.numel(), **flags, BLOCK=ELEMENTWISE
+            )
+
+    def gate_backward(
+        self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
+    ) -> None:
+        """The gradients of `gate` for first and up from da, all (N, f), into dfirst, which may be da, and dup."""
+        flags = {"ACT": act, "HAS_UP": up is not None}
+        pointers = (da, first, first if up is None else up, dfirst, dfirst if dup is None else dup)
+        with _on(first):
+            gates.gate_backward[_blocks(first)](*pointers, first.numel(), **flags, BLOCK=ELEMENTWISE)
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
+        """Rotary positions: x (B, T, H, D) turned, or turned back, into out, which may be x; cos, sin (…, T, rot).
+
+        Of x and out the heads of a token lie one after the other, and the tokens evenly.
+        """
+        batch, tokens, heads, width = x.shape
+        rot = cos.shape[-1]
+        flags = {"INTERLEAVED": interleaved, "BACK": back, "PER_ROW": cos.numel() > tokens * rot}
+        sizes = {"HEADS": min(HEADS, triton.next_power_of_2(heads)), "PAIRS": triton.next_power_of_2(rot // 2)}
+        rest = {
+            "IN_PLACE": rot == width or out.data_ptr() == x.data_ptr(),
+            "REST": triton.next_power_of_2(max(width - rot, 1)),
+        }
+        grid = (batch * tokens, triton.cdiv(heads, sizes["HEADS"]))
+        numbers = (x.stride(1), out.stride(1), tokens, heads, width, rot)
+        with _on(x):
+            positions.turn[grid](x, cos, sin, out, *numbers, **flags, **sizes, **rest)
+
+    def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
+        """scale·x (any shape) into out, which may be x, without those numbers that the seed (1,) drops."""
+        grid = (triton.cdiv(x.numel(), 4 * QUARTER),)
+        with _on(x):
+            dropping.drop[grid](x, out, seed, x.numel(), round(p * 2**24), float(scale), QUARTER=QUARTER)
+
+    def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
+        """Softmax of rows (Z, n, m), in place: row i sees the places low[i % k] … high[i % k] alone, int32 (k,)."""
+        bounds = [bound for bound in (low, high) if bound is not None]
+        kinds, m = len(bounds[0]) if bounds else 1, scores.shape[-1]
+        flags, width = {"HAS_LOW": low is not None, "HAS_HIGH": high is not None}, triton.next_power_of_2(m)
+        pointers = (scores, scores if low is None else low, scores if high is None else high)
+        with _on(scores):
+            weights.softmax[(scores.numel() // m,)](*pointers, kinds, m, **flags, WIDTH=width, num_warps=_warps(width))
+
+    def softmax_backward(self, weights_: Tensor, ds: Tensor) -> None:
+        """The gradient of the scores from that of their softmax weights, (Z, n, m) both, in the place of the latter."""
+        m = ds.shape[-1]
+        width = triton.next_power_of_2(m)
+        with _on(ds):
+            weights.softmax_backward[(ds.numel() // m,)](weights_, ds, m, WIDTH=width, num_warps=_warps(width))
+
+    def cross_entropy(
+        self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses_: Tensor, cap: float | None = None
+    ) -> None:
+        """Losses (c,) in fp32 of logits (c, V) times scale, which become the gradient of their sum over scale.
+
+        The scaled logits go through cap·tanh(·/cap) where there is a cap, [docs/math.md (75)].
+        """
+        rows, vocabulary = logits.shape
+        flags = {"CAPPED": cap is not None, "GRADIENTS": gradients}
+        block = min(LOGITS, triton.next_power_of_2(vocabulary))
+        numbers = (vocabulary, float(scale), float(cap or 1.0))
+        with _on(logits):
+            losses.cross_entropy[(rows,)](
+                logits, labels, losses_, *numbers, **flags, BLOCK=block, num_warps=_warps(block)
+            )
+
+
+def _tiles(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid over rows x (N, d), and the tile of each program."""
+    width = triton.next_power_of_2(x.shape[1])
+    rows = max(TILE // width, 1)
+    return (triton.cdiv(len(x), rows),), {"ROWS": rows, "WIDTH": width, "num_warps": _warps(rows * width)}
+
+
+def _warps(numbers: int) -> int:
+    """Warps of a program: 16 numbers for each thread, as far as that goes."""
+    return min(max(numbers // 512, 1), 16)
+
+
+def _blocks(x: Tensor) -> tuple[int]:
+    return (triton.cdiv(x.numel(), ELEMENTWISE),)
+
+
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    """Kernels are launched on the current device: for the time of the block, that of x (any shape)."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,0 +1,30 @@
+"""Triton's kernels: on the device where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def triton_kernels() -> Any:
+    """What `lorakit.ops.kernels.triton` gives; tests/conftest.py settles whether they are interpreted."""
+    pytest.importorskip("triton", reason="the package triton is not installed: pip install 'lorakit[triton]'")
+    from lorakit.ops.kernels.triton import kernels
+
+    return kernels()
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(
+    params=[torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=["fp32", "bf16"], scope="session"
+)
+def dtype(request: pytest.FixtureRequest) -> Any:
+    """bf16 is wrong in Triton's interpreter."""
+    return request.param
