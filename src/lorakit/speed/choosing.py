@@ -1,0 +1,206 @@
+"""Which way is faster on this machine, by shape: measured once for the shapes of a model, and kept on disk.
+
+`choose` asks; `lorakit.ops.choices.acting` makes the answers act. Only products with the base's frozen weights and
+attention are asked about, on a CPU, from a size where it can matter. Nothing here runs unless it is called.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.layering.operands import frozen_linear
+from lorakit.ops import attention
+from lorakit.ops.attention_pattern import Pattern
+from lorakit.ops.choices import LENGTHS, ROWS, SLICES, attention_name, in_slices, product_name
+from lorakit.speed import kept_choices
+
+GAIN = 0.1
+"""By how much of the usual way's time another one must be faster: below, the next measurement might say otherwise."""
+
+ROUNDS = 3
+"""Trials that another way has to win, every one: a busy machine then costs a gain, and does not make one up."""
+
+FEWEST_FLOPS, MOST_FLOPS = 1 << 27, 1 << 33
+"""Of what is measured. Less is over at once; more runs at full speed whichever way, and would take long to measure."""
+
+AT_ONCE = 1024
+"""Tokens of the attention that is measured, at least."""
+
+BUDGET_SECONDS = 2.0
+"""After so long the rest is left to a later run."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A shape for which there are several ways.
+
+    Attributes:
+        name: Of the shape, as `lorakit.ops.choices` looks it up.
+        usual: The way that is taken without a choice.
+        others: Ways to try, each only where the one before was faster.
+        prepare: Makes what runs a way, on numbers of its own.
+    """
+
+    name: str
+    usual: int
+    others: tuple[int, ...]
+    prepare: Callable[[], Callable[[int], object]]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What `choose` found.
+
+    Attributes:
+        choices: Name of a shape -> the way that is faster than the usual one; nothing where that is best.
+        measured: Shapes that were measured now; the others' answers were on disk.
+        seconds: How long that took.
+        unkept: Why the answers could not be put on disk, or "".
+    """
+
+    choices: Mapping[str, int]
+    measured: int = 0
+    seconds: float = 0.0
+    unkept: str = ""
+
+    def __str__(self) -> str:
+        if not self.measured:
+            return ""
+        kept = (
+            f"; not kept, so the next run measures again ({self.unkept})" if self.unkept else ", once on this machine"
+        )
+        return (
+            f"Measured products and attention of {self.measured} shapes in {self.seconds:.1f} s{kept}: "
+            f"{len(self.choices) or 'none'} of this run's shapes go another way than usual."
+        )
+
+
+def choose(
+    model: nn.Module,
+    tokens: int,
+    longest: int,
+    *,
+    folder: Path | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Chosen:
+    """Find the faster ways for the shapes of a model: those on disk, and the others by trial, in two seconds at most.
+
+    Global random generators stay as they are. Nothing is found on other devices than a CPU, for weights without
+    numbers, and while a compiler traces.
+
+    Args:
+        model: A model, with or without adapters; it is not called.
+        tokens: Of the largest batch.
+        longest: Tokens of its longest sequence.
+        folder: Where answers are kept; None for lorakit's cache.
+        clock: Seconds, for tests.
+    """
+    if torch.compiler.is_compiling() or type(torch.empty(0, device="cpu")) is not Tensor:
+        return Chosen({})
+    asked = [*products(model, tokens), *attentions(model, longest)]
+    if not asked:
+        return Chosen({})
+    began, answers, fresh = clock(), kept_choices.read(folder), {}
+    for question in asked:
+        if answers.get(question.name) in (question.usual, *question.others):
+            continue
+        if clock() - began > BUDGET_SECONDS:
+            break
+        fresh[question.name] = answer(question, clock)
+    seconds = clock() - began
+    unkept = kept_choices.keep(fresh, folder) if fresh else ""
+    answers |= fresh
+    acting = {q.name: answers[q.name] for q in asked if answers.get(q.name, q.usual) in q.others}
+    return Chosen(acting, len(fresh), seconds, unkept)
+
+
+def answer(question: Question, clock: Callable[[], float]) -> int:
+    """The way that is faster than the usual one by `GAIN` in each of `ROUNDS` trials, or the usual one."""
+    with torch.no_grad():
+        run, best = question.prepare(), question.usual
+        for other in question.others:
+            if not _wins(run, other, best, clock):
+                break
+            best = other
+    return best
+
+
+def _wins(run: Callable[[int], object], other: int, best: int, clock: Callable[[], float]) -> bool:
+    for way in (best, other):  # what a library makes at its first call does not count
+        run(way)
+    for _ in range(ROUNDS):
+        taken = {}
+        for way in (best, other):
+            began = clock()
+            run(way)
+            taken[way] = clock() - began
+        if taken[other] >= (1 - GAIN) * taken[best]:  # a clock too coarse to tell says 0 for both
+            return False
+    return True
+
+
+def products(model: nn.Module, tokens: int) -> Iterator[Question]:
+    """The products of batches of up to so many tokens with the frozen weights of a model, forward and backward."""
+    counts = [rows for fewer, rows in itertools.pairwise((SLICES[0], *ROWS)) if fewer < tokens]
+    seen = set()
+    for W, rows in itertools.product(_weights(model), counts):
+        for right in (W, W.t()):
+            name = product_name(rows, right)
+            if name not in seen and FEWEST_FLOPS <= 2 * rows * right.numel() <= MOST_FLOPS:
+                seen.add(name)
+                yield Question(name, 0, SLICES, partial(_product, rows, right))
+
+
+def attentions(model: nn.Module, longest: int) -> Iterator[Question]:
+    """Causal attention of a model, over sequences of up to so many tokens."""
+    config: Any = getattr(model, "config", None)
+    heads = getattr(config, "num_attention_heads", None)
+    dtype = next((W.dtype for W in _weights(model)), None)
+    if not isinstance(heads, int) or dtype is None:
+        return
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    for length in LENGTHS:
+        sizes = (max(1, AT_ONCE // length), heads, length, width)
+        usual = int(length >= attention.FLASH_FROM)
+        if length <= longest and FEWEST_FLOPS <= 2 * math.prod(sizes) * length <= MOST_FLOPS:
+            name = attention_name((heads, shared, width), dtype, True, length)
+            yield Question(name, usual, (1 - usual,), partial(_attention, sizes, shared, dtype))
+
+
+def _weights(model: nn.Module) -> Iterator[Tensor]:
+    """The frozen weights (out, in) or (in, out) of a model's linear modules that lie in this machine's memory."""
+    for module in model.modules():
+        base = frozen_linear(module)
+        if base is not None and base.W.device.type == "cpu":
+            yield base.W.detach()
+
+
+def _product(rows: int, right: Tensor) -> Callable[[int], object]:
+    x = torch.ones(rows, right.shape[0], dtype=right.dtype, device="cpu")
+    out = torch.empty(rows, right.shape[1], dtype=right.dtype, device="cpu")
+    return lambda size: in_slices(x, right, size or rows, out)
+
+
+def _attention(sizes: tuple[int, int, int, int], shared: int, dtype: torch.dtype) -> Callable[[int], object]:
+    """Forward and backward over q of these sizes (B, H, T, D), and k and v with `shared` heads."""
+    batch, heads, length, width = sizes
+    q = torch.ones(batch, length, heads, width, dtype=dtype, device="cpu").transpose(1, 2)
+    k, v = (torch.ones(batch, length, shared, width, dtype=dtype, device="cpu").transpose(1, 2) for _ in range(2))
+
+    def run(flash: int) -> None:
+        pattern = Pattern(way="flash" if flash else "products")
+        out, sums, dropped = attention.forward(q, k, v, pattern)
+        attention.backward(out, (q, k, v), (out, sums, dropped), pattern)
+
+    return run
