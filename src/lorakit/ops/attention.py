@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.ops import attention_flash, attention_products, choices
+from lorakit.ops import attention_cuda, attention_flash, attention_products, choices
 from lorakit.ops.adapted import as_written, autocast
 from lorakit.ops.attention_pattern import Pattern, mask
 
@@ -61,14 +61,17 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
     Raises:
         ValueError: Flash is asked for and has no place for what the pattern asks.
     """
-    possible = attention_flash.takes(q, v, pattern)
+    on_cuda = q.device.type == "cuda"
+    possible = (attention_cuda if on_cuda else attention_flash).takes(q, v, pattern)
     if pattern.way == "flash" and not possible:
         raise ValueError(
-            "way='flash' knows no window, no softcap, no dropout, no bias and no value width of its own, and runs on a "
-            "CPU alone; use way='auto' or 'products'"
+            "way='flash' knows no window, no softcap, no dropout, no bias and no value width of its own on a CPU; on "
+            "CUDA it knows windows, and takes fp16 and bf16 alone; use way='auto' or 'products'"
         )
     if pattern.way != "auto":
         return pattern.way
+    if on_cuda:
+        return "flash" if possible else "products"
     longest = max(pattern.lengths(q.shape[2]), default=0)
     usual = longest >= FLASH_FROM
     return "flash" if possible and choices.flash(q, v, pattern.causal, longest, usual) else "products"
@@ -77,14 +80,15 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`attention` without autograd: the output (B, H, T, E), stored as (B, T, H, E), and what its backward asks.
 
-    q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E). The second is log Σ exp of each row's scores (B, H, T) in fp32 or
-    wider with flash, None with products; the third the record of the weights that were dropped, or None.
+    q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E). The second is log Σ exp of each row's scores in fp32 or wider with
+    flash, as its kernel lays them, None with products; the third the record of the weights that were dropped, or None.
     """
     pattern.check(q, k, v)
     way = chosen(q, v, pattern)
     with as_written(q):
         if way == "flash":
-            return *attention_flash.forward(q, k, v, pattern), None
+            kernel = attention_cuda if q.device.type == "cuda" else attention_flash
+            return *kernel.forward(q, k, v, pattern), None
         out, record = attention_products.forward(q, k, v, pattern)
         return out, None, record
 
@@ -109,7 +113,8 @@ def backward(
         if lse is None or out is None:
             attention_products.backward(dout, operands, into, pattern, record)
         else:
-            attention_flash.backward(dout, operands, (out, lse), into, pattern)
+            kernel = attention_cuda if dout.device.type == "cuda" else attention_flash
+            kernel.backward(dout, operands, (out, lse), into, pattern)
     return into
 
 
