@@ -470,3 +470,18 @@ def test_a_second_time_is_refused_and_changes_nothing() -> None:
     acceleration.undo()
     assert all(module is modules[path] for path, module in model.named_modules())
     accelerate(model).undo()
+
+
+def test_boundaries_are_read_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device each reading would wait for all that was asked of it before; and what changes is read anew."""
+    from lorakit.speed.attention import lengths_of
+
+    boundaries, read = torch.tensor([0, 3, 7], dtype=torch.int32), []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (read.append(1), tolist(tensor))[1])
+    assert [lengths_of(boundaries) for _ in range(3)] == [(3, 4)] * 3
+    assert len(read) == 1
+    boundaries[1] = 2
+    assert [lengths_of(boundaries) for _ in range(3)] == [(2, 5)] * 3
+    assert len(read) == 2
+    assert lengths_of(None) is None

@@ -140,10 +140,22 @@ def attention(
 
 
 def lengths_of(boundaries: Any) -> tuple[int, ...] | None:
-    """Lengths of sequences that lie end to end, from their boundaries (sequences + 1,); None where none are given."""
+    """Lengths of sequences that lie end to end, from their boundaries (sequences + 1,); None where none are given.
+
+    The answer is kept on the boundaries, which all layers of a forward share: a device is waited for once.
+    """
     if not isinstance(boundaries, Tensor):
         return None
-    return tuple(after - before for before, after in itertools.pairwise(boundaries.tolist()))
+    version = 0 if boundaries.is_inference() else boundaries._version
+    of_version, lengths = boundaries.__dict__.get(LENGTHS, (None, ()))
+    if of_version != version:
+        lengths = tuple(after - before for before, after in itertools.pairwise(boundaries.tolist()))
+        boundaries.__dict__[LENGTHS] = version, lengths
+    return lengths
+
+
+LENGTHS = "_lorakit_lengths"
+"""Where boundaries keep the lengths between them, with how often they had been changed then."""
 
 
 def _kv_heads(module: nn.Module, shape: Shape, operands: Any) -> int:
