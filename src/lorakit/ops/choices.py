@@ -52,6 +52,25 @@ def in_force() -> dict[str, int]:
     return dict(_ACTING.get())
 
 
+def words(choices: Mapping[str, int]) -> list[str]:
+    """Choices as a sorted list of words, for a checkpoint and a person.
+
+    Args:
+        choices: As `acting` takes them.
+    """
+    return [f"{name}: {way}" for name, way in sorted(choices.items())]
+
+
+def from_words(told: object) -> dict[str, int]:
+    """The choices that `words` told; anything else in the list is passed over.
+
+    Args:
+        told: What stands in a checkpoint.
+    """
+    pairs = [word.rpartition(": ") for word in told if isinstance(word, str)] if isinstance(told, list) else []
+    return {name: int(way) for name, _, way in pairs if name and way.isascii() and way.isdigit()}
+
+
 def product(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
     """x·right, or plus + x·right, (N, out), as many rows at a time as were chosen; no gradient is recorded.
 

@@ -165,6 +165,12 @@ DEFAULTS: dict[str, Default] = {
         "the same result sooner and in less memory; what is not known runs as it is",
         "on",
     ),
+    "tuning": Default(
+        "Measure which way is faster for the shapes of this run, once on a machine, and go that way",
+        True,
+        "some processors multiply some shapes at half speed with all rows at once; the numbers agree within roundings",
+        "on",
+    ),
     # evaluating and keeping
     "eval_steps": Default("Evaluate every so many steps", None, "ten evaluations show the curve", "a tenth of the run"),
     "save_steps": Default(

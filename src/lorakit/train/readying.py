@@ -9,6 +9,7 @@ import dataclasses
 import math
 import random
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from lorakit import core, hub
 from lorakit.core.optimizers.lorafa import freeze_factors
 from lorakit.core.optimizers.parameter_groups import Rates, rates_by_name, trained_parts
 from lorakit.errors import ModelError
+from lorakit.ops import choices
 from lorakit.plan.quantised import stored
 from lorakit.speed import accelerate
 from lorakit.train import checkpoint
@@ -33,6 +35,7 @@ from lorakit.train.schedule import Schedule, schedule
 from lorakit.train.settings import TrainSettings
 from lorakit.train.state import TrainState, differences, environment, restore_random_state
 from lorakit.train.step import Trainee
+from lorakit.train.tuning import choices_of_run
 
 ADAPTER = "default"
 """Name of the adapter in the model that is trained."""
@@ -56,6 +59,7 @@ class Ready:
         total_parameters: Numbers of the base.
         base_bytes: Their size in memory.
         notes: Sentences a person should read.
+        choices: Which way products and attention go (`lorakit.ops.choices.acting`).
     """
 
     request: Request
@@ -69,6 +73,7 @@ class Ready:
     total_parameters: int
     base_bytes: int
     notes: tuple[str, ...]
+    choices: Mapping[str, int]
 
     @property
     def trainable_parameters(self) -> int:
@@ -106,8 +111,12 @@ def make_ready(request: Request, progress: Progress) -> Ready:
         for line in str(trainee.fast).splitlines():
             progress.say(line)
     rates = schedule(settings.learning_rate, pace.total_steps, settings.warmup_ratio, settings.lr_scheduler_type)
-    state = _take_up(request, trainee, batches, found, planned.dtype, progress)
-    return Ready(request, planned, batches, pace, rates, trainee, state, found, total, base_bytes, notes)
+    kept = None if found.path is None else checkpoint.load(found.path)
+    before = None if kept is None else kept.environment
+    chosen = choices_of_run(request, trainee, batches.loader, before, planned.dtype, progress)
+    now = environment(request.device, planned.dtype, request.quantization, choices.words(chosen))
+    state = _take_up(request, trainee, batches, kept, now, progress)
+    return Ready(request, planned, batches, pace, rates, trainee, state, found, total, base_bytes, notes, chosen)
 
 
 def _base_bytes(model: torch.nn.Module, request: Request) -> int:
@@ -213,16 +222,20 @@ def _recompute_activations(model: Any) -> None:
 
 
 def _take_up(
-    request: Request, trainee: Trainee, batches: RunBatches, found: checkpoint.Found, dtype: str, progress: Progress
+    request: Request,
+    trainee: Trainee,
+    batches: RunBatches,
+    snapshot: checkpoint.Snapshot | None,
+    now: Mapping[str, Any],
+    progress: Progress,
 ) -> TrainState:
     """Random generators, optimizer and data position: seeded, or those of the checkpoint."""
     seed_everything(request.settings.seed)
-    if found.path is None:
+    if snapshot is None:
         return TrainState()
-    snapshot = checkpoint.load(found.path)
     load_state_tensors(trainee.optimizer, trainee.named, snapshot.optimizer)
     batches.loader.load_state(snapshot.state.data)
-    changed = differences(snapshot.environment, environment(request.device, dtype, request.quantization))
+    changed = differences(snapshot.environment, now)
     if changed:
         progress.say(
             f"This machine differs from the checkpoint's ({'; '.join(changed)}): results are equal within rounding, "

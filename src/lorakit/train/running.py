@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lorakit import core
 from lorakit.errors import DiskError, LorakitError
+from lorakit.ops import choices
 from lorakit.train import checkpoint
 from lorakit.train.ending import RunResult, adapter_facts, finish, record
 from lorakit.train.loop import Loop
@@ -53,6 +54,7 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
         request = check(settings, progress)
         held.callback(release, request.lock)
         ready = make_ready(request, progress)
+        held.enter_context(choices.acting(ready.choices))
         _begin(ready)
         ending = _train(ready, progress)
         return finish(ready, ending, time.perf_counter() - began)
@@ -102,7 +104,9 @@ def _save(ready: Ready, state: TrainState) -> Path:
         optimizer=state_tensors(trainee.optimizer, trainee.named),
         random=tensors,
         random_plain=plain,
-        environment=environment(request.device, ready.planned.dtype, request.quantization),
+        environment=environment(
+            request.device, ready.planned.dtype, request.quantization, choices.words(ready.choices)
+        ),
         schedule=dataclasses.asdict(ready.schedule),
     )
 

@@ -168,6 +168,7 @@ class TrainSettings(BaseModel):
     device: Annotated[str, AfterValidator(_device_word)] = _setting("device")
     gradient_checkpointing: bool = _setting("gradient_checkpointing")
     accelerate: bool = _setting("accelerate")
+    tuning: bool = _setting("tuning")
     eval_steps: int | None = _setting("eval_steps", ge=1)
     save_steps: int | None = _setting("save_steps", ge=1)
     save_total_limit: int = _setting("save_total_limit", ge=1)

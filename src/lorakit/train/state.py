@@ -10,7 +10,7 @@ import os
 import platform
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,13 +130,16 @@ def restore_random_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str
         numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
 
 
-def environment(device: torch.device, dtype: str, quantization: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def environment(
+    device: torch.device, dtype: str, quantization: Mapping[str, Any] | None = None, kernels: Sequence[str] = ()
+) -> dict[str, Any]:
     """What decides the bits of a result beside the inputs: the same here and there gives the same bits.
 
     Args:
         device: Where the run computes.
         dtype: Precision of the base.
         quantization: How the base is stored in fewer bits, or None.
+        kernels: Where another way than the usual one computes, and which.
 
     Returns:
         Plain values by name.
@@ -153,7 +156,7 @@ def environment(device: torch.device, dtype: str, quantization: Mapping[str, Any
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "isa_limit": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
-        "kernels": [],
+        "kernels": list(kernels),
     }
 
 
