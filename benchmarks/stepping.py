@@ -28,6 +28,7 @@ LEVERS: dict[str, frozenset[str]] = {
     "norms": frozenset({"decoder layer", "norm"}),
     "loss without logits": frozenset({"loss without logits"}),
     "dropout by gaps": frozenset({"dropout by gaps"}),
+    "choice per shape": frozenset({"choice per shape"}),
     "all recipes": frozenset({"decoder layer", "attention", "feed-forward", "norm", "loss without logits"}),
 }
 """What can be turned off -> the recipes of `accelerate`, and other parts, that go with it: where attention or
@@ -163,6 +164,8 @@ def _ours(model: Any, job: Job, off: Collection[str]) -> Step:
     from lorakit import core
     from lorakit.config import LoraConfig
     from lorakit.data import Batch
+    from lorakit.ops.choices import acting
+    from lorakit.speed import choose
     from lorakit.train.optim import adamw
     from lorakit.train.step import Trainee, train_step
 
@@ -171,12 +174,14 @@ def _ours(model: Any, job: Job, off: Collection[str]) -> Step:
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)})
     named = core.trainable_parameters(model)
     fast = _accelerated(model, off)
+    chosen = {} if "choice per shape" in off else choose(model, job.tokens, job.length).choices
     trainee = Trainee(model, named, adamw(named, RATE, 0.0), torch.device("cpu"), 1.0, fast=fast)
 
     def step(number: int, length: int | None = None) -> float:
         ids = token_ids(model, job, number, length)
         batch = Batch(ids, torch.ones_like(ids), ids.clone(), 0.0, ids.numel(), len(ids) * (ids.shape[1] - 1))
-        return train_step(trainee, [batch], RATE).loss
+        with acting(chosen):
+            return train_step(trainee, [batch], RATE).loss
 
     return step
 

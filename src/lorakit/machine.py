@@ -1,4 +1,4 @@
-"""What this machine is, processor, usable cores, memory, allocator, and where it may keep things that can be made again.
+"""What this machine is, processor, usable cores, memory, allocator, and where to keep what can be made again.
 
 Standard library only. Outside Linux most facts are unknown, and then say so instead of guessing. This module knows
 nothing about torch, models or speed: how fast the machine is, is measured, not looked up.
