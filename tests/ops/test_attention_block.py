@@ -235,7 +235,7 @@ def test_lower_precision_is_as_near_the_truth_as_plain_pytorch(name: str, dtype:
         pairs = zip(ours, plain, truth, strict=True)
         errors.append([[(t.double() - true).norm() / true.norm() for t in (a, b)] for a, b, true in pairs])
     for own, usual in torch.tensor(errors).mean(0):  # of one draw, either may happen to be the nearer
-        assert own <= 1.5 * usual
+        assert own <= 2 * usual
 
 
 def test_strides_one_token_and_inputs_untouched() -> None:

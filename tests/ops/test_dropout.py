@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from lorakit.ops.dropout import draw, dropout, dropped, reference, where, zero_, zeroed
+from lorakit.ops.dropout import draw, dropout, positions, reference, without, zero_, zeroed
+from lorakit.ops.kernels import choosing
 
 
 def test_gaps_draw_each_position_with_its_probability() -> None:
@@ -48,6 +49,7 @@ def test_the_last_positions_are_drawn_where_the_first_draws_end_early(monkeypatc
         return short(min(count, 5), **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr(torch, "rand", few)
+    monkeypatch.setattr("lorakit.ops.dropout.kernels_for", lambda *_: None)
     torch.manual_seed(2)
     index = zeroed(1000, 0.1, "cpu")
     assert len(draws) > 5
@@ -64,28 +66,68 @@ def test_it_is_seeded_by_torchs_generator() -> None:
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize(("p", "dtype"), [(0.5, torch.uint8), (1e-3, torch.int16), (1e-6, torch.int32)])
-def test_a_record_has_the_least_integers_that_hold_it(p: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("p", [0.5, 0.05, 1e-3, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_record_is_a_seed_from_which_the_positions_follow(p: float, dtype: torch.dtype) -> None:
     torch.manual_seed(4)
-    x = torch.ones(3_000_000)
-    positions, record = draw(x, p)
-    assert record.dtype == dtype
-    assert torch.equal(where(record), positions)
-    zero_(x, positions)
-    assert torch.equal((x == 0).nonzero().flatten(), positions)
+    x = torch.ones(3_000_000, dtype=dtype)
+    record = draw(x, p)
+    assert (record.dtype, record.shape) == (torch.uint64, (1,))
+    expected = positions(record, len(x), p)
+    assert torch.equal((without(x, record, p, 2.0) == 0).nonzero().flatten(), expected)
+    assert torch.equal((zero_(x, record, p) == 0).nonzero().flatten(), expected)
+    assert abs(len(expected) - p * len(x)) < 6 * (p * len(x)) ** 0.5 + 1
 
 
 def test_a_record_may_be_a_mask() -> None:
     mask = torch.tensor([True, False, False, True])
-    assert zero_(torch.ones(2, 2), mask).tolist() == [[0, 1], [1, 0]]
+    assert zero_(torch.ones(2, 2), mask, 0.5).tolist() == [[0, 1], [1, 0]]
+    assert positions(mask, 4, 0.5).tolist() == [0, 3]
 
 
-def test_dropped_is_a_copy() -> None:
+def test_a_tensor_in_any_strides_is_taken_as_it_reads() -> None:
     x = torch.arange(1.0, 13.0).view(3, 4).t()
-    out = dropped(x, torch.tensor([0, 4, 11]))
-    assert out.view(-1).nonzero().flatten().tolist() == [1, 2, 3, 5, 6, 7, 8, 9, 10]
+    torch.manual_seed(7)
+    record = draw(x, 0.4)
+    out = without(x, record, 0.4)
+    kept = torch.ones(12)
+    kept[positions(record, 12, 0.4)] = 0
+    assert torch.equal(out, x * kept.view(4, 3))
     assert x.min() == 1
-    assert torch.equal(out.view(-1)[1:4], x.reshape(-1)[1:4])
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 5e-4])
+def test_without_kernels_the_law_is_the_same(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count and gaps of both: a mean distance of (1 − p)/p between neighbours, and its variance (1 − p)/p²."""
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.setattr("lorakit.ops.dropout.kernels_for", lambda *_: None)
+        torch.manual_seed(8)
+        count = int(40_000 / p)
+        index = torch.cat([zeroed(count, p, "cpu") + i * count for i in range(3)])
+        gaps = (index.diff() - 1).double()
+        assert abs(len(index) - 3 * count * p) < 5 * (3 * count * p * (1 - p)) ** 0.5
+        assert abs(gaps.mean() / ((1 - p) / p) - 1) < 0.03
+        assert abs(gaps.var() / ((1 - p) / p**2) - 1) < 0.06
+        ahead, behind = gaps[1:] - gaps.mean(), gaps[:-1] - gaps.mean()
+        assert abs((ahead * behind).mean() / gaps.var()) < 0.02
+
+
+def test_threads_do_not_change_what_is_dropped() -> None:
+    if choosing.kernels_for(torch.ones(1)) is None:
+        pytest.skip("no C compiler")
+    torch.manual_seed(9)
+    x = torch.ones(300_000)
+    record, before = draw(x, 0.1), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(without(x, record, 0.1))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -106,13 +148,12 @@ def test_dropout_is_its_reference_in_value_and_gradient(dtype: torch.dtype) -> N
     torch.testing.assert_close(grad, true, rtol=tolerance, atol=0)
 
 
-def test_dropout_saves_a_byte_for_each_number_that_it_drops() -> None:
+def test_dropout_saves_a_seed() -> None:
     saved: list[torch.Tensor] = []
     x = torch.randn(64, 64, requires_grad=True)
     with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        y = dropout(x, 0.25, training=True)
-    assert [t.dtype for t in saved] == [torch.uint8]
-    assert saved[0].numel() == (y == 0).sum()
+        dropout(x, 0.25, training=True)
+    assert [(t.dtype, t.numel()) for t in saved] == [(torch.uint64, 1)]
 
 
 def test_dropout_without_training_is_the_input() -> None:

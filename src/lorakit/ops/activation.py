@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorakit.ops.kernels.choosing import kernels_for
 from lorakit.ops.widening import room, room_to_widen, slabs
 
 aten = torch.ops.aten
@@ -28,11 +29,13 @@ class Activation:
     """One row of ACTIVATIONS.
 
     Attributes:
+        name: Its own.
         reference: f in plain PyTorch, for autograd; any shape.
         value: `value(x, out)` writes f(x) of rows x (N, f) into out, and returns it.
         gradient: `gradient(dy, x, out)` writes dy·f'(x) into out, which may be dy, and returns it.
     """
 
+    name: str
     reference: Callable[[Tensor], Tensor]
     value: Callable[[Tensor, Tensor], Tensor]
     gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -63,26 +66,31 @@ def _quick_gelu(x: Tensor, out: Tensor) -> Tensor:
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": Activation(
+        "silu",
         F.silu,
         lambda x, out: aten.silu.out(x, out=out),
         lambda dy, x, out: aten.silu_backward.grad_input(dy, x, grad_input=out),
     ),
     "gelu": Activation(
+        "gelu",
         F.gelu,
         lambda x, out: aten.gelu.out(x, out=out),
         lambda dy, x, out: aten.gelu_backward.grad_input(dy, x, grad_input=out),
     ),
     "gelu_tanh": Activation(
+        "gelu_tanh",
         lambda x: F.gelu(x, approximate="tanh"),
         gelu_tanh,
         lambda dy, x, out: aten.gelu_backward.grad_input(dy, x, approximate="tanh", grad_input=out),
     ),
     "quick_gelu": Activation(
+        "quick_gelu",
         lambda x: x * torch.sigmoid(QUICK * x),
         _quick_gelu,
         lambda dy, x, out: aten.silu_backward.grad_input(dy, x * QUICK, grad_input=out),
     ),
     "relu": Activation(
+        "relu",
         F.relu,
         lambda x, out: torch.clamp_min(x, 0, out=out),
         lambda dy, x, out: aten.threshold_backward.grad_input(dy, x, 0, grad_input=out),
@@ -100,3 +108,26 @@ def activation(name: str) -> Activation:
     if name not in ACTIVATIONS:
         raise ValueError(f"activation {name!r} has no fused form; those that have are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+def activate(act: Activation, first: Tensor, up: Tensor | None, out: Tensor) -> Tensor:
+    """Write f(first)·up, or f(first) where there is no up, into out, and return it; all (N, f), contiguous."""
+    kernels = kernels_for(first, up)
+    if kernels is None or act.name not in kernels.activations:
+        act.value(first, out)
+        return out if up is None else out.mul_(up)
+    kernels.gate(act.name, first, up, out)
+    return out
+
+
+def activate_backward(act: Activation, da: Tensor, first: Tensor, up: Tensor | None) -> list[Tensor]:
+    """The gradients of `activate` for first, in the place of da, and for up where there is one; all (N, f)."""
+    kernels, dup = kernels_for(first, up, da), None if up is None else torch.empty_like(first)
+    if kernels is not None and act.name in kernels.activations:
+        kernels.gate_backward(act.name, da, first, up, da, dup)
+    else:
+        if up is not None and dup is not None:
+            act.value(first, dup).mul_(da)
+            da.mul_(up)
+        act.gradient(da, first, da)
+    return [da] if dup is None else [da, dup]

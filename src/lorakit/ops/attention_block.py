@@ -245,8 +245,12 @@ class _AttentionBlock(torch.autograd.Function):
             n = own.again(flat, stats) if own is not None and ins.needs_x else flat
             dx, grads = ins.backward(n, dparts, ctx.needs_input_grad[0], owned=own is not None and ins.needs_x)
             if dx is not None:
-                dx = dx if own is None else own.backward(dx, flat, stats)
-                dx = (dx.add_(dy) if ctx.form.residual else dx).view(ctx.shape)
+                add = dy if ctx.form.residual else None
+                if own is not None:
+                    dx = own.backward(dx, flat, stats, add)
+                elif add is not None:
+                    dx.add_(add)
+                dx = dx.view(ctx.shape)
         return (dx, None, *(grad for pair in (*grads, *last) for grad in pair))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -59,6 +60,13 @@ class Pattern:
             high = min(high, stop + self.window)
         return low, high
 
+    def bounds(self, lengths: tuple[int, ...], start: int, stop: int, low: int) -> Tensor:
+        """First and last-but-one place that each row start … stop of these sequences sees, from low, int32 (2, rows).
+
+        Not to be written to: who asks the same gets the same tensor.
+        """
+        return _bounds(lengths, start, stop, low, self.causal, self.window)
+
     def allowed(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Whether places (n,) of a sequence see places (m,) of it, (n, m)."""
         distance = queries.unsqueeze(1) - keys
@@ -110,6 +118,23 @@ class Pattern:
                 f"the bias of attention's scores is frozen numbers; this one is {bias.dtype} and "
                 f"{'asks' if bias.requires_grad else 'does not ask'} for a gradient"
             )
+
+
+@functools.lru_cache(maxsize=256)  # the layers of a model ask for the same
+def _bounds(lengths: tuple[int, ...], start: int, stop: int, low: int, causal: bool, window: int | None) -> Tensor:
+    places = torch.arange(start, stop, dtype=torch.int32)
+    begins, ends = torch.zeros_like(places), torch.full_like(places, sum(lengths))
+    if len(lengths) > 1:
+        sizes = torch.tensor(lengths, dtype=torch.int32)
+        after = sizes.cumsum(0, dtype=torch.int32)
+        ends = after.repeat_interleave(sizes)[start:stop]
+        begins = (after - sizes).repeat_interleave(sizes)[start:stop]
+    if causal:
+        ends = places + 1
+    if window is not None:
+        begins = torch.maximum(begins, places - window + (1 if causal else 0))
+        ends = torch.minimum(ends, places + window + 1)
+    return torch.stack((begins, ends)).sub_(low)
 
 
 class Piece(NamedTuple):

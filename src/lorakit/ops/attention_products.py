@@ -10,6 +10,7 @@ drops.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lorakit.ops.attention_pattern import Pattern, Piece, mask, pieces
-from lorakit.ops.dropout import draw_of, where, zero_
+from lorakit.ops.dropout import draw_of, without, zero_
+from lorakit.ops.kernels.choosing import kernels_for
 
 BLOCK = 64  # query rows of a block: long enough for the products, short enough to leave most of the triangle out
 SCORES = 2**22  # numbers in the buffer of scores, at most, as long as a block has 8 rows
@@ -41,14 +43,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
     batch, heads, tokens, _ = q.shape
     out = torch.empty(batch, tokens, heads, v.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
     scores = _Scores(q, k, pattern)
-    zeros, record = scores.draw()
+    record = scores.draw()
+    zeros = scores.by_block(record)
     for piece in scores.pieces:
         keys, values = (_cut(t, piece).flatten(0, 1) for t in (k, v))
         queries, written = _cut(q, piece), _cut(out, piece)
         for block in scores.blocks(piece):
             weights, _ = scores.weights(_rows(queries, block, keys), keys, piece, block)
-            if record is not None:
-                zero_(weights, next(zeros))
+            zero = next(zeros)
+            if zero is not None:
+                zero_(weights, zero, pattern.dropout)
             _put(written, block, _scaled(weights, values[:, block.low : block.high], scores.share))
     return out, record
 
@@ -67,7 +71,7 @@ def backward(
     """
     q, k, v = operands
     scores = _Scores(q, k, pattern)
-    zeros = scores.by_block(where(record)) if record is not None else None
+    zeros = scores.by_block(record)
     wide = torch.promote_types(q.dtype, torch.float32)
     for piece in scores.pieces:
         queries, incoming, dq = (_cut(t, piece) for t in (q, dout, into[0]))
@@ -77,7 +81,7 @@ def backward(
             seen = slice(block.low, block.high)
             rows, dy = _rows(queries, block, keys), _rows(incoming, block, keys)
             weights, capped = scores.weights(rows, keys, piece, block)
-            zero = None if zeros is None else next(zeros)
+            zero = next(zeros)
             dv[:, seen].add_(_scaled(scores.dropped(weights, zero).transpose(1, 2), dy, scores.share))
             ds = scores.backward(dy, values[:, seen], weights, capped, zero)
             _put(dq, block, _scaled(ds, keys[:, seen], scores.scale))
@@ -113,27 +117,25 @@ class _Scores:
             stop = min(length, start + self.rows)
             yield _Block(start, stop, *self.pattern.span(start, stop, length))
 
-    def draw(self) -> tuple[Iterator[Tensor], Tensor | None]:
-        """What dropout takes from the weights of one block after the other, and the record of it."""
+    def draw(self) -> Tensor | None:
+        """The record of what dropout takes from the weights of all blocks, laid one after the other."""
         if self.pattern.dropout == 0:
-            return iter(()), None
-        zeros, record = draw_of(sum(self._sizes()), self.pattern.dropout, self.device)
-        return self.by_block(zeros), record
+            return None
+        return draw_of(sum(self._sizes()), self.pattern.dropout, self.device)
 
-    def by_block(self, zeros: Tensor) -> Iterator[Tensor]:
-        """What dropout takes from all blocks laid one after the other, for each of them."""
-        sizes = self._sizes()
-        if zeros.dtype == torch.bool:
-            return iter(zeros.split(sizes))
-        ends = torch.tensor(sizes, dtype=torch.int64).cumsum(0)
-        parts = zeros.tensor_split(torch.searchsorted(zeros, ends)[:-1])
-        return (part - (end - size) for part, end, size in zip(parts, ends.tolist(), sizes, strict=True))
+    def by_block(self, record: Tensor | None) -> Iterator[Tensor | None]:
+        """The record of each block: a part of a mask, or a seed of its own that follows from the first."""
+        if record is None:
+            return itertools.repeat(None)
+        if record.dtype == torch.bool:
+            return iter(record.split(self._sizes()))
+        return ((record.view(torch.int64) + i).view(torch.uint64) for i in itertools.count())
 
     def dropped(self, weights: Tensor, zero: Tensor | None) -> Tensor:
         """The block's weights (Z, G·n, m) without those that dropout took, beside the buffer that has them all."""
         if zero is None:
             return weights
-        return zero_(self._buffer(3, weights, weights.transpose(1, 2)).copy_(weights), zero)
+        return without(weights, zero, self.pattern.dropout, out=self._buffer(3, weights, weights.transpose(1, 2)))
 
     def _sizes(self) -> list[int]:
         """Numbers of scores of each block."""
@@ -157,6 +159,10 @@ class _Scores:
             rest = self.added[piece.batch, :, :, piece.tokens, piece.tokens]
             rest = rest[..., block.start : block.stop, block.low : block.high]
             scores.view(rest.shape).add_(rest)
+        kernels = kernels_for(scores)
+        if kernels is not None:
+            kernels.softmax(scores, *self._bounds(piece, block))
+            return scores, capped
         bias = self._bias(piece, block, rows)
         if bias is not None:
             each_head = scores.view(len(scores), self.group, block.stop - block.start, seen.shape[1])
@@ -170,8 +176,12 @@ class _Scores:
         ds = self._buffer(2, dy, values)
         torch.baddbmm(ds, dy, values.transpose(1, 2), beta=0, alpha=self.share, out=ds)
         if zero is not None:
-            zero_(ds, zero)
-        torch.ops.aten._softmax_backward_data.out(ds, weights, -1, ds.dtype, grad_input=ds)
+            zero_(ds, zero, self.pattern.dropout)
+        kernels = kernels_for(ds, weights)
+        if kernels is not None:
+            kernels.softmax_backward(weights, ds)
+        else:
+            torch.ops.aten._softmax_backward_data.out(ds, weights, -1, ds.dtype, grad_input=ds)
         if capped is not None:
             torch.ops.aten.tanh_backward.grad_input(ds, capped, grad_input=ds)
         return ds
@@ -182,6 +192,14 @@ class _Scores:
         if which not in self.buffers:
             self.buffers[which] = torch.empty(self.most, dtype=rows.dtype, device=rows.device)
         return self.buffers[which][:count].view(shape)
+
+    def _bounds(self, piece: Piece, block: _Block) -> tuple[Tensor | None, Tensor | None]:
+        """First and last-but-one place of a block that each of its rows sees, int32 (n,); None where that is any."""
+        pattern = self.pattern
+        if len(piece.lengths) == 1 and pattern.window is None and not pattern.causal:
+            return None, None
+        low, high = pattern.bounds(piece.lengths, block.start, block.stop, block.low).to(self.device)
+        return low, high
 
     def _bias(self, piece: Piece, block: _Block, rows: Tensor) -> Tensor | None:
         """0 where a row sees a place and −∞ where not, (n, m), for the last m places of a block; None where all do."""

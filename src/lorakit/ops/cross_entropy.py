@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorakit.ops.adapted import as_written, autocast
+from lorakit.ops.kernels.choosing import kernels_for
 from lorakit.ops.widening import wide
 
 IGNORED = -100
@@ -183,6 +184,9 @@ class _Softmax:
 
     def __init__(self, head: Head, logits: Tensor, *, gradients: bool) -> None:
         self.scale, self.cap, self.gradients = head.scale, head.softcap, gradients
+        self.kernels = kernels_for(logits) if head.softcap is None else None
+        if self.kernels is not None:
+            return
         many = ROWS_PER_THREAD * torch.get_num_threads() if logits.device.type == "cpu" else len(logits)
         self.many = max(min(many, len(logits)), 1)
         dtype = wide(logits.dtype)
@@ -191,6 +195,9 @@ class _Softmax:
 
     def turn(self, z: Tensor, labels: Tensor, losses: Tensor) -> None:
         """Fill the losses (c,) of logits z (c, V) and put the gradient in the place of z."""
+        if self.kernels is not None:
+            self.kernels.cross_entropy(z, labels, self.scale, self.gradients, losses)
+            return
         for begin in range(0, len(z), self.many):
             few = slice(begin, begin + self.many)
             self._turn(z[few], labels[few].unsqueeze(1), losses[few].unsqueeze(1))

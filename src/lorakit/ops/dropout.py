@@ -1,4 +1,7 @@
-"""Dropout at the cost of what it drops: the dropped positions are drawn, not a decision for every number."""
+"""Dropout at the cost of what it drops: the dropped positions are drawn, not a decision for every number.
+
+Nothing of them is kept but a seed: a backward draws them again.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from lorakit.ops.kernels.choosing import kernels_for
 
 FEW = 1e-3  # below this share single precision is too coarse for the gaps, and there are few of them
 
@@ -21,49 +26,75 @@ def reference(x: Tensor, p: float, keep: Tensor) -> Tensor:
 def zeroed(count: int, p: float, device: torch.device | str) -> Tensor:
     """Sorted positions below `count`, each in it with probability p and independently, as int64 (dropped,).
 
-        The distance from one dropped position to the next is geometric, so there are p·count draws instead of count
-    [docs/math.md (70)]. They come from torch's default generator of the device. A probability is exact to 2⁻²⁴.
+    They follow from a seed that torch's default generator gives. A probability is exact to 2⁻²⁴.
 
+    Raises:
+        ValueError: p is no probability.
     """
-    return _gaps(count, p, device)[0]
+    return positions(_seed(), count, p, device)
 
 
-def draw(like: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """What to drop of a tensor like this (any shape): where, for `zero_`, and a record of it to save for a backward.
+def draw(like: Tensor, p: float) -> Tensor:
+    """What to drop of a tensor like this (any shape), as a record to keep for a backward.
 
-    On a CPU, where is (dropped,) sorted positions, and the record the steps between them in the least integer type that
-    holds them, a byte each at usual shares. Elsewhere, and under a compiler, which cannot have sizes that depend on
-    data, both are one Boolean mask (numbers,). `where` gives the first of them from the second.
+    On a CPU it is a seed, (1,) of uint64: the positions follow from it. Elsewhere, and under a compiler, which cannot
+    have sizes that depend on data, it is the Boolean mask (numbers,).
     """
     return draw_of(like.numel(), p, like.device)
 
 
-def draw_of(count: int, p: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`draw` for so many numbers: where (dropped,) or a mask (count,), and the record of it."""
+def draw_of(count: int, p: float, device: torch.device) -> Tensor:
+    """`draw` for so many numbers."""
     if device.type != "cpu" or torch.compiler.is_compiling():
-        mask = torch.rand(count, device=device) < p
-        return mask, mask
-    positions, steps = _gaps(count, p, device)
-    longest = int(steps.max()) if len(steps) else 0
-    return positions, steps.to(next(dtype for dtype in _INTEGERS if longest <= torch.iinfo(dtype).max))
+        return torch.rand(count, device=device) < p
+    return _seed()
 
 
-def where(record: Tensor) -> Tensor:
-    """The dropped positions, int64 (dropped,), or the mask (any shape), that a record of `draw` stands for."""
-    return record if record.dtype == torch.bool else record.cumsum(0, dtype=torch.int64)
+def zero_(owned: Tensor, record: Tensor, p: float) -> Tensor:
+    """A contiguous tensor (any shape), zero from now on where the record says."""
+    return without(owned, record, p, out=owned)
 
 
-def zero_(owned: Tensor, dropped: Tensor) -> Tensor:
-    """A contiguous tensor (any shape), zero from now on at these positions of it laid flat (dropped,), or in a mask."""
-    if dropped.dtype == torch.bool:
-        return owned.masked_fill_(dropped.view(owned.shape), 0)
-    owned.view(-1).index_fill_(0, dropped, 0)
-    return owned
+def without(x: Tensor, record: Tensor, p: float, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """A contiguous scale·x (any shape) without what the record drops; in `out`, which may be x, or a new tensor."""
+    if out is None:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+    kernels = kernels_for(x, out) if record.dtype == torch.uint64 else None
+    if kernels is not None:
+        kernels.drop(x, p, record, scale, out)
+        return out
+    if scale != 1.0:
+        torch.mul(x, scale, out=out)
+    elif out is not x:
+        out.copy_(x)
+    if record.dtype == torch.bool:
+        return out.masked_fill_(record.view(out.shape), 0)
+    out.view(-1).index_fill_(0, positions(record, out.numel(), p, out.device), 0)
+    return out
 
 
-def dropped(x: Tensor, index: Tensor) -> Tensor:
-    """Contiguous copy of x (any shape) with zero at the positions `index` (dropped,) of x laid flat; not rescaled."""
-    return zero_(x.clone(memory_format=torch.contiguous_format), index)
+def positions(record: Tensor, count: int, p: float, device: torch.device | str = "cpu") -> Tensor:
+    """The positions that a record drops of so many numbers, sorted, int64 (dropped,).   [docs/math.md (70)]
+
+    The distance from one to the next is geometric, so there are p·count draws instead of count. Kernels and PyTorch
+    draw others from one seed.
+
+    Raises:
+        ValueError: p is no probability.
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(_not_a_probability(p))
+    if record.dtype == torch.bool:
+        return record.view(-1).nonzero().squeeze(1)
+    if p in (0, 1):
+        return torch.arange(int(p) * count, device=device)
+    ones = torch.ones(count, device=device)
+    kernels = kernels_for(ones)
+    if kernels is None:
+        return _gaps(count, p, torch.Generator(device).manual_seed(int(record.item())))
+    kernels.drop(ones, p, record, 1.0, ones)
+    return (ones == 0).nonzero().squeeze(1)
 
 
 def join(owned: Tensor, x: Tensor | None, p: float) -> tuple[Tensor, Tensor | None]:
@@ -73,15 +104,14 @@ def join(owned: Tensor, x: Tensor | None, p: float) -> tuple[Tensor, Tensor | No
     """
     if p == 0:
         return owned if x is None else owned.add_(x), None
-    zeros, record = draw(owned, p)
-    zero_(owned, zeros)
-    share = 1 / (1 - p)
-    return owned.mul_(share) if x is None else torch.add(x, owned, alpha=share, out=owned), record
+    record = draw(owned, p)
+    without(owned, record, p, 1 / (1 - p), out=owned)
+    return owned if x is None else owned.add_(x), record
 
 
 def join_backward(dy: Tensor, record: Tensor | None, p: float) -> Tensor:
     """The gradient of `join`'s owned input from that of its output dy (N, d): dy itself where nothing was dropped."""
-    return dy if record is None else zero_(_scaled(dy, 1 / (1 - p)), where(record))
+    return dy if record is None else without(dy, record, p, 1 / (1 - p))
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
@@ -106,45 +136,38 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        positions, record = draw(x, p)
+        record = draw(x, p)
         ctx.save_for_backward(record)
-        ctx.scale = 1 / (1 - p)
-        return zero_(_scaled(x, ctx.scale), positions)
+        ctx.p = p
+        return without(x, record, p, 1 / (1 - p))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (record,) = ctx.saved_tensors
-        return zero_(_scaled(dy, ctx.scale), where(record)), None
+        return without(dy, record, ctx.p, 1 / (1 - ctx.p)), None
 
 
-def _scaled(x: Tensor, scale: float) -> Tensor:
-    """Contiguous scale·x: the copy that is needed anyway."""
-    return torch.mul(x, scale, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+def _seed() -> Tensor:
+    """The next seed of torch's default generator, (1,) of uint64."""
+    return torch.empty(1, dtype=torch.int64).random_(-(2**63), None).view(torch.uint64)
 
 
-def _gaps(count: int, p: float, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """The dropped positions, and from each to the next; the first from position 0."""
-    if not 0 <= p <= 1:
-        raise ValueError(_not_a_probability(p))
-    if p in (0, 1):
-        positions = torch.arange(int(p) * count, device=device)
-        return positions, positions.diff(prepend=positions[:1])
+def _gaps(count: int, p: float, generator: torch.Generator) -> Tensor:
+    """The dropped positions, from the distances that a generator gives."""
     expected = count * p
     draws = int(expected + 4 * math.sqrt(expected)) + 8  # past the end but for once in thousands
     exact, whole = (torch.float32, torch.int32) if p >= FEW else (torch.float64, torch.int64)
-    steps = torch.empty(0, dtype=whole, device=device)
+    steps = torch.empty(0, dtype=whole, device=generator.device)
     while True:
-        more = torch.rand(draws, dtype=exact, device=device).neg_().log1p_().mul_(1 / math.log1p(-p)).to(whole)
+        more = torch.rand(draws, dtype=exact, device=generator.device, generator=generator)
+        more = more.neg_().log1p_().mul_(1 / math.log1p(-p)).to(whole)
         more[0 if len(steps) else 1 :].add_(1)
         steps = torch.cat([steps, more]) if len(steps) else more
-        positions = steps.cumsum(0)
-        within = int(torch.searchsorted(positions, count))
-        if within < len(positions):
-            return positions[:within], steps[:within]
-
-
-_INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+        found = steps.cumsum(0)
+        within = int(torch.searchsorted(found, count))
+        if within < len(found):
+            return found[:within]
 
 
 def _not_a_probability(p: float) -> str:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lorakit.ops.adapted import Adapted, LowRank, as_written, autocast, factors, refuse_trained, rows, unflat
 from lorakit.ops.choices import product
-from lorakit.ops.dropout import draw, where, zero_
+from lorakit.ops.dropout import draw, without, zero_
 
 __all__ = ["Adapted", "Form", "Group", "LowRank", "factors", "linears", "reference", "refuse_trained", "rows", "unflat"]
 
@@ -93,10 +93,9 @@ class Group:
         if self.stacked is not None:
             ranks = [len(self.low[j].A) for j in self.plain]
             hs.update(zip(self.plain, torch.mm(x, self.stacked.t()).split(ranks, 1), strict=True))
-        zeros: dict[int, Tensor] = {}
         for j in self.dropping:
-            zeros[j], self.records[j] = draw(x, self.low[j].p)
-        for j, kept in _inputs(x, zeros, owned, []):
+            self.records[j] = draw(x, self.low[j].p)
+        for j, kept in self._inputs(x, self.dropping, owned, []):
             hs[j] = torch.mm(kept, self.A[j].t())
         for j, h in hs.items():
             ys[j].addmm_(h, self.B[j].t())
@@ -113,12 +112,12 @@ class Group:
         """
         live = {j: dy for j, dy in enumerate(dys) if dy is not None}
         dh = {j: torch.mm(live[j], self.B[j]) for j in self.low if j in live and (need_dx or self.trains[j][0])}
-        zeros = {j: where(self.records[j]) for j in self.dropping if j in dh}  # type: ignore[arg-type]
+        dropping = [j for j in self.dropping if j in dh]
         beside = self._beside(dh)
         spare: list[Tensor] = []  # room of the shape of x: fresh pages cost as much as a thin product
-        grads_a = {} if x is None else self._grads_a(x, dh, zeros, beside, owned, spare)
+        grads_a = {} if x is None else self._grads_a(x, dh, beside, owned, spare)
         spare += [x] if owned and x is not None else []
-        dx = self._grad_x(live, dh, zeros, beside, spare) if need_dx else None
+        dx = self._grad_x(live, dh, dropping, beside, spare) if need_dx else None
         return dx, [(grads_a.get(j), self._grad_b(j, live.get(j))) for j in range(len(dys))]
 
     def pack(self) -> tuple[Form, list[Tensor | None]]:
@@ -156,15 +155,15 @@ class Group:
         self,
         dys: dict[int, Tensor],
         dh: dict[int, Tensor],
-        zeros: dict[int, Tensor],
+        dropping: list[int],
         beside: Tensor | None,
         spare: list[Tensor],
     ) -> Tensor | None:
         total: Tensor | None = None
         part: Tensor | None = None
-        for j in zeros:  # first, since what was dropped must be zeroed before anything is added
+        for j in dropping:  # first, since what was dropped must be zeroed before anything is added
             room = part if part is not None else _taken(spare)
-            made = zero_(torch.mm(dh[j], self.A[j], out=room), zeros[j])
+            made = self._zero_(j, torch.mm(dh[j], self.A[j], out=room))
             total, part = (made, None) if total is None else (total.add_(made), made)
         for j, dy in dys.items():
             W = self.sites[j].W.to(self.dtype)
@@ -175,23 +174,41 @@ class Group:
         return total
 
     def _grads_a(
-        self,
-        x: Tensor,
-        dh: dict[int, Tensor],
-        zeros: dict[int, Tensor],
-        beside: Tensor | None,
-        owned: bool,
-        spare: list[Tensor],
+        self, x: Tensor, dh: dict[int, Tensor], beside: Tensor | None, owned: bool, spare: list[Tensor]
     ) -> dict[int, Tensor]:
         """s·dhᵀ·(D∘x) for each A that asks for it."""
         grads: dict[int, Tensor] = {}
         if beside is not None and any(self.trains[j][0] for j in self.plain):
             ranks = [len(self.low[j].A) for j in self.plain]
             grads.update(zip(self.plain, torch.mm(beside.t(), x).split(ranks), strict=True))
-        for j, kept in _inputs(x, {j: zeros[j] for j in zeros if self.trains[j][0]}, owned, spare):
+        dropping = [j for j in self.dropping if j in dh and self.trains[j][0]]
+        for j, kept in self._inputs(x, dropping, owned, spare):
             grads[j] = torch.mm(dh[j].t(), kept)
         wanted = [j for j in grads if j in dh and self.trains[j][0]]
         return {j: grads[j].to(self.low[j].A.dtype).mul_(_scale(self.low[j])) for j in wanted}
+
+    def _inputs(
+        self, x: Tensor, dropping: Sequence[int], owned: bool, spare: list[Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Each dropping module with its own input: in one buffer, one after the other, and the last in an owned x.
+
+        The buffer is then one of the spare ones.
+        """
+        for j in dropping:
+            if owned and j == dropping[-1]:
+                yield j, self._zero_(j, x)
+                return
+            if not spare:
+                spare.append(torch.empty_like(x))
+            yield j, without(x, self._record(j), self.low[j].p, out=spare[0])
+
+    def _zero_(self, j: int, owned: Tensor) -> Tensor:
+        return zero_(owned, self._record(j), self.low[j].p)
+
+    def _record(self, j: int) -> Tensor:
+        record = self.records[j]
+        assert record is not None  # the forward has drawn it
+        return record
 
     def _grad_b(self, j: int, dy: Tensor | None) -> Tensor | None:
         """dyᵀ·(s·h), computed as ((s·h)ᵀ·dy)ᵀ, which is faster for a thin h."""
@@ -240,20 +257,6 @@ def _with(group: Sequence[Adapted], flat: Sequence[Tensor | None]) -> list[Adapt
 def _product(x: Tensor, site: Adapted, dtype: torch.dtype) -> Tensor:
     W, bias = site.W.to(dtype), None if site.bias is None else site.bias.to(dtype)
     return product(x, W if site.transposed else W.t(), plus=bias)
-
-
-def _inputs(x: Tensor, zeros: dict[int, Tensor], owned: bool, spare: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Each dropping module with its own input: in one buffer, one after the other, and the last in an owned x.
-
-    The buffer is then one of the spare ones.
-    """
-    for i, (j, dropped) in enumerate(zeros.items()):
-        if owned and i == len(zeros) - 1:
-            yield j, zero_(x, dropped)
-            return
-        if not spare:
-            spare.append(torch.empty_like(x))
-        yield j, zero_(spare[0].copy_(x), dropped)
 
 
 def _taken(spare: list[Tensor]) -> Tensor | None:

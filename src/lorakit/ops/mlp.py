@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.ops import linear
-from lorakit.ops.activation import Activation, activation
+from lorakit.ops.activation import Activation, activate, activate_backward, activation
 from lorakit.ops.adapted import Adapted, as_written, autocast, factors, refuse_trained, rows, unflat
 from lorakit.ops.dropout import join, join_backward
 from lorakit.ops.linear import Group
@@ -121,9 +121,7 @@ def _forward(x: Tensor, form: Form) -> tuple[Tensor, _Made]:
     inner, outer = Group(form.inner, x.dtype), Group([form.down], x.dtype)
     hidden = inner.forward(n, owned=form.norm is not None)
     del n
-    a = form.act.value(hidden[0], torch.empty_like(hidden[0]))
-    if len(hidden) == 2:
-        a.mul_(hidden[1])
+    a = activate(form.act, hidden[0], hidden[1] if len(hidden) == 2 else None, torch.empty_like(hidden[0]))
     y, record = join(outer.forward(a, owned=True)[0], flat if form.residual else None, form.dropout)
     return y, _Made(stats, hidden, record, (inner, outer))
 
@@ -165,8 +163,12 @@ class _Mlp(torch.autograd.Function):
             dx, grads = inner.backward(n, dhidden, ctx.needs_input_grad[0], owned=norm is not None and inner.needs_x)
             del n, dhidden, dlast
             if dx is not None:
-                dx = dx if norm is None else norm.backward(dx, flat, stats)
-                dx = (dx.add_(dy) if form.residual else dx).view(ctx.shape)
+                add = dy if form.residual else None
+                if norm is not None:
+                    dx = norm.backward(dx, flat, stats, add)
+                elif add is not None:
+                    dx.add_(add)
+                dx = dx.view(ctx.shape)
         return (dx, None, *(grad for pair in grads for grad in pair), *last)
 
 
@@ -175,16 +177,9 @@ def _back_through_the_activation(
 ) -> tuple[list[Tensor], tuple[Tensor | None, Tensor | None]]:
     """The gradients of what gate and up gave, (N, f) each, where they are wanted, and those of down's A and B."""
     first, up = (hidden[0] if hidden else None), (hidden[1] if len(hidden) == 2 else None)
-    value = a = None
-    if first is not None and (outer.needs_x or up is not None):
-        value = a = form.act.value(first, torch.empty_like(first))
-        if up is not None and outer.needs_x:
-            a = value * up
-    da, ((grad_a, grad_b),) = outer.backward(a if outer.needs_x else None, [dy], need_dx=deep, owned=True)
+    a = None if first is None or not outer.needs_x else activate(form.act, first, up, torch.empty_like(first))
+    da, ((grad_a, grad_b),) = outer.backward(a, [dy], need_dx=deep, owned=True)
     del a
     if da is None or first is None:
         return [], (grad_a, grad_b)
-    if up is None or value is None:
-        return [form.act.gradient(da, first, da)], (grad_a, grad_b)
-    dup = value.mul_(da)
-    return [form.act.gradient(da.mul_(up), first, da), dup], (grad_a, grad_b)
+    return list(activate_backward(form.act, da, first, up)), (grad_a, grad_b)

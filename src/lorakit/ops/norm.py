@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lorakit.ops.adapted import as_written, unflat
 from lorakit.ops.adapted import rows as rows_of
+from lorakit.ops.kernels.choosing import kernels_for
 from lorakit.ops.widening import room, room_to_widen, slabs, wide
 
 
@@ -51,11 +52,12 @@ class Norm:
             return layer_forward(x, self.weight, self.bias, self.eps)[0]
         return rms_again(x, stats[0], self.weight, self.offset)
 
-    def backward(self, dn: Tensor, x: Tensor, stats: Sequence[Tensor]) -> Tensor:
-        """The gradient for x (N, d) from that for the normalised x (N, d); a new tensor."""
+    def backward(self, dn: Tensor, x: Tensor, stats: Sequence[Tensor], add: Tensor | None = None) -> Tensor:
+        """The gradient for x (N, d) from that for the normalised x (N, d), plus `add` (N, d); a new tensor."""
         if self.kind == "layer":
-            return layer_backward(dn, x, stats[0], stats[1], self.weight)
-        return rms_backward(dn, x, stats[0], self.weight, self.offset)
+            dx = layer_backward(dn, x, stats[0], stats[1], self.weight)
+            return dx if add is None else dx.add_(add)
+        return rms_backward(dn, x, stats[0], self.weight, self.offset, add)
 
 
 def reference(x: Tensor, norm: Norm) -> Tensor:
@@ -128,32 +130,37 @@ def refuse_trained_norm(norm: Norm | None) -> None:
 def rms_forward(x: Tensor, w: Tensor | None, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """RMS norm of x (N, d) and 1/rms of its rows (N, 1), in fp32 or wider, by [docs/math.md (76)]."""
     rstd = x.new_empty(len(x), 1, dtype=wide(x.dtype))
-    return _rms(x, rstd, w, offset, eps), rstd
+    kernels = kernels_for(x, w)
+    if kernels is None:
+        return _rms(x, rstd, w, offset, eps), rstd
+    n = torch.empty_like(x)
+    kernels.rms_forward(x, w, eps, offset, n, rstd)
+    return n, rstd
 
 
 def rms_again(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float = 0.0) -> Tensor:
     """What `rms_forward` gave of x (N, d), from the rstd (N, 1) that it gave."""
-    return _rms(x, rstd, w, offset, None)
+    kernels = kernels_for(x, w)
+    if kernels is None:
+        return _rms(x, rstd, w, offset, None)
+    n = torch.empty_like(x)
+    kernels.rms_again(x, w, offset, rstd, n)
+    return n
 
 
-def rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: float = 0.0) -> Tensor:
-    """The gradient for x (N, d) from that for its norm (N, d), rstd (N, 1) and the weight (d,); a new tensor."""
-    dx, gain = torch.empty_like(x), _gain(w, offset, rstd.dtype)
-    inputs, gradients, products = room_to_widen(x), room_to_widen(x), room(x)
-    for rows in slabs(x):
-        r, part = rstd[rows], x[rows]
-        g = dx[rows] if gradients is None else gradients[: len(r)]
-        if gain is None:
-            g.copy_(dn[rows])
-        else:
-            g.copy_(dn[rows]).mul_(gain)
-        if inputs is not None:
-            part = inputs[: len(r)].copy_(part)
-        dot = torch.mul(g, part, out=products[: len(r)]).sum(-1, keepdim=True)
-        g.mul_(r).addcmul_(part, dot.mul_(r).mul_(r).mul_(r), value=-1 / x.shape[1])
-        if gradients is not None:
-            dx[rows].copy_(g)
-    return dx
+def rms_backward(
+    dn: Tensor, x: Tensor, rstd: Tensor, w: Tensor | None, offset: float = 0.0, add: Tensor | None = None
+) -> Tensor:
+    """The gradient for x (N, d) from that for its norm (N, d), plus `add` (N, d); a new tensor.
+
+    rstd (N, 1) is what the forward gave, w (d,) the weight.
+    """
+    kernels, dx = kernels_for(x, w, dn, add), torch.empty_like(x)
+    if kernels is not None:
+        kernels.rms_backward(dn, x, w, offset, rstd, add, dx)
+        return dx
+    _rms_backward(dn, x, rstd, _gain(w, offset, rstd.dtype), dx)
+    return dx if add is None else dx.add_(add)
 
 
 def layer_forward(x: Tensor, w: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,6 +197,23 @@ def _rms(x: Tensor, rstd: Tensor, w: Tensor | None, offset: float, eps: float | 
         if gain is not None:
             out.mul_(gain)
     return n
+
+
+def _rms_backward(dn: Tensor, x: Tensor, rstd: Tensor, gain: Tensor | None, dx: Tensor) -> None:
+    inputs, gradients, products = room_to_widen(x), room_to_widen(x), room(x)
+    for rows in slabs(x):
+        r, part = rstd[rows], x[rows]
+        g = dx[rows] if gradients is None else gradients[: len(r)]
+        if gain is None:
+            g.copy_(dn[rows])
+        else:
+            g.copy_(dn[rows]).mul_(gain)
+        if inputs is not None:
+            part = inputs[: len(r)].copy_(part)
+        dot = torch.mul(g, part, out=products[: len(r)]).sum(-1, keepdim=True)
+        g.mul_(r).addcmul_(part, dot.mul_(r).mul_(r).mul_(r), value=-1 / x.shape[1])
+        if gradients is not None:
+            dx[rows].copy_(g)
 
 
 def _gain(w: Tensor | None, offset: float, dtype: torch.dtype) -> Tensor | None:

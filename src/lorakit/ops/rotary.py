@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorakit.ops.kernels.choosing import kernels_for
+
 Pairs = Literal["half", "interleaved"]
 
 
@@ -63,6 +65,8 @@ def turned(x: Tensor, rotary: Rotary) -> Tensor:
     cos, sin = (_beside(table, 2).to(x.dtype) for table in (rotary.cos, rotary.sin))
     rot = cos.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if _by_kernel(x, cos, sin, rotary.pairs, False, out):
+        return out
     if rot < x.shape[-1]:
         out[..., rot:] = x[..., rot:]
     torch.mul(x[..., :rot], cos, out=out[..., :rot])
@@ -78,11 +82,28 @@ def turn_back_(grad: Tensor, rotary: Rotary) -> Tensor:
     grad (B, T, H, D), owned by the caller, in any strides -> itself.
     """
     cos, sin = (_beside(table, 2).to(grad.dtype) for table in (rotary.cos, rotary.sin))
+    if _by_kernel(grad, cos, sin, rotary.pairs, True, grad):
+        return grad
     (g1, g2), (c1, c2), (s1, s2) = (_halves(t[..., : cos.shape[-1]], rotary.pairs) for t in (grad, cos, sin))
     before = g1.clone()
     g1.mul_(c1).addcmul_(g2, s2)
     g2.mul_(c2).addcmul_(before, s1, value=-1)
     return grad
+
+
+def _by_kernel(x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs, back: bool, out: Tensor) -> bool:
+    """Whether a compiled kernel has turned x (B, T, H, D) into out: not where heads are not side by side."""
+    kernels = kernels_for(x, cos, sin, strided=True)
+    if kernels is None or not all(_beside_each_other(t) for t in (x, out)) or len(cos) not in (1, len(x)):
+        return False
+    kernels.turn(x, cos, sin, pairs == "interleaved", back, out)
+    return True
+
+
+def _beside_each_other(x: Tensor) -> bool:
+    """Whether the heads of a token of x (B, T, H, D) lie side by side, and tokens at one distance."""
+    batch, tokens, _, width = x.shape
+    return x.stride()[2:] == (width, 1) and (batch == 1 or x.stride(0) == tokens * x.stride(1))
 
 
 def check(x: Tensor, rotary: Rotary) -> None:

@@ -13,7 +13,15 @@ from torch import Tensor
 
 
 class Kernels(Protocol):
-    """One implementation: `lorakit.ops.kernels.compiled` for CPUs, `lorakit.ops.kernels.triton` for CUDA."""
+    """One implementation: `lorakit.ops.kernels.compiled` for CPUs, `lorakit.ops.kernels.triton` for CUDA.
+
+    Attributes:
+        activations: Names of those that `gate` knows.
+    """
+
+    @property
+    def activations(self) -> frozenset[str]:
+        """See above."""
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
         """RMS norm of x (N, d) into n (N, d), and 1/rms of its rows into rstd (N, 1). [docs/math.md (76)]
@@ -48,3 +56,12 @@ class Kernels(Protocol):
 
         Each is dropped with probability p, independently; the same seed, size and p drop the same. [docs/math.md (70)]
         """
+
+    def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
+        """Softmax of rows (Z, n, m), in place: row i sees the places low[i % k] … high[i % k] alone, int32 (k,)."""
+
+    def softmax_backward(self, weights: Tensor, ds: Tensor) -> None:
+        """The gradient of the scores from that of their softmax weights, (Z, n, m) both, in the place of the latter."""
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses: Tensor) -> None:
+        """Losses (c,) in fp32 of logits (c, V) times scale, which become the gradient of their sum over scale."""

@@ -1,0 +1,375 @@
+/* What the operations do with rows of numbers between their matrix products, in one pass each.
+ *
+ * Compiled by compiled.py, once for each dtype: -DBF16 for bfloat16, without it for fp32. Nothing of PyTorch is used:
+ * pointers and sizes come in, numbers go out. All that is computed is fp32; a number is rounded when it is stored.
+ * What each function computes is said in protocol.py; PyTorch does the same where there is no compiler.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef BF16
+typedef uint16_t number; /* the upper half of an fp32 */
+
+static inline float wide(number v) {
+    union { uint32_t bits; float value; } u = {(uint32_t)v << 16};
+    return u.value;
+}
+
+static inline number narrow(float v) { /* to nearest, ties to even, as PyTorch rounds */
+    union { float value; uint32_t bits; } u = {v};
+    return (number)((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16); /* NaN stays NaN: a made one has no low bits */
+}
+#else
+typedef float number;
+
+static inline float wide(number v) { return v; }
+static inline number narrow(float v) { return v; }
+#endif
+
+#define ROWS(i, n) _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t i = 0; i < (n); i++)
+
+/* ---- functions of one number; polynomials as in Cephes (S. L. Moshier), within 2 units of the last place */
+
+#define LEAST -87.0f /* below: e^LEAST, 1.6e-38, which is nothing beside 1 */
+
+static inline float power_of_e(float x) {
+    x = x > 87.9f ? 87.9f : x;
+    x = x < LEAST ? LEAST : x;
+    union { float value; int32_t bits; } whole = {x * 1.44269504088896341f + 12582912.0f}; /* 1.5·2^23: to an integer */
+    float k = whole.value - 12582912.0f;
+    float r = x - k * 0.693359375f + k * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    union { float value; int32_t bits; } power = {p * (r * r) + (r + 1.0f)};
+    power.bits += (int32_t)((uint32_t)whole.bits << 23); /* times 2^k */
+    return power.value;
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + power_of_e(-x)); }
+
+static inline float logarithm(float x) { /* of normal x > 0 */
+    union { float value; uint32_t bits; } u = {x};
+    int32_t exponent = (int32_t)(u.bits >> 23) - 126;
+    u.bits = (u.bits & 0x007fffff) | 0x3f000000; /* [0.5, 1) */
+    float m = u.value;
+    int low = m < 0.707106781186547524f;
+    float e = (float)(exponent - low);
+    m = (low ? m + m : m) - 1.0f;
+    float z = m * m;
+    float p = 7.0376836292e-2f;
+    p = p * m - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    p = p * m * z - 2.12194440e-4f * e - 0.5f * z;
+    return m + p + 0.693359375f * e;
+}
+
+/* ---- norms */
+
+static inline void rms_row(const number *x, const number *w, float r, float offset, int64_t d, number *n) {
+    if (!w) {
+        for (int64_t j = 0; j < d; j++) n[j] = narrow(wide(x[j]) * r);
+    } else if (offset == 0.0f) {
+        for (int64_t j = 0; j < d; j++) n[j] = narrow(wide(narrow(wide(x[j]) * r)) * wide(w[j]));
+    } else {
+        for (int64_t j = 0; j < d; j++) n[j] = narrow(wide(x[j]) * r * (offset + wide(w[j])));
+    }
+}
+
+void rms_forward(const number *x, const number *w, float eps, float offset, int64_t rows, int64_t d, number *n,
+                 float *rstd, int threads) {
+    ROWS(i, rows) {
+        const number *row = x + i * d;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < d; j++) sum += wide(row[j]) * wide(row[j]);
+        rstd[i] = 1.0f / sqrtf(sum / (float)d + eps);
+        rms_row(row, w, rstd[i], offset, d, n + i * d);
+    }
+}
+
+void rms_again(const number *x, const number *w, float offset, const float *rstd, int64_t rows, int64_t d, number *n,
+               int threads) {
+    ROWS(i, rows) rms_row(x + i * d, w, rstd[i], offset, d, n + i * d);
+}
+
+void rms_backward(const number *dn, const number *x, const number *w, float offset, const float *rstd,
+                  const number *add, int64_t rows, int64_t d, number *dx, int threads) {
+    ROWS(i, rows) {
+        const number *g = dn + i * d, *row = x + i * d, *more = add ? add + i * d : 0;
+        number *out = dx + i * d;
+        float r = rstd[i], dot = 0.0f;
+        if (w) {
+#pragma omp simd reduction(+ : dot)
+            for (int64_t j = 0; j < d; j++) dot += wide(g[j]) * (offset + wide(w[j])) * wide(row[j]);
+        } else {
+#pragma omp simd reduction(+ : dot)
+            for (int64_t j = 0; j < d; j++) dot += wide(g[j]) * wide(row[j]);
+        }
+        float share = dot * r * r * r / (float)d;
+#pragma omp simd
+        for (int64_t j = 0; j < d; j++) {
+            float gain = w ? offset + wide(w[j]) : 1.0f;
+            float v = wide(g[j]) * gain * r - wide(row[j]) * share;
+            out[j] = narrow(more ? v + wide(more[j]) : v);
+        }
+    }
+}
+
+/* ---- activations: the value of f and of f' at x */
+
+enum { SILU, GELU_TANH, QUICK_GELU, RELU };
+
+#define SLOPE 1.5957691216057308f /* 2·sqrt(2/pi) */
+#define CUBE 0.044715f
+#define QUICK 1.702f
+
+static inline float inner(int act, float x) { /* f(x) = x·sigmoid(inner(x)) */
+    return act == SILU ? x : act == QUICK_GELU ? QUICK * x : SLOPE * x * (1.0f + CUBE * x * x);
+}
+
+static inline float slope(int act, float x) {
+    return act == SILU ? 1.0f : act == QUICK_GELU ? QUICK : SLOPE * (1.0f + 3.0f * CUBE * x * x);
+}
+
+static inline void gate_row(int act, const number *first, const number *up, int64_t n, number *out) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) {
+        float x = wide(first[j]);
+        float f = act == RELU ? (x < 0.0f ? 0.0f : x) : x * sigmoid(inner(act, x));
+        out[j] = narrow(up ? f * wide(up[j]) : f);
+    }
+}
+
+static inline void gate_backward_row(int act, const number *da, const number *first, const number *up, int64_t n,
+                                     number *dfirst, number *dup) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) {
+        float x = wide(first[j]), g = wide(da[j]);
+        float s = act == RELU ? (x > 0.0f) : sigmoid(inner(act, x));
+        float f = x * s, df = act == RELU ? s : s * (1.0f + x * (1.0f - s) * slope(act, x));
+        if (up) {
+            float u = wide(up[j]);
+            dup[j] = narrow(g * f);
+            g *= u;
+        }
+        dfirst[j] = narrow(g * df);
+    }
+}
+
+#define EACH_ACTIVATION(call) /* a loop for each, so that the choice is not made for every number */ \
+    switch (act) {                                                                                 \
+    case SILU: call(SILU); break;                                                                  \
+    case GELU_TANH: call(GELU_TANH); break;                                                        \
+    case QUICK_GELU: call(QUICK_GELU); break;                                                      \
+    default: call(RELU);                                                                           \
+    }
+
+#define BLOCK 8192 /* numbers that a thread takes at a time, where rows mean nothing */
+
+static inline int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
+
+void gate(int act, const number *first, const number *up, int64_t count, number *out, int threads) {
+    ROWS(b, (count + BLOCK - 1) / BLOCK) {
+        int64_t at = b * BLOCK, n = shorter(BLOCK, count - at);
+        const number *u = up ? up + at : 0;
+#define CALL(which) gate_row(which, first + at, u, n, out + at)
+        EACH_ACTIVATION(CALL)
+#undef CALL
+    }
+}
+
+void gate_backward(int act, const number *da, const number *first, const number *up, int64_t count, number *dfirst,
+                   number *dup, int threads) {
+    ROWS(b, (count + BLOCK - 1) / BLOCK) {
+        int64_t at = b * BLOCK, n = shorter(BLOCK, count - at);
+        const number *u = up ? up + at : 0;
+        number *du = up ? dup + at : 0;
+#define CALL(which) gate_backward_row(which, da + at, first + at, u, n, dfirst + at, du)
+        EACH_ACTIVATION(CALL)
+#undef CALL
+    }
+}
+
+/* ---- rotary positions */
+
+static inline void turn_head(const number *x, const number *c, const number *s, int64_t rot, int interleaved, float way,
+                             number *out) {
+    int64_t half = rot / 2, step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
+#pragma omp simd
+    for (int64_t j = 0; j < half; j++) {
+        int64_t i = j * step, k = i + apart;
+        float a = wide(x[i]), b = wide(x[k]);
+        /* forward: the tables at their own places; back: the transposed turn takes each sine from the other place */
+        float sa = way > 0 ? wide(s[i]) : -wide(s[k]), sb = way > 0 ? wide(s[k]) : -wide(s[i]);
+        out[i] = narrow(a * wide(c[i]) - b * sa);
+        out[k] = narrow(b * wide(c[k]) + a * sb);
+    }
+}
+
+void turn(const number *x, int64_t x_stride, const number *cos, const number *sin, int64_t table_rows, int64_t rows,
+          int64_t heads, int64_t width, int64_t rot, int interleaved, int back, number *out, int64_t out_stride,
+          int threads) {
+    float way = back ? -1.0f : 1.0f;
+    ROWS(i, rows) {
+        const number *c = cos + (i % table_rows) * rot, *s = sin + (i % table_rows) * rot;
+        for (int64_t h = 0; h < heads; h++) {
+            const number *from = x + i * x_stride + h * width;
+            number *to = out + i * out_stride + h * width;
+            if (interleaved)
+                turn_head(from, c, s, rot, 1, way, to);
+            else
+                turn_head(from, c, s, rot, 0, way, to);
+            if (rot < width && from != to) memcpy(to + rot, from + rot, (size_t)(width - rot) * sizeof(number));
+        }
+    }
+}
+
+/* ---- dropout: the distance from one dropped number to the next is geometric. Each block of numbers has a stream of its
+ * own, so that threads need not wait for each other; a geometric law has no memory, so that changes nothing of it. */
+
+#define LANES 16
+
+static inline uint64_t mixed(uint64_t z) { /* the finaliser of SplitMix64 (Steele, Lea and Flood 2014) */
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+static inline int64_t gaps(uint64_t key, uint64_t from, float each, int32_t *gap) {
+#pragma omp simd
+    for (int j = 0; j < LANES; j++) {
+        uint32_t bits = (uint32_t)(mixed(key + (from + (uint64_t)j) * 0x9e3779b97f4a7c15u) >> 32);
+        float u = ((float)(bits >> 1) + 0.5f) * 4.656612873077393e-10f; /* (0, 1] in steps of 2^-31 */
+        float distance = logarithm(u) * each;
+        gap[j] = distance > 1e9f ? 1000000000 : (int32_t)distance;
+    }
+    return LANES;
+}
+
+static inline int64_t far_gaps(uint64_t key, uint64_t from, double each, int32_t *gap) { /* where fp32 is too coarse */
+    for (int j = 0; j < LANES; j++) {
+        double u = ((double)(mixed(key + (from + (uint64_t)j) * 0x9e3779b97f4a7c15u) >> 12) + 0.5) * 0x1p-52;
+        double distance = log(u) * each;
+        gap[j] = distance > 1e9 ? 1000000000 : (int32_t)distance;
+    }
+    return LANES;
+}
+
+void drop(const number *x, int64_t count, double p, uint64_t seed, float scale, number *out, int threads) {
+    double each = 1.0 / log1p(-p);
+    ROWS(b, (count + BLOCK - 1) / BLOCK) {
+        int64_t at = b * BLOCK, n = shorter(BLOCK, count - at);
+        number *to = out + at;
+        if (scale != 1.0f) {
+#pragma omp simd
+            for (int64_t j = 0; j < n; j++) to[j] = narrow(wide(x[at + j]) * scale);
+        } else if (x != out) {
+            memcpy(to, x + at, (size_t)n * sizeof(number));
+        }
+        int32_t gap[LANES];
+        uint64_t key = mixed(seed + mixed((uint64_t)b)), drawn = 0;
+        for (int64_t place = 0; place < n;) {
+            drawn += (uint64_t)(p < 1e-3 ? far_gaps(key, drawn, each, gap) : gaps(key, drawn, (float)each, gap));
+            for (int j = 0; j < LANES; j++) {
+                place += gap[j];
+                if (place >= n) break;
+                to[place++] = 0;
+            }
+        }
+    }
+}
+
+/* ---- softmax of rows of which each sees the places low … high, and nothing else */
+
+static inline float powers_row(float *e, int64_t n, float most) { /* e[j] = exp(e[j] − most); returns their sum */
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; j++) {
+        e[j] = power_of_e(e[j] - most);
+        sum += e[j];
+    }
+    return sum;
+}
+
+static inline float widened_row(const number *row, float scale, int64_t n, float *e) { /* returns the largest */
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (int64_t j = 0; j < n; j++) {
+        e[j] = wide(row[j]) * scale;
+        most = e[j] > most ? e[j] : most;
+    }
+    return most;
+}
+
+static inline void shares_row(const float *e, float share, int64_t n, number *row) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) row[j] = narrow(e[j] * share);
+}
+
+#define WHOLE 16 /* powers are taken of so many numbers at once; a row is filled up with ones that come out as nothing */
+
+void softmax(number *scores, const int32_t *low, const int32_t *high, int64_t kinds, int64_t rows, int64_t m,
+             int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        float *e = malloc((size_t)(m + WHOLE) * sizeof(float));
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; i++) {
+            int64_t first = low ? low[i % kinds] : 0, n = (high ? high[i % kinds] : m) - first;
+            number *row = scores + i * m, *seen = row + first;
+            float most = widened_row(seen, 1.0f, n, e);
+            int64_t filled = (n + WHOLE - 1) / WHOLE * WHOLE;
+            for (int64_t j = n; j < filled; j++) e[j] = most + 2 * LEAST;
+            float sum = powers_row(e, filled, most);
+            memset(row, 0, (size_t)first * sizeof(number));
+            shares_row(e, 1.0f / sum, n, seen);
+            memset(seen + n, 0, (size_t)(m - first - n) * sizeof(number));
+        }
+        free(e);
+    }
+}
+
+void softmax_backward(const number *weights, int64_t rows, int64_t m, number *ds, int threads) {
+    ROWS(i, rows) {
+        const number *w = weights + i * m;
+        number *d = ds + i * m;
+        float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t j = 0; j < m; j++) dot += wide(w[j]) * wide(d[j]);
+#pragma omp simd
+        for (int64_t j = 0; j < m; j++) d[j] = narrow(wide(w[j]) * (wide(d[j]) - dot));
+    }
+}
+
+/* ---- cross-entropy of rows of logits, which become the gradient of its sum */
+
+void cross_entropy(number *logits, const int64_t *labels, float scale, int gradients, int64_t rows, int64_t v,
+                   float *losses, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        float *e = malloc((size_t)v * sizeof(float));
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; i++) {
+            number *row = logits + i * v;
+            float most = widened_row(row, scale, v, e), own = e[labels[i]];
+            float sum = powers_row(e, v, most);
+            losses[i] = logf(sum) + most - own;
+            if (!gradients) continue;
+            shares_row(e, 1.0f / sum, v, row);
+            row[labels[i]] = narrow(e[labels[i]] / sum - 1.0f);
+        }
+        free(e);
+    }
+}
