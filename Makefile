@@ -4,7 +4,7 @@ BOOT := $(or $(PYTHON),python3)
 # Two workers with one thread each use both cores of a small machine; more threads than cores stall torch.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q -n 2 --dist worksteal
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-all demo bench peft-suite hook clean
+.PHONY: help setup check test test-all demo bench bench-gpu peft-suite hook clean
 
 help:  ## this list
 	@awk -F ':.*## *' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,7 +29,10 @@ demo: setup  ## adapt a real language model to a real text and show what it lear
 	$(PY) scripts/demo.py
 
 bench: setup  ## run the benchmarks; each appends rows to benchmarks/results
-	@for file in benchmarks/bench_*.py; do echo "$$file"; $(PY) $$file || exit 1; done
+	@for file in $(filter-out %/bench_gpu.py,$(wildcard benchmarks/bench_*.py)); do echo "$$file"; $(PY) $$file || exit 1; done
+
+bench-gpu: setup  ## the rows of one H100; appends to benchmarks/results and writes its table
+	$(PY) benchmarks/bench_gpu.py $(ARGS)
 
 peft-suite: setup  ## PEFT's own published tests over lorakit.peft (fetches its source distribution)
 	$(PY) scripts/peft_suite.py $(ARGS)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SLICES = (128, 256, 512, 1024)
-OF_HEAD = (64, 128, 256, 512)
+SLICES = {"cpu": (128, 256, 512, 1024), "cuda": (2048, 4096, 8192)}
+OF_HEAD = {"cpu": (64, 128, 256, 512), "cuda": (1024, 2048, 4096)}
 TRIALS = 5
 
 
@@ -34,21 +34,23 @@ def bare_products(model: Any, job: Any) -> Callable[[int], float]:
     weights = [_as_linear(module) for module in model.modules() if _is_linear(module) and module is not head]
     W_head = head.weight.detach()
     widths = {width for W in weights for width in W.shape} | {W_head.shape[1]}
-    given = {width: torch.randn(job.tokens, width).to(W_head.dtype) for width in widths}
+    place = {"device": W_head.device, "dtype": W_head.dtype}
+    slices, of_head = SLICES[W_head.device.type], OF_HEAD[W_head.device.type]
+    given = {width: torch.randn(job.tokens, width, **place) for width in widths}
     made = {width: torch.empty_like(room) for width, room in given.items()}  # never read: numbers would die out
     plans: dict[tuple[Any, ...], int] = {}
     with torch.no_grad():
         for W in weights:
             for right in (W.t(), W):
                 if (key := (*right.shape, right.stride())) not in plans:
-                    plans[key] = _best(lambda size, right=right: _product(given, right, made, size), SLICES, job.tokens)
-        of_head = _best(lambda size: _head(given, W_head, made, size), OF_HEAD, job.tokens)
+                    plans[key] = _best(lambda size, right=right: _product(given, right, made, size), slices, job.tokens)
+        best_of_head = _best(lambda size: _head(given, W_head, made, size), of_head, job.tokens)
 
     def step(number: int) -> float:
         with torch.no_grad():
             for W in weights:
                 _product(given, W.t(), made, plans[(*W.t().shape, W.t().stride())])
-            _head(given, W_head, made, of_head)
+            _head(given, W_head, made, best_of_head)
             for W in reversed(weights):
                 _product(given, W, made, plans[(*W.shape, W.stride())])
         return float("nan")
@@ -76,7 +78,7 @@ def _product(given: dict[int, Tensor], right: Tensor, made: dict[int, Tensor], s
 def _head(given: dict[int, Tensor], W: Tensor, made: dict[int, Tensor], size: int) -> None:
     """Logits of some rows at a time, and what goes back from as many numbers."""
     x, y = given[W.shape[1]], made[W.shape[1]]
-    logits = torch.empty(size, len(W), dtype=W.dtype)
+    logits = torch.empty(size, len(W), dtype=W.dtype, device=W.device)
     for begin in range(0, len(x), size):
         z = torch.mm(x[begin : begin + size], W.t(), out=logits[: len(x[begin : begin + size])])
         torch.mm(z, W, out=y[begin : begin + size])
@@ -89,8 +91,15 @@ def _best(work: Callable[[int], None], sizes: tuple[int, ...], rows: int) -> int
         work(size)
         samples = []
         for _ in range(TRIALS):
+            _wait()
             began = time.perf_counter()
             work(size)
+            _wait()
             samples.append(time.perf_counter() - began)
         taken[size] = statistics.median(samples)
     return min(taken, key=lambda size: taken[size])
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -26,7 +26,7 @@ from typing import Any
 from lorakit.machine import this_machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("lorakit", "torch", "transformers", "safetensors", "peft", "numpy", "cyclopts")
+PACKAGES = ("lorakit", "torch", "transformers", "safetensors", "peft", "numpy", "cyclopts", "triton")
 RELEVANT_ENVIRONMENT = ("OMP_NUM_THREADS", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")
 
 

@@ -15,6 +15,24 @@ ALPHA_OVER_R = 2
 ALL_LINEAR = "all-linear"
 TARGETS: dict[str, tuple[int, str | list[str]]] = {"smollm2": (16, ALL_LINEAR), "gpt2": (8, ["c_attn", "c_proj"])}
 """Model -> rank and targets that it is measured with."""
+LARGE: dict[str, tuple[int, str | list[str]]] = {"llama-1b": (16, ALL_LINEAR), "llama-8b": (16, ALL_LINEAR)}
+"""The same of models for a GPU."""
+
+LLAMAS: dict[str, dict[str, Any]] = {
+    "smollm2": {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+    },
+    "llama-1b": {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+    },
+    "llama-8b": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+"""Published sizes of SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B."""
 
 PRODUCTS, OURS, OURS_FROZEN, THEIRS_FROZEN = "products alone", "lorakit", "lorakit, frozen", "transformers, frozen"
 PEFT, PEFT_NARROW, PEFT_AUTOCAST = "peft", "peft, adapters in the base's dtype", "peft, bf16 autocast"
@@ -43,7 +61,7 @@ class Job:
     """One setting of a step.
 
     Attributes:
-        model: "smollm2" (135M) or "gpt2" (124M).
+        model: "smollm2" (135M), "gpt2" (124M), "llama-1b" or "llama-8b".
         dtype: Of the base.
         rows: Sequences of a batch.
         length: Tokens of each; all are trained.
@@ -51,6 +69,7 @@ class Job:
         base_dropout: Of GPT-2 itself; as published it has 0.1.
         checkpointing: Recompute each layer in the backward.
         layers: Fewer than the model has, to try things.
+        device: Where weights are made and steps are taken.
     """
 
     model: str = "smollm2"
@@ -61,6 +80,7 @@ class Job:
     base_dropout: float = 0.0
     checkpointing: bool = False
     layers: int | None = None
+    device: str = "cpu"
 
     @property
     def tokens(self) -> int:
@@ -80,6 +100,11 @@ def prepare(side: str, job: Job, off: Collection[str] = ()) -> tuple[Any, Step]:
 
     torch.manual_seed(0)
     model = geometry(job).train()
+    return prepared(side, model, job, off)
+
+
+def prepared(side: str, model: Any, job: Job, off: Collection[str] = ()) -> tuple[Any, Step]:
+    """`prepare` for a model that is there: it is changed."""
     if side == PRODUCTS:
         from products import bare_products
 
@@ -102,23 +127,16 @@ def geometry(job: Job) -> Any:
             n_positions=positions, n_layer=layers, resid_pdrop=p, embd_pdrop=p, attn_pdrop=p, dtype=dtype
         )
     else:
-        config = transformers.LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=job.layers or 30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            max_position_embeddings=positions,
-            tie_word_embeddings=True,
-            dtype=dtype,
-        )
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        sizes = LLAMAS[job.model] | ({"num_hidden_layers": job.layers} if job.layers else {})
+        config = transformers.LlamaConfig(**sizes, max_position_embeddings=positions, dtype=dtype)
+    with torch.device(job.device):
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
 
 
 def adapter_fields(job: Job) -> dict[str, Any]:
     """The fields of a LoraConfig that both libraries take."""
-    r, targets = TARGETS[job.model]
+    r, targets = (TARGETS | LARGE)[job.model]
     return {
         "r": r,
         "lora_alpha": ALPHA_OVER_R * r,
@@ -130,7 +148,7 @@ def adapter_fields(job: Job) -> dict[str, Any]:
 
 
 def token_ids(model: Any, job: Job, number: int, length: int | None = None) -> Any:
-    """The ids of batch `number`, (rows, length)."""
+    """The ids of batch `number`, (rows, length), on the CPU."""
     import torch
 
     generator = torch.Generator().manual_seed(number)
@@ -144,7 +162,7 @@ def _frozen(model: Any, job: Job, *, ours: bool) -> Step:
     fast = accelerate(model) if ours else None
 
     def step(number: int) -> float:
-        ids = token_ids(model, job, number)
+        ids = token_ids(model, job, number).to(job.device)
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
         if fast is not None and fast.head is not None:
             trained = job.rows * (job.length - 1)
@@ -175,7 +193,9 @@ def _ours(model: Any, job: Job, off: Collection[str]) -> Step:
     named = core.trainable_parameters(model)
     fast = _accelerated(model, off)
     chosen = {} if "choice per shape" in off else choose(model, job.tokens, job.length).choices
-    trainee = Trainee(model, named, adamw(named, RATE, 0.0), torch.device("cpu"), 1.0, fast=fast)
+    device = torch.device(job.device)
+    autocast = torch.bfloat16 if device.type != "cpu" and job.dtype == "bfloat16" else None  # as `lorakit train` has it
+    trainee = Trainee(model, named, adamw(named, RATE, 0.0), device, 1.0, autocast, fast)
 
     def step(number: int, length: int | None = None) -> float:
         ids = token_ids(model, job, number, length)
@@ -225,9 +245,11 @@ def _peft(model: Any, job: Job, side: str) -> tuple[Any, Step]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
 
+    device = torch.device(job.device)
+
     def step(number: int, length: int | None = None) -> float:
-        ids = token_ids(model, job, number, length)
-        narrow = torch.autocast("cpu", torch.bfloat16) if side == PEFT_AUTOCAST else contextlib.nullcontext()
+        ids = token_ids(model, job, number, length).to(device)
+        narrow = torch.autocast(device.type, torch.bfloat16) if side == PEFT_AUTOCAST else contextlib.nullcontext()
         with narrow:
             loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
         optimizer.zero_grad(set_to_none=True)
