@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -13,7 +14,20 @@ from lorakit.core import attach, disable, route, use
 from lorakit.errors import RouteError
 
 from .tolerances import assert_close, assert_differs
-from .zoo import ARCHITECTURES, BERT, EVERY_KIND, LINEARS, Case, Specimen, cases, randomise, run, with_adapters
+from .zoo import (
+    ARCHITECTURES,
+    BERT,
+    EVERY_KIND,
+    GPT2,
+    LINEARS,
+    LLAMA,
+    Case,
+    Specimen,
+    cases,
+    randomise,
+    run,
+    with_adapters,
+)
 
 
 def one_by_one(model: nn.Module, given: Any, rows: list[str | None]) -> Tensor:
@@ -38,21 +52,26 @@ def test_rows(case: Case) -> None:
     model, given = case.adapted("a", "b"), case.specimen.given(case.dtype)
     assert_told_apart(model, given, ["a", "b", None], case.dtype)
     for rows in (["a", "b", None, "a"], [None, None, "b", None], ["b", "a", "b", "a"], ["a"] * 4, [None] * 4):
-        with route(model, rows):
+        with route(model, rows, keep=True):
             if len(set(rows)) > 1 and not case.takes_rows:
                 with pytest.raises(RouteError, match=f"a {case.kind} has one weight for all rows"):
                     run(model, given)
                 continue
+            kept = run(model, given)
+        with route(model, rows):
             mixed = run(model, given)
-        assert_close(mixed, one_by_one(model, given, rows), case.dtype)
+        expected = one_by_one(model, given, rows)
+        assert_close(mixed, expected, case.dtype)
+        assert_close(kept, expected, case.dtype)
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("specimen", ARCHITECTURES, ids=str)
-def test_architectures(specimen: Specimen) -> None:
+def test_architectures(specimen: Specimen, keep: bool) -> None:
     model, given = with_adapters(specimen, "a", "b", "c"), specimen.given()
     assert_told_apart(model, given, ["a", "b", "c", None], torch.float32)
     for rows in itertools.islice(itertools.permutations(["a", "b", "c", None]), 0, 24, 5):
-        with route(model, list(rows)):
+        with route(model, list(rows), keep=keep):
             mixed = run(model, given)
         assert_close(mixed, one_by_one(model, given, list(rows)), torch.float32)
 
@@ -66,7 +85,8 @@ def test_base_rows_have_the_bases_own_answer() -> None:
     assert_differs(mixed[1], base[1], torch.float32)
 
 
-def test_adapters_of_different_make_in_one_batch() -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_adapters_of_different_make_in_one_batch(keep: bool) -> None:
     """Plain, DoRA, rsLoRA of another rank, and one that sits on other sites only."""
     model, given = LINEARS.model(), LINEARS.given()
     attach(model, LINEARS.config(), "plain")
@@ -78,9 +98,33 @@ def test_adapters_of_different_make_in_one_batch() -> None:
         randomise(model, name, seed)
     assert_told_apart(model, given, [*names, None], torch.float32)
     for rows in ([*names], [*reversed(names)], ["dora", None, "dora", "elsewhere"]):
-        with route(model, rows):
+        with route(model, rows, keep=keep):
             mixed = run(model, given)
         assert_close(mixed, one_by_one(model, given, rows), torch.float32)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("specimen", [LINEARS, LLAMA, GPT2], ids=str)
+def test_many_adapters_of_different_rank(specimen: Specimen, dtype: torch.dtype, keep: bool) -> None:
+    """Rows of one token and of many, in every order of adapters and base rows, in stacks of more than one rank."""
+    model, ranks = specimen.model(dtype), {"a": 4, "b": 1, "c": 3, "d": 4, "e": 9, "f": 2}
+    for seed, (name, rank) in enumerate(ranks.items()):
+        attach(model, specimen.config(r=rank, lora_alpha=2 * rank + seed), name)
+        randomise(model, name, seed, 0.3)
+    dealt = [*ranks, None, *reversed(ranks), None, "a", "a", "e"]
+    given = specimen.given(dtype, rows=len(dealt))
+    for rows in (dealt, [*reversed(dealt)], [*ranks, *[None] * 11], ["c"] * 16 + [None]):
+        with route(model, rows, keep=keep):
+            mixed, again = run(model, given), run(model, given)
+        alone = one_by_one(model, given, rows)
+        assert torch.equal(mixed, again)
+        if specimen is LINEARS or dtype not in (torch.bfloat16, torch.float16):
+            assert_close(mixed, alone, dtype)
+        else:  # what whole models make of other roundings: as near to the truth as the rows alone are
+            exact = one_by_one(copy.deepcopy(model).double(), specimen.given(torch.float64, len(dealt)), rows)
+            errors = [(answer.double() - exact).norm() / exact.norm() for answer in (mixed, alone)]
+            assert errors[0] <= 1.5 * errors[1]
 
 
 def test_module_copies_go_with_their_rows() -> None:

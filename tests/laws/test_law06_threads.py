@@ -47,6 +47,29 @@ def test_no_thread_sees_anothers_adapter(dora: bool) -> None:
     assert wrong == []
 
 
+def test_threads_may_share_a_block_that_keeps_stacks() -> None:
+    model, given = with_adapters(LINEARS, *NAMES), LINEARS.given()
+    expected = {name: answer_of(model, given, name) for name in NAMES}
+    blocks = [(rows, route(model, rows, keep=True)) for rows in ([*NAMES], [*reversed(NAMES)], ["a", "a", "d", "c"])]
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        drawn = random.Random(seed)
+        for _ in range(300):
+            rows, block = drawn.choice(blocks)
+            with block:
+                mixed = run(model, given)
+            if not all(torch.allclose(mixed[i], expected[row][i], atol=1e-5) for i, row in enumerate(rows)):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
 def test_the_face_carries_the_route_with_the_call() -> None:
     model = LINEARS.model()
     wrapped = lorakit.peft.get_peft_model(model, LINEARS.config(init_lora_weights=False), "a")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lorakit.ops import segments
-from lorakit.ops.segments import Routed, Way, reference, segmented
+from lorakit.ops.segments import Routed, Way, reference, segmented, way_of
 
 D = torch.float64
 WAYS: list[Way] = ["masked", "rows", "sorted"]
@@ -265,3 +265,21 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             segmented(*bad)
+
+
+def test_rows_of_no_adapter_do_not_take_the_others_out_of_their_order() -> None:
+    assert Routed(torch.tensor([-1, 0, 1, -1, 2]), 3).in_place
+    assert not Routed(torch.tensor([-1, 1, 0, -1, 2]), 3).in_place
+    assert not Routed(torch.tensor([0, 1]), 3).in_place
+    x, A, B, scales = made()
+    index = torch.tensor([-1, 0, 1, 2, -1, 3])
+    y = segmented(x, A, B, scales, index, way="rows")
+    torch.testing.assert_close(y, reference(x, A, B, scales, index), rtol=1e-12, atol=1e-12)
+
+
+def test_a_product_with_all_adapters_needs_finite_numbers() -> None:
+    """Of which half precision has few: a row times an adapter that is not its own can be too large."""
+    rows = Routed(torch.tensor([0, 1, -1]), 2)
+    assert way_of(torch.ones(3, 1, 7), rows) == "masked"
+    assert way_of(torch.ones(3, 1, 7), rows, only_finite=False) == "rows"
+    assert way_of(torch.ones(3, 1, 7, dtype=torch.float16), rows) == "rows"

@@ -302,7 +302,7 @@ def _scope(
         # were set apart from the default have no word in a scope, so such a model is left as it is.
         if state is None or any(layer.own_route is not None for _, layer in layers(model)):
             return contextlib.nullcontext()
-        return state.override(state.active())
+        return state.override(state.active().keeping())
     if len(adapters) != rows:
         raise UsageError(
             f"There are {rows} prompts and {len(adapters)} adapters; give one adapter, or None, per prompt."
@@ -311,7 +311,7 @@ def _scope(
         return contextlib.nullcontext()
     first = adapters[0]
     if any(name != first for name in adapters):
-        return route(model, list(adapters))
+        return route(model, list(adapters), keep=True)
     return disable(model) if first is None else use(model, first)
 
 

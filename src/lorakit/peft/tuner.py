@@ -286,12 +286,12 @@ class BaseTuner(nn.Module):
         with self.rows(adapter_names), starts:
             yield
 
-    def rows(self, adapter_names: Sequence[str] | None, copies: int = 1) -> contextlib.AbstractContextManager[None]:
+    def rows(self, adapter_names: Sequence[str] | None, copies: int = 0) -> contextlib.AbstractContextManager[None]:
         """A block with one adapter per row; none where `adapter_names` is None.
 
         Args:
             adapter_names: One adapter per row of the batch, "__base__" for the base alone.
-            copies: A batch may also hold each row so many times running (beams).
+            copies: Of a generation: a batch may also hold each row so many times running (beams). 0: one forward.
 
         Raises:
             ConfigError: The model is in training mode, where PEFT refuses mixed batches too.
@@ -308,7 +308,7 @@ class BaseTuner(nn.Module):
         if state is not None and state.chosen.names and not state.active().mentions:
             return contextlib.nullcontext()  # disabled, which PEFT puts above what a call asks for
         rows = [None if name == BASE_NAME else name for name in adapter_names]
-        return core.route(self.model, rows, copies=copies)
+        return core.route(self.model, rows, copies=copies or 1, keep=copies > 0)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters into the base weights; the originals are kept, so `unmerge_adapter` restores their bits.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lorakit.core.layering.operands import is_watched
+from lorakit.core.layering.watched import is_watched
 from lorakit.ops.dropout import dropout
 from lorakit.ops.norm import Norm, normalised
 from lorakit.speed import attention, feed_forward

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layering.operands import is_watched
+from lorakit.core.layering.watched import is_watched
 from lorakit.ops.cross_entropy import IGNORED, linear_cross_entropy
 from lorakit.ops.cross_entropy import Head as Operands
 from lorakit.speed.probing import TOLERANCES

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorakit.core.layering.operands import operand, resolved
 from lorakit.core.routes.forwards import Forwards
-from lorakit.core.routes.routing import Route
+from lorakit.core.routes.route import Route
 from lorakit.ops.adapted import Adapted, factors
 from lorakit.speed.peft_layers import is_peft_linear, peft_operand
 from lorakit.speed.swapping import FORWARDS

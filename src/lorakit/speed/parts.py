@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lorakit.core.layering.operands import is_watched
+from lorakit.core.layering.watched import is_watched
 from lorakit.ops.norm import Norm
 
 ACTIVATIONS: dict[str, str] = {

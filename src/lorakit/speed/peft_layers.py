@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.core.layering.operands import frozen_linear, is_watched, share_dropped
+from lorakit.core.layering.operands import frozen_linear
+from lorakit.core.layering.watched import is_watched, share_dropped
 from lorakit.ops.adapted import Adapted, LowRank
 
 FORWARD = ("peft.tuners.lora.layer", "Linear.forward")

@@ -16,7 +16,8 @@ from lorakit.core.kinds import Kind, Slot
 from lorakit.core.layering.factor import TRAINED, Factor
 from lorakit.core.layering.layer import LoraLayer
 from lorakit.core.merging.merging import merge, unmerge
-from lorakit.core.routes.routing import AdapterState, Route
+from lorakit.core.routes.route import Route
+from lorakit.core.routes.routing import AdapterState
 from lorakit.errors import ConfigTypeError, warn_caller
 
 

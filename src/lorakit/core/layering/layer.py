@@ -18,8 +18,10 @@ from lorakit.core.kinds import Kind, Slot, kind_named, spread
 from lorakit.core.layering.cloning import bare, with_forward
 from lorakit.core.layering.factor import HOLDERS, TRAINED, Factor, Magnitude, carrier
 from lorakit.core.layering.reading import Weights, read_once
+from lorakit.core.layering.stacked import add_stacked
 from lorakit.core.routes.forwards import Forwards
-from lorakit.core.routes.routing import AdapterState, Route, resolve
+from lorakit.core.routes.route import Route
+from lorakit.core.routes.routing import AdapterState, resolve
 from lorakit.core.routes.switching import Switched
 from lorakit.core.variants import At, variant_named
 from lorakit.errors import MergeError, RouteError
@@ -152,9 +154,8 @@ class LoraLayer(Switched):
         """
         kind = self.kind
         down, up = (getattr(self, attribute) for attribute in kind.names)
-        A: Any = factor.A
-        B: Any = factor.B
-        bias: Any = factor.bias
+        made: Any = factor
+        A, B, bias = made.A, made.B, made.bias
         down[name], up[name] = (carrier(A), carrier(B, bias)) if kind.on_disk else (A, B)
         self.lora_dropout[name] = factor.dropout
         if factor.magnitude is not None:
@@ -286,13 +287,12 @@ class LoraLayer(Switched):
 
     def _mixed(self, route: Route, skip: frozenset[str], x: Tensor, y0: Tensor) -> Tensor:
         """Each row of the batch with its own adapter; x (rows, …), y0 (rows, …, out).   [docs/math.md (13)]"""
-        axis, y = self._row_axis(route, x), y0
-        weights: Weights = {}
-        for name, index in route.segments(x.device, x.shape[axis]):
-            if name in self.r and name not in skip:
-                alone = route.alone(name, index)
-                part = self._addition(name, alone, x.index_select(axis, index), y0.index_select(axis, index), weights)
-                y = y.index_add(axis, index, part)
+        axis, weights = self._row_axis(route, x), Weights()
+        here = [s for s in route.segments(x.device, x.shape[axis]) if s[0] in self.r and s[0] not in skip]
+        y, left = add_stacked(self, here, route, x, y0)
+        for name, index in left:
+            own = (x.index_select(axis, index), y0.index_select(axis, index))
+            y = y.index_add(axis, index, self._addition(name, route.alone(name, index), *own, weights))
         return y
 
     def _row_axis(self, route: Route, x: Tensor) -> int:

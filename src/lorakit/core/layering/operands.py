@@ -12,23 +12,11 @@ from typing import Any
 from torch import nn
 
 from lorakit.core.layering.layer import LoraLayer
+from lorakit.core.layering.watched import is_watched, share_dropped
 from lorakit.core.routes.forwards import Forwards
-from lorakit.core.routes.routing import Route, resolve
+from lorakit.core.routes.route import Route
+from lorakit.core.routes.routing import resolve
 from lorakit.ops.linear import Adapted, LowRank
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether something would be passed over if a module's weight were used without calling it.
-
-    That is a hook, or a forward that somebody set on the instance, as device maps do.
-    """
-    return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def operand(module: nn.Module, route: Route | None) -> Adapted | None:
@@ -98,18 +86,3 @@ def frozen_linear(module: nn.Module) -> Adapted | None:
     if bias is not None and bias.requires_grad:
         return None
     return Adapted(weight, bias, None, not is_linear)
-
-
-def share_dropped(dropout: nn.Module) -> float | None:
-    """The share that a dropout drops now, or None where it is no plain dropout.
-
-    Args:
-        dropout: What stands before A.
-    """
-    if isinstance(dropout, nn.Identity):
-        return 0.0
-    if type(dropout) is not nn.Dropout or is_watched(dropout):
-        return None
-    if not dropout.training:
-        return 0.0
-    return dropout.p if dropout.p < 1 else None

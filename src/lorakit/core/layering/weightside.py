@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakit.core.layering.cloning import clone_with
 from lorakit.core.layering.experts import ExpertFactor, expert_factor, experts_forward, shows_tokens
 from lorakit.core.layering.layer import LoraLayer
-from lorakit.core.routes.routing import BASE, Route
+from lorakit.core.routes.route import BASE, Route
 from lorakit.errors import RouteError
 
 

@@ -43,7 +43,8 @@ from lorakit.core.parts.ties import tie_factors, with_ties
 from lorakit.core.parts.token_rows import TokenRows
 from lorakit.core.routes.activation import adapter_parameters
 from lorakit.core.routes.invoking import install, uninstall
-from lorakit.core.routes.routing import AdapterState, Route
+from lorakit.core.routes.route import Route
+from lorakit.core.routes.routing import AdapterState
 from lorakit.default_targets import DEFAULT_TARGETS
 from lorakit.errors import ConfigError
 from lorakit.targets import Match, match_path, resolve

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lorakit.core.layering.cloning import clone_with
 from lorakit.core.layering.layer import LoraLayer
 from lorakit.core.routes.forwards import Forwards
-from lorakit.core.routes.routing import AdapterState, Route, resolve
+from lorakit.core.routes.route import Route
+from lorakit.core.routes.routing import AdapterState, resolve
 from lorakit.errors import RouteError
 
 

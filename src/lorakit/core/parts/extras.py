@@ -20,7 +20,8 @@ from lorakit.core.layering.layer import LoraLayer
 from lorakit.core.parts.bias_switch import BiasSwitch, out_projection
 from lorakit.core.parts.token_rows import NewRows, TokenRows
 from lorakit.core.routes.forwards import Forwards
-from lorakit.core.routes.routing import AdapterState, Route, resolve
+from lorakit.core.routes.route import Route
+from lorakit.core.routes.routing import AdapterState, resolve
 from lorakit.core.routes.switching import Switched
 from lorakit.errors import ConfigError, ConfigTypeError, RouteError, TargetError
 

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from lorakit.core.layering.cloning import clone_with
 from lorakit.core.routes.forwards import Forwards
-from lorakit.core.routes.routing import AdapterState, Route, resolve
+from lorakit.core.routes.route import Route
+from lorakit.core.routes.routing import AdapterState, resolve
 from lorakit.core.routes.switching import Switched
 from lorakit.errors import MergeError, RouteError
 

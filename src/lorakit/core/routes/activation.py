@@ -12,7 +12,8 @@ from lorakit.core.layering.sitemap import find_state, state_of
 from lorakit.core.layering.walking import walk
 from lorakit.core.making.checks import check_known
 from lorakit.core.parts.bias_switch import BiasSwitch
-from lorakit.core.routes.routing import BASE, CheckpointContexts, Override, Route
+from lorakit.core.routes.route import BASE, Route
+from lorakit.core.routes.routing import CheckpointContexts, Override
 from lorakit.core.routes.switching import Switched
 from lorakit.errors import RouteError
 
@@ -52,7 +53,7 @@ def use(model: nn.Module, *names: str) -> Override:
     return state.override(Route(tuple(dict.fromkeys(names))))
 
 
-def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1) -> Override:
+def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep: bool = False) -> Override:
     """A block in which each row of the batch has its own adapter.
 
     Args:
@@ -60,6 +61,10 @@ def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1) -> O
         rows: One name per row of the batch, None for the base alone.
         copies: A batch may also hold each row so many times running, as beam search repeats prompts for a decoder
             whose encoder saw each once.
+        keep: Where no gradient is recorded, the factors of the rows' adapters are put together in stacks. Keep them for
+            all forwards of the block, as a generation wants it, until it is dropped: they take the memory of these
+            adapters in the base's dtype. Adapters that are changed meanwhile are stacked anew, but a write through
+            `.data` leaves no trace and is not seen.
 
     Raises:
         RouteError: There is no such adapter, no rows, or copies is below 1.
@@ -70,7 +75,8 @@ def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1) -> O
     if copies < 1:
         raise RouteError(f"`route` was given copies={copies!r}; it must be a whole number of at least 1.")
     state.check(rows)
-    return state.override(Route(rows=tuple(rows), copies=copies))
+    wanted = Route(rows=tuple(rows), copies=copies)
+    return state.override(wanted.keeping() if keep else wanted)
 
 
 def disable(model: nn.Module) -> Override:

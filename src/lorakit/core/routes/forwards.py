@@ -15,7 +15,7 @@ from torch import Tensor
 from lorakit.errors import RouteError
 
 if TYPE_CHECKING:
-    from lorakit.core.routes.routing import Route
+    from lorakit.core.routes.route import Route
 
 What = TypeVar("What")
 

@@ -12,120 +12,18 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lorakit.config import LoraConfig
 from lorakit.core.routes.forwards import Forwards, Traces
+from lorakit.core.routes.route import BASE, Route
 from lorakit.core.routes.starts import Starts
 from lorakit.errors import RouteError
-
-
-@dataclass(frozen=True)
-class Route:
-    """Which adapters a forward uses.
-
-    Attributes:
-        names: Adapters that act on every row, in the order given; none of them is the base alone.
-        rows: One adapter per row of the batch (None: the base alone), or None where all rows are alike.
-        copies: A batch may also hold each row so many times running: beams, of which an encoder sees one.
-        starts: Where adapters that wait for their invocation begin in this forward, or None where that is not known.
-        mentions: Every adapter that some row uses.
-    """
-
-    names: tuple[str, ...] = ()
-    rows: tuple[str | None, ...] | None = None
-    copies: int = 1
-    _indices: dict[tuple[torch.device, int], list[tuple[str, Tensor]]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-    starts: Starts | None = field(default=None, compare=False)
-    mentions: frozenset[str] = field(init=False, repr=False, compare=False)  # not cached: dynamo cannot trace the lock
-
-    def __post_init__(self) -> None:
-        some = self.names if self.rows is None else filter(None, self.rows)
-        object.__setattr__(self, "mentions", frozenset(some))
-
-    def begun(self, starts: Starts | None) -> Route:
-        """The same route in a forward whose starts are known, or without any; a route that has some keeps them."""
-        if starts is None or self.starts is not None:
-            return self
-        if id(self) not in starts.begun:  # once per forward, not per layer
-            starts.begun[id(self)] = (self, self._like(starts))
-        return starts.begun[id(self)][1]
-
-    def named(self) -> Route:
-        """The route without what is true in one forward alone."""
-        return self if self.starts is None else self._like(None)
-
-    def _like(self, starts: Starts | None) -> Route:
-        route = Route(self.names, self.rows, self.copies, starts)
-        object.__setattr__(route, "_indices", self._indices)
-        return route
-
-    def alone(self, name: str, index: Tensor) -> Route:
-        """One adapter on its rows of a mixed batch.
-
-        Args:
-            name: The adapter.
-            index: Numbers of its rows, (rows of it,).
-        """
-        return Route((name,), starts=None if self.starts is None else self.starts.of_rows(name, index))
-
-    def acting(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """What tells an adapter where it acts, z (rows, positions, out) -> mask, or None where that is not known."""
-        return None if self.starts is None else partial(self.starts.mask, name)
-
-    def common_to_all(self, names: frozenset[str]) -> bool:
-        """Whether every row uses each of these adapters."""
-        if self.rows is None:
-            return names <= set(self.names)
-        return all(names <= {row} for row in self.rows)
-
-    def rows_of(self, size: int) -> tuple[str | None, ...] | None:
-        """The adapter of each row of a batch, or None where the route does not fit it.
-
-        Args:
-            size: Rows of the batch.
-        """
-        rows = self.rows or ()
-        if size == len(rows):
-            return rows
-        return tuple(row for row in rows for _ in range(self.copies)) if size == len(rows) * self.copies else None
-
-    def segments(self, device: torch.device, size: int) -> list[tuple[str, Tensor]]:
-        """The rows of each adapter, made once per device and size and kept.
-
-        Args:
-            device: Where the indices shall live.
-            size: Rows of the batch, which the route fits.
-
-        Returns:
-            Pairs of an adapter and its row numbers, (rows of it,) int64; rows of the base appear in none.
-        """
-        if (device, size) not in self._indices:
-            rows = self.rows_of(size) or ()
-            self._indices[device, size] = [
-                (name, torch.tensor([i for i, row in enumerate(rows) if row == name], device=device))
-                for name in dict.fromkeys(filter(None, rows))
-            ]
-        return self._indices[device, size]
-
-    def describe(self) -> str:
-        """The route in words, for messages."""
-        if self.rows is not None:
-            return "rows " + ", ".join(row or "base" for row in self.rows)
-        return "adapter " + " + ".join(self.names) if self.names else "the base alone"
-
-
-BASE = Route()
-"""The base alone."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.core.routes.routing import BASE, AdapterState, Route
+from lorakit.core.routes.route import BASE, Route
+from lorakit.core.routes.routing import AdapterState
 from lorakit.errors import warn_caller
 
 

@@ -1,0 +1,143 @@
+"""Claim: decoding 32 rows that each have their own adapter costs at most twice what the base alone costs.
+
+python benchmarks/bench_decode.py [--adapters 1 8 32 128] [--rounds 5] [--tokens 6] [--rows 32] [--dtype bfloat16]
+
+SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, fp32 factors; one token a row and step,
+with the cache of keys and values that a prompt of 16 tokens left. K adapters are dealt over the rows in turn; where
+there are more adapters than rows, there are as many rows. Sides: the base alone; lorakit with an adapter per row, its
+stacks kept as `generate_batch` keeps them; the same without keeping them; lorakit with one adapter on all rows; peft
+with `adapter_names`. All run the same loop over the same tokens, in one process, in turn: a round has the prompt (not
+counted) and some tokens of every side, and begins with another side than the one before.
+
+A row has the seconds a token of all rows takes, and the ratio of its median to that of the base with as many rows. The
+numbers go into results/decode.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from runner import append_row
+from stepping import Job, adapter_fields, geometry
+
+BASE, MIXED, PASSING, ONE = "base alone", "lorakit", "lorakit, nothing kept", "lorakit, one adapter"
+PEFT = "peft"
+SIDES = (BASE, MIXED, PASSING, ONE, PEFT)
+PROMPT = 16
+
+Forward = Callable[..., Any]
+"""What a model's forward takes -> its output."""
+
+
+def main() -> None:
+    options = parsed()
+    for adapters in options.adapters:
+        rows = max(options.rows, adapters)
+        forwards = forwards_of(options, [str(k % adapters) for k in range(rows)])
+        report(options, adapters, rows, decoded(forwards, rows, options))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try things")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=6, help="of each side in a round, after the prompt")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    return parser.parse_args()
+
+
+def forwards_of(options: argparse.Namespace, names: list[str]) -> dict[str, Forward]:
+    """The forward of each side, all over the same weights."""
+    import torch
+
+    from lorakit import core
+    from lorakit.config import LoraConfig
+
+    torch.manual_seed(0)
+    job = Job(dtype=options.dtype, layers=options.layers)
+    base, ours = (geometry(job).eval().requires_grad_(False) for _ in range(2))
+    ours.load_state_dict(base.state_dict())
+    fields = adapter_fields(job)
+    for name in dict.fromkeys(names):
+        core.attach(ours, LoraConfig(**fields, init_lora_weights=False), name)
+    blocks = {
+        MIXED: core.route(ours, names, keep=True),
+        PASSING: core.route(ours, names),
+        ONE: core.use(ours, names[0]),
+    }
+    found: dict[str, Forward] = {BASE: base}
+    for side, block in blocks.items():
+        found[side] = within(block, ours)
+    if PEFT in options.sides:
+        theirs = of_peft(base, fields, dict.fromkeys(names), job)
+        found[PEFT] = lambda **given: theirs(adapter_names=names, **given)
+    return {side: found[side] for side in options.sides}
+
+
+def of_peft(base: Any, fields: Mapping[str, Any], names: Mapping[str, None], job: Job) -> Any:
+    """A model of peft's with so many adapters over a copy of the base."""
+    import peft
+
+    model = geometry(job).eval()
+    model.load_state_dict(base.state_dict())
+    first, *others = names
+    config = peft.LoraConfig(**fields, init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config, adapter_name=first)
+    for name in others:
+        wrapped.add_adapter(name, config)
+    return wrapped.eval()
+
+
+def within(block: contextlib.AbstractContextManager[None], model: Any) -> Forward:
+    """A forward inside a block that is entered anew for each, as `generate_batch` enters it."""
+
+    def forward(**given: Any) -> Any:
+        with block:
+            return model(**given)
+
+    return forward
+
+
+def decoded(forwards: dict[str, Forward], rows: int, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each token of all rows, by side; the first round does not count."""
+    import torch
+
+    prompt = torch.randint(0, 49152, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
+    following = torch.randint(0, 49152, (options.tokens, rows, 1), generator=torch.Generator().manual_seed(1))
+    seconds: dict[str, list[float]] = {side: [] for side in forwards}
+    sides = list(forwards)
+    with torch.no_grad():
+        for number in range(options.rounds + 1):
+            turned = number % len(sides)
+            for side in sides[turned:] + sides[:turned]:
+                cache = forwards[side](input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+                for ids in following:
+                    began = time.perf_counter()
+                    forwards[side](input_ids=ids, past_key_values=cache, use_cache=True)
+                    if number:
+                        seconds[side].append(time.perf_counter() - began)
+    return seconds
+
+
+def report(options: argparse.Namespace, adapters: int, rows: int, seconds: dict[str, list[float]]) -> None:
+    """A row for each side."""
+    import torch
+
+    base = statistics.median(seconds[BASE]) if BASE in seconds else None
+    for side, taken in seconds.items():
+        facts: dict[str, Any] = {"what": side, "adapters": adapters, "rows": rows, "dtype": options.dtype}
+        facts |= {"layers": options.layers, "prompt": PROMPT, "threads": torch.get_num_threads()}
+        facts["times_base"] = base and round(statistics.median(taken) / base, 3)
+        append_row("decode", facts, {"seconds": taken})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Stacks of factors in mixed batches: what is taken at once, what is kept and for how long, and what is seen in time."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorakit.config import LoraConfig
+from lorakit.core import attach, detach, disable, route, use
+from lorakit.core.layering import stacked
+from lorakit.core.routes.routing import resolve
+
+from ...laws.tolerances import assert_close, assert_differs
+from ...laws.zoo import LINEARS, randomise, run, with_adapters
+
+NAMES = ["a", "b", "c", "d", "e"]
+ROWS = ["b", "a", None, "c", "d", "e", "b"]
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The adapters of every stack that is made."""
+    found: list[list[str]] = []
+    make = stacked._stack
+
+    def noted(names: Any, factors: Any, dtype: torch.dtype) -> Any:
+        found.append(list(names))
+        return make(names, factors, dtype)
+
+    monkeypatch.setattr(stacked, "_stack", noted)
+    return found
+
+
+def model_with(*names: str, **fields: Any) -> nn.Module:
+    return with_adapters(LINEARS, *names, **fields)
+
+
+def given() -> Tensor:
+    return LINEARS.given(rows=len(ROWS))
+
+
+def expected(model: nn.Module, rows: list[str | None] = ROWS) -> Tensor:
+    answers = []
+    for row, name in enumerate(rows):
+        with use(model, name) if name else disable(model):
+            answers.append(run(model, given())[row])
+    return torch.stack(answers)
+
+
+def test_a_block_that_keeps_makes_them_once(made: list[list[str]]) -> None:
+    model = model_with(*NAMES)
+    block = route(model, ROWS, keep=True)
+    for _ in range(3):
+        with block:
+            assert_close(run(model, given()), expected(model), torch.float32)
+    assert made == [["b", "a", "c", "d", "e"]] * 2  # of two sites
+    with route(model, ROWS):
+        run(model, given())
+        run(model, given())
+    assert len(made) == 6
+
+
+def test_few_adapters_in_one_forward_need_none(made: list[list[str]]) -> None:
+    model = model_with(*NAMES)
+    with route(model, ["a", "b", None, "c", "c", "a", "b"]):
+        run(model, given())
+    assert not made
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "a number": lambda model: model.up.lora_A["c"].weight.mul_(3),
+    "a number of B": lambda model: model.up.lora_B["c"].weight.mul_(3),
+    "other data": lambda model: setattr(model.up.lora_B["c"].weight, "data", torch.ones(20, 4)),
+    "another parameter": lambda model: setattr(model.up.lora_A["c"], "weight", nn.Parameter(torch.ones(4, 12))),
+    "the scale": lambda model: model.up.scaling.update(c=7.0),
+    "another adapter of that name": lambda model: again(model),
+    "without it": lambda model: model.up.remove("c"),
+}
+
+
+def again(model: nn.Module) -> None:
+    detach(model, "c")
+    attach(model, LINEARS.config(r=9, use_dora=True), "c")
+    randomise(model, "c", 77)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_meanwhile_is_seen(change: str) -> None:
+    model = model_with(*NAMES)
+    block = route(model, ROWS, keep=True)
+    with torch.no_grad(), block:
+        before = run(model, given())
+        CHANGES[change](model)
+    wanted = expected(model)
+    with block:
+        after = run(model, given())
+    assert_close(after, wanted, torch.float32)
+    assert_differs(after[3], before[3], torch.float32)
+
+
+def test_what_leaves_no_trace_is_seen_where_nothing_is_kept() -> None:
+    model = model_with(*NAMES)
+    with route(model, ROWS):
+        before = run(model, given())
+        model.up.lora_A["c"].weight.data.mul_(3)
+        after = run(model, given())
+    assert_close(after, expected(model), torch.float32)
+    assert_differs(after[3], before[3], torch.float32)
+
+
+def test_stacks_go_with_their_block() -> None:
+    model = model_with(*NAMES)
+    block = route(model, ROWS, keep=True)
+    with block:
+        run(model, given())
+        found, _ = resolve(model.up.state, None, model.up.forwards)
+    assert found.kept is not None
+    stacks = [weakref.ref(stack.A) for one in found.kept.values() for stack in one.stacks]
+    assert stacks
+    assert all(stack() is not None for stack in stacks)
+    del block, found
+    gc.collect()
+    assert all(stack() is None for stack in stacks)
+    with route(model, ROWS, keep=True):
+        run(model, given())
+        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for one in copies:
+        assert_close(expected(one), expected(model), torch.float32)
+
+
+def test_what_is_not_plain_goes_one_by_one(made: list[list[str]]) -> None:
+    model = model_with("a", "b")
+    attach(model, LINEARS.config(use_dora=True), "c")
+    attach(model, LINEARS.config(lora_bias=True), "d")
+    attach(model, LINEARS.config(r=7, use_rslora=True), "e")
+    for seed, name in enumerate("cde"):
+        randomise(model, name, seed)
+    with route(model, ROWS):
+        assert_close(run(model, given()), expected(model), torch.float32)
+    assert made == [["b", "a", "e"]] * 2
+
+
+def test_dropout_acts_where_the_model_trains(made: list[list[str]]) -> None:
+    model = model_with(*NAMES, lora_dropout=0.5)
+    block = route(model, ROWS, keep=True)
+    with block:
+        still = run(model, given())
+        first, second = (run(model.train(), given()) for _ in range(2))
+        assert torch.equal(run(model.eval(), given()), still)
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(first[2], second[2])  # the base alone
+    assert len(made) == 4
+
+
+def test_ranks_far_apart_have_stacks_of_their_own(made: list[list[str]]) -> None:
+    model = LINEARS.model()
+    for seed, (name, rank) in enumerate({"a": 2, "b": 12, "c": 3, "d": 8, "e": 1}.items()):
+        attach(model, LoraConfig(r=rank, target_modules=["square"]), name)
+        randomise(model, name, seed)
+    with route(model, ROWS):
+        assert_close(run(model, given()), expected(model), torch.float32)
+    assert made == [["b", "d"], ["a", "c"], ["e"]]
+
+
+def test_gradients_have_the_way_that_records_all_of_them(made: list[list[str]]) -> None:
+    model = model_with(*NAMES)
+    x = given().requires_grad_()
+    with route(model, ROWS, keep=True):
+        first = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0]
+        assert torch.autograd.grad(first.sum(), x)[0].abs().max() > 0
+    assert not made
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_damaged_adapter_reaches_its_own_rows_only(keep: bool) -> None:
+    model = model_with(*NAMES)
+    with torch.no_grad():
+        model.up.lora_A["a"].weight[0, 0] = torch.nan
+        model.square.lora_B["a"].weight[0, 0] = torch.inf
+    with route(model, ROWS, keep=keep):
+        finite = run(model, given()).isfinite().all(1)
+    assert finite.tolist() == [name != "a" for name in ROWS]
+
+
+def test_the_bases_output_stays_as_whoever_saw_it_has_it() -> None:
+    model, seen = model_with(*NAMES), []
+    model.up.base_layer.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+    with route(model, ROWS):
+        run(model, given())
+    assert all(torch.equal(now, then) for now, then in seen)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_autocast_and_inference_mode(keep: bool) -> None:
+    model = model_with(*NAMES)
+    block = route(model, ROWS, keep=keep)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = expected(model)
+        with block:
+            mixed = run(model, given())
+    assert mixed.dtype == torch.bfloat16
+    assert_close(mixed, wanted, torch.bfloat16)
+    with torch.inference_mode(), block:
+        assert_close(model(given()), expected(model), torch.float32)
+    with block:
+        assert_close(run(model, given()), expected(model), torch.float32)
+
+
+def test_adapters_made_in_inference_mode_are_never_kept(made: list[list[str]]) -> None:
+    with torch.inference_mode():
+        model = model_with(*NAMES)
+        with route(model, ROWS, keep=True):
+            first, second = model(given()), model(given())
+        assert torch.equal(first, second)
+        assert_close(first, expected(model), torch.float32)
+    assert len(made) == 4
