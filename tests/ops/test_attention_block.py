@@ -150,6 +150,51 @@ def test_value_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None
         torch.testing.assert_close(attention_block(x, block, *rest), reference(x, block, *rest), rtol=1e-11, atol=1e-11)
 
 
+WANTED = torch.tensor([0, 3, 4, 11, 17])
+"""Of the BATCH × TOKENS tokens."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_wanted_rows_alone(name: str) -> None:
+    made, *rest = CASES[name]
+    block, x = block_of(**made), an_input()
+    ours = found(attention_block, x, block, *rest, WANTED)
+    assert ours[0].shape == (len(WANTED), WIDTH)
+    torch.testing.assert_close(ours, found(reference, x, block, *rest, WANTED), rtol=1e-11, atol=1e-11)
+    every = torch.arange(BATCH * TOKENS)
+    torch.testing.assert_close(
+        found(attention_block, x, block, *rest, every), found(reference, x, block, *rest, every), rtol=1e-11, atol=1e-11
+    )
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "flash"])
+def test_gradcheck_of_the_wanted_rows_with_every_dropout(name: str) -> None:
+    made, pattern, *rest = CASES[name]
+    block, x = block_of(**made, p=0.2, dropout=0.3), an_input()
+    pattern = pattern if name == "flash" else replace(pattern, dropout=0.4)
+
+    def run(x: Tensor, *_: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return attention_block(x, block, pattern, *rest, WANTED)
+
+    assert torch.autograd.gradcheck(run, tuple(leaves(x, block)), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "flash"])
+def test_the_wanted_rows_under_autocast(name: str) -> None:
+    made, *rest = CASES[name]
+    block, x = in_dtype(block_of(**made), torch.float32, torch.float32), an_input(dtype=torch.float32)
+
+    def picked(*given: Any) -> Tensor:
+        return attention_block(*given).flatten(0, 1)[WANTED]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, all_of_them = found(attention_block, x, block, *rest, WANTED), found(picked, x, block, *rest)
+    for a, b in zip(ours, all_of_them, strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        assert (a - b).norm() <= 1e-2 * b.norm()
+
+
 @pytest.mark.parametrize("name", ["Qwen3", "Gemma-2", "GPT-2"])
 def test_gradcheck_with_dropout(name: str) -> None:
     made, *rest = CASES[name]
@@ -302,6 +347,18 @@ def test_what_is_kept_where_only_the_output_is_trained() -> None:
     assert low is not None
     expected = block.output.W.numel() + low.A.numel() + low.B.numel() + tokens * (HEADS * HEAD + len(low.A))
     assert kept_bytes(lambda: attention_block(x, block, *rest)) == 8 * expected
+
+
+@pytest.mark.parametrize(("name", "whole"), [("Llama", 0), ("flash", 1)])
+def test_what_is_kept_of_the_wanted_rows(name: str, whole: int) -> None:
+    """Of what the heads gave, the wanted rows alone, unless attention's own backward asks for it."""
+    made, *rest = CASES[name]
+    block, x = block_of(**made), an_input()
+    less = kept_bytes(lambda: attention_block(x, block, *rest)) - kept_bytes(
+        lambda: attention_block(x, block, *rest, WANTED)
+    )
+    unwanted = BATCH * TOKENS - len(WANTED)
+    assert less == 8 * unwanted * ((1 - whole) * HEADS * HEAD + 3)  # and of A's product of the output
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -89,8 +89,15 @@ class SelfAttention:
                 norm.refuse_trained_norm(own)
 
 
-def reference(x: Tensor, block: SelfAttention, pattern: Pattern, turn: Rotary | None, residual: bool) -> Tensor:
-    """What `attention_block` computes of x (B, T, d), in plain PyTorch and without dropout -> (B, T, d)."""
+def reference(
+    x: Tensor,
+    block: SelfAttention,
+    pattern: Pattern,
+    turn: Rotary | None,
+    residual: bool,
+    wanted: Tensor | None = None,
+) -> Tensor:
+    """What `attention_block` computes of x (B, T, d), in plain PyTorch and without dropout -> (B, T, d) or (n, d)."""
     n = x if block.norm is None else norm.reference(x, block.norm)
     parts = linear.reference(n, block.inputs)
     q, k, v = parts[0].split(block.widths, -1) if len(parts) == 1 else parts
@@ -103,7 +110,8 @@ def reference(x: Tensor, block: SelfAttention, pattern: Pattern, turn: Rotary | 
         heads[:2] = (rotary.reference(part, turn) for part in heads[:2])
     out = attending.reference(heads[0], heads[1], heads[2], pattern)
     y = linear.reference(out.transpose(1, 2).flatten(2), [block.output])[0]
-    return x + y if residual else y
+    y = x + y if residual else y
+    return y if wanted is None else y.flatten(0, 1)[wanted]
 
 
 def attention_block(
@@ -112,11 +120,13 @@ def attention_block(
     pattern: Pattern | None = None,
     turn: Rotary | None = None,
     residual: bool = False,
+    wanted: Tensor | None = None,
 ) -> Tensor:
-    """Attention with all that is around it: [docs/math.md (83)]. x (B, T, d) -> (B, T, d).
+    """Attention with all that is around it: [docs/math.md (83)]. x (B, T, d) -> (B, T, d), or (n, d) where wanted.
 
     block: the projections with their adapters, and the norms; pattern: who sees whom; turn: the tables of rotary
-    positions, or None; residual: add x. Gradients go to x and to the factors A and B.
+    positions, or None; residual: add x; wanted: which of the B·T tokens go through the output projection, sorted (n,),
+    or None for all. Gradients go to x and to the factors A and B.
 
     Raises:
         ValueError: Shapes do not fit, a weight of the base asks for a gradient, or the pattern has no way.
@@ -126,14 +136,14 @@ def attention_block(
         raise ValueError(f"attention_block takes x (batch, tokens, width), and was given {tuple(x.shape)}")
     block.check()
     if torch.is_autocast_enabled(x.device.type):
-        return _under_autocast(x, block, pattern, turn, residual)
-    form = _Form(block, pattern, turn, residual)
+        return _under_autocast(x, block, pattern, turn, residual, wanted)
+    form = _Form(block, pattern, turn, residual, wanted)
     flat = factors(block.projections)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat)):
         y = _AttentionBlock.apply(x, form, *flat)
     else:
         y = _forward(x, form)[0]
-    return unflat(y, x)  # here: an output that is a view could not be changed in place
+    return y if wanted is not None else unflat(y, x)  # here: a view could not be changed in place
 
 
 class _Form(NamedTuple):
@@ -141,6 +151,11 @@ class _Form(NamedTuple):
     pattern: Pattern
     turn: Rotary | None
     residual: bool
+    wanted: Tensor | None
+
+    def picked(self, t: Tensor) -> Tensor:
+        """The wanted of the rows t (N, width)."""
+        return t if self.wanted is None or len(t) == len(self.wanted) else t.index_select(0, self.wanted)
 
 
 class _Made(NamedTuple):
@@ -155,18 +170,22 @@ class _Made(NamedTuple):
     groups: tuple[Group, Group]
 
 
-def _under_autocast(x: Tensor, block: SelfAttention, pattern: Pattern, turn: Rotary | None, residual: bool) -> Tensor:
+def _under_autocast(
+    x: Tensor, block: SelfAttention, pattern: Pattern, turn: Rotary | None, residual: bool, wanted: Tensor | None
+) -> Tensor:
     """As autocast has it: the norm and the residual in the dtype of x, what is between them in autocast's."""
     dtype = torch.get_autocast_dtype(x.device.type)
     n = x if block.norm is None else norm.normalised(x, block.norm)
     with as_written(x):
-        y = attention_block(n.to(dtype), replace(block, norm=None), pattern, turn)
-    return x + y if residual else y
+        y = attention_block(n.to(dtype), replace(block, norm=None), pattern, turn, wanted=wanted)
+    if residual:
+        y = (x if wanted is None else x.flatten(0, 1).index_select(0, wanted)) + y
+    return y
 
 
 def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Made]:
-    """The output rows (N, d), and what was made on the way."""
-    block, pattern, turn, residual = form
+    """The output rows (N or as many as are wanted, d), and what was made on the way."""
+    block, pattern, turn, residual, _ = form
     flat, (batch, tokens, _) = rows(x), x.shape
     n, stats = (flat, ()) if block.norm is None else block.norm.forward(flat)
     ins, outs = Group(block.inputs, x.dtype), Group([block.output], x.dtype)
@@ -184,7 +203,7 @@ def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Made]:
     del parts, split
     out, *saved = attending.forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), pattern)
     given = out.transpose(1, 2).view(len(flat), -1)
-    y, record = join(outs.forward(given)[0], flat if residual else None, block.dropout)
+    y, record = join(outs.forward(form.picked(given))[0], form.picked(flat) if residual else None, block.dropout)
     kept = raw[0] if block.q_norm else q, raw[1] if block.k_norm else k, v
     return y, _Made(stats, kept, (q_stats, k_stats), given, saved, record, (ins, outs))
 
@@ -218,10 +237,11 @@ class _AttentionBlock(torch.autograd.Function):
         # where neither x nor a projection of it is trained, nothing goes back through the attention
         ctx.deep = ctx.needs_input_grad[0] or any(A or B for A, B in ins.trains)
         wants_x = ins.needs_x or (form.block.norm is not None and ctx.needs_input_grad[0])
-        wants_out = outs.needs_x or (ctx.deep and made.saved[0] is not None)
+        whole = ctx.deep and made.saved[0] is not None  # for attention's own backward
+        out = made.out if whole else form.picked(made.out) if outs.needs_x else None
         (ctx.ins, inputs), (ctx.outs, output) = ins.pack(), outs.pack()
         through = [[x if wants_x else None, *made.saved], made.heads, made.stats, *made.own, inputs]
-        parts = [[made.out if wants_out else None, made.record], output, *(through if ctx.deep else ())]
+        parts = [[out, made.record], output, *(through if ctx.deep else ())]
         ctx.form, ctx.shape, ctx.counts = form, x.shape, [len(part) for part in parts]
         ctx.save_for_backward(*(tensor for part in parts for tensor in part))
         return y
@@ -229,27 +249,32 @@ class _AttentionBlock(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        tensors = iter(ctx.saved_tensors)
+        tensors, form, wanted = iter(ctx.saved_tensors), ctx.form, ctx.form.wanted
         (out, record), output, *through = ([next(tensors) for _ in range(count)] for count in ctx.counts)
         with as_written(dy):
             dy = rows(dy)
-            dlast = join_backward(dy, record, ctx.form.block.dropout)
-            given, last = Group.unpack(ctx.outs, output).backward(out, [dlast], need_dx=ctx.deep)
+            dlast = join_backward(dy, record, form.block.dropout)
+            read = None if out is None else form.picked(out)
+            given, last = Group.unpack(ctx.outs, output).backward(read, [dlast], need_dx=ctx.deep)
             if given is None:
-                return (None, None, *(None for _ in ctx.form.block.inputs for _ in range(2)), *last[0])
+                return (None, None, *(None for _ in form.block.inputs for _ in range(2)), *last[0])
             (x, *saved), heads, stats, q_stats, k_stats, inputs = through
-            dparts = _back_to_projections(given, heads, (q_stats, k_stats), (out, *saved), ctx.form)
-            del given, dlast
-            ins, own = Group.unpack(ctx.ins, inputs), ctx.form.block.norm
+            if wanted is not None:
+                given = given.new_zeros(heads[0].shape[:2].numel(), given.shape[1]).index_copy_(0, wanted, given)
+            dparts = _back_to_projections(given, heads, (q_stats, k_stats), (out, *saved), form)
+            del given, dlast, read
+            ins, own = Group.unpack(ctx.ins, inputs), form.block.norm
             flat = None if x is None else rows(x)
             n = own.again(flat, stats) if own is not None and ins.needs_x else flat
             dx, grads = ins.backward(n, dparts, ctx.needs_input_grad[0], owned=own is not None and ins.needs_x)
             if dx is not None:
-                add = dy if ctx.form.residual else None
+                add = dy if form.residual and wanted is None else None
                 if own is not None:
                     dx = own.backward(dx, flat, stats, add)
                 elif add is not None:
                     dx.add_(add)
+                if form.residual and wanted is not None:
+                    dx.index_add_(0, wanted, dy)
                 dx = dx.view(ctx.shape)
         return (dx, None, *(grad for pair in (*grads, *last) for grad in pair))
 
@@ -262,7 +287,7 @@ def _back_to_projections(
     form: _Form,
 ) -> list[Tensor]:
     """The gradients of what the projections gave, (N, width) each, from that of the attention's output (N, H·D)."""
-    block, pattern, turn, _ = form
+    block, pattern, turn, *_ = form
     shape = (*heads[0].shape[:2], -1, block.head_dim)
     owns = (block.q_norm, block.k_norm, None)
     operands = [_as_attended(*three, form) for three in zip(heads, (*stats, ()), owns, strict=True)]
@@ -272,7 +297,8 @@ def _back_to_projections(
     else:
         made = grads = [given.new_empty(len(given), width) for width in block.widths]
     by_head = [grad.view(shape) for grad in grads]
-    out = None if saved[0] is None else saved[0].view(shape).transpose(1, 2)
+    # only with what flash gave besides is the output asked for, and whole
+    out = None if saved[0] is None or saved[1] is None else saved[0].view(shape).transpose(1, 2)
     dq, dk, dv = (grad.transpose(1, 2) for grad in by_head)
     q, k, v = (operand.transpose(1, 2) for operand in operands)
     kept = (out, saved[1], saved[2])
