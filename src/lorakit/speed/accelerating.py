@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from lorakit.errors import ModelError
 from lorakit.speed import attention, decoder, dropouts, encoder, feed_forward, linear, norms
-from lorakit.speed.head import Head, head_for
+from lorakit.speed.head import Head, head_for, last_layer_for
+from lorakit.speed.last_layer import LastLayer
 from lorakit.speed.loss import LossWithoutLogits, loss_for
 from lorakit.speed.packing import obeys
 from lorakit.speed.probing import Call, calls, disagreement
@@ -164,12 +165,33 @@ def accelerate(model: nn.Module, *, logits: bool = True) -> Acceleration:
     known = head_for(head, given, getattr(output, "logits", None), getattr(model, "config", None))
     fused, reason = (known, "") if isinstance(known, Head) else (None, known)
     swaps = _swapped(model, fast, fused, head)
+    last = None if fused is None else _last(model, fast, tuple(found))
+    if fused is not None and last is not None:
+        fused.last = last_layer_for(model, fused, last, found[""], output)
     packs = _may_pack(model, fast) and obeys(model)
     loss = None if logits or fused is None else _loss(model, fused)
     reason = loss if isinstance(loss, str) else reason
     return Acceleration(
         tuple(swaps), tuple(left), fused, reason, packs, loss if isinstance(loss, LossWithoutLogits) else None
     )
+
+
+def _last(model: nn.Module, fast: dict[str, tuple[nn.Module, Recipe]], order: tuple[str, ...]) -> LastLayer | None:
+    """The decoder layer that a forward came to last, and what may read it, or None where the model has none of ours.
+
+    Args:
+        model: The model, with all stand-ins in place.
+        fast: What has one.
+        order: Paths of modules as a forward ended with them; "" is the head.
+    """
+    layers = [path for path in order if path in fast and fast[path][1].run is decoder.run]
+    if not layers:
+        return None
+    path, head = layers[-1], _head(model)
+    above = [path[:place] for place, letter in enumerate(path) if letter == "."]
+    holding = [holder for one in above if head not in (holder := model.get_submodule(one)).modules()]
+    behind = [model.get_submodule(one) for one in order[order.index(path) + 1 :] if one]
+    return LastLayer(model.get_submodule(path), (*holding, *behind), getattr(model, "config", None))
 
 
 def _nothing(model: nn.Module, reason: str) -> Acceleration:

@@ -12,6 +12,7 @@ from lorakit.ops.attention_block import SelfAttention, attention_block
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
+from lorakit.speed.last_layer import KEYWORD
 from lorakit.speed.masks import under
 from lorakit.speed.operands import acting_in, forwards_of
 from lorakit.speed.parts import by_name, is_usual, norm_of, share_of, unknown_words
@@ -34,6 +35,7 @@ WORDS = frozenset(
 READ = frozenset(
     {"attention_mask", "position_embeddings", "hidden_states", "cache", "past_key_values", "use_cache", "position_ids"}
     | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "output_router_logits"}
+    | {KEYWORD}
 )
 """Arguments of a call that are read or change nothing here; another one that is given sends the call back."""
 
@@ -102,7 +104,13 @@ def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any)
 
 
 def attention(
-    module: nn.Module, x: Tensor, norm: Norm | None, call: dict[str, Any], *, residual: bool
+    module: nn.Module,
+    x: Tensor,
+    norm: Norm | None,
+    call: dict[str, Any],
+    *,
+    residual: bool,
+    wanted: Tensor | None = None,
 ) -> Tensor | None:
     """Attention with the norm before it and the residual after it.
 
@@ -112,9 +120,10 @@ def attention(
         norm: The norm before it, or None.
         call: The call's arguments by name.
         residual: Add x.
+        wanted: Which tokens go through the output projection, laid flat (n,), or None for all.
 
     Returns:
-        (B, T, d), or None where the module's own forward has to run.
+        (B, T, d), or (n, d) of the wanted ones; None where the module's own forward has to run.
     """
     shape = shape_of(module)
     if shape is None or not is_usual(x) or x.ndim != 3 or not _is_plain(call):
@@ -134,7 +143,7 @@ def attention(
     *inputs, output = operands = acting.operands
     kv_heads = _kv_heads(module, shape, operands)
     block = SelfAttention(tuple(inputs), output, shape.head_dim, kv_heads, norm, norms[0], norms[1], shares[1])
-    y = attention_block(x, block, pattern, None if turn is None else Rotary(*turn), residual)
+    y = attention_block(x, block, pattern, None if turn is None else Rotary(*turn), residual, wanted)
     acting.note(y)
     return y
 

@@ -10,6 +10,7 @@ from lorakit.core.layering.watched import is_watched
 from lorakit.ops.dropout import dropout
 from lorakit.ops.norm import Norm, normalised
 from lorakit.speed import attention, feed_forward
+from lorakit.speed.last_layer import KEYWORD, laid_back, picked, rows_for
 from lorakit.speed.parts import by_name, is_usual, norm_of, share_of, unknown_words
 
 
@@ -81,16 +82,18 @@ def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any)
     attn, mlp = (module._modules[half.inner] for half in halves)
     if first is None or second is None or attn is None or mlp is None or is_watched(attn):
         return None
-    y = attention.attention(attn, hidden_states, first.before, kwargs, residual=first.is_bare)
+    rows = rows_for(module, kwargs.get(KEYWORD), hidden_states)
+    y = attention.attention(attn, hidden_states, first.before, kwargs, residual=first.is_bare, wanted=rows)
     if y is None:
         return None
-    x = _joined(hidden_states, y, first, added=first.is_bare)
+    x = y if first.is_bare else _joined(picked(hidden_states, rows), y, first, added=False)
     made = None
     if feed_forward.fits(mlp) is None and not is_watched(mlp):
         made = feed_forward.feed_forward(mlp, x, second.before, residual=second.is_bare)
     if made is None:
+        x = laid_back(x, rows, hidden_states)
         return _joined(x, mlp(x if second.before is None else normalised(x, second.before)), second, added=False)
-    return _joined(x, made, second, added=second.is_bare)
+    return laid_back(_joined(x, made, second, added=second.is_bare), rows, hidden_states)
 
 
 def _joined(x: Tensor, y: Tensor, around: _Around, *, added: bool) -> Tensor:

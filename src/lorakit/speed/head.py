@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lorakit.core.layering.watched import is_watched
 from lorakit.ops.cross_entropy import IGNORED, linear_cross_entropy
 from lorakit.ops.cross_entropy import Head as Operands
-from lorakit.speed.probing import TOLERANCES
+from lorakit.speed.last_layer import KEYWORD, LastLayer, agree, some
+from lorakit.speed.probing import TOLERANCES, Call, at_rest, inputs_of
 
 
 @dataclass
@@ -46,9 +47,11 @@ class Head:
         softcap: Bound of the logits by tanh, or None.
         module: What stands in the head's place.
         open: Thread -> the forward there in which the head multiplies nothing.
+        last: The last layer, where that can do with the trained rows alone.
     """
 
     module: nn.Module
+    last: LastLayer | None = None
 
     def __init__(self, scale: float, softcap: float | None) -> None:
         self.scale = scale
@@ -96,10 +99,11 @@ class Head:
         Returns:
             A scalar in fp32 or wider.
         """
+        targets = shifted(labels, IGNORED)
+        words = {} if self.last is None else self.last.words(targets, IGNORED, inputs)
         with self.passing() as given:
-            model(**inputs)
+            model(**inputs, **words)
         (hidden,) = given
-        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         return self.loss(hidden, targets, 1.0, IGNORED)
 
     def loss(self, hidden: Tensor, targets: Tensor, total: Any, ignore_index: int) -> Tensor:
@@ -125,6 +129,39 @@ class Head:
         """What the model gives for logits of hidden states (…, d), (…, V); the head is called as a module."""
         logits: Tensor = self.module(hidden) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def shifted(labels: Tensor, ignored: int) -> Tensor:
+    """Labels (…, length) moved to where they are predicted; the last place has the one that is not trained."""
+    return nn.functional.pad(labels[..., 1:], (0, 1), value=ignored)
+
+
+def last_layer_for(model: Any, head: Head, last: LastLayer, call: Call, output: Any) -> LastLayer | None:
+    """A last layer that may do with the trained rows alone, or None where a probe shows that it may not.
+
+    Args:
+        model: The model, with all stand-ins in place.
+        head: Its head.
+        last: The layer in question.
+        call: The head's call in a probe of the plain model.
+        output: What that model returned.
+    """
+    if not isinstance(output, Mapping) or any(output[name] is not None for name in output if name != "logits"):
+        return None  # something else may be made of what the layer gives
+    inputs = inputs_of(model)
+    words = last.words(some(inputs["input_ids"], IGNORED), IGNORED, inputs)
+    try:
+        with at_rest(model), torch.inference_mode(), head.passing() as given:
+            model(**inputs, **words)
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):  # it does not hand such a word on
+        return None
+    if not words or len(given) != 1 or given[0].shape != call.args[0].shape:
+        return None
+    ours, theirs = given[0].flatten(0, -2), call.args[0].flatten(0, -2)
+    rows = words[KEYWORD].rows
+    others = torch.ones(len(ours), dtype=torch.bool, device=rows.device).index_fill_(0, rows, value=False)
+    arrives = not agree(ours[others], theirs[others])
+    return last if arrives and agree(ours[rows], theirs[rows]) else None
 
 
 def head_for(head: nn.Module | None, given: Tensor | None, logits: Any, config: Any) -> Head | str:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lorakit.ops.cross_entropy import IGNORED
-from lorakit.speed.head import Head, Passing
-from lorakit.speed.probing import at_rest, token_ids
+from lorakit.speed.head import Head, Passing, shifted
+from lorakit.speed.last_layer import LastLayer, Trained, agree, some
+from lorakit.speed.probing import at_rest, inputs_of
 
 STOCK = ("transformers.loss.loss_utils", "ForCausalLMLoss")
 """Module and name of the loss whose arithmetic is known."""
@@ -28,12 +29,14 @@ class LossWithoutLogits:
     Args:
         head: The model's head.
         model: The transformers model whose loss function this is.
+        last: Its last layer, where that can do with the trained rows alone, or None.
     """
 
-    def __init__(self, head: Head, model: Any) -> None:
+    def __init__(self, head: Head, model: Any, last: LastLayer | None) -> None:
         self.head = head
         self.model = model
         self.stock: Callable[..., Tensor] = model.loss_function
+        self.last = last
         self.handles: list[RemovableHandle] = []
 
     def install(self, wholes: Iterable[nn.Module]) -> None:
@@ -97,22 +100,34 @@ class LossWithoutLogits:
             return self.stock(made, labels, vocab_size, **words, **kwargs)
         if shift_labels is None:
             assert labels is not None
-            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+            shift_labels = shifted(labels, ignore_index)
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(hidden.device)
         return self.head.loss(hidden, shift_labels, num_items_in_batch, ignore_index)
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
-            return
+            return None
         thread, wanted = threading.get_ident(), self._wanted(module, kwargs)
         passing = self.head.open.get(thread)
         if passing is not None and passing.owner is None:
-            return  # a block of our own loop
+            return None  # a block of our own loop
         if not wanted:
             self.head.open.pop(thread, None)  # one that an interrupt left
-        elif passing is None or passing.owner is module:
+            return None
+        if passing is None or passing.owner is module:
             self.head.open[thread] = Passing(module)
+        # what wraps the model may change the labels before they come to it
+        return (args, kwargs | self._trained_rows(kwargs)) if module is self.model else None
+
+    def _trained_rows(self, kwargs: Mapping[str, Any]) -> dict[str, Trained]:
+        """The word for the last layer, of a call of the model, or nothing."""
+        ignored, targets = kwargs.get("ignore_index", IGNORED), kwargs.get("shift_labels")
+        if self.last is None or type(ignored) is not int:
+            return {}
+        if targets is None:
+            targets = shifted(kwargs["labels"], ignored)
+        return self.last.words(targets, ignored, kwargs)
 
     def _wanted(self, module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
         by_name = kwargs.get("return_dict")
@@ -152,13 +167,19 @@ def loss_for(model: Any, head: Head) -> LossWithoutLogits | str:
         made: Tensor = stock(logits, labels, vocab_size, **kwargs)
         return made
 
-    ids = token_ids(model)
+    inputs = inputs_of(model)
+    labels = some(inputs["input_ids"], IGNORED)
+    words = {} if head.last is None else head.last.words(shifted(labels, IGNORED), IGNORED, inputs)
     model.loss_function = listening
     try:
         with at_rest(model), torch.inference_mode():
-            output = model(input_ids=ids, labels=ids)
+            output = model(**inputs, labels=labels)
+            of_rows = model(**inputs, labels=labels, **words).loss if words else None
     finally:
         del model._loss_function
-    if asked != [(tuple(output.logits.shape), output.logits.shape[-1])]:
+    if asked[:1] != [(tuple(output.logits.shape), output.logits.shape[-1])] or len(asked) != 1 + bool(words):
         return "it does not compute its loss from its logits by its loss function"
-    return LossWithoutLogits(head, model)
+    is_alone = of_rows is not None and agree(
+        of_rows, output.loss
+    )  # no other part of the loss reads what the layer gave
+    return LossWithoutLogits(head, model, head.last if is_alone else None)

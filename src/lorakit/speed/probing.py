@@ -58,7 +58,7 @@ def calls(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[str,
     handles = [module.register_forward_hook(keep(path), with_kwargs=True) for path, module in modules.items()]
     try:
         with at_rest(model), torch.inference_mode():  # which leaves no trace for a backward
-            output = model(**_inputs(model))
+            output = model(**inputs_of(model))
     finally:
         for handle in handles:
             handle.remove()
@@ -105,7 +105,12 @@ def token_ids(model: Any) -> Tensor:
     return ids.to(embeddings.weight.device)
 
 
-def _inputs(model: Any) -> dict[str, Any]:
+def inputs_of(model: Any) -> dict[str, Any]:
+    """The arguments of a small call, without a cache.
+
+    Args:
+        model: A model with input embeddings.
+    """
     ids = token_ids(model)
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):

@@ -1,0 +1,113 @@
+"""The last decoder layer where few tokens are trained: behind its attention, the trained rows alone go through it.
+
+Which rows these are goes with the call, as a keyword that the model hands on to its layers; so it is the same where a
+checkpointed layer runs again, and no other call and no other thread sees it. What comes out for the other rows is
+meaningless, so this is for forwards of which the loss alone reads the result. A probe shows which models allow it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.layering.operands import is_watched
+from lorakit.speed.probing import TOLERANCES
+
+KEYWORD = "trained_rows"
+"""Name of the keyword."""
+
+SHARE = 0.9
+"""Share of trained tokens from which on all rows go through: choosing them has its price too."""
+
+ASKED_FOR = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""Words of a call, or of a config, that show what the layers gave."""
+
+
+class Trained(NamedTuple):
+    """What the keyword says.
+
+    Attributes:
+        layer: The layer that it is for.
+        rows: Which of its tokens are trained, laid flat: sorted, (n,).
+        tokens: How many there are in all.
+    """
+
+    layer: nn.Module
+    rows: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class LastLayer:
+    """The last layer of a model whose head reads nothing else.
+
+    Attributes:
+        layer: What stands in its place.
+        readers: Modules that hold it, and those between it and the head: somebody's hook there would see its output.
+        config: The model's config.
+    """
+
+    layer: nn.Module
+    readers: tuple[nn.Module, ...]
+    config: Any
+
+    def words(self, targets: Tensor, ignored: int, call: Mapping[str, Any]) -> dict[str, Trained]:
+        """What a call of the model gets besides its own arguments: the keyword, or nothing.
+
+        Args:
+            targets: Labels that stand where they are predicted, of any shape (…).
+            ignored: The label that is not trained.
+            call: The call's arguments by name.
+        """
+        if any(call.get(word, getattr(self.config, word, False)) for word in ASKED_FOR):
+            return {}
+        kept = call.get("logits_to_keep")
+        if (kept is not None and not (isinstance(kept, int) and kept == 0)) or any(map(is_watched, self.readers)):
+            return {}
+        flat = targets.reshape(-1)
+        rows = (flat != ignored).nonzero().squeeze(1)
+        return {KEYWORD: Trained(self.layer, rows, len(flat))} if 0 < len(rows) < SHARE * len(flat) else {}
+
+
+def rows_for(layer: nn.Module, said: Any, x: Tensor) -> Tensor | None:
+    """Which rows alone go through a layer behind its attention, (n,), or None for all.
+
+    Args:
+        layer: The layer.
+        said: What the keyword said, or None.
+        x: What the layer got, (B, T, d).
+    """
+    if not isinstance(said, Trained) or said.layer is not layer or x.ndim != 3 or said.tokens != x.shape[:2].numel():
+        return None
+    return None if is_watched(layer) else said.rows.to(x.device)
+
+
+def picked(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows (n, d) of x (B, T, d); x itself for None."""
+    return x if rows is None else x.flatten(0, 1).index_select(0, rows)
+
+
+def laid_back(y: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
+    """Rows y (n, d) at their places in the shape of `like` (B, T, d), zeros elsewhere; y itself for None."""
+    if rows is None:
+        return y
+    return y.new_zeros(like.shape[:2].numel(), y.shape[-1]).index_copy(0, rows, y).view(like.shape)
+
+
+def some(ids: Tensor, ignored: int) -> Tensor:
+    """Labels for a probe, as ids (rows, tokens): of every three tokens laid flat, one is trained."""
+    places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+    return ids.masked_fill(places % 3 != 1, ignored)
+
+
+def agree(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether what a probe gave is what the model gives, both of one shape, within roundings."""
+    if ours.shape != theirs.shape or not bool(ours.isfinite().all()):
+        return False
+    error = torch.linalg.vector_norm(ours.double() - theirs.double())
+    wanted = torch.linalg.vector_norm(theirs.double()).clamp_min(1e-30)
+    return float(error / wanted) <= TOLERANCES.get(theirs.dtype, 0.0)
