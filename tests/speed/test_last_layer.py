@@ -19,6 +19,7 @@ from lorakit.speed.attention import attention
 from ..doubles import InDouble
 from .test_accelerating import MODELS, WHOLE_LAYERS, adapted, close, given
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks for it
 FEW = tuple(name for name in WHOLE_LAYERS if name != "mixtral")
 
 
@@ -67,19 +68,13 @@ def of_model(model: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
 def test_loss_and_gradients_of_the_loop(name: str, rows_seen: list[int | None]) -> None:
     model = adapted(name, torch.float64)
     ids, labels = batch(model)
-    acceleration = accelerate(model)
-    assert acceleration.head is not None
-    last, acceleration.head.last = acceleration.head.last, None
-    theirs = of_loop(model, acceleration, labels, input_ids=ids)
-    assert last is not None
-    acceleration.head.last = last
-    rows_seen.clear()
-    close(of_loop(model, acceleration, labels, input_ids=ids), theirs, 1e-10)
-    trained = int((labels[:, 1:] != -100).sum())
-    assert rows_seen == [None, trained]
-    acceleration.undo()
-    words = {"num_items_in_batch": 1}
-    close(theirs, of_model(model, input_ids=ids, labels=labels, **words), 1e-5 if name != "gpt2" else 1e-10)
+    with InDouble():
+        theirs = of_model(model, input_ids=ids, labels=labels, num_items_in_batch=1)
+        acceleration = accelerate(model)
+        assert acceleration.head is not None and acceleration.head.last is not None, str(acceleration)
+        rows_seen.clear()
+        close(of_loop(model, acceleration, labels, input_ids=ids), theirs, 1e-10)
+    assert rows_seen == [None, 8]
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -89,12 +84,13 @@ def test_rows_end_to_end(name: str, rows_seen: list[int | None]) -> None:
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
     inputs, wanted = end_to_end(ids, mask, labels)
-    acceleration = accelerate(model)
-    assert acceleration.head is not None
-    ours = of_loop(model, acceleration, wanted, **inputs)
-    assert rows_seen[-1] == int((wanted[:, 1:] != -100).sum())
-    acceleration.head.last = None
-    close(ours, of_loop(model, acceleration, wanted, **inputs), 1e-10)
+    with InDouble():
+        acceleration = accelerate(model)
+        assert acceleration.head is not None
+        ours = of_loop(model, acceleration, wanted, **inputs)
+        assert rows_seen[-1] == 8
+        acceleration.head.last = None
+        close(ours, of_loop(model, acceleration, wanted, **inputs), 1e-10)
     assert rows_seen[-1] is None
 
 
@@ -109,10 +105,11 @@ def test_the_models_own_loss(inner: bool, words: dict[str, Any], rows_seen: list
     inputs = {"input_ids": ids, "labels": labels, **words}
     if inputs.pop("shift", False):
         inputs["shift_labels"] = labels.roll(-1, 1).masked_fill(labels.roll(-1, 1) == -100, -7)
-    theirs = of_model(model, **inputs)
-    accelerate(outer, logits=False)
-    rows_seen.clear()
-    close(of_model(model, **inputs), theirs, 1e-5)
+    with InDouble():
+        theirs = of_model(model, **inputs)
+        accelerate(outer, logits=False)
+        rows_seen.clear()
+        close(of_model(model, **inputs), theirs, 1e-10)
     assert rows_seen == [None, 9 if "shift_labels" in inputs else 8]
 
 
@@ -120,7 +117,7 @@ def test_the_models_own_loss(inner: bool, words: dict[str, Any], rows_seen: list
 @pytest.mark.parametrize("name", ["llama", "gpt2_dropping"])
 def test_both_checkpoint_modes(name: str, reentrant: bool, rows_seen: list[int | None]) -> None:
     """With dropout, too: a layer that runs again takes the same rows and draws the same."""
-    model = adapted(name, torch.float64, lora_dropout=0.2)
+    model = adapted(name, lora_dropout=0.2)
     ids, labels = batch(model)
     acceleration = accelerate(model)
     model.enable_input_require_grads()
@@ -133,7 +130,7 @@ def test_both_checkpoint_modes(name: str, reentrant: bool, rows_seen: list[int |
     enable(words)
     rows_seen.clear()
     torch.manual_seed(3)
-    close(of_loop(model, acceleration, labels, input_ids=ids), wanted, 1e-10)
+    close(of_loop(model, acceleration, labels, input_ids=ids), wanted, 1e-6)
     assert rows_seen == [None, 8, 8, None]
 
 
@@ -202,13 +199,15 @@ def test_only_the_thread_of_the_call_is_concerned(rows_seen: list[int | None]) -
     assert acceleration.head is not None
     wanted = model(input_ids=ids).logits
     found: list[Tensor] = []
+    threads: list[threading.Thread] = []
 
     def other(*_: Any) -> None:
-        thread = threading.Thread(target=lambda: found.append(model(input_ids=ids).logits))
-        thread.start()
-        thread.join()
+        if not threads:
+            threads.append(threading.Thread(target=lambda: found.append(model(input_ids=ids).logits)))
+            threads[0].start()
+            threads[0].join()
 
-    hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: None if found or other() else None)
+    hook = model.model.layers[0].mlp.register_forward_hook(other)
     acceleration.head.loss_sum(model, labels, input_ids=ids)
     hook.remove()
     torch.testing.assert_close(found[0], wanted)
@@ -219,6 +218,7 @@ def of_class(kind: type[Any]) -> Any:
     """A small Llama of a class of somebody's own, adapted."""
     torch.manual_seed(0)
     model = kind(MODELS["llama"]().config)
+    model.config.use_cache = False
     core.attach(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), seed=1)
     return model.train()
 
@@ -236,12 +236,16 @@ class MixedBehind(transformers.LlamaForCausalLM):
         return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
-class HeadOnTheSide(MixedBehind):
+class HeadOnTheSide(transformers.LlamaForCausalLM):
     """Another output is made of the same hidden states."""
 
-    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        out = transformers.LlamaForCausalLM.forward(self, input_ids, **kwargs)
-        out.value = self.model(input_ids=input_ids).last_hidden_state.mean(-1)
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+        logits, loss = self.lm_head(hidden), None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        out = transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+        out.value = hidden.mean(-1)
         return out
 
 
@@ -294,7 +298,9 @@ def test_a_mixture_takes_all_rows(rows_seen: list[int | None]) -> None:
     theirs = of_model(model, input_ids=ids, labels=labels, output_router_logits=True)
     accelerate(model, logits=False)
     close(of_model(model, input_ids=ids, labels=labels, output_router_logits=True), theirs, 2e-5)
-    close(of_model(model, input_ids=ids, labels=labels), of_model(adapted("mixtral"), input_ids=ids, labels=labels), 2e-5)
+    close(
+        of_model(model, input_ids=ids, labels=labels), of_model(adapted("mixtral"), input_ids=ids, labels=labels), 2e-5
+    )
 
 
 def test_less_is_kept_for_the_backward() -> None:
@@ -311,4 +317,5 @@ def test_less_is_kept_for_the_backward() -> None:
 
     few, head.last = kept(), None
     of_layer = 32 + 32 + 2 * 48 + 1 + 4 * 4  # heads' output, x, gate and up, its norm's number; h of o, gate, up, down
-    assert kept() - few == (ids.numel() - 8) * of_layer - 8  # and the rows' places
+    laid_back = 8 + 8 * 32  # which rows these are, and what they give
+    assert kept() - few == (ids.numel() - 8) * of_layer - laid_back

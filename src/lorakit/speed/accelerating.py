@@ -185,9 +185,10 @@ def _last(model: nn.Module, fast: dict[str, tuple[nn.Module, Recipe]], order: tu
         order: Paths of modules as a forward ended with them; "" is the head.
     """
     layers = [path for path in order if path in fast and fast[path][1].run is decoder.run]
-    if not layers:
+    head = _head(model)
+    if not layers or head is None:
         return None
-    path, head = layers[-1], _head(model)
+    path = layers[-1]
     above = [path[:place] for place, letter in enumerate(path) if letter == "."]
     holding = [holder for one in above if head not in (holder := model.get_submodule(one)).modules()]
     behind = [model.get_submodule(one) for one in order[order.index(path) + 1 :] if one]

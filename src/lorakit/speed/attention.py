@@ -35,7 +35,7 @@ WORDS = frozenset(
 READ = frozenset(
     {"attention_mask", "position_embeddings", "hidden_states", "cache", "past_key_values", "use_cache", "position_ids"}
     | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "output_router_logits"}
-    | {KEYWORD}
+    | {"shift_labels", "ignore_index", KEYWORD}  # of the loss
 )
 """Arguments of a call that are read or change nothing here; another one that is given sends the call back."""
 

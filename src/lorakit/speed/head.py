@@ -146,7 +146,10 @@ def last_layer_for(model: Any, head: Head, last: LastLayer, call: Call, output: 
         call: The head's call in a probe of the plain model.
         output: What that model returned.
     """
-    if not isinstance(output, Mapping) or any(output[name] is not None for name in output if name != "logits"):
+    if not isinstance(output, Mapping):
+        return None
+    made = {**vars(output), **output} if hasattr(output, "__dict__") else output
+    if any(made[name] is not None for name in made if name != "logits"):
         return None  # something else may be made of what the layer gives
     inputs = inputs_of(model)
     words = last.words(some(inputs["input_ids"], IGNORED), IGNORED, inputs)

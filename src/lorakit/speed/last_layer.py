@@ -56,7 +56,7 @@ class LastLayer:
     config: Any
 
     def words(self, targets: Tensor, ignored: int, call: Mapping[str, Any]) -> dict[str, Trained]:
-        """What a call of the model gets besides its own arguments: the keyword, or nothing.
+        """What a call of the model gets besides its own arguments: the keyword, or nothing.   [docs/math.md (84)]
 
         Args:
             targets: Labels that stand where they are predicted, of any shape (…).
