@@ -287,7 +287,7 @@ def test_models_whose_head_reads_something_else_take_all_rows(kind: type[Any], r
     assert head is not None and loss is not None and loss.last is None
     assert (head.last is None) == (kind is not LossOnTheSide)  # which our loop does not ask for
     rows_seen.clear()
-    close(of_model(model, input_ids=ids, labels=labels), theirs, 2e-5)
+    close(of_model(model, input_ids=ids, labels=labels), theirs, 1e-4)
     assert set(rows_seen) == {None}
 
 
