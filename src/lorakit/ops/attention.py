@@ -39,8 +39,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -
     """Softmax(scale·q·kᵀ under the pattern)·v, [docs/math.md (81)]; its gradients are [docs/math.md (82)].
 
     q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E), KV a divisor of H, in any strides -> (B, H, T, E), stored as
-    (B, T, H, E). Kept for the backward: q, k and v; with flash also the output and a number per row. Nothing (T, T),
-    but for a byte for each weight that dropout drops.
+    (B, T, H, E). Kept for the backward: q, k and v; with flash also the output and a number per row. Nothing (T, T).
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. (1); Ainslie et al. 2023, arXiv:2305.13245, for shared heads;
     Rabe and Staats 2021, arXiv:2112.05682, for weights made again in the backward.

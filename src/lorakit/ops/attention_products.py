@@ -4,8 +4,7 @@ Formulas [docs/math.md (81)] and [docs/math.md (82)]. The heads of q that share 
 product, so k and v are not repeated. A block sees only the places that its pattern allows at all: with a causal mask
 the upper triangle is not computed, with a window only the band is. Scores live in one buffer that all blocks use; the
 backward makes them again, so that nothing of tokens × tokens is kept, and neither are sums of the softmax. Dropout is
-drawn once for the scores of all blocks, laid one after the other, and its record is kept: a byte for each that it
-drops.
+drawn once for the scores of all blocks, laid one after the other, and a seed is kept.
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@ from lorakit.plan.job import Job
 from lorakit.plan.params import Count, SiteCount
 from lorakit.plan.shapes import ModelShape, block_of
 
-_FP32, _INDEX = 4, 8
-_BLOCK = 64  # tokens of a block of attention's
+_FP32, _INDEX, _SEED = 4, 8, 8
 
 HALVES = {"self_attn": "attention", "attn": "attention", "mlp": "feed-forward"}
 """Child of a decoder layer -> the half it lies in."""
@@ -93,10 +92,9 @@ def half(shape: ModelShape, sites: Sequence[SiteCount], name: str, dropout: floa
     else:
         kept = number * shape.intermediate * (2 if shape.gated else 1)
     kept += sum(number * site.rank for site in sites)
-    gaps = sum(_dropped(tokens * site.in_features, dropout) for site in sites)
-    gaps += _dropped(tokens * shape.hidden, shape.dropouts.get("residual", 0.0))
-    gaps += _dropped(_weights(shape, job), shape.dropouts.get("attention", 0.0)) if name == "attention" else 0
-    return tokens * kept + gaps
+    seeds = len(sites) * (dropout > 0) + (shape.dropouts.get("residual", 0.0) > 0)
+    seeds += name == "attention" and shape.dropouts.get("attention", 0.0) > 0
+    return tokens * kept + _SEED * seeds
 
 
 def input_alone(shape: ModelShape, sites: Sequence[SiteCount], job: Job) -> int:
@@ -165,18 +163,3 @@ def loss_keeps(shape: ModelShape, job: Job) -> int:
 def _reads_norm(site: SiteCount) -> bool:
     """Whether a site reads the output of the norm, and not that of attention or of the activation."""
     return site.path.rpartition(".")[2] in (*INNER, "q_proj", "k_proj", "v_proj", "c_attn")
-
-
-def _weights(shape: ModelShape, job: Job) -> int:
-    """Weights of causal attention that are computed: of blocks of 64 tokens, each with all that its last one sees."""
-    ends = [(start, min(start + _BLOCK, job.length_tokens)) for start in range(0, job.length_tokens, _BLOCK)]
-    return job.batch_rows * shape.heads * sum((stop - start) * stop for start, stop in ends)
-
-
-def _dropped(numbers: int, p: float) -> int:
-    """Bytes that say which of so many numbers were dropped: one for each, two where a step is above 255."""
-    if not p:
-        return 0
-    count = p * numbers
-    long = 1 - (1 - (1 - p) ** 255) ** count
-    return round(count * (1 + long))
