@@ -15,7 +15,7 @@ from lorakit import core, hub
 from lorakit.config import LoraConfig
 from lorakit.core.bases import base_of
 from lorakit.core.bases.quantising import quantised_linear
-from lorakit.plan import Job, ModelShape, Plan, Speed, accelerated, activations, count, estimate, flops, memory
+from lorakit.plan import Job, ModelShape, Plan, Speed, accelerated, activations, count, estimate, flops, memory, timing
 from lorakit.plan.quantised import Quantization, storage_named
 from lorakit.speed import accelerate
 from lorakit.train.optim import adamw, state_tensors
@@ -200,6 +200,22 @@ def test_frozen_weights_need_no_second_product(tiny_gpt2: Any) -> None:
 def test_speed_is_the_rate_over_the_cost() -> None:
     speed = Speed(flops_per_second=400e9, utilisation=0.4)
     assert speed.tokens_at(0.5e9) == 400e9 * 0.4 / 0.5e9 == 320
+
+
+def test_an_accelerated_token_takes_two_terms(tiny_llama: Any) -> None:
+    shape = shape_of(tiny_llama)
+    d, f, qk, T = shape.hidden, shape.intermediate, shape.query_width + shape.kv_width, 16
+    forward = 10 * d + 3 * f + 2 * qk + 2 * shape.heads * (T + 1) / 2
+    backward = 14 * d + 8 * f + 2 * qk + 5 * shape.heads * (T + 1) / 2
+    job = Job(2, T, accelerated=True)
+    numbers = shape.layers * (forward + backward) + 6 * shape.vocab
+    assert timing.numbers(shape, job) == numbers
+    again = dataclasses.replace(job, gradient_checkpointing=True)
+    assert timing.numbers(shape, again) == numbers + shape.layers * forward
+
+    costs, speed = flops.Flops(3e8, 5e8, 0.0), Speed(flops_per_second=4e11, threads=2)
+    wanted = 8e8 / (4e11 * timing.OF_BARE_PRODUCTS) + numbers * timing.SECONDS_PER_NUMBER / 2
+    assert timing.token_seconds(shape, costs, job, speed) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_sizes_on_disk(tiny_gpt2: Any, tmp_path: Path) -> None:

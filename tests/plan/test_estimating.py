@@ -8,7 +8,7 @@ import pytest
 
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError
-from lorakit.plan import Job, Plan, Speed, catalogue, estimate
+from lorakit.plan import Job, Plan, Speed, catalogue, estimate, timing
 from lorakit.plan.shapes import ModelShape
 
 
@@ -39,6 +39,40 @@ def test_a_rate_of_flops_gives_the_times_with_its_share() -> None:
     plan = _plan(Job(4, 256), Speed(flops_per_second=1e11))
     assert plan.lora.step_seconds == pytest.approx(1024 * plan.lora.flops.total / 4e10)
     assert any("40% of the speed of a bare matrix product" in note for note in plan.notes)
+
+
+def test_an_accelerated_run_is_reckoned_by_its_products_and_what_passes_beside_them() -> None:
+    job, speed = Job(4, 256, accelerated=True), Speed(flops_per_second=1e11, threads=2)
+    plan = _plan(job, speed)
+    beside = timing.numbers(_gpt2(), job) * timing.SECONDS_PER_NUMBER / 2
+    products = plan.lora.flops.total / (1e11 * timing.OF_BARE_PRODUCTS)
+    assert plan.lora.step_seconds == pytest.approx(1024 * (products + beside))
+    assert plan.full.step_seconds == pytest.approx(1024 * plan.full.flops.total / 4e10)  # nothing accelerates it
+    assert any("time of its own" in note for note in plan.notes)
+    faster = _plan(job, Speed(flops_per_second=1e13, threads=2)).lora.step_seconds
+    assert faster == pytest.approx(1024 * (products / 100 + beside))  # which fast products do not shrink
+
+
+@pytest.mark.parametrize(
+    ("config", "job", "speed"),
+    [
+        ({}, Job(), Speed(flops_per_second=1e11, threads=2)),  # transformers' own forwards
+        ({}, Job(accelerated=True), Speed(flops_per_second=1e11)),  # another device
+        ({"use_dora": True}, Job(accelerated=True), Speed(flops_per_second=1e11, threads=2)),  # halves as they are
+        ({}, Job(accelerated=True, quantization="nf4"), Speed(flops_per_second=1e11, threads=2)),
+    ],
+)
+def test_what_is_not_wholly_accelerated_takes_its_share_of_the_rate(
+    config: dict[str, bool], job: Job, speed: Speed
+) -> None:
+    targets = LoraConfig(r=8, target_modules=["c_attn", "c_proj"], **config)  # type: ignore[arg-type]
+    plan = estimate(_gpt2(), targets, job, speed)
+    assert plan.lora.tokens_per_second == pytest.approx(4e10 / plan.lora.flops.total)
+
+
+def test_a_rate_that_an_earlier_run_printed_wins() -> None:
+    speed = Speed(flops_per_second=1e11, tokens_per_second=300, threads=2)
+    assert _plan(Job(accelerated=True), speed).lora.tokens_per_second == 300
 
 
 def test_rows_longer_than_the_model_takes_are_noted() -> None:

@@ -203,7 +203,8 @@ def _machine(job: JobFlags, dtype: str, steps: int | None) -> _Machine:
         dtype = choice.dtype
         said.append(choice.reason)
     rate = measured.fp32_flops_per_second if dtype in ("float32", "fp32") else measured.bf16_flops_per_second
-    return _Machine(dtype, Speed(flops_per_second=rate, source=f"measured, {rate / 1e9:,.0f} GFLOP/s"), tuple(said))
+    told = f"measured, {rate / 1e9:,.0f} GFLOP/s"
+    return _Machine(dtype, Speed(flops_per_second=rate, source=told, threads=measured.threads), tuple(said))
 
 
 def _steps(job: JobFlags, wanted: Job) -> int | None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorakit.config import LoraConfig
-from lorakit.plan import activations, files, flops, memory, params, words
+from lorakit.plan import accelerated, activations, files, flops, memory, params, timing, words
 from lorakit.plan.files import FileSize
 from lorakit.plan.flops import Flops
 from lorakit.plan.job import Job, Speed
@@ -159,7 +159,7 @@ def estimate(
         counted.trainable,
         memory.of_lora(shape, counted, config.lora_dropout, job),
         flops.lora(shape, counted, job),
-        (job, speed),
+        (job, _rate(shape, counted, job, speed)),
         (saved[0], saved[1]),
     )
     full = _method(
@@ -167,7 +167,7 @@ def estimate(
         shape.parameters,
         memory.of_full(shape, job),
         flops.full(shape, job),
-        (job, _for_full(speed, lora.flops, flops.full(shape, job))),
+        (job, _rate_of_full(speed, lora.flops, flops.full(shape, job))),
         (saved[2], saved[3]),
     )
     return Plan(
@@ -181,7 +181,7 @@ def estimate(
         full=full,
         files=tuple(sizes),
         ranks=rank_table(shape, config, ranks, job.optimizer) if ranks else None,
-        notes=(*_notes(shape, job, speed, lora.memory), *_experts_note(shape, counted)),
+        notes=(*_notes(shape, counted, job, speed, lora.memory), *_experts_note(shape, counted)),
     )
 
 
@@ -190,24 +190,40 @@ def _method(
     trainable: int,
     needs: Memory,
     costs: Flops,
-    pace: tuple[Job, Speed | None],
+    pace: tuple[Job, float | None],
     saved: tuple[int, int],
 ) -> Method:
-    job, speed = pace
-    rate = None if speed is None else speed.tokens_at(costs.total)
+    job, rate = pace
     step = None if rate is None else job.step_tokens / rate
     run = None if step is None or job.steps is None else step * job.steps
     return Method(name, trainable, needs, costs, rate, step, run, *saved)
 
 
-def _for_full(speed: Speed | None, lora: Flops, full: Flops) -> Speed | None:
-    """A given rate of tokens is of LoRA training; full fine-tuning is slower by its FLOPs."""
-    if speed is None or speed.tokens_per_second is None:
-        return speed
-    return Speed(tokens_per_second=speed.tokens_per_second * lora.total / full.total, source=speed.source)
+def _rate(shape: ModelShape, counted: Count, job: Job, speed: Speed | None) -> float | None:
+    """Tokens a second of LoRA training."""
+    if speed is None:
+        return None
+    costs = flops.lora(shape, counted, job)
+    seconds = timing.token_seconds(shape, costs, job, speed) if _is_fast(shape, counted, job) else None
+    return speed.tokens_at(costs.total) if seconds is None else 1 / seconds
 
 
-def _notes(shape: ModelShape, job: Job, speed: Speed | None, needs: Memory) -> tuple[str, ...]:
+def _rate_of_full(speed: Speed | None, lora: Flops, full: Flops) -> float | None:
+    """Tokens a second of full fine-tuning, which nothing accelerates; a given rate is LoRA's, slower by the FLOPs."""
+    if speed is None:
+        return None
+    given = speed.tokens_per_second is not None
+    return speed.tokens_at(full.total) * (lora.total / full.total if given else 1.0)
+
+
+def _is_fast(shape: ModelShape, counted: Count, job: Job) -> bool:
+    """Whether every half of every layer runs as one function, which is what the time of an accelerated step is of."""
+    if not job.accelerated or not activations.packs(shape):
+        return False
+    return len(accelerated.fused(shape, counted, job.quantization is not None)) == 2 * len(shape.blocks)
+
+
+def _notes(shape: ModelShape, counted: Count, job: Job, speed: Speed | None, needs: Memory) -> tuple[str, ...]:
     notes = list(needs.notes)
     if 0 < shape.positions < job.length_tokens:
         notes.append(
@@ -221,6 +237,11 @@ def _notes(shape: ModelShape, job: Job, speed: Speed | None, needs: Memory) -> t
     if speed is None:
         notes.append(
             "Hours need a speed: --tokens-per-second of an earlier run, or --calibrate to measure this machine."
+        )
+    elif speed.tokens_per_second is None and speed.threads is not None and _is_fast(shape, counted, job):
+        notes.append(
+            f"Times take {timing.OF_BARE_PRODUCTS:.0%} of the speed of a bare matrix product, and time of its own for "
+            "what passes through norms, activations and softmax; the first steps of the run tell better."
         )
     elif speed.tokens_per_second is None:
         notes.append(

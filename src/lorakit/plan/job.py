@@ -104,20 +104,23 @@ class Speed:
         flops_per_second: Of a bare matrix product in the job's dtype, one multiply-add counted as two.
         tokens_per_second: Of training steps, as a run prints it.
         source: Where the rate comes from, in a few words.
-        utilisation: Share of `flops_per_second` that a step reaches.
+        utilisation: Share of `flops_per_second` that a step of transformers' own forwards reaches.
+        threads: Of the CPU that `flops_per_second` is of, or None for another device or where that is not known. With
+            them an accelerated step is reckoned by `plan.timing`.
 
     Raises:
-        ConfigError: There is no rate, or it is not above 0.
+        ConfigError: There is no rate, or one of these is not above 0.
     """
 
     flops_per_second: float | None = None
     tokens_per_second: float | None = None
     source: str = "given"
     utilisation: float = UTILISATION
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         rates = [rate for rate in (self.flops_per_second, self.tokens_per_second) if rate is not None]
-        if not rates or any(not rate > 0 for rate in (*rates, self.utilisation)):
+        if not rates or any(not rate > 0 for rate in (*rates, self.utilisation, self.threads or 1)):
             raise ConfigError(
                 f"a speed must be above 0; {self.flops_per_second} FLOP/s and "
                 f"{self.tokens_per_second} tokens/s were given."

@@ -54,7 +54,8 @@ def planned_run(request: Request, pace: Pace, lengths: Sequence[int]) -> Planned
     speed = None
     if calibration is not None:
         rates = {"bfloat16": calibration.bf16_flops_per_second, "float32": calibration.fp32_flops_per_second}
-        speed = plan.Speed(flops_per_second=rates[choice.dtype], source="measured")
+        threads = calibration.threads if request.device.type == "cpu" else None
+        speed = plan.Speed(flops_per_second=rates[choice.dtype], source="measured", threads=threads)
     made = _estimate(request, pace, lengths, choice.dtype, speed)
     return Planned(choice.dtype, made.as_dict(), (*lines, *plan.summary(made)))
 
