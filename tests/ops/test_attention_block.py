@@ -93,6 +93,19 @@ CASES: dict[str, tuple[dict[str, Any], Pattern, Rotary | None, bool]] = {
         True,
     ),
     "fused, normalised, not turned": ({"fused": True, "q_norm": rms(HEAD)}, Pattern(), None, True),
+    "GPT-NeoX": (
+        {"fused": True, "interleaved": True, "kv": HEADS, "bias": True, "norm": layer(WIDTH)},
+        Pattern(),
+        tables(2),
+        False,
+    ),
+    "interleaved, flash": ({"fused": True, "interleaved": True, "kv": HEADS}, Pattern(way="flash"), None, True),
+    "interleaved, normalised": (
+        {"fused": True, "interleaved": True, "kv": HEADS, "q_norm": rms(HEADS * HEAD), "k_norm": rms(HEAD)},
+        Pattern(),
+        tables(),
+        True,
+    ),
     "Cohere": ({"norm": layer(WIDTH), "kv": 3}, Pattern(), tables(pairs="interleaved"), True),
     "BERT": ({"kv": HEADS, "bias": True}, Pattern(causal=False), None, True),
     "packed": ({"norm": rms(WIDTH)}, Pattern(segments=(4, 1, 4)), tables(), True),
@@ -419,6 +432,7 @@ def test_parts_that_do_not_fit() -> None:
         ),
         (x, replace(block, dropout=1.0), "the dropout of an attention's output is at least 0 and below 1; it is 1.0"),
         (x, replace(block, kv_heads=3), r"projections of \[24, 8, 8\] numbers make no heads of 4 with 3"),
+        (x, replace(block, interleaved=True), r"interleaved in one projection with as many of each, not \[24, 8, 8\]"),
         (x, replace(block, q_norm=rms(5)), r"q_norm has a weight \(5,\); it takes \(4,\), of a head, or \(24,\)"),
         (x, replace(block, k_norm=Norm("layer", torch.ones(KV, HEAD))), r"k_norm has a weight \(2, 4\)"),  # Cohere's
         (x, replace(block, output=trained), "a weight of shape"),

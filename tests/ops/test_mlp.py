@@ -16,7 +16,7 @@ from lorakit.ops import linear
 from lorakit.ops.activation import ACTIVATIONS, activation
 from lorakit.ops.dropout import draw, zero_
 from lorakit.ops.linear import Adapted, LowRank
-from lorakit.ops.mlp import Form, gated, plain, reference
+from lorakit.ops.mlp import Form, gated, mlp, plain, reference
 from lorakit.ops.norm import Norm
 
 D = torch.float64
@@ -33,6 +33,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "only down of one": {"inner": 1, "act": "silu", "r": (0, 3)},
     "without adapters": {"act": "silu", "r": (0, 0, 0)},
     "without norm": {"act": "silu", "kind": None},
+    "phi3": {"inner": 1, "act": "silu", "fused": True},
+    "fused, only down": {"inner": 1, "act": "silu", "fused": True, "r": (0, 3)},
+    "fused, without norm": {"inner": 1, "act": "gelu", "fused": True, "kind": None, "bias": True},
 }
 
 
@@ -56,6 +59,7 @@ def made(
         "transposed": False,
         "residual": True,
         "offset": 0.0,
+        "fused": False,
         **FORMS[name],
     }
     g = torch.Generator().manual_seed(1)
@@ -76,11 +80,14 @@ def made(
     if spec["kind"] is not None:
         layered = spec["kind"] == "layer"
         norm = Norm(spec["kind"], normal(outer), normal(outer) if layered else None, 1e-3, spec["offset"])
-    inner = tuple(module(outer, between, r) for r in ranks[:-1])
-    return Form(inner, module(between, outer, ranks[-1]), activation(spec["act"]), norm, spec["residual"])
+    inner = tuple(module(outer, between * (2 if spec["fused"] else 1), r) for r in ranks[:-1])
+    down = module(between, outer, ranks[-1])
+    return Form(inner, down, activation(spec["act"]), norm, spec["residual"], fused=spec["fused"])
 
 
 def fused(x: Tensor, form: Form) -> Tensor:
+    if form.fused or form.within:
+        return mlp(x, form)
     name = next(name for name, act in ACTIVATIONS.items() if act is form.act)
     if len(form.inner) == 2:
         return gated(x, form.norm, *form.inner, form.down, name, form.residual)
@@ -221,7 +228,7 @@ def test_the_value_is_that_of_transformers_or_nearer_the_truth(monkeypatch: pyte
     assert torch.equal(gated(x, Norm("rms", norm.weight), *parts, "silu", residual=True), usual)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("name", "numbers"), [("llama", 1), ("gpt2", 2), ("without norm", 0)])
+@pytest.mark.parametrize(("name", "numbers"), [("llama", 1), ("gpt2", 2), ("without norm", 0), ("phi3", 1)])
 def test_what_is_saved(name: str, numbers: int) -> None:
     """x itself, its norm's numbers, what gate and up gave, and (tokens, r) of each adapter; weights as they are."""
     form = made(name, torch.bfloat16, torch.float32)
@@ -233,7 +240,7 @@ def test_what_is_saved(name: str, numbers: int) -> None:
         fused(x, form)
         new = [t for t in saved if t.data_ptr() not in given]
         ranks = sum(len(m.low.A) for m in modules)  # type: ignore[union-attr]
-        bytes_a_token = 4 * numbers + 2 * INNER * len(form.inner) + 2 * ranks
+        bytes_a_token = 4 * numbers + 2 * INNER * (2 if form.fused else len(form.inner)) + 2 * ranks
         assert sum(t.nbytes for t in new) == 30 * bytes_a_token
         saved.clear()
         for mode in (torch.no_grad, torch.inference_mode):
@@ -319,6 +326,28 @@ def test_dropout_of_the_output_comes_before_the_residual(residual: bool) -> None
     same(gradients(ours(residual), inputs), gradients(x + y if residual else y, inputs))
     with pytest.raises(ValueError, match="the dropout of an MLP's output is at least 0 and below 1; it is 1"):
         plain(x, form.norm, form.inner[0], form.down, "gelu_tanh", residual, 1.0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "only down"])
+def test_dropout_before_down(name: str) -> None:
+    """What it keeps shows where down is the identity; with that, every gradient is the reference's."""
+    form = made(name)._replace(within=0.4)
+    x = torch.randn(40, WIDTH, dtype=D, requires_grad=True)
+    bare = form._replace(down=Adapted(torch.eye(INNER, dtype=D)), residual=False)
+    torch.manual_seed(3)
+    kept = (fused(x, bare).detach() != 0).double()
+    assert 0.3 < 1 - float(kept.mean()) < 0.5
+    a = reference(x, bare._replace(within=0.0)) * kept / 0.6
+    inputs = trained(form, x)
+    torch.manual_seed(3)
+    same(gradients(fused(x, form), inputs), gradients(x + linear.reference(a, [form.down])[0], inputs))
+    with pytest.raises(ValueError, match="the dropout of an MLP's inner numbers is at least 0 and below 1; it is 1"):
+        mlp(x, form._replace(within=1.0))
+
+
+def test_two_modules_are_not_fused() -> None:
+    with pytest.raises(ValueError, match="gate and up are fused in one module, and there are 2"):
+        mlp(torch.randn(2, WIDTH, dtype=D), made("llama")._replace(fused=True))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

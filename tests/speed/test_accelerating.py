@@ -101,8 +101,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     made.__name__: made
     for made in (llama, mistral, qwen2, qwen3, gemma2, olmo2, gpt2, phi3, mixtral, opt, neox, bert, t5)
 }
-WHOLE_LAYERS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "gpt2", "phi3", "mixtral")
-PACKING = (*WHOLE_LAYERS, "opt")
+WHOLE_LAYERS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "gpt2", "phi3", "mixtral", "neox", "opt")
+PACKING = WHOLE_LAYERS
 DROPPING = ("gpt2_dropping", "phi3_dropping", "opt_dropping")
 
 

@@ -30,13 +30,15 @@ class SelfAttention:
     """What an attention block is made of.
 
     Attributes:
-        inputs: The projections q (H·D, d), k and v (KV·D, d); or one of (H·D + 2·KV·D, d) that gives them side by side.
+        inputs: The projections q (H·D, d), k and v (KV·D, d); or one of (H·D + 2·KV·D, d) that gives them side by side,
+            or where interleaved those of one head after the other.
         output: The projection (d, H·D) of what the heads give.
         head_dim: D.
         kv_heads: KV, a divisor of H.
         norm: Of the input, or None.
         q_norm, k_norm: Of q and k before they are turned: of each head where the weight has D numbers, else of the row.
         dropout: Share of the output's numbers that become zero, before the residual.
+        interleaved: The only projection gives q, k and v of the first head, then those of the next; KV = H.
     """
 
     inputs: tuple[Adapted, ...]
@@ -47,6 +49,7 @@ class SelfAttention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     dropout: float = 0.0
+    interleaved: bool = False
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -58,6 +61,13 @@ class SelfAttention:
     def projections(self) -> tuple[Adapted, ...]:
         """All projections, the output's last."""
         return (*self.inputs, self.output)
+
+    def heads(self, parts: Sequence[Tensor], batch: int, tokens: int) -> tuple[Tensor, ...]:
+        """Views of q, k and v (B, T, heads, D) in what the projections give, (B·T, width) each."""
+        if self.interleaved:
+            return parts[0].view(batch, tokens, self.kv_heads, 3, self.head_dim).unbind(3)
+        split = parts[0].split(self.widths, -1) if len(parts) == 1 else parts
+        return tuple(part.view(batch, tokens, -1, self.head_dim) for part in split)
 
     def check(self) -> None:
         """That the parts fit each other and are frozen.
@@ -76,6 +86,10 @@ class SelfAttention:
             raise ValueError(
                 f"projections of {widths} numbers make no heads of {self.head_dim} with {self.kv_heads} of k and v: "
                 "give q, k and v, or one projection that has them side by side"
+            )
+        if self.interleaved and (len(widths) != 1 or q != shared):
+            raise ValueError(
+                f"heads of q, k and v are interleaved in one projection with as many of each, not {widths}"
             )
         for name, own, width in (("q_norm", self.q_norm, q), ("k_norm", self.k_norm, shared)):
             size = None if own is None or own.weight is None else tuple(own.weight.shape)
@@ -99,13 +113,13 @@ def reference(
 ) -> Tensor:
     """What `attention_block` computes of x (B, T, d), in plain PyTorch and without dropout -> (B, T, d) or (n, d)."""
     n = x if block.norm is None else norm.reference(x, block.norm)
-    parts = linear.reference(n, block.inputs)
-    q, k, v = parts[0].split(block.widths, -1) if len(parts) == 1 else parts
+    parts = [part.flatten(0, 1) for part in linear.reference(n, block.inputs)]
     heads = []
-    for part, own in ((q, block.q_norm), (k, block.k_norm), (v, None)):
+    for part, own in zip(block.heads(parts, *x.shape[:2]), (block.q_norm, block.k_norm, None), strict=True):
         if own is not None:
-            part = norm.reference(part.unflatten(-1, (-1, _norm_width(own, block))), own).flatten(-2)
-        heads.append(part.unflatten(-1, (-1, block.head_dim)).transpose(1, 2))
+            rows_of_it = part.flatten(2).unflatten(-1, (-1, _norm_width(own, block)))
+            part = norm.reference(rows_of_it, own).view(part.shape)
+        heads.append(part.transpose(1, 2))
     if turn is not None:
         heads[:2] = (rotary.reference(part, turn) for part in heads[:2])
     out = attending.reference(heads[0], heads[1], heads[2], pattern)
@@ -191,16 +205,14 @@ def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Made]:
     ins, outs = Group(block.inputs, x.dtype), Group([block.output], x.dtype)
     parts = ins.forward(n, owned=block.norm is not None)
     del n
-    split = parts[0].split(block.widths, -1) if len(parts) == 1 else parts
-    raw = tuple(part.view(batch, tokens, -1, block.head_dim) for part in split)
-    q, k, v = raw
+    q, k, v = raw = block.heads(parts, batch, tokens)
     (q, q_stats), (k, k_stats) = _normalised(q, block.q_norm, block), _normalised(k, block.k_norm, block)
     if turn is not None:
         rotary.check(q.transpose(1, 2), turn)
         q, k = rotary.turned(q, turn), rotary.turned(k, turn)
     if len(parts) == 1 and turn is not None and block.q_norm is None:
         v = v.contiguous()  # as a view it would keep q and k as they were before the turn
-    del parts, split
+    del parts
     out, *saved = attending.forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), pattern)
     given = out.transpose(1, 2).view(len(flat), -1)
     y, record = join(outs.forward(form.picked(given))[0], form.picked(flat) if residual else None, block.dropout)
@@ -293,10 +305,9 @@ def _back_to_projections(
     operands = [_as_attended(*three, form) for three in zip(heads, (*stats, ()), owns, strict=True)]
     if len(block.inputs) == 1:
         made = [given.new_empty(len(given), sum(block.widths))]
-        grads = list(made[0].split(block.widths, -1))
     else:
-        made = grads = [given.new_empty(len(given), width) for width in block.widths]
-    by_head = [grad.view(shape) for grad in grads]
+        made = [given.new_empty(len(given), width) for width in block.widths]
+    by_head = block.heads(made, *shape[:2])
     # only with what flash gave besides is the output asked for, and whole
     out = None if saved[0] is None or saved[1] is None else saved[0].view(shape).transpose(1, 2)
     dq, dk, dv = (grad.transpose(1, 2) for grad in by_head)

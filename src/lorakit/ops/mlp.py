@@ -26,12 +26,15 @@ class Form(NamedTuple):
     """What an MLP is made of.
 
     Attributes:
-        inner: (gate, up), or (up,) alone where nothing is multiplied.
+        inner: (gate, up), or (up,) alone where nothing is multiplied, or where fused one of (2·f, d) that gives the two
+            side by side.
         down: What comes after the activation.
         act: f, of the gate's output or of the only one.
         norm: Of the input, or None.
         residual: Whether x is added.
         dropout: Share of the numbers of down's output that become zero, before the residual.
+        within: Share of the numbers of down's input that become zero.
+        fused: Gate and up are one module.
     """
 
     inner: tuple[Adapted, ...]
@@ -40,6 +43,8 @@ class Form(NamedTuple):
     norm: Norm | None
     residual: bool
     dropout: float = 0.0
+    within: float = 0.0
+    fused: bool = False
 
 
 def gated(
@@ -54,7 +59,7 @@ def gated(
 
     Source: Shazeer 2020, arXiv:2002.05202, eq. (6).
     """
-    return _mlp(x, Form((gate, up), down, activation(act), norm, residual))
+    return mlp(x, Form((gate, up), down, activation(act), norm, residual))
 
 
 def plain(
@@ -68,21 +73,30 @@ def plain(
         ValueError: The activation has no fused form, a weight of the base asks for a gradient, or the dropout leaves
             nothing.
     """
-    if not 0 <= dropout < 1:
-        raise ValueError(f"the dropout of an MLP's output is at least 0 and below 1; it is {dropout}")
-    return _mlp(x, Form((up,), down, activation(act), norm, residual, dropout))
+    return mlp(x, Form((up,), down, activation(act), norm, residual, dropout))
 
 
 def reference(x: Tensor, form: Form) -> Tensor:
     """What `gated` and `plain` compute of x (..., d), in plain PyTorch and without dropout -> (..., d)."""
-    first, *up = linear.reference(x if form.norm is None else norm_reference(x, form.norm), form.inner)
+    hidden = linear.reference(x if form.norm is None else norm_reference(x, form.norm), form.inner)
+    first, *up = hidden[0].chunk(2, -1) if form.fused else hidden
     a = form.act.reference(first)
     y = linear.reference(a * up[0] if up else a, [form.down])[0]
     return x + y if form.residual else y
 
 
-def _mlp(x: Tensor, form: Form) -> Tensor:
+def mlp(x: Tensor, form: Form) -> Tensor:
+    """An MLP of any form, [docs/math.md (79)]: x (..., d) -> (..., d). Gradients go to x and to the factors A and B.
+
+    Raises:
+        ValueError: A weight of the base asks for a gradient, a dropout leaves nothing, or what is fused has no halves.
+    """
     modules = (*form.inner, form.down)
+    for name, share in (("output", form.dropout), ("inner numbers", form.within)):
+        if not 0 <= share < 1:
+            raise ValueError(f"the dropout of an MLP's {name} is at least 0 and below 1; it is {share}")
+    if form.fused and len(form.inner) != 1:
+        raise ValueError(f"gate and up are fused in one module, and there are {len(form.inner)}")
     if torch.is_grad_enabled():
         refuse_trained(modules)
         refuse_trained_norm(form.norm)
@@ -101,7 +115,7 @@ def _under_autocast(x: Tensor, form: Form) -> Tensor:
     n = x if form.norm is None else normalised(x, form.norm)
     n = autocast(n)
     with as_written(x):
-        y = _mlp(n, form._replace(norm=None, residual=False))
+        y = mlp(n, form._replace(norm=None, residual=False))
     return x + y if form.residual else y
 
 
@@ -111,6 +125,7 @@ class _Made(NamedTuple):
     stats: Sequence[Tensor]  # of the norm
     hidden: list[Tensor]  # what gate and up gave, (N, f)
     record: Tensor | None  # of the dropout
+    within: Tensor | None  # of the one before down
     groups: tuple[Group, Group]
 
 
@@ -121,9 +136,12 @@ def _forward(x: Tensor, form: Form) -> tuple[Tensor, _Made]:
     inner, outer = Group(form.inner, x.dtype), Group([form.down], x.dtype)
     hidden = inner.forward(n, owned=form.norm is not None)
     del n
+    if form.fused:
+        hidden = [half.contiguous() for half in hidden[0].chunk(2, 1)]
     a = activate(form.act, hidden[0], hidden[1] if len(hidden) == 2 else None, torch.empty_like(hidden[0]))
+    a, within = join(a, None, form.within)
     y, record = join(outer.forward(a, owned=True)[0], flat if form.residual else None, form.dropout)
-    return y, _Made(stats, hidden, record, (inner, outer))
+    return y, _Made(stats, hidden, record, within, (inner, outer))
 
 
 class _Mlp(torch.autograd.Function):
@@ -139,7 +157,7 @@ class _Mlp(torch.autograd.Function):
             outside,
             made.hidden if ctx.deep or outer.needs_x else (),
             made.stats if wants_x else (),
-            [x if wants_x else None, made.record],
+            [x if wants_x else None, made.record, made.within],
             inside if ctx.deep else (),
         ]
         ctx.form, ctx.shape, ctx.counts = form, x.shape, [len(part) for part in parts]
@@ -150,11 +168,13 @@ class _Mlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         tensors, form = iter(ctx.saved_tensors), ctx.form
-        outside, hidden, stats, (x, record), inside = ([next(tensors) for _ in range(count)] for count in ctx.counts)
+        outside, hidden, stats, (x, record, within), inside = (
+            [next(tensors) for _ in range(count)] for count in ctx.counts
+        )
         with as_written(dy):
             dy = rows(dy)
             outer, dlast = Group.unpack(ctx.outer, outside), join_backward(dy, record, form.dropout)
-            dhidden, last = _back_through_the_activation(dlast, hidden, outer, form, ctx.deep)
+            dhidden, last = _back_through_the_activation(dlast, (hidden, within), outer, form, ctx.deep)
             if not ctx.deep:
                 return (None, None, *(None for _ in form.inner for _ in range(2)), *last)
             inner, norm = Group.unpack(ctx.inner, inside), form.norm
@@ -173,13 +193,19 @@ class _Mlp(torch.autograd.Function):
 
 
 def _back_through_the_activation(
-    dy: Tensor, hidden: Sequence[Tensor], outer: Group, form: Form, deep: bool
+    dy: Tensor, saved: tuple[Sequence[Tensor], Tensor | None], outer: Group, form: Form, deep: bool
 ) -> tuple[list[Tensor], tuple[Tensor | None, Tensor | None]]:
-    """The gradients of what gate and up gave, (N, f) each, where they are wanted, and those of down's A and B."""
+    """The gradients of what the inner modules gave, where they are wanted, and those of down's A and B.
+
+    saved: what gate and up gave, (N, f) each, and the record of the dropout before down.
+    """
+    hidden, within = saved
     first, up = (hidden[0] if hidden else None), (hidden[1] if len(hidden) == 2 else None)
     a = None if first is None or not outer.needs_x else activate(form.act, first, up, torch.empty_like(first))
+    a = None if a is None else join_backward(a, within, form.within)  # which drops the same again
     da, ((grad_a, grad_b),) = outer.backward(a, [dy], need_dx=deep, owned=True)
     del a
     if da is None or first is None:
         return [], (grad_a, grad_b)
-    return list(activate_backward(form.act, da, first, up)), (grad_a, grad_b)
+    both = activate_backward(form.act, join_backward(da, within, form.within), first, up)
+    return [torch.cat(both, 1)] if form.fused else both, (grad_a, grad_b)

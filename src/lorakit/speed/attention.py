@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,14 +17,27 @@ from lorakit.speed.masks import under
 from lorakit.speed.operands import acting_in, forwards_of
 from lorakit.speed.parts import by_name, is_usual, norm_of, share_of, unknown_words
 
-INPUTS = (("q_proj", "k_proj", "v_proj"), ("c_attn",), ("qkv_proj",))
+INPUTS = (("q_proj", "k_proj", "v_proj"), ("c_attn",), ("qkv_proj",), ("query_key_value",))
+INTERLEAVED = ("query_key_value",)
+"""A projection of this name gives q, k and v of one head after the other."""
+
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
 NORMS = ("q_norm", "k_norm")
 DROPOUTS = ("attn_dropout", "resid_dropout")
 """Of the weights, whose share alone is read, and of the output."""
 
 WORDS = frozenset(
-    {"config", "layer_idx", "layer_type", "head_dim", "num_heads", "num_key_value_heads", "num_key_value_groups"}
+    {
+        "config",
+        "layer_idx",
+        "layer_type",
+        "head_dim",
+        "head_size",
+        "rotary_ndims",
+        "num_heads",
+        "num_key_value_heads",
+        "num_key_value_groups",
+    }
     | {"num_attention_heads", "hidden_size", "embed_dim", "split_size", "is_causal", "is_cross_attention", "scaling"}
     | {"scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "attention_dropout"}
     | {"dropout", "enable_bias"}  # of OPT
@@ -76,10 +89,10 @@ def fits(module: nn.Module) -> str | None:
 
 def shape_of(module: nn.Module) -> Shape | None:
     """What an attention module is, or None where it is none that is known."""
-    held = module._modules
+    held, words = module._modules, vars(module)
     inputs = next((names for names in INPUTS if all(held.get(name) is not None for name in names)), None)
     output = next((name for name in OUTPUTS if held.get(name) is not None), None)
-    head_dim, scale = getattr(module, "head_dim", None), getattr(module, "scaling", None)
+    head_dim, scale = words.get("head_dim", words.get("head_size")), words.get("scaling")
     if (
         inputs is None
         or output is None
@@ -110,6 +123,7 @@ def attention(
     call: dict[str, Any],
     *,
     residual: bool,
+    dropout: float = 0.0,
     wanted: Tensor | None = None,
 ) -> Tensor | None:
     """Attention with the norm before it and the residual after it.
@@ -120,6 +134,7 @@ def attention(
         norm: The norm before it, or None.
         call: The call's arguments by name.
         residual: Add x.
+        dropout: Share of the output that is dropped behind it.
         wanted: Which tokens go through the output projection, laid flat (n,), or None for all.
 
     Returns:
@@ -130,7 +145,7 @@ def attention(
         return None
     shares = _shares(module)
     pattern = None if shares is None else _pattern(shape, x, shares[0], call)
-    if shares is None or pattern is None:
+    if shares is None or pattern is None or (shares[1] and dropout):
         return None
     inside: list[nn.Module] = [module._modules[name] for name in (*shape.inputs, shape.output)]  # type: ignore[misc]
     acting = acting_in(inside, forwards_of(module), x)
@@ -142,7 +157,8 @@ def attention(
     turn = call.get("position_embeddings") if getattr(module, "use_rope", True) else None
     *inputs, output = operands = acting.operands
     kv_heads = _kv_heads(module, shape, operands)
-    block = SelfAttention(tuple(inputs), output, shape.head_dim, kv_heads, norm, norms[0], norms[1], shares[1])
+    block = SelfAttention(tuple(inputs), output, shape.head_dim, kv_heads, norm, norms[0], norms[1])
+    block = replace(block, dropout=shares[1] or dropout, interleaved=shape.inputs == INTERLEAVED)
     y = attention_block(x, block, pattern, None if turn is None else Rotary(*turn), residual, wanted)
     acting.note(y)
     return y

@@ -11,7 +11,7 @@ from lorakit.ops.dropout import dropout
 from lorakit.ops.norm import Norm, normalised
 from lorakit.speed import attention, feed_forward
 from lorakit.speed.last_layer import KEYWORD, laid_back, picked, rows_for
-from lorakit.speed.parts import by_name, is_usual, norm_of, share_of, unknown_words
+from lorakit.speed.parts import activation_of, by_name, is_usual, norm_of, share_of, unknown_words
 
 
 class Half(NamedTuple):
@@ -19,17 +19,25 @@ class Half(NamedTuple):
 
     Attributes:
         before: The norm of the input, or "".
-        inner: Attention or feed-forward.
+        inner: Attention or feed-forward; "" for a feed-forward block whose parts are the layer's own children.
         after: The norm of what it gives, or "".
         dropout: What comes before the residual, or "".
+        share: The attribute with the share that the layer itself drops there, or "".
     """
 
     before: str
     inner: str
     after: str = ""
     dropout: str = ""
+    share: str = ""
+
+    @property
+    def children(self) -> set[str]:
+        """All that is a child of the layer."""
+        return {self.before, self.after, self.dropout, *([self.inner] if self.inner else LOOSE)} - {""}
 
 
+LOOSE = ("fc1", "activation_fn", "fc2")
 LAYERS: tuple[tuple[Half, Half], ...] = (
     (Half("input_layernorm", "self_attn"), Half("post_attention_layernorm", "mlp")),
     (Half("ln_1", "attn"), Half("ln_2", "mlp")),
@@ -42,10 +50,22 @@ LAYERS: tuple[tuple[Half, Half], ...] = (
         Half("input_layernorm", "self_attn", dropout="resid_attn_dropout"),
         Half("post_attention_layernorm", "mlp", dropout="resid_mlp_dropout"),
     ),
+    (
+        Half("input_layernorm", "attention", dropout="post_attention_dropout"),
+        Half("post_attention_layernorm", "mlp", dropout="post_mlp_dropout"),
+    ),
+    (
+        Half("self_attn_layer_norm", "self_attn", share="dropout"),
+        Half("final_layer_norm", "", share="dropout"),
+    ),
 )
 """Layers that are known: their children are these and no others."""
 
-WORDS = frozenset({"config", "hidden_size", "layer_idx", "attention_type", "layer_type", "gradient_checkpointing"})
+PARALLEL, FIRST = "use_parallel_residual", "do_layer_norm_before"
+WORDS = frozenset(
+    {"config", "hidden_size", "embed_dim", "layer_idx", "attention_type", "layer_type", "gradient_checkpointing"}
+    | {PARALLEL, FIRST, "dropout"}
+)
 
 
 class _Around(NamedTuple):
@@ -57,8 +77,13 @@ class _Around(NamedTuple):
 
     @property
     def is_bare(self) -> bool:
-        """Whether nothing stands between the inner module and the residual."""
-        return self.after is None and self.p == 0
+        """Whether no norm stands between the inner module and the residual."""
+        return self.after is None
+
+    @property
+    def inside(self) -> float:
+        """The share that is dropped right behind the inner module."""
+        return self.p if self.is_bare else 0.0
 
 
 def fits(module: nn.Module) -> str | None:
@@ -68,6 +93,10 @@ def fits(module: nn.Module) -> str | None:
         return "not the children of a decoder layer that is known"
     if any(_around(module, half) is None for half in halves):
         return "its norms are none that are known"
+    if getattr(module, FIRST, True) is not True:
+        return "its norms come behind the residuals"
+    if not halves[1].inner and activation_of(module._modules[LOOSE[1]]) is None:
+        return f"its activation is {type(module._modules[LOOSE[1]]).__name__}"
     attn = module._modules[halves[0].inner]
     return attention.fits(attn) or unknown_words(module, WORDS, tuple(module._modules))  # type: ignore[arg-type]
 
@@ -79,39 +108,60 @@ def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any)
         return None
     kwargs |= by_name(module, args)
     first, second = (_around(module, half) for half in halves)
-    attn, mlp = (module._modules[half.inner] for half in halves)
-    if first is None or second is None or attn is None or mlp is None or is_watched(attn):
+    attn = module._modules[halves[0].inner]
+    if first is None or second is None or attn is None or is_watched(attn):
         return None
     rows = rows_for(module, kwargs.get(KEYWORD), hidden_states)
-    y = attention.attention(attn, hidden_states, first.before, kwargs, residual=first.is_bare, wanted=rows)
-    if y is None:
+    words: dict[str, Any] = {"residual": first.is_bare, "dropout": first.inside, "wanted": rows}
+    x = attention.attention(attn, hidden_states, first.before, kwargs, **words)
+    if x is None:
         return None
-    x = y if first.is_bare else _joined(picked(hidden_states, rows), y, first, added=False)
-    made = None
-    if feed_forward.fits(mlp) is None and not is_watched(mlp):
-        made = feed_forward.feed_forward(mlp, x, second.before, residual=second.is_bare)
+    x = x if first.is_bare else _joined(picked(hidden_states, rows), x, first)
+    parallel = getattr(module, PARALLEL, False)  # the feed-forward block then sees what the attention saw
+    given = picked(hidden_states, rows) if parallel else x
+    made = _fed(module, halves[1], second, given, residual=second.is_bare and not parallel)
     if made is None:
         x = laid_back(x, rows, hidden_states)
-        return _joined(x, mlp(x if second.before is None else normalised(x, second.before)), second, added=False)
-    return laid_back(_joined(x, made, second, added=second.is_bare), rows, hidden_states)
+        return _joined(x, _fed_by_modules(module, halves[1], second, hidden_states if parallel else x), second)
+    if not second.is_bare:
+        made = _joined(x, made, second)
+    elif parallel:
+        made = x + made
+    return laid_back(made, rows, hidden_states)
 
 
-def _joined(x: Tensor, y: Tensor, around: _Around, *, added: bool) -> Tensor:
-    """What an inner module gave, with all that comes after it; as it is where that was added already."""
-    if added:
-        return y
+def _fed(module: nn.Module, half: Half, around: _Around, x: Tensor, *, residual: bool) -> Tensor | None:
+    """What the feed-forward half gives of x (…, d) as one function, or None where it cannot."""
+    mlp: Any = module._modules[half.inner] if half.inner else module
+    if half.inner and (feed_forward.fits(mlp) is not None or is_watched(mlp)):
+        return None
+    return feed_forward.feed_forward(mlp, x, around.before, residual=residual, dropout=around.inside)
+
+
+def _fed_by_modules(module: nn.Module, half: Half, around: _Around, x: Tensor) -> Tensor:
+    """What the layer's own modules give of x (B, T, d), before all that comes after them."""
+    made: Any = x if around.before is None else normalised(x, around.before)
+    for name in (half.inner,) if half.inner else LOOSE:
+        made = module._modules[name](made)  # type: ignore[misc]
+    return made
+
+
+def _joined(x: Tensor, y: Tensor, around: _Around) -> Tensor:
+    """What an inner module gave, with all that comes after it."""
     return x + dropout(y if around.after is None else normalised(y, around.after), around.p)
 
 
 def _halves(module: nn.Module) -> tuple[Half, Half] | None:
     held = {name for name, child in module._modules.items() if child is not None}
-    return next((halves for halves in LAYERS if held == {*halves[0], *halves[1]} - {""}), None)
+    return next((halves for halves in LAYERS if held == halves[0].children | halves[1].children), None)
 
 
 def _around(module: nn.Module, half: Half) -> _Around | None:
     """The norms and the dropout of a half as they are now, or None where one of them is none that is known."""
     norms = [norm_of(module._modules[name]) if name else None for name in (half.before, half.after)]
     p = share_of(module._modules[half.dropout]) if half.dropout else 0.0
+    if half.share and module.training:
+        p = getattr(module, half.share)
     if p is None or any(made is None for made, name in zip(norms, (half.before, half.after), strict=True) if name):
         return None
     return _Around(norms[0], norms[1], p)

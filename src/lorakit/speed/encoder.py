@@ -105,7 +105,10 @@ LAYOUTS = (
 
 def layout_of(module: nn.Module) -> Layout | None:
     """Where a module has the parts of an encoder layer, or None where it lacks one."""
-    return next((found for found in LAYOUTS if all(_at(module, path) is not None for path in found)), None)
+    for found in LAYOUTS:
+        if all(_at(module, path) is not None for path in (*found, f"{found.attention}.dropout")):
+            return found
+    return None
 
 
 def fits(module: nn.Module) -> str | None:
@@ -114,6 +117,8 @@ def fits(module: nn.Module) -> str | None:
     if found is None:
         return "not the parts of an encoder layer that is known"
     attention: Any = _at(module, found.attention)
+    if not vars(attention).keys() >= {"attention_head_size", "scaling"} or share_of(attention.dropout) is None:
+        return "not the attributes of an attention that is known"
     if getattr(attention, "is_causal", None) is not False:
         return "its attention is causal"
     way = getattr(getattr(attention, "config", None), "_attn_implementation", None)

@@ -23,7 +23,7 @@ def under(mask: Any, x: Tensor, pattern: Pattern) -> Pattern | None:
     Args:
         mask: (rows or 1, heads or 1, T, T), true or 0 where a token is seen; or None.
         x: Hidden states, (rows, T, d).
-        pattern: Who sees whom without it.
+        pattern: Who sees whom without it; it may have a bias.
 
     Returns:
         The pattern, with a bias where that hides more, or None where the mask shows more than the pattern, hides all
@@ -36,14 +36,19 @@ def under(mask: Any, x: Tensor, pattern: Pattern) -> Pattern | None:
         return None
     if mask.shape[0] not in (1, rows):
         return None
-    known: dict[Any, Tensor | bool] = mask.__dict__.setdefault(READ, {})
+    known: dict[Any, Any] = mask.__dict__.setdefault(READ, {})
     key = (pattern.causal, pattern.window, x.dtype)
     if key not in known:
         known[key] = _read(mask, pattern, x.dtype)
-    bias = known[key]
-    if isinstance(bias, Tensor):
-        return replace(pattern, bias=bias)
-    return pattern if bias else None
+    padding = known[key]
+    if not isinstance(padding, Tensor):
+        return pattern if padding else None
+    if pattern.bias is None:
+        return replace(pattern, bias=padding)
+    with_bias = (*key, "with bias")
+    if with_bias not in known or known[with_bias][0] is not pattern.bias:
+        known[with_bias] = pattern.bias, padding + pattern.bias.to(x.dtype)
+    return replace(pattern, bias=known[with_bias][1])
 
 
 def _read(mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor | bool:

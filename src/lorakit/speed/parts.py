@@ -29,6 +29,9 @@ ACTIVATIONS: dict[str, str] = {
 }
 """Class of an activation module -> its name in `lorakit.ops.activation`; a probe confirms each before it is used."""
 
+RMS = ("RMSNorm", "T5LayerNorm")
+"""How the names of norms without a mean end."""
+
 EPSILONS = ("variance_epsilon", "eps")
 
 
@@ -60,7 +63,7 @@ def norm_of(module: nn.Module | None) -> Norm | None:
     if isinstance(module, nn.LayerNorm):
         return Norm("layer", weight, bias, module.eps)
     eps = next((value for name in EPSILONS if isinstance(value := getattr(module, name, None), float)), None)
-    if eps is None or bias is not None or "RMSNorm" not in type(module).__name__:
+    if eps is None or bias is not None or not type(module).__name__.endswith(RMS):
         return None
     return Norm("rms", weight, None, eps, 1.0 if type(module).__name__.startswith("Gemma") else 0.0)
 

@@ -78,19 +78,24 @@ def disagreement(model: nn.Module, module: nn.Module, run: Callable[..., Any], c
         made = run(module, *call.args, **call.kwargs)
     if made is None:
         return "its calls are none that the recipe is for"
-    ours, theirs = _tensor(made), _tensor(call.output)
-    if ours is None or theirs is None or ours.shape != theirs.shape or type(made) is not type(call.output):
+    ours, theirs = _parts(made), _parts(call.output)
+    if type(made) is not type(call.output) or len(ours) != len(theirs) or not isinstance(ours[0], Tensor):
         return "it returns something else"
-    wanted = float(torch.linalg.vector_norm(theirs.double()))
-    error = float(torch.linalg.vector_norm(ours.double() - theirs.double())) / max(wanted, 1e-30)
-    if not error <= TOLERANCES.get(theirs.dtype, 0.0):
-        return f"a probe differs by {error:.1e} of the output"
+    for found, wanted in zip(ours, theirs, strict=True):
+        if found is None:
+            continue  # the weights of attention, which are made where somebody asks for them
+        if not isinstance(found, Tensor) or not isinstance(wanted, Tensor) or found.shape != wanted.shape:
+            return "it returns something else"
+        size = float(torch.linalg.vector_norm(wanted.double()))
+        error = float(torch.linalg.vector_norm(found.double() - wanted.double())) / max(size, 1e-30)
+        if not error <= TOLERANCES.get(wanted.dtype, 0.0):
+            return f"a probe differs by {error:.1e} of the output"
     return None
 
 
-def _tensor(output: Any) -> Tensor | None:
-    first = output[0] if isinstance(output, tuple) and output else output
-    return first if isinstance(first, Tensor) else None
+def _parts(output: Any) -> tuple[Any, ...]:
+    """What a module returned, one or more things; the first is its output."""
+    return output if isinstance(output, tuple) and output else (output,)
 
 
 def token_ids(model: Any) -> Tensor:
@@ -112,10 +117,13 @@ def inputs_of(model: Any) -> dict[str, Any]:
         model: A model with input embeddings.
     """
     ids = token_ids(model)
+    inputs: dict[str, Any] = {"input_ids": ids}
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        return {"input_ids": ids, "decoder_input_ids": ids}
-    return {"input_ids": ids, "use_cache": False} if hasattr(config, "use_cache") else {"input_ids": ids}
+        inputs["decoder_input_ids"] = ids
+    if hasattr(config, "use_cache"):
+        inputs["use_cache"] = False
+    return inputs
 
 
 @contextlib.contextmanager
