@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 
 from lorakit import durable
+from lorakit.machine import this_machine
 from lorakit.ops import choices
 from lorakit.speed import choosing, kept_choices
 from lorakit.speed.choosing import Question, answer, attentions, choose, products
@@ -60,6 +63,7 @@ def slices_win(monkeypatch: pytest.MonkeyPatch) -> Clock:
         return run
 
     monkeypatch.setattr(choosing, "_product", prepare)
+    monkeypatch.setattr(choosing, "BUSY", math.inf)  # whatever else runs beside the tests
     return clock
 
 
@@ -167,6 +171,21 @@ def test_a_cache_that_cannot_be_made(model: nn.Module, slices_win: Clock, tmp_pa
     found = choose(model, 1000, 0, folder=tmp_path / "file" / "cache", clock=slices_win)
     assert (found.measured, len(found.choices)) == (4, 2)
     assert "cannot be written" in found.unkept and "the next run measures again" in str(found)
+
+
+def test_what_a_busy_machine_measures_acts_and_is_not_kept(
+    model: nn.Module, slices_win: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = this_machine()
+    monkeypatch.setattr(choosing, "BUSY", 1.5)
+    monkeypatch.setattr(choosing, "this_machine", lambda: replace(here, cores=2, load=3.1))
+    found = choose(model, 1000, 0, folder=tmp_path, clock=slices_win)
+    assert len(found.choices) == 2
+    assert "the next run measures again (the machine is busy)" in str(found)
+    assert not list(tmp_path.iterdir())
+    for load in (3.0, None):  # or not known
+        monkeypatch.setattr(choosing, "this_machine", lambda load=load: replace(here, cores=2, load=load))
+        assert choose(model, 1000, 0, folder=tmp_path / str(load), clock=slices_win).unkept == ""
 
 
 def test_another_machine_and_other_threads_have_answers_of_their_own(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.layering.operands import frozen_linear
+from lorakit.machine import Machine, this_machine
 from lorakit.ops import attention
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.choices import LENGTHS, ROWS, SLICES, attention_name, in_slices, product_name
@@ -35,6 +36,9 @@ FEWEST_FLOPS, MOST_FLOPS = 1 << 27, 1 << 33
 
 AT_ONCE = 1024
 """Tokens of the attention that is measured, at least."""
+
+BUSY = 1.5
+"""Processes running for each core, in the mean of the last minute, above which a machine is busy."""
 
 BUDGET_SECONDS = 2.0
 """After so long the rest is left to a later run."""
@@ -65,7 +69,7 @@ class Chosen:
         choices: Name of a shape -> the way that is faster than the usual one; nothing where that is best.
         measured: Shapes that were measured now; the others' answers were on disk.
         seconds: How long that took.
-        unkept: Why the answers could not be put on disk, or "".
+        unkept: Why the answers were not put on disk, or "".
     """
 
     choices: Mapping[str, int]
@@ -118,10 +122,17 @@ def choose(
             break
         fresh[question.name] = answer(question, clock)
     seconds = clock() - began
-    unkept = kept_choices.keep(fresh, folder) if fresh else ""
+    unkept = ""
+    if fresh:
+        unkept = "the machine is busy" if is_busy(this_machine()) else kept_choices.keep(fresh, folder)
     answers |= fresh
     acting = {q.name: answers[q.name] for q in asked if answers.get(q.name, q.usual) in q.others}
     return Chosen(acting, len(fresh), seconds, unkept)
+
+
+def is_busy(machine: Machine) -> bool:
+    """Whether so much else runs that what is measured now should not stand on disk for later runs."""
+    return machine.load is not None and machine.load > BUSY * machine.cores
 
 
 def answer(question: Question, clock: Callable[[], float]) -> int:
