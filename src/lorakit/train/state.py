@@ -18,6 +18,7 @@ import torch
 
 from lorakit import __version__
 from lorakit.errors import RunError
+from lorakit.ops.kernels import compiled
 
 
 @dataclass
@@ -157,6 +158,7 @@ def environment(
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "isa_limit": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
         "kernels": list(kernels),
+        "compiled_kernels": compiled.kernels() is not None,
     }
 
 

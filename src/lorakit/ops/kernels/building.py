@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import torch  # also for its thread library, which must be there before a kernel asks for it
+
 from lorakit.machine import cache_directory
 
 SWITCH = "LORAKIT_KERNELS"
@@ -83,7 +85,8 @@ def _key(compiler: str, define: str) -> str:
     except OSError:
         cpu = ""
     machine = " ".join((*os.uname()[:1], os.uname().machine)) if hasattr(os, "uname") else ""
-    parts = (SOURCE.read_bytes(), " ".join((*FLAGS, WIDEST)).encode(), compiler.encode(), told, cpu.encode())
+    flags = " ".join((*FLAGS, WIDEST, torch.__version__))
+    parts = (SOURCE.read_bytes(), flags.encode(), compiler.encode(), told, cpu.encode())
     return hashlib.sha256(b"\0".join((*parts, machine.encode(), define.encode()))).hexdigest()[:24]
 
 

@@ -34,7 +34,8 @@ def kernels() -> CompiledKernels | None:
 def account() -> str:
     """How the kernels were made, or why there are none; for people."""
     found = [built(define) for define in DTYPES.values()]
-    return next((each.why for each in found if each.library is None), found[0].why)
+    missing = next((each.why for each in found if each.library is None), None)
+    return f"kernels {found[0].why}" if missing is None else f"PyTorch's operations ({missing})"
 
 
 class CompiledKernels:
