@@ -6,6 +6,7 @@ Weights are random, batches are drawn by their number, so that every side has th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,6 +48,7 @@ LEVERS: dict[str, frozenset[str]] = {
     "loss without logits": frozenset({"loss without logits"}),
     "dropout by gaps": frozenset({"dropout by gaps"}),
     "choice per shape": frozenset({"choice per shape"}),
+    "compiled kernels": frozenset({"compiled kernels"}),
     "all recipes": frozenset({"decoder layer", "attention", "feed-forward", "norm", "loss without logits"}),
 }
 """What can be turned off -> the recipes of `accelerate`, and other parts, that go with it: where attention or
@@ -209,8 +211,11 @@ def _ours(model: Any, job: Job, off: Collection[str]) -> Step:
 def _accelerated(model: Any, off: Collection[str]) -> Any:
     """What `accelerate` makes of the model, without what is turned off."""
     from lorakit.ops import linear
+    from lorakit.ops.kernels.building import SWITCH
     from lorakit.speed import accelerate
 
+    if "compiled kernels" in off:
+        os.environ[SWITCH] = "off"  # before anything asks for them
     fast = accelerate(model)
     for recipe, swap in fast.swaps:
         if recipe in off:
@@ -222,12 +227,11 @@ def _accelerated(model: Any, off: Collection[str]) -> Any:
     return fast
 
 
-def _mask(like: Any, p: float) -> tuple[Any, Any]:
+def _mask(like: Any, p: float) -> Any:
     """A decision for every number of a tensor (any shape), as `torch.nn.functional.dropout` draws them."""
     import torch
 
-    mask = torch.empty(like.shape, dtype=torch.bool).bernoulli_(p)
-    return mask, mask
+    return torch.empty(like.shape, dtype=torch.bool).bernoulli_(p)
 
 
 def _peft(model: Any, job: Job, side: str) -> tuple[Any, Step]:
