@@ -1,6 +1,7 @@
 """Claim: the fastest LoRA step: beside the bare products, the frozen model and peft at its best settings.
 
 python benchmarks/bench_step.py [--model gpt2] [--rounds 2] [--steps 3] [--dropout 0 0.05] [--ablate]
+python benchmarks/bench_step.py --model "smollm2, q and v" --dtype float32
 
 SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, 4 rows of 256 tokens, all trained. Each
 round runs every side in turn in a fresh process, with the C library's allocator as it is ("stock") and told to keep

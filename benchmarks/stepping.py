@@ -14,7 +14,11 @@ from typing import Any
 RATE = 1e-4
 ALPHA_OVER_R = 2
 ALL_LINEAR = "all-linear"
-TARGETS: dict[str, tuple[int, str | list[str]]] = {"smollm2": (16, ALL_LINEAR), "gpt2": (8, ["c_attn", "c_proj"])}
+TARGETS: dict[str, tuple[int, str | list[str]]] = {
+    "smollm2": (16, ALL_LINEAR),
+    "smollm2, q and v": (8, ["q_proj", "v_proj"]),
+    "gpt2": (8, ["c_attn", "c_proj"]),
+}
 """Model -> rank and targets that it is measured with."""
 LARGE: dict[str, tuple[int, str | list[str]]] = {"llama-1b": (16, ALL_LINEAR), "llama-8b": (16, ALL_LINEAR)}
 """The same of models for a GPU."""
@@ -63,7 +67,7 @@ class Job:
     """One setting of a step.
 
     Attributes:
-        model: "smollm2" (135M), "gpt2" (124M), "llama-1b" or "llama-8b".
+        model: "smollm2" (135M), "gpt2" (124M), "llama-1b" or "llama-8b"; after a comma, targets other than usual.
         dtype: Of the base.
         rows: Sequences of a batch.
         length: Tokens of each; all are trained.
@@ -129,7 +133,7 @@ def geometry(job: Job) -> Any:
             n_positions=positions, n_layer=layers, resid_pdrop=p, embd_pdrop=p, attn_pdrop=p, dtype=dtype
         )
     else:
-        sizes = LLAMAS[job.model] | ({"num_hidden_layers": job.layers} if job.layers else {})
+        sizes = LLAMAS[job.model.partition(",")[0]] | ({"num_hidden_layers": job.layers} if job.layers else {})
         config = transformers.LlamaConfig(**sizes, max_position_embeddings=positions, dtype=dtype)
     with torch.device(job.device):
         model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
