@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 
 from lorakit import core
 from lorakit.config import LoraConfig
+from lorakit.core.layering import stacked
 from lorakit.errors import ConfigError, ModelError, NonFiniteError, RouteError, UsageError
 from lorakit.generate import NewToken, Sampling, context_tokens, generate, generate_batch
 
@@ -30,7 +34,8 @@ def alone(model: Any, prompt: Sequence[int], **options: Any) -> list[int]:
 
 def attach_strong(model: Any, name: str, seed: int, targets: Any = "all-linear", **fields: Any) -> None:
     """An adapter with a random B, strong enough to change what is said."""
-    core.attach(model, LoraConfig(r=4, lora_alpha=16, target_modules=targets, **fields), name, seed=seed)
+    config = LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": targets, **fields})
+    core.attach(model, config, name, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for path, parameter in core.trainable_parameters(model, name):
         if "lora_B" in path:
@@ -121,6 +126,48 @@ def test_a_batch_of_mixed_adapters_is_its_rows_one_by_one(adapted: Any) -> None:
         for n in ("one", "two", None)
     ]
     assert all(a != b for a, b in itertools.combinations(answers, 2))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_factors_of_mixed_rows_are_stacked_once_and_go_with_the_stream(
+    model: Any, given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters of different rank, for each of which its rows alone are the proof; the route said or in force."""
+    for seed, rank in enumerate([4, 1, 8, 3]):
+        attach_strong(model, f"of_{rank}", seed, r=rank)
+    names, stacks = ["of_3", "of_8", None, "of_1"], []
+    make = stacked._stack
+    monkeypatch.setattr(stacked, "_stack", lambda *of: stacks.append(weakref.ref(made := make(*of))) or made)
+    with contextlib.nullcontext() if given else core.route(model, names):
+        stream = generate_batch(model.eval(), PROMPTS, max_new_tokens=12, adapters=names if given else None)
+    together: list[list[int]] = [[] for _ in names]
+    for new in stream:
+        together[new.row].append(new.token)
+        assert all(stack() is not None for stack in stacks)
+    sites = sum(isinstance(module, core.LoraLayer) for module in model.modules())
+    assert len(stacks) == 3 * sites  # ranks 8, 3 and 1: none is more than half of the one before
+    gc.collect()
+    assert not any(stack() for stack in stacks)
+    for prompt, name, tokens in zip(PROMPTS, names, together, strict=True):
+        with core.disable(model) if name is None else core.use(model, name):
+            assert alone(model, prompt) == tokens
+
+
+def test_an_adapter_that_is_trained_between_two_tokens_acts_as_it_is(model: Any) -> None:
+    attach_strong(model, "one", 1)
+    attach_strong(model, "two", 2)
+    streams = [
+        generate_batch(model.eval(), PROMPTS[:2], max_new_tokens=12, adapters=["one", n]) for n in ("two", "one")
+    ]
+    begun = [[new.token for new in itertools.islice(stream, 8)] for stream in streams]  # with stacks, and without
+    before = rows_of(generate_batch(model, PROMPTS[:2], max_new_tokens=12, adapters=["one", "two"]), 2)[0]
+    with torch.no_grad():
+        for path, parameter in core.trainable_parameters(model, "one"):
+            parameter.mul_(-1 if "lora_B" in path else 1)
+    first, second = ((head + [new.token for new in stream])[::2] for head, stream in zip(begun, streams, strict=True))
+    assert first == second
+    assert first[:4] == before[:4]
+    assert first != before
 
 
 def test_the_route_is_the_one_in_force_at_the_call(adapted: Any) -> None:

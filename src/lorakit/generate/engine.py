@@ -107,7 +107,7 @@ def generate_batch(
         sampling: For all rows, or one per row.
         eos_ids: Tokens that end a row; the one that did is the row's last.
         adapters: Per row the name of an adapter, or None for the base alone; without it the adapters that are active
-            now, on every row.
+            now, on every row. Factors of rows that differ are stacked once and kept (`lorakit.core.route`, keep).
         prefix: What all prompts begin with, as the base has read it (`read_prefix`), so that it is not read again; for
             rows of the base, and of aLoRA adapters whose invocation comes later. Without it, the model reads what such
             rows share once by itself.

@@ -117,7 +117,7 @@ def segmented(
         result: Tensor = _Segmented.apply(into, x, A, B, scales, (rows, way))
         return result
     with as_written(x):
-        return _Segments(A, B, scales, rows, way, x.dtype).forward(x, into)[0]
+        return Segments(A, B, scales, rows, way, x.dtype).forward(x, into)[0]
 
 
 def _check(x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, into: Tensor | None) -> None:
@@ -165,8 +165,11 @@ class _Products(NamedTuple):
     outer: Callable[[Tensor, Tensor, Tensor, _Call], Tensor]  # thin, wide, stack -> the stack's gradient
 
 
-class _Segments:
-    """Forward and backward in one of the ways."""
+class Segments:
+    """Forward and backward in one of the ways, made ready for any number of calls in which no gradient is recorded.
+
+    A (K, r, in), B (K, out, r), scales (K,) as `segmented` takes them; dtype is that of the rows.
+    """
 
     def __init__(self, A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, way: Way, dtype: torch.dtype) -> None:
         self.A, self.Bt = A.to(dtype), B.to(dtype).transpose(1, 2)
@@ -177,7 +180,10 @@ class _Segments:
         self.call = _Call(rows, adapter, own)
 
     def forward(self, x: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The result (rows, …, out), and the thin rows that the backward needs."""
+        """The result (rows, …, out) for x (rows, …, in), and the thin rows that the backward needs.
+
+        No product may be cast by autocast here (`as_written`).
+        """
         h = self.do.shrink(self._take(x), self.A, self.call)
         return self._put(h, self.Bt, x, into), h
 
@@ -301,7 +307,7 @@ class _Segmented(torch.autograd.Function):
         if into is not None:
             ctx.mark_dirty(into)
         with as_written(x):
-            y, h = _Segments(A, B, scales, *how, x.dtype).forward(x, into)
+            y, h = Segments(A, B, scales, *how, x.dtype).forward(x, into)
         _, _, of_A, of_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if of_A else None, h if of_B else None, A, B, scales)
         ctx.how = *how, x.dtype
@@ -313,6 +319,6 @@ class _Segmented(torch.autograd.Function):
         x, h, A, B, scales = ctx.saved_tensors
         of_into, of_x, *_ = ctx.needs_input_grad
         with as_written(dy):
-            dx, dA, dB = _Segments(A, B, scales, *ctx.how).backward(x, h, dy, of_x)
+            dx, dA, dB = Segments(A, B, scales, *ctx.how).backward(x, h, dy, of_x)
         dA, dB = (None if d is None else d.to(of.dtype).contiguous() for d, of in ((dA, A), (dB, B)))
         return dy if of_into else None, dx, dA, dB, None, None

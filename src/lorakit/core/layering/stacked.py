@@ -7,7 +7,7 @@ holds adapters whose ranks are less than twice apart, the lower ones filled up w
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
@@ -21,10 +21,10 @@ from lorakit.core.kinds.kind import first_axis
 from lorakit.core.layering.factor import Factor
 from lorakit.core.layering.watched import is_watched, share_dropped
 from lorakit.core.routes.route import Route
-from lorakit.ops.adapted import autocast
-from lorakit.ops.segments import segmented, way_of
+from lorakit.ops.adapted import as_written, autocast
+from lorakit.ops.segments import Segments, way_of
 
-Segments = Sequence[tuple[str, Tensor]]
+OfRows = Sequence[tuple[str, Tensor]]
 Stamp = list[Any]
 
 WORTH_A_STACK = 4
@@ -41,11 +41,22 @@ class Stack:
         names: Which, in the stack's order.
         A: Theirs times the scale, (K, r, in).
         B: Theirs, (K, out, r), the transposed view of a (K, r, out).
+        ready: Shape of an input -> its products, under the one route that the stack is for.
     """
 
     names: tuple[str, ...]
     A: Tensor
     B: Tensor
+    ready: dict[torch.Size, Segments] = field(default_factory=dict)
+
+    def made_ready(self, route: Route, x: Tensor) -> Segments:
+        """The products with inputs like x (rows, …, in)."""
+        rows = route.routed(self.names, x.device, len(x))
+        way = way_of(x, rows)
+        if way == "masked" and not self.is_finite:
+            way = way_of(x, rows, only_finite=False)
+        made = self.ready[x.shape] = Segments(self.A, self.B, None, rows, way, x.dtype)
+        return made
 
     @cached_property
     def is_finite(self) -> bool:
@@ -71,7 +82,7 @@ class Stacks:
     holds: Sequence[Any]
 
 
-def add_stacked(layer: Any, segments: Segments, route: Route, x: Tensor, y0: Tensor) -> tuple[Tensor, Segments]:
+def add_stacked(layer: Any, segments: OfRows, route: Route, x: Tensor, y0: Tensor) -> tuple[Tensor, OfRows]:
     """What some adapters add on their rows of a mixed batch, as far as they can be taken at once.
 
     Args:
@@ -93,13 +104,12 @@ def add_stacked(layer: Any, segments: Segments, route: Route, x: Tensor, y0: Ten
     if route.kept is None and len(segments) < WORTH_A_STACK:
         return y0, segments
     made = _stacks(layer, [name for name, _ in segments], route.kept, y0.dtype)
-    y = y0.clone(memory_format=torch.contiguous_format) if made.stacks else y0
-    for stack in made.stacks:
-        routed = route.routed(stack.names, x.device, len(x))
-        way = way_of(x, routed)
-        if way == "masked" and not stack.is_finite:
-            way = way_of(x, routed, only_finite=False)
-        segmented(x, stack.A, stack.B, None, routed, y, way)
+    if not made.stacks:
+        return y0, segments
+    y = y0.clone(memory_format=torch.contiguous_format)
+    with as_written(x):
+        for stack in made.stacks:
+            (stack.ready.get(x.shape) or stack.made_ready(route, x)).forward(x, y)
     return y, [segment for segment in segments if segment[0] in made.rest] if made.rest else ()
 
 
