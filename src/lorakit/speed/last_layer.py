@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layering.operands import is_watched
+from lorakit.core.layering.watched import is_watched
 from lorakit.speed.probing import TOLERANCES
 
 KEYWORD = "trained_rows"
