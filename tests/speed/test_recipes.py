@@ -55,6 +55,37 @@ def gpt2() -> Any:
     )
 
 
+def neox(**words: Any) -> Any:
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SMALL, **HEADS, **words))
+
+
+def neox_in_turn() -> Any:
+    return neox(use_parallel_residual=False)
+
+
+def neox_turned_whole() -> Any:
+    return neox(rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0})
+
+
+def phi3() -> Any:
+    return transformers.Phi3ForCausalLM(transformers.Phi3Config(**SMALL, **HEADS, pad_token_id=0))
+
+
+def opt(**words: Any) -> Any:
+    sizes = {"vocab_size": 61, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "word_embed_proj_dim": 32}
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, **HEADS, **({"dropout": 0.0} | words)))
+
+
+def t5(**words: Any) -> Any:
+    sizes = {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    none = {"dropout_rate": 0.0, "decoder_start_token_id": 0}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **(none | words)))
+
+
+def flan_t5() -> Any:
+    return t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+
+
 def adapted(make: Callable[[], Any], dtype: torch.dtype = torch.float64, **words: Any) -> Any:
     """A model with one adapter whose B is not zero, in training mode."""
     torch.manual_seed(0)
@@ -87,15 +118,19 @@ def step(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
     ]
 
 
-def compared(model: Any, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> Acceleration:
-    """One step of a model of doubles, accelerated, against its own, with no attention of PyTorch's in it."""
+def compared(model: Any, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, attended: int = 0) -> Acceleration:
+    """One step of a model of doubles, accelerated, against its own, with so many attentions of PyTorch's in it."""
+    stock, called = torch.nn.functional.scaled_dot_product_attention, []
     before, modules = snapshot(model), dict(model.named_modules())
     with InDouble():
         theirs = step(model, inputs)
         acceleration = accelerate(model)
         with monkeypatch.context() as patched:
-            patched.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+            patched.setattr(
+                torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or stock(*a, **k)
+            )
             ours = step(model, inputs)
+    assert len(called) == attended
     assert len(ours) == len(theirs) > 10
     for found, wanted in zip(ours, theirs, strict=True):
         assert float((found - wanted).norm()) <= 1e-10 * float(wanted.norm()) + 1e-15
@@ -113,10 +148,46 @@ def test_encoder_layers(make: Callable[[], Any], padded: str, monkeypatch: pytes
     assert "as it is" not in str(acceleration)
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, mistral])
-def test_padding_behind_causal_attention(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    acceleration = compared(adapted(make), batch(), monkeypatch)
+@pytest.mark.parametrize("make", [llama, gpt2, mistral, phi3, opt, neox, neox_in_turn, neox_turned_whole])
+@pytest.mark.parametrize("padded", ["no", "right"])
+def test_decoder_layers(make: Callable[[], Any], padded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding behind causal attention is hidden as it was."""
+    acceleration = compared(adapted(make), batch(padded), monkeypatch)
     assert [recipe for recipe, _ in acceleration.swaps].count("decoder layer") == 2, str(acceleration)
+
+
+@pytest.mark.parametrize("make", [t5, flan_t5])
+@pytest.mark.parametrize("padded", ["no", "right", "left"])
+def test_sublayers(make: Callable[[], Any], padded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoder and decoder, with padding on both sides; attention to the encoder's output is the model's own."""
+    inputs: dict[str, Any] = {**batch(padded), "use_cache": False}
+    acceleration = compared(adapted(make), inputs, monkeypatch, attended=2)
+    said = str(acceleration)
+    for kind in ("4 × T5LayerSelfAttention: sublayer", "4 × T5LayerFF: sublayer", "12 × T5LayerNorm: norm"):
+        assert kind in said, said
+    assert "2 × T5Attention: as it is" in said
+
+
+def test_a_sublayer_whose_distances_are_trained_runs_itself() -> None:
+    model = adapted(t5, torch.float32)
+    numbers = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.requires_grad_(True)
+    theirs = step(model, batch())
+    accelerate(model)
+    for ours, wanted in zip(step(model, batch()), theirs, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
+    assert numbers.grad is not None and numbers.grad.abs().sum() > 0
+
+
+def test_what_comes_beside_the_output_has_to_agree_too() -> None:
+    """UMT5's self-attention has T5's children and gives other things."""
+    sizes = {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    config = transformers.UMT5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)
+    model = adapted(lambda: transformers.UMT5ForConditionalGeneration(config), torch.float32)
+    theirs = step(model, batch())
+    said = str(accelerate(model))
+    assert "4 × UMT5LayerFF: sublayer" in said and "UMT5LayerSelfAttention: sublayer" not in said
+    for ours, wanted in zip(step(model, batch()), theirs, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
 
 
 def bert_dropping() -> Any:
@@ -127,7 +198,27 @@ def distilbert_dropping() -> Any:
     return distilbert(dropout=0.2, attention_dropout=0.2)
 
 
-@pytest.mark.parametrize("make", [bert_dropping, distilbert_dropping])
+def neox_dropping() -> Any:
+    return neox(hidden_dropout=0.2, attention_dropout=0.2)
+
+
+def opt_dropping() -> Any:
+    return opt(dropout=0.2, attention_dropout=0.2)
+
+
+def t5_dropping() -> Any:
+    return t5(dropout_rate=0.2)
+
+
+def flan_t5_dropping() -> Any:
+    return t5(dropout_rate=0.2, feed_forward_proj="gated-gelu")
+
+
+DRAWS = 100
+WITH_DROPOUT = [bert_dropping, distilbert_dropping, neox_dropping, opt_dropping, t5_dropping, flan_t5_dropping]
+
+
+@pytest.mark.parametrize("make", WITH_DROPOUT)
 def test_dropout_has_the_same_law(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean and spread of the loss over draws, and in eval no draw at all; no dropout of PyTorch's runs."""
     model = adapted(make, torch.float32)
@@ -138,17 +229,18 @@ def test_dropout_has_the_same_law(make: Callable[[], Any], monkeypatch: pytest.M
 
     def losses() -> Tensor:
         with torch.no_grad():
-            return torch.stack([model(**inputs).loss for _ in range(200)]).double()
+            return torch.stack([model(**inputs).loss for _ in range(DRAWS)]).double()
 
     torch.manual_seed(5)
     theirs = losses()
     quiet = model.eval()(**inputs).loss
     accelerate(model.train())
-    for name in ("dropout", "scaled_dot_product_attention"):
+    own = "t5" in make.__name__ or make is opt_dropping  # attention to the encoder; OPT's embedding
+    for name in () if own else ("dropout", "scaled_dot_product_attention"):
         monkeypatch.setattr(torch.nn.functional, name, None)
     ours = losses()
     torch.testing.assert_close(model.eval()(**inputs).loss, quiet, rtol=1e-5, atol=1e-5)
-    error = (theirs.var() / 200 + ours.var() / 200) ** 0.5
+    error = ((theirs.var() + ours.var()) / DRAWS) ** 0.5
     assert abs(ours.mean() - theirs.mean()) < 4.5 * error, (ours.mean(), theirs.mean(), quiet)
     assert 0.7 < ours.std() / theirs.std() < 1.4
     assert ours.std() > 1e-3

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lorakit.errors import ModelError
 from lorakit.ops.kernels import compiled
-from lorakit.speed import attention, decoder, dropouts, encoder, feed_forward, linear, norms
+from lorakit.speed import attention, decoder, dropouts, encoder, feed_forward, linear, norms, sublayer
 from lorakit.speed.head import Head, head_for, last_layer_for
 from lorakit.speed.last_layer import LastLayer
 from lorakit.speed.loss import LossWithoutLogits, loss_for
@@ -53,6 +53,7 @@ RECIPES = (
     Recipe(
         "encoder layer", encoder.fits, encoder.run, lambda module: encoder.layout_of(module) is not None, whole=True
     ),
+    Recipe("sublayer", sublayer.fits, sublayer.run, lambda _: False, whole=True),
     Recipe("decoder layer", decoder.fits, decoder.run, _named("layer", "block")),
     Recipe("attention", attention.fits, attention.run, _named("attention")),
     Recipe("feed-forward", feed_forward.fits, feed_forward.run, _named("mlp")),
