@@ -51,6 +51,25 @@ def test_the_loss_is_the_same_and_logits_are_none_in_training_alone(name: str) -
     torch.testing.assert_close(tuples[1], logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "opt"])
+def test_a_cache_that_nobody_asked_for_is_not_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the attention of a loop that leaves the default is ours as well."""
+    model = adapted(name)
+    model.config.use_cache = True
+    theirs = one(model)
+    accelerate(model, logits=False)
+    given = masked(model)
+    asked = model(**given, use_cache=True)
+    assert asked.cache is not None and asked.logits is None
+    further = model(**given, cache=transformers.DynamicCache(config=model.config))
+    assert further.cache.get_seq_length() == 10
+    assert model.eval()(**given).cache is not None
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    output = model.train()(**given)
+    assert output.cache is None
+    close(one(model), theirs, 2e-5)
+
+
 def test_by_default_logits_stay() -> None:
     model = adapted("llama")
     accelerate(model)

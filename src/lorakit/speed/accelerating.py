@@ -127,7 +127,7 @@ def accelerate(model: nn.Module, *, logits: bool = True) -> Acceleration:
         model: A transformers model, perhaps with adapters of ours or of `peft` in it or around it; changed in place,
             and `undo()` of what is returned changes it back.
         logits: False computes the model's own loss without logits, where it is given labels in training mode; the
-            output's `logits` are then None.
+            output's `logits` are then None, and it has no key-value cache unless the call asks for one.
 
     Returns:
         Which parts got what, and what was left and why; `print` it.

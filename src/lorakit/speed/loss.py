@@ -1,7 +1,8 @@
 """The loss of other people's loops without logits: a model's own `loss_function`, set on the instance, and two hooks.
 
 In a forward with labels, in training mode, the head hands its hidden states through, and the loss multiplies them in
-chunks; the output's logits are then None. Every other forward is as it was.
+chunks; the output's logits are then None, and so is the key-value cache that nobody asked for. Every other forward is
+as it was.
 """
 
 from __future__ import annotations
@@ -117,8 +118,15 @@ class LossWithoutLogits:
             return None
         if passing is None or passing.owner is module:
             self.head.open[thread] = Passing(module)
-        # what wraps the model may change the labels before they come to it
-        return (args, kwargs | self._trained_rows(kwargs)) if module is self.model else None
+        if module is not self.model:
+            return None  # what wraps the model may change the labels before they come to it
+        return args, kwargs | self._without_cache(args, kwargs) | self._trained_rows(kwargs)
+
+    def _without_cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, bool]:
+        """A word against a cache, for a call that has none and asks for none: the loss does not read it."""
+        asked = any(kwargs.get(name) is not None for name in ("use_cache", "cache", "past_key_values"))
+        by_name = len(args) < 2  # another one than the tokens may be a cache
+        return {"use_cache": False} if by_name and not asked and hasattr(self.model.config, "use_cache") else {}
 
     def _trained_rows(self, kwargs: Mapping[str, Any]) -> dict[str, Trained]:
         """The word for the last layer, of a call of the model, or nothing."""
