@@ -130,7 +130,8 @@ def test_the_time_it_takes_is_bounded(
 ) -> None:
     monkeypatch.setattr(choosing, "BUDGET_SECONDS", 0.0)
     found = choose(model, 1000, 0, folder=tmp_path, clock=slices_win)
-    assert found.measured == 1
+    assert (found.measured, found.left) == (1, 3)
+    assert "The time was up: which way is faster for 3 shapes" in str(found)
     assert choose(model, 1000, 0, folder=tmp_path, clock=slices_win).measured == 1  # and goes on the next time
 
 
@@ -173,19 +174,21 @@ def test_a_cache_that_cannot_be_made(model: nn.Module, slices_win: Clock, tmp_pa
     assert "cannot be written" in found.unkept and "the next run measures again" in str(found)
 
 
-def test_what_a_busy_machine_measures_acts_and_is_not_kept(
+def test_a_busy_machine_measures_nothing_and_says_so(
     model: nn.Module, slices_win: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    choose(model, 700, 0, folder=tmp_path, clock=slices_win)
+    ran = len(slices_win.ran)
     here = this_machine()
     monkeypatch.setattr(choosing, "BUSY", 1.5)
     monkeypatch.setattr(choosing, "this_machine", lambda: replace(here, cores=2, load=3.1))
     found = choose(model, 1000, 0, folder=tmp_path, clock=slices_win)
-    assert len(found.choices) == 2
-    assert "the next run measures again (the machine is busy)" in str(found)
-    assert not list(tmp_path.iterdir())
+    assert (len(found.choices), found.measured, found.left) == (1, 0, 2)  # what was measured before acts
+    assert str(found).startswith("The machine is busy: which way is faster for 2 shapes")
+    assert len(slices_win.ran) == ran
     for load in (3.0, None):  # or not known
         monkeypatch.setattr(choosing, "this_machine", lambda load=load: replace(here, cores=2, load=load))
-        assert choose(model, 1000, 0, folder=tmp_path / str(load), clock=slices_win).unkept == ""
+        assert choose(model, 1000, 0, folder=tmp_path / str(load), clock=slices_win).measured == 4
 
 
 def test_another_machine_and_other_threads_have_answers_of_their_own(

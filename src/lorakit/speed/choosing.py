@@ -69,23 +69,25 @@ class Chosen:
         choices: Name of a shape -> the way that is faster than the usual one; nothing where that is best.
         measured: Shapes that were measured now; the others' answers were on disk.
         seconds: How long that took.
-        unkept: Why the answers were not put on disk, or "".
+        unkept: Why the answers could not be put on disk, or "".
+        left: Shapes that were not measured, since the machine is busy or the time was up.
     """
 
     choices: Mapping[str, int]
     measured: int = 0
     seconds: float = 0.0
     unkept: str = ""
+    left: int = 0
 
     def __str__(self) -> str:
+        later = f"which way is faster for {self.left} shapes of products and attention is left to a later run."
         if not self.measured:
-            return ""
-        kept = (
-            f"; not kept, so the next run measures again ({self.unkept})" if self.unkept else ", once on this machine"
-        )
+            return f"The machine is busy: {later}" if self.left else ""
+        kept = f"not kept, so the next run measures again ({self.unkept})" if self.unkept else "once on this machine"
         return (
-            f"Measured products and attention of {self.measured} shapes in {self.seconds:.1f} s{kept}: "
+            f"Measured products and attention of {self.measured} shapes in {self.seconds:.1f} s, {kept}: "
             f"{len(self.choices) or 'none'} of this run's shapes go another way than usual."
+            + (f" The time was up: {later}" if self.left else "")
         )
 
 
@@ -100,7 +102,7 @@ def choose(
     """Find the faster ways for the shapes of a model: those on disk, and the others by trial, in two seconds at most.
 
     Global random generators stay as they are. Nothing is found on other devices than a CPU, for weights without
-    numbers, and while a compiler traces.
+    numbers, and while a compiler traces; on a busy machine nothing is measured.
 
     Args:
         model: A model, with or without adapters; it is not called.
@@ -114,24 +116,23 @@ def choose(
     asked = [*products(model, tokens), *attentions(model, longest)]
     if not asked:
         return Chosen({})
-    began, answers, fresh = clock(), kept_choices.read(folder), {}
-    for question in asked:
-        if answers.get(question.name) in (question.usual, *question.others):
-            continue
-        if clock() - began > BUDGET_SECONDS:
-            break
-        fresh[question.name] = answer(question, clock)
+    began, answers = clock(), kept_choices.read(folder)
+    unknown = [q for q in asked if answers.get(q.name) not in (q.usual, *q.others)]
+    fresh: dict[str, int] = {}
+    if unknown and not is_busy(this_machine()):
+        for question in unknown:
+            if clock() - began > BUDGET_SECONDS:
+                break
+            fresh[question.name] = answer(question, clock)
     seconds = clock() - began
-    unkept = ""
-    if fresh:
-        unkept = "the machine is busy" if is_busy(this_machine()) else kept_choices.keep(fresh, folder)
+    unkept = kept_choices.keep(fresh, folder) if fresh else ""
     answers |= fresh
     acting = {q.name: answers[q.name] for q in asked if answers.get(q.name, q.usual) in q.others}
-    return Chosen(acting, len(fresh), seconds, unkept)
+    return Chosen(acting, len(fresh), seconds, unkept, len(unknown) - len(fresh))
 
 
 def is_busy(machine: Machine) -> bool:
-    """Whether so much else runs that what is measured now should not stand on disk for later runs."""
+    """Whether so much else runs that measuring would tell little."""
     return machine.load is not None and machine.load > BUSY * machine.cores
 
 
