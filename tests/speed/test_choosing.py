@@ -18,6 +18,7 @@ from torch import nn
 from lorakit import durable
 from lorakit.machine import this_machine
 from lorakit.ops import choices
+from lorakit.ops.kernels import compiled
 from lorakit.speed import choosing, kept_choices
 from lorakit.speed.choosing import Question, answer, attentions, choose, products
 
@@ -205,8 +206,11 @@ def test_another_machine_and_other_threads_have_answers_of_their_own(
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert choose(model, 1000, 0, folder=tmp_path, clock=slices_win).measured == 4
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    with monkeypatch.context() as without:
+        without.setattr(compiled, "kernels", lambda: None if "no kernels" not in here else object())
+        assert choose(model, 1000, 0, folder=tmp_path, clock=slices_win).measured == 4
     machines = durable.read_json(tmp_path / kept_choices.FILE)["machines"]
-    assert len(machines) == 3
+    assert len(machines) == 4
     assert here in machines
     assert choose(model, 1000, 0, folder=tmp_path, clock=slices_win).measured == 0
 

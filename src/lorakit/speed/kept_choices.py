@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from lorakit import durable
+from lorakit import __version__, durable
 from lorakit.errors import AdapterFileError, DiskError
 from lorakit.machine import cache_directory, this_machine
+from lorakit.ops.kernels import compiled
 
 FILE = "choices.json"
 FORMAT = 1
@@ -54,10 +55,12 @@ def keep(answers: Mapping[str, int], folder: Path | None = None) -> str:
 
 
 def machine() -> str:
-    """What decides how fast a way is here: processor, its instructions, threads, torch."""
+    """What decides how fast a way is here: processor, its instructions, threads, torch, lorakit and its kernels."""
     here, limit = this_machine(), os.environ.get("ONEDNN_MAX_CPU_ISA", "")
     instructions = " ".join((*here.features, *([f"at most {limit}"] if limit else [])))
-    return f"{here.cpu}; {instructions}; {torch.get_num_threads()} threads; torch {torch.__version__}"
+    kernels = "compiled kernels" if compiled.kernels() is not None else "no kernels"
+    libraries = f"torch {torch.__version__}; lorakit {__version__}, {kernels}"
+    return f"{here.cpu}; {instructions}; {torch.get_num_threads()} threads; {libraries}"
 
 
 def _path(folder: Path | None) -> Path:
