@@ -163,19 +163,22 @@ def token_ids(model: Any, job: Job, number: int, length: int | None = None) -> A
 
 def _frozen(model: Any, job: Job, *, ours: bool) -> Step:
     """Forward and backward to the embedded input, without any adapter."""
-    from lorakit.speed import accelerate
+    from lorakit.ops.choices import acting
+    from lorakit.speed import accelerate, choose
 
     fast = accelerate(model) if ours else None
+    chosen = choose(model, job.tokens, job.length).choices if ours else {}
 
     def step(number: int) -> float:
         ids = token_ids(model, job, number).to(job.device)
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-        if fast is not None and fast.head is not None:
-            trained = job.rows * (job.length - 1)
-            loss = fast.head.loss_sum(model, ids, inputs_embeds=embedded, use_cache=False) / trained
-        else:
-            loss = model(inputs_embeds=embedded, labels=ids, use_cache=False).loss
-        loss.backward()
+        with acting(chosen):
+            if fast is not None and fast.head is not None:
+                trained = job.rows * (job.length - 1)
+                loss = fast.head.loss_sum(model, ids, inputs_embeds=embedded, use_cache=False) / trained
+            else:
+                loss = model(inputs_embeds=embedded, labels=ids, use_cache=False).loss
+            loss.backward()
         return float(loss.detach())
 
     return step

@@ -110,6 +110,9 @@ def test_a_time_without_a_speed_is_measured(
     monkeypatch.setattr(hub, "calibrate", lambda: measured)
     values = _json([*REFERENCE, "--max-steps", "10"], capsys)
     assert values["speed"]["flops_per_second"] == 8e11
+    own = _json([*REFERENCE, "--max-steps", "10", "--no-accelerate"], capsys)
+    assert values["lora"]["tokens_per_second"] > own["lora"]["tokens_per_second"]  # which 2 threads decide
+    assert values["full_fine_tuning"]["tokens_per_second"] == own["full_fine_tuning"]["tokens_per_second"]
     assert values["job"]["dtype"] == "bfloat16"
     assert values["machine"][0].startswith("Measured on cpu with 2 threads")
     values = _json([*REFERENCE, "--calibrate", "--dtype", "fp32"], capsys)
