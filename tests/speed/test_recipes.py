@@ -312,3 +312,38 @@ def test_an_encoder_under_autocast_gives_what_it_gave(dtype: torch.dtype) -> Non
         ours = model(**batch())
     assert ours.logits.dtype == theirs.logits.dtype
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("make", [llama, bert, neox, t5])
+def test_a_forward_that_asked_for_more_leaves_nothing_behind(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers hangs hooks on layers and attentions then, which stay; they collect only what a call asks for."""
+    model, inputs = adapted(make, torch.float32), {**batch(), "use_cache": False}
+    inputs = {name: value for name, value in inputs.items() if make is not bert or name != "use_cache"}
+    theirs = model(**inputs, output_hidden_states=True)
+    assert any("capturing" in hook.__module__ for part in model.modules() for hook in part._forward_hooks.values())
+    accelerate(model)
+    ours = model(**inputs, output_hidden_states=True)
+    name = "encoder_hidden_states" if make is t5 else "hidden_states"
+    assert len(ours[name]) == 3
+    for found, wanted in zip(ours[name], theirs[name], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    if make is not t5:
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    model(**inputs).loss.backward()
+
+
+def test_attentions_that_are_asked_for_are_given() -> None:
+    for make in (llama, bert, t5):
+        model = adapted(make, torch.float32).eval()
+        name = "encoder_attentions" if make is t5 else "attentions"
+        model.set_attn_implementation("eager")
+        wanted = model(**batch(), output_attentions=True)[name]
+        model.set_attn_implementation("sdpa")
+        accelerate(model)
+        model.set_attn_implementation("eager")
+        found = model(**batch(), output_attentions=True)[name]
+        assert len(found) == len(wanted) == 2
+        (model.encoder if make is t5 else model).config.output_attentions = True  # T5's halves have their own
+        assert len(model(**batch())[name]) == 2

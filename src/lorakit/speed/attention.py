@@ -15,7 +15,7 @@ from lorakit.ops.rotary import Rotary
 from lorakit.speed.last_layer import KEYWORD
 from lorakit.speed.masks import under
 from lorakit.speed.operands import acting_in, forwards_of
-from lorakit.speed.parts import by_name, is_usual, norm_of, share_of, unknown_words
+from lorakit.speed.parts import asks_for_weights, by_name, is_usual, norm_of, share_of, unknown_words
 
 INPUTS = (("q_proj", "k_proj", "v_proj"), ("c_attn",), ("qkv_proj",), ("query_key_value",))
 INTERLEAVED = ("query_key_value",)
@@ -141,7 +141,7 @@ def attention(
         (B, T, d), or (n, d) of the wanted ones; None where the module's own forward has to run.
     """
     shape = shape_of(module)
-    if shape is None or not is_usual(x) or x.ndim != 3 or not _is_plain(call):
+    if shape is None or not is_usual(x) or x.ndim != 3 or not _is_plain(module, call):
         return None
     shares = _shares(module)
     pattern = None if shares is None else _pattern(shape, x, shares[0], call)
@@ -200,9 +200,9 @@ def _pattern(shape: Shape, x: Tensor, dropped: float, call: dict[str, Any]) -> P
     return under(mask, x, Pattern(True, shape.scale, window, shape.softcap, segments, dropped))
 
 
-def _is_plain(call: dict[str, Any]) -> bool:
+def _is_plain(module: nn.Module, call: dict[str, Any]) -> bool:
     """Whether a call asks for attention over its own tokens and nothing else."""
-    if call.get("cache") is not None or call.get("past_key_values") is not None:
+    if asks_for_weights(module, call) or call.get("cache") is not None or call.get("past_key_values") is not None:
         return False
     return all(value is None or value is False for name, value in call.items() if name not in READ)
 

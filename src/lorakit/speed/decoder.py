@@ -109,7 +109,7 @@ def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any)
     kwargs |= by_name(module, args)
     first, second = (_around(module, half) for half in halves)
     attn = module._modules[halves[0].inner]
-    if first is None or second is None or attn is None or is_watched(attn):
+    if first is None or second is None or attn is None or is_watched(attn, captures=False):
         return None
     rows = rows_for(module, kwargs.get(KEYWORD), hidden_states)
     words: dict[str, Any] = {"residual": first.is_bare, "dropout": first.inside, "wanted": rows}

@@ -18,7 +18,7 @@ from lorakit.ops.mlp import plain
 from lorakit.ops.norm import Norm, normalised
 from lorakit.speed.masks import under
 from lorakit.speed.operands import acting_in, forwards_of
-from lorakit.speed.parts import activation_of, by_name, is_usual, norm_of, share_of, unknown_words
+from lorakit.speed.parts import activation_of, asks_for_weights, by_name, is_usual, norm_of, share_of, unknown_words
 
 READ = frozenset({"attention_mask", "position_ids", "num_items_in_batch"})
 """Arguments of a call that are read or change nothing here; another one that is given sends the call back."""
@@ -184,7 +184,8 @@ def _is_plain(module: nn.Module, found: Layout, x: Tensor, call: dict[str, Any])
     """Whether a call asks for self-attention over its own tokens, of modules that nobody watches."""
     if not is_usual(x) or (x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type)):
         return False  # under autocast a layer norm gives float32
-    if any(path and is_watched(_at(module, path)) for path in found.children()):
+    holders = [_at(module, path) for path in found.children() if path]
+    if asks_for_weights(_at(module, found.attention), call) or any(is_watched(one, captures=False) for one in holders):
         return False
     return all(value is None or value is False for name, value in call.items() if name not in READ)
 

@@ -66,7 +66,9 @@ class LastLayer:
         if any(call.get(word, getattr(self.config, word, False)) for word in ASKED_FOR):
             return {}
         kept = call.get("logits_to_keep")
-        if (kept is not None and not (isinstance(kept, int) and kept == 0)) or any(map(is_watched, self.readers)):
+        if (kept is not None and not (isinstance(kept, int) and kept == 0)) or any(
+            is_watched(one, captures=False) for one in self.readers
+        ):
             return {}
         flat = targets.reshape(-1)
         rows = (flat != ignored).nonzero().squeeze(1)
@@ -83,7 +85,7 @@ def rows_for(layer: nn.Module, said: Any, x: Tensor) -> Tensor | None:
     """
     if not isinstance(said, Trained) or said.layer is not layer or x.ndim != 3 or said.tokens != x.shape[:2].numel():
         return None
-    return None if is_watched(layer) else said.rows.to(x.device)
+    return None if is_watched(layer, captures=False) else said.rows.to(x.device)
 
 
 def picked(x: Tensor, rows: Tensor | None) -> Tensor:

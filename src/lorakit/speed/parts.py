@@ -6,7 +6,7 @@ An answer of None means "not what a recipe knows", never a guess.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -75,6 +75,17 @@ def share_of(dropout: nn.Module | None) -> float | None:
     if not isinstance(dropout, nn.Dropout) or is_watched(dropout) or dropout.p >= 1:
         return None
     return dropout.p if dropout.training else 0.0
+
+
+def asks_for_weights(attention: nn.Module, call: Mapping[str, Any]) -> bool:
+    """Whether a call, or the model's config, asks an attention for its weights too.
+
+    Args:
+        attention: A module, with a transformers config where it has one.
+        call: The call's arguments by name.
+    """
+    asked = call.get("output_attentions")
+    return bool(getattr(getattr(attention, "config", None), "output_attentions", False) if asked is None else asked)
 
 
 def unknown_words(module: nn.Module, words: Collection[str], children: Collection[str]) -> str | None:

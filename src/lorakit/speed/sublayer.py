@@ -16,7 +16,7 @@ from lorakit.ops.attention_pattern import Pattern
 from lorakit.speed import feed_forward
 from lorakit.speed.masks import under
 from lorakit.speed.operands import acting_in, forwards_of
-from lorakit.speed.parts import by_name, is_usual, norm_of, share_of, unknown_words
+from lorakit.speed.parts import asks_for_weights, by_name, is_usual, norm_of, share_of, unknown_words
 
 NORM, DROPOUT = "layer_norm", "dropout"
 FED, ATTENDED = "DenseReluDense", "SelfAttention"
@@ -57,7 +57,7 @@ def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any)
         return None if kwargs else feed_forward.feed_forward(inner, x, norm, residual=True, dropout=p)
     if x.ndim != 3 or any(value is not None and value is not False for key, value in kwargs.items() if key not in READ):
         return None
-    bias = _distances(inner, x, kwargs.get("position_bias"))
+    bias = None if asks_for_weights(inner, kwargs) else _distances(inner, x, kwargs.get("position_bias"))
     pattern = None if bias is None else _pattern(inner, x, bias, kwargs.get("attention_mask"))
     acting = acting_in([inner._modules[name] for name in PROJECTIONS], forwards_of(module), x)  # type: ignore[misc]
     if pattern is None or acting is None:
