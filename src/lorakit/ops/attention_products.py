@@ -23,6 +23,7 @@ from lorakit.ops.kernels.choosing import kernels_for
 BLOCK = 64  # query rows of a block: long enough for the products, short enough to leave most of the triangle out
 SCORES = 2**22  # numbers in the buffer of scores, at most, as long as a block has 8 rows
 TOGETHER = 2**20  # rows of the batch are computed together while their scores stay this few and fit the cache
+ON_DEVICES = (512, 2**28, 2**28)  # the same three elsewhere: each piece is a launch, and there is no such cache
 
 
 class _Block(NamedTuple):
@@ -96,10 +97,11 @@ class _Scores:
         batch, heads, tokens, width = q.shape
         self.pattern, self.scale, self.group = pattern, pattern.scale_for(width), heads // k.shape[1]
         self.heads, self.device, self.share = heads, q.device, 1 / (1 - pattern.dropout)
-        longest = max(*pattern.lengths(tokens), min(BLOCK, tokens), 1)
-        seen = longest if pattern.window is None else min(longest, 2 * pattern.window + BLOCK)
-        self.rows = min(BLOCK, longest, max(8, SCORES // (heads * seen)))
-        together = max(1, min(batch, TOGETHER // (heads * self.rows * seen)))
+        block, most, at_once = (BLOCK, SCORES, TOGETHER) if q.device.type == "cpu" else ON_DEVICES
+        longest = max(*pattern.lengths(tokens), min(block, tokens), 1)
+        seen = longest if pattern.window is None else min(longest, 2 * pattern.window + block)
+        self.rows = min(block, longest, max(8, most // (heads * seen)))
+        together = max(1, min(batch, at_once // (heads * self.rows * seen)))
         self.pieces = list(pieces(batch, tokens, pattern, together, join=self.rows))
         self.most = min(batch, together) * heads * self.rows * seen
         self.added: Tensor | None = None  # as (B, KV, G, T, T), a view
@@ -197,7 +199,7 @@ class _Scores:
         pattern = self.pattern
         if len(piece.lengths) == 1 and pattern.window is None and not pattern.causal:
             return None, None
-        low, high = pattern.bounds(piece.lengths, block.start, block.stop, block.low).to(self.device)
+        low, high = pattern.bounds(piece.lengths, block.start, block.stop, block.low).to(self.device, non_blocking=True)
         return low, high
 
     def _bias(self, piece: Piece, block: _Block, rows: Tensor) -> Tensor | None:

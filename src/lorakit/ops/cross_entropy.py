@@ -84,7 +84,7 @@ def linear_cross_entropy(
     Args:
         h: Hidden states (..., d), already shifted: the row i predicts labels[i].
         head: What makes logits (V) of them. A gradient for W is made only where W requires one.
-        labels: (...) integers below V; rows with `ignore_index` cost nothing.
+        labels: (...) integers below V, on the device of h or on the CPU; rows with `ignore_index` cost nothing.
         total: What the sum of the losses is divided by; None for the number of trained labels, where none gives NaN.
         ignore_index: The label of rows that are not trained.
         chunk: Rows whose logits exist at a time; None for a number by the vocabulary's size.
@@ -103,12 +103,13 @@ def linear_cross_entropy(
         h, head = autocast(h), replace(head, W=autocast(head.W), bias=bias)
     _check(h, head, labels, ignore_index, chunk)
     flat, targets = h.flatten(0, -2), labels.flatten().long()
-    rows = (targets != ignore_index).nonzero().squeeze(1)
+    rows = (targets != ignore_index).nonzero().squeeze(1)  # labels that lie on the CPU let no device be waited for
     count, every = len(rows), len(rows) == len(targets)
     targets = targets if every else targets[rows]
     least, most = torch.stack(targets.aminmax()).tolist() if count else (0, 0)
     if least < 0 or most >= len(head.W):
         raise ValueError(f"labels: they are to lie in 0..{len(head.W) - 1} or be {ignore_index}; mask the others.")
+    targets, rows = (t.to(h.device, non_blocking=True) for t in (targets, rows))
     trained = Trained(flat, head, targets, None if every else rows, chunk or chunk_rows(head.W))
     if torch.is_grad_enabled() and (h.requires_grad or head.W.requires_grad):
         loss = _LinearCrossEntropy.apply(flat, head.W, trained)
@@ -184,7 +185,9 @@ class _Softmax:
 
     def __init__(self, head: Head, logits: Tensor, *, gradients: bool) -> None:
         self.scale, self.cap, self.gradients = head.scale, head.softcap, gradients
-        self.kernels = kernels_for(logits) if head.softcap is None else None
+        self.kernels = kernels_for(logits)
+        if self.kernels is not None and head.softcap is not None and not self.kernels.caps_logits:
+            self.kernels = None
         if self.kernels is not None:
             return
         many = ROWS_PER_THREAD * torch.get_num_threads() if logits.device.type == "cpu" else len(logits)
@@ -196,7 +199,7 @@ class _Softmax:
     def turn(self, z: Tensor, labels: Tensor, losses: Tensor) -> None:
         """Fill the losses (c,) of logits z (c, V) and put the gradient in the place of z."""
         if self.kernels is not None:
-            self.kernels.cross_entropy(z, labels, self.scale, self.gradients, losses)
+            self.kernels.cross_entropy(z, labels, self.scale, self.gradients, losses, self.cap)
             return
         for begin in range(0, len(z), self.many):
             few = slice(begin, begin + self.many)
@@ -212,7 +215,7 @@ class _Softmax:
         at_label = p.gather(1, labels)
         torch.log(at_label, out=losses).neg_()
         vanishing = at_label < SMALLEST[p.dtype]
-        if vanishing.any():
+        if z.device.type != "cpu" or vanishing.any():  # to ask another device is to wait for it
             losses.copy_(torch.where(vanishing, logits.logsumexp(1, keepdim=True) - logits.gather(1, labels), losses))
         if not self.gradients:
             return

@@ -31,23 +31,23 @@ def zeroed(count: int, p: float, device: torch.device | str) -> Tensor:
     Raises:
         ValueError: p is no probability.
     """
-    return positions(_seed(), count, p, device)
+    return positions(_seed(device), count, p, device)
 
 
 def draw(like: Tensor, p: float) -> Tensor:
     """What to drop of a tensor like this (any shape), as a record to keep for a backward.
 
-    On a CPU it is a seed, (1,) of uint64: the positions follow from it. Elsewhere, and under a compiler, which cannot
-    have sizes that depend on data, it is the Boolean mask (numbers,).
+    On a CPU, and where there are kernels, it is a seed, (1,) of uint64: the positions follow from it. Elsewhere, and
+    under a compiler, which cannot have sizes that depend on data, it is the Boolean mask (numbers,).
     """
     return draw_of(like.numel(), p, like.device)
 
 
 def draw_of(count: int, p: float, device: torch.device) -> Tensor:
     """`draw` for so many numbers."""
-    if device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (device.type != "cpu" and kernels_for(torch.empty(0, device=device)) is None):
         return torch.rand(count, device=device) < p
-    return _seed()
+    return _seed(device)
 
 
 def zero_(owned: Tensor, record: Tensor, p: float) -> Tensor:
@@ -117,8 +117,8 @@ def join_backward(dy: Tensor, record: Tensor | None, p: float) -> Tensor:
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     """The numbers of x (any shape), each zero with probability p and divided by 1 − p otherwise.
 
-    The law of `torch.nn.functional.dropout` [docs/math.md (70)]; off the CPU and under a compiler it is that function.
-    For its backward it saves the record of `draw`.
+    The law of `torch.nn.functional.dropout` [docs/math.md (70)]; it is that function under a compiler, and off the CPU
+    where there are no kernels. For its backward it saves the record of `draw`.
 
     Raises:
         ValueError: p is no probability.
@@ -127,7 +127,8 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
         raise ValueError(_not_a_probability(p))
     if not training or p == 0:
         return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or p == 1:
+    plain = torch.compiler.is_compiling() or p == 1
+    if plain or (x.device.type != "cpu" and kernels_for(x, strided=True) is None):
         return F.dropout(x, p, training=True)
     result: Tensor = _Dropout.apply(x, p)
     return result
@@ -148,9 +149,9 @@ class _Dropout(torch.autograd.Function):
         return without(dy, record, ctx.p, 1 / (1 - ctx.p)), None
 
 
-def _seed() -> Tensor:
-    """The next seed of torch's default generator, (1,) of uint64."""
-    return torch.empty(1, dtype=torch.int64).random_(-(2**63), None).view(torch.uint64)
+def _seed(device: torch.device | str) -> Tensor:
+    """The next seed of torch's default generator of the device, (1,) of uint64, which stays there."""
+    return torch.empty(1, dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.uint64)
 
 
 def _gaps(count: int, p: float, generator: torch.Generator) -> Tensor:

@@ -120,7 +120,7 @@ class Head:
         """
         weight: Any = self.module._parameters["weight"]
         operands = Operands(weight, self.module._parameters.get("bias"), self.scale, self.softcap)
-        flat = targets.reshape(-1).to(hidden.device)
+        flat = targets.reshape(-1)
         return linear_cross_entropy(
             hidden.reshape(len(flat), -1), operands, flat, total=total, ignore_index=ignore_index
         )

@@ -37,10 +37,10 @@ def loss_sum(
     for name, value in inputs.items():  # boundaries are read here, where nothing waits for a device
         if isinstance(value, torch.Tensor) and not name.startswith("cu_seq_lens"):
             inputs[name] = value.to(device)
-    labels = labels.to(device)
     if fast is not None and fast.head is not None and fast.head.applies():
         return fast.head.loss_sum(model, labels, **inputs, use_cache=False)
     output: Any = model(**inputs, use_cache=False)
+    labels = labels.to(device)
     targets = labels[:, 1:].reshape(-1)
     logits = output.logits[:, :-1].reshape(targets.numel(), -1)  # (rows * (length - 1), vocabulary)
     kept = targets != IGNORED

@@ -9,12 +9,12 @@ import torch
 
 
 @pytest.fixture(scope="session")
-def triton_kernels() -> Any:
+def triton_kernels(device: str) -> Any:
     """What `lorakit.ops.kernels.triton` gives; tests/conftest.py settles whether they are interpreted."""
     pytest.importorskip("triton", reason="the package triton is not installed: pip install 'lorakit[triton]'")
     from lorakit.ops.kernels.triton import kernels
 
-    return kernels()
+    return kernels(torch.device(device))
 
 
 @pytest.fixture(scope="session")

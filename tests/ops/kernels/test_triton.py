@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorakit.ops import activation, cross_entropy, norm, rotary
 from lorakit.ops.cross_entropy import Head
+from lorakit.ops.kernels import triton
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
 
@@ -259,6 +260,32 @@ def test_losses_of_labels_that_are_all_but_impossible(triton_kernels: Any, devic
     triton_kernels.cross_entropy(z, torch.tensor([1, 1], device=device), 1.0, True, losses)
     assert losses.tolist() == [1000.0, 0.0]
     assert z.tolist() == [[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+# ---- where there are none
+
+
+def test_a_device_without_triton_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = "lorakit.ops.kernels.triton"
+    for name in [name for name in sys.modules if name == "triton" or name.startswith((f"{here}.", "triton."))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(triton, "launching", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert triton.account.__wrapped__(torch.device("cpu")) == "the package triton is not installed"
+
+
+def test_a_device_where_nothing_compiles_has_none(triton_kernels: Any, device: str, monkeypatch: Any) -> None:
+    from lorakit.ops.kernels.triton import launching
+
+    def failing(*args: Any) -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    assert launching.failure(torch.device(device)) == ""
+    monkeypatch.setattr(launching.TritonKernels, "drop", failing)
+    words = "Triton cannot compile and run here: RuntimeError: Failed to find C compiler."
+    assert launching.failure(torch.device(device)) == words
+    monkeypatch.setattr(launching.TritonKernels, "drop", lambda *args: None)
+    assert launching.failure(torch.device(device)) == "a kernel of Triton gave something else than it computes"
 
 
 # ---- what the interpreter does not show

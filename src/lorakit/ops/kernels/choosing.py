@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lorakit.ops.kernels import compiled
+from lorakit.ops.kernels import compiled, triton
 from lorakit.ops.kernels.protocol import Kernels
 
 
@@ -16,7 +16,7 @@ def kernels_for(x: Tensor, *others: Tensor | None, strided: bool = False) -> Ker
     that are not contiguous (x may be, where strided) or have no storage to point to (fake ones, shards), and under a
     compiler or tracer.
     """
-    if type(x) not in _PLAIN or x.dtype not in compiled.DTYPES or x.device.type != "cpu":
+    if type(x) not in _PLAIN or x.dtype not in _DTYPES.get(x.device.type, ()):
         return None
     if torch.compiler.is_compiling() or _is_traced() or not (strided or x.is_contiguous()):
         return None
@@ -25,9 +25,10 @@ def kernels_for(x: Tensor, *others: Tensor | None, strided: bool = False) -> Ker
             type(other) not in _PLAIN or other.dtype != x.dtype or other.device != x.device or not other.is_contiguous()
         ):
             return None
-    return compiled.kernels()
+    return compiled.kernels() if x.device.type == "cpu" else triton.kernels(x.device)
 
 
+_DTYPES = {"cpu": tuple(compiled.DTYPES), "cuda": triton.DTYPES}
 _PLAIN = (Tensor, nn.Parameter)
 
 

@@ -42,6 +42,7 @@ class CompiledKernels:
     """The functions of rows.c for each dtype."""
 
     activations = frozenset(ACTIVATIONS)
+    caps_logits = False
 
     def __init__(self, libraries: dict[torch.dtype, ctypes.CDLL]) -> None:
         self._functions = {
@@ -100,8 +101,11 @@ class CompiledKernels:
         m = ds.shape[-1]
         self._call("softmax_backward", ds, weights.data_ptr(), ds.numel() // m, m, ds.data_ptr())
 
-    def cross_entropy(self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses: Tensor) -> None:
+    def cross_entropy(
+        self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses: Tensor, cap: float | None = None
+    ) -> None:
         """See the protocol."""
+        assert cap is None  # `caps_logits` says so
         pointers = (logits.data_ptr(), labels.data_ptr(), scale, gradients, *logits.shape, losses.data_ptr())
         self._call("cross_entropy", logits, *pointers)
 

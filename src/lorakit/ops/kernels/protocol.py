@@ -17,10 +17,15 @@ class Kernels(Protocol):
 
     Attributes:
         activations: Names of those that `gate` knows.
+        caps_logits: Whether `cross_entropy` takes a cap.
     """
 
     @property
     def activations(self) -> frozenset[str]:
+        """See above."""
+
+    @property
+    def caps_logits(self) -> bool:
         """See above."""
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
@@ -63,5 +68,10 @@ class Kernels(Protocol):
     def softmax_backward(self, weights: Tensor, ds: Tensor) -> None:
         """The gradient of the scores from that of their softmax weights, (Z, n, m) both, in the place of the latter."""
 
-    def cross_entropy(self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses: Tensor) -> None:
-        """Losses (c,) in fp32 of logits (c, V) times scale, which become the gradient of their sum over scale."""
+    def cross_entropy(
+        self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses: Tensor, cap: float | None = None
+    ) -> None:
+        """Losses (c,) in fp32 of logits (c, V) times scale, which become the gradient of their sum over scale.
+
+        With a cap, the scaled logits go through cap·tanh(·/cap). [docs/math.md (75)]
+        """

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from lorakit.ops.kernels.triton import kernels
+from lorakit.ops.kernels.triton.launching import TritonKernels
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -45,7 +45,7 @@ def of(value: Any) -> str:
 def main() -> None:
     warnings.simplefilter("ignore")
     JITFunction.run = compiled
-    k: Any = kernels()
+    k: Any = TritonKernels()
     x, w = torch.empty(4, 4096, dtype=torch.bfloat16), torch.empty(4096, dtype=torch.bfloat16)
     rstd, heads = torch.empty(4, 1), torch.empty(1, 4, 8, 80, dtype=torch.bfloat16)
     table = torch.empty(1, 4, 64, dtype=torch.bfloat16)

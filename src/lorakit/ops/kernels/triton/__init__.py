@@ -1,16 +1,34 @@
-"""The kernels for CUDA, in Triton. Nothing here imports the package `triton` before `kernels` is called."""
+"""The kernels for CUDA, in Triton, which is imported when a device's kernels are first asked for."""
 
 from __future__ import annotations
 
+import functools
+
+import torch
+
 from lorakit.ops.kernels.protocol import Kernels
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes for which there are kernels."""
 
-def kernels() -> Kernels | None:
-    """The kernels, or None where the package `triton` is not installed. They are compiled when they are first used."""
+
+@functools.cache
+def kernels(device: torch.device) -> Kernels | None:
+    """The kernels for a device, compiled when they are first used; None where `account` says why."""
+    if account(device):
+        return None
+    from lorakit.ops.kernels.triton.launching import TritonKernels
+
+    return TritonKernels()
+
+
+@functools.cache
+def account(device: torch.device) -> str:
+    """Why there are no kernels for a device, or "": one is compiled and run there, once in a process."""
     try:
-        from lorakit.ops.kernels.triton.launching import TritonKernels
+        from lorakit.ops.kernels.triton import launching
     except ModuleNotFoundError as missing:
         if (missing.name or "").partition(".")[0] != "triton":
             raise
-        return None
-    return TritonKernels()
+        return "the package triton is not installed"
+    return launching.failure(device)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
 from lorakit.ops.kernels.triton import dropping, gates, losses, norms, positions, weights
 
@@ -26,6 +28,7 @@ class TritonKernels:
     """`lorakit.ops.kernels.protocol.Kernels`, and what goes beyond it: softmax of scores, losses of rows of logits."""
 
     activations = frozenset({"silu", "gelu", "gelu_tanh", "quick_gelu", "relu"})
+    caps_logits = True
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
         """RMS norm of x (N, d) into n (N, d), and 1/rms of its rows into rstd (N, 1)."""
@@ -125,6 +128,16 @@ class TritonKernels:
             losses.cross_entropy[(rows,)](
                 logits, labels, losses_, *numbers, **flags, BLOCK=block, num_warps=_warps(block)
             )
+
+
+def failure(device: torch.device) -> str:
+    """What goes wrong when a kernel is compiled and run on a device, or ""."""
+    x, seed = torch.ones(8, device=device), torch.zeros(1, dtype=torch.uint64, device=device)
+    try:
+        TritonKernels().drop(x, 1.0, seed, 1.0, x)
+        return "" if not x.any() else "a kernel of Triton gave something else than it computes"
+    except (RuntimeError, OSError, subprocess.SubprocessError, TritonError) as failed:  # no compiler of C, say
+        return f"Triton cannot compile and run here: {type(failed).__name__}: {failed}"
 
 
 def _tiles(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:

@@ -1,0 +1,284 @@
+"""Every operation on a device beside its reference; where there is none, with Triton's kernels interpreted on a CPU.
+
+On a device in fp32 and bf16, by kernels, cuBLAS and flash. Interpreted in fp32 alone, for bf16 is wrong there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorakit.ops import attention, attention_block, cross_entropy, dropout, linear, mlp, norm, rotary, segments
+from lorakit.ops.activation import ACTIVATIONS, activation
+from lorakit.ops.adapted import Adapted, LowRank
+from lorakit.ops.attention_block import SelfAttention
+from lorakit.ops.attention_pattern import Pattern
+from lorakit.ops.cross_entropy import Head
+from lorakit.ops.kernels import choosing
+from lorakit.ops.norm import Norm
+from lorakit.ops.rotary import Rotary
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of the interpreter's exp
+BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+"""Norm of the difference beside that of the truth in double precision: of sums in fp32; of some roundings to bf16."""
+N, D, F = 24, 32, 48
+
+
+class Place(NamedTuple):
+    """Where tensors are made, and in which dtype."""
+
+    device: str
+    dtype: torch.dtype
+
+    def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape) * scale).to(self.device, self.dtype)
+
+    def close(self, found: Tensor, truth: Tensor) -> None:
+        truth = truth.detach().double()
+        error = float((found.detach().double() - truth).norm() / truth.norm().clamp_min(1e-30))
+        assert found.device.type == self.device and error < BOUNDS[self.dtype], f"{error:.2e} of the truth"
+
+
+ON_DEVICE = [
+    pytest.param(("cuda", dtype), marks=pytest.mark.gpu, id=f"cuda-{str(dtype)[6:]}")
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+@pytest.fixture(params=[*ON_DEVICE, pytest.param(("cpu", torch.float32), id="interpreted")])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    pytest.importorskip("triton", reason="the package triton is not installed: pip install 'lorakit[triton]'")
+    from lorakit.ops.kernels import triton
+
+    device, dtype = request.param
+    if device == "cpu":
+        if torch.cuda.is_available():
+            pytest.skip("there is a device, so nothing is interpreted")
+        monkeypatch.setattr(choosing.compiled, "kernels", lambda: triton.kernels(torch.device("cpu")))
+    torch.manual_seed(0)
+    made = Place(device, dtype)
+    kernels = choosing.kernels_for(made(1))
+    assert type(kernels).__name__ == "TritonKernels", triton.account(made(1).device)
+    yield made
+
+
+def in_double(thing: Any) -> Any:
+    """A tensor, or what holds some, in double precision; leaves keep asking for gradients."""
+    if isinstance(thing, Tensor):
+        return thing.detach().double().requires_grad_(thing.requires_grad) if thing.is_floating_point() else thing
+    if isinstance(thing, tuple) and not hasattr(thing, "_fields"):
+        return tuple(in_double(one) for one in thing)
+    if isinstance(thing, (Adapted, LowRank, Norm, Rotary, Head, SelfAttention, Pattern)):
+        return type(thing)(**{name: in_double(value) for name, value in vars(thing).items()})
+    return thing
+
+
+def adapted(place: Place, out: int, width: int, p: float = 0.0, bias: bool = False) -> Adapted:
+    A, B = (place(*shape).float().requires_grad_() for shape in ((4, width), (out, 4)))
+    low = LowRank(A, B, 0.5, p)
+    return Adapted(place(out, width, scale=width**-0.5), place(out) if bias else None, low)
+
+
+def leaves_of(*modules: Adapted) -> list[Tensor]:
+    return [t for t in linear.factors(modules) if t is not None]
+
+
+def compare(place: Place, found: Sequence[Tensor], truths: Sequence[Tensor], ours: Any, theirs: Any) -> None:
+    """Values, and the gradients of every leaf under one random cotangent for each output."""
+    dys = [torch.randn_like(y) for y in found]
+    for y, truth in zip(found, truths, strict=True):
+        place.close(y, truth)
+    made = torch.autograd.grad(found, ours, dys)
+    wanted = torch.autograd.grad(truths, theirs, [dy.double() for dy in dys])
+    for grad, truth in zip(made, wanted, strict=True):
+        place.close(grad, truth)
+
+
+def masks_of(x: Tensor, group: Sequence[Adapted], seed: int) -> list[Tensor | None]:
+    """What each module's dropout keeps of x after this seed."""
+    torch.manual_seed(seed)
+    masks: list[Tensor | None] = []
+    for module in group:
+        assert module.low is not None
+        if module.low.p == 0:
+            masks.append(None)
+            continue
+        record = dropout.draw(x, module.low.p)
+        mask = torch.ones(x.numel(), device=x.device)
+        mask[dropout.positions(record, x.numel(), module.low.p, x.device)] = 0
+        masks.append(mask.view(x.shape))
+    return masks
+
+
+# ---- each operation
+
+
+@pytest.mark.parametrize("kind", ["rms", "rms from zero", "layer"])
+def test_norm(place: Place, kind: str) -> None:
+    x, w = place(2, N, D).requires_grad_(), place(D)
+    own = Norm("layer", w, place(D), 1e-5) if kind == "layer" else Norm("rms", w, None, 1e-5, float(kind != "rms"))
+    double = in_double(x)
+    compare(place, [norm.normalised(x, own)], [norm.reference(double, in_double(own))], [x], [double])
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_mlp(place: Place, act: str, gated: bool) -> None:
+    x, own = place(2, N, D).requires_grad_(), Norm("rms", place(D), None, 1e-5)
+    inner = tuple(adapted(place, F, D) for _ in range(2 if gated else 1))
+    down = adapted(place, D, F)
+    y = mlp.gated(x, own, *inner, down, act, True) if gated else mlp.plain(x, own, *inner, down, act, True)
+    double, modules = in_double(x), in_double((*inner, down))
+    form = mlp.Form(modules[:-1], modules[-1], activation(act), in_double(own), True)
+    compare(place, [y], [mlp.reference(double, form)], [x, *leaves_of(*inner, down)], [double, *leaves_of(*modules)])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_linears(place: Place, p: float) -> None:
+    x = place(2, N, D).requires_grad_()
+    group = (adapted(place, F, D, p, bias=True), adapted(place, D, D), adapted(place, D, D, p))
+    masks = masks_of(x.detach(), group, 5)
+    torch.manual_seed(5)
+    ys = linear.linears(x, group)
+    double, same = in_double(x), in_double(group)
+    compare(place, ys, linear.reference(double, same, masks), [x, *leaves_of(*group)], [double, *leaves_of(*same)])
+
+
+@pytest.mark.parametrize("pairs", ["half", "interleaved"])
+def test_rotary(place: Place, pairs: Any) -> None:
+    x = place(2, 4, N, 16).requires_grad_()
+    turn = Rotary(place(N, 8), place(N, 8), pairs)
+    double = in_double(x)
+    compare(place, [rotary.rotate(x, turn)], [rotary.reference(double, in_double(turn))], [x], [double])
+
+
+PATTERNS = {
+    "causal": Pattern(),
+    "full": Pattern(causal=False, scale=0.2),
+    "window": Pattern(window=5),
+    "packed": Pattern(segments=(5, 1, N - 6)),
+    "packed, window": Pattern(segments=(9, N - 9), window=4),
+    "softcap": Pattern(softcap=2.0),
+    "packed, softcap": Pattern(segments=(9, N - 9), softcap=2.0),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(("heads", "kv"), [(4, 4), (4, 2)])
+def test_attention(place: Place, name: str, heads: int, kv: int) -> None:
+    given = [place(2, N, n, 16).transpose(1, 2).requires_grad_() for n in (heads, kv, kv)]
+    doubles = [in_double(t) for t in given]
+    out = attention.attention(*given, PATTERNS[name])
+    compare(place, [out], [attention.reference(*doubles, PATTERNS[name])], given, doubles)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", [PATTERNS["causal"], PATTERNS["window"], PATTERNS["packed"]])
+def test_flash_is_taken_on_a_device(place: Place, pattern: Pattern) -> None:
+    q = place(2, 4, N, 64)
+    assert attention.chosen(q, q, pattern) == ("flash" if place.dtype == torch.bfloat16 else "products")
+
+
+@pytest.mark.parametrize("name", ["causal", "packed, window"])
+@pytest.mark.parametrize("fused", [True, False], ids=["one projection", "three"])
+def test_attention_block(place: Place, name: str, fused: bool) -> None:
+    x, heads, kv, width = place(2, N, D).requires_grad_(), 4, 2, 16
+    sizes = [heads * width, kv * width, kv * width]
+    inputs = tuple(adapted(place, out, D) for out in ([sum(sizes)] if fused else sizes))
+    own = None if fused else Norm("rms", place(width), None, 1e-5)
+    block = SelfAttention(inputs, adapted(place, D, sizes[0]), width, kv, Norm("rms", place(D), None, 1e-5), own, own)
+    turn = Rotary(place(N, width), place(N, width))
+    y = attention_block.attention_block(x, block, PATTERNS[name], turn, residual=True)
+    double, same = in_double(x), in_double(block)
+    truth = attention_block.reference(double, same, PATTERNS[name], in_double(turn), True)
+    compare(place, [y], [truth], [x, *leaves_of(*block.projections)], [double, *leaves_of(*same.projections)])
+
+
+@pytest.mark.parametrize("labels_on", ["cpu", "device"])
+@pytest.mark.parametrize("words", [{}, {"scale": 0.3}, {"softcap": 1.5, "scale": 1.2}], ids=["plain", "scale", "cap"])
+def test_loss(place: Place, words: dict[str, float], labels_on: str) -> None:
+    h, head = place(N, D).requires_grad_(), Head(place(61, D), place(61), **words)
+    labels = torch.randint(0, 61, (N,))
+    labels[::3] = -100
+    double = in_double(h)
+    truth = cross_entropy.reference(double, in_double(head), labels.to(place.device))
+    loss = cross_entropy.linear_cross_entropy(
+        h, head, labels.to(place.device if labels_on == "device" else "cpu"), chunk=5
+    )
+    place.close(loss, truth)
+    place.close(*(torch.autograd.grad(y, x)[0] for y, x in ((loss, h), (truth, double))))
+
+
+def test_dropout(place: Place) -> None:
+    """Its share, its scale, and the same numbers in the backward; what is kept is the seed."""
+    x = torch.ones(200, 300, device=place.device, dtype=place.dtype).requires_grad_()
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+        y = dropout.dropout(x, 0.2)
+    assert kept == [1]
+    assert set(y.unique().tolist()) == {0.0, 1.25}
+    assert abs(float((y == 0).double().mean()) - 0.2) < 5 * (0.16 / 60_000) ** 0.5
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(dx, y)
+
+
+def test_weights_that_drop(place: Place) -> None:
+    """Attention's own dropout, with the weights seen through a unit v."""
+    q, k = place(1, 2, N, 16), place(1, 2, N, 16)
+    unit = torch.eye(N).to(place.device, place.dtype).expand(1, 2, -1, -1)
+    torch.manual_seed(3)
+    kept = attention.attention(q, k, unit, Pattern(dropout=0.3)) != 0
+    given = [t.requires_grad_() for t in (q, k, place(1, 2, N, 16))]
+    doubles = [in_double(t) for t in given]
+    torch.manual_seed(3)
+    out = attention.attention(*given, Pattern(dropout=0.3))
+    truth = attention.reference(*doubles, Pattern(dropout=0.3), kept)
+    compare(place, [out], [truth], given, doubles)
+
+
+@pytest.mark.parametrize("way", ["masked", "rows", "sorted"])
+def test_segmented(place: Place, way: Any) -> None:
+    x = place(6, 3, D).requires_grad_()
+    A, B = place(3, 4, D).requires_grad_(), place(3, F, 4).requires_grad_()
+    scales, index = torch.tensor([0.5, 1.0, 2.0], device=place.device), torch.tensor([2, 0, 0, -1, 1, 2])
+    y = segments.segmented(x, A, B, scales, index.to(place.device), way=way)
+    doubles = [in_double(t) for t in (x, A, B)]
+    truth = segments.reference(*doubles, scales.double(), index)
+    compare(place, [y], [truth], [x, A, B], doubles)
+
+
+# ---- whole models
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_of_a_whole_model(place: Place, tiny_llama: Any, packed: bool) -> None:
+    """`lorakit train`'s loss and gradients, accelerated and plain."""
+    from lorakit import LoraConfig, core
+    from lorakit.data import Batch
+    from lorakit.speed import accelerate
+    from lorakit.train.loss import loss_sum
+
+    model = tiny_llama.to(place.device, place.dtype).train()
+    core.attach(model, LoraConfig(r=4, target_modules="all-linear"))
+    for _, parameter in core.trainable_parameters(model):
+        parameter.data.normal_(std=0.1)
+    ids, mask = torch.randint(0, 500, (3, 21)), torch.ones(3, 21, dtype=torch.long)
+    if packed:
+        mask[1, 13:] = mask[2, 6:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    batch = Batch(ids, mask, labels, 0.0, int(mask.sum()), int((labels[:, 1:] != -100).sum()))
+    found = []
+    for fast in (None, accelerate(model)):
+        model.zero_grad()
+        loss = loss_sum(model, batch, place.device, fast)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for _, p in core.trainable_parameters(model))])
+    assert fast is not None and fast.packs
+    for mine, theirs in zip(found[1], found[0], strict=True):
+        error = float((mine - theirs).norm() / theirs.norm())
+        assert error < 3 * BOUNDS[place.dtype], f"{error:.2e}"
