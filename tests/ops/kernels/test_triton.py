@@ -274,6 +274,11 @@ def test_a_device_without_triton_has_none(monkeypatch: pytest.MonkeyPatch) -> No
     assert triton.account.__wrapped__(torch.device("cpu")) == "the package triton is not installed"
 
 
+def test_the_switch_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKIT_KERNELS", "OFF")
+    assert triton.account.__wrapped__(torch.device("cpu")) == "LORAKIT_KERNELS=off"
+
+
 def test_a_device_where_nothing_compiles_has_none(triton_kernels: Any, device: str, monkeypatch: Any) -> None:
     from lorakit.ops.kernels.triton import launching
 

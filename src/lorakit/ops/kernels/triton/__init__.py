@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 
+from lorakit.ops.kernels.building import SWITCH
 from lorakit.ops.kernels.protocol import Kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,6 +27,8 @@ def kernels(device: torch.device) -> Kernels | None:
 @functools.cache
 def account(device: torch.device) -> str:
     """Why there are no kernels for a device, or "": one is compiled and run there, once in a process."""
+    if os.environ.get(SWITCH, "").lower() == "off":
+        return f"{SWITCH}=off"
     try:
         from lorakit.ops.kernels.triton import launching
     except ModuleNotFoundError as missing:
