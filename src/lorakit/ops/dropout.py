@@ -44,7 +44,7 @@ def draw(like: Tensor, p: float) -> Tensor:
 
 
 def draw_of(count: int, p: float, device: torch.device) -> Tensor:
-    """`draw` for so many numbers."""
+    """`draw` for so many numbers: the record, (1,) or (count,)."""
     if torch.compiler.is_compiling() or (device.type != "cpu" and kernels_for(torch.empty(0, device=device)) is None):
         return torch.rand(count, device=device) < p
     return _seed(device)

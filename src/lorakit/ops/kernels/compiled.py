@@ -54,57 +54,57 @@ class CompiledKernels:
         self._functions[x.dtype][name](*args, torch.get_num_threads() if x.numel() > FEW else 1)
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
-        """See the protocol."""
+        """See the protocol; x, n (N, d)."""
         self._call("rms_forward", x, x.data_ptr(), _at(w), eps, offset, *x.shape, n.data_ptr(), rstd.data_ptr())
 
     def rms_again(self, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, n: Tensor) -> None:
-        """See the protocol."""
+        """See the protocol; x, n (N, d)."""
         self._call("rms_again", x, x.data_ptr(), _at(w), offset, rstd.data_ptr(), *x.shape, n.data_ptr())
 
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
     ) -> None:
-        """See the protocol."""
+        """See the protocol; dn, x, dx (N, d)."""
         pointers = (dn.data_ptr(), x.data_ptr(), _at(w), offset, rstd.data_ptr(), _at(add))
         self._call("rms_backward", x, *pointers, *x.shape, dx.data_ptr())
 
     def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
-        """See the protocol."""
+        """See the protocol; first, up, out (N, f)."""
         self._call("gate", first, ACTIVATIONS[act], first.data_ptr(), _at(up), first.numel(), out.data_ptr())
 
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """See the protocol."""
+        """See the protocol; da, first, up (N, f)."""
         pointers = (da.data_ptr(), first.data_ptr(), _at(up), first.numel(), dfirst.data_ptr(), _at(dup))
         self._call("gate_backward", first, ACTIVATIONS[act], *pointers)
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
-        """See the protocol."""
+        """See the protocol; x, out (B, T, H, D)."""
         batch, tokens, heads, width = x.shape
         tables = (cos.data_ptr(), sin.data_ptr(), cos.numel() // cos.shape[-1])
         sizes = (batch * tokens, heads, width, cos.shape[-1], interleaved, back)
         self._call("turn", x, x.data_ptr(), x.stride(1), *tables, *sizes, out.data_ptr(), out.stride(1))
 
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
-        """See the protocol."""
+        """See the protocol; x, out (any shape)."""
         self._call("drop", x, x.data_ptr(), x.numel(), p, seed.item(), scale, out.data_ptr())
 
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
-        """See the protocol."""
+        """See the protocol; scores (Z, n, m)."""
         kinds = len(low) if low is not None else len(high) if high is not None else 1
         rows, m = scores.numel() // scores.shape[-1], scores.shape[-1]
         self._call("softmax", scores, scores.data_ptr(), _at(low), _at(high), kinds, rows, m)
 
     def softmax_backward(self, weights: Tensor, ds: Tensor) -> None:
-        """See the protocol."""
+        """See the protocol; weights, ds (Z, n, m)."""
         m = ds.shape[-1]
         self._call("softmax_backward", ds, weights.data_ptr(), ds.numel() // m, m, ds.data_ptr())
 
     def cross_entropy(
         self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses: Tensor, cap: float | None = None
     ) -> None:
-        """See the protocol."""
+        """See the protocol; logits (c, V)."""
         assert cap is None  # `caps_logits` says so
         pointers = (logits.data_ptr(), labels.data_ptr(), scale, gradients, *logits.shape, losses.data_ptr())
         self._call("cross_entropy", logits, *pointers)
