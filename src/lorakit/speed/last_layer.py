@@ -107,7 +107,7 @@ def some(ids: Tensor, ignored: int) -> Tensor:
 
 
 def agree(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether what a probe gave (…) is what the model gives (…), within roundings."""
+    """Whether ours (B, T, d), which a probe gave, is what the model gives, theirs (B, T, d), within roundings."""
     if ours.shape != theirs.shape or not bool(ours.isfinite().all()):
         return False
     error = torch.linalg.vector_norm(ours.double() - theirs.double())
