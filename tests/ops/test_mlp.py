@@ -249,6 +249,49 @@ def test_what_is_saved(name: str, numbers: int) -> None:
         assert not saved
 
 
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("name", FORMS)
+def test_what_is_not_kept_is_made_again_to_the_bit(name: str, p: float) -> None:
+    form = made(name, torch.float32, torch.float32, p)._replace(dropout=p)
+    for frozen in ("", "x", "A", "B"):
+        x = torch.randn(2, 3, WIDTH, requires_grad=frozen != "x")
+        for module in (*form.inner, form.down):
+            if module.low is not None:
+                module.low.A.requires_grad_(frozen != "A")
+                module.low.B.requires_grad_(frozen != "B")
+        inputs, found = trained(form, x), []
+        if not inputs:
+            continue
+        for keep in (True, False):
+            torch.manual_seed(4)
+            y = mlp(x, form._replace(keep=keep))
+            found.append([y.detach(), *torch.autograd.grad(y.sin().sum(), inputs)])
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True)), frozen
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "without norm", "only down", "only gate"])
+def test_gradcheck_of_what_is_not_kept(name: str) -> None:
+    form, x = made(name, p=0.3)._replace(keep=False), torch.randn(4, WIDTH, dtype=D, requires_grad=True)
+
+    def run(x: Tensor, *_: Tensor) -> Tensor:
+        torch.manual_seed(4)
+        return mlp(x, form)
+
+    assert torch.autograd.gradcheck(run, tuple(trained(form, x)), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "only down", "without norm"])
+def test_what_gate_and_up_gave_is_not_saved(name: str) -> None:
+    form, sizes = made(name), []
+    x = torch.randn(5, 6, WIDTH, dtype=D, requires_grad=True)
+    for keep in (True, False):
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+            mlp(x, form._replace(keep=keep))
+        sizes.append(sum(t.nbytes for t in saved))
+    assert sizes[0] - sizes[1] == 8 * 30 * INNER * len(form.inner)
+
+
 def test_a_strided_input_and_a_second_backward() -> None:
     form, wide = made("llama"), torch.randn(2, WIDTH, 5, dtype=D, requires_grad=True)
     inputs = trained(form, wide)

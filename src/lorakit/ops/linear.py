@@ -102,6 +102,20 @@ class Group:
             self.h[j] = h if self.trains[j][1] else None
         return ys
 
+    def again(self, x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
+        """What `forward` gave for x (N, in), to the bit, from what it left; the modules' biases (out,) are not in it."""
+        sites = [replace(site, bias=bias) for site, bias in zip(self.sites, biases, strict=True)]
+        ys = [_product(x, site, self.dtype) for site in sites]
+        hs = {j: h for j, h in enumerate(self.h) if h is not None}
+        if self.stacked is not None and any(j not in hs for j in self.plain):
+            ranks = [len(self.low[j].A) for j in self.plain]
+            hs.update(zip(self.plain, torch.mm(x, self.stacked.t()).split(ranks, 1), strict=True))
+        for j, kept in self._inputs(x, [j for j in self.dropping if j not in hs], False, []):
+            hs[j] = torch.mm(kept, self.A[j].t())
+        for j, h in hs.items():
+            ys[j].addmm_(h, self.B[j].t())
+        return ys
+
     def backward(
         self, x: Tensor | None, dys: Sequence[Tensor | None], need_dx: bool = True, owned: bool = False
     ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:

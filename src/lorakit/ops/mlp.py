@@ -1,7 +1,7 @@
 """The other half of a decoder layer as one function of autograd: norm, gate and up, activation, down, residual.
 
-Kept for the backward: x and the numbers of its norm, what gate and up gave, (tokens, r) of each adapter, and what
-dropout dropped. The normalised input and the activation are made again, in buffers that then become the gradients.
+Kept for the backward: x and the numbers of its norm, what gate and up gave (or they multiply again), (tokens, r) of
+each adapter, and what dropout dropped. The normalised input and the activation are made again, in buffers that then become the gradients.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Form(NamedTuple):
         dropout: Share of the numbers of down's output that become zero, before the residual.
         within: Share of the numbers of down's input that become zero.
         fused: Gate and up are one module.
+        keep: Whether what gate and up gave is kept for the backward, else it is made again there: [docs/math.md (85)].
     """
 
     inner: tuple[Adapted, ...]
@@ -45,6 +46,7 @@ class Form(NamedTuple):
     dropout: float = 0.0
     within: float = 0.0
     fused: bool = False
+    keep: bool = True
 
 
 def gated(
@@ -77,7 +79,7 @@ def plain(
 
 
 def reference(x: Tensor, form: Form) -> Tensor:
-    """What `gated` and `plain` compute of x (..., d), in plain PyTorch and without dropout -> (..., d)."""
+    """What `mlp` computes of x (..., d), in plain PyTorch and without dropout -> (..., d)."""
     hidden = linear.reference(x if form.norm is None else norm_reference(x, form.norm), form.inner)
     first, *up = hidden[0].chunk(2, -1) if form.fused else hidden
     a = form.act.reference(first)
@@ -136,12 +138,16 @@ def _forward(x: Tensor, form: Form) -> tuple[Tensor, _Made]:
     inner, outer = Group(form.inner, x.dtype), Group([form.down], x.dtype)
     hidden = inner.forward(n, owned=form.norm is not None)
     del n
-    if form.fused:
-        hidden = [half.contiguous() for half in hidden[0].chunk(2, 1)]
+    hidden = _halves(hidden, form)
     a = activate(form.act, hidden[0], hidden[1] if len(hidden) == 2 else None, torch.empty_like(hidden[0]))
     a, within = join(a, None, form.within)
     y, record = join(outer.forward(a, owned=True)[0], flat if form.residual else None, form.dropout)
     return y, _Made(stats, hidden, record, within, (inner, outer))
+
+
+def _halves(hidden: list[Tensor], form: Form) -> list[Tensor]:
+    """What gate and up gave, (N, f) each, of what the inner modules gave."""
+    return [half.contiguous() for half in hidden[0].chunk(2, 1)] if form.fused else hidden
 
 
 class _Mlp(torch.autograd.Function):
@@ -151,14 +157,16 @@ class _Mlp(torch.autograd.Function):
         inner, outer = made.groups
         # where neither x nor gate or up is trained, nothing goes back through the activation
         ctx.deep = ctx.needs_input_grad[0] or any(A or B for A, B in inner.trains)
-        wants_x = inner.needs_x or (form.norm is not None and ctx.needs_input_grad[0])
+        hidden = ctx.deep or outer.needs_x  # whether what gate and up gave is wanted
+        ctx.again = hidden and not form.keep
+        wants_x = ctx.again or inner.needs_x or (form.norm is not None and ctx.needs_input_grad[0])
         (ctx.inner, inside), (ctx.outer, outside) = inner.pack(), outer.pack()
         parts = [
             outside,
-            made.hidden if ctx.deep or outer.needs_x else (),
+            made.hidden if hidden and form.keep else (),
             made.stats if wants_x else (),
             [x if wants_x else None, made.record, made.within],
-            inside if ctx.deep else (),
+            inside if ctx.deep or ctx.again else (),
         ]
         ctx.form, ctx.shape, ctx.counts = form, x.shape, [len(part) for part in parts]
         ctx.save_for_backward(*(tensor for part in parts for tensor in part))
@@ -174,12 +182,16 @@ class _Mlp(torch.autograd.Function):
         with as_written(dy):
             dy = rows(dy)
             outer, dlast = Group.unpack(ctx.outer, outside), join_backward(dy, record, form.dropout)
+            n, flat, norm = None, None if x is None else rows(x), form.norm
+            if ctx.again:
+                n = _read(flat, stats, norm)
+                hidden = _halves(Group.unpack(ctx.inner, inside).again(n, [m.bias for m in form.inner]), form)
             dhidden, last = _back_through_the_activation(dlast, (hidden, within), outer, form, ctx.deep)
+            del hidden
             if not ctx.deep:
                 return (None, None, *(None for _ in form.inner for _ in range(2)), *last)
-            inner, norm = Group.unpack(ctx.inner, inside), form.norm
-            flat = None if x is None else rows(x)
-            n = norm.again(flat, stats) if norm is not None and inner.needs_x else flat
+            inner = Group.unpack(ctx.inner, inside)
+            n = _read(flat, stats, norm) if n is None and inner.needs_x else n
             dx, grads = inner.backward(n, dhidden, ctx.needs_input_grad[0], owned=norm is not None and inner.needs_x)
             del n, dhidden, dlast
             if dx is not None:
@@ -190,6 +202,12 @@ class _Mlp(torch.autograd.Function):
                     dx.add_(add)
                 dx = dx.view(ctx.shape)
         return (dx, None, *(grad for pair in grads for grad in pair), *last)
+
+
+def _read(flat: Any, stats: Sequence[Tensor], norm: Norm | None) -> Tensor:
+    """What gate and up read of x (N, d), once more."""
+    n: Tensor = flat if norm is None else norm.again(flat, stats)
+    return n
 
 
 def _back_through_the_activation(
