@@ -49,7 +49,7 @@ def planned(case: dict[str, Any]) -> Memory:
         ROWS,
         LENGTH,
         dtype=case["dtype"],
-        gradient_checkpointing=case["checkpointing"],
+        recompute="layers" if case["checkpointing"] else "none",
         accelerated=case["accelerated"],
     )
     return of_lora(shape, count(shape, _config()), 0.0, job)

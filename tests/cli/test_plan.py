@@ -69,6 +69,25 @@ def test_forwards_are_those_of_train(capsys: pytest.CaptureFixture[str]) -> None
     assert "bfloat16, not accelerated" in capsys.readouterr().out
 
 
+def test_what_is_computed_again_is_planned_or_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "SmolLM2-135M", "--max-length", "256"]
+    peaks = {
+        way: _json([*words, "--recompute", way], capsys)["lora"]["memory"]["peak_bytes"]
+        for way in ("none", "feed-forward", "layers")
+    }
+    chosen = _json([*words, "--memory-budget", f"{peaks['feed-forward']}B"], capsys)
+    assert chosen["job"]["recompute"] == "feed-forward"
+    assert chosen["lora"]["memory"]["peak_bytes"] == peaks["feed-forward"]
+    assert "--recompute feed-forward is the cheapest that fits" in chosen["machine"][-1]
+    assert main([*words, "--recompute", "feed-forward"]) == 0
+    out = capsys.readouterr().out
+    assert "bfloat16, feed-forward computed again, accelerated" in out and "FLOPs per token, recomputed" in out
+    assert main([*words, "--memory-budget", "100MB"]) == 2
+    assert "No way of computing fits a memory budget of 100 MB" in capsys.readouterr().err
+    assert main([*words, "--memory-budget", "1GB", "--gradient-checkpointing"]) == 2
+    assert "memory_budget and recompute layers exclude each other" in capsys.readouterr().err
+
+
 def test_new_tokens_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     """One row for both of tied tables, one in each of two that are apart."""
     words = ["--r", "8", "--new-tokens", "<think>,</think>", "<x>"]

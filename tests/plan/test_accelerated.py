@@ -50,7 +50,8 @@ def _both(name: str, targets: Any, job: Job, base_dropout: float = 0.0, **words:
     if job.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)})
-    saved = _saved_bytes(model, accelerate(model), torch.randint(0, 300, (ROWS, LENGTH)))
+    fast = accelerate(model, keep_feed_forward=job.recompute != "feed-forward")
+    saved = _saved_bytes(model, fast, torch.randint(0, 300, (ROWS, LENGTH)))
     counted = count(shape, config, optimizer=job.optimizer)
     return saved, activations.of_lora(shape, counted, config.lora_dropout, job), shape
 
@@ -80,11 +81,26 @@ def test_what_autograd_saves(name: str, targets: Any, dtype: str, lora_dropout: 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "targets"), [CASES[0], CASES[4]], ids=str)
 def test_checkpointing_keeps_the_inputs_of_the_layers(name: str, targets: Any, dtype: str, lora_dropout: float) -> None:
-    job = Job(ROWS, LENGTH, dtype=dtype, accelerated=True, gradient_checkpointing=True)
+    job = Job(ROWS, LENGTH, dtype=dtype, accelerated=True, recompute="layers")
     saved, planned, shape = _both(name, targets, job, lora_dropout=lora_dropout)
     reckoned = LAYERS * planned.boundary + planned.outside + accelerated.loss_keeps(shape, job)
     assert reckoned == pytest.approx(saved, rel=0.005)
     assert planned.largest_block * LAYERS == planned.blocks
+
+
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "targets"), CASES, ids=str)
+def test_what_gate_and_up_gave_is_not_kept(name: str, targets: Any, dtype: str, lora_dropout: float) -> None:
+    job = Job(ROWS, LENGTH, dtype=dtype, accelerated=True, recompute="feed-forward")
+    saved, planned, shape = _both(name, targets, job, lora_dropout=lora_dropout)
+    reckoned = planned.blocks + planned.outside + accelerated.loss_keeps(shape, job)
+    assert reckoned == pytest.approx(saved, rel=0.005)
+    kept = dataclasses.replace(job, recompute="none")
+    more = activations.of_lora(shape, count(shape, LoraConfig(r=4, target_modules=targets)), lora_dropout, kept)
+    each = job.dtype_bytes * job.batch_tokens * shape.intermediate * (2 if shape.gated else 1)
+    assert more.blocks - planned.blocks == LAYERS * each
+    assert planned.transient - more.transient == each  # for one layer at a time they are there again
 
 
 @pytest.mark.parametrize(
@@ -92,6 +108,7 @@ def test_checkpointing_keeps_the_inputs_of_the_layers(name: str, targets: Any, d
     [
         ("llama", "all-linear", {"use_dora": True}, 0),
         ("llama", ["q_proj", "v_proj"], {"use_dora": True}, LAYERS),  # the feed-forward alone
+        ("llama", ["q_proj", "v_proj"], {"use_dora": True, "recompute": "feed-forward"}, LAYERS),
         ("llama", ["gate_proj", "o_proj"], {"use_dora": True}, 0),
         ("gpt2", "all-linear", {"base_dropout": 0.1, "lora_dropout": 0.1}, 2 * LAYERS),
     ],
@@ -99,7 +116,8 @@ def test_checkpointing_keeps_the_inputs_of_the_layers(name: str, targets: Any, d
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_not_plain_runs_as_it_is(name: str, targets: Any, words: Any, fused: int, dtype: str) -> None:
-    job = Job(ROWS, LENGTH, dtype=dtype, accelerated=True)
+    job = Job(ROWS, LENGTH, dtype=dtype, accelerated=True, recompute=words.get("recompute", "none"))
+    words = {name: value for name, value in words.items() if name != "recompute"}
     saved, planned, shape = _both(name, targets, job, **words)
     assert (planned.fused, planned.of_blocks) == (fused, 2 * LAYERS)
     reckoned = planned.blocks + planned.outside + accelerated.loss_keeps(shape, job)

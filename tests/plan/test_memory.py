@@ -41,7 +41,7 @@ def test_every_line_has_a_formula_and_an_equation() -> None:
 
 
 def test_checkpointing_keeps_the_inputs_of_the_blocks() -> None:
-    plain, again = _lora("gpt2", Job(dtype="float32")), _lora("gpt2", Job(dtype="float32", gradient_checkpointing=True))
+    plain, again = _lora("gpt2", Job(dtype="float32")), _lora("gpt2", Job(dtype="float32", recompute="layers"))
     assert again.peak_bytes < plain.peak_bytes / 2
     kept = next(line for line in again.lines if line.cause == "activations").at_peak_bytes
     assert kept == 12 * 4 * 1024 * 768 + 4 * 1024 * 770
@@ -54,7 +54,7 @@ def test_without_a_head_the_peak_is_where_the_backward_enters_the_last_block() -
 
 
 def test_checkpointing_without_a_head_peaks_where_gradients_are_whole() -> None:
-    needs = _lora("bert-base", Job(4, 128, dtype="float32", gradient_checkpointing=True))
+    needs = _lora("bert-base", Job(4, 128, dtype="float32", recompute="layers"))
     assert needs.peak_moment.endswith("block is computed anew")
 
 

@@ -50,7 +50,9 @@ def main(rank: int, meeting: str, way: str, fast: bool, result: str) -> None:
     for step in range(3):
         ids = torch.randint(0, 61, (2, 10), generator=torch.Generator().manual_seed(10 * step + rank))
         optimizer.zero_grad()
-        loss = model(input_ids=ids, labels=ids).loss
+        labels = ids.clone()
+        labels[:, : 3 + step] = -100
+        loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         losses.append(float(loss.detach()))
         gradients = {name: whole(parameter.grad) for name, parameter in trained.items()}

@@ -16,6 +16,7 @@ from lorakit.cli import console
 from lorakit.config import LoraConfig
 from lorakit.errors import UsageError
 from lorakit.plan import Job, Speed
+from lorakit.plan.job import recomputed
 from lorakit.plan.rows import with_new_tokens
 from lorakit.train.defaults import DEFAULTS
 
@@ -85,7 +86,9 @@ class JobFlags:
     gradient_accumulation_steps: Annotated[int, _flag("gradient_accumulation_steps")] = DEFAULTS[
         "gradient_accumulation_steps"
     ].value
+    recompute: Annotated[str, _flag("recompute")] = DEFAULTS["recompute"].value
     gradient_checkpointing: Annotated[bool, _flag("gradient_checkpointing")] = False
+    memory_budget: Annotated[str | None, _flag("memory_budget")] = None
     accelerate: Annotated[bool, Parameter(help=DEFAULTS["accelerate"].help())] = DEFAULTS["accelerate"].value
     optimizer: Annotated[str, _flag("optimizer")] = DEFAULTS["optimizer"].value
     quantization: Annotated[str | None, _flag("quantization")] = None
@@ -160,7 +163,7 @@ def run(
         length_tokens=length,
         accumulation=job.gradient_accumulation_steps,
         dtype=dtype,
-        gradient_checkpointing=job.gradient_checkpointing,
+        recompute=recomputed(job.recompute, job.gradient_checkpointing, job.memory_budget, job.accelerate),
         optimizer=job.optimizer,
         quantization=job.quantization,
         double_quantization=job.double_quantization,
@@ -176,11 +179,15 @@ def run(
         ranks=columns,
         allow_partial=adapter.allow_partial_targets,
     )
+    said = machine.said
+    if job.memory_budget is not None:
+        fitting = plan.within(planned, plan.bytes_of(job.memory_budget))
+        planned, said = fitting.plan, (*said, fitting.said)
     if json:
-        console.emit_json({**planned.as_dict(), "machine": list(machine.said)})
+        console.emit_json({**planned.as_dict(), "machine": list(said)})
         return 0
     console.say(plan.render(planned))
-    for sentence in machine.said:
+    for sentence in said:
         console.say(sentence)
     return 0
 

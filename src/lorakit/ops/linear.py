@@ -103,7 +103,7 @@ class Group:
         return ys
 
     def again(self, x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
-        """What `forward` gave for x (N, in), to the bit, from what it left; the modules' biases (out,) are not in it."""
+        """What `forward` gave for x (N, in), to the bit, from what it left and the modules' biases (out,)."""
         sites = [replace(site, bias=bias) for site, bias in zip(self.sites, biases, strict=True)]
         ys = [_product(x, site, self.dtype) for site in sites]
         hs = {j: h for j, h in enumerate(self.h) if h is not None}

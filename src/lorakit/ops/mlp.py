@@ -1,7 +1,8 @@
 """The other half of a decoder layer as one function of autograd: norm, gate and up, activation, down, residual.
 
 Kept for the backward: x and the numbers of its norm, what gate and up gave (or they multiply again), (tokens, r) of
-each adapter, and what dropout dropped. The normalised input and the activation are made again, in buffers that then become the gradients.
+each adapter, and what dropout dropped. The normalised input and the activation are made again, in buffers that then
+become the gradients.
 """
 
 from __future__ import annotations

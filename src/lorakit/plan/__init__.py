@@ -6,6 +6,7 @@ machine.
 """
 
 from lorakit.plan import catalogue
+from lorakit.plan.budget import Fitting, bytes_of, within
 from lorakit.plan.estimating import Method, Plan, estimate
 from lorakit.plan.flops import Flops
 from lorakit.plan.job import Job, Speed
@@ -17,6 +18,7 @@ from lorakit.plan.text import render, summary
 
 __all__ = [
     "Count",
+    "Fitting",
     "Flops",
     "Job",
     "Line",
@@ -29,10 +31,12 @@ __all__ = [
     "SiteCount",
     "SiteShape",
     "Speed",
+    "bytes_of",
     "catalogue",
     "count",
     "estimate",
     "rank_table",
     "render",
     "summary",
+    "within",
 ]

@@ -90,7 +90,7 @@ def half(shape: ModelShape, sites: Sequence[SiteCount], name: str, dropout: floa
         if any(o.path.endswith("q_norm") for o in shape.others):  # q and k are kept as they are before their own norms
             kept += _FP32 * (shape.heads + shape.kv_heads)
     else:
-        kept = number * shape.intermediate * (2 if shape.gated else 1)
+        kept = 0 if job.recompute == "feed-forward" else number * _inner(shape)
     kept += sum(number * site.rank for site in sites)
     seeds = len(sites) * (dropout > 0) + (shape.dropouts.get("residual", 0.0) > 0)
     seeds += name == "attention" and shape.dropouts.get("attention", 0.0) > 0
@@ -98,14 +98,14 @@ def half(shape: ModelShape, sites: Sequence[SiteCount], name: str, dropout: floa
 
 
 def input_alone(shape: ModelShape, sites: Sequence[SiteCount], job: Job) -> int:
-    """Bytes of what a feed-forward reads, where its norm is not in its function and an A needs it.
+    """Bytes of what a feed-forward reads, where its norm is not in its function and an A needs it, or its products.
 
     Args:
         shape: The model.
         sites: The adapter's sites in the feed-forward of one block.
         job: Batch, length, dtype.
     """
-    needed = any(_reads_norm(site) and not site.frozen for site in sites)
+    needed = job.recompute == "feed-forward" or any(_reads_norm(site) and not site.frozen for site in sites)
     return job.dtype_bytes * job.batch_tokens * shape.hidden if needed else 0
 
 
@@ -118,9 +118,42 @@ def transient(shape: ModelShape, job: Job) -> int:
         shape: The model.
         job: Batch, length, dtype.
     """
-    inner = shape.intermediate * (2 if shape.gated else 1)
+    inner = _inner(shape)
     heads = 2 * shape.query_width + 2 * shape.kv_width
     return job.dtype_bytes * job.batch_tokens * (3 * shape.hidden + max(inner, heads))
+
+
+def made_again(shape: ModelShape, fused: frozenset[tuple[str, str]], job: Job) -> int:
+    """Bytes of what gate and up give, while the backward of a layer has them once more.   [docs/math.md (85)]
+
+    Args:
+        shape: The model.
+        fused: Every (block, half) that runs as one function.
+        job: Batch, length, dtype, and what is computed again.
+    """
+    any_is = job.recompute == "feed-forward" and any(half == "feed-forward" for _, half in fused)
+    return job.dtype_bytes * job.batch_tokens * _inner(shape) if any_is else 0
+
+
+def products_again(shape: ModelShape, counted: Count, fused: frozenset[tuple[str, str]], job: Job) -> float:
+    """FLOPs a token of gate and up, which the backward multiplies once more.   [docs/math.md (85)]
+
+    The factors' first products are kept, their second ones are not.
+
+    Args:
+        shape: The model.
+        counted: The adapter.
+        fused: Every (block, half) that runs as one function.
+        job: What is computed again.
+    """
+    if job.recompute != "feed-forward":
+        return 0.0
+
+    def is_inner(path: str) -> bool:
+        return (block_of(path), half_of(path)) in fused and path.rpartition(".")[2] in INNER
+
+    base = sum(2.0 * site.weight_parameters for site in shape.sites if is_inner(site.path))
+    return base + sum(2.0 * site.rank * site.out_features for site in counted.sites if is_inner(site.path))
 
 
 def makes_no_logits(shape: ModelShape, counted: Count) -> bool:
@@ -158,6 +191,11 @@ def loss_keeps(shape: ModelShape, job: Job) -> int:
         job: Tokens of a batch; all are reckoned as trained.
     """
     return job.batch_tokens * (job.dtype_bytes * shape.hidden + _INDEX)
+
+
+def _inner(shape: ModelShape) -> int:
+    """Numbers of a token that the first products of a feed-forward give."""
+    return shape.intermediate * (2 if shape.gated else 1)
 
 
 def _reads_norm(site: SiteCount) -> bool:

@@ -197,6 +197,19 @@ def packs(shape: ModelShape) -> bool:
     return is_known and family.is_fast
 
 
+def fused_halves(shape: ModelShape, counted: Count, job: Job) -> frozenset[tuple[str, str]]:
+    """Every (block, half) that runs as one function in a job.
+
+    Args:
+        shape: The base.
+        counted: The adapter's sites.
+        job: Whether it is accelerated, and how the base is stored.
+    """
+    if not (job.accelerated and packs(shape)):
+        return frozenset()
+    return accelerated.fused(shape, counted, job.quantization is not None)
+
+
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: StoredBase | None = None) -> Activations:
     """Bytes kept while an adapter is trained on a frozen base.   [docs/math.md (24)], accelerated [docs/math.md (29)]
 
@@ -210,7 +223,7 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
     family, is_known = family_of(shape)
     inner = _inner(shape, counted)
     is_fast = job.accelerated and is_known and family.is_fast
-    fused = accelerated.fused(shape, counted, base is not None) if is_fast else frozenset()
+    fused = fused_halves(shape, counted, job) if base is None else frozenset()
     norm = accelerated.norm(shape, job) if is_fast else family.norm(shape.hidden, job.dtype_bytes)
     last_norm = norm if is_fast else family.last_norm(shape.hidden, job.dtype_bytes)
     by_block = dict.fromkeys(inner, 2 * job.batch_tokens * norm)
@@ -230,6 +243,7 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: S
         ours = sum(block in by_block for block, _ in fused)
         whole = ours == 2 * len(inner)
         least = accelerated.transient(shape, job) if whole else found.transient
+        least += accelerated.made_again(shape, fused, job)
         found = replace(found, fused=ours, of_blocks=2 * len(inner), transient=least)
     return found if base is None else replace(found, transient=found.transient + _multiplied_out(counted, job, base))
 

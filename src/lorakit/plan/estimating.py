@@ -109,6 +109,7 @@ class Plan:
             },
             "job": {
                 **asdict(self.job),
+                "gradient_checkpointing": self.job.gradient_checkpointing,
                 "batch_tokens": self.job.batch_tokens,
                 "step_tokens": self.job.step_tokens,
                 "run_tokens": None if self.job.steps is None else self.job.steps * self.job.step_tokens,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lorakit.plan import accelerated, activations
 from lorakit.plan.job import Job
 from lorakit.plan.params import Count
 from lorakit.plan.rows import read_out
@@ -21,7 +22,7 @@ class Flops:
     Attributes:
         forward: Of the forward pass.
         backward: Of the backward pass.
-        recomputed: Of computing the blocks again under gradient checkpointing; 0 without.
+        recomputed: Of computing the blocks, or parts of them, again in the backward; 0 without.
     """
 
     forward: float
@@ -88,7 +89,9 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
     per_batch = norms / job.batch_tokens  # DoRA's norm of W + ΔW is taken once per forward
     forward = base + within + added + per_batch + dense
     backward = base + 2 * within + 2 * added - frozen + copied + 2 * dense
-    return Flops(forward, backward, _again(shape, forward, job))
+    again = _again(shape, forward, job)
+    again += accelerated.products_again(shape, counted, activations.fused_halves(shape, counted, job), job)
+    return Flops(forward, backward, again)
 
 
 def full(shape: ModelShape, job: Job) -> Flops:

@@ -19,6 +19,10 @@ DTYPE_WORDS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16"
 OPTIMIZERS = ("adamw", "lorafa")
 """AdamW over all trained numbers; LoRA-FA: the factor that does not begin at zero is frozen, AdamW over the rest."""
 
+RECOMPUTED = ("none", "feed-forward", "layers")
+"""What the backward may compute again instead of keeping it, in the order of its price: what is elementwise alone; of
+each feed-forward that runs as one function, what its first products gave; of each layer, all but its input."""
+
 UTILISATION = 0.4
 """Share of a bare matrix product's speed that a training step of a plain transformers model reaches on a CPU.
 
@@ -38,7 +42,7 @@ class Job:
         steps: Optimizer steps, or None where that is not known.
         dtype: In which the base is held and computed with.
         optimizer: "adamw" or "lorafa": two fp32 moments for each trained number; lorafa trains one factor of two.
-        gradient_checkpointing: Keep only the input of each block and compute the rest again in the backward.
+        recompute: What the backward computes again, a word of `RECOMPUTED`.
         quantization: A name of `plan.quantised.STORAGES`, or None for a base in `dtype`.
         double_quantization: Quantise the scales too, where that storage can.
         accelerated: Run the layers by the functions of `lorakit.speed.accelerate` and the loss without logits, as
@@ -47,8 +51,8 @@ class Job:
             end, so padded tokens take no time; else they count as any other.
 
     Raises:
-        ConfigError: A number is below 1, mean_tokens is above length_tokens, or dtype, optimizer or quantization is
-            not known.
+        ConfigError: A number is below 1, mean_tokens is above length_tokens, or dtype, optimizer, recompute or
+            quantization is not known.
     """
 
     batch_rows: int = 4
@@ -57,7 +61,7 @@ class Job:
     steps: int | None = None
     dtype: str = "bfloat16"
     optimizer: str = "adamw"
-    gradient_checkpointing: bool = False
+    recompute: str = "none"
     quantization: str | None = None
     double_quantization: bool = True
     accelerated: bool = False
@@ -78,6 +82,13 @@ class Job:
             storage_named(self.quantization)
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError(f"optimizer is {self.optimizer!r}; it must be {' or '.join(OPTIMIZERS)}.")
+        if self.recompute not in RECOMPUTED:
+            raise ConfigError(f"recompute is {self.recompute!r}; it must be one of {', '.join(RECOMPUTED)}.")
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether only the input of each layer is kept and the rest computed again in the backward."""
+        return self.recompute == "layers"
 
     @property
     def batch_tokens(self) -> int:
@@ -135,6 +146,40 @@ class Speed:
         if self.tokens_per_second is not None:
             return self.tokens_per_second
         return (self.flops_per_second or 0.0) * self.utilisation / flops_per_token
+
+
+def recomputed(recompute: str, gradient_checkpointing: bool, memory_budget: str | None, accelerated: bool) -> str:
+    """What the backward computes again, from the settings that say it.
+
+    Args:
+        recompute: A word of `RECOMPUTED`.
+        gradient_checkpointing: The same as "layers".
+        memory_budget: What a step may take; it chooses by itself.
+        accelerated: Whether the layers run by the functions of `lorakit.speed.accelerate`.
+
+    Returns:
+        A word of `RECOMPUTED`.
+
+    Raises:
+        ConfigError: Two of them exclude each other.
+    """
+    if gradient_checkpointing and recompute == "feed-forward":
+        raise ConfigError(
+            "gradient_checkpointing and recompute feed-forward exclude each other: the first is recompute layers. "
+            "Leave one out."
+        )
+    way = "layers" if gradient_checkpointing else recompute
+    if memory_budget is not None and way != "none":
+        raise ConfigError(
+            f"memory_budget and recompute {way} exclude each other: the budget chooses what is computed again. Leave "
+            "one out."
+        )
+    if way == "feed-forward" and not accelerated:
+        raise ConfigError(
+            "recompute feed-forward needs accelerated forwards: a model's own can compute again whole layers alone. "
+            "Take recompute layers, or leave --no-accelerate out."
+        )
+    return way
 
 
 def dtype_name(word: str) -> str:

@@ -111,7 +111,7 @@ def _trainable(plan: Plan) -> str:
 
 def _head(plan: Plan) -> str:
     shape, job = plan.shape, plan.job
-    again = ", gradient checkpointing" if job.gradient_checkpointing else ""
+    again = {"none": "", "layers": ", gradient checkpointing"}.get(job.recompute, f", {job.recompute} computed again")
     forwards = "accelerated" if job.accelerated else "not accelerated"
     steps = "" if job.steps is None else f" · {job.steps:,} steps, {job.steps * job.step_tokens:,} tokens"
     return "\n".join(
@@ -173,7 +173,7 @@ def _beside(plan: Plan) -> str:
         ["FLOPs per token, forward", _flops(lora.flops.forward), _flops(full.flops.forward)],
         ["FLOPs per token, backward", _flops(lora.flops.backward), _flops(full.flops.backward)],
     ]
-    if plan.job.gradient_checkpointing:
+    if lora.flops.recomputed:
         rows.append(["FLOPs per token, recomputed", _flops(lora.flops.recomputed), _flops(full.flops.recomputed)])
     rows += [
         ["FLOPs per token", _flops(lora.flops.total), _flops(full.flops.total)],

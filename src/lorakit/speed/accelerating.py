@@ -22,7 +22,7 @@ from lorakit.speed.last_layer import LastLayer
 from lorakit.speed.loss import LossWithoutLogits, loss_for
 from lorakit.speed.packing import obeys
 from lorakit.speed.probing import Call, calls, disagreement
-from lorakit.speed.swapping import Swap, is_stand_in, stand_in
+from lorakit.speed.swapping import AGAIN, Swap, is_stand_in, stand_in
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Acceleration:
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module, *, logits: bool = True) -> Acceleration:
+def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool = True) -> Acceleration:
     """Give every part of a model that is known a faster forward.
 
     Names in the state dict, saving, `isinstance` and the numbers (within roundings) stay as they are. Attach adapters
@@ -128,6 +128,8 @@ def accelerate(model: nn.Module, *, logits: bool = True) -> Acceleration:
             and `undo()` of what is returned changes it back.
         logits: False computes the model's own loss without logits, where it is given labels in training mode; the
             output's `logits` are then None, and it has no key-value cache unless the call asks for one.
+        keep_feed_forward: False makes what gate and up gave again in the backward instead of keeping it, which is most
+            of what a layer keeps, for a second time of their products; the numbers are the same to the bit.
 
     Returns:
         Which parts got what, and what was left and why; `print` it.
@@ -135,13 +137,13 @@ def accelerate(model: nn.Module, *, logits: bool = True) -> Acceleration:
     Raises:
         ModelError: The model, or a part of it, is accelerated already.
     """
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return _nothing(model, "its weights are sharded: accelerate it before that")
     if any(is_stand_in(module) for module in model.modules()):
         raise ModelError(
             f"This {type(model).__name__} is accelerated already. Call undo() of what `accelerate` returned before "
             "accelerating it again."
         )
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return _nothing(model, "its weights are sharded: accelerate it before that")
     modules = {path: module for path, module in model.named_modules(remove_duplicate=True) if path}
     wanted, left = _candidates(modules)
     head = _head(model)
@@ -169,6 +171,9 @@ def accelerate(model: nn.Module, *, logits: bool = True) -> Acceleration:
     known = head_for(head, given, getattr(output, "logits", None), getattr(model, "config", None))
     fused, reason = (known, "") if isinstance(known, Head) else (None, known)
     swaps = _swapped(model, fast, fused, head)
+    for module, _ in () if keep_feed_forward else fast.values():
+        if feed_forward.fits(module) is None:
+            module.__dict__[AGAIN] = True
     last = None if fused is None else _last(model, fast, tuple(found))
     if fused is not None and last is not None:
         fused.last = last_layer_for(model, fused, last, found[""], output)

@@ -11,6 +11,7 @@ from lorakit.ops.mlp import Form, mlp
 from lorakit.ops.norm import Norm
 from lorakit.speed.operands import acting_in, forwards_of
 from lorakit.speed.parts import activation_of, is_usual, share_of, unknown_words
+from lorakit.speed.swapping import AGAIN
 
 GATED = (("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
 FUSED = (("gate_up_proj", "down_proj"),)
@@ -66,7 +67,8 @@ def feed_forward(
     if acting is None or shares is None:
         return None
     *inner, down = acting.operands
-    y = mlp(x, Form(tuple(inner), down, activation(act), norm, residual, *shares, fused=names in FUSED))
+    keep, fused = AGAIN not in module.__dict__, names in FUSED
+    y = mlp(x, Form(tuple(inner), down, activation(act), norm, residual, *shares, fused=fused, keep=keep))
     acting.note(y)
     return y
 

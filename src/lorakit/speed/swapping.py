@@ -19,6 +19,9 @@ from lorakit.core.routes.switching import Switched
 FORWARDS = "_fast_forwards"
 """Where a module with a stand-in keeps its forwards, as each layer of ours does."""
 
+AGAIN = "_multiplies_again"
+"""Where a feed-forward with a stand-in keeps that it multiplies again in the backward instead of keeping the result."""
+
 MARK = "_stands_in"
 """What only the classes of stand-ins hold themselves."""
 
@@ -48,7 +51,8 @@ class Swap:
 
     def undo(self) -> None:
         """Put the original back, wherever the stand-in still stands."""
-        self.original.__dict__.pop(FORWARDS, None)
+        for name in (FORWARDS, AGAIN):
+            self.original.__dict__.pop(name, None)
         self._replace(self.stand_in, self.original)
 
     def _replace(self, old: nn.Module, new: nn.Module) -> None:

@@ -156,8 +156,21 @@ DEFAULTS: dict[str, Default] = {
     ),
     "seed": Default("Seed of everything random: A, dropout, order of the data, split", 0, "the same run twice"),
     "device": Default("cpu, cuda, cuda:N, mps or auto", "auto", "the accelerator where there is one"),
+    "recompute": Default(
+        "What the backward pass computes again instead of keeping it: none, feed-forward (what gate and up gave) or "
+        "layers (all but their inputs)",
+        "none",
+        "feed-forward saves about half of what layers keep, layers nearly all of it, for about a third more time",
+    ),
     "gradient_checkpointing": Default(
-        "Recompute activations in the backward pass", False, "it saves memory for about a third more time"
+        "The same as --recompute layers", False, "it saves memory for about a third more time"
+    ),
+    "memory_budget": Default(
+        "Memory that a step may take, weights and all, such as 4GiB: --recompute is then the cheapest that is planned "
+        "to fit, and said",
+        None,
+        "what is kept costs no time",
+        "none",
     ),
     "accelerate": Default(
         "Run the parts of the model that are known by faster forwards with the same numbers, rows without padding",

@@ -23,11 +23,13 @@ class Planned:
 
     Attributes:
         dtype: Precision of the base: "bfloat16" or "float32".
+        recompute: What the backward computes again, a word of `lorakit.plan.job.RECOMPUTED`.
         values: The plan as plain JSON values.
         lines: Sentences for a person.
     """
 
     dtype: str
+    recompute: str
     values: Mapping[str, Any]
     lines: tuple[str, ...]
 
@@ -42,6 +44,9 @@ def planned_run(request: Request, pace: Pace, lengths: Sequence[int]) -> Planned
 
     Returns:
         The plan.
+
+    Raises:
+        ConfigError: No way of computing fits the memory budget.
     """
     recorded = ((request.record or {}).get("resolved") or {}).get("dtype")
     wanted = recorded or request.settings.dtype
@@ -57,7 +62,11 @@ def planned_run(request: Request, pace: Pace, lengths: Sequence[int]) -> Planned
         threads = calibration.threads if request.device.type == "cpu" else None
         speed = plan.Speed(flops_per_second=rates[choice.dtype], source="measured", threads=threads)
     made = _estimate(request, pace, lengths, choice.dtype, speed)
-    return Planned(choice.dtype, made.as_dict(), (*lines, *plan.summary(made)))
+    if request.settings.memory_budget is not None:
+        fitting = plan.within(made, plan.bytes_of(request.settings.memory_budget))
+        made = fitting.plan
+        lines.append(fitting.said)
+    return Planned(choice.dtype, made.job.recompute, made.as_dict(), (*lines, *plan.summary(made)))
 
 
 def _estimate(request: Request, pace: Pace, lengths: Sequence[int], dtype: str, speed: plan.Speed | None) -> plan.Plan:
@@ -68,7 +77,7 @@ def _estimate(request: Request, pace: Pace, lengths: Sequence[int], dtype: str, 
         accumulation=pace.accumulation,
         steps=pace.total_steps,
         dtype=dtype,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        recompute=settings.recomputed,
         optimizer=settings.optimizer,
         quantization=None if request.stored is None else request.stored.name,
         double_quantization=request.stored is not None and request.stored.double,

@@ -105,9 +105,10 @@ def make_ready(request: Request, progress: Progress) -> Ready:
     total, base_bytes = request.forecast.shape.parameters, _base_bytes(model, request)
     found = checkpoint.newest_good(request.folder) if settings.resume else checkpoint.Found(None, ())
     notes = _put_adapter(model, request, batches, found, progress)
-    trainee = _trainee(model, request, planned.dtype)
+    trainee = _trainee(model, request, planned)
     if settings.accelerate:
-        trainee = dataclasses.replace(trainee, fast=accelerate(model))
+        fast = accelerate(model, keep_feed_forward=planned.recompute != "feed-forward")
+        trainee = dataclasses.replace(trainee, fast=fast)
         for line in str(trainee.fast).splitlines():
             progress.say(line)
     rates = schedule(settings.learning_rate, pace.total_steps, settings.warmup_ratio, settings.lr_scheduler_type)
@@ -188,9 +189,9 @@ def _put_adapter(
     return (*report.notes, *unseen)
 
 
-def _trainee(model: Any, request: Request, dtype: str) -> Trainee:
+def _trainee(model: Any, request: Request, planned: Planned) -> Trainee:
     settings, device = request.settings, request.device
-    if settings.gradient_checkpointing:
+    if planned.recompute == "layers":
         _recompute_activations(model)
     pairs = freeze_factors(model, ADAPTER) if settings.optimizer == "lorafa" else None
     named = core.trainable_parameters(model, ADAPTER)
@@ -206,7 +207,7 @@ def _trainee(model: Any, request: Request, dtype: str) -> Trainee:
         optimizer = adamw(named, settings.learning_rate, settings.weight_decay, rates)
     else:
         optimizer = lorafa(named, pairs, settings.learning_rate, settings.weight_decay, rates)
-    autocast = torch.bfloat16 if device.type != "cpu" and dtype == "bfloat16" else None
+    autocast = torch.bfloat16 if device.type != "cpu" and planned.dtype == "bfloat16" else None
     return Trainee(model, named, optimizer, device, settings.max_grad_norm, autocast)
 
 
@@ -217,7 +218,8 @@ def _recompute_activations(model: Any) -> None:
         enable({"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)})
     except ValueError as cause:
         raise ModelError(
-            f"{type(model).__name__} cannot recompute activations; leave out --gradient-checkpointing."
+            f"{type(model).__name__} cannot compute layers again; leave out --recompute layers (or "
+            "--gradient-checkpointing)."
         ) from cause
 
 

@@ -16,6 +16,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from lorakit.config import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig, TaskType
 from lorakit.errors import ConfigError, nearest
+from lorakit.plan.budget import bytes_of
+from lorakit.plan.job import recomputed
 from lorakit.plan.quantised import Quantization, stored_as
 from lorakit.train.defaults import DEFAULTS
 
@@ -24,6 +26,7 @@ Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
 Scheduler = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "lorafa"]
 Allocation = Literal["none", "gradients", "inputs"]
+Recompute = Literal["none", "feed-forward", "layers"]
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
 """Words of `init_lora_weights`; LoftQ is not among them: it needs the base both as it was and in few bits."""
 
@@ -103,6 +106,14 @@ def _device_word(value: str) -> str:
     return value
 
 
+def _size(value: str) -> str:
+    try:
+        bytes_of(value)
+    except ConfigError as cause:
+        raise ValueError(str(cause).removeprefix(f"{value!r} is no size; ").removesuffix(".")) from None
+    return value
+
+
 def _init_word(value: str) -> str:
     if value not in INITS and not re.fullmatch(r"pissa_niter_\d{1,3}", value):
         close = nearest(value, list(INITS), 1)
@@ -166,7 +177,9 @@ class TrainSettings(BaseModel):
     double_quantization: bool = _setting("double_quantization")
     seed: int = _setting("seed", ge=0, lt=2**63)
     device: Annotated[str, AfterValidator(_device_word)] = _setting("device")
+    recompute: Recompute = _setting("recompute")
     gradient_checkpointing: bool = _setting("gradient_checkpointing")
+    memory_budget: Annotated[str, AfterValidator(_size)] | None = _setting("memory_budget")
     accelerate: bool = _setting("accelerate")
     tuning: bool = _setting("tuning")
     eval_steps: int | None = _setting("eval_steps", ge=1)
@@ -187,11 +200,17 @@ class TrainSettings(BaseModel):
             raise ConfigError(
                 "allocate_ranks and the init eva exclude each other: eva spreads the ranks itself. Leave one out."
             )
+        _ = self.recomputed
         if self.optimizer == "lorafa" and self.loraplus_lr_ratio is not None:
             raise ConfigError(
                 "loraplus_lr_ratio and the optimizer lorafa exclude each other: lorafa freezes A, so there is no rate "
                 "of A that B's could be a multiple of. Leave one of them out."
             )
+
+    @property
+    def recomputed(self) -> str:
+        """What the backward computes again, as far as the settings say; a memory budget says it with the plan."""
+        return recomputed(self.recompute, self.gradient_checkpointing, self.memory_budget, self.accelerate)
 
     def stored_as(self) -> Quantization | None:
         """How the base shall be stored, or None for as it is."""
