@@ -39,7 +39,17 @@ PATTERNS = {
     "packed, bias": Pattern(bias=torch.arange(169.0).view(1, 1, 13, 13).sin().double(), segments=(5, 1, 7)),
 }
 HEADS = [(4, 4), (6, 2), (3, 1)]
-FLASH = ["causal", "full", "scale", "window over all", "packed", "packed, full"]
+FLASH = [
+    "causal",
+    "full",
+    "scale",
+    "window over all",
+    "packed",
+    "packed, full",
+    "padded",
+    "padded, causal",
+    "packed, bias",
+]
 
 
 def operands(heads: int, kv: int, dtype: torch.dtype = torch.float64, batch: int = 2, tokens: int = 13) -> Operands:
@@ -88,13 +98,25 @@ def test_flash(name: str, heads: int, kv: int) -> None:
     torch.testing.assert_close(gradients(out, given), gradients(expected, given), rtol=1e-12, atol=1e-12)
 
 
-def test_a_bias_of_each_head_and_what_is_no_bias(block: int) -> None:
-    given = operands(6, 2)
-    bias = torch.arange(6 * 169.0).view(1, 6, 13, 13).cos().double()
-    pattern = Pattern(causal=False, bias=bias)
+def test_flash_hides_padding_that_is_longer_than_its_blocks() -> None:
+    tokens = 1100
+    given = operands(2, 1, tokens=tokens)
+    bias = torch.zeros(2, 1, 1, tokens, dtype=torch.float64)
+    bias[0, ..., :600] = bias[1, ..., 300:] = -torch.inf
+    pattern = Pattern(causal=False, bias=bias, way="flash")
     out, expected = attention(*given, pattern), reference(*given, pattern)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients(out, given), gradients(expected, given), rtol=1e-12, atol=1e-12)
+
+
+def test_a_bias_of_each_head_and_what_is_no_bias(block: int) -> None:
+    given = operands(6, 2)
+    bias = torch.arange(6 * 169.0).view(1, 6, 13, 13).cos().double()
+    for way in ("products", "flash"):
+        pattern = Pattern(causal=False, bias=bias, way=way)  # type: ignore[arg-type]
+        out, expected = attention(*given, pattern), reference(*given, pattern)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradients(out, given), gradients(expected, given), rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match=r"shape \(1, 5, 13, 13\), not \(2, 6, 13, 13\) or with 1"):
         attention(*given, Pattern(bias=bias[:, :5]))
     with pytest.raises(ValueError, match=r"this one is torch\.float64 and asks for a gradient"):
@@ -340,7 +362,6 @@ def test_choice_of_the_way() -> None:
         (Pattern(way="flash", softcap=1.0), "way='flash' knows no window, no softcap"),
         (Pattern(way="flash", window=2), "way='flash' knows no window"),
         (Pattern(way="flash", dropout=0.1), "knows no window, no softcap, no dropout"),
-        (Pattern(way="flash", bias=SHORTER), "no dropout, no bias"),
         (Pattern(dropout=1.0), "the dropout of attention's weights is at least 0 and below 1; it is 1.0"),
     ],
 )

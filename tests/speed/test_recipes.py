@@ -11,7 +11,9 @@ import transformers
 from torch import Tensor
 
 from lorakit import LoraConfig, core
+from lorakit.ops.attention_pattern import Pattern
 from lorakit.speed import Acceleration, accelerate
+from lorakit.speed.masks import under
 
 from ..doubles import InDouble
 from ..laws.snapshots import snapshot
@@ -347,3 +349,14 @@ def test_attentions_that_are_asked_for_are_given() -> None:
         assert len(found) == len(wanted) == 2
         (model.encoder if make is t5 else model).config.output_attentions = True  # T5's halves have their own
         assert len(model(**batch())[name]) == 2
+
+
+def test_padding_on_another_device_is_the_models_own() -> None:
+    """No kernel there takes a bias."""
+    x, pattern = torch.empty(3, 10, 4, device="meta"), Pattern(causal=False)
+    mask = batch()["attention_mask"].bool()[:, None, None].expand(-1, 1, 10, -1)
+    assert under(mask, x, pattern) is None
+    assert under(None, x, pattern) is pattern
+    assert under(None, x, Pattern(bias=torch.zeros(1, 4, 10, 10))) is None
+    found = under(mask, torch.empty(3, 10, 4), pattern)
+    assert found is not None and found.bias is not None and found.bias.shape == (3, 1, 1, 10)

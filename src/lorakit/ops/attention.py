@@ -64,8 +64,8 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
     possible = (attention_cuda if on_cuda else attention_flash).takes(q, v, pattern)
     if pattern.way == "flash" and not possible:
         raise ValueError(
-            "way='flash' knows no window, no softcap, no dropout, no bias and no value width of its own on a CPU; on "
-            "CUDA it knows windows, and takes fp16 and bf16 alone; use way='auto' or 'products'"
+            "way='flash' knows no window, no softcap, no dropout and no value width of its own on a CPU; on "
+            "CUDA it knows windows, no bias, and takes fp16 and bf16 alone; use way='auto' or 'products'"
         )
     if pattern.way != "auto":
         return pattern.way

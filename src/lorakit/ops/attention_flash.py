@@ -17,12 +17,11 @@ class _Part(NamedTuple):
 
 
 def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
-    """Whether the kernel computes this pattern: no window, no cap, no dropout, no bias, a CPU, one width of q and v.
+    """Whether the kernel computes this pattern: no window, no cap, no dropout, a CPU, and one width of q and v.
 
     q (B, H, T, D), v (B, KV, T, E).
     """
-    plain = pattern.softcap is None and pattern.bias is None and pattern.dropout == 0
-    plain = plain and not pattern.windowed(q.shape[2])
+    plain = pattern.softcap is None and pattern.dropout == 0 and not pattern.windowed(q.shape[2])
     return plain and q.device.type == "cpu" and q.shape[3] == v.shape[3]
 
 
@@ -37,7 +36,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     for part in _parts(q, k, pattern):
         operands = _operands(q, k, v, part)
-        o, sums = kernel(*operands, 0.0, pattern.causal, scale=pattern.scale_for(width))
+        bias = _bias(q, k, pattern, part)
+        o, sums = kernel(*operands, 0.0, pattern.causal, attn_mask=bias, scale=pattern.scale_for(width))
         _grouped(out, k, part).copy_(o)
         _grouped(lse.unsqueeze(3), k, part).copy_(sums.unsqueeze(3))
     return out, lse
@@ -60,7 +60,8 @@ def backward(
         dy, out, lse = (_grouped(t, k, part) for t in (dout, saved[0], saved[1].unsqueeze(3)))
         cut = _operands(q, k, v, part)
         rest = (lse.squeeze(3).contiguous(), 0.0, pattern.causal)
-        dq, *others = kernel(dy, *cut, out, *rest, scale=pattern.scale_for(q.shape[3]))
+        bias = _bias(q, k, pattern, part)
+        dq, *others = kernel(dy, *cut, out, *rest, attn_mask=bias, scale=pattern.scale_for(q.shape[3]))
         _grouped(into[0], k, part).copy_(dq)
         for written, grad in zip(into[1:], others, strict=True):
             shared = grad if k.shape[1] == q.shape[1] else grad.sum(1)
@@ -80,6 +81,15 @@ def _grouped(x: Tensor, k: Tensor, part: _Part) -> Tensor:
     """A part of x (B, H, T, D) as (b, H, t, D), or (KV, G, t, D) where G heads share one of k; always a view."""
     cut = x[part.batch, :, part.tokens]
     return cut.unflatten(0, (k.shape[1], -1)) if isinstance(part.batch, int) else cut
+
+
+def _bias(q: Tensor, k: Tensor, pattern: Pattern, part: _Part) -> Tensor | None:
+    """What is added to the scores of a part, (b, H, t, t) or (KV, G, t, t), a view; None for nothing."""
+    if pattern.bias is None:
+        return None
+    tokens = q.shape[2]
+    every = pattern.bias.to(q.dtype).expand(q.shape[0], q.shape[1], tokens, tokens)
+    return _grouped(every[..., part.tokens], k, part)
 
 
 def _operands(q: Tensor, k: Tensor, v: Tensor, part: _Part) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,8 +27,13 @@ def under(mask: Any, x: Tensor, pattern: Pattern) -> Pattern | None:
 
     Returns:
         The pattern, with a bias where that hides more, or None where the mask shows more than the pattern, hides all
-        from a token, or is no such mask.
+        from a token, or is no such mask; and where there is a bias on a device of which no kernel here takes one.
     """
+    made = _under(mask, x, pattern)
+    return None if made is None or (made.bias is not None and x.device.type != "cpu") else made
+
+
+def _under(mask: Any, x: Tensor, pattern: Pattern) -> Pattern | None:
     if mask is None:
         return pattern
     rows, tokens, _ = x.shape
