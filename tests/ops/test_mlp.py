@@ -344,6 +344,23 @@ def test_autocast() -> None:
         assert 0 < error(one, true.double()) < 1.5 * error(other, true.double()) + 2e-3
 
 
+def test_autocast_to_the_dtype_that_all_is_in_changes_nothing() -> None:
+    """Not a bit, and no more is kept: norm and residual stay inside of the function."""
+    form = made("llama", torch.bfloat16, torch.float32, sizes=(48, 80))
+    x = torch.randn(64, 48).bfloat16().requires_grad_()
+    runs = []
+    for on in (False, True):
+        kept: list[int] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: (kept.append(t.numel()), t)[1], lambda t: t
+        )
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=on):
+            y = fused(x, form)
+        runs.append((kept, gradients(y, trained(form, x))))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(one, other) for one, other in zip(runs[0][1], runs[1][1], strict=True))
+
+
 @pytest.mark.parametrize("part", ["W", "bias", "norm"])
 def test_a_trained_base_is_refused(part: str) -> None:
     form, x = made("gpt2"), torch.randn(2, WIDTH, dtype=D)

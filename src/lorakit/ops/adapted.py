@@ -76,6 +76,12 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if on else x
 
 
+def casts(x: Tensor) -> bool:
+    """Whether autocast is on and has another dtype than x (any shape): else all of a block is in one dtype anyway."""
+    device = x.device.type
+    return torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device)
+
+
 def as_written(x: Tensor) -> AbstractContextManager[object]:
     """A block in which no product is cast by autocast, on the device of x (any shape): the operation has seen to it."""
     device = x.device.type

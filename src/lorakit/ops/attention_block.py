@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.ops import attention as attending
 from lorakit.ops import linear, norm, rotary
-from lorakit.ops.adapted import Adapted, as_written, factors, refuse_trained, rows, unflat
+from lorakit.ops.adapted import Adapted, as_written, casts, factors, refuse_trained, rows, unflat
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.dropout import join, join_backward
 from lorakit.ops.linear import Group
@@ -149,14 +149,15 @@ def attention_block(
     if x.dim() != 3:
         raise ValueError(f"attention_block takes x (batch, tokens, width), and was given {tuple(x.shape)}")
     block.check()
-    if torch.is_autocast_enabled(x.device.type):
+    if casts(x):
         return _under_autocast(x, block, pattern, turn, residual, wanted)
     form = _Form(block, pattern, turn, residual, wanted)
     flat = factors(block.projections)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat)):
         y = _AttentionBlock.apply(x, form, *flat)
     else:
-        y = _forward(x, form)[0]
+        with as_written(x):
+            y = _forward(x, form)[0]
     return y if wanted is not None else unflat(y, x)  # here: a view could not be changed in place
 
 

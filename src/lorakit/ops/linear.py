@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from lorakit.ops.adapted import Adapted, LowRank, as_written, autocast, factors, refuse_trained, rows, unflat
 from lorakit.ops.choices import product
 from lorakit.ops.dropout import draw, without, zero_
+from lorakit.ops.kernels.choosing import kernels_for
+from lorakit.ops.kernels.protocol import DroppingProducts
 
 __all__ = ["Adapted", "Form", "Group", "LowRank", "factors", "linears", "reference", "refuse_trained", "rows", "unflat"]
 
@@ -95,7 +97,10 @@ class Group:
             hs.update(zip(self.plain, torch.mm(x, self.stacked.t()).split(ranks, 1), strict=True))
         for j in self.dropping:
             self.records[j] = draw(x, self.low[j].p)
-        for j, kept in self._inputs(x, self.dropping, owned, []):
+        fused = self._fused(x)
+        if fused is not None:
+            hs.update({j: fused.shrink(x, self.A[j], self.low[j].p, self._record(j)) for j in self.dropping})
+        for j, kept in self._inputs(x, self.dropping if fused is None else (), owned, []):
             hs[j] = torch.mm(kept, self.A[j].t())
         for j, h in hs.items():
             ys[j].addmm_(h, self.B[j].t())
@@ -175,7 +180,8 @@ class Group:
     ) -> Tensor | None:
         total: Tensor | None = None
         part: Tensor | None = None
-        for j in dropping:  # first, since what was dropped must be zeroed before anything is added
+        fused = self._fused(dh[dropping[0]]) if dropping else None
+        for j in dropping if fused is None else ():  # first: what was dropped is zeroed before anything is added
             room = part if part is not None else _taken(spare)
             made = self._zero_(j, torch.mm(dh[j], self.A[j], out=room))
             total, part = (made, None) if total is None else (total.add_(made), made)
@@ -183,6 +189,9 @@ class Group:
             W = self.sites[j].W.to(self.dtype)
             W = W.t() if self.sites[j].transposed else W
             total = product(dy, W, _taken(spare) if total is None else total, total)
+        if fused is not None and total is not None:
+            for j in dropping:
+                fused.add_thin(dh[j], self.A[j], self.low[j].p, self._record(j), total)
         if beside is not None and self.stacked is not None and total is not None:
             total.addmm_(beside, self.stacked)
         return total
@@ -196,7 +205,10 @@ class Group:
             ranks = [len(self.low[j].A) for j in self.plain]
             grads.update(zip(self.plain, torch.mm(beside.t(), x).split(ranks), strict=True))
         dropping = [j for j in self.dropping if j in dh and self.trains[j][0]]
-        for j, kept in self._inputs(x, dropping, owned, spare):
+        fused = self._fused(x)
+        if fused is not None:
+            grads.update({j: fused.outer(dh[j], x, self.low[j].p, self._record(j)) for j in dropping})
+        for j, kept in self._inputs(x, dropping if fused is None else (), owned, spare):
             grads[j] = torch.mm(dh[j].t(), kept)
         wanted = [j for j in grads if j in dh and self.trains[j][0]]
         return {j: grads[j].to(self.low[j].A.dtype).mul_(_scale(self.low[j])) for j in wanted}
@@ -215,6 +227,13 @@ class Group:
             if not spare:
                 spare.append(torch.empty_like(x))
             yield j, without(x, self._record(j), self.low[j].p, out=spare[0])
+
+    def _fused(self, like: Tensor) -> DroppingProducts | None:
+        """What drops out while it multiplies, where there is such for rows like these (N, n) and the A."""
+        wide = [self.A[j] for j in self.dropping]
+        kernels = kernels_for(like, *wide) if wide and wide[0].shape[1] % 4 == 0 else None
+        seeds = all(self._record(j).dtype == torch.uint64 for j in self.dropping)
+        return kernels.dropping if kernels is not None and seeds else None
 
     def _zero_(self, j: int, owned: Tensor) -> Tensor:
         return zero_(owned, self._record(j), self.low[j].p)

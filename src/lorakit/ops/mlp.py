@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.ops import linear
 from lorakit.ops.activation import Activation, activate, activate_backward, activation
-from lorakit.ops.adapted import Adapted, as_written, autocast, factors, refuse_trained, rows, unflat
+from lorakit.ops.adapted import Adapted, as_written, autocast, casts, factors, refuse_trained, rows, unflat
 from lorakit.ops.dropout import join, join_backward
 from lorakit.ops.linear import Group
 from lorakit.ops.norm import Norm, normalised, refuse_trained_norm
@@ -103,13 +103,14 @@ def mlp(x: Tensor, form: Form) -> Tensor:
     if torch.is_grad_enabled():
         refuse_trained(modules)
         refuse_trained_norm(form.norm)
-    if torch.is_autocast_enabled(x.device.type):
+    if casts(x):
         return _under_autocast(x, form)
     flat = factors(modules)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat)):
         y = _Mlp.apply(x, form, *flat)
     else:
-        y = _forward(x, form)[0]
+        with as_written(x):
+            y = _forward(x, form)[0]
     return unflat(y, x)  # here: an output that is a view could not be changed in place
 
 

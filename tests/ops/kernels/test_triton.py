@@ -202,6 +202,25 @@ def test_drop_is_a_function_of_seed_and_place(triton_kernels: Any, given: Given)
     assert torch.equal(one, x)
 
 
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(70, 300, 16), (33, 128, 4), (5, 8, 40)])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_thin_products_with_dropout(
+    triton_kernels: Any, given: Given, p: float, rows: int, columns: int, rank: int
+) -> None:
+    """Of what `drop` leaves by the same seed, whatever the tiles."""
+    x, a, h, y = given(rows, columns), given(rank, columns), given(rows, rank), given(rows, columns)
+    seed, kept = seed_of(2**63 + 9, given.device), torch.ones(rows, columns, device=given.device)
+    triton_kernels.drop(kept, p, seed, 1.0, kept)
+    left = kept * x.double()
+    given.close(triton_kernels.shrink(x, a, p, seed), left @ a.double().t())
+    dA = triton_kernels.outer(h, x, p, seed)
+    given.close(dA, h.double().t() @ left)
+    assert dA.dtype == torch.float32
+    truth = y.double() + kept * (h.double() @ a.double())
+    triton_kernels.add_thin(h, a, p, seed, y)
+    given.close(y, truth)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 1.0])
 def test_drop_takes_its_share_and_no_neighbour_knows(triton_kernels: Any, device: str, p: float) -> None:
     """The law of (70): mean and variance of the count over blocks, and pairs at the distances of the kernel's layout."""
@@ -310,6 +329,9 @@ def test_every_kernel_compiles_for_hopper(triton_kernels: Any) -> None:
         "gate_backward",
         "turn",
         "drop",
+        "shrink",
+        "add_thin",
+        "outer",
         "cross_entropy",
         "softmax",
         "softmax_backward",

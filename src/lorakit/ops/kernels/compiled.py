@@ -43,6 +43,7 @@ class CompiledKernels:
 
     activations = frozenset(ACTIVATIONS)
     caps_logits = False
+    dropping = None
 
     def __init__(self, libraries: dict[torch.dtype, ctypes.CDLL]) -> None:
         self._functions = {

@@ -18,6 +18,7 @@ class Kernels(Protocol):
     Attributes:
         activations: Names of those that `gate` knows.
         caps_logits: Whether `cross_entropy` takes a cap.
+        dropping: Products that drop out at once, or None where that does not pay.
     """
 
     @property
@@ -26,6 +27,10 @@ class Kernels(Protocol):
 
     @property
     def caps_logits(self) -> bool:
+        """See above."""
+
+    @property
+    def dropping(self) -> DroppingProducts | None:
         """See above."""
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
@@ -75,3 +80,16 @@ class Kernels(Protocol):
 
         With a cap, the scaled logits go through cap·tanh(·/cap). [docs/math.md (75)]
         """
+
+
+class DroppingProducts(Protocol):
+    """Products with a thin factor a (r, n) of what `Kernels.drop` leaves by the same seed. n is a multiple of 4."""
+
+    def shrink(self, x: Tensor, a: Tensor, p: float, seed: Tensor) -> Tensor:
+        """What is left of x (N, n), times a transposed: a new (N, r)."""
+
+    def add_thin(self, h: Tensor, a: Tensor, p: float, seed: Tensor, y: Tensor) -> None:
+        """Add to y (N, n) what is left of h (N, r) times a."""
+
+    def outer(self, dh: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
+        """Transposed dh (N, r) times what is left of x (N, n): a new (r, n) in fp32."""

@@ -11,13 +11,16 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
+from lorakit.ops.kernels.protocol import DroppingProducts
 from lorakit.ops.kernels.triton import dropping, gates, losses, norms, positions, weights
 
 TILE = 2048
 """Numbers of a program where rows are short; a longer row is a tile of its own."""
 ELEMENTWISE = 1024
-QUARTER = 256
-"""Numbers of a quarter of dropout's block. Another one drops others by the same seed."""
+THIN = {"ROWS": 32, "COLUMNS": 128}
+"""The tile of a wide operand beside a thin one."""
+PROGRAMS = 512
+"""Programs that keep a large device busy."""
 HEADS = 8
 """Heads of a token that one program turns."""
 LOGITS = 8192
@@ -91,11 +94,39 @@ class TritonKernels:
         with _on(x):
             positions.turn[grid](x, cos, sin, out, *numbers, **flags, **sizes, **rest)
 
+    @property
+    def dropping(self) -> DroppingProducts:
+        """Itself."""
+        return self
+
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
         """scale·x (any shape) into out, which may be x, without those numbers that the seed (1,) drops."""
-        grid = (triton.cdiv(x.numel(), 4 * QUARTER),)
         with _on(x):
-            dropping.drop[grid](x, out, seed, x.numel(), round(p * 2**24), float(scale), QUARTER=QUARTER)
+            dropping.drop[_blocks(x)](x, out, seed, x.numel(), round(p * 2**24), float(scale), BLOCK=ELEMENTWISE)
+
+    def shrink(self, x: Tensor, a: Tensor, p: float, seed: Tensor) -> Tensor:
+        """What `drop` leaves of x (N, n), times a (r, n) transposed: a new (N, r). n is a multiple of 4."""
+        h = x.new_empty(len(x), len(a))
+        with _on(x):
+            dropping.shrink[(triton.cdiv(len(x), THIN["ROWS"]),)](x, a, h, seed, *_thin(x, a, p), **_sizes(a))
+        return h
+
+    def add_thin(self, h: Tensor, a: Tensor, p: float, seed: Tensor, y: Tensor) -> None:
+        """Add to y (N, n) what `drop` leaves of h (N, r) times a (r, n). n is a multiple of 4."""
+        grid = (triton.cdiv(len(y), THIN["ROWS"]), triton.cdiv(y.shape[1], THIN["COLUMNS"]))
+        with _on(y):
+            dropping.add_thin[grid](h, a, y, seed, *_thin(y, a, p), **_sizes(a))
+
+    def outer(self, dh: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
+        """Transposed dh (N, r) times what `drop` leaves of x (N, n): a new (r, n) in fp32. n is a multiple of 4."""
+        a, blocks = dh.t(), triton.cdiv(x.shape[1], THIN["COLUMNS"])
+        steps = triton.cdiv(len(x), THIN["ROWS"])
+        each = triton.cdiv(steps, max(min(PROGRAMS // blocks, steps), 1))
+        parts = x.new_empty(triton.cdiv(steps, max(each, 1)), len(a), x.shape[1], dtype=torch.float32)
+        numbers = (*_thin(x, a, p), each * THIN["ROWS"])
+        with _on(x):
+            dropping.outer[(blocks, len(parts))](dh, x, parts, seed, *numbers, **_sizes(a))
+        return parts.sum(0)
 
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
         """Softmax of rows (Z, n, m), in place: row i sees the places low[i % k] … high[i % k] alone, int32 (k,)."""
@@ -145,6 +176,15 @@ def _tiles(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
     width = triton.next_power_of_2(x.shape[1])
     rows = max(TILE // width, 1)
     return (triton.cdiv(len(x), rows),), {"ROWS": rows, "WIDTH": width, "num_warps": _warps(rows * width)}
+
+
+def _thin(x: Tensor, a: Tensor, p: float) -> tuple[int, int, int, int]:
+    """Rows, columns, rank and threshold of a product of x (N, n) and a thin factor (r, n)."""
+    return *x.shape, len(a), round(p * 2**24)
+
+
+def _sizes(a: Tensor) -> dict[str, int]:
+    return {**THIN, "RANK": max(triton.next_power_of_2(len(a)), 16)}
 
 
 def _warps(numbers: int) -> int:
