@@ -134,6 +134,6 @@ def test_what_the_kernel_does_not_know_goes_by_products() -> None:
         q, _, v = heads_of(dtype, width)
         assert chosen(q, v, Pattern()) == "products"
     with pytest.raises(
-        ValueError, match="CUDA it knows windows, and takes fp16 and bf16 alone; use way='auto' or 'products'"
+        ValueError, match="CUDA it knows windows, no bias, and takes fp16 and bf16 alone; use way='auto'"
     ):
         chosen(q, v, Pattern(way="flash"))
