@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -110,6 +111,10 @@ def decoded(forwards: dict[str, Forward], rows: int, options: argparse.Namespace
     """Seconds of each token of all rows, by side; the first round does not count."""
     import torch
 
+    cache, last = (
+        cache_name(),
+        torch.tensor([-1]),
+    )  # an index: torch is slow with the slice of several rows that 1 means
     prompt = torch.randint(0, 49152, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
     following = torch.randint(0, 49152, (options.tokens, rows, 1), generator=torch.Generator().manual_seed(1))
     seconds: dict[str, list[float]] = {side: [] for side in forwards}
@@ -118,13 +123,21 @@ def decoded(forwards: dict[str, Forward], rows: int, options: argparse.Namespace
         for number in range(options.rounds + 1):
             turned = number % len(sides)
             for side in sides[turned:] + sides[:turned]:
-                cache = forwards[side](input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+                read = getattr(forwards[side](input_ids=prompt, use_cache=True, logits_to_keep=last), cache)
                 for ids in following:
                     began = time.perf_counter()
-                    forwards[side](input_ids=ids, past_key_values=cache, use_cache=True)
+                    forwards[side](input_ids=ids, use_cache=True, **{cache: read})
                     if number:
                         seconds[side].append(time.perf_counter() - began)
     return seconds
+
+
+def cache_name() -> str:
+    """What the installed transformers calls the cache of keys and values."""
+    from transformers import LlamaForCausalLM
+
+    takes = inspect.signature(LlamaForCausalLM.forward).parameters
+    return "cache" if "cache" in takes else "past_key_values"
 
 
 def report(options: argparse.Namespace, adapters: int, rows: int, seconds: dict[str, list[float]]) -> None:

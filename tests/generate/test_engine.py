@@ -128,6 +128,17 @@ def test_a_batch_of_mixed_adapters_is_its_rows_one_by_one(adapted: Any) -> None:
     assert all(a != b for a, b in itertools.combinations(answers, 2))
 
 
+def test_the_head_gets_rows_that_lie_side_by_side(tiny_llama: Any) -> None:
+    """Of a batch, the last position of each; torch's product with a slice takes hundreds of times as long in bf16."""
+    seen: list[tuple[tuple[int, ...], bool]] = []
+    hook = tiny_llama.lm_head.register_forward_pre_hook(
+        lambda _, args: seen.append((tuple(args[0].shape[:2]), args[0].is_contiguous()))
+    )
+    list(generate_batch(tiny_llama.eval(), PROMPTS, max_new_tokens=3))
+    hook.remove()
+    assert seen == [((4, 1), True)] * 3
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_factors_of_mixed_rows_are_stacked_once_and_go_with_the_stream(
     model: Any, given: bool, monkeypatch: pytest.MonkeyPatch
