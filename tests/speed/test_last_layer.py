@@ -72,6 +72,7 @@ def test_loss_and_gradients_of_the_loop(name: str, rows_seen: list[int | None]) 
         theirs = of_model(model, input_ids=ids, labels=labels, num_items_in_batch=1)
         acceleration = accelerate(model)
         assert acceleration.head is not None and acceleration.head.last is not None, str(acceleration)
+        assert "the last: of a loss without logits, trained rows alone" in str(acceleration)
         rows_seen.clear()
         close(of_loop(model, acceleration, labels, input_ids=ids), theirs, 1e-10)
     assert rows_seen == [None, 8]
@@ -212,6 +213,26 @@ def test_only_the_thread_of_the_call_is_concerned(rows_seen: list[int | None]) -
     hook.remove()
     torch.testing.assert_close(found[0], wanted)
     assert rows_seen[-1] == 8
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", ["layers", "model", "around"])
+def test_what_a_compiler_runs_gets_no_rows(part: str, rows_seen: list[int | None]) -> None:
+    torch._dynamo.reset()
+    model = adapted("llama")
+    ids, labels = batch(model)
+    theirs = of_model(model, input_ids=ids, labels=labels)
+    accelerate(model, logits=False)
+    words: dict[str, Any] = {"fullgraph": True, "backend": "eager"}
+    if part == "around":
+        model.model = torch.compile(model.model, **words)
+    for module in {"layers": model.model.layers, "model": [model.model], "around": []}[part]:
+        module.compile(**words)
+    rows_seen.clear()
+    loss, found = of_model(model, input_ids=ids, labels=labels)
+    close((loss, {name.replace("_orig_mod.", ""): gradient for name, gradient in found.items()}), theirs, 2e-5)
+    assert set(rows_seen) <= {None}
+    torch._dynamo.reset()
 
 
 def of_class(kind: type[Any]) -> Any:

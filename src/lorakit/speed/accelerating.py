@@ -110,6 +110,9 @@ class Acceleration:
         lines = [f"{count} × {kind}: {recipe}" for (recipe, kind), count in made.items()]
         rest = Counter((left.kind, left.why) for left in self.left)
         lines += [f"{count} × {kind}: as it is ({why})" for (kind, why), count in rest.items()]
+        if self.head is not None and self.head.last is not None:
+            kind = type(self.head.last.layer).__name__
+            lines.append(f"1 × {kind}, the last: of a loss without logits, trained rows alone behind its attention")
         if self.head_left:
             lines.append(f"loss: from logits ({self.head_left})")
         if self.swaps:
@@ -201,7 +204,7 @@ def _last(model: nn.Module, fast: dict[str, tuple[nn.Module, Recipe]], order: tu
     above = [path[:place] for place, letter in enumerate(path) if letter == "."]
     holding = [holder for one in above if head not in (holder := model.get_submodule(one)).modules()]
     behind = [model.get_submodule(one) for one in order[order.index(path) + 1 :] if one]
-    return LastLayer(model.get_submodule(path), (*holding, *behind), getattr(model, "config", None))
+    return LastLayer(model.get_submodule(path), model, path, (*holding, *behind))
 
 
 def _nothing(model: nn.Module, reason: str) -> Acceleration:

@@ -47,13 +47,15 @@ class LastLayer:
 
     Attributes:
         layer: What stands in its place.
+        model: The model.
+        path: Its path in the model.
         readers: Modules that hold it, and those between it and the head: somebody's hook there would see its output.
-        config: The model's config.
     """
 
     layer: nn.Module
+    model: nn.Module
+    path: str
     readers: tuple[nn.Module, ...]
-    config: Any
 
     def words(self, targets: Tensor, ignored: int, call: Mapping[str, Any]) -> dict[str, Trained]:
         """What a call of the model gets besides its own arguments: the keyword, or nothing.   [docs/math.md (84)]
@@ -63,16 +65,26 @@ class LastLayer:
             ignored: The label that is not trained.
             call: The call's arguments by name.
         """
-        if any(call.get(word, getattr(self.config, word, False)) for word in ASKED_FOR):
-            return {}
-        kept = call.get("logits_to_keep")
-        if (kept is not None and not (isinstance(kept, int) and kept == 0)) or any(
-            is_watched(one, captures=False) for one in self.readers
+        config, kept = getattr(self.model, "config", None), call.get("logits_to_keep")
+        if (
+            any(call.get(word, getattr(config, word, False)) for word in ASKED_FOR)
+            or not (kept is None or (isinstance(kept, int) and kept == 0))
+            or any(is_watched(one, captures=False) for one in self.readers)
+            or self._is_compiled()
         ):
             return {}
         flat = targets.reshape(-1)
         rows = (flat != ignored).nonzero().squeeze(1)
         return {KEYWORD: Trained(self.layer, rows, len(flat))} if 0 < len(rows) < SHARE * len(flat) else {}
+
+    def _is_compiled(self) -> bool:
+        """Whether a compiler runs the layer or what holds it: it would make a graph for every number of rows."""
+        module: Any = self.model
+        for name in self.path.split("."):
+            module = getattr(module, name)
+            if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+                return True
+        return False
 
 
 def rows_for(layer: nn.Module, said: Any, x: Tensor) -> Tensor | None:
