@@ -174,8 +174,8 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
     known = head_for(head, given, getattr(output, "logits", None), getattr(model, "config", None))
     fused, reason = (known, "") if isinstance(known, Head) else (None, known)
     swaps = _swapped(model, fast, fused, head)
-    for module, _ in () if keep_feed_forward else fast.values():
-        if feed_forward.fits(module) is None:
+    for module, recipe in () if keep_feed_forward else fast.values():
+        if recipe.run in (feed_forward.run, decoder.run, encoder.run):
             module.__dict__[AGAIN] = True
     last = None if fused is None else _last(model, fast, tuple(found))
     if fused is not None and last is not None:

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.layering.watched import is_watched
+from lorakit.ops.activation import activation
 from lorakit.ops.attention_block import SelfAttention, attention_block
 from lorakit.ops.attention_pattern import Pattern
-from lorakit.ops.mlp import plain
+from lorakit.ops.mlp import Form, mlp
 from lorakit.ops.norm import Norm, normalised
 from lorakit.speed.masks import under
 from lorakit.speed.operands import acting_in, forwards_of
 from lorakit.speed.parts import activation_of, asks_for_weights, by_name, is_usual, norm_of, share_of, unknown_words
+from lorakit.speed.swapping import AGAIN
 
 READ = frozenset({"attention_mask", "position_ids", "num_items_in_batch"})
 """Arguments of a call that are read or change nothing here; another one that is given sends the call back."""
@@ -153,7 +155,8 @@ def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any)
         return None
     block = SelfAttention((q, k, v), o, width, heads, dropout=around.first)
     x = normalised(attention_block(x, block, pattern, residual=True), around.o_norm)
-    y = normalised(plain(x, None, up, down, act, residual=True, dropout=around.second), around.down_norm)
+    form = Form((up,), down, activation(act), None, True, around.second, keep=AGAIN not in module.__dict__)
+    y = normalised(mlp(x, form), around.down_norm)
     acting.note(y)
     return y
 
