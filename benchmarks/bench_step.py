@@ -2,6 +2,7 @@
 
 python benchmarks/bench_step.py [--model gpt2] [--rounds 2] [--steps 3] [--dropout 0 0.05] [--ablate]
 python benchmarks/bench_step.py --model "smollm2, q and v" --dtype float32
+python benchmarks/bench_step.py --ablate --trained 0.3     where the last tokens of each row alone are trained
 
 SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, 4 rows of 256 tokens, all trained. Each
 round runs every side in turn in a fresh process, with the C library's allocator as it is ("stock") and told to keep
@@ -88,6 +89,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--trained", type=float, default=1.0, help="share of the tokens that is trained")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try things")
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05])
     parser.add_argument("--base-dropout", type=float, default=0.0, help="GPT-2's own; as published 0.1")
@@ -105,7 +107,10 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     """All that a round measures; a side without an adapter has no dropout."""
     if options.ablate:
         dropout = max(options.dropout)
-        levers = [lever for lever in LEVERS if dropout > 0 or lever != "dropout by gaps"]
+        from lorakit.speed.last_layer import SHARE
+
+        idle = {"dropout by gaps": dropout == 0, "last layer of trained rows": options.trained >= SHARE}
+        levers = [lever for lever in LEVERS if not idle.get(lever)]
         return [Case(OURS, dropout, "tuned", off) for off in ("", *levers)] + [Case(OURS, dropout, "stock")]
     sides = options.sides or [*FROZEN_SIDES, OURS, *PEFT_SIDES]
     return [
@@ -121,7 +126,7 @@ def child(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """Measure one case in a fresh process."""
     job = Job(
         options.model, options.dtype, options.rows, options.length, case.dropout, options.base_dropout,
-        layers=options.layers,
+        layers=options.layers, trained=options.trained,
     )  # fmt: skip
     asked = {"job": asdict(job), "side": case.side, "off": case.off, "steps": options.steps}
     environment = {**os.environ, "LORAKIT_ALLOCATOR": "" if case.allocator == "tuned" else "stock"}
@@ -164,6 +169,7 @@ def report(found: dict[Case, Found], options: argparse.Namespace) -> None:
         facts: dict[str, Any] = {"what": case.side, "model": options.model, "dtype": options.dtype}
         facts |= {"dropout": case.dropout, "allocator": case.allocator, "rows": options.rows, "length": options.length}
         facts |= {"r": r, "targets": targets, "base_dropout": options.base_dropout, "layers": options.layers}
+        facts |= {"trained": options.trained}
         facts |= {"threads": measured.threads, "last_loss": round(measured.loss, 4) if measured.loss > 0 else None}
         if options.ablate:
             facts["off"] = case.off or ("allocator" if case.allocator == "stock" else "nothing")

@@ -53,6 +53,8 @@ LEVERS: dict[str, frozenset[str]] = {
     "dropout by gaps": frozenset({"dropout by gaps"}),
     "choice per shape": frozenset({"choice per shape"}),
     "compiled kernels": frozenset({"compiled kernels"}),
+    "what gate and up gave is kept": frozenset({"what gate and up gave is kept"}),
+    "last layer of trained rows": frozenset({"last layer of trained rows"}),
     "all recipes": frozenset({"decoder layer", "attention", "feed-forward", "norm", "loss without logits"}),
 }
 """What can be turned off -> the recipes of `accelerate`, and other parts, that go with it: where attention or
@@ -70,12 +72,13 @@ class Job:
         model: "smollm2" (135M), "gpt2" (124M), "llama-1b" or "llama-8b"; after a comma, targets other than usual.
         dtype: Of the base.
         rows: Sequences of a batch.
-        length: Tokens of each; all are trained.
+        length: Tokens of each.
         dropout: Of the adapters.
         base_dropout: Of GPT-2 itself; as published it has 0.1.
         checkpointing: Recompute each layer in the backward.
         layers: Fewer than the model has, to try things.
         device: Where weights are made and steps are taken.
+        trained: Share of the tokens that is trained, the last ones of each sequence.
     """
 
     model: str = "smollm2"
@@ -87,6 +90,7 @@ class Job:
     checkpointing: bool = False
     layers: int | None = None
     device: str = "cpu"
+    trained: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -161,6 +165,13 @@ def token_ids(model: Any, job: Job, number: int, length: int | None = None) -> A
     return torch.randint(0, model.config.vocab_size, (job.rows, length or job.length), generator=generator)
 
 
+def labels_of(ids: Any, job: Job) -> Any:
+    """The ids (rows, length) with -100 where a token is not trained."""
+    labels = ids.clone()
+    labels[:, : ids.shape[1] - round(job.trained * ids.shape[1])] = -100
+    return labels
+
+
 def _frozen(model: Any, job: Job, *, ours: bool) -> Step:
     """Forward and backward to the embedded input, without any adapter."""
     from lorakit.ops.choices import acting
@@ -174,10 +185,11 @@ def _frozen(model: Any, job: Job, *, ours: bool) -> Step:
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
         with acting(chosen):
             if fast is not None and fast.head is not None:
-                trained = job.rows * (job.length - 1)
-                loss = fast.head.loss_sum(model, ids, inputs_embeds=embedded, use_cache=False) / trained
+                labels = labels_of(ids, job)
+                trained = (labels[:, 1:] != -100).sum()
+                loss = fast.head.loss_sum(model, labels, inputs_embeds=embedded, use_cache=False) / trained
             else:
-                loss = model(inputs_embeds=embedded, labels=ids, use_cache=False).loss
+                loss = model(inputs_embeds=embedded, labels=labels_of(ids, job), use_cache=False).loss
             loss.backward()
         return float(loss.detach())
 
@@ -208,7 +220,8 @@ def _ours(model: Any, job: Job, off: Collection[str]) -> Step:
 
     def step(number: int, length: int | None = None) -> float:
         ids = token_ids(model, job, number, length)
-        batch = Batch(ids, torch.ones_like(ids), ids.clone(), 0.0, ids.numel(), len(ids) * (ids.shape[1] - 1))
+        labels = labels_of(ids, job)
+        batch = Batch(ids, torch.ones_like(ids), labels, 0.0, ids.numel(), int((labels[:, 1:] != -100).sum()))
         with acting(chosen):
             return train_step(trainee, [batch], RATE).loss
 
@@ -223,7 +236,9 @@ def _accelerated(model: Any, off: Collection[str]) -> Any:
 
     if "compiled kernels" in off:
         os.environ[SWITCH] = "off"  # before anything asks for them
-    fast = accelerate(model)
+    fast = accelerate(model, keep_feed_forward="what gate and up gave is kept" not in off)
+    if "last layer of trained rows" in off and fast.head is not None:
+        fast.head.last = None
     for recipe, swap in fast.swaps:
         if recipe in off:
             swap.undo()
@@ -262,7 +277,8 @@ def _peft(model: Any, job: Job, side: str) -> tuple[Any, Step]:
         ids = token_ids(model, job, number, length).to(device)
         narrow = torch.autocast(device.type, torch.bfloat16) if side == PEFT_AUTOCAST else contextlib.nullcontext()
         with narrow:
-            loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
+            labels = labels_of(ids, job)
+            loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, use_cache=False).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
