@@ -45,7 +45,10 @@ def main() -> int:
 
 def demo(began: float) -> None:
     """Prepare model and text, train, ask both, and sum up."""
-    from lorakit import data
+    from lorakit import allocator, data
+
+    allocator.set_up()  # as the command line does, before torch takes any memory
+
     from lorakit.train import TrainSettings, run
     from lorakit.train.progress import progress_for
 

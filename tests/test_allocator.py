@@ -1,7 +1,11 @@
-"""glibc's malloc is told to keep large blocks by the command line alone, where it can be told, and is left on request."""
+"""glibc's malloc is told to keep large blocks by the command line alone, where it can be told, and is left on request.
+
+Steps over rows of ever other lengths do not take ever more memory: compiled products are forgotten.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -11,6 +15,40 @@ import pytest
 
 from lorakit import allocator
 
+STEPS = """
+import dataclasses, json, random, sys
+from lorakit import allocator
+allocator.set_up()
+import torch, transformers
+from lorakit import core
+from lorakit.config import LoraConfig
+from lorakit.data.loader import Batch
+from lorakit.speed import accelerate
+from lorakit.train.optim import adamw
+from lorakit.train.step import Trainee, train_step
+
+torch.set_num_threads(1)
+random.seed(0)
+sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+config = transformers.LlamaConfig(vocab_size=256, **sizes, **heads, dtype=torch.bfloat16)
+model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+core.attach(model, LoraConfig(r=4, target_modules="all-linear"))
+model.train()
+named = core.trainable_parameters(model)
+trainee = Trainee(model, named, adamw(named, 1e-4, 0.0), torch.device("cpu"), 1.0)
+trainee = dataclasses.replace(trainee, fast=accelerate(model))
+assert trainee.fast.packs
+resident = []
+for _ in range(30):
+    lengths = [random.randint(20, 200) for _ in range(4)]
+    ids = torch.randint(0, 256, (4, max(lengths)))
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    labels = ids.masked_fill(mask == 0, -100)
+    train_step(trainee, [Batch(ids, mask, labels, 0.0, sum(lengths), sum(lengths) - 4)], 1e-4)
+    resident.append(int(open("/proc/self/statm").read().split()[1]) * 4096)
+print(json.dumps([resident, torch.ops.mkldnn._is_mkldnn_bf16_supported()]))
+"""
 GLIBC = platform.libc_ver()[0] == "glibc"
 PROGRAM = """
 import resource, sys
@@ -49,3 +87,51 @@ def test_another_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert not allocator.keep_large_blocks()
+
+
+def grown(**environment: str) -> int:
+    """Bytes that a process gained from its tenth to its thirtieth step, each of rows of other lengths."""
+    clean = {name: value for name, value in os.environ.items() if name not in allocator.CACHES}
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS], env={**clean, **environment}, capture_output=True, text=True, check=True
+    )
+    resident, compiled = json.loads(done.stdout.splitlines()[-1])
+    if not compiled:
+        pytest.skip("this processor's bfloat16 products are not compiled by shape")
+    return int(resident[-1] - resident[9])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_steps_over_ever_other_lengths_do_not_take_ever_more() -> None:
+    assert grown() < 50e6
+    assert grown(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024", LRU_CACHE_CAPACITY="1024") > 150e6  # a person's own stay
+
+
+def test_only_the_bounds_that_nobody_set_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*allocator.CACHES, "DNNL_PRIMITIVE_CACHE_CAPACITY"):
+        monkeypatch.setenv(name, "7")  # so that what is set below goes again
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "9")
+    assert allocator.keep_few_products()
+    assert {name: os.environ[name] for name in allocator.CACHES} == {
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+        "LRU_CACHE_CAPACITY": "9",
+    }
+    assert not allocator.keep_few_products()
+
+
+def test_the_older_name_of_a_bound_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "9")
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    monkeypatch.setenv("DNNL_PRIMITIVE_CACHE_CAPACITY", "300")
+    assert not allocator.keep_few_products()
+    assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ
+
+
+def test_what_is_said_is_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "keep_large_blocks", lambda: False)
+    monkeypatch.setattr(allocator, "keep_few_products", lambda: True)
+    assert allocator.set_up() == [allocator.SAID_OF_PRODUCTS]
+    assert "the last 128 stay" in allocator.SAID_OF_PRODUCTS

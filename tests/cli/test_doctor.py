@@ -42,6 +42,7 @@ def test_a_machine_that_is_well_needs_no_change() -> None:
         (changed(torch=dataclasses.replace(TORCH, threads=8)), "8 threads on 4 cores, which stalls it"),
         (changed(torch=dataclasses.replace(TORCH, threads=1)), "torch uses one thread of 4 cores"),
         (changed(machine=dataclasses.replace(MACHINE, allocator="glibc")), f"export {doctor.TUNABLES}"),
+        (changed(machine=dataclasses.replace(MACHINE, allocator="glibc")), f"export {doctor.PRODUCTS}"),
         (changed(machine=dataclasses.replace(MACHINE, load=7.0)), "the machine is busy (load 7.0 on 4 cores)"),
         (changed(machine=dataclasses.replace(MACHINE, available_bytes=10**9)), "only 1 GB of memory are free"),
         (changed(cache_free_bytes=10**9), "export HF_HOME="),

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from lorakit import __version__
+from lorakit.allocator import CACHES
 from lorakit.cli import console
 from lorakit.machine import Machine, this_machine
 
@@ -41,6 +42,7 @@ OPTIONAL = {  # package -> what it is for, and the command that brings it
     "hqq": ("a base in fewer bits: --quantization hqq4, hqq8", "pip install 'lorakit[hqq]'"),
 }
 TUNABLES = "GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
+PRODUCTS = " ".join(f"{name}={entries}" for name, entries in CACHES.items())
 LITTLE_DISK_BYTES = 2 * 10**9
 LITTLE_MEMORY_BYTES = 2 * 10**9
 
@@ -181,7 +183,8 @@ def _about_cpu(found: Findings) -> list[str]:
     if found.machine.allocator == "glibc":
         lines.append(
             "glibc's allocator gives large blocks back too eagerly; `lorakit train` and `lorakit eval` tell it not to, "
-            f"your own scripts are faster with: export {TUNABLES}"
+            f"your own scripts are faster with: export {TUNABLES}, and hold less, where their rows have many lengths, "
+            f"with: export {PRODUCTS}"
         )
     if "no C compiler" in found.kernels:
         lines.append(

@@ -31,7 +31,7 @@ class Flags:
 
 def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag = False) -> None:
     """Loss and perplexity over all trained tokens of the data, of the base and of each adapter on it."""
-    allocator.keep_large_blocks()  # before torch takes any memory
+    allocator.set_up()  # before torch takes any memory
     from lorakit.train.comparison import EvalSettings, compare
 
     found = compare(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from lorakit import allocator
 from lorakit.cli import console
 from lorakit.cli.adapters import Allowances, load_adapters, read_adapters, tokenizer_for
 from lorakit.cli.answers import Answer, show
@@ -75,6 +76,7 @@ def run(
     """Continue prompts; the answer streams to standard output, everything else goes to standard error."""
     _check(flags)
     prompts = read_prompts(flags.prompt or (), flags.prompt_file or ())
+    allocator.keep_few_products()  # a prompt of each length has its own
 
     from lorakit import hub
     from lorakit.generate import Sampling

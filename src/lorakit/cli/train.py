@@ -58,14 +58,14 @@ def run(
         given["new_tokens"] = ",".join(given["new_tokens"])
     settings = gather(given, config)
 
-    kept = allocator.keep_large_blocks()  # before torch takes any memory
+    said = allocator.set_up()  # before torch takes any memory
 
     from lorakit.train import run as train  # torch and transformers, after the settings are known to be right
     from lorakit.train.progress import progress_for
 
     progress = progress_for(sys.stderr if json else sys.stdout)
-    if kept:
-        progress.say(allocator.SAID)
+    for sentence in said:
+        progress.say(sentence)
     result = train(settings, progress)
     if json:
         console.emit_json(result.as_dict())

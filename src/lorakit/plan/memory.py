@@ -1,7 +1,7 @@
 """Bytes of a training step by cause, each line with its formula, and the moment at which their sum is largest.
 
-Reckoned is what the program holds: tensors, to the byte where the formula is exact. An allocator may hold more:
-glibc keeps freed blocks below 32 MB, and cannot give them to an aligned request of the same size (`ALLOCATOR_NOTE`).
+Reckoned is what the program holds: tensors, to the byte where the formula is exact. An allocator may hold more: as the
+command line sets glibc's, every freed block, and holes that no later block fits (`ALLOCATOR_NOTE`).
 This module knows nothing about time or files.
 """
 
@@ -26,9 +26,9 @@ LOSS_COPIES = 3
 cross entropy kept, the gradient that reaches them, and the gradient that leaves log-softmax."""
 
 ALLOCATOR_NOTE = (
-    "Memory is that of tensors. glibc's malloc keeps freed blocks below 32 MB and cannot give one to an aligned "
-    "request of the same size, so a process often holds a tenth more, and has been seen to hold half more. "
-    "MALLOC_MMAP_THRESHOLD_=131072 in the environment avoids that, at some cost in speed."
+    "Memory is that of tensors. `lorakit train` has malloc keep what is freed, so a process often holds a tenth more, "
+    "and more than that over rows of many lengths. LORAKIT_ALLOCATOR=stock and MALLOC_MMAP_THRESHOLD_=131072 in the "
+    "environment give each large tensor back at once, at some cost in speed."
 )
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import random
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,9 @@ from lorakit.core.optimizers.lorafa import freeze_factors
 from lorakit.core.optimizers.parameter_groups import Rates, rates_by_name, trained_parts
 from lorakit.errors import ModelError
 from lorakit.ops import choices
+from lorakit.ops.kernels import compiled
 from lorakit.plan.quantised import stored
-from lorakit.speed import accelerate
+from lorakit.speed import Acceleration, accelerate
 from lorakit.train import checkpoint
 from lorakit.train.allotting import allotted
 from lorakit.train.beginning import begun
@@ -109,7 +111,7 @@ def make_ready(request: Request, progress: Progress) -> Ready:
     if settings.accelerate:
         fast = accelerate(model, keep_feed_forward=planned.recompute != "feed-forward")
         trainee = dataclasses.replace(trainee, fast=fast)
-        for line in str(trainee.fast).splitlines():
+        for line in accelerated_lines(fast):
             progress.say(line)
     rates = schedule(settings.learning_rate, pace.total_steps, settings.warmup_ratio, settings.lr_scheduler_type)
     kept = None if found.path is None else checkpoint.load(found.path)
@@ -118,6 +120,29 @@ def make_ready(request: Request, progress: Progress) -> Ready:
     now = environment(request.device, planned.dtype, request.quantization, choices.words(chosen))
     state = _take_up(request, trainee, batches, kept, now, progress)
     return Ready(request, planned, batches, pace, rates, trainee, state, found, total, base_bytes, notes, chosen)
+
+
+def accelerated_lines(fast: Acceleration) -> list[str]:
+    """What a person should know of an acceleration when a run begins; `str` of it has every recipe.
+
+    Args:
+        fast: What `accelerate` made of the model.
+
+    Returns:
+        A line of what a step does, one of what computes between its products, and one of the parts that stay as they
+        are, if any.
+    """
+    left = Counter((part.kind, part.why) for part in fast.left)
+    if not (fast.swaps or fast.head or fast.packs):
+        return [f"Not accelerated: {'; '.join(dict.fromkeys(why for _, why in left)) or fast.head_left}."]
+    loss = f"loss from logits ({fast.head_left})" if fast.head_left else "loss without logits"
+    rows = "laid end to end without padding" if fast.packs else "padded to the longest of their batch"
+    lines = [f"Accelerated: {len(fast.swaps)} modules; {loss}; rows {rows}."]
+    if fast.swaps:
+        lines.append(f"Between products on a CPU: {compiled.account()}.")
+    if left:
+        lines.append(f"As they are: {'; '.join(f'{count} × {kind} ({why})' for (kind, why), count in left.items())}.")
+    return lines
 
 
 def _base_bytes(model: torch.nn.Module, request: Request) -> int:

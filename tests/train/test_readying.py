@@ -1,0 +1,52 @@
+"""What a run says of its accelerated model: in two lines, and one more for what stays as it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from lorakit import core
+from lorakit.config import LoraConfig
+from lorakit.ops.kernels import compiled
+from lorakit.speed import Acceleration, accelerate
+from lorakit.speed.accelerating import Left
+from lorakit.train.readying import accelerated_lines
+
+
+def model(kind: type[transformers.PretrainedConfig] = transformers.LlamaConfig, **more: int) -> torch.nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    config = kind(**sizes, num_attention_heads=2, num_key_value_heads=2, **more)
+    made: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(config)
+    core.attach(made, LoraConfig(r=2, target_modules="all-linear"), allow=("partial_targets",))
+    return made
+
+
+def test_a_model_that_is_known_takes_two_lines() -> None:
+    fast = accelerate(model())
+    assert accelerated_lines(fast) == [
+        f"Accelerated: {len(fast.swaps)} modules; loss without logits; rows laid end to end without padding.",
+        f"Between products on a CPU: {compiled.account()}.",
+    ]
+
+
+def test_what_stays_as_it_is_takes_a_third() -> None:
+    first, _, third = accelerated_lines(accelerate(model(transformers.MixtralConfig, num_local_experts=2)))
+    assert first.startswith("Accelerated: ")
+    assert third == "As they are: 1 × MixtralSparseMoeBlock (not the children of a decoder layer that is known)."
+
+
+@pytest.mark.parametrize("left", [(Left("", "Sharded", "its weights are sharded"),), ()])
+def test_a_model_that_is_not_says_why(left: tuple[Left, ...]) -> None:
+    assert accelerated_lines(Acceleration((), left, None, "its weights are sharded")) == [
+        "Not accelerated: its weights are sharded."
+    ]
+
+
+def test_a_loss_from_logits_and_padded_rows_are_said() -> None:
+    fast = accelerate(model())
+    padded = Acceleration(fast.swaps, (), None, "its head has a bias", packs=False)
+    assert accelerated_lines(padded)[0] == (
+        f"Accelerated: {len(fast.swaps)} modules; loss from logits (its head has a bias); "
+        "rows padded to the longest of their batch."
+    )
