@@ -16,7 +16,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.plan import Job, catalogue, count, estimate
-from lorakit.train.optim import adamw
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "alpha_and_learning_rate.py"
 TAUGHT: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["c_attn", "c_proj"]}
@@ -74,7 +73,7 @@ def test_the_checkpoint_of_nine_megabytes_is_the_adapter_three_times() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_positions=8))
     core.attach(model, LoraConfig(**TAUGHT))
     named = core.trainable_parameters(model)
-    optimizer = adamw(named, 1e-3, 0.0)
+    optimizer = torch.optim.AdamW([p for _, p in named], 1e-3)
     for _, parameter in named:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

@@ -8,7 +8,7 @@ from torch import nn
 
 from lorakit.core.optimizers.lorafa import Pair
 from lorakit.errors import RunError
-from lorakit.train.optim import adamw, clip, load_state_tensors, lorafa, set_rate, state_tensors
+from lorakit.train.optim import adamw, clipped_step, gradient_norm, load_state_tensors, lorafa, set_rate, state_tensors
 
 
 def _named() -> list[tuple[str, nn.Parameter]]:
@@ -95,12 +95,26 @@ def test_state_of_another_adapter_is_refused_and_changes_nothing() -> None:
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["flat", "plain"])
 @pytest.mark.parametrize(("limit", "scaled"), [(1.0, True), (0.0, False), (1e9, False)])
-def test_clip_returns_the_norm_before(limit: float, scaled: bool) -> None:
-    named = _named()
-    for _, parameter in named[:2]:
-        parameter.grad = torch.full_like(parameter, 3.0)
-    norm = clip([p for _, p in named], limit)
+def test_gradients_are_scaled_to_the_largest_norm(limit: float, scaled: bool, plain: bool) -> None:
+    named, expected = _named(), _named()
+    optimizer = torch.optim.SGD([p for _, p in named], 0.1) if plain else adamw(named, 0.1, 0.0)
+    by_hand = torch.optim.SGD([p for _, p in expected], 0.1) if plain else adamw(expected, 0.1, 0.0)
+    for (_, one), (_, two) in zip(named[:2], expected, strict=False):
+        one.grad = torch.full_like(one, 3.0)
+        two.grad = torch.full_like(two, 3.0 / (14 * 9) ** 0.5 if scaled else 3.0)
+    parameters = [p for _, p in named]
+    norm = gradient_norm(parameters)
     assert float(norm) == pytest.approx((14 * 9) ** 0.5)
-    after = sum(float(p.grad.square().sum()) for _, p in named[:2] if p.grad is not None) ** 0.5
-    assert after == pytest.approx(1.0 if scaled else (14 * 9) ** 0.5, rel=1e-4)
+    clipped_step(optimizer, parameters, norm, limit)
+    by_hand.step()
+    for (name, one), (_, two) in zip(named, expected, strict=True):
+        torch.testing.assert_close(one, two, msg=name)
+    if not plain:  # AdamW's step hardly depends on the size of a gradient, its moments do
+        for key, value in state_tensors(by_hand, expected).items():
+            torch.testing.assert_close(state_tensors(optimizer, named)[key], value, msg=key)
+
+
+def test_no_gradient_has_no_length() -> None:
+    assert float(gradient_norm([p for _, p in _named()])) == 0

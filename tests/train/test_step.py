@@ -129,3 +129,30 @@ def test_other_errors_pass_through() -> None:
 
     with pytest.raises(RuntimeError, match=r"^shape mismatch$"):
         train_step(trainee(Broken()), [batch([[1, 2, 3]])], 0.1)
+
+
+def test_a_tensor_that_was_put_in_the_place_of_another_is_seen_before_the_step() -> None:
+    model = Bigram()
+    whole = trainee(model)
+    train_step(whole, [batch([[1, 2, 3]])], 0.1)
+    model.load_state_dict({"table": torch.ones(5, 5), "idle": torch.zeros(2, 2)}, assign=True)
+    with pytest.raises(RunError, match=r"table is not the tensor that the optimizer was made for: another has been"):
+        train_step(whole, [batch([[1, 2, 3]])], 0.1)
+    assert torch.equal(model.table, torch.ones(5, 5))
+
+
+def test_storage_that_was_replaced_is_trained() -> None:
+    one, two = Bigram(), Bigram()
+    a, b = trainee(one), trainee(two)
+    train_step(a, [batch([[1, 2, 3]])], 0.1)
+    train_step(b, [batch([[1, 2, 3]])], 0.1)
+    two.table.data = two.table.detach().clone()
+    for whole in (a, b):
+        train_step(whole, [batch([[2, 4, 3]])], 0.1)
+    assert torch.equal(one.table, two.table)
+    two.float()  # nothing to do, and nothing is done
+    two.double()
+    before = two.table.detach().clone()
+    with pytest.raises(RunError, match=r"\(5, 5\) in float32 on cpu when the optimizer was made, is now .* in float64"):
+        train_step(b, [batch([[1, 2, 3]])], 0.1)
+    assert torch.equal(two.table, before)

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from lorakit.ops import choices
 from lorakit.report.runs import read_metrics
 from lorakit.speed import choosing
-from lorakit.train import tuning
+from lorakit.train import state, tuning
 from lorakit.train.progress import Silence
 from lorakit.train.running import run
 from lorakit.train.settings import TrainSettings
@@ -159,3 +160,15 @@ def test_words_of_choices_come_back_and_others_are_passed_over() -> None:
     assert told == sorted(told)
     assert choices.from_words([*told, "compiled kernels", 3, None, "x: y", ": 4", "name: -1"]) == chosen
     assert choices.from_words(None) == choices.from_words([]) == {}
+
+
+@pytest.mark.parametrize(("before", "now"), [(None, object()), (object(), None), (None, None)])
+def test_compiled_kernels_that_came_or_went_are_said(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, before: object, now: object
+) -> None:
+    monkeypatch.setattr(state, "compiled", SimpleNamespace(kernels=lambda: before))
+    _run(settings, tuning=False, max_steps=1)
+    monkeypatch.setattr(state, "compiled", SimpleNamespace(kernels=lambda: now))
+    said = [line for line in _run(settings, tuning=False, resume=True, max_steps=2) if "differs from" in line]
+    words = f"(compiled_kernels was {before is not None} and is {now is not None}): results are equal within rounding"
+    assert [words in line for line in said] == ([] if before is now else [True])

@@ -14,19 +14,23 @@ from torch import nn
 
 from lorakit.core.optimizers.lorafa import LoraFA, Pair
 from lorakit.errors import RunError
+from lorakit.train.flat import MOMENTS, FlatAdamW, fits
 
 Named = Sequence[tuple[str, nn.Parameter]]
 """Trainable tensors with their names in the model."""
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _FUSED_DEVICES = ("cpu", "cuda", "mps")
+_EPSILON = 1e-6  # torch's own, in `clip_grads_with_norm_`
 
 
 def adamw(
     named: Named, learning_rate: float, weight_decay: float, rates: Mapping[str, float] | None = None
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """AdamW, fused where the device has it; only matrices decay, since a magnitude or bias has no reason to shrink.
     [docs/math.md (16)]
+
+    Tensors that can lie in one buffer are laid into one: their numbers stay, and so do the bits of a step. Make the
+    optimizer after the model is where and as it will be trained.
 
     Args:
         named: The trainable tensors.
@@ -44,6 +48,8 @@ def adamw(
         Loshchilov and Hutter 2019, arXiv:1711.05101; betas 0.9 and 0.999, eps 1e-8.
     """
     groups = _groups(named, learning_rate, weight_decay, rates or {})
+    if fits([parameter for _, parameter in named]):
+        return FlatAdamW(groups, lr=learning_rate)
     fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for _, p in named)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 
@@ -95,23 +101,37 @@ def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
         group["lr"] = learning_rate * group["share"]
 
 
-def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale all gradients so that their common 2-norm is at most `max_norm`.
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """The common 2-norm of all gradients, a scalar; 0 where there is none.
 
     Args:
-        parameters: Tensors whose `.grad` is scaled in place; those without a gradient are skipped.
-        max_norm: The largest norm; 0 scales nothing.
-
-    Returns:
-        The norm before scaling, a scalar.
+        parameters: Tensors (…); those without a gradient are skipped.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return torch.zeros(())
-    norm = torch.nn.utils.get_total_norm(gradients)
+    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+
+
+def clipped_step(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], norm: torch.Tensor, max_norm: float
+) -> None:
+    """Take a step with gradients that are scaled so that their common 2-norm is at most `max_norm`.
+
+    Args:
+        optimizer: From `adamw` or `lorafa`. One over flat buffers scales in the pass that steps.
+        parameters: The tensors (…) that it trains; `.grad` is scaled or left as it is.
+        norm: What `gradient_norm` gave, a scalar.
+        max_norm: The largest norm; 0 scales nothing.
+
+    Raises:
+        RunError: A tensor is not what it was when the optimizer was made; nothing has changed.
+    """
+    if isinstance(optimizer, FlatAdamW):
+        factor = torch.clamp(max_norm / (norm + _EPSILON), max=1.0).item() if max_norm > 0 else 1.0
+        optimizer.step(factor=factor)
+        return
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(list(parameters), max_norm, norm)
-    return norm
+    optimizer.step()
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, torch.Tensor]:
@@ -147,11 +167,11 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: 
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         wanted = shapes.get(name)
-        if wanted is None or kind not in (*_MOMENTS, "step") or (kind in _MOMENTS and value.shape != wanted):
+        if wanted is None or kind not in (*MOMENTS, "step") or (kind in MOMENTS and value.shape != wanted):
             raise RunError(
                 f"The optimizer state {key} of shape {tuple(value.shape)} does not fit this model's adapter."
             )
     for name, parameter in named:
-        state = {kind: tensors[f"{kind}/{name}"] for kind in ("step", *_MOMENTS) if f"{kind}/{name}" in tensors}
+        state = {kind: tensors[f"{kind}/{name}"] for kind in ("step", *MOMENTS) if f"{kind}/{name}" in tensors}
         if state:
             optimizer.state[parameter] = {key: value.to(parameter.device).clone() for key, value in state.items()}

@@ -17,7 +17,7 @@ from lorakit.data import Batch
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.speed import Acceleration
 from lorakit.train.loss import loss_sum
-from lorakit.train.optim import clip, set_rate
+from lorakit.train.optim import clipped_step, gradient_norm, set_rate
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def train_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float)
     the gradient does not depend on how the rows are split into batches.
 
     Args:
-        trainee: Model and optimizer; gradients of this step are left in `.grad`.
+        trainee: Model and optimizer; gradients of this step are left in `.grad`, clipped or not.
         batches: The step's batches, on the CPU.
         learning_rate: The rate of this step.
 
@@ -83,7 +83,7 @@ def train_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float)
     Raises:
         NonFiniteError: Loss or gradient is NaN or infinite; no tensor has been changed.
         DataError: No batch holds a trained token.
-        RunError: Memory ran out, or the loss does not depend on the adapter.
+        RunError: Memory ran out, the loss does not depend on the adapter, or a trained tensor was replaced.
     """
     trained = sum(batch.trained_tokens for batch in batches)
     if trained == 0:
@@ -98,14 +98,16 @@ def train_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float)
                 raise RunError("The loss does not depend on any trainable tensor: the adapter is inactive or frozen.")
             (loss / trained).backward()
             total = total + loss.detach()
-    norm = clip([parameter for _, parameter in trainee.named], trainee.max_grad_norm)
+    _refuse_replaced(trainee)
+    parameters = [parameter for _, parameter in trainee.named]
+    norm = gradient_norm(parameters)
     mean, grad_norm = float(total) / trained, float(norm)
     for what, value in (("loss", mean), ("gradient norm", grad_norm)):
         if not math.isfinite(value):
             trainee.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError(f"the {what} became {value}, so the step was not taken")
     set_rate(trainee.optimizer, learning_rate)
-    trainee.optimizer.step()
+    clipped_step(trainee.optimizer, parameters, norm, trainee.max_grad_norm)
     if trainee.device.type == "cuda":
         torch.cuda.synchronize(trainee.device)  # so that the step's time is the step's
     return StepResult(mean, grad_norm, sum(batch.tokens for batch in batches), trained)
@@ -114,6 +116,20 @@ def train_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float)
 def without_gradient(trainee: Trainee) -> list[str]:
     """Names of trainable tensors that the last step gave no gradient."""
     return [name for name, parameter in trainee.named if parameter.grad is None]
+
+
+def _refuse_replaced(trainee: Trainee) -> None:
+    """A tensor that the model has no more gets no gradient; the one in its place would never be stepped."""
+    without = [(name, parameter) for name, parameter in trainee.named if parameter.grad is None]
+    if not without:
+        return
+    held = {id(parameter) for parameter in trainee.model.parameters()}
+    for name, parameter in without:
+        if id(parameter) not in held:
+            raise RunError(
+                f"{name} is not the tensor that the optimizer was made for: another has been put in its place, as "
+                "`load_state_dict(assign=True)` does; make the optimizer after that"
+            )
 
 
 @contextlib.contextmanager
