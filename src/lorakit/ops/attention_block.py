@@ -204,7 +204,7 @@ def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Made]:
     flat, (batch, tokens, _) = rows(x), x.shape
     n, stats = (flat, ()) if block.norm is None else block.norm.forward(flat)
     ins, outs = Group(block.inputs, x.dtype), Group([block.output], x.dtype)
-    parts = ins.forward(n, owned=block.norm is not None)
+    parts = ins.forward(n)
     del n
     q, k, v = raw = block.heads(parts, batch, tokens)
     (q, q_stats), (k, k_stats) = _normalised(q, block.q_norm, block), _normalised(k, block.k_norm, block)

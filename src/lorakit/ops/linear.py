@@ -88,38 +88,34 @@ class Group:
         """Whether the backward asks for x: only the gradient of an A does."""
         return any(A for A, _ in self.trains)
 
-    def forward(self, x: Tensor, owned: bool = False) -> list[Tensor]:
-        """The outputs (N, out) for x (N, in); an owned x is not what it was afterwards."""
-        ys = [_product(x, site, self.dtype) for site in self.sites]
-        hs: dict[int, Tensor] = {}
-        if self.stacked is not None:
-            ranks = [len(self.low[j].A) for j in self.plain]
-            hs.update(zip(self.plain, torch.mm(x, self.stacked.t()).split(ranks, 1), strict=True))
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The outputs (N, out) for x (N, in)."""
         for j in self.dropping:
             self.records[j] = draw(x, self.low[j].p)
-        fused = self._fused(x)
-        if fused is not None:
-            hs.update({j: fused.shrink(x, self.A[j], self.low[j].p, self._record(j)) for j in self.dropping})
-        for j, kept in self._inputs(x, self.dropping if fused is None else (), owned, []):
-            hs[j] = torch.mm(kept, self.A[j].t())
-        for j, h in hs.items():
-            ys[j].addmm_(h, self.B[j].t())
-            self.h[j] = h if self.trains[j][1] else None
-        return ys
+        hs = self._thin(x, range(len(self.sites)))
+        self.h = [hs.get(j) if trains else None for j, (_, trains) in enumerate(self.trains)]
+        return [_output(x, site, hs.get(j), self.B.get(j)) for j, site in enumerate(self.sites)]
 
     def again(self, x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
         """What `forward` gave for x (N, in), to the bit, from what it left and the modules' biases (out,)."""
-        sites = [replace(site, bias=bias) for site, bias in zip(self.sites, biases, strict=True)]
-        ys = [_product(x, site, self.dtype) for site in sites]
         hs = {j: h for j, h in enumerate(self.h) if h is not None}
-        if self.stacked is not None and any(j not in hs for j in self.plain):
+        hs |= self._thin(x, [j for j in self.low if j not in hs])
+        sites = [replace(site, bias=bias) for site, bias in zip(self.sites, biases, strict=True)]
+        return [_output(x, site, hs.get(j), self.B.get(j)) for j, site in enumerate(sites)]
+
+    def _thin(self, x: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
+        """s·h (N, r) of the modules that are wanted and have an adapter."""
+        hs: dict[int, Tensor] = {}
+        if self.stacked is not None and any(j in wanted for j in self.plain):
             ranks = [len(self.low[j].A) for j in self.plain]
             hs.update(zip(self.plain, torch.mm(x, self.stacked.t()).split(ranks, 1), strict=True))
-        for j, kept in self._inputs(x, [j for j in self.dropping if j not in hs], False, []):
+        dropping = [j for j in self.dropping if j in wanted]
+        fused = self._fused(x) if dropping else None
+        if fused is not None:
+            hs.update({j: fused.shrink(x, self.A[j], self.low[j].p, self._record(j)) for j in dropping})
+        for j, kept in self._inputs(x, dropping if fused is None else (), False, []):
             hs[j] = torch.mm(kept, self.A[j].t())
-        for j, h in hs.items():
-            ys[j].addmm_(h, self.B[j].t())
-        return ys
+        return hs
 
     def backward(
         self, x: Tensor | None, dys: Sequence[Tensor | None], need_dx: bool = True, owned: bool = False
@@ -185,6 +181,8 @@ class Group:
             room = part if part is not None else _taken(spare)
             made = self._zero_(j, torch.mm(dh[j], self.A[j], out=room))
             total, part = (made, None) if total is None else (total.add_(made), made)
+        if beside is not None and self.stacked is not None:
+            total = product(beside, self.stacked, _taken(spare) if total is None else total, total)
         for j, dy in dys.items():
             W = self.sites[j].W.to(self.dtype)
             W = W.t() if self.sites[j].transposed else W
@@ -192,8 +190,6 @@ class Group:
         if fused is not None and total is not None:
             for j in dropping:
                 fused.add_thin(dh[j], self.A[j], self.low[j].p, self._record(j), total)
-        if beside is not None and self.stacked is not None and total is not None:
-            total.addmm_(beside, self.stacked)
         return total
 
     def _grads_a(
@@ -287,9 +283,17 @@ def _with(group: Sequence[Adapted], flat: Sequence[Tensor | None]) -> list[Adapt
     return filled
 
 
-def _product(x: Tensor, site: Adapted, dtype: torch.dtype) -> Tensor:
-    W, bias = site.W.to(dtype), None if site.bias is None else site.bias.to(dtype)
-    return product(x, W if site.transposed else W.t(), plus=bias)
+def _output(x: Tensor, site: Adapted, h: Tensor | None, B: Tensor | None) -> Tensor:
+    """x·Wᵀ + b, plus s·h·Bᵀ where there is an adapter.
+
+    The thin product comes first: it is written once, and the large one adds to it while it is busy anyway. The other
+    way round the thin one would wait for y to be read and written again.
+    """
+    W, y = site.W.to(x.dtype), None if site.bias is None else site.bias.to(x.dtype)
+    if h is not None and B is not None:
+        y = torch.mm(h, B.t()) if y is None else torch.addmm(y, h, B.t())
+        return product(x, W if site.transposed else W.t(), y, y)
+    return product(x, W if site.transposed else W.t(), plus=y)
 
 
 def _taken(spare: list[Tensor]) -> Tensor | None:

@@ -138,12 +138,12 @@ def _forward(x: Tensor, form: Form) -> tuple[Tensor, _Made]:
     flat = rows(x)
     n, stats = (flat, ()) if form.norm is None else form.norm.forward(flat)
     inner, outer = Group(form.inner, x.dtype), Group([form.down], x.dtype)
-    hidden = inner.forward(n, owned=form.norm is not None)
+    hidden = inner.forward(n)
     del n
     hidden = _halves(hidden, form)
     a = activate(form.act, hidden[0], hidden[1] if len(hidden) == 2 else None, torch.empty_like(hidden[0]))
     a, within = join(a, None, form.within)
-    y, record = join(outer.forward(a, owned=True)[0], flat if form.residual else None, form.dropout)
+    y, record = join(outer.forward(a)[0], flat if form.residual else None, form.dropout)
     return y, _Made(stats, hidden, record, within, (inner, outer))
 
 
