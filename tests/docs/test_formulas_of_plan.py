@@ -210,7 +210,7 @@ def test_an_accelerated_token_takes_two_terms(tiny_llama: Any) -> None:
     job = Job(2, T, accelerated=True)
     numbers = shape.layers * (forward + backward) + 6 * shape.vocab
     assert timing.numbers(shape, job) == numbers
-    again = dataclasses.replace(job, gradient_checkpointing=True)
+    again = dataclasses.replace(job, recompute="layers")
     assert timing.numbers(shape, again) == numbers + shape.layers * forward
 
     costs, speed = flops.Flops(3e8, 5e8, 0.0), Speed(flops_per_second=4e11, threads=2)
