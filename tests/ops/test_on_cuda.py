@@ -5,6 +5,7 @@ On a device in fp32 and bf16, by kernels, cuBLAS and flash. Interpreted in fp32 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from lorakit.ops.attention_block import SelfAttention
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.cross_entropy import Head
 from lorakit.ops.kernels import choosing
+from lorakit.ops.kernels.building import SWITCH
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
 
@@ -54,6 +56,8 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     pytest.importorskip("triton", reason="the package triton is not installed: pip install 'lorakit[triton]'")
     from lorakit.ops.kernels import triton
 
+    if os.environ.get(SWITCH, "").lower() == "off":
+        pytest.skip("the kernels are turned off")
     device, dtype = request.param
     if device == "cpu":
         if torch.cuda.is_available():

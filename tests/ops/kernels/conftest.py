@@ -12,9 +12,9 @@ import torch
 def triton_kernels(device: str) -> Any:
     """What `lorakit.ops.kernels.triton` gives; tests/conftest.py settles whether they are interpreted."""
     pytest.importorskip("triton", reason="the package triton is not installed: pip install 'lorakit[triton]'")
-    from lorakit.ops.kernels.triton import kernels
+    from lorakit.ops.kernels.triton.launching import TritonKernels
 
-    return kernels(torch.device(device))
+    return TritonKernels()
 
 
 @pytest.fixture(scope="session")

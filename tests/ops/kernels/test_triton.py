@@ -285,6 +285,7 @@ def test_losses_of_labels_that_are_all_but_impossible(triton_kernels: Any, devic
 
 
 def test_a_device_without_triton_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORAKIT_KERNELS", raising=False)
     here = "lorakit.ops.kernels.triton"
     for name in [name for name in sys.modules if name == "triton" or name.startswith((f"{here}.", "triton."))]:
         monkeypatch.delitem(sys.modules, name)
@@ -315,6 +316,7 @@ def test_a_device_where_nothing_compiles_has_none(triton_kernels: Any, device: s
 # ---- what the interpreter does not show
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_hopper(triton_kernels: Any) -> None:
     """Down to machine code, which needs no device: in a process of its own, where nothing is interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
