@@ -176,7 +176,8 @@ def test_what_shows_the_layer_to_others_takes_all_rows(rows_seen: list[int | Non
     hidden = model(**inputs, output_hidden_states=True).hidden_states
     model = adapted("llama")  # asking for it hangs hooks into a model that stay
     accelerate(model, logits=False)
-    for module in (model.model.layers[-1], model.model.norm, model.model):
+    last = model.model.layers[-1]
+    for module in (last.mlp, last.mlp.up_proj.base_layer, last.self_attn, last, model.model.norm, model.model):
         seen: list[Any] = []
         hook = module.register_forward_hook(lambda *given, seen=seen: seen.append(given[-1]))
         of_model(model, input_ids=ids, labels=labels)
