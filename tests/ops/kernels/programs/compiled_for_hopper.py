@@ -23,7 +23,15 @@ POINTERS = {
 }
 
 
-def compiled(function: Any, *args: Any, grid: Any, warmup: bool = False, num_warps: int = 4, **constants: Any) -> None:
+def compiled(
+    function: Any,
+    *args: Any,
+    grid: Any,
+    warmup: bool = False,
+    num_warps: int = 4,
+    enable_fp_fusion: bool,
+    **constants: Any,
+) -> None:
     """In place of `JITFunction.run`."""
     given = dict(zip(function.arg_names, args, strict=False)) | constants
     constexprs = {
@@ -31,7 +39,11 @@ def compiled(function: Any, *args: Any, grid: Any, warmup: bool = False, num_war
     }
     signature = {name: "constexpr" if name in constexprs else of(given[name]) for name in function.arg_names}
     values = {(function.arg_names.index(name),): given[name] for name in constexprs}
-    made = triton.compile(ASTSource(function, signature, values), target=HOPPER, options={"num_warps": num_warps})
+    made = triton.compile(
+        ASTSource(function, signature, values),
+        target=HOPPER,
+        options={"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion},
+    )
     assert made.asm["cubin"]
     print(function.fn.__name__)
 
@@ -43,7 +55,7 @@ def of(value: Any) -> str:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("error")
     JITFunction.run = compiled
     k: Any = TritonKernels()
     x, w = torch.empty(4, 4096, dtype=torch.bfloat16), torch.empty(4096, dtype=torch.bfloat16)

@@ -14,6 +14,8 @@ from triton.errors import TritonError
 from lorakit.ops.kernels.protocol import DroppingProducts
 from lorakit.ops.kernels.triton import dropping, gates, losses, norms, positions, weights
 
+OPTIONS = {"enable_fp_fusion": True}
+"""Said, since Triton changes what it does where nothing is."""
 TILE = 2048
 """Numbers of a program where rows are short; a longer row is a tile of its own."""
 ELEMENTWISE = 1024
@@ -64,7 +66,7 @@ class TritonKernels:
         flags = {"ACT": act, "HAS_UP": up is not None}
         with _on(first):
             gates.gate[_blocks(first)](
-                first, first if up is None else up, out, first.numel(), **flags, BLOCK=ELEMENTWISE
+                first, first if up is None else up, out, first.numel(), **flags, BLOCK=ELEMENTWISE, **OPTIONS
             )
 
     def gate_backward(
@@ -74,7 +76,7 @@ class TritonKernels:
         flags = {"ACT": act, "HAS_UP": up is not None}
         pointers = (da, first, first if up is None else up, dfirst, dfirst if dup is None else dup)
         with _on(first):
-            gates.gate_backward[_blocks(first)](*pointers, first.numel(), **flags, BLOCK=ELEMENTWISE)
+            gates.gate_backward[_blocks(first)](*pointers, first.numel(), **flags, BLOCK=ELEMENTWISE, **OPTIONS)
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
         """Rotary positions: x (B, T, H, D) turned, or turned back, into out, which may be x; cos, sin (…, T, rot).
@@ -92,7 +94,7 @@ class TritonKernels:
         grid = (batch * tokens, triton.cdiv(heads, sizes["HEADS"]))
         numbers = (x.stride(1), out.stride(1), tokens, heads, width, rot)
         with _on(x):
-            positions.turn[grid](x, cos, sin, out, *numbers, **flags, **sizes, **rest)
+            positions.turn[grid](x, cos, sin, out, *numbers, **flags, **sizes, **rest, **OPTIONS)
 
     @property
     def dropping(self) -> DroppingProducts:
@@ -102,7 +104,9 @@ class TritonKernels:
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
         """scale·x (any shape) into out, which may be x, without those numbers that the seed (1,) drops."""
         with _on(x):
-            dropping.drop[_blocks(x)](x, out, seed, x.numel(), round(p * 2**24), float(scale), BLOCK=ELEMENTWISE)
+            dropping.drop[_blocks(x)](
+                x, out, seed, x.numel(), round(p * 2**24), float(scale), BLOCK=ELEMENTWISE, **OPTIONS
+            )
 
     def shrink(self, x: Tensor, a: Tensor, p: float, seed: Tensor) -> Tensor:
         """What `drop` leaves of x (N, n), times a (r, n) transposed: a new (N, r). n is a multiple of 4."""
@@ -135,14 +139,18 @@ class TritonKernels:
         flags, width = {"HAS_LOW": low is not None, "HAS_HIGH": high is not None}, triton.next_power_of_2(m)
         pointers = (scores, scores if low is None else low, scores if high is None else high)
         with _on(scores):
-            weights.softmax[(scores.numel() // m,)](*pointers, kinds, m, **flags, WIDTH=width, num_warps=_warps(width))
+            weights.softmax[(scores.numel() // m,)](
+                *pointers, kinds, m, **flags, WIDTH=width, num_warps=_warps(width), **OPTIONS
+            )
 
     def softmax_backward(self, weights_: Tensor, ds: Tensor) -> None:
         """The gradient of the scores from that of their softmax weights, (Z, n, m) both, in the place of the latter."""
         m = ds.shape[-1]
         width = triton.next_power_of_2(m)
         with _on(ds):
-            weights.softmax_backward[(ds.numel() // m,)](weights_, ds, m, WIDTH=width, num_warps=_warps(width))
+            weights.softmax_backward[(ds.numel() // m,)](
+                weights_, ds, m, WIDTH=width, num_warps=_warps(width), **OPTIONS
+            )
 
     def cross_entropy(
         self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses_: Tensor, cap: float | None = None
@@ -157,7 +165,7 @@ class TritonKernels:
         numbers = (vocabulary, float(scale), float(cap or 1.0))
         with _on(logits):
             losses.cross_entropy[(rows,)](
-                logits, labels, losses_, *numbers, **flags, BLOCK=block, num_warps=_warps(block)
+                logits, labels, losses_, *numbers, **flags, BLOCK=block, num_warps=_warps(block), **OPTIONS
             )
 
 
@@ -175,7 +183,7 @@ def _tiles(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
     """The grid over rows x (N, d), and the tile of each program."""
     width = triton.next_power_of_2(x.shape[1])
     rows = max(TILE // width, 1)
-    return (triton.cdiv(len(x), rows),), {"ROWS": rows, "WIDTH": width, "num_warps": _warps(rows * width)}
+    return (triton.cdiv(len(x), rows),), {"ROWS": rows, "WIDTH": width, "num_warps": _warps(rows * width), **OPTIONS}
 
 
 def _thin(x: Tensor, a: Tensor, p: float) -> tuple[int, int, int, int]:
@@ -183,8 +191,8 @@ def _thin(x: Tensor, a: Tensor, p: float) -> tuple[int, int, int, int]:
     return *x.shape, len(a), round(p * 2**24)
 
 
-def _sizes(a: Tensor) -> dict[str, int]:
-    return {**THIN, "RANK": max(triton.next_power_of_2(len(a)), 16)}
+def _sizes(a: Tensor) -> dict[str, Any]:
+    return {**THIN, "RANK": max(triton.next_power_of_2(len(a)), 16), **OPTIONS}
 
 
 def _warps(numbers: int) -> int:
