@@ -86,7 +86,7 @@ def a_group(*sites: Adapted) -> Case:
             if one.low is None or one.low.p == 0:
                 masks.append(None)
             else:
-                masks.append(dropout.zero_(torch.ones(x.shape, dtype=D), dropout.zeroed(x.numel(), one.low.p, "cpu")))
+                masks.append(dropout.zero_(torch.ones(x.shape, dtype=D), dropout.draw(x, one.low.p), one.low.p))
         return tuple(linear.reference(x, sites, masks))
 
     return Case(fused, plain, (x, *trained(*sites)))
@@ -101,7 +101,7 @@ def a_dropout() -> Case:
 
     def plain(x: Tensor) -> Tensor:
         torch.manual_seed(5)
-        keep = dropout.zero_(torch.ones(x.shape, dtype=D), dropout.zeroed(x.numel(), 0.4, "cpu"))
+        keep = dropout.zero_(torch.ones(x.shape, dtype=D), dropout.draw(x, 0.4), 0.4)
         return dropout.reference(x, 0.4, keep)
 
     return Case(fused, plain, (x,))
