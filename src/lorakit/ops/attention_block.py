@@ -282,10 +282,7 @@ class _AttentionBlock(torch.autograd.Function):
             dx, grads = ins.backward(n, dparts, ctx.needs_input_grad[0], owned=own is not None and ins.needs_x)
             if dx is not None:
                 add = dy if form.residual and wanted is None else None
-                if own is not None:
-                    dx = own.backward(dx, flat, stats, add)
-                elif add is not None:
-                    dx.add_(add)
+                dx = norm.back_through(own, dx, flat, stats, add)
                 if form.residual and wanted is not None:
                     dx.index_add_(0, wanted, dy)
                 dx = dx.view(ctx.shape)

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorakit.ops.adapted import as_written, autocast
+from lorakit.ops.choices import slices
 from lorakit.ops.kernels.choosing import kernels_for
 from lorakit.ops.widening import wide
 
@@ -170,11 +171,8 @@ class Trained(NamedTuple):
 
     def _parts(self) -> Iterator[slice]:
         """Chunks of about equal size: a last one of few rows would read W for them alone."""
-        n = len(self.labels)
-        if n:
-            size = -(-n // -(-n // self.chunk))
-            size = min(-(-size // 16) * 16, self.chunk)
-            yield from (slice(begin, min(begin + size, n)) for begin in range(0, n, size))
+        if len(self.labels):
+            yield from slices(len(self.labels), self.chunk)
 
 
 class _Softmax:

@@ -286,8 +286,7 @@ def _with(group: Sequence[Adapted], flat: Sequence[Tensor | None]) -> list[Adapt
 def _output(x: Tensor, site: Adapted, h: Tensor | None, B: Tensor | None) -> Tensor:
     """x·Wᵀ + b, plus s·h·Bᵀ where there is an adapter.
 
-    The thin product comes first: it is written once, and the large one adds to it while it is busy anyway. The other
-    way round the thin one would wait for y to be read and written again.
+    The thin product comes first, and the large one adds to it; the other way round takes as long.
     """
     W, y = site.W.to(x.dtype), None if site.bias is None else site.bias.to(x.dtype)
     if h is not None and B is not None:

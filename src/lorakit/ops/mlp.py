@@ -19,7 +19,7 @@ from lorakit.ops.activation import Activation, activate, activate_backward, acti
 from lorakit.ops.adapted import Adapted, as_written, autocast, casts, factors, refuse_trained, rows, unflat
 from lorakit.ops.dropout import join, join_backward
 from lorakit.ops.linear import Group
-from lorakit.ops.norm import Norm, normalised, refuse_trained_norm
+from lorakit.ops.norm import Norm, back_through, normalised, refuse_trained_norm
 from lorakit.ops.norm import reference as norm_reference
 
 
@@ -198,11 +198,7 @@ class _Mlp(torch.autograd.Function):
             del n, dhidden, dlast
             if dx is not None:
                 add = dy if form.residual else None
-                if norm is not None:
-                    dx = norm.backward(dx, flat, stats, add)
-                elif add is not None:
-                    dx.add_(add)
-                dx = dx.view(ctx.shape)
+                dx = back_through(norm, dx, flat, stats, add).view(ctx.shape)
         return (dx, None, *(grad for pair in grads for grad in pair), *last)
 
 

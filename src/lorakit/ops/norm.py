@@ -109,6 +109,16 @@ def normalised(x: Tensor, norm: Norm) -> Tensor:
     return unflat(n, x)  # here: an output that is a view could not be changed in place
 
 
+def back_through(
+    norm: Norm | None, dn: Tensor, x: Tensor | None, stats: Sequence[Tensor], add: Tensor | None
+) -> Tensor:
+    """`Norm.backward` of dn, x and add (N, d); where there is no norm, dn plus add, in the place of dn."""
+    if norm is not None:
+        assert x is not None  # a forward keeps it where a norm has to be gone back through
+        return norm.backward(dn, x, stats, add)
+    return dn if add is None else dn.add_(add)
+
+
 def refuse_trained_norm(norm: Norm | None) -> None:
     """Refuse a norm that is trained: the fused operations make no gradient for it.
 

@@ -39,13 +39,13 @@ def script(folder: Path, text: str) -> str:
 @needs_a_compiler
 def test_it_is_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = building.built("BF16")
-    assert first.library is not None
+    assert first.functions is not None
     folder = tmp_path / "cache" / "kernels"
     (made,) = folder.iterdir()
     assert f"kept in {folder}" in first.why
     building.built.cache_clear()
     monkeypatch.setattr(building, "_build", lambda *_: pytest.fail("built again"))
-    assert building.built("BF16").library is not None
+    assert building.built("BF16").functions is not None
     assert list(folder.iterdir()) == [made]
 
 
@@ -58,13 +58,13 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert building.built("") == (None, "no C compiler (gcc, cc, clang) is on the path")
     monkeypatch.setenv("CC", "one-that-is-not-there")
-    assert building.built("").library is None
+    assert building.built("").functions is None
 
 
 def test_a_compiler_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", script(tmp_path, "exit 1\n"))
     found = building.built("")
-    assert found.library is None
+    assert found.functions is None
     assert f"{tmp_path}/compiler could not compile rows.c" in found.why
     assert not list((tmp_path / "cache" / "kernels").iterdir())
 
@@ -74,7 +74,7 @@ def test_a_compiler_without_openmp_builds_for_one_thread(tmp_path: Path, monkeyp
     real = next(found for name in building.COMPILERS if (found := shutil.which(name)))
     refusing = f'for a in "$@"; do [ "$a" = -fopenmp ] && exit 1; done\nexec {real} "$@"\n'
     monkeypatch.setenv("CC", script(tmp_path, refusing))
-    assert building.built("").library is not None
+    assert building.built("").functions is not None
 
 
 @needs_a_compiler
@@ -82,25 +82,25 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "a file").write_text("")
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "a file"))
     found = building.built("")
-    assert found.library is not None
+    assert found.functions is not None
     assert f"kept in {tmp_path / 'lorakit-'}" in found.why
 
 
 @needs_a_compiler
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="no users")
 def test_a_library_that_others_may_write_is_not_loaded(tmp_path: Path) -> None:
-    assert building.built("").library is not None
+    assert building.built("").functions is not None
     (made,) = (tmp_path / "cache" / "kernels").iterdir()
     made.chmod(0o777)
     building.built.cache_clear()
     found = building.built("")
-    assert found.library is not None  # another, in the temporary folder
+    assert found.functions is not None  # another, in the temporary folder
     assert str(tmp_path / "lorakit-") in found.why
 
 
 @needs_a_compiler
 def test_processes_that_build_at_once(tmp_path: Path) -> None:
-    program = "from lorakit.ops.kernels.building import built\nassert built('').library is not None, built('').why\n"
+    program = "from lorakit.ops.kernels.building import built\nassert built('').functions is not None, built('').why\n"
     environment = {**os.environ, "LORAKIT_CACHE": str(tmp_path / "shared")}
     started = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(3)]
     assert [process.wait(timeout=300) for process in started] == [0, 0, 0]

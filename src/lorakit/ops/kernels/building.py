@@ -36,11 +36,11 @@ class Built(NamedTuple):
     """A library, or why there is none.
 
     Attributes:
-        library: Its functions, or None.
+        functions: Those of the library, or None.
         why: How it was made, or why not; for people.
     """
 
-    library: ctypes.CDLL | None
+    functions: ctypes.CDLL | None
     why: str
 
 

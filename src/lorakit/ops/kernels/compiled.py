@@ -25,7 +25,7 @@ FEW = 1 << 14
 @functools.cache
 def kernels() -> CompiledKernels | None:
     """The kernels of this process, compiled where that has not been done yet; None where that is not possible."""
-    libraries = {dtype: built(define).library for dtype, define in DTYPES.items()}
+    libraries = {dtype: built(define).functions for dtype, define in DTYPES.items()}
     if any(library is None for library in libraries.values()):
         return None
     return CompiledKernels({dtype: library for dtype, library in libraries.items() if library is not None})
@@ -34,7 +34,7 @@ def kernels() -> CompiledKernels | None:
 def account() -> str:
     """How the kernels were made, or why there are none; for people."""
     found = [built(define) for define in DTYPES.values()]
-    missing = next((each.why for each in found if each.library is None), None)
+    missing = next((each.why for each in found if each.functions is None), None)
     return f"kernels {found[0].why}" if missing is None else f"PyTorch's operations ({missing})"
 
 
