@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,11 +40,7 @@ def test_no_thread_sees_anothers_adapter(dora: bool) -> None:
                 wrong.append(f"thread {seed}, call {call}: {name}")
                 return
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert wrong == []
 
 
@@ -62,11 +59,7 @@ def test_threads_may_share_a_block_that_keeps_stacks() -> None:
             if not all(torch.allclose(mixed[i], expected[row][i], atol=1e-5) for i, row in enumerate(rows)):
                 wrong.append(seed)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert wrong == []
 
 
@@ -89,12 +82,17 @@ def test_the_face_carries_the_route_with_the_call() -> None:
             if not all(torch.allclose(mixed[i], expected[row][i], atol=1e-5) for i, row in enumerate(rows)):
                 wrong.append(seed)
 
+    in_threads(work)
+    assert wrong == []
+
+
+def in_threads(work: Callable[[int], None]) -> None:
+    """Run work(0), work(1), … each in a thread of its own, all at once, to their ends."""
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(THREADS)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == []
 
 
 def answer_of(model: Any, given: Any, name: str | None) -> torch.Tensor:
