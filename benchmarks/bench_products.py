@@ -45,7 +45,7 @@ def main() -> None:
     model.config = SimpleNamespace(num_attention_heads=9, num_key_value_heads=3, head_dim=64, hidden_size=576)
     with torch.no_grad():
         for question in [*products(model, max(options.rows)), *attentions(model, max(options.lengths))]:
-            if size_of(question) in (*options.rows, *options.lengths):
+            if "through fp32" in question.name or size_of(question) in (*options.rows, *options.lengths):
                 report(question, options)
         for rows in options.rows:
             for inner, outer in SHAPES:
@@ -60,15 +60,20 @@ def size_of(question: Question) -> int:
 def report(question: Question, options: argparse.Namespace) -> None:
     """A row for each way of a shape."""
     run, chosen = question.prepare(), answer(question, time.perf_counter)
+    usual = "through fp32" not in question.name
     is_product, size = question.name.startswith("product"), question.name.split()[1]
     multiply_adds = math.prod(int(number) for number in size.split("x")) if is_product else 0
     ways = {way: partial(run, way) for way in (question.usual, *question.others)}
     for way, seconds in interleaved(ways, options.repeats).items():
-        word = (f"{way} rows at a time" if way else "all at once") if is_product else ("flash" if way else "products")
+        word = named(way, is_product) if usual else ("through fp32" if way else "as usual")
         samples = {"milliseconds": [1e3 * s for s in seconds]}
-        if is_product:
+        if is_product and usual:
             samples["gflops_per_second"] = [2 * multiply_adds / s / 1e9 for s in seconds]
         append_row("products", {"what": question.name, "way": word, "chosen": way == chosen}, samples)
+
+
+def named(way: int, is_product: bool) -> str:
+    return (f"{way} rows at a time" if way else "all at once") if is_product else ("flash" if way else "products")
 
 
 def with_adapter(rows: int, inner: int, outer: int, dtype: torch.dtype, repeats: int) -> None:

@@ -15,6 +15,7 @@ from lorakit.ops import attention, choices
 from lorakit.ops.adapted import Adapted, LowRank
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.choices import acting, product, product_name, slices
+from lorakit.ops.cross_entropy import Head, linear_cross_entropy
 from lorakit.ops.linear import linears
 
 ROWS, IN, OUT = 700, 48, 32
@@ -72,6 +73,62 @@ def test_a_product_in_slices_is_the_product(by_columns: bool, plus: str, size: i
     assert sum(counted) == ROWS
     assert (got is room) == (plus == "out")
     torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("by_columns", [True, False])
+@pytest.mark.parametrize("plus", ["nothing", "a row", "rows", "out"])
+@pytest.mark.parametrize("shape", [(IN, OUT), (5000, 24), (24, 5000)])  # also of several blocks, of either side
+def test_a_product_through_fp32_is_rounded_once(by_columns: bool, plus: str, shape: tuple[int, int]) -> None:
+    inner, outer = shape
+    x = drawn(ROWS, inner).bfloat16()
+    right = drawn(outer, inner).bfloat16().t() if by_columns else drawn(inner, outer).bfloat16()
+    room = drawn(ROWS, outer).bfloat16()
+    added = {"nothing": None, "a row": drawn(outer).bfloat16(), "rows": room.flip(0), "out": room}[plus]
+    wanted = x.double() @ right.double() + (0 if added is None else added.double())
+    with acting({choices.fp32_name(right): 1}):
+        got = product(x, right, room if plus == "out" else None, added)
+    assert got.dtype == torch.bfloat16
+    assert (got is room) == (plus == "out")
+    torch.testing.assert_close(got.double(), wanted, rtol=2**-8, atol=1e-4 * inner**0.5)
+
+
+def test_few_rows_and_other_dtypes_do_not_go_through_fp32(counted: list[int]) -> None:
+    x, right = drawn(choices.FEWEST_IN_FP32, IN).bfloat16(), drawn(IN, OUT).bfloat16()
+    with acting({choices.fp32_name(right): 1}):
+        assert torch.equal(product(x[1:], right), x[1:] @ right)
+        product(x.half(), right.half())
+    assert choices.fp32_name(right) != choices.fp32_name(right.t().contiguous().t())  # nor weights of other strides
+
+
+def test_head_and_loss_go_through_fp32_where_that_was_chosen() -> None:
+    h, W, labels = drawn(300, 16).bfloat16(), drawn(5000, 16).bfloat16(), torch.randint(0, 5000, (300,))
+    results = []
+    for acts in ({}, {choices.fp32_name(W.t()): 1, choices.fp32_name(W): 1}):
+        leaf = h.clone().requires_grad_()
+        with acting(acts), Widths() as widths:  # type: ignore[no-untyped-call]
+            loss = linear_cross_entropy(leaf, Head(W), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+        assert widths.seen == {torch.float32 if acts else torch.bfloat16}
+        results.append((loss.detach(), leaf.grad))
+    for plain, through in zip(*results, strict=True):
+        torch.testing.assert_close(plain, through, rtol=2e-2, atol=1e-4)
+
+
+class Widths(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The dtypes of what products multiply."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in PRODUCTS:
+            self.seen.add(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+aten = torch.ops.aten
+PRODUCTS = (aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm)
 
 
 def test_without_choices_a_product_is_one(counted: list[int]) -> None:
@@ -142,6 +199,30 @@ def test_attention_goes_as_chosen_for_its_heads_and_length() -> None:
     long = torch.empty(1, 4, 2048, 8, dtype=q.dtype)
     with acting({choices.attention_name((4, 4, 8), q.dtype, True, 2048): 0}):
         assert attention.chosen(long, long, Pattern()) == "products"
+
+
+@pytest.mark.parametrize(
+    "pattern", [Pattern(), Pattern(window=70), Pattern(softcap=2.0), Pattern(segments=(300, 20)), Pattern(dropout=0.2)]
+)
+def test_attention_through_fp32_has_the_values_and_gradients_of_bf16(pattern: Pattern) -> None:
+    leaves, results = [drawn(1, heads, 320, 8).bfloat16() for heads in (4, 2, 2)], []
+    name = choices.through_fp32(choices.attention_name((4, 2, 8), torch.bfloat16, True, 320))
+    for acts in ({}, {name: 1}):
+        q, k, v = (leaf.clone().requires_grad_() for leaf in leaves)
+        torch.manual_seed(0)
+        with acting(acts), Widths() as widths:  # type: ignore[no-untyped-call]
+            y = attention.attention(q, k, v, pattern)
+            y.cos().sum().backward()  # type: ignore[no-untyped-call]
+        assert widths.seen == {torch.float32 if acts else torch.bfloat16}
+        results.append([y, q.grad, k.grad, v.grad])
+    exact = [leaf.clone().double().requires_grad_() for leaf in leaves]
+    if not pattern.dropout:
+        y = attention.attention(*exact, pattern)
+        y.cos().sum().backward()  # type: ignore[no-untyped-call]
+        results[0] = [y, *(leaf.grad for leaf in exact)]
+    for plain, through in zip(*results, strict=True):
+        assert through.dtype == torch.bfloat16
+        torch.testing.assert_close(through.double(), plain.double(), rtol=5e-2, atol=5e-2)
 
 
 def test_attention_by_either_way_is_the_same() -> None:

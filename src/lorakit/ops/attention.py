@@ -55,7 +55,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -
 
 
 def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
-    """Which way computes this pattern over q (B, H, T, D) and v (B, KV, T, E): "flash" or "products".
+    """Which way computes this pattern over q (B, H, T, D) and v (B, KV, T, E): a `Pattern.way`, and not "auto".
 
     Raises:
         ValueError: Flash is asked for and has no place for what the pattern asks.
@@ -72,8 +72,9 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
     if on_cuda:
         return "flash" if possible else "products"
     longest = max(pattern.lengths(q.shape[2]), default=0)
-    usual = longest >= FLASH_FROM
-    return "flash" if possible and choices.flash(q, v, pattern.causal, longest, usual) else "products"
+    usual = "flash" if longest >= FLASH_FROM else "products"
+    way = choices.way_of_attention(q, v, pattern.causal, longest, usual)
+    return way if possible or way != "flash" else "products"
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -88,8 +89,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
         if way == "flash":
             kernel = attention_cuda if q.device.type == "cuda" else attention_flash
             return *kernel.forward(q, k, v, pattern), None
-        out, record = attention_products.forward(q, k, v, pattern)
-        return out, None, record
+        operands = _widened((q, k, v)) if way == "products in fp32" else (q, k, v)
+        out, record = attention_products.forward(*operands, pattern)
+        return out.to(q.dtype), None, record
 
 
 def backward(
@@ -110,17 +112,39 @@ def backward(
     out, lse, record = saved
     with as_written(dout):
         if lse is None or out is None:
-            attention_products.backward(dout, operands, into, pattern, record)
+            _by_products(dout, operands, into, pattern, record)
         else:
             kernel = attention_cuda if dout.device.type == "cuda" else attention_flash
             kernel.backward(dout, operands, (out, lse), into, pattern)
     return into
 
 
-def _stored_by_token(x: Tensor) -> Tensor:
+def _by_products(
+    dout: Tensor,
+    operands: tuple[Tensor, Tensor, Tensor],
+    into: tuple[Tensor, Tensor, Tensor],
+    pattern: Pattern,
+    record: Tensor | None,
+) -> None:
+    """`backward` by products, widened where the forward's way was so."""
+    if chosen(*operands[::2], pattern) != "products in fp32":
+        attention_products.backward(dout, operands, into, pattern, record)
+        return
+    q, k, v = (_stored_by_token(t, torch.float32) for t in operands)
+    attention_products.backward(dout.float(), _widened(operands), (q, k, v), pattern, record)
+    for grad, wide in zip(into, (q, k, v), strict=True):
+        grad.copy_(wide)
+
+
+def _widened(tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (t.float() for t in tensors)
+    return q, k, v
+
+
+def _stored_by_token(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor of the shape of x (B, H, T, D), stored as (B, T, H, D)."""
     batch, heads, tokens, width = x.shape
-    return torch.empty(batch, tokens, heads, width, dtype=x.dtype, device=x.device).transpose(1, 2)
+    return torch.empty(batch, tokens, heads, width, dtype=dtype or x.dtype, device=x.device).transpose(1, 2)
 
 
 class _Attention(torch.autograd.Function):

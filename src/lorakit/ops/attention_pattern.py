@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Way = Literal["auto", "flash", "products"]
+Way = Literal["auto", "flash", "products", "products in fp32"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Pattern:
     dropout: share of the weights that become zero, each on its own; the others grow by 1/(1 − dropout).
     bias: frozen numbers added to the capped scores, (B, H, T, T) or with 1 for any of the first three; −∞ hides
     padding; who gives it sees to it that each token still sees one.
-    way: "flash" is PyTorch's kernel for CPUs, "products" batched products by blocks of query rows; "auto" chooses by
-    length.
+    way: "flash" is PyTorch's kernel for CPUs, "products" batched products by blocks of query rows, "products in fp32"
+    the same of operands that are widened before; "auto" chooses by length, or as was measured.
     """
 
     causal: bool = True

@@ -5,7 +5,9 @@ them on this machine. What is acting names only shapes for which another way is 
 there is nothing to look up. The ways agree within roundings.
 
 Some libraries multiply some shapes at half speed with all rows at once (oneDNN, bf16, on processors with matrix units)
-and at full speed some rows at a time.
+and at full speed some rows at a time. Some processors multiply bf16 more slowly than fp32 (those that know its dot
+products and have no matrix units for it): there operands are widened block by block, and the sum is rounded once, as a
+product in bf16 rounds it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,12 @@ or more than the last go all at once."""
 SLICES = (512, 256)
 """Rows at a time that may be chosen instead of all."""
 
+FEWEST_IN_FP32 = 128
+"""Rows from which a product may go through fp32: below, widening the weight costs more than is gained."""
+
+BLOCK = 2048
+"""Rows and columns of a weight that are widened at a time, so that the head's fp32 image is never there as a whole."""
+
 LENGTHS = (256, 512, 1024, 2048)
 """Tokens of attention's longest sequence that are measured; another goes as the next smaller."""
 
@@ -38,7 +46,8 @@ def acting(choices: Mapping[str, int]) -> Iterator[None]:
     """A block in which these choices act on what this thread computes; hold it open over whole steps.
 
     Args:
-        choices: Name of a shape -> rows at a time of a product; 1 or 0, attention by flash or by products.
+        choices: Name of a shape -> rows at a time of a product; 1, a product or attention through fp32; 1 or 0,
+            attention by flash or by products.
     """
     token = _ACTING.set(MappingProxyType(dict(choices)))
     try:
@@ -72,7 +81,7 @@ def from_words(told: object) -> dict[str, int]:
 
 
 def product(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """x·right, or plus + x·right, (N, out), as many rows at a time as were chosen; no gradient is recorded.
+    """x·right, or plus + x·right, (N, out), the way that was chosen; no gradient is recorded.
 
     Args:
         x: (N, in).
@@ -81,7 +90,11 @@ def product(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | 
         plus: (out,) or (N, out); it may be `out`.
     """
     chosen = _ACTING.get() if not torch.compiler.is_compiling() else None
-    size = chosen.get(product_name(len(x), right), 0) if chosen and right.device.type == "cpu" else 0
+    if not chosen or right.device.type != "cpu":
+        return _at_once(x, right, out, plus)
+    if len(x) >= FEWEST_IN_FP32 and chosen.get(fp32_name(right)):
+        return in_fp32(x, right, out, plus)
+    size = chosen.get(product_name(len(x), right), 0)
     if 0 < size < len(x):
         return in_slices(x, right, size, out, plus)
     return _at_once(x, right, out, plus)
@@ -96,6 +109,25 @@ def in_slices(x: Tensor, right: Tensor, size: int, out: Tensor | None = None, pl
         added = room if plus is out else plus if plus is None or plus.dim() == 1 else plus[part]
         _at_once(x[part], right, room, added)
     return out
+
+
+def in_fp32(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+    """`product` of x (N, in) and right (in, out) -> (N, out), of operands that are widened and a sum rounded once."""
+    if out is None:
+        out = x.new_empty(len(x), right.shape[1])
+    columns, inner = (_blocks(size) for size in right.shape[::-1])
+    widened = [x[:, k].float() for k in inner] if len(columns) > 1 else None
+    for at in columns:
+        total = None if plus is None else plus[..., at].float()
+        for number, k in enumerate(inner):
+            rows, factor = x[:, k].float() if widened is None else widened[number], right[k, at].float()
+            total = _at_once(rows, factor, total if total is not None and total.dim() == 2 else None, total)
+        out[:, at].copy_(total)  # type: ignore[arg-type]  # no weight is empty
+    return out
+
+
+def _blocks(size: int) -> list[slice]:
+    return [slice(begin, begin + BLOCK) for begin in range(0, size, BLOCK)]
 
 
 def _at_once(x: Tensor, right: Tensor, out: Tensor | None, plus: Tensor | None) -> Tensor:
@@ -116,31 +148,46 @@ def slices(rows: int, size: int) -> Iterator[slice]:
     yield from (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
 
 
-def flash(q: Tensor, v: Tensor, causal: bool, longest: int, usual: bool) -> bool:
-    """Whether attention goes by flash and not by products.
+def way_of_attention(q: Tensor, v: Tensor, causal: bool, longest: int, usual: str) -> str:
+    """The way of attention over such tensors: a `Pattern.way`, and not "auto".
 
     Args:
         q: (B, H, T, D).
         v: (B, KV, T, D).
         causal: Whether a token sees only what is before it.
         longest: Tokens of the longest sequence.
-        usual: What is so where nothing was chosen.
+        usual: The way where nothing was chosen.
     """
     chosen = _ACTING.get() if not torch.compiler.is_compiling() else None
     if not chosen:
         return usual
     name = attention_name((q.shape[1], v.shape[1], q.shape[3]), q.dtype, causal, longest)
-    return bool(chosen.get(name, usual))
+    if chosen.get(through_fp32(name)):
+        return "products in fp32"
+    return ("products", "flash")[chosen[name]] if name in chosen else usual
 
 
 def product_name(rows: int, right: Tensor) -> str:
     """The name of a product of so many rows with right (in, out); "" where there is no choice."""
     if not SLICES[0] < rows <= ROWS[-1]:
         return ""
-    inner, outer = right.shape
     counted = next(count for count in ROWS if rows <= count)
-    order = "rows" if right.stride(1) == 1 else "columns"
-    return f"product {counted}x{inner}x{outer} {str(right.dtype)[6:]} by {order}"
+    return f"product {counted}x{right.shape[0]}x{right.shape[1]} {_stored(right)}"
+
+
+def fp32_name(right: Tensor) -> str:
+    """The name of products of any number of rows with right (in, out), for whether they go through fp32."""
+    inner, outer = (min(size, BLOCK) for size in right.shape)
+    return through_fp32(f"product {inner}x{outer} {_stored(right)}")
+
+
+def through_fp32(name: str) -> str:
+    """The name of a shape for whether it goes through fp32."""
+    return f"{name} through fp32"
+
+
+def _stored(right: Tensor) -> str:
+    return f"{str(right.dtype)[6:]} by {'rows' if right.stride(1) == 1 else 'columns'}"
 
 
 def attention_name(heads: tuple[int, int, int], dtype: torch.dtype, causal: bool, longest: int) -> str:

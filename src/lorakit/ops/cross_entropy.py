@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorakit.ops.adapted import as_written, autocast
-from lorakit.ops.choices import slices
+from lorakit.ops.choices import product, slices
 from lorakit.ops.kernels.choosing import kernels_for
 from lorakit.ops.widening import wide
 
@@ -158,13 +158,10 @@ class Trained(NamedTuple):
         for part in self._parts():
             x = h[part] if self.rows is None else h.index_select(0, self.rows[part])
             z = logits[: len(x)]
-            if bias is None:
-                torch.mm(x, W.t(), out=z)
-            else:
-                torch.addmm(bias, x, W.t(), out=z)
+            product(x, W.t(), z, bias)
             softmax.turn(z, self.labels[part], losses[part])
             if dh is not None:
-                torch.mm(z, W, out=dh[part])
+                product(z, W, dh[part])
             if dW is not None:
                 dW += torch.mm(z.t(), x, out=of_chunk)
         return losses.sum(), dh, dW

@@ -21,15 +21,27 @@ from torch import Tensor, nn
 from lorakit.core.layering.operands import frozen_linear
 from lorakit.machine import Machine, this_machine
 from lorakit.ops import attention
-from lorakit.ops.attention_pattern import Pattern
-from lorakit.ops.choices import LENGTHS, ROWS, SLICES, attention_name, in_slices, product_name
+from lorakit.ops.attention_pattern import Pattern, Way
+from lorakit.ops.choices import (
+    BLOCK,
+    FEWEST_IN_FP32,
+    LENGTHS,
+    ROWS,
+    SLICES,
+    attention_name,
+    fp32_name,
+    in_fp32,
+    in_slices,
+    product_name,
+    through_fp32,
+)
 from lorakit.speed import kept_choices
 
 GAIN = 0.1
 """By how much of the usual way's time another one must be faster: below, the next measurement might say otherwise."""
 
 ROUNDS = 3
-"""Trials that another way has to win, every one: a busy machine then costs a gain, and does not make one up."""
+"""Trials that another way has to win before the best so far has won as many: a disturbance decides nothing alone."""
 
 FEWEST_FLOPS, MOST_FLOPS = 1 << 27, 1 << 33
 """Of what is measured. Less is over at once; more runs at full speed whichever way, and would take long to measure."""
@@ -40,7 +52,13 @@ AT_ONCE = 1024
 BUSY = 1.5
 """Processes running for each core, in the mean of the last minute, above which a machine is busy."""
 
-BUDGET_SECONDS = 2.0
+NARROW = (torch.bfloat16, torch.float16)
+"""Dtypes whose products may be slower than fp32's."""
+
+IN_FP32_ROWS = 512
+"""Rows of the product that tells whether those of a weight go through fp32."""
+
+BUDGET_SECONDS = 3.0
 """After so long the rest is left to a later run."""
 
 
@@ -53,12 +71,14 @@ class Question:
         usual: The way that is taken without a choice.
         others: Ways to try, each only where the one before was faster.
         prepare: Makes what runs a way, on numbers of its own.
+        unless: A shape that is asked about before; where that goes another way than 0, nothing is asked.
     """
 
     name: str
     usual: int
     others: tuple[int, ...]
     prepare: Callable[[], Callable[[int], object]]
+    unless: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,7 +119,7 @@ def choose(
     folder: Path | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Chosen:
-    """Find the faster ways for the shapes of a model: those on disk, and the others by trial, in two seconds at most.
+    """Find the faster ways for the shapes of a model: those on disk, and the others by trial, in some three seconds.
 
     Global random generators stay as they are. Nothing is found on other devices than a CPU, for weights without
     numbers, and while a compiler traces; on a busy machine nothing is measured.
@@ -123,12 +143,14 @@ def choose(
         for question in unknown:
             if clock() - began > BUDGET_SECONDS:
                 break
-            fresh[question.name] = answer(question, clock)
+            if not {**answers, **fresh}.get(question.unless):
+                fresh[question.name] = answer(question, clock)
     seconds = clock() - began
     unkept = kept_choices.keep(fresh, folder) if fresh else ""
     answers |= fresh
     acting = {q.name: answers[q.name] for q in asked if answers.get(q.name, q.usual) in q.others}
-    return Chosen(acting, len(fresh), seconds, unkept, len(unknown) - len(fresh))
+    left = [q for q in unknown if q.name not in answers and not answers.get(q.unless)]
+    return Chosen(acting, len(fresh), seconds, unkept, len(left))
 
 
 def is_busy(machine: Machine) -> bool:
@@ -137,7 +159,7 @@ def is_busy(machine: Machine) -> bool:
 
 
 def answer(question: Question, clock: Callable[[], float]) -> int:
-    """The way that is faster than the usual one by `GAIN` in each of `ROUNDS` trials, or the usual one."""
+    """The way that is faster than the usual one by `GAIN`, first in `ROUNDS` trials, or the usual one."""
     with torch.no_grad():
         run, best = question.prepare(), question.usual
         for other in question.others:
@@ -150,27 +172,35 @@ def answer(question: Question, clock: Callable[[], float]) -> int:
 def _wins(run: Callable[[int], object], other: int, best: int, clock: Callable[[], float]) -> bool:
     for way in (best, other):  # what a library makes at its first call does not count
         run(way)
-    for _ in range(ROUNDS):
+    won = lost = 0
+    while won < ROUNDS and lost < ROUNDS:
         taken = {}
         for way in (best, other):
             began = clock()
             run(way)
             taken[way] = clock() - began
-        if taken[other] >= (1 - GAIN) * taken[best]:  # a clock too coarse to tell says 0 for both
-            return False
-    return True
+        gains = taken[other] < (1 - GAIN) * taken[best]  # a clock too coarse to tell says 0 for both
+        won, lost = won + gains, lost + (not gains)
+    return won == ROUNDS
 
 
 def products(model: nn.Module, tokens: int) -> Iterator[Question]:
-    """The products of batches of up to so many tokens with the frozen weights of a model, forward and backward."""
+    """The products of batches of up to so many tokens with the frozen weights of a model, forward and backward.
+
+    Those that tell whether a weight goes through fp32 come first, of part of a large one.
+    """
     counts = [rows for fewer, rows in itertools.pairwise((SLICES[0], *ROWS)) if fewer < tokens]
-    seen = set()
-    for W, rows in itertools.product(_weights(model), counts):
-        for right in (W, W.t()):
-            name = product_name(rows, right)
-            if name not in seen and FEWEST_FLOPS <= 2 * rows * right.numel() <= MOST_FLOPS:
-                seen.add(name)
-                yield Question(name, 0, SLICES, partial(_product, rows, right))
+    sides = [right for W in _weights(model) for right in (W, W.t())]
+    found: dict[str, Question] = {}
+    for right in sides:
+        if right.dtype in NARROW and tokens >= FEWEST_IN_FP32:
+            part = right[:BLOCK, :BLOCK]
+            found[fp32_name(right)] = Question(fp32_name(right), 0, (1,), partial(_through_fp32, part))
+    for right, rows in itertools.product(sides, counts):
+        name = product_name(rows, right)
+        if FEWEST_FLOPS <= 2 * rows * right.numel() <= MOST_FLOPS:
+            found[name] = Question(name, 0, SLICES, partial(_product, rows, right), fp32_name(right))
+    yield from found.values()
 
 
 def attentions(model: nn.Module, longest: int) -> Iterator[Question]:
@@ -187,7 +217,12 @@ def attentions(model: nn.Module, longest: int) -> Iterator[Question]:
         usual = int(length >= attention.FLASH_FROM)
         if length <= longest and FEWEST_FLOPS <= 2 * math.prod(sizes) * length <= MOST_FLOPS:
             name = attention_name((heads, shared, width), dtype, True, length)
-            yield Question(name, usual, (1 - usual,), partial(_attention, sizes, shared, dtype))
+            ways: tuple[Way, Way] = ("products", "flash")
+            if dtype in NARROW:
+                of_fp32 = partial(_attention, sizes, shared, dtype, (ways[usual], "products in fp32"))
+                yield Question(through_fp32(name), 0, (1,), of_fp32)
+            of_flash = partial(_attention, sizes, shared, dtype, ways)
+            yield Question(name, usual, (1 - usual,), of_flash, through_fp32(name))
 
 
 def _weights(model: nn.Module) -> Iterator[Tensor]:
@@ -204,14 +239,22 @@ def _product(rows: int, right: Tensor) -> Callable[[int], object]:
     return lambda size: in_slices(x, right, size or rows, out)
 
 
-def _attention(sizes: tuple[int, int, int, int], shared: int, dtype: torch.dtype) -> Callable[[int], object]:
-    """Forward and backward over q of these sizes (B, H, T, D), and k and v with `shared` heads."""
+def _through_fp32(right: Tensor) -> Callable[[int], object]:
+    x = torch.ones(IN_FP32_ROWS, right.shape[0], dtype=right.dtype, device="cpu")
+    out = torch.empty(IN_FP32_ROWS, right.shape[1], dtype=right.dtype, device="cpu")
+    return lambda way: in_fp32(x, right, out) if way else torch.mm(x, right, out=out)
+
+
+def _attention(
+    sizes: tuple[int, int, int, int], shared: int, dtype: torch.dtype, ways: tuple[Way, Way]
+) -> Callable[[int], object]:
+    """Forward and backward over q of these sizes (B, H, T, D), and k and v with `shared` heads, either way."""
     batch, heads, length, width = sizes
     q = torch.ones(batch, length, heads, width, dtype=dtype, device="cpu").transpose(1, 2)
     k, v = (torch.ones(batch, length, shared, width, dtype=dtype, device="cpu").transpose(1, 2) for _ in range(2))
 
-    def run(flash: int) -> None:
-        pattern = Pattern(way="flash" if flash else "products")
+    def run(way: int) -> None:
+        pattern = Pattern(way=ways[way])
         out, sums, dropped = attention.forward(q, k, v, pattern)
         attention.backward(out, (q, k, v), (out, sums, dropped), pattern)
 
