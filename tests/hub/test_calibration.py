@@ -39,3 +39,20 @@ def test_the_line_that_is_printed() -> None:
     assert FAST.line() == (
         "Measured on cpu with 2 threads in 1.9 s: products of 300 GFLOP/s in bf16, 100 in fp32; copies of 20.0 GB/s."
     )
+
+
+@pytest.mark.parametrize(
+    ("bf16", "device", "tuned", "wanted"),
+    [
+        (3e11, "cpu", True, 3e11),
+        (0.5e11, "cpu", True, 0.85e11),
+        (0.5e11, "cpu", False, 0.5e11),
+        (5e10, "cuda", True, 5e10),
+    ],
+)
+def test_bf16_that_is_slow_goes_through_fp32_on_a_processor(
+    bf16: float, device: str, tuned: bool, wanted: float
+) -> None:
+    measured = Calibration(bf16, 1e11, 2e10, 1.9, device, 2)
+    assert measured.flops_per_second("bfloat16", tuned=tuned) == pytest.approx(wanted)
+    assert measured.flops_per_second("float32", tuned=tuned) == 1e11

@@ -209,7 +209,7 @@ def _machine(job: JobFlags, dtype: str, steps: int | None) -> _Machine:
         choice = hub.choose_dtype("auto", measured)
         dtype = choice.dtype
         said.append(choice.reason)
-    rate = measured.fp32_flops_per_second if dtype in ("float32", "fp32") else measured.bf16_flops_per_second
+    rate = measured.flops_per_second(dtype, tuned=job.accelerate)
     told = f"measured, {rate / 1e9:,.0f} GFLOP/s"
     return _Machine(dtype, Speed(flops_per_second=rate, source=told, threads=measured.threads), tuple(said))
 

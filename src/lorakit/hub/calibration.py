@@ -25,6 +25,9 @@ COPIED_BYTES = 1 << 26
 NEEDED_FACTOR = 1.2
 """How many times faster than fp32 products bf16 ones must be to be chosen: below, its rounding buys nothing."""
 
+THROUGH_FP32 = 0.85
+"""Share of fp32's rate that a product of widened bf16 operands reaches (`benchmarks/bench_products.py`)."""
+
 CHOICES = ("auto", "bfloat16", "float32")
 """What may be asked for in training."""
 
@@ -60,6 +63,19 @@ class Calibration:
     def dtype(self) -> str:
         """What "auto" stands for here: bf16 where its products are `NEEDED_FACTOR` times as fast, else fp32."""
         return "bfloat16" if self.factor >= NEEDED_FACTOR else "float32"
+
+    def flops_per_second(self, dtype: str, *, tuned: bool) -> float:
+        """Of the products of a run.
+
+        Args:
+            dtype: "float32", or another for bf16's.
+            tuned: Ways are chosen by shape (`lorakit.speed.choose`): on a processor bf16 goes through fp32 where that
+                is faster.
+        """
+        if dtype in ("float32", "fp32"):
+            return self.fp32_flops_per_second
+        widened = THROUGH_FP32 * self.fp32_flops_per_second if tuned and self.device == "cpu" else 0.0
+        return max(self.bf16_flops_per_second, widened)
 
     def line(self) -> str:
         """The result as one sentence to print."""

@@ -58,9 +58,10 @@ def planned_run(request: Request, pace: Pace, lengths: Sequence[int]) -> Planned
     lines.append(f"Base in {choice.reason}" if recorded is None else f"Base in {recorded}, as when the run began.")
     speed = None
     if calibration is not None:
-        rates = {"bfloat16": calibration.bf16_flops_per_second, "float32": calibration.fp32_flops_per_second}
+        settings = request.settings
+        rate = calibration.flops_per_second(choice.dtype, tuned=settings.accelerate and settings.tuning)
         threads = calibration.threads if request.device.type == "cpu" else None
-        speed = plan.Speed(flops_per_second=rates[choice.dtype], source="measured", threads=threads)
+        speed = plan.Speed(flops_per_second=rate, source="measured", threads=threads)
     made = _estimate(request, pace, lengths, choice.dtype, speed)
     if request.settings.memory_budget is not None:
         fitting = plan.within(made, plan.bytes_of(request.settings.memory_budget))
