@@ -6,7 +6,7 @@ of the resident size minus what is resident once every weight was touched; plann
 case runs twice: with the C library's allocator as the command line sets it, which keeps what is freed, and with
 MALLOC_MMAP_THRESHOLD_ pinned, so that a freed tensor goes back to the system at once.
 
-python benchmarks/bench_plan_memory.py [--steps 6] [--markdown docs/memory.md]
+python benchmarks/bench_plan_memory.py [--steps 6] [--allocators kept pinned] [--markdown docs/memory.md]
 """
 
 from __future__ import annotations
@@ -156,6 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--allocators", nargs="+", choices=tuple(ALLOCATORS), default=list(ALLOCATORS))
     parser.add_argument("--markdown", type=Path, help="also write the table into this file, between its markers")
     arguments = parser.parse_args()
     if arguments.child:
@@ -163,8 +164,8 @@ def main() -> None:
         return
     rows, missed = [], []
     for case in CASES:
-        for allocator, environment in ALLOCATORS.items():
-            growth = measure(case, arguments.steps, environment)
+        for allocator in arguments.allocators:
+            growth = measure(case, arguments.steps, ALLOCATORS[allocator])
             wanted = planned(case).above_weights_bytes
             difference = growth[-1] / wanted - 1
             facts = {**case, "tokens": f"{ROWS}x{LENGTH}", "r": RANK, "allocator": allocator, "planned_bytes": wanted}

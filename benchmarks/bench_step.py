@@ -99,6 +99,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", choices=[*FROZEN_SIDES, OURS, *PEFT_SIDES], help="these alone")
     parser.add_argument("--allocators", nargs="+", choices=ALLOCATORS, default=list(ALLOCATORS))
     parser.add_argument("--ablate", action="store_true", help="lorakit alone, with each lever off in turn")
+    parser.add_argument(
+        "--levers", nargs="+", choices=list(LEVERS), default=list(LEVERS), help="of --ablate, these alone"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -110,7 +113,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
         from lorakit.speed.last_layer import SHARE
 
         idle = {"dropout by gaps": dropout == 0, "last layer of trained rows": options.trained >= SHARE}
-        levers = [lever for lever in LEVERS if not idle.get(lever)]
+        levers = [lever for lever in options.levers if not idle.get(lever)]
         return [Case(OURS, dropout, "tuned", off) for off in ("", *levers)] + [Case(OURS, dropout, "stock")]
     sides = options.sides or [*FROZEN_SIDES, OURS, *PEFT_SIDES]
     return [

@@ -4,7 +4,8 @@ python benchmarks/picture_of_step.py [--dropout 0.05] [--steps 2] [--picture doc
 
 The step of bench_step.py, each side in a fresh process with the allocator told to keep blocks. The seconds of an
 operation are its own, without those that it calls, on the thread that calls it; operations are sorted into parts by
-their names and the shapes that they got. What no operation accounts for (Python, autograd) is "between operations". A
+their names and the shapes that they got; lorakit's compiled kernels are recorded as operations. What no operation
+accounts for (Python, autograd) is "between operations". A
 profiled step is slower than one that is not, in what is between operations most of all: the bars show shares, and
 bench_step.py the seconds. A row per side goes into results/picture.jsonl; the picture needs matplotlib.
 """
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,8 +45,8 @@ PARTS = {
 """Part -> its colour."""
 
 OF_PRODUCTS = ("mm", "addmm", "addmm_", "linear", "matmul")
-OF_ATTENTION = ("bmm", "baddbmm", "baddbmm_", "scaled_dot_product", "flash_attention")
-OF_DROPOUT = ("dropout", "bernoulli", "rand", "index_fill", "cumsum", "searchsorted", "log1p", "native_dropout")
+OF_ATTENTION = ("turn", "bmm", "baddbmm", "baddbmm_", "scaled_dot_product", "flash_attention")
+OF_DROPOUT = ("drop", "bernoulli", "rand", "index_fill", "cumsum", "searchsorted", "log1p", "native_dropout")
 OF_COPIES = ("copy_", "_to_copy", "clone", "contiguous", "cat", "zero_", "fill_", "zeros", "empty")
 OF_LOSS = ("softmax", "log_softmax", "nll_loss", "logsumexp", "gather", "scatter", "log", "cross_entropy")
 OF_OPTIMIZER = ("_fused_adamw", "_foreach", "linalg_vector_norm", "optimizer")
@@ -96,6 +98,7 @@ def profiled(side: str, job: Job, steps: int) -> dict[str, float]:
 
     model, step = prepare(side, job)
     step(0)
+    record_kernels()
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profile:
         began = time.perf_counter()
         for number in range(1, steps + 1):
@@ -109,6 +112,25 @@ def profiled(side: str, job: Job, steps: int) -> dict[str, float]:
             seconds[part] += event.self_cpu_time_total / 1e6
     seconds[BETWEEN] += max(0.0, wall - sum(seconds.values()))
     return {part: seconds[part] / steps for part in PARTS}
+
+
+def record_kernels() -> None:
+    """Let the profiler see lorakit's compiled kernels, which are no operations of PyTorch."""
+    from lorakit.ops.kernels import compiled
+
+    kernels = compiled.kernels()
+    for functions in kernels._functions.values() if kernels is not None else ():
+        functions.update({name: recorded(f"kernel::{name}", function) for name, function in functions.items()})
+
+
+def recorded(name: str, function: Callable[..., object]) -> Callable[..., object]:
+    import torch
+
+    def call(*args: object) -> object:
+        with torch.profiler.record_function(name):
+            return function(*args)
+
+    return call
 
 
 def weight_shapes(model: Any) -> set[tuple[int, ...]]:

@@ -1,0 +1,71 @@
+"""All benchmarks but those of a GPU, one after the other, in less than an hour on two quiet cores: `make bench`.
+
+python benchmarks/run_all.py [--only step job] [--list]
+
+Each command is one of those that benchmarks/README.md names, with settings that leave time for the others; alone they
+take more rounds. The minutes of each are printed at the end. One that fails does not keep the others from running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+COMMANDS: dict[str, str] = {
+    "startup": "bench_startup.py",
+    "attach": "bench_attach.py",
+    "face": "bench_face.py",
+    "products": "bench_products.py --repeats 5",
+    "optimizer": "bench_optimizer.py",
+    "step": "bench_step.py --rounds 2 --steps 2 --sides 'products alone' 'lorakit, frozen' lorakit peft",
+    "step of peft's other settings": "bench_step.py --dropout 0.05 --allocators tuned --rounds 1 "
+    "--sides 'transformers, frozen' peft \"peft, adapters in the base's dtype\" 'peft, bf16 autocast'",
+    "step of gpt2": "bench_step.py --model gpt2 --dropout 0.05 --rounds 1 --sides 'lorakit, frozen' lorakit peft",
+    "step of q and v": "bench_step.py --model 'smollm2, q and v' --dtype float32 --dropout 0 --allocators tuned "
+    "--rounds 2 --steps 2 --sides 'transformers, frozen' lorakit peft",
+    "ablation": "bench_step.py --ablate --rounds 1",
+    "ablation of untrained rows": "bench_step.py --ablate --trained 0.3 --rounds 1 "
+    "--levers 'last layer of trained rows' 'loss without logits'",
+    "picture": "picture_of_step.py --picture docs/performance.svg",
+    "train": "bench_train.py",
+    "job": "bench_job.py --steps 30",
+    "decode": "bench_decode.py --rounds 3",
+    "longest": "bench_longest.py --gib 1.5",
+    "lengths": "bench_lengths.py",
+    "plan_memory": "bench_plan_memory.py --steps 3 --allocators pinned",
+    "growth": "bench_growth.py",
+}
+"""Name -> command, without the interpreter."""
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
+    parser.add_argument("--list", action="store_true", help="print the commands and run none")
+    options = parser.parse_args()
+    minutes, failed = dict[str, float](), list[str]()
+    for name in options.only:
+        script, *words = shlex.split(COMMANDS[name])
+        print(f"{name}: python benchmarks/{COMMANDS[name]}", flush=True)
+        if options.list:
+            continue
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, str(HERE / script), *words], cwd=HERE.parent, check=False)
+        minutes[name] = (time.monotonic() - began) / 60
+        failed += [name] if done.returncode else []
+    for name, taken in minutes.items():
+        print(f"{name:28} {taken:5.1f} minutes{' (failed)' if name in failed else ''}")
+    if minutes:
+        print(f"{'in all':28} {sum(minutes.values()):5.1f} minutes")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
