@@ -233,7 +233,8 @@ def _trainee(model: Any, request: Request, planned: Planned) -> Trainee:
     else:
         optimizer = lorafa(named, pairs, settings.learning_rate, settings.weight_decay, rates)
     autocast = torch.bfloat16 if device.type != "cpu" and planned.dtype == "bfloat16" else None
-    return Trainee(model, named, optimizer, device, settings.max_grad_norm, autocast)
+    trainee = Trainee(model, named, optimizer, device, settings.max_grad_norm, autocast)
+    return dataclasses.replace(trainee, recompute=planned.recompute, budgeted=settings.memory_budget is not None)
 
 
 def _recompute_activations(model: Any) -> None:

@@ -18,6 +18,7 @@ from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.speed import Acceleration
 from lorakit.train.loss import loss_sum
 from lorakit.train.optim import clipped_step, gradient_norm, set_rate
+from lorakit.train.relief import relief
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Trainee:
         max_grad_norm: The largest gradient norm; 0 clips nothing.
         autocast: The dtype in which an accelerator computes products of float32 tensors, or None for as they are.
         fast: What `lorakit.speed.accelerate` made of the model, or None.
+        recompute: What the backward computes again, a word of `lorakit.plan.job.RECOMPUTED`.
+        budgeted: Whether that was chosen for a memory budget.
     """
 
     model: nn.Module
@@ -41,6 +44,8 @@ class Trainee:
     max_grad_norm: float
     autocast: torch.dtype | None = None
     fast: Acceleration | None = None
+    recompute: str = "none"
+    budgeted: bool = False
 
     def computing(self) -> contextlib.AbstractContextManager[object]:
         """The context in which the model is called."""
@@ -91,7 +96,7 @@ def train_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float)
     trainee.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=trainee.device)
     for batch in batches:
-        with _memory(batch):
+        with _memory(trainee, batch):
             with trainee.computing():
                 loss = loss_sum(trainee.model, batch, trainee.device, trainee.fast)
             if not loss.requires_grad:
@@ -133,18 +138,16 @@ def _refuse_replaced(trainee: Trainee) -> None:
 
 
 @contextlib.contextmanager
-def _memory(batch: Batch) -> Iterator[None]:
+def _memory(trainee: Trainee, batch: Batch) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as cause:
         if not _is_out_of_memory(cause):
             raise
         rows, length = batch.input_ids.shape
-        raise RunError(
-            f"memory ran out in a batch of {rows} rows of {length} tokens. Halve --per-device-train-batch-size and "
-            "double --gradient-accumulation-steps (the result is the same), or give --gradient-checkpointing or a "
-            "smaller --max-length."
-        ) from cause
+        accelerated = trainee.fast is not None
+        helps = relief(rows, trainee.recompute, accelerated=accelerated, budgeted=trainee.budgeted)
+        raise RunError(f"memory ran out in a batch of {rows} rows of {length} tokens. {helps}") from cause
 
 
 def _is_out_of_memory(cause: BaseException) -> bool:
