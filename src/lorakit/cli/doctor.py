@@ -43,6 +43,8 @@ OPTIONAL = {  # package -> what it is for, and the command that brings it
 }
 TUNABLES = "GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
 PRODUCTS = " ".join(f"{name}={entries}" for name, entries in CACHES.items())
+LONGEST_REASON = 200
+"""Characters of why there are no kernels: a compiler may say pages."""
 LITTLE_DISK_BYTES = 2 * 10**9
 LITTLE_MEMORY_BYTES = 2 * 10**9
 
@@ -75,6 +77,7 @@ class Findings:
         cache_free_bytes: Room on its disk.
         speed: Measured products of matrices, or None where not measured.
         kernels: What computes between the products of an accelerated model on a CPU.
+        cuda_kernels: The same on CUDA, by device; one device of each kind.
     """
 
     machine: Machine
@@ -85,6 +88,7 @@ class Findings:
     cache_free_bytes: int
     speed: Mapping[str, Any] | None
     kernels: str
+    cuda_kernels: Mapping[str, str]
 
 
 def run(
@@ -134,6 +138,7 @@ def examine(*, quick: bool) -> Findings:
         cache_free_bytes=shutil.disk_usage(_existing(cache)).free,
         speed=_speed() if can_measure else None,
         kernels=_kernels() if torch is not None else "none without torch",
+        cuda_kernels=_cuda_kernels() if torch is not None else {},
     )
 
 
@@ -162,6 +167,8 @@ def _about_packages(found: Findings) -> list[str]:
 def _about_device(found: Findings) -> list[str]:
     if found.torch is None:
         return []
+    if any("triton is not installed" in kernels for kernels in found.cuda_kernels.values()):
+        return ["Triton computes what lies between products on a GPU in one pass each: pip install 'lorakit[triton]'"]
     has_gpu = Path("/proc/driver/nvidia/version").exists()
     if has_gpu and found.torch.cuda is None:
         return ["there is an NVIDIA GPU here, but this torch is built without CUDA: see pytorch.org/get-started"]
@@ -224,6 +231,7 @@ def _text(found: Findings, hints: list[str]) -> str:
         f"memory     {memory} free",
         f"allocator  {machine.allocator}",
         f"kernels    {found.kernels}",
+        *(f"           {device}: {kernels}" for device, kernels in found.cuda_kernels.items()),
         f"speed      {_speed_text(found.speed)}",
         f"hub        {'offline' if found.offline else 'online when a hub id is given'}; models in {found.cache}, "
         f"{console.bytes_text(found.cache_free_bytes)} free there",
@@ -245,6 +253,22 @@ def _kernels() -> str:
     from lorakit.ops.kernels import compiled
 
     return compiled.account()
+
+
+def _cuda_kernels() -> Mapping[str, str]:
+    import torch
+
+    from lorakit.ops.kernels import triton
+
+    said, kinds = {}, set()
+    for index in range(torch.cuda.device_count()):
+        kind = torch.cuda.get_device_properties(index).name
+        if kind not in kinds:
+            why = triton.account(torch.device("cuda", index))
+            reason = textwrap.shorten(why, LONGEST_REASON, placeholder=" …")
+            said[f"cuda:{index}"] = f"PyTorch's operations ({reason})" if why else "kernels compiled by Triton"
+        kinds.add(kind)
+    return said
 
 
 def _speed() -> Mapping[str, Any]:
