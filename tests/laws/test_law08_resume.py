@@ -211,6 +211,7 @@ def test_killed_again_and_again(tmp_path: Path, tiny_model_directory: Path) -> N
     [
         {"dtype": "bfloat16"},
         {"gradient_checkpointing": True},
+        {"recompute": "feed-forward"},
         {"use_dora": True, "target_modules": ["q_proj", "down_proj"]},
         {"early_stopping_patience": 3, "learning_rate": 0.3, "eval_steps": 1},
         {"eval_fraction": 0.0, "lr_scheduler_type": "linear", "weight_decay": 0.1, "use_rslora": True},
