@@ -24,7 +24,7 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "setup.json"
 LOG = VENV / "setup.log"
 OLDEST = (3, 10)
-NEEDED_BYTES = 3 * 10**9
+NEEDED_BYTES = 4 * 10**9
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 HINTS = (  # what pip's last words hold -> what to say
     (("No space left on device", "Errno 28"), "the disk is full: free some space ({gigabytes:.0f} GB are needed)"),

@@ -57,7 +57,7 @@ def test_a_full_disk_is_said_before_anything_is_made(
 ) -> None:
     monkeypatch.setattr(bootstrap.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10**9))
     assert bootstrap.main() == 1
-    assert "setup: error: 1.0 GB are free here and 3 GB are needed" in capsys.readouterr().err
+    assert "setup: error: 1.0 GB are free here and 4 GB are needed" in capsys.readouterr().err
 
 
 def test_a_python_without_venv_is_said(
