@@ -17,84 +17,19 @@ from lorakit.errors import ModelError
 from lorakit.speed import Acceleration, accelerate, end_to_end
 
 from ..laws.snapshots import bits, snapshot
-
-SMALL: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-def llama() -> Any:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, **HEADS))
-
-
-def mistral() -> Any:
-    return transformers.MistralForCausalLM(transformers.MistralConfig(**SMALL, **HEADS, sliding_window=4))
-
-
-def qwen2() -> Any:
-    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SMALL, **HEADS))
-
-
-def qwen3() -> Any:
-    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SMALL, **HEADS, head_dim=16))
-
-
-def gemma2() -> Any:
-    config = transformers.Gemma2Config(**SMALL, **HEADS, head_dim=8, query_pre_attn_scalar=8, sliding_window=4)
-    config._attn_implementation = "eager"
-    return transformers.Gemma2ForCausalLM(config)
-
-
-def gpt2() -> Any:
-    config = transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0)
-    config.attn_pdrop = 0.0
-    return transformers.GPT2LMHeadModel(config)
+from ..small_models import bert, gemma2, gpt2, llama, mistral, mixtral, neox, olmo2, opt, phi3, qwen2, qwen3, t5
 
 
 def gpt2_dropping() -> Any:
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4))
-
-
-def phi3() -> Any:
-    return transformers.Phi3ForCausalLM(transformers.Phi3Config(**SMALL, **HEADS, pad_token_id=0))
+    return gpt2(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
 
 
 def phi3_dropping() -> Any:
-    words: dict[str, Any] = {"pad_token_id": 0, "resid_pdrop": 0.2, "embd_pdrop": 0.2, "attention_dropout": 0.2}
-    return transformers.Phi3ForCausalLM(transformers.Phi3Config(**SMALL, **HEADS, **words))
-
-
-def olmo2() -> Any:
-    return transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SMALL, **HEADS))
-
-
-def mixtral() -> Any:
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, **HEADS, num_local_experts=2))
-
-
-def opt() -> Any:
-    sizes = {"vocab_size": 61, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "word_embed_proj_dim": 32}
-    return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, num_attention_heads=4, dropout=0.0))
+    return phi3(resid_pdrop=0.2, embd_pdrop=0.2, attention_dropout=0.2)
 
 
 def opt_dropping() -> Any:
-    sizes = {"vocab_size": 61, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "word_embed_proj_dim": 32}
-    return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, num_attention_heads=4, attention_dropout=0.3))
-
-
-def neox() -> Any:
-    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SMALL, num_attention_heads=4))
-
-
-def bert() -> Any:
-    config = transformers.BertConfig(**SMALL, num_attention_heads=4, hidden_dropout_prob=0)
-    config.attention_probs_dropout_prob = 0.0
-    return transformers.BertForMaskedLM(config)
-
-
-def t5() -> Any:
-    sizes = {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    config = transformers.T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)
-    return transformers.T5ForConditionalGeneration(config)
+    return opt(dropout=0.1, attention_dropout=0.3)
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -445,9 +380,7 @@ def test_the_report_says_what_got_what() -> None:
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_the_heads_soft_cap_is_honoured(cap: float | None) -> None:
     torch.manual_seed(0)
-    config = transformers.Gemma2Config(**SMALL, **HEADS, head_dim=8, final_logit_softcapping=cap)
-    config._attn_implementation = "eager"
-    model = transformers.Gemma2ForCausalLM(config)
+    model = gemma2(final_logit_softcapping=cap)
     with torch.no_grad():
         model.lm_head.weight.mul_(40)  # logits that the cap bounds
     core.attach(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False), seed=1)

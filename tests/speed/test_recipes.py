@@ -15,24 +15,18 @@ from lorakit.ops.attention_pattern import Pattern
 from lorakit.speed import Acceleration, accelerate
 from lorakit.speed.masks import under
 
+from .. import small_models
 from ..doubles import InDouble
 from ..laws.snapshots import snapshot
-
-SMALL: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-HEADS: dict[str, Any] = {"num_attention_heads": 4}
-NONE: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-
-def bert(**words: Any) -> Any:
-    return transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, **HEADS, **(NONE | words)))
+from ..small_models import ENCODER, bert, gpt2, llama, neox, opt, t5
 
 
 def roberta() -> Any:
-    return transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SMALL, **HEADS, **NONE, pad_token_id=0))
+    return transformers.RobertaForMaskedLM(transformers.RobertaConfig(**ENCODER, pad_token_id=0))
 
 
 def electra() -> Any:
-    return transformers.ElectraForMaskedLM(transformers.ElectraConfig(**SMALL, **HEADS, **NONE, embedding_size=32))
+    return transformers.ElectraForMaskedLM(transformers.ElectraConfig(**ENCODER, embedding_size=32))
 
 
 def distilbert(**words: Any) -> Any:
@@ -41,24 +35,12 @@ def distilbert(**words: Any) -> Any:
     return transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(**sizes, **(none | words)))
 
 
-def llama() -> Any:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, **HEADS, num_key_value_heads=2))
-
-
 def mistral() -> Any:
-    config = transformers.MistralConfig(**SMALL, **HEADS, num_key_value_heads=2, sliding_window=6)
-    return transformers.MistralForCausalLM(config)
+    return small_models.mistral(sliding_window=6)
 
 
-def gpt2() -> Any:
-    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, **none)  # type: ignore[arg-type]
-    )
-
-
-def neox(**words: Any) -> Any:
-    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SMALL, **HEADS, **words))
+def phi3() -> Any:
+    return small_models.phi3(num_key_value_heads=4)
 
 
 def neox_in_turn() -> Any:
@@ -67,21 +49,6 @@ def neox_in_turn() -> Any:
 
 def neox_turned_whole() -> Any:
     return neox(rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0})
-
-
-def phi3() -> Any:
-    return transformers.Phi3ForCausalLM(transformers.Phi3Config(**SMALL, **HEADS, pad_token_id=0))
-
-
-def opt(**words: Any) -> Any:
-    sizes = {"vocab_size": 61, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "word_embed_proj_dim": 32}
-    return transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, **HEADS, **({"dropout": 0.0} | words)))
-
-
-def t5(**words: Any) -> Any:
-    sizes = {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    none = {"dropout_rate": 0.0, "decoder_start_token_id": 0}
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **(none | words)))
 
 
 def flan_t5() -> Any:

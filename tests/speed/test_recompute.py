@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,7 +14,8 @@ from lorakit.speed import accelerate
 from lorakit.speed.swapping import AGAIN
 
 from ..laws.snapshots import bits
-from .test_accelerating import HEADS, SMALL, adapted, given, step
+from ..small_models import llama
+from .test_accelerating import adapted, given, step
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -63,8 +63,7 @@ def test_it_goes_with_checkpointing() -> None:
 def of_layers(count: int, adapted_ones: list[int]) -> Any:
     """A Llama of so many layers with an adapter on some, accelerated."""
     torch.manual_seed(0)
-    words = {**SMALL, **HEADS, "num_hidden_layers": count, "use_cache": False}
-    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**words))
+    model = llama(num_hidden_layers=count, use_cache=False)
     words = {"layers_to_transform": adapted_ones, "init_lora_weights": False, "lora_dropout": 0.1}
     core.attach(model, LoraConfig(r=4, target_modules=LINEAR, **words), seed=1)
     accelerate(model.train(), logits=False)

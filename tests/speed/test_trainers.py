@@ -8,13 +8,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from transformers import Trainer, TrainingArguments
 
 from lorakit import LoraConfig, LoraTrainerMixin, core
 from lorakit.speed import accelerate
 
-from .test_accelerating import HEADS, SMALL
+from ..small_models import llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks for it
 
@@ -25,7 +24,7 @@ class LoraTrainer(LoraTrainerMixin, Trainer):
 
 def tiny(beside_peft: bool) -> Any:
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, **HEADS))
+    model = llama()
     if beside_peft:
         config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
         return peft.get_peft_model(model, config)
@@ -64,8 +63,7 @@ def test_sft_trainer_reads_logits(tiny_tokenizer: Any, tmp_path: Path) -> None:
     found = []
     for fast in (False, True):
         torch.manual_seed(0)
-        config = transformers.LlamaConfig(**{**SMALL, "vocab_size": 512}, **HEADS)
-        model: Any = transformers.LlamaForCausalLM(config)
+        model = llama(vocab_size=512)
         words = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, words)
         if fast:

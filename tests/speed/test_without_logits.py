@@ -16,7 +16,8 @@ from lorakit import LoraConfig, core
 from lorakit.speed import accelerate
 
 from ..laws.snapshots import bits
-from .test_accelerating import HEADS, MODELS, SMALL, adapted, close, given, step
+from ..small_models import gemma2
+from .test_accelerating import MODELS, adapted, close, given, step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks for it
 CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "opt", "neox")
@@ -135,9 +136,7 @@ def test_it_holds_for_our_face() -> None:
 
 def test_a_soft_cap_is_honoured() -> None:
     torch.manual_seed(0)
-    config = transformers.Gemma2Config(**SMALL, **HEADS, head_dim=8, final_logit_softcapping=3.0)
-    config._attn_implementation = "eager"
-    model = transformers.Gemma2ForCausalLM(config)
+    model = gemma2(final_logit_softcapping=3.0)
     with torch.no_grad():
         model.lm_head.weight.mul_(40)
     core.attach(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False), seed=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,8 @@ from lorakit.train.settings import TrainSettings
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tiny_model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    for number in range(5):
-        text = f"The quick fox number {number} jumps over {number + 3} lazy dogs. " * 3
-        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
-    return {
-        "model": tiny_model_directory,
-        "data": [tmp_path / f"{number}.txt" for number in range(5)],
-        "output_dir": tmp_path / "run",
-        "max_length": 24,
-        "dtype": "float32",
-        "device": "cpu",
-        "max_steps": 4,
-        "eval_fraction": 0.2,
-        "eval_steps": 2,
-        "save_steps": 3,
-        "r": 2,
-    }
+def settings(short_run: dict[str, Any]) -> dict[str, Any]:
+    return {**short_run, "max_steps": 4, "eval_fraction": 0.2, "eval_steps": 2, "save_steps": 3}
 
 
 def _run(settings: dict[str, Any], **more: Any) -> RunResult:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,8 @@ from lorakit.train.progress import PlainProgress
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tiny_model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    (tmp_path / "text.txt").write_text("The quick fox jumps over lazy dogs. " * 30, encoding="utf-8")
-    return {
-        "model": tiny_model_directory,
-        "data": [tmp_path / "text.txt"],
-        "eval_fraction": 0.0,
-        "max_length": 24,
-        "dtype": "float32",
-        "device": "cpu",
-        "max_steps": 3,
-        "r": 2,
-        "lora_dropout": 0.1,
-        "tuning": False,
-    }
+def settings(short_run: dict[str, Any]) -> dict[str, Any]:
+    return {**short_run, "eval_fraction": 0.0, "max_steps": 3, "lora_dropout": 0.1, "tuning": False}
 
 
 def losses(settings: dict[str, Any], folder: Path, **more: Any) -> tuple[list[float], dict[str, Any]]:

@@ -25,7 +25,9 @@ from lorakit.train.loss import loss_sum
 from lorakit.train.optim import adamw
 from lorakit.train.step import Trainee, train_step
 
+from .. import small_models
 from ..doubles import InDouble
+from ..small_models import VOCABULARY, bert, gemma2, llama, qwen3, t5
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # optional packages of peft's that are installed complain when they are imported
@@ -33,51 +35,19 @@ with warnings.catch_warnings():
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it
 
-STEPS, RATE, ROWS, LENGTH, VOCABULARY = 50, 3e-3, 2, 12, 61
-SMALL: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
-ENCODERS: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+STEPS, RATE, ROWS, LENGTH = 50, 3e-3, 2, 12
 
 
-def llama() -> Any:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, **HEADS))
-
-
-def gpt2(width: int = 32, layers: int = 2) -> Any:
-    sizes = {"vocab_size": VOCABULARY, "n_embd": width, "n_layer": layers, "n_head": 4, "n_positions": 64}
-    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **none))
+def gpt2(**words: Any) -> Any:
+    return small_models.gpt2(n_positions=64, **words)
 
 
 def wider_gpt2() -> Any:
-    return gpt2(96, 4)
-
-
-def qwen3() -> Any:
-    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SMALL, **HEADS, head_dim=16))
-
-
-def gemma2() -> Any:
-    config = transformers.Gemma2Config(**SMALL, **HEADS, head_dim=8, query_pre_attn_scalar=8, sliding_window=4)
-    config._attn_implementation = "eager"
-    return transformers.Gemma2ForCausalLM(config)
+    return gpt2(n_embd=96, n_layer=4)
 
 
 def mixtral() -> Any:
-    config = transformers.MixtralConfig(**SMALL, **HEADS, num_local_experts=2)
-    config._experts_implementation = "eager"  # the others take no doubles
-    return transformers.MixtralForCausalLM(config)
-
-
-def bert() -> Any:
-    return transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, **ENCODERS, num_attention_heads=4))
-
-
-def t5() -> Any:
-    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)
-    )
+    return small_models.mixtral(experts_implementation="eager")  # the others take no doubles
 
 
 def batches(steps: int) -> list[Batch]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -34,6 +32,7 @@ from lorakit.errors import MergeError
 from ...laws.snapshots import same_bits
 from ...laws.tolerances import assert_close, assert_differs
 from ...laws.zoo import randomise
+from .through_peft import through_peft
 
 FP32 = torch.float32
 IDS = torch.tensor([[1, 4, 2], [9, 0, 4]])
@@ -127,14 +126,7 @@ def test_saved_and_loaded_by_both(tmp_path: Path) -> None:
     load_adapter(fresh, tmp_path / "ours", "x")
     assert same_bits(fresh(IDS), model(IDS))
     assert fresh.decoder.embed_tokens.lora_embedding_A["x"] is fresh.shared.lora_embedding_A["x"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "ours")
-        assert_close(theirs(IDS), model(IDS), FP32)
-        theirs.save_pretrained(str(tmp_path / "theirs"))
-        again = base()
-        load_adapter(again, tmp_path / "theirs", "x")
-    assert_close(again(IDS), model(IDS), FP32)
+    through_peft(tmp_path, base, lambda made: made(IDS), model(IDS))
 
 
 def test_a_merge_keeps_them_one() -> None:
