@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 RATE = 1e-4
+TRAINED = "default"  # name of the adapter
 ALPHA_OVER_R = 2
 ALL_LINEAR = "all-linear"
 TARGETS: dict[str, tuple[int, str | list[str]]] = {
@@ -79,6 +80,8 @@ class Job:
         layers: Fewer than the model has, to try things.
         device: Where weights are made and steps are taken.
         trained: Share of the tokens that is trained, the last ones of each sequence.
+        rank: Of the adapters, where it is not the model's usual one.
+        idle: Adapters that "lorakit" has on the model beside the one that it trains.
     """
 
     model: str = "smollm2"
@@ -91,6 +94,8 @@ class Job:
     layers: int | None = None
     device: str = "cpu"
     trained: float = 1.0
+    rank: int | None = None
+    idle: int = 0
 
     @property
     def tokens(self) -> int:
@@ -146,7 +151,8 @@ def geometry(job: Job) -> Any:
 
 def adapter_fields(job: Job) -> dict[str, Any]:
     """The fields of a LoraConfig that both libraries take."""
-    r, targets = (TARGETS | LARGE)[job.model]
+    usual, targets = (TARGETS | LARGE)[job.model]
+    r = job.rank or usual
     return {
         "r": r,
         "lora_alpha": ALPHA_OVER_R * r,
@@ -208,10 +214,13 @@ def _ours(model: Any, job: Job, off: Collection[str]) -> Step:
     from lorakit.train.optim import adamw
     from lorakit.train.step import Trainee, train_step
 
-    core.attach(model, LoraConfig(**adapter_fields(job)), allow=())
+    config = LoraConfig(**adapter_fields(job))
+    core.attach(model, config, TRAINED)
+    for number in range(job.idle):  # the first stays the active one
+        core.attach(model, config, f"idle-{number}")
     if job.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)})
-    named = core.trainable_parameters(model)
+    named = core.trainable_parameters(model, TRAINED)
     fast = _accelerated(model, off)
     chosen = {} if "choice per shape" in off else choose(model, job.tokens, job.length).choices
     device = torch.device(job.device)
