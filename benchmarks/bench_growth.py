@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from growth import Work, of_decoding, of_step, slope
 from resident import resident_with_weights, status
 from runner import append_row
-from stepping import OURS, TARGETS, Job, adapter_fields, prepare
+from stepping import OURS, TARGETS, Job, adapter_fields, geometry, prepare
 
 from lorakit import plan
 
@@ -140,15 +140,20 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
 
 
 def measure_decoding(case: Case) -> dict[str, Any]:
-    """The same of decoding, by the functions of bench_decode.py and its base alone, which is there anyway."""
-    from bench_decode import BASE, MIXED, decoded, forwards_of
+    """The same of decoding, in the loop of bench_decode.py."""
+    from bench_decode import decoded, within
 
-    job = case.job
-    settings = argparse.Namespace(dtype=job.dtype, layers=job.layers, sides=[BASE, MIXED], rounds=ROUNDS, tokens=TOKENS)
-    forwards = forwards_of(settings, [str(row % case.adapters) for row in range(job.rows)])
-    resident = resident_with_weights(forwards[BASE])  # the others' weights were written when they were made
-    seconds = decoded(forwards, job.rows, settings)
-    return {"seconds": seconds[MIXED], "peak_bytes": status("VmHWM") - resident}
+    from lorakit import core
+    from lorakit.config import LoraConfig
+
+    model, rows = geometry(case.job).eval().requires_grad_(False), case.job.rows
+    names = [str(row % case.adapters) for row in range(rows)]
+    for name in dict.fromkeys(names):
+        core.attach(model, LoraConfig(**adapter_fields(case.job), init_lora_weights=False), name)
+    resident = resident_with_weights(model)
+    forwards = {OURS: within(core.route(model, names, keep=True), model)}
+    seconds = decoded(forwards, rows, argparse.Namespace(rounds=ROUNDS, tokens=TOKENS))
+    return {"seconds": seconds[OURS], "peak_bytes": status("VmHWM") - resident}
 
 
 def add(found: Found, measured: dict[str, Any]) -> None:
