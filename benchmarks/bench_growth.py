@@ -69,7 +69,7 @@ AXES: dict[str, Axis] = {
     "length": Axis("tokens of one row", (256, 512, 1024, 2048), lambda job, n: Case(replace(job, rows=1, length=n))),
     "layers": Axis("layers", (4, 8, 16, 30), lambda job, n: Case(replace(job, layers=n))),
     "rank": Axis("rank", (4, 16, 64, 256), lambda job, n: Case(replace(job, rank=n))),
-    "attached": Axis("adapters attached, one trained", (1, 4, 16, 64), lambda job, n: Case(replace(job, idle=n - 1))),
+    "attached": Axis("adapters attached, one trained", (1, 4, 16), lambda job, n: Case(replace(job, idle=n - 1))),
     "decoded": Axis(
         f"adapters of {ROWS} decoded rows", (1, 4, 16, 32), lambda job, n: Case(replace(job, rows=ROWS, length=1), n)
     ),
@@ -100,7 +100,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="of each process, after the one that does not count")
     parser.add_argument("--allocator", choices=("tuned", "stock"), default="tuned", help="as in bench_step.py")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if "layers" in options.axes and options.layers <= min(AXES["layers"].points):
+        parser.error(f"--axes layers needs --layers above {min(AXES['layers'].points)}: one point has no slope")
+    return options
 
 
 def cases_along(axis: Axis, layers: int) -> dict[int, Case]:
