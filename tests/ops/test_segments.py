@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from lorakit.ops import segments
-from lorakit.ops.segments import Routed, Way, reference, segmented, way_of
+from lorakit.ops import own_rows, segments
+from lorakit.ops.kernels import compiled
+from lorakit.ops.segments import Routed, Way, are_few, reference, segmented, way_of
 
 D = torch.float64
 WAYS: list[Way] = ["masked", "rows", "sorted"]
@@ -283,3 +284,74 @@ def test_a_product_with_all_adapters_needs_finite_numbers() -> None:
     assert way_of(torch.ones(3, 1, 7), rows) == "masked"
     assert way_of(torch.ones(3, 1, 7), rows, only_finite=False) == "rows"
     assert way_of(torch.ones(3, 1, 7, dtype=torch.float16), rows) == "rows"
+
+
+COMPILED = pytest.mark.skipif(compiled.kernels() is None, reason=f"no kernels: {compiled.account()}")
+
+
+@COMPILED
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("between", [(), (1,), (3,), (2, 2)])
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_compiled_way_is_the_formula(
+    dtype: torch.dtype, bound: float, route: str, between: tuple[int, ...], strided: bool
+) -> None:
+    x, A, B, scales = (t.detach() for t in made(between=between, dtype=dtype))
+    A[2, 1], B[2, :, 1] = 0, 0  # an adapter of lower rank
+    x = x.flatten(0, -2).t().contiguous().t().view(x.shape) if strided and not between else x
+    index = torch.tensor(ROUTES[route])
+    exact = reference(x.double(), A, B, scales, index)
+    y = segmented(x, A, B, scales, index, way="compiled")
+    assert y.dtype == dtype
+    assert float((y.double() - exact).norm()) <= bound * float(exact.norm())
+    base = torch.randn(exact.shape).to(dtype)
+    into = base.clone().mT.contiguous().mT if strided else base.clone()
+    scaled = (A * scales[:, None, None]).to(dtype)
+    assert segmented(x, scaled, B, None, index, into, "compiled") is into
+    assert float((into.double() - base.double() - exact).norm()) <= bound * float((base.double() + exact).norm())
+    none = index < 0
+    assert torch.equal(into[none], base[none])
+
+
+@COMPILED
+def test_the_compiled_way_reads_its_own_adapters_only() -> None:
+    x, A, B, _ = (t.detach().float() for t in made())
+    A[0] = torch.nan
+    index = torch.tensor(ROUTES["mixed"])
+    finite = segmented(x, A, B, None, index, way="compiled").isfinite().all((1, 2))
+    assert finite.tolist() == [k != 0 for k in index]
+    one = segmented(x, A[1:2], B[1:2], None, torch.zeros(6, dtype=torch.int64), way="compiled")
+    torch.testing.assert_close(one, reference(x, A[1:2], B[1:2], torch.ones(1), torch.zeros(6, dtype=torch.int64)))
+    assert not segmented(x[:0], A, B, None, index[:0], way="compiled").numel()
+
+
+@COMPILED
+def test_the_compiled_way_adds_to_another_dtype() -> None:
+    x, A, B, scales = (t.detach() for t in made())
+    index, into = torch.tensor(ROUTES["mixed"]), torch.ones(6, 3, 5, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = segmented(x.float(), A, B, scales, index, into, "compiled")
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y, 1 + reference(x, A, B, scales, index), rtol=0.05, atol=0.05)
+
+
+def test_the_compiled_way_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, A, B, scales = made(dtype=torch.float32)
+    index = torch.tensor(ROUTES["mixed"])
+    sentence = r'the way "compiled" records no gradient; leave the way out, or call it under torch.no_grad\(\)'
+    with pytest.raises(ValueError, match=sentence):
+        segmented(x, A, B, scales, index, way="compiled")
+    monkeypatch.setattr(own_rows, "kernels_for", lambda *_, **__: None)
+    sentence = r'the way "compiled" has no kernel for torch.float32 on cpu here; leave the way out'
+    with torch.no_grad(), pytest.raises(ValueError, match=sentence):
+        segmented(x, A, B, scales, index, way="compiled")
+
+
+def test_few_short_rows_are_for_a_kernel() -> None:
+    one, many = Routed(torch.zeros(32, dtype=torch.int64), 1), Routed(torch.arange(128) % 32, 32)
+    assert are_few(torch.ones(32, 1, 7), one)
+    assert are_few(torch.ones(128, 3, 7), many)
+    assert not are_few(torch.ones(128, 4, 7), many)
+    assert not are_few(torch.ones(32, 2, 7), one)
+    assert way_of(torch.ones(32, 16, 7), one) == "sorted"

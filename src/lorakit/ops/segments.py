@@ -1,10 +1,12 @@
 """Many adapters in one batch: every row runs with its own A and B, out of stacks that hold all of them.
 
 With B transposed, forward and backward are the same three products: `shrink` from wide rows to thin, `expand` from thin
-to wide, `outer` of both. There are three ways to take them, with the same results. `masked` multiplies by all adapters
-at once and blots out what is not a row's own: with few adapters the waste costs less than anything else. `rows` takes a
+to wide, `outer` of both. There are ways to take them, with the same results. `masked` multiplies by all adapters at
+once and blots out what is not a row's own: with few adapters the waste costs less than anything else. `rows` takes a
 product for each row, with copies of its factors: for rows of many tokens, and for many adapters. `sorted` puts the rows
-of one adapter together and takes one product for each: for many short rows.
+of one adapter together and takes one product for each: for many short rows, and for one adapter. `compiled` reads each
+row's factors where they lie, in one kernel for shrink and expand: for few short rows, where no gradient is recorded and
+there is such a kernel (`lorakit.ops.own_rows`).
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorakit.ops.adapted import as_written, autocast
+from lorakit.ops.own_rows import OwnRows, own_products
 
-Way = Literal["masked", "rows", "sorted"]
+Way = Literal["masked", "rows", "sorted", "compiled"]
 LONG_ROW = 4  # tokens from which a row fills products of its own
 LONG_RUN, FULL_RUN = 32, 8  # rows of an adapter from which its products are full; from which they beat single rows
 FEW_ADAPTERS = 16  # up to here a product with all of them is no dearer than copies of each row's own
@@ -105,19 +108,40 @@ def segmented(
     where A holds them; index (rows,) with −1 for none, or the `Routed` made of it. The result (rows, …, out) is added
     to `into`, in place, where that is given. Gradients go to x, A, B and into. Where A and B have the dtype of x and B
     is the transposed view of a (K, r, out), nothing is copied but each row's own factors in the way "rows". The way
-    "masked" multiplies by every adapter, so all of them must be finite.
+    "masked" multiplies by every adapter, so all of them must be finite; "compiled" is taken where it is asked for.
 
     Raises:
-        ValueError: Shapes do not fit, or a row asks for an adapter that there is not.
+        ValueError: Shapes do not fit, a row asks for an adapter that there is not, or the way is "compiled" where a
+            gradient is recorded or no kernel is to be had.
     """
     rows = index if isinstance(index, Routed) else Routed(index, len(A))
     _check(x, A, B, scales, rows, into)
     way, x = way or way_of(x, rows), autocast(x)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, A, B, into)):
+        if way == "compiled":
+            raise ValueError(
+                'the way "compiled" records no gradient; leave the way out, or call it under torch.no_grad()'
+            )
         result: Tensor = _Segmented.apply(into, x, A, B, scales, (rows, way))
         return result
     with as_written(x):
-        return Segments(A, B, scales, rows, way, x.dtype).forward(x, into)[0]
+        if way != "compiled":
+            return Segments(A, B, scales, rows, way, x.dtype).forward(x, into)[0]
+        own = compiled_way(A, B, scales, rows, x)
+    if own is None:
+        raise ValueError(f'the way "compiled" has no kernel for {x.dtype} on {x.device.type} here; leave the way out')
+    return own.forward(x, into)[0]
+
+
+def compiled_way(A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, x: Tensor) -> OwnRows | None:
+    """The way "compiled" for rows like x (rows, …, in), made ready for any number of calls; None without a kernel.
+
+    A (K, r, in), B (K, out, r) and scales (K,) as `segmented` takes them. The kernel has the scales in A.
+    """
+    A = (A if scales is None else A * scales[:, None, None]).to(x.dtype).contiguous()
+    Bt = B.to(x.dtype).transpose(1, 2).contiguous()
+    products = own_products(x, A, Bt)
+    return None if products is None else OwnRows(A, Bt, rows.index, products)
 
 
 def _check(x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, into: Tensor | None) -> None:
@@ -142,11 +166,19 @@ def way_of(x: Tensor, rows: Routed, only_finite: bool = True) -> Way:
     never meets otherwise, and what is not finite is not blotted out.
     """
     run = len(x) / rows.adapters
+    if rows.adapters == 1:
+        return "sorted"
     if x.numel() // x.shape[-1] >= LONG_ROW * len(x):
         return "rows"
     if rows.adapters <= FEW_ADAPTERS and only_finite and x.dtype != torch.float16:
         return "sorted" if run >= LONG_RUN else "masked"
     return "sorted" if run >= FULL_RUN else "rows"
+
+
+def are_few(x: Tensor, rows: Routed) -> bool:
+    """Whether the rows x (rows, …, in) are short and few, so that a kernel which takes each by itself is the best."""
+    tokens = x.numel() // x.shape[-1]
+    return tokens < LONG_ROW * len(x) and tokens <= LONG_RUN * rows.adapters
 
 
 class _Call(NamedTuple):

@@ -175,6 +175,31 @@ def test_cross_entropy(dtype: torch.dtype, scale: float) -> None:
     close(logits, exact.grad / scale)
 
 
+@DTYPES
+@pytest.mark.parametrize("between", [(), (1,), (3,)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (31, 3, 577), (96, 8, 64), (64, 6, 200)], ids=str)
+def test_rows_with_factors_of_their_own(
+    dtype: torch.dtype, between: tuple[int, ...], sizes: tuple[int, int, int]
+) -> None:
+    width, r, out = sizes
+    x, y = (some(7, *between, n, dtype=dtype) for n in (width, out))
+    A, Bt = some(4, r, width, dtype=dtype, scale=width**-0.5), some(4, r, out, dtype=dtype)
+    index = torch.tensor([2, -1, 0, 3, 3, -1, 2])
+    before, truth = y.clone(), y.double()
+    for i, k in enumerate(index.tolist()):
+        if k >= 0:
+            truth[i] += (x[i].double() @ A[k].double().t()) @ Bt[k].double()
+    KERNELS.own.add_own(x, A, Bt, index, y)
+    assert torch.equal(y[index < 0], before[index < 0])
+    error = float((y.double() - truth).norm() / truth.norm())
+    assert error < 2 * BOUNDS[dtype]  # what A makes is rounded, then the sum
+    if dtype == torch.bfloat16:  # where the ways in products round
+        i, k = 3, 3
+        h = (x[i].float() @ A[k].float().t()).bfloat16()
+        plain = (before[i].float() + h.float() @ Bt[k].float()).bfloat16()
+        assert (y[i] != plain).float().mean() < 0.05  # a sum in another order may fall on the other side
+
+
 def test_a_number_that_is_none_stays_so() -> None:
     for dtype in BOUNDS:
         x, out, rstd = some(2, 40, dtype=dtype), torch.empty(2, 40, dtype=dtype), torch.empty(2, 1)
@@ -184,6 +209,10 @@ def test_a_number_that_is_none_stays_so() -> None:
         assert out[1].isfinite().all()
         KERNELS.softmax(out.copy_(x), None, None)
         assert out[0].isnan().all()
+        KERNELS.own.add_own(
+            x, torch.ones(1, 2, 40, dtype=dtype), x[None], torch.zeros(2, dtype=torch.int64), out.zero_()
+        )
+        assert out[0].isnan().all()
         losses = torch.empty(2)
         KERNELS.cross_entropy(out.copy_(x), torch.tensor([1, 1]), 1.0, True, losses)
         assert losses[0].isnan()
@@ -192,6 +221,7 @@ def test_a_number_that_is_none_stays_so() -> None:
 
 def test_threads_change_no_bit() -> None:
     x, w = some(300, 96, dtype=torch.bfloat16), some(96, dtype=torch.bfloat16)
+    stack = some(3, 5, 96, dtype=torch.bfloat16)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
@@ -202,7 +232,9 @@ def test_threads_change_no_bit() -> None:
             KERNELS.gate("silu", x, n, a)
             s = x.clone()
             KERNELS.softmax(s, None, None)
-            found.append((n, dx, a, s))
+            y = torch.zeros_like(x)
+            KERNELS.own.add_own(x, stack, stack, torch.arange(300) % 3, y)
+            found.append((n, dx, a, s, y))
     finally:
         torch.set_num_threads(before)
     for one, other in itertools.pairwise(found):

@@ -18,7 +18,7 @@ def kernels_for(x: Tensor, *others: Tensor | None, strided: bool = False) -> Ker
     """
     if type(x) not in _PLAIN or x.dtype not in _DTYPES.get(x.device.type, ()):
         return None
-    if torch.compiler.is_compiling() or _is_traced() or not (strided or x.is_contiguous()):
+    if torch.compiler.is_compiling() or is_traced() or not (strided or x.is_contiguous()):
         return None
     for other in others:
         if other is not None and (
@@ -32,6 +32,6 @@ _DTYPES = {"cpu": tuple(compiled.DTYPES), "cuda": triton.DTYPES}
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether tensors may stand for others now: under `torch.jit.trace`, an export, or a transform of `torch.func`."""
     return torch._C._get_tracing_state() is not None or torch._C._functorch.maybe_current_level() is not None

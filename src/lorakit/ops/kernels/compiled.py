@@ -45,6 +45,11 @@ class CompiledKernels:
     caps_logits = False
     dropping = None
 
+    @property
+    def own(self) -> CompiledKernels:
+        """Itself."""
+        return self
+
     def __init__(self, libraries: dict[torch.dtype, ctypes.CDLL]) -> None:
         self._functions = {
             dtype: {name: _typed(library, name, types) for name, types in _SIGNATURES.items()}
@@ -110,6 +115,14 @@ class CompiledKernels:
         pointers = (logits.data_ptr(), labels.data_ptr(), scale, gradients, *logits.shape, losses.data_ptr())
         self._call("cross_entropy", logits, *pointers)
 
+    def add_own(self, x: Tensor, A: Tensor, Bt: Tensor, index: Tensor, y: Tensor) -> None:
+        """See the protocol; x (rows, …, in), A (K, r, in), Bt (K, r, out), index (rows,), y (rows, …, out)."""
+        width, (_, r, out), rows = x.shape[-1], Bt.shape, x.numel() // x.shape[-1]
+        sizes = (rows // len(index), rows, width, r, out)
+        threads = min(torch.get_num_threads(), rows) if rows * r * (width + out) > FEW else 1  # what is read
+        pointers = (x.data_ptr(), A.data_ptr(), Bt.data_ptr(), index.data_ptr())
+        self._functions[x.dtype]["add_own"](*pointers, *sizes, y.data_ptr(), threads)
+
 
 _P, _N = c_void_p, c_int64
 _SIGNATURES: dict[str, tuple[Any, ...]] = {  # as in rows.c, but for the number of threads, which is the last of all
@@ -123,6 +136,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # as in rows.c, but for the number 
     "softmax": (_P, _P, _P, _N, _N, _N),
     "softmax_backward": (_P, _N, _N, _P),
     "cross_entropy": (_P, _P, c_float, c_int, _N, _N, _P),
+    "add_own": (_P, _P, _P, _P, _N, _N, _N, _N, _N, _P),
 }
 
 

@@ -19,6 +19,7 @@ class Kernels(Protocol):
         activations: Names of those that `gate` knows.
         caps_logits: Whether `cross_entropy` takes a cap.
         dropping: Products that drop out at once, or None where that does not pay.
+        own: Products of rows with factors of their own, or None where there are none.
     """
 
     @property
@@ -31,6 +32,10 @@ class Kernels(Protocol):
 
     @property
     def dropping(self) -> DroppingProducts | None:
+        """See above."""
+
+    @property
+    def own(self) -> OwnProducts | None:
         """See above."""
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
@@ -93,3 +98,14 @@ class DroppingProducts(Protocol):
 
     def outer(self, dh: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
         """Transposed dh (N, r) times what is left of x (N, n): a new (r, n) in fp32."""
+
+
+class OwnProducts(Protocol):
+    """Products of rows with low-rank factors of their own, which are read where they lie."""
+
+    def add_own(self, x: Tensor, A: Tensor, Bt: Tensor, index: Tensor, y: Tensor) -> None:
+        """Add (x_i·A_kᵀ)·Bt_k to y_i, k = index[i], for x (rows, …, in) and y (rows, …, out). [docs/math.md (72)]
+
+        A (K, r, in), Bt (K, r, out), index (rows,) int64 with −1 for none. What A makes is rounded to x's dtype, then
+        the sum with y.
+        """

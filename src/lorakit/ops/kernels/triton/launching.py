@@ -34,6 +34,7 @@ class TritonKernels:
 
     activations = frozenset({"silu", "gelu", "gelu_tanh", "quick_gelu", "relu"})
     caps_logits = True
+    own = None
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
         """RMS norm of x (N, d) into n (N, d), and 1/rms of its rows into rstd (N, 1)."""
