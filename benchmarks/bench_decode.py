@@ -5,9 +5,9 @@ python benchmarks/bench_decode.py [--adapters 1 8 32 128] [--rounds 5] [--tokens
 SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, fp32 factors; one token a row and step,
 with the cache of keys and values that a prompt of 16 tokens left. K adapters are dealt over the rows in turn; where
 there are more adapters than rows, there are as many rows. Sides: the base alone; lorakit with an adapter per row, its
-stacks kept as `generate_batch` keeps them; the same without keeping them; lorakit with one adapter on all rows; peft
-with `adapter_names`. All run the same loop over the same tokens, in one process, in turn: a round has the prompt (not
-counted) and some tokens of every side, and begins with another side than the one before.
+stacks kept as `generate_batch` keeps them; the same without keeping them; lorakit with one adapter on all rows, kept
+likewise; peft with `adapter_names`. All run the same loop over the same tokens, in one process, in turn: a round has
+the prompt (not counted) and some tokens of every side, and begins with another side than the one before.
 
 A row has the seconds a token of all rows takes, and the ratio of its median to that of the base with as many rows. The
 numbers go into results/decode.jsonl.
@@ -72,7 +72,7 @@ def forwards_of(options: argparse.Namespace, names: list[str]) -> dict[str, Forw
     blocks = {
         MIXED: core.route(ours, names, keep=True),
         PASSING: core.route(ours, names),
-        ONE: core.use(ours, names[0]),
+        ONE: core.use(ours, names[0], keep=True),
     }
     found: dict[str, Forward] = {BASE: base}
     for side, block in blocks.items():

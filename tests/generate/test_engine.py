@@ -170,7 +170,7 @@ def test_an_adapter_that_is_trained_between_two_tokens_acts_as_it_is(model: Any)
     streams = [
         generate_batch(model.eval(), PROMPTS[:2], max_new_tokens=12, adapters=["one", n]) for n in ("two", "one")
     ]
-    begun = [[new.token for new in itertools.islice(stream, 8)] for stream in streams]  # with stacks, and without
+    begun = [[new.token for new in itertools.islice(stream, 8)] for stream in streams]  # of two adapters, and of one
     before = rows_of(generate_batch(model, PROMPTS[:2], max_new_tokens=12, adapters=["one", "two"]), 2)[0]
     with torch.no_grad():
         for path, parameter in core.trainable_parameters(model, "one"):

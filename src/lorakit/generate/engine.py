@@ -317,7 +317,7 @@ def _scope(
     first = adapters[0]
     if any(name != first for name in adapters):
         return route(model, list(adapters), keep=True)
-    return disable(model) if first is None else use(model, first)
+    return disable(model) if first is None else use(model, first, keep=True)
 
 
 def _names(model: nn.Module, adapters: Sequence[str | None] | None, rows: int) -> list[tuple[str, ...]]:

@@ -222,3 +222,111 @@ def test_adapters_made_in_inference_mode_are_never_kept(made: list[list[str]]) -
         assert torch.equal(first, second)
         assert_close(first, expected(model), torch.float32)
     assert len(made) == 4
+
+
+def test_one_adapter_on_all_rows_is_kept_too(made: list[list[str]]) -> None:
+    model = model_with("a", "b")
+    block = use(model, "b", keep=True)
+    for _ in range(3):
+        with block:
+            assert_close(run(model, given()), expected(model, ["b"] * len(ROWS)), torch.float32)
+    assert made == [["b"]] * 2  # of two sites
+    with use(model, "a", "b"):
+        wanted = run(model, given())
+    with use(model, "a", "b", keep=True):
+        assert torch.equal(run(model, given()), wanted)
+    assert len(made) == 2  # two on the same rows go one by one
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_of_one_adapter_too_what_changes_meanwhile_is_seen(change: str) -> None:
+    model = model_with("b", "c")
+    block = use(model, "c", keep=True)
+    with torch.no_grad(), block:
+        before = run(model, given())
+        CHANGES[change](model)
+    wanted = expected(model, ["c"] * len(ROWS))
+    with block:
+        after = run(model, given())
+    assert_close(after, wanted, torch.float32)
+    assert_differs(after, before, torch.float32)
+
+
+def test_an_adapter_that_comes_to_a_site_later_is_seen() -> None:
+    model = model_with(*NAMES)
+    model.up.remove("c")
+    block = route(model, ROWS, keep=True)
+    with block:
+        run(model, given())
+    detach(model, "c")
+    attach(model, LINEARS.config(), "c")
+    randomise(model, "c", 5)
+    with block:
+        assert_close(run(model, given()), expected(model), torch.float32)
+
+
+def test_inputs_of_other_shapes_and_dtypes_have_products_of_their_own() -> None:
+    model = model_with(*NAMES)
+    block = route(model, ROWS, keep=True)
+    x = torch.randn(len(ROWS), 6, 12)
+    for tokens in (1, 6, 1, 2):
+        with torch.no_grad(), block:
+            mixed = model.up(x[:, :tokens])
+        for row, name in enumerate(ROWS):
+            with torch.no_grad(), use(model, name) if name else disable(model):
+                assert_close(mixed[row], model.up(x[:, :tokens])[row], torch.float32)
+    model.double()
+    with torch.no_grad(), block:
+        assert model.up(x.double()).dtype == torch.float64
+
+
+def test_gradients_between_two_tokens_are_recorded() -> None:
+    model = model_with(*NAMES)
+    block = route(model, ROWS, keep=True)
+    for _ in range(2):
+        with block:
+            run(model, given())
+            assert model(given().requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("watched", ["hook", "global hook", "forward", "mode"])
+def test_an_output_that_others_may_hold_is_not_written_to(watched: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = model_with(*NAMES), []
+    base = model.up.base_layer
+
+    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        if module is base:
+            seen.append((output, output.clone()))
+
+    class Noting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = func(*args, **kwargs or {})
+            if func in (torch.ops.aten.addmm.default, torch.ops.aten.linear.default):
+                seen.append((output, output.clone()))
+            return output
+
+    if watched == "hook":
+        base.register_forward_hook(note)
+    if watched == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(note)
+    if watched == "forward":
+        inner = base.forward
+        monkeypatch.setattr(base, "forward", lambda x: note(base, (), inner(x)) or seen[-1][0])
+    with route(model, ROWS, keep=True):
+        for _ in range(2):
+            with Noting() if watched == "mode" else torch.no_grad():
+                run(model, given())
+    if watched == "global hook":
+        handle.remove()
+    assert seen
+    assert all(torch.equal(now, then) for now, then in seen)
+
+
+def test_without_such_an_eye_it_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, kept = model_with(*NAMES), []
+    own = stacked._own
+    monkeypatch.setattr(stacked, "_own", lambda layer, y0: kept.append(own(layer, y0) is y0) or own(layer, y0))
+    with route(model, ROWS, keep=True):
+        run(model, given())
+    assert kept
+    assert all(kept)

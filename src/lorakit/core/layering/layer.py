@@ -18,7 +18,7 @@ from lorakit.core.kinds import Kind, Slot, kind_named, spread
 from lorakit.core.layering.cloning import bare, with_forward
 from lorakit.core.layering.factor import HOLDERS, TRAINED, Factor, Magnitude, carrier
 from lorakit.core.layering.reading import Weights, read_once
-from lorakit.core.layering.stacked import add_stacked
+from lorakit.core.layering.stacked import add_kept, add_stacked
 from lorakit.core.routes.forwards import Forwards
 from lorakit.core.routes.route import Route
 from lorakit.core.routes.routing import AdapterState, resolve
@@ -269,21 +269,21 @@ class LoraLayer(Switched):
             RouteError: The route does not fit this batch.
         """
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        weights: Weights = {}
-        stays = route.common_to_all(self.inside())
+        stays = route.common_to_all(inside := self.inside())
         skip = frozenset(self.merged_adapters) if stays else frozenset()
-        if route.rows is None:
-            moved = self.moved_by in route.names
-            y = y0 = (self.base_layer if stays else self._base_for(moved))(*args, **kwargs)
-            for name in route.names:
-                if name in self.r and name not in skip:
-                    own = name == self.moved_by
-                    asks = self.variant[name] != "plain" and (bool(skip) or (moved and not own))
-                    seen = bare(self._base_for(own))(*args, **kwargs) if asks else y0
-                    y = y + self._addition(name, route, x, seen, weights)
-            return y
         y0 = self.base_layer(*args, **kwargs) if stays else self._base_of_rows(route, x, args, kwargs)
-        return self._mixed(route, skip, x, y0)
+        if route.kept is not None and not inside and (y := add_kept(self, route, x, y0)) is not None:
+            return y
+        if route.rows is not None:
+            return self._mixed(route, skip, x, y0)
+        weights: Weights = {}  # not as a call of its type, which dynamo cannot trace
+        y, moved = y0, self.moved_by in route.names
+        for name in [name for name in route.names if name in self.r and name not in skip]:
+            own = name == self.moved_by
+            asks = self.variant[name] != "plain" and (bool(skip) or (moved and not own))
+            seen = bare(self._base_for(own))(*args, **kwargs) if asks else y0
+            y = y + self._addition(name, route, x, seen, weights)
+        return y
 
     def _mixed(self, route: Route, skip: frozenset[str], x: Tensor, y0: Tensor) -> Tensor:
         """Each row of the batch with its own adapter; x (rows, …), y0 (rows, …, out).   [docs/math.md (13)]"""
@@ -345,9 +345,9 @@ class LoraLayer(Switched):
         return clone
 
     def _base_of_rows(self, route: Route, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """The base's output (rows, …, out) where rows differ in which base they see."""
-        if self.moved_by is None or self.moved_by not in route.mentions:
-            return self._base_for(False)(*args, **kwargs)
+        """The base's output (rows, …, out) where its module does not hold what all rows see."""
+        if self.moved_by is None or self.moved_by not in route.mentions or route.rows is None:
+            return self._base_for(self.moved_by in route.mentions)(*args, **kwargs)
         axis = self._row_axis(route, x)
         index = dict(route.segments(x.device, x.shape[axis]))[self.moved_by]
 

@@ -1,7 +1,8 @@
-"""Rows of one batch with different adapters, taken at once: their factors in stacks, two products for each.
+"""Rows of one batch with different adapters, taken at once: their factors in stacks, few products for each.
 
 Plain adapters of dense sites go so where no gradient is recorded; what is left, the layer takes one by one. A stack
-holds adapters whose ranks are less than twice apart, the lower ones filled up with zeros.
+holds adapters whose ranks are less than twice apart, the lower ones filled up with zeros. One adapter on all rows goes
+so under a route that keeps things: its stack is its image in the base's dtype.
 """
 
 from __future__ import annotations
@@ -9,28 +10,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as of_modules
 
 from lorakit.core.kinds.dense import linear_down, linear_up
 from lorakit.core.kinds.kind import first_axis
 from lorakit.core.layering.factor import Factor
+from lorakit.core.layering.seen import Seen
 from lorakit.core.layering.watched import is_watched, share_dropped
 from lorakit.core.routes.route import Route
 from lorakit.ops.adapted import as_written, autocast
-from lorakit.ops.segments import Segments, way_of
+from lorakit.ops.kernels.choosing import is_traced
+from lorakit.ops.own_rows import OwnRows
+from lorakit.ops.segments import Routed, Segments, Way, are_few, compiled_way, way_of
 
 OfRows = Sequence[tuple[str, Tensor]]
-Stamp = list[Any]
 
 WORTH_A_STACK = 4
 """So many adapters pay for stacks that serve one forward alone, by measurement at width 576 and rank 16."""
-
-_VERSION, _TRAINING = attrgetter("_version"), attrgetter("training")
 
 
 @dataclass(eq=False)
@@ -47,16 +48,18 @@ class Stack:
     names: tuple[str, ...]
     A: Tensor
     B: Tensor
-    ready: dict[torch.Size, Segments] = field(default_factory=dict)
+    ready: dict[torch.Size, Segments | OwnRows] = field(default_factory=dict)
 
-    def made_ready(self, route: Route, x: Tensor) -> Segments:
+    def made_ready(self, route: Route, x: Tensor) -> Segments | OwnRows:
         """The products with inputs like x (rows, …, in)."""
         rows = route.routed(self.names, x.device, len(x))
-        way = way_of(x, rows)
-        if way == "masked" and not self.is_finite:
-            way = way_of(x, rows, only_finite=False)
-        made = self.ready[x.shape] = Segments(self.A, self.B, None, rows, way, x.dtype)
+        own = compiled_way(self.A, self.B, None, rows, x) if are_few(x, rows) else None
+        made = self.ready[x.shape] = own or Segments(self.A, self.B, None, rows, self._way(x, rows), x.dtype)
         return made
+
+    def _way(self, x: Tensor, rows: Routed) -> Way:
+        way = way_of(x, rows)
+        return way_of(x, rows, only_finite=False) if way == "masked" and not self.is_finite else way
 
     @cached_property
     def is_finite(self) -> bool:
@@ -72,14 +75,58 @@ class Stacks:
     Attributes:
         stacks: Of those that can be stacked.
         rest: The others.
-        stamp: What tells whether the adapters are what they were; None where that is not asked, or cannot be told.
-        holds: What the numbers in the stamp speak of, so that none of it can be another thing meanwhile.
+        names: All of them.
+        absent: Adapters that some rows use and that have nothing at the site.
+        seen: What tells whether the adapters are what they were; None where that is not asked, or cannot be told.
     """
 
     stacks: list[Stack]
     rest: tuple[str, ...]
-    stamp: Stamp | None
-    holds: Sequence[Any]
+    names: tuple[str, ...]
+    absent: frozenset[str] = frozenset()
+    seen: Seen | None = None
+
+    def still(self, layer: Any) -> bool:
+        """Whether they are what would be made now for the same names."""
+        return self.seen is not None and self.seen.still(layer) and self.absent.isdisjoint(layer.r)
+
+
+def add_kept(layer: Any, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
+    """What all adapters of a route add, where it keeps things: with what is there, or for one adapter on all rows.
+
+    Args:
+        layer: The site's `LoraLayer`; nothing is merged there.
+        route: Which row has which.
+        x: The input, (rows, …, in).
+        y0: What the layer's base made of it, (rows, …, out).
+
+    Returns:
+        y₀ with what was added; or None, where nothing was, and y₀ is as it was.
+    """
+    y = _again(layer, route, x, y0)
+    if y is not None or route.rows is not None:
+        return y
+    names = [name for name in route.names if name in layer.r]
+    if len(names) != 1:
+        return None
+    y, left = add_stacked(layer, [(names[0], x)], route, x, y0)
+    return None if left else y
+
+
+def _again(layer: Any, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
+    """The short way that most tokens take: all is as it was, and inputs of this shape and dtype have come before."""
+    found: Stacks | None = (route.kept or {}).get((layer, y0.dtype))
+    if found is None or found.rest or type(x) is not Tensor or type(y0) is not Tensor or x.dtype != y0.dtype:
+        return None
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or is_traced():
+        return None
+    products = [stack.ready.get(x.shape) for stack in found.stacks]
+    if None in products or not found.still(layer):
+        return None
+    y = _own(layer, y0)
+    for each in products:
+        each.forward(x, y)  # type: ignore[union-attr]
+    return y
 
 
 def add_stacked(layer: Any, segments: OfRows, route: Route, x: Tensor, y0: Tensor) -> tuple[Tensor, OfRows]:
@@ -90,73 +137,67 @@ def add_stacked(layer: Any, segments: OfRows, route: Route, x: Tensor, y0: Tenso
         segments: The adapters, which all have a factor there, and the numbers of their rows, (rows of it,).
         route: Which row has which; where it keeps things, the stacks are made once.
         x: The input, (rows, …, in).
-        y0: The base's output, (rows, …, out); it stays as it is.
+        y0: The base's output, (rows, …, out). Rows of adapters that are still to be added stay as they are in it, and
+            all of it where others may hold it.
 
     Returns:
         y₀ with what was added, and the segments of adapters that are still to be added.
     """
     kind = layer.kind
-    if torch.is_grad_enabled() or kind.down is not linear_down or kind.up is not linear_up:
+    if torch.is_grad_enabled() or kind.down is not linear_down or kind.up is not linear_up or is_traced():
         return y0, segments
     x = autocast(x.to(y0.dtype))
     if x.dtype != y0.dtype or type(x) is not Tensor or type(y0) is not Tensor or kind.row_axis is not first_axis:
         return y0, segments
-    if route.kept is None and len(segments) < WORTH_A_STACK:
+    if x.dim() < 2 or (route.kept is None and len(segments) < WORTH_A_STACK):
         return y0, segments
-    made = _stacks(layer, [name for name, _ in segments], route.kept, y0.dtype)
+    made = _stacks(layer, tuple(name for name, _ in segments), route, y0.dtype)
     if not made.stacks:
         return y0, segments
-    y = y0.clone(memory_format=torch.contiguous_format)
+    y = _own(layer, y0)
     with as_written(x):
         for stack in made.stacks:
             (stack.ready.get(x.shape) or stack.made_ready(route, x)).forward(x, y)
     return y, [segment for segment in segments if segment[0] in made.rest] if made.rest else ()
 
 
-def _stacks(layer: Any, names: Sequence[str], kept: dict[Any, Any] | None, dtype: torch.dtype) -> Stacks:
+def _own(layer: Any, y0: Tensor) -> Tensor:
+    """y0 (rows, …, out) where the base has just made it and nobody saw it, else a copy: it will be written to."""
+    base = layer._modules["base_layer"]
+    fresh = (
+        type(base).forward is nn.Linear.forward
+        and type(base._parameters.get("weight")) is nn.Parameter
+        and y0.is_contiguous()
+        and not is_watched(base)
+        and not of_modules._global_forward_hooks
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+    return y0 if fresh else y0.clone(memory_format=torch.contiguous_format)
+
+
+def _stacks(layer: Any, names: tuple[str, ...], route: Route, dtype: torch.dtype) -> Stacks:
     """The stacks of these adapters: those that were kept, while the adapters are what they were."""
+    kept = route.kept
     if kept is None:
-        return _made(layer, names, dtype, None, ())
-    stamp, holds = _stamp(layer, names)  # first, so that what another thread changes meanwhile is seen next time
+        return _made(layer, names, dtype)
     found: Stacks | None = kept.get((layer, dtype))
-    if stamp is None:
-        return _made(layer, names, dtype, None, ())
-    if found is None or found.stamp != stamp:
-        found = kept[layer, dtype] = _made(layer, names, dtype, stamp, holds)
-    return found
-
-
-def _stamp(layer: Any, names: Sequence[str]) -> tuple[Stamp | None, list[Any]]:
-    """What tells whether some adapters are what they were, and what it speaks of; it is asked for each token."""
+    if found is not None and found.names == names and found.still(layer):
+        return found
     try:
-        down, up = (layer._modules[attribute]._modules for attribute in layer.kind.names)
-        carriers = [up[name]._parameters for name in names]
-        A = [down[name]._parameters["weight"] for name in names]
-        B = [parameters["weight"] for parameters in carriers]
-        dropouts = list(map(layer._modules["lora_dropout"]._modules.__getitem__, names))
-        versions = [*map(_VERSION, A), *map(_VERSION, B)]
+        seen = Seen(layer, names)  # first, so that what another thread changes meanwhile is seen next time
     except (KeyError, RuntimeError, AttributeError):  # a factor that another makes; tensors that count no versions
-        return None, []
-    return [
-        *names,
-        *versions,
-        *map(id, A),
-        *map(id, B),
-        *map(id, dropouts),
-        *map(Tensor.data_ptr, A),
-        *map(Tensor.data_ptr, B),
-        *map(_TRAINING, dropouts),
-        *map(layer.scaling.__getitem__, names),
-        *map(layer.variant.__getitem__, names),
-        *[parameters.get("bias") is None for parameters in carriers],
-    ], [*A, *B, *dropouts]
+        return _made(layer, names, dtype)
+    made = kept[layer, dtype] = _made(layer, names, dtype)
+    made.seen, made.absent = seen, route.mentions.difference(names)
+    return made
 
 
-def _made(layer: Any, names: Sequence[str], dtype: torch.dtype, stamp: Stamp | None, holds: Sequence[Any]) -> Stacks:
+def _made(layer: Any, names: tuple[str, ...], dtype: torch.dtype) -> Stacks:
     factors = {name: layer.factor(name) for name in names}
     plain = {name: factor for name, factor in factors.items() if _can_be_stacked(factor)}
     stacks = [_stack(group, plain, dtype) for group in _of_like_rank({n: len(f.A) for n, f in plain.items()})]
-    return Stacks(stacks, tuple(name for name in names if name not in plain), stamp, holds)
+    return Stacks(stacks, tuple(name for name in names if name not in plain), names)
 
 
 def _can_be_stacked(factor: Factor) -> bool:

@@ -36,12 +36,14 @@ def activate(model: nn.Module, *names: str) -> None:
     state.replace_default(names)
 
 
-def use(model: nn.Module, *names: str) -> Override:
+def use(model: nn.Module, *names: str, keep: bool = False) -> Override:
     """A block in which these adapters act, together, on every row, in this thread or task alone.
 
     Args:
         model: An adapted model.
         names: One adapter or more.
+        keep: As in `route`: where one adapter acts, its factors are kept in the base's dtype for all forwards of the
+            block.
 
     Raises:
         RouteError: There is no such adapter, or none was named.
@@ -50,7 +52,8 @@ def use(model: nn.Module, *names: str) -> Override:
     if not names:
         raise RouteError("`use` was given no adapter. Name at least one; `disable` gives the base alone.")
     state.check(names)
-    return state.override(Route(tuple(dict.fromkeys(names))))
+    wanted = Route(tuple(dict.fromkeys(names)))
+    return state.override(wanted.keeping() if keep else wanted)
 
 
 def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep: bool = False) -> Override:

@@ -67,8 +67,8 @@ class Route:
         return self._named[0]
 
     def keeping(self) -> Route:
-        """The same route, under which layers keep what they made of the adapters of its rows."""
-        return self if self.rows is None or self.kept is not None else self._like(self.starts, {})
+        """The same route, under which layers keep what they made of its adapters."""
+        return self._like(self.starts, {}) if self.mentions and self.kept is None else self
 
     def _like(self, starts: Starts | None, kept: dict[Any, Any] | None) -> Route:
         route = Route(self.names, self.rows, self.copies, starts, kept)
@@ -135,12 +135,13 @@ class Route:
             size: Rows of the batch, which the route fits.
 
         Returns:
-            The rows' numbers among the names, (size,), −1 for the base and for adapters that are not among them.
+            The rows' numbers among the names, (size,), −1 for the base and for adapters that are not among them; the
+            first of the names for all rows where the route has no rows.
         """
         key = (names, (device, size))
         if key not in self._routed:
             number = {name: k for k, name in enumerate(names)}
-            rows = [number.get(row or "", -1) for row in self.rows_of(size) or ()]
+            rows = [number.get(row or "", -1) for row in self.rows_of(size) or ()] if self.rows else [0] * size
             self._routed[key] = Routed(torch.tensor(rows, device=device), len(names))
         return self._routed[key]
 
