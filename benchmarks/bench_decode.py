@@ -6,8 +6,12 @@ SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, fp
 with the cache of keys and values that a prompt of 16 tokens left. K adapters are dealt over the rows in turn; where
 there are more adapters than rows, there are as many rows. Sides: the base alone; lorakit with an adapter per row, its
 stacks kept as `generate_batch` keeps them; the same without keeping them; lorakit with one adapter on all rows, kept
-likewise; peft with `adapter_names`. All run the same loop over the same tokens, in one process, in turn: a round has
-the prompt (not counted) and some tokens of every side, and begins with another side than the one before.
+likewise; a copy of the base into which one is merged; peft with `adapter_names`. All run the same loop over the same
+tokens, in one process, in turn: a round has the prompt (not counted) and some tokens of every side, and begins with
+another side than the one before.
+
+The merged side says the same as the side before it in fp32 alone. In bf16 its weights lose what lies below their
+roundings; its row has the share of the adapter that they took in, `survived`, and whether the merge is exact.
 
 A row has the seconds a token of all rows takes, and the ratio of its median to that of the base with as many rows. The
 numbers go into results/decode.jsonl.
@@ -27,8 +31,9 @@ from runner import append_row
 from stepping import Job, adapter_fields, geometry
 
 BASE, MIXED, PASSING, ONE = "base alone", "lorakit", "lorakit, nothing kept", "lorakit, one adapter"
+MERGED = "lorakit, one adapter, merged"
 PEFT = "peft"
-SIDES = (BASE, MIXED, PASSING, ONE, PEFT)
+SIDES = (BASE, MIXED, PASSING, ONE, MERGED, PEFT)
 PROMPT = 16
 
 Forward = Callable[..., Any]
@@ -39,8 +44,8 @@ def main() -> None:
     options = parsed()
     for adapters in options.adapters:
         rows = max(options.rows, adapters)
-        forwards = forwards_of(options, [str(k % adapters) for k in range(rows)])
-        report(options, adapters, rows, decoded(forwards, rows, options))
+        forwards, merged = forwards_of(options, [str(k % adapters) for k in range(rows)])
+        report(options, {"adapters": adapters, "rows": rows}, decoded(forwards, rows, options), merged)
 
 
 def parsed() -> argparse.Namespace:
@@ -55,8 +60,8 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def forwards_of(options: argparse.Namespace, names: list[str]) -> dict[str, Forward]:
-    """The forward of each side, all over the same weights."""
+def forwards_of(options: argparse.Namespace, names: list[str]) -> tuple[dict[str, Forward], dict[str, Any]]:
+    """The forward of each side, all over the same weights, and facts of the merge."""
     import torch
 
     from lorakit import core
@@ -77,10 +82,26 @@ def forwards_of(options: argparse.Namespace, names: list[str]) -> dict[str, Forw
     found: dict[str, Forward] = {BASE: base}
     for side, block in blocks.items():
         found[side] = within(block, ours)
+    facts: dict[str, Any] = {}
+    if MERGED in options.sides:
+        found[MERGED], facts = merged_copy(base, fields, job)
     if PEFT in options.sides:
         theirs = of_peft(base, fields, dict.fromkeys(names), job)
         found[PEFT] = lambda **given: theirs(adapter_names=names, **given)
-    return {side: found[side] for side in options.sides}
+    return {side: found[side] for side in options.sides}, facts
+
+
+def merged_copy(base: Any, fields: Mapping[str, Any], job: Job) -> tuple[Forward, dict[str, Any]]:
+    """The forward of a copy of the base into which one adapter is merged, and how the weights took it."""
+    from lorakit import core
+    from lorakit.config import LoraConfig
+
+    model = geometry(job).eval().requires_grad_(False)
+    model.load_state_dict(base.state_dict())
+    core.attach(model, LoraConfig(**fields, init_lora_weights=False), "one")
+    exact = core.why_merge_is_inexact(model, "one") is None
+    taken = core.merge(model, "one", keep_base=False)
+    return within(core.use(model, "one"), model), {"exact": exact, "survived": round(taken.survived, 4)}
 
 
 def of_peft(base: Any, fields: Mapping[str, Any], names: Mapping[str, None], job: Job) -> Any:
@@ -140,15 +161,18 @@ def cache_name() -> str:
     return "cache" if "cache" in takes else "past_key_values"
 
 
-def report(options: argparse.Namespace, adapters: int, rows: int, seconds: dict[str, list[float]]) -> None:
-    """A row for each side."""
+def report(
+    options: argparse.Namespace, batch: dict[str, int], seconds: dict[str, list[float]], merged: dict[str, Any]
+) -> None:
+    """A row for each side; that of the merged one has the facts of the merge."""
     import torch
 
     base = statistics.median(seconds[BASE]) if BASE in seconds else None
     for side, taken in seconds.items():
-        facts: dict[str, Any] = {"what": side, "adapters": adapters, "rows": rows, "dtype": options.dtype}
+        facts: dict[str, Any] = {"what": side, **batch, "dtype": options.dtype}
         facts |= {"layers": options.layers, "prompt": PROMPT, "threads": torch.get_num_threads()}
         facts["times_base"] = base and round(statistics.median(taken) / base, 3)
+        facts |= merged if side == MERGED else {}
         append_row("decode", facts, {"seconds": taken})
 
 

@@ -14,6 +14,7 @@ from lorakit.core.kinds import Kind, Slot, kind_named
 from lorakit.core.layering.layer import LoraLayer
 from lorakit.core.layering.sitemap import Site, sites
 from lorakit.core.making.attaching import AttachReport, attach, detach
+from lorakit.core.merging.exactness import why_merge_is_inexact
 from lorakit.core.merging.merging import MergeReport, merge, merge_and_unload, merged_state_dict, unmerge
 from lorakit.core.operations.combining import average, combine, combine_folders, rescale, subtract
 from lorakit.core.operations.comparing import Comparison, compare_adapters, compare_folders
@@ -95,4 +96,5 @@ __all__ = [
     "trainable_parameters",
     "unmerge",
     "use",
+    "why_merge_is_inexact",
 ]

@@ -6,6 +6,8 @@ layer at a time; which layers and when is `merging`'s business.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -90,16 +92,28 @@ def sum_of_updates(layer: LoraLayer, names: Sequence[str], how: How) -> tuple[An
         W = layer.read()
         from_moved = layer.moved_by is not None and (how.in_place or layer.moved_by in names)
         start = layer.read(layer.moved_by) if from_moved else W
-        total = torch.zeros_like(W)
-        for name in names:
-            total += layer.addition(name, W)
+        total = functools.reduce(torch.add, (layer.addition(name, W) for name in names))
         if how.dense is not None and layer.base.quantised:
             stored: Any = layer.base.dense(layer.source, start + total, how.dense)
         else:
             stored = layer.base.write(layer.source, layer.original(), start + total)
         if from_moved:
-            total += start - W
+            total = total + (start - W)
     return stored, W, total
+
+
+def weight_with(layer: LoraLayer, new: Sequence[str], how: How) -> tuple[Any, Tensor, Tensor]:
+    """`sum_of_updates` of what is merged at a site and of some more adapters, as an earlier merge left the site.
+
+    Args:
+        layer: The site's layer.
+        new: The adapters that join those merged already.
+        how: In which way.
+    """
+    if layer.replaced:  # a plain module stands there since an earlier merge, and stays
+        standing: Any = layer.owner
+        how = how._replace(dense=standing.weight.dtype)
+    return sum_of_updates(layer, [*layer.merged_adapters, *new], how)
 
 
 def merged_weight(path: str, layer: LoraLayer, new: Sequence[str], how: How) -> tuple[Any, SiteMerge]:
@@ -114,20 +128,17 @@ def merged_weight(path: str, layer: LoraLayer, new: Sequence[str], how: How) -> 
     Raises:
         MergeError: The result is not finite.
     """
-    if layer.replaced:  # a plain module stands there since an earlier merge, and stays
-        standing: Any = layer.owner
-        how = how._replace(dense=standing.weight.dtype)
-    stored, W, total = sum_of_updates(layer, [*layer.merged_adapters, *new], how)
-    after = _read_back(layer, stored)
-    if not bool(torch.isfinite(after).all()):
+    stored, W, total = weight_with(layer, new, how)
+    after, exact = _read_back(layer, stored), W + total
+    wanted, whole = float(torch.linalg.vector_norm(total)), float(torch.linalg.vector_norm(exact))
+    lost = float(torch.linalg.vector_norm(exact.sub_(after)))
+    if not math.isfinite(lost) and not bool(torch.isfinite(after).all()):  # finite, it speaks for every element
         raise MergeError(
             f"NaNs detected in the merged weights. The adapter {', '.join(new)} seems to be broken: merging it at "
             f"{path} gives NaN or infinite weights. Nothing was changed."
         )
-    wanted = float(torch.linalg.vector_norm(total))
-    lost = float(torch.linalg.vector_norm(after - (W + total)))
-    changed = float((after != W).float().mean())
-    error = lost / max(float(torch.linalg.vector_norm(W + total)), torch.finfo(torch.float32).tiny)
+    changed = int(torch.count_nonzero(after != W)) / max(after.numel(), 1)
+    error = lost / max(whole, torch.finfo(torch.float32).tiny)
     return stored, SiteMerge(path, 1.0 if wanted == 0 else max(0.0, 1.0 - lost / wanted), changed, error)
 
 

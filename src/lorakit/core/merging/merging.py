@@ -38,6 +38,7 @@ from lorakit.core.merging.merged_weight import (
     put,
     stored_for,
     sum_of_updates,
+    weight_with,
 )
 from lorakit.core.merging.rows import (
     built_rows,
@@ -138,9 +139,9 @@ def _merge(model: nn.Module, names: Sequence[str], keep_base: KeepBase, untie: b
     tables = built_rows(model, chosen, keep=keep_base is not False)
     if keep_base is False:  # two passes instead of a copy: all is known to be sound before the first weight changes
         reports = [merged_weight(path, layer, new, how)[1] for path, layer, new in here]
-        for path, layer, new in here:
+        for _, layer, new in here:
             bias = bias_for(layer, [*layer.merged_adapters, *new])
-            put(layer, built(layer, merged_weight(path, layer, new, how)[0], keep_base, id(layer) in own), new)
+            put(layer, built(layer, weight_with(layer, new, how)[0], keep_base, id(layer) in own), new)
             put_bias(layer, bias)
     else:  # whatever takes memory comes before the first change
         ready = []
