@@ -109,6 +109,9 @@ def weight_with(layer: LoraLayer, new: Sequence[str], how: How) -> tuple[Any, Te
         layer: The site's layer.
         new: The adapters that join those merged already.
         how: In which way.
+
+    Returns:
+        What to store, W₀ (out, in) and the exact sum of updates (out, in).
     """
     if layer.replaced:  # a plain module stands there since an earlier merge, and stays
         standing: Any = layer.owner
