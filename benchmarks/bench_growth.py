@@ -69,7 +69,7 @@ AXES: dict[str, Axis] = {
     "length": Axis("tokens of one row", (256, 512, 1024, 2048), lambda job, n: Case(replace(job, rows=1, length=n))),
     "layers": Axis("layers", (4, 8, 16, 30), lambda job, n: Case(replace(job, layers=n))),
     "rank": Axis("rank", (4, 16, 64, 256), lambda job, n: Case(replace(job, rank=n))),
-    "attached": Axis("adapters attached, one trained", (1, 4, 16), lambda job, n: Case(replace(job, idle=n - 1))),
+    "attached": Axis("adapters attached, one trained", (1, 4, 16, 64), lambda job, n: Case(replace(job, idle=n - 1))),
     "decoded": Axis(
         f"adapters of {ROWS} decoded rows", (1, 4, 16, 32), lambda job, n: Case(replace(job, rows=ROWS, length=1), n)
     ),

@@ -163,7 +163,7 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
         return _nothing(model, f"the model does not run on token ids alone: {type(failed).__name__}")
     fast: dict[str, tuple[nn.Module, Recipe]] = {}
     for path, (module, recipe) in wanted.items():
-        why = _why_not(model, module, recipe, found.get(path))
+        why = _why_not(module, recipe, found.get(path))
         if why is None:
             fast[path] = (module, recipe)
         elif recipe.concerns(module):
@@ -253,8 +253,8 @@ def _of_adapters(layer: Any) -> list[nn.Module]:
     return [module for module in layer.modules() if module is not layer and id(module) not in base]
 
 
-def _why_not(model: nn.Module, module: nn.Module, recipe: Recipe, call: Call | None) -> str | None:
-    return "it was not called" if call is None else disagreement(model, module, recipe.run, call)
+def _why_not(module: nn.Module, recipe: Recipe, call: Call | None) -> str | None:
+    return "it was not called" if call is None else disagreement(module, recipe.run, call)
 
 
 def _head(model: Any) -> nn.Module | None:

@@ -65,16 +65,15 @@ def calls(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[str,
     return found, output
 
 
-def disagreement(model: nn.Module, module: nn.Module, run: Callable[..., Any], call: Call) -> str | None:
+def disagreement(module: nn.Module, run: Callable[..., Any], call: Call) -> str | None:
     """How a fast forward differs from a call of the module's own, as a phrase, or None where it does not.
 
     Args:
-        model: The model, for its modes.
         module: The module.
         run: The fast forward.
         call: What the module got and gave.
     """
-    with at_rest(model), torch.inference_mode():  # which leaves no trace for a backward
+    with at_rest(module), torch.inference_mode():  # which leaves no trace for a backward
         made = run(module, *call.args, **call.kwargs)
     if made is None:
         return "its calls are none that the recipe is for"
