@@ -1,12 +1,13 @@
 """Claim: the fastest LoRA step: beside the bare products, the frozen model and peft at its best settings.
 
-python benchmarks/bench_step.py [--model gpt2] [--rounds 2] [--steps 3] [--dropout 0 0.05] [--ablate]
+python benchmarks/bench_step.py [--model gpt2] [--rounds 1] [--steps 5] [--dropout 0 0.05] [--ablate]
 python benchmarks/bench_step.py --model "smollm2, q and v" --dtype float32
 python benchmarks/bench_step.py --ablate --trained 0.3     where the last tokens of each row alone are trained
 
 SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, 4 rows of 256 tokens, all trained. Each
-round runs every side in turn in a fresh process, with the C library's allocator as it is ("stock") and told to keep
-large blocks ("tuned"), so both sides have both. Sides: the products with the base's weights alone (forward, input
+side has a fresh process in every round, and the processes take one step after the other in turn, so that what else the
+machine does meets all sides alike. The C library's allocator is as it is ("stock") in some and told to keep large
+blocks ("tuned") in others, so both sides have both. Sides: the products with the base's weights alone (forward, input
 gradient, head, in the best slices); lorakit's stack and transformers' without an adapter, forward and backward to the
 embeddings; `lorakit train`'s step; peft with the model's loss and fused AdamW: as it comes, with adapters in the base's
 dtype, under bf16 autocast. The first step of a process does not count. `--ablate` turns one lever after the other off.
@@ -18,6 +19,7 @@ sides' medians under the same allocator and dropout. The numbers go into results
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -68,18 +70,13 @@ class Found:
 def main() -> None:
     options = parsed()
     if options.child:
-        print(json.dumps(measure(json.loads(options.child))))
+        measure(json.loads(options.child))
         return
     cases, found = cases_of(options), dict[Case, Found]()
-    deadline = time.monotonic() + 60 * options.minutes
-    for number in range(options.rounds):
-        began = time.monotonic()
-        turned = number % len(cases)
-        for case in cases[turned:] + cases[:turned]:  # who begins changes with the round
-            add(found.setdefault(case, Found()), child(case, options))
-        if time.monotonic() + (time.monotonic() - began) > deadline and number + 1 < options.rounds:
-            print(f"no time for more than {number + 1} of {options.rounds} rounds: raise --minutes")
-            break
+    together = [cases] if options.ablate else [[c for c in cases if c.allocator == a] for a in options.allocators]
+    for _ in range(options.rounds):
+        for group in together:
+            in_turn(group, options, found)
     report(found, options)
 
 
@@ -93,9 +90,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try things")
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05])
     parser.add_argument("--base-dropout", type=float, default=0.0, help="GPT-2's own; as published 0.1")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3, help="of each process, after the one that does not count")
-    parser.add_argument("--minutes", type=float, default=14.0, help="no round begins that would end later")
+    parser.add_argument("--rounds", type=int, default=1, help="fresh processes for every side, so many times")
+    parser.add_argument("--steps", type=int, default=5, help="of each process, after the one that does not count")
     parser.add_argument("--sides", nargs="+", choices=[*FROZEN_SIDES, OURS, *PEFT_SIDES], help="these alone")
     parser.add_argument("--allocators", nargs="+", choices=ALLOCATORS, default=list(ALLOCATORS))
     parser.add_argument("--ablate", action="store_true", help="lorakit alone, with each lever off in turn")
@@ -125,42 +121,66 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     ]
 
 
-def child(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one case in a fresh process."""
+def in_turn(cases: list[Case], options: argparse.Namespace, found: dict[Case, Found]) -> None:
+    """A process for each case; all are there at once, and one takes a step at a time."""
+    with contextlib.ExitStack() as held:
+        running = dict[Case, subprocess.Popen[str]]()
+        for case in cases:  # one after the other, since a process may measure which way is faster before it steps
+            running[case] = held.enter_context(started(case, options))
+            answer(case, running[case])  # the first step, which does not count
+        for number in range(options.steps):
+            turned = number % len(cases)
+            for case in cases[turned:] + cases[:turned]:  # who begins changes with the step
+                found.setdefault(case, Found()).seconds.append(answer(case, running[case])["seconds"])
+        for case in cases:
+            add(found.setdefault(case, Found()), answer(case, running[case], "end"))
+
+
+def answer(case: Case, process: subprocess.Popen[str], word: str = "step") -> dict[str, Any]:
+    """What a process says of the step, or the end, that it is asked for."""
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    with contextlib.suppress(BrokenPipeError):
+        print(word, file=process.stdin, flush=True)
+    for line in process.stdout:
+        if line.startswith("{"):
+            said: dict[str, Any] = json.loads(line)
+            return said
+    raise SystemExit(f"{case} failed:\n{process.stderr.read()}")
+
+
+def started(case: Case, options: argparse.Namespace) -> subprocess.Popen[str]:
+    """The process of one case, which waits to be asked."""
     job = Job(
         options.model, options.dtype, options.rows, options.length, case.dropout, options.base_dropout,
         layers=options.layers, trained=options.trained,
     )  # fmt: skip
-    asked = {"job": asdict(job), "side": case.side, "off": case.off, "steps": options.steps}
+    asked = {"job": asdict(job), "side": case.side, "off": case.off}
     environment = {**os.environ, "LORAKIT_ALLOCATOR": "" if case.allocator == "tuned" else "stock"}
     command = [sys.executable, __file__, "--child", json.dumps(asked)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{case} failed:\n{done.stderr}")
-    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return measured
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
 
 
-def measure(asked: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of each step but the first, the peak above the weights, and the last loss."""
+def measure(asked: dict[str, Any]) -> None:
+    """Take a step for each line that comes, and say its seconds; at the end the peak above the weights and the loss."""
     from lorakit.allocator import keep_large_blocks
 
     keep_large_blocks()  # unless the environment says "stock"; before torch takes any memory
     import torch
 
     model, step = prepare(asked["side"], Job(**asked["job"]), LEVERS.get(asked["off"], frozenset()))
-    resident = resident_with_weights(model)
-    seconds, loss = [], 0.0
-    for number in range(asked["steps"] + 1):
+    resident, loss = resident_with_weights(model), 0.0
+    for number, line in enumerate(sys.stdin):
+        if line.strip() == "end":
+            break
         began = time.perf_counter()
         loss = step(number)
-        seconds.append(time.perf_counter() - began)
+        print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)
     peak = status("VmHWM") - resident
-    return {"seconds": seconds[1:], "peak_bytes": peak, "loss": loss, "threads": torch.get_num_threads()}
+    print(json.dumps({"peak_bytes": peak, "loss": loss, "threads": torch.get_num_threads()}), flush=True)
 
 
 def add(found: Found, measured: dict[str, Any]) -> None:
-    found.seconds += measured["seconds"]
     found.peak_bytes.append(measured["peak_bytes"])
     found.loss, found.threads = measured["loss"], measured["threads"]
 

@@ -21,21 +21,22 @@ COMMANDS: dict[str, str] = {
     "face": "bench_face.py",
     "products": "bench_products.py --repeats 5",
     "optimizer": "bench_optimizer.py",
-    "step": "bench_step.py --rounds 2 --steps 2 --sides 'products alone' 'lorakit, frozen' lorakit peft",
-    "step of peft's other settings": "bench_step.py --dropout 0.05 --allocators tuned --rounds 1 "
+    "step": "bench_step.py --steps 4 --sides 'products alone' 'lorakit, frozen' lorakit peft",
+    "step of peft's other settings": "bench_step.py --dropout 0.05 --allocators tuned "
     "--sides 'transformers, frozen' peft \"peft, adapters in the base's dtype\" 'peft, bf16 autocast'",
-    "step of gpt2": "bench_step.py --model gpt2 --dropout 0.05 --rounds 1 --sides 'lorakit, frozen' lorakit peft",
+    "step of gpt2": "bench_step.py --model gpt2 --dropout 0.05 --allocators tuned "
+    "--sides 'products alone' 'lorakit, frozen' lorakit peft",
     "step of q and v": "bench_step.py --model 'smollm2, q and v' --dtype float32 --dropout 0 --allocators tuned "
-    "--rounds 2 --steps 2 --sides 'transformers, frozen' lorakit peft",
-    "ablation": "bench_step.py --ablate --rounds 1",
-    "ablation of untrained rows": "bench_step.py --ablate --trained 0.3 --rounds 1 "
+    "--steps 4 --sides 'transformers, frozen' lorakit peft",
+    "ablation": "bench_step.py --ablate",
+    "ablation of untrained rows": "bench_step.py --ablate --trained 0.3 "
     "--levers 'last layer of trained rows' 'loss without logits'",
     "picture": "picture_of_step.py --picture docs/performance.svg",
     "train": "bench_train.py",
-    "job": "bench_job.py --steps 30",
-    "decode": "bench_decode.py --rounds 3",
+    "job": "bench_job.py --steps 20",
+    "decode": "bench_decode.py --rounds 2",
     "longest": "bench_longest.py --gib 1.5",
-    "lengths": "bench_lengths.py",
+    "lengths": "bench_lengths.py --steps 30",
     "plan_memory": "bench_plan_memory.py --steps 3 --allocators pinned",
     "growth": "bench_growth.py",
 }
