@@ -20,7 +20,7 @@ from lorakit.speed.choosing import NARROW
 
 SLICES = {"cpu": (128, 256, 512, 1024), "cuda": (2048, 4096, 8192)}
 OF_HEAD = {"cpu": (64, 128, 256, 512), "cuda": (1024, 2048, 4096)}
-TRIALS = 5
+TRIALS = 3
 
 
 class Way(NamedTuple):

@@ -19,8 +19,10 @@ from lorakit import durable
 from lorakit.machine import this_machine
 from lorakit.ops import choices
 from lorakit.ops.kernels import compiled
-from lorakit.speed import choosing, kept_choices
+from lorakit.speed import accelerate, choosing, kept_choices
 from lorakit.speed.choosing import Question, answer, attentions, choose, products
+
+from ..small_models import llama
 
 SIZES = (512, 384)  # in, out of the one module: large enough to be asked about from 768 rows
 
@@ -308,3 +310,11 @@ def test_what_is_timed_computes() -> None:
     torch.set_rng_state(before)
     choosing._product(600, torch.ones(32, 16))(512)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_head_of_an_accelerated_model_is_asked_about() -> None:
+    model: Any = llama(hidden_size=64, vocab_size=700).bfloat16().requires_grad_(False)
+    head = choices.fp32_name(model.lm_head.weight)
+    assert head in {q.name for q in products(model, 256)}
+    accelerate(model)
+    assert head in {q.name for q in products(model, 256)}

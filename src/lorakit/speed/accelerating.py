@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from lorakit.errors import ModelError
 from lorakit.ops.kernels import compiled
 from lorakit.speed import attention, decoder, dropouts, encoder, feed_forward, linear, norms, sublayer
-from lorakit.speed.head import Head, head_for, last_layer_for
+from lorakit.speed.head import Head, head_for, last_layer_for, output_head
 from lorakit.speed.last_layer import LastLayer
 from lorakit.speed.loss import LossWithoutLogits, loss_for
 from lorakit.speed.packing import obeys
@@ -149,7 +149,7 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
         )
     modules = {path: module for path, module in model.named_modules(remove_duplicate=True) if path}
     wanted, left = _candidates(modules)
-    head = _head(model)
+    head = output_head(model)
     heads = {} if head is None else {"": head}
     try:
         found, output = calls(model, {path: module for path, (module, _) in wanted.items()} | heads)
@@ -197,7 +197,7 @@ def _last(model: nn.Module, fast: dict[str, tuple[nn.Module, Recipe]], order: tu
         order: Paths of modules as a forward ended with them; "" is the head.
     """
     layers = [path for path in order if path in fast and fast[path][1].run is decoder.run]
-    head = _head(model)
+    head = output_head(model)
     if not layers or head is None:
         return None
     path = layers[-1]
@@ -255,15 +255,6 @@ def _of_adapters(layer: Any) -> list[nn.Module]:
 
 def _why_not(module: nn.Module, recipe: Recipe, call: Call | None) -> str | None:
     return "it was not called" if call is None else disagreement(module, recipe.run, call)
-
-
-def _head(model: Any) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    try:
-        head = getter() if callable(getter) else None
-    except (AttributeError, NotImplementedError):  # models without one differ in how they say so
-        return None
-    return head if isinstance(head, nn.Module) else None
 
 
 def _swapped(

@@ -36,6 +36,7 @@ from lorakit.ops.choices import (
     through_fp32,
 )
 from lorakit.speed import kept_choices
+from lorakit.speed.head import output_head
 
 GAIN = 0.1
 """By how much of the usual way's time another one must be faster: below, the next measurement might say otherwise."""
@@ -231,6 +232,10 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
         base = frozen_linear(module)
         if base is not None and base.W.device.type == "cpu":
             yield base.W.detach()
+    head = output_head(model)  # an accelerated one is no plain linear module
+    W = getattr(head, "weight", None)
+    if type(W) is nn.Parameter and W.dim() == 2 and not W.requires_grad and W.device.type == "cpu":
+        yield W.detach()
 
 
 def _product(rows: int, right: Tensor) -> Callable[[int], object]:

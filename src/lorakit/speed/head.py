@@ -22,6 +22,20 @@ from lorakit.speed.last_layer import KEYWORD, LastLayer, agree, some
 from lorakit.speed.probing import TOLERANCES, Call, at_rest, inputs_of
 
 
+def output_head(model: Any) -> nn.Module | None:
+    """What a transformers model calls its output embeddings, or None.
+
+    Args:
+        model: Any model.
+    """
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        head = getter() if callable(getter) else None
+    except (AttributeError, NotImplementedError):  # models without one differ in how they say so
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
 @dataclass
 class Passing:
     """A forward in which the head hands its hidden states through.
