@@ -30,6 +30,9 @@ from stepping import OURS, PEFT, PRODUCTS, TARGETS, Job, prepare
 BASE, HEAD, LOW, ATTENTION = "products with the base", "head's products", "adapters' products", "attention"
 LOSS, DROPOUT, COPIES, REST = "softmax of the loss", "dropout", "copies and casts", "other elementwise"
 OPTIMIZER, BETWEEN = "optimizer", "between operations"
+BLOCK = 2048
+"""Rows of the head that are multiplied at a time through fp32 (`lorakit.ops.choices.BLOCK`); no width of these models."""
+
 PARTS = {
     BASE: "#33557f",
     HEAD: "#6f92bd",
@@ -147,7 +150,7 @@ def part_of(name: str, shapes: list[list[int]], vocabulary: int, weights: set[tu
     matrices = [shape for shape in shapes if len(shape) >= 2]
     if name in OF_PRODUCTS:
         sizes = [size for shape in matrices for size in shape[-2:]]
-        if vocabulary in sizes:
+        if vocabulary in sizes or BLOCK in sizes:
             return HEAD
         return BASE if any(tuple(shape) in weights for shape in matrices) else LOW
     large = any(vocabulary in shape for shape in shapes)
