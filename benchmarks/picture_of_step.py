@@ -31,7 +31,7 @@ BASE, HEAD, LOW, ATTENTION = "products with the base", "head's products", "adapt
 LOSS, DROPOUT, COPIES, REST = "softmax of the loss", "dropout", "copies and casts", "other elementwise"
 OPTIMIZER, BETWEEN = "optimizer", "between operations"
 BLOCK = 2048
-"""Rows of the head that are multiplied at a time through fp32 (`lorakit.ops.choices.BLOCK`); no width of these models."""
+"""Rows of the head that go through fp32 at a time (`lorakit.ops.choices.BLOCK`); no width of these models."""
 
 PARTS = {
     BASE: "#33557f",

@@ -32,7 +32,7 @@ def test_same_outputs_and_gradients(row: Row) -> None:
     assert_differs(outputs_of(found), outputs_of(model_named(row.model)(**row.inputs)))
     loss_of(expected).backward()
     loss_of(found).backward()
-    assert_close(_gradients(our_model), _gradients(peft_model), rtol=1e-5)
+    assert_close(_gradients(our_model), _gradients(peft_model), rtol=3e-5)
 
 
 def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -24,7 +24,7 @@ from lorakit.errors import AdapterFileError
 
 from .architectures import loss_of, model_named, outputs_of
 from .cells import PLACES, STEPS, WITHOUT_A_PLACE, Cell, Place, every_cell
-from .closeness import assert_close, assert_differs
+from .closeness import ROUNDINGS, assert_close, assert_differs
 from .differences import CONFIG_OF_CONVERTED
 from .refusals import BY_LORAKIT, BY_PEFT, QUANTISED, Refusal, is_compared, refusals
 from .rows import copy_adapters, quiet_peft, randomise, theirs
@@ -155,7 +155,7 @@ def _rtol(cell: Cell) -> float:
 
     A moved base and DoRA's gain are differences and quotients of what is compared, and round once more.
     """
-    return 2e-6 if cell.rules.changes_base or cell.variant == "dora" else 1e-6
+    return 2 * ROUNDINGS if cell.rules.changes_base or cell.variant == "dora" else ROUNDINGS
 
 
 def _begins_alike(cell: Cell, peft_model: nn.Module, our_model: nn.Module) -> None:
