@@ -30,9 +30,6 @@ from stepping import OURS, PEFT, PRODUCTS, TARGETS, Job, prepare
 BASE, HEAD, LOW, ATTENTION = "products with the base", "head's products", "adapters' products", "attention"
 LOSS, DROPOUT, COPIES, REST = "softmax of the loss", "dropout", "copies and casts", "other elementwise"
 OPTIMIZER, BETWEEN = "optimizer", "between operations"
-BLOCK = 2048
-"""Rows of the head that go through fp32 at a time (`lorakit.ops.choices.BLOCK`); no width of these models."""
-
 PARTS = {
     BASE: "#33557f",
     HEAD: "#6f92bd",
@@ -146,6 +143,8 @@ def weight_shapes(model: Any) -> set[tuple[int, ...]]:
 
 def part_of(name: str, shapes: list[list[int]], vocabulary: int, weights: set[tuple[int, ...]]) -> str:
     """The part that an operation belongs to, by its name and the shapes of its inputs."""
+    from lorakit.ops.choices import BLOCK  # rows of the head that go through fp32 at a time; no width of these models
+
     name = name.split("::")[-1]
     matrices = [shape for shape in shapes if len(shape) >= 2]
     if name in OF_PRODUCTS:

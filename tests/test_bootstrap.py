@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import types
@@ -10,16 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from .loading import load
+
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "bootstrap.py"
 
 
 @pytest.fixture
 def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """The script as a module whose checkout is an empty folder."""
-    spec = importlib.util.spec_from_file_location("bootstrap", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("scripts/bootstrap.py")
     (tmp_path / "pyproject.toml").write_text("[project]\n")
     for name, path in {"ROOT": tmp_path, "VENV": tmp_path / ".venv"}.items():
         monkeypatch.setattr(module, name, path)

@@ -1,6 +1,5 @@
 """The demo's helpers, and the commands that it tells a person to try next."""
 
-import importlib.util
 import shlex
 import subprocess
 import sys
@@ -9,16 +8,14 @@ from types import ModuleType
 
 import pytest
 
+from .loading import load
+
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("scripts/demo.py")
 
 
 def test_two_texts_stand_in_two_columns(demo: ModuleType) -> None:

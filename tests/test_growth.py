@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +10,22 @@ import pytest
 
 from lorakit.plan import Job
 
+from .loading import load
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 FIELDS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
-def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their own module up there
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def growth() -> Any:
-    return load("growth")
+    return load("benchmarks/growth.py")
 
 
 @pytest.fixture(scope="module")
 def bench(growth: Any) -> Any:
     for beside in ("resident", "runner", "stepping"):
-        load(beside)
-    return load("bench_growth")
+        load(f"benchmarks/{beside}.py")
+    return load("benchmarks/bench_growth.py")
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0, -1.0])
@@ -78,7 +68,7 @@ def test_a_job_may_have_another_rank(bench: Any) -> None:
 
 
 def test_the_arithmetic_is_of_the_model_that_is_measured(growth: Any) -> None:
-    sizes, shape = load("stepping").LLAMAS["smollm2"], growth.shape_of()
+    sizes, shape = load("benchmarks/stepping.py").LLAMAS["smollm2"], growth.shape_of()
     measured = {"hidden_size": shape.hidden, "intermediate_size": shape.intermediate, "vocab_size": shape.vocab}
     measured |= {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
     assert sizes == measured | {"num_hidden_layers": shape.layers, "tie_word_embeddings": shape.tied}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ..loading import load
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
@@ -15,12 +16,7 @@ PAGE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def rules() -> Any:
-    spec = importlib.util.spec_from_file_location("house_rules", ROOT / "tests" / "test_architecture.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("tests/test_architecture.py")
 
 
 def test_every_part_stands_on_its_floor(rules: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 from pathlib import Path
@@ -17,18 +16,15 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.plan import Job, catalogue, count, estimate
 
+from ..loading import load
+
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "alpha_and_learning_rate.py"
 TAUGHT: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["c_attn", "c_proj"]}
 
 
 @pytest.fixture(scope="module")
 def experiment() -> Any:
-    spec = importlib.util.spec_from_file_location("alpha_and_learning_rate", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("examples/alpha_and_learning_rate.py")
 
 
 def test_under_adam_alpha_multiplies_the_rate_of_b(experiment: Any) -> None:

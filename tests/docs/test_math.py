@@ -7,7 +7,6 @@ numbers may differ by rounding of another machine; in the others not at all.
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,8 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.plan import Job, ModelShape, Plan, catalogue, count, estimate, rank_table
 from lorakit.plan.text import bytes_text
+
+from ..loading import load
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "math.md"
@@ -209,12 +210,7 @@ def flops_by_pass() -> Iterator[list[str]]:
 
 
 def alpha_and_rate() -> Iterator[list[str]]:
-    spec = importlib.util.spec_from_file_location("alpha", ROOT / "examples" / "alpha_and_learning_rate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for line in module.table().splitlines():
+    for line in load("examples/alpha_and_learning_rate.py").table().splitlines():
         if not line.startswith("|---"):
             yield [cell.strip() for cell in line.strip("|").split("|")]
 

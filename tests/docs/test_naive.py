@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,14 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.errors import TargetError
 
+from ..loading import load
+
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "naive_lora.py"
 
 
 @pytest.fixture
 def naive() -> Any:
-    spec = importlib.util.spec_from_file_location("naive_lora", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("examples/naive_lora.py")
 
 
 def layers(count: int = 3) -> nn.Sequential:

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from ..loading import load
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-
-
-def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their own module up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_example_is_tested_here() -> None:
@@ -39,7 +29,7 @@ def test_examples_are_short(path: Path) -> None:
 
 
 def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
-    load("quickstart").main()
+    load("examples/quickstart.py").main()
     told = capsys.readouterr().out
     assert "trained numbers at 14 sites" in told
     assert "row of the base is the base: True" in told
@@ -47,7 +37,7 @@ def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_activated_lora(capsys: pytest.CaptureFixture[str]) -> None:
-    load("activated_lora").main()
+    load("examples/activated_lora.py").main()
     told = capsys.readouterr().out
     assert "positions that the adapter changes: [12, 13] of 14" in told
     assert "'judge': 7" in told
@@ -55,7 +45,7 @@ def test_activated_lora(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_pissa_to_plain_lora(capsys: pytest.CaptureFixture[str]) -> None:
-    load("pissa_to_plain_lora").main()
+    load("examples/pissa_to_plain_lora.py").main()
     told = capsys.readouterr().out
     assert "pissa moves the base's weight at 2 sites" in told
     assert "fresh adapter: the output moved by 0.0000" in told
@@ -66,7 +56,7 @@ def test_pissa_to_plain_lora(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_many_adapters(capsys: pytest.CaptureFixture[str]) -> None:
-    example = load("many_adapters")
+    example = load("examples/many_adapters.py")
     example.main()
     told = capsys.readouterr().out
     assert "summarise, translate, classify" in told
@@ -79,7 +69,7 @@ def test_many_adapters(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_combine_adapters(capsys: pytest.CaptureFixture[str]) -> None:
-    load("combine_adapters").main()
+    load("examples/combine_adapters.py").main()
     told = capsys.readouterr().out
     assert float(told.split("logits differ by ")[1].split()[0]) < 1e-5
     away = [float(line.split(": ")[1].split("%")[0]) for line in told.splitlines() if "away from the sum" in line]
@@ -89,7 +79,7 @@ def test_combine_adapters(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_moe_experts(capsys: pytest.CaptureFixture[str]) -> None:
-    load("moe_experts").main()
+    load("examples/moe_experts.py").main()
     told = capsys.readouterr().out
     first, last = (float(line.split()[1]) for line in told.splitlines() if line.startswith("loss "))
     assert last < first / 2
@@ -98,11 +88,11 @@ def test_moe_experts(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_alpha_and_learning_rate() -> None:
-    assert load("alpha_and_learning_rate").table().count("\n") == 6
+    assert load("examples/alpha_and_learning_rate.py").table().count("\n") == 6
 
 
 def test_optimizers(capsys: pytest.CaptureFixture[str]) -> None:
-    load("optimizers").main()
+    load("examples/optimizers.py").main()
     lines = capsys.readouterr().out.splitlines()
     left = {line.partition(":")[0]: int(line.partition(": ")[2].partition("%")[0]) for line in lines}
     assert len(left) == 5
@@ -115,7 +105,7 @@ def test_optimizers(capsys: pytest.CaptureFixture[str]) -> None:
 def test_reference_project(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first four parts in the quick form, on a tiny model; the counts are the real ones."""
     monkeypatch.setattr(sys, "argv", ["reference_project.py", "--quick", "--parts", "1", "2", "3", "4"])
-    load("reference_project").main()
+    load("examples/reference_project.py").main()
     told = capsys.readouterr().out
     assert "**811,008** trainable of **124,439,808** (0.65 %)" in told
     assert [line for line in told.splitlines() if line.startswith("## ")] == [
@@ -142,7 +132,7 @@ def test_full_fine_tuning_beside_lora() -> None:
 
 
 def test_dora(capsys: pytest.CaptureFixture[str]) -> None:
-    load("dora").main()
+    load("examples/dora.py").main()
     told = capsys.readouterr().out
     ends = {
         (line.split(":")[0], line.split()[1]): float(line.split()[-1])
@@ -158,7 +148,7 @@ def test_dora(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_qlora(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("bitsandbytes")
-    load("qlora").main()
+    load("examples/qlora.py").main()
     told = capsys.readouterr().out
     before, after = (float(word) for word in told.split("loss ")[1].split(" in ")[0].split(" -> "))
     assert after < before - 1

@@ -144,13 +144,12 @@ def choose(
         for question in unknown:
             if clock() - began > BUDGET_SECONDS:
                 break
-            if not {**answers, **fresh}.get(question.unless):
-                fresh[question.name] = answer(question, clock)
+            if not answers.get(question.unless):
+                answers[question.name] = fresh[question.name] = answer(question, clock)
     seconds = clock() - began
     unkept = kept_choices.keep(fresh, folder) if fresh else ""
-    answers |= fresh
     acting = {q.name: answers[q.name] for q in asked if answers.get(q.name, q.usual) in q.others}
-    left = [q for q in unknown if q.name not in answers and not answers.get(q.unless)]
+    left = [q for q in unknown if q.name not in fresh and not answers.get(q.unless)]
     return Chosen(acting, len(fresh), seconds, unkept, len(left))
 
 
