@@ -238,15 +238,19 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _product(rows: int, right: Tensor) -> Callable[[int], object]:
-    x = torch.ones(rows, right.shape[0], dtype=right.dtype, device="cpu")
-    out = torch.empty(rows, right.shape[1], dtype=right.dtype, device="cpu")
+    x, out = _rows_of(rows, right)
     return lambda size: in_slices(x, right, size or rows, out)
 
 
 def _through_fp32(right: Tensor) -> Callable[[int], object]:
-    x = torch.ones(IN_FP32_ROWS, right.shape[0], dtype=right.dtype, device="cpu")
-    out = torch.empty(IN_FP32_ROWS, right.shape[1], dtype=right.dtype, device="cpu")
+    x, out = _rows_of(IN_FP32_ROWS, right)
     return lambda way: in_fp32(x, right, out) if way else torch.mm(x, right, out=out)
+
+
+def _rows_of(rows: int, right: Tensor) -> tuple[Tensor, Tensor]:
+    """What is multiplied with right (in, out), (rows, in), and where the product is written, (rows, out)."""
+    x = torch.ones(rows, right.shape[0], dtype=right.dtype, device="cpu")
+    return x, torch.empty(rows, right.shape[1], dtype=right.dtype, device="cpu")
 
 
 def _attention(

@@ -233,8 +233,8 @@ def _trainee(model: Any, request: Request, planned: Planned) -> Trainee:
     else:
         optimizer = lorafa(named, pairs, settings.learning_rate, settings.weight_decay, rates)
     autocast = torch.bfloat16 if device.type != "cpu" and planned.dtype == "bfloat16" else None
-    trainee = Trainee(model, named, optimizer, device, settings.max_grad_norm, autocast)
-    return dataclasses.replace(trainee, recompute=planned.recompute, budgeted=settings.memory_budget is not None)
+    norm, budgeted = settings.max_grad_norm, settings.memory_budget is not None
+    return Trainee(model, named, optimizer, device, norm, autocast, recompute=planned.recompute, budgeted=budgeted)
 
 
 def _recompute_activations(model: Any) -> None:
