@@ -92,6 +92,19 @@ def test_a_product_through_fp32_is_rounded_once(by_columns: bool, plus: str, sha
     torch.testing.assert_close(got.double(), wanted, rtol=2**-8, atol=1e-4 * inner**0.5)
 
 
+def test_a_product_of_wider_rows_is_in_their_dtype() -> None:
+    x, right, plus = drawn(ROWS, 5000).float(), drawn(5000, OUT).bfloat16(), drawn(ROWS, OUT).float()
+    wanted = x.double() @ right.double()
+    for out, added in ((None, None), (None, plus), (plus.clone(), None), (plus.clone(), plus), (None, plus[0])):
+        got = product(x, right, out, added)
+        assert got.dtype == torch.float32
+        assert out is None or got is out
+        torch.testing.assert_close(got.double(), wanted + (0 if added is None else added), rtol=1e-5, atol=1e-3)
+    wanted += plus
+    assert product(x, right, plus, plus) is plus
+    torch.testing.assert_close(plus.double(), wanted, rtol=1e-5, atol=1e-3)
+
+
 def test_few_rows_and_other_dtypes_do_not_go_through_fp32(counted: list[int]) -> None:
     x, right = drawn(choices.FEWEST_IN_FP32, IN).bfloat16(), drawn(IN, OUT).bfloat16()
     with acting({choices.fp32_name(right): 1}):
@@ -114,16 +127,45 @@ def test_head_and_loss_go_through_fp32_where_that_was_chosen() -> None:
         torch.testing.assert_close(plain, through, rtol=2e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_modules_that_share_an_input_are_multiplied_in_fp32_and_rounded_once(transposed: bool, dropout: float) -> None:
+    x, factors = drawn(ROWS, IN).bfloat16(), [drawn(*shape).float() for shape in [(4, IN), (OUT, 4)] * 2]
+    weights = [drawn(*((IN, OUT) if transposed else (OUT, IN))).bfloat16() for _ in range(3)]
+    dys, results = [drawn(ROWS, OUT).bfloat16() for _ in weights], []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [leaf.clone().requires_grad_() for leaf in (x.to(dtype), *factors)]
+        lows = [LowRank(leaves[1], leaves[2], 2.0, dropout), LowRank(leaves[3], leaves[4], 0.5, dropout), None]
+        group = [Adapted(W.to(dtype), None, low, transposed) for W, low in zip(weights, lows, strict=True)]
+        torch.manual_seed(3)
+        with acting({choices.fp32_name(side): 1 for W in weights for side in (W, W.t())}):
+            with Widths() as widths:  # type: ignore[no-untyped-call]
+                ys = linears(leaves[0], group)
+            assert widths.widened.count((ROWS, IN)) == (dtype == torch.bfloat16)  # once for all three
+            with widths:  # type: ignore[attr-defined]
+                grads = torch.autograd.grad(ys, leaves, [dy.to(dtype) for dy in dys])
+        assert widths.seen == {torch.float32}
+        assert all(t.dtype == dtype for t in (*ys, grads[0]))
+        results.append((*ys, *grads))
+    for wide, narrow in zip(*results, strict=True):  # what was computed is the same; the ends alone are rounded
+        torch.testing.assert_close(
+            narrow, wide.to(narrow.dtype), rtol=2**-8 if narrow.dtype != torch.float32 else 1e-5, atol=1e-4
+        )
+
+
 class Widths(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The dtypes of what products multiply."""
+    """The dtypes of what products multiply, and the shapes of what was widened to fp32."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen: set[torch.dtype] = set()
+        self.widened: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in PRODUCTS:
             self.seen.add(args[-1].dtype)
+        if func.overloadpacket is aten._to_copy and (kwargs or {}).get("dtype") == torch.float32:
+            self.widened.append(tuple(args[0].shape))
         return func(*args, **(kwargs or {}))
 
 

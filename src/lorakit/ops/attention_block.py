@@ -203,7 +203,7 @@ def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Made]:
     block, pattern, turn, residual, _ = form
     flat, (batch, tokens, _) = rows(x), x.shape
     n, stats = (flat, ()) if block.norm is None else block.norm.forward(flat)
-    ins, outs = Group(block.inputs, x.dtype), Group([block.output], x.dtype)
+    ins = Group.of(block.inputs, n)
     parts = ins.forward(n)
     del n
     q, k, v = raw = block.heads(parts, batch, tokens)
@@ -216,7 +216,9 @@ def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Made]:
     del parts
     out, *saved = attending.forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), pattern)
     given = out.transpose(1, 2).view(len(flat), -1)
-    y, record = join(outs.forward(form.picked(given))[0], form.picked(flat) if residual else None, block.dropout)
+    read = form.picked(given)
+    outs = Group.of([block.output], read)
+    y, record = join(outs.forward(read)[0], form.picked(flat) if residual else None, block.dropout)
     kept = raw[0] if block.q_norm else q, raw[1] if block.k_norm else k, v
     return y, _Made(stats, kept, (q_stats, k_stats), given, saved, record, (ins, outs))
 

@@ -13,7 +13,7 @@ product in bf16 rounds it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import MappingProxyType
 
@@ -85,10 +85,12 @@ def product(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | 
 
     Args:
         x: (N, in).
-        right: (in, out), in any strides.
+        right: (in, out), in any strides; in the dtype of x, or narrower where `dtype_of_products` gave that of x.
         out: Where the result is written, (N, out); None makes it.
         plus: (out,) or (N, out); it may be `out`.
     """
+    if x.dtype != right.dtype:
+        return in_fp32(x, right, out, plus)
     chosen = _ACTING.get() if not torch.compiler.is_compiling() else None
     if not chosen or right.device.type != "cpu":
         return _at_once(x, right, out, plus)
@@ -98,6 +100,21 @@ def product(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | 
     if 0 < size < len(x):
         return in_slices(x, right, size, out, plus)
     return _at_once(x, right, out, plus)
+
+
+def dtype_of_products(rows: int, weights: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
+    """fp32 where all products of so many rows of a dtype with these weights go through it, else the dtype.
+
+    Args:
+        rows: Rows of the input.
+        weights: (in, out) each; the products are with them and, on the way back, with what they are transposed.
+        dtype: Of the rows.
+    """
+    chosen = _ACTING.get() if not torch.compiler.is_compiling() else None
+    if not chosen or rows < FEWEST_IN_FP32 or any(W.dtype != dtype or W.device.type != "cpu" for W in weights):
+        return dtype
+    through = all(chosen.get(fp32_name(W)) and chosen.get(fp32_name(W.t())) for W in weights)
+    return torch.float32 if through else dtype
 
 
 def in_slices(x: Tensor, right: Tensor, size: int, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
@@ -112,17 +129,22 @@ def in_slices(x: Tensor, right: Tensor, size: int, out: Tensor | None = None, pl
 
 
 def in_fp32(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """`product` of x (N, in) and right (in, out) -> (N, out), of operands that are widened and a sum rounded once."""
+    """`product` of x (N, in) and right (in, out) -> (N, out), of operands that are widened and a sum rounded once.
+
+    Where x is fp32 already, so are `plus` and the result.
+    """
     if out is None:
         out = x.new_empty(len(x), right.shape[1])
     columns, inner = (_blocks(size) for size in right.shape[::-1])
     widened = [x[:, k].float() for k in inner] if len(columns) > 1 else None
     for at in columns:
         total = None if plus is None else plus[..., at].float()
+        room = out[:, at] if out.dtype == torch.float32 and plus is not out else total
         for number, k in enumerate(inner):
             rows, factor = x[:, k].float() if widened is None else widened[number], right[k, at].float()
-            total = _at_once(rows, factor, total if total is not None and total.dim() == 2 else None, total)
-        out[:, at].copy_(total)  # type: ignore[arg-type]  # no weight is empty
+            total = room = _at_once(rows, factor, room if room is None or room.dim() == 2 else None, total)
+        if out.dtype != torch.float32:
+            out[:, at].copy_(total)  # type: ignore[arg-type]  # no weight is empty
     return out
 
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorakit.ops.adapted import Adapted, LowRank, as_written, autocast, factors, refuse_trained, rows, unflat
-from lorakit.ops.choices import product
+from lorakit.ops.choices import dtype_of_products, product
 from lorakit.ops.dropout import draw, without, zero_
 from lorakit.ops.kernels.choosing import kernels_for
 from lorakit.ops.kernels.protocol import DroppingProducts
@@ -49,7 +49,7 @@ def linears(x: Tensor, group: Sequence[Adapted]) -> tuple[Tensor, ...]:
         ys = _Linears.apply(x, tuple(group), *flat)
     else:
         with as_written(x):
-            ys = Group(group, x.dtype).forward(rows(x))
+            ys = Group.of(group, x).forward(rows(x))
     return tuple(unflat(y, x) for y in ys)  # here: outputs that are views could not be changed in place
 
 
@@ -57,6 +57,7 @@ class Form(NamedTuple):
     """What of a packed group is no tensor."""
 
     dtype: torch.dtype
+    inside: torch.dtype
     sites: tuple[tuple[bool, float | None, float], ...]  # transposed; scale (None: no adapter), dropout
     trains: tuple[tuple[bool, bool], ...]  # whether A, B ask for a gradient
 
@@ -66,22 +67,32 @@ class Group:
 
     For functions of autograd: `forward`, then `pack` for what must be saved besides x; `unpack` in their backward, then
     `backward`. To be called where no gradient is recorded. A tensor that is called owned may be overwritten.
+
+    What comes in and goes out has one dtype, what is multiplied inside may have a wider one: then each input is widened
+    once for all its products, and each result rounded once.
     """
 
-    def __init__(self, group: Sequence[Adapted], dtype: torch.dtype) -> None:
+    def __init__(self, group: Sequence[Adapted], dtype: torch.dtype, inside: torch.dtype | None = None) -> None:
         self.sites = tuple(group)
         self.dtype = dtype
+        self.inside = inside = inside or dtype
         self.h: list[Tensor | None] = [None] * len(self.sites)
         self.records: list[Tensor | None] = [None] * len(self.sites)
         self.low = {j: site.low for j, site in enumerate(self.sites) if site.low is not None}
         self.trains = tuple((m.low.A.requires_grad, m.low.B.requires_grad) if m.low else (False, False) for m in group)
         self.plain = [j for j, low in self.low.items() if low.p == 0]
         self.dropping = [j for j, low in self.low.items() if low.p > 0]
-        self.B = {j: low.B.to(dtype) for j, low in self.low.items()}
+        self.B = {j: low.B.to(inside) for j, low in self.low.items()}
         # the scale, and what dropout divides by, go into A, the smallest operand: s·h comes out, and s·B·(A·x) and the
         # gradient of B need no more
-        self.A = {j: _scaled(low).to(dtype) for j, low in self.low.items() if low.p > 0}
-        self.stacked = torch.cat([_scaled(self.low[j]) for j in self.plain]).to(dtype) if self.plain else None
+        self.A = {j: _scaled(low).to(inside) for j, low in self.low.items() if low.p > 0}
+        self.stacked = torch.cat([_scaled(self.low[j]) for j in self.plain]).to(inside) if self.plain else None
+
+    @classmethod
+    def of(cls, group: Sequence[Adapted], x: Tensor) -> Group:
+        """The group for an input x (…, in), multiplied in the dtype that was chosen for as many rows."""
+        weights = [site.W if site.transposed else site.W.t() for site in group]
+        return cls(group, x.dtype, dtype_of_products(x.numel() // x.shape[-1], weights, x.dtype))
 
     @property
     def needs_x(self) -> bool:
@@ -90,18 +101,33 @@ class Group:
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """The outputs (N, out) for x (N, in)."""
+        x = x.to(self.inside)
         for j in self.dropping:
             self.records[j] = draw(x, self.low[j].p)
         hs = self._thin(x, range(len(self.sites)))
         self.h = [hs.get(j) if trains else None for j, (_, trains) in enumerate(self.trains)]
-        return [_output(x, site, hs.get(j), self.B.get(j)) for j, site in enumerate(self.sites)]
+        return [self._output(x, site, hs.get(j), self.B.get(j)) for j, site in enumerate(self.sites)]
 
     def again(self, x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
         """What `forward` gave for x (N, in), to the bit, from what it left and the modules' biases (out,)."""
+        x = x.to(self.inside)
         hs = {j: h for j, h in enumerate(self.h) if h is not None}
         hs |= self._thin(x, [j for j in self.low if j not in hs])
         sites = [replace(site, bias=bias) for site, bias in zip(self.sites, biases, strict=True)]
-        return [_output(x, site, hs.get(j), self.B.get(j)) for j, site in enumerate(sites)]
+        return [self._output(x, site, hs.get(j), self.B.get(j)) for j, site in enumerate(sites)]
+
+    def _output(self, x: Tensor, site: Adapted, h: Tensor | None, B: Tensor | None) -> Tensor:
+        """x·Wᵀ + b, plus s·h·Bᵀ where there is an adapter.
+
+        The thin product comes first, and the large one adds to it; the other way round takes as long.
+        """
+        W, y = site.W.to(self.dtype), None if site.bias is None else site.bias.to(x.dtype)
+        if h is not None and B is not None:
+            y = torch.mm(h, B.t()) if y is None else torch.addmm(y, h, B.t())
+            y = product(x, W if site.transposed else W.t(), y, y)
+        else:
+            y = product(x, W if site.transposed else W.t(), plus=y)
+        return y.to(self.dtype)
 
     def _thin(self, x: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
         """s·h (N, r) of the modules that are wanted and have an adapter."""
@@ -125,7 +151,9 @@ class Group:
         x may be None where `needs_x` is false; the result may lie where an owned x was. An output that has no gradient
         is None.
         """
-        live = {j: dy for j, dy in enumerate(dys) if dy is not None}
+        if self.inside != self.dtype:
+            x, owned = None if x is None else x.to(self.inside), True
+        live = {j: dy.to(self.inside) for j, dy in enumerate(dys) if dy is not None}
         dh = {j: torch.mm(live[j], self.B[j]) for j in self.low if j in live and (need_dx or self.trains[j][0])}
         dropping = [j for j in self.dropping if j in dh]
         beside = self._beside(dh)
@@ -133,6 +161,7 @@ class Group:
         grads_a = {} if x is None else self._grads_a(x, dh, beside, owned, spare)
         spare += [x] if owned and x is not None else []
         dx = self._grad_x(live, dh, dropping, beside, spare) if need_dx else None
+        dx = None if dx is None else dx.to(self.dtype)
         return dx, [(grads_a.get(j), self._grad_b(j, live.get(j))) for j in range(len(dys))]
 
     def pack(self) -> tuple[Form, list[Tensor | None]]:
@@ -141,7 +170,7 @@ class Group:
         tensors: list[Tensor | None] = []
         for j, module in enumerate(self.sites):
             tensors += [module.W, *factors([module]), self.h[j], self.records[j]]
-        return Form(self.dtype, tuple(form), self.trains), tensors
+        return Form(self.dtype, self.inside, tuple(form), self.trains), tensors
 
     @classmethod
     def unpack(cls, form: Form, tensors: Sequence[Any]) -> Group:
@@ -153,7 +182,7 @@ class Group:
             sites.append(Adapted(W, None, low, transposed))
             h.append(saved)
             records.append(record)
-        group = cls(sites, form.dtype)
+        group = cls(sites, form.dtype, form.inside)
         group.trains, group.h, group.records = form.trains, h, records
         return group
 
@@ -251,7 +280,7 @@ class Group:
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: tuple[Adapted, ...], *flat: Tensor | None) -> tuple[Tensor, ...]:
-        parts = Group(_with(group, flat), x.dtype)
+        parts = Group.of(_with(group, flat), x)
         with as_written(x):
             ys = parts.forward(rows(x))
         ctx.form, tensors = parts.pack()
@@ -281,18 +310,6 @@ def _with(group: Sequence[Adapted], flat: Sequence[Tensor | None]) -> list[Adapt
         else:
             filled.append(replace(module, low=replace(low, A=A, B=B)))
     return filled
-
-
-def _output(x: Tensor, site: Adapted, h: Tensor | None, B: Tensor | None) -> Tensor:
-    """x·Wᵀ + b, plus s·h·Bᵀ where there is an adapter.
-
-    The thin product comes first, and the large one adds to it; the other way round takes as long.
-    """
-    W, y = site.W.to(x.dtype), None if site.bias is None else site.bias.to(x.dtype)
-    if h is not None and B is not None:
-        y = torch.mm(h, B.t()) if y is None else torch.addmm(y, h, B.t())
-        return product(x, W if site.transposed else W.t(), y, y)
-    return product(x, W if site.transposed else W.t(), plus=y)
 
 
 def _taken(spare: list[Tensor]) -> Tensor | None:

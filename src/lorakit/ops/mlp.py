@@ -137,7 +137,7 @@ def _forward(x: Tensor, form: Form) -> tuple[Tensor, _Made]:
     """The output rows (N, d), and what was made on the way."""
     flat = rows(x)
     n, stats = (flat, ()) if form.norm is None else form.norm.forward(flat)
-    inner, outer = Group(form.inner, x.dtype), Group([form.down], x.dtype)
+    inner, outer = Group.of(form.inner, n), Group.of([form.down], n)
     hidden = inner.forward(n)
     del n
     hidden = _halves(hidden, form)
