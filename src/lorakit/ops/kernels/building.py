@@ -1,4 +1,5 @@
-"""The C compiler's part: rows.c becomes a shared library, once for each machine, compiler and dtype, kept in the cache.
+"""The C compiler's part: rows.c, with what it includes, becomes a shared library, once for each machine, compiler and
+dtype, kept in the cache.
 
 Nothing is downloaded and nothing is installed: it is the C compiler that is there, or none. A library is built beside
 its place and then moved to it, so that processes which build at the same time do not disturb each other.
@@ -86,7 +87,8 @@ def _key(compiler: str, define: str) -> str:
         cpu = ""
     machine = " ".join((*os.uname()[:1], os.uname().machine)) if hasattr(os, "uname") else ""
     flags = " ".join((*FLAGS, WIDEST, torch.__version__))
-    parts = (SOURCE.read_bytes(), flags.encode(), compiler.encode(), told, cpu.encode())
+    source = b"\0".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]")))
+    parts = (source, flags.encode(), compiler.encode(), told, cpu.encode())
     return hashlib.sha256(b"\0".join((*parts, machine.encode(), define.encode()))).hexdigest()[:24]
 
 

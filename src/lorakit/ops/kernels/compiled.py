@@ -1,4 +1,7 @@
-"""The kernels for CPUs: rows.c, called with pointers. See `lorakit.ops.kernels.protocol` for what each computes."""
+"""The kernels for CPUs: rows.c and what it includes, called with pointers.
+
+See `lorakit.ops.kernels.protocol` for what each computes.
+"""
 
 from __future__ import annotations
 

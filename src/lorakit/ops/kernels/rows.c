@@ -2,78 +2,12 @@
  *
  * Compiled by compiled.py, once for each dtype: -DBF16 for bfloat16, without it for fp32. Nothing of PyTorch is used:
  * pointers and sizes come in, numbers go out. All that is computed is fp32; a number is rounded when it is stored.
+ * One library is made of this file; those that it includes have a part each.
  * What each function computes is said in protocol.py; PyTorch does the same where there is no compiler.
  */
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "numbers.h"
 
-#ifdef BF16
-typedef uint16_t number; /* the upper half of an fp32 */
-
-static inline float wide(number v) {
-    union { uint32_t bits; float value; } u = {(uint32_t)v << 16};
-    return u.value;
-}
-
-static inline number narrow(float v) { /* to nearest, ties to even, as PyTorch rounds */
-    union { float value; uint32_t bits; } u = {v};
-    return (number)((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16); /* NaN stays NaN: a made one has no low bits */
-}
-#else
-typedef float number;
-
-static inline float wide(number v) { return v; }
-static inline number narrow(float v) { return v; }
-#endif
-
-#define ROWS(i, n) _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t i = 0; i < (n); i++)
-
-/* ---- functions of one number; polynomials as in Cephes (S. L. Moshier), within 2 units of the last place */
-
-#define LEAST -87.0f /* below: e^LEAST, 1.6e-38, which is nothing beside 1 */
-
-static inline float power_of_e(float x) {
-    x = x > 87.9f ? 87.9f : x;
-    x = x < LEAST ? LEAST : x;
-    union { float value; int32_t bits; } whole = {x * 1.44269504088896341f + 12582912.0f}; /* 1.5·2^23: to an integer */
-    float k = whole.value - 12582912.0f;
-    float r = x - k * 0.693359375f + k * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    union { float value; int32_t bits; } power = {p * (r * r) + (r + 1.0f)};
-    power.bits += (int32_t)((uint32_t)whole.bits << 23); /* times 2^k */
-    return power.value;
-}
-
-static inline float sigmoid(float x) { return 1.0f / (1.0f + power_of_e(-x)); }
-
-static inline float logarithm(float x) { /* of normal x > 0 */
-    union { float value; uint32_t bits; } u = {x};
-    int32_t exponent = (int32_t)(u.bits >> 23) - 126;
-    u.bits = (u.bits & 0x007fffff) | 0x3f000000; /* [0.5, 1) */
-    float m = u.value;
-    int low = m < 0.707106781186547524f;
-    float e = (float)(exponent - low);
-    m = (low ? m + m : m) - 1.0f;
-    float z = m * m;
-    float p = 7.0376836292e-2f;
-    p = p * m - 1.1514610310e-1f;
-    p = p * m + 1.1676998740e-1f;
-    p = p * m - 1.2420140846e-1f;
-    p = p * m + 1.4249322787e-1f;
-    p = p * m - 1.6668057665e-1f;
-    p = p * m + 2.0000714765e-1f;
-    p = p * m - 2.4999993993e-1f;
-    p = p * m + 3.3333331174e-1f;
-    p = p * m * z - 2.12194440e-4f * e - 0.5f * z;
-    return m + p + 0.693359375f * e;
-}
+#include "dropout.h"
 
 /* ---- norms */
 
@@ -176,10 +110,6 @@ static inline void gate_backward_row(int act, const number *da, const number *fi
     default: call(RELU);                                                                           \
     }
 
-#define BLOCK 8192 /* numbers that a thread takes at a time, where rows mean nothing */
-
-static inline int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
-
 void gate(int act, const number *first, const number *up, int64_t count, number *out, int threads) {
     ROWS(b, (count + BLOCK - 1) / BLOCK) {
         int64_t at = b * BLOCK, n = shorter(BLOCK, count - at);
@@ -232,61 +162,6 @@ void turn(const number *x, int64_t x_stride, const number *cos, const number *si
             else
                 turn_head(from, c, s, rot, 0, way, to);
             if (rot < width && from != to) memcpy(to + rot, from + rot, (size_t)(width - rot) * sizeof(number));
-        }
-    }
-}
-
-/* ---- dropout: the distance from one dropped number to the next is geometric. Each block of numbers has a stream of its
- * own, so that threads need not wait for each other; a geometric law has no memory, so that changes nothing of it. */
-
-#define LANES 16
-
-static inline uint64_t mixed(uint64_t z) { /* the finaliser of SplitMix64 (Steele, Lea and Flood 2014) */
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
-static inline int64_t gaps(uint64_t key, uint64_t from, float each, int32_t *gap) {
-#pragma omp simd
-    for (int j = 0; j < LANES; j++) {
-        uint32_t bits = (uint32_t)(mixed(key + (from + (uint64_t)j) * 0x9e3779b97f4a7c15u) >> 32);
-        float u = ((float)(bits >> 1) + 0.5f) * 4.656612873077393e-10f; /* (0, 1] in steps of 2^-31 */
-        float distance = logarithm(u) * each;
-        gap[j] = distance > 1e9f ? 1000000000 : (int32_t)distance;
-    }
-    return LANES;
-}
-
-static inline int64_t far_gaps(uint64_t key, uint64_t from, double each, int32_t *gap) { /* where fp32 is too coarse */
-    for (int j = 0; j < LANES; j++) {
-        double u = ((double)(mixed(key + (from + (uint64_t)j) * 0x9e3779b97f4a7c15u) >> 12) + 0.5) * 0x1p-52;
-        double distance = log(u) * each;
-        gap[j] = distance > 1e9 ? 1000000000 : (int32_t)distance;
-    }
-    return LANES;
-}
-
-void drop(const number *x, int64_t count, double p, uint64_t seed, float scale, number *out, int threads) {
-    double each = 1.0 / log1p(-p);
-    ROWS(b, (count + BLOCK - 1) / BLOCK) {
-        int64_t at = b * BLOCK, n = shorter(BLOCK, count - at);
-        number *to = out + at;
-        if (scale != 1.0f) {
-#pragma omp simd
-            for (int64_t j = 0; j < n; j++) to[j] = narrow(wide(x[at + j]) * scale);
-        } else if (x != out) {
-            memcpy(to, x + at, (size_t)n * sizeof(number));
-        }
-        int32_t gap[LANES];
-        uint64_t key = mixed(seed + mixed((uint64_t)b)), drawn = 0;
-        for (int64_t place = 0; place < n;) {
-            drawn += (uint64_t)(p < 1e-3 ? far_gaps(key, drawn, each, gap) : gaps(key, drawn, (float)each, gap));
-            for (int j = 0; j < LANES; j++) {
-                place += gap[j];
-                if (place >= n) break;
-                to[place++] = 0;
-            }
         }
     }
 }
@@ -374,52 +249,4 @@ void cross_entropy(number *logits, const int64_t *labels, float scale, int gradi
     }
 }
 
-/* ---- rows that have thin factors of their own: each is read once, from end to end, and asked for two pages ahead, since
- * a processor's own prefetching stops at the end of a page */
-
-#define AHEAD 8192 /* bytes */
-
-static inline void ask_for(const number *from, int64_t n) {
-#ifdef __GNUC__
-    uintptr_t at = (uintptr_t)from + AHEAD;
-    for (int64_t byte = 0; byte < n * (int64_t)sizeof(number); byte += 64) __builtin_prefetch((const void *)(at + byte));
-#endif
-}
-
-static inline void shrink_row(const float *x, const number *a, int64_t n, int64_t r, float *h) {
-    for (int64_t k = 0; k < r; k++, a += n) {
-        ask_for(a, n);
-        float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < n; j++) sum += x[j] * wide(a[j]);
-        h[k] = wide(narrow(sum));
-    }
-}
-
-static inline void expand_row(const float *h, const number *b, int64_t n, int64_t r, float *y) {
-    for (int64_t k = 0; k < r; k++, b += n) {
-        ask_for(b, n);
-        float by = h[k];
-#pragma omp simd
-        for (int64_t j = 0; j < n; j++) y[j] += by * wide(b[j]);
-    }
-}
-
-void add_own(const number *x, const number *A, const number *Bt, const int64_t *index, int64_t tokens, int64_t rows,
-             int64_t in, int64_t r, int64_t out, number *y, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        float *e = malloc((size_t)((in > out ? in : out) + r) * sizeof(float)), *h = e + (in > out ? in : out);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows; i++) {
-            int64_t own = index[i / tokens];
-            if (own < 0) continue;
-            widened_row(x + i * in, 1.0f, in, e);
-            shrink_row(e, A + own * r * in, in, r, h);
-            widened_row(y + i * out, 1.0f, out, e);
-            expand_row(h, Bt + own * r * out, out, r, e);
-            shares_row(e, 1.0f, out, y + i * out);
-        }
-        free(e);
-    }
-}
+#include "own.h"
