@@ -188,8 +188,7 @@ def judged(adapter: Path, folder: Path) -> float:
 
     model = hub.load_model("smollm2", dtype="bfloat16")
     core.load_adapter(model, adapter)
-    loader = data.Loader(sequences(folder, "eval"), ROWS, 0, shuffle=False, epochs=1)
-    found = evaluate(model, loader, torch.device("cpu"))
+    found = evaluate(model, data.by_length(sequences(folder, "eval"), ROWS), torch.device("cpu"))
     if found is None:
         raise SystemExit("the evaluation was abandoned")
     return found.loss

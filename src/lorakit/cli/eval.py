@@ -21,7 +21,9 @@ class Flags:
     data: Annotated[list[str], Parameter(help="Files: .txt, .md (documents) or .jsonl.")]
     adapter: Annotated[list[str] | None, Parameter(help="Adapter directories, evaluated side by side.")] = None
     max_length: Annotated[int, Parameter(help="Longest row in tokens.")] = DEFAULTS["max_length"].value
-    batch_size: Annotated[int, Parameter(help="Rows of a batch.")] = DEFAULTS["per_device_train_batch_size"].value
+    batch_size: Annotated[int, Parameter(help="Rows of a batch of the longest; of shorter ones it takes more.")] = (
+        DEFAULTS["per_device_train_batch_size"].value
+    )
     dtype: Annotated[str, Parameter(help="Precision of the base: auto, bfloat16 or float32.")] = "auto"
     device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto"
     quantization: Annotated[str | None, Parameter(help=DEFAULTS["quantization"].help())] = None

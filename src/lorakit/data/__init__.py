@@ -8,7 +8,7 @@ Tokenizers come in as arguments (`tokens.Tokenizer` says what is asked of them);
 from __future__ import annotations
 
 from lorakit.data.encoding import Encoded, Sequence, encode
-from lorakit.data.loader import Batch, Loader, padding_id
+from lorakit.data.loader import Batch, Loader, by_length, padding_id
 from lorakit.data.reading import read_records
 from lorakit.data.records import Completion, Conversation, Document, Message, Record, Records
 from lorakit.data.reference_text import python_reference, write_python_reference
@@ -30,6 +30,7 @@ __all__ = [
     "Sequence",
     "Split",
     "Tokenizer",
+    "by_length",
     "encode",
     "padding_id",
     "python_reference",

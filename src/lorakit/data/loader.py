@@ -100,7 +100,7 @@ class Loader(Iterator[Batch]):
         at = self._batch * self.batch_rows
         rows = [self.sequences[index] for index in self._order[at : at + self.batch_rows]]
         self._batch += 1
-        return self._padded(rows)
+        return padded(rows, self.pad_id, self.epoch)
 
     def state(self) -> dict[str, Any]:
         """Where the loader stands, as JSON values: position, seed, and a digest of the data."""
@@ -142,23 +142,6 @@ class Loader(Iterator[Batch]):
             random.Random(f"{self.seed}:{epoch}").shuffle(order)
         return order
 
-    def _padded(self, rows: list[Sequence]) -> Batch:
-        import torch
-
-        longest = max(len(row) for row in rows)
-        # filled by length, never by id: where padding and end of text share an id, the end is still trained
-        ids = [[*row.input_ids, *[self.pad_id] * (longest - len(row))] for row in rows]
-        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-        labels = [[*row.labels, *[IGNORED] * (longest - len(row))] for row in rows]
-        return Batch(
-            input_ids=torch.tensor(ids, dtype=torch.int64),
-            attention_mask=torch.tensor(mask, dtype=torch.int64),
-            labels=torch.tensor(labels, dtype=torch.int64),
-            epoch=self.epoch,
-            tokens=sum(len(row) for row in rows),
-            trained_tokens=sum(row.trained_tokens for row in rows),
-        )
-
     def _data_digest(self) -> str:
         if self._digest is None:
             digest = hashlib.sha256()
@@ -168,6 +151,56 @@ class Loader(Iterator[Batch]):
                 digest.update(sequence.labels.tobytes())
             self._digest = digest.hexdigest()
         return self._digest
+
+
+def padded(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
+    """The batch of some sequences.
+
+    Args:
+        rows: At least one.
+        pad_id: Token that fills them up.
+        epoch: As `Batch` has it.
+    """
+    import torch
+
+    longest = max(len(row) for row in rows)
+    # filled by length, never by id: where padding and end of text share an id, the end is still trained
+    ids = [[*row.input_ids, *[pad_id] * (longest - len(row))] for row in rows]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    labels = [[*row.labels, *[IGNORED] * (longest - len(row))] for row in rows]
+    return Batch(
+        input_ids=torch.tensor(ids, dtype=torch.int64),
+        attention_mask=torch.tensor(mask, dtype=torch.int64),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        epoch=epoch,
+        tokens=sum(len(row) for row in rows),
+        trained_tokens=sum(row.trained_tokens for row in rows),
+    )
+
+
+def by_length(sequences: list[Sequence], rows: int, pad_id: int = 0) -> Iterator[Batch]:
+    """Each sequence once, the shortest first: batches of so many rows of the longest, and of more rows of shorter ones.
+
+    No batch has more places, padding among them, than that one of the longest: it takes no more memory, and few tokens
+    do not take the time of a batch.
+
+    Args:
+        sequences: At least one.
+        rows: Rows of a batch of the longest sequences.
+        pad_id: Token that fills rows up.
+
+    Raises:
+        ConfigError: `rows` is below 1.
+    """
+    if rows < 1:
+        raise ConfigError(f"The batch size is {rows}; at least 1 row is needed.")
+    places, batch = rows * max(len(row) for row in sequences), list[Sequence]()
+    for seen, row in enumerate(sorted(sequences, key=len)):
+        if batch and (len(batch) + 1) * len(row) > places:
+            yield padded(batch, pad_id, seen / len(sequences))
+            batch = []
+        batch.append(row)
+    yield padded(batch, pad_id, 1.0)
 
 
 def padding_id(tokenizer: Tokenizer) -> int:

@@ -51,7 +51,7 @@ class EvalSettings:
         data: Files to evaluate on.
         adapters: Adapter directories.
         max_length: Longest row in tokens; the default gives way where the model takes fewer.
-        batch_rows: Rows of a batch.
+        batch_rows: Rows of a batch of the longest; of shorter ones it takes more.
         dtype: "auto", "bfloat16" or "float32".
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         allow: Refusals of `core.load_adapter` to lift.

@@ -15,7 +15,19 @@ from pathlib import Path
 import torch
 
 from lorakit import durable
-from lorakit.data import Batch, DataReport, Encoded, Loader, Records, Tokenizer, encode, padding_id, read_records, split
+from lorakit.data import (
+    Batch,
+    DataReport,
+    Encoded,
+    Loader,
+    Records,
+    Tokenizer,
+    by_length,
+    encode,
+    padding_id,
+    read_records,
+    split,
+)
 from lorakit.errors import DataError, DiskError, NotYetSupported, RunError, UsageError
 from lorakit.report.runs import METRICS_FILE, RUN_FILE
 from lorakit.train.checkpoint import checkpoints
@@ -249,15 +261,14 @@ def make_batches(settings: TrainSettings, data: RunData, tokenizer: Tokenizer, m
 
 
 def evaluation_batches(encoded: Encoded, rows: int, pad: int) -> Callable[[], Iterable[Batch]]:
-    """Batches for evaluation: each sequence once, by length, so that little is padding.
+    """Batches for evaluation: each sequence once, `by_length`.
 
     Args:
         encoded: The sequences.
-        rows: Rows of a batch.
+        rows: Rows of a batch of the longest.
         pad: The id that fills rows up.
 
     Returns:
         A function that gives the batches anew.
     """
-    by_length = sorted(encoded.sequences, key=len)
-    return lambda: Loader(by_length, rows, 0, shuffle=False, epochs=1, pad_id=pad)
+    return lambda: by_length(encoded.sequences, rows, pad)
