@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorakit.data import Batch
-from lorakit.errors import DataError, NonFiniteError
+from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.train.evaluation import Evaluation, evaluate, evaluating
 
 
@@ -90,3 +90,28 @@ def test_a_loss_that_is_not_finite() -> None:
 
 def test_perplexity_stays_a_json_number() -> None:
     assert math.isfinite(Evaluation(1e6, 3).perplexity)
+
+
+@pytest.mark.parametrize(
+    ("rows", "fewer"), [(1, ""), (2, "fewer rows (--per-device-train-batch-size of train, --batch-size of eval) or ")]
+)
+def test_memory_that_runs_out_names_the_batch_and_leaves_the_mode(rows: int, fewer: str) -> None:
+    class Greedy(Noisy):
+        def forward(self, *_: Any, **__: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model = Greedy().train()
+    said = f"memory ran out while evaluating a batch of {rows} rows of 3 tokens. What helps: {fewer}a smaller --max-length."
+    with pytest.raises(RunError) as caught:
+        evaluate(model, [_batch([[1, 2, 3]] * rows)], "cpu")
+    assert str(caught.value) == said
+    assert model.training
+
+
+def test_other_errors_pass_through() -> None:
+    class Broken(Noisy):
+        def forward(self, *_: Any, **__: Any) -> Any:
+            raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match=r"^shape mismatch$"):
+        evaluate(Broken(), [_batch([[1, 2, 3]])], "cpu")

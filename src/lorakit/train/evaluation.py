@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from lorakit.data import Batch
 from lorakit.errors import DataError, NonFiniteError
 from lorakit.speed import Acceleration
 from lorakit.train.loss import loss_sum
+from lorakit.train.relief import memory, relief_of_evaluation
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,15 @@ def evaluate(
     Raises:
         DataError: No batch holds a trained token.
         NonFiniteError: The loss is NaN or infinite.
+        RunError: Memory ran out; the message names the batch and what helps.
     """
     total, tokens = 0.0, 0
     with evaluating(model), torch.inference_mode():
         for batch in batches:
             if stop():
                 return None
-            total += loss_sum(model, batch, device, fast).item()
+            with memory(batch, "while evaluating", partial(relief_of_evaluation, len(batch.input_ids))):
+                total += loss_sum(model, batch, device, fast).item()
             tokens += batch.trained_tokens
     if tokens == 0:
         raise DataError("The evaluation data holds no trained token; give --eval-data with more text.")

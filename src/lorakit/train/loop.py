@@ -126,8 +126,8 @@ class Loop:
                     stop=lambda: interrupts.requested,
                     fast=self.trainee.fast,
                 )
-        except NonFiniteError as cause:
-            raise NonFiniteError(f"{self.folder}: step {self.state.step}: {cause} {self._last_good()}") from cause
+        except RunError as cause:
+            raise type(cause)(f"{self.folder}: step {self.state.step}: {cause} {self._last_good()}") from cause
         if found is None:
             return
         self.state.note_evaluation(found.loss)

@@ -1,8 +1,36 @@
-"""What is left to do for a run whose memory ran out. Knows settings by name, nothing of models."""
+"""Whether memory ran out, and what is left to do for the run. Knows settings by name, nothing of models."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+from lorakit.data import Batch
+from lorakit.errors import RunError
 from lorakit.plan.job import RECOMPUTED
+
+
+@contextlib.contextmanager
+def memory(batch: Batch, where: str, helps: Callable[[], str]) -> Iterator[None]:
+    """A block in which memory that runs out becomes an error that names the batch and a way out.
+
+    Args:
+        batch: What is computed in the block.
+        where: "in" or the like, before "a batch of …".
+        helps: Gives a sentence.
+
+    Raises:
+        RunError: Memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as cause:
+        if not _is_out_of_memory(cause):
+            raise
+        rows, length = batch.input_ids.shape
+        raise RunError(f"memory ran out {where} a batch of {rows} rows of {length} tokens. {helps()}") from cause
 
 
 def relief(rows: int, recompute: str, *, accelerated: bool, budgeted: bool) -> str:
@@ -29,3 +57,20 @@ def relief(rows: int, recompute: str, *, accelerated: bool, budgeted: bool) -> s
             "half the --per-device-train-batch-size and twice the --gradient-accumulation-steps: the same result"
         )
     return f"What helps, to try in this order: {'; '.join([*helps, 'a smaller --max-length'])}."
+
+
+def relief_of_evaluation(rows: int) -> str:
+    """The same of an evaluation, which computes nothing for a backward.
+
+    Args:
+        rows: Rows of the batch that memory ran out in.
+    """
+    fewer = "fewer rows (--per-device-train-batch-size of train, --batch-size of eval) or " if rows > 1 else ""
+    return f"What helps: {fewer}a smaller --max-length."
+
+
+def _is_out_of_memory(cause: BaseException) -> bool:
+    if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(cause)
+    return "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text

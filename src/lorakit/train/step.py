@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.speed import Acceleration
 from lorakit.train.loss import loss_sum
 from lorakit.train.optim import clipped_step, gradient_norm, set_rate
-from lorakit.train.relief import relief
+from lorakit.train.relief import memory, relief
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def train_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float)
     trainee.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=trainee.device)
     for batch in batches:
-        with _memory(trainee, batch):
+        with memory(batch, "in", partial(_relief, trainee, len(batch.input_ids))):
             with trainee.computing():
                 loss = loss_sum(trainee.model, batch, trainee.device, trainee.fast)
             if not loss.requires_grad:
@@ -137,21 +138,5 @@ def _refuse_replaced(trainee: Trainee) -> None:
             )
 
 
-@contextlib.contextmanager
-def _memory(trainee: Trainee, batch: Batch) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as cause:
-        if not _is_out_of_memory(cause):
-            raise
-        rows, length = batch.input_ids.shape
-        accelerated = trainee.fast is not None
-        helps = relief(rows, trainee.recompute, accelerated=accelerated, budgeted=trainee.budgeted)
-        raise RunError(f"memory ran out in a batch of {rows} rows of {length} tokens. {helps}") from cause
-
-
-def _is_out_of_memory(cause: BaseException) -> bool:
-    if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(cause)
-    return "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
+def _relief(trainee: Trainee, rows: int) -> str:
+    return relief(rows, trainee.recompute, accelerated=trainee.fast is not None, budgeted=trainee.budgeted)
