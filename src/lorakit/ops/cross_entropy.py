@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorakit.ops.adapted import as_written, autocast
-from lorakit.ops.choices import dtype_of_products, product, slices
+from lorakit.ops.choices import product, slices
 from lorakit.ops.kernels.choosing import kernels_for
 from lorakit.ops.widening import wide
 
@@ -26,8 +26,7 @@ IGNORED = -100
 
 CPU_CHUNK, OTHER_CHUNK = (256, 48 << 20), (4096, 256 << 20)
 """Most rows of a chunk, and most bytes that its logits take. W is read twice for each chunk: below about 100 rows that
-costs a CPU more than the products, and above 256 it gains little. An accelerator wants more rows at once. The bytes are
-those of the dtype of h; logits that are multiplied in fp32 stay fp32, and take more."""
+costs a CPU more than the products, and above 256 it gains little. An accelerator wants more rows at once."""
 ROWS_PER_THREAD = 4
 """Rows of a chunk that a thread turns into gradients at a time, so that their fp32 image stays in its cache."""
 SMALLEST = {torch.float32: 1e-30, torch.float64: 1e-290}
@@ -150,16 +149,14 @@ class Trained(NamedTuple):
         Both gradients lack the factor `head.scale`; that of W is in fp32 or wider.
         """
         h, (W, bias), n = self.h.detach(), (self.head.W.detach(), self.head.bias), len(self.labels)
-        inside = dtype_of_products(min(self.chunk, n), [W.t()], h.dtype)
-        bias = None if bias is None else bias.to(inside)
         losses = h.new_empty(n, dtype=wide(h.dtype))
-        dh = h.new_empty(n, h.shape[1], dtype=inside) if needs.h else None
+        dh = h.new_empty(n, h.shape[1]) if needs.h else None
         dW = W.new_zeros(W.shape, dtype=wide(W.dtype)) if needs.W else None
-        of_chunk = torch.empty_like(W, dtype=inside) if needs.W else None
-        logits = h.new_empty(min(self.chunk, n), len(W), dtype=inside)
+        of_chunk = torch.empty_like(W) if needs.W else None
+        logits = h.new_empty(min(self.chunk, n), len(W))
         softmax = _Softmax(self.head, logits, gradients=needs.h or needs.W)
         for part in self._parts():
-            x = (h[part] if self.rows is None else h.index_select(0, self.rows[part])).to(inside)
+            x = h[part] if self.rows is None else h.index_select(0, self.rows[part])
             z = logits[: len(x)]
             product(x, W.t(), z, bias)
             softmax.turn(z, self.labels[part], losses[part])
@@ -167,7 +164,7 @@ class Trained(NamedTuple):
                 product(z, W, dh[part])
             if dW is not None:
                 dW += torch.mm(z.t(), x, out=of_chunk)
-        return losses.sum(), None if dh is None else dh.to(h.dtype), dW
+        return losses.sum(), dh, dW
 
     def _parts(self) -> Iterator[slice]:
         """Chunks of about equal size: a last one of few rows would read W for them alone."""
