@@ -34,7 +34,7 @@ COMMANDS: dict[str, str] = {
     "picture": "picture_of_step.py --picture docs/performance.svg",
     "train": "bench_train.py",
     "job": "bench_job.py --steps 20",
-    "decode": "bench_decode.py --rounds 2",
+    "decode": "bench_decode.py --rounds 1",
     "longest": "bench_longest.py --gib 1.5",
     "lengths": "bench_lengths.py --steps 30",
     "plan_memory": "bench_plan_memory.py --steps 3 --allocators pinned",

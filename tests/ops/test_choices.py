@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit.ops import attention, choices
+from lorakit.ops.activation import activation
 from lorakit.ops.adapted import Adapted, LowRank
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.choices import acting, product, product_name, slices
 from lorakit.ops.cross_entropy import Head, linear_cross_entropy
 from lorakit.ops.linear import linears
+from lorakit.ops.mlp import Form, mlp
 
 ROWS, IN, OUT = 700, 48, 32
 
@@ -151,6 +153,24 @@ def test_modules_that_share_an_input_are_multiplied_in_fp32_and_rounded_once(tra
         torch.testing.assert_close(
             narrow, wide.to(narrow.dtype), rtol=2**-8 if narrow.dtype != torch.float32 else 1e-5, atol=1e-4
         )
+
+
+def test_what_gate_and_up_gave_is_made_again_to_the_bit_in_fp32() -> None:
+    x, results = drawn(ROWS, IN).bfloat16(), []
+    shapes = [(OUT, IN), (OUT, IN), (IN, OUT)]
+    weights = [(drawn(*shape) / 5).bfloat16() for shape in shapes]
+    factors = [drawn(*size).float() for out, into in shapes for size in ((4, into), (out, 4))]
+    for keep in (True, False):
+        leaves = [leaf.clone().requires_grad_() for leaf in (x, *factors)]
+        lows = [LowRank(A, B, 0.5, p) for A, B, p in zip(leaves[1::2], leaves[2::2], (0.0, 0.2, 0.2), strict=True)]
+        gate, up, down = (Adapted(W, None, low) for W, low in zip(weights, lows, strict=True))
+        torch.manual_seed(3)
+        with acting({choices.fp32_name(side): 1 for W in weights for side in (W, W.t())}), Widths() as widths:  # type: ignore[no-untyped-call]
+            y = mlp(leaves[0], Form((gate, up), down, activation("silu"), None, True, keep=keep))
+            y.backward(x)  # type: ignore[no-untyped-call]
+        assert widths.seen == {torch.float32}
+        results.append([y, *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(kept, made) for kept, made in zip(*results, strict=True))
 
 
 class Widths(TorchDispatchMode):  # type: ignore[no-untyped-call]
