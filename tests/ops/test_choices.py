@@ -102,6 +102,8 @@ def test_a_product_of_wider_rows_is_in_their_dtype() -> None:
         assert got.dtype == torch.float32
         assert out is None or got is out
         torch.testing.assert_close(got.double(), wanted + (0 if added is None else added), rtol=1e-5, atol=1e-3)
+    with pytest.raises(RuntimeError, match="dtype"):  # nothing is narrowed
+        product(x.double(), right)
     wanted += plus
     assert product(x, right, plus, plus) is plus
     torch.testing.assert_close(plus.double(), wanted, rtol=1e-5, atol=1e-3)

@@ -30,6 +30,9 @@ SLICES = (512, 256)
 FEWEST_IN_FP32 = 128
 """Rows from which a product may go through fp32: below, widening the weight costs more than is gained."""
 
+NARROW = (torch.bfloat16, torch.float16)
+"""Dtypes whose products may be slower than fp32's."""
+
 BLOCK = 2048
 """Rows and columns of a weight that are widened at a time, so that the head's fp32 image is never there as a whole."""
 
@@ -85,11 +88,11 @@ def product(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | 
 
     Args:
         x: (N, in).
-        right: (in, out), in any strides; in the dtype of x, or narrower where `dtype_of_products` gave that of x.
+        right: (in, out), in any strides; in the dtype of x, or narrower where x is fp32.
         out: Where the result is written, (N, out); None makes it.
         plus: (out,) or (N, out); it may be `out`.
     """
-    if x.dtype != right.dtype:
+    if x.dtype == torch.float32 and right.dtype in NARROW:
         return in_fp32(x, right, out, plus)
     chosen = _ACTING.get() if not torch.compiler.is_compiling() else None
     if not chosen or right.device.type != "cpu":
@@ -107,7 +110,7 @@ def dtype_of_products(rows: int, weights: Sequence[Tensor], dtype: torch.dtype) 
 
     Args:
         rows: Rows of the input.
-        weights: (in, out) each; the products are with them and, on the way back, with what they are transposed.
+        weights: Either way round, as products with both are asked about: one goes forward, the other back.
         dtype: Of the rows.
     """
     chosen = _ACTING.get() if not torch.compiler.is_compiling() else None

@@ -91,8 +91,8 @@ class Group:
     @classmethod
     def of(cls, group: Sequence[Adapted], x: Tensor) -> Group:
         """The group for an input x (…, in), multiplied in the dtype that was chosen for as many rows."""
-        weights = [site.W if site.transposed else site.W.t() for site in group]
-        return cls(group, x.dtype, dtype_of_products(x.numel() // x.shape[-1], weights, x.dtype))
+        inside = dtype_of_products(x.numel() // x.shape[-1], [site.W for site in group], x.dtype)
+        return cls(group, x.dtype, inside)
 
     @property
     def needs_x(self) -> bool:

@@ -26,6 +26,7 @@ from lorakit.ops.choices import (
     BLOCK,
     FEWEST_IN_FP32,
     LENGTHS,
+    NARROW,
     ROWS,
     SLICES,
     attention_name,
@@ -52,9 +53,6 @@ AT_ONCE = 1024
 
 BUSY = 1.5
 """Processes running for each core, in the mean of the last minute, above which a machine is busy."""
-
-NARROW = (torch.bfloat16, torch.float16)
-"""Dtypes whose products may be slower than fp32's."""
 
 IN_FP32_ROWS = 512
 """Rows of the product that tells whether those of a weight go through fp32."""
