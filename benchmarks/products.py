@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.ops.choices import in_fp32
-from lorakit.speed.choosing import NARROW
+from lorakit.ops.choices import NARROW, in_fp32
 
 SLICES = {"cpu": (128, 256, 512, 1024), "cuda": (2048, 4096, 8192)}
 OF_HEAD = {"cpu": (64, 128, 256, 512), "cuda": (1024, 2048, 4096)}

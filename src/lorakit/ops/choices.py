@@ -64,6 +64,11 @@ def in_force() -> dict[str, int]:
     return dict(_ACTING.get())
 
 
+def _chosen() -> Mapping[str, int]:
+    """The choices that act on what is computed here: none under a compiler, which would take them for constants."""
+    return {} if torch.compiler.is_compiling() else _ACTING.get()
+
+
 def words(choices: Mapping[str, int]) -> list[str]:
     """Choices as a sorted list of words, for a checkpoint and a person.
 
@@ -94,7 +99,7 @@ def product(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | 
     """
     if x.dtype == torch.float32 and right.dtype in NARROW:
         return in_fp32(x, right, out, plus)
-    chosen = _ACTING.get() if not torch.compiler.is_compiling() else None
+    chosen = _chosen()
     if not chosen or right.device.type != "cpu":
         return _at_once(x, right, out, plus)
     if len(x) >= FEWEST_IN_FP32 and chosen.get(fp32_name(right)):
@@ -113,7 +118,7 @@ def dtype_of_products(rows: int, weights: Sequence[Tensor], dtype: torch.dtype) 
         weights: Either way round, as products with both are asked about: one goes forward, the other back.
         dtype: Of the rows.
     """
-    chosen = _ACTING.get() if not torch.compiler.is_compiling() else None
+    chosen = _chosen()
     if not chosen or rows < FEWEST_IN_FP32 or any(W.dtype != dtype or W.device.type != "cpu" for W in weights):
         return dtype
     through = all(chosen.get(fp32_name(W)) and chosen.get(fp32_name(W.t())) for W in weights)
@@ -183,7 +188,7 @@ def way_of_attention(q: Tensor, v: Tensor, causal: bool, longest: int, usual: st
         longest: Tokens of the longest sequence.
         usual: The way where nothing was chosen.
     """
-    chosen = _ACTING.get() if not torch.compiler.is_compiling() else None
+    chosen = _chosen()
     if not chosen:
         return usual
     name = attention_name((q.shape[1], v.shape[1], q.shape[3]), q.dtype, causal, longest)

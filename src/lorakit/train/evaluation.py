@@ -9,7 +9,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -68,7 +67,7 @@ def evaluate(
         for batch in batches:
             if stop():
                 return None
-            with memory(batch, "while evaluating", partial(relief_of_evaluation, len(batch.input_ids))):
+            with memory(batch, "while evaluating", relief_of_evaluation):
                 total += loss_sum(model, batch, device, fast).item()
             tokens += batch.trained_tokens
     if tokens == 0:

@@ -13,13 +13,13 @@ from lorakit.plan.job import RECOMPUTED
 
 
 @contextlib.contextmanager
-def memory(batch: Batch, where: str, helps: Callable[[], str]) -> Iterator[None]:
+def memory(batch: Batch, where: str, helps: Callable[[int], str]) -> Iterator[None]:
     """A block in which memory that runs out becomes an error that names the batch and a way out.
 
     Args:
         batch: What is computed in the block.
         where: "in" or the like, before "a batch of …".
-        helps: Gives a sentence.
+        helps: Gives a sentence for so many rows.
 
     Raises:
         RunError: Memory ran out.
@@ -30,7 +30,7 @@ def memory(batch: Batch, where: str, helps: Callable[[], str]) -> Iterator[None]
         if not _is_out_of_memory(cause):
             raise
         rows, length = batch.input_ids.shape
-        raise RunError(f"memory ran out {where} a batch of {rows} rows of {length} tokens. {helps()}") from cause
+        raise RunError(f"memory ran out {where} a batch of {rows} rows of {length} tokens. {helps(rows)}") from cause
 
 
 def relief(rows: int, recompute: str, *, accelerated: bool, budgeted: bool) -> str:

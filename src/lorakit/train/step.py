@@ -97,7 +97,7 @@ def train_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float)
     trainee.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=trainee.device)
     for batch in batches:
-        with memory(batch, "in", partial(_relief, trainee, len(batch.input_ids))):
+        with memory(batch, "in", partial(_relief, trainee)):
             with trainee.computing():
                 loss = loss_sum(trainee.model, batch, trainee.device, trainee.fast)
             if not loss.requires_grad:
