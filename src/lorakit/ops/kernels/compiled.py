@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.ops.kernels.building import built
+from lorakit.ops.kernels.building import Built, built
 
 DTYPES = {torch.float32: "", torch.bfloat16: "BF16"}
 """Dtypes for which there are kernels -> what their source is compiled with."""
@@ -28,17 +28,26 @@ FEW = 1 << 14
 @functools.cache
 def kernels() -> CompiledKernels | None:
     """The kernels of this process, compiled where that has not been done yet; None where that is not possible."""
-    libraries = {dtype: built(define).functions for dtype, define in DTYPES.items()}
-    if any(library is None for library in libraries.values()):
+    libraries = [each.functions for each in _built()]
+    if libraries[-1] is None:
         return None
-    return CompiledKernels({dtype: library for dtype, library in libraries.items() if library is not None})
+    return CompiledKernels({dtype: each for dtype, each in zip(DTYPES, libraries, strict=True) if each is not None})
 
 
 def account() -> str:
     """How the kernels were made, or why there are none; for people."""
-    found = [built(define) for define in DTYPES.values()]
-    missing = next((each.why for each in found if each.functions is None), None)
-    return f"kernels {found[0].why}" if missing is None else f"PyTorch's operations ({missing})"
+    last = _built()[-1]
+    return f"kernels {last.why}" if last.functions is not None else f"PyTorch's operations ({last.why})"
+
+
+def _built() -> list[Built]:
+    """What was built for each dtype, up to the first that could not be, so that one reason is told once."""
+    found: list[Built] = []
+    for define in DTYPES.values():
+        found.append(built(define))
+        if found[-1].functions is None:
+            break
+    return found
 
 
 class CompiledKernels:
