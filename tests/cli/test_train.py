@@ -298,6 +298,32 @@ def test_resume_goes_further_with_more_steps_and_refuses_the_rest(
     assert f"the run cannot go on, because its data changed since it began: {texts[0]}." in capsys.readouterr().err
 
 
+def test_resume_to_fewer_steps_than_are_done(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(save_steps=1, save_total_limit=9) == 0
+    folder = tmp_path / "run"
+    again = ["train", "--output-dir", str(folder), "--resume", "--max-steps"]
+    before = _files(folder)
+    capsys.readouterr()
+    with monkeypatch.context() as loading:
+        loading.setattr(hub, "load_model", lambda *_, **__: pytest.fail("loaded"))
+        assert cli.main([*again, "2"]) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in (str(folder), "checkpoint-4", "max_steps is 2", "--max-steps"))
+    assert _files(folder) == before
+    assert cli.main([*again, "4"]) == 0
+    assert "Finished at step 4 of 4" in capsys.readouterr().out
+    (folder / "checkpoint-4" / "state.json").unlink()
+    (folder / "checkpoint-3" / "state.json").unlink()
+    assert cli.main([*again, "2"]) == 0  # the newest good one is of step 2
+    assert "Finished at step 2 of 2" in capsys.readouterr().out
+
+
+def _files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_overwrite_replaces_the_run_once_the_new_one_can_begin(train: Train, tmp_path: Path) -> None:
     assert train() == 0
     folder = tmp_path / "run"

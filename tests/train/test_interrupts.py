@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 
+from lorakit.train import interrupts
 from lorakit.train.interrupts import Interrupts
 
 
@@ -36,3 +39,41 @@ def test_in_another_thread_it_does_nothing() -> None:
     thread.join()
     assert seen == [False]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+FROM_C = """
+import ctypes, os, signal, sys
+HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+libc, seen = ctypes.CDLL(None), []
+handler = HANDLER(seen.append)
+libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, HANDLER), ctypes.c_void_p
+libc.signal(signal.SIGTERM, handler)
+if "before" in sys.argv:  # as in a program that sets a handler and then starts Python: getsignal gives None
+    del sys.modules["_signal"]
+    import _signal
+    assert signal.getsignal(signal.SIGTERM) is None
+from lorakit.train import interrupts
+from lorakit.train.interrupts import Interrupts
+for _ in range(2):
+    with Interrupts() as interrupts:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.requested and not seen, "ours acts in the block"
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert seen.pop() == signal.SIGTERM, "the one of before acts after it"
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sigaction")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_handler_set_from_c_is_restored(when: str) -> None:
+    """Set before Python starts it has no value in Python; set after, Python does not know of it."""
+    done = subprocess.run([sys.executable, "-c", FROM_C, when], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_handler_that_can_be_neither_read_nor_restored_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "_sigaction", lambda *_: False)
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("replaced"))
+    with Interrupts() as found:
+        assert not found.requested

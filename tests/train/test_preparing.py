@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lorakit.errors import DataError, DiskError, NotYetSupported, RunError, UsageError
+from lorakit.train.lock import release
 from lorakit.train.preparing import (
     check_place,
     claim_place,
@@ -17,7 +18,6 @@ from lorakit.train.preparing import (
     pick_device,
     read_data,
     refuse_many_processes,
-    release,
     remove_run,
 )
 from lorakit.train.settings import TrainSettings
@@ -78,7 +78,7 @@ def test_claiming_makes_the_folder_and_sweeps(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     lock = claim_place(folder)
     assert list(folder.iterdir()) == []
-    with pytest.raises(RunError, match="another process is training into this folder"):
+    with pytest.raises(RunError, match="a run is active here"):
         claim_place(folder)
     release(lock)
     (folder / ".lorakit-tmp-123-checkpoint-4").mkdir()

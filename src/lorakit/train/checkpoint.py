@@ -148,7 +148,7 @@ def verify(path: Path) -> None:
         raw = durable.read_bytes(path / MANIFEST, _MAX_MANIFEST_BYTES)
         manifest = durable.parse_json(raw)
         files = manifest["files"]
-        whole = raw == _canonical(manifest["step"], files) and manifest["step"] == _step(path)
+        whole = raw == _canonical(manifest["step"], files) and manifest["step"] == step_of(path)
         names = set(files) if whole else set()
     except (LorakitError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole, names = False, set()
@@ -203,7 +203,7 @@ def prune(folder: Path, limit: int, best_step: int | None) -> list[Path]:
         The folders removed.
     """
     present = checkpoints(folder)
-    spared = set(present[-1:]) | {p for p in present if _step(p) == best_step}
+    spared = set(present[-1:]) | {p for p in present if step_of(p) == best_step}
     removable = [path for path in present if path not in spared]
     removed = removable[: max(0, len(present) - limit)]
     for path in removed:
@@ -249,9 +249,10 @@ def discard(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _step(path: Path) -> int | None:
+def step_of(path: Path) -> int:
+    """The step that the name of a checkpoint gives, or -1 if it is not the name of one."""
     match = _NAME.fullmatch(path.name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match else -1
 
 
 def _damage(path: Path, entry: Mapping[str, Any]) -> str | None:

@@ -6,6 +6,7 @@ Knows nothing about what is being finished.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import threading
@@ -16,11 +17,14 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasa
 
 _ANSWER = b"\ninterrupted: finishing this step and saving a checkpoint; once more stops at once.\n"
 
+_ACTION_BYTES = 1024  # `struct sigaction` has 152 bytes with glibc and fewer elsewhere
+
 
 class Interrupts:
     """A context in which the first signal is remembered and the second raises `KeyboardInterrupt`.
 
-    Outside the main thread Python gives no signals, so there it remembers nothing.
+    Outside the main thread Python gives no signals, so there it remembers nothing. On exit the handlers of before are
+    restored, those set from C as well. Where the system has no `sigaction`, a handler set from C is not replaced.
 
     Attributes:
         requested: Whether a signal has come.
@@ -28,18 +32,25 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, tuple[Any, Any]] = {}
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+            for number in _SIGNALS:
+                handler, action = signal.getsignal(number), _action(number)
+                if handler is not None or action is not None:
+                    self._before[number] = (handler, action)
+                    signal.signal(number, self._receive)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for number, (handler, action) in self._before.items():
+            # Python has no value for "set from C": its own table says SIG_DFL then, and the action is the one of before
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            if action is not None:
+                _sigaction(number, action, None)
         self._before = {}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -48,3 +59,18 @@ class Interrupts:
         self.requested = True
         with contextlib.suppress(OSError):
             os.write(2, _ANSWER)  # past Python's buffers: they may be in use where the signal came
+
+
+def _action(number: int) -> Any | None:
+    """Return the action of a signal as the C library holds it, or None where it cannot be read."""
+    action = ctypes.create_string_buffer(_ACTION_BYTES)
+    return action if _sigaction(number, None, action) else None
+
+
+def _sigaction(number: int, new: Any | None, old: Any | None) -> bool:
+    """Set and read the action of a signal; return whether the C library did."""
+    try:
+        call = ctypes.CDLL(None).sigaction
+    except (AttributeError, OSError, TypeError):  # Windows has none
+        return False
+    return call(int(number), new, old) == 0

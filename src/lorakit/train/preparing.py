@@ -5,7 +5,6 @@ Each check takes far less than a second and names what is wrong. Knows nothing a
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -31,6 +30,7 @@ from lorakit.data import (
 from lorakit.errors import DataError, DiskError, NotYetSupported, RunError, UsageError
 from lorakit.report.runs import METRICS_FILE, RUN_FILE
 from lorakit.train.checkpoint import checkpoints
+from lorakit.train.lock import claim, refuse_live, release
 from lorakit.train.record import refuse_second_run
 from lorakit.train.settings import TrainSettings
 
@@ -118,11 +118,13 @@ def check_place(settings: TrainSettings) -> None:
 
     Raises:
         UsageError: A run is there and neither resume nor overwrite was asked for.
-        RunError: The path is no folder, or resume was asked for and there is nothing to resume.
+        RunError: The path is no folder, another process is training into it, or resume was asked for and there is
+            nothing to resume.
     """
     folder = Path(settings.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder}: is not a folder; --output-dir must be one, or not exist yet.")
+    refuse_live(folder)
     if settings.resume and not folder.exists():
         raise RunError(f"{folder}: holds no run to resume; leave out --resume to start one.")
     if holds_run(folder) and not (settings.resume or settings.overwrite):
@@ -131,8 +133,6 @@ def check_place(settings: TrainSettings) -> None:
 
 def claim_place(folder: Path) -> int:
     """Make the run folder, take it for this process, see that it can be written to, and sweep it.
-
-    The folder itself is locked, so that no file is left and the system frees it however the process ends.
 
     Args:
         folder: The run folder.
@@ -148,7 +148,7 @@ def claim_place(folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
         raise DiskError(f"{folder}: cannot be made ({cause.strerror}).") from cause
-    lock = _lock(folder)
+    lock = claim(folder)
     try:
         durable.write_bytes(folder / f"{durable.TEMPORARY}probe", b"")
     except DiskError:
@@ -156,34 +156,6 @@ def claim_place(folder: Path) -> int:
         raise
     durable.sweep(folder)
     return lock
-
-
-def release(lock: int) -> None:
-    """Let other processes have a run folder.
-
-    Args:
-        lock: What `claim_place` gave.
-    """
-    if lock >= 0:
-        os.close(lock)
-
-
-def _lock(folder: Path) -> int:
-    try:
-        import fcntl
-    except ImportError:
-        return -1
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as cause:
-        os.close(descriptor)
-        if cause.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise RunError(
-                f"{folder}: another process is training into this folder; wait for it, or give another --output-dir."
-            ) from None
-        return -1  # a file system without locks
-    return descriptor
 
 
 def holds_run(folder: Path) -> bool:

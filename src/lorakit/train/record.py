@@ -14,6 +14,7 @@ import lorakit
 from lorakit import durable
 from lorakit.errors import AdapterFileError, RunError, UsageError
 from lorakit.report.runs import RUN_FILE
+from lorakit.train.lock import refuse_live
 
 FORMAT = 1
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
@@ -48,8 +49,10 @@ def refuse_second_run(folder: Path) -> NoReturn:
     """Refuse to start a run where one already is.
 
     Raises:
-        UsageError: Always; the message gives the ways out.
+        RunError: That run is active.
+        UsageError: It is not; the message gives the ways out.
     """
+    refuse_live(folder)
     raise UsageError(
         f"{folder}: already holds a run. Give --resume to go on with it, --overwrite to replace it, "
         "or another --output-dir."

@@ -12,6 +12,7 @@ import torch
 from lorakit import hub
 from lorakit.errors import RunError, UsageError
 from lorakit.plan.quantised import Quantization
+from lorakit.train import checkpoint
 from lorakit.train.forecast import Forecast, forecast
 from lorakit.train.preparing import (
     RunData,
@@ -94,6 +95,7 @@ def check(settings: TrainSettings, progress: Progress) -> Request:
     record = read_record(folder) if settings.resume else None
     if record is not None:
         _refuse_other_data(folder, record, hashes)
+        _refuse_fewer_steps(folder, settings.max_steps)
     source = hub.resolve(settings.model, progress.say)
     hub.require(source, tokenizer=True)
     stored = hub.stored_as_files(source, wanted)
@@ -110,4 +112,16 @@ def _refuse_other_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[
         raise RunError(
             f"{folder}: the run cannot go on, because its data changed since it began: {', '.join(changed)}. "
             "Put the file back, or train into a new --output-dir."
+        )
+
+
+def _refuse_fewer_steps(folder: Path, max_steps: int | None) -> None:
+    """Checkpoints are read only if the name of one says that it has more steps than are asked for."""
+    if max_steps is None or all(checkpoint.step_of(path) <= max_steps for path in checkpoint.checkpoints(folder)):
+        return
+    found = checkpoint.newest_good(folder).path
+    if found is not None and checkpoint.step_of(found) > max_steps:
+        raise UsageError(
+            f"{folder}: max_steps is {max_steps}, but the run is already at {found.name}; pass a larger --max-steps "
+            "to train further, or train into a new --output-dir."
         )

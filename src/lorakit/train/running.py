@@ -17,10 +17,11 @@ from lorakit.errors import DiskError, LorakitError
 from lorakit.ops import choices
 from lorakit.train import checkpoint
 from lorakit.train.ending import RunResult, adapter_facts, finish, record
+from lorakit.train.lock import release
 from lorakit.train.loop import Loop
 from lorakit.train.metrics import cut
 from lorakit.train.optim import state_tensors
-from lorakit.train.preparing import release, remove_run
+from lorakit.train.preparing import remove_run
 from lorakit.train.progress import Progress, Silence
 from lorakit.train.readying import ADAPTER, Ready, make_ready
 from lorakit.train.record import write_record
