@@ -100,15 +100,13 @@ class Forwards:
         Raises:
             RouteError: Forwards that it could be used several routes, or left no trace.
         """
-        first_runs = self._switched_off.first_after(_reentrant_node())
-        if not torch.is_grad_enabled():  # gradients were off the first time, too
-            possible = [first_runs]
-        elif _is_non_reentrant():
+        node = None if _is_non_reentrant() else _reentrant_node()
+        if torch.is_grad_enabled() and node is None:
             possible = [_Routes(self._with_graph.alive()), self._without_graph]
-        elif _reentrant_node() is not None:  # reentrant checkpointing switches gradients off for the first run
-            possible = [first_runs]
-        else:
-            possible = [_Routes(self._with_graph.alive()), self._without_graph, first_runs]
+            if not _is_non_reentrant():  # a recomputation of another library, which may switch gradients off at first
+                possible.append(self._switched_off.first_after(None))
+        else:  # gradients were off the first time: reentrant checkpointing switches them off, or the model does
+            possible = [self._switched_off.first_after(node)]
         routes = {route for one in possible for route in one.some}
         if len(routes) == 1:
             return routes.pop()
@@ -190,7 +188,7 @@ def _reentrant_node() -> int | None:
     """Return the number of the reentrant checkpoint whose backward calls this forward, or None if none does."""
     node = getattr(torch._C, "_current_autograd_node", lambda: None)()
     is_reentrant = getattr(type(node), "_forward_cls", None) is CheckpointFunction
-    return node._sequence_nr() if is_reentrant and not _is_non_reentrant() else None
+    return node._sequence_nr() if is_reentrant else None
 
 
 def _is_non_reentrant() -> bool:
