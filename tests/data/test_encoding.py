@@ -1,11 +1,135 @@
+import hashlib
+import json
+import random
+from array import array
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorakit.data import Completion, Conversation, Document, Message, Records, encode
+from lorakit.data import (
+    Completion,
+    Conversation,
+    Document,
+    Loader,
+    Message,
+    Records,
+    Sequence,
+    chunks,
+    encode,
+    read_records,
+    split,
+    stored,
+)
+from lorakit.data.chat import conversation_tokens
+from lorakit.data.records import is_empty
+from lorakit.data.stored import LongDocument
 from lorakit.errors import ConfigError, DataError
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
+
+
+def _plain(record: Any, tokenizer: Any, length: int) -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of a record as the docstring of `encode` says, with lists and the whole text at once."""
+
+    def ids_of(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    end = [tokenizer.eos_token_id]
+    if isinstance(record, Conversation):
+        turns = conversation_tokens(record, tokenizer)
+        ids, marks = turns.ids, turns.trained
+    elif isinstance(record, Completion):
+        prompt, both = ids_of(record.prompt), ids_of(record.prompt + record.completion)
+        said = both[len(prompt) :] if both[: len(prompt)] == prompt else ids_of(record.completion)
+        said += [] if said[-1:] == end else end
+        ids, marks = prompt + said, [False] * len(prompt) + [True] * len(said)
+    else:
+        ids = ids_of(record.text)
+        ids += [] if ids[-1:] == end else end
+        marks = [True] * len(ids)
+    labels = [token if mark else -100 for token, mark in zip(ids, marks, strict=True)]
+    starts = range(0, max(1, len(ids) - 1), length - 1) if isinstance(record, Document) else [0]
+    rows = [(ids[at : at + length], [-100, *labels[at + 1 : at + length]]) for at in starts]
+    return [row for row in rows if any(label != -100 for label in row[1])]
+
+
+def _files(folder: Path) -> list[Path]:
+    """One long text, one short one, and rows of every kind, some of them twice."""
+    rng = random.Random(3)
+    words = "the quick brown fox jumps over lazy dogs and it's two plus two Wörter 狐。 😀".split()  # noqa: SIM905
+
+    def text(count: int) -> str:
+        return " ".join(rng.choice(words) for _ in range(count))
+
+    long, short, rows = folder / "long.txt", folder / "short.md", folder / "rows.jsonl"
+    long.write_text("\ufeff" + text(6_000), encoding="utf-8")
+    short.write_text(text(20) + "\r\n", encoding="utf-8")
+    made: list[dict[str, Any]] = [{"text": " "}, {"prompt": "x", "completion": ""}]
+    for at in range(40):
+        made += [
+            {"text": text(at), "id": at},
+            {"prompt": text(at % 7), "completion": " " + text(at + 1)},
+            {"messages": [{"role": "user", "content": text(3)}, {"role": "assistant", "content": text(at % 20 + 1)}]},
+        ]
+    lines = [json.dumps(row, ensure_ascii=bool(at % 2)) for at, row in enumerate([*made, *made[:9]])]
+    rows.write_text("\n\n".join(lines), encoding="utf-8")
+    return [long, short, rows]
+
+
+@pytest.mark.parametrize("length", [2, 7, 64])
+def test_files_give_the_sequences_that_the_records_give_in_memory(
+    length: int, tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = _files(tmp_path)
+    monkeypatch.setattr(stored, "READ_BYTES", 1 << 12)
+    monkeypatch.setattr(chunks, "PART_CHARACTERS", 1 << 13)
+    monkeypatch.setattr(chunks, "SHARED_CHARACTERS", 1 << 10)
+    records = read_records(paths)
+    assert isinstance(records[0], LongDocument)
+    texts = [paths[0].read_bytes().decode("utf-8-sig"), paths[1].read_bytes().decode()]
+    in_memory = [Document(texts[0], str(paths[0])), Document(texts[1], str(paths[1])), *records[2:]]
+    for seed in (0, 1):
+        parted, plainly = split(records, 0.2, seed), split(Records(in_memory), 0.2, seed)
+        assert [(r.source, r.line) for r in parted.held_out] == [(r.source, r.line) for r in plainly.held_out]
+        assert [(r.source, r.line) for r in parted.train] == [(r.source, r.line) for r in plainly.train]
+        assert parted.note == plainly.note
+        assert parted.train.total_bytes + parted.held_out.total_bytes <= sum(path.stat().st_size for path in paths)
+    seen: list[int] = []
+    encoded = encode(records, tiny_tokenizer, length, seen.append)
+    wanted = [row for record in in_memory if not is_empty(record) for row in _plain(record, tiny_tokenizer, length)]
+    assert [(list(s.input_ids), list(s.labels)) for s in encoded.sequences] == wanted
+    assert encoded.report.as_dict() == {
+        **encode(in_memory, tiny_tokenizer, length).report.as_dict(),
+        "notes": records.notes,
+    }
+    assert encoded.report.duplicate_rows == 9
+    assert encoded.report.tokens == sum(len(ids) for ids, _ in wanted)
+    assert encoded.report.trained_tokens == sum(label != -100 for _, labels in wanted for label in labels)
+    assert seen == sorted(seen)
+    assert seen[-1] == sum(path.stat().st_size for path in paths)
+    assert len({done for done in seen if done < paths[0].stat().st_size}) > 2
+    digest = hashlib.sha256()
+    for ids, labels in wanted:
+        digest.update(len(ids).to_bytes(8, "little") + array("i", ids).tobytes() + array("i", labels).tobytes())
+    assert Loader(encoded.sequences, 4, 0).state()["data_sha256"] == digest.hexdigest()
+    listed = [Sequence(array("i", ids), array("i", labels)) for ids, labels in wanted]
+    assert _batches(encoded.sequences) == _batches(listed)
+
+
+def _batches(sequences: Any) -> list[Any]:
+    loader = Loader(sequences, 3, 1, epochs=2)
+    return [(batch.input_ids.tolist(), batch.labels.tolist(), batch.epoch) for batch in loader]
+
+
+def test_a_file_that_changes_between_checking_and_encoding_is_said(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    for name in ("a.txt", "b.jsonl"):
+        path = tmp_path / name
+        path.write_text('{"text": "one"}\n', encoding="utf-8")
+        records = read_records(path)
+        path.write_text('{"text": "one and more"}\n', encoding="utf-8")
+        with pytest.raises(DataError, match=f"{name}: the data file changed"):
+            encode(records, tiny_tokenizer, 8)
 
 
 def trained(sequence: Any) -> list[int]:

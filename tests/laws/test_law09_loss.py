@@ -16,7 +16,7 @@ import torch
 from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.data import Loader
-from lorakit.data.encoding import IGNORED, Sequence
+from lorakit.data.sequences import IGNORED, Sequence
 from lorakit.train.evaluation import evaluate
 from lorakit.train.optim import adamw
 from lorakit.train.step import StepResult, Trainee, train_step

@@ -7,47 +7,28 @@ before it, so the labels that are not -100 are exactly the positions that a caus
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from lorakit.data.chat import conversation_tokens
+from lorakit.data.chunks import token_parts
 from lorakit.data.records import (
     Completion,
     Conversation,
     Document,
     Record,
-    Records,
-    content_digest,
+    content_key,
+    distinct,
     is_empty,
     place,
 )
 from lorakit.data.report import DataReport
+from lorakit.data.sequences import Sequences
+from lorakit.data.stored import AnyRecords, sized
 from lorakit.data.tokens import Tokenizer, beginning, token_ids
 from lorakit.errors import ConfigError, DataError
 
-IGNORED = -100
-"""The label of a token that the loss is not taken on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sequence:
-    """Tokens and labels of one row of a batch.
-
-    Attributes:
-        input_ids: Token ids, shape (length,), four bytes each.
-        labels: The same ids where the loss is taken, -100 elsewhere; shape (length,); the first is -100.
-    """
-
-    input_ids: array[int]
-    labels: array[int]
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def trained_tokens(self) -> int:
-        """How many positions a causal loss trains."""
-        return len(self.labels) - self.labels.count(IGNORED)
+_TOKENS_AT_ONCE = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +40,7 @@ class Encoded:
         report: What became of the records.
     """
 
-    sequences: list[Sequence]
+    sequences: Sequences
     report: DataReport
 
 
@@ -71,7 +52,9 @@ class _Row:
     untrained_turns: int = 0
 
 
-def encode(records: Iterable[Record], tokenizer: Tokenizer, max_length: int) -> Encoded:
+def encode(
+    records: Iterable[Record], tokenizer: Tokenizer, max_length: int, watch: Callable[[int], None] | None = None
+) -> Encoded:
     """Turn records into sequences of at most `max_length` tokens.
 
     - A document gets the tokenizer's beginning token, if it adds one, and an end-of-text token. It is cut into
@@ -86,6 +69,7 @@ def encode(records: Iterable[Record], tokenizer: Tokenizer, max_length: int) -> 
         records: What `read_records` or `split` gives.
         tokenizer: Any transformers tokenizer.
         max_length: Longest sequence, in tokens; at least 2.
+        watch: Called with the bytes on disk of the records that are done, again and again.
 
     Returns:
         The sequences and the counts.
@@ -96,23 +80,23 @@ def encode(records: Iterable[Record], tokenizer: Tokenizer, max_length: int) -> 
     """
     if max_length < 2:
         raise ConfigError(f"max_length is {max_length}; at least 2 tokens are needed, one to read and one to predict.")
-    report = DataReport(max_length, notes=list(records.notes) if isinstance(records, Records) else [])
-    sequences: list[Sequence] = []
-    seen: set[str] = set()
-    first = None
-    for record in records:
+    report = DataReport(max_length, notes=list(records.notes) if isinstance(records, AnyRecords) else [])
+    work = _Work(tokenizer, report, watch or (lambda done: None))
+    keys, first = bytearray(), None
+    for record, size in sized(records):
         first = first or record
         _count_kind(report, record)
-        digest = content_digest(record)
-        report.duplicate_rows += digest in seen
-        seen.add(digest)
+        keys += content_key(record)
         if is_empty(record):
             report.empty_rows += 1
         else:
-            sequences += _sequences(record, tokenizer, report)
+            work.add(record)
+        work.done(size)
+    sequences = work.sequences
+    report.duplicate_rows = report.rows - distinct(keys)
     report.sequences = len(sequences)
-    report.tokens = sum(len(sequence) for sequence in sequences)
-    report.trained_tokens = sum(sequence.trained_tokens for sequence in sequences)
+    report.tokens = sequences.tokens
+    report.trained_tokens = sequences.trained_tokens
     if tokenizer.eos_token_id is None and (report.documents or report.completions):
         report.notes.append("The tokenizer has no end-of-text token, so nothing marks where a text ends.")
     if not report.trained_tokens:
@@ -140,30 +124,94 @@ def _count_kind(report: DataReport, record: Record) -> None:
         report.conversations += 1
 
 
-def _sequences(record: Record, tokenizer: Tokenizer, report: DataReport) -> list[Sequence]:
-    row = _row(record, tokenizer)
-    report.untrained_turns += row.untrained_turns
-    if isinstance(record, Document):
-        made = _windows(row, report.max_length_tokens)
-        ended = row.ended
-    else:
-        made, ended = [_cut(row, report)], row.ended and len(row.ids) <= report.max_length_tokens
-    if not any(sequence.trained_tokens for sequence in made):
-        report.dropped_rows += 1
-        return []
-    report.ended_rows += ended
-    return made
+class _Work:
+    """What encoding has at hand while it goes through the records.
+
+    Attributes:
+        sequences: Those made so far.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, report: DataReport, watch: Callable[[int], None]) -> None:
+        self.sequences = Sequences()
+        self._tokenizer = tokenizer
+        self._report = report
+        self._watch = watch
+        self._bytes = 0
+
+    def done(self, size: int) -> None:
+        """Count a record as done, by its bytes on disk."""
+        self._bytes += size
+        self._watch(self._bytes)
+
+    def add(self, record: Record) -> None:
+        """Encode a record that is not empty."""
+        if isinstance(record, Document):
+            made, ended = self._windows(record), self._tokenizer.eos_token_id is not None
+        else:
+            made, ended = self._cut(record)
+        if made:
+            self._report.ended_rows += ended
+        else:
+            self._report.dropped_rows += 1
+
+    def _windows(self, record: Document) -> int:
+        """Append the windows of a document, each as soon as its tokens are there; return how many."""
+        length, made = self._report.max_length_tokens, 0
+        held = array("q")
+        for ids in self._tokens(record):
+            held.extend(ids)
+            while len(held) > length:  # a window more is certain
+                self._window(held[:length])
+                del held[: length - 1]  # its last token is the next one's context
+                made += 1
+        if len(held) > 1:
+            self._window(held)
+            made += 1
+        return made
+
+    def _window(self, ids: array[int]) -> None:
+        self.sequences.add(ids, b"\1" * len(ids))
+
+    def _tokens(self, record: Document) -> Iterator[array[int]]:
+        """The tokens of a document with its beginning and its end, a limited number at a time."""
+        yield array("q", beginning(self._tokenizer))
+        end, last = self._tokenizer.eos_token_id, None
+        for ids in token_parts(self._tokenizer, self._watched(record.pieces())):
+            for at in range(0, len(ids), _TOKENS_AT_ONCE):
+                yield array("q", ids[at : at + _TOKENS_AT_ONCE])
+            last = ids[-1] if ids else last
+        if end is not None and last != end:
+            yield array("q", [end])
+
+    def _watched(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The pieces; each counts as done when the next one is asked for."""
+        done = self._bytes
+        for piece in pieces:
+            yield piece
+            done += len(piece.encode())
+            self._watch(done)
+
+    def _cut(self, record: Completion | Conversation) -> tuple[bool, bool]:
+        """Append a row, cut to the length; return whether there is one, and whether its end is trained."""
+        report, row = self._report, _row(record, self._tokenizer)
+        report.untrained_turns += row.untrained_turns
+        length = report.max_length_tokens
+        if len(row.ids) > length:
+            report.cut_rows += 1
+            report.cut_tokens += len(row.ids) - length
+            report.cut_trained_tokens += sum(row.trained[length:])
+        if not any(row.trained[1:length]):
+            return False, False
+        self.sequences.add(row.ids[:length], row.trained[:length])
+        return True, row.ended and len(row.ids) <= length
 
 
-def _row(record: Record, tokenizer: Tokenizer) -> _Row:
+def _row(record: Completion | Conversation, tokenizer: Tokenizer) -> _Row:
     if isinstance(record, Conversation):
         turns = conversation_tokens(record, tokenizer)
         return _Row(turns.ids, turns.trained, turns.ended, turns.untrained_turns)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if isinstance(record, Document):
-        prompt, said = beginning(tokenizer), token_ids(tokenizer, record.text)
-    else:
-        prompt, said = _completion(record, tokenizer)
+    prompt, said = _completion(record, tokenizer)
     if said[-1:] != end:
         said = said + end
     return _Row(prompt + said, [False] * len(prompt) + [True] * len(said), bool(end))
@@ -178,24 +226,3 @@ def _completion(record: Completion, tokenizer: Tokenizer) -> tuple[list[int], li
         return start + prompt, both[len(prompt) :]
     # a token lies across the border: the prompt keeps the tokens that it has when it stands alone
     return start + prompt, token_ids(tokenizer, record.completion)
-
-
-def _windows(row: _Row, length: int) -> list[Sequence]:
-    starts = range(0, max(1, len(row.ids) - 1), length - 1)
-    return [_sequence(row.ids[at : at + length], row.trained[at : at + length]) for at in starts]
-
-
-def _cut(row: _Row, report: DataReport) -> Sequence:
-    length = report.max_length_tokens
-    if len(row.ids) > length:
-        report.cut_rows += 1
-        report.cut_tokens += len(row.ids) - length
-        report.cut_trained_tokens += sum(row.trained[length:])
-    return _sequence(row.ids[:length], row.trained[:length])
-
-
-def _sequence(ids: list[int], trained: list[bool]) -> Sequence:
-    labels = array("i", (token if mark else IGNORED for token, mark in zip(ids, trained, strict=True)))
-    if labels:
-        labels[0] = IGNORED
-    return Sequence(array("i", ids), labels)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import random
+from array import array
 from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorakit.data.encoding import IGNORED, Sequence
+from lorakit.data.sequences import IGNORED, Sequence, lengths
 from lorakit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ class Loader(Iterator[Batch]):
 
     def __init__(
         self,
-        sequences: list[Sequence],
+        sequences: Many[Sequence],
         batch_rows: int,
         seed: int,
         *,
@@ -136,8 +138,8 @@ class Loader(Iterator[Batch]):
     def _seek(self, epoch: int, batch: int) -> None:
         self._epoch, self._batch, self._order = epoch, batch, self._order_of(epoch)
 
-    def _order_of(self, epoch: int) -> list[int]:
-        order = list(range(len(self.sequences)))
+    def _order_of(self, epoch: int) -> array[int]:
+        order = array("q", range(len(self.sequences)))
         if self.shuffle:
             random.Random(f"{self.seed}:{epoch}").shuffle(order)
         return order
@@ -178,7 +180,7 @@ def padded(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
     )
 
 
-def by_length(sequences: list[Sequence], rows: int, pad_id: int = 0) -> Iterator[Batch]:
+def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0) -> Iterator[Batch]:
     """Each sequence once, the shortest first: batches of so many rows of the longest, and of more rows of shorter ones.
 
     No batch has more places, padding among them, than that one of the longest: it takes no more memory, and few tokens
@@ -194,8 +196,10 @@ def by_length(sequences: list[Sequence], rows: int, pad_id: int = 0) -> Iterator
     """
     if rows < 1:
         raise ConfigError(f"The batch size is {rows}; at least 1 row is needed.")
-    places, batch = rows * max(len(row) for row in sequences), list[Sequence]()
-    for seen, row in enumerate(sorted(sequences, key=len)):
+    sizes = lengths(sequences)
+    places, batch = rows * max(sizes), list[Sequence]()
+    for seen, index in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
+        row = sequences[index]
         if batch and (len(batch) + 1) * len(row) > places:
             yield padded(batch, pad_id, seen / len(sequences))
             batch = []

@@ -5,14 +5,19 @@ What is wrong is said with file, line, field, what came and what is allowed. Kno
 
 from __future__ import annotations
 
+import codecs
 import os
 import stat
+from array import array
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
+from dataclasses import field as value_of
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from lorakit.data.records import ROLES, Completion, Conversation, Document, Message, Record, Records
+from lorakit.data.records import ROLES, Completion, Conversation, Document, Message, Record
+from lorakit.data.stored import READ_BYTES, DataFile, StoredRecords, line_of
 from lorakit.durable import parse_json
 from lorakit.errors import DataError, nearest
 
@@ -34,14 +39,15 @@ class _BadRow(Exception):
     """What is wrong with a row, without its place."""
 
 
-def read_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Records:
+def read_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> StoredRecords:
     """Read data files, in the order given; kinds may be mixed.
 
     Args:
         paths: One path or several, ending in `.txt`, `.md` or `.jsonl`.
 
     Returns:
-        The records in order, with notes about columns that are not used.
+        The records in order, with notes about columns that are not used. They stay in their files: each is read again
+        when it is asked for.
 
     Raises:
         DataError: A file is missing, empty, binary or not UTF-8, or a row is not one of the allowed shapes.
@@ -49,28 +55,28 @@ def read_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not given:
         raise DataError("No data file was given; give at least one that ends in .txt, .md or .jsonl.")
-    records = Records()
+    files, notes = [], []
     for name in given:
-        path = Path(name)
-        text = _read_text(path)
-        if path.suffix.lower() == ROWS_SUFFIX:
-            rows, notes = _read_rows(path, text)
-            records.extend(rows)
-            records.notes.extend(notes)
-        else:
-            records.append(Document(text, str(path)))
-    return records
+        file, noted = _read_file(Path(name))
+        files.append(file)
+        notes += noted
+    return StoredRecords(files, notes)
 
 
-def _read_text(path: Path) -> str:
+def _read_file(path: Path) -> tuple[DataFile, list[str]]:
+    """A checked file, with notes; of its text nothing is kept."""
     _check_kind(path)
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            _check_text(path, file)
+            if path.suffix.lower() != ROWS_SUFFIX:
+                return DataFile(path, status.st_size, status.st_mtime_ns), []
+            file.seek(0)
+            starts, lines, notes = _read_rows(path, file)
     except OSError as cause:
         raise DataError(f"{path}: the data file cannot be read ({cause.strerror}).") from cause
-    if not data.strip():
-        raise DataError(f"{path}: the data file is empty; there is nothing to learn from.")
-    return _decode(path, data)
+    return DataFile(path, status.st_size, status.st_mtime_ns, _Rows(str(path)), starts, lines), notes
 
 
 def _check_kind(path: Path) -> None:
@@ -98,50 +104,97 @@ def _neighbours(path: Path) -> str:
     return f" Near it: {', '.join(near)}." if near else ""
 
 
-def _decode(path: Path, data: bytes) -> str:
-    mark = _BYTE_ORDER_MARKS.get(data[:2])
-    if mark:
+def _check_text(path: Path, file: IO[bytes]) -> None:
+    """See that a file is not empty, not binary, and UTF-8, in one pass in pieces."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    at = lines = 0
+    mark, empty, broken = None, True, None
+    while piece := file.read(READ_BYTES):
+        mark = _BYTE_ORDER_MARKS.get(piece[:2]) if at == 0 else mark
+        zero = piece.find(b"\0")
+        if zero >= 0 and mark is None:
+            raise DataError(f"{path}: looks binary (a zero byte at offset {at + zero}); data files are UTF-8 text.")
+        empty = empty and not piece.strip()
+        if broken is None and mark is None:
+            held = len(decoder.getstate()[0])  # bytes of a character that began in the piece before
+            try:
+                decoder.decode(piece)
+            except UnicodeDecodeError as cause:
+                broken = (
+                    at - held + cause.start,
+                    cause.object[cause.start],
+                    lines + cause.object[: cause.start].count(b"\n"),
+                )
+        at, lines = at + len(piece), lines + piece.count(b"\n")
+    if broken is None and mark is None and decoder.getstate()[0]:
+        begun = decoder.getstate()[0]
+        broken = at - len(begun), begun[0], lines
+    if empty:
+        raise DataError(f"{path}: the data file is empty; there is nothing to learn from.")
+    if mark is not None:
         raise DataError(f"{path}: the data file is {mark}; save it as UTF-8.")
-    zero = data.find(b"\0")
-    if zero >= 0:
-        raise DataError(f"{path}: looks binary (a zero byte at offset {zero}); data files are UTF-8 text.")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as cause:
-        line = data.count(b"\n", 0, cause.start) + 1
+    if broken is not None:
+        offset, byte, before = broken
         raise DataError(
-            f"{path}: is not UTF-8: the byte 0x{data[cause.start]:02x} at offset {cause.start} (line {line}) "
+            f"{path}: is not UTF-8: the byte 0x{byte:02x} at offset {offset} (line {before + 1}) "
             "begins no character. Convert the file to UTF-8 first."
-        ) from None
+        )
 
 
-def _read_rows(path: Path, text: str) -> tuple[list[Record], list[str]]:
-    records: list[Record] = []
-    bad: list[tuple[int, str]] = []
+class _Rows:
+    """Parses the rows of a file, which have been checked, again."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __call__(self, line: str, number: int) -> Record:
+        return _row(line, self.source, number, Counter())
+
+
+def _read_rows(path: Path, file: IO[bytes]) -> tuple[array[int], array[int], list[str]]:
+    """Where the rows begin and on which lines, with notes; every row is checked."""
+    starts, lines = array("q"), array("q")
+    bad = _BadRows()
     unused: Counter[str] = Counter()
-    rows = 0
+    at = 0
     # only \n ends a row: str.splitlines would also cut inside strings, at U+2028 and its like
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        rows += 1
-        try:
-            records.append(_row(line, str(path), number, unused))
-        except _BadRow as reason:
-            bad.append((number, str(reason)))
-    if bad:
-        raise DataError(_bad_rows(path, bad))
-    return records, [_unused_note(path, unused, rows)] if unused else []
+    for number, raw in enumerate(file, start=1):
+        line = line_of(raw, first=at == 0)
+        if line.strip():
+            starts.append(at)
+            lines.append(number)
+            try:
+                _row(line, str(path), number, unused)
+            except _BadRow as reason:
+                bad.add(number, str(reason))
+        at += len(raw)
+    if bad.count:
+        raise DataError(bad.message(path))
+    return starts, lines, [_unused_note(path, unused, len(starts))] if unused else []
 
 
-def _bad_rows(path: Path, bad: list[tuple[int, str]]) -> str:
-    first, reason = bad[0]
-    message = f"{path}:{first}: {reason}"
-    if len(bad) == 1:
-        return message
-    lines = ", ".join(str(number) for number, _ in bad[1:6])
-    more = ", ..." if len(bad) > 6 else ""
-    return f"{message} {len(bad) - 1} more rows of this file are bad (lines {lines}{more})."
+@dataclass
+class _BadRows:
+    """The first bad row of a file, and how many there are."""
+
+    reason: str = ""
+    lines: list[int] = value_of(default_factory=list)
+    count: int = 0
+
+    def add(self, line: int, reason: str) -> None:
+        self.reason = self.reason or reason
+        self.count += 1
+        if len(self.lines) < 6:
+            self.lines.append(line)
+
+    def message(self, path: Path) -> str:
+        first, *rest = self.lines
+        message = f"{path}:{first}: {self.reason}"
+        if not rest:
+            return message
+        more = ", ..." if self.count > 6 else ""
+        listed = ", ".join(map(str, rest))
+        return f"{message} {self.count - 1} more rows of this file are bad (lines {listed}{more})."
 
 
 def _unused_note(path: Path, unused: Counter[str], rows: int) -> str:

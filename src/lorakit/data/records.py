@@ -7,9 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+import numpy as np
+
+KEY_BYTES = 16
+"""Bytes of a digest that tell records apart."""
+
+PIECE_CHARACTERS = 1 << 17
+"""Characters that are held at once of a long text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +33,11 @@ class Document:
     text: str
     source: str = "text"
     line: int | None = None
+
+    def pieces(self) -> Iterator[str]:
+        """Return the text in pieces of at most `PIECE_CHARACTERS`."""
+        for at in range(0, len(self.text), PIECE_CHARACTERS):
+            yield self.text[at : at + PIECE_CHARACTERS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,18 +123,43 @@ def content_digest(record: Record, salt: str = "") -> str:
         64 hexadecimal digits; equal for equal kind and content.
     """
     if isinstance(record, Document):
-        parts: list[object] = ["document", record.text]
-    elif isinstance(record, Completion):
-        parts = ["completion", record.prompt, record.completion]
+        return _document_digest(record, salt)
+    if isinstance(record, Completion):
+        parts: list[object] = ["completion", record.prompt, record.completion]
     else:
         parts = ["conversation", *([message.role, message.content] for message in record.messages)]
     return hashlib.sha256(json.dumps([salt, *parts]).encode()).hexdigest()
 
 
+def content_key(record: Record, salt: str = "") -> bytes:
+    """Return the first `KEY_BYTES` bytes of a record's `content_digest`, which tell records apart and order them."""
+    return bytes.fromhex(content_digest(record, salt)[: 2 * KEY_BYTES])
+
+
+def keys_of(joined: bytes | bytearray) -> np.ndarray[Any, Any]:
+    """Return joined keys as an array, shape (keys,); they compare as their digests do."""
+    return np.frombuffer(joined, dtype=f"S{KEY_BYTES}")
+
+
+def distinct(joined: bytes | bytearray) -> int:
+    """Return how many distinct keys there are."""
+    return len(np.unique(keys_of(joined)))
+
+
+def _document_digest(record: Document, salt: str) -> str:
+    """SHA-256 of `[salt, "document", text]` as JSON, a piece of the text at a time."""
+    opened, closed = json.dumps([salt, "document", ""])[:-2], '"]'
+    digest = hashlib.sha256(opened.encode())
+    for piece in record.pieces():
+        digest.update(json.dumps(piece)[1:-1].encode())
+    digest.update(closed.encode())
+    return digest.hexdigest()
+
+
 def is_empty(record: Record) -> bool:
     """Whether a record has nothing to train: no text, no answer, or no turn of the assistant with content."""
     if isinstance(record, Document):
-        return not record.text.strip()
+        return not any(piece.strip() for piece in record.pieces())
     if isinstance(record, Completion):
         return not record.completion.strip()
     return not any(message.role == "assistant" and message.content.strip() for message in record.messages)

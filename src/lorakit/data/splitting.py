@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from lorakit.data.records import Document, Record, Records, content_digest
+import numpy as np
+
+from lorakit.data.records import Document, Record, Records, content_key, keys_of
+from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.errors import ConfigError
 
 DEFAULT_FRACTION = 0.05
@@ -25,8 +29,8 @@ class Split:
         note: A sentence to print on what was held out, or why nothing was.
     """
 
-    train: Records
-    held_out: Records
+    train: AnyRecords
+    held_out: AnyRecords
     note: str
 
 
@@ -49,12 +53,12 @@ def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: i
     """
     if not 0 <= fraction < 1:
         raise ConfigError(f"eval_fraction is {fraction}; a share in [0, 1) is needed, such as {DEFAULT_FRACTION}.")
-    notes = records.notes if isinstance(records, Records) else []
-    everything = Records(records, notes)
+    everything = records if isinstance(records, StoredRecords | Records) else Records(records)
+    notes = everything.notes
     if fraction == 0:
         return Split(everything, Records(), "Nothing is held out for evaluation (eval_fraction is 0).")
-    digests = [content_digest(record, salt=str(seed)) for record in everything]
-    distinct = sorted(set(digests))
+    digests = keys_of(b"".join(content_key(record, salt=str(seed)) for record in everything))
+    distinct = np.unique(digests)
     if len(distinct) < 2:
         note = (
             f"Nothing is held out for evaluation: the data is a single {_noun(everything, 1)}, which is not cut for "
@@ -62,15 +66,21 @@ def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: i
         )
         return Split(everything, Records(), note)
     count = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
-    chosen = set(distinct[:count])
-    train = Records((r for r, d in zip(everything, digests, strict=True) if d not in chosen), notes)
-    held_out = Records(r for r, d in zip(everything, digests, strict=True) if d in chosen)
+    chosen = digests <= distinct[count - 1]  # the first ones
+    train = _some(everything, np.flatnonzero(~chosen), notes)
+    held_out = _some(everything, np.flatnonzero(chosen))
     verb = "is" if len(held_out) == 1 else "are"
     total = f"{len(everything):,} {_noun(everything, len(everything))}"
     note = f"{len(held_out):,} of {total} {verb} held out for evaluation (seed {seed})."
     return Split(train, held_out, note)
 
 
-def _noun(records: Records, count: int) -> str:
+def _some(records: AnyRecords, positions: np.ndarray[Any, Any], notes: Iterable[str] = ()) -> AnyRecords:
+    if isinstance(records, StoredRecords):
+        return records.some(positions, notes)
+    return Records((records[at] for at in positions), notes)
+
+
+def _noun(records: AnyRecords, count: int) -> str:
     word = "document" if all(isinstance(record, Document) for record in records) else "row"
     return word if count == 1 else f"{word}s"

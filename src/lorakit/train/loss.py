@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from lorakit.data import Batch
-from lorakit.data.encoding import IGNORED
+from lorakit.data.sequences import IGNORED
 from lorakit.speed import Acceleration, end_to_end
 
 

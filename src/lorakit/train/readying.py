@@ -19,6 +19,7 @@ import torch
 from lorakit import core, hub
 from lorakit.core.optimizers.lorafa import freeze_factors
 from lorakit.core.optimizers.parameter_groups import Rates, rates_by_name, trained_parts
+from lorakit.data import lengths
 from lorakit.errors import ModelError
 from lorakit.ops import choices
 from lorakit.ops.kernels import compiled
@@ -100,7 +101,7 @@ def make_ready(request: Request, progress: Progress) -> Ready:
     batches = make_batches(settings, request.data, request.tokenizer, request.forecast.max_length)
     _say_data(request, batches, progress)
     pace = make_pace(settings, batches)
-    planned = planned_run(request, pace, [len(row) for row in batches.loader.sequences])
+    planned = planned_run(request, pace, lengths(batches.loader.sequences))
     for line in planned.lines:
         progress.say(line)
     model = hub.load_model(request.source, planned.dtype, request.device, quantization=settings.stored_as())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lorakit.data import Loader
+from lorakit.data import Loader, lengths
 from lorakit.ops import choices
 from lorakit.speed import choose
 from lorakit.train.progress import Progress
@@ -36,7 +36,7 @@ def choices_of_run(
     here = environment(request.device, dtype, request.quantization)
     if before is not None and not differences({**before, "kernels": here["kernels"]}, here):
         return choices.from_words(before.get("kernels"))
-    longest = max(len(row) for row in loader.sequences)
+    longest = max(lengths(loader.sequences))
     found = choose(trainee.model, most_tokens(loader, trainee.fast.packs), longest)
     if str(found):
         progress.say(str(found))
@@ -50,5 +50,5 @@ def most_tokens(loader: Loader, packs: bool) -> int:
         loader: The batches.
         packs: Rows lie end to end, without padding.
     """
-    lengths = sorted((len(row) for row in loader.sequences), reverse=True)[: loader.batch_rows]
-    return sum(lengths) if packs else lengths[0] * len(lengths)
+    longest = sorted(lengths(loader.sequences), reverse=True)[: loader.batch_rows]
+    return sum(longest) if packs else longest[0] * len(longest)

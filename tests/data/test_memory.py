@@ -1,0 +1,67 @@
+"""Reading and encoding take a bounded amount of memory per byte of text."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BOUND = 3.0
+"""Bytes of process memory per byte of text, plus a constant."""
+
+PEAK = """
+import resource, sys
+from transformers import PreTrainedTokenizerFast
+from lorakit.data import Loader, encode, read_records, split
+tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
+parted = split(read_records(sys.argv[2]), 0.05, 0)
+train = encode(parted.train, tokenizer, 256)
+loader = Loader(train.sequences, 4, 0)
+next(loader), loader.state()
+if parted.held_out:
+    encode(parted.held_out, tokenizer, 256)
+print(train.report.tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+def _write(path: Path, size: int) -> Path:
+    rng, have = random.Random(0), 0
+    words = ["the", "quick", "brown", "fox", "jumps,", "over.", "lazy", "dogs", "and\n", "Wörter", "狐", "😀"]
+    with path.open("w", encoding="utf-8") as file:
+        while have < size:
+            text = " ".join(rng.choice(words) for _ in range(30)) + f" {have}"
+            row = rng.choice(
+                [
+                    {"text": text},
+                    {"prompt": text[:30], "completion": text[30:]},
+                    {"messages": [{"role": "user", "content": text[:30]}, {"role": "assistant", "content": text[30:]}]},
+                ]
+            )
+            line = text if path.suffix == ".txt" else json.dumps(row, ensure_ascii=False)
+            have += file.write(line + "\n")
+    return path
+
+
+def _peak(tokenizer: Path, path: Path) -> tuple[int, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tokenizer), str(path)], capture_output=True, text=True, check=True
+    )
+    tokens, peak = done.stdout.split()
+    return int(tokens), int(peak)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="resource")
+@pytest.mark.parametrize(("suffix", "megabytes"), [(".txt", (2, 14)), (".jsonl", (1, 6))])
+def test_memory_per_byte_of_text(suffix: str, megabytes: tuple[int, int], tmp_path: Path, tiny_tokenizer: Any) -> None:
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    few, many = (_write(tmp_path / f"{size}{suffix}", size * 1_000_000) for size in megabytes)
+    less, more = _peak(tmp_path / "tokenizer", few), _peak(tmp_path / "tokenizer", many)
+    assert more[0] > 4 * less[0] > 0
+    slope = (more[1] - less[1]) / (many.stat().st_size - few.stat().st_size)
+    assert slope <= BOUND, slope
