@@ -91,11 +91,13 @@ def combine_folders(
     """
     check_allowances(allow)
     way = Way(way) if isinstance(way, str) else way
-    sources = [loose_from_folder(folder) for folder in folders]
+    sources = [loose_from_folder(folder, allow) for folder in folders]
     if "base_mismatch" not in allow:
         check_one_base(sources)
     base = (None, None) if model is None else (reader_of(model), row_reader(model))
     result, sites = combine_loose(sources, weights, way, *base)
+    for source in sources:
+        source.report()
     write(result, output, allow=allow)
     return MadeReport(str(output), result.config, sites, dict(result.facts))
 
