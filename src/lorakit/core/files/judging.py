@@ -122,15 +122,15 @@ def not_finite(folder: Path, finding: Finding) -> AdapterFileError:
     return AdapterFileError(f"{folder}: {finding} Take an earlier checkpoint, or allow 'nonfinite'.")
 
 
-def implausible(folder: str | Path, findings: Sequence[Finding], trainable: bool = False) -> tuple[str, ...]:
+def implausible(folder: str | Path, findings: Sequence[Finding], may_be_zero: bool = False) -> tuple[str, ...]:
     """Return one message that names all findings, or none if there are none.
 
     Args:
         folder: The adapter's folder.
         findings: As `judge` gives them.
-        trainable: The adapter is going to be trained, so that it may do nothing yet.
+        may_be_zero: The adapter may do nothing: it is going to be trained, or is one of several.
     """
-    told = [str(finding) for finding in findings if not (trainable and finding.kind == ZERO)]
+    told = [str(finding) for finding in findings if not (may_be_zero and finding.kind == ZERO)]
     return (f"{folder}: implausible: {' '.join(told)}",) if told else ()
 
 
@@ -140,7 +140,7 @@ def largest_values(tensors: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def largest_value(tensor: Tensor) -> float:
-    """Return the largest magnitude in a tensor (…), NaN if it holds NaN; 0 for whole numbers and empty tensors."""
+    """Return the largest magnitude in a tensor of any shape: NaN if it holds NaN, 0 if it is empty or of whole numbers."""
     if not tensor.numel() or not tensor.is_floating_point():
         return 0.0
     low, high = torch.aminmax(tensor)

@@ -131,8 +131,8 @@ class LooseAdapter:
     findings: tuple[Finding, ...] = ()
 
     def report(self) -> None:
-        """Warn of what looks implausible in its files."""
-        for message in implausible(self.label, self.findings):
+        """Warn of what looks implausible in its files, except that it may do nothing."""
+        for message in implausible(self.label, self.findings, may_be_zero=True):
             warn_caller(message)
 
     def tensors(self) -> dict[str, Tensor]:
