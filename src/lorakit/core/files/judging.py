@@ -140,7 +140,7 @@ def largest_values(tensors: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def largest_value(tensor: Tensor) -> float:
-    """Return the largest magnitude in a tensor of any shape: NaN if it holds NaN, 0 if it is empty or of whole numbers."""
+    """Return the largest magnitude in a tensor of any shape: NaN if it holds NaN, 0 if it is empty or of integers."""
     if not tensor.numel() or not tensor.is_floating_point():
         return 0.0
     low, high = torch.aminmax(tensor)
