@@ -103,9 +103,9 @@ def test_adapters_without_a_common_site(tmp_path: Path) -> None:
 
 
 def test_one_stranger_among_several_is_named(tmp_path: Path) -> None:
-    folders = [saved(tmp_path, name, target_modules=["q_proj", "down_proj"]) for name in "ab"]
-    folders.append(saved(tmp_path, "c", target_modules=["v_proj"]))
-    with pytest.raises(AdapterError, match=r"/c has no site in common"):
+    folders = [saved(tmp_path, name, target_modules=["v_proj", "down_proj"]) for name in "bc"]
+    folders.append(saved(tmp_path, "a", target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match=r"/a has no site in common"):
         combine_folders(folders, [1.0] * 3, tmp_path / "sum", way="cat")
 
 
