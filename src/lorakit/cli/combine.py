@@ -51,7 +51,12 @@ class Flags:
     model: Annotated[
         str | None, Parameter(help="The base; needed for DoRA alone, whose effect depends on the base's weights.")
     ] = None
-    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Take adapters of different bases.")] = False
+    allow_base_mismatch: Annotated[
+        bool, Parameter(negative=(), help="Combine adapters of different bases or tasks.")
+    ] = False
+    allow_key_mismatch: Annotated[
+        bool, Parameter(negative=(), help="Combine adapters that have no site in common.")
+    ] = False
     allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result that holds NaN or infinity.")] = False
 
 
@@ -72,7 +77,11 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
         source = hub.resolve(flags.model, console.note)
         hub.require(source)
         model = hub.load_model(source, "float32")
-    allowed = {"base_mismatch": flags.allow_base_mismatch, "nonfinite": flags.allow_nonfinite}
+    allowed = {
+        "base_mismatch": flags.allow_base_mismatch,
+        "key_mismatch": flags.allow_key_mismatch,
+        "nonfinite": flags.allow_nonfinite,
+    }
     with naming_flags():
         report = core.combine_folders(
             flags.adapter,

@@ -94,7 +94,7 @@ def compare_folders(first: str | os.PathLike[str], second: str | os.PathLike[str
         AdapterFileError: A folder is no adapter, or is damaged.
         AdapterError: At some site they change weights of different shapes.
     """
-    return compare_loose(loose_from_folder(first), loose_from_folder(second))
+    return compare_loose(loose_from_folder(first, ["nonfinite"]), loose_from_folder(second, ["nonfinite"]))
 
 
 def compare_loose(first: LooseAdapter, second: LooseAdapter) -> Comparison:
