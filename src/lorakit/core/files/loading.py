@@ -247,6 +247,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
     doubt = integrity(sidecar, file, weights)
     if doubt and sidecar.present:
         said.append(f"{folder}: {doubt}.")
+    if sidecar.interrupted:
+        said.append(f"{folder}: a save was interrupted; this is the adapter from before it.")
     ours = sidecar.trusts(folder / CONFIG_FILE)
     if sidecar.present and not ours:
         said.append(f"{folder}: {CONFIG_FILE} was edited since the adapter was saved; it is taken as it is.")
