@@ -15,12 +15,13 @@ from torch import nn
 
 from lorakit.config import CONFIG_FILE
 from lorakit.core import adapters, inspect_adapter, load_adapter, save_adapter, save_as_trained
+from lorakit.core.files import loading
 from lorakit.core.files.sidecar import REPLACES, SIDECAR_FILE, WEIGHTS_FILE, replaced_files, sidecar_bytes
 from lorakit.core.layering.sitemap import layers
 from lorakit.durable import TEMPORARY, sweep
 from lorakit.errors import AdapterFileError
 
-from ...laws.crashing import How, at_every_operation
+from ...laws.crashing import How, Operations, at_every_operation
 from ...laws.snapshots import bits, files
 from ...laws.zoo import LINEARS, attach_fresh, randomise
 
@@ -188,3 +189,36 @@ def test_an_interrupted_save_over_an_adapter_of_another_program(tmp_path: Path) 
     (folder / WEIGHTS_FILE).write_bytes(new[WEIGHTS_FILE])
     with pytest.raises(AdapterFileError, match="do not belong together"):
         held(folder)
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "in order"])
+def test_a_save_while_the_adapter_is_read(exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that has the old config and then finds new weights begins again."""
+    for name, fields in (("old", OLD), ("new", NEW)):
+        save_adapter(linears(**fields), tmp_path / name, "a")
+    whole, model, times = held(tmp_path / "new"), linears(**NEW), []
+    real = loading.read_tensors
+
+    def late(path: Path) -> Any:
+        if not times:
+            with Operations(0, "error").watched(exchange):
+                save_adapter(model, tmp_path / "old", "a")
+        times.append(path)
+        return real(path)
+
+    monkeypatch.setattr(loading, "read_tensors", late)
+    assert held(tmp_path / "old") == whole
+    assert len(times) == 2
+
+
+def test_an_adapter_that_keeps_changing_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_adapter(linears(**OLD), tmp_path, "a")
+    real = loading.read_tensors
+
+    def late(path: Path) -> Any:
+        save_adapter(linears(**NEW), tmp_path, "a")
+        return real(path)
+
+    monkeypatch.setattr(loading, "read_tensors", late)
+    with pytest.raises(AdapterFileError, match="changed while they were read"):
+        held(tmp_path)

@@ -23,7 +23,12 @@ Change = Callable[[dict[str, Any]], object]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_adapter(with_adapters(LINEARS, "a", alpha_pattern={"up": 3}), tmp_path / "a", "a", facts={"steps": 3, "by_step": {10: 1, 9: 2}})
+    save_adapter(
+        with_adapters(LINEARS, "a", alpha_pattern={"up": 3}),
+        tmp_path / "a",
+        "a",
+        facts={"steps": 3, "by_step": {10: 1, 9: 2}},
+    )
     return tmp_path / "a"
 
 

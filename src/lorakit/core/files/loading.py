@@ -23,7 +23,7 @@ from lorakit.core.files.fingerprinting import DIFFERENT, compare
 from lorakit.core.files.fitting import Fit, fit
 from lorakit.core.files.patterns import literal_value
 from lorakit.core.files.restoring import Past, past_of
-from lorakit.core.files.sidecar import KINDS_KEY, WEIGHTS_FILE, Sidecar, integrity, read_sidecar
+from lorakit.core.files.sidecar import KINDS_KEY, WEIGHTS_FILE, Sidecar, identities, integrity, read_sidecar
 from lorakit.core.files.tensorfile import TensorFile, read_tensors
 from lorakit.core.inits import trains_of
 from lorakit.core.kinds import Kind
@@ -47,6 +47,9 @@ from lorakit.targets import Match
 
 SHOWN = 6
 """So many mismatches are named in an error."""
+
+ATTEMPTS = 3
+"""How often an adapter is read that is replaced while it is read."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,21 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
     folder = Path(folder)
     if folder.is_file():
         raise AdapterFileError(f"{folder} is a file; an adapter is a folder with {CONFIG_FILE}.")
+    for _ in range(ATTEMPTS):
+        before = identities(folder)
+        try:
+            files = _read_once(folder)
+        except (AdapterFileError, OSError):
+            if identities(folder) == before:
+                raise
+        else:
+            if identities(folder) == before:
+                return files
+    raise AdapterFileError(f"{folder}: its files changed while they were read. Load it when nothing writes there.")
+
+
+def _read_once(folder: Path) -> AdapterFiles:
+    """Read and verify the files; another process may replace them meanwhile."""
     config, unknown = read_config(folder)
     weights = folder / WEIGHTS_FILE
     if not weights.exists() and (folder / "adapter_model.bin").exists():

@@ -117,6 +117,19 @@ def read_sidecar(folder: str | os.PathLike[str]) -> Sidecar:
     return replace(_parsed(Path(folder) / SIDECAR_FILE, values), interrupted=interrupted)
 
 
+def identities(folder: Path) -> tuple[tuple[int, int, int] | None, ...]:
+    """What tells whether the files of an adapter were replaced: inode, time and size of each, None if it is missing."""
+    found: list[tuple[int, int, int] | None] = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE):
+        try:
+            status = (folder / name).stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+    return tuple(found)
+
+
 def _standing(folder: Path) -> tuple[dict[str, Any] | None, bool]:
     """The values that hold for the files in a folder, and whether they are those from before an interrupted save."""
     path = folder / SIDECAR_FILE
