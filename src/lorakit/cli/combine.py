@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.adapters import naming_flags, read_adapters, take_tokenizer
+from lorakit.cli.adapters import naming_flags, new_adapter_folder, read_adapters, take_tokenizer
 from lorakit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -82,16 +82,17 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
         "key_mismatch": flags.allow_key_mismatch,
         "nonfinite": flags.allow_nonfinite,
     }
-    with naming_flags():
+    with naming_flags(), new_adapter_folder(flags.output_dir) as folder:
         report = core.combine_folders(
             flags.adapter,
             weights,
-            flags.output_dir,
+            folder,
             way=way,
             model=model,
             allow=[word for word, lifted in allowed.items() if lifted],
         )
-    take_tokenizer(files, flags.output_dir)
+        take_tokenizer(files, folder)
+    report = replace(report, name=str(flags.output_dir))
     if json:
         console.emit_json({"output_dir": report.name, **report.as_dict()})
     else:

@@ -25,7 +25,7 @@ from lorakit.core.files.judging import Site, implausible, judge, largest_values,
 from lorakit.core.files.patterns import literal_value
 from lorakit.core.files.ranges import copied_tensors, filled_biases, out_of_range
 from lorakit.core.files.restoring import Past, past_of
-from lorakit.core.files.sidecar import KINDS_KEY, WEIGHTS_FILE, Sidecar, integrity, read_sidecar
+from lorakit.core.files.sidecar import KINDS_KEY, WEIGHTS_FILE, Sidecar, identities, integrity, read_sidecar
 from lorakit.core.files.tensorfile import TensorFile, read_tensors
 from lorakit.core.inits import trains_of
 from lorakit.core.kinds import Kind
@@ -49,6 +49,9 @@ from lorakit.targets import Match
 
 SHOWN = 6
 """So many mismatches are named in an error."""
+
+ATTEMPTS = 3
+"""How often an adapter is read that is replaced while it is read."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +241,21 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
     folder = Path(folder)
     if folder.is_file():
         raise AdapterFileError(f"{folder} is a file; an adapter is a folder with {CONFIG_FILE}.")
+    for _ in range(ATTEMPTS):
+        before = identities(folder)
+        try:
+            files = _read_once(folder)
+        except (AdapterFileError, OSError):
+            if identities(folder) == before:
+                raise
+        else:
+            if identities(folder) == before:
+                return files
+    raise AdapterFileError(f"{folder}: its files changed while they were read. Load it when nothing writes there.")
+
+
+def _read_once(folder: Path) -> AdapterFiles:
+    """Read and verify the files; another process may replace them meanwhile."""
     config, unknown = read_config(folder)
     weights = folder / WEIGHTS_FILE
     if not weights.exists() and (folder / "adapter_model.bin").exists():
@@ -253,6 +271,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
     doubt = integrity(sidecar, file, weights)
     if doubt and sidecar.present:
         said.append(f"{folder}: {doubt}.")
+    if sidecar.interrupted:
+        said.append(f"{folder}: a save was interrupted; this is the adapter from before it.")
     ours = sidecar.trusts(folder / CONFIG_FILE)
     if sidecar.present and not ours:
         said.append(f"{folder}: {CONFIG_FILE} was edited since the adapter was saved; it is taken as it is.")
