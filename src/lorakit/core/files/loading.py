@@ -132,11 +132,13 @@ def load_adapter(
     with room_for(model, files.config, files.sidecar.base) as grown:
         said = [*files.warnings, *(f"{files.folder}: {sentence}" for sentence in grown)]
         known, present = without_brought_rows(model, files.config, files.sidecar.base)
-        verdict, reason = compare(known, present)
+        verdict, reason, doubt = compare(known, present)
         if verdict == DIFFERENT and "base_mismatch" not in allow:
             raise BaseMismatchError(f"{files.folder}: made on another base: {reason}. {way_out(known, present)}")
         if verdict == DIFFERENT:
             said.append(f"{files.folder}: loaded on another base as allowed: {reason}.")
+        if doubt:
+            said.append(f"{files.folder}: {doubt}")
         files = dataclasses.replace(files, warnings=tuple(said))
         sites, more = place_adapter(model, files, name, trainable, allow, kinds)
     return LoadReport(name, files.config, sites, verdict, more)

@@ -24,7 +24,7 @@ def check_one_base(adapters: Sequence[LooseAdapter]) -> None:
     """
     known: list[tuple[str, Fingerprint]] = [(a.label, a.base) for a in adapters if a.base is not None]
     for label, base in known[1:]:
-        verdict, reason = compare(known[0][1], base)
+        verdict, reason, _ = compare(known[0][1], base)
         if verdict == DIFFERENT:
             raise BaseMismatchError(
                 f"{known[0][0]} and {label} were made on different bases: {reason}. If they fit nevertheless, "
