@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, PeftConfig, scale
-from lorakit.core.files.loading import read_adapter
+from lorakit.core.files.loading import check_base, read_adapter
 from lorakit.core.layering.layer import LoraLayer
+from lorakit.core.making.checks import ALLOWANCES
 from lorakit.errors import ConfigError, MergeError, warn_caller
 from lorakit.peft import standing
 from lorakit.peft.locating import adapter_folder
@@ -62,6 +63,8 @@ def hotswap_adapter(
     """
     files = read_adapter(adapter_folder(model_name_or_path, kwargs.get("subfolder"), kwargs.get("revision")))
     check_hotswap_configs_compatible(model.active_peft_config, files.config)
+    for sentence in check_base(model.get_base_model(), files, ALLOWANCES)[1]:
+        warn_caller(sentence)
     named = {in_memory_name(key, adapter_name): tensor for key, tensor in files.file.tensors.items()}
     hotswap_adapter_from_state_dict(model, named, adapter_name, files.config)
 
