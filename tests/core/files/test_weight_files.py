@@ -25,6 +25,7 @@ from lorakit.errors import BaseMismatchError
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(weight_files, "LEAST_KEPT", 0)
     return tmp_path / "cache" / FILE
 
 
@@ -145,6 +146,17 @@ def test_a_cache_that_cannot_be_written_costs_a_hash(tmp_path: Path, monkeypatch
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
     assert weight_file_hashes(from_folder("owner/name")) == {}
+
+
+def test_hashes_of_small_files_are_not_kept_and_the_newest_is(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_files, "LEAST_KEPT", 4)
+    monkeypatch.setattr(weight_files, "MOST_KEPT", 2)
+    for name, content in (("c", b"four"), ("b", b"five"), ("a", b"seven"), ("d", b"one")):
+        weight_file_hashes(from_folder(written(tmp_path / name, content)))
+    kept = [Path(path).parent.name for path in json.loads(cache.read_text(encoding="utf-8"))["files"]]
+    assert len(kept) == 2 and "a" in kept and "d" not in kept
 
 
 def test_large_files_are_hashed_only_where_it_costs_nothing(tmp_path: Path, hashed: list[str]) -> None:

@@ -19,8 +19,11 @@ from lorakit.durable import read_json, sha256_file, write_json
 from lorakit.errors import AdapterFileError, DiskError
 from lorakit.machine import cache_directory
 
-FILE, FORMAT, MOST_KEPT = "weight_files.json", 1, 4096
+FILE, FORMAT, MOST_KEPT = "weight_files.json", 1, 512
 """Name of the cache's file, its format, and the number of hashes that it keeps."""
+
+LEAST_KEPT = 1 << 20
+"""Smaller files are hashed each time, which takes as long as reading the cache."""
 
 MOST_BYTES = 1 << 30
 """Files of a base that are neither in a hub's cache under their hash nor hashed before are hashed up to this size in
@@ -84,7 +87,7 @@ def _hub_cache() -> Path:
 
 
 def _hashes(files: list[Path]) -> dict[str, str]:
-    known, unknown = {}, {}
+    known, unknown, fresh = {}, {}, {}
     kept = _read_kept() if files else {}
     for file in files:
         real = Path(os.path.realpath(file))
@@ -102,9 +105,11 @@ def _hashes(files: list[Path]) -> dict[str, str]:
         known[name] = sha256_file(real)
         if _facts(real) != facts:
             return {}  # it changed while it was read
-        kept[str(real)] = {**facts, "sha256": known[name]}
-    if unknown:
-        _keep(kept)
+        if facts["size"] >= LEAST_KEPT:
+            fresh[str(real)] = {**facts, "sha256": known[name]}
+    if fresh:
+        older = {path: entry for path, entry in kept.items() if path not in fresh}
+        _keep({**older, **fresh})
     return dict(sorted(known.items()))
 
 
