@@ -135,16 +135,33 @@ def load_adapter(
     files = read_adapter(folder)
     check_not_applied(model, files.folder, files.file.sha256, allow)
     with room_for(model, files.config, files.sidecar.base) as grown:
-        said = [*files.warnings, *(f"{files.folder}: {sentence}" for sentence in grown)]
-        known, present = without_brought_rows(model, files.config, files.sidecar.base)
-        verdict, reason = compare(known, present)
-        if verdict == DIFFERENT and "base_mismatch" not in allow:
-            raise BaseMismatchError(f"{files.folder}: made on another base: {reason}. {way_out(known, present)}")
-        if verdict == DIFFERENT:
-            said.append(f"{files.folder}: loaded on another base as allowed: {reason}.")
+        verdict, said = check_base(model, files, allow)
+        said = [*files.warnings, *(f"{files.folder}: {sentence}" for sentence in grown), *said]
         files = dataclasses.replace(files, warnings=tuple(said))
         sites, more = place_adapter(model, files, name, trainable, allow, kinds)
     return LoadReport(name, files.config, sites, verdict, more)
+
+
+def check_base(model: nn.Module, files: AdapterFiles, allow: Collection[str]) -> tuple[str, list[str]]:
+    """Compare a model's base with the one that an adapter was made on.
+
+    Args:
+        model: The base, or a model that has adapters already; only read.
+        files: What was read.
+        allow: Checks to override: "base_mismatch".
+
+    Returns:
+        The verdict, and what to warn of.
+
+    Raises:
+        BaseMismatchError: It is another base.
+    """
+    known, present = without_brought_rows(model, files.config, files.sidecar.base)
+    verdict, reason, warning = compare(known, present)
+    if verdict == DIFFERENT and "base_mismatch" not in allow:
+        raise BaseMismatchError(f"{files.folder}: made on another base: {reason}. {way_out(known, present)}")
+    said = [f"{files.folder}: loaded on another base as allowed: {reason}."] if verdict == DIFFERENT else []
+    return verdict, [*said, f"{files.folder}: {warning}"] if warning else said
 
 
 @trainable_tensors

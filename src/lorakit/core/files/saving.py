@@ -154,7 +154,12 @@ def save_form(
     kinds = state_of(model).kinds
     own = sorted({layer.kind_name for _, layer in layers(model) if found.name in layer.r and layer.kind_name in kinds})
     facts = {**(facts or {}), KINDS_KEY: own} if own else facts
-    about = {**(facts or {}), **found.about, "base": fingerprint(model).as_dict(), "sites": found.sites}
+    about = {
+        **(facts or {}),
+        **found.about,
+        "base": fingerprint(model, with_files=True).as_dict(),
+        "sites": found.sites,
+    }
     return write_files(Path(folder), config, weights, about, found.initial)
 
 

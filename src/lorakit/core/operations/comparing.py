@@ -122,7 +122,7 @@ def compare_loose(first: LooseAdapter, second: LooseAdapter) -> Comparison:
         dot = sum(inner(one, other) for one, other in pairs.values())
     verdict = UNVERIFIABLE
     if first.base is not None and second.base is not None:
-        verdict, _ = compare(first.base, second.base)
+        verdict = compare(first.base, second.base).verdict
     return Comparison(
         names=(first.label, second.label),
         sites=sites,

@@ -54,7 +54,7 @@ def _other_base(one: LooseAdapter, other: LooseAdapter) -> list[str]:
     """Return in words how the bases of two adapters differ; none if they do not, or if that is not known."""
     reason = ""
     if one.base is not None and other.base is not None:
-        verdict, reason = compare(one.base, other.base)
+        verdict, reason, _ = compare(one.base, other.base)
         if verdict not in (DIFFERENT, UNVERIFIABLE):
             return []
         reason = reason if verdict == DIFFERENT else ""
@@ -76,7 +76,8 @@ def _other_task(one: LooseAdapter, other: LooseAdapter) -> list[str]:
 def _is_known_to_share(one: LooseAdapter, other: LooseAdapter) -> bool:
     """Return whether the files of two adapters tell which bases they have."""
     prints = one.base is not None and other.base is not None
-    return prints or bool(_base_name(one) and _base_name(other))
+    compared = prints and compare(one.base, other.base).verdict != UNVERIFIABLE  # type: ignore[arg-type]
+    return compared or bool(_base_name(one) and _base_name(other))
 
 
 def _base_name(adapter: LooseAdapter) -> str:
