@@ -146,7 +146,7 @@ def test_the_sanitizers_see_what_is_wrong(tmp_path: Path, define: str) -> None:
 @pytest.mark.slow
 def test_the_properties_hold_under_the_sanitizers(tmp_path: Path) -> None:
     options = ["-q", "-x", "-s", "-p", "no:cacheprovider"]  # -s: a report is the process's last word
-    chosen = ["-m", "not slow and not gpu", "-k", "not gradcheck and not dropout_keeps_the_mean"]
+    chosen = ["-m", "not slow and not gpu", "-k", "not gradcheck and not the_mean and not probability"]
     done = sanitized(tmp_path, "-m", "pytest", *options, *chosen, *PROPERTIES)
     assert done.returncode == 0, (done.stdout[-3000:], done.stderr[:3000])
     made = list((tmp_path / "cache" / "kernels").glob("*.so"))

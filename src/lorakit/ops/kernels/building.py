@@ -157,11 +157,11 @@ def _runs(command: list[str]) -> bool:
 
 
 def _loads(path: Path) -> bool:
+    """Whether a library can be loaded, and shows its functions, which an option in CC may hide."""
     try:
-        ctypes.CDLL(str(path), mode=os.RTLD_NOW)
+        return hasattr(ctypes.CDLL(str(path), mode=os.RTLD_NOW), "rms_forward")
     except OSError:
         return False
-    return True
 
 
 def _flush(path: Path) -> None:
