@@ -159,5 +159,5 @@ def cache_directory() -> Path:
         return Path(shared) / "lorakit"
     home = home_directory()
     if home is None:
-        raise DiskError("no directory for caches: this user has no home; set LORAKIT_CACHE to a directory.")
+        raise DiskError("there is no directory for caches, since this user has no home; set LORAKIT_CACHE to one.")
     return home / ".cache" / "lorakit"

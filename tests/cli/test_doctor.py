@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from lorakit.cli import doctor, main
 from lorakit.machine import Machine
 from lorakit.ops.kernels import triton
+from lorakit.ops.kernels.building import built
 
 MACHINE = Machine("Linux x86_64", "A CPU", 4, ("avx2",), 16 * 10**9, 8 * 10**9, "glibc, tuned", 0.5)
 TORCH = doctor.Torch(devices=("cpu",), threads=4, cuda=None)
@@ -96,6 +99,25 @@ def test_without_a_device_kernels_are_one_line(capsys: pytest.CaptureFixture[str
         pytest.skip("there is a device")
     assert main(["doctor", "--quick"]) == 0
     assert "cuda" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no compiler, and then the cache is not asked for")
+def test_a_cache_that_others_can_write_to_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tmp_path.chmod(0o777)
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LORAKIT_KERNELS", raising=False)
+    built.cache_clear()
+    try:
+        assert main(["doctor", "--quick"]) == 0
+    finally:
+        built.cache_clear()
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("kernels    "))
+    assert "PyTorch's operations" in line
+    assert str(tmp_path) in line
+    assert "set LORAKIT_CACHE" in line
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_missing_needed_package_exits_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -283,6 +283,14 @@ def test_a_compiler_that_cannot_be_run(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @needs_a_compiler
+def test_a_library_that_hides_its_functions_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = next(found for name in building.COMPILERS if (found := shutil.which(name)))
+    monkeypatch.setenv("CC", f"{real} -fvisibility=hidden")
+    assert building.built("").functions is None
+    assert not list((tmp_path / "cache" / "kernels").iterdir())
+
+
+@needs_a_compiler
 def test_another_processor_gets_a_library_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache may be shared by machines with different processors."""
     assert building.built("").functions is not None

@@ -67,16 +67,22 @@ def built(define: str) -> Built:
         return Built(None, f"no C compiler ({asked or ', '.join(COMPILERS)}) is on the path")
     try:
         folder = private_directory(cache_directory() / "kernels")
+    except OSError as cause:
+        return _without(f"{_short(cause)}; set LORAKIT_CACHE to a directory that only you can write to")
+    try:
         return Built(_library(compiler, define, folder), f"compiled by {shlex.join(compiler)}, kept in {folder}")
     except (OSError, subprocess.SubprocessError) as cause:
-        reason = _short(cause)
+        return _without(_short(cause))
+
+
+def _without(why: str) -> Built:
+    """No library although there is a compiler: also a line in the log, since steps are slower than they could be."""
     logging.getLogger(__name__).warning(
-        "lorakit computes with PyTorch's operations, which are slower than its compiled kernels: %s. Set LORAKIT_CACHE "
-        "to a directory that only you can write to, fix the compiler, or set %s=off.",
-        reason,
+        "lorakit uses PyTorch's operations instead of its faster kernels for CPUs: %s (%s=off omits this message)",
+        why,
         SWITCH,
     )
-    return Built(None, reason)
+    return Built(None, why)
 
 
 def _compiler() -> list[str]:
@@ -151,11 +157,11 @@ def _runs(command: list[str]) -> bool:
 
 
 def _loads(path: Path) -> bool:
+    """Whether a library can be loaded, and shows its functions, which an option in CC may hide."""
     try:
-        ctypes.CDLL(str(path), mode=os.RTLD_NOW)
+        return hasattr(ctypes.CDLL(str(path), mode=os.RTLD_NOW), "rms_forward")
     except OSError:
         return False
-    return True
 
 
 def _flush(path: Path) -> None:
@@ -165,4 +171,4 @@ def _flush(path: Path) -> None:
 
 
 def _short(cause: BaseException) -> str:
-    return str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+    return str(cause).splitlines()[0].removesuffix(".") if str(cause) else type(cause).__name__

@@ -1,0 +1,156 @@
+"""The C code under gcc's sanitizers for addresses and undefined behavior, and without memory for its scratch.
+
+CC may name options, so the library is built as always; nothing in the package knows of these tests.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit.ops.kernels import building
+from lorakit.ops.kernels.compiled import DTYPES, CompiledKernels
+
+ROOT = Path(__file__).resolve().parents[3]
+GCC = shutil.which("gcc")
+needs_gcc = pytest.mark.skipif(GCC is None, reason="no gcc")
+SANITIZE = "-g -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all"
+PROPERTIES = [
+    *(f"tests/ops/kernels/test_{name}.py" for name in ("compiled", "gateway")),
+    *(
+        f"tests/ops/test_{name}.py"
+        for name in ("activation", "attention", "cross_entropy", "dropout", "mlp", "norm", "rotary", "segments")
+    ),
+]
+
+
+@pytest.fixture
+def cc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Sets the options with which this process's kernels are built, apart from all others."""
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(building.SWITCH, raising=False)
+    building.built.cache_clear()
+    yield lambda *options: monkeypatch.setenv("CC", shlex.join(["gcc", *options]))
+    building.built.cache_clear()
+
+
+NO_MEMORY = """
+#include <stdlib.h>
+static int calls;
+static void *no_memory(size_t bytes) {
+    int before;
+#pragma omp atomic capture
+    before = calls++;
+    return before < AT_FIRST ? malloc(bytes) : 0;
+}
+#define malloc no_memory
+"""
+
+
+@needs_gcc
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=["fp32", "bf16"])
+@pytest.mark.parametrize("at_first", [0, 1], ids=["in no thread", "in one thread"])
+@pytest.mark.parametrize("name", ["softmax", "cross_entropy", "add_own"])
+def test_no_memory_for_scratch_is_a_memory_error(
+    tmp_path: Path, cc: Any, name: str, dtype: torch.dtype, at_first: int
+) -> None:
+    (tmp_path / "memory.h").write_text(NO_MEMORY)
+    cc("-include", str(tmp_path / "memory.h"), f"-DAT_FIRST={at_first}")
+    library = building.built(DTYPES[dtype]).functions
+    assert library is not None
+    kernels, x = CompiledKernels({dtype: library}), torch.zeros(4, 32, 256, dtype=dtype)
+    stack = torch.zeros(1, 2, 256, dtype=dtype)
+    calls: dict[str, Any] = {
+        "softmax": lambda: kernels.softmax(x, None, None),
+        "cross_entropy": lambda: kernels.cross_entropy(
+            x.flatten(0, 1), torch.zeros(128, dtype=torch.int64), 1.0, True, torch.empty(128)
+        ),
+        "add_own": lambda: kernels.own.add_own(x, stack, stack, torch.zeros(4, dtype=torch.int64), x),
+    }
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(MemoryError, match=name):
+            calls[name]()
+    finally:
+        torch.set_num_threads(before)
+
+
+def preloaded() -> str:
+    """The sanitizer's library, which has to be in a process before any other, and C++'s, whose exceptions it asks for."""
+    if GCC is None:
+        pytest.skip("no gcc")
+    found = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        asked = [GCC, f"-print-file-name={name}"]
+        path = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()).resolve()
+        if not path.is_file():
+            pytest.skip(f"gcc comes without {name}")
+        found.append(str(path))
+    return " ".join(found)
+
+
+def sanitized(tmp_path: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "CC": f"gcc {SANITIZE}",
+        "LORAKIT_CACHE": str(tmp_path / "cache"),
+        "LD_PRELOAD": preloaded(),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "2",
+    }
+    environment.pop(building.SWITCH, None)
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500, check=False
+    )
+
+
+CONTROL = """
+import ctypes, sys, torch
+from lorakit.ops.kernels.building import built
+library = built(sys.argv[1])
+assert library.functions is not None, library.why
+numbers = torch.zeros(64, dtype=torch.int32)
+where, count = numbers.data_ptr() + int(sys.argv[2]), int(sys.argv[3])
+within = library.functions.all_within_32(
+    ctypes.c_void_p(where), ctypes.c_int64(count), ctypes.c_int64(0), ctypes.c_int64(0)
+)
+print("within", within)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("define", list(DTYPES.values()), ids=["fp32", "bf16"])
+def test_the_sanitizers_see_what_is_wrong(tmp_path: Path, define: str) -> None:
+    """Else the next test would pass whatever the code does."""
+    well, beyond, askew = (
+        sanitized(tmp_path, "-c", CONTROL, define, *at) for at in (("0", "64"), ("0", "65"), ("1", "1"))
+    )
+    assert (well.returncode, well.stdout) == (0, "within 1\n"), well.stderr[-2000:]
+    assert beyond.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in beyond.stderr
+    assert askew.returncode != 0
+    assert "runtime error: load of misaligned address" in askew.stderr
+
+
+@pytest.mark.slow
+def test_the_properties_hold_under_the_sanitizers(tmp_path: Path) -> None:
+    options = ["-q", "-x", "-s", "-p", "no:cacheprovider"]  # -s: a report is the process's last word
+    chosen = ["-m", "not slow and not gpu", "-k", "not gradcheck and not the_mean and not probability"]
+    done = sanitized(tmp_path, "-m", "pytest", *options, *chosen, *PROPERTIES)
+    assert done.returncode == 0, (done.stdout[-3000:], done.stderr[:3000])
+    made = list((tmp_path / "cache" / "kernels").glob("*.so"))
+    assert len(made) == len(DTYPES)
+    assert all(b"__asan_report" in library.read_bytes() for library in made)
+    assert " passed" in done.stdout
+    assert "no kernels" not in done.stdout
