@@ -103,19 +103,21 @@ def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes |
     old = final.stat().st_ino if final.is_dir() else 0
     temporary = final.with_name(f"{TEMPORARY}{secrets.token_hex(6)}+{old}-{final.name}")
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _build(temporary, final, contents)
-        if old and any(final.iterdir()):
-            _exchange(temporary, final)
-        else:
-            temporary.rename(final)
-    except OSError as cause:
-        if cause.errno in _CANNOT:
-            return False
-        refuse(final, cause)
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            _build(temporary, final, contents)
+            if old and any(final.iterdir()):
+                _exchange(temporary, final)
+                old = temporary.stat().st_ino  # another process may have exchanged it meanwhile
+            else:
+                temporary.rename(final)
+        except OSError as cause:
+            if cause.errno in _CANNOT:
+                return False
+            refuse(final, cause)
+        sync_name(final)  # before the old files go
     finally:
         _clear(temporary, final, old, contents)
-    sync_name(final)
     return True
 
 
@@ -140,9 +142,10 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
         for step in steps:
             staged.append([])
             for name, data in step.items():
-                staged[-1].append((folder / name, None if data is None else beside(folder / name)))
-                if data is not None:
-                    write_new(staged[-1][-1][1], data, folder / name)  # type: ignore[arg-type]
+                path, temporary = folder / name, None if data is None else beside(folder / name)
+                staged[-1].append((path, temporary))
+                if temporary is not None:
+                    write_new(temporary, data or b"", path)
         for places in staged:
             for path, temporary in places:
                 path.unlink(missing_ok=True) if temporary is None else temporary.replace(path)
