@@ -14,7 +14,7 @@ import pytest
 from lorakit.durable import TEMPORARY, folders, publish_directory, replace_files, replace_in_order, sweep
 from lorakit.errors import DiskError
 
-from .laws.crashing import How, at_every_operation
+from .laws.crashing import How, Operations, at_every_operation
 from .laws.snapshots import files
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX folders")
@@ -150,6 +150,36 @@ def test_what_others_write_meanwhile_is_kept(folder: Path, tmp_path: Path, monke
     late_ones = {"late": b"late", "sub/late": b"late", "other": b"newer"}
     assert files(folder) == {**AFTER, **late_ones}
     assert (folder / "fresh").is_dir()
+
+
+def test_all_is_flushed_before_the_exchange_and_that_before_the_old_files_go(folder: Path, tmp_path: Path) -> None:
+    """The order that survives a loss of power."""
+    needs_exchange(tmp_path)
+    operations = Operations(0, "error")
+    with operations.watched():
+        assert replace_files(folder, NEW)
+    log = operations.log
+    at = log.index("exchange")
+    assert [name for name in log[:at] if name in ("write", "fsync")] == ["write", "fsync"] * 2 + ["fsync"] * 3
+    assert log[at - 1] == "fsync" and log[at + 1 : at + 3] == ["read", "fsync"]
+    assert "unlink" not in log[:at] and not {"write", "link"} & set(log[at:])
+    assert log.count("fsync") == 6  # two files, two subfolders, the folder, its parent
+
+
+def test_two_writers_of_one_folder_lose_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second exchanges first, and a file comes into its folder before the first exchanges that one."""
+    needs_exchange(tmp_path)
+    real = folders._exchange
+
+    def late(new: Path, old: Path) -> None:
+        monkeypatch.setattr(folders, "_exchange", real)
+        assert replace_files(folder, {"one": b"second", "two": None, "three": None})
+        (folder / "late").write_text("late")
+        real(new, old)
+
+    monkeypatch.setattr(folders, "_exchange", late)
+    assert replace_files(folder, NEW)
+    assert files(folder) == {**AFTER, "late": b"late"}
 
 
 def test_a_sweep_after_the_exchange_loses_nothing(

@@ -14,6 +14,8 @@ from torch import Tensor
 
 import lorakit.peft
 from lorakit import core
+from lorakit.durable import sha256_file
+from lorakit.errors import AdapterFileError
 
 from .make import GOLDEN, HERE, INPUT, OURS, base_of, output_of
 
@@ -118,3 +120,23 @@ def test_the_input_is_the_one_that_was_run() -> None:
 
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, list) else value
+
+
+def test_format_1_is_read_as_it_was(tmp_path: Path) -> None:
+    """No seal, hashes that are not required, and weights that were being replaced."""
+    folder = _copy("lorakit-format-1", tmp_path)
+    shutil.copy(HERE / "lorakit-format-1" / CONFIG, folder / CONFIG)
+    about = json.loads((folder / "lorakit.json").read_text())
+    about["weights"] |= {"sha256": "0" * 64, "previous_sha256": about["weights"]["sha256"]}
+    (folder / "lorakit.json").write_text(json.dumps(about))
+    model = base_of("dense")
+    assert core.load_adapter(model, folder).warnings == ()
+    torch.testing.assert_close(output_of(model), _expected("lorakit-format-1")[1], rtol=1e-5, atol=1e-6)
+    del about["config"], about["weights"]["previous_sha256"]
+    (folder / "lorakit.json").write_text(json.dumps(about))
+    with pytest.raises(AdapterFileError, match="damaged: its SHA-256"):
+        core.load_adapter(base_of("dense"), folder)
+    about["weights"]["sha256"] = sha256_file(folder / WEIGHTS)
+    (folder / "lorakit.json").write_text(json.dumps(about))
+    with pytest.warns(UserWarning, match="was edited"):
+        core.load_adapter(base_of("dense"), folder)

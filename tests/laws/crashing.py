@@ -20,7 +20,7 @@ from typing import Any, Literal
 import pytest
 
 from lorakit.durable import folders
-from lorakit.errors import DiskError
+from lorakit.errors import LorakitError
 
 How = Literal["error", "full", "kill"]
 """One operation fails; the disk stays full from there on; the process ends without any clean-up."""
@@ -124,7 +124,7 @@ def at_every_operation(
 def _once(work: Callable[[Path], object], root: Path, operations: Operations, exchange: bool) -> bool:
     """Whether the work ended before the crash."""
     if operations.how != "kill":
-        with contextlib.suppress(DiskError), operations.watched(exchange):
+        with contextlib.suppress(LorakitError), operations.watched(exchange):
             work(root)
         return operations.count < operations.at
     child = os.fork()

@@ -141,7 +141,7 @@ def new_adapter_folder(target: Path) -> Iterator[Path]:
 
     Raises:
         UsageError: Something is there already.
-        DiskError: The disk refuses; nothing is left behind.
+        DiskError: The disk is full or fails; nothing is left behind.
     """
     from lorakit.durable import publish_directory
 

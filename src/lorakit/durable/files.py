@@ -36,7 +36,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
         DiskError: The disk is full, read-only, or refuses; what stood there before still stands.
     """
     path = Path(path)
-    temporary = beside(path)
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_new(temporary, data, path)
@@ -44,7 +44,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     except OSError as cause:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        refuse(path, cause)
+        raise_disk_error(path, cause)
     sync_name(path)
 
 
@@ -187,7 +187,7 @@ def _no_constant(word: str) -> NoReturn:
     raise ValueError(f"{word} is not a JSON number")
 
 
-def beside(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
     """Return a temporary name next to a path, which a sweep finds."""
     return path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
 
@@ -201,7 +201,7 @@ def write_new(path: Path, data: bytes | memoryview, replaced: Path) -> None:
         replaced: The file that it will replace, if there is one. Of a symbolic link nothing is taken over.
 
     Raises:
-        OSError: The disk refuses.
+        OSError: The disk is full or fails.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags, 0o666)
@@ -225,7 +225,7 @@ def sync_name(path: Path) -> None:
     """Flush the folder of a path that got its content.
 
     Raises:
-        DiskError: The disk refuses; the content may not survive a loss of power.
+        DiskError: The disk fails; the content may not survive a loss of power.
     """
     try:
         sync_folder(path.parent)
@@ -238,7 +238,7 @@ def sync_folder(folder: Path) -> None:
     """Flush the names in a folder.
 
     Raises:
-        OSError: The disk refuses.
+        OSError: The disk is full or fails.
     """
     if os.name == "nt":
         return  # Windows has no handle on a folder to flush
@@ -249,7 +249,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def refuse(path: Path, cause: OSError) -> NoReturn:
+def raise_disk_error(path: Path, cause: OSError) -> NoReturn:
     """Raise a failed write as an error of lorakit.
 
     Raises:

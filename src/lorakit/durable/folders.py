@@ -16,7 +16,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lorakit.durable.files import TEMPORARY, beside, refuse, sync_folder, sync_name, write_new
+from lorakit.durable.files import TEMPORARY, raise_disk_error, sync_folder, sync_name, temporary_name, write_new
 from lorakit.errors import DiskError
 
 _EXCHANGED = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]+\+(\d+)-(.+)", re.DOTALL)
@@ -47,13 +47,13 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
         replace: Exchange it for the folder that is there, which is removed; otherwise that folder must be empty.
 
     Yields:
-        A fresh folder beside it, on the same disk, to write into.
+        A fresh folder next to it, on the same disk, to write into.
 
     Raises:
         DiskError: The disk refuses, or a folder with content stands at `final`; nothing is left behind.
     """
     final = Path(os.path.realpath(final))
-    temporary = beside(final)
+    temporary = temporary_name(final)
     try:
         temporary.mkdir(parents=True)
         if final.is_dir():
@@ -75,7 +75,7 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
     except DiskError:
         raise
     except OSError as cause:
-        refuse(final, cause)
+        raise_disk_error(final, cause)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -103,19 +103,21 @@ def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes |
     old = final.stat().st_ino if final.is_dir() else 0
     temporary = final.with_name(f"{TEMPORARY}{secrets.token_hex(6)}+{old}-{final.name}")
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _build(temporary, final, contents)
-        if old and any(final.iterdir()):
-            _exchange(temporary, final)
-        else:
-            temporary.rename(final)
-    except OSError as cause:
-        if cause.errno in _CANNOT:
-            return False
-        refuse(final, cause)
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            _build(temporary, final, contents)
+            if old and any(final.iterdir()):
+                _exchange(temporary, final)
+                old = temporary.stat().st_ino  # another process may have exchanged it meanwhile
+            else:
+                temporary.rename(final)
+        except OSError as cause:
+            if cause.errno in _CANNOT:
+                return False
+            raise_disk_error(final, cause)
+        sync_name(final)  # before the old files go
     finally:
         _clear(temporary, final, old, contents)
-    sync_name(final)
     return True
 
 
@@ -130,7 +132,7 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
         steps: Each step as name -> content; None removes the file.
 
     Raises:
-        DiskError: The disk refuses. The message says whether files were replaced.
+        DiskError: The disk is full or fails. The message says whether files were replaced.
     """
     folder = Path(folder)
     staged: list[list[tuple[Path, Path | None]]] = []
@@ -140,9 +142,10 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
         for step in steps:
             staged.append([])
             for name, data in step.items():
-                staged[-1].append((folder / name, None if data is None else beside(folder / name)))
-                if data is not None:
-                    write_new(staged[-1][-1][1], data, folder / name)  # type: ignore[arg-type]
+                path, temporary = folder / name, None if data is None else temporary_name(folder / name)
+                staged[-1].append((path, temporary))
+                if temporary is not None:
+                    write_new(temporary, data or b"", path)
         for places in staged:
             for path, temporary in places:
                 path.unlink(missing_ok=True) if temporary is None else temporary.replace(path)
@@ -157,7 +160,7 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
             raise DiskError(
                 f"{folder}: {cause.strerror or cause}; some of its files were replaced, others were not. Save again."
             ) from cause
-        refuse(folder, cause)
+        raise_disk_error(folder, cause)
 
 
 def sweep(folder: str | os.PathLike[str]) -> list[str]:

@@ -222,3 +222,15 @@ def test_an_adapter_that_keeps_changing_is_rejected(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(loading, "read_tensors", late)
     with pytest.raises(AdapterFileError, match="changed while they were read"):
         held(tmp_path)
+
+
+def test_a_save_into_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays the working directory: its files are replaced in order."""
+    folder = furnished(tmp_path, lambda folder: save_adapter(linears(**OLD), folder, "a"))
+    save_adapter(linears(**NEW), tmp_path / "new", "a")
+    before = others(folder)
+    monkeypatch.chdir(folder)
+    save_adapter(linears(**NEW), ".", "a")
+    assert held(Path()) == held(tmp_path / "new")
+    assert others(folder) == before and {path.name for path in Path().iterdir()} == {p.name for p in folder.iterdir()}
+    assert files(folder)[SIDECAR_FILE] == files(tmp_path / "new")[SIDECAR_FILE]

@@ -78,7 +78,7 @@ def save_adapter(
 
     Raises:
         AdapterError: There is no such adapter, its numbers are not finite, or it has no plain form.
-        DiskError: The disk refuses; an adapter that was there is whole, or the message says that it is not.
+        DiskError: The disk is full or fails; an adapter that was there is whole, or the message says that it is not.
         ConfigError: A word in `allow` is unknown.
     """
     check_allowances(allow)
@@ -145,7 +145,7 @@ def save_form(
 
     Raises:
         AdapterError: Its numbers are not finite.
-        DiskError: The disk refuses.
+        DiskError: The disk is full or fails.
     """
     if "nonfinite" not in allow:
         _check_finite(found.name, found.tensors)
@@ -182,7 +182,7 @@ def write_files(
         What was written.
 
     Raises:
-        DiskError: The disk refuses.
+        DiskError: The disk is full or fails.
     """
     files = {CONFIG_FILE: config, WEIGHTS_FILE: weights, **({} if initial is None else {INITIAL_FILE: initial})}
     last = {SIDECAR_FILE: sidecar_bytes(about, config, weights), **({INITIAL_FILE: None} if initial is None else {})}
