@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorakit.config import HEADS_BY_TASK, LoraConfig
-from lorakit.core.files.fingerprinting import DIFFERENT, Fingerprint, compare
+from lorakit.core.files.fingerprinting import DIFFERENT
 from lorakit.core.files.keys import PREFIX, ROWS
 from lorakit.core.operations.loose import LooseAdapter
 from lorakit.errors import AdapterError, BaseMismatchError, ConfigError
@@ -22,13 +22,13 @@ def check_one_base(adapters: Sequence[LooseAdapter]) -> None:
     Raises:
         BaseMismatchError: Two of them do not go together.
     """
-    known: list[tuple[str, Fingerprint]] = [(a.label, a.base) for a in adapters if a.base is not None]
-    for label, base in known[1:]:
-        verdict, reason, _ = compare(known[0][1], base)
-        if verdict == DIFFERENT:
+    known = [adapter for adapter in adapters if adapter.base is not None]
+    for adapter in known[1:]:
+        found = known[0].compare_base(adapter)
+        if found is not None and found.verdict == DIFFERENT:
             raise BaseMismatchError(
-                f"{known[0][0]} and {label} were made on different bases: {reason}. If they fit nevertheless, "
-                "allow 'base_mismatch'."
+                f"{known[0].label} and {adapter.label} were made on different bases: {found.reason}. If they fit "
+                "nevertheless, allow 'base_mismatch'."
             )
 
 
