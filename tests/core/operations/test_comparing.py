@@ -103,6 +103,16 @@ def test_folders_with_what_is_known_of_their_bases(tmp_path: Path) -> None:
     assert compare_folders(tmp_path / "a", tmp_path / "c").base == "different"
 
 
+def test_modules_that_an_adapter_brings_do_not_make_another_base(tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        model = LLAMA.model()
+        with torch.no_grad():
+            model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(seed))
+        attach(model, LLAMA.config(modules_to_save=["lm_head"]), name)
+        save_adapter(model, tmp_path / name, name)
+    assert compare_folders(tmp_path / "a", tmp_path / "b").base == "same"
+
+
 def test_other_shapes_are_refused_by_name() -> None:
     wide, narrow = nn.Sequential(nn.Linear(5, 4)), nn.Sequential(nn.Linear(6, 4))
     for model in (wide, narrow):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorakit.config import LoraConfig
 from lorakit.core import attach, detach, disable, fingerprint, load_adapter, merge_and_unload, save_adapter
 from lorakit.core.files.fingerprinting import SAME
 from lorakit.errors import AdapterFileError, BaseMismatchError
@@ -142,3 +143,26 @@ def test_files_that_peft_wrote(tmp_path: Path) -> None:
         untied = peft.get_peft_model(grown(LLAMA), peft.LoraConfig(r=2, target_modules=["q_proj"], **ROWS))
         untied.save_pretrained(tmp_path / "untied")
         load_adapter(LLAMA.model(), tmp_path / "untied")
+
+
+@pytest.mark.parametrize("copied", ["score", "classification_head"], ids=str)
+def test_a_head_that_the_adapter_brings_may_be_another_in_the_base(copied: str, tmp_path: Path) -> None:
+    def base(seed: int) -> nn.Module:
+        model = nn.Module()
+        model.body = nn.Linear(4, 4)
+        torch.nn.init.ones_(model.body.weight)
+        torch.nn.init.ones_(model.body.bias)
+        torch.manual_seed(seed)  # a head that is drawn at each start
+        head = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        head[1].running_mean.normal_()
+        setattr(model, copied, head)
+        return model
+
+    model = base(1)
+    attach(model, LoraConfig(r=2, target_modules=["body"], modules_to_save=[copied], init_lora_weights=False))
+    save_adapter(model, tmp_path)
+    assert load_adapter(base(2), tmp_path).base == SAME
+    other = base(2)
+    torch.nn.init.constant_(other.body.bias, 1.5)
+    with pytest.raises(BaseMismatchError, match=r"1 of .*body\.bias"):
+        load_adapter(other, tmp_path)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -71,6 +71,12 @@ class Fingerprint:
     def bounds(self) -> dict[str, bytes]:
         """Quantized tensor -> how far each of its samples may be from the value that was quantized, in bf16."""
         return {name: sample.bound for name, sample in self.samples.items() if sample.bound}
+
+    def without(self, names: Collection[str]) -> Fingerprint:
+        """Return the fingerprint without samples of some parameters and buffers, such as those an adapter brings."""
+        samples = {name: sample for name, sample in self.samples.items() if name not in names}
+        buffers = {name: sample for name, sample in self.buffers.items() if name not in names}
+        return replace(self, samples=samples, buffers=buffers)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as `lorakit.json` holds them; optional fields only if there is something in them."""

@@ -154,12 +154,8 @@ def save_form(
     kinds = state_of(model).kinds
     own = sorted({layer.kind_name for _, layer in layers(model) if found.name in layer.r and layer.kind_name in kinds})
     facts = {**(facts or {}), KINDS_KEY: own} if own else facts
-    about = {
-        **(facts or {}),
-        **found.about,
-        "base": fingerprint(model, with_files=True).as_dict(),
-        "sites": found.sites,
-    }
+    base = fingerprint(model, with_files=True).as_dict()
+    about = {**(facts or {}), **found.about, "base": base, "sites": found.sites}
     return write_files(Path(folder), config, weights, about, found.initial)
 
 

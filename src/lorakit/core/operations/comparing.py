@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.files.fingerprinting import UNVERIFIABLE, compare
+from lorakit.core.files.fingerprinting import UNVERIFIABLE
 from lorakit.core.operations.loose import LooseAdapter, LooseFactor, loose_from_folder, loose_from_model
 from lorakit.core.operations.lowrank import Product, Spectrum, cosines, inner, significant, spectrum
 from lorakit.core.operations.naming import aligned
@@ -120,9 +120,7 @@ def compare_loose(first: LooseAdapter, second: LooseAdapter) -> Comparison:
         sites = tuple(_site(path, *pair) for path, pair in pairs.items())
         norms = (_norm(first), _norm(second))
         dot = sum(inner(one, other) for one, other in pairs.values())
-    verdict = UNVERIFIABLE
-    if first.base is not None and second.base is not None:
-        verdict = compare(first.base, second.base).verdict
+    found = first.compare_base(second)
     return Comparison(
         names=(first.label, second.label),
         sites=sites,
@@ -130,7 +128,7 @@ def compare_loose(first: LooseAdapter, second: LooseAdapter) -> Comparison:
         only_second=tuple(path for path, (one, other) in both.items() if other and not one),
         norms=norms,
         cosine=_ratio(dot, norms[0] * norms[1]),
-        base=verdict,
+        base=UNVERIFIABLE if found is None else found.verdict,
         dora=first.config.use_dora or second.config.use_dora,
     )
 

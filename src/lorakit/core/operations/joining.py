@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lorakit.config import HEADS_BY_TASK, LoraConfig
-from lorakit.core.files.fingerprinting import DIFFERENT, UNVERIFIABLE, compare
+from lorakit.core.files.fingerprinting import DIFFERENT, UNVERIFIABLE
 from lorakit.core.files.keys import PREFIX, ROWS
 from lorakit.core.operations.loose import LooseAdapter
 from lorakit.errors import AdapterError, BaseMismatchError, ConfigError, warn_caller
@@ -52,12 +52,10 @@ SHOWN = 4
 
 def _other_base(one: LooseAdapter, other: LooseAdapter) -> list[str]:
     """Return in words how the bases of two adapters differ; none if they do not, or if that is not known."""
-    reason = ""
-    if one.base is not None and other.base is not None:
-        verdict, reason, _ = compare(one.base, other.base)
-        if verdict not in (DIFFERENT, UNVERIFIABLE):
-            return []
-        reason = reason if verdict == DIFFERENT else ""
+    found = one.compare_base(other)
+    if found is not None and found.verdict not in (DIFFERENT, UNVERIFIABLE):
+        return []
+    reason = found.reason if found is not None and found.verdict == DIFFERENT else ""
     names = _base_name(one), _base_name(other)
     if not reason and all(names) and len({name.rstrip("/").rpartition("/")[2].lower() for name in names}) > 1:
         reason = f"{names[0]!r} and {names[1]!r} (base_model_name_or_path)"
@@ -75,9 +73,8 @@ def _other_task(one: LooseAdapter, other: LooseAdapter) -> list[str]:
 
 def _is_known_to_share(one: LooseAdapter, other: LooseAdapter) -> bool:
     """Return whether the files of two adapters tell which bases they have."""
-    prints = one.base is not None and other.base is not None
-    compared = prints and compare(one.base, other.base).verdict != UNVERIFIABLE  # type: ignore[arg-type]
-    return compared or bool(_base_name(one) and _base_name(other))
+    found = one.compare_base(other)
+    return (found is not None and found.verdict != UNVERIFIABLE) or bool(_base_name(one) and _base_name(other))
 
 
 def _base_name(adapter: LooseAdapter) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, scale
-from lorakit.core.files.fingerprinting import Fingerprint
+from lorakit.core.files.fingerprinting import BaseVerdict, Fingerprint, compare
 from lorakit.core.files.inspecting import judge_files
 from lorakit.core.files.judging import Finding, implausible
 from lorakit.core.files.keys import PREFIX, parse
@@ -143,6 +143,13 @@ class LooseAdapter:
             found |= {stem + factor.endings[0]: factor.A, stem + factor.endings[1]: factor.B}
             found |= {stem + ending: tensor for ending, tensor in factor.others.values()}
         return dict(sorted(found.items()))
+
+    def compare_base(self, other: LooseAdapter) -> BaseVerdict | None:
+        """Compare the base with another adapter's, without modules that either brings; None if one is unknown."""
+        if self.base is None or other.base is None:
+            return None
+        brought = {name.removeprefix(PREFIX) for name in (*self.others, *other.others)}
+        return compare(self.base.without(brought), other.base.without(brought), f"{self.label}'s")
 
     def origin(self) -> dict[str, str]:
         """Where it comes from, as `lorakit.json` of a result says it."""

@@ -118,7 +118,9 @@ def _blanked_pair(
         for name, tensor, _ in base_tensors(model)
         if id(tensor) in replaced
     }
-    return _blanked(known, blank), _blanked(present, blank)
+    copied = tuple(f"{named}." for named in _saved(config, site_map))
+    brought = [name for name in {**present.samples, **present.buffers} if name.startswith(copied)]
+    return _blanked(known, blank).without(brought), _blanked(present, blank).without(brought)
 
 
 def _newer_rows(model: nn.Module, known: Fingerprint | None) -> dict[int, int]:
