@@ -26,7 +26,7 @@ def check_one_base(adapters: Sequence[LooseAdapter], allow: Collection[str] = ()
 
     Raises:
         BaseMismatchError: Two of them were made on different bases or for different tasks.
-        AdapterError: One has no site in common with any other.
+        AdapterError: One has no site in common with any other, and fingerprints do not prove that all have one base.
     """
     pairs = list(itertools.combinations(adapters, 2))
     if "base_mismatch" not in allow:
@@ -38,8 +38,8 @@ def check_one_base(adapters: Sequence[LooseAdapter], allow: Collection[str] = ()
             warn_caller(
                 f"{unknown[0].label} and {unknown[1].label}: the files do not tell whether both were made on one base."
             )
-    alone = next((a for a in adapters if len(adapters) > 1 and not _shares_a_site(a, adapters)), None)
-    if alone is not None and "key_mismatch" not in allow:
+    alone = next((adapter for adapter in adapters if not _shares_a_site(adapter, adapters)), None)
+    if alone is not None and "key_mismatch" not in allow and not all(_is_proven_to_share(*pair) for pair in pairs):
         raise AdapterError(
             f"{alone.label} has no site in common with any other adapter, such as {next(iter(alone.factors))}. If they "
             "fit nevertheless, allow 'key_mismatch'."
@@ -53,11 +53,11 @@ SHOWN = 4
 def _other_base(one: LooseAdapter, other: LooseAdapter) -> list[str]:
     """Return in words how the bases of two adapters differ; none if they do not, or if that is not known."""
     reason = ""
+    if _is_proven_to_share(one, other):
+        return []
     if one.base is not None and other.base is not None:
-        verdict, reason = compare(one.base, other.base)
-        if verdict not in (DIFFERENT, UNVERIFIABLE):
-            return []
-        reason = reason if verdict == DIFFERENT else ""
+        verdict, why = compare(one.base, other.base)
+        reason = why if verdict == DIFFERENT else ""
     names = _base_name(one), _base_name(other)
     if not reason and all(names) and len({name.rstrip("/").rpartition("/")[2].lower() for name in names}) > 1:
         reason = f"{names[0]!r} and {names[1]!r} (base_model_name_or_path)"
@@ -77,6 +77,13 @@ def _is_known_to_share(one: LooseAdapter, other: LooseAdapter) -> bool:
     """Return whether the files of two adapters tell which bases they have."""
     prints = one.base is not None and other.base is not None
     return prints or bool(_base_name(one) and _base_name(other))
+
+
+def _is_proven_to_share(one: LooseAdapter, other: LooseAdapter) -> bool:
+    """Return whether the fingerprints of two adapters agree."""
+    if one.base is None or other.base is None:
+        return False
+    return compare(one.base, other.base)[0] not in (DIFFERENT, UNVERIFIABLE)
 
 
 def _base_name(adapter: LooseAdapter) -> str:
