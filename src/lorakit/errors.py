@@ -159,6 +159,29 @@ def warn_caller(sentence: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(sentence, category, stacklevel=level)
 
 
+_SHOWN = {
+    **{code: chr(0x2400 + code) for code in range(0x20)},  # controls, escape among them: their pictures
+    0x7F: "\u2421",
+    **{code: f"\\x{code:02x}" for code in range(0x80, 0xA0)},
+    # what separates lines and paragraphs or changes the direction of text
+    **{code: f"\\u{code:04x}" for code in (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))},
+}
+_SHOWN_IN_TEXT = {code: shown for code, shown in _SHOWN.items() if chr(code) not in "\n\t"}
+
+
+def printable(text: str, one_line: bool = False) -> str:
+    """Return text in which characters that command a terminal are visible: escape becomes "\u241b".
+
+    Names and values from files can hold any character. Everything that the command line prints goes through here.
+
+    Args:
+        text: Any text.
+        one_line: Make line feeds and tabs visible too.
+    """
+    encodable = text.encode("utf-8", "backslashreplace").decode()  # JSON can hold half a surrogate pair
+    return encodable.translate(_SHOWN if one_line else _SHOWN_IN_TEXT)
+
+
 def nearest(word: str, candidates: list[str], count: int = 3) -> list[str]:
     """The candidates closest in spelling to a word, best first, for use in messages.
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorakit.cli import console
+from lorakit.errors import printable
 
 if TYPE_CHECKING:
     from lorakit.generate import NewToken
@@ -104,12 +105,11 @@ def _fill(answers: Sequence[Answer], stream: Iterable[NewToken], started: float)
 
 
 def _stream_one(answer: Answer, stream: Iterable[NewToken], started: float) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
     try:
         for new in stream:
             piece = _printable(answer.add(new))
             answer.seconds = time.perf_counter() - started
-            sys.stdout.write(piece.encode(encoding, "backslashreplace").decode(encoding))
+            sys.stdout.write(console.encodable(piece))
             sys.stdout.flush()
     finally:
         if not answer.text.endswith("\n"):
@@ -124,8 +124,8 @@ def _live_columns(answers: Sequence[Answer], stream: Iterable[NewToken], started
     def table() -> Table:
         drawn = Table(expand=True, show_lines=False)
         for answer in answers:
-            drawn.add_column(Text(answer.label), ratio=1, overflow="fold")
-        drawn.add_row(*(Text(_printable(answer.text.strip("\n"))) for answer in answers))
+            drawn.add_column(Text(console.inline(answer.label)), ratio=1, overflow="fold")
+        drawn.add_row(*(Text(printable(answer.text.strip("\n"))) for answer in answers))
         return drawn
 
     with Live(get_renderable=table, refresh_per_second=8):
@@ -140,5 +140,5 @@ def _sum_up(answers: Sequence[Answer]) -> None:
 
 
 def _printable(text: str) -> str:
-    """Text without the character that begins a terminal's commands."""
-    return text.replace("\x1b", "␛") if sys.stdout.isatty() else text
+    """Return what a model wrote as a terminal may show it; a file or pipe gets the text itself."""
+    return printable(text) if sys.stdout.isatty() else text

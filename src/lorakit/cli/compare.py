@@ -88,6 +88,7 @@ def _text(found: Comparison) -> str:
     for folder, paths in ((first, found.only_first), (second, found.only_second)):
         if paths:
             lines.append(f"only in    {folder}: {len(paths)} sites, first {paths[0]}")
+    lines = [*map(console.inline, lines)]
     header = ["module", "sites", "cosine min", "median", "max", "‖ΔW‖", "‖ΔW‖ second", "writes", "reads"]
     rows = [_row(group) for _, group in groups(found.sites)]
     lines += ["", console.table(header, rows) if rows else "no site in common"]

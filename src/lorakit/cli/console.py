@@ -2,7 +2,8 @@
 
 Conventions: results go to stdout, everything about the way there (errors, warnings, notes) to stderr. With `--json`
 stdout holds JSON and nothing else; a failure is then `{"error": {"message", "code", "exit_code"}}`. Colour is used on
-a terminal only, and never when NO_COLOR is set. This file knows nothing of models or verbs.
+a terminal only, and never when NO_COLOR is set. Names and values of files are printed
+with `printable`, so no file can command the terminal. This file knows nothing of models or verbs.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Annotated, Any, TextIO
 
 from cyclopts import Parameter
 
+from lorakit.errors import printable
+
 JsonFlag = Annotated[bool, Parameter(negative=(), help="Print one JSON document instead of text.")]
 """The type of a verb's `json` parameter."""
 
-_RED, _YELLOW, _BOLD, _PLAIN = "\033[31m", "\033[33m", "\033[1m", "\033[0m"
+_RED, _YELLOW, _PLAIN = "\033[31m", "\033[33m", "\033[0m"
 
 
 def colored(stream: TextIO) -> bool:
@@ -29,13 +32,23 @@ def colored(stream: TextIO) -> bool:
 
 def say(text: str = "") -> None:
     """Print a line of a result on stdout; characters that its encoding lacks are escaped."""
+    print(encodable(printable(text)))
+
+
+def inline(text: str) -> str:
+    """Return a name or value of a file as it is printed inside a line: line feeds and tabs are escaped too."""
+    return printable(text, one_line=True)
+
+
+def encodable(text: str) -> str:
+    """Return text in which characters that the encoding of stdout lacks are escaped."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def note(text: str) -> None:
     """Print a line on stderr about what is going on."""
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
 
 
 def warning(text: str) -> None:
@@ -68,7 +81,7 @@ def failure(message: str, exit_code: int, *, code: str | None = None, as_json: b
 
 def traceback(exception: Exception) -> None:
     """Print an exception's traceback on stderr."""
-    print("".join(traceback_module.format_exception(exception)), file=sys.stderr, end="")
+    print(printable("".join(traceback_module.format_exception(exception))), file=sys.stderr, end="")
 
 
 def emit_json(document: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -81,18 +94,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     Args:
         header: A title per column.
-        rows: Cells as text, as many per row as there are titles.
+        rows: Cells as text, as many per row as there are titles; they are made printable.
 
     Returns:
         The lines of the table, joined by newlines.
     """
+    rows = [[inline(cell) for cell in row] for row in rows]
     columns = list(zip(header, *rows, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]
     right = [len(column) > 1 and all(_is_number(cell) for cell in column[1:]) for column in columns]
     lines = [_aligned(header, widths, right), "  ".join("─" * width for width in widths)]
     lines += [_aligned(row, widths, right) for row in rows]
-    if colored(sys.stdout):
-        lines[0] = f"{_BOLD}{lines[0]}{_PLAIN}"
     return "\n".join(lines)
 
 
@@ -120,7 +132,7 @@ def seconds_text(seconds: float) -> str:
 def _labelled(label: str, color: str, text: str) -> None:
     if colored(sys.stderr):
         label = f"{color}{label}{_PLAIN}"
-    print(f"{label} {text}", file=sys.stderr)
+    print(f"{label} {printable(text)}", file=sys.stderr)
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:

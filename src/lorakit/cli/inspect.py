@@ -110,12 +110,15 @@ def _text(summary: AdapterSummary, sizes: dict[str, int]) -> str:
     shown = [f"{name}={_value(getattr(config, name))}" for name in _CONFIG_SHOWN]
     shown += [f"{n}={_value(getattr(config, n))}" for n in _CONFIG_IF_SET if getattr(config, n, None)]
     files = ", ".join(f"{name} {console.bytes_text(size)}" for name, size in sizes.items())
-    lines = [
+    about = [
         f"{summary.folder}: {summary.parameters:,} parameters at {len(summary.sites)} sites",
         f"config     {', '.join(shown)}",
         f"base       {_base(summary)}",
         f"files      {files}",
         f"weights    SHA-256 {summary.weights_sha256}",
+    ]
+    lines = [
+        *map(console.inline, about),
         "",
         console.table(
             ["module", "sites", "out × in", "r", "scale", "‖ΔW‖ min", "median", "max"],
@@ -126,7 +129,7 @@ def _text(summary: AdapterSummary, sizes: dict[str, int]) -> str:
         "",
     ]
     if summary.findings:
-        lines += ["findings", *(f"  - {sentence}" for sentence in summary.findings)]
+        lines += ["findings", *(f"  - {console.inline(sentence)}" for sentence in summary.findings)]
     else:
         lines.append("healthy: all numbers finite, every site trained, scales as usual")
     return "\n".join(lines)

@@ -10,6 +10,8 @@ import time
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
+from lorakit.errors import printable
+
 PLAIN_SECONDS = 10.0
 """Plain lines come at most so often, but for the first, the last and evaluations."""
 
@@ -77,7 +79,7 @@ class PlainProgress:
 
     def say(self, text: str) -> None:
         """Print the line at once, also into a pipe."""
-        print(text, file=self._stream or sys.stdout, flush=True)
+        print(printable(text), file=self._stream or sys.stdout, flush=True)
 
 
 class LiveProgress:
@@ -131,7 +133,7 @@ class LiveProgress:
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(printable(text), markup=False, soft_wrap=True)
 
 
 class Silence:

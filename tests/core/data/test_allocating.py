@@ -64,7 +64,7 @@ def test_a_config_of_its_own_is_read_by_peft_and_by_the_loader(tiny_llama: Any, 
         n.removeprefix("base_model.model."): m.r["default"] for n, m in other.named_modules() if hasattr(m, "lora_A")
     }
     assert theirs == found.ranks
-    core.load_adapter(twin, tmp_path)
+    core.load_adapter(twin, tmp_path, trainable=True)
     assert {site.path: site.layer.r["default"] for site in core.sites(twin)} == found.ranks
 
 

@@ -66,7 +66,6 @@ def one_value(name: str, value: float) -> Edit:
 
 IMPLAUSIBLE: dict[str, tuple[Edit, str, list[str]]] = {
     "zero": (zero_b(), "zero_update", ["zero", "all sites", "layers.0"]),
-    "zero at some": (zero_b("down_proj"), "zero_update", ["zero", "2 of 6 sites", "layers.0.mlp.down_proj"]),
     "scale": (config(lora_alpha=4000), "large_scale", ["scale", "6 sites", "1000"]),
     "negative scale": (config(lora_alpha=-4000), "large_scale", ["scale", "-1000"]),
     "negative": (config(lora_alpha=-8), "alpha_not_positive", ["lora_alpha", "negative", "-8"]),
@@ -112,7 +111,7 @@ def test_one_warning_names_what_is_implausible_and_inspecting_says_the_same(whic
 
 
 def test_several_findings_are_one_warning(folder: Path) -> None:
-    for which in ("zero at some", "values", "pattern", "init"):
+    for which in ("zero", "values", "pattern", "init"):
         IMPLAUSIBLE[which][0](folder)
     (message,) = allowed(folder)
     found = inspect_adapter(folder).judged
@@ -120,6 +119,15 @@ def test_several_findings_are_one_warning(folder: Path) -> None:
         "zero_update", "large_values", "steep_alpha_pattern", "unknown_init",
     ]  # fmt: skip
     assert all(str(finding) in message for finding in found)
+
+
+def test_sites_that_are_zero_beside_others_are_listed_by_inspecting_alone(folder: Path) -> None:
+    """Experts that no token reached, and what was extracted from a model that changed in part, have such sites."""
+    zero_b("down_proj")(folder)
+    assert allowed(folder) == []
+    (finding,) = inspect_adapter(folder).judged
+    assert finding.kind == "partly_zero" and len(finding.where) == 2
+    assert "zero at 2 of 6 sites, first model.layers.0.mlp.down_proj" in str(finding)
 
 
 def test_a_finding_names_the_first_sites_and_counts_the_others(folder: Path) -> None:

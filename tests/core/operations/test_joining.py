@@ -94,7 +94,10 @@ def test_a_task_that_is_not_known_differs_from_none(tmp_path: Path) -> None:
 
 
 def test_adapters_without_a_common_site(tmp_path: Path) -> None:
-    folders = [saved(tmp_path, "a", target_modules=["q_proj"]), saved(tmp_path, "b", target_modules=["v_proj"])]
+    folders = [
+        by_peft(saved(tmp_path, name, target_modules=[target]), base_model_name_or_path="org/llama")
+        for name, target in (("a", "q_proj"), ("b", "v_proj"))
+    ]
     with pytest.raises(AdapterError, match=r"no site in common.*q_proj.*allow 'key_mismatch'"):
         combine_folders(folders, [1.0, 1.0], tmp_path / "sum", way="cat")
     assert not (tmp_path / "sum").exists()
@@ -102,9 +105,18 @@ def test_adapters_without_a_common_site(tmp_path: Path) -> None:
     assert {site.path.rpartition(".")[2] for site in report.sites} == {"q_proj", "v_proj"}
 
 
+def test_adapters_of_one_proven_base_need_no_common_site(tmp_path: Path) -> None:
+    """One of the attention and one of the feed-forward part: what they do together is well defined."""
+    folders = [saved(tmp_path, "a", target_modules=["q_proj"]), saved(tmp_path, "b", target_modules=["v_proj"])]
+    report = combine_folders(folders, [1.0, 1.0], tmp_path / "sum", way="cat")
+    assert {site.path.rpartition(".")[2] for site in report.sites} == {"q_proj", "v_proj"}
+
+
 def test_one_stranger_among_several_is_named(tmp_path: Path) -> None:
     folders = [saved(tmp_path, name, target_modules=["v_proj", "down_proj"]) for name in "bc"]
     folders.append(saved(tmp_path, "a", target_modules=["q_proj"]))
+    for folder in folders:
+        by_peft(folder, base_model_name_or_path="org/llama")
     with pytest.raises(AdapterError, match=r"/a has no site in common"):
         combine_folders(folders, [1.0] * 3, tmp_path / "sum", way="cat")
 
@@ -125,10 +137,12 @@ def test_an_adapter_alone_has_nothing_to_share(tmp_path: Path) -> None:
 def test_the_command_names_its_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [saved(tmp_path, "a", target_modules=["q_proj"]), saved(tmp_path, "b", target_modules=["v_proj"])]
     words = ["combine", "--adapter", *map(str, folders), "--output-dir", str(tmp_path / "sum"), "--way", "cat"]
+    by_peft(folders[0], base_model_name_or_path="org/one")
+    by_peft(folders[1], base_model_name_or_path="org/one")
     assert main(words) == 1
     assert "--allow-key-mismatch" in capsys.readouterr().err
     assert main([*words, "--allow-key-mismatch"]) == 0
-    by_peft(folders[0], base_model_name_or_path="org/one")
-    by_peft(folders[1], base_model_name_or_path="org/two")
+    config = json.loads((folders[1] / CONFIG_FILE).read_text())
+    (folders[1] / CONFIG_FILE).write_text(json.dumps({**config, "base_model_name_or_path": "org/two"}))
     assert main([*words[:-3], str(tmp_path / "other"), "--way", "cat"]) == 1
     assert "--allow-base-mismatch" in capsys.readouterr().err

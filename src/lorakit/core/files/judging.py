@@ -20,8 +20,9 @@ from lorakit.core.inits import init_named
 from lorakit.core.making.checks import LARGEST_USUAL_SCALE
 from lorakit.errors import AdapterFileError, ConfigError
 
-ZERO, NONFINITE, VALUES, SCALE, ALPHA, PATTERN, INIT = (
+ZERO, PARTLY_ZERO, NONFINITE, VALUES, SCALE, ALPHA, PATTERN, INIT = (
     "zero_update",
+    "partly_zero",
     "nonfinite",
     "large_values",
     "large_scale",
@@ -41,6 +42,7 @@ alphas stay below 64, and a pattern that follows the rank changes no scale."""
 
 ADVICE: Mapping[str, str] = {
     ZERO: "the adapter does nothing there; it was never trained, or trained in vain",
+    PARTLY_ZERO: "the adapter does nothing there",
     VALUES: f"trained numbers are below {LARGEST_USUAL_VALUE:g}",
     SCALE: "check lora_alpha, r and the patterns",
     ALPHA: "at zero the adapter does nothing, below it does the opposite of what it was trained for",
@@ -56,8 +58,8 @@ class Finding:
     """One thing that looks wrong.
 
     Attributes:
-        kind: What it is: "zero_update", "nonfinite", "large_values", "large_scale", "alpha_not_positive",
-            "steep_alpha_pattern" or "unknown_init".
+        kind: What it is: "zero_update", "partly_zero", "nonfinite", "large_values", "large_scale",
+            "alpha_not_positive", "steep_alpha_pattern" or "unknown_init".
         where: Sites, or names of tensors for "nonfinite" and "large_values"; empty for the whole adapter.
         value: The value of the first of them, or None.
         text: The finding in words.
@@ -125,12 +127,16 @@ def not_finite(folder: Path, finding: Finding) -> AdapterFileError:
 def implausible(folder: str | Path, findings: Sequence[Finding], may_be_zero: bool = False) -> tuple[str, ...]:
     """Return one message that names all findings, or none if there are none.
 
+    Sites that are zero beside others that are not are no reason for a warning: experts that no token reached and what
+    is extracted from a model that changed in part have such sites. Inspecting lists them.
+
     Args:
         folder: The adapter's folder.
         findings: As `judge` gives them.
         may_be_zero: The adapter may do nothing: it is going to be trained, or is one of several.
     """
-    told = [str(finding) for finding in findings if not (may_be_zero and finding.kind == ZERO)]
+    passed = {PARTLY_ZERO, ZERO} if may_be_zero else {PARTLY_ZERO}
+    told = [str(finding) for finding in findings if finding.kind not in passed]
     return (f"{folder}: implausible: {' '.join(told)}",) if told else ()
 
 
@@ -159,7 +165,7 @@ def _zero(sites: Sequence[Site], largest: Mapping[str, float]) -> Finding | None
     if not zero:
         return None
     many = "all" if len(zero) == len(sites) else f"{len(zero)} of {len(sites)}"
-    return _finding(ZERO, f"B·A is zero at {many} sites", zero)
+    return _finding(ZERO if many == "all" else PARTLY_ZERO, f"B·A is zero at {many} sites", zero)
 
 
 def _of_tensors(kind: str, what: str, largest: Mapping[str, float], bad: Callable[[float], bool]) -> Finding | None:
@@ -201,7 +207,7 @@ def _init(config: LoraConfig) -> Finding | None:
 
 def _finding(kind: str, what: str, found: Sequence[tuple[str, float]]) -> Finding:
     """Return a finding that names the first of what was found: pairs of a site or tensor and its value."""
-    shown = [name if kind == ZERO else f"{name} ({value:g})" for name, value in found[:NAMED]]
+    shown = [name if kind in (ZERO, PARTLY_ZERO) else f"{name} ({value:g})" for name, value in found[:NAMED]]
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
     advice = f": {ADVICE[kind]}" if kind in ADVICE else ""
     text = f"{what}, first {', '.join(shown)}{more}{advice}."

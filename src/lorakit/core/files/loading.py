@@ -84,6 +84,7 @@ class AdapterFiles:
         sidecar: What `lorakit.json` says.
         config_is_ours: The config is byte for byte the one that was written with the weights.
         warnings: Sentences a person should read.
+        made: It was made here by an operation, and may do nothing if that was asked for.
     """
 
     folder: Path
@@ -92,6 +93,7 @@ class AdapterFiles:
     sidecar: Sidecar
     config_is_ours: bool
     warnings: tuple[str, ...]
+    made: bool = False
 
     @property
     def is_ours(self) -> bool:
@@ -212,7 +214,7 @@ def place_adapter(
         extras = dataclasses.replace(extras, rows=tuple(rows), leaders=fitted.leaders)
         tie_copies(extras.copies, fitted.leaders)
         beyond = out_of_range(files.file.tensors, largest, fitted, site_map, parts, extras)
-        said += _implausible(files, parts, fitted, largest, trainable)
+        said += _implausible(files, parts, fitted, largest, trainable or files.made)
         said += _checked_range(files.folder, beyond, allow)
         biases = _filled_copies(extras, fitted, site_map, files.file.tensors)
         for sentence in said:  # where warnings are errors, this refuses, so it comes before any change
@@ -331,11 +333,11 @@ def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow
 
 
 def _implausible(
-    files: AdapterFiles, parts: Sequence[Part], fitted: Fit, largest: Mapping[str, float], trainable: bool
+    files: AdapterFiles, parts: Sequence[Part], fitted: Fit, largest: Mapping[str, float], may_be_zero: bool
 ) -> tuple[str, ...]:
     """Return what is valid but implausible, as one message or none."""
     sites = [Site(path, part.lora_alpha, part.factor.scale) for path, part in zip(fitted.sites, parts, strict=True)]
-    return implausible(files.folder, judge(files.config, sites, largest), trainable)
+    return implausible(files.folder, judge(files.config, sites, largest), may_be_zero)
 
 
 def _checked_range(folder: Path, beyond: Sequence[str], allow: Collection[str]) -> list[str]:

@@ -98,7 +98,7 @@ def _product_overflows(part: Part, sizes: Sequence[float], limit: float) -> bool
     """Return whether scale·B·A goes beyond a limit; the product is only made if A and B are as large as that needs."""
     factor, by = part.factor, abs(part.factor.scale)
     most = by * factor.A.shape[0] * math.prod(sizes)
-    if not all(map(math.isfinite, sizes)) or most <= limit:
+    if factor.A.is_meta or not all(map(math.isfinite, sizes)) or most <= limit:
         return False
     delta = part.place.kind.delta(part.place.slot, factor.A.detach().double(), factor.B.detach().double())
     return by * largest_value(delta) > limit

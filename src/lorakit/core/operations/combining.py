@@ -77,7 +77,7 @@ def combine_folders(
         output: The folder to make; nothing may stand there.
         way: How.
         model: The base, for DoRA and for rows of tokens.
-        allow: Checks to override: "base_mismatch", "key_mismatch" (adapters without a common site), "nonfinite".
+        allow: Checks to override: "base_mismatch", "key_mismatch" (no common site), "nonfinite".
 
     Returns:
         What was written.

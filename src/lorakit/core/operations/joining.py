@@ -26,7 +26,7 @@ def check_one_base(adapters: Sequence[LooseAdapter], allow: Collection[str] = ()
 
     Raises:
         BaseMismatchError: Two of them were made on different bases or for different tasks.
-        AdapterError: One has no site in common with any other.
+        AdapterError: One has no site in common with any other, and fingerprints do not prove that all have one base.
     """
     pairs = list(itertools.combinations(adapters, 2))
     if "base_mismatch" not in allow:
@@ -38,8 +38,8 @@ def check_one_base(adapters: Sequence[LooseAdapter], allow: Collection[str] = ()
             warn_caller(
                 f"{unknown[0].label} and {unknown[1].label}: the files do not tell whether both were made on one base."
             )
-    alone = next((a for a in adapters if len(adapters) > 1 and not _shares_a_site(a, adapters)), None)
-    if alone is not None and "key_mismatch" not in allow:
+    alone = next((adapter for adapter in adapters if not _shares_a_site(adapter, adapters)), None)
+    if alone is not None and "key_mismatch" not in allow and not all(_is_proven_to_share(*pair) for pair in pairs):
         raise AdapterError(
             f"{alone.label} has no site in common with any other adapter, such as {next(iter(alone.factors))}. If they "
             "fit nevertheless, allow 'key_mismatch'."
@@ -52,9 +52,9 @@ SHOWN = 4
 
 def _other_base(one: LooseAdapter, other: LooseAdapter) -> list[str]:
     """Return in words how the bases of two adapters differ; none if they do not, or if that is not known."""
-    found = one.compare_base(other)
-    if found is not None and found.verdict not in (DIFFERENT, UNVERIFIABLE):
+    if _is_proven_to_share(one, other):
         return []
+    found = one.compare_base(other)
     reason = found.reason if found is not None and found.verdict == DIFFERENT else ""
     names = _base_name(one), _base_name(other)
     if not reason and all(names) and len({name.rstrip("/").rpartition("/")[2].lower() for name in names}) > 1:
@@ -75,6 +75,12 @@ def _is_known_to_share(one: LooseAdapter, other: LooseAdapter) -> bool:
     """Return whether the files of two adapters tell which bases they have."""
     found = one.compare_base(other)
     return (found is not None and found.verdict != UNVERIFIABLE) or bool(_base_name(one) and _base_name(other))
+
+
+def _is_proven_to_share(one: LooseAdapter, other: LooseAdapter) -> bool:
+    """Return whether the fingerprints of two adapters agree."""
+    found = one.compare_base(other)
+    return found is not None and found.verdict not in (DIFFERENT, UNVERIFIABLE)
 
 
 def _base_name(adapter: LooseAdapter) -> str:

@@ -43,7 +43,7 @@ def put(model: nn.Module, adapter: LooseAdapter, name: str) -> None:
     _check_finite(adapter.tensors())
     side = Sidecar(False, (), "", None, _sites(adapter), {})
     file = TensorFile(adapter.tensors(), {}, "", 0)
-    files = AdapterFiles(Path(name), adapter.config, file, side, True, ())
+    files = AdapterFiles(Path(name), adapter.config, file, side, True, (), made=True)
     place_adapter(model, files, name, False, ("odd_scale",))
 
 

@@ -157,7 +157,7 @@ class _Runs:
         self._dropped_number = -1
 
     def add(self, route: Route) -> None:
-        number, thread = torch.autograd._get_sequence_nr(), threading.current_thread()
+        number, thread = torch._C._autograd._get_sequence_nr(), threading.current_thread()
         last = self._runs[-1] if self._runs else None
         if last is not None and last.route == route and last.thread is thread and last.number <= number:
             last.number = number
@@ -186,7 +186,7 @@ class _Runs:
 
 def _reentrant_node() -> int | None:
     """Return the number of the reentrant checkpoint whose backward calls this forward, or None if none does."""
-    node = getattr(torch._C, "_current_autograd_node", lambda: None)()
+    node: Any = getattr(torch._C, "_current_autograd_node", lambda: None)()
     is_reentrant = getattr(type(node), "_forward_cls", None) is CheckpointFunction
     return node._sequence_nr() if is_reentrant else None
 
