@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lorakit import cli, core, hub
+from lorakit.data import encoding as records_encoding
 from lorakit.errors import DiskError
 from lorakit.train import checkpoint, loop, running
 from lorakit.train.evaluation import Evaluation
@@ -246,6 +247,37 @@ def _signal_in_step(monkeypatch: pytest.MonkeyPatch, number: int, step: int, tim
         return real(*arguments)
 
     monkeypatch.setattr(loop, "train_step", step_with_signal)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_signal_while_data_is_read(
+    train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    there: bool,
+) -> None:
+    folder = tmp_path / "run"
+    if there:
+        assert train(max_steps=1) == 0
+    before = _files(tmp_path)
+    real = records_encoding.token_parts
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return real(*arguments)
+
+    monkeypatch.setattr(records_encoding, "token_parts", signalled)
+    capsys.readouterr()
+    assert train(*(["--overwrite"] if there else [])) == 130
+    assert capsys.readouterr().err == f"error: interrupted before the first step; {folder} is as it was\n"
+    assert _files(tmp_path) == before
+    assert folder.exists() is there
+    monkeypatch.setattr(records_encoding, "token_parts", real)
+    assert train("--overwrite", max_steps=1) == 0  # nothing holds the folder
 
 
 def test_resume_passes_over_damage_and_says_so(

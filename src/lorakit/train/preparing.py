@@ -9,17 +9,19 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from lorakit import durable
 from lorakit.data import (
+    AnyRecords,
     Batch,
     DataReport,
     Encoded,
     Loader,
-    Records,
+    StoredRecords,
     Tokenizer,
     by_length,
     encode,
@@ -31,6 +33,7 @@ from lorakit.errors import DataError, DiskError, NotYetSupported, RunError, Usag
 from lorakit.report.runs import METRICS_FILE, RUN_FILE
 from lorakit.train.checkpoint import checkpoints
 from lorakit.train.lock import claim, refuse_live, release
+from lorakit.train.progress import Progress, Silence
 from lorakit.train.record import refuse_second_run
 from lorakit.train.settings import TrainSettings
 
@@ -48,8 +51,8 @@ class RunData:
         note: A sentence on what is held out, or why nothing is.
     """
 
-    train: Records
-    held_out: Records
+    train: AnyRecords
+    held_out: AnyRecords
     note: str
 
 
@@ -205,7 +208,9 @@ def read_data(settings: TrainSettings) -> RunData:
     return RunData(parted.train, parted.held_out, parted.note)
 
 
-def make_batches(settings: TrainSettings, data: RunData, tokenizer: Tokenizer, max_length: int) -> RunBatches:
+def make_batches(
+    settings: TrainSettings, data: RunData, tokenizer: Tokenizer, max_length: int, progress: Progress | None = None
+) -> RunBatches:
     """Encode the records and set up the loaders.
 
     Args:
@@ -213,6 +218,7 @@ def make_batches(settings: TrainSettings, data: RunData, tokenizer: Tokenizer, m
         data: The records.
         tokenizer: The model's.
         max_length: Longest row, in tokens.
+        progress: Shows how far tokenizing is; None is silent.
 
     Returns:
         Loader, evaluation batches and reports.
@@ -221,15 +227,27 @@ def make_batches(settings: TrainSettings, data: RunData, tokenizer: Tokenizer, m
         DataError: No token is left to train or to evaluate on.
     """
     rows, pad = settings.per_device_train_batch_size, padding_id(tokenizer)
-    train = encode(data.train, tokenizer, max_length)
+    progress = progress or Silence()
+    train = encode(data.train, tokenizer, max_length, _watch(progress, "training data", data.train))
     loader = Loader(train.sequences, rows, settings.seed, pad_id=pad)
     if not data.held_out:
         return RunBatches(loader, None, train.report, None)
     try:
-        held_out = encode(data.held_out, tokenizer, max_length)
+        watch = _watch(progress, "evaluation data", data.held_out)
+        held_out = encode(data.held_out, tokenizer, max_length, watch)
     except DataError as cause:
         raise DataError(f"In the evaluation data: {cause}") from cause
     return RunBatches(loader, evaluation_batches(held_out, rows, pad), train.report, held_out.report)
+
+
+def _watch(progress: Progress, what: str, records: AnyRecords) -> Callable[[int], None] | None:
+    if not isinstance(records, StoredRecords):
+        return None
+    return partial(_tell, progress, what, records.total_bytes)
+
+
+def _tell(progress: Progress, what: str, total: int, done: int) -> None:
+    progress.reading(what, done, total)
 
 
 def evaluation_batches(encoded: Encoded, rows: int, pad: int) -> Callable[[], Iterable[Batch]]:

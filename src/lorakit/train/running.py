@@ -17,6 +17,7 @@ from lorakit.errors import DiskError, LorakitError
 from lorakit.ops import choices
 from lorakit.train import checkpoint
 from lorakit.train.ending import RunResult, adapter_facts, finish, record
+from lorakit.train.interrupts import stoppable
 from lorakit.train.lock import release
 from lorakit.train.loop import Loop
 from lorakit.train.metrics import cut
@@ -47,18 +48,35 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
     Raises:
         LorakitError: Something cannot be done as asked; class and message say what. An older run has not been touched
             unless training had begun, and then its last good checkpoint stands.
-        KeyboardInterrupt: A signal came while loading, or a second one while training.
+        KeyboardInterrupt: A signal came while loading, or a second one while training. Before the first step nothing
+            of the run has been written; the message says so.
     """
     began = time.perf_counter()
     progress = progress or Silence()
-    with progress, _random_numbers_kept(), contextlib.ExitStack() as held:
-        request = check(settings, progress)
-        held.callback(release, request.lock)
-        ready = make_ready(request, progress)
+    with progress, stoppable(), _random_numbers_kept(), contextlib.ExitStack() as held:
+        with _nothing_left(Path(settings.output_dir)):
+            request = check(settings, progress)
+            held.callback(release, request.lock)
+            ready = make_ready(request, progress)
         held.enter_context(choices.acting(ready.choices))
         _begin(ready)
         ending = _train(ready, progress)
         return finish(ready, ending, time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def _nothing_left(folder: Path) -> Iterator[None]:
+    """A block before the first step: if it fails, a folder that it made is removed."""
+    made = not folder.exists()
+    try:
+        yield
+    except BaseException as cause:
+        if made:
+            with contextlib.suppress(OSError):  # it is not there, or not empty
+                folder.rmdir()
+        if isinstance(cause, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"interrupted before the first step; {folder} is as it was") from None
+        raise
 
 
 def _begin(ready: Ready) -> None:
