@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pwd
+from pathlib import Path
+
 import pytest
 
 from lorakit import machine
+from lorakit.errors import DiskError
 
 CPUINFO = "processor\t: 0\nmodel name\t: A CPU @ 2GHz\nflags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16\n"
 
@@ -42,3 +46,44 @@ def test_this_machine_has_cores_and_a_name() -> None:
     assert here.cores >= 1
     assert here.cpu
     assert here.memory_bytes is None or 0 < (here.available_bytes or 1) <= here.memory_bytes
+
+
+@pytest.fixture
+def _no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(user: object) -> None:
+        raise KeyError(user)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "LORAKIT_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+@pytest.mark.usefixtures("_no_home")
+def test_without_a_home_the_cache_is_an_error_that_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.home_directory() is None
+    with pytest.raises(DiskError, match="LORAKIT_CACHE"):
+        machine.cache_directory()
+    monkeypatch.setenv("LORAKIT_CACHE", "~/x")
+    with pytest.raises(DiskError, match="LORAKIT_CACHE"):
+        machine.cache_directory()
+    monkeypatch.setenv("LORAKIT_CACHE", "/x")
+    assert machine.cache_directory() == Path("/x")
+    monkeypatch.delenv("LORAKIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/y")
+    assert machine.cache_directory() == Path("/y/lorakit")
+
+
+@pytest.mark.usefixtures("_no_home")
+def test_without_a_home_nothing_is_kept_and_nothing_fails() -> None:
+    from lorakit.speed import kept_choices
+
+    assert kept_choices.read() == {}
+    assert "LORAKIT_CACHE" in kept_choices.keep({"a shape": 1})
+
+
+@pytest.mark.usefixtures("_no_home")
+def test_without_a_home_the_doctor_reports(capsys: pytest.CaptureFixture[str]) -> None:
+    from lorakit.cli import main
+
+    assert main(["doctor", "--quick"]) == 0
+    assert "kernels    " in capsys.readouterr().out

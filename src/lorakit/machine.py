@@ -1,7 +1,7 @@
 """What this machine is, processor, usable cores, memory, allocator, and where to keep what can be made again.
 
-Standard library only. Outside Linux most facts are unknown, and then say so instead of guessing. This module knows
-nothing about torch, models or speed: how fast the machine is, is measured, not looked up.
+Standard library and lorakit's errors only. Outside Linux most facts are unknown, and then say so instead of guessing.
+This module knows nothing about torch, models or speed: how fast the machine is, is measured, not looked up.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+
+from lorakit.errors import DiskError
 
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "amx_fp16", "bf16", "sve")
 """Processor flags that decide how fast products of matrices are; "bf16" and "sve" are ARM's."""
@@ -133,9 +135,29 @@ def _number(text: str) -> int | None:
     return int(first[0]) if first and first[0].isdigit() else None
 
 
+def home_directory() -> Path | None:
+    """Return the user's home; None without HOME and without a passwd entry, as in many containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
 def cache_directory() -> Path:
-    """Where lorakit keeps what can be made again: `LORAKIT_CACHE`, else `lorakit` in `XDG_CACHE_HOME` or ~/.cache."""
+    """Where lorakit keeps what can be made again: `LORAKIT_CACHE`, else `lorakit` in `XDG_CACHE_HOME` or ~/.cache.
+
+    Raises:
+        DiskError: None of them is given and the user has no home, or the home that is named is unknown.
+    """
     own, shared = os.environ.get("LORAKIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
-        return Path(own).expanduser()
-    return (Path(shared) if shared else Path.home() / ".cache") / "lorakit"
+        try:
+            return Path(own).expanduser()
+        except RuntimeError:
+            raise DiskError(f"LORAKIT_CACHE={own}: there is no such home; set it to a full path.") from None
+    if shared:
+        return Path(shared) / "lorakit"
+    home = home_directory()
+    if home is None:
+        raise DiskError("no directory for caches: this user has no home; set LORAKIT_CACHE to a directory.")
+    return home / ".cache" / "lorakit"

@@ -147,7 +147,7 @@ def test_saving_asks_nobody(no_network: list[Any], tiny_llama: Any, tmp_path: Pa
 
 def test_an_adapter_that_goes_on_training_is_no_second_wrapper(tiny_llama: Any, tmp_path: Path) -> None:
     """Complaint 17: peft nests wrappers where a wrapped model is adapted again, and names on disk change."""
-    config = ours.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    config = ours.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     ours.get_peft_model(tiny_llama, config).save_pretrained(tmp_path / "first")
     base = ours.PeftModel.from_pretrained(tiny_llama, tmp_path / "first").unload()
     model = ours.PeftModel.from_pretrained(base, tmp_path / "first", is_trainable=True)

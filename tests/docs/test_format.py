@@ -14,6 +14,7 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.files import sidecar, tensorfile
 from lorakit.core.files.keys import ENDINGS
+from lorakit.durable import folders
 from lorakit.hub.packaged import MANIFEST
 from lorakit.train import checkpoint, metrics, state
 
@@ -56,5 +57,6 @@ def test_names_and_caps() -> None:
     assert tensorfile.MAX_FILE_BYTES == 64 << 30
     assert tensorfile.MAX_HEADER_BYTES == 8 << 20
     assert tensorfile.MAX_TENSORS == 100_000
+    assert folders.MOST_ENTRIES == 10_000
     assert sidecar.MAX_BYTES == 16 << 20
-    assert sidecar.FORMAT_VERSION == 1
+    assert sidecar.FORMAT_VERSION == 2

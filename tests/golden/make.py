@@ -41,7 +41,10 @@ GOLDEN: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 """Folder that peft wrote -> base and config fields, beside r=2 and lora_alpha=3."""
 
-OURS: Mapping[str, tuple[str, dict[str, Any]]] = {"lorakit-format-1": ("dense", {**DENSE, "use_dora": True})}
+OURS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "lorakit-format-1": ("dense", {**DENSE, "use_dora": True}),
+    "lorakit-format-2": ("dense", {**DENSE, "use_dora": True}),
+}
 """Folder that lorakit wrote -> the same; the name says the format of `lorakit.json`."""
 
 INPUT = torch.tensor([[1, 7, 3], [2, 9, 4]])

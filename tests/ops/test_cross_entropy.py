@@ -209,6 +209,53 @@ def test_under_autocast_products_run_in_its_dtype() -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, truth, strict=True))
 
 
+LAYOUTS: dict[str, Any] = {
+    "contiguous": lambda labels: labels.clone(),
+    "every second": lambda labels: torch.stack([labels, torch.full_like(labels, 10**6)], 1)[:, 0],
+    "shifted": lambda labels: torch.cat([torch.full_like(labels[:, :1], 10**6), labels], 1)[:, 1:],
+    "transposed": lambda labels: labels.t().contiguous().t(),
+}
+"""A million stands between: a place far behind the end of a row."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("integer", [torch.int64, torch.int32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ignored", [False, True])
+def test_labels_of_any_layout(dtype: torch.dtype, integer: torch.dtype, layout: str, ignored: bool) -> None:
+    h, head, labels = made(24, dtype)
+    labels = (labels if ignored else labels.clamp_min(0)).to(integer)
+    plain = grads(linear_cross_entropy(h, head, labels.long()), h)
+    if layout == "every second":
+        asked = LAYOUTS[layout](labels)
+        found = grads(linear_cross_entropy(h, head, asked), h)
+    else:
+        asked = LAYOUTS[layout](labels.view(4, 6))
+        found = grads(linear_cross_entropy(h.view(4, 6, WIDTH), head, asked), h)
+    assert asked.is_contiguous() == (layout == "contiguous")
+    assert all(torch.equal(one, other) for one, other in zip(found, plain, strict=True))
+    exact = h.detach().double().requires_grad_()
+    truth = reference(exact, Head(head.W.double()), labels.long())
+    assert error(found[0], truth.detach()) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [-1, 11, 2**40, -(2**40)])
+def test_one_strided_label_out_of_range_is_rejected(dtype: torch.dtype, wrong: int) -> None:
+    h, head, labels = made(24, dtype)
+    strided = LAYOUTS["every second"](labels.clamp_min(0))
+    strided[7] = wrong
+    with pytest.raises(ValueError, match="labels"):
+        linear_cross_entropy(h, head, strided)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64])
+def test_labels_that_are_not_integers_are_rejected(dtype: torch.dtype) -> None:
+    h, head, labels = made(24, torch.float32)
+    with pytest.raises(ValueError, match="labels: integers"):
+        linear_cross_entropy(h, head, labels.clamp_min(0).to(dtype))
+
+
 def test_chunks_are_of_about_equal_size() -> None:
     h, head, labels = made(20)
     trained = cross_entropy.Trained(h, head, torch.zeros(300, dtype=torch.long), None, 256)

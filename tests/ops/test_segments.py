@@ -326,6 +326,53 @@ def test_the_compiled_way_reads_its_own_adapters_only() -> None:
     assert not segmented(x[:0], A, B, None, index[:0], way="compiled").numel()
 
 
+INDICES = {
+    "int64": torch.tensor(ROUTES["mixed"]),
+    "int32": torch.tensor(ROUTES["mixed"], dtype=torch.int32),
+    "every second": torch.tensor([[k, 10**6] for k in ROUTES["mixed"]])[:, 0],
+    "every second of int32": torch.tensor([[k, 10**6] for k in ROUTES["mixed"]], dtype=torch.int32)[:, 0],
+}
+
+
+@pytest.mark.parametrize("way", [*WAYS, pytest.param("compiled", marks=COMPILED)])
+@pytest.mark.parametrize("index", INDICES)
+@torch.no_grad()
+def test_an_index_of_any_integers_and_layout(way: Way, index: str) -> None:
+    x, A, B, scales = (t.float() for t in made())
+    expected = reference(x, A, B, scales, torch.tensor(ROUTES["mixed"]))
+    torch.testing.assert_close(segmented(x, A, B, scales, INDICES[index], way=way), expected)
+    rows = Routed(INDICES[index], 4)
+    torch.testing.assert_close(segmented(x, A, B, scales, rows, way=way), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_an_index_that_is_not_of_integers_is_rejected(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="integers"):
+        Routed(torch.tensor([0, 1, 1], dtype=dtype), 2)
+
+
+@COMPILED
+@pytest.mark.parametrize("strange", [-2, 4, 2**40])
+@torch.no_grad()
+def test_an_index_changed_after_it_was_checked_is_rejected(strange: int) -> None:
+    x, A, B, scales = (t.float() for t in made())
+    rows = Routed(torch.tensor(ROUTES["mixed"]), 4)
+    rows.index[2] = strange
+    with pytest.raises(ValueError, match="index"):
+        segmented(x, A, B, scales, rows, way="compiled")
+
+
+@COMPILED
+def test_rows_of_another_dtype_than_they_were_made_ready_for_are_rejected() -> None:
+    x, A, B, scales = (t.detach().float() for t in made())
+    own = segments.compiled_way(A, B, scales, Routed(torch.tensor(ROUTES["mixed"]), 4), x)
+    assert own is not None
+    with pytest.raises(ValueError, match="bfloat16"):
+        own.forward(x.bfloat16(), None)
+    with pytest.raises(ValueError, match="index"):
+        own.forward(x[:3], None)
+
+
 @COMPILED
 def test_the_compiled_way_adds_to_another_dtype() -> None:
     x, A, B, scales = (t.detach() for t in made())

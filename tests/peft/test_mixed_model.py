@@ -42,7 +42,7 @@ def test_several_active_adapters(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not compatible with the `PeftMixedModel`"):
         PeftMixedModel(nn.Linear(2, 2), {"r": 8})
     plain = nn.Sequential(nn.Linear(2, 2))
-    wrapped = PeftModel(plain, LoraConfig(target_modules=["0"]))
+    wrapped = PeftModel(plain, LoraConfig(target_modules=["0"], init_lora_weights=False))
     wrapped.save_pretrained(tmp_path)
     assert type(PeftMixedModel.from_pretrained(wrapped.unload(), tmp_path)) is PeftMixedModel
 
@@ -51,7 +51,9 @@ def test_several_active_adapters(tmp_path: Path) -> None:
 def saved(tiny_llama: Any, tmp_path: Path) -> Path:
     tiny_llama.save_pretrained(tmp_path / "base")
     tiny_llama.name_or_path = str(tmp_path / "base")
-    model = get_peft_model(tiny_llama, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    model = get_peft_model(
+        tiny_llama, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    )
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 

@@ -11,7 +11,7 @@ from lorakit.errors import NotYetSupported
 from lorakit.peft import LoraConfig, PeftModel, get_peft_model
 from lorakit.peft.options import NEUTRAL, WITHOUT_EFFECT
 
-CONFIG = LoraConfig(target_modules=["q_proj"])
+CONFIG = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
 
 
 def test_what_has_no_effect_is_accepted_where_files_are_read_and_written(tiny_llama: Any, tmp_path: Path) -> None:

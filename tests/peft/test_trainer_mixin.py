@@ -155,7 +155,7 @@ def test_a_model_without_adapters_is_refused(tiny_llama: Any, tmp_path: Path) ->
 
 
 def test_a_frozen_adapter_is_not_trained_in_silence(tiny_llama: Any, tmp_path: Path) -> None:
-    fresh = get_peft_model(tiny_llama, LoraConfig(**CONFIG))
+    fresh = get_peft_model(tiny_llama, LoraConfig(**CONFIG, init_lora_weights=False))
     fresh.save_pretrained(tmp_path / "adapter")
     base = PeftModel.from_pretrained(fresh.unload(), tmp_path / "adapter")
     lora = trainer(base, tmp_path)

@@ -220,13 +220,22 @@ class Torn:
         count("write")
         return self.file.write(bytes(data)[len(data) // 2 :])
 
-real_open, real_fsync = io.open, os.fsync
+real_open, real_fsync, real_os_open, real_write = io.open, os.fsync, os.open, os.write
 def watched_open(path, mode="r", *rest, **named):
     writing = set(mode) & set("wax+")
     if writing:
         count("open")
     file = real_open(path, mode, *rest, **named)
     return Torn(file) if writing and "b" in mode else file
+def watched_os_open(path, flags, *rest, **named):
+    if flags & os.O_CREAT:
+        count("open")
+    return real_os_open(path, flags, *rest, **named)
+def torn_write(descriptor, data):
+    half = len(data) // 2
+    real_write(descriptor, bytes(data)[:half])
+    count("write")
+    return half + real_write(descriptor, bytes(data)[half:])
 def watched_fsync(descriptor):
     count("fsync")
     real_fsync(descriptor)
@@ -255,7 +264,7 @@ while True:
     child = os.fork()
     if child == 0:
         io.open = builtins.open = watched_open
-        os.fsync = watched_fsync
+        os.fsync, os.open, os.write = watched_fsync, watched_os_open, torn_write
         left = operation
         save(folder, 2, 3)
         os._exit(0)

@@ -129,6 +129,28 @@ TOKENIZER_FILES = (
 """Files that a tokenizer may leave in an adapter's folder."""
 
 
+@contextlib.contextmanager
+def new_adapter_folder(target: Path) -> Iterator[Path]:
+    """Build the folder of an adapter out of sight; it appears with everything in it when the block ends well.
+
+    Args:
+        target: The folder to make.
+
+    Yields:
+        An empty folder to write into.
+
+    Raises:
+        UsageError: Something is there already.
+        DiskError: The disk refuses; nothing is left behind.
+    """
+    from lorakit.durable import publish_directory
+
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"{target}: is not an empty folder; nothing is overwritten. Give a new one.")
+    with publish_directory(target) as folder:
+        yield folder
+
+
 def take_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> bool:
     """Copy the tokenizer that lies with adapters beside what was made of them, where all have the same.
 

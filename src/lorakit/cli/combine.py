@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.adapters import naming_flags, read_adapters, take_tokenizer
+from lorakit.cli.adapters import naming_flags, new_adapter_folder, read_adapters, take_tokenizer
 from lorakit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,7 +51,12 @@ class Flags:
     model: Annotated[
         str | None, Parameter(help="The base; needed for DoRA alone, whose effect depends on the base's weights.")
     ] = None
-    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Take adapters of different bases.")] = False
+    allow_base_mismatch: Annotated[
+        bool, Parameter(negative=(), help="Combine adapters of different bases or tasks.")
+    ] = False
+    allow_key_mismatch: Annotated[
+        bool, Parameter(negative=(), help="Combine adapters that have no site in common.")
+    ] = False
     allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result that holds NaN or infinity.")] = False
 
 
@@ -72,17 +77,22 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
         source = hub.resolve(flags.model, console.note)
         hub.require(source)
         model = hub.load_model(source, "float32")
-    allowed = {"base_mismatch": flags.allow_base_mismatch, "nonfinite": flags.allow_nonfinite}
-    with naming_flags():
+    allowed = {
+        "base_mismatch": flags.allow_base_mismatch,
+        "key_mismatch": flags.allow_key_mismatch,
+        "nonfinite": flags.allow_nonfinite,
+    }
+    with naming_flags(), new_adapter_folder(flags.output_dir) as folder:
         report = core.combine_folders(
             flags.adapter,
             weights,
-            flags.output_dir,
+            folder,
             way=way,
             model=model,
             allow=[word for word, lifted in allowed.items() if lifted],
         )
-    take_tokenizer(files, flags.output_dir)
+        take_tokenizer(files, folder)
+    report = replace(report, name=str(flags.output_dir))
     if json:
         console.emit_json({"output_dir": report.name, **report.as_dict()})
     else:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.adapters import naming_flags, read_adapters, take_tokenizer
+from lorakit.cli.adapters import naming_flags, new_adapter_folder, read_adapters, take_tokenizer
 
 if TYPE_CHECKING:
     from lorakit.core import MadeReport
@@ -40,11 +40,10 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
 
     files = read_adapters([flags.adapter])
     allow = ["nonfinite"] if flags.allow_nonfinite else []
-    with naming_flags():
-        report = core.compress_folder(
-            flags.adapter, flags.output_dir, rank=flags.rank, energy=flags.energy, allow=allow
-        )
-    take_tokenizer(files, flags.output_dir)
+    with naming_flags(), new_adapter_folder(flags.output_dir) as folder:
+        report = core.compress_folder(flags.adapter, folder, rank=flags.rank, energy=flags.energy, allow=allow)
+        take_tokenizer(files, folder)
+    report = replace(report, name=str(flags.output_dir))
     if json:
         console.emit_json({"output_dir": report.name, **report.as_dict()})
     else:

@@ -20,7 +20,7 @@ from cyclopts import Parameter
 from lorakit import __version__
 from lorakit.allocator import CACHES
 from lorakit.cli import console
-from lorakit.machine import Machine, this_machine
+from lorakit.machine import Machine, home_directory, this_machine
 
 REQUIRED = (
     "torch",
@@ -127,7 +127,7 @@ def examine(*, quick: bool) -> Findings:
     """
     packages = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
     torch = _torch() if packages["torch"] else None
-    cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    cache = Path(os.environ.get("HF_HOME") or (home_directory() or Path("~")) / ".cache" / "huggingface")
     can_measure = torch is not None and packages["transformers"] is not None and not quick
     return Findings(
         machine=this_machine(),

@@ -159,9 +159,10 @@ def _base(summary: AdapterSummary) -> str:
     if summary.base is None:
         return f"{named}; no fingerprint, so another base of the same shapes would not be noticed"
     known = summary.base
+    files = f", {len(known.files)} weight files" if known.files else ""
     return (
         f"{named}; fingerprint {known.architecture}, {known.parameters:,} parameters, {known.vocabulary:,} tokens, "
-        f"{known.dtype}, {known.names_sha256[:12]}"
+        f"{known.dtype}, {known.names_sha256[:12]}, {len(known.samples)} tensors sampled{files}"
     )
 
 

@@ -103,7 +103,7 @@ def linear_cross_entropy(
         bias = None if head.bias is None else autocast(head.bias)
         h, head = autocast(h), replace(head, W=autocast(head.W), bias=bias)
     _check(h, head, labels, ignore_index, chunk)
-    flat, targets = h.flatten(0, -2), labels.flatten().long()
+    flat, targets = h.flatten(0, -2), labels.flatten().long().contiguous()  # a view may have kept its strides
     rows = (targets != ignore_index).nonzero().squeeze(1)  # labels that lie on the CPU let no device be waited for
     count, every = len(rows), len(rows) == len(targets)
     targets = targets if every else targets[rows]
@@ -245,6 +245,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _check(h: Tensor, head: Head, labels: Tensor, ignore_index: int, chunk: int | None) -> None:
     W, bias = head.W, head.bias
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels: integers are needed, one for each row of h; got {labels.dtype}.")
     if labels.shape != h.shape[:-1] or h.dim() < 2:
         raise ValueError(f"labels: one for each row of h is needed, {tuple(h.shape[:-1])}; got {tuple(labels.shape)}.")
     if W.dim() != 2 or W.shape[1] != h.shape[-1] or (bias is not None and bias.shape != W.shape[:1]):

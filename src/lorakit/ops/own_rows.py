@@ -25,7 +25,7 @@ class OwnRows:
     """
 
     def __init__(self, A: Tensor, Bt: Tensor, index: Tensor, products: OwnProducts) -> None:
-        self.A, self.Bt, self.index, self.products = A, Bt, index.contiguous(), products
+        self.A, self.Bt, self.index, self.products = A, Bt, index.long().contiguous(), products
 
     def forward(self, x: Tensor, into: Tensor | None) -> tuple[Tensor, None]:
         """The result (rows, …, out) for x (rows, …, in), added to `into` in place where that is given.

@@ -102,8 +102,11 @@ def _by_kernel(x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs, back: bool, ou
 
 def _beside_each_other(x: Tensor) -> bool:
     """Whether the heads of a token of x (B, T, H, D) lie side by side, and tokens at one distance."""
-    batch, tokens, _, width = x.shape
-    return x.stride()[2:] == (width, 1) and (batch == 1 or x.stride(0) == tokens * x.stride(1))
+    batch, tokens, heads, width = x.shape
+    apart = x.stride(1)
+    if x.stride()[2:] != (width, 1) or (batch > 1 and x.stride(0) != tokens * apart):
+        return False
+    return apart >= heads * width or batch * tokens == 1  # else tokens share memory: an expanded x
 
 
 def check(x: Tensor, rotary: Rotary) -> None:

@@ -36,13 +36,15 @@ class Routed:
     """Which adapter each row uses, index (rows,), −1 for none: made once for a forward, used by every layer.
 
     Raises:
-        ValueError: A row asks for an adapter that there is not.
+        ValueError: The index does not hold integers, or a row asks for an adapter that there is not.
     """
 
     index: Tensor
     adapters: int
 
     def __post_init__(self) -> None:
+        if self.index.is_floating_point() or self.index.is_complex() or self.index.dtype == torch.bool:
+            raise ValueError(f"the index of rows must hold integers; got {self.index.dtype}")
         asked = self.index.tolist()
         strange = sorted({k for k in asked if not -1 <= k < self.adapters})
         if strange:

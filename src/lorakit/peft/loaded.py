@@ -13,14 +13,19 @@ from torch import Tensor
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.files.loading import place_adapter, read_adapter
+from lorakit.core.files.inspecting import judge_files
+from lorakit.core.files.judging import implausible
+from lorakit.core.files.loading import check_base, place_adapter, read_adapter
 from lorakit.core.making.checks import ALLOWANCES
-from lorakit.errors import AdapterFileError
+from lorakit.errors import AdapterFileError, warn_caller
 from lorakit.peft import flags
 from lorakit.peft.locating import adapter_folder
 from lorakit.peft.own_kinds import kinds_of
 from lorakit.peft.state_dicts import WRAPPED, StateDictError, names_of, set_peft_model_state_dict
 from lorakit.peft.tuner import CONFIGS
+
+LENIENT = tuple(word for word in ALLOWANCES if word != "nonfinite")
+"""What PEFT loads too, here with a warning; NaN and infinite numbers remain an error."""
 
 
 @dataclass
@@ -71,11 +76,14 @@ def load_whole(model: Any, folder: Path, name: str, *, trainable: bool, config: 
 def _load(model: Any, folder: Path, name: str, trainable: bool, config: LoraConfig | None) -> core.LoadReport:
     user = model.get_base_model()
     if config is None:
-        report = core.load_adapter(user, folder, name, trainable=trainable, allow=ALLOWANCES)
+        report = core.load_adapter(user, folder, name, trainable=trainable, allow=LENIENT)
     else:
-        files = dataclasses.replace(read_adapter(folder), config=config, config_is_ours=False)
-        sites, said = place_adapter(user, files, name, trainable, ALLOWANCES, kinds_of(config))
-        report = core.LoadReport(name, config, sites, "unverifiable", said)
+        files = read_adapter(folder)
+        verdict, said_of_base = check_base(user, files, LENIENT)
+        warnings = (*files.warnings, *said_of_base)
+        files = dataclasses.replace(files, config=config, config_is_ours=False, warnings=warnings)
+        sites, said = place_adapter(user, files, name, trainable, LENIENT, kinds_of(config))
+        report = core.LoadReport(name, config, sites, verdict, said)
         config.inference_mode = not trainable
         model.peft_config[name] = config
     setattr(user, CONFIGS, model.peft_config)
@@ -106,6 +114,10 @@ def load_by_names(
         AdapterError: The name cannot be used.
     """
     files = read_adapter(folder)
+    for sentence in check_base(model.get_base_model(), files, LENIENT)[1]:
+        warn_caller(sentence)
+    for message in implausible(folder, judge_files(files), trainable):
+        warn_caller(message)
     if name not in model.peft_config:
         model.add_adapter(name, files.config.with_fields(inference_mode=not trainable))
         flags.set_trained(model, name, trainable)

@@ -31,7 +31,11 @@ def read(folder: Path | None = None) -> dict[str, int]:
     Returns:
         Name of a shape -> the way that is best; nothing where there is no such file.
     """
-    return _of_machine(_machines(_path(folder)).get(machine()))
+    try:
+        path = _path(folder)
+    except DiskError:
+        return {}
+    return _of_machine(_machines(path).get(machine()))
 
 
 def keep(answers: Mapping[str, int], folder: Path | None = None) -> str:
@@ -44,10 +48,10 @@ def keep(answers: Mapping[str, int], folder: Path | None = None) -> str:
     Returns:
         Why it was not possible, or "".
     """
-    path = _path(folder)
-    machines = _machines(path)
-    machines[machine()] = {**_of_machine(machines.get(machine())), **answers}
     try:
+        path = _path(folder)
+        machines = _machines(path)
+        machines[machine()] = {**_of_machine(machines.get(machine())), **answers}
         durable.write_json(path, {"format": FORMAT, "machines": machines})
     except DiskError as cause:
         return str(cause).removesuffix(".")

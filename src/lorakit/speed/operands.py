@@ -34,8 +34,8 @@ class Acting:
 
     def note(self, y: Tensor) -> None:
         """Remember what the call gave, y (…, d), for a backward that may run it again."""
-        if self.route is not None and not self.again:
-            self.forwards.note(y, self.route)
+        if self.route is not None:
+            self.forwards.note(y, self.route, self.again)
 
 
 def acting_in(modules: Sequence[nn.Module], forwards: Forwards, x: Tensor) -> Acting | None:
@@ -51,7 +51,11 @@ def acting_in(modules: Sequence[nn.Module], forwards: Forwards, x: Tensor) -> Ac
     """
     route, again = resolved(modules, forwards)
     operands = _operands(modules, route, x)
-    return None if operands is None else Acting(operands, forwards, route, again)
+    if operands is not None:
+        return Acting(operands, forwards, route, again)
+    if route is not None and not torch.is_grad_enabled():  # a reentrant checkpoint may ask here which run came first
+        forwards.note(None, route, again)
+    return None
 
 
 def forwards_of(module: nn.Module) -> Forwards:

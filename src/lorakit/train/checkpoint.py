@@ -92,14 +92,12 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
         "schedule": snapshot.schedule,
     }
     try:
-        with durable.publish_directory(final) as temporary:
+        with durable.publish_directory(final, replace=True) as temporary:  # the same step again, after evaluating it
             write_adapter(temporary)
             durable.write_bytes(temporary / OPTIMIZER, tensors_to_bytes(dict(snapshot.optimizer)))
             durable.write_bytes(temporary / RANDOM, tensors_to_bytes(dict(snapshot.random)))
             durable.write_json(temporary / STATE, plain)
             durable.write_bytes(temporary / MANIFEST, _manifest(temporary))
-            if final.exists():  # the same step again, after evaluating it: last, so that the gap is two renames
-                discard(final)
     except DiskError as cause:
         reason = getattr(cause.__cause__, "strerror", None) or str(cause)
         raise DiskError(f"{final}: cannot be written ({reason}); the earlier checkpoints still stand.") from cause
@@ -279,8 +277,5 @@ def _manifest(folder: Path) -> bytes:
 
 def _canonical(step: int, files: Mapping[str, Any]) -> bytes:
     """The one way in which a manifest is written, so that a change of any bit of it shows."""
-    body = json.dumps({"files": files, "format": FORMAT, "step": step}, sort_keys=True)
-    seal = durable.sha256_bytes(body.encode())
-    return (
-        json.dumps({"files": files, "format": FORMAT, "seal": seal, "step": step}, indent=1, sort_keys=True) + "\n"
-    ).encode()
+    values = durable.sealed({"files": files, "format": FORMAT, "step": step})
+    return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()

@@ -41,14 +41,12 @@ def publish_adapter(source: Path, folder: Path, save_tokenizer: Callable[[Path],
         DiskError: The disk refuses.
     """
     final = folder / ADAPTER_FOLDER
-    with durable.publish_directory(final) as temporary:
+    with durable.publish_directory(final, replace=True) as temporary:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.name not in _OURS:
                 shutil.copyfile(path, temporary / path.name)
         save_tokenizer(temporary)
         durable.write_text(temporary / "README.md", card)
-        if final.exists():
-            checkpoint.discard(final)
     return final
 
 

@@ -24,6 +24,7 @@ from lorakit.config import CONFIG_FILE
 from lorakit.core import attach, inspect_adapter, load_adapter, save_adapter, use
 from lorakit.core.files.sidecar import METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
 from lorakit.core.files.tensorfile import MAX_TENSORS
+from lorakit.durable import sealed as resealed
 from lorakit.durable import sha256_bytes, sha256_file
 from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, LorakitError, NotYetSupported
 
@@ -45,7 +46,7 @@ def edit_json(name: str, change: Callable[[dict[str, Any]], object]) -> Damage:
     def do(folder: Path) -> None:
         values = json.loads((folder / name).read_text())
         change(values)
-        (folder / name).write_text(json.dumps(values))
+        (folder / name).write_text(json.dumps(resealed(values) if name == SIDECAR_FILE else values))
 
     return do
 
@@ -103,7 +104,7 @@ def sealed(damage: Damage) -> Damage:
         values = json.loads((folder / SIDECAR_FILE).read_text())
         values["weights"]["sha256"] = sha256_file(folder / WEIGHTS_FILE)
         values["config"]["sha256"] = sha256_file(folder / CONFIG_FILE)
-        (folder / SIDECAR_FILE).write_text(json.dumps(values))
+        (folder / SIDECAR_FILE).write_text(json.dumps(resealed(values)))
 
     return do
 

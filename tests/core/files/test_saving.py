@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from lorakit.config import CONFIG_FILE
 from lorakit.core import attach, fingerprint, inspect_adapter, load_adapter, merge, save_adapter
-from lorakit.core.files.sidecar import SIDECAR_FILE, WEIGHTS_FILE
-from lorakit.durable import sha256_file
+from lorakit.core.files.sidecar import REPLACES, SIDECAR_FILE, WEIGHTS_FILE
+from lorakit.durable import is_sealed, sha256_file
 from lorakit.errors import AdapterError, ConfigError
 
 from ...laws.snapshots import files, same_bits
@@ -59,15 +59,15 @@ def test_the_files_and_what_they_say_of_each_other(tmp_path: Path) -> None:
     saved = save_adapter(model, tmp_path, "a", facts={"steps": 3}, base_model_name_or_path="org/model")
     assert sorted(files(tmp_path)) == sorted(saved.files) == sorted([CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE])
     about = json.loads((tmp_path / SIDECAR_FILE).read_text())
-    assert about["format_version"] == 1 and about["steps"] == 3
+    assert about["format_version"] == 2 and is_sealed(about) and about["steps"] == 3
     assert about["weights"]["sha256"] == saved.weights_sha256 == sha256_file(tmp_path / WEIGHTS_FILE)
     assert about["config"]["sha256"] == sha256_file(tmp_path / CONFIG_FILE)
     assert about["weights"]["bytes"] == saved.weights_bytes == (tmp_path / WEIGHTS_FILE).stat().st_size
     assert about["sites"]["conv"] == {"r": 4, "lora_alpha": 8.0}
-    assert "previous_sha256" not in about["weights"]
+    assert "previous_sha256" not in about["weights"] and REPLACES not in about
     assert json.loads((tmp_path / CONFIG_FILE).read_text())["base_model_name_or_path"] == "org/model"
     with safe_open(tmp_path / WEIGHTS_FILE, "pt") as file:
-        assert file.metadata() == {"format": "pt", "lorakit": "1"}
+        assert file.metadata() == {"format": "pt", "lorakit": "2"}
 
 
 def test_nothing_of_the_machine_goes_into_the_files(tmp_path: Path) -> None:

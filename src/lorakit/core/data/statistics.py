@@ -58,7 +58,7 @@ class Statistics:
                     "the statistics hold, or collect them anew."
                 )
         if self.base is not None:
-            verdict, reason = compare(self.base, fingerprint(model), "their")
+            verdict, reason, _ = compare(self.base, fingerprint(model, like=self.base), "their")
             if verdict == DIFFERENT:
                 raise BaseMismatchError(
                     f"The statistics were collected on another base: {reason}. Collect them anew on this one."

@@ -1,28 +1,44 @@
-"""What identifies a base: its architecture, its parameters' names and shapes, and a few numbers of it.
+"""What identifies a base: its architecture, its parameters' names and shapes, and samples of every tensor.
 
-Made in milliseconds, also for large models: fixed positions of a few fixed tensors are read and rounded to
-bf16, so that the same base at another precision is still the same. Adapters, merges and trained biases do not
-change it.
+Taken in milliseconds, also for large models: values at fixed positions of every floating parameter and persistent
+buffer, in the bits of their dtype. Adapters, merges and trained biases do not change it. Not seen are: a change at
+positions that are not sampled (a change of a fraction f of a tensor's values is missed with probability (1 - f)^64),
+unless the weight files are known and differ; a change of a quantized weight below what quantizing cost; buffers that
+are not saved; the model's code and config; the tokenizer; and whatever somebody does who knows the positions.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
-import math
-import struct
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from lorakit.core.layering.underlying import QuantisedWeight, base_tensors, quantised_weights
-
-TENSORS, NUMBERS = 16, 16  # sampled tensors, and numbers of each
+from lorakit.core.files.base_parts import Part, listing, parameter_count, parts_of
+from lorakit.core.files.base_samples import APART, EXACT, QUANTIZED, Sample, agreement, positions, take_samples
+from lorakit.core.files.first_fingerprints import (
+    as_hex,
+    first_agreement,
+    first_positions,
+    from_hex,
+    take_first_samples,
+)
+from lorakit.core.files.weight_files import weight_file_hashes
 
 SAME, OTHER_PRECISION, UNVERIFIABLE, DIFFERENT = "same", "same at other precision", "unverifiable", "different"
+
+FIRST, VERSION = 1, 2
+"""The form that has no version field, and the form that is written."""
+
+RUNNING = frozenset({"running_mean", "running_var"})
+"""Buffers that a forward in training mode changes, and that no adapter holds."""
+
+SHOWN = 3
+"""How many tensors a reason names."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +48,13 @@ class Fingerprint:
     Attributes:
         architecture: Class name of the model.
         parameters: Numbers in it; a tensor that is shared under several names counts once.
-        names_sha256: Of the sorted names and shapes.
-        vocabulary: Rows of the input embedding, 0 where there is none.
-        dtype: dtype of most of the sampled tensors.
-        samples: Tensor name -> sampled numbers as bf16 patterns in hexadecimal; empty where they cannot be read.
-        bounds: Name of a quantised tensor -> how far each sampled number may be from what was quantised, likewise.
+        names_sha256: SHA-256 of the sorted names and shapes.
+        vocabulary: Rows of the input embedding, 0 if there is none.
+        dtype: dtype of most matrices, or how most of them are quantized.
+        samples: Parameter -> sample; empty if they cannot be read.
+        buffers: Persistent buffer -> sample.
+        files: Name of each weight file -> its SHA-256; empty if not known.
+        version: Form of the samples.
     """
 
     architecture: str
@@ -44,186 +62,271 @@ class Fingerprint:
     names_sha256: str
     vocabulary: int
     dtype: str
-    samples: dict[str, str]
-    bounds: dict[str, str] = field(default_factory=dict)
+    samples: Mapping[str, Sample]
+    buffers: Mapping[str, Sample] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    version: int = VERSION
+
+    @property
+    def bounds(self) -> dict[str, bytes]:
+        """Quantized tensor -> how far each of its samples may be from the value that was quantized, in bf16."""
+        return {name: sample.bound for name, sample in self.samples.items() if sample.bound}
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as `lorakit.json` holds them; `bounds` only where something is quantised."""
-        values = asdict(self)
-        return values if self.bounds else {name: value for name, value in values.items() if name != "bounds"}
+        """Return plain values, as `lorakit.json` holds them; optional fields only if there is something in them."""
+        names = ("architecture", "parameters", "names_sha256", "vocabulary", "dtype")
+        values: dict[str, Any] = {name: getattr(self, name) for name in names}
+        first = self.version == FIRST
+        text = as_hex if first else _as_text
+        bounds = {name: text(bound) for name, bound in self.bounds.items()}
+        if first:
+            values["samples"] = {name: text(sample.bits) for name, sample in self.samples.items()}
+            return {**values, "bounds": bounds} if bounds else values
+        optional = {"bounds": bounds, "buffers": _by_dtype(self.buffers), "files": dict(self.files)}
+        values |= {name: table for name, table in optional.items() if table}
+        return {**values, "version": self.version, "samples": _by_dtype(self.samples)}
 
     @classmethod
     def from_dict(cls, values: Any) -> Fingerprint | None:
-        """What `as_dict` gave; None where the values are not of that form."""
+        """Return what `as_dict` gave; None if the values do not have that form."""
         try:
-            made = cls(**values)
-        except TypeError:
+            return _read(dict(values))
+        except (KeyError, ValueError, TypeError, AttributeError):
             return None
-        words, numbers = (made.architecture, made.names_sha256, made.dtype), (made.parameters, made.vocabulary)
-        sound = all(isinstance(w, str) for w in words) and all(isinstance(n, int) for n in numbers)
-        tables = (made.samples, made.bounds)
-        sound = sound and all(isinstance(table, dict) for table in tables)
-        sound = sound and all(
-            isinstance(text, str) and not set(text) - set("0123456789abcdef")
-            for table in tables
-            for text in table.values()
-        )
-        return made if sound else None
+
+
+class BaseVerdict(NamedTuple):
+    """What `compare` found.
+
+    Attributes:
+        verdict: `SAME`, `OTHER_PRECISION`, `UNVERIFIABLE` or `DIFFERENT`.
+        reason: Why, in words.
+        warning: What a user should know although the base is accepted, or "".
+    """
+
+    verdict: str
+    reason: str
+    warning: str = ""
 
 
 def fingerprint(
-    model: nn.Module, read: Callable[[str], Tensor] | None = None, cut: Mapping[int, int] = MappingProxyType({})
+    model: nn.Module,
+    read: Callable[[str], Tensor] | None = None,
+    cut: Mapping[int, int] = MappingProxyType({}),
+    *,
+    like: Fingerprint | None = None,
+    with_files: bool = False,
 ) -> Fingerprint:
     """Take the fingerprint of a model's base.
 
     Args:
         model: A model with or without adapters; only read.
-        read: Name -> tensor (…), for a model on the meta device whose numbers lie elsewhere.
-        cut: Id of a tensor of the base -> how many of its rows are meant, where it has more.
+        read: Name -> tensor (…), for a model on the meta device whose values are elsewhere.
+        cut: Id of a tensor of the base -> how many of its rows count, if it has more.
+        like: The fingerprint to compare it with, whose form it gets.
+        with_files: Hash the weight files that the model was loaded from, if they are known.
 
     Returns:
         The fingerprint of what is under the adapters.
     """
-    parts = _parts(model, cut)
-    listing = "\n".join(f"{name} {part.shape}" for name, part in sorted(parts.items()))
-    large = sorted(name for name, part in parts.items() if len(part.shape) >= 2)
-    step = max(1, len(large) // TENSORS)
-    chosen = large[::step][:TENSORS]
-    readable = all(parts[name].is_readable(read is not None) for name in large)
-    sampled = {name: parts[name] if read is None else _of_tensor(read(name)) for name in chosen}
-    dtypes = [part.dtype for part in sampled.values()]
-    numbers = {name: part.sample() for name, part in sampled.items()} if readable else {}
+    version = VERSION if like is None else like.version
+    parts = parts_of(model, cut)
+    parameters = {name: part for name, part in parts.items() if not part.is_buffer}
+    buffers = {name: part for name, part in parts.items() if part.is_buffer and part.is_readable(False)}
+    matrices = {name: part for name, part in parameters.items() if len(part.shape) >= 2}
+    needed = matrices if version == FIRST else parameters
+    samples: dict[str, Sample] = {}
+    if needed and all(part.is_readable(read is not None) for part in needed.values()):
+        samples = (take_first_samples if version == FIRST else take_samples)(parameters, read)
     return Fingerprint(
         architecture=type(_innermost(model)).__name__,
-        parameters=sum({part.key: math.prod(part.shape) for part in parts.values()}.values()),
-        names_sha256=hashlib.sha256(listing.encode()).hexdigest(),
+        parameters=parameter_count(parts),
+        names_sha256=hashlib.sha256(listing(parts).encode()).hexdigest(),
         vocabulary=min(vocabulary_of(model), *cut.values()) if cut else vocabulary_of(model),
-        dtype=max(set(dtypes), key=dtypes.count) if dtypes else "",
-        samples={name: _patterns(values) for name, (values, _) in numbers.items()},
-        bounds={name: _patterns(bound) for name, (_, bound) in numbers.items() if bound is not None},
+        dtype=_dtype(matrices or parameters, samples if read is not None else {}),
+        samples=samples,
+        buffers=take_samples(buffers, None) if version != FIRST else {},
+        files=weight_file_hashes(model) if with_files else {},
+        version=version,
     )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A parameter as the plain base has it: its shape, what it is stored as, and how to read numbers of it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    key: int  # the same for a tensor that is shared
-    tensor: Tensor | None
-    weight: QuantisedWeight | None = None
-
-    def is_readable(self, elsewhere: bool) -> bool:
-        """Whether it holds numbers: here, or, of a plain tensor on the meta device, elsewhere."""
-        if self.weight is not None:
-            return not any(tensor.is_meta for tensor in self.weight.base.tensors(self.weight.stored))
-        return self.tensor is not None and self.tensor.is_floating_point() and (elsewhere or not self.tensor.is_meta)
-
-    def sample(self) -> tuple[Tensor, Tensor | None]:
-        """Numbers at fixed places of the tensor as the plain base has it, (n,); if quantised, also how far off."""
-        size = math.prod(self.shape)
-        places = torch.linspace(0, size - 1, min(NUMBERS, size), dtype=torch.float64).long()
-        if self.weight is not None:
-            rows, columns = _canonical(self.weight)
-            if self.shape != (rows, columns):  # the plain base has it as (in, out)
-                places = places % rows * columns + places // rows
-            return self.weight.base.values(self.weight.stored, places)
-        tensor: Tensor = self.tensor  # type: ignore[assignment]
-        return tensor.detach()[torch.unravel_index(places.to(tensor.device), tensor.shape)], None
-
-
-def _of_tensor(tensor: Tensor, cut: Mapping[int, int] = MappingProxyType({})) -> _Part:
-    meant = tensor[: cut[id(tensor)]] if id(tensor) in cut else tensor
-    return _Part(tuple(meant.shape), str(tensor.dtype).removeprefix("torch."), id(tensor), meant)
-
-
-def _parts(model: nn.Module, cut: Mapping[int, int]) -> dict[str, _Part]:
-    """The base's parameters under the names and with the shapes of the plain base."""
-    quantised = {weight.packed: weight for weight in quantised_weights(model, stacked=False)}
-    parts = {}
-    for name, tensor, module in base_tensors(model, stacked=False):
-        weight = quantised.get(name)
-        if weight is not None:
-            rows, columns = _canonical(weight)
-            before = getattr(weight.module, "source_cls", nn.Linear).__name__
-            laid = (columns, rows) if before == "Conv1D" else (rows, columns)
-            parts[weight.name] = _Part(laid, weight.base.name, id(weight.module), None, weight)
-            if weight.loose_bias is not None:
-                parts[weight.name.removesuffix("weight") + "bias"] = _of_tensor(weight.loose_bias)
-        elif name.rpartition(".")[2] in module._parameters:
-            parts[name] = _of_tensor(tensor, cut)
-    return parts
-
-
-def _canonical(weight: QuantisedWeight) -> tuple[int, int]:
-    module: Any = weight.module
-    return int(module.out_features), int(module.in_features)
-
-
-def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the adapter's") -> tuple[str, str]:
-    """Whether an adapter's base is the one at hand.
+def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the adapter's") -> BaseVerdict:
+    """Compare an adapter's base with the one at hand.
 
     Args:
         known: The fingerprint kept with the adapter, or None.
         present: That of the model at hand.
-        whose: Of what it is the base, for the reason.
+        whose: Whose base it is, for the reason.
 
     Returns:
-        The verdict (`SAME`, `OTHER_PRECISION`, `UNVERIFIABLE`, `DIFFERENT`) and its reason in words.
+        The verdict, its reason, and a warning if there is one.
     """
     if known is None:
-        return UNVERIFIABLE, "the adapter carries no fingerprint of its base"
+        return BaseVerdict(UNVERIFIABLE, "the adapter carries no fingerprint of its base")
     if known.architecture != present.architecture:
-        return DIFFERENT, f"{whose} base is a {known.architecture}, this model is a {present.architecture}"
+        reason = f"{whose} base is a {known.architecture}, this model is a {present.architecture}"
+        return BaseVerdict(DIFFERENT, reason)
     if known.vocabulary != present.vocabulary:
-        return DIFFERENT, f"{whose} base has {known.vocabulary:,} tokens, this model has {present.vocabulary:,}"
+        reason = f"{whose} base has {known.vocabulary:,} tokens, this model has {present.vocabulary:,}"
+        return BaseVerdict(DIFFERENT, reason)
     if known.names_sha256 != present.names_sha256:
         counts = f"{known.parameters:,} against {present.parameters:,} parameters"
-        return DIFFERENT, f"names or shapes of the base's parameters differ ({counts})"
+        return BaseVerdict(DIFFERENT, f"names or shapes of the base's parameters differ ({counts})")
+    if known.version != present.version:
+        return BaseVerdict(UNVERIFIABLE, "the two fingerprints have different forms, whose samples cannot be compared")
     if not known.samples or not present.samples:
-        return UNVERIFIABLE, "the numbers of one of the bases cannot be read (quantised, or without data)"
-    exact = True
-    for name, numbers in known.samples.items():
-        bounds = [taken.bounds.get(name, "") for taken in (known, present)]
-        if name not in present.samples or not _close(numbers, present.samples[name], bounds):
-            return DIFFERENT, f"the numbers of {name} differ: same shapes, other weights"
-        exact = exact and _close(numbers, present.samples[name], ())
+        return BaseVerdict(UNVERIFIABLE, "the numbers of one of the bases cannot be read (quantised, or without data)")
+    if known.version == FIRST:
+        return _by_first_samples(known, present, whose)
+    return _by_files(_by_samples(known, present, whose), known, present)
+
+
+def _by_samples(known: Fingerprint, present: Fingerprint, whose: str) -> BaseVerdict:
+    found = {
+        name: agreement(known.samples[name], present.samples[name])
+        if name in known.samples and name in present.samples
+        else APART
+        for name in sorted({*known.samples, *present.samples})
+    }
+    shared = [name for name in sorted(known.buffers) if name in present.buffers]  # one may not be saved everywhere
+    found |= {name: agreement(known.buffers[name], present.buffers[name]) for name in shared}
+    apart = [name for name, how in found.items() if how == APART]
+    moved = [name for name in apart if name in shared and name.rpartition(".")[2] in RUNNING]
+    if len(apart) > len(moved):
+        return BaseVerdict(DIFFERENT, _differ([name for name in apart if name not in moved], len(found)))
+    warning = ""
+    if moved:
+        warning = (
+            f"running statistics of the base differ from those at the time of saving in {len(moved)} buffers, first "
+            f"{moved[0]}: they change in training mode, and the adapter does not hold them. Save and restore them "
+            "with the base."
+        )
     if known.dtype != present.dtype:
-        return OTHER_PRECISION, f"{whose} base was {known.dtype}, this model is {present.dtype}"
+        return BaseVerdict(OTHER_PRECISION, f"{whose} base was {known.dtype}, this model is {present.dtype}", warning)
+    inexact = [how for how in found.values() if how not in (EXACT, APART)]
+    if QUANTIZED in inexact:
+        return BaseVerdict(
+            OTHER_PRECISION, "the numbers agree within what quantising cost, in one way and in another", warning
+        )
+    if inexact:
+        return BaseVerdict(
+            OTHER_PRECISION, f"{len(inexact)} of {len(found)} tensors agree after rounding to another dtype", warning
+        )
+    return BaseVerdict(SAME, "architecture, shapes and sampled numbers agree", warning)
+
+
+def _by_files(found: BaseVerdict, known: Fingerprint, present: Fingerprint) -> BaseVerdict:
+    """Add what the weight files say: they confirm or raise a doubt, and never decide."""
+    if found.verdict == DIFFERENT or not known.files or not present.files:
+        return found
+    if sorted(known.files.values()) == sorted(present.files.values()):
+        return found._replace(reason=f"{found.reason}, and the weight files are the same")
+    if found.verdict != SAME:
+        return found._replace(reason=f"{found.reason}; the weight files differ")
+    doubt = (
+        "the base's weight files differ from those at the time of saving, and all sampled numbers are the same: the "
+        "base was saved again in other files, or changed at places that are not sampled. If it was only saved again, "
+        "ignore this."
+    )
+    return found._replace(
+        reason=f"{found.reason}; the weight files differ", warning=" ".join(filter(None, (found.warning, doubt)))
+    )
+
+
+def _by_first_samples(known: Fingerprint, present: Fingerprint, whose: str) -> BaseVerdict:
+    apart, exact = [], True
+    for name, sample in known.samples.items():
+        other = present.samples.get(name)
+        if other is None or not first_agreement(sample, other):
+            apart.append(name)
+        else:
+            exact = exact and first_agreement(sample, other, slack=False)
+    if apart:
+        return BaseVerdict(DIFFERENT, _differ(apart, len(known.samples)))
+    weaker = f"only {len(known.samples)} matrices are sampled, since the fingerprint has the first form"
+    if known.dtype != present.dtype:
+        return BaseVerdict(OTHER_PRECISION, f"{whose} base was {known.dtype}, this model is {present.dtype}; {weaker}")
     if not exact:
-        return OTHER_PRECISION, "the numbers agree within what quantising cost, in one way and in another"
-    return SAME, "architecture, shapes and sampled numbers agree"
+        return BaseVerdict(
+            OTHER_PRECISION, f"the numbers agree within what quantising cost, in one way and in another; {weaker}"
+        )
+    return BaseVerdict(SAME, f"architecture, shapes and sampled numbers agree; {weaker}")
 
 
-def _patterns(numbers: Tensor) -> str:
-    """Numbers (n,) as bf16 patterns in hexadecimal."""
-    patterns = numbers.to(torch.bfloat16).cpu().view(torch.int16).tolist()
-    return "".join(f"{pattern & 0xFFFF:04x}" for pattern in patterns)
+def _differ(apart: list[str], total: int) -> str:
+    first = ", ".join(apart[:SHOWN])
+    return f"the numbers of {len(apart)} of {total} tensors differ: same shapes, other weights (first {first})"
 
 
-def _close(one: str, other: str, bounds: Sequence[str]) -> bool:
-    """Whether two samples agree within one step of bf16, which is what rounding twice can cost, or within bounds."""
-    if len(one) != len(other) or len(one) % 4 or any(len(bound) not in (0, len(one)) for bound in bounds):
-        return False
-    for i in range(0, len(one), 4):
-        first, second = one[i : i + 4], other[i : i + 4]
-        slack = sum(_number(bound[i : i + 4]) for bound in bounds if bound)
-        near = abs(_number(first) - _number(second)) <= slack * (1 + 2**-6)  # the bounds are rounded, too
-        if abs(_order(first) - _order(second)) > 1 and not near:
-            return False
-    return True
+def sampled_positions(mark: Fingerprint, name: str, shape: tuple[int, ...]) -> list[int]:
+    """Return which values of a flattened tensor a fingerprint holds, in order.
+
+    Args:
+        mark: The fingerprint.
+        name: The tensor.
+        shape: Its shape in the base of the fingerprint.
+    """
+    sample = mark.samples.get(name)
+    if sample is None or not sample.bits:
+        return []
+    if mark.version == FIRST:
+        return first_positions(shape).tolist()
+    return positions([(name, shape)], len(sample.bits) // sample.torch_dtype.itemsize)[0].tolist()
 
 
-def _number(pattern: str) -> float:
-    """The number that a bf16 pattern stands for."""
-    return float(struct.unpack(">f", bytes.fromhex(pattern + "0000"))[0])
+def _dtype(parts: Mapping[str, Part], read: Mapping[str, Sample]) -> str:
+    dtypes = [read[name].dtype if name in read else part.dtype for name, part in parts.items()]
+    return max(set(dtypes), key=dtypes.count) if dtypes else ""
 
 
-def _order(pattern: str) -> int:
-    """A bf16 pattern as a whole number that grows with its value, one per representable number."""
-    bits = int(pattern, 16)
-    return -(bits & 0x7FFF) if bits & 0x8000 else bits
+def _read(values: dict[str, Any]) -> Fingerprint:
+    """Return the fingerprint that JSON values describe.
+
+    Raises:
+        KeyError: A field is missing.
+        ValueError: A field does not have its form.
+        TypeError: Likewise.
+        AttributeError: Likewise.
+    """
+    version = values.pop("version", FIRST)
+    first = version == FIRST
+    bounds = dict(values.pop("bounds", {}))
+    bytes_of = from_hex if first else _from_text
+    samples, buffers = (
+        {
+            name: Sample(dtype, bytes_of(text), bytes_of(bounds.get(name, "")))
+            for dtype, named in table.items()
+            for name, text in named.items()
+        }
+        for table in (
+            {"bfloat16": values.pop("samples")} if first else values.pop("samples"),
+            values.pop("buffers", {}),
+        )
+    )
+    files = values.pop("files", {})
+    made = Fingerprint(**values, samples=samples, buffers=buffers, files=files, version=version)
+    words, numbers = (made.architecture, made.names_sha256, made.dtype), (made.parameters, made.vocabulary, version)
+    sound = all(isinstance(word, str) for word in (*words, *files, *files.values()))
+    sound = sound and all(isinstance(number, int) for number in numbers) and version in (FIRST, VERSION)
+    if not (sound and all(sample.is_sound() for sample in (*samples.values(), *buffers.values()))):
+        raise ValueError("not a fingerprint")
+    return made
+
+
+def _by_dtype(samples: Mapping[str, Sample]) -> dict[str, dict[str, str]]:
+    tables: dict[str, dict[str, str]] = {}
+    for name, sample in samples.items():
+        tables.setdefault(sample.dtype, {})[name] = _as_text(sample.bits)
+    return tables
+
+
+def _as_text(bits: bytes) -> str:
+    return base64.b64encode(bits).decode("ascii")
+
+
+def _from_text(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
 
 
 def vocabulary_of(model: nn.Module) -> int:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lorakit.config import LoraConfig, scale
 from lorakit.core.files.fingerprinting import Fingerprint
+from lorakit.core.files.judging import NONFINITE, Finding, Site, judge, largest_values, not_finite
 from lorakit.core.files.keys import parse
 from lorakit.core.files.loading import AdapterFiles, read_adapter
 from lorakit.core.files.ranks import rank_and_alpha
 from lorakit.core.kinds import Slot, per_expert
-from lorakit.core.making.checks import LARGEST_USUAL_SCALE
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class AdapterSummary:
         base: Fingerprint of its base, or None.
         facts: What `lorakit.json` says besides.
         findings: Sentences about what looks wrong; empty for a healthy adapter.
+        judged: The findings about its numbers and scales, as loading warns of them; each is in `findings` too.
     """
 
     folder: str
@@ -69,6 +70,7 @@ class AdapterSummary:
     base: Fingerprint | None
     facts: dict[str, Any]
     findings: tuple[str, ...]
+    judged: tuple[Finding, ...] = ()
 
 
 def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
@@ -85,14 +87,12 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
         NotYetSupported: The adapter needs what is not built yet.
     """
     files = read_adapter(folder)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in files.file.tensors.items():
-        key = parse(name)
-        if key is not None:
-            pairs.setdefault(key.path, {})[key.part] = tensor
+    tensors = files.file.tensors
+    pairs = _by_site(tensors)
     whole = {path: parts for path, parts in sorted(pairs.items()) if _is_pair(parts)}
     sites = tuple(_site(files, path, parts["A"], parts["B"]) for path, parts in whole.items())
-    findings = [*files.warnings, *_findings(sites, pairs, files.file.tensors)]
+    judged = judge(files.config, [Site(s.path, s.lora_alpha, s.scale) for s in sites], largest_values(tensors))
+    findings = [*files.warnings, *map(str, judged), *_unreadable(sites, pairs)]
     return AdapterSummary(
         folder=str(folder),
         config=files.config,
@@ -103,7 +103,42 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
         base=files.sidecar.base,
         facts=files.sidecar.facts,
         findings=tuple(findings),
+        judged=judged,
     )
+
+
+def judge_files(files: AdapterFiles, allow: Collection[str] = ()) -> tuple[Finding, ...]:
+    """Judge an adapter whose numbers are used without `load_adapter`.
+
+    Args:
+        files: What was read.
+        allow: Checks to override: "nonfinite".
+
+    Returns:
+        What looks wrong, in the words of `inspect_adapter`; empty for a plausible adapter.
+
+    Raises:
+        AdapterFileError: It holds NaN or infinite numbers.
+    """
+    whole = {path: parts["A"] for path, parts in _by_site(files.file.tensors).items() if _is_pair(parts)}
+    known = [(path, *rank_and_alpha(files, path, int(A.shape[0]))) for path, A in sorted(whole.items())]
+    rslora = files.config.use_rslora
+    sites = [Site(path, alpha, None if alpha is None else scale(r, alpha, rslora)) for path, r, alpha in known]
+    found = judge(files.config, sites, largest_values(files.file.tensors))
+    bad = [finding for finding in found if finding.kind == NONFINITE]
+    if bad and "nonfinite" not in allow:
+        raise not_finite(files.folder, bad[0])
+    return found
+
+
+def _by_site(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return path of a site -> part -> tensor, of what the file holds."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        key = parse(name)
+        if key is not None:
+            pairs.setdefault(key.path, {})[key.part] = tensor
+    return pairs
 
 
 def delta_norm(A: Tensor, B: Tensor) -> float:
@@ -137,23 +172,9 @@ def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
     return SiteSummary(path, r, alpha, effective, int(A.shape[1]), int(B.shape[0]), norm, experts)
 
 
-def _findings(
-    sites: tuple[SiteSummary, ...], pairs: dict[str, dict[str, Tensor]], tensors: dict[str, Tensor]
-) -> list[str]:
+def _unreadable(sites: Sequence[SiteSummary], pairs: Mapping[str, dict[str, Tensor]]) -> list[str]:
+    """Return what the files do not tell, in words."""
     found = []
-    zero = [s.path for s in sites if not bool(pairs[s.path]["A"].any()) or not bool(pairs[s.path]["B"].any())]
-    if zero:
-        what = "all" if len(zero) == len(sites) else f"{len(zero)} of {len(sites)}"
-        found.append(
-            f"B·A is zero at {what} sites, first {zero[0]}: an adapter that was never trained, or trained in vain."
-        )
-    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if bad:
-        found.append(f"NaN or infinite numbers in {len(bad)} tensors, first in {bad[0]}.")
-    odd = [s for s in sites if s.scale is not None and not 0 < s.scale <= LARGEST_USUAL_SCALE]
-    if odd:
-        where = f"{len(odd)} sites, first {odd[0].path}"
-        found.append(f"The scale is {odd[0].scale:g} at {where}; above 0 and at most {LARGEST_USUAL_SCALE:g} is usual.")
     unknown = [s.path for s in sites if s.scale is None]
     if unknown:
         found.append(f"The scale of {len(unknown)} sites follows from a regular expression, which is not run.")

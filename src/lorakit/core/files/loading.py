@@ -21,9 +21,11 @@ from lorakit.config import CONFIG_FILE, LoraConfig, read_config, scale
 from lorakit.core.bases import base_of
 from lorakit.core.files.fingerprinting import DIFFERENT, compare
 from lorakit.core.files.fitting import Fit, fit
+from lorakit.core.files.judging import Site, implausible, judge, largest_values, nonfinite, not_finite
 from lorakit.core.files.patterns import literal_value
+from lorakit.core.files.ranges import copied_tensors, filled_biases, out_of_range
 from lorakit.core.files.restoring import Past, past_of
-from lorakit.core.files.sidecar import KINDS_KEY, WEIGHTS_FILE, Sidecar, integrity, read_sidecar
+from lorakit.core.files.sidecar import KINDS_KEY, WEIGHTS_FILE, Sidecar, identities, integrity, read_sidecar
 from lorakit.core.files.tensorfile import TensorFile, read_tensors
 from lorakit.core.inits import trains_of
 from lorakit.core.kinds import Kind
@@ -36,7 +38,7 @@ from lorakit.core.making.checks import check_allowances, check_bias_alone, check
 from lorakit.core.making.fresh import Part, as_parameters, check_bias_of_b, check_storage
 from lorakit.core.making.inference import trainable_tensors
 from lorakit.core.merging.applied import check_not_applied
-from lorakit.core.parts.extras import Extras, ModuleCopies, build_extras
+from lorakit.core.parts.extras import Extras, build_extras
 from lorakit.core.parts.row_parts import new_rows
 from lorakit.core.parts.ties import tie_copies
 from lorakit.core.parts.vocabulary import room_for, way_out, without_brought_rows
@@ -47,6 +49,9 @@ from lorakit.targets import Match
 
 SHOWN = 6
 """So many mismatches are named in an error."""
+
+ATTEMPTS = 3
+"""How often an adapter is read that is replaced while it is read."""
 
 
 @dataclass(frozen=True)
@@ -130,16 +135,33 @@ def load_adapter(
     files = read_adapter(folder)
     check_not_applied(model, files.folder, files.file.sha256, allow)
     with room_for(model, files.config, files.sidecar.base) as grown:
-        said = [*files.warnings, *(f"{files.folder}: {sentence}" for sentence in grown)]
-        known, present = without_brought_rows(model, files.config, files.sidecar.base)
-        verdict, reason = compare(known, present)
-        if verdict == DIFFERENT and "base_mismatch" not in allow:
-            raise BaseMismatchError(f"{files.folder}: made on another base: {reason}. {way_out(known, present)}")
-        if verdict == DIFFERENT:
-            said.append(f"{files.folder}: loaded on another base as allowed: {reason}.")
+        verdict, said = check_base(model, files, allow)
+        said = [*files.warnings, *(f"{files.folder}: {sentence}" for sentence in grown), *said]
         files = dataclasses.replace(files, warnings=tuple(said))
         sites, more = place_adapter(model, files, name, trainable, allow, kinds)
     return LoadReport(name, files.config, sites, verdict, more)
+
+
+def check_base(model: nn.Module, files: AdapterFiles, allow: Collection[str]) -> tuple[str, list[str]]:
+    """Compare a model's base with the one that an adapter was made on.
+
+    Args:
+        model: The base, or a model that has adapters already; only read.
+        files: What was read.
+        allow: Checks to override: "base_mismatch".
+
+    Returns:
+        The verdict, and what to warn of.
+
+    Raises:
+        BaseMismatchError: It is another base.
+    """
+    known, present = without_brought_rows(model, files.config, files.sidecar.base)
+    verdict, reason, warning = compare(known, present)
+    if verdict == DIFFERENT and "base_mismatch" not in allow:
+        raise BaseMismatchError(f"{files.folder}: made on another base: {reason}. {way_out(known, present)}")
+    said = [f"{files.folder}: loaded on another base as allowed: {reason}."] if verdict == DIFFERENT else []
+    return verdict, [*said, f"{files.folder}: {warning}"] if warning else said
 
 
 @trainable_tensors
@@ -178,7 +200,8 @@ def place_adapter(
         _check_kinds(files, site_map)
         fitted = _fitted(model, files, site_map)
         check_called(model, fitted.outer_paths())
-        said = [*files.warnings, *_judge(files, fitted, allow)]
+        largest = largest_values(files.file.tensors)
+        said = [*files.warnings, *_judge(files, fitted, largest, allow)]
         past = past_of(files.folder, config, files.sidecar.began if files.is_ours else {}, trainable, allow)
         parts = _parts(files, fitted, site_map, past, trainable)
         check_scales([(part.place.path, part.factor.scale) for part in parts], allow)
@@ -188,6 +211,9 @@ def place_adapter(
         rows = new_rows(site_map, [chosen for chosen, _ in fitted.rows], given, trainable)
         extras = dataclasses.replace(extras, rows=tuple(rows), leaders=fitted.leaders)
         tie_copies(extras.copies, fitted.leaders)
+        beyond = out_of_range(files.file.tensors, largest, fitted, site_map, parts, extras)
+        said += _implausible(files, parts, fitted, largest, trainable)
+        said += _checked_range(files.folder, beyond, allow)
         biases = _filled_copies(extras, fitted, site_map, files.file.tensors)
         for sentence in said:  # where warnings are errors, this refuses, so it comes before any change
             warn_caller(sentence)
@@ -232,6 +258,21 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
     folder = Path(folder)
     if folder.is_file():
         raise AdapterFileError(f"{folder} is a file; an adapter is a folder with {CONFIG_FILE}.")
+    for _ in range(ATTEMPTS):
+        before = identities(folder)
+        try:
+            files = _read_once(folder)
+        except (AdapterFileError, OSError):
+            if identities(folder) == before:
+                raise
+        else:
+            if identities(folder) == before:
+                return files
+    raise AdapterFileError(f"{folder}: its files changed while they were read. Load it when nothing writes there.")
+
+
+def _read_once(folder: Path) -> AdapterFiles:
+    """Read and verify the files; another process may replace them meanwhile."""
     config, unknown = read_config(folder)
     weights = folder / WEIGHTS_FILE
     if not weights.exists() and (folder / "adapter_model.bin").exists():
@@ -247,6 +288,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
     doubt = integrity(sidecar, file, weights)
     if doubt and sidecar.present:
         said.append(f"{folder}: {doubt}.")
+    if sidecar.interrupted:
+        said.append(f"{folder}: a save was interrupted; this is the adapter from before it.")
     ours = sidecar.trusts(folder / CONFIG_FILE)
     if sidecar.present and not ours:
         said.append(f"{folder}: {CONFIG_FILE} was edited since the adapter was saved; it is taken as it is.")
@@ -272,7 +315,7 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
         raise AdapterFileError(f"{files.folder / CONFIG_FILE}: alpha_pattern: {cause}") from None
 
 
-def _judge(files: AdapterFiles, fitted: Fit, allow: Collection[str]) -> list[str]:
+def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow: Collection[str]) -> list[str]:
     """Refuse what does not fit, all at once; what was allowed comes back as sentences."""
     said = []
     if fitted.problems:
@@ -281,13 +324,31 @@ def _judge(files: AdapterFiles, fitted: Fit, allow: Collection[str]) -> list[str
         if fitted.shape_problems or not fitted.sites or "key_mismatch" not in allow:  # no site at all is no part
             raise AdapterFileError(f"{files.folder}: the adapter does not fit this model: {shown}{more}.")
         said.append(f"{files.folder}: loaded in part as allowed: {shown}{more}.")
-    bad = [key for key, tensor in files.file.tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if bad:
-        sentence = f"{files.folder}: NaN or infinite numbers in {len(bad)} tensors, first in {bad[0]}"
-        if "nonfinite" not in allow:
-            raise AdapterFileError(f"{sentence}. Take an earlier checkpoint, or allow 'nonfinite'.")
-        said.append(f"{sentence}.")
+    bad = nonfinite(largest)
+    if bad is not None and "nonfinite" not in allow:
+        raise not_finite(files.folder, bad)
     return said
+
+
+def _implausible(
+    files: AdapterFiles, parts: Sequence[Part], fitted: Fit, largest: Mapping[str, float], trainable: bool
+) -> tuple[str, ...]:
+    """Return what is valid but implausible, as one message or none."""
+    sites = [Site(path, part.lora_alpha, part.factor.scale) for path, part in zip(fitted.sites, parts, strict=True)]
+    return implausible(files.folder, judge(files.config, sites, largest), trainable)
+
+
+def _checked_range(folder: Path, beyond: Sequence[str], allow: Collection[str]) -> list[str]:
+    """Reject values that the base's dtype cannot hold; what was allowed comes back as a message."""
+    if not beyond:
+        return []
+    more = f"; and {len(beyond) - SHOWN} more" if len(beyond) > SHOWN else ""
+    sentence = f"{folder}: values would be infinite in this base: {'; '.join(beyond[:SHOWN])}{more}."
+    if "nonfinite" not in allow:
+        raise AdapterFileError(
+            f"{sentence} Take an earlier checkpoint or a base of a wider dtype, or allow 'nonfinite'."
+        )
+    return [sentence]
 
 
 def _some_of_each(problems: Sequence[str]) -> list[str]:
@@ -332,18 +393,10 @@ def _filled_copies(
 ) -> list[tuple[nn.Parameter, Tensor]]:
     """Put the file's numbers into the copies, which are not in the model yet; each bias with what it will hold."""
     with torch.no_grad():
-        for path, duplicate in extras.copies.items():
-            standing = site_map.modules[path]
-            original = standing.original_module if isinstance(standing, ModuleCopies) else standing
-            for leaf, own in duplicate.state_dict(keep_vars=True).items():
-                key = fitted.copied.get((id(original), leaf))
-                if key is not None:
-                    own.copy_(tensors[key])
+        for own, name in copied_tensors(extras, fitted, site_map):
+            own.copy_(tensors[name])
     found: list[tuple[nn.Parameter, Tensor]] = []
-    for module, originals in extras.biases:
-        for leaf, old in originals.items():
-            key = fitted.biases.get((id(module), leaf))
-            if key is not None:
-                parameter: nn.Parameter = module._parameters[leaf]  # type: ignore[assignment]
-                found.append((parameter, tensors[key].to(device=old.device, dtype=old.dtype, copy=True)))
+    for module, leaf, old, name in filled_biases(extras, fitted):
+        parameter: nn.Parameter = module._parameters[leaf]  # type: ignore[assignment]
+        found.append((parameter, tensors[name].to(device=old.device, dtype=old.dtype, copy=True)))
     return found

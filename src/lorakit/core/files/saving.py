@@ -1,4 +1,4 @@
-"""Save an adapter in PEFT's format, with `lorakit.json` beside it; every file durable."""
+"""Save an adapter in PEFT's format, with `lorakit.json` beside it; the files are replaced together."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ from torch import Tensor, nn
 from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, LoraConfig, TaskType
 from lorakit.core.files.fingerprinting import fingerprint
 from lorakit.core.files.saved_form import INITIAL_FILE, SavedForm, saved_form
-from lorakit.core.files.sidecar import FORMAT_VERSION, KINDS_KEY, METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
+from lorakit.core.files.sidecar import (
+    FORMAT_VERSION,
+    KINDS_KEY,
+    METADATA_KEY,
+    SIDECAR_FILE,
+    WEIGHTS_FILE,
+    replaced_files,
+    sidecar_bytes,
+)
 from lorakit.core.files.tensorfile import encode
 from lorakit.core.layering.sitemap import layers, state_of, survey
 from lorakit.core.making.checks import check_allowances, check_known
-from lorakit.durable import json_bytes, sha256_bytes, sha256_file, write_bytes, write_json
+from lorakit.durable import json_bytes, replace_files, replace_in_order, sha256_bytes
 from lorakit.errors import AdapterError
 from lorakit.targets import ALL_LINEAR, names_path, resolve
 
@@ -58,7 +66,7 @@ def save_adapter(
 
     Args:
         model: The adapted model; only read. A merged adapter is saved as it is.
-        folder: Where; it is made when it is missing. Older files of an adapter there are replaced one by one.
+        folder: Where; it is made when it is missing. An adapter there is replaced as a whole, other files stay.
         name: The adapter.
         base_model_name_or_path: What the user gave as the base; None keeps the config's own.
         facts: More for `lorakit.json` (training facts, hashes of the tokenizer); plain JSON values.
@@ -70,7 +78,7 @@ def save_adapter(
 
     Raises:
         AdapterError: There is no such adapter, its numbers are not finite, or it has no plain form.
-        DiskError: The disk refuses; files that stood there are whole.
+        DiskError: The disk refuses; an adapter that was there is whole, or the message says that it is not.
         ConfigError: A word in `allow` is unknown.
     """
     check_allowances(allow)
@@ -146,45 +154,43 @@ def save_form(
     kinds = state_of(model).kinds
     own = sorted({layer.kind_name for _, layer in layers(model) if found.name in layer.r and layer.kind_name in kinds})
     facts = {**(facts or {}), KINDS_KEY: own} if own else facts
-    about = {**(facts or {}), **found.about, "base": fingerprint(model).as_dict(), "sites": found.sites}
-    if found.initial is not None:
-        write_bytes(Path(folder) / INITIAL_FILE, found.initial)
-    written = write_files(Path(folder), config, weights, about)
-    if found.initial is None:
-        (Path(folder) / INITIAL_FILE).unlink(missing_ok=True)
-        return written
-    return dataclasses.replace(written, files=(*written.files, INITIAL_FILE))
+    about = {
+        **(facts or {}),
+        **found.about,
+        "base": fingerprint(model, with_files=True).as_dict(),
+        "sites": found.sites,
+    }
+    return write_files(Path(folder), config, weights, about, found.initial)
 
 
-def write_files(folder: Path, config: bytes, weights: bytes, about: Mapping[str, Any]) -> SavedAdapter:
-    """Write the three files of an adapter; older ones are replaced so that no crash leaves what cannot be read.
+def write_files(
+    folder: Path, config: bytes, weights: bytes, about: Mapping[str, Any], initial: bytes | None = None
+) -> SavedAdapter:
+    """Write the files of an adapter; a crash leaves the old adapter, the new one, or a folder that is rejected.
+
+    The folder is exchanged for a complete new one, so that it is never mixed. If the system cannot do that, the files
+    are replaced in an order in which `lorakit.json` says which ones belong together at any time.
 
     Args:
-        folder: Where; it is made when it is missing.
+        folder: Where; it is made when it is missing. Other files in it stay.
         config: Content of `adapter_config.json`.
         weights: Content of `adapter_model.safetensors`.
         about: For `lorakit.json`, beside what it says of the two: base, sites, facts.
+        initial: Content of `lorakit_initial.safetensors`; None removes it.
 
     Returns:
         What was written.
 
     Raises:
-        DiskError: The disk refuses; files that stood there are whole.
+        DiskError: The disk refuses.
     """
-    present = folder / WEIGHTS_FILE
-    words = {
-        **about,
-        "format_version": FORMAT_VERSION,
-        "weights": {"file": WEIGHTS_FILE, "sha256": sha256_bytes(weights), "bytes": len(weights)},
-        "config": {"file": CONFIG_FILE, "sha256": sha256_bytes(config)},
-    }
-    if present.is_file():  # between two renames old weights stand beside new words: both are named until the end
-        between = {**words, "weights": {**words["weights"], "previous_sha256": sha256_file(present)}}
-        write_json(folder / SIDECAR_FILE, between)
-    write_bytes(folder / CONFIG_FILE, config)
-    write_bytes(present, weights)
-    write_json(folder / SIDECAR_FILE, words)
-    return SavedAdapter(folder, (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE), len(weights), sha256_bytes(weights))
+    files = {CONFIG_FILE: config, WEIGHTS_FILE: weights, **({} if initial is None else {INITIAL_FILE: initial})}
+    last = {SIDECAR_FILE: sidecar_bytes(about, config, weights), **({INITIAL_FILE: None} if initial is None else {})}
+    if not replace_files(folder, {**files, **last}):
+        first = {SIDECAR_FILE: sidecar_bytes(about, config, weights, replaced_files(folder))}
+        replace_in_order(folder, [first, files, last])
+    names = (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE, *(() if initial is None else (INITIAL_FILE,)))
+    return SavedAdapter(folder, names, len(weights), sha256_bytes(weights))
 
 
 def _config_on_disk(model: nn.Module, config: LoraConfig, base: str | None) -> bytes:

@@ -1,24 +1,30 @@
 """`lorakit.json`: the one file of ours beside PEFT's, and what it says about the others.
 
-It holds the fingerprint of the base, SHA-256 of weights and config, rank and alpha of each site, and facts
-about the training. An adapter without it, or rewritten by another program, still loads; it is then unverified.
+It holds the fingerprint of the base, SHA-256 of weights and config, rank and alpha of each site, facts about the
+training, and a seal over itself. An adapter without it, or rewritten by another program, still loads; it is then
+unverified. While files are replaced one by one, it also describes the old ones, so that a mixed folder is rejected.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lorakit.config import CONFIG_FILE
 from lorakit.core.files.fingerprinting import Fingerprint
 from lorakit.core.files.tensorfile import TensorFile
-from lorakit.durable import read_json, sha256_file
+from lorakit.durable import SEAL, is_sealed, json_bytes, read_json, sealed, sha256_bytes, sha256_file
 from lorakit.errors import AdapterFileError
 
 SIDECAR_FILE = "lorakit.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SEALED_SINCE = 2
+"""The first format whose file has a seal and must name the SHA-256 of weights and config."""
+
 METADATA_KEY = "lorakit"
 """Stands in the weights file's header as long as no other program has written it anew."""
 
@@ -26,6 +32,9 @@ KINDS_KEY = "kinds"
 """Names of the user's own kinds of site that the adapter was made with."""
 
 MAX_BYTES = 16 << 20
+
+REPLACES = "replaces"
+"""What the files were before, while they are replaced one by one: their SHA-256, and the `lorakit.json` then."""
 
 BEGAN = "began"
 """Where it says how an adapter began whose init moved the base: its config's words, each site's rank and alpha."""
@@ -43,6 +52,8 @@ class Sidecar:
         sites: Site -> {"r", "lora_alpha"}.
         facts: Everything else: training facts, names, hashes.
         began: How an adapter began whose init moved the base; else empty.
+        format_version: Of the file; 0 where there is none.
+        interrupted: A save that was interrupted left the files as they were before it.
     """
 
     present: bool
@@ -52,32 +63,140 @@ class Sidecar:
     sites: dict[str, dict[str, float]]
     facts: dict[str, Any]
     began: dict[str, Any] = field(default_factory=dict)
+    format_version: int = 0
+    interrupted: bool = False
 
     def trusts(self, config_path: Path) -> bool:
         """Whether the config beside it is, byte for byte, the one it was written with."""
         return self.present and self.config_sha256 == sha256_file(config_path)
 
 
+def sidecar_bytes(about: Mapping[str, Any], config: bytes, weights: bytes, replaces: Any = None) -> bytes:
+    """Content of `lorakit.json`.
+
+    Args:
+        about: What it says besides: base, sites, facts.
+        config: Content of `adapter_config.json`.
+        weights: Content of `adapter_model.safetensors`.
+        replaces: What `replaced_files` returned, while the two replace older ones one by one.
+    """
+    words: dict[str, Any] = {
+        **about,
+        "format_version": FORMAT_VERSION,
+        "weights": {"file": WEIGHTS_FILE, "sha256": sha256_bytes(weights), "bytes": len(weights)},
+        "config": {"file": CONFIG_FILE, "sha256": sha256_bytes(config)},
+    }
+    words.pop(REPLACES, None)
+    return json_bytes(sealed(words if replaces is None else {**words, REPLACES: replaces}))
+
+
+def replaced_files(folder: Path) -> dict[str, Any]:
+    """What `lorakit.json` says of the files that are replaced: their SHA-256, and what it said itself.
+
+    Args:
+        folder: Where they are. `files` is empty where they are no whole adapter.
+    """
+    try:
+        values, _ = _standing(folder)
+        before = {name: sha256_file(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    except (AdapterFileError, OSError):
+        return {"files": {}, "sidecar": None}
+    return {"files": {**before, **_first_factors(values or {})}, "sidecar": values}
+
+
 def read_sidecar(folder: str | os.PathLike[str]) -> Sidecar:
     """Read `lorakit.json` of an adapter's folder, if there is one.
 
     Raises:
-        AdapterFileError: It is damaged, or of a format newer than this version reads.
+        AdapterFileError: It is damaged, or of a format newer than this version reads, or a save was interrupted that
+            left files of two adapters.
     """
-    path = Path(folder) / SIDECAR_FILE
+    values, interrupted = _standing(Path(folder))
+    if values is None:
+        return Sidecar(False, (), "", None, {}, {}, interrupted=interrupted)
+    return replace(_parsed(Path(folder) / SIDECAR_FILE, values), interrupted=interrupted)
+
+
+def identities(folder: Path) -> tuple[tuple[int, int, int] | None, ...]:
+    """What tells whether the files of an adapter were replaced: inode, time and size of each, None if it is missing."""
+    found: list[tuple[int, int, int] | None] = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE):
+        try:
+            status = (folder / name).stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+    return tuple(found)
+
+
+def _standing(folder: Path) -> tuple[dict[str, Any] | None, bool]:
+    """The values that hold for the files in a folder, and whether they are those from before an interrupted save."""
+    path = folder / SIDECAR_FILE
     if not path.exists():
-        return Sidecar(False, (), "", None, {}, {})
-    values = read_json(path, MAX_BYTES)
-    if not isinstance(values, dict) or not isinstance(values.get("format_version"), int):
+        return None, False
+    values = _checked(path, read_json(path, MAX_BYTES))
+    if REPLACES not in values or values["format_version"] < SEALED_SINCE:
+        return values, False
+    after = {
+        CONFIG_FILE: values["config"]["sha256"],
+        WEIGHTS_FILE: values["weights"]["sha256"],
+        **_first_factors(values),
+    }
+    replaces = _table(values[REPLACES])
+    before = _table(replaces.get("files"))
+    found = {name: sha256_file(folder / name) for name in {**after, **before} if (folder / name).is_file()}
+    if all(found.get(name) == sha256 for name, sha256 in after.items()):
+        return {key: value for key, value in values.items() if key != REPLACES}, False
+    if before and all(found.get(name) == sha256 for name, sha256 in before.items()):
+        standing = replaces.get("sidecar")
+        return (None if standing is None else _checked(path, standing)), True
+    raise _mixed(folder, found, after, before)
+
+
+def _mixed(
+    folder: Path, found: Mapping[str, str], after: Mapping[str, str], before: Mapping[str, str]
+) -> AdapterFileError:
+    words = {name: "missing" if name not in found else "neither" for name in after}
+    words |= {name: "the old one" for name in before if found.get(name) == before[name]}
+    words |= {name: "the new one" for name in after if found.get(name) == after[name]}
+    shown = ", ".join(f"{name} is {word}" for name, word in sorted(words.items()))
+    back = [name for name in before if found.get(name) != before[name]]
+    way = f", or restore the old {' and '.join(sorted(back))} from a copy" if back else ""
+    return AdapterFileError(
+        f"{folder}: a save was interrupted, and the files do not belong together: {shown}. Save the adapter again{way}."
+    )
+
+
+def _first_factors(values: Mapping[str, Any]) -> dict[str, str]:
+    """The file of first factors that an adapter needs, and its SHA-256."""
+    began = _table(values.get(BEGAN))
+    return {str(began["file"]): str(began.get("sha256"))} if began.get("file") else {}
+
+
+def _checked(path: Path, values: Any) -> dict[str, Any]:
+    """A table of a format that is read here, whole as far as its format tells."""
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise AdapterFileError(f"{path}: not a table with a format_version. Remove the file to load unverified.")
-    if values["format_version"] > FORMAT_VERSION:
+    if version > FORMAT_VERSION:
         raise AdapterFileError(
-            f"{path}: format {values['format_version']} is newer than the {FORMAT_VERSION} read here. Update lorakit, "
+            f"{path}: format {version} is newer than the {FORMAT_VERSION} read here. Update lorakit, "
             "or remove the file to load unverified."
         )
+    hashes = [_table(values.get(key)).get("sha256") for key in ("weights", "config")]
+    if version >= SEALED_SINCE and not (is_sealed(values) and all(isinstance(sha256, str) for sha256 in hashes)):
+        raise AdapterFileError(
+            f"{path}: damaged or edited: its {SEAL} does not fit its content. Restore it from a copy, or remove it to "
+            f"load unverified, with the alphas of {CONFIG_FILE}."
+        )
+    return values
+
+
+def _parsed(path: Path, values: dict[str, Any]) -> Sidecar:
     weights, config, sites = (_table(values.get(key)) for key in ("weights", "config", "sites"))
     shas = tuple(str(weights[key]) for key in ("sha256", "previous_sha256") if weights.get(key))
-    known = {"format_version", "weights", "config", "base", "sites", BEGAN}
+    known = {"format_version", SEAL, "weights", "config", "base", "sites", BEGAN}
     facts = {key: value for key, value in values.items() if key not in known}
     base = Fingerprint.from_dict(values["base"]) if values.get("base") else None
     if values.get("base") and base is None:
@@ -93,7 +212,7 @@ def read_sidecar(folder: str | os.PathLike[str]) -> Sidecar:
         raise AdapterFileError(
             f"{path}: {BEGAN} does not hold numbers r and lora_alpha. Remove the file to load it plain."
         )
-    return Sidecar(True, shas, str(config.get("sha256", "")), base, sites, facts, began)
+    return Sidecar(True, shas, str(config.get("sha256", "")), base, sites, facts, began, values["format_version"])
 
 
 def integrity(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
@@ -110,6 +229,12 @@ def integrity(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
     Raises:
         AdapterFileError: They are lorakit's own and have changed since: damaged.
     """
+    written = file.metadata.get(METADATA_KEY, "")
+    if sidecar.present and written.isdecimal() and int(written) > sidecar.format_version:
+        raise AdapterFileError(
+            f"{path}: written in format {written}, but {SIDECAR_FILE} is of format {sidecar.format_version}: damaged, "
+            f"or of another adapter. Restore {SIDECAR_FILE} from a copy, or remove it to load unverified."
+        )
     if file.sha256 in sidecar.weights_sha256:
         return None
     if sidecar.present and METADATA_KEY in file.metadata:

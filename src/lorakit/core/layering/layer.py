@@ -253,8 +253,8 @@ class LoraLayer(Switched):
             y = self.base_layer(*args, **kwargs)
         else:
             y = self.adapted(route, args, kwargs)
-        if not again and not torch.compiler.is_compiling():
-            self.forwards.note(y, route)
+        if not torch.compiler.is_compiling():
+            self.forwards.note(y, route, again)
         return y
 
     def adapted(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -77,25 +77,26 @@ def combine_folders(
         output: The folder to make; nothing may stand there.
         way: How.
         model: The base, for DoRA and for rows of tokens.
-        allow: Refusals to lift: "base_mismatch", "nonfinite".
+        allow: Checks to override: "base_mismatch", "key_mismatch" (adapters without a common site), "nonfinite".
 
     Returns:
         What was written.
 
     Raises:
         AdapterFileError: A folder is no adapter, or is damaged.
-        BaseMismatchError: They were made on different bases.
-        AdapterError: They cannot be combined.
+        BaseMismatchError: They were made on different bases, or for different tasks.
+        AdapterError: They cannot be combined, or one has no site in common with any other.
         ConfigError: As `combine`, or a word in `allow` is unknown.
         DiskError: The folder cannot be written.
     """
     check_allowances(allow)
     way = Way(way) if isinstance(way, str) else way
-    sources = [loose_from_folder(folder) for folder in folders]
-    if "base_mismatch" not in allow:
-        check_one_base(sources)
+    sources = [loose_from_folder(folder, allow) for folder in folders]
+    check_one_base(sources, allow)
     base = (None, None) if model is None else (reader_of(model), row_reader(model))
     result, sites = combine_loose(sources, weights, way, *base)
+    for source in sources:
+        source.report()
     write(result, output, allow=allow)
     return MadeReport(str(output), result.config, sites, dict(result.facts))
 

@@ -94,7 +94,7 @@ def compare_folders(first: str | os.PathLike[str], second: str | os.PathLike[str
         AdapterFileError: A folder is no adapter, or is damaged.
         AdapterError: At some site they change weights of different shapes.
     """
-    return compare_loose(loose_from_folder(first), loose_from_folder(second))
+    return compare_loose(loose_from_folder(first, ["nonfinite"]), loose_from_folder(second, ["nonfinite"]))
 
 
 def compare_loose(first: LooseAdapter, second: LooseAdapter) -> Comparison:
@@ -122,7 +122,7 @@ def compare_loose(first: LooseAdapter, second: LooseAdapter) -> Comparison:
         dot = sum(inner(one, other) for one, other in pairs.values())
     verdict = UNVERIFIABLE
     if first.base is not None and second.base is not None:
-        verdict, _ = compare(first.base, second.base)
+        verdict = compare(first.base, second.base).verdict
     return Comparison(
         names=(first.label, second.label),
         sites=sites,

@@ -79,7 +79,9 @@ def compress_folder(
         DiskError: The folder cannot be written.
     """
     check_allowances(allow)
-    result, sites = compress_loose(loose_from_folder(folder), Cut(rank, energy))
+    source = loose_from_folder(folder, allow)
+    result, sites = compress_loose(source, Cut(rank, energy))
+    source.report()
     write(result, output, allow=allow)
     return MadeReport(str(output), result.config, sites, dict(result.facts))
 

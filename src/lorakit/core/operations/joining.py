@@ -6,30 +6,86 @@ Knows configs, names and fingerprints; the numbers are combined elsewhere.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lorakit.config import HEADS_BY_TASK, LoraConfig
-from lorakit.core.files.fingerprinting import DIFFERENT, Fingerprint, compare
+from lorakit.core.files.fingerprinting import DIFFERENT, UNVERIFIABLE, compare
 from lorakit.core.files.keys import PREFIX, ROWS
 from lorakit.core.operations.loose import LooseAdapter
-from lorakit.errors import AdapterError, BaseMismatchError, ConfigError
+from lorakit.errors import AdapterError, BaseMismatchError, ConfigError, warn_caller
 
 
-def check_one_base(adapters: Sequence[LooseAdapter]) -> None:
-    """Refuse adapters of different bases, as far as they carry fingerprints.
+def check_one_base(adapters: Sequence[LooseAdapter], allow: Collection[str] = ()) -> None:
+    """Reject adapters from files that have no common base, task or site, as far as the files tell.
+
+    Args:
+        adapters: The adapters.
+        allow: Checks to override: "base_mismatch" for base and task, "key_mismatch" for sites.
 
     Raises:
-        BaseMismatchError: Two of them do not go together.
+        BaseMismatchError: Two of them were made on different bases or for different tasks.
+        AdapterError: One has no site in common with any other.
     """
-    known: list[tuple[str, Fingerprint]] = [(a.label, a.base) for a in adapters if a.base is not None]
-    for label, base in known[1:]:
-        verdict, reason = compare(known[0][1], base)
-        if verdict == DIFFERENT:
-            raise BaseMismatchError(
-                f"{known[0][0]} and {label} were made on different bases: {reason}. If they fit nevertheless, "
-                "allow 'base_mismatch'."
+    pairs = list(itertools.combinations(adapters, 2))
+    if "base_mismatch" not in allow:
+        apart = [sentence for one, other in pairs for sentence in (*_other_base(one, other), *_other_task(one, other))]
+        if apart:
+            raise BaseMismatchError(f"{' '.join(apart[:SHOWN])} If they fit nevertheless, allow 'base_mismatch'.")
+        unknown = next((pair for pair in pairs if not _is_known_to_share(*pair)), None)
+        if unknown is not None:
+            warn_caller(
+                f"{unknown[0].label} and {unknown[1].label}: the files do not tell whether both were made on one base."
             )
+    alone = next((a for a in adapters if len(adapters) > 1 and not _shares_a_site(a, adapters)), None)
+    if alone is not None and "key_mismatch" not in allow:
+        raise AdapterError(
+            f"{alone.label} has no site in common with any other adapter, such as {next(iter(alone.factors))}. If they "
+            "fit nevertheless, allow 'key_mismatch'."
+        )
+
+
+SHOWN = 4
+"""The number of differences that an error names."""
+
+
+def _other_base(one: LooseAdapter, other: LooseAdapter) -> list[str]:
+    """Return in words how the bases of two adapters differ; none if they do not, or if that is not known."""
+    reason = ""
+    if one.base is not None and other.base is not None:
+        verdict, reason, _ = compare(one.base, other.base)
+        if verdict not in (DIFFERENT, UNVERIFIABLE):
+            return []
+        reason = reason if verdict == DIFFERENT else ""
+    names = _base_name(one), _base_name(other)
+    if not reason and all(names) and len({name.rstrip("/").rpartition("/")[2].lower() for name in names}) > 1:
+        reason = f"{names[0]!r} and {names[1]!r} (base_model_name_or_path)"
+    return [f"{one.label} and {other.label} were made on different bases: {reason}."] if reason else []
+
+
+def _other_task(one: LooseAdapter, other: LooseAdapter) -> list[str]:
+    """Return in words how the tasks of two adapters differ; none if they do not, or if that is not known."""
+    tasks = one.config.task_type, other.config.task_type
+    if not all(tasks) or tasks[0] == tasks[1]:
+        return []
+    words = " and ".join(str(getattr(task, "value", task)) for task in tasks)
+    return [f"{one.label} and {other.label} were made for different tasks: {words} (task_type)."]
+
+
+def _is_known_to_share(one: LooseAdapter, other: LooseAdapter) -> bool:
+    """Return whether the files of two adapters tell which bases they have."""
+    prints = one.base is not None and other.base is not None
+    compared = prints and compare(one.base, other.base).verdict != UNVERIFIABLE  # type: ignore[arg-type]
+    return compared or bool(_base_name(one) and _base_name(other))
+
+
+def _base_name(adapter: LooseAdapter) -> str:
+    return str(adapter.config.base_model_name_or_path or adapter.facts.get("base_name") or "")
+
+
+def _shares_a_site(adapter: LooseAdapter, adapters: Sequence[LooseAdapter]) -> bool:
+    return any(not adapter.factors.keys().isdisjoint(other.factors) for other in adapters if other is not adapter)
 
 
 def check_joinable(adapters: Sequence[LooseAdapter]) -> None:

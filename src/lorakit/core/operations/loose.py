@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, scale
 from lorakit.core.files.fingerprinting import Fingerprint
+from lorakit.core.files.inspecting import judge_files
+from lorakit.core.files.judging import Finding, implausible
 from lorakit.core.files.keys import PREFIX, parse
 from lorakit.core.files.loading import AdapterFiles, alpha_at, read_adapter
 from lorakit.core.files.ranks import parameters_meant, rank_and_alpha
@@ -28,7 +30,7 @@ from lorakit.core.making.checks import check_known
 from lorakit.core.making.residual import plain_config
 from lorakit.core.operations.lowrank import Product, factors_of, product_of
 from lorakit.core.operations.moved import check_plain, on_the_original
-from lorakit.errors import AdapterFileError
+from lorakit.errors import AdapterFileError, warn_caller
 from lorakit.targets import match_path, resolve
 
 PLAIN_TARGETS: Mapping[str, Any] = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
@@ -116,6 +118,7 @@ class LooseAdapter:
         base: Fingerprint of its base, or None.
         facts: What `lorakit.json` says of it besides.
         sha256: Of its weights file, or "".
+        findings: What looks implausible in its files.
     """
 
     label: str
@@ -125,6 +128,12 @@ class LooseAdapter:
     base: Fingerprint | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     sha256: str = ""
+    findings: tuple[Finding, ...] = ()
+
+    def report(self) -> None:
+        """Warn of what looks implausible in its files, except that it may do nothing."""
+        for message in implausible(self.label, self.findings, may_be_zero=True):
+            warn_caller(message)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything under its name on disk, each (…), sorted by name."""
@@ -170,21 +179,23 @@ def loose_from_model(model: nn.Module, name: str) -> LooseAdapter:
     return LooseAdapter(name, config, factors, others)
 
 
-def loose_from_folder(folder: str | os.PathLike[str]) -> LooseAdapter:
+def loose_from_folder(folder: str | os.PathLike[str], allow: Collection[str] = ()) -> LooseAdapter:
     """Read an adapter from disk; no model is needed.
 
     Args:
         folder: A folder that PEFT or lorakit wrote.
+        allow: Checks to override: "nonfinite".
 
     Raises:
-        AdapterFileError: A file is missing or damaged, A and B do not fit together, a scale follows from a regular
-            expression, which is not run, rank and scale of a bare parameter cannot be known without a model, or the
-            factors act on a base that an init changed, and the folder does not say how.
+        AdapterFileError: A file is missing or damaged, numbers are not finite, A and B do not fit together, a scale
+            follows from a regular expression, which is not run, rank and scale of a bare parameter cannot be known
+            without a model, or the factors act on a base that an init changed, and the folder does not say how.
         NotYetSupported: The adapter needs what is not built yet.
     """
     files = read_adapter(folder)
     config = files.config
     _check_told(files)
+    findings = judge_files(files, allow)
     factors, others = _sorted_out(files.file.tensors, lambda path, A: _site_on_disk(files, path, A))
     plain = on_the_original(files, {p: (f.A, f.B, f.experts if f.names else 0) for p, f in factors.items()})
     if plain is not None:
@@ -199,7 +210,7 @@ def loose_from_folder(folder: str | os.PathLike[str]) -> LooseAdapter:
     if not factors:
         raise AdapterFileError(f"{folder}: there are no LoRA sites in the file.")
     side = files.sidecar
-    return LooseAdapter(str(folder), config, factors, others, side.base, side.facts, files.file.sha256)
+    return LooseAdapter(str(folder), config, factors, others, side.base, side.facts, files.file.sha256, findings)
 
 
 def outer_modules(factors: Mapping[str, LooseFactor]) -> set[str]:

@@ -36,8 +36,8 @@ class BiasSwitch:
         """The hook: the output as it is, or made anew with the old bias, for the rows that want it."""
         route, again = resolve(self.state, None, self.forwards)
         result = self._under(route, module, args, kwargs, output)
-        if not again and not torch.compiler.is_compiling():
-            self.forwards.note(result, route)
+        if not torch.compiler.is_compiling():
+            self.forwards.note(result, route, again)
         return result
 
     def _under(

@@ -113,8 +113,8 @@ class ModuleCopies(Switched):
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
         output = self._of(route)(*args, **kwargs) if route.rows is None else self._mixed(route, args, kwargs)
-        if not again and not torch.compiler.is_compiling():
-            self.forwards.note(output, route)
+        if not torch.compiler.is_compiling():
+            self.forwards.note(output, route, again)
         return output
 
     def _of(self, route: Route) -> nn.Module:

@@ -275,8 +275,8 @@ class TokenRows(Switched):
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
         y = self._of(route.names, x, *args, **kwargs) if route.rows is None else self._mixed(route, x, *args, **kwargs)
-        if not again and not torch.compiler.is_compiling():
-            self.forwards.note(y, route)
+        if not torch.compiler.is_compiling():
+            self.forwards.note(y, route, again)
         return y
 
     def _of(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -12,16 +12,15 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterator, Mapping
 
-import torch
 from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.files.fingerprinting import (
     DIFFERENT,
-    NUMBERS,
     Fingerprint,
     compare,
     fingerprint,
+    sampled_positions,
     vocabulary_of,
 )
 from lorakit.core.layering.sitemap import SiteMap, find_state, survey
@@ -100,7 +99,7 @@ def without_brought_rows(
 def _blanked_pair(
     model: nn.Module, config: LoraConfig, known: Fingerprint | None, cut: Mapping[int, int]
 ) -> tuple[Fingerprint | None, Fingerprint]:
-    present = fingerprint(model, cut=cut)
+    present = fingerprint(model, cut=cut, like=known, with_files=known is not None and bool(known.files))
     if known is None or (config.trainable_token_indices is None and not config.modules_to_save):
         return known, present
     site_map = survey(model)
@@ -115,7 +114,7 @@ def _blanked_pair(
         if weight is not None and named in {path, *tables_per_token(model, site_map, path or "")}:
             replaced[id(weight)] = range(weight.shape[0])
     blank = {
-        name: _blanks((cut.get(id(tensor), tensor.shape[0]), *tensor.shape[1:]), replaced[id(tensor)])
+        name: _blanks(present, name, (cut.get(id(tensor), tensor.shape[0]), *tensor.shape[1:]), replaced[id(tensor)])
         for name, tensor, _ in base_tensors(model)
         if id(tensor) in replaced
     }
@@ -178,21 +177,13 @@ def _brings(
     return set(rows) <= set(named)
 
 
-def _blanks(shape: tuple[int, ...], rows: Collection[int]) -> list[int]:
-    """Which of the numbers that a fingerprint takes of a tensor lie in some rows of it."""
-    size = math.prod(shape)
-    places = torch.linspace(0, size - 1, min(NUMBERS, size), dtype=torch.float64).long().tolist()
-    taken = set(rows)
-    return [number for number, place in enumerate(places) if place // (size // shape[0]) in taken]
+def _blanks(mark: Fingerprint, name: str, shape: tuple[int, ...], rows: Collection[int]) -> list[int]:
+    """Return which of the samples of a tensor are in some rows of it."""
+    size, taken = math.prod(shape[1:]), set(rows)
+    places = sampled_positions(mark, name, shape)
+    return [number for number, place in enumerate(places) if place // size in taken]
 
 
 def _blanked(mark: Fingerprint, blank: Mapping[str, Collection[int]]) -> Fingerprint:
-    def of(table: dict[str, str]) -> dict[str, str]:
-        return {
-            name: "".join(
-                "0000" if i in blank.get(name, ()) else text[4 * i : 4 * i + 4] for i in range(len(text) // 4)
-            )
-            for name, text in table.items()
-        }
-
-    return dataclasses.replace(mark, samples=of(mark.samples), bounds=of(mark.bounds))
+    samples = {name: sample.without(blank.get(name, ())) for name, sample in mark.samples.items()}
+    return dataclasses.replace(mark, samples=samples)

@@ -1,16 +1,22 @@
 """The C compiler's part: rows.c, with what it includes, becomes a shared library, once for each machine, compiler and
 dtype, kept in the cache.
 
-Nothing is downloaded and nothing is installed: it is the C compiler that is there, or none. A library is built beside
-its place and then moved to it, so that processes which build at the same time do not disturb each other.
+Nothing is downloaded and nothing is installed: it is the C compiler that is there, or none. A library is code, so it is
+built and loaded only in a directory that no other user can write to (`lorakit.ops.kernels.private`). It is built in a
+private folder next to its final path and then moved there, so that processes that build at once do not disturb each
+other. Whatever prevents a library is a reason in `Built`, never an exception.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -20,6 +26,7 @@ from typing import NamedTuple
 import torch  # also for its thread library, which must be there before a kernel asks for it
 
 from lorakit.machine import cache_directory
+from lorakit.ops.kernels.private import is_private_file, private_directory
 
 SWITCH = "LORAKIT_KERNELS"
 """Environment variable: "off" leaves everything to PyTorch's own operations."""
@@ -55,47 +62,69 @@ def built(define: str) -> Built:
     if os.environ.get(SWITCH, "").lower() == "off":
         return Built(None, f"{SWITCH}=off")
     compiler = _compiler()
-    if compiler is None:
-        return Built(None, f"no C compiler ({', '.join(COMPILERS)}) is on the path")
-    name = f"rows-{_key(compiler, define)}.so"
-    reasons = []
-    for folder in (cache_directory() / "kernels", Path(tempfile.gettempdir()) / f"lorakit-{_user()}"):
-        path = folder / name
-        try:
-            if not path.exists():
-                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                _build(compiler, define, path)
-            _refuse_others(path)
-            return Built(ctypes.CDLL(str(path)), f"compiled by {compiler}, kept in {folder}")
-        except (OSError, subprocess.SubprocessError) as cause:
-            reasons.append(f"{folder}: {_short(cause)}")
-    return Built(None, "; ".join(reasons))
-
-
-def _compiler() -> str | None:
-    asked = os.environ.get("CC")
-    return next((found for name in ([asked] if asked else COMPILERS) if (found := shutil.which(name))), None)
-
-
-def _key(compiler: str, define: str) -> str:
-    """What a library depends on: the source, the flags, the compiler, and the processor that it is for."""
-    told = subprocess.run([compiler, "--version"], capture_output=True, timeout=SECONDS, check=False).stdout
+    if not compiler:
+        asked = os.environ.get("CC", "").strip()
+        return Built(None, f"no C compiler ({asked or ', '.join(COMPILERS)}) is on the path")
     try:
-        cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line[:5].lower() in _FLAGS), "")
-        cpu = " ".join(sorted(cpu.split()))
-    except OSError:
-        cpu = ""
-    machine = " ".join((*os.uname()[:1], os.uname().machine)) if hasattr(os, "uname") else ""
+        folder = private_directory(cache_directory() / "kernels")
+        return Built(_library(compiler, define, folder), f"compiled by {shlex.join(compiler)}, kept in {folder}")
+    except (OSError, subprocess.SubprocessError) as cause:
+        reason = _short(cause)
+    logging.getLogger(__name__).warning(
+        "lorakit computes with PyTorch's operations, which are slower than its compiled kernels: %s. Set LORAKIT_CACHE "
+        "to a directory that only you can write to, fix the compiler, or set %s=off.",
+        reason,
+        SWITCH,
+    )
+    return Built(None, reason)
+
+
+def _compiler() -> list[str]:
+    """The compiler's command, as CC says it, with options or without; empty if there is none."""
+    try:
+        asked = shlex.split(os.environ.get("CC", ""))
+    except ValueError:  # a quote that is not closed
+        return []
+    commands = [asked] if asked else [[name] for name in COMPILERS]
+    return next(([found, *options] for name, *options in commands if (found := shutil.which(name))), [])
+
+
+def _library(compiler: list[str], define: str, folder: Path) -> ctypes.CDLL:
+    """The library in the private folder; built if it is missing, damaged or not ours alone."""
+    path = folder / f"rows-{_key(compiler, define)}.so"
+    if is_private_file(path):
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(path))
+    _build(compiler, define, path)
+    return ctypes.CDLL(str(path))
+
+
+def _key(compiler: list[str], define: str) -> str:
+    """What a library depends on: the source, the flags, the compiler, and the processor that it is for."""
+    told = subprocess.run(
+        [*compiler, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False
+    ).stdout
+    machine = f"{platform.system()} {platform.machine()}"
     flags = " ".join((*FLAGS, WIDEST, torch.__version__))
     source = b"\0".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.[ch]")))
-    parts = (source, flags.encode(), compiler.encode(), told, cpu.encode())
-    return hashlib.sha256(b"\0".join((*parts, machine.encode(), define.encode()))).hexdigest()[:24]
+    words = (flags, shlex.join(compiler), _instructions(), machine, define)
+    return hashlib.sha256(b"\0".join((source, told, *map(os.fsencode, words)))).hexdigest()[:24]
 
 
-_FLAGS = ("flags", "featu")
+def _instructions() -> str:
+    """What the processor can do; the name of the machine if it does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        text = ""
+    line = next((line for line in text.splitlines() if line.lower().startswith(_INSTRUCTIONS)), "")
+    return " ".join(sorted(line.split())) or platform.node()
 
 
-def _build(compiler: str, define: str, path: Path) -> None:
+_INSTRUCTIONS = ("flags", "features")
+
+
+def _build(compiler: list[str], define: str, path: Path) -> None:
     """Compile into `path`; with threads where PyTorch's own thread library is there to be shared, else without.
 
     The library must not bring a second thread library: two pools on the same cores wait for each other. So it is linked
@@ -106,17 +135,19 @@ def _build(compiler: str, define: str, path: Path) -> None:
         defines = [f"-D{define}"] if define else []
         for threads, width in (("-fopenmp", WIDEST), ("-fopenmp", ""), ("-fopenmp-simd", ""), ("", "")):
             flags = [*FLAGS, *(flag for flag in (threads, width) if flag), *defines]
-            if not _runs([compiler, *flags, "-c", str(SOURCE), "-o", str(made)]):
+            if not _runs([*compiler, *flags, "-c", str(SOURCE), "-o", str(made)]):
                 continue
-            if _runs([compiler, "-shared", str(made), "-lm", "-o", str(whole)]) and _loads(whole):
+            if _runs([*compiler, "-shared", str(made), "-lm", "-o", str(whole)]) and _loads(whole):
                 whole.chmod(0o700)
+                _flush(whole)
                 whole.replace(path)
                 return
-    raise OSError(f"{compiler} could not compile {SOURCE.name}")
+    raise OSError(f"{shlex.join(compiler)} could not compile {SOURCE.name}, or {path.parent} allows no programs")
 
 
 def _runs(command: list[str]) -> bool:
-    return subprocess.run(command, capture_output=True, timeout=SECONDS, check=False).returncode == 0
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False)
+    return done.returncode == 0
 
 
 def _loads(path: Path) -> bool:
@@ -127,14 +158,10 @@ def _loads(path: Path) -> bool:
     return True
 
 
-def _refuse_others(path: Path) -> None:
-    """A library that another user could have put there is not loaded."""
-    if hasattr(os, "getuid") and (path.stat().st_uid not in (os.getuid(), 0) or path.stat().st_mode & 0o022):
-        raise OSError(f"{path.name} belongs to another user, or others may write to it")
-
-
-def _user() -> str:
-    return str(os.getuid()) if hasattr(os, "getuid") else "user"
+def _flush(path: Path) -> None:
+    """Write a file through to the disk, so that a crash leaves no library that is half of one."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _short(cause: BaseException) -> str:

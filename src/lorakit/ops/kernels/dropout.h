@@ -29,7 +29,7 @@ static inline int64_t far_gaps(uint64_t key, uint64_t from, double each, int32_t
     return LANES;
 }
 
-void drop(const number *x, int64_t count, double p, uint64_t seed, float scale, number *out, int threads) {
+int drop(const number *x, int64_t count, double p, uint64_t seed, float scale, number *out, int threads) {
     double each = 1.0 / log1p(-p);
     ROWS(b, (count + BLOCK - 1) / BLOCK) {
         int64_t at = b * BLOCK, n = shorter(BLOCK, count - at);
@@ -51,4 +51,5 @@ void drop(const number *x, int64_t count, double p, uint64_t seed, float scale, 
             }
         }
     }
+    return DONE;
 }

@@ -25,7 +25,19 @@ static inline number narrow(float v) { return v; }
 
 #define ROWS(i, n) _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t i = 0; i < (n); i++)
 
+enum { DONE, NO_MEMORY, DISORDER }; /* what each function returns; STATUSES in gateway.py says what they mean */
+
 #define BLOCK 8192 /* numbers that a thread takes at a time, where rows mean nothing */
+
+/* a thread's own room for so many fp32; where there is none, the thread skips its rows, and the status says so */
+static inline float *scratch(size_t count, int *status) {
+    float *room = malloc(count ? count * sizeof(float) : 1);
+    if (!room) {
+#pragma omp atomic write
+        *status = NO_MEMORY;
+    }
+    return room;
+}
 
 static inline int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -36,7 +48,7 @@ static inline int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline float power_of_e(float x) {
     x = x > 87.9f ? 87.9f : x;
     x = x < LEAST ? LEAST : x;
-    union { float value; int32_t bits; } whole = {x * 1.44269504088896341f + 12582912.0f}; /* 1.5·2^23: to an integer */
+    union { float value; uint32_t bits; } whole = {x * 1.44269504088896341f + 12582912.0f}; /* 1.5·2^23: to an integer */
     float k = whole.value - 12582912.0f;
     float r = x - k * 0.693359375f + k * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -45,8 +57,8 @@ static inline float power_of_e(float x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    union { float value; int32_t bits; } power = {p * (r * r) + (r + 1.0f)};
-    power.bits += (int32_t)((uint32_t)whole.bits << 23); /* times 2^k */
+    union { float value; uint32_t bits; } power = {p * (r * r) + (r + 1.0f)};
+    power.bits += whole.bits << 23; /* times 2^k */
     return power.value;
 }
 

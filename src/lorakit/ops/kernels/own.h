@@ -29,15 +29,19 @@ static inline void expand_row(const float *h, const number *b, int64_t n, int64_
     }
 }
 
-void add_own(const number *x, const number *A, const number *Bt, const int64_t *index, int64_t tokens, int64_t rows,
-             int64_t in, int64_t r, int64_t out, number *y, int threads) {
+int add_own(const number *x, const number *A, const number *Bt, const int64_t *index, int64_t tokens, int64_t rows,
+            int64_t in, int64_t r, int64_t out, number *y, int threads) {
+    int64_t widest = in > out ? in : out;
+    if (threads > rows) threads = (int)rows;
+    int status = DONE;
 #pragma omp parallel num_threads(threads)
     {
-        float *e = malloc((size_t)((in > out ? in : out) + r) * sizeof(float)), *h = e + (in > out ? in : out);
+        float *e = scratch((size_t)(widest + r), &status);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows; i++) {
             int64_t own = index[i / tokens];
-            if (own < 0) continue;
+            if (own < 0 || !e) continue;
+            float *h = e + widest;
             widened_row(x + i * in, 1.0f, in, e);
             shrink_row(e, A + own * r * in, in, r, h);
             widened_row(y + i * out, 1.0f, out, e);
@@ -46,4 +50,5 @@ void add_own(const number *x, const number *A, const number *Bt, const int64_t *
         }
         free(e);
     }
+    return status;
 }

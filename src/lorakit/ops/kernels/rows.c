@@ -9,6 +9,18 @@
 
 #include "dropout.h"
 
+/* ---- what is asked of integers before a kernel takes them for places: whether all lie in low … high */
+
+#define ALL_WITHIN(name, integer)                                                    \
+    int name(const integer *at, int64_t count, int64_t low, int64_t high) {          \
+        int within = 1;                                                              \
+        for (int64_t i = 0; i < count; i++) within &= at[i] >= low && at[i] <= high; \
+        return within;                                                               \
+    }
+
+ALL_WITHIN(all_within_32, int32_t)
+ALL_WITHIN(all_within_64, int64_t)
+
 /* ---- norms */
 
 static inline void rms_row(const number *x, const number *w, float r, float offset, int64_t d, number *n) {
@@ -21,8 +33,8 @@ static inline void rms_row(const number *x, const number *w, float r, float offs
     }
 }
 
-void rms_forward(const number *x, const number *w, float eps, float offset, int64_t rows, int64_t d, number *n,
-                 float *rstd, int threads) {
+int rms_forward(const number *x, const number *w, float eps, float offset, int64_t rows, int64_t d, number *n,
+                float *rstd, int threads) {
     ROWS(i, rows) {
         const number *row = x + i * d;
         float sum = 0.0f;
@@ -31,15 +43,17 @@ void rms_forward(const number *x, const number *w, float eps, float offset, int6
         rstd[i] = 1.0f / sqrtf(sum / (float)d + eps);
         rms_row(row, w, rstd[i], offset, d, n + i * d);
     }
+    return DONE;
 }
 
-void rms_again(const number *x, const number *w, float offset, const float *rstd, int64_t rows, int64_t d, number *n,
-               int threads) {
+int rms_again(const number *x, const number *w, float offset, const float *rstd, int64_t rows, int64_t d, number *n,
+              int threads) {
     ROWS(i, rows) rms_row(x + i * d, w, rstd[i], offset, d, n + i * d);
+    return DONE;
 }
 
-void rms_backward(const number *dn, const number *x, const number *w, float offset, const float *rstd,
-                  const number *add, int64_t rows, int64_t d, number *dx, int threads) {
+int rms_backward(const number *dn, const number *x, const number *w, float offset, const float *rstd,
+                 const number *add, int64_t rows, int64_t d, number *dx, int threads) {
     ROWS(i, rows) {
         const number *g = dn + i * d, *row = x + i * d, *more = add ? add + i * d : 0;
         number *out = dx + i * d;
@@ -59,6 +73,7 @@ void rms_backward(const number *dn, const number *x, const number *w, float offs
             out[j] = narrow(more ? v + wide(more[j]) : v);
         }
     }
+    return DONE;
 }
 
 /* ---- activations: the value of f and of f' at x */
@@ -110,7 +125,7 @@ static inline void gate_backward_row(int act, const number *da, const number *fi
     default: call(RELU);                                                                           \
     }
 
-void gate(int act, const number *first, const number *up, int64_t count, number *out, int threads) {
+int gate(int act, const number *first, const number *up, int64_t count, number *out, int threads) {
     ROWS(b, (count + BLOCK - 1) / BLOCK) {
         int64_t at = b * BLOCK, n = shorter(BLOCK, count - at);
         const number *u = up ? up + at : 0;
@@ -118,10 +133,11 @@ void gate(int act, const number *first, const number *up, int64_t count, number 
         EACH_ACTIVATION(CALL)
 #undef CALL
     }
+    return DONE;
 }
 
-void gate_backward(int act, const number *da, const number *first, const number *up, int64_t count, number *dfirst,
-                   number *dup, int threads) {
+int gate_backward(int act, const number *da, const number *first, const number *up, int64_t count, number *dfirst,
+                  number *dup, int threads) {
     ROWS(b, (count + BLOCK - 1) / BLOCK) {
         int64_t at = b * BLOCK, n = shorter(BLOCK, count - at);
         const number *u = up ? up + at : 0;
@@ -130,6 +146,7 @@ void gate_backward(int act, const number *da, const number *first, const number 
         EACH_ACTIVATION(CALL)
 #undef CALL
     }
+    return DONE;
 }
 
 /* ---- rotary positions */
@@ -148,9 +165,9 @@ static inline void turn_head(const number *x, const number *c, const number *s, 
     }
 }
 
-void turn(const number *x, int64_t x_stride, const number *cos, const number *sin, int64_t table_rows, int64_t rows,
-          int64_t heads, int64_t width, int64_t rot, int interleaved, int back, number *out, int64_t out_stride,
-          int threads) {
+int turn(const number *x, int64_t x_stride, const number *cos, const number *sin, int64_t table_rows, int64_t rows,
+         int64_t heads, int64_t width, int64_t rot, int interleaved, int back, number *out, int64_t out_stride,
+         int threads) {
     float way = back ? -1.0f : 1.0f;
     ROWS(i, rows) {
         const number *c = cos + (i % table_rows) * rot, *s = sin + (i % table_rows) * rot;
@@ -164,6 +181,7 @@ void turn(const number *x, int64_t x_stride, const number *cos, const number *si
             if (rot < width && from != to) memcpy(to + rot, from + rot, (size_t)(width - rot) * sizeof(number));
         }
     }
+    return DONE;
 }
 
 /* ---- softmax of rows of which each sees the places low … high, and nothing else */
@@ -195,13 +213,17 @@ static inline void shares_row(const float *e, float share, int64_t n, number *ro
 
 #define WHOLE 16 /* powers are taken of so many numbers at once; a row is filled up with ones that come out as nothing */
 
-void softmax(number *scores, const int32_t *low, const int32_t *high, int64_t kinds, int64_t rows, int64_t m,
-             int threads) {
+int softmax(number *scores, const int32_t *low, const int32_t *high, int64_t kinds, int64_t rows, int64_t m,
+            int threads) {
+    for (int64_t k = 0; low && high && k < kinds; k++)
+        if (low[k] > high[k]) return DISORDER;
+    int status = DONE;
 #pragma omp parallel num_threads(threads)
     {
-        float *e = malloc((size_t)(m + WHOLE) * sizeof(float));
+        float *e = scratch((size_t)(m + WHOLE), &status);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows; i++) {
+            if (!e) continue;
             int64_t first = low ? low[i % kinds] : 0, n = (high ? high[i % kinds] : m) - first;
             number *row = scores + i * m, *seen = row + first;
             float most = widened_row(seen, 1.0f, n, e);
@@ -214,9 +236,10 @@ void softmax(number *scores, const int32_t *low, const int32_t *high, int64_t ki
         }
         free(e);
     }
+    return status;
 }
 
-void softmax_backward(const number *weights, int64_t rows, int64_t m, number *ds, int threads) {
+int softmax_backward(const number *weights, int64_t rows, int64_t m, number *ds, int threads) {
     ROWS(i, rows) {
         const number *w = weights + i * m;
         number *d = ds + i * m;
@@ -226,17 +249,20 @@ void softmax_backward(const number *weights, int64_t rows, int64_t m, number *ds
 #pragma omp simd
         for (int64_t j = 0; j < m; j++) d[j] = narrow(wide(w[j]) * (wide(d[j]) - dot));
     }
+    return DONE;
 }
 
 /* ---- cross-entropy of rows of logits, which become the gradient of its sum */
 
-void cross_entropy(number *logits, const int64_t *labels, float scale, int gradients, int64_t rows, int64_t v,
-                   float *losses, int threads) {
+int cross_entropy(number *logits, const int64_t *labels, float scale, int gradients, int64_t rows, int64_t v,
+                  float *losses, int threads) {
+    int status = DONE;
 #pragma omp parallel num_threads(threads)
     {
-        float *e = malloc((size_t)v * sizeof(float));
+        float *e = scratch((size_t)v, &status);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows; i++) {
+            if (!e) continue;
             number *row = logits + i * v;
             float most = widened_row(row, scale, v, e), own = e[labels[i]];
             float sum = powers_row(e, v, most);
@@ -247,6 +273,7 @@ void cross_entropy(number *logits, const int64_t *labels, float scale, int gradi
         }
         free(e);
     }
+    return status;
 }
 
 #include "own.h"

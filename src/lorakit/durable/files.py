@@ -1,8 +1,7 @@
-"""The one place that opens files for writing, and the readers that verify.
+"""Files: written so that a crash leaves the old content or the new, and read only if bounded, regular and sound.
 
-A file is written beside its final name, flushed to the disk, and renamed into place, and the folder is
-flushed too: after a crash the old content or the new stands there, never a part. A folder of files is
-published the same way. Files get the mode that the umask asks for. Only the standard library is used.
+A file is written next to its final name, flushed to the disk, and renamed into place, and the folder is flushed too.
+A replaced file keeps its mode, a new one gets what the umask asks for.
 """
 
 from __future__ import annotations
@@ -12,9 +11,8 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +20,9 @@ from lorakit.errors import AdapterFileError, DiskError
 
 TEMPORARY = ".lorakit-tmp-"
 """Every unfinished file or folder carries this in its name, so that a sweep can find it."""
+
+SEAL = "seal"
+"""Key of a table's SHA-256 over the rest of it."""
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
@@ -35,19 +36,16 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
         DiskError: The disk is full, read-only, or refuses; what stood there before still stands.
     """
     path = Path(path)
-    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
+    temporary = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_new(temporary, data, path)
         temporary.replace(path)
-        _sync_folder(path.parent)
     except OSError as cause:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        _refuse(path, cause)
+        refuse(path, cause)
+    sync_name(path)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -78,55 +76,26 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-@contextlib.contextmanager
-def publish_directory(final: str | os.PathLike[str]) -> Iterator[Path]:
-    """Build a folder out of sight, then rename it into place when the block ends well.
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A table with a seal over everything else in it, so that a change of any value shows when it is read.
 
     Args:
-        final: The folder's name once it is whole; nothing but an empty folder may stand there.
-
-    Yields:
-        A fresh folder beside it, on the same disk, to write into.
+        values: Plain JSON values; a seal among them is replaced.
 
     Raises:
-        DiskError: The disk refuses, or a folder with content stands at `final`; nothing is left behind.
+        ValueError: A value cannot be written as JSON.
     """
-    final = Path(final)
-    temporary = final.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{final.name}")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            elif path.is_dir():
-                _sync_folder(path)
-        _sync_folder(temporary)
-        temporary.rename(final)
-        _sync_folder(final.parent)
-    except DiskError:
-        raise
-    except OSError as cause:
-        _refuse(final, cause)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return {**values, SEAL: _seal(parse_json(json_bytes(values)))}
 
 
-def sweep(folder: str | os.PathLike[str]) -> list[str]:
-    """Remove what writers that were killed have left in a folder.
+def is_sealed(values: Mapping[str, Any]) -> bool:
+    """Whether a table that was read holds its own seal."""
+    return values.get(SEAL) == _seal(values)
 
-    Args:
-        folder: The folder to look into; its subfolders are not entered.
 
-    Returns:
-        The names removed.
-    """
-    removed = []
-    for path in sorted(Path(folder).glob(f"{TEMPORARY}*")):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        removed.append(path.name)
-    return removed
+def _seal(values: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in values.items() if key != SEAL}
+    return sha256_bytes(json.dumps(body, sort_keys=True).encode())
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:
@@ -218,7 +187,59 @@ def _no_constant(word: str) -> NoReturn:
     raise ValueError(f"{word} is not a JSON number")
 
 
-def _sync_folder(folder: Path) -> None:
+def beside(path: Path) -> Path:
+    """Return a temporary name next to a path, which a sweep finds."""
+    return path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
+
+
+def write_new(path: Path, data: bytes | memoryview, replaced: Path) -> None:
+    """Write and flush a file that does not exist yet, with owner and mode of the regular file that it will replace.
+
+    Args:
+        path: The file; its folder exists.
+        data: The content.
+        replaced: The file that it will replace, if there is one. Of a symbolic link nothing is taken over.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            status = os.lstat(replaced)
+            if stat.S_ISREG(status.st_mode) and os.name != "nt":
+                if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+                    with contextlib.suppress(PermissionError):
+                        os.fchown(descriptor, status.st_uid, status.st_gid)
+                os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
+        left = memoryview(data).cast("B")
+        while left:
+            left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_name(path: Path) -> None:
+    """Flush the folder of a path that got its content.
+
+    Raises:
+        DiskError: The disk refuses; the content may not survive a loss of power.
+    """
+    try:
+        sync_folder(path.parent)
+    except OSError as cause:
+        reason = cause.strerror or str(cause)
+        raise DiskError(f"{path}: written, but its folder was not flushed ({reason}); save again.") from cause
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder.
+
+    Raises:
+        OSError: The disk refuses.
+    """
     if os.name == "nt":
         return  # Windows has no handle on a folder to flush
     descriptor = os.open(folder, os.O_RDONLY)
@@ -228,6 +249,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _refuse(path: Path, cause: OSError) -> NoReturn:
+def refuse(path: Path, cause: OSError) -> NoReturn:
+    """Raise a failed write as an error of lorakit.
+
+    Raises:
+        DiskError: Always.
+    """
     reason = cause.strerror or str(cause)
     raise DiskError(f"{path}: cannot be written ({reason}); what stood there before is unchanged.") from cause

@@ -1,0 +1,297 @@
+"""Folders: published as a whole, replaced as a whole, or replaced file by file in an order that readers can judge.
+
+Several files of a folder are replaced together by building a complete new folder next to it and exchanging the two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from lorakit.durable.files import TEMPORARY, beside, refuse, sync_folder, sync_name, write_new
+from lorakit.errors import DiskError
+
+_EXCHANGED = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]+\+(\d+)-(.+)", re.DOTALL)
+"""A folder built to be exchanged: inode of the folder that it replaces, and that folder's name."""
+
+_SET_ASIDE = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]+~(.+)", re.DOTALL)
+"""A folder that makes room for a new one: its name."""
+
+MOST_ENTRIES = 10_000
+"""Folders with more entries, subfolders included, are not built again; their files are replaced in order."""
+
+_CANNOT = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EXDEV", "EPERM", "EACCES", "EROFS", "EMLINK", "ENOSYS", "EINVAL", "ENOTSUP", "EOPNOTSUPP", "EBUSY"),
+        *("ENAMETOOLONG", "EEXIST", "ENOTEMPTY"),
+    )
+)
+"""Errors that say that a system cannot exchange two folders; any other one, such as a full disk, ends the write."""
+
+
+@contextlib.contextmanager
+def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+    """Build a folder out of sight, then rename it into place when the block ends well.
+
+    Args:
+        final: The folder's name once it is whole; a symbolic link to a folder is followed.
+        replace: Exchange it for the folder that is there, which is removed; otherwise that folder must be empty.
+
+    Yields:
+        A fresh folder beside it, on the same disk, to write into.
+
+    Raises:
+        DiskError: The disk refuses, or a folder with content stands at `final`; nothing is left behind.
+    """
+    final = Path(os.path.realpath(final))
+    temporary = beside(final)
+    try:
+        temporary.mkdir(parents=True)
+        if final.is_dir():
+            with contextlib.suppress(PermissionError):
+                _take_owner_and_mode(final, temporary)
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            elif path.is_dir():
+                sync_folder(path)
+        sync_folder(temporary)
+        if replace and final.is_dir() and any(final.iterdir()):
+            _put_in_place_of(temporary, final)
+        else:
+            temporary.rename(final)
+        sync_name(final)
+    except DiskError:
+        raise
+    except OSError as cause:
+        refuse(final, cause)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes | None]) -> bool:
+    """Replace files of a folder together: a crash leaves all the old ones or all the new ones.
+
+    A complete new folder is built next to it and exchanged with it. Other files are hard links to the same files,
+    subfolders are made again. The folder keeps its owner and mode, and a symbolic link to it stays a link. A folder
+    that is the working directory of this process, a mount point, or not writable is not exchanged.
+
+    Args:
+        folder: Where; it is made when it is missing.
+        contents: Name -> content; None removes the file.
+
+    Returns:
+        Whether it was done. If the system cannot exchange the folders, nothing has changed.
+
+    Raises:
+        DiskError: The disk is full or fails; the folder is as it was.
+    """
+    final = Path(os.path.realpath(folder))
+    if not _can_be_exchanged(final):
+        return False
+    old = final.stat().st_ino if final.is_dir() else 0
+    temporary = final.with_name(f"{TEMPORARY}{secrets.token_hex(6)}+{old}-{final.name}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _build(temporary, final, contents)
+        if old and any(final.iterdir()):
+            _exchange(temporary, final)
+        else:
+            temporary.rename(final)
+    except OSError as cause:
+        if cause.errno in _CANNOT:
+            return False
+        refuse(final, cause)
+    finally:
+        _clear(temporary, final, old, contents)
+    sync_name(final)
+    return True
+
+
+def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str, bytes | None]]) -> None:
+    """Replace files of a folder one by one; every step is on the disk before the next one begins.
+
+    All contents are written and flushed under temporary names before the first file is replaced, so that a full disk
+    changes nothing.
+
+    Args:
+        folder: Where; it is made when it is missing.
+        steps: Each step as name -> content; None removes the file.
+
+    Raises:
+        DiskError: The disk refuses. The message says whether files were replaced.
+    """
+    folder = Path(folder)
+    staged: list[list[tuple[Path, Path | None]]] = []
+    begun = False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for step in steps:
+            staged.append([])
+            for name, data in step.items():
+                staged[-1].append((folder / name, None if data is None else beside(folder / name)))
+                if data is not None:
+                    write_new(staged[-1][-1][1], data, folder / name)  # type: ignore[arg-type]
+        for places in staged:
+            for path, temporary in places:
+                path.unlink(missing_ok=True) if temporary is None else temporary.replace(path)
+                begun = True
+            sync_folder(folder)
+    except OSError as cause:
+        for _, temporary in (place for places in staged for place in places):
+            with contextlib.suppress(OSError):
+                if temporary is not None:
+                    temporary.unlink(missing_ok=True)
+        if begun:
+            raise DiskError(
+                f"{folder}: {cause.strerror or cause}; some of its files were replaced, others were not. Save again."
+            ) from cause
+        refuse(folder, cause)
+
+
+def sweep(folder: str | os.PathLike[str]) -> list[str]:
+    """Remove what writers that were killed have left in a folder.
+
+    A folder that was set aside while nothing took its place gets its name back. Of a folder that was exchanged, what
+    the new one lacks is moved there first.
+
+    Args:
+        folder: The folder to look into; its subfolders are not entered.
+
+    Returns:
+        The names removed.
+    """
+    removed = []
+    for path in sorted(Path(folder).glob(f"{TEMPORARY}*")):
+        exchanged, aside = _EXCHANGED.fullmatch(path.name), _SET_ASIDE.fullmatch(path.name)
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+        elif aside and not os.path.lexists(path.with_name(aside[1])):
+            path.rename(path.with_name(aside[1]))
+        elif exchanged:
+            _clear(path, path.with_name(exchanged[2]), int(exchanged[1]))
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+        removed.append(path.name)
+    return removed
+
+
+def _can_be_exchanged(final: Path) -> bool:
+    """Whether another folder may take this name: no process of ours works in it, and nothing is mounted there."""
+    with contextlib.suppress(FileNotFoundError):  # of a working directory that was removed
+        if Path.cwd().is_relative_to(final):
+            return False
+    if not os.path.lexists(final):
+        return True
+    if not final.is_dir() or os.path.ismount(final) or not os.access(final, os.W_OK | os.X_OK):
+        return False
+    entries = 0
+    for _, folders, names in os.walk(final):
+        entries += len(folders) + len(names)
+        if entries > MOST_ENTRIES:
+            return False
+    return True
+
+
+def _build(new: Path, old: Path, contents: Mapping[str, bytes | None]) -> None:
+    new.mkdir()
+    if old.is_dir():
+        _take_owner_and_mode(old, new)
+    for name, data in contents.items():
+        if data is not None:
+            write_new(new / name, data, old / name)
+    if old.is_dir():
+        _carry(old, new, contents)
+    sync_folder(new)
+
+
+def _carry(old: Path, new: Path, left_out: Collection[str] = ()) -> None:
+    """Put every entry of a folder into another one: files and links as hard links, subfolders made again."""
+    with os.scandir(old) as entries:
+        for entry in entries:
+            source, target = old / entry.name, new / entry.name
+            if entry.is_dir(follow_symlinks=False):
+                target.mkdir()
+                _carry(source, target)
+                _take_owner_and_mode(source, target)
+                sync_folder(target)
+            elif entry.name not in left_out:
+                os.link(source, target, follow_symlinks=False)
+
+
+def _take_owner_and_mode(source: Path, target: Path) -> None:
+    status, found = source.stat(), target.stat()
+    if (status.st_uid, status.st_gid) != (found.st_uid, found.st_gid):
+        os.chown(target, status.st_uid, status.st_gid)
+    shutil.copystat(source, target)
+
+
+def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | None = None) -> None:
+    """Remove a folder that was built, or, if it was exchanged, the old one after moving over what came meanwhile."""
+    with contextlib.suppress(OSError):
+        if old and temporary.stat().st_ino == old and final.is_dir():
+            _retire(temporary, final, replaced)
+        else:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
+    """Empty and remove a folder that another one replaced; an entry that the new one lacks, or has older, moves there.
+
+    Args:
+        old: The folder to remove.
+        new: The one in its place.
+        replaced: Names that were replaced on purpose; None if they are not known: then nothing in `new` is changed.
+    """
+    with os.scandir(old) as entries:
+        for entry in list(entries):
+            source, target = old / entry.name, new / entry.name
+            if entry.is_dir(follow_symlinks=False) and target.is_dir():
+                _retire(source, target, None if replaced is None else ())
+            elif entry.name in (replaced or ()):
+                source.unlink()
+            elif not os.path.lexists(target):
+                source.rename(target)
+            elif replaced is not None and entry.stat(follow_symlinks=False).st_mtime_ns > target.lstat().st_mtime_ns:
+                source.replace(target)
+            else:
+                source.unlink()
+    old.rmdir()
+
+
+def _put_in_place_of(new: Path, old: Path) -> None:
+    """Exchange two folders; where a system cannot, the old one is set aside under a name that a sweep undoes."""
+    try:
+        _exchange(new, old)
+    except OSError as cause:
+        if cause.errno not in _CANNOT:
+            raise
+        aside = old.with_name(f"{TEMPORARY}{secrets.token_hex(6)}~{old.name}")
+        old.rename(aside)
+        try:
+            new.rename(old)
+        except OSError:
+            aside.rename(old)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Exchange the names of two files or folders in one step, which Linux alone can do."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: linux/fcntl.h, linux/fs.h
+    if rename is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if rename(here, os.fsencode(first), here, os.fsencode(second), exchange):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
