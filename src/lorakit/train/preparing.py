@@ -31,6 +31,7 @@ from lorakit.data import (
 )
 from lorakit.errors import DataError, DiskError, NotYetSupported, RunError, UsageError
 from lorakit.report.runs import METRICS_FILE, RUN_FILE
+from lorakit.train import adapter_only
 from lorakit.train.checkpoint import checkpoints
 from lorakit.train.lock import claim, refuse_live, release
 from lorakit.train.progress import Progress, Silence
@@ -164,7 +165,13 @@ def claim_place(folder: Path) -> int:
 def holds_run(folder: Path) -> bool:
     """Whether a folder holds a run, or what is left of one."""
     names = (RUN_FILE, METRICS_FILE, ADAPTER_FOLDER)
-    return any((folder / name).exists() for name in names) or bool(checkpoints(folder))
+    return any((folder / name).exists() for name in names) or bool(checkpoints(folder) or adapter_only.saved(folder))
+
+
+def run_files(folder: Path) -> list[Path]:
+    """Return what a run has written into a folder, the record last; some of it may not be there."""
+    found = [*checkpoints(folder), *adapter_only.saved(folder), *sorted(folder.glob("damaged-checkpoint-*"))]
+    return found + [folder / name for name in (ADAPTER_FOLDER, PLOT_FILE, METRICS_FILE, RUN_FILE)]
 
 
 def remove_run(folder: Path) -> None:
@@ -176,10 +183,8 @@ def remove_run(folder: Path) -> None:
     Raises:
         DiskError: The disk refuses.
     """
-    doomed = [*checkpoints(folder), *sorted(folder.glob("damaged-checkpoint-*"))]
-    doomed += [folder / name for name in (ADAPTER_FOLDER, PLOT_FILE, METRICS_FILE, RUN_FILE)]
     try:
-        for path in doomed:
+        for path in run_files(folder):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
