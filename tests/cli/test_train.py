@@ -545,6 +545,32 @@ def test_a_disk_that_takes_no_adapter_either(train: Train, tmp_path: Path, capsy
 
 
 @needs_limits
+def test_a_tokenizer_that_does_not_fit_costs_only_itself(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model_directory: Path
+) -> None:
+    size = (tiny_model_directory / "tokenizer.json").stat().st_size
+    with _no_file_above(size - 1):
+        assert train(r=1, max_steps=1, eval_fraction=0, target_modules=["q_proj"]) == 0
+    assert "was saved without its tokenizer, which is that of the base." in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "run" / "adapter").iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert "tokenizer.json" not in names
+    assert core.load_adapter(hub.load_model(str(tiny_model_directory)), tmp_path / "run" / "adapter").warnings == ()
+
+
+def test_no_checkpoint_takes_the_room_of_the_result(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorakit.train import space
+
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: SimpleNamespace(total=0, used=0, free=300_000))
+    assert train(r=4) == 0
+    assert "would leave no room for the adapter that the run ends with" in capsys.readouterr().out
+    assert checkpoint.checkpoints(tmp_path / "run") == []
+    assert _record(tmp_path / "run")["status"] == "finished"
+
+
+@needs_limits
 def test_an_interruption_without_room_for_its_checkpoint_says_so(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -75,8 +75,8 @@ def test_tokenizing_is_told_from_time_to_time(monkeypatch: pytest.MonkeyPatch) -
         for done in range(25):
             progress.reading("training data", done * 10_000_000, 240_000_000)
     assert stream.getvalue().splitlines() == [
-        "tokenizing training data: 90 of 240 MB (38%)",
-        "tokenizing training data: 190 of 240 MB (79%)",
+        "tokenizing training data: 100 of 240 MB (42%)",
+        "tokenizing training data: 200 of 240 MB (83%)",
     ]
 
 

@@ -127,8 +127,7 @@ def finish(ready: Ready, ending: str, seconds: float) -> RunResult:
     adapter = step = None
     if ending != "interrupted":
         step, source = _chosen(ready, notes)
-        card = model_card(_card_facts(ready, step))
-        adapter = publish_adapter(source, request.folder, partial(write_tokenizer, request.tokenizer), card)
+        adapter = _publish(ready, step, source, notes)
         if source == adapter_only.place(request.folder, step):
             shutil.rmtree(source, ignore_errors=True)
         notes.append(plot_loss(request.folder, f"{request.source.base_name}: loss over the steps"))
@@ -244,6 +243,19 @@ def _chosen(ready: Ready, notes: list[str]) -> tuple[int, Path]:
         notes.append(f"{cause} {ADAPTER_FOLDER} is of {path.name} instead.")
         return step, path
     return wanted, whole
+
+
+def _publish(ready: Ready, step: int, source: Path, notes: list[str]) -> Path:
+    """Publish the adapter; if the disk has no room for the base's own tokenizer, without that."""
+    request, card = ready.request, model_card(_card_facts(ready, step))
+    try:
+        return publish_adapter(source, request.folder, partial(write_tokenizer, request.tokenizer), card)
+    except DiskError as cause:
+        if request.forecast.new_tokens is not None:  # the base's own tokenizer does not know them
+            raise
+        adapter = publish_adapter(source, request.folder, lambda folder: None, card)
+        notes.append(f"{cause} {adapter} was saved without its tokenizer, which is that of the base.")
+        return adapter
 
 
 def _resumed_from(folder: Path) -> int | None:

@@ -53,7 +53,7 @@ class PlainProgress:
         self._stream = stream
         self._total = self._first = self._last_step = 0
         self._shown = self._started = float("-inf")
-        self._read = time.monotonic()
+        self._read: float | None = None
 
     def __enter__(self) -> PlainProgress:
         return self
@@ -66,7 +66,9 @@ class PlainProgress:
     def reading(self, what: str, done: int, total: int) -> None:
         """Print how far it is, if the last line is old enough."""
         now = time.monotonic()
-        if now - self._read >= PLAIN_SECONDS:
+        if self._read is None or done == total:
+            self._read = None if done == total else now
+        elif now - self._read >= PLAIN_SECONDS:
             self._read = now
             self.say(f"tokenizing {what}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({done / total:.0%})")
 

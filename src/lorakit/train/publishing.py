@@ -74,7 +74,7 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     try:
         tokenizer.save_pretrained(folder)
     except Exception as cause:  # tokenizers raises a plain Exception on a full disk
-        raise DiskError(f"{folder}: the tokenizer cannot be written ({' '.join(str(cause).split())}).") from cause
+        raise DiskError(f"The tokenizer cannot be written ({' '.join(str(cause).split())}).") from cause
 
 
 def plot_loss(folder: Path, title: str) -> str:

@@ -29,7 +29,7 @@ from lorakit.train.readying import ADAPTER, Ready, make_ready
 from lorakit.train.record import write_record
 from lorakit.train.request import check
 from lorakit.train.settings import TrainSettings
-from lorakit.train.space import check_space
+from lorakit.train.space import Space, check_checkpoint, check_space, needed
 from lorakit.train.state import TrainState, environment, random_state, restore_random_state
 
 __all__ = ["RunResult", "run"]
@@ -60,12 +60,13 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
             request = check(settings, progress)
             held.callback(release, request.lock)
             ready = make_ready(request, progress)
-            for line in check_space(ready):
+            space = needed(ready)
+            for line in check_space(ready, space):
                 progress.say(line)
         held.enter_context(choices.acting(ready.choices))
         _begin(ready)
         with _failure_recorded(ready):
-            ending = _train(ready, progress)
+            ending = _train(ready, space, progress)
             return finish(ready, ending, time.perf_counter() - began)
 
 
@@ -96,7 +97,7 @@ def _begin(ready: Ready) -> None:
     write_record(folder, record(ready, "running"))
 
 
-def _train(ready: Ready, progress: Progress) -> str:
+def _train(ready: Ready, space: Space, progress: Progress) -> str:
     return Loop(
         trainee=ready.trainee,
         loader=ready.batches.loader,
@@ -104,7 +105,7 @@ def _train(ready: Ready, progress: Progress) -> str:
         schedule=ready.schedule,
         pace=ready.pace,
         state=ready.state,
-        save=lambda state: _save(ready, state, progress),
+        save=lambda state: _save(ready, state, space, progress),
         folder=ready.request.folder,
         progress=progress,
         kept=(ready.state.step, ready.state.evaluated_step) if ready.found.path else (-1, -1),
@@ -126,8 +127,8 @@ def _failure_recorded(ready: Ready) -> Iterator[None]:
         raise cause
 
 
-def _save(ready: Ready, state: TrainState, progress: Progress) -> Path | None:
-    """Save a checkpoint, or, where that does not fit, the adapter alone and None."""
+def _save(ready: Ready, state: TrainState, space: Space, progress: Progress) -> Path | None:
+    """Save a checkpoint, or, if that does not fit, the adapter alone and None."""
     request, trainee = ready.request, ready.trainee
     tensors, plain = random_state()
     snapshot = checkpoint.Snapshot(
@@ -154,6 +155,7 @@ def _save(ready: Ready, state: TrainState, progress: Progress) -> Path | None:
 
     folder = request.folder
     try:
+        check_checkpoint(folder, space)
         path = checkpoint.save(folder, snapshot, write_adapter)
     except DiskError as cause:
         adapter_only.save(folder, state.step, state.best_step, write_adapter)

@@ -16,6 +16,7 @@ from lorakit.plan.text import bytes_text
 from lorakit.train.checkpoint import checkpoints
 from lorakit.train.preparing import run_files
 from lorakit.train.readying import ADAPTER, Ready
+from lorakit.train.request import Request
 
 _MOMENT_BYTES = 2 * 4
 _FOLDER_BYTES = 64 << 10  # configs, manifests, random generators, the model card
@@ -53,11 +54,12 @@ class Space:
         return self.kept * self.checkpoint + max(self.writing * self.checkpoint, self.adapter) + self.log
 
 
-def check_space(ready: Ready) -> list[str]:
+def check_space(ready: Ready, space: Space) -> list[str]:
     """Compare what a run needs with what is free; nothing is changed.
 
     Args:
         ready: The run, before its first step.
+        space: What it needs.
 
     Returns:
         A warning if not all checkpoints fit.
@@ -65,7 +67,7 @@ def check_space(ready: Ready) -> list[str]:
     Raises:
         DiskError: Not even the adapter fits.
     """
-    folder, space = ready.request.folder, needed(ready)
+    folder = ready.request.folder
     free = shutil.disk_usage(folder).free
     if ready.request.settings.overwrite:
         free += bytes_of(run_files(folder))
@@ -78,9 +80,27 @@ def check_space(ready: Ready) -> list[str]:
     if free < space.whole:
         return [
             f"warning: {folder}: the checkpoints may not all fit: {bytes_text(space.whole)} are needed "
-            f"({bytes_text(space.checkpoint)} each), and {there}. Where one does not fit, the adapter alone is saved."
+            f"({bytes_text(space.checkpoint)} each), and {there}. If one does not fit, the adapter alone is saved."
         ]
     return []
+
+
+def check_checkpoint(folder: Path, space: Space) -> None:
+    """Check that a checkpoint leaves room for the result of the run.
+
+    Args:
+        folder: The run folder.
+        space: What the run needs.
+
+    Raises:
+        DiskError: It does not.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < space.checkpoint + space.least:
+        raise DiskError(
+            f"{folder}: a checkpoint of {bytes_text(space.checkpoint)} would leave no room for the adapter that the "
+            f"run ends with ({bytes_text(space.least)}): {bytes_text(free)} are free."
+        )
 
 
 def needed(ready: Ready) -> Space:
@@ -93,7 +113,7 @@ def needed(ready: Ready) -> Space:
     tensors = saved_form(ready.trainee.model, ADAPTER).tensors
     adapter = sum(tensor.numel() * tensor.element_size() + _HEADER_BYTES for tensor in tensors.values())
     moments = sum(_MOMENT_BYTES * p.numel() + 3 * _HEADER_BYTES for _, p in ready.trainee.named)
-    tokenizer = _tokenizer_bytes(Path(request.source.path_or_id))
+    tokenizer = _tokenizer_bytes(request)
     of_checkpoint = adapter + moments + _FOLDER_BYTES + (tokenizer if request.forecast.new_tokens else 0)
     steps = max(0, pace.total_steps - ready.state.step)
     evaluated = ready.batches.held_out is not None
@@ -115,7 +135,10 @@ def bytes_of(paths: Iterable[Path]) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _tokenizer_bytes(source: Path) -> int:
-    """The tokenizer's files in a model's directory; 0 for a model that is no directory here."""
-    found = {path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)} if source.is_dir() else set()
-    return bytes_of(found)
+def _tokenizer_bytes(request: Request) -> int:
+    """The tokenizer's files in the model's directory, or, of a model elsewhere, its own text."""
+    source = Path(request.source.path_or_id)
+    if source.is_dir():
+        return bytes_of({path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)})
+    backend = getattr(request.tokenizer, "backend_tokenizer", None)
+    return 0 if backend is None else len(backend.to_str(pretty=True).encode())
