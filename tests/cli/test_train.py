@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lorakit import cli, core, hub
-from lorakit.errors import DiskError
-from lorakit.train import checkpoint, loop, running
+from lorakit.data import encoding as records_encoding
+from lorakit.train import checkpoint, loop
 from lorakit.train.evaluation import Evaluation
 from lorakit.train.metrics import EVAL_FIELDS, TRAIN_FIELDS
 
@@ -248,6 +250,37 @@ def _signal_in_step(monkeypatch: pytest.MonkeyPatch, number: int, step: int, tim
     monkeypatch.setattr(loop, "train_step", step_with_signal)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_signal_while_data_is_read(
+    train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    there: bool,
+) -> None:
+    folder = tmp_path / "run"
+    if there:
+        assert train(max_steps=1) == 0
+    before = _files(tmp_path)
+    real = records_encoding.token_parts
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return real(*arguments)
+
+    monkeypatch.setattr(records_encoding, "token_parts", signalled)
+    capsys.readouterr()
+    assert train(*(["--overwrite"] if there else [])) == 130
+    assert capsys.readouterr().err == f"error: interrupted before the first step; {folder} is as it was\n"
+    assert _files(tmp_path) == before
+    assert folder.exists() is there
+    monkeypatch.setattr(records_encoding, "token_parts", real)
+    assert train("--overwrite", max_steps=1) == 0  # nothing holds the folder
+
+
 def test_resume_passes_over_damage_and_says_so(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -441,22 +474,133 @@ def test_a_base_that_holds_nan(
     assert "No checkpoint had been saved yet." in err
 
 
-def test_a_disk_that_fills_up_while_training(
+@contextlib.contextmanager
+def _no_file_above(size: int) -> Iterator[None]:
+    """The system refuses to let a file grow larger (EFBIG): a disk on which some files fit and others do not."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# at r 16 on the tiny model the adapter has 66 kB and the optimizer twice as much
+needs_limits = pytest.mark.skipif(os.name != "posix", reason="RLIMIT_FSIZE")
+
+
+@needs_limits
+def test_checkpoints_that_do_not_fit_leave_adapters(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model_directory: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert train(r=16, save_steps=2, output_dir=tmp_path / "whole") == 0
+    with _no_file_above(100_000):
+        assert train(r=16, save_steps=2) == 0
+    out = capsys.readouterr().out
+    assert "warning: " in out
+    assert f"Saved in {folder}: adapter-only-2 (the adapter alone)." in out
+    assert "Finished at step 4 of 4" in out
+    assert _record(folder)["status"] == "finished"
+    assert checkpoint.checkpoints(folder) == []
+    assert not list(folder.glob(".lorakit-tmp-*"))
+    assert not list(folder.glob("adapter-only-*"))  # the best, which was the last, was published
+    name = "adapter/adapter_model.safetensors"
+    assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert core.load_adapter(hub.load_model(str(tiny_model_directory)), folder / "adapter").warnings == ()
+    assert len([row for row in _rows(folder) if "loss" in row]) == 4
+
+
+@needs_limits
+def test_a_disk_that_fills_up_keeps_the_good_checkpoint_and_the_best_adapter(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = checkpoint.save
-
-    def full(folder: Path, snapshot: checkpoint.Snapshot, write: Any) -> Path:
-        if snapshot.state.step < 3:
-            return real(folder, snapshot, write)
-        raise DiskError(f"{folder / 'checkpoint-3'}: cannot be written (No space left on device); the earlier stand.")
-
-    monkeypatch.setattr(running.checkpoint, "save", full)
-    assert train(save_steps=1) == 1
-    assert "checkpoint-3: cannot be written (No space left on device)" in capsys.readouterr().err
+    _losses(monkeypatch, 2.0, 1.9, 1.5, 1.7, 1.8)
+    assert train(r=16, max_steps=1, eval_steps=1) == 0
     folder = tmp_path / "run"
-    assert checkpoint.newest_good(folder).path == folder / "checkpoint-2"
+    again = ["train", "--output-dir", str(folder), "--resume", "--max-steps", "4", "--save-steps", "1"]
+    capsys.readouterr()
+    with _no_file_above(100_000):
+        assert cli.main(again) == 0
+    out = capsys.readouterr().out
+    assert f"Saved in {folder}: checkpoint-1 (complete, for --resume), adapter-only-2 (the adapter alone)." in out
+    assert _record(folder)["result"]["adapter_step"] == 2
+    assert checkpoint.newest_good(folder).path == folder / "checkpoint-1"
+    assert [path.name for path in sorted(folder.glob("adapter-only-*"))] == ["adapter-only-4"]
+
+
+@needs_limits
+def test_a_disk_that_takes_no_adapter_either(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    with _no_file_above(50_000):
+        assert train(r=16, save_steps=2) == 1
+    err = capsys.readouterr().err
+    assert "adapter-only-1" in err or "adapter-only-2" in err
+    assert f"Saved in {folder}: no checkpoint and no adapter." in err
     assert _record(folder)["status"] == "failed"
+    assert _record(folder)["error"]["code"] == "LORA-E100"
+    assert {path.name for path in folder.iterdir()} == {"run.json", "metrics.jsonl"}
+
+
+@needs_limits
+def test_a_tokenizer_that_does_not_fit_costs_only_itself(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model_directory: Path
+) -> None:
+    size = (tiny_model_directory / "tokenizer.json").stat().st_size
+    with _no_file_above(size - 1):
+        assert train(r=1, max_steps=1, eval_fraction=0, target_modules=["q_proj"]) == 0
+    assert "was saved without its tokenizer, which is that of the base." in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "run" / "adapter").iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert "tokenizer.json" not in names
+    assert core.load_adapter(hub.load_model(str(tiny_model_directory)), tmp_path / "run" / "adapter").warnings == ()
+
+
+def test_no_checkpoint_takes_the_room_of_the_result(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorakit.train import space
+
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: SimpleNamespace(total=0, used=0, free=300_000))
+    assert train(r=4) == 0
+    assert "would leave no room for the adapter that the run ends with" in capsys.readouterr().out
+    assert checkpoint.checkpoints(tmp_path / "run") == []
+    assert _record(tmp_path / "run")["status"] == "finished"
+
+
+@needs_limits
+def test_an_interruption_without_room_for_its_checkpoint_says_so(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _signal_in_step(monkeypatch, signal.SIGTERM, step=2, times=1)
+    with _no_file_above(100_000):
+        assert train(r=16, save_steps=100, eval_steps=100) == 130
+    out = capsys.readouterr().out
+    assert "a checkpoint is kept" not in out
+    assert "adapter-only-2 (the adapter alone)" in out
+    assert "From the beginning it goes on with" in out
+    assert _record(tmp_path / "run")["result"]["checkpoint_step"] is None
+
+
+@pytest.mark.parametrize(("free", "code"), [(1_000, 1), (600_000, 0), (10**9, 0)])
+def test_free_space_is_looked_at_before_the_first_step(
+    train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    free: int,
+    code: int,
+) -> None:
+    from lorakit.train import space
+
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: SimpleNamespace(total=0, used=0, free=free))
+    assert train(r=16) == code
+    captured = capsys.readouterr()
+    assert ("the disk is too full for this run" in captured.err) is (free == 1_000)
+    assert ("the checkpoints may not all fit" in captured.out) is (free == 600_000)
+    assert (tmp_path / "run").exists() is (code == 0)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from lorakit.train import interrupts
-from lorakit.train.interrupts import Interrupts
+from lorakit.train.interrupts import Interrupts, stoppable
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -53,7 +53,7 @@ if "before" in sys.argv:  # as in a program that sets a handler and then starts 
     import _signal
     assert signal.getsignal(signal.SIGTERM) is None
 from lorakit.train import interrupts
-from lorakit.train.interrupts import Interrupts
+from lorakit.train.interrupts import Interrupts, stoppable
 for _ in range(2):
     with Interrupts() as interrupts:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -77,3 +77,27 @@ def test_a_handler_that_can_be_neither_read_nor_restored_stays(monkeypatch: pyte
     monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("replaced"))
     with Interrupts() as found:
         assert not found.requested
+
+
+def test_sigterm_stops_a_block_and_acts_as_before_after_it() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(KeyboardInterrupt), stoppable():
+            with Interrupts() as found:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert found.requested
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_program_that_handles_sigterm_goes_on_doing_so() -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with stoppable():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert seen == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -59,8 +59,38 @@ def test_anything_else_gets_lines() -> None:
 
 def test_silence_takes_everything() -> None:
     with Silence() as progress:
+        progress.reading("x", 0, 1)
         progress.begin(0, 1)
         progress.busy("x")
         progress.train_row(_row(1))
         progress.eval_row(EVALUATION)
         progress.say("x")
+
+
+def test_tokenizing_is_told_from_time_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    clock = iter(range(1000))
+    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
+    with PlainProgress(stream) as progress:
+        for done in range(25):
+            progress.reading("training data", done * 10_000_000, 240_000_000)
+    assert stream.getvalue().splitlines() == [
+        "tokenizing training data: 100 of 240 MB (42%)",
+        "tokenizing training data: 200 of 240 MB (83%)",
+    ]
+
+
+def test_a_terminal_gets_a_bar_of_bytes_that_goes() -> None:
+    stream = Terminal()
+    with progress_for(stream) as progress:
+        progress.reading("small data", 10, 100)
+        assert stream.getvalue() == ""
+        progress.reading("training data", 1_000_000, 4_000_000)
+        progress.reading("training data", 3_000_000, 4_000_000)
+        progress.say("a note")
+        progress.reading("training data", 4_000_000, 4_000_000)
+        progress.begin(0, 1)
+        progress.train_row(_row(1))
+    text = stream.getvalue()
+    for part in ("tokenizing training data", "/4.0 MB", "a note", "1/1"):
+        assert part in text

@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code = _dispatch(tokens)
             sys.stdout.flush()
-        except KeyboardInterrupt:
-            return console.failure("interrupted", 130, as_json=as_json)
+        except KeyboardInterrupt as stop:
+            return console.failure(str(stop) or "interrupted", 130, as_json=as_json)
         except BrokenPipeError:
             _discard_stdout()
             return 141

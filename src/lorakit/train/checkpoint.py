@@ -81,7 +81,7 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
         The checkpoint's folder.
 
     Raises:
-        DiskError: The disk refuses; the checkpoints that stood there still stand.
+        DiskError: The disk refuses; checkpoints that are there already are unchanged, and no part of this one is left.
     """
     final = folder / f"checkpoint-{snapshot.state.step}"
     plain = {
@@ -100,7 +100,7 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
             durable.write_bytes(temporary / MANIFEST, _manifest(temporary))
     except DiskError as cause:
         reason = getattr(cause.__cause__, "strerror", None) or str(cause)
-        raise DiskError(f"{final}: cannot be written ({reason}); the earlier checkpoints still stand.") from cause
+        raise DiskError(f"{final}: cannot be written ({reason}).") from cause
     return final
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lorakit import hub
-from lorakit.errors import RunError
+from lorakit.errors import DiskError, RunError
 from lorakit.plan.text import bytes_text
-from lorakit.train import checkpoint
+from lorakit.train import adapter_only, checkpoint
 from lorakit.train.memory import peak_rss_bytes
 from lorakit.train.preparing import ADAPTER_FOLDER
-from lorakit.train.publishing import model_card, plot_loss, publish_adapter
+from lorakit.train.publishing import model_card, plot_loss, publish_adapter, write_tokenizer
 from lorakit.train.readying import Ready
 from lorakit.train.record import versions, write_record
 
@@ -45,6 +47,7 @@ class RunResult:
         dtype: Precision of the base.
         plan: What was planned, as `Plan.as_dict()` gives it.
         notes: Sentences a person should read.
+        checkpoint_step: The step that `--resume` goes on from after an interruption; None without one.
     """
 
     folder: Path
@@ -65,14 +68,12 @@ class RunResult:
     dtype: str
     plan: dict[str, Any]
     notes: tuple[str, ...]
+    checkpoint_step: int | None = None
 
     def lines(self) -> list[str]:
         """The result as sentences for a person."""
         if self.ending == "interrupted":
-            return [
-                f"Interrupted at step {self.steps} of {self.total_steps}; a checkpoint is kept. "
-                f"Go on with: lorakit train --output-dir {self.folder} --resume"
-            ]
+            return self._interrupted()
         told = "Stopped early" if self.ending == "stopped early" else "Finished"
         planned = (self.plan.get("lora") or {}).get("tokens_per_second")
         beside = f" (planned {planned:,.0f})" if planned else ""
@@ -85,6 +86,17 @@ class RunResult:
             f"{bytes_text(self.base_bytes)} of the base; {self.trainable_parameters:,} trained of "
             f"{self.total_parameters:,}, {share:.2%}).",
             *self.notes,
+        ]
+
+    def _interrupted(self) -> list[str]:
+        again = f"lorakit train --output-dir {self.folder} --resume"
+        where = f"Interrupted at step {self.steps} of {self.total_steps}"
+        if self.checkpoint_step == self.steps:
+            return [f"{where}; a checkpoint is kept. Go on with: {again}"]
+        whence = "the beginning" if self.checkpoint_step is None else f"step {self.checkpoint_step}"
+        return [
+            f"{where}; its checkpoint could not be saved. {adapter_only.account(self.folder)}",
+            f"From {whence} it goes on with: {again}",
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -114,10 +126,10 @@ def finish(ready: Ready, ending: str, seconds: float) -> RunResult:
     notes = list(ready.notes)
     adapter = step = None
     if ending != "interrupted":
-        step = _chosen_step(ready, notes)
-        card = model_card(_card_facts(ready, step))
-        source = request.folder / f"checkpoint-{step}"
-        adapter = publish_adapter(source, request.folder, ready.request.tokenizer.save_pretrained, card)
+        step, source = _chosen(ready, notes)
+        adapter = _publish(ready, step, source, notes)
+        if source == adapter_only.place(request.folder, step):
+            shutil.rmtree(source, ignore_errors=True)
         notes.append(plot_loss(request.folder, f"{request.source.base_name}: loss over the steps"))
         if state.best_loss is not None and state.first_loss is not None and state.best_loss >= state.first_loss:
             notes.append("The adapter is no better than the base on the held-out data: do not use it as it is.")
@@ -140,8 +152,12 @@ def finish(ready: Ready, ending: str, seconds: float) -> RunResult:
         dtype=ready.planned.dtype,
         plan=dict(ready.planned.values),
         notes=tuple(notes),
+        checkpoint_step=_resumed_from(request.folder) if ending == "interrupted" else None,
     )
-    write_record(request.folder, {**record(ready, ending), "result": result.as_dict()})
+    try:
+        write_record(request.folder, {**record(ready, ending), "result": result.as_dict()})
+    except DiskError as cause:  # what the run came to is saved all the same
+        return dataclasses.replace(result, notes=(*result.notes, f"{cause} It does not say how the run ended."))
     return result
 
 
@@ -207,19 +223,44 @@ def adapter_facts(ready: Ready) -> dict[str, Any]:
     }
 
 
-def _chosen_step(ready: Ready, notes: list[str]) -> int:
-    """The step whose checkpoint becomes `adapter/`: the best by evaluation loss, else the last."""
+def _chosen(ready: Ready, notes: list[str]) -> tuple[int, Path]:
+    """The step that becomes `adapter/`, the best by evaluation loss, else the last, and where its adapter is."""
     folder, state = ready.request.folder, ready.state
     wanted = state.best_step or state.step
+    whole = folder / f"checkpoint-{wanted}"
     try:
-        checkpoint.verify(folder / f"checkpoint-{wanted}")
+        checkpoint.verify(whole)
     except RunError as cause:
-        found = checkpoint.newest_good(folder)
-        if found.path is None:
+        alone = adapter_only.saved(folder)
+        if adapter_only.place(folder, wanted) in alone:
+            return wanted, adapter_only.place(folder, wanted)
+        good = checkpoint.newest_good(folder).path
+        found = [(checkpoint.step_of(good), good)] if good else []
+        found += [(adapter_only.step_of(path), path) for path in alone]
+        if not found:
             raise
-        notes.append(f"{cause} {ADAPTER_FOLDER} is of {found.path.name} instead.")
-        return int(found.path.name.removeprefix("checkpoint-"))
-    return wanted
+        step, path = max(found)
+        notes.append(f"{cause} {ADAPTER_FOLDER} is of {path.name} instead.")
+        return step, path
+    return wanted, whole
+
+
+def _publish(ready: Ready, step: int, source: Path, notes: list[str]) -> Path:
+    """Publish the adapter; if the disk has no room for the base's own tokenizer, without that."""
+    request, card = ready.request, model_card(_card_facts(ready, step))
+    try:
+        return publish_adapter(source, request.folder, partial(write_tokenizer, request.tokenizer), card)
+    except DiskError as cause:
+        if request.forecast.new_tokens is not None:  # the base's own tokenizer does not know them
+            raise
+        adapter = publish_adapter(source, request.folder, lambda folder: None, card)
+        notes.append(f"{cause} {adapter} was saved without its tokenizer, which is that of the base.")
+        return adapter
+
+
+def _resumed_from(folder: Path) -> int | None:
+    found = checkpoint.newest_good(folder).path
+    return None if found is None else checkpoint.step_of(found)
 
 
 def _card_facts(ready: Ready, step: int) -> Mapping[str, Any]:

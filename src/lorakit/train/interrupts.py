@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -32,26 +33,16 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: dict[int, tuple[Any, Any]] = {}
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                handler, action = signal.getsignal(number), _action(number)
-                if handler is not None or action is not None:
-                    self._before[number] = (handler, action)
-                    signal.signal(number, self._receive)
+        self._held.enter_context(_handled(_SIGNALS, self._receive))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, (handler, action) in self._before.items():
-            # Python has no value for "set from C": its own table says SIG_DFL then, and the action is the one of before
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-            if action is not None:
-                _sigaction(number, action, None)
-        self._before = {}
+        self._held.close()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
@@ -59,6 +50,37 @@ class Interrupts:
         self.requested = True
         with contextlib.suppress(OSError):
             os.write(2, _ANSWER)  # past Python's buffers: they may be in use where the signal came
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """A block in which SIGTERM raises `KeyboardInterrupt`, as Ctrl-C does, if nothing else handles it."""
+    numbers = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+    with _handled(numbers, _stop):
+        yield
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _handled(numbers: Iterable[int], receive: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """A block in which a function handles signals; afterwards those of before do."""
+    before: dict[int, tuple[Any, Any]] = {}
+    try:
+        for number in numbers if threading.current_thread() is threading.main_thread() else ():
+            handler, action = signal.getsignal(number), _action(number)
+            if handler is not None or action is not None:
+                before[number] = (handler, action)
+                signal.signal(number, receive)
+        yield
+    finally:
+        for number, (handler, action) in before.items():
+            # Python has no value for "set from C": its table says SIG_DFL then, but the action is the one of before
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            if action is not None:
+                _sigaction(number, action, None)
 
 
 def _action(number: int) -> Any | None:

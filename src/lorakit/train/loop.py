@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lorakit.data import Batch, Loader
 from lorakit.errors import NonFiniteError, RunError
@@ -58,7 +59,7 @@ class Loop:
         schedule: Learning rate by step.
         pace: How long and how often.
         state: Where the run stands; changed as it goes on.
-        save: Keeps a checkpoint of the state and returns its folder.
+        save: Saves a checkpoint of the state and returns its folder; None if the disk took the adapter alone.
         folder: The run folder.
         progress: Where to report to.
         kept: Step and evaluated step of the newest checkpoint, or (-1, -1).
@@ -70,7 +71,7 @@ class Loop:
     schedule: Schedule
     pace: Pace
     state: TrainState
-    save: Callable[[TrainState], Path]
+    save: Callable[[TrainState], Path | None]
     folder: Path
     progress: Progress
     kept: tuple[int, int] = (-1, -1)
@@ -79,7 +80,8 @@ class Loop:
         """Go on to the end.
 
         Returns:
-            "finished", "stopped early" or "interrupted"; a checkpoint of the last step is kept in every case.
+            "finished", "stopped early" or "interrupted"; a checkpoint of the last step has been saved in every case, or
+            its adapter alone.
 
         Raises:
             NonFiniteError: A loss or gradient became NaN or infinite; the message names the last good checkpoint.
@@ -137,8 +139,13 @@ class Loop:
             "eval_perplexity": found.perplexity,
             "eval_tokens": found.tokens,
         }
-        log.append(row)
+        self._log(log, row)
         self.progress.eval_row(row)
+
+    def _log(self, log: MetricsLog, row: dict[str, Any]) -> None:
+        log.append(row)
+        if len(log.waiting) == 1:
+            self.progress.say(f"warning: {log.path}: the disk is full; rows wait in memory until they fit.")
 
     def _keep(self, log: MetricsLog, always: bool) -> None:
         """Save where it is due: at the interval, at a new best step, and at the end."""
@@ -150,8 +157,8 @@ class Loop:
         self.progress.busy("saving")
         log.sync()
         state.data = self.loader.state()
-        self.save(state)
-        self.kept = now
+        if self.save(state) is not None:
+            self.kept = now
 
     def _step(self, log: MetricsLog) -> None:
         state, began = self.state, time.perf_counter()
@@ -169,7 +176,7 @@ class Loop:
         state.trained_tokens += result.trained_tokens
         state.seconds += seconds
         row = self._row(result, rate, seconds)
-        log.append(row)
+        self._log(log, row)
         self.progress.train_row(row)
 
     def _batches(self) -> list[Batch]:

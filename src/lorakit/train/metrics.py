@@ -5,6 +5,7 @@ Knows the rows' fields and the file; `lorakit.report.runs` reads it back.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -30,8 +31,17 @@ TRAIN_FIELDS = (
 EVAL_FIELDS = ("step", "eval_loss", "eval_perplexity", "eval_tokens")
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 class MetricsLog:
     """Appends whole lines to `metrics.jsonl`; a crash can only tear the last one, which readers drop.
+
+    On a full disk rows wait in memory and are written with the next one that fits.
+
+    Attributes:
+        path: The file.
+        waiting: Rows that have not been written, as lines.
 
     Raises:
         DiskError: The file cannot be opened or written.
@@ -43,6 +53,7 @@ class MetricsLog:
             self._file = self.path.open("ab", buffering=0)
         except OSError as cause:
             raise DiskError(f"{self.path}: cannot be opened for writing ({cause.strerror}).") from cause
+        self.waiting: list[bytes] = []
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -50,7 +61,10 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        try:
+            self._write()
+        finally:
+            self._file.close()
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row.
@@ -59,14 +73,23 @@ class MetricsLog:
             row: Exactly the fields of `TRAIN_FIELDS` or `EVAL_FIELDS`, all finite.
 
         Raises:
-            DiskError: The disk refuses.
+            DiskError: The disk refuses, and not because it is full.
             ValueError: A value is NaN or infinite.
         """
-        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        self.waiting.append(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._write()
+
+    def _write(self) -> None:
+        whole, lines = self._file.tell(), b"".join(self.waiting)
         try:
-            self._file.write(line)
+            written = self._file.write(lines)
+            if written == len(lines):
+                self.waiting.clear()
+            else:
+                self._file.truncate(whole)  # a part of a row must not be followed by another
         except OSError as cause:
-            raise DiskError(f"{self.path}: cannot be written ({cause.strerror}).") from cause
+            if cause.errno not in _FULL:
+                raise DiskError(f"{self.path}: cannot be written ({cause.strerror}).") from cause
 
     def sync(self) -> None:
         """Flush to the disk, so that a checkpoint never knows of a row that a power cut takes away.

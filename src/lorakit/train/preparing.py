@@ -9,17 +9,19 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from lorakit import durable
 from lorakit.data import (
+    AnyRecords,
     Batch,
     DataReport,
     Encoded,
     Loader,
-    Records,
+    StoredRecords,
     Tokenizer,
     by_length,
     encode,
@@ -29,8 +31,10 @@ from lorakit.data import (
 )
 from lorakit.errors import DataError, DiskError, NotYetSupported, RunError, UsageError
 from lorakit.report.runs import METRICS_FILE, RUN_FILE
+from lorakit.train import adapter_only
 from lorakit.train.checkpoint import checkpoints
 from lorakit.train.lock import claim, refuse_live, release
+from lorakit.train.progress import Progress, Silence
 from lorakit.train.record import refuse_second_run
 from lorakit.train.settings import TrainSettings
 
@@ -48,8 +52,8 @@ class RunData:
         note: A sentence on what is held out, or why nothing is.
     """
 
-    train: Records
-    held_out: Records
+    train: AnyRecords
+    held_out: AnyRecords
     note: str
 
 
@@ -161,7 +165,13 @@ def claim_place(folder: Path) -> int:
 def holds_run(folder: Path) -> bool:
     """Whether a folder holds a run, or what is left of one."""
     names = (RUN_FILE, METRICS_FILE, ADAPTER_FOLDER)
-    return any((folder / name).exists() for name in names) or bool(checkpoints(folder))
+    return any((folder / name).exists() for name in names) or bool(checkpoints(folder) or adapter_only.saved(folder))
+
+
+def run_files(folder: Path) -> list[Path]:
+    """Return what a run has written into a folder, the record last; some of it may not be there."""
+    found = [*checkpoints(folder), *adapter_only.saved(folder), *sorted(folder.glob("damaged-checkpoint-*"))]
+    return found + [folder / name for name in (ADAPTER_FOLDER, PLOT_FILE, METRICS_FILE, RUN_FILE)]
 
 
 def remove_run(folder: Path) -> None:
@@ -173,10 +183,8 @@ def remove_run(folder: Path) -> None:
     Raises:
         DiskError: The disk refuses.
     """
-    doomed = [*checkpoints(folder), *sorted(folder.glob("damaged-checkpoint-*"))]
-    doomed += [folder / name for name in (ADAPTER_FOLDER, PLOT_FILE, METRICS_FILE, RUN_FILE)]
     try:
-        for path in doomed:
+        for path in run_files(folder):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -205,7 +213,9 @@ def read_data(settings: TrainSettings) -> RunData:
     return RunData(parted.train, parted.held_out, parted.note)
 
 
-def make_batches(settings: TrainSettings, data: RunData, tokenizer: Tokenizer, max_length: int) -> RunBatches:
+def make_batches(
+    settings: TrainSettings, data: RunData, tokenizer: Tokenizer, max_length: int, progress: Progress | None = None
+) -> RunBatches:
     """Encode the records and set up the loaders.
 
     Args:
@@ -213,6 +223,7 @@ def make_batches(settings: TrainSettings, data: RunData, tokenizer: Tokenizer, m
         data: The records.
         tokenizer: The model's.
         max_length: Longest row, in tokens.
+        progress: Shows how far tokenizing is; None is silent.
 
     Returns:
         Loader, evaluation batches and reports.
@@ -221,15 +232,27 @@ def make_batches(settings: TrainSettings, data: RunData, tokenizer: Tokenizer, m
         DataError: No token is left to train or to evaluate on.
     """
     rows, pad = settings.per_device_train_batch_size, padding_id(tokenizer)
-    train = encode(data.train, tokenizer, max_length)
+    progress = progress or Silence()
+    train = encode(data.train, tokenizer, max_length, _watch(progress, "training data", data.train))
     loader = Loader(train.sequences, rows, settings.seed, pad_id=pad)
     if not data.held_out:
         return RunBatches(loader, None, train.report, None)
     try:
-        held_out = encode(data.held_out, tokenizer, max_length)
+        watch = _watch(progress, "evaluation data", data.held_out)
+        held_out = encode(data.held_out, tokenizer, max_length, watch)
     except DataError as cause:
         raise DataError(f"In the evaluation data: {cause}") from cause
     return RunBatches(loader, evaluation_batches(held_out, rows, pad), train.report, held_out.report)
+
+
+def _watch(progress: Progress, what: str, records: AnyRecords) -> Callable[[int], None] | None:
+    if not isinstance(records, StoredRecords):
+        return None
+    return partial(_tell, progress, what, records.total_bytes)
+
+
+def _tell(progress: Progress, what: str, total: int, done: int) -> None:
+    progress.reading(what, done, total)
 
 
 def evaluation_batches(encoded: Encoded, rows: int, pad: int) -> Callable[[], Iterable[Batch]]:

@@ -16,6 +16,10 @@ PLAIN_SECONDS = 10.0
 """Plain lines come at most so often, but for the first, the last and evaluations."""
 
 
+LIVE_BYTES = 1_000_000
+"""Data of fewer bytes gets no bar of its own."""
+
+
 class Progress(Protocol):
     """Where a run reports to."""
 
@@ -24,6 +28,9 @@ class Progress(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+    def reading(self, what: str, done: int, total: int) -> None:
+        """Data is being tokenized: bytes done and bytes in all; called often."""
 
     def begin(self, step: int, total_steps: int) -> None:
         """The loop starts at a step."""
@@ -48,6 +55,7 @@ class PlainProgress:
         self._stream = stream
         self._total = self._first = self._last_step = 0
         self._shown = self._started = float("-inf")
+        self._read: float | None = None
 
     def __enter__(self) -> PlainProgress:
         return self
@@ -56,6 +64,15 @@ class PlainProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         return None
+
+    def reading(self, what: str, done: int, total: int) -> None:
+        """Print how far it is, if the last line is old enough."""
+        now = time.monotonic()
+        if self._read is None or done == total:
+            self._read = None if done == total else now
+        elif now - self._read >= PLAIN_SECONDS:
+            self._read = now
+            self.say(f"tokenizing {what}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({done / total:.0%})")
 
     def begin(self, step: int, total_steps: int) -> None:
         """Remember where the loop starts, for the time left."""
@@ -102,6 +119,7 @@ class LiveProgress:
             refresh_per_second=4,
         )
         self._task: Any = None
+        self._reading: Any = None
 
     def __enter__(self) -> LiveProgress:
         return self
@@ -109,9 +127,40 @@ class LiveProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end_reading()
         if self._task is not None:
             self._bar.update(self._task, description="done" if kind is None else "stopped")
             self._bar.stop()
+
+    def reading(self, what: str, done: int, total: int) -> None:
+        """Show a bar of bytes while there is more to read; small data is read before it could be seen."""
+        if self._reading is None and LIVE_BYTES <= total != done:
+            self._reading = self._reading_bar(what, total)
+        if self._reading is not None:
+            self._reading.update(self._reading.task_ids[0], completed=done)
+            if done == total:
+                self._end_reading()
+
+    def _reading_bar(self, what: str, total: int) -> Any:
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            DownloadColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+        )
+        bar = Bar(*columns, console=self._console, refresh_per_second=4, transient=True)
+        bar.add_task(f"tokenizing {what}", total=total)
+        bar.start()
+        return bar
+
+    def _end_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.stop()
+            self._reading = None
 
     def begin(self, step: int, total_steps: int) -> None:
         """Show the bar."""
@@ -146,6 +195,9 @@ class Silence:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         return None
+
+    def reading(self, what: str, done: int, total: int) -> None:
+        """Nothing."""
 
     def begin(self, step: int, total_steps: int) -> None:
         """Nothing."""

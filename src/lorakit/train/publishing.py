@@ -5,16 +5,18 @@ Knows the run folder; the adapter's files are those of the chosen checkpoint, ta
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lorakit import durable
-from lorakit.errors import MissingExtra
+from lorakit.errors import DiskError, MissingExtra
 from lorakit.report.plots import loss_plot
 from lorakit.report.runs import read_metrics
-from lorakit.train import checkpoint
+from lorakit.train import adapter_only, checkpoint
 from lorakit.train.preparing import ADAPTER_FOLDER, PLOT_FILE
 
 _OURS = {checkpoint.MANIFEST, checkpoint.STATE, checkpoint.OPTIMIZER, checkpoint.RANDOM}
@@ -29,7 +31,8 @@ def publish_adapter(source: Path, folder: Path, save_tokenizer: Callable[[Path],
     """Put the adapter of a checkpoint into `adapter/`, whole or not at all.
 
     Args:
-        source: The checkpoint; it has been verified.
+        source: The checkpoint, which has been verified, or an adapter alone, whose files are not copied but linked:
+            it was saved because the disk is full.
         folder: The run folder.
         save_tokenizer: Writes the tokenizer's files into a folder.
         card: Text of README.md.
@@ -44,10 +47,34 @@ def publish_adapter(source: Path, folder: Path, save_tokenizer: Callable[[Path],
     with durable.publish_directory(final, replace=True) as temporary:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.name not in _OURS:
-                shutil.copyfile(path, temporary / path.name)
+                _take(path, temporary / path.name, linked=adapter_only.step_of(source) >= 0)
         save_tokenizer(temporary)
         durable.write_text(temporary / "README.md", card)
     return final
+
+
+def _take(path: Path, target: Path, *, linked: bool) -> None:
+    if linked:
+        with contextlib.suppress(OSError):  # a file system without links
+            os.link(path, target)
+            return
+    shutil.copyfile(path, target)
+
+
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer's files.
+
+    Args:
+        tokenizer: Any transformers tokenizer.
+        folder: Where; it exists.
+
+    Raises:
+        DiskError: They cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as cause:  # tokenizers raises a plain Exception on a full disk
+        raise DiskError(f"The tokenizer cannot be written ({' '.join(str(cause).split())}).") from cause
 
 
 def plot_loss(folder: Path, title: str) -> str:
@@ -63,7 +90,7 @@ def plot_loss(folder: Path, title: str) -> str:
     path = folder / PLOT_FILE
     try:
         loss_plot(read_metrics(folder), path, title)
-    except MissingExtra as cause:
+    except (MissingExtra, DiskError) as cause:
         return str(cause)
     return f"Loss over the steps: {path}"
 

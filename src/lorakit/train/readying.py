@@ -98,7 +98,7 @@ def make_ready(request: Request, progress: Progress) -> Ready:
         LorakitError: Data, model or checkpoint cannot be used; the message says which and why.
     """
     settings = request.settings
-    batches = make_batches(settings, request.data, request.tokenizer, request.forecast.max_length)
+    batches = make_batches(settings, request.data, request.tokenizer, request.forecast.max_length, progress)
     _say_data(request, batches, progress)
     pace = make_pace(settings, batches)
     planned = planned_run(request, pace, lengths(batches.loader.sequences))

@@ -15,18 +15,21 @@ from pathlib import Path
 from lorakit import core
 from lorakit.errors import DiskError, LorakitError
 from lorakit.ops import choices
-from lorakit.train import checkpoint
+from lorakit.train import adapter_only, checkpoint
 from lorakit.train.ending import RunResult, adapter_facts, finish, record
+from lorakit.train.interrupts import stoppable
 from lorakit.train.lock import release
 from lorakit.train.loop import Loop
 from lorakit.train.metrics import cut
 from lorakit.train.optim import state_tensors
 from lorakit.train.preparing import remove_run
 from lorakit.train.progress import Progress, Silence
+from lorakit.train.publishing import write_tokenizer
 from lorakit.train.readying import ADAPTER, Ready, make_ready
 from lorakit.train.record import write_record
 from lorakit.train.request import check
 from lorakit.train.settings import TrainSettings
+from lorakit.train.space import Space, check_checkpoint, check_space, needed
 from lorakit.train.state import TrainState, environment, random_state, restore_random_state
 
 __all__ = ["RunResult", "run"]
@@ -47,18 +50,39 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
     Raises:
         LorakitError: Something cannot be done as asked; class and message say what. An older run has not been touched
             unless training had begun, and then its last good checkpoint stands.
-        KeyboardInterrupt: A signal came while loading, or a second one while training.
+        KeyboardInterrupt: A signal came while loading, or a second one while training. Before the first step nothing
+            of the run has been written; the message says so.
     """
     began = time.perf_counter()
     progress = progress or Silence()
-    with progress, _random_numbers_kept(), contextlib.ExitStack() as held:
-        request = check(settings, progress)
-        held.callback(release, request.lock)
-        ready = make_ready(request, progress)
+    with progress, stoppable(), _random_numbers_kept(), contextlib.ExitStack() as held:
+        with _nothing_left(Path(settings.output_dir)):
+            request = check(settings, progress)
+            held.callback(release, request.lock)
+            ready = make_ready(request, progress)
+            space = needed(ready)
+            for line in check_space(ready, space):
+                progress.say(line)
         held.enter_context(choices.acting(ready.choices))
         _begin(ready)
-        ending = _train(ready, progress)
-        return finish(ready, ending, time.perf_counter() - began)
+        with _failure_recorded(ready):
+            ending = _train(ready, space, progress)
+            return finish(ready, ending, time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def _nothing_left(folder: Path) -> Iterator[None]:
+    """A block before the first step: if it fails, a folder that it made is removed."""
+    made = not folder.exists()
+    try:
+        yield
+    except BaseException as cause:
+        if made:
+            with contextlib.suppress(OSError):  # it is not there, or not empty
+                folder.rmdir()
+        if isinstance(cause, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"interrupted before the first step; {folder} is as it was") from None
+        raise
 
 
 def _begin(ready: Ready) -> None:
@@ -73,31 +97,38 @@ def _begin(ready: Ready) -> None:
     write_record(folder, record(ready, "running"))
 
 
-def _train(ready: Ready, progress: Progress) -> str:
-    """The loop; how it failed is written into the record before it is raised."""
-    folder = ready.request.folder
-    loop = Loop(
+def _train(ready: Ready, space: Space, progress: Progress) -> str:
+    return Loop(
         trainee=ready.trainee,
         loader=ready.batches.loader,
         held_out=ready.batches.held_out,
         schedule=ready.schedule,
         pace=ready.pace,
         state=ready.state,
-        save=lambda state: _save(ready, state),
-        folder=folder,
+        save=lambda state: _save(ready, state, space, progress),
+        folder=ready.request.folder,
         progress=progress,
         kept=(ready.state.step, ready.state.evaluated_step) if ready.found.path else (-1, -1),
-    )
+    ).run()
+
+
+@contextlib.contextmanager
+def _failure_recorded(ready: Ready) -> Iterator[None]:
+    """A block whose failure is written into the record before it is raised; of a full disk it is said what is saved."""
+    folder = ready.request.folder
     try:
-        return loop.run()
+        yield
     except LorakitError as cause:
+        if isinstance(cause, DiskError):
+            cause = DiskError(f"{cause} {adapter_only.account(folder)}").with_traceback(cause.__traceback__)
         error = {"code": cause.code, "message": str(cause)}
         with contextlib.suppress(DiskError):
             write_record(folder, {**record(ready, "failed"), "error": error})
-        raise
+        raise cause
 
 
-def _save(ready: Ready, state: TrainState) -> Path:
+def _save(ready: Ready, state: TrainState, space: Space, progress: Progress) -> Path | None:
+    """Save a checkpoint, or, if that does not fit, the adapter alone and None."""
     request, trainee = ready.request, ready.trainee
     tensors, plain = random_state()
     snapshot = checkpoint.Snapshot(
@@ -120,10 +151,18 @@ def _save(ready: Ready, state: TrainState) -> Path:
             facts=adapter_facts(ready),
         )
         if request.forecast.new_tokens is not None:  # the base's own tokenizer would not know them
-            request.tokenizer.save_pretrained(folder)
+            write_tokenizer(request.tokenizer, folder)
 
-    path = checkpoint.save(request.folder, snapshot, write_adapter)
-    checkpoint.prune(request.folder, request.settings.save_total_limit, state.best_step)
+    folder = request.folder
+    try:
+        check_checkpoint(folder, space)
+        path = checkpoint.save(folder, snapshot, write_adapter)
+    except DiskError as cause:
+        adapter_only.save(folder, state.step, state.best_step, write_adapter)
+        progress.say(f"warning: {cause} The adapter alone was saved. {adapter_only.account(folder)}")
+        return None
+    checkpoint.prune(folder, request.settings.save_total_limit, state.best_step)
+    adapter_only.prune(folder, state.step, state.best_step)
     return path
 
 
