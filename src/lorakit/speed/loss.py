@@ -141,7 +141,8 @@ class LossWithoutLogits:
     def _wanted(self, module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
         by_name = kwargs.get("return_dict")
         by_name = getattr(self.model.config, "return_dict", True) if by_name is None else by_name
-        has_labels = isinstance(kwargs.get("labels"), Tensor)
+        labels = kwargs.get("labels")
+        has_labels = isinstance(labels, Tensor) and labels.numel() > 0
         return has_labels and bool(by_name) and module.training and self.head.applies()
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -119,7 +119,7 @@ def inputs_of(model: Any, rows: int = ROWS, tokens: int = TOKENS) -> dict[str, A
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
-    if hasattr(config, "use_cache"):
+    if hasattr(config, "use_cache") or hasattr(getattr(config, "text_config", None), "use_cache"):
         inputs["use_cache"] = False
     return inputs
 
