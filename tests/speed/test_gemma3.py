@@ -51,7 +51,8 @@ def adapted(model: Any, dtype: torch.dtype = torch.float32) -> Any:
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 parameter.mul_(12)
     core.attach(
-        model.to(dtype), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj", "up_proj"], init_lora_weights=False)
+        model.to(dtype),
+        LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj", "up_proj"], init_lora_weights=False),
     )
     return model
 

@@ -187,17 +187,31 @@ def _is_foreign(kind: type) -> bool:
     That is a forward from another package, also one that was set on a known class, or another method of a known class
     that a class from elsewhere replaces.
     """
-    # the module's globals tell where a function was written; a decorator copies its other names
-    written = getattr(getattr(kind, "forward", None), "__globals__", {}).get("__name__", "")
-    if _package(written) not in KNOWN:
+    if not _is_known(getattr(kind, "forward", None)):
         return True
     for place, owner in enumerate(kind.__mro__):
         if _package(owner.__module__) in KNOWN:
             continue
         own = {name for name in vars(owner) if not name.startswith("__")} - HARMLESS | CALLED & vars(owner).keys()
-        if any(name in vars(base) for name in own for base in kind.__mro__[place + 1 :]):
+        if any(
+            name in vars(base) and not _is_known(vars(owner)[name])
+            for name in own
+            for base in kind.__mro__[place + 1 :]
+        ):
             return True
     return False
+
+
+def _is_known(method: Any) -> bool:
+    """Whether a method, and all that it decorates, was written in a known package.
+
+    The globals of a function tell; a decorator copies its other names from what it decorates.
+    """
+    while method is not None:
+        if _package(getattr(method, "__globals__", {}).get("__name__", "")) not in KNOWN:
+            return False
+        method = getattr(method, "__wrapped__", None)
+    return True
 
 
 def _package(module: str) -> str:
