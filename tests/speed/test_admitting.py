@@ -147,8 +147,8 @@ def test_a_layer_does_not_fuse_a_child_whose_probe_differs(
     for layer in ("model.layers.0", "model.layers.1"):
         assert not {f"{layer}.{child}".rstrip(".") for child in kept} & swapped(model)
         assert {f"{layer}.{child}" for child in fast} <= swapped(model)
-    (why,) = {left.why for left in acceleration.left if left.kind == "LlamaDecoderLayer"}
-    assert why.startswith(f"its {min(kept - {''})}: ")
+    whys = [left.why for left in acceleration.left if left.kind == "LlamaDecoderLayer"]
+    assert len(whys) == 2 and all(why.startswith(f"its {max(kept)}: ") for why in whys)
     ids = given(model)["input_ids"]
     error = (model.eval()(ids).logits - twin(ids).logits).detach().float().norm()
     assert float(error) <= (1e-5 if dtype == torch.float32 else 2e-2) * float(twin(ids).logits.detach().float().norm())

@@ -14,7 +14,7 @@ from torch import nn
 
 from lorakit.speed import linear
 from lorakit.speed.comparing import Branches, Verdict, judged, judged_branches
-from lorakit.speed.probing import Call, attempt, calls
+from lorakit.speed.probing import Call, attempt, first_calls
 
 LENGTHS = (1, 33)
 """Tokens of one row in the further probes, each of one module per kind."""
@@ -134,15 +134,18 @@ def admitted(model: nn.Module, wanted: Parts, found: Mapping[str, Call]) -> tupl
     Returns:
         The candidates that may run their fast forward, and the others.
     """
-    firsts, first_of = _one_of_each(wanted)
+    firsts, first_of = _one_of_each(wanted, found)
     at_lengths = _at_lengths(model, firsts)
     verdicts: dict[str, Verdict] = {}
     differing: list[str] = []
     for path in reversed(wanted):  # children before parents
         module, recipe = wanted[path]
         child = _fused_among(differing, path, module, recipe)
-        verdict = child and Verdict(f"its {child[len(path) + 1 :]}: {verdicts[child].why}", differs=True)
-        verdicts[path] = verdict or at_lengths.get(first_of[path]) or _verdict(path, module, recipe, found)
+        verdict = None
+        if child is not None:
+            verdict = Verdict(f"its {child[len(path) + 1 :]}: {verdicts[child].why}", differs=True)
+        verdict = verdict or _verdict(path, module, recipe, found)
+        verdicts[path] = verdict if verdict.differs else at_lengths.get(first_of[path], verdict)
         if verdicts[path].differs:
             differing.append(path)
     fast = {path: part for path, part in wanted.items() if not verdicts[path].why}
@@ -218,16 +221,16 @@ def _package(module: str) -> str:
     return module.partition(".")[0]
 
 
-def _one_of_each(wanted: Parts) -> tuple[Parts, dict[str, str]]:
-    """The first of the modules that are alike but for their numbers; and path -> path of the first that is like it."""
+def _one_of_each(wanted: Parts, found: Mapping[str, Call]) -> tuple[Parts, dict[str, str]]:
+    """The first of the called modules that are alike but for their numbers; and path -> path of the first like it."""
     first: dict[Any, str] = {}
     first_of = {}
     for path, (module, recipe) in wanted.items():
-        settings = [type(module), recipe.name]
+        settings = [path in found, type(module), recipe.name]
         for name, part in (("", module), *module.named_children()):
             settings += [name, type(part), *sorted(_simple(part))]
         first_of[path] = first.setdefault(tuple(settings), path)
-    return {path: wanted[path] for path in first.values()}, first_of
+    return {path: wanted[path] for path in first.values() if path in found}, first_of
 
 
 def _simple(module: nn.Module) -> list[str]:
@@ -239,12 +242,12 @@ def _simple(module: nn.Module) -> list[str]:
 def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
     """The modules whose fast forward differs at another length than that of the first probe, with the verdict."""
     differing = {}
-    for tokens in LENGTHS:
-        ran = attempt(lambda tokens=tokens: calls(model, recorded(firsts), rows=1, tokens=tokens))  # type: ignore[misc]
-        if isinstance(ran, Exception):
+    for tokens in LENGTHS if firsts else ():
+        found = attempt(lambda tokens=tokens: first_calls(model, recorded(firsts), tokens))  # type: ignore[misc]
+        if isinstance(found, Exception):
             continue  # a model may have no such length
         for path, (module, recipe) in firsts.items():
-            verdict = _verdict(path, module, recipe, ran[0])
+            verdict = _verdict(path, module, recipe, found)
             if verdict.differs:
                 differing[path] = Verdict(f"at length {tokens}, {verdict.why}", differs=True)
     return differing

@@ -58,16 +58,16 @@ def attempt(run: Callable[[], Result]) -> Result | Exception:
         return failed
 
 
-def calls(
-    model: nn.Module, modules: Mapping[str, nn.Module], rows: int = ROWS, tokens: int = TOKENS
-) -> tuple[dict[str, Call], Any]:
+class _Enough(Exception):
+    """Ends a forward whose remaining modules nobody asked for."""
+
+
+def calls(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[str, Call], Any]:
     """Run a model once on random tokens and record the calls of some modules; the caller sees to `at_rest`.
 
     Args:
         model: A transformers model.
         modules: Path -> module.
-        rows: Rows of the batch.
-        tokens: Tokens of each row.
 
     Returns:
         Path -> its last call, for those that were called; and the model's output.
@@ -76,20 +76,49 @@ def calls(
         Exception: Any exception of a model that does not run on token ids alone.
     """
     found: dict[str, Call] = {}
+    with _recording(modules, found):
+        output = model(**inputs_of(model))
+    return found, output
+
+
+def first_calls(model: nn.Module, modules: Mapping[str, nn.Module], tokens: int) -> dict[str, Call]:
+    """Run a model on one row of random tokens until some modules were called; the caller sees to `at_rest`.
+
+    Args:
+        model: A transformers model.
+        modules: Path -> module.
+        tokens: Tokens of the row.
+
+    Returns:
+        Path -> call, for those that were called.
+
+    Raises:
+        Exception: Any exception of a model that does not run on so many tokens.
+    """
+    found: dict[str, Call] = {}
+    with _recording(modules, found, stop=True), contextlib.suppress(_Enough):
+        model(**inputs_of(model, 1, tokens))
+    return found
+
+
+@contextlib.contextmanager
+def _recording(modules: Mapping[str, nn.Module], found: dict[str, Call], stop: bool = False) -> Iterator[None]:
+    """Add the calls of these modules to `found` during a block; with `stop`, end it when all were called."""
 
     def keep(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             found[path] = Call(args, dict(kwargs), output)
+            if stop and len(found) == len(modules):
+                raise _Enough
 
         return hook
 
     handles = [module.register_forward_hook(keep(path), with_kwargs=True) for path, module in modules.items()]
     try:
-        output = model(**inputs_of(model, rows, tokens))
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return found, output
 
 
 def token_ids(model: Any, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
