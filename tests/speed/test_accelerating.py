@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorakit import LoraConfig, core
 from lorakit.errors import ModelError
-from lorakit.speed import Acceleration, accelerate, end_to_end, probing
+from lorakit.speed import Acceleration, accelerate, accelerating, end_to_end
 
 from ..laws.snapshots import bits, snapshot
 from ..small_models import bert, gemma2, gpt2, llama, mistral, mixtral, neox, olmo2, opt, phi3, qwen2, qwen3, t5
@@ -420,13 +420,12 @@ def test_boundaries_are_read_once_for_all_layers(monkeypatch: pytest.MonkeyPatch
     assert lengths_of(None) is None
 
 
-def test_other_layers_adapters_are_left_alone_while_a_part_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the time would grow with layers squared times adapters."""
+def test_the_model_is_restored_once_and_not_for_each_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the time would grow with layers squared times adapters."""
     model: Any = llama(num_hidden_layers=6).train()
     for number in range(4):
         core.attach(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"), f"a{number}")
-    parts, walked, at_rest = len(list(model.modules())), list[int](), probing.at_rest
-    monkeypatch.setattr(probing, "at_rest", lambda one: walked.append(len(list(one.modules()))) or at_rest(one))
-    accelerate(model)
-    assert len(walked) > 12
-    assert sum(walked) < 6 * parts
+    walked, at_rest = list[torch.nn.Module](), accelerating.at_rest
+    monkeypatch.setattr(accelerating, "at_rest", lambda one: walked.append(one) or at_rest(one))
+    assert len(accelerate(model).swaps) > 12
+    assert walked == [model, model]  # the plain model, and the one with all stand-ins

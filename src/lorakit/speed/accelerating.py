@@ -6,10 +6,11 @@ the report says which and why.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -17,31 +18,14 @@ from torch.distributed.tensor import DTensor
 from lorakit.errors import ModelError
 from lorakit.ops.kernels import compiled
 from lorakit.speed import attention, decoder, dropouts, encoder, feed_forward, linear, norms, sublayer
+from lorakit.speed.admitting import Left, Parts, Recipe, admitted, candidates, recorded
 from lorakit.speed.head import Head, head_for, last_layer_for, output_head
 from lorakit.speed.last_layer import LastLayer
 from lorakit.speed.loss import LossWithoutLogits, loss_for
 from lorakit.speed.packing import obeys
-from lorakit.speed.probing import Call, calls, disagreement
+from lorakit.speed.preserving import frozen
+from lorakit.speed.probing import Call, at_rest, attempt, calls
 from lorakit.speed.swapping import AGAIN, Swap, is_stand_in, stand_in
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A fast forward.
-
-    Attributes:
-        name: Said in the report.
-        fits: Module -> None where it has the structure, else why not, as a short phrase.
-        run: Module and the arguments of a call -> the output, or None where the module's own forward has to run.
-        concerns: Whether a module that does not fit is reported as left.
-        whole: It runs all that is inside by itself, of which nothing is reported then.
-    """
-
-    name: str
-    fits: Callable[[nn.Module], str | None]
-    run: Callable[..., Any]
-    concerns: Callable[[nn.Module], bool]
-    whole: bool = False
 
 
 def _named(*words: str) -> Callable[[nn.Module], bool]:
@@ -51,31 +35,31 @@ def _named(*words: str) -> Callable[[nn.Module], bool]:
 
 RECIPES = (
     Recipe(
-        "encoder layer", encoder.fits, encoder.run, lambda module: encoder.layout_of(module) is not None, whole=True
+        "encoder layer",
+        encoder.fits,
+        encoder.run,
+        lambda module: encoder.layout_of(module) is not None,
+        whole=True,
+        traced=encoder.traced,
+        branches=encoder.branches,
     ),
-    Recipe("sublayer", sublayer.fits, sublayer.run, lambda _: False, whole=True),
-    Recipe("decoder layer", decoder.fits, decoder.run, _named("layer", "block")),
+    Recipe(
+        "sublayer",
+        sublayer.fits,
+        sublayer.run,
+        lambda _: False,
+        whole=True,
+        residual=True,
+        traced=sublayer.traced,
+        branches=sublayer.branches,
+    ),
+    Recipe("decoder layer", decoder.fits, decoder.run, _named("layer", "block"), residual=True, calls=decoder.called),
     Recipe("attention", attention.fits, attention.run, _named("attention")),
     Recipe("feed-forward", feed_forward.fits, feed_forward.run, _named("mlp")),
     Recipe("norm", norms.fits, norms.run, _named("norm")),
     Recipe("dropout", dropouts.fits, dropouts.run, lambda _: False),
     Recipe("adapted linear", linear.fits, linear.run, linear.is_adapted),
 )
-
-
-@dataclass(frozen=True)
-class Left:
-    """A module that stays as it is.
-
-    Attributes:
-        path: Path in the model.
-        kind: Its class.
-        why: The reason, as a phrase.
-    """
-
-    path: str
-    kind: str
-    why: str
 
 
 @dataclass(frozen=True)
@@ -147,48 +131,89 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
             f"This {type(model).__name__} is accelerated already. Call undo() of what `accelerate` returned before "
             "accelerating it again."
         )
-    modules = {path: module for path, module in model.named_modules(remove_duplicate=True) if path}
-    wanted, left = _candidates(modules)
     head = output_head(model)
-    heads = {} if head is None else {"": head}
-    try:
-        found, output = calls(model, {path: module for path, (module, _) in wanted.items()} | heads)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        AttributeError,
-        LookupError,
-    ) as failed:  # tokens alone are not its input
-        return _nothing(model, f"the model does not run on token ids alone: {type(failed).__name__}")
-    fast: dict[str, tuple[nn.Module, Recipe]] = {}
-    for path, (module, recipe) in wanted.items():
-        why = _why_not(module, recipe, found.get(path))
-        if why is None:
-            fast[path] = (module, recipe)
-        elif recipe.concerns(module):
-            left.append(Left(path, type(module).__name__, why))
-    whole = tuple(f"{path}." for path, (_, recipe) in fast.items() if recipe.whole)
-    left = [one for one in left if not one.path.startswith(whole)]
-    given = found[""].output if "" in found else None
-    known = head_for(head, given, getattr(output, "logits", None), getattr(model, "config", None))
-    fused, reason = (known, "") if isinstance(known, Head) else (None, known)
-    swaps = _swapped(model, fast, fused, head)
-    for module, recipe in () if keep_feed_forward else fast.values():
-        if recipe.run in (feed_forward.run, decoder.run, encoder.run):
-            module.__dict__[AGAIN] = True
-    last = None if fused is None else _last(model, fast, tuple(found))
-    if fused is not None and last is not None:
-        fused.last = last_layer_for(model, fused, last, found[""], output)
-    packs = _may_pack(model, fast) and obeys(model)
-    loss = None if logits or fused is None else _loss(model, fused)
+    with _as_frozen(model), contextlib.ExitStack() as back:  # which puts all back if anything raises on the way
+        with at_rest(model):
+            probed = _probed(model, head)
+        if isinstance(probed, Exception):
+            return _nothing(model, f"the model does not run on token ids alone: {type(probed).__name__}")
+        swaps = _swapped(model, probed, head, back)
+        for module, recipe in () if keep_feed_forward else probed.fast.values():
+            if recipe.run in (feed_forward.run, decoder.run, encoder.run):
+                module.__dict__[AGAIN] = True
+        with at_rest(model):
+            packs, loss = _probed_in_place(model, probed, logits)
+        if isinstance(loss, LossWithoutLogits):
+            back.callback(loss.undo)
+            loss.install({id(whole): whole for whole in (model, _inner(model))}.values())
+        back.pop_all()
+    fused, reason = (probed.head, "") if isinstance(probed.head, Head) else (None, probed.head)
     reason = loss if isinstance(loss, str) else reason
     return Acceleration(
-        tuple(swaps), tuple(left), fused, reason, packs, loss if isinstance(loss, LossWithoutLogits) else None
+        tuple(swaps), tuple(probed.left), fused, reason, packs, loss if isinstance(loss, LossWithoutLogits) else None
     )
 
 
-def _last(model: nn.Module, fast: dict[str, tuple[nn.Module, Recipe]], order: tuple[str, ...]) -> LastLayer | None:
+class _Probed(NamedTuple):
+    """The result of probing the plain model.
+
+    Attributes:
+        fast: The modules that may run a fast forward.
+        left: Modules of the same sort that keep their own.
+        head: The head, for a loss without logits, or why there is none.
+        calls: Path -> call, in the order in which they ended; "" is the head.
+        output: What the model returned.
+    """
+
+    fast: Parts
+    left: list[Left]
+    head: Head | str
+    calls: dict[str, Call]
+    output: Any
+
+
+def _probed(model: nn.Module, head: nn.Module | None) -> _Probed | Exception:
+    """Probe the plain model, or return what its forward raised."""
+    modules = {path: module for path, module in model.named_modules(remove_duplicate=True) if path}
+    wanted, left = candidates(modules, RECIPES)
+    ran = attempt(lambda: calls(model, recorded(wanted) | ({} if head is None else {"": head})))
+    if isinstance(ran, Exception):
+        return ran
+    found, output = ran
+    fast, others = admitted(model, wanted, found)
+    whole = tuple(f"{path}." for path, (_, recipe) in fast.items() if recipe.whole)
+    left = [one for one in (*left, *others) if not one.path.startswith(whole)]
+    given = found[""].output if "" in found else None
+    known = head_for(head, given, getattr(output, "logits", None), getattr(model, "config", None))
+    return _Probed(fast, left, known, found, output)
+
+
+def _probed_in_place(model: nn.Module, probed: _Probed, logits: bool) -> tuple[bool, LossWithoutLogits | str | None]:
+    """Probe the model with all stand-ins in place.
+
+    Returns:
+        Whether rows may be laid end to end; and the loss without logits, not yet installed, or why not, or None.
+    """
+    head = probed.head if isinstance(probed.head, Head) else None
+    last = None if head is None else _last(model, probed.fast, tuple(probed.calls))
+    if head is not None and last is not None:
+        head.last = last_layer_for(model, head, last, probed.calls[""], probed.output)
+    packs = _may_pack(model, probed.fast) and obeys(model, getattr(probed.output, "logits", None))
+    return packs, None if logits or head is None else loss_for(_inner(model), head)
+
+
+def _as_frozen(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Probe a model without adapters as it will be with them: they freeze its weights. Each call looks at that."""
+    is_adapted = any(linear.is_adapted(module) for module in model.modules())
+    return contextlib.nullcontext() if is_adapted else frozen(model)
+
+
+def _inner(model: Any) -> Any:
+    """The transformers model, without a `PeftModel` around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _last(model: nn.Module, fast: Parts, order: tuple[str, ...]) -> LastLayer | None:
     """The decoder layer that a forward came to last, and what may read it, or None where the model has none of ours.
 
     Args:
@@ -211,56 +236,24 @@ def _nothing(model: nn.Module, reason: str) -> Acceleration:
     return Acceleration((), (Left("", type(model).__name__, reason),), None, reason)
 
 
-def _loss(model: Any, head: Head) -> LossWithoutLogits | str:
-    """The loss without logits, installed; or why not."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    loss = loss_for(inner, head)
-    if isinstance(loss, LossWithoutLogits):
-        loss.install({id(whole): whole for whole in (model, inner)}.values())
-    return loss
-
-
-def _may_pack(model: Any, fast: dict[str, tuple[nn.Module, Recipe]]) -> bool:
+def _may_pack(model: Any, fast: Parts) -> bool:
     """Whether the attention of every layer is one of ours, so that packed sequences cannot see each other."""
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     ours = sum(attention.fits(module) is None for module, _ in fast.values())
     return isinstance(layers, int) and ours == layers
 
 
-def _candidates(modules: dict[str, nn.Module]) -> tuple[dict[str, tuple[nn.Module, Recipe]], list[Left]]:
-    wanted: dict[str, tuple[nn.Module, Recipe]] = {}
-    left: list[Left] = []
-    inside = {id(part) for layer in modules.values() if linear.is_adapted(layer) for part in _of_adapters(layer)}
-    for path, module in modules.items():
-        if id(module) in inside:
-            continue
-        reasons = []
-        for recipe in RECIPES:
-            why = recipe.fits(module)
-            if why is None:
-                wanted[path] = (module, recipe)
-                break
-            if recipe.concerns(module):
-                reasons.append(why)
-        else:
-            left += [Left(path, type(module).__name__, reason) for reason in reasons[:1]]
-    return wanted, left
-
-
-def _of_adapters(layer: Any) -> list[nn.Module]:
-    """The modules inside a layer that are an adapter's and not the base's."""
-    base = {id(module) for module in layer.base_layer.modules()}
-    return [module for module in layer.modules() if module is not layer and id(module) not in base]
-
-
-def _why_not(module: nn.Module, recipe: Recipe, call: Call | None) -> str | None:
-    return "it was not called" if call is None else disagreement(module, recipe.run, call)
-
-
 def _swapped(
-    model: nn.Module, fast: dict[str, tuple[nn.Module, Recipe]], known: Head | None, head: nn.Module | None
+    model: nn.Module, probed: _Probed, head: nn.Module | None, back: contextlib.ExitStack
 ) -> list[tuple[str, Swap]]:
-    """Put the stand-ins in place; nothing here can refuse."""
+    """Put the stand-ins in place, after all of them are made.
+
+    Args:
+        model: The model.
+        probed: Which modules get one.
+        head: The output head.
+        back: Gets what puts each module back.
+    """
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for attribute, child in parent._modules.items():
@@ -268,14 +261,16 @@ def _swapped(
                 holders.setdefault(id(child), []).append((parent, attribute))
     classes: dict[tuple[type, str], type] = {}
     swaps = []
-    plans = [(path, module, recipe.name, recipe.run) for path, (module, recipe) in fast.items()]
+    known = probed.head if isinstance(probed.head, Head) else None
+    plans = [(path, module, recipe.name, recipe.run) for path, (module, recipe) in probed.fast.items()]
     if known is not None and head is not None:
         plans.append(("", head, "loss without logits", known.run))
     for path, module, name, run in plans:
         made = stand_in(module, run, classes, name)
-        swap = Swap(path, module, made, tuple(holders[id(module)]))
-        swap.do()
-        swaps.append((name, swap))
+        swaps.append((name, Swap(path, module, made, tuple(holders[id(module)]))))
         if known is not None and module is head:
             known.module = made
+    for _, swap in swaps:
+        back.callback(swap.undo)
+        swap.do()
     return swaps

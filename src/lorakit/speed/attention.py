@@ -41,7 +41,15 @@ WORDS = frozenset(
     | {"num_attention_heads", "hidden_size", "embed_dim", "split_size", "is_causal", "is_cross_attention", "scaling"}
     | {"scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "attention_dropout"}
     | {"dropout", "enable_bias"}  # of OPT
-    | {"sliding_window", "attn_logit_softcapping", "use_rope", "rotary_fn", "rope_theta", "max_position_embeddings"}
+    | {
+        "sliding_window",
+        "is_sliding",
+        "attn_logit_softcapping",
+        "use_rope",
+        "rotary_fn",
+        "rope_theta",
+        "max_position_embeddings",
+    }
 )
 """Attributes of attention modules that this recipe reads, or that a probe shows."""
 
@@ -84,6 +92,8 @@ def fits(module: nn.Module) -> str | None:
     way = getattr(getattr(module, "config", None), "_attn_implementation", None)
     if way != ("sdpa" if shape.softcap is None else "eager"):
         return f"its attention is computed by {way!r}"
+    if getattr(module, "is_sliding", shape.window is not None) is not (shape.window is not None):
+        return "it has a window that it does not use"
     return unknown_words(module, WORDS, (*shape.inputs, shape.output, *NORMS, *DROPOUTS))
 
 

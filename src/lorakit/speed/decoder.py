@@ -101,6 +101,13 @@ def fits(module: nn.Module) -> str | None:
     return attention.fits(attn) or unknown_words(module, WORDS, tuple(module._modules))  # type: ignore[arg-type]
 
 
+def called(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the children of a layer that fits which its fast forward calls as modules."""
+    halves = _halves(module)
+    inner = "" if halves is None else halves[1].inner
+    return (inner,) if inner and feed_forward.fits(module._modules[inner]) is not None else ()  # type: ignore[arg-type]
+
+
 def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor | None:
     """The layer's output (B, T, d), or None where its own forward has to run."""
     halves = _halves(module)

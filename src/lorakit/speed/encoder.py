@@ -6,6 +6,7 @@ autograd and two norms; padding is hidden by a bias of the scores.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,9 @@ from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.mlp import Form, mlp
 from lorakit.ops.norm import Norm, normalised
 from lorakit.speed.masks import under
-from lorakit.speed.operands import acting_in, forwards_of
+from lorakit.speed.operands import Acting, acting_in, forwards_of
 from lorakit.speed.parts import activation_of, asks_for_weights, by_name, is_usual, norm_of, share_of, unknown_words
+from lorakit.speed.probing import Call
 from lorakit.speed.swapping import AGAIN
 
 READ = frozenset({"attention_mask", "position_ids", "num_items_in_batch"})
@@ -137,9 +139,48 @@ def fits(module: nn.Module) -> str | None:
 
 def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor | None:
     """The layer's output (B, T, d), or None where its own forward has to run."""
-    kwargs |= by_name(module, args)
-    x, found = hidden_states, layout_of(module)
-    if found is None or not isinstance(x, Tensor) or x.ndim != 3 or not _is_plain(module, found, x, kwargs):
+    ready = _ready(module, hidden_states, kwargs | by_name(module, args))
+    if ready is None:
+        return None
+    around = ready.around
+    x = normalised(attention_block(hidden_states, ready.block, ready.pattern, residual=True), around.o_norm)
+    y = normalised(mlp(x, ready.form), around.down_norm)
+    ready.acting.note(y)
+    return y
+
+
+def traced(module: nn.Module) -> tuple[str, ...]:
+    """Return the paths below a layer that fits of the modules whose calls `branches` needs."""
+    found = layout_of(module)
+    return () if found is None else (found.o, found.up, found.down)
+
+
+def branches(module: nn.Module, call: Call, inside: Mapping[str, Call]) -> list[tuple[Tensor | None, Tensor]]:
+    """Pair what the fast forward adds to the residuals with what the projections give for them, (B, T, d) each."""
+    attended, up, down = (inside[path] for path in traced(module))
+    ready = _ready(module, call.hidden, call.kwargs | by_name(module, call.args[1:]))
+    if ready is None:
+        return [(None, attended.output)]
+    return [
+        (attention_block(call.hidden, ready.block, ready.pattern, residual=False), attended.output),
+        (mlp(up.args[0], ready.form._replace(residual=False)), down.output),
+    ]
+
+
+class _Ready(NamedTuple):
+    """The operands of a layer as they act in one call."""
+
+    block: SelfAttention
+    pattern: Pattern
+    form: Form
+    around: _Around
+    acting: Acting
+
+
+def _ready(module: nn.Module, x: Any, call: dict[str, Any]) -> _Ready | None:
+    """The operands for hidden states x (B, T, d) and the call's arguments by name, or None where they are not known."""
+    found = layout_of(module)
+    if found is None or not isinstance(x, Tensor) or x.ndim != 3 or not _is_plain(module, found, x, call):
         return None
     around = _around(module, found, x)
     acting = acting_in([_at(module, path) for path in found.linears], forwards_of(module), x)
@@ -149,16 +190,13 @@ def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any)
     q, k, v, o, up, down = acting.operands
     width: int = attention.attention_head_size
     heads = (q.W.shape[1] if q.transposed else q.W.shape[0]) // width
-    pattern = under(kwargs.get("attention_mask"), x, Pattern(False, attention.scaling, dropout=around.weights))
+    pattern = under(call.get("attention_mask"), x, Pattern(False, attention.scaling, dropout=around.weights))
     act = activation_of(_at(module, found.act))
     if pattern is None or act is None:
         return None
     block = SelfAttention((q, k, v), o, width, heads, dropout=around.first)
-    x = normalised(attention_block(x, block, pattern, residual=True), around.o_norm)
     form = Form((up,), down, activation(act), None, True, around.second, keep=AGAIN not in module.__dict__)
-    y = normalised(mlp(x, form), around.down_norm)
-    acting.note(y)
-    return y
+    return _Ready(block, pattern, form, around, acting)
 
 
 class _Around(NamedTuple):

@@ -19,7 +19,7 @@ from lorakit.core.layering.watched import is_watched
 from lorakit.ops.cross_entropy import IGNORED, linear_cross_entropy
 from lorakit.ops.cross_entropy import Head as Operands
 from lorakit.speed.last_layer import KEYWORD, LastLayer, agree, some
-from lorakit.speed.probing import TOLERANCES, Call, at_rest, inputs_of
+from lorakit.speed.probing import TOLERANCES, Call, attempt, inputs_of
 
 
 def output_head(model: Any) -> nn.Module | None:
@@ -153,6 +153,8 @@ def shifted(labels: Tensor, ignored: int) -> Tensor:
 def last_layer_for(model: Any, head: Head, last: LastLayer, call: Call, output: Any) -> LastLayer | None:
     """A last layer that may do with the trained rows alone, or None where a probe shows that it may not.
 
+    The caller sees to `at_rest`.
+
     Args:
         model: The model, with all stand-ins in place.
         head: Its head.
@@ -167,10 +169,9 @@ def last_layer_for(model: Any, head: Head, last: LastLayer, call: Call, output: 
         return None  # something else may be made of what the layer gives
     inputs = inputs_of(model)
     words = last.words(some(inputs["input_ids"], IGNORED), IGNORED, inputs)
-    try:
-        with at_rest(model), torch.inference_mode(), head.passing() as given:
-            model(**inputs, **words)
-    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):  # it does not hand such a word on
+    with head.passing() as given:
+        ran = attempt(lambda: model(**inputs, **words))
+    if isinstance(ran, Exception):  # it does not hand such a word on
         return None
     if not words or len(given) != 1 or given[0].shape != call.args[0].shape:
         return None

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lorakit.ops.cross_entropy import IGNORED
 from lorakit.speed.head import Head, Passing, shifted
 from lorakit.speed.last_layer import LastLayer, Trained, agree, some
-from lorakit.speed.probing import at_rest, inputs_of
+from lorakit.speed.probing import attempt, inputs_of
 
 STOCK = ("transformers.loss.loss_utils", "ForCausalLMLoss")
 """Module and name of the loss whose arithmetic is known."""
@@ -37,6 +37,7 @@ class LossWithoutLogits:
         self.head = head
         self.model = model
         self.stock: Callable[..., Tensor] = model.loss_function
+        self.own: Any = model.__dict__.get("_loss_function")  # what was set on the model itself, or None
         self.last = last
         self.handles: list[RemovableHandle] = []
 
@@ -52,7 +53,7 @@ class LossWithoutLogits:
         for handle in self.handles:
             handle.remove()
         if self.model.__dict__.get("_loss_function") is self:
-            del self.model._loss_function
+            _set_own_loss(self.model, self.own)
 
     def __call__(
         self,
@@ -140,7 +141,8 @@ class LossWithoutLogits:
     def _wanted(self, module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
         by_name = kwargs.get("return_dict")
         by_name = getattr(self.model.config, "return_dict", True) if by_name is None else by_name
-        has_labels = isinstance(kwargs.get("labels"), Tensor)
+        labels = kwargs.get("labels")
+        has_labels = isinstance(labels, Tensor) and labels.numel() > 0
         return has_labels and bool(by_name) and module.training and self.head.applies()
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -161,6 +163,8 @@ class LossWithoutLogits:
 def loss_for(model: Any, head: Head) -> LossWithoutLogits | str:
     """What computes a model's loss without logits, not yet installed; or why that cannot be, as a phrase.
 
+    The caller sees to `at_rest`.
+
     Args:
         model: The transformers model itself, without what wraps it.
         head: Its head.
@@ -178,16 +182,26 @@ def loss_for(model: Any, head: Head) -> LossWithoutLogits | str:
     inputs = inputs_of(model)
     labels = some(inputs["input_ids"], IGNORED)
     words = {} if head.last is None else head.last.words(shifted(labels, IGNORED), IGNORED, inputs)
+    own = model.__dict__.get("_loss_function")
     model.loss_function = listening
     try:
-        with at_rest(model), torch.inference_mode():
-            output = model(**inputs, labels=labels)
-            of_rows = model(**inputs, labels=labels, **words).loss if words else None
+        ran = attempt(lambda: [model(**inputs, labels=labels, **more) for more in ([{}, words] if words else [{}])])
     finally:
-        del model._loss_function
+        _set_own_loss(model, own)
+    if isinstance(ran, Exception):
+        return f"a probe of it raised {type(ran).__name__}"
+    output, of_rows = ran[0], ran[1].loss if words else None
     if asked[:1] != [(tuple(output.logits.shape), output.logits.shape[-1])] or len(asked) != 1 + bool(words):
         return "it does not compute its loss from its logits by its loss function"
     is_alone = of_rows is not None and agree(
         of_rows, output.loss
     )  # no other part of the loss reads what the layer gave
     return LossWithoutLogits(head, model, head.last if is_alone else None)
+
+
+def _set_own_loss(model: Any, own: Any) -> None:
+    """Set the loss function that a model itself holds, or remove it if there was none."""
+    if own is None:
+        del model._loss_function
+    else:
+        model._loss_function = own

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.ops.cross_entropy import IGNORED
-from lorakit.speed.probing import TOLERANCES, at_rest, token_ids
+from lorakit.speed.last_layer import agree
+from lorakit.speed.probing import attempt, token_ids
 
 
 def end_to_end(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[dict[str, Any], Tensor]:
@@ -35,25 +36,20 @@ def end_to_end(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tup
     return {"input_ids": tokens, "position_ids": positions, **where}, wanted
 
 
-def obeys(model: Any) -> bool:
-    """Whether a model gives two sequences laid end to end what it gives each alone.
+def obeys(model: Any, logits: Any) -> bool:
+    """Whether a model gives two sequences laid end to end what it gives each alone; the caller sees to `at_rest`.
 
     Args:
         model: A causal transformers model, accelerated.
+        logits: The plain model's logits of `token_ids`, (rows, tokens, V).
     """
     ids = token_ids(model)
-    long, short = ids[:1], ids[1:, : ids.shape[1] // 2]
+    if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape:
+        return False
     mask = torch.ones_like(ids)
-    mask[1, short.shape[1] :] = 0
+    mask[1, ids.shape[1] // 2 :] = 0  # of a causal model, the logits of the tokens that are left stay the same
     inputs, _ = end_to_end(ids, mask, ids)
-    try:
-        with at_rest(model), torch.inference_mode():  # which leaves no trace for a backward
-            alone = [model(input_ids=one, use_cache=False).logits[0] for one in (long, short)]
-            packed = model(**inputs, use_cache=False).logits[0]
-    except (TypeError, ValueError, RuntimeError, AttributeError):  # it does not take such arguments
+    packed = attempt(lambda: model(**inputs, use_cache=False).logits[0])
+    if isinstance(packed, Exception):  # it does not take such arguments
         return False
-    wanted = torch.cat(alone).double()
-    if wanted.shape != packed.shape:
-        return False
-    error = torch.linalg.vector_norm(packed.double() - wanted) / torch.linalg.vector_norm(wanted).clamp_min(1e-30)
-    return float(error) <= TOLERANCES.get(packed.dtype, 0.0)
+    return agree(packed, logits[mask.bool()])

@@ -112,10 +112,10 @@ def by_name(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def is_usual(x: torch.Tensor) -> bool:
-    """Whether a call with x (…, d) is one that fast forwards are for: floats, no tracing.
+    """Whether a call with x (…, d) is one that fast forwards are for: floats, at least one row, no tracing.
 
     Under autocast they compute as it has it; double precision, which it leaves alone, is left alone here too.
     """
-    if torch.compiler.is_compiling() or not x.is_floating_point():
+    if torch.compiler.is_compiling() or not x.is_floating_point() or not x.numel():
         return False
     return x.dtype != torch.float64 or not torch.is_autocast_enabled(x.device.type)

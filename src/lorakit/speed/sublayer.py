@@ -6,7 +6,9 @@ The attention has frozen numbers for the distance of two tokens in its scores, w
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,8 +17,9 @@ from lorakit.ops.attention_block import SelfAttention, attention_block
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.speed import feed_forward
 from lorakit.speed.masks import under
-from lorakit.speed.operands import acting_in, forwards_of
+from lorakit.speed.operands import Acting, acting_in, forwards_of
 from lorakit.speed.parts import asks_for_weights, by_name, is_usual, norm_of, share_of, unknown_words
+from lorakit.speed.probing import Call
 
 NORM, DROPOUT = "layer_norm", "dropout"
 FED, ATTENDED = "DenseReluDense", "SelfAttention"
@@ -57,17 +60,53 @@ def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any)
         return None if kwargs else feed_forward.feed_forward(inner, x, norm, residual=True, dropout=p)
     if x.ndim != 3 or any(value is not None and value is not False for key, value in kwargs.items() if key not in READ):
         return None
+    ready = _ready(module, inner, x, kwargs)
+    if ready is None:
+        return None
+    block = replace(ready.block, norm=norm, dropout=p)
+    y = attention_block(x, block, ready.pattern, residual=True)
+    ready.acting.note(y)
+    return y, ready.bias, None
+
+
+def traced(module: nn.Module) -> tuple[str, ...]:
+    """Return the paths below a sublayer of the modules whose calls `branches` needs."""
+    return (f"{FED}.wo",) if FED in module._modules else (f"{ATTENDED}.o",)
+
+
+def branches(module: nn.Module, call: Call, inside: Mapping[str, Call]) -> list[tuple[Tensor | None, Tensor]]:
+    """Pair what the fast forward adds to the residual with what the inner module adds to it, (B, T, d)."""
+    (own,) = (inside[path].output for path in traced(module))
+    x, kwargs, inner = call.hidden, call.kwargs | by_name(module, call.args[1:]), _inner(module)
+    if inner is None:
+        return [(None, own)]
+    norm = norm_of(module._modules[NORM])
+    if FED in module._modules:
+        return [(feed_forward.feed_forward(inner, x, norm, residual=False), own)]
+    ready = _ready(module, inner, x, kwargs)
+    if ready is None:
+        return [(None, own)]
+    return [(attention_block(x, replace(ready.block, norm=norm), ready.pattern, residual=False), own)]
+
+
+class _Ready(NamedTuple):
+    """The operands of the attention as they act in one call."""
+
+    block: SelfAttention
+    pattern: Pattern
+    bias: Tensor
+    acting: Acting
+
+
+def _ready(module: nn.Module, inner: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> _Ready | None:
     bias = None if asks_for_weights(inner, kwargs) else _distances(inner, x, kwargs.get("position_bias"))
     pattern = None if bias is None else _pattern(inner, x, bias, kwargs.get("attention_mask"))
     acting = acting_in([inner._modules[name] for name in PROJECTIONS], forwards_of(module), x)  # type: ignore[misc]
-    if pattern is None or acting is None:
+    if bias is None or pattern is None or acting is None:
         return None
     *inputs, o = acting.operands
     settings: Any = inner
-    block = SelfAttention(tuple(inputs), o, settings.key_value_proj_dim, settings.n_heads, norm, dropout=p)
-    y = attention_block(x, block, pattern, residual=True)
-    acting.note(y)
-    return y, bias, None
+    return _Ready(SelfAttention(tuple(inputs), o, settings.key_value_proj_dim, settings.n_heads), pattern, bias, acting)
 
 
 def _inner(module: nn.Module) -> nn.Module | None:

@@ -1,0 +1,125 @@
+"""How a fast forward is compared: per row, without the residual, with what narrow dtypes round, and exceptions named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorakit.speed.comparing import judged, judged_branches
+from lorakit.speed.probing import Call
+
+
+class Branch(nn.Module):
+    """x plus a small branch."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(32, 32) * size, requires_grad=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states + hidden_states @ self.weight
+
+
+def called(module: nn.Module, dtype: torch.dtype = torch.float32) -> Call:
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return Call((x,), {}, module.to(dtype)(x))
+
+
+def off_by(share: float) -> Callable[..., Tensor]:
+    """A fast forward whose branch is wrong by a share."""
+    return lambda module, x: x + (x @ module.weight) * (1 + share)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_residual_does_not_hide_a_wrong_branch(dtype: torch.dtype) -> None:
+    module = Branch(3e-3)  # a branch of 2% of the output
+    call = called(module, dtype)
+    wrong = off_by(0.6 if dtype == torch.bfloat16 else 4e-3)
+    assert not judged(module, wrong, call).differs  # within the tolerance of the output
+    assert judged(module, wrong, call, residual=True).differs
+    assert not judged(module, off_by(0.0), call, residual=True).differs
+
+
+def test_by_keyword_too() -> None:
+    module = Branch(1e-2)
+    (x,), output = called(module).args, called(module).output
+    call = Call((), {"hidden_states": x}, output)
+
+    def wrong(module: Any, hidden_states: Tensor) -> Tensor:
+        return off_by(5e-3)(module, hidden_states)
+
+    assert judged(module, wrong, call, residual=True).differs
+
+
+def test_one_wrong_row_is_not_hidden_by_large_ones() -> None:
+    module = nn.Identity()
+    x = torch.randn(2, 9, 32)
+    x[0] *= 1e4
+    call = Call((x,), {}, x)
+    x[1] *= 1e3  # not below the floor
+
+    def wrong(module: nn.Module, x: Tensor) -> Tensor:
+        made = x.clone()
+        made[1, 4] *= 1.01
+        return made
+
+    assert float((wrong(module, x) - x).norm() / x.norm()) < 1e-3
+    assert judged(module, wrong, call).differs
+    assert judged(module, lambda _, x: x.clone(), call) == ("", False)
+
+
+class Sharp(nn.Module):
+    """A module that amplifies each rounding of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(16 * x.float()).to(x.dtype)
+
+
+def test_a_narrow_module_that_amplifies_roundings_is_allowed_as_much() -> None:
+    module = Sharp()
+    call = called(module, torch.bfloat16)
+
+    def one_rounding_more(module: nn.Module, x: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(5)) * 2 - 1
+        return module((x.float() * (1 + signs * torch.finfo(torch.bfloat16).eps / 2)).to(x.dtype))
+
+    moved = one_rounding_more(module, call.args[0])
+    assert float((moved - call.output).float().norm() / call.output.float().norm()) > 2e-2
+    assert not judged(module, one_rounding_more, call).differs
+    assert judged(module, lambda module, x: module(x * 0.8), call).differs
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, AssertionError, NotImplementedError, RecursionError])
+def test_an_exception_is_named(error: type[Exception]) -> None:
+    def failing(*_: Any) -> Tensor:
+        raise error
+
+    verdict = judged(Branch(1.0), failing, called(Branch(1.0)))
+    assert verdict.differs and error.__name__ in verdict.why
+    branches = judged_branches(failing, Branch(1.0), called(Branch(1.0)), {})
+    assert branches.differs and error.__name__ in branches.why
+
+
+def test_an_interrupt_passes() -> None:
+    def stopped(*_: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judged(Branch(1.0), stopped, called(Branch(1.0)))
+
+
+def test_other_shapes_and_no_numbers_differ() -> None:
+    module = Branch(1.0)
+    call = called(module)
+    assert judged(module, lambda *_: call.output[0], call).differs
+    assert judged(module, lambda *_: (call.output,), call).differs
+    assert judged(module, lambda *_: call.output * torch.nan, call).differs
+    declined = judged(module, lambda *_: None, call)
+    assert declined.why and not declined.differs
+    assert judged_branches(lambda *_: [(None, call.output)], module, call, {}).differs
+    assert not judged_branches(lambda *_: [(call.output, call.output)], module, call, {}).differs
