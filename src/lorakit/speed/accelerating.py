@@ -17,12 +17,13 @@ from torch.distributed.tensor import DTensor
 from lorakit.errors import ModelError
 from lorakit.ops.kernels import compiled
 from lorakit.speed import attention, decoder, dropouts, encoder, feed_forward, linear, norms, sublayer
+from lorakit.speed.contract import contract_for, replaced_forward
 from lorakit.speed.head import Head, head_for, last_layer_for, output_head
 from lorakit.speed.last_layer import LastLayer
 from lorakit.speed.loss import LossWithoutLogits, loss_for
 from lorakit.speed.packing import obeys
 from lorakit.speed.probing import Call, calls, disagreement
-from lorakit.speed.swapping import AGAIN, Swap, is_stand_in, stand_in
+from lorakit.speed.swapping import AGAIN, Swap, is_stand_in, rely, stand_in
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,10 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
     ) as failed:  # tokens alone are not its input
         return _nothing(model, f"the model does not run on token ids alone: {type(failed).__name__}")
     fast: dict[str, tuple[nn.Module, Recipe]] = {}
+    fitting = {id(module) for module, _ in wanted.values()}
     for path, (module, recipe) in wanted.items():
-        why = _why_not(module, recipe, found.get(path))
+        why = replaced_forward(module, lambda child, recipe=recipe: recipe.whole or id(child) in fitting)
+        why = why or _why_not(module, recipe, found.get(path))
         if why is None:
             fast[path] = (module, recipe)
         elif recipe.concerns(module):
@@ -278,4 +281,8 @@ def _swapped(
         swaps.append((name, swap))
         if known is not None and module is head:
             known.module = made
+    fused = {id(swap.stand_in) for _, swap in swaps}
+    whole = {recipe.name for recipe in RECIPES if recipe.whole}
+    for name, swap in swaps:
+        rely(swap.stand_in, contract_for(swap.stand_in, lambda child, name=name: name in whole or id(child) in fused))
     return swaps

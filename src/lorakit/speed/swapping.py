@@ -23,7 +23,10 @@ AGAIN = "_multiplies_again"
 """Where a feed-forward with a stand-in keeps that it multiplies again in the backward instead of keeping the result."""
 
 MARK = "_stands_in"
-"""What only the classes of stand-ins hold themselves."""
+"""Attribute of the classes of stand-ins alone: the original's class."""
+
+CONTRACT = "_contract"
+"""Slot of a stand-in, not of the state that it shares: what its fast forward relies on."""
 
 Forward = Callable[..., Any]
 """What a stand-in tries first: module, arguments -> output, or None where it does not apply to this call."""
@@ -81,6 +84,26 @@ def stand_in(module: nn.Module, fast: Forward, classes: dict[tuple[type, str], t
     return made
 
 
+def rely(made: nn.Module, contract: Any) -> None:
+    """Tell a stand-in when its fast forward may run; without a contract it never does.
+
+    Args:
+        made: The stand-in.
+        contract: Asked at each call whether it holds.
+    """
+    setattr(made, CONTRACT, contract)
+
+
+def plain_class(module: nn.Module) -> type:
+    """Return the class of a module, or of the original if it is a stand-in.
+
+    Args:
+        module: Any module.
+    """
+    kind: type = getattr(type(module), MARK, type(module))
+    return kind
+
+
 def is_stand_in(module: nn.Module) -> bool:
     """Whether a module is a stand-in.
 
@@ -95,14 +118,19 @@ def _subclass(original: Any, fast: Forward) -> type:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # a compiler fuses by itself, and gets what it would get without us
             return original.forward(self, *args, **kwargs)
+        contract = getattr(self, CONTRACT, None)  # a replica that torch made of a stand-in has none
+        if contract is None or not contract.holds():
+            return original.forward(self, *args, **kwargs)
         made = fast(self, *args, **kwargs)
         return original.forward(self, *args, **kwargs) if made is None else made
 
     def as_original(self: nn.Module, protocol: Any) -> Any:  # copies and pickles are plain: a made class has no address
         return _blank, (original,), self.__dict__
 
-    members = {"forward": forward, "__reduce_ex__": as_original, "__module__": original.__module__, MARK: True}
-    return type(original.__name__, (original,), {**members, "__qualname__": original.__qualname__})
+    members = {"forward": forward, "__reduce_ex__": as_original, "__module__": original.__module__, MARK: original}
+    return type(
+        original.__name__, (original,), {**members, "__slots__": (CONTRACT,), "__qualname__": original.__qualname__}
+    )
 
 
 def _blank(kind: Any) -> nn.Module:

@@ -1,0 +1,186 @@
+"""What a fused forward takes for granted of the modules inside it, compared at every call.
+
+A fused forward does not call the modules inside it. So it is right only while these modules, their forwards, their
+settings and the functions they use are those that a probe compared. It knows nothing of recipes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules import module as torch_modules
+
+from lorakit.speed.swapping import plain_class
+
+MISSING = object()
+"""The value of a name that a table does not have."""
+
+SETTINGS = (bool, int, float, str, type(None))
+"""Types of attributes that are compared."""
+
+ASKED = frozenset({"training", "gradient_checkpointing", "p", "dropout", "attention_dropout"})
+"""Attributes that recipes read at each call, or that no forward reads."""
+
+IN_CONFIG = ("_attn_implementation_internal", "is_causal")
+"""Fields of a config that functions outside a forward read for it."""
+
+INTERFACES = "ALL_ATTENTION_FUNCTIONS"
+"""Global of modeling files that maps the name of an attention implementation to its function."""
+
+
+class Fact(NamedTuple):
+    """An entry of somebody's table.
+
+    Attributes:
+        table: The `__dict__` of a module, class, config or file, or a module's table of children.
+        name: Key of the entry.
+        value: What was there, or MISSING.
+    """
+
+    table: Mapping[str, Any]
+    name: str
+    value: Any
+
+
+class Contract:
+    """Facts that a fused forward relies on.
+
+    Args:
+        facts: Each is compared by identity; settings that are not the same object, by type and value.
+    """
+
+    __slots__ = ("facts",)
+
+    def __init__(self, facts: tuple[Fact, ...]) -> None:
+        self.facts = tuple(tuple(fact) for fact in facts)  # which Python takes apart faster than named ones
+
+    def holds(self) -> bool:
+        """Return whether all facts are as they were and no hook is on all modules."""
+        for table, name, value in self.facts:
+            found = table.get(name, MISSING)
+            if found is not value and not _is_equal_setting(found, value):
+                return False
+        return not torch_modules._has_any_global_hook()
+
+
+Within = Callable[[nn.Module], bool]
+"""Tells of a child whether the fused forward also passes over what is inside it."""
+
+
+def contract_for(module: nn.Module, within: Within) -> Contract:
+    """Return what a fused forward of a module relies on now.
+
+    Args:
+        module: A module whose stand-in, and those of its children, are in place.
+        within: Tells whether a child is fused, too.
+    """
+    facts = {_key(fact): fact for fact in (*_of_class(nn.Linear), *_of_module(module))}
+    for holder, name, child in passed_over(module, within):
+        for fact in (Fact(holder._modules, name, child), *_of_module(child)):
+            facts[_key(fact)] = fact
+    return Contract(tuple(facts.values()))
+
+
+def passed_over(module: nn.Module, within: Within) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Yield (parent, name, child) of the modules that a fused forward of a module does not call.
+
+    Linear modules and layers with adapters are left out: their operands are looked up at each call.
+
+    Args:
+        module: The module.
+        within: Tells whether a child is fused, too.
+    """
+    if hasattr(module, "base_layer"):
+        return
+    for name, child in module._modules.items():
+        if child is None or hasattr(child, "base_layer") or isinstance(child, nn.Linear):
+            continue
+        yield module, name, child
+        if within(child):
+            yield from passed_over(child, within)
+
+
+def replaced_forward(module: nn.Module, within: Within) -> str | None:
+    """Return the class whose forward somebody replaced, as a phrase, or None.
+
+    Args:
+        module: A module that a recipe fits.
+        within: Tells whether a child is fused, too.
+    """
+    kinds = [nn.Linear, type(module), *(type(child) for _, _, child in passed_over(module, within))]
+    other = next((kind for kind in kinds if not _is_own(kind)), None)
+    return None if other is None else f"the forward of {other.__name__} is not its own"
+
+
+def forward_code(kind: type) -> Any:
+    """Return the code of a class's forward without decorators, or None if it is not Python's.
+
+    Args:
+        kind: A class of modules.
+    """
+    return getattr(inspect.unwrap(getattr(kind, "forward", None)), "__code__", None)  # type: ignore[arg-type]
+
+
+def names_read(kind: type) -> set[str]:
+    """Return all names and strings in the code of a class's forward.
+
+    Args:
+        kind: A class of modules.
+    """
+    code = forward_code(kind)
+    return set() if code is None else {*code.co_names, *(one for one in code.co_consts if isinstance(one, str))}
+
+
+def _of_module(module: nn.Module) -> Iterator[Fact]:
+    kind, own = plain_class(module), vars(module)
+    yield from _of_class(kind)
+    if hasattr(module, "base_layer"):
+        return  # adapters come and go
+    for name, value in own.items():
+        if name[0] != "_" and name not in ASKED and isinstance(value, SETTINGS):
+            yield Fact(own, name, value)
+    config = own.get("config")
+    if config is not None:
+        yield Fact(own, "config", config)
+        fields = vars(config)
+        for name in {*IN_CONFIG, *(names_read(kind) & fields.keys() - own.keys())}:
+            yield Fact(fields, name, fields.get(name, MISSING))
+        yield from _of_interface(kind, fields.get(IN_CONFIG[0]))
+
+
+def _of_class(kind: type) -> Iterator[Fact]:
+    for base in kind.__mro__:
+        yield Fact(vars(base), "forward", vars(base).get("forward", MISSING))
+        if "forward" in vars(base):
+            break
+    code, known = forward_code(kind), getattr(inspect.unwrap(kind.forward), "__globals__", {})  # type: ignore[attr-defined]
+    for name in () if code is None else code.co_names:
+        if name in known and not isinstance(known[name], ModuleType):
+            yield Fact(known, name, known[name])
+
+
+def _of_interface(kind: type, way: Any) -> Iterator[Fact]:
+    table = getattr(inspect.unwrap(kind.forward), "__globals__", {}).get(INTERFACES)  # type: ignore[attr-defined]
+    if isinstance(table, Mapping) and way is not None:
+        yield Fact(table, way, table.get(way, MISSING))
+
+
+def _is_own(kind: type) -> bool:
+    """Return whether the forward of a class is the one that its author wrote there."""
+    owner: Any = next(base for base in kind.__mro__ if "forward" in vars(base))
+    forward = vars(owner)["forward"]
+    defined = getattr(forward, "__globals__", {}).get("__name__", "")
+    package = owner.__module__.partition(".")[0]
+    return bool(defined.partition(".")[0] == package and forward.__qualname__ == f"{owner.__qualname__}.forward")
+
+
+def _is_equal_setting(found: Any, value: Any) -> bool:
+    return type(found) is type(value) and isinstance(value, SETTINGS) and bool(found == value)
+
+
+def _key(fact: Fact) -> tuple[int, str]:
+    return id(fact.table), fact.name
