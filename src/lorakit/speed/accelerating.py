@@ -165,7 +165,7 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
     fast: dict[str, tuple[nn.Module, Recipe]] = {}
     fitting = {id(module) for module, _ in wanted.values()}
     for path, (module, recipe) in wanted.items():
-        why = replaced_forward(module, lambda child, recipe=recipe: recipe.whole or id(child) in fitting)
+        why = replaced_forward(module, _within(fitting, recipe.name))
         why = why or _why_not(module, recipe, found.get(path))
         if why is None:
             fast[path] = (module, recipe)
@@ -260,6 +260,12 @@ def _why_not(module: nn.Module, recipe: Recipe, call: Call | None) -> str | None
     return "it was not called" if call is None else disagreement(module, recipe.run, call)
 
 
+def _within(fused: set[int], name: str) -> Callable[[nn.Module], bool]:
+    """Tell of a child whether a recipe passes over what is inside it: all of a whole, and what is fused, too."""
+    whole = any(recipe.whole for recipe in RECIPES if recipe.name == name)
+    return lambda child: whole or id(child) in fused
+
+
 def _swapped(
     model: nn.Module, fast: dict[str, tuple[nn.Module, Recipe]], known: Head | None, head: nn.Module | None
 ) -> list[tuple[str, Swap]]:
@@ -282,7 +288,6 @@ def _swapped(
         if known is not None and module is head:
             known.module = made
     fused = {id(swap.stand_in) for _, swap in swaps}
-    whole = {recipe.name for recipe in RECIPES if recipe.whole}
     for name, swap in swaps:
-        rely(swap.stand_in, contract_for(swap.stand_in, lambda child, name=name: name in whole or id(child) in fused))
+        rely(swap.stand_in, contract_for(swap.stand_in, _within(fused, name)))
     return swaps

@@ -25,6 +25,7 @@ from lorakit.speed.parts import (
     unknown_fields,
     unknown_words,
 )
+from lorakit.speed.versions import is_version, version_of
 
 INPUTS = (("q_proj", "k_proj", "v_proj"), ("c_attn",), ("qkv_proj",), ("query_key_value",))
 INTERLEAVED = ("query_key_value",)
@@ -187,16 +188,16 @@ def lengths_of(boundaries: Any) -> tuple[int, ...] | None:
     """
     if not isinstance(boundaries, Tensor):
         return None
-    version = 0 if boundaries.is_inference() else boundaries._version
-    of_version, lengths = boundaries.__dict__.get(LENGTHS, (None, ()))
-    if of_version != version:
+    version, lengths = boundaries.__dict__.get(LENGTHS, (None, ()))
+    if version is None or not is_version(boundaries, version):
         lengths = tuple(after - before for before, after in itertools.pairwise(boundaries.tolist()))
-        boundaries.__dict__[LENGTHS] = version, lengths
-    return lengths
+        boundaries.__dict__[LENGTHS] = version_of(boundaries), lengths
+    known: tuple[int, ...] = lengths
+    return known
 
 
 LENGTHS = "_lorakit_lengths"
-"""Where boundaries keep the lengths between them, with how often they had been changed then."""
+"""Where boundaries keep the lengths between them, with their version then."""
 
 
 def _kv_heads(module: nn.Module, shape: Shape, operands: Any) -> int:

@@ -111,7 +111,7 @@ def replaced_forward(module: nn.Module, within: Within) -> str | None:
         module: A module that a recipe fits.
         within: Tells whether a child is fused, too.
     """
-    kinds = [nn.Linear, type(module), *(type(child) for _, _, child in passed_over(module, within))]
+    kinds: list[type] = [nn.Linear, type(module), *(type(child) for _, _, child in passed_over(module, within))]
     other = next((kind for kind in kinds if not _is_own(kind)), None)
     return None if other is None else f"the forward of {other.__name__} is not its own"
 
