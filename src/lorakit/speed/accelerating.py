@@ -23,7 +23,7 @@ from lorakit.speed.last_layer import LastLayer
 from lorakit.speed.loss import LossWithoutLogits, loss_for
 from lorakit.speed.packing import obeys
 from lorakit.speed.probing import Call, calls, disagreement
-from lorakit.speed.swapping import AGAIN, Swap, is_stand_in, rely, stand_in
+from lorakit.speed.swapping import AGAIN, Swap, is_stand_in, rely, stand_in, undo
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Acceleration:
         head_left: Why the loss needs logits, or "".
         packs: Rows may be laid end to end without padding.
         loss: What computes the model's own loss without logits, or None.
+        model: The model that was accelerated; None if nothing was.
     """
 
     swaps: tuple[tuple[str, Swap], ...]
@@ -98,13 +99,14 @@ class Acceleration:
     head_left: str
     packs: bool = False
     loss: LossWithoutLogits | None = None
+    model: nn.Module | None = None
 
     def undo(self) -> None:
-        """Put every module back, and the loss function."""
+        """Put every module back, also inside layers that adapters put around it later, and the loss function."""
         if self.loss is not None:
             self.loss.undo()
-        for _, swap in self.swaps:
-            swap.undo()
+        if self.model is not None:
+            undo(self.model, [swap for _, swap in self.swaps])
 
     def __str__(self) -> str:
         made = Counter((recipe, type(swap.original).__name__) for recipe, swap in self.swaps)
@@ -186,9 +188,8 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
     packs = _may_pack(model, fast) and obeys(model)
     loss = None if logits or fused is None else _loss(model, fused)
     reason = loss if isinstance(loss, str) else reason
-    return Acceleration(
-        tuple(swaps), tuple(left), fused, reason, packs, loss if isinstance(loss, LossWithoutLogits) else None
-    )
+    without = loss if isinstance(loss, LossWithoutLogits) else None
+    return Acceleration(tuple(swaps), tuple(left), fused, reason, packs, without, model)
 
 
 def _last(model: nn.Module, fast: dict[str, tuple[nn.Module, Recipe]], order: tuple[str, ...]) -> LastLayer | None:
@@ -286,7 +287,7 @@ def _swapped(
         swap.do()
         swaps.append((name, swap))
         if known is not None and module is head:
-            known.module = made
+            known.module, known.places = made, swap.holders
     fused = {id(swap.stand_in) for _, swap in swaps}
     for name, swap in swaps:
         rely(swap.stand_in, contract_for(swap.stand_in, _within(fused, name)))
