@@ -120,6 +120,24 @@ def test_adapters_on_an_accelerated_model(name: str, way: str, logits: bool) -> 
     check(results(whole), wanted)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name not in ("gemma2", "t5")]
+)  # which do not use sdpa alone
+def test_an_accelerated_model_with_adapters_is_still_fused(
+    name: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = base(name)
+    accelerate(model)
+    whole = WAYS[way](model, target_modules="all-linear", fan_in_fan_out=name == "gpt2")
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", None)
+    for part in ("dense", "mlp", "fc1"):
+        for path, module in model.named_modules():
+            if path.split(".")[-1] == part and is_stand_in(module):
+                monkeypatch.setattr(type(module), "forward", None)
+    results(whole)
+
+
 @pytest.mark.parametrize("logits", [True, False])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.models.qwen3 import modeling_qwen3
+from transformers.pytorch_utils import Conv1D
 
 from lorakit import LoraConfig, core
 from lorakit.speed import accelerate
@@ -294,6 +295,10 @@ CLASSES = {
     "act_fn": transformers.activations.SiLUActivation,
     "linear": nn.Linear,
 }
+
+
+def test_a_forward_of_conv1d_replaced_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    check(adapted("gpt2"), lambda _: monkeypatch.setattr(Conv1D, "forward", replaced(Conv1D.forward)))
 
 
 def changed(output: Any) -> Any:

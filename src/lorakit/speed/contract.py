@@ -78,30 +78,39 @@ def contract_for(module: nn.Module, within: Within) -> Contract:
         module: A module whose stand-in, and those of its children, are in place.
         within: Tells whether a child is fused, too.
     """
-    facts = {_key(fact): fact for fact in (*_of_class(nn.Linear), *_of_module(module))}
+    facts = {_key(fact): fact for fact in _of_module(module)}
     for holder, name, child in passed_over(module, within):
-        for fact in (Fact(holder._modules, name, child), *_of_module(child)):
-            facts[_key(fact)] = fact
+        if is_operand(child):
+            found = [*_of_class(_base_class(child))]
+        else:
+            found = [Fact(holder._modules, name, child), *_of_module(child)]
+        facts.update((_key(fact), fact) for fact in found)
     return Contract(tuple(facts.values()))
+
+
+def is_operand(module: nn.Module) -> bool:
+    """Return whether recipes look a module up at each call: a linear one, with adapters or without.
+
+    Args:
+        module: Any module.
+    """
+    return _is_around_base(module) or isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def passed_over(module: nn.Module, within: Within) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Yield (parent, name, child) of the modules that a fused forward of a module does not call.
 
-    Linear modules and layers with adapters are left out: their operands are looked up at each call.
-
     Args:
         module: The module.
         within: Tells whether a child is fused, too.
     """
-    if hasattr(module, "base_layer"):
+    if _is_around_base(module):
         return
     for name, child in module._modules.items():
-        if child is None or hasattr(child, "base_layer") or isinstance(child, nn.Linear):
-            continue
-        yield module, name, child
-        if within(child):
-            yield from passed_over(child, within)
+        if child is not None:
+            yield module, name, child
+            if within(child):
+                yield from passed_over(child, within)
 
 
 def replaced_forward(module: nn.Module, within: Within) -> str | None:
@@ -111,7 +120,7 @@ def replaced_forward(module: nn.Module, within: Within) -> str | None:
         module: A module that a recipe fits.
         within: Tells whether a child is fused, too.
     """
-    kinds: list[type] = [nn.Linear, type(module), *(type(child) for _, _, child in passed_over(module, within))]
+    kinds = [_base_class(one) for one in (module, *(child for _, _, child in passed_over(module, within)))]
     other = next((kind for kind in kinds if not _is_own(kind)), None)
     return None if other is None else f"the forward of {other.__name__} is not its own"
 
@@ -138,8 +147,9 @@ def names_read(kind: type) -> set[str]:
 def _of_module(module: nn.Module) -> Iterator[Fact]:
     kind, own = plain_class(module), vars(module)
     yield from _of_class(kind)
-    if hasattr(module, "base_layer"):
-        return  # adapters come and go
+    if _is_around_base(module):  # whose settings come and go with adapters
+        yield from _of_class(_base_class(module))
+        return
     for name, value in own.items():
         if name[0] != "_" and name not in ASKED and isinstance(value, SETTINGS):
             yield Fact(own, name, value)
@@ -150,6 +160,18 @@ def _of_module(module: nn.Module) -> Iterator[Fact]:
         for name in {*IN_CONFIG, *(names_read(kind) & fields.keys() - own.keys())}:
             yield Fact(fields, name, fields.get(name, MISSING))
         yield from _of_interface(kind, fields.get(IN_CONFIG[0]))
+
+
+def _is_around_base(module: nn.Module) -> bool:
+    """Return whether a module is a layer with adapters."""
+    return "base_layer" in module._modules
+
+
+def _base_class(module: nn.Module) -> type:
+    """Return the class of a module, or of what adapters are around."""
+    while _is_around_base(module):
+        module = module._modules["base_layer"]  # type: ignore[assignment]
+    return plain_class(module)
 
 
 def _of_class(kind: type) -> Iterator[Fact]:
@@ -173,6 +195,8 @@ def _is_own(kind: type) -> bool:
     """Return whether the forward of a class is the one that its author wrote there."""
     owner: Any = next(base for base in kind.__mro__ if "forward" in vars(base))
     forward = vars(owner)["forward"]
+    if owner is nn.Module:
+        return True  # nothing calls it
     defined = getattr(forward, "__globals__", {}).get("__name__", "")
     package = owner.__module__.partition(".")[0]
     return bool(defined.partition(".")[0] == package and forward.__qualname__ == f"{owner.__qualname__}.forward")
