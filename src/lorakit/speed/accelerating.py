@@ -19,13 +19,14 @@ from lorakit.errors import ModelError
 from lorakit.ops.kernels import compiled
 from lorakit.speed import attention, decoder, dropouts, encoder, feed_forward, linear, norms, sublayer
 from lorakit.speed.admitting import Left, Parts, Recipe, admitted, candidates, recorded
+from lorakit.speed.contract import contract_for
 from lorakit.speed.head import Head, head_for, last_layer_for, output_head
 from lorakit.speed.last_layer import LastLayer
 from lorakit.speed.loss import LossWithoutLogits, loss_for
 from lorakit.speed.packing import obeys
 from lorakit.speed.preserving import frozen
 from lorakit.speed.probing import Call, at_rest, attempt, calls
-from lorakit.speed.swapping import AGAIN, Swap, is_stand_in, stand_in
+from lorakit.speed.swapping import AGAIN, Swap, is_stand_in, rely, stand_in, undo
 
 
 def _named(*words: str) -> Callable[[nn.Module], bool]:
@@ -73,6 +74,7 @@ class Acceleration:
         head_left: Why the loss needs logits, or "".
         packs: Rows may be laid end to end without padding.
         loss: What computes the model's own loss without logits, or None.
+        model: The model that was accelerated; None if nothing was.
     """
 
     swaps: tuple[tuple[str, Swap], ...]
@@ -81,13 +83,14 @@ class Acceleration:
     head_left: str
     packs: bool = False
     loss: LossWithoutLogits | None = None
+    model: nn.Module | None = None
 
     def undo(self) -> None:
-        """Put every module back, and the loss function."""
+        """Put every module back, also inside layers that adapters put around it later, and the loss function."""
         if self.loss is not None:
             self.loss.undo()
-        for _, swap in self.swaps:
-            swap.undo()
+        if self.model is not None:
+            undo(self.model, [swap for _, swap in self.swaps])
 
     def __str__(self) -> str:
         made = Counter((recipe, type(swap.original).__name__) for recipe, swap in self.swaps)
@@ -149,9 +152,8 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
         back.pop_all()
     fused, reason = (probed.head, "") if isinstance(probed.head, Head) else (None, probed.head)
     reason = loss if isinstance(loss, str) else reason
-    return Acceleration(
-        tuple(swaps), tuple(probed.left), fused, reason, packs, loss if isinstance(loss, LossWithoutLogits) else None
-    )
+    without = loss if isinstance(loss, LossWithoutLogits) else None
+    return Acceleration(tuple(swaps), tuple(probed.left), fused, reason, packs, without, model)
 
 
 class _Probed(NamedTuple):
@@ -243,6 +245,12 @@ def _may_pack(model: Any, fast: Parts) -> bool:
     return isinstance(layers, int) and ours == layers
 
 
+def _within(fused: set[int], name: str) -> Callable[[nn.Module], bool]:
+    """Tell of a child whether a recipe passes over what is inside it: all of a whole, and what is fused, too."""
+    whole = any(recipe.whole for recipe in RECIPES if recipe.name == name)
+    return lambda child: whole or id(child) in fused
+
+
 def _swapped(
     model: nn.Module, probed: _Probed, head: nn.Module | None, back: contextlib.ExitStack
 ) -> list[tuple[str, Swap]]:
@@ -269,8 +277,11 @@ def _swapped(
         made = stand_in(module, run, classes, name)
         swaps.append((name, Swap(path, module, made, tuple(holders[id(module)]))))
         if known is not None and module is head:
-            known.module = made
+            known.module, known.places = made, swaps[-1][1].holders
     for _, swap in swaps:
         back.callback(swap.undo)
         swap.do()
+    fused = {id(swap.stand_in) for _, swap in swaps}
+    for name, swap in swaps:
+        rely(swap.stand_in, contract_for(swap.stand_in, _within(fused, name)))
     return swaps

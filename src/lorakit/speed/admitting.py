@@ -14,6 +14,7 @@ from torch import nn
 
 from lorakit.speed import linear
 from lorakit.speed.comparing import Branches, Verdict, judged, judged_branches
+from lorakit.speed.contract import is_own_forward
 from lorakit.speed.probing import Call, attempt, first_calls
 
 LENGTHS = (1, 33)
@@ -190,7 +191,7 @@ def _is_foreign(kind: type) -> bool:
     That is a forward from another package, also one that was set on a known class, or another method of a known class
     that a class from elsewhere replaces.
     """
-    if not _is_known(getattr(kind, "forward", None)):
+    if not _is_known(getattr(kind, "forward", None)) or not is_own_forward(kind):
         return True
     for place, owner in enumerate(kind.__mro__):
         if _package(owner.__module__) in KNOWN:

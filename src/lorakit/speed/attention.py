@@ -15,7 +15,17 @@ from lorakit.ops.rotary import Rotary
 from lorakit.speed.last_layer import KEYWORD
 from lorakit.speed.masks import under
 from lorakit.speed.operands import acting_in, forwards_of
-from lorakit.speed.parts import asks_for_weights, by_name, is_usual, norm_of, share_of, unknown_words
+from lorakit.speed.parts import (
+    asks_for_weights,
+    by_name,
+    is_usual,
+    norm_of,
+    says_nothing_else,
+    share_of,
+    unknown_fields,
+    unknown_words,
+)
+from lorakit.speed.versions import is_version, version_of
 
 INPUTS = (("q_proj", "k_proj", "v_proj"), ("c_attn",), ("qkv_proj",), ("query_key_value",))
 INTERLEAVED = ("query_key_value",)
@@ -53,12 +63,15 @@ WORDS = frozenset(
 )
 """Attributes of attention modules that this recipe reads, or that a probe shows."""
 
+FIELDS = frozenset({"sliding_window", "num_attention_heads", "num_key_value_heads"})
+"""Fields of the config that this recipe reads, too, or that a probe shows."""
+
 READ = frozenset(
     {"attention_mask", "position_embeddings", "hidden_states", "cache", "past_key_values", "use_cache", "position_ids"}
     | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "output_router_logits"}
     | {"shift_labels", "ignore_index", KEYWORD}  # of the loss
 )
-"""Arguments of a call that are read or change nothing here; another one that is given sends the call back."""
+"""Arguments of a call that are read or change nothing here; another one sends the call back, whatever its value."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +107,11 @@ def fits(module: nn.Module) -> str | None:
         return f"its attention is computed by {way!r}"
     if getattr(module, "is_sliding", shape.window is not None) is not (shape.window is not None):
         return "it has a window that it does not use"
-    return unknown_words(module, WORDS, (*shape.inputs, shape.output, *NORMS, *DROPOUTS))
+    if getattr(module.config, "is_causal", True) is not True:
+        return "its config makes it bidirectional"
+    return unknown_fields(module, FIELDS) or unknown_words(
+        module, WORDS, (*shape.inputs, shape.output, *NORMS, *DROPOUTS)
+    )
 
 
 def shape_of(module: nn.Module) -> Shape | None:
@@ -181,16 +198,16 @@ def lengths_of(boundaries: Any) -> tuple[int, ...] | None:
     """
     if not isinstance(boundaries, Tensor):
         return None
-    version = 0 if boundaries.is_inference() else boundaries._version
-    of_version, lengths = boundaries.__dict__.get(LENGTHS, (None, ()))
-    if of_version != version:
+    version, lengths = boundaries.__dict__.get(LENGTHS, (None, ()))
+    if version is None or not is_version(boundaries, version):
         lengths = tuple(after - before for before, after in itertools.pairwise(boundaries.tolist()))
-        boundaries.__dict__[LENGTHS] = version, lengths
-    return lengths
+        boundaries.__dict__[LENGTHS] = version_of(boundaries), lengths
+    known: tuple[int, ...] = lengths
+    return known
 
 
 LENGTHS = "_lorakit_lengths"
-"""Where boundaries keep the lengths between them, with how often they had been changed then."""
+"""Where boundaries keep the lengths between them, with their version then."""
 
 
 def _kv_heads(module: nn.Module, shape: Shape, operands: Any) -> int:
@@ -205,6 +222,8 @@ def _pattern(shape: Shape, x: Tensor, dropped: float, call: dict[str, Any]) -> P
     """Who sees whom in a call, or None where its mask is none that is known."""
     segments = lengths_of(call.get("cu_seq_lens_q"))
     mask = None if segments else call.get("attention_mask")  # these say all that a mask of packed sequences says
+    if mask is None and segments is None and shape.softcap is not None:
+        return None  # eager attention without a mask sees all tokens
     # a window that is longer than the rows, or that a model does not use, comes without a mask
     window = None if segments is None and mask is None else shape.window
     return under(mask, x, Pattern(True, shape.scale, window, shape.softcap, segments, dropped))
@@ -214,7 +233,7 @@ def _is_plain(module: nn.Module, call: dict[str, Any]) -> bool:
     """Whether a call asks for attention over its own tokens and nothing else."""
     if asks_for_weights(module, call) or call.get("cache") is not None or call.get("past_key_values") is not None:
         return False
-    return all(value is None or value is False for name, value in call.items() if name not in READ)
+    return says_nothing_else(call, READ)
 
 
 def _shares(module: nn.Module) -> tuple[float, float] | None:

@@ -12,6 +12,7 @@ from lorakit.ops.norm import Norm, normalised
 from lorakit.speed import attention, feed_forward
 from lorakit.speed.last_layer import KEYWORD, laid_back, picked, rows_for
 from lorakit.speed.parts import activation_of, by_name, is_usual, norm_of, share_of, unknown_words
+from lorakit.speed.swapping import is_stand_in
 
 
 class Half(NamedTuple):
@@ -140,7 +141,8 @@ def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any)
 def _fed(module: nn.Module, half: Half, around: _Around, x: Tensor, *, residual: bool) -> Tensor | None:
     """What the feed-forward half gives of x (…, d) as one function, or None where it cannot."""
     mlp: Any = module._modules[half.inner] if half.inner else module
-    if half.inner and (feed_forward.fits(mlp) is not None or is_watched(mlp)):
+    fits = not half.inner or is_stand_in(mlp) or feed_forward.fits(mlp) is None  # a stand-in fitted, which takes longer
+    if not fits or (half.inner and is_watched(mlp)):
         return None
     return feed_forward.feed_forward(mlp, x, around.before, residual=residual, dropout=around.inside)
 

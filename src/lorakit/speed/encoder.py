@@ -20,12 +20,21 @@ from lorakit.ops.mlp import Form, mlp
 from lorakit.ops.norm import Norm, normalised
 from lorakit.speed.masks import under
 from lorakit.speed.operands import Acting, acting_in, forwards_of
-from lorakit.speed.parts import activation_of, asks_for_weights, by_name, is_usual, norm_of, share_of, unknown_words
+from lorakit.speed.parts import (
+    activation_of,
+    asks_for_weights,
+    by_name,
+    is_usual,
+    norm_of,
+    says_nothing_else,
+    share_of,
+    unknown_words,
+)
 from lorakit.speed.probing import Call
 from lorakit.speed.swapping import AGAIN
 
 READ = frozenset({"attention_mask", "position_ids", "num_items_in_batch"})
-"""Arguments of a call that are read or change nothing here; another one that is given sends the call back."""
+"""Arguments of a call that are read or change nothing here; another one sends the call back, whatever its value."""
 
 WORDS = frozenset(
     {"config", "num_attention_heads", "attention_head_size", "all_head_size", "scaling", "n_heads", "dim", "layer_idx"}
@@ -228,7 +237,7 @@ def _is_plain(module: nn.Module, found: Layout, x: Tensor, call: dict[str, Any])
     holders = [_at(module, path) for path in found.children() if path]
     if asks_for_weights(_at(module, found.attention), call) or any(is_watched(one, captures=False) for one in holders):
         return False
-    return all(value is None or value is False for name, value in call.items() if name not in READ)
+    return says_nothing_else(call, READ)
 
 
 def _at(module: nn.Module, path: str) -> Any:

@@ -20,6 +20,7 @@ from lorakit.ops.cross_entropy import IGNORED, linear_cross_entropy
 from lorakit.ops.cross_entropy import Head as Operands
 from lorakit.speed.last_layer import KEYWORD, LastLayer, agree, some
 from lorakit.speed.probing import TOLERANCES, Call, attempt, inputs_of
+from lorakit.speed.swapping import may_run
 
 
 def output_head(model: Any) -> nn.Module | None:
@@ -60,11 +61,13 @@ class Head:
         scale: Factor between the head's output and the logits.
         softcap: Bound of the logits by tanh, or None.
         module: What stands in the head's place.
+        places: Every (parent, attribute) that held it when the model was accelerated.
         open: Thread -> the forward there in which the head multiplies nothing.
         last: The last layer, where that can do with the trained rows alone.
     """
 
     module: nn.Module
+    places: tuple[tuple[nn.Module, str], ...] = ()
     last: LastLayer | None = None
 
     def __init__(self, scale: float, softcap: float | None) -> None:
@@ -97,10 +100,12 @@ class Head:
             del self.open[thread]
 
     def applies(self) -> bool:
-        """Whether the head is as it was when the model was accelerated: frozen, plain and unwatched."""
+        """Return whether the head is as it was when accelerated: in its place, frozen, plain and unwatched."""
+        if any(parent._modules.get(name) is not self.module for parent, name in self.places):
+            return False  # an adapter is around it, or the model has another one
         weight, bias = self.module._parameters.get("weight"), self.module._parameters.get("bias")
         frozen = weight is not None and not weight.requires_grad and (bias is None or not bias.requires_grad)
-        return frozen and not is_watched(self.module)
+        return frozen and not is_watched(self.module) and may_run(self.module)
 
     def loss_sum(self, model: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:
         """Cross entropy of the next token, summed over the trained tokens.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.core.layering.watched import is_watched
 from lorakit.speed.probing import TOLERANCES
+from lorakit.speed.swapping import may_run
 
 KEYWORD = "trained_rows"
 """Name of the keyword."""
@@ -71,6 +72,7 @@ class LastLayer:
             or not (kept is None or (isinstance(kept, int) and kept == 0))
             or any(is_watched(one, captures=False) for one in self.readers)
             or self._is_compiled()
+            or not may_run(self.layer)
         ):
             return {}
         flat = targets.reshape(-1)

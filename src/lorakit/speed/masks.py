@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from lorakit.ops.attention_pattern import Pattern
+from lorakit.speed.versions import is_version, version_of
 
 HIDDEN = -1e4
 """Numbers at or below this hide a place: the least of a dtype is added to its score."""
 
 READ = "_lorakit_read"
-"""Where a mask, which all layers of a forward share, keeps what is known of it."""
+"""Where a mask, which all layers of a forward share, keeps what is known of it, with its version then."""
 
 
 def under(mask: Any, x: Tensor, pattern: Pattern) -> Pattern | None:
@@ -41,7 +42,7 @@ def _under(mask: Any, x: Tensor, pattern: Pattern) -> Pattern | None:
         return None
     if mask.shape[0] not in (1, rows):
         return None
-    known: dict[Any, Any] = mask.__dict__.setdefault(READ, {})
+    known = _known(mask)
     key = (pattern.causal, pattern.window, x.dtype)
     if key not in known:
         known[key] = _read(mask, pattern, x.dtype)
@@ -51,9 +52,20 @@ def _under(mask: Any, x: Tensor, pattern: Pattern) -> Pattern | None:
     if pattern.bias is None:
         return replace(pattern, bias=padding)
     with_bias = (*key, "with bias")
-    if with_bias not in known or known[with_bias][0] is not pattern.bias:
-        known[with_bias] = pattern.bias, padding + pattern.bias.to(x.dtype)
-    return replace(pattern, bias=known[with_bias][1])
+    of_bias, version, both = known.get(with_bias, (None, 0, padding))
+    if of_bias is not pattern.bias or not is_version(pattern.bias, version):
+        both = padding + pattern.bias.to(x.dtype)
+        known[with_bias] = pattern.bias, version_of(pattern.bias), both
+    return replace(pattern, bias=both)
+
+
+def _known(mask: Tensor) -> dict[Any, Any]:
+    """Return what is known of a mask as it is now, to be added to."""
+    version, known = mask.__dict__.get(READ, (None, {}))
+    if version is None or not is_version(mask, version):
+        known = {}
+        mask.__dict__[READ] = version_of(mask), known
+    return known
 
 
 def _read(mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor | bool:

@@ -15,6 +15,8 @@ from torch.nn import functional
 
 from lorakit.core.layering.watched import is_watched
 from lorakit.ops.norm import Norm
+from lorakit.speed.contract import names_read
+from lorakit.speed.swapping import plain_class
 
 ACTIVATIONS: dict[str, str] = {
     "SiLU": "silu",
@@ -70,7 +72,7 @@ def norm_of(module: nn.Module | None) -> Norm | None:
 
 def share_of(dropout: nn.Module | None) -> float | None:
     """The share of its input that a dropout drops now, 0 where there is none; None where it is no plain one."""
-    if dropout is None or isinstance(dropout, nn.Identity):
+    if dropout is None or (isinstance(dropout, nn.Identity) and not is_watched(dropout)):
         return 0.0
     if not isinstance(dropout, nn.Dropout) or is_watched(dropout) or dropout.p >= 1:
         return None
@@ -101,6 +103,38 @@ def unknown_words(module: nn.Module, words: Collection[str], children: Collectio
     held = {name for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
     unknown = sorted(own | inside | held)
     return f"it has {', '.join(unknown)}, which the recipe does not know" if unknown else None
+
+
+def unknown_fields(module: nn.Module, known: Collection[str]) -> str | None:
+    """Return what a module's forward reads of its config besides what a recipe knows, as a phrase, or None.
+
+    A field that is None or False is taken as switched off; a stand-in's contract has its value.
+
+    Args:
+        module: A module with a config.
+        known: Fields that the recipe reads, too.
+    """
+    fields = vars(module.config)
+    read = names_read(plain_class(module)) & fields.keys() - vars(module).keys() - set(known)
+    unknown = sorted(name for name in read if fields[name] is not None and fields[name] is not False)
+    return f"its forward reads {', '.join(unknown)} of its config, which the recipe does not know" if unknown else None
+
+
+def says_nothing_else(call: Mapping[str, Any], read: Collection[str]) -> bool:
+    """Return whether all arguments of a call are known to a recipe, or known and not given.
+
+    Args:
+        call: The call's arguments by name.
+        read: Names of those that the recipe reads, or that change nothing.
+    """
+    return all(name in read or (name in OPTIONAL and (value is None or value is False)) for name, value in call.items())
+
+
+OPTIONAL = frozenset(
+    {"cache", "past_key_values", "layer_past", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
+    | {"encoder_hidden_states", "encoder_attention_mask", "key_value_states", "mask", "head_mask", "cache_position"}
+)
+"""Arguments that change nothing where they are None or False; the others do so where they are left out."""
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:

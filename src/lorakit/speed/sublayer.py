@@ -18,7 +18,7 @@ from lorakit.ops.attention_pattern import Pattern
 from lorakit.speed import feed_forward
 from lorakit.speed.masks import under
 from lorakit.speed.operands import Acting, acting_in, forwards_of
-from lorakit.speed.parts import asks_for_weights, by_name, is_usual, norm_of, share_of, unknown_words
+from lorakit.speed.parts import asks_for_weights, by_name, is_usual, norm_of, says_nothing_else, share_of, unknown_words
 from lorakit.speed.probing import Call
 
 NORM, DROPOUT = "layer_norm", "dropout"
@@ -36,7 +36,7 @@ WORDS = frozenset(
 NEEDED = {"key_value_proj_dim", "n_heads", "scaling", "is_causal", "dropout"}
 
 READ = frozenset({"attention_mask", "position_bias", "position_ids", "num_items_in_batch"})
-"""Arguments of a call that are read or change nothing here; another one that is given sends the call back."""
+"""Arguments of a call that are read or change nothing here; another one sends the call back, whatever its value."""
 
 
 def fits(module: nn.Module) -> str | None:
@@ -58,7 +58,7 @@ def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any)
         return None
     if FED in module._modules:
         return None if kwargs else feed_forward.feed_forward(inner, x, norm, residual=True, dropout=p)
-    if x.ndim != 3 or any(value is not None and value is not False for key, value in kwargs.items() if key not in READ):
+    if x.ndim != 3 or not says_nothing_else(kwargs, READ):
         return None
     ready = _ready(module, inner, x, kwargs)
     if ready is None:

@@ -7,7 +7,7 @@ module is changed. Undoing puts the original back in its place.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,14 @@ FORWARDS = "_fast_forwards"
 AGAIN = "_multiplies_again"
 """Where a feed-forward with a stand-in keeps that it multiplies again in the backward instead of keeping the result."""
 
+OWN = (FORWARDS, AGAIN)
+"""What a stand-in adds to the state that it shares."""
+
 MARK = "_stands_in"
-"""What only the classes of stand-ins hold themselves."""
+"""Attribute of the classes of stand-ins alone: the original's class."""
+
+CONTRACT = "_contract"
+"""Slot of a stand-in, not of the state that it shares: what its fast forward relies on."""
 
 Forward = Callable[..., Any]
 """What a stand-in tries first: module, arguments -> output, or None where it does not apply to this call."""
@@ -51,7 +57,7 @@ class Swap:
 
     def undo(self) -> None:
         """Put the original back, wherever the stand-in still stands."""
-        for name in (FORWARDS, AGAIN):
+        for name in OWN:
             self.original.__dict__.pop(name, None)
         self._replace(self.stand_in, self.original)
 
@@ -62,6 +68,23 @@ class Swap:
         if isinstance(old, Switched) and isinstance(new, Switched):  # the state knows its layers weakly, and one may go
             old.state.leave(old)
             new.state.join(new)
+
+
+def undo(model: nn.Module, swaps: Iterable[Swap]) -> None:
+    """Put all originals back, also where an adapter's layer holds a stand-in by now.
+
+    Args:
+        model: What the swaps were made in.
+        swaps: All swaps of one acceleration.
+    """
+    originals: dict[int, nn.Module] = {}
+    for swap in swaps:
+        swap.undo()
+        originals[id(swap.stand_in)] = swap.original
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in originals:
+                parent._modules[name] = originals[id(child)]
 
 
 def stand_in(module: nn.Module, fast: Forward, classes: dict[tuple[type, str], type], name: str) -> nn.Module:
@@ -81,6 +104,36 @@ def stand_in(module: nn.Module, fast: Forward, classes: dict[tuple[type, str], t
     return made
 
 
+def rely(made: nn.Module, contract: Any) -> None:
+    """Tell a stand-in when its fast forward may run; without a contract it never does.
+
+    Args:
+        made: The stand-in.
+        contract: Asked at each call whether it holds.
+    """
+    setattr(made, CONTRACT, contract)
+
+
+def may_run(module: nn.Module) -> bool:
+    """Return whether a module is a stand-in whose fast forward may run now.
+
+    Args:
+        module: Any module.
+    """
+    contract = getattr(module, CONTRACT, None)  # a replica that torch made of a stand-in has none
+    return contract is not None and contract.holds()
+
+
+def plain_class(module: nn.Module) -> type:
+    """Return the class of a module, or of the original if it is a stand-in.
+
+    Args:
+        module: Any module.
+    """
+    kind: type = getattr(type(module), MARK, type(module))
+    return kind
+
+
 def is_stand_in(module: nn.Module) -> bool:
     """Whether a module is a stand-in.
 
@@ -95,14 +148,18 @@ def _subclass(original: Any, fast: Forward) -> type:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # a compiler fuses by itself, and gets what it would get without us
             return original.forward(self, *args, **kwargs)
+        if not may_run(self):
+            return original.forward(self, *args, **kwargs)
         made = fast(self, *args, **kwargs)
         return original.forward(self, *args, **kwargs) if made is None else made
 
     def as_original(self: nn.Module, protocol: Any) -> Any:  # copies and pickles are plain: a made class has no address
-        return _blank, (original,), self.__dict__
+        return _blank, (original,), {name: value for name, value in vars(self).items() if name not in OWN}
 
-    members = {"forward": forward, "__reduce_ex__": as_original, "__module__": original.__module__, MARK: True}
-    return type(original.__name__, (original,), {**members, "__qualname__": original.__qualname__})
+    members = {"forward": forward, "__reduce_ex__": as_original, "__module__": original.__module__, MARK: original}
+    return type(
+        original.__name__, (original,), {**members, "__slots__": (CONTRACT,), "__qualname__": original.__qualname__}
+    )
 
 
 def _blank(kind: Any) -> nn.Module:

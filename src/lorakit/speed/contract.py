@@ -1,0 +1,202 @@
+"""What a fused forward takes for granted of the modules inside it, compared at every call.
+
+A fused forward does not call the modules inside it. So it is right only while these modules, their forwards, their
+settings and the functions they use are those that a probe compared. It knows nothing of recipes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules import module as torch_modules
+
+from lorakit.speed.swapping import plain_class
+
+MISSING = object()
+"""The value of a name that a table does not have."""
+
+SETTINGS = (bool, int, float, str, type(None))
+"""Types of attributes that are compared."""
+
+ASKED = frozenset({"training", "gradient_checkpointing", "p", "dropout", "attention_dropout"})
+"""Attributes that recipes read at each call, or that no forward reads."""
+
+IN_CONFIG = ("_attn_implementation_internal", "is_causal")
+"""Fields of a config that functions outside a forward read for it."""
+
+INTERFACES = "ALL_ATTENTION_FUNCTIONS"
+"""Global of modeling files that maps the name of an attention implementation to its function."""
+
+
+class Fact(NamedTuple):
+    """An entry of somebody's table.
+
+    Attributes:
+        table: The `__dict__` of a module, class, config or file, or a module's table of children.
+        name: Key of the entry.
+        value: What was there, or MISSING.
+    """
+
+    table: Mapping[str, Any]
+    name: str
+    value: Any
+
+
+class Contract:
+    """Facts that a fused forward relies on.
+
+    Args:
+        facts: Each is compared by identity; settings that are not the same object, by type and value.
+    """
+
+    __slots__ = ("facts",)
+
+    def __init__(self, facts: tuple[Fact, ...]) -> None:
+        self.facts = tuple(tuple(fact) for fact in facts)  # which Python takes apart faster than named ones
+
+    def holds(self) -> bool:
+        """Return whether all facts are as they were and no hook is on all modules."""
+        for table, name, value in self.facts:
+            found = table.get(name, MISSING)
+            if found is not value and not _is_equal_setting(found, value):
+                return False
+        return not torch_modules._has_any_global_hook()
+
+
+Within = Callable[[nn.Module], bool]
+"""Tells of a child whether the fused forward also passes over what is inside it."""
+
+
+def contract_for(module: nn.Module, within: Within) -> Contract:
+    """Return what a fused forward of a module relies on now.
+
+    Args:
+        module: A module whose stand-in, and those of its children, are in place.
+        within: Tells whether a child is fused, too.
+    """
+    facts = {_key(fact): fact for fact in _of_module(module)}
+    for holder, name, child in passed_over(module, within):
+        if is_operand(child):
+            found = [*_of_class(_base_class(child))]
+        else:
+            found = [Fact(holder._modules, name, child), *_of_module(child)]
+        facts.update((_key(fact), fact) for fact in found)
+    return Contract(tuple(facts.values()))
+
+
+def is_operand(module: nn.Module) -> bool:
+    """Return whether recipes look a module up at each call: a linear one, with adapters or without.
+
+    Args:
+        module: Any module.
+    """
+    return _is_around_base(module) or isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def passed_over(module: nn.Module, within: Within) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Yield (parent, name, child) of the modules that a fused forward of a module does not call.
+
+    Args:
+        module: The module.
+        within: Tells whether a child is fused, too.
+    """
+    if _is_around_base(module):
+        return
+    for name, child in module._modules.items():
+        if child is not None:
+            yield module, name, child
+            if within(child):
+                yield from passed_over(child, within)
+
+
+def is_own_forward(kind: type) -> bool:
+    """Return whether the forward of a class is the one that its author wrote there.
+
+    Args:
+        kind: A class of modules.
+    """
+    owner: Any = next(base for base in kind.__mro__ if "forward" in vars(base))
+    forward = vars(owner)["forward"]
+    if owner is nn.Module:
+        return True  # nothing calls it
+    defined = getattr(forward, "__globals__", {}).get("__name__", "")
+    package = owner.__module__.partition(".")[0]
+    return bool(defined.partition(".")[0] == package and forward.__qualname__ == f"{owner.__qualname__}.forward")
+
+
+def forward_code(kind: type) -> Any:
+    """Return the code of a class's forward without decorators, or None if it is not Python's.
+
+    Args:
+        kind: A class of modules.
+    """
+    return getattr(inspect.unwrap(getattr(kind, "forward", None)), "__code__", None)  # type: ignore[arg-type]
+
+
+def names_read(kind: type) -> set[str]:
+    """Return all names and strings in the code of a class's forward.
+
+    Args:
+        kind: A class of modules.
+    """
+    code = forward_code(kind)
+    return set() if code is None else {*code.co_names, *(one for one in code.co_consts if isinstance(one, str))}
+
+
+def _of_module(module: nn.Module) -> Iterator[Fact]:
+    kind, own = plain_class(module), vars(module)
+    yield from _of_class(kind)
+    if _is_around_base(module):  # whose settings come and go with adapters
+        yield from _of_class(_base_class(module))
+        return
+    for name, value in own.items():
+        if name[0] != "_" and name not in ASKED and isinstance(value, SETTINGS):
+            yield Fact(own, name, value)
+    config = own.get("config")
+    if config is not None:
+        yield Fact(own, "config", config)
+        fields = vars(config)
+        for name in {*IN_CONFIG, *(names_read(kind) & fields.keys() - own.keys())}:
+            yield Fact(fields, name, fields.get(name, MISSING))
+        yield from _of_interface(kind, fields.get(IN_CONFIG[0]))
+
+
+def _is_around_base(module: nn.Module) -> bool:
+    """Return whether a module is a layer with adapters."""
+    return "base_layer" in module._modules
+
+
+def _base_class(module: nn.Module) -> type:
+    """Return the class of a module, or of what adapters are around."""
+    while _is_around_base(module):
+        module = module._modules["base_layer"]  # type: ignore[assignment]
+    return plain_class(module)
+
+
+def _of_class(kind: type) -> Iterator[Fact]:
+    for base in kind.__mro__:
+        yield Fact(vars(base), "forward", vars(base).get("forward", MISSING))
+        if "forward" in vars(base):
+            break
+    code, known = forward_code(kind), getattr(inspect.unwrap(kind.forward), "__globals__", {})  # type: ignore[attr-defined]
+    for name in () if code is None else code.co_names:
+        if name in known and not isinstance(known[name], ModuleType):
+            yield Fact(known, name, known[name])
+
+
+def _of_interface(kind: type, way: Any) -> Iterator[Fact]:
+    table = getattr(inspect.unwrap(kind.forward), "__globals__", {}).get(INTERFACES)  # type: ignore[attr-defined]
+    if isinstance(table, Mapping) and way is not None:
+        yield Fact(table, way, table.get(way, MISSING))
+
+
+def _is_equal_setting(found: Any, value: Any) -> bool:
+    return type(found) is type(value) and isinstance(value, SETTINGS) and bool(found == value)
+
+
+def _key(fact: Fact) -> tuple[int, str]:
+    return id(fact.table), fact.name
