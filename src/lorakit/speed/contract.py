@@ -114,7 +114,9 @@ def passed_over(module: nn.Module, within: Within) -> Iterator[tuple[nn.Module, 
 
 
 def is_own_forward(kind: type) -> bool:
-    """Return whether the forward of a class is the one that its author wrote there.
+    """Return whether the forward of a class is one that its author, or the author of a parent class, wrote there.
+
+    A parent may put its own forward into each subclass, as transformers' gradient checkpointing does.
 
     Args:
         kind: A class of modules.
@@ -123,9 +125,11 @@ def is_own_forward(kind: type) -> bool:
     forward = vars(owner)["forward"]
     if owner is nn.Module:
         return True  # nothing calls it
-    defined = getattr(forward, "__globals__", {}).get("__name__", "")
-    package = owner.__module__.partition(".")[0]
-    return bool(defined.partition(".")[0] == package and forward.__qualname__ == f"{owner.__qualname__}.forward")
+    package = getattr(forward, "__globals__", {}).get("__name__", "").partition(".")[0]
+    return any(
+        package == base.__module__.partition(".")[0] and forward.__qualname__ == f"{base.__qualname__}.forward"
+        for base in owner.__mro__
+    )
 
 
 def forward_code(kind: type) -> Any:
