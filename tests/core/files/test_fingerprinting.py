@@ -22,6 +22,7 @@ from lorakit.core.files.fingerprinting import (
     compare,
     fingerprint,
 )
+from lorakit.durable import sealed, write_json
 from lorakit.errors import BaseMismatchError
 
 
@@ -285,7 +286,7 @@ def test_an_adapter_of_the_first_form_loads_and_a_result_keeps_the_form(tmp_path
     core.attach(model := old_model(), LoraConfig(target_modules=["1"], init_lora_weights=False))
     core.save_adapter(model, tmp_path / "a")
     sidecar = tmp_path / "a" / "lorakit.json"
-    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text(encoding="utf-8")), "base": OLD}), encoding="utf-8")
+    write_json(sidecar, sealed({**json.loads(sidecar.read_text(encoding="utf-8")), "base": OLD}))
     assert core.load_adapter(old_model(), tmp_path / "a").base == SAME
     core.compress_folder(tmp_path / "a", tmp_path / "b", rank=2)
     assert json.loads((tmp_path / "b" / "lorakit.json").read_text(encoding="utf-8"))["base"] == OLD
