@@ -131,10 +131,9 @@ def test_an_accelerated_model_with_adapters_is_still_fused(
     accelerate(model)
     whole = WAYS[way](model, target_modules="all-linear", fan_in_fan_out=name == "gpt2")
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", None)
-    for part in ("dense", "mlp", "fc1"):
-        for path, module in model.named_modules():
-            if path.split(".")[-1] == part and is_stand_in(module):
-                monkeypatch.setattr(type(module), "forward", None)
+    for path, module in model.named_modules():
+        if path.endswith(".mlp"):
+            monkeypatch.setattr(type(module), "forward", None)  # a fused layer does not call it
     results(whole)
 
 

@@ -522,3 +522,39 @@ def test_a_layer_of_eager_attention_called_without_a_mask() -> None:
         return y[0] if isinstance(y, tuple) else y
 
     torch.testing.assert_close(layer(model), layer(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_a_changed_model_uses_neither_the_last_layer_nor_the_head_alone() -> None:
+    model = adapted("llama")
+    head = accelerate(model, logits=False).head
+    assert head is not None and head.last is not None
+    labels = IDS.masked_fill(torch.arange(IDS.shape[1]) < 9, -100)
+    assert head.last.words(labels, -100, {}) and head.applies()
+    theirs = model(input_ids=IDS, labels=labels)
+    assert theirs.logits is None
+    model.set_attn_implementation("eager")
+    assert not head.last.words(labels, -100, {}) and head.applies()
+    torch.testing.assert_close(model(input_ids=IDS, labels=labels).loss, theirs.loss, rtol=1e-4, atol=1e-5)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert not head.applies()
+        ours = model(input_ids=IDS, labels=labels)
+    finally:
+        handle.remove()
+    assert ours.logits is not None
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-4, atol=1e-5)
+
+
+def test_copies_and_replicas_of_a_stand_in_are_plain() -> None:
+    """A replica, as `DataParallel` makes it, has no contract, so it runs the module's own forward."""
+    model = adapted("llama")
+    theirs = results(model)
+    accelerate(model)
+    assert are_close(results(copy.deepcopy(model)), theirs)
+    for layer in model.model.layers:
+        replica = layer._replicate_for_data_parallel()
+        assert type(replica) is type(layer)
+        for name, module in model.model.layers._modules.items():
+            if module is layer:
+                model.model.layers._modules[name] = replica
+    assert are_close(results(model), theirs)
