@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,3 +71,43 @@ def test_rows_are_one_json_object_a_line(tmp_path: Path) -> None:
     _rows(tmp_path)
     for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         assert isinstance(json.loads(line), dict)
+
+
+class _Full:
+    """A file that takes only so many bytes."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        if data and not self.room:
+            raise OSError(28, "No space left on device")
+        part = data[: self.room]
+        self.room -= len(part)
+        return int(self.file.write(part))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def test_rows_wait_while_the_disk_is_full_and_none_is_torn(tmp_path: Path) -> None:
+    rows = [{"step": step, "eval_loss": 1.0, "eval_perplexity": 2.0, "eval_tokens": 3} for step in range(5)]
+    with MetricsLog(tmp_path) as log:
+        full = _Full(log._file, 100)
+        log._file = full  # type: ignore[assignment]
+        for row in rows[:3]:
+            log.append(row)
+        assert len(log.waiting) == 2
+        assert list(read_metrics(tmp_path).rows) == rows[:1]
+        assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
+        full.room = 30  # a part of a row again
+        log.append(rows[3])
+        assert list(read_metrics(tmp_path).rows) == rows[:1]
+        full.room = 10_000
+        log._write()
+        assert log.waiting == []
+        assert list(read_metrics(tmp_path).rows) == rows[:4]
+        full.room = 0
+        log.append(rows[4])
+        full.room = 10_000
+    assert list(read_metrics(tmp_path).rows) == rows

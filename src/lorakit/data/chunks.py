@@ -46,7 +46,6 @@ class _Source:
         self._held = ""
         self._more = True
 
-    @property
     def ended(self) -> bool:
         """Whether all has been given out."""
         return not self._more and not self._held
@@ -77,23 +76,32 @@ def token_parts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[list[in
     """
     source = _Source(pieces)
     text = source.take(PART_CHARACTERS)
-    if source.ended or not getattr(tokenizer, "is_fast", False):
-        while not source.ended:
+    if source.ended() or not getattr(tokenizer, "is_fast", False):
+        while not source.ended():
             text += source.take(max(len(text), PART_CHARACTERS))
         yield token_ids(tokenizer, text)
         return
     part, begin = _part(tokenizer, text), 0
-    while not source.ended:
-        at = _border(part.text)
+    while not source.ended():
         more = source.take(max(PART_CHARACTERS, len(part.text) - PART_CHARACTERS))
-        following = None if at is None else _part(tokenizer, part.text[at:] + more)
-        place = None if at is None or following is None else _joint(part, following, at)
-        if place is None or at is None or following is None:
+        joined = _joined(tokenizer, part, more)
+        if joined is None:
             part = _part(tokenizer, part.text + more)
         else:
-            yield part.ids[part.at(begin) : part.at(place)]
-            part, begin = following, place - at
+            following, end, next_begin = joined
+            yield part.ids[part.at(begin) : part.at(end)]
+            part, begin = following, next_begin
     yield part.ids[part.at(begin) :]
+
+
+def _joined(tokenizer: Tokenizer, part: _Part, more: str) -> tuple[_Part, int, int] | None:
+    """The part that follows, and where the two are joined, in the text of each; None if they cannot be."""
+    at = _border(part.text)
+    if at is None:
+        return None
+    following = _part(tokenizer, part.text[at:] + more)
+    place = _joint(part, following, at)
+    return None if place is None else (following, place, place - at)
 
 
 def _border(text: str) -> int | None:

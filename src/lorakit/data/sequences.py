@@ -52,7 +52,7 @@ class Sequences(collections.abc.Sequence[Sequence]):
         self._trained = bytearray()
         self._ends = array("q", [0])
 
-    def add(self, ids: collections.abc.Sequence[int], trained: collections.abc.Sequence[bool]) -> None:
+    def add(self, ids: collections.abc.Sequence[int], trained: collections.abc.Sequence[bool] | bytes) -> None:
         """Append a row; its first token is never trained, because no token comes before it.
 
         Args:

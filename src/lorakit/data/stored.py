@@ -26,6 +26,7 @@ class LongDocument(Document):
     """A text file that is read in pieces; `text` reads it whole."""
 
     __slots__ = ("_file",)
+    _file: DataFile
 
     def __init__(self, file: DataFile) -> None:
         object.__setattr__(self, "_file", file)
@@ -33,7 +34,7 @@ class LongDocument(Document):
         object.__setattr__(self, "line", None)
 
     @property
-    def text(self) -> str:  # type: ignore[override]
+    def text(self) -> str:
         """The whole text."""
         return "".join(self.pieces())
 

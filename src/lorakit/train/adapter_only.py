@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorakit import durable
+from lorakit.errors import DiskError
 from lorakit.train import checkpoint
 
 _NAME = re.compile(r"adapter-only-(\d{1,12})")
@@ -50,8 +51,12 @@ def save(folder: Path, step: int, best_step: int | None, write_adapter: Callable
         DiskError: It cannot be written; the older ones are unchanged.
     """
     final = place(folder, step)
-    with durable.publish_directory(final, replace=True) as temporary:
-        write_adapter(temporary)
+    try:
+        with durable.publish_directory(final, replace=True) as temporary:
+            write_adapter(temporary)
+    except DiskError as cause:
+        reason = getattr(cause.__cause__, "strerror", None) or str(cause)
+        raise DiskError(f"{final}: cannot be written ({reason}).") from cause
     prune(folder, step, best_step)
     return final
 

@@ -80,7 +80,7 @@ class MetricsLog:
         self._write()
 
     def _write(self) -> None:
-        whole, lines = self._file.tell(), b"".join(self.waiting)
+        whole, lines = os.fstat(self._file.fileno()).st_size, b"".join(self.waiting)
         try:
             written = self._file.write(lines)
             if written == len(lines):
