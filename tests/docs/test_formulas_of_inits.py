@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core import attach, collect_for, disable, save_adapter
-from lorakit.core.files.loading import read_adapter
+from lorakit.core.files.adapter_folder import read_adapter
 
 R, ALPHA, IN, OUT = 4, 6, 12, 20
 SCALE = ALPHA / R

@@ -148,7 +148,7 @@ def test_a_trainers_checkpoint(tiny_llama: Any, tmp_path: Path, exchange: bool) 
 
 
 def _bits_of(folder: Path) -> dict[str, str]:
-    from lorakit.core.files.loading import read_adapter
+    from lorakit.core.files.adapter_folder import read_adapter
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

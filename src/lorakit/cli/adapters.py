@@ -18,7 +18,7 @@ from lorakit.cli import console
 from lorakit.errors import AdapterFileError, LorakitError, UsageError
 
 if TYPE_CHECKING:
-    from lorakit.core.files.loading import AdapterFiles
+    from lorakit.core.files.adapter_folder import AdapterFiles
     from lorakit.hub import ModelSource
 
 
@@ -53,7 +53,7 @@ def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
         UsageError: A folder was given twice.
         AdapterFileError: A folder is missing or damaged.
     """
-    from lorakit.core.files.loading import read_adapter
+    from lorakit.core.files.adapter_folder import read_adapter
 
     seen: dict[Path, str] = {}
     for folder in folders:

@@ -29,7 +29,7 @@ from lorakit.machine import this_machine
 from lorakit.plan.quantised import Quantization
 
 if TYPE_CHECKING:
-    from lorakit.core.files.loading import AdapterFiles
+    from lorakit.core.files.adapter_folder import AdapterFiles
 
 RECORD_FILE = "lorakit_merged.json"
 PROBE_TOKENS = 48

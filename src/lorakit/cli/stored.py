@@ -9,7 +9,7 @@ from lorakit.cli import console
 from lorakit.plan.quantised import Quantization
 
 if TYPE_CHECKING:
-    from lorakit.core.files.loading import AdapterFiles
+    from lorakit.core.files.adapter_folder import AdapterFiles
 
 
 def say_how_trained(adapters: Sequence[AdapterFiles], wanted: Quantization | None) -> None:

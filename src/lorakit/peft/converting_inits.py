@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import core
-from lorakit.core.files.loading import read_adapter
+from lorakit.core.files.adapter_folder import read_adapter
 from lorakit.core.files.saved_form import converted_form, saved_form
 from lorakit.core.files.saving import save_form
 from lorakit.core.layering.sitemap import layers

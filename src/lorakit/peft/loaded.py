@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lorakit import core
 from lorakit.config import LoraConfig
+from lorakit.core.files.adapter_folder import read_adapter
 from lorakit.core.files.inspecting import judge_files
 from lorakit.core.files.judging import implausible
-from lorakit.core.files.loading import check_base, place_adapter, read_adapter
+from lorakit.core.files.loading import check_base, place_adapter
 from lorakit.core.making.checks import ALLOWANCES
 from lorakit.errors import AdapterFileError, warn_caller
 from lorakit.peft import flags

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, PeftConfig, scale
+from lorakit.core.files.adapter_folder import read_adapter
 from lorakit.core.files.inspecting import judge_files
 from lorakit.core.files.judging import implausible
-from lorakit.core.files.loading import check_base, read_adapter
+from lorakit.core.files.loading import check_base
 from lorakit.core.layering.layer import LoraLayer
 from lorakit.core.making.checks import ALLOWANCES
 from lorakit.errors import ConfigError, MergeError, warn_caller

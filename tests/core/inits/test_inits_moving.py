@@ -32,7 +32,7 @@ from lorakit.core import (
     unmerge,
     use,
 )
-from lorakit.core.files.loading import read_adapter
+from lorakit.core.files.adapter_folder import read_adapter
 from lorakit.core.files.saved_form import INITIAL_FILE
 from lorakit.errors import AdapterFileError, ConfigError
 

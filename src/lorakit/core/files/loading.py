@@ -17,16 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.config import CONFIG_FILE, LoraConfig, read_config, scale
+from lorakit.config import LoraConfig, scale
 from lorakit.core.bases import base_of
+from lorakit.core.files.adapter_folder import AdapterFiles, alpha_at, read_adapter
 from lorakit.core.files.fingerprinting import DIFFERENT, compare
 from lorakit.core.files.fitting import Fit, fit
 from lorakit.core.files.judging import Site, implausible, judge, largest_values, nonfinite, not_finite
-from lorakit.core.files.patterns import literal_value
 from lorakit.core.files.ranges import copied_tensors, filled_biases, out_of_range
 from lorakit.core.files.restoring import Past, past_of
-from lorakit.core.files.sidecar import KINDS_KEY, WEIGHTS_FILE, Sidecar, identities, integrity, read_sidecar
-from lorakit.core.files.tensorfile import TensorFile, read_tensors
+from lorakit.core.files.sidecar import KINDS_KEY
 from lorakit.core.inits import trains_of
 from lorakit.core.kinds import Kind
 from lorakit.core.layering.factor import Factor, factor_dtype, make_dropout
@@ -44,14 +43,11 @@ from lorakit.core.parts.ties import tie_copies
 from lorakit.core.parts.vocabulary import room_for, way_out, without_brought_rows
 from lorakit.core.routes.training_flags import set_trained
 from lorakit.core.variants import variant_for
-from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, PatternError, TargetError, warn_caller
+from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, TargetError, warn_caller
 from lorakit.targets import Match
 
 SHOWN = 6
 """So many mismatches are named in an error."""
-
-ATTEMPTS = 3
-"""How often an adapter is read that is replaced while it is read."""
 
 
 @dataclass(frozen=True)
@@ -71,34 +67,6 @@ class LoadReport:
     sites: int
     base: str
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class AdapterFiles:
-    """An adapter's folder as it was read.
-
-    Attributes:
-        folder: Where.
-        config: The config.
-        file: The weights.
-        sidecar: What `lorakit.json` says.
-        config_is_ours: The config is byte for byte the one that was written with the weights.
-        warnings: Sentences a person should read.
-        made: It was made here by an operation, and may do nothing if that was asked for.
-    """
-
-    folder: Path
-    config: LoraConfig
-    file: TensorFile
-    sidecar: Sidecar
-    config_is_ours: bool
-    warnings: tuple[str, ...]
-    made: bool = False
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether config and weights are, byte for byte, those that `lorakit.json` speaks of."""
-        return self.config_is_ours and self.file.sha256 in self.sidecar.weights_sha256
 
 
 @trainable_tensors
@@ -245,76 +213,6 @@ def _fitted(model: nn.Module, files: AdapterFiles, site_map: SiteMap) -> Fit:
     except (TargetError, ConfigError) as cause:
         raise AdapterFileError(f"{files.folder}: {cause}") from None
     return fitted
-
-
-def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
-    """Read and verify the files of an adapter; no model is needed.
-
-    Args:
-        folder: A folder that PEFT or lorakit wrote.
-
-    Raises:
-        AdapterFileError: A file is missing, damaged, or of a kind that is never loaded.
-        NotYetSupported: The adapter needs what is not built yet.
-    """
-    folder = Path(folder)
-    if folder.is_file():
-        raise AdapterFileError(f"{folder} is a file; an adapter is a folder with {CONFIG_FILE}.")
-    for _ in range(ATTEMPTS):
-        before = identities(folder)
-        try:
-            files = _read_once(folder)
-        except (AdapterFileError, OSError):
-            if identities(folder) == before:
-                raise
-        else:
-            if identities(folder) == before:
-                return files
-    raise AdapterFileError(f"{folder}: its files changed while they were read. Load it when nothing writes there.")
-
-
-def _read_once(folder: Path) -> AdapterFiles:
-    """Read and verify the files; another process may replace them meanwhile."""
-    config, unknown = read_config(folder)
-    weights = folder / WEIGHTS_FILE
-    if not weights.exists() and (folder / "adapter_model.bin").exists():
-        raise AdapterFileError(
-            f"{folder}: the weights are a pickle (adapter_model.bin), which is never loaded, since it can run code. "
-            f"Convert it to {WEIGHTS_FILE} with the program that wrote it."
-        )
-    file = read_tensors(weights)
-    sidecar = read_sidecar(folder)
-    said = []
-    if unknown:
-        said.append(f"{folder}: fields of {CONFIG_FILE} that are not known here were left out: {', '.join(unknown)}.")
-    doubt = integrity(sidecar, file, weights)
-    if doubt and sidecar.present:
-        said.append(f"{folder}: {doubt}.")
-    if sidecar.interrupted:
-        said.append(f"{folder}: a save was interrupted; this is the adapter from before it.")
-    ours = sidecar.trusts(folder / CONFIG_FILE)
-    if sidecar.present and not ours:
-        said.append(f"{folder}: {CONFIG_FILE} was edited since the adapter was saved; it is taken as it is.")
-    return AdapterFiles(folder, config, file, sidecar, ours, tuple(said))
-
-
-def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) -> float:
-    """Alpha at a site: from `lorakit.json` where the config is the one it was written with, else from the config.
-
-    Args:
-        files: What was read.
-        path: The site's path on disk.
-        pattern_path: What patterns are held against, where that is another.
-
-    Raises:
-        AdapterFileError: It follows from a regular expression, which is not run.
-    """
-    if files.config_is_ours and path in files.sidecar.sites:
-        return float(files.sidecar.sites[path]["lora_alpha"])
-    try:
-        return literal_value(files.config.alpha_pattern, pattern_path or path, files.config.lora_alpha)
-    except PatternError as cause:
-        raise AdapterFileError(f"{files.folder / CONFIG_FILE}: alpha_pattern: {cause}") from None
 
 
 def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow: Collection[str]) -> list[str]:

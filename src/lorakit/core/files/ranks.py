@@ -7,7 +7,7 @@ defines them, and that is known where the model is.
 from __future__ import annotations
 
 from lorakit.config import LoraConfig
-from lorakit.core.files.loading import AdapterFiles
+from lorakit.core.files.adapter_folder import AdapterFiles
 from lorakit.core.files.patterns import literal_value
 from lorakit.core.layering.sitemap import INSIDE
 from lorakit.errors import PatternError

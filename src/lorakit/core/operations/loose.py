@@ -16,11 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, scale
+from lorakit.core.files.adapter_folder import AdapterFiles, alpha_at, read_adapter
 from lorakit.core.files.fingerprinting import BaseVerdict, Fingerprint, compare
 from lorakit.core.files.inspecting import judge_files
 from lorakit.core.files.judging import Finding, implausible
 from lorakit.core.files.keys import PREFIX, parse
-from lorakit.core.files.loading import AdapterFiles, alpha_at, read_adapter
 from lorakit.core.files.ranks import parameters_meant, rank_and_alpha
 from lorakit.core.files.saved_form import saved_form
 from lorakit.core.kinds import PARAMETER

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lorakit.core.files.loading import AdapterFiles
+from lorakit.core.files.adapter_folder import AdapterFiles
 from lorakit.core.files.restoring import RECOMPUTE, past_of
 from lorakit.core.kinds import Slot
 from lorakit.core.layering.sitemap import layers, state_of

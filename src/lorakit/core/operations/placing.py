@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lorakit.config import scale
 from lorakit.core.bases import base_of
-from lorakit.core.files.loading import AdapterFiles, place_adapter
+from lorakit.core.files.adapter_folder import AdapterFiles
+from lorakit.core.files.loading import place_adapter
 from lorakit.core.files.saving import SavedAdapter, write_files
 from lorakit.core.files.sidecar import FORMAT_VERSION, METADATA_KEY, Sidecar
 from lorakit.core.files.tensorfile import TensorFile, encode

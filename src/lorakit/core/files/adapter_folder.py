@@ -1,0 +1,114 @@
+"""An adapter's directory, read and verified without a model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorakit.config import CONFIG_FILE, LoraConfig, read_config
+from lorakit.core.files.patterns import literal_value
+from lorakit.core.files.sidecar import WEIGHTS_FILE, Sidecar, identities, integrity, read_sidecar
+from lorakit.core.files.tensorfile import TensorFile, read_tensors
+from lorakit.errors import AdapterFileError, PatternError
+
+ATTEMPTS = 3
+"""How often an adapter is read that is replaced while it is read."""
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter's folder as it was read.
+
+    Attributes:
+        folder: Where.
+        config: The config.
+        file: The weights.
+        sidecar: What `lorakit.json` says.
+        config_is_ours: The config is byte for byte the one that was written with the weights.
+        warnings: Sentences a person should read.
+        made: It was made here by an operation, and may do nothing if that was asked for.
+    """
+
+    folder: Path
+    config: LoraConfig
+    file: TensorFile
+    sidecar: Sidecar
+    config_is_ours: bool
+    warnings: tuple[str, ...]
+    made: bool = False
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether config and weights are, byte for byte, those that `lorakit.json` speaks of."""
+        return self.config_is_ours and self.file.sha256 in self.sidecar.weights_sha256
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
+    """Read and verify the files of an adapter; no model is needed.
+
+    Args:
+        folder: A folder that PEFT or lorakit wrote.
+
+    Raises:
+        AdapterFileError: A file is missing, damaged, or of a kind that is never loaded.
+        NotYetSupported: The adapter needs what is not built yet.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise AdapterFileError(f"{folder} is a file; an adapter is a folder with {CONFIG_FILE}.")
+    for _ in range(ATTEMPTS):
+        before = identities(folder)
+        try:
+            files = _read_once(folder)
+        except (AdapterFileError, OSError):
+            if identities(folder) == before:
+                raise
+        else:
+            if identities(folder) == before:
+                return files
+    raise AdapterFileError(f"{folder}: its files changed while they were read. Load it when nothing writes there.")
+
+
+def _read_once(folder: Path) -> AdapterFiles:
+    """Read and verify the files; another process may replace them meanwhile."""
+    config, unknown = read_config(folder)
+    weights = folder / WEIGHTS_FILE
+    if not weights.exists() and (folder / "adapter_model.bin").exists():
+        raise AdapterFileError(
+            f"{folder}: the weights are a pickle (adapter_model.bin), which is never loaded, since it can run code. "
+            f"Convert it to {WEIGHTS_FILE} with the program that wrote it."
+        )
+    file = read_tensors(weights)
+    sidecar = read_sidecar(folder)
+    said = []
+    if unknown:
+        said.append(f"{folder}: fields of {CONFIG_FILE} that are not known here were left out: {', '.join(unknown)}.")
+    doubt = integrity(sidecar, file, weights)
+    if doubt and sidecar.present:
+        said.append(f"{folder}: {doubt}.")
+    if sidecar.interrupted:
+        said.append(f"{folder}: a save was interrupted; this is the adapter from before it.")
+    ours = sidecar.trusts(folder / CONFIG_FILE)
+    if sidecar.present and not ours:
+        said.append(f"{folder}: {CONFIG_FILE} was edited since the adapter was saved; it is taken as it is.")
+    return AdapterFiles(folder, config, file, sidecar, ours, tuple(said))
+
+
+def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) -> float:
+    """Alpha at a site: from `lorakit.json` where the config is the one it was written with, else from the config.
+
+    Args:
+        files: What was read.
+        path: The site's path on disk.
+        pattern_path: What patterns are held against, where that is another.
+
+    Raises:
+        AdapterFileError: It follows from a regular expression, which is not run.
+    """
+    if files.config_is_ours and path in files.sidecar.sites:
+        return float(files.sidecar.sites[path]["lora_alpha"])
+    try:
+        return literal_value(files.config.alpha_pattern, pattern_path or path, files.config.lora_alpha)
+    except PatternError as cause:
+        raise AdapterFileError(f"{files.folder / CONFIG_FILE}: alpha_pattern: {cause}") from None
