@@ -37,7 +37,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     for made in (llama, mistral, qwen2, qwen3, gemma2, olmo2, gpt2, phi3, mixtral, opt, neox, bert, t5)
 }
 WHOLE_LAYERS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "gpt2", "phi3", "mixtral", "neox", "opt")
-PACKING = WHOLE_LAYERS
+PACKING = tuple(name for name in WHOLE_LAYERS if name != "opt")  # OPT itself does not keep packed sequences apart
 DROPPING = ("gpt2_dropping", "phi3_dropping", "opt_dropping")
 
 

@@ -17,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit import LoraConfig, core
 from lorakit.speed import accelerate
+from lorakit.speed.packing import end_to_end
 
 from ..small_models import GROUPED
-from .test_accelerating import adapted
+from .test_accelerating import PACKING, adapted
 
 Change = Callable[[Any], None]
 
@@ -558,3 +559,23 @@ def test_copies_and_replicas_of_a_stand_in_are_plain() -> None:
             if module is layer:
                 model.model.layers._modules[name] = replica
     assert are_close(results(model), theirs)
+
+
+@pytest.mark.parametrize("name", PACKING)
+def test_a_packed_batch_that_is_handed_back_keeps_its_sequences_apart(name: str) -> None:
+    """A hook on all modules sends every call to the model's own forwards."""
+    model = adapted(name)
+    acceleration = accelerate(model)
+    assert acceleration.packs
+    ids = torch.randint(0, 61, (2, 10), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    packed, _ = end_to_end(ids, mask, ids)
+    with torch.no_grad():
+        fused = model(**packed).logits[0]
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+        try:
+            plain = model(**packed).logits[0]
+        finally:
+            handle.remove()
+    torch.testing.assert_close(plain, fused, rtol=1e-3, atol=1e-4)

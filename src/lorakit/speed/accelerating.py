@@ -72,7 +72,7 @@ class Acceleration:
         left: Modules of the same sort that stay as they are.
         head: The head, for a loss without logits, or None.
         head_left: Why the loss needs logits, or "".
-        packs: Rows may be laid end to end without padding.
+        packs: Rows may be packed without padding.
         loss: What computes the model's own loss without logits, or None.
         model: The model that was accelerated; None if nothing was.
     """
@@ -165,6 +165,7 @@ class _Probed(NamedTuple):
         head: The head, for a loss without logits, or why there is none.
         calls: Path -> call, in the order in which they ended; "" is the head.
         output: What the model returned.
+        packs: The plain model keeps packed sequences apart. A fused attention may hand any call back to it.
     """
 
     fast: Parts
@@ -172,6 +173,7 @@ class _Probed(NamedTuple):
     head: Head | str
     calls: dict[str, Call]
     output: Any
+    packs: bool
 
 
 def _probed(model: nn.Module, head: nn.Module | None) -> _Probed | Exception:
@@ -187,7 +189,8 @@ def _probed(model: nn.Module, head: nn.Module | None) -> _Probed | Exception:
     left = [one for one in (*left, *others) if not one.path.startswith(whole)]
     given = found[""].output if "" in found else None
     known = head_for(head, given, getattr(output, "logits", None), getattr(model, "config", None))
-    return _Probed(fast, left, known, found, output)
+    packs = _may_pack(model, fast) and obeys(model, getattr(output, "logits", None))
+    return _Probed(fast, left, known, found, output, packs)
 
 
 def _probed_in_place(model: nn.Module, probed: _Probed, logits: bool) -> tuple[bool, LossWithoutLogits | str | None]:
@@ -200,7 +203,7 @@ def _probed_in_place(model: nn.Module, probed: _Probed, logits: bool) -> tuple[b
     last = None if head is None else _last(model, probed.fast, tuple(probed.calls))
     if head is not None and last is not None:
         head.last = last_layer_for(model, head, last, probed.calls[""], probed.output)
-    packs = _may_pack(model, probed.fast) and obeys(model, getattr(probed.output, "logits", None))
+    packs = probed.packs and obeys(model, getattr(probed.output, "logits", None))
     return packs, None if logits or head is None else loss_for(_inner(model), head)
 
 
