@@ -136,3 +136,9 @@ def test_no_template_and_a_template_that_refuses(tiny_tokenizer: Any) -> None:
         DataError, match=r"talk.jsonl:3: the chat template refuses this conversation \(only two turns\)"
     ):
         encode([TALK], tiny_tokenizer, 64)
+
+
+def test_a_template_that_leaves_the_sandbox_is_an_error(tiny_tokenizer: Any) -> None:
+    tiny_tokenizer.chat_template = "{{ messages.__class__.__mro__[-1].__subclasses__() }}"
+    with pytest.raises(DataError, match="unsafe"):
+        conversation_tokens(TALK, tiny_tokenizer)

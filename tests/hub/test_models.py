@@ -123,3 +123,21 @@ def test_a_model_of_the_hub_s_cache_loads_offline(tiny_model_directory: Path, tm
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "hub some/tiny True True\n", done.stderr
     assert "The network is off (HF_HUB_OFFLINE is set): unset it, or give a directory." in done.stderr
+
+
+@pytest.mark.parametrize("named", ["known", "unknown"])
+def test_code_of_a_model_directory_is_not_run(named: str, tiny_model_directory: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (tiny_model_directory / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass C: ...\n", encoding="utf-8")
+    path = tiny_model_directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.C"}
+    if named == "unknown":
+        config["model_type"] = "nobody-knows-it"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    if named == "known":
+        assert type(load_model(tiny_model_directory)).__name__ == "LlamaForCausalLM"
+    else:
+        with pytest.raises(ModelError, match="never run"):
+            load_model(tiny_model_directory)
+    assert not ran.exists()
