@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from lorakit.cli import console, main
+from lorakit.durable import sealed
 from lorakit.errors import printable
 from lorakit.train.progress import LiveProgress, PlainProgress
 
@@ -55,7 +56,7 @@ def hostile(save_adapter: Save) -> Callable[[str, int], Path]:
         (folder / CONFIG).write_text(json.dumps(config))
         values = json.loads((folder / SIDECAR).read_text())
         values |= {"base_name": HOSTILE, "training": {HOSTILE: HOSTILE}}
-        (folder / SIDECAR).write_text(json.dumps(values))
+        (folder / SIDECAR).write_text(json.dumps(sealed(values)))
         (folder / HOSTILE.replace("\x00", "").replace("\ud800", "").replace("/", "")).write_text("")
         return folder
 
