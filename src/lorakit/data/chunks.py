@@ -47,7 +47,7 @@ class _Source:
         self._more = True
 
     def ended(self) -> bool:
-        """Whether all has been given out."""
+        """Return whether all has been given out."""
         return not self._more and not self._held
 
     def take(self, characters: int) -> str:

@@ -37,7 +37,7 @@ class Sequence:
 
     @property
     def trained_tokens(self) -> int:
-        """How many positions a causal loss trains."""
+        """Number of positions with a causal loss."""
         return len(self.labels) - self.labels.count(IGNORED)
 
 

@@ -50,7 +50,7 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
         A fresh folder next to it, on the same disk, to write into.
 
     Raises:
-        DiskError: The disk refuses, or a folder with content stands at `final`; nothing is left behind.
+        DiskError: The disk refuses, or `final` is a folder with content; nothing is left behind.
     """
     final = Path(os.path.realpath(final))
     temporary = temporary_name(final)
@@ -191,7 +191,7 @@ def sweep(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def _can_be_exchanged(final: Path) -> bool:
-    """Whether another folder may take this name: no process of ours works in it, and nothing is mounted there."""
+    """Return whether another folder may take this name: we do not work in it, and nothing is mounted there."""
     with contextlib.suppress(FileNotFoundError):  # of a working directory that was removed
         if Path.cwd().is_relative_to(final):
             return False
@@ -254,7 +254,7 @@ def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
 
     Args:
         old: The folder to remove.
-        new: The one in its place.
+        new: The folder that replaced it.
         replaced: Names that were replaced on purpose; None if they are not known: then nothing in `new` is changed.
     """
     with os.scandir(old) as entries:

@@ -186,7 +186,7 @@ def _stranger(module: nn.Module, recipe: Recipe, foreign: dict[type, bool]) -> s
 
 
 def _is_foreign(kind: type) -> bool:
-    """Whether a class computes something that the structure checks were not written for.
+    """Return whether a class computes something that the structure checks were not written for.
 
     That is a forward from another package, also one that was set on a known class, or another method of a known class
     that a class from elsewhere replaces.
@@ -207,7 +207,7 @@ def _is_foreign(kind: type) -> bool:
 
 
 def _is_known(method: Any) -> bool:
-    """Whether a method, and all that it decorates, was written in a known package.
+    """Return whether a method, and all that it decorates, was written in a known package.
 
     The globals of a function tell; a decorator copies its other names from what it decorates.
     """

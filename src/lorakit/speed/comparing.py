@@ -19,7 +19,7 @@ NARROW = (torch.float16, torch.bfloat16)
 """Dtypes whose roundings a module may amplify beyond the tolerance."""
 
 NOISE = 2.0
-"""How many times the module's own reaction to one rounding of its input is allowed in those dtypes."""
+"""Multiples of the module's own reaction to one rounding of its input is allowed in those dtypes."""
 
 
 class Verdict(NamedTuple):
@@ -70,7 +70,7 @@ def judged(module: nn.Module, run: Callable[..., Any], call: Call, *, residual: 
 
 
 def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
-    """How far a module's own branch moves, per row, if its input is rounded once more; None if that is not known.
+    """Measure how far a module's own branch moves, per row, if its input is rounded once more; None if not known.
 
     Sharp attention amplifies the roundings of narrow dtypes beyond any fixed bound, in the module's own forward too.
     """
@@ -127,8 +127,8 @@ def _difference(ours: Tensor, theirs: Tensor, carried: Any, noise: Tensor | None
     """Compare the rows of two tensors (…, d), minus what both carry along, (…, d) or None.
 
     Args:
-        ours: Of the fast forward.
-        theirs: Of the module.
+        ours: The fast forward's.
+        theirs: The module's.
         carried: What both carry along, (…, d), or None.
         noise: How far each row of the module's own moves by roundings, (rows,), or None.
     """

@@ -1,4 +1,4 @@
-"""What a fused forward takes for granted of the modules inside it, compared at every call.
+"""The contract of a fused forward: facts about the modules inside it, compared at every call.
 
 A fused forward does not call the modules inside it. So it is right only while these modules, their forwards, their
 settings and the functions they use are those that a probe compared. It knows nothing of recipes.

@@ -1,4 +1,4 @@
-"""Whether a tensor was changed in place since something about it was remembered.
+"""Tell if a tensor was changed in place since something about it was remembered.
 
 What is remembered is kept in the tensor's own `__dict__`, so it goes with the tensor, and no other one with the same
 `id` is taken for it.

@@ -39,7 +39,7 @@ def save(folder: Path, step: int, best_step: int | None, write_adapter: Callable
     """Write the adapter of a step, whole or not at all, and then remove the older ones but for the best.
 
     Args:
-        folder: The run folder.
+        folder: The run directory.
         step: The step.
         best_step: The best step so far, or None.
         write_adapter: Writes the adapter's files into the folder that it is given.
@@ -65,7 +65,7 @@ def prune(folder: Path, step: int, best_step: int | None) -> None:
     """Remove the adapters of steps before one, but for the best.
 
     Args:
-        folder: The run folder.
+        folder: The run directory.
         step: The step.
         best_step: The best step so far, or None.
     """
@@ -75,7 +75,7 @@ def prune(folder: Path, step: int, best_step: int | None) -> None:
 
 
 def account(folder: Path) -> str:
-    """Return a sentence on what a run folder holds: the newest good checkpoint, and adapters alone."""
+    """Return in words what a run directory holds: the newest good checkpoint, and adapters alone."""
     good = checkpoint.newest_good(folder).path
     found = [] if good is None else [f"{good.name} (complete, for --resume)"]
     found += [f"{path.name} (the adapter alone)" for path in saved(folder)]

@@ -1,4 +1,4 @@
-"""The lock of a run folder: one process trains into a folder at a time.
+"""The lock of a run directory: one process trains into a folder at a time.
 
 The folder itself is locked (flock), so that no file is left and the system frees it however the process ends.
 """

@@ -34,7 +34,7 @@ class Space:
         adapter: The published adapter with its tokenizer.
         log: `metrics.jsonl` and `run.json`.
         kept: Checkpoints that are there at once, without those that are there already.
-        writing: Checkpoints of which one more is written before the oldest is removed: 1, or 0.
+        writing: 1 if one more checkpoint is written before the oldest is removed, else 0.
     """
 
     checkpoint: int
@@ -45,7 +45,7 @@ class Space:
 
     @property
     def least(self) -> int:
-        """What the result alone needs."""
+        """Bytes that the result alone needs."""
         return self.adapter + self.log
 
     @property
@@ -89,7 +89,7 @@ def check_checkpoint(folder: Path, space: Space) -> None:
     """Check that a checkpoint leaves room for the result of the run.
 
     Args:
-        folder: The run folder.
+        folder: The run directory.
         space: What the run needs.
 
     Raises:

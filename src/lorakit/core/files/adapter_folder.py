@@ -13,7 +13,7 @@ from lorakit.core.files.tensorfile import TensorFile, read_tensors
 from lorakit.errors import AdapterFileError, PatternError
 
 ATTEMPTS = 3
-"""How often an adapter is read that is replaced while it is read."""
+"""Attempts to read an adapter that another process replaces meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class AdapterFiles:
 
     @property
     def is_ours(self) -> bool:
-        """Whether config and weights are, byte for byte, those that `lorakit.json` speaks of."""
+        """Return whether config and weights are, byte for byte, those that `lorakit.json` speaks of."""
         return self.config_is_ours and self.file.sha256 in self.sidecar.weights_sha256
 
 
@@ -101,7 +101,7 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
     Args:
         files: What was read.
         path: The site's path on disk.
-        pattern_path: What patterns are held against, where that is another.
+        pattern_path: Path that patterns are compared with, if it is another.
 
     Raises:
         AdapterFileError: It follows from a regular expression, which is not run.

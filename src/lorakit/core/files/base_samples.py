@@ -30,7 +30,7 @@ MOST_SLICES = 512
 """A tensor of three axes has a sample in each slice of its first axis (its experts), if it has no more than these."""
 
 EXACT, ROUNDED, QUANTIZED, APART = "exact", "rounded", "quantized", "apart"
-"""How far two samples of a tensor agree: to the bit, but for rounding, within what quantizing cost, or not at all."""
+"""Degrees of agreement of two samples: bit for bit, up to rounding, within the error of quantizing, or none."""
 
 _FLOATS = frozenset({"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"})
 

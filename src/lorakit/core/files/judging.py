@@ -37,17 +37,17 @@ LARGEST_USUAL_VALUE = 1e4
 fp16 ends at 65,504."""
 
 STEEPEST_USUAL_PATTERN = 100.0
-"""From this ratio on a site's scale is implausible beside the scale of the config. Published patterns of ranks and
+"""From this ratio on a site's scale is implausible next to the scale of the config. Published patterns of ranks and
 alphas stay below 64, and a pattern that follows the rank changes no scale."""
 
 ADVICE: Mapping[str, str] = {
-    ZERO: "the adapter does nothing there; it was never trained, or trained in vain",
+    ZERO: "the adapter does nothing there; it was never trained, or training did not change it",
     PARTLY_ZERO: "the adapter does nothing there",
     VALUES: f"trained numbers are below {LARGEST_USUAL_VALUE:g}",
     SCALE: "check lora_alpha, r and the patterns",
     ALPHA: "at zero the adapter does nothing, below it does the opposite of what it was trained for",
 }
-"""What findings mean."""
+"""Kind of a finding -> its meaning."""
 
 NAMED = 3
 """The number of sites or tensors that a finding names."""
@@ -127,7 +127,7 @@ def not_finite(folder: Path, finding: Finding) -> AdapterFileError:
 def implausible(folder: str | Path, findings: Sequence[Finding], may_be_zero: bool = False) -> tuple[str, ...]:
     """Return one message that names all findings, or none if there are none.
 
-    Sites that are zero beside others that are not are no reason for a warning: experts that no token reached and what
+    Some zero sites among others are not a reason for a warning: experts that no token reached and what
     is extracted from a model that changed in part have such sites. Inspecting lists them.
 
     Args:

@@ -50,7 +50,7 @@ def out_of_range(
 
 
 def copied_tensors(extras: Extras, fitted: Fit, site_map: SiteMap) -> Iterator[tuple[Tensor, str]]:
-    """Yield each tensor (…) of the copied modules with the name of the tensor that fills it."""
+    """Yield each tensor (…) of the saved modules with the name of the tensor that fills it."""
     for path, duplicate in extras.copies.items():
         standing = site_map.modules[path]
         original = standing.original_module if isinstance(standing, ModuleCopies) else standing

@@ -1,4 +1,4 @@
-"""Whether two lists of numbers can be one list, rounded to the dtypes that models are loaded in.
+"""Decide if two lists of numbers can be one list, rounded to the dtypes that models are loaded in.
 
 Exact: the one is the other rounded, once or by way of a third dtype, or some list rounds to both. So noise of the size
 of a rounding is not taken for one.
@@ -63,6 +63,6 @@ def _one_source(half: Tensor, brain: Tensor) -> bool:
 
 
 def _half_step(values: Tensor, digits: int, smallest: int) -> Tensor:
-    """Return half the distance to the next larger number of a dtype with so many binary digits after the point."""
+    """Return half the distance to the next larger number of a dtype with a number of binary digits after the point."""
     exponent = torch.frexp(values.nan_to_num(0.0, 0.0, 0.0)).exponent.double() - 1
     return torch.exp2(exponent.clamp(min=smallest) - digits - 1)

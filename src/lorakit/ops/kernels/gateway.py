@@ -17,7 +17,7 @@ STATUSES: dict[int, tuple[type[Exception], str]] = {
     1: (MemoryError, "there is no memory for its scratch"),
     2: (ValueError, "the first place that a row sees is behind its last"),
 }
-"""What a function of rows.c returns if it fails, as in numbers.h -> the error; 0 means done."""
+"""Status that a function of rows.c returns if it fails, as in numbers.h -> the error; 0 means done."""
 
 FEW = 1 << 14
 """Numbers below which a second thread costs more than it saves."""

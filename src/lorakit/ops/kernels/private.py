@@ -70,7 +70,7 @@ def _is_writable_by_others(info: os.stat_result) -> bool:
 
 
 def _is_group_of_one(gid: int) -> bool:
-    """Whether a group is the private one of this user, which many systems pair with a umask of 002.
+    """Return whether a group is the private one of this user, which many systems pair with a umask of 002.
 
     Its name and number are those of the user, and it lists no other member. Group 0 never counts.
     """
