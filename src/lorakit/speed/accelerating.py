@@ -111,8 +111,8 @@ def accelerate(model: nn.Module, *, logits: bool = True, keep_feed_forward: bool
     """Give every part of a model that is known a faster forward.
 
     Names in the state dict, saving and `isinstance` do not change. Outputs agree within roundings, as probes of 1, 9
-    and 33 tokens show. Attach adapters before or after. A call that a recipe does not know, or after a change of what it
-    relies on, runs the module's own forward. If this function raises, the model is as before.
+    and 33 tokens show. Attach adapters before or after. A call that a recipe does not know, or after a change of what
+    it relies on, runs the module's own forward. If this function raises, the model is as before.
 
     Args:
         model: A transformers model, perhaps with adapters of ours or of `peft` in it or around it; changed in place,
