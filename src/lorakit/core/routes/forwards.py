@@ -159,7 +159,8 @@ class _Runs:
     def add(self, route: Route) -> None:
         number, thread = torch._C._autograd._get_sequence_nr(), threading.current_thread()
         last = self._runs[-1] if self._runs else None
-        if last is not None and last.route == route and last.thread is thread and last.number <= number:
+        same = last is not None and (last.route is route or last.route == route)
+        if last is not None and same and last.thread is thread and last.number <= number:
             last.number = number
             return
         self._runs.append(_Run(thread, route, number))
