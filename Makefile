@@ -4,7 +4,7 @@ BOOT := $(or $(PYTHON),python3)
 # Two workers with one thread each use both cores of a small machine; more threads than cores stall torch.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q -n 2 --dist worksteal
 .DEFAULT_GOAL := help
-.PHONY: help setup check test test-all demo bench bench-gpu peft-suite hook clean
+.PHONY: help setup check test test-all prose demo bench bench-gpu peft-suite hook clean
 
 help:  ## this list
 	@awk -F ':.*## *' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -18,12 +18,16 @@ check: setup  ## lint, format, types and architecture: what a commit must pass
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	$(PY) -m pytest -q -n 0 tests/test_architecture.py
+	@printf 'prose: '; $(PY) scripts/prose_check.py -s | sed -n 1p
 
 test: setup  ## the whole suite without what is slow or needs a GPU
 	$(PYTEST) -m "not slow and not gpu and not net"
 
 test-all: setup  ## the whole suite, the slow tests too
 	$(PYTEST) -m "not gpu and not net"
+
+prose: setup  ## report idioms and private terms in the prose of the repository, or of ARGS; problems do not fail it
+	@$(PY) scripts/prose_check.py $(ARGS) || [ $$? -eq 1 ]
 
 demo: setup  ## adapt a real language model to a real text and show what it learned
 	$(PY) scripts/demo.py

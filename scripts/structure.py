@@ -3,7 +3,7 @@
 
     python scripts/structure.py                        # a Markdown table for src/lorakit
     python scripts/structure.py --src ../old/src/lorakit --json
-    python scripts/structure.py --places any           # file:line of each `Any` in an annotation
+    python scripts/structure.py --list any             # file:line of each `Any` in an annotation
     python scripts/structure.py --runtime              # adds walks and modules entered per public call
 
 The measurements of the source need only the standard library and import nothing of the measured tree. `--runtime`
@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-Place = tuple[str, int]
+Location = tuple[str, int]
 VARIANTS = "core/variants/"
 HOMES = re.compile(r"core/variants/__init__\.py|(?:config|peft|cli)/.*|train/(?:settings\w*|defaults)\.py")
 """Modules that may name any variant: the table VARIANTS, configs, the PEFT-compatible API, flags and settings."""
@@ -58,11 +58,11 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One figure of the table, with the places that it counts."""
+    """One figure of the table, with the locations that it counts."""
 
     label: str
     value: float
-    places: tuple[str, ...] = ()
+    locations: tuple[str, ...] = ()
 
 
 def read_tree(root: Path) -> list[Source]:
@@ -72,7 +72,7 @@ def read_tree(root: Path) -> list[Source]:
 
 
 def read_source(path: str, text: str) -> Source:
-    """Parse one module; any string that is a statement of its own counts as a docstring."""
+    """Parse one module; any string that is a statement counts as a docstring."""
     tree = ast.parse(text, path)
     strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr) and _text(node.value)]
     spans = [(node.lineno, node.col_offset, node.end_lineno or 0, node.end_col_offset or 0) for node in strings]
@@ -224,20 +224,20 @@ def _components(graph: Mapping[str, set[str]]) -> list[set[str]]:
 
 def types(sources: Sequence[Source]) -> dict[str, Measurement]:
     """Count `Any` and `object` in annotations, calls of `typing.cast`, and `type: ignore` comments."""
-    used: dict[str, list[Place]] = {"Any": [], "object": []}
+    used: dict[str, list[Location]] = {"Any": [], "object": []}
     alone, casts, ignored = [], [], []
     for source in sources:
         cast = _cast_names(source.tree)
         for node in ast.walk(source.tree):
-            place = source.path, getattr(node, "lineno", 0)
+            location = source.path, getattr(node, "lineno", 0)
             annotation = _annotation(node)
             for name in _names_of(annotation):
                 if name in used:
-                    used[name].append(place)
+                    used[name].append(location)
             if annotation is not None and ast.unparse(annotation).strip("'\"") in ("Any", "typing.Any"):
-                alone.append(place)
+                alone.append(location)
             if isinstance(node, ast.Call) and ast.unparse(node.func) in cast:
-                casts.append(place)
+                casts.append(location)
         marked = [token for token in source.comments if re.search(r"#\s*type:\s*ignore", token.string)]
         ignored += [(source.path, token.start[0]) for token in marked]
     return {
@@ -308,9 +308,9 @@ def variant_rows(sources: Sequence[Source]) -> dict[str, tuple[str, ...]]:
 
 def variant_lines(sources: Sequence[Source]) -> dict[str, Measurement]:
     """Count lines whose identifiers or strings name a variant outside the modules that may."""
-    places = []
+    locations = []
     for path, names in variant_rows(sources).items():
-        # a name starts where a word does: "use_dora", "DoraLayer" and "isDora", but not "alora" in "datalora"
+        # a name has to start a part of an identifier: "use_dora", "DoraLayer", "isDora", but not "alora" in "datalora"
         text = "|".join(re.escape(name) for name in names)
         capital = "|".join(re.escape(name.capitalize()) for name in names)
         pattern = re.compile(rf"(?<![A-Za-z])(?i:{text})|(?<=[a-z])(?:{capital})")
@@ -319,25 +319,25 @@ def variant_lines(sources: Sequence[Source]) -> dict[str, Measurement]:
                 continue
             for token in source.tokens:
                 lines = token.string.split("\n")
-                places += [(source.path, token.start[0] + n) for n, line in enumerate(lines) if pattern.search(line)]
+                locations += [(source.path, token.start[0] + n) for n, line in enumerate(lines) if pattern.search(line)]
     return {
-        "variants": _count("lines that name a variant outside its home", _sorted(set(places))),
-        "variant_files": _count("files with such lines", sorted({path for path, _ in places})),
+        "variants": _count("lines that name a variant outside its home", _sorted(set(locations))),
+        "variant_files": _count("files with such lines", sorted({path for path, _ in locations})),
     }
 
 
 def walks(sources: Sequence[Source]) -> dict[str, Measurement]:
-    """Count places that walk a model: `named_modules(…)`, `.modules()` and `_modules.items()`."""
-    places = []
+    """Count calls that walk a model: `named_modules(…)`, `.modules()` and `_modules.items()`."""
+    locations = []
     for source in sources:
         for node in ast.walk(source.tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 of_modules = _last(node.func.value) == "_modules" and node.func.attr in ("items", "values")
                 if of_modules or node.func.attr == "named_modules" or (node.func.attr == "modules" and not node.args):
-                    places.append((source.path, node.lineno))
+                    locations.append((source.path, node.lineno))
     return {
-        "walks": _count("places that walk a model", _sorted(places)),
-        "walk_files": _count("files with such places", sorted({path for path, _ in places})),
+        "walks": _count("calls that walk a model", _sorted(locations)),
+        "walk_files": _count("files with such calls", sorted({path for path, _ in locations})),
     }
 
 
@@ -361,7 +361,7 @@ def table(rows: Mapping[str, Measurement]) -> str:
     """Return a Markdown table of two columns."""
     lines = ["| measurement | value |", "|---|---:|"]
     for key, row in rows.items():
-        note = f" (`{row.places[0]}`)" if key == "largest_file" else ""
+        note = f" (`{row.locations[0]}`)" if key == "largest_file" else ""
         lines.append(f"| {row.label}{note} | {row.value:,} |")
     return "\n".join(lines)
 
@@ -371,17 +371,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--src", type=Path, default=ROOT / "src" / "lorakit", help="package directory to measure")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--places", metavar="KEY", help="list the places that a measurement counts, by its JSON key")
+    parser.add_argument("--list", metavar="KEY", help="list the locations that a measurement counts, by its JSON key")
     parser.add_argument("--runtime", action="store_true", help="also run public calls on small models (needs torch)")
     options = parser.parse_args(arguments)
     root = options.src.resolve()
     if not (root / "__init__.py").is_file():
         parser.error(f"{options.src} is not a package: it has no __init__.py")
     rows = measure(read_tree(root), root.name)
-    if options.places is not None:
-        if options.places not in rows:
-            parser.error(f"unknown measurement {options.places!r}; choose from {', '.join(rows)}")
-        print("\n".join(rows[options.places].places))
+    if options.list is not None:
+        if options.list not in rows:
+            parser.error(f"unknown measurement {options.list!r}; choose from {', '.join(rows)}")
+        print("\n".join(rows[options.list].locations))
         return 0
     values: dict[str, object] = {key: row.value for key, row in rows.items()}
     tables = [table(rows)]
@@ -395,12 +395,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _sorted(places: Iterable[Place]) -> list[str]:
-    return [f"{path}:{line}" for path, line in sorted(places)]
+def _sorted(locations: Iterable[Location]) -> list[str]:
+    return [f"{path}:{line}" for path, line in sorted(locations)]
 
 
-def _count(label: str, places: Sequence[str]) -> Measurement:
-    return Measurement(label, len(places), tuple(places))
+def _count(label: str, locations: Sequence[str]) -> Measurement:
+    return Measurement(label, len(locations), tuple(locations))
 
 
 def _text(node: ast.AST) -> str:

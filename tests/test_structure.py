@@ -30,7 +30,7 @@ def runtime() -> ModuleType:
 
 def measured(structure: ModuleType, files: dict[str, str]) -> dict[str, tuple[float, list[str]]]:
     sources = [structure.read_source(path, text) for path, text in sorted(files.items())]
-    return {key: (row.value, list(row.places)) for key, row in structure.measure(sources, "lorakit").items()}
+    return {key: (row.value, list(row.locations)) for key, row in structure.measure(sources, "lorakit").items()}
 
 
 def test_code_lines_leave_out_docstrings_comments_and_blank_lines(structure: ModuleType) -> None:
@@ -41,7 +41,7 @@ Two lines of text.
 
 # a comment
 LIMIT = 3  # counts
-"""What the limit is."""
+"""A limit."""
 
 
 def f(
@@ -168,7 +168,7 @@ def test_modules_with_one_importer(structure: ModuleType) -> None:
     )
 
 
-def test_places_that_walk_a_model(structure: ModuleType) -> None:
+def test_calls_that_walk_a_model(structure: ModuleType) -> None:
     text = '''"""model.modules() in a docstring"""
 for module in model.modules(): ...
 names = dict(model.named_modules(remove_duplicate=False))
@@ -192,10 +192,10 @@ def test_the_command(structure: ModuleType, tmp_path: Path, capsys: pytest.Captu
     assert "| modules | 1 |\n" in capsys.readouterr().out
     assert structure.main(["--src", str(package), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["any"] == 1
-    assert structure.main(["--src", str(package), "--places", "any"]) == 0
+    assert structure.main(["--src", str(package), "--list", "any"]) == 0
     assert capsys.readouterr().out == "__init__.py:1\n"
     with pytest.raises(SystemExit):
-        structure.main(["--src", str(package), "--places", "words"])
+        structure.main(["--src", str(package), "--list", "words"])
 
 
 def test_the_source_is_measured_without_packages(tmp_path: Path) -> None:

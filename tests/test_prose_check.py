@@ -1,0 +1,181 @@
+"""Findings, exceptions and exit status of `scripts/prose_check.py`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from .loading import ROOT, load
+
+SCRIPT = str(ROOT / "scripts" / "prose_check.py")
+
+
+@pytest.fixture(scope="module")
+def checker() -> ModuleType:
+    return load("scripts/prose_check.py")
+
+
+def found(checker: ModuleType, path: str, text: str) -> list[tuple[int, str, str]]:
+    findings = checker.check(path, text, checker.read_rules())
+    return [(finding.line, finding.rule.name, finding.phrase) for finding in findings]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("# kept beside it", [(1, "beside", "beside")]),  # prose-check: ok
+        ("x = 1\n'''Done Anew.'''", [(2, "anew", "Anew")]),  # prose-check: ok
+        ("raise E('it is ' f'no size of {x}')", [(1, "is no", "is ' f'no")]),  # prose-check: ok
+        ("# the file is\n# told about it", [(1, "is told", "is # told")]),  # prose-check: ok
+        ('def f():\n    """What it does."""', [(2, "What docstring", "What it does")]),  # prose-check: ok
+        ('def f():\n    """As above. Of a run."""', [(2, "inverted", "Of a")]),  # prose-check: ok
+        (
+            "x = flag(help='', other=1, help=\"Which modules.\")",
+            [(1, "help fragment", 'help="Which modules.')],  # prose-check: ok
+        ),
+        (
+            '    raise KeyError(\n        f"there is no x")',
+            [(1, "There is no", 'raise KeyError( f"there is no x')],  # prose-check: ok
+        ),
+        ("# the optimiser is optimistic; optimist", [(1, "spelling", "optimiser")]),  # prose-check: ok
+        ("# what it refuses", [(1, "refuse", "refuses")]),  # prose-check: ok
+        ("# bystanders; understands; withstand", []),
+        ("# What it does; of a run", []),
+    ],
+)
+def test_findings_in_python(checker: ModuleType, text: str, expected: list[tuple[int, str, str]]) -> None:
+    assert found(checker, "a.py", text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "beside = anew(lies)",  # prose-check: ok
+        "x = 'beside'",  # prose-check: ok
+        "x = {'anew': 1}['anew']",  # prose-check: ok
+        "# `beside` and ``anew``",
+        "x = f'a {beside + anew} b'",  # prose-check: ok
+        "x = 'a is', 1, 'no size'",
+        "x = 1  # type: ignore  beside",  # prose-check: ok
+        "x = 1  # put beside (prose-check: ok)",
+        "x = 'put beside'  # prose-check: ok",
+    ],
+)
+def test_what_is_no_prose_in_python(checker: ModuleType, text: str) -> None:
+    assert found(checker, "a.py", text) == []
+
+
+def test_findings_in_markdown(checker: ModuleType) -> None:
+    text = """# Put WORD
+
+`WORD` [text](WORD.md) https://x.y/WORD <!-- WORD -->
+
+```sh
+WORD
+```
+
+A line that ends in a stray ` and
+
+one more WORD, before `code`.
+""".replace("WORD", "beside")
+    assert found(checker, "a.md", text) == [(1, "beside", "beside"), (11, "beside", "beside")]
+
+
+JOURNAL = """# Journal
+
+What is WORD.
+
+## 2026-11-25 · a day
+
+WORD.
+
+### WORD
+
+```sh
+# WORD
+```
+
+WORD.
+
+## Undated
+
+WORD.
+""".replace("WORD", "anew")
+CHANGELOG = """# Changelog
+
+## [Unreleased]
+
+WORD.
+
+## [0.1.0] - 2026-11-25
+
+### Added
+- WORD.
+""".replace("WORD", "anew")
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "lines"),
+    [
+        ("docs/journal.md", JOURNAL, [3, 19]),
+        ("journal.md", JOURNAL, [3, 19]),
+        ("other.md", JOURNAL, [3, 7, 9, 15, 19]),
+        ("CHANGELOG.md", CHANGELOG, [5]),
+        ("docs/x.md", CHANGELOG, [5, 10]),
+    ],
+)
+def test_history_is_not_counted(checker: ModuleType, path: str, text: str, lines: list[int]) -> None:
+    assert [line for line, _, _ in found(checker, path, text)] == lines
+
+
+def test_every_rule_is_well_formed(checker: ModuleType) -> None:
+    rules = checker.read_rules()
+    assert len({rule.name for rule in rules}) == len(rules) > 80
+    lines = [line for line in checker.RULES.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    for rule, line in zip(rules, lines, strict=True):
+        _, kind, where, *_ = line.split("\t")
+        assert kind in ("problem", "hint")
+        assert where in ("prose", "cased", "raw", "raw-cased")
+        assert all(text and text == text.lower() for text in rule.literals)
+
+
+def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env=dict(os.environ),
+    )
+
+
+def test_the_command(tmp_path: Path) -> None:
+    (tmp_path / "good.py").write_text("# what it refuses\n", encoding="utf-8")  # prose-check: ok
+    (tmp_path / "bad.md").write_text("Beside, and\nrefused anew.\n", encoding="utf-8")  # prose-check: ok
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "old.md").write_text("anew\n", encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("anew\n", encoding="utf-8")
+    done = run(".", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [
+        "bad.md:1: [beside] Beside -> with, next to, alongside, in addition to",  # prose-check: ok
+        "bad.md:2: [refuse?] refused -> reject, raise; check",  # prose-check: ok
+        "bad.md:2: [anew] anew -> again",  # prose-check: ok
+        "good.py:1: [refuse?] refuses -> reject, raise; check",  # prose-check: ok
+        "2 problems and 2 hints in 2 files (Markdown 3, Python 1)",
+        "     2  refuse (hint)",  # prose-check: ok
+        "     1  beside",  # prose-check: ok
+        "     1  anew",  # prose-check: ok
+    ]
+    short = run("-s", ".", folder=tmp_path)
+    assert (short.returncode, short.stdout.splitlines()) == (1, done.stdout.splitlines()[4:])
+    hints = run("good.py", folder=tmp_path)
+    assert (hints.returncode, hints.stdout.splitlines()[1]) == (0, "0 problems and 1 hints in 1 files (Python 1)")
+    missing = run("gone.md", folder=tmp_path)
+    assert (missing.returncode, missing.stderr) == (2, "prose_check: error: gone.md does not exist\n")
