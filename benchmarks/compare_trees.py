@@ -90,7 +90,7 @@ def tree_at(path: Path, scripts: Path) -> Tree:
     tree = Tree(source, scripts)
     command = [sys.executable, "-c", "import lorakit; print(lorakit.__file__)"]
     found = subprocess.run(command, env=tree.environment(), cwd=scripts, capture_output=True, text=True, check=True)
-    if Path(found.stdout.strip()).resolve().parent != source / "lorakit":
+    if Path(found.stdout.strip()).resolve().parent != (source / "lorakit").resolve():
         raise SystemExit(f"{source}: Python imports {found.stdout.strip()} instead; is PYTHONPATH ignored?")
     return tree
 
