@@ -64,13 +64,16 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     return {"n": len(samples), "best": min(samples), "p20": fifths[0], "p50": middle, "p80": fifths[-1]}
 
 
-def append_row(name: str, facts: Mapping[str, Any], samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+def append_row(
+    name: str, facts: Mapping[str, Any], samples: Mapping[str, Sequence[float]], *, quiet: bool = False
+) -> dict[str, Any]:
     """Append one row to results/<name>.jsonl and print its numbers.
 
     Args:
         name: The claim that the row is about; the file's name.
         facts: What was measured and under which settings, ready for JSON.
         samples: Measured numbers by quantity; the unit ends the quantity's name.
+        quiet: Print nothing.
 
     Returns:
         The row.
@@ -81,7 +84,7 @@ def append_row(name: str, facts: Mapping[str, Any], samples: Mapping[str, Sequen
     with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
     about = ", ".join(str(value) for value in facts.values())
-    for quantity, number in numbers.items():
+    for quantity, number in () if quiet else numbers.items():
         print(f"{name}: {about}: {quantity} p50 {number['p50']:.4g} (p20 {number['p20']:.4g}, p80 {number['p80']:.4g})")
     return row
 
@@ -91,7 +94,7 @@ def circumstances() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": _commit(),
+        "commit": commit_of(RESULTS.parent.parent),
         "machine": asdict(this_machine()) | _gpu(torch),
         "versions": {"python": platform.python_version()} | _versions(),
         "environment": {name: os.environ[name] for name in RELEVANT_ENVIRONMENT if name in os.environ},
@@ -99,9 +102,12 @@ def circumstances() -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
-    """The short commit; "-dirty" is added where tracked files other than results were changed."""
-    root = RESULTS.parent.parent
+def commit_of(root: Path) -> str:
+    """Return the short commit of a directory; "-dirty" is added if tracked files other than results were changed.
+
+    Args:
+        root: A checkout, or a directory in it, to whose files the changes are limited.
+    """
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.files.adapter_folder import read_adapter
+from lorakit.core.files.adapter_folder import AdapterFiles, read_adapter
 from lorakit.core.files.inspecting import judge_files
 from lorakit.core.files.judging import implausible
 from lorakit.core.files.loading import check_base, place_adapter
@@ -115,10 +115,7 @@ def load_by_names(
         AdapterError: The name cannot be used.
     """
     files = read_adapter(folder)
-    for sentence in check_base(model.get_base_model(), files, LENIENT)[1]:
-        warn_caller(sentence)
-    for message in implausible(folder, judge_files(files), trainable):
-        warn_caller(message)
+    warn_of_problems(model, files, LENIENT, may_be_zero=trainable)
     if name not in model.peft_config:
         model.add_adapter(name, files.config.with_fields(inference_mode=not trainable))
         flags.set_trained(model, name, trainable)
@@ -126,6 +123,25 @@ def load_by_names(
     result = set_peft_model_state_dict(model, tensors, name, ignore_mismatched_sizes=ignore_sizes)
     own = {key for _, key in names_of(model, name)}
     return LoadResult([key for key in result.missing_keys if key in own], result.unexpected_keys)
+
+
+def warn_of_problems(model: Any, files: AdapterFiles, allow: Collection[str], *, may_be_zero: bool = False) -> None:
+    """Warn if an adapter was made on another base or looks implausible.
+
+    Args:
+        model: The wrapper.
+        files: The adapter as read.
+        allow: Checks to override: "base_mismatch".
+        may_be_zero: Do not warn of an adapter that does nothing, because it will be trained.
+
+    Raises:
+        BaseMismatchError: The base is another one and `allow` does not hold "base_mismatch".
+        AdapterFileError: A tensor holds NaN or infinite numbers.
+    """
+    for message in check_base(model.get_base_model(), files, allow)[1]:
+        warn_caller(message)
+    for message in implausible(files.folder, judge_files(files), may_be_zero):
+        warn_caller(message)
 
 
 def renamed(key: str, key_mapping: Mapping[str, str]) -> str:

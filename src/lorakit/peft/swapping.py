@@ -14,13 +14,11 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, PeftConfig, scale
 from lorakit.core.files.adapter_folder import read_adapter
-from lorakit.core.files.inspecting import judge_files
-from lorakit.core.files.judging import implausible
-from lorakit.core.files.loading import check_base
 from lorakit.core.layering.layer import LoraLayer
 from lorakit.core.making.checks import ALLOWANCES
 from lorakit.errors import ConfigError, MergeError, warn_caller
 from lorakit.peft import standing
+from lorakit.peft.loaded import warn_of_problems
 from lorakit.peft.locating import adapter_folder
 from lorakit.peft.state_dicts import WRAPPED, StateDictError
 from lorakit.targets import first_match
@@ -67,10 +65,7 @@ def hotswap_adapter(
     """
     files = read_adapter(adapter_folder(model_name_or_path, kwargs.get("subfolder"), kwargs.get("revision")))
     check_hotswap_configs_compatible(model.active_peft_config, files.config)
-    for sentence in check_base(model.get_base_model(), files, ALLOWANCES)[1]:
-        warn_caller(sentence)
-    for message in implausible(files.folder, judge_files(files)):
-        warn_caller(message)
+    warn_of_problems(model, files, ALLOWANCES)
     named = {in_memory_name(key, adapter_name): tensor for key, tensor in files.file.tensors.items()}
     hotswap_adapter_from_state_dict(model, named, adapter_name, files.config)
 
