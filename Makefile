@@ -17,7 +17,8 @@ check: setup  ## lint, format, types and architecture: what a commit must pass
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
-	$(PY) -m pytest -q -n 0 tests/test_architecture.py
+	$(PY) -m pytest -q -n 0 tests/test_architecture.py tests/architecture
+	$(PY) -m tests.architecture.report
 	@printf 'prose: '; $(PY) scripts/prose_check.py -s | sed -n 1p
 
 test: setup  ## the whole suite without what is slow or needs a GPU

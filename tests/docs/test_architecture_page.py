@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from ..loading import load
+from ..architecture.imports import DOORS, FLOORS
+from ..architecture.reading import settled
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def rules() -> Any:
-    return load("tests/test_architecture.py")
-
-
-def test_every_part_stands_on_its_floor(rules: Any) -> None:
+def test_every_part_stands_on_its_floor() -> None:
     on_page = {
         part: int(floor.replace("−", "-"))
         for floor, cell in re.findall(r"^\| (−?\d) \| ([^|]+) \|", PAGE, re.MULTILINE)
         for part in re.findall(r"`(\w+)(?:\.py|/)`", cell)
     }
-    reserved = {part: int(n) for part, n in re.findall(r"`(\w+)/` \((\d)\)", PAGE)}
-    assert {**on_page, **reserved} == {p: n for p, n in rules.FLOORS.items() if not p.startswith("__")}
+    reserved = {part: int(n) for part, n in re.findall(r"`(\w+)(?:\.py|/)` \((\d)\)", PAGE)}
+    assert {**on_page, **reserved} == {p: n for p, n in FLOORS.items() if not p.startswith("__")}
     package = ROOT / "src" / "lorakit"
     assert set(on_page) == {
         path.stem if path.suffix else path.name
@@ -35,14 +28,14 @@ def test_every_part_stands_on_its_floor(rules: Any) -> None:
     }
 
 
-def test_doors_are_those_of_the_rules(rules: Any) -> None:
+def test_doors_are_those_of_the_rules() -> None:
     table = re.findall(r"^\| ([a-z][\w, ]+) \| (`[^|]+`) \|$", PAGE, re.MULTILINE)
     doors = {
-        package: tuple(d.rstrip("/") for d in re.findall(r"`([\w./]+)`", cell))
+        package: tuple(settled(d.rstrip("/")) for d in re.findall(r"`([\w./]+)`", cell))
         for packages, cell in table
         for package in packages.split(", ")
     }
-    assert doors == rules.DOORS
+    assert doors == DOORS
 
 
 def test_every_folder_of_the_core_is_named() -> None:
