@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -282,17 +283,8 @@ def lazy_names(module: str, homes: Mapping[str, str]) -> tuple[Callable[[str], A
     Returns:
         The two functions.
     """
-    table = {name: home for home, names in homes.items() for name in names.split()}
-
-    def find(name: str) -> Any:
-        home = table.get(name)
-        if home is None:
-            return _submodule(module, name)
-        if home == PLACEHOLDERS:
-            return import_module(home).placeholder(name)
-        return getattr(import_module(home), name)
-
-    return find, lambda: sorted(table)
+    table = _by_name(homes)
+    return lambda name: _find(module, table, name), lambda: sorted(table)
 
 
 def register() -> None:
@@ -309,12 +301,24 @@ def register() -> None:
         spec = loader.find_spec(f"{PACKAGE}.{path}")
         if spec is not None and spec.name not in sys.modules:  # the modules stay if `lorakit.peft` is reloaded
             parent, _, child = spec.name.rpartition(".")
-            sys.modules[spec.name] = loader.module(spec)
+            sys.modules[spec.name] = loader.create_module(spec)
             setattr(sys.modules[parent], child, sys.modules[spec.name])
 
 
+class _PathModule(ModuleType):
+    """A module of lazy names. A class, since two new functions per module would slow down `import lorakit.peft`."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Import what a name means."""
+        return dir(self) if name == "__all__" else _find(self.__name__, _table(self.__name__), name)
+
+    def __dir__(self) -> list[str]:
+        """Return the names of the table."""
+        return sorted(_table(self.__name__))
+
+
 class _PathLoader(Loader):
-    """Finds, creates and fills the modules of `PATHS`."""
+    """Finds and creates the modules of `PATHS`."""
 
     def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
         """Return the spec of a path, or None for any other name."""
@@ -326,34 +330,40 @@ class _PathLoader(Loader):
             spec.submodule_search_locations.append(__file__)
         return spec
 
-    def module(self, spec: ModuleSpec) -> ModuleType:
-        """Create and fill the module of a spec, as the import system does."""
-        module = ModuleType(spec.name)
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Create a module with all attributes that the import system would set."""
+        path = spec.name.removeprefix(f"{PACKAGE}.")
+        module = _PathModule(spec.name, f"Names of `peft.{path}`; they are defined in {', '.join(PATHS[path])}.")
         module.__spec__, module.__loader__, module.__package__ = spec, self, spec.parent
         if spec.submodule_search_locations is not None:
             module.__path__ = spec.submodule_search_locations
-        self.exec_module(module)
         return module
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Leave it to the import system to create a module."""
-        return None
-
     def exec_module(self, module: ModuleType) -> None:
-        """Fill a module with its docstring and its lazy names."""
-        path = module.__name__.removeprefix(f"{PACKAGE}.")
-        find, names = lazy_names(module.__name__, PATHS[path])
-        about = f"Names of `peft.{path}`; they are defined in {', '.join(PATHS[path])}."
-        vars(module).update(__doc__=about, __getattr__=find, __dir__=names, __all__=names())
+        """Do nothing: the class of the module knows its names."""
 
 
-def _submodule(module: str, name: str) -> Any:
-    """Import a module below another on access, such as `lorakit.peft.mapping` after `import lorakit.peft`."""
-    wanted = f"{module}.{name}"
+@cache
+def _table(module: str) -> dict[str, str]:
+    return _by_name(PATHS[module.removeprefix(f"{PACKAGE}.")])
+
+
+def _by_name(homes: Mapping[str, str]) -> dict[str, str]:
+    return {name: home for home, names in homes.items() for name in names.split()}
+
+
+def _find(module: str, table: Mapping[str, str], name: str) -> Any:
+    """Import what a name of a module means: a name of its table, or a module below it (`lorakit.peft.mapping`)."""
+    home = table.get(name)
+    if home == PLACEHOLDERS:
+        return import_module(home).placeholder(name)
+    if home is not None:
+        return getattr(import_module(home), name)
+    below = f"{module}.{name}"
     try:
         if not name.startswith("_"):
-            return import_module(wanted)
+            return import_module(below)
     except ModuleNotFoundError as missing:
-        if missing.name != wanted:
+        if missing.name != below:
             raise
     raise AttributeError(f"module {module!r} has no attribute {name!r}")
