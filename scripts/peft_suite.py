@@ -62,12 +62,12 @@ CONFTEST = """
 import collections
 import time
 import pytest
-from lorakit.peft import elsewhere
+from lorakit.peft import placeholders
 
 wait = time.sleep
 time.sleep = lambda seconds: wait(min(seconds, 0.01))  # retries of a hub's client that no hub will answer
 
-elsewhere._refuse = lambda name: None  # lists of cases hold configs of other methods, which shall be counted, not raise
+placeholders._refuse = lambda name: None  # cases hold configs of other methods: count them, do not raise
 REFUSED = {"velora_config", "use_qalora", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config"}
 LEFT_OUT = collections.Counter()
 

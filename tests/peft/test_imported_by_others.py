@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.peft.standing_in import BIND_AT_IMPORT
+from lorakit.peft.installing import BIND_AT_IMPORT
 
 PROGRAMS = ("transformers", "trl", "accelerate", "diffusers", "sentence_transformers")
 Body = list[ast.stmt]
@@ -82,7 +82,7 @@ def looks_at_import(body: Body) -> bool:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_stand_in_knows_who_looks_for_peft_at_import(program: str) -> None:
+def test_install_as_peft_knows_who_looks_for_peft_at_import(program: str) -> None:
     asking = [path for path, tree in sources(program) if looks_at_import(tree.body)]
     modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in asking]
     unknown = [

@@ -10,7 +10,7 @@ import pytest
 
 import lorakit.peft
 from lorakit.errors import LorakitError, NotYetSupported
-from lorakit.peft import LoraConfig, PeftConfig, elsewhere
+from lorakit.peft import LoraConfig, PeftConfig, placeholders
 
 MODULES = [
     "config",
@@ -108,7 +108,7 @@ def test_other_methods_can_be_imported_and_asked_for_and_not_made() -> None:
     for made in (IA3Config, LoHaModel, PrefixTuningConfig, factorization, lorakit.peft.create_arrow_model):
         with pytest.raises(NotYetSupported, match="belongs to another method of PEFT, and this library is LoRA"):
             made()
-    assert elsewhere.placeholder("IA3Config") is IA3Config
+    assert placeholders.placeholder("IA3Config") is IA3Config
     with pytest.raises(LorakitError, match="The method 'mine' cannot be added"):
         lorakit.peft.utils.register_peft_method(name="mine")
 

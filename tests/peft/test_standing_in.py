@@ -1,4 +1,4 @@
-"""`stand_in`: one finder, the same module objects, an error when it comes too late; programs over it in fresh processes."""
+"""`install_as_peft`: one finder, the same module objects, an error if called too late; programs in new processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lorakit.config import API_LEVEL
-from lorakit.peft.standing_in import BIND_AT_IMPORT, _Finder
+from lorakit.peft.installing import BIND_AT_IMPORT, _Finder
 
 from .running import SOURCES, run
 
@@ -56,12 +56,13 @@ FOUR_BITS = [
 IDENTITY = """
 import warnings
 warnings.simplefilter("error")
-from lorakit.peft import stand_in
+from lorakit.peft import install_as_peft, stand_in
 import sys
 before = set(sys.modules)
+assert stand_in is install_as_peft
+install_as_peft()
 stand_in()
-stand_in()
-assert sum(type(finder).__module__ == "lorakit.peft.standing_in" for finder in sys.meta_path) == 1
+assert sum(type(finder).__module__ == "lorakit.peft.installing" for finder in sys.meta_path) == 1
 import peft, lorakit.peft
 assert peft is lorakit.peft and peft.__name__ == "lorakit.peft" and peft.__spec__.name == "lorakit.peft"
 import peft.tuners.lora.layer, lorakit.peft.tuners.lora.layer
@@ -102,8 +103,8 @@ ASKED_BEFORE = """
 from transformers.utils.import_utils import is_peft_available, is_peft_greater_or_equal
 assert not is_peft_available()
 assert not is_peft_greater_or_equal("0.1")
-from lorakit.peft import stand_in
-stand_in()
+from lorakit.peft import install_as_peft
+install_as_peft()
 assert is_peft_available()
 assert is_peft_greater_or_equal("0.22.0")
 """
@@ -120,7 +121,7 @@ def test_names_and_modules_are_the_same_objects() -> None:
 
 
 def test_importing_lorakit_changes_nothing() -> None:
-    code = "import sys; before = list(sys.meta_path); import lorakit.peft; from lorakit.peft import stand_in; "
+    code = "import sys; before = list(sys.meta_path); import lorakit.peft; from lorakit.peft import install_as_peft; "
     done = interpret(code + "assert sys.meta_path == before and 'peft' not in sys.modules")
     assert done.returncode == 0, done.stderr
 
@@ -128,10 +129,10 @@ def test_importing_lorakit_changes_nothing() -> None:
 @pytest.mark.parametrize("imported", ["peft", *BIND_AT_IMPORT])
 def test_too_late_is_an_error_that_names_who_came_first(imported: str) -> None:
     code = f"import sys, types; sys.modules[{imported!r}] = types.ModuleType({imported!r}); "
-    done = interpret(code + "from lorakit.peft import stand_in; stand_in()")
+    done = interpret(code + "from lorakit.peft import install_as_peft; install_as_peft()")
     assert done.returncode == 1
-    assert f"stand_in() comes too late: {imported} is imported already" in done.stderr
-    assert "Call it before peft, transformers.trainer, " in done.stderr
+    assert f"install_as_peft() was called too late: {imported} is already imported" in done.stderr
+    assert "Call it before importing peft, transformers.trainer, " in done.stderr
 
 
 def test_the_finder_answers_for_peft_alone() -> None:
@@ -171,7 +172,9 @@ def test_unmodified_trainers(peft: bool, tiny_model_directory: Any, tmp_path: Pa
     pytest.importorskip("trl")
     runs = tmp_path / "runs"
     runs.mkdir()
-    assert run("training", "stand_in", tiny_model_directory, runs, peft=peft, links=tmp_path / "links") == TRAINING
+    assert (
+        run("training", "install_as_peft", tiny_model_directory, runs, peft=peft, links=tmp_path / "links") == TRAINING
+    )
 
 
 @pytest.mark.slow
@@ -190,7 +193,10 @@ def test_trainers_over_a_base_in_four_bits(peft: bool, tiny_model_directory: Any
     pytest.importorskip("trl")
     files = tmp_path / "files"
     files.mkdir()
-    assert run("quantised", "stand_in", tiny_model_directory, files, peft=peft, links=tmp_path / "links") == FOUR_BITS
+    assert (
+        run("quantised", "install_as_peft", tiny_model_directory, files, peft=peft, links=tmp_path / "links")
+        == FOUR_BITS
+    )
 
 
 @pytest.mark.slow
@@ -204,7 +210,7 @@ def test_other_trainers_of_trl(peft: bool, tiny_model_directory: Any, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["stand_in", "mixin"])
+@pytest.mark.parametrize("way", ["install_as_peft", "mixin"])
 def test_two_processes(way: str, tiny_model_directory: Any, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()

@@ -15,8 +15,8 @@ from lorakit.core.files.saved_form import converted_form, saved_form
 from lorakit.core.files.saving import save_form
 from lorakit.core.layering.sitemap import layers
 from lorakit.errors import ConfigError, warn_caller
+from lorakit.peft.placeholders import PeftWarning
 from lorakit.peft.state_dicts import flat_factors
-from lorakit.peft.warnings_and_errors import PeftWarning
 
 MOVE_THE_BASE = ("pissa", "corda", "olora", "lora_ga")
 

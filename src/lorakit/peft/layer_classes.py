@@ -7,7 +7,7 @@ from typing import Any
 from lorakit.core.layering.layer import LoraLayer
 from lorakit.core.layering.layer import LoraLayer as BaseTunerLayer
 from lorakit.core.layering.layer_names import LAYERS
-from lorakit.peft.elsewhere import placeholder
+from lorakit.peft.placeholders import placeholder
 
 __all__ = ["BaseTunerLayer", "LoraLayer"]
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, PeftConfig, PeftType
 from lorakit.errors import ConfigError
-from lorakit.peft.elsewhere import METHODS, PROMPT_METHODS, placeholder
+from lorakit.peft.lora_model import LoraModel
 from lorakit.peft.mapping_func import get_peft_model
+from lorakit.peft.placeholders import METHODS, PROMPT_METHODS, placeholder
 from lorakit.peft.tuner import BaseTuner
-from lorakit.peft.tuners.lora.model import LoraModel
 
 __all__ = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",

@@ -17,6 +17,7 @@ from lorakit.errors import AdapterError, ConfigError, warn_caller
 from lorakit.peft import casting, converting_inits, flags, standing
 from lorakit.peft.loaded import LoadResult, load_by_names, load_whole
 from lorakit.peft.locating import adapter_folder
+from lorakit.peft.lora_model import LoraModel
 from lorakit.peft.mixed_batches import in_peft_words
 from lorakit.peft.options import check_options
 from lorakit.peft.preparing import checkpoints, take_gradients_at_the_input
@@ -24,7 +25,6 @@ from lorakit.peft.pushing import Pushed
 from lorakit.peft.showing import Shown
 from lorakit.peft.starting import options_of_forward, options_of_generation
 from lorakit.peft.state_dicts import get_peft_model_state_dict
-from lorakit.peft.tuners.lora.model import LoraModel
 
 
 class PeftModel(Shown, Pushed):

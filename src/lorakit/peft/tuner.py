@@ -32,10 +32,10 @@ from lorakit.peft.matching import (
 from lorakit.peft.mixed_batches import BASE_NAME
 from lorakit.peft.own_kinds import kinds_of
 from lorakit.peft.parameters_by_name import check_parameters
+from lorakit.peft.placeholders import PartialTargetsWarning, PeftWarning
 from lorakit.peft.structure import names_tied_with_embedding
 from lorakit.peft.ties import warn_of_ties
 from lorakit.peft.together import check_together
-from lorakit.peft.warnings_and_errors import PartialTargetsWarning, PeftWarning
 
 CONFIGS = "peft_config"
 """Attribute of the user's model under which other programs look for its adapters' configs."""

@@ -5,9 +5,9 @@
 After the first two lines this is written as for peft. A package that is not installed is left out.
 """
 
-from lorakit.peft import stand_in
+from lorakit.peft import install_as_peft
 
-stand_in()
+install_as_peft()
 
 import importlib.util
 import sys

@@ -1,6 +1,6 @@
 """Train in two processes (DDP over gloo), in the way named by the first argument; started by torch.distributed.run.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 distributed.py stand_in | mixin  FOLDER_OF_A_MODEL  FOLDER_FOR_RUNS
+python -m torch.distributed.run --standalone --nproc-per-node 2 distributed.py install_as_peft | mixin  FOLDER_OF_A_MODEL  FOLDER_FOR_RUNS
 """
 
 import sys
@@ -8,10 +8,10 @@ from pathlib import Path
 
 way, base_folder, runs = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 
-if way == "stand_in":
-    from lorakit.peft import stand_in
+if way == "install_as_peft":
+    from lorakit.peft import install_as_peft
 
-    stand_in()
+    install_as_peft()
     from peft import LoraConfig, get_peft_model
 else:
     from lorakit.peft import LoraConfig, LoraTrainerMixin, get_peft_model

@@ -5,9 +5,9 @@
 After the first two lines this is written as for peft.
 """
 
-from lorakit.peft import stand_in
+from lorakit.peft import install_as_peft
 
-stand_in()
+install_as_peft()
 
 import sys
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Train adapters on a base in 4 bits (bitsandbytes nf4 with double quantisation), in the way named by the first argument.
 
-    python quantised.py stand_in | mixin  FOLDER_OF_A_TOKENIZER  FOLDER_FOR_FILES
+    python quantised.py install_as_peft | mixin  FOLDER_OF_A_TOKENIZER  FOLDER_FOR_FILES
 
 After the first lines it is written as for peft, and is the same for both ways.
 """
@@ -10,10 +10,10 @@ from pathlib import Path
 
 way, tokenizer_folder, files = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 
-if way == "stand_in":
-    from lorakit.peft import stand_in
+if way == "install_as_peft":
+    from lorakit.peft import install_as_peft
 
-    stand_in()
+    install_as_peft()
     from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 else:
     from lorakit.peft import LoraConfig, LoraTrainerMixin, PeftModel, get_peft_model, prepare_model_for_kbit_training

@@ -1,6 +1,6 @@
 """Train with Hugging Face's Trainer and TRL's SFTTrainer, in the way named by the first argument.
 
-    python training.py stand_in | mixin  FOLDER_OF_A_MODEL  FOLDER_FOR_RUNS
+    python training.py install_as_peft | mixin  FOLDER_OF_A_MODEL  FOLDER_FOR_RUNS
 
 Everything after the first lines is written as for peft, and is the same for both ways.
 """
@@ -11,10 +11,10 @@ from pathlib import Path
 
 way, base_folder, runs = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 
-if way == "stand_in":
-    from lorakit.peft import stand_in
+if way == "install_as_peft":
+    from lorakit.peft import install_as_peft
 
-    stand_in()
+    install_as_peft()
     from peft import LoraConfig, PeftModel, get_peft_model
 else:
     from lorakit.peft import LoraConfig, LoraTrainerMixin, PeftModel, get_peft_model

@@ -1,6 +1,7 @@
-"""PEFT's other methods, by name alone: other programs list them in imports and ask `isinstance`; none can be made here.
+"""PEFT's names without an implementation here: other methods, variants' classes, and functions that raise an error.
 
-One table of names gives the classes. Making one raises a sentence, since this library is LoRA.
+Other programs list these classes in imports and pass them to `isinstance`. Creating one raises `NotYetSupported`, since
+this library is LoRA. PEFT's names for errors and warnings are here too; the errors are lorakit's own classes.
 """
 
 from __future__ import annotations
@@ -8,10 +9,19 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lorakit.config import PeftConfig, PeftType
+from lorakit.errors import LorakitError as PeftError
 from lorakit.errors import NotYetSupported
+from lorakit.errors import TargetError as NoMatchingPeftModuleError
+from lorakit.peft.paths import TARGET_TABLES
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+__all__ = ["NoMatchingPeftModuleError", "PeftError"]
 
 _NAMES = """
 ADALORA AdaLora · ADAMSS Adamss · ADAPTION_PROMPT AdaptionPrompt · BEFT Beft · BOFT BOFT · C3A C3A · DEFT Deft
@@ -39,15 +49,12 @@ PROMPT_METHODS: Mapping[PeftType, str] = {
 """Methods that learn a prompt -> their config."""
 
 
-_TABLES = """
-ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HRA IA3 IA3_FEEDFORWARD LILY LNTUNING
-LOHA LOKR MISS OFT PEANUT POLY PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA UNILORA VBLORA VERA WAVEFT
-"""
-TARGET_TABLES = " ".join(
-    f"TRANSFORMERS_MODELS_TO_{word}_MODULES_MAPPING"
-    for word in (word if word.endswith("_FEEDFORWARD") else f"{word}_TARGET" for word in _TABLES.split())
-)
-"""Names of other methods' tables of default targets, which are empty here."""
+class PeftWarning(UserWarning):
+    """Base class of PEFT's warnings; a filter for it also catches those of `lorakit.peft`."""
+
+
+class PartialTargetsWarning(PeftWarning, RuntimeWarning):
+    """An entry of a config matches nothing. PEFT uses either class for such warnings, so this one is both."""
 
 
 class PromptLearningConfig(PeftConfig):
@@ -82,12 +89,48 @@ class PromptEncoderReparameterizationType(str, enum.Enum):
     LSTM = "LSTM"
 
 
-@cache
-def placeholder(name: str) -> Any:
-    """The class or function of another method that stands for its name; the same object each time.
+def register_peft_method(*, name: str, **_: Any) -> NoReturn:
+    """Reject a method that a program adds to PEFT, since this library is LoRA.
 
     Args:
-        name: A name of PEFT's; tables of names ask for what PEFT has, and nothing else.
+        name: The method's name.
+
+    Raises:
+        NotYetSupported: Always.
+    """
+    raise NotYetSupported(
+        f"The method {name!r} cannot be added: this library is LoRA. A kind of module, an init or a variant is a row "
+        "of a table in lorakit.core."
+    )
+
+
+def create_riemannian_optimizer(
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any
+) -> NoReturn:
+    """Reject the preconditioned optimizer of arXiv:2402.02347, which is not implemented.
+
+    Args:
+        model: Ignored.
+        optimizer_cls: Ignored.
+        lr: Ignored.
+        reg: Ignored.
+        kwargs: Ignored.
+
+    Raises:
+        NotYetSupported: Always; the message names the optimizers that exist.
+    """
+    raise NotYetSupported(
+        "create_riemannian_optimizer: the Riemannian optimizer is not built yet. create_loraplus_optimizer and "
+        "create_lorafa_optimizer are."
+    )
+
+
+@cache
+def placeholder(name: str) -> Any:
+    """Return what a name of PEFT means here: a name of this module, or a placeholder; the same object each time.
+
+    Args:
+        name: A name that PEFT has; it is not checked, the tables of names do that.
     """
     if name in globals() and not name.startswith("_"):
         return globals()[name]

@@ -1,0 +1,123 @@
+"""`install_as_peft`: after the call, `import peft` in this process means `lorakit.peft`.
+
+A finder at the start of `sys.meta_path` returns the modules of `lorakit.peft` for `peft` and every module below it, so
+no class exists twice. It also finds the distribution `peft`, whose version programs read. It writes no files and does
+not change other packages or an installed `peft`. A process started with `spawn` must call the function itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+from lorakit.config import API_LEVEL
+from lorakit.errors import UsageError
+from lorakit.peft.paths import PACKAGE
+
+NAME = "peft"
+
+BIND_AT_IMPORT = ("transformers.trainer", "transformers.trainer_utils", "trl", "diffusers", "sentence_transformers")
+"""Modules that look for `peft` once, when they are imported, and keep the result."""
+
+_CACHED_LOOKUPS = ("is_peft_available", "is_peft_greater_or_equal", "_package_distribution_mapping")
+"""Cached functions of transformers that look for installed packages."""
+
+
+def install_as_peft() -> None:
+    """Make `import peft` mean `lorakit.peft`, in every package of this process and until it ends.
+
+    Call it before transformers' trainer, trl, diffusers or sentence-transformers are imported. A second call does
+    nothing.
+
+    Raises:
+        UsageError: The real `peft`, or a package that has already looked for it, is imported.
+    """
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    early = (NAME, *BIND_AT_IMPORT)
+    late = [name for name in early if name in sys.modules]
+    if late:
+        raise UsageError(
+            f"install_as_peft() was called too late: {', '.join(late)} {'is' if len(late) == 1 else 'are'} already "
+            f"imported and would keep what was found then. Call it before importing {', '.join(early)}."
+        )
+    sys.meta_path.insert(0, _Finder())
+    importlib.invalidate_caches()
+    _clear_lookups()
+
+
+stand_in = install_as_peft
+"""Former name of `install_as_peft`; the next version removes it."""
+
+
+class _Finder(importlib.metadata.DistributionFinder, importlib.abc.MetaPathFinder):
+    """Finds `peft`, the modules below it and its distribution; for any other name it finds nothing."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return a spec whose loader returns the module of `lorakit.peft`; None for a module that it does not have."""
+        if fullname.partition(".")[0] != NAME:
+            return None
+        own = importlib.util.find_spec(PACKAGE + fullname.removeprefix(NAME))
+        if own is None:
+            return None
+        return ModuleSpec(
+            fullname, _Loader(own.name), origin=own.origin, is_package=own.submodule_search_locations is not None
+        )
+
+    def find_distributions(
+        self,
+        context: importlib.metadata.DistributionFinder.Context = importlib.metadata.DistributionFinder.Context(),  # noqa: B008
+    ) -> Iterable[importlib.metadata.Distribution]:
+        """Return the distribution `peft` if the context names it or no distribution."""
+        return [_Distribution()] if context.name in (None, NAME) else []
+
+
+class _Loader(importlib.abc.Loader):
+    """Returns one module of `lorakit.peft`, the same object that its own name imports."""
+
+    def __init__(self, own: str) -> None:
+        self._own = own
+        self._spec: ModuleSpec | None = None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Import the module and return it."""
+        module = importlib.import_module(self._own)
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Restore the module's own spec, which the import system has just replaced; the code has already run."""
+        module.__spec__ = self._spec
+
+
+class _Distribution(importlib.metadata.Distribution):
+    """Metadata of the distribution `peft` for `importlib.metadata`."""
+
+    def read_text(self, filename: str) -> str | None:
+        """Return the text of a metadata file; None for a file other than the two that programs read."""
+        return {
+            "METADATA": f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {API_LEVEL}\nSummary: lorakit as peft\n",
+            "top_level.txt": f"{NAME}\n",
+        }.get(filename)
+
+    def locate_file(self, path: object) -> Path:
+        """Return the path of a file of the package."""
+        return Path(__file__).parent / str(path)
+
+
+def _clear_lookups() -> None:
+    """Clear the caches in which transformers may have noted that `peft` is not installed."""
+    lookups = sys.modules.get("transformers.utils.import_utils")
+    for name in _CACHED_LOOKUPS:
+        clear = getattr(getattr(lookups, name, None), "cache_clear", None)
+        if clear is not None:
+            clear()
