@@ -95,7 +95,7 @@ def _trainee(layers: int) -> Any:
     from lorakit import core
     from lorakit.config import LoraConfig
     from lorakit.speed import accelerate
-    from lorakit.train.optim import adamw
+    from lorakit.train.optimizer import build_adamw
     from lorakit.train.step import Trainee
 
     widths = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers, "vocab_size": VOCABULARY}
@@ -105,7 +105,7 @@ def _trainee(layers: int) -> Any:
     core.attach(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
     model.train()
     named = core.trainable_parameters(model)
-    trainee = Trainee(model, named, adamw(named, 1e-4, 0.0), torch.device("cpu"), 1.0)
+    trainee = Trainee(model, named, build_adamw(named, 1e-4, 0.0), torch.device("cpu"), 1.0)
     fast = accelerate(model)
     if not fast.packs:
         raise SystemExit(f"rows are not laid end to end:\n{fast}")

@@ -21,7 +21,7 @@ from torch import nn
 from lorakit.allocator import keep_large_blocks
 from lorakit.ops.adapted import Adapted, LowRank
 from lorakit.ops.linear import Group
-from lorakit.train.optim import adamw, clipped_step, gradient_norm
+from lorakit.train.optimizer import build_adamw, clipped_step, gradient_norm
 
 GROUPS = ((576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,)))
 """in, outs: modules of a block that share an input."""
@@ -66,7 +66,7 @@ def plain(shapes: list[tuple[int, int]]) -> Callable[[], object]:
 def flat(shapes: list[tuple[int, int]]) -> Callable[[], object]:
     """`lorakit train`'s."""
     named = parameters(shapes)
-    return stepping(adamw(named, 1e-4, 0.0), [p for _, p in named])
+    return stepping(build_adamw(named, 1e-4, 0.0), [p for _, p in named])
 
 
 def ideal(shapes: list[tuple[int, int]]) -> Callable[[], object]:

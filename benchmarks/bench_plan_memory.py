@@ -74,7 +74,7 @@ def child(case: dict[str, Any], steps: int) -> list[int]:
     from lorakit.allocator import keep_large_blocks
     from lorakit.data.loader import Batch
     from lorakit.speed import accelerate
-    from lorakit.train.optim import adamw
+    from lorakit.train.optimizer import build_adamw
     from lorakit.train.step import Trainee, train_step
 
     if case["kept"] and not keep_large_blocks():
@@ -88,7 +88,7 @@ def child(case: dict[str, Any], steps: int) -> list[int]:
             gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)}
         )
     named = core.trainable_parameters(model)
-    trainee = Trainee(model, named, adamw(named, 1e-4, 0.0), torch.device("cpu"), 1.0)
+    trainee = Trainee(model, named, build_adamw(named, 1e-4, 0.0), torch.device("cpu"), 1.0)
     if case["accelerated"]:
         trainee = dataclasses.replace(trainee, fast=accelerate(model))
     resident, growth = resident_with_weights(model), list[int]()

@@ -24,7 +24,7 @@ from runner import append_row, seconds_of
 from torch import nn
 
 from lorakit.allocator import keep_large_blocks
-from lorakit.speed.choosing import Question, answer, attentions, products
+from lorakit.speed.tuning import Question, answer, attentions, products
 
 SHAPES = ((576, 192), (576, 576), (576, 1536), (1536, 576), (896, 896), (2048, 2048))
 """in, out: SmolLM2-135M's, and squares of Qwen2.5-0.5B and of a 1B model."""

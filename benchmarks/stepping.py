@@ -211,7 +211,7 @@ def _ours(model: Any, job: Job, off: Collection[str]) -> Step:
     from lorakit.data import Batch
     from lorakit.ops.choices import acting
     from lorakit.speed import choose
-    from lorakit.train.optim import adamw
+    from lorakit.train.optimizer import build_adamw
     from lorakit.train.step import Trainee, train_step
 
     config = LoraConfig(**adapter_fields(job))
@@ -225,7 +225,7 @@ def _ours(model: Any, job: Job, off: Collection[str]) -> Step:
     chosen = {} if "choice per shape" in off else choose(model, job.tokens, job.length).choices
     device = torch.device(job.device)
     autocast = torch.bfloat16 if device.type != "cpu" and job.dtype == "bfloat16" else None  # as `lorakit train` has it
-    trainee = Trainee(model, named, adamw(named, RATE, 0.0), device, 1.0, autocast, fast)
+    trainee = Trainee(model, named, build_adamw(named, RATE, 0.0), device, 1.0, autocast, fast)
 
     def step(number: int, length: int | None = None) -> float:
         ids = token_ids(model, job, number, length)

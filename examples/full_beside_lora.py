@@ -26,7 +26,7 @@ import lorakit
 from lorakit import LoraConfig
 from lorakit.data import encode
 from lorakit.plan.text import bytes_text
-from lorakit.train.memory import peak_rss_bytes
+from lorakit.train.step import peak_rss_bytes
 
 
 def compare(sizes: Sizes, quick: bool) -> None:

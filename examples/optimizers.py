@@ -7,9 +7,8 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.data.allocating import allocate
-from lorakit.core.optimizers.lorafa import LoraFA, freeze_factors
-from lorakit.core.optimizers.parameter_groups import Rates, rates_by_name, trained_parts
+from lorakit.core.operations.rank_allocation import allocate
+from lorakit.core.optimizers import LoraFA, Rates, freeze_factors, rates_by_name, trained_parts
 
 CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2", "4"])
 

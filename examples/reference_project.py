@@ -30,7 +30,7 @@ from lorakit.data import Completion, Document, Loader, Records, Sequence, encode
 from lorakit.plan import catalogue, estimate
 from lorakit.plan.text import bytes_text
 from lorakit.train.evaluation import evaluate
-from lorakit.train.loss import loss_sum
+from lorakit.train.step import loss_sum
 
 CONFIG: dict[str, Any] = {
     "r": 8,

@@ -24,7 +24,7 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.data.loader import Batch
 from lorakit.speed import accelerate
-from lorakit.train.optim import adamw
+from lorakit.train.optimizer import adamw
 from lorakit.train.step import Trainee, train_step
 
 torch.set_num_threads(1)

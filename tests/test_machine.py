@@ -75,10 +75,10 @@ def test_without_a_home_the_cache_is_an_error_that_says_what_to_set(monkeypatch:
 
 @pytest.mark.usefixtures("_no_home")
 def test_without_a_home_nothing_is_kept_and_nothing_fails() -> None:
-    from lorakit.speed import kept_choices
+    from lorakit.speed import tuning
 
-    assert kept_choices.read() == {}
-    assert "LORAKIT_CACHE" in kept_choices.keep({"a shape": 1})
+    assert tuning.read() == {}
+    assert "LORAKIT_CACHE" in tuning.keep({"a shape": 1})
 
 
 @pytest.mark.usefixtures("_no_home")

@@ -12,7 +12,7 @@ import torch
 
 from lorakit import core, hub
 from lorakit.cli import main
-from lorakit.core.layering.sitemap import layers
+from lorakit.core.model.index import layers
 
 Save = Callable[..., Path]
 

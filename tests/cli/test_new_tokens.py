@@ -17,7 +17,7 @@ from torch import Tensor
 from lorakit import cli, core, hub
 from lorakit.config import LoraConfig
 from lorakit.train import checkpoint
-from lorakit.train.sources import gather
+from lorakit.train.settings_sources import gather
 
 TOKENS = ["<think>", "</think>"]
 

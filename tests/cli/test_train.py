@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from lorakit import cli, core, hub
-from lorakit.data import encoding as records_encoding
-from lorakit.train import checkpoint, loop
+from lorakit.data import chunks as records_encoding
+from lorakit.train import checkpoint, evaluation
+from lorakit.train import step as loop
 from lorakit.train.evaluation import Evaluation
-from lorakit.train.metrics import EVAL_FIELDS, TRAIN_FIELDS
+from lorakit.train.run_folder import EVAL_FIELDS, TRAIN_FIELDS
 
 Train = Callable[..., int]
 
@@ -173,7 +174,7 @@ def test_a_single_document_leaves_nothing_to_evaluate(
 def _losses(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
     """Evaluations give these losses, one after another."""
     course = iter(losses)
-    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: Evaluation(next(course), 10))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: Evaluation(next(course), 10))
 
 
 def test_the_adapter_is_the_best_not_the_last(

@@ -154,8 +154,8 @@ def _in_few_bits(storage: str) -> Callable[[], nn.Module]:
     """A Llama as wide as quantisers' kernels ask for, its dense layers in a storage of `--quantization`."""
 
     def make() -> nn.Module:
-        from lorakit.core.bases.quantising import quantised_linear
-        from lorakit.plan.quantised import Quantization
+        from lorakit.core.model.base_view import quantised_linear
+        from lorakit.plan.quantized import Quantization
 
         sizes = {**_LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
         model: Any = _of("LlamaForCausalLM", "LlamaConfig", **sizes, tie_word_embeddings=False)()

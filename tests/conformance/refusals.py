@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from lorakit.core.bases import BASES
+from lorakit.core.quantization import BASES
 from lorakit.core.variants import variant_named
 
 from .cells import Cell

@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 import lorakit.peft as ours
 from lorakit import hub
 from lorakit.core import load_adapter, merge, save_adapter
-from lorakit.core.bases.quantising import quantised_linear
+from lorakit.core.model.base_view import quantised_linear
 from lorakit.errors import AdapterError, ConfigError, ConfigTypeError, ModelError
-from lorakit.plan.quantised import Quantization
+from lorakit.plan.quantized import Quantization
 
 from .rows import quiet_peft, theirs
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import lorakit.peft as ours
-from lorakit.core.bases import BASES, base_of
 from lorakit.core.inits import INITS
 from lorakit.core.kinds import KINDS, kind_of
+from lorakit.core.quantization import BASES, base_of
 from lorakit.errors import AdapterFileError
 
 from .architectures import loss_of, model_named, outputs_of

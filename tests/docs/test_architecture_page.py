@@ -49,9 +49,9 @@ def test_every_folder_of_the_core_is_named() -> None:
 
 
 def test_rows_are_those_of_the_tables() -> None:
-    from lorakit.core import bases, inits, kinds, variants
+    from lorakit.core import inits, kinds, quantization, variants
 
-    for table in (kinds.KINDS, bases.BASES, inits.INITS, variants.VARIANTS):
+    for table in (kinds.KINDS, quantization.BASES, inits.INITS, variants.VARIANTS):
         for row in table:  # type: ignore[attr-defined]
             assert str(row.name) in PAGE
 

@@ -12,11 +12,12 @@ import torch
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.files import sidecar, tensorfile
-from lorakit.core.files.keys import ENDINGS
+from lorakit.core.files import sidecar, tensor_file
+from lorakit.core.files.tensor_names import ENDINGS
 from lorakit.durable import folders
 from lorakit.hub.packaged import MANIFEST
-from lorakit.train import checkpoint, metrics, state
+from lorakit.train import checkpoint, run_folder
+from lorakit.train import checkpoint as state
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 
@@ -44,8 +45,8 @@ def test_fields_of_lorakit_json(tiny_llama: Any, tmp_path: Path) -> None:
 
 
 def test_rows_state_and_environment() -> None:
-    assert listed("train") == list(metrics.TRAIN_FIELDS)
-    assert listed("eval") == list(metrics.EVAL_FIELDS)
+    assert listed("train") == list(run_folder.TRAIN_FIELDS)
+    assert listed("eval") == list(run_folder.EVAL_FIELDS)
     assert listed("state") == [field.name for field in dataclasses.fields(state.TrainState)]
     assert listed("environment") == list(state.environment(torch.device("cpu"), "float32"))
 
@@ -54,9 +55,9 @@ def test_names_and_caps() -> None:
     names = (checkpoint.MANIFEST, checkpoint.STATE, checkpoint.OPTIMIZER, checkpoint.RANDOM, MANIFEST)
     assert all(f"`{name}`" in PAGE for name in names)
     assert all(f"`{ending}`" in PAGE for ending in ENDINGS if not ending.endswith("vector.weight"))
-    assert tensorfile.MAX_FILE_BYTES == 64 << 30
-    assert tensorfile.MAX_HEADER_BYTES == 8 << 20
-    assert tensorfile.MAX_TENSORS == 100_000
+    assert tensor_file.MAX_FILE_BYTES == 64 << 30
+    assert tensor_file.MAX_HEADER_BYTES == 8 << 20
+    assert tensor_file.MAX_TENSORS == 100_000
     assert folders.MOST_ENTRIES == 10_000
     assert sidecar.MAX_BYTES == 16 << 20
     assert sidecar.FORMAT_VERSION == 2

@@ -19,8 +19,8 @@ from lorakit.data import Batch
 from lorakit.plan import catalogue, count
 from lorakit.plan.params import factor_parameters
 from lorakit.train.evaluation import evaluate
-from lorakit.train.loss import loss_sum
-from lorakit.train.optim import adamw
+from lorakit.train.optimizer import build_adamw
+from lorakit.train.step import loss_sum
 
 OUT, IN, R, ALPHA = 6, 5, 3, 12.0
 
@@ -205,7 +205,7 @@ def test_adamw_step() -> None:
     """Two steps by hand: moments, their correction, decoupled decay."""
     p = nn.Parameter(torch.randn(3, 2, dtype=torch.float64))
     theta, m, v = p.detach().clone(), torch.zeros(3, 2).double(), torch.zeros(3, 2).double()
-    optimizer = adamw([("p", p)], learning_rate=0.1, weight_decay=0.01)
+    optimizer = build_adamw([("p", p)], learning_rate=0.1, weight_decay=0.01)
     for t in (1, 2):
         g = torch.randn(3, 2, dtype=torch.float64)
         p.grad = g.clone()

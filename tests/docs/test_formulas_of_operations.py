@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core import attach, combine, merged_state_dict, reduce_intruders
-from lorakit.core.operations.lowrank import Product, cosines, inner, rank_for, spectrum, stacked, truncated
-from lorakit.core.operations.ways import Way, added_up
+from lorakit.core.linalg import Product, cosines, inner, rank_for, spectrum, stacked, truncated
+from lorakit.core.operations.combination_types import Way, added_up
 
 OUT, IN = 7, 6
 

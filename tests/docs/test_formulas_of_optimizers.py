@@ -10,9 +10,8 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.data.allocating import allocate
-from lorakit.core.optimizers.lorafa import Pair, corrected_gradient, inverse_gram
-from lorakit.core.optimizers.parameter_groups import Rates, rates_by_name, trained_parts
+from lorakit.core.operations.rank_allocation import allocate
+from lorakit.core.optimizers import Pair, Rates, corrected_gradient, inverse_gram, rates_by_name, trained_parts
 
 
 def two_layers() -> nn.Module:

@@ -13,12 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorakit import core, hub
 from lorakit.config import LoraConfig
-from lorakit.core.bases import base_of
-from lorakit.core.bases.quantising import quantised_linear
-from lorakit.plan import Job, ModelShape, Plan, Speed, accelerated, activations, count, estimate, flops, memory, timing
-from lorakit.plan.quantised import Quantization, storage_named
+from lorakit.core.model.base_view import quantised_linear
+from lorakit.core.quantization import base_of
+from lorakit.plan import Job, ModelShape, Plan, Speed, accelerated, activations, count, estimate, flops, memory
+from lorakit.plan import flops as timing
+from lorakit.plan.quantized import Quantization, storage_named
 from lorakit.speed import accelerate
-from lorakit.train.optim import adamw, state_tensors
+from lorakit.train.optimizer import build_adamw, state_tensors
 
 CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
 JOB = Job(batch_rows=2, length_tokens=16)
@@ -56,7 +57,7 @@ def test_adapter_gradient_and_moments_take_four_bytes_a_number_each(tiny_llama: 
     loss_of(tiny_llama).backward()
     assert needs.bytes_of("gradients") == size_bytes(p.grad for _, p in trained)
     assert not any(p.grad is not None for n, p in tiny_llama.named_parameters() if "lora_" not in n)
-    optimizer = adamw(trained, 1e-3, 0.0)
+    optimizer = build_adamw(trained, 1e-3, 0.0)
     optimizer.step()
     moments = {k: t for k, t in state_tensors(optimizer, trained).items() if k.startswith("exp_avg")}
     assert needs.bytes_of("optimizer") == size_bytes(moments.values())

@@ -14,7 +14,7 @@ import torch
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.layering import stacked
+from lorakit.core.layers import batched
 from lorakit.errors import ConfigError, ModelError, NonFiniteError, RouteError, UsageError
 from lorakit.generate import NewToken, Sampling, context_tokens, generate, generate_batch
 
@@ -147,8 +147,8 @@ def test_factors_of_mixed_rows_are_stacked_once_and_go_with_the_stream(
     for seed, rank in enumerate([4, 1, 8, 3]):
         attach_strong(model, f"of_{rank}", seed, r=rank)
     names, stacks = ["of_3", "of_8", None, "of_1"], []
-    make = stacked._stack
-    monkeypatch.setattr(stacked, "_stack", lambda *of: stacks.append(weakref.ref(made := make(*of))) or made)
+    make = batched._stack
+    monkeypatch.setattr(batched, "_stack", lambda *of: stacks.append(weakref.ref(made := make(*of))) or made)
     with contextlib.nullcontext() if given else core.route(model, names):
         stream = generate_batch(model.eval(), PROMPTS, max_new_tokens=12, adapters=names if given else None)
     together: list[list[int]] = [[] for _ in names]

@@ -297,7 +297,7 @@ def write_run() -> None:
     """Train for four of eight steps in `format-1/run`, as a run that a signal stopped after its checkpoint."""
     import signal
 
-    from lorakit.train import TrainSettings, checkpoint, running
+    from lorakit.train import TrainSettings, checkpoint, trainer
 
     shutil.rmtree(RUN, ignore_errors=True)
     RUN.mkdir(parents=True)
@@ -323,7 +323,7 @@ def write_run() -> None:
         "save_steps": 4,
         "eval_steps": 2,
     }
-    result = running.run(
+    result = trainer.run(
         TrainSettings(
             model="base",
             data=["text.txt"],

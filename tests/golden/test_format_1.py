@@ -132,7 +132,7 @@ def test_the_checkpoint_is_an_adapter() -> None:
 
 
 def test_the_run_is_read_for_its_report() -> None:
-    from lorakit.report.runs import read_metrics, read_run
+    from lorakit.report import read_metrics, read_run
 
     assert read_run(RUN / "run")["status"] == "interrupted"
     assert [row["step"] for row in read_metrics(RUN / "run").train] == [1, 2, 3, 4, 5]

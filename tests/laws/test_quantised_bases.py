@@ -13,9 +13,9 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.bases.quantising import quantised_linear
+from lorakit.core.model.base_view import quantised_linear
 from lorakit.errors import MergeError, TargetError
-from lorakit.plan.quantised import Quantization, Storage
+from lorakit.plan.quantized import Quantization, Storage
 
 from .quantised import DENSE, EVALUATED, WRITTEN, packed_bits, specimen, storages
 from .snapshots import same_bits

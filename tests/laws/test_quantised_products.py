@@ -14,12 +14,12 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.bases import BASES, base_of
-from lorakit.core.bases.quantising import quantised_linear
 from lorakit.core.kinds import KINDS
+from lorakit.core.model.base_view import quantised_linear
+from lorakit.core.quantization import BASES, base_of
 from lorakit.core.variants import VARIANTS
 from lorakit.errors import ConfigError, LorakitError, MergeError
-from lorakit.plan.quantised import STORAGES, Quantization, Storage
+from lorakit.plan.quantized import STORAGES, Quantization, Storage
 
 from .quantised import DENSE, EVALUATED, WRITTEN, packed_bits, specimen, storages
 from .snapshots import same_bits

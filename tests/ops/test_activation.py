@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.ops import widening
+from lorakit.ops import adapted
 from lorakit.ops.activation import ACTIVATIONS, activation, gelu_tanh
 
 D = torch.float64
@@ -46,7 +46,7 @@ def test_the_sigmoid_form_is_the_formula() -> None:
 @pytest.mark.parametrize("many", [1, 20, 1 << 20])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_it_is_the_reference(name: str, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(widening, "SLAB", many)
+    monkeypatch.setattr(adapted, "SLAB", many)
     x, dy = torch.randn(5, 7, dtype=D) * 3, torch.randn(5, 7, dtype=D)
     x[0, 0] = 0
     for one, other in zip(fused(name, dy, x), of_autograd(name, dy, x), strict=True):

@@ -15,8 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.dropout import zeroed
-from lorakit.ops.linear import Adapted, Group, LowRank, factors, linears, reference
+from lorakit.ops.linear import Group, linears, reference
 
 D = torch.float64
 Spec = tuple[int, int, float, bool, bool]  # out, r (0: no adapter), dropout, transposed, bias

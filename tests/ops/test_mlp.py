@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lorakit.ops import linear
 from lorakit.ops.activation import ACTIVATIONS, activation
+from lorakit.ops.adapted import Adapted, LowRank
 from lorakit.ops.dropout import draw, zero_
-from lorakit.ops.linear import Adapted, LowRank
 from lorakit.ops.mlp import Form, gated, mlp, plain, reference
 from lorakit.ops.norm import Norm
 

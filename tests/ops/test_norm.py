@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.ops import widening
+from lorakit.ops import adapted
 from lorakit.ops.norm import Norm, layer_norm, normalised, reference, rms_norm
 
 D = torch.float64
@@ -91,7 +91,7 @@ def test_it_is_the_reference(name: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_narrow_dtypes(name: str, dtype: torch.dtype, bound: float, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The value is the reference's to the last bit (of fp32: to 1e-6); the gradient is at least as near to float64."""
-    monkeypatch.setattr(widening, "SLAB", many)
+    monkeypatch.setattr(adapted, "SLAB", many)
     norm, x = made(name, dtype), torch.randn(33, WIDTH).to(dtype).requires_grad_()
     double = {key: None if (t := getattr(norm, key)) is None else t.double() for key in ("weight", "bias")}
     exact = x.detach().double().requires_grad_()

@@ -265,7 +265,7 @@ def test_a_step_of_a_whole_model(place: Place, tiny_llama: Any, packed: bool) ->
     from lorakit import LoraConfig, core
     from lorakit.data import Batch
     from lorakit.speed import accelerate
-    from lorakit.train.loss import loss_sum
+    from lorakit.train.step import loss_sum
 
     model = tiny_llama.to(place.device, place.dtype).train()
     core.attach(model, LoraConfig(r=4, target_modules="all-linear"))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lorakit.core import load_adapter
-from lorakit.core.layering.sitemap import layers
+from lorakit.core.model.index import layers
 from lorakit.durable import TEMPORARY, sweep
 from lorakit.errors import AdapterFileError
 from lorakit.peft import LoraConfig, get_peft_model

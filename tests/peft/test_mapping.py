@@ -11,7 +11,7 @@ from torch import nn
 
 from lorakit.errors import AdapterError, ConfigError, TargetError
 from lorakit.peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from lorakit.peft.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from lorakit.peft.model_classes import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
 from .models import bert, t5, trained
 

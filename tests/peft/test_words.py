@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lorakit.core.layering.layer import LoraLayer
+from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.errors import TargetError
 from lorakit.peft import (
     LoraConfig,

@@ -36,7 +36,7 @@ def _both(name: str, targets: Any, job: Job, base_dropout: float = 0.0, **words:
     import torch
 
     from lorakit import core, hub
-    from lorakit.core.optimizers.lorafa import freeze_factors
+    from lorakit.core.optimizers import freeze_factors
     from lorakit.speed import accelerate
 
     torch.manual_seed(0)

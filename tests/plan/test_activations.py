@@ -96,7 +96,7 @@ def test_a_frozen_factor_keeps_no_input(name: str, targets: Any, dtype: str, lor
     import torch
 
     from lorakit import core, hub
-    from lorakit.core.optimizers.lorafa import freeze_factors
+    from lorakit.core.optimizers import freeze_factors
 
     model = _model(name, 0.0).to(getattr(torch, dtype))
     shape = hub.shape_of_module(model, "small", "here")

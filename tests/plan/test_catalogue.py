@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from lorakit.architectures.shapes import ModelShape
 from lorakit.plan import catalogue
-from lorakit.plan.shapes import ModelShape
 
 
 def _config(shape: ModelShape) -> Any:

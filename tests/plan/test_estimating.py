@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
+from lorakit.architectures.shapes import ModelShape
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError
-from lorakit.plan import Job, Plan, Speed, catalogue, estimate, timing
-from lorakit.plan.shapes import ModelShape
+from lorakit.plan import Job, Plan, Speed, catalogue, estimate, flops
 
 
 def _gpt2() -> ModelShape:
@@ -44,8 +44,8 @@ def test_a_rate_of_flops_gives_the_times_with_its_share() -> None:
 def test_an_accelerated_run_is_reckoned_by_its_products_and_what_passes_beside_them() -> None:
     job, speed = Job(4, 256, accelerated=True), Speed(flops_per_second=1e11, threads=2)
     plan = _plan(job, speed)
-    beside = timing.numbers(_gpt2(), job) * timing.SECONDS_PER_NUMBER / 2
-    products = plan.lora.flops.total / (1e11 * timing.OF_BARE_PRODUCTS)
+    beside = flops.numbers(_gpt2(), job) * flops.SECONDS_PER_NUMBER / 2
+    products = plan.lora.flops.total / (1e11 * flops.OF_BARE_PRODUCTS)
     assert plan.lora.step_seconds == pytest.approx(1024 * (products + beside))
     assert plan.full.step_seconds == pytest.approx(1024 * plan.full.flops.total / 4e10)  # nothing accelerates it
     assert any("time of its own" in note for note in plan.notes)

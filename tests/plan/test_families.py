@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorakit.plan.families import Origin, Sizes, llama, qwen2, qwen3
+from lorakit.architectures.shapes import Origin, Sizes, llama, qwen2, qwen3
 
 ORIGIN = Origin("toy", "nowhere", 0, "float32")
 

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from lorakit.architectures.shapes import ModelShape
 from lorakit.config import LoraConfig
 from lorakit.plan import Job, catalogue, count, memory
 from lorakit.plan.memory import Memory
-from lorakit.plan.shapes import ModelShape
 
 MB = 1_000_000
 

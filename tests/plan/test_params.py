@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from lorakit.architectures.shapes import ModelShape
 from lorakit.config import LoraConfig, TaskType
 from lorakit.errors import TargetError, UsageError
 from lorakit.plan import catalogue, count, params, rank_table
-from lorakit.plan.shapes import ModelShape
 
 REFERENCE: dict[str, Any] = {
     "r": 8,

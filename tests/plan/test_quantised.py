@@ -11,7 +11,7 @@ from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError
 from lorakit.plan import Job, activations, catalogue, count, estimate
 from lorakit.plan.memory import logits_bytes
-from lorakit.plan.quantised import STORAGES, Quantization, quantised_sites, storage_named, stored, stored_as
+from lorakit.plan.quantized import STORAGES, Quantization, quantised_sites, storage_named, stored, stored_as
 from lorakit.train.settings import Stored
 
 CONFIG = LoraConfig(r=16, target_modules="all-linear")
@@ -77,7 +77,7 @@ def test_what_the_products_keep(name: str, lora_dropout: float, targets: Any) ->
     import torch
 
     from lorakit import core, hub
-    from lorakit.core.bases.quantising import quantised_linear
+    from lorakit.core.model.base_view import quantised_linear
 
     from .test_activations import LENGTH, ROWS, _model, _saved_bytes
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from lorakit.architectures.shapes import block_of, role, short_roles
 from lorakit.plan import SiteShape, catalogue
-from lorakit.plan.shapes import block_of, role, short_roles
 
 
 def test_a_tied_weight_counts_once() -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import MissingExtra
-from lorakit.report.plots import loss_plot
-from lorakit.report.runs import Metrics
+from lorakit.report import Metrics, loss_plot
 
 ROWS = (
     {"step": 0, "eval_loss": 3.0},

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import RunError
-from lorakit.report.runs import read_metrics, read_run
+from lorakit.report import read_metrics, read_run
 
 
 def test_a_torn_last_line_is_dropped_and_any_other_bad_line_named(tmp_path: Path) -> None:

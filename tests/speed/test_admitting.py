@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from lorakit import LoraConfig, core
 from lorakit.speed import accelerate, attention, decoder, encoder, feed_forward, sublayer
-from lorakit.speed.swapping import is_stand_in
+from lorakit.speed.patching import is_stand_in
 
 from ..small_models import bert, gpt2, llama, mistral, mixtral, t5
 from .test_accelerating import adapted, close, given, recipes, step
@@ -215,12 +215,13 @@ def test_an_attention_that_is_called_as_a_module_may_differ(monkeypatch: pytest.
 def test_a_failure_at_any_stage_changes_nothing(
     stage: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorakit.speed import accelerating, loss, swapping
+    from lorakit.speed import acceleration as accelerating
+    from lorakit.speed import loss, patching
 
     model = adapted("llama")
     before, count = held(model), [0]
     own_loss = model.__dict__.get("_loss_function")
-    place, name = {"install": (loss.LossWithoutLogits, stage), "do": (swapping.Swap, stage)}.get(
+    place, name = {"install": (loss.LossWithoutLogits, stage), "do": (patching.Swap, stage)}.get(
         stage, (accelerating, stage)
     )
     whole = getattr(place, name)

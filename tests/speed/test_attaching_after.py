@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lorakit.peft
 from lorakit import LoraConfig, core
 from lorakit.speed import Acceleration, accelerate
-from lorakit.speed.swapping import is_stand_in
+from lorakit.speed.patching import is_stand_in
 
 from .test_accelerating import MODELS
 

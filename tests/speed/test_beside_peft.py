@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakit.speed import accelerate
-from lorakit.speed.peft_layers import is_peft_linear, peft_operand
+from lorakit.speed.linear import is_peft_linear, peft_operand
 
 from ..laws.snapshots import bits
 from .test_accelerating import MODELS, close, given, recipes, step

@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit import durable
+from lorakit import durable, machine
 from lorakit.machine import this_machine
 from lorakit.ops import choices
 from lorakit.ops.kernels import compiled
-from lorakit.speed import accelerate, choosing, kept_choices
-from lorakit.speed.choosing import Question, answer, attentions, choose, products
+from lorakit.speed import accelerate, tuning
+from lorakit.speed.tuning import Question, answer, attentions, choose, products
 
 from ..small_models import llama
 
@@ -65,8 +65,8 @@ def slices_win(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
         return run
 
-    monkeypatch.setattr(choosing, "_product", prepare)
-    monkeypatch.setattr(choosing, "BUSY", math.inf)  # whatever else runs beside the tests
+    monkeypatch.setattr(tuning, "_product", prepare)
+    monkeypatch.setattr(tuning, "BUSY", math.inf)  # whatever else runs beside the tests
     return clock
 
 
@@ -132,7 +132,7 @@ def test_what_is_chosen_acts(model: nn.Module, slices_win: Clock, tmp_path: Path
 def test_the_time_it_takes_is_bounded(
     model: nn.Module, slices_win: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choosing, "BUDGET_SECONDS", 0.0)
+    monkeypatch.setattr(tuning, "BUDGET_SECONDS", 0.0)
     found = choose(model, 1000, 0, folder=tmp_path, clock=slices_win)
     assert (found.measured, found.left) == (1, 3)
     assert "The time was up: which way is faster for 3 shapes" in str(found)
@@ -144,7 +144,7 @@ def test_the_time_it_takes_is_bounded(
     ["", "no json", "[]", '{"format": 2, "machines": {}}', '{"format": 1, "machines": 3}', "\x00" * 9, "{" * 3000],
 )
 def test_a_damaged_file_costs_a_measurement(model: nn.Module, slices_win: Clock, tmp_path: Path, content: str) -> None:
-    (tmp_path / kept_choices.FILE).write_text(content)
+    (tmp_path / tuning.FILE).write_text(content)
     found = choose(model, 1000, 0, folder=tmp_path, clock=slices_win)
     assert found.measured == 4
     assert found.unkept == ""
@@ -154,7 +154,7 @@ def test_a_damaged_file_costs_a_measurement(model: nn.Module, slices_win: Clock,
 @pytest.mark.parametrize("way", [-1, 3, 512.0, True, "512", None, [512]])
 def test_a_way_that_is_none_is_measured_again(model: nn.Module, slices_win: Clock, tmp_path: Path, way: Any) -> None:
     choose(model, 1000, 0, folder=tmp_path, clock=slices_win)
-    path = tmp_path / kept_choices.FILE
+    path = tmp_path / tuning.FILE
     content = json.loads(path.read_text())
     (answers,) = content["machines"].values()
     answers.update(dict.fromkeys(answers, way))
@@ -184,14 +184,14 @@ def test_a_busy_machine_measures_nothing_and_says_so(
     choose(model, 700, 0, folder=tmp_path, clock=slices_win)
     ran = len(slices_win.ran)
     here = this_machine()
-    monkeypatch.setattr(choosing, "BUSY", 1.5)
-    monkeypatch.setattr(choosing, "this_machine", lambda: replace(here, cores=2, load=3.1))
+    monkeypatch.setattr(tuning, "BUSY", 1.5)
+    monkeypatch.setattr(machine, "this_machine", lambda: replace(here, cores=2, load=3.1))
     found = choose(model, 1000, 0, folder=tmp_path, clock=slices_win)
     assert (len(found.choices), found.measured, found.left) == (1, 0, 2)  # what was measured before acts
     assert str(found).startswith("The machine is busy: which way is faster for 2 shapes")
     assert len(slices_win.ran) == ran
     for load in (3.0, None):  # or not known
-        monkeypatch.setattr(choosing, "this_machine", lambda load=load: replace(here, cores=2, load=load))
+        monkeypatch.setattr(machine, "this_machine", lambda load=load: replace(here, cores=2, load=load))
         assert choose(model, 1000, 0, folder=tmp_path / str(load), clock=slices_win).measured == 4
 
 
@@ -199,7 +199,7 @@ def test_another_machine_and_other_threads_have_answers_of_their_own(
     model: nn.Module, slices_win: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choose(model, 1000, 0, folder=tmp_path, clock=slices_win)
-    here = kept_choices.machine()
+    here = tuning.machine()
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
@@ -212,7 +212,7 @@ def test_another_machine_and_other_threads_have_answers_of_their_own(
     with monkeypatch.context() as without:
         without.setattr(compiled, "kernels", lambda: None if "no kernels" not in here else object())
         assert choose(model, 1000, 0, folder=tmp_path, clock=slices_win).measured == 4
-    machines = durable.read_json(tmp_path / kept_choices.FILE)["machines"]
+    machines = durable.read_json(tmp_path / tuning.FILE)["machines"]
     assert len(machines) == 4
     assert here in machines
     assert choose(model, 1000, 0, folder=tmp_path, clock=slices_win).measured == 0
@@ -220,7 +220,7 @@ def test_another_machine_and_other_threads_have_answers_of_their_own(
 
 def _keep(folder: Path, name: str) -> None:
     for number in range(20):
-        kept_choices.keep({f"{name}{number}": 0}, folder)
+        tuning.keep({f"{name}{number}": 0}, folder)
 
 
 def test_two_processes_that_write_leave_a_whole_file(tmp_path: Path) -> None:
@@ -229,11 +229,11 @@ def test_two_processes_that_write_leave_a_whole_file(tmp_path: Path) -> None:
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):
-        if (tmp_path / kept_choices.FILE).exists():
-            durable.read_json(tmp_path / kept_choices.FILE)  # never a part
+        if (tmp_path / tuning.FILE).exists():
+            durable.read_json(tmp_path / tuning.FILE)  # never a part
     assert [writer.exitcode for writer in writers] == [0, 0]
-    assert kept_choices.read(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [kept_choices.FILE]
+    assert tuning.read(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [tuning.FILE]
 
 
 def test_only_frozen_weights_on_a_cpu_and_of_some_size_are_asked_about() -> None:
@@ -253,10 +253,10 @@ def test_bf16_goes_through_fp32_where_that_is_faster_and_then_not_in_slices(
 ) -> None:
     model = nn.Sequential(nn.Linear(*SIZES, dtype=torch.bfloat16)).requires_grad_(False)
     clock = Clock({0: 3.0, 1: 2.0 if wins else 3.0, 512: 2.0, 256: 2.0})
-    monkeypatch.setattr(choosing, "_through_fp32", lambda right: clock.run)
-    monkeypatch.setattr(choosing, "_product", lambda rows, right: clock.run)
-    monkeypatch.setattr(choosing, "BUSY", math.inf)
-    monkeypatch.setattr(choosing, "BUDGET_SECONDS", math.inf)
+    monkeypatch.setattr(tuning, "_through_fp32", lambda right: clock.run)
+    monkeypatch.setattr(tuning, "_product", lambda rows, right: clock.run)
+    monkeypatch.setattr(tuning, "BUSY", math.inf)
+    monkeypatch.setattr(tuning, "BUDGET_SECONDS", math.inf)
     found = choose(model, 1000, 0, folder=tmp_path, clock=clock)
     sides = (model[0].weight, model[0].weight.t())
     through = {choices.fp32_name(right): 1 for right in sides}
@@ -277,7 +277,7 @@ def test_fp32_is_asked_about_for_a_part_of_a_large_weight_and_from_few_rows() ->
 
 
 def test_small_models_read_no_file(tmp_path: Path) -> None:
-    tmp_path.joinpath(kept_choices.FILE).mkdir()  # that would be an error
+    tmp_path.joinpath(tuning.FILE).mkdir()  # that would be an error
     assert choose(nn.Linear(8, 8).requires_grad_(False), 4096, 4096, folder=tmp_path).choices == {}
 
 
@@ -302,13 +302,13 @@ def test_attention_is_asked_about_up_to_the_longest_row(model: nn.Module) -> Non
 def test_what_is_timed_computes() -> None:
     """The scratch numbers of each question go through the ways that will be taken; nothing is drawn for them."""
     before = torch.get_rng_state()
-    run = choosing._product(600, torch.randn(32, 16))
+    run = tuning._product(600, torch.randn(32, 16))
     for way in (0, *choices.SLICES):
         torch.testing.assert_close(run(way), run(0))
-    attend = choosing._attention((2, 4, 70, 8), 2, torch.float32, ("products", "flash"))
+    attend = tuning._attention((2, 4, 70, 8), 2, torch.float32, ("products", "flash"))
     attend(0), attend(1)
     torch.set_rng_state(before)
-    choosing._product(600, torch.ones(32, 16))(512)
+    tuning._product(600, torch.ones(32, 16))(512)
     assert torch.equal(torch.get_rng_state(), before)
 
 

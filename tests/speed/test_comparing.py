@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.speed.comparing import judged, judged_branches
-from lorakit.speed.probing import Call
+from lorakit.speed.probe import Call
 
 
 class Branch(nn.Module):

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit import LoraConfig, core
 from lorakit.speed import accelerate
-from lorakit.speed.packing import end_to_end
+from lorakit.speed.acceleration import end_to_end
 
 from ..small_models import GROUPED
 from .test_accelerating import PACKING, adapted

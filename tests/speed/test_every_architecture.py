@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakit.speed import accelerate
-from lorakit.speed.swapping import is_stand_in
+from lorakit.speed.patching import is_stand_in
 
 from .architectures import architectures, inputs, small
 

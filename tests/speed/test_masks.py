@@ -13,8 +13,7 @@ from torch import Tensor
 
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.speed import accelerate
-from lorakit.speed.attention import lengths_of
-from lorakit.speed.masks import under
+from lorakit.speed.attention import lengths_of, under
 
 from .test_accelerating import adapted
 
@@ -71,16 +70,16 @@ def test_a_mask_changed_in_inference_mode_acts() -> None:
 
 
 def test_a_mask_is_read_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorakit.speed import masks
+    from lorakit.speed import attention
 
     read: list[int] = []
-    own = masks._read
+    own = attention._read
 
     def counted(*args: Any) -> Any:
         read.append(1)
         return own(*args)
 
-    monkeypatch.setattr(masks, "_read", counted)
+    monkeypatch.setattr(attention, "_read", counted)
     x, mask = torch.zeros(2, TOKENS, 4), causal()
     hide(mask, 2)
     pattern = Pattern(True, 1.0)

@@ -10,7 +10,7 @@ from torch import nn
 
 from lorakit import LoraConfig, core
 from lorakit.speed import accelerate
-from lorakit.speed.preserving import frozen, preserved
+from lorakit.speed.probe import frozen, preserved
 
 from ..small_models import llama
 from .architectures import architectures, small

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorakit import LoraConfig, core
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.speed import Acceleration, accelerate
-from lorakit.speed.masks import under
+from lorakit.speed.attention import under
 
 from .. import small_models
 from ..doubles import InDouble

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorakit import LoraConfig, core
 from lorakit.speed import accelerate
-from lorakit.speed.swapping import AGAIN
+from lorakit.speed.patching import AGAIN
 
 from ..laws.snapshots import bits
 from ..small_models import llama

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakit.speed.versions import is_version, version_of
+from lorakit.speed.admission import is_version, version_of
 
 
 @pytest.mark.parametrize("inference", [False, True])

@@ -15,7 +15,7 @@ import torch
 from lorakit import durable
 from lorakit.errors import DiskError, RunError
 from lorakit.train import checkpoint
-from lorakit.train.state import TrainState, random_state
+from lorakit.train.checkpoint import TrainState, random_state
 
 FILES = ("adapter_model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", "manifest.json")
 
@@ -190,7 +190,7 @@ import torch
 torch.set_num_threads(1)
 from lorakit import durable
 from lorakit.train import checkpoint
-from lorakit.train.state import TrainState, random_state
+from lorakit.train.checkpoint import TrainState, random_state
 
 root, again = Path(sys.argv[1]), sys.argv[2] == "again"
 WATCHED = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}

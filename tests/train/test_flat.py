@@ -13,11 +13,19 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import nn
 
-from lorakit.core.files.tensorfile import encode
+from lorakit.core.files.tensor_file import encode
 from lorakit.errors import RunError
-from lorakit.train import flat
-from lorakit.train.flat import FlatAdamW, fits
-from lorakit.train.optim import adamw, clipped_step, gradient_norm, load_state_tensors, set_rate, state_tensors
+from lorakit.train import optimizer as flat
+from lorakit.train.optimizer import (
+    FlatAdamW,
+    build_adamw,
+    clipped_step,
+    fits,
+    gradient_norm,
+    load_state_tensors,
+    set_rate,
+    state_tensors,
+)
 
 SHAPES = [(16, 24), (16,), (40, 16), (32,), (4, 4), (0, 4), (48,), (64, 3)]
 ODD = [(5, 7), (3,), (16, 24), (1, 1), (17,), (33, 3), (64,), (2, 2)]
@@ -33,7 +41,7 @@ def _named(shapes: list[tuple[int, ...]] = SHAPES) -> Named:
 
 def _plain(named: Named) -> torch.optim.AdamW:
     """torch's own, with the groups that `adamw` makes."""
-    groups = adamw(copy.deepcopy(named), 0.01, 0.1, RATES).param_groups
+    groups = build_adamw(copy.deepcopy(named), 0.01, 0.1, RATES).param_groups
     sizes, members = [len(group["params"]) for group in groups], _by_group(named)
     assert sizes == [len(m) for m in members]
     return torch.optim.AdamW(
@@ -86,7 +94,7 @@ def test_the_bits_are_those_of_torchs_own(run: int, monkeypatch: pytest.MonkeyPa
     """With clipping and without, with tensors that have no gradient in some steps or in none, in runs of any length."""
     monkeypatch.setitem(flat._RUN, "cpu", run)
     ours, theirs = _named(), _named()
-    one, two = adamw(ours, 0.01, 0.1, RATES), _plain(theirs)
+    one, two = build_adamw(ours, 0.01, 0.1, RATES), _plain(theirs)
     assert isinstance(one, FlatAdamW)
     for seed, skipped in enumerate(SKIPS):
         for optimizer, named in ((one, ours), (two, theirs)):
@@ -108,7 +116,7 @@ def test_tensors_of_odd_sizes_are_torchs_within_a_rounding_and_the_same_in_runs_
     for run in (1, 64, 1 << 20):
         monkeypatch.setitem(flat._RUN, "cpu", run)
         named = _named(ODD)
-        optimizer = adamw(named, 0.01, 0.1, RATES)
+        optimizer = build_adamw(named, 0.01, 0.1, RATES)
         for seed, skipped in enumerate(SKIPS):
             _gradients(named, seed, skipped)
             _step(optimizer, named)
@@ -128,7 +136,7 @@ def test_tensors_of_odd_sizes_are_torchs_within_a_rounding_and_the_same_in_runs_
 
 def test_numbers_stay_where_reads_are_aligned_and_take_one_buffer_a_group() -> None:
     named, before = _named(ODD), _named(ODD)
-    optimizer = adamw(named, 0.01, 0.1, RATES)
+    optimizer = build_adamw(named, 0.01, 0.1, RATES)
     for (_, p), (_, old) in zip(named, before, strict=True):
         assert torch.equal(p, old)
         assert p.is_contiguous()
@@ -141,7 +149,7 @@ def test_numbers_stay_where_reads_are_aligned_and_take_one_buffer_a_group() -> N
 
 def test_state_goes_through_a_file_that_holds_each_tensor_once() -> None:
     whole, parted = _named(ODD), _named(ODD)
-    one, two = adamw(whole, 0.01, 0.1, RATES), adamw(parted, 0.01, 0.1, RATES)
+    one, two = build_adamw(whole, 0.01, 0.1, RATES), build_adamw(parted, 0.01, 0.1, RATES)
     for seed in range(3):
         for optimizer, named in ((one, whole), (two, parted)):
             _gradients(named, seed, (4,) if seed == 1 else ())
@@ -150,7 +158,7 @@ def test_state_goes_through_a_file_that_holds_each_tensor_once() -> None:
     numbers = sum(p.numel() for _, p in parted)
     assert len(data) < 8 * numbers + 4 * len(parted) + 4096
     assert len(encode(dict(parted), {})) < 4 * numbers + 1024
-    again = adamw(parted, 0.01, 0.1, RATES)
+    again = build_adamw(parted, 0.01, 0.1, RATES)
     load_state_tensors(again, parted, tensors_from_bytes(data))
     for optimizer, named in ((one, whole), (again, parted)):
         _gradients(named, 9)
@@ -160,7 +168,7 @@ def test_state_goes_through_a_file_that_holds_each_tensor_once() -> None:
 
 def test_state_dicts_of_torch_are_taken() -> None:
     ours, theirs = _named(), _named()
-    one, two = adamw(ours, 0.01, 0.1, RATES), _plain(theirs)
+    one, two = build_adamw(ours, 0.01, 0.1, RATES), _plain(theirs)
     for seed in range(2):
         _gradients(theirs, seed)
         _step(two, theirs)
@@ -195,7 +203,7 @@ def _replace(named: Named, how: str) -> None:
 @pytest.mark.parametrize("how", ["one", "all", "swapped", "strides", "in place", "module"])
 def test_storage_that_was_replaced_is_taken_as_it_is(how: str) -> None:
     ours, theirs = _named(), _named()
-    one, two = adamw(ours, 0.01, 0.1, RATES), _plain(theirs)
+    one, two = build_adamw(ours, 0.01, 0.1, RATES), _plain(theirs)
     for seed in range(3):
         for optimizer, named in ((one, ours), (two, theirs)):
             if seed == 1 and not (how == "strides" and optimizer is two):  # torch's own takes moments in another order
@@ -208,7 +216,7 @@ def test_storage_that_was_replaced_is_taken_as_it_is(how: str) -> None:
 def test_whoever_holds_the_old_storage_keeps_its_numbers() -> None:
     """As an average that stands in for the weights while a model is evaluated."""
     named = _named()
-    optimizer = adamw(named, 0.01, 0.1)
+    optimizer = build_adamw(named, 0.01, 0.1)
     p, average = named[0][1], torch.ones(16, 24)
     held = p.data
     p.data = average
@@ -230,7 +238,7 @@ def test_whoever_holds_the_old_storage_keeps_its_numbers() -> None:
 )
 def test_another_tensor_is_refused_and_nothing_moves(change: Any, words: str) -> None:
     named = _named()
-    optimizer = adamw(named, 0.01, 0.1, RATES)
+    optimizer = build_adamw(named, 0.01, 0.1, RATES)
     _gradients(named, 0)
     _step(optimizer, named)
     named[0][1].grad = None
@@ -245,7 +253,7 @@ def test_another_tensor_is_refused_and_nothing_moves(change: Any, words: str) ->
 
 def test_tensors_that_came_to_lie_in_each_others_memory_are_refused() -> None:
     named = _named()
-    optimizer = adamw(named, 0.01, 0.1)
+    optimizer = build_adamw(named, 0.01, 0.1)
     memory = torch.randn(40, 16)
     named[0][1].data, named[2][1].data = memory.view(-1)[: 16 * 24].view(16, 24), memory
     _gradients(named, 0)
@@ -255,7 +263,7 @@ def test_tensors_that_came_to_lie_in_each_others_memory_are_refused() -> None:
 
 def test_autograd_sees_that_a_tensor_was_stepped() -> None:
     p = nn.Parameter(torch.randn(4, 4))
-    optimizer = adamw([("p", p)], 0.1, 0.0)
+    optimizer = build_adamw([("p", p)], 0.1, 0.0)
     loss = (p * p).sum()
     p.grad = torch.ones(4, 4)
     version = p._version
@@ -267,7 +275,7 @@ def test_autograd_sees_that_a_tensor_was_stepped() -> None:
 
 def test_a_closure_is_called_with_gradients_on() -> None:
     p = nn.Parameter(torch.ones(2))
-    optimizer = adamw([("p", p)], 0.1, 0.0)
+    optimizer = build_adamw([("p", p)], 0.1, 0.0)
 
     def closure() -> torch.Tensor:
         loss = (p * p).sum()
@@ -301,7 +309,7 @@ def test_tensors_that_cannot_lie_in_one_buffer_take_torchs_own(make: Any) -> Non
     parameters = make()
     assert not fits(parameters)
     named = [(f"t{i}", p) for i, p in enumerate(parameters)]
-    assert isinstance(adamw(named, 0.1, 0.0), torch.optim.AdamW)
+    assert isinstance(build_adamw(named, 0.1, 0.0), torch.optim.AdamW)
 
 
 def test_tensors_in_each_others_memory_take_torchs_own() -> None:
@@ -332,7 +340,10 @@ def test_off_under_fsdp2(alone: None) -> None:
     model, same = nn.Linear(4, 3), nn.Linear(4, 3)
     same.load_state_dict(model.state_dict())
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    sharded, ours = adamw(list(model.named_parameters()), 0.1, 0.1), adamw(list(same.named_parameters()), 0.1, 0.1)
+    sharded, ours = (
+        build_adamw(list(model.named_parameters()), 0.1, 0.1),
+        build_adamw(list(same.named_parameters()), 0.1, 0.1),
+    )
     assert isinstance(sharded, torch.optim.AdamW)
     assert isinstance(ours, FlatAdamW)
     x = torch.randn(5, 4)

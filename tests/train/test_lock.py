@@ -12,8 +12,8 @@ import pytest
 
 from lorakit import cli
 from lorakit.errors import RunError
-from lorakit.train import lock
-from lorakit.train.preparing import check_place
+from lorakit.train import run_folder
+from lorakit.train.run_folder import check_place
 from lorakit.train.settings import TrainSettings
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="flock")
@@ -25,9 +25,9 @@ def live(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "run.json").write_text("{}", encoding="utf-8")
-    held = lock.claim(folder)
+    held = run_folder.claim(folder)
     yield folder
-    lock.release(held)
+    run_folder.release(held)
 
 
 def _check_message(message: str, folder: Path) -> None:
@@ -53,12 +53,12 @@ def test_flags_that_are_missing_are_not_the_point(live: Path, capsys: pytest.Cap
 
 
 def test_an_owner_that_is_not_known(live: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(lock, "_LOCKS", tmp_path / "none")
+    monkeypatch.setattr(run_folder, "_LOCKS", tmp_path / "none")
     with pytest.raises(RunError, match="another process is training into this folder"):
-        lock.claim(live)
+        run_folder.claim(live)
 
 
 def test_a_look_at_a_folder_does_not_keep_it(tmp_path: Path) -> None:
-    lock.refuse_live(tmp_path / "not there")
-    lock.refuse_live(tmp_path)
-    lock.release(lock.claim(tmp_path))
+    run_folder.refuse_live(tmp_path / "not there")
+    run_folder.refuse_live(tmp_path)
+    run_folder.release(run_folder.claim(tmp_path))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lorakit.errors import DiskError
-from lorakit.report.runs import read_metrics
-from lorakit.train.metrics import MetricsLog, cut
+from lorakit.report import read_metrics
+from lorakit.train.run_folder import MetricsLog, cut
 
 
 def _rows(folder: Path) -> None:

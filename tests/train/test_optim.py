@@ -6,9 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit.core.optimizers.lorafa import Pair
+from lorakit.core.optimizers import Pair
 from lorakit.errors import RunError
-from lorakit.train.optim import adamw, clipped_step, gradient_norm, load_state_tensors, lorafa, set_rate, state_tensors
+from lorakit.train.optimizer import (
+    build_adamw,
+    build_lorafa,
+    clipped_step,
+    gradient_norm,
+    load_state_tensors,
+    set_rate,
+    state_tensors,
+)
 
 
 def _named() -> list[tuple[str, nn.Parameter]]:
@@ -28,7 +36,7 @@ def _step(named: list[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimize
 
 
 def test_only_matrices_decay_and_the_optimizer_is_fused() -> None:
-    optimizer = adamw(_named(), 0.1, 0.5)
+    optimizer = build_adamw(_named(), 0.1, 0.5)
     decays = {tuple(p.shape): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decays == {(2, 3): 0.5, (4, 2): 0.5, (4,): 0.0}
     assert optimizer.defaults["fused"]
@@ -36,7 +44,7 @@ def test_only_matrices_decay_and_the_optimizer_is_fused() -> None:
 
 def test_each_tensor_keeps_its_share_of_the_rate() -> None:
     named = _named()
-    optimizer = adamw(named, 0.1, 0.5, {"a.lora_B": 0.8, "a.magnitude": 0.1})
+    optimizer = build_adamw(named, 0.1, 0.5, {"a.lora_B": 0.8, "a.magnitude": 0.1})
     names = {id(p): name for name, p in named}
     for rate in (0.1, 0.025):
         set_rate(optimizer, rate)
@@ -47,12 +55,12 @@ def test_each_tensor_keeps_its_share_of_the_rate() -> None:
 def test_lorafa_has_the_groups_of_adamw_and_goes_on_bit_for_bit() -> None:
     whole, parted = _named()[1:], _named()[1:]
     A = torch.randn(2, 3)
-    one, two = (lorafa(n, [Pair(n[0][1], A, 2.0)], 0.1, 0.5, {"a.lora_B": 0.3}) for n in (whole, parted))
+    one, two = (build_lorafa(n, [Pair(n[0][1], A, 2.0)], 0.1, 0.5, {"a.lora_B": 0.3}) for n in (whole, parted))
     assert [(g["lr"], g["weight_decay"]) for g in one.param_groups] == [(pytest.approx(0.3), 0.5), (0.1, 0.0)]
     for seed in range(3):
         _step(whole, one, seed)
         _step(parted, two, seed)
-    again = lorafa(parted, [Pair(parted[0][1], A, 2.0)], 0.1, 0.5, {"a.lora_B": 0.3})
+    again = build_lorafa(parted, [Pair(parted[0][1], A, 2.0)], 0.1, 0.5, {"a.lora_B": 0.3})
     load_state_tensors(again, parted, state_tensors(two, parted))
     for optimizer, named in ((one, whole), (again, parted)):
         set_rate(optimizer, 0.05)
@@ -60,21 +68,21 @@ def test_lorafa_has_the_groups_of_adamw_and_goes_on_bit_for_bit() -> None:
     for (_, a), (_, b) in zip(whole, parted, strict=True):
         assert torch.equal(a, b)
     with pytest.raises(RunError, match="There is nothing to train"):
-        lorafa([], [], 0.1, 0.0)
+        build_lorafa([], [], 0.1, 0.0)
 
 
 def test_nothing_to_train() -> None:
     with pytest.raises(RunError, match="There is nothing to train"):
-        adamw([], 0.1, 0.0)
+        build_adamw([], 0.1, 0.0)
 
 
 def test_state_put_back_goes_on_bit_for_bit() -> None:
     whole, parted = _named(), _named()
-    one, two = adamw(whole, 0.1, 0.1), adamw(parted, 0.1, 0.1)
+    one, two = build_adamw(whole, 0.1, 0.1), build_adamw(parted, 0.1, 0.1)
     for seed in range(3):
         _step(whole, one, seed)
         _step(parted, two, seed)
-    again = adamw(parted, 0.1, 0.1)
+    again = build_adamw(parted, 0.1, 0.1)
     load_state_tensors(again, parted, state_tensors(two, parted))
     for optimizer, named in ((one, whole), (again, parted)):
         set_rate(optimizer, 0.05)
@@ -88,7 +96,7 @@ def test_state_put_back_goes_on_bit_for_bit() -> None:
 
 def test_state_of_another_adapter_is_refused_and_changes_nothing() -> None:
     named = _named()
-    optimizer = adamw(named, 0.1, 0.0)
+    optimizer = build_adamw(named, 0.1, 0.0)
     for tensors in ({"exp_avg/a.lora_A": torch.zeros(3, 3)}, {"exp_avg/b": torch.zeros(2, 3)}, {"odd/a.lora_A": torch.zeros(2, 3)}):  # fmt: skip
         with pytest.raises(RunError, match="does not fit this model's adapter"):
             load_state_tensors(optimizer, named, tensors)
@@ -99,8 +107,8 @@ def test_state_of_another_adapter_is_refused_and_changes_nothing() -> None:
 @pytest.mark.parametrize(("limit", "scaled"), [(1.0, True), (0.0, False), (1e9, False)])
 def test_gradients_are_scaled_to_the_largest_norm(limit: float, scaled: bool, plain: bool) -> None:
     named, expected = _named(), _named()
-    optimizer = torch.optim.SGD([p for _, p in named], 0.1) if plain else adamw(named, 0.1, 0.0)
-    by_hand = torch.optim.SGD([p for _, p in expected], 0.1) if plain else adamw(expected, 0.1, 0.0)
+    optimizer = torch.optim.SGD([p for _, p in named], 0.1) if plain else build_adamw(named, 0.1, 0.0)
+    by_hand = torch.optim.SGD([p for _, p in expected], 0.1) if plain else build_adamw(expected, 0.1, 0.0)
     for (_, one), (_, two) in zip(named[:2], expected, strict=False):
         one.grad = torch.full_like(one, 3.0)
         two.grad = torch.full_like(two, 3.0 / (14 * 9) ** 0.5 if scaled else 3.0)

@@ -10,16 +10,8 @@ import pytest
 import torch
 
 from lorakit.errors import DataError, DiskError, NotYetSupported, RunError, UsageError
-from lorakit.train.lock import release
-from lorakit.train.preparing import (
-    check_place,
-    claim_place,
-    make_batches,
-    pick_device,
-    read_data,
-    refuse_many_processes,
-    remove_run,
-)
+from lorakit.train.run_data import make_batches, pick_device, read_data, refuse_many_processes
+from lorakit.train.run_folder import check_place, claim_place, release, remove_run
 from lorakit.train.settings import TrainSettings
 
 

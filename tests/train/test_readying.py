@@ -10,8 +10,8 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.ops.kernels import compiled
 from lorakit.speed import Acceleration, accelerate
-from lorakit.speed.accelerating import Left
-from lorakit.train.readying import accelerated_lines
+from lorakit.speed.admission import Left
+from lorakit.train.trainer import accelerated_lines
 
 
 def model(kind: type[transformers.PretrainedConfig] = transformers.LlamaConfig, **more: int) -> torch.nn.Module:

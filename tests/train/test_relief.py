@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorakit.train.relief import relief
+from lorakit.train.step import relief
 
 ROWS = "half the --per-device-train-batch-size and twice the --gradient-accumulation-steps: the same result"
 LAYERS = "--recompute layers (or --gradient-checkpointing)"

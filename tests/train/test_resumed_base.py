@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from lorakit.durable import sha256_file
 from lorakit.errors import BaseMismatchError
-from lorakit.train.running import run
 from lorakit.train.settings import TrainSettings
+from lorakit.train.trainer import run
 
 NORM = "model.layers.1.input_layernorm.weight"
 

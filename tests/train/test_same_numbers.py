@@ -21,9 +21,8 @@ from torch import Tensor
 from lorakit import LoraConfig, core
 from lorakit.data import Batch
 from lorakit.speed import accelerate
-from lorakit.train.loss import loss_sum
-from lorakit.train.optim import adamw
-from lorakit.train.step import Trainee, train_step
+from lorakit.train.optimizer import build_adamw
+from lorakit.train.step import Trainee, loss_sum, train_step
 
 from .. import small_models
 from ..doubles import InDouble
@@ -89,7 +88,7 @@ def our_losses(model: Any, data: Sequence[Batch]) -> list[float]:
     named = core.trainable_parameters(model)
     fast = accelerate(model)
     assert fast.head is not None and fast.swaps
-    trainee = Trainee(model, named, adamw(named, RATE, 0.0), torch.device("cpu"), 1.0, fast=fast)
+    trainee = Trainee(model, named, build_adamw(named, RATE, 0.0), torch.device("cpu"), 1.0, fast=fast)
     return [train_step(trainee, [batch], RATE).loss for batch in data]
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import ConfigError, RunError
-from lorakit.train.record import write_record
+from lorakit.train.run_folder import write_record
 from lorakit.train.settings import TrainSettings
-from lorakit.train.sources import gather, read_settings_file
+from lorakit.train.settings_sources import gather, read_settings_file
 
 
 def _file(tmp_path: Path, text: str) -> Path:

@@ -10,7 +10,7 @@ from torch import nn
 
 from lorakit.data import Batch
 from lorakit.errors import DataError, NonFiniteError, RunError
-from lorakit.train.optim import adamw
+from lorakit.train.optimizer import build_adamw
 from lorakit.train.step import Trainee, train_step, without_gradient
 
 
@@ -39,7 +39,7 @@ def batch(ids: list[list[int]], labels: list[list[int]] | None = None) -> Batch:
 
 def trainee(model: nn.Module, max_grad_norm: float = 1.0) -> Trainee:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return Trainee(model, named, adamw(named, 0.1, 0.0), torch.device("cpu"), max_grad_norm)
+    return Trainee(model, named, build_adamw(named, 0.1, 0.0), torch.device("cpu"), max_grad_norm)
 
 
 def test_a_step_returns_the_mean_and_the_counts() -> None:

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from lorakit.ops import choices
-from lorakit.report.runs import read_metrics
-from lorakit.speed import choosing
-from lorakit.train import state, tuning
+from lorakit.ops.kernels import compiled
+from lorakit.report import read_metrics
+from lorakit.speed import tuning as choosing
+from lorakit.train import run_plan
 from lorakit.train.progress import Silence
-from lorakit.train.running import run
 from lorakit.train.settings import TrainSettings
+from lorakit.train.trainer import run
 
 SLICE = 16
 
@@ -136,7 +137,7 @@ def test_the_largest_batch(packs: bool, tokens: int) -> None:
         sequences = (range(20), range(3), range(24), range(5))
         batch_rows = 2
 
-    assert tuning.most_tokens(Loader(), packs) == tokens  # type: ignore[arg-type]
+    assert run_plan.most_tokens(Loader(), packs) == tokens  # type: ignore[arg-type]
 
 
 def test_words_of_choices_come_back_and_others_are_passed_over() -> None:
@@ -151,9 +152,9 @@ def test_words_of_choices_come_back_and_others_are_passed_over() -> None:
 def test_compiled_kernels_that_came_or_went_are_said(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, before: object, now: object
 ) -> None:
-    monkeypatch.setattr(state, "compiled", SimpleNamespace(kernels=lambda: before))
+    monkeypatch.setattr(compiled, "compiled", SimpleNamespace(kernels=lambda: before))
     _run(settings, tuning=False, max_steps=1)
-    monkeypatch.setattr(state, "compiled", SimpleNamespace(kernels=lambda: now))
+    monkeypatch.setattr(compiled, "compiled", SimpleNamespace(kernels=lambda: now))
     said = [line for line in _run(settings, tuning=False, resume=True, max_steps=2) if "differs from" in line]
     words = f"(compiled_kernels was {before is not None} and is {now is not None}): results are equal within rounding"
     assert [words in line for line in said] == ([] if before is now else [True])

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from lorakit import allocator
 from lorakit.cli import console
-from lorakit.plan.quantised import stored_as
+from lorakit.plan.quantized import stored_as
 from lorakit.train.defaults import DEFAULTS
 
 
@@ -34,7 +34,7 @@ class Flags:
 def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag = False) -> None:
     """Loss and perplexity over all trained tokens of the data, of the base and of each adapter on it."""
     allocator.set_up()  # before torch takes any memory
-    from lorakit.train.comparison import EvalSettings, compare
+    from lorakit.train.evaluation import EvalSettings, compare
 
     found = compare(
         EvalSettings(

@@ -17,7 +17,7 @@ from lorakit.cli.answers import Answer, show
 from lorakit.cli.merged_base import WORTHWHILE_TOKENS, write_into_base
 from lorakit.cli.stored import say_how_trained
 from lorakit.errors import DataError, UsageError
-from lorakit.plan.quantised import stored_as
+from lorakit.plan.quantized import stored_as
 from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def run(
 
     from lorakit import hub
     from lorakit.generate import Sampling
-    from lorakit.train.preparing import pick_device
+    from lorakit.train.run_data import pick_device
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     device = pick_device(flags.device)

@@ -12,7 +12,7 @@ from lorakit.cli import console
 from lorakit.cli.adapters import Allowances, read_adapters
 from lorakit.cli.stored import say_how_trained
 from lorakit.errors import ConfigError, MergeError
-from lorakit.plan.quantised import Quantization, stored_as
+from lorakit.plan.quantized import Quantization, stored_as
 from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:

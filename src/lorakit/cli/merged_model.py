@@ -18,15 +18,16 @@ from torch import Tensor
 
 from lorakit import core, hub
 from lorakit.cli.adapters import load_adapters, tokenizer_for
-from lorakit.core.bases.quantising import multiply_out
-from lorakit.core.files.fingerprinting import vocabulary_of
-from lorakit.core.merging.applied import note_applied
-from lorakit.core.merging.merging import SiteMerge, tied_sites
-from lorakit.core.parts.growing import grow_vocabulary
+from lorakit.core.layers.merged_weight import SiteMerge
+from lorakit.core.merging.checks import tied_sites
+from lorakit.core.model.base_view import multiply_out
+from lorakit.core.model.fingerprint import vocabulary_of
+from lorakit.core.model.merge_record import note_applied
+from lorakit.core.model.vocabulary import grow_vocabulary
 from lorakit.durable import publish_directory, write_json
 from lorakit.errors import MergeError, ModelError, UsageError
 from lorakit.machine import this_machine
-from lorakit.plan.quantised import Quantization
+from lorakit.plan.quantized import Quantization
 
 if TYPE_CHECKING:
     from lorakit.core.files.adapter_folder import AdapterFiles

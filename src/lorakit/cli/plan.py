@@ -17,7 +17,7 @@ from lorakit.config import LoraConfig
 from lorakit.errors import UsageError
 from lorakit.plan import Job, Speed
 from lorakit.plan.job import recomputed
-from lorakit.plan.rows import with_new_tokens
+from lorakit.plan.params import with_new_tokens
 from lorakit.train.defaults import DEFAULTS
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lorakit.cli import console
-from lorakit.plan.quantised import Quantization
+from lorakit.plan.quantized import Quantization
 
 if TYPE_CHECKING:
     from lorakit.core.files.adapter_folder import AdapterFiles

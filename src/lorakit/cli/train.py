@@ -51,7 +51,7 @@ def run(
 
     Only --model, --data and --output-dir are needed. Ctrl-C once finishes the step and saves a checkpoint for --resume.
     """
-    from lorakit.train.sources import gather
+    from lorakit.train.settings_sources import gather
 
     given: dict[str, Any] = flags.model_dump() if flags is not None else {}
     if given.get("new_tokens") is not None:  # "a,b" and "a b" alike; a token with a comma in it needs a file

@@ -5,10 +5,9 @@ The constructor is strict; reading a file from elsewhere is tolerant and says wh
 knows nothing about models, matching or tensors.
 """
 
-from lorakit.config.built import NOT_BUILT, check_built
-from lorakit.config.locating import config_file, looks_like_a_hub_id
+from lorakit.config.file import config_file, looks_like_a_hub_id
 from lorakit.config.lora import LoraConfig, PeftConfig, PeftConfigMixin
-from lorakit.config.parts import (
+from lorakit.config.nested import (
     ArrowConfig,
     BdLoraConfig,
     CordaConfig,
@@ -20,8 +19,8 @@ from lorakit.config.parts import (
     MontecloraConfig,
     VeloraConfig,
 )
-from lorakit.config.reading import read_config
-from lorakit.config.words import API_LEVEL, BIAS_CHOICES, CONFIG_FILE, HEADS_BY_TASK, PeftType, TaskType, scale
+from lorakit.config.reading import NOT_BUILT, check_built, read_config
+from lorakit.config.types import API_LEVEL, BIAS_CHOICES, CONFIG_FILE, HEADS_BY_TASK, PeftType, TaskType, scale
 
 __all__ = [
     "API_LEVEL",

@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lorakit.config.parts import CordaConfig, EvaConfig, LoftQConfig
-from lorakit.config.words import BIAS_CHOICES, PeftType, TaskType
+from lorakit.config.nested import CordaConfig, EvaConfig, LoftQConfig
+from lorakit.config.types import BIAS_CHOICES, PeftType, TaskType
 from lorakit.errors import ConfigError, ConfigTypeError, nearest, warn_caller
 
 if TYPE_CHECKING:

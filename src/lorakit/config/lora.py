@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorakit.config import checks
-from lorakit.config.locating import config_file, read_values
-from lorakit.config.parts import (
+from lorakit.config.file import config_file, read_values
+from lorakit.config.nested import (
     ArrowConfig,
     BdLoraConfig,
     CordaConfig,
@@ -30,8 +30,7 @@ from lorakit.config.parts import (
     VeloraConfig,
     restored,
 )
-from lorakit.config.typed import check_types, plain
-from lorakit.config.words import API_LEVEL, CONFIG_FILE, PeftType, TaskType
+from lorakit.config.types import API_LEVEL, CONFIG_FILE, PeftType, TaskType, check_types, plain
 from lorakit.durable import write_json
 from lorakit.errors import ConfigError, ConfigTypeError, warn_caller
 

@@ -4,38 +4,40 @@ The functions act on a model and return reports; nothing wraps or impersonates i
 safetensors, and nothing of transformers, training or the command line.
 """
 
-from lorakit.core.data.inits import collect_for
-from lorakit.core.data.statistics import Statistics, load_statistics
-from lorakit.core.files.fingerprinting import Fingerprint, fingerprint
+from lorakit.core.attachment.attaching import AttachReport, attach, detach
+from lorakit.core.attachment.loading import LoadReport, load_adapter
+from lorakit.core.attachment.saving import SavedAdapter, save_adapter, save_as_trained
 from lorakit.core.files.inspecting import AdapterSummary, inspect_adapter
-from lorakit.core.files.loading import LoadReport, load_adapter
-from lorakit.core.files.saving import SavedAdapter, save_adapter, save_as_trained
 from lorakit.core.kinds import Kind, Slot, kind_named
-from lorakit.core.layering.layer import LoraLayer
-from lorakit.core.layering.sitemap import Site, sites
-from lorakit.core.making.attaching import AttachReport, attach, detach
-from lorakit.core.merging.exactness import why_merge_is_inexact
-from lorakit.core.merging.merging import MergeReport, merge, merge_and_unload, merged_state_dict, unmerge
-from lorakit.core.operations.combining import average, combine, combine_folders, rescale, subtract
-from lorakit.core.operations.comparing import Comparison, compare_adapters, compare_folders
-from lorakit.core.operations.compressing import compress, compress_folder
-from lorakit.core.operations.extracting import ExtractReport, extract, extract_to_folder
-from lorakit.core.operations.intruders import SiteIntruders, reduce_intruders
-from lorakit.core.operations.lowrank import Cut
-from lorakit.core.operations.reports import MadeReport
-from lorakit.core.operations.sources import TensorSource, source_of_folder, source_of_model
-from lorakit.core.operations.ways import WAYS, Way
-from lorakit.core.routes.activation import (
+from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.linalg import Cut
+from lorakit.core.merging.checks import why_merge_is_inexact
+from lorakit.core.merging.merged_state import merged_state_dict
+from lorakit.core.merging.merging import MergeReport, merge, merge_and_unload, unmerge
+from lorakit.core.model.activation import (
     activate,
     adapters,
     checkpoint_contexts,
     disable,
+    invocation_offsets,
+    invoked,
     route,
+    set_trained,
     trainable_parameters,
     use,
 )
-from lorakit.core.routes.invoking import invocation_offsets, invoked
-from lorakit.core.routes.training_flags import set_trained
+from lorakit.core.model.fingerprint import Fingerprint, fingerprint
+from lorakit.core.model.index import Site, sites
+from lorakit.core.operations.combination_types import WAYS, Way
+from lorakit.core.operations.combining import average, combine, combine_folders, rescale, subtract
+from lorakit.core.operations.comparing import Comparison, compare_adapters, compare_folders
+from lorakit.core.operations.compressing import compress, compress_folder
+from lorakit.core.operations.data_init import collect_for
+from lorakit.core.operations.extracting import ExtractReport, extract, extract_to_folder
+from lorakit.core.operations.intruders import SiteIntruders, reduce_intruders
+from lorakit.core.operations.tensor_sources import TensorSource, source_of_folder, source_of_model
+from lorakit.core.operations.writing import MadeReport
+from lorakit.core.statistics.stored import Statistics, load_statistics
 
 __all__ = [
     "WAYS",

@@ -7,14 +7,12 @@ Tokenizers come in as arguments (`tokens.Tokenizer` says what is asked of them);
 
 from __future__ import annotations
 
-from lorakit.data.encoding import Encoded, encode
-from lorakit.data.loader import Batch, Loader, by_length, padding_id
+from lorakit.data.encoding import Encoded, Sequence, Sequences, encode, lengths
+from lorakit.data.loader import Batch, Loader, Split, by_length, padding_id, split
 from lorakit.data.reading import read_records
 from lorakit.data.records import Completion, Conversation, Document, Message, Record, Records
 from lorakit.data.reference_text import python_reference, write_python_reference
 from lorakit.data.report import DataReport
-from lorakit.data.sequences import Sequence, Sequences, lengths
-from lorakit.data.splitting import Split, split
 from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.data.tokens import Tokenizer
 

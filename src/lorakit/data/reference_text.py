@@ -9,8 +9,8 @@ import json
 import os
 from pathlib import Path
 
+from lorakit.data.loader import split
 from lorakit.data.records import Document, Records
-from lorakit.data.splitting import split
 from lorakit.durable import write_text
 from lorakit.errors import DataError
 

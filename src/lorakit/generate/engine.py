@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core import disable, invoked, route, use
-from lorakit.core.layering.sitemap import find_state, layers
+from lorakit.core.model.index import find_state, layers
 from lorakit.errors import ConfigError, ModelError, NonFiniteError, UsageError
 from lorakit.generate.prefixes import CACHE_NAMES, Prefix, check_prefix, read_prefix, shared_tokens, waits
 from lorakit.generate.sampling import Sampler, Sampling

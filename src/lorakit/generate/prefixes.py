@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core import disable, invocation_offsets
-from lorakit.core.layering.sitemap import find_state
+from lorakit.core.model.index import find_state
 from lorakit.errors import ModelError, UsageError
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # what transformers calls it, newest first

@@ -5,16 +5,13 @@ Nothing heavy is imported before a function is called. Knows nothing of adapters
 
 from __future__ import annotations
 
-from lorakit.hub.adapters import adapter_from_hub
-from lorakit.hub.added_tokens import AddedTokens, add_tokens
 from lorakit.hub.calibration import Calibration, DtypeChoice, calibrate, choose_dtype
-from lorakit.hub.models import load_model, load_tokenizer, stored_as_files
+from lorakit.hub.models import load_model, save_model, stored_as_files
 from lorakit.hub.packaged import PACKAGED, packaged_directory
-from lorakit.hub.quantising import quantiser_facts, require_quantiser
-from lorakit.hub.saving import save_model
+from lorakit.hub.quantizing import quantiser_facts, require_quantiser
 from lorakit.hub.shapes import shape_of, shape_of_module, skeleton
-from lorakit.hub.sources import ModelSource, require, resolve
-from lorakit.hub.texts import chat_template_hash, tokenizer_hash
+from lorakit.hub.sources import ModelSource, adapter_from_hub, require, resolve
+from lorakit.hub.tokenizers import AddedTokens, add_tokens, chat_template_hash, load_tokenizer, tokenizer_hash
 
 __all__ = [
     "PACKAGED",

@@ -2,21 +2,30 @@
 
 Knows nothing of adapters; what is loaded is the user's model, in eval mode. How a base is stored in fewer bits is
 `quantising`'s business.
+
+Writing a model as a plain directory that `from_pretrained` of any program loads.
+
+The base that an adapter's config names, loaded by transformers as the caller's options say.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import ConfigError, ModelError
-from lorakit.hub.quantising import loading_options, refuse_twice, require_quantiser, settle, words_of_files
+from lorakit.errors import ConfigError, DiskError, ModelError
+from lorakit.hub.quantizing import loading_options, refuse_twice, require_quantiser, settle, words_of_files
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.hub.sources import ModelSource, require, resolve
-from lorakit.plan.quantised import Quantization
+from lorakit.plan.quantized import Quantization
 
 if TYPE_CHECKING:
     import torch
+
 
 TASKS = {
     "causal": "AutoModelForCausalLM",
@@ -69,12 +78,12 @@ def load_model(
     import transformers
 
     with quiet_transformers(bars=source.kind == "hub"):
-        config = _call(source, transformers.AutoConfig.from_pretrained)
+        config = call_loader(source, transformers.AutoConfig.from_pretrained)
         options: dict[str, Any] = {"device_map": {"": device}} if refuse_twice(config, stored, source) else {}
         if stored is not None:
             wanted = (config.dtype or _dtype("float32")) if wanted == "auto" else wanted
             options = loading_options(stored, wanted, device)
-        loaded, report = _call(
+        loaded, report = call_loader(
             source,
             getattr(transformers, TASKS[task]).from_pretrained,
             dtype=wanted,
@@ -109,28 +118,8 @@ def stored_as_files(
     import transformers
 
     with quiet_transformers():
-        config = _call(source, transformers.AutoConfig.from_pretrained)
+        config = call_loader(source, transformers.AutoConfig.from_pretrained)
     return words_of_files(config) if refuse_twice(config, wanted, source) else wanted
-
-
-def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> Any:
-    """Load the tokenizer of a model.
-
-    Args:
-        model: What `resolve` takes, or what it gave.
-
-    Returns:
-        A transformers tokenizer.
-
-    Raises:
-        ModelError: There is no such model, it has no tokenizer, or the tokenizer cannot be read.
-    """
-    source = model if isinstance(model, ModelSource) else resolve(model)
-    require(source, weights=False, tokenizer=True)
-    import transformers
-
-    with quiet_transformers(bars=source.kind == "hub"):
-        return _call(source, transformers.AutoTokenizer.from_pretrained)
 
 
 def _dtype(dtype: str | torch.dtype) -> Any:
@@ -143,7 +132,7 @@ def _dtype(dtype: str | torch.dtype) -> Any:
     return getattr(torch, dtype)
 
 
-def _call(source: ModelSource, load: Any, **options: Any) -> Any:
+def call_loader(source: ModelSource, load: Any, **options: Any) -> Any:
     """Call a loader of transformers; whatever it raises comes out as one sentence."""
     try:
         return load(source.path_or_id, trust_remote_code=False, local_files_only=source.kind != "hub", **options)
@@ -163,3 +152,86 @@ def _check_report(source: ModelSource, report: dict[str, Any], task: str) -> Non
             f"{source.given}: the files lack {len(missing)} weights of the model, such as {missing[0]}; they would be "
             f"random. Is it a model for the task '{task}'?"
         )
+
+
+def save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
+    """Write safetensors, config, generation config and tokenizer.
+
+    Args:
+        model: A transformers model without adapters.
+        folder: An existing, empty directory.
+        tokenizer: A transformers tokenizer, or None.
+
+    Raises:
+        DiskError: There is no room, or the disk refuses.
+        ModelError: transformers does not write this model.
+    """
+    from safetensors import SafetensorError
+
+    needed_bytes = sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values())
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise DiskError(
+            f"{folder.parent}: {needed_bytes / 1e6:,.0f} MB are needed and {free_bytes / 1e6:,.0f} MB are free."
+        )
+    with quiet_transformers():
+        try:
+            model.save_pretrained(str(folder))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(folder))
+        except (OSError, SafetensorError) as cause:  # a full disk comes out of the writer of safetensors as the latter
+            raise DiskError(
+                f"{folder.parent}: the model cannot be written ({' '.join(str(cause).split())})."
+            ) from cause
+        except Exception as cause:  # what a model's own code raises
+            raise ModelError(
+                f"transformers does not write this {type(model).__name__} ({' '.join(str(cause).split())[:240]})."
+            ) from cause
+    readable = (folder / "config.json").stat().st_mode
+    for part in folder.glob("*.safetensors"):
+        part.chmod(readable)  # the writer of safetensors makes them private, whatever the umask says
+
+
+CLASSES: Mapping[str, str] = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""Task of an adapter -> class of transformers that loads its base."""
+
+
+def load_base(
+    name: str,
+    *,
+    task: str | None,
+    written_class: tuple[str, str],
+    tokenizer_folder: Path,
+    options: Mapping[str, Any],
+) -> Any:
+    """Load the base of an adapter; it grows with a tokenizer that lies beside the adapter.
+
+    Args:
+        name: Folder or hub id of the base.
+        task: The adapter's task, a key of `CLASSES`, or None for the class that the config names.
+        written_class: Package and class that the config names; the caller has checked the package.
+        tokenizer_folder: The adapter's folder.
+        options: What transformers' `from_pretrained` takes.
+
+    Raises:
+        ModelError: There is no such class.
+    """
+    import transformers
+
+    library = transformers if task else import_module(written_class[0])
+    kind = getattr(library, CLASSES[task] if task else written_class[1], None)
+    if kind is None:
+        raise ModelError(f"{'.'.join(written_class)}: there is no such class, so the base {name} cannot be loaded.")
+    model = kind.from_pretrained(name, **options)
+    if (tokenizer_folder / "tokenizer_config.json").exists() and hasattr(model, "get_input_embeddings"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(tokenizer))
+    return model

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape
 from lorakit.errors import ModelError
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.hub.sources import ModelSource, resolve
 from lorakit.plan import catalogue
-from lorakit.plan.shapes import ModelShape, PlainShape, SiteShape
 
 if TYPE_CHECKING:
     from torch import nn

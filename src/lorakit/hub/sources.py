@@ -1,6 +1,10 @@
 """What a model's name stands for: a path, a packaged model, or a model of the hub; refused early and by name.
 
 Looks at files, the hub's cache and, for a hub id only, at the network; loads no weights. Knows nothing of torch.
+
+Adapters that live on a hub: fetched into the hub's own cache, only when a hub id was given.
+
+Putting a folder onto a model hub, only when a person asks for it.
 """
 
 from __future__ import annotations
@@ -225,3 +229,81 @@ def _ask_hub(given: str, path: Path) -> None:
 
 def _short(cause: Exception) -> str:
     return " ".join(str(cause).split())[:120]
+
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
+"""What is fetched; nothing that could hold code."""
+
+
+def adapter_from_hub(repository: str, *, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """The local folder of an adapter on the hub.
+
+    Args:
+        repository: Its id, "owner/name".
+        revision: Branch, tag or commit.
+        subfolder: Folder of the adapter inside the repository.
+
+    Returns:
+        The repository's folder in the hub's cache, with the adapter's files.
+
+    Raises:
+        ModelError: There is no such repository, or it cannot be reached.
+    """
+    import huggingface_hub
+
+    patterns = [f"{subfolder}/{name}" if subfolder else name for name in ADAPTER_FILES]
+    variable = offline()
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository, revision=revision, allow_patterns=patterns, local_files_only=variable is not None
+        )
+    except Exception as cause:  # the hub's client changes its transport, and with it what it raises
+        where = f"the hub's cache (the network is off: {variable} is set)" if variable else "the hub"
+        raise ModelError(
+            f"{repository!r} is no folder here, and {where} does not give it ({type(cause).__name__}). Check the name, "
+            "or give a folder."
+        ) from cause
+    return Path(folder)
+
+
+def push_folder(
+    folder: Path,
+    repository: str,
+    *,
+    message: str,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    as_pull_request: bool = False,
+) -> str:
+    """Upload a folder's files; the repository is made where it is missing.
+
+    Args:
+        folder: What to upload.
+        repository: Its id, "owner/name".
+        message: Of the commit.
+        private: A new repository is not public.
+        token: Of the hub; None takes the stored one.
+        revision: Branch to commit to.
+        as_pull_request: Ask for a review instead.
+
+    Returns:
+        Where the commit can be seen.
+
+    Raises:
+        ModelError: The hub refuses, or cannot be reached.
+    """
+    import huggingface_hub
+
+    client = huggingface_hub.HfApi(token=token)
+    try:
+        place = client.create_repo(repository, private=private, exist_ok=True).repo_id
+        commit = client.upload_folder(
+            repo_id=place, folder_path=folder, commit_message=message, revision=revision, create_pr=as_pull_request
+        )
+    except Exception as cause:  # the hub's client changes its transport, and with it what it raises
+        raise ModelError(
+            f"{repository!r} could not be written on the hub ({type(cause).__name__}: {cause}). Check the name, the "
+            "token and the network."
+        ) from cause
+    return str(commit)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorakit.ops.adapted import room, room_to_widen, slabs
 from lorakit.ops.kernels.choosing import kernels_for
-from lorakit.ops.widening import room, room_to_widen, slabs
 
 aten = torch.ops.aten
 

@@ -1,6 +1,6 @@
 """Where one thing can be computed in several ways: which way is taken, by shape.
 
-The usual way is taken unless choices are acting: numbers by the name of a shape, as `lorakit.speed.choosing` measured
+The usual way is taken unless choices are acting: numbers by the name of a shape, as `lorakit.speed.tuning` measured
 them on this machine. What is acting names only shapes for which another way is faster, so where nothing is gained
 there is nothing to look up. The ways agree within roundings.
 

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorakit.ops.adapted import as_written, autocast
+from lorakit.ops.adapted import as_written, autocast, wide
 from lorakit.ops.choices import product, slices
 from lorakit.ops.kernels.choosing import kernels_for
-from lorakit.ops.widening import wide
 
 IGNORED = -100
 """The label of rows that are not trained, as everywhere in the field."""

@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorakit.ops.adapted import as_written, unflat
+from lorakit.ops.adapted import as_written, room, room_to_widen, slabs, unflat, wide
 from lorakit.ops.adapted import rows as rows_of
 from lorakit.ops.kernels.choosing import kernels_for
-from lorakit.ops.widening import room, room_to_widen, slabs, wide
 
 
 @dataclass(frozen=True, eq=False)

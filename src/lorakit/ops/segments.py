@@ -1,4 +1,9 @@
-"""Many adapters in one batch: every row runs with its own A and B, out of stacks that hold all of them.
+"""Rows that have adapters of their own, each with its own factors alone, in one call of a compiled kernel.
+
+Of A and B nothing is read but what a row needs, and nothing is copied: a token of many rows with many adapters costs
+the reading of their factors. No gradient is recorded. The plain way beside it is `lorakit.ops.segments.reference`.
+
+Many adapters in one batch: every row runs with its own A and B, out of stacks that hold all of them.
 
 With B transposed, forward and backward are the same three products: `shrink` from wide rows to thin, `expand` from thin
 to wide, `outer` of both. There are ways to take them, with the same results. `masked` multiplies by all adapters at
@@ -6,7 +11,7 @@ once and blots out what is not a row's own: with few adapters the waste costs le
 product for each row, with copies of its factors: for rows of many tokens, and for many adapters. `sorted` puts the rows
 of one adapter together and takes one product for each: for many short rows, and for one adapter. `compiled` reads each
 row's factors where they lie, in one kernel for shrink and expand: for few short rows, where no gradient is recorded and
-there is such a kernel (`lorakit.ops.own_rows`).
+there is such a kernel (`lorakit.ops.segments`).
 """
 
 from __future__ import annotations
@@ -23,7 +28,39 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorakit.ops.adapted import as_written, autocast
-from lorakit.ops.own_rows import OwnRows, own_products
+from lorakit.ops.kernels.choosing import kernels_for
+from lorakit.ops.kernels.protocol import OwnProducts
+
+
+def own_products(x: Tensor, A: Tensor, Bt: Tensor) -> OwnProducts | None:
+    """The kernel for rows like x (rows, …, in) with A (K, r, in) and Bt (K, r, out); None where there is none."""
+    kernels = kernels_for(x, A, Bt, strided=True)
+    return None if kernels is None else kernels.own
+
+
+class OwnRows:
+    """s_k·B_k·(A_k·x_i) for each row and its adapter, made ready for any number of calls.   [docs/math.md (72)]
+
+    A (K, r, in) with the scales in it, Bt (K, r, out), index (rows,) with −1 for no adapter, which is in bounds.
+    """
+
+    def __init__(self, A: Tensor, Bt: Tensor, index: Tensor, products: OwnProducts) -> None:
+        self.A, self.Bt, self.index, self.products = A, Bt, index.long().contiguous(), products
+
+    def forward(self, x: Tensor, into: Tensor | None) -> tuple[Tensor, None]:
+        """The result (rows, …, out) for x (rows, …, in), added to `into` in place where that is given.
+
+        Returns:
+            The result, and nothing that a backward could need.
+        """
+        if into is not None and into.dtype == x.dtype and into.is_contiguous():
+            room = into
+        else:
+            room = x.new_zeros(*x.shape[:-1], self.Bt.shape[2])
+        if x.numel():
+            self.products.add_own(x.contiguous(), self.A, self.Bt, self.index, room)
+        return room if into is None or room is into else into.add_(room), None
+
 
 Way = Literal["masked", "rows", "sorted", "compiled"]
 LONG_ROW = 4  # tokens from which a row fills products of its own

@@ -18,24 +18,24 @@ __getattr__, __dir__ = paths.lazy_names(
             initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text NoMatchingPeftModuleError
             PeftError PeftWarning prompt_embeddings_from_past_key_values PromptLearningConfig
         """,
-        "lorakit.peft.auto": """
+        "lorakit.peft.model_classes": """
             AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering
             AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification
         """,
-        "lorakit.peft.constants_of_files": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+        "lorakit.peft.structure": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
         "lorakit.peft.weighted": "convert_to_lora save_as_lora",
         "lorakit.peft.data_inits": """
             get_eva_state_dict initialize_lora_eva_weights preprocess_loraga replace_lora_weights_loftq
         """,
-        "lorakit.peft.kappa": "find_kappa_target_modules",
+        "lorakit.peft.adjusting": "find_kappa_target_modules",
         "lorakit.peft.layer_classes": "LoraLayer",
         "lorakit.peft.loaded": "load_peft_weights",
         "lorakit.peft.mapping": """
             get_peft_config inject_adapter_in_model PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING
             PEFT_TYPE_TO_TUNER_MAPPING
         """,
-        "lorakit.peft.mapping_func": "get_peft_model",
-        "lorakit.peft.mixed_model": "PeftMixedModel",
+        "lorakit.peft.mapping": "get_peft_model",
+        "lorakit.peft.model_classes": "PeftMixedModel",
         "lorakit.peft.model": "PeftModel",
         "lorakit.peft.preparing": "cast_mixed_precision_params prepare_model_for_kbit_training shift_tokens_right",
         "lorakit.peft.installing": "install_as_peft stand_in",
@@ -43,7 +43,7 @@ __getattr__, __dir__ = paths.lazy_names(
             get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict set_peft_model_state_dict
         """,
         "lorakit.peft.status": "get_layer_status get_model_status",
-        "lorakit.peft.tasks": """
+        "lorakit.peft.model_classes": """
             MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction
             PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification
             PeftModelForTokenClassification

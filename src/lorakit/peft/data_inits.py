@@ -1,4 +1,8 @@
-"""Inits that look at data or gradients, in PEFT's two steps: look first, attach after (EVA: the other way round).
+"""The caches of PEFT's two-step inits: safetensors here, checked against the model before anything is left on it.
+
+Where PEFT's two-step inits meet: what `preprocess_corda` and `preprocess_loraga` left on a model is taken.
+
+Inits that look at data or gradients, in PEFT's two steps: look first, attach after (EVA: the other way round).
 
 What was found stays on the base's modules under PEFT's attributes until `get_peft_model` takes it. Arithmetic and
 collecting are `lorakit.core`'s; caches are safetensors, and a pickle is refused.
@@ -6,29 +10,31 @@ collecting are `lorakit.core`'s; caches are safetensors, and a pickle is refused
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorakit import core
 from lorakit.config import CordaConfig, LoraConfig
-from lorakit.core.bases import NOT_WRITTEN, base_of
-from lorakit.core.data.collecting import evened, in_mode
-from lorakit.core.data.inits import reduced
-from lorakit.core.data.moments import InputStatistics
-from lorakit.core.files.tensorfile import encode
+from lorakit.core.attachment.attaching import with_targets
+from lorakit.core.files.tensor_file import encode, read_tensors
 from lorakit.core.kinds import Slot, kind_of
-from lorakit.core.layering.parameter_sites import bare_parameters
-from lorakit.core.layering.sitemap import survey
-from lorakit.core.making.attaching import with_targets
+from lorakit.core.model.index import survey
+from lorakit.core.model.target_weights import bare_parameters
+from lorakit.core.operations.data_init import reduced
+from lorakit.core.quantization import NOT_WRITTEN, at_least_fp32, base_of
+from lorakit.core.statistics.collecting import evened, in_mode
+from lorakit.core.statistics.moments import GradientStatistics, InputStatistics
 from lorakit.durable import write_bytes
-from lorakit.errors import ConfigError, DataError
-from lorakit.peft.caches import Cache, Given, is_there
+from lorakit.errors import AdapterFileError, ConfigError, DataError, warn_caller
 from lorakit.peft.eva import get_eva_state_dict, initialize_lora_eva_weights
-from lorakit.peft.init_steps import EIGENS, GRADIENT, for_attaching
 from lorakit.peft.loftq import replace_lora_weights_loftq
 from lorakit.targets import resolve
 
@@ -41,6 +47,132 @@ __all__ = [
     "preprocess_loraga",
     "replace_lora_weights_loftq",
 ]
+
+
+Given = str | PathLike[str] | None
+
+
+def is_there(path: Given) -> bool:
+    """Whether a cache can be read; an empty file, as a name that was only reserved, is none."""
+    return path is not None and Path(path).is_file() and Path(path).stat().st_size > 0
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A cache that was read.
+
+    Attributes:
+        path: Where it lies.
+        tensors: Name -> tensor (…).
+        words: What its header says.
+    """
+
+    path: str
+    tensors: Mapping[str, Tensor]
+    words: Mapping[str, str]
+
+    @classmethod
+    def of(cls, path: Given) -> Cache:
+        """Read it.
+
+        Args:
+            path: The file.
+
+        Raises:
+            AdapterFileError: It is damaged, or a pickle, as PEFT writes it.
+        """
+        where = str(path)
+        try:
+            file = read_tensors(where)
+        except AdapterFileError as cause:
+            raise AdapterFileError(
+                f"{cause} Caches are safetensors here and pickles in PEFT: remove the file, or write what PEFT loads "
+                "from it with safetensors.torch.save_file."
+            ) from None
+        return cls(where, file.tensors, file.metadata)
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """One of its tensors, such as (out, r).
+
+        Args:
+            name: Its name.
+            shape: The shape that it must have, or None for any.
+
+        Raises:
+            ConfigError: It is not there, has another shape, or is not finite.
+        """
+        found = self.tensors.get(name)
+        if found is None:
+            raise ConfigError(
+                f"{self.path}: there is nothing for {name}; it is of another model or config. Remove the file."
+            )
+        if shape is not None and found.shape != shape:
+            raise ConfigError(
+                f"{self.path}: {name} has shape {tuple(found.shape)}, and {shape} was expected; it is of another model "
+                "or config. Remove the file."
+            )
+        if not bool(torch.isfinite(found).all()):
+            raise ConfigError(f"{self.path}: {name} holds NaN or infinite numbers. Remove the file.")
+        return found
+
+
+EIGENS, GRADIENT = "eigens", "_peft_loraga_grad"
+"""Attributes under which PEFT's functions leave what they found on a module."""
+
+
+def for_attaching(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, core.Statistics | None]:
+    """What `core.attach` needs for a config: PEFT's two-step inits leave their findings on the model, which are taken.
+
+    "eva" begins as True does and is made what it is by `initialize_lora_eva_weights`.
+
+    Args:
+        model: The base.
+        config: As it was given.
+
+    Returns:
+        The config to attach, and the statistics, or None.
+
+    Raises:
+        ConfigError: The first step was left out.
+    """
+    init = config.init_lora_weights
+    if init == "eva":
+        return config.with_fields(init_lora_weights=True, eva_config=None), None
+    if init not in ("corda", "lora_ga"):
+        return config, None
+    word, function = (EIGENS, "preprocess_corda") if init == "corda" else (GRADIENT, "preprocess_loraga")
+    found = {path: vars(module).pop(word) for path, module in model.named_modules() if word in vars(module)}
+    if not found:
+        raise ConfigError(
+            f"`{word}` attribute not found for layer, please run `{function}` first: init_lora_weights={init!r} begins "
+            "at what the data show."
+        )
+    if init == "corda":
+        sites = {path: {"U": e.U_WC, "S": e.S_WC, "Vh": e.V_WC.T} for path, e in found.items()}
+        return config, core.Statistics(config, sites)
+    if config.lora_ga_config is None:
+        raise ConfigError("lora_ga_config must be provided when init_lora_weights='lora_ga'.")
+    gradients = {path: _gradient(model.get_submodule(path), gradient) for path, gradient in found.items()}
+    statistics = reduced(model, config, gradients, ("partial_targets",))
+    named = [
+        match.path
+        for match in resolve(survey(model).candidates, with_targets(config, model), allow_partial=True).matches
+    ]
+    without = [path for path in named if path not in statistics.sites]
+    if without:
+        warn_caller(
+            f"LoRA-GA has no gradient for {', '.join(without)}; they begin as with init_lora_weights=True. "
+            "preprocess_loraga takes those of dense layers that the loss depends on."
+        )
+    return config, dataclasses.replace(statistics, others_usual=True)
+
+
+def _gradient(module: nn.Module, gradient: Tensor) -> GradientStatistics:
+    found = GradientStatistics()
+    found.add(at_least_fp32(gradient.T if base_of(module).transposed else gradient))
+    found.batches = 1
+    return found
+
 
 CORDA_FIELDS = ("covariance_matrix", "corda_method", "rank", "sample_count")
 """What PEFT leaves on a module where `prune_temporary_fields` is off; the last is known where data were run alone."""

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from lorakit import core
 from lorakit.config import EvaConfig, LoraConfig
-from lorakit.core.data.allocating import in_groups
-from lorakit.core.data.collecting import in_mode
-from lorakit.core.data.inits import ranks_by_variance, redistributed
-from lorakit.core.data.moments import InputStatistics
+from lorakit.core.attachment.attaching import with_targets
 from lorakit.core.inits import init_for
 from lorakit.core.kinds import kind_of
-from lorakit.core.layering.layer import LoraLayer
-from lorakit.core.layering.parameter_sites import bare_parameters
-from lorakit.core.layering.sitemap import layers, survey
-from lorakit.core.making.attaching import with_targets
+from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.model.index import layers, survey
+from lorakit.core.model.target_weights import bare_parameters
+from lorakit.core.operations.data_init import ranks_by_variance, redistributed
+from lorakit.core.operations.rank_allocation import in_groups
+from lorakit.core.statistics.collecting import in_mode
+from lorakit.core.statistics.moments import InputStatistics
 from lorakit.errors import AdapterError, ConfigError, ConfigTypeError, DataError, warn_caller
-from lorakit.peft import standing
+from lorakit.peft import adapter_queries
 from lorakit.peft.matching import find_minimal_target_modules
 from lorakit.targets import Match, match_path, resolve
 
@@ -179,7 +179,7 @@ def get_eva_state_dict(
     """
     if hasattr(dataloader, "__len__") and len(dataloader) == 0:
         raise DataError("dataloader is empty")
-    wrapped = standing.is_wrapper(model)
+    wrapped = adapter_queries.is_wrapper(model)
     if peft_config is None and not wrapped:
         raise ConfigError("peft_config is required if model is not a PeftModel")
     user = model.get_base_model() if wrapped else model
@@ -235,7 +235,7 @@ def initialize_lora_eva_weights(
             neither data nor a state dict, or the state dict is of another model. Nothing was changed.
         AdapterError: There is no such adapter.
     """
-    if not standing.is_wrapper(model):
+    if not adapter_queries.is_wrapper(model):
         raise ConfigError("model must be a PeftModel")
     if len(model.active_adapters) > 1:
         raise ConfigError("`initialize_lora_eva_weights` currently only works with a single active adapter")

@@ -1,8 +1,12 @@
-"""Saved adapters onto a wrapped model: as they are, or under other names; and what PEFT's callers read of it."""
+"""Where a saved adapter lies: a folder as it is, a hub id through the hub's cache.
+
+Saved adapters onto a wrapped model: as they are, or under other names; and what PEFT's callers read of it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -12,18 +16,37 @@ from typing import Any
 from torch import Tensor
 
 from lorakit import core
-from lorakit.config import LoraConfig
+from lorakit.config import LoraConfig, looks_like_a_hub_id
+from lorakit.core.attachment.loading import check_base, place_adapter
 from lorakit.core.files.adapter_folder import AdapterFiles, read_adapter
 from lorakit.core.files.inspecting import judge_files
 from lorakit.core.files.judging import implausible
-from lorakit.core.files.loading import check_base, place_adapter
-from lorakit.core.making.checks import ALLOWANCES
+from lorakit.core.model.checks import ALLOWANCES
 from lorakit.errors import AdapterFileError, warn_caller
-from lorakit.peft import flags
-from lorakit.peft.locating import adapter_folder
-from lorakit.peft.own_kinds import kinds_of
+from lorakit.peft import casting
 from lorakit.peft.state_dicts import WRAPPED, StateDictError, names_of, set_peft_model_state_dict
-from lorakit.peft.tuner import CONFIGS
+from lorakit.peft.tuner import CONFIGS, kinds_of
+
+
+def adapter_folder(model_id: str | os.PathLike[str], subfolder: str | None, revision: str | None) -> Path:
+    """The folder of an adapter: a local one as it is, a hub id through the hub's cache.
+
+    Args:
+        model_id: A folder, or a hub id.
+        subfolder: A folder inside it.
+        revision: Revision on the hub.
+
+    Raises:
+        AdapterFileError: There is neither.
+    """
+    folder = Path(model_id)
+    if folder.exists() or not looks_like_a_hub_id(model_id):
+        return folder / subfolder if subfolder else folder
+    from lorakit.hub import adapter_from_hub
+
+    fetched = adapter_from_hub(str(model_id), revision=revision, subfolder=subfolder)
+    return fetched / subfolder if subfolder else fetched
+
 
 LENIENT = tuple(word for word in ALLOWANCES if word != "nonfinite")
 """What PEFT loads too, here with a warning; NaN and infinite numbers remain an error."""
@@ -118,7 +141,7 @@ def load_by_names(
     warn_of_problems(model, files, LENIENT, may_be_zero=trainable)
     if name not in model.peft_config:
         model.add_adapter(name, files.config.with_fields(inference_mode=not trainable))
-        flags.set_trained(model, name, trainable)
+        casting.set_trained(model, name, trainable)
     tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
     result = set_peft_model_state_dict(model, tensors, name, ignore_mismatched_sizes=ignore_sizes)
     own = {key for _, key in names_of(model, name)}

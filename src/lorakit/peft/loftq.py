@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from lorakit.core.inits import Blank
 from lorakit.core.inits.loftq import residual_factors
-from lorakit.core.layering.layer import LoraLayer
-from lorakit.core.layering.sitemap import layers
-from lorakit.core.operations.sources import TensorSource, source_of_folder
+from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.model.index import layers
+from lorakit.core.operations.tensor_sources import TensorSource, source_of_folder
 from lorakit.core.variants import variant_named
 from lorakit.errors import AdapterError, ConfigError, ConfigTypeError
-from lorakit.peft import standing
+from lorakit.peft import adapter_queries
 
 FOUR_BIT = "bitsandbytes 4-bit"
 
@@ -52,7 +52,7 @@ def replace_lora_weights_loftq(
     Source:
         Li et al. 2023, arXiv:2310.08659, one step of algorithm 1 with the quantised weight given.
     """
-    if not isinstance(peft_model, nn.Module) or not standing.is_wrapper(peft_model):
+    if not isinstance(peft_model, nn.Module) or not adapter_queries.is_wrapper(peft_model):
         raise ConfigTypeError("The passed model does not appear to be a valid PeftModel; get_peft_model makes one.")
     wrapper: Any = peft_model
     model = wrapper.get_base_model()

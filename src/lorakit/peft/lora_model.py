@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from lorakit.default_targets import DEFAULT_TARGETS
+from lorakit.architectures.default_targets import DEFAULT_TARGETS
 from lorakit.peft.tuner import BaseTuner
 from lorakit.peft.weighted import add_weighted_adapter
 

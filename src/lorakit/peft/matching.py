@@ -1,21 +1,36 @@
-"""PEFT's questions about what a config names in a model, answered by `lorakit.targets`."""
+"""PEFT's questions about what a config names in a model, answered by `lorakit.targets`.
+
+Where an adapter sits, read from the names of its tensors instead of its config, as other formats' loaders need.
+
+PEFT's rule for several adapters with `target_parameters`: on one module they name the same ones.
+
+Which adapters cannot act at once: those that put something of their own in one place.
+
+What is said before a merge gives weights that are shared one of their own: tied embeddings, and stacked layers.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from lorakit.config import LoraConfig, TaskType
-from lorakit.core.layering.sitemap import layers, survey
-from lorakit.core.making.attaching import AttachReport, model_type_of
-from lorakit.core.merging.biases import brings_bias
-from lorakit.core.parts.ties import TIED
-from lorakit.errors import ConfigError, TargetError
-from lorakit.targets import ALL_LINEAR, Candidate, key_fits, match_path, names_path, resolve
+from lorakit.core.attachment.attaching import AttachReport, model_type_of, with_targets
+from lorakit.core.layers.adapter_component import Switched
+from lorakit.core.layers.bias import brings_bias
+from lorakit.core.layers.modules_to_save import ModuleCopies
+from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.merging.checks import tied_sites
+from lorakit.core.model.index import layers, survey
+from lorakit.core.model.target_weights import bare_parameters
+from lorakit.core.model.ties import TIED
+from lorakit.errors import ConfigError, RouteError, TargetError, warn_caller
+from lorakit.peft import adapter_queries
+from lorakit.targets import ALL_LINEAR, Candidate, key_fits, match_path, names_path, resolve, targeted_parameters
 
 SEQ_CLS_HEADS = ("score", "classifier")
 
@@ -248,3 +263,137 @@ def said_of_own_biases(model: nn.Module, adapter: str) -> list[str]:
         f"{', '.join(paths[:8])}{' and others' if len(paths) > 8 else ''}, but cannot be merged there."
         for kind, paths in found.items()
     ]
+
+
+COMPILED = "_orig_mod."
+
+
+def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -> LoraConfig:
+    """A config that names exactly the modules that an adapter's tensors belong to.
+
+    Args:
+        model: The base.
+        config: The config that came with them; what it would have named instead is warned about.
+        keys: Names of tensors, such as "layers.0.q_proj.lora_A.weight".
+
+    Raises:
+        ConfigError: The config names bare parameters, whose tensors do not say which they are for.
+    """
+    if config.target_parameters:
+        raise ConfigError(
+            "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`. This is "
+            "not supported: inject it without the state_dict."
+        )
+    paths = {key.removeprefix(COMPILED).rsplit(".lora_", 1)[0] for key in keys}
+    candidates = survey(model).candidates
+    here = {candidate.path for candidate in candidates} & paths
+    try:
+        named = {match.path for match in resolve(candidates, with_targets(config, model), allow_partial=True).matches}
+    except (TargetError, ConfigError):
+        named = set()
+    said = []
+    if named - here:
+        said.append(f"The PEFT config contained these additional target modules: {sorted(named - here)}. ")
+    if here - named:
+        said.append(f"The state_dict contained these additional target modules: {sorted(here - named)}. ")
+    if said:
+        warn_caller(
+            "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
+            "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
+            f"{''.join(said)}",
+            RuntimeWarning,
+        )
+    exact = "|".join(re.escape(path) for path in sorted(here))
+    return config.with_fields(
+        target_modules=exact or None, exclude_modules=None, layers_to_transform=None, layers_pattern=None
+    )
+
+
+def check_parameters(model: nn.Module, configs: Mapping[str, LoraConfig], config: LoraConfig) -> None:
+    """Refuse an adapter that names other parameters of a module than one that is there.
+
+    Tensors carry the names of modules and not of parameters, and the names in memory here are those on disk, as in
+    PEFT. The core itself (`lorakit.core.attach`) can have both.
+
+    Args:
+        model: The user's model.
+        configs: The adapters on it.
+        config: The one that comes.
+
+    Raises:
+        ConfigError: The message names both sets.
+    """
+    mine = set(config.target_parameters or ())
+    others = {name: set(other.target_parameters or ()) for name, other in configs.items()}
+    others = {name: theirs for name, theirs in others.items() if theirs and theirs != mine}
+    if not mine or not others:
+        return
+    found = _by_module(model, config)
+    for name, theirs in others.items():
+        there = _by_module(model, configs[name])
+        if any(found[module] != there[module] for module in found.keys() & there.keys()):
+            raise ConfigError(
+                "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
+                f"parameters, but got {sorted(mine)} for the new adapter and {sorted(theirs)} for adapter '{name}'."
+            )
+
+
+def _by_module(model: nn.Module, config: LoraConfig) -> dict[str, set[str]]:
+    named: dict[str, set[str]] = {}
+    for match in targeted_parameters(bare_parameters(survey(model), model), config):
+        named.setdefault(match.path, set()).add(match.parameter)
+    return named
+
+
+ALONE = "Only one adapter can be set at a time for {wrapper}, got {names}: {why}"
+
+
+def check_together(modules: Iterable[Switched], names: Sequence[str]) -> None:
+    """Refuse adapters that stand in each other's place; nothing is changed.
+
+    Args:
+        modules: The adapted modules of a model.
+        names: The adapters that shall act at once.
+
+    Raises:
+        ConfigError: Two of them copy the same module, or train the same row of a table.
+    """
+    for module in modules:
+        if isinstance(module, ModuleCopies) and len(set(names) & adapter_queries.available_at(module)) > 1:
+            why = "each has its own copy of the module."
+            raise ConfigError(ALONE.format(wrapper="ModulesToSaveWrapper", names=list(names), why=why))
+        if isinstance(module, TokenRows):
+            try:
+                module.token_adapter.replacements(names)
+            except RouteError as refused:
+                text = ALONE.format(wrapper="TrainableTokensWrapper", names=list(names), why=refused)
+                raise ConfigError(text) from refused
+
+
+def warn_of_ties(model: nn.Module, names: Sequence[str]) -> tuple[bool, bool]:
+    """Say which weights a merge must untie.
+
+    Args:
+        model: An adapted model.
+        names: The adapters that are merged.
+
+    Returns:
+        Whether something must be untied, and whether that ends `tie_word_embeddings`.
+    """
+    stacked: list[tuple[str, str]] = []
+    tied: list[tuple[str, str]] = []
+    for path, other in tied_sites(model, names):
+        copies = _without_numbers(path) == _without_numbers(other.rpartition(".")[0])
+        (stacked if copies else tied).append((path, other))
+    for pairs, why in (
+        (tied, "so the model is no longer tied (tie_word_embeddings is False from now on)."),
+        (stacked, "as every layer that layer_replication made gets one: the model needs the memory of all its layers."),
+    ):
+        if pairs:
+            path, other = pairs[0]
+            warn_caller(f"{path} shares its weight with {other}; merging gives it a weight of its own, {why}")
+    return bool(tied or stacked), bool(tied)
+
+
+def _without_numbers(path: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)

@@ -1,9 +1,20 @@
-"""`PeftModel`: the wrapper that programs of the field hold; it adapts the model it is given in place."""
+"""Options of PEFT's calls beyond those that every program uses: which have no effect here, and which are not built yet.
+
+An option that only says how PEFT shall save memory or where it shall put things is accepted in silence; one that would
+change a result is refused by name; one that nobody knows is warned about.
+
+`push_to_hub` of a wrapper: its adapters as they are saved, with their card.
+
+What a wrapper says of itself: how much is trained, the status of its layers, its card.
+
+`PeftModel`: the wrapper that programs of the field hold; it adapts the model it is given in place.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -13,18 +24,137 @@ import torch
 from torch import nn
 
 from lorakit.config import LoraConfig, PeftConfig, PeftType, TaskType, read_config
-from lorakit.errors import AdapterError, ConfigError, warn_caller
-from lorakit.peft import casting, converting_inits, flags, standing
-from lorakit.peft.loaded import LoadResult, load_by_names, load_whole
-from lorakit.peft.locating import adapter_folder
+from lorakit.errors import AdapterError, ConfigError, NotYetSupported, nearest, warn_caller
+from lorakit.peft import adapter_queries, casting, saving, status
+from lorakit.peft.loaded import LoadResult, adapter_folder, load_by_names, load_whole
 from lorakit.peft.lora_model import LoraModel
-from lorakit.peft.mixed_batches import in_peft_words
-from lorakit.peft.options import check_options
+from lorakit.peft.mixed_batches import in_peft_words, options_of_forward, options_of_generation
 from lorakit.peft.preparing import checkpoints, take_gradients_at_the_input
-from lorakit.peft.pushing import Pushed
-from lorakit.peft.showing import Shown
-from lorakit.peft.starting import options_of_forward, options_of_generation
+from lorakit.peft.saving import write_card
 from lorakit.peft.state_dicts import get_peft_model_state_dict
+
+WITHOUT_EFFECT: Mapping[str, str] = {
+    "low_cpu_mem_usage": "factors are made once, where their site is",
+    "ephemeral_gpu_offload": "nothing is moved to compute an init",
+    "torch_device": "factors go to their site's device",
+    "device_map": "factors go to their site's device",
+    "max_memory": "factors go to their site's device",
+    "offload_folder": "factors go to their site's device",
+    "offload_dir": "factors go to their site's device",
+    "torch_dtype": "factors are fp32 or wider beside any base",
+    "dtype": "factors are fp32 or wider beside any base",
+    "token": "the hub's client reads HF_TOKEN",
+    "use_auth_token": "the hub's client reads HF_TOKEN",
+    "cache_dir": "the hub's client reads HF_HOME",
+    "local_files_only": "the network is only used for a hub id, and HF_HUB_OFFLINE keeps it off",
+    "force_download": "the hub's client knows what is new",
+    "proxies": "the hub's client reads HTTPS_PROXY",
+}
+"""Option -> why nothing has to be done for it."""
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "push_to_hub": (False, None),
+}
+"""Option that is not built yet -> the values that ask for nothing that is not done anyway."""
+
+
+def check_options(call: str, options: Mapping[str, Any]) -> None:
+    """Look at the options that a call does not use.
+
+    Args:
+        call: Name of the call, for messages.
+        options: What was given beyond its own arguments.
+
+    Raises:
+        NotYetSupported: One of them would change the result and is not built.
+    """
+    for name, value in options.items():
+        if name in NEUTRAL:
+            if value not in NEUTRAL[name]:
+                raise NotYetSupported(
+                    f"{call}: {name}={value!r} is not built yet. Leave it at {NEUTRAL[name][0]!r}, its default."
+                )
+        elif name not in WITHOUT_EFFECT:
+            hint = nearest(name, [*WITHOUT_EFFECT, *NEUTRAL], 1)
+            meant = f" Did you mean {hint[0]}?" if hint else ""
+            warn_caller(f"{call}: {name} is not known here and has no effect.{meant}")
+
+
+class Pushed(nn.Module):
+    """A wrapper that can be put onto a model hub."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """Save the adapters and upload them.
+
+        Args:
+            repo_id: The repository, "owner/name"; it is made where it is missing.
+            commit_message: Of the commit.
+            private: A new repository is not public.
+            token: Of the hub; None takes the stored one.
+            revision: Branch to commit to.
+            create_pr: Ask for a review instead.
+            kwargs: What `save_pretrained` takes.
+
+        Returns:
+            Where the commit can be seen.
+
+        Raises:
+            ModelError: The hub refuses, or cannot be reached.
+        """
+        from lorakit.hub.sources import push_folder
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)  # type: ignore[operator]
+            return push_folder(
+                Path(folder),
+                repo_id,
+                message=commit_message or "Upload adapter",
+                private=private,
+                token=token,
+                revision=revision,
+                as_pull_request=create_pr,
+            )
+
+
+class Shown(nn.Module):
+    """A wrapper that says what stands on its model."""
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable numbers, and all numbers of the model with its adapters."""
+        numbers = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in numbers if trained), sum(n for n, _ in numbers)
+
+    def print_trainable_parameters(self) -> None:
+        """Print PEFT's line: the share is of all parameters, adapters included."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """The status of every adapted layer; see `status.get_layer_status`."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """The status of the model; see `status.get_model_status`."""
+        return status.get_model_status(self)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write `README.md` beside an adapter, or put into one that is there what it lacks.
+
+        Args:
+            output_dir: The folder.
+        """
+        write_card(self, Path(output_dir))
 
 
 class PeftModel(Shown, Pushed):
@@ -87,7 +217,7 @@ class PeftModel(Shown, Pushed):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """Whether an adapter acts now."""
-        return any(not standing.is_disabled(layer) for layer in standing.adapted(self))
+        return any(not adapter_queries.is_disabled(layer) for layer in adapter_queries.adapted(self))
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -145,7 +275,9 @@ class PeftModel(Shown, Pushed):
     @classmethod
     def for_task(cls, task: TaskType | str | None) -> type[PeftModel]:
         """The class of wrapper for a task: this class's own subclass where it has one, otherwise this class."""
-        import_module("lorakit.peft.tasks")  # its own subclasses are there once their module is, which needs this one
+        import_module(
+            "lorakit.peft.model_classes"
+        )  # its own subclasses are there once their module is, which needs this one
         return next((kind for kind in cls.__subclasses__() if task is not None and kind.task == task), cls)
 
     def load_adapter(
@@ -268,7 +400,7 @@ class PeftModel(Shown, Pushed):
                 "The model contains some adapter layers that are enabled and others that are disabled. This is most "
                 "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled"
             )
-        with flags.paused(self.get_base_model()):
+        with casting.paused(self.get_base_model()):
             yield
         if irregular:
             self.base_model.enable_adapter_layers()
@@ -325,7 +457,7 @@ class PeftModel(Shown, Pushed):
             tensors = None
             if state_dict is not None or whole:
                 tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=whole)
-            converting_inits.save(self, folder, name, tensors, path_initial_model_for_weight_conversion)
+            saving.save(self, folder, name, tensors, path_initial_model_for_weight_conversion)
         if is_main_process:
             self.create_or_update_model_card(save_directory)
 

@@ -12,9 +12,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lorakit.core.layering.sitemap import layers
-from lorakit.core.optimizers.lorafa import LoraFA, Pair, freeze_factors
-from lorakit.core.optimizers.parameter_groups import roles
+from lorakit.core.model.index import layers
+from lorakit.core.optimizers import LoraFA, Pair, freeze_factors, roles
 from lorakit.errors import ConfigError
 
 _EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")

@@ -57,7 +57,7 @@ TARGET_TABLES = " ".join(f"TRANSFORMERS_MODELS_TO_{word}_MODULES_MAPPING" for wo
 """Names of other methods' tables of default targets."""
 
 _CONSTANTS: Mapping[str, str] = {
-    "lorakit.peft.constants_of_files": """
+    "lorakit.peft.structure": """
         ALLOWED_COMPUTE_DTYPES CONFIG_NAME DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES
         INCLUDE_LINEAR_LAYERS_SHORTHAND MIN_TARGET_MODULES_FOR_OPTIMIZATION SAFETENSORS_WEIGHTS_NAME
         SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
@@ -75,7 +75,7 @@ _STRUCTURE = """
 
 _OTHER: Mapping[str, str] = {
     **_CONSTANTS,
-    "lorakit.peft.wrappers": "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper",
+    "lorakit.peft.layer_classes": "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper",
     "lorakit.peft.preparing": """
         cast_mixed_precision_params infer_device prepare_model_for_kbit_training shift_tokens_right
     """,
@@ -86,9 +86,9 @@ PATHS: Mapping[str, Mapping[str, str]] = {
     "config": {"lorakit.config": "PeftConfig PeftConfigMixin", PLACEHOLDERS: "PromptLearningConfig"},
     "functional": {
         "lorakit.peft.mapping": "inject_adapter_in_model",
-        "lorakit.peft.injected": "delete_adapter set_adapter",
+        "lorakit.peft.tuner": "delete_adapter set_adapter",
         "lorakit.peft.casting": "cast_adapter_dtype",
-        "lorakit.peft.flags": "set_requires_grad",
+        "lorakit.peft.casting": "set_requires_grad",
         "lorakit.peft.state_dicts": "get_peft_model_state_dict set_peft_model_state_dict",
     },
     "helpers": {
@@ -96,7 +96,7 @@ PATHS: Mapping[str, Mapping[str, str]] = {
             check_if_peft_model disable_input_dtype_casting DoraCaching rescale_adapter_scale update_forward_signature
             update_generate_signature update_signature
         """,
-        "lorakit.peft.kappa": "find_kappa_target_modules KappaTuneSelector",
+        "lorakit.peft.adjusting": "find_kappa_target_modules KappaTuneSelector",
         PLACEHOLDERS: "MontecloraTrainerMixin",
     },
     "optimizers": {
@@ -108,7 +108,7 @@ PATHS: Mapping[str, Mapping[str, str]] = {
     "optimizers.riemannian": {PLACEHOLDERS: "create_riemannian_optimizer"},
     "peft_model": {
         "lorakit.peft.model": "PeftModel",
-        "lorakit.peft.tasks": """
+        "lorakit.peft.model_classes": """
             PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM
             PeftModelForSequenceClassification PeftModelForTokenClassification
         """,
@@ -124,7 +124,7 @@ PATHS: Mapping[str, Mapping[str, str]] = {
         "lorakit.peft.data_inits": "get_eva_state_dict initialize_lora_eva_weights preprocess_loraga",
         "lorakit.peft.lora_model": "LoraModel",
     },
-    "tuners._buffer_dict": {"lorakit.peft.buffers": "BufferDict"},
+    "tuners._buffer_dict": {"lorakit.peft.structure": "BufferDict"},
     "tuners.delora": {PLACEHOLDERS: "DeloraConfig DeloraLayer DeloraModel"},
     "tuners.delora.model": {PLACEHOLDERS: "DeloraModel TRANSFORMERS_MODELS_TO_DELORA_TARGET_MODULES_MAPPING"},
     "tuners.loha": {PLACEHOLDERS: "LoHaConfig LoHaLayer LoHaModel"},
@@ -177,7 +177,7 @@ PATHS: Mapping[str, Mapping[str, str]] = {
             DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant DoraLinearVariant KasaLinearVariant
             MiCAEmbeddingVariant MiCALinearVariant MontecloraLinearVariant VeloraLinearVariant
         """,
-        "lorakit.peft.starting": """
+        "lorakit.peft.mixed_batches": """
             calculate_alora_offsets get_alora_offsets_for_forward get_alora_offsets_for_generate
             is_alora_relevant_in_batch
         """,
@@ -190,9 +190,9 @@ PATHS: Mapping[str, Mapping[str, str]] = {
     },
     "tuners.trainable_tokens": {
         PLACEHOLDERS: "TrainableTokensConfig TrainableTokensModel",
-        "lorakit.peft.wrappers": "TrainableTokensLayer",
+        "lorakit.peft.layer_classes": "TrainableTokensLayer",
     },
-    "tuners.trainable_tokens.layer": {"lorakit.peft.wrappers": "TrainableTokensLayer"},
+    "tuners.trainable_tokens.layer": {"lorakit.peft.layer_classes": "TrainableTokensLayer"},
     "tuners.tuners_utils": {
         "lorakit.peft.tuner": "BaseTuner",
         "lorakit.peft.layer_classes": "BaseTunerLayer",
@@ -201,9 +201,9 @@ PATHS: Mapping[str, Mapping[str, str]] = {
             _ExcludedModule _filter_state_dict_by_key_prefixes _find_minimal_target_modules _get_in_out_features
             _get_tuner_state_dict_key_prefixes _maybe_include_all_linear_layers check_adapters_to_merge
         """,
-        "lorakit.peft.injected": "delete_adapter set_adapter",
+        "lorakit.peft.tuner": "delete_adapter set_adapter",
         "lorakit.peft.casting": "cast_adapter_dtype",
-        "lorakit.peft.flags": "set_requires_grad",
+        "lorakit.peft.casting": "set_requires_grad",
         "lorakit.peft.structure": "find_parameter_name_by_module get_device_map onload_layer",
     },
     "utils": {
@@ -218,7 +218,7 @@ PATHS: Mapping[str, Mapping[str, str]] = {
             get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict set_peft_model_state_dict
         """,
         "lorakit.peft.loaded": "load_peft_weights",
-        "lorakit.peft.quantised": "get_quantization_kwargs quantization_extra_repr resolve_quantization_backend",
+        "lorakit.peft.preparing": "get_quantization_kwargs quantization_extra_repr resolve_quantization_backend",
         "lorakit.peft.data_inits": "replace_lora_weights_loftq",
     },
     "utils.constants": {
@@ -227,7 +227,7 @@ PATHS: Mapping[str, Mapping[str, str]] = {
     },
     "utils.error": {PLACEHOLDERS: "NoMatchingPeftModuleError PeftError"},
     "utils.hotswap": {
-        "lorakit.peft.swapping": """
+        "lorakit.peft.hotswap": """
             check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict
             prepare_model_for_compiled_hotswap
         """,
@@ -249,7 +249,7 @@ PATHS: Mapping[str, Mapping[str, str]] = {
     },
     "utils.peft_types": {"lorakit.config": "PeftType TaskType", PLACEHOLDERS: "register_peft_method"},
     "utils.quantization_utils": {
-        "lorakit.peft.quantised": """
+        "lorakit.peft.preparing": """
             Bnb4bitBackend Bnb8bitBackend ForwardOnlyQuantizationBackend get_quantization_kwargs GptqBackend
             HqqBackend quantization_extra_repr QuantizationBackend resolve_quantization_backend TorchaoBackend
         """,

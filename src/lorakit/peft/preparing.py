@@ -1,4 +1,7 @@
-"""Get a base ready for training: gradients at its input, frozen and raised parameters, dtypes under autocast."""
+"""Get a base ready for training: gradients at its input, frozen and raised parameters, dtypes under autocast.
+
+How a base's weight is quantised, under PEFT's names for its backends; the arithmetic is in `lorakit.core.quantization`.
+"""
 
 from __future__ import annotations
 
@@ -115,3 +118,61 @@ def infer_device() -> str:
     if torch.backends.mps.is_available():
         return "mps"
     return "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else "cpu"
+
+
+class QuantizationBackend:
+    """A way to quantise, by name.
+
+    Attributes:
+        backend_name: As a layer's status shows it.
+    """
+
+    backend_name = ""
+
+
+class Bnb4bitBackend(QuantizationBackend):
+    """bitsandbytes in 4 bits."""
+
+    backend_name = "bnb 4bit"
+
+
+class Bnb8bitBackend(QuantizationBackend):
+    """bitsandbytes in 8 bits."""
+
+    backend_name = "bnb 8bit"
+
+
+class TorchaoBackend(QuantizationBackend):
+    """torchao."""
+
+    backend_name = "torchao"
+
+
+class HqqBackend(QuantizationBackend):
+    """HQQ."""
+
+    backend_name = "hqq"
+
+
+class ForwardOnlyQuantizationBackend(QuantizationBackend):
+    """A way that can be run and not read, such as GPTQ."""
+
+
+GptqBackend = ForwardOnlyQuantizationBackend
+
+
+def get_quantization_kwargs(model: Any) -> dict[str, Any]:
+    """What PEFT's layers want to know of a quantised model; nothing here."""
+    return {}
+
+
+def quantization_extra_repr(module: nn.Module) -> str:
+    """What PEFT's `repr` adds; nothing here."""
+    return ""
+
+
+def resolve_quantization_backend(module: nn.Module, **_: Any) -> QuantizationBackend | None:
+    """The backend of a module's weight, or None where it is not quantised."""
+    kinds = {"Linear4bit": Bnb4bitBackend, "Linear8bitLt": Bnb8bitBackend, "HQQLinear": HqqBackend}
+    kind = kinds.get(type(module).__name__)
+    return kind() if kind else None

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.core.layering.layer import LoraLayer
+from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.errors import ConfigTypeError, warn_caller
-from lorakit.peft import standing
+from lorakit.peft import adapter_queries
 from lorakit.peft.matching import ExcludedModule, find_minimal_target_modules, maybe_include_all_linear_layers
 
 
@@ -26,7 +26,7 @@ def check_adapters_to_merge(module: Any, adapter_names: list[str] | None = None)
     if isinstance(adapter_names, str):
         raise ConfigTypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
     asked = list(module.active_adapters if adapter_names is None else adapter_names)
-    merged = standing.merged_at(module)
+    merged = adapter_queries.merged_at(module)
     fresh = [name for name in asked if name not in merged]
     if merged:
         warn_caller(

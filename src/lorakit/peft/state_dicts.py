@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lorakit.core.layering.layer import LoraLayer
-from lorakit.core.layering.underlying import base_tensors
-from lorakit.core.layering.walking import walk
-from lorakit.core.parts.bias_switch import BiasSwitch
-from lorakit.core.parts.extras import ModuleCopies
-from lorakit.core.parts.token_rows import TokenRows
+from lorakit.core.layers.bias import BiasSwitch
+from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.layers.modules_to_save import ModuleCopies
+from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.model.base_view import base_tensors
+from lorakit.core.model.index import walk
 from lorakit.errors import AdapterError, AdapterFileError, warn_caller
-from lorakit.peft import casting, standing
+from lorakit.peft import adapter_queries, casting
 
 WRAPPED = "base_model.model."
 COMPILED = "_orig_mod"
@@ -60,7 +60,7 @@ def get_peft_model_state_dict(
         AdapterError: There is no such adapter.
     """
     model = getattr(model, COMPILED, model) if unwrap_compiled else model
-    if adapter_name not in standing.configs_of(model):
+    if adapter_name not in adapter_queries.configs_of(model):
         raise AdapterError(f"There is no adapter {adapter_name!r} on this model.")
     own = list(tensors_of(model, adapter_name))
     direct = state_dict is None and not any(FSDP in in_memory for _, in_memory, _ in own)
@@ -170,7 +170,7 @@ def _embeddings(model: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     wanted = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
     prefixes = tuple(f"{path}." for path, module in model.named_modules() if any(module is layer for layer in wanted))
-    own = {in_memory for name in standing.configs_of(model) for _, in_memory in names_of(model, name)}
+    own = {in_memory for name in adapter_queries.configs_of(model) for _, in_memory in names_of(model, name)}
     return {key: value for key, value in values.items() if key.startswith(prefixes) and key not in own}
 
 
@@ -197,7 +197,7 @@ def set_peft_model_state_dict(
         AdapterError: There is no such adapter.
         StateDictError: A shape does not fit.
     """
-    if adapter_name not in standing.configs_of(model):
+    if adapter_name not in adapter_queries.configs_of(model):
         raise AdapterError(f"There is no adapter {adapter_name!r} on this model.")
     places = {_bare(on_disk): in_memory for on_disk, in_memory in names_of(model, adapter_name)}
     current = model.state_dict()
@@ -273,5 +273,5 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
 
 
 def _user_model(model: Any) -> nn.Module:
-    inner: nn.Module = model.get_base_model() if standing.is_wrapper(model) else model
+    inner: nn.Module = model.get_base_model() if adapter_queries.is_wrapper(model) else model
     return inner

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lorakit.core.parts.token_rows import TokenRows
-from lorakit.core.routes.switching import Switched
+from lorakit.core.layers.adapter_component import Switched
+from lorakit.core.layers.trainable_tokens import TokenRows
 from lorakit.errors import AdapterError
-from lorakit.peft import standing
+from lorakit.peft import adapter_queries
 
 Irregular = Literal["irregular"]
 IRREGULAR: Irregular = "irregular"
@@ -94,7 +94,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     Raises:
         AdapterError: There are none.
     """
-    inner = getattr(model, "base_model", model) if standing.is_wrapper(model) else model
+    inner = getattr(model, "base_model", model) if adapter_queries.is_wrapper(model) else model
     found = [
         _layer_status(f"{name}.token_adapter" if isinstance(module, TokenRows) else name, module)
         for name, module in inner.named_modules()
@@ -117,18 +117,18 @@ def _layer_status(name: str, module: Switched) -> TunerLayerStatus:
     return TunerLayerStatus(
         name=name,
         module_type=PARTS.get(type(module).__name__) or repr(module).partition("(")[0],
-        enabled=not standing.is_disabled(module),
-        active_adapters=standing.active_at(module),
-        merged_adapters=standing.merged_at(module),
+        enabled=not adapter_queries.is_disabled(module),
+        active_adapters=adapter_queries.active_at(module),
+        merged_adapters=adapter_queries.merged_at(module),
         requires_grad={adapter: _agreed(values) for adapter, values in flags.items()},
-        available_adapters=sorted(standing.available_at(module)),
+        available_adapters=sorted(adapter_queries.available_at(module)),
         devices={adapter: sorted(kinds) for adapter, kinds in devices.items()},
-        quantization_backend=standing.quantisation_at(module),
+        quantization_backend=adapter_queries.quantisation_at(module),
     )
 
 
 def _parameters(module: Switched) -> Iterator[tuple[str, nn.Parameter]]:
-    for holder in standing.holders_of(module):
+    for holder in adapter_queries.holders_of(module):
         for adapter, held in holder.items():
             for parameter in held.parameters() if isinstance(held, nn.Module) else [held]:
                 yield adapter, parameter
@@ -143,7 +143,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     Raises:
         AdapterError: It has no adapters.
     """
-    wrapped = standing.is_wrapper(model)
+    wrapped = adapter_queries.is_wrapper(model)
     found = get_layer_status(model)
     numbers = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     user: Any = model.get_base_model() if wrapped else model  # type: ignore[operator]
@@ -158,7 +158,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(user).__name__ if known else "other",
         adapter_model_type=type(model.base_model).__name__ if wrapped else "None",
-        peft_types=dict.fromkeys(standing.configs_of(user), "LORA") if wrapped else {},
+        peft_types=dict.fromkeys(adapter_queries.configs_of(user), "LORA") if wrapped else {},
         trainable_params=sum(count for count, flag in numbers if flag),
         total_params=sum(count for count, _ in numbers),
         num_adapter_layers=len(found),

@@ -1,4 +1,8 @@
-"""Questions about a model's parts that programs ask PEFT: names of modules, batch sizes, shared storage, devices.
+"""Words and numbers that programs import from PEFT, with PEFT's values.
+
+A dictionary of buffers, as torch has one of parameters; PEFT's layers of other methods hold theirs in it.
+
+Questions about a model's parts that programs ask PEFT: names of modules, batch sizes, shared storage, devices.
 
 Answers come from the model alone; what belongs to launchers that are not here is answered with "no".
 """
@@ -8,15 +12,109 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.bases import base_of
+from lorakit.config import CONFIG_FILE as CONFIG_NAME
+from lorakit.core.quantization import base_of
 from lorakit.errors import ConfigError, ConfigTypeError, NotYetSupported
+from lorakit.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+__all__ = ["CONFIG_NAME", "INCLUDE_LINEAR_LAYERS_SHORTHAND"]
+
+
+WEIGHTS_NAME = "adapter_model.bin"
+SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
+SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
+DUMMY_TARGET_MODULES = "dummy-target-modules"
+DUMMY_MODEL_CONFIG = {"model_type": "custom"}
+MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20
+ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, object] = {}
+
+
+class BufferDict(nn.Module):
+    """Name -> buffer, moved and saved with the module that holds it.
+
+    Attributes:
+        persistent: Buffers are part of the state dict.
+    """
+
+    def __init__(
+        self, buffers: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None, persistent: bool = False
+    ) -> None:
+        super().__init__()
+        self.persistent = persistent
+        if buffers is not None:
+            self.update(buffers)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._buffers[key]  # type: ignore[return-value]
+
+    def __setitem__(self, key: str, buffer: Tensor) -> None:
+        self.register_buffer(key, buffer, persistent=self.persistent)
+
+    def __delitem__(self, key: str) -> None:
+        del self._buffers[key]
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._buffers
+
+    def clear(self) -> None:
+        """Drop every buffer."""
+        self._buffers.clear()
+
+    def pop(self, key: str) -> Tensor:
+        """Take a buffer (…,) out."""
+        buffer = self[key]
+        del self[key]
+        return buffer
+
+    def keys(self) -> KeysView[str]:
+        """The names."""
+        return self._buffers.keys()
+
+    def items(self) -> ItemsView[str, Any]:
+        """Names and buffers."""
+        return self._buffers.items()
+
+    def values(self) -> ValuesView[Any]:
+        """The buffers."""
+        return self._buffers.values()
+
+    def update(self, buffers: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+        """Add buffers.
+
+        Args:
+            buffers: Name -> tensor (…), or pairs of them.
+
+        Raises:
+            TypeError: They are neither.
+        """
+        if not isinstance(buffers, (Mapping, Iterable, BufferDict)):
+            raise TypeError(f"BuffersDict.update should be called with an iterable of pairs, got {type(buffers)}.")
+        for key, buffer in buffers.items() if isinstance(buffers, (Mapping, BufferDict)) else buffers:
+            self[key] = buffer
+
+    def extra_repr(self) -> str:
+        """One line per buffer."""
+        return "\n".join(
+            f"  ({key}): Buffer containing: [{type(buffer).__name__} of size {'x'.join(map(str, buffer.shape))}]"
+            for key, buffer in self.items()
+        )
 
 
 def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
@@ -236,7 +334,7 @@ def build_peft_weight_mapping(
     """
     if not weight_conversions:
         return []
-    from lorakit.hub.renamings import renaming
+    from lorakit.hub.packaged import renaming
 
     found = [renaming("base_model.model.model.", "model."), renaming("base_model.model.", "")]
     found.append(renaming(r"(lora_[^\.]*)", rf"\1.{adapter_name}"))

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from lorakit.config import CONFIG_FILE, LoraConfig
-from lorakit.core.layering.sitemap import find_state
+from lorakit.core.model.index import find_state
 from lorakit.errors import ConfigError, NotYetSupported, RunError
-from lorakit.peft.mapping_func import get_peft_model
+from lorakit.peft.mapping import get_peft_model
 from lorakit.peft.model import PeftModel
 
 ARGUMENTS_FILE = "training_args.bin"

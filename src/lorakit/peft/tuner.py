@@ -1,9 +1,17 @@
-"""`BaseTuner`: what a `PeftModel` calls its `base_model`, with the operations on the adapters of the model inside."""
+"""Layer classes of one's own (`LoraConfig._register_custom_module`) as kinds of site of the core.
+
+Adapters in a model without a wrapper: which act, and taking one off; for libraries that have their own wrapper.
+
+`BaseTuner`: what a `PeftModel` calls its `base_model`, with the operations on the adapters of the model inside.
+
+Python's garbage collector held back while thousands of lasting objects are made, which it would walk in vain.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -11,31 +19,98 @@ import torch
 from torch import Tensor, nn
 
 from lorakit import core
+from lorakit.architectures.default_targets import DEFAULT_TARGETS
 from lorakit.config import LoraConfig
-from lorakit.core.layering.layer import LoraLayer
-from lorakit.core.layering.sitemap import find_state
-from lorakit.core.making.checks import ALLOWANCES
-from lorakit.core.making.collector import collector_at_rest
-from lorakit.core.routes.activation import parameters_by_adapter
-from lorakit.default_targets import DEFAULT_TARGETS
-from lorakit.errors import AdapterError, ConfigError, RouteError, warn_caller
-from lorakit.peft import casting, flags, standing
-from lorakit.peft.init_steps import for_attaching
-from lorakit.peft.keyed_targets import config_for_keys
+from lorakit.core.kinds import Kind, kind_named, kind_of
+from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.layers.named_layers import LAYERS
+from lorakit.core.model.activation import parameters_by_adapter
+from lorakit.core.model.checks import ALLOWANCES
+from lorakit.core.model.index import find_state
+from lorakit.errors import AdapterError, ConfigError, NotYetSupported, RouteError, warn_caller
+from lorakit.peft import adapter_queries, casting
+from lorakit.peft.data_inits import for_attaching
 from lorakit.peft.matching import (
+    check_parameters,
+    check_together,
+    config_for_keys,
     refusing_in_peft_words,
     said_of_missing,
     said_of_own_biases,
     said_of_ties,
+    warn_of_ties,
     with_own_targets,
 )
 from lorakit.peft.mixed_batches import BASE_NAME
-from lorakit.peft.own_kinds import kinds_of
-from lorakit.peft.parameters_by_name import check_parameters
 from lorakit.peft.placeholders import PartialTargetsWarning, PeftWarning
 from lorakit.peft.structure import names_tied_with_embedding
-from lorakit.peft.ties import warn_of_ties
-from lorakit.peft.together import check_together
+
+
+def kinds_of(config: LoraConfig | None) -> list[Kind]:
+    """The kinds that a config's custom modules ask for; a type that has none of the table's own is warned about.
+
+    Args:
+        config: The config, or None.
+
+    Raises:
+        NotYetSupported: A class is built on none of the layers here.
+    """
+    found = []
+    for module_type, layer in (config.custom_modules or {}).items() if config is not None else ():
+        like = next((name for name, made in LAYERS.items() if issubclass(layer, made)), None)
+        if like is None:
+            raise NotYetSupported(
+                f"{layer.__name__} for {module_type.__name__}: a custom layer must be a subclass of one of the layers "
+                "here, such as lora.Linear; for other arithmetic give attach a lorakit.core.Kind (kinds=[...])."
+            )
+        if kind_of(module_type) is None:
+            warn_caller(f"Unsupported layer type '{module_type}' encountered, proceed at your own risk.", UserWarning)
+        name = f"{layer.__name__} on {module_type.__name__}"
+        found.append(dataclasses.replace(kind_named(like), name=name, types=(module_type,), layer=layer))
+    return found
+
+
+def set_adapter(
+    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: Any = None
+) -> None:
+    """Make adapters the active ones; they alone are trained.
+
+    Args:
+        model: A model with adapters in it.
+        adapter_name: One name or several.
+        inference_mode: Activate them frozen.
+        layer_cls: PEFT's; adapted layers are of one class here.
+
+    Raises:
+        RouteError: There is no such adapter.
+    """
+    BaseTuner(model).set_adapter(adapter_name, inference_mode)
+
+
+def delete_adapter(
+    model: nn.Module, adapter_name: str, prefix: str = "lora_", layer_cls: Any = None
+) -> list[str] | None:
+    """Take an adapter off; with an active one gone, the first that is left becomes active.
+
+    Args:
+        model: A model with adapters in it.
+        adapter_name: The adapter; one that is not there is no matter, as in PEFT.
+        prefix: PEFT's; there is one method here.
+        layer_cls: PEFT's; adapted layers are of one class here.
+
+    Returns:
+        The adapters that are active now, or None where there are none.
+
+    Raises:
+        AdapterError: It is merged.
+    """
+    tuner = BaseTuner(model)
+    if adapter_name in adapter_queries.configs_of(model):
+        tuner.delete_adapter(adapter_name)
+        if not adapter_queries.configs_of(model):
+            setattr(model, CONFIGS, {})  # empty, as PEFT leaves it: transformers looks into it and takes it off itself
+    return tuner.active_adapters or None
+
 
 CONFIGS = "peft_config"
 """Attribute of the user's model under which other programs look for its adapters' configs."""
@@ -69,7 +144,7 @@ class BaseTuner(nn.Module):
         self.model = model
         self.training = model.training
         if peft_config is not None:
-            if standing.configs_of(model):
+            if adapter_queries.configs_of(model):
                 warn_caller(
                     "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters "
                     "in the model. Make sure to know what you are doing!"
@@ -92,7 +167,7 @@ class BaseTuner(nn.Module):
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
         """Adapter -> config; the live table."""
-        return standing.configs_of(self.model)
+        return adapter_queries.configs_of(self.model)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -168,7 +243,7 @@ class BaseTuner(nn.Module):
         if state_dict is not None:
             self.peft_config[name].target_modules = config.target_modules
         setattr(self.model, CONFIGS, self.peft_config)
-        flags.set_trained(self.model, name, not active and not config.inference_mode)
+        casting.set_trained(self.model, name, not active and not config.inference_mode)
         if not autocast_adapter_dtype:
             casting.cast_to_base(self.model, name)
         if on_meta:
@@ -202,11 +277,11 @@ class BaseTuner(nn.Module):
         state.check(names)
         members = state.members()
         check_together(members, names)
-        if any(standing.merged_at(module) for module in members):
+        if any(adapter_queries.merged_at(module) for module in members):
             warn_caller("Adapter cannot be set when the model is merged. Unmerging the model first.")
             core.unmerge(self.model)
         core.activate(self.model, *names)
-        flags.train_only(self.model, names if not inference_mode else ())
+        casting.train_only(self.model, names if not inference_mode else ())
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Train adapters, or freeze them, whatever is active.
@@ -217,7 +292,7 @@ class BaseTuner(nn.Module):
         """
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name in self.peft_config:
-                flags.set_trained(self.model, name, requires_grad)
+                casting.set_trained(self.model, name, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off; with an active one gone, the first that is left becomes active.
@@ -230,7 +305,7 @@ class BaseTuner(nn.Module):
         """
         if adapter_name not in self.peft_config:
             raise AdapterError(f"Adapter {adapter_name} does not exist")
-        if any(adapter_name in standing.merged_at(module) for module in standing.adapted(self.model)):
+        if any(adapter_name in adapter_queries.merged_at(module) for module in adapter_queries.adapted(self.model)):
             raise AdapterError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
@@ -258,14 +333,14 @@ class BaseTuner(nn.Module):
 
     def is_partly_disabled(self) -> bool:
         """Whether adapters are switched off at some layers and on at others."""
-        return len({bool(module.aside) for module in standing.adapted(self.model)}) > 1
+        return len({bool(module.aside) for module in adapter_queries.adapted(self.model)}) > 1
 
     def enable_adapter_layers(self) -> None:
         """Undo `disable_adapter_layers`."""
         state = find_state(self.model)
         if state is not None:
             state.take_up()
-            for module in standing.adapted(self.model):
+            for module in adapter_queries.adapted(self.model):
                 module.enable_adapters(True)
             for parameter in self.__dict__.pop("_paused", ()):
                 parameter.requires_grad_(True)
@@ -274,7 +349,7 @@ class BaseTuner(nn.Module):
         """Run the base alone, and train nothing, until `enable_adapter_layers`; a block is safer: `disable_adapter`."""
         state = find_state(self.model)
         if state is not None and state.aside is None:
-            self.__dict__["_paused"] = flags.pause(self.model)
+            self.__dict__["_paused"] = casting.pause(self.model)
             state.lay_aside()
 
     @contextlib.contextmanager
@@ -340,7 +415,7 @@ class BaseTuner(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Take every merged adapter out again, to the very bit."""
-        if not any(standing.merged_at(module) for module in standing.adapted(self.model)):
+        if not any(adapter_queries.merged_at(module) for module in adapter_queries.adapted(self.model)):
             warn_caller("Already unmerged. Nothing to do.")
             return
         core.unmerge(self.model)
@@ -388,7 +463,7 @@ class BaseTuner(nn.Module):
         if isinstance(adapter_names, str):
             raise ConfigError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         asked = list(self.active_adapters if adapter_names is None else adapter_names)
-        merged = {name for module in standing.adapted(self.model) for name in standing.merged_at(module)}
+        merged = {name for module in adapter_queries.adapted(self.model) for name in adapter_queries.merged_at(module)}
         fresh = [name for name in asked if name not in merged]
         if merged and not quiet:
             warn_caller(
@@ -398,3 +473,19 @@ class BaseTuner(nn.Module):
                 else "All adapters are already merged, nothing to do."
             )
         return fresh
+
+
+@contextlib.contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """A block in which the garbage collector does not run, if it did before; what it missed it finds afterwards.
+
+    Yields:
+        Nothing.
+    """
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.files.keys import PREFIX
-from lorakit.core.layering.sitemap import find_state, layers
+from lorakit.core.files.tensor_names import PREFIX
+from lorakit.core.linalg import Cut
+from lorakit.core.model.index import find_state, layers
 from lorakit.core.operations.compressing import plain_loose
-from lorakit.core.operations.loose import LooseAdapter, loose_from_model
-from lorakit.core.operations.lowrank import Cut
-from lorakit.core.operations.placing import reader_of, write
+from lorakit.core.operations.tensor_sources import LooseAdapter, loose_from_model
+from lorakit.core.operations.writing import reader_of, write
 from lorakit.errors import AdapterError, ConfigError, warn_caller
 
 

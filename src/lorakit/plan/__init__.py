@@ -5,6 +5,7 @@ Shapes come from `catalogue`, or are handed in by `lorakit.hub`. Nothing here lo
 machine.
 """
 
+from lorakit.architectures.shapes import ModelShape, PlainShape, SiteShape
 from lorakit.plan import catalogue
 from lorakit.plan.budget import Fitting, bytes_of, within
 from lorakit.plan.estimating import Method, Plan, estimate
@@ -13,7 +14,6 @@ from lorakit.plan.job import Job, Speed
 from lorakit.plan.memory import Line, Memory
 from lorakit.plan.params import Count, SiteCount, count
 from lorakit.plan.ranks import RankTable, rank_table
-from lorakit.plan.shapes import ModelShape, PlainShape, SiteShape
 from lorakit.plan.text import render, summary
 
 __all__ = [

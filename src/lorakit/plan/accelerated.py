@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lorakit.architectures.shapes import ModelShape, block_of
 from lorakit.plan.job import Job
 from lorakit.plan.params import Count, SiteCount
-from lorakit.plan.shapes import ModelShape, block_of
 
 _FP32, _INDEX, _SEED = 4, 8, 8
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from lorakit.architectures.shapes import ModelShape, SiteShape, block_of
 from lorakit.plan import accelerated
 from lorakit.plan.job import Job
 from lorakit.plan.params import Count, SiteCount
-from lorakit.plan.quantised import StoredBase
-from lorakit.plan.shapes import ModelShape, SiteShape, block_of
+from lorakit.plan.quantized import StoredBase
 
 _FP32, _INDEX = 4, 8
 

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from lorakit.plan.families import Origin, Sizes, bert, gpt2, llama, qwen2, qwen3
-from lorakit.plan.shapes import ModelShape
+from lorakit.architectures.shapes import ModelShape, Origin, Sizes, bert, gpt2, llama, qwen2, qwen3
 
 
 @dataclass(frozen=True)

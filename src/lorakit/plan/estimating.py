@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lorakit.architectures.shapes import ModelShape
 from lorakit.config import LoraConfig
-from lorakit.plan import accelerated, activations, files, flops, memory, params, timing, words
+from lorakit.plan import accelerated, activations, files, flops, memory, params, words
+from lorakit.plan import flops as timing
 from lorakit.plan.files import FileSize
 from lorakit.plan.flops import Flops
 from lorakit.plan.job import Job, Speed
 from lorakit.plan.memory import Memory
 from lorakit.plan.params import Count
 from lorakit.plan.ranks import RankTable, rank_table
-from lorakit.plan.shapes import ModelShape
 from lorakit.plan.stacking import stacked
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lorakit.architectures.shapes import ModelShape
 from lorakit.plan.job import DTYPE_BYTES
 from lorakit.plan.params import Count
-from lorakit.plan.shapes import ModelShape
 
 MASTER_BYTES = 4
 """Bytes of a trained number: adapters are kept, and saved, in fp32."""

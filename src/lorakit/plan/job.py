@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorakit.errors import ConfigError, nearest
-from lorakit.plan.quantised import storage_named
+from lorakit.plan.quantized import storage_named
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 """Bytes of one number by dtype."""

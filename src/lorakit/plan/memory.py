@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lorakit.architectures.shapes import ModelShape
 from lorakit.plan import accelerated, activations
 from lorakit.plan.activations import Activations
 from lorakit.plan.files import MASTER_BYTES
 from lorakit.plan.job import Job
 from lorakit.plan.params import Count
-from lorakit.plan.quantised import StoredBase, stored
-from lorakit.plan.shapes import ModelShape
+from lorakit.plan.quantized import StoredBase, stored
 
 RUNTIME_BYTES = 50_000_000
 """What a first training step makes resident beside tensors, on Linux with torch 2.13 for CPU: pages of the libraries

@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lorakit.architectures.shapes import ModelShape, role, short_roles
 from lorakit.config import LoraConfig
 from lorakit.errors import UsageError
 from lorakit.plan.params import count
-from lorakit.plan.shapes import ModelShape, role, short_roles
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from lorakit.architectures.shapes import ModelShape, block_of
 from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError
-from lorakit.plan.shapes import ModelShape, block_of
 
 LISTS = ("layers", "layer", "h")
 

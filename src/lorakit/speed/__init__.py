@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from lorakit.speed.accelerating import Acceleration, accelerate
-from lorakit.speed.choosing import Chosen, choose
-from lorakit.speed.packing import end_to_end
+from lorakit.speed.acceleration import Acceleration, accelerate, end_to_end
+from lorakit.speed.tuning import Chosen, choose
 
 __all__ = ["Acceleration", "Chosen", "accelerate", "choose", "end_to_end"]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorakit.speed.probing import TOLERANCES, Call, attempt
+from lorakit.speed.probe import TOLERANCES, Call, attempt
 
 FLOOR = 0.1
 """Rows below this fraction of the root mean square of all rows are compared with that: their rounding errors are not

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
-from lorakit.speed.swapping import plain_class
+from lorakit.speed.patching import plain_class
 
 MISSING = object()
 """The value of a name that a table does not have."""

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lorakit.core.layering.watched import is_watched
+from lorakit.core.clones import is_watched
 from lorakit.ops.dropout import dropout
 from lorakit.ops.norm import Norm, normalised
 from lorakit.speed import attention, feed_forward
 from lorakit.speed.last_layer import KEYWORD, laid_back, picked, rows_for
-from lorakit.speed.parts import activation_of, by_name, is_usual, norm_of, share_of, unknown_words
-from lorakit.speed.swapping import is_stand_in
+from lorakit.speed.patching import is_stand_in
+from lorakit.speed.submodules import activation_of, by_name, is_usual, norm_of, share_of, unknown_words
 
 
 class Half(NamedTuple):

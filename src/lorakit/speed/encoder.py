@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layering.watched import is_watched
+from lorakit.core.clones import is_watched
 from lorakit.ops.activation import activation
 from lorakit.ops.attention_block import SelfAttention, attention_block
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.mlp import Form, mlp
 from lorakit.ops.norm import Norm, normalised
-from lorakit.speed.masks import under
-from lorakit.speed.operands import Acting, acting_in, forwards_of
-from lorakit.speed.parts import (
+from lorakit.speed.attention import under
+from lorakit.speed.linear import Acting, acting_in, forwards_of
+from lorakit.speed.patching import AGAIN
+from lorakit.speed.probe import Call
+from lorakit.speed.submodules import (
     activation_of,
     asks_for_weights,
     by_name,
@@ -30,8 +32,6 @@ from lorakit.speed.parts import (
     share_of,
     unknown_words,
 )
-from lorakit.speed.probing import Call
-from lorakit.speed.swapping import AGAIN
 
 READ = frozenset({"attention_mask", "position_ids", "num_items_in_batch"})
 """Arguments of a call that are read or change nothing here; another one sends the call back, whatever its value."""

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from lorakit.ops.activation import activation
 from lorakit.ops.mlp import Form, mlp
 from lorakit.ops.norm import Norm
-from lorakit.speed.operands import acting_in, forwards_of
-from lorakit.speed.parts import activation_of, is_usual, share_of, unknown_words
-from lorakit.speed.swapping import AGAIN
+from lorakit.speed.linear import acting_in, forwards_of
+from lorakit.speed.patching import AGAIN
+from lorakit.speed.submodules import activation_of, is_usual, share_of, unknown_words
 
 GATED = (("gate_proj", "up_proj", "down_proj"), ("wi_0", "wi_1", "wo"))
 FUSED = (("gate_up_proj", "down_proj"),)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layering.watched import is_watched
-from lorakit.speed.probing import TOLERANCES
-from lorakit.speed.swapping import may_run
+from lorakit.core.clones import is_watched
+from lorakit.speed.patching import may_run
+from lorakit.speed.probe import TOLERANCES
 
 KEYWORD = "trained_rows"
 """Name of the keyword."""

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lorakit.ops.cross_entropy import IGNORED
-from lorakit.speed.head import Head, Passing, shifted
 from lorakit.speed.last_layer import LastLayer, Trained, agree, some
-from lorakit.speed.probing import attempt, inputs_of
+from lorakit.speed.output_head import Head, Passing, shifted
+from lorakit.speed.probe import attempt, inputs_of
 
 STOCK = ("transformers.loss.loss_utils", "ForCausalLMLoss")
 """Module and name of the loss whose arithmetic is known."""

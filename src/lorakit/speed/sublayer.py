@@ -12,14 +12,22 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lorakit.core.layering.watched import is_watched
+from lorakit.core.clones import is_watched
 from lorakit.ops.attention_block import SelfAttention, attention_block
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.speed import feed_forward
-from lorakit.speed.masks import under
-from lorakit.speed.operands import Acting, acting_in, forwards_of
-from lorakit.speed.parts import asks_for_weights, by_name, is_usual, norm_of, says_nothing_else, share_of, unknown_words
-from lorakit.speed.probing import Call
+from lorakit.speed.attention import under
+from lorakit.speed.linear import Acting, acting_in, forwards_of
+from lorakit.speed.probe import Call
+from lorakit.speed.submodules import (
+    asks_for_weights,
+    by_name,
+    is_usual,
+    norm_of,
+    says_nothing_else,
+    share_of,
+    unknown_words,
+)
 
 NORM, DROPOUT = "layer_norm", "dropout"
 FED, ATTENDED = "DenseReluDense", "SelfAttention"

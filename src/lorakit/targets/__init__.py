@@ -1,7 +1,13 @@
 """Which modules and bare parameters a config names: pure matching over paths, the same for a live model and a plan."""
 
-from lorakit.targets.parameters import match_path, targeted_parameters
-from lorakit.targets.resolving import ALL_LINEAR, resolve, saved_modules, unfitting_keys
+from lorakit.targets.resolving import (
+    ALL_LINEAR,
+    match_path,
+    resolve,
+    saved_modules,
+    targeted_parameters,
+    unfitting_keys,
+)
 from lorakit.targets.words import BareParameter, Candidate, Match, Resolution, first_match, key_fits, names_path
 
 __all__ = [

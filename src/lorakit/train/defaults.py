@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.plan.quantised import STORAGES
+from lorakit.plan.quantized import STORAGES
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ from typing import Any
 
 from lorakit import durable
 from lorakit.errors import DiskError, MissingExtra
-from lorakit.report.plots import loss_plot
-from lorakit.report.runs import read_metrics
+from lorakit.report import loss_plot, read_metrics
 from lorakit.train import adapter_only, checkpoint
-from lorakit.train.preparing import ADAPTER_FOLDER, PLOT_FILE
+from lorakit.train.run_folder import ADAPTER_FOLDER, PLOT_FILE
 
 _OURS = {checkpoint.MANIFEST, checkpoint.STATE, checkpoint.OPTIMIZER, checkpoint.RANDOM}
 

@@ -18,7 +18,7 @@ from lorakit.config import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig, Tas
 from lorakit.errors import ConfigError, nearest
 from lorakit.plan.budget import bytes_of
 from lorakit.plan.job import recomputed
-from lorakit.plan.quantised import Quantization, stored_as
+from lorakit.plan.quantized import Quantization, stored_as
 from lorakit.train.defaults import DEFAULTS
 
 Dtype = Literal["auto", "bfloat16", "float32"]

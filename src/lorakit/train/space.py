@@ -10,13 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakit.core.files.saved_form import saved_form
+from lorakit.core.attachment.saving import saved_form
 from lorakit.errors import DiskError
 from lorakit.plan.text import bytes_text
 from lorakit.train.checkpoint import checkpoints
-from lorakit.train.preparing import run_files
-from lorakit.train.readying import ADAPTER, Ready
-from lorakit.train.request import Request
+from lorakit.train.run_folder import run_files
+from lorakit.train.run_spec import ADAPTER, Ready, Request
 
 _MOMENT_BYTES = 2 * 4
 _FOLDER_BYTES = 64 << 10  # configs, manifests, random generators, the model card

@@ -1,4 +1,14 @@
-"""One optimizer step: forward and backward over its batches, clipping, AdamW. All the arithmetic of training is here.
+"""How much memory this process has needed; the kernel's own count, no package.
+
+Knows nothing about training.
+
+Whether memory ran out, and what is left to do for the run. Knows settings by name, nothing of models.
+
+The loss of a batch as a sum over its trained tokens, so that any split of a step adds up to the same number.
+
+Knows nothing about adapters, optimizers or files.
+
+One optimizer step: forward and backward over its batches, clipping, AdamW. All the arithmetic of training is here.
 
 Knows nothing about files, intervals or progress.
 """
@@ -7,19 +17,141 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from lorakit.data import Batch
+from lorakit.data.encoding import IGNORED
 from lorakit.errors import DataError, NonFiniteError, RunError
-from lorakit.speed import Acceleration
-from lorakit.train.loss import loss_sum
-from lorakit.train.optim import clipped_step, gradient_norm, set_rate
-from lorakit.train.relief import memory, relief
+from lorakit.plan.job import RECOMPUTED
+from lorakit.speed import Acceleration, end_to_end
+from lorakit.train.optimizer import clipped_step, gradient_norm, set_rate
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident size of this process so far, in bytes; 0 where the system does not say.
+
+    On Linux the kernel's high-water mark of this program is read: `getrusage` there also counts what stood in the
+    process before it became this program.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextlib.contextmanager
+def memory(batch: Batch, where: str, helps: Callable[[int], str]) -> Iterator[None]:
+    """A block in which memory that runs out becomes an error that names the batch and a way out.
+
+    Args:
+        batch: What is computed in the block.
+        where: "in" or the like, before "a batch of …".
+        helps: Gives a sentence for so many rows.
+
+    Raises:
+        RunError: Memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as cause:
+        if not _is_out_of_memory(cause):
+            raise
+        rows, length = batch.input_ids.shape
+        raise RunError(f"memory ran out {where} a batch of {rows} rows of {length} tokens. {helps(rows)}") from cause
+
+
+def relief(rows: int, recompute: str, *, accelerated: bool, budgeted: bool) -> str:
+    """What makes a step need less, in the order in which to try it, without what is done already.
+
+    Args:
+        rows: Rows of the batch that memory ran out in.
+        recompute: What the backward computes again, a word of `lorakit.plan.job.RECOMPUTED`.
+        accelerated: Whether the model runs by the functions of `lorakit.speed.accelerate`.
+        budgeted: Whether `recompute` was chosen for a memory budget, beside which it cannot be given.
+
+    Returns:
+        A sentence.
+    """
+    more = [way for way in RECOMPUTED[RECOMPUTED.index(recompute) + 1 :] if accelerated or way != "feed-forward"]
+    helps = [] if accelerated else ["accelerated forwards (leave --no-accelerate out)"]
+    if budgeted:
+        helps += ["a smaller --memory-budget"] if more else []
+    else:
+        helps += [f"--recompute {way}" + (" (or --gradient-checkpointing)" if way == "layers" else "") for way in more]
+        helps += ["--memory-budget, which chooses between these two"] if len(more) > 1 else []
+    if rows > 1:
+        helps.append(
+            "half the --per-device-train-batch-size and twice the --gradient-accumulation-steps: the same result"
+        )
+    return f"What helps, to try in this order: {'; '.join([*helps, 'a smaller --max-length'])}."
+
+
+def relief_of_evaluation(rows: int) -> str:
+    """The same of an evaluation, which computes nothing for a backward.
+
+    Args:
+        rows: Rows of the batch that memory ran out in.
+    """
+    fewer = "fewer rows (--per-device-train-batch-size of train, --batch-size of eval) or " if rows > 1 else ""
+    return f"What helps: {fewer}a smaller --max-length."
+
+
+def _is_out_of_memory(cause: BaseException) -> bool:
+    if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(cause)
+    return "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
+
+
+def loss_sum(
+    model: nn.Module, batch: Batch, device: str | torch.device, fast: Acceleration | None = None
+) -> torch.Tensor:
+    """Cross entropy of the next token, summed over the trained tokens of a batch.
+
+    Args:
+        model: A causal language model; its output has `logits` (rows, length, vocabulary).
+        batch: Rows on the CPU; a label that is not -100 is trained, from the position before it.
+        device: Where the model is.
+        fast: What `accelerate` made of the model, or None.
+
+    Returns:
+        A float32 scalar (float64 for a float64 model). Divided by the trained tokens of the whole step it is the mean.
+    """
+    inputs: dict[str, Any]
+    inputs, labels = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}, batch.labels
+    if fast is not None and fast.packs and batch.tokens < batch.input_ids.numel():
+        inputs, labels = end_to_end(batch.input_ids, batch.attention_mask, labels)
+    for name, value in inputs.items():  # boundaries are read here, where nothing waits for a device
+        if isinstance(value, torch.Tensor) and not name.startswith("cu_seq_lens"):
+            inputs[name] = value.to(device)
+    if fast is not None and fast.head is not None and fast.head.applies():
+        return fast.head.loss_sum(model, labels, **inputs, use_cache=False)
+    output: Any = model(**inputs, use_cache=False)
+    labels = labels.to(device)
+    targets = labels[:, 1:].reshape(-1)
+    logits = output.logits[:, :-1].reshape(targets.numel(), -1)  # (rows * (length - 1), vocabulary)
+    kept = targets != IGNORED
+    if not bool(kept.all()):  # rows that count for nothing would cost a float32 copy each, the step's largest memory
+        logits, targets = logits[kept], targets[kept]
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return functional.cross_entropy(logits, targets, reduction="sum")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.core.bases import at_least_fp32, base_of
+from lorakit.core.quantization import at_least_fp32, base_of
 
 MODULES = {"dense": nn.Linear(5, 3), "transposed": Conv1D(3, 5), "embedding": nn.Embedding(5, 3)}
 

@@ -11,11 +11,10 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.bases import base_of, hold_still, let_go
-from lorakit.core.bases.quantising import multiply_out, quantised_linear, wrongly_multiplied_out
-from lorakit.core.layering.underlying import quantised_weights
+from lorakit.core.model.base_view import multiply_out, quantised_linear, quantised_weights, wrongly_multiplied_out
+from lorakit.core.quantization import base_of, hold_still, let_go
 from lorakit.errors import MergeError
-from lorakit.plan.quantised import STORAGES, Quantization
+from lorakit.plan.quantized import STORAGES, Quantization
 
 WAYS = [
     pytest.param(

@@ -16,8 +16,14 @@ from torch.nn import functional as F
 
 from lorakit import core
 from lorakit.config import LoraConfig, scale
-from lorakit.core.data import allocating
-from lorakit.core.data.allocating import allocate, by_explained_variance, by_sensitivity, sensitivity, with_ranks
+from lorakit.core.operations import rank_allocation
+from lorakit.core.operations.rank_allocation import (
+    allocate,
+    by_explained_variance,
+    by_sensitivity,
+    sensitivity,
+    with_ranks,
+)
 from lorakit.errors import ConfigError, DataError
 from lorakit.targets import Match, first_match
 
@@ -79,7 +85,7 @@ def test_sites_that_a_criterion_cannot_judge_keep_their_rank(tiny_llama: Any) ->
 def test_passes_change_nothing(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = LoraConfig(r=4, target_modules="all-linear")
     whole = [allocate(tiny_llama, config, batches(), language_loss, by=by).ranks for by in ("gradients", "inputs")]
-    monkeypatch.setattr(allocating, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(rank_allocation, "MAX_BYTES", 10_000)
     runs = Counter[str]()
 
     def counted(model: Any, batch: Any) -> Any:

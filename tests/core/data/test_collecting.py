@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.data.collecting import collect_gradients, collect_inputs, patches
+from lorakit.core.statistics.collecting import collect_gradients, collect_inputs, patches
 from lorakit.errors import DataError, RunError, TargetError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakit.core.data.moments import InputStatistics
+from lorakit.core.statistics.moments import InputStatistics
 from lorakit.errors import DataError
 
 

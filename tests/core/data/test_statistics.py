@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lorakit.config import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig
 from lorakit.core import Statistics, attach, collect_for, disable, load_statistics, sites
-from lorakit.core.data.inits import reduced
-from lorakit.core.data.statistics import KEY
+from lorakit.core.operations.data_init import reduced
+from lorakit.core.statistics.stored import KEY
 from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, DataError, TargetError
 
 from ...laws.snapshots import same_bits, snapshot
@@ -221,7 +221,7 @@ def test_what_cannot_be_collected_is_said() -> None:
 
 
 def test_data_that_is_gone_through_once_is_refused_where_twice_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lorakit.core.data.inits as module
+    import lorakit.core.operations.data_init as module
 
     monkeypatch.setattr(module, "in_groups", lambda paths, _: [[path] for path in paths])
     with pytest.raises(DataError, match=r"gone through 2 times to bound memory\. Give a list, no iterator"):
@@ -230,7 +230,7 @@ def test_data_that_is_gone_through_once_is_refused_where_twice_is_needed(monkeyp
 
 
 def test_what_was_collected_elsewhere_is_reduced_to_the_same() -> None:
-    from lorakit.core.data.collecting import collect_inputs
+    from lorakit.core.statistics.collecting import collect_inputs
 
     model, config = LINEARS.model(), config_for("eva", eva_config=EvaConfig(rho=1.0))
     inputs = collect_inputs(model, ["up"], BATCHES, forward)

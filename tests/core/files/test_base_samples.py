@@ -7,19 +7,19 @@ import torch
 from torch import nn
 
 from lorakit.core import fingerprint
-from lorakit.core.files import base_samples
-from lorakit.core.files.base_parts import parts_of
-from lorakit.core.files.base_samples import (
+from lorakit.core.model import base_samples
+from lorakit.core.model.base_samples import (
     BUDGET,
     LEAST,
     MOST_SLICES,
     NUMBERS,
     agreement,
+    parts_of,
     positions,
     sample_count,
     take_samples,
 )
-from lorakit.core.files.fingerprinting import DIFFERENT, compare
+from lorakit.core.model.fingerprint import DIFFERENT, compare
 
 SHAPES = [("a", (300, 20)), ("b", (1 << 20, 1 << 13)), ("a", (20, 300)), ("c", (NUMBERS,))]
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorakit import LoraConfig, core
-from lorakit.core.files.base_samples import Sample
-from lorakit.core.files.fingerprinting import (
+from lorakit.core.model.base_samples import Sample
+from lorakit.core.model.fingerprint import (
     DIFFERENT,
     OTHER_PRECISION,
     SAME,

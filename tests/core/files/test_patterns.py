@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from lorakit.core.files.patterns import literal_value, names
 from lorakit.errors import PatternError
+from lorakit.targets.words import literal_value, names
 
 
 @pytest.mark.parametrize(

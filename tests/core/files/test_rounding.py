@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorakit.core.files.rounding import equal, may_be_one
+from lorakit.core.model.base_samples import equal, may_be_one
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 

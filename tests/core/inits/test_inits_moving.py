@@ -32,8 +32,8 @@ from lorakit.core import (
     unmerge,
     use,
 )
+from lorakit.core.attachment.saving import INITIAL_FILE
 from lorakit.core.files.adapter_folder import read_adapter
-from lorakit.core.files.saved_form import INITIAL_FILE
 from lorakit.errors import AdapterFileError, ConfigError
 
 from ...laws.snapshots import BaseBits, same_bits, snapshot

@@ -27,7 +27,7 @@ from lorakit.core import (
     use,
 )
 from lorakit.errors import AdapterError, ConfigError
-from lorakit.plan.quantised import Storage
+from lorakit.plan.quantized import Storage
 
 from ...laws.quantised import DENSE, EVALUATED, WRITTEN, packed_bits, specimen, storages
 from ...laws.snapshots import same_bits

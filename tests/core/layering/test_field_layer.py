@@ -11,9 +11,9 @@ from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core import attach, disable, merge, use
-from lorakit.core.bases.conditions import condition_number, of_expert_weights, of_linear_weights
-from lorakit.core.layering.walking import walk
+from lorakit.core.model.index import walk
 from lorakit.errors import MergeError, RouteError
+from lorakit.peft.adjusting import condition_number, of_expert_weights, of_linear_weights
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from lorakit import LoraConfig, core
-from lorakit.core.layering.sitemap import find_state, state_of, survey
-from lorakit.core.layering.underlying import base_tensors
-from lorakit.core.merging.merging import tied_sites
+from lorakit.core.merging.checks import tied_sites
+from lorakit.core.model.base_view import base_tensors
+from lorakit.core.model.index import find_state, state_of, survey
 from lorakit.errors import AdapterError
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core import attach, detach, disable, route, use
-from lorakit.core.layering import stacked
-from lorakit.core.routes.routing import resolve
+from lorakit.core.layers import batched
+from lorakit.core.routing.state import resolve
 
 from ...laws.tolerances import assert_close, assert_differs
 from ...laws.zoo import LINEARS, randomise, run, with_adapters
@@ -29,13 +29,13 @@ ROWS = ["b", "a", None, "c", "d", "e", "b"]
 def made(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The adapters of every stack that is made."""
     found: list[list[str]] = []
-    make = stacked._stack
+    make = batched._stack
 
     def noted(names: Any, factors: Any, dtype: torch.dtype) -> Any:
         found.append(list(names))
         return make(names, factors, dtype)
 
-    monkeypatch.setattr(stacked, "_stack", noted)
+    monkeypatch.setattr(batched, "_stack", noted)
     return found
 
 
@@ -324,8 +324,8 @@ def test_an_output_that_others_may_hold_is_not_written_to(watched: str, monkeypa
 
 def test_without_such_an_eye_it_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     model, kept = model_with(*NAMES), []
-    own = stacked._own
-    monkeypatch.setattr(stacked, "_own", lambda layer, y0: kept.append(own(layer, y0) is y0) or own(layer, y0))
+    own = batched._own
+    monkeypatch.setattr(batched, "_own", lambda layer, y0: kept.append(own(layer, y0) is y0) or own(layer, y0))
     with route(model, ROWS, keep=True):
         run(model, given())
     assert kept

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.layering.layer_names import Linear
+from lorakit.core.layers.named_layers import Linear
 from lorakit.errors import AdapterFileError, ConfigError, TargetError
 
 

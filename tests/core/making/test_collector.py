@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from lorakit.core.making.collector import collector_at_rest
+from lorakit.peft.tuner import collector_at_rest
 
 
 def test_it_rests_and_is_what_it_was() -> None:

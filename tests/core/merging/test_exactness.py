@@ -1,4 +1,4 @@
-"""lorakit.core.merging.exactness: what is exact stays within roundings; what is not says which site and dtype, or why."""
+"""lorakit.core.merging.checks: what is exact stays within roundings; what is not says which site and dtype, or why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from lorakit.config import LoraConfig
 from lorakit.core import attach, merge, merge_and_unload, why_merge_is_inexact
 from lorakit.errors import AdapterError
-from lorakit.plan.quantised import Storage
+from lorakit.plan.quantized import Storage
 
 from ...laws.quantised import specimen, storages
 from ...laws.snapshots import snapshot

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core import attach
-from lorakit.core.layering.layer import LoraLayer
-from lorakit.core.layering.sitemap import INSIDE, layers
+from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.model.index import INSIDE, layers
 
 from ...laws.zoo import Specimen, randomise
 

@@ -22,8 +22,8 @@ from lorakit.core import (
     subtract,
     use,
 )
-from lorakit.core.layering.sitemap import layers
-from lorakit.core.operations.ways import WAYS, Way
+from lorakit.core.model.index import layers
+from lorakit.core.operations.combination_types import WAYS, Way
 from lorakit.errors import (
     AdapterError,
     ConfigError,

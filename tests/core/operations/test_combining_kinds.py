@@ -21,7 +21,7 @@ from lorakit.core import (
     rescale,
     save_adapter,
 )
-from lorakit.core.operations.ways import Way
+from lorakit.core.operations.combination_types import Way
 from lorakit.errors import (
     AdapterError,
 )

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core import attach, compare_adapters, compare_folders, rescale, save_adapter
-from lorakit.core.layering.sitemap import layers
+from lorakit.core.model.index import layers
 from lorakit.core.operations.comparing import compare_loose
-from lorakit.core.operations.loose import loose_from_model
+from lorakit.core.operations.tensor_sources import loose_from_model
 from lorakit.errors import AdapterError
 
 from ...laws.snapshots import snapshot

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core import attach, combine, compress, compress_folder, load_adapter, merged_state_dict, save_adapter, use
-from lorakit.core.layering.sitemap import layers
+from lorakit.core.linalg import Cut
+from lorakit.core.model.index import layers
 from lorakit.core.operations.compressing import plain_loose
-from lorakit.core.operations.loose import loose_from_model
-from lorakit.core.operations.lowrank import Cut
-from lorakit.core.operations.placing import put, reader_of
+from lorakit.core.operations.tensor_sources import loose_from_model
+from lorakit.core.operations.writing import put, reader_of
 from lorakit.errors import AdapterError, ConfigError
 
 from ...laws.snapshots import same_bits, snapshot

@@ -24,9 +24,9 @@ from lorakit.core import (
     reduce_intruders,
     save_adapter,
 )
-from lorakit.core.layering.sitemap import layers
-from lorakit.core.operations.loose import loose_from_folder
-from lorakit.core.operations.ways import WAYS, Way
+from lorakit.core.model.index import layers
+from lorakit.core.operations.combination_types import WAYS, Way
+from lorakit.core.operations.tensor_sources import loose_from_folder
 from lorakit.errors import AdapterError, AdapterFileError, ConfigError
 
 from ...laws.snapshots import snapshot

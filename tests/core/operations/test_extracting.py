@@ -23,7 +23,7 @@ from lorakit.core import (
     source_of_model,
     use,
 )
-from lorakit.core.layering.sitemap import layers
+from lorakit.core.model.index import layers
 from lorakit.errors import AdapterError, ConfigError, ModelError, NotYetSupported, TargetError
 
 from ...laws.snapshots import snapshot

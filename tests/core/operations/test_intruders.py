@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core import adapters, attach, reduce_intruders
-from lorakit.core.layering.sitemap import layers
+from lorakit.core.model.index import layers
 from lorakit.errors import AdapterError, ConfigError
 
 from ...laws.snapshots import same_bits, snapshot

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorakit.core.operations.lowrank import (
+from lorakit.core.linalg import (
     Cut,
     Product,
     cosines,

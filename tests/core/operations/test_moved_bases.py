@@ -27,10 +27,10 @@ from lorakit.core import (
     save_as_trained,
     use,
 )
-from lorakit.core.files.saved_form import INITIAL_FILE
-from lorakit.core.operations.loose import loose_from_folder
+from lorakit.core.attachment.saving import INITIAL_FILE
+from lorakit.core.operations.tensor_sources import loose_from_folder
 from lorakit.errors import AdapterError, AdapterFileError
-from lorakit.plan.quantised import STORAGES
+from lorakit.plan.quantized import STORAGES
 
 from ...laws.quantised import specimen
 from ...laws.snapshots import snapshot

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.core.operations.ways import WAYS, Way, added_up, clamped
+from lorakit.core.operations.combination_types import WAYS, Way, added_up, clamped
 from lorakit.errors import ConfigError
 
 

@@ -11,7 +11,7 @@ from lorakit.core import (
     attach,
     use,
 )
-from lorakit.core.layering.sitemap import layers
+from lorakit.core.model.index import layers
 
 from ...laws.zoo import (
     Specimen,

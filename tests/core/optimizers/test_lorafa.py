@@ -10,7 +10,7 @@ from torch import nn
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.optimizers.lorafa import LoraFA, Pair, corrected_gradient, freeze_factors, inverse_gram
+from lorakit.core.optimizers import LoraFA, Pair, corrected_gradient, freeze_factors, inverse_gram
 from lorakit.errors import AdapterError, ConfigError
 
 

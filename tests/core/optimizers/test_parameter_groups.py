@@ -9,7 +9,7 @@ import pytest
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.optimizers.parameter_groups import Rates, rates_by_name, trained_parts
+from lorakit.core.optimizers import Rates, rates_by_name, trained_parts
 from lorakit.errors import ConfigError
 
 

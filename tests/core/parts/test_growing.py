@@ -10,8 +10,8 @@ from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core import attach, disable, fingerprint, load_adapter, save_adapter, trainable_parameters
-from lorakit.core.optimizers.parameter_groups import Rates, rates_by_name, trained_parts
-from lorakit.core.parts.growing import begin_rows, check_growth, grow_vocabulary, with_trained_rows
+from lorakit.core.model.vocabulary import begin_rows, check_growth, grow_vocabulary, with_trained_rows
+from lorakit.core.optimizers import Rates, rates_by_name, trained_parts
 from lorakit.errors import ModelError
 
 from ...laws.snapshots import snapshot

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lorakit.config import LoraConfig
 from lorakit.core import attach, detach, disable, load_adapter, merge, merged_state_dict, save_adapter, unmerge, use
-from lorakit.core.files.fingerprinting import fingerprint
+from lorakit.core.model.fingerprint import fingerprint
 from lorakit.errors import ConfigError, MergeError
 
 

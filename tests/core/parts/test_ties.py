@@ -28,7 +28,7 @@ from lorakit.core import (
     unmerge,
     use,
 )
-from lorakit.core.parts.ties import TIED as SAID
+from lorakit.core.model.ties import TIED as SAID
 from lorakit.errors import AdapterFileError, ConfigError, MergeError
 
 from ...laws.snapshots import same_bits

@@ -25,8 +25,7 @@ from lorakit.core import (
     trainable_parameters,
     unmerge,
 )
-from lorakit.core.optimizers.lorafa import freeze_factors
-from lorakit.core.optimizers.parameter_groups import trained_parts
+from lorakit.core.optimizers import freeze_factors, trained_parts
 from lorakit.errors import MergeError
 
 from ...laws.snapshots import same_bits

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core import attach, detach, disable, fingerprint, load_adapter, merge_and_unload, save_adapter
-from lorakit.core.files.fingerprinting import SAME
+from lorakit.core.model.fingerprint import SAME
 from lorakit.errors import AdapterFileError, BaseMismatchError
 
 from ...laws.snapshots import snapshot

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.core import attach, disable, route, use
-from lorakit.core.layering.layer import LoraLayer
-from lorakit.core.routes.forwards import LONGEST_HISTORY
+from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.routing.recompute import LONGEST_HISTORY
 from lorakit.errors import RouteError
 
 from ...laws.zoo import LINEARS, randomise

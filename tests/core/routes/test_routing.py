@@ -15,8 +15,8 @@ import torch
 
 from lorakit.config import LoraConfig
 from lorakit.core import activate, attach, detach, disable, merge_and_unload, route, set_trained, use
-from lorakit.core.layering.layer import LoraLayer
-from lorakit.core.layering.sitemap import state_of
+from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.model.index import state_of
 from lorakit.errors import AdapterError, RouteError
 
 from ...laws.snapshots import bits

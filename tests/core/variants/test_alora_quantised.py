@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core import attach, disable, load_adapter, merge, route, save_adapter, trainable_parameters, use
-from lorakit.core.bases.quantising import quantised_linear
+from lorakit.core.model.base_view import quantised_linear
 from lorakit.errors import MergeError
-from lorakit.plan.quantised import Quantization, Storage
+from lorakit.plan.quantized import Quantization, Storage
 
 from ...laws.quantised import packed_bits, storages
 from ...laws.snapshots import same_bits

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit.core import activate, attach, disable, merge, route, sites, trainable_parameters, unmerge, use
-from lorakit.core.layering.layer import LoraLayer
+from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.variants import row_norms
-from lorakit.plan.quantised import STORAGES, Storage
+from lorakit.plan.quantized import STORAGES, Storage
 
 from ...laws.quantised import EVALUATED, specimen, storages
 from ...laws.tolerances import assert_close

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.config import LoraConfig
+from lorakit.core.factor import Factor
 from lorakit.core.kinds import Slot, kind_named
-from lorakit.core.layering.factor import Factor
 from lorakit.core.variants import At, row_norms, variant_for, variant_named
 from lorakit.errors import ConfigError
 

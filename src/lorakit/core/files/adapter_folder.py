@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit.config import CONFIG_FILE, LoraConfig, read_config
-from lorakit.core.files.patterns import literal_value
+from lorakit.core.attachment.fitting import parameters_meant
 from lorakit.core.files.sidecar import WEIGHTS_FILE, Sidecar, identities, integrity, read_sidecar
-from lorakit.core.files.tensorfile import TensorFile, read_tensors
+from lorakit.core.files.tensor_file import TensorFile, read_tensors
 from lorakit.errors import AdapterFileError, PatternError
+from lorakit.targets.words import literal_value
 
 ATTEMPTS = 3
 """Attempts to read an adapter that another process replaces meanwhile."""
@@ -112,3 +113,31 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
         return literal_value(files.config.alpha_pattern, pattern_path or path, files.config.lora_alpha)
     except PatternError as cause:
         raise AdapterFileError(f"{files.folder / CONFIG_FILE}: alpha_pattern: {cause}") from None
+
+
+def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, float | None]:
+    """Rank and alpha of a site; where it cannot be known, the rows for the rank and None for alpha.
+
+    Of an adapter that PEFT wrote, a parameter's own rank and alpha are known where the patterns give all parameters
+    that may be meant the same.
+
+    Args:
+        files: What was read.
+        path: The site's path on disk.
+        rows: So many rows has its A: the rank, or of experts the rank of all together.
+    """
+    config = files.config
+    known = files.sidecar.sites.get(path) if files.config_is_ours else None
+    if known is not None:
+        rank = int(known["r"])
+        return (rank if rank > 0 and rows % rank == 0 else rows), float(known["lora_alpha"])
+    meant = parameters_meant(config, path)
+    try:
+        ranks = {int(literal_value(config.rank_pattern, name, config.r)) for name in meant} or {rows}
+        alphas = {float(literal_value(config.alpha_pattern, name, config.lora_alpha)) for name in meant or [path]}
+    except PatternError:
+        return rows, None
+    fitting = [rank for rank in ranks if rank > 0 and rows % rank == 0]
+    if len(fitting) != 1 or len(alphas) != 1:
+        return rows, None
+    return fitting[0], alphas.pop()

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lorakit.config import LoraConfig, scale
-from lorakit.core.files.keys import parse
+from lorakit.core.files.tensor_names import parse
 from lorakit.core.inits import init_named
-from lorakit.core.making.checks import LARGEST_USUAL_SCALE
+from lorakit.core.model.checks import LARGEST_USUAL_SCALE
 from lorakit.errors import AdapterFileError, ConfigError
 
 ZERO, PARTLY_ZERO, NONFINITE, VALUES, SCALE, ALPHA, PATTERN, INIT = (

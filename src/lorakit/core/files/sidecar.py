@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.config import CONFIG_FILE
-from lorakit.core.files.fingerprinting import Fingerprint
-from lorakit.core.files.tensorfile import TensorFile
+from lorakit.core.files.tensor_file import TensorFile
+from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.durable import SEAL, is_sealed, json_bytes, read_json, sealed, sha256_bytes, sha256_file
 from lorakit.errors import AdapterFileError
 

@@ -15,11 +15,8 @@ from lorakit.core.inits.eva import EVA
 from lorakit.core.inits.init import BOTH, Blank, Filled, Init, fresh_bias
 from lorakit.core.inits.loftq import LOFTQ
 from lorakit.core.inits.lora_ga import LORA_GA
-from lorakit.core.inits.mica import MICA
-from lorakit.core.inits.olora import OLORA
-from lorakit.core.inits.orthogonal import ORTHOGONAL
-from lorakit.core.inits.pissa import PISSA
-from lorakit.core.inits.plain import GAUSSIAN, KAIMING, RANDOM
+from lorakit.core.inits.pissa import MICA, OLORA, PISSA
+from lorakit.core.inits.random import GAUSSIAN, KAIMING, ORTHOGONAL, RANDOM
 from lorakit.core.kinds import is_for
 from lorakit.errors import ConfigError, nearest
 

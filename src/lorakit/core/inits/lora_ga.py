@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorakit.config import LoraGAConfig
 from lorakit.core.inits.init import Blank, Filled, Init
-from lorakit.core.operations.lowrank import dense_spectrum
+from lorakit.core.linalg import dense_spectrum
 from lorakit.errors import ConfigError
 
 KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")

@@ -1,11 +1,18 @@
-"""PiSSA: the strongest singular directions of W become the adapter, and what is left becomes the base."""
+"""Inits from a decomposition of W: PiSSA, OLoRA, MiCA.
+
+PiSSA: the strongest singular directions of W become the adapter, and what is left becomes the base.
+
+OLoRA: the adapter begins as a part of the QR decomposition of W, and what is left becomes the base.
+
+MiCA: B is frozen at the weakest left singular directions of W, and A alone learns.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from lorakit.core.inits.init import MATRICES, Blank, Filled, Init, balanced
+from lorakit.core.inits.init import MATRICES, Blank, Filled, Init, balanced, zeros
 
 FAST = "pissa_niter_"
 SPARE = 16
@@ -58,4 +65,52 @@ PISSA = Init(
     fill=_pissa,
     is_exact=False,
     family=r"pissa_niter_\d{1,3}",
+)
+
+
+def _olora(blank: Blank) -> Filled:
+    """W = Q·R: B is the first r columns of Q, A the first r rows of R, the base W − s·B·A.   [docs/math.md (61)]
+
+    Source:
+        Büyükakyüz 2024, arXiv:2406.01775, algorithm 1.
+    """
+    W = blank.matrices()
+    blank.check_rank(min(W.shape[1:]))
+    Q, R = torch.linalg.qr(W)
+    return Filled(*blank.laid(R[:, : blank.r], Q[..., : blank.r]))
+
+
+OLORA = Init(
+    name="olora",
+    kinds=MATRICES,
+    changes_base=True,
+    is_identity=True,
+    needs="",
+    fill=_olora,
+    is_exact=False,
+    requantises=True,
+)
+
+
+def _mica(blank: Blank) -> Filled:
+    """W = U·S·Vᵀ: B is the last r columns of U, A = 0.   [docs/math.md (68)]
+
+    Source:
+        arXiv:2604.01694 (MiCA), as PEFT has it: the adapter writes only where the base writes least.
+    """
+    W = blank.matrices()
+    blank.check_rank(min(W.shape[1:]), "MiCA requires `r` <= min(in_features, out_features)")
+    U = torch.linalg.svd(W, full_matrices=False).U
+    A, B = zeros(blank, blank.A_shape), U[..., -blank.r :]
+    return Filled(A, blank.laid(A.reshape(W.shape[0], blank.r, -1), B)[1])
+
+
+MICA = Init(
+    name="mica",
+    kinds=MATRICES,
+    changes_base=False,
+    is_identity=True,
+    needs="",
+    fill=_mica,
+    trains=frozenset({"A"}),
 )

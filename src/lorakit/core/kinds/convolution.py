@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.core.kinds.dense import LINEAR
 from lorakit.core.kinds.kind import Shape, Slot
+from lorakit.core.kinds.linear import LINEAR
 from lorakit.errors import ConfigError, MergeError
 
 _CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.kinds.dense import LINEAR
 from lorakit.core.kinds.kind import Shape, Slot, dense_delta
+from lorakit.core.kinds.linear import LINEAR
 from lorakit.errors import TargetError
 
 

@@ -1,20 +1,27 @@
 """Which merges cannot be done, found before the first change, and which sites share a weight with another module.
 
 It reads the model and changes nothing; what a merge writes is `merging`'s business.
+
+Whether a merge is exact: whether the merged model says what base and adapters say, but for roundings.
+
+It reads the model and changes nothing. What a merge that is not exact loses, `SiteMerge` measures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
-from lorakit.core.bases import NOT_WRITTEN
-from lorakit.core.layering.sitemap import copies, layers
-from lorakit.core.layering.underlying import holders, identity, set_aside
-from lorakit.core.merging.biases import check_place
-from lorakit.core.merging.merged_weight import keeps_base
-from lorakit.core.parts.ties import of_one_weight, untied_copies
+from lorakit.core.layers.bias import check_place
+from lorakit.core.layers.merged_weight import keeps_base
+from lorakit.core.merging.token_tables import check_rows
+from lorakit.core.model.base_view import holders, identity, set_aside
+from lorakit.core.model.checks import check_known
+from lorakit.core.model.index import copies, layers, state_of
+from lorakit.core.model.ties import of_one_weight, untied_copies
+from lorakit.core.quantization import NOT_WRITTEN
 from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError
 
@@ -124,3 +131,56 @@ def check_variants(model: nn.Module, names: Sequence[str]) -> None:
         here = [name for name in names if name in holder.modules_to_save]
         if len(here) > 1:
             raise MergeError(ONE_COPY.format(one=here[0], other=here[1], path=path))
+
+
+WIDE = (torch.float32, torch.float64)
+"""The dtypes of a base in which a merge is exact: those in which its sum is made anyway."""
+
+
+def why_merge_is_inexact(model: nn.Module, *names: str) -> str | None:
+    """Why merging adapters would change what the model says, or None where the merge is exact.   [docs/math.md (12)]
+
+    Exact means: in eval mode, outputs are equal within roundings of the dtype in which the base computes. (W + ΔW)·x
+    and W·x + ΔW·x are then the same sum in another order. That is so where every weight with a factor of these
+    adapters is a plain one in fp32 or wider, so that the sum of (11), which is made in that dtype, is stored as it is.
+    In bf16 and fp16 the stored weight loses what lies below its own roundings, and a quantised one far more. It does
+    not hold for products that round the weight once more, as under autocast or with TF32.
+
+    Args:
+        model: An adapted model; it is left alone.
+        names: Adapters; none means those of the default route.
+
+    Returns:
+        A sentence that names the site and the dtype, or why there can be no merge at all; None where it is exact.
+
+    Raises:
+        AdapterError: There is no such adapter.
+    """
+    state = state_of(model)
+    chosen = tuple(names or state.default.names)
+    check_known(state, chosen)
+    try:
+        check_mergeable(model, chosen, untie=False)
+        check_rows(model, chosen, untie=False)
+    except MergeError as refusal:
+        return str(refusal)
+    for path, layer in layers(model):
+        if not any(name in layer.r for name in chosen):
+            continue
+        if layer.base.quantised:
+            return (
+                f"{path} is stored as {layer.base.name}, and storing the merged weight so would lose most of what an "
+                "adapter adds."
+            )
+        dtype = layer.original().dtype
+        if dtype not in WIDE:
+            return (
+                f"{path} is {str(dtype).removeprefix('torch.')}, and a merged weight loses what lies below the "
+                "roundings of that precision. In float32 a merge is exact."
+            )
+        if layer.slot.groups > 1:
+            return (
+                f"{path} is a convolution of {layer.slot.groups} groups, whose weight has no place for what its "
+                "adapter adds."
+            )
+    return None

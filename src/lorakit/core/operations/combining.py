@@ -16,16 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.making.checks import check_allowances
-from lorakit.core.operations.combined_rows import RowReading, check_same_rows, combined_rows, row_reader
-from lorakit.core.operations.gains import Reading, gains_of, with_gains
-from lorakit.core.operations.joining import check_joinable, check_one_base, joined_config, shared_facts
-from lorakit.core.operations.loose import LooseAdapter, LooseFactor, loose_from_folder, loose_from_model
-from lorakit.core.operations.lowrank import Product, padded, spectrum, stacked, truncated
-from lorakit.core.operations.naming import aligned, common_targets, described
-from lorakit.core.operations.placing import put, reader_of, write
-from lorakit.core.operations.reports import MadeReport, SiteMade
-from lorakit.core.operations.ways import Way, added_up, clamped
+from lorakit.core.linalg import Product, padded, spectrum, stacked, truncated
+from lorakit.core.model.checks import check_allowances
+from lorakit.core.operations.combination_types import (
+    RowReading,
+    Way,
+    added_up,
+    check_same_rows,
+    clamped,
+    combined_rows,
+    row_reader,
+)
+from lorakit.core.operations.compatibility import check_joinable, check_one_base, joined_config, shared_facts
+from lorakit.core.operations.dora_scale import Reading, gains_of, with_gains
+from lorakit.core.operations.tensor_sources import LooseAdapter, LooseFactor, loose_from_folder, loose_from_model
+from lorakit.core.operations.writing import (
+    MadeReport,
+    SiteMade,
+    aligned,
+    common_targets,
+    described,
+    put,
+    reader_of,
+    write,
+)
 from lorakit.errors import AdapterError, ConfigError
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.files.fingerprinting import UNVERIFIABLE
-from lorakit.core.operations.loose import LooseAdapter, LooseFactor, loose_from_folder, loose_from_model
-from lorakit.core.operations.lowrank import Product, Spectrum, cosines, inner, significant, spectrum
-from lorakit.core.operations.naming import aligned
+from lorakit.core.linalg import Product, Spectrum, cosines, inner, significant, spectrum
+from lorakit.core.model.fingerprint import UNVERIFIABLE
+from lorakit.core.operations.tensor_sources import LooseAdapter, LooseFactor, loose_from_folder, loose_from_model
+from lorakit.core.operations.writing import aligned
 from lorakit.errors import AdapterError
 
 

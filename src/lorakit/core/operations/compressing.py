@@ -13,14 +13,12 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.making.checks import check_allowances
-from lorakit.core.operations.gains import Reading, gains_of
-from lorakit.core.operations.joining import check_plain_parts, shared_facts
-from lorakit.core.operations.loose import LooseAdapter, LooseFactor, loose_from_folder, loose_from_model
-from lorakit.core.operations.lowrank import Cut, Product, cut, dense_spectrum, spectrum, truncated
-from lorakit.core.operations.naming import common_targets, described
-from lorakit.core.operations.placing import put, write
-from lorakit.core.operations.reports import MadeReport, SiteMade
+from lorakit.core.linalg import Cut, Product, cut, dense_spectrum, spectrum, truncated
+from lorakit.core.model.checks import check_allowances
+from lorakit.core.operations.compatibility import check_plain_parts, shared_facts
+from lorakit.core.operations.dora_scale import Reading, gains_of
+from lorakit.core.operations.tensor_sources import LooseAdapter, LooseFactor, loose_from_folder, loose_from_model
+from lorakit.core.operations.writing import MadeReport, SiteMade, common_targets, described, put, write
 from lorakit.errors import NotYetSupported
 
 

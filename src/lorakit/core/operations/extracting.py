@@ -15,21 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.bases import base_of
-from lorakit.core.files.fingerprinting import fingerprint
-from lorakit.core.files.keys import PREFIX
+from lorakit.core.attachment.attaching import with_targets
+from lorakit.core.files.tensor_names import PREFIX
 from lorakit.core.kinds import PARAMETER, Kind
-from lorakit.core.layering.parameter_sites import bare_parameters, places_of
-from lorakit.core.layering.sitemap import Place, SiteMap, defined_parameters, find_state, survey
-from lorakit.core.layering.underlying import base_tensors
-from lorakit.core.making.attaching import with_targets
-from lorakit.core.making.checks import check_allowances
-from lorakit.core.operations.loose import BareSite, LooseAdapter, LooseFactor
-from lorakit.core.operations.lowrank import Cut, Product, dense_spectrum, factors_of, truncated
-from lorakit.core.operations.naming import described
-from lorakit.core.operations.placing import put, write
-from lorakit.core.operations.reports import MadeReport, SiteMade
-from lorakit.core.operations.sources import TensorSource, source_of_model
+from lorakit.core.linalg import Cut, Product, dense_spectrum, factors_of, truncated
+from lorakit.core.model.base_view import base_tensors
+from lorakit.core.model.checks import check_allowances
+from lorakit.core.model.fingerprint import fingerprint
+from lorakit.core.model.index import Place, SiteMap, defined_parameters, find_state, survey
+from lorakit.core.model.target_weights import bare_parameters, places_of
+from lorakit.core.operations.tensor_sources import BareSite, LooseAdapter, LooseFactor, TensorSource, source_of_model
+from lorakit.core.operations.writing import MadeReport, SiteMade, described, put, write
+from lorakit.core.quantization import base_of
 from lorakit.errors import ConfigError, ModelError, NotYetSupported
 from lorakit.targets import resolve
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.operations.gains import Reading
-from lorakit.core.operations.joining import check_plain_parts
-from lorakit.core.operations.loose import LooseFactor, loose_from_model
-from lorakit.core.operations.lowrank import Product, padded, spectrum, stacked
-from lorakit.core.operations.placing import put, reader_of
+from lorakit.core.linalg import Product, padded, spectrum, stacked
+from lorakit.core.operations.compatibility import check_plain_parts
+from lorakit.core.operations.dora_scale import Reading
+from lorakit.core.operations.tensor_sources import LooseFactor, loose_from_model
+from lorakit.core.operations.writing import put, reader_of
 from lorakit.errors import AdapterError, ConfigError
 
 

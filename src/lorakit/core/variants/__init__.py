@@ -6,7 +6,7 @@ from lorakit.config import LoraConfig
 from lorakit.core.kinds import is_for
 from lorakit.core.variants.alora import ALORA
 from lorakit.core.variants.dora import DORA, row_norms
-from lorakit.core.variants.plain import PLAIN
+from lorakit.core.variants.lora import PLAIN
 from lorakit.core.variants.variant import At, Variant
 from lorakit.errors import ConfigError
 

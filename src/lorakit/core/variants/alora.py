@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorakit.core.factor import Factor
 from lorakit.core.kinds import Kind, Slot
-from lorakit.core.layering.factor import Factor
 from lorakit.core.variants.variant import At, Variant, no_magnitude
 from lorakit.errors import MergeError, RouteError
 

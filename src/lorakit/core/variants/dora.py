@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorakit.core.bases import at_least_fp32
+from lorakit.core.factor import Factor
 from lorakit.core.kinds import Kind, Slot, spread
-from lorakit.core.layering.factor import Factor
+from lorakit.core.quantization import at_least_fp32
 from lorakit.core.variants.variant import At, Variant
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lorakit.core.factor import Factor
 from lorakit.core.kinds import Kind, Slot
-from lorakit.core.layering.factor import Factor
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from lorakit.ops.kernels.protocol import DroppingProducts
-from lorakit.ops.kernels.triton import dropping, gates, losses, norms, positions, weights
+from lorakit.ops.kernels.triton import dropping, elementwise
 
 OPTIONS = {"enable_fp_fusion": True}
 """Said, since Triton changes what it does where nothing is."""
@@ -50,7 +50,7 @@ class TritonKernels:
         grid, tile = _tiles(x)
         flags = {"HAS_W": w is not None, "FROM_ZERO": numbers[1] != 0, "AGAIN": again}
         with _on(x):
-            norms.rms[grid](x, x if w is None else w, n, rstd, *x.shape, *numbers, **flags, **tile)
+            elementwise.rms[grid](x, x if w is None else w, n, rstd, *x.shape, *numbers, **flags, **tile)
 
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
@@ -60,13 +60,13 @@ class TritonKernels:
         flags = {"HAS_W": w is not None, "HAS_ADD": add is not None}
         given = (dn, x, x if w is None else w, rstd, x if add is None else add)
         with _on(x):
-            norms.rms_backward[grid](*given, dx, *x.shape, offset, **flags, **tile)
+            elementwise.rms_backward[grid](*given, dx, *x.shape, offset, **flags, **tile)
 
     def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
         """act(first)·up, or act(first), into out; all (N, f)."""
         flags = {"ACT": act, "HAS_UP": up is not None}
         with _on(first):
-            gates.gate[_blocks(first)](
+            elementwise.gate[_blocks(first)](
                 first, first if up is None else up, out, first.numel(), **flags, BLOCK=ELEMENTWISE, **OPTIONS
             )
 
@@ -77,7 +77,7 @@ class TritonKernels:
         flags = {"ACT": act, "HAS_UP": up is not None}
         pointers = (da, first, first if up is None else up, dfirst, dfirst if dup is None else dup)
         with _on(first):
-            gates.gate_backward[_blocks(first)](*pointers, first.numel(), **flags, BLOCK=ELEMENTWISE, **OPTIONS)
+            elementwise.gate_backward[_blocks(first)](*pointers, first.numel(), **flags, BLOCK=ELEMENTWISE, **OPTIONS)
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
         """Rotary positions: x (B, T, H, D) turned, or turned back, into out, which may be x; cos, sin (…, T, rot).
@@ -95,7 +95,7 @@ class TritonKernels:
         grid = (batch * tokens, triton.cdiv(heads, sizes["HEADS"]))
         numbers = (x.stride(1), out.stride(1), tokens, heads, width, rot)
         with _on(x):
-            positions.turn[grid](x, cos, sin, out, *numbers, **flags, **sizes, **rest, **OPTIONS)
+            elementwise.turn[grid](x, cos, sin, out, *numbers, **flags, **sizes, **rest, **OPTIONS)
 
     @property
     def dropping(self) -> DroppingProducts:
@@ -140,7 +140,7 @@ class TritonKernels:
         flags, width = {"HAS_LOW": low is not None, "HAS_HIGH": high is not None}, triton.next_power_of_2(m)
         pointers = (scores, scores if low is None else low, scores if high is None else high)
         with _on(scores):
-            weights.softmax[(scores.numel() // m,)](
+            elementwise.softmax[(scores.numel() // m,)](
                 *pointers, kinds, m, **flags, WIDTH=width, num_warps=_warps(width), **OPTIONS
             )
 
@@ -149,7 +149,7 @@ class TritonKernels:
         m = ds.shape[-1]
         width = triton.next_power_of_2(m)
         with _on(ds):
-            weights.softmax_backward[(ds.numel() // m,)](
+            elementwise.softmax_backward[(ds.numel() // m,)](
                 weights_, ds, m, WIDTH=width, num_warps=_warps(width), **OPTIONS
             )
 
@@ -165,7 +165,7 @@ class TritonKernels:
         block = min(LOGITS, triton.next_power_of_2(vocabulary))
         numbers = (vocabulary, float(scale), float(cap or 1.0))
         with _on(logits):
-            losses.cross_entropy[(rows,)](
+            elementwise.cross_entropy[(rows,)](
                 logits, labels, losses_, *numbers, **flags, BLOCK=block, num_warps=_warps(block), **OPTIONS
             )
 

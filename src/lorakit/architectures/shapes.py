@@ -1,0 +1,448 @@
+"""What plan knows of a model: the names and shapes of its parts, and nothing else.
+
+A `ModelShape` comes from `lorakit.plan.catalogue` (published models) or is handed in by `lorakit.hub` (any model
+directory, read on the meta device). This module knows nothing about torch, files, adapters or cost.
+
+How the parts of three families of models lie: GPT-2, BERT, and Llama with its kin (Qwen2, Qwen3, SmolLM2).
+
+One function per family turns a handful of published sizes into the full list of sites, in the order in which
+transformers' own class has them. The tests compare each list with that class on the meta device. This module knows
+no particular model: those stand in `catalogue`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+KINDS = ("Linear", "Conv1D", "Embedding")
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """One module that an adapter can stand on.
+
+    Attributes:
+        path: Dotted path of the module, as `named_modules()` gives it.
+        kind: "Linear", "Conv1D" or "Embedding".
+        out_features: Rows of the weight in nn.Linear's orientation; for an Embedding the width of a row of its table.
+        in_features: Columns of that weight; for an Embedding the number of rows of its table.
+        dense: Whether "all-linear" takes it: a Linear or Conv1D that is not the output head.
+        bias: Whether the module has a bias of `out_features` numbers.
+        tied_to: Path of the module whose weight this one shares (its own weight is then not counted), or None.
+    """
+
+    path: str
+    kind: str
+    out_features: int
+    in_features: int
+    dense: bool = True
+    bias: bool = False
+    tied_to: str | None = None
+
+    @property
+    def weight_parameters(self) -> int:
+        """Numbers in the weight, shared or not."""
+        return self.out_features * self.in_features
+
+    @property
+    def bias_parameters(self) -> int:
+        """Numbers in the bias; 0 without one."""
+        return self.out_features if self.bias else 0
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that this module adds to the model: weight and bias, without a weight shared with another module."""
+        return (0 if self.tied_to else self.weight_parameters) + self.bias_parameters
+
+
+@dataclass(frozen=True)
+class PlainShape:
+    """A module that owns parameters but cannot carry an adapter here, such as a norm.
+
+    Attributes:
+        path: Dotted path of the module.
+        parameters: Numbers in its own parameters (not those of its children), by distinct storage.
+        biases: How many of them lie in parameters whose name contains "bias".
+        matrices: Name and shape of each of its own parameters with two axes or three, such as fused experts.
+        experts: So many experts lie in each of its parameters of three axes; 0 where it holds none.
+        in_first: They lie as (experts, in, out).
+    """
+
+    path: str
+    parameters: int
+    biases: int = 0
+    matrices: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    experts: int = 0
+    in_first: bool = False
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Names and shapes of a model; everything that plan computes comes from here.
+
+    Attributes:
+        name: What people call the model.
+        source: Where the shape was taken from: a paper, a config file, a path.
+        architecture: Class of the model in transformers, such as "GPT2LMHeadModel".
+        parameters: Exact number of parameters by distinct storage; tied weights count once.
+        hidden: Width of the residual stream.
+        layers: Number of blocks.
+        heads: Query heads of a block.
+        kv_heads: Key and value heads of a block.
+        head_dim: Width of a head.
+        intermediate: Inner width of the MLP, of experts that of each.
+        vocab: Rows of the vocabulary, which is also the width of the logits.
+        positions: Longest input that the model was made for, in tokens.
+        tied: Whether the output head shares its weight with the input embedding.
+        gated: Whether the MLP is gated (SwiGLU and kin).
+        sites: Every Linear, Conv1D and Embedding in the order of `named_modules()`.
+        others: Every other module that owns parameters, in the same order.
+        dtype: Type in which the weights are published, such as "float32".
+        causal: Whether a token sees only the tokens before it.
+        dropouts: Dropout of the base while it trains: {"embedding": p, "residual": p, "attention": p}; absent is 0.
+        published: Whether `source` names a published model; False for one that was read from disk.
+        containers: Paths of modules without parameters of their own; a target list may name one by mistake.
+        experts_per_token: Of fused experts so many see each token; 0 where there are none, or it is not known.
+    """
+
+    name: str
+    source: str
+    architecture: str
+    parameters: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    positions: int
+    tied: bool
+    gated: bool
+    sites: tuple[SiteShape, ...]
+    others: tuple[PlainShape, ...] = ()
+    dtype: str = "float32"
+    causal: bool = True
+    dropouts: dict[str, float] = field(default_factory=dict)
+    published: bool = False
+    containers: tuple[str, ...] = ()
+    experts_per_token: int = 0
+
+    @property
+    def counted_parameters(self) -> int:
+        """The sum over `sites` and `others`; equal to `parameters` where every parameter belongs to one of them."""
+        return sum(s.parameters for s in self.sites) + sum(o.parameters for o in self.others)
+
+    @property
+    def bias_parameters(self) -> int:
+        """Numbers in every parameter whose name contains "bias"."""
+        return sum(s.bias_parameters for s in self.sites) + sum(o.biases for o in self.others)
+
+    @property
+    def fused(self) -> tuple[tuple[int, int], ...]:
+        """Of each parameter that holds experts, their number and the numbers of one of them."""
+        held = (other.matrices for other in self.others if other.experts)
+        sizes = (size for matrices in held for _, size in matrices if len(size) == 3)
+        return tuple((size[0], size[1] * size[2]) for size in sizes)
+
+    def passed(self, experts: int) -> int:
+        """Through so many of a number of experts each token goes; through all where that is not known."""
+        return min(self.experts_per_token or experts, experts)
+
+    @property
+    def inner_width(self) -> int:
+        """Numbers of a token in the middle of the MLP: its inner width, once for each expert that the token passes."""
+        return self.intermediate * (self.passed(self.fused[0][0]) if self.fused else 1)
+
+    @property
+    def query_width(self) -> int:
+        """Heads × head_dim: width of the queries and of what attention returns."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """kv_heads × head_dim: width of the keys, and of the values."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Paths of the blocks, such as "model.layers.0", in order; of encoder and decoder where there are both."""
+        return tuple(dict.fromkeys(block for site in self.sites if (block := block_of(site.path)) is not None))
+
+    def site(self, path: str) -> SiteShape:
+        """The site at a path.
+
+        Args:
+            path: Dotted path of the module.
+
+        Returns:
+            The site.
+
+        Raises:
+            KeyError: No Linear, Conv1D or Embedding lies there.
+        """
+        for candidate in self.sites:
+            if candidate.path == path:
+                return candidate
+        raise KeyError(path)
+
+
+def role(path: str) -> str:
+    """What a site is for: its path without the numbers of the layers, such as "transformer.h.*.attn.c_attn".
+
+    Args:
+        path: Dotted path of a module.
+
+    Returns:
+        The path with every all-digit part replaced by "*".
+    """
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def block_of(path: str) -> str | None:
+    """The block that a module lies in: its path up to the first number, such as "transformer.h.11".
+
+    Args:
+        path: Dotted path of a module.
+
+    Returns:
+        The block's path, or None for a module outside of the blocks.
+    """
+    parts = path.split(".")
+    end = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    return None if end is None else ".".join(parts[: end + 1])
+
+
+def short_roles(paths: Iterable[str]) -> dict[str, str]:
+    """The shortest ending of each role that tells it from the others, for tables that people read.
+
+    Args:
+        paths: Dotted paths of modules.
+
+    Returns:
+        Role -> its shortest unambiguous dotted ending, such as "attn.c_proj"; numbers of layers are left out.
+    """
+    roles = list(dict.fromkeys(role(path) for path in paths))
+    words = {r: [p for p in r.split(".") if p != "*"] for r in roles}
+    short = {}
+    for r in roles:
+        for count in range(1, len(words[r]) + 1):
+            ending = words[r][-count:]
+            if sum(w[-count:] == ending for w in words.values()) == 1:
+                break
+        short[r] = ".".join(ending)
+    return short
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that a model's config.json states.
+
+    Attributes:
+        hidden: Width of the residual stream.
+        layers: Number of blocks.
+        heads: Query heads.
+        vocab: Rows of the vocabulary.
+        positions: Longest input in tokens.
+        intermediate: Inner width of the MLP; 0 means 4 × hidden.
+        kv_heads: Key and value heads; 0 means as many as query heads.
+        head_dim: Width of a head; 0 means hidden / heads.
+        tied: Whether the output head shares the input embedding.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    vocab: int
+    positions: int
+    intermediate: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    tied: bool = True
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a shape is called and where it comes from.
+
+    Attributes:
+        name: What people call the model.
+        source: Paper or config file.
+        parameters: The exact published count; the tests check it.
+        dtype: Type in which the weights are published.
+    """
+
+    name: str
+    source: str
+    parameters: int
+    dtype: str
+
+
+def gpt2(origin: Origin, sizes: Sizes) -> ModelShape:
+    """Shape of a `GPT2LMHeadModel` (Radford et al. 2019; Conv1D sites, a tied head).
+
+    Args:
+        origin: Name, source, published count, dtype.
+        sizes: From the model's config.json.
+
+    Returns:
+        The shape.
+    """
+    d, f = sizes.hidden, sizes.intermediate or 4 * sizes.hidden
+    sites = [
+        SiteShape("transformer.wte", "Embedding", d, sizes.vocab, dense=False),
+        SiteShape("transformer.wpe", "Embedding", d, sizes.positions, dense=False),
+    ]
+    others = []
+    for layer in range(sizes.layers):
+        block = f"transformer.h.{layer}"
+        others += [PlainShape(f"{block}.ln_1", 2 * d, d), PlainShape(f"{block}.ln_2", 2 * d, d)]
+        sites += [
+            SiteShape(f"{block}.attn.c_attn", "Conv1D", 3 * d, d, bias=True),
+            SiteShape(f"{block}.attn.c_proj", "Conv1D", d, d, bias=True),
+            SiteShape(f"{block}.mlp.c_fc", "Conv1D", f, d, bias=True),
+            SiteShape(f"{block}.mlp.c_proj", "Conv1D", d, f, bias=True),
+        ]
+    others.append(PlainShape("transformer.ln_f", 2 * d, d))
+    sites.append(SiteShape("lm_head", "Linear", sizes.vocab, d, dense=False, tied_to="transformer.wte"))
+    dropouts = {"embedding": 0.1, "residual": 0.1, "attention": 0.1}
+    return _shape(origin, sizes, "GPT2LMHeadModel", sites, others, dropouts=dropouts)
+
+
+def bert(origin: Origin, sizes: Sizes) -> ModelShape:
+    """Shape of a `BertModel`, encoder and pooler (Devlin et al. 2019); task heads come on top.
+
+    Args:
+        origin: Name, source, published count, dtype.
+        sizes: From the model's config.json.
+
+    Returns:
+        The shape.
+    """
+    d, f = sizes.hidden, sizes.intermediate or 4 * sizes.hidden
+    sites = [
+        SiteShape("embeddings.word_embeddings", "Embedding", d, sizes.vocab, dense=False),
+        SiteShape("embeddings.position_embeddings", "Embedding", d, sizes.positions, dense=False),
+        SiteShape("embeddings.token_type_embeddings", "Embedding", d, 2, dense=False),
+    ]
+    others = [PlainShape("embeddings.LayerNorm", 2 * d, d)]
+    for layer in range(sizes.layers):
+        block = f"encoder.layer.{layer}"
+        sites += [
+            *(SiteShape(f"{block}.attention.self.{n}", "Linear", d, d, bias=True) for n in ("query", "key", "value")),
+            SiteShape(f"{block}.attention.output.dense", "Linear", d, d, bias=True),
+            SiteShape(f"{block}.intermediate.dense", "Linear", f, d, bias=True),
+            SiteShape(f"{block}.output.dense", "Linear", d, f, bias=True),
+        ]
+        others += [
+            PlainShape(f"{block}.attention.output.LayerNorm", 2 * d, d),
+            PlainShape(f"{block}.output.LayerNorm", 2 * d, d),
+        ]
+    sites.append(SiteShape("pooler.dense", "Linear", d, d, bias=True))
+    dropouts = {"embedding": 0.1, "residual": 0.1, "attention": 0.1}
+    return _shape(origin, sizes, "BertModel", sites, others, dropouts=dropouts)
+
+
+def llama(origin: Origin, sizes: Sizes) -> ModelShape:
+    """Shape of a `LlamaForCausalLM` (Llama 3.x, SmolLM2): RMSNorm, rotary positions, SwiGLU, no biases.
+
+    Args:
+        origin: Name, source, published count, dtype.
+        sizes: From the model's config.json.
+
+    Returns:
+        The shape.
+    """
+    return _llama_like(origin, sizes, "LlamaForCausalLM")
+
+
+def qwen2(origin: Origin, sizes: Sizes) -> ModelShape:
+    """Shape of a `Qwen2ForCausalLM` (Qwen2.5): Llama's parts, with a bias on query, key and value.
+
+    Args:
+        origin: Name, source, published count, dtype.
+        sizes: From the model's config.json.
+
+    Returns:
+        The shape.
+    """
+    return _llama_like(origin, sizes, "Qwen2ForCausalLM", qkv_bias=True)
+
+
+def qwen3(origin: Origin, sizes: Sizes) -> ModelShape:
+    """Shape of a `Qwen3ForCausalLM`: Llama's parts, with a norm on each query and key head.
+
+    Args:
+        origin: Name, source, published count, dtype.
+        sizes: From the model's config.json.
+
+    Returns:
+        The shape.
+    """
+    return _llama_like(origin, sizes, "Qwen3ForCausalLM", head_norms=True)
+
+
+def _llama_like(
+    origin: Origin, sizes: Sizes, architecture: str, *, qkv_bias: bool = False, head_norms: bool = False
+) -> ModelShape:
+    d, f = sizes.hidden, sizes.intermediate
+    head_dim = sizes.head_dim or d // sizes.heads
+    q, kv = sizes.heads * head_dim, (sizes.kv_heads or sizes.heads) * head_dim
+    sites = [SiteShape("model.embed_tokens", "Embedding", d, sizes.vocab, dense=False)]
+    others = []
+    for layer in range(sizes.layers):
+        block = f"model.layers.{layer}"
+        sites += [
+            SiteShape(f"{block}.self_attn.q_proj", "Linear", q, d, bias=qkv_bias),
+            SiteShape(f"{block}.self_attn.k_proj", "Linear", kv, d, bias=qkv_bias),
+            SiteShape(f"{block}.self_attn.v_proj", "Linear", kv, d, bias=qkv_bias),
+            SiteShape(f"{block}.self_attn.o_proj", "Linear", d, q),
+            SiteShape(f"{block}.mlp.gate_proj", "Linear", f, d),
+            SiteShape(f"{block}.mlp.up_proj", "Linear", f, d),
+            SiteShape(f"{block}.mlp.down_proj", "Linear", d, f),
+        ]
+        if head_norms:
+            others += [PlainShape(f"{block}.self_attn.{n}_norm", head_dim) for n in "qk"]
+        others += [PlainShape(f"{block}.{n}_layernorm", d) for n in ("input", "post_attention")]
+    others.append(PlainShape("model.norm", d))
+    tied_to = "model.embed_tokens" if sizes.tied else None
+    sites.append(SiteShape("lm_head", "Linear", sizes.vocab, d, dense=False, tied_to=tied_to))
+    return _shape(origin, sizes, architecture, sites, others, gated=True)
+
+
+def _shape(
+    origin: Origin,
+    sizes: Sizes,
+    architecture: str,
+    sites: list[SiteShape],
+    others: list[PlainShape],
+    *,
+    gated: bool = False,
+    dropouts: dict[str, float] | None = None,
+) -> ModelShape:
+    owners = [s.path for s in sites] + [o.path for o in others]
+    parents = {p.rsplit(".", n)[0] for p in owners for n in range(1, p.count(".") + 1)}
+    return ModelShape(
+        name=origin.name,
+        source=origin.source,
+        architecture=architecture,
+        parameters=origin.parameters,
+        hidden=sizes.hidden,
+        layers=sizes.layers,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads or sizes.heads,
+        head_dim=sizes.head_dim or sizes.hidden // sizes.heads,
+        intermediate=sizes.intermediate or 4 * sizes.hidden,
+        vocab=sizes.vocab,
+        positions=sizes.positions,
+        tied=sizes.tied,
+        gated=gated,
+        sites=tuple(sites),
+        others=tuple(others),
+        dtype=origin.dtype,
+        causal=architecture != "BertModel",
+        dropouts=dropouts or {},
+        published=True,
+        containers=tuple(sorted(parents)),
+    )

@@ -1,0 +1,276 @@
+"""The configs inside a `LoraConfig`: settings of inits and variants, with PEFT's names, defaults and checks.
+
+They hold numbers and words only; what uses them lives in `lorakit.core`, and what is not built yet says so when it is
+used (`built.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from lorakit.config.types import check_types
+from lorakit.errors import ConfigError, ConfigTypeError
+
+Part = TypeVar("Part")
+
+VELORA_STARTS = ("batch_average", "batch_average_once", "random")
+
+
+def restored(field: str, value: Any, part: type[Part]) -> Part | None:
+    """A nested config as its class: what came out of JSON is a table, and its unknown keys are left out.
+
+    Args:
+        field: The field that holds it.
+        value: None, an instance, or a table of its fields.
+        part: The class.
+
+    Raises:
+        ConfigTypeError: It is none of these.
+        ConfigError: A field is not allowed.
+    """
+    if value is None or isinstance(value, part):
+        return value
+    if isinstance(value, Mapping):
+        known = {f.name for f in dataclasses.fields(part) if f.init}  # type: ignore[arg-type]
+        try:
+            return part(**{key: entry for key, entry in value.items() if key in known})
+        except ConfigError as cause:
+            raise type(cause)(f"{field}: {cause}") from None
+    raise ConfigTypeError(f"`{field}` must be a `{part.__name__}`, a dict, or None; {value!r} was given.")
+
+
+def _at_least(name: str, value: float, least: float, said: str, *, strict: bool = False) -> None:
+    if value < least or (strict and value == least):
+        raise ConfigError(f"`{name}` {said}, got {value!r}.")
+
+
+class _Typed:
+    """A config whose fields hold what they are annotated with."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass
+class LoraRuntimeConfig(_Typed):
+    """Settings of one process, never written to a file.
+
+    Attributes:
+        ephemeral_gpu_offload: Accepted; an init here runs where its site is.
+    """
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class LoftQConfig(_Typed):
+    """Settings of the init "loftq" (Li et al. 2023, arXiv:2310.08659).
+
+    Attributes:
+        loftq_bits: Bits of the quantised base.
+        loftq_iter: Alternating steps of quantising and fitting.
+    """
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
+
+
+@dataclass
+class EvaConfig(_Typed):
+    """Settings of the init "eva" (Paischer et al. 2024, arXiv:2410.07170).
+
+    Attributes:
+        rho: How much more than r one site may get; 1 keeps every rank.
+        tau: Cosine similarity at which a site's components count as settled.
+        use_label_mask: Leave positions out whose label is masked.
+        label_mask_value: The label that masks.
+        whiten: Divide components by their singular values.
+        adjust_scaling_factors: Keep the scale as it was where a rank changes.
+
+    Raises:
+        ConfigError: rho is below 1 or tau outside [0, 1].
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("rho", self.rho, 1.0, "must be >= 1.0")
+        if not 0.0 <= self.tau <= 1.0:
+            raise ConfigError(f"`tau` must be between 0.0 and 1.0, got {self.tau!r}.")
+
+
+@dataclass
+class CordaConfig(_Typed):
+    """Settings of the init "corda" (Yang et al. 2024, arXiv:2406.05223).
+
+    Attributes:
+        cache_file: Where decompositions are kept between runs.
+        covariance_file: Where covariances are kept between runs.
+        corda_method: "ipm" (adapt to the data) or "kpm" (keep what the data shows).
+        verbose: Say what is done.
+        use_float16_for_covariance: Hold covariances in half precision.
+        prune_temporary_fields: Drop what was collected once it has been used.
+    """
+
+    cache_file: str | None = None
+    covariance_file: str | None = None
+    corda_method: str = "ipm"
+    verbose: bool = False
+    use_float16_for_covariance: bool = False
+    prune_temporary_fields: bool = True
+
+
+@dataclass
+class LoraGAConfig(_Typed):
+    """Settings of the init "lora_ga" (Wang et al. 2024, arXiv:2407.05000).
+
+    Attributes:
+        direction: Which singular vectors of the gradient go to A and B: "ArBr", "A2rBr", "ArB2r" or "random".
+        scale: How they are scaled: "stable", "weight_svd", "gd_scale" or "unit".
+        stable_gamma: Gamma of the stable scale.
+    """
+
+    direction: str = "ArB2r"
+    scale: str = "stable"
+    stable_gamma: float = 16
+
+
+@dataclass
+class VeloraConfig(_Typed):
+    """Settings of VeLoRA (arXiv:2405.17991), which is not built.
+
+    Attributes:
+        num_groups: Groups into which an activation's depth is split.
+        scale: Factor on the activations that the backward rebuilds.
+        init_type: "batch_average", "batch_average_once" or "random".
+
+    Raises:
+        ConfigError: A number is not positive, or the start is unknown.
+    """
+
+    num_groups: int = 64
+    scale: float = 1.0
+    init_type: str = "batch_average"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("num_groups", self.num_groups, 0, "should be positive", strict=True)
+        _at_least("scale", self.scale, 0, "should be positive", strict=True)
+        if self.init_type not in VELORA_STARTS:
+            raise ConfigError(f"Unsupported `init_type` {self.init_type!r}; it is one of {', '.join(VELORA_STARTS)}.")
+
+
+@dataclass
+class MontecloraConfig(_Typed):
+    """Settings of MonteCLoRA, which is not built.
+
+    Attributes:
+        num_samples: Samples per forward.
+        use_entropy: Keep the weights of the samples apart.
+        dirichlet_prior: Concentration of the prior.
+        sample_scaler: Size of the noise.
+        kl_loss_weight: Weight of the divergence in the loss.
+        buffer_size: Length of the sampler's buffer.
+
+    Raises:
+        ConfigError: A number is not positive.
+    """
+
+    num_samples: int = 8
+    use_entropy: bool = False
+    dirichlet_prior: float = 0.1
+    sample_scaler: float = 1e-4
+    kl_loss_weight: float = 1e-5
+    buffer_size: int = 150
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_samples", "dirichlet_prior", "buffer_size"):
+            _at_least(name, getattr(self, name), 0, "must be greater than 0", strict=True)
+
+
+@dataclass
+class BdLoraConfig(_Typed):
+    """Settings of BD-LoRA, which is not built.
+
+    Attributes:
+        target_modules_bd_a: Names of sites whose A is block-diagonal.
+        target_modules_bd_b: Names of sites whose B is block-diagonal.
+        nblocks: Blocks per factor.
+        match_strict: Every site must be in one of the lists.
+
+    Raises:
+        ConfigError: A name is in both lists.
+    """
+
+    target_modules_bd_a: list[str] | None = None
+    target_modules_bd_b: list[str] | None = None
+    nblocks: int = 1
+    match_strict: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        both = sorted(set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ()))
+        if both:
+            raise ConfigError(f"Found overlapping modules in target_modules_bd lists: {', '.join(both)}.")
+
+
+@dataclass
+class ArrowConfig(_Typed):
+    """Settings of Arrow routing (arXiv:2405.11157), which is not built.
+
+    Attributes:
+        top_k: Adapters that one token uses.
+        router_temperature: Temperature of the router's softmax.
+        use_gks: Subtract general knowledge first.
+        task_adapter_names: Filled when the router is made.
+        gks_adapter_names: Filled when the router is made.
+        rng_seed: Seed of its sampling.
+
+    Raises:
+        ConfigError: A number is not positive.
+    """
+
+    top_k: int = 3
+    router_temperature: float = 1.0
+    use_gks: bool = False
+    task_adapter_names: list[str] | None = field(default=None, init=False)
+    gks_adapter_names: list[str] | None = field(default=None, init=False)
+    rng_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_k <= 0:
+            raise ConfigError(f"top_k cannot be negative or zero, got {self.top_k!r}.")
+        if self.router_temperature <= 0:
+            raise ConfigError(f"router_temperature must be greater than 0, got {self.router_temperature!r}.")
+
+
+@dataclass
+class KasaConfig(_Typed):
+    """Settings of KaSA (arXiv:2412.06071), which is not built.
+
+    Attributes:
+        beta: Weight of the penalty on singular values.
+        gamma: Weight of the penalty on what is not orthogonal.
+
+    Raises:
+        ConfigError: A weight is negative.
+    """
+
+    beta: float = 1e-4
+    gamma: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("beta", self.beta, 0, "must be non-negative")
+        _at_least("gamma", self.gamma, 0, "must be non-negative")

@@ -1,0 +1,205 @@
+"""The words of a config: task types, method types, file name, the level of PEFT that is followed, and the scale rule.
+
+This file knows nothing about fields or files.
+
+Whether values are of the types that a config's fields are annotated with; what is not is named.
+
+A program may give tuples or sets for lists, and a file gives lists for tuples; a whole number is a number, true and
+false are neither, and nothing (null) is as good as false. Knows nothing of any field but its annotation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import numbers
+import os
+import types
+import typing
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
+from typing import Any
+
+from lorakit.errors import ConfigTypeError
+
+API_LEVEL = "0.22.0"
+"""The level of PEFT's interface and files that is followed here."""
+
+CONFIG_FILE = "adapter_config.json"
+BIAS_CHOICES = ("none", "all", "lora_only")
+
+
+class TaskType(str, enum.Enum):
+    """What the adapted model is for; the names are PEFT's."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftType(str, enum.Enum):
+    """PEFT's methods by name, since programs compare against them; this library is LORA alone."""
+
+    PROMPT_TUNING = "PROMPT_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+    ADAMSS = "ADAMSS"
+    BOFT = "BOFT"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    IA3 = "IA3"
+    BEFT = "BEFT"
+    LILY = "LILY"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    OFT = "OFT"
+    POLY = "POLY"
+    LN_TUNING = "LN_TUNING"
+    VERA = "VERA"
+    FROD = "FROD"
+    PVERA = "PVERA"
+    FOURIERFT = "FOURIERFT"
+    GLORA = "GLORA"
+    XLORA = "XLORA"
+    HRA = "HRA"
+    VBLORA = "VBLORA"
+    UNILORA = "UNILORA"
+    CPT = "CPT"
+    MISS = "MISS"
+    RANDLORA = "RANDLORA"
+    ROAD = "ROAD"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    HIRA = "HIRA"
+    SHIRA = "SHIRA"
+    C3A = "C3A"
+    WAVEFT = "WAVEFT"
+    OSF = "OSF"
+    DELORA = "DELORA"
+    GRALORA = "GRALORA"
+    CARTRIDGE = "CARTRIDGE"
+    TINYLORA = "TINYLORA"
+    PSOFT = "PSOFT"
+    PEANUT = "PEANUT"
+    SHADOW = "SHADOW"
+    SUPERTUNING = "SUPERTUNING"
+    DEFT = "DEFT"
+
+
+HEADS_BY_TASK: Mapping[TaskType, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+"""Heads that start untrained and so are copied and trained whole; a model has at least one of them."""
+
+
+def scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
+    """The factor before B·A: alpha / r, or alpha / √r for rsLoRA.   [docs/math.md (3), (4)]
+
+    Args:
+        r: Rank of the factor, at least 1.
+        lora_alpha: The config's alpha at this site.
+        use_rslora: Divide by the root of the rank.
+
+    Returns:
+        The scale, without unit.
+
+    Source:
+        Hu et al. 2021, arXiv:2106.09685, section 4.1; Kalajdzievski 2023, arXiv:2312.03732, eq. (4).
+    """
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+_PLAIN: Mapping[Any, tuple[type | tuple[type, ...], str]] = {
+    bool: (bool, "true or false"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: ((str, os.PathLike), "text"),
+    type(None): (type(None), "nothing"),
+}
+
+
+def check_types(config: Any, leave: Collection[str] = ()) -> None:
+    """Refuse the fields of a dataclass that hold what their annotation does not allow.
+
+    Args:
+        config: An instance.
+        leave: Names of fields that are checked elsewhere.
+
+    Raises:
+        ConfigTypeError: The first such field, what it holds and what it should.
+    """
+    for name, hint in _hints(config.__class__).items():
+        value = getattr(config, name)
+        if name not in leave and not _fits(value, hint):
+            raise ConfigTypeError(f"{name} is {value!r}; it must be {_words(hint)}.")
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """Field -> its annotation, of what lorakit itself defines; a user's subclass may have fields of its own."""
+    ours = next(part for part in kind.__mro__ if part.__module__.partition(".")[0] == "lorakit")
+    hints = typing.get_type_hints(ours)
+    return {field.name: hints[field.name] for field in dataclasses.fields(ours)}
+
+
+def plain(value: Any) -> Any:
+    """A value as a file can hold it: numbers of other libraries as Python's, ranges, arrays and generators as lists.
+
+    Args:
+        value: Of a field; lists, tuples, sets and tables stay what they are, with plain entries, and are copied.
+    """
+    if value is None or isinstance(value, (bool, str, bytes)):
+        return value
+    if isinstance(value, (numbers.Integral, numbers.Real)):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, Mapping):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return set(value)
+    if not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+        return value
+    entries = [plain(entry) for entry in value]
+    return tuple(entries) if isinstance(value, tuple) else entries
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in inside)
+    if hint in _PLAIN:
+        if hint is bool:
+            return value is None or isinstance(value, bool)
+        return isinstance(value, _PLAIN[hint][0]) and not isinstance(value, bool)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(_fits(k, inside[0]) and _fits(v, inside[1]) for k, v in value.items())
+    if origin in (list, set, tuple):
+        plain = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+        fixed = origin is tuple
+        return plain and (not fixed or len(value) == len(inside)) and all(_fits(entry, inside[0]) for entry in value)
+    return isinstance(value, hint)
+
+
+def _words(hint: Any, many: bool = False) -> str:
+    """An annotation in words: "a list of whole numbers, or nothing"."""
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return ", or ".join(dict.fromkeys(_words(option) for option in inside))
+    if hint in _PLAIN:
+        said = _PLAIN[hint][1]
+        return f"{said.removeprefix('a ')}s" if many else said
+    if origin is dict:
+        return "a table of " + ("anything" if inside[1] is Any else _words(inside[1], many=True))
+    if origin is tuple:
+        return f"{'lists' if many else 'a list'} of {len(inside)} {_words(inside[0], many=True)}"
+    if origin in (list, set):
+        return f"{'lists' if many else 'a list'} of {_words(inside[0], many=True)}"
+    return f"a {getattr(hint, '__name__', hint)}"

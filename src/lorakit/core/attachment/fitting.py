@@ -1,0 +1,296 @@
+"""Rank and alpha of a site on disk, as far as the files tell them without a model.
+
+The files name modules, not their bare parameters: which tensors are whose follows from the order in which the module
+defines them, and that is known where the model is.
+
+Compare an adapter's tensors with a model: what belongs where, and everything that does not fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.config import LoraConfig
+from lorakit.core.files.tensor_names import MAGNITUDE, PREFIX, ROWS, inside, parse
+from lorakit.core.layers.modules_to_save import ModuleCopies, biased_modules, plain_shapes
+from lorakit.core.layers.trainable_tokens import ChosenRows
+from lorakit.core.model.index import INSIDE, Place, SiteMap
+from lorakit.core.model.ties import tied_groups, with_ties
+from lorakit.core.model.token_indices import chosen_rows
+from lorakit.errors import PatternError, TargetError, nearest
+from lorakit.targets import names_path, resolve, saved_modules
+from lorakit.targets.words import literal_value
+
+
+def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
+    """The bare parameters that a site on disk may belong to, sorted; none where the module itself is a target.
+
+    Args:
+        config: The adapter's config.
+        path: The site's path on disk.
+    """
+    module, targets = path.partition(INSIDE)[0], config.target_modules
+    if not isinstance(targets, str) and any(names_path(entry, module) for entry in targets or ()):
+        return ()
+    parts = [entry.rpartition(".") for entry in config.target_parameters or ()]
+    found = {f"{module}.{name}" for holder, _, name in parts if not holder or names_path(holder, module)}
+    return tuple(sorted(found))
+
+
+@dataclass
+class Fit:
+    """Where an adapter's tensors go.
+
+    Attributes:
+        sites: Path on disk -> its place and its parts: "A" (r, in), "B" (out, r), "bias" and "magnitude" (out,).
+        saved: Paths of the modules it copies.
+        copied: (id of the original module, name inside) -> tensor's name.
+        biases: (id of a module, name of the bias) -> tensor's name.
+        rows: Rows of tables, each with its tensor's name.
+        leaders: Path of a module -> path of the one to which it is tied.
+        problems: One sentence per mismatch.
+        shape_problems: Some mismatch is one of shapes, which no allowance lifts.
+    """
+
+    sites: dict[str, tuple[Place, dict[str, Tensor]]] = field(default_factory=dict)
+    saved: tuple[str, ...] = ()
+    copied: dict[tuple[int, str], str] = field(default_factory=dict)
+    biases: dict[tuple[int, str], str] = field(default_factory=dict)
+    rows: list[tuple[ChosenRows, str]] = field(default_factory=list)
+    leaders: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    shape_problems: bool = False
+
+    def outer_paths(self) -> set[str]:
+        """Paths in the plain base of the modules that get factors."""
+        return {place.outer for place, _ in self.sites.values()}
+
+
+def fit(
+    tensors: Mapping[str, Tensor],
+    config: LoraConfig,
+    site_map: SiteMap,
+    bare: Mapping[str, Place] | None = None,
+    model: nn.Module | None = None,
+) -> Fit:
+    """Find the place of every tensor.
+
+    Args:
+        tensors: Name on disk -> tensor (…).
+        config: The adapter's config.
+        site_map: The model's map.
+        bare: Path on disk -> place, of the bare parameters that the config names.
+        model: The model, where it shall say which table `trainable_token_indices` means.
+
+    Returns:
+        The places, with every mismatch in `problems`.
+
+    Raises:
+        TargetError: Rows of tables are named that cannot be trained here.
+        ConfigError: Likewise.
+    """
+    result = Fit()
+    left = dict(tensors)
+    present: dict[str, dict[str, Tensor]] = {}
+    for name in list(left):
+        key = parse(name)
+        if key is not None and (key.part != "magnitude" or config.use_dora):
+            present.setdefault(key.path, {})[key.part] = left.pop(name)
+    expected, result.saved = _expected(config, site_map)
+    expected = None if expected is None else expected | set(bare or ())
+    _find_places(present, site_map, bare or {}, result)
+    _take_copies(left, site_map, result)
+    _take_biases(left, config, site_map, result)
+    _take_rows(left, config, site_map, model, result)
+    _check_ties(tensors, config, site_map, result)
+    _check_sites(config, expected, result)
+    extra = [name for name in left if not _known_extra(name, result)]
+    result.problems += [f"unexpected {name}{_prefix_hint(name)}" for name in extra]
+    return result
+
+
+def _expected(config: LoraConfig, site_map: SiteMap) -> tuple[set[str] | None, tuple[str, ...]]:
+    """The sites that the config names, or None where only a pattern could tell; and the modules it copies."""
+    plain = dataclasses.replace(config, rank_pattern={}, alpha_pattern={})
+    only_words = not isinstance(config.target_modules, str) or config.target_modules.lower() == "all-linear"
+    if config.target_modules is None and config.target_parameters:
+        plain.target_modules = []
+    only_words = only_words and plain.target_modules is not None
+    if not only_words or isinstance(config.exclude_modules, str):
+        plain = dataclasses.replace(plain, target_modules="all-linear", exclude_modules=None, layers_to_transform=None)
+        plain.layers_pattern = None
+    try:
+        found = resolve(site_map.candidates, plain, allow_partial=True)
+    except TargetError:
+        saved = saved_modules(site_map.candidates, plain)[0] if config.target_parameters else ()
+        return (set() if only_words else None), tuple(saved)
+    if config.ensure_weight_tying:
+        found = with_ties(None, site_map, plain, found).found
+    only_words = only_words and not isinstance(config.exclude_modules, str)
+    if not only_words:
+        return None, found.saved
+    places = [place for m in found.matches for place in site_map.places(m.path, site_map.kind(m.kind))]
+    return {place.path for place in places}, found.saved
+
+
+def _find_places(
+    present: Mapping[str, dict[str, Tensor]], site_map: SiteMap, bare: Mapping[str, Place], result: Fit
+) -> None:
+    kinds = {candidate.path: candidate.kind for candidate in site_map.candidates}
+    inside_first = sorted(present, key=lambda path: (path.partition(INSIDE)[0], -path.count(INSIDE), path))
+    for path in inside_first:  # the order in which layers are put around a module
+        outer = path.partition(INSIDE)[0]
+        places = site_map.places(outer, site_map.kind(kinds[outer])) if kinds.get(outer) else []  # type: ignore[arg-type]
+        place = bare.get(path) or next((place for place in places if place.path == path), None)
+        if place is None:
+            result.problems.append(f"unexpected site {path}{_hint(path, list(kinds))}")
+        else:
+            result.sites[path] = (place, present[path])
+
+
+def _take_copies(left: dict[str, Tensor], site_map: SiteMap, result: Fit) -> None:
+    for path in result.saved:
+        module = site_map.modules[path]
+        original = module.original_module if isinstance(module, ModuleCopies) else module
+        for leaf, shape in plain_shapes(original).items():
+            name = f"{PREFIX}{path}.{leaf}"
+            if name not in left:
+                result.problems.append(f"missing {name}")
+                continue
+            given = left.pop(name)
+            _check_shape(name, given, shape, result)
+            result.copied[(id(original), leaf)] = name
+
+
+def _take_biases(left: dict[str, Tensor], config: LoraConfig, site_map: SiteMap, result: Fit) -> None:
+    outer = result.outer_paths()
+    adapted = (f"{place.outer}.{place.child}" if place.child else place.outer for place, _ in result.sites.values())
+    depths = Counter(adapted)
+    for path, module, leaves in biased_modules(site_map.modules, outer, result.saved, config.bias):
+        for leaf in leaves:
+            # as PEFT writes it; as it does where another adapter has a layer; and as it lies in the plain base
+            ways = [inside(path, depths), path + INSIDE * max(1, depths[path]), path]
+            names = [f"{PREFIX}{way}.{leaf}" for way in ways]
+            name = next((name for name in names if name in left), names[0])
+            if name not in left:
+                result.problems.append(f"missing {name}")
+                continue
+            given = left.pop(name)
+            _check_shape(name, given, tuple(module._parameters[leaf].shape), result)  # type: ignore[union-attr]
+            result.biases[(id(module), leaf)] = name
+
+
+def _take_rows(
+    left: dict[str, Tensor], config: LoraConfig, site_map: SiteMap, model: nn.Module | None, result: Fit
+) -> None:
+    if config.trainable_token_indices is None or model is None:
+        return
+    for chosen in chosen_rows(model, site_map, config, result.outer_paths(), result.saved):
+        name = f"{PREFIX}{chosen.path}{ROWS}"
+        if name not in left:
+            result.problems.append(f"missing {name}")
+            continue
+        table: Tensor = site_map.base(chosen.path)._parameters["weight"]  # type: ignore[assignment]
+        _check_shape(name, left.pop(name), (len(chosen.indices), table.shape[1]), result)
+        result.rows.append((chosen, name))
+
+
+def _check_ties(tensors: Mapping[str, Tensor], config: LoraConfig, site_map: SiteMap, result: Fit) -> None:
+    """Find what is tied in the file; where the two are not the same there, they cannot become one."""
+    if not config.ensure_weight_tying:
+        return
+    groups = tied_groups(site_map, {*result.saved, *result.outer_paths()})
+    result.leaders = {path: leader for leader, partners in groups.items() for path in partners}
+    for path, leader in result.leaders.items():
+        pairs = [(f"{PREFIX}{path}.weight", tensors.get(f"{PREFIX}{leader}.weight"))]
+        if leader in result.sites:
+            embedding = result.sites[leader][1]
+            names = ("embedding_A", "embedding_B")
+            pairs = [(f"{PREFIX}{path}.lora_{name}", embedding.get(name[-1])) for name in names]
+            pairs += [
+                (f"{PREFIX}{path}.lora_{part}.weight", embedding[other].T if other in embedding else None)
+                for part, other in ("AB", "BA")
+            ]
+        for name, wanted in pairs:
+            if name in tensors and wanted is not None and not same_numbers(tensors[name], wanted):
+                result.problems.append(f"untied {name}: its numbers are not those of {leader}, to which it is tied")
+
+
+def same_numbers(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of any shape hold the same numbers, whatever their dtypes."""
+    return one.shape == other.shape and torch.equal(one.to(other.dtype), other)
+
+
+def _check_sites(config: LoraConfig, expected: set[str] | None, result: Fit) -> None:
+    present = set(result.sites)
+    for path in sorted(present):
+        if expected is not None and path not in expected:
+            result.problems.append(f"unexpected site {path}: the config does not name it")
+        _check_parts(config, path, result)
+    for path in sorted((expected or set()) - present):
+        result.problems.append(f"missing site {path}: the config names it, and there are no tensors for it")
+
+
+def _check_parts(config: LoraConfig, path: str, result: Fit) -> None:
+    place, parts = result.sites[path]
+    kind, slot = place.kind, place.slot
+    names = {
+        "A": kind.names[0] + kind.on_disk,
+        "B": kind.names[1] + kind.on_disk,
+        "bias": f"{kind.names[1]}.bias",
+        "magnitude": MAGNITUDE,
+    }
+    wanted = {"A", "B"} | ({"magnitude"} if config.use_dora else set()) | ({"bias"} if config.lora_bias else set())
+    lacking = sorted(wanted - set(parts))
+    result.problems += [f"missing {PREFIX}{path}.{names[part]}" for part in lacking]
+    result.problems += [f"unexpected {PREFIX}{path}.{names[part]}" for part in sorted(set(parts) - wanted)]
+    if lacking:
+        del result.sites[path]
+        return
+    rank = _rank(config, place, kind.rank(slot, tuple(parts["A"].shape)))
+    shapes = dict(zip(("A", "B"), kind.shapes(slot, rank), strict=True))
+    shapes |= {"bias": (slot.out_features,), "magnitude": kind.vector(slot)}
+    for part in sorted(wanted):
+        _check_shape(f"{path}.{names[part]}", parts[part], shapes[part], result)
+
+
+def _rank(config: LoraConfig, place: Place, found: int) -> int:
+    """The rank that a site must have; where a pattern is not a plain name, any rank that the config mentions.
+
+    A pattern names the module, or one weight of several by its own path: combined adapters have a rank for each.
+    """
+    try:
+        of_module = literal_value(config.rank_pattern, place.pattern_path, config.r)
+        return int(literal_value(config.rank_pattern, place.path, of_module))
+    except PatternError:
+        return found if found in {config.r, *config.rank_pattern.values()} else config.r
+
+
+def _check_shape(name: str, given: Tensor, wanted: Sequence[int], result: Fit) -> None:
+    if tuple(given.shape) != tuple(wanted):
+        result.problems.append(f"{name} has shape {tuple(given.shape)}, {tuple(wanted)} was expected")
+        result.shape_problems = True
+
+
+def _known_extra(name: str, result: Fit) -> bool:
+    """PEFT adds the base's matrix where embeddings are targeted, that of the head, and biases beside copied modules."""
+    if any(f"{path}.{word}." in name for path in result.saved for word in ("original_module", "modules_to_save")):
+        return True
+    path = name.removeprefix(PREFIX).removesuffix(".base_layer.weight").removesuffix(".token_adapter")
+    known = path in result.sites or path.endswith("lm_head") or any(path == chosen.path for chosen, _ in result.rows)
+    return name.endswith(".base_layer.weight") and known
+
+
+def _prefix_hint(name: str) -> str:
+    return "" if name.startswith(PREFIX) else f" (names begin with {PREFIX!r} in PEFT's format)"
+
+
+def _hint(path: str, candidates: list[str]) -> str:
+    words = nearest(path, candidates, 1)
+    return f" (nearest in this model: {words[0]})" if words else ""

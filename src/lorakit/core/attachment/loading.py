@@ -1,0 +1,307 @@
+"""Load an adapter strictly: everything is read and checked off the model, all mismatches are told at once.
+
+Which sites an adapter has follows from its tensors' names, so no pattern of a file is ever run. Only when
+nothing is wrong, or what is wrong was allowed by name, does the model change, in one step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.config import LoraConfig, scale
+from lorakit.core.attachment.attaching import publish
+from lorakit.core.attachment.build import Part, as_parameters, check_bias_of_b, check_storage, new_rows
+from lorakit.core.attachment.fitting import Fit, fit
+from lorakit.core.attachment.restoring import Past, past_of
+from lorakit.core.attachment.value_ranges import copied_tensors, filled_biases, out_of_range
+from lorakit.core.factor import Factor, factor_dtype, make_dropout
+from lorakit.core.files.adapter_folder import AdapterFiles, alpha_at, read_adapter
+from lorakit.core.files.judging import Site, implausible, judge, largest_values, nonfinite, not_finite
+from lorakit.core.files.sidecar import KINDS_KEY
+from lorakit.core.inits import trains_of
+from lorakit.core.kinds import Kind
+from lorakit.core.layers.modules_to_save import Extras, build_extras
+from lorakit.core.model.activation import set_trained
+from lorakit.core.model.checks import (
+    check_allowances,
+    check_bias_alone,
+    check_called,
+    check_new_name,
+    check_scales,
+    trainable_tensors,
+)
+from lorakit.core.model.fingerprint import DIFFERENT, compare
+from lorakit.core.model.index import SiteMap, find_state, survey
+from lorakit.core.model.merge_record import check_not_applied
+from lorakit.core.model.replication import stacked_for
+from lorakit.core.model.target_weights import check_standing, dropout_at, named_places
+from lorakit.core.model.ties import tie_copies
+from lorakit.core.model.vocabulary import room_for, way_out, without_brought_rows
+from lorakit.core.quantization import base_of
+from lorakit.core.variants import variant_for
+from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, TargetError, warn_caller
+from lorakit.targets import Match
+
+SHOWN = 6
+"""So many mismatches are named in an error."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_adapter` did.
+
+    Attributes:
+        name: The adapter.
+        config: Its config, as read.
+        sites: How many sites it has.
+        base: Verdict on the base: same, same at other precision, unverifiable, different.
+        warnings: Sentences a person should read.
+    """
+
+    name: str
+    config: LoraConfig
+    sites: int
+    base: str
+    warnings: tuple[str, ...]
+
+
+@trainable_tensors
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    trainable: bool = False,
+    allow: Collection[str] = (),
+    kinds: Iterable[Kind] = (),
+) -> LoadReport:
+    """Put a saved adapter on a model. The first adapter becomes active; later ones wait for `activate` or `use`.
+
+    Args:
+        model: The base, or a model that has adapters already. It is changed in place.
+        folder: A folder that PEFT or lorakit wrote.
+        name: The adapter's name here.
+        trainable: Go on training it; otherwise it is frozen. One whose init moved the base, written as plain LoRA,
+            moves it again then and has its own rank.
+        allow: Refusals to lift: "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init".
+        kinds: Kinds of site of the user's own that the adapter was made with.
+
+    Returns:
+        What was loaded.
+
+    Raises:
+        AdapterFileError: Files are missing or damaged, or tensors do not fit; all mismatches are named.
+        BaseMismatchError: The adapter was made on another base, or was merged into this one for good.
+        AdapterError: The name is taken or cannot be used.
+        ConfigError: A scale is odd, or a word in `allow` is unknown.
+        NotYetSupported: The adapter needs what is not built yet.
+    """
+    check_allowances(allow)
+    check_new_name(find_state(model), name)
+    files = read_adapter(folder)
+    check_not_applied(model, files.folder, files.file.sha256, allow)
+    with room_for(model, files.config, files.sidecar.base) as grown:
+        verdict, said = check_base(model, files, allow)
+        said = [*files.warnings, *(f"{files.folder}: {sentence}" for sentence in grown), *said]
+        files = dataclasses.replace(files, warnings=tuple(said))
+        sites, more = place_adapter(model, files, name, trainable, allow, kinds)
+    return LoadReport(name, files.config, sites, verdict, more)
+
+
+def check_base(model: nn.Module, files: AdapterFiles, allow: Collection[str]) -> tuple[str, list[str]]:
+    """Compare a model's base with the one that an adapter was made on.
+
+    Args:
+        model: The base, or a model that has adapters already; only read.
+        files: What was read.
+        allow: Checks to override: "base_mismatch".
+
+    Returns:
+        The verdict, and what to warn of.
+
+    Raises:
+        BaseMismatchError: It is another base.
+    """
+    known, present = without_brought_rows(model, files.config, files.sidecar.base)
+    verdict, reason, warning = compare(known, present)
+    if verdict == DIFFERENT and "base_mismatch" not in allow:
+        raise BaseMismatchError(f"{files.folder}: made on another base: {reason}. {way_out(known, present)}")
+    said = [f"{files.folder}: loaded on another base as allowed: {reason}."] if verdict == DIFFERENT else []
+    return verdict, [*said, f"{files.folder}: {warning}"] if warning else said
+
+
+@trainable_tensors
+def place_adapter(
+    model: nn.Module,
+    files: AdapterFiles,
+    name: str,
+    trainable: bool,
+    allow: Collection[str],
+    kinds: Iterable[Kind] = (),
+) -> tuple[int, tuple[str, ...]]:
+    """Put what was read onto a model; everything is checked before the first change.
+
+    Args:
+        model: The base, or a model that has adapters already.
+        files: What was read, with the warnings that shall be said.
+        name: The adapter's name here.
+        trainable: Go on training it.
+        allow: Refusals to lift: "key_mismatch", "nonfinite", "odd_scale", "recompute_init".
+        kinds: As `load_adapter`.
+
+    Returns:
+        How many sites it has, and every warning that was said.
+
+    Raises:
+        AdapterFileError: Tensors do not fit; all mismatches are named.
+        AdapterError: The name is taken or cannot be used.
+        ConfigError: A scale is odd, or biases would be trained twice.
+    """
+    state = find_state(model)
+    check_new_name(state, name)
+    config = files.config
+    check_bias_alone(state, config)
+    with stacked_for(model, config, state):
+        site_map = survey(model, kinds)
+        _check_kinds(files, site_map)
+        fitted = _fitted(model, files, site_map)
+        check_called(model, fitted.outer_paths())
+        largest = largest_values(files.file.tensors)
+        said = [*files.warnings, *_judge(files, fitted, largest, allow)]
+        past = past_of(files.folder, config, files.sidecar.began if files.is_ours else {}, trainable, allow)
+        parts = _parts(files, fitted, site_map, past, trainable)
+        check_scales([(part.place.path, part.factor.scale) for part in parts], allow)
+        extras = build_extras(site_map.modules, fitted.outer_paths(), fitted.saved, config.bias)
+        tensors = files.file.tensors
+        given = {chosen.path: tensors[key] for chosen, key in fitted.rows}
+        rows = new_rows(site_map, [chosen for chosen, _ in fitted.rows], given, trainable)
+        extras = dataclasses.replace(extras, rows=tuple(rows), leaders=fitted.leaders)
+        tie_copies(extras.copies, fitted.leaders)
+        beyond = out_of_range(files.file.tensors, largest, fitted, site_map, parts, extras)
+        said += _implausible(files, parts, fitted, largest, trainable or files.made)
+        said += _checked_range(files.folder, beyond, allow)
+        biases = _filled_copies(extras, fitted, site_map, files.file.tensors)
+        for sentence in said:  # where warnings are errors, this refuses, so it comes before any change
+            warn_caller(sentence)
+        publish(model, site_map, name, past.config.with_fields(inference_mode=not trainable), parts, extras)
+    for parameter, tensor in biases:
+        parameter.data = tensor
+    set_trained(model, {name: trainable})
+    return len(parts), tuple(said)
+
+
+def _check_kinds(files: AdapterFiles, site_map: SiteMap) -> None:
+    """Refuse an adapter that was made with a user's own kinds of site which are not given here."""
+    asked = files.sidecar.facts.get(KINDS_KEY)
+    lacking = sorted({str(name) for name in asked if str(name) not in site_map.own} if isinstance(asked, list) else ())
+    if lacking:
+        raise AdapterFileError(
+            f"{files.folder}: made with kinds of site of its user's own: {', '.join(lacking)}. Give them again: "
+            "load_adapter(..., kinds=[...])."
+        )
+
+
+def _fitted(model: nn.Module, files: AdapterFiles, site_map: SiteMap) -> Fit:
+    try:
+        bare = named_places(site_map, files.config, model)
+        fitted = fit(files.file.tensors, files.config, site_map, bare, model)
+        check_standing(site_map, [place for place, _ in fitted.sites.values()])
+    except (TargetError, ConfigError) as cause:
+        raise AdapterFileError(f"{files.folder}: {cause}") from None
+    return fitted
+
+
+def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow: Collection[str]) -> list[str]:
+    """Refuse what does not fit, all at once; what was allowed comes back as sentences."""
+    said = []
+    if fitted.problems:
+        shown = "; ".join(_some_of_each(fitted.problems))
+        more = f"; and {len(fitted.problems) - SHOWN} more" if len(fitted.problems) > SHOWN else ""
+        if fitted.shape_problems or not fitted.sites or "key_mismatch" not in allow:  # no site at all is no part
+            raise AdapterFileError(f"{files.folder}: the adapter does not fit this model: {shown}{more}.")
+        said.append(f"{files.folder}: loaded in part as allowed: {shown}{more}.")
+    bad = nonfinite(largest)
+    if bad is not None and "nonfinite" not in allow:
+        raise not_finite(files.folder, bad)
+    return said
+
+
+def _implausible(
+    files: AdapterFiles, parts: Sequence[Part], fitted: Fit, largest: Mapping[str, float], may_be_zero: bool
+) -> tuple[str, ...]:
+    """Return what is valid but implausible, as one message or none."""
+    sites = [Site(path, part.lora_alpha, part.factor.scale) for path, part in zip(fitted.sites, parts, strict=True)]
+    return implausible(files.folder, judge(files.config, sites, largest), may_be_zero)
+
+
+def _checked_range(folder: Path, beyond: Sequence[str], allow: Collection[str]) -> list[str]:
+    """Reject values that the base's dtype cannot hold; what was allowed comes back as a message."""
+    if not beyond:
+        return []
+    more = f"; and {len(beyond) - SHOWN} more" if len(beyond) > SHOWN else ""
+    sentence = f"{folder}: values would be infinite in this base: {'; '.join(beyond[:SHOWN])}{more}."
+    if "nonfinite" not in allow:
+        raise AdapterFileError(
+            f"{sentence} Take an earlier checkpoint or a base of a wider dtype, or allow 'nonfinite'."
+        )
+    return [sentence]
+
+
+def _some_of_each(problems: Sequence[str]) -> list[str]:
+    """The first few mismatches, of each sort some: what is missing means little without what came instead."""
+    sorts: dict[str, list[str]] = {}
+    for sentence in problems:
+        word = sentence.partition(" ")[0]
+        sorts.setdefault(word if word in {"missing", "unexpected"} else "shape", []).append(sentence)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*sorts.values()))
+    return [sentence for sentence in turns if sentence is not None][:SHOWN]
+
+
+def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, past: Past, trainable: bool) -> list[Part]:
+    config, parts = files.config, []
+    trains = trains_of(config)
+    for path, (place, tensors) in fitted.sites.items():
+        check_bias_of_b(config, place)
+        check_storage(site_map, place)
+        kind, slot = place.kind, place.slot
+        module, parameter = site_map.holder(place), slot.parameter
+        device, dtype = base_of(module, parameter).device(module, parameter), factor_dtype(module, parameter)
+        own: dict[str, Any] = {part: t.to(device=device, dtype=dtype, copy=True) for part, t in tensors.items()}
+        before = past.sites.get(path, {})
+        r = int(before.get("r", kind.rank(slot, own["A"].shape)))
+        alpha = float(before["lora_alpha"]) if before else alpha_at(files, path, place.pattern_path)
+        factor_scale = scale(r, alpha, config.use_rslora)
+        stored = initial = None
+        if past.moves:
+            match = Match(place.outer, kind.name, r, alpha, "")
+            moved = past.moved(site_map, place, path, (own["A"], own["B"]), match)
+            own["A"], own["B"], stored, initial = moved.A, moved.B, moved.stored, moved.initial
+        variant = variant_for(config, kind.name, path)
+        dropout = make_dropout(dropout_at(config, place, module))
+        vector = own["magnitude"].view(kind.vector(slot)) if "magnitude" in own else None
+        factor = Factor(own["A"], own["B"], factor_scale, dropout, variant.name, vector, own.get("bias"))
+        parts.append(Part(place, as_parameters(factor, trainable, trains), r, alpha, stored, trains, initial))
+    return parts
+
+
+def _filled_copies(
+    extras: Extras, fitted: Fit, site_map: SiteMap, tensors: Mapping[str, Tensor]
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """Put the file's numbers into the copies, which are not in the model yet; each bias with what it will hold."""
+    with torch.no_grad():
+        for own, name in copied_tensors(extras, fitted, site_map):
+            own.copy_(tensors[name])
+    found: list[tuple[nn.Parameter, Tensor]] = []
+    for module, leaf, old, name in filled_biases(extras, fitted):
+        parameter: nn.Parameter = module._parameters[leaf]  # type: ignore[assignment]
+        found.append((parameter, tensors[name].to(device=old.device, dtype=old.dtype, copy=True)))
+    return found

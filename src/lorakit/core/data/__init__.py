@@ -1,1 +1,0 @@
-"""What data says about a base: collected inputs and gradients, inits and ranks from them."""

@@ -1,0 +1,106 @@
+"""What one adapter holds at one site: the modules that carry A, B and a magnitude, and the view that arithmetic reads.
+
+A and B lie in nn.Linear orientation, A (r, in) and B (out, r), whatever the base's own weight looks like. The
+modules only carry parameters under the field's names; their `forward` is not used here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.quantization import is_computed
+
+HOLDERS: Mapping[str, type[nn.ModuleDict | nn.ParameterDict]] = {
+    "lora_dropout": nn.ModuleDict,
+    "lora_A": nn.ModuleDict,
+    "lora_B": nn.ModuleDict,
+    "lora_embedding_A": nn.ParameterDict,
+    "lora_embedding_B": nn.ParameterDict,
+    "lora_magnitude_vector": nn.ModuleDict,
+}
+"""Attributes that hold something per adapter; each is made when it is first asked for, since most layers need three."""
+
+TRAINED = tuple(name for name in HOLDERS if name != "lora_dropout")
+"""Those of HOLDERS that hold parameters, A's and B's first."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One adapter at one site, as arithmetic sees it.
+
+    Attributes:
+        A: Down projection, (r, in).
+        B: Up projection, (out, r).
+        scale: alpha / r, or alpha / √r for rsLoRA.
+        dropout: What the input passes before A.
+        variant: Name of the row of VARIANTS.
+        magnitude: Norm per output that DoRA learns, (out,), or None.
+        bias: Bias of B, (out,), scaled like the rest (`lora_bias`), or None.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    dropout: nn.Module
+    variant: str
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class FactorWeight(nn.Linear):
+    """Carries A or B as `.weight`; an nn.Linear for programs that look for one, without its random start."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+        nn.Module.__init__(self)
+        out_features, in_features = weight.shape
+        # hundreds are made at once, and torch's own way to set an attribute is slow
+        self.__dict__.update(out_features=out_features, in_features=in_features)
+        self._parameters.update(weight=weight, bias=bias)
+
+
+class FactorKernel(nn.Module):
+    """Carries A or B of a convolution as `.weight`, (r, in, k…) or (out, r / groups, 1…)."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+
+
+def carrier(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Module:
+    """The module that carries A or B.
+
+    Args:
+        weight: A or B, (…) with two axes or more.
+        bias: Bias of B, (out,), or None.
+    """
+    return FactorWeight(weight, bias) if weight.ndim == 2 else FactorKernel(weight, bias)
+
+
+class Magnitude(nn.Module):
+    """Carries DoRA's magnitude as `.weight`, (out,)."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+def make_dropout(p: float) -> nn.Module:
+    """What an input passes before A: nothing where p is 0."""
+    return nn.Dropout(p) if p > 0 else nn.Identity()
+
+
+def factor_dtype(module: nn.Module, parameter: str) -> torch.dtype:
+    """The dtype of A and B beside a weight: fp32, or the weight's where it is wider.
+
+    Args:
+        module: The module that holds the weight.
+        parameter: Its name there.
+    """
+    weight = getattr(module, parameter) if is_computed(module, parameter) else module._parameters.get(parameter)
+    floats = weight is not None and weight.is_floating_point()
+    return torch.promote_types(weight.dtype, torch.float32) if floats else torch.float32  # type: ignore[union-attr]

@@ -1,0 +1,86 @@
+"""Kinds of dense sites: nn.Linear, transformers' Conv1D, and nn.Embedding.
+
+All have one matrix as weight. An embedding's is (V, d) in memory and (d, V) in canonical orientation: its input
+is a one-hot row, so that A (r, V) is looked up instead of multiplied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorakit.core.kinds.kind import Kind, Shape, Slot, dense_delta, first_axis
+
+
+def factor_shapes(slot: Slot, r: int) -> tuple[Shape, Shape]:
+    """Shapes of A (r, in) and B (out, r)."""
+    return (r, slot.in_features), (slot.out_features, r)
+
+
+def as_they_are(_: Slot, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) are matrices already."""
+    return A, B
+
+
+def matrix(_: Slot, W: Tensor) -> Tensor:
+    """A canonical weight (out, in) is a matrix already."""
+    return W
+
+
+def product(_: Slot, A: Tensor, B: Tensor) -> Tensor:
+    """The delta (out, in) of A (r, in) and B (out, r)."""
+    return dense_delta(A, B)
+
+
+def linear_down(_: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+    """The first half-product: x (…, in) and A (r, in) -> (…, r)."""
+    return F.linear(x, A)
+
+
+def linear_up(_: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+    """The second half-product: h (…, r) and B (out, r) -> (…, out)."""
+    return F.linear(h, B)
+
+
+def axis_of_rows(_: Slot, shape: Shape) -> int:
+    return shape[0] if shape else 0
+
+
+def flat_vector(slot: Slot) -> Shape:
+    return (slot.out_features,)
+
+
+def _linear_slots(module: Any) -> tuple[Slot, ...]:
+    return (Slot("weight", module.out_features, module.in_features),)  # a quantised weight has another shape
+
+
+def _transposed_slots(module: Any) -> tuple[Slot, ...]:
+    in_features, out_features = module.weight.shape
+    return (Slot("weight", out_features, in_features),)
+
+
+LINEAR = Kind(
+    name="Linear",
+    types=(nn.Linear, "hqq.core.quantize.HQQLinear"),
+    acts_on="input",
+    zero_side="B",
+    names=("lora_A", "lora_B"),
+    on_disk=".weight",
+    drops=True,
+    slots=_linear_slots,
+    inner=(),
+    row_axis=first_axis,
+    shapes=factor_shapes,
+    rank=axis_of_rows,
+    vector=flat_vector,
+    down=linear_down,
+    up=linear_up,
+    flat=as_they_are,
+    flat_weight=matrix,
+    delta=product,
+)
+
+CONV1D = replace(LINEAR, name="Conv1D", types=("transformers.pytorch_utils.Conv1D",), slots=_transposed_slots)

@@ -1,0 +1,298 @@
+"""What adapters of one site were when something was made of them, and whether they still are: asked for each token.
+
+A write through `.data` into the same memory leaves no trace and is not seen.
+
+Rows of one batch with different adapters, taken at once: their factors in stacks, few products for each.
+
+Plain adapters of dense sites go so where no gradient is recorded; what is left, the layer takes one by one. A stack
+holds adapters whose ranks are less than twice apart, the lower ones filled up with zeros. One adapter on all rows goes
+so under a route that keeps things: its stack is its image in the base's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter, is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as of_modules
+
+from lorakit.core.clones import is_watched, share_dropped
+from lorakit.core.factor import Factor
+from lorakit.core.kinds.kind import first_axis
+from lorakit.core.kinds.linear import linear_down, linear_up
+from lorakit.core.routing.route import Route
+from lorakit.ops.adapted import as_written, autocast
+from lorakit.ops.kernels.choosing import is_traced
+from lorakit.ops.segments import OwnRows, Routed, Segments, Way, are_few, compiled_way, way_of
+
+_VERSION, _TRAINING = attrgetter("_version"), attrgetter("training")
+_WEIGHT, _BIAS = itemgetter("weight"), itemgetter("bias")
+_ADDRESS = Tensor.__base__.data_ptr  # type: ignore[union-attr]  # Tensor's own looks for overrides first
+
+
+class Seen:
+    """Some adapters of a layer as they are now; what it remembers it also holds, so that none of it can be another.
+
+    Args:
+        layer: The site's `LoraLayer`.
+        names: The adapters, which have a factor there.
+
+    Raises:
+        KeyError: A factor is another layer's.
+        RuntimeError: Its tensors count no versions, being made in inference mode.
+        AttributeError: It has another form.
+    """
+
+    def __init__(self, layer: Any, names: Sequence[str]) -> None:
+        self._pick = pick = _picker(names)
+        down, up = (layer._modules[holder] for holder in layer.kind.names)
+        self._holders, dropouts = (*layer.kind.names, "lora_dropout"), pick(layer._modules["lora_dropout"]._modules)
+        self._modules = pick(down._modules), pick(up._modules), dropouts
+        self._down, self._up = ([module._parameters for module in side] for side in self._modules[:2])
+        self._modes = [module for module in dropouts if type(module) is not nn.Identity]
+        self._tensors = self._look()
+        self._numbers = self._count(layer, self._tensors)
+
+    def still(self, layer: Any) -> bool:
+        """Whether the adapters are the same modules and tensors, in the same place, unwritten, and act the same."""
+        pick, inside = self._pick, layer._modules
+        try:
+            for holder, modules in zip(self._holders, self._modules, strict=True):
+                if pick(inside[holder]._modules) != modules:  # tuples of the same things are equal without a look
+                    return False
+            tensors = self._look()
+            return all(map(is_, tensors, self._tensors)) and self._count(layer, tensors) == self._numbers
+        except (KeyError, RuntimeError, AttributeError):
+            return False
+
+    def _look(self) -> list[Any]:
+        """A and B of each, and B's biases, which are none."""
+        return [*map(_WEIGHT, self._down), *map(_WEIGHT, self._up), *map(_BIAS, self._up)]
+
+    def _count(self, layer: Any, tensors: list[Any]) -> list[Any]:
+        weights = tensors[: 2 * len(self._up)]
+        pick = self._pick
+        return [
+            *map(_VERSION, weights),
+            *map(_ADDRESS, weights),
+            *map(_TRAINING, self._modes),
+            pick(layer.scaling),
+            pick(layer.variant),
+        ]
+
+
+def _picker(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """What takes the values of these names out of a mapping, always as a tuple."""
+    if len(names) > 1:
+        return itemgetter(*names)
+    (name,) = names
+    return lambda mapping: (mapping[name],)
+
+
+OfRows = Sequence[tuple[str, Tensor]]
+
+WORTH_A_STACK = 4
+"""So many adapters pay for stacks that serve one forward alone, by measurement at width 576 and rank 16."""
+
+
+@dataclass(eq=False)
+class Stack:
+    """Some adapters of one site.
+
+    Attributes:
+        names: Which, in the stack's order.
+        A: Theirs times the scale, (K, r, in).
+        B: Theirs, (K, out, r), the transposed view of a (K, r, out).
+        ready: Shape of an input -> its products, under the one route that the stack is for.
+    """
+
+    names: tuple[str, ...]
+    A: Tensor
+    B: Tensor
+    ready: dict[torch.Size, Segments | OwnRows] = field(default_factory=dict)
+
+    def made_ready(self, route: Route, x: Tensor) -> Segments | OwnRows:
+        """The products with inputs like x (rows, …, in)."""
+        rows = route.routed(self.names, x.device, len(x))
+        own = compiled_way(self.A, self.B, None, rows, x) if are_few(x, rows) else None
+        made = self.ready[x.shape] = own or Segments(self.A, self.B, None, rows, self._way(x, rows), x.dtype)
+        return made
+
+    def _way(self, x: Tensor, rows: Routed) -> Way:
+        way = way_of(x, rows)
+        return way_of(x, rows, only_finite=False) if way == "masked" and not self.is_finite else way
+
+    @cached_property
+    def is_finite(self) -> bool:
+        """Whether every number is; sums tell, of which one that is too large says no as well."""
+        sums = [matrices.sum(dtype=torch.promote_types(self.A.dtype, torch.float32)) for matrices in (self.A, self.B)]
+        return bool(torch.stack(sums).isfinite().all())
+
+
+@dataclass(eq=False)
+class Stacks:
+    """What was made of the adapters of one site.
+
+    Attributes:
+        stacks: Of those that can be stacked.
+        rest: The others.
+        names: All of them.
+        absent: Adapters that some rows use and that have nothing at the site.
+        seen: What tells whether the adapters are what they were; None where that is not asked, or cannot be told.
+    """
+
+    stacks: list[Stack]
+    rest: tuple[str, ...]
+    names: tuple[str, ...]
+    absent: frozenset[str] = frozenset()
+    seen: Seen | None = None
+
+    def still(self, layer: Any) -> bool:
+        """Whether they are what would be made now for the same names."""
+        return self.seen is not None and self.seen.still(layer) and self.absent.isdisjoint(layer.r)
+
+
+def add_kept(layer: Any, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
+    """What all adapters of a route add, where it keeps things: with what is there, or for one adapter on all rows.
+
+    Args:
+        layer: The site's `LoraLayer`; nothing is merged there.
+        route: Which row has which.
+        x: The input, (rows, …, in).
+        y0: What the layer's base made of it, (rows, …, out).
+
+    Returns:
+        y₀ with what was added; or None, where nothing was, and y₀ is as it was.
+    """
+    y = _again(layer, route, x, y0)
+    if y is not None or route.rows is not None:
+        return y
+    names = [name for name in route.names if name in layer.r]
+    if len(names) != 1:
+        return None
+    y, left = add_stacked(layer, [(names[0], x)], route, x, y0)
+    return None if left else y
+
+
+def _again(layer: Any, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
+    """The short way that most tokens take: all is as it was, and inputs of this shape and dtype have come before."""
+    found: Stacks | None = (route.kept or {}).get((layer, y0.dtype))
+    if found is None or found.rest or type(x) is not Tensor or type(y0) is not Tensor or x.dtype != y0.dtype:
+        return None
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or is_traced():
+        return None
+    products = [stack.ready.get(x.shape) for stack in found.stacks]
+    if None in products or not found.still(layer):
+        return None
+    y = _own(layer, y0)
+    for each in products:
+        each.forward(x, y)  # type: ignore[union-attr]
+    return y
+
+
+def add_stacked(layer: Any, segments: OfRows, route: Route, x: Tensor, y0: Tensor) -> tuple[Tensor, OfRows]:
+    """What some adapters add on their rows of a mixed batch, as far as they can be taken at once.
+
+    Args:
+        layer: The site's `LoraLayer`.
+        segments: The adapters, which all have a factor there, and the numbers of their rows, (rows of it,).
+        route: Which row has which; where it keeps things, the stacks are made once.
+        x: The input, (rows, …, in).
+        y0: The base's output, (rows, …, out). Rows of adapters that are still to be added stay as they are in it, and
+            all of it where others may hold it.
+
+    Returns:
+        y₀ with what was added, and the segments of adapters that are still to be added.
+    """
+    kind = layer.kind
+    if torch.is_grad_enabled() or kind.down is not linear_down or kind.up is not linear_up or is_traced():
+        return y0, segments
+    x = autocast(x.to(y0.dtype))
+    if x.dtype != y0.dtype or type(x) is not Tensor or type(y0) is not Tensor or kind.row_axis is not first_axis:
+        return y0, segments
+    if x.dim() < 2 or (route.kept is None and len(segments) < WORTH_A_STACK):
+        return y0, segments
+    made = _stacks(layer, tuple(name for name, _ in segments), route, y0.dtype)
+    if not made.stacks:
+        return y0, segments
+    y = _own(layer, y0)
+    with as_written(x):
+        for stack in made.stacks:
+            (stack.ready.get(x.shape) or stack.made_ready(route, x)).forward(x, y)
+    return y, [segment for segment in segments if segment[0] in made.rest] if made.rest else ()
+
+
+def _own(layer: Any, y0: Tensor) -> Tensor:
+    """y0 (rows, …, out) where the base has just made it and nobody saw it, else a copy: it will be written to."""
+    base = layer._modules["base_layer"]
+    fresh = (
+        type(base).forward is nn.Linear.forward
+        and type(base._parameters.get("weight")) is nn.Parameter
+        and y0.is_contiguous()
+        and not is_watched(base)
+        and not of_modules._global_forward_hooks
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+    return y0 if fresh else y0.clone(memory_format=torch.contiguous_format)
+
+
+def _stacks(layer: Any, names: tuple[str, ...], route: Route, dtype: torch.dtype) -> Stacks:
+    """The stacks of these adapters: those that were kept, while the adapters are what they were."""
+    kept = route.kept
+    if kept is None:
+        return _made(layer, names, dtype)
+    found: Stacks | None = kept.get((layer, dtype))
+    if found is not None and found.names == names and found.still(layer):
+        return found
+    try:
+        seen = Seen(layer, names)  # first, so that what another thread changes meanwhile is seen next time
+    except (KeyError, RuntimeError, AttributeError):  # a factor that another makes; tensors that count no versions
+        return _made(layer, names, dtype)
+    made = kept[layer, dtype] = _made(layer, names, dtype)
+    made.seen, made.absent = seen, route.mentions.difference(names)
+    return made
+
+
+def _made(layer: Any, names: tuple[str, ...], dtype: torch.dtype) -> Stacks:
+    factors = {name: layer.factor(name) for name in names}
+    plain = {name: factor for name, factor in factors.items() if _can_be_stacked(factor)}
+    stacks = [_stack(group, plain, dtype) for group in _of_like_rank({n: len(f.A) for n, f in plain.items()})]
+    return Stacks(stacks, tuple(name for name in names if name not in plain), names)
+
+
+def _can_be_stacked(factor: Factor) -> bool:
+    tensors = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (factor.A, factor.B))
+    plain = factor.variant == "plain" and factor.bias is None
+    return tensors and plain and share_dropped(factor.dropout) == 0 and not is_watched(factor.dropout)
+
+
+def _of_like_rank(ranks: dict[str, int]) -> Iterator[list[str]]:
+    """The adapters in groups of which each wastes less than half of its room, in their own order."""
+    left = set(ranks)
+    while left:
+        highest = max(ranks[name] for name in left)
+        group = [name for name in ranks if name in left and 2 * ranks[name] > highest]
+        left.difference_update(group)
+        yield group
+
+
+def _stack(names: Sequence[str], factors: dict[str, Factor], dtype: torch.dtype) -> Stack:
+    A = _filled(factors[name].A for name in names)
+    B = _filled(factors[name].B.t() for name in names)
+    wide = torch.promote_types(A.dtype, torch.float32)
+    scales = torch.tensor([factors[name].scale for name in names], dtype=wide, device=A.device)
+    return Stack(tuple(names), (A * scales[:, None, None]).to(dtype), B.to(dtype).transpose(1, 2))
+
+
+def _filled(matrices: Iterable[Tensor]) -> Tensor:
+    """Matrices (r, n) of some ranks in one (K, highest rank, n)."""
+    found = list(matrices)
+    highest = max(map(len, found))
+    return torch.stack([F.pad(one, (0, 0, 0, highest - len(one))) if len(one) < highest else one for one in found])

@@ -1,0 +1,340 @@
+"""The table EXTRAS: parts of an adapter that are not factors: copies of modules, rows of tables, trained biases.
+
+One state selects them together with the factors. All leave the original in reach: a copied module stands
+beside it, and a trained bias remembers its old value, so that `disable` and other adapters see the base.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.kinds import kind_of
+from lorakit.core.layers.adapter_component import Switched
+from lorakit.core.layers.bias import BiasSwitch, out_projection
+from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.layers.trainable_tokens import NewRows, TokenRows
+from lorakit.core.quantization import base_of
+from lorakit.core.routing.recompute import Forwards
+from lorakit.core.routing.route import Route
+from lorakit.core.routing.state import AdapterState, resolve
+from lorakit.errors import ConfigError, ConfigTypeError, RouteError, TargetError
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+class ModuleCopies(Switched):
+    """A module with a trained copy per adapter that names it in `modules_to_save`.
+
+    Attributes:
+        original_module: The module that stood here, frozen.
+        modules_to_save: Adapter -> its copy.
+        merged_adapter: Adapter whose copy stands in for the original, or None.
+    """
+
+    def __init__(self, original: nn.Module, state: AdapterState) -> None:
+        super().__init__()
+        self.training = original.training
+        self.original_module = original
+        self.modules_to_save = nn.ModuleDict()
+        self.modules_to_save.training = original.training
+        self.merged_adapter: str | None = None
+        self.own_route: Route | None = None
+        self.state = state
+        self.forwards = Forwards()
+        state.join(self)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in {"original_module", "modules_to_save"} or name.startswith("__"):
+                raise
+            return getattr(self.selected(), name)
+
+    def put(self, name: str, duplicate: nn.Module) -> None:
+        """Add an adapter's copy.
+
+        Args:
+            name: The adapter.
+            duplicate: What `trainable_copy` made of the original.
+        """
+        self.modules_to_save[name] = duplicate
+
+    adapter_layer_names: tuple[str, ...] = ("modules_to_save",)
+    other_param_names: tuple[str, ...] = ()
+
+    def available_adapters(self) -> list[str]:
+        """Adapters that have a copy here."""
+        return list(self.modules_to_save)
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """The parameters of an adapter's copy, (…); none where it has none."""
+        return list(self.modules_to_save[name].parameters()) if name in self.modules_to_save else []
+
+    def remove(self, name: str) -> None:
+        """Drop an adapter's copy; one that is not here is no matter."""
+        if name in self.modules_to_save:
+            del self.modules_to_save[name]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that act here and have a copy, also while they are disabled."""
+        return [name for name in super().active_adapters if name in self.modules_to_save]
+
+    @property
+    def _adapters(self) -> set[str]:
+        """PEFT's name for `available_adapters`."""
+        return set(self.modules_to_save)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapter whose copy stands in for the original, as a list."""
+        return [self.merged_adapter] if self.merged_adapter is not None else []
+
+    def selected(self) -> nn.Module:
+        """The module that the state's route selects now, for attribute access from outside."""
+        return self._of(self.state.active() if self.own_route is None else self.own_route)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the selected module returns; a mixed batch goes through each module with its own rows.
+
+        Args:
+            args: What the module takes; in a mixed batch the first axis of every tensor holds the rows.
+            kwargs: Likewise.
+
+        Raises:
+            RouteError: Several copies of this module are active at once, or a mixed batch does not fit.
+        """
+        route, again = resolve(self.state, self.own_route, self.forwards)
+        output = self._of(route)(*args, **kwargs) if route.rows is None else self._mixed(route, args, kwargs)
+        if not torch.compiler.is_compiling():
+            self.forwards.note(output, route, again)
+        return output
+
+    def _of(self, route: Route) -> nn.Module:
+        copies = [name for name in route.names if name in self.modules_to_save]
+        if len(copies) > 1:
+            raise RouteError(
+                f"{' and '.join(copies)} are active together, and each has its own copy of this module "
+                "(modules_to_save). Activate one of them, or route rows to them."
+            )
+        if not copies and self.merged_adapter is not None and self.merged_adapter in route.names:
+            copies = [self.merged_adapter]
+        return self.modules_to_save[copies[0]] if copies else self.original_module
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.modules_to_save
+
+    def _mixed(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        rows = None if first is None else route.rows_of(first.shape[0])
+        if first is None or rows is None:
+            raise RouteError(
+                f"The route names {len(route.rows or ())} rows, and a copied module received "
+                f"{'no tensor' if first is None else tuple(first.shape)}. Give one adapter per row of the batch."
+            )
+        parts, order = [], []
+        for row in dict.fromkeys(rows):
+            indices = [index for index, other in enumerate(rows) if other == row]
+            chosen = torch.tensor(indices, device=first.device)
+            alone = Route((row,)) if row is not None else Route()
+            with self.state.override(alone):  # what stands inside sees these rows only
+                part = self._of(alone)(
+                    *(_rows_of(value, chosen, len(rows)) for value in args),
+                    **{key: _rows_of(value, chosen, len(rows)) for key, value in kwargs.items()},
+                )
+            parts.append(part)
+            order.extend(indices)
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise RouteError(
+                f"A copied module returns a {type(parts[0]).__name__}, whose rows cannot be put together again. "
+                "Run the rows of each adapter on their own with `use`."
+            )
+        back = torch.tensor(order, device=first.device).argsort()
+        return torch.cat(parts).index_select(0, back)
+
+
+def _rows_of(value: Any, index: Tensor, rows: int) -> Any:
+    if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
+        return value.index_select(0, index)
+    return value
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What an adapter trains beside its factors, built but not in place.
+
+    Attributes:
+        copies: Path -> trainable copy of the module there.
+        biases: Modules of the base, each with the biases it has now, (…), by name; none where only what is inside it
+            has some.
+        rows: Rows of tables.
+        leaders: Path of a module -> path of the one to which it is tied.
+    """
+
+    copies: dict[str, nn.Module]
+    biases: list[tuple[nn.Module, dict[str, Tensor]]]
+    rows: tuple[NewRows, ...] = ()
+    leaders: Mapping[str, str] = field(default_factory=dict)
+
+
+def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved: Sequence[str], bias: str) -> Extras:
+    """Make an adapter's extras off the model.
+
+    Args:
+        modules: Path -> module, of the base and of the layers and copied modules that stand in it.
+        sites: Paths of the adapter's sites.
+        saved: Paths of the modules that it copies.
+        bias: The config's `bias`: "none", "all", or "lora_only" for the sites alone.
+
+    Returns:
+        The extras. Biases of what is copied whole are not trained twice.
+
+    Raises:
+        TargetError: What shall be copied holds sites or copies of another adapter.
+        ConfigError: A bias that shall be trained has something merged into it, is a copy in a dense module's place,
+            or is no parameter (HQQ).
+    """
+    copies = {path: trainable_copy(path, modules[path]) for path in saved}
+    found = list(biased_modules(modules, sites, saved, bias))
+    standing = {id(layer.owner): layer for layer in modules.values() if isinstance(layer, LoraLayer)} if found else {}
+    for path, module, _ in found:
+        _check_untouched(path, standing.get(id(module)))
+    biases = [
+        (module, {leaf: module._parameters[leaf].detach().clone() for leaf in leaves})  # type: ignore[union-attr]
+        for _, module, leaves in found
+    ]
+    own = {id(module) for module, _ in biases}
+    for place in modules.values() if biases else ():
+        for _, module in _base_modules(place):
+            reads_inside = isinstance(module, nn.MultiheadAttention) and id(out_projection(module)) in own
+            if reads_inside and id(module) not in own:
+                biases.append((module, {}))
+                own.add(id(module))
+    return Extras(copies, biases)
+
+
+def _check_untouched(path: str, layer: LoraLayer | None) -> None:
+    """Refuse to train a bias in which merged adapters are, since what it was without them is asked for later."""
+    if layer is not None and (layer.kept_bias is not None or layer.replaced):
+        how = "with their biases (lora_bias)" if layer.kept_bias is not None else "with dense=True"
+        raise ConfigError(
+            f"The bias at {path} cannot be trained while {', '.join(layer.merged_adapters)} is merged there {how}. "
+            "Unmerge first, or set bias='none'."
+        )
+
+
+def biased_modules(
+    modules: Mapping[str, nn.Module], sites: Collection[str], saved: Sequence[str], bias: str
+) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    """The modules of the base whose biases an adapter trains; what it copies whole it does not train twice.
+
+    Args:
+        modules: As for `build_extras`; so are the others.
+        sites: Paths of the adapter's sites.
+        saved: Paths of the modules that it copies.
+        bias: The config's `bias`.
+
+    Yields:
+        Path in the plain base, module, and the names of its bias parameters.
+
+    Raises:
+        ConfigError: A bias is none of its module's parameters.
+    """
+    copied = tuple(path + "." for path in saved)
+    adapted = {*sites, *_read_by(modules, sites)} if bias == "lora_only" else set(modules)
+    for path, standing in modules.items() if bias != "none" else ():
+        if path in saved or path.startswith(copied) or path not in adapted:
+            continue
+        for inner, module in _base_modules(standing):
+            held = [leaf for leaf, p in module._parameters.items() if p is not None and "bias" in leaf]
+            # PEFT asks an adapted module for its `bias`, so that of an attention's in-projection is not among them
+            leaves = tuple(leaf for leaf in held if bias == "all" or leaf == "bias")
+            if isinstance(vars(module).get("bias"), Tensor) and base_of(module).quantised:
+                raise ConfigError(
+                    f"{path} is stored as {base_of(module).name}, whose bias is no parameter and cannot be trained. "
+                    "Set bias='none'."
+                )
+            if leaves:
+                yield f"{path}.{inner}" if inner else path, module, leaves
+
+
+def _read_by(modules: Mapping[str, nn.Module], sites: Collection[str]) -> Iterator[str]:
+    """Paths of children whose weights get factors together with those of the sites that read them."""
+    for path in sites:
+        standing = modules[path]
+        kind = kind_of(type(standing.owner if isinstance(standing, LoraLayer) else standing))
+        yield from (f"{path}.{child}" for child in (() if kind is None else kind.inner))
+
+
+def _base_modules(standing: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What of the base stands here: one module, or all under a module that another adapter copies."""
+    if isinstance(standing, ModuleCopies):
+        yield from standing.original_module.named_modules()
+    else:
+        inner = standing.original_module if isinstance(standing, TokenRows) else standing
+        yield "", inner.owner if isinstance(inner, LoraLayer) else inner
+
+
+def trainable_copy(path: str, standing: nn.Module) -> nn.Module:
+    """A copy of a module of the base, as it was before any adapter, with every number trainable; it keeps the mode.
+
+    What is quantised in it becomes plain in the copy: fewer bits cannot be trained.
+
+    Args:
+        path: Its path, for the message.
+        standing: The module, or the `ModuleCopies` that stands on it.
+
+    Raises:
+        TargetError: It holds sites or copies of another adapter.
+        ConfigTypeError: It is a mere container, whose parts the model takes out and calls itself.
+    """
+    original = standing.original_module if isinstance(standing, ModuleCopies) else standing
+    if isinstance(original, CONTAINERS):
+        raise ConfigTypeError(
+            f"modules_to_save cannot be applied to modules of type {type(original).__name__}: {path} is never called "
+            "itself, so that a copy of it would not act. Name the modules in it."
+        )
+    held = [module for module in original.modules() if isinstance(module, Switched)]
+    if held:
+        raise TargetError(
+            f"modules_to_save names {path!r}, and another adapter on this model sits inside it. One of them has to "
+            "leave the other's modules alone, or they need a model each."
+        )
+    states = [switch.state for module in original.modules() for switch in BiasSwitch.on(module)]
+    duplicate = _plain(copy.deepcopy(original, {id(state): state for state in states}))
+    for module in duplicate.modules():
+        BiasSwitch.uninstall(module, [switch.adapter for switch in BiasSwitch.on(module)])
+    for parameter in duplicate.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return duplicate
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """A module with every quantised part of it multiplied out; itself where nothing is."""
+    row = base_of(module)
+    if row.quantised:
+        return row.dense(module, row.read(module, row.stored(module, "weight")), torch.float32)
+    for name, child in module._modules.items():
+        module._modules[name] = None if child is None else _plain(child)
+    return module
+
+
+def plain_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what a trained copy of a module holds; quantised weights are plain in it."""
+    if not any(base_of(part).quantised for part in module.modules()):
+        return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    shapes = {}
+    for path, part in module.named_modules():
+        prefix = f"{path}." if path else ""
+        row, held = base_of(part), {**part._parameters, **part._buffers}
+        if row.quantised:
+            held = {"weight": row.read(part, row.stored(part, "weight")), "bias": getattr(part, "bias", None)}
+        shapes.update({prefix + name: tuple(tensor.shape) for name, tensor in held.items() if tensor is not None})
+    return shapes

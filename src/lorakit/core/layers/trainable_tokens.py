@@ -1,0 +1,356 @@
+"""Rows of an embedding that adapters train alone, and of the head that is tied to it.
+
+A row that an adapter trains replaces the base's: its numbers stand in place of W[i], they are not added. The table is
+never copied for a forward: what the base returns is mended where a trained row was looked up, or read out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorakit.core.clones import clone_with
+from lorakit.core.layers.adapter_component import Switched
+from lorakit.core.routing.recompute import Forwards
+from lorakit.core.routing.route import Route
+from lorakit.core.routing.state import AdapterState, resolve
+from lorakit.errors import MergeError, RouteError
+
+Replacement = tuple[Tensor, Tensor]
+"""Row numbers of the table, (n,), and what stands there instead, (n, d)."""
+
+
+@dataclass(frozen=True)
+class ChosenRows:
+    """Rows of one table.
+
+    Attributes:
+        path: The table's path in the plain base.
+        indices: Numbers of the rows.
+        tied: Paths of modules that share the table's weight and so act with the same rows.
+    """
+
+    path: str
+    indices: tuple[int, ...]
+    tied: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """Rows of one table, built but not in place.
+
+    Attributes:
+        chosen: Which they are.
+        rows: What stands there, (n, d).
+    """
+
+    chosen: ChosenRows
+    rows: nn.Parameter
+
+
+class TokenAdapter(nn.Module):
+    """The rows of each adapter beside the table they belong to, under the field's names.
+
+    Attributes:
+        base_layer: The embedding, or the head.
+        trainable_tokens_delta: Adapter -> its rows, (n, d).
+        token_indices: Adapter -> their numbers in the table.
+        kept: Adapter that is merged -> the base's rows in their place, (n, d), or None where they were given up.
+    """
+
+    def __init__(self, base_layer: nn.Module, leader: TokenAdapter | None = None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.trainable_tokens_delta: nn.ParameterDict = (
+            nn.ParameterDict() if leader is None else leader.trainable_tokens_delta
+        )
+        self.token_indices: dict[str, list[int]] = {} if leader is None else leader.token_indices
+        self.within: tuple[TokenRows, ...] = ()  # in a tuple, so that it is no submodule of ours
+        self.kept: dict[str, Tensor | None] = {} if leader is None else leader.kept
+        self.tied_weight: tuple[nn.Parameter, ...] = ()  # what the base shared before a merge untied it; no parameter
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapters whose rows are written into the table now."""
+        return list(self.kept)
+
+    @property
+    def merged(self) -> bool:
+        """Whether an adapter's rows are written into the table now."""
+        return bool(self.kept)
+
+    @property
+    def trainable_tokens_original(self) -> dict[str, Tensor]:
+        """Adapter -> what the base has in place of its rows, (n, d)."""
+        table = self.original(strict=False).detach()
+        return {name: table[torch.tensor(at, device=table.device)] for name, at in self.token_indices.items()}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that act here, also while they are disabled."""
+        return self.within[0].active_adapters if self.within else []
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """As `active_adapters`, PEFT's other name."""
+        return self.active_adapters
+
+    def rows(self, name: str) -> Replacement:
+        """Row numbers of an adapter, (n,), and its rows, (n, d)."""
+        rows = self.trainable_tokens_delta[name]
+        return torch.tensor(self.token_indices[name], device=rows.device), rows
+
+    def original(self, strict: bool = True) -> Tensor:
+        """The base's table without any merged rows, (V, d); the base's own parameter where nothing is merged.
+
+        Args:
+            strict: Raise where the base's rows were given up; otherwise they stay as they are.
+
+        Raises:
+            MergeError: Something is merged, and the base's rows were given up.
+        """
+        table: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        for name in [name for name, rows in self.kept.items() if strict or rows is not None]:
+            index, rows = self.given_back(name)
+            table = table.detach().index_copy(0, index.to(table.device), rows.to(table))
+        return table
+
+    def with_rows(self, names: Sequence[str]) -> Tensor:
+        """The table as some adapters have it, (V, d), with a graph to their rows."""
+        table = self.original()
+        for name in names:
+            if name in self.token_indices:
+                index, rows = self.rows(name)
+                table = table.index_copy(0, index.to(table.device), rows.to(table))
+        return table
+
+    def replacements(self, names: Sequence[str]) -> list[Replacement]:
+        """What must be put over the base's output where some adapters act, in order.
+
+        Args:
+            names: The adapters; those without rows here are no matter, and merged ones act already.
+
+        Raises:
+            RouteError: Two of them train the same row.
+        """
+        here = [name for name in names if name in self.token_indices]
+        taken: dict[int, str] = {}
+        for name in here:
+            twice = next((index for index in self.token_indices[name] if index in taken), None)
+            if twice is not None:
+                raise RouteError(
+                    f"{taken[twice]} and {name} are active together, and both train row {twice} of this table "
+                    "(trainable_token_indices). Activate one of them, or route rows of the batch to them."
+                )
+            taken |= dict.fromkeys(self.token_indices[name], name)
+        return [self.rows(name) for name in here if name not in self.kept or self.is_stale(names)]
+
+    def is_stale(self, names: Sequence[str]) -> bool:
+        """Whether the table holds rows of a merged adapter that shall not act; `names` are those that shall."""
+        return any(name not in names for name in self.kept)
+
+    def given_back(self, name: str) -> Replacement:
+        """Row numbers of a merged adapter, (n,), and what the base had there, (n, d).
+
+        Raises:
+            MergeError: The base's rows were given up.
+        """
+        kept = self.kept[name]
+        if kept is None:
+            raise MergeError(
+                f"{name} is merged into the rows of this table and the base's were not kept (keep_base=False), so the "
+                "base alone and other adapters cannot be had. Merge with keep_base=True, or load the base anew."
+            )
+        return torch.tensor(self.token_indices[name], device=kept.device), kept
+
+
+class TokenRows(Switched):
+    """An embedding, or a head tied to one, of which adapters train some rows (`trainable_token_indices`).
+
+    Attributes:
+        token_adapter: The table and the rows of each adapter.
+        follows: Its rows are those of the embedding it is tied to.
+    """
+
+    def __init__(self, table: nn.Module, state: AdapterState, leader: TokenRows | None = None) -> None:
+        super().__init__()
+        self.training = table.training
+        self.token_adapter: TokenAdapter = TokenAdapter(table, None if leader is None else leader.token_adapter)
+        self.token_adapter.within = (self,)
+        self.follows = leader is not None
+        self.own_route: Route | None = None
+        self.state = state
+        self.forwards = Forwards()
+        state.join(self)
+
+    adapter_layer_names: tuple[str, ...] = ("token_adapter.trainable_tokens_delta",)
+    other_param_names: tuple[str, ...] = ("token_adapter.token_indices", "token_adapter.trainable_tokens_original")
+
+    def leads(self, other: TokenRows) -> bool:
+        """Whether another table has its rows from here."""
+        mine, others = self.token_adapter, other.token_adapter
+        return other.follows and others.trainable_tokens_delta is mine.trainable_tokens_delta
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The base's module."""
+        return self.token_adapter.base_layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "token_adapter" or name.startswith("__"):
+                raise
+            adapter: Any = super().__getattr__("token_adapter")
+            if name == "weight":
+                active = self.state.active() if self.own_route is None else self.own_route
+                here = [n for n in active.names if n in adapter.token_indices]
+                return adapter.with_rows(here) if here or adapter.kept else adapter.base_layer.weight
+            return getattr(adapter.base_layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in {"weight", "bias"}:
+            setattr(self.token_adapter.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.token_adapter.token_indices
+
+    def put(self, name: str, indices: Sequence[int], rows: nn.Parameter) -> None:
+        """Add an adapter's rows.
+
+        Args:
+            name: The adapter.
+            indices: Their numbers in the table.
+            rows: What stands there, (n, d).
+        """
+        self.token_adapter.token_indices[name] = list(indices)
+        self.token_adapter.trainable_tokens_delta[name] = rows
+
+    def remove(self, name: str) -> None:
+        """Drop an adapter's rows, which are not merged; one that has none is no matter."""
+        if name in self.token_adapter.token_indices:
+            del self.token_adapter.token_indices[name], self.token_adapter.trainable_tokens_delta[name]
+
+    def available_adapters(self) -> list[str]:
+        """Adapters that have rows here."""
+        return list(self.token_adapter.token_indices)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that act here and have rows, also while they are disabled."""
+        return [name for name in super().active_adapters if name in self]
+
+    @property
+    def _adapters(self) -> set[str]:
+        """PEFT's name for `available_adapters`."""
+        return set(self.available_adapters())
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """The rows of an adapter, (n, d); none where it has none, or where they are those of another module."""
+        return [self.token_adapter.trainable_tokens_delta[name]] if name in self and not self.follows else []
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapters whose rows are written into the table now."""
+        return self.token_adapter.merged_adapters
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the table gives where trained rows stand in it.   [docs/math.md (91)]
+
+        Args:
+            x: Indices (…) of an embedding -> (…, d), or hidden states (…, d) of a head -> (…, V).
+            args: Passed to the base's module.
+            kwargs: Likewise.
+
+        Raises:
+            RouteError: The route cannot be known, does not fit the batch, or two adapters train the same row.
+        """
+        route, again = resolve(self.state, self.own_route, self.forwards)
+        y = self._of(route.names, x, *args, **kwargs) if route.rows is None else self._mixed(route, x, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            self.forwards.note(y, route, again)
+        return y
+
+    def _of(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output, (…, d) or (…, V), where some adapters act on every row."""
+        adapter, table = self.token_adapter, self.original_module
+        if adapter.is_stale(names):  # a clone with the whole table, so that the base's answer is its own to the bit
+            table = clone_with(table, {"weight": adapter.original()})
+        y: Tensor = table(x, *args, **kwargs)
+        mend = looked_up if isinstance(table, nn.Embedding) else read_out
+        for index, rows in adapter.replacements(names):
+            y = mend(table, x, y, index.to(x.device), rows.to(y.device))
+        return y
+
+    def _mixed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        parts, order = [], []
+        for names, index in self._parts(route, x):
+            parts.append(self._of(names, x.index_select(0, index), *args, **kwargs))
+            order.append(index)
+        return torch.cat(parts).index_select(0, torch.cat(order).argsort())
+
+    @staticmethod
+    def _parts(route: Route, x: Tensor) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        rows = route.rows_of(x.shape[0])
+        if rows is None:
+            raise RouteError(
+                f"The route names {len(route.rows or ())} rows, and a table with trained rows received "
+                f"{tuple(x.shape)}. Give one adapter per row of the batch."
+            )
+        for row in dict.fromkeys(rows):
+            index = [number for number, other in enumerate(rows) if other == row]
+            yield (() if row is None else (row,)), torch.tensor(index, device=x.device)
+
+
+def looked_up(table: Any, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """The output of an embedding with some rows of its table replaced.
+
+    Args:
+        table: The embedding.
+        x: Indices, (…).
+        y: Its output, (…, d).
+        index: Numbers of the rows, (n,).
+        rows: What stands there, (n, d).
+
+    Returns:
+        (…, d). Cost: a search among n numbers per index; the table itself is not copied.
+    """
+    numbers, order = index.sort()
+    place = torch.searchsorted(numbers, x.contiguous()).clamp_max(len(numbers) - 1)
+    hit = numbers[place] == x
+    if table.max_norm is not None:  # torch shortens long rows in place when it looks them up
+        norms = rows.norm(p=table.norm_type, dim=1, keepdim=True)
+        rows = torch.where(norms > table.max_norm, rows * (table.max_norm / (norms + 1e-7)), rows)
+    padding = table.padding_idx
+    if padding is not None:  # the row of the padding has no gradient
+        rows = torch.where((index == padding)[:, None], rows.detach(), rows)
+    new = F.embedding(order[place], rows.to(y.dtype))
+    scale = getattr(table, "embed_scale", None)  # scaled embeddings multiply what they look up
+    if scale is not None:
+        new = new * torch.as_tensor(scale, dtype=new.dtype, device=new.device)
+    return torch.where(hit[..., None], new, y)
+
+
+def read_out(table: Any, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """The output of a head with some rows of its weight replaced.
+
+    Args:
+        table: The head, a dense layer.
+        x: Hidden states, (…, d).
+        y: Its output, (…, V).
+        index: Numbers of the rows, (n,).
+        rows: What stands there, (n, d).
+
+    Returns:
+        (…, V). Cost: 2·n·d FLOPs for each position.
+    """
+    change = (rows - table.weight[index].to(rows)).to(y.dtype)  # nothing to the bit where they are the base's own
+    return y.index_add(-1, index, F.linear(x.to(y.dtype), change))

@@ -1,1 +1,0 @@
-"""From a config to an adapter on a model."""

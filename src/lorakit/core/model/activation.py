@@ -1,0 +1,252 @@
+"""Verbs on a model: which adapters act, what is trained, which prompts invoke an aLoRA.
+
+Choose which adapters act: the default, and blocks that override it; list adapters and what they train.
+
+Which parameters of adapters are trained: the one place that switches `requires_grad` of a whole adapter.
+
+What an init freezes (MiCA's B) stays frozen, whatever is switched. Knows nothing of which adapter is active.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.config import LoraConfig
+from lorakit.core.layers.adapter_component import Switched
+from lorakit.core.layers.bias import BiasSwitch
+from lorakit.core.model.checks import check_known
+from lorakit.core.model.index import find_state, state_of, walk
+from lorakit.core.routing.positions import tokens_of_call
+from lorakit.core.routing.route import BASE, Route, Starts, last_invocation
+from lorakit.core.routing.state import CheckpointContexts, Override
+from lorakit.errors import RouteError
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Make these adapters the default, together; every thread that has no override of its own uses them.
+
+    Args:
+        model: An adapted model.
+        names: Adapters; none of them means the base alone.
+
+    Raises:
+        RouteError: There is no such adapter.
+    """
+    state = state_of(model)
+    state.check(names)
+    for module in state.members():
+        if module.own_route is not None or module.aside:
+            module.own_route, module.aside = None, ()
+    state.replace_default(names)
+
+
+def use(model: nn.Module, *names: str, keep: bool = False) -> Override:
+    """A block in which these adapters act, together, on every row, in this thread or task alone.
+
+    Args:
+        model: An adapted model.
+        names: One adapter or more.
+        keep: As in `route`: where one adapter acts, its factors are kept in the base's dtype for all forwards of the
+            block.
+
+    Raises:
+        RouteError: There is no such adapter, or none was named.
+    """
+    state = state_of(model)
+    if not names:
+        raise RouteError("`use` was given no adapter. Name at least one; `disable` gives the base alone.")
+    state.check(names)
+    wanted = Route(tuple(dict.fromkeys(names)))
+    return state.override(wanted.keeping() if keep else wanted)
+
+
+def route(model: nn.Module, rows: Sequence[str | None], *, copies: int = 1, keep: bool = False) -> Override:
+    """A block in which each row of the batch has its own adapter.
+
+    Args:
+        model: An adapted model.
+        rows: One name per row of the batch, None for the base alone.
+        copies: A batch may also hold each row so many times running, as beam search repeats prompts for a decoder
+            whose encoder saw each once.
+        keep: Where no gradient is recorded, the factors of the rows' adapters are put together in stacks. Keep them for
+            all forwards of the block, as a generation wants it, until it is dropped: they take the memory of these
+            adapters in the base's dtype. Adapters that are changed meanwhile are stacked anew, but a write through
+            `.data` leaves no trace and is not seen.
+
+    Raises:
+        RouteError: There is no such adapter, no rows, or copies is below 1.
+    """
+    state = state_of(model)
+    if isinstance(rows, str) or not rows:
+        raise RouteError(f"`route` was given {rows!r}. Give a list with one adapter (or None) per row of the batch.")
+    if copies < 1:
+        raise RouteError(f"`route` was given copies={copies!r}; it must be a whole number of at least 1.")
+    state.check(rows)
+    wanted = Route(rows=tuple(rows), copies=copies)
+    return state.override(wanted.keeping() if keep else wanted)
+
+
+def disable(model: nn.Module) -> Override:
+    """A block in which the model is its original base: nothing added, nothing merged, the old biases.
+
+    Args:
+        model: An adapted model.
+
+    Raises:
+        AdapterError: The model has no adapters.
+    """
+    return state_of(model).override(BASE)
+
+
+def checkpoint_contexts(model: nn.Module) -> CheckpointContexts:
+    """A `context_fn` for non-reentrant gradient checkpointing, so that a recomputation has its forward's route.
+
+    Args:
+        model: An adapted model.
+
+    Raises:
+        AdapterError: The model has no adapters.
+    """
+    return CheckpointContexts(state_of(model))
+
+
+def adapters(model: nn.Module) -> dict[str, LoraConfig]:
+    """Name -> config of every adapter on a model, in the order they came; empty where there are none.
+
+    Args:
+        model: Any model.
+    """
+    state = find_state(model)
+    return {} if state is None else {name: dataclasses.replace(config) for name, config in state.configs.items()}
+
+
+def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of adapters that are trained.
+
+    Args:
+        model: An adapted model.
+        name: One adapter, or None for all.
+
+    Returns:
+        Pairs of a parameter's name in the model and the parameter, with `requires_grad` set; each (…) once.
+
+    Raises:
+        AdapterError: There is no such adapter.
+    """
+    state = state_of(model)
+    names = list(state.configs) if name is None else [name]
+    check_known(state, names)
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    owned = {id(p) for n in names for p in adapter_parameters(model, n)}
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) in owned:
+            found[id(parameter)] = (path, parameter)
+    return list(found.values())
+
+
+def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """Every parameter of one adapter: A, B, magnitudes, copied modules, trained biases; any shapes (…)."""
+    return parameters_by_adapter(model, [name])[name]
+
+
+def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str, list[nn.Parameter]]:
+    """`adapter_parameters` of several adapters, in one walk of the model.
+
+    Args:
+        model: An adapted model.
+        names: Adapters.
+
+    Returns:
+        Adapter -> its parameters, (…), in the model's order.
+    """
+    found: dict[str, list[nn.Parameter]] = {name: [] for name in names}
+    for _, module in walk(model):
+        if isinstance(module, Switched):
+            for name in found.keys() & set(module.available_adapters()):
+                found[name] += module.parameters_of(name)  # tied tables have the very same
+        elif module._forward_hooks:
+            for switch in BiasSwitch.on(module):
+                if switch.adapter in found:
+                    found[switch.adapter] += [module._parameters[bias] for bias in switch.originals]  # type: ignore[misc]
+    return {name: list({id(p): p for p in parameters}.values()) for name, parameters in found.items()}
+
+
+def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | None = None) -> None:
+    """Train adapters, or freeze them.
+
+    Args:
+        model: An adapted model; only `requires_grad` is changed.
+        wanted: Adapter -> whether its parameters require gradients; one that is not here is no matter.
+        others: The same for all adapters that are not named; None leaves them.
+    """
+    state = find_state(model)
+    for module in () if state is None else state.members():
+        for name in module.available_adapters():
+            flag = wanted.get(name, others)
+            if flag is not None:
+                module.set_trained(name, flag)
+    if state is not None and state.biased:
+        for _, module in walk(model):
+            for switch in BiasSwitch.on(module):
+                flag = wanted.get(switch.adapter, others)
+                for leaf in switch.originals if flag is not None else ():
+                    module._parameters[leaf].requires_grad_(flag)  # type: ignore[union-attr, arg-type]
+
+
+def invocation_offsets(
+    input_ids: Tensor, tokens: Sequence[int], attention_mask: Tensor | None = None
+) -> list[int | None]:
+    """Where an adapter begins in each row: at the last occurrence of its invocation tokens.
+
+    Args:
+        input_ids: (rows, length) or (length,).
+        tokens: Its invocation tokens.
+        attention_mask: (rows, length), 0 where there is padding; an occurrence in it is none.
+
+    Returns:
+        Per row the number of positions from there to the end of the row, or None where the tokens do not occur.
+    """
+    ids = input_ids if input_ids.ndim == 2 else input_ids[None]
+    return [int(back) or None for back in last_invocation(ids, tokens, attention_mask)]
+
+
+def invoked(
+    model: nn.Module,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    *,
+    offsets: Sequence[int | None] | None = None,
+) -> Override:
+    """A block in which aLoRA adapters begin where these prompts say, whatever tokens the forwards in it are given.
+
+    For forwards that see embeddings instead of tokens, or only a part of a text: each later position counts on.
+
+    Args:
+        model: An adapted model.
+        input_ids: The prompts, (rows, length).
+        attention_mask: (rows, length), 0 where there is padding.
+        offsets: Instead of looking for them: for each row how many positions before the end of its prompt the
+            adapter begins, or None where the row does not invoke it; the same for every adapter. Without `input_ids`
+            they count from the end of each forward's input.
+
+    Raises:
+        AdapterError: The model has no adapters.
+        RouteError: Neither prompts nor offsets are given, or they have different rows.
+    """
+    state = state_of(model)
+    length = None if input_ids is None else input_ids.shape[-1]
+    if offsets is not None:
+        backs = torch.tensor([offset or 0 for offset in offsets], dtype=torch.int64)
+        if input_ids is not None and input_ids.shape[0] != len(offsets):
+            raise RouteError(f"There are {input_ids.shape[0]} prompts and {len(offsets)} offsets; give one per prompt.")
+        return state.override(None, Starts(lambda _: backs, length, length))
+    if input_ids is None:
+        raise RouteError("`invoked` was given neither input_ids nor offsets; give it the prompts, (rows, length).")
+    prompts = input_ids
+    return state.override(
+        None, Starts(lambda name: last_invocation(prompts, tokens_of_call(state, name), attention_mask), length, length)
+    )

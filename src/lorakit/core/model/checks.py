@@ -1,0 +1,147 @@
+"""What every call on adapters checks before it touches a model: names, allowances, scales.
+
+Calls that make or write tensors, inside `torch.inference_mode`: what is made there could never be trained.
+
+A base from outside such a block gets tensors as if the block were not there. A base that was itself made in one can
+only be used in one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+
+from lorakit.config import LoraConfig
+from lorakit.core.routing.state import AdapterState
+from lorakit.errors import AdapterError, ConfigError, ModelError, TargetError
+
+ALLOWANCES = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init")
+"""The refusals that a caller can lift by name."""
+
+LARGEST_USUAL_SCALE = 1000.0
+
+WITH_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+"""Model types of transformers whose mixers hand weights to a fused kernel and do not call their modules."""
+
+READ_PAST = frozenset({"conv1d", "out_proj"})
+"""Names of those modules."""
+
+
+def check_new_name(state: AdapterState | None, name: str) -> None:
+    """Refuse a name that is taken, or that torch's module containers cannot hold.
+
+    Raises:
+        AdapterError: With the reason and what is allowed.
+    """
+    if state is not None and name in state.configs:
+        raise AdapterError(f"There is an adapter {name!r} on this model already. Detach it first or rename this one.")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_\-]{0,99}", name):
+        raise AdapterError(
+            f"{name!r} cannot be an adapter's name: up to 100 letters, digits, '_' and '-' are allowed, and no dot."
+        )
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):  # of a module also what each one holds
+        raise AdapterError(f"{name!r} cannot be an adapter's name: torch's module containers use that word themselves.")
+
+
+def check_known(state: AdapterState, names: Sequence[str]) -> None:
+    """Refuse names of adapters that are not there.
+
+    Raises:
+        AdapterError: The message lists those that are.
+    """
+    for name in names:
+        if name not in state.configs:
+            raise AdapterError(f"There is no adapter {name!r} on this model. Adapters: {', '.join(state.configs)}.")
+
+
+def check_called(model: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse modules whose weight their model's fused kernels read past them, so that factors there would do nothing.
+
+    Args:
+        model: The model; its config says what it is.
+        paths: Paths of the modules to adapt.
+
+    Raises:
+        TargetError: One of them is such a module.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    bad = sorted({path for path in paths if path.rpartition(".")[2] in READ_PAST}) if kind in WITH_MAMBA else []
+    if bad:
+        raise TargetError(
+            f"Module {bad[0]!r} is incompatible with Mamba-based models (model_type={kind!r}): their fused kernels "
+            f"read the weight of {' and '.join(sorted(READ_PAST))} themselves, so an adapter there would do nothing. "
+            "Leave it out of target_modules, or name it in exclude_modules."
+        )
+
+
+def check_allowances(allow: Collection[str]) -> None:
+    """Refuse a word in `allow` that lifts nothing.
+
+    Raises:
+        ConfigError: The message lists the words that do.
+    """
+    unknown = sorted(set(allow) - set(ALLOWANCES))
+    if unknown:
+        raise ConfigError(f"allow holds {unknown[0]!r}; it may hold {', '.join(map(repr, ALLOWANCES))}.")
+
+
+def check_scales(scales: Sequence[tuple[str, float]], allow: Collection[str]) -> None:
+    """Refuse scales that are almost always a mistake, unless "odd_scale" is allowed.
+
+    Raises:
+        ConfigError: A scale is not above 0 and at most 1000.
+    """
+    odd = [(path, value) for path, value in scales if not 0 < value <= LARGEST_USUAL_SCALE]
+    if odd and "odd_scale" not in allow:
+        path, value = odd[0]
+        raise ConfigError(
+            f"The scale at {path} is {value:g}; above 0 and at most {LARGEST_USUAL_SCALE:g} is usual. "
+            "Check lora_alpha, r and the patterns, or allow 'odd_scale'."
+        )
+
+
+def check_bias_alone(state: AdapterState | None, config: LoraConfig) -> None:
+    """Refuse a second adapter that trains the base's biases, since they exist once.
+
+    Raises:
+        ConfigError: Another adapter does so already.
+    """
+    if config.bias == "none" or state is None:
+        return
+    for name, other in state.configs.items():
+        if other.bias != "none":
+            raise ConfigError(
+                f"bias is {config.bias!r}, and adapter {name!r} trains the base's biases already: only one "
+                "adapter can. Set bias='none'."
+            )
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def trainable_tensors(function: Function) -> Function:
+    """A function over a model whose tensors can be trained on afterwards, also where it is called in inference mode.
+
+    Args:
+        function: Takes the model first.
+    """
+
+    @wraps(function)
+    def called(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inside, first = torch.is_inference_mode_enabled(), next(model.parameters(), None)
+        if (first is not None and first.is_inference()) != inside:
+            if not inside:
+                raise ModelError(
+                    f"This {type(model).__name__} was made in torch.inference_mode(), so torch neither trains it nor "
+                    "tracks it outside of such a block. Make or load it outside, or work with it inside."
+                )
+            with torch.inference_mode(False):
+                return function(model, *args, **kwargs)
+        return function(model, *args, **kwargs)
+
+    return cast(Function, called)

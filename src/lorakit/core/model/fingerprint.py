@@ -1,0 +1,357 @@
+"""What identifies a base: its architecture, its parameters' names and shapes, and samples of every tensor.
+
+Taken in milliseconds, also for large models: values at fixed positions of every floating parameter and persistent
+buffer, in the bits of their dtype. Adapters, merges and trained biases do not change it. Not seen are: a change at
+positions that are not sampled (a change of a fraction f of a tensor's values is missed with probability (1 - f)^64),
+unless the weight files are known and differ; a change of a quantized weight below what quantizing cost; buffers that
+are not saved; the model's code and config; the tokenizer; and whatever somebody does who knows the positions.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lorakit.core.model.base_samples import (
+    APART,
+    EXACT,
+    QUANTIZED,
+    Part,
+    Sample,
+    agreement,
+    listing,
+    parameter_count,
+    parts_of,
+    positions,
+    take_samples,
+)
+from lorakit.core.model.first_fingerprints import as_hex, first_agreement, first_positions, from_hex, take_first_samples
+from lorakit.core.model.weight_files import weight_file_hashes
+
+SAME, OTHER_PRECISION, UNVERIFIABLE, DIFFERENT = "same", "same at other precision", "unverifiable", "different"
+
+FIRST, VERSION = 1, 2
+"""The form that has no version field, and the form that is written."""
+
+RUNNING = frozenset({"running_mean", "running_var"})
+"""Buffers that a forward in training mode changes, and that no adapter holds."""
+
+SHOWN = 3
+"""How many tensors a reason names."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A base's identity.
+
+    Attributes:
+        architecture: Class name of the model.
+        parameters: Numbers in it; a tensor that is shared under several names counts once.
+        names_sha256: SHA-256 of the sorted names and shapes.
+        vocabulary: Rows of the input embedding, 0 if there is none.
+        dtype: dtype of most matrices, or how most of them are quantized.
+        samples: Parameter -> sample; empty if they cannot be read.
+        buffers: Persistent buffer -> sample.
+        files: Name of each weight file -> its SHA-256; empty if not known.
+        version: Form of the samples.
+    """
+
+    architecture: str
+    parameters: int
+    names_sha256: str
+    vocabulary: int
+    dtype: str
+    samples: Mapping[str, Sample]
+    buffers: Mapping[str, Sample] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    version: int = VERSION
+
+    @property
+    def bounds(self) -> dict[str, bytes]:
+        """Quantized tensor -> how far each of its samples may be from the value that was quantized, in bf16."""
+        return {name: sample.bound for name, sample in self.samples.items() if sample.bound}
+
+    def without(self, names: Collection[str]) -> Fingerprint:
+        """Return the fingerprint without samples of some parameters and buffers, such as those an adapter brings."""
+        samples = {name: sample for name, sample in self.samples.items() if name not in names}
+        buffers = {name: sample for name, sample in self.buffers.items() if name not in names}
+        return replace(self, samples=samples, buffers=buffers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, as `lorakit.json` holds them; optional fields only if there is something in them."""
+        names = ("architecture", "parameters", "names_sha256", "vocabulary", "dtype")
+        values: dict[str, Any] = {name: getattr(self, name) for name in names}
+        first = self.version == FIRST
+        text = as_hex if first else _as_text
+        bounds = {name: text(bound) for name, bound in self.bounds.items()}
+        if first:
+            values["samples"] = {name: text(sample.bits) for name, sample in self.samples.items()}
+            return {**values, "bounds": bounds} if bounds else values
+        optional = {"bounds": bounds, "buffers": _by_dtype(self.buffers), "files": dict(self.files)}
+        values |= {name: table for name, table in optional.items() if table}
+        return {**values, "version": self.version, "samples": _by_dtype(self.samples)}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Fingerprint | None:
+        """Return what `as_dict` gave; None if the values do not have that form."""
+        try:
+            return _read(dict(values))
+        except (KeyError, ValueError, TypeError, AttributeError):
+            return None
+
+
+class BaseVerdict(NamedTuple):
+    """What `compare` found.
+
+    Attributes:
+        verdict: `SAME`, `OTHER_PRECISION`, `UNVERIFIABLE` or `DIFFERENT`.
+        reason: Why, in words.
+        warning: What a user should know although the base is accepted, or "".
+    """
+
+    verdict: str
+    reason: str
+    warning: str = ""
+
+
+def fingerprint(
+    model: nn.Module,
+    read: Callable[[str], Tensor] | None = None,
+    cut: Mapping[int, int] = MappingProxyType({}),
+    *,
+    like: Fingerprint | None = None,
+    with_files: bool = False,
+) -> Fingerprint:
+    """Take the fingerprint of a model's base.
+
+    Args:
+        model: A model with or without adapters; only read.
+        read: Name -> tensor (…), for a model on the meta device whose values are elsewhere.
+        cut: Id of a tensor of the base -> how many of its rows count, if it has more.
+        like: The fingerprint to compare it with, whose form it gets.
+        with_files: Hash the weight files that the model was loaded from, if they are known.
+
+    Returns:
+        The fingerprint of what is under the adapters.
+    """
+    version = VERSION if like is None else like.version
+    parts = parts_of(model, cut)
+    parameters = {name: part for name, part in parts.items() if not part.is_buffer}
+    buffers = {name: part for name, part in parts.items() if part.is_buffer and part.is_readable(False)}
+    matrices = {name: part for name, part in parameters.items() if len(part.shape) >= 2}
+    needed = matrices if version == FIRST else parameters
+    samples: dict[str, Sample] = {}
+    if needed and all(part.is_readable(read is not None) for part in needed.values()):
+        samples = (take_first_samples if version == FIRST else take_samples)(parameters, read)
+    return Fingerprint(
+        architecture=type(_innermost(model)).__name__,
+        parameters=parameter_count(parts),
+        names_sha256=hashlib.sha256(listing(parts).encode()).hexdigest(),
+        vocabulary=min(vocabulary_of(model), *cut.values()) if cut else vocabulary_of(model),
+        dtype=_dtype(matrices or parameters, samples if read is not None else {}),
+        samples=samples,
+        buffers=take_samples(buffers, None) if version != FIRST else {},
+        files=weight_file_hashes(model) if with_files else {},
+        version=version,
+    )
+
+
+def compare(known: Fingerprint | None, present: Fingerprint, whose: str = "the adapter's") -> BaseVerdict:
+    """Compare an adapter's base with the one at hand.
+
+    Args:
+        known: The fingerprint kept with the adapter, or None.
+        present: That of the model at hand.
+        whose: Whose base it is, for the reason.
+
+    Returns:
+        The verdict, its reason, and a warning if there is one.
+    """
+    if known is None:
+        return BaseVerdict(UNVERIFIABLE, "the adapter carries no fingerprint of its base")
+    if known.architecture != present.architecture:
+        reason = f"{whose} base is a {known.architecture}, this model is a {present.architecture}"
+        return BaseVerdict(DIFFERENT, reason)
+    if known.vocabulary != present.vocabulary:
+        reason = f"{whose} base has {known.vocabulary:,} tokens, this model has {present.vocabulary:,}"
+        return BaseVerdict(DIFFERENT, reason)
+    if known.names_sha256 != present.names_sha256:
+        counts = f"{known.parameters:,} against {present.parameters:,} parameters"
+        return BaseVerdict(DIFFERENT, f"names or shapes of the base's parameters differ ({counts})")
+    if known.version != present.version:
+        return BaseVerdict(UNVERIFIABLE, "the two fingerprints have different forms, whose samples cannot be compared")
+    if not known.samples or not present.samples:
+        return BaseVerdict(UNVERIFIABLE, "the numbers of one of the bases cannot be read (quantised, or without data)")
+    if known.version == FIRST:
+        return _by_first_samples(known, present, whose)
+    return _by_files(_by_samples(known, present, whose), known, present)
+
+
+def _by_samples(known: Fingerprint, present: Fingerprint, whose: str) -> BaseVerdict:
+    found = {
+        name: agreement(known.samples[name], present.samples[name])
+        if name in known.samples and name in present.samples
+        else APART
+        for name in sorted({*known.samples, *present.samples})
+    }
+    shared = [name for name in sorted(known.buffers) if name in present.buffers]  # one may not be saved everywhere
+    found |= {name: agreement(known.buffers[name], present.buffers[name]) for name in shared}
+    apart = [name for name, how in found.items() if how == APART]
+    moved = [name for name in apart if name in shared and name.rpartition(".")[2] in RUNNING]
+    if len(apart) > len(moved):
+        return BaseVerdict(DIFFERENT, _differ([name for name in apart if name not in moved], len(found)))
+    warning = ""
+    if moved:
+        warning = (
+            f"running statistics of the base differ from those at the time of saving in {len(moved)} buffers, first "
+            f"{moved[0]}: they change in training mode, and the adapter does not hold them. Save and restore them "
+            "with the base."
+        )
+    if known.dtype != present.dtype:
+        return BaseVerdict(OTHER_PRECISION, f"{whose} base was {known.dtype}, this model is {present.dtype}", warning)
+    inexact = [how for how in found.values() if how not in (EXACT, APART)]
+    if QUANTIZED in inexact:
+        return BaseVerdict(
+            OTHER_PRECISION, "the numbers agree within what quantising cost, in one way and in another", warning
+        )
+    if inexact:
+        return BaseVerdict(
+            OTHER_PRECISION, f"{len(inexact)} of {len(found)} tensors agree after rounding to another dtype", warning
+        )
+    return BaseVerdict(SAME, "architecture, shapes and sampled numbers agree", warning)
+
+
+def _by_files(found: BaseVerdict, known: Fingerprint, present: Fingerprint) -> BaseVerdict:
+    """Add what the weight files say: they confirm or raise a doubt, and never decide."""
+    if found.verdict == DIFFERENT or not known.files or not present.files:
+        return found
+    if sorted(known.files.values()) == sorted(present.files.values()):
+        return found._replace(reason=f"{found.reason}, and the weight files are the same")
+    if found.verdict != SAME:
+        return found._replace(reason=f"{found.reason}; the weight files differ")
+    doubt = (
+        "the base's weight files differ from those at the time of saving, and all sampled numbers are the same: the "
+        "base was saved again in other files, or changed at places that are not sampled. If it was only saved again, "
+        "ignore this."
+    )
+    return found._replace(
+        reason=f"{found.reason}; the weight files differ", warning=" ".join(filter(None, (found.warning, doubt)))
+    )
+
+
+def _by_first_samples(known: Fingerprint, present: Fingerprint, whose: str) -> BaseVerdict:
+    apart, exact = [], True
+    for name, sample in known.samples.items():
+        other = present.samples.get(name)
+        if other is None or not first_agreement(sample, other):
+            apart.append(name)
+        else:
+            exact = exact and first_agreement(sample, other, slack=False)
+    if apart:
+        return BaseVerdict(DIFFERENT, _differ(apart, len(known.samples)))
+    weaker = f"only {len(known.samples)} matrices are sampled, since the fingerprint has the first form"
+    if known.dtype != present.dtype:
+        return BaseVerdict(OTHER_PRECISION, f"{whose} base was {known.dtype}, this model is {present.dtype}; {weaker}")
+    if not exact:
+        return BaseVerdict(
+            OTHER_PRECISION, f"the numbers agree within what quantising cost, in one way and in another; {weaker}"
+        )
+    return BaseVerdict(SAME, f"architecture, shapes and sampled numbers agree; {weaker}")
+
+
+def _differ(apart: list[str], total: int) -> str:
+    first = ", ".join(apart[:SHOWN])
+    return f"the numbers of {len(apart)} of {total} tensors differ: same shapes, other weights (first {first})"
+
+
+def sampled_positions(mark: Fingerprint, name: str, shape: tuple[int, ...]) -> list[int]:
+    """Return which values of a flattened tensor a fingerprint holds, in order.
+
+    Args:
+        mark: The fingerprint.
+        name: The tensor.
+        shape: Its shape in the base of the fingerprint.
+    """
+    sample = mark.samples.get(name)
+    if sample is None or not sample.bits:
+        return []
+    if mark.version == FIRST:
+        return first_positions(shape).tolist()
+    return positions([(name, shape)], len(sample.bits) // sample.torch_dtype.itemsize)[0].tolist()
+
+
+def _dtype(parts: Mapping[str, Part], read: Mapping[str, Sample]) -> str:
+    dtypes = [read[name].dtype if name in read else part.dtype for name, part in parts.items()]
+    return max(set(dtypes), key=dtypes.count) if dtypes else ""
+
+
+def _read(values: dict[str, Any]) -> Fingerprint:
+    """Return the fingerprint that JSON values describe.
+
+    Raises:
+        KeyError: A field is missing.
+        ValueError: A field does not have its form.
+        TypeError: Likewise.
+        AttributeError: Likewise.
+    """
+    version = values.pop("version", FIRST)
+    first = version == FIRST
+    bounds = dict(values.pop("bounds", {}))
+    bytes_of = from_hex if first else _from_text
+    samples, buffers = (
+        {
+            name: Sample(dtype, bytes_of(text), bytes_of(bounds.get(name, "")))
+            for dtype, named in table.items()
+            for name, text in named.items()
+        }
+        for table in (
+            {"bfloat16": values.pop("samples")} if first else values.pop("samples"),
+            values.pop("buffers", {}),
+        )
+    )
+    files = values.pop("files", {})
+    made = Fingerprint(**values, samples=samples, buffers=buffers, files=files, version=version)
+    words, numbers = (made.architecture, made.names_sha256, made.dtype), (made.parameters, made.vocabulary, version)
+    sound = all(isinstance(word, str) for word in (*words, *files, *files.values()))
+    sound = sound and all(isinstance(number, int) for number in numbers) and version in (FIRST, VERSION)
+    if not (sound and all(sample.is_sound() for sample in (*samples.values(), *buffers.values()))):
+        raise ValueError("not a fingerprint")
+    return made
+
+
+def _by_dtype(samples: Mapping[str, Sample]) -> dict[str, dict[str, str]]:
+    tables: dict[str, dict[str, str]] = {}
+    for name, sample in samples.items():
+        tables.setdefault(sample.dtype, {})[name] = _as_text(sample.bits)
+    return tables
+
+
+def _as_text(bits: bytes) -> str:
+    return base64.b64encode(bits).decode("ascii")
+
+
+def _from_text(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """Rows of a model's input embedding, 0 where it has none."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = getter() if getter is not None else None
+    except (AttributeError, NotImplementedError):  # models without one differ in how they say so
+        return 0
+    weight = getattr(embedding, "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.ndim else 0
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    """The model itself, or what a compiler's wrapper holds."""
+    original = model._modules.get("_orig_mod")
+    return original if original is not None else model

@@ -1,0 +1,168 @@
+"""Where factors of bare parameters sit: what `target_parameters` may name in a model, and their places.
+
+A module with several adapted parameters has one layer for each, the one of the parameter that is defined last
+outermost; PEFT writes them to disk in that order, without the parameters' names. An adapter's own parameters
+alone count there, whatever other adapters stand around the same module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from torch import nn
+
+from lorakit.config import LoraConfig
+from lorakit.core.kinds import PARAMETER, parameter_slot
+from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.layers.modules_to_save import ModuleCopies
+from lorakit.core.layers.moe import shows_tokens
+from lorakit.core.model.index import INSIDE, Place, SiteMap, defined_parameters, layers
+from lorakit.errors import ConfigError, TargetError
+from lorakit.targets import BareParameter, Match, targeted_parameters
+
+
+def bare_parameters(site_map: SiteMap, model: nn.Module) -> list[BareParameter]:
+    """Every parameter of the base that `target_parameters` may name, in the order of definition.
+
+    Args:
+        site_map: The model's map.
+        model: The model, whose own parameters are named too so that they can be refused.
+    """
+    owners = [("", model), *((path, site_map.base(path)) for path in site_map.modules)]
+    return [
+        BareParameter(path, name, tuple(getattr(owner, name).shape))
+        for path, owner in owners
+        for name in defined_parameters(owner)
+    ]
+
+
+def named_places(site_map: SiteMap, config: LoraConfig, model: nn.Module) -> dict[str, Place]:
+    """Path on disk -> place, of the bare parameters that a config names; its patterns are not looked at.
+
+    Args:
+        site_map: The model's map.
+        config: The config.
+        model: The model.
+
+    Raises:
+        TargetError: What it names cannot be adapted.
+    """
+    if not config.target_parameters:
+        return {}
+    plain = dataclasses.replace(config, rank_pattern={}, alpha_pattern={})
+    matches = targeted_parameters(bare_parameters(site_map, model), plain)
+    return {place.path: place for _, place in places_of(site_map, matches)}
+
+
+def places_of(site_map: SiteMap, matches: Sequence[Match]) -> list[tuple[Match, Place]]:
+    """Every weight that an adapter adapts, with the match that named it.
+
+    Args:
+        site_map: The model's map.
+        matches: All that the adapter's config names.
+
+    Returns:
+        Pairs; of one module, the place whose layer stands innermost comes first.
+
+    Raises:
+        TargetError: A module is named whole and by its parameter, by one adapter or by two.
+    """
+    found = []
+    for match in matches:
+        if not match.parameter:
+            found += [(match, place) for place in site_map.places(match.path, site_map.kind(match.kind))]
+    whole = {place.outer: match for match, place in found}
+    by_module: dict[str, list[Match]] = {}
+    for match in matches:
+        if match.parameter:
+            by_module.setdefault(match.path, []).append(match)
+    for path, named in by_module.items():
+        if path in whole:
+            _refuse(path, named[0].parameter, type(site_map.base(path)).__name__)
+        owner = site_map.base(path)
+        order = defined_parameters(owner)
+        named.sort(key=lambda match: order.index(match.parameter))
+        for depth, match in zip(range(len(named))[::-1], named, strict=True):
+            place = Place(path + INSIDE * depth, path, PARAMETER, parameter_slot(owner, match.parameter))
+            found.append((match, place))
+    check_standing(site_map, [place for _, place in found])
+    return found
+
+
+def dropout_at(config: LoraConfig, place: Place, holder: nn.Module) -> float:
+    """How much of a site's input is dropped before A.
+
+    Args:
+        config: The adapter's config.
+        place: The site.
+        holder: The base's module that holds its weight.
+
+    Raises:
+        ConfigError: Something shall be dropped, and the module never shows what its parameter is multiplied with.
+    """
+    if place.kind.drops or not config.lora_dropout:
+        return config.lora_dropout
+    if place.kind.name != PARAMETER.name:
+        return 0.0
+    if not shows_tokens(holder, place.slot.parameter):
+        raise ConfigError(
+            f"lora.ParamWrapper does not work with lora_dropout != 0: {type(holder).__name__} at {place.outer} never "
+            f"shows what its parameter {place.slot.parameter!r} is multiplied with, so nothing of it can be dropped. "
+            "Set lora_dropout=0."
+        )
+    return config.lora_dropout
+
+
+def paths_on_disk(model: nn.Module, adapter: str) -> dict[str, str]:
+    """Path in the model -> path on disk, of an adapter's sites: layers of other adapters are not there on disk.
+
+    Args:
+        model: The adapted model.
+        adapter: The adapter.
+    """
+    found = {}
+    around: dict[int, list[LoraLayer]] = {}  # id of a layer -> those around it, around the same module
+    for path, layer in layers(model):
+        outside = around.get(id(layer), [])
+        around[id(layer.base_layer)] = [*outside, layer]
+        if adapter in layer.r:
+            strangers = sum(adapter not in other.r for other in outside)
+            found[path] = path.removesuffix(INSIDE * strangers) if strangers else path
+    return found
+
+
+def check_standing(site_map: SiteMap, places: Sequence[Place]) -> None:
+    """Refuse a module that another adapter has adapted whole, where its parameter is named now, or the other way.
+
+    Args:
+        site_map: The model's map.
+        places: The places of one adapter.
+
+    Raises:
+        TargetError: The message names the module.
+    """
+    standing_at = {path for path, m in site_map.modules.items() if isinstance(m, (LoraLayer, ModuleCopies))}
+    taken = sorted(standing_at | {place.outer for place in places})
+    for outer in {place.outer for place in places if place.kind.name == PARAMETER.name}:
+        inside = next((path for path in taken if path.startswith(f"{outer}.")), None)
+        if inside is not None:
+            raise TargetError(
+                f"target_parameters names a parameter of {outer}, and {inside} inside it is adapted too; a layer "
+                "around the one would hide the other. Leave one of them out."
+            )
+    for place in places:
+        standing = site_map.modules[place.outer]
+        if not isinstance(standing, LoraLayer) or place.child:
+            continue
+        if (standing.kind_name == PARAMETER.name) != (place.kind.name == PARAMETER.name):
+            _refuse(place.outer, place.slot.parameter, type(standing.owner).__name__)
+
+
+def _refuse(path: str, parameter: str, type_name: str) -> None:
+    raise TargetError(
+        f"Trying to wrap an `nn.Parameter` of layer {path!r} of type {type_name}, which is not a valid target: "
+        f"{parameter!r} is named by target_parameters, and the module is adapted whole. Make sure that this layer is "
+        "not also targeted with `target_modules`, by this adapter or another; where its names come from the model's "
+        "defaults, set `target_modules=[]`."
+    )

@@ -1,0 +1,345 @@
+"""A vocabulary that grows: the tables with a row per token, rows appended to them, adapters that train these alone.
+
+New tokens: adapters that were trained after the vocabulary grew, and bases that have not grown yet.
+
+An adapter that brings every new row by itself (`trainable_token_indices`, or a copy of the whole table) needs none of
+them from the base, so the loader appends rows for it to fill, and compares the base without them. It knows what an
+adapter's files say, and no file itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit.config import LoraConfig
+from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.model.base_view import base_tensors
+from lorakit.core.model.fingerprint import (
+    DIFFERENT,
+    Fingerprint,
+    compare,
+    fingerprint,
+    sampled_positions,
+    vocabulary_of,
+)
+from lorakit.core.model.index import SiteMap, find_state, survey, walk
+from lorakit.core.model.token_indices import input_embedding, sharers, table_at
+from lorakit.errors import ModelError
+from lorakit.targets import names_path
+
+
+def grow_vocabulary(model: nn.Module, rows: int) -> None:
+    """Append rows to the embedding, and to the head, until there are so many; each is the mean of those there.
+
+    Args:
+        model: A base without adapters, changed in place; one that has as many already is left as it is.
+        rows: How many there shall be.
+
+    Raises:
+        ModelError: The model does not say which its embedding is, or has more with a place per token than its tables.
+    """
+    tables = check_growth(model, rows)
+    if tables:
+        Growth().append(model, tables, rows)
+
+
+def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
+    """Whether a base can have so many rows per table; nothing is changed.
+
+    Args:
+        model: A base without adapters; its numbers are not needed.
+        rows: How many there shall be.
+
+    Returns:
+        The tables that lack some.
+
+    Raises:
+        ModelError: As `grow_vocabulary`.
+    """
+    present = vocabulary_of(model)
+    if 0 < rows <= present:
+        return []
+    site_map = survey(model)
+    path = _embedding(model, site_map)
+    tables = [table_at(site_map, table) for table in (path, *tables_per_token(model, site_map, path))]
+    dense = all(isinstance(table, (nn.Embedding, nn.Linear)) and table.weight.is_floating_point() for table in tables)
+    if not dense or is_odd(model, present):
+        raise ModelError(
+            f"Tokens cannot be added to this {type(model).__name__}: beside plain embeddings it has something else "
+            "with a place per token, which only the model itself can enlarge. Call model.resize_token_embeddings, save "
+            "it, and train on that."
+        )
+    return tables
+
+
+def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int]) -> LoraConfig:
+    """A copy of a config that trains some rows of every table with a row per token: the embedding's and the head's.
+
+    Args:
+        config: The config.
+        model: The base; only read, and its numbers are not needed.
+        rows: Numbers of the rows.
+
+    Raises:
+        ModelError: The model does not say which its embedding is.
+    """
+    site_map = survey(model)
+    path = _embedding(model, site_map)
+    tied = sharers(site_map, path)
+    apart = [table for table in tables_per_token(model, site_map, path) if table not in tied]
+    asked: Any = {table: list(rows) for table in (path, *apart)} if apart else list(rows)
+    return config.with_fields(trainable_token_indices=asked)
+
+
+def begin_rows(model: nn.Module, name: str, pieces: Mapping[int, Sequence[int]]) -> None:
+    """Let trained rows begin as the mean of the rows of the tokens that their text was until now.   [docs/math.md (93)]
+
+    Args:
+        model: An adapted model; the base stays as it is.
+        name: The adapter.
+        pieces: Number of a trained row -> numbers of the rows of its pieces; others begin as they are.
+    """
+    for _, module in walk(model):
+        if not isinstance(module, TokenRows) or module.follows or name not in module:
+            continue
+        index, rows = module.token_adapter.rows(name)
+        table = module.token_adapter.original()
+        with torch.no_grad():
+            for place, number in enumerate(index.tolist()):
+                if pieces.get(number):
+                    rows[place] = table[list(pieces[number])].to(rows.dtype).mean(0)
+
+
+def _embedding(model: nn.Module, site_map: SiteMap) -> str:
+    path = input_embedding(model, site_map)
+    if path is None:
+        raise ModelError(
+            f"This {type(model).__name__} does not say which module is its input embedding, so no token can be added."
+        )
+    return path
+
+
+def tables_per_token(model: Any, site_map: SiteMap, path: str) -> list[str]:
+    """Paths of the other tables with a row per token: those that share the embedding's weight, and the head."""
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        head = getter() if getter is not None else None
+    except (AttributeError, NotImplementedError):  # models without one differ in how they say so
+        head = None
+    heads = [p for p, standing in site_map.modules.items() if head is not None and standing is head and p != path]
+    return list(dict.fromkeys([*sharers(site_map, path), *heads]))
+
+
+def is_odd(model: nn.Module, vocabulary: int) -> bool:
+    """Whether something else of the model has a place per token, which only the model itself knows how to enlarge."""
+    return any(vocabulary in buffer.shape for buffer in model.buffers() if buffer.ndim > 1)
+
+
+class Growth:
+    """Rows that were appended to tables, and how to take them off again."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[Any, dict[str, Any]]] = []
+        self._made: dict[int, nn.Parameter] = {}
+
+    def append(self, model: Any, tables: Collection[nn.Module], rows: int) -> None:
+        """Append rows to tables until they have so many, each the mean of those there; the config says so too."""
+        for table in tables:
+            self._enlarge(table, rows)
+        config: Any = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        for thing in (text, model):
+            if isinstance(getattr(thing, "vocab_size", None), int):
+                self._change(thing, vocab_size=rows)
+
+    def undo(self) -> None:
+        """Give everything back as it was."""
+        for thing, values in reversed(self._before):
+            for name, value in values.items():
+                setattr(thing, name, value)
+
+    def _enlarge(self, table: Any, rows: int) -> None:
+        old, missing = table.weight, rows - table.weight.shape[0]
+        if missing <= 0:  # a head that was padded further than its embedding
+            return
+        if id(old) not in self._made:
+            new = old.detach().float().mean(0, keepdim=True).to(old.dtype).expand(missing, -1)
+            self._made[id(old)] = nn.Parameter(torch.cat([old.detach(), new]), old.requires_grad)
+        size = "num_embeddings" if isinstance(table, nn.Embedding) else "out_features"
+        self._change(table, weight=self._made[id(old)], **{size: rows})
+        if getattr(table, "bias", None) is not None:
+            bias = torch.cat([table.bias.detach(), table.bias.new_zeros(missing)])
+            self._change(table, bias=nn.Parameter(bias, table.bias.requires_grad))
+
+    def _change(self, thing: Any, **values: Any) -> None:
+        self._before.append((thing, {name: getattr(thing, name) for name in values}))
+        for name, value in values.items():
+            setattr(thing, name, value)
+
+
+@contextlib.contextmanager
+def room_for(model: nn.Module, config: LoraConfig, known: Fingerprint | None) -> Iterator[list[str]]:
+    """A block in which a model has the rows that an adapter brings; they stay, unless the block fails.
+
+    Args:
+        model: The base.
+        config: The adapter's config.
+        known: The fingerprint of the base it was trained on, or None.
+
+    Yields:
+        Sentences about what was appended.
+    """
+    present = vocabulary_of(model)
+    wanted = known.vocabulary if known is not None else 1 + max(_all_rows(config), default=-1)
+    tables = _tables_to_fill(model, config, range(present, wanted)) if 0 < present < wanted else []
+    growth = Growth()
+    if tables:
+        growth.append(model, tables, wanted)
+    try:
+        yield [_sentence(present, wanted)] if tables else []
+    except BaseException:
+        growth.undo()
+        raise
+
+
+def _sentence(present: int, wanted: int) -> str:
+    return (
+        f"The base has {present:,} tokens and the adapter was trained with {wanted:,}: {wanted - present:,} rows were "
+        "appended, which the adapter fills."
+    )
+
+
+def way_out(known: Fingerprint | None, present: Fingerprint) -> str:
+    """What to do about an adapter that was made on another base."""
+    if known is None or known.vocabulary <= present.vocabulary or known.architecture != present.architecture:
+        return "Load its own base, or allow 'base_mismatch'."
+    return (
+        f"New tokens were added before it was trained, and the adapter does not bring all their rows: call "
+        f"model.resize_token_embeddings({known.vocabulary}) as then, and allow 'base_mismatch'; or train it with "
+        "trainable_token_indices (or modules_to_save) for the new rows, so that it brings them."
+    )
+
+
+def without_brought_rows(
+    model: nn.Module, config: LoraConfig, known: Fingerprint | None
+) -> tuple[Fingerprint | None, Fingerprint]:
+    """Two fingerprints to compare, without the numbers that the adapter brings by itself.
+
+    A model that has more tokens is compared as it was before they were added; where it was another even so, as it is.
+
+    Args:
+        model: The base.
+        config: The adapter's config.
+        known: The fingerprint of the base it was trained on, or None.
+
+    Returns:
+        That one and the model's, with those numbers blank in both.
+    """
+    cut = _newer_rows(model, known)
+    if cut:
+        before = _blanked_pair(model, config, known, cut)
+        if compare(*before)[0] != DIFFERENT:
+            return before
+    return _blanked_pair(model, config, known, {})
+
+
+def _blanked_pair(
+    model: nn.Module, config: LoraConfig, known: Fingerprint | None, cut: Mapping[int, int]
+) -> tuple[Fingerprint | None, Fingerprint]:
+    present = fingerprint(model, cut=cut, like=known, with_files=known is not None and bool(known.files))
+    if known is None or (config.trainable_token_indices is None and not config.modules_to_save):
+        return known, present
+    site_map = survey(model)
+    path = input_embedding(model, site_map)
+    asked = _asked(config, path)
+    replaced: dict[int, Collection[int]] = {}
+    for table, rows in asked.items():
+        for named in [p for p in site_map.modules if names_path(table, p)]:
+            replaced[id(table_at(site_map, named)._parameters.get("weight"))] = rows
+    for named in _saved(config, site_map) if path is not None else ():
+        weight = table_at(site_map, named)._parameters.get("weight")
+        if weight is not None and named in {path, *tables_per_token(model, site_map, path or "")}:
+            replaced[id(weight)] = range(weight.shape[0])
+    blank = {
+        name: _blanks(present, name, (cut.get(id(tensor), tensor.shape[0]), *tensor.shape[1:]), replaced[id(tensor)])
+        for name, tensor, _ in base_tensors(model)
+        if id(tensor) in replaced
+    }
+    copied = tuple(f"{named}." for named in _saved(config, site_map))
+    brought = [name for name in {**present.samples, **present.buffers} if name.startswith(copied)]
+    return _blanked(known, blank).without(brought), _blanked(present, blank).without(brought)
+
+
+def _newer_rows(model: nn.Module, known: Fingerprint | None) -> dict[int, int]:
+    """Ids of the tensors with a row per token, where a model has more of them than an adapter's base -> that many."""
+    if known is None or not 0 < known.vocabulary < vocabulary_of(model):
+        return {}
+    site_map = survey(model)
+    path = input_embedding(model, site_map)
+    tables = [] if path is None else [path, *tables_per_token(model, site_map, path)]
+    held = [p for table in tables for p in table_at(site_map, table)._parameters.values() if p is not None]
+    return {id(p): known.vocabulary for p in held}
+
+
+def _all_rows(config: LoraConfig) -> list[int]:
+    return [row for rows in _asked(config, None).values() for row in rows]
+
+
+def _tables_to_fill(model: nn.Module, config: LoraConfig, rows: range) -> list[nn.Module]:
+    """The tables that lack some rows, if an adapter brings these for all of them; otherwise none."""
+    site_map = survey(model)
+    path = input_embedding(model, site_map)
+    if path is None or find_state(model) is not None or is_odd(model, rows.start):
+        return []
+    asked, paths = _asked(config, path), [path, *tables_per_token(model, site_map, path)]
+    brought = all(_brings(config, asked, site_map, table, rows) for table in paths)
+    return [table_at(site_map, table) for table in paths] if brought else []
+
+
+def _asked(config: LoraConfig, path: str | None) -> dict[str, tuple[int, ...]]:
+    """Name of a table -> numbers of the rows that an adapter brings."""
+    asked = config.trainable_token_indices
+    if asked is None:
+        return {}
+    table = asked if isinstance(asked, Mapping) else {path or "": asked}
+    return {name: tuple(i for i in rows if isinstance(i, int)) for name, rows in table.items()}
+
+
+def _saved(config: LoraConfig, site_map: SiteMap) -> list[str]:
+    return [path for path in site_map.modules if any(names_path(entry, path) for entry in config.modules_to_save or ())]
+
+
+def _brings(
+    config: LoraConfig,
+    asked: Mapping[str, Collection[int]],
+    site_map: SiteMap,
+    table: str,
+    rows: range,
+) -> bool:
+    """Whether an adapter brings these rows of a table, by itself or through the table it is tied to."""
+    together = {table, *sharers(site_map, table)}
+    if any(path in together for path in _saved(config, site_map)) and (
+        config.ensure_weight_tying or table in _saved(config, site_map)
+    ):
+        return True
+    named = [i for name, indices in asked.items() for p in together if names_path(name, p) for i in indices]
+    return set(rows) <= set(named)
+
+
+def _blanks(mark: Fingerprint, name: str, shape: tuple[int, ...], rows: Collection[int]) -> list[int]:
+    """Return which of the samples of a tensor are in some rows of it."""
+    size, taken = math.prod(shape[1:]), set(rows)
+    places = sampled_positions(mark, name, shape)
+    return [number for number, place in enumerate(places) if place // size in taken]
+
+
+def _blanked(mark: Fingerprint, blank: Mapping[str, Collection[int]]) -> Fingerprint:
+    samples = {name: sample.without(blank.get(name, ())) for name, sample in mark.samples.items()}
+    return dataclasses.replace(mark, samples=samples)

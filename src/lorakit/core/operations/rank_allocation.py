@@ -1,0 +1,256 @@
+"""Which rank for which site: a pattern for the same number of trained parameters, from gradients or from inputs.
+
+Two published criteria over what `collecting` collects, and the pattern that says the result in a config, with alphas
+that keep every site's scale. Both look at the base before training: neither knows what training will do, nor what data
+beyond the given batches look like.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from lorakit.config import LoraConfig
+from lorakit.core.attachment.attaching import with_targets
+from lorakit.core.model.index import survey
+from lorakit.core.quantization import base_of
+from lorakit.core.statistics.collecting import Forward, collect_gradients, collect_inputs
+from lorakit.errors import ConfigError, DataError
+from lorakit.targets import Match, key_fits, resolve
+
+Criterion = Literal["gradients", "inputs"]
+
+LEAST, MOST = 0.5, 4.0
+"""Bounds of a site's rank over its rank in the config, as GoRA sets them (4 and 32 beside a reference of 8)."""
+
+MAX_BYTES = 2 << 30
+"""Statistics kept at once; sites are taken in so many passes over the batches as that needs."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Ranks by site.
+
+    Attributes:
+        ranks: Path -> rank.
+        config: The config with `rank_pattern` and `alpha_pattern` that say so.
+        parameters: Numbers in all A and B with these ranks.
+        budget: Numbers in all A and B with the ranks of the config given.
+        evidence: Path -> what the criterion saw: the sensitivity of the weight, or the share of the input's variance
+            that the site's rank explains. Sites that it cannot judge keep their rank and have none.
+    """
+
+    ranks: Mapping[str, int]
+    config: LoraConfig
+    parameters: int
+    budget: int
+    evidence: Mapping[str, float]
+
+
+def allocate(
+    model: nn.Module,
+    config: LoraConfig,
+    batches: Sequence[Any],
+    forward: Forward,
+    *,
+    by: Criterion = "gradients",
+    keep: Callable[[Any], Tensor | None] | None = None,
+    allow: Collection[str] = (),
+) -> Allocation:
+    """Propose ranks for the sites that a config names; the adapter trains at most as many numbers as it would have.
+
+    Args:
+        model: The base; it is left as it was.
+        config: Where the adapter sits and which rank each site would have; it is only read.
+        batches: What `forward` takes, gone through once for each `MAX_BYTES` of statistics.
+        forward: Runs the model on a batch and returns the loss, a scalar (not looked at for "inputs").
+        by: "gradients": `by_sensitivity`, for dense sites and embeddings; "inputs": `by_explained_variance`, for dense
+            sites; other sites keep their rank.
+        keep: As in `collect_inputs`; only for "inputs".
+        allow: "partial_targets" lets entries of the config name nothing.
+
+    Returns:
+        The ranks and the config that says them.
+
+    Raises:
+        TargetError: The config names nothing.
+        ConfigError: The config cannot be used, or `by` is neither.
+        DataError: There is no batch, or no gradient reached any site.
+    """
+    if by not in ("gradients", "inputs"):
+        raise ConfigError(f"by is {by!r}; ranks can be allocated by 'gradients' or by 'inputs'.")
+    config, site_map = with_targets(config, model), survey(model)
+    matches = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow).matches
+    modules = {match.path: site_map.base(match.path) for match in matches}
+    sizes = {c.path: (c.out_features, c.in_features) for c in site_map.candidates if c.path in modules}
+    chosen = [m for m in matches if m.kind in ("Linear", "Conv1D") or (by == "gradients" and m.kind == "Embedding")]
+    before = {match.path: match.rank for match in chosen}
+    costs = {path: sum(sizes[path]) for path in before}
+    ranks: dict[str, int] = {}
+    evidence: dict[str, float] = {}
+    if by == "gradients" and chosen:
+        for group in in_groups(list(before), lambda path: 4 * math.prod(sizes[path])):
+            for path, statistics in collect_gradients(model, group, batches, forward).items():
+                evidence[path] = sensitivity(modules[path], statistics.mean()) if statistics.calls else 0.0
+        ranks = by_sensitivity(evidence, costs, before, {path: min(sizes[path]) for path in before})
+    elif chosen:
+        ratios: dict[str, list[float]] = {}
+        for group in in_groups(list(before), lambda path: 4 * sizes[path][1] ** 2):
+            for path, inputs in collect_inputs(model, group, batches, forward, keep=keep).items():
+                most = min(round(MOST * before[path]), *sizes[path])
+                ratios[path] = inputs.principal(most).ratios.tolist() if inputs.rows else []
+        ranks = by_explained_variance(ratios, costs, sum(before[path] * costs[path] for path in before))
+        evidence = {path: sum(values[: ranks[path]]) for path, values in ratios.items()}
+    spread = {match.path: ranks.get(match.path, match.rank) for match in matches}
+    total = {match.path: sum(sizes[match.path]) for match in matches}
+    return Allocation(
+        spread,
+        with_ranks(config, matches, spread),
+        sum(rank * total[path] for path, rank in spread.items()),
+        sum(match.rank * total[match.path] for match in matches),
+        evidence,
+    )
+
+
+def sensitivity(module: nn.Module, gradient: Tensor) -> float:
+    """I = mean |W ∘ G|: how much the loss moves, to first order, if a number of W is taken away.   [docs/math.md (19)]
+
+    Args:
+        module: A dense layer or an embedding of the base.
+        gradient: Of the loss by its canonical weight, (out, in).
+
+    Source:
+        He et al. 2025, arXiv:2502.12171 (GoRA), section 3.
+    """
+    base = base_of(module)
+    return float((base.read(module, base.stored(module, "weight")) * gradient).abs().mean())
+
+
+def by_sensitivity(
+    sensitivities: Mapping[str, float], costs: Mapping[str, int], ranks: Mapping[str, int], limits: Mapping[str, int]
+) -> dict[str, int]:
+    """Ranks in proportion to I/√(in + out), I the sensitivity, clipped, within the parameters of the given ranks.
+
+    GoRA's rule, in which the budget is kept: its common factor is the largest with which the clipped ranks cost no more
+    than the given ones. It looks at the size of W ∘ G alone, not at how many directions G has.
+
+    Args:
+        sensitivities: Path -> I.
+        costs: Path -> in + out: numbers that one more rank trains.
+        ranks: Path -> rank in the config; bounds are `LEAST` and `MOST` times it.
+        limits: Path -> the smaller side of the weight, which no rank exceeds by this.
+
+    Returns:
+        Path -> rank.
+
+    Raises:
+        DataError: Every sensitivity is zero.
+
+    Source:
+        He et al. 2025, arXiv:2502.12171 (GoRA), section 3: ranks from normalised sensitivities, √(in + out) as cost.
+    """
+    largest = max(sensitivities.values(), default=0.0)
+    if not largest > 0:
+        raise DataError("No gradient reached any of the sites, so there is nothing to allocate ranks by.")
+    weights = {path: value / largest / math.sqrt(costs[path]) for path, value in sensitivities.items()}
+    least = {path: max(1, math.ceil(LEAST * ranks[path])) for path in weights}
+    most = {path: max(least[path], min(math.floor(MOST * ranks[path]), limits[path])) for path in weights}
+    budget = sum(ranks[path] * costs[path] for path in weights)
+
+    def at(factor: float) -> dict[str, int]:
+        return {path: min(max(int(factor * weights[path]), least[path]), most[path]) for path in weights}
+
+    low, high = 0.0, 1e9 * max(most.values())  # a sensitivity below a billionth of the largest counts for nothing
+    for _ in range(100):
+        middle = (low + high) / 2
+        if sum(rank * costs[path] for path, rank in at(middle).items()) <= budget:
+            low = middle
+        else:
+            high = middle
+    return at(low)
+
+
+def by_explained_variance(
+    ratios: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int, least: int = 1
+) -> dict[str, int]:
+    """Ranks by the explained variance of the inputs: the strongest directions of all sites, until the budget is spent.
+
+    All sites' shares are pooled and sorted; a site gets as many ranks as it has shares among those taken. With costs of
+    1 and `least` of 0 this is EVA's redistribution. It knows how the inputs lie, not what the loss wants of them.
+
+    Args:
+        ratios: Path -> share of the variance of each principal direction, strongest first; as many as its rank may be.
+        costs: Path -> what one more rank costs: in + out in trained numbers, or 1.
+        budget: What all ranks may cost together.
+        least: Ranks that each site has in any case; they are paid for first.
+
+    Returns:
+        Path -> rank.
+
+    Source:
+        Paischer et al. 2024, arXiv:2410.07170 (EVA), section 3.3.
+    """
+    ranks = dict.fromkeys(ratios, least)
+    left = budget - sum(least * costs[path] for path in ratios)
+    pooled = [(ratio, path) for path, values in ratios.items() for ratio in values[least:]]
+    for _, path in sorted(pooled, key=lambda pair: -pair[0]):  # stable: the model's order decides between equals
+        if costs[path] <= left:
+            ranks[path] += 1
+            left -= costs[path]
+    return ranks
+
+
+def with_ranks(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[str, int]) -> LoraConfig:
+    """A copy of a config whose patterns give each site its rank, and the alpha that keeps its scale.
+
+    Args:
+        config: The config that named the sites.
+        matches: The sites, with the rank and alpha that it gave them.
+        ranks: Path -> new rank, at least 1.
+
+    Returns:
+        The copy; keys of its patterns are whole paths.
+    """
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    paths = [match.path for match in matches]
+    for match in matches:
+        ratio = ranks[match.path] / match.rank
+        alpha = match.alpha * (math.sqrt(ratio) if config.use_rslora else ratio)
+        key = _exact(match.path, paths)
+        if ranks[match.path] != config.r:
+            rank_pattern[key] = ranks[match.path]
+        if alpha != config.lora_alpha:
+            alpha_pattern[key] = alpha
+    return dataclasses.replace(config, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
+
+
+def _exact(path: str, paths: Sequence[str]) -> str:
+    """A pattern that fits this path and none of the others, as plain as it can be."""
+    if re.escape(path).replace("\\.", ".") == path and [p for p in paths if key_fits(path, p)] == [path]:
+        return path
+    return "^" + re.escape(path)
+
+
+def in_groups(paths: Sequence[str], size_bytes: Callable[[str], int]) -> list[list[str]]:
+    """The paths in groups whose statistics fit into `MAX_BYTES`, at least one in each.
+
+    Args:
+        paths: Of sites.
+        size_bytes: What the statistics of one take.
+    """
+    groups: list[list[str]] = []
+    room = 0
+    for path in paths:
+        if not groups or size_bytes(path) > room:
+            groups.append([])
+            room = MAX_BYTES
+        groups[-1].append(path)
+        room -= size_bytes(path)
+    return groups

@@ -1,1 +1,0 @@
-"""Parameter groups and optimizers that know which tensor is A and which is B."""

@@ -1,1 +1,0 @@
-"""What is part of an adapter and no factor: copied modules, biases, rows of embeddings, ties."""

@@ -1,1 +1,0 @@
-"""Which adapter acts: the state of a model, overrides, recomputations, what is trained."""

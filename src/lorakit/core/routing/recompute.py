@@ -1,0 +1,211 @@
+"""What forwards leave behind for a backward that runs them again: marks that live as long as an autograd graph.
+
+It knows nothing of which adapter is active; it only remembers what it is told.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
+
+from lorakit.errors import RouteError
+
+if TYPE_CHECKING:
+    from lorakit.core.routing.route import Route
+
+
+What = TypeVar("What")
+
+
+class Traces(Generic[What]):
+    """Things kept alive by autograd graphs, each for as long as its graph lives.
+
+    Copies and pickles of it are empty, since graphs are not copied.
+    """
+
+    def __init__(self) -> None:
+        self._alive: dict[int, weakref.ref[_Mark]] = {}
+
+    def __reduce__(self) -> tuple[type[Traces[What]], tuple[()]]:
+        return type(self), ()
+
+    def note(self, outputs: Iterable[Tensor], what: What) -> None:
+        """Remember something of a forward.
+
+        Args:
+            outputs: Tensors (…) that came out of it; one without a graph holds nothing.
+            what: What to remember while one of their graphs lives.
+        """
+        mark, alive = _Mark(what), self._alive
+        key = id(mark)
+        alive[key] = weakref.ref(mark, lambda _: alive.pop(key, None))
+        for output in outputs:
+            if output.grad_fn is not None:
+                output.grad_fn.metadata["lorakit", id(self)] = mark  # type: ignore[index]  # torch's stub calls it a method
+
+    def alive(self) -> list[What]:
+        """What is remembered now."""
+        return [mark.what for ref in list(self._alive.values()) if (mark := ref()) is not None]
+
+
+class Forwards:
+    """The forwards of one layer that a backward may run again, as far as they left a trace.
+
+    A forward whose output has a graph is remembered for as long as that graph lives. Forwards with gradients switched
+    off are remembered in their order, which tells the first run of a reentrant checkpoint from an evaluation. Of the
+    others, which end with their call, only the routes are kept: one, or that there were several.
+    Copies and pickles of it are empty, since graphs are not copied.
+    """
+
+    def __init__(self) -> None:
+        self._with_graph: Traces[Route] = Traces()
+        self._without_graph = _Routes()
+        self._switched_off = _Runs()
+
+    def __reduce__(self) -> tuple[type[Forwards], tuple[()]]:
+        return Forwards, ()
+
+    def note(self, output: Any, route: Route, again: bool = False) -> None:
+        """Take note of a forward.
+
+        Args:
+            output: What it returned; a tensor of any shape (…), or something else.
+            route: What it ran with.
+            again: Autograd ran it again. Noted only without gradients, for a reentrant checkpoint inside another one.
+        """
+        if torch.is_inference_mode_enabled():
+            return  # no backward ever comes to it
+        if not torch.is_grad_enabled():
+            self._switched_off.add(route.named())
+            return
+        if again:
+            return
+        if isinstance(output, tuple) and output:
+            output = output[0]  # attention returns its weights beside its output
+        if not isinstance(output, Tensor) or output.grad_fn is None:
+            self._without_graph.add(route.named())
+        else:
+            self._with_graph.note((output,), route.named())
+
+    def of_recomputation(self) -> Route:
+        """The route of the forward that autograd runs again.
+
+        Raises:
+            RouteError: Forwards that it could be used several routes, or left no trace.
+        """
+        node = None if _is_non_reentrant() else _reentrant_node()
+        if torch.is_grad_enabled() and node is None:
+            possible = [_Routes(self._with_graph.alive()), self._without_graph]
+            if not _is_non_reentrant():  # a recomputation of another library, which may switch gradients off at first
+                possible.append(self._switched_off.first_after(None))
+        else:  # gradients were off the first time: reentrant checkpointing switches them off, or the model does
+            possible = [self._switched_off.first_after(node)]
+        routes = {route for one in possible for route in one.some}
+        if len(routes) == 1:
+            return routes.pop()
+        found = " and ".join(sorted(route.describe() for route in routes)) or "none"
+        raise RouteError(
+            "A checkpointed forward runs again in a backward, and which adapter it used cannot be known; forwards that "
+            f"it could be used: {found}. Enable checkpointing with gradient_checkpointing_kwargs={{'use_reentrant': "
+            "False, 'context_fn': lorakit.core.checkpoint_contexts(model)}."
+        )
+
+
+class _Routes:
+    """Routes as a recomputation asks for them: at most two are kept, since two are too many already."""
+
+    def __init__(self, routes: Sequence[Route] = ()) -> None:
+        self.some: tuple[Route, ...] = ()
+        for route in routes:
+            self.add(route)
+
+    def add(self, route: Route) -> None:
+        if len(self.some) < 2 and route not in self.some:
+            self.some = (*self.some, route)
+
+
+LONGEST_HISTORY = 64
+"""The number of changes of route that a layer remembers of its forwards without gradients."""
+
+
+@dataclass
+class _Run:
+    """Forwards in one thread, one after another, with one route; the number autograd had reached after the last."""
+
+    thread: threading.Thread
+    route: Route
+    number: int
+
+
+class _Runs:
+    """Forwards with gradients switched off, oldest first.
+
+    Autograd numbers its nodes per thread in the order in which they are made. A reentrant checkpoint makes its node
+    before its first run, so that run is the first one that ended after the node's number.
+    """
+
+    def __init__(self) -> None:
+        self._runs: deque[_Run] = deque()
+        self._dropped: _Routes = _Routes()
+        self._dropped_number = -1
+
+    def add(self, route: Route) -> None:
+        number, thread = torch._C._autograd._get_sequence_nr(), threading.current_thread()
+        last = self._runs[-1] if self._runs else None
+        same = last is not None and (last.route is route or last.route == route)
+        if last is not None and same and last.thread is thread and last.number <= number:
+            last.number = number
+            return
+        self._runs.append(_Run(thread, route, number))
+        if len(self._runs) > LONGEST_HISTORY:
+            dropped = self._runs.popleft()
+            self._dropped.add(dropped.route)
+            self._dropped_number = dropped.number
+
+    def first_after(self, node: int | None) -> _Routes:
+        """Return the route of the first run after a node was made, or all possible routes if that is unknown.
+
+        Args:
+            node: The node's number, or None if it is not known which node asks.
+        """
+        runs = list(self._runs)
+        numbers = [run.number for run in runs]
+        ordered = len({id(run.thread) for run in runs}) <= 1 and numbers == sorted(numbers)
+        if node is None or not ordered:
+            return _Routes([*self._dropped.some, *(run.route for run in runs)])
+        if node < self._dropped_number:
+            return self._dropped
+        return _Routes([run.route for run in runs if run.number > node][:1])
+
+
+def _reentrant_node() -> int | None:
+    """Return the number of the reentrant checkpoint whose backward calls this forward, or None if none does."""
+    node: Any = getattr(torch._C, "_current_autograd_node", lambda: None)()
+    is_reentrant = getattr(type(node), "_forward_cls", None) is CheckpointFunction
+    return node._sequence_nr() if is_reentrant else None
+
+
+def _is_non_reentrant() -> bool:
+    """Whether non-reentrant checkpointing runs this forward again: its hook for saved tensors is then the topmost.
+
+    Torch has no public word for it. A torch that names the hook otherwise makes the answer no, and more refused.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
+    return top is not None and getattr(top[0], "__qualname__", "").startswith("_recomputation_hook.")
+
+
+class _Mark:
+    """Something kept alive by an autograd graph."""
+
+    __slots__ = ("__weakref__", "what")
+
+    def __init__(self, what: Any) -> None:
+        self.what = what

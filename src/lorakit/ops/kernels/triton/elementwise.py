@@ -1,0 +1,229 @@
+"""Activations with or without a factor, and their gradients, [docs/math.md (78)] and (79): one pass, rounded once.
+
+Cross-entropy of rows of logits, which become the gradient in place, [docs/math.md (75)]: two passes over a row.
+
+RMS norm of rows, [docs/math.md (76)]: a tile of whole rows for each program, everything in fp32 between.
+
+Rotary positions, [docs/math.md (80)]: a token's heads for each program, read before they are written.
+
+Softmax of attention's scores and back, [docs/math.md (81)] and (82): a row for each program, in place.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def value(x, ACT: tl.constexpr):
+    """f(x) of numbers in fp32."""
+    if ACT == "silu":
+        y = x * tl.sigmoid(x)
+    elif ACT == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        y = x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    elif ACT == "quick_gelu":
+        y = x * tl.sigmoid(1.702 * x)
+    else:
+        tl.static_assert(ACT == "relu", "this activation has no kernel")
+        y = tl.where(x <= 0.0, 0.0, x)  # NaN stays
+    return y
+
+
+@triton.jit
+def slope(x, ACT: tl.constexpr):
+    """f'(x) of numbers in fp32."""
+    if ACT == "silu":
+        s = tl.sigmoid(x)
+        y = s * (1.0 + x * (1.0 - s))
+    elif ACT == "gelu":
+        y = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif ACT == "gelu_tanh":
+        s = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+        y = s + x * (s * (1.0 - s)) * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
+    elif ACT == "quick_gelu":
+        s = tl.sigmoid(1.702 * x)
+        y = s * (1.0 + 1.702 * x * (1.0 - s))
+    else:
+        tl.static_assert(ACT == "relu", "this activation has no kernel")
+        y = tl.where(x <= 0.0, 0.0, 1.0)
+    return y
+
+
+@triton.jit
+def gate(first, up, out, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: tl.constexpr):
+    """Write f(first)·up, or f(first), of so many numbers."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    y = value(tl.load(first + at, mask=inside, other=0.0).to(tl.float32), ACT)
+    if HAS_UP:
+        y = y * tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, y, mask=inside)
+
+
+@triton.jit
+def gate_backward(da, first, up, dfirst, dup, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradients of `gate`: dfirst, which may be da, and dup."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    g = tl.load(da + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_UP:
+        u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dup + at, g * value(x, ACT), mask=inside)
+        g = g * u
+    tl.store(dfirst + at, g * slope(x, ACT), mask=inside)
+
+
+@triton.jit
+def cross_entropy(
+    z, labels, losses, vocabulary, scale, cap,
+    CAPPED: tl.constexpr, GRADIENTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The loss (rows,) of each row of z (rows, V) at its label, and in the place of z the gradient over scale."""
+    row = tl.program_id(0).to(tl.int64)
+    z += row * vocabulary
+    label = tl.load(labels + row)
+    most, total = -float("inf"), 0.0
+    for begin in range(0, vocabulary, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        t = _logits(z + column, column < vocabulary, scale, cap, CAPPED)
+        above = tl.maximum(most, tl.max(t, 0))
+        total = total * tl.exp(most - above) + tl.sum(tl.exp(t - above), 0)
+        most = above
+    own = _logits(z + label, label >= 0, scale, cap, CAPPED)
+    tl.store(losses + row, tl.log(total) + (most - own))
+    if GRADIENTS:
+        tl.debug_barrier()  # the label's logit is read before anything is written
+        for begin in range(0, vocabulary, BLOCK):
+            column = begin + tl.arange(0, BLOCK)
+            inside = column < vocabulary
+            t = _logits(z + column, inside, scale, cap, CAPPED)
+            p = tl.exp(t - most) / total - tl.where(column == label, 1.0, 0.0)
+            if CAPPED:
+                bounded = tl.where(inside, t, 0.0) / cap
+                p = p * (1.0 - bounded * bounded)
+            tl.store(z + column, p, mask=inside)
+
+
+@triton.jit
+def _logits(pointer, inside, scale, cap, CAPPED: tl.constexpr):
+    t = tl.load(pointer, mask=inside, other=0.0).to(tl.float32) * scale
+    if CAPPED:
+        t = cap * (2.0 * tl.sigmoid(2.0 * (t / cap)) - 1.0)
+    return tl.where(inside, t, -float("inf"))
+
+
+@triton.jit
+def rms(
+    x, w, n, rstd, count, d, eps, offset,
+    HAS_W: tl.constexpr, FROM_ZERO: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The norm n (count, d) of x (count, d), and rstd (count, 1), which is read instead where AGAIN."""
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    inside, at = (row < count) & (column < d), row * d + column
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if AGAIN:
+        r = tl.load(rstd + row, mask=row < count, other=0.0)
+    else:
+        r = tl.rsqrt(tl.sum(v * v, 1)[:, None] / d + eps)
+        tl.store(rstd + row, r, mask=row < count)
+    v = v * r
+    if HAS_W:
+        gain = tl.load(w + column, mask=column < d, other=0.0).to(tl.float32)
+        if FROM_ZERO:
+            v = v * (gain + offset)
+        else:
+            v = v.to(n.dtype.element_ty).to(tl.float32) * gain
+    tl.store(n + at, v, mask=inside)
+
+
+@triton.jit
+def rms_backward(
+    dn, x, w, rstd, add, dx, count, d, offset,
+    HAS_W: tl.constexpr, HAS_ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The gradient dx (count, d), which may be dn, from dn, x and `add` (count, d), and rstd (count, 1)."""
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    inside, at = (row < count) & (column < d), row * d + column
+    e = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    r = tl.load(rstd + row, mask=row < count, other=0.0)
+    if HAS_W:
+        e = e * (tl.load(w + column, mask=column < d, other=0.0).to(tl.float32) + offset)
+    share = tl.sum(e * v, 1)[:, None] / d
+    gradient = r * e - r * r * r * share * v
+    if HAS_ADD:
+        gradient = gradient + tl.load(add + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + at, gradient, mask=inside)
+
+
+@triton.jit
+def turn(
+    x, cos, sin, out, stride, stride_out, tokens, heads, width, rot,
+    INTERLEAVED: tl.constexpr, BACK: tl.constexpr, PER_ROW: tl.constexpr, IN_PLACE: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Turn x (B, T, H, D), or turn it back, into out; cos and sin (B, T, rot) where PER_ROW, else (1, T, rot)."""
+    place = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    pair = tl.arange(0, PAIRS)[None, :]
+    half = rot // 2
+    inside, known = (head < heads) & (pair < half), pair < half
+    if INTERLEAVED:
+        one, other = 2 * pair, 2 * pair + 1
+    else:
+        one, other = pair, pair + half
+    table = (place if PER_ROW else place % tokens) * rot
+    c1, c2 = _narrowed(cos + table + one, known, x), _narrowed(cos + table + other, known, x)
+    s1, s2 = _narrowed(sin + table + one, known, x), _narrowed(sin + table + other, known, x)
+    x += place * stride + head * width
+    out += place * stride_out + head * width
+    x1 = tl.load(x + one, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(x + other, mask=inside, other=0.0).to(tl.float32)
+    if BACK:
+        y1, y2 = x1 * c1 + x2 * s2, x2 * c2 - x1 * s1
+    else:
+        y1, y2 = x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
+    tl.store(out + one, y1, mask=inside)
+    tl.store(out + other, y2, mask=inside)
+    if not IN_PLACE:
+        column = rot + tl.arange(0, REST)[None, :]
+        passing = (head < heads) & (column < width)
+        tl.store(out + column, tl.load(x + column, mask=passing, other=0.0), mask=passing)
+
+
+@triton.jit
+def _narrowed(pointer, mask, like):
+    """Numbers of a table, rounded as the dtype of the heads rounds them."""
+    return tl.load(pointer, mask=mask, other=0.0).to(like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def softmax(scores, low, high, kinds, m, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, WIDTH: tl.constexpr):
+    """Row i of scores (rows, m) sees the places low[i % kinds] up to high[i % kinds] alone; the others become 0."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    kind = row % kinds
+    seen = column < m
+    if HAS_LOW:
+        seen = seen & (column >= tl.load(low + kind))
+    if HAS_HIGH:
+        seen = seen & (column < tl.load(high + kind))
+    at = scores + row * m + column
+    t = tl.load(at, mask=seen, other=-float("inf")).to(tl.float32)
+    e = tl.exp(t - tl.max(t, 0))
+    tl.store(at, e / tl.sum(e, 0), mask=column < m)
+
+
+@triton.jit
+def softmax_backward(weights, ds, m, WIDTH: tl.constexpr):
+    """The gradient of the scores of a row (m,) in the place of that of its weights."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    inside, at = column < m, row * m + column
+    w = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(ds + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(ds + at, w * (d - tl.sum(w * d, 0)), mask=inside)

@@ -1,0 +1,245 @@
+"""Hot swapping: another adapter's numbers in the place of one that is there, without touching modules.
+
+A compiled model is not compiled again: shapes stay (ranks are padded with zeros beforehand) and scales can be tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.config import LoraConfig, PeftConfig, scale
+from lorakit.core.files.adapter_folder import read_adapter
+from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.model.checks import ALLOWANCES
+from lorakit.errors import ConfigError, MergeError, warn_caller
+from lorakit.peft import adapter_queries
+from lorakit.peft.loaded import adapter_folder, warn_of_problems
+from lorakit.peft.state_dicts import WRAPPED, StateDictError
+from lorakit.targets import first_match
+
+COMPARED: Sequence[str] = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
+"""Fields of two configs that must agree, as far as tensors do not carry them."""
+
+
+def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
+    """Refuse to swap between configs whose difference the tensors do not carry.
+
+    Args:
+        config0: Of the adapter that is there.
+        config1: Of the one that shall take its place.
+
+    Raises:
+        ConfigError: A field differs.
+    """
+    if config0.peft_type != config1.peft_type:
+        raise ConfigError(f"Incompatible PEFT types found: {config0.peft_type} and {config1.peft_type}")
+    for key in COMPARED:
+        first, second = getattr(config0, key, None), getattr(config1, key, None)
+        if first != second:
+            raise ConfigError(f"Configs are incompatible: for {key}, {first} != {second}")
+
+
+def hotswap_adapter(
+    model: Any, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
+) -> None:
+    """Put a saved adapter's numbers in the place of one that is on a model.
+
+    Args:
+        model: A wrapped model, perhaps compiled.
+        model_name_or_path: A folder, or a hub id.
+        adapter_name: The adapter whose place it takes; the name stays.
+        torch_device: Accepted; numbers go where their place is.
+        kwargs: `subfolder`, `revision`; others are PEFT's and have no effect here.
+
+    Raises:
+        AdapterFileError: Files are missing or damaged, or hold NaN or infinite numbers.
+        ConfigError: The configs do not agree.
+        StateDictError: The adapter needs places that are not there.
+        MergeError: The adapter is merged.
+    """
+    files = read_adapter(adapter_folder(model_name_or_path, kwargs.get("subfolder"), kwargs.get("revision")))
+    check_hotswap_configs_compatible(model.active_peft_config, files.config)
+    warn_of_problems(model, files, ALLOWANCES)
+    named = {in_memory_name(key, adapter_name): tensor for key, tensor in files.file.tensors.items()}
+    hotswap_adapter_from_state_dict(model, named, adapter_name, files.config)
+
+
+def in_memory_name(key: str, adapter_name: str) -> str:
+    """A factor's name on disk as it is in memory, with the adapter's name in it."""
+    head, found, tail = key.rpartition("lora_")
+    if not found:
+        return key
+    word, dot, rest = tail.partition(".")
+    return f"{head}lora_{word}.{adapter_name}{dot}{rest}"
+
+
+def hotswap_adapter_from_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    config: LoraConfig,
+    parameter_prefix: str = "lora_",
+) -> None:
+    """Put tensors in the place of an adapter's; what they do not name becomes zero. Nothing changes on a refusal.
+
+    Args:
+        model: A model with adapters in it, perhaps compiled.
+        state_dict: Name in memory -> tensor (…).
+        adapter_name: The adapter.
+        config: Of the new adapter: its ranks and alphas give the scales.
+        parameter_prefix: How the names of its parameters begin.
+
+    Raises:
+        StateDictError: There is no place for a tensor, or it does not fit.
+        MergeError: The adapter is merged.
+    """
+    if any(adapter_name in adapter_queries.merged_at(module) for module in adapter_queries.adapted(model)):
+        raise MergeError(
+            f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. Unmerge "
+            "it first with unmerge_adapter()."
+        )
+    missing = {
+        key.removeprefix("_orig_mod.")
+        for key in model.state_dict()
+        if parameter_prefix in key and f".{adapter_name}" in key
+    }
+    unexpected = [key for key in state_dict if not _there(model, key)]
+    if unexpected:
+        raise StateDictError(
+            f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}."
+        )
+    places = {key: attrgetter(key)(model) for key in state_dict}
+    for key, tensor in state_dict.items():
+        _check_fits(key, places[key], tensor)
+    with torch.no_grad():
+        for key in missing - set(state_dict):
+            attrgetter(key)(model).zero_()
+        for key, tensor in state_dict.items():
+            layer = model.get_submodule(key.partition(f".{parameter_prefix}")[0])
+            path = key.partition(f".{parameter_prefix}")[0].removeprefix(WRAPPED)
+            rank = first_match(config.rank_pattern, path, config.r)
+            alpha = first_match(config.alpha_pattern, path, config.lora_alpha)
+            _put_scale(layer, adapter_name, scale(rank, alpha, config.use_rslora))  # type: ignore[arg-type]
+            groups = layer.slot.groups if isinstance(layer, LoraLayer) and ".lora_A." in key else 1
+            _put(places[key], tensor.to(places[key].device), groups)
+
+
+def _there(model: nn.Module, key: str) -> bool:
+    try:
+        attrgetter(key)(model)
+    except AttributeError:
+        return False
+    return True
+
+
+def _check_fits(key: str, place: Tensor, tensor: Tensor) -> None:
+    differ = [axis for axis, (a, b) in enumerate(zip(place.shape, tensor.shape, strict=False)) if a != b]
+    if place.ndim != tensor.ndim or len(differ) > 1:
+        raise StateDictError(
+            f"Incompatible shapes found for LoRA weights {key}: {tuple(place.shape)} and {tuple(tensor.shape)}. Pad "
+            "all ranks to the largest with prepare_model_for_compiled_hotswap."
+        )
+
+
+def _put(place: Tensor, tensor: Tensor, groups: int) -> None:
+    if place.shape == tensor.shape:
+        place.copy_(tensor)
+    elif all(a >= b for a, b in zip(place.shape, tensor.shape, strict=True)):
+        place.zero_()
+        _fill(place, tensor, groups)
+    else:  # a larger rank than before: the parameter grows, which a compiled model has to be compiled again for
+        place.data = tensor.to(place.dtype)
+
+
+def _put_scale(layer: LoraLayer, adapter: str, value: float) -> None:
+    before: Any = layer.scaling[adapter]
+    if isinstance(before, Tensor):
+        before.fill_(value)
+    else:
+        layer.scaling[adapter] = value
+
+
+def prepare_model_for_compiled_hotswap(
+    model: nn.Module,
+    *,
+    target_rank: int | None = None,
+    config: LoraConfig | Mapping[str, LoraConfig] | None = None,
+    check_compiled: str = "error",
+) -> None:
+    """Get a model ready to be compiled and then swapped: scales become tensors, ranks are padded with zeros.
+
+    Args:
+        model: A model with the first adapter in it.
+        target_rank: The largest rank that will come; None leaves the ranks.
+        config: Configs whose rank is set to it.
+        check_compiled: What a compiled model is: "error", "warn" or "ignore".
+
+    Raises:
+        ConfigError: The model is compiled already, it has no adapters, or the rank does not fit.
+    """
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", False):
+        _about_compiled(check_compiled)
+    found = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if not found:
+        raise ConfigError(
+            "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading "
+            "the first adapter and before loading the second adapter."
+        )
+    for layer in found:
+        device = layer.base.device(layer.owner, layer.slot.parameter)
+        for adapter, value in layer.scaling.items():
+            layer.scaling[adapter] = torch.as_tensor(value, device=device)  # type: ignore[assignment]
+        if target_rank is not None:
+            _pad(layer, target_rank)
+    if target_rank is not None and config:
+        for one in config.values() if isinstance(config, Mapping) else [config]:
+            one.r = target_rank
+            one.rank_pattern = dict.fromkeys(one.rank_pattern, target_rank)
+
+
+def _about_compiled(check_compiled: str) -> None:
+    if check_compiled == "error":
+        raise ConfigError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
+    if check_compiled == "warn":
+        warn_caller(
+            "prepare_model_for_compiled_hotswap was called with a model that is already compiled. This will likely "
+            "result in re-compilation, hurting performance. Call the function before compiling the model."
+        )
+    elif check_compiled != "ignore":
+        raise ConfigError(f"check_compiles should be one of 'error', 'warn', or 'ignore', got {check_compiled!r}.")
+
+
+def _pad(layer: LoraLayer, target_rank: int) -> None:
+    groups = layer.slot.groups
+    if target_rank % groups:
+        raise ConfigError(
+            f"Trying to pad a {layer.kind_name} LoRA adapter with groups={groups} to target rank {target_rank}, which "
+            f"is not divisible by {groups}."
+        )
+    for attribute, axis in (("lora_A", 0), ("lora_B", 1)):
+        holder: Any = layer._modules.get(attribute, {})
+        for carrier in holder.values():
+            weight = carrier.weight
+            size = target_rank if axis == 0 else target_rank // groups
+            if weight.shape[axis] > size:
+                raise ConfigError(
+                    f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
+                    f"({weight.shape[axis]})."
+                )
+            shape = list(weight.shape)
+            shape[axis] = size
+            padded = weight.new_zeros(shape)
+            _fill(padded, weight.detach(), groups if axis == 0 else 1)
+            carrier.weight = nn.Parameter(padded, requires_grad=weight.requires_grad)
+
+
+def _fill(place: Tensor, tensor: Tensor, groups: int) -> None:
+    """Put a tensor (…) into the front of a larger one (…); a grouped convolution's A into the front of each group."""
+    if groups > 1:
+        place, tensor = (one.view(groups, one.shape[0] // groups, *one.shape[1:]) for one in (place, tensor))
+    place[tuple(slice(size) for size in tensor.shape)].copy_(tensor)

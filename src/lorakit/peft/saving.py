@@ -1,0 +1,164 @@
+"""`README.md` beside an adapter, as a model hub shows it: what it is, on which base; what a person wrote stays.
+
+PEFT's two ways to write an adapter whose init moved the base: as it is trained, or converted to plain LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lorakit import core
+from lorakit.config import API_LEVEL, TaskType
+from lorakit.core.attachment.saving import converted_form, save_form, saved_form
+from lorakit.core.files.adapter_folder import read_adapter
+from lorakit.core.model.index import layers
+from lorakit.durable import write_text
+from lorakit.errors import ConfigError, warn_caller
+from lorakit.peft.placeholders import PeftWarning
+from lorakit.peft.state_dicts import flat_factors
+
+FENCE = "---"
+
+BODY = """# A LoRA adapter for {base}
+
+These files hold a low-rank adapter: for each weight W that it adapts two small matrices A and B, so that the adapted
+weight is W + scale * B A. The base model is not among them. `adapter_config.json` says the rank, the scale and which
+modules are adapted; `adapter_model.safetensors` holds the numbers.
+
+## How to use it
+
+```python
+from lorakit.peft import PeftModel  # or: from peft import PeftModel
+
+model = ...  # {base}, loaded as usual
+model = PeftModel.from_pretrained(model, "path/of/this/folder")
+model = model.merge_and_unload()  # if it shall be written into the base for good
+```
+
+## What only its makers know
+
+- **Purpose**: what it was trained for, and what it should not be used for: not said yet.
+- **Data**: what it was trained on, and under which licence: not said yet.
+- **Evaluation**: on what it was measured, and with which result: not said yet.
+- **Limits**: known faults and risks, beside those of the base model: not said yet.
+"""
+"""The text of a card where nobody has written one; nothing in it goes out of date when the adapter is trained on."""
+
+
+def write_card(model: Any, folder: Path) -> None:
+    """Write a card, or put into one that is there what its header lacks.
+
+    Args:
+        model: The wrapper.
+        folder: The adapter's folder.
+    """
+    path = folder / "README.md"
+    header, text = _parts(path.read_text("utf-8") if path.is_file() else "")
+    given = {line.partition(":")[0] for line in header}
+    for field, lines in _facts(model):
+        if field not in given:
+            header += lines
+    if not text.strip():
+        text = BODY.format(base=getattr(model.get_base_model(), "name_or_path", None) or "its base model")
+    if f"- PEFT {API_LEVEL}" not in text.splitlines():
+        text = f"{text.rstrip()}\n\n### Framework versions\n\n- PEFT {API_LEVEL}\n".lstrip()
+    write_text(path, "\n".join([FENCE, *header, FENCE, "", text]))
+
+
+def _facts(model: Any) -> Iterator[tuple[str, list[str]]]:
+    """Fields of the header, each with its lines."""
+    base = model.get_base_model()
+    name = getattr(base, "name_or_path", None)
+    if name:
+        yield "base_model", [f"base_model: {_word(name)}"]
+    yield "library_name", ["library_name: peft"]
+    if model.task == TaskType.CAUSAL_LM:
+        yield "pipeline_tag", ["pipeline_tag: text-generation"]
+    tags = {"lora", *(getattr(base, "model_tags", None) or ())}
+    if hasattr(base, "get_output_embeddings"):
+        tags.add("transformers")
+    if name:
+        tags.add(f"base_model:adapter:{name}")
+    yield "tags", ["tags:", *(f"- {_word(tag)}" for tag in sorted(tags))]
+
+
+def _word(value: str) -> str:
+    """A word of the header, quoted where it would not be read as one."""
+    plain = all(char.isalnum() or char in "-_./" for char in value)
+    return value if plain and value else "'" + value.replace("'", "''") + "'"
+
+
+def _parts(text: str) -> tuple[list[str], str]:
+    """The lines of a card's header, and its text."""
+    lines = text.splitlines()
+    if not lines or lines[0].strip() != FENCE or FENCE not in (line.strip() for line in lines[1:]):
+        return [], text
+    end = next(number for number, line in enumerate(lines[1:], 1) if line.strip() == FENCE)
+    return lines[1:end], "\n".join(lines[end + 1 :]).strip() + "\n"
+
+
+MOVE_THE_BASE = ("pissa", "corda", "olora", "lora_ga")
+
+
+def save(
+    model: Any,
+    folder: Path,
+    name: str,
+    tensors: Mapping[str, Tensor] | None = None,
+    initial_folder: str | PathLike[str] | None = None,
+) -> core.SavedAdapter:
+    """Write one adapter as PEFT does.
+
+    Args:
+        model: The wrapper.
+        folder: Where.
+        name: The adapter.
+        tensors: Name on disk -> tensor (…) to write instead of the model's own.
+        initial_folder: Where the adapter was saved before training; what is written then is plain LoRA of twice the
+            rank, for the base as it was.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: PEFT's scale would not be kept by a conversion.
+        AdapterError: What lies in `initial_folder` is another adapter.
+    """
+    user, config = model.get_base_model(), model.peft_config[name]
+    flat = flat_factors(model, name, tensors)
+    if flat:
+        warn_caller(
+            f"{', '.join(flat[:8])} {'is' if len(flat) == 1 else 'are'} flat, as DeepSpeed ZeRO-3 / FSDP shards are "
+            "that were not gathered: no program can load the file. Pass the whole tensors as `state_dict`.",
+            PeftWarning,
+        )
+    moved = any(layer.moved_by == name for _, layer in layers(user))
+    if initial_folder is not None:
+        if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+            raise ConfigError(
+                "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported when using "
+                "`rank_pattern` or `alpha_pattern` at the same time as `use_rslora=True`. `lorakit.core.save_adapter` "
+                "writes such an adapter as plain LoRA, too."
+            )
+        if not str(config.init_lora_weights).lower().startswith((*MOVE_THE_BASE, "true")):
+            warn_caller(
+                "`path_initial_model_for_weight_conversion` only works for converting a PiSSA/CorDA/OLoRA/LoRA-GA "
+                "adapter to a LoRA adapter"
+            )
+        initial = read_adapter(initial_folder).file.tensors
+        return save_form(user, folder, converted_form(user, name, initial, tensors))
+    if not moved:
+        return core.save_adapter(user, folder, name, tensors=tensors)
+    if config.init_lora_weights is True:  # PEFT's way to save what an adapter begins with
+        return save_form(user, folder, saved_form(user, name, "raw", tensors))
+    warn_caller(
+        f"Adapter {name!r} acts on a base that {config.init_lora_weights!r} changed, and is saved so, as PEFT does. "
+        "For other programs pass `path_initial_model_for_weight_conversion`, or save it with "
+        "`lorakit.core.save_adapter`."
+    )
+    return core.save_as_trained(user, folder, name, tensors=tensors)

@@ -1,0 +1,155 @@
+"""Reads run folders: `metrics.jsonl` and `run.json`. The files are the contract; nothing of training is needed.
+
+A last line that a crash has torn is dropped; any other bad line is an error with its number.
+
+Plots of run folders as SVG: the one door to matplotlib.
+
+Draws with figure objects only, never through pyplot, so that no global state of matplotlib is touched.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit import durable
+from lorakit.errors import AdapterFileError, MissingExtra, RunError
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The rows of a run in the order in which they were written.
+
+    Attributes:
+        rows: All rows.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+
+    @property
+    def train(self) -> list[dict[str, Any]]:
+        """One row per optimizer step: step, epoch, loss, learning_rate, grad_norm, tokens, ..."""
+        return [row for row in self.rows if "loss" in row]
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """One row per evaluation: step, eval_loss, eval_perplexity, eval_tokens."""
+        return [row for row in self.rows if "eval_loss" in row]
+
+
+def read_metrics(folder: str | Path) -> Metrics:
+    """Read `metrics.jsonl` of a run.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        Its rows; none where the file is missing.
+
+    Raises:
+        RunError: A line other than a torn last one is no row; the message gives its number.
+    """
+    path = Path(folder) / METRICS_FILE
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return Metrics(())
+    except OSError as cause:
+        raise RunError(f"{path}: cannot be read ({cause.strerror}).") from cause
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or torn
+        try:
+            row = json.loads(line)
+            whole = isinstance(row, dict) and isinstance(row.get("step"), int)
+        except ValueError:
+            whole = False
+        if not whole:
+            raise RunError(f"{path}, line {number}: not a row of metrics.")
+        rows.append(row)
+    return Metrics(tuple(rows))
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """Read `run.json` of a run.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        Its content.
+
+    Raises:
+        RunError: The folder holds no run, or its record is damaged.
+    """
+    path = Path(folder) / RUN_FILE
+    try:
+        record = durable.read_json(path, 4 << 20)
+    except AdapterFileError as cause:
+        raise RunError(f"{folder}: holds no run that can be read. {cause}") from None
+    if not isinstance(record, dict):
+        raise RunError(f"{path}: not the record of a run.")
+    return record
+
+
+_TRAIN, _EVAL, _INK, _GRID = "#8aa4c8", "#c2410c", "#333333", "#e5e5e5"
+
+
+def loss_plot(metrics: Metrics, path: str | Path, title: str = "") -> None:
+    """Draw training and evaluation loss over the steps.
+
+    Args:
+        metrics: Rows of a run; at least one.
+        path: The SVG file to write.
+        title: A line above the plot.
+
+    Raises:
+        MissingExtra: matplotlib is not installed; the message gives the pip command.
+        DiskError: The file cannot be written.
+    """
+    figure_type = _figure_type()
+    figure = figure_type(figsize=(7.2, 4.0), layout="constrained")
+    axes = figure.subplots()
+    train, evaluations = metrics.train, metrics.evaluations
+    if train:
+        axes.plot([r["step"] for r in train], [r["loss"] for r in train], color=_TRAIN, linewidth=1.2, label="training")
+    if evaluations:
+        steps, losses = [r["step"] for r in evaluations], [r["eval_loss"] for r in evaluations]
+        axes.plot(steps, losses, color=_EVAL, linewidth=1.8, marker="o", markersize=4, label="held out")
+        _mark_best(axes, steps, losses)
+    axes.set_xlabel("optimizer step", color=_INK)
+    axes.set_ylabel("loss (nats per token)", color=_INK)
+    axes.set_title(title, color=_INK, loc="left", fontsize=11)
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    if train or evaluations:
+        axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    durable.write_bytes(path, buffer.getvalue())
+
+
+def _mark_best(axes: Any, steps: list[int], losses: list[float]) -> None:
+    best = min(range(len(losses)), key=losses.__getitem__)
+    axes.annotate(
+        f"{losses[best]:.3f}",
+        (steps[best], losses[best]),
+        textcoords="offset points",
+        xytext=(0, -14),
+        ha="center",
+        color=_EVAL,
+        fontsize=9,
+    )
+
+
+def _figure_type() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as cause:
+        raise MissingExtra('The loss plot needs matplotlib: pip install "lorakit[report]".') from cause
+    return Figure

@@ -1,1 +1,0 @@
-"""Reads run folders only: rows, records, plots. Knows nothing about models or training."""

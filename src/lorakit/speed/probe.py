@@ -1,0 +1,270 @@
+"""Preserve a model while probes run it: flags, attributes, children, hooks, buffers, forward records, random state.
+
+A forward may change more than its output: some models build rotary caches or masks on their first call, or exchange
+their attention when the input is short. After the block the modules hold the same objects as before it.
+
+Small forwards of a model on random tokens, and the calls that its modules get in them.
+
+The model runs in eval mode and without gradients, and is restored afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.routing.recompute import Forwards
+
+COPIED = 1 << 20
+"""Largest number of elements of a buffer that is copied before the block, to undo writes in place."""
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Restore a model and torch's random generators after a block.
+
+    Inside the block modules have empty forward records, so a later backward does not see the block's forwards.
+
+    Args:
+        model: Any model; its parameters are not copied.
+
+    Yields:
+        Nothing.
+    """
+    held = [_Held(module) for module in model.modules()]
+    written = [_Written(buffer) for buffer in model.buffers() if buffer.numel() <= COPIED]
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
+    try:
+        with torch.random.fork_rng(sorted(devices)):
+            yield
+    finally:
+        for module in held:
+            module.restore()
+        for buffer in written:
+            buffer.restore()
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Freeze all parameters of a model during a block.
+
+    Args:
+        model: Any model.
+
+    Yields:
+        Nothing.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+class _Held:
+    """The attributes of one module, and the contents of its tables of parameters, buffers, children and hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.now: dict[str, Any] = module.__dict__
+        self.attributes = dict(self.now)
+        tables = [value for name, value in self.now.items() if name[0] == "_" and isinstance(value, (dict, set))]
+        self.full = [(table, table.copy()) for table in tables if table]
+        self.empty = [table for table in tables if not table]
+        for name, value in self.attributes.items():
+            if isinstance(value, Forwards):
+                self.now[name] = Forwards()
+
+    def restore(self) -> None:
+        """Put everything back, also if only the contents of a table changed."""
+        for name in self.now.keys() - self.attributes.keys():
+            del self.now[name]
+        self.now.update(self.attributes)
+        for table in self.empty:
+            if table:
+                table.clear()
+        for table, before in self.full:
+            table.clear()
+            table.update(before)
+
+
+class _Written:
+    """The numbers of one buffer, put back if it was written to in place."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+        self.before = buffer.detach().clone()
+        self.version = _version(buffer)
+
+    def restore(self) -> None:
+        """Copy the numbers back if there was a write."""
+        if _version(self.buffer) != self.version:
+            with torch.no_grad():
+                self.buffer.copy_(self.before)
+
+
+def _version(buffer: Tensor) -> int:
+    return -1 if buffer.is_inference() else buffer._version
+
+
+Result = TypeVar("Result")
+
+ROWS, TOKENS = 2, 9
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+"""Largest norm of the difference beside the norm of the output: a few roundings of the dtype, far below any other
+arithmetic."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module.
+
+    Attributes:
+        args: Its arguments.
+        kwargs: Those by name.
+        output: What it returned.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    @property
+    def hidden(self) -> Any:
+        """The hidden states that the module got."""
+        return self.args[0] if self.args else self.kwargs.get("hidden_states")
+
+
+def attempt(run: Callable[[], Result]) -> Result | Exception:
+    """Run a probe and return its result, or the exception that it raised.
+
+    A probe runs the code of other people's models, which may raise any exception; the caller then leaves the part
+    alone. Interrupts and exits pass.
+
+    Args:
+        run: The probe.
+    """
+    try:
+        return run()
+    except Exception as failed:  # noqa: BLE001 - the caller reports its type and leaves the part alone
+        return failed
+
+
+class _Enough(Exception):
+    """Ends a forward whose remaining modules nobody asked for."""
+
+
+def calls(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[str, Call], Any]:
+    """Run a model once on random tokens and record the calls of some modules; the caller sees to `at_rest`.
+
+    Args:
+        model: A transformers model.
+        modules: Path -> module.
+
+    Returns:
+        Path -> its last call, for those that were called; and the model's output.
+
+    Raises:
+        Exception: Any exception of a model that does not run on token ids alone.
+    """
+    found: dict[str, Call] = {}
+    with _recording(modules, found):
+        output = model(**inputs_of(model))
+    return found, output
+
+
+def first_calls(model: nn.Module, modules: Mapping[str, nn.Module], tokens: int) -> dict[str, Call]:
+    """Run a model on one row of random tokens until some modules were called; the caller sees to `at_rest`.
+
+    Args:
+        model: A transformers model.
+        modules: Path -> module.
+        tokens: Tokens of the row.
+
+    Returns:
+        Path -> call, for those that were called.
+
+    Raises:
+        Exception: Any exception of a model that does not run on so many tokens.
+    """
+    found: dict[str, Call] = {}
+    with _recording(modules, found, stop=True), contextlib.suppress(_Enough):
+        model(**inputs_of(model, 1, tokens))
+    return found
+
+
+@contextlib.contextmanager
+def _recording(modules: Mapping[str, nn.Module], found: dict[str, Call], stop: bool = False) -> Iterator[None]:
+    """Add the calls of these modules to `found` during a block; with `stop`, end it when all were called."""
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            found[path] = Call(args, dict(kwargs), output)
+            if stop and len(found) == len(modules):
+                raise _Enough
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(path), with_kwargs=True) for path, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def token_ids(model: Any, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
+    """A few random token ids, (rows, tokens), drawn without torch's own generator.
+
+    Args:
+        model: A model with input embeddings.
+        rows: Rows of the batch.
+        tokens: Tokens of each row.
+    """
+    embeddings = model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, embeddings.weight.shape[0], (rows, tokens), generator=generator)
+    return ids.to(embeddings.weight.device)
+
+
+def inputs_of(model: Any, rows: int = ROWS, tokens: int = TOKENS) -> dict[str, Any]:
+    """The arguments of a small call, without a cache.
+
+    Args:
+        model: A model with input embeddings.
+        rows: Rows of the batch.
+        tokens: Tokens of each row.
+    """
+    ids = token_ids(model, rows, tokens)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    if hasattr(config, "use_cache") or hasattr(getattr(config, "text_config", None), "use_cache"):
+        inputs["use_cache"] = False
+    return inputs
+
+
+@contextlib.contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode for a block without gradients, and restore the model after it.
+
+    Inference mode would be wrong here: tensors that a model makes and caches in it can never be trained with.
+
+    Args:
+        model: Any model.
+
+    Yields:
+        Nothing.
+    """
+    with preserved(model), torch.no_grad():
+        for module in model.modules():
+            module.__dict__["training"] = False  # torch's own way to set an attribute is slow
+        yield
