@@ -16,7 +16,6 @@ from .reading import (
     part_of,
     reached,
     rings,
-    settled,
     way_round,
     within,
 )
@@ -30,7 +29,6 @@ FLOORS = {
     "hub_cache": 0,
     "tables": 0,
     "config": 1,
-    "default_targets": 1,
     "architectures": 1,
     "targets": 2,
 }
@@ -202,7 +200,7 @@ def _parts_of(target: str, names: list[str]) -> list[str]:
 
 def _inner(path: str) -> str | None:
     """Return the folder or stem below core that a path belongs to; None outside core, and for core's own face."""
-    words = settled(path).removesuffix(".py").split("/")
+    words = path.removesuffix(".py").split("/")
     return words[1] if words[0] == "core" and words[1:] not in ([], ["__init__"]) else None
 
 

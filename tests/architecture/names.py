@@ -18,7 +18,6 @@ from .reading import (
     module_of,
     nodes,
     parsed,
-    settled,
     within,
 )
 
@@ -60,7 +59,7 @@ def row_names(sources: Sources) -> Iterator[Breach]:
         for node in (one for parent in nodes(tree) if id(parent) not in faces for one in _decisive(parent)):
             if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
                 continue
-            if node.value in rows and settled(path) not in rows[node.value]:
+            if node.value in rows and path not in rows[node.value]:
                 message = f"{node.value!r} names a kind or variant; read an attribute of its row instead"
                 yield Breach(path, repr(node.value), message, node.lineno)
 
@@ -81,7 +80,7 @@ def variant_fields(sources: Sources) -> Iterator[Breach]:
                 name = node.value
             elif isinstance(node, ast.AnnAssign):
                 name = last_name(node.target)
-            if name in fields and settled(path) != fields[name]:
+            if name in fields and path != fields[name]:
                 message = f"{name} belongs to {fields[name]}; ask the row of VARIANTS"
                 yield Breach(path, name, message, getattr(node, "lineno", 0))
 
@@ -139,13 +138,13 @@ def _rows(sources: Sources) -> dict[str, set[str]]:
     for path, call in _row_calls(sources):
         for keyword in call.keywords:
             if keyword.arg == "name" and isinstance(keyword.value, ast.Constant):
-                found.setdefault(str(keyword.value.value), set()).add(settled(path))
+                found.setdefault(str(keyword.value.value), set()).add(path)
     return found
 
 
 def _fields(sources: Sources) -> dict[str, str]:
     return {
-        str(keyword.value.value): settled(path)
+        str(keyword.value.value): path
         for path, call in _row_calls(sources)
         for keyword in call.keywords
         if keyword.arg == "field" and isinstance(keyword.value, ast.Constant) and keyword.value.value

@@ -18,26 +18,6 @@ Sources = dict[str, str]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
-# Empty FORMER, and delete `settled`, once the tree is the one of INNER in imports.py.
-FORMER = {  # path before the restructuring, without .py -> the path whose rules apply to it
-    "core/bases": "core/quantization",
-    "core/data": "core/statistics",
-    "core/data/allocating": "core/operations/rank_allocation",
-    "core/data/inits": "core/operations/data_init",
-    "core/layering": "core/layers",
-    "core/layering/cloning": "core/clones",
-    "core/layering/factor": "core/factor",
-    "core/layering/watched": "core/clones",
-    "core/layering/walking": "core/model/index",
-    "core/making": "core/attachment",
-    "core/operations/lowrank": "core/linalg",
-    "core/parts": "core/layers",
-    "core/routes": "core/routing",
-    "core/routes/routing": "core/routing/state",
-    "report/plots": "report",
-    "train/sources": "train/settings_sources",
-}
-
 
 class Breach(NamedTuple):
     """One place where a rule is broken.
@@ -95,21 +75,8 @@ def nodes(tree: ast.AST) -> tuple[ast.AST, ...]:
     return tuple(ast.walk(tree))
 
 
-@functools.cache
-def settled(path: str) -> str:
-    """Return the path whose rules apply to a file: its own, or the target of FORMER."""
-    stem = path.removesuffix(".py")
-    for former in sorted(FORMER, key=len, reverse=True):
-        if stem == former:
-            return f"{FORMER[former]}.py"
-        if stem.startswith(f"{former}/"):
-            return FORMER[former] + path[len(former) :]
-    return path
-
-
 def within(path: str, homes: Iterable[str]) -> bool:
     """Return whether a file is one of the homes, or in one; a home is a folder, or a file with or without .py."""
-    path = settled(path)
     return any(path in (home, f"{home}.py") or path.startswith(f"{home.rstrip('/')}/") for home in homes)
 
 

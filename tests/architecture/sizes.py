@@ -16,7 +16,6 @@ from .reading import (
     nodes,
     parsed,
     part_of,
-    settled,
     within,
 )
 
@@ -75,7 +74,7 @@ def long_files(sources: Sources) -> Iterator[Breach]:
     """Find files past the number of lines to aim for."""
     for path, _ in parsed(sources):
         lines = sources[path].count("\n")
-        cap = MAX_WHOLE_SUBJECT_LINES if settled(path) in WHOLE_SUBJECTS else MAX_FILE_LINES
+        cap = MAX_WHOLE_SUBJECT_LINES if path in WHOLE_SUBJECTS else MAX_FILE_LINES
         if lines > cap:
             yield Breach(path, "lines", f"{lines} lines, aim for {cap} at most")
 

@@ -19,7 +19,7 @@ from .imports import (
 )
 from .names import loosely_typed, misnamed, name_comparisons, row_names, variant_fields
 from .practices import exception_texts, foreign_memory, incomplete_components, process_state, walks
-from .reading import FORMER, Breach, Rule, Sources, settled
+from .reading import Breach, Rule, Sources
 from .rules import RULES, WARNINGS
 from .sizes import long_files, many_modules, oversized, small_modules
 
@@ -425,12 +425,6 @@ def test_the_list_can_be_read_back(tmp_path: Path) -> None:
     file = tmp_path / "known.toml"
     file.write_text(known.as_toml(entries | {"empty": {}}), "utf-8")
     assert known.read(file) == entries
-
-
-def test_files_before_the_restructuring_have_the_rules_of_their_target() -> None:
-    for former, target in FORMER.items():
-        assert settled(f"{former}.py") == f"{target}.py"
-    assert settled("core/kinds/kind.py") == "core/kinds/kind.py"
 
 
 def test_the_report_counts() -> None:

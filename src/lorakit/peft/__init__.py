@@ -21,6 +21,9 @@ __getattr__, __dir__ = paths.lazy_names(
         "lorakit.peft.model_classes": """
             AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering
             AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification
+            MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftMixedModel PeftModelForCausalLM PeftModelForFeatureExtraction
+            PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification
+            PeftModelForTokenClassification
         """,
         "lorakit.peft.structure": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
         "lorakit.peft.weighted": "convert_to_lora save_as_lora",
@@ -31,11 +34,9 @@ __getattr__, __dir__ = paths.lazy_names(
         "lorakit.peft.layer_classes": "LoraLayer",
         "lorakit.peft.loaded": "load_peft_weights",
         "lorakit.peft.mapping": """
-            get_peft_config inject_adapter_in_model PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING
-            PEFT_TYPE_TO_TUNER_MAPPING
+            get_peft_config get_peft_model inject_adapter_in_model PEFT_TYPE_TO_CONFIG_MAPPING
+            PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING
         """,
-        "lorakit.peft.mapping": "get_peft_model",
-        "lorakit.peft.model_classes": "PeftMixedModel",
         "lorakit.peft.model": "PeftModel",
         "lorakit.peft.preparing": "cast_mixed_precision_params prepare_model_for_kbit_training shift_tokens_right",
         "lorakit.peft.installing": "install_as_peft stand_in",
@@ -43,11 +44,6 @@ __getattr__, __dir__ = paths.lazy_names(
             get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict set_peft_model_state_dict
         """,
         "lorakit.peft.status": "get_layer_status get_model_status",
-        "lorakit.peft.model_classes": """
-            MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction
-            PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification
-            PeftModelForTokenClassification
-        """,
         "lorakit.peft.trainer_mixin": "LoraTrainerMixin",
         "lorakit.peft.lora_model": "LoraModel",
     },

@@ -83,22 +83,28 @@ _OTHER: Mapping[str, str] = {
 }
 
 PATHS: Mapping[str, Mapping[str, str]] = {
+    "auto": {
+        "lorakit.peft.model_classes": """
+            AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering
+            AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification
+        """,
+    },
     "config": {"lorakit.config": "PeftConfig PeftConfigMixin", PLACEHOLDERS: "PromptLearningConfig"},
     "functional": {
         "lorakit.peft.mapping": "inject_adapter_in_model",
         "lorakit.peft.tuner": "delete_adapter set_adapter",
-        "lorakit.peft.casting": "cast_adapter_dtype",
-        "lorakit.peft.casting": "set_requires_grad",
+        "lorakit.peft.casting": "cast_adapter_dtype set_requires_grad",
         "lorakit.peft.state_dicts": "get_peft_model_state_dict set_peft_model_state_dict",
     },
     "helpers": {
         "lorakit.peft.adjusting": """
-            check_if_peft_model disable_input_dtype_casting DoraCaching rescale_adapter_scale update_forward_signature
-            update_generate_signature update_signature
+            check_if_peft_model disable_input_dtype_casting DoraCaching find_kappa_target_modules KappaTuneSelector
+            rescale_adapter_scale update_forward_signature update_generate_signature update_signature
         """,
-        "lorakit.peft.adjusting": "find_kappa_target_modules KappaTuneSelector",
         PLACEHOLDERS: "MontecloraTrainerMixin",
     },
+    "mapping_func": {"lorakit.peft.mapping": "get_peft_model"},
+    "mixed_model": {"lorakit.peft.model_classes": "PeftMixedModel"},
     "optimizers": {
         "lorakit.peft.optimizer_factories": "create_lorafa_optimizer create_loraplus_optimizer",
         PLACEHOLDERS: "create_riemannian_optimizer",
@@ -194,16 +200,14 @@ PATHS: Mapping[str, Mapping[str, str]] = {
     },
     "tuners.trainable_tokens.layer": {"lorakit.peft.layer_classes": "TrainableTokensLayer"},
     "tuners.tuners_utils": {
-        "lorakit.peft.tuner": "BaseTuner",
+        "lorakit.peft.tuner": "BaseTuner delete_adapter set_adapter",
         "lorakit.peft.layer_classes": "BaseTunerLayer",
         "lorakit.peft.matching": "check_target_module_exists ExcludedModule inspect_matched_modules",
         "lorakit.peft.private_names": """
             _ExcludedModule _filter_state_dict_by_key_prefixes _find_minimal_target_modules _get_in_out_features
             _get_tuner_state_dict_key_prefixes _maybe_include_all_linear_layers check_adapters_to_merge
         """,
-        "lorakit.peft.tuner": "delete_adapter set_adapter",
-        "lorakit.peft.casting": "cast_adapter_dtype",
-        "lorakit.peft.casting": "set_requires_grad",
+        "lorakit.peft.casting": "cast_adapter_dtype set_requires_grad",
         "lorakit.peft.structure": "find_parameter_name_by_module get_device_map onload_layer",
     },
     "utils": {

@@ -1,7 +1,7 @@
 """`--allocate-ranks`: what the first training rows say about the base, made into a config with a rank for each module.
 
-The criteria are `lorakit.core.operations.rank_allocation`'s; here the data is brought to it, a row at a time, so that less
-memory is taken than by a training step. Nothing random is drawn and the run's own loader is not moved.
+The criteria are `lorakit.core.operations.rank_allocation`'s; here the data is brought to it, a row at a time, so that
+less memory is taken than by a training step. Nothing random is drawn and the run's own loader is not moved.
 
 `--init-lora-weights`: what the first training rows show, for inits that look at data.
 

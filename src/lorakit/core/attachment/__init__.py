@@ -1,0 +1,1 @@
+"""Attaching adapters to a model, detaching, loading and saving them."""

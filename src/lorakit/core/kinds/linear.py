@@ -46,10 +46,12 @@ def linear_up(_: nn.Module, h: Tensor, B: Tensor) -> Tensor:
 
 
 def axis_of_rows(_: Slot, shape: Shape) -> int:
+    """Return the size of the first axis, which holds the rows."""
     return shape[0] if shape else 0
 
 
 def flat_vector(slot: Slot) -> Shape:
+    """Return the shape (out,) of a vector with one value per row."""
     return (slot.out_features,)
 
 

@@ -1,0 +1,1 @@
+"""Operations on a whole model: its index, activation, checks, ties, vocabulary, fingerprint."""

@@ -1,0 +1,1 @@
+"""Which adapter acts in a forward, on which rows."""

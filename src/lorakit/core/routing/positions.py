@@ -158,6 +158,11 @@ def _hooks_of(module: nn.Module) -> list[int]:
 
 
 def tokens_of_call(state: AdapterState, name: str) -> Sequence[int]:
+    """Return the invocation tokens of an adapter.
+
+    Raises:
+        ConfigError: The config has none.
+    """
     tokens = state.configs[name].alora_invocation_tokens
     if not tokens:
         raise ConfigError(f"alora_invocation_tokens of adapter {name!r} is {tokens!r}; it must be a list of token ids.")
