@@ -84,6 +84,7 @@ def test_the_constructor_names_field_value_and_what_is_allowed(which: str) -> No
     with pytest.raises(ConfigError, match=text) as caught:
         LoraConfig(**fields)
     assert isinstance(caught.value, ValueError)
+    assert caught.value.field is not None and caught.value.field.partition("[")[0] in fields
 
 
 def test_an_unknown_field_is_an_error_of_python() -> None:
@@ -201,9 +202,10 @@ def test_errors_of_a_file_name_it(tmp_path: Path) -> None:
     ):
         with pytest.raises(error, match=f"{CONFIG_FILE}: .*{text}") as caught:
             read_config(write(tmp_path, **values))
-        assert str(tmp_path) in str(caught.value)
-    with pytest.raises(AdapterFileError, match="nowhere: there is no such"):
+        assert caught.value.where == str(tmp_path / CONFIG_FILE) and caught.value.field in values
+    with pytest.raises(AdapterFileError, match=r"nowhere: .*no such") as caught:
         read_config(tmp_path / "nowhere")
+    assert caught.value.where == str(tmp_path / "nowhere")
 
 
 TEXT, NUMBER, LIST, TABLE = "a word", 7.5, [[0]], {"a": [1]}
@@ -313,6 +315,18 @@ def test_a_nested_config_comes_back_as_its_class(name: str, tmp_path: Path) -> N
         LoraConfig(**{name: 3})
 
 
+def test_an_error_in_a_nested_config_names_field_and_allowed_values() -> None:
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(init_lora_weights="eva", eva_config={"rho": 0.5})
+    assert (caught.value.field, caught.value.what) == ("eva_config.rho", "0.5")
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(bias="some")
+    assert (caught.value.what, caught.value.allowed) == ("some", ("none", "all", "lora_only"))
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(task_type="CAUSAL")
+    assert caught.value.what == "CAUSAL" and "CAUSAL_LM" in caught.value.allowed
+
+
 def test_the_fields_their_defaults_and_json_are_pefts() -> None:
     peft = pytest.importorskip("peft")
     ours, theirs = dataclasses.fields(LoraConfig), dataclasses.fields(peft.LoraConfig)
@@ -337,8 +351,9 @@ REFUSED = {
 @pytest.mark.parametrize("which", REFUSED)
 def test_fields_that_exclude_each_other(which: str) -> None:
     fields, text = REFUSED[which]
-    with pytest.raises(ConfigError, match=text):
+    with pytest.raises(ConfigError, match=text) as caught:
         LoraConfig(**fields)
+    assert (caught.value.field or "").rpartition(".")[2] in (*fields, "loftq_config", "rho")
     with pytest.raises(TypeError, match="`target_parameters` must be a list of strings or None"):
         LoraConfig(target_parameters="w")
 

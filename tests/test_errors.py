@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from lorakit import errors
-from lorakit.errors import LorakitError, nearest
+from lorakit.errors import LorakitError, MissingExtra, nearest
 
 CODES = {
     "LorakitError": ("LORA-E000", 1, Exception),
@@ -15,12 +19,16 @@ CODES = {
     "UsageError": ("LORA-E011", 2, ValueError),
     "ConfigTypeError": ("LORA-E012", 2, TypeError),
     "TargetError": ("LORA-E020", 1, ValueError),
+    "NoTargetError": ("LORA-E021", 1, ValueError),
     "AdapterError": ("LORA-E030", 1, ValueError),
     "RouteError": ("LORA-E040", 1, RuntimeError),
+    "RowCountError": ("LORA-E041", 1, RuntimeError),
+    "MixedRowsError": ("LORA-E042", 1, RuntimeError),
     "MergeError": ("LORA-E050", 1, RuntimeError),
     "AdapterFileError": ("LORA-E060", 1, ValueError),
     "BaseMismatchError": ("LORA-E061", 1, ValueError),
     "PatternError": ("LORA-E062", 1, ValueError),
+    "ShapeMismatchError": ("LORA-E063", 1, ValueError),
     "ModelError": ("LORA-E070", 1, ValueError),
     "DataError": ("LORA-E080", 1, ValueError),
     "RunError": ("LORA-E090", 1, RuntimeError),
@@ -53,6 +61,44 @@ def test_each_is_caught_as_the_builtin_it_stands_for(name: str) -> None:
         raise kind("what happened")
     with pytest.raises(LorakitError):
         raise kind("what happened")
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_a_message_alone_is_enough(name: str) -> None:
+    error = classes()[name]("what happened")
+    assert str(error) == error.message == "what happened" and error.args == ("what happened",)
+    assert error.fields == {"what": None, "where": None, "field": None, "allowed": (), "override": None}
+    assert str(classes()[name]()) == ""
+
+
+@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))])
+def test_fields_survive_pickling_and_copying(name: str, copied: Callable[[LorakitError], LorakitError]) -> None:
+    fields = {"what": "q", "where": "a/b", "field": "r", "allowed": ("1", "2"), "override": "odd_scale"}
+    error = classes()[name]("r is 0.", advice="Check it, or {override}.", **fields)
+    error.add_note("a note")
+    twin = copied(error)
+    assert type(twin) is type(error) and twin.code == error.code
+    assert twin.fields == error.fields == fields
+    assert str(twin) == str(error) == "r is 0. Check it, or allow 'odd_scale'."
+    assert twin.text("give --x") == "r is 0. Check it, or give --x."
+    assert (twin.message, twin.advice, twin.__notes__) == (error.message, error.advice, ["a note"])
+
+
+def test_fields_go_into_an_error_that_wraps_another() -> None:
+    inner = errors.ConfigError("r is 0.", where=Path("a") / "b", field="r", allowed=iter(["1"]))
+    outer = errors.AdapterFileError(f"x: {inner}", **inner.fields)
+    assert str(outer) == "x: r is 0." and (outer.where, outer.field, outer.allowed) == ("a/b", "r", ("1",))
+
+
+def test_a_value_that_is_no_text_is_held_as_its_repr() -> None:
+    assert errors.ConfigError("x", what=object).what == repr(object)
+    assert errors.ConfigError("x", what=0.5).what == "0.5" and errors.ConfigError("x", what="0.5").what == "0.5"
+
+
+def test_a_missing_package_is_still_an_import_error() -> None:
+    error = MissingExtra("pip install x", what="x")
+    assert error.msg == "pip install x" and error.name is None
 
 
 def test_the_docstring_draws_the_whole_tree() -> None:

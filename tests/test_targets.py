@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 
 from lorakit.config import LoraConfig
-from lorakit.errors import ConfigError, TargetError
-from lorakit.targets import Candidate, first_match, key_fits, names_path, resolve
+from lorakit.errors import ConfigError, NoTargetError, TargetError
+from lorakit.targets import LARGE_RANK, SEVERAL_MODULES, Candidate, first_match, key_fits, names_path, resolve
 
 
 def linear(path: str, out: int = 8, size: int = 8, dense: bool = True, kind: str = "Linear") -> Candidate:
@@ -147,13 +148,32 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("which", REFUSED)
 def test_what_is_refused(which: str) -> None:
     fields, text = REFUSED[which]
-    with pytest.raises((TargetError, ConfigError), match=text):
+    with pytest.raises((TargetError, ConfigError), match=text) as caught:
         resolve(MODEL, LoraConfig(**fields))
+    assert caught.value.field in (*fields, "target_modules")
+
+
+def test_errors_say_which_entry_is_wrong_and_what_there_is() -> None:
+    with pytest.raises(NoTargetError) as caught:
+        resolve(MODEL, LoraConfig(target_modules=["q_prj"]))
+    assert (caught.value.what, caught.value.field) == ("['q_prj']", "target_modules")
+    assert {"q_proj", "head"} <= set(caught.value.allowed)
+    with pytest.raises(TargetError) as caught:
+        resolve(MODEL, LoraConfig(target_modules=["q_proj"], alpha_pattern={"nope": 2}))
+    assert not isinstance(caught.value, NoTargetError)
+    assert (caught.value.what, caught.value.field, caught.value.override) == (
+        "nope",
+        "alpha_pattern",
+        "partial_targets",
+    )
+    with pytest.raises(TargetError) as caught:
+        resolve(MODEL, LoraConfig(target_modules=["attn"]))
+    assert (caught.value.what, caught.value.where) == ("attn", "model.layers.0.attn")
 
 
 def test_a_partial_match_with_a_word() -> None:
     found = resolve(MODEL, LoraConfig(target_modules=["q_proj", "nope"]), allow_partial=True)
-    assert len(found.matches) == 3 and len(found.missing) == 1 and "'nope'" in found.missing[0]
+    assert len(found.matches) == 3 and len(found.missing) == 1 and found.missing[0].entry == "nope"
     with pytest.raises(TargetError, match="'nope'"):
         resolve(MODEL, LoraConfig(target_modules=["nope"]), allow_partial=True)
 
@@ -178,13 +198,15 @@ def test_what_is_saved_whole_is_not_adapted() -> None:
 def test_a_name_that_hits_modules_of_different_make_is_noted() -> None:
     notes = resolve(MODEL, LoraConfig(target_modules=["o_proj", "q_proj"])).notes
     assert len(notes) == 1
-    assert "'o_proj' names 2 different modules" in notes[0]
-    assert "model.layers.*.attn.o_proj (8→8, ×3)" in notes[0] and "model.layers.*.mlp.o_proj (32→8, ×3)" in notes[0]
+    assert notes[0].kind == SEVERAL_MODULES and "'o_proj'" in notes[0].text
+    for template in ("model.layers.*.attn.o_proj (8→8, ×3)", "model.layers.*.mlp.o_proj (32→8, ×3)"):
+        assert template in notes[0].text
 
 
 def test_a_rank_larger_than_the_module_is_noted_by_name() -> None:
     notes = resolve(MODEL, LoraConfig(r=16, target_modules=["head"])).notes
-    assert notes == ("head: rank 16 is larger than the module's smaller side, 3.",)
+    assert [note.kind for note in notes] == [LARGE_RANK]
+    assert re.search(r"head.*rank 16.*\b3\b", notes[0].text)
     assert resolve(MODEL, LoraConfig(r=3, target_modules=["head"])).notes == ()
 
 

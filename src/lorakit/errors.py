@@ -5,12 +5,16 @@
     │  ├─ UsageError                 LORA-E011   the command line or call cannot be carried out as asked
     │  └─ ConfigTypeError (TypeError) LORA-E012  a field or setting is of a type that is not allowed
     ├─ TargetError (ValueError)      LORA-E020   a target list matches nothing, or only in part
+    │  └─ NoTargetError              LORA-E021   no module or table that a config names is in the model
     ├─ AdapterError (ValueError)     LORA-E030   no such adapter, a name that cannot be used, a name in use
     ├─ RouteError (RuntimeError)     LORA-E040   which adapter a row uses is not known, or cannot be had here
+    │  ├─ RowCountError              LORA-E041   a route and a batch have different numbers of rows
+    │  └─ MixedRowsError             LORA-E042   a module cannot run rows of different adapters in one batch
     ├─ MergeError (RuntimeError)     LORA-E050   merging or unmerging is not possible as asked
     ├─ AdapterFileError (ValueError) LORA-E060   files of an adapter are missing, damaged or do not fit
     │  ├─ BaseMismatchError          LORA-E061   the adapter was made on another base
-    │  └─ PatternError               LORA-E062   a name pattern from a file is a regular expression, which is not run
+    │  ├─ PatternError               LORA-E062   a name pattern from a file is a regular expression, which is not run
+    │  └─ ShapeMismatchError         LORA-E063   tensors of an adapter have other shapes than the model needs
     ├─ ModelError (ValueError)       LORA-E070   a model or tokenizer cannot be found or used
     ├─ DataError (ValueError)        LORA-E080   training data cannot be read or used
     ├─ RunError (RuntimeError)       LORA-E090   a run folder or checkpoint cannot be used, or a run cannot go on
@@ -19,25 +23,76 @@
     ├─ MissingExtra (ImportError)    LORA-E110   an optional package is not installed
     └─ NotYetSupported (NotImplementedError) LORA-E120   known, but not built yet
 
-A message says what is wrong, where (path, tensor, field, expected, actual) and what to do.
+A message says what is wrong, where (path, tensor, field, expected, actual) and what to do. The text is for people and
+may change; programs read the class and its fields: `what`, `where`, `field`, `allowed` and `override`.
 This module imports nothing of lorakit.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable
+from os import PathLike
+from typing import Any, ClassVar
+
+OVERRIDE = "{override}"
+"""Placeholder in an error's `advice`: stands for the way to override the check."""
 
 
 class LorakitError(Exception):
-    """Root of the tree; catch it to catch every refusal of lorakit.
+    """Root of the tree; catch it to catch every error that lorakit raises on purpose.
+
+    All fields are optional keywords of every class: a message alone is enough. They survive pickling and copying.
 
     Attributes:
         code: Stable name of the class of error, for programs and logs.
-        exit_code: What the command line exits with: 1 failed, 2 used wrongly.
+        exit_code: Exit status of the command line: 1 failed, 2 used wrongly.
+        message: The text without `advice`.
+        advice: What to do, as the end of the text; may contain `OVERRIDE`. None if `message` says it.
+        what: The name or value that is wrong, such as an unknown adapter, target or setting, or a short statement; a
+            value that is not a str is held as its repr, so that every error can be pickled.
+        where: Path of a file or directory, dotted path of a module, or name of a tensor.
+        field: The config field or setting at fault.
+        allowed: What is allowed or available instead of `what`.
+        override: The allowance (a word of `allow`), setting or flag that overrides the check.
     """
 
     code: ClassVar[str] = "LORA-E000"
     exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        advice: str | None = None,
+        what: object = None,
+        where: str | PathLike[str] | None = None,
+        field: str | None = None,
+        allowed: Iterable[str] = (),
+        override: str | None = None,
+    ) -> None:
+        self.message = message
+        self.advice = advice
+        self.what = what if what is None or isinstance(what, str) else repr(what)
+        self.where = None if where is None else str(where)
+        self.field = field
+        self.allowed = tuple(allowed)
+        self.override = override
+        super().__init__(self.text())
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Return the fields as keywords, for an error that wraps this one: `kind(f"{path}: {e}", **e.fields)`."""
+        return {name: getattr(self, name) for name in ("what", "where", "field", "allowed", "override")}
+
+    def text(self, how: str | None = None) -> str:
+        """Return the message and the advice.
+
+        Args:
+            how: How the check is overridden, such as "give --allow-nonfinite"; None says it as the Python API does.
+        """
+        if self.advice is None:
+            return self.message
+        return f"{self.message} {self.advice.replace(OVERRIDE, how or f'allow {self.override!r}')}"
 
 
 class ConfigError(LorakitError, ValueError):
@@ -65,6 +120,12 @@ class TargetError(LorakitError, ValueError):
     code = "LORA-E020"
 
 
+class NoTargetError(TargetError):
+    """No module or table that a config names is in the model; `what` is what it names."""
+
+    code = "LORA-E021"
+
+
 class AdapterError(LorakitError, ValueError):
     """No such adapter, a name that cannot be used, or a name already in use."""
 
@@ -75,6 +136,22 @@ class RouteError(LorakitError, RuntimeError, ValueError):
     """Which adapter a row uses is not known, or cannot be had at this site."""
 
     code = "LORA-E040"
+
+
+class RowCountError(RouteError):
+    """A route and a batch have different numbers of rows."""
+
+    code = "LORA-E041"
+
+
+class MixedRowsError(RouteError):
+    """A module cannot run rows of different adapters in one batch.
+
+    `what` is the type of the module or its output, `field` the config field to blame: "modules_to_save", "bias", or
+    None for a layer with factors.
+    """
+
+    code = "LORA-E042"
 
 
 class MergeError(LorakitError, RuntimeError, ValueError):
@@ -99,6 +176,12 @@ class PatternError(AdapterFileError):
     """A name pattern from a file is a regular expression, which is not run."""
 
     code = "LORA-E062"
+
+
+class ShapeMismatchError(AdapterFileError):
+    """Tensors of an adapter have other shapes than the model needs."""
+
+    code = "LORA-E063"
 
 
 class ModelError(LorakitError, ValueError):

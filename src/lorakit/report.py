@@ -61,7 +61,7 @@ def read_metrics(folder: str | Path) -> Metrics:
     except FileNotFoundError:
         return Metrics(())
     except OSError as cause:
-        raise RunError(f"{path}: cannot be read ({cause.strerror}).") from cause
+        raise RunError(f"{path}: cannot be read ({cause.strerror}).", where=path) from cause
     rows = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or torn
         try:
@@ -91,9 +91,9 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     try:
         record = durable.read_json(path, 4 << 20)
     except AdapterFileError as cause:
-        raise RunError(f"{folder}: holds no run that can be read. {cause}") from None
+        raise RunError(f"{folder}: holds no run that can be read. {cause}", where=folder) from None
     if not isinstance(record, dict):
-        raise RunError(f"{path}: not the record of a run.")
+        raise RunError(f"{path}: not the record of a run.", where=path)
     return record
 
 

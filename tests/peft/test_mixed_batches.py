@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.errors import RouteError
+from lorakit.errors import RouteError, RowCountError
 from lorakit.peft import LoraConfig, get_peft_model
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
@@ -41,20 +41,23 @@ def two(base: nn.Module, **fields: Any) -> Any:
 @pytest.mark.parametrize("name", ["a", "__base__"])
 def test_too_few_rows_also_where_all_are_the_bases(name: str) -> None:
     model = two(nn.Sequential(nn.Linear(4, 4)), target_modules=["0"])
-    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same as the number of inputs, but"):
+    text = "Length of `adapter_names` should be the same as the number of inputs, but"
+    with pytest.raises(ValueError, match=text) as caught:
         model(X, adapter_names=[name] * 2)
+    assert isinstance(caught.value, RowCountError)
 
 
 def test_one_weight_for_all_rows() -> None:
     model = two(Attention(), target_modules=["mha"])
     with pytest.raises(TypeError, match=r"lora\.MultiheadAttention does not support mixed adapter batches") as caught:
         model(X[:, None], adapter_names=["a", "b", "__base__"])
-    assert isinstance(caught.value, RouteError)
+    assert isinstance(caught.value, RouteError) and caught.value.what == "MultiheadAttention"
     model(X[:, None], adapter_names=["a"] * 3)  # one adapter for all rows is no mixed batch
 
 
 def test_a_copied_module_that_returns_no_tensor() -> None:
     model = two(Recurrent(), target_modules=["lin"], modules_to_save=["gru"])
     text = "only supported for the following modules: Linear, Embedding, Conv1d, Conv2d, Conv3d."
-    with pytest.raises(TypeError, match=text):
+    with pytest.raises(TypeError, match=text) as caught:
         model(X, adapter_names=["a", "b", "__base__"])
+    assert isinstance(caught.value, RouteError) and caught.value.field == "modules_to_save"

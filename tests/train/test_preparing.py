@@ -30,7 +30,7 @@ def test_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_devices() -> None:
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(UsageError, match=r"device is 'cuda:99', but torch .* finds \d+ CUDA devices here"):
+    with pytest.raises(UsageError, match=r"device is 'cuda:99'.* \d+ CUDA devices"):
         pick_device("cuda:99")
 
 
@@ -38,10 +38,11 @@ def test_a_folder_that_holds_a_run(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UsageError) as caught:
         check_place(_settings(tmp_path))
-    assert str(caught.value) == (
-        f"{tmp_path}: already holds a run. Give --resume to go on with it, --overwrite to replace it, "
-        "or another --output-dir."
-    )
+    error = caught.value
+    assert (error.where, error.field, error.override) == (str(tmp_path), "output_dir", "overwrite")
+    assert error.allowed == ("resume", "overwrite")
+    for word in ("already holds a run", "--resume", "--overwrite", "--output-dir"):
+        assert word in str(error)
     check_place(_settings(tmp_path, resume=True))
     check_place(_settings(tmp_path, overwrite=True))
 
@@ -59,19 +60,22 @@ def test_a_folder_with_other_things_is_fine(tmp_path: Path) -> None:
 
 
 def test_nothing_to_resume_and_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="holds no run to resume; leave out --resume to start one"):
+    with pytest.raises(RunError, match=r"no run to resume.*--resume") as caught:
         check_place(_settings(tmp_path / "nope", resume=True))
+    assert (caught.value.where, caught.value.field) == (str(tmp_path / "nope"), "resume")
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(RunError, match="is not a folder; --output-dir must be one"):
+    with pytest.raises(RunError, match=r"not a folder.*--output-dir") as caught:
         check_place(_settings(tmp_path / "file"))
+    assert (caught.value.where, caught.value.field) == (str(tmp_path / "file"), "output_dir")
 
 
 def test_claiming_makes_the_folder_and_sweeps(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     lock = claim_place(folder)
     assert list(folder.iterdir()) == []
-    with pytest.raises(RunError, match="a run is active here"):
+    with pytest.raises(RunError, match="a run is active") as caught:
         claim_place(folder)
+    assert caught.value.where == str(folder) and "process" in str(caught.value.what)
     release(lock)
     (folder / ".lorakit-tmp-123-checkpoint-4").mkdir()
     release(claim_place(folder))

@@ -6,7 +6,6 @@ Knows nothing of what a verb does with the adapters.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -59,7 +58,7 @@ def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
     for folder in folders:
         place = Path(folder).resolve()
         if place in seen:
-            raise UsageError(f"--adapter names {folder} twice.")
+            raise UsageError(f"--adapter names {folder} twice.", what=folder, field="adapter")
         seen[place] = folder
         refuse_run_folder(folder)
     return [read_adapter(folder) for folder in folders]
@@ -73,7 +72,7 @@ def refuse_run_folder(folder: str) -> None:
     """
     inside = Path(folder) / "adapter"
     if (inside / "adapter_config.json").is_file() and not (Path(folder) / "adapter_config.json").exists():
-        raise AdapterFileError(f"{folder}: this is the folder of a run; its adapter is {inside}.")
+        raise AdapterFileError(f"{folder}: this is the folder of a run; its adapter is {inside}.", where=folder)
 
 
 def load_adapters(model: Any, adapters: Sequence[AdapterFiles], allow: Collection[str]) -> list[str]:
@@ -105,7 +104,7 @@ def _vocabulary(files: AdapterFiles) -> int:
 
 @contextlib.contextmanager
 def naming_flags() -> Iterator[None]:
-    """A block whose errors name what can be allowed by its flag.
+    """Enter a block whose errors name the flag that overrides the check.
 
     Raises:
         LorakitError: Of the class that was raised inside.
@@ -113,7 +112,10 @@ def naming_flags() -> Iterator[None]:
     try:
         yield
     except LorakitError as error:
-        raise type(error)(by_flag(str(error))) from error
+        name = f"allow_{error.override}"
+        if error.advice is None or name not in {field.name for field in fields(Allowances)}:
+            raise
+        raise type(error)(error.text(f"give --{name.replace('_', '-')}"), **error.fields) from error
 
 
 TOKENIZER_FILES = (
@@ -146,7 +148,7 @@ def new_adapter_folder(target: Path) -> Iterator[Path]:
     from lorakit.durable import publish_directory
 
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{target}: is not an empty folder; nothing is overwritten. Give a new one.")
+        raise UsageError(f"{target}: is not an empty folder; nothing is overwritten. Give a new one.", where=target)
     with publish_directory(target) as folder:
         yield folder
 
@@ -175,11 +177,6 @@ def take_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> bool:
 
 
 LARGEST_TOKENIZER_BYTES = 256 << 20
-
-
-def by_flag(message: str) -> str:
-    """A message of the core in which what can be allowed is named by its flag."""
-    return re.sub(r"\ballow '(\w+)'", lambda word: f"give --allow-{word[1].replace('_', '-')}", message)
 
 
 def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Any:

@@ -78,6 +78,7 @@ class Findings:
         speed: Measured products of matrices, or None where not measured.
         kernels: What computes between the products of an accelerated model on a CPU.
         cuda_kernels: The same on CUDA, by device; one device of each kind.
+        kernels_lack: What faster kernels need and is not installed: "compiler" (C), "triton".
     """
 
     machine: Machine
@@ -89,6 +90,7 @@ class Findings:
     speed: Mapping[str, Any] | None
     kernels: str
     cuda_kernels: Mapping[str, str]
+    kernels_lack: tuple[str, ...] = ()
 
 
 def run(
@@ -139,6 +141,7 @@ def examine(*, quick: bool) -> Findings:
         speed=_speed() if can_measure else None,
         kernels=_kernels() if torch is not None else "none without torch",
         cuda_kernels=_cuda_kernels() if torch is not None else {},
+        kernels_lack=_kernels_lack() if torch is not None else (),
     )
 
 
@@ -167,7 +170,7 @@ def _about_packages(found: Findings) -> list[str]:
 def _about_device(found: Findings) -> list[str]:
     if found.torch is None:
         return []
-    if any("triton is not installed" in kernels for kernels in found.cuda_kernels.values()):
+    if "triton" in found.kernels_lack:
         return ["Triton computes what lies between products on a GPU in one pass each: pip install 'lorakit[triton]'"]
     has_gpu = Path("/proc/driver/nvidia/version").exists()
     if has_gpu and found.torch.cuda is None:
@@ -193,7 +196,7 @@ def _about_cpu(found: Findings) -> list[str]:
             f"your own scripts are faster with: export {TUNABLES}, and hold less, where their rows have many lengths, "
             f"with: export {PRODUCTS}"
         )
-    if "no C compiler" in found.kernels:
+    if "compiler" in found.kernels_lack:
         lines.append(
             "a C compiler makes a training step on this processor about a tenth faster: apt install gcc, or what "
             "installs one here"
@@ -253,6 +256,15 @@ def _kernels() -> str:
     from lorakit.ops.kernels import compiled
 
     return compiled.account()
+
+
+def _kernels_lack() -> tuple[str, ...]:
+    import torch
+
+    from lorakit.ops.kernels import compiled, triton
+
+    lacks_triton = torch.cuda.device_count() > 0 and triton.lacks_package()
+    return (*(["compiler"] if compiled.lacks_compiler() else []), *(["triton"] if lacks_triton else []))
 
 
 def _cuda_kernels() -> Mapping[str, str]:

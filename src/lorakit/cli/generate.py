@@ -152,7 +152,7 @@ def read_prompts(texts: Iterable[str], files: Iterable[Path]) -> list[str]:
         prompts = [(_standard_input(), "standard input")]
     for text, where in prompts:
         if not text.strip():
-            raise UsageError(f"{where}: the prompt is empty.")
+            raise UsageError(f"{where}: the prompt is empty.", where=where)
     return [text for text, _ in prompts]
 
 
@@ -257,9 +257,9 @@ def _standard_input() -> str:
 def _read(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_PROMPT_BYTES:
-            raise DataError(f"{path}: larger than {MAX_PROMPT_BYTES >> 20} MiB, so not a prompt.")
+            raise DataError(f"{path}: larger than {MAX_PROMPT_BYTES >> 20} MiB, so not a prompt.", where=path)
         return path.read_text(encoding="utf-8").removesuffix("\n")
     except OSError as cause:
-        raise DataError(f"{path}: the prompt file cannot be read ({cause.strerror}).") from None
+        raise DataError(f"{path}: the prompt file cannot be read ({cause.strerror}).", where=path) from None
     except UnicodeDecodeError as cause:
-        raise DataError(f"{path}: not UTF-8 ({cause.reason} at byte {cause.start}).") from None
+        raise DataError(f"{path}: not UTF-8 ({cause.reason} at byte {cause.start}).", where=path) from None

@@ -123,7 +123,8 @@ def _refuse_quantised_files(model: str, stored: Quantization | None, wanted: Qua
     if stored is not None and wanted is None:
         raise MergeError(
             f"{model}: its files are quantised ({stored.name}), and a plain directory is made of the plain base. Give "
-            f"that as --model, with --quantization {stored.name} for the numbers that the adapter was trained on."
+            f"that as --model, with --quantization {stored.name} for the numbers that the adapter was trained on.",
+            where=model,
         )
 
 
@@ -131,7 +132,7 @@ def _check_dtype(dtype: str) -> None:
     from lorakit.hub.models import DTYPES
 
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
+        raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.", what=dtype, field="dtype")
 
 
 def _mean_survived(done: Merged) -> float:

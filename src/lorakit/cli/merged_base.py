@@ -50,5 +50,7 @@ def write_into_base(
         dtype = str(model.dtype).removeprefix("torch.")
         console.note(f"{folder}: merged into the base in memory, which is exact in {dtype} (--no-merged: beside it).")
     elif wanted:
-        raise MergeError(f"{folder}: --merged is for exact merges, and this is none. {reason} Leave out --merged.")
+        raise MergeError(
+            f"{folder}: --merged is for exact merges, and this is none. {reason} Leave out --merged.", where=folder
+        )
     return reason is None

@@ -121,9 +121,9 @@ def check_target(target: Path) -> None:
         UsageError: It is a file, or not empty.
     """
     if target.exists() and not target.is_dir():
-        raise UsageError(f"{target}: is a file; --output-dir must be a new directory.")
+        raise UsageError(f"{target}: is a file; --output-dir must be a new directory.", where=target)
     if target.is_dir() and any(target.iterdir()):
-        raise UsageError(f"{target}: is not empty; nothing is overwritten. Give a new --output-dir.")
+        raise UsageError(f"{target}: is not empty; nothing is overwritten. Give a new --output-dir.", where=target)
 
 
 def write_merged(order: Order, say: Callable[[str], None]) -> Merged:

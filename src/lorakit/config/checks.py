@@ -32,7 +32,10 @@ def task(value: TaskType | str | None) -> TaskType | None:
         hint = nearest(str(value), allowed, 1)
         raise ConfigError(
             f"Invalid task type: {value!r}. Must be one of the following task types: {', '.join(allowed)}."
-            + (f" Did you mean {hint[0]}?" if hint else "")
+            + (f" Did you mean {hint[0]}?" if hint else ""),
+            what=value,
+            field="task_type",
+            allowed=allowed,
         ) from None
 
 
@@ -43,7 +46,12 @@ def lora(value: PeftType | str | None) -> PeftType:
         ConfigError: It names another method.
     """
     if value != PeftType.LORA.value and value in [method.value for method in PeftType]:
-        raise ConfigError(f"peft_type is {value!r}; this library knows LORA only.")
+        raise ConfigError(
+            f"peft_type is {value!r}; this library knows LORA only.",
+            what=value,
+            field="peft_type",
+            allowed=(PeftType.LORA.value,),
+        )
     return PeftType.LORA
 
 
@@ -56,11 +64,13 @@ def names(field: str, value: Any) -> set[str] | str | None:
     if value is None or (isinstance(value, str) and value):
         return value
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise ConfigError(f"{field} is {value!r}; it must be a list of names or one non-empty pattern.")
+        raise ConfigError(
+            f"{field} is {value!r}; it must be a list of names or one non-empty pattern.", what=value, field=field
+        )
     entries = list(value)
     bad = [entry for entry in entries if not isinstance(entry, str) or not entry]
     if bad:
-        raise ConfigError(f"{field} holds {bad[0]!r}; each entry must be a non-empty name.")
+        raise ConfigError(f"{field} holds {bad[0]!r}; each entry must be a non-empty name.", what=bad[0], field=field)
     return set(entries)
 
 
@@ -73,7 +83,9 @@ def plain_list(field: str, value: Any) -> list[str] | None:
     if value is None:
         return None
     if isinstance(value, str):
-        raise ConfigError(f"{field} is {value!r}; it must be a list of names, such as [{value!r}].")
+        raise ConfigError(
+            f"{field} is {value!r}; it must be a list of names, such as [{value!r}].", what=value, field=field
+        )
     entries = list(value) if isinstance(value, Iterable) and not isinstance(value, (bytes, Mapping)) else value
     names(field, entries)
     return list(entries)
@@ -87,7 +99,11 @@ def parameters(value: Any) -> list[str] | None:
         ConfigError: An entry is no name.
     """
     if isinstance(value, str):
-        raise ConfigTypeError(f"`target_parameters` must be a list of strings or None. {value!r} was given.")
+        raise ConfigTypeError(
+            f"`target_parameters` must be a list of strings or None. {value!r} was given.",
+            what=value,
+            field="target_parameters",
+        )
     return plain_list("target_parameters", value)
 
 
@@ -98,10 +114,14 @@ def table(field: str, value: Any) -> dict[str, Any]:
         ConfigError: It is no table, or a key is no pattern.
     """
     if value is not None and not isinstance(value, Mapping):
-        raise ConfigError(f"{field} is {value!r}; it must be a table from name patterns to numbers.")
+        raise ConfigError(
+            f"{field} is {value!r}; it must be a table from name patterns to numbers.", what=value, field=field
+        )
     bad = [key for key in value or {} if not isinstance(key, str) or not key]
     if bad:
-        raise ConfigError(f"{field} holds the key {bad[0]!r}; each key must be a non-empty pattern.")
+        raise ConfigError(
+            f"{field} holds the key {bad[0]!r}; each key must be a non-empty pattern.", what=bad[0], field=field
+        )
     return dict(value or {})
 
 
@@ -115,7 +135,11 @@ def check_numbers(config: LoraConfig) -> None:
     _finite("lora_alpha", config.lora_alpha)
     _finite("lora_dropout", config.lora_dropout)
     if not 0 <= config.lora_dropout < 1:
-        raise ConfigError(f"lora_dropout is {config.lora_dropout!r}; it must lie in [0, 1).")
+        raise ConfigError(
+            f"lora_dropout is {config.lora_dropout!r}; it must lie in [0, 1).",
+            what=config.lora_dropout,
+            field="lora_dropout",
+        )
     for key, rank in config.rank_pattern.items():
         _whole(f"rank_pattern[{key!r}]", rank)
     for key, alpha in config.alpha_pattern.items():
@@ -124,12 +148,12 @@ def check_numbers(config: LoraConfig) -> None:
 
 def _whole(field: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{field} is {value!r}; it must be a whole number of at least 1.")
+        raise ConfigError(f"{field} is {value!r}; it must be a whole number of at least 1.", what=value, field=field)
 
 
 def _finite(field: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"{field} is {value!r}; it must be a finite number.")
+        raise ConfigError(f"{field} is {value!r}; it must be a finite number.", what=value, field=field)
 
 
 def check_words(config: LoraConfig) -> None:
@@ -139,9 +163,18 @@ def check_words(config: LoraConfig) -> None:
         ConfigError: A value is not one of them.
     """
     if config.bias not in BIAS_CHOICES:
-        raise ConfigError(f"bias is {config.bias!r}; it must be one of {', '.join(map(repr, BIAS_CHOICES))}.")
+        raise ConfigError(
+            f"bias is {config.bias!r}; it must be one of {', '.join(map(repr, BIAS_CHOICES))}.",
+            what=config.bias,
+            field="bias",
+            allowed=BIAS_CHOICES,
+        )
     if not isinstance(config.init_lora_weights, (bool, str)):
-        raise ConfigError(f"init_lora_weights is {config.init_lora_weights!r}; it must be True, False or a name.")
+        raise ConfigError(
+            f"init_lora_weights is {config.init_lora_weights!r}; it must be True, False or a name.",
+            what=config.init_lora_weights,
+            field="init_lora_weights",
+        )
 
 
 def check_layers(config: LoraConfig) -> None:
@@ -154,10 +187,14 @@ def check_layers(config: LoraConfig) -> None:
         for field in ("layers_to_transform", "layers_pattern"):
             if getattr(config, field) is not None:
                 raise ConfigError(
-                    f"`{field}` cannot be used when `target_modules` is a str. Give target_modules as a list."
+                    f"`{field}` cannot be used when `target_modules` is a str. Give target_modules as a list.",
+                    field=field,
                 )
     if config.layers_pattern and config.layers_to_transform is None:
-        raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        raise ConfigError(
+            "When `layers_pattern` is specified, `layers_to_transform` must also be specified.",
+            field="layers_pattern",
+        )
 
 
 def check_inits(config: LoraConfig) -> None:
@@ -169,11 +206,13 @@ def check_inits(config: LoraConfig) -> None:
     """
     settings = config.loftq_config
     if settings is not None and not isinstance(settings, (dict, LoftQConfig)):
-        raise ConfigTypeError(f"`loftq_config` must be a `LoftQConfig`, a dict, or None; {settings!r} was given.")
+        raise ConfigTypeError(
+            f"`loftq_config` must be a `LoftQConfig`, a dict, or None; {settings!r} was given.", field="loftq_config"
+        )
     config.loftq_config = dict(vars(settings) if isinstance(settings, LoftQConfig) else settings or {})
     init = config.init_lora_weights
     if init == "loftq" and not config.loftq_config:
-        raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
+        raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.", field="loftq_config")
     if init != "loftq" and config.loftq_config:
         warn_caller("`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.")
         config.loftq_config = {}
@@ -202,13 +241,17 @@ def check_together(config: LoraConfig) -> None:
         ConfigError: Two of them do.
     """
     if config.use_dora and config.megatron_config:
-        raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
+        raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.", field="use_dora")
     if config.lora_bias and config.init_lora_weights not in (True, False):
         raise ConfigError(
             "The argument lora_bias=True is only supported with init_lora_weights=True or False, got "
-            f"init_lora_weights={config.init_lora_weights} instead."
+            f"init_lora_weights={config.init_lora_weights} instead.",
+            what=config.init_lora_weights,
+            field="lora_bias",
         )
     if config.lora_bias and config.use_dora:
-        raise ConfigError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False.")
+        raise ConfigError(
+            "The argument lora_bias=True is not supported for DoRA, please pass use_dora=False.", field="lora_bias"
+        )
     if config.alora_invocation_tokens is not None and config.task_type != TaskType.CAUSAL_LM:
         warn_caller("aLoRA is currently only supported for CAUSAL_LM task; it is used in causal models alone.")

@@ -34,7 +34,9 @@ def config_file(name: str | os.PathLike[str], subfolder: str | None = None, revi
     if path.is_file():
         return path
     if Path(name).exists() or not looks_like_a_hub_id(name):
-        raise AdapterFileError(f"Can't find '{CONFIG_FILE}' at '{folder}': an adapter is a folder with that file.")
+        raise AdapterFileError(
+            f"Can't find '{CONFIG_FILE}' at '{folder}': an adapter is a folder with that file.", where=folder
+        )
     try:  # the hub's door lies above this floor: it is asked by name, and only when a hub id was given
         found = import_module("lorakit.hub").adapter_from_hub(str(name), revision=revision, subfolder=subfolder)
     except ValueError as cause:
@@ -51,6 +53,7 @@ def read_values(path: Path) -> dict[str, Any]:
     values = read_json(path)
     if not isinstance(values, dict):
         raise AdapterFileError(
-            f"{path}: holds a {type(values).__name__}; an object with the config's fields was expected."
+            f"{path}: holds a {type(values).__name__}; an object with the config's fields was expected.",
+            where=path,
         )
     return values

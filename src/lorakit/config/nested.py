@@ -38,13 +38,16 @@ def restored(field: str, value: Any, part: type[Part]) -> Part | None:
         try:
             return part(**{key: entry for key, entry in value.items() if key in known})
         except ConfigError as cause:
-            raise type(cause)(f"{field}: {cause}") from None
-    raise ConfigTypeError(f"`{field}` must be a `{part.__name__}`, a dict, or None; {value!r} was given.")
+            name = field if cause.field is None else f"{field}.{cause.field}"
+            raise type(cause)(f"{field}: {cause}", **{**cause.fields, "field": name}) from None
+    raise ConfigTypeError(
+        f"`{field}` must be a `{part.__name__}`, a dict, or None; {value!r} was given.", what=value, field=field
+    )
 
 
 def _at_least(name: str, value: float, least: float, said: str, *, strict: bool = False) -> None:
     if value < least or (strict and value == least):
-        raise ConfigError(f"`{name}` {said}, got {value!r}.")
+        raise ConfigError(f"`{name}` {said}, got {value!r}.", what=value, field=name)
 
 
 class _Typed:
@@ -105,7 +108,7 @@ class EvaConfig(_Typed):
         super().__post_init__()
         _at_least("rho", self.rho, 1.0, "must be >= 1.0")
         if not 0.0 <= self.tau <= 1.0:
-            raise ConfigError(f"`tau` must be between 0.0 and 1.0, got {self.tau!r}.")
+            raise ConfigError(f"`tau` must be between 0.0 and 1.0, got {self.tau!r}.", what=self.tau, field="tau")
 
 
 @dataclass
@@ -166,7 +169,12 @@ class VeloraConfig(_Typed):
         _at_least("num_groups", self.num_groups, 0, "should be positive", strict=True)
         _at_least("scale", self.scale, 0, "should be positive", strict=True)
         if self.init_type not in VELORA_STARTS:
-            raise ConfigError(f"Unsupported `init_type` {self.init_type!r}; it is one of {', '.join(VELORA_STARTS)}.")
+            raise ConfigError(
+                f"Unsupported `init_type` {self.init_type!r}; it is one of {', '.join(VELORA_STARTS)}.",
+                what=self.init_type,
+                field="init_type",
+                allowed=VELORA_STARTS,
+            )
 
 
 @dataclass

@@ -47,12 +47,13 @@ def check_built(config: LoraConfig) -> None:
     for name, neutral in NOT_BUILT.items():
         value = getattr(config, name)
         if value is not None and value != neutral:
-            raise NotYetSupported(f"{name} is {value!r}: this is not built yet. Leave it at {neutral!r}.")
+            raise NotYetSupported(f"{name} is {value!r}: this is not built yet. Leave it at {neutral!r}.", field=name)
     for name, value in config.unknown.items():
         if value and (name.endswith("_config") or name.startswith(ARITHMETIC)):
             raise NotYetSupported(
                 f"{name} is {value!r}: a field of another version of PEFT that seems to change what is computed, and "
-                f"is not known here. If it does not, take it out of the config."
+                f"is not known here. If it does not, take it out of the config.",
+                field=name,
             )
 
 
@@ -74,14 +75,24 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
     """
     path = Path(folder)
     if not path.exists():
-        raise AdapterFileError(f"{path}: there is no such folder; an adapter is a folder with {CONFIG_FILE}.")
+        raise AdapterFileError(
+            f"{path}: there is no such folder; an adapter is a folder with {CONFIG_FILE}.", where=path
+        )
     path = path / CONFIG_FILE if path.is_dir() else path
     if not path.exists():
-        raise AdapterFileError(f"{path.parent}: there is no {CONFIG_FILE}, so this is not an adapter.")
+        raise AdapterFileError(
+            f"{path.parent}: there is no {CONFIG_FILE}, so this is not an adapter.", where=path.parent
+        )
     values = read_values(path)
     method = values.get("peft_type", PeftType.LORA.value)
     if method != PeftType.LORA.value:
-        raise AdapterFileError(f"{path}: peft_type is {method!r}; only LORA adapters can be used here.")
+        raise AdapterFileError(
+            f"{path}: peft_type is {method!r}; only LORA adapters can be used here.",
+            what=method,
+            where=path,
+            field="peft_type",
+            allowed=(PeftType.LORA.value,),
+        )
     known = {f.name for f in dataclasses.fields(LoraConfig)} - _WITHOUT_MEANING
     unknown = {key: value for key, value in values.items() if key not in known | _WITHOUT_MEANING}
     try:
@@ -90,5 +101,5 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
         check_built(config)
     except (ConfigError, NotYetSupported) as cause:
         kind = AdapterFileError if isinstance(cause, ConfigError) else NotYetSupported
-        raise kind(f"{path}: {cause}") from None
+        raise kind(f"{path}: {cause}", **{**cause.fields, "where": path}) from None
     return config, sorted(unknown)

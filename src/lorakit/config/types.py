@@ -138,7 +138,7 @@ def check_types(config: Any, leave: Collection[str] = ()) -> None:
     for name, hint in _hints(config.__class__).items():
         value = getattr(config, name)
         if name not in leave and not _fits(value, hint):
-            raise ConfigTypeError(f"{name} is {value!r}; it must be {_words(hint)}.")
+            raise ConfigTypeError(f"{name} is {value!r}; it must be {_words(hint)}.", what=value, field=name)
 
 
 @cache

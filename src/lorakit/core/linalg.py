@@ -211,9 +211,11 @@ class Cut:
         if (self.rank is None) == (self.energy is None):
             raise ConfigError("Give a rank or a share of the energy, and not both.")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise ConfigError(f"rank is {self.rank!r}; it must be a whole number of at least 1.")
+            raise ConfigError(
+                f"rank is {self.rank!r}; it must be a whole number of at least 1.", what=self.rank, field="rank"
+            )
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise ConfigError(f"energy is {self.energy!r}; it is a share in (0, 1].")
+            raise ConfigError(f"energy is {self.energy!r}; it is a share in (0, 1].", what=self.energy, field="energy")
 
     def of(self, S: Tensor, shared: int = 1) -> int:
         """The rank of each group; at least 1.

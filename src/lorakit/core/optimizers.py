@@ -86,7 +86,9 @@ def freeze_factors(model: nn.Module, name: str | None = None) -> list[Pair]:
             if id(learns) in trained:
                 pairs.append(Pair(learns, stays, layer.scaling[adapter], trains_a, layer.slot.experts))
             elif id(stays) in trained:
-                raise ConfigError(f"{path}: LoRA-FA freezes the only factor that this adapter trains; use AdamW.")
+                raise ConfigError(
+                    f"{path}: LoRA-FA freezes the only factor that this adapter trains; use AdamW.", where=path
+                )
             stays.requires_grad_(False)
     return pairs
 
@@ -334,7 +336,7 @@ def rates_by_name(parts: Sequence[TrainedPart], rates: Rates) -> dict[str, float
     sites = list(dict.fromkeys(part.site for part in parts))
     wrong = unfitting_keys("learning_rate_pattern", rates.patterns, sites)
     if wrong:
-        raise ConfigError(" ".join(wrong))
+        raise ConfigError(" ".join(map(str, wrong)), what=wrong[0].entry, field="learning_rate_pattern")
     return {part.name: _rate(part, rates) for part in parts}
 
 

@@ -58,7 +58,8 @@ def conversation_tokens(record: Conversation, tokenizer: Tokenizer) -> Turns:
     if not template:
         raise DataError(
             f"{place(record)}: the data holds conversations, but the model's tokenizer has no chat template. "
-            "Take an instruct model, or rows with 'prompt' and 'completion'."
+            "Take an instruct model, or rows with 'prompt' and 'completion'.",
+            where=place(record),
         )
     if isinstance(template, str) and _GENERATION.search(template):
         marked = _by_marks(record, tokenizer)
@@ -127,7 +128,8 @@ def _tokens_of_spans(
             return found[0], found[1]
     raise DataError(
         f"{place(record)}: the tokens of the assistant's turns do not give back the text of the chat template, so "
-        "what would be trained is not known. Use rows with 'prompt' and 'completion' for this model."
+        "what would be trained is not known. Use rows with 'prompt' and 'completion' for this model.",
+        where=place(record),
     )
 
 
@@ -182,4 +184,6 @@ def _apply(record: Conversation, tokenizer: Tokenizer, messages: list[dict[str, 
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except Exception as cause:  # a template is a program from elsewhere and may raise anything
-        raise DataError(f"{place(record)}: the chat template refuses this conversation ({cause}).") from cause
+        raise DataError(
+            f"{place(record)}: the chat template refuses this conversation ({cause}).", where=place(record)
+        ) from cause

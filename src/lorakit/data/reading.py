@@ -75,7 +75,7 @@ def _read_file(path: Path) -> tuple[DataFile, list[str]]:
             file.seek(0)
             starts, lines, notes = _read_rows(path, file)
     except OSError as cause:
-        raise DataError(f"{path}: the data file cannot be read ({cause.strerror}).") from cause
+        raise DataError(f"{path}: the data file cannot be read ({cause.strerror}).", where=path) from cause
     return DataFile(path, status.st_size, status.st_mtime_ns, _Rows(str(path)), starts, lines), notes
 
 
@@ -83,16 +83,16 @@ def _check_kind(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such data file.{_neighbours(path)}") from None
+        raise DataError(f"{path}: there is no such data file.{_neighbours(path)}", where=path) from None
     except OSError as cause:
-        raise DataError(f"{path}: the data file cannot be read ({cause.strerror}).") from cause
+        raise DataError(f"{path}: the data file cannot be read ({cause.strerror}).", where=path) from cause
     if stat.S_ISDIR(mode):
-        raise DataError(f"{path}: is a directory; give the data files in it, each by its name.")
+        raise DataError(f"{path}: is a directory; give the data files in it, each by its name.", where=path)
     if not stat.S_ISREG(mode):
-        raise DataError(f"{path}: is not a regular file; write the data to a file first.")
+        raise DataError(f"{path}: is not a regular file; write the data to a file first.", where=path)
     if path.suffix.lower() not in (*TEXT_SUFFIXES, ROWS_SUFFIX):
         hint = " A .json file becomes .jsonl by writing one object a line." if path.suffix.lower() == ".json" else ""
-        raise DataError(f"{path}: data files end in .txt, .md or .jsonl, not in '{path.suffix}'.{hint}")
+        raise DataError(f"{path}: data files end in .txt, .md or .jsonl, not in '{path.suffix}'.{hint}", where=path)
 
 
 def _neighbours(path: Path) -> str:
@@ -113,7 +113,9 @@ def _check_text(path: Path, file: IO[bytes]) -> None:
         mark = _BYTE_ORDER_MARKS.get(piece[:2]) if at == 0 else mark
         zero = piece.find(b"\0")
         if zero >= 0 and mark is None:
-            raise DataError(f"{path}: looks binary (a zero byte at offset {at + zero}); data files are UTF-8 text.")
+            raise DataError(
+                f"{path}: looks binary (a zero byte at offset {at + zero}); data files are UTF-8 text.", where=path
+            )
         empty = empty and not piece.strip()
         if broken is None and mark is None:
             held = len(decoder.getstate()[0])  # bytes of a character that began in the piece before
@@ -130,14 +132,15 @@ def _check_text(path: Path, file: IO[bytes]) -> None:
         begun = decoder.getstate()[0]
         broken = at - len(begun), begun[0], lines
     if empty:
-        raise DataError(f"{path}: the data file is empty; there is nothing to learn from.")
+        raise DataError(f"{path}: the data file is empty; there is nothing to learn from.", where=path)
     if mark is not None:
-        raise DataError(f"{path}: the data file is {mark}; save it as UTF-8.")
+        raise DataError(f"{path}: the data file is {mark}; save it as UTF-8.", where=path)
     if broken is not None:
         offset, byte, before = broken
         raise DataError(
             f"{path}: is not UTF-8: the byte 0x{byte:02x} at offset {offset} (line {before + 1}) "
-            "begins no character. Convert the file to UTF-8 first."
+            "begins no character. Convert the file to UTF-8 first.",
+            where=path,
         )
 
 

@@ -65,12 +65,12 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """The counts as sentences to print: the totals first, then whatever was cut, dropped or is odd."""
-        kinds = [
-            _count(self.documents, "document"),
-            _count(self.completions, "prompt with completion", "prompts with completions"),
-            _count(self.conversations, "conversation"),
-        ]
-        told = [kind for kind in kinds if not kind.startswith("0 ")] or [kinds[0]]
+        kinds = (
+            (self.documents, "document", None),
+            (self.completions, "prompt with completion", "prompts with completions"),
+            (self.conversations, "conversation", None),
+        )
+        told = [_count(*kind) for kind in kinds if kind[0]] or [_count(*kinds[0])]
         lines = [
             f"{', '.join(told)}: {_count(self.sequences, 'sequence')} of at most {self.max_length_tokens:,} tokens, "
             f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained ({self.trained_share:.1%})."

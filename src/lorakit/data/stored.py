@@ -87,11 +87,15 @@ class DataFile:
         try:
             file = self.path.open("rb")
         except OSError as cause:
-            raise DataError(f"{self.path}: the data file cannot be read ({cause.strerror}).") from cause
+            raise DataError(
+                f"{self.path}: the data file cannot be read ({cause.strerror}).", where=self.path
+            ) from cause
         status = os.fstat(file.fileno())
         if (status.st_size, status.st_mtime_ns) != (self.size, self.changed_ns):
             file.close()
-            raise DataError(f"{self.path}: the data file changed while it was being read; start again.")
+            raise DataError(
+                f"{self.path}: the data file changed while it was being read; start again.", where=self.path
+            )
         return file
 
     def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:

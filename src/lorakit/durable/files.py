@@ -128,17 +128,17 @@ def read_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
-        raise AdapterFileError(f"{path}: there is no such file.") from None
+        raise AdapterFileError(f"{path}: there is no such file.", where=path) from None
     except OSError as cause:
-        raise AdapterFileError(f"{path}: cannot be opened ({cause.strerror}).") from cause
+        raise AdapterFileError(f"{path}: cannot be opened ({cause.strerror}).", where=path) from cause
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise AdapterFileError(f"{path}: not a regular file; only regular files are read.")
+        raise AdapterFileError(f"{path}: not a regular file; only regular files are read.", where=path)
     with os.fdopen(descriptor, "rb") as file:
         if status.st_size > max_bytes:
             raise AdapterFileError(
-                f"{path}: {status.st_size:,} bytes, more than the {max_bytes:,} that are allowed here."
+                f"{path}: {status.st_size:,} bytes, more than the {max_bytes:,} that are allowed here.", where=path
             )
         return file.read()
 
@@ -161,7 +161,7 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 20) -> Any:
         return parse_json(data)
     except (ValueError, RecursionError) as cause:
         reason = "nested too deeply" if isinstance(cause, RecursionError) else str(cause)
-        raise AdapterFileError(f"{path}: not valid JSON ({reason}).") from None
+        raise AdapterFileError(f"{path}: not valid JSON ({reason}).", where=path) from None
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -231,7 +231,9 @@ def sync_name(path: Path) -> None:
         sync_folder(path.parent)
     except OSError as cause:
         reason = cause.strerror or str(cause)
-        raise DiskError(f"{path}: written, but its folder was not flushed ({reason}); save again.") from cause
+        raise DiskError(
+            f"{path}: written, but its folder was not flushed ({reason}); save again.", where=path
+        ) from cause
 
 
 def sync_folder(folder: Path) -> None:
@@ -256,4 +258,5 @@ def raise_disk_error(path: Path, cause: OSError) -> NoReturn:
         DiskError: Always.
     """
     reason = cause.strerror or str(cause)
-    raise DiskError(f"{path}: cannot be written ({reason}); what stood there before is unchanged.") from cause
+    text = f"{path}: cannot be written ({reason}); what stood there before is unchanged."
+    raise DiskError(text, what=reason, where=path) from cause

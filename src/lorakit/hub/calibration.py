@@ -138,7 +138,9 @@ def choose_dtype(requested: str, calibration: Calibration | None = None) -> Dtyp
         ConfigError: Anything else was asked for.
     """
     if requested not in CHOICES:
-        raise ConfigError(f"dtype is {requested!r}; allowed: {', '.join(CHOICES)}.")
+        raise ConfigError(
+            f"dtype is {requested!r}; allowed: {', '.join(CHOICES)}.", what=requested, field="dtype", allowed=CHOICES
+        )
     if requested != "auto":
         return DtypeChoice(requested, f"{requested}, as asked for.")
     measured = calibration or calibrate()

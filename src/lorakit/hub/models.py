@@ -68,7 +68,7 @@ def load_model(
         MissingExtra: The quantiser's package is not installed.
     """
     if task not in TASKS:
-        raise ConfigError(f"task is {task!r}; allowed: {', '.join(TASKS)}.")
+        raise ConfigError(f"task is {task!r}; allowed: {', '.join(TASKS)}.", what=task, field="task", allowed=TASKS)
     stored = Quantization(quantization) if isinstance(quantization, str) else quantization
     if stored is not None:
         require_quantiser(stored)
@@ -128,7 +128,9 @@ def _dtype(dtype: str | torch.dtype) -> Any:
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
+        raise ConfigError(
+            f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.", what=dtype, field="dtype", allowed=DTYPES
+        )
     return getattr(torch, dtype)
 
 
@@ -137,11 +139,20 @@ def call_loader(source: ModelSource, load: Any, **options: Any) -> Any:
     try:
         return load(source.path_or_id, trust_remote_code=False, local_files_only=source.kind != "hub", **options)
     except Exception as cause:  # loaders of foreign files raise what they like
-        if "trust_remote_code" in str(cause):
+        if _brings_own_code(cause):
             reason = "it brings its own Python code, and code from a model's folder is never run"
         else:
             reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:240]}"
-        raise ModelError(f"{source.given}: the model cannot be loaded ({reason}).") from cause
+        raise ModelError(f"{source.given}: the model cannot be loaded ({reason}).", where=source.given) from cause
+
+
+def _brings_own_code(cause: Exception) -> bool:
+    """Return whether transformers refused to load a model because its code would have to be run.
+
+    The only place that reads transformers' text: it raises a plain ValueError without attributes, and a model that has
+    code of its own may also load without it, so that its config does not tell.
+    """
+    return isinstance(cause, ValueError) and "trust_remote_code" in str(cause)
 
 
 def _check_report(source: ModelSource, report: dict[str, Any], task: str) -> None:
@@ -150,7 +161,9 @@ def _check_report(source: ModelSource, report: dict[str, Any], task: str) -> Non
     if missing and task not in _FRESH_HEADS:
         raise ModelError(
             f"{source.given}: the files lack {len(missing)} weights of the model, such as {missing[0]}; they would be "
-            f"random. Is it a model for the task '{task}'?"
+            f"random. Is it a model for the task '{task}'?",
+            what=missing[0],
+            where=source.given,
         )
 
 
@@ -172,7 +185,8 @@ def save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise DiskError(
-            f"{folder.parent}: {needed_bytes / 1e6:,.0f} MB are needed and {free_bytes / 1e6:,.0f} MB are free."
+            f"{folder.parent}: {needed_bytes / 1e6:,.0f} MB are needed and {free_bytes / 1e6:,.0f} MB are free.",
+            where=folder.parent,
         )
     with quiet_transformers():
         try:
@@ -181,7 +195,7 @@ def save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
                 tokenizer.save_pretrained(str(folder))
         except (OSError, SafetensorError) as cause:  # a full disk comes out of the writer of safetensors as the latter
             raise DiskError(
-                f"{folder.parent}: the model cannot be written ({' '.join(str(cause).split())})."
+                f"{folder.parent}: the model cannot be written ({' '.join(str(cause).split())}).", where=folder.parent
             ) from cause
         except Exception as cause:  # what a model's own code raises
             raise ModelError(

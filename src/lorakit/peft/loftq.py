@@ -89,13 +89,16 @@ def _lies_transposed(layer: LoraLayer) -> bool:
 def _name(source: TensorSource, path: str, layer: LoraLayer) -> str:
     name = source.under([f"{path}.weight"])
     if name is None:
-        raise ConfigError(f"{source.label}: there is no {path}.weight, so this is not where the model came from.")
+        raise ConfigError(
+            f"{source.label}: there is no {path}.weight, so this is not where the model came from.", where=source.label
+        )
     shape = (layer.slot.out_features, layer.slot.in_features)
     expected = shape[::-1] if _lies_transposed(layer) else shape
     if source.shapes[name] != expected:
         raise ConfigError(
             f"{source.label}: {name} has shape {source.shapes[name]}, and the model has {expected} there, so this is "
-            "not where the model came from."
+            "not where the model came from.",
+            where=source.label,
         )
     return name
 

@@ -27,10 +27,10 @@ from lorakit.core.layers.trainable_tokens import TokenRows
 from lorakit.core.merging.checks import tied_sites
 from lorakit.core.model.index import layers, survey
 from lorakit.core.model.target_weights import bare_parameters
-from lorakit.core.model.ties import TIED
-from lorakit.errors import ConfigError, RouteError, TargetError, warn_caller
+from lorakit.core.model.ties import LEFT_ALONE, NOTHING_TIED
+from lorakit.errors import ConfigError, NoTargetError, RouteError, TargetError, warn_caller
 from lorakit.peft import adapter_queries
-from lorakit.targets import ALL_LINEAR, Candidate, key_fits, match_path, names_path, resolve, targeted_parameters
+from lorakit.targets import ALL_LINEAR, Candidate, Note, key_fits, match_path, names_path, resolve, targeted_parameters
 
 SEQ_CLS_HEADS = ("score", "classifier")
 
@@ -158,6 +158,8 @@ def _suffixes(path: str) -> list[str]:
     return [".".join(words[-count:]) for count in range(1, len(words) + 1)]
 
 
+PATTERNS = ("rank_pattern", "alpha_pattern")
+
 NOTHING_MATCHED = {
     "target_modules": "target_modules={value} were set but no module was matched.",
     "target_parameters": "target_parameters={value} were set but no parameter was matched.",
@@ -187,17 +189,17 @@ def refusing_in_peft_words(model: nn.Module, config: LoraConfig) -> Iterator[Non
         Nothing.
 
     Raises:
-        TargetError: As the block's, which names the entries and the nearest modules.
+        NoTargetError: As the block's, which names the entries and the nearest modules.
     """
     try:
         yield
-    except TargetError as refused:
+    except NoTargetError as refused:
         paths = [path for path, _ in model.named_modules() if path]
         excluded = [path for path in paths if _excluded(config, path)]
-        if not excluded or not str(refused).startswith("Target modules"):
+        if not excluded:
             raise
         words = ALL_EXCLUDED if len(excluded) == len(paths) else NONE_LEFT
-        raise TargetError(f"{words} {refused}") from None
+        raise NoTargetError(f"{words} {refused}", **refused.fields) from None
 
 
 def with_own_targets(model: nn.Module, config: LoraConfig, table: Mapping[str, str | Collection[str]]) -> LoraConfig:
@@ -221,16 +223,17 @@ def said_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
         config: The config.
         report: What attaching it gave.
     """
-    said = [sentence for sentence in report.missing if not sentence.startswith(("rank_pattern", "alpha_pattern"))]
+    entries = [unmatched for unmatched in report.missing if unmatched.field not in PATTERNS]
+    said = [unmatched.text for unmatched in entries]
     for field, words in NOTHING_MATCHED.items():
         value = getattr(config, field)
-        own = [index for index, sentence in enumerate(said) if sentence.startswith(f"{field} entry")]
+        own = [index for index, unmatched in enumerate(entries) if unmatched.field == field]
         if own and len(own) == (1 if isinstance(value, str) else len(value)):
             said[own[0]] = f"{words.format(value=value)} {said[own[0]]}"
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field in PATTERNS:
         paths = [match_path(match) for match in report.matches]
         unmatched = sorted(key for key in getattr(config, field) if not any(key_fits(key, path) for path in paths))
-        why = " ".join(sentence for sentence in report.missing if sentence.startswith(field))
+        why = " ".join(unmatched.text for unmatched in report.missing if unmatched.field == field)
         if unmatched:
             said.append(
                 f"The following {field} keys did not match any targeted module and were ignored: {unmatched}. {why}"
@@ -238,13 +241,13 @@ def said_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
     return said
 
 
-def said_of_ties(notes: Sequence[str]) -> list[str]:
+def said_of_ties(notes: Sequence[Note]) -> list[str]:
     """What PEFT warns of where weights are tied, among the notes of an attached adapter.
 
     Args:
         notes: What `attach` noted.
     """
-    return [note for note in notes if note.startswith((TIED, "You have requested `ensure_weight_tying`"))]
+    return [note.text for note in notes if note.kind in {LEFT_ALONE, NOTHING_TIED}]
 
 
 def said_of_own_biases(model: nn.Module, adapter: str) -> list[str]:

@@ -6,7 +6,6 @@ Activated LoRA in PEFT's words: `alora_offsets` and what computes them, over `lo
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.layers.named_layers import LAYERS
-from lorakit.errors import RouteError, warn_caller
+from lorakit.errors import MixedRowsError, RouteError, RowCountError, warn_caller
 from lorakit.peft import adapter_queries
 
 NOTHING: Mapping[str, Any] = {}
@@ -48,27 +47,35 @@ def in_peft_words(
         Nothing.
 
     Raises:
-        RouteError: The rows do not fit the batch.
+        RowCountError: The rows do not fit the batch.
         MixedBatchError: A module cannot take such a batch.
     """
     batch = next((given for given in (*args, *kwargs.values()) if isinstance(given, Tensor) and given.ndim), None)
     if names is not None and set(names) == {BASE_NAME} and batch is not None and len(batch) != len(names):
-        raise RouteError(f"{LENGTH.format(rows=len(names))} The batch has {len(batch)} rows.")  # no layer counts these
+        raise RowCountError(
+            f"{LENGTH.format(rows=len(names))} The batch has {len(batch)} rows."
+        )  # no layer counts these
     try:
         yield
-    except RouteError as refused:
-        said = str(refused)
-        kind = re.search(r"a (\w+) has one weight for all rows", said)
+    except RowCountError as refused:
         if names is None:
             raise
-        if "The route names" in said:
-            raise RouteError(f"{LENGTH.format(rows=len(names))} {said}") from refused
-        if kind is not None:
-            layer = LAYERS[kind.group(1)].__name__ if kind.group(1) in LAYERS else kind.group(1)
-            raise MixedBatchError(f"{ONE_WEIGHT.format(layer=layer)} {said}") from refused
-        if said.startswith("A copied module returns"):
-            raise MixedBatchError(f"{COPIES} {said}") from refused
-        raise
+        raise RowCountError(f"{LENGTH.format(rows=len(names))} {refused}", **refused.fields) from refused
+    except MixedRowsError as refused:
+        beginning = _beginning(refused)
+        if names is None or not beginning:
+            raise
+        raise MixedBatchError(f"{beginning} {refused}", **refused.fields) from refused
+
+
+def _beginning(refused: MixedRowsError) -> str:
+    """Return PEFT's sentence about a module that cannot take such a batch, or "" if it has none."""
+    if refused.field == "modules_to_save":
+        return COPIES
+    if refused.field is not None:
+        return ""
+    kind = str(refused.what)
+    return ONE_WEIGHT.format(layer=LAYERS[kind].__name__ if kind in LAYERS else kind)
 
 
 _ONLY_EMBEDDINGS = (

@@ -356,7 +356,7 @@ class PeftModel(Shown, Pushed):
                 f"{getattr(peft_config, 'peft_type', type(peft_config).__name__)}."
             )
         if adapter_name in self.peft_config:
-            raise AdapterError(f"Adapter with name '{adapter_name}' already exists.")
+            raise AdapterError(f"Adapter with name '{adapter_name}' already exists.", what=adapter_name)
         self.base_model.inject(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
         own = self.peft_config[adapter_name]
         own.base_model_name_or_path = (
@@ -373,10 +373,10 @@ class PeftModel(Shown, Pushed):
         Raises:
             AdapterError: There is no such adapter.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        for name in names:
+        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
             if name not in self.peft_config:
-                raise AdapterError(f"Adapter {name} not found. Adapters here: {', '.join(self.peft_config) or 'none'}.")
+                text = f"Adapter {name} not found. Adapters here: {', '.join(self.peft_config) or 'none'}."
+                raise AdapterError(text, what=name, allowed=self.peft_config)
         self.base_model.set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -148,7 +148,9 @@ class _BaseAutoPeftModel:
         folder = adapter_folder(pretrained_model_name_or_path, kwargs.pop("subfolder", None), revision)
         found = read_config(folder)[0]
         if not found.base_model_name_or_path:
-            raise AdapterFileError(f"{folder}: the config does not say its base (base_model_name_or_path is null).")
+            raise AdapterFileError(
+                f"{folder}: the config does not say its base (base_model_name_or_path is null).", where=folder
+            )
         mapping = found.auto_mapping or {}
         if found.task_type is None:
             _check_library(mapping, import_allowlist or ALLOWED_LIBRARIES)
@@ -281,7 +283,9 @@ class PeftMixedModel(PeftModel):
         if names - set(self.peft_config):
             raise AdapterError(
                 f"Adapter(s) {sorted(names - set(self.peft_config))} not found, available adapters: "
-                f"{sorted(self.peft_config)}"
+                f"{sorted(self.peft_config)}",
+                what=min(names - set(self.peft_config)),
+                allowed=self.peft_config,
             )
 
     @classmethod

@@ -61,7 +61,7 @@ def get_peft_model_state_dict(
     """
     model = getattr(model, COMPILED, model) if unwrap_compiled else model
     if adapter_name not in adapter_queries.configs_of(model):
-        raise AdapterError(f"There is no adapter {adapter_name!r} on this model.")
+        raise AdapterError(f"There is no adapter {adapter_name!r} on this model.", what=adapter_name)
     own = list(tensors_of(model, adapter_name))
     direct = state_dict is None and not any(FSDP in in_memory for _, in_memory, _ in own)
     if direct and save_embedding_layers is not True:
@@ -198,7 +198,7 @@ def set_peft_model_state_dict(
         StateDictError: A shape does not fit.
     """
     if adapter_name not in adapter_queries.configs_of(model):
-        raise AdapterError(f"There is no adapter {adapter_name!r} on this model.")
+        raise AdapterError(f"There is no adapter {adapter_name!r} on this model.", what=adapter_name)
     places = {_bare(on_disk): in_memory for on_disk, in_memory in names_of(model, adapter_name)}
     current = model.state_dict()
     others = {_bare(key): key for key in current}

@@ -150,7 +150,10 @@ class LoraTrainerMixin:
             result = self.lora_model.load_adapter(folder, name, is_trainable=True)
             strange = [*result.missing_keys, *result.unexpected_keys]
             if strange:
-                raise RunError(f"{folder}: not a checkpoint of this adapter: {len(strange)} keys, first {strange[0]}.")
+                raise RunError(
+                    f"{folder}: not a checkpoint of this adapter: {len(strange)} keys, first {strange[0]}.",
+                    where=folder,
+                )
 
     def _load_best_model(self) -> None:
         """Read the adapters of the best checkpoint, in place."""
@@ -162,5 +165,7 @@ class LoraTrainerMixin:
         folders = {name: root if name == "default" else root / name for name in self.lora_model.peft_config}
         gone = [name for name, folder in folders.items() if not (folder / CONFIG_FILE).exists()]
         if gone:
-            raise RunError(f"{root}: this checkpoint has no adapter {', '.join(gone)}; nothing was read from it.")
+            raise RunError(
+                f"{root}: this checkpoint has no adapter {', '.join(gone)}; nothing was read from it.", where=root
+            )
         return folders

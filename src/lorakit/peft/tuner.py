@@ -304,7 +304,7 @@ class BaseTuner(nn.Module):
             AdapterError: There is no such adapter, or it is merged.
         """
         if adapter_name not in self.peft_config:
-            raise AdapterError(f"Adapter {adapter_name} does not exist")
+            raise AdapterError(f"Adapter {adapter_name} does not exist", what=adapter_name, allowed=self.peft_config)
         if any(adapter_name in adapter_queries.merged_at(module) for module in adapter_queries.adapted(self.model)):
             raise AdapterError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."

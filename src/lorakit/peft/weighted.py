@@ -65,7 +65,8 @@ def add_weighted_adapter(
         return
     for name in adapters:
         if name not in configs:
-            raise AdapterError(f"Adapter {name} does not exist. Adapters here: {', '.join(configs)}.")
+            text = f"Adapter {name} does not exist. Adapters here: {', '.join(configs)}."
+            raise AdapterError(text, what=name, allowed=configs)
     if combination_type not in core.WAYS:
         raise ConfigError(f"Invalid combination_type: {combination_type}. There are {', '.join(core.WAYS)}.")
     if len(adapters) == 1 and not (svd_rank and combination_type.endswith("svd")):

@@ -21,6 +21,10 @@ UNITS = {"B": 1, **{f"{letter}B": 1000**n for n, letter in enumerate(("k", "M", 
 BINARY_UNITS = {f"{letter}iB": 1024**n for n, letter in enumerate(("K", "M", "G", "T"), 1)}
 
 
+SIZE_FORM = "write a number and a unit, such as 4GiB or 800MB"
+"""How a size is written, for messages."""
+
+
 def bytes_of(text: str) -> int:
     """Bytes from a number with a unit, such as "4GiB", "1.5 GB" or "800MB"; a bare number is bytes.
 
@@ -34,7 +38,7 @@ def bytes_of(text: str) -> int:
     units = {name.lower(): size for name, size in {**UNITS, **BINARY_UNITS, "": 1}.items()}
     size = units.get(found[2].lower()) if found else None
     if found is None or size is None or not float(found[1]) * size >= 1:
-        raise ConfigError(f"{text!r} is no size; write a number and a unit, such as 4GiB or 800MB.")
+        raise ConfigError(f"{text!r} is no size; {SIZE_FORM}.", what=text)
     return int(float(found[1]) * size)
 
 

@@ -72,18 +72,32 @@ class Job:
         for name in ("batch_rows", "length_tokens", "accumulation", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+                raise ConfigError(
+                    f"{name} is {value!r}; it must be a whole number of at least 1.", what=value, field=name
+                )
         if self.mean_tokens is not None and not 0 < self.mean_tokens <= self.length_tokens:
             raise ConfigError(
                 f"mean_tokens is {self.mean_tokens!r}; it must be above 0 and at most length_tokens, "
-                f"{self.length_tokens}."
+                f"{self.length_tokens}.",
+                what=self.mean_tokens,
+                field="mean_tokens",
             )
         if self.quantization is not None:
             storage_named(self.quantization)
         if self.optimizer not in OPTIMIZERS:
-            raise ConfigError(f"optimizer is {self.optimizer!r}; it must be {' or '.join(OPTIMIZERS)}.")
+            raise ConfigError(
+                f"optimizer is {self.optimizer!r}; it must be {' or '.join(OPTIMIZERS)}.",
+                what=self.optimizer,
+                field="optimizer",
+                allowed=OPTIMIZERS,
+            )
         if self.recompute not in RECOMPUTED:
-            raise ConfigError(f"recompute is {self.recompute!r}; it must be one of {', '.join(RECOMPUTED)}.")
+            raise ConfigError(
+                f"recompute is {self.recompute!r}; it must be one of {', '.join(RECOMPUTED)}.",
+                what=self.recompute,
+                field="recompute",
+                allowed=RECOMPUTED,
+            )
 
     @property
     def gradient_checkpointing(self) -> bool:

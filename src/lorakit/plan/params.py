@@ -18,7 +18,7 @@ from lorakit.architectures.shapes import ModelShape, SiteShape, role, short_role
 from lorakit.config import LoraConfig, scale
 from lorakit.errors import TargetError
 from lorakit.plan.stacking import stacked
-from lorakit.targets import BareParameter, Candidate, Match, match_path, names_path, resolve
+from lorakit.targets import BareParameter, Candidate, Match, Note, Unmatched, match_path, names_path, resolve
 
 
 def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]) -> dict[str, int]:
@@ -188,8 +188,8 @@ class Count:
         saved: Path -> numbers of each module that is copied and trained whole (`modules_to_save`).
         biases: Numbers of the base's biases that are trained.
         rows: Path -> numbers of the rows that are trained of each table (`trainable_token_indices`), tied ones once.
-        missing: Sentences about entries that name nothing, where that was allowed.
-        notes: Sentences of `lorakit.targets` that a person should read.
+        missing: Entries that name nothing, if that was allowed.
+        notes: Remarks of `lorakit.targets` that a person should read.
     """
 
     base: int
@@ -197,8 +197,8 @@ class Count:
     saved: dict[str, int]
     biases: int
     rows: dict[str, int]
-    missing: tuple[str, ...]
-    notes: tuple[str, ...]
+    missing: tuple[Unmatched, ...]
+    notes: tuple[Note, ...]
 
     @property
     def factors(self) -> int:

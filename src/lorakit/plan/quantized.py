@@ -207,7 +207,8 @@ def stored(shape: ModelShape, name: str, number_bytes: int, double: bool) -> Sto
         raise ConfigError(
             f"{shape.name}: quantization {name!r} takes {' and '.join(storage.kinds)} modules, and this "
             f"{shape.architecture} has none beside its output head. Leave it out, or take one of "
-            f"{', '.join(s.name for s in STORAGES if quantised_sites(shape, s)) or 'no other'}."
+            f"{', '.join(s.name for s in STORAGES if quantised_sites(shape, s)) or 'no other'}.",
+            where=shape.name,
         )
     sizes = [storage.size(s.out_features, s.in_features, number_bytes, double and storage.doubles) for s in sites]
     numbers = sum(site.weight_parameters for site in sites)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from lorakit.config import LoraConfig
 from lorakit.plan.params import Count, Group
+from lorakit.targets import SEVERAL_MODULES
 
 _MANY_GROUPS = 8
 
@@ -38,9 +39,9 @@ def reasons(counted: Count, config: LoraConfig) -> list[str]:
         sentences.append(f"Some rows of {path} are trained, in place of the base's: {numbers:,}.")
     if config.bias != "none":
         sentences.append(f"bias {config.bias!r} trains {counted.biases:,} numbers of the base's biases.")
-    # what `targets` says of one name with several modules is said above, with the numbers
-    sentences += [note for note in counted.notes if " different modules: " not in note]
-    sentences += counted.missing
+    # `_entry` says which modules one name matches, with the numbers
+    sentences += [note.text for note in counted.notes if note.kind != SEVERAL_MODULES]
+    sentences += [unmatched.text for unmatched in counted.missing]
     return sentences
 
 

@@ -8,14 +8,30 @@ from lorakit.targets.resolving import (
     targeted_parameters,
     unfitting_keys,
 )
-from lorakit.targets.words import BareParameter, Candidate, Match, Resolution, first_match, key_fits, names_path
+from lorakit.targets.words import (
+    LARGE_RANK,
+    SEVERAL_MODULES,
+    BareParameter,
+    Candidate,
+    Match,
+    Note,
+    Resolution,
+    Unmatched,
+    first_match,
+    key_fits,
+    names_path,
+)
 
 __all__ = [
     "ALL_LINEAR",
+    "LARGE_RANK",
+    "SEVERAL_MODULES",
     "BareParameter",
     "Candidate",
     "Match",
+    "Note",
     "Resolution",
+    "Unmatched",
     "first_match",
     "key_fits",
     "match_path",

@@ -13,12 +13,16 @@ import re
 from collections.abc import Callable, Collection, Sequence
 
 from lorakit.config import HEADS_BY_TASK, LoraConfig, TaskType, check_built
-from lorakit.errors import ConfigError, TargetError, nearest
+from lorakit.errors import ConfigError, NoTargetError, TargetError, nearest
 from lorakit.targets.words import (
+    LARGE_RANK,
+    SEVERAL_MODULES,
     BareParameter,
     Candidate,
     Match,
+    Note,
     Resolution,
+    Unmatched,
     compiled,
     first_match,
     key_fits,
@@ -49,11 +53,16 @@ def targeted_parameters(
         if not parameter.module:
             raise TargetError(
                 f"Targeting an nn.Parameter on the top-level module is not supported (parameter {parameter.name!r}): "
-                "a layer has to stand around the module that holds it. Put the model into another module."
+                "a layer has to stand around the module that holds it. Put the model into another module.",
+                what=parameter.name,
+                field="target_parameters",
             )
         if len(parameter.shape) not in {2, 3}:
             raise TargetError(
-                f"The parameter {path!r} has shape {parameter.shape}; LoRA on a parameter needs two axes or three."
+                f"The parameter {path!r} has shape {parameter.shape}; LoRA on a parameter needs two axes or three.",
+                what=entry,
+                where=path,
+                field="target_parameters",
             )
         rank = first_match(config.rank_pattern, path, config.r)
         alpha = first_match(config.alpha_pattern, path, config.lora_alpha)
@@ -66,40 +75,43 @@ def match_path(match: Match) -> str:
     return f"{match.path}.{match.parameter}" if match.parameter else match.path
 
 
-def unmatched_parameters(parameters: Sequence[BareParameter], config: LoraConfig, found: Sequence[Match]) -> list[str]:
-    """A sentence for each entry of `target_parameters` that names nothing, with the nearest names.
+def unmatched_parameters(
+    parameters: Sequence[BareParameter], config: LoraConfig, found: Sequence[Match]
+) -> list[Unmatched]:
+    """Return the entries of `target_parameters` that name nothing, with the nearest names.
 
     Args:
         parameters: As `targeted_parameters`; so is the next.
         config: The config.
         found: What it names.
     """
-    sentences = []
+    unmatched = []
     for entry in sorted(config.target_parameters or ()):
         if not any(names_path(entry, match_path(match)) for match in found):
             words = nearest(entry.rpartition(".")[2], sorted({p.name for p in parameters if len(p.shape) > 1}))
             hint = f"; nearest: {', '.join(words)}" if words else ""
-            sentences.append(f"target_parameters entry {entry!r} matches no parameter{hint}.")
-    return sentences
+            text = f"target_parameters entry {entry!r} matches no parameter{hint}."
+            unmatched.append(Unmatched("target_parameters", entry, text))
+    return unmatched
 
 
-def no_parameter(missing: Sequence[str]) -> str:
-    """The sentence where neither a module nor a parameter is named.
+def no_parameter(config: LoraConfig, missing: Sequence[Unmatched]) -> TargetError:
+    """Return the error for a config that names neither a module nor a parameter.
 
     Args:
-        missing: Sentences about the entries that name nothing.
+        config: The config.
+        missing: The entries that name nothing.
     """
-    return " ".join(
-        (
-            "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
-            "arguments.",
-            *missing,
-        )
+    return TargetError(
+        "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
+        f"arguments.{''.join(f' {unmatched}' for unmatched in missing)}",
+        what=sorted(config.target_parameters or ()),
+        field="target_parameters",
     )
 
 
-def too_large(match: Match, parameters: Sequence[BareParameter] | None) -> str:
-    """A sentence where a rank is larger than a matrix of its parameter; empty where it is not.
+def too_large(match: Match, parameters: Sequence[BareParameter] | None) -> Note | None:
+    """Return a note if a rank is larger than a matrix of its parameter, else None.
 
     Args:
         match: A parameter that was named.
@@ -108,8 +120,8 @@ def too_large(match: Match, parameters: Sequence[BareParameter] | None) -> str:
     shapes = {(p.module, p.name): p.shape for p in parameters or ()}
     smaller = min(shapes[match.path, match.parameter][-2:])
     if not 0 < smaller < match.rank:
-        return ""
-    return f"{match_path(match)}: rank {match.rank} is larger than its smaller side, {smaller}."
+        return None
+    return Note(LARGE_RANK, f"{match_path(match)}: rank {match.rank} is larger than its smaller side, {smaller}.")
 
 
 ALL_LINEAR = "all-linear"
@@ -127,13 +139,14 @@ def resolve(
     Args:
         candidates: Every named module of the model, in order, containers among them.
         config: The config; it is only read.
-        allow_partial: Entries that name nothing become sentences in `missing` instead of an error.
+        allow_partial: Entries that name nothing go to `missing` instead of raising an error.
         parameters: Every named parameter, in order; None leaves `target_parameters` out of account.
 
     Returns:
         The resolution; `matches` is never empty.
 
     Raises:
+        NoTargetError: No target module is in the model.
         TargetError: Nothing matches, an entry matches nothing, or a named module cannot take LoRA.
         ConfigError: A pattern is not a regular expression, or no targets are given.
         NotYetSupported: The config asks for what is not built.
@@ -145,9 +158,14 @@ def resolve(
     missing = [*unsaved, *_unmatched(candidates, config, found, [match_path(match) for match in bare])]
     missing += [] if parameters is None else unmatched_parameters(parameters, config, bare)
     if not found and not bare:
-        raise TargetError(_nothing(candidates, config) if config.target_modules else no_parameter(missing))
+        raise _nothing(candidates, config) if config.target_modules else no_parameter(config, missing)
     if missing and not allow_partial:
-        raise TargetError(" ".join(missing))
+        raise TargetError(
+            " ".join(map(str, missing)),
+            what=missing[0].entry,
+            field=missing[0].field,
+            override="partial_targets",
+        )
     _check_kinds(found, config)
     matches = tuple(
         Match(
@@ -159,8 +177,8 @@ def resolve(
         )
         for candidate, entry in found
     )
-    notes = [*_notes(found, matches), *(too_large(match, parameters) for match in bare)]
-    return Resolution((*matches, *bare), tuple(saved), tuple(missing), tuple(filter(None, notes)))
+    notes = [*_notes(found, matches), *filter(None, (too_large(match, parameters) for match in bare))]
+    return Resolution((*matches, *bare), tuple(saved), tuple(missing), tuple(notes))
 
 
 def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], str | None]:
@@ -183,8 +201,8 @@ def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], s
     return entry_of
 
 
-def saved_modules(candidates: Sequence[Candidate], config: LoraConfig) -> tuple[list[str], list[str]]:
-    """Paths that `modules_to_save` and the task name, and a sentence for each entry that names nothing.
+def saved_modules(candidates: Sequence[Candidate], config: LoraConfig) -> tuple[list[str], list[Unmatched]]:
+    """Return the paths that `modules_to_save` and the task name, and the entries that name nothing.
 
     Args:
         candidates: As `resolve`.
@@ -195,7 +213,7 @@ def saved_modules(candidates: Sequence[Candidate], config: LoraConfig) -> tuple[
     paths = [c.path for c in candidates if any(names_path(entry, c.path) for entry in (*asked, *heads))]
     outermost = [p for p in paths if not any(p.startswith(other + ".") for other in paths)]
     missing = [
-        f"modules_to_save entry {entry!r} matches no module{_hint(entry, candidates)}."
+        _matches_none("modules_to_save", entry, f"no module{_hint(entry, candidates)}")
         for entry in asked
         if not any(names_path(entry, path) for path in paths)
     ]
@@ -206,7 +224,9 @@ def _targeted(candidates: Sequence[Candidate], config: LoraConfig, saved: Sequen
     if config.target_modules is None and config.target_parameters:
         return []
     if config.target_modules is None:
-        raise ConfigError("target_modules is not set; name the modules to adapt, or use 'all-linear'.")
+        raise ConfigError(
+            "target_modules is not set; name the modules to adapt, or use 'all-linear'.", field="target_modules"
+        )
     entry_of = _matcher("target_modules", config.target_modules)
     excluded = _matcher("exclude_modules", config.exclude_modules) if config.exclude_modules else lambda _: None
     in_layer = _layer_filter(config)
@@ -242,25 +262,25 @@ def _unmatched(
     config: LoraConfig,
     found: Sequence[tuple[Candidate, str]],
     bare: Sequence[str] = (),
-) -> list[str]:
-    sentences = []
+) -> list[Unmatched]:
+    unmatched = []
     if not isinstance(config.target_modules, str):
         used = {entry for _, entry in found}
         for entry in sorted(set(config.target_modules or ()) - used):
             if not any(names_path(entry, candidate.path) for candidate, _ in found):
-                sentences.append(_unmatched_entry("target_modules", entry, candidates))
+                unmatched.append(_unmatched_entry("target_modules", entry, candidates))
     excluded = config.exclude_modules
     for entry in sorted(excluded) if excluded and not isinstance(excluded, str) else ():
         if not any(names_path(entry, candidate.path) for candidate in candidates):
-            sentences.append(_unmatched_entry("exclude_modules", entry, candidates))
+            unmatched.append(_unmatched_entry("exclude_modules", entry, candidates))
     paths = [*(candidate.path for candidate, _ in found), *bare]
     for name in ("rank_pattern", "alpha_pattern") if paths else ():
-        sentences += unfitting_keys(name, getattr(config, name), paths)
-    return sentences
+        unmatched += unfitting_keys(name, getattr(config, name), paths)
+    return unmatched
 
 
-def unfitting_keys(field: str, keys: Collection[str], paths: Sequence[str]) -> list[str]:
-    """A sentence for each pattern that fits none of the adapted modules, with the nearest names.
+def unfitting_keys(field: str, keys: Collection[str], paths: Sequence[str]) -> list[Unmatched]:
+    """Return the patterns that fit none of the adapted modules, with the nearest names.
 
     Args:
         field: What the patterns belong to, such as "rank_pattern".
@@ -270,19 +290,24 @@ def unfitting_keys(field: str, keys: Collection[str], paths: Sequence[str]) -> l
     Raises:
         ConfigError: A key is not a regular expression.
     """
-    sentences = []
+    unmatched = []
     for key in keys:
         if not any(key_fits(key, path) for path in paths):
             words = nearest(key.rpartition(".")[2], sorted({path.rpartition(".")[2] for path in paths}))
             hint = f"; nearest: {', '.join(words)}" if words else ""
-            sentences.append(f"{field} key {key!r} matches none of the {len(paths)} adapted modules{hint}.")
-    return sentences
+            text = f"{field} key {key!r} matches none of the {len(paths)} adapted modules{hint}."
+            unmatched.append(Unmatched(field, key, text))
+    return unmatched
 
 
-def _unmatched_entry(field: str, entry: str, candidates: Sequence[Candidate]) -> str:
+def _unmatched_entry(field: str, entry: str, candidates: Sequence[Candidate]) -> Unmatched:
     if any(names_path(entry, candidate.path) for candidate in candidates):
-        return f"{field} entry {entry!r} matches only modules that are excluded or in other layers."
-    return f"{field} entry {entry!r} matches no module{_hint(entry, candidates)}."
+        return _matches_none(field, entry, "only modules that are excluded or in other layers")
+    return _matches_none(field, entry, f"no module{_hint(entry, candidates)}")
+
+
+def _matches_none(field: str, entry: str, what: str) -> Unmatched:
+    return Unmatched(field, entry, f"{field} entry {entry!r} matches {what}.")
 
 
 def _hint(entry: str, candidates: Sequence[Candidate]) -> str:
@@ -290,14 +315,17 @@ def _hint(entry: str, candidates: Sequence[Candidate]) -> str:
     return f"; nearest: {', '.join(words)}" if words else ""
 
 
-def _nothing(candidates: Sequence[Candidate], config: LoraConfig) -> str:
+def _nothing(candidates: Sequence[Candidate], config: LoraConfig) -> NoTargetError:
     wanted = config.target_modules
     shown = repr(wanted) if isinstance(wanted, str) else repr(sorted(wanted or ()))
     adaptable = sorted({c.path.rsplit(".", 1)[-1] for c in candidates if c.kind})
     hints = [_hint(entry, candidates) for entry in ([] if isinstance(wanted, str) else sorted(wanted or ()))]
-    return (
+    return NoTargetError(
         f"Target modules {shown} not found in the base model{''.join(hints[:3])}. "
-        f"Modules that can be adapted here: {', '.join(adaptable[:12]) or 'none'}."
+        f"Modules that can be adapted here: {', '.join(adaptable[:12]) or 'none'}.",
+        what=shown,
+        field="target_modules",
+        allowed=adaptable,
     )
 
 
@@ -309,12 +337,16 @@ def _check_kinds(found: Sequence[tuple[Candidate, str]], config: LoraConfig) -> 
     more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
     raise TargetError(
         f"Target module {candidate.path!r}{more}, named by {entry!r}, is a {candidate.type_name or 'module'}, "
-        "which is not supported: LoRA sits on Linear, Conv1D and Embedding modules. Name those inside it."
+        "which is not supported: LoRA sits on Linear, Conv1D and Embedding modules. Name those inside it.",
+        what=entry,
+        where=candidate.path,
+        field="target_modules",
+        allowed=("Linear", "Conv1D", "Embedding"),
     )
 
 
-def _notes(found: Sequence[tuple[Candidate, str]], matches: Sequence[Match]) -> list[str]:
-    """Sentences about a name that hits modules of different make, and about ranks that are too large."""
+def _notes(found: Sequence[tuple[Candidate, str]], matches: Sequence[Match]) -> list[Note]:
+    """Return notes about names that match different modules, and about ranks that are too large."""
     templates: dict[str, dict[str, list[Candidate]]] = {}
     for candidate, entry in found:
         if entry != ALL_LINEAR and not any(char in entry for char in r"*+?|()[]\^$"):
@@ -327,9 +359,11 @@ def _notes(found: Sequence[tuple[Candidate, str]], matches: Sequence[Match]) -> 
                 f"{template} ({members[0].in_features}→{members[0].out_features}, ×{len(members)})"
                 for template, members in groups.items()
             ]
-            notes.append(f"{entry!r} names {len(groups)} different modules: {' and '.join(parts)}.")
+            text = f"{entry!r} names {len(groups)} different modules: {' and '.join(parts)}."
+            notes.append(Note(SEVERAL_MODULES, text))
     for (candidate, _), match in zip(found, matches, strict=True):
         smaller = min(candidate.out_features, candidate.in_features)
         if 0 < smaller < match.rank:
-            notes.append(f"{match.path}: rank {match.rank} is larger than the module's smaller side, {smaller}.")
+            text = f"{match.path}: rank {match.rank} is larger than the module's smaller side, {smaller}."
+            notes.append(Note(LARGE_RANK, text))
     return notes

@@ -79,20 +79,58 @@ class Match:
 
 
 @dataclass(frozen=True)
+class Unmatched:
+    """One entry of a config that names nothing.
+
+    Attributes:
+        field: The config's field, such as "target_modules".
+        entry: The entry.
+        text: A sentence about it, with the nearest names.
+    """
+
+    field: str
+    entry: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+SEVERAL_MODULES, LARGE_RANK = "several_modules", "large_rank"
+"""Kinds of notes about targets."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """A remark that a person should read.
+
+    Attributes:
+        kind: What it is about: "several_modules" or "large_rank"; other modules have kinds of their own.
+        text: The remark, a sentence.
+    """
+
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
 class Resolution:
     """What a config names in a model.
 
     Attributes:
         matches: The sites, in the model's order.
         saved: Paths of the modules that `modules_to_save` names.
-        missing: Sentences about entries that name nothing; empty unless a partial match was allowed.
-        notes: Sentences that a person should read, such as one name that hits sites of different make.
+        missing: Entries that name nothing; empty unless a partial match was allowed.
+        notes: Remarks that a person should read, such as one name that matches different modules.
     """
 
     matches: tuple[Match, ...]
     saved: tuple[str, ...]
-    missing: tuple[str, ...]
-    notes: tuple[str, ...]
+    missing: tuple[Unmatched, ...]
+    notes: tuple[Note, ...]
 
 
 def names_path(entry: str, path: str) -> bool:
@@ -137,7 +175,9 @@ def compiled(pattern: str, where: str, given: str | None = None) -> re.Pattern[s
     try:
         return re.compile(pattern)
     except re.error as cause:
-        raise ConfigError(f"{where}: {given or pattern!r} is not a regular expression ({cause}).") from None
+        raise ConfigError(
+            f"{where}: {given or pattern!r} is not a regular expression ({cause}).", what=given or pattern, field=where
+        ) from None
 
 
 _PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_\-]|\\?\.)+\$?")

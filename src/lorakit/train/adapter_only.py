@@ -56,7 +56,7 @@ def save(folder: Path, step: int, best_step: int | None, write_adapter: Callable
             write_adapter(temporary)
     except DiskError as cause:
         reason = getattr(cause.__cause__, "strerror", None) or str(cause)
-        raise DiskError(f"{final}: cannot be written ({reason}).") from cause
+        raise DiskError(f"{final}: cannot be written ({reason}).", where=final) from cause
     prune(folder, step, best_step)
     return final
 

@@ -265,7 +265,7 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
             durable.write_bytes(temporary / MANIFEST, _manifest(temporary))
     except DiskError as cause:
         reason = getattr(cause.__cause__, "strerror", None) or str(cause)
-        raise DiskError(f"{final}: cannot be written ({reason}).") from cause
+        raise DiskError(f"{final}: cannot be written ({reason}).", where=final) from cause
     return final
 
 
@@ -285,7 +285,8 @@ def load(path: Path) -> Snapshot:
     try:
         plain = durable.read_json(path / STATE, _MAX_STATE_BYTES)
         if plain["format"] != FORMAT:
-            raise RunError(f"{path}: written in format {plain['format']}; this version of lorakit reads {FORMAT}.")
+            text = f"{path}: written in format {plain['format']}; this version of lorakit reads {FORMAT}."
+            raise RunError(text, what=plain["format"], where=path, field="format", allowed=(str(FORMAT),))
         return Snapshot(
             state=TrainState.from_dict(plain["state"]),
             optimizer=tensors_from_bytes((path / OPTIMIZER).read_bytes()),
@@ -295,7 +296,7 @@ def load(path: Path) -> Snapshot:
             schedule=plain["schedule"],
         )
     except (OSError, KeyError, TypeError, SafetensorError) as cause:
-        raise RunError(f"{path}: the checkpoint cannot be read ({cause}).") from cause
+        raise RunError(f"{path}: the checkpoint cannot be read ({cause}).", where=path) from cause
 
 
 def verify(path: Path) -> None:
@@ -307,6 +308,13 @@ def verify(path: Path) -> None:
     Raises:
         RunError: Something is missing or differs; the message names the first such file.
     """
+    fault = _fault(path)
+    if fault is not None:
+        raise RunError(f"{path}: {fault}.", what=fault, where=path)
+
+
+def _fault(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint's files, as a clause, or None."""
     try:
         raw = durable.read_bytes(path / MANIFEST, _MAX_MANIFEST_BYTES)
         manifest = durable.parse_json(raw)
@@ -316,14 +324,15 @@ def verify(path: Path) -> None:
     except (LorakitError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole, names = False, set()
     if not whole:
-        raise RunError(f"{path}: {MANIFEST} is missing, damaged or of another checkpoint.")
+        return f"{MANIFEST} is missing, damaged or of another checkpoint"
     missing = {OPTIMIZER, RANDOM, STATE} - names
     if missing:
-        raise RunError(f"{path}: {', '.join(sorted(missing))} is not listed in {MANIFEST}.")
+        return f"{', '.join(sorted(missing))} is not listed in {MANIFEST}"
     for name in sorted(names):
         reason = _damage(path / name, files[name])
         if reason:
-            raise RunError(f"{path}: {name} {reason}.")
+            return f"{name} {reason}"
+    return None
 
 
 def newest_good(folder: Path) -> Found:
@@ -335,14 +344,15 @@ def newest_good(folder: Path) -> Found:
     Returns:
         What was found; files are only read.
     """
-    skipped = []
+    skipped: list[tuple[Path, str]] = []
     for path in reversed(checkpoints(folder)):
         try:
-            verify(path)
-        except (RunError, OSError) as cause:
-            skipped.append((path, str(cause).removeprefix(f"{path}: ").rstrip(".")))
-        else:
+            fault = _fault(path)
+        except OSError as cause:
+            fault = str(cause)
+        if fault is None:
             return Found(path, tuple(skipped))
+        skipped.append((path, fault))
     return Found(None, tuple(skipped))
 
 
@@ -392,7 +402,9 @@ def set_aside(path: Path) -> Path:
     try:
         return path.rename(target)
     except OSError as cause:
-        raise DiskError(f"{path}: the damaged checkpoint cannot be set aside ({cause.strerror}).") from cause
+        raise DiskError(
+            f"{path}: the damaged checkpoint cannot be set aside ({cause.strerror}).", where=path
+        ) from cause
 
 
 def discard(path: Path) -> None:
@@ -408,7 +420,7 @@ def discard(path: Path) -> None:
     try:
         path.rename(doomed)
     except OSError as cause:
-        raise DiskError(f"{path}: the old checkpoint cannot be removed ({cause.strerror}).") from cause
+        raise DiskError(f"{path}: the old checkpoint cannot be removed ({cause.strerror}).", where=path) from cause
     shutil.rmtree(doomed, ignore_errors=True)
 
 

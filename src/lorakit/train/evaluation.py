@@ -207,7 +207,7 @@ def _checked(settings: EvalSettings) -> torch.device:
     where = pick_device(settings.device)
     for folder in settings.adapters:
         if not Path(folder).is_dir():
-            raise AdapterFileError(f"{folder}: there is no such adapter directory.")
+            raise AdapterFileError(f"{folder}: there is no such adapter directory.", where=folder)
     return where
 
 

@@ -275,7 +275,8 @@ class Loop:
                     fast=self.trainee.fast,
                 )
         except RunError as cause:
-            raise type(cause)(f"{self.folder}: step {self.state.step}: {cause} {self._last_good()}") from cause
+            text = f"{self.folder}: step {self.state.step}: {cause} {self._last_good()}"
+            raise type(cause)(text, **{**cause.fields, "where": self.folder}) from cause
         if found is None:
             return
         self.state.note_evaluation(found.loss)
@@ -312,10 +313,9 @@ class Loop:
         try:
             result = train_step(self.trainee, self._batches(), rate)
         except RunError as cause:
-            kind = type(cause)
-            advice = " Try a lower --learning-rate, or --dtype float32." if kind is NonFiniteError else ""
-            text = str(cause).rstrip(".")
-            raise kind(f"{self.folder}: in step {state.step + 1} {text}.{advice} {self._last_good()}") from cause
+            advice = " Try a lower --learning-rate, or --dtype float32." if type(cause) is NonFiniteError else ""
+            text = f"{self.folder}: in step {state.step + 1} {cause}{advice} {self._last_good()}"
+            raise type(cause)(text, **{**cause.fields, "where": self.folder}) from cause
         seconds = time.perf_counter() - began
         state.step += 1
         state.tokens += result.tokens

@@ -295,10 +295,12 @@ class _Flat:
                 raise RunError(
                     f"a trained tensor, {tuple(shape)} in float32 on {self.device} when the optimizer was made, is now "
                     f"{tuple(p.shape)} in {str(p.dtype).removeprefix('torch.')} on {p.device}; make the optimizer "
-                    "after the model is moved, cast or loaded"
+                    "after the model is moved, cast or loaded."
                 )
         if self._replaced() and not _apart(self.members):
-            raise RunError("trained tensors lie in each other's memory now; make the optimizer after they are replaced")
+            raise RunError(
+                "trained tensors lie in each other's memory now; make the optimizer after they are replaced."
+            )
 
     def gather(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Bring home numbers and state that were replaced, as by `p.data = …` or `load_state_dict`; make new state."""

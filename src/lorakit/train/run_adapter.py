@@ -116,7 +116,9 @@ def begun(
     if init.changes_base and request.stored is not None:
         raise UsageError(
             f"init_lora_weights is {init.name!r}, which changes the base, and this base is stored in fewer bits: what "
-            "is left would be rounded a second time. Leave quantization out, or use another init."
+            "is left would be rounded a second time. Leave quantization out, or use another init.",
+            what=init.name,
+            field="init_lora_weights",
         )
     if not init.needs:
         return config, None

@@ -61,7 +61,10 @@ def row_length(shape: plan.ModelShape, wanted: int) -> int:
     if wanted != DEFAULTS["max_length"].value:
         raise UsageError(
             f"max_length is {wanted:,}, but {shape.name} takes at most {shape.positions:,} tokens; "
-            f"give --max-length {shape.positions} or less."
+            f"give --max-length {shape.positions} or less.",
+            what=wanted,
+            field="max_length",
+            allowed=(str(shape.positions),),
         )
     return shape.positions
 
@@ -131,10 +134,16 @@ def pick_device(word: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise UsageError(f"device is {word!r}, but torch {torch.__version__} finds {count} CUDA devices here.")
+            raise UsageError(
+                f"device is {word!r}, but torch {torch.__version__} finds {count} CUDA devices here.",
+                what=word,
+                field="device",
+            )
         return torch.device("cuda", device.index or 0)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError(f"device is {word!r}, but torch {torch.__version__} finds no MPS device here.")
+        raise UsageError(
+            f"device is {word!r}, but torch {torch.__version__} finds no MPS device here.", what=word, field="device"
+        )
     return device
 
 
@@ -186,7 +195,7 @@ def make_batches(
         watch = _watch(progress, "evaluation data", data.held_out)
         held_out = encode(data.held_out, tokenizer, max_length, watch)
     except DataError as cause:
-        raise DataError(f"In the evaluation data: {cause}") from cause
+        raise DataError(f"In the evaluation data: {cause}", **cause.fields) from cause
     return RunBatches(loader, evaluation_batches(held_out, rows, pad), train.report, held_out.report)
 
 

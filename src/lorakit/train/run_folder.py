@@ -55,9 +55,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     try:
         record = durable.read_json(path, _MAX_RECORD_BYTES)
     except AdapterFileError as cause:
-        raise RunError(f"{cause} The run cannot go on without it; train into a new --output-dir.") from None
+        raise RunError(f"{cause} The run cannot go on without it; train into a new --output-dir.", where=path) from None
     if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("settings"), dict):
-        raise RunError(f"{path}: not the record of a run in format {FORMAT}, which this version of lorakit reads.")
+        raise RunError(
+            f"{path}: not the record of a run in format {FORMAT}, which this version of lorakit reads.", where=path
+        )
     return record
 
 
@@ -71,7 +73,11 @@ def refuse_second_run(folder: Path) -> NoReturn:
     refuse_live(folder)
     raise UsageError(
         f"{folder}: already holds a run. Give --resume to go on with it, --overwrite to replace it, "
-        "or another --output-dir."
+        "or another --output-dir.",
+        where=folder,
+        field="output_dir",
+        allowed=("resume", "overwrite"),
+        override="overwrite",
     )
 
 
@@ -143,7 +149,9 @@ class MetricsLog:
         try:
             self._file = self.path.open("ab", buffering=0)
         except OSError as cause:
-            raise DiskError(f"{self.path}: cannot be opened for writing ({cause.strerror}).") from cause
+            raise DiskError(
+                f"{self.path}: cannot be opened for writing ({cause.strerror}).", where=self.path
+            ) from cause
         self.waiting: list[bytes] = []
 
     def __enter__(self) -> MetricsLog:
@@ -180,7 +188,7 @@ class MetricsLog:
                 self._file.truncate(whole)  # a part of a row must not be followed by another
         except OSError as cause:
             if cause.errno not in _FULL:
-                raise DiskError(f"{self.path}: cannot be written ({cause.strerror}).") from cause
+                raise DiskError(f"{self.path}: cannot be written ({cause.strerror}).", where=self.path) from cause
 
     def sync(self) -> None:
         """Flush to the disk, so that a checkpoint never knows of a row that a power cut takes away.
@@ -191,7 +199,7 @@ class MetricsLog:
         try:
             os.fsync(self._file.fileno())
         except OSError as cause:
-            raise DiskError(f"{self.path}: cannot be written ({cause.strerror}).") from cause
+            raise DiskError(f"{self.path}: cannot be written ({cause.strerror}).", where=self.path) from cause
 
 
 def cut(folder: Path, step: int, evaluated_step: int) -> int:
@@ -283,7 +291,10 @@ def _live(folder: Path) -> RunError:
     who = "another process" if process is None else f"process {process}"
     return RunError(
         f"{folder}: a run is active here: {who} is training into this folder. Wait until it ends, or pass another "
-        "--output-dir."
+        "--output-dir.",
+        what=who,
+        where=folder,
+        field="output_dir",
     )
 
 
@@ -318,10 +329,14 @@ def check_place(settings: TrainSettings) -> None:
     """
     folder = Path(settings.output_dir)
     if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder}: is not a folder; --output-dir must be one, or not exist yet.")
+        raise RunError(
+            f"{folder}: is not a folder; --output-dir must be one, or not exist yet.", where=folder, field="output_dir"
+        )
     refuse_live(folder)
     if settings.resume and not folder.exists():
-        raise RunError(f"{folder}: holds no run to resume; leave out --resume to start one.")
+        raise RunError(
+            f"{folder}: holds no run to resume; leave out --resume to start one.", where=folder, field="resume"
+        )
     if holds_run(folder) and not (settings.resume or settings.overwrite):
         refuse_second_run(folder)
 
@@ -342,7 +357,7 @@ def claim_place(folder: Path) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
-        raise DiskError(f"{folder}: cannot be made ({cause.strerror}).") from cause
+        raise DiskError(f"{folder}: cannot be made ({cause.strerror}).", where=folder) from cause
     lock = claim(folder)
     try:
         durable.write_bytes(folder / f"{durable.TEMPORARY}probe", b"")
@@ -381,4 +396,6 @@ def remove_run(folder: Path) -> None:
             else:
                 path.unlink(missing_ok=True)
     except OSError as cause:
-        raise DiskError(f"{cause.filename}: the old run cannot be removed ({cause.strerror}).") from cause
+        raise DiskError(
+            f"{cause.filename}: the old run cannot be removed ({cause.strerror}).", where=cause.filename
+        ) from cause

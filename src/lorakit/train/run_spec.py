@@ -84,7 +84,7 @@ def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: Any) -
         "learning_rate_pattern", settings.learning_rate_pattern, [*(site.path for site in counted.sites), *counted.rows]
     )
     if wrong:
-        raise ConfigError(" ".join(wrong))
+        raise ConfigError(" ".join(map(str, wrong)), what=wrong[0].entry, field="learning_rate_pattern")
     length = row_length(shape, settings.max_length)
     notes = () if length == settings.max_length else (f"Rows have at most {length:,} tokens: the model takes no more.",)
     return Forecast(shape, config, length, notes, new)
@@ -169,7 +169,7 @@ def check(settings: TrainSettings, progress: Progress) -> Request:
     folder = Path(settings.output_dir)
     data = read_data(settings)
     if settings.early_stopping_patience is not None and not data.held_out:
-        raise UsageError(f"early_stopping_patience needs evaluation data. {data.note}")
+        raise UsageError(f"early_stopping_patience needs evaluation data. {data.note}", field="early_stopping_patience")
     hashes = data_hashes([*settings.data, *(settings.eval_data or ())])
     record = read_record(folder) if settings.resume else None
     if record is not None:
@@ -190,7 +190,10 @@ def _refuse_other_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[
     if changed:
         raise RunError(
             f"{folder}: the run cannot go on, because its data changed since it began: {', '.join(changed)}. "
-            "Put the file back, or train into a new --output-dir."
+            "Put the file back, or train into a new --output-dir.",
+            what=changed[0],
+            where=folder,
+            field="data",
         )
 
 
@@ -202,7 +205,10 @@ def _refuse_fewer_steps(folder: Path, max_steps: int | None) -> None:
     if found is not None and checkpoint.step_of(found) > max_steps:
         raise UsageError(
             f"{folder}: max_steps is {max_steps}, but the run is already at {found.name}; pass a larger --max-steps "
-            "to train further, or train into a new --output-dir."
+            "to train further, or train into a new --output-dir.",
+            what=max_steps,
+            where=folder,
+            field="max_steps",
         )
 
 

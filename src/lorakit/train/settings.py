@@ -10,13 +10,13 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lorakit.config import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig, TaskType
 from lorakit.errors import ConfigError, nearest
-from lorakit.plan.budget import bytes_of
+from lorakit.plan.budget import SIZE_FORM, bytes_of
 from lorakit.plan.job import recomputed
 from lorakit.plan.quantized import Quantization, stored_as
 from lorakit.train.defaults import DEFAULTS
@@ -109,8 +109,8 @@ def _device_word(value: str) -> str:
 def _size(value: str) -> str:
     try:
         bytes_of(value)
-    except ConfigError as cause:
-        raise ValueError(str(cause).removeprefix(f"{value!r} is no size; ").removesuffix(".")) from None
+    except ConfigError:
+        raise ValueError(SIZE_FORM) from None
     return value
 
 
@@ -193,18 +193,22 @@ class TrainSettings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as cause:
-            raise ConfigError(_sentences(cause)) from None
+            raise _error(cause) from None
         if self.resume and self.overwrite:
-            raise ConfigError("resume and overwrite exclude each other: go on with the run, or replace it.")
+            raise ConfigError(
+                "resume and overwrite exclude each other: go on with the run, or replace it.", field="resume"
+            )
         if self.init_lora_weights == "eva" and self.allocate_ranks != "none":
             raise ConfigError(
-                "allocate_ranks and the init eva exclude each other: eva spreads the ranks itself. Leave one out."
+                "allocate_ranks and the init eva exclude each other: eva spreads the ranks itself. Leave one out.",
+                field="allocate_ranks",
             )
         _ = self.recomputed
         if self.optimizer == "lorafa" and self.loraplus_lr_ratio is not None:
             raise ConfigError(
                 "loraplus_lr_ratio and the optimizer lorafa exclude each other: lorafa freezes A, so there is no rate "
-                "of A that B's could be a multiple of. Leave one of them out."
+                "of A that B's could be a multiple of. Leave one of them out.",
+                field="loraplus_lr_ratio",
             )
 
     @property
@@ -256,7 +260,12 @@ def check_names(values: dict[str, Any], where: str = "") -> None:
     """
     unknown = [name for name in values if name not in TrainSettings.model_fields]
     if unknown:
-        raise ConfigError(" ".join(f"{where}{_unknown(name)}" for name in unknown))
+        raise ConfigError(
+            " ".join(f"{where}{_unknown(name)}" for name in unknown),
+            what=unknown[0],
+            field=unknown[0],
+            allowed=TrainSettings.model_fields,
+        )
 
 
 def _unknown(name: str) -> str:
@@ -265,14 +274,34 @@ def _unknown(name: str) -> str:
     return f"{name} is not a setting; {hint}"
 
 
-def _sentences(cause: ValidationError) -> str:
-    """One sentence per field; where a field allows several types, the closest complaint stands for all."""
-    messages: dict[str, str] = {}
+def _error(cause: ValidationError) -> ConfigError:
+    """Return the error with one sentence per field; if a field allows several types, it names the first mismatch.
+
+    Its fields are those of the first setting.
+    """
+    errors: dict[str, Any] = {}
     for error in cause.errors(include_url=False):
-        name = str(error["loc"][0]) if error["loc"] else "settings"
-        if name not in messages:
-            messages[name] = _sentence(name, error)
-    return " ".join(messages.values())
+        errors.setdefault(str(error["loc"][0]) if error["loc"] else "settings", error)
+    field, first = next(iter(errors.items()))
+    unknown, missing = first["type"] == "extra_forbidden", first["type"] == "missing" or first["input"] is ...
+    return ConfigError(
+        " ".join(_sentence(name, error) for name, error in errors.items()),
+        what=field if unknown else None if missing else first["input"],
+        field=field,
+        allowed=TrainSettings.model_fields if unknown else _choices(field),
+    )
+
+
+def _choices(name: str) -> tuple[str, ...]:
+    """Return the words that a setting allows; none if it is not a choice of words."""
+    field = TrainSettings.model_fields.get(name)
+    return () if field is None else _words(field.annotation)
+
+
+def _words(annotation: Any) -> tuple[str, ...]:
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(word for part in get_args(annotation) for word in _words(part))
 
 
 _EXPECTED = {
@@ -294,7 +323,7 @@ def _sentence(name: str, error: Any) -> str:
         return f"{name} is missing; give --{name.replace('_', '-')} ({meaning[0].lower()}{meaning[1:]})."
     if kind == "literal_error":
         allowed = error["ctx"]["expected"]
-        close = nearest(str(value), allowed.replace("'", "").replace(" or ", ", ").split(", "), 1)
+        close = nearest(str(value), list(_choices(name)), 1)
         return f"{name} is {value!r}; it must be {allowed}{f'; did you mean {close[0]}?' if close else '.'}"
     if kind == "value_error":
         return f"{name} is {value!r}; {error['ctx']['error']}."

@@ -57,19 +57,19 @@ def read_settings_file(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes, so not a settings file.")
+            raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes, so not a settings file.", where=path)
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as cause:
-        raise ConfigError(f"{path}: the settings file cannot be read ({cause.strerror}).") from None
+        raise ConfigError(f"{path}: the settings file cannot be read ({cause.strerror}).", where=path) from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as cause:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(cause).split())}).") from None
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(cause).split())}).", where=path) from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConfigError(f"{path}: holds no settings; lines such as `learning_rate: 3e-4` were expected.")
+        raise ConfigError(f"{path}: holds no settings; lines such as `learning_rate: 3e-4` were expected.", where=path)
     values = {key.replace("-", "_"): value for key, value in content.items()}
     if len(values) < len(content):
-        raise ConfigError(f"{path}: a setting stands twice, once with - and once with _ in its name.")
+        raise ConfigError(f"{path}: a setting stands twice, once with - and once with _ in its name.", where=path)
     check_names(values, f"{path}: ")
     return values
 
@@ -128,6 +128,9 @@ def resumed(values: Mapping[str, Any]) -> TrainSettings:
         listed = "; ".join(f"{name} is {now[name]!r} and was {before[name]!r}" for name in changed)
         raise RunError(
             f"{values['output_dir']}: this run cannot go on with other settings: {listed}. "
-            "Leave them out to resume, or train into a new --output-dir."
+            "Leave them out to resume, or train into a new --output-dir.",
+            what=changed[0],
+            where=values["output_dir"],
+            field=changed[0],
         )
     return settings

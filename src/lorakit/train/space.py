@@ -74,7 +74,8 @@ def check_space(ready: Ready, space: Space) -> list[str]:
     if free < space.least:
         raise DiskError(
             f"{folder}: the disk is too full for this run: the adapter alone needs {bytes_text(space.least)}, and "
-            f"{there}. Free space, or pass an --output-dir on another disk."
+            f"{there}. Free space, or pass an --output-dir on another disk.",
+            where=folder,
         )
     if free < space.whole:
         return [
@@ -98,7 +99,8 @@ def check_checkpoint(folder: Path, space: Space) -> None:
     if free < space.checkpoint + space.least:
         raise DiskError(
             f"{folder}: a checkpoint of {bytes_text(space.checkpoint)} would leave no room for the adapter that the "
-            f"run ends with ({bytes_text(space.least)}): {bytes_text(free)} are free."
+            f"run ends with ({bytes_text(space.least)}): {bytes_text(free)} are free.",
+            where=folder,
         )
 
 

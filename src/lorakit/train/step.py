@@ -113,6 +113,11 @@ def relief_of_evaluation(rows: int) -> str:
 
 
 def _is_out_of_memory(cause: BaseException) -> bool:
+    """Return whether an error means that memory ran out.
+
+    The only place that reads torch's text: its allocators for a CPU and some of its libraries raise a plain
+    RuntimeError without attributes; only the one for CUDA has a class.
+    """
     if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(cause)
@@ -243,7 +248,7 @@ def train_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float)
     for what, value in (("loss", mean), ("gradient norm", grad_norm)):
         if not math.isfinite(value):
             trainee.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(f"the {what} became {value}, so the step was not taken")
+            raise NonFiniteError(f"the {what} became {value}, so the step was not taken.", what=what)
     set_rate(trainee.optimizer, learning_rate)
     clipped_step(trainee.optimizer, parameters, norm, trainee.max_grad_norm)
     if trainee.device.type == "cuda":
@@ -266,7 +271,8 @@ def _refuse_replaced(trainee: Trainee) -> None:
         if id(parameter) not in held:
             raise RunError(
                 f"{name} is not the tensor that the optimizer was made for: another has been put in its place, as "
-                "`load_state_dict(assign=True)` does; make the optimizer after that"
+                "`load_state_dict(assign=True)` does; make the optimizer after that.",
+                what=name,
             )
 
 

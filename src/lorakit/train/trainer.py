@@ -179,9 +179,10 @@ def _put_adapter(
     report = core.attach(model, config, ADAPTER, allow=allow, seed=request.settings.seed, statistics=statistics)
     if new is not None:
         new.begin(model, ADAPTER)
-    for note in (*report.notes, *unseen):
+    notes = (*map(str, report.notes), *unseen)
+    for note in notes:
         progress.say(note)
-    return (*report.notes, *unseen)
+    return notes
 
 
 def _trainee(model: Any, request: Request, planned: Planned) -> Trainee:
@@ -337,7 +338,8 @@ def _failure_recorded(ready: Ready) -> Iterator[None]:
         yield
     except LorakitError as cause:
         if isinstance(cause, DiskError):
-            cause = DiskError(f"{cause} {adapter_only.account(folder)}").with_traceback(cause.__traceback__)
+            text = f"{cause} {adapter_only.account(folder)}"
+            cause = DiskError(text, **cause.fields).with_traceback(cause.__traceback__)
         error = {"code": cause.code, "message": str(cause)}
         with contextlib.suppress(DiskError):
             write_record(folder, {**record(ready, "failed"), "error": error})

@@ -26,7 +26,14 @@ from lorakit.core.files.sidecar import METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
 from lorakit.core.files.tensor_file import MAX_TENSORS
 from lorakit.durable import sealed as resealed
 from lorakit.durable import sha256_bytes, sha256_file
-from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, LorakitError, NotYetSupported
+from lorakit.errors import (
+    AdapterFileError,
+    BaseMismatchError,
+    ConfigError,
+    LorakitError,
+    NotYetSupported,
+    ShapeMismatchError,
+)
 
 from ...laws.snapshots import bits, same_bits, snapshot
 from ...laws.zoo import BERT, GPT2, LINEARS, LLAMA, randomise, run, with_adapters
@@ -261,8 +268,8 @@ FILES: dict[str, tuple[Damage, str]] = {
 }  # fmt: skip
 
 
-def refused(model: nn.Module, folder: Path, error: type[LorakitError], text: str, **how: Any) -> None:
-    """Refused in less than a second, by text, with the folder named; the model and its adapter stand as before."""
+def refused(model: nn.Module, folder: Path, error: type[LorakitError], text: str, **how: Any) -> LorakitError:
+    """Check that a folder is rejected within a second, by text and where, and that the model does not change."""
     specimen = LLAMA
     before, answer = snapshot(model), bits(run(model, specimen.given()))
     started = time.perf_counter()
@@ -270,9 +277,11 @@ def refused(model: nn.Module, folder: Path, error: type[LorakitError], text: str
         load_adapter(model, folder, "new", **how)
     assert time.perf_counter() - started < 1
     assert str(folder) in str(caught.value)
+    assert str(caught.value.where).startswith(str(folder))
     assert len(str(caught.value)) < 1500
     assert snapshot(model) == before
     assert bits(run(model, specimen.given())) == answer
+    return caught.value
 
 
 @pytest.mark.parametrize("which", FILES)
@@ -382,8 +391,10 @@ def test_another_base(which: str, folder: Path) -> None:
     make, text = OTHER_BASES[which]
     model = make()
     before = snapshot(model)
-    with pytest.raises(BaseMismatchError, match=f"{folder}: made on another base: .*{text}"):
+    with pytest.raises(BaseMismatchError, match=f"{folder}: made on another base: .*{text}") as caught:
         load_adapter(model, folder)
+    assert (caught.value.where, caught.value.override) == (str(folder), "base_mismatch")
+    assert "allow 'base_mismatch'" in str(caught.value) and "give --x" in caught.value.text("give --x")
     assert snapshot(model) == before
     if which in {"other weights", "one weight", "other vocabulary"}:
         with pytest.warns(UserWarning, match="loaded on another base as allowed"):
@@ -490,19 +501,22 @@ def test_allowances_lift_one_refusal_each(folder: Path) -> None:
     edit_tensors(set_value(A_KEY, float("nan")))(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        refused(LLAMA.model(), folder, AdapterFileError, "NaN", allow=["key_mismatch", "base_mismatch", "odd_scale"])
+        words = ["key_mismatch", "base_mismatch", "odd_scale"]
+        assert refused(LLAMA.model(), folder, AdapterFileError, "NaN", allow=words).override == "nonfinite"
         load_adapter(LLAMA.model(), folder, allow=["nonfinite"])
     edit_tensors(lambda t: [without(A_KEY)(t), t.update(extra=torch.zeros(1))])(folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        refused(LLAMA.model(), folder, AdapterFileError, "unexpected extra", allow=["nonfinite"])
+        error = refused(LLAMA.model(), folder, AdapterFileError, "unexpected extra", allow=["nonfinite"])
         model = LLAMA.model()
         load_adapter(model, folder, allow=["key_mismatch"])
     assert any("loaded in part as allowed" in str(w.message) for w in caught)
+    assert error.override == "key_mismatch" and not isinstance(error, ShapeMismatchError)
     edit_tensors(reshaped(B_KEY.replace("q_", "v_"), 3, 3))(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        refused(LLAMA.model(), folder, AdapterFileError, r"\(3, 3\)", allow=["key_mismatch"])
+        error = refused(LLAMA.model(), folder, ShapeMismatchError, r"\(3, 3\)", allow=["key_mismatch"])
+    assert error.override is None  # no word allows that
 
 
 def test_warnings_as_errors_refuse_before_anything_changes(folder: Path) -> None:

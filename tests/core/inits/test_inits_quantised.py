@@ -141,8 +141,8 @@ def test_olora_rounds_what_is_left_and_says_by_how_much(storage: Storage, dora: 
         assert torch.equal(now, layer.base.read(layer.source, stored))
         lost.append(float((now - left).norm() / left.norm()))
     assert 0 < max(lost) < WRITTEN[storage.name]
-    assert f"rounded a second time, by up to {max(lost):.2g} of a weight" in report.notes[-1]
-    assert "olora moves the base's weight at 2 sites" in report.notes[-2]
+    assert f"rounded a second time, by up to {max(lost):.2g} of a weight" in report.notes[-1].text
+    assert "olora moves the base's weight at 2 sites" in report.notes[-2].text
     fresh = run(model, given)
     assert float((fresh - output).norm() / output.norm()) < 3 * WRITTEN[storage.name] + EVALUATED.get(storage.name, 0)
     assert packed_bits(model) == before  # the original is kept

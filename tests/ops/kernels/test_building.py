@@ -67,14 +67,18 @@ def test_it_is_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(building.SWITCH, "off")
-    assert building.built("") == (None, "LORAKIT_KERNELS=off")
+    found = building.built("")
+    assert found == (None, "LORAKIT_KERNELS=off", False)
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    assert building.built("") == (None, "no C compiler (gcc, cc, clang) is on the path")
+    found = building.built("")
+    assert found.functions is None and found.lacks_compiler and "gcc, cc, clang" in found.why
     monkeypatch.setenv("CC", "one-that-is-not-there")
-    assert building.built("").functions is None
+    building.built.cache_clear()
+    found = building.built("")
+    assert found.functions is None and found.lacks_compiler and "one-that-is-not-there" in found.why
 
 
 def test_a_compiler_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

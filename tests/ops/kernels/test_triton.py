@@ -292,6 +292,9 @@ def test_a_device_without_triton_has_none(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delattr(triton, "launching", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     assert triton.account.__wrapped__(torch.device("cpu")) == "the package triton is not installed"
+    assert triton.lacks_package()
+    monkeypatch.setenv("LORAKIT_KERNELS", "off")
+    assert not triton.lacks_package()  # nothing is wanted
 
 
 def test_the_switch_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.statistics.stored import Statistics
 from lorakit.errors import ConfigError
-from lorakit.targets import Match, match_path, resolve
+from lorakit.targets import Match, Note, Unmatched, match_path, resolve
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ class AttachReport:
         name: The adapter.
         matches: The sites, with rank, alpha and the entry that named each.
         trainable_parameters: Numbers that will be trained.
-        notes: Sentences a person should read.
-        missing: Entries that named nothing (with "partial_targets" allowed).
+        notes: Remarks that a person should read; `str` gives the sentence.
+        missing: Entries that name nothing (with "partial_targets" allowed); likewise.
     """
 
     name: str
     matches: tuple[Match, ...]
     trainable_parameters: int
-    notes: tuple[str, ...]
-    missing: tuple[str, ...]
+    notes: tuple[Note, ...]
+    missing: tuple[Unmatched, ...]
 
 
 @trainable_tensors
@@ -226,7 +226,10 @@ def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
     if model_type not in DEFAULT_TARGETS:
         raise ConfigError(
             "Please specify `target_modules` in `peft_config`: it is not set, and there is no default for a "
-            f"{type(model).__name__}. Name the modules to adapt, or use 'all-linear'."
+            f"{type(model).__name__}. Name the modules to adapt, or use 'all-linear'.",
+            what=model_type,
+            field="target_modules",
+            allowed=("all-linear",),
         )
     default = DEFAULT_TARGETS[model_type]
     return dataclasses.replace(config, target_modules=default if isinstance(default, str) else set(default))

@@ -39,7 +39,7 @@ from lorakit.core.routing.state import AdapterState
 from lorakit.core.statistics.stored import Statistics
 from lorakit.core.variants import variant_for
 from lorakit.errors import ConfigError
-from lorakit.targets import Match
+from lorakit.targets import Match, Note
 
 
 def keep_off(modules: Iterable[nn.Module]) -> None:
@@ -158,7 +158,8 @@ def _fresh_part(site_map: SiteMap, blank: Blank, match: Match, place: Place) -> 
         if not variant.mergeable:
             raise ConfigError(
                 f"{place.path}: init_lora_weights={config.init_lora_weights!r} moves the base weight, and "
-                f"{variant.name} needs the base as it is before its start. Use another init."
+                f"{variant.name} needs the base as it is before its start. Use another init.",
+                where=place.path,
             )
     with torch.no_grad():
         filled = init.fill(blank)
@@ -181,22 +182,24 @@ def _fresh_part(site_map: SiteMap, blank: Blank, match: Match, place: Place) -> 
     return Part(place, factor, match.rank, match.alpha, moved, init.trains, initial, cost)
 
 
-def notes_on_moving(config: LoraConfig, parts: Sequence[Part]) -> list[str]:
-    """What a moved base costs, in sentences; none where nothing was moved."""
+def notes_on_moving(config: LoraConfig, parts: Sequence[Part]) -> list[Note]:
+    """Return notes on what a moved base costs; none if nothing was moved."""
     costs = [part.cost for part in parts if part.moved is not None]
     if not costs:
         return []
-    notes = [
+    text = (
         f"{config.init_lora_weights} moves the base's weight at {len(costs)} sites; the originals and the first "
         f"factors are kept beside it, {sum(cost.kept_bytes for cost in costs) / 1e6:,.1f} MB, so that the base can be "
         "had back."
-    ]
+    )
+    notes = [Note("residual_base", text)]
     lost = max(cost.lost for cost in costs)
     if lost:
-        notes.append(
+        text = (
             f"The base is stored in fewer bits, and what {config.init_lora_weights} left of it was rounded a second "
             f"time, by up to {lost:.2g} of a weight: a fresh adapter is off by as much, and it is no plain LoRA."
         )
+        notes.append(Note("rounded_base", text))
     return notes
 
 
@@ -228,7 +231,9 @@ def check_storage(site_map: SiteMap, place: Place) -> None:
         raise ConfigError(
             f"{place.path} is stored as {base.name}, and a {place.kind.name} is adapted by its weight, which would be "
             "rounded with its update in each forward. Name a dense layer in target_modules, where the adapter acts "
-            "beside the weight, or leave it out."
+            "beside the weight, or leave it out.",
+            where=place.path,
+            field="target_modules",
         )
 
 
@@ -241,7 +246,9 @@ def check_bias_of_b(config: LoraConfig, place: Place) -> None:
     if config.lora_bias and not place.kind.takes_bias:
         raise ConfigError(
             f"lora_bias=True is not supported for {place.kind.name}, at {place.path}: B has no output of its own "
-            "there. Leave the module out of the targets, or lora_bias off."
+            "there. Leave the module out of the targets, or lora_bias off.",
+            where=place.path,
+            field="lora_bias",
         )
 
 

@@ -43,6 +43,28 @@ def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+MISSING, UNEXPECTED, SHAPE, UNTIED = "missing", "unexpected", "shape", "untied"
+"""The kinds of problems."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mismatch between an adapter's files and a model.
+
+    Attributes:
+        kind: "missing", "unexpected", "shape" or "untied".
+        name: Name of the tensor, or path of the site.
+        text: The mismatch in words.
+    """
+
+    kind: str
+    name: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 @dataclass
 class Fit:
     """Where an adapter's tensors go.
@@ -54,8 +76,7 @@ class Fit:
         biases: (id of a module, name of the bias) -> tensor's name.
         rows: Rows of tables, each with its tensor's name.
         leaders: Path of a module -> path of the one to which it is tied.
-        problems: One sentence per mismatch.
-        shape_problems: Some mismatch is one of shapes, which no allowance lifts.
+        problems: The mismatches.
     """
 
     sites: dict[str, tuple[Place, dict[str, Tensor]]] = field(default_factory=dict)
@@ -64,8 +85,12 @@ class Fit:
     biases: dict[tuple[int, str], str] = field(default_factory=dict)
     rows: list[tuple[ChosenRows, str]] = field(default_factory=list)
     leaders: dict[str, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    shape_problems: bool = False
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def shape_problems(self) -> bool:
+        """Return whether a mismatch is one of shapes, which no allowance overrides."""
+        return any(problem.kind == SHAPE for problem in self.problems)
 
     def outer_paths(self) -> set[str]:
         """Paths in the plain base of the modules that get factors."""
@@ -111,7 +136,7 @@ def fit(
     _check_ties(tensors, config, site_map, result)
     _check_sites(config, expected, result)
     extra = [name for name in left if not _known_extra(name, result)]
-    result.problems += [f"unexpected {name}{_prefix_hint(name)}" for name in extra]
+    result.problems += [Problem(UNEXPECTED, name, f"unexpected {name}{_prefix_hint(name)}") for name in extra]
     return result
 
 
@@ -149,7 +174,8 @@ def _find_places(
         places = site_map.places(outer, site_map.kind(kinds[outer])) if kinds.get(outer) else []  # type: ignore[arg-type]
         place = bare.get(path) or next((place for place in places if place.path == path), None)
         if place is None:
-            result.problems.append(f"unexpected site {path}{_hint(path, list(kinds))}")
+            text = f"unexpected site {path}{_hint(path, list(kinds))}"
+            result.problems.append(Problem(UNEXPECTED, path, text))
         else:
             result.sites[path] = (place, present[path])
 
@@ -161,7 +187,7 @@ def _take_copies(left: dict[str, Tensor], site_map: SiteMap, result: Fit) -> Non
         for leaf, shape in plain_shapes(original).items():
             name = f"{PREFIX}{path}.{leaf}"
             if name not in left:
-                result.problems.append(f"missing {name}")
+                result.problems.append(_missing(name))
                 continue
             given = left.pop(name)
             _check_shape(name, given, shape, result)
@@ -179,7 +205,7 @@ def _take_biases(left: dict[str, Tensor], config: LoraConfig, site_map: SiteMap,
             names = [f"{PREFIX}{way}.{leaf}" for way in ways]
             name = next((name for name in names if name in left), names[0])
             if name not in left:
-                result.problems.append(f"missing {name}")
+                result.problems.append(_missing(name))
                 continue
             given = left.pop(name)
             _check_shape(name, given, tuple(module._parameters[leaf].shape), result)  # type: ignore[union-attr]
@@ -194,7 +220,7 @@ def _take_rows(
     for chosen in chosen_rows(model, site_map, config, result.outer_paths(), result.saved):
         name = f"{PREFIX}{chosen.path}{ROWS}"
         if name not in left:
-            result.problems.append(f"missing {name}")
+            result.problems.append(_missing(name))
             continue
         table: Tensor = site_map.base(chosen.path)._parameters["weight"]  # type: ignore[assignment]
         _check_shape(name, left.pop(name), (len(chosen.indices), table.shape[1]), result)
@@ -219,7 +245,8 @@ def _check_ties(tensors: Mapping[str, Tensor], config: LoraConfig, site_map: Sit
             ]
         for name, wanted in pairs:
             if name in tensors and wanted is not None and not same_numbers(tensors[name], wanted):
-                result.problems.append(f"untied {name}: its numbers are not those of {leader}, to which it is tied")
+                text = f"untied {name}: its numbers are not those of {leader}, to which it is tied"
+                result.problems.append(Problem(UNTIED, name, text))
 
 
 def same_numbers(one: Tensor, other: Tensor) -> bool:
@@ -231,10 +258,12 @@ def _check_sites(config: LoraConfig, expected: set[str] | None, result: Fit) -> 
     present = set(result.sites)
     for path in sorted(present):
         if expected is not None and path not in expected:
-            result.problems.append(f"unexpected site {path}: the config does not name it")
+            text = f"unexpected site {path}: the config does not name it"
+            result.problems.append(Problem(UNEXPECTED, path, text))
         _check_parts(config, path, result)
     for path in sorted((expected or set()) - present):
-        result.problems.append(f"missing site {path}: the config names it, and there are no tensors for it")
+        text = f"missing site {path}: the config names it, and there are no tensors for it"
+        result.problems.append(Problem(MISSING, path, text))
 
 
 def _check_parts(config: LoraConfig, path: str, result: Fit) -> None:
@@ -248,8 +277,9 @@ def _check_parts(config: LoraConfig, path: str, result: Fit) -> None:
     }
     wanted = {"A", "B"} | ({"magnitude"} if config.use_dora else set()) | ({"bias"} if config.lora_bias else set())
     lacking = sorted(wanted - set(parts))
-    result.problems += [f"missing {PREFIX}{path}.{names[part]}" for part in lacking]
-    result.problems += [f"unexpected {PREFIX}{path}.{names[part]}" for part in sorted(set(parts) - wanted)]
+    result.problems += [_missing(f"{PREFIX}{path}.{names[part]}") for part in lacking]
+    extra = [f"{PREFIX}{path}.{names[part]}" for part in sorted(set(parts) - wanted)]
+    result.problems += [Problem(UNEXPECTED, name, f"unexpected {name}") for name in extra]
     if lacking:
         del result.sites[path]
         return
@@ -274,8 +304,12 @@ def _rank(config: LoraConfig, place: Place, found: int) -> int:
 
 def _check_shape(name: str, given: Tensor, wanted: Sequence[int], result: Fit) -> None:
     if tuple(given.shape) != tuple(wanted):
-        result.problems.append(f"{name} has shape {tuple(given.shape)}, {tuple(wanted)} was expected")
-        result.shape_problems = True
+        text = f"{name} has shape {tuple(given.shape)}, {tuple(wanted)} was expected"
+        result.problems.append(Problem(SHAPE, name, text))
+
+
+def _missing(name: str) -> Problem:
+    return Problem(MISSING, name, f"missing {name}")
 
 
 def _known_extra(name: str, result: Fit) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig, scale
 from lorakit.core.attachment.attaching import publish
 from lorakit.core.attachment.build import Part, as_parameters, check_bias_of_b, check_storage, new_rows
-from lorakit.core.attachment.fitting import Fit, fit
+from lorakit.core.attachment.fitting import MISSING, SHAPE, UNEXPECTED, Fit, Problem, fit
 from lorakit.core.attachment.restoring import Past, past_of
 from lorakit.core.attachment.value_ranges import copied_tensors, filled_biases, out_of_range
 from lorakit.core.factor import Factor, factor_dtype, make_dropout
@@ -48,7 +48,15 @@ from lorakit.core.model.ties import tie_copies
 from lorakit.core.model.vocabulary import room_for, way_out, without_brought_rows
 from lorakit.core.quantization import base_of
 from lorakit.core.variants import variant_for
-from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, TargetError, warn_caller
+from lorakit.errors import (
+    OVERRIDE,
+    AdapterFileError,
+    BaseMismatchError,
+    ConfigError,
+    ShapeMismatchError,
+    TargetError,
+    warn_caller,
+)
 from lorakit.targets import Match
 
 SHOWN = 6
@@ -134,7 +142,12 @@ def check_base(model: nn.Module, files: AdapterFiles, allow: Collection[str]) ->
     known, present = without_brought_rows(model, files.config, files.sidecar.base)
     verdict, reason, warning = compare(known, present)
     if verdict == DIFFERENT and "base_mismatch" not in allow:
-        raise BaseMismatchError(f"{files.folder}: made on another base: {reason}. {way_out(known, present)}")
+        raise BaseMismatchError(
+            f"{files.folder}: made on another base: {reason}.",
+            advice=way_out(known, present),
+            where=files.folder,
+            override="base_mismatch",
+        )
     said = [f"{files.folder}: loaded on another base as allowed: {reason}."] if verdict == DIFFERENT else []
     return verdict, [*said, f"{files.folder}: {warning}"] if warning else said
 
@@ -206,7 +219,9 @@ def _check_kinds(files: AdapterFiles, site_map: SiteMap) -> None:
     if lacking:
         raise AdapterFileError(
             f"{files.folder}: made with kinds of site of its user's own: {', '.join(lacking)}. Give them again: "
-            "load_adapter(..., kinds=[...])."
+            "load_adapter(..., kinds=[...]).",
+            what=lacking[0],
+            where=files.folder,
         )
 
 
@@ -216,7 +231,7 @@ def _fitted(model: nn.Module, files: AdapterFiles, site_map: SiteMap) -> Fit:
         fitted = fit(files.file.tensors, files.config, site_map, bare, model)
         check_standing(site_map, [place for place, _ in fitted.sites.values()])
     except (TargetError, ConfigError) as cause:
-        raise AdapterFileError(f"{files.folder}: {cause}") from None
+        raise AdapterFileError(f"{files.folder}: {cause}", **{**cause.fields, "where": files.folder}) from None
     return fitted
 
 
@@ -226,8 +241,15 @@ def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow
     if fitted.problems:
         shown = "; ".join(_some_of_each(fitted.problems))
         more = f"; and {len(fitted.problems) - SHOWN} more" if len(fitted.problems) > SHOWN else ""
-        if fitted.shape_problems or not fitted.sites or "key_mismatch" not in allow:  # no site at all is no part
-            raise AdapterFileError(f"{files.folder}: the adapter does not fit this model: {shown}{more}.")
+        fits_in_part = bool(fitted.sites) and not fitted.shape_problems
+        if not fits_in_part or "key_mismatch" not in allow:
+            error = ShapeMismatchError if fitted.shape_problems else AdapterFileError
+            raise error(
+                f"{files.folder}: the adapter does not fit this model: {shown}{more}.",
+                what=fitted.problems[0].name,
+                where=files.folder,
+                override="key_mismatch" if fits_in_part else None,
+            )
         said.append(f"{files.folder}: loaded in part as allowed: {shown}{more}.")
     bad = nonfinite(largest)
     if bad is not None and "nonfinite" not in allow:
@@ -251,17 +273,20 @@ def _checked_range(folder: Path, beyond: Sequence[str], allow: Collection[str]) 
     sentence = f"{folder}: values would be infinite in this base: {'; '.join(beyond[:SHOWN])}{more}."
     if "nonfinite" not in allow:
         raise AdapterFileError(
-            f"{sentence} Take an earlier checkpoint or a base of a wider dtype, or allow 'nonfinite'."
+            sentence,
+            advice=f"Take an earlier checkpoint or a base of a wider dtype, or {OVERRIDE}.",
+            where=folder,
+            override="nonfinite",
         )
     return [sentence]
 
 
-def _some_of_each(problems: Sequence[str]) -> list[str]:
-    """The first few mismatches, of each sort some: what is missing means little without what came instead."""
+def _some_of_each(problems: Sequence[Problem]) -> list[str]:
+    """Return the first few mismatches, some of each sort: what is missing means little without what came instead."""
     sorts: dict[str, list[str]] = {}
-    for sentence in problems:
-        word = sentence.partition(" ")[0]
-        sorts.setdefault(word if word in {"missing", "unexpected"} else "shape", []).append(sentence)
+    for problem in problems:
+        sort = problem.kind if problem.kind in {MISSING, UNEXPECTED} else SHAPE
+        sorts.setdefault(sort, []).append(str(problem))
     turns = itertools.chain.from_iterable(itertools.zip_longest(*sorts.values()))
     return [sentence for sentence in turns if sentence is not None][:SHOWN]
 

@@ -128,13 +128,15 @@ def check_can_move(site_map: SiteMap, place: Place, init: Init | None = None) ->
     if base_of(module, place.slot.parameter).device(module, place.slot.parameter).type == "meta":
         raise ConfigError(
             f"{place.path}: this init moves the base weight, and on the meta device there are no numbers to move. Load "
-            "the base first, or use init_lora_weights=True."
+            "the base first, or use init_lora_weights=True.",
+            where=place.path,
         )
     if standing is not None and (standing.moved_by is not None or standing.merged_adapters):
         who = standing.moved_by or standing.merged_adapters[0]
         raise ConfigError(
             f"{place.path}: this init moves the base weight, which adapter {who!r} has moved or is merged into. Detach "
-            "or unmerge it first, or use an init that leaves the base alone."
+            "or unmerge it first, or use an init that leaves the base alone.",
+            where=place.path,
         )
     sharing = site_map.shared.get(id(module._parameters.get(place.slot.parameter)), [])
     if sharing or len(site_map.parents.get(id(site_map.modules[place.outer]), ())) > 1:
@@ -149,7 +151,8 @@ def check_can_move(site_map: SiteMap, place: Place, init: Init | None = None) ->
         raise ConfigError(
             f"{place.path}: init_lora_weights is {init.name!r}, which needs the weight in float32, float16 or "
             "bfloat16, and this one is quantised: what is left would be rounded a second time. Attach to the base as "
-            "it was before it was quantised, or use True."
+            "it was before it was quantised, or use True.",
+            where=place.path,
         )
 
 

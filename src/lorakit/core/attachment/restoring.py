@@ -28,7 +28,7 @@ from lorakit.core.files.tensor_names import parse
 from lorakit.core.inits import Init, init_named
 from lorakit.core.kinds import Slot
 from lorakit.core.model.index import Place, SiteMap, layers, state_of
-from lorakit.errors import AdapterError, AdapterFileError, ConfigError
+from lorakit.errors import OVERRIDE, AdapterError, AdapterFileError, ConfigError
 from lorakit.targets import Match
 
 Factors = tuple[Tensor, Tensor, int]
@@ -49,7 +49,8 @@ def check_plain(model: nn.Module, name: str) -> None:
             raise AdapterError(
                 f"{path}: {state_of(model).configs[name].init_lora_weights} changed the base by more than a product of "
                 f"low rank, so adapter {name!r} is no plain LoRA on the original: its factors alone do not say what it "
-                "does. Merge it, or write what it makes of the model with merged_state_dict."
+                "does. Merge it, or write what it makes of the model with merged_state_dict.",
+                where=path,
             )
 
 
@@ -87,7 +88,9 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
     for path, (A, B, experts) in factors.items():
         first = past.first.get(path)
         if first is None or (first[0].shape, first[1].shape) != (A.shape, B.shape):
-            raise AdapterFileError(f"{files.folder}: the first factors of {path} are missing or of another shape.")
+            raise AdapterFileError(
+                f"{files.folder}: the first factors of {path} are missing or of another shape.", where=files.folder
+            )
         plain[path] = as_plain(Slot("weight", B.shape[0], A.shape[1], experts=experts), A, B, first)
     return plain
 
@@ -196,13 +199,21 @@ def past_of(
         raise AdapterFileError(
             f"{named} by looking at data, and the file does not hold it. Have the adapter saved as plain LoRA (in "
             "PEFT: save_pretrained with path_initial_model_for_weight_conversion; here: save_adapter). If the base at "
-            "hand is the changed one, set init_lora_weights to true in its config."
+            "hand is the changed one, set init_lora_weights to true in its config.",
+            what=config.init_lora_weights,
+            where=folder,
+            field="init_lora_weights",
         )
     if RECOMPUTE not in allow:
         raise AdapterFileError(
-            f"{named}, and loading runs no init. Have the adapter saved as plain LoRA (in PEFT: save_pretrained with "
-            f"path_initial_model_for_weight_conversion; here: save_adapter), or allow {RECOMPUTE!r} to change this "
-            "base in the same way. If the base at hand is the changed one, set init_lora_weights to true in its config."
+            f"{named}, and loading runs no init.",
+            advice="Have the adapter saved as plain LoRA (in PEFT: save_pretrained with "
+            f"path_initial_model_for_weight_conversion; here: save_adapter), or {OVERRIDE} to change this base in the "
+            "same way. If the base at hand is the changed one, set init_lora_weights to true in its config.",
+            what=config.init_lora_weights,
+            where=folder,
+            field="init_lora_weights",
+            override=RECOMPUTE,
         )
     return Past(config, {}, init=init)
 
@@ -220,7 +231,9 @@ def _as_it_was(folder: Path, config: LoraConfig, began: Mapping[str, Any]) -> Lo
     try:
         return LoraConfig(**{**vars_of(config), **{name: began[name] for name in AGAIN}})
     except (KeyError, ValueError, TypeError) as cause:
-        raise AdapterFileError(f"{folder}: lorakit.json does not say how the adapter began ({cause}).") from None
+        raise AdapterFileError(
+            f"{folder}: lorakit.json does not say how the adapter began ({cause}).", where=folder
+        ) from None
 
 
 def vars_of(config: LoraConfig) -> dict[str, Any]:
@@ -231,7 +244,9 @@ def vars_of(config: LoraConfig) -> dict[str, Any]:
 def _first_factors(path: Path, sha256: str) -> dict[str, tuple[Tensor, Tensor]]:
     file = read_tensors(path)
     if file.sha256 != sha256:
-        raise AdapterFileError(f"{path}: damaged, or of another adapter: its SHA-256 is not the one in lorakit.json.")
+        raise AdapterFileError(
+            f"{path}: damaged, or of another adapter: its SHA-256 is not the one in lorakit.json.", where=path
+        )
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in file.tensors.items():
         key = parse(name)

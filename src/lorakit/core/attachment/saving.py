@@ -39,7 +39,7 @@ from lorakit.core.model.fingerprint import fingerprint
 from lorakit.core.model.index import layers, state_of, survey
 from lorakit.core.model.target_weights import paths_on_disk
 from lorakit.durable import json_bytes, replace_files, replace_in_order, sha256_bytes
-from lorakit.errors import AdapterError
+from lorakit.errors import OVERRIDE, AdapterError
 from lorakit.targets import ALL_LINEAR, names_path, resolve
 
 INITIAL_FILE = "lorakit_initial.safetensors"
@@ -138,7 +138,8 @@ def _check_plain(path: str, layer: LoraLayer, name: str, config: LoraConfig) -> 
     if layer.moved_by == name and layer.base.quantised:
         raise AdapterError(
             f"{path}: {config.init_lora_weights} moved a quantised base, which was rounded a second time, so adapter "
-            f"{name!r} is no plain LoRA on the original. Use `save_as_trained`, or merge it."
+            f"{name!r} is no plain LoRA on the original. Use `save_as_trained`, or merge it.",
+            where=path,
         )
 
 
@@ -360,5 +361,9 @@ def _check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
     if bad:
         raise AdapterError(
             f"Adapter {name!r} holds NaN or infinite numbers in {len(bad)} of {len(tensors)} tensors, first in "
-            f"{bad[0]}. It was not saved; allow 'nonfinite' to save it anyway."
+            f"{bad[0]}.",
+            advice=f"It was not saved; {OVERRIDE} to save it anyway.",
+            what=name,
+            where=bad[0],
+            override="nonfinite",
         )

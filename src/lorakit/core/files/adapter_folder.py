@@ -68,7 +68,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
         else:
             if identities(folder) == before:
                 return files
-    raise AdapterFileError(f"{folder}: its files changed while they were read. Load it when nothing writes there.")
+    raise AdapterFileError(
+        f"{folder}: its files changed while they were read. Load it when nothing writes there.", where=folder
+    )
 
 
 def _read_once(folder: Path) -> AdapterFiles:
@@ -78,7 +80,8 @@ def _read_once(folder: Path) -> AdapterFiles:
     if not weights.exists() and (folder / "adapter_model.bin").exists():
         raise AdapterFileError(
             f"{folder}: the weights are a pickle (adapter_model.bin), which is never loaded, since it can run code. "
-            f"Convert it to {WEIGHTS_FILE} with the program that wrote it."
+            f"Convert it to {WEIGHTS_FILE} with the program that wrote it.",
+            where=folder,
         )
     file = read_tensors(weights)
     sidecar = read_sidecar(folder)
@@ -112,7 +115,12 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
     try:
         return literal_value(files.config.alpha_pattern, pattern_path or path, files.config.lora_alpha)
     except PatternError as cause:
-        raise AdapterFileError(f"{files.folder / CONFIG_FILE}: alpha_pattern: {cause}") from None
+        raise AdapterFileError(
+            f"{files.folder / CONFIG_FILE}: alpha_pattern: {cause}",
+            what=cause.what,
+            where=files.folder / CONFIG_FILE,
+            field="alpha_pattern",
+        ) from None
 
 
 def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, float | None]:

@@ -18,7 +18,7 @@ from lorakit.config import LoraConfig, scale
 from lorakit.core.files.tensor_names import parse
 from lorakit.core.inits import init_named
 from lorakit.core.model.checks import LARGEST_USUAL_SCALE
-from lorakit.errors import AdapterFileError, ConfigError
+from lorakit.errors import OVERRIDE, AdapterFileError, ConfigError
 
 ZERO, PARTLY_ZERO, NONFINITE, VALUES, SCALE, ALPHA, PATTERN, INIT = (
     "zero_update",
@@ -121,7 +121,13 @@ def nonfinite(largest: Mapping[str, float]) -> Finding | None:
 
 def not_finite(folder: Path, finding: Finding) -> AdapterFileError:
     """Return the error that a finding of NaN or infinite numbers is, unless it is allowed."""
-    return AdapterFileError(f"{folder}: {finding} Take an earlier checkpoint, or allow 'nonfinite'.")
+    return AdapterFileError(
+        f"{folder}: {finding}",
+        advice=f"Take an earlier checkpoint, or {OVERRIDE}.",
+        what=next(iter(finding.where), None),
+        where=folder,
+        override="nonfinite",
+    )
 
 
 def implausible(folder: str | Path, findings: Sequence[Finding], may_be_zero: bool = False) -> tuple[str, ...]:

@@ -164,7 +164,9 @@ def _mixed(
     back = [name for name in before if found.get(name) != before[name]]
     way = f", or restore the old {' and '.join(sorted(back))} from a copy" if back else ""
     return AdapterFileError(
-        f"{folder}: a save was interrupted, and the files do not belong together: {shown}. Save the adapter again{way}."
+        f"{folder}: a save was interrupted, and the files do not belong together: {shown}. Save the adapter "
+        f"again{way}.",
+        where=folder,
     )
 
 
@@ -178,17 +180,21 @@ def _checked(path: Path, values: Any) -> dict[str, Any]:
     """A table of a format that is read here, whole as far as its format tells."""
     version = values.get("format_version") if isinstance(values, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise AdapterFileError(f"{path}: not a table with a format_version. Remove the file to load unverified.")
+        raise AdapterFileError(
+            f"{path}: not a table with a format_version. Remove the file to load unverified.", where=path
+        )
     if version > FORMAT_VERSION:
         raise AdapterFileError(
             f"{path}: format {version} is newer than the {FORMAT_VERSION} read here. Update lorakit, "
-            "or remove the file to load unverified."
+            "or remove the file to load unverified.",
+            where=path,
         )
     hashes = [_table(values.get(key)).get("sha256") for key in ("weights", "config")]
     if version >= SEALED_SINCE and not (is_sealed(values) and all(isinstance(sha256, str) for sha256 in hashes)):
         raise AdapterFileError(
             f"{path}: damaged or edited: its {SEAL} does not fit its content. Restore it from a copy, or remove it to "
-            f"load unverified, with the alphas of {CONFIG_FILE}."
+            f"load unverified, with the alphas of {CONFIG_FILE}.",
+            where=path,
         )
     return values
 
@@ -200,17 +206,18 @@ def _parsed(path: Path, values: dict[str, Any]) -> Sidecar:
     facts = {key: value for key, value in values.items() if key not in known}
     base = Fingerprint.from_dict(values["base"]) if values.get("base") else None
     if values.get("base") and base is None:
-        raise AdapterFileError(f"{path}: base is not a fingerprint. Remove the file to load unverified.")
+        raise AdapterFileError(f"{path}: base is not a fingerprint. Remove the file to load unverified.", where=path)
     for site, entry in sites.items():
         if not _is_site(entry):
             raise AdapterFileError(
                 f"{path}: sites[{site!r}] is {str(entry)[:60]}; numbers r and lora_alpha were expected. Remove the "
-                "file to load unverified."
+                "file to load unverified.",
+                where=path,
             )
     began = _table(values.get(BEGAN))
     if began and not all(map(_is_site, _table(began.get("sites")).values())):
         raise AdapterFileError(
-            f"{path}: {BEGAN} does not hold numbers r and lora_alpha. Remove the file to load it plain."
+            f"{path}: {BEGAN} does not hold numbers r and lora_alpha. Remove the file to load it plain.", where=path
         )
     return Sidecar(True, shas, str(config.get("sha256", "")), base, sites, facts, began, values["format_version"])
 
@@ -233,14 +240,16 @@ def integrity(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
     if sidecar.present and written.isdecimal() and int(written) > sidecar.format_version:
         raise AdapterFileError(
             f"{path}: written in format {written}, but {SIDECAR_FILE} is of format {sidecar.format_version}: damaged, "
-            f"or of another adapter. Restore {SIDECAR_FILE} from a copy, or remove it to load unverified."
+            f"or of another adapter. Restore {SIDECAR_FILE} from a copy, or remove it to load unverified.",
+            where=path,
         )
     if file.sha256 in sidecar.weights_sha256:
         return None
     if sidecar.present and METADATA_KEY in file.metadata:
         raise AdapterFileError(
             f"{path}: damaged: its SHA-256 is {file.sha256[:12]}…, and what was written has "
-            f"{''.join(sidecar.weights_sha256[:1])[:12] or 'none'}…. Restore it from a copy."
+            f"{''.join(sidecar.weights_sha256[:1])[:12] or 'none'}…. Restore it from a copy.",
+            where=path,
         )
     if sidecar.present:
         return "the weights were rewritten by another program, so they cannot be verified"

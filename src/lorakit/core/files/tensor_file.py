@@ -89,40 +89,47 @@ def read_tensors(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) 
     header, start = _header(path, data)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise AdapterFileError(f"{path}: the header's metadata is not a table of words.")
+        raise AdapterFileError(f"{path}: the header's metadata is not a table of words.", where=path)
     if len(header) > MAX_TENSORS:
-        raise AdapterFileError(f"{path}: names {len(header):,} tensors; at most {MAX_TENSORS:,} are read.")
+        raise AdapterFileError(f"{path}: names {len(header):,} tensors; at most {MAX_TENSORS:,} are read.", where=path)
     spans = sorted(_span(path, name, entry) for name, entry in header.items())
     end = 0
     for first, last, name in spans:
         if first != end:
-            raise AdapterFileError(f"{path}: tensor {name!r} begins at byte {first}, where {end} was expected.")
+            raise AdapterFileError(
+                f"{path}: tensor {name!r} begins at byte {first}, where {end} was expected.", where=path
+            )
         end = last
     if start + end != len(data):
         raise AdapterFileError(
-            f"{path}: holds {len(data):,} bytes, and its header describes {start + end:,}; it is truncated or damaged."
+            f"{path}: holds {len(data):,} bytes, and its header describes {start + end:,}; it is truncated or damaged.",
+            where=path,
         )
     return TensorFile(safetensors.torch.load(data), metadata, sha256_bytes(data), len(data))
 
 
 def _header(path: str | os.PathLike[str], data: bytes) -> tuple[dict[str, Any], int]:
     if len(data) < 8:
-        raise AdapterFileError(f"{path}: {len(data)} bytes are too few for a safetensors file: empty or truncated.")
+        raise AdapterFileError(
+            f"{path}: {len(data)} bytes are too few for a safetensors file: empty or truncated.", where=path
+        )
     size = int.from_bytes(data[:8], "little")
     if size > MAX_HEADER_BYTES or 8 + size > len(data):
         pickled = data[:2] == b"PK" or (data[0] == 0x80 and data[1] <= 5)  # a zip of torch's, or any protocol
         kind = "a pickle, which is never loaded" if pickled else "damaged"
         raise AdapterFileError(
-            f"{path}: not a safetensors file (it claims a header of {size:,} bytes); it may be {kind}."
+            f"{path}: not a safetensors file (it claims a header of {size:,} bytes); it may be {kind}.", where=path
         )
     if data.count(b":", 8, 8 + size) > 4 * MAX_TENSORS + 10_000:  # four to a tensor; counted, since parsing takes long
-        raise AdapterFileError(f"{path}: the header names too many tensors; at most {MAX_TENSORS:,} are read.")
+        raise AdapterFileError(
+            f"{path}: the header names too many tensors; at most {MAX_TENSORS:,} are read.", where=path
+        )
     try:
         header = parse_json(data[8 : 8 + size])
     except (ValueError, RecursionError) as cause:
-        raise AdapterFileError(f"{path}: the header is not valid JSON ({cause}).") from None
+        raise AdapterFileError(f"{path}: the header is not valid JSON ({cause}).", where=path) from None
     if not isinstance(header, dict):
-        raise AdapterFileError(f"{path}: the header is not a table of tensors.")
+        raise AdapterFileError(f"{path}: the header is not a table of tensors.", where=path)
     return header, 8 + size
 
 
@@ -131,14 +138,19 @@ def _span(path: str | os.PathLike[str], name: str, entry: Any) -> tuple[int, int
         dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [first, last, *shape]
     except (TypeError, KeyError, ValueError):
-        raise AdapterFileError(f"{path}: the header's entry for {name!r} is not one of a tensor.") from None
+        raise AdapterFileError(f"{path}: the header's entry for {name!r} is not one of a tensor.", where=path) from None
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
-        raise AdapterFileError(f"{path}: tensor {name!r} has a shape or place that is not made of whole numbers.")
+        raise AdapterFileError(
+            f"{path}: tensor {name!r} has a shape or place that is not made of whole numbers.", where=path
+        )
     sizes = ITEM_BYTES if ".lora_" in name else {**ITEM_BYTES, **WHOLE_BYTES}
     if dtype not in sizes:
         raise AdapterFileError(
-            f"{path}: tensor {name!r} has dtype {dtype}; only {', '.join(ITEM_BYTES)} can hold an adapter's numbers."
+            f"{path}: tensor {name!r} has dtype {dtype}; only {', '.join(ITEM_BYTES)} can hold an adapter's numbers.",
+            where=path,
         )
     if last - first != sizes[dtype] * math.prod(shape):
-        raise AdapterFileError(f"{path}: tensor {name!r} of shape {shape} does not fit its {last - first} bytes.")
+        raise AdapterFileError(
+            f"{path}: tensor {name!r} of shape {shape} does not fit its {last - first} bytes.", where=path
+        )
     return first, last, name

@@ -52,7 +52,10 @@ def init_named(name: bool | str) -> Init:
     hint = nearest(str(name), words, 1)
     raise ConfigError(
         f"Unknown initialization init_lora_weights={name!r}; it must be True, False or one of {', '.join(words)}"
-        + (f". Did you mean {hint[0]!r}?" if hint else ".")
+        + (f". Did you mean {hint[0]!r}?" if hint else "."),
+        what=name,
+        field="init_lora_weights",
+        allowed=words,
     )
 
 
@@ -71,7 +74,10 @@ def init_for(name: bool | str, kind: str, path: str) -> Init:
     if not is_for(init.kinds, kind):
         raise ConfigError(
             f"init_lora_weights is {name!r}, which has no meaning on a {kind} ({path}); it has one on "
-            f"{', '.join(init.kinds)}. Leave the module out, or use True."
+            f"{', '.join(init.kinds)}. Leave the module out, or use True.",
+            what=name,
+            where=path,
+            field="init_lora_weights",
         )
     return init
 

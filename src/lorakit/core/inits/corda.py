@@ -46,7 +46,12 @@ def method_of(blank: Blank) -> str:
     """
     method = (blank.config.corda_config or CordaConfig()).corda_method
     if method not in ("ipm", "kpm"):
-        raise ConfigError(f"Invalid corda_method found: {method}, it should be 'ipm' or 'kpm'.")
+        raise ConfigError(
+            f"Invalid corda_method found: {method}, it should be 'ipm' or 'kpm'.",
+            what=method,
+            field="corda_config.corda_method",
+            allowed=("ipm", "kpm"),
+        )
     return method
 
 
@@ -84,7 +89,8 @@ def _corda(blank: Blank) -> Filled:
     if found["U"].shape[1] != blank.r:
         raise ConfigError(
             f"{blank.path}: the statistics were collected for rank {found['U'].shape[1]}, and r is {blank.r}. Collect "
-            "them with the config that is attached."
+            "them with the config that is attached.",
+            where=blank.path,
         )
     return Filled(*blank.laid(*balanced(blank, *(found[name][None] for name in ("U", "S", "Vh")))))
 

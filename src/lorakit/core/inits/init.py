@@ -81,11 +81,14 @@ class Blank:
         if self.slot.groups > 1:
             raise ConfigError(
                 f"{self.path}: init_lora_weights is {self.config.init_lora_weights!r}, which has no meaning on a "
-                f"convolution of {self.slot.groups} groups. Leave the module out, or use True."
+                f"convolution of {self.slot.groups} groups. Leave the module out, or use True.",
+                where=self.path,
             )
         W = self.read()
         if W.device.type != "meta" and not bool(torch.isfinite(W).all()):
-            raise ConfigError(f"{self.path}: the base weight holds NaN or infinite numbers and cannot be decomposed.")
+            raise ConfigError(
+                f"{self.path}: the base weight holds NaN or infinite numbers and cannot be decomposed.", where=self.path
+            )
         if self.slot.experts:
             return W.mT if self.slot.in_first else W
         return self.kind.flat_weight(self.slot, W)[None]
@@ -104,7 +107,8 @@ class Blank:
             said = said or f"init_lora_weights={self.config.init_lora_weights!r} needs as many directions as r"
             raise ConfigError(
                 f"{self.path}: {said}; r is {self.r}, and at most {most} is possible here. Lower r (rank_pattern for "
-                "this module alone)."
+                "this module alone).",
+                where=self.path,
             )
 
     def laid(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +137,9 @@ class Blank:
         if self.statistics is None:
             raise ConfigError(
                 f"{self.path}: init_lora_weights is {self.config.init_lora_weights!r}, which looks at data, and "
-                "nothing was collected for this site. Give attach the `statistics` that lorakit.core.collect_for makes."
+                "nothing was collected for this site. Give attach the `statistics` that lorakit.core.collect_for "
+                "makes.",
+                where=self.path,
             )
         return {name: tensor.to(self.device) for name, tensor in self.statistics.items()}
 
@@ -216,7 +222,10 @@ def balanced(blank: Blank, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Te
         ConfigError: The scale is zero.
     """
     if blank.scale == 0:
-        raise ConfigError(f"{blank.path}: the scale is 0, so no B·A can stand for a part of the base. Give an alpha.")
+        raise ConfigError(
+            f"{blank.path}: the scale is 0, so no B·A can stand for a part of the base. Give an alpha.",
+            where=blank.path,
+        )
     root = (S / abs(blank.scale)).sqrt()
     return root[..., None] * Vh, U * (root if blank.scale > 0 else -root)[..., None, :]
 

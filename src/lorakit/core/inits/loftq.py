@@ -116,9 +116,18 @@ def _settings(blank: Blank) -> tuple[int, int]:
     given: Any = blank.config.loftq_config or {}
     bits, steps = given.get("loftq_bits", 4), given.get("loftq_iter", 1)
     if bits not in ROUNDED:
-        raise ConfigError(f"loftq_config: loftq_bits is {bits!r}; Only nf4 and int8 quantization is supported: 4 or 8.")
+        raise ConfigError(
+            f"loftq_config: loftq_bits is {bits!r}; Only nf4 and int8 quantization is supported: 4 or 8.",
+            what=bits,
+            field="loftq_config.loftq_bits",
+            allowed=("4", "8"),
+        )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ConfigError(f"loftq_config: loftq_iter is {steps!r}; it must be a whole number of at least 1.")
+        raise ConfigError(
+            f"loftq_config: loftq_iter is {steps!r}; it must be a whole number of at least 1.",
+            what=steps,
+            field="loftq_config.loftq_iter",
+        )
     return bits, steps
 
 

@@ -26,7 +26,12 @@ def settings_of(blank: Blank) -> LoraGAConfig:
     settings = blank.config.lora_ga_config or LoraGAConfig()
     for field, value, known in (("direction", settings.direction, DIRECTIONS), ("scale", settings.scale, SCALES)):
         if value not in known:
-            raise ConfigError(f"lora_ga_config: {field} is {value!r}; it must be one of {', '.join(known)}.")
+            raise ConfigError(
+                f"lora_ga_config: {field} is {value!r}; it must be one of {', '.join(known)}.",
+                what=value,
+                field=f"lora_ga_config.{field}",
+                allowed=known,
+            )
     return settings
 
 
@@ -71,7 +76,8 @@ def _lora_ga(blank: Blank) -> Filled:
     if len(S) != 2 * r:
         raise ConfigError(
             f"{blank.path}: the statistics were collected for rank {len(S) // 2}, and r is {r}. Collect them with the "
-            "config that is attached."
+            "config that is attached.",
+            where=blank.path,
         )
     to_A, to_B = _chosen(blank, settings.direction)
     A, B, strength = Vh[to_A], U[:, to_B] * S[to_B], float(S[to_B][0])

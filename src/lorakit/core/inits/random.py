@@ -59,12 +59,14 @@ def _orthogonal(blank: Blank) -> Filled:
     """
     if blank.r % 2:
         raise ConfigError(
-            f"{blank.path}: Orthogonal initialization requires the LoRA rank to be even, got {blank.r} instead."
+            f"{blank.path}: Orthogonal initialization requires the LoRA rank to be even, got {blank.r} instead.",
+            where=blank.path,
         )
     if blank.slot.groups > 1:
         raise ConfigError(
             f"{blank.path}: init_lora_weights is 'orthogonal', which has no meaning on a convolution of "
-            f"{blank.slot.groups} groups. Leave the module out, or use True."
+            f"{blank.slot.groups} groups. Leave the module out, or use True.",
+            where=blank.path,
         )
     g, out = max(blank.slot.experts, 1), blank.slot.out_features
     n = math.prod(blank.A_shape[1:])

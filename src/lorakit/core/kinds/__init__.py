@@ -82,7 +82,7 @@ def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
     found: dict[str, Kind] = {}
     for kind in kinds:
         if not isinstance(kind, Kind):
-            raise ConfigError(f"kinds holds {kind!r}; each must be a lorakit.core.Kind.")
+            raise ConfigError(f"kinds holds {kind!r}; each must be a lorakit.core.Kind.", what=kind, field="kinds")
         if kind.name in _NAMED or kind.name in found or not kind.types:
             why = "names no module type" if not kind.types else "bears the name of another"
             raise ConfigError(f"kinds: the kind {kind.name!r} {why}. Give it a name and types of its own.")

@@ -19,7 +19,7 @@ from lorakit.core.quantization import at_least_fp32
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
-from lorakit.errors import MergeError, RouteError
+from lorakit.errors import MergeError, MixedRowsError, RowCountError
 
 
 class BiasSwitch:
@@ -55,14 +55,16 @@ class BiasSwitch:
         if route.rows is None or self.adapter not in route.mentions:
             return old
         if not isinstance(output, Tensor):
-            raise RouteError(
+            raise MixedRowsError(
                 f"The rows of this batch have different adapters, and a {type(module).__name__} whose biases "
                 f"{self.adapter!r} trains returns a {type(output).__name__}, whose rows cannot be put together. Run "
-                "the rows of each adapter on their own with `use`."
+                "the rows of each adapter on their own with `use`.",
+                what=type(output).__name__,
+                field="bias",
             )
         rows = route.rows_of(output.shape[0])
         if rows is None:
-            raise RouteError(
+            raise RowCountError(
                 f"The route names {len(route.rows)} rows, and a module with a trained bias returned "
                 f"{tuple(output.shape)}. Give one adapter per row of the batch."
             )
@@ -166,12 +168,17 @@ def check_place(path: str, layer: LoraLayer, names: Sequence[str]) -> None:
         if trainer is not None and name != trainer and brings_bias(layer, [name]):
             raise MergeError(
                 f"Adapter {name!r} brings a bias of its own (lora_bias), and adapter {trainer!r} trains the base's at "
-                f"{path}, so it cannot be merged. Detach {trainer!r} first."
+                f"{path}, so it cannot be merged. Detach {trainer!r} first.",
+                what=name,
+                where=path,
+                field="lora_bias",
             )
     if layer.original_bias() is None and brings_bias(layer, names):
         raise MergeError(
             f"Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias: {path} has no "
-            "place for the adapter's."
+            "place for the adapter's.",
+            where=path,
+            field="lora_bias",
         )
 
 
@@ -194,7 +201,9 @@ def check_replaceable(model_layers: Iterable[tuple[str, LoraLayer]], names: Sequ
         if in_place or trainer not in names:
             raise MergeError(
                 f"dense=True puts another module at {path}, whose bias adapter {trainer!r} trains in place. Detach "
-                f"{trainer!r} first, or merge with dense=False."
+                f"{trainer!r} first, or merge with dense=False.",
+                what=trainer,
+                where=path,
             )
 
 

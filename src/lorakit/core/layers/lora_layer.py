@@ -28,7 +28,7 @@ from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
 from lorakit.core.variants import At, variant_named
-from lorakit.errors import MergeError, RouteError
+from lorakit.errors import MergeError, RowCountError
 
 Weights = dict["str | None", Tensor]
 """What was read in one forward of one site: the adapter that moved the base, or None, -> weight."""
@@ -322,7 +322,7 @@ class LoraLayer(Switched):
         axis = self.kind.row_axis(self.owner)
         if axis is None or route.rows_of(x.shape[axis]) is None:
             size = "no batch axis" if axis is None else f"{x.shape[axis]} rows"
-            raise RouteError(
+            raise RowCountError(
                 f"The route names {len(route.rows or ())} rows, and a {self.kind_name} received {tuple(x.shape)} with "
                 f"{size}. Give one adapter per row of the batch (where rows come again as beams: `copies` of each)."
             )

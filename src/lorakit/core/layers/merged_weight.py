@@ -180,7 +180,9 @@ def merged_weight(path: str, layer: LoraLayer, new: Sequence[str], how: How) -> 
     if not math.isfinite(lost) and not bool(torch.isfinite(after).all()):  # finite, it speaks for every element
         raise MergeError(
             f"NaNs detected in the merged weights. The adapter {', '.join(new)} seems to be broken: merging it at "
-            f"{path} gives NaN or infinite weights. Nothing was changed."
+            f"{path} gives NaN or infinite weights. Nothing was changed.",
+            what=", ".join(new),
+            where=path,
         )
     changed = int(torch.count_nonzero(after != W)) / max(after.numel(), 1)
     error = lost / max(whole, torch.finfo(torch.float32).tiny)

@@ -23,7 +23,7 @@ from lorakit.core.quantization import base_of
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
-from lorakit.errors import ConfigError, ConfigTypeError, RouteError, TargetError
+from lorakit.errors import ConfigError, ConfigTypeError, MixedRowsError, RouteError, RowCountError, TargetError
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -135,7 +135,7 @@ class ModuleCopies(Switched):
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         rows = None if first is None else route.rows_of(first.shape[0])
         if first is None or rows is None:
-            raise RouteError(
+            raise RowCountError(
                 f"The route names {len(route.rows or ())} rows, and a copied module received "
                 f"{'no tensor' if first is None else tuple(first.shape)}. Give one adapter per row of the batch."
             )
@@ -152,9 +152,11 @@ class ModuleCopies(Switched):
             parts.append(part)
             order.extend(indices)
         if not all(isinstance(part, Tensor) for part in parts):
-            raise RouteError(
+            raise MixedRowsError(
                 f"A copied module returns a {type(parts[0]).__name__}, whose rows cannot be put together again. "
-                "Run the rows of each adapter on their own with `use`."
+                "Run the rows of each adapter on their own with `use`.",
+                what=type(parts[0]).__name__,
+                field="modules_to_save",
             )
         back = torch.tensor(order, device=first.device).argsort()
         return torch.cat(parts).index_select(0, back)

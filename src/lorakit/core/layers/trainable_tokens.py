@@ -19,7 +19,7 @@ from lorakit.core.layers.adapter_component import Switched
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
-from lorakit.errors import MergeError, RouteError
+from lorakit.errors import MergeError, RouteError, RowCountError
 
 Replacement = tuple[Tensor, Tensor]
 """Row numbers of the table, (n,), and what stands there instead, (n, d)."""
@@ -301,7 +301,7 @@ class TokenRows(Switched):
     def _parts(route: Route, x: Tensor) -> Iterator[tuple[tuple[str, ...], Tensor]]:
         rows = route.rows_of(x.shape[0])
         if rows is None:
-            raise RouteError(
+            raise RowCountError(
                 f"The route names {len(route.rows or ())} rows, and a table with trained rows received "
                 f"{tuple(x.shape)}. Give one adapter per row of the batch."
             )

@@ -17,7 +17,7 @@ from lorakit.core.clones import clone_with
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.moe import ExpertFactor, expert_factor, experts_forward, shows_tokens
 from lorakit.core.routing.route import BASE, Route
-from lorakit.errors import RouteError
+from lorakit.errors import MixedRowsError
 
 
 class WeightSideLayer(LoraLayer):
@@ -32,13 +32,15 @@ class WeightSideLayer(LoraLayer):
             kwargs: Likewise.
 
         Raises:
-            RouteError: Rows of the batch have different adapters, or the route has another number of them.
+            MixedRowsError: Rows of the batch have different adapters.
+            RouteError: The route has another number of rows.
         """
         if route.rows is not None:
             if len(set(route.rows)) > 1:
-                raise RouteError(
+                raise MixedRowsError(
                     f"The rows of this batch have different adapters, and a {self.kind_name} has one weight for all "
-                    "rows. Run the rows of each adapter on their own with `use`, or leave the module out of them."
+                    "rows. Run the rows of each adapter on their own with `use`, or leave the module out of them.",
+                    what=self.kind_name,
                 )
             self._check_rows(route, args, kwargs)
             route = Route(tuple(filter(None, route.rows[:1])))

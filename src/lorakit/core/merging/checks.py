@@ -42,7 +42,9 @@ def check_unmergeable(model: nn.Module, names: Sequence[str]) -> None:
         if lost and not keeps_base(layer):
             raise MergeError(
                 f"Adapter {lost[0]!r} was merged with keep_base=False, so the bits of {path} are gone. "
-                "Load the base anew."
+                "Load the base anew.",
+                what=lost[0],
+                where=path,
             )
 
 
@@ -64,24 +66,28 @@ def check_mergeable(model: nn.Module, names: Sequence[str], untie: bool) -> None
         here = [name for name in names if name in layer.r]
         twice = [name for name in here if name in layer.merged_adapters]
         if twice:
-            raise MergeError(f"Adapter {twice[0]!r} is merged already. Unmerge it first.")
+            raise MergeError(f"Adapter {twice[0]!r} is merged already. Unmerge it first.", what=twice[0])
         if here and not layer.base.written:
             raise MergeError(NOT_WRITTEN.format(parameter=layer.slot.parameter, type=type(layer.owner).__name__))
         if here and layer.merged_adapters and not keeps_base(layer):
             raise MergeError(
                 f"{path} holds {', '.join(layer.merged_adapters)}, merged with keep_base=False, so its base is gone. "
-                "Load the base anew and merge all adapters in one call."
+                "Load the base anew and merge all adapters in one call.",
+                where=path,
             )
     for path, holder in copies(model):
         new = next((name for name in names if name in holder.modules_to_save), None)
         if new is not None and new == holder.merged_adapter:
-            raise MergeError(f"Adapter {new!r} is merged already. Unmerge it first.")
+            raise MergeError(f"Adapter {new!r} is merged already. Unmerge it first.", what=new)
         if new is not None and holder.merged_adapter is not None:
             raise MergeError(ONE_COPY.format(one=holder.merged_adapter, other=new, path=path))
     for path, other in tied_sites(model, names) if not untie else ():
         raise MergeError(
             f"{path} shares its weight with {other}; a merge would change both. Merge with untie=True to give "
-            f"{path} a weight of its own (and save with tie_word_embeddings=False), or do not adapt it."
+            f"{path} a weight of its own (and save with tie_word_embeddings=False), or do not adapt it.",
+            what=other,
+            where=path,
+            override="untie",
         )
 
 
@@ -124,7 +130,9 @@ def check_variants(model: nn.Module, names: Sequence[str]) -> None:
             if name in layer.r and not variant_named(layer.variant[name]).mergeable:
                 raise MergeError(
                     f"Adapter {name!r} at {path} is {layer.variant[name]}, which cannot be merged: what it adds "
-                    "depends on where a token stands. Keep it beside the base."
+                    "depends on where a token stands. Keep it beside the base.",
+                    what=name,
+                    where=path,
                 )
         check_place(path, layer, names)
     for path, holder in copies(model):

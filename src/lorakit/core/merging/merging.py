@@ -175,7 +175,8 @@ def unmerge(model: nn.Module, *names: str) -> None:
     check_known(state, chosen)
     for name in chosen:
         if name not in merged:
-            raise MergeError(f"Adapter {name!r} is not merged. Merged here: {', '.join(sorted(merged)) or 'none'}.")
+            text = f"Adapter {name!r} is not merged. Merged here: {', '.join(sorted(merged)) or 'none'}."
+            raise MergeError(text, what=name, allowed=sorted(merged))
     check_unmergeable(model, chosen)
     ready = []  # whatever takes memory comes before the first change
     for _, layer in layers(model):

@@ -33,7 +33,7 @@ def check_rows(model: nn.Module, names: Sequence[str], untie: bool) -> None:
         taken: dict[int, str] = {i: other for other in adapter.kept for i in adapter.token_indices[other]}
         for name in here:
             if name in adapter.kept:
-                raise MergeError(f"Adapter {name!r} is merged already. Unmerge it first.")
+                raise MergeError(f"Adapter {name!r} is merged already. Unmerge it first.", what=name)
             for index in adapter.token_indices[name]:
                 if index in taken:
                     raise MergeError(
@@ -47,7 +47,10 @@ def check_rows(model: nn.Module, names: Sequence[str], untie: bool) -> None:
         if other is not None:
             raise MergeError(
                 f"{path} shares its weight with {other}, whose rows are not the same; a merge would change both. Merge "
-                f"with untie=True to give {path} a weight of its own (and save with tie_word_embeddings=False)."
+                f"with untie=True to give {path} a weight of its own (and save with tie_word_embeddings=False).",
+                what=other,
+                where=path,
+                override="untie",
             )
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.routing.state import AdapterState
-from lorakit.errors import AdapterError, ConfigError, ModelError, TargetError
+from lorakit.errors import OVERRIDE, AdapterError, ConfigError, ModelError, TargetError
 
 ALLOWANCES = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init")
 """The refusals that a caller can lift by name."""
@@ -39,13 +39,18 @@ def check_new_name(state: AdapterState | None, name: str) -> None:
         AdapterError: With the reason and what is allowed.
     """
     if state is not None and name in state.configs:
-        raise AdapterError(f"There is an adapter {name!r} on this model already. Detach it first or rename this one.")
+        raise AdapterError(
+            f"There is an adapter {name!r} on this model already. Detach it first or rename this one.", what=name
+        )
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_\-]{0,99}", name):
         raise AdapterError(
-            f"{name!r} cannot be an adapter's name: up to 100 letters, digits, '_' and '-' are allowed, and no dot."
+            f"{name!r} cannot be an adapter's name: up to 100 letters, digits, '_' and '-' are allowed, and no dot.",
+            what=name,
         )
     if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):  # of a module also what each one holds
-        raise AdapterError(f"{name!r} cannot be an adapter's name: torch's module containers use that word themselves.")
+        raise AdapterError(
+            f"{name!r} cannot be an adapter's name: torch's module containers use that word themselves.", what=name
+        )
 
 
 def check_known(state: AdapterState, names: Sequence[str]) -> None:
@@ -56,7 +61,11 @@ def check_known(state: AdapterState, names: Sequence[str]) -> None:
     """
     for name in names:
         if name not in state.configs:
-            raise AdapterError(f"There is no adapter {name!r} on this model. Adapters: {', '.join(state.configs)}.")
+            raise AdapterError(
+                f"There is no adapter {name!r} on this model. Adapters: {', '.join(state.configs)}.",
+                what=name,
+                allowed=state.configs,
+            )
 
 
 def check_called(model: nn.Module, paths: Iterable[str]) -> None:
@@ -75,7 +84,9 @@ def check_called(model: nn.Module, paths: Iterable[str]) -> None:
         raise TargetError(
             f"Module {bad[0]!r} is incompatible with Mamba-based models (model_type={kind!r}): their fused kernels "
             f"read the weight of {' and '.join(sorted(READ_PAST))} themselves, so an adapter there would do nothing. "
-            "Leave it out of target_modules, or name it in exclude_modules."
+            "Leave it out of target_modules, or name it in exclude_modules.",
+            what=bad[0],
+            field="target_modules",
         )
 
 
@@ -87,7 +98,12 @@ def check_allowances(allow: Collection[str]) -> None:
     """
     unknown = sorted(set(allow) - set(ALLOWANCES))
     if unknown:
-        raise ConfigError(f"allow holds {unknown[0]!r}; it may hold {', '.join(map(repr, ALLOWANCES))}.")
+        raise ConfigError(
+            f"allow holds {unknown[0]!r}; it may hold {', '.join(map(repr, ALLOWANCES))}.",
+            what=unknown[0],
+            field="allow",
+            allowed=ALLOWANCES,
+        )
 
 
 def check_scales(scales: Sequence[tuple[str, float]], allow: Collection[str]) -> None:
@@ -100,8 +116,11 @@ def check_scales(scales: Sequence[tuple[str, float]], allow: Collection[str]) ->
     if odd and "odd_scale" not in allow:
         path, value = odd[0]
         raise ConfigError(
-            f"The scale at {path} is {value:g}; above 0 and at most {LARGEST_USUAL_SCALE:g} is usual. "
-            "Check lora_alpha, r and the patterns, or allow 'odd_scale'."
+            f"The scale at {path} is {value:g}; above 0 and at most {LARGEST_USUAL_SCALE:g} is usual.",
+            advice=f"Check lora_alpha, r and the patterns, or {OVERRIDE}.",
+            what=f"{value:g}",
+            where=path,
+            override="odd_scale",
         )
 
 
@@ -117,7 +136,10 @@ def check_bias_alone(state: AdapterState | None, config: LoraConfig) -> None:
         if other.bias != "none":
             raise ConfigError(
                 f"bias is {config.bias!r}, and adapter {name!r} trains the base's biases already: only one "
-                "adapter can. Set bias='none'."
+                "adapter can. Set bias='none'.",
+                what=name,
+                field="bias",
+                allowed=("none",),
             )
 
 

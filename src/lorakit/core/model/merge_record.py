@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.errors import BaseMismatchError
+from lorakit.errors import OVERRIDE, BaseMismatchError
 
 CONFIG_KEY = "lorakit_merged"
 """Field of the model's config: a list of {"sha256", "name"}, one per adapter that was merged for good."""
@@ -56,6 +56,8 @@ def check_not_applied(model: nn.Module, folder: Path, weights_sha256: str, allow
     if weights_sha256 in known and "base_mismatch" not in allow:
         was = f" (as {known[weights_sha256]})" if known[weights_sha256] else ""
         raise BaseMismatchError(
-            f"{folder}: this adapter was merged into the model already{was}, and would act twice. Use the model as it "
-            "is, load the adapter's own base, or allow 'base_mismatch'."
+            f"{folder}: this adapter was merged into the model already{was}, and would act twice.",
+            advice=f"Use the model as it is, load the adapter's own base, or {OVERRIDE}.",
+            where=folder,
+            override="base_mismatch",
         )

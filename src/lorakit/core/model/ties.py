@@ -20,10 +20,13 @@ from lorakit.core.model.base_view import identity
 from lorakit.core.model.index import SiteMap, copies, layers
 from lorakit.core.model.token_indices import input_embedding, shared_weights, sharers, table_at
 from lorakit.errors import ConfigError
-from lorakit.targets import Match, Resolution
+from lorakit.targets import Match, Note, Resolution
 
 TIED = "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter"
-"""Beginning of the note about what happens to a partner that is left alone; programs of the field match it."""
+"""Beginning of the note about what happens to a partner that is left alone; programs match it in PEFT's warnings."""
+
+LEFT_ALONE, NOTHING_TIED = "left_alone", "nothing_tied"
+"""Kinds of notes about ties."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def with_ties(model: nn.Module | None, site_map: SiteMap, config: LoraConfig, fo
     if not leaders and not (config.trainable_token_indices and _is_tied(model, site_map)):
         what = "no tied modules are added in either `modules_to_save` or `target_modules`"
         what = what if _is_tied(model, site_map) else "no tied modules were found in the model"
-        notes.append(f"You have requested `ensure_weight_tying`, but {what}.")
+        notes.append(Note(NOTHING_TIED, f"You have requested `ensure_weight_tying`, but {what}."))
     order = {path: number for number, path in enumerate(site_map.modules)}
     saved.sort(key=order.__getitem__)
     resolution = dataclasses.replace(found, saved=tuple(saved), matches=tuple(matches), notes=tuple(notes))
@@ -225,17 +228,18 @@ def _tied_matches(
     return others + [dataclasses.replace(model, path=path, kind=kinds[path] or "") for path in members]
 
 
-def _left_alone(groups: Mapping[str, Sequence[str]], named: Collection[str]) -> list[str]:
-    sentences = []
+def _left_alone(groups: Mapping[str, Sequence[str]], named: Collection[str]) -> list[Note]:
+    notes = []
     for leader, partners in groups.items():
         whole = (leader, *partners)
         mine, others = [p for p in whole if p in named], [p for p in whole if p not in named]
         what = f"{others[0]} keeps the base's weight" if others else f"{' and '.join(mine)} are trained apart"
-        sentences.append(
+        text = (
             f"{TIED}, but `ensure_weight_tying` is not set to True: {what}, so the two are no longer one once the "
             "adapter is merged."
         )
-    return sentences
+        notes.append(Note(LEFT_ALONE, text))
+    return notes
 
 
 def _is_tied(model: nn.Module | None, site_map: SiteMap) -> bool:

@@ -11,7 +11,7 @@ from lorakit.config import LoraConfig
 from lorakit.core.layers.modules_to_save import ModuleCopies
 from lorakit.core.layers.trainable_tokens import ChosenRows, TokenRows
 from lorakit.core.model.index import SiteMap
-from lorakit.errors import ConfigError, TargetError, nearest, warn_caller
+from lorakit.errors import ConfigError, NoTargetError, TargetError, nearest, warn_caller
 from lorakit.targets import names_path
 
 USUAL_NAME = "embed_tokens"
@@ -101,9 +101,11 @@ def _named(model: nn.Module, site_map: SiteMap, config: LoraConfig) -> dict[str,
         paths = [path for path in site_map.modules if names_path(name, path)]
         if not paths:
             words = nearest(name, [p.rpartition(".")[2] for p in site_map.modules], 1)
-            raise TargetError(
+            raise NoTargetError(
                 f"Target modules {{{name!r}}} not found in the base model. trainable_token_indices names it"
-                + (f"; nearest: {words[0]}." if words else ".")
+                + (f"; nearest: {words[0]}." if words else "."),
+                what=name,
+                field="trainable_token_indices",
             )
         for path in paths:
             named[path] = _checked(site_map, path, indices)

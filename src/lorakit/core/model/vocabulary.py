@@ -31,7 +31,7 @@ from lorakit.core.model.fingerprint import (
 )
 from lorakit.core.model.index import SiteMap, find_state, survey, walk
 from lorakit.core.model.token_indices import input_embedding, sharers, table_at
-from lorakit.errors import ModelError
+from lorakit.errors import OVERRIDE, ModelError
 from lorakit.targets import names_path
 
 
@@ -217,12 +217,12 @@ def _sentence(present: int, wanted: int) -> str:
 
 
 def way_out(known: Fingerprint | None, present: Fingerprint) -> str:
-    """What to do about an adapter that was made on another base."""
+    """Return what to do about an adapter that was made on another base; holds `OVERRIDE`."""
     if known is None or known.vocabulary <= present.vocabulary or known.architecture != present.architecture:
-        return "Load its own base, or allow 'base_mismatch'."
+        return f"Load its own base, or {OVERRIDE}."
     return (
         f"New tokens were added before it was trained, and the adapter does not bring all their rows: call "
-        f"model.resize_token_embeddings({known.vocabulary}) as then, and allow 'base_mismatch'; or train it with "
+        f"model.resize_token_embeddings({known.vocabulary}) as then, and {OVERRIDE}; or train it with "
         "trainable_token_indices (or modules_to_save) for the new rows, so that it brings them."
     )
 

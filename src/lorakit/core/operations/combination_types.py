@@ -73,23 +73,41 @@ class Way:
         if self.name not in WAYS:
             close = nearest(str(self.name), list(WAYS), 1)
             meant = f" Did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"There is no way {self.name!r} to combine adapters; there are {', '.join(WAYS)}.{meant}")
+            text = f"There is no way {self.name!r} to combine adapters; there are {', '.join(WAYS)}.{meant}"
+            raise ConfigError(text, what=self.name, field="combination_type", allowed=WAYS)
         if self.majority_sign not in MAJORITIES:
-            raise ConfigError(f"majority_sign is {self.majority_sign!r}; it must be 'total' or 'frequency'.")
+            raise ConfigError(
+                f"majority_sign is {self.majority_sign!r}; it must be 'total' or 'frequency'.",
+                what=self.majority_sign,
+                field="majority_sign",
+                allowed=MAJORITIES,
+            )
         if self.prunes and (self.density is None or not 0 < self.density <= 1):
-            raise ConfigError(f"density is {self.density!r}; {self.name!r} needs the share to keep, in (0, 1].")
+            raise ConfigError(
+                f"density is {self.density!r}; {self.name!r} needs the share to keep, in (0, 1].",
+                what=self.density,
+                field="density",
+            )
         if not self.prunes and self.density is not None:
-            raise ConfigError(f"density is {self.density!r}, and {self.name!r} does not prune. Leave it out.")
+            raise ConfigError(
+                f"density is {self.density!r}, and {self.name!r} does not prune. Leave it out.",
+                what=self.density,
+                field="density",
+            )
         for field in ("rank", "clamp", "driver"):
             if getattr(self, field) is not None and not self.decomposes:
                 raise ConfigError(
                     f"{field} is {getattr(self, field)!r}, and the rank of {self.name!r} follows from the adapters. "
-                    "Leave it out, or take a way with svd."
+                    "Leave it out, or take a way with svd.",
+                    what=getattr(self, field),
+                    field=field,
                 )
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise ConfigError(f"rank is {self.rank!r}; it must be a whole number of at least 1.")
+            raise ConfigError(
+                f"rank is {self.rank!r}; it must be a whole number of at least 1.", what=self.rank, field="rank"
+            )
         if self.clamp is not None and not 0.5 < self.clamp <= 1:
-            raise ConfigError(f"clamp is {self.clamp!r}; it is a quantile in (0.5, 1].")
+            raise ConfigError(f"clamp is {self.clamp!r}; it is a quantile in (0.5, 1].", what=self.clamp, field="clamp")
 
     @property
     def decomposes(self) -> bool:

@@ -14,7 +14,7 @@ from lorakit.config import HEADS_BY_TASK, LoraConfig
 from lorakit.core.files.tensor_names import PREFIX, ROWS
 from lorakit.core.model.fingerprint import DIFFERENT, UNVERIFIABLE
 from lorakit.core.operations.tensor_sources import LooseAdapter
-from lorakit.errors import AdapterError, BaseMismatchError, ConfigError, warn_caller
+from lorakit.errors import OVERRIDE, AdapterError, BaseMismatchError, ConfigError, warn_caller
 
 
 def check_one_base(adapters: Sequence[LooseAdapter], allow: Collection[str] = ()) -> None:
@@ -32,7 +32,9 @@ def check_one_base(adapters: Sequence[LooseAdapter], allow: Collection[str] = ()
     if "base_mismatch" not in allow:
         apart = [sentence for one, other in pairs for sentence in (*_other_base(one, other), *_other_task(one, other))]
         if apart:
-            raise BaseMismatchError(f"{' '.join(apart[:SHOWN])} If they fit nevertheless, allow 'base_mismatch'.")
+            raise BaseMismatchError(
+                " ".join(apart[:SHOWN]), advice=f"If they fit nevertheless, {OVERRIDE}.", override="base_mismatch"
+            )
         unknown = next((pair for pair in pairs if not _is_known_to_share(*pair)), None)
         if unknown is not None:
             warn_caller(
@@ -41,8 +43,11 @@ def check_one_base(adapters: Sequence[LooseAdapter], allow: Collection[str] = ()
     alone = next((adapter for adapter in adapters if not _shares_a_site(adapter, adapters)), None)
     if alone is not None and "key_mismatch" not in allow and not all(_is_proven_to_share(*pair) for pair in pairs):
         raise AdapterError(
-            f"{alone.label} has no site in common with any other adapter, such as {next(iter(alone.factors))}. If they "
-            "fit nevertheless, allow 'key_mismatch'."
+            f"{alone.label} has no site in common with any other adapter, such as {next(iter(alone.factors))}.",
+            advice=f"If they fit nevertheless, {OVERRIDE}.",
+            what=alone.label,
+            where=next(iter(alone.factors)),
+            override="key_mismatch",
         )
 
 

@@ -154,7 +154,9 @@ def _asked(
     init = init_named(config.init_lora_weights)
     if init.digest is None:
         raise ConfigError(
-            f"init_lora_weights is {config.init_lora_weights!r}, which looks at no data. Attach it as it is."
+            f"init_lora_weights is {config.init_lora_weights!r}, which looks at no data. Attach it as it is.",
+            what=config.init_lora_weights,
+            field="init_lora_weights",
         )
     if config.layer_replication:
         raise ConfigError(
@@ -208,5 +210,5 @@ def _looked_at(
                 try:
                     found[path] = init.digest(blanks[path], collected.pop(path))
                 except DataError as cause:
-                    raise DataError(f"{path}: {cause}") from None
+                    raise DataError(f"{path}: {cause}", **{**cause.fields, "where": path}) from None
     return found

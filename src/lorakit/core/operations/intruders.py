@@ -68,7 +68,7 @@ def reduce_intruders(
         ConfigError: `top` is below 1, or the adapter trains biases of the base.
     """
     if top < 1:
-        raise ConfigError(f"top is {top!r}; it must be a whole number of at least 1.")
+        raise ConfigError(f"top is {top!r}; it must be a whole number of at least 1.", what=top, field="top")
     loose = loose_from_model(model, adapter)
     check_plain_parts(loose)
     if loose.config.use_dora:

@@ -84,7 +84,7 @@ def allocate(
         DataError: There is no batch, or no gradient reached any site.
     """
     if by not in ("gradients", "inputs"):
-        raise ConfigError(f"by is {by!r}; ranks can be allocated by 'gradients' or by 'inputs'.")
+        raise ConfigError(f"by is {by!r}; ranks can be allocated by 'gradients' or by 'inputs'.", what=by, field="by")
     config, site_map = with_targets(config, model), survey(model)
     matches = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow).matches
     modules = {match.path: site_map.base(match.path) for match in matches}

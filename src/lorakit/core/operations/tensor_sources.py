@@ -94,7 +94,9 @@ def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
     beside = sorted(path for path in folder.glob("*.safetensors") if path.is_file()) if folder.is_dir() else []
     files = [whole] if whole.is_file() else beside
     if not files:
-        raise ModelError(f"{folder}: there are no safetensors files here, so no weights can be read one by one.")
+        raise ModelError(
+            f"{folder}: there are no safetensors files here, so no weights can be read one by one.", where=folder
+        )
     homes: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
@@ -103,7 +105,7 @@ def source_of_folder(folder: str | os.PathLike[str]) -> TensorSource:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
                     homes[name], shapes[name] = path, tuple(file.get_slice(name).get_shape())
         except (SafetensorError, OSError) as cause:
-            raise ModelError(f"{path}: cannot be read as safetensors ({cause}).") from None
+            raise ModelError(f"{path}: cannot be read as safetensors ({cause}).", where=path) from None
 
     def read(name: str) -> Tensor:
         with safe_open(homes[name], framework="pt") as file:
@@ -297,9 +299,9 @@ def loose_from_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
         fits = fits and not factor.A.shape[0] % factor.B.shape[1]
         if not fits or (factor.names and factor.A.shape[0] != factor.B.shape[1]):
             shapes = f"{tuple(factor.A.shape)} and {tuple(factor.B.shape)}"
-            raise AdapterFileError(f"{folder}: A and B of {path} do not fit together: {shapes}.")
+            raise AdapterFileError(f"{folder}: A and B of {path} do not fit together: {shapes}.", where=folder)
     if not factors:
-        raise AdapterFileError(f"{folder}: there are no LoRA sites in the file.")
+        raise AdapterFileError(f"{folder}: there are no LoRA sites in the file.", where=folder)
     side = files.sidecar
     return LooseAdapter(str(folder), config, factors, others, side.base, side.facts, files.file.sha256, findings)
 
@@ -336,7 +338,8 @@ def _site_on_disk(files: AdapterFiles, path: str, A: Tensor) -> tuple[float, Bar
     if alpha is None:
         raise AdapterFileError(
             f"{files.folder}: rank and alpha at {path} follow from which parameter it is ({' or '.join(names)}), which "
-            "these files do not say. Load the adapter onto its model, and do it there."
+            "these files do not say. Load the adapter onto its model, and do it there.",
+            where=files.folder,
         )
     order = -path.count(INSIDE) if len(names) > 1 else 0
     return scale(r, alpha, config.use_rslora), BareSite(names, order, max(1, rows // r))
@@ -350,7 +353,8 @@ def _check_told(files: AdapterFiles) -> None:
         raise AdapterFileError(
             f"{files.folder}: target_parameters names {entry!r} without its module, and target_modules is "
             f"{config.target_modules!r}, so these files do not say which sites are bare parameters. Load the adapter "
-            "onto its model, and do it there."
+            "onto its model, and do it there.",
+            where=files.folder,
         )
 
 

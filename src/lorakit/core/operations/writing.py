@@ -265,7 +265,7 @@ def write(
     """
     folder = Path(folder)
     if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder}: is not an empty folder; nothing is overwritten. Give a new one.")
+        raise UsageError(f"{folder}: is not an empty folder; nothing is overwritten. Give a new one.", where=folder)
     tensors = adapter.tensors()
     if "nonfinite" not in allow:
         _check_finite(tensors)
@@ -298,7 +298,7 @@ def reader_of(model: nn.Module) -> Callable[[str], Reading]:
         places = site_map.places(outer, site_map.kind(kinds[outer])) if kinds.get(outer) else []  # type: ignore[arg-type]
         place = next((place for place in places if place.path == path), None) or _bare_place(site_map, path)
         if place is None:
-            raise AdapterError(f"The model has no site {path}, at which an adapter sits.")
+            raise AdapterError(f"The model has no site {path}, at which an adapter sits.", what=path)
         layer, holder, parameter = site_map.layer(place), site_map.holder(place), place.slot.parameter
         base = base_of(holder, parameter, place.slot.as_stored)
         stored = base.stored(holder, parameter) if layer is None else layer.original()

@@ -114,7 +114,11 @@ class AdapterState:
         unknown = sorted({name for name in names if name is not None and name not in self.configs})
         if unknown:
             known = ", ".join(self.configs) or "none"
-            raise RouteError(f"There is no adapter {unknown[0]!r} on this model. Adapters here: {known}.")
+            raise RouteError(
+                f"There is no adapter {unknown[0]!r} on this model. Adapters here: {known}.",
+                what=unknown[0],
+                allowed=self.configs,
+            )
 
     def replace_default(self, names: Sequence[str]) -> None:
         """Make these adapters the default, whatever it was."""

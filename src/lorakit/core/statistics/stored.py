@@ -61,7 +61,8 @@ class Statistics:
             verdict, reason, _ = compare(self.base, fingerprint(model, like=self.base), "their")
             if verdict == DIFFERENT:
                 raise BaseMismatchError(
-                    f"The statistics were collected on another base: {reason}. Collect them anew on this one."
+                    f"The statistics were collected on another base: {reason}. Collect them anew on this one.",
+                    what=reason,
                 )
 
     @property
@@ -98,11 +99,12 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     found = file.metadata.get(KEY)
     if found is not None and found != FORMAT:
         raise AdapterFileError(
-            f"{path}: its format is {found[:20]!r}, and {FORMAT!r} is read here. Update lorakit, or collect anew."
+            f"{path}: its format is {found[:20]!r}, and {FORMAT!r} is read here. Update lorakit, or collect anew.",
+            where=path,
         )
     if found is None:
         raise AdapterFileError(
-            f"{path}: this is no file of statistics that `Statistics.save` wrote. Collect them anew."
+            f"{path}: this is no file of statistics that `Statistics.save` wrote. Collect them anew.", where=path
         )
     try:
         facts = parse_json(file.metadata["facts"])
@@ -110,17 +112,21 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
         config = LoraConfig(**{name: value for name, value in facts["config"].items() if name in known})
         others_usual, given, sha256 = bool(facts["others_usual"]), facts["base"], facts["sha256"]
     except (KeyError, ValueError, TypeError, AttributeError) as cause:
-        raise AdapterFileError(f"{path}: what its header says cannot be read ({cause}). Collect them anew.") from None
+        raise AdapterFileError(
+            f"{path}: what its header says cannot be read ({cause}). Collect them anew.", where=path
+        ) from None
     base = None if given is None else Fingerprint.from_dict(given)
     if given is not None and base is None:
-        raise AdapterFileError(f"{path}: the base in its header is not a fingerprint. Collect them anew.")
+        raise AdapterFileError(f"{path}: the base in its header is not a fingerprint. Collect them anew.", where=path)
     if _sha256(file.tensors) != sha256:
-        raise AdapterFileError(f"{path}: damaged: its tensors are not those that were written. Collect them anew.")
+        raise AdapterFileError(
+            f"{path}: damaged: its tensors are not those that were written. Collect them anew.", where=path
+        )
     sites: dict[str, dict[str, Tensor]] = {}
     for key, tensor in file.tensors.items():
         site, _, name = key.rpartition("/")
         if not bool(torch.isfinite(tensor).all()):
-            raise AdapterFileError(f"{path}: {key} holds NaN or infinite numbers. Collect them anew.")
+            raise AdapterFileError(f"{path}: {key} holds NaN or infinite numbers. Collect them anew.", where=path)
         sites.setdefault(site, {})[name] = tensor
     return Statistics(config, sites, others_usual, base)
 

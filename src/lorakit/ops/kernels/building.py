@@ -46,10 +46,12 @@ class Built(NamedTuple):
     Attributes:
         functions: Those of the library, or None.
         why: How it was made, or why not; for people.
+        lacks_compiler: There is none because no C compiler was found.
     """
 
     functions: ctypes.CDLL | None
     why: str
+    lacks_compiler: bool = False
 
 
 @functools.cache
@@ -64,7 +66,8 @@ def built(define: str) -> Built:
     compiler = _compiler()
     if not compiler:
         asked = os.environ.get("CC", "").strip()
-        return Built(None, f"no C compiler ({asked or ', '.join(COMPILERS)}) is on the path")
+        why = f"no C compiler ({asked or ', '.join(COMPILERS)}) is on the path"
+        return Built(None, why, lacks_compiler=True)
     try:
         folder = private_directory(cache_directory() / "kernels")
     except OSError as cause:
@@ -171,4 +174,5 @@ def _flush(path: Path) -> None:
 
 
 def _short(cause: BaseException) -> str:
+    """Return the first line of an error of the operating system or a subprocess, to be quoted in a message."""
     return str(cause).splitlines()[0].removesuffix(".") if str(cause) else type(cause).__name__

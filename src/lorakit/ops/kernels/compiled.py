@@ -36,6 +36,11 @@ def account() -> str:
     return f"kernels {last.why}" if last.functions is not None else f"PyTorch's operations ({last.why})"
 
 
+def lacks_compiler() -> bool:
+    """Return whether there are no kernels because no C compiler was found."""
+    return _built()[-1].lacks_compiler
+
+
 def _built() -> list[Built]:
     """What was built for each dtype, up to the first that could not be, so that one reason is told once."""
     found: list[Built] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from types import ModuleType
 
 import torch
 
@@ -27,12 +28,27 @@ def kernels(device: torch.device) -> Kernels | None:
 @functools.cache
 def account(device: torch.device) -> str:
     """Why there are no kernels for a device, or "": one is compiled and run there, once in a process."""
-    if os.environ.get(SWITCH, "").lower() == "off":
+    if _is_off():
         return f"{SWITCH}=off"
+    launching = _launching()
+    return "the package triton is not installed" if launching is None else launching.failure(device)
+
+
+def lacks_package() -> bool:
+    """Return whether kernels are wanted and the package triton is not installed."""
+    return not _is_off() and _launching() is None
+
+
+def _is_off() -> bool:
+    return os.environ.get(SWITCH, "").lower() == "off"
+
+
+def _launching() -> ModuleType | None:
+    """Return the module that launches the kernels, or None if triton is not installed."""
     try:
         from lorakit.ops.kernels.triton import launching
     except ModuleNotFoundError as missing:
         if (missing.name or "").partition(".")[0] != "triton":
             raise
-        return "the package triton is not installed"
-    return launching.failure(device)
+        return None
+    return launching
