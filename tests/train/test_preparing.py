@@ -39,8 +39,7 @@ def test_a_folder_that_holds_a_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         check_place(_settings(tmp_path))
     assert str(caught.value) == (
-        f"{tmp_path}: already holds a run. Give --resume to go on with it, --overwrite to replace it, "
-        "or another --output-dir."
+        f"a run exists in {tmp_path}; pass --resume to continue it, --overwrite to replace it, or another --output-dir."
     )
     check_place(_settings(tmp_path, resume=True))
     check_place(_settings(tmp_path, overwrite=True))
@@ -49,7 +48,7 @@ def test_a_folder_that_holds_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["metrics.jsonl", "adapter", "checkpoint-3"])
 def test_what_is_left_of_a_run_counts_as_one(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
-    with pytest.raises(UsageError, match="already holds a run"):
+    with pytest.raises(UsageError, match="a run exists in"):
         check_place(_settings(tmp_path))
 
 
