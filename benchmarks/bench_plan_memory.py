@@ -147,7 +147,7 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
             f"| {row['model']} | {row['dtype']} | {row['dropout']:g} | {_word(row['accelerated'])} "
             f"| {_word(row['checkpointing'])} | {row['allocator']} "
             f"| {row['planned_bytes'] / 1e6:,.0f} MB | {row['growth'][0] / 1e6:,.0f} MB "
-            f"| {row['growth'][-1] / 1e6:,.0f} MB | {100 * row['difference']:+.1f} % |"
+            f"| {row['growth'][-1] / 1e6:,.0f} MB | {100 * row['difference']:+.1f}% |"
         )
     return "\n".join(lines)
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 import lorakit
 from lorakit import LoraConfig
 from lorakit.data import encode
-from lorakit.plan.text import bytes_text
+from lorakit.tables import format_bytes
 from lorakit.train.step import peak_rss_bytes
 
 
@@ -41,7 +41,7 @@ def compare(sizes: Sizes, quick: bool) -> None:
     print(f"| trained numbers | {lora['trained']:,} | {full['trained']:,} |")
     print(f"| seconds a step (median of {sizes.measured_steps}) | {lora['seconds']:.2f} | {full['seconds']:.2f} |")
     for label, key in (("peak memory of the process", "peak"), ("of it above the loaded model", "above")):
-        print(f"| {label} | {bytes_text(lora[key])} | {bytes_text(full[key])} |")
+        print(f"| {label} | {format_bytes(lora[key])} | {format_bytes(full[key])} |")
     print(f"| saved result | {lora['saved']} | {full['saved']} |")
     print(f"| what resuming needs besides | {lora['besides']} | {full['besides']} |")
     print(

@@ -28,7 +28,7 @@ import lorakit
 from lorakit import LoraConfig, TaskType, hub
 from lorakit.data import Completion, Document, Loader, Records, Sequence, encode, padding_id, python_reference
 from lorakit.plan import catalogue, estimate
-from lorakit.plan.text import bytes_text
+from lorakit.tables import format_bytes
 from lorakit.train.evaluation import evaluate
 from lorakit.train.step import loss_sum
 
@@ -178,7 +178,7 @@ def trained_parts(model: Any, name: str) -> list[Any]:
 def on_disk(*paths: Path) -> str:
     """Size of files and folders together."""
     files = [inner for path in paths for inner in ([path] if path.is_file() else path.rglob("*")) if inner.is_file()]
-    return bytes_text(sum(file.stat().st_size for file in files))
+    return format_bytes(sum(file.stat().st_size for file in files))
 
 
 # --- the parts
@@ -196,7 +196,7 @@ def count_part(sizes: Sizes, quick: bool) -> None:
     total = sum(parameter.numel() for parameter in gpt2.parameters())
     trainable = lorakit.attach(gpt2, config).trainable_parameters
     assert (trainable, total) == (plan.counted.trainable, plan.counted.base)
-    print(f"GPT-2 Small: **{trainable:,}** trainable of **{total:,}** ({100 * trainable / total:.2f} %).\n")
+    print(f"GPT-2 Small: **{trainable:,}** trainable of **{total:,}** ({trainable / total:.2%}).\n")
     for reason in plan.reasons:
         print(f"- {reason}")
     print("\nFiles of this adapter:\n\n| | bytes |\n|---|---|")

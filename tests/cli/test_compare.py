@@ -44,5 +44,5 @@ def test_what_is_refused(
 ) -> None:
     one = save_adapter("one")
     assert main(["compare", str(one), str(tmp_path / "typo")]) == 1
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "adapter directory not found" in capsys.readouterr().err
     assert main(["compare", str(one)]) == 2

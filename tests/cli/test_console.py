@@ -9,42 +9,12 @@ import sys
 import pytest
 
 from lorakit.cli import console
+from lorakit.tables import screen_width
 
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (3_244_032, "3.24 MB"), (999_700, "1 MB"), (25e9, "25 GB"), (1.5e15, "1,500.0 TB")],
-)
-def test_bytes_text(count: float, text: str) -> None:
-    assert console.bytes_text(count) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.04, "0.0 s"), (9.94, "9.9 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")],
-)
-def test_seconds_text(seconds: float, text: str) -> None:
-    assert console.seconds_text(seconds) == text
-
-
-def test_a_table_aligns_words_left_and_numbers_right() -> None:
-    text = console.table(["site", "count"], [["c_attn", "24,576"], ["c_proj", "9"], ["all", "–"]])
-    assert text.splitlines() == [
-        "site     count",
-        "──────  ──────",
-        "c_attn  24,576",
-        "c_proj       9",
-        "all          –",
-    ]
-
-
-def test_a_table_without_rows_is_its_header() -> None:
-    assert console.table(["site"], []).splitlines() == ["site", "────"]
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,5 +38,46 @@ def test_color_is_for_terminals_that_want_it(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_stdout_cannot_encode_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
-    console.say("ΔW")
-    assert raw.getvalue() == b"\\u0394W\n"
+    console.say("18 → 12 한")
+    assert raw.getvalue() == b"18 -> 12 \\ud55c\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [
+        ({"LANG": "en_US.UTF-8"}, "18 → 12"),
+        ({}, "18 → 12"),
+        ({"LANG": "C"}, "18 -> 12"),
+        ({"LANG": "C", "LC_CTYPE": "C.UTF-8"}, "18 -> 12"),  # as Python itself sets it
+        ({"LANG": "C.UTF-8"}, "18 → 12"),
+        ({"LANG": "en_US.UTF-8", "LC_ALL": "POSIX"}, "18 -> 12"),
+        ({"LANG": "C", "LC_CTYPE": "ko_KR.UTF-8"}, "18 → 12"),
+        ({"LANG": "C", "PYTHONIOENCODING": "utf-8"}, "18 → 12"),
+    ],
+)
+def test_the_c_locale_gets_ascii_signs(
+    variables: dict[str, str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("LANG", "LC_ALL", "LC_CTYPE", "PYTHONIOENCODING", "PYTHONUTF8"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    console.say("18 → 12")
+    assert capsys.readouterr().out == f"{text}\n"
+
+
+def test_lines_are_wrapped_between_words_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    console.warning("a sentence with several words")
+    assert sys.stderr.getvalue() == "warning: a sentence\n  with several words\n"
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    console.warning("a sentence with several words")
+    assert sys.stderr.getvalue() == "warning: a sentence with several words\n"
+
+
+def test_a_terminal_without_a_width_has_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert screen_width(Terminal()) == 80
+    assert screen_width(io.StringIO()) is None

@@ -52,7 +52,7 @@ def test_a_machine_that_is_well_needs_no_change() -> None:
         (changed(machine=dataclasses.replace(MACHINE, allocator="glibc")), f"export {doctor.TUNABLES}"),
         (changed(machine=dataclasses.replace(MACHINE, allocator="glibc")), f"export {doctor.PRODUCTS}"),
         (changed(machine=dataclasses.replace(MACHINE, load=7.0)), "the machine is busy (load 7.0 on 4 cores)"),
-        (changed(machine=dataclasses.replace(MACHINE, available_bytes=10**9)), "only 1 GB of memory are free"),
+        (changed(machine=dataclasses.replace(MACHINE, available_bytes=10**9)), "only 1.00 GB of memory are free"),
         (changed(cache_free_bytes=10**9), "export HF_HOME="),
     ],
 )
@@ -66,8 +66,22 @@ def test_the_report_has_one_line_per_fact(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(doctor, "examine", lambda quick: WELL)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert "speed      bfloat16 400, float32 200 GFLOP/s; --dtype auto takes bfloat16" in out
-    assert out.endswith("Nothing to change.\n")
+    assert out.startswith("Nothing to change.\n")
+    assert "speed      matmul 400 GFLOP/s in bfloat16, 200 GFLOP/s in float32; --dtype auto selects bfloat16" in out
+    assert "packages " not in out
+    assert main(["doctor", "--verbose"]) == 0
+    assert "packages   torch 1.0, " in capsys.readouterr().out
+
+
+def test_what_the_command_line_does_itself_is_a_detail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = changed(machine=dataclasses.replace(MACHINE, allocator="glibc"))
+    monkeypatch.setattr(doctor, "examine", lambda quick: found)
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.startswith("Nothing to change.\n")
+    assert main(["doctor", "--verbose"]) == 0
+    assert capsys.readouterr().out.startswith("What to change:\n  - glibc returns freed blocks to the OS")
 
 
 def test_kernels_of_each_kind_of_device_are_said(
@@ -80,7 +94,7 @@ def test_kernels_of_each_kind_of_device_are_said(
         torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name=names[index], total_memory=8 * 10**9)
     )
     monkeypatch.setattr(triton, "account", lambda device: accounts[device.index])
-    assert main(["doctor", "--quick"]) == 0
+    assert main(["doctor", "--quick", "--verbose"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (kernels,) = (number for number, line in enumerate(lines) if line.startswith("kernels    "))
     assert lines[kernels + 1] == "           cuda:0: kernels compiled by Triton"
@@ -88,7 +102,7 @@ def test_kernels_of_each_kind_of_device_are_said(
         "           cuda:1: PyTorch's operations (Triton cannot compile and run here: "
     )
     assert len(lines[kernels + 2]) < 260
-    assert lines[kernels + 3].startswith("speed")
+    assert lines[kernels + 3].startswith("hub")
 
 
 def test_what_the_kernels_lack_is_found(
@@ -118,7 +132,7 @@ def test_what_the_kernels_lack_is_found(
 def test_without_a_device_kernels_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a device")
-    assert main(["doctor", "--quick"]) == 0
+    assert main(["doctor", "--quick", "--verbose"]) == 0
     assert "cuda" not in capsys.readouterr().out
 
 
@@ -131,7 +145,7 @@ def test_a_cache_that_others_can_write_to_is_told(
     monkeypatch.delenv("LORAKIT_KERNELS", raising=False)
     built.cache_clear()
     try:
-        assert main(["doctor", "--quick"]) == 0
+        assert main(["doctor", "--quick", "--verbose"]) == 0
     finally:
         built.cache_clear()
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("kernels    "))

@@ -40,9 +40,11 @@ def test_side_by_side(
     assert len({row["tokens"] for row in results}) == 1
     for row in results:
         assert row["perplexity"] == pytest.approx(torch.tensor(row["loss"]).exp().item(), rel=1e-4)
-    assert "1 document" in captured.err
-    assert cli.main([*words, "--adapter", *map(str, folders)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    assert captured.err == ""
+    assert cli.main([*words, "--adapter", *map(str, folders), "--verbose"]) == 0
+    captured = capsys.readouterr()
+    assert "data: 1 document" in captured.err and "precision: float32, as requested." in captured.err
+    lines = captured.out.splitlines()
     assert lines[0].split() == ["loss", "perplexity", "tokens"]
     assert [line.split()[0] for line in lines[2:]] == ["base", *map(str, folders)]
     assert cli.main(words) == 0
@@ -59,12 +61,12 @@ def test_what_is_refused(
         assert cli.main([*words, *more]) in (1, 2)
         return capsys.readouterr().err
 
-    assert f"{tmp_path / 'nope'}: there is no such adapter directory." in refused(
+    assert f"{tmp_path / 'nope'}: adapter directory not found" in refused(
         "--data", str(text), "--adapter", str(tmp_path / "nope")
     )
-    assert "there is no such data file" in refused("--data", str(tmp_path / "nope.txt"))
+    assert "data file not found" in refused("--data", str(tmp_path / "nope.txt"))
     assert "batch_size is 0; it must be at least 1." in refused("--data", str(text), "--batch-size", "0")
-    assert "takes at most 128 tokens" in refused("--data", str(text), "--max-length", "999")
+    assert "supports at most 128 tokens" in refused("--data", str(text), "--max-length", "999")
     tiny_llama.model.embed_tokens.weight.data.mul_(-1.5)
     other = _adapter(tiny_llama, tmp_path / "other", 1)
     assert "another base" in refused("--data", str(text), "--adapter", str(other))

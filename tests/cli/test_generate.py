@@ -50,10 +50,12 @@ def test_the_answer_alone_goes_to_stdout(tiny_model_directory: Path, capsys: pyt
     captured = capsys.readouterr()
     text = by_hand(tiny_model_directory, "hello")
     assert captured.out == text + ("" if text.endswith("\n") else "\n")
-    assert captured.err.startswith("[6 tokens, ")
-    assert "cut off at --max-new-tokens]" in captured.err
-    assert main(words) == 0
-    assert capsys.readouterr().out == captured.out
+    assert captured.err == "[stopped at --max-new-tokens]\n"
+    assert main([*words, "--verbose"]) == 0
+    again = capsys.readouterr()
+    assert again.out == captured.out
+    assert again.err.startswith("[6 tokens, ")
+    assert again.err.endswith(" tokens/s; stopped at --max-new-tokens]\n")
 
 
 def test_base_and_adapters_answer_in_one_batch_as_they_do_alone(
@@ -90,7 +92,7 @@ def test_several_answers_stand_one_below_the_other_in_a_pipe(
     captured = capsys.readouterr()
     assert captured.out.startswith("── base ─")
     assert f"\n\n── {one} ──" in captured.out
-    assert f"[{one}: 4 tokens" in captured.err
+    assert f"[{one}: stopped at --max-new-tokens]" in captured.err
 
 
 def test_columns_on_a_wide_terminal(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +170,7 @@ def test_an_adapters_own_tokenizer_is_used(
         (["--prompt", "x", "--top-p", "2"], 2, "top_p is 2.0; it must lie above 0 and at most at 1"),
         (["--prompt", "x", "--max-new-tokens", "0"], 2, "max_new_tokens is 0; it must be at least 1."),
         (["--prompt", "x", "--dtype", "int8"], 2, "dtype is 'int8'; allowed: auto, float32, bfloat16, float16."),
-        (["--prompt", "x", "--adapter", "nowhere"], 1, "nowhere: there is no such folder; an adapter is a folder with"),
+        (["--prompt", "x", "--adapter", "nowhere"], 1, "nowhere: adapter directory not found; it must hold"),
         (
             ["--prompt-file", "nowhere.txt"],
             1,
@@ -204,7 +206,7 @@ def test_a_prompt_file_that_is_no_text(
 def test_models_that_cannot_be_used(
     tiny_model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "there is no such model directory" in refusal(capsys, 1, "--model", tmp_path / "no", "--prompt", "x")
+    assert "model directory not found" in refusal(capsys, 1, "--model", tmp_path / "no", "--prompt", "x")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tiny_model_directory / name).unlink()
     said = refusal(capsys, 1, "--model", tiny_model_directory, "--prompt", "x")
@@ -236,7 +238,7 @@ def test_adapters_that_cannot_be_used(
     assert f"--adapter names {one}/ twice." in refusal(capsys, 2, *common, one, f"{one}/")
     shutil.copytree(one, tmp_path / "run" / "adapter")
     said = refusal(capsys, 1, *common, tmp_path / "run")
-    assert f"this is the folder of a run; its adapter is {tmp_path / 'run' / 'adapter'}." in said
+    assert f"is a run directory; its adapter is {tmp_path / 'run' / 'adapter'}." in said
     (one / "adapter_model.safetensors").rename(one / "adapter_model.bin")
     assert "the weights are a pickle (adapter_model.bin), which is never loaded" in refusal(capsys, 1, *common, one)
 

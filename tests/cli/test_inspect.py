@@ -22,16 +22,19 @@ def test_a_healthy_adapter(save_adapter: Save, capsys: pytest.CaptureFixture[str
     one = save_adapter("one", rank_pattern={"down_proj": 2}, use_rslora=True)
     assert main(["inspect", str(one)]) == 0
     out = capsys.readouterr().out
-    assert f"{one}: " in out
-    assert "at 14 sites" in out
+    assert out.startswith(f"{one}: healthy (values finite, every B nonzero, scales in range)\n")
+    assert "parameters at 14 sites, " in out
+    assert "SHA-256" not in out and "adapter_model.safetensors" not in out
     assert "r=4, lora_alpha=8, lora_dropout=0.0" in out
     assert "use_rslora=True, rank_pattern={'down_proj': 2}" in out
-    assert "base       tiny; fingerprint LlamaForCausalLM, " in out
-    assert "adapter_model.safetensors " in out
-    assert "healthy: all numbers finite, every site trained, scales as usual" in out
+    assert "base       tiny (LlamaForCausalLM, " in out
     (down,) = [line.split() for line in out.splitlines() if line.startswith("down_proj")]
     assert down[:6] == ["down_proj", "2", "32", "×", "64", "2"]
     assert down[6] == f"{8 / 2**0.5:.6g}"
+    assert main(["inspect", str(one), "--verbose"]) == 0
+    out = capsys.readouterr().out
+    assert "samples    fingerprint " in out and "weights    SHA-256 " in out
+    assert "adapter_model.safetensors " in out
 
 
 def test_json_says_the_same(save_adapter: Save, capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,6 +77,7 @@ def test_findings_end_with_exit_code_1(
     one = save_adapter("one", **fields)
     assert main(["inspect", str(one)]) == 1
     out = capsys.readouterr().out
+    assert out.startswith(f"{one}: 1 problem\n  - ")
     assert said in out
     assert "healthy" not in out
 
@@ -84,7 +88,7 @@ def test_an_adapter_of_peft_without_our_file_is_no_finding(
     one = save_adapter("one")
     (one / "lorakit.json").unlink()
     assert main(["inspect", str(one)]) == 0
-    assert "no fingerprint, so another base of the same shapes would not be noticed" in capsys.readouterr().out
+    assert "no fingerprint, so another base of the same shapes is not detected" in capsys.readouterr().out
 
 
 def test_what_is_no_adapter_is_refused(
@@ -93,9 +97,9 @@ def test_what_is_no_adapter_is_refused(
     one = save_adapter("one")
     shutil.copytree(one, tmp_path / "run" / "adapter")
     for folder, said in (
-        (tmp_path / "no", "there is no such folder"),
+        (tmp_path / "no", "adapter directory not found"),
         (tiny_model_directory, "there is no adapter_config.json, so this is not an adapter"),
-        (tmp_path / "run", "this is the folder of a run; its adapter is"),
+        (tmp_path / "run", "is a run directory; its adapter is"),
     ):
         assert main(["inspect", str(folder)]) == 1
         assert said in capsys.readouterr().err

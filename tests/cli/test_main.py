@@ -51,14 +51,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_python_m_lorakit_is_the_same_program() -> None:
     done = subprocess.run([sys.executable, "-m", "lorakit", "pln"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: 'pln' is not a verb of lorakit")
+    assert done.stderr.startswith("error: unknown command 'pln'")
     assert done.stderr.endswith("Did you mean `lorakit plan`?\n")
 
 
 def test_an_unknown_verb_names_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serv", "--json"]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"error: 'serv' is not a verb of lorakit; there are {', '.join(VERBS)}.")
+    assert captured.err.startswith(f"error: unknown command 'serv'; choose from {', '.join(VERBS)}.")
     assert json.loads(captured.out)["error"]["code"] == "LORA-E011"
 
 

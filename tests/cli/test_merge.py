@@ -57,8 +57,8 @@ def test_a_plain_directory_that_says_the_same(
     out = capsys.readouterr().out
     assert f"{tmp_path / 'new' / 'out'}: " in out
     assert "at 14 sites" in out
-    assert "survived   100.00% of the change" in out
-    assert "the likeliest token is the same at 100% of positions" in out
+    assert "retained   100.00% of the update" in out
+    assert "same top token as base and adapters at 100% of positions" in out
     folder = tmp_path / "new" / "out"
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.allclose(logits(loaded), unmerged(tiny_model_directory, one), atol=1e-5)
@@ -113,12 +113,12 @@ def test_what_does_not_survive_is_said(
 ) -> None:
     tiny_llama.bfloat16().save_pretrained(tmp_path / "low")
     one = save_adapter("one", model=hub.load_model(tmp_path / "low"), spread=1e-5)
-    merged("--model", tmp_path / "low", "--adapter", one, "--output-dir", tmp_path / "out")
+    merged("--model", tmp_path / "low", "--adapter", one, "--output-dir", tmp_path / "out", "--verbose")
     captured = capsys.readouterr()
-    assert "of the adapter's change fits into bfloat16 weights" in captured.err
+    assert "of the adapter's update fits into bfloat16 weights" in captured.err
     assert "--dtype float32 keeps it." in captured.err
     assert "neither the model nor the adapters have a tokenizer" in captured.err
-    assert "site with the least" in captured.out
+    assert "sites that retain least" in captured.out
 
 
 def test_tied_embeddings_need_a_word_and_come_apart(
@@ -131,7 +131,7 @@ def test_tied_embeddings_need_a_word_and_come_apart(
     assert "Give --untie" in said
     assert not (tmp_path / "out").exists()
     merged(*words, "--untie")
-    assert "untied     input and output embeddings are two weights now" in capsys.readouterr().out
+    assert "untied     input and output embeddings are separate weights" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     assert torch.allclose(logits(hub.load_model(tmp_path / "out")), unmerged(tiny_model_directory, one), atol=1e-5)
 
@@ -207,7 +207,7 @@ def test_a_directory_with_content_is_left_alone(
     (tmp_path / "full" / "mine").write_text("x")
     assert "is not empty; nothing is overwritten" in error(capsys, 2, *words, tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
-    assert "is a file; --output-dir must be a new directory" in error(capsys, 2, *words, tmp_path / "full" / "mine")
+    assert "is a file; pass a new directory as --output-dir" in error(capsys, 2, *words, tmp_path / "full" / "mine")
     (tmp_path / "empty").mkdir()
     merged(*words, tmp_path / "empty")
 
@@ -217,7 +217,7 @@ def test_bad_input(
 ) -> None:
     one, out = save_adapter("one"), tmp_path / "out"
     words = ["--model", tiny_model_directory, "--output-dir", out, "--adapter"]
-    assert "there is no such folder" in error(capsys, 1, *words, tmp_path / "no")
+    assert "adapter directory not found" in error(capsys, 1, *words, tmp_path / "no")
     assert f"--adapter names {one} twice" in error(capsys, 2, *words, one, one)
     assert "dtype is 'int8'; allowed: auto, float32" in error(capsys, 2, *words, one, "--dtype", "int8")
     assert "parameter --adapter requires an argument" in error(capsys, 2, *words[:-1])
@@ -229,7 +229,7 @@ def test_bad_input(
     nan = save_adapter("nan", spread=float("nan"))
     assert "give --allow-nonfinite." in error(capsys, 1, *words, nan)
     words[1] = tmp_path / "no-model"
-    assert "there is no such model directory" in error(capsys, 1, *words, one)
+    assert "model directory not found" in error(capsys, 1, *words, one)
     assert not out.exists()
 
 
@@ -266,7 +266,7 @@ def test_a_disk_that_refuses(
         assert "out: cannot be written (Read-only file system)" in error(capsys, 1, *words)
     with monkeypatch.context() as patch:
         patch.setattr("lorakit.hub.models.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(100, 100, 10))
-        assert "MB are needed and 0 MB are free." in error(capsys, 1, *words)
+        assert "kB are needed and 10 B are free." in error(capsys, 1, *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "tiny-llama"]
 
 
@@ -274,4 +274,4 @@ def test_doubts_are_put_into_words() -> None:
     probe = merged_model.Probe(0.4, 1.0, "float32", 0.5, 0.9)
     done = merged_model.Merged(Path("out"), "bfloat16", 1, 2, False, True, (), probe)
     (sentence,) = merge.doubts(done)
-    assert sentence.endswith("while the adapters change the base by up to 0.5: much of what they do is lost.")
+    assert sentence.endswith("the adapters change the base's by up to 0.5: much of their effect is lost.")

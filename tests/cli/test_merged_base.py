@@ -66,9 +66,9 @@ def test_the_greedy_answer_is_the_unmerged_one(
 ) -> None:
     one = save_adapter("one", **fields)
     common = ["--model", loud_model_directory, "--adapter", one]
-    text, merged, said = answer(capsys, *common, "--merged")
+    text, merged, said = answer(capsys, *common, "--merged", "--verbose")
     assert merged
-    assert f"{one}: merged into the base in memory, which is exact in float32 (--no-merged: beside it)." in said
+    assert f"{one}: merged into the base in memory, which is exact in float32 (--no-merged: not merged)" in said
     beside, merged, said = answer(capsys, *common, "--no-merged")
     assert not merged and "merged" not in said
     assert text == beside == unmerged(loud_model_directory, one)

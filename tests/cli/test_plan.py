@@ -28,11 +28,28 @@ def _json(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any
 def test_the_reference_project(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*REFERENCE, "--ranks", "4,8,16,32"]) == 0
     out = capsys.readouterr().out
-    assert "trainable: 811,008 of 124,439,808 (0.65 %) of the base" in out
-    assert "in the attention and in the MLP" in out
-    assert "12 × (24,576 + 12,288 + 30,720) = 811,008" in out
+    assert "trainable    811,008 of 124,439,808 (0.65%)\npeak memory " in out
     assert "12,288   24,576     49,152     98,304" in out
-    assert "Hours need a speed" in out
+    assert "time         no estimate; pass --calibrate" in out
+    assert "= 811,008" not in out
+    assert main([*REFERENCE, "--verbose"]) == 0
+    out = capsys.readouterr().out
+    assert "in the attention and in the MLP" in " ".join(out.split())
+    assert "12 × (24,576 + 12,288 + 30,720) = 811,008" in out
+    assert "No time estimate" in out
+
+
+def test_nothing_is_wider_than_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--ranks", "4,8,16", "--max-steps", "9", "--tokens-per-second", "50", "--memory-budget", "4GB"]
+    assert main(["plan", "SmolLM2-135M", *words, "--verbose"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "time         " in out and "memory budget 4.00 GB: --recompute none" in out
+
+
+def test_rows_longer_than_the_model_takes_are_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "gpt2", "--max-length", "2000"]) == 0
+    assert "warning: gpt2 supports at most 1,024 tokens; the job has 2,000." in capsys.readouterr().out
 
 
 def test_json_is_the_same_content(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +79,7 @@ def test_forwards_are_those_of_train(capsys: pytest.CaptureFixture[str]) -> None
     above = [values["lora"]["memory"]["above_weights_bytes"] for values in (fast, own)]
     assert above[0] < 0.5 * above[1]
     assert fast["full_fine_tuning"]["memory"] == {**own["full_fine_tuning"]["memory"]}
-    assert main(words) == 0
+    assert main([*words, "--verbose"]) == 0
     out = capsys.readouterr().out
     assert "bfloat16, accelerated" in out and "Rows lie end to end" in " ".join(out.split())
     assert main([*words, "--no-accelerate"]) == 0
@@ -79,9 +96,9 @@ def test_what_is_computed_again_is_planned_or_chosen(capsys: pytest.CaptureFixtu
     assert chosen["job"]["recompute"] == "feed-forward"
     assert chosen["lora"]["memory"]["peak_bytes"] == peaks["feed-forward"]
     assert "--recompute feed-forward is the cheapest that fits" in chosen["machine"][-1]
-    assert main([*words, "--recompute", "feed-forward"]) == 0
+    assert main([*words, "--recompute", "feed-forward", "--verbose"]) == 0
     out = capsys.readouterr().out
-    assert "bfloat16, feed-forward computed again, accelerated" in out and "FLOPs per token, recomputed" in out
+    assert "bfloat16, feed-forward recomputed, accelerated" in out and "\nrecomputed " in out
     assert main([*words, "--memory-budget", "100MB"]) == 2
     assert "No way of computing fits a memory budget of 100 MB" in capsys.readouterr().err
     assert main([*words, "--memory-budget", "1GB", "--gradient-checkpointing"]) == 2
@@ -100,9 +117,9 @@ def test_new_tokens_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
         assert values["adapter"]["trainable"] == plain["adapter"]["trainable"] + 3 * sum(rows.values())
         assert values["lora"]["saved_bytes"] == plain["lora"]["saved_bytes"] + 4 * 3 * sum(rows.values())
         assert values["lora"]["flops_per_token"]["forward"] > plain["lora"]["flops_per_token"]["forward"]
-    assert main(["plan", "gpt2", *words]) == 0
+    assert main(["plan", "gpt2", *words, "--verbose"]) == 0
     out = capsys.readouterr().out
-    assert "Some rows of transformer.wte are trained, in place of the base's: 2,304." in out
+    assert "Some rows of transformer.wte are trained, in place of the base's: 2,304." in " ".join(out.split())
 
 
 def test_defaults_are_those_of_train(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +150,7 @@ def test_a_time_without_a_speed_is_measured(
     assert values["lora"]["tokens_per_second"] > own["lora"]["tokens_per_second"]  # which 2 threads decide
     assert values["full_fine_tuning"]["tokens_per_second"] == own["full_fine_tuning"]["tokens_per_second"]
     assert values["job"]["dtype"] == "bfloat16"
-    assert values["machine"][0].startswith("Measured on cpu with 2 threads")
+    assert values["machine"][0].startswith("Measured cpu (2 threads)")
     values = _json([*REFERENCE, "--calibrate", "--dtype", "fp32"], capsys)
     assert values["speed"]["flops_per_second"] == 2e11
     assert values["lora"]["run_seconds"] is None
@@ -149,7 +166,7 @@ def test_a_time_without_a_speed_is_measured(
         (["gpt2", "--ranks", "4,x"], 2, "--ranks holds 'x'; give whole numbers of at least 1, such as 4,8,16,32."),
         (["gpt2", "--tokens", "9", "--max-steps", "9"], 2, "--max-steps and --tokens exclude each other"),
         (["gpt2", "--max-steps", "0"], 2, "--max-steps is 0; it must be a whole number of at least 1."),
-        (["gpt2", "--calibrate", "--tokens-per-second", "9"], 2, "exclude each other: the speed is measured or given"),
+        (["gpt2", "--calibrate", "--tokens-per-second", "9"], 2, "exclude each other; pass one of them"),
         (["gpt2", "--tokens-per-second", "0"], 2, "a speed must be above 0"),
         (["gpt2", "--batch-size", "0"], 2, "batch_rows is 0; it must be a whole number of at least 1."),
         (["gpt2", "--dtype", "bfloat61"], 2, "Did you mean bfloat16?"),
@@ -206,5 +223,5 @@ def test_experts_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         report = core.attach(attached, MIXTRAL.config(**fields))
         assert found["adapter"]["trainable"] == report.trainable_parameters
         assert {group["experts"] for group in found["adapter"]["groups"]} == ({3} if not words else {1, 3})
-        assert main(flags) == 0
+        assert main([*flags, "--verbose"]) == 0
         assert "3 experts in one parameter" in " ".join(capsys.readouterr().out.split())

@@ -83,12 +83,12 @@ def test_a_run_and_what_it_leaves(train: Train, tmp_path: Path, capsys: pytest.C
     for part in (
         "training data: 5 documents",
         "1 of 6 documents is held out for evaluation (seed 0).",
-        "Base in float32, as asked for.",
+        " in float32\ntrainable: ",
         "evaluation at step 0: loss",
         "step 1/4  loss",
         "Finished at step 4 of 4",
-        "Held out: perplexity",
-        f"Adapter of step 4: {folder / 'adapter'}",
+        "Evaluation perplexity: ",
+        f"Adapter: {folder / 'adapter'} (step ",
         'The loss plot needs matplotlib: pip install "lorakit[report]"',
     ):
         assert part in out
@@ -167,7 +167,7 @@ def test_a_single_document_leaves_nothing_to_evaluate(
     assert train(data=texts[:1]) == 0
     out = capsys.readouterr().out
     assert "Nothing is held out for evaluation: the data is a single document" in out
-    assert "Held out: not measured, nothing was held out." in out
+    assert "Evaluation: not measured (no evaluation data)" in out
     assert _record(tmp_path / "run")["result"]["adapter_step"] == 4
 
 
@@ -188,7 +188,7 @@ def test_the_adapter_is_the_best_not_the_last(
     name = "adapter_model.safetensors"
     assert (folder / "adapter" / name).read_bytes() == (folder / "checkpoint-2" / name).read_bytes()
     assert (folder / "adapter" / name).read_bytes() != (folder / "checkpoint-5" / name).read_bytes()
-    assert "no better than the base" not in capsys.readouterr().out
+    assert "not better than the base" not in capsys.readouterr().out
 
 
 def test_an_adapter_that_is_worse_than_the_base_is_not_praised(
@@ -196,7 +196,7 @@ def test_an_adapter_that_is_worse_than_the_base_is_not_praised(
 ) -> None:
     _losses(monkeypatch, 1.0, 1.2, 1.1)
     assert train(max_steps=2) == 0
-    assert "The adapter is no better than the base on the held-out data" in capsys.readouterr().out
+    assert "The adapter is not better than the base on the evaluation data" in capsys.readouterr().out
 
 
 def test_early_stopping(
@@ -218,7 +218,7 @@ def test_interrupted_once_it_saves_and_exits_130_and_goes_on_to_the_same_bits(
     captured = capfd.readouterr()
     folder = tmp_path / "run"
     assert "interrupted: finishing this step and saving a checkpoint; once more stops at once." in captured.err
-    assert f"Go on with: lorakit train --output-dir {folder} --resume" in captured.out
+    assert f"Resume with: lorakit train --output-dir {folder} --resume" in captured.out
     assert _record(folder)["status"] == "interrupted"
     assert [path.name for path in checkpoint.checkpoints(folder)] == ["checkpoint-2"]
     assert not (folder / "adapter").exists()
@@ -294,7 +294,7 @@ def test_resume_passes_over_damage_and_says_so(
     out = capsys.readouterr().out
     assert f"{folder / 'checkpoint-4'}: skipped, optimizer.safetensors has " in out
     assert f"{folder / 'checkpoint-3'}: skipped, state.json is missing." in out
-    assert f"Going on from {folder / 'checkpoint-2'}." in out
+    assert f"Resuming from {folder / 'checkpoint-2'}." in out
     assert (folder / "checkpoint-4" / "optimizer.safetensors").read_bytes() == before
     assert {"damaged-checkpoint-3", "damaged-checkpoint-4"} <= {path.name for path in folder.iterdir()}
     assert [row["step"] for row in _rows(folder)] == [1, 2, 3, 4]
@@ -309,7 +309,7 @@ def test_resume_with_every_checkpoint_damaged_starts_over(
     for path in checkpoint.checkpoints(folder):
         (path / "manifest.json").unlink()
     assert cli.main(["train", "--output-dir", str(folder), "--resume"]) == 0
-    assert "there is no good checkpoint, so the run starts from its first step" in capsys.readouterr().out
+    assert "no valid checkpoint; the run starts at its first step" in capsys.readouterr().out
     assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == weights
 
 
@@ -392,7 +392,7 @@ def test_bad_flags(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert refused(2, model=None).startswith("model is missing; give --model (model directory, hub id, or smollm2")
     assert refused(2, device="cuda:77").startswith("device is 'cuda:77', but torch")
     assert refused(2, dtype="bf15").startswith("dtype is 'bf15'; it must be 'auto', 'bfloat16' or 'float32'")
-    assert refused(2, max_length=4096).endswith("takes at most 128 tokens; give --max-length 128 or less.")
+    assert refused(2, max_length=4096).endswith("supports at most 128 tokens; pass --max-length 128 or less.")
     assert refused(2, eval_fraction=0, early_stopping_patience=2).startswith("early_stopping_patience needs evaluation")
 
 
@@ -403,9 +403,7 @@ def test_bad_data(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[st
         return _refused(train, tmp_path, capsys, 1, data=[str(path)])
 
     missing = tmp_path / "nope.txt"
-    assert _refused(train, tmp_path, capsys, 1, data=[str(missing)]).startswith(
-        f"{missing}: there is no such data file"
-    )
+    assert _refused(train, tmp_path, capsys, 1, data=[str(missing)]).startswith(f"{missing}: data file not found")
     assert "bad.jsonl" in refused(b"")
     assert "bad.jsonl" in refused(b"\x00\x01\xff\xfe" * 50)
     assert "bad.txt" in refused("straße".encode("latin-1"), "bad.txt")
@@ -431,7 +429,7 @@ def test_a_second_run_in_the_same_folder(train: Train, tmp_path: Path, capsys: p
     capsys.readouterr()
     folder = tmp_path / "run"
     sentence = (
-        f"error: {folder}: already holds a run. Give --resume to go on with it, --overwrite to replace it, or another "
+        f"error: a run exists in {folder}; pass --resume to continue it, --overwrite to replace it, or another "
         "--output-dir.\n"
     )
     assert train() == 2
@@ -552,7 +550,7 @@ def test_a_tokenizer_that_does_not_fit_costs_only_itself(
     size = (tiny_model_directory / "tokenizer.json").stat().st_size
     with _no_file_above(size - 1):
         assert train(r=1, max_steps=1, eval_fraction=0, target_modules=["q_proj"]) == 0
-    assert "was saved without its tokenizer, which is that of the base." in capsys.readouterr().out
+    assert "was saved without its tokenizer, which equals the base's." in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "run" / "adapter").iterdir()}
     assert "adapter_model.safetensors" in names
     assert "tokenizer.json" not in names
@@ -579,9 +577,9 @@ def test_an_interruption_without_room_for_its_checkpoint_says_so(
     with _no_file_above(100_000):
         assert train(r=16, save_steps=100, eval_steps=100) == 130
     out = capsys.readouterr().out
-    assert "a checkpoint is kept" not in out
+    assert "a checkpoint was saved" not in out
     assert "adapter-only-2 (the adapter alone)" in out
-    assert "From the beginning it goes on with" in out
+    assert "Resume from the beginning with" in out
     assert _record(tmp_path / "run")["result"]["checkpoint_step"] is None
 
 

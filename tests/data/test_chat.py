@@ -83,9 +83,7 @@ def test_turns_that_the_template_rewrites_are_counted(tiny_tokenizer: Any) -> No
     assert encoded.report.untrained_turns == 1
     labels = [label for label in encoded.sequences[0].labels if label != -100]
     assert tiny_tokenizer.decode(labels) == "(thought)wörld 🎉 <|im_end|>"
-    assert "1 assistant turn not trained: the chat template writes them differently" in "\n".join(
-        encoded.report.lines()
-    )
+    assert "1 assistant turn without loss: the chat template changes them" in "\n".join(encoded.report.lines())
 
 
 def test_a_template_without_an_end_is_noticed(tiny_tokenizer: Any) -> None:
@@ -93,7 +91,9 @@ def test_a_template_without_an_end_is_noticed(tiny_tokenizer: Any) -> None:
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     encoded = encode([Conversation(TALK.messages[1:3])], tiny_tokenizer, 256)
-    assert "No row trains an end of text, so the model will not learn where to stop." in encoded.report.lines()
+    assert (
+        "No row has loss on an end-of-text token, so the model will not learn where to stop." in encoded.report.lines()
+    )
 
 
 def test_long_conversations_are_cut_and_counted(tiny_tokenizer: Any) -> None:

@@ -196,12 +196,10 @@ def test_long_completions_are_cut_and_counted(tiny_tokenizer: Any) -> None:
     rows = [Completion("hello world", " It is four."), Document("hello world")]
     report = encode(rows, tiny_tokenizer, total - 2).report
     assert (report.cut_rows, report.cut_tokens, report.cut_trained_tokens, report.dropped_rows) == (1, 2, 2, 0)
-    assert f"1 row cut to {total - 2} tokens: 2 tokens lost, 2 of them to be trained; a larger" in "\n".join(
-        report.lines()
-    )
+    assert f"1 row cut to {total - 2} tokens: 2 tokens cut, 2 of them with loss; a larger" in "\n".join(report.lines())
     report = encode(rows, tiny_tokenizer, len(prompt)).report
     assert (report.cut_rows, report.cut_tokens, report.dropped_rows) == (1, len(answer) + 1, 1)
-    assert "1 row left out: no trained token within the length." in report.lines()
+    assert "1 row left out: no loss within the maximum length." in report.lines()
     assert report.sequences == 2  # the document alone
 
 
@@ -221,9 +219,9 @@ def test_nothing_is_left_out_without_a_count(tiny_tokenizer: Any) -> None:
     assert (report.empty_rows, report.duplicate_rows, report.sequences) == (3, 1, 2)
     assert report.lines() == [
         f"3 documents, 1 prompt with completion, 1 conversation: 2 sequences of at most 64 tokens, {report.tokens} "
-        f"tokens, {report.trained_tokens} of them trained ({report.trained_share:.1%}).",
-        "3 rows left out: nothing in them to train.",
-        "1 row repeats an earlier one; it is kept.",
+        f"tokens, {report.trained_tokens} with loss ({report.trained_share:.1%}).",
+        "3 rows left out: empty.",
+        "1 duplicate row; it is kept.",
         "a note of the reader.",
     ]
     assert report.as_dict()["rows"] == 5
@@ -233,7 +231,7 @@ def test_a_tokenizer_without_an_end_is_said(tiny_tokenizer: Any) -> None:
     tiny_tokenizer.eos_token = None
     lines = encode([Document("hello world")], tiny_tokenizer, 64).report.lines()
     assert "The tokenizer has no end-of-text token, so nothing marks where a text ends." in lines
-    assert "No row trains an end of text, so the model will not learn where to stop." in lines
+    assert "No row has loss on an end-of-text token, so the model will not learn where to stop." in lines
 
 
 def test_no_trained_token_at_all_is_an_error(tiny_tokenizer: Any) -> None:

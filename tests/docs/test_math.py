@@ -19,7 +19,7 @@ from torch import nn
 from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.plan import Job, ModelShape, Plan, catalogue, count, estimate, rank_table
-from lorakit.plan.text import bytes_text
+from lorakit.tables import format_bytes, format_percent
 
 from ..loading import load
 
@@ -148,7 +148,7 @@ def by_rank() -> Iterator[list[str]]:
     for row in found.rows:
         yield [", ".join(row.labels), f"{row.out_features} × {row.in_features}", *(f"{n:,}" for n in row.each)]
     yield ["all 36 sites", "", *(f"{total:,}" for total in found.totals)]
-    yield ["of the base", "", *(f"{share:.2%}".replace("%", " %") for share in found.shares)]
+    yield ["of the base", "", *(format_percent(share) for share in found.shares)]
 
 
 def by_site() -> Iterator[list[str]]:
@@ -187,8 +187,8 @@ def memory_by_cause() -> Iterator[list[str]]:
     yield ["cause", "formula for LoRA", "LoRA", "full fine-tuning"]
     for line in plan.lora.memory.lines:
         full = plan.full.memory.bytes_of(line.cause)
-        yield [f"({line.equation}) {line.cause}", line.formula, bytes_text(line.size_bytes), bytes_text(full)]
-    yield ["(27) peak", "", bytes_text(plan.lora.memory.peak_bytes), bytes_text(plan.full.memory.peak_bytes)]
+        yield [f"({line.equation}) {line.cause}", line.formula, format_bytes(line.size_bytes), format_bytes(full)]
+    yield ["(27) peak", "", format_bytes(plan.lora.memory.peak_bytes), format_bytes(plan.full.memory.peak_bytes)]
 
 
 def accelerated_memory() -> Iterator[list[str]]:
@@ -197,8 +197,8 @@ def accelerated_memory() -> Iterator[list[str]]:
     yield ["cause", "formula for LoRA, accelerated", "LoRA, accelerated"]
     for line in needs.lines:
         if line.equation in (29, 35):
-            yield [f"({line.equation}) {line.cause}", line.formula, bytes_text(line.size_bytes)]
-    yield ["(27) peak", "", bytes_text(needs.peak_bytes)]
+            yield [f"({line.equation}) {line.cause}", line.formula, format_bytes(line.size_bytes)]
+    yield ["(27) peak", "", format_bytes(needs.peak_bytes)]
 
 
 def flops_by_pass() -> Iterator[list[str]]:
@@ -221,7 +221,7 @@ def survival() -> Iterator[list[str]]:
     yield ["‖ΔW‖ / ‖W‖", *(str(dtype).removeprefix("torch.") for dtype in dtypes)]
     for relative in (1e-1, 1e-2, 1e-3, 1e-4):
         shares = [core.merge(model_with_delta(relative, dtype)).survived for dtype in dtypes]
-        yield [f"{relative:g}", *(f"{100 * share:.0f} %" for share in shares)]
+        yield [f"{relative:g}", *(f"{share:.0%}" for share in shares)]
 
 
 def model_with_delta(relative: float, dtype: torch.dtype) -> nn.Module:
@@ -269,7 +269,7 @@ def test_every_table_is_one_of_these() -> None:
 def test_tables_are_what_the_code_gives(name: str) -> None:
     made, page = written(TABLES[name]()), on_the_page()[name]
     if name in TOLERANT:
-        number = re.compile(r"\d+(?:\.\d+)?(?= %|\b)")
+        number = re.compile(r"\d+(?:\.\d+)?(?=%|\b)")
         assert number.sub("#", made) == number.sub("#", page), made
         values = [[float(n) for n in number.findall(text)] for text in (made, page)]
         assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1.0 if name == "survival" else 1e-5), made

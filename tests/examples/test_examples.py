@@ -107,7 +107,7 @@ def test_reference_project(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     monkeypatch.setattr(sys, "argv", ["reference_project.py", "--quick", "--parts", "1", "2", "3", "4"])
     load("examples/reference_project.py").main()
     told = capsys.readouterr().out
-    assert "**811,008** trainable of **124,439,808** (0.65 %)" in told
+    assert "**811,008** trainable of **124,439,808** (0.65%)" in told
     assert [line for line in told.splitlines() if line.startswith("## ")] == [
         "## 1. How many numbers are trained",
         "## 2. Twenty epochs on a small text",

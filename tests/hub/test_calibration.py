@@ -21,23 +21,21 @@ def test_this_machine_is_measured_in_about_two_seconds_and_no_random_number_is_d
 
 def test_the_dtype_comes_with_its_reason() -> None:
     assert choose_dtype("auto", FAST).dtype == "bfloat16"
-    assert choose_dtype("auto", FAST).reason == (
-        "bfloat16: bf16 products run at 3.0 times the speed of fp32 here (at least 1.2 times is asked for)."
-    )
+    assert choose_dtype("auto", FAST).reason == ("bfloat16: bf16 matmuls are 3.0x as fast as fp32 (needed: 1.2x).")
     assert choose_dtype("auto", SLOW).dtype == "float32"
     assert dataclasses.replace(FAST, bf16_flops_per_second=1.19e11).dtype == "float32"
     assert dataclasses.replace(FAST, bf16_flops_per_second=1.21e11).dtype == "bfloat16"
     assert choose_dtype("auto", SLOW).reason == (
-        "float32: bf16 products run at 0.5 times the speed of fp32 here, less than the 1.2 times that bf16 must bring."
+        "float32: bf16 matmuls are 0.5x as fast as fp32 (needed for bfloat16: 1.2x)."
     )
-    assert choose_dtype("float32", FAST).reason == "float32, as asked for."
+    assert choose_dtype("float32", FAST).reason == "float32, as requested."
     with pytest.raises(ConfigError, match="dtype is 'int8'; allowed: auto, bfloat16, float32"):
         choose_dtype("int8")
 
 
 def test_the_line_that_is_printed() -> None:
     assert FAST.line() == (
-        "Measured on cpu with 2 threads in 1.9 s: products of 300 GFLOP/s in bf16, 100 in fp32; copies of 20.0 GB/s."
+        "Measured cpu (2 threads) in 1.9 s: matmul 300 GFLOP/s in bf16, 100 GFLOP/s in fp32; copy 20.0 GB/s."
     )
 
 

@@ -26,7 +26,7 @@ def _plan(job: Job | None = None, speed: Speed | None = None) -> Plan:
 def test_without_a_speed_there_is_no_time_and_the_plan_says_why() -> None:
     plan = _plan(Job(steps=10))
     assert plan.lora.tokens_per_second is plan.lora.step_seconds is plan.lora.run_seconds is None
-    assert any(note.startswith("Hours need a speed") for note in plan.notes)
+    assert any(note.startswith("No time estimate") for note in plan.notes)
 
 
 def test_a_rate_of_tokens_gives_the_times() -> None:
@@ -38,7 +38,7 @@ def test_a_rate_of_tokens_gives_the_times() -> None:
 def test_a_rate_of_flops_gives_the_times_with_its_share() -> None:
     plan = _plan(Job(4, 256), Speed(flops_per_second=1e11))
     assert plan.lora.step_seconds == pytest.approx(1024 * plan.lora.flops.total / 4e10)
-    assert any("40% of the speed of a bare matrix product" in note for note in plan.notes)
+    assert any("40% of the measured matmul speed" in note for note in plan.notes)
 
 
 def test_an_accelerated_run_is_reckoned_by_its_products_and_what_passes_beside_them() -> None:
@@ -48,7 +48,7 @@ def test_an_accelerated_run_is_reckoned_by_its_products_and_what_passes_beside_t
     products = plan.lora.flops.total / (1e11 * flops.OF_BARE_PRODUCTS)
     assert plan.lora.step_seconds == pytest.approx(1024 * (products + beside))
     assert plan.full.step_seconds == pytest.approx(1024 * plan.full.flops.total / 4e10)  # nothing accelerates it
-    assert any("time of its own" in note for note in plan.notes)
+    assert any("plus the time of norms" in note for note in plan.notes)
     faster = _plan(job, Speed(flops_per_second=1e13, threads=2)).lora.step_seconds
     assert faster == pytest.approx(1024 * (products / 100 + beside))  # which fast products do not shrink
 

@@ -113,7 +113,7 @@ def test_what_is_measured_is_kept_and_asked_once(model: nn.Module, slices_win: C
     forward = choices.product_name(1000, torch.empty(SIZES[::-1]).t())
     assert first.choices == {forward: 512, forward.replace("1024", "768"): 512}
     assert first.measured == 4  # 768 and 1024 rows, forward and backward
-    assert "4 shapes" in str(first) and "2 of this run's shapes go another way" in str(first)
+    assert "4 shapes" in str(first) and "2 non-default kernels" in str(first)
     ran = len(slices_win.ran)
     second = choose(model, 1000, 0, folder=tmp_path, clock=slices_win)
     assert (second.choices, second.measured, str(second)) == (first.choices, 0, "")
@@ -135,7 +135,7 @@ def test_the_time_it_takes_is_bounded(
     monkeypatch.setattr(tuning, "BUDGET_SECONDS", 0.0)
     found = choose(model, 1000, 0, folder=tmp_path, clock=slices_win)
     assert (found.measured, found.left) == (1, 3)
-    assert "The time was up: which way is faster for 3 shapes" in str(found)
+    assert "Out of time; 3 shapes left to a later run" in str(found)
     assert choose(model, 1000, 0, folder=tmp_path, clock=slices_win).measured == 1  # and goes on the next time
 
 
@@ -188,7 +188,7 @@ def test_a_busy_machine_measures_nothing_and_says_so(
     monkeypatch.setattr(machine, "this_machine", lambda: replace(here, cores=2, load=3.1))
     found = choose(model, 1000, 0, folder=tmp_path, clock=slices_win)
     assert (len(found.choices), found.measured, found.left) == (1, 0, 2)  # what was measured before acts
-    assert str(found).startswith("The machine is busy: which way is faster for 2 shapes")
+    assert str(found).startswith("Autotuning: the machine is busy; 2 shapes")
     assert len(slices_win.ran) == ran
     for load in (3.0, None):  # or not known
         monkeypatch.setattr(machine, "this_machine", lambda load=load: replace(here, cores=2, load=load))

@@ -41,7 +41,7 @@ def test_a_folder_that_holds_a_run(tmp_path: Path) -> None:
     error = caught.value
     assert (error.where, error.field, error.override) == (str(tmp_path), "output_dir", "overwrite")
     assert error.allowed == ("resume", "overwrite")
-    for word in ("already holds a run", "--resume", "--overwrite", "--output-dir"):
+    for word in ("a run exists", "--resume", "--overwrite", "--output-dir"):
         assert word in str(error)
     check_place(_settings(tmp_path, resume=True))
     check_place(_settings(tmp_path, overwrite=True))
@@ -50,7 +50,7 @@ def test_a_folder_that_holds_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["metrics.jsonl", "adapter", "checkpoint-3"])
 def test_what_is_left_of_a_run_counts_as_one(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
-    with pytest.raises(UsageError, match="already holds a run"):
+    with pytest.raises(UsageError, match="a run exists in"):
         check_place(_settings(tmp_path))
 
 

@@ -25,15 +25,15 @@ def model(kind: type[transformers.PretrainedConfig] = transformers.LlamaConfig, 
 def test_a_model_that_is_known_takes_two_lines() -> None:
     fast = accelerate(model())
     assert accelerated_lines(fast) == [
-        f"Accelerated: {len(fast.swaps)} modules; loss without logits; rows laid end to end without padding.",
-        f"Between products on a CPU: {compiled.account()}.",
+        f"Acceleration: {len(fast.swaps)} fused modules, loss without logits, packed sequences.",
+        f"CPU kernels: {compiled.account()}.",
     ]
 
 
 def test_what_stays_as_it_is_takes_a_third() -> None:
     first, _, third = accelerated_lines(accelerate(model(transformers.MixtralConfig, num_local_experts=2)))
-    assert first.startswith("Accelerated: ")
-    assert third == "As they are: 1 × MixtralSparseMoeBlock (not the children of a decoder layer that is known)."
+    assert first.startswith("Acceleration: ")
+    assert third == "Not accelerated: 1 × MixtralSparseMoeBlock (not the children of a decoder layer that is known)."
 
 
 @pytest.mark.parametrize("left", [(Left("", "Sharded", "its weights are sharded"),), ()])
@@ -47,6 +47,5 @@ def test_a_loss_from_logits_and_padded_rows_are_said() -> None:
     fast = accelerate(model())
     padded = Acceleration(fast.swaps, (), None, "its head has a bias", packs=False)
     assert accelerated_lines(padded)[0] == (
-        f"Accelerated: {len(fast.swaps)} modules; loss from logits (its head has a bias); "
-        "rows padded to the longest of their batch."
+        f"Acceleration: {len(fast.swaps)} fused modules, loss from logits (its head has a bias), padded sequences."
     )

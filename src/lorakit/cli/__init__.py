@@ -1,10 +1,11 @@
-"""The command line: `lorakit <verb>`, one file per verb, loaded when it is called.
+"""The command line: `lorakit COMMAND`, one module per command, loaded when it is called.
 
-A verb is a function `run` in `lorakit/cli/<verb>.py`; its parameters are the flags, its docstring the help, and what
-it returns the exit code (None is 0). A verb file imports torch inside its functions, so that `--help` loads none. This
-file knows the verbs' names, how an exception becomes a message and an exit code, and nothing of what the verbs do.
+A command is a function `run` in `lorakit/cli/<command>.py`; its parameters are the flags, its docstring is the help,
+and it returns the exit code (None is 0). A command imports torch inside its functions, after the checks of
+`lorakit.cli.early`, so that `--help` and wrong usage are answered at once. This module knows the names of the
+commands, and how an exception becomes a message and an exit code.
 
-Exit codes: 0 done · 1 failed · 2 used wrongly · 130 interrupted · 141 the reader of a pipe went away.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted, 141 the reader of a pipe closed it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from lorakit import __version__
 from lorakit.cli import console
@@ -22,32 +23,35 @@ from lorakit.errors import LorakitError, UsageError, nearest
 
 if TYPE_CHECKING:
     from cyclopts import App
+    from cyclopts.help import DefaultFormatter, HelpEntry, HelpPanel
+    from rich.console import Console, ConsoleOptions
 
 VERBS = {
-    "plan": "What a run will cost, before it starts: parameters, bytes, hours.",
-    "train": "Adapt a model to data; the run is kept as a folder.",
-    "eval": "Loss and perplexity of a model, with or without an adapter.",
-    "generate": "Continue a prompt; several adapters answer side by side.",
-    "merge": "Write base and adapter as one model directory.",
-    "combine": "Several adapters as one: sums, differences, the field's eleven ways.",
-    "compress": "An adapter at a lower rank, exactly, with what is lost.",
-    "extract": "An adapter from a fully fine-tuned model and its base.",
-    "compare": "Two adapters site by site: direction, strength, subspaces.",
-    "inspect": "What is in an adapter: config, sites, norms, health, its base.",
-    "doctor": "What this machine and its packages offer, and what to change.",
+    "plan": "Estimate parameters, memory and time of a run.",
+    "train": "Train an adapter into a run directory.",
+    "eval": "Measure loss and perplexity of a model, with and without adapters.",
+    "generate": "Generate text with a model and its adapters, side by side.",
+    "merge": "Merge adapters into a model directory.",
+    "combine": "Combine adapters with one of PEFT's eleven methods.",
+    "compress": "Reduce the rank of an adapter and report what is lost.",
+    "extract": "Extract an adapter from a fully fine-tuned model and its base.",
+    "compare": "Compare two adapters: direction, norms and subspaces by site.",
+    "inspect": "Show an adapter's config, sites, norms and problems.",
+    "doctor": "Check this machine and its packages; suggest fixes.",
 }
 
-_ABOUT = "Low-Rank Adaptation for PyTorch and Transformers models: plan, train, prove, keep and serve adapters."
+_ABOUT = "Plan, train, evaluate, merge and combine LoRA adapters."
 _EPILOGUE = (
-    "`lorakit VERB --help` explains one verb. --traceback (or LORAKIT_TRACEBACK=1) shows where an error came from."
+    "Run `lorakit COMMAND --help` for the flags of a command. --traceback (or LORAKIT_TRACEBACK=1) prints the "
+    "traceback of an error."
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and say how it ended.
+    """Run one command line and return its exit code.
 
     Args:
-        argv: The words after the program's name; those of this process when None.
+        argv: The arguments after the program's name; those of this process if None.
 
     Returns:
         The exit code, as in the module's docstring.
@@ -66,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             _discard_stdout()
             return 141
-        except Exception as error:  # noqa: BLE001 - the last place where an error can become a sentence
+        except Exception as error:  # noqa: BLE001 - the last place where an error can become a message
             if as_traceback:
                 console.traceback(error)
             return _explain(error, tokens, as_json)
@@ -74,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def application() -> App:
-    """The verbs as one cyclopts application; no verb's file is loaded by this.
+    """Return the commands as one cyclopts application; no command's module is loaded by this.
 
     Returns:
-        An application whose call returns what the verb returned and which raises its errors.
+        An application whose call returns what the command returned and which raises its errors.
     """
     from cyclopts import App, Parameter
 
@@ -87,13 +91,42 @@ def application() -> App:
         help_epilogue=_EPILOGUE,
         version=f"lorakit {__version__}",
         help_format="plaintext",
+        help_formatter=_help_formatter(),
         result_action="return_value",
+        error_console=cast("Console", sys.stderr),  # never used: errors are printed here; without it rich is imported
         suppress_keyboard_interrupt=False,
         default_parameter=Parameter(consume_multiple=True, negative_iterable=(), negative_none=()),
     )
     for verb, summary in VERBS.items():
         app.command(f"lorakit.cli.{verb}:run", name=verb, help=summary, sort_key=list(VERBS).index(verb))
     return app
+
+
+def _help_formatter() -> DefaultFormatter:
+    """A formatter whose first column is wide enough for the longest flag, so that no flag is broken."""
+    from cyclopts.help import DefaultFormatter, NameRenderer
+    from cyclopts.help.specs import get_default_parameter_columns
+
+    def parameter_columns(console: Console, options: ConsoleOptions, entries: list[HelpEntry]) -> tuple[Any, ...]:
+        words = [word for entry in entries for word in str(NameRenderer()(entry)).split()]
+        width = max(map(len, words), default=0)
+        return tuple(
+            column.copy(renderer=NameRenderer(max_width=width), max_width=width)
+            if column.header == "Option" and width > (column.max_width or 0)
+            else column
+            for column in get_default_parameter_columns(console, options, entries)
+        )
+
+    wide = DefaultFormatter(column_specs=parameter_columns)
+
+    class Formatter(DefaultFormatter):
+        def __call__(self, console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
+            if panel.format == "parameter":
+                wide(console, options, panel)
+            else:
+                super().__call__(console, options, panel)
+
+    return Formatter()
 
 
 def _dispatch(tokens: list[str]) -> int:
@@ -106,7 +139,7 @@ def _dispatch(tokens: list[str]) -> int:
 def _unknown_verb(word: str) -> str:
     close = nearest(word, list(VERBS), count=1)
     meant = f" Did you mean `lorakit {close[0]}`?" if close else ""
-    return f"{word!r} is not a verb of lorakit; there are {', '.join(VERBS)}.{meant}"
+    return f"unknown command {word!r}; choose from {', '.join(VERBS)}.{meant}"
 
 
 def _explain(error: Exception, tokens: list[str], as_json: bool) -> int:
@@ -123,7 +156,7 @@ def _explain(error: Exception, tokens: list[str], as_json: bool) -> int:
 
 
 def _without_traceback_flag(tokens: list[str]) -> tuple[list[str], bool]:
-    """Take `--traceback` out of the words before a bare `--`."""
+    """Remove `--traceback` from the arguments before a bare `--`."""
     end = tokens.index("--") if "--" in tokens else len(tokens)
     kept = [token for token in tokens[:end] if token != "--traceback"]
     return kept + tokens[end:], len(kept) < end
@@ -137,15 +170,15 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Take the place of `warnings.showwarning`, whose signature this is: people want the message alone."""
+    """Print a warning's message alone; replaces `warnings.showwarning` and has its signature."""
     console.warning(str(message))
 
 
 def _discard_stdout() -> None:
-    """Point stdout at nothing, so that the interpreter's last flush does not complain about the closed pipe."""
+    """Redirect stdout to the null device, so that the interpreter's last flush does not fail on the closed pipe."""
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
-    except (OSError, ValueError):  # a stdout without a descriptor (a test, a notebook) has nothing to flush
+    except (OSError, ValueError):  # a stdout without a descriptor (test, notebook) has nothing to flush
         return

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.errors import AdapterFileError, LorakitError, UsageError
+from lorakit.cli.early import check_adapters, check_new_directory
+from lorakit.errors import LorakitError
 
 if TYPE_CHECKING:
     from lorakit.core.files.adapter_folder import AdapterFiles
@@ -52,27 +53,10 @@ def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
         UsageError: A folder was given twice.
         AdapterFileError: A folder is missing or damaged.
     """
+    check_adapters(folders)
     from lorakit.core.files.adapter_folder import read_adapter
 
-    seen: dict[Path, str] = {}
-    for folder in folders:
-        place = Path(folder).resolve()
-        if place in seen:
-            raise UsageError(f"--adapter names {folder} twice.", what=folder, field="adapter")
-        seen[place] = folder
-        refuse_run_folder(folder)
     return [read_adapter(folder) for folder in folders]
-
-
-def refuse_run_folder(folder: str) -> None:
-    """Point to the adapter inside, where the folder of a run was given.
-
-    Raises:
-        AdapterFileError: The folder is no adapter and holds one as `adapter`.
-    """
-    inside = Path(folder) / "adapter"
-    if (inside / "adapter_config.json").is_file() and not (Path(folder) / "adapter_config.json").exists():
-        raise AdapterFileError(f"{folder}: this is the folder of a run; its adapter is {inside}.", where=folder)
 
 
 def load_adapters(model: Any, adapters: Sequence[AdapterFiles], allow: Collection[str]) -> list[str]:
@@ -147,8 +131,7 @@ def new_adapter_folder(target: Path) -> Iterator[Path]:
     """
     from lorakit.durable import publish_directory
 
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{target}: is not an empty folder; nothing is overwritten. Give a new one.", where=target)
+    check_new_directory(target)
     with publish_directory(target) as folder:
         yield folder
 

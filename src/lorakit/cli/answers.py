@@ -1,6 +1,6 @@
-"""Answers on the screen while they come: one as a plain stream, several in columns or one below the other.
+"""Prints answers while they are generated: one as a stream, several in columns or below each other.
 
-Knows tokens and text, nothing of models or adapters.
+Knows tokens and text, and nothing about models or adapters.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.cli import console
 from lorakit.errors import printable
+from lorakit.tables import display_width, encodable, format_count, format_rate, screen_width, wrap
 
 if TYPE_CHECKING:
     from lorakit.generate import NewToken
 
-MIN_COLUMN = 36  # characters below which a column is no pleasure to read
+MIN_COLUMN = 36  # characters; narrower columns are hard to read
 _ENDINGS = {
-    "eos": "ended by itself",
-    "length": "cut off at --max-new-tokens",
-    "context": "cut off where the model's context is full",
+    "eos": "end of text",
+    "length": "stopped at --max-new-tokens",
+    "context": "stopped at the model's context length",
     None: "interrupted",
 }
 
@@ -73,13 +74,14 @@ class Answer:
         }
 
 
-def show(answers: Sequence[Answer], stream: Iterable[NewToken], *, quiet: bool = False) -> None:
-    """Let answers grow from a stream of tokens, on the screen unless `quiet`.
+def show(answers: Sequence[Answer], stream: Iterable[NewToken], *, quiet: bool = False, verbose: bool = False) -> None:
+    """Extend answers by a stream of tokens, and print them unless `quiet`.
 
     Args:
         answers: One per row of the stream.
         stream: The tokens.
         quiet: Print nothing.
+        verbose: Print tokens and speed of each answer.
     """
     started = time.perf_counter()
     columns = max(1, shutil.get_terminal_size().columns // max(1, len(answers)))
@@ -93,9 +95,60 @@ def show(answers: Sequence[Answer], stream: Iterable[NewToken], *, quiet: bool =
         _fill(answers, stream, started)
         for number, answer in enumerate(answers):
             console.say(("\n" if number else "") + f"── {answer.label} " + "─" * max(4, 60 - len(answer.label)))
-            console.say(answer.text.strip("\n"))
+            _print_text(answer.text.strip("\n"))
     if not quiet:
-        _sum_up(answers)
+        _sum_up(answers, verbose)
+
+
+class _Lines:
+    """Text that arrives in pieces, broken between words.
+
+    Args:
+        width: Columns of the terminal.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._column = 0
+        self._space = self._word = ""
+
+    def add(self, piece: str) -> str:
+        """Add a piece and return what can be printed: everything but the last word, which may continue."""
+        out = ""
+        for character in piece:
+            if character == "\n":
+                out += self.end() + "\n"
+                self._column, self._space = 0, ""
+            elif character == " ":
+                out += self.end()
+                self._space += " "
+            else:
+                self._word += character
+                if display_width(self._word) >= self._width or display_width(character) > 1:
+                    out += self.end()  # such as Chinese, which can be broken anywhere
+        return out
+
+    def end(self) -> str:
+        """Return the last word, on a new line if it does not fit."""
+        if not self._word:
+            return ""
+        out, taken = self._space + self._word, display_width(self._space + self._word)
+        if self._column and self._column + taken > self._width:
+            out, taken, self._column = "\n" + self._word, display_width(self._word), 0
+        self._column += taken
+        self._space = self._word = ""
+        return out
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(encodable(text, sys.stdout.encoding or "utf-8"))
+    sys.stdout.flush()
+
+
+def _print_text(text: str) -> None:
+    width = screen_width(sys.stdout)
+    text = _printable(text)
+    _write((text if width is None else wrap(text, width, hanging="")) + "\n")
 
 
 def _fill(answers: Sequence[Answer], stream: Iterable[NewToken], started: float) -> None:
@@ -105,13 +158,16 @@ def _fill(answers: Sequence[Answer], stream: Iterable[NewToken], started: float)
 
 
 def _stream_one(answer: Answer, stream: Iterable[NewToken], started: float) -> None:
+    width = screen_width(sys.stdout)
+    lines = None if width is None else _Lines(width)
     try:
         for new in stream:
             piece = _printable(answer.add(new))
             answer.seconds = time.perf_counter() - started
-            sys.stdout.write(console.encodable(piece))
-            sys.stdout.flush()
+            _write(piece if lines is None else lines.add(piece))
     finally:
+        if lines is not None:
+            _write(lines.end())
         if not answer.text.endswith("\n"):
             sys.stdout.write("\n")
 
@@ -132,11 +188,15 @@ def _live_columns(answers: Sequence[Answer], stream: Iterable[NewToken], started
         _fill(answers, stream, started)
 
 
-def _sum_up(answers: Sequence[Answer]) -> None:
+def _sum_up(answers: Sequence[Answer], verbose: bool) -> None:
     for answer in answers:
+        if answer.ended == "eos" and not verbose:
+            continue
         who = f"{answer.label}: " if len(answers) > 1 else ""
-        speed = f", {answer.tokens / answer.seconds:.1f} tokens/s" if answer.seconds > 0 else ""
-        console.note(f"[{who}{answer.tokens} tokens{speed}; {_ENDINGS[answer.ended]}]")
+        counts = f"{format_count(answer.tokens, 'token')}, " if verbose else ""
+        if verbose and answer.seconds > 0:
+            counts += f"{format_rate(answer.tokens / answer.seconds, 'tokens/s')}; "
+        console.note(f"[{who}{counts}{_ENDINGS[answer.ended]}]")
 
 
 def _printable(text: str) -> str:

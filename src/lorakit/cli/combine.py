@@ -11,7 +11,9 @@ from cyclopts import Parameter
 
 from lorakit.cli import console
 from lorakit.cli.adapters import naming_flags, new_adapter_folder, read_adapters, take_tokenizer
+from lorakit.cli.early import check_adapters, check_new_directory
 from lorakit.errors import UsageError
+from lorakit.tables import format_percent
 
 if TYPE_CHECKING:
     from lorakit.core import MadeReport, Way
@@ -67,6 +69,8 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
     combined, whatever ranks, alphas and rsLoRA the adapters had. How far each site is from the plain weighted sum is
     said.
     """
+    check_adapters(flags.adapter)
+    check_new_directory(flags.output_dir)
     from lorakit import core, hub
 
     way = _way(flags)
@@ -122,10 +126,10 @@ def _text(report: MadeReport, way: Way, folders: Sequence[str], weights: Sequenc
     lines = [
         f"{report.name}: {len(report.sites)} sites, {rank}, scale 1",
         f"combined   {total} by {way.name}",
-        f"deviation  from the plain sum {report.deviation:.2%} at most",
+        f"deviation  from the plain sum {format_percent(report.deviation)} at most",
     ]
     if report.deviation > 0 and len(report.sites) > 1:
         worst = sorted(report.sites, key=lambda site: -site.deviation)[:WORST_SITES]
-        rows = [[site.path, str(site.r), f"{site.deviation:.2%}"] for site in worst]
+        rows = [[site.path, str(site.r), format_percent(site.deviation)] for site in worst]
         lines += ["", console.table(["site that deviates most", "r", "deviation"], rows)]
     return "\n".join(lines)

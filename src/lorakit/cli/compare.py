@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.adapters import refuse_run_folder
+from lorakit.cli.early import check_adapters
 
 if TYPE_CHECKING:
     from lorakit.core import Comparison
@@ -28,10 +28,10 @@ def run(
     Cosine 1 is the same change but for its strength, −1 the opposite, 0 unrelated. Overlap is the mean squared cosine
     of the angles between the spaces that they write to and read from: 1 the same, near 0 unrelated. No base is loaded.
     """
+    for folder in (first, second):
+        check_adapters([folder])
     from lorakit import core
 
-    for folder in (first, second):
-        refuse_run_folder(folder)
     found = core.compare_folders(first, second)
     if json:
         console.emit_json(as_dict(found))

@@ -10,6 +10,8 @@ from cyclopts import Parameter
 
 from lorakit.cli import console
 from lorakit.cli.adapters import naming_flags, new_adapter_folder, read_adapters, take_tokenizer
+from lorakit.cli.early import check_adapters, check_new_directory
+from lorakit.tables import format_percent
 
 if TYPE_CHECKING:
     from lorakit.core import MadeReport
@@ -36,6 +38,8 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
 
     The base is not loaded. What is lost is known exactly, and said. Give --rank or --energy.
     """
+    check_adapters([flags.adapter])
+    check_new_directory(flags.output_dir)
     from lorakit import core
 
     files = read_adapters([flags.adapter])
@@ -54,10 +58,10 @@ def _text(report: MadeReport, folder: str) -> str:
     before, after = (sum(getattr(site, name) for site in report.sites) for name in ("r_before", "r"))
     lines = [
         f"{report.name}: {folder} at {len(report.sites)} sites, ranks {before:,} in all before, {after:,} after",
-        f"lost       {report.energy_lost:.2%} of the energy ‖ΔW‖² of the whole adapter",
+        f"lost       {format_percent(report.energy_lost)} of the energy ‖ΔW‖² of the whole adapter",
     ]
     worst = sorted(report.sites, key=lambda site: -site.energy_lost)[:WORST_SITES]
-    rows = [[s.path, str(s.r_before), str(s.r), f"{s.energy_lost:.2%}"] for s in worst if s.energy_lost > 0]
+    rows = [[s.path, str(s.r_before), str(s.r), format_percent(s.energy_lost)] for s in worst if s.energy_lost > 0]
     if rows:
         lines += ["", console.table(["site that loses most", "r before", "r", "lost"], rows)]
     return "\n".join(lines)

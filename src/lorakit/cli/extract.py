@@ -10,6 +10,8 @@ from cyclopts import Parameter
 
 from lorakit.cli import console
 from lorakit.cli.adapters import naming_flags
+from lorakit.cli.early import check_model, check_new_directory
+from lorakit.tables import format_percent
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,6 +54,9 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
     Directories with safetensors are read one weight at a time. What the adapter does not hold is said: the energy that
     the rank leaves out at each site, and every change outside the sites. Give --rank or --energy.
     """
+    check_new_directory(flags.output_dir)
+    check_model(flags.base)
+    check_model(flags.tuned)
     from lorakit import core, hub
     from lorakit.core import Cut
 
@@ -113,12 +118,12 @@ def _text(report: ExtractReport) -> str:
     ranks = sorted(site.r for site in report.sites)
     lines = [
         f"{report.name}: {len(report.sites)} sites, ranks {ranks[0]} to {ranks[-1]}, scale 1",
-        f"captured   {report.captured:.2%} of the energy of all that changed",
+        f"captured   {format_percent(report.captured)} of the energy of all that changed",
     ]
     if report.copied:
         lines.append(f"whole      {', '.join(report.copied)}")
     worst = sorted(report.sites, key=lambda site: -site.energy_lost)[:WORST_SITES]
-    rows = [[s.path, str(s.r), f"{s.norm:.3g}", f"{s.energy_lost:.2%}"] for s in worst]
+    rows = [[s.path, str(s.r), f"{s.norm:.3g}", format_percent(s.energy_lost)] for s in worst]
     lines += ["", console.table(["site that is held least", "r", "‖ΔW‖", "left out"], rows)]
     if report.outside:
         lines += ["", f"not in the adapter: {len(report.outside)} other tensors"]

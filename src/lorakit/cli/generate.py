@@ -1,4 +1,4 @@
-"""`lorakit generate`: continue a prompt, with adapters side by side."""
+"""`lorakit generate`: generates text with a model and its adapters, side by side."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ from lorakit import allocator
 from lorakit.cli import console
 from lorakit.cli.adapters import Allowances, load_adapters, read_adapters, tokenizer_for
 from lorakit.cli.answers import Answer, show
+from lorakit.cli.early import (
+    MODEL_DTYPES,
+    check_adapters,
+    check_at_least,
+    check_choice,
+    check_device,
+    check_model,
+    check_sampling,
+)
 from lorakit.cli.merged_base import WORTHWHILE_TOKENS, write_into_base
 from lorakit.cli.stored import say_how_trained
 from lorakit.errors import DataError, UsageError
@@ -82,9 +91,14 @@ def run(
     flags: Annotated[Flags, Parameter(name="*")],
     allow: Annotated[Allowances | None, Parameter(name="*")] = None,
     json: console.JsonFlag = False,
+    verbose: console.VerboseFlag = False,
 ) -> None:
-    """Continue prompts; the answer streams to standard output, everything else goes to standard error."""
+    """Generate text; the answer streams to standard output, everything else goes to standard error.
+
+    --verbose adds tokens and speed of each answer, and whether the adapter was merged first.
+    """
     _check(flags)
+    quantization = stored_as(flags.quantization, flags.double_quantization)
     prompts = read_prompts(flags.prompt or (), flags.prompt_file or ())
     allocator.keep_few_products()  # a prompt of each length has its own
 
@@ -94,7 +108,6 @@ def run(
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     device = pick_device(flags.device)
-    quantization = stored_as(flags.quantization, flags.double_quantization)
     if quantization is not None:
         hub.require_quantiser(quantization)
     folders = flags.adapter or []
@@ -110,14 +123,14 @@ def run(
         names.insert(0, None)
     labels = dict(zip((name for name in names if name), folders, strict=True))
     tokens = len(prompts) * flags.max_new_tokens
-    merged = write_into_base(model, names, labels, flags.merged, tokens)
+    merged = write_into_base(model, names, labels, flags.merged, tokens, console.note if verbose else console.quiet)
     ask = _asker(model, tokenizer, names, flags.max_new_tokens, sampling)
     results = []
     for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         answers = [Answer("base" if name is None else labels[name], tokenizer, ids) for name in names]
         if len(prompts) > 1 and not json:
             console.say(("\n" if number else "") + f"> {_first_line(prompt)}\n")
-        show(answers, ask(ids), quiet=json)
+        show(answers, ask(ids), quiet=json, verbose=verbose)
         results.append({"prompt": prompt, "answers": [answer.as_dict() for answer in answers]})
     if json:
         chat = _wants_chat(tokenizer, flags.chat)
@@ -207,6 +220,12 @@ def end_ids(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _check(flags: Flags) -> None:
+    check_sampling(flags.temperature, flags.top_p, flags.top_k, flags.seed)
+    check_at_least("max_new_tokens", flags.max_new_tokens, 1)
+    check_choice("dtype", flags.dtype, MODEL_DTYPES)
+    check_device(flags.device)
+    check_adapters(flags.adapter or ())
+    check_model(flags.model)
     if flags.system is not None and flags.chat is False:
         raise UsageError("--system needs the chat template, and --no-chat leaves it out; give one of them.")
     if flags.merged and (flags.base or len(flags.adapter or ()) != 1):

@@ -1,4 +1,4 @@
-"""`lorakit inspect`: what is in an adapter, without loading its base."""
+"""`lorakit inspect`: an adapter's health, config, sites and norms; its base is not loaded."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.adapters import refuse_run_folder
+from lorakit.cli.early import check_adapters
+from lorakit.tables import format_bytes, format_count
 
 if TYPE_CHECKING:
     from lorakit.core import AdapterSummary
     from lorakit.core.files.inspecting import SiteSummary
+    from lorakit.core.model.fingerprint import Fingerprint
 
 _CONFIG_SHOWN = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "task_type")
 _CONFIG_IF_SET = (
@@ -37,25 +39,27 @@ def run(
     ],
     *,
     json: console.JsonFlag = False,
+    verbose: console.VerboseFlag = False,
 ) -> int:
-    """What is in an adapter: config, sites, how strong each is, health, its base. The base is not loaded.
+    """Show an adapter's health, config, sites and norms; the base is not loaded.
 
-    Exit code: 0 healthy, 1 with findings or where the adapter cannot be read; so a script can ask before it uses one.
+    Exit code: 0 if it is healthy, 1 if it has problems or cannot be read. --verbose adds files, hashes and the base's
+    fingerprint.
     """
+    check_adapters([adapter])
     from lorakit.core import inspect_adapter
 
-    refuse_run_folder(adapter)
     summary = inspect_adapter(adapter)
     sizes = {path.name: path.stat().st_size for path in sorted(Path(adapter).iterdir()) if path.is_file()}
     if json:
         console.emit_json(as_dict(summary, sizes))
     else:
-        console.say(_text(summary, sizes))
+        console.say(_text(summary, sizes, verbose))
     return 1 if summary.findings else 0
 
 
 def as_dict(summary: AdapterSummary, sizes: dict[str, int]) -> dict[str, Any]:
-    """The report as plain JSON values.
+    """Return the report as plain JSON values.
 
     Args:
         summary: What was found.
@@ -77,7 +81,7 @@ def as_dict(summary: AdapterSummary, sizes: dict[str, int]) -> dict[str, Any]:
 
 
 def groups(sites: Sequence[SiteSummary]) -> list[tuple[str, dict[str, Any]]]:
-    """Sites by the last word of their path, in the order they come, with what they have in common.
+    """Group sites by the last name of their path, in order, with what they have in common.
 
     Args:
         sites: Sites of an adapter.
@@ -105,34 +109,38 @@ def _group(name: str, members: list[SiteSummary]) -> dict[str, Any]:
     }
 
 
-def _text(summary: AdapterSummary, sizes: dict[str, int]) -> str:
+def _text(summary: AdapterSummary, sizes: dict[str, int], verbose: bool) -> str:
     config = summary.config
     shown = [f"{name}={_value(getattr(config, name))}" for name in _CONFIG_SHOWN]
     shown += [f"{n}={_value(getattr(config, n))}" for n in _CONFIG_IF_SET if getattr(config, n, None)]
-    files = ", ".join(f"{name} {console.bytes_text(size)}" for name, size in sizes.items())
     about = [
-        f"{summary.folder}: {summary.parameters:,} parameters at {len(summary.sites)} sites",
+        f"adapter    {summary.parameters:,} parameters at {format_count(len(summary.sites), 'site')}, "
+        f"{format_bytes(sum(sizes.values()))}",
         f"config     {', '.join(shown)}",
         f"base       {_base(summary)}",
-        f"files      {files}",
-        f"weights    SHA-256 {summary.weights_sha256}",
     ]
-    lines = [
-        *map(console.inline, about),
-        "",
-        console.table(
-            ["module", "sites", "out × in", "r", "scale", "‖ΔW‖ min", "median", "max"],
-            [_row(group) for _, group in groups(summary.sites)],
-        )
-        if summary.sites
-        else "no sites",
+    if verbose:
+        about += [f"samples    {_fingerprint(summary.base)}"] if summary.base is not None else []
+        about += [
+            f"files      {', '.join(f'{name} {format_bytes(size)}' for name, size in sizes.items())}",
+            f"weights    SHA-256 {summary.weights_sha256}",
+        ]
+    lines = [*_verdict(summary), *map(console.inline, about), ""]
+    if not summary.sites:
+        return "\n".join([*lines, "no sites"])
+    header = ["module", "sites", "out × in", "r", "scale", "‖ΔW‖ min", "median", "max"]
+    return "\n".join([*lines, console.table(header, [_row(group) for _, group in groups(summary.sites)])])
+
+
+def _verdict(summary: AdapterSummary) -> list[str]:
+    folder = console.inline(summary.folder)
+    if not summary.findings:
+        return [f"{folder}: healthy (values finite, every B nonzero, scales in range)"]
+    return [
+        f"{folder}: {format_count(len(summary.findings), 'problem')}",
+        *(f"  - {console.inline(sentence)}" for sentence in summary.findings),
         "",
     ]
-    if summary.findings:
-        lines += ["findings", *(f"  - {console.inline(sentence)}" for sentence in summary.findings)]
-    else:
-        lines.append("healthy: all numbers finite, every site trained, scales as usual")
-    return "\n".join(lines)
 
 
 def _row(group: dict[str, Any]) -> list[str]:
@@ -160,12 +168,16 @@ def _span(values: Sequence[float]) -> str:
 def _base(summary: AdapterSummary) -> str:
     named = summary.config.base_model_name_or_path or summary.facts.get("base_name") or "no name"
     if summary.base is None:
-        return f"{named}; no fingerprint, so another base of the same shapes would not be noticed"
+        return f"{named}; no fingerprint, so another base of the same shapes is not detected"
     known = summary.base
-    files = f", {len(known.files)} weight files" if known.files else ""
+    return f"{named} ({known.architecture}, {known.parameters:,} parameters, {known.dtype})"
+
+
+def _fingerprint(known: Fingerprint) -> str:
+    files = f", {format_count(len(known.files), 'weight file')}" if known.files else ""
     return (
-        f"{named}; fingerprint {known.architecture}, {known.parameters:,} parameters, {known.vocabulary:,} tokens, "
-        f"{known.dtype}, {known.names_sha256[:12]}, {len(known.samples)} tensors sampled{files}"
+        f"fingerprint {known.names_sha256[:12]}, {format_count(len(known.samples), 'tensor')} sampled, "
+        f"{known.vocabulary:,} tokens{files}"
     )
 
 

@@ -5,7 +5,7 @@ No other thread or adapter uses such a base, so no copy of it is kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lorakit.cli import console
@@ -17,7 +17,12 @@ of SmolLM2-135M with rank 16 on all linear layers (rough; longer for larger mode
 
 
 def write_into_base(
-    model: Any, names: Sequence[str | None], labels: Mapping[str, str], wanted: bool | None, tokens: int
+    model: Any,
+    names: Sequence[str | None],
+    labels: Mapping[str, str],
+    wanted: bool | None,
+    tokens: int,
+    detail: Callable[[str], None] = console.note,
 ) -> bool:
     """Merge an adapter that answers alone into the base for good, or leave it beside the base.
 
@@ -26,10 +31,11 @@ def write_into_base(
         names: Who answers: adapters, or None for the base.
         labels: Adapter -> its folder as the user gave it.
         wanted: True to merge, False not to, None where the merge is exact and pays.
-        tokens: How many new tokens may be asked of the model in all.
+        tokens: New tokens that may be generated in total.
+        detail: Called with a line if it is merged.
 
     Returns:
-        Whether it is merged; a line on standard error says so.
+        Whether it is merged.
 
     Raises:
         MergeError: The merge was asked for, and it is not exact or cannot be done. The model is as it was.
@@ -48,7 +54,7 @@ def write_into_base(
             reason = str(refusal)
     if reason is None:
         dtype = str(model.dtype).removeprefix("torch.")
-        console.note(f"{folder}: merged into the base in memory, which is exact in {dtype} (--no-merged: beside it).")
+        detail(f"{folder}: merged into the base in memory, which is exact in {dtype} (--no-merged: not merged)")
     elif wanted:
         raise MergeError(
             f"{folder}: --merged is for exact merges, and this is none. {reason} Leave out --merged.", where=folder

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorakit import core, hub
 from lorakit.cli.adapters import load_adapters, tokenizer_for
+from lorakit.cli.early import check_new_directory
 from lorakit.core.layers.merged_weight import SiteMerge
 from lorakit.core.merging.checks import tied_sites
 from lorakit.core.model.base_view import multiply_out
@@ -25,7 +26,7 @@ from lorakit.core.model.fingerprint import vocabulary_of
 from lorakit.core.model.merge_record import note_applied
 from lorakit.core.model.vocabulary import grow_vocabulary
 from lorakit.durable import publish_directory, write_json
-from lorakit.errors import MergeError, ModelError, UsageError
+from lorakit.errors import MergeError, ModelError
 from lorakit.machine import this_machine
 from lorakit.plan.quantized import Quantization
 
@@ -114,18 +115,6 @@ class Merged:
     probe: Probe | None
 
 
-def check_target(target: Path) -> None:
-    """Refuse a directory that holds something.
-
-    Raises:
-        UsageError: It is a file, or not empty.
-    """
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"{target}: is a file; --output-dir must be a new directory.", where=target)
-    if target.is_dir() and any(target.iterdir()):
-        raise UsageError(f"{target}: is not empty; nothing is overwritten. Give a new --output-dir.", where=target)
-
-
 def write_merged(order: Order, say: Callable[[str], None]) -> Merged:
     """Merge and write; the directory appears whole and checked, or not at all.
 
@@ -141,7 +130,7 @@ def write_merged(order: Order, say: Callable[[str], None]) -> Merged:
         DiskError: The disk refuses.
         LorakitError: Model or adapters cannot be used; class and message say what.
     """
-    check_target(order.target)
+    check_new_directory(order.target)
     with publish_directory(order.target) as folder:  # first of all, so that a disk that refuses is known at once
         tokenizer = _tokenizer(order)
         computing = probe_dtype(order.source)

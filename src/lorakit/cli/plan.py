@@ -1,7 +1,7 @@
-"""`lorakit plan`: what a run will cost, before it starts.
+"""`lorakit plan`: estimates the parameters, memory and time of a run.
 
-The numbers are those of `lorakit.plan`; this file turns flags into its arguments and loads torch only where a speed has
-to be measured or a model directory has to be read.
+The estimate is made by `lorakit.plan`; this module turns flags into its arguments. Torch is loaded only to measure a
+speed or to read a model directory.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from lorakit.cli import console
+from lorakit.cli.early import check_model
 from lorakit.config import LoraConfig
 from lorakit.errors import UsageError
 from lorakit.plan import Job, Speed
 from lorakit.plan.job import recomputed
 from lorakit.plan.params import with_new_tokens
+from lorakit.tables import format_quantity
 from lorakit.train.defaults import DEFAULTS
 
 
@@ -119,7 +121,7 @@ class JobFlags:
 
 @dataclass(frozen=True)
 class _Machine:
-    """Dtype, speed and a sentence about them."""
+    """Precision, speed and lines about them."""
 
     dtype: str
     speed: Speed | None
@@ -139,23 +141,25 @@ def run(
         list[str] | None, Parameter(help="Ranks of a table of parameters, such as 4,8,16,32. Default no table.")
     ] = None,
     json: console.JsonFlag = False,
+    verbose: console.VerboseFlag = False,
     adapter: Annotated[AdapterFlags, Parameter(name="*", show_default=False)] = _ADAPTER,
     job: Annotated[JobFlags, Parameter(name="*", show_default=False)] = _JOB,
 ) -> int:
-    """What a run will cost, before it starts: parameters, bytes, FLOPs, hours, files.
+    """Estimate parameters, memory and time of a run; no weights are loaded.
 
-    MODEL is an existing path, else smollm2, else a name of the catalogue (gpt2, meta-llama/Llama-3.2-1B, ...), else a
-    hub id. No weights are loaded. With --max-steps or --tokens the plan says how long the run takes: from
-    --tokens-per-second, or else from a measurement of about two seconds.
+    MODEL is an existing path, else smollm2, else a name of the catalog (gpt2, meta-llama/Llama-3.2-1B, ...), else a
+    hub id. --max-steps or --tokens adds a time estimate: from --tokens-per-second, or from a measurement of about two
+    seconds. --verbose adds how the counts come about, formulas, FLOPs and notes.
     """
+    config, columns = adapter.config(), _ranks(ranks)
+    check_model(model)
     from lorakit import hub, plan
 
-    config, columns = adapter.config(), _ranks(ranks)
     shape = hub.shape_of(model)
     tokens = {token.strip() for word in adapter.new_tokens or () for token in word.split(",")} - {""}
     if tokens:
         config = with_new_tokens(shape, config, len(tokens))
-    plan.count(shape, config, allow_partial=adapter.allow_partial_targets)  # a wrong name is said before measuring
+    plan.count(shape, config, allow_partial=adapter.allow_partial_targets)  # reject a wrong name before measuring
     length = job.max_length or min(DEFAULTS["max_length"].value, shape.positions or DEFAULTS["max_length"].value)
     dtype = shape.dtype if job.dtype == "auto" else job.dtype
     wanted = Job(
@@ -179,24 +183,26 @@ def run(
         ranks=columns,
         allow_partial=adapter.allow_partial_targets,
     )
-    said = machine.said
+    fitting = None
     if job.memory_budget is not None:
         fitting = plan.within(planned, plan.bytes_of(job.memory_budget))
-        planned, said = fitting.plan, (*said, fitting.said)
+        planned = fitting.plan
     if json:
+        said = machine.said if fitting is None else (*machine.said, fitting.said)
         console.emit_json({**planned.as_dict(), "machine": list(said)})
         return 0
-    console.say(plan.render(planned))
-    for sentence in said:
-        console.say(sentence)
+    notes = () if fitting is None else (fitting.said,)
+    console.say(plan.render(planned, verbose=verbose, notes=notes))
+    if verbose and machine.said:
+        console.say("\n" + "\n".join(machine.said))
     return 0
 
 
 def _machine(job: JobFlags, dtype: str, steps: int | None) -> _Machine:
-    """Which precision and speed to plan with; measures only where it was asked for or a time needs it."""
+    """Return precision and speed to plan with; measures only if requested, or if a time needs it."""
     if job.tokens_per_second is not None:
         if job.calibrate:
-            raise UsageError("--calibrate and --tokens-per-second exclude each other: the speed is measured or given.")
+            raise UsageError("--calibrate and --tokens-per-second exclude each other; pass one of them.")
         return _Machine(dtype, Speed(tokens_per_second=job.tokens_per_second, source="as given, of LoRA training"), ())
     measures = steps is not None if job.calibrate is None else job.calibrate
     if not measures:
@@ -210,7 +216,7 @@ def _machine(job: JobFlags, dtype: str, steps: int | None) -> _Machine:
         dtype = choice.dtype
         said.append(choice.reason)
     rate = measured.flops_per_second(dtype, tuned=job.accelerate)
-    told = f"measured, {rate / 1e9:,.0f} GFLOP/s"
+    told = f"measured, {format_quantity(rate, 'FLOP/s')}"
     return _Machine(dtype, Speed(flops_per_second=rate, source=told, threads=measured.threads), tuple(said))
 
 
@@ -222,7 +228,7 @@ def _steps(job: JobFlags, wanted: Job) -> int | None:
     if job.tokens is None:
         return job.max_steps
     if job.max_steps is not None:
-        raise UsageError("--max-steps and --tokens exclude each other: both say how long the run is.")
+        raise UsageError("--max-steps and --tokens exclude each other; pass one of them.")
     return -(-job.tokens // wanted.step_tokens)
 
 

@@ -23,6 +23,7 @@ from lorakit.data.encoding import IGNORED, Sequence, lengths
 from lorakit.data.records import Document, Record, Records, content_key, keys_of
 from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.errors import ConfigError, DataError
+from lorakit.tables import format_count
 
 if TYPE_CHECKING:
     import torch
@@ -76,8 +77,8 @@ def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: i
     distinct = np.unique(digests)
     if len(distinct) < 2:
         note = (
-            f"Nothing is held out for evaluation: the data is a single {_noun(everything, 1)}, which is not cut for "
-            "it. Give --eval-data to measure on other text."
+            f"Nothing is held out for evaluation: the data is a single {_noun(everything)}. Pass --eval-data to "
+            "evaluate on other text."
         )
         return Split(everything, Records(), note)
     count = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
@@ -85,7 +86,7 @@ def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: i
     train = _some(everything, np.flatnonzero(~chosen), notes)
     held_out = _some(everything, np.flatnonzero(chosen))
     verb = "is" if len(held_out) == 1 else "are"
-    total = f"{len(everything):,} {_noun(everything, len(everything))}"
+    total = format_count(len(everything), _noun(everything))
     note = f"{len(held_out):,} of {total} {verb} held out for evaluation (seed {seed})."
     return Split(train, held_out, note)
 
@@ -96,9 +97,8 @@ def _some(records: AnyRecords, positions: np.ndarray[Any, Any], notes: Iterable[
     return Records((records[at] for at in positions), notes)
 
 
-def _noun(records: AnyRecords, count: int) -> str:
-    word = "document" if all(isinstance(record, Document) for record in records) else "row"
-    return word if count == 1 else f"{word}s"
+def _noun(records: AnyRecords) -> str:
+    return "document" if all(isinstance(record, Document) for record in records) else "row"
 
 
 @dataclass(frozen=True, slots=True)

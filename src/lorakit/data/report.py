@@ -1,11 +1,13 @@
-"""Counts of what became of the data, and the sentences that say it.
+"""Counts of the data and how they are printed.
 
-Knows nothing of files or tokenizers; `encode` fills the counts in.
+Knows nothing about files or tokenizers; `encode` sets the counts.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+
+from lorakit.tables import format_count, format_percent
 
 
 @dataclass(slots=True)
@@ -60,50 +62,45 @@ class DataReport:
         return self.trained_tokens / self.tokens if self.tokens else 0.0
 
     def as_dict(self) -> dict[str, object]:
-        """All counts and notes, for `run.json`."""
+        """Return all counts and notes, for `run.json`."""
         return {"rows": self.rows, **asdict(self)}
 
     def lines(self) -> list[str]:
-        """The counts as sentences to print: the totals first, then whatever was cut, dropped or is odd."""
-        kinds = (
-            (self.documents, "document", None),
-            (self.completions, "prompt with completion", "prompts with completions"),
-            (self.conversations, "conversation", None),
-        )
-        told = [_count(*kind) for kind in kinds if kind[0]] or [_count(*kinds[0])]
+        """Return the counts as lines: totals first, then what was cut, left out or is unusual."""
+        kinds = [
+            format_count(self.documents, "document"),
+            format_count(self.completions, "prompt with completion", "prompts with completions"),
+            format_count(self.conversations, "conversation"),
+        ]
+        told = [kind for kind in kinds if not kind.startswith("0 ")] or [kinds[0]]
         lines = [
-            f"{', '.join(told)}: {_count(self.sequences, 'sequence')} of at most {self.max_length_tokens:,} tokens, "
-            f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained ({self.trained_share:.1%})."
+            f"{', '.join(told)}: {format_count(self.sequences, 'sequence')} of at most "
+            f"{self.max_length_tokens:,} tokens, {self.tokens:,} tokens, {self.trained_tokens:,} with loss "
+            f"({format_percent(self.trained_share, 1)})."
         ]
         return [*lines, *self._losses(), *self.notes]
 
     def _losses(self) -> list[str]:
         lines = []
         if self.empty_rows:
-            lines.append(f"{_count(self.empty_rows, 'row')} left out: nothing in them to train.")
+            lines.append(f"{format_count(self.empty_rows, 'row')} left out: empty.")
         if self.dropped_rows:
-            lines.append(f"{_count(self.dropped_rows, 'row')} left out: no trained token within the length.")
+            lines.append(f"{format_count(self.dropped_rows, 'row')} left out: no loss within the maximum length.")
         if self.cut_rows:
             lines.append(
-                f"{_count(self.cut_rows, 'row')} cut to {self.max_length_tokens:,} tokens: {self.cut_tokens:,} tokens "
-                f"lost, {self.cut_trained_tokens:,} of them to be trained; a larger --max-length keeps them."
+                f"{format_count(self.cut_rows, 'row')} cut to {self.max_length_tokens:,} tokens: {self.cut_tokens:,} "
+                f"tokens cut, {self.cut_trained_tokens:,} of them with loss; a larger --max-length keeps them."
             )
         if self.untrained_turns:
             lines.append(
-                f"{_count(self.untrained_turns, 'assistant turn')} not trained: the chat template writes them "
-                "differently once the conversation goes on; one row per answer trains them all."
+                f"{format_count(self.untrained_turns, 'assistant turn')} without loss: the chat template changes them "
+                "when further turns follow; one row per answer trains all of them."
             )
         if self.duplicate_rows:
             one = self.duplicate_rows == 1
             lines.append(
-                "1 row repeats an earlier one; it is kept."
-                if one
-                else f"{self.duplicate_rows:,} rows repeat earlier ones; they are kept."
+                "1 duplicate row; it is kept." if one else f"{self.duplicate_rows:,} duplicate rows; they are kept."
             )
         if self.sequences and not self.ended_rows:
-            lines.append("No row trains an end of text, so the model will not learn where to stop.")
+            lines.append("No row has loss on an end-of-text token, so the model will not learn where to stop.")
         return lines
-
-
-def _count(number: int, singular: str, plural: str | None = None) -> str:
-    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"

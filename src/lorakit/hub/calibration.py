@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorakit.errors import ConfigError
+from lorakit.tables import format_bytes, format_count, format_quantity, format_seconds
 
 if TYPE_CHECKING:
     import torch
@@ -79,11 +80,11 @@ class Calibration:
 
     def line(self) -> str:
         """The result as one sentence to print."""
-        bf16, fp32 = self.bf16_flops_per_second / 1e9, self.fp32_flops_per_second / 1e9
-        where = f"{self.device} with {self.threads} threads" if self.device == "cpu" else self.device
+        bf16, fp32 = (format_quantity(r, "FLOP/s") for r in (self.bf16_flops_per_second, self.fp32_flops_per_second))
+        where = f"cpu ({format_count(self.threads, 'thread')})" if self.device == "cpu" else self.device
         return (
-            f"Measured on {where} in {self.seconds:.1f} s: products of "
-            f"{bf16:,.0f} GFLOP/s in bf16, {fp32:,.0f} in fp32; copies of {self.copy_bytes_per_second / 1e9:,.1f} GB/s."
+            f"Measured {where} in {format_seconds(self.seconds)}: matmul {bf16} in bf16, {fp32} in fp32; "
+            f"copy {format_bytes(self.copy_bytes_per_second)}/s."
         )
 
 
@@ -142,12 +143,12 @@ def choose_dtype(requested: str, calibration: Calibration | None = None) -> Dtyp
             f"dtype is {requested!r}; allowed: {', '.join(CHOICES)}.", what=requested, field="dtype", allowed=CHOICES
         )
     if requested != "auto":
-        return DtypeChoice(requested, f"{requested}, as asked for.")
+        return DtypeChoice(requested, f"{requested}, as requested.")
     measured = calibration or calibrate()
-    times = f"bf16 products run at {measured.factor:.1f} times the speed of fp32 here"
+    times = f"bf16 matmuls are {measured.factor:.1f}x as fast as fp32"
     if measured.dtype == "bfloat16":
-        return DtypeChoice("bfloat16", f"bfloat16: {times} (at least {NEEDED_FACTOR} times is asked for).")
-    return DtypeChoice("float32", f"float32: {times}, less than the {NEEDED_FACTOR} times that bf16 must bring.")
+        return DtypeChoice("bfloat16", f"bfloat16: {times} (needed: {NEEDED_FACTOR}x).")
+    return DtypeChoice("float32", f"float32: {times} (needed for bfloat16: {NEEDED_FACTOR}x).")
 
 
 def _product_rate(device: str | torch.device, dtype: torch.dtype) -> float:

@@ -22,6 +22,7 @@ from lorakit.hub.quantizing import loading_options, refuse_twice, require_quanti
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.hub.sources import ModelSource, require, resolve
 from lorakit.plan.quantized import Quantization
+from lorakit.tables import format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -185,7 +186,7 @@ def save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise DiskError(
-            f"{folder.parent}: {needed_bytes / 1e6:,.0f} MB are needed and {free_bytes / 1e6:,.0f} MB are free.",
+            f"{folder.parent}: {format_bytes(needed_bytes)} are needed and {format_bytes(free_bytes)} are free.",
             where=folder.parent,
         )
     with quiet_transformers():

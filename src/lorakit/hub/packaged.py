@@ -28,6 +28,7 @@ from lorakit.durable import publish_directory, read_json, sha256_file, sweep, wr
 from lorakit.errors import AdapterFileError, DiskError, MissingExtra, ModelError, nearest
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.machine import cache_directory
+from lorakit.tables import format_bytes
 
 
 def renaming(source: str, target: str) -> Any:
@@ -306,7 +307,7 @@ def _make(models: Path, model: Packaged) -> None:
         ) from cause
     if free_bytes < model.needed_bytes:
         raise DiskError(
-            f"{models}: {model.needed_bytes / 1e6:,.0f} MB are needed and {free_bytes / 1e6:,.0f} MB are free; "
+            f"{models}: {format_bytes(model.needed_bytes)} are needed and {format_bytes(free_bytes)} are free; "
             "make room, or set LORAKIT_CACHE to a folder on another disk.",
             where=models,
         )

@@ -14,6 +14,7 @@ from lorakit.errors import ConfigError, MissingExtra, ModelError
 from lorakit.hub.shapes import shape_of_module
 from lorakit.hub.sources import ModelSource
 from lorakit.plan.quantized import BLOCK, Quantization, quantised_sites
+from lorakit.tables import format_percent
 
 if TYPE_CHECKING:
     import torch
@@ -109,8 +110,8 @@ def settle(model: nn.Module, wanted: Quantization | None, source: ModelSource) -
     if wrong is not None:
         raise ModelError(
             f"{source.given}: on this device the quantiser's package multiplies out {wrong[0]} wrongly, by up to "
-            f"{wrong[1]:.0%} of its largest number (bitsandbytes does so on a CPU for widths that are a multiple of 16 "
-            "and not of 64). Take another quantization, or another device.",
+            f"{format_percent(wrong[1], 0)} of its largest number (bitsandbytes does so on a CPU for widths that are a "
+            "multiple of 16 and not of 64). Take another quantization, or another device.",
             where=source.given,
         )
 

@@ -14,7 +14,7 @@ from lorakit.plan.job import Job, Speed
 from lorakit.plan.memory import Line, Memory
 from lorakit.plan.params import Count, SiteCount, count
 from lorakit.plan.ranks import RankTable, rank_table
-from lorakit.plan.text import render, summary
+from lorakit.plan.text import details, render, summary
 
 __all__ = [
     "Count",
@@ -34,6 +34,7 @@ __all__ = [
     "bytes_of",
     "catalogue",
     "count",
+    "details",
     "estimate",
     "rank_table",
     "render",

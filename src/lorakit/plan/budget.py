@@ -13,7 +13,7 @@ from typing import Any
 from lorakit.errors import ConfigError
 from lorakit.plan.estimating import Plan, estimate
 from lorakit.plan.job import RECOMPUTED
-from lorakit.plan.text import bytes_text
+from lorakit.tables import format_bytes
 
 UNITS = {"B": 1, **{f"{letter}B": 1000**n for n, letter in enumerate(("k", "M", "G", "T"), 1)}}
 """Decimal units; those with an i, such as GiB, are powers of 1024."""
@@ -77,8 +77,8 @@ def within(plan: Plan, budget_bytes: int) -> Fitting:
         tried.append((way, peak))
     way, least = min(tried, key=lambda pair: pair[1])
     raise ConfigError(
-        f"No way of computing fits a memory budget of {bytes_text(budget_bytes)}: the least is {bytes_text(least)}, "
-        f"with --recompute {way}. {_what_would(plan, budget_bytes)}"
+        f"No way of computing fits a memory budget of {format_bytes(budget_bytes)}: the least is "
+        f"{format_bytes(least)}, with --recompute {way}. {_what_would(plan, budget_bytes)}"
     )
 
 
@@ -88,9 +88,10 @@ def _with(plan: Plan, **fields: Any) -> Plan:
 
 
 def _said(budget: int, way: str, peak: int, tried: list[tuple[str, int]]) -> str:
-    without = "".join(f"; --recompute {other} takes {bytes_text(size)}" for other, size in reversed(tried))
+    without = "".join(f"; --recompute {other} takes {format_bytes(size)}" for other, size in reversed(tried))
     return (
-        f"memory budget {bytes_text(budget)}: --recompute {way} is the cheapest that fits, {bytes_text(peak)}{without}"
+        f"memory budget {format_bytes(budget)}: --recompute {way} is the cheapest that fits, "
+        f"{format_bytes(peak)}{without}"
     )
 
 
@@ -102,11 +103,11 @@ def _what_would(plan: Plan, budget: int) -> str:
         peak = _with(plan, batch_rows=rows, recompute=most).lora.memory.peak_bytes
         if peak <= budget:
             return (
-                f"Batches of {rows} would fit with --recompute {most}, {bytes_text(peak)}; with more "
+                f"Batches of {rows} would fit with --recompute {most}, {format_bytes(peak)}; with more "
                 "--gradient-accumulation-steps the result is the same."
             )
     needs = _with(plan, batch_rows=1, recompute=most).lora.memory
     return (
-        f"Batches of 1 need {bytes_text(needs.peak_bytes)}, of which weights {bytes_text(needs.bytes_of('weights'))}: "
-        "take a smaller --max-length or model, or --quantization."
+        f"Batches of 1 need {format_bytes(needs.peak_bytes)}, of which weights "
+        f"{format_bytes(needs.bytes_of('weights'))}: take a smaller --max-length or model, or --quantization."
     )

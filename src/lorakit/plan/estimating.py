@@ -22,6 +22,7 @@ from lorakit.plan.memory import Memory
 from lorakit.plan.params import Count
 from lorakit.plan.ranks import RankTable, rank_table
 from lorakit.plan.stacking import stacked
+from lorakit.tables import format_percent
 
 
 @dataclass(frozen=True)
@@ -238,17 +239,17 @@ def _notes(shape: ModelShape, counted: Count, job: Job, speed: Speed | None, nee
         )
     if speed is None:
         notes.append(
-            "Hours need a speed: --tokens-per-second of an earlier run, or --calibrate to measure this machine."
+            "No time estimate; pass --tokens-per-second of an earlier run, or --calibrate to measure this machine."
         )
     elif speed.tokens_per_second is None and speed.threads is not None and _is_fast(shape, counted, job):
         notes.append(
-            f"Times take {timing.OF_BARE_PRODUCTS:.0%} of the speed of a bare matrix product, and time of its own for "
-            "what passes through norms, activations and softmax; the first steps of the run tell better."
+            f"Times assume {format_percent(timing.OF_BARE_PRODUCTS, 0)} of the measured matmul speed, plus the time of "
+            "norms, activations and softmax; the first steps of the run are more accurate."
         )
     elif speed.tokens_per_second is None:
         notes.append(
-            f"Times take {speed.utilisation:.0%} of the speed of a bare matrix product, which small models reach on a "
-            "CPU; the first steps of the run tell better."
+            f"Times assume {format_percent(speed.utilisation, 0)} of the measured matmul speed, which small models "
+            "reach on a CPU; the first steps of the run are more accurate."
         )
     return tuple(notes)
 

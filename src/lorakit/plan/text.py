@@ -1,129 +1,126 @@
-"""A plan as plain text: aligned tables and sentences, no colour.
+"""A plan as plain text: the answer first, then tables; nothing is wider than 80 columns.
 
 Knows nothing about terminals; the numbers are those of `Plan`, rounded for reading.
 """
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
-
 from lorakit.plan.estimating import Method, Plan
 from lorakit.plan.ranks import RankTable
+from lorakit.tables import (
+    columns,
+    format_bytes,
+    format_count,
+    format_percent,
+    format_quantity,
+    format_rate,
+    format_seconds,
+    wrap,
+)
 
-WIDTH = 100
-"""Columns at which sentences are broken."""
+WIDTH = 80
+"""Columns at which lines are wrapped."""
 
 
-def render(plan: Plan) -> str:
-    """The whole plan as text.
+def render(plan: Plan, *, verbose: bool = False, notes: tuple[str, ...] = ()) -> str:
+    """Return a plan as text: parameters, memory, sizes and time, then the sites, then memory by cause.
 
     Args:
         plan: The plan.
+        verbose: Add the reasons of the counts, formulas, FLOPs and notes.
+        notes: Further lines for the summary, such as what a memory budget decided.
 
     Returns:
         Lines joined by newlines, without one at the end.
     """
-    parts = [_head(plan), _sites(plan), _why(plan), _memory(plan), _files(plan), _beside(plan)]
+    parts = [_head(plan), "\n".join(_wrapped(line) for line in (*_summary(plan), *notes))]
+    warned = [_wrapped(f"warning: {sentence}") for sentence in (*_warnings(plan), *plan.counted.missing)]
+    parts += ["\n".join(warned), _sites(plan)]
     if plan.ranks is not None:
         parts.append(_ranks(plan.ranks))
-    parts.append("\n".join(_wrapped(f"Note: {note}") for note in plan.notes))
+    parts.append(_methods(plan))
+    if verbose:
+        parts += [_why(plan), _memory(plan), _files(plan), _flops(plan)]
+        parts.append("\n".join(_wrapped(f"note: {note}") for note in plan.notes))
     return "\n\n".join(part for part in parts if part)
 
 
 def summary(plan: Plan) -> list[str]:
-    """The plan in a few lines, for the start of a run.
+    """Return a plan in a few lines, for the start of a run.
 
     Args:
         plan: The plan.
 
     Returns:
-        Sentences: trainable numbers, memory, sizes, and times where a speed is known.
+        Lines: trainable parameters, memory, and time if a speed is known.
     """
+    needs = plan.lora.memory
     lines = [
-        _trainable(plan),
-        f"planned memory: {bytes_text(plan.lora.memory.peak_bytes)} at the peak, of which weights "
-        f"{bytes_text(plan.lora.memory.bytes_of('weights'))}; full fine-tuning would need "
-        f"{bytes_text(plan.full.memory.peak_bytes)}",
-        f"adapter on disk: {bytes_text(plan.lora.saved_bytes)}; the full model: {bytes_text(plan.full.saved_bytes)}",
+        f"trainable: {_trainable(plan)}",
+        f"estimated peak memory: {format_bytes(needs.peak_bytes)} (weights {format_bytes(needs.bytes_of('weights'))})",
     ]
     if plan.lora.tokens_per_second is not None:
-        lines.append(f"planned speed: {_times(plan, plan.lora)}")
+        lines.append(f"estimated time: {_times(plan, plan.lora)}")
     return lines
 
 
-def bytes_text(count: float) -> str:
-    """A number of bytes in decimal units, such as "3.2 MB" or "498 MB".
+def details(plan: Plan) -> list[str]:
+    """Return what `summary` leaves out and a run prints with `--verbose`.
 
     Args:
-        count: Bytes.
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 999.5:
-            return (
-                f"{count:.0f} {unit}"
-                if unit == "B" or abs(count) >= 99.95
-                else f"{count:.{1 + (unit == 'GB')}f} {unit}"
-            )
-        count /= 1000
-    return f"{count:,.2f} TB"
-
-
-def seconds_text(seconds: float) -> str:
-    """A length of time: "0.4 s", "42 s", "3 min 20 s", "2.5 hours", "12 days".
-
-    Args:
-        seconds: The length.
-    """
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} hours" if seconds < 96 * 3600 else f"{seconds / 86400:.1f} days"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: Sequence[int] = (0,)) -> str:
-    """Cells in aligned columns under a header.
-
-    Args:
-        header: A title per column.
-        rows: As many cells each.
-        text_columns: Columns that are aligned to the left; the others hold numbers.
+        plan: The plan.
 
     Returns:
-        The lines, joined by newlines.
+        Lines: full fine-tuning's memory, sizes on disk.
     """
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = []
-    for row in (header, ["-" * width for width in widths], *rows):
-        cells = (
-            cell.ljust(width) if column in text_columns else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return [
+        f"full fine-tuning: estimated peak memory {format_bytes(plan.full.memory.peak_bytes)}",
+        f"adapter on disk: {format_bytes(plan.lora.saved_bytes)} (full model {format_bytes(plan.full.saved_bytes)})",
+    ]
 
 
 def _trainable(plan: Plan) -> str:
     counted = plan.counted
-    return f"trainable: {counted.trainable:,} of {counted.base:,} ({100 * counted.share:.2f} %) of the base"
+    return f"{counted.trainable:,} of {counted.base:,} ({format_percent(counted.share)})"
 
 
 def _head(plan: Plan) -> str:
     shape, job = plan.shape, plan.job
-    again = {"none": "", "layers": ", gradient checkpointing"}.get(job.recompute, f", {job.recompute} computed again")
-    forwards = "accelerated" if job.accelerated else "not accelerated"
-    steps = "" if job.steps is None else f" · {job.steps:,} steps, {job.steps * job.step_tokens:,} tokens"
+    recomputed = {"none": "", "layers": ", gradient checkpointing"}.get(job.recompute, f", {job.recompute} recomputed")
+    accelerated = "accelerated" if job.accelerated else "not accelerated"
+    batches = "" if job.accumulation == 1 else f", {job.accumulation} batches per step"
     return "\n".join(
         [
-            f"{shape.name}: {shape.architecture}, {shape.layers} layers, width {shape.hidden:,}, "
-            f"vocabulary {shape.vocab:,}{', tied head' if shape.tied else ''}",
-            _wrapped(f"shape from: {shape.source}"),
-            f"job: {job.batch_rows} × {job.length_tokens:,} tokens a batch, {job.accumulation} a step, "
-            f"{job.dtype}{again}, {forwards}{steps}",
-            _trainable(plan),
+            _wrapped(
+                f"{shape.name} ({shape.architecture}, {format_count(shape.layers, 'layer')}, width {shape.hidden:,}, "
+                f"vocabulary {shape.vocab:,}{', tied head' if shape.tied else ''})"
+            ),
+            _wrapped(
+                f"{job.batch_rows} × {job.length_tokens:,} tokens per batch{batches}, {job.dtype}{recomputed}, "
+                f"{accelerated}"
+            ),
         ]
     )
+
+
+def _summary(plan: Plan) -> list[str]:
+    lora, full = plan.lora, plan.full
+    time = "no estimate; pass --calibrate or --tokens-per-second" if lora.step_seconds is None else _times(plan, lora)
+    return [
+        f"trainable    {_trainable(plan)}",
+        f"peak memory  {format_bytes(lora.memory.peak_bytes)} "
+        f"(full fine-tuning {format_bytes(full.memory.peak_bytes)})",
+        f"adapter      {format_bytes(lora.saved_bytes)} (full model {format_bytes(full.saved_bytes)})",
+        f"checkpoint   {format_bytes(lora.resumable_bytes)} (full fine-tuning {format_bytes(full.resumable_bytes)})",
+        f"time         {time}",
+    ]
+
+
+def _warnings(plan: Plan) -> list[str]:
+    shape, job = plan.shape, plan.job
+    if 0 < shape.positions < job.length_tokens:
+        return [f"{shape.name} supports at most {shape.positions:,} tokens; the job has {job.length_tokens:,}."]
+    return []
 
 
 def _sites(plan: Plan) -> str:
@@ -134,59 +131,63 @@ def _sites(plan: Plan) -> str:
         for g in groups
     ]  # fmt: skip
     for path, numbers in plan.counted.saved.items():
-        rows.append([path, "copied whole", "", "1", "", "", f"{numbers:,}", f"{numbers:,}"])
+        rows.append([path, "saved module", "", "1", "", "", f"{numbers:,}", f"{numbers:,}"])
     for path, numbers in plan.counted.rows.items():
-        rows.append([path, "some rows", "", "1", "", "", f"{numbers:,}", f"{numbers:,}"])
+        rows.append([path, "token rows", "", "1", "", "", f"{numbers:,}", f"{numbers:,}"])
     if plan.counted.biases:
         rows.append(["biases of the base", "", "", "", "", "", "", f"{plan.counted.biases:,}"])
     rows.append(["total", "", "", f"{len(plan.counted.sites):,}", "", "", "", f"{plan.counted.trainable:,}"])
-    return table(["site", "kind", "out × in", "sites", "r", "scale", "each", "trainable"], rows, text_columns=(0, 1))
+    return columns(["site", "kind", "out × in", "sites", "r", "scale", "each", "trainable"], rows, left=(0, 1))
+
+
+def _methods(plan: Plan) -> str:
+    lora, full = plan.lora.memory, plan.full.memory
+    of_full = {line.cause: line.at_peak_bytes for line in full.lines}
+    rows = [
+        *(
+            [line.cause, format_bytes(line.at_peak_bytes), format_bytes(of_full.get(line.cause, 0))]
+            for line in lora.lines
+        ),
+        ["peak", format_bytes(lora.peak_bytes), format_bytes(full.peak_bytes)],
+    ]
+    return columns(["memory at the peak", "LoRA", "full fine-tuning"], rows)
 
 
 def _why(plan: Plan) -> str:
-    return "why:\n" + "\n".join(_wrapped(sentence, "  ") for sentence in plan.reasons)
+    lines = [f"shape from: {plan.shape.source}", *plan.reasons]
+    return "counts:\n" + "\n".join(_wrapped(sentence, "  ") for sentence in lines)
 
 
 def _memory(plan: Plan) -> str:
     needs = plan.lora.memory
-    rows = [
-        [line.cause, bytes_text(line.size_bytes), bytes_text(line.at_peak_bytes), line.formula] for line in needs.lines
-    ]
-    rows.append(["peak", "", bytes_text(needs.peak_bytes), f"when {needs.peak_moment}"])
-    return table(["memory", "largest", "at the peak", "bytes ="], rows, text_columns=(0, 3))
+    rows = [[line.cause, format_bytes(line.size_bytes), line.formula] for line in needs.lines]
+    rows.append(["peak", format_bytes(needs.peak_bytes), f"when {needs.peak_moment}"])
+    return columns(["memory", "largest", "bytes ="], rows, left=(0, 2), width=WIDTH)
 
 
 def _files(plan: Plan) -> str:
-    rows = [[file.what, bytes_text(file.size_bytes), file.formula] for file in plan.files]
-    return table(["on disk", "size", "bytes ="], rows, text_columns=(0, 2))
+    rows = [[file.what, format_bytes(file.size_bytes), file.formula] for file in plan.files]
+    return columns(["on disk", "size", "bytes ="], rows, left=(0, 2), width=WIDTH)
 
 
-def _beside(plan: Plan) -> str:
+def _flops(plan: Plan) -> str:
     lora, full = plan.lora, plan.full
     rows = [
-        ["trainable numbers", f"{lora.trainable:,}", f"{full.trainable:,}"],
-        ["memory at the peak", bytes_text(lora.memory.peak_bytes), bytes_text(full.memory.peak_bytes)],
-        *(
-            [f"  {cause}", bytes_text(lora.memory.bytes_of(cause)), bytes_text(full.memory.bytes_of(cause))]
-            for cause in ("weights", "gradients", "optimizer", "activations")
-        ),
-        ["FLOPs per token, forward", _flops(lora.flops.forward), _flops(full.flops.forward)],
-        ["FLOPs per token, backward", _flops(lora.flops.backward), _flops(full.flops.backward)],
+        ["forward", _flop(lora.flops.forward), _flop(full.flops.forward)],
+        ["backward", _flop(lora.flops.backward), _flop(full.flops.backward)],
     ]
     if lora.flops.recomputed:
-        rows.append(["FLOPs per token, recomputed", _flops(lora.flops.recomputed), _flops(full.flops.recomputed)])
-    rows += [
-        ["FLOPs per token", _flops(lora.flops.total), _flops(full.flops.total)],
-        ["saved result", bytes_text(lora.saved_bytes), bytes_text(full.saved_bytes)],
-        ["resumable checkpoint", bytes_text(lora.resumable_bytes), bytes_text(full.resumable_bytes)],
-    ]
+        rows.append(["recomputed", _flop(lora.flops.recomputed), _flop(full.flops.recomputed)])
+    rows.append(["total", _flop(lora.flops.total), _flop(full.flops.total)])
     if lora.tokens_per_second is not None and full.tokens_per_second is not None:
-        rows.append(["tokens per second", f"{lora.tokens_per_second:,.0f}", f"{full.tokens_per_second:,.0f}"])
-        rows.append(["seconds a step", _optional(lora.step_seconds), _optional(full.step_seconds)])
-    if lora.run_seconds is not None:
-        rows.append([f"{plan.job.steps:,} steps", _optional(lora.run_seconds), _optional(full.run_seconds)])
-    told = "" if plan.speed is None else f"\nspeed: {plan.speed.source}"
-    return table(["", "LoRA", "full fine-tuning"], rows) + told
+        rates = (format_rate(method.tokens_per_second or 0, "tokens/s") for method in (lora, full))
+        rows.append(["speed", *rates])
+        rows.append(["one step", *(format_seconds(method.step_seconds or 0) for method in (lora, full))])
+    if lora.run_seconds is not None and full.run_seconds is not None:
+        times = (format_seconds(method.run_seconds or 0) for method in (lora, full))
+        rows.append([format_count(plan.job.steps or 0, "step"), *times])
+    source = "" if plan.speed is None else f"\nspeed: {plan.speed.source}"
+    return columns(["per token", "LoRA", "full fine-tuning"], rows) + source
 
 
 def _ranks(ranks: RankTable) -> str:
@@ -195,33 +196,22 @@ def _ranks(ranks: RankTable) -> str:
          *(f"{each:,}" for each in row.each)]
         for row in ranks.rows
     ]  # fmt: skip
-    rows.append(
-        ["total of all sites", "", f"{sum(row.sites for row in ranks.rows):,}", *map("{:,}".format, ranks.totals)]
-    )
-    rows.append(["share of the base", "", "", *(f"{100 * share:.2f} %" for share in ranks.shares)])
-    return table(["one site, by rank", "out × in", "sites", *(f"r={rank}" for rank in ranks.ranks)], rows)
+    rows.append(["all sites", "", f"{sum(row.sites for row in ranks.rows):,}", *map("{:,}".format, ranks.totals)])
+    rows.append(["of the base", "", "", *(format_percent(share) for share in ranks.shares)])
+    return columns(["one site, by rank", "out × in", "sites", *(f"r={rank}" for rank in ranks.ranks)], rows)
 
 
 def _times(plan: Plan, method: Method) -> str:
-    text = f"{method.tokens_per_second:,.0f} tokens/s, {_optional(method.step_seconds)} a step"
-    if method.run_seconds is not None:
-        text += f", {_optional(method.run_seconds)} for {plan.job.steps:,} steps"
-    return text
+    step = f"{format_seconds(method.step_seconds or 0)} per step"
+    speed = format_rate(method.tokens_per_second or 0, "tokens/s")
+    if method.run_seconds is None:
+        return f"{step} ({speed})"
+    return f"{format_seconds(method.run_seconds)} for {format_count(plan.job.steps or 0, 'step')} ({speed}, {step})"
 
 
-def _optional(seconds: float | None) -> str:
-    return "" if seconds is None else seconds_text(seconds)
-
-
-def _flops(number: float) -> str:
-    for power, unit in ((12, "T"), (9, "G"), (6, "M")):
-        if number >= 10**power:
-            return f"{number / 10**power:,.2f} {unit}"
-    return f"{number:,.0f}"
+def _flop(number: float) -> str:
+    return format_quantity(number, "FLOP")
 
 
 def _wrapped(sentence: str, indent: str = "") -> str:
-    return textwrap.fill(
-        sentence, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_long_words=False,
-        break_on_hyphens=False,
-    )  # fmt: skip
+    return wrap(indent + sentence, WIDTH)

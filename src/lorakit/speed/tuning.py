@@ -46,6 +46,7 @@ from lorakit.ops.choices import (
 from lorakit.ops.kernels import compiled
 from lorakit.speed.linear import frozen_linear
 from lorakit.speed.output_head import output_head
+from lorakit.tables import format_count, format_seconds
 
 FILE = "choices.json"
 FORMAT = 1
@@ -176,14 +177,15 @@ class Chosen:
     left: int = 0
 
     def __str__(self) -> str:
-        later = f"which way is faster for {self.left} shapes of products and attention is left to a later run."
+        later = f"{format_count(self.left, 'shape')} left to a later run."
         if not self.measured:
-            return f"The machine is busy: {later}" if self.left else ""
-        kept = f"not kept, so the next run measures again ({self.unkept})" if self.unkept else "once on this machine"
+            return f"Autotuning: the machine is busy; {later}" if self.left else ""
+        unkept = f" Not saved ({self.unkept}), so the next run measures again." if self.unkept else ""
         return (
-            f"Measured products and attention of {self.measured} shapes in {self.seconds:.1f} s, {kept}: "
-            f"{len(self.choices) or 'none'} of this run's shapes go another way than usual."
-            + (f" The time was up: {later}" if self.left else "")
+            f"Autotuning: {format_count(self.measured, 'shape')} in {format_seconds(self.seconds)}, "
+            f"{format_count(len(self.choices), 'non-default kernel')}."
+            + unkept
+            + (f" Out of time; {later}" if self.left else "")
         )
 
 

@@ -147,14 +147,19 @@ class EvalSettings:
     quantization: Quantization | None = None
 
 
-def compare(settings: EvalSettings, say: Callable[[str], None] = lambda _: None) -> list[Compared]:
-    """Loss of a base, and of each adapter on it, over the same tokens.
+def compare(
+    settings: EvalSettings,
+    say: Callable[[str], None] = lambda _: None,
+    detail: Callable[[str], None] = lambda _: None,
+) -> list[Compared]:
+    """Measure the loss of a base, and of each adapter on it, over the same tokens.
 
     An adapter with a tokenizer of its own, such as one with new tokens, reads the same data with that.
 
     Args:
         settings: What to evaluate on what.
-        say: Told what the data is, in which precision, and which adapter reads it otherwise.
+        say: Called with what was cut or left out of the data, and which adapter uses a tokenizer of its own.
+        detail: Called with the counts of the data, and the precision and its reason.
 
     Returns:
         The base first, then the adapters in the order given.
@@ -173,7 +178,9 @@ def compare(settings: EvalSettings, say: Callable[[str], None] = lambda _: None)
     length = row_length(hub.shape_of(source), settings.max_length)
     tokenizer = hub.load_tokenizer(source)
     encoded = encode(records, tokenizer, length)
-    for line in encoded.report.lines():
+    total, *losses = encoded.report.lines()
+    detail(f"data: {total}")
+    for line in losses:
         say(line)
     batches = evaluation_batches(encoded, settings.batch_rows, padding_id(tokenizer))
     given = []
@@ -184,7 +191,7 @@ def compare(settings: EvalSettings, say: Callable[[str], None] = lambda _: None)
             encoded = encode(records, own, length)
         given.append(batches if own is None else evaluation_batches(encoded, settings.batch_rows, padding_id(own)))
     choice = hub.choose_dtype(settings.dtype, hub.calibrate(where) if settings.dtype == "auto" else None)
-    say(choice.reason)
+    detail(f"precision: {choice.reason}")
     loaded = hub.load_model(source, choice.dtype, where, quantization=settings.quantization)
     first = _measured(loaded, "base", batches, where)
     found = {}

@@ -1,27 +1,28 @@
-"""What a person sees while a run goes on: a live line on a terminal, plain lines elsewhere.
+"""Progress of a run: a live bar on a terminal, plain lines elsewhere.
 
-The one place in training that knows rich. Knows the rows of metrics, nothing of the loop.
+The only module of training that imports rich. Knows the rows of metrics and nothing about the loop.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 from lorakit.errors import printable
+from lorakit.tables import fit, format_bytes, format_percent, format_rate, format_seconds, in_c_locale
 
 PLAIN_SECONDS = 10.0
-"""Plain lines come at most so often, but for the first, the last and evaluations."""
-
+"""Least time between two plain lines; the first and last step and evaluations are always printed."""
 
 LIVE_BYTES = 1_000_000
-"""Data of fewer bytes gets no bar of its own."""
+"""Data of fewer bytes gets no bar."""
 
 
 class Progress(Protocol):
-    """Where a run reports to."""
+    """Receiver of what a run reports."""
 
     def __enter__(self) -> Progress: ...
 
@@ -30,29 +31,37 @@ class Progress(Protocol):
     ) -> None: ...
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Data is being tokenized: bytes done and bytes in all; called often."""
+        """Report tokenized bytes and all bytes of the data; called often."""
 
     def begin(self, step: int, total_steps: int) -> None:
-        """The loop starts at a step."""
+        """Report that the loop starts at a step."""
 
     def train_row(self, row: dict[str, Any]) -> None:
-        """A step is done."""
+        """Report a step."""
 
     def eval_row(self, row: dict[str, Any]) -> None:
-        """An evaluation is done."""
+        """Report an evaluation."""
 
     def busy(self, what: str) -> None:
-        """Something that takes a while begins, such as an evaluation."""
+        """Report that something slow begins, such as an evaluation."""
 
     def say(self, text: str) -> None:
-        """A line for the person."""
+        """Print a line."""
+
+    def detail(self, text: str) -> None:
+        """Print a line if details were requested."""
 
 
 class PlainProgress:
-    """Lines of text, for pipes, files and notebooks."""
+    """Lines of text, for pipes, files and notebooks.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream
+    Args:
+        stream: Where to write; None is stdout.
+        verbose: Print details.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, verbose: bool = False) -> None:
+        self._stream, self._verbose = stream, verbose
         self._total = self._first = self._last_step = 0
         self._shown = self._started = float("-inf")
         self._read: float | None = None
@@ -66,16 +75,18 @@ class PlainProgress:
         return None
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Print how far it is, if the last line is old enough."""
+        """Print the fraction done, if the last line is old enough."""
         now = time.monotonic()
         if self._read is None or done == total:
             self._read = None if done == total else now
         elif now - self._read >= PLAIN_SECONDS:
             self._read = now
-            self.say(f"tokenizing {what}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({done / total:.0%})")
+            self.say(
+                f"tokenizing {what}: {format_bytes(done)} of {format_bytes(total)} ({format_percent(done / total, 0)})"
+            )
 
     def begin(self, step: int, total_steps: int) -> None:
-        """Remember where the loop starts, for the time left."""
+        """Store where the loop starts, for the time left."""
         self._first, self._total, self._started = step, total_steps, time.monotonic()
 
     def train_row(self, row: dict[str, Any]) -> None:
@@ -85,32 +96,44 @@ class PlainProgress:
             return
         self._shown = now
         left = (now - self._started) / (row["step"] - self._first) * (self._total - row["step"])
-        self.say(f"step {row['step']}/{self._total}  {_facts(row)}  {_clock(left)} left")
+        self.say(f"step {row['step']}/{self._total}  {_facts(row)}  {format_seconds(max(0, round(left)))} left")
 
     def eval_row(self, row: dict[str, Any]) -> None:
         """Print the evaluation."""
         self.say(_evaluation(row))
 
     def busy(self, what: str) -> None:
-        """Nothing: the result will be a line."""
+        """Do nothing: the result is printed as a line."""
 
     def say(self, text: str) -> None:
-        """Print the line at once, also into a pipe."""
-        print(printable(text), file=self._stream or sys.stdout, flush=True)
+        """Print a line and flush, also into a pipe."""
+        stream = self._stream or sys.stdout
+        print(fit(printable(text), stream), file=stream, flush=True)
+
+    def detail(self, text: str) -> None:
+        """Print a line if details were requested."""
+        if self._verbose:
+            self.say(text)
 
 
 class LiveProgress:
-    """A bar with loss, tokens a second, memory and time left, at the foot of a terminal."""
+    """A bar with loss, tokens per second, memory and time left, in the last line of a terminal.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    Args:
+        stream: The terminal; None is stdout.
+        verbose: Print details above the bar.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, verbose: bool = False) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        self._console = Console(file=stream or sys.stdout, highlight=False)
-        self._bar = Bar(
+        self._stream, self._verbose = stream or sys.stdout, verbose
+        self._console = Console(file=self._stream, highlight=False)
+        self._bar = Bar(  # at most 80 columns
             TextColumn("{task.description:<10}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=8),
             MofNCompleteColumn(),
             TextColumn("{task.fields[facts]}"),
             TimeRemainingColumn(compact=True),
@@ -133,7 +156,7 @@ class LiveProgress:
             self._bar.stop()
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Show a bar of bytes while there is more to read; small data is read before it could be seen."""
+        """Show a bar of bytes while data is read; small data gets none."""
         if self._reading is None and LIVE_BYTES <= total != done:
             self._reading = self._reading_bar(what, total)
         if self._reading is not None:
@@ -169,24 +192,29 @@ class LiveProgress:
 
     def train_row(self, row: dict[str, Any]) -> None:
         """Move the bar."""
-        self._bar.update(self._task, description="training", completed=row["step"], facts=_facts(row))
+        self._bar.update(self._task, description="training", completed=row["step"], facts=_facts(row, "tok/s"))
 
     def eval_row(self, row: dict[str, Any]) -> None:
-        """Leave a line above the bar."""
+        """Print a line above the bar."""
         self.say(_evaluation(row))
 
     def busy(self, what: str) -> None:
-        """Say before the bar what is going on."""
+        """Describe in front of the bar what is being done."""
         if self._task is not None:
             self._bar.update(self._task, description=what)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print(printable(text), markup=False, soft_wrap=True)
+        self._console.print(fit(printable(text), self._stream), markup=False, soft_wrap=True)
+
+    def detail(self, text: str) -> None:
+        """Print a line above the bar if details were requested."""
+        if self._verbose:
+            self.say(text)
 
 
 class Silence:
-    """Reports nothing; the default for programs."""
+    """Progress that prints nothing; the default for programs."""
 
     def __enter__(self) -> Silence:
         return self
@@ -197,32 +225,41 @@ class Silence:
         return None
 
     def reading(self, what: str, done: int, total: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def begin(self, step: int, total_steps: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def train_row(self, row: dict[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def eval_row(self, row: dict[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def busy(self, what: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def say(self, text: str) -> None:
-        """Nothing."""
+        """Do nothing."""
+
+    def detail(self, text: str) -> None:
+        """Do nothing."""
 
 
-def progress_for(stream: TextIO) -> Progress:
-    """A live bar where the stream is a terminal, plain lines otherwise."""
-    return LiveProgress(stream) if stream.isatty() else PlainProgress(stream)
+def progress_for(stream: TextIO, *, verbose: bool = False) -> Progress:
+    """Return a live bar for a terminal that can show one, else plain lines.
+
+    Args:
+        stream: Where to write.
+        verbose: Print details.
+    """
+    live = stream.isatty() and os.environ.get("TERM") != "dumb" and not in_c_locale()
+    return LiveProgress(stream, verbose=verbose) if live else PlainProgress(stream, verbose=verbose)
 
 
-def _facts(row: dict[str, Any]) -> str:
-    memory = row["peak_rss_bytes"] / 1e9
-    return f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s  peak {memory:.2f} GB"
+def _facts(row: dict[str, Any], tokens: str = "tokens/s") -> str:
+    speed, memory = format_rate(row["tokens_per_second"], tokens), format_bytes(row["peak_rss_bytes"])
+    return f"loss {row['loss']:.4f}  {speed}  peak {memory}"
 
 
 def _evaluation(row: dict[str, Any]) -> str:
@@ -230,9 +267,3 @@ def _evaluation(row: dict[str, Any]) -> str:
         f"evaluation at step {row['step']}: loss {row['eval_loss']:.4f}, perplexity {row['eval_perplexity']:.2f} "
         f"over {row['eval_tokens']:,} tokens"
     )
-
-
-def _clock(seconds: float) -> str:
-    whole = max(0, round(seconds))
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

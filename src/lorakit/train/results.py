@@ -1,4 +1,4 @@
-"""How a run ends: the adapter of its best step is published, the plot drawn, the record closed."""
+"""End of a run: publishes the adapter of its best step, draws the plot, completes the record."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from lorakit import hub
 from lorakit.errors import DiskError, RunError
-from lorakit.plan.text import bytes_text
+from lorakit.tables import format_bytes, format_percent, format_rate, format_seconds
 from lorakit.train import adapter_only, checkpoint
 from lorakit.train.publishing import model_card, plot_loss, publish_adapter, write_tokenizer
 from lorakit.train.run_folder import ADAPTER_FOLDER, versions, write_record
@@ -25,7 +25,7 @@ _WEIGHTS = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         folder: The run folder.
@@ -69,33 +69,42 @@ class RunResult:
     notes: tuple[str, ...]
     checkpoint_step: int | None = None
 
-    def lines(self) -> list[str]:
-        """The result as sentences for a person."""
+    def lines(self, verbose: bool = False) -> list[str]:
+        """Return the result as lines of text, the most important first.
+
+        Args:
+            verbose: Add sizes, the planned speed and the plot.
+        """
         if self.ending == "interrupted":
             return self._interrupted()
-        told = "Stopped early" if self.ending == "stopped early" else "Finished"
-        planned = (self.plan.get("lora") or {}).get("tokens_per_second")
-        beside = f" (planned {planned:,.0f})" if planned else ""
-        share = self.trainable_parameters / self.total_parameters
-        return [
-            f"{told} at step {self.steps} of {self.total_steps} in {self.seconds:,.0f} s, "
-            f"{self.tokens_per_second:,.0f} tokens/s{beside}, peak memory {bytes_text(self.peak_rss_bytes)}.",
-            f"Held out: {_result_sentence(self.first_loss, self.best_loss)}.",
-            f"Adapter of step {self.adapter_step}: {self.adapter} ({bytes_text(self.adapter_bytes)} beside "
-            f"{bytes_text(self.base_bytes)} of the base; {self.trainable_parameters:,} trained of "
-            f"{self.total_parameters:,}, {share:.2%}).",
-            *self.notes,
+        speed, planned = format_rate(self.tokens_per_second, "tokens/s"), ""
+        rate = (self.plan.get("lora") or {}).get("tokens_per_second")
+        if verbose and rate:
+            planned = f" (estimated {format_rate(rate, 'tokens/s')})"
+        lines = [
+            _result_sentence(self.first_loss, self.best_loss),
+            f"Adapter: {self.adapter} (step {self.adapter_step}, {format_bytes(self.adapter_bytes)})",
+            f"{'Stopped early' if self.ending == 'stopped early' else 'Finished'} at step {self.steps} of "
+            f"{self.total_steps} in {format_seconds(self.seconds)}, {speed}{planned}, peak memory "
+            f"{format_bytes(self.peak_rss_bytes)}.",
         ]
+        if verbose:
+            share = format_percent(self.trainable_parameters / self.total_parameters)
+            lines.append(
+                f"Trained {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share}); the base "
+                f"has {format_bytes(self.base_bytes)}."
+            )
+        return [*lines, *self.notes]
 
     def _interrupted(self) -> list[str]:
         again = f"lorakit train --output-dir {self.folder} --resume"
         where = f"Interrupted at step {self.steps} of {self.total_steps}"
         if self.checkpoint_step == self.steps:
-            return [f"{where}; a checkpoint is kept. Go on with: {again}"]
-        whence = "the beginning" if self.checkpoint_step is None else f"step {self.checkpoint_step}"
+            return [f"{where}; a checkpoint was saved. Resume with: {again}"]
+        start = "the beginning" if self.checkpoint_step is None else f"step {self.checkpoint_step}"
         return [
             f"{where}; its checkpoint could not be saved. {adapter_only.account(self.folder)}",
-            f"From {whence} it goes on with: {again}",
+            f"Resume from {start} with: {again}",
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -131,7 +140,7 @@ def finish(ready: Ready, ending: str, seconds: float) -> RunResult:
             shutil.rmtree(source, ignore_errors=True)
         notes.append(plot_loss(request.folder, f"{request.source.base_name}: loss over the steps"))
         if state.best_loss is not None and state.first_loss is not None and state.best_loss >= state.first_loss:
-            notes.append("The adapter is no better than the base on the held-out data: do not use it as it is.")
+            notes.append("The adapter is not better than the base on the evaluation data; do not use it.")
     result = RunResult(
         folder=request.folder,
         ending=ending,
@@ -239,7 +248,7 @@ def _chosen(ready: Ready, notes: list[str]) -> tuple[int, Path]:
         if not found:
             raise
         step, path = max(found)
-        notes.append(f"{cause} {ADAPTER_FOLDER} is of {path.name} instead.")
+        notes.append(f"{cause} {ADAPTER_FOLDER} was taken from {path.name} instead.")
         return step, path
     return wanted, whole
 
@@ -253,7 +262,7 @@ def _publish(ready: Ready, step: int, source: Path, notes: list[str]) -> Path:
         if request.forecast.new_tokens is not None:  # the base's own tokenizer does not know them
             raise
         adapter = publish_adapter(source, request.folder, lambda folder: None, card)
-        notes.append(f"{cause} {adapter} was saved without its tokenizer, which is that of the base.")
+        notes.append(f"{cause} {adapter} was saved without its tokenizer, which equals the base's.")
         return adapter
 
 
@@ -287,6 +296,6 @@ def _card_facts(ready: Ready, step: int) -> Mapping[str, Any]:
 
 def _result_sentence(first: float | None, best: float | None) -> str:
     if best is None:
-        return "not measured, nothing was held out"
+        return "Evaluation: not measured (no evaluation data)"
     before = f"{math.exp(min(first, 700)):.2f} → " if first is not None else ""
-    return f"perplexity {before}{math.exp(min(best, 700)):.2f}"
+    return f"Evaluation perplexity: {before}{math.exp(min(best, 700)):.2f}"

@@ -44,24 +44,24 @@ from lorakit.train.settings import TrainSettings
 
 
 def row_length(shape: plan.ModelShape, wanted: int) -> int:
-    """The longest row that a model takes.
+    """Return the maximum sequence length.
 
     Args:
         shape: The model.
-        wanted: Tokens; the default gives way where the model takes fewer, anything else was asked for.
+        wanted: The setting; its default is reduced to the model's limit.
 
     Returns:
-        `wanted`, or the model's positions.
+        `wanted`, or the model's limit.
 
     Raises:
-        UsageError: More was asked for than the model takes.
+        UsageError: `wanted` is not the default and exceeds the model's limit.
     """
     if not 0 < shape.positions < wanted:
         return wanted
     if wanted != DEFAULTS["max_length"].value:
         raise UsageError(
-            f"max_length is {wanted:,}, but {shape.name} takes at most {shape.positions:,} tokens; "
-            f"give --max-length {shape.positions} or less.",
+            f"max_length is {wanted:,}, but {shape.name} supports at most {shape.positions:,} tokens; "
+            f"pass --max-length {shape.positions} or less.",
             what=wanted,
             field="max_length",
             allowed=(str(shape.positions),),

@@ -72,8 +72,7 @@ def refuse_second_run(folder: Path) -> NoReturn:
     """
     refuse_live(folder)
     raise UsageError(
-        f"{folder}: already holds a run. Give --resume to go on with it, --overwrite to replace it, "
-        "or another --output-dir.",
+        f"a run exists in {folder}; pass --resume to continue it, --overwrite to replace it, or another --output-dir.",
         where=folder,
         field="output_dir",
         allowed=("resume", "overwrite"),

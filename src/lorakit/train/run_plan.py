@@ -1,6 +1,6 @@
-"""The plan of a run, made from its settings, its data and the machine's measured speed, and put into words.
+"""The estimate of a run, from its settings, its data and the measured speed of the machine.
 
-The costs are `lorakit.plan`'s, the speed `lorakit.hub`'s; here they are only brought together.
+The costs are computed by `lorakit.plan`, the speed is measured by `lorakit.hub`.
 
 Which way the products and the attention of a run go, where there are several: chosen before its first step.
 
@@ -43,12 +43,13 @@ def planned_run(request: Request, pace: Pace, lengths: Sequence[int]) -> Planned
     """
     recorded = ((request.record or {}).get("resolved") or {}).get("dtype")
     wanted = recorded or request.settings.dtype
-    calibration, lines = None, []
+    calibration, details = None, []
     if wanted == "auto" or _flops(request, pace, lengths, wanted) > WORTH_MEASURING_FLOPS:
         calibration = hub.calibrate(request.device)
-        lines.append(calibration.line())
+        details.append(calibration.line())
     choice = hub.choose_dtype(wanted, calibration)
-    lines.append(f"Base in {choice.reason}" if recorded is None else f"Base in {recorded}, as when the run began.")
+    details.append(f"precision: {choice.reason if recorded is None else f'{recorded}, as at the start of the run.'}")
+    lines = [f"model: {request.source.base_name} in {choice.dtype}"]
     speed = None
     if calibration is not None:
         settings = request.settings
@@ -60,7 +61,9 @@ def planned_run(request: Request, pace: Pace, lengths: Sequence[int]) -> Planned
         fitting = plan.within(made, plan.bytes_of(request.settings.memory_budget))
         made = fitting.plan
         lines.append(fitting.said)
-    return Planned(choice.dtype, made.job.recompute, made.as_dict(), (*lines, *plan.summary(made)))
+    lines += plan.summary(made)
+    details += plan.details(made)
+    return Planned(choice.dtype, made.job.recompute, made.as_dict(), tuple(lines), tuple(details))
 
 
 def _estimate(request: Request, pace: Pace, lengths: Sequence[int], dtype: str, speed: plan.Speed | None) -> plan.Plan:
@@ -107,7 +110,7 @@ def choices_of_run(
     longest = max(lengths(loader.sequences))
     found = choose(trainee.model, most_tokens(loader, trainee.fast.packs), longest)
     if str(found):
-        progress.say(str(found))
+        progress.detail(str(found))
     return dict(found.choices)
 
 

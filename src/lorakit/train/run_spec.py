@@ -1,4 +1,4 @@
-"""What the base's shape alone decides: whether targets match and how long a row may be. No weight is loaded.
+"""Checks from the base's shape alone: whether targets match, and the maximum length. No weights are loaded.
 
 A run as asked for, after everything that can be refused before a weight is loaded.
 """
@@ -39,14 +39,14 @@ from lorakit.train.step import Trainee
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is known of a run before its data has been counted.
+    """What is known about a run before its data has been counted.
 
     Attributes:
         shape: The base's shape.
         config: The adapter's config.
-        max_length: Longest row in tokens: the setting, or what the model can take where the setting was left alone.
-        notes: Sentences a person should read.
-        new_tokens: What is added to the vocabulary, or None.
+        max_length: Maximum sequence length: the setting, or the model's limit if the setting was left at its default.
+        notes: Lines to print.
+        new_tokens: Tokens added to the vocabulary, or None.
     """
 
     shape: plan.ModelShape
@@ -57,7 +57,7 @@ class Forecast:
 
 
 def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: Any) -> Forecast:
-    """Read the model's shape and check targets and length against it; no weight is loaded.
+    """Read the model's shape and check targets and length against it; no weights are loaded.
 
     Args:
         settings: Adapter and length.
@@ -86,25 +86,31 @@ def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: Any) -
     if wrong:
         raise ConfigError(" ".join(map(str, wrong)), what=wrong[0].entry, field="learning_rate_pattern")
     length = row_length(shape, settings.max_length)
-    notes = () if length == settings.max_length else (f"Rows have at most {length:,} tokens: the model takes no more.",)
+    notes = (
+        ()
+        if length == settings.max_length
+        else (f"maximum sequence length: {length:,} tokens, the limit of the model.",)
+    )
     return Forecast(shape, config, length, notes, new)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan and how it is printed.
+    """A plan and its text.
 
     Attributes:
         dtype: Precision of the base: "bfloat16" or "float32".
         recompute: What the backward computes again, a word of `lorakit.plan.job.RECOMPUTED`.
         values: The plan as plain JSON values.
-        lines: Sentences for a person.
+        lines: What is printed.
+        details: What is printed with `--verbose`.
     """
 
     dtype: str
     recompute: str
     values: Mapping[str, Any]
     lines: tuple[str, ...]
+    details: tuple[str, ...]
 
 
 @dataclass(frozen=True)

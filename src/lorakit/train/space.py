@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lorakit.core.attachment.saving import saved_form
 from lorakit.errors import DiskError
-from lorakit.plan.text import bytes_text
+from lorakit.tables import format_bytes
 from lorakit.train.checkpoint import checkpoints
 from lorakit.train.run_folder import run_files
 from lorakit.train.run_spec import ADAPTER, Ready, Request
@@ -70,17 +70,17 @@ def check_space(ready: Ready, space: Space) -> list[str]:
     free = shutil.disk_usage(folder).free
     if ready.request.settings.overwrite:
         free += bytes_of(run_files(folder))
-    there = f"{bytes_text(free)} are free"
+    there = f"{format_bytes(free)} are free"
     if free < space.least:
         raise DiskError(
-            f"{folder}: the disk is too full for this run: the adapter alone needs {bytes_text(space.least)}, and "
+            f"{folder}: the disk is too full for this run: the adapter alone needs {format_bytes(space.least)}, and "
             f"{there}. Free space, or pass an --output-dir on another disk.",
             where=folder,
         )
     if free < space.whole:
         return [
-            f"warning: {folder}: the checkpoints may not all fit: {bytes_text(space.whole)} are needed "
-            f"({bytes_text(space.checkpoint)} each), and {there}. If one does not fit, the adapter alone is saved."
+            f"warning: {folder}: the checkpoints may not all fit: {format_bytes(space.whole)} are needed "
+            f"({format_bytes(space.checkpoint)} each), and {there}. If one does not fit, the adapter alone is saved."
         ]
     return []
 
@@ -98,8 +98,8 @@ def check_checkpoint(folder: Path, space: Space) -> None:
     free = shutil.disk_usage(folder).free
     if free < space.checkpoint + space.least:
         raise DiskError(
-            f"{folder}: a checkpoint of {bytes_text(space.checkpoint)} would leave no room for the adapter that the "
-            f"run ends with ({bytes_text(space.least)}): {bytes_text(free)} are free.",
+            f"{folder}: a checkpoint of {format_bytes(space.checkpoint)} would leave no room for the adapter that the "
+            f"run ends with ({format_bytes(space.least)}): {format_bytes(free)} are free.",
             where=folder,
         )
 

@@ -31,6 +31,7 @@ from lorakit.ops import choices
 from lorakit.ops.kernels import compiled
 from lorakit.plan.quantized import stored
 from lorakit.speed import Acceleration, accelerate
+from lorakit.tables import format_count
 from lorakit.train import adapter_only, checkpoint
 from lorakit.train.checkpoint import TrainState, differences, environment, random_state, restore_random_state
 from lorakit.train.loop import Loop, Pace, schedule, steps_per_epoch, stoppable
@@ -73,6 +74,8 @@ def make_ready(request: Request, progress: Progress) -> Ready:
     planned = planned_run(request, pace, lengths(batches.loader.sequences))
     for line in planned.lines:
         progress.say(line)
+    for line in planned.details:
+        progress.detail(line)
     model = hub.load_model(request.source, planned.dtype, request.device, quantization=settings.stored_as())
     total, base_bytes = request.forecast.shape.parameters, _base_bytes(model, request)
     found = checkpoint.newest_good(request.folder) if settings.resume else checkpoint.Found(None, ())
@@ -81,8 +84,9 @@ def make_ready(request: Request, progress: Progress) -> Ready:
     if settings.accelerate:
         fast = accelerate(model, keep_feed_forward=planned.recompute != "feed-forward")
         trainee = dataclasses.replace(trainee, fast=fast)
+        show = progress.detail if fast.swaps or fast.head or fast.packs else progress.say
         for line in accelerated_lines(fast):
-            progress.say(line)
+            show(line)
     rates = schedule(settings.learning_rate, pace.total_steps, settings.warmup_ratio, settings.lr_scheduler_type)
     kept = None if found.path is None else checkpoint.load(found.path)
     before = None if kept is None else kept.environment
@@ -93,25 +97,26 @@ def make_ready(request: Request, progress: Progress) -> Ready:
 
 
 def accelerated_lines(fast: Acceleration) -> list[str]:
-    """What a person should know of an acceleration when a run begins; `str` of it has every recipe.
+    """Describe an acceleration in a few lines; `str(fast)` lists every fused forward.
 
     Args:
         fast: What `accelerate` made of the model.
 
     Returns:
-        A line of what a step does, one of what computes between its products, and one of the parts that stay as they
-        are, if any.
+        A line about the step, one about the CPU kernels, and one about the modules that are not accelerated, if any.
     """
     left = Counter((part.kind, part.why) for part in fast.left)
     if not (fast.swaps or fast.head or fast.packs):
         return [f"Not accelerated: {'; '.join(dict.fromkeys(why for _, why in left)) or fast.head_left}."]
     loss = f"loss from logits ({fast.head_left})" if fast.head_left else "loss without logits"
-    rows = "laid end to end without padding" if fast.packs else "padded to the longest of their batch"
-    lines = [f"Accelerated: {len(fast.swaps)} modules; {loss}; rows {rows}."]
+    rows = "packed sequences" if fast.packs else "padded sequences"
+    lines = [f"Acceleration: {format_count(len(fast.swaps), 'fused module')}, {loss}, {rows}."]
     if fast.swaps:
-        lines.append(f"Between products on a CPU: {compiled.account()}.")
+        lines.append(f"CPU kernels: {compiled.account()}.")
     if left:
-        lines.append(f"As they are: {'; '.join(f'{count} × {kind} ({why})' for (kind, why), count in left.items())}.")
+        lines.append(
+            f"Not accelerated: {'; '.join(f'{count} × {kind} ({why})' for (kind, why), count in left.items())}."
+        )
     return lines
 
 
@@ -150,7 +155,9 @@ def _say_data(request: Request, batches: RunBatches, progress: Progress) -> None
         progress.say(f"training data: {line}")
     progress.say(request.data.note)
     if batches.held_out_report is not None:
-        for line in batches.held_out_report.lines():
+        total, *losses = batches.held_out_report.lines()
+        progress.detail(f"evaluation data: {total}")
+        for line in losses:
             progress.say(f"evaluation data: {line}")
 
 
@@ -165,10 +172,10 @@ def _put_adapter(
     for path, reason in found.skipped:
         progress.say(f"{path}: skipped, {reason}.")
     if found.path is not None:
-        progress.say(f"Going on from {found.path}.")
+        progress.say(f"Resuming from {found.path}.")
         return core.load_adapter(model, found.path, ADAPTER, trainable=True).warnings + unseen
     if request.settings.resume:
-        progress.say(f"{request.folder}: there is no good checkpoint, so the run starts from its first step.")
+        progress.say(f"{request.folder}: no valid checkpoint; the run starts at its first step.")
     allow = ("partial_targets",) if request.settings.allow_partial_targets else ()
     config = request.forecast.config
     if request.settings.allocate_ranks != "none":
@@ -215,7 +222,7 @@ def _recompute_activations(model: Any) -> None:
         enable({"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)})
     except ValueError as cause:
         raise ModelError(
-            f"{type(model).__name__} cannot compute layers again; leave out --recompute layers (or "
+            f"{type(model).__name__} does not support gradient checkpointing; leave out --recompute layers (or "
             "--gradient-checkpointing)."
         ) from cause
 
@@ -237,8 +244,8 @@ def _take_up(
     changed = differences(snapshot.environment, now)
     if changed:
         progress.say(
-            f"This machine differs from the checkpoint's ({'; '.join(changed)}): results are equal within rounding, "
-            "not bit for bit."
+            f"This machine differs from the checkpoint's ({'; '.join(changed)}): results agree within rounding, not "
+            "bit for bit."
         )
     restore_random_state(snapshot.random, snapshot.random_plain)
     return snapshot.state

@@ -39,6 +39,7 @@ from lorakit.core.routing.state import AdapterState
 from lorakit.core.statistics.stored import Statistics
 from lorakit.core.variants import variant_for
 from lorakit.errors import ConfigError
+from lorakit.tables import format_bytes
 from lorakit.targets import Match, Note
 
 
@@ -189,7 +190,7 @@ def notes_on_moving(config: LoraConfig, parts: Sequence[Part]) -> list[Note]:
         return []
     text = (
         f"{config.init_lora_weights} moves the base's weight at {len(costs)} sites; the originals and the first "
-        f"factors are kept beside it, {sum(cost.kept_bytes for cost in costs) / 1e6:,.1f} MB, so that the base can be "
+        f"factors are kept beside it, {format_bytes(sum(cost.kept_bytes for cost in costs))}, so that the base can be "
         "had back."
     )
     notes = [Note("residual_base", text)]

@@ -1,0 +1,167 @@
+"""Checks of arguments that need neither torch nor a model, so that wrong usage is answered before anything is loaded.
+
+The same conditions are checked again where the values are used; a check here never accepts what those reject.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lorakit.errors import AdapterFileError, ConfigError, DataError, ModelError, UsageError, nearest
+
+RUN_DTYPES = ("auto", "bfloat16", "float32")
+"""Values of `--dtype` where the base is trained or evaluated."""
+
+MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Values of `--dtype` where a model is loaded or written."""
+
+
+def check_model(given: str) -> None:
+    """Check that a model given as a path exists; other names are looked up later.
+
+    Args:
+        given: The value of `--model`.
+
+    Raises:
+        ModelError: It is a path to nothing.
+    """
+    if given[:1] in (".", "/", "~") and not Path(given).expanduser().exists():
+        raise ModelError(f"{given!r}: model directory not found.{_similar(Path(given).expanduser())}")
+
+
+def check_data(paths: Iterable[str]) -> None:
+    """Check that data files exist.
+
+    Args:
+        paths: The files.
+
+    Raises:
+        DataError: One does not exist, or is a directory.
+    """
+    for path in map(Path, paths):
+        if path.is_dir():
+            raise DataError(f"{path}: is a directory; name the data files in it.")
+        if not path.exists():
+            raise DataError(f"{path}: data file not found.{_similar(path)}")
+
+
+def check_adapters(folders: Sequence[str]) -> None:
+    """Check that adapter directories exist, are no run directories, and are given once.
+
+    Args:
+        folders: The directories.
+
+    Raises:
+        UsageError: One is given twice.
+        AdapterFileError: One does not exist, has no adapter_config.json, or is the directory of a run.
+    """
+    seen = set()
+    for given in folders:
+        folder = Path(given)
+        if folder.resolve() in seen:
+            raise UsageError(f"--adapter names {given} twice.", what=given, field="adapter")
+        seen.add(folder.resolve())
+        inside = folder / "adapter"
+        if (folder / "adapter_config.json").exists():
+            continue
+        if (inside / "adapter_config.json").is_file():
+            raise AdapterFileError(f"{given}: is a run directory; its adapter is {inside}.", where=given)
+        if not folder.is_dir():
+            raise AdapterFileError(
+                f"{given}: adapter directory not found; it must hold adapter_config.json.{_similar(folder)}",
+                where=given,
+            )
+
+
+def check_new_directory(target: Path) -> None:
+    """Check that a directory does not exist yet, or is empty.
+
+    Args:
+        target: The value of `--output-dir`.
+
+    Raises:
+        UsageError: It is a file, or not empty.
+    """
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target}: is a file; pass a new directory as --output-dir.", where=target)
+    if target.is_dir() and any(target.iterdir()):
+        raise UsageError(f"{target}: is not empty; nothing is overwritten. Pass a new --output-dir.", where=target)
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Check a value that must be one of a few words.
+
+    Args:
+        name: The setting.
+        value: Its value.
+        allowed: The words.
+
+    Raises:
+        ConfigError: It is another word.
+    """
+    if value not in allowed:
+        raise ConfigError(
+            f"{name} is {value!r}; allowed: {', '.join(allowed)}.", what=value, field=name, allowed=tuple(allowed)
+        )
+
+
+def check_device(word: str) -> None:
+    """Check the name of a device; whether it is here is known to torch.
+
+    Args:
+        word: The value of `--device`.
+
+    Raises:
+        ConfigError: It is not the name of a device.
+    """
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", word):
+        raise ConfigError(f"device is {word!r}; allowed: auto, cpu, cuda, cuda:N, mps.")
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Check a whole number.
+
+    Args:
+        name: The setting.
+        value: Its value.
+        least: The smallest value that is allowed.
+
+    Raises:
+        ConfigError: It is less.
+    """
+    if value < least:
+        raise ConfigError(f"{name} is {value}; it must be at least {least}.")
+
+
+def check_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> None:
+    """Check the settings of sampling.
+
+    Args:
+        temperature: 0 or above.
+        top_p: In (0, 1].
+        top_k: 0 or above.
+        seed: In [0, 2**63).
+
+    Raises:
+        ConfigError: One is out of range.
+    """
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ConfigError(f"temperature is {temperature}; it must be 0 (greedy) or a number above 0, such as 0.7.")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p is {top_p}; it must lie above 0 and at most at 1 (all tokens).")
+    if top_k < 0:
+        raise ConfigError(f"top_k is {top_k}; it must be 0 (all tokens) or a whole number above 0.")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed is {seed}; it must be a whole number from 0 to 2**63 - 1.")
+
+
+def _similar(path: Path) -> str:
+    """A sentence that names similar entries of the same directory, or nothing."""
+    try:
+        found = nearest(path.name, [other.name for other in path.parent.iterdir()])
+    except OSError:
+        return f" {path.parent} does not exist either."
+    return f" Did you mean {' or '.join(str(path.with_name(name)) for name in found)}?" if found else ""
