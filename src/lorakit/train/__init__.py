@@ -11,10 +11,10 @@ from typing import Any
 
 _HOMES = {
     "Evaluation": "evaluation",
-    "RunResult": "running",
+    "RunResult": "trainer",
     "TrainSettings": "settings",
     "evaluate": "evaluation",
-    "run": "running",
+    "run": "trainer",
 }
 
 __all__ = sorted(_HOMES)
