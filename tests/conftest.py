@@ -14,6 +14,10 @@ import pytest
 if not Path("/proc/driver/nvidia/version").exists():  # before anything imports triton, which asks only then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+for _name in ("LC_ALL", "LC_CTYPE", "PYTHONIOENCODING", "PYTHONUTF8", "NO_COLOR"):
+    os.environ.pop(_name, None)
+os.environ.update(LANG="C.UTF-8", TERM="xterm")  # text is compared as a terminal with UTF-8 shows it
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -250,6 +250,15 @@ def screen_width(stream: TextIO) -> int | None:
         return NARROW
 
 
+def is_animated(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal that can redraw lines, and show the signs of bars and frames.
+
+    Args:
+        stream: Any stream.
+    """
+    return stream.isatty() and os.environ.get("TERM") != "dumb" and not in_c_locale()
+
+
 def in_c_locale() -> bool:
     """Return whether the environment asks for the C locale, in which signs beyond ASCII may not be shown."""
     if os.environ.get("PYTHONIOENCODING") or os.environ.get("PYTHONUTF8") == "1":

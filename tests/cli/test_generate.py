@@ -95,6 +95,24 @@ def test_several_answers_stand_one_below_the_other_in_a_pipe(
     assert f"[{one}: stopped at --max-new-tokens]" in captured.err
 
 
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("one two three four", "one two\nthree four"),
+        ("one two\n\n  three", "one two\n\n  three"),
+        ("averyveryverylongword x", "averyveryverylongword x"),
+        ("日本語日本語日本語", "日本語日本語日本語"),
+        ("한국어 문장은 길다", "한국어\n문장은\n길다"),
+        ("trailing ", "trailing"),
+    ],
+)
+def test_a_stream_is_broken_between_words(text: str, printed: str) -> None:
+    for size in (1, 2, 5, 100):
+        lines = answers._Lines(10)
+        pieces = [lines.add(text[at : at + size]) for at in range(0, len(text), size)]
+        assert "".join([*pieces, lines.end()]) == printed
+
+
 def test_columns_on_a_wide_terminal(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from lorakit.generate import NewToken
 

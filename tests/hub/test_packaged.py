@@ -105,7 +105,7 @@ def test_the_cache_cannot_be_written(stand_in: list[Path], tmp_path: Path, monke
     with pytest.raises(DiskError, match=r"the cache cannot be written .*; set LORAKIT_CACHE to a folder that can"):
         packaged_directory(cache=tmp_path / "file")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5_000_000))
-    with pytest.raises(DiskError, match="280 MB are needed and 5 MB are free; make room, or set LORAKIT_CACHE"):
+    with pytest.raises(DiskError, match=r"280 MB are needed and 5\.0 MB are free; make room, or set LORAKIT_CACHE"):
         packaged_directory(cache=tmp_path / "full")
 
 

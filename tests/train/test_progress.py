@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
@@ -94,3 +95,37 @@ def test_a_terminal_gets_a_bar_of_bytes_that_goes() -> None:
     text = stream.getvalue()
     for part in ("tokenizing training data", "/4.0 MB", "a note", "1/1"):
         assert part in text
+
+
+def test_details_are_printed_on_request() -> None:
+    for verbose in (False, True):
+        plain, live = io.StringIO(), Terminal()
+        for progress in (PlainProgress(plain, verbose=verbose), LiveProgress(live, verbose=verbose), Silence()):
+            progress.detail("a detail")
+        assert ("a detail" in plain.getvalue(), "a detail" in live.getvalue()) == (verbose, verbose)
+
+
+@pytest.mark.parametrize("variables", [{"TERM": "dumb"}, {"LC_ALL": "C"}])
+def test_a_terminal_that_cannot_show_a_bar_gets_lines(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    stream = Terminal()
+    progress = progress_for(stream)
+    assert isinstance(progress, PlainProgress)
+    progress.say("a line of more than forty columns is wrapped")
+    assert stream.getvalue() == "a line of more than forty columns is\n  wrapped\n"
+
+
+def test_the_bar_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Terminal()
+    with progress_for(stream) as progress:
+        progress.begin(0, 1000)
+        progress.train_row({**_row(999), "tokens_per_second": 1234.0})
+        progress.busy("evaluating")
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]", stream.getvalue())]
+    assert max(map(len, lines)) <= 80
+    assert any("999/1000" in line and line.rstrip().endswith("left") and "1.50 GB" in line for line in lines)

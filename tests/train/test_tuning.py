@@ -30,6 +30,9 @@ class Said(Silence):
     def say(self, line: str) -> None:
         self.lines.append(line)
 
+    def detail(self, line: str) -> None:
+        self.lines.append(line)
+
 
 @pytest.fixture
 def sliced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
@@ -74,14 +77,14 @@ def test_what_was_chosen_acts_is_said_once_and_is_recorded(
     settings: dict[str, Any], sliced: list[int], tmp_path: Path
 ) -> None:
     lines = _run(settings)
-    assert sum(line.startswith("Measured products and attention") for line in lines) == 1
+    assert sum(line.startswith("Autotuning: ") for line in lines) == 1
     assert sliced and all(SLICE < rows <= 96 for rows in sliced)
     kernels = _kernels(tmp_path / "run", 1)
     assert kernels == sorted(kernels) and all(word.endswith(f": {SLICE}") for word in kernels)
     assert _kernels(tmp_path / "run", 2) == kernels
     assert choices.in_force() == {}
     again = _run(settings, output_dir=tmp_path / "again")
-    assert not any(line.startswith("Measured products") for line in again)
+    assert not any(line.startswith("Autotuning: ") for line in again)
     assert _losses(tmp_path / "again") == _losses(tmp_path / "run")
     sliced.clear()
     _run(settings, output_dir=tmp_path / "plain", tuning=False)
@@ -94,7 +97,7 @@ def test_a_small_model_chooses_nothing(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
-    assert not any("Measured products" in line for line in _run(settings))
+    assert not any("Autotuning: " in line for line in _run(settings))
     assert _kernels(tmp_path / "run", 2) == []
     assert not (tmp_path / "cache").exists()
 
@@ -102,7 +105,7 @@ def test_a_small_model_chooses_nothing(
 def test_without_accelerated_forwards_nothing_is_measured(
     settings: dict[str, Any], sliced: list[int], tmp_path: Path
 ) -> None:
-    assert not any("Measured products" in line for line in _run(settings, accelerate=False))
+    assert not any("Autotuning: " in line for line in _run(settings, accelerate=False))
     assert sliced == []
 
 
@@ -114,7 +117,7 @@ def test_a_run_that_goes_on_takes_the_choices_of_its_checkpoint(
     (tmp_path / "cache" / "choices.json").unlink()
     monkeypatch.setattr(choosing, "answer", lambda question, clock: question.usual)  # another time would say so
     lines = _run(settings, max_steps=3, resume=True)
-    assert not any("Measured products" in line or "differs from" in line for line in lines)
+    assert not any("Autotuning: " in line or "differs from" in line for line in lines)
     assert _kernels(tmp_path / "run", 3) == kernels
 
 
@@ -125,7 +128,7 @@ def test_a_run_that_goes_on_elsewhere_chooses_anew_and_says_what_differs(
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     monkeypatch.setattr(choosing, "answer", lambda question, clock: question.usual)
     lines = _run(settings, max_steps=3, resume=True)
-    assert any("Measured products" in line for line in lines)
+    assert any("Autotuning: " in line for line in lines)
     (differs,) = (line for line in lines if "differs from the checkpoint's" in line)
     assert "isa_limit" in differs and "kernels was" in differs
     assert _kernels(tmp_path / "run", 3) == []
@@ -156,5 +159,5 @@ def test_compiled_kernels_that_came_or_went_are_said(
     _run(settings, tuning=False, max_steps=1)
     monkeypatch.setattr(compiled, "compiled", SimpleNamespace(kernels=lambda: now))
     said = [line for line in _run(settings, tuning=False, resume=True, max_steps=2) if "differs from" in line]
-    words = f"(compiled_kernels was {before is not None} and is {now is not None}): results are equal within rounding"
+    words = f"(compiled_kernels was {before is not None} and is {now is not None}): results agree within rounding"
     assert [words in line for line in said] == ([] if before is now else [True])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.cli import console
 from lorakit.errors import printable
-from lorakit.tables import display_width, encodable, format_count, format_rate, screen_width, wrap
+from lorakit.tables import display_width, encodable, format_count, format_rate, is_animated, screen_width, wrap
 
 if TYPE_CHECKING:
     from lorakit.generate import NewToken
@@ -89,7 +89,7 @@ def show(answers: Sequence[Answer], stream: Iterable[NewToken], *, quiet: bool =
         _fill(answers, stream, started)
     elif len(answers) == 1:
         _stream_one(answers[0], stream, started)
-    elif sys.stdout.isatty() and columns >= MIN_COLUMN:
+    elif is_animated(sys.stdout) and columns >= MIN_COLUMN:
         _live_columns(answers, stream, started)
     else:
         _fill(answers, stream, started)
@@ -124,8 +124,10 @@ class _Lines:
                 self._space += " "
             else:
                 self._word += character
-                if display_width(self._word) >= self._width or display_width(character) > 1:
-                    out += self.end()  # such as Chinese, which can be broken anywhere
+                if display_width(self._word) >= self._width or (
+                    display_width(character) > 1 and not _hangul(character)
+                ):
+                    out += self.end()  # such as Chinese, which has no spaces and is broken anywhere
         return out
 
     def end(self) -> str:
@@ -133,11 +135,17 @@ class _Lines:
         if not self._word:
             return ""
         out, taken = self._space + self._word, display_width(self._space + self._word)
-        if self._column and self._column + taken > self._width:
+        if self._space and self._column and self._column + taken > self._width:
             out, taken, self._column = "\n" + self._word, display_width(self._word), 0
         self._column += taken
+        while self._column > self._width:  # the terminal broke a long word
+            self._column -= self._width
         self._space = self._word = ""
         return out
+
+
+def _hangul(character: str) -> bool:
+    return "\uac00" <= character <= "\ud7a3"
 
 
 def _write(text: str) -> None:

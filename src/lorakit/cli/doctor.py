@@ -105,7 +105,7 @@ def run(
     Args:
         quick: Skip the measurement of speed, which takes about two seconds.
         json: Print one JSON document instead of text.
-        verbose: Print all packages, the allocator, the kernels and the cache as well.
+        verbose: Print all packages, the allocator, the cache and hints for your own scripts as well.
 
     Returns:
         0, or 1 if a package is missing that lorakit requires.
@@ -246,6 +246,8 @@ def _text(found: Findings, hints: list[str], verbose: bool) -> str:
         f"{format_count(torch.threads, 'thread') if torch else 'no torch'}; "
         f"{', '.join(machine.features) or 'no known features'}",
         f"memory     {free} of {total} free",
+        f"kernels    {found.kernels}",
+        *(f"           {device}: {kernels}" for device, kernels in found.cuda_kernels.items()),
         f"speed      {_speed_text(found.speed)}",
     ]
     if verbose:
@@ -253,8 +255,6 @@ def _text(found: Findings, hints: list[str], verbose: bool) -> str:
         lines += [
             f"packages   {versions}",
             f"allocator  {machine.allocator}",
-            f"kernels    {found.kernels}",
-            *(f"           {device}: {kernels}" for device, kernels in found.cuda_kernels.items()),
             f"hub        {'offline' if found.offline else 'online if a Hub id is given'}; models in {found.cache}, "
             f"{format_bytes(found.cache_free_bytes)} free",
         ]

@@ -27,6 +27,7 @@ from lorakit.cli.merged_base import WORTHWHILE_TOKENS, write_into_base
 from lorakit.cli.stored import say_how_trained
 from lorakit.errors import DataError, UsageError
 from lorakit.plan.quantized import stored_as
+from lorakit.tables import format_bytes
 from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
@@ -276,7 +277,7 @@ def _standard_input() -> str:
 def _read(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_PROMPT_BYTES:
-            raise DataError(f"{path}: larger than {MAX_PROMPT_BYTES >> 20} MiB, so not a prompt.", where=path)
+            raise DataError(f"{path}: larger than {format_bytes(MAX_PROMPT_BYTES)}, so not a prompt.", where=path)
         return path.read_text(encoding="utf-8").removesuffix("\n")
     except OSError as cause:
         raise DataError(f"{path}: the prompt file cannot be read ({cause.strerror}).", where=path) from None

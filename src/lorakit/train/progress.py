@@ -5,14 +5,13 @@ The only module of training that imports rich. Knows the rows of metrics and not
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 from lorakit.errors import printable
-from lorakit.tables import fit, format_bytes, format_percent, format_rate, format_seconds, in_c_locale
+from lorakit.tables import fit, format_bytes, format_percent, format_rate, format_seconds, is_animated
 
 PLAIN_SECONDS = 10.0
 """Least time between two plain lines; the first and last step and evaluations are always printed."""
@@ -253,8 +252,7 @@ def progress_for(stream: TextIO, *, verbose: bool = False) -> Progress:
         stream: Where to write.
         verbose: Print details.
     """
-    live = stream.isatty() and os.environ.get("TERM") != "dumb" and not in_c_locale()
-    return LiveProgress(stream, verbose=verbose) if live else PlainProgress(stream, verbose=verbose)
+    return LiveProgress(stream, verbose=verbose) if is_animated(stream) else PlainProgress(stream, verbose=verbose)
 
 
 def _facts(row: dict[str, Any], tokens: str = "tokens/s") -> str:
