@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 import lorakit
 from lorakit import LoraConfig
 from lorakit.data import encode
+from lorakit.machine import peak_rss_bytes
 from lorakit.tables import format_bytes
-from lorakit.train.step import peak_rss_bytes
 
 
 def compare(sizes: Sizes, quick: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,3 +162,22 @@ def cache_directory() -> Path:
     if home is None:
         raise DiskError("there is no directory for caches, since this user has no home; set LORAKIT_CACHE to one.")
     return home / ".cache" / "lorakit"
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident size of this process so far, in bytes; 0 if the system does not say.
+
+    On Linux the kernel's high-water mark of this program is read: `getrusage` there also counts what was in the
+    process before it became this program.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from lorakit import cli, core, hub
-from lorakit.data import chunks as records_encoding
-from lorakit.train import checkpoint, evaluation
-from lorakit.train import step as loop
+from lorakit.data import encoding
+from lorakit.train import checkpoint, loop
 from lorakit.train.evaluation import Evaluation
 from lorakit.train.run_folder import EVAL_FIELDS, TRAIN_FIELDS
 
@@ -174,7 +173,7 @@ def test_a_single_document_leaves_nothing_to_evaluate(
 def _losses(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
     """Evaluations give these losses, one after another."""
     course = iter(losses)
-    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: Evaluation(next(course), 10))
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: Evaluation(next(course), 10))
 
 
 def test_the_adapter_is_the_best_not_the_last(
@@ -266,19 +265,19 @@ def test_a_signal_while_data_is_read(
     if there:
         assert train(max_steps=1) == 0
     before = _files(tmp_path)
-    real = records_encoding.token_parts
+    real = encoding.token_parts
 
     def signalled(*arguments: Any) -> Any:
         os.kill(os.getpid(), number)
         return real(*arguments)
 
-    monkeypatch.setattr(records_encoding, "token_parts", signalled)
+    monkeypatch.setattr(encoding, "token_parts", signalled)
     capsys.readouterr()
     assert train(*(["--overwrite"] if there else [])) == 130
     assert capsys.readouterr().err == f"error: interrupted before the first step; {folder} is as it was\n"
     assert _files(tmp_path) == before
     assert folder.exists() is there
-    monkeypatch.setattr(records_encoding, "token_parts", real)
+    monkeypatch.setattr(encoding, "token_parts", real)
     assert train("--overwrite", max_steps=1) == 0  # nothing holds the folder
 
 

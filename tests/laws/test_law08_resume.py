@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # once, not in each fork
 from lorakit import core
 from lorakit.errors import LorakitError
-from lorakit.train import checkpoint, evaluation, loop, metrics, running
+from lorakit.train import checkpoint, evaluation, loop, run_folder, trainer
 from lorakit.train.settings import TrainSettings
 
 sys.modules["matplotlib.figure"] = None  # no plot: it costs more than the run
@@ -68,8 +68,8 @@ def killer(place, step):
     elif place == "while evaluating":
         loop.evaluate = around(loop.evaluate, is_step, True)
     elif place == "while publishing":
-        from lorakit.train import ending
-        ending.publish_adapter = around(ending.publish_adapter, lambda *_, **__: True, False)
+        from lorakit.train import results
+        results.publish_adapter = around(results.publish_adapter, lambda *_, **__: True, False)
 
 def run(folder, kill=None, **more):
     """Fork, train, and say how it ended."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lorakit.ops import segments
-from lorakit.ops.kernels import choosing, compiled
+from lorakit.ops.kernels import compiled
 from lorakit.ops.segments import Routed, Way, are_few, reference, segmented, way_of
 
 D = torch.float64
@@ -389,7 +389,7 @@ def test_the_compiled_way_is_refused_where_it_cannot_be(monkeypatch: pytest.Monk
     sentence = r'the way "compiled" records no gradient; leave the way out, or call it under torch.no_grad\(\)'
     with pytest.raises(ValueError, match=sentence):
         segmented(x, A, B, scales, index, way="compiled")
-    monkeypatch.setattr(choosing, "kernels_for", lambda *_, **__: None)
+    monkeypatch.setattr(segments, "kernels_for", lambda *_, **__: None)
     sentence = r'the way "compiled" has no kernel for torch.float32 on cpu here; leave the way out'
     with torch.no_grad(), pytest.raises(ValueError, match=sentence):
         segmented(x, A, B, scales, index, way="compiled")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorakit import LoraConfig, core
 from lorakit.errors import ModelError
-from lorakit.speed import Acceleration, accelerate, end_to_end, probe
+from lorakit.speed import Acceleration, accelerate, acceleration, end_to_end
 
 from ..laws.snapshots import bits, snapshot
 from ..small_models import bert, gemma2, gpt2, llama, mistral, mixtral, neox, olmo2, opt, phi3, qwen2, qwen3, t5
@@ -425,7 +425,7 @@ def test_the_model_is_restored_once_and_not_for_each_probe(monkeypatch: pytest.M
     model: Any = llama(num_hidden_layers=6).train()
     for number in range(4):
         core.attach(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"), f"a{number}")
-    walked, at_rest = list[torch.nn.Module](), probe.at_rest
-    monkeypatch.setattr(probe, "at_rest", lambda one: walked.append(one) or at_rest(one))
+    walked, at_rest = list[torch.nn.Module](), acceleration.at_rest
+    monkeypatch.setattr(acceleration, "at_rest", lambda one: walked.append(one) or at_rest(one))
     assert len(accelerate(model).swaps) > 12
     assert walked == [model, model]  # the plain model, and the one with all stand-ins

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit import durable, machine
+from lorakit import durable
 from lorakit.machine import this_machine
 from lorakit.ops import choices
 from lorakit.ops.kernels import compiled
@@ -185,13 +185,13 @@ def test_a_busy_machine_measures_nothing_and_says_so(
     ran = len(slices_win.ran)
     here = this_machine()
     monkeypatch.setattr(tuning, "BUSY", 1.5)
-    monkeypatch.setattr(machine, "this_machine", lambda: replace(here, cores=2, load=3.1))
+    monkeypatch.setattr(tuning, "this_machine", lambda: replace(here, cores=2, load=3.1))
     found = choose(model, 1000, 0, folder=tmp_path, clock=slices_win)
     assert (len(found.choices), found.measured, found.left) == (1, 0, 2)  # what was measured before acts
     assert str(found).startswith("Autotuning: the machine is busy; 2 shapes")
     assert len(slices_win.ran) == ran
     for load in (3.0, None):  # or not known
-        monkeypatch.setattr(machine, "this_machine", lambda load=load: replace(here, cores=2, load=load))
+        monkeypatch.setattr(tuning, "this_machine", lambda load=load: replace(here, cores=2, load=load))
         assert choose(model, 1000, 0, folder=tmp_path / str(load), clock=slices_win).measured == 4
 
 

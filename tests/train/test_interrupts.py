@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
-from lorakit.train import loop
-from lorakit.train.loop import Interrupts, stoppable
+from lorakit.train import interrupts as signals
+from lorakit.train.interrupts import Interrupts, stoppable
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -52,8 +52,8 @@ if "before" in sys.argv:  # as in a program that sets a handler and then starts 
     del sys.modules["_signal"]
     import _signal
     assert signal.getsignal(signal.SIGTERM) is None
-from lorakit.train import interrupts
-from lorakit.train.loop import Interrupts, stoppable
+
+from lorakit.train.interrupts import Interrupts, stoppable
 for _ in range(2):
     with Interrupts() as interrupts:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -72,7 +72,7 @@ def test_a_handler_set_from_c_is_restored(when: str) -> None:
 
 
 def test_a_handler_that_can_be_neither_read_nor_restored_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_sigaction", lambda *_: False)
+    monkeypatch.setattr(signals, "_sigaction", lambda *_: False)
     monkeypatch.setattr(signal, "getsignal", lambda number: None)
     monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("replaced"))
     with Interrupts() as found:

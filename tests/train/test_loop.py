@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit import hub
 from lorakit.errors import RunError
 from lorakit.report import read_metrics
-from lorakit.train import checkpoint, evaluation, step, trainer
+from lorakit.train import checkpoint, loop, trainer
 from lorakit.train.loop import steps_per_epoch
 from lorakit.train.results import RunResult
 from lorakit.train.settings import TrainSettings
@@ -55,19 +54,19 @@ def test_a_signal_while_evaluating_abandons_it_and_resuming_catches_up(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _run(settings, output_dir=tmp_path / "whole")
-    real, calls = evaluation.evaluate, iter(range(1, 100))
+    real, calls = loop.evaluate, iter(range(1, 100))
 
     def evaluate(*arguments: Any, **named: Any) -> Any:
         if next(calls) == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, **named)
 
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(loop, "evaluate", evaluate)
     assert _run(settings).ending == "interrupted"
     folder = tmp_path / "run"
     assert checkpoint.load(folder / "checkpoint-2").state.evaluated_step == 0
     assert [row["step"] for row in read_metrics(folder).evaluations] == [0]
-    monkeypatch.setattr(evaluation, "evaluate", real)
+    monkeypatch.setattr(loop, "evaluate", real)
     result = _run(settings, resume=True)
     assert (result.ending, result.best_loss) == ("finished", whole.best_loss)
     assert [row["eval_loss"] for row in read_metrics(folder).evaluations] == [
@@ -82,7 +81,7 @@ def test_tensors_without_gradient_are_told(
 ) -> None:
     from lorakit.train.progress import PlainProgress
 
-    monkeypatch.setattr(step, "without_gradient", lambda trainee: [name for name, _ in trainee.named][:5])
+    monkeypatch.setattr(loop, "without_gradient", lambda trainee: [name for name, _ in trainee.named][:5])
     run(TrainSettings(**settings), PlainProgress())
     out = capsys.readouterr().out
     assert "warning: the first step gave 5 of 28 trainable tensors no gradient (model.layers.0." in out
@@ -106,14 +105,14 @@ def test_two_processes_do_not_train_into_one_folder(settings: dict[str, Any], tm
 
 def test_the_base_does_not_move(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    real = hub.hub.load_model
+    real = trainer.hub.load_model
 
     def load(*arguments: Any, **named: Any) -> Any:
         seen["model"] = model = real(*arguments, **named)
         seen["before"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         return model
 
-    monkeypatch.setattr(hub.hub, "load_model", load)
+    monkeypatch.setattr(trainer.hub, "load_model", load)
     _run(settings, lora_dropout=0.1, gradient_checkpointing=True)
     from lorakit import core
 

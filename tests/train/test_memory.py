@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from lorakit.train.step import peak_rss_bytes
+from lorakit.machine import peak_rss_bytes
 
-CHILD = "from lorakit.train.step import peak_rss_bytes; a = peak_rss_bytes(); x = b'1' * 50_000_000; print(a, peak_rss_bytes())"
+CHILD = "from lorakit.machine import peak_rss_bytes; a = peak_rss_bytes(); x = b'1' * 50_000_000; print(a, peak_rss_bytes())"
 
 
 def test_it_counts_bytes_and_only_its_own() -> None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from lorakit import speed
 from lorakit.errors import ConfigError
 from lorakit.report import read_metrics
-from lorakit.train import TrainSettings, run
+from lorakit.train import TrainSettings, run, trainer
 from lorakit.train.progress import PlainProgress
 
 
@@ -31,13 +30,13 @@ def test_every_way_has_the_same_losses(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[bool] = []
-    real = speed.accelerate
+    real = trainer.accelerate
 
     def listening(model: Any, *, keep_feed_forward: bool) -> Any:
         kept.append(keep_feed_forward)
         return real(model, keep_feed_forward=keep_feed_forward)
 
-    monkeypatch.setattr(speed, "accelerate", listening)
+    monkeypatch.setattr(trainer, "accelerate", listening)
     found = {way: losses(settings, tmp_path / way, recompute=way) for way in ("none", "feed-forward", "layers")}
     found["flag"] = losses(settings, tmp_path / "flag", gradient_checkpointing=True)
     assert len({tuple(values) for values, _ in found.values()}) == 1

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from lorakit.ops import choices
-from lorakit.ops.kernels import compiled
 from lorakit.report import read_metrics
 from lorakit.speed import tuning as choosing
-from lorakit.train import run_plan
+from lorakit.train import checkpoint, run_plan
 from lorakit.train.progress import Silence
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trainer import run
@@ -155,9 +154,9 @@ def test_words_of_choices_come_back_and_others_are_passed_over() -> None:
 def test_compiled_kernels_that_came_or_went_are_said(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, before: object, now: object
 ) -> None:
-    monkeypatch.setattr(compiled, "compiled", SimpleNamespace(kernels=lambda: before))
+    monkeypatch.setattr(checkpoint, "compiled", SimpleNamespace(kernels=lambda: before))
     _run(settings, tuning=False, max_steps=1)
-    monkeypatch.setattr(compiled, "compiled", SimpleNamespace(kernels=lambda: now))
+    monkeypatch.setattr(checkpoint, "compiled", SimpleNamespace(kernels=lambda: now))
     said = [line for line in _run(settings, tuning=False, resume=True, max_steps=2) if "differs from" in line]
     words = f"(compiled_kernels was {before is not None} and is {now is not None}): results agree within rounding"
     assert [words in line for line in said] == ([] if before is now else [True])

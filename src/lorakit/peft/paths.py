@@ -56,13 +56,15 @@ _TABLES = """
 TARGET_TABLES = " ".join(f"TRANSFORMERS_MODELS_TO_{word}_MODULES_MAPPING" for word in _TABLES.split())
 """Names of other methods' tables of default targets."""
 
+_CONSTANT_NAMES = """
+    ALLOWED_COMPUTE_DTYPES CONFIG_NAME DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES
+    INCLUDE_LINEAR_LAYERS_SHORTHAND MIN_TARGET_MODULES_FOR_OPTIMIZATION SAFETENSORS_WEIGHTS_NAME
+    SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
+    UPCAST_DTYPES WEIGHTS_NAME
+"""
+
 _CONSTANTS: Mapping[str, str] = {
-    "lorakit.peft.structure": """
-        ALLOWED_COMPUTE_DTYPES CONFIG_NAME DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES
-        INCLUDE_LINEAR_LAYERS_SHORTHAND MIN_TARGET_MODULES_FOR_OPTIMIZATION SAFETENSORS_WEIGHTS_NAME
-        SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
-        UPCAST_DTYPES WEIGHTS_NAME
-    """,
+    "lorakit.peft.structure": _CONSTANT_NAMES,
     "lorakit.peft.lora_model": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
 }
 
@@ -79,7 +81,7 @@ _OTHER: Mapping[str, str] = {
     "lorakit.peft.preparing": """
         cast_mixed_precision_params infer_device prepare_model_for_kbit_training shift_tokens_right
     """,
-    "lorakit.peft.structure": _STRUCTURE,
+    "lorakit.peft.structure": f"{_STRUCTURE} {_CONSTANT_NAMES}",
 }
 
 PATHS: Mapping[str, Mapping[str, str]] = {
@@ -212,7 +214,7 @@ PATHS: Mapping[str, Mapping[str, str]] = {
     },
     "utils": {
         **_OTHER,
-        "lorakit.peft.structure": f"{_STRUCTURE} map_cache_to_layer_device_map",
+        "lorakit.peft.structure": f"{_STRUCTURE} {_CONSTANT_NAMES} map_cache_to_layer_device_map",
         PLACEHOLDERS: f"""
             {TARGET_TABLES} _prepare_prompt_learning_config bloom_model_postprocess_past_key_value
             NoMatchingPeftModuleError PeftError PeftWarning register_peft_method

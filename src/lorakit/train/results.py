@@ -13,12 +13,12 @@ from typing import Any
 
 from lorakit import hub
 from lorakit.errors import DiskError, RunError
+from lorakit.machine import peak_rss_bytes
 from lorakit.tables import format_bytes, format_percent, format_rate, format_seconds
 from lorakit.train import adapter_only, checkpoint
 from lorakit.train.publishing import model_card, plot_loss, publish_adapter, write_tokenizer
 from lorakit.train.run_folder import ADAPTER_FOLDER, versions, write_record
 from lorakit.train.run_spec import Ready
-from lorakit.train.step import peak_rss_bytes
 
 _WEIGHTS = "adapter_model.safetensors"
 

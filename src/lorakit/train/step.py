@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,25 +32,6 @@ from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.job import RECOMPUTED
 from lorakit.speed import Acceleration, end_to_end
 from lorakit.train.optimizer import clipped_step, gradient_norm, set_rate
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident size of this process so far, in bytes; 0 where the system does not say.
-
-    On Linux the kernel's high-water mark of this program is read: `getrusage` there also counts what stood in the
-    process before it became this program.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextlib.contextmanager

@@ -34,7 +34,8 @@ from lorakit.speed import Acceleration, accelerate
 from lorakit.tables import format_count
 from lorakit.train import adapter_only, checkpoint
 from lorakit.train.checkpoint import TrainState, differences, environment, random_state, restore_random_state
-from lorakit.train.loop import Loop, Pace, schedule, steps_per_epoch, stoppable
+from lorakit.train.interrupts import stoppable
+from lorakit.train.loop import Loop, Pace, schedule, steps_per_epoch
 from lorakit.train.optimizer import build_adamw, build_lorafa, load_state_tensors, state_tensors
 from lorakit.train.progress import Progress, Silence
 from lorakit.train.publishing import write_tokenizer

@@ -15,7 +15,7 @@ from torch import nn
 
 from lorakit.config import CONFIG_FILE
 from lorakit.core import adapters, inspect_adapter, load_adapter, save_adapter, save_as_trained
-from lorakit.core.files import tensor_file
+from lorakit.core.files import adapter_folder
 from lorakit.core.files.sidecar import REPLACES, SIDECAR_FILE, WEIGHTS_FILE, replaced_files, sidecar_bytes
 from lorakit.core.model.index import layers
 from lorakit.durable import TEMPORARY, sweep
@@ -197,7 +197,7 @@ def test_a_save_while_the_adapter_is_read(exchange: bool, tmp_path: Path, monkey
     for name, fields in (("old", OLD), ("new", NEW)):
         save_adapter(linears(**fields), tmp_path / name, "a")
     whole, model, times = held(tmp_path / "new"), linears(**NEW), []
-    real = tensor_file.read_tensors
+    real = adapter_folder.read_tensors
 
     def late(path: Path) -> Any:
         if not times:
@@ -206,20 +206,20 @@ def test_a_save_while_the_adapter_is_read(exchange: bool, tmp_path: Path, monkey
         times.append(path)
         return real(path)
 
-    monkeypatch.setattr(tensor_file, "read_tensors", late)
+    monkeypatch.setattr(adapter_folder, "read_tensors", late)
     assert held(tmp_path / "old") == whole
     assert len(times) == 2
 
 
 def test_an_adapter_that_keeps_changing_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_adapter(linears(**OLD), tmp_path, "a")
-    real = tensor_file.read_tensors
+    real = adapter_folder.read_tensors
 
     def late(path: Path) -> Any:
         save_adapter(linears(**NEW), tmp_path, "a")
         return real(path)
 
-    monkeypatch.setattr(tensor_file, "read_tensors", late)
+    monkeypatch.setattr(adapter_folder, "read_tensors", late)
     with pytest.raises(AdapterFileError, match="changed while they were read"):
         held(tmp_path)
 

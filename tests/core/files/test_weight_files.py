@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorakit import LoraConfig, core, durable, machine
+from lorakit import LoraConfig, core
 from lorakit.core.model import weight_files
 from lorakit.core.model.fingerprint import DIFFERENT, SAME, compare, fingerprint, sampled_positions
 from lorakit.core.model.weight_files import FILE, MOST_BYTES, weight_file_hashes
@@ -38,7 +38,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    monkeypatch.setattr(durable, "sha256_file", counted)
+    monkeypatch.setattr(weight_files, "sha256_file", counted)
     return names
 
 
@@ -139,7 +139,7 @@ def test_a_cache_that_cannot_be_written_costs_a_hash(tmp_path: Path, monkeypatch
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(machine, "cache_directory", homeless)
+    monkeypatch.setattr(weight_files, "cache_directory", homeless)
     assert weight_file_hashes(model) == {"model.safetensors": sha256(b"one")}
     monkeypatch.delenv("HF_HUB_CACHE")
     monkeypatch.delenv("HF_HOME", raising=False)

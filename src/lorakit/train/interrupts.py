@@ -1,0 +1,95 @@
+"""Signals of a run: the first lets the step end, the second stops at once."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name))
+
+_ANSWER = b"\ninterrupted: finishing this step and saving a checkpoint; once more stops at once.\n"
+
+_ACTION_BYTES = 1024  # `struct sigaction` has 152 bytes with glibc and fewer elsewhere
+
+
+class Interrupts:
+    """A context in which the first signal is remembered and the second raises `KeyboardInterrupt`.
+
+    Outside the main thread Python gives no signals, so there it remembers nothing. On exit the handlers of before are
+    restored, those set from C as well. Where the system has no `sigaction`, a handler set from C is not replaced.
+
+    Attributes:
+        requested: Whether a signal has come.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> Interrupts:
+        self._held.enter_context(_handled(_SIGNALS, self._receive))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.close()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        with contextlib.suppress(OSError):
+            os.write(2, _ANSWER)  # past Python's buffers: they may be in use where the signal came
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """A block in which SIGTERM raises `KeyboardInterrupt`, as Ctrl-C does, if nothing else handles it."""
+    numbers = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+    with _handled(numbers, _stop):
+        yield
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _handled(numbers: Iterable[int], receive: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """A block in which a function handles signals; afterwards those of before do."""
+    before: dict[int, tuple[Any, Any]] = {}
+    try:
+        for number in numbers if threading.current_thread() is threading.main_thread() else ():
+            handler, action = signal.getsignal(number), _action(number)
+            if handler is not None or action is not None:
+                before[number] = (handler, action)
+                signal.signal(number, receive)
+        yield
+    finally:
+        for number, (handler, action) in before.items():
+            # Python has no value for "set from C": its table says SIG_DFL then, but the action is the one of before
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            if action is not None:
+                _sigaction(number, action, None)
+
+
+def _action(number: int) -> Any | None:
+    """Return the action of a signal as the C library holds it, or None where it cannot be read."""
+    action = ctypes.create_string_buffer(_ACTION_BYTES)
+    return action if _sigaction(number, None, action) else None
+
+
+def _sigaction(number: int, new: Any | None, old: Any | None) -> bool:
+    """Set and read the action of a signal; return whether the C library did."""
+    try:
+        call = ctypes.CDLL(None).sigaction
+    except (AttributeError, OSError, TypeError):  # Windows has none
+        return False
+    return call(int(number), new, old) == 0
