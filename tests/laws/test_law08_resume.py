@@ -79,7 +79,7 @@ def run(folder, kill=None, **more):
         try:
             if kill:
                 killer(*kill)
-            running.run(TrainSettings(**{**job["settings"], "output_dir": str(folder), **more}))
+            trainer.run(TrainSettings(**{**job["settings"], "output_dir": str(folder), **more}))
         except LorakitError as error:
             print(error, file=sys.stderr)
             code = 1

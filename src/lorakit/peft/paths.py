@@ -224,7 +224,10 @@ PATHS: Mapping[str, Mapping[str, str]] = {
             get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict set_peft_model_state_dict
         """,
         "lorakit.peft.loaded": "load_peft_weights",
-        "lorakit.peft.preparing": "get_quantization_kwargs quantization_extra_repr resolve_quantization_backend",
+        "lorakit.peft.preparing": """
+            cast_mixed_precision_params get_quantization_kwargs infer_device prepare_model_for_kbit_training
+            quantization_extra_repr resolve_quantization_backend shift_tokens_right
+        """,
         "lorakit.peft.data_inits": "replace_lora_weights_loftq",
     },
     "utils.constants": {
