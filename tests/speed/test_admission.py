@@ -17,8 +17,8 @@ from lorakit.speed import accelerate, attention, decoder, encoder, feed_forward,
 from lorakit.speed.patching import is_stand_in
 
 from ..small_models import bert, gpt2, llama, mistral, mixtral, t5
-from .test_accelerating import adapted, close, given, recipes, step
-from .test_every_architecture import changed, held
+from .test_acceleration import adapted, close, given, recipes, step
+from .test_acceleration_every_architecture import changed, held
 
 BOUND = 1e-5
 

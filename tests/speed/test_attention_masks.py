@@ -15,7 +15,7 @@ from lorakit.ops.attention_pattern import Pattern
 from lorakit.speed import accelerate
 from lorakit.speed.attention import lengths_of, under
 
-from .test_accelerating import adapted
+from .test_acceleration import adapted
 
 TOKENS = 8
 IDS = torch.randint(2, 61, (2, TOKENS), generator=torch.Generator().manual_seed(3))

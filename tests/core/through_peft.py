@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorakit.core import load_adapter
 
-from ...laws.tolerances import assert_close
+from ..laws.tolerances import assert_close
 
 
 def through_peft(

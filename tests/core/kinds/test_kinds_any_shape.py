@@ -33,7 +33,7 @@ from lorakit.errors import MergeError, RouteError
 from ...laws.snapshots import BaseBits, same_bits
 from ...laws.tolerances import assert_close
 from ...laws.zoo import randomise, run
-from .test_properties import DTYPES, QUICK, SIZES
+from ..attachment.test_attachment_properties import DTYPES, QUICK, SIZES
 
 NAMES = st.sampled_from(["default", "weight", "lora_A", "one", "0", "a-b_1"])
 Draw = Callable[[st.SearchStrategy[Any]], Any]

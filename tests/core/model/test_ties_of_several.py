@@ -31,7 +31,7 @@ from lorakit.errors import MergeError
 from ...laws.snapshots import same_bits
 from ...laws.tolerances import assert_close, assert_differs
 from ...laws.zoo import randomise
-from .through_peft import through_peft
+from ..through_peft import through_peft
 
 FP32 = torch.float32
 IDS = torch.tensor([[1, 4, 2], [9, 0, 4]])

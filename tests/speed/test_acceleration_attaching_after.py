@@ -16,7 +16,7 @@ from lorakit import LoraConfig, core
 from lorakit.speed import Acceleration, accelerate
 from lorakit.speed.patching import is_stand_in
 
-from .test_accelerating import MODELS
+from .test_acceleration import MODELS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks for it
 

@@ -17,7 +17,7 @@ from lorakit.speed import accelerate
 
 from ..laws.snapshots import bits
 from ..small_models import gemma2
-from .test_accelerating import MODELS, adapted, close, given, step
+from .test_acceleration import MODELS, adapted, close, given, step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks for it
 CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "opt", "neox")

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from lorakit import LoraConfig, core
 from lorakit.speed import accelerate
 
-from .test_accelerating import adapted, close, given, recipes, step
+from .test_acceleration import adapted, close, given, recipes, step
 
 
 def lora(**words: Any) -> LoraConfig:

@@ -15,7 +15,7 @@ from lorakit.speed.patching import AGAIN
 
 from ..laws.snapshots import bits
 from ..small_models import llama
-from .test_accelerating import adapted, given, step
+from .test_acceleration import adapted, given, step
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -17,7 +17,7 @@ from lorakit.speed import accelerate
 from lorakit.speed.linear import is_peft_linear, peft_operand
 
 from ..laws.snapshots import bits
-from .test_accelerating import MODELS, close, given, recipes, step
+from .test_acceleration import MODELS, close, given, recipes, step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks for it
 

@@ -35,7 +35,7 @@ from lorakit.errors import AdapterFileError, ConfigError, MergeError
 from ...laws.snapshots import same_bits
 from ...laws.tolerances import assert_close, assert_differs
 from ...laws.zoo import GPT2, LLAMA, TIED, output, randomise, run
-from .through_peft import through_peft
+from ..through_peft import through_peft
 
 FP32 = torch.float32
 GIVEN = TIED.given()

@@ -14,7 +14,7 @@ from lorakit.speed.probe import frozen, preserved
 
 from ..small_models import llama
 from .architectures import architectures, small
-from .test_every_architecture import changed, held
+from .test_acceleration_every_architecture import changed, held
 
 
 class Lazy(nn.Module):
