@@ -1,4 +1,4 @@
-"""Properties over drawn names, files and orders of calls; over shapes of every kind: test_any_shape.py."""
+"""Properties over drawn names, files and orders of calls; over shapes of every kind: test_kinds_any_shape.py."""
 
 from __future__ import annotations
 
