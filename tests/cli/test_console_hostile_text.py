@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from lorakit.cli import console, main
@@ -139,24 +138,25 @@ def test_a_table_keeps_its_lines() -> None:
     assert not commands_the_terminal("".join(lines))
 
 
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
 def test_lines_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, live = io.StringIO(), LiveProgress()
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "400")
+    plain, drawn = io.StringIO(), Terminal()
     PlainProgress(plain).say(HOSTILE)
-    drawn = io.StringIO()
-    live._console = Console(file=drawn, force_terminal=True, color_system=None, width=400)
-    live.say(HOSTILE)
+    LiveProgress(drawn).say(HOSTILE)
     for shown in (plain.getvalue(), drawn.getvalue()):
         assert "MARK" in shown and "[bold red]x[/bold red]" in shown
         assert not commands_the_terminal(shown)
 
 
 def test_a_terminal_gets_no_more_than_a_pipe(monkeypatch: pytest.MonkeyPatch, hostile: Any) -> None:
-    class Terminal(io.StringIO):
-        encoding = "utf-8"
-
-        def isatty(self) -> bool:
-            return True
-
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(sys, "stdout", Terminal())
     main(["inspect", str(hostile("one", 1))])

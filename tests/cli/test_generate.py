@@ -134,8 +134,20 @@ def test_columns_on_a_wide_terminal(tiny_tokenizer: Any, monkeypatch: pytest.Mon
 
 
 def test_a_models_terminal_commands_are_not_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdout", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
-    assert answers._printable("a\x1b[2Jb") == "a␛[2Jb"
+    from lorakit.generate import NewToken
+
+    class Tokenizer:
+        def decode(self, token_ids: list[int], **options: Any) -> str:
+            return "a\x1b[2Jb" * len(token_ids)
+
+    screen = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setenv("COLUMNS", "20")  # too narrow for columns side by side
+    for labels in (["one"], ["one", "two"]):
+        rows = [answers.Answer(label, Tokenizer(), [1]) for label in labels]
+        answers.show(rows, [NewToken(row, 2, "length") for row in range(len(rows))])
+    assert screen.getvalue().count("a␛[2Jb") == 3
+    assert "\x1b[2J" not in screen.getvalue()
 
 
 def test_draws_repeat_with_their_seed(tiny_model_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,8 +116,12 @@ def test_what_hqq_cannot_store_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_named(wide_model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakit.hub.quantizing._NEEDS", {"bitsandbytes": ("quant", "no_such_package_here")})
-    with pytest.raises(MissingExtra, match=r"needs the package no_such_package_here: pip install 'lorakit\[quant\]'"):
+    def find_spec(name: str, package: str | None = None) -> Any:
+        return None if name == "bitsandbytes" else (found(name, package) or name == "accelerate")
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    with pytest.raises(MissingExtra, match=r"needs the package bitsandbytes: pip install 'lorakit\[quant\]'"):
         hub.load_model(wide_model_directory, quantization="nf4")
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib.metadata import DistributionFinder, PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorakit.config import API_LEVEL
-from lorakit.peft.installing import BIND_AT_IMPORT, _Finder
+from lorakit.peft.installing import BIND_AT_IMPORT
 
 from .running import SOURCES, run
 
@@ -136,20 +136,28 @@ def test_too_late_is_an_error_that_names_who_came_first(imported: str) -> None:
 
 
 def test_the_finder_answers_for_peft_alone() -> None:
-    finder = _Finder()
-    assert finder.find_spec("json") is None
-    assert finder.find_spec("pefty") is None
-    assert finder.find_spec("peft.nothing") is None
-    spec = finder.find_spec("peft")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    context = DistributionFinder.Context
-    assert [found.version for found in finder.find_distributions(context(name="peft"))] == [API_LEVEL]
-    assert [found.version for found in finder.find_distributions(context())] == [API_LEVEL]
-    assert not list(finder.find_distributions(context(name="torch")))
-    (found,) = finder.find_distributions(context(name="peft"))
-    assert Path(str(found.locate_file("model.py"))) == SOURCES / "lorakit" / "peft" / "model.py"
-    assert found.read_text("RECORD") is None
+    code = f"""
+import sys
+from importlib.metadata import DistributionFinder
+from importlib.util import find_spec
+from lorakit.peft import install_as_peft
+
+before = [*sys.meta_path]
+install_as_peft()
+(finder,) = [one for one in sys.meta_path if one not in before]
+assert find_spec("json").origin.endswith("__init__.py") and find_spec("pefty") is None and find_spec("peft.nothing") is None
+assert [finder.find_spec(name) for name in ("json", "pefty", "peft.nothing")] == [None] * 3
+assert find_spec("peft").submodule_search_locations is not None
+context = DistributionFinder.Context
+for asked in (context(name="peft"), context()):
+    assert [found.version for found in finder.find_distributions(asked)] == [{API_LEVEL!r}]
+assert not list(finder.find_distributions(context(name="torch")))
+(found,) = finder.find_distributions(context(name="peft"))
+assert str(found.locate_file("model.py")) == {str(SOURCES / "lorakit" / "peft" / "model.py")!r}
+assert found.read_text("RECORD") is None
+"""
+    done = interpret(code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_answers_that_were_remembered_are_asked_again(tmp_path: Path) -> None:

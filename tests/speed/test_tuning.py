@@ -299,16 +299,27 @@ def test_attention_is_asked_about_up_to_the_longest_row(model: nn.Module) -> Non
     assert [(q.usual, q.others) for q in attentions(model, 2048)][-1] == (1, (0,))
 
 
-def test_what_is_timed_computes() -> None:
+def test_what_is_timed_computes(model: nn.Module) -> None:
     """The scratch numbers of each question go through the ways that will be taken; nothing is drawn for them."""
+
+    class Config:
+        num_attention_heads, num_key_value_heads, head_dim, hidden_size = 4, 2, 64, 256
+
     before = torch.get_rng_state()
-    run = tuning._product(600, torch.randn(32, 16))
-    for way in (0, *choices.SLICES):
-        torch.testing.assert_close(run(way), run(0))
-    attend = tuning._attention((2, 4, 70, 8), 2, torch.float32, ("products", "flash"))
-    attend(0), attend(1)
-    torch.set_rng_state(before)
-    tuning._product(600, torch.ones(32, 16))(512)
+    asked = list(products(model, 1000))
+    assert len(asked) == 4  # forward and backward, of up to 768 and up to 1,024 rows
+    for question in asked:
+        run = question.prepare()
+        out: Any = run(question.usual)
+        usual = out.clone()
+        for way in question.others:
+            out.zero_()  # the ways may write to one tensor
+            torch.testing.assert_close(run(way), usual)
+    model.config = Config()  # type: ignore[assignment]
+    (asked_of_attention, *_) = attentions(model, 256)
+    attend = asked_of_attention.prepare()
+    for way in (asked_of_attention.usual, *asked_of_attention.others):
+        attend(way)
     assert torch.equal(torch.get_rng_state(), before)
 
 

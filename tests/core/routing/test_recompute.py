@@ -86,16 +86,25 @@ def test_the_memory_of_forwards_without_gradients_is_bounded(model: nn.Module) -
 
 
 def test_an_evaluation_of_one_adapter_takes_one_entry(model: nn.Module) -> None:
-    with torch.no_grad(), use(model, "a"):
-        for _ in range(5):
+    x, expected = given(), wanted(model, "a")
+    with use(model, "a"):
+        loss = checkpoint(model, x, use_reentrant=True).pow(2).sum()
+    with torch.no_grad(), use(model, "b"):
+        for _ in range(LONGEST_HISTORY + 1):
             model(given())
-    assert len(layer_of(model).forwards._switched_off._runs) == 1
+    loss.backward()  # its first run is still known
+    torch.testing.assert_close(x.grad, expected)
 
 
 def test_inference_mode_leaves_nothing(model: nn.Module) -> None:
-    with torch.inference_mode(), use(model, "a"):
-        model(LINEARS.given())
-    assert not layer_of(model).forwards._switched_off._runs
+    x, expected = given(), wanted(model, "a")
+    with use(model, "a"):
+        loss = checkpoint(model, x, use_reentrant=True).pow(2).sum()
+    for name in "ba" * LONGEST_HISTORY:
+        with torch.inference_mode(), use(model, name):
+            model(LINEARS.given())
+    loss.backward()  # its first run was not displaced
+    torch.testing.assert_close(x.grad, expected)
 
 
 def test_copies_and_pickles_remember_nothing(model: nn.Module) -> None:
