@@ -39,16 +39,17 @@ from lorakit.core.model.checks import (
     check_known,
     check_new_name,
     check_scales,
-    trainable_tensors,
+    trainable_block,
 )
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.replication import stacked_for
 from lorakit.core.model.target_weights import bare_parameters
-from lorakit.core.model.ties import with_ties
+from lorakit.core.model.ties import Ties, with_ties
 from lorakit.core.model.token_indices import chosen_rows
 from lorakit.core.quantization import let_go
 from lorakit.core.routing.positions import uninstall
 from lorakit.core.routing.route import Route
+from lorakit.core.routing.state import AdapterState
 from lorakit.core.statistics.stored import Statistics
 from lorakit.errors import ConfigError
 from lorakit.tables import format_bytes
@@ -74,7 +75,6 @@ class AttachReport:
     missing: tuple[Unmatched, ...]
 
 
-@trainable_tensors
 def attach(
     model: nn.Module,
     config: LoraConfig,
@@ -113,21 +113,27 @@ def attach(
     check_bias_alone(index.state, config)
     if statistics is not None:
         statistics.check(config, index)
-    with stacked_for(index, config) as index:
-        bare = bare_parameters(index) if config.target_parameters else None
-        found = resolve(index.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
-        ties = with_ties(index, config, found)
-        found = ties.found
-        check_called(model, [match.path for match in found.matches])
-        check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
-        factors = fresh_factors(index, config, found.matches, seed, statistics)
-        outer = {factor.place.outer for factor in factors}
-        rows = new_rows(index, chosen_rows(index, config, outer, found.saved))
-        extras = new_extras(index, config, factors, found.saved, ties.leaders, rows)
+    with trainable_block(index), stacked_for(index, config) as index:
+        ties = _resolved(index, config, allow)
+        factors = fresh_factors(index, config, ties.found.matches, seed, statistics)
+        rows = new_rows(index, chosen_rows(index, config, {f.place.outer for f in factors}, ties.found.saved))
+        extras = new_extras(index, config, factors, ties.found.saved, ties.leaders, rows)
         built = NewAdapter(name, config, factors, extras)
         state = commit(index, built)
+    found = ties.found
     notes = (*found.notes, *_notes_on_moving(config, factors))
     return AttachReport(name, found.matches, built.trained_parameters(state), notes, found.missing)
+
+
+def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -> Ties:
+    """Return what a config names in a model, with what is tied to it."""
+    bare = bare_parameters(index) if config.target_parameters else None
+    found = resolve(index.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
+    ties = with_ties(index, config, found)
+    matches = ties.found.matches
+    check_called(index.model, [match.path for match in matches])
+    check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in matches], allow)
+    return ties
 
 
 def _notes_on_moving(config: LoraConfig, factors: Sequence[NewFactor]) -> list[Note]:
@@ -151,7 +157,6 @@ def _notes_on_moving(config: LoraConfig, factors: Sequence[NewFactor]) -> list[N
     return notes
 
 
-@trainable_tensors
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Take an adapter off a model, or all of them; the base gets its bits and flags back.
 
@@ -167,12 +172,17 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     state = index.known_state()
     names = list(state.configs) if name is None else [name]
     check_known(state, names)
-    there = index.merged_adapters()
-    merged = [n for n in names if n in there]
-    if merged:
-        check_unmergeable(model, merged)
-        unmerge(model, *merged)
-        index = index.again()
+    with trainable_block(index):
+        there = index.merged_adapters()
+        merged = [n for n in names if n in there]
+        if merged:
+            check_unmergeable(model, merged)
+            unmerge(model, *merged)
+            index = index.again()
+        _take_off(index, state, names)
+
+
+def _take_off(index: AdapterIndex, state: AdapterState, names: Sequence[str]) -> None:
     for module in list(index.modules.values()):
         _forget(module, names, index)
     if state.biased:
@@ -183,7 +193,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     for gone in names:
         del state.configs[gone]
     if waited and not any(config.alora_invocation_tokens is not None for config in state.configs.values()):
-        uninstall(model)
+        uninstall(index.model)
     state.default = Route(tuple(n for n in state.default.names if n not in names))
     if not state.configs:
         for parameter, trained in state.frozen:

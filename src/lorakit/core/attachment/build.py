@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,13 +72,15 @@ class NewAdapter:
         factors: Its factors.
         extras: Its saved modules, trained rows and biases.
         bias_values: Parameters of the base that it trains, each with the values, (out,), that it gets.
+        trainable: It is trained, but for what its init freezes.
     """
 
     name: str
     config: LoraConfig
     factors: Sequence[NewFactor]
     extras: Extras
-    bias_values: Sequence[tuple[nn.Parameter, Tensor]] = field(default_factory=tuple)
+    bias_values: Sequence[tuple[nn.Parameter, Tensor]] = ()
+    trainable: bool = True
 
     def trained_parameters(self, state: AdapterState) -> int:
         """Return how many values it trains, once it is in place; tied parameters count once.
@@ -328,12 +330,7 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
         layer.put(name, factor.factor, factor.r, factor.lora_alpha, factor.trains)
         if factor.moved is not None:
             layer.move_base(name, factor.moved, factor.initial)
-    for path, duplicate in extras.copies.items():
-        holder = index.modules[path]
-        if not isinstance(holder, ModuleCopies):
-            holder = ModuleCopies(holder, state)
-            index.replace(index.modules[path], holder)
-        holder.put(name, duplicate)
+    _put_copies(index, built, state)
     tie_factors(index, name, extras.leaders)
     for rows in extras.rows:
         _put_rows(index, name, rows, state)
@@ -341,6 +338,8 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
         BiasSwitch.install(name, originals, module, state)
     for parameter, values in built.bias_values:
         parameter.data = values
+    if not built.trainable:
+        _freeze(built, state)
     if built.config.alora_invocation_tokens is not None:
         install(index.model, state)
     if state.biased:
@@ -348,6 +347,14 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
     _keep_off_fast_path(index)
     state.whole.add(index.model)
     return state
+
+
+def _freeze(built: NewAdapter, state: AdapterState) -> None:
+    for module in state.members():
+        module.set_trained(built.name, False)
+    for module, originals in built.extras.biases:
+        for leaf in originals:
+            module._parameters[leaf].requires_grad_(False)  # type: ignore[union-attr]
 
 
 def _new_state(index: AdapterIndex, name: str) -> AdapterState:
@@ -365,6 +372,15 @@ def _new_state(index: AdapterIndex, name: str) -> AdapterState:
 def _maker(place: Place, state: AdapterState) -> Callable[[nn.Module], LoraLayer]:
     made = layer_class(place.kind)
     return lambda module: made(module, place.kind, place.slot, state)
+
+
+def _put_copies(index: AdapterIndex, built: NewAdapter, state: AdapterState) -> None:
+    for path, duplicate in built.extras.copies.items():
+        holder = index.modules[path]
+        if not isinstance(holder, ModuleCopies):
+            holder = ModuleCopies(holder, state)
+            index.replace(index.modules[path], holder)
+        holder.put(built.name, duplicate)
 
 
 def _put_rows(index: AdapterIndex, name: str, new: NewRows, state: AdapterState) -> None:

@@ -38,14 +38,13 @@ from lorakit.core.files.sidecar import KINDS_KEY
 from lorakit.core.inits import trains_of
 from lorakit.core.kinds import Kind
 from lorakit.core.layers.modules_to_save import Extras
-from lorakit.core.model.activation import set_trained
 from lorakit.core.model.checks import (
     check_allowances,
     check_bias_alone,
     check_called,
     check_new_name,
     check_scales,
-    trainable_tensors,
+    trainable_block,
 )
 from lorakit.core.model.fingerprint import DIFFERENT, compare
 from lorakit.core.model.index import AdapterIndex
@@ -89,7 +88,6 @@ class LoadReport:
     warnings: tuple[str, ...]
 
 
-@trainable_tensors
 def load_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -123,14 +121,15 @@ def load_adapter(
     check_allowances(allow)
     index = AdapterIndex.of(model, kinds)
     check_new_name(index.state, name)
-    files = read_adapter(folder)
-    check_not_applied(model, files.folder, files.file.sha256, allow)
-    with room_for(index, files.config, files.sidecar.base) as grown:
-        index = index.again() if grown else index
-        verdict, said = check_base(index, files, allow)
-        said = [*files.warnings, *(f"{files.folder}: {sentence}" for sentence in grown), *said]
-        files = dataclasses.replace(files, warnings=tuple(said))
-        sites, more = _place(index, files, name, trainable, allow)
+    with trainable_block(index):
+        files = read_adapter(folder)
+        check_not_applied(model, files.folder, files.file.sha256, allow)
+        with room_for(index, files.config, files.sidecar.base) as grown:
+            index = index.again() if grown else index
+            verdict, said = check_base(index, files, allow)
+            said = [*files.warnings, *(f"{files.folder}: {sentence}" for sentence in grown), *said]
+            files = dataclasses.replace(files, warnings=tuple(said))
+            sites, more = _place(index, files, name, trainable, allow)
     return LoadReport(name, files.config, sites, verdict, more)
 
 
@@ -161,7 +160,6 @@ def check_base(model: nn.Module | AdapterIndex, files: AdapterFiles, allow: Coll
     return verdict, [*said, f"{files.folder}: {warning}"] if warning else said
 
 
-@trainable_tensors
 def place_adapter(
     model: nn.Module,
     files: AdapterFiles,
@@ -197,7 +195,7 @@ def _place(
     check_new_name(index.state, name)
     config, tensors = files.config, files.file.tensors
     check_bias_alone(index.state, config)
-    with stacked_for(index, config) as index:
+    with trainable_block(index), stacked_for(index, config) as index:
         _check_kinds(files, index)
         fitted = _fitted(files, index)
         check_called(index.model, fitted.outer_paths())
@@ -215,8 +213,8 @@ def _place(
         biases = _filled_copies(extras, fitted, index, tensors)
         for sentence in said:  # where warnings are errors, this refuses, so it comes before any change
             warn_caller(sentence)
-        commit(index, NewAdapter(name, past.config.with_fields(inference_mode=not trainable), factors, extras, biases))
-    set_trained(index.model, {name: trainable})
+        new_config = past.config.with_fields(inference_mode=not trainable)
+        commit(index, NewAdapter(name, new_config, factors, extras, biases, trainable))
     return len(factors), tuple(said)
 
 

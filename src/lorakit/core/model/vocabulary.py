@@ -70,7 +70,7 @@ def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
     path = _embedding(index)
     tables = [table_at(index, table) for table in (path, *tables_per_token(index, path))]
     dense = all(isinstance(table, (nn.Embedding, nn.Linear)) and table.weight.is_floating_point() for table in tables)
-    if not dense or is_odd(model, present):
+    if not dense or _is_odd(index, present):
         raise ModelError(
             f"Tokens cannot be added to this {type(model).__name__}: beside plain embeddings it has something else "
             "with a place per token, which only the model itself can enlarge. Call model.resize_token_embeddings, save "
@@ -138,9 +138,10 @@ def tables_per_token(index: AdapterIndex, path: str) -> list[str]:
     return list(dict.fromkeys([*sharers(index, path), *heads]))
 
 
-def is_odd(model: nn.Module, vocabulary: int) -> bool:
-    """Whether something else of the model has a place per token, which only the model itself knows how to enlarge."""
-    return any(vocabulary in buffer.shape for buffer in model.buffers() if buffer.ndim > 1)
+def _is_odd(index: AdapterIndex, vocabulary: int) -> bool:
+    """Return whether something else of the model has a place per token, which only the model itself can enlarge."""
+    buffers = (buffer for module in index.everything.values() for buffer in module._buffers.values())
+    return any(vocabulary in buffer.shape for buffer in buffers if buffer is not None and buffer.ndim > 1)
 
 
 class Growth:
@@ -294,7 +295,7 @@ def _all_rows(config: LoraConfig) -> list[int]:
 def _tables_to_fill(index: AdapterIndex, config: LoraConfig, rows: range) -> list[nn.Module]:
     """The tables that lack some rows, if an adapter brings these for all of them; otherwise none."""
     path = input_embedding(index)
-    if path is None or index.state is not None or is_odd(index.model, rows.start):
+    if path is None or index.state is not None or _is_odd(index, rows.start):
         return []
     asked, paths = _asked(config, path), [path, *tables_per_token(index, path)]
     brought = all(_brings(config, asked, index, table, rows) for table in paths)
