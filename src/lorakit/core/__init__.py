@@ -27,7 +27,7 @@ from lorakit.core.model.activation import (
     use,
 )
 from lorakit.core.model.fingerprint import Fingerprint, fingerprint
-from lorakit.core.model.index import Site, sites
+from lorakit.core.model.target_weights import Site, sites
 from lorakit.core.operations.combination_types import WAYS, Way
 from lorakit.core.operations.combining import average, combine, combine_folders, rescale, subtract
 from lorakit.core.operations.comparing import Comparison, compare_adapters, compare_folders

@@ -105,7 +105,7 @@ def settle(model: nn.Module, wanted: Quantization | None, source: ModelSource) -
     from lorakit.core.model.base_view import wrongly_multiplied_out
     from lorakit.core.quantization import hold_still
 
-    hold_still(model)
+    hold_still(model.modules())
     wrong = wrongly_multiplied_out(model)
     if wrong is not None:
         raise ModelError(

@@ -430,7 +430,7 @@ def _targeted(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """Path -> module, of the dense modules that a config names."""
     site_map = survey(model)
     asked = with_targets(config, model)
-    bare = bare_parameters(site_map, model) if asked.target_parameters else None
+    bare = bare_parameters(site_map) if asked.target_parameters else None
     matches: Iterable[Any] = resolve(site_map.candidates, asked, allow_partial=True, parameters=bare).matches
     return {match.path: site_map.base(match.path) for match in matches if match.kind in DENSE}
 

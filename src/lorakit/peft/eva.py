@@ -317,7 +317,7 @@ def _sites(user: nn.Module, config: LoraConfig, adapter: str | None) -> tuple[li
     """The dense modules to look at, with the ranks that the config gives them."""
     site_map = survey(user)
     asked = with_targets(config, user)
-    bare = bare_parameters(site_map, user) if asked.target_parameters else None
+    bare = bare_parameters(site_map) if asked.target_parameters else None
     named = resolve(site_map.candidates, asked, allow_partial=True, parameters=bare).matches
     for match in named:
         if match.parameter:

@@ -343,7 +343,7 @@ def check_parameters(model: nn.Module, configs: Mapping[str, LoraConfig], config
 
 def _by_module(model: nn.Module, config: LoraConfig) -> dict[str, set[str]]:
     named: dict[str, set[str]] = {}
-    for match in targeted_parameters(bare_parameters(survey(model), model), config):
+    for match in targeted_parameters(bare_parameters(survey(model)), config):
         named.setdefault(match.path, set()).add(match.parameter)
     return named
 

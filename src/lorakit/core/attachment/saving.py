@@ -36,7 +36,7 @@ from lorakit.core.files.tensor_names import PREFIX, adapter_tensors
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.checks import check_allowances, check_known
 from lorakit.core.model.fingerprint import fingerprint
-from lorakit.core.model.index import layers, state_of, survey
+from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import paths_on_disk
 from lorakit.durable import json_bytes, replace_files, replace_in_order, sha256_bytes
 from lorakit.errors import OVERRIDE, AdapterError
@@ -70,12 +70,12 @@ class SavedForm:
 
 
 def saved_form(
-    model: nn.Module, name: str, form: Form = "plain", tensors: Mapping[str, Tensor] | None = None
+    model: nn.Module | AdapterIndex, name: str, form: Form = "plain", tensors: Mapping[str, Tensor] | None = None
 ) -> SavedForm:
-    """An adapter's numbers and config in the form in which they are written.
+    """Return an adapter's tensors and config in the form in which they are written.
 
     Args:
-        model: The adapted model; only read.
+        model: The adapted model, or its index; only read.
         name: The adapter.
         form: For one that moved the base: "plain", "trained", or "raw": its numbers and no word of how it began.
         tensors: Name on disk -> tensor (…) instead of the model's own, as gathered from several devices.
@@ -83,10 +83,11 @@ def saved_form(
     Raises:
         AdapterError: It moved a quantised base, so that no plain LoRA is exactly what it is.
     """
-    config = state_of(model).configs[name]
-    tensors = adapter_tensors(model, name) if tensors is None else dict(sorted(tensors.items()))
-    on_disk = paths_on_disk(model, name)
-    here = [(on_disk[path], layer) for path, layer in layers(model) if path in on_disk]
+    index = AdapterIndex.of(model)
+    config = index.known_state().configs[name]
+    tensors = adapter_tensors(index, name) if tensors is None else dict(sorted(tensors.items()))
+    on_disk = paths_on_disk(index, name)
+    here = [(on_disk[path], layer) for path, layer in index.layers(name)]
     sites = {path: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])} for path, layer in here}
     moved = [(path, layer) for path, layer in here if layer.moved_by == name]
     if not moved or form == "raw":
@@ -107,7 +108,10 @@ def saved_form(
 
 
 def converted_form(
-    model: nn.Module, name: str, initial: Mapping[str, Tensor], tensors: Mapping[str, Tensor] | None = None
+    model: nn.Module | AdapterIndex,
+    name: str,
+    initial: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> SavedForm:
     """An adapter as plain LoRA of twice the rank, less what it began with, which comes from a file.
 
@@ -120,17 +124,17 @@ def converted_form(
     Raises:
         AdapterError: The tensors are those of another adapter, or it moved a quantised base.
     """
-    found = saved_form(model, name, "raw", tensors)
-    on_disk = paths_on_disk(model, name)
-    for path, layer in layers(model):
-        if path in on_disk:
-            _check_plain(path, layer, name, found.config)
-            down, up = _keys(on_disk[path], layer)
-            first = [initial.get(key) for key in (down, up)]
-            if any(a is None or a.shape != found.tensors[key].shape for a, key in zip(first, (down, up), strict=True)):
-                raise AdapterError(f"{down} is missing in what was saved before training, or has another shape.")
-            pair = found.tensors[down], found.tensors[up]
-            found.tensors[down], found.tensors[up] = as_plain(layer.slot, *pair, (first[0], first[1]))  # type: ignore[arg-type]
+    index = AdapterIndex.of(model)
+    found = saved_form(index, name, "raw", tensors)
+    on_disk = paths_on_disk(index, name)
+    for path, layer in index.layers(name):
+        _check_plain(path, layer, name, found.config)
+        down, up = _keys(on_disk[path], layer)
+        first = [initial.get(key) for key in (down, up)]
+        if any(a is None or a.shape != found.tensors[key].shape for a, key in zip(first, (down, up), strict=True)):
+            raise AdapterError(f"{down} is missing in what was saved before training, or has another shape.")
+        pair = found.tensors[down], found.tensors[up]
+        found.tensors[down], found.tensors[up] = as_plain(layer.slot, *pair, (first[0], first[1]))  # type: ignore[arg-type]
     return dataclasses.replace(found, **_doubled(found.config, found.sites))
 
 
@@ -211,9 +215,10 @@ def save_adapter(
         ConfigError: A word in `allow` is unknown.
     """
     check_allowances(allow)
-    check_known(state_of(model), [name])
-    found = saved_form(model, name, "plain", tensors)
-    return save_form(model, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
+    index = AdapterIndex.of(model)
+    check_known(index.known_state(), [name])
+    found = saved_form(index, name, "plain", tensors)
+    return save_form(index, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
 
 
 def save_as_trained(
@@ -248,13 +253,14 @@ def save_as_trained(
         ConfigError: Likewise.
     """
     check_allowances(allow)
-    check_known(state_of(model), [name])
-    found = saved_form(model, name, "trained", tensors)
-    return save_form(model, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
+    index = AdapterIndex.of(model)
+    check_known(index.known_state(), [name])
+    found = saved_form(index, name, "trained", tensors)
+    return save_form(index, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
 
 
 def save_form(
-    model: nn.Module,
+    model: nn.Module | AdapterIndex,
     folder: str | os.PathLike[str],
     found: SavedForm,
     *,
@@ -265,7 +271,7 @@ def save_form(
     """Write an adapter in a form that was made ready; see `save_adapter`.
 
     Args:
-        model: The adapted model; its base is told by its fingerprint.
+        model: The adapted model, or its index; the fingerprint of its base is written.
         folder: Where.
         found: Tensors, config, sites.
         base_model_name_or_path: What the user gave as the base.
@@ -278,12 +284,12 @@ def save_form(
     """
     if "nonfinite" not in allow:
         _check_finite(found.name, found.tensors)
-    config = _config_on_disk(model, found.config, base_model_name_or_path)
+    index = AdapterIndex.of(model)
+    config = _config_on_disk(index, found.config, base_model_name_or_path)
     weights = encode(found.tensors, {"format": "pt", METADATA_KEY: str(FORMAT_VERSION)})
-    kinds = state_of(model).kinds
-    own = sorted({layer.kind_name for _, layer in layers(model) if found.name in layer.r and layer.kind_name in kinds})
+    own = sorted({layer.kind_name for _, layer in index.layers(found.name)} & index.kinds.keys())
     facts = {**(facts or {}), KINDS_KEY: own} if own else facts
-    base = fingerprint(model, with_files=True).as_dict()
+    base = fingerprint(index, with_files=True).as_dict()
     about = {**(facts or {}), **found.about, "base": base, "sites": found.sites}
     return write_files(Path(folder), config, weights, about, found.initial)
 
@@ -318,15 +324,15 @@ def write_files(
     return SavedAdapter(folder, names, len(weights), sha256_bytes(weights))
 
 
-def _config_on_disk(model: nn.Module, config: LoraConfig, base: str | None) -> bytes:
+def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -> bytes:
     transposed = any(
-        layer.base.transposed and layer.kind.drops for _, layer in layers(model) if layer.r
+        layer.base.transposed and layer.kind.drops for _, layer in index.layers() if layer.r
     )  # an embedding lies transposed too, but readers ask for dense layers
     heads = HEADS_BY_TASK.get(config.task_type, ()) if isinstance(config.task_type, TaskType) else ()
     config = dataclasses.replace(
         config,
-        target_modules=portable_targets(model, config),
-        auto_mapping=config.auto_mapping or (None if config.task_type else _class_of(model)),
+        target_modules=portable_targets(index, config),
+        auto_mapping=config.auto_mapping or (None if config.task_type else _class_of(index.model)),
         modules_to_save=list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None,
         fan_in_fan_out=transposed,
         inference_mode=True,
@@ -340,16 +346,16 @@ def _class_of(model: nn.Module) -> dict[str, str]:
     return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
 
-def portable_targets(model: nn.Module, config: LoraConfig) -> set[str] | list[str] | str | None:
-    """The targets in words that every reader knows: "all-linear" becomes names, the shortest that name the same.
+def portable_targets(index: AdapterIndex, config: LoraConfig) -> set[str] | list[str] | str | None:
+    """Return the targets in words that every reader knows: "all-linear" becomes names, the shortest that fit.
 
     Args:
-        model: The adapted model.
+        index: The adapted model's index.
         config: The adapter's config.
     """
     if not isinstance(config.target_modules, str) or config.target_modules.lower() != ALL_LINEAR:
         return config.target_modules
-    candidates = survey(model).candidates
+    candidates = index.candidates
     paths = {match.path for match in resolve(candidates, config, allow_partial=True).matches}
     words = {path.rpartition(".")[2] for path in paths}
     named = {c.path for c in candidates if any(names_path(word, c.path) for word in words)}

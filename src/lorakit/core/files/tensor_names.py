@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lorakit.core.layers.bias import BiasSwitch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModuleCopies
 from lorakit.core.layers.trainable_tokens import TokenRows
-from lorakit.core.model.index import INSIDE
+from lorakit.core.model.index import INSIDE, AdapterIndex
 from lorakit.core.model.target_weights import paths_on_disk
 
 PREFIX = "base_model.model."
@@ -57,37 +56,32 @@ def parse(name: str) -> Key | None:
     return None
 
 
-def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Everything one adapter trained, under its names on disk.
+def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, Tensor]:
+    """Return everything that one adapter trained, under its names on disk.
 
     Args:
-        model: The adapted model.
+        model: The adapted model, or its index.
         adapter: The adapter.
 
     Returns:
         Name -> tensor (…), the model's own, sorted by name.
     """
+    index = AdapterIndex.of(model)
     found: dict[str, Tensor] = {}
-    on_disk = paths_on_disk(model, adapter)
-    depths = Counter(
-        plain_path(on_disk.get(path, path))
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter in module.r
-    )
-    for path, module in model.named_modules():
-        path = on_disk.get(path, path)
-        if isinstance(module, LoraLayer) and adapter in module.r:
-            found |= _of_layer(f"{PREFIX}{path}", module, adapter)
-        elif isinstance(module, ModuleCopies) and adapter in module:
-            for leaf, tensor in module.modules_to_save[adapter].state_dict().items():
+    on_disk = paths_on_disk(index, adapter)
+    depths = Counter(plain_path(path) for path in on_disk.values())
+    for path, part in index.components.items():
+        if isinstance(part, LoraLayer) and adapter in part.r:
+            found |= _of_layer(f"{PREFIX}{on_disk[path]}", part, adapter)
+        elif isinstance(part, ModuleCopies) and adapter in part:
+            for leaf, tensor in part.modules_to_save[adapter].state_dict().items():
                 found[f"{PREFIX}{path}.{leaf}"] = tensor
-        elif isinstance(module, TokenRows) and adapter in module and not module.follows:
-            found[f"{PREFIX}{path}{ROWS}"] = module.token_adapter.trainable_tokens_delta[adapter]
-        for switch in BiasSwitch.on(module):
-            if switch.adapter == adapter:
-                where = inside(plain_path(path), depths)
-                for leaf in switch.originals:
-                    found[f"{PREFIX}{where}.{leaf}"] = module._parameters[leaf]
+        elif isinstance(part, TokenRows) and adapter in part and not part.follows:
+            found[f"{PREFIX}{path}{ROWS}"] = part.token_adapter.trainable_tokens_delta[adapter]
+    for path, patches in index.patches.items():
+        where = inside(plain_path(path), depths)
+        for leaf in [leaf for patch in patches if patch.adapter == adapter for leaf in patch.originals]:
+            found[f"{PREFIX}{where}.{leaf}"] = index.everything[path]._parameters[leaf]  # type: ignore[assignment]
     return dict(sorted(found.items()))
 
 

@@ -163,7 +163,7 @@ def _asked(
             "layer_replication stacks layers that are not there while data is collected. Use another init."
         )
     config, site_map = with_targets(config, model), survey(model)
-    bare = bare_parameters(site_map, model) if config.target_parameters else None
+    bare = bare_parameters(site_map) if config.target_parameters else None
     found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
     matches = found.matches
     for match in matches:

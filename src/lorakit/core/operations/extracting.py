@@ -168,7 +168,7 @@ def extract_loose(
     _check_plain(config, model)
     config = with_targets(config, model)
     site_map = survey(model)
-    bare = bare_parameters(site_map, model) if config.target_parameters else None
+    bare = bare_parameters(site_map) if config.target_parameters else None
     resolved = resolve(site_map.candidates, config, parameters=bare)
     factors: dict[str, LooseFactor] = {}
     sites = []

@@ -21,11 +21,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, scale
-from lorakit.core.attachment.fitting import parameters_meant
 from lorakit.core.attachment.residual_base import plain_config
 from lorakit.core.attachment.restoring import check_plain, on_the_original
 from lorakit.core.attachment.saving import saved_form
-from lorakit.core.files.adapter_folder import AdapterFiles, alpha_at, rank_and_alpha, read_adapter
+from lorakit.core.files.adapter_folder import AdapterFiles, alpha_at, parameters_meant, rank_and_alpha, read_adapter
 from lorakit.core.files.inspecting import judge_files
 from lorakit.core.files.judging import Finding, implausible
 from lorakit.core.files.tensor_names import PREFIX, parse
@@ -262,7 +261,7 @@ def loose_from_model(model: nn.Module, name: str) -> LooseAdapter:
     tensors = {key: tensor.detach() for key, tensor in found.tensors.items()}
     factors, others = _sorted_out(tensors, lambda path, A: known[path])
     site_map = survey(model)
-    bare = bare_parameters(site_map, model) if config.target_parameters else None
+    bare = bare_parameters(site_map) if config.target_parameters else None
     matches = resolve(site_map.candidates, config, allow_partial=True, parameters=bare).matches
     outer, parameters = outer_modules(factors), {name for factor in factors.values() for name in factor.names}
     if {match.path for match in matches if not match.parameter} != outer:
