@@ -59,7 +59,7 @@ def operand(module: nn.Module, route: Route | None) -> Adapted | None:
     if found is None or not names:
         return found
     factor = module.factor(names[0])
-    if factor.variant != "plain" or factor.bias is not None or module.kind.acts_on != "input":
+    if not factor.variant.is_lora or factor.bias is not None or module.kind.acts_on != "input":
         return None
     p = share_dropped(factor.dropout)
     if p is None:

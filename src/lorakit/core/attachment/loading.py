@@ -11,6 +11,7 @@ import itertools
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, scale
 from lorakit.core.attachment.attaching import publish
-from lorakit.core.attachment.build import Part, as_parameters, check_bias_of_b, check_storage, new_rows
+from lorakit.core.attachment.build import Part, as_parameters, check_bias_of_b, check_storage, moved_for, new_rows
 from lorakit.core.attachment.fitting import MISSING, SHAPE, UNEXPECTED, Fit, Problem, fit
 from lorakit.core.attachment.restoring import Past, past_of
 from lorakit.core.attachment.value_ranges import copied_tensors, filled_biases, out_of_range
-from lorakit.core.factor import Factor, factor_dtype, make_dropout
+from lorakit.core.factor import factor_dtype, make_dropout
 from lorakit.core.files.adapter_folder import AdapterFiles, alpha_at, read_adapter
 from lorakit.core.files.judging import Site, implausible, judge, largest_values, nonfinite, not_finite
 from lorakit.core.files.sidecar import KINDS_KEY
@@ -47,7 +48,7 @@ from lorakit.core.model.target_weights import check_standing, dropout_at, named_
 from lorakit.core.model.ties import tie_copies
 from lorakit.core.model.vocabulary import room_for, way_out, without_brought_rows
 from lorakit.core.quantization import base_of
-from lorakit.core.variants import variant_for
+from lorakit.core.variants import Factor, Start, variant_for
 from lorakit.errors import (
     OVERRIDE,
     AdapterFileError,
@@ -310,10 +311,13 @@ def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, past: Past, trai
             match = Match(place.outer, kind.name, r, alpha, "")
             moved = past.moved(site_map, place, path, (own["A"], own["B"]), match)
             own["A"], own["B"], stored, initial = moved.A, moved.B, moved.stored, moved.initial
-        variant = variant_for(config, kind.name, path)
+        variant, setting = variant_for(config, kind, path)
+        if variant.move is not None:
+            start = Start(kind, slot, own["A"], own["B"], factor_scale, partial(site_map.weight, place), setting)
+            stored = moved_for(variant, site_map, place, start)
         dropout = make_dropout(dropout_at(config, place, module))
-        vector = own["magnitude"].view(kind.vector(slot)) if "magnitude" in own else None
-        factor = Factor(own["A"], own["B"], factor_scale, dropout, variant.name, vector, own.get("bias"))
+        beside = {tensor.held_as: own[tensor.held_as] for tensor in variant.tensors}
+        factor = Factor(own["A"], own["B"], factor_scale, dropout, variant, beside, own.get("bias"), setting)
         parts.append(Part(place, as_parameters(factor, trainable, trains), r, alpha, stored, trains, initial))
     return parts
 

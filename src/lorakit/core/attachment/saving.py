@@ -38,6 +38,7 @@ from lorakit.core.model.checks import check_allowances, check_known
 from lorakit.core.model.fingerprint import fingerprint
 from lorakit.core.model.index import layers, state_of, survey
 from lorakit.core.model.target_weights import paths_on_disk
+from lorakit.core.variants import variant_named
 from lorakit.durable import json_bytes, replace_files, replace_in_order, sha256_bytes
 from lorakit.errors import OVERRIDE, AdapterError
 from lorakit.targets import ALL_LINEAR, names_path, resolve
@@ -88,7 +89,8 @@ def saved_form(
     on_disk = paths_on_disk(model, name)
     here = [(on_disk[path], layer) for path, layer in layers(model) if path in on_disk]
     sites = {path: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])} for path, layer in here}
-    moved = [(path, layer) for path, layer in here if layer.moved_by == name]
+    inits = [(path, layer) for path, layer in here if variant_named(layer.variant[name]).move is None]
+    moved = [(path, layer) for path, layer in inits if layer.moved_by == name]
     if not moved or form == "raw":
         return SavedForm(name, tensors, config, sites, {})
     began = {**beginning(config), "sites": sites}

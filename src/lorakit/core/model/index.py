@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.clones import PARAMETRISED
-from lorakit.core.kinds import INNER, KINDS, PARAMETER, Kind, Slot, checked, kind_named, kind_of
+from lorakit.core.kinds import INNER, KINDS, Kind, Slot, checked, kind_named, kind_of
 from lorakit.core.layers.adapter_component import Switched
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModuleCopies
@@ -94,7 +94,7 @@ class Place:
     @property
     def pattern_path(self) -> str:
         """What `rank_pattern` and `alpha_pattern` are held against: the path of its module or bare parameter."""
-        return f"{self.outer}.{self.slot.parameter}" if self.kind.name == PARAMETER.name else self.outer
+        return f"{self.outer}.{self.slot.parameter}" if self.kind.names_parameter else self.outer
 
 
 @dataclass(frozen=True)
@@ -211,9 +211,6 @@ class SiteMap:
 INSIDE = ".base_layer"
 """What the path of a layer gets for each layer that stands around it."""
 
-DENSE_KINDS = frozenset({"Linear", "Conv1D"})
-"""The kinds that "all-linear" means."""
-
 
 def defined_parameters(module: nn.Module) -> list[str]:
     """The names of a module's own parameters in the order of their definition, those that are parametrised last."""
@@ -224,7 +221,7 @@ def defined_parameters(module: nn.Module) -> list[str]:
 
 def _goes_around(layer: LoraLayer, place: Place) -> bool:
     """Whether a layer has to stand around the one that comes: of bare parameters, the one that is defined last."""
-    if place.kind.name != PARAMETER.name:
+    if not place.kind.names_parameter:
         return False
     names = defined_parameters(layer.owner)
     return names.index(layer.slot.parameter) > names.index(place.slot.parameter)
@@ -346,7 +343,7 @@ def _candidate(path: str, base: nn.Module, kind: Kind | None, head: nn.Module | 
     if kind is None or not _can_be_read(base, kind):
         return Candidate(path, None, type(base).__name__)
     slot = kind.slots(base)[0]
-    dense = (kind.name in DENSE_KINDS or (kind.layer is not None and isinstance(base, nn.Linear))) and base is not head
+    dense = (kind.is_dense or (kind.layer is not None and isinstance(base, nn.Linear))) and base is not head
     return Candidate(path, kind.name, type(base).__name__, dense, slot.out_features, slot.in_features)
 
 
