@@ -46,7 +46,7 @@ from lorakit.targets import ALL_LINEAR, names_path, resolve
 INITIAL_FILE = "lorakit_initial.safetensors"
 """The first factors of an adapter that moved the base and is written as it is trained."""
 
-Form = Literal["plain", "trained", "raw"]
+Form = Literal["as_lora", "trained", "raw"]
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class SavedForm:
 
 
 def saved_form(
-    model: nn.Module, name: str, form: Form = "plain", tensors: Mapping[str, Tensor] | None = None
+    model: nn.Module, name: str, form: Form = "as_lora", tensors: Mapping[str, Tensor] | None = None
 ) -> SavedForm:
     """An adapter's numbers and config in the form in which they are written.
 
     Args:
         model: The adapted model; only read.
         name: The adapter.
-        form: For one that moved the base: "plain", "trained", or "raw": its numbers and no word of how it began.
+        form: For one that moved the base: "as_lora", "trained", or "raw": its numbers and no word of how it began.
         tensors: Name on disk -> tensor (…) instead of the model's own, as gathered from several devices.
 
     Raises:
@@ -214,7 +214,7 @@ def save_adapter(
     """
     check_allowances(allow)
     check_known(state_of(model), [name])
-    found = saved_form(model, name, "plain", tensors)
+    found = saved_form(model, name, "as_lora", tensors)
     return save_form(model, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
 
 
@@ -283,7 +283,7 @@ def save_form(
     config = _config_on_disk(model, found.config, base_model_name_or_path)
     weights = encode(found.tensors, {"format": "pt", METADATA_KEY: str(FORMAT_VERSION)})
     kinds = state_of(model).kinds
-    own = sorted({layer.kind_name for _, layer in layers(model) if found.name in layer.r and layer.kind_name in kinds})
+    own = sorted({layer.kind_name for _, layer in layers(model) if found.name in layer.r} & kinds.keys())
     facts = {**(facts or {}), KINDS_KEY: own} if own else facts
     base = fingerprint(model, with_files=True).as_dict()
     about = {**(facts or {}), **found.about, "base": base, "sites": found.sites}

@@ -173,7 +173,7 @@ class LoraLayer(Switched):
             trained: Its parameters require gradients.
         """
         super().set_trained(name, trained)
-        for own in variant_named(self.variant[name]).tensors if name in self.variant else ():
+        for own in variant_named(self.variant[name]).tensors if name in self.r else ():
             if not own.trained:
                 self._own(name, own.held_as).requires_grad_(False)
         for part in () if len(self.trains.get(name, "AB")) == 2 else {"A", "B"} - self.trains[name]:
@@ -245,7 +245,7 @@ class LoraLayer(Switched):
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """The parameters of an adapter here, A and B first, (…); none where it has no factor."""
         found: list[Any] = []
-        own = (tensor.held_as for tensor in variant_named(self.variant[name]).tensors) if name in self.variant else ()
+        own = (tensor.held_as for tensor in variant_named(self.variant[name]).tensors) if name in self.r else ()
         for holder in map(self._modules.get, (*TRAINED, *own)):
             if holder is not None:
                 inside = holder._modules.get(name)

@@ -198,7 +198,7 @@ class FieldLayer(LoraLayer):
         Args:
             adapter_name: The adapter.
         """
-        return adapter_name not in self.variant or variant_named(self.variant[adapter_name]).update is not None
+        return adapter_name not in self.r or variant_named(self.variant[adapter_name]).update is not None
 
     def _all_available_adapter_names(self) -> list[str]:
         """PEFT's name for `available_adapters`, sorted."""
