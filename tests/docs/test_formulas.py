@@ -104,7 +104,7 @@ def test_first_gradients() -> None:
 def test_dora_rescales_each_row() -> None:
     model, layer = adapted(use_dora=True)
     W, bias, A, B = parts(layer)
-    magnitude = layer.factor("default").magnitude
+    magnitude = layer.factor("default").own["lora_magnitude_vector"]
     assert magnitude is not None
     with torch.no_grad():
         magnitude.mul_(torch.rand(OUT, dtype=torch.float64) + 0.5)

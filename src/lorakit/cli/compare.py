@@ -45,7 +45,7 @@ def as_dict(found: Comparison) -> dict[str, Any]:
     Args:
         found: What was found.
     """
-    return {**asdict(found), "groups": [group for _, group in groups(found.sites)]}
+    return {**asdict(found), "dora": "DoRA" in found.in_part, "groups": [group for _, group in groups(found.sites)]}
 
 
 def groups(sites: Sequence[SiteComparison]) -> list[tuple[str, dict[str, Any]]]:
@@ -83,8 +83,8 @@ def _text(found: Comparison) -> str:
         f"norms      {found.norms[0]:.3g} and {found.norms[1]:.3g}",
         f"base       {found.base}",
     ]
-    if found.dora:
-        lines.append("DoRA       only the low-rank parts are compared, not the magnitudes")
+    for title in found.in_part:
+        lines.append(f"{title:<10} only the low-rank parts are compared")
     for folder, paths in ((first, found.only_first), (second, found.only_second)):
         if paths:
             lines.append(f"only in    {folder}: {len(paths)} sites, first {paths[0]}")

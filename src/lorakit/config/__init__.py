@@ -6,7 +6,7 @@ knows nothing about models, matching or tensors.
 """
 
 from lorakit.config.file import config_file, looks_like_a_hub_id
-from lorakit.config.lora import LoraConfig, PeftConfig, PeftConfigMixin
+from lorakit.config.lora import PEFT_TABLES_OF_VARIANTS, LoraConfig, PeftConfig, PeftConfigMixin
 from lorakit.config.nested import (
     ArrowConfig,
     BdLoraConfig,
@@ -28,6 +28,7 @@ __all__ = [
     "CONFIG_FILE",
     "HEADS_BY_TASK",
     "NOT_BUILT",
+    "PEFT_TABLES_OF_VARIANTS",
     "ArrowConfig",
     "BdLoraConfig",
     "CordaConfig",

@@ -229,6 +229,10 @@ class PeftConfig(PeftConfigMixin):
     inference_mode: bool = False
 
 
+PEFT_TABLES_OF_VARIANTS = ("use_dora",)
+"""Tables by adapter on layers of PEFT, of this version or older ones, that say that an adapter is of a variant."""
+
+
 @dataclass
 class LoraConfig(PeftConfig):
     """How an adapter looks: where it sits, its rank and scale, how it begins.
@@ -332,6 +336,24 @@ class LoraConfig(PeftConfig):
         checks.check_inits(self)
         checks.check_together(self)
         self.custom_modules: dict[type, type] | None = None
+
+    def own_numbers(self, rank: int, out_features: int, in_features: int) -> int:
+        """Return the number of values that the variant trains at a dense site or table, beside A and B.
+
+        Args:
+            rank: The rank there.
+            out_features: Rows of the weight.
+            in_features: Columns of the weight.
+        """
+        return out_features if self.use_dora else 0
+
+    def own_numbers_in_words(self, total: int) -> str:
+        """Return the sentence of a plan about the values that the variant trains beside A and B.
+
+        Args:
+            total: Their number over all sites.
+        """
+        return f"DoRA adds a magnitude for each output of a site: {total:,} in all." if self.use_dora else ""
 
     def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
         """Layer classes of one's own for module types, PEFT's private way; used by `core` where that is built.

@@ -16,6 +16,7 @@ from lorakit.errors import ModelError
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.hub.sources import ModelSource, resolve
 from lorakit.plan import catalogue
+from lorakit.targets.layer_types import CONV1D, EMBEDDING, LINEAR
 
 if TYPE_CHECKING:
     from torch import nn
@@ -195,19 +196,19 @@ def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[s
 def _site(path: str, kind: str, part: Any, tied_to: str | None, inner: bool) -> SiteShape:
     first, second = (int(size) for size in part.weight.shape)
     # nn.Linear holds (out, in); Conv1D (in, out); an Embedding (rows, width), where the width is what comes out
-    out_features, in_features = (first, second) if kind == "Linear" else (second, first)
+    out_features, in_features = (first, second) if kind == LINEAR else (second, first)
     biased = getattr(part, "bias", None) is not None
-    return SiteShape(path, kind, out_features, in_features, kind != "Embedding" and inner, biased, tied_to)
+    return SiteShape(path, kind, out_features, in_features, kind != EMBEDDING and inner, biased, tied_to)
 
 
 def _kind(part: Any) -> str | None:
     from torch import nn
 
     if isinstance(part, nn.Linear):
-        return "Linear"
+        return LINEAR
     if isinstance(part, nn.Embedding):
-        return "Embedding"
-    return "Conv1D" if type(part).__name__ == "Conv1D" else None
+        return EMBEDDING
+    return CONV1D if type(part).__name__ == CONV1D else None
 
 
 def _output_heads(module: nn.Module) -> set[int]:
@@ -233,7 +234,7 @@ def _number(config: Any, fields: Iterable[str]) -> float:
 
 
 def _vocab(sites: list[SiteShape]) -> int:
-    return max((site.in_features for site in sites if site.kind == "Embedding"), default=0)
+    return max((site.in_features for site in sites if site.kind == EMBEDDING), default=0)
 
 
 def _dtype_name(config: Any) -> str:

@@ -17,6 +17,7 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModuleCopies
 from lorakit.core.layers.trainable_tokens import TokenRows
 from lorakit.core.model.index import find_state, walk
+from lorakit.core.variants import own_tensors
 
 
 def is_wrapper(model: nn.Module) -> bool:
@@ -42,7 +43,7 @@ def holders_of(module: Switched) -> Iterator[Any]:
         yield module.modules_to_save
     elif isinstance(module, TokenRows):
         yield module.token_adapter.trainable_tokens_delta
-    for attribute in TRAINED:
+    for attribute in (*TRAINED, *(tensor.held_as for tensor in own_tensors())):
         held = module._modules.get(attribute)
         if held is not None:
             yield held

@@ -321,7 +321,7 @@ def _sites(user: nn.Module, config: LoraConfig, adapter: str | None) -> tuple[li
     named = resolve(site_map.candidates, asked, allow_partial=True, parameters=bare).matches
     for match in named:
         if match.parameter:
-            init_for("eva", match.kind, match_path(match))
+            init_for("eva", site_map.kind(match.kind), match_path(match))
     matches = [match for match in named if match.kind in DENSE]
     if adapter is not None:
         standing_here = {path for path, layer in layers(user) if adapter in layer.r}

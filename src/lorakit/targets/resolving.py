@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from lorakit.config import HEADS_BY_TASK, LoraConfig, TaskType, check_built
 from lorakit.errors import ConfigError, NoTargetError, TargetError, nearest
+from lorakit.targets.layer_types import PARAMETER, PLANNED
 from lorakit.targets.words import (
     LARGE_RANK,
     SEVERAL_MODULES,
@@ -66,7 +67,7 @@ def targeted_parameters(
             )
         rank = first_match(config.rank_pattern, path, config.r)
         alpha = first_match(config.alpha_pattern, path, config.lora_alpha)
-        matches.append(Match(parameter.module, "Parameter", rank, alpha, entry, parameter.name))
+        matches.append(Match(parameter.module, PARAMETER, rank, alpha, entry, parameter.name))
     return matches
 
 
@@ -341,7 +342,7 @@ def _check_kinds(found: Sequence[tuple[Candidate, str]], config: LoraConfig) -> 
         what=entry,
         where=candidate.path,
         field="target_modules",
-        allowed=("Linear", "Conv1D", "Embedding"),
+        allowed=PLANNED,
     )
 
 

@@ -163,7 +163,7 @@ def _model(drawn: Drawn, dtype: torch.dtype) -> nn.Module:
 
 def _config(draw: Draw, kind: str, drawn: Drawn) -> LoraConfig:
     gentle = kind == "MultiheadAttention"  # a softmax of large numbers magnifies every rounding
-    ways = ["plain", *["dora"] * (kind in variant_named("dora").kinds), *["bias"] * kind_named(kind).takes_bias]
+    ways = ["plain", *["dora"] * variant_named("dora").fits(kind_named(kind)), *["bias"] * kind_named(kind).takes_bias]
     way = draw(st.sampled_from(ways))
     return LoraConfig(
         r=draw(st.integers(1, 6)) * drawn.groups,

@@ -69,7 +69,7 @@ def test_sites_without_a_factor_of_the_adapter_are_no_matter() -> None:
 
 def test_what_cannot_be_merged_says_why() -> None:
     waiting = with_adapters(WAITING_LINEARS, "a", alora_invocation_tokens=[3, 4], task_type="CAUSAL_LM")
-    assert "is alora, which cannot be merged: what it adds depends on where a token stands" in str(
+    assert "is aLoRA, which cannot be merged: what it adds depends on where a token stands" in str(
         why_merge_is_inexact(waiting, "a")
     )
     tied = with_adapters(TIED, "a", target_modules=["embed_tokens"])

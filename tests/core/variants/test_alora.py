@@ -295,14 +295,14 @@ def test_hooks_come_with_the_first_and_go_with_the_last() -> None:
 def test_it_cannot_be_merged() -> None:
     model = waiting()
     for call in (merge, merged_state_dict, merge_and_unload):
-        with pytest.raises(MergeError, match="is alora, which cannot be merged"):
+        with pytest.raises(MergeError, match="is aLoRA, which cannot be merged"):
             call(model, "a")
     run(model, text(ONCE))
 
 
 def test_what_it_cannot_be_combined_with() -> None:
     words = {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}
-    with pytest.raises(ConfigError, match="alora_invocation_tokens at embed: alora cannot act on a Embedding"):
+    with pytest.raises(ConfigError, match="alora_invocation_tokens at embed: aLoRA cannot act on a Embedding"):
         attach(EMBEDDING.model(), EMBEDDING.config(**words))
     with pytest.raises(ConfigError, match=r"use_dora and alora_invocation_tokens at .*exclude each other"):
         attach(LLAMA.model(), LLAMA.config(use_dora=True, **words))
@@ -442,5 +442,5 @@ def test_a_site_whose_positions_are_not_known_says_so() -> None:
 def test_an_init_that_moves_the_base_is_refused() -> None:
     """Before its start the model must be the base."""
     words = {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM", "init_lora_weights": "pissa"}
-    with pytest.raises(ConfigError, match=r"'pissa' moves the base weight, and alora needs the base as it is"):
+    with pytest.raises(ConfigError, match=r"'pissa' moves the base weight, and aLoRA needs the base as it is"):
         attach(LLAMA.model(), LLAMA.config(**words))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, scale
 from lorakit.core.attachment.residual_base import UNMOVED, Cost, check_can_move, cost_of, moved_base, written
-from lorakit.core.factor import Factor, factor_dtype, make_dropout
-from lorakit.core.inits import Blank, fresh_bias, init_for
+from lorakit.core.factor import factor_dtype, make_dropout
+from lorakit.core.inits import Blank, Init, fresh_bias, init_for
 from lorakit.core.inits.init import BOTH
 from lorakit.core.layers.bias import BiasSwitch
 from lorakit.core.layers.lora_layer import LoraLayer
@@ -32,7 +32,7 @@ from lorakit.core.routing.positions import install
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.statistics.stored import Statistics
-from lorakit.core.variants import variant_for
+from lorakit.core.variants import Factor, Start, Variant, variant_at, variant_for
 from lorakit.errors import ConfigError
 from lorakit.targets import Match
 
@@ -138,13 +138,14 @@ def blank_for(
         statistics: What was made of the data for this site, name -> tensor (…), or None.
     """
     module, parameter = index.holder(place), place.slot.parameter
+    variant, setting = variant_at(config, place.path)
     device = base_of(module, parameter).device(module, parameter)
     return Blank(
         kind=place.kind,
         slot=place.slot,
         r=match.rank,
         scale=scale(match.rank, match.alpha, config.use_rslora),
-        shapes=place.kind.shapes(place.slot, match.rank),
+        shapes=variant.shapes_of(place.kind, place.slot, match.rank, setting),
         device=device,
         dtype=factor_dtype(module, parameter),
         path=place.path,
@@ -159,16 +160,11 @@ def _fresh_factor(index: AdapterIndex, blank: Blank, match: Match, place: Place)
     config, kind, slot = blank.config, place.kind, place.slot
     check_bias_of_b(config, place)
     check_storage(index, place)
-    init = init_for(config.init_lora_weights, kind.name, place.path)
-    variant = variant_for(config, kind.name, place.path)
+    init = init_for(config.init_lora_weights, kind, place.path)
+    variant, setting = variant_for(config, kind, place.path)
     if init.changes_base:
         check_can_move(index, place, init)
-        if not variant.mergeable:
-            raise ConfigError(
-                f"{place.path}: init_lora_weights={config.init_lora_weights!r} moves the base weight, and "
-                f"{variant.name} needs the base as it is before its start. Use another init.",
-                where=place.path,
-            )
+        _check_start(init, variant, place)
     with torch.no_grad():
         filled = init.fill(blank)
     initial = (filled.A, filled.B) if init.changes_base and filled.W is None else None
@@ -177,24 +173,60 @@ def _fresh_factor(index: AdapterIndex, blank: Blank, match: Match, place: Place)
         moved = moved_base(index, place, initial, blank.scale)
     elif filled.W is not None:
         moved = written(index, place, filled.W)
-    magnitude = None
-    if variant.has_magnitude:
-        module = index.holder(place)
-        W = blank.read() if moved is None else base_of(module, slot.parameter).read(module, moved)
-        magnitude = variant.magnitude(kind, slot, W, filled.A, filled.B, blank.scale).view(kind.vector(slot))
-    dropout = make_dropout(dropout_at(config, place, index.holder(place)))
+    module = index.holder(place)
+
+    def read() -> Tensor:
+        return blank.read() if moved is None else base_of(module, slot.parameter).read(module, moved)
+
+    start = Start(kind, slot, filled.A, filled.B, blank.scale, read, setting, blank.generator)
+    if variant.move is not None:
+        moved = moved_for(variant, index, place, start)
+    own = variant.starts(start)
+    dropout = make_dropout(dropout_at(config, place, module))
     bias = fresh_bias(blank, not init.is_identity) if config.lora_bias else None
-    factor = Factor(filled.A, filled.B, blank.scale, dropout, variant.name, magnitude, bias)
+    factor = Factor(filled.A, filled.B, blank.scale, dropout, variant, own, bias, setting)
     factor = as_parameters(factor, trains=init.trains)
     cost = UNMOVED if moved is None else cost_of(index, place, moved, initial, blank.scale)
     return NewFactor(place, factor, match.rank, match.alpha, moved, init.trains, initial, cost)
+
+
+def _check_start(init: Init, variant: Variant, place: Place) -> None:
+    """Refuse an init that moves the base for a variant that moves it too, or that acts on a part of it."""
+    if variant.is_mergeable and variant.move is None:
+        return
+    needs = "moves it too" if variant.move is not None else "needs the base as it is before its start"
+    raise ConfigError(
+        f"{place.path}: init_lora_weights={init.name!r} moves the base weight, and {variant.title} {needs}. Use "
+        "another init.",
+        where=place.path,
+        field="init_lora_weights",
+    )
+
+
+def moved_for(variant: Variant, index: AdapterIndex, place: Place, start: Start) -> Any:
+    """Return what a site's module stores while an adapter is attached whose variant moves the base.
+
+    Args:
+        variant: The variant, which has a `move`.
+        index: The model's map.
+        place: The site.
+        start: The factor there, with A (r, in) and B (out, r).
+
+    Raises:
+        ConfigError: The base is moved or merged into already.
+    """
+    if variant.move is None:
+        return None
+    check_can_move(index, place)
+    with torch.no_grad():
+        return written(index, place, variant.move(start))
 
 
 def as_parameters(factor: Factor, trainable: bool = True, trains: frozenset[str] = BOTH) -> Factor:
     """A factor whose tensors are parameters.
 
     Args:
-        factor: With A (r, in), B (out, r) and perhaps a magnitude and a bias (out,) as plain tensors.
+        factor: With A (r, in), B (out, r), perhaps a bias (out,) and own tensors (…), all as plain tensors.
         trainable: They require gradients.
         trains: Which of "A" and "B" do at all.
 
@@ -202,9 +234,10 @@ def as_parameters(factor: Factor, trainable: bool = True, trains: frozenset[str]
         The factor.
     """
     A, B = nn.Parameter(factor.A, trainable and "A" in trains), nn.Parameter(factor.B, trainable and "B" in trains)
-    vector = None if factor.magnitude is None else nn.Parameter(factor.magnitude, trainable)
+    frozen = {tensor.held_as for tensor in factor.variant.tensors if not tensor.trained}
+    own = {name: nn.Parameter(tensor, trainable and name not in frozen) for name, tensor in factor.own.items()}
     bias = None if factor.bias is None else nn.Parameter(factor.bias, trainable)
-    return Factor(A, B, factor.scale, factor.dropout, factor.variant, vector, bias)
+    return dataclasses.replace(factor, A=A, B=B, own=own, bias=bias)
 
 
 def check_storage(index: AdapterIndex, place: Place) -> None:

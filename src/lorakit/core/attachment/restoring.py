@@ -27,7 +27,9 @@ from lorakit.core.files.tensor_file import read_tensors
 from lorakit.core.files.tensor_names import parse
 from lorakit.core.inits import Init, init_named
 from lorakit.core.kinds import Slot
+from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import AdapterIndex, Place
+from lorakit.core.variants import variant_named
 from lorakit.errors import OVERRIDE, AdapterError, AdapterFileError, ConfigError
 from lorakit.targets import Match
 
@@ -49,11 +51,17 @@ def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
     for path, layer in index.layers(name):
         if layer.moved_by == name and layer.initial is None:
             raise AdapterError(
-                f"{path}: {config.init_lora_weights} changed the base by more than a product of "
+                f"{path}: {_mover(config, layer, name)} changed the base by more than a product of "
                 f"low rank, so adapter {name!r} is no plain LoRA on the original: its factors alone do not say what it "
                 "does. Merge it, or write what it makes of the model with merged_state_dict.",
                 where=path,
             )
+
+
+def _mover(config: LoraConfig, layer: LoraLayer, name: str) -> str:
+    """Return what moved the base of an adapter's site: its variant, or its init."""
+    variant = variant_named(layer.variant[name])
+    return str(config.init_lora_weights) if variant.move is None else variant.title
 
 
 def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor]] | None:

@@ -16,9 +16,9 @@ from lorakit.core.layers.modules_to_save import ModuleCopies
 from lorakit.core.layers.trainable_tokens import TokenRows
 from lorakit.core.model.index import INSIDE, AdapterIndex
 from lorakit.core.model.target_weights import paths_on_disk
+from lorakit.core.variants import own_tensors
 
 PREFIX = "base_model.model."
-MAGNITUDE = "lora_magnitude_vector"
 ROWS = ".token_adapter.trainable_tokens_delta"
 
 ENDINGS = {
@@ -27,8 +27,6 @@ ENDINGS = {
     ".lora_embedding_A": "A",
     ".lora_embedding_B": "B",
     ".lora_B.bias": "bias",
-    f".{MAGNITUDE}": "magnitude",
-    f".{MAGNITUDE}.weight": "magnitude",  # an older PEFT wrote it so
 }
 
 
@@ -38,7 +36,7 @@ class Key:
 
     Attributes:
         path: Path of the site.
-        part: "A", "B", "bias" or "magnitude".
+        part: "A", "B", "bias", or the `held_as` of a variant's own tensor.
     """
 
     path: str
@@ -50,7 +48,8 @@ def parse(name: str) -> Key | None:
     if not name.startswith(PREFIX):
         return None
     rest = name.removeprefix(PREFIX)
-    for ending, part in ENDINGS.items():
+    own = ((ending, tensor.held_as) for tensor in own_tensors() for ending in tensor.keys)
+    for ending, part in (*ENDINGS.items(), *own):
         if rest.endswith(ending):
             return Key(rest.removesuffix(ending), part)
     return None
@@ -91,8 +90,9 @@ def _of_layer(where: str, layer: LoraLayer, adapter: str) -> dict[str, Tensor]:
     found = {f"{where}.{first}{kind.on_disk}": factor.A, f"{where}.{second}{kind.on_disk}": factor.B}
     if factor.bias is not None:
         found[f"{where}.{second}.bias"] = factor.bias
-    if factor.magnitude is not None:
-        found[f"{where}.{MAGNITUDE}"] = factor.magnitude.view(kind.vector(layer.slot))
+    for own in factor.variant.tensors:
+        shape = own.shape(kind, layer.slot, layer.r[adapter], factor.setting)
+        found[f"{where}{own.keys[0]}"] = factor.own[own.held_as].view(shape)
     return found
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.clones import bare, with_forward
-from lorakit.core.factor import HOLDERS, TRAINED, Factor, Magnitude, carrier
+from lorakit.core.factor import HOLDERS, TRAINED, OwnWeight, carrier
 from lorakit.core.kinds import Kind, Slot, kind_named, spread
 from lorakit.core.layers.adapter_component import Switched
 from lorakit.core.layers.batched import add_kept, add_stacked
@@ -27,7 +27,7 @@ from lorakit.core.quantization import Base, base_of
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
-from lorakit.core.variants import At, variant_named
+from lorakit.core.variants import NO_SETTING, NO_TENSORS, At, Factor, Setting, own_tensors, variant_named
 from lorakit.errors import MergeError, RowCountError
 
 Weights = dict["str | None", Tensor]
@@ -54,6 +54,16 @@ OF_THE_BASE = frozenset({"weight", "bias"})
 """Attributes that, when set on the layer, belong to the base module: other code ties weights that way."""
 
 
+def _holder_type(name: str) -> type[nn.ModuleDict | nn.ParameterDict] | None:
+    """Return what holds an attribute of that name by adapter, or None where no adapter has such an attribute."""
+    if not name.startswith("lora_"):
+        return None
+    own = next((tensor for tensor in own_tensors() if tensor.held_as == name), None)
+    if own is not None:
+        return nn.ModuleDict if own.carried == "module" else nn.ParameterDict
+    return HOLDERS.get(name)
+
+
 class LoraLayer(Switched):
     """A base module and the low-rank factors beside it.
 
@@ -64,10 +74,11 @@ class LoraLayer(Switched):
         lora_embedding_A: Adapter -> A of an embedding, (r, V).
         lora_embedding_B: Adapter -> B of an embedding, (d, r).
         lora_dropout: Adapter -> dropout before A.
-        lora_magnitude_vector: Adapter -> carrier of DoRA's magnitude, (out,).
         r: Adapter -> rank.
         lora_alpha: Adapter -> alpha.
         scaling: Adapter -> scale.
+        variant: Adapter -> name of the entry of VARIANTS, whose own tensors are held likewise (`OwnTensor.held_as`).
+        settings: Adapter -> what its config asks of the variant here; adapters without any are not in it.
         merged_adapters: Adapters that are written into the base weight now.
         slot: The weight that the factors belong to.
         moved_by: The adapter whose init moved the base weight (PiSSA and its like), or None.
@@ -78,6 +89,7 @@ class LoraLayer(Switched):
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
     variant: dict[str, str]
+    settings: dict[str, Setting]
     trains: dict[str, frozenset[str]]
     merged_adapters: list[str]
     kept: Any = None  # what the base stored before anything was written to it
@@ -96,7 +108,7 @@ class LoraLayer(Switched):
     def __init__(self, base_layer: nn.Module, kind: Kind, slot: Slot, state: AdapterState) -> None:
         super().__init__()
         self.base_layer = base_layer
-        tables: dict[str, Any] = {name: {} for name in ("r", "lora_alpha", "scaling", "variant", "trains")}
+        tables: dict[str, Any] = {name: {} for name in ("r", "lora_alpha", "scaling", "variant", "settings", "trains")}
         lists: dict[str, Any] = {"merged_adapters": [], "tied_weight": None, "forwards": Forwards()}
         # hundreds of layers are made at once, and torch's own way to set an attribute is slow
         self.__dict__.update(tables, training=base_layer.training, state=state, kind_name=kind.name, slot=slot, **lists)
@@ -135,8 +147,9 @@ class LoraLayer(Switched):
         except AttributeError:
             if name == "base_layer" or name.startswith("__"):
                 raise
-            if name in HOLDERS:
-                holder = self._modules[name] = HOLDERS[name]()
+            made = _holder_type(name)
+            if made is not None:
+                holder = self._modules[name] = made()
                 return holder
             return getattr(super().__getattr__("base_layer"), name)
 
@@ -160,6 +173,9 @@ class LoraLayer(Switched):
             trained: Its parameters require gradients.
         """
         super().set_trained(name, trained)
+        for own in variant_named(self.variant[name]).tensors if name in self.r else ():
+            if not own.trained:
+                self._own(name, own.held_as).requires_grad_(False)
         for part in () if len(self.trains.get(name, "AB")) == 2 else {"A", "B"} - self.trains[name]:
             if (tensor := getattr(self.factor(name), part)).is_leaf:  # else it is another layer's, which freezes it
                 tensor.requires_grad_(False)
@@ -169,7 +185,7 @@ class LoraLayer(Switched):
 
         Args:
             name: The adapter.
-            factor: Its A (r, in), B (out, r) and the rest; A, B and magnitude are parameters.
+            factor: Its A (r, in), B (out, r) and the rest; A, B and the variant's own tensors are parameters.
             r: Its rank.
             lora_alpha: Its alpha.
             trains: Which of "A" and "B" are trained.
@@ -180,25 +196,28 @@ class LoraLayer(Switched):
         A, B, bias = made.A, made.B, made.bias
         down[name], up[name] = (carrier(A), carrier(B, bias)) if kind.on_disk else (A, B)
         self.lora_dropout[name] = factor.dropout
-        if factor.magnitude is not None:
-            self.lora_magnitude_vector[name] = Magnitude(factor.magnitude)  # type: ignore[arg-type]
-        for attribute in HOLDERS:
+        for own in factor.variant.tensors:
+            tensor: Any = factor.own[own.held_as]
+            getattr(self, own.held_as)[name] = OwnWeight(tensor) if own.carried == "module" else tensor
+        for attribute in (*HOLDERS, *factor.own):
             held: Any = self._modules.get(attribute)
             if held is not None and name in held:  # new modules take the mode of what they stand on
                 for new in (held, *filter(None, [held._modules.get(name)])):
                     if new.training is not self.training:
                         new.train(self.training)
         self.r[name], self.lora_alpha[name] = r, lora_alpha
-        self.scaling[name], self.variant[name], self.trains[name] = factor.scale, factor.variant, trains
+        self.scaling[name], self.variant[name], self.trains[name] = factor.scale, factor.variant.name, trains
+        if factor.setting:
+            self.settings[name] = factor.setting
 
     def remove(self, name: str) -> None:
         """Drop an adapter's factor; one that is not here is no matter."""
-        for attribute in HOLDERS:
+        for attribute in (*HOLDERS, *(own.held_as for own in own_tensors())):
             holder: Any = self._modules.get(attribute)
             if holder is not None and name in holder:
                 del holder[name]
-        for settings in (self.r, self.lora_alpha, self.scaling, self.variant, self.trains):
-            settings.pop(name, None)
+        for table in (self.r, self.lora_alpha, self.scaling, self.variant, self.settings, self.trains):
+            table.pop(name, None)
         self.drop_exception(name)
 
     def factor(self, name: str) -> Factor:
@@ -212,14 +231,22 @@ class LoraLayer(Switched):
         """
         first, second = (getattr(self, attribute)[name] for attribute in self.kind.names)
         A, B, bias = (first.weight, second.weight, second.bias) if self.kind.on_disk else (first, second, None)
-        vectors: Any = self._modules.get("lora_magnitude_vector")
-        vector = vectors[name].weight.flatten() if vectors is not None and name in vectors else None
-        return Factor(A, B, self.scaling[name], self.lora_dropout[name], self.variant[name], vector, bias)
+        variant, own, setting = variant_named(self.variant[name]), NO_TENSORS, NO_SETTING
+        if not variant.is_lora:
+            own = {tensor.held_as: self._own(name, tensor.held_as) for tensor in variant.tensors}
+            setting = self.settings.get(name, NO_SETTING)
+        return Factor(A, B, self.scaling[name], self.lora_dropout[name], variant, own, bias, setting)
+
+    def _own(self, name: str, held_as: str) -> nn.Parameter:
+        """One of the variant's own tensors of an adapter, in its shape there (…)."""
+        held: Any = self._modules[held_as][name]  # type: ignore[index]
+        return held if isinstance(held, Tensor) else held.weight  # type: ignore[return-value]
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """The parameters of an adapter here, A and B first, (…); none where it has no factor."""
         found: list[Any] = []
-        for holder in map(self._modules.get, TRAINED):
+        own = (tensor.held_as for tensor in variant_named(self.variant[name]).tensors) if name in self.r else ()
+        for holder in map(self._modules.get, (*TRAINED, *own)):
             if holder is not None:
                 inside = holder._modules.get(name)
                 for tensor in (holder._parameters.get(name),) if inside is None else inside._parameters.values():
@@ -302,7 +329,7 @@ class LoraLayer(Switched):
         y, moved = y0, self.moved_by in route.names
         for name in [name for name in route.names if name in self.r and name not in skip]:
             own = name == self.moved_by
-            asks = self.variant[name] != "plain" and (bool(skip) or (moved and not own))
+            asks = variant_named(self.variant[name]).output is not None and (bool(skip) or (moved and not own))
             seen = bare(self._base_for(own))(*args, **kwargs) if asks else y0
             y = y + self._addition(name, route, x, seen, weights)
         return y
@@ -331,18 +358,25 @@ class LoraLayer(Switched):
     def _addition(self, name: str, route: Route, x: Tensor, y0: Tensor, weights: Weights) -> Tensor:
         """What one adapter of a route adds: x (…, in) or indices (…), y0 (…, out) -> (…, out) like y0."""
         kind, factor, dtype = self.kind, self.factor(name), y0.dtype
+        variant = factor.variant
         if kind.drops:
             x = factor.dropout(x.to(dtype))
+        A, B = (factor.A, factor.B) if variant.factors is None else variant.factors(factor, self.training)
         module = self.source if self.replaced else self.base_layer
-        h = kind.down(module, x, factor.A.to(dtype)) * factor.scale  # (…, r): the small place to scale
-        z = kind.up(module, h, factor.B.to(dtype))
+        h = kind.down(module, x, A.to(dtype)) if variant.down is None else variant.down(kind, module, x, factor)
+        z = kind.up(module, h * factor.scale, B.to(dtype))  # h is (…, r): the small place to scale
         if factor.bias is not None:
             z = z + spread(factor.bias.to(dtype) * factor.scale, self.slot)
-        if factor.variant == "plain":
+        if variant.output is None:
             return z
-        bias = self._bias_under(route.names)
-        at = At(y0, bias, z, factor, kind, self.slot, lambda: read_once(self, name, weights), route.acting(name))
-        return variant_named(factor.variant).output(at)
+        bias, mask = self._bias_under(route.names), route.acting(name)
+
+        def siblings() -> list[Factor]:
+            return [self.factor(other) for other in self.r if other != name]
+
+        return variant.output(
+            At(y0, bias, z, factor, kind, self.slot, lambda: read_once(self, name, weights), mask, x, siblings)
+        )
 
     def _bias_under(self, names: tuple[str, ...]) -> Tensor | None:
         """The bias, (out,), that the base's output has where these adapters act, or None."""
@@ -380,12 +414,13 @@ class LoraLayer(Switched):
         y: Tensor = with_forward(self.base_layer, forward)(*args, **kwargs)
         return y
 
-    def addition(self, name: str, W: Tensor) -> Tensor:
+    def addition(self, name: str, W: Tensor, training: bool = False) -> Tensor:
         """What an adapter adds to the weight that it sees when it is written into it.   [docs/math.md (11)]
 
         Args:
             name: An adapter that has a factor here.
             W: The base weight as `read` gives it, (out, in); one that moved the base sees its own.
+            training: The variant may perturb A and B, as in training.
 
         Returns:
             The addition, like W, with a graph where gradients are on.
@@ -394,9 +429,14 @@ class LoraLayer(Switched):
             MergeError: It has no place in a weight of this shape.
         """
         factor = self.factor(name)
+        if factor.variant.update is None:
+            raise MergeError(
+                f"{factor.variant.title} has no place in a weight: {factor.variant.unmergeable_reason}.", what=name
+            )
         seen = self.read(name) if name == self.moved_by else W
-        delta = self.kind.delta(self.slot, factor.A.to(W.dtype), factor.B.to(W.dtype)) * factor.scale
-        return variant_named(factor.variant).update(self.kind, self.slot, seen, delta, factor)
+        A, B = factor.multiplied(training)
+        delta = self.kind.delta(self.slot, A.to(W.dtype), B.to(W.dtype)) * factor.scale
+        return factor.variant.update(self.kind, self.slot, seen, delta, factor)
 
     def move_base(self, name: str, stored: Any, initial: tuple[Tensor, Tensor] | None) -> None:
         """Put the base weight that the init of adapter `name` made in place, as stored; the original is kept.

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.quantization import base_of
-from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError
 
 
@@ -44,10 +43,13 @@ def in_one_group(layer: LoraLayer, names: Sequence[str]) -> tuple[nn.Module, Ten
     total = torch.zeros_like(W)
     for name in names:
         factor = layer.factor(name)
-        A, B = kind.flat(layer.slot, factor.A.to(W.dtype), factor.B.to(W.dtype))
+        if factor.variant.update is None:
+            continue  # refused before anything is merged
+        A, B = (half.to(W.dtype) for half in factor.multiplied())
+        A, B = kind.flat(layer.slot, A, B)
         wide = dataclasses.replace(factor, A=A.view(-1, *shape[1:]), B=B.view(*B.shape, *[1] * len(slot.kernel)))
         delta = (B @ A).view(shape) * factor.scale
-        total += variant_named(factor.variant).update(kind, slot, W, delta, wide)
+        total += factor.variant.update(kind, slot, W, delta, wide)
     return _convolution(source, W + total), W, total
 
 

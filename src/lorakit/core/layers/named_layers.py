@@ -9,6 +9,7 @@ from lorakit.core.kinds import Kind
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.peft_layer import FieldLayer
 from lorakit.core.layers.weight_layer import WeightSideLayer
+from lorakit.targets.layer_types import ATTENTION, CONVOLUTIONS, DENSE, EMBEDDING, INNER_LINEAR, PARAMETER
 
 
 class Linear(FieldLayer):
@@ -59,15 +60,12 @@ class ParamWrapper(FieldLayer, WeightSideLayer):
 
 
 LAYERS: Mapping[str, type[FieldLayer]] = {
-    "Linear": Linear,
-    "Conv1D": Linear,
-    "Embedding": Embedding,
-    "Conv1d": Conv1d,
-    "Conv2d": Conv2d,
-    "Conv3d": Conv3d,
-    "MultiheadAttention": MultiheadAttention,
-    "Parameter": ParamWrapper,
-    "InnerLinear": InnerLinear,
+    **dict.fromkeys(DENSE, Linear),
+    EMBEDDING: Embedding,
+    **dict(zip(CONVOLUTIONS, (Conv1d, Conv2d, Conv3d), strict=True)),
+    ATTENTION: MultiheadAttention,
+    PARAMETER: ParamWrapper,
+    INNER_LINEAR: InnerLinear,
 }
 """Kind -> the name that `isinstance` and `repr` show."""
 

@@ -91,7 +91,7 @@ class WeightSideLayer(LoraLayer):
             W = self.read()
             total = self.read(self.moved_by) if self.moved_by in names else W
             for name in names:
-                total = total + self.addition(name, W)
+                total = total + self.addition(name, W, self.training)
             stored: Tensor = self.base.write(self.owner, self.original(), total)
         return stored
 
@@ -112,4 +112,4 @@ class WeightSideLayer(LoraLayer):
         merged = self.inside() <= set(names)
         beside = [name for name in names if not merged or name not in self.merged_adapters]
         weight = None if merged else self.effective(BASE)
-        return weight, [expert_factor(self.slot, self.factor(name)) for name in beside]
+        return weight, [expert_factor(self.slot, self.factor(name).plain(self.training)) for name in beside]

@@ -127,10 +127,11 @@ def check_variants(model: nn.Module, names: Sequence[str]) -> None:
     """
     for path, layer in layers(model):
         for name in names:
-            if name in layer.r and not variant_named(layer.variant[name]).mergeable:
+            variant = variant_named(layer.variant[name]) if name in layer.r else None
+            if variant is not None and variant.update is None:
                 raise MergeError(
-                    f"Adapter {name!r} at {path} is {layer.variant[name]}, which cannot be merged: what it adds "
-                    "depends on where a token stands. Keep it beside the base.",
+                    f"Adapter {name!r} at {path} is {variant.title}, which cannot be merged: "
+                    f"{variant.unmergeable_reason}. Keep it beside the base.",
                     what=name,
                     where=path,
                 )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.clones import PARAMETRISED
-from lorakit.core.kinds import INNER, KINDS, PARAMETER, Kind, Slot, checked, kind_named, kind_of
+from lorakit.core.kinds import INNER, KINDS, Kind, Slot, checked, kind_named, kind_of
 from lorakit.core.layers.adapter_component import Switched
 from lorakit.core.layers.bias import BiasSwitch
 from lorakit.core.layers.lora_layer import LoraLayer
@@ -58,7 +58,7 @@ class Place:
     @property
     def pattern_path(self) -> str:
         """What `rank_pattern` and `alpha_pattern` are held against: the path of its module or bare parameter."""
-        return f"{self.outer}.{self.slot.parameter}" if self.kind.name == PARAMETER.name else self.outer
+        return f"{self.outer}.{self.slot.parameter}" if self.kind.names_parameter else self.outer
 
 
 @dataclass
@@ -422,7 +422,7 @@ def _same_state(
 
 def _goes_around(layer: LoraLayer, place: Place) -> bool:
     """Return whether a layer must be around the one that comes: of bare parameters, the one that is defined last."""
-    if place.kind.name != PARAMETER.name:
+    if not place.kind.names_parameter:
         return False
     names = defined_parameters(layer.owner)
     return names.index(layer.slot.parameter) > names.index(place.slot.parameter)
@@ -432,7 +432,7 @@ def _candidate(path: str, base: nn.Module, kind: Kind | None, head: nn.Module | 
     if kind is None or not _can_be_read(base, kind):
         return Candidate(path, None, type(base).__name__)
     slot = kind.slots(base)[0]
-    dense = (kind.name in DENSE_KINDS or (kind.layer is not None and isinstance(base, nn.Linear))) and base is not head
+    dense = (kind.is_dense or (kind.layer is not None and isinstance(base, nn.Linear))) and base is not head
     return Candidate(path, kind.name, type(base).__name__, dense, slot.out_features, slot.in_features)
 
 

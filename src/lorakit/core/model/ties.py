@@ -19,6 +19,7 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModuleCopies
 from lorakit.core.model.index import AdapterIndex, identity
 from lorakit.core.model.token_indices import input_embedding, shared_weights, sharers, table_at
+from lorakit.core.variants import variants_of
 from lorakit.errors import ConfigError
 from lorakit.targets import Match, Note, Resolution
 
@@ -139,7 +140,7 @@ def tie_factors(index: AdapterIndex, name: str, leaders: Mapping[str, str]) -> N
         layer, leading = index.modules[path], index.modules[leader]
         if not (isinstance(layer, LoraLayer) and isinstance(leading, LoraLayer) and name in layer.r.keys() & leading.r):
             continue
-        if layer.kind_name == leading.kind_name:
+        if layer.kind.names == leading.kind.names:
             for attribute in layer.kind.names:
                 getattr(layer, attribute)[name] = getattr(leading, attribute)[name]
         else:
@@ -209,17 +210,21 @@ def _tied_matches(
     index: AdapterIndex, config: LoraConfig, matches: Sequence[Match], leader: str, partners: Sequence[str]
 ) -> list[Match]:
     """The matches with one for every member of a group, all of the leader's rank and alpha."""
-    if config.use_dora:
+    own = next((variant for variant in variants_of(config) if variant.tensors), None)
+    if own is not None:
         raise ConfigError(
-            f"ensure_weight_tying ties the factors of {leader} and {partners[0]}, and use_dora gives each a magnitude "
-            "of its own. Leave one of the two off, or adapt only one of the modules without ensure_weight_tying."
+            f"ensure_weight_tying ties the factors of {leader} and {partners[0]}, and {own.field} gives each "
+            f"{own.tensors[0].held_as} of its own. Leave one of the two off, or adapt only one of the modules without "
+            "ensure_weight_tying.",
+            where=leader,
+            field=own.field,
         )
     kinds = {candidate.path: candidate.kind for candidate in index.candidates}
     members = (leader, *partners)
     here = [match for match in matches if match.path in members]
     model = next((match for match in here if match.path == leader), here[0])
-    odd = [path for path in partners if kinds.get(path) not in ("Linear", "Embedding")]
-    if kinds.get(leader) != "Embedding" or odd:
+    odd = [path for path in partners if not isinstance(index.base(path), (nn.Linear, nn.Embedding))]
+    if not isinstance(index.base(leader), nn.Embedding) or odd:
         raise ConfigError(
             f"ensure_weight_tying: {(odd or [leader])[0]} shares its weight with {leader}, and factors are tied only "
             "among nn.Embedding and nn.Linear modules. Set ensure_weight_tying=False, or do not target it."

@@ -167,7 +167,7 @@ def _asked(
     found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
     matches = found.matches
     for match in matches:
-        init_for(config.init_lora_weights, match.kind, match_path(match))
+        init_for(config.init_lora_weights, site_map.kind(match.kind or ""), match_path(match))
     blanks: dict[str, Blank] = {}
     for match in matches:
         place = _only_place(site_map.places(match.path, kind_named(match.kind)), config)
@@ -179,7 +179,7 @@ def _asked(
 
 def _only_place(places: Sequence[Place], config: LoraConfig) -> Place:
     for place in places:
-        init_for(config.init_lora_weights, place.kind.name, place.path)
+        init_for(config.init_lora_weights, place.kind, place.path)
     return places[0]
 
 
