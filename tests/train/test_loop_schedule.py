@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from lorakit.train.loop import schedule
+from lorakit.train.step import schedule
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])

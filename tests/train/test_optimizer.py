@@ -67,12 +67,12 @@ def test_lorafa_has_the_groups_of_adamw_and_goes_on_bit_for_bit() -> None:
         _step(named, optimizer, 9)
     for (_, a), (_, b) in zip(whole, parted, strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(RunError, match="There is nothing to train"):
+    with pytest.raises(RunError, match="no trainable tensor"):
         build_lorafa([], [], 0.1, 0.0)
 
 
 def test_nothing_to_train() -> None:
-    with pytest.raises(RunError, match="There is nothing to train"):
+    with pytest.raises(RunError, match="no trainable tensor"):
         build_adamw([], 0.1, 0.0)
 
 
@@ -98,7 +98,7 @@ def test_state_of_another_adapter_is_refused_and_changes_nothing() -> None:
     named = _named()
     optimizer = build_adamw(named, 0.1, 0.0)
     for tensors in ({"exp_avg/a.lora_A": torch.zeros(3, 3)}, {"exp_avg/b": torch.zeros(2, 3)}, {"odd/a.lora_A": torch.zeros(2, 3)}):  # fmt: skip
-        with pytest.raises(RunError, match="does not fit this model's adapter"):
+        with pytest.raises(RunError, match="does not match this model's adapter"):
             load_state_tensors(optimizer, named, tensors)
     assert not optimizer.state
 

@@ -13,7 +13,7 @@ import pytest
 from lorakit import cli
 from lorakit.errors import RunError
 from lorakit.train import run_folder
-from lorakit.train.run_folder import check_place
+from lorakit.train.run_folder import check_output_dir
 from lorakit.train.settings import TrainSettings
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="flock")
@@ -25,13 +25,13 @@ def live(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "run.json").write_text("{}", encoding="utf-8")
-    held = run_folder.claim(folder)
+    held = run_folder.lock(folder)
     yield folder
-    run_folder.release(held)
+    run_folder.unlock(held)
 
 
 def _check_message(message: str, folder: Path) -> None:
-    assert message.startswith(f"{folder}: a run is active here")
+    assert message.startswith(f"{folder}: a run is active")
     assert "--output-dir" in message
     assert "--resume" not in message
     assert "--overwrite" not in message
@@ -43,7 +43,7 @@ def _check_message(message: str, folder: Path) -> None:
 def test_a_live_run_is_not_to_be_resumed_or_overwritten(live: Path, more: dict[str, Any]) -> None:
     settings = TrainSettings(model="m", data=["a.txt"], output_dir=str(live), **more)
     with pytest.raises(RunError) as caught:
-        check_place(settings)
+        check_output_dir(settings)
     _check_message(str(caught.value), live)
 
 
@@ -54,11 +54,11 @@ def test_flags_that_are_missing_are_not_the_point(live: Path, capsys: pytest.Cap
 
 def test_an_owner_that_is_not_known(live: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(run_folder, "_LOCKS", tmp_path / "none")
-    with pytest.raises(RunError, match="another process is training into this folder"):
-        run_folder.claim(live)
+    with pytest.raises(RunError, match="another process is training into this directory"):
+        run_folder.lock(live)
 
 
 def test_a_look_at_a_folder_does_not_keep_it(tmp_path: Path) -> None:
-    run_folder.refuse_live(tmp_path / "not there")
-    run_folder.refuse_live(tmp_path)
-    run_folder.release(run_folder.claim(tmp_path))
+    run_folder.check_unlocked(tmp_path / "not there")
+    run_folder.check_unlocked(tmp_path)
+    run_folder.unlock(run_folder.lock(tmp_path))

@@ -10,7 +10,7 @@ import pytest
 
 from lorakit.errors import DiskError
 from lorakit.report import read_metrics
-from lorakit.train.run_folder import MetricsLog, cut
+from lorakit.train.run_folder import MetricsLog, cut_metrics
 
 
 def _rows(folder: Path) -> None:
@@ -47,7 +47,7 @@ def test_cut_drops_what_the_checkpoint_does_not_know(
     _rows(tmp_path)
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 4, "lo')  # a crash tore this line
-    dropped = cut(tmp_path, step, evaluated)
+    dropped = cut_metrics(tmp_path, step, evaluated)
     metrics = read_metrics(tmp_path)
     assert [row["step"] for row in metrics.train] == train
     assert [row["step"] for row in metrics.evaluations] == evals

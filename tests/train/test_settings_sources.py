@@ -36,9 +36,9 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("learning_rat: 1\n", "learning_rat is not a setting; did you mean learning_rate?"),
-        ("r: 4\nr: 8\n", "the key 'r' stands twice"),
-        ("max-steps: 4\nmax_steps: 8\n", "a setting stands twice, once with - and once with _ in its name."),
-        ("- r\n", "holds no settings; lines such as `learning_rate: 3e-4` were expected."),
+        ("r: 4\nr: 8\n", "duplicate key 'r'"),
+        ("max-steps: 4\nmax_steps: 8\n", "a setting is given twice"),
+        ("- r\n", "`learning_rate: 3e-4`"),
         ("r: [4\n", "not valid YAML"),
         ("r: !!python/object/apply:os.getcwd []\n", "not valid YAML"),
     ],

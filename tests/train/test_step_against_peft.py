@@ -22,7 +22,7 @@ from lorakit import LoraConfig, core
 from lorakit.data import Batch
 from lorakit.speed import accelerate
 from lorakit.train.optimizer import build_adamw
-from lorakit.train.step import Trainee, loss_sum, train_step
+from lorakit.train.step import StepOptions, loss_sum, train_step
 
 from .. import small_models
 from ..doubles import InDouble
@@ -86,10 +86,10 @@ def pair(make: Callable[[], Any], dtype: torch.dtype, seed: int) -> tuple[Any, A
 
 def our_losses(model: Any, data: Sequence[Batch]) -> list[float]:
     named = core.trainable_parameters(model)
-    fast = accelerate(model)
-    assert fast.head is not None and fast.swaps
-    trainee = Trainee(model, named, build_adamw(named, RATE, 0.0), torch.device("cpu"), 1.0, fast=fast)
-    return [train_step(trainee, [batch], RATE).loss for batch in data]
+    acceleration = accelerate(model)
+    assert acceleration.head is not None and acceleration.swaps
+    options, optimizer = StepOptions(torch.device("cpu"), acceleration=acceleration), build_adamw(named, RATE, 0.0)
+    return [train_step(model, named, optimizer, [batch], RATE, options).loss for batch in data]
 
 
 def their_losses(model: Any, data: Sequence[Batch]) -> list[float]:
