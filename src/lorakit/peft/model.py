@@ -27,11 +27,11 @@ from lorakit.config import LoraConfig, PeftConfig, PeftType, TaskType, read_conf
 from lorakit.errors import AdapterError, ConfigError, NotYetSupported, nearest, warn_caller
 from lorakit.peft import adapter_queries, casting, saving, status
 from lorakit.peft.loaded import LoadResult, adapter_folder, load_by_names, load_whole
-from lorakit.peft.lora_model import LoraModel
 from lorakit.peft.mixed_batches import in_peft_words, options_of_forward, options_of_generation
 from lorakit.peft.preparing import checkpoints, take_gradients_at_the_input
 from lorakit.peft.saving import write_card
 from lorakit.peft.state_dicts import get_peft_model_state_dict
+from lorakit.peft.tuner import LoraModel
 
 WITHOUT_EFFECT: Mapping[str, str] = {
     "low_cpu_mem_usage": "factors are made once, where their site is",

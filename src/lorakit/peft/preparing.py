@@ -5,7 +5,11 @@ How a base's weight is quantised, under PEFT's names for its backends; the arith
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -117,7 +121,7 @@ def infer_device() -> str:
         return "cuda"
     if torch.backends.mps.is_available():
         return "mps"
-    return "xpu" if hasattr(torch, "xpu") and torch.xpu.is_available() else "cpu"
+    return "xpu" if is_xpu_available() else "cpu"
 
 
 class QuantizationBackend:
@@ -176,3 +180,48 @@ def resolve_quantization_backend(module: nn.Module, **_: Any) -> QuantizationBac
     kinds = {"Linear4bit": Bnb4bitBackend, "Linear8bitLt": Bnb8bitBackend, "HQQLinear": HqqBackend}
     kind = kinds.get(type(module).__name__)
     return kind() if kind else None
+
+
+def _installed(package: str, *_: Any, **__: Any) -> bool:
+    return find_spec(package) is not None
+
+
+is_aqlm_available = partial(_installed, "aqlm")
+is_bnb_available = is_bnb_4bit_available = partial(_installed, "bitsandbytes")
+is_diffusers_available = partial(_installed, "diffusers")
+is_eetq_available = partial(_installed, "eetq")
+is_gptqmodel_available = partial(_installed, "gptqmodel")
+is_hqq_available = partial(_installed, "hqq")
+is_inc_available = partial(_installed, "neural_compressor")
+is_optimum_available = partial(_installed, "optimum")
+is_te_available = is_te_pytorch_available = partial(_installed, "transformer_engine")
+is_torch_tpu_available = partial(_installed, "torch_xla")
+is_torchao_available = partial(_installed, "torchao")
+is_transformers_le_4_53 = False
+
+
+def is_xpu_available(check_device: bool = False) -> bool:
+    """Return whether an Intel GPU is available.
+
+    Args:
+        check_device: Ignored; the device is always looked for.
+    """
+    return hasattr(torch, "xpu") and torch.xpu.is_available()
+
+
+def is_torchao_ge_v0_18_0() -> bool:
+    """Return whether torchao is installed in release 0.18 or newer."""
+    return is_torchao_available() and _release("torchao") >= (0, 18)
+
+
+def _release(package: str) -> tuple[int, ...]:
+    words = metadata.version(package).split(".")[:2]
+    return tuple(int("".join(filter(str.isdigit, word)) or 0) for word in words)
+
+
+def __getattr__(name: str) -> Any:
+    """Compute PEFT's constants such as `is_transformers_ge_v5_1_0`; importing this module reads no versions."""
+    release = re.fullmatch(r"is_transformers_ge_v(\d+(?:_\d+)*)", name)
+    if release is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _release("transformers") >= tuple(map(int, release[1].split("_")[:2]))

@@ -367,29 +367,20 @@ def unused(*_: Any, **__: Any) -> None:
     """PEFT's inner steps that have no counterpart here; calling one does nothing."""
 
 
-_NAMES: dict[str, Any] = {
-    "_get_submodules": get_submodules,
-    "_get_batch_size": get_batch_size,
-    "_get_input_embeddings_name": input_embeddings_name,
-    "_get_module_names_tied_with_embedding": names_tied_with_embedding,
-    "_get_no_split_modules": no_split_modules,
-    "_is_valid_match": lambda key, target_key: key == target_key or key.endswith(f".{target_key}"),
-    "_freeze_adapter": unused,
-    "_set_trainable": unused,
-    "_set_adapter": unused,
-    "set_additional_trainable_modules": unused,
-    "map_cache_to_layer_device_map": unused,
-    "convert_peft_config_for_transformers": unused,
-    "get_model_conversion_mapping": lambda model: [],
-    "get_gptqmodel_quant_linear": unused,
-    "get_bnb_param_type": lambda parameter: {"Params4bit": "4bit", "Int8Params": "8bit"}.get(
-        type(parameter).__name__, False
-    ),
-}
-"""PEFT's private names, and steps that have no counterpart here."""
+def is_valid_match(key: str, target_key: str) -> bool:
+    """Return whether a path is `target_key` or ends in it after a dot."""
+    return key == target_key or key.endswith(f".{target_key}")
 
 
-def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        return _NAMES[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def get_model_conversion_mapping(model: Any) -> list[Any]:
+    """Return what transformers converts when it loads the model: nothing, since adapters are loaded as they are."""
+    return []
+
+
+def get_bnb_param_type(parameter: Tensor) -> str | bool:
+    """Return "4bit" or "8bit" for a parameter of bitsandbytes, and False for any other.
+
+    Args:
+        parameter: A tensor of any shape.
+    """
+    return {"Params4bit": "4bit", "Int8Params": "8bit"}.get(type(parameter).__name__, False)

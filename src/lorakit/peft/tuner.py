@@ -44,6 +44,7 @@ from lorakit.peft.matching import (
 from lorakit.peft.mixed_batches import BASE_NAME
 from lorakit.peft.placeholders import PartialTargetsWarning, PeftWarning
 from lorakit.peft.structure import names_tied_with_embedding
+from lorakit.peft.weighted import add_weighted_adapter
 
 
 def kinds_of(config: LoraConfig | None) -> list[Kind]:
@@ -473,6 +474,39 @@ class BaseTuner(nn.Module):
                 else "All adapters are already merged, nothing to do."
             )
         return fresh
+
+
+TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = dict(DEFAULT_TARGETS)
+"""Default targets by architecture, under PEFT's name; programs add architectures of their own."""
+
+
+class LoraModel(BaseTuner):
+    """Holds the user's model and acts on its LoRA adapters."""
+
+    target_module_mapping: ClassVar[Mapping[str, Any]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        **options: Any,
+    ) -> None:
+        """Combine adapters into a new one, which is frozen and not active; see `weighted.add_weighted_adapter`.
+
+        Args:
+            adapters: Their names.
+            weights: One number each; negative ones subtract.
+            adapter_name: The new adapter's name.
+            combination_type: One of `lorakit.core.WAYS`.
+            options: What the way takes: svd_rank, svd_clamp, density, ...
+
+        Raises:
+            AdapterError: There is no such adapter, or the adapters cannot be combined.
+            ConfigError: The way does not exist or lacks something, or the ranks do not fit it.
+        """
+        add_weighted_adapter(self.model, adapters, weights, adapter_name, combination_type, **options)
 
 
 @contextlib.contextmanager
