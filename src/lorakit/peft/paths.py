@@ -101,9 +101,10 @@ PATHS: Mapping[str, Mapping[str, str]] = {
     },
     "helpers": {
         "lorakit.peft.adjusting": """
-            check_if_peft_model disable_input_dtype_casting DoraCaching find_kappa_target_modules KappaTuneSelector
-            rescale_adapter_scale update_forward_signature update_generate_signature update_signature
+            check_if_peft_model DoraCaching find_kappa_target_modules KappaTuneSelector rescale_adapter_scale
+            update_forward_signature update_generate_signature update_signature
         """,
+        "lorakit.peft.structure": "disable_input_dtype_casting=empty_context",
         PLACEHOLDERS: "MontecloraTrainerMixin",
     },
     "import_utils": {
@@ -223,7 +224,7 @@ PATHS: Mapping[str, Mapping[str, str]] = {
             check_target_module_exists ExcludedModule inspect_matched_modules
         """,
         "lorakit.peft.casting": "cast_adapter_dtype set_requires_grad",
-        "lorakit.peft.structure": "find_parameter_name_by_module get_device_map onload_layer",
+        "lorakit.peft.structure": "find_parameter_name_by_module get_device_map onload_layer=empty_context",
     },
     "utils": {
         **_OTHER,
@@ -257,8 +258,8 @@ PATHS: Mapping[str, Mapping[str, str]] = {
     "utils.incremental_pca": {PLACEHOLDERS: "IncrementalPCA"},
     "utils.integrations": {
         "lorakit.peft.structure": """
-            check_deepspeed_zero3_enabled dequantize_module_weight gather_params_ctx get_bnb_param_type
-            get_layer_device_map init_empty_weights map_cache_to_layer_device_map=unused skip_init_on_device
+            check_deepspeed_zero3_enabled dequantize_module_weight gather_params_ctx=empty_context get_bnb_param_type
+            get_layer_device_map=unused init_empty_weights map_cache_to_layer_device_map=unused skip_init_on_device
         """,
     },
     "utils.loftq_utils": {"lorakit.peft.data_inits": "replace_lora_weights_loftq"},

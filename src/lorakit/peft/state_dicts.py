@@ -88,7 +88,7 @@ def get_peft_model_state_dict(
 
 def _check_exists(model: nn.Module, adapter: str) -> None:
     if adapter not in adapter_queries.configs_of(model):
-        raise AdapterError(f"There is no adapter {adapter!r} on this model.", what=adapter)
+        raise AdapterError(f"adapter {adapter!r} not found on this model", what=adapter)
 
 
 def _without_wrappers(key: str) -> str:
