@@ -348,7 +348,7 @@ def check_together(modules: Iterable[Switched], names: Sequence[str]) -> None:
         ConfigError: Two of them save the same module, or train the same token.
     """
     for module in modules:
-        if isinstance(module, ModuleCopies) and len(set(names) & adapter_queries.available_at(module)) > 1:
+        if isinstance(module, ModuleCopies) and len(set(names) & set(module.available_adapters())) > 1:
             why = "each has its own copy of the module."
             raise ConfigError(ALONE.format(wrapper="ModulesToSaveWrapper", names=list(names), why=why))
         if isinstance(module, TokenRows):
