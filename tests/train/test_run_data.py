@@ -21,7 +21,7 @@ def test_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     check_single_process()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(NotYetSupported, match="WORLD_SIZE is 2: .*not supported"):
+    with pytest.raises(NotYetSupported, match=r"WORLD_SIZE is 2: .*not supported"):
         check_single_process()
 
 
