@@ -128,7 +128,7 @@ def test_a_key_fits_the_end_of_a_path_after_a_dot() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "nothing": ({"target_modules": ["nope"]}, r"\['nope'\] not found.*can be adapted here: .*q_proj"),
+    "nothing": ({"target_modules": ["nope"]}, r"\['nope'\] not found.*Supported modules.*q_proj"),
     "typo": ({"target_modules": ["q_porj"]}, "'q_porj'.*nearest: q_proj"),
     "one of two": ({"target_modules": ["q_proj", "v_porj"]}, "target_modules entry 'v_porj' matches no module; nearest: v_proj"),
     "two of three": ({"target_modules": ["q_proj", "x1", "x2"]}, "'x1'.*'x2'"),
