@@ -139,8 +139,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "idle rank": ({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 2}}, "rank_pattern key 'v_proj' matches none of the 3"),
     "idle alpha": ({"target_modules": ["q_proj"], "alpha_pattern": {"nope": 2}}, "alpha_pattern key 'nope'"),
     "idle saved": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_hed"]}, "modules_to_save entry 'lm_hed'.*nearest: lm_head"),
-    "container": ({"target_modules": ["attn"]}, r"'model\.layers\.0\.attn' \(and 2 more\), named by 'attn', is a Attention.*not supported"),
-    "norm": ({"target_modules": ["q_proj", "norm"]}, "is a RMSNorm, which is not supported"),
+    "container": ({"target_modules": ["attn"]}, r"model\.layers\.0\.attn \(and 2 more\), named by 'attn', is a Attention.*not support"),
+    "norm": ({"target_modules": ["q_proj", "norm"]}, "is a RMSNorm, which LoRA does not support"),
     "no targets": ({}, "target_modules is not set"),
 }  # fmt: skip
 

@@ -110,7 +110,7 @@ def run(
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     device = pick_device(flags.device)
     if quantization is not None:
-        hub.require_quantiser(quantization)
+        hub.require_quantizer(quantization)
     folders = flags.adapter or []
     files = read_adapters(folders)
     say_how_trained(files, quantization)

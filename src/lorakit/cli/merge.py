@@ -78,7 +78,7 @@ def run(
     from lorakit.cli.merged_model import Order, record, write_merged
 
     if quantization is not None:
-        hub.require_quantiser(quantization)
+        hub.require_quantizer(quantization)
     files = read_adapters(flags.adapter)
     say_how_trained(files, quantization)
     source = hub.resolve(flags.model, console.note)

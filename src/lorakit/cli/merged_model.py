@@ -212,7 +212,7 @@ def record(order: Order, done: Merged) -> dict[str, Any]:
             for given, files in zip(order.folders, order.adapters, strict=True)
         ],
         "dtype": done.dtype,
-        "quantization": None if order.quantization is None else hub.quantiser_facts(order.quantization),
+        "quantization": None if order.quantization is None else hub.quantization_metadata(order.quantization),
         "untied": done.untied,
         "probe": asdict(done.probe) if done.probe else None,
         "survived": {"mean": sum(shares) / len(shares) if shares else 1.0, "worst": min(shares, default=1.0)},

@@ -177,7 +177,7 @@ class PeftConfigMixin:
         """
         values = read_values(Path(path_json_file))
         if values.pop("runtime_config", None) is not None:
-            warn_caller(f"{path_json_file} contains `runtime_config`, which is ignored: it is for one process only.")
+            warn_caller(f"{path_json_file} contains a `runtime_config` key. This is ignored: it is process-local.")
         return values
 
     @classmethod

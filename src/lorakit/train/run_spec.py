@@ -146,7 +146,7 @@ class Request:
     @property
     def quantization(self) -> dict[str, Any] | None:
         """How the base is stored in fewer bits, as plain JSON values, or None for as it is."""
-        return None if self.stored is None else hub.quantiser_facts(self.stored)
+        return None if self.stored is None else hub.quantization_metadata(self.stored)
 
 
 def check(settings: TrainSettings, progress: Progress) -> Request:
@@ -169,7 +169,7 @@ def check(settings: TrainSettings, progress: Progress) -> Request:
     settings.lora_config()
     wanted = settings.stored_as()
     if wanted is not None:
-        hub.require_quantiser(wanted)
+        hub.require_quantizer(wanted)
     device = pick_device(settings.device)
     check_place(settings)
     folder = Path(settings.output_dir)
