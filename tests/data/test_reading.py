@@ -76,7 +76,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     assert "the data file is UTF-16; save it as UTF-8" in refused(wide)
     other = tmp_path / "a.json"
     other.write_text("[]")
-    assert "data files end in .txt, .md or .jsonl, not in '.json'. A .json file becomes .jsonl" in refused(other)
+    assert "data files end in .txt, .md or .jsonl, not in '.json'. Convert the .json file to .jsonl" in refused(other)
     pipe = tmp_path / "pipe.txt"
     os.mkfifo(pipe)
     assert "is not a regular file" in refused(pipe)

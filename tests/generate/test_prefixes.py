@@ -83,7 +83,7 @@ def test_who_may_not_share() -> None:
         tokens_of(model, [[*SHARED, 3, 4, 20]], ["a"], prefix=prefix)
     with pytest.raises(UsageError, match="Adapter 'plain' is active within the prefix"):
         tokens_of(model, [[*SHARED, 3, 4, 20]], ["plain"], prefix=prefix)
-    with pytest.raises(UsageError, match="prompt 2 of 2 does not go on from the prefix of 8 tokens"):
+    with pytest.raises(UsageError, match="prompt 2 of 2 does not start with the prefix of 8 tokens"):
         tokens_of(model, [[*SHARED, 3, 4, 20], [*SHARED, 20]], [None, None], prefix=prefix)
 
 
