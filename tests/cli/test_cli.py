@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import lorakit
-from lorakit.cli import VERBS, main
+from lorakit.cli import COMMANDS, main
 from lorakit.errors import AdapterFileError, ConfigError
 
 
@@ -40,7 +40,7 @@ def test_help_names_every_verb_and_loads_none(capsys: pytest.CaptureFixture[str]
     assert main(["--help"]) == 0
     assert main([]) == 0
     out = capsys.readouterr().out
-    assert all(f" {name} " in out for name in VERBS)
+    assert all(f" {name} " in out for name in COMMANDS)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +58,7 @@ def test_python_m_lorakit_is_the_same_program() -> None:
 def test_an_unknown_verb_names_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serv", "--json"]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"error: unknown command 'serv'; choose from {', '.join(VERBS)}.")
+    assert captured.err.startswith(f"error: unknown command 'serv'; choose from {', '.join(COMMANDS)}.")
     assert json.loads(captured.out)["error"]["code"] == "LORA-E011"
 
 

@@ -65,7 +65,7 @@ def test_a_crash_in_merge(save_adapter: Save, tiny_model_directory: Path, tmp_pa
 
     def work(root: Path) -> None:
         given = read_adapters([adapter])
-        order = merged_model.Order(source, given, [adapter], root / "out", "auto", False, ())
+        order = merged_model.MergeRequest(source, given, [adapter], root / "out", "auto", False, ())
         merged_model.write_merged(order, lambda text: None)
 
     judge = judge_of(work, tmp_path)

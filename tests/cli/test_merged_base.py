@@ -100,7 +100,7 @@ def test_what_is_not_exact_is_refused_where_it_is_asked_for(
     common = ["--model", loud_model_directory, "--merged"]
     said = refusal(capsys, 1, *common, "--adapter", one, "--dtype", "bfloat16")
     assert (
-        f"{one}: --merged is for exact merges, and this is none. model.layers.0.self_attn.q_proj is bfloat16, and a "
+        f"{one}: --merged is for exact merges, and this one is not. model.layers.0.self_attn.q_proj is bfloat16, and a "
         "merged weight loses what lies below the roundings of that precision. In float32 a merge is exact. Leave out "
         "--merged."
     ) in said
@@ -130,4 +130,4 @@ def test_damaged_numbers_are_found_by_the_merge(
     assert "NaNs detected in the merged weights." in refusal(capsys, 1, *words, "--merged")
     assert main(["generate", "--prompt", "hello", *map(str, words)]) == 1  # 256 tokens may come, so a merge is tried
     said = capsys.readouterr().err
-    assert "The logits of row 0 are NaN or infinite at new token 1" in said and "merged into" not in said
+    assert "Logits of row 0 are NaN or infinite at new token 1" in said and "merged into" not in said

@@ -221,8 +221,8 @@ def test_a_file_lists_them_as_they_are(tmp_path: Path) -> None:
         ("", (), "new_tokens is ''; a token must not be empty."),
         ("<a>,,<b>", (), "new_tokens is '<a>,,<b>'; a token must not be empty."),
         ("<a>,<b>,<a>", (), "new_tokens is '<a>,<b>,<a>'; '<a>' stands twice in it."),
-        ("<a>,<|im_end|>", (), "new_tokens holds '<|im_end|>', which is a token of this tokenizer already (id 2), so"),
-        ("a", (), "new_tokens holds 'a', which is a token of this tokenizer already"),
+        ("<a>,<|im_end|>", (), "new_tokens contains '<|im_end|>', which the tokenizer has already (id 2)"),
+        ("a", (), "new_tokens contains 'a', which the tokenizer has already"),
         (
             "<a>",
             ("--target-modules", "q_proj", "embed_tokens"),
@@ -263,7 +263,7 @@ def test_a_tokenizer_without_a_vocabulary(
     model = base()
     monkeypatch.setattr(PreTrainedTokenizerFast, "get_vocab", refuse)
     assert _train(model, texts, tmp_path / "run") == 1
-    text = "has no vocabulary that tokens can be added to. Use a base whose tokenizer has one, or leave new_tokens out."
+    text = "does not support adding tokens. Use a base with a tokenizer that does, or leave new_tokens out."
     assert text in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

@@ -105,7 +105,7 @@ def test_the_adapter_serves_the_quantised_base_and_the_plain_one(
     assert losses["nf4"] == pytest.approx([record["first_loss"], record["best_loss"]], abs=1e-4)
     assert losses["none"][1] < losses["none"][0] - 0.1
     assert main(["generate", *common, "--prompt", "The quick", "--max-new-tokens", "4", "--no-chat"]) == 0
-    assert "trained on a base stored as nf4, which is as it is here" in capsys.readouterr().err
+    assert "trained on a base quantized as nf4, which is not quantized here" in capsys.readouterr().err
     assert main(["generate", *common, "--prompt", "The quick", "--max-new-tokens", "4", "--quantization", "nf4"]) == 0
     assert "trained on a base" not in capsys.readouterr().err
 
@@ -175,7 +175,7 @@ def test_files_that_are_quantised_already_are_said_to_be(
     hub.load_model(wide_model_directory, "float32", quantization="nf4").save_pretrained(packed)
     hub.load_tokenizer(wide_model_directory).save_pretrained(packed)
     assert train(model=packed) == 2
-    assert "its files are quantised already (bitsandbytes); leave out quantization 'nf4'" in capsys.readouterr().err
+    assert "files are quantized already (bitsandbytes); leave out quantization 'nf4'" in capsys.readouterr().err
     assert train(model=packed, quantization=None) == 0
     record = read(tmp_path / "run" / "run.json")
     assert record["resolved"]["quantization"]["method"] == "nf4"

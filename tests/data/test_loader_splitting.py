@@ -50,10 +50,10 @@ def test_rows_that_are_no_documents_are_called_rows() -> None:
 def test_two_documents_leave_one_and_zero_leaves_none() -> None:
     assert len(split(documents(2), 0.01).held_out) == 1
     assert len(split(documents(2), 0.99).held_out) == 1
-    assert split(documents(2), 0).note == "Nothing is held out for evaluation (eval_fraction is 0)."
+    assert split(documents(2), 0).note == "No data is held out for evaluation (eval_fraction is 0)."
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1, 5])
 def test_a_share_is_a_share(fraction: float) -> None:
-    with pytest.raises(ConfigError, match=r"eval_fraction is .*; a share in \[0, 1\) is needed, such as 0.05"):
+    with pytest.raises(ConfigError, match=r"eval_fraction is .*; it must be in \[0, 1\)"):
         split(documents(3), fraction)
