@@ -138,7 +138,7 @@ def _reject_quantized_files(model: str, stored: Quantization | None, wanted: Qua
 
 
 def _mean_retained(done: Merged) -> float:
-    fractions = [site.survived for site in done.sites]
+    fractions = [site.retained for site in done.sites]
     return sum(fractions) / len(fractions) if fractions else 1.0
 
 
@@ -159,8 +159,8 @@ def _text(request: MergeRequest, done: Merged, verbose: bool) -> str:
     )
     if done.untied:
         lines.append("untied     input and output embeddings are separate weights (tie_word_embeddings is false)")
-    worst = sorted(done.sites, key=lambda site: site.survived)[:WORST_SITES] if verbose else []
+    worst = sorted(done.sites, key=lambda site: site.retained)[:WORST_SITES] if verbose else []
     if worst:
-        rows = [[site.path, format_percent(site.survived), format_percent(site.changed)] for site in worst]
+        rows = [[site.path, format_percent(site.retained), format_percent(site.changed)] for site in worst]
         lines += ["", console.table(["sites that retain least", "retained", "weights changed"], rows)]
     return "\n".join(lines)

@@ -203,7 +203,7 @@ def record(request: MergeRequest, done: Merged) -> dict[str, Any]:
         request: Specification of the merge.
         done: Its result.
     """
-    fractions = [site.survived for site in done.sites]
+    fractions = [site.retained for site in done.sites]
     return {
         "format_version": 1,
         "base": {"name": request.source.base_name, "name_or_path": request.source.recorded_name},
@@ -219,7 +219,7 @@ def record(request: MergeRequest, done: Merged) -> dict[str, Any]:
             "mean": sum(fractions) / len(fractions) if fractions else 1.0,
             "worst": min(fractions, default=1.0),
         },
-        "sites": {site.path: {"survived": site.survived, "changed": site.changed} for site in done.sites},
+        "sites": {site.path: {"survived": site.retained, "changed": site.changed} for site in done.sites},
     }
 
 

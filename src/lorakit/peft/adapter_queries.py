@@ -9,9 +9,9 @@ from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.factor import TRAINED
-from lorakit.core.layers.adapter_component import Switched
-from lorakit.core.layers.modules_to_save import ModuleCopies
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.adapter_component import AdapterModule
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import find_state, walk
 from lorakit.core.variants import own_tensors
 
@@ -22,9 +22,9 @@ def is_wrapper(model: nn.Module) -> bool:
     return inner is not None and hasattr(inner, "tuner_layer_cls")
 
 
-def adapted(model: nn.Module) -> Iterator[Switched]:
+def adapted(model: nn.Module) -> Iterator[AdapterModule]:
     """Iterate over adapted layers, saved modules and trainable tokens."""
-    return (module for _, module in walk(model) if isinstance(module, Switched))
+    return (module for _, module in walk(model) if isinstance(module, AdapterModule))
 
 
 def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
@@ -33,11 +33,11 @@ def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
     return {} if state is None else state.configs
 
 
-def holders_of(module: Switched) -> Iterator[Any]:
+def holders_of(module: AdapterModule) -> Iterator[Any]:
     """Iterate over the containers of a layer that hold modules or parameters by adapter."""
-    if isinstance(module, ModuleCopies):
+    if isinstance(module, ModulesToSave):
         yield module.modules_to_save
-    elif isinstance(module, TokenRows):
+    elif isinstance(module, TrainableTokens):
         yield module.token_adapter.trainable_tokens_delta
     for attribute in (*TRAINED, *(tensor.held_as for tensor in own_tensors())):
         held = module._modules.get(attribute)
@@ -45,7 +45,7 @@ def holders_of(module: Switched) -> Iterator[Any]:
             yield held
 
 
-def merged_at(module: Switched) -> list[str]:
+def merged_at(module: AdapterModule) -> list[str]:
     """Return the adapters that are merged at a layer."""
     return list(getattr(module, "merged_adapters", ()))
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lorakit.core.layers.adapter_component import Switched
+from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.errors import AdapterError
 from lorakit.peft import adapter_queries
 
@@ -82,7 +82,7 @@ class TunerModelStatus:
     quantization_backend: str | None
 
 
-MODULE_TYPES = {"ModuleCopies": "ModulesToSaveWrapper", "TokenRows": "TrainableTokensLayer"}
+MODULE_TYPES = {"ModulesToSave": "ModulesToSaveWrapper", "TrainableTokens": "TrainableTokensLayer"}
 """Class of an adapted module that is not a layer -> its name in PEFT."""
 
 BACKENDS = {"bnb-4bit": "bnb 4bit", "bnb-8bit": "bnb 8bit"}
@@ -100,9 +100,9 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """
     inner = getattr(model, "base_model", model) if adapter_queries.is_wrapper(model) else model
     found = [
-        _layer_status(f"{name}.token_adapter" if isinstance(module, TokenRows) else name, module)
+        _layer_status(f"{name}.token_adapter" if isinstance(module, TrainableTokens) else name, module)
         for name, module in inner.named_modules()
-        if isinstance(module, Switched)
+        if isinstance(module, AdapterModule)
     ]
     if not found:
         raise AdapterError(
@@ -112,7 +112,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     return found
 
 
-def _layer_status(name: str, module: Switched) -> TunerLayerStatus:
+def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
     backend = module.base.name if isinstance(module, LoraLayer) and module.base.quantised else None
     flags: dict[str, list[bool]] = defaultdict(list)
     devices: dict[str, set[str]] = defaultdict(set)
@@ -132,7 +132,7 @@ def _layer_status(name: str, module: Switched) -> TunerLayerStatus:
     )
 
 
-def _parameters(module: Switched) -> Iterator[tuple[str, nn.Parameter]]:
+def _parameters(module: AdapterModule) -> Iterator[tuple[str, nn.Parameter]]:
     for holder in adapter_queries.holders_of(module):
         for adapter, held in holder.items():
             for parameter in held.parameters() if isinstance(held, nn.Module) else [held]:

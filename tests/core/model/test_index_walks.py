@@ -14,7 +14,7 @@ from torch import nn
 from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import PARAMETER, parameter_slot
-from lorakit.core.layers.modules_to_save import ModuleCopies
+from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.named_layers import layer_class
 from lorakit.core.model.activation import set_trained
 from lorakit.core.model.index import AdapterIndex, Place, find_state
@@ -232,7 +232,7 @@ def test_what_an_index_holds() -> None:
     assert list(index.components) == ["head", *(f"layers.{n}.up" for n in range(BLOCKS))]
     assert [path for path, _ in index.layers("a")] == [f"layers.{n}.up" for n in range(BLOCKS)]
     assert [path for path, _ in index.layers("b")] == []
-    assert [path for path, _ in index.every(ModuleCopies)] == ["head"]
+    assert [path for path, _ in index.every(ModulesToSave)] == ["head"]
     assert list(index.patches) == [f"layers.{n}.up.base_layer" for n in range(BLOCKS)]
     assert "head.original_module" in index.everything
     assert "head.original_module" not in index.modules

@@ -19,11 +19,11 @@ from lorakit.core.attachment.residual_base import UNMOVED, Cost, check_can_move,
 from lorakit.core.factor import factor_dtype, make_dropout
 from lorakit.core.inits import Blank, Init, fresh_bias, init_for
 from lorakit.core.inits.init import BOTH
-from lorakit.core.layers.bias import BiasSwitch
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import Extras, ModuleCopies, build_extras
+from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, build_extras
 from lorakit.core.layers.named_layers import layer_class
-from lorakit.core.layers.trainable_tokens import ChosenRows, NewRows, TokenRows
+from lorakit.core.layers.trainable_tokens import ChosenRows, NewRows, TrainableTokens
 from lorakit.core.model.index import AdapterIndex, Place, walk
 from lorakit.core.model.target_weights import dropout_at, places_of
 from lorakit.core.model.ties import tie_copies, tie_factors
@@ -332,7 +332,7 @@ def new_rows(
     for part in chosen:
         standing = index.modules[part.path]
         table: Tensor = index.base(part.path)._parameters["weight"]  # type: ignore[assignment]
-        if isinstance(standing, TokenRows):
+        if isinstance(standing, TrainableTokens):
             table = standing.token_adapter.original()
         if given is None:
             rows = table.detach()[torch.tensor(part.indices, device=table.device)]
@@ -368,7 +368,7 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
     for rows in extras.rows:
         _put_rows(index, name, rows, state)
     for module, originals in extras.biases:
-        BiasSwitch.install(name, originals, module, state)
+        BiasPatch.install(name, originals, module, state)
     for parameter, values in built.bias_values:
         parameter.data = values
     if not built.trainable:
@@ -410,8 +410,8 @@ def _maker(place: Place, state: AdapterState) -> Callable[[nn.Module], LoraLayer
 def _put_copies(index: AdapterIndex, built: NewAdapter, state: AdapterState) -> None:
     for path, duplicate in built.extras.copies.items():
         holder = index.modules[path]
-        if not isinstance(holder, ModuleCopies):
-            holder = ModuleCopies(holder, state)
+        if not isinstance(holder, ModulesToSave):
+            holder = ModulesToSave(holder, state)
             index.replace(index.modules[path], holder)
         holder.put(built.name, duplicate)
 
@@ -423,10 +423,10 @@ def _put_rows(index: AdapterIndex, name: str, new: NewRows, state: AdapterState)
     leader.put(name, new.chosen.indices, new.rows)
 
 
-def _table(index: AdapterIndex, path: str, state: AdapterState, leader: TokenRows | None) -> TokenRows:
+def _table(index: AdapterIndex, path: str, state: AdapterState, leader: TrainableTokens | None) -> TrainableTokens:
     standing = index.modules[path]
-    if not isinstance(standing, TokenRows):
-        made = TokenRows(standing, state, leader)
+    if not isinstance(standing, TrainableTokens):
+        made = TrainableTokens(standing, state, leader)
         index.replace(standing, made)
         index.modules[path] = standing = made
     return standing
@@ -439,7 +439,7 @@ def note_old_biases(index: AdapterIndex) -> None:
         index: The model's index.
     """
     for _, layer in index.layers():
-        found = [(s.adapter, s.originals["bias"]) for s in BiasSwitch.on(layer.owner) if "bias" in s.originals]
+        found = [(s.adapter, s.originals["bias"]) for s in BiasPatch.on(layer.owner) if "bias" in s.originals]
         layer.old_bias = found[0] if found else None
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import INSIDE, AdapterIndex
 from lorakit.core.model.target_weights import paths_on_disk
 from lorakit.core.variants import own_tensors
@@ -72,10 +72,10 @@ def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, 
     for path, part in index.components.items():
         if isinstance(part, LoraLayer) and adapter in part.r:
             found |= _of_layer(f"{PREFIX}{on_disk[path]}", part, adapter)
-        elif isinstance(part, ModuleCopies) and adapter in part:
+        elif isinstance(part, ModulesToSave) and adapter in part:
             for leaf, tensor in part.modules_to_save[adapter].state_dict().items():
                 found[f"{PREFIX}{path}.{leaf}"] = tensor
-        elif isinstance(part, TokenRows) and adapter in part and not part.follows:
+        elif isinstance(part, TrainableTokens) and adapter in part and not part.follows:
             found[f"{PREFIX}{path}{ROWS}"] = part.token_adapter.trainable_tokens_delta[adapter]
     for path, patches in index.patches.items():
         where = inside(plain_path(path), depths)

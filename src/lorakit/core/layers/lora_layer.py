@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lorakit.core.clones import bare, with_forward
 from lorakit.core.factor import HOLDERS, TRAINED, OwnWeight, carrier
 from lorakit.core.kinds import Kind, Slot, kind_named, spread
-from lorakit.core.layers.adapter_component import Switched
+from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.batched import add_kept, add_stacked
 from lorakit.core.quantization import Base, base_of
 from lorakit.core.routing.recompute import Forwards
@@ -64,7 +64,7 @@ def _holder_type(name: str) -> type[nn.ModuleDict | nn.ParameterDict] | None:
     return HOLDERS.get(name)
 
 
-class LoraLayer(Switched):
+class LoraLayer(AdapterModule):
     """A base module and the low-rank factors beside it.
 
     Attributes:

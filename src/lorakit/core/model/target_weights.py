@@ -16,7 +16,7 @@ from torch import nn
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import PARAMETER, parameter_slot
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
+from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.moe import shows_tokens
 from lorakit.core.model.index import INSIDE, AdapterIndex, Place, defined_parameters
 from lorakit.errors import ConfigError, TargetError
@@ -172,7 +172,7 @@ def check_standing(index: AdapterIndex, places: Sequence[Place]) -> None:
     Raises:
         TargetError: The message names the module.
     """
-    standing_at = {path for path, m in index.modules.items() if isinstance(m, (LoraLayer, ModuleCopies))}
+    standing_at = {path for path, m in index.modules.items() if isinstance(m, (LoraLayer, ModulesToSave))}
     taken = sorted(standing_at | {place.outer for place in places})
     for outer in {place.outer for place in places if place.kind.names_parameter}:
         inside = next((path for path in taken if path.startswith(f"{outer}.")), None)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.factor import FactorWeight
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
+from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.model.index import AdapterIndex, identity
 from lorakit.core.model.token_indices import input_embedding, shared_weights, sharers, table_at
 from lorakit.core.variants import variants_of
@@ -191,8 +191,8 @@ def untied_copies(
     """
     found = []
     index = AdapterIndex.of(model)
-    holders = {id(holder.original_module): holder for _, holder in index.every(ModuleCopies)}
-    for path, holder in index.every(ModuleCopies):
+    holders = {id(holder.original_module): holder for _, holder in index.every(ModulesToSave)}
+    for path, holder in index.every(ModulesToSave):
         for name in [name for name in names if name in holder.modules_to_save]:
             parameter = holder.original_module._parameters.get("weight")
             for other, module in held.get(identity(parameter), ()):
