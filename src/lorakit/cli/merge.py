@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lorakit.cli.merged_model import Merged, Order
 
 WORST_SITES = 5
-LITTLE_SURVIVED = 0.5
+LITTLE_RETAINED = 0.5
 LARGE_DIFFERENCE = 0.5  # of what the adapters do to the base
 
 
@@ -109,10 +109,10 @@ def doubts(done: Merged) -> list[str]:
         done: What was written.
     """
     found = []
-    survived = _mean_survived(done)
-    if survived < LITTLE_SURVIVED:
+    retained = _mean_retained(done)
+    if retained < LITTLE_RETAINED:
         found.append(
-            f"only {format_percent(survived, 0)} of the adapter's update fits into {done.dtype} weights; the rest is "
+            f"only {format_percent(retained, 0)} of the adapter's update fits into {done.dtype} weights; the rest is "
             "smaller than that precision can represent. --dtype float32 keeps it."
         )
     if done.probe is not None and done.probe.max_difference > LARGE_DIFFERENCE * done.probe.effect:
@@ -135,8 +135,8 @@ def _refuse_quantised_files(model: str, stored: Quantization | None, wanted: Qua
         )
 
 
-def _mean_survived(done: Merged) -> float:
-    shares = [site.survived for site in done.sites]
+def _mean_retained(done: Merged) -> float:
+    shares = [site.retained for site in done.sites]
     return sum(shares) / len(shares) if shares else 1.0
 
 
@@ -153,12 +153,12 @@ def _text(order: Order, done: Merged, verbose: bool) -> str:
             f"by up to {probe.effect:.2g}",
         ]
     lines.append(
-        f"retained   {format_percent(_mean_survived(done))} of the update on average, after rounding to {done.dtype}"
+        f"retained   {format_percent(_mean_retained(done))} of the update on average, after rounding to {done.dtype}"
     )
     if done.untied:
         lines.append("untied     input and output embeddings are separate weights (tie_word_embeddings is false)")
-    worst = sorted(done.sites, key=lambda site: site.survived)[:WORST_SITES] if verbose else []
+    worst = sorted(done.sites, key=lambda site: site.retained)[:WORST_SITES] if verbose else []
     if worst:
-        rows = [[site.path, format_percent(site.survived), format_percent(site.changed)] for site in worst]
+        rows = [[site.path, format_percent(site.retained), format_percent(site.changed)] for site in worst]
         lines += ["", console.table(["sites that retain least", "retained", "weights changed"], rows)]
     return "\n".join(lines)

@@ -46,7 +46,7 @@ def write_into_base(
     if name is None or wanted is False or (wanted is None and tokens < WORTHWHILE_TOKENS):
         return False
     folder = labels[name]
-    reason = core.why_merge_is_inexact(model, name)
+    reason = core.explain_inexact_merge(model, name)
     if reason is None:
         try:
             core.merge_and_unload(model, name)

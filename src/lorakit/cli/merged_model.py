@@ -203,7 +203,7 @@ def record(order: Order, done: Merged) -> dict[str, Any]:
         order: What was asked for.
         done: What was written.
     """
-    shares = [site.survived for site in done.sites]
+    shares = [site.retained for site in done.sites]
     return {
         "format_version": 1,
         "base": {"name": order.source.base_name, "name_or_path": order.source.recorded_name},
@@ -216,7 +216,7 @@ def record(order: Order, done: Merged) -> dict[str, Any]:
         "untied": done.untied,
         "probe": asdict(done.probe) if done.probe else None,
         "survived": {"mean": sum(shares) / len(shares) if shares else 1.0, "worst": min(shares, default=1.0)},
-        "sites": {site.path: {"survived": site.survived, "changed": site.changed} for site in done.sites},
+        "sites": {site.path: {"survived": site.retained, "changed": site.changed} for site in done.sites},
     }
 
 

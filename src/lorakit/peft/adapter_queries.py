@@ -12,10 +12,10 @@ from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.factor import TRAINED
-from lorakit.core.layers.adapter_component import Switched
+from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import find_state, walk
 
 
@@ -25,9 +25,9 @@ def is_wrapper(model: nn.Module) -> bool:
     return inner is not None and hasattr(inner, "tuner_layer_cls")
 
 
-def adapted(model: nn.Module) -> Iterator[Switched]:
+def adapted(model: nn.Module) -> Iterator[AdapterModule]:
     """Every adapted layer and copied module."""
-    return (module for _, module in walk(model) if isinstance(module, Switched))
+    return (module for _, module in walk(model) if isinstance(module, AdapterModule))
 
 
 def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
@@ -36,11 +36,11 @@ def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
     return {} if state is None else state.configs
 
 
-def holders_of(module: Switched) -> Iterator[Any]:
+def holders_of(module: AdapterModule) -> Iterator[Any]:
     """The containers of a layer that hold something per adapter."""
-    if isinstance(module, ModuleCopies):
+    if isinstance(module, ModulesToSave):
         yield module.modules_to_save
-    elif isinstance(module, TokenRows):
+    elif isinstance(module, TrainableTokens):
         yield module.token_adapter.trainable_tokens_delta
     for attribute in TRAINED:
         held = module._modules.get(attribute)
@@ -48,22 +48,22 @@ def holders_of(module: Switched) -> Iterator[Any]:
             yield held
 
 
-def available_at(module: Switched) -> set[str]:
+def available_at(module: AdapterModule) -> set[str]:
     """Adapters that have something at a layer."""
     return set(module.available_adapters())
 
 
-def active_at(module: Switched) -> list[str]:
+def active_at(module: AdapterModule) -> list[str]:
     """Adapters that act at a layer, also while they are disabled, as PEFT lists them."""
     return module.active_adapters
 
 
-def merged_at(module: Switched) -> list[str]:
+def merged_at(module: AdapterModule) -> list[str]:
     """Adapters that are merged at a layer."""
     return list(getattr(module, "merged_adapters", ()))
 
 
-def is_disabled(module: Switched) -> bool:
+def is_disabled(module: AdapterModule) -> bool:
     """Whether a layer's adapters are switched off now."""
     return module.disable_adapters
 
@@ -72,7 +72,7 @@ BACKENDS = {"bnb-4bit": "bnb 4bit", "bnb-8bit": "bnb 8bit"}
 """Name of a row of BASES -> PEFT's word for it, where it has another."""
 
 
-def quantisation_at(module: Switched) -> str | None:
+def quantisation_at(module: AdapterModule) -> str | None:
     """How a layer's base weight is quantised, in PEFT's words, or None."""
     if not isinstance(module, LoraLayer) or not module.base.quantised:
         return None

@@ -20,10 +20,10 @@ from torch import nn
 
 from lorakit.config import LoraConfig, TaskType
 from lorakit.core.attachment.attaching import AttachReport, model_type_of, with_targets
-from lorakit.core.layers.adapter_component import Switched
+from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.bias import brings_bias
-from lorakit.core.layers.modules_to_save import ModuleCopies
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.merging.checks import tied_sites
 from lorakit.core.model.index import layers, survey
 from lorakit.core.model.target_weights import bare_parameters
@@ -351,7 +351,7 @@ def _by_module(model: nn.Module, config: LoraConfig) -> dict[str, set[str]]:
 ALONE = "Only one adapter can be set at a time for {wrapper}, got {names}: {why}"
 
 
-def check_together(modules: Iterable[Switched], names: Sequence[str]) -> None:
+def check_together(modules: Iterable[AdapterModule], names: Sequence[str]) -> None:
     """Refuse adapters that stand in each other's place; nothing is changed.
 
     Args:
@@ -362,10 +362,10 @@ def check_together(modules: Iterable[Switched], names: Sequence[str]) -> None:
         ConfigError: Two of them copy the same module, or train the same row of a table.
     """
     for module in modules:
-        if isinstance(module, ModuleCopies) and len(set(names) & adapter_queries.available_at(module)) > 1:
+        if isinstance(module, ModulesToSave) and len(set(names) & adapter_queries.available_at(module)) > 1:
             why = "each has its own copy of the module."
             raise ConfigError(ALONE.format(wrapper="ModulesToSaveWrapper", names=list(names), why=why))
-        if isinstance(module, TokenRows):
+        if isinstance(module, TrainableTokens):
             try:
                 module.token_adapter.replacements(names)
             except RouteError as refused:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lorakit.core.layers.bias import BiasSwitch
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.index import walk
 from lorakit.errors import AdapterError, AdapterFileError, warn_caller
@@ -118,11 +118,11 @@ def tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tenso
         prefix = f"{path}." if path else ""
         if isinstance(module, LoraLayer):
             yield from _of_layer(module, prefix, adapter)
-        elif isinstance(module, ModuleCopies):
+        elif isinstance(module, ModulesToSave):
             if adapter in module.modules_to_save:
                 for leaf, tensor in module.modules_to_save[adapter].state_dict(keep_vars=True).items():
                     yield f"{prefix}{leaf}", f"{prefix}modules_to_save.{adapter}.{leaf}", tensor
-        elif isinstance(module, TokenRows):
+        elif isinstance(module, TrainableTokens):
             if adapter in module.available_adapters() and not module.follows:
                 rows = module.token_adapter.trainable_tokens_delta[adapter]
                 yield f"{prefix}{ROWS}", f"{prefix}{ROWS}.{adapter}", rows
@@ -143,7 +143,7 @@ def flat_factors(model: nn.Module, adapter: str, given: Mapping[str, Any] | None
 
 
 def _of_biases(module: nn.Module, prefix: str, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
-    for switch in BiasSwitch.on(module):
+    for switch in BiasPatch.on(module):
         for leaf in switch.originals if switch.adapter == adapter else ():
             yield f"{prefix}{leaf}", f"{prefix}{leaf}", module._parameters[leaf]  # type: ignore[misc]
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lorakit.core.layers.adapter_component import Switched
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.adapter_component import AdapterModule
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.errors import AdapterError
 from lorakit.peft import adapter_queries
 
@@ -81,7 +81,7 @@ class TunerModelStatus:
     quantization_backend: str | None
 
 
-PARTS = {"ModuleCopies": "ModulesToSaveWrapper", "TokenRows": "TrainableTokensLayer"}
+PARTS = {"ModulesToSave": "ModulesToSaveWrapper", "TrainableTokens": "TrainableTokensLayer"}
 """Class of a part of adapters that is no layer -> PEFT's word for it."""
 
 
@@ -96,9 +96,9 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """
     inner = getattr(model, "base_model", model) if adapter_queries.is_wrapper(model) else model
     found = [
-        _layer_status(f"{name}.token_adapter" if isinstance(module, TokenRows) else name, module)
+        _layer_status(f"{name}.token_adapter" if isinstance(module, TrainableTokens) else name, module)
         for name, module in inner.named_modules()
-        if isinstance(module, Switched)
+        if isinstance(module, AdapterModule)
     ]
     if not found:
         raise AdapterError(
@@ -108,7 +108,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     return found
 
 
-def _layer_status(name: str, module: Switched) -> TunerLayerStatus:
+def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
     flags: dict[str, list[bool]] = defaultdict(list)
     devices: dict[str, set[str]] = defaultdict(set)
     for adapter, parameter in _parameters(module):
@@ -127,7 +127,7 @@ def _layer_status(name: str, module: Switched) -> TunerLayerStatus:
     )
 
 
-def _parameters(module: Switched) -> Iterator[tuple[str, nn.Parameter]]:
+def _parameters(module: AdapterModule) -> Iterator[tuple[str, nn.Parameter]]:
     for holder in adapter_queries.holders_of(module):
         for adapter, held in holder.items():
             for parameter in held.parameters() if isinstance(held, nn.Module) else [held]:

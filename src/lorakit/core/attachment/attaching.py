@@ -18,11 +18,11 @@ from lorakit.config import LoraConfig, scale
 from lorakit.core.attachment.build import Part, fresh_extras, fresh_parts, keep_off, notes_on_moving, put_rows
 from lorakit.core.attachment.residual_base import give_base_back
 from lorakit.core.kinds import Kind
-from lorakit.core.layers.bias import BiasSwitch
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import Extras, ModuleCopies
+from lorakit.core.layers.modules_to_save import Extras, ModulesToSave
 from lorakit.core.layers.named_layers import layer_class
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.merging.checks import check_unmergeable
 from lorakit.core.merging.merging import merged_adapters, unmerge
 from lorakit.core.model.activation import adapter_parameters
@@ -194,14 +194,14 @@ def publish(
             layer.move_base(name, part.moved, part.initial)
     for path, duplicate in extras.copies.items():
         holder = site_map.modules[path]
-        if not isinstance(holder, ModuleCopies):
-            holder = ModuleCopies(holder, state)
+        if not isinstance(holder, ModulesToSave):
+            holder = ModulesToSave(holder, state)
             site_map.replace(site_map.modules[path], holder)
         holder.put(name, duplicate)
     tie_factors(site_map, name, extras.leaders)
     put_rows(site_map, name, extras.rows, state)
     for module, originals in extras.biases:
-        BiasSwitch.install(name, originals, module, state)
+        BiasPatch.install(name, originals, module, state)
     if config.alora_invocation_tokens is not None:
         install(model, state)
     if state.biased:
@@ -258,7 +258,7 @@ def _forget(module: nn.Module, names: Sequence[str], site_map: SiteMap) -> None:
             site_map.replace(module, standing)
         for child in children:
             owner._modules[child] = _without(owner._modules[child], names)  # type: ignore[arg-type]
-    elif isinstance(module, (ModuleCopies, TokenRows)):
+    elif isinstance(module, (ModulesToSave, TrainableTokens)):
         for name in names:
             module.remove(name)
         if not module.available_adapters():
@@ -286,11 +286,11 @@ def _without(module: nn.Module, names: Sequence[str]) -> nn.Module:
 
 def _drop_bias_switches(model: nn.Module, names: Sequence[str]) -> None:
     for module in model.modules():
-        BiasSwitch.uninstall(module, names)
+        BiasPatch.uninstall(module, names)
     _tell_sites_of_old_biases(model)
 
 
 def _tell_sites_of_old_biases(model: nn.Module) -> None:
     for _, layer in layers(model):
-        found = [(s.adapter, s.originals["bias"]) for s in BiasSwitch.on(layer.owner) if "bias" in s.originals]
+        found = [(s.adapter, s.originals["bias"]) for s in BiasPatch.on(layer.owner) if "bias" in s.originals]
         layer.old_bias = found[0] if found else None

@@ -29,7 +29,7 @@ from lorakit.core.inits import Blank, fresh_bias, init_for
 from lorakit.core.inits.init import BOTH
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import Extras, build_extras
-from lorakit.core.layers.trainable_tokens import ChosenRows, NewRows, TokenRows
+from lorakit.core.layers.trainable_tokens import ChosenRows, NewRows, TrainableTokens
 from lorakit.core.model.index import Place, SiteMap
 from lorakit.core.model.target_weights import dropout_at, places_of
 from lorakit.core.model.ties import Ties, tie_copies
@@ -305,7 +305,7 @@ def new_rows(
     made = []
     for part in chosen:
         standing = site_map.modules[part.path]
-        if isinstance(standing, TokenRows):
+        if isinstance(standing, TrainableTokens):
             table = standing.token_adapter.original()
         else:
             table = site_map.base(part.path).weight  # type: ignore[assignment]
@@ -334,10 +334,10 @@ def put_rows(site_map: SiteMap, name: str, parts: Sequence[NewRows], state: Adap
         leader.put(name, part.chosen.indices, part.rows)
 
 
-def _standing(site_map: SiteMap, path: str, state: AdapterState, leader: TokenRows | None) -> TokenRows:
+def _standing(site_map: SiteMap, path: str, state: AdapterState, leader: TrainableTokens | None) -> TrainableTokens:
     standing = site_map.modules[path]
-    if not isinstance(standing, TokenRows):
-        made = TokenRows(standing, state, leader)
+    if not isinstance(standing, TrainableTokens):
+        made = TrainableTokens(standing, state, leader)
         site_map.replace(standing, made)
         site_map.modules[path] = standing = made
     return standing

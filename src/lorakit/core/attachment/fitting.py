@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.files.tensor_names import MAGNITUDE, PREFIX, ROWS, inside, parse
-from lorakit.core.layers.modules_to_save import ModuleCopies, biased_modules, plain_shapes
+from lorakit.core.layers.modules_to_save import ModulesToSave, biased_modules, plain_shapes
 from lorakit.core.layers.trainable_tokens import ChosenRows
 from lorakit.core.model.index import INSIDE, Place, SiteMap
 from lorakit.core.model.ties import tied_groups, with_ties
@@ -183,7 +183,7 @@ def _find_places(
 def _take_copies(left: dict[str, Tensor], site_map: SiteMap, result: Fit) -> None:
     for path in result.saved:
         module = site_map.modules[path]
-        original = module.original_module if isinstance(module, ModuleCopies) else module
+        original = module.original_module if isinstance(module, ModulesToSave) else module
         for leaf, shape in plain_shapes(original).items():
             name = f"{PREFIX}{path}.{leaf}"
             if name not in left:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorakit.core.attachment.build import Part
 from lorakit.core.attachment.fitting import Fit
 from lorakit.core.files.judging import largest_value
-from lorakit.core.layers.modules_to_save import Extras, ModuleCopies
+from lorakit.core.layers.modules_to_save import Extras, ModulesToSave
 from lorakit.core.model.index import Place, SiteMap
 
 WIDTHS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -53,7 +53,7 @@ def copied_tensors(extras: Extras, fitted: Fit, site_map: SiteMap) -> Iterator[t
     """Yield each tensor (…) of the saved modules with the name of the tensor that fills it."""
     for path, duplicate in extras.copies.items():
         standing = site_map.modules[path]
-        original = standing.original_module if isinstance(standing, ModuleCopies) else standing
+        original = standing.original_module if isinstance(standing, ModulesToSave) else standing
         for leaf, own in duplicate.state_dict(keep_vars=True).items():
             key = fitted.copied.get((id(original), leaf))
             if key is not None:

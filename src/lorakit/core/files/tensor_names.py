@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lorakit.core.layers.bias import BiasSwitch
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import INSIDE
 from lorakit.core.model.target_weights import paths_on_disk
 
@@ -78,12 +78,12 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
         path = on_disk.get(path, path)
         if isinstance(module, LoraLayer) and adapter in module.r:
             found |= _of_layer(f"{PREFIX}{path}", module, adapter)
-        elif isinstance(module, ModuleCopies) and adapter in module:
+        elif isinstance(module, ModulesToSave) and adapter in module:
             for leaf, tensor in module.modules_to_save[adapter].state_dict().items():
                 found[f"{PREFIX}{path}.{leaf}"] = tensor
-        elif isinstance(module, TokenRows) and adapter in module and not module.follows:
+        elif isinstance(module, TrainableTokens) and adapter in module and not module.follows:
             found[f"{PREFIX}{path}{ROWS}"] = module.token_adapter.trainable_tokens_delta[adapter]
-        for switch in BiasSwitch.on(module):
+        for switch in BiasPatch.on(module):
             if switch.adapter == adapter:
                 where = inside(plain_path(path), depths)
                 for leaf in switch.originals:

@@ -15,7 +15,7 @@ from lorakit.core.routing.state import AdapterState
 from lorakit.errors import warn_caller
 
 
-class Switched(nn.Module):
+class AdapterModule(nn.Module):
     """A module in which adapters act, as programs of the field ask it.
 
     Attributes:

@@ -22,7 +22,7 @@ from lorakit.core.routing.state import AdapterState, resolve
 from lorakit.errors import MergeError, MixedRowsError, RowCountError
 
 
-class BiasSwitch:
+class BiasPatch:
     """A forward hook on a module whose bias an adapter trains in place: other routes get the old bias.
 
     Where the adapter is not active, the module runs once more as a shallow clone with the bias it had before,
@@ -81,15 +81,15 @@ class BiasSwitch:
         clone = clone_with(module, self.old(module))
         if isinstance(module, nn.MultiheadAttention):
             inside = out_projection(module)
-            for switch in BiasSwitch.on(inside):
+            for switch in BiasPatch.on(inside):
                 if switch.adapter == self.adapter:
                     clone._modules["out_proj"] = clone_with(inside, switch.old(inside))
         return clone
 
     @staticmethod
-    def on(module: nn.Module) -> list[BiasSwitch]:
+    def on(module: nn.Module) -> list[BiasPatch]:
         """The switches that hang on a module."""
-        return [hook for hook in module._forward_hooks.values() if isinstance(hook, BiasSwitch)]
+        return [hook for hook in module._forward_hooks.values() if isinstance(hook, BiasPatch)]
 
     @classmethod
     def install(cls, adapter: str, originals: dict[str, Tensor], module: nn.Module, state: AdapterState) -> None:
@@ -103,7 +103,7 @@ class BiasSwitch:
     def forget(module: nn.Module) -> None:
         """Take every switch off a module and leave its biases as they were trained."""
         for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, BiasSwitch):
+            if isinstance(hook, BiasPatch):
                 del module._forward_hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
 
@@ -111,7 +111,7 @@ class BiasSwitch:
     def uninstall(module: nn.Module, adapters: Collection[str]) -> None:
         """Take the switches of some adapters off a module and give it its old biases back, bit for bit."""
         for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, BiasSwitch) and hook.adapter in adapters:
+            if isinstance(hook, BiasPatch) and hook.adapter in adapters:
                 del module._forward_hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
                 for name, old in hook.originals.items():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lorakit.core.clones import bare, with_forward
 from lorakit.core.factor import HOLDERS, TRAINED, Factor, Magnitude, carrier
 from lorakit.core.kinds import Kind, Slot, kind_named, spread
-from lorakit.core.layers.adapter_component import Switched
+from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.batched import add_kept, add_stacked
 from lorakit.core.quantization import Base, base_of
 from lorakit.core.routing.recompute import Forwards
@@ -54,7 +54,7 @@ OF_THE_BASE = frozenset({"weight", "bias"})
 """Attributes that, when set on the layer, belong to the base module: other code ties weights that way."""
 
 
-class LoraLayer(Switched):
+class LoraLayer(AdapterModule):
     """A base module and the low-rank factors beside it.
 
     Attributes:

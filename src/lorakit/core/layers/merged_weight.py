@@ -84,13 +84,13 @@ class SiteMerge:
 
     Attributes:
         path: The site.
-        survived: Share of the delta that the stored weight took in, 1 − ‖W' − (W₀ + Δ)‖ / ‖Δ‖, at least 0.
+        retained: Share of the delta that the stored weight took in, 1 − ‖W' − (W₀ + Δ)‖ / ‖Δ‖, at least 0.
         changed: Share of the weight's elements that changed.
         error: What writing lost, over the weight: ‖W' − (W₀ + Δ)‖ / ‖W₀ + Δ‖.
     """
 
     path: str
-    survived: float
+    retained: float
     changed: float
     error: float
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.kinds import kind_of
-from lorakit.core.layers.adapter_component import Switched
-from lorakit.core.layers.bias import BiasSwitch, out_projection
+from lorakit.core.layers.adapter_component import AdapterModule
+from lorakit.core.layers.bias import BiasPatch, out_projection
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.trainable_tokens import NewRows, TokenRows
+from lorakit.core.layers.trainable_tokens import NewRows, TrainableTokens
 from lorakit.core.quantization import base_of
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
@@ -28,7 +28,7 @@ from lorakit.errors import ConfigError, ConfigTypeError, MixedRowsError, RouteEr
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-class ModuleCopies(Switched):
+class ModulesToSave(AdapterModule):
     """A module with a trained copy per adapter that names it in `modules_to_save`.
 
     Attributes:
@@ -277,10 +277,10 @@ def _read_by(modules: Mapping[str, nn.Module], sites: Collection[str]) -> Iterat
 
 def _base_modules(standing: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """What of the base stands here: one module, or all under a module that another adapter copies."""
-    if isinstance(standing, ModuleCopies):
+    if isinstance(standing, ModulesToSave):
         yield from standing.original_module.named_modules()
     else:
-        inner = standing.original_module if isinstance(standing, TokenRows) else standing
+        inner = standing.original_module if isinstance(standing, TrainableTokens) else standing
         yield "", inner.owner if isinstance(inner, LoraLayer) else inner
 
 
@@ -291,28 +291,28 @@ def trainable_copy(path: str, standing: nn.Module) -> nn.Module:
 
     Args:
         path: Its path, for the message.
-        standing: The module, or the `ModuleCopies` that stands on it.
+        standing: The module, or the `ModulesToSave` that stands on it.
 
     Raises:
         TargetError: It holds sites or copies of another adapter.
         ConfigTypeError: It is a mere container, whose parts the model takes out and calls itself.
     """
-    original = standing.original_module if isinstance(standing, ModuleCopies) else standing
+    original = standing.original_module if isinstance(standing, ModulesToSave) else standing
     if isinstance(original, CONTAINERS):
         raise ConfigTypeError(
             f"modules_to_save cannot be applied to modules of type {type(original).__name__}: {path} is never called "
             "itself, so that a copy of it would not act. Name the modules in it."
         )
-    held = [module for module in original.modules() if isinstance(module, Switched)]
+    held = [module for module in original.modules() if isinstance(module, AdapterModule)]
     if held:
         raise TargetError(
             f"modules_to_save names {path!r}, and another adapter on this model sits inside it. One of them has to "
             "leave the other's modules alone, or they need a model each."
         )
-    states = [switch.state for module in original.modules() for switch in BiasSwitch.on(module)]
+    states = [switch.state for module in original.modules() for switch in BiasPatch.on(module)]
     duplicate = _plain(copy.deepcopy(original, {id(state): state for state in states}))
     for module in duplicate.modules():
-        BiasSwitch.uninstall(module, [switch.adapter for switch in BiasSwitch.on(module)])
+        BiasPatch.uninstall(module, [switch.adapter for switch in BiasPatch.on(module)])
     for parameter in duplicate.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return duplicate

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.core.clones import clone_with
-from lorakit.core.layers.adapter_component import Switched
+from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
@@ -70,7 +70,7 @@ class TokenAdapter(nn.Module):
             nn.ParameterDict() if leader is None else leader.trainable_tokens_delta
         )
         self.token_indices: dict[str, list[int]] = {} if leader is None else leader.token_indices
-        self.within: tuple[TokenRows, ...] = ()  # in a tuple, so that it is no submodule of ours
+        self.within: tuple[TrainableTokens, ...] = ()  # in a tuple, so that it is no submodule of ours
         self.kept: dict[str, Tensor | None] = {} if leader is None else leader.kept
         self.tied_weight: tuple[nn.Parameter, ...] = ()  # what the base shared before a merge untied it; no parameter
 
@@ -169,7 +169,7 @@ class TokenAdapter(nn.Module):
         return torch.tensor(self.token_indices[name], device=kept.device), kept
 
 
-class TokenRows(Switched):
+class TrainableTokens(AdapterModule):
     """An embedding, or a head tied to one, of which adapters train some rows (`trainable_token_indices`).
 
     Attributes:
@@ -177,7 +177,7 @@ class TokenRows(Switched):
         follows: Its rows are those of the embedding it is tied to.
     """
 
-    def __init__(self, table: nn.Module, state: AdapterState, leader: TokenRows | None = None) -> None:
+    def __init__(self, table: nn.Module, state: AdapterState, leader: TrainableTokens | None = None) -> None:
         super().__init__()
         self.training = table.training
         self.token_adapter: TokenAdapter = TokenAdapter(table, None if leader is None else leader.token_adapter)
@@ -191,7 +191,7 @@ class TokenRows(Switched):
     adapter_layer_names: tuple[str, ...] = ("token_adapter.trainable_tokens_delta",)
     other_param_names: tuple[str, ...] = ("token_adapter.token_indices", "token_adapter.trainable_tokens_original")
 
-    def leads(self, other: TokenRows) -> bool:
+    def leads(self, other: TrainableTokens) -> bool:
         """Whether another table has its rows from here."""
         mine, others = self.token_adapter, other.token_adapter
         return other.follows and others.trainable_tokens_delta is mine.trainable_tokens_delta

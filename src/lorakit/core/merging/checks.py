@@ -145,7 +145,7 @@ WIDE = (torch.float32, torch.float64)
 """The dtypes of a base in which a merge is exact: those in which its sum is made anyway."""
 
 
-def why_merge_is_inexact(model: nn.Module, *names: str) -> str | None:
+def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
     """Why merging adapters would change what the model says, or None where the merge is exact.   [docs/math.md (12)]
 
     Exact means: in eval mode, outputs are equal within roundings of the dtype in which the base computes. (W + ΔW)·x

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layers.bias import BiasSwitch, bias_for, brings_bias
+from lorakit.core.layers.bias import BiasPatch, bias_for, brings_bias
 from lorakit.core.layers.merged_weight import How, sum_of_updates
 from lorakit.core.merging.checks import check_variants
 from lorakit.core.merging.token_tables import merged_tables
@@ -75,7 +75,7 @@ def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
         elif name in replaced:
             yield name, replaced[name]
         else:
-            biases = [s for s in BiasSwitch.on(module) if s.adapter in chosen and leaf in s.originals]
+            biases = [s for s in BiasPatch.on(module) if s.adapter in chosen and leaf in s.originals]
             yield name, (module._parameters[leaf] if biases else tensor).detach()  # type: ignore[union-attr]
 
 

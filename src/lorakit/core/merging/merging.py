@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorakit.core.layers.adapter_component import Switched
-from lorakit.core.layers.bias import BiasSwitch, bias_for, check_replaceable, put_bias
+from lorakit.core.layers.adapter_component import AdapterModule
+from lorakit.core.layers.bias import BiasPatch, bias_for, check_replaceable, put_bias
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.merged_weight import (
     How,
@@ -28,8 +28,8 @@ from lorakit.core.layers.merged_weight import (
     stored_for,
     weight_with,
 )
-from lorakit.core.layers.modules_to_save import ModuleCopies
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.merging.checks import check_mergeable, check_unmergeable, sites_apart, tied_sites
 from lorakit.core.merging.token_tables import (
     built_rows,
@@ -76,9 +76,9 @@ class MergeReport:
     kept_bytes: int
 
     @property
-    def survived(self) -> float:
+    def retained(self) -> float:
         """The mean share of the delta that was taken in, 0 to 1; 1 where there was nothing to merge."""
-        return sum(site.survived for site in self.sites) / len(self.sites) if self.sites else 1.0
+        return sum(site.retained for site in self.sites) / len(self.sites) if self.sites else 1.0
 
     @property
     def error(self) -> float:
@@ -103,7 +103,7 @@ def merge(
             dtype is that of the quantised one's products.
 
     Returns:
-        How much survived, what was lost, and what the kept originals cost.
+        How much of the delta is retained, what was lost, and what the kept originals cost.
 
     Raises:
         MergeError: Already merged, not mergeable, a weight is shared, or the result is not finite.
@@ -211,7 +211,7 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
         dense: As `merge`; where quantised modules have no adapter, they stay quantised.
 
     Returns:
-        How much of the deltas survived.
+        How much of the delta is retained.
 
     Raises:
         MergeError: As `merge`.
@@ -226,12 +226,12 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
             place(layer, stored_for(layer, layer.merged_adapters))
     for module in list(model.modules()):
         for attribute, child in list(module._modules.items()):
-            if isinstance(child, Switched):
+            if isinstance(child, AdapterModule):
                 module._modules[attribute] = _plain(child)
     dropped = set(state.configs) - set(report.names)
     for module in model.modules():
-        BiasSwitch.uninstall(module, dropped)
-        BiasSwitch.forget(module)
+        BiasPatch.uninstall(module, dropped)
+        BiasPatch.forget(module)
     uninstall(model)
     for parameter, trained in state.frozen:
         parameter.requires_grad_(trained)
@@ -242,17 +242,17 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
     return report
 
 
-def _flags(model: nn.Module) -> list[tuple[LoraLayer | TokenRows, set[str]]]:
+def _flags(model: nn.Module) -> list[tuple[LoraLayer | TrainableTokens, set[str]]]:
     """The layers and tables, each with the names of the base's parameters there that were trained before adapters."""
     trained = {id(parameter) for parameter, flag in state_of(model).frozen if flag}
-    found: list[tuple[LoraLayer | TokenRows, set[str]]] = []
+    found: list[tuple[LoraLayer | TrainableTokens, set[str]]] = []
     for _, layer in layers(model):
         held = {**layer.source._parameters}
         if layer.tied_weight is not None:
             held[layer.slot.parameter] = layer.tied_weight
         found.append((layer, {name for name, parameter in held.items() if id(parameter) in trained}))
     for module in model.modules():
-        if isinstance(module, TokenRows):
+        if isinstance(module, TrainableTokens):
             held = dict(module.original_module._parameters)
             for shared in module.token_adapter.tied_weight:
                 held["weight"] = shared
@@ -260,7 +260,7 @@ def _flags(model: nn.Module) -> list[tuple[LoraLayer | TokenRows, set[str]]]:
     return found
 
 
-def _give_flags(flags: list[tuple[LoraLayer | TokenRows, set[str]]]) -> None:
+def _give_flags(flags: list[tuple[LoraLayer | TrainableTokens, set[str]]]) -> None:
     """Train again what stands where something was trained."""
     for standing, names in flags:
         owner = standing.owner if isinstance(standing, LoraLayer) else standing.original_module
@@ -269,8 +269,8 @@ def _give_flags(flags: list[tuple[LoraLayer | TokenRows, set[str]]]) -> None:
                 parameter.requires_grad_(True)
 
 
-def _plain(standing: Switched) -> nn.Module:
+def _plain(standing: AdapterModule) -> nn.Module:
     """What stays of an adapted module when everything is merged."""
-    if isinstance(standing, ModuleCopies) and standing.merged_adapter:
+    if isinstance(standing, ModulesToSave) and standing.merged_adapter:
         return standing.modules_to_save[standing.merged_adapter]
     return standing.owner if isinstance(standing, LoraLayer) else standing.original_module  # type: ignore[return-value]

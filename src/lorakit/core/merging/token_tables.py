@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.layers.merged_weight import give_back
-from lorakit.core.layers.trainable_tokens import TokenAdapter, TokenRows
+from lorakit.core.layers.trainable_tokens import TokenAdapter, TrainableTokens
 from lorakit.core.model.base_view import holders, identity, set_aside
 from lorakit.core.model.index import walk
 from lorakit.errors import MergeError
 
 
-def row_tables(model: nn.Module) -> list[tuple[str, TokenRows]]:
+def row_tables(model: nn.Module) -> list[tuple[str, TrainableTokens]]:
     """The tables of which adapters train rows, each with its path; those that are tied to one of them are left out."""
-    found = [(path, module) for path, module in walk(model) if isinstance(module, TokenRows)]
+    found = [(path, module) for path, module in walk(model) if isinstance(module, TrainableTokens)]
     return [(path, module) for path, module in found if not module.follows]
 
 
@@ -153,7 +153,7 @@ def merged_tables(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for path, module in walk(model):
-        if isinstance(module, TokenRows) and any(name in module for name in names):
+        if isinstance(module, TrainableTokens) and any(name in module for name in names):
             found[path] = module.token_adapter.with_rows(names).detach()
     return found
 
@@ -163,13 +163,13 @@ def _weight(adapter: TokenAdapter) -> nn.Parameter:
     return adapter.base_layer._parameters["weight"]  # type: ignore[return-value]
 
 
-def _members(model: nn.Module, table: TokenRows) -> list[TokenAdapter]:
+def _members(model: nn.Module, table: TrainableTokens) -> list[TokenAdapter]:
     """A table, and those that follow its rows."""
-    followers = [m for _, m in walk(model) if isinstance(m, TokenRows) and table.leads(m)]
+    followers = [m for _, m in walk(model) if isinstance(m, TrainableTokens) and table.leads(m)]
     return [module.token_adapter for module in (table, *followers)]
 
 
-def _shared(model: nn.Module, table: TokenRows) -> str | None:
+def _shared(model: nn.Module, table: TrainableTokens) -> str | None:
     """The name of a tensor that is the table's weight and does not follow its rows, or None."""
     held = _weight(table.token_adapter)
     tied = {id(member.base_layer) for member in _members(model, table) if _weight(member) is held}

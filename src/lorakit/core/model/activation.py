@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.layers.adapter_component import Switched
-from lorakit.core.layers.bias import BiasSwitch
+from lorakit.core.layers.adapter_component import AdapterModule
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.model.checks import check_known
 from lorakit.core.model.index import find_state, state_of, walk
 from lorakit.core.routing.positions import tokens_of_call
@@ -165,11 +165,11 @@ def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str,
     """
     found: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     for _, module in walk(model):
-        if isinstance(module, Switched):
+        if isinstance(module, AdapterModule):
             for name in found.keys() & set(module.available_adapters()):
                 found[name] += module.parameters_of(name)  # tied tables have the very same
         elif module._forward_hooks:
-            for switch in BiasSwitch.on(module):
+            for switch in BiasPatch.on(module):
                 if switch.adapter in found:
                     found[switch.adapter] += [module._parameters[bias] for bias in switch.originals]  # type: ignore[misc]
     return {name: list({id(p): p for p in parameters}.values()) for name, parameters in found.items()}
@@ -191,7 +191,7 @@ def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | Non
                 module.set_trained(name, flag)
     if state is not None and state.biased:
         for _, module in walk(model):
-            for switch in BiasSwitch.on(module):
+            for switch in BiasPatch.on(module):
                 flag = wanted.get(switch.adapter, others)
                 for leaf in switch.originals if flag is not None else ():
                     module._parameters[leaf].requires_grad_(flag)  # type: ignore[union-attr, arg-type]

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layers.bias import BiasSwitch
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import find_state, layers, walk
 from lorakit.core.quantization import Base, base_of
 from lorakit.core.quantization.bitsandbytes import eight_bit_linear, four_bit_linear
@@ -224,12 +224,12 @@ def holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 def set_aside(model: nn.Module) -> set[int]:
     """The ids of parameters that come back to a module when what was merged with `untie` is unmerged."""
     found = {id(layer.tied_weight) for _, layer in layers(model) if layer.tied_weight is not None}
-    tables = [module.token_adapter for _, module in walk(model) if isinstance(module, TokenRows)]
+    tables = [module.token_adapter for _, module in walk(model) if isinstance(module, TrainableTokens)]
     return found | {id(held) for table in tables for held in table.tied_weight}
 
 
 def _old_biases(module: nn.Module) -> dict[str, Tensor]:
-    return {name: old for switch in BiasSwitch.on(module) for name, old in switch.old(module).items()}
+    return {name: old for switch in BiasPatch.on(module) for name, old in switch.old(module).items()}
 
 
 def _unstacked(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
@@ -241,7 +241,7 @@ def _unstacked(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
 
 def _merged_tables(model: nn.Module) -> dict[int, Tensor]:
     """The id of a table's weight into which rows are merged -> the table without them, as far as they were kept."""
-    tables = [m for _, m in walk(model) if isinstance(m, TokenRows) and not m.follows and m.merged_adapters]
+    tables = [m for _, m in walk(model) if isinstance(m, TrainableTokens) and not m.follows and m.merged_adapters]
     return {id(t.original_module.weight): t.token_adapter.original(strict=False) for t in tables}
 
 
@@ -258,7 +258,7 @@ def _plain_modules(
         module = unstacked[1]
     if isinstance(module, LoraLayer):
         module = module.source
-    elif isinstance(module, (ModuleCopies, TokenRows)):
+    elif isinstance(module, (ModulesToSave, TrainableTokens)):
         module = module.original_module
     yield path, module
     for attribute, child in module._modules.items():

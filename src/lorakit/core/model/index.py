@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from lorakit.core.clones import PARAMETRISED
 from lorakit.core.kinds import INNER, KINDS, PARAMETER, Kind, Slot, checked, kind_named, kind_of
-from lorakit.core.layers.adapter_component import Switched
+from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.quantization import base_of, is_computed
 from lorakit.core.routing.state import AdapterState
 from lorakit.errors import AdapterError
@@ -122,7 +122,7 @@ class SiteMap:
     def base(self, path: str) -> nn.Module:
         """The base's module at a path, also where a layer or trained rows stand there."""
         standing = self.modules[path]
-        if isinstance(standing, TokenRows):
+        if isinstance(standing, TrainableTokens):
             return standing.original_module
         return standing.owner if isinstance(standing, LoraLayer) else standing
 
@@ -284,9 +284,9 @@ def layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     return [(path, module) for path, module in walk(model) if isinstance(module, LoraLayer)]
 
 
-def copies(model: nn.Module) -> list[tuple[str, ModuleCopies]]:
+def copies(model: nn.Module) -> list[tuple[str, ModulesToSave]]:
     """Every module with trained copies, with its path."""
-    return [(path, module) for path, module in walk(model) if isinstance(module, ModuleCopies)]
+    return [(path, module) for path, module in walk(model) if isinstance(module, ModulesToSave)]
 
 
 def state_of(model: nn.Module) -> AdapterState:
@@ -308,7 +308,7 @@ def find_state(model: nn.Module) -> AdapterState | None:
         AdapterError: Parts of the model were adapted apart, so that no one state says what acts in it.
     """
     for path, module in walk(model):
-        if isinstance(module, Switched):
+        if isinstance(module, AdapterModule):
             if model not in module.state.whole:
                 _check_whole(model, path, module.state)
             return module.state
@@ -318,7 +318,7 @@ def find_state(model: nn.Module) -> AdapterState | None:
 def _check_whole(model: nn.Module, first: str, state: AdapterState) -> None:
     """Refuse a model with adapted parts of another state; what was looked through is not looked through again."""
     for path, module in walk(model):
-        if isinstance(module, Switched) and module.state is not state:
+        if isinstance(module, AdapterModule) and module.state is not state:
             raise AdapterError(
                 f"{first or 'The model'} and {path} were adapted apart: by calls on parts of this "
                 f"{type(model).__name__}, or one is a copy of a layer that had adapters. Nothing can be said of all at "
@@ -332,7 +332,7 @@ def _outside_of_adapters(
 ) -> Iterator[tuple[str, nn.Module]]:
     seen.add(id(module))
     yield path, module
-    if isinstance(module, Switched):
+    if isinstance(module, AdapterModule):
         return
     for attribute, child in module._modules.items():
         if child is None:

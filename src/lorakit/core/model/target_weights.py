@@ -15,7 +15,7 @@ from torch import nn
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import PARAMETER, parameter_slot
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
+from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.moe import shows_tokens
 from lorakit.core.model.index import INSIDE, Place, SiteMap, defined_parameters, layers
 from lorakit.errors import ConfigError, TargetError
@@ -142,7 +142,7 @@ def check_standing(site_map: SiteMap, places: Sequence[Place]) -> None:
     Raises:
         TargetError: The message names the module.
     """
-    standing_at = {path for path, m in site_map.modules.items() if isinstance(m, (LoraLayer, ModuleCopies))}
+    standing_at = {path for path, m in site_map.modules.items() if isinstance(m, (LoraLayer, ModulesToSave))}
     taken = sorted(standing_at | {place.outer for place in places})
     for outer in {place.outer for place in places if place.kind.name == PARAMETER.name}:
         inside = next((path for path in taken if path.startswith(f"{outer}.")), None)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.fingerprint import (
     DIFFERENT,
@@ -107,7 +107,7 @@ def begin_rows(model: nn.Module, name: str, pieces: Mapping[int, Sequence[int]])
         pieces: Number of a trained row -> numbers of the rows of its pieces; others begin as they are.
     """
     for _, module in walk(model):
-        if not isinstance(module, TokenRows) or module.follows or name not in module:
+        if not isinstance(module, TrainableTokens) or module.follows or name not in module:
             continue
         index, rows = module.token_adapter.rows(name)
         table = module.token_adapter.original()
