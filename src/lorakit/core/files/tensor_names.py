@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModulesToSave
-from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import INSIDE
 from lorakit.core.model.target_weights import paths_on_disk
 
@@ -76,30 +75,12 @@ def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     )
     for path, module in model.named_modules():
         path = on_disk.get(path, path)
-        if isinstance(module, LoraLayer) and adapter in module.r:
-            found |= _of_layer(f"{PREFIX}{path}", module, adapter)
-        elif isinstance(module, ModulesToSave) and adapter in module:
-            for leaf, tensor in module.modules_to_save[adapter].state_dict().items():
-                found[f"{PREFIX}{path}.{leaf}"] = tensor
-        elif isinstance(module, TrainableTokens) and adapter in module and not module.follows:
-            found[f"{PREFIX}{path}{ROWS}"] = module.token_adapter.trainable_tokens_delta[adapter]
-        for switch in BiasPatch.on(module):
-            if switch.adapter == adapter:
-                where = inside(plain_path(path), depths)
-                for leaf in switch.originals:
-                    found[f"{PREFIX}{where}.{leaf}"] = module._parameters[leaf]
+        if isinstance(module, AdapterModule):
+            found |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in module.saved_tensors(adapter).items()}
+        for patch in BiasPatch.on(module):
+            where = inside(plain_path(path), depths)
+            found |= {f"{PREFIX}{where}.{key}": tensor for key, tensor in patch.saved_tensors(adapter).items()}
     return dict(sorted(found.items()))
-
-
-def _of_layer(where: str, layer: LoraLayer, adapter: str) -> dict[str, Tensor]:
-    factor, kind = layer.factor(adapter), layer.kind
-    first, second = kind.names
-    found = {f"{where}.{first}{kind.on_disk}": factor.A, f"{where}.{second}{kind.on_disk}": factor.B}
-    if factor.bias is not None:
-        found[f"{where}.{second}.bias"] = factor.bias
-    if factor.magnitude is not None:
-        found[f"{where}.{MAGNITUDE}"] = factor.magnitude.view(kind.vector(layer.slot))
-    return found
 
 
 def inside(path: str, depths: Mapping[str, int]) -> str:

@@ -210,26 +210,8 @@ def identity(parameter: Tensor | None) -> int:
     return (plain and parameter.data_ptr()) or id(parameter)  # type: ignore[union-attr]
 
 
-def holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """Who holds each weight of the base: its `identity` -> names and modules, several where it is tied."""
-    found: dict[int, list[tuple[str, nn.Module]]] = {}
-    for path, module in _plain_modules(model, ""):
-        prefix = f"{path}." if path else ""
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(identity(parameter), []).append((prefix + name, module))
-    return found
-
-
-def set_aside(model: nn.Module) -> set[int]:
-    """The ids of parameters that come back to a module when what was merged with `untie` is unmerged."""
-    found = {id(layer.tied_weight) for _, layer in layers(model) if layer.tied_weight is not None}
-    tables = [module.token_adapter for _, module in walk(model) if isinstance(module, TrainableTokens)]
-    return found | {id(held) for table in tables for held in table.tied_weight}
-
-
 def _old_biases(module: nn.Module) -> dict[str, Tensor]:
-    return {name: old for switch in BiasPatch.on(module) for name, old in switch.old(module).items()}
+    return {name: old for patch in BiasPatch.on(module) for name, old in patch.old().items()}
 
 
 def _unstacked(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:

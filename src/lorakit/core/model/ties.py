@@ -8,7 +8,7 @@ of tables have ties of their own (`row_choice`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.factor import FactorWeight
 from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.model.base_view import identity
-from lorakit.core.model.index import SiteMap, copies, layers
+from lorakit.core.model.index import SiteMap
 from lorakit.core.model.token_indices import input_embedding, shared_weights, sharers, table_at
 from lorakit.errors import ConfigError
 from lorakit.targets import Match, Note, Resolution
@@ -148,16 +149,16 @@ def tie_factors(site_map: SiteMap, name: str, leaders: Mapping[str, str]) -> Non
             layer.lora_B[name] = TiedWeight(leading, name, "B").train(layer.training)
 
 
-def of_one_weight(model: nn.Module, names: Collection[str]) -> list[tuple[LoraLayer, LoraLayer]]:
-    """The layers that are led for every one of some adapters, with the layers that lead them, whose weight they have.
+def of_one_weight(layers: Iterable[tuple[str, LoraLayer]], names: Collection[str]) -> list[tuple[LoraLayer, LoraLayer]]:
+    """Return the layers that are led in every one of some adapters, with the layers that lead them; one weight.
 
     Args:
-        model: An adapted model.
-        names: Adapters. Where a leading layer has one of them that a layer has not, or the reverse, they are not one.
+        layers: Paths and layers of a model, in its order.
+        names: Adapters. If only one of two layers has one of them, the two are not one.
     """
     owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that has it
     pairs = []
-    for _, layer in layers(model):
+    for _, layer in layers:
         here = [name for name in names if name in layer.r]
         leading = {id(found): found for found in (_leading(layer, name, owners) for name in here)}
         leader = next(iter(leading.values())) if len(leading) == 1 else None
@@ -177,12 +178,14 @@ def _leading(layer: LoraLayer, name: str, owners: dict[int, LoraLayer]) -> LoraL
 
 
 def untied_copies(
-    model: nn.Module, names: Collection[str], held: Mapping[int, Sequence[tuple[str, nn.Module]]]
+    copies: Collection[tuple[str, ModulesToSave]],
+    names: Collection[str],
+    held: Mapping[int, Sequence[tuple[str, nn.Module]]],
 ) -> list[tuple[str, str]]:
-    """Copied modules that would part from a module that shares their weight, if they took the original's place.
+    """Return saved modules that would part from a module that shares their weight, if they replaced the original.
 
     Args:
-        model: An adapted model.
+        copies: Paths and saved modules of a model.
         names: Adapters.
         held: `identity` of a weight of the base -> names and modules that hold it.
 
@@ -190,8 +193,8 @@ def untied_copies(
         Path of the copied module, and the name of the other.
     """
     found = []
-    holders = {id(holder.original_module): holder for _, holder in copies(model)}
-    for path, holder in copies(model):
+    holders = {id(holder.original_module): holder for _, holder in copies}
+    for path, holder in copies:
         for name in [name for name in names if name in holder.modules_to_save]:
             parameter = holder.original_module._parameters.get("weight")
             for other, module in held.get(identity(parameter), ()):
