@@ -19,7 +19,7 @@ from torch import Tensor
 from lorakit import core, hub
 from lorakit.cli.adapters import load_adapters, tokenizer_for
 from lorakit.cli.early import check_new_directory
-from lorakit.core.layers.merged_weight import SiteMerge
+from lorakit.core.layers.adapter_component import SiteMerge
 from lorakit.core.merging.checks import tied_sites
 from lorakit.core.model.base_view import multiply_out
 from lorakit.core.model.fingerprint import vocabulary_of

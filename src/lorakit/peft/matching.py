@@ -16,7 +16,6 @@ from torch import nn
 from lorakit.config import LoraConfig, TaskType
 from lorakit.core.attachment.attaching import AttachReport, model_type_of, with_targets
 from lorakit.core.layers.adapter_component import AdapterModule
-from lorakit.core.layers.bias import brings_bias
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
@@ -245,7 +244,7 @@ def messages_of_own_biases(model: nn.Module, adapter: str) -> list[str]:
     """
     found: dict[str, list[str]] = {}
     for path, layer in layers(model):
-        if brings_bias(layer, [adapter]) and layer.original_bias() is None:
+        if layer.bias_of(adapter) is not None and layer.original_bias() is None:
             found.setdefault(type(layer.owner).__name__, []).append(path)
     return [
         f"`lora_bias=True` was passed but the targeted layer of type {kind} has no bias: {adapter!r} acts at "

@@ -21,8 +21,6 @@ from lorakit.config import LoraConfig
 from lorakit.core.inits import Init
 from lorakit.core.kinds import Kind, Slot
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.merged_weight import place as put_in_place
-from lorakit.core.layers.merged_weight import stored_for
 from lorakit.core.model.index import AdapterIndex, Place
 from lorakit.core.quantization import base_of
 from lorakit.core.quantization.weight_format import NOT_WRITTEN
@@ -219,6 +217,6 @@ def give_base_back(layer: LoraLayer) -> None:
         layer: A site whose base was moved.
     """
     layer.moved_by = layer.moved = layer.initial = None
-    put_in_place(layer, stored_for(layer, layer.merged_adapters))
+    layer.place(layer.stored_with(layer.merged_adapters))
     if not layer.merged_adapters:
         layer.kept = None

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModulesToSave
-from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import INSIDE, AdapterIndex
 from lorakit.core.model.target_weights import paths_on_disk
 from lorakit.core.variants import own_tensors
@@ -70,30 +67,13 @@ def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, 
     on_disk = paths_on_disk(index, adapter)
     depths = Counter(plain_path(path) for path in on_disk.values())
     for path, part in index.components.items():
-        if isinstance(part, LoraLayer) and adapter in part.r:
-            found |= _of_layer(f"{PREFIX}{on_disk[path]}", part, adapter)
-        elif isinstance(part, ModulesToSave) and adapter in part:
-            for leaf, tensor in part.modules_to_save[adapter].state_dict().items():
-                found[f"{PREFIX}{path}.{leaf}"] = tensor
-        elif isinstance(part, TrainableTokens) and adapter in part and not part.follows:
-            found[f"{PREFIX}{path}{ROWS}"] = part.token_adapter.trainable_tokens_delta[adapter]
+        where = on_disk.get(path, path)
+        found |= {f"{PREFIX}{where}.{key}": tensor for key, tensor in part.saved_tensors(adapter).items()}
     for path, patches in index.patches.items():
         where = inside(plain_path(path), depths)
-        for leaf in [leaf for patch in patches if patch.adapter == adapter for leaf in patch.originals]:
-            found[f"{PREFIX}{where}.{leaf}"] = index.everything[path]._parameters[leaf]  # type: ignore[assignment]
+        for patch in patches:
+            found |= {f"{PREFIX}{where}.{key}": tensor for key, tensor in patch.saved_tensors(adapter).items()}
     return dict(sorted(found.items()))
-
-
-def _of_layer(where: str, layer: LoraLayer, adapter: str) -> dict[str, Tensor]:
-    factor, kind = layer.factor(adapter), layer.kind
-    first, second = kind.names
-    found = {f"{where}.{first}{kind.on_disk}": factor.A, f"{where}.{second}{kind.on_disk}": factor.B}
-    if factor.bias is not None:
-        found[f"{where}.{second}.bias"] = factor.bias
-    for own in factor.variant.tensors:
-        shape = own.shape(kind, layer.slot, layer.r[adapter], factor.setting)
-        found[f"{where}{own.keys[0]}"] = factor.own[own.held_as].view(shape)
-    return found
 
 
 def inside(path: str, depths: Mapping[str, int]) -> str:

@@ -1,13 +1,12 @@
-"""The weight that a site's adapters see, read once in a forward however many of them ask.
-
-Reading a quantised weight multiplies it out whole. Nothing is kept beyond the forward: a weight can be written in ways
-that leave no trace (`.data`), and a norm of another weight would be wrong in silence.
-
-`LoraLayer`: a base module with the factors of any number of adapters beside it.
+"""`LoraLayer`: a base module with the factors of any number of adapters.
 
 The arithmetic of LoRA is here, once, for every kind and variant: y = y₀ + Σ addition. The layer asks the state
-which adapters act, the kind for the half-products, the variant for the addition, and the base row for W.
-It never writes to the base: merging does, and the layer only knows what is merged.
+which adapters are active, the kind for the half-products, the variant for the addition, and the base row for W.
+A forward never writes to the base; `BaseWeight` does when adapters are merged.
+
+A forward reads the weight once, however many adapters need it, because reading a quantized weight dequantizes all of
+it. Nothing is kept beyond the forward: a weight can be written in ways that leave no trace (`.data`), and a norm of
+another weight would be silently wrong.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ from torch import Tensor, nn
 
 from lorakit.core.clones import bare, with_forward
 from lorakit.core.factor import HOLDERS, TRAINED, OwnWeight, carrier
-from lorakit.core.kinds import Kind, Slot, kind_named, spread
-from lorakit.core.layers.adapter_component import AdapterModule
+from lorakit.core.kinds import Kind, Slot, spread
+from lorakit.core.layers.base_weight import BaseWeight
 from lorakit.core.layers.batched import add_kept, add_stacked
-from lorakit.core.quantization import Base, base_of
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
@@ -34,7 +32,7 @@ Weights = dict["str | None", Tensor]
 """What was read in one forward of one site: the adapter that moved the base, or None, -> weight."""
 
 
-def read_once(layer: Any, name: str, found: Weights) -> Tensor:
+def read_once(layer: LoraLayer, name: str, found: Weights) -> Tensor:
     """The canonical weight (out, in) as an adapter sees it: one whose init moved the base has a base of its own.
 
     Args:
@@ -48,12 +46,6 @@ def read_once(layer: Any, name: str, found: Weights) -> Tensor:
     return found[own]
 
 
-SET_ASIDE = frozenset({"kept", "moved", "tied_weight"})  # what a base stored or shall store, in whatever form
-
-OF_THE_BASE = frozenset({"weight", "bias"})
-"""Attributes that, when set on the layer, belong to the base module: other code ties weights that way."""
-
-
 def _holder_type(name: str) -> type[nn.ModuleDict | nn.ParameterDict] | None:
     """Return what holds an attribute of that name by adapter, or None where no adapter has such an attribute."""
     if not name.startswith("lora_"):
@@ -64,11 +56,10 @@ def _holder_type(name: str) -> type[nn.ModuleDict | nn.ParameterDict] | None:
     return HOLDERS.get(name)
 
 
-class LoraLayer(AdapterModule):
-    """A base module and the low-rank factors beside it.
+class LoraLayer(BaseWeight):
+    """A base module and the low-rank factors of its adapters.
 
     Attributes:
-        base_layer: The module that stood here, untouched.
         lora_A: Adapter -> carrier of A, (r, in).
         lora_B: Adapter -> carrier of B, (out, r).
         lora_embedding_A: Adapter -> A of an embedding, (r, V).
@@ -79,30 +70,17 @@ class LoraLayer(AdapterModule):
         scaling: Adapter -> scale.
         variant: Adapter -> name of the entry of VARIANTS, whose own tensors are held likewise (`OwnTensor.held_as`).
         settings: Adapter -> what its config asks of the variant here; adapters without any are not in it.
-        merged_adapters: Adapters that are written into the base weight now.
-        slot: The weight that the factors belong to.
-        moved_by: The adapter whose init moved the base weight (PiSSA and its like), or None.
-        replaced: The base's quantised module, where a dense one stands in its place since a merge; else empty.
+        trains: Adapter -> which of "A" and "B" it trains.
+        own_route: This layer's override of the model's default, or None.
+        forwards: The layer's forwards so far, for recomputation.
     """
 
     r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
-    variant: dict[str, str]
     settings: dict[str, Setting]
     trains: dict[str, frozenset[str]]
-    merged_adapters: list[str]
-    kept: Any = None  # what the base stored before anything was written to it
-    moved_by: str | None = None
-    moved: Any = None  # what the base stores for the adapter that moved it
-    initial: tuple[Tensor, Tensor] | None = None  # that adapter's A and B before training, in main memory
-    replaced: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no child
-    kept_bias: Tensor | None = None  # the base's bias from before a merge wrote to it (`lora_bias`)
-    tied_weight: nn.Parameter | None  # what the base shared with others before a merge untied it
-    own_route: Route | None = None  # this layer's exception to the model's default
-    old_bias: tuple[str, Tensor] | None = None  # who trains the base's bias, and what it was before
-    kind_name: str
-    slot: Slot
+    own_route: Route | None = None
     forwards: Forwards
 
     def __init__(self, base_layer: nn.Module, kind: Kind, slot: Slot, state: AdapterState) -> None:
@@ -118,29 +96,6 @@ class LoraLayer(AdapterModule):
         merged = f"[merged: {', '.join(self.merged_adapters)}]" if self.merged_adapters else ""
         return f"lora.{type(self).__name__}{merged}"  # what `repr` shows, so that a site is told from its base
 
-    @property
-    def kind(self) -> Kind:
-        """The row of KINDS."""
-        return kind_named(self.kind_name, self.state.kinds)
-
-    @property
-    def owner(self) -> nn.Module:
-        """The base's own module: where a module has several adapted weights, their layers stand around each other."""
-        module: Any = self._modules["base_layer"]  # without torch's slow way to an attribute: all ask for this
-        while isinstance(module, LoraLayer):
-            module = module._modules["base_layer"]
-        return module
-
-    @property
-    def source(self) -> nn.Module:
-        """The module that holds the base's weight: the owner, or the one that a dense module has replaced."""
-        return self.replaced[0] if self.replaced else self.owner
-
-    @property
-    def base(self) -> Base:
-        """The row of BASES."""
-        return base_of(self.source, self.slot.parameter, self.slot.as_stored)
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -152,14 +107,6 @@ class LoraLayer(AdapterModule):
                 holder = self._modules[name] = made()
                 return holder
             return getattr(super().__getattr__("base_layer"), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in OF_THE_BASE:
-            setattr(self.base_layer, name, value)
-        elif name in SET_ASIDE:  # a quantised weight is a parameter, and one set aside is none of this layer's
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
 
     def available_adapters(self) -> list[str]:
         """Adapters that have a factor here."""
@@ -210,8 +157,9 @@ class LoraLayer(AdapterModule):
         if factor.setting:
             self.settings[name] = factor.setting
 
-    def remove(self, name: str) -> None:
-        """Drop an adapter's factor; one that is not here is no matter."""
+    def remove(self, adapter: str) -> nn.Module:
+        """Drop an adapter's factor, if it has one, and return the module that belongs here afterwards."""
+        name = adapter
         for attribute in (*HOLDERS, *(own.held_as for own in own_tensors())):
             holder: Any = self._modules.get(attribute)
             if holder is not None and name in holder:
@@ -219,6 +167,14 @@ class LoraLayer(AdapterModule):
         for table in (self.r, self.lora_alpha, self.scaling, self.variant, self.settings, self.trains):
             table.pop(name, None)
         self.drop_exception(name)
+        return self if self.r else self.base_layer
+
+    def bias_of(self, adapter: str) -> Tensor | None:
+        """Return the bias of an adapter's B, (out,), or None."""
+        kind = self.kind
+        if adapter not in self.r or not kind.on_disk:
+            return None
+        return self._modules[kind.names[1]]._modules[adapter]._parameters.get("bias")  # type: ignore[union-attr]
 
     def factor(self, name: str) -> Factor:
         """The one accessor of A and B: everything that computes with them asks here.
@@ -242,8 +198,23 @@ class LoraLayer(AdapterModule):
         held: Any = self._modules[held_as][name]  # type: ignore[index]
         return held if isinstance(held, Tensor) else held.weight  # type: ignore[return-value]
 
-    def parameters_of(self, name: str) -> list[nn.Parameter]:
-        """The parameters of an adapter here, A and B first, (…); none where it has no factor."""
+    def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
+        """Return what a file stores of an adapter: key below this layer's path -> tensor (…); empty if it has none."""
+        if adapter not in self.r:
+            return {}
+        factor, kind = self.factor(adapter), self.kind
+        first, second = kind.names
+        found = {f"{first}{kind.on_disk}": factor.A, f"{second}{kind.on_disk}": factor.B}
+        if factor.bias is not None:
+            found[f"{second}.bias"] = factor.bias
+        for own in factor.variant.tensors:
+            shape = own.shape(kind, self.slot, self.r[adapter], factor.setting)
+            found[own.keys[0].removeprefix(".")] = factor.own[own.held_as].view(shape)
+        return found
+
+    def parameters_of(self, adapter: str) -> list[nn.Parameter]:
+        """Return the parameters of an adapter here, A and B first, (…); an empty list if it has no factor."""
+        name = adapter
         found: list[Any] = []
         own = (tensor.held_as for tensor in variant_named(self.variant[name]).tensors) if name in self.r else ()
         for holder in map(self._modules.get, (*TRAINED, *own)):
@@ -253,35 +224,6 @@ class LoraLayer(AdapterModule):
                     if tensor is not None:
                         found.append(tensor)
         return found
-
-    def read(self, name: str | None = None) -> Tensor:
-        """The base weight without anything merged, canonical (out, in), fp32 or wider.
-
-        Args:
-            name: As this adapter sees it: one whose init moved the base has a base of its own.
-        """
-        stored = self.moved_base() if name is not None and name == self.moved_by else self.original()
-        return self.base.read(self.source, stored)
-
-    def original(self) -> Any:
-        """What the base stored before anything was written to it, on the base's device and in its dtype."""
-        return self._as_now(self.kept)
-
-    def moved_base(self) -> Any:
-        """What the base stores for the adapter that moved it, on the base's device and in its dtype."""
-        return self._as_now(self.moved if self.merged_adapters else None)
-
-    def _as_now(self, stored: Any) -> Any:
-        now = self.base.stored(self.source, self.slot.parameter)
-        if stored is None or not isinstance(stored, Tensor) or self.base.quantised:
-            return now if stored is None else stored
-        return stored.to(device=now.device, dtype=now.dtype)
-
-    def original_bias(self) -> Tensor | None:
-        """The base's bias, (out,), without anything merged, or None."""
-        now = getattr(self.owner, "bias", None)
-        bias = now if self.kept_bias is None or now is None else self.kept_bias.to(now.device, now.dtype)
-        return bias if isinstance(bias, Tensor) else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's output plus what the active adapters add.
@@ -385,21 +327,6 @@ class LoraLayer(AdapterModule):
             return self.old_bias[1].to(bias.device, bias.dtype)
         return bias
 
-    def inside(self) -> frozenset[str]:
-        """The adapters that the weight in the base's module is right for: merged ones, and one that moved it."""
-        return frozenset((*self.merged_adapters, *([self.moved_by] if self.moved_by is not None else [])))
-
-    def _base_for(self, moved: bool) -> nn.Module:
-        """The base's module with nothing merged, as the adapter that moved it has it or as it was."""
-        if not self.merged_adapters and (moved or self.moved_by is None):
-            return self.base_layer
-        self.check_kept()
-        clone = self.base.clone(self.source, self.slot.parameter, self.moved_base() if moved else self.original())
-        if self.kept_bias is not None:
-            held: Any = clone._parameters if "bias" in clone._parameters else clone.__dict__
-            held["bias"] = self.original_bias()
-        return clone
-
     def _base_of_rows(self, route: Route, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """The base's output (rows, …, out) where its module does not hold what all rows see."""
         if self.moved_by is None or self.moved_by not in route.mentions or route.rows is None:
@@ -437,26 +364,3 @@ class LoraLayer(AdapterModule):
         A, B = factor.multiplied(training)
         delta = self.kind.delta(self.slot, A.to(W.dtype), B.to(W.dtype)) * factor.scale
         return factor.variant.update(self.kind, self.slot, seen, delta, factor)
-
-    def move_base(self, name: str, stored: Any, initial: tuple[Tensor, Tensor] | None) -> None:
-        """Put the base weight that the init of adapter `name` made in place, as stored; the original is kept.
-
-        `initial` is the adapter's A (r, in) and B (out, r) before training, where the base became W − s·B·A.
-        """
-        self.kept = self.original()
-        self.moved_by, self.moved = name, stored
-        self.initial = initial and (initial[0].detach().to("cpu", copy=True), initial[1].detach().to("cpu", copy=True))
-        self.base.place(self.owner, self.slot.parameter, stored)
-
-    def check_kept(self) -> None:
-        """Refuse to go back to a base whose bits were given up.
-
-        Raises:
-            MergeError: Something is merged and the original was not kept.
-        """
-        if self.merged_adapters and self.kept is None and not self.replaced:
-            raise MergeError(
-                f"{', '.join(self.merged_adapters)} is merged into the base and its bits were not kept "
-                "(keep_base=False), so the base alone and other adapters cannot be had. Merge with keep_base=True, "
-                "or load the base anew."
-            )

@@ -61,12 +61,13 @@ class FieldLayer(LoraLayer):
         if frozen:
             self.frozen_peft_weight_names[name] = frozen
 
-    def remove(self, name: str) -> None:
-        """Drop an adapter's factor; one that is not here is no matter."""
-        super().remove(name)
+    def remove(self, adapter: str) -> nn.Module:
+        """Drop an adapter's factor, if it has one, and return the module that belongs here afterwards."""
+        left = super().remove(adapter)
         of_variants = [self.__dict__[word] for word in _tables_of_variants()]
         for table in (*of_variants, self.use_rslora, self.lora_bias, self.frozen_peft_weight_names):
-            table.pop(name, None)
+            table.pop(adapter, None)
+        return left
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:

@@ -211,15 +211,8 @@ def holders(model: nn.Module | AdapterIndex) -> dict[int, list[tuple[str, nn.Mod
     return AdapterIndex.of(model).holders
 
 
-def set_aside(model: nn.Module | AdapterIndex) -> set[int]:
-    """Return the ids of parameters that come back to a module when what was merged with `untie` is unmerged."""
-    index = AdapterIndex.of(model)
-    found = {id(layer.tied_weight) for _, layer in index.layers() if layer.tied_weight is not None}
-    return found | {id(held) for _, table in index.every(TrainableTokens) for held in table.token_adapter.tied_weight}
-
-
 def _old_biases(module: nn.Module) -> dict[str, Tensor]:
-    return {name: old for switch in BiasPatch.on(module) for name, old in switch.old(module).items()}
+    return {name: old for patch in BiasPatch.on(module) for name, old in patch.old().items()}
 
 
 def _merged_tables(index: AdapterIndex) -> dict[int, Tensor]:

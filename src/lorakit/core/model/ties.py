@@ -8,7 +8,7 @@ of tables have ties of their own (`row_choice`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -148,16 +148,16 @@ def tie_factors(index: AdapterIndex, name: str, leaders: Mapping[str, str]) -> N
             layer.lora_B[name] = TiedWeight(leading, name, "B").train(layer.training)
 
 
-def of_one_weight(model: nn.Module | AdapterIndex, names: Collection[str]) -> list[tuple[LoraLayer, LoraLayer]]:
-    """Return the layers that are led for every one of some adapters, with the layers that lead them, of one weight.
+def of_one_weight(layers: Iterable[tuple[str, LoraLayer]], names: Collection[str]) -> list[tuple[LoraLayer, LoraLayer]]:
+    """Return the layers that are led in every one of some adapters, with the layers that lead them; one weight.
 
     Args:
-        model: An adapted model, or its index.
-        names: Adapters. Where a leading layer has one of them that a layer has not, or the reverse, they are not one.
+        layers: Paths and layers of a model, in its order.
+        names: Adapters. If only one of two layers has one of them, the two are not one.
     """
     owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that has it
     pairs = []
-    for _, layer in AdapterIndex.of(model).layers():
+    for _, layer in layers:
         here = [name for name in names if name in layer.r]
         leading = {id(found): found for found in (_leading(layer, name, owners) for name in here)}
         leader = next(iter(leading.values())) if len(leading) == 1 else None
@@ -177,12 +177,14 @@ def _leading(layer: LoraLayer, name: str, owners: dict[int, LoraLayer]) -> LoraL
 
 
 def untied_copies(
-    model: nn.Module | AdapterIndex, names: Collection[str], held: Mapping[int, Sequence[tuple[str, nn.Module]]]
+    copies: Collection[tuple[str, ModulesToSave]],
+    names: Collection[str],
+    held: Mapping[int, Sequence[tuple[str, nn.Module]]],
 ) -> list[tuple[str, str]]:
-    """Copied modules that would part from a module that shares their weight, if they took the original's place.
+    """Return saved modules that would part from a module that shares their weight, if they replaced the original.
 
     Args:
-        model: An adapted model.
+        copies: Paths and saved modules of a model.
         names: Adapters.
         held: `identity` of a weight of the base -> names and modules that hold it.
 
@@ -190,9 +192,8 @@ def untied_copies(
         Path of the copied module, and the name of the other.
     """
     found = []
-    index = AdapterIndex.of(model)
-    holders = {id(holder.original_module): holder for _, holder in index.every(ModulesToSave)}
-    for path, holder in index.every(ModulesToSave):
+    holders = {id(holder.original_module): holder for _, holder in copies}
+    for path, holder in copies:
         for name in [name for name in names if name in holder.modules_to_save]:
             parameter = holder.original_module._parameters.get("weight")
             for other, module in held.get(identity(parameter), ()):
