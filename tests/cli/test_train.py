@@ -1,4 +1,4 @@
-"""`lorakit train` from flags to run folder: what it leaves, and what it refuses, in which words."""
+"""`lorakit train` from flags to run directory: its files, its output and its errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def texts(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def train(tmp_path: Path, tiny_model_directory: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> Train:
-    """Runs the verb on a tiny model; keywords replace or (None) leave out flags."""
+    """Runs the command on a tiny model; keywords replace flags, None omits one."""
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)  # drawing costs more than training here
 
     def call(*more: str, **flags: Any) -> int:

@@ -195,7 +195,7 @@ from lorakit.train import checkpoint
 from lorakit.train.checkpoint import TrainState, random_state
 
 root, again = Path(sys.argv[1]), sys.argv[2] == "again"
-WATCHED = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+AUDITED = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 left = None
 
 def count(what):
@@ -206,7 +206,7 @@ def count(what):
             os._exit(77)
 
 def audit(event, arguments):
-    if event in WATCHED:
+    if event in AUDITED:
         count(event)
 
 class Torn:

@@ -442,7 +442,7 @@ def prune_adapters_only(folder: Path, step: int, best_step: int | None) -> None:
 
 
 def describe_saved(folder: Path) -> str:
-    """Describe in a sentence what a run directory holds: the newest valid checkpoint, and adapters without one."""
+    """Describe the content of a run directory: the newest valid checkpoint, and adapters saved without one."""
     valid = newest_valid(folder)
     found = [] if valid is None else [f"{valid.name} (complete, for --resume)"]
     found += [f"{path.name} (the adapter alone)" for path in adapters_only(folder)]

@@ -62,7 +62,7 @@ DEFAULTS: dict[str, Default] = {
         "attention and MLP together learn more than attention alone at the same number of parameters",
     ),
     "new_tokens": Default(
-        "Add tokens to the vocabulary, such as '<think>,</think>', and train their rows of the embedding and the head; "
+        "Add tokens to the vocabulary, such as '<think>,</think>', and train their embedding and head rows only; "
         "the tokenizer is saved with the adapter",
         [],
         "the base's vocabulary is sufficient for most tasks",

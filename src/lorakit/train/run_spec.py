@@ -135,7 +135,7 @@ def _check_same_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[st
 
 
 def _check_steps_left(folder: Path, max_steps: int | None) -> None:
-    """Raise if the newest valid checkpoint is past the last step; checkpoints are verified only if a name says so."""
+    """Raise if the newest valid checkpoint is past the last step; verify only if the name of one is."""
     if max_steps is None or all(step_of(path) <= max_steps for path in checkpoints(folder)):
         return
     found = checkpoint.newest_valid(folder)
