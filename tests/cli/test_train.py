@@ -165,7 +165,7 @@ def test_a_single_document_leaves_nothing_to_evaluate(
 ) -> None:
     assert train(data=texts[:1]) == 0
     out = capsys.readouterr().out
-    assert "Nothing is held out for evaluation: the data is a single document" in out
+    assert "No data is held out for evaluation: the data is a single document" in out
     assert "Evaluation: not measured (no evaluation data)" in out
     assert _record(tmp_path / "run")["result"]["adapter_step"] == 4
 

@@ -90,11 +90,19 @@ class _Full:
         return getattr(self.file, name)
 
 
-def test_rows_wait_while_the_disk_is_full_and_none_is_torn(tmp_path: Path) -> None:
-    rows = [{"step": step, "eval_loss": 1.0, "eval_perplexity": 2.0, "eval_tokens": 3} for step in range(5)]
+def test_rows_wait_while_the_disk_is_full_and_none_is_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_full(path: Path, mode: str = "r", **options: Any) -> Any:
+        file = opened(path, mode, **options)
+        if mode != "ab":
+            return file
+        disks.append(_Full(file, 100))
+        return disks[-1]
+
+    opened, disks = Path.open, list[_Full]()
+    monkeypatch.setattr(Path, "open", open_full)
+    rows = [{"step": step, "eval_loss": 1.0, "eval_perplexity": 2.0, "eval_tokens": 3} for step in range(6)]
     with MetricsLog(tmp_path) as log:
-        full = _Full(log._file, 100)
-        log._file = full  # type: ignore[assignment]
+        (full,) = disks
         for row in rows[:3]:
             log.append(row)
         assert len(log.waiting) == 2
@@ -104,10 +112,10 @@ def test_rows_wait_while_the_disk_is_full_and_none_is_torn(tmp_path: Path) -> No
         log.append(rows[3])
         assert list(read_metrics(tmp_path).rows) == rows[:1]
         full.room = 10_000
-        log._write()
-        assert log.waiting == []
-        assert list(read_metrics(tmp_path).rows) == rows[:4]
-        full.room = 0
         log.append(rows[4])
+        assert log.waiting == []
+        assert list(read_metrics(tmp_path).rows) == rows[:5]
+        full.room = 0
+        log.append(rows[5])
         full.room = 10_000
     assert list(read_metrics(tmp_path).rows) == rows

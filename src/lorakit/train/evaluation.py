@@ -206,7 +206,7 @@ def _checked(settings: EvalSettings) -> torch.device:
     if settings.batch_rows < 1:
         raise ConfigError(f"batch_size is {settings.batch_rows}; it must be at least 1.")
     if settings.quantization is not None:
-        hub.require_quantiser(settings.quantization)
+        hub.require_quantizer(settings.quantization)
     where = pick_device(settings.device)
     for folder in settings.adapters:
         if not Path(folder).is_dir():

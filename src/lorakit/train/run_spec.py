@@ -95,7 +95,7 @@ class RunSpec:
         settings.lora_config()
         quantization = settings.stored_as()
         if quantization is not None:
-            hub.require_quantiser(quantization)
+            hub.require_quantizer(quantization)
         device = pick_device(settings.device)
         check_output_dir(settings)
         folder, data = Path(settings.output_dir), read_data(settings)
@@ -119,7 +119,7 @@ class RunSpec:
     @property
     def quantization_values(self) -> dict[str, Any] | None:
         """The quantization as plain JSON values, or None."""
-        return None if self.quantization is None else hub.quantiser_facts(self.quantization)
+        return None if self.quantization is None else hub.quantization_metadata(self.quantization)
 
 
 def _check_same_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[str, str]) -> None:

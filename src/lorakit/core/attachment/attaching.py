@@ -8,24 +8,30 @@ refused call leaves the model as it was. The base is frozen while adapters sit o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from lorakit.architectures.default_targets import DEFAULT_TARGETS
 from lorakit.config import LoraConfig, scale
-from lorakit.core.attachment.build import Part, fresh_extras, fresh_parts, keep_off, notes_on_moving, put_rows
+from lorakit.core.attachment.build import (
+    NewAdapter,
+    NewFactor,
+    commit,
+    fresh_factors,
+    new_extras,
+    new_rows,
+    note_old_biases,
+)
 from lorakit.core.attachment.residual_base import give_base_back
 from lorakit.core.kinds import Kind
-from lorakit.core.layers.bias import BiasSwitch
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import Extras, ModuleCopies
-from lorakit.core.layers.named_layers import layer_class
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.merging.checks import check_unmergeable
-from lorakit.core.merging.merging import merged_adapters, unmerge
-from lorakit.core.model.activation import adapter_parameters
+from lorakit.core.merging.merging import unmerge
 from lorakit.core.model.checks import (
     check_allowances,
     check_bias_alone,
@@ -33,18 +39,20 @@ from lorakit.core.model.checks import (
     check_known,
     check_new_name,
     check_scales,
-    trainable_tensors,
+    trainable_block,
 )
-from lorakit.core.model.index import Place, SiteMap, find_state, layers, state_of, survey
+from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.replication import stacked_for
 from lorakit.core.model.target_weights import bare_parameters
-from lorakit.core.model.ties import tie_factors, with_ties
-from lorakit.core.quantization import hold_still, let_go
-from lorakit.core.routing.positions import install, uninstall
+from lorakit.core.model.ties import Ties, with_ties
+from lorakit.core.model.token_indices import chosen_rows
+from lorakit.core.quantization import let_go
+from lorakit.core.routing.positions import uninstall
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.statistics.stored import Statistics
 from lorakit.errors import ConfigError
+from lorakit.tables import format_bytes
 from lorakit.targets import Match, Note, Unmatched, match_path, resolve
 
 
@@ -67,7 +75,6 @@ class AttachReport:
     missing: tuple[Unmatched, ...]
 
 
-@trainable_tensors
 def attach(
     model: nn.Module,
     config: LoraConfig,
@@ -100,28 +107,56 @@ def attach(
         NotYetSupported: The config asks for what is not built yet.
     """
     check_allowances(allow)
-    state = find_state(model)
-    check_new_name(state, name)
+    index = AdapterIndex.of(model, kinds)
+    check_new_name(index.state, name)
     config = with_targets(config, model)
-    check_bias_alone(state, config)
+    check_bias_alone(index.state, config)
     if statistics is not None:
-        statistics.check(config, model)
-    with stacked_for(model, config, state):
-        site_map = survey(model, kinds)
-        bare = bare_parameters(site_map, model) if config.target_parameters else None
-        found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
-        ties = with_ties(model, site_map, config, found)
-        found = ties.found
-        check_called(model, [match.path for match in found.matches])
-        check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in found.matches], allow)
-        parts = fresh_parts(site_map, config, found.matches, seed, statistics)
-        outer = {part.place.outer for part in parts}
-        publish(model, site_map, name, config, parts, fresh_extras(model, site_map, config, outer, ties))
-    trained = sum(parameter.numel() for parameter in adapter_parameters(model, name) if parameter.requires_grad)
-    return AttachReport(name, found.matches, trained, (*found.notes, *notes_on_moving(config, parts)), found.missing)
+        statistics.check(config, index)
+    with trainable_block(index), stacked_for(index, config) as index:
+        ties = _resolved(index, config, allow)
+        factors = fresh_factors(index, config, ties.found.matches, seed, statistics)
+        rows = new_rows(index, chosen_rows(index, config, {f.place.outer for f in factors}, ties.found.saved))
+        extras = new_extras(index, config, factors, ties.found.saved, ties.leaders, rows)
+        built = NewAdapter(name, config, factors, extras)
+        state = commit(index, built)
+    found = ties.found
+    notes = (*found.notes, *_notes_on_moving(config, factors))
+    return AttachReport(name, found.matches, built.trained_parameters(state), notes, found.missing)
 
 
-@trainable_tensors
+def _resolved(index: AdapterIndex, config: LoraConfig, allow: Collection[str]) -> Ties:
+    """Return what a config names in a model, with what is tied to it."""
+    bare = bare_parameters(index) if config.target_parameters else None
+    found = resolve(index.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
+    ties = with_ties(index, config, found)
+    matches = ties.found.matches
+    check_called(index.model, [match.path for match in matches])
+    check_scales([(match_path(m), scale(m.rank, m.alpha, config.use_rslora)) for m in matches], allow)
+    return ties
+
+
+def _notes_on_moving(config: LoraConfig, factors: Sequence[NewFactor]) -> list[Note]:
+    """Return notes on what a moved base costs; none if nothing was moved."""
+    costs = [factor.cost for factor in factors if factor.moved is not None]
+    if not costs:
+        return []
+    text = (
+        f"{config.init_lora_weights} moves the base's weight at {len(costs)} sites; the originals and the first "
+        f"factors are kept beside it, {format_bytes(sum(cost.kept_bytes for cost in costs))}, so that the base can be "
+        "had back."
+    )
+    notes = [Note("residual_base", text)]
+    lost = max(cost.lost for cost in costs)
+    if lost:
+        text = (
+            f"The base is stored in fewer bits, and what {config.init_lora_weights} left of it was rounded a second "
+            f"time, by up to {lost:.2g} of a weight: a fresh adapter is off by as much, and it is no plain LoRA."
+        )
+        notes.append(Note("rounded_base", text))
+    return notes
+
+
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Take an adapter off a model, or all of them; the base gets its bits and flags back.
 
@@ -133,23 +168,32 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         AdapterError: There is no such adapter.
         MergeError: It is merged, and the base's bits were not kept.
     """
-    state = state_of(model)
+    index = AdapterIndex.of(model)
+    state = index.known_state()
     names = list(state.configs) if name is None else [name]
     check_known(state, names)
-    merged = [n for n in names if n in merged_adapters(model)]
-    check_unmergeable(model, merged)
-    if merged:
-        unmerge(model, *merged)
-    site_map = survey(model)
-    for module in site_map.modules.values():
-        _forget(module, names, site_map)
+    with trainable_block(index):
+        there = index.merged_adapters()
+        merged = [n for n in names if n in there]
+        if merged:
+            check_unmergeable(model, merged)
+            unmerge(model, *merged)
+            index = index.again()
+        _take_off(index, state, names)
+
+
+def _take_off(index: AdapterIndex, state: AdapterState, names: Sequence[str]) -> None:
+    for module in list(index.modules.values()):
+        _forget(module, names, index)
     if state.biased:
-        _drop_bias_switches(model, names)
+        for path in index.patches:
+            BiasPatch.uninstall(index.everything[path], names)
+        note_old_biases(index)
     waited = any(config.alora_invocation_tokens is not None for config in state.configs.values())
     for gone in names:
         del state.configs[gone]
     if waited and not any(config.alora_invocation_tokens is not None for config in state.configs.values()):
-        uninstall(model)
+        uninstall(index.model)
     state.default = Route(tuple(n for n in state.default.names if n not in names))
     if not state.configs:
         for parameter, trained in state.frozen:
@@ -157,61 +201,6 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         let_go(state.held)
         if state.replication is not None:
             state.replication.undo()
-
-
-def publish(
-    model: nn.Module,
-    site_map: SiteMap,
-    name: str,
-    config: LoraConfig,
-    parts: Sequence[Part],
-    extras: Extras,
-) -> None:
-    """Put a built adapter in place; nothing here can refuse.
-
-    Args:
-        model: The model, changed in place.
-        site_map: Its map, made since the last change.
-        name: The adapter.
-        config: Its config, ours to keep.
-        parts: Its factors.
-        extras: Its copied modules and biases.
-    """
-    state = find_state(model)
-    if state is None:
-        state = AdapterState()
-        state.held = hold_still(model)
-        state.frozen = [(p, p.requires_grad) for p in model.parameters()]
-        for parameter, _ in state.frozen:
-            parameter.requires_grad_(False)
-        state.default = Route((name,))
-    state.configs[name] = config
-    state.kinds = site_map.own
-    for part in parts:
-        layer = site_map.layer(part.place) or site_map.put(part.place, _maker(part.place, state))
-        layer.put(name, part.factor, part.r, part.lora_alpha, part.trains)
-        if part.moved is not None:
-            layer.move_base(name, part.moved, part.initial)
-    for path, duplicate in extras.copies.items():
-        holder = site_map.modules[path]
-        if not isinstance(holder, ModuleCopies):
-            holder = ModuleCopies(holder, state)
-            site_map.replace(site_map.modules[path], holder)
-        holder.put(name, duplicate)
-    tie_factors(site_map, name, extras.leaders)
-    put_rows(site_map, name, extras.rows, state)
-    for module, originals in extras.biases:
-        BiasSwitch.install(name, originals, module, state)
-    if config.alora_invocation_tokens is not None:
-        install(model, state)
-    if state.biased:
-        _tell_sites_of_old_biases(model)
-    keep_off(site_map.modules.values())
-
-
-def _maker(place: Place, state: AdapterState) -> Callable[[nn.Module], LoraLayer]:
-    made = layer_class(place.kind)
-    return lambda module: made(module, place.kind, place.slot, state)
 
 
 def with_targets(config: LoraConfig, model: nn.Module) -> LoraConfig:
@@ -250,19 +239,19 @@ def model_type_of(model: nn.Module) -> str:
     return str(said)
 
 
-def _forget(module: nn.Module, names: Sequence[str], site_map: SiteMap) -> None:
+def _forget(module: nn.Module, names: Sequence[str], index: AdapterIndex) -> None:
     if isinstance(module, LoraLayer):
         owner, children = module.owner, module.kind.inner
         standing = _without(module, names)
         if standing is not module:
-            site_map.replace(module, standing)
+            index.replace(module, standing)
         for child in children:
             owner._modules[child] = _without(owner._modules[child], names)  # type: ignore[arg-type]
-    elif isinstance(module, (ModuleCopies, TokenRows)):
+    elif isinstance(module, (ModulesToSave, TrainableTokens)):
         for name in names:
             module.remove(name)
         if not module.available_adapters():
-            site_map.replace(module, module.original_module)
+            index.replace(module, module.original_module)
             module.state.leave(module)
 
 
@@ -282,15 +271,3 @@ def _without(module: nn.Module, names: Sequence[str]) -> nn.Module:
         return module
     module.state.leave(module)
     return inside
-
-
-def _drop_bias_switches(model: nn.Module, names: Sequence[str]) -> None:
-    for module in model.modules():
-        BiasSwitch.uninstall(module, names)
-    _tell_sites_of_old_biases(model)
-
-
-def _tell_sites_of_old_biases(model: nn.Module) -> None:
-    for _, layer in layers(model):
-        found = [(s.adapter, s.originals["bias"]) for s in BiasSwitch.on(layer.owner) if "bias" in s.originals]
-        layer.old_bias = found[0] if found else None

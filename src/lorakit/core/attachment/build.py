@@ -1,21 +1,13 @@
-"""Torch's fast path of nn.TransformerEncoderLayer reads weights without calling their modules: adapters would not act.
+"""An adapter built off a model: factors, saved modules, trained rows and biases; and the step that puts it in place.
 
-Torch leaves that path alone where a child has a hook. One that does nothing is hung on the adapted children of such
-layers; it goes with them.
-
-Factors built off the model: what an init is given at a site, and what becomes of it.
-
-Nothing here changes a model. What is built is put in place by `attaching`, in one step.
-
-What a fresh adapter trains beside its factors, built off the model: copies, rows, biases, and their ties.
-
-Trained rows of tables, built off a model and put in place: fresh ones, and those of a file.
+`attach` and `load_adapter` make the same records in two ways, from an init and from files. Nothing here changes a model
+but `commit`, which cannot refuse.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,45 +16,29 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, scale
 from lorakit.core.attachment.residual_base import UNMOVED, Cost, check_can_move, cost_of, moved_base, written
-from lorakit.core.factor import Factor, factor_dtype, make_dropout
-from lorakit.core.inits import Blank, fresh_bias, init_for
+from lorakit.core.factor import factor_dtype, make_dropout
+from lorakit.core.inits import Blank, Init, fresh_bias, init_for
 from lorakit.core.inits.init import BOTH
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import Extras, build_extras
-from lorakit.core.layers.trainable_tokens import ChosenRows, NewRows, TokenRows
-from lorakit.core.model.index import Place, SiteMap
+from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, build_extras
+from lorakit.core.layers.named_layers import layer_class
+from lorakit.core.layers.trainable_tokens import ChosenRows, NewRows, TrainableTokens
+from lorakit.core.model.index import AdapterIndex, Place, walk
 from lorakit.core.model.target_weights import dropout_at, places_of
-from lorakit.core.model.ties import Ties, tie_copies
-from lorakit.core.model.token_indices import chosen_rows
-from lorakit.core.quantization import base_of
+from lorakit.core.model.ties import tie_copies, tie_factors
+from lorakit.core.quantization import base_of, hold_still
+from lorakit.core.routing.positions import install
+from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.statistics.stored import Statistics
-from lorakit.core.variants import variant_for
+from lorakit.core.variants import Factor, Start, Variant, variant_at, variant_for
 from lorakit.errors import ConfigError
-from lorakit.tables import format_bytes
-from lorakit.targets import Match, Note
-
-
-def keep_off(modules: Iterable[nn.Module]) -> None:
-    """Make every nn.TransformerEncoderLayer that holds adapted layers call them.
-
-    Args:
-        modules: The modules of a model.
-    """
-    for encoder in modules:
-        if not isinstance(encoder, nn.TransformerEncoderLayer):
-            continue
-        for layer in encoder.modules():
-            if isinstance(layer, LoraLayer) and _nothing not in layer._forward_pre_hooks.values():
-                layer.register_forward_pre_hook(_nothing)
-
-
-def _nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """The hook; it is a function of this module so that adapted models can be pickled."""
+from lorakit.targets import Match
 
 
 @dataclass(frozen=True)
-class Part:
+class NewFactor:
     """One factor, built but not in place.
 
     Attributes:
@@ -70,7 +46,7 @@ class Part:
         factor: What it is.
         r: Its rank.
         lora_alpha: Its alpha.
-        moved: What the base's module stores for this adapter, where its init moves the base.
+        moved: What the base's module stores for this adapter, if its init moved the base.
         trains: Which of "A" and "B" are trained.
         initial: A (r, in) and B (out, r) as they were when the base became W − s·B·A, or None.
         cost: What moving the base costs.
@@ -86,13 +62,44 @@ class Part:
     cost: Cost = UNMOVED
 
 
-def fresh_parts(
-    site_map: SiteMap, config: LoraConfig, matches: Sequence[Match], seed: int | None, statistics: Statistics | None
-) -> list[Part]:
-    """Fresh factors for every site that a config names.
+@dataclass(frozen=True)
+class NewAdapter:
+    """An adapter, built but not in place.
+
+    Attributes:
+        name: Its name.
+        config: Its config, which the model keeps.
+        factors: Its factors.
+        extras: Its saved modules, trained rows and biases.
+        bias_values: Parameters of the base that it trains, each with the values, (out,), that it gets.
+        trainable: It is trained, but for what its init freezes.
+    """
+
+    name: str
+    config: LoraConfig
+    factors: Sequence[NewFactor]
+    extras: Extras
+    bias_values: Sequence[tuple[nn.Parameter, Tensor]] = ()
+    trainable: bool = True
+
+    def trained_parameters(self, state: AdapterState) -> int:
+        """Return how many values it trains, once it is in place; tied parameters count once.
+
+        Args:
+            state: The model's state.
+        """
+        found = [parameter for module in state.members() for parameter in module.parameters_of(self.name)]
+        found += [module._parameters[leaf] for module, originals in self.extras.biases for leaf in originals]
+        return sum(p.numel() for p in {id(p): p for p in found}.values() if p.requires_grad)
+
+
+def fresh_factors(
+    index: AdapterIndex, config: LoraConfig, matches: Sequence[Match], seed: int | None, statistics: Statistics | None
+) -> list[NewFactor]:
+    """Build initialized factors for every site that a config names; their order draws the random numbers.
 
     Args:
-        site_map: The model's map.
+        index: The model's index.
         config: The adapter's config.
         matches: The sites, with rank and alpha.
         seed: Seed, or None for torch's own generator.
@@ -102,18 +109,18 @@ def fresh_parts(
         ConfigError: The init or the variant does not fit a site.
     """
     generators = _generators(seed)
-    parts = []
-    for match, place in places_of(site_map, matches):
+    factors = []
+    for match, place in places_of(index, matches):
         seen = None if statistics is None else statistics.sites.get(place.path)
         usual = statistics is not None and seen is None and statistics.others_usual
         asked = config.with_fields(init_lora_weights=True) if usual else config
-        blank = blank_for(site_map, asked, match, place, generators, seen)
-        parts.append(_fresh_part(site_map, blank, match, place))
-    return parts
+        blank = blank_for(index, asked, match, place, generators, seen)
+        factors.append(_fresh_factor(index, blank, match, place))
+    return factors
 
 
 def blank_for(
-    site_map: SiteMap,
+    index: AdapterIndex,
     config: LoraConfig,
     match: Match,
     place: Place,
@@ -123,92 +130,103 @@ def blank_for(
     """What an init is given for a site.
 
     Args:
-        site_map: The model's map.
+        index: The model's index.
         config: The adapter's config.
         match: The target match that names the site.
         place: Where.
         generators: Source of randomness by device.
         statistics: What was made of the data for this site, name -> tensor (…), or None.
     """
-    module, parameter = site_map.holder(place), place.slot.parameter
+    module, parameter = index.holder(place), place.slot.parameter
+    variant, setting = variant_at(config, place.path)
     device = base_of(module, parameter).device(module, parameter)
     return Blank(
         kind=place.kind,
         slot=place.slot,
         r=match.rank,
         scale=scale(match.rank, match.alpha, config.use_rslora),
-        shapes=place.kind.shapes(place.slot, match.rank),
+        shapes=variant.shapes_of(place.kind, place.slot, match.rank, setting),
         device=device,
         dtype=factor_dtype(module, parameter),
         path=place.path,
-        read=lambda: site_map.weight(place),
+        read=lambda: index.weight(place),
         config=config,
         generator=generators(device),
         statistics=statistics,
     )
 
 
-def _fresh_part(site_map: SiteMap, blank: Blank, match: Match, place: Place) -> Part:
+def _fresh_factor(index: AdapterIndex, blank: Blank, match: Match, place: Place) -> NewFactor:
     config, kind, slot = blank.config, place.kind, place.slot
     check_bias_of_b(config, place)
-    check_storage(site_map, place)
-    init = init_for(config.init_lora_weights, kind.name, place.path)
-    variant = variant_for(config, kind.name, place.path)
+    check_storage(index, place)
+    init = init_for(config.init_lora_weights, kind, place.path)
+    variant, setting = variant_for(config, kind, place.path)
     if init.changes_base:
-        check_can_move(site_map, place, init)
-        if not variant.mergeable:
-            raise ConfigError(
-                f"{place.path}: init_lora_weights={config.init_lora_weights!r} moves the base weight, and "
-                f"{variant.name} needs the base as it is before its start. Use another init.",
-                where=place.path,
-            )
+        check_can_move(index, place, init)
+        _check_start(init, variant, place)
     with torch.no_grad():
         filled = init.fill(blank)
     initial = (filled.A, filled.B) if init.changes_base and filled.W is None else None
     moved = None
     if initial is not None:
-        moved = moved_base(site_map, place, initial, blank.scale)
+        moved = moved_base(index, place, initial, blank.scale)
     elif filled.W is not None:
-        moved = written(site_map, place, filled.W)
-    magnitude = None
-    if variant.has_magnitude:
-        module = site_map.holder(place)
-        W = blank.read() if moved is None else base_of(module, slot.parameter).read(module, moved)
-        magnitude = variant.magnitude(kind, slot, W, filled.A, filled.B, blank.scale).view(kind.vector(slot))
-    dropout = make_dropout(dropout_at(config, place, site_map.holder(place)))
+        moved = written(index, place, filled.W)
+    module = index.holder(place)
+
+    def read() -> Tensor:
+        return blank.read() if moved is None else base_of(module, slot.parameter).read(module, moved)
+
+    start = Start(kind, slot, filled.A, filled.B, blank.scale, read, setting, blank.generator)
+    if variant.move is not None:
+        moved = moved_for(variant, index, place, start)
+    own = variant.starts(start)
+    dropout = make_dropout(dropout_at(config, place, module))
     bias = fresh_bias(blank, not init.is_identity) if config.lora_bias else None
-    factor = Factor(filled.A, filled.B, blank.scale, dropout, variant.name, magnitude, bias)
+    factor = Factor(filled.A, filled.B, blank.scale, dropout, variant, own, bias, setting)
     factor = as_parameters(factor, trains=init.trains)
-    cost = UNMOVED if moved is None else cost_of(site_map, place, moved, initial, blank.scale)
-    return Part(place, factor, match.rank, match.alpha, moved, init.trains, initial, cost)
+    cost = UNMOVED if moved is None else cost_of(index, place, moved, initial, blank.scale)
+    return NewFactor(place, factor, match.rank, match.alpha, moved, init.trains, initial, cost)
 
 
-def notes_on_moving(config: LoraConfig, parts: Sequence[Part]) -> list[Note]:
-    """Return notes on what a moved base costs; none if nothing was moved."""
-    costs = [part.cost for part in parts if part.moved is not None]
-    if not costs:
-        return []
-    text = (
-        f"{config.init_lora_weights} moves the base's weight at {len(costs)} sites; the originals and the first "
-        f"factors are kept beside it, {format_bytes(sum(cost.kept_bytes for cost in costs))}, so that the base can be "
-        "had back."
+def _check_start(init: Init, variant: Variant, place: Place) -> None:
+    """Refuse an init that moves the base for a variant that moves it too, or that acts on a part of it."""
+    if variant.is_mergeable and variant.move is None:
+        return
+    needs = "moves it too" if variant.move is not None else "needs the base as it is before its start"
+    raise ConfigError(
+        f"{place.path}: init_lora_weights={init.name!r} moves the base weight, and {variant.title} {needs}. Use "
+        "another init.",
+        where=place.path,
+        field="init_lora_weights",
     )
-    notes = [Note("residual_base", text)]
-    lost = max(cost.lost for cost in costs)
-    if lost:
-        text = (
-            f"The base is stored in fewer bits, and what {config.init_lora_weights} left of it was rounded a second "
-            f"time, by up to {lost:.2g} of a weight: a fresh adapter is off by as much, and it is no plain LoRA."
-        )
-        notes.append(Note("rounded_base", text))
-    return notes
+
+
+def moved_for(variant: Variant, index: AdapterIndex, place: Place, start: Start) -> Any:
+    """Return what a site's module stores while an adapter is attached whose variant moves the base.
+
+    Args:
+        variant: The variant, which has a `move`.
+        index: The model's map.
+        place: The site.
+        start: The factor there, with A (r, in) and B (out, r).
+
+    Raises:
+        ConfigError: The base is moved or merged into already.
+    """
+    if variant.move is None:
+        return None
+    check_can_move(index, place)
+    with torch.no_grad():
+        return written(index, place, variant.move(start))
 
 
 def as_parameters(factor: Factor, trainable: bool = True, trains: frozenset[str] = BOTH) -> Factor:
     """A factor whose tensors are parameters.
 
     Args:
-        factor: With A (r, in), B (out, r) and perhaps a magnitude and a bias (out,) as plain tensors.
+        factor: With A (r, in), B (out, r), perhaps a bias (out,) and own tensors (…), all as plain tensors.
         trainable: They require gradients.
         trains: Which of "A" and "B" do at all.
 
@@ -216,18 +234,19 @@ def as_parameters(factor: Factor, trainable: bool = True, trains: frozenset[str]
         The factor.
     """
     A, B = nn.Parameter(factor.A, trainable and "A" in trains), nn.Parameter(factor.B, trainable and "B" in trains)
-    vector = None if factor.magnitude is None else nn.Parameter(factor.magnitude, trainable)
+    frozen = {tensor.held_as for tensor in factor.variant.tensors if not tensor.trained}
+    own = {name: nn.Parameter(tensor, trainable and name not in frozen) for name, tensor in factor.own.items()}
     bias = None if factor.bias is None else nn.Parameter(factor.bias, trainable)
-    return Factor(A, B, factor.scale, factor.dropout, factor.variant, vector, bias)
+    return dataclasses.replace(factor, A=A, B=B, own=own, bias=bias)
 
 
-def check_storage(site_map: SiteMap, place: Place) -> None:
+def check_storage(index: AdapterIndex, place: Place) -> None:
     """Refuse to act on a weight that would be rounded to few bits in each forward, and pass no gradient.
 
     Raises:
         ConfigError: The message names the site and its storage.
     """
-    base = base_of(site_map.holder(place), place.slot.parameter)
+    base = base_of(index.holder(place), place.slot.parameter)
     if place.kind.acts_on == "weight" and base.quantised:
         raise ConfigError(
             f"{place.path} is stored as {base.name}, and a {place.kind.name} is adapted by its weight, which would be "
@@ -267,34 +286,41 @@ def _generators(seed: int | None) -> Callable[[torch.device], torch.Generator | 
     return for_device
 
 
-def fresh_extras(model: nn.Module, site_map: SiteMap, config: LoraConfig, outer: Collection[str], ties: Ties) -> Extras:
-    """Make a fresh adapter's extras.
+def new_extras(
+    index: AdapterIndex,
+    config: LoraConfig,
+    factors: Sequence[NewFactor],
+    saved: Sequence[str],
+    leaders: Mapping[str, str],
+    rows: Sequence[NewRows],
+) -> Extras:
+    """Build what an adapter trains in addition to its factors.
 
     Args:
-        model: The model.
-        site_map: Its map.
-        config: The config.
-        outer: Paths of the modules that get factors.
-        ties: What the config names, and what is tied to it.
+        index: The model's index.
+        config: The adapter's config.
+        factors: Its factors.
+        saved: Paths of its saved modules.
+        leaders: Path of a module -> path of the one to which it is tied.
+        rows: Its trained rows.
 
     Raises:
         TargetError: Another part of an adapter is in the way.
-        ConfigError: Rows are named that cannot be trained.
+        ConfigError: A bias cannot be trained.
     """
-    saved = ties.found.saved
-    rows = new_rows(site_map, chosen_rows(model, site_map, config, outer, saved))
-    extras = build_extras(site_map.modules, outer, saved, config.bias)
-    tie_copies(extras.copies, ties.leaders)
-    return dataclasses.replace(extras, rows=tuple(rows), leaders=ties.leaders)
+    outer = {factor.place.outer for factor in factors}
+    extras = build_extras(index.modules, outer, saved, config.bias)
+    tie_copies(extras.copies, leaders)
+    return dataclasses.replace(extras, rows=tuple(rows), leaders=leaders)
 
 
 def new_rows(
-    site_map: SiteMap, chosen: Sequence[ChosenRows], given: Mapping[str, Tensor] | None = None, trainable: bool = True
+    index: AdapterIndex, chosen: Sequence[ChosenRows], given: Mapping[str, Tensor] | None = None, trainable: bool = True
 ) -> list[NewRows]:
     """Make an adapter's rows: as the base has them, so that a fresh adapter changes nothing, or as they are given.
 
     Args:
-        site_map: The model's map.
+        index: The model's index.
         chosen: Which.
         given: Path of a table -> its rows, (n, d); None for fresh ones.
         trainable: They require gradients.
@@ -304,11 +330,10 @@ def new_rows(
     """
     made = []
     for part in chosen:
-        standing = site_map.modules[part.path]
-        if isinstance(standing, TokenRows):
+        standing = index.modules[part.path]
+        table: Tensor = index.base(part.path)._parameters["weight"]  # type: ignore[assignment]
+        if isinstance(standing, TrainableTokens):
             table = standing.token_adapter.original()
-        else:
-            table = site_map.base(part.path).weight  # type: ignore[assignment]
         if given is None:
             rows = table.detach()[torch.tensor(part.indices, device=table.device)]
         else:
@@ -318,26 +343,117 @@ def new_rows(
     return made
 
 
-def put_rows(site_map: SiteMap, name: str, parts: Sequence[NewRows], state: AdapterState) -> None:
-    """Put an adapter's rows in place; nothing here can refuse.
+def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
+    """Put a built adapter in place; nothing here can refuse.
 
     Args:
-        site_map: The model's map.
-        name: The adapter.
-        parts: Its rows.
-        state: The model's state.
+        index: The model's index, made since its last change.
+        built: The adapter.
+
+    Returns:
+        The model's state.
     """
-    for part in parts:
-        leader = _standing(site_map, part.chosen.path, state, None)
-        for path in part.chosen.tied:
-            _standing(site_map, path, state, leader)
-        leader.put(name, part.chosen.indices, part.rows)
+    name, extras = built.name, built.extras
+    state = _new_state(index, name) if index.state is None else index.state
+    index.state = state
+    state.configs[name] = built.config
+    state.kinds = index.kinds
+    for factor in built.factors:
+        layer = index.layer(factor.place) or index.put(factor.place, _maker(factor.place, state))
+        layer.put(name, factor.factor, factor.r, factor.lora_alpha, factor.trains)
+        if factor.moved is not None:
+            layer.move_base(name, factor.moved, factor.initial)
+    _put_copies(index, built, state)
+    tie_factors(index, name, extras.leaders)
+    for rows in extras.rows:
+        _put_rows(index, name, rows, state)
+    for module, originals in extras.biases:
+        BiasPatch.install(name, originals, module, state)
+    for parameter, values in built.bias_values:
+        parameter.data = values
+    if not built.trainable:
+        _freeze(built, state)
+    if built.config.alora_invocation_tokens is not None:
+        install(index.model, state)
+    if state.biased:
+        note_old_biases(index)
+    _keep_off_fast_path(index)
+    state.whole.add(index.model)
+    return state
 
 
-def _standing(site_map: SiteMap, path: str, state: AdapterState, leader: TokenRows | None) -> TokenRows:
-    standing = site_map.modules[path]
-    if not isinstance(standing, TokenRows):
-        made = TokenRows(standing, state, leader)
-        site_map.replace(standing, made)
-        site_map.modules[path] = standing = made
+def _freeze(built: NewAdapter, state: AdapterState) -> None:
+    for module in state.members():
+        module.set_trained(built.name, False)
+    for module, originals in built.extras.biases:
+        for leaf in originals:
+            module._parameters[leaf].requires_grad_(False)  # type: ignore[union-attr]
+
+
+def _new_state(index: AdapterIndex, name: str) -> AdapterState:
+    """Return the state for a model's first adapter, with the base frozen."""
+    state = AdapterState()
+    state.held = hold_still(index.everything.values())
+    held = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
+    state.frozen = [(p, p.requires_grad) for p in {id(p): p for p in held}.values()]
+    for parameter, _ in state.frozen:
+        parameter.requires_grad_(False)
+    state.default = Route((name,))
+    return state
+
+
+def _maker(place: Place, state: AdapterState) -> Callable[[nn.Module], LoraLayer]:
+    made = layer_class(place.kind)
+    return lambda module: made(module, place.kind, place.slot, state)
+
+
+def _put_copies(index: AdapterIndex, built: NewAdapter, state: AdapterState) -> None:
+    for path, duplicate in built.extras.copies.items():
+        holder = index.modules[path]
+        if not isinstance(holder, ModulesToSave):
+            holder = ModulesToSave(holder, state)
+            index.replace(index.modules[path], holder)
+        holder.put(built.name, duplicate)
+
+
+def _put_rows(index: AdapterIndex, name: str, new: NewRows, state: AdapterState) -> None:
+    leader = _table(index, new.chosen.path, state, None)
+    for path in new.chosen.tied:
+        _table(index, path, state, leader)
+    leader.put(name, new.chosen.indices, new.rows)
+
+
+def _table(index: AdapterIndex, path: str, state: AdapterState, leader: TrainableTokens | None) -> TrainableTokens:
+    standing = index.modules[path]
+    if not isinstance(standing, TrainableTokens):
+        made = TrainableTokens(standing, state, leader)
+        index.replace(standing, made)
+        index.modules[path] = standing = made
     return standing
+
+
+def note_old_biases(index: AdapterIndex) -> None:
+    """Let each adapted layer know which adapter trains the bias of its base, and what it was before.
+
+    Args:
+        index: The model's index.
+    """
+    for _, layer in index.layers():
+        found = [(s.adapter, s.originals["bias"]) for s in BiasPatch.on(layer.owner) if "bias" in s.originals]
+        layer.old_bias = found[0] if found else None
+
+
+def _keep_off_fast_path(index: AdapterIndex) -> None:
+    """Make every nn.TransformerEncoderLayer that holds adapted layers call them.
+
+    Torch's fast path reads weights without calling their modules, unless a child has a hook: one that does nothing.
+    """
+    for encoder in index.modules.values():
+        if isinstance(encoder, nn.TransformerEncoderLayer):
+            for _, layer in walk(encoder):
+                if isinstance(layer, LoraLayer) and _nothing not in layer._forward_pre_hooks.values():
+                    layer.register_forward_pre_hook(_nothing)
+
+
+def _nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Do nothing: a hook, and a function of this module so that adapted models can be pickled."""

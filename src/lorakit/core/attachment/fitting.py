@@ -1,10 +1,4 @@
-"""Rank and alpha of a site on disk, as far as the files tell them without a model.
-
-The files name modules, not their bare parameters: which tensors are whose follows from the order in which the module
-defines them, and that is known where the model is.
-
-Compare an adapter's tensors with a model: what belongs where, and everything that does not fit.
-"""
+"""Compare an adapter's tensors with a model: what belongs where, and everything that does not fit."""
 
 from __future__ import annotations
 
@@ -14,34 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.config import LoraConfig
-from lorakit.core.files.tensor_names import MAGNITUDE, PREFIX, ROWS, inside, parse
-from lorakit.core.layers.modules_to_save import ModuleCopies, biased_modules, plain_shapes
+from lorakit.core.files.tensor_names import PREFIX, ROWS, inside, parse
+from lorakit.core.layers.modules_to_save import ModulesToSave, biased_modules, plain_shapes
 from lorakit.core.layers.trainable_tokens import ChosenRows
-from lorakit.core.model.index import INSIDE, Place, SiteMap
+from lorakit.core.model.index import INSIDE, AdapterIndex, Place
 from lorakit.core.model.ties import tied_groups, with_ties
 from lorakit.core.model.token_indices import chosen_rows
+from lorakit.core.variants import OwnTensor, variant_at
 from lorakit.errors import PatternError, TargetError, nearest
-from lorakit.targets import names_path, resolve, saved_modules
+from lorakit.targets import resolve, saved_modules
 from lorakit.targets.words import literal_value
-
-
-def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
-    """The bare parameters that a site on disk may belong to, sorted; none where the module itself is a target.
-
-    Args:
-        config: The adapter's config.
-        path: The site's path on disk.
-    """
-    module, targets = path.partition(INSIDE)[0], config.target_modules
-    if not isinstance(targets, str) and any(names_path(entry, module) for entry in targets or ()):
-        return ()
-    parts = [entry.rpartition(".") for entry in config.target_parameters or ()]
-    found = {f"{module}.{name}" for holder, _, name in parts if not holder or names_path(holder, module)}
-    return tuple(sorted(found))
-
 
 MISSING, UNEXPECTED, SHAPE, UNTIED = "missing", "unexpected", "shape", "untied"
 """The kinds of problems."""
@@ -70,7 +49,8 @@ class Fit:
     """Where an adapter's tensors go.
 
     Attributes:
-        sites: Path on disk -> its place and its parts: "A" (r, in), "B" (out, r), "bias" and "magnitude" (out,).
+        sites: Path on disk -> its place and its parts: "A" (r, in), "B" (out, r), "bias" (out,), and a variant's own
+            tensors (…) by `OwnTensor.held_as`.
         saved: Paths of the modules it copies.
         copied: (id of the original module, name inside) -> tensor's name.
         biases: (id of a module, name of the bias) -> tensor's name.
@@ -100,18 +80,16 @@ class Fit:
 def fit(
     tensors: Mapping[str, Tensor],
     config: LoraConfig,
-    site_map: SiteMap,
+    index: AdapterIndex,
     bare: Mapping[str, Place] | None = None,
-    model: nn.Module | None = None,
 ) -> Fit:
     """Find the place of every tensor.
 
     Args:
         tensors: Name on disk -> tensor (…).
         config: The adapter's config.
-        site_map: The model's map.
+        index: The model's map.
         bare: Path on disk -> place, of the bare parameters that the config names.
-        model: The model, where it shall say which table `trainable_token_indices` means.
 
     Returns:
         The places, with every mismatch in `problems`.
@@ -125,22 +103,31 @@ def fit(
     present: dict[str, dict[str, Tensor]] = {}
     for name in list(left):
         key = parse(name)
-        if key is not None and (key.part != "magnitude" or config.use_dora):
+        if key is not None and (key.part in OF_EVERY_VARIANT or key.part in _own_parts(config, key.path)):
             present.setdefault(key.path, {})[key.part] = left.pop(name)
-    expected, result.saved = _expected(config, site_map)
+    expected, result.saved = _expected(config, index)
     expected = None if expected is None else expected | set(bare or ())
-    _find_places(present, site_map, bare or {}, result)
-    _take_copies(left, site_map, result)
-    _take_biases(left, config, site_map, result)
-    _take_rows(left, config, site_map, model, result)
-    _check_ties(tensors, config, site_map, result)
+    _find_places(present, index, bare or {}, result)
+    _take_copies(left, index, result)
+    _take_biases(left, config, index, result)
+    _take_rows(left, config, index, result)
+    _check_ties(tensors, config, index, result)
     _check_sites(config, expected, result)
     extra = [name for name in left if not _known_extra(name, result)]
     result.problems += [Problem(UNEXPECTED, name, f"unexpected {name}{_prefix_hint(name)}") for name in extra]
     return result
 
 
-def _expected(config: LoraConfig, site_map: SiteMap) -> tuple[set[str] | None, tuple[str, ...]]:
+OF_EVERY_VARIANT = {"A", "B", "bias"}
+"""Parts of a site that are not a variant's own tensors."""
+
+
+def _own_parts(config: LoraConfig, path: str) -> dict[str, OwnTensor]:
+    """Return the own tensors of the variant that a config asks for at a site, by the part that they are."""
+    return {tensor.held_as: tensor for tensor in variant_at(config, path)[0].tensors}
+
+
+def _expected(config: LoraConfig, index: AdapterIndex) -> tuple[set[str] | None, tuple[str, ...]]:
     """The sites that the config names, or None where only a pattern could tell; and the modules it copies."""
     plain = dataclasses.replace(config, rank_pattern={}, alpha_pattern={})
     only_words = not isinstance(config.target_modules, str) or config.target_modules.lower() == "all-linear"
@@ -151,27 +138,27 @@ def _expected(config: LoraConfig, site_map: SiteMap) -> tuple[set[str] | None, t
         plain = dataclasses.replace(plain, target_modules="all-linear", exclude_modules=None, layers_to_transform=None)
         plain.layers_pattern = None
     try:
-        found = resolve(site_map.candidates, plain, allow_partial=True)
+        found = resolve(index.candidates, plain, allow_partial=True)
     except TargetError:
-        saved = saved_modules(site_map.candidates, plain)[0] if config.target_parameters else ()
+        saved = saved_modules(index.candidates, plain)[0] if config.target_parameters else ()
         return (set() if only_words else None), tuple(saved)
     if config.ensure_weight_tying:
-        found = with_ties(None, site_map, plain, found).found
+        found = with_ties(index, plain, found).found
     only_words = only_words and not isinstance(config.exclude_modules, str)
     if not only_words:
         return None, found.saved
-    places = [place for m in found.matches for place in site_map.places(m.path, site_map.kind(m.kind))]
+    places = [place for m in found.matches for place in index.places(m.path, index.kind(m.kind))]
     return {place.path for place in places}, found.saved
 
 
 def _find_places(
-    present: Mapping[str, dict[str, Tensor]], site_map: SiteMap, bare: Mapping[str, Place], result: Fit
+    present: Mapping[str, dict[str, Tensor]], index: AdapterIndex, bare: Mapping[str, Place], result: Fit
 ) -> None:
-    kinds = {candidate.path: candidate.kind for candidate in site_map.candidates}
+    kinds = {candidate.path: candidate.kind for candidate in index.candidates}
     inside_first = sorted(present, key=lambda path: (path.partition(INSIDE)[0], -path.count(INSIDE), path))
     for path in inside_first:  # the order in which layers are put around a module
         outer = path.partition(INSIDE)[0]
-        places = site_map.places(outer, site_map.kind(kinds[outer])) if kinds.get(outer) else []  # type: ignore[arg-type]
+        places = index.places(outer, index.kind(kinds[outer])) if kinds.get(outer) else []  # type: ignore[arg-type]
         place = bare.get(path) or next((place for place in places if place.path == path), None)
         if place is None:
             text = f"unexpected site {path}{_hint(path, list(kinds))}"
@@ -180,10 +167,10 @@ def _find_places(
             result.sites[path] = (place, present[path])
 
 
-def _take_copies(left: dict[str, Tensor], site_map: SiteMap, result: Fit) -> None:
+def _take_copies(left: dict[str, Tensor], index: AdapterIndex, result: Fit) -> None:
     for path in result.saved:
-        module = site_map.modules[path]
-        original = module.original_module if isinstance(module, ModuleCopies) else module
+        module = index.modules[path]
+        original = module.original_module if isinstance(module, ModulesToSave) else module
         for leaf, shape in plain_shapes(original).items():
             name = f"{PREFIX}{path}.{leaf}"
             if name not in left:
@@ -194,11 +181,11 @@ def _take_copies(left: dict[str, Tensor], site_map: SiteMap, result: Fit) -> Non
             result.copied[(id(original), leaf)] = name
 
 
-def _take_biases(left: dict[str, Tensor], config: LoraConfig, site_map: SiteMap, result: Fit) -> None:
+def _take_biases(left: dict[str, Tensor], config: LoraConfig, index: AdapterIndex, result: Fit) -> None:
     outer = result.outer_paths()
     adapted = (f"{place.outer}.{place.child}" if place.child else place.outer for place, _ in result.sites.values())
     depths = Counter(adapted)
-    for path, module, leaves in biased_modules(site_map.modules, outer, result.saved, config.bias):
+    for path, module, leaves in biased_modules(index.modules, outer, result.saved, config.bias):
         for leaf in leaves:
             # as PEFT writes it; as it does where another adapter has a layer; and as it lies in the plain base
             ways = [inside(path, depths), path + INSIDE * max(1, depths[path]), path]
@@ -212,26 +199,24 @@ def _take_biases(left: dict[str, Tensor], config: LoraConfig, site_map: SiteMap,
             result.biases[(id(module), leaf)] = name
 
 
-def _take_rows(
-    left: dict[str, Tensor], config: LoraConfig, site_map: SiteMap, model: nn.Module | None, result: Fit
-) -> None:
-    if config.trainable_token_indices is None or model is None:
+def _take_rows(left: dict[str, Tensor], config: LoraConfig, index: AdapterIndex, result: Fit) -> None:
+    if config.trainable_token_indices is None:
         return
-    for chosen in chosen_rows(model, site_map, config, result.outer_paths(), result.saved):
+    for chosen in chosen_rows(index, config, result.outer_paths(), result.saved):
         name = f"{PREFIX}{chosen.path}{ROWS}"
         if name not in left:
             result.problems.append(_missing(name))
             continue
-        table: Tensor = site_map.base(chosen.path)._parameters["weight"]  # type: ignore[assignment]
+        table: Tensor = index.base(chosen.path)._parameters["weight"]  # type: ignore[assignment]
         _check_shape(name, left.pop(name), (len(chosen.indices), table.shape[1]), result)
         result.rows.append((chosen, name))
 
 
-def _check_ties(tensors: Mapping[str, Tensor], config: LoraConfig, site_map: SiteMap, result: Fit) -> None:
+def _check_ties(tensors: Mapping[str, Tensor], config: LoraConfig, index: AdapterIndex, result: Fit) -> None:
     """Find what is tied in the file; where the two are not the same there, they cannot become one."""
     if not config.ensure_weight_tying:
         return
-    groups = tied_groups(site_map, {*result.saved, *result.outer_paths()})
+    groups = tied_groups(index, {*result.saved, *result.outer_paths()})
     result.leaders = {path: leader for leader, partners in groups.items() for path in partners}
     for path, leader in result.leaders.items():
         pairs = [(f"{PREFIX}{path}.weight", tensors.get(f"{PREFIX}{leader}.weight"))]
@@ -273,9 +258,10 @@ def _check_parts(config: LoraConfig, path: str, result: Fit) -> None:
         "A": kind.names[0] + kind.on_disk,
         "B": kind.names[1] + kind.on_disk,
         "bias": f"{kind.names[1]}.bias",
-        "magnitude": MAGNITUDE,
     }
-    wanted = {"A", "B"} | ({"magnitude"} if config.use_dora else set()) | ({"bias"} if config.lora_bias else set())
+    variant, setting = variant_at(config, path)
+    names |= {tensor.held_as: tensor.keys[0].removeprefix(".") for tensor in variant.tensors}
+    wanted = {"A", "B"} | {tensor.held_as for tensor in variant.tensors} | ({"bias"} if config.lora_bias else set())
     lacking = sorted(wanted - set(parts))
     result.problems += [_missing(f"{PREFIX}{path}.{names[part]}") for part in lacking]
     extra = [f"{PREFIX}{path}.{names[part]}" for part in sorted(set(parts) - wanted)]
@@ -284,8 +270,9 @@ def _check_parts(config: LoraConfig, path: str, result: Fit) -> None:
         del result.sites[path]
         return
     rank = _rank(config, place, kind.rank(slot, tuple(parts["A"].shape)))
-    shapes = dict(zip(("A", "B"), kind.shapes(slot, rank), strict=True))
-    shapes |= {"bias": (slot.out_features,), "magnitude": kind.vector(slot)}
+    shapes = dict(zip(("A", "B"), variant.shapes_of(kind, slot, rank, setting), strict=True))
+    shapes |= {"bias": (slot.out_features,)}
+    shapes |= {tensor.held_as: tensor.shape(kind, slot, rank, setting) for tensor in variant.tensors}
     for part in sorted(wanted):
         _check_shape(f"{path}.{names[part]}", parts[part], shapes[part], result)
 

@@ -11,6 +11,7 @@ import itertools
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +19,43 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig, scale
-from lorakit.core.attachment.attaching import publish
-from lorakit.core.attachment.build import Part, as_parameters, check_bias_of_b, check_storage, new_rows
+from lorakit.core.attachment.build import (
+    NewAdapter,
+    NewFactor,
+    as_parameters,
+    check_bias_of_b,
+    check_storage,
+    commit,
+    moved_for,
+    new_extras,
+    new_rows,
+)
 from lorakit.core.attachment.fitting import MISSING, SHAPE, UNEXPECTED, Fit, Problem, fit
 from lorakit.core.attachment.restoring import Past, past_of
 from lorakit.core.attachment.value_ranges import copied_tensors, filled_biases, out_of_range
-from lorakit.core.factor import Factor, factor_dtype, make_dropout
+from lorakit.core.factor import factor_dtype, make_dropout
 from lorakit.core.files.adapter_folder import AdapterFiles, alpha_at, read_adapter
 from lorakit.core.files.judging import Site, implausible, judge, largest_values, nonfinite, not_finite
 from lorakit.core.files.sidecar import KINDS_KEY
 from lorakit.core.inits import trains_of
 from lorakit.core.kinds import Kind
-from lorakit.core.layers.modules_to_save import Extras, build_extras
-from lorakit.core.model.activation import set_trained
+from lorakit.core.layers.modules_to_save import Extras
 from lorakit.core.model.checks import (
     check_allowances,
     check_bias_alone,
     check_called,
     check_new_name,
     check_scales,
-    trainable_tensors,
+    trainable_block,
 )
 from lorakit.core.model.fingerprint import DIFFERENT, compare
-from lorakit.core.model.index import SiteMap, find_state, survey
+from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.merge_record import check_not_applied
 from lorakit.core.model.replication import stacked_for
 from lorakit.core.model.target_weights import check_standing, dropout_at, named_places
-from lorakit.core.model.ties import tie_copies
 from lorakit.core.model.vocabulary import room_for, way_out, without_brought_rows
 from lorakit.core.quantization import base_of
-from lorakit.core.variants import variant_for
+from lorakit.core.variants import Factor, Start, variant_for
 from lorakit.errors import (
     OVERRIDE,
     AdapterFileError,
@@ -82,7 +90,6 @@ class LoadReport:
     warnings: tuple[str, ...]
 
 
-@trainable_tensors
 def load_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -114,22 +121,25 @@ def load_adapter(
         NotYetSupported: The adapter needs what is not built yet.
     """
     check_allowances(allow)
-    check_new_name(find_state(model), name)
-    files = read_adapter(folder)
-    check_not_applied(model, files.folder, files.file.sha256, allow)
-    with room_for(model, files.config, files.sidecar.base) as grown:
-        verdict, said = check_base(model, files, allow)
-        said = [*files.warnings, *(f"{files.folder}: {sentence}" for sentence in grown), *said]
-        files = dataclasses.replace(files, warnings=tuple(said))
-        sites, more = place_adapter(model, files, name, trainable, allow, kinds)
+    index = AdapterIndex.of(model, kinds)
+    check_new_name(index.state, name)
+    with trainable_block(index):
+        files = read_adapter(folder)
+        check_not_applied(model, files.folder, files.file.sha256, allow)
+        with room_for(index, files.config, files.sidecar.base) as grown:
+            index = index.again() if grown else index
+            verdict, said = check_base(index, files, allow)
+            said = [*files.warnings, *(f"{files.folder}: {sentence}" for sentence in grown), *said]
+            files = dataclasses.replace(files, warnings=tuple(said))
+            sites, more = _place(index, files, name, trainable, allow)
     return LoadReport(name, files.config, sites, verdict, more)
 
 
-def check_base(model: nn.Module, files: AdapterFiles, allow: Collection[str]) -> tuple[str, list[str]]:
+def check_base(model: nn.Module | AdapterIndex, files: AdapterFiles, allow: Collection[str]) -> tuple[str, list[str]]:
     """Compare a model's base with the one that an adapter was made on.
 
     Args:
-        model: The base, or a model that has adapters already; only read.
+        model: The base, or a model that has adapters already, or its index; only read.
         files: What was read.
         allow: Checks to override: "base_mismatch".
 
@@ -139,7 +149,7 @@ def check_base(model: nn.Module, files: AdapterFiles, allow: Collection[str]) ->
     Raises:
         BaseMismatchError: It is another base.
     """
-    known, present = without_brought_rows(model, files.config, files.sidecar.base)
+    known, present = without_brought_rows(AdapterIndex.of(model), files.config, files.sidecar.base)
     verdict, reason, warning = compare(known, present)
     if verdict == DIFFERENT and "base_mismatch" not in allow:
         raise BaseMismatchError(
@@ -152,7 +162,6 @@ def check_base(model: nn.Module, files: AdapterFiles, allow: Collection[str]) ->
     return verdict, [*said, f"{files.folder}: {warning}"] if warning else said
 
 
-@trainable_tensors
 def place_adapter(
     model: nn.Module,
     files: AdapterFiles,
@@ -161,61 +170,60 @@ def place_adapter(
     allow: Collection[str],
     kinds: Iterable[Kind] = (),
 ) -> tuple[int, tuple[str, ...]]:
-    """Put what was read onto a model; everything is checked before the first change.
+    """Put an adapter that was read onto a model; everything is checked before the first change.
 
     Args:
         model: The base, or a model that has adapters already.
-        files: What was read, with the warnings that shall be said.
+        files: What was read, with the warnings to report.
         name: The adapter's name here.
-        trainable: Go on training it.
-        allow: Refusals to lift: "key_mismatch", "nonfinite", "odd_scale", "recompute_init".
+        trainable: Continue to train it.
+        allow: Checks to override: "key_mismatch", "nonfinite", "odd_scale", "recompute_init".
         kinds: As `load_adapter`.
 
     Returns:
-        How many sites it has, and every warning that was said.
+        How many sites it has, and every warning that was reported.
 
     Raises:
         AdapterFileError: Tensors do not fit; all mismatches are named.
         AdapterError: The name is taken or cannot be used.
         ConfigError: A scale is odd, or biases would be trained twice.
     """
-    state = find_state(model)
-    check_new_name(state, name)
-    config = files.config
-    check_bias_alone(state, config)
-    with stacked_for(model, config, state):
-        site_map = survey(model, kinds)
-        _check_kinds(files, site_map)
-        fitted = _fitted(model, files, site_map)
-        check_called(model, fitted.outer_paths())
-        largest = largest_values(files.file.tensors)
+    return _place(AdapterIndex.of(model, kinds), files, name, trainable, allow)
+
+
+def _place(
+    index: AdapterIndex, files: AdapterFiles, name: str, trainable: bool, allow: Collection[str]
+) -> tuple[int, tuple[str, ...]]:
+    check_new_name(index.state, name)
+    config, tensors = files.config, files.file.tensors
+    check_bias_alone(index.state, config)
+    with trainable_block(index), stacked_for(index, config) as index:
+        _check_kinds(files, index)
+        fitted = _fitted(files, index)
+        check_called(index.model, fitted.outer_paths())
+        largest = largest_values(tensors)
         said = [*files.warnings, *_judge(files, fitted, largest, allow)]
         past = past_of(files.folder, config, files.sidecar.began if files.is_ours else {}, trainable, allow)
-        parts = _parts(files, fitted, site_map, past, trainable)
-        check_scales([(part.place.path, part.factor.scale) for part in parts], allow)
-        extras = build_extras(site_map.modules, fitted.outer_paths(), fitted.saved, config.bias)
-        tensors = files.file.tensors
+        factors = _restored_factors(files, fitted, index, past, trainable)
+        check_scales([(factor.place.path, factor.factor.scale) for factor in factors], allow)
         given = {chosen.path: tensors[key] for chosen, key in fitted.rows}
-        rows = new_rows(site_map, [chosen for chosen, _ in fitted.rows], given, trainable)
-        extras = dataclasses.replace(extras, rows=tuple(rows), leaders=fitted.leaders)
-        tie_copies(extras.copies, fitted.leaders)
-        beyond = out_of_range(files.file.tensors, largest, fitted, site_map, parts, extras)
-        said += _implausible(files, parts, fitted, largest, trainable or files.made)
+        rows = new_rows(index, [chosen for chosen, _ in fitted.rows], given, trainable)
+        extras = new_extras(index, config, factors, fitted.saved, fitted.leaders, rows)
+        beyond = out_of_range(tensors, largest, fitted, index, factors, extras)
+        said += _implausible(files, factors, fitted, largest, trainable or files.made)
         said += _checked_range(files.folder, beyond, allow)
-        biases = _filled_copies(extras, fitted, site_map, files.file.tensors)
+        biases = _filled_copies(extras, fitted, index, tensors)
         for sentence in said:  # where warnings are errors, this refuses, so it comes before any change
             warn_caller(sentence)
-        publish(model, site_map, name, past.config.with_fields(inference_mode=not trainable), parts, extras)
-    for parameter, tensor in biases:
-        parameter.data = tensor
-    set_trained(model, {name: trainable})
-    return len(parts), tuple(said)
+        new_config = past.config.with_fields(inference_mode=not trainable)
+        commit(index, NewAdapter(name, new_config, factors, extras, biases, trainable))
+    return len(factors), tuple(said)
 
 
-def _check_kinds(files: AdapterFiles, site_map: SiteMap) -> None:
+def _check_kinds(files: AdapterFiles, index: AdapterIndex) -> None:
     """Refuse an adapter that was made with a user's own kinds of site which are not given here."""
     asked = files.sidecar.facts.get(KINDS_KEY)
-    lacking = sorted({str(name) for name in asked if str(name) not in site_map.own} if isinstance(asked, list) else ())
+    lacking = sorted({str(name) for name in asked if str(name) not in index.kinds} if isinstance(asked, list) else ())
     if lacking:
         raise AdapterFileError(
             f"{files.folder}: made with kinds of site of its user's own: {', '.join(lacking)}. Give them again: "
@@ -225,11 +233,11 @@ def _check_kinds(files: AdapterFiles, site_map: SiteMap) -> None:
         )
 
 
-def _fitted(model: nn.Module, files: AdapterFiles, site_map: SiteMap) -> Fit:
+def _fitted(files: AdapterFiles, index: AdapterIndex) -> Fit:
     try:
-        bare = named_places(site_map, files.config, model)
-        fitted = fit(files.file.tensors, files.config, site_map, bare, model)
-        check_standing(site_map, [place for place, _ in fitted.sites.values()])
+        bare = named_places(index, files.config)
+        fitted = fit(files.file.tensors, files.config, index, bare)
+        check_standing(index, [place for place, _ in fitted.sites.values()])
     except (TargetError, ConfigError) as cause:
         raise AdapterFileError(f"{files.folder}: {cause}", **{**cause.fields, "where": files.folder}) from None
     return fitted
@@ -258,10 +266,10 @@ def _judge(files: AdapterFiles, fitted: Fit, largest: Mapping[str, float], allow
 
 
 def _implausible(
-    files: AdapterFiles, parts: Sequence[Part], fitted: Fit, largest: Mapping[str, float], may_be_zero: bool
+    files: AdapterFiles, factors: Sequence[NewFactor], fitted: Fit, largest: Mapping[str, float], may_be_zero: bool
 ) -> tuple[str, ...]:
     """Return what is valid but implausible, as one message or none."""
-    sites = [Site(path, part.lora_alpha, part.factor.scale) for path, part in zip(fitted.sites, parts, strict=True)]
+    sites = [Site(path, new.lora_alpha, new.factor.scale) for path, new in zip(fitted.sites, factors, strict=True)]
     return implausible(files.folder, judge(files.config, sites, largest), may_be_zero)
 
 
@@ -291,14 +299,16 @@ def _some_of_each(problems: Sequence[Problem]) -> list[str]:
     return [sentence for sentence in turns if sentence is not None][:SHOWN]
 
 
-def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, past: Past, trainable: bool) -> list[Part]:
-    config, parts = files.config, []
+def _restored_factors(
+    files: AdapterFiles, fitted: Fit, index: AdapterIndex, past: Past, trainable: bool
+) -> list[NewFactor]:
+    config, factors = files.config, []
     trains = trains_of(config)
     for path, (place, tensors) in fitted.sites.items():
         check_bias_of_b(config, place)
-        check_storage(site_map, place)
+        check_storage(index, place)
         kind, slot = place.kind, place.slot
-        module, parameter = site_map.holder(place), slot.parameter
+        module, parameter = index.holder(place), slot.parameter
         device, dtype = base_of(module, parameter).device(module, parameter), factor_dtype(module, parameter)
         own: dict[str, Any] = {part: t.to(device=device, dtype=dtype, copy=True) for part, t in tensors.items()}
         before = past.sites.get(path, {})
@@ -308,22 +318,25 @@ def _parts(files: AdapterFiles, fitted: Fit, site_map: SiteMap, past: Past, trai
         stored = initial = None
         if past.moves:
             match = Match(place.outer, kind.name, r, alpha, "")
-            moved = past.moved(site_map, place, path, (own["A"], own["B"]), match)
+            moved = past.moved(index, place, path, (own["A"], own["B"]), match)
             own["A"], own["B"], stored, initial = moved.A, moved.B, moved.stored, moved.initial
-        variant = variant_for(config, kind.name, path)
+        variant, setting = variant_for(config, kind, path)
+        if variant.move is not None:
+            start = Start(kind, slot, own["A"], own["B"], factor_scale, partial(index.weight, place), setting)
+            stored = moved_for(variant, index, place, start)
         dropout = make_dropout(dropout_at(config, place, module))
-        vector = own["magnitude"].view(kind.vector(slot)) if "magnitude" in own else None
-        factor = Factor(own["A"], own["B"], factor_scale, dropout, variant.name, vector, own.get("bias"))
-        parts.append(Part(place, as_parameters(factor, trainable, trains), r, alpha, stored, trains, initial))
-    return parts
+        beside = {tensor.held_as: own[tensor.held_as] for tensor in variant.tensors}
+        factor = Factor(own["A"], own["B"], factor_scale, dropout, variant, beside, own.get("bias"), setting)
+        factors.append(NewFactor(place, as_parameters(factor, trainable, trains), r, alpha, stored, trains, initial))
+    return factors
 
 
 def _filled_copies(
-    extras: Extras, fitted: Fit, site_map: SiteMap, tensors: Mapping[str, Tensor]
+    extras: Extras, fitted: Fit, index: AdapterIndex, tensors: Mapping[str, Tensor]
 ) -> list[tuple[nn.Parameter, Tensor]]:
     """Put the file's numbers into the copies, which are not in the model yet; each bias with what it will hold."""
     with torch.no_grad():
-        for own, name in copied_tensors(extras, fitted, site_map):
+        for own, name in copied_tensors(extras, fitted, index):
             own.copy_(tensors[name])
     found: list[tuple[nn.Parameter, Tensor]] = []
     for module, leaf, old, name in filled_biases(extras, fitted):

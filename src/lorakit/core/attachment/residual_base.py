@@ -21,9 +21,7 @@ from lorakit.config import LoraConfig
 from lorakit.core.inits import Init
 from lorakit.core.kinds import Kind, Slot
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.merged_weight import place as put_in_place
-from lorakit.core.layers.merged_weight import stored_for
-from lorakit.core.model.index import Place, SiteMap
+from lorakit.core.model.index import AdapterIndex, Place
 from lorakit.core.quantization import base_of
 from lorakit.core.quantization.weight_format import NOT_WRITTEN
 from lorakit.errors import ConfigError
@@ -113,18 +111,18 @@ def beginning(config: LoraConfig) -> dict[str, Any]:
     return {name: values[name] for name in AGAIN}
 
 
-def check_can_move(site_map: SiteMap, place: Place, init: Init | None = None) -> None:
+def check_can_move(index: AdapterIndex, place: Place, init: Init | None = None) -> None:
     """Refuse to move a base weight that is moved or merged into already, or that a second rounding would harm.
 
     Args:
-        site_map: The model's map.
+        index: The model's map.
         place: The site.
         init: Who wants to; None for one that comes from a file.
 
     Raises:
         ConfigError: The message says who stands in the way and what to do.
     """
-    standing, module = site_map.layer(place), site_map.holder(place)
+    standing, module = index.layer(place), index.holder(place)
     if base_of(module, place.slot.parameter).device(module, place.slot.parameter).type == "meta":
         raise ConfigError(
             f"{place.path}: this init moves the base weight, and on the meta device there are no numbers to move. Load "
@@ -138,8 +136,8 @@ def check_can_move(site_map: SiteMap, place: Place, init: Init | None = None) ->
             "or unmerge it first, or use an init that leaves the base alone.",
             where=place.path,
         )
-    sharing = site_map.shared.get(id(module._parameters.get(place.slot.parameter)), [])
-    if sharing or len(site_map.parents.get(id(site_map.modules[place.outer]), ())) > 1:
+    sharing = index.shared.get(id(module._parameters.get(place.slot.parameter)), [])
+    if sharing or len(index.parents.get(id(index.modules[place.outer]), ())) > 1:
         other = next((path for path in sharing if path != place.outer), "another place")
         raise ConfigError(
             f"{place.path} shares its weight with {other}, and this init would move it for both. Leave the module out, "
@@ -156,17 +154,17 @@ def check_can_move(site_map: SiteMap, place: Place, init: Init | None = None) ->
         )
 
 
-def moved_base(site_map: SiteMap, place: Place, factors: tuple[Tensor, Tensor], scale: float) -> Any:
+def moved_base(index: AdapterIndex, place: Place, factors: tuple[Tensor, Tensor], scale: float) -> Any:
     """What a site's module shall store for W − s·B·A, with W the base as it is.
 
     Args:
-        site_map: The model's map.
+        index: The model's map.
         place: The site.
         factors: A (r, in) and B (out, r).
         scale: s.
     """
-    W = site_map.weight(place)
-    return written(site_map, place, what_is_left(place.kind, place.slot, W, factors, scale))
+    W = index.weight(place)
+    return written(index, place, what_is_left(place.kind, place.slot, W, factors, scale))
 
 
 class Cost(NamedTuple):
@@ -185,28 +183,28 @@ UNMOVED = Cost(0, 0.0)
 """Of a site whose base stays."""
 
 
-def cost_of(site_map: SiteMap, place: Place, moved: Any, initial: tuple[Tensor, Tensor] | None, scale: float) -> Cost:
+def cost_of(index: AdapterIndex, place: Place, moved: Any, initial: tuple[Tensor, Tensor] | None, scale: float) -> Cost:
     """What putting another base weight in place costs.
 
     Args:
-        site_map: The model's map.
+        index: The model's map.
         place: The site.
         moved: What its module shall store.
         initial: A (r, in) and B (out, r) where that is W − s·B·A, or None.
         scale: s.
     """
-    base = base_of(site_map.holder(place), place.slot.parameter)
+    base = base_of(index.holder(place), place.slot.parameter)
     kept_bytes = sum(t.numel() * t.element_size() for t in (*base.tensors(moved), *(initial or ())))
     if not base.quantised or initial is None:
         return Cost(kept_bytes, 0.0)
-    wanted = what_is_left(place.kind, place.slot, site_map.weight(place), initial, scale)
-    lost = torch.linalg.vector_norm(base.read(site_map.holder(place), moved) - wanted)
+    wanted = what_is_left(place.kind, place.slot, index.weight(place), initial, scale)
+    lost = torch.linalg.vector_norm(base.read(index.holder(place), moved) - wanted)
     return Cost(kept_bytes, float(lost / torch.linalg.vector_norm(wanted).clamp_min(torch.finfo(wanted.dtype).tiny)))
 
 
-def written(site_map: SiteMap, place: Place, W: Tensor) -> Any:
+def written(index: AdapterIndex, place: Place, W: Tensor) -> Any:
     """What a site's module shall store for a canonical weight (out, in)."""
-    module, parameter = site_map.holder(place), place.slot.parameter
+    module, parameter = index.holder(place), place.slot.parameter
     base = base_of(module, parameter, place.slot.as_stored)
     with torch.no_grad():
         return base.write(module, base.stored(module, parameter), W)
@@ -219,6 +217,6 @@ def give_base_back(layer: LoraLayer) -> None:
         layer: A site whose base was moved.
     """
     layer.moved_by = layer.moved = layer.initial = None
-    put_in_place(layer, stored_for(layer, layer.merged_adapters))
+    layer.place(layer.stored_with(layer.merged_adapters))
     if not layer.merged_adapters:
         layer.kept = None

@@ -27,14 +27,16 @@ from lorakit.core.files.tensor_file import read_tensors
 from lorakit.core.files.tensor_names import parse
 from lorakit.core.inits import Init, init_named
 from lorakit.core.kinds import Slot
-from lorakit.core.model.index import Place, SiteMap, layers, state_of
+from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.model.index import AdapterIndex, Place
+from lorakit.core.variants import variant_named
 from lorakit.errors import OVERRIDE, AdapterError, AdapterFileError, ConfigError
 from lorakit.targets import Match
 
 Factors = tuple[Tensor, Tensor, int]
 
 
-def check_plain(model: nn.Module, name: str) -> None:
+def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
     """Refuse an adapter on a model that no plain LoRA on the original base is.
 
     Args:
@@ -44,14 +46,22 @@ def check_plain(model: nn.Module, name: str) -> None:
     Raises:
         AdapterError: Its init changed the base by more than a product of low rank.
     """
-    for path, layer in layers(model):
+    index = AdapterIndex.of(model)
+    config = index.known_state().configs[name]
+    for path, layer in index.layers(name):
         if layer.moved_by == name and layer.initial is None:
             raise AdapterError(
-                f"{path}: {state_of(model).configs[name].init_lora_weights} changed the base by more than a product of "
+                f"{path}: {_mover(config, layer, name)} changed the base by more than a product of "
                 f"low rank, so adapter {name!r} is no plain LoRA on the original: its factors alone do not say what it "
                 "does. Merge it, or write what it makes of the model with merged_state_dict.",
                 where=path,
             )
+
+
+def _mover(config: LoraConfig, layer: LoraLayer, name: str) -> str:
+    """Return what moved the base of an adapter's site: its variant, or its init."""
+    variant = variant_named(layer.variant[name])
+    return str(config.init_lora_weights) if variant.move is None else variant.title
 
 
 def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor]] | None:
@@ -139,11 +149,13 @@ class Past:
         """Whether the base is moved for it."""
         return self.halves or self.first is not None or self.init is not None
 
-    def moved(self, site_map: SiteMap, place: Place, path: str, factors: tuple[Tensor, Tensor], match: Match) -> Moved:
+    def moved(
+        self, index: AdapterIndex, place: Place, path: str, factors: tuple[Tensor, Tensor], match: Match
+    ) -> Moved:
         """What to put at a site.
 
         Args:
-            site_map: The model's map.
+            index: The model's map.
             place: The site.
             path: Its path on disk.
             factors: As on file: A (r, in), or (2r, in) in the form of plain LoRA, and B (out, r) or (out, 2r).
@@ -155,13 +167,13 @@ class Past:
         """
         A, B = factors
         scale = lora_scale(match.rank, match.alpha, self.config.use_rslora)
-        check_can_move(site_map, place)
+        check_can_move(index, place)
         if self.init is not None:
             with torch.no_grad():
-                filled = self.init.fill(blank_for(site_map, self.config, match, place))
+                filled = self.init.fill(blank_for(index, self.config, match, place))
             if filled.W is not None:
-                return Moved(A, B, written(site_map, place, filled.W), None)
-            return Moved(A, B, moved_base(site_map, place, (filled.A, filled.B), scale), (filled.A, filled.B))
+                return Moved(A, B, written(index, place, filled.W), None)
+            return Moved(A, B, moved_base(index, place, (filled.A, filled.B), scale), (filled.A, filled.B))
         if self.halves:
             (A, B), initial = apart(place.slot, A, B)
         else:
@@ -169,7 +181,7 @@ class Past:
             if first is None or first[0].shape != A.shape or first[1].shape != B.shape:
                 raise AdapterFileError(f"The first factors of {path} are missing or of another shape.")
             initial = (first[0].to(A), first[1].to(B))
-        return Moved(A, B, moved_base(site_map, place, initial, scale), initial)
+        return Moved(A, B, moved_base(index, place, initial, scale), initial)
 
 
 def past_of(

@@ -36,8 +36,9 @@ from lorakit.core.files.tensor_names import PREFIX, adapter_tensors
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.checks import check_allowances, check_known
 from lorakit.core.model.fingerprint import fingerprint
-from lorakit.core.model.index import layers, state_of, survey
+from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import paths_on_disk
+from lorakit.core.variants import variant_named
 from lorakit.durable import json_bytes, replace_files, replace_in_order, sha256_bytes
 from lorakit.errors import OVERRIDE, AdapterError
 from lorakit.targets import ALL_LINEAR, names_path, resolve
@@ -45,7 +46,7 @@ from lorakit.targets import ALL_LINEAR, names_path, resolve
 INITIAL_FILE = "lorakit_initial.safetensors"
 """The first factors of an adapter that moved the base and is written as it is trained."""
 
-Form = Literal["plain", "trained", "raw"]
+Form = Literal["as_lora", "trained", "raw"]
 
 
 @dataclass(frozen=True)
@@ -70,25 +71,27 @@ class SavedForm:
 
 
 def saved_form(
-    model: nn.Module, name: str, form: Form = "plain", tensors: Mapping[str, Tensor] | None = None
+    model: nn.Module | AdapterIndex, name: str, form: Form = "as_lora", tensors: Mapping[str, Tensor] | None = None
 ) -> SavedForm:
-    """An adapter's numbers and config in the form in which they are written.
+    """Return an adapter's tensors and config in the form in which they are written.
 
     Args:
-        model: The adapted model; only read.
+        model: The adapted model, or its index; only read.
         name: The adapter.
-        form: For one that moved the base: "plain", "trained", or "raw": its numbers and no word of how it began.
+        form: For one that moved the base: "as_lora", "trained", or "raw": its numbers and no word of how it began.
         tensors: Name on disk -> tensor (…) instead of the model's own, as gathered from several devices.
 
     Raises:
         AdapterError: It moved a quantised base, so that no plain LoRA is exactly what it is.
     """
-    config = state_of(model).configs[name]
-    tensors = adapter_tensors(model, name) if tensors is None else dict(sorted(tensors.items()))
-    on_disk = paths_on_disk(model, name)
-    here = [(on_disk[path], layer) for path, layer in layers(model) if path in on_disk]
+    index = AdapterIndex.of(model)
+    config = index.known_state().configs[name]
+    tensors = adapter_tensors(index, name) if tensors is None else dict(sorted(tensors.items()))
+    on_disk = paths_on_disk(index, name)
+    here = [(on_disk[path], layer) for path, layer in index.layers(name)]
     sites = {path: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])} for path, layer in here}
-    moved = [(path, layer) for path, layer in here if layer.moved_by == name]
+    inits = [(path, layer) for path, layer in here if variant_named(layer.variant[name]).move is None]
+    moved = [(path, layer) for path, layer in inits if layer.moved_by == name]
     if not moved or form == "raw":
         return SavedForm(name, tensors, config, sites, {})
     began = {**beginning(config), "sites": sites}
@@ -107,7 +110,10 @@ def saved_form(
 
 
 def converted_form(
-    model: nn.Module, name: str, initial: Mapping[str, Tensor], tensors: Mapping[str, Tensor] | None = None
+    model: nn.Module | AdapterIndex,
+    name: str,
+    initial: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> SavedForm:
     """An adapter as plain LoRA of twice the rank, less what it began with, which comes from a file.
 
@@ -120,17 +126,17 @@ def converted_form(
     Raises:
         AdapterError: The tensors are those of another adapter, or it moved a quantised base.
     """
-    found = saved_form(model, name, "raw", tensors)
-    on_disk = paths_on_disk(model, name)
-    for path, layer in layers(model):
-        if path in on_disk:
-            _check_plain(path, layer, name, found.config)
-            down, up = _keys(on_disk[path], layer)
-            first = [initial.get(key) for key in (down, up)]
-            if any(a is None or a.shape != found.tensors[key].shape for a, key in zip(first, (down, up), strict=True)):
-                raise AdapterError(f"{down} is missing in what was saved before training, or has another shape.")
-            pair = found.tensors[down], found.tensors[up]
-            found.tensors[down], found.tensors[up] = as_plain(layer.slot, *pair, (first[0], first[1]))  # type: ignore[arg-type]
+    index = AdapterIndex.of(model)
+    found = saved_form(index, name, "raw", tensors)
+    on_disk = paths_on_disk(index, name)
+    for path, layer in index.layers(name):
+        _check_plain(path, layer, name, found.config)
+        down, up = _keys(on_disk[path], layer)
+        first = [initial.get(key) for key in (down, up)]
+        if any(a is None or a.shape != found.tensors[key].shape for a, key in zip(first, (down, up), strict=True)):
+            raise AdapterError(f"{down} is missing in what was saved before training, or has another shape.")
+        pair = found.tensors[down], found.tensors[up]
+        found.tensors[down], found.tensors[up] = as_plain(layer.slot, *pair, (first[0], first[1]))  # type: ignore[arg-type]
     return dataclasses.replace(found, **_doubled(found.config, found.sites))
 
 
@@ -211,9 +217,10 @@ def save_adapter(
         ConfigError: A word in `allow` is unknown.
     """
     check_allowances(allow)
-    check_known(state_of(model), [name])
-    found = saved_form(model, name, "plain", tensors)
-    return save_form(model, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
+    index = AdapterIndex.of(model)
+    check_known(index.known_state(), [name])
+    found = saved_form(index, name, "as_lora", tensors)
+    return save_form(index, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
 
 
 def save_as_trained(
@@ -248,13 +255,14 @@ def save_as_trained(
         ConfigError: Likewise.
     """
     check_allowances(allow)
-    check_known(state_of(model), [name])
-    found = saved_form(model, name, "trained", tensors)
-    return save_form(model, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
+    index = AdapterIndex.of(model)
+    check_known(index.known_state(), [name])
+    found = saved_form(index, name, "trained", tensors)
+    return save_form(index, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
 
 
 def save_form(
-    model: nn.Module,
+    model: nn.Module | AdapterIndex,
     folder: str | os.PathLike[str],
     found: SavedForm,
     *,
@@ -265,7 +273,7 @@ def save_form(
     """Write an adapter in a form that was made ready; see `save_adapter`.
 
     Args:
-        model: The adapted model; its base is told by its fingerprint.
+        model: The adapted model, or its index; the fingerprint of its base is written.
         folder: Where.
         found: Tensors, config, sites.
         base_model_name_or_path: What the user gave as the base.
@@ -278,12 +286,12 @@ def save_form(
     """
     if "nonfinite" not in allow:
         _check_finite(found.name, found.tensors)
-    config = _config_on_disk(model, found.config, base_model_name_or_path)
+    index = AdapterIndex.of(model)
+    config = _config_on_disk(index, found.config, base_model_name_or_path)
     weights = encode(found.tensors, {"format": "pt", METADATA_KEY: str(FORMAT_VERSION)})
-    kinds = state_of(model).kinds
-    own = sorted({layer.kind_name for _, layer in layers(model) if found.name in layer.r and layer.kind_name in kinds})
+    own = sorted({layer.kind_name for _, layer in index.layers(found.name)} & index.kinds.keys())
     facts = {**(facts or {}), KINDS_KEY: own} if own else facts
-    base = fingerprint(model, with_files=True).as_dict()
+    base = fingerprint(index, with_files=True).as_dict()
     about = {**(facts or {}), **found.about, "base": base, "sites": found.sites}
     return write_files(Path(folder), config, weights, about, found.initial)
 
@@ -318,15 +326,15 @@ def write_files(
     return SavedAdapter(folder, names, len(weights), sha256_bytes(weights))
 
 
-def _config_on_disk(model: nn.Module, config: LoraConfig, base: str | None) -> bytes:
+def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -> bytes:
     transposed = any(
-        layer.base.transposed and layer.kind.drops for _, layer in layers(model) if layer.r
+        layer.base.transposed and layer.kind.drops for _, layer in index.layers() if layer.r
     )  # an embedding lies transposed too, but readers ask for dense layers
     heads = HEADS_BY_TASK.get(config.task_type, ()) if isinstance(config.task_type, TaskType) else ()
     config = dataclasses.replace(
         config,
-        target_modules=portable_targets(model, config),
-        auto_mapping=config.auto_mapping or (None if config.task_type else _class_of(model)),
+        target_modules=portable_targets(index, config),
+        auto_mapping=config.auto_mapping or (None if config.task_type else _class_of(index.model)),
         modules_to_save=list(dict.fromkeys([*(config.modules_to_save or []), *heads])) or None,
         fan_in_fan_out=transposed,
         inference_mode=True,
@@ -340,16 +348,16 @@ def _class_of(model: nn.Module) -> dict[str, str]:
     return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
 
-def portable_targets(model: nn.Module, config: LoraConfig) -> set[str] | list[str] | str | None:
-    """The targets in words that every reader knows: "all-linear" becomes names, the shortest that name the same.
+def portable_targets(index: AdapterIndex, config: LoraConfig) -> set[str] | list[str] | str | None:
+    """Return the targets in words that every reader knows: "all-linear" becomes names, the shortest that fit.
 
     Args:
-        model: The adapted model.
+        index: The adapted model's index.
         config: The adapter's config.
     """
     if not isinstance(config.target_modules, str) or config.target_modules.lower() != ALL_LINEAR:
         return config.target_modules
-    candidates = survey(model).candidates
+    candidates = index.candidates
     paths = {match.path for match in resolve(candidates, config, allow_partial=True).matches}
     words = {path.rpartition(".")[2] for path in paths}
     named = {c.path for c in candidates if any(names_path(word, c.path) for word in words)}

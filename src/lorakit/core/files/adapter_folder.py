@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit.config import CONFIG_FILE, LoraConfig, read_config
-from lorakit.core.attachment.fitting import parameters_meant
 from lorakit.core.files.sidecar import WEIGHTS_FILE, Sidecar, identities, integrity, read_sidecar
 from lorakit.core.files.tensor_file import TensorFile, read_tensors
+from lorakit.core.model.index import INSIDE
 from lorakit.errors import AdapterFileError, PatternError
+from lorakit.targets import names_path
 from lorakit.targets.words import literal_value
 
 ATTEMPTS = 3
@@ -121,6 +122,24 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
             where=files.folder / CONFIG_FILE,
             field="alpha_pattern",
         ) from None
+
+
+def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
+    """Return the bare parameters that a site on disk may belong to, sorted; none if the module itself is a target.
+
+    The files name modules, not their bare parameters: which tensors are whose follows from the order in which the
+    module defines them, and that is known where the model is.
+
+    Args:
+        config: The adapter's config.
+        path: The site's path on disk.
+    """
+    module, targets = path.partition(INSIDE)[0], config.target_modules
+    if not isinstance(targets, str) and any(names_path(entry, module) for entry in targets or ()):
+        return ()
+    parts = [entry.rpartition(".") for entry in config.target_parameters or ()]
+    found = {f"{module}.{name}" for holder, _, name in parts if not holder or names_path(holder, module)}
+    return tuple(sorted(found))
 
 
 def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, float | None]:

@@ -11,15 +11,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lorakit.core.layers.bias import BiasSwitch
-from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
-from lorakit.core.layers.trainable_tokens import TokenRows
-from lorakit.core.model.index import INSIDE
+from lorakit.core.model.index import INSIDE, AdapterIndex
 from lorakit.core.model.target_weights import paths_on_disk
+from lorakit.core.variants import own_tensors
 
 PREFIX = "base_model.model."
-MAGNITUDE = "lora_magnitude_vector"
 ROWS = ".token_adapter.trainable_tokens_delta"
 
 ENDINGS = {
@@ -28,8 +24,6 @@ ENDINGS = {
     ".lora_embedding_A": "A",
     ".lora_embedding_B": "B",
     ".lora_B.bias": "bias",
-    f".{MAGNITUDE}": "magnitude",
-    f".{MAGNITUDE}.weight": "magnitude",  # an older PEFT wrote it so
 }
 
 
@@ -39,7 +33,7 @@ class Key:
 
     Attributes:
         path: Path of the site.
-        part: "A", "B", "bias" or "magnitude".
+        part: "A", "B", "bias", or the `held_as` of a variant's own tensor.
     """
 
     path: str
@@ -51,55 +45,35 @@ def parse(name: str) -> Key | None:
     if not name.startswith(PREFIX):
         return None
     rest = name.removeprefix(PREFIX)
-    for ending, part in ENDINGS.items():
+    own = ((ending, tensor.held_as) for tensor in own_tensors() for ending in tensor.keys)
+    for ending, part in (*ENDINGS.items(), *own):
         if rest.endswith(ending):
             return Key(rest.removesuffix(ending), part)
     return None
 
 
-def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Everything one adapter trained, under its names on disk.
+def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, Tensor]:
+    """Return everything that one adapter trained, under its names on disk.
 
     Args:
-        model: The adapted model.
+        model: The adapted model, or its index.
         adapter: The adapter.
 
     Returns:
         Name -> tensor (…), the model's own, sorted by name.
     """
+    index = AdapterIndex.of(model)
     found: dict[str, Tensor] = {}
-    on_disk = paths_on_disk(model, adapter)
-    depths = Counter(
-        plain_path(on_disk.get(path, path))
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter in module.r
-    )
-    for path, module in model.named_modules():
-        path = on_disk.get(path, path)
-        if isinstance(module, LoraLayer) and adapter in module.r:
-            found |= _of_layer(f"{PREFIX}{path}", module, adapter)
-        elif isinstance(module, ModuleCopies) and adapter in module:
-            for leaf, tensor in module.modules_to_save[adapter].state_dict().items():
-                found[f"{PREFIX}{path}.{leaf}"] = tensor
-        elif isinstance(module, TokenRows) and adapter in module and not module.follows:
-            found[f"{PREFIX}{path}{ROWS}"] = module.token_adapter.trainable_tokens_delta[adapter]
-        for switch in BiasSwitch.on(module):
-            if switch.adapter == adapter:
-                where = inside(plain_path(path), depths)
-                for leaf in switch.originals:
-                    found[f"{PREFIX}{where}.{leaf}"] = module._parameters[leaf]
+    on_disk = paths_on_disk(index, adapter)
+    depths = Counter(plain_path(path) for path in on_disk.values())
+    for path, part in index.components.items():
+        where = on_disk.get(path, path)
+        found |= {f"{PREFIX}{where}.{key}": tensor for key, tensor in part.saved_tensors(adapter).items()}
+    for path, patches in index.patches.items():
+        where = inside(plain_path(path), depths)
+        for patch in patches:
+            found |= {f"{PREFIX}{where}.{key}": tensor for key, tensor in patch.saved_tensors(adapter).items()}
     return dict(sorted(found.items()))
-
-
-def _of_layer(where: str, layer: LoraLayer, adapter: str) -> dict[str, Tensor]:
-    factor, kind = layer.factor(adapter), layer.kind
-    first, second = kind.names
-    found = {f"{where}.{first}{kind.on_disk}": factor.A, f"{where}.{second}{kind.on_disk}": factor.B}
-    if factor.bias is not None:
-        found[f"{where}.{second}.bias"] = factor.bias
-    if factor.magnitude is not None:
-        found[f"{where}.{MAGNITUDE}"] = factor.magnitude.view(kind.vector(layer.slot))
-    return found
 
 
 def inside(path: str, depths: Mapping[str, int]) -> str:

@@ -10,19 +10,18 @@ What an init freezes (MiCA's B) stays frozen, whatever is switched. Knows nothin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.layers.adapter_component import Switched
-from lorakit.core.layers.bias import BiasSwitch
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.model.checks import check_known
-from lorakit.core.model.index import find_state, state_of, walk
+from lorakit.core.model.index import AdapterIndex, find_state, state_of
 from lorakit.core.routing.positions import tokens_of_call
 from lorakit.core.routing.route import BASE, Route, Starts, last_invocation
-from lorakit.core.routing.state import CheckpointContexts, Override
+from lorakit.core.routing.state import AdapterState, CheckpointContexts, Override
 from lorakit.errors import RouteError
 
 
@@ -125,7 +124,7 @@ def adapters(model: nn.Module) -> dict[str, LoraConfig]:
 
 
 def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of adapters that are trained.
+    """Return names and parameters that adapters train.
 
     Args:
         model: An adapted model.
@@ -140,39 +139,37 @@ def trainable_parameters(model: nn.Module, name: str | None = None) -> list[tupl
     state = state_of(model)
     names = list(state.configs) if name is None else [name]
     check_known(state, names)
-    found: dict[int, tuple[str, nn.Parameter]] = {}
-    owned = {id(p) for n in names for p in adapter_parameters(model, n)}
-    for path, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) in owned:
-            found[id(parameter)] = (path, parameter)
-    return list(found.values())
-
-
-def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """Every parameter of one adapter: A, B, magnitudes, copied modules, trained biases; any shapes (…)."""
-    return parameters_by_adapter(model, [name])[name]
+    owned = {id(p) for parameters in parameters_by_adapter(model, names).values() for p in parameters}
+    return [(path, p) for path, p in model.named_parameters() if p.requires_grad and id(p) in owned]
 
 
 def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str, list[nn.Parameter]]:
-    """`adapter_parameters` of several adapters, in one walk of the model.
+    """Return every parameter of adapters: A, B, magnitudes, saved modules, trained tokens and biases.
 
     Args:
         model: An adapted model.
         names: Adapters.
 
     Returns:
-        Adapter -> its parameters, (…), in the model's order.
+        Adapter -> its parameters, (…), each once, in the order in which their modules were adapted.
     """
+    state = state_of(model)
     found: dict[str, list[nn.Parameter]] = {name: [] for name in names}
-    for _, module in walk(model):
-        if isinstance(module, Switched):
-            for name in found.keys() & set(module.available_adapters()):
-                found[name] += module.parameters_of(name)  # tied tables have the very same
-        elif module._forward_hooks:
-            for switch in BiasSwitch.on(module):
-                if switch.adapter in found:
-                    found[switch.adapter] += [module._parameters[bias] for bias in switch.originals]  # type: ignore[misc]
+    for module in state.members():
+        for name in found.keys() & set(module.available_adapters()):
+            found[name] += module.parameters_of(name)  # tied tables have the very same
+    for module, patch in _bias_patches(model, state):
+        if patch.adapter in found:
+            found[patch.adapter] += [module._parameters[bias] for bias in patch.originals]  # type: ignore[misc]
     return {name: list({id(p): p for p in parameters}.values()) for name, parameters in found.items()}
+
+
+def _bias_patches(model: nn.Module, state: AdapterState) -> Iterator[tuple[nn.Module, BiasPatch]]:
+    """Yield modules with hooks that train biases; the model is only walked if an adapter trains some."""
+    if state.biased:
+        index = AdapterIndex.of(model)
+        for path, patches in index.patches.items():
+            yield from ((index.everything[path], patch) for patch in patches)
 
 
 def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | None = None) -> None:
@@ -184,17 +181,17 @@ def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | Non
         others: The same for all adapters that are not named; None leaves them.
     """
     state = find_state(model)
-    for module in () if state is None else state.members():
+    if state is None:
+        return
+    for module in state.members():
         for name in module.available_adapters():
             flag = wanted.get(name, others)
             if flag is not None:
                 module.set_trained(name, flag)
-    if state is not None and state.biased:
-        for _, module in walk(model):
-            for switch in BiasSwitch.on(module):
-                flag = wanted.get(switch.adapter, others)
-                for leaf in switch.originals if flag is not None else ():
-                    module._parameters[leaf].requires_grad_(flag)  # type: ignore[union-attr, arg-type]
+    for patched, patch in _bias_patches(model, state):
+        flag = wanted.get(patch.adapter, others)
+        for leaf in patch.originals if flag is not None else ():
+            patched._parameters[leaf].requires_grad_(flag)  # type: ignore[union-attr, arg-type]
 
 
 def invocation_offsets(

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.model.base_view import QuantisedWeight, base_tensors, quantised_weights
+from lorakit.core.model.index import AdapterIndex
+from lorakit.targets.layer_types import CONV1D
 
 _HALF, _BRAIN = torch.float16, torch.bfloat16
 WAYS: tuple[tuple[torch.dtype, ...], ...] = (
@@ -163,21 +165,21 @@ def part_of(tensor: Tensor, cut: Mapping[int, int], is_buffer: bool = False) -> 
     return Part(tuple(meant.shape), name, id(tensor), meant, is_buffer=is_buffer)
 
 
-def parts_of(model: nn.Module, cut: Mapping[int, int]) -> dict[str, Part]:
+def parts_of(index: AdapterIndex, cut: Mapping[int, int]) -> dict[str, Part]:
     """Return a base's parameters and persistent buffers by the names of the plain base.
 
     Args:
-        model: A model with or without adapters; only read.
+        index: A model's index, with or without adapters.
         cut: As in `part_of`.
     """
-    quantised = {weight.packed: weight for weight in quantised_weights(model, stacked=False)}
+    quantised = {weight.packed: weight for weight in quantised_weights(index, stacked=False)}
     parts = {}
-    for name, tensor, module in base_tensors(model, stacked=False):
+    for name, tensor, module in base_tensors(index, stacked=False):
         weight = quantised.get(name)
         if weight is not None:
             rows, columns = _canonical(weight)
             before = getattr(weight.module, "source_cls", nn.Linear).__name__
-            laid = (columns, rows) if before == "Conv1D" else (rows, columns)
+            laid = (columns, rows) if before == CONV1D else (rows, columns)
             parts[weight.name] = Part(laid, weight.base.name, id(weight.module), None, weight)
             if weight.loose_bias is not None:
                 parts[weight.name.removesuffix("weight") + "bias"] = part_of(weight.loose_bias, {})

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layers.bias import BiasSwitch
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
-from lorakit.core.layers.trainable_tokens import TokenRows
-from lorakit.core.model.index import find_state, layers, walk
+from lorakit.core.layers.trainable_tokens import TrainableTokens
+from lorakit.core.model.index import AdapterIndex
+from lorakit.core.model.index import identity as identity  # merging asks for it here
 from lorakit.core.quantization import Base, base_of
 from lorakit.core.quantization.bitsandbytes import eight_bit_linear, four_bit_linear
 from lorakit.core.quantization.hqq import hqq_linear
@@ -96,7 +96,7 @@ def quantised_linear(linear: nn.Linear, wanted: Quantization) -> nn.Module:
     return four_bit_linear(linear, wanted.name, wanted.double)
 
 
-def base_tensors(model: nn.Module, *, stacked: bool = True) -> Iterator[tuple[str, Tensor, nn.Module]]:
+def base_tensors(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> Iterator[tuple[str, Tensor, nn.Module]]:
     """The base's own parameters and buffers as they were before any merge, under the base's own names.
 
     Args:
@@ -107,12 +107,13 @@ def base_tensors(model: nn.Module, *, stacked: bool = True) -> Iterator[tuple[st
         Name without any trace of adapters, tensor (…) of any shape, and the module that holds it. Shared
         parameters come once per name; buffers that are not saved are left out.
     """
-    originals = {(id(layer.source), layer.slot.parameter): layer for _, layer in layers(model)}
-    tables = _merged_tables(model)
-    unstacked = None if stacked else _unstacked(model)
-    if unstacked is not None:  # a copy's weight is that of its original, in another module
+    index = AdapterIndex.of(model)
+    originals = {(id(layer.source), layer.slot.parameter): layer for _, layer in index.layers()}
+    tables = _merged_tables(index)
+    if not stacked and index.state is not None and index.state.replication is not None:
+        # a copy's weight is that of its original, in another module
         originals |= {(id(parameter), ""): layer for parameter, layer in _shared(originals.values())}
-    for path, module in _plain_modules(model, "", unstacked):
+    for path, module in index.plain_modules(stacked):
         old = _old_biases(module)
         prefix = f"{path}." if path else ""
         for name, parameter in module._parameters.items():
@@ -165,16 +166,17 @@ class QuantisedWeight:
         return self.base.dense(self.module, self.base.read(self.module, self.stored), dtype)
 
 
-def quantised_weights(model: nn.Module, *, stacked: bool = True) -> Iterator[QuantisedWeight]:
+def quantised_weights(model: nn.Module | AdapterIndex, *, stacked: bool = True) -> Iterator[QuantisedWeight]:
     """Every weight of a base that is stored in fewer bits.
 
     Args:
         model: A model with or without adapters.
         stacked: As `base_tensors`.
     """
-    standing = {id(layer.source): layer for _, layer in layers(model)}
+    index = AdapterIndex.of(model)
+    standing = {id(layer.source): layer for _, layer in index.layers()}
     rows: dict[tuple[type, type], Base] = {}
-    for path, module in _plain_modules(model, "", None if stacked else _unstacked(model)):
+    for path, module in index.plain_modules(stacked):
         key = (type(module), type(module._parameters.get("weight")))
         row = rows.setdefault(key, rows[key] if key in rows else base_of(module))
         if row.quantised:
@@ -185,7 +187,7 @@ def quantised_weights(model: nn.Module, *, stacked: bool = True) -> Iterator[Qua
             yield QuantisedWeight(f"{prefix}weight", prefix + packed, module, row, stored, layer)
 
 
-def float_dtype(model: nn.Module) -> torch.dtype:
+def float_dtype(model: nn.Module | AdapterIndex) -> torch.dtype:
     """The dtype in which a base computes, as its first plain parameter of floats has it.
 
     Where all its weights are quantised, a bias beside one of them tells; without any, it is fp32.
@@ -204,63 +206,21 @@ def float_dtype(model: nn.Module) -> torch.dtype:
     return beside or torch.float32
 
 
-def identity(parameter: Tensor | None) -> int:
-    """What parameters of any shape in the same memory have in common: where it begins, or else the id of the object."""
-    plain = parameter is not None and type(parameter.data) is Tensor
-    return (plain and parameter.data_ptr()) or id(parameter)  # type: ignore[union-attr]
-
-
-def holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """Who holds each weight of the base: its `identity` -> names and modules, several where it is tied."""
-    found: dict[int, list[tuple[str, nn.Module]]] = {}
-    for path, module in _plain_modules(model, ""):
-        prefix = f"{path}." if path else ""
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(identity(parameter), []).append((prefix + name, module))
-    return found
-
-
-def set_aside(model: nn.Module) -> set[int]:
-    """The ids of parameters that come back to a module when what was merged with `untie` is unmerged."""
-    found = {id(layer.tied_weight) for _, layer in layers(model) if layer.tied_weight is not None}
-    tables = [module.token_adapter for _, module in walk(model) if isinstance(module, TokenRows)]
-    return found | {id(held) for table in tables for held in table.tied_weight}
+def holders(model: nn.Module | AdapterIndex) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Return who holds each weight of the base, as `AdapterIndex.holders`."""
+    return AdapterIndex.of(model).holders
 
 
 def _old_biases(module: nn.Module) -> dict[str, Tensor]:
-    return {name: old for switch in BiasSwitch.on(module) for name, old in switch.old(module).items()}
+    return {name: old for patch in BiasPatch.on(module) for name, old in patch.old().items()}
 
 
-def _unstacked(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """The list of layers that stands in a model and the one that stood there, or None."""
-    state = find_state(model)
-    replication = None if state is None else state.replication
-    return None if replication is None else (replication.stacked, replication.original)
-
-
-def _merged_tables(model: nn.Module) -> dict[int, Tensor]:
-    """The id of a table's weight into which rows are merged -> the table without them, as far as they were kept."""
-    tables = [m for _, m in walk(model) if isinstance(m, TokenRows) and not m.follows and m.merged_adapters]
+def _merged_tables(index: AdapterIndex) -> dict[int, Tensor]:
+    """Return, by id of a table's weight into which rows are merged, the table without them, as far as kept."""
+    tables = [table for _, table in index.every(TrainableTokens) if not table.follows and table.merged_adapters]
     return {id(t.original_module.weight): t.token_adapter.original(strict=False) for t in tables}
 
 
 def _shared(standing: Iterable[LoraLayer]) -> list[tuple[nn.Parameter, LoraLayer]]:
     held = [(layer.source._parameters.get(layer.slot.parameter), layer) for layer in standing]
     return [(parameter, layer) for parameter, layer in held if parameter is not None]
-
-
-def _plain_modules(
-    module: nn.Module, path: str, unstacked: tuple[nn.Module, nn.Module] | None = None
-) -> Iterator[tuple[str, nn.Module]]:
-    """The base's modules under the paths they have without adapters; one that stands in two places comes twice."""
-    if unstacked is not None and module is unstacked[0]:
-        module = unstacked[1]
-    if isinstance(module, LoraLayer):
-        module = module.source
-    elif isinstance(module, (ModuleCopies, TokenRows)):
-        module = module.original_module
-    yield path, module
-    for attribute, child in module._modules.items():
-        if child is not None:
-            yield from _plain_modules(child, f"{path}.{attribute}" if path else attribute, unstacked)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from lorakit.config import LoraConfig
+from lorakit.core.model.index import AdapterIndex
 from lorakit.core.routing.state import AdapterState
 from lorakit.errors import OVERRIDE, AdapterError, ConfigError, ModelError, TargetError
 
@@ -146,8 +148,21 @@ def check_bias_alone(state: AdapterState | None, config: LoraConfig) -> None:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def trainable_block(index: AdapterIndex) -> AbstractContextManager[object]:
+    """Return a block whose new tensors can be trained afterwards, also inside `torch.inference_mode`.
+
+    Args:
+        index: The model's index.
+
+    Raises:
+        ModelError: The model was made in inference mode, and this is outside of it.
+    """
+    held = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
+    return _trainable(index.model, next(held, None))
+
+
 def trainable_tensors(function: Function) -> Function:
-    """A function over a model whose tensors can be trained on afterwards, also where it is called in inference mode.
+    """Return a function whose new tensors can be trained afterwards, also if it is called in inference mode.
 
     Args:
         function: Takes the model first.
@@ -155,15 +170,19 @@ def trainable_tensors(function: Function) -> Function:
 
     @wraps(function)
     def called(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        inside, first = torch.is_inference_mode_enabled(), next(model.parameters(), None)
-        if (first is not None and first.is_inference()) != inside:
-            if not inside:
-                raise ModelError(
-                    f"This {type(model).__name__} was made in torch.inference_mode(), so torch neither trains it nor "
-                    "tracks it outside of such a block. Make or load it outside, or work with it inside."
-                )
-            with torch.inference_mode(False):
-                return function(model, *args, **kwargs)
-        return function(model, *args, **kwargs)
+        with _trainable(model, next(model.parameters(), None)):
+            return function(model, *args, **kwargs)
 
     return cast(Function, called)
+
+
+def _trainable(model: nn.Module, first: nn.Parameter | None) -> AbstractContextManager[object]:
+    inside = torch.is_inference_mode_enabled()
+    if (first is not None and first.is_inference()) == inside:
+        return nullcontext()
+    if not inside:
+        raise ModelError(
+            f"This {type(model).__name__} was made in torch.inference_mode(), so torch neither trains it nor tracks it "
+            "outside of such a block. Make or load it outside, or work with it inside."
+        )
+    return torch.inference_mode(False)

@@ -32,6 +32,7 @@ from lorakit.core.model.base_samples import (
     take_samples,
 )
 from lorakit.core.model.first_fingerprints import as_hex, first_agreement, first_positions, from_hex, take_first_samples
+from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.weight_files import weight_file_hashes
 
 SAME, OTHER_PRECISION, UNVERIFIABLE, DIFFERENT = "same", "same at other precision", "unverifiable", "different"
@@ -121,7 +122,7 @@ class BaseVerdict(NamedTuple):
 
 
 def fingerprint(
-    model: nn.Module,
+    model: nn.Module | AdapterIndex,
     read: Callable[[str], Tensor] | None = None,
     cut: Mapping[int, int] = MappingProxyType({}),
     *,
@@ -131,7 +132,7 @@ def fingerprint(
     """Take the fingerprint of a model's base.
 
     Args:
-        model: A model with or without adapters; only read.
+        model: A model with or without adapters, or its index; only read.
         read: Name -> tensor (…), for a model on the meta device whose values are elsewhere.
         cut: Id of a tensor of the base -> how many of its rows count, if it has more.
         like: The fingerprint to compare it with, whose form it gets.
@@ -141,7 +142,9 @@ def fingerprint(
         The fingerprint of what is under the adapters.
     """
     version = VERSION if like is None else like.version
-    parts = parts_of(model, cut)
+    index = AdapterIndex.of(model)
+    model = index.model
+    parts = parts_of(index, cut)
     parameters = {name: part for name, part in parts.items() if not part.is_buffer}
     buffers = {name: part for name, part in parts.items() if part.is_buffer and part.is_readable(False)}
     matrices = {name: part for name, part in parameters.items() if len(part.shape) >= 2}

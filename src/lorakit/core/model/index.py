@@ -1,76 +1,40 @@
-"""A walk over a model that leaves out what carries factors: most modules of an adapted model are such carriers.
+"""The index of a model: its modules, its adapted layers and who holds them, from one walk.
 
-The map of a model: which modules can take factors, who holds them, and which share one weight.
-
-One walk gives the candidates for target matching, every parent of each module (a module can stand in several
-places), and the adapted layers. It knows nothing about configs or arithmetic.
+A public call makes an index once, hands it down and drops it: other code ties, offloads and copies modules unasked, so
+none is kept between calls. Most modules of an adapted model hold factors; walks leave those out. Nothing here knows
+configs or arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.clones import PARAMETRISED
-from lorakit.core.kinds import INNER, KINDS, PARAMETER, Kind, Slot, checked, kind_named, kind_of
-from lorakit.core.layers.adapter_component import Switched
+from lorakit.core.kinds import INNER, KINDS, Kind, Slot, checked, kind_named, kind_of
+from lorakit.core.layers.adapter_component import AdapterModule
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.quantization import base_of, is_computed
 from lorakit.core.routing.state import AdapterState
 from lorakit.errors import AdapterError
 from lorakit.targets import Candidate
 
+INSIDE = ".base_layer"
+"""What the path of a layer gets for each layer that stands around it."""
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once, as `named_modules` in name and order, without the carriers of factors.
+DENSE_KINDS = frozenset({"Linear", "Conv1D"})
+"""The kinds that "all-linear" means."""
 
-    Args:
-        model: Any module.
-
-    Yields:
-        Path, and the module.
-    """
-    seen: set[int] = set()
-    waiting: list[tuple[str, nn.Module]] = [("", model)]
-    while waiting:
-        path, module = waiting.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield path, module
-        if not module._modules:
-            continue
-        prefix = f"{path}." if path else ""
-        if isinstance(module, LoraLayer):
-            waiting.append((f"{prefix}base_layer", module.base_layer))
-        else:
-            inside = [(prefix + name, child) for name, child in module._modules.items() if child is not None]
-            waiting.extend(reversed(inside))
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place where adapters sit.
-
-    Attributes:
-        path: Dotted path in the model.
-        kind: Name of the kind.
-        out_features: Rows of the canonical weight.
-        in_features: Columns of the canonical weight.
-        layer: The layer that stands there.
-    """
-
-    path: str
-    kind: str
-    out_features: int
-    in_features: int
-    layer: LoraLayer
+Children = Sequence[tuple[str, nn.Module]]
+Component = TypeVar("Component", bound=AdapterModule)
 
 
 @dataclass(frozen=True)
@@ -94,40 +58,184 @@ class Place:
     @property
     def pattern_path(self) -> str:
         """What `rank_pattern` and `alpha_pattern` are held against: the path of its module or bare parameter."""
-        return f"{self.outer}.{self.slot.parameter}" if self.kind.name == PARAMETER.name else self.outer
+        return f"{self.outer}.{self.slot.parameter}" if self.kind.names_parameter else self.outer
 
 
-@dataclass(frozen=True)
-class SiteMap:
-    """A model as attaching sees it.
+@dataclass
+class AdapterIndex:
+    """A model as one public call sees it; only `put` and `replace` update it.
 
     Attributes:
-        modules: Path -> module, of the base and of the layers that stand in it, in order.
-        parents: id of a module -> every (parent, attribute) that holds it.
-        candidates: What targets may name.
-        own: Kinds that the user made, by name.
-        tied: Modules that share a weight are one, unless the model's config says that its embeddings are not.
+        model: The model.
+        state: The state that its adapted modules share, or None if there are none.
+        modules: Path -> module outside of adapted ones: of the base, and the components that take their place; without
+            the model itself.
+        everything: Path -> module, also inside adapted modules and with the model itself (""), in the order of
+            `named_modules`; holders of factors are left out.
+        parents: id of a module -> every (parent, attribute) that holds it, outside of adapted modules.
+        components: Path -> adapted module, in the model's order.
+        patches: Path -> hooks by which adapters train biases of the module there.
+        kinds: Kinds that the user made, by name.
     """
 
-    modules: dict[str, nn.Module]
-    parents: dict[int, list[tuple[nn.Module, str]]]
-    candidates: list[Candidate]
-    own: dict[str, Kind] = field(default_factory=dict)
-    tied: bool = True
+    model: nn.Module
+    state: AdapterState | None = None
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    everything: dict[str, nn.Module] = field(default_factory=dict)
+    parents: dict[int, list[tuple[nn.Module, str]]] = field(default_factory=dict)
+    components: dict[str, AdapterModule] = field(default_factory=dict)
+    patches: dict[str, list[BiasPatch]] = field(default_factory=dict)
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    _children: dict[int, Children] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module | AdapterIndex, kinds: Iterable[Kind] = ()) -> AdapterIndex:
+        """Walk a model once.
+
+        Args:
+            model: Any module; adapters may sit in it already. An index is returned as it is.
+            kinds: Kinds that the user made, in addition to those that adapters on the model brought.
+
+        Raises:
+            AdapterError: Parts of the model were adapted apart, so that no one state says what acts in it.
+            ConfigError: One of `kinds` cannot be used.
+        """
+        if isinstance(model, AdapterIndex):
+            return model
+        index = cls(model)
+        for path, module, children, is_new, is_outside in _visits(model):
+            if is_outside:
+                if path:
+                    index.modules[path] = module
+                if children and not isinstance(module, AdapterModule):
+                    for attribute, child in children:
+                        index.parents.setdefault(id(child), []).append((module, attribute))
+            if is_new:
+                index._note(path, module, children)
+        if index.state is not None:
+            index.state.whole.add(model)
+        index.kinds = {**({} if index.state is None else index.state.kinds), **checked(kinds)}
+        return index
+
+    def _note(self, path: str, module: nn.Module, children: Children) -> None:
+        self.everything[path] = module
+        if children:
+            self._children[id(module)] = children
+            if isinstance(module, AdapterModule):
+                self.state = _same_state(self.model, self.state, module.state, next(iter(self.components), path), path)
+                self.components[path] = module
+        if module._forward_hooks:
+            patches = BiasPatch.on(module)
+            if patches:
+                self.patches[path] = patches
+
+    def again(self) -> AdapterIndex:
+        """Return a new index of the same model, after a change of its modules."""
+        return AdapterIndex.of(self.model, self.kinds.values())
+
+    def layers(self, adapter: str | None = None) -> Iterator[tuple[str, LoraLayer]]:
+        """Yield every adapted layer with its path; with an adapter, only those where it has a factor."""
+        for path, layer in self.components.items():
+            if isinstance(layer, LoraLayer) and (adapter is None or adapter in layer.r):
+                yield path, layer
+
+    def every(self, kind: type[Component]) -> Iterator[tuple[str, Component]]:
+        """Yield every component of a class, such as `ModulesToSave`, with its path."""
+        for path, component in self.components.items():
+            if isinstance(component, kind):
+                yield path, component
+
+    def merged_adapters(self) -> list[str]:
+        """Return the adapters that are written into the base somewhere now."""
+        merged = {name for _, layer in self.layers() for name in layer.merged_adapters}
+        merged |= {name for _, copies in self.every(ModulesToSave) for name in copies.merged_adapters}
+        return sorted(merged.union(*(table.merged_adapters for _, table in self.every(TrainableTokens))))
+
+    def known_state(self) -> AdapterState:
+        """Return the state that the adapted modules share.
+
+        Raises:
+            AdapterError: The model has no adapters.
+        """
+        if self.state is None:
+            raise AdapterError(f"This {type(self.model).__name__} has no adapters. Attach or load one first.")
+        return self.state
+
+    @cached_property
+    def candidates(self) -> list[Candidate]:
+        """What targets may name, in the model's order."""
+        head = _output_head(self.model)
+        known: dict[type[nn.Module], Kind | None] = {}
+        found = []
+        for path, standing in self.modules.items():
+            base = standing.owner if isinstance(standing, LoraLayer) else standing
+            if type(base) not in known:
+                known[type(base)] = kind_of(type(base), self.kinds)
+            found.append(_candidate(path, base, known[type(base)], head))
+        return found
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether modules that share a weight are one: unless the model's config says that its embeddings are not."""
+        return getattr(getattr(self.model, "config", None), "tie_word_embeddings", True) is not False
+
+    @cached_property
+    def shared(self) -> dict[int, list[str]]:
+        """Id of each parameter that several modules of the base hold -> their paths."""
+        held: dict[int, list[str]] = {}
+        for path in self.modules:
+            for parameter in self.base(path)._parameters.values():
+                if parameter is not None:
+                    held.setdefault(id(parameter), []).append(path)
+        return {key: paths for key, paths in held.items() if len(paths) > 1}
+
+    @cached_property
+    def holders(self) -> dict[int, list[tuple[str, nn.Module]]]:
+        """`identity` of a weight of the base -> names and modules that hold it, several if it is tied."""
+        found: dict[int, list[tuple[str, nn.Module]]] = {}
+        for path, module in self.plain_modules():
+            prefix = f"{path}." if path else ""
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    found.setdefault(identity(parameter), []).append((prefix + name, module))
+        return found
+
+    def plain_modules(self, stacked: bool = True) -> list[tuple[str, nn.Module]]:
+        """Return the base's modules under the paths that they have without adapters; one in two places comes twice.
+
+        Args:
+            stacked: Layers that are stacked anew (`layer_replication`) as they stand; False gives the original ones.
+        """
+        replication = None if stacked or self.state is None else self.state.replication
+        swapped = {} if replication is None else {id(replication.stacked): replication.original}
+        found: list[tuple[str, nn.Module]] = []
+        waiting = [("", self.model)]
+        while waiting:
+            path, module = waiting.pop()
+            module = swapped.get(id(module), module)
+            if isinstance(module, LoraLayer):
+                module = module.source
+            elif isinstance(module, (ModulesToSave, TrainableTokens)):
+                module = module.original_module
+            found.append((path, module))
+            prefix = f"{path}." if path else ""
+            children = self._children.get(id(module))
+            waiting.extend((prefix + name, child) for name, child in reversed(children or _children_of(module)))
+        return found
 
     def kind(self, name: str) -> Kind:
-        """The kind with that name, of the table or the user's."""
-        return kind_named(name, self.own)
+        """Return the kind with that name, of the table or the user's."""
+        return kind_named(name, self.kinds)
 
     def base(self, path: str) -> nn.Module:
-        """The base's module at a path, also where a layer or trained rows stand there."""
+        """Return the base's module at a path, also if a layer or trained rows take its place."""
         standing = self.modules[path]
-        if isinstance(standing, TokenRows):
+        if isinstance(standing, TrainableTokens):
             return standing.original_module
         return standing.owner if isinstance(standing, LoraLayer) else standing
 
     def places(self, path: str, kind: Kind) -> list[Place]:
-        """Every weight that naming a module adapts.
+        """Return every weight that naming a module adapts.
 
         Args:
             path: Path of the module.
@@ -145,22 +253,12 @@ class SiteMap:
         return found[::-1]
 
     def holder(self, place: Place) -> nn.Module:
-        """The base's module that holds a place's weight."""
+        """Return the base's module that holds a place's weight."""
         owner = self.base(place.outer)
         return inner_base(owner, place.child) if place.child else owner
 
-    @cached_property
-    def shared(self) -> dict[int, list[str]]:
-        """Id of each parameter that several modules of the base hold -> their paths."""
-        held: dict[int, list[str]] = {}
-        for path in self.modules:
-            for parameter in self.base(path)._parameters.values():
-                if parameter is not None:
-                    held.setdefault(id(parameter), []).append(path)
-        return {key: paths for key, paths in held.items() if len(paths) > 1}
-
     def weight(self, place: Place) -> Tensor:
-        """The base weight at a place without anything merged, canonical (out, in), fp32 or wider."""
+        """Return the base weight at a place without anything merged, canonical (out, in), fp32 or wider."""
         standing, module, parameter = self.layer(place), self.holder(place), place.slot.parameter
         if standing is not None:
             return standing.read()
@@ -168,7 +266,7 @@ class SiteMap:
         return base.read(module, base.stored(module, parameter))
 
     def layer(self, place: Place) -> LoraLayer | None:
-        """The layer that stands at a place already, or None."""
+        """Return the layer that is at a place already, or None."""
         if place.child:
             inside = self.base(place.outer)._modules[place.child]
             return inside if isinstance(inside, LoraLayer) else None
@@ -178,16 +276,19 @@ class SiteMap:
         return standing if isinstance(standing, LoraLayer) else None
 
     def put(self, place: Place, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
-        """Stand a new layer at a place; those of one module's bare parameters keep the order of their definition.
+        """Put a new layer at a place; those of one module's bare parameters keep the order of their definition.
 
         Args:
             place: Where.
             make: Makes the layer around the module that it gets.
+
+        Returns:
+            The layer.
         """
         if place.child:
             owner = self.base(place.outer)
             layer = make(owner._modules[place.child])  # type: ignore[arg-type]
-            owner._modules[place.child] = layer
+            owner._modules[place.child] = self.components[place.path] = layer
             return layer
         standing = inside = self.modules[place.outer]
         around: LoraLayer | None = None
@@ -196,162 +297,147 @@ class SiteMap:
         layer = make(inside)
         if around is not None:
             around.base_layer = layer
-            return layer
-        self.replace(standing, layer)
-        self.modules[place.outer] = layer
+        else:
+            self.replace(standing, layer)
+            self.modules[place.outer] = layer
+        path, here = place.outer, self.modules[place.outer]
+        while isinstance(here, LoraLayer):
+            self.components[path] = here
+            path, here = path + INSIDE, here.base_layer
         return layer
 
     def replace(self, old: nn.Module, new: nn.Module) -> None:
-        """Put a module where another stands, in every place."""
+        """Put a module in the place of another, everywhere.
+
+        Args:
+            old: A module outside of adapted ones, or an adapted one.
+            new: What takes its place.
+        """
         for parent, attribute in self.parents[id(old)]:
             parent._modules[attribute] = new
         self.parents[id(new)] = self.parents[id(old)]
 
 
-INSIDE = ".base_layer"
-"""What the path of a layer gets for each layer that stands around it."""
+def _visits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Children, bool, bool]]:
+    """Walk a model: the only place that does.
 
-DENSE_KINDS = frozenset({"Linear", "Conv1D"})
-"""The kinds that "all-linear" means."""
+    Yields:
+        Path, module, its children without holders of factors, whether the module comes for the first time, and whether
+        it comes for the first time outside of adapted modules.
+    """
+    seen: set[int] = set()
+    outside: set[int] = set()
+    waiting: list[tuple[str, nn.Module, bool]] = [("", model, True)]
+    while waiting:
+        path, module, is_outside = waiting.pop()
+        key = id(module)
+        is_new, is_outside = key not in seen, is_outside and key not in outside
+        if not (is_new or is_outside):
+            continue
+        seen.add(key)
+        if is_outside:
+            outside.add(key)
+        children = _children_of(module)
+        yield path, module, children, is_new, is_outside
+        if children:
+            prefix, inside = f"{path}." if path else "", is_outside and not isinstance(module, AdapterModule)
+            waiting.extend((prefix + name, child, inside) for name, child in reversed(children))
+
+
+def _children_of(module: nn.Module) -> Children:
+    children = module._modules
+    if not children:
+        return ()
+    if isinstance(module, LoraLayer):
+        return [("base_layer", module.base_layer)]
+    return [(name, child) for name, child in children.items() if child is not None]
+
+
+def walk(model: nn.Module | AdapterIndex) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module once, as `named_modules` in name and order, without the holders of factors.
+
+    Args:
+        model: Any module, or its index.
+    """
+    if isinstance(model, AdapterIndex):
+        yield from model.everything.items()
+    else:
+        yield from ((path, module) for path, module, _, is_new, _ in _visits(model) if is_new)
+
+
+def find_state(model: nn.Module) -> AdapterState | None:
+    """Return the state that the layers of a model share, or None if there are no adapters.
+
+    Looks no further than the first adapted module, unless the model was never looked through.
+
+    Raises:
+        AdapterError: Parts of the model were adapted apart, so that no one state says what acts in it.
+    """
+    for _, module in walk(model):
+        if isinstance(module, AdapterModule):
+            return module.state if model in module.state.whole else AdapterIndex.of(model).state
+    return None
+
+
+def state_of(model: nn.Module) -> AdapterState:
+    """Return the state that the layers of a model share.
+
+    Raises:
+        AdapterError: The model has no adapters, or parts of it were adapted apart.
+    """
+    state = find_state(model)
+    return AdapterIndex(model, state).known_state()
+
+
+def identity(parameter: Tensor | None) -> int:
+    """Return what parameters of any shape in the same memory share: where it begins, or else the id of the object."""
+    plain = parameter is not None and type(parameter.data) is Tensor
+    return (plain and parameter.data_ptr()) or id(parameter)  # type: ignore[union-attr]
 
 
 def defined_parameters(module: nn.Module) -> list[str]:
-    """The names of a module's own parameters in the order of their definition, those that are parametrised last."""
+    """Return the names of a module's own parameters in the order of their definition, parametrized ones last."""
     names = [name for name, parameter in module._parameters.items() if parameter is not None]
     parametrised = module._modules.get(PARAMETRISED)
     return names + ([] if parametrised is None else list(parametrised._modules))
 
 
-def _goes_around(layer: LoraLayer, place: Place) -> bool:
-    """Whether a layer has to stand around the one that comes: of bare parameters, the one that is defined last."""
-    if place.kind.name != PARAMETER.name:
-        return False
-    names = defined_parameters(layer.owner)
-    return names.index(layer.slot.parameter) > names.index(place.slot.parameter)
-
-
 def inner_base(owner: nn.Module, child: str) -> nn.Module:
-    """A child of a module of the base, also where a layer stands around it."""
+    """Return a child of a module of the base, also if a layer is around it."""
     inside: nn.Module = owner._modules[child]  # type: ignore[assignment]
     return inside.owner if isinstance(inside, LoraLayer) else inside
 
 
-def survey(model: nn.Module, kinds: Iterable[Kind] = ()) -> SiteMap:
-    """Walk a model once.
-
-    Args:
-        model: Any module; adapters may sit in it already.
-        kinds: Kinds that the user made, beside those that adapters on the model brought.
-
-    Returns:
-        The map. What stands inside an adapted layer or beside a copied module is not listed.
-
-    Raises:
-        ConfigError: One of `kinds` cannot be used.
-    """
-    state = find_state(model)
-    own = {**({} if state is None else state.kinds), **checked(kinds)}
-    head = _output_head(model)
-    modules: dict[str, nn.Module] = {}
-    parents: dict[int, list[tuple[nn.Module, str]]] = {}
-    candidates: list[Candidate] = []
-    known: dict[type[nn.Module], Kind | None] = {}
-    for path, module in _outside_of_adapters(model, "", set(), parents):
-        if path:
-            modules[path] = module
-            base = module.owner if isinstance(module, LoraLayer) else module
-            if type(base) not in known:
-                known[type(base)] = kind_of(type(base), own)
-            candidates.append(_candidate(path, base, known[type(base)], head))
-    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", True) is not False
-    return SiteMap(modules, parents, candidates, own, tied)
+def _same_state(
+    model: nn.Module, known: AdapterState | None, other: AdapterState, first: str, path: str
+) -> AdapterState:
+    if known is not None and known is not other:
+        raise AdapterError(
+            f"{first or 'The model'} and {path} were adapted apart: by calls on parts of this {type(model).__name__}, "
+            "or one is a copy of a layer that had adapters. Nothing can be said of all at once. Call this on each "
+            "part; or detach them, and attach or load adapters on the whole."
+        )
+    return other
 
 
-def sites(model: nn.Module) -> list[Site]:
-    """The places of a model where adapters sit, in the model's order.
-
-    Args:
-        model: An adapted model; one without adapters has none.
-    """
-    return [
-        Site(path, layer.kind_name, layer.slot.out_features, layer.slot.in_features, layer)
-        for path, layer in layers(model)
-    ]
-
-
-def layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
-    """Every adapted layer with its path."""
-    return [(path, module) for path, module in walk(model) if isinstance(module, LoraLayer)]
-
-
-def copies(model: nn.Module) -> list[tuple[str, ModuleCopies]]:
-    """Every module with trained copies, with its path."""
-    return [(path, module) for path, module in walk(model) if isinstance(module, ModuleCopies)]
-
-
-def state_of(model: nn.Module) -> AdapterState:
-    """The state that the layers of a model share.
-
-    Raises:
-        AdapterError: The model has no adapters.
-    """
-    state = find_state(model)
-    if state is None:
-        raise AdapterError(f"This {type(model).__name__} has no adapters. Attach or load one first.")
-    return state
-
-
-def find_state(model: nn.Module) -> AdapterState | None:
-    """The state that the layers of a model share, or None where there are no adapters.
-
-    Raises:
-        AdapterError: Parts of the model were adapted apart, so that no one state says what acts in it.
-    """
-    for path, module in walk(model):
-        if isinstance(module, Switched):
-            if model not in module.state.whole:
-                _check_whole(model, path, module.state)
-            return module.state
-    return None
-
-
-def _check_whole(model: nn.Module, first: str, state: AdapterState) -> None:
-    """Refuse a model with adapted parts of another state; what was looked through is not looked through again."""
-    for path, module in walk(model):
-        if isinstance(module, Switched) and module.state is not state:
-            raise AdapterError(
-                f"{first or 'The model'} and {path} were adapted apart: by calls on parts of this "
-                f"{type(model).__name__}, or one is a copy of a layer that had adapters. Nothing can be said of all at "
-                "once. Call this on each part; or detach them, and attach or load adapters on the whole."
-            )
-    state.whole.add(model)
-
-
-def _outside_of_adapters(
-    module: nn.Module, path: str, seen: set[int], parents: dict[int, list[tuple[nn.Module, str]]]
-) -> Iterator[tuple[str, nn.Module]]:
-    seen.add(id(module))
-    yield path, module
-    if isinstance(module, Switched):
-        return
-    for attribute, child in module._modules.items():
-        if child is None:
-            continue
-        parents.setdefault(id(child), []).append((module, attribute))
-        if id(child) not in seen:
-            yield from _outside_of_adapters(child, f"{path}.{attribute}" if path else attribute, seen, parents)
+def _goes_around(layer: LoraLayer, place: Place) -> bool:
+    """Return whether a layer must be around the one that comes: of bare parameters, the one that is defined last."""
+    if not place.kind.names_parameter:
+        return False
+    names = defined_parameters(layer.owner)
+    return names.index(layer.slot.parameter) > names.index(place.slot.parameter)
 
 
 def _candidate(path: str, base: nn.Module, kind: Kind | None, head: nn.Module | None) -> Candidate:
     if kind is None or not _can_be_read(base, kind):
         return Candidate(path, None, type(base).__name__)
     slot = kind.slots(base)[0]
-    dense = (kind.name in DENSE_KINDS or (kind.layer is not None and isinstance(base, nn.Linear))) and base is not head
+    dense = (kind.is_dense or (kind.layer is not None and isinstance(base, nn.Linear))) and base is not head
     return Candidate(path, kind.name, type(base).__name__, dense, slot.out_features, slot.in_features)
 
 
 def _can_be_read(module: nn.Module, kind: Kind) -> bool:
-    """Whether the weights of a module are floats, or stored in a way that BASES knows."""
+    """Return whether the weights of a module are floats, or stored in a way that BASES knows."""
     weight = module._parameters.get("weight")
     floats = weight is not None and torch.is_floating_point(weight) and weight.ndim > 1
     return floats or kind.acts_on == "weight" or kind not in KINDS or is_computed(module) or base_of(module).quantised
@@ -366,3 +452,17 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     except (AttributeError, NotImplementedError):  # models without one differ in how they say so
         return None
     return head if isinstance(head, nn.Module) else None
+
+
+SiteMap = AdapterIndex
+survey = AdapterIndex.of
+
+
+def layers(model: nn.Module | AdapterIndex) -> list[tuple[str, LoraLayer]]:
+    """Return every adapted layer with its path."""
+    return list(AdapterIndex.of(model).layers())
+
+
+def copies(model: nn.Module | AdapterIndex) -> list[tuple[str, ModulesToSave]]:
+    """Return every module with trained copies, with its path."""
+    return list(AdapterIndex.of(model).every(ModulesToSave))

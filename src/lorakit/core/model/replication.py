@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lorakit.config import LoraConfig
+from lorakit.core.model.index import AdapterIndex, find_state
 from lorakit.core.routing.state import AdapterState
 from lorakit.errors import ConfigError
 
@@ -97,17 +98,20 @@ class Replication:
 
 
 @contextlib.contextmanager
-def stacked_for(model: nn.Module, config: LoraConfig, state: AdapterState | None) -> Iterator[None]:
-    """A block that puts an adapter on a model whose layers are stacked as its config says; undone if it fails.
+def stacked_for(index: AdapterIndex, config: LoraConfig) -> Iterator[AdapterIndex]:
+    """Open a block that puts an adapter on a model whose layers are stacked as its config says; undone if it fails.
 
     Args:
-        model: The model, with or without adapters.
+        index: The model's index.
         config: The adapter's config.
-        state: The model's state before, or None.
+
+    Yields:
+        The model's index: the given one, or another if layers were stacked.
 
     Raises:
         ConfigError: The ranges do not fit, or adapters on the model ask for other ones.
     """
+    model, state = index.model, index.state
     ranges = tuple((int(start), int(end)) for start, end in config.layer_replication or ())
     if state is not None:
         there = state.replication.ranges if state.replication is not None else ()
@@ -116,18 +120,17 @@ def stacked_for(model: nn.Module, config: LoraConfig, state: AdapterState | None
                 f"layer_replication is {_shown(ranges)}, and the adapters on this model have {_shown(there)}: the "
                 "layers of one model can be stacked in one way. Detach them first, or give the same ranges."
             )
-        yield
+        yield index
         return
     if not ranges:
-        yield
+        yield index
         return
     replication = _built(model, ranges)
     replication.put()
     done: AdapterState | None = None
     try:
-        yield
-        states = (getattr(module, "state", None) for module in model.modules())
-        done = next((found for found in states if isinstance(found, AdapterState)), None)
+        yield index.again()
+        done = find_state(model)
     finally:
         if done is None:
             replication.undo()

@@ -1,4 +1,4 @@
-"""Where factors of bare parameters sit: what `target_parameters` may name in a model, and their places.
+"""Sites of a model, and the weights that an adapter adapts: targets and bare parameters, and their paths on disk.
 
 A module with several adapted parameters has one layer for each, the one of the parameter that is defined last
 outermost; PEFT writes them to disk in that order, without the parameters' names. An adapter's own parameters
@@ -9,27 +9,58 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import PARAMETER, parameter_slot
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
+from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.moe import shows_tokens
-from lorakit.core.model.index import INSIDE, Place, SiteMap, defined_parameters, layers
+from lorakit.core.model.index import INSIDE, AdapterIndex, Place, defined_parameters
 from lorakit.errors import ConfigError, TargetError
 from lorakit.targets import BareParameter, Match, targeted_parameters
 
 
-def bare_parameters(site_map: SiteMap, model: nn.Module) -> list[BareParameter]:
-    """Every parameter of the base that `target_parameters` may name, in the order of definition.
+@dataclass(frozen=True)
+class Site:
+    """A weight of a model at which adapters have factors.
+
+    Attributes:
+        path: Dotted path in the model.
+        kind: Name of the kind.
+        out_features: Rows of the canonical weight.
+        in_features: Columns of the canonical weight.
+        layer: The layer that is there.
+    """
+
+    path: str
+    kind: str
+    out_features: int
+    in_features: int
+    layer: LoraLayer
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """Return the adapted sites in model order.
 
     Args:
-        site_map: The model's map.
-        model: The model, whose own parameters are named too so that they can be refused.
+        model: An adapted model; one without adapters has none.
     """
-    owners = [("", model), *((path, site_map.base(path)) for path in site_map.modules)]
+    return [
+        Site(path, layer.kind_name, layer.slot.out_features, layer.slot.in_features, layer)
+        for path, layer in AdapterIndex.of(model).layers()
+    ]
+
+
+def bare_parameters(index: AdapterIndex) -> list[BareParameter]:
+    """Return every parameter of the base that `target_parameters` may name, in the order of definition.
+
+    Args:
+        index: The model's index; the model's own parameters are named too so that they can be refused.
+    """
+    owners = [("", index.model), *((path, index.base(path)) for path in index.modules)]
     return [
         BareParameter(path, name, tuple(getattr(owner, name).shape))
         for path, owner in owners
@@ -37,13 +68,12 @@ def bare_parameters(site_map: SiteMap, model: nn.Module) -> list[BareParameter]:
     ]
 
 
-def named_places(site_map: SiteMap, config: LoraConfig, model: nn.Module) -> dict[str, Place]:
+def named_places(index: AdapterIndex, config: LoraConfig) -> dict[str, Place]:
     """Path on disk -> place, of the bare parameters that a config names; its patterns are not looked at.
 
     Args:
-        site_map: The model's map.
+        index: The model's map.
         config: The config.
-        model: The model.
 
     Raises:
         TargetError: What it names cannot be adapted.
@@ -51,15 +81,15 @@ def named_places(site_map: SiteMap, config: LoraConfig, model: nn.Module) -> dic
     if not config.target_parameters:
         return {}
     plain = dataclasses.replace(config, rank_pattern={}, alpha_pattern={})
-    matches = targeted_parameters(bare_parameters(site_map, model), plain)
-    return {place.path: place for _, place in places_of(site_map, matches)}
+    matches = targeted_parameters(bare_parameters(index), plain)
+    return {place.path: place for _, place in places_of(index, matches)}
 
 
-def places_of(site_map: SiteMap, matches: Sequence[Match]) -> list[tuple[Match, Place]]:
+def places_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Match, Place]]:
     """Every weight that an adapter adapts, with the match that named it.
 
     Args:
-        site_map: The model's map.
+        index: The model's map.
         matches: All that the adapter's config names.
 
     Returns:
@@ -71,7 +101,7 @@ def places_of(site_map: SiteMap, matches: Sequence[Match]) -> list[tuple[Match, 
     found = []
     for match in matches:
         if not match.parameter:
-            found += [(match, place) for place in site_map.places(match.path, site_map.kind(match.kind))]
+            found += [(match, place) for place in index.places(match.path, index.kind(match.kind))]
     whole = {place.outer: match for match, place in found}
     by_module: dict[str, list[Match]] = {}
     for match in matches:
@@ -79,14 +109,14 @@ def places_of(site_map: SiteMap, matches: Sequence[Match]) -> list[tuple[Match, 
             by_module.setdefault(match.path, []).append(match)
     for path, named in by_module.items():
         if path in whole:
-            _refuse(path, named[0].parameter, type(site_map.base(path)).__name__)
-        owner = site_map.base(path)
+            _refuse(path, named[0].parameter, type(index.base(path)).__name__)
+        owner = index.base(path)
         order = defined_parameters(owner)
         named.sort(key=lambda match: order.index(match.parameter))
         for depth, match in zip(range(len(named))[::-1], named, strict=True):
             place = Place(path + INSIDE * depth, path, PARAMETER, parameter_slot(owner, match.parameter))
             found.append((match, place))
-    check_standing(site_map, [place for _, place in found])
+    check_standing(index, [place for _, place in found])
     return found
 
 
@@ -103,7 +133,7 @@ def dropout_at(config: LoraConfig, place: Place, holder: nn.Module) -> float:
     """
     if place.kind.drops or not config.lora_dropout:
         return config.lora_dropout
-    if place.kind.name != PARAMETER.name:
+    if not place.kind.names_parameter:
         return 0.0
     if not shows_tokens(holder, place.slot.parameter):
         raise ConfigError(
@@ -114,16 +144,16 @@ def dropout_at(config: LoraConfig, place: Place, holder: nn.Module) -> float:
     return config.lora_dropout
 
 
-def paths_on_disk(model: nn.Module, adapter: str) -> dict[str, str]:
-    """Path in the model -> path on disk, of an adapter's sites: layers of other adapters are not there on disk.
+def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, str]:
+    """Return path in the model -> path on disk of an adapter's sites: layers of other adapters are not there on disk.
 
     Args:
-        model: The adapted model.
+        model: The adapted model, or its index.
         adapter: The adapter.
     """
     found = {}
     around: dict[int, list[LoraLayer]] = {}  # id of a layer -> those around it, around the same module
-    for path, layer in layers(model):
+    for path, layer in AdapterIndex.of(model).layers():
         outside = around.get(id(layer), [])
         around[id(layer.base_layer)] = [*outside, layer]
         if adapter in layer.r:
@@ -132,19 +162,19 @@ def paths_on_disk(model: nn.Module, adapter: str) -> dict[str, str]:
     return found
 
 
-def check_standing(site_map: SiteMap, places: Sequence[Place]) -> None:
+def check_standing(index: AdapterIndex, places: Sequence[Place]) -> None:
     """Refuse a module that another adapter has adapted whole, where its parameter is named now, or the other way.
 
     Args:
-        site_map: The model's map.
+        index: The model's map.
         places: The places of one adapter.
 
     Raises:
         TargetError: The message names the module.
     """
-    standing_at = {path for path, m in site_map.modules.items() if isinstance(m, (LoraLayer, ModuleCopies))}
+    standing_at = {path for path, m in index.modules.items() if isinstance(m, (LoraLayer, ModulesToSave))}
     taken = sorted(standing_at | {place.outer for place in places})
-    for outer in {place.outer for place in places if place.kind.name == PARAMETER.name}:
+    for outer in {place.outer for place in places if place.kind.names_parameter}:
         inside = next((path for path in taken if path.startswith(f"{outer}.")), None)
         if inside is not None:
             raise TargetError(
@@ -152,10 +182,10 @@ def check_standing(site_map: SiteMap, places: Sequence[Place]) -> None:
                 "around the one would hide the other. Leave one of them out."
             )
     for place in places:
-        standing = site_map.modules[place.outer]
+        standing = index.modules[place.outer]
         if not isinstance(standing, LoraLayer) or place.child:
             continue
-        if (standing.kind_name == PARAMETER.name) != (place.kind.name == PARAMETER.name):
+        if standing.kind.names_parameter != place.kind.names_parameter:
             _refuse(place.outer, place.slot.parameter, type(standing.owner).__name__)
 
 

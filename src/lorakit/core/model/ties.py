@@ -8,7 +8,7 @@ of tables have ties of their own (`row_choice`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.factor import FactorWeight
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.model.base_view import identity
-from lorakit.core.model.index import SiteMap, copies, layers
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.model.index import AdapterIndex, identity
 from lorakit.core.model.token_indices import input_embedding, shared_weights, sharers, table_at
+from lorakit.core.variants import variants_of
 from lorakit.errors import ConfigError
 from lorakit.targets import Match, Note, Resolution
 
@@ -63,12 +64,11 @@ class TiedWeight(FactorWeight):
         return (factor.B if self.part == "A" else factor.A).T
 
 
-def with_ties(model: nn.Module | None, site_map: SiteMap, config: LoraConfig, found: Resolution) -> Ties:
-    """What a config names, and with `ensure_weight_tying` what is tied to that.
+def with_ties(index: AdapterIndex, config: LoraConfig, found: Resolution) -> Ties:
+    """Return what a config names, and with `ensure_weight_tying` what is tied to that.
 
     Args:
-        model: The model, which says what its embedding is, or None.
-        site_map: Its map.
+        index: The model's index.
         config: The config.
         found: What the config names.
 
@@ -79,7 +79,7 @@ def with_ties(model: nn.Module | None, site_map: SiteMap, config: LoraConfig, fo
         ConfigError: What is tied cannot be trained as one.
     """
     named = {*found.saved, *(() if _is_all_linear(config) else (match.path for match in found.matches))}
-    groups = tied_groups(site_map, named)
+    groups = tied_groups(index, named)
     if not config.ensure_weight_tying:
         return Ties(dataclasses.replace(found, notes=(*found.notes, *_left_alone(groups, named))), {})
     leaders: dict[str, str] = {}
@@ -90,27 +90,27 @@ def with_ties(model: nn.Module | None, site_map: SiteMap, config: LoraConfig, fo
             saved += [path for path in (leader, *partners) if path not in saved]
             matches = [match for match in matches if match.path not in (leader, *partners)]
         else:
-            matches = _tied_matches(site_map, config, matches, leader, partners)
+            matches = _tied_matches(index, config, matches, leader, partners)
     notes = list(found.notes)
-    if not leaders and not (config.trainable_token_indices and _is_tied(model, site_map)):
+    if not leaders and not (config.trainable_token_indices and _is_tied(index)):
         what = "no tied modules are added in either `modules_to_save` or `target_modules`"
-        what = what if _is_tied(model, site_map) else "no tied modules were found in the model"
+        what = what if _is_tied(index) else "no tied modules were found in the model"
         notes.append(Note(NOTHING_TIED, f"You have requested `ensure_weight_tying`, but {what}."))
-    order = {path: number for number, path in enumerate(site_map.modules)}
+    order = {path: number for number, path in enumerate(index.modules)}
     saved.sort(key=order.__getitem__)
     resolution = dataclasses.replace(found, saved=tuple(saved), matches=tuple(matches), notes=tuple(notes))
     return Ties(resolution, leaders)
 
 
-def tied_groups(site_map: SiteMap, paths: Collection[str]) -> dict[str, list[str]]:
+def tied_groups(index: AdapterIndex, paths: Collection[str]) -> dict[str, list[str]]:
     """The embeddings whose weight other modules share, where some path is among them -> those others.
 
     None where the model's config says that its embeddings are not tied, whatever they share.
     """
     groups: dict[str, list[str]] = {}
-    for whole in shared_weights(site_map) if site_map.tied else ():
+    for whole in shared_weights(index) if index.is_tied else ():
         if any(path in whole for path in paths):
-            leader = next((p for p in whole if isinstance(table_at(site_map, p), nn.Embedding)), None)
+            leader = next((p for p in whole if isinstance(table_at(index, p), nn.Embedding)), None)
             if leader is not None:  # others share a weight too, such as layers that are stacked anew
                 groups[leader] = [p for p in whole if p != leader]
     return groups
@@ -128,19 +128,19 @@ def tie_copies(copies: Mapping[str, nn.Module], leaders: Mapping[str, str]) -> N
             copies[path]._parameters["weight"] = copies[leader]._parameters["weight"]
 
 
-def tie_factors(site_map: SiteMap, name: str, leaders: Mapping[str, str]) -> None:
+def tie_factors(index: AdapterIndex, name: str, leaders: Mapping[str, str]) -> None:
     """Let the factors beside tied modules be those of the embeddings that lead them; all layers are in place.
 
     Args:
-        site_map: The model's map.
+        index: The model's map.
         name: The adapter.
         leaders: Path of a partner -> that of its leader.
     """
     for path, leader in leaders.items():
-        layer, leading = site_map.modules[path], site_map.modules[leader]
+        layer, leading = index.modules[path], index.modules[leader]
         if not (isinstance(layer, LoraLayer) and isinstance(leading, LoraLayer) and name in layer.r.keys() & leading.r):
             continue
-        if layer.kind_name == leading.kind_name:
+        if layer.kind.names == leading.kind.names:
             for attribute in layer.kind.names:
                 getattr(layer, attribute)[name] = getattr(leading, attribute)[name]
         else:
@@ -148,16 +148,16 @@ def tie_factors(site_map: SiteMap, name: str, leaders: Mapping[str, str]) -> Non
             layer.lora_B[name] = TiedWeight(leading, name, "B").train(layer.training)
 
 
-def of_one_weight(model: nn.Module, names: Collection[str]) -> list[tuple[LoraLayer, LoraLayer]]:
-    """The layers that are led for every one of some adapters, with the layers that lead them, whose weight they have.
+def of_one_weight(layers: Iterable[tuple[str, LoraLayer]], names: Collection[str]) -> list[tuple[LoraLayer, LoraLayer]]:
+    """Return the layers that are led in every one of some adapters, with the layers that lead them; one weight.
 
     Args:
-        model: An adapted model.
-        names: Adapters. Where a leading layer has one of them that a layer has not, or the reverse, they are not one.
+        layers: Paths and layers of a model, in its order.
+        names: Adapters. If only one of two layers has one of them, the two are not one.
     """
     owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that has it
     pairs = []
-    for _, layer in layers(model):
+    for _, layer in layers:
         here = [name for name in names if name in layer.r]
         leading = {id(found): found for found in (_leading(layer, name, owners) for name in here)}
         leader = next(iter(leading.values())) if len(leading) == 1 else None
@@ -177,12 +177,14 @@ def _leading(layer: LoraLayer, name: str, owners: dict[int, LoraLayer]) -> LoraL
 
 
 def untied_copies(
-    model: nn.Module, names: Collection[str], held: Mapping[int, Sequence[tuple[str, nn.Module]]]
+    copies: Collection[tuple[str, ModulesToSave]],
+    names: Collection[str],
+    held: Mapping[int, Sequence[tuple[str, nn.Module]]],
 ) -> list[tuple[str, str]]:
-    """Copied modules that would part from a module that shares their weight, if they took the original's place.
+    """Return saved modules that would part from a module that shares their weight, if they replaced the original.
 
     Args:
-        model: An adapted model.
+        copies: Paths and saved modules of a model.
         names: Adapters.
         held: `identity` of a weight of the base -> names and modules that hold it.
 
@@ -190,8 +192,8 @@ def untied_copies(
         Path of the copied module, and the name of the other.
     """
     found = []
-    holders = {id(holder.original_module): holder for _, holder in copies(model)}
-    for path, holder in copies(model):
+    holders = {id(holder.original_module): holder for _, holder in copies}
+    for path, holder in copies:
         for name in [name for name in names if name in holder.modules_to_save]:
             parameter = holder.original_module._parameters.get("weight")
             for other, module in held.get(identity(parameter), ()):
@@ -206,20 +208,24 @@ def untied_copies(
 
 
 def _tied_matches(
-    site_map: SiteMap, config: LoraConfig, matches: Sequence[Match], leader: str, partners: Sequence[str]
+    index: AdapterIndex, config: LoraConfig, matches: Sequence[Match], leader: str, partners: Sequence[str]
 ) -> list[Match]:
     """The matches with one for every member of a group, all of the leader's rank and alpha."""
-    if config.use_dora:
+    own = next((variant for variant in variants_of(config) if variant.tensors), None)
+    if own is not None:
         raise ConfigError(
-            f"ensure_weight_tying ties the factors of {leader} and {partners[0]}, and use_dora gives each a magnitude "
-            "of its own. Leave one of the two off, or adapt only one of the modules without ensure_weight_tying."
+            f"ensure_weight_tying ties the factors of {leader} and {partners[0]}, and {own.field} gives each "
+            f"{own.tensors[0].held_as} of its own. Leave one of the two off, or adapt only one of the modules without "
+            "ensure_weight_tying.",
+            where=leader,
+            field=own.field,
         )
-    kinds = {candidate.path: candidate.kind for candidate in site_map.candidates}
+    kinds = {candidate.path: candidate.kind for candidate in index.candidates}
     members = (leader, *partners)
     here = [match for match in matches if match.path in members]
     model = next((match for match in here if match.path == leader), here[0])
-    odd = [path for path in partners if kinds.get(path) not in ("Linear", "Embedding")]
-    if kinds.get(leader) != "Embedding" or odd:
+    odd = [path for path in partners if not isinstance(index.base(path), (nn.Linear, nn.Embedding))]
+    if not isinstance(index.base(leader), nn.Embedding) or odd:
         raise ConfigError(
             f"ensure_weight_tying: {(odd or [leader])[0]} shares its weight with {leader}, and factors are tied only "
             "among nn.Embedding and nn.Linear modules. Set ensure_weight_tying=False, or do not target it."
@@ -242,9 +248,9 @@ def _left_alone(groups: Mapping[str, Sequence[str]], named: Collection[str]) -> 
     return notes
 
 
-def _is_tied(model: nn.Module | None, site_map: SiteMap) -> bool:
-    path = input_embedding(model, site_map) if site_map.tied else None
-    return path is not None and bool(sharers(site_map, path))
+def _is_tied(index: AdapterIndex) -> bool:
+    path = input_embedding(index) if index.is_tied else None
+    return path is not None and bool(sharers(index, path))
 
 
 def _is_all_linear(config: LoraConfig) -> bool:

@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.layers.modules_to_save import ModuleCopies
-from lorakit.core.layers.trainable_tokens import ChosenRows, TokenRows
-from lorakit.core.model.index import SiteMap
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import ChosenRows, TrainableTokens
+from lorakit.core.model.index import AdapterIndex
 from lorakit.errors import ConfigError, NoTargetError, TargetError, nearest, warn_caller
 from lorakit.targets import names_path
 
@@ -19,13 +19,12 @@ USUAL_NAME = "embed_tokens"
 
 
 def chosen_rows(
-    model: nn.Module, site_map: SiteMap, config: LoraConfig, sites: Collection[str], saved: Collection[str]
+    index: AdapterIndex, config: LoraConfig, sites: Collection[str], saved: Collection[str]
 ) -> list[ChosenRows]:
     """The rows that a config names.
 
     Args:
-        model: The model.
-        site_map: Its map.
+        index: The model's index.
         config: The config.
         sites: Paths of the modules that the same adapter gives factors.
         saved: Paths of the modules that it copies whole.
@@ -37,10 +36,10 @@ def chosen_rows(
         TargetError: A name matches no table, or another part of an adapter sits on the table.
         ConfigError: Numbers of rows are not in the table, or tied tables are named with different rows.
     """
-    named = _named(model, site_map, config)
+    named = _named(index, config)
     for path in named:
-        _check_free(path, site_map, config, sites, saved)
-    groups = _groups(named, site_map, config)
+        _check_free(path, index, config, sites, saved)
+    groups = _groups(named, index, config)
     if config.ensure_weight_tying and named and not any(group.tied for group in groups):
         warn_caller(
             "ensure_weight_tying=True but the model does not have tied weights (tie_word_embeddings=False). Weight "
@@ -48,59 +47,59 @@ def chosen_rows(
         )
     for group in groups:
         for path in group.tied:
-            _check_free(path, site_map, config, sites, saved)
-        _check_standing(group, site_map)
+            _check_free(path, index, config, sites, saved)
+        _check_standing(group, index)
     return groups
 
 
-def sharers(site_map: SiteMap, path: str) -> list[str]:
+def sharers(index: AdapterIndex, path: str) -> list[str]:
     """Paths of the other modules of the base whose weight is the very parameter of the module at a path."""
-    whole = next((group for group in shared_weights(site_map) if path in group), [])
+    whole = next((group for group in shared_weights(index) if path in group), [])
     return [other for other in whole if other != path]
 
 
-def shared_weights(site_map: SiteMap) -> list[list[str]]:
+def shared_weights(index: AdapterIndex) -> list[list[str]]:
     """The modules of the base that share one parameter as their weight, as lists of paths in the model's order.
 
     Copies of one layer (`layer_replication`) are not meant: they share all they have, and are adapted apart on purpose.
     """
     groups: dict[int, dict[str, str]] = {}
-    for path in site_map.modules:
-        weight = table_at(site_map, path)._parameters.get("weight")
+    for path in index.modules:
+        weight = table_at(index, path)._parameters.get("weight")
         if weight is not None:
             groups.setdefault(id(weight), {}).setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", path), path)
     return [list(paths.values()) for paths in groups.values() if len(paths) > 1]
 
 
-def input_embedding(model: nn.Module | None, site_map: SiteMap) -> str | None:
+def input_embedding(index: AdapterIndex) -> str | None:
     """Path of the model's input embedding in the plain base, or None where the model does not say which it is."""
-    getter = getattr(model, "get_input_embeddings", None)
+    getter = getattr(index.model, "get_input_embeddings", None)
     try:
         module = getter() if getter is not None else None
     except (AttributeError, NotImplementedError):  # models without one differ in how they say so
         module = None
-    found = (path for path, standing in site_map.modules.items() if module in (standing, table_at(site_map, path)))
+    found = (path for path, standing in index.modules.items() if module in (standing, table_at(index, path)))
     return next(found, None) if module is not None else None
 
 
-def table_at(site_map: SiteMap, path: str) -> nn.Module:
+def table_at(index: AdapterIndex, path: str) -> nn.Module:
     """The base's module at a path, whatever stands around it."""
-    standing = site_map.modules[path]
-    return standing.original_module if isinstance(standing, ModuleCopies) else site_map.base(path)
+    standing = index.modules[path]
+    return standing.original_module if isinstance(standing, ModulesToSave) else index.base(path)
 
 
-def _named(model: nn.Module, site_map: SiteMap, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+def _named(index: AdapterIndex, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     asked = config.trainable_token_indices
     if asked is None:
         return {}
     if not isinstance(asked, Mapping):
-        path = input_embedding(model, site_map)
+        path = input_embedding(index)
         asked = {USUAL_NAME if path is None else path: asked}
     named: dict[str, tuple[int, ...]] = {}
     for name, indices in asked.items():
-        paths = [path for path in site_map.modules if names_path(name, path)]
+        paths = [path for path in index.modules if names_path(name, path)]
         if not paths:
-            words = nearest(name, [p.rpartition(".")[2] for p in site_map.modules], 1)
+            words = nearest(name, [p.rpartition(".")[2] for p in index.modules], 1)
             raise NoTargetError(
                 f"Target modules {{{name!r}}} not found in the base model. trainable_token_indices names it"
                 + (f"; nearest: {words[0]}." if words else "."),
@@ -108,12 +107,12 @@ def _named(model: nn.Module, site_map: SiteMap, config: LoraConfig) -> dict[str,
                 field="trainable_token_indices",
             )
         for path in paths:
-            named[path] = _checked(site_map, path, indices)
+            named[path] = _checked(index, path, indices)
     return named
 
 
-def _checked(site_map: SiteMap, path: str, indices: Sequence[int]) -> tuple[int, ...]:
-    table = table_at(site_map, path)
+def _checked(index: AdapterIndex, path: str, indices: Sequence[int]) -> tuple[int, ...]:
+    table = table_at(index, path)
     weight = table._parameters.get("weight")
     dense = isinstance(table, (nn.Embedding, nn.Linear)) and isinstance(weight, Tensor) and weight.is_floating_point()
     if not dense or weight is None:
@@ -136,17 +135,17 @@ def _checked(site_map: SiteMap, path: str, indices: Sequence[int]) -> tuple[int,
     return tuple(numbers)
 
 
-def _groups(named: Mapping[str, tuple[int, ...]], site_map: SiteMap, config: LoraConfig) -> list[ChosenRows]:
+def _groups(named: Mapping[str, tuple[int, ...]], index: AdapterIndex, config: LoraConfig) -> list[ChosenRows]:
     """Tables that share a weight and are named with the same rows, or not at all, are one; the embedding leads."""
     groups: list[ChosenRows] = []
     followers: set[str] = set()
-    leading = sorted(named, key=lambda path: not isinstance(table_at(site_map, path), nn.Embedding))
+    leading = sorted(named, key=lambda path: not isinstance(table_at(index, path), nn.Embedding))
     for path in leading:
         if path in followers:
             continue
         tied: list[str] = []
-        if isinstance(table_at(site_map, path), nn.Embedding):
-            shared = sharers(site_map, path)
+        if isinstance(table_at(index, path), nn.Embedding):
+            shared = sharers(index, path)
             apart = [other for other in shared if named.get(other, named[path]) != named[path]]
             if apart and config.ensure_weight_tying:
                 raise ConfigError(
@@ -161,29 +160,29 @@ def _groups(named: Mapping[str, tuple[int, ...]], site_map: SiteMap, config: Lor
 
 
 def _check_free(
-    path: str, site_map: SiteMap, config: LoraConfig, sites: Collection[str], saved: Collection[str]
+    path: str, index: AdapterIndex, config: LoraConfig, sites: Collection[str], saved: Collection[str]
 ) -> None:
     if any(path == other or path.startswith(other + ".") for other in saved):
         raise TargetError(
             f"The embedding layer is already marked to be trained fully: {path} is copied whole (modules_to_save), and "
             "trainable_token_indices trains some of its rows. Name it in one of the two."
         )
-    standing = site_map.modules[path]
-    if path in sites or (standing is not table_at(site_map, path) and not isinstance(standing, TokenRows)):
+    standing = index.modules[path]
+    if path in sites or (standing is not table_at(index, path) and not isinstance(standing, TrainableTokens)):
         raise TargetError(
             f"trainable_token_indices cannot be applied to {path}: an adapter has factors or a copy there. Take it out "
             "of target_modules or modules_to_save, or give the adapters a model each."
         )
 
 
-def _check_standing(group: ChosenRows, site_map: SiteMap) -> None:
+def _check_standing(group: ChosenRows, index: AdapterIndex) -> None:
     """Refuse another grouping than that of adapters that are here already."""
-    leader = site_map.modules[group.path]
-    wrong = [group.path] if isinstance(leader, TokenRows) and leader.follows else []
+    leader = index.modules[group.path]
+    wrong = [group.path] if isinstance(leader, TrainableTokens) and leader.follows else []
     for path in group.tied:
-        standing = site_map.modules[path]
-        together = isinstance(leader, TokenRows) and isinstance(standing, TokenRows) and standing.follows
-        fresh = not isinstance(leader, TokenRows) and not isinstance(standing, TokenRows)
+        standing = index.modules[path]
+        together = isinstance(leader, TrainableTokens) and isinstance(standing, TrainableTokens) and standing.follows
+        fresh = not isinstance(leader, TrainableTokens) and not isinstance(standing, TrainableTokens)
         wrong += [] if together or fresh else [path]
     if wrong:
         raise ConfigError(

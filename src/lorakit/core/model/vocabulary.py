@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.fingerprint import (
     DIFFERENT,
@@ -29,7 +29,7 @@ from lorakit.core.model.fingerprint import (
     sampled_positions,
     vocabulary_of,
 )
-from lorakit.core.model.index import SiteMap, find_state, survey, walk
+from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.token_indices import input_embedding, sharers, table_at
 from lorakit.errors import OVERRIDE, ModelError
 from lorakit.targets import names_path
@@ -66,11 +66,11 @@ def check_growth(model: nn.Module, rows: int) -> list[nn.Module]:
     present = vocabulary_of(model)
     if 0 < rows <= present:
         return []
-    site_map = survey(model)
-    path = _embedding(model, site_map)
-    tables = [table_at(site_map, table) for table in (path, *tables_per_token(model, site_map, path))]
+    index = AdapterIndex.of(model)
+    path = _embedding(index)
+    tables = [table_at(index, table) for table in (path, *tables_per_token(index, path))]
     dense = all(isinstance(table, (nn.Embedding, nn.Linear)) and table.weight.is_floating_point() for table in tables)
-    if not dense or is_odd(model, present):
+    if not dense or _is_odd(index, present):
         raise ModelError(
             f"Tokens cannot be added to this {type(model).__name__}: beside plain embeddings it has something else "
             "with a place per token, which only the model itself can enlarge. Call model.resize_token_embeddings, save "
@@ -90,10 +90,10 @@ def with_trained_rows(config: LoraConfig, model: nn.Module, rows: Sequence[int])
     Raises:
         ModelError: The model does not say which its embedding is.
     """
-    site_map = survey(model)
-    path = _embedding(model, site_map)
-    tied = sharers(site_map, path)
-    apart = [table for table in tables_per_token(model, site_map, path) if table not in tied]
+    index = AdapterIndex.of(model)
+    path = _embedding(index)
+    tied = sharers(index, path)
+    apart = [table for table in tables_per_token(index, path) if table not in tied]
     asked: Any = {table: list(rows) for table in (path, *apart)} if apart else list(rows)
     return config.with_fields(trainable_token_indices=asked)
 
@@ -106,40 +106,42 @@ def begin_rows(model: nn.Module, name: str, pieces: Mapping[int, Sequence[int]])
         name: The adapter.
         pieces: Number of a trained row -> numbers of the rows of its pieces; others begin as they are.
     """
-    for _, module in walk(model):
-        if not isinstance(module, TokenRows) or module.follows or name not in module:
+    for _, module in AdapterIndex.of(model).every(TrainableTokens):
+        if module.follows or name not in module:
             continue
-        index, rows = module.token_adapter.rows(name)
+        trained, rows = module.token_adapter.rows(name)
         table = module.token_adapter.original()
         with torch.no_grad():
-            for place, number in enumerate(index.tolist()):
+            for place, number in enumerate(trained.tolist()):
                 if pieces.get(number):
                     rows[place] = table[list(pieces[number])].to(rows.dtype).mean(0)
 
 
-def _embedding(model: nn.Module, site_map: SiteMap) -> str:
-    path = input_embedding(model, site_map)
+def _embedding(index: AdapterIndex) -> str:
+    path = input_embedding(index)
     if path is None:
         raise ModelError(
-            f"This {type(model).__name__} does not say which module is its input embedding, so no token can be added."
+            f"This {type(index.model).__name__} does not say which module is its input embedding, so no token can be "
+            "added."
         )
     return path
 
 
-def tables_per_token(model: Any, site_map: SiteMap, path: str) -> list[str]:
-    """Paths of the other tables with a row per token: those that share the embedding's weight, and the head."""
-    getter = getattr(model, "get_output_embeddings", None)
+def tables_per_token(index: AdapterIndex, path: str) -> list[str]:
+    """Return paths of the other tables with a row per token: those that share the embedding's weight, and the head."""
+    getter = getattr(index.model, "get_output_embeddings", None)
     try:
         head = getter() if getter is not None else None
     except (AttributeError, NotImplementedError):  # models without one differ in how they say so
         head = None
-    heads = [p for p, standing in site_map.modules.items() if head is not None and standing is head and p != path]
-    return list(dict.fromkeys([*sharers(site_map, path), *heads]))
+    heads = [p for p, standing in index.modules.items() if head is not None and standing is head and p != path]
+    return list(dict.fromkeys([*sharers(index, path), *heads]))
 
 
-def is_odd(model: nn.Module, vocabulary: int) -> bool:
-    """Whether something else of the model has a place per token, which only the model itself knows how to enlarge."""
-    return any(vocabulary in buffer.shape for buffer in model.buffers() if buffer.ndim > 1)
+def _is_odd(index: AdapterIndex, vocabulary: int) -> bool:
+    """Return whether something else of the model has a place per token, which only the model itself can enlarge."""
+    buffers = (buffer for module in index.everything.values() for buffer in module._buffers.values())
+    return any(vocabulary in buffer.shape for buffer in buffers if buffer is not None and buffer.ndim > 1)
 
 
 class Growth:
@@ -149,7 +151,7 @@ class Growth:
         self._before: list[tuple[Any, dict[str, Any]]] = []
         self._made: dict[int, nn.Parameter] = {}
 
-    def append(self, model: Any, tables: Collection[nn.Module], rows: int) -> None:
+    def append(self, model: nn.Module, tables: Collection[nn.Module], rows: int) -> None:
         """Append rows to tables until they have so many, each the mean of those there; the config says so too."""
         for table in tables:
             self._enlarge(table, rows)
@@ -185,23 +187,23 @@ class Growth:
 
 
 @contextlib.contextmanager
-def room_for(model: nn.Module, config: LoraConfig, known: Fingerprint | None) -> Iterator[list[str]]:
+def room_for(index: AdapterIndex, config: LoraConfig, known: Fingerprint | None) -> Iterator[list[str]]:
     """A block in which a model has the rows that an adapter brings; they stay, unless the block fails.
 
     Args:
-        model: The base.
+        index: The base's index.
         config: The adapter's config.
         known: The fingerprint of the base it was trained on, or None.
 
     Yields:
-        Sentences about what was appended.
+        Sentences about what was appended; if there are some, an index has to be made again.
     """
-    present = vocabulary_of(model)
+    present = vocabulary_of(index.model)
     wanted = known.vocabulary if known is not None else 1 + max(_all_rows(config), default=-1)
-    tables = _tables_to_fill(model, config, range(present, wanted)) if 0 < present < wanted else []
+    tables = _tables_to_fill(index, config, range(present, wanted)) if 0 < present < wanted else []
     growth = Growth()
     if tables:
-        growth.append(model, tables, wanted)
+        growth.append(index.model, tables, wanted)
     try:
         yield [_sentence(present, wanted)] if tables else []
     except BaseException:
@@ -228,63 +230,61 @@ def way_out(known: Fingerprint | None, present: Fingerprint) -> str:
 
 
 def without_brought_rows(
-    model: nn.Module, config: LoraConfig, known: Fingerprint | None
+    index: AdapterIndex, config: LoraConfig, known: Fingerprint | None
 ) -> tuple[Fingerprint | None, Fingerprint]:
     """Two fingerprints to compare, without the numbers that the adapter brings by itself.
 
     A model that has more tokens is compared as it was before they were added; where it was another even so, as it is.
 
     Args:
-        model: The base.
+        index: The base's index.
         config: The adapter's config.
         known: The fingerprint of the base it was trained on, or None.
 
     Returns:
         That one and the model's, with those numbers blank in both.
     """
-    cut = _newer_rows(model, known)
+    cut = _newer_rows(index, known)
     if cut:
-        before = _blanked_pair(model, config, known, cut)
+        before = _blanked_pair(index, config, known, cut)
         if compare(*before)[0] != DIFFERENT:
             return before
-    return _blanked_pair(model, config, known, {})
+    return _blanked_pair(index, config, known, {})
 
 
 def _blanked_pair(
-    model: nn.Module, config: LoraConfig, known: Fingerprint | None, cut: Mapping[int, int]
+    index: AdapterIndex, config: LoraConfig, known: Fingerprint | None, cut: Mapping[int, int]
 ) -> tuple[Fingerprint | None, Fingerprint]:
-    present = fingerprint(model, cut=cut, like=known, with_files=known is not None and bool(known.files))
+    present = fingerprint(index, cut=cut, like=known, with_files=known is not None and bool(known.files))
     if known is None or (config.trainable_token_indices is None and not config.modules_to_save):
         return known, present
-    site_map = survey(model)
-    path = input_embedding(model, site_map)
+    path = input_embedding(index)
     asked = _asked(config, path)
     replaced: dict[int, Collection[int]] = {}
     for table, rows in asked.items():
-        for named in [p for p in site_map.modules if names_path(table, p)]:
-            replaced[id(table_at(site_map, named)._parameters.get("weight"))] = rows
-    for named in _saved(config, site_map) if path is not None else ():
-        weight = table_at(site_map, named)._parameters.get("weight")
-        if weight is not None and named in {path, *tables_per_token(model, site_map, path or "")}:
+        for named in [p for p in index.modules if names_path(table, p)]:
+            replaced[id(table_at(index, named)._parameters.get("weight"))] = rows
+    for named in _saved(config, index) if path is not None else ():
+        weight = table_at(index, named)._parameters.get("weight")
+        if weight is not None and named in {path, *tables_per_token(index, path or "")}:
             replaced[id(weight)] = range(weight.shape[0])
     blank = {
         name: _blanks(present, name, (cut.get(id(tensor), tensor.shape[0]), *tensor.shape[1:]), replaced[id(tensor)])
-        for name, tensor, _ in base_tensors(model)
+        for name, tensor, _ in base_tensors(index)
         if id(tensor) in replaced
     }
-    copied = tuple(f"{named}." for named in _saved(config, site_map))
+    copied = tuple(f"{named}." for named in _saved(config, index))
     brought = [name for name in {**present.samples, **present.buffers} if name.startswith(copied)]
     return _blanked(known, blank).without(brought), _blanked(present, blank).without(brought)
 
 
-def _newer_rows(model: nn.Module, known: Fingerprint | None) -> dict[int, int]:
+def _newer_rows(index: AdapterIndex, known: Fingerprint | None) -> dict[int, int]:
     """Ids of the tensors with a row per token, where a model has more of them than an adapter's base -> that many."""
-    if known is None or not 0 < known.vocabulary < vocabulary_of(model):
+    if known is None or not 0 < known.vocabulary < vocabulary_of(index.model):
         return {}
-    site_map = survey(model)
-    path = input_embedding(model, site_map)
-    tables = [] if path is None else [path, *tables_per_token(model, site_map, path)]
-    held = [p for table in tables for p in table_at(site_map, table)._parameters.values() if p is not None]
+    path = input_embedding(index)
+    tables = [] if path is None else [path, *tables_per_token(index, path)]
+    held = [p for table in tables for p in table_at(index, table)._parameters.values() if p is not None]
     return {id(p): known.vocabulary for p in held}
 
 
@@ -292,15 +292,14 @@ def _all_rows(config: LoraConfig) -> list[int]:
     return [row for rows in _asked(config, None).values() for row in rows]
 
 
-def _tables_to_fill(model: nn.Module, config: LoraConfig, rows: range) -> list[nn.Module]:
+def _tables_to_fill(index: AdapterIndex, config: LoraConfig, rows: range) -> list[nn.Module]:
     """The tables that lack some rows, if an adapter brings these for all of them; otherwise none."""
-    site_map = survey(model)
-    path = input_embedding(model, site_map)
-    if path is None or find_state(model) is not None or is_odd(model, rows.start):
+    path = input_embedding(index)
+    if path is None or index.state is not None or _is_odd(index, rows.start):
         return []
-    asked, paths = _asked(config, path), [path, *tables_per_token(model, site_map, path)]
-    brought = all(_brings(config, asked, site_map, table, rows) for table in paths)
-    return [table_at(site_map, table) for table in paths] if brought else []
+    asked, paths = _asked(config, path), [path, *tables_per_token(index, path)]
+    brought = all(_brings(config, asked, index, table, rows) for table in paths)
+    return [table_at(index, table) for table in paths] if brought else []
 
 
 def _asked(config: LoraConfig, path: str | None) -> dict[str, tuple[int, ...]]:
@@ -312,21 +311,21 @@ def _asked(config: LoraConfig, path: str | None) -> dict[str, tuple[int, ...]]:
     return {name: tuple(i for i in rows if isinstance(i, int)) for name, rows in table.items()}
 
 
-def _saved(config: LoraConfig, site_map: SiteMap) -> list[str]:
-    return [path for path in site_map.modules if any(names_path(entry, path) for entry in config.modules_to_save or ())]
+def _saved(config: LoraConfig, index: AdapterIndex) -> list[str]:
+    return [path for path in index.modules if any(names_path(entry, path) for entry in config.modules_to_save or ())]
 
 
 def _brings(
     config: LoraConfig,
     asked: Mapping[str, Collection[int]],
-    site_map: SiteMap,
+    index: AdapterIndex,
     table: str,
     rows: range,
 ) -> bool:
     """Whether an adapter brings these rows of a table, by itself or through the table it is tied to."""
-    together = {table, *sharers(site_map, table)}
-    if any(path in together for path in _saved(config, site_map)) and (
-        config.ensure_weight_tying or table in _saved(config, site_map)
+    together = {table, *sharers(index, table)}
+    if any(path in together for path in _saved(config, index)) and (
+        config.ensure_weight_tying or table in _saved(config, index)
     ):
         return True
     named = [i for name, indices in asked.items() for p in together if names_path(name, p) for i in indices]

@@ -60,18 +60,18 @@ def _row_of(module: nn.Module, parameter: str) -> Base:
     return DENSE
 
 
-def hold_still(model: nn.Module) -> list[nn.Module]:
-    """Keep every module of a model from rewriting its own weight in a forward, as some quantisers' do in eval mode.
+def hold_still(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Keep modules from rewriting their own weight in a forward, as those of some quantizers do in eval mode.
 
     Args:
-        model: Any model; numbers stay as they are.
+        modules: All modules of a model; values stay as they are.
 
     Returns:
         The modules that had to be held; `let_go` ends it.
     """
     rows: dict[type[nn.Module], Base] = {}
     held = []
-    for module in model.modules():
+    for module in modules:
         if type(module) not in rows:
             rows[type(module)] = base_of(module)
         if rows[type(module)].hold(module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorakit.config import CordaConfig, LoraConfig
 from lorakit.core.files.tensor_file import encode, read_tensors
 from lorakit.core.model.fingerprint import DIFFERENT, Fingerprint, compare, fingerprint
+from lorakit.core.model.index import AdapterIndex
 from lorakit.durable import parse_json, sha256_bytes, write_bytes
 from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError
 
@@ -40,12 +41,12 @@ class Statistics:
     others_usual: bool = False
     base: Fingerprint | None = None
 
-    def check(self, config: LoraConfig, model: nn.Module) -> None:
+    def check(self, config: LoraConfig, model: nn.Module | AdapterIndex) -> None:
         """Refuse a config of another init, and another base.
 
         Args:
             config: The config that is attached.
-            model: The model that it is attached to; only read.
+            model: The model that it is attached to, or its index; only read.
 
         Raises:
             ConfigError: The message names both.
