@@ -81,7 +81,7 @@ def oom_as_run_error(batch: Batch, where: str, advice: Callable[[int], str]) -> 
     Args:
         batch: The batch that is computed in the block.
         where: Where it happens: "" or " while evaluating".
-        advice: Function from the number of rows to a sentence of advice.
+        advice: Function from the number of rows to advice.
 
     Raises:
         RunError: Memory ran out.
@@ -105,7 +105,7 @@ def oom_advice(rows: int, recompute: str, *, accelerated: bool, has_budget: bool
         has_budget: Whether `recompute` was chosen for a memory budget; the two flags exclude each other.
 
     Returns:
-        A sentence.
+        The advice, as one line.
     """
     more = [way for way in RECOMPUTED[RECOMPUTED.index(recompute) + 1 :] if accelerated or way != "feed-forward"]
     options = [] if accelerated else ["fused forwards (omit --no-accelerate)"]
