@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lorakit.core import penalties
 from lorakit.data import Batch
 from lorakit.data.encoding import IGNORED
 from lorakit.errors import DataError, NonFiniteError, RunError
@@ -192,7 +193,7 @@ def train_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float)
     """Take one optimizer step on the mean loss over the trained tokens of all batches.   [docs/math.md (14)]
 
     The tokens are counted before the first forward, so each batch's sum is divided by the count of the whole step and
-    the gradient does not depend on how the rows are split into batches.
+    the gradient does not depend on how the rows are split into batches. Penalties of variants come on top, once.
 
     Args:
         trainee: Model and optimizer; gradients of this step are left in `.grad`, clipped or not.
@@ -220,6 +221,9 @@ def train_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float)
                 raise RunError("The loss does not depend on any trainable tensor: the adapter is inactive or frozen.")
             (loss / trained).backward()
             total = total + loss.detach()
+    penalty = penalties(trainee.model)
+    if penalty is not None:  # of the adapter's variant: once per step, whatever the batches
+        penalty.backward()  # type: ignore[no-untyped-call]
     _refuse_replaced(trainee)
     parameters = [parameter for _, parameter in trainee.named]
     norm = gradient_norm(parameters)

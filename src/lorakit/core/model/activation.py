@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.layers.adapter_component import Switched
 from lorakit.core.layers.bias import BiasSwitch
+from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.checks import check_known
 from lorakit.core.model.index import find_state, state_of, walk
 from lorakit.core.routing.positions import tokens_of_call
 from lorakit.core.routing.route import BASE, Route, Starts, last_invocation
 from lorakit.core.routing.state import CheckpointContexts, Override
+from lorakit.core.variants import variants_of
 from lorakit.errors import RouteError
 
 
@@ -195,6 +197,34 @@ def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | Non
                 flag = wanted.get(switch.adapter, others)
                 for leaf in switch.originals if flag is not None else ():
                     module._parameters[leaf].requires_grad_(flag)  # type: ignore[union-attr, arg-type]
+
+
+def penalties(model: nn.Module) -> Tensor | None:
+    """Sum the penalties that the variants of active adapters add to a training loss.
+
+    A training loop of your own adds it to the loss once per optimizer step, as `lorakit train` does. It is None for
+    LoRA and for every variant that has none, and then costs no look at the layers.
+
+    Args:
+        model: A model with or without adapters.
+
+    Returns:
+        A scalar with a graph to the adapters' parameters, or None.
+
+    Raises:
+        AdapterError: Parts of the model were adapted apart.
+    """
+    state = find_state(model)
+    configs = [] if state is None else state.configs.values()
+    if state is None or not any(variant.penalty for config in configs for variant in variants_of(config)):
+        return None
+    found: list[Tensor] = []
+    for layer in state.members():
+        if isinstance(layer, LoraLayer):
+            acting = (state.active() if layer.own_route is None else layer.own_route).mentions
+            factors = [layer.factor(name) for name in layer.r if name in acting]
+            found += [factor.variant.penalty(factor) for factor in factors if factor.variant.penalty is not None]
+    return torch.stack([one.to(found[0].device) for one in found]).sum() if found else None
 
 
 def invocation_offsets(
