@@ -22,10 +22,12 @@ from lorakit.core.model.activation import (
     invocation_offsets,
     invoked,
     penalties,
+    prompt_offset,
     route,
     set_trained,
     trainable_parameters,
     use,
+    waits_for_tokens,
 )
 from lorakit.core.model.fingerprint import Fingerprint, fingerprint
 from lorakit.core.model.index import Site, sites
@@ -87,6 +89,7 @@ __all__ = [
     "merge_and_unload",
     "merged_state_dict",
     "penalties",
+    "prompt_offset",
     "reduce_intruders",
     "rescale",
     "route",
@@ -100,5 +103,6 @@ __all__ = [
     "trainable_parameters",
     "unmerge",
     "use",
+    "waits_for_tokens",
     "why_merge_is_inexact",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core import disable, invocation_offsets
+from lorakit.core import disable, prompt_offset, waits_for_tokens
 from lorakit.core.model.index import find_state
 from lorakit.errors import ModelError, UsageError
 
@@ -66,12 +66,6 @@ def read_prefix(model: nn.Module, tokens: Sequence[int], device: torch.device | 
     return Prefix(tuple(int(token) for token in tokens), cache)
 
 
-def waits(model: nn.Module) -> bool:
-    """Whether an aLoRA adapter sits on a model."""
-    state = find_state(model)
-    return state is not None and any(c.alora_invocation_tokens is not None for c in state.configs.values())
-
-
 def shared_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], adapters: Sequence[Sequence[str]]) -> int:
     """How many tokens all these prompts begin with while every row still is the base; one token at least is left.
 
@@ -81,9 +75,9 @@ def shared_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], adapters: 
         adapters: Per row the adapters that act; none is the base.
 
     Returns:
-        Their number; 0 where no aLoRA adapter takes part, or where reading them once would gain nothing.
+        Their number; 0 if no adapter begins later than its prompt, or where reading them once would gain nothing.
     """
-    if len(prompts) < 2 or not waits(model) or not any(adapters):
+    if len(prompts) < 2 or not waits_for_tokens(model) or not any(adapters):
         return 0
     first, length = prompts[0], min(len(prompt) for prompt in prompts) - 1
     for prompt, names in zip(prompts, adapters, strict=True):
@@ -108,15 +102,10 @@ def check_prefix(
             if _begin(model, prompt, name) < size:
                 raise UsageError(
                     f"Adapter {name!r} acts within the prefix of {size} tokens in row {row + 1}, and the base has read "
-                    "that. Only base rows and aLoRA adapters whose invocation comes later share one."
+                    "that. Only base rows and adapters that begin later share one."
                 )
 
 
 def _begin(model: nn.Module, prompt: Sequence[int], name: str) -> int:
-    """The first position at which an adapter acts in a prompt; the prompt's length where it is not invoked."""
-    state = find_state(model)
-    tokens = state.configs[name].alora_invocation_tokens if state is not None else None
-    if not tokens:
-        return 0
-    (offset,) = invocation_offsets(torch.tensor([list(prompt)]), tokens)
-    return len(prompt) - (offset or 0)
+    """The first position at which an adapter acts in a prompt; the prompt's length if it does not."""
+    return len(prompt) - prompt_offset(model, torch.tensor(list(prompt)), name)

@@ -223,7 +223,7 @@ def train_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float)
             total = total + loss.detach()
     penalty = penalties(trainee.model)
     if penalty is not None:  # of the adapter's variant: once per step, whatever the batches
-        penalty.backward()  # type: ignore[no-untyped-call]
+        penalty.backward()
     _refuse_replaced(trainee)
     parameters = [parameter for _, parameter in trainee.named]
     norm = gradient_norm(parameters)

@@ -44,6 +44,7 @@ from lorakit.core.routing.positions import install, uninstall
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.statistics.stored import Statistics
+from lorakit.core.variants import variants_of
 from lorakit.errors import ConfigError
 from lorakit.targets import Match, Note, Unmatched, match_path, resolve
 
@@ -145,10 +146,11 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         _forget(module, names, site_map)
     if state.biased:
         _drop_bias_switches(model, names)
-    waited = any(config.alora_invocation_tokens is not None for config in state.configs.values())
+    waited = bool(state.waiting)
+    state.waiting = state.waiting.difference(names)
     for gone in names:
         del state.configs[gone]
-    if waited and not any(config.alora_invocation_tokens is not None for config in state.configs.values()):
+    if waited and not state.waiting:
         uninstall(model)
     state.default = Route(tuple(n for n in state.default.names if n not in names))
     if not state.configs:
@@ -202,7 +204,8 @@ def publish(
     put_rows(site_map, name, extras.rows, state)
     for module, originals in extras.biases:
         BiasSwitch.install(name, originals, module, state)
-    if config.alora_invocation_tokens is not None:
+    if any(variant.positions is not None for variant in variants_of(config)):
+        state.waiting |= {name}
         install(model, state)
     if state.biased:
         _tell_sites_of_old_biases(model)

@@ -21,10 +21,11 @@ from lorakit.core.layers.bias import BiasSwitch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.checks import check_known
 from lorakit.core.model.index import find_state, state_of, walk
-from lorakit.core.routing.positions import tokens_of_call
-from lorakit.core.routing.route import BASE, Route, Starts, last_invocation
+from lorakit.core.routing.positions import prompt_offsets
+from lorakit.core.routing.route import BASE, Offsets, Route
 from lorakit.core.routing.state import CheckpointContexts, Override
 from lorakit.core.variants import variants_of
+from lorakit.core.variants.alora import last_invocation
 from lorakit.errors import RouteError
 
 
@@ -273,10 +274,36 @@ def invoked(
         backs = torch.tensor([offset or 0 for offset in offsets], dtype=torch.int64)
         if input_ids is not None and input_ids.shape[0] != len(offsets):
             raise RouteError(f"There are {input_ids.shape[0]} prompts and {len(offsets)} offsets; give one per prompt.")
-        return state.override(None, Starts(lambda _: backs, length, length))
+        waiting = tuple(sorted(state.waiting))
+        back = backs.expand(len(waiting), -1)
+        return state.override(None, Offsets(waiting, back, length, length))
     if input_ids is None:
         raise RouteError("`invoked` was given neither input_ids nor offsets; give it the prompts, (rows, length).")
-    prompts = input_ids
-    return state.override(
-        None, Starts(lambda name: last_invocation(prompts, tokens_of_call(state, name), attention_mask), length, length)
-    )
+    return state.override(None, prompt_offsets(state, input_ids, attention_mask))
+
+
+def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
+    """Return on how many of the last tokens of a prompt an adapter acts: on all, unless it waits for some.
+
+    Args:
+        model: A model with or without adapters.
+        input_ids: The prompt, (length,).
+        adapter: The adapter.
+
+    Raises:
+        ConfigError: A config does not say what the adapter waits for.
+    """
+    state = find_state(model)
+    if state is None or adapter not in state.waiting:
+        return input_ids.shape[0]
+    return int(prompt_offsets(state, input_ids[None], names=(adapter,)).back)
+
+
+def waits_for_tokens(model: nn.Module) -> bool:
+    """Return whether an adapter on a model does not act on all tokens of a prompt (`invoked`).
+
+    Args:
+        model: A model with or without adapters.
+    """
+    state = find_state(model)
+    return state is not None and bool(state.waiting)
