@@ -18,13 +18,13 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.merging.merging import merge, unmerge
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
-from lorakit.core.variants import VARIANTS, Factor, own_tensors, variant_named
+from lorakit.core.variants import Factor, asked_for, own_tensors, variant_named
 from lorakit.errors import ConfigTypeError, warn_caller
 
 
 def _tables_of_variants() -> list[str]:
     """Return PEFT's names of tables by adapter in which its layers say of which variant an adapter is."""
-    return [word for variant in VARIANTS for word in variant.peft_names]
+    return [word for variant in asked_for() for word in variant.peft_names]
 
 
 class FieldLayer(LoraLayer):
