@@ -27,7 +27,7 @@ from lorakit.core.layers.named_layers import LAYERS
 from lorakit.core.model.activation import parameters_by_adapter
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.core.model.index import find_state
-from lorakit.errors import AdapterError, ConfigError, NotYetSupported, RouteError, warn_caller
+from lorakit.errors import AdapterError, ConfigError, MergeError, NotYetSupported, RouteError, warn_caller
 from lorakit.peft import adapter_queries, casting
 from lorakit.peft.data_inits import for_attaching
 from lorakit.peft.matching import (
@@ -399,7 +399,14 @@ class BaseTuner(nn.Module):
         fresh = self._unmerged(adapter_names)
         if fresh:
             self._warn_of_training(fresh)
-            core.merge(self.model, *fresh, untie=warn_of_ties(self.model, fresh)[0])
+            try:
+                core.merge(self.model, *fresh)
+                return
+            except MergeError as refusal:  # nothing has changed
+                if refusal.override != "untie":
+                    raise
+                untie = warn_of_ties(self.model, fresh)[0]
+            core.merge(self.model, *fresh, untie=untie)
 
     def _warn_of_training(self, names: Sequence[str]) -> None:
         """A merged layer runs its base alone, so that a loss over it reaches no factor; PEFT says nothing."""
