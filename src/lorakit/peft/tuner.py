@@ -30,6 +30,7 @@ from lorakit.core.model.index import find_state
 from lorakit.errors import AdapterError, ConfigError, MergeError, NotYetSupported, RouteError, warn_caller
 from lorakit.peft import adapter_queries, casting
 from lorakit.peft.data_inits import for_attaching
+from lorakit.peft.layer_methods import answer_as_peft
 from lorakit.peft.matching import (
     check_parameters,
     check_together,
@@ -232,6 +233,7 @@ class BaseTuner(nn.Module):
         asked, found = for_attaching(self.model, asked)
         with collector_at_rest(), refusing_in_peft_words(self.model, config):
             report = core.attach(self.model, asked, name, allow=ALLOWANCES, kinds=kinds_of(config), statistics=found)
+        answer_as_peft(self.model)
         self.peft_config[name].init_lora_weights = config.init_lora_weights
         self.peft_config[name].eva_config = config.eva_config
         for sentence in said_of_missing(config, report):

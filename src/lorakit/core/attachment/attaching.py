@@ -18,6 +18,7 @@ from lorakit.config import LoraConfig, scale
 from lorakit.core.attachment.build import Part, fresh_extras, fresh_parts, keep_off, notes_on_moving, put_rows
 from lorakit.core.attachment.residual_base import give_base_back
 from lorakit.core.kinds import Kind
+from lorakit.core.layers.adapter_component import trainable_tensors
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import Extras, ModulesToSave
@@ -33,7 +34,6 @@ from lorakit.core.model.checks import (
     check_known,
     check_new_name,
     check_scales,
-    trainable_tensors,
 )
 from lorakit.core.model.index import Place, SiteMap, find_state, layers, state_of, survey
 from lorakit.core.model.replication import stacked_for

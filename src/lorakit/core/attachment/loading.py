@@ -29,6 +29,7 @@ from lorakit.core.files.judging import Site, implausible, judge, largest_values,
 from lorakit.core.files.sidecar import KINDS_KEY
 from lorakit.core.inits import trains_of
 from lorakit.core.kinds import Kind
+from lorakit.core.layers.adapter_component import trainable_tensors
 from lorakit.core.layers.modules_to_save import Extras, build_extras
 from lorakit.core.model.activation import set_trained
 from lorakit.core.model.checks import (
@@ -37,7 +38,6 @@ from lorakit.core.model.checks import (
     check_called,
     check_new_name,
     check_scales,
-    trainable_tensors,
 )
 from lorakit.core.model.fingerprint import DIFFERENT, compare
 from lorakit.core.model.index import SiteMap, find_state, survey
