@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -46,6 +46,17 @@ class Scope:
     thread: int
 
 
+class PeftLayerMethodsLike(Protocol):
+    """What answers, for programs written for PEFT, the attributes of a layer that only PEFT has."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The attributes that it answers."""
+
+    def answer(self, layer: torch.nn.Module, word: str) -> object:
+        """Return the value of an attribute, one of `names`, of an adapted layer."""
+
+
 # The only global: a context variable cannot be copied or pickled, so no object of a model may hold it.
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("lorakit_scopes", default=())
 
@@ -66,11 +77,13 @@ class AdapterState:
         kinds: Kinds of site that the user made, by name (`lorakit.core.Kind`).
         whole: Models that were looked through for adapted parts of another state, since the last copy; there are none.
         waiting: Adapters that do not act on all positions of a row, so that a forward needs offsets.
+        peft_methods: What answers PEFT's own attributes of layers; None until `lorakit.peft` has met the model.
         biased: Whether an adapter has trained biases of the base in place, so that modules have to be asked for them.
     """
 
     biased: bool = False
     waiting: frozenset[str] = frozenset()
+    peft_methods: PeftLayerMethodsLike | None = None
 
     def __init__(self) -> None:
         self.configs: dict[str, LoraConfig] = {}
