@@ -58,7 +58,7 @@ class Place:
     @property
     def pattern_path(self) -> str:
         """What `rank_pattern` and `alpha_pattern` are held against: the path of its module or bare parameter."""
-        return f"{self.outer}.{self.slot.parameter}" if self.kind.name == PARAMETER.name else self.outer
+        return f"{self.outer}.{self.slot.parameter}" if self.kind is PARAMETER else self.outer
 
 
 @dataclass
@@ -87,6 +87,7 @@ class AdapterIndex:
     patches: dict[str, list[BiasSwitch]] = field(default_factory=dict)
     kinds: dict[str, Kind] = field(default_factory=dict)
     _children: dict[int, Children] = field(default_factory=dict)
+    _plain: dict[bool, list[tuple[str, nn.Module]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module | AdapterIndex, kinds: Iterable[Kind] = ()) -> AdapterIndex:
@@ -204,8 +205,13 @@ class AdapterIndex:
         """Return the base's modules under the paths that they have without adapters; one in two places comes twice.
 
         Args:
-            stacked: Layers that are stacked anew (`layer_replication`) as they stand; False gives the original ones.
+            stacked: Replicated layers (`layer_replication`) as they are now; False gives the original ones.
         """
+        if stacked not in self._plain:
+            self._plain[stacked] = self._plain_modules(stacked)
+        return self._plain[stacked]
+
+    def _plain_modules(self, stacked: bool) -> list[tuple[str, nn.Module]]:
         replication = None if stacked or self.state is None else self.state.replication
         swapped = {} if replication is None else {id(replication.stacked): replication.original}
         found: list[tuple[str, nn.Module]] = []
@@ -422,7 +428,7 @@ def _same_state(
 
 def _goes_around(layer: LoraLayer, place: Place) -> bool:
     """Return whether a layer must be around the one that comes: of bare parameters, the one that is defined last."""
-    if place.kind.name != PARAMETER.name:
+    if place.kind is not PARAMETER:
         return False
     names = defined_parameters(layer.owner)
     return names.index(layer.slot.parameter) > names.index(place.slot.parameter)
@@ -460,9 +466,9 @@ survey = AdapterIndex.of
 
 def layers(model: nn.Module | AdapterIndex) -> list[tuple[str, LoraLayer]]:
     """Return every adapted layer with its path."""
-    return list(AdapterIndex.of(model).layers())
+    return [(path, module) for path, module in walk(model) if isinstance(module, LoraLayer)]
 
 
 def copies(model: nn.Module | AdapterIndex) -> list[tuple[str, ModuleCopies]]:
     """Return every module with trained copies, with its path."""
-    return list(AdapterIndex.of(model).every(ModuleCopies))
+    return [(path, module) for path, module in walk(model) if isinstance(module, ModuleCopies)]

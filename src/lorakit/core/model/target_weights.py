@@ -133,7 +133,7 @@ def dropout_at(config: LoraConfig, place: Place, holder: nn.Module) -> float:
     """
     if place.kind.drops or not config.lora_dropout:
         return config.lora_dropout
-    if place.kind.name != PARAMETER.name:
+    if place.kind is not PARAMETER:
         return 0.0
     if not shows_tokens(holder, place.slot.parameter):
         raise ConfigError(
@@ -174,7 +174,7 @@ def check_standing(index: AdapterIndex, places: Sequence[Place]) -> None:
     """
     standing_at = {path for path, m in index.modules.items() if isinstance(m, (LoraLayer, ModuleCopies))}
     taken = sorted(standing_at | {place.outer for place in places})
-    for outer in {place.outer for place in places if place.kind.name == PARAMETER.name}:
+    for outer in {place.outer for place in places if place.kind is PARAMETER}:
         inside = next((path for path in taken if path.startswith(f"{outer}.")), None)
         if inside is not None:
             raise TargetError(
@@ -185,7 +185,7 @@ def check_standing(index: AdapterIndex, places: Sequence[Place]) -> None:
         standing = index.modules[place.outer]
         if not isinstance(standing, LoraLayer) or place.child:
             continue
-        if (standing.kind_name == PARAMETER.name) != (place.kind.name == PARAMETER.name):
+        if (standing.kind is PARAMETER) != (place.kind is PARAMETER):
             _refuse(place.outer, place.slot.parameter, type(standing.owner).__name__)
 
 
