@@ -99,9 +99,9 @@ def merged_copy(base: Any, fields: Mapping[str, Any], job: Job) -> tuple[Forward
     model = geometry(job).eval().requires_grad_(False)
     model.load_state_dict(base.state_dict())
     core.attach(model, LoraConfig(**fields, init_lora_weights=False), "one")
-    exact = core.why_merge_is_inexact(model, "one") is None
+    exact = core.explain_inexact_merge(model, "one") is None
     taken = core.merge(model, "one", keep_base=False)
-    return within(core.use(model, "one"), model), {"exact": exact, "survived": round(taken.survived, 4)}
+    return within(core.use(model, "one"), model), {"exact": exact, "survived": round(taken.retained, 4)}
 
 
 def of_peft(base: Any, fields: Mapping[str, Any], names: Mapping[str, None], job: Job) -> Any:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import dataclasses
 import json
 import os
 import random
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +56,16 @@ def child(malloc: str, steps: int, layers: int) -> dict[str, list[int]]:
     """The steps of one case."""
     import torch
 
-    from lorakit.train.step import train_step
-
     if malloc.startswith("kept") and not allocator.keep_large_blocks():
         raise SystemExit("this C library's malloc cannot be told to keep what is freed")
     torch.manual_seed(0)
     random.seed(0)
-    trainee = _trainee(layers)
-    held = resident_with_weights(trainee.model)
+    model, step = _step(layers)
+    held = resident_with_weights(model)
     resident, faults = list[int](), list[int]()
     for _ in range(steps):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        train_step(trainee, [_batch()], 1e-4)
+        step([_batch()])
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         resident.append(status("VmRSS") - held)
         if "trimmed" in malloc:
@@ -88,7 +86,8 @@ def _batch() -> Any:
     return Batch(ids, mask, ids.masked_fill(mask == 0, -100), 0.0, tokens, tokens - ROWS)
 
 
-def _trainee(layers: int) -> Any:
+def _step(layers: int) -> tuple[Any, Callable[[list[Any]], object]]:
+    """Return a model and a function that trains it for one step."""
     import torch
     import transformers
 
@@ -96,7 +95,7 @@ def _trainee(layers: int) -> Any:
     from lorakit.config import LoraConfig
     from lorakit.speed import accelerate
     from lorakit.train.optimizer import build_adamw
-    from lorakit.train.step import Trainee
+    from lorakit.train.step import StepOptions, train_step
 
     widths = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers, "vocab_size": VOCABULARY}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
@@ -105,11 +104,11 @@ def _trainee(layers: int) -> Any:
     core.attach(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
     model.train()
     named = core.trainable_parameters(model)
-    trainee = Trainee(model, named, build_adamw(named, 1e-4, 0.0), torch.device("cpu"), 1.0)
-    fast = accelerate(model)
-    if not fast.packs:
-        raise SystemExit(f"rows are not laid end to end:\n{fast}")
-    return dataclasses.replace(trainee, fast=fast)
+    optimizer = build_adamw(named, 1e-4, 0.0)
+    options = StepOptions(torch.device("cpu"), acceleration=accelerate(model))
+    if not options.acceleration.packs:
+        raise SystemExit(f"rows are not packed:\n{options.acceleration}")
+    return model, lambda batches: train_step(model, named, optimizer, batches, 1e-4, options)
 
 
 def _markdown(rows: list[dict[str, Any]], steps: int) -> str:

@@ -75,7 +75,7 @@ def child(case: dict[str, Any], steps: int) -> list[int]:
     from lorakit.data.loader import Batch
     from lorakit.speed import accelerate
     from lorakit.train.optimizer import build_adamw
-    from lorakit.train.step import Trainee, train_step
+    from lorakit.train.step import StepOptions, train_step
 
     if case["kept"] and not keep_large_blocks():
         raise SystemExit("this C library's malloc cannot be told to keep what is freed")
@@ -88,15 +88,15 @@ def child(case: dict[str, Any], steps: int) -> list[int]:
             gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)}
         )
     named = core.trainable_parameters(model)
-    trainee = Trainee(model, named, build_adamw(named, 1e-4, 0.0), torch.device("cpu"), 1.0)
-    if case["accelerated"]:
-        trainee = dataclasses.replace(trainee, fast=accelerate(model))
+    optimizer = build_adamw(named, 1e-4, 0.0)
+    acceleration = accelerate(model) if case["accelerated"] else None
+    options = StepOptions(torch.device("cpu"), acceleration=acceleration)
     resident, growth = resident_with_weights(model), list[int]()
     for _ in range(steps):
         ids = torch.randint(0, model.config.vocab_size, (ROWS, LENGTH))
         labels = ids.clone()
         batch = Batch(ids, torch.ones_like(ids), labels, 0.0, ids.numel(), ROWS * (LENGTH - 1))
-        train_step(trainee, [batch], 1e-4)
+        train_step(model, named, optimizer, [batch], 1e-4, options)
         growth.append(status("VmHWM") - resident)
     return growth
 

@@ -212,7 +212,7 @@ def _ours(model: Any, job: Job, off: Collection[str]) -> Step:
     from lorakit.ops.choices import acting
     from lorakit.speed import choose
     from lorakit.train.optimizer import build_adamw
-    from lorakit.train.step import Trainee, train_step
+    from lorakit.train.step import StepOptions, train_step
 
     config = LoraConfig(**adapter_fields(job))
     core.attach(model, config, TRAINED)
@@ -225,14 +225,14 @@ def _ours(model: Any, job: Job, off: Collection[str]) -> Step:
     chosen = {} if "choice per shape" in off else choose(model, job.tokens, job.length).choices
     device = torch.device(job.device)
     autocast = torch.bfloat16 if device.type != "cpu" and job.dtype == "bfloat16" else None  # as `lorakit train` has it
-    trainee = Trainee(model, named, build_adamw(named, RATE, 0.0), device, 1.0, autocast, fast)
+    optimizer, options = build_adamw(named, RATE, 0.0), StepOptions(device, 1.0, autocast, fast)
 
     def step(number: int, length: int | None = None) -> float:
         ids = token_ids(model, job, number, length)
         labels = labels_of(ids, job)
         batch = Batch(ids, torch.ones_like(ids), labels, 0.0, ids.numel(), int((labels[:, 1:] != -100).sum()))
         with acting(chosen):
-            return train_step(trainee, [batch], RATE).loss
+            return train_step(model, named, optimizer, [batch], RATE, options).loss
 
     return step
 

@@ -49,7 +49,7 @@ def main() -> None:
         report = core.load_adapter(plain, f"{folder}/adapter")
         print(f"the same adapter on the plain base ({report.base}): loss {loss_of(plain).item():.2f}")
         packed = core.merge(small)
-        print(f"merged into 4 bits again: error {packed.error:.1%} of the weights, {packed.survived:.0%} of A, B left")
+        print(f"merged into 4 bits again: error {packed.error:.1%} of the weights, {packed.retained:.0%} of A, B left")
         core.unmerge(small)
         plainly = core.merge(small, dense=True)
         print(f"merged into plain weights: error {plainly.error:.1e}, loss {loss_of(small).item():.2f}")

@@ -48,7 +48,7 @@ def main() -> None:
         print("row of the base is the base:", torch.allclose(mixed[2], model(batch[2:]).logits[0], atol=1e-5))
 
     merged = lorakit.merge(model, "up")  # written into the weights; unmerge brings their very bits back
-    print(f"merged: {merged.survived:.1%} of the change survived the rounding")
+    print(f"merged: {merged.retained:.1%} of the change survived the rounding")
     lorakit.unmerge(model, "up")
 
     with tempfile.TemporaryDirectory() as folder:  # PEFT's files, and lorakit.json with the base's fingerprint

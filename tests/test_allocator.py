@@ -16,7 +16,7 @@ import pytest
 from lorakit import allocator
 
 STEPS = """
-import dataclasses, json, random, sys
+import json, random, sys
 from lorakit import allocator
 allocator.set_up()
 import torch, transformers
@@ -24,8 +24,8 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.data.loader import Batch
 from lorakit.speed import accelerate
-from lorakit.train.optimizer import adamw
-from lorakit.train.step import Trainee, train_step
+from lorakit.train.optimizer import build_adamw
+from lorakit.train.step import StepOptions, train_step
 
 torch.set_num_threads(1)
 random.seed(0)
@@ -36,16 +36,17 @@ model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat
 core.attach(model, LoraConfig(r=4, target_modules="all-linear"))
 model.train()
 named = core.trainable_parameters(model)
-trainee = Trainee(model, named, adamw(named, 1e-4, 0.0), torch.device("cpu"), 1.0)
-trainee = dataclasses.replace(trainee, fast=accelerate(model))
-assert trainee.fast.packs
+optimizer = build_adamw(named, 1e-4, 0.0)
+options = StepOptions(torch.device("cpu"), acceleration=accelerate(model))
+assert options.acceleration.packs
 resident = []
 for _ in range(30):
     lengths = [random.randint(20, 200) for _ in range(4)]
     ids = torch.randint(0, 256, (4, max(lengths)))
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     labels = ids.masked_fill(mask == 0, -100)
-    train_step(trainee, [Batch(ids, mask, labels, 0.0, sum(lengths), sum(lengths) - 4)], 1e-4)
+    batch = Batch(ids, mask, labels, 0.0, sum(lengths), sum(lengths) - 4)
+    train_step(model, named, optimizer, [batch], 1e-4, options)
     resident.append(int(open("/proc/self/statm").read().split()[1]) * 4096)
 print(json.dumps([resident, torch.ops.mkldnn._is_mkldnn_bf16_supported()]))
 """

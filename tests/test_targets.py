@@ -128,7 +128,7 @@ def test_a_key_fits_the_end_of_a_path_after_a_dot() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "nothing": ({"target_modules": ["nope"]}, r"\['nope'\] not found.*can be adapted here: .*q_proj"),
+    "nothing": ({"target_modules": ["nope"]}, r"\['nope'\] not found.*Supported modules.*q_proj"),
     "typo": ({"target_modules": ["q_porj"]}, "'q_porj'.*nearest: q_proj"),
     "one of two": ({"target_modules": ["q_proj", "v_porj"]}, "target_modules entry 'v_porj' matches no module; nearest: v_proj"),
     "two of three": ({"target_modules": ["q_proj", "x1", "x2"]}, "'x1'.*'x2'"),
@@ -139,8 +139,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "idle rank": ({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 2}}, "rank_pattern key 'v_proj' matches none of the 3"),
     "idle alpha": ({"target_modules": ["q_proj"], "alpha_pattern": {"nope": 2}}, "alpha_pattern key 'nope'"),
     "idle saved": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_hed"]}, "modules_to_save entry 'lm_hed'.*nearest: lm_head"),
-    "container": ({"target_modules": ["attn"]}, r"'model\.layers\.0\.attn' \(and 2 more\), named by 'attn', is a Attention.*not supported"),
-    "norm": ({"target_modules": ["q_proj", "norm"]}, "is a RMSNorm, which is not supported"),
+    "container": ({"target_modules": ["attn"]}, r"model\.layers\.0\.attn \(and 2 more\), named by 'attn', is a Attention.*not support"),
+    "norm": ({"target_modules": ["q_proj", "norm"]}, "is a RMSNorm, which LoRA does not support"),
     "no targets": ({}, "target_modules is not set"),
 }  # fmt: skip
 

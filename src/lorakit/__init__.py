@@ -1,7 +1,7 @@
 """lorakit: Low-Rank Adaptation for PyTorch and Transformers models.
 
-The public names below are a lazy table (PEP 562): `import lorakit` loads no torch, and each name loads
-only the part it lives in.
+The public names below are a lazy table (PEP 562): `import lorakit` does not load torch, and each name loads only the
+module that defines it.
 """
 
 from __future__ import annotations

@@ -22,14 +22,15 @@ from .reading import (
 )
 
 TYPED = {"layer", "module", "model", "state", "route", "factor", "slot", "kind", "index"}
-ROWS = ("core/kinds", "core/variants")  # folders whose calls of Kind, Variant and replace make rows with a name
+VARIANT_ROWS = "core/variants"
+ROWS = ("core/kinds", VARIANT_ROWS)  # folders whose calls of Kind, Variant and replace make rows with a name
 ROW_MAKERS = {"Kind", "Variant", "replace"}
 VARIANT_FIELDS = {  # field of the config -> the file of its variant; rows that state their `field` add to these
     "use_dora": "core/variants/dora.py",
     "alora_invocation_tokens": "core/variants/alora.py",
 }
 NAME_HOMES = ("targets/layer_types.py", "config", "peft")
-FIELD_HOMES = ("config", "peft", "cli", "train/settings.py", "train/settings_sources.py")
+FIELD_HOMES = ("config", "peft", "cli", "train/settings.py", "train/settings_sources.py", "train/defaults.py")
 ROW_NAMES = ("name", "kind_name", "variant")
 BANNED_STEMS = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "base"}
 
@@ -59,7 +60,10 @@ def row_names(sources: Sources) -> Iterator[Breach]:
         for node in (one for parent in nodes(tree) if id(parent) not in faces for one in _decisive(parent)):
             if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
                 continue
-            if node.value in rows and path not in rows[node.value]:
+            homes = rows.get(node.value, set())
+            if within(path, FIELD_HOMES) and all(home.startswith(VARIANT_ROWS) for home in homes):
+                continue  # configs, flags and settings may name variants, though no kinds
+            if homes and path not in homes:
                 message = f"{node.value!r} names a kind or variant; read an attribute of its row instead"
                 yield Breach(path, repr(node.value), message, node.lineno)
 

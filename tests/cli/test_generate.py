@@ -134,8 +134,20 @@ def test_columns_on_a_wide_terminal(tiny_tokenizer: Any, monkeypatch: pytest.Mon
 
 
 def test_a_models_terminal_commands_are_not_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdout", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
-    assert answers._printable("a\x1b[2Jb") == "a␛[2Jb"
+    from lorakit.generate import NewToken
+
+    class Tokenizer:
+        def decode(self, token_ids: list[int], **options: Any) -> str:
+            return "a\x1b[2Jb" * len(token_ids)
+
+    screen = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setenv("COLUMNS", "20")  # too narrow for columns side by side
+    for labels in (["one"], ["one", "two"]):
+        rows = [answers.Answer(label, Tokenizer(), [1]) for label in labels]
+        answers.show(rows, [NewToken(row, 2, "length") for row in range(len(rows))])
+    assert screen.getvalue().count("a␛[2Jb") == 3
+    assert "\x1b[2J" not in screen.getvalue()
 
 
 def test_draws_repeat_with_their_seed(tiny_model_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,9 +195,9 @@ def test_an_adapters_own_tokenizer_is_used(
     ("words", "code", "said"),
     [
         (["--prompt", ""], 2, "--prompt: the prompt is empty."),
-        (["--prompt", "x", "--system", "s", "--no-chat"], 2, "--system needs the chat template, and --no-chat leaves"),
+        (["--prompt", "x", "--system", "s", "--no-chat"], 2, "--system needs the chat template, but --no-chat"),
         (["--prompt", "x", "--temperature", "-1"], 2, "temperature is -1.0; it must be 0 (greedy)"),
-        (["--prompt", "x", "--top-p", "2"], 2, "top_p is 2.0; it must lie above 0 and at most at 1"),
+        (["--prompt", "x", "--top-p", "2"], 2, "top_p is 2.0; it must be above 0 and at most 1"),
         (["--prompt", "x", "--max-new-tokens", "0"], 2, "max_new_tokens is 0; it must be at least 1."),
         (["--prompt", "x", "--dtype", "int8"], 2, "dtype is 'int8'; allowed: auto, float32, bfloat16, float16."),
         (["--prompt", "x", "--adapter", "nowhere"], 1, "nowhere: adapter directory not found; it must hold"),
@@ -194,7 +206,7 @@ def test_an_adapters_own_tokenizer_is_used(
             1,
             "nowhere.txt: the prompt file cannot be read (No such file or directory)",
         ),
-        (["--prompt", "word " * 200], 2, "tokens, and the model takes 128 in all: nothing is left for an answer."),
+        (["--prompt", "word " * 200], 2, "tokens, but the model takes at most 128"),
         (["--promt", "x"], 2, "Did you mean"),
     ],
 )
@@ -208,7 +220,7 @@ def test_nothing_to_answer(
     tiny_model_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
-    assert "There is nothing to answer: give --prompt" in refusal(capsys, 2, "--model", tiny_model_directory)
+    assert "no prompt; pass --prompt" in refusal(capsys, 2, "--model", tiny_model_directory)
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert "standard input: the prompt is empty." in refusal(capsys, 2, "--model", tiny_model_directory)
 
@@ -239,7 +251,7 @@ def test_templates_that_are_missing_or_refuse(
     tiny_tokenizer.save_pretrained(tmp_path / "m")
     words = ["--model", tmp_path / "m", "--prompt", "x"]
     said = refusal(capsys, 2, *words)
-    assert "The chat template refuses this prompt (no system role here); try --no-chat." in said
+    assert "The chat template rejects this prompt (no system role here); try --no-chat." in said
     tiny_tokenizer.chat_template = None
     shutil.rmtree(tmp_path / "m")
     tiny_llama.save_pretrained(tmp_path / "m")
@@ -253,7 +265,7 @@ def test_adapters_that_cannot_be_used(
 ) -> None:
     common = ["--model", tiny_model_directory, "--prompt", "x", "--max-new-tokens", 2, "--adapter"]
     one = save_adapter("one")
-    assert f"--adapter names {one}/ twice." in refusal(capsys, 2, *common, one, f"{one}/")
+    assert f"--adapter names {one}/ twice; pass it once." in refusal(capsys, 2, *common, one, f"{one}/")
     shutil.copytree(one, tmp_path / "run" / "adapter")
     said = refusal(capsys, 1, *common, tmp_path / "run")
     assert f"is a run directory; its adapter is {tmp_path / 'run' / 'adapter'}." in said

@@ -98,7 +98,7 @@ def test_what_is_no_adapter_is_refused(
     shutil.copytree(one, tmp_path / "run" / "adapter")
     for folder, said in (
         (tmp_path / "no", "adapter directory not found"),
-        (tiny_model_directory, "there is no adapter_config.json, so this is not an adapter"),
+        (tiny_model_directory, "no adapter_config.json, so this is not an adapter"),
         (tmp_path / "run", "is a run directory; its adapter is"),
     ):
         assert main(["inspect", str(folder)]) == 1

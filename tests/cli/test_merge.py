@@ -128,7 +128,7 @@ def test_tied_embeddings_need_a_word_and_come_apart(
     words = ["--model", tiny_model_directory, "--adapter", one, "--output-dir", tmp_path / "out"]
     said = error(capsys, 1, *words)
     assert "model.embed_tokens is adapted and shares its weight with lm_head.weight" in said
-    assert "Give --untie" in said
+    assert "Pass --untie" in said
     assert not (tmp_path / "out").exists()
     merged(*words, "--untie")
     assert "untied     input and output embeddings are separate weights" in capsys.readouterr().out
@@ -181,7 +181,7 @@ def test_a_directory_that_says_something_else_is_not_kept(
 
     monkeypatch.setattr(hub, "save_model", damage)
     said = error(capsys, 1, "--model", tiny_model_directory, "--adapter", one, "--output-dir", tmp_path / "out")
-    assert "The merged directory does not say what base and adapters say: on 48 tokens" in said
+    assert "The merged model differs from base and adapters: on 48 tokens" in said
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(f"{durable.TEMPORARY}*"))
 
@@ -266,12 +266,14 @@ def test_a_disk_that_refuses(
         assert "out: cannot be written (Read-only file system)" in error(capsys, 1, *words)
     with monkeypatch.context() as patch:
         patch.setattr("lorakit.hub.models.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(100, 100, 10))
-        assert "kB are needed and 10 B are free." in error(capsys, 1, *words)
+        assert "kB needed, 10 B free" in error(capsys, 1, *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "tiny-llama"]
 
 
 def test_doubts_are_put_into_words() -> None:
     probe = merged_model.Probe(0.4, 1.0, "float32", 0.5, 0.9)
     done = merged_model.Merged(Path("out"), "bfloat16", 1, 2, False, True, (), probe)
-    (sentence,) = merge.doubts(done)
-    assert sentence.endswith("the adapters change the base's by up to 0.5: much of their effect is lost.")
+    (sentence,) = merge.merge_warnings(done)
+    assert sentence.endswith(
+        "the adapters change the base's by up to 0.5: most of their effect is lost. --dtype float32 may keep it."
+    )

@@ -100,13 +100,13 @@ def test_what_is_not_exact_is_refused_where_it_is_asked_for(
     common = ["--model", loud_model_directory, "--merged"]
     said = refusal(capsys, 1, *common, "--adapter", one, "--dtype", "bfloat16")
     assert (
-        f"{one}: --merged is for exact merges, and this is none. model.layers.0.self_attn.q_proj is bfloat16, and a "
+        f"{one}: --merged is for exact merges, and this one is not. model.layers.0.self_attn.q_proj is bfloat16, and a "
         "merged weight loses what lies below the roundings of that precision. In float32 a merge is exact. Leave out "
         "--merged."
     ) in said
     waiting = save_adapter("waiting", 3, alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
     said = refusal(capsys, 1, *common, "--adapter", waiting)
-    assert "model.layers.0.self_attn.q_proj is alora, which cannot be merged" in said
+    assert "model.layers.0.self_attn.q_proj is aLoRA, which cannot be merged" in said
     alone = "--merged is for one adapter that answers alone, and here is"
     assert f"{alone} no adapter; leave it out." in refusal(capsys, 2, *common)
     assert f"{alone} more than one answer; leave it out." in refusal(capsys, 2, *common, "--adapter", one, two)
@@ -130,4 +130,4 @@ def test_damaged_numbers_are_found_by_the_merge(
     assert "NaNs detected in the merged weights." in refusal(capsys, 1, *words, "--merged")
     assert main(["generate", "--prompt", "hello", *map(str, words)]) == 1  # 256 tokens may come, so a merge is tried
     said = capsys.readouterr().err
-    assert "The logits of row 0 are NaN or infinite at new token 1" in said and "merged into" not in said
+    assert "Logits of row 0 are NaN or infinite at new token 1" in said and "merged into" not in said

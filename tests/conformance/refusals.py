@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from lorakit.core.kinds import kind_named
 from lorakit.core.quantization import BASES
 from lorakit.core.variants import variant_named
 
@@ -51,7 +52,10 @@ def _kinds(cell: Cell) -> set[str]:
 BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "the row of INITS does not name the kind",
-        lambda cell: not _kinds(cell) <= set(cell.rules.kinds) and (cell.init != "eva" or cell.kind == "Parameter"),
+        lambda cell: (
+            not all(cell.rules.fits(kind_named(kind)) for kind in _kinds(cell))
+            and (cell.init != "eva" or cell.kind == "Parameter")
+        ),
         "has no meaning on a|No supported layers found for",
     ),
     Refusal(
@@ -67,13 +71,13 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     ),
     Refusal(
         "the row of VARIANTS does not name the kind",
-        lambda cell: not _kinds(cell) <= set(variant_named(cell.variant).kinds),
-        r"(use_dora|alora_invocation_tokens) at .*: (dora|alora) cannot act on a",
+        lambda cell: not all(variant_named(cell.variant).fits(kind_named(kind)) for kind in _kinds(cell)),
+        r"(use_dora|alora_invocation_tokens) at .*: (DoRA|aLoRA) cannot act on a",
     ),
     Refusal(
         "before its invocation aLoRA is the base, which the init moved; peft answers with the moved base there",
-        lambda cell: cell.rules.changes_base and not variant_named(cell.variant).mergeable,
-        "moves the base weight, and alora needs the base as it is before its start",
+        lambda cell: cell.rules.changes_base and not variant_named(cell.variant).is_mergeable,
+        "moves the base weight, and aLoRA needs the base as it is before its start",
     ),
     Refusal(
         "what is left of a weight in few bits would be rounded a second time",

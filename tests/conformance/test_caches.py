@@ -358,7 +358,7 @@ def test_what_eva_refuses_by_text_and_nothing_changes() -> None:
         get_eva_state_dict(small(), BATCHES, eva(ours), **{**HOW, "prepare_layer_inputs_fn": {"nowhere": None}})
     with pytest.raises(ConfigTypeError, match="inputs must be a dictionary"):
         get_eva_state_dict(small(), BATCHES, eva(ours), forward_fn=HOW["forward_fn"])
-    with pytest.raises(DataError, match="down: nothing of the data reached this module"):
+    with pytest.raises(DataError, match="down: No batch reached this site"):
         get_eva_state_dict(small(), BATCHES, eva(ours), **{**HOW, "forward_fn": lambda m, x: m.conv(m.up(x))})
     with pytest.warns(UserWarning, match=r"names modules that adapter 'default' does not have: \['elsewhere'\]"):
         initialize_lora_eva_weights(model, eva_state_dict={**good, "elsewhere": good[up]})

@@ -10,7 +10,7 @@ from .rows import ROWS_COMPARED, Row, quiet_peft
 
 MERGED = [row for row in ROWS_COMPARED if "in-groups" not in row.name and "stacked" not in row.name]
 """The rows that both merge: a convolution of several groups has no place for what its adapter adds, and of layers that
-share their weights peft sums all updates into the one weight (tests/core/layering/test_layer_replication.py has ours)."""
+share their weights peft sums all updates into the one weight (tests/core/model/test_replication.py has ours)."""
 
 
 @pytest.mark.parametrize("row", MERGED, ids=str)

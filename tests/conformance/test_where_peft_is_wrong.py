@@ -196,7 +196,7 @@ def test_gaussian_reaches_embeddings() -> None:
 
 
 def test_dropout_below_zero_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"lora_dropout is -0\.1; it must lie in \[0, 1\)\."):
+    with pytest.raises(ConfigError, match=r"lora_dropout is -0\.1; it must be in \[0, 1\)\."):
         ours.LoraConfig(lora_dropout=-0.1)
 
 

@@ -78,14 +78,14 @@ def test_a_state_gives_the_batches_that_would_have_come(sequences: Any, given_ou
 
 def test_a_state_of_other_data_is_refused(sequences: Any) -> None:
     state = Loader(sequences, 4, seed=5).state()
-    with pytest.raises(DataError, match="cannot be taken up again: the data, batch_rows changed since it was kept"):
+    with pytest.raises(DataError, match="cannot be restored: the data, batch_rows changed"):
         Loader(sequences[1:], 3, seed=5).load_state(state)
     same_tokens = [Sequence(s.input_ids, array("i", [-100] * len(s))) for s in sequences]
-    with pytest.raises(DataError, match="taken up again: the data changed"):
+    with pytest.raises(DataError, match="cannot be restored: the data changed"):
         Loader(same_tokens, 4, seed=5).load_state(state)
     with pytest.raises(DataError, match="seed changed"):
         Loader(sequences, 4, seed=6).load_state(state)
-    with pytest.raises(DataError, match="The kept position in the data is not one: epoch 0, batch 99"):
+    with pytest.raises(DataError, match="position in the data is not valid: epoch 0, batch 99"):
         Loader(sequences, 4, seed=5).load_state({**state, "batch": 99})
 
 
@@ -115,9 +115,9 @@ def test_by_length_a_batch_has_the_places_of_some_of_the_longest(sequences: Any,
 
 
 def test_batches_need_rows(sequences: Any) -> None:
-    with pytest.raises(ConfigError, match="The batch size is 0; at least 1 row is needed"):
+    with pytest.raises(ConfigError, match="The batch size is 0; it must be at least 1"):
         Loader(sequences, 0, seed=0)
-    with pytest.raises(DataError, match="There are no sequences to make batches from"):
+    with pytest.raises(DataError, match="no sequences to make batches from"):
         Loader([], 1, seed=0)
-    with pytest.raises(ConfigError, match="The batch size is 0; at least 1 row is needed"):
+    with pytest.raises(ConfigError, match="The batch size is 0; it must be at least 1"):
         next(by_length(sequences, 0))

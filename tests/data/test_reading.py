@@ -53,30 +53,30 @@ def test_columns_that_are_not_used_are_named_once(tmp_path: Path) -> None:
     message = {"role": "assistant", "content": "a", "tool_calls": []}
     path = write(tmp_path / "a.jsonl", {"text": "x", "id": 1}, {"text": "y", "id": 2}, {"messages": [message]})
     assert read_records(path).notes == [
-        f"{path}: these columns are not used: 'id' (2 of 3 rows), 'messages[].tool_calls' (1 of 3 rows)."
+        f"{path}: unused columns: 'id' (2 of 3 rows), 'messages[].tool_calls' (1 of 3 rows)."
     ]
 
 
 def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("x")
-    assert refused(tmp_path / "trian.txt").endswith("there is no such data file. Near it: train.txt.")
-    assert refused(tmp_path / "no" / "a.txt").endswith(f"The folder {tmp_path / 'no'} does not exist either.")
-    assert refused(tmp_path).endswith("is a directory; give the data files in it, each by its name.")
+    assert refused(tmp_path / "trian.txt").endswith("not found. Similar: train.txt.")
+    assert refused(tmp_path / "no" / "a.txt").endswith(f"The directory {tmp_path / 'no'} does not exist either.")
+    assert refused(tmp_path).endswith("is a directory; pass the data files in it by name.")
     empty = tmp_path / "empty.txt"
     empty.write_bytes(b" \n\t\n")
-    assert refused(empty) == f"{empty}: the data file is empty; there is nothing to learn from."
+    assert refused(empty) == f"{empty}: the data file is empty."
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"ELF\0\1\2")
     assert "looks binary (a zero byte at offset 3)" in refused(binary)
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"first\ncaf\xe9 au lait")
-    assert "is not UTF-8: the byte 0xe9 at offset 9 (line 2) begins no character" in refused(latin)
+    assert "is not UTF-8: byte 0xe9 at offset 9 (line 2)" in refused(latin)
     wide = tmp_path / "wide.txt"
     wide.write_text("wide", encoding="utf-16")
     assert "the data file is UTF-16; save it as UTF-8" in refused(wide)
     other = tmp_path / "a.json"
     other.write_text("[]")
-    assert "data files end in .txt, .md or .jsonl, not in '.json'. A .json file becomes .jsonl" in refused(other)
+    assert "data files end in .txt, .md or .jsonl, not in '.json'. Convert the .json file to .jsonl" in refused(other)
     pipe = tmp_path / "pipe.txt"
     os.mkfifo(pipe)
     assert "is not a regular file" in refused(pipe)
@@ -90,27 +90,36 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         ('{"text": "a", "text": "b"}', "not valid JSON (the key 'text' stands twice)."),
         ('{"text": "a", "weight": NaN}', "not valid JSON (NaN is not a JSON number)."),
         ("[" * 100_000, "not valid JSON (nested too deeply)."),
-        ([1], "a row is a JSON object, not a list."),
-        ({"text": 3}, "the field 'text' is the number 3; a string is needed."),
-        ({"text": None}, "the field 'text' is null; a string is needed."),
-        ({"prompt": "p", "completion": True}, "the field 'completion' is the truth value true; a string is needed."),
-        ({"prompt": "p"}, "the field 'completion' is missing; a row has 'text', or 'prompt' and 'completion', or"),
+        ([1], "must be a JSON object, not a list."),
+        ({"text": 3}, "the field 'text' is the number 3; it must be a string"),
+        ({"text": None}, "the field 'text' is null; it must be a string"),
+        ({"prompt": "p", "completion": True}, "the field 'completion' is the boolean true; it must be a string"),
+        (
+            {"prompt": "p"},
+            "the field 'completion' is missing; a row must have 'text', or 'prompt' and 'completion', or",
+        ),
         ({"text": "a", "messages": []}, "this one has 'text' and 'messages'."),
         ({}, "this one has no fields."),
-        ({"Promt": "a", "output": "b"}, "this one has 'Promt', 'output'. Perhaps 'prompt' for 'Promt'?"),
-        ('{"text": "a\\ud800"}', "the field 'text' holds half of a surrogate pair (\\ud800) at character 1"),
-        ({"messages": []}, "the field 'messages' is an empty list; a list of objects with 'role' and 'content'"),
-        ({"messages": "hi"}, "the field 'messages' is the string 'hi'; a list of objects"),
-        ({"messages": ["hi"]}, "the field 'messages[0]' is the string 'hi'; an object with 'role' and 'content'"),
+        ({"Promt": "a", "output": "b"}, "this one has 'Promt', 'output'. Did you mean 'prompt' for 'Promt'?"),
+        ('{"text": "a\\ud800"}', "the field 'text' contains an unpaired surrogate (\\ud800) at character 1"),
+        (
+            {"messages": []},
+            "the field 'messages' is an empty list; it must be a list of objects with 'role' and 'content'",
+        ),
+        ({"messages": "hi"}, "the field 'messages' is the string 'hi'; it must be a list of objects"),
+        (
+            {"messages": ["hi"]},
+            "the field 'messages[0]' is the string 'hi'; it must be an object with 'role' and 'content'",
+        ),
         ({"messages": [{"role": "user"}]}, "the field 'messages[0].content' is missing"),
         (
             {"messages": [{"role": "assitant", "content": "x"}]},
             "the field 'messages[0].role' is 'assitant'; allowed: system, developer, user, assistant, tool. "
-            "Perhaps 'assistant'?",
+            "Did you mean 'assistant'?",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-            "the field 'messages[0].content' is a list; a string is needed.",
+            "the field 'messages[0].content' is a list; it must be a string",
         ),
     ],
 )

@@ -104,7 +104,7 @@ def test_first_gradients() -> None:
 def test_dora_rescales_each_row() -> None:
     model, layer = adapted(use_dora=True)
     W, bias, A, B = parts(layer)
-    magnitude = layer.factor("default").magnitude
+    magnitude = layer.factor("default").own["lora_magnitude_vector"]
     assert magnitude is not None
     with torch.no_grad():
         magnitude.mul_(torch.rand(OUT, dtype=torch.float64) + 0.5)
@@ -154,8 +154,8 @@ def test_surviving_share_of_a_rounded_merge() -> None:
     report = core.merge(model)
     stored = (W + delta).to(torch.bfloat16).float()
     lost = torch.linalg.vector_norm(stored - (W + delta)) / torch.linalg.vector_norm(delta)
-    assert report.sites[0].survived == pytest.approx(max(0.0, 1 - float(lost)), abs=1e-5)
-    assert 0 <= report.survived < 0.9  # a delta far below the weights loses much of itself in bf16
+    assert report.sites[0].retained == pytest.approx(max(0.0, 1 - float(lost)), abs=1e-5)
+    assert 0 <= report.retained < 0.9  # a delta far below the weights loses much of itself in bf16
 
 
 def test_each_row_gets_its_own_adapter() -> None:

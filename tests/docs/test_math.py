@@ -220,7 +220,7 @@ def survival() -> Iterator[list[str]]:
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     yield ["‖ΔW‖ / ‖W‖", *(str(dtype).removeprefix("torch.") for dtype in dtypes)]
     for relative in (1e-1, 1e-2, 1e-3, 1e-4):
-        shares = [core.merge(model_with_delta(relative, dtype)).survived for dtype in dtypes]
+        shares = [core.merge(model_with_delta(relative, dtype)).retained for dtype in dtypes]
         yield [f"{relative:g}", *(f"{share:.0%}" for share in shares)]
 
 

@@ -34,11 +34,11 @@ def test_python_blocks_run(number: int, tmp_path: Path) -> None:
         assert promised in done.stdout
 
 
-def test_there_are_two_python_blocks_and_every_verb_is_shown() -> None:
-    from lorakit.cli import VERBS
+def test_there_are_two_python_blocks_and_every_command_is_shown() -> None:
+    from lorakit.cli import COMMANDS
 
     assert len(blocks("README.md", "python")) == 2
-    assert {arguments[0] for arguments in commands()} == set(VERBS)
+    assert {arguments[0] for arguments in commands()} == set(COMMANDS)
 
 
 def test_the_korean_page_holds_the_same_code() -> None:

@@ -241,12 +241,12 @@ def test_nothing_runs_and_all_is_checked_before_the_first_token_is_asked_for(tin
 @pytest.mark.parametrize(
     ("prompts", "said"),
     [
-        ([], "There is no prompt to continue."),
-        ([[]], "the prompt is empty: it has no token to continue from."),
+        ([], "no prompt to continue"),
+        ([[]], "the prompt is empty"),
         ([[1], []], "prompt 2 of 2 is empty"),
-        ([[1, 512]], "the prompt holds the token id 512, and the model has 0 to 511: is it another tokenizer?"),
-        ([[-1]], "the prompt holds the token id -1"),
-        ([[1] * 128], "the prompt has 128 tokens, and the model takes 128 in all: nothing is left for an answer."),
+        ([[1, 512]], "the prompt has the token id 512; the model's ids are 0 to 511"),
+        ([[-1]], "the prompt has the token id -1"),
+        ([[1] * 128], "the prompt has 128 tokens, but the model takes at most 128"),
     ],
 )
 def test_bad_prompts_are_refused_by_name(tiny_gpt2: Any, prompts: list[list[int]], said: str) -> None:
@@ -258,13 +258,13 @@ def test_bad_prompts_are_refused_by_name(tiny_gpt2: Any, prompts: list[list[int]
 def test_bad_settings_are_refused_by_name(tiny_gpt2: Any) -> None:
     with pytest.raises(ConfigError, match="max_new_tokens is 0; it must be at least 1"):
         generate(tiny_gpt2, [1], max_new_tokens=0)
-    with pytest.raises(UsageError, match="There are 1 prompts and 2 samplings"):
+    with pytest.raises(UsageError, match="1 prompts and 2 samplings"):
         generate_batch(tiny_gpt2, [[1]], max_new_tokens=1, sampling=[Sampling(), Sampling()])
-    with pytest.raises(UsageError, match="There are 1 prompts and 2 adapters"):
+    with pytest.raises(UsageError, match="1 prompts and 2 adapters"):
         generate_batch(tiny_gpt2, [[1]], max_new_tokens=1, adapters=[None, None])
-    with pytest.raises(UsageError, match=r"generate continues one prompt, .* and was given"):
+    with pytest.raises(UsageError, match=r"generate continues one prompt, .* got shape"):
         generate(tiny_gpt2, torch.tensor([[1], [2]]), max_new_tokens=1)
-    with pytest.raises(ModelError, match="in train mode, so dropout would act on the answers"):
+    with pytest.raises(ModelError, match="in train mode, so dropout would affect the answers"):
         generate(tiny_gpt2.train(), [1], max_new_tokens=1)
 
 
@@ -274,12 +274,12 @@ def test_an_unknown_adapter_is_refused(adapted: Any) -> None:
 
 
 def test_a_model_without_a_cache_is_refused() -> None:
-    with pytest.raises(ModelError, match="A Linear takes no cache of keys and values"):
+    with pytest.raises(ModelError, match="Linear takes no key-value cache"):
         generate(torch.nn.Linear(2, 2).eval(), [1], max_new_tokens=1)
 
 
 def test_logits_that_are_no_numbers_stop_it(tiny_gpt2: Any) -> None:
     with torch.no_grad():
         tiny_gpt2.transformer.ln_f.bias[0] = torch.nan
-    with pytest.raises(NonFiniteError, match="The logits of row 0 are NaN or infinite at new token 1"):
+    with pytest.raises(NonFiniteError, match="Logits of row 0 are NaN or infinite at new token 1"):
         list(generate(tiny_gpt2, [1], max_new_tokens=3))

@@ -79,11 +79,11 @@ def test_the_logits_are_those_without_the_cache() -> None:
 def test_who_may_not_share() -> None:
     model, prefix = adapted(LLAMA), None
     prefix = read_prefix(model, [*SHARED, 3, 4])
-    with pytest.raises(UsageError, match="Adapter 'a' acts within the prefix of 8 tokens in row 1"):
+    with pytest.raises(UsageError, match="Adapter 'a' is active within the prefix of 8 tokens in row 1"):
         tokens_of(model, [[*SHARED, 3, 4, 20]], ["a"], prefix=prefix)
-    with pytest.raises(UsageError, match="Adapter 'plain' acts within the prefix"):
+    with pytest.raises(UsageError, match="Adapter 'plain' is active within the prefix"):
         tokens_of(model, [[*SHARED, 3, 4, 20]], ["plain"], prefix=prefix)
-    with pytest.raises(UsageError, match="prompt 2 of 2 does not go on from the prefix of 8 tokens"):
+    with pytest.raises(UsageError, match="prompt 2 of 2 does not start with the prefix of 8 tokens"):
         tokens_of(model, [[*SHARED, 3, 4, 20], [*SHARED, 20]], [None, None], prefix=prefix)
 
 

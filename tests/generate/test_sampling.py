@@ -70,7 +70,7 @@ def test_the_dice_are_the_rows_own() -> None:
         ({"temperature": -0.1}, "temperature is -0.1; it must be 0 (greedy) or a number above 0"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": math.inf}, "temperature is inf"),
-        ({"top_p": 0.0}, "top_p is 0.0; it must lie above 0 and at most at 1"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"top_k": -1}, "top_k is -1; it must be 0 (all tokens)"),
         ({"seed": -1}, "seed is -1; it must be a whole number from 0"),

@@ -48,50 +48,46 @@ def test_an_existing_path_comes_first(tmp_path: Path) -> None:
     assert resolve(folder).recorded_name == str(folder)
     config = resolve(folder / "config.json")
     assert config.kind == "config"
-    assert "a config file gives shapes, not weights" in refused(folder / "config.json")
+    assert "a config file has shapes but no weights" in refused(folder / "config.json")
 
 
 def test_what_is_no_model_directory(tmp_path: Path) -> None:
-    assert "'./nothing': there is no such model directory." in refused("./nothing")
-    assert refused("no/such/model").endswith("The folder no/such does not exist either.")
+    assert "'./nothing': model directory not found." in refused("./nothing")
+    assert refused("no/such/model").endswith("The directory no/such does not exist either.")
     assert "''" in refused("")
     model_folder(tmp_path / "models" / "llama-small")
-    assert refused("models/llama-smal").endswith("Near it: models/llama-small.")
-    assert refused("models").endswith(
-        "the directory has no config.json, so it is no model. Below it, these are models: llama-small."
-    )
+    assert refused("models/llama-smal").endswith("Similar: models/llama-small.")
+    assert refused("models").endswith("no config.json, so this is not a model directory. Models below it: llama-small.")
     (tmp_path / "file.txt").write_text("x")
     assert "file.txt: is a file; a model is a directory with a config.json" in refused("file.txt")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "gpt2"}))
     assert refused("adapter").endswith(
-        "It holds an adapter: give that as --adapter, and its base as --model. Its base is 'gpt2'."
+        "It is an adapter: pass it as --adapter, and its base as --model. Its base is 'gpt2'."
     )
 
 
 def test_what_a_model_directory_lacks(tmp_path: Path) -> None:
     bare = model_folder(tmp_path / "bare")
     assert refused(bare) == (
-        f"{bare}: the model directory has no weights; model.safetensors (or its index and parts) is needed."
+        f"{bare}: the model directory has no weights; add model.safetensors (or its index and parts)."
     )
     pickled = model_folder(tmp_path / "pickled", "pytorch_model.bin")
-    assert "the weights are a pickle (pytorch_model.bin), which can run code when it is opened" in refused(pickled)
+    assert "pickle weights are not loaded (pytorch_model.bin)" in refused(pickled)
     gguf = model_folder(tmp_path / "gguf", "x.Q4_1.gguf")
-    assert "the weights are GGUF (x.Q4_1.gguf)" in refused(gguf)
+    assert "GGUF weights are not loaded (x.Q4_1.gguf)" in refused(gguf)
     both = model_folder(tmp_path / "both", "model.safetensors", "adapter_config.json")
-    assert f"{both}: the directory holds a model and an adapter (adapter_config.json)" in refused(both)
+    assert f"{both}: the directory has a model and an adapter (adapter_config.json)" in refused(both)
     dumb = model_folder(tmp_path / "dumb", "model.safetensors")
     assert refused(dumb, tokenizer=True).startswith(f"{dumb}: the model directory has no tokenizer (such as tokenizer.")
 
 
 def test_a_hub_id_without_a_network() -> None:
     said = refused("gpt3")
-    assert said.startswith(
-        "'gpt3' is no directory here and no packaged model (smollm2), and the hub cannot be reached "
-    )
-    assert "(ConnectionError: no route). Give a directory, or try again with a network." in said
-    assert "Near it: gpt2" in said
+    assert said.startswith("'gpt3' is not a directory or a packaged model (smollm2), and the Hub cannot be reached ")
+    assert "(ConnectionError: no route). Pass a directory, or try again with a network" in said
+    assert "Similar: gpt2" in said
 
 
 @pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
@@ -100,7 +96,7 @@ def test_offline_is_respected_and_said(monkeypatch: pytest.MonkeyPatch, name: st
     assert offline() is None
     monkeypatch.setenv(name, "1")
     monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: pytest.fail("the network was used"))
-    assert f"The network is off ({name} is set): unset it, or give a directory." in refused("some/model")
+    assert f"Network access is off ({name} is set): unset it, or pass a directory." in refused("some/model")
 
 
 def test_the_hub_s_cache_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,16 +114,16 @@ def test_what_the_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     answer("config.json", "model.safetensors")
     assert resolve("some/model").kind == "hub"
     answer("config.json", "pytorch_model.bin")
-    assert "the hub has no safetensors weights of this model, and only those are read." in refused("some/model")
+    assert "the Hub has no safetensors weights of this model" in refused("some/model")
     answer("README.md")
-    assert "is no transformers model (no config.json)" in refused("some/model")
+    assert "not a transformers model on the Hub (no config.json)" in refused("some/model")
 
 
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("RepositoryNotFoundError", "and the hub has no model of that name that you may read."),
-        ("GatedRepoError", "the hub asks for permission to read this model; ask for it on the model's page"),
+        ("RepositoryNotFoundError", "and the Hub has no model of that name"),
+        ("GatedRepoError", "restricted; request it on the model's page"),
     ],
 )
 def test_a_name_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch, kind: str, said: str) -> None:

@@ -19,7 +19,7 @@ from lorakit.data import Loader
 from lorakit.data.encoding import IGNORED, Sequence
 from lorakit.train.evaluation import evaluate
 from lorakit.train.optimizer import build_adamw
-from lorakit.train.step import StepResult, Trainee, train_step
+from lorakit.train.step import StepOptions, StepResult, train_step
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 """Largest difference of a gradient, relative to its largest value. bf16: the base's activations round."""
@@ -43,8 +43,8 @@ def _step(model: Any, sizes: list[int], dtype: torch.dtype) -> tuple[StepResult,
     rows, edges = _rows(), itertools.accumulate([0, *sizes])
     parts = [rows[a:b] for a, b in itertools.pairwise(edges)]
     batches = [next(Loader(part, len(part), 0, shuffle=False)) for part in parts]
-    trainee = Trainee(model, named, build_adamw(named, 1e-3, 0.0), torch.device("cpu"), max_grad_norm=0.0)
-    result = train_step(trainee, batches, 0.0)
+    options = StepOptions(torch.device("cpu"), max_grad_norm=0.0)
+    result = train_step(model, named, build_adamw(named, 1e-3, 0.0), batches, 0.0, options)
     return result, {name: parameter.grad.double() for name, parameter in named if parameter.grad is not None}
 
 

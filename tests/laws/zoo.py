@@ -345,7 +345,7 @@ class Case:
     @property
     def mergeable(self) -> bool:
         """Whether the variant has a place in the weight."""
-        return variant_named(self.variant).mergeable
+        return variant_named(self.variant).is_mergeable
 
     @property
     def moves_base(self) -> bool:
@@ -363,10 +363,10 @@ class Case:
 
 def _allowed(case: Case) -> bool:
     init = init_named(case.init)
-    if case.kind not in init.kinds or (init.changes_base and not variant_named(case.variant).mergeable):
+    if not init.fits(kind_named(case.kind)) or (init.changes_base and not variant_named(case.variant).is_mergeable):
         return False
     known = case.kind in OF_KIND  # a dense layer inside nn.MultiheadAttention comes with that
-    return known and any(row.name == case.variant and case.kind in row.kinds for row in VARIANTS)
+    return known and any(row.name == case.variant and row.fits(kind_named(case.kind)) for row in VARIANTS)
 
 
 def every_case() -> list[Case]:

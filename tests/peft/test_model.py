@@ -381,10 +381,10 @@ class TestFiles:
     def test_missing_folder(self, tiny_llama: Any, tmp_path: Path) -> None:
         with pytest.raises(
             AdapterFileError,
-            match=r"nowhere: there is no such folder; an adapter is a folder with adapter_config\.json",
+            match=r"nowhere: directory not found; an adapter is a directory with adapter_config\.json",
         ):
             PeftModel.from_pretrained(tiny_llama, tmp_path / "nowhere")
-        with pytest.raises(AdapterFileError, match=r"there is no adapter_config\.json, so this is not an adapter"):
+        with pytest.raises(AdapterFileError, match=r"no adapter_config\.json, so this is not an adapter"):
             PeftModel.from_pretrained(tiny_llama, tmp_path)
         assert not any("lora" in name for name, _ in tiny_llama.named_modules())
 

@@ -88,7 +88,7 @@ def test_what_does_not_fit() -> None:
     with pytest.warns(UserWarning, match="because you passed `ignore_mismatched_sizes=True`"):
         set_peft_model_state_dict(model, wrong, ignore_mismatched_sizes=True)
     for do in (get_peft_model_state_dict, lambda m, adapter_name: set_peft_model_state_dict(m, {}, adapter_name)):
-        with pytest.raises(AdapterError, match="There is no adapter 'c'"):
+        with pytest.raises(AdapterError, match="adapter 'c' not found on this model"):
             do(model, adapter_name="c")
 
 
@@ -141,3 +141,34 @@ def test_values_that_are_not_there_are_said(given: dict[str, Tensor], tmp_path: 
         assert len(get_peft_model_state_dict(model, given)) == len(given)
     with pytest.warns(UserWarning, match=r"base_model\.model\.0\.lora_B\.weight"):
         model.save_pretrained(tmp_path, state_dict=given)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda tensor: tensor * torch.nan, r"adapter 'default': implausible: NaN or infinite numbers in 2 tensors"),
+        (lambda tensor: tensor * 1e9, "adapter 'default': implausible: Implausibly large numbers in 2 tensors"),
+        (lambda tensor: tensor * 0, r"adapter 'default': implausible: B·A is zero at all sites, first 0"),
+    ],
+    ids=["nan", "large", "zero"],
+)
+@pytest.mark.parametrize("prefix", ["base_model.model.", ""])
+def test_implausible_values_are_warned_about_as_when_loading(change: Any, expected: str, prefix: str) -> None:
+    model = adapted(CONFIGS["plain"])
+    model.set_requires_grad("default", False)
+    good = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
+    bad = {prefix + key.removeprefix("base_model.model."): change(tensor) for key, tensor in good.items()}
+    with pytest.warns(UserWarning, match=expected):
+        result = set_peft_model_state_dict(model, bad)
+    assert result.unexpected_keys == []
+    after = get_peft_model_state_dict(model)
+    assert all(torch.allclose(after[key], change(tensor), equal_nan=True) for key, tensor in good.items())
+
+
+def test_plausible_values_and_zeros_that_will_be_trained_are_not_warned_about() -> None:
+    model = adapted(CONFIGS["plain"])
+    zero = {key: tensor * 0 for key, tensor in get_peft_model_state_dict(model).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_peft_model_state_dict(model, get_peft_model_state_dict(model))
+        set_peft_model_state_dict(model, zero)

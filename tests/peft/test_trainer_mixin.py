@@ -19,7 +19,7 @@ from lorakit.peft import LoraConfig, LoraTrainerMixin, PeftModel, get_peft_model
 
 from .models import ids, randomise
 from .running import run
-from .test_standing_in import FOUR_BITS, TRAINING
+from .test_installing import FOUR_BITS, TRAINING
 
 CONFIG = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 

@@ -20,7 +20,7 @@ from lorakit.speed import accelerate
 from lorakit.speed.acceleration import end_to_end
 
 from ..small_models import GROUPED
-from .test_accelerating import PACKING, adapted
+from .test_acceleration import PACKING, adapted
 
 Change = Callable[[Any], None]
 

@@ -17,7 +17,7 @@ from lorakit.speed import Acceleration, accelerate, end_to_end, last_layer
 from lorakit.speed.attention import attention
 
 from ..doubles import InDouble
-from .test_accelerating import MODELS, WHOLE_LAYERS, adapted, close, given
+from .test_acceleration import MODELS, WHOLE_LAYERS, adapted, close, given
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks for it
 FEW = tuple(name for name in WHOLE_LAYERS if name != "mixtral")

@@ -96,10 +96,10 @@ def test_damage_is_seen_and_the_older_checkpoint_is_taken(tmp_path: Path, name: 
         checkpoint.load(newer)
     assert str(caught.value).startswith(f"{newer}: ")
     assert name in str(caught.value)
-    found = checkpoint.newest_good(tmp_path)
-    assert found.path == older
-    assert [path for path, _ in found.skipped] == [newer]
-    assert name in found.skipped[0][1]
+    assert checkpoint.newest_valid(tmp_path) == older
+    (path, fault), (valid, none) = checkpoint.verified(tmp_path)
+    assert (path, valid, none) == (newer, older, None)
+    assert name in str(fault)
 
 
 def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
     good = path.read_bytes()
     for position in range(len(good)):
         path.write_bytes(good[:position] + bytes([good[position] ^ (1 << position % 8)]) + good[position + 1 :])
-        with pytest.raises(RunError, match=r"manifest\.json is missing, damaged or of another checkpoint"):
+        with pytest.raises(RunError, match=r"manifest\.json is missing, damaged or from another checkpoint"):
             checkpoint.verify(path.parent)
     path.write_bytes(good)
     checkpoint.verify(path.parent)
@@ -115,7 +115,7 @@ def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
 
 def test_a_folder_under_another_steps_name_is_refused(tmp_path: Path) -> None:
     _save(tmp_path, 1).rename(tmp_path / "checkpoint-9")
-    with pytest.raises(RunError, match="of another checkpoint"):
+    with pytest.raises(RunError, match="from another checkpoint"):
         checkpoint.verify(tmp_path / "checkpoint-9")
 
 
@@ -124,10 +124,12 @@ def test_a_newer_empty_folder_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-7").mkdir()
     (tmp_path / "checkpoint-x").mkdir()
     (tmp_path / "checkpoint-8").write_text("no folder", encoding="utf-8")
-    found = checkpoint.newest_good(tmp_path)
-    assert found.path == good
-    assert [path.name for path, _ in found.skipped] == ["checkpoint-7"]
-    assert checkpoint.newest_good(tmp_path / "nowhere") == checkpoint.Found(None, ())
+    assert checkpoint.newest_valid(tmp_path) == good
+    assert [(path.name, fault is None) for path, fault in checkpoint.verified(tmp_path)] == [
+        ("checkpoint-7", False),
+        ("checkpoint-1", True),
+    ]
+    assert checkpoint.newest_valid(tmp_path / "nowhere") is None
 
 
 def test_files_that_people_add_do_no_harm(tmp_path: Path) -> None:
@@ -137,7 +139,7 @@ def test_files_that_people_add_do_no_harm(tmp_path: Path) -> None:
 
 
 def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"does not have the fields of this version of lorakit \(step\)"):
+    with pytest.raises(RunError, match=r"does not match the fields of this version of lorakit \(step\)"):
         TrainState.from_dict({key: value for key, value in TrainState().as_dict().items() if key != "step"})
 
 
@@ -179,7 +181,7 @@ def test_a_full_disk_leaves_the_older_ones(tmp_path: Path, monkeypatch: pytest.M
         _save(tmp_path, 2)
     monkeypatch.undo()
     assert str(caught.value) == (f"{tmp_path / 'checkpoint-2'}: cannot be written (No space left on device).")
-    assert checkpoint.newest_good(tmp_path) == checkpoint.Found(older, ())
+    assert list(checkpoint.verified(tmp_path)) == [(older, None)]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
@@ -267,16 +269,17 @@ while True:
         save(folder, 2, 3)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    found = checkpoint.newest_good(folder)
-    loaded = checkpoint.load(found.path)
+    newest, *_ = checkpoint.verified(folder)
+    found = checkpoint.newest_valid(folder)
+    loaded = checkpoint.load(found)
     durable.sweep(folder)
     save(folder, 3, 4)
     outcomes.append({
         "code": code,
-        "found": found.path.name,
-        "skipped": len(found.skipped),
+        "found": found.name,
+        "skipped": int(newest[1] is not None),
         "value": float(loaded.optimizer["exp_avg/w"][0, 0]),
-        "then": checkpoint.newest_good(folder).path.name,
+        "then": checkpoint.newest_valid(folder).name,
         "left": sorted(p.name for p in folder.iterdir() if not p.name.startswith("checkpoint-")),
     })
     shutil.rmtree(folder)

@@ -77,14 +77,14 @@ def test_it_can_be_abandoned() -> None:
 
 
 def test_nothing_to_evaluate() -> None:
-    with pytest.raises(DataError, match="The evaluation data holds no trained token"):
+    with pytest.raises(DataError, match="no token with loss"):
         evaluate(Noisy(), [_batch([[1, 2]], trained=0)], "cpu")
 
 
 def test_a_loss_that_is_not_finite() -> None:
     model = Noisy()
     model.table.weight.data.fill_(float("nan"))
-    with pytest.raises(NonFiniteError, match="The evaluation loss is nan"):
+    with pytest.raises(NonFiniteError, match="the evaluation loss is nan"):
         evaluate(model, [_batch([[1, 2]])], "cpu")
 
 
@@ -93,7 +93,8 @@ def test_perplexity_stays_a_json_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "fewer"), [(1, ""), (2, "fewer rows (--per-device-train-batch-size of train, --batch-size of eval) or ")]
+    ("rows", "fewer"),
+    [(1, ""), (2, "fewer rows per batch (train: --per-device-train-batch-size, eval: --batch-size) or ")],
 )
 def test_memory_that_runs_out_names_the_batch_and_leaves_the_mode(rows: int, fewer: str) -> None:
     class Greedy(Noisy):
@@ -101,7 +102,7 @@ def test_memory_that_runs_out_names_the_batch_and_leaves_the_mode(rows: int, few
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     model = Greedy().train()
-    said = f"memory ran out while evaluating a batch of {rows} rows of 3 tokens. What helps: {fewer}a smaller --max-length."
+    said = f"out of memory while evaluating: batch of {rows} × 3 tokens. Try {fewer}a smaller --max-length."
     with pytest.raises(RunError) as caught:
         evaluate(model, [_batch([[1, 2, 3]] * rows)], "cpu")
     assert str(caught.value) == said

@@ -13,8 +13,8 @@ import torch
 from lorakit.errors import RunError
 from lorakit.report import read_metrics
 from lorakit.train import checkpoint, loop, trainer
-from lorakit.train.loop import steps_per_epoch
 from lorakit.train.results import RunResult
+from lorakit.train.run_spec import RunLimits, steps_per_epoch
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trainer import run
 
@@ -40,14 +40,13 @@ def test_a_step_never_reaches_over_the_end_of_an_epoch(settings: dict[str, Any],
 
 def test_intervals_that_are_not_given_are_a_tenth_of_the_run(settings: dict[str, Any]) -> None:
     class Batches:
-        class loader:
-            batches_per_epoch = 70
+        batches_per_epoch = 70
 
     plain = {k: v for k, v in settings.items() if k not in ("max_steps", "eval_steps", "save_steps")}
-    pace = trainer.make_pace(TrainSettings(**plain), Batches)  # type: ignore[arg-type]
-    assert (pace.total_steps, pace.eval_steps, pace.save_steps) == (210, 21, 21)
-    pace = trainer.make_pace(TrainSettings(**plain, num_train_epochs=0.01, eval_steps=7), Batches)  # type: ignore[arg-type]
-    assert (pace.total_steps, pace.eval_steps, pace.save_steps) == (1, 7, 7)
+    limits = RunLimits.of(TrainSettings(**plain), Batches)  # type: ignore[arg-type]
+    assert (limits.total_steps, limits.eval_steps, limits.save_steps) == (210, 21, 21)
+    limits = RunLimits.of(TrainSettings(**plain, num_train_epochs=0.01, eval_steps=7), Batches)  # type: ignore[arg-type]
+    assert (limits.total_steps, limits.eval_steps, limits.save_steps) == (1, 7, 7)
 
 
 def test_a_signal_while_evaluating_abandons_it_and_resuming_catches_up(
@@ -81,11 +80,11 @@ def test_tensors_without_gradient_are_told(
 ) -> None:
     from lorakit.train.progress import PlainProgress
 
-    monkeypatch.setattr(loop, "without_gradient", lambda trainee: [name for name, _ in trainee.named][:5])
+    monkeypatch.setattr(loop, "without_gradient", lambda named: [name for name, _ in named][:5])
     run(TrainSettings(**settings), PlainProgress())
     out = capsys.readouterr().out
-    assert "warning: the first step gave 5 of 28 trainable tensors no gradient (model.layers.0." in out
-    assert "and 2 more); they will not learn." in out
+    assert "warning: 5 of 28 trainable tensors got no gradient in the first step" in out
+    assert "model.layers.0." in out and "and 2 more" in out
 
 
 def test_two_processes_do_not_train_into_one_folder(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -95,7 +94,7 @@ def test_two_processes_do_not_train_into_one_folder(settings: dict[str, Any], tm
     descriptor = os.open(folder, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
-        with pytest.raises(RunError, match=r"a run is active here: .* is training into this folder"):
+        with pytest.raises(RunError, match=r"a run is active: .* is training into this directory"):
             _run(settings)
     finally:
         os.close(descriptor)

@@ -52,7 +52,7 @@ def test_rates_by_pattern_come_as_words_or_as_a_table() -> None:
         ({"learning_rate": 0.0}, ("learning_rate is 0.0", "greater than 0")),
         ({"use_dora": "yes"}, ("use_dora is 'yes'", "true or false")),
         ({"data": []}, ("data is []", "not be empty")),
-        ({"data": [3]}, ("data is 3", "text")),
+        ({"data": [3]}, ("data is 3", "a string")),
         ({"target_modules": []}, ("target_modules is []", "not be empty")),
         ({"dtype": "bf15"}, ("dtype is 'bf15'", "'auto', 'bfloat16' or 'float32'", "did you mean bfloat16?")),
         ({"device": "tpu"}, ("device is 'tpu'", "auto, cpu, cuda, cuda:N or mps")),
@@ -66,7 +66,7 @@ def test_rates_by_pattern_come_as_words_or_as_a_table() -> None:
         ({"learning_rate_pattern": {"q_proj": 0}}, ("learning_rate_pattern is {'q_proj': 0}", "PATTERN=RATE", "above 0")),
         ({"learning_rate_pattern": ["q_proj"]}, ("learning_rate_pattern is ['q_proj']", "PATTERN=RATE", "above 0")),
         ({"learning_rate_pattern": ["(=1e-4"]}, ("learning_rate_pattern is ['(=1e-4']", "'('", "regular expression")),
-        ({"learning_rate_pattern": 3}, ("learning_rate_pattern is 3", "table")),
+        ({"learning_rate_pattern": 3}, ("learning_rate_pattern is 3", "map")),
         ({"loraplus_lr_ratio": 4.0, "optimizer": "lorafa"}, ("loraplus_lr_ratio", "lorafa", "exclude each other")),
         ({"resume": True, "overwrite": True}, ("resume and overwrite exclude each other",)),
         ({"allocate_ranks": "gradients", "init_lora_weights": "eva"}, ("allocate_ranks", "eva", "exclude each other")),
@@ -96,7 +96,7 @@ def test_an_error_holds_the_value_and_what_is_allowed() -> None:
 def test_all_that_is_wrong_is_said_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         TrainSettings(model="m", r=0, max_steps=-1)
-    for part in ("data is missing; give --data", "output_dir is missing", "r is 0", "max_steps is -1"):
+    for part in ("data is missing; pass --data", "output_dir is missing", "r is 0", "max_steps is -1"):
         assert part in str(caught.value)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from lorakit.data import Batch
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.train.optimizer import build_adamw
-from lorakit.train.step import Trainee, train_step, without_gradient
+from lorakit.train.step import StepOptions, StepResult, train_step, without_gradient
 
 
 class Bigram(nn.Module):
@@ -37,9 +37,16 @@ def batch(ids: list[list[int]], labels: list[list[int]] | None = None) -> Batch:
     return Batch(torch.tensor(ids), torch.ones_like(targets), targets, 0.5, targets.numel(), trained)
 
 
-def trainee(model: nn.Module, max_grad_norm: float = 1.0) -> Trainee:
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return Trainee(model, named, build_adamw(named, 0.1, 0.0), torch.device("cpu"), max_grad_norm)
+class Stepper:
+    """A model with its optimizer, to step several times."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.optimizer = build_adamw(self.named, 0.1, 0.0)
+
+    def step(self, *batches: Batch) -> StepResult:
+        return train_step(self.model, self.named, self.optimizer, batches, 0.1, StepOptions(torch.device("cpu")))
 
 
 def test_a_step_returns_the_mean_and_the_counts() -> None:
@@ -47,7 +54,7 @@ def test_a_step_returns_the_mean_and_the_counts() -> None:
     rows = batch([[1, 2, 3], [0, 1, 2]], [[1, 2, -100], [0, 1, 2]])
     log = torch.log_softmax(model.table.detach(), 1)
     expected = -float(log[1, 2] + log[0, 1] + log[1, 2]) / 3
-    result = train_step(trainee(model), [rows], 0.1)
+    result = Stepper(model).step(rows)
     assert result.loss == pytest.approx(expected, rel=1e-6)
     assert (result.tokens, result.trained_tokens) == (6, 3)
     assert result.grad_norm > 0
@@ -55,24 +62,24 @@ def test_a_step_returns_the_mean_and_the_counts() -> None:
 
 def test_tensors_without_gradient_are_named() -> None:
     model = Bigram()
-    whole = trainee(model)
-    train_step(whole, [batch([[1, 2, 3]])], 0.1)
-    assert without_gradient(whole) == ["idle"]
+    whole = Stepper(model)
+    whole.step(batch([[1, 2, 3]]))
+    assert without_gradient(whole.named) == ["idle"]
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_nothing_moves_when_a_number_is_not_finite(where: str) -> None:
     model = Bigram()
-    whole = trainee(model)
-    train_step(whole, [batch([[1, 2, 3]])], 0.1)
+    whole = Stepper(model)
+    whole.step(batch([[1, 2, 3]]))
     if where == "loss":
         model.table.data[4, 4] = float("nan")
     else:
         model.table.register_hook(lambda gradient: gradient * float("inf"))
     before = model.table.detach().clone()
     moments = {k: v.clone() for k, v in whole.optimizer.state[model.table].items()}
-    with pytest.raises(NonFiniteError, match=r"the (loss|gradient norm) became (nan|inf), so the step was not taken"):
-        train_step(whole, [batch([[4, 4, 4]])], 0.1)
+    with pytest.raises(NonFiniteError, match=r"the (loss|gradient norm) became (nan|inf); the step was not taken"):
+        whole.step(batch([[4, 4, 4]]))
     assert torch.equal(before, model.table.detach()) or where == "loss"
     assert torch.allclose(before, model.table.detach(), equal_nan=True, rtol=0, atol=0)
     assert all(torch.equal(v, moments[k]) for k, v in whole.optimizer.state[model.table].items())
@@ -80,24 +87,24 @@ def test_nothing_moves_when_a_number_is_not_finite(where: str) -> None:
 
 
 def test_a_step_without_a_trained_token() -> None:
-    with pytest.raises(DataError, match="hold no trained token"):
-        train_step(trainee(Bigram()), [batch([[1, 2]], [[-100, -100]])], 0.1)
+    with pytest.raises(DataError, match="no token with loss"):
+        Stepper(Bigram()).step(batch([[1, 2]], [[-100, -100]]))
 
 
 def test_a_batch_without_a_trained_token_beside_others_counts_for_nothing() -> None:
     rows, empty = batch([[1, 2, 3]]), batch([[3, 2]], [[-100, -100]])
     one, two = Bigram(), Bigram()
-    a, b = train_step(trainee(one), [rows], 0.1), train_step(trainee(two), [empty, rows], 0.1)
+    a, b = Stepper(one).step(rows), Stepper(two).step(empty, rows)
     assert a.loss == b.loss
     assert torch.equal(one.table, two.table)
 
 
 def test_a_frozen_model() -> None:
     model = Bigram()
-    whole = trainee(model)
+    whole = Stepper(model)
     model.requires_grad_(False)
     with pytest.raises(RunError, match="does not depend on any trainable tensor: the adapter is inactive or frozen"):
-        train_step(whole, [batch([[1, 2, 3]])], 0.1)
+        whole.step(batch([[1, 2, 3]]))
 
 
 @pytest.mark.parametrize(
@@ -114,13 +121,12 @@ def test_memory_that_runs_out_names_the_batch_and_the_way_out(cause: Exception) 
             raise cause
 
     with pytest.raises(RunError) as caught:
-        train_step(trainee(Greedy()), [batch([[1, 2, 3], [1, 2, 3]])], 0.1)
-    assert str(caught.value) == (
-        "memory ran out in a batch of 2 rows of 3 tokens. What helps, to try in this order: accelerated forwards "
-        "(leave --no-accelerate out); --recompute layers (or --gradient-checkpointing); half the "
-        "--per-device-train-batch-size and twice the --gradient-accumulation-steps: the same result; a smaller "
-        "--max-length."
-    )
+        Stepper(Greedy()).step(batch([[1, 2, 3], [1, 2, 3]]))
+    text = str(caught.value)
+    assert text.startswith("out of memory: batch of 2 × 3 tokens. ")
+    flags = ("--no-accelerate", "--recompute layers", "--gradient-accumulation-steps", "--max-length")
+    places = [text.index(flag) for flag in flags]
+    assert places == sorted(places)
 
 
 def test_other_errors_pass_through() -> None:
@@ -129,31 +135,31 @@ def test_other_errors_pass_through() -> None:
             raise RuntimeError("shape mismatch")
 
     with pytest.raises(RuntimeError, match=r"^shape mismatch$"):
-        train_step(trainee(Broken()), [batch([[1, 2, 3]])], 0.1)
+        Stepper(Broken()).step(batch([[1, 2, 3]]))
 
 
 def test_a_tensor_that_was_put_in_the_place_of_another_is_seen_before_the_step() -> None:
     model = Bigram()
-    whole = trainee(model)
-    train_step(whole, [batch([[1, 2, 3]])], 0.1)
+    whole = Stepper(model)
+    whole.step(batch([[1, 2, 3]]))
     model.load_state_dict({"table": torch.ones(5, 5), "idle": torch.zeros(2, 2)}, assign=True)
-    with pytest.raises(RunError, match=r"table is not the tensor that the optimizer was made for: another has been"):
-        train_step(whole, [batch([[1, 2, 3]])], 0.1)
+    with pytest.raises(RunError, match=r"table is not the tensor that the optimizer was created for.*replaced"):
+        whole.step(batch([[1, 2, 3]]))
     assert torch.equal(model.table, torch.ones(5, 5))
 
 
 def test_storage_that_was_replaced_is_trained() -> None:
     one, two = Bigram(), Bigram()
-    a, b = trainee(one), trainee(two)
-    train_step(a, [batch([[1, 2, 3]])], 0.1)
-    train_step(b, [batch([[1, 2, 3]])], 0.1)
+    a, b = Stepper(one), Stepper(two)
+    a.step(batch([[1, 2, 3]]))
+    b.step(batch([[1, 2, 3]]))
     two.table.data = two.table.detach().clone()
     for whole in (a, b):
-        train_step(whole, [batch([[2, 4, 3]])], 0.1)
+        whole.step(batch([[2, 4, 3]]))
     assert torch.equal(one.table, two.table)
     two.float()  # nothing to do, and nothing is done
     two.double()
     before = two.table.detach().clone()
-    with pytest.raises(RunError, match=r"\(5, 5\) in float32 on cpu when the optimizer was made, is now .* in float64"):
-        train_step(b, [batch([[1, 2, 3]])], 0.1)
+    with pytest.raises(RunError, match=r"changed from \(5, 5\), float32 on cpu to .*, float64"):
+        b.step(batch([[1, 2, 3]]))
     assert torch.equal(two.table, before)

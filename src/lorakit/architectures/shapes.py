@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-KINDS = ("Linear", "Conv1D", "Embedding")
-
 
 @dataclass(frozen=True)
 class SiteShape:

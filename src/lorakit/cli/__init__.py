@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cyclopts.help import DefaultFormatter, HelpEntry, HelpPanel
     from rich.console import Console, ConsoleOptions
 
-VERBS = {
+COMMANDS = {
     "plan": "Estimate parameters, memory and time of a run.",
     "train": "Train an adapter into a run directory.",
     "eval": "Measure loss and perplexity of a model, with and without adapters.",
@@ -50,7 +50,7 @@ _EPILOGUE = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code.
 
-    Args:
+    argv: The arguments after the program's name; None uses those of this process.
         argv: The arguments after the program's name; those of this process if None.
 
     Returns:
@@ -97,13 +97,13 @@ def application() -> App:
         suppress_keyboard_interrupt=False,
         default_parameter=Parameter(consume_multiple=True, negative_iterable=(), negative_none=()),
     )
-    for verb, summary in VERBS.items():
-        app.command(f"lorakit.cli.{verb}:run", name=verb, help=summary, sort_key=list(VERBS).index(verb))
+    for command, summary in COMMANDS.items():
+        app.command(f"lorakit.cli.{command}:run", name=command, help=summary, sort_key=list(COMMANDS).index(command))
     return app
 
 
 def _help_formatter() -> DefaultFormatter:
-    """A formatter whose first column is wide enough for the longest flag, so that no flag is broken."""
+    """Return a formatter whose first column fits the longest flag, so that no flag is broken."""
     from cyclopts.help import DefaultFormatter, NameRenderer
     from cyclopts.help.specs import get_default_parameter_columns
 
@@ -130,16 +130,16 @@ def _help_formatter() -> DefaultFormatter:
 
 
 def _dispatch(tokens: list[str]) -> int:
-    if tokens and not tokens[0].startswith("-") and tokens[0] not in VERBS:
-        raise UsageError(_unknown_verb(tokens[0]))
+    if tokens and not tokens[0].startswith("-") and tokens[0] not in COMMANDS:
+        raise UsageError(_unknown_command(tokens[0]))
     result = application()(tokens, exit_on_error=False, print_error=False, verbose=False)
     return result if isinstance(result, int) else 0
 
 
-def _unknown_verb(word: str) -> str:
-    close = nearest(word, list(VERBS), count=1)
+def _unknown_command(word: str) -> str:
+    close = nearest(word, list(COMMANDS), count=1)
     meant = f" Did you mean `lorakit {close[0]}`?" if close else ""
-    return f"unknown command {word!r}; choose from {', '.join(VERBS)}.{meant}"
+    return f"unknown command {word!r}; choose from {', '.join(COMMANDS)}.{meant}"
 
 
 def _explain(error: Exception, tokens: list[str], as_json: bool) -> int:
@@ -148,8 +148,8 @@ def _explain(error: Exception, tokens: list[str], as_json: bool) -> int:
     if isinstance(error, LorakitError):
         return console.failure(str(error), error.exit_code, code=error.code, as_json=as_json)
     if isinstance(error, CycloptsError):
-        verb = f" {tokens[0]}" if tokens and tokens[0] in VERBS else ""
-        message = f"{error} See `lorakit{verb} --help`."
+        command = f" {tokens[0]}" if tokens and tokens[0] in COMMANDS else ""
+        message = f"{error} See `lorakit{command} --help`."
         return console.failure(message, 2, code="LORA-E011", as_json=as_json)
     what = f"unexpected {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
     return console.failure(f"{what} (run again with --traceback to see where)", 1, as_json=as_json)

@@ -1,6 +1,6 @@
-"""What verbs that take adapters have in common: the flags that lift refusals, loading, and which tokenizer fits.
+"""Shared parts of commands that take adapters: flags that override checks, loading, and tokenizers.
 
-Knows nothing of what a verb does with the adapters.
+This module does not depend on what a command does with the adapters.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Allowances:
-    """Refusals that the user lifts, one flag each."""
+    """Checks that the user overrides, one flag each."""
 
-    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Take an adapter of another base.")] = False
+    allow_base_mismatch: Annotated[bool, Parameter(negative=(), help="Accept an adapter of another base.")] = False
     allow_key_mismatch: Annotated[
-        bool, Parameter(negative=(), help="Take what fits of an adapter that fits in part.")
+        bool, Parameter(negative=(), help="Load the tensors that fit, and skip the others.")
     ] = False
-    allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Take an adapter that holds NaN or infinity.")] = False
+    allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Accept an adapter with NaN or infinity.")] = False
     allow_odd_scale: Annotated[
-        bool, Parameter(negative=(), help="Take an adapter whose scale is 0, negative or above 1000.")
+        bool, Parameter(negative=(), help="Accept an adapter whose scale is 0, negative or above 1000.")
     ] = False
 
-    def words(self) -> tuple[str, ...]:
-        """What was lifted, in the words of `lorakit.core`."""
+    def names(self) -> tuple[str, ...]:
+        """Return the overridden checks by their names in `lorakit.core`."""
         return tuple(field.name.removeprefix("allow_") for field in fields(self) if getattr(self, field.name))
 
 
 def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
-    """Read adapters before a base is loaded, so that what is wrong with their files is said at once.
+    """Read adapters before a base is loaded, so that errors in their files are reported immediately.
 
     Args:
-        folders: As the user gave them.
+        folders: Folders as given by the user.
 
     Returns:
         One per folder.
 
     Raises:
-        UsageError: A folder was given twice.
+        UsageError: A folder is given twice.
         AdapterFileError: A folder is missing or damaged.
     """
     check_adapters(folders)
@@ -60,18 +60,18 @@ def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
 
 
 def load_adapters(model: Any, adapters: Sequence[AdapterFiles], allow: Collection[str]) -> list[str]:
-    """Put adapters on a model; those with new tokens come first, since a base without adapters can grow for them.
+    """Load adapters into a model; those with new tokens come first, because only a base without adapters can grow.
 
     Args:
         model: The base.
-        adapters: As they were read.
-        allow: Words of `Allowances.words`.
+        adapters: The adapters' files.
+        allow: Names from `Allowances.names`.
 
     Returns:
         The adapters' names on the model, in order.
 
     Raises:
-        LorakitError: As `core.load_adapter`; what could be allowed is named by its flag.
+        LorakitError: As in `core.load_adapter`; a check that can be overridden is named by its flag.
     """
     from lorakit import core
 
@@ -91,7 +91,7 @@ def naming_flags() -> Iterator[None]:
     """Enter a block whose errors name the flag that overrides the check.
 
     Raises:
-        LorakitError: Of the class that was raised inside.
+        LorakitError: An error of the class raised inside.
     """
     try:
         yield
@@ -112,22 +112,22 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-"""Files that a tokenizer may leave in an adapter's folder."""
+"""Files of a tokenizer in an adapter's folder."""
 
 
 @contextlib.contextmanager
 def new_adapter_folder(target: Path) -> Iterator[Path]:
-    """Build the folder of an adapter out of sight; it appears with everything in it when the block ends well.
+    """Build an adapter's folder under a temporary name; it is published when the block ends without an error.
 
     Args:
-        target: The folder to make.
+        target: The folder to create.
 
     Yields:
-        An empty folder to write into.
+        An empty folder to write to.
 
     Raises:
-        UsageError: Something is there already.
-        DiskError: The disk is full or fails; nothing is left behind.
+        UsageError: The target exists.
+        DiskError: The disk is full or writing failed; nothing is left behind.
     """
     from lorakit.durable import publish_directory
 
@@ -136,15 +136,15 @@ def new_adapter_folder(target: Path) -> Iterator[Path]:
         yield folder
 
 
-def take_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> bool:
-    """Copy the tokenizer that lies with adapters beside what was made of them, where all have the same.
+def copy_tokenizer(adapters: Sequence[AdapterFiles], folder: Path) -> bool:
+    """Copy the tokenizer of the adapters to the adapter made from them, if all have the same one.
 
     Args:
-        adapters: The adapters, as they were read.
+        adapters: The adapters' files.
         folder: The new adapter.
 
     Returns:
-        Whether there was one.
+        Whether a tokenizer was copied.
     """
     from lorakit.durable import read_bytes, write_bytes
 
@@ -163,15 +163,15 @@ LARGEST_TOKENIZER_BYTES = 256 << 20
 
 
 def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Any:
-    """The tokenizer to use: the one that lies with the adapters, where it does, since they were trained with it.
+    """Return the tokenizer to use: preferably the one saved with the adapters, which they were trained with.
 
     Args:
         source: The base.
         adapters: The adapters.
 
     Returns:
-        A transformers tokenizer: that of the adapters' folders if all that have one agree, or if one of them has all
-        tokens of the others; else the model's own.
+        A transformers tokenizer: that of the adapters if all adapters with a tokenizer agree, or if one tokenizer has
+            all tokens of the others; else the model's own.
 
     Raises:
         ModelError: Neither has a tokenizer, or it cannot be read.
@@ -194,7 +194,7 @@ def tokenizer_for(source: ModelSource, adapters: Sequence[AdapterFiles]) -> Any:
 
 
 def _widest(tokenizers: Sequence[Any]) -> Any | None:
-    """The tokenizer that knows all tokens of the others under the same ids, and has the same chat template, or None."""
+    """Return the tokenizer with all tokens of the others under the same ids and the same chat template, or None."""
     if not tokenizers:
         return None
     words = [set(tokenizer.get_vocab().items()) for tokenizer in tokenizers]

@@ -1,6 +1,6 @@
-"""Prints answers while they are generated: one as a stream, several in columns or below each other.
+"""Print answers while they are generated: one as a stream, several in columns or below each other.
 
-Knows tokens and text, and nothing about models or adapters.
+This module handles tokens and text; it does not depend on models or adapters.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _ENDINGS = {
 
 
 class Answer:
-    """One answer as it grows.
+    """A growing answer.
 
     Args:
-        label: Who answers.
-        tokenizer: Turns tokens into text.
-        prompt_ids: Tokens it continues.
+        label: Display name of the model or adapter.
+        tokenizer: Decoder of the tokens.
+        prompt_ids: Tokens of the prompt.
     """
 
     def __init__(self, label: str, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
@@ -47,13 +47,13 @@ class Answer:
         self._stream = TextStream(tokenizer, prompt_ids)
 
     def add(self, new: NewToken) -> str:
-        """Take a token.
+        """Add a token.
 
         Args:
             new: The token.
 
         Returns:
-            The text that it adds.
+            The text it adds.
         """
         self.tokens += 1
         self.ended = new.ended
@@ -64,7 +64,7 @@ class Answer:
         return piece
 
     def as_dict(self) -> dict[str, Any]:
-        """The answer as plain JSON values."""
+        """Return the answer as plain JSON values."""
         return {
             "name": self.label,
             "text": self.text,
@@ -80,8 +80,8 @@ def show(answers: Sequence[Answer], stream: Iterable[NewToken], *, quiet: bool =
     Args:
         answers: One per row of the stream.
         stream: The tokens.
-        quiet: Print nothing.
-        verbose: Print tokens and speed of each answer.
+        quiet: Whether to print nothing.
+        verbose: Whether to print tokens and speed of each answer.
     """
     started = time.perf_counter()
     columns = max(1, shutil.get_terminal_size().columns // max(1, len(answers)))

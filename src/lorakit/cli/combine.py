@@ -1,4 +1,4 @@
-"""`lorakit combine`: several adapters as one."""
+"""`lorakit combine`: combine several adapters into one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.adapters import naming_flags, new_adapter_folder, read_adapters, take_tokenizer
+from lorakit.cli.adapters import copy_tokenizer, naming_flags, new_adapter_folder, read_adapters
 from lorakit.cli.early import check_adapters, check_new_directory
 from lorakit.errors import UsageError
 from lorakit.tables import format_percent
@@ -23,51 +23,45 @@ WORST_SITES = 5
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags of the verb, as their help says."""
+    """The flags of the command."""
 
     adapter: Annotated[list[str], Parameter(help="Adapter directories, of lorakit or PEFT, of one base.")]
-    output_dir: Annotated[Path, Parameter(help="Adapter directory to make; it must not exist, or be empty.")]
+    output_dir: Annotated[Path, Parameter(help="Adapter directory to create; must be new or empty.")]
     weights: Annotated[
         list[float] | None,
         Parameter(
-            help="One number per adapter; negative ones subtract. 1 each by default, which is what several active "
-            "adapters do together.",
+            help="Weights of the adapters, one each; a negative weight subtracts. Default 1 each, like several active "
+            "adapters.",
         ),
     ] = None
     way: Annotated[
         str,
         Parameter(
-            help="cat (exact, the ranks add up), svd (the nearest of a rank), linear (rough); ties, dare_ties, "
-            "dare_linear, magnitude_prune prune A and B by themselves, and with _svd the whole update."
+            help="Method: cat (exact; ranks add up), svd (nearest of a given rank), linear (approximate); ties, "
+            "dare_ties, dare_linear and magnitude_prune prune A and B separately, or with the suffix _svd the whole "
+            "update."
         ),
     ] = "svd"
-    rank: Annotated[int | None, Parameter(help="Rank of the result, for svd; by default the largest at each site.")] = (
-        None
-    )
-    density: Annotated[float | None, Parameter(help="Share of the numbers that pruning keeps, in (0, 1].")] = None
-    majority_sign: Annotated[str, Parameter(help="Of ties: total, the sign of the sum, or frequency, of most.")] = (
-        "total"
-    )
-    clamp: Annotated[float | None, Parameter(help="For svd: cut numbers beyond this quantile, in (0.5, 1].")] = None
-    seed: Annotated[int | None, Parameter(help="Of what dare drops.")] = None
+    rank: Annotated[int | None, Parameter(help="Rank of the result for svd; default: the largest of each site.")] = None
+    density: Annotated[float | None, Parameter(help="Fraction of values that pruning keeps, in (0, 1].")] = None
+    majority_sign: Annotated[str, Parameter(help="Sign of ties: total (of the sum) or frequency (of most).")] = "total"
+    clamp: Annotated[float | None, Parameter(help="Clamp values beyond this quantile for svd, in (0.5, 1].")] = None
+    seed: Annotated[int | None, Parameter(help="Seed of dare's random pruning.")] = None
     model: Annotated[
-        str | None, Parameter(help="The base; needed for DoRA alone, whose effect depends on the base's weights.")
+        str | None, Parameter(help="Base model; required only for DoRA, which depends on the base's weights.")
     ] = None
     allow_base_mismatch: Annotated[
         bool, Parameter(negative=(), help="Combine adapters of different bases or tasks.")
     ] = False
-    allow_key_mismatch: Annotated[
-        bool, Parameter(negative=(), help="Combine adapters that have no site in common.")
-    ] = False
-    allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result that holds NaN or infinity.")] = False
+    allow_key_mismatch: Annotated[bool, Parameter(negative=(), help="Combine adapters without a common site.")] = False
+    allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result with NaN or infinity.")] = False
 
 
 def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag = False) -> None:
-    """Combine adapters into one. The base is not loaded (but for DoRA).
+    """Combine adapters into one; the base is not loaded, except for DoRA.
 
-    What is combined is each adapter's effect: scale times B·A. The result has scale 1, so its effect is what was
-    combined, whatever ranks, alphas and rsLoRA the adapters had. How far each site is from the plain weighted sum is
-    said.
+    The updates scale · B·A are combined, whatever the adapters' ranks, alphas and rsLoRA. The result has scale 1. Its
+    deviation from the plain weighted sum is printed for each site.
     """
     check_adapters(flags.adapter)
     check_new_directory(flags.output_dir)
@@ -95,7 +89,7 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
             model=model,
             allow=[word for word, lifted in allowed.items() if lifted],
         )
-        take_tokenizer(files, folder)
+        copy_tokenizer(files, folder)
     report = replace(report, name=str(flags.output_dir))
     if json:
         console.emit_json({"output_dir": report.name, **report.as_dict()})
@@ -114,7 +108,7 @@ def _weights(flags: Flags) -> list[float]:
         return [1.0] * len(flags.adapter)
     if len(flags.weights) != len(flags.adapter):
         raise UsageError(
-            f"--weights has {len(flags.weights)} numbers, and --adapter names {len(flags.adapter)}; give one each."
+            f"--weights has {len(flags.weights)} numbers, but --adapter names {len(flags.adapter)}; pass one each."
         )
     return flags.weights
 
@@ -126,10 +120,10 @@ def _text(report: MadeReport, way: Way, folders: Sequence[str], weights: Sequenc
     lines = [
         f"{report.name}: {len(report.sites)} sites, {rank}, scale 1",
         f"combined   {total} by {way.name}",
-        f"deviation  from the plain sum {format_percent(report.deviation)} at most",
+        f"deviation  from the plain sum: at most {format_percent(report.deviation)}",
     ]
     if report.deviation > 0 and len(report.sites) > 1:
         worst = sorted(report.sites, key=lambda site: -site.deviation)[:WORST_SITES]
         rows = [[site.path, str(site.r), format_percent(site.deviation)] for site in worst]
-        lines += ["", console.table(["site that deviates most", "r", "deviation"], rows)]
+        lines += ["", console.table(["site with most deviation", "r", "deviation"], rows)]
     return "\n".join(lines)

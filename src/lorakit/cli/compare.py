@@ -1,4 +1,4 @@
-"""`lorakit compare`: two adapters site by site."""
+"""`lorakit compare`: compare two adapters site by site."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 def run(
-    first: Annotated[str, Parameter(help="Adapter directory, of lorakit or PEFT.")],
-    second: Annotated[str, Parameter(help="Another.")],
+    first: Annotated[str, Parameter(help="First adapter directory, of lorakit or PEFT.")],
+    second: Annotated[str, Parameter(help="Second adapter directory.")],
     *,
     json: console.JsonFlag = False,
 ) -> None:
-    """Compare two adapters: do they change the weights in the same direction, how strongly, in which subspaces.
+    """Compare two adapters: direction and strength of their updates, and their subspaces.
 
-    Cosine 1 is the same change but for its strength, −1 the opposite, 0 unrelated. Overlap is the mean squared cosine
-    of the angles between the spaces that they write to and read from: 1 the same, near 0 unrelated. No base is loaded.
+    Cosine is 1 for the same direction, -1 for the opposite, 0 for unrelated updates. Overlap is the mean squared cosine
+    of the principal angles between the output (writes) or input (reads) subspaces: 1 if equal, near 0 if unrelated.
     """
     for folder in (first, second):
         check_adapters([folder])
@@ -40,16 +40,16 @@ def run(
 
 
 def as_dict(found: Comparison) -> dict[str, Any]:
-    """The comparison as plain JSON values.
+    """Return the comparison as plain JSON values.
 
     Args:
-        found: What was found.
+        found: The comparison.
     """
-    return {**asdict(found), "groups": [group for _, group in groups(found.sites)]}
+    return {**asdict(found), "dora": "DoRA" in found.in_part, "groups": [group for _, group in groups(found.sites)]}
 
 
 def groups(sites: Sequence[SiteComparison]) -> list[tuple[str, dict[str, Any]]]:
-    """Sites by the last word of their path, in the order they come, with what they have in common.
+    """Group sites by the last name of their path, in order, with statistics of each group.
 
     Args:
         sites: Compared sites.
@@ -83,8 +83,8 @@ def _text(found: Comparison) -> str:
         f"norms      {found.norms[0]:.3g} and {found.norms[1]:.3g}",
         f"base       {found.base}",
     ]
-    if found.dora:
-        lines.append("DoRA       only the low-rank parts are compared, not the magnitudes")
+    for title in found.in_part:
+        lines.append(f"{title:<10} only the low-rank parts are compared")
     for folder, paths in ((first, found.only_first), (second, found.only_second)):
         if paths:
             lines.append(f"only in    {folder}: {len(paths)} sites, first {paths[0]}")

@@ -1,4 +1,4 @@
-"""`lorakit compress`: an adapter at a lower rank."""
+"""`lorakit compress`: reduce the rank of an adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.adapters import naming_flags, new_adapter_folder, read_adapters, take_tokenizer
+from lorakit.cli.adapters import copy_tokenizer, naming_flags, new_adapter_folder, read_adapters
 from lorakit.cli.early import check_adapters, check_new_directory
 from lorakit.tables import format_percent
 
@@ -21,22 +21,22 @@ WORST_SITES = 5
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags of the verb, as their help says."""
+    """The flags of the command."""
 
     adapter: Annotated[str, Parameter(help="Adapter directory, of lorakit or PEFT.")]
-    output_dir: Annotated[Path, Parameter(help="Adapter directory to make; it must not exist, or be empty.")]
-    rank: Annotated[int | None, Parameter(help="Largest rank of a site.")] = None
+    output_dir: Annotated[Path, Parameter(help="Adapter directory to create; must be new or empty.")]
+    rank: Annotated[int | None, Parameter(help="Maximum rank of a site.")] = None
     energy: Annotated[
         float | None,
-        Parameter(help="Or the share of each site's energy ‖ΔW‖² to keep, in (0, 1]; 1 drops what does nothing."),
+        Parameter(help="Fraction of each site's energy ‖ΔW‖² to keep, in (0, 1]; 1 drops only zero directions."),
     ] = None
-    allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result that holds NaN or infinity.")] = False
+    allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result with NaN or infinity.")] = False
 
 
 def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag = False) -> None:
-    """Make an adapter smaller: the nearest of a lower rank at each site, from its factors alone.
+    """Compress an adapter to the best approximation of a lower rank at each site, from its factors alone.
 
-    The base is not loaded. What is lost is known exactly, and said. Give --rank or --energy.
+    The base is not loaded. The exact loss is printed. Pass --rank or --energy.
     """
     check_adapters([flags.adapter])
     check_new_directory(flags.output_dir)
@@ -46,7 +46,7 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
     allow = ["nonfinite"] if flags.allow_nonfinite else []
     with naming_flags(), new_adapter_folder(flags.output_dir) as folder:
         report = core.compress_folder(flags.adapter, folder, rank=flags.rank, energy=flags.energy, allow=allow)
-        take_tokenizer(files, folder)
+        copy_tokenizer(files, folder)
     report = replace(report, name=str(flags.output_dir))
     if json:
         console.emit_json({"output_dir": report.name, **report.as_dict()})
@@ -57,11 +57,11 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
 def _text(report: MadeReport, folder: str) -> str:
     before, after = (sum(getattr(site, name) for site in report.sites) for name in ("r_before", "r"))
     lines = [
-        f"{report.name}: {folder} at {len(report.sites)} sites, ranks {before:,} in all before, {after:,} after",
+        f"{report.name}: {folder} at {len(report.sites)} sites, ranks {before:,} in total before, {after:,} after",
         f"lost       {format_percent(report.energy_lost)} of the energy ‖ΔW‖² of the whole adapter",
     ]
     worst = sorted(report.sites, key=lambda site: -site.energy_lost)[:WORST_SITES]
     rows = [[s.path, str(s.r_before), str(s.r), format_percent(s.energy_lost)] for s in worst if s.energy_lost > 0]
     if rows:
-        lines += ["", console.table(["site that loses most", "r before", "r", "lost"], rows)]
+        lines += ["", console.table(["site with most loss", "r before", "r", "lost"], rows)]
     return "\n".join(lines)

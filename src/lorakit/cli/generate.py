@@ -1,4 +1,4 @@
-"""`lorakit generate`: generates text with a model and its adapters, side by side."""
+"""`lorakit generate`: generate text with a model and its adapters, side by side."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lorakit.cli.early import (
     check_sampling,
 )
 from lorakit.cli.merged_base import WORTHWHILE_TOKENS, write_into_base
-from lorakit.cli.stored import say_how_trained
+from lorakit.cli.stored import report_training_quantization
 from lorakit.errors import DataError, UsageError
 from lorakit.plan.quantized import stored_as
 from lorakit.tables import format_bytes
@@ -38,44 +38,44 @@ MAX_PROMPT_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Flags:
-    """The flags of the verb, as their help says."""
+    """The flags of the command."""
 
-    model: Annotated[str, Parameter(help="Model directory, hub id, or smollm2 (the packaged model).")]
+    model: Annotated[str, Parameter(help="Model directory, Hub id, or smollm2 (the packaged model).")]
     adapter: Annotated[
         list[str] | None,
         Parameter(help="Adapter directories. With several, base and adapters answer side by side, in one batch."),
     ] = None
-    base: Annotated[bool, Parameter(negative=(), help="Let the base answer too, also beside a single adapter.")] = False
+    base: Annotated[bool, Parameter(negative=(), help="Show the base's answer next to a single adapter's.")] = False
     prompt: Annotated[
-        list[str] | None, Parameter(help="Texts to answer, one by one. Without any, standard input is one.")
+        list[str] | None, Parameter(help="Prompts, answered one by one. Default: standard input is one prompt.")
     ] = None
-    prompt_file: Annotated[list[Path] | None, Parameter(help="Files that hold one prompt each.")] = None
+    prompt_file: Annotated[list[Path] | None, Parameter(help="Files with one prompt each.")] = None
     chat: Annotated[
         bool | None,
         Parameter(
-            help="Put the prompt into the chat template as the user's turn, or continue it as plain text. Default: "
-            "chat where the tokenizer has a template.",
+            help="Use the chat template with the prompt as the user's turn, or continue the prompt as plain text. "
+            "Default: chat if the tokenizer has a template.",
             show_default=False,
         ),
     ] = None
     system: Annotated[str | None, Parameter(help="System message before the user's turn.")] = None
-    max_new_tokens: Annotated[int, Parameter(help="Longest answer in tokens.")] = 256
+    max_new_tokens: Annotated[int, Parameter(help="Maximum length of an answer in tokens.")] = 256
     temperature: Annotated[
         float,
         Parameter(
-            help="0 takes the likeliest token each time, so that the same call gives the same answer and a difference "
-            "between answers is the adapter's. Above 0 draws: 0.7 is lively."
+            help="Sampling temperature. 0 takes the most likely token, so answers are reproducible and differ only "
+            "by the adapter; 0.7 varies them."
         ),
     ] = 0.0
-    top_p: Annotated[float, Parameter(help="Draw among the likeliest tokens that reach this probability.")] = 1.0
-    top_k: Annotated[int, Parameter(help="Draw among so many of the likeliest tokens; 0 is all.")] = 0
-    seed: Annotated[int, Parameter(help="Where the draws begin, for every answer alike.")] = 0
+    top_p: Annotated[float, Parameter(help="Sample from the most likely tokens that reach this probability.")] = 1.0
+    top_k: Annotated[int, Parameter(help="Sample from this many most likely tokens; 0 is all.")] = 0
+    seed: Annotated[int, Parameter(help="Seed of the samples, the same for every answer.")] = 0
     merged: Annotated[
         bool | None,
         Parameter(
-            help="Merge a single adapter into the base, in memory, before it answers: faster, and the same within "
-            "roundings; or never. Default: where that is exact (float32), the base does not answer too, and "
-            f"{WORTHWHILE_TOKENS} tokens or more may come.",
+            help="Merge a single adapter into the base in memory first: faster, equal except for rounding. Default: "
+            "merge if it is exact (float32), the base does not answer too, and at least "
+            f"{WORTHWHILE_TOKENS} tokens may be generated.",
             show_default=False,
         ),
     ] = None
@@ -101,7 +101,7 @@ def run(
     _check(flags)
     quantization = stored_as(flags.quantization, flags.double_quantization)
     prompts = read_prompts(flags.prompt or (), flags.prompt_file or ())
-    allocator.keep_few_products()  # a prompt of each length has its own
+    allocator.keep_few_products()  # each prompt length has its own matmul shapes
 
     from lorakit import hub
     from lorakit.generate import Sampling
@@ -110,16 +110,16 @@ def run(
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     device = pick_device(flags.device)
     if quantization is not None:
-        hub.require_quantiser(quantization)
+        hub.require_quantizer(quantization)
     folders = flags.adapter or []
     files = read_adapters(folders)
-    say_how_trained(files, quantization)
+    report_training_quantization(files, quantization)
     source = hub.resolve(flags.model, console.note)
     hub.require(source)
     tokenizer = tokenizer_for(source, files)
     encoded = encode_prompts(prompts, tokenizer, flags.chat, flags.system)
     model = hub.load_model(source, flags.dtype, device, quantization=quantization)
-    names: list[str | None] = list(load_adapters(model, files, (allow or Allowances()).words()))
+    names: list[str | None] = list(load_adapters(model, files, (allow or Allowances()).names()))
     if flags.base or len(names) != 1:
         names.insert(0, None)
     labels = dict(zip((name for name in names if name), folders, strict=True))
@@ -145,24 +145,24 @@ def run(
 
 
 def read_prompts(texts: Iterable[str], files: Iterable[Path]) -> list[str]:
-    """The prompts of a call: texts, then files, or standard input where there is neither.
+    """Return the prompts of a call: texts, then files, or standard input if there are neither.
 
     Args:
-        texts: Prompts as they are.
+        texts: Prompts.
         files: Files with one prompt each; "-" is standard input.
 
     Returns:
-        At least one prompt; a line break that ends a file is not part of it.
+        At least one prompt; a final line break of a file is removed.
 
     Raises:
-        UsageError: There is none, or one is empty.
+        UsageError: There is no prompt, or one is empty.
         DataError: A file is missing, too large, or not UTF-8.
     """
     prompts = [(text, "--prompt") for text in texts]
     prompts += [(_standard_input() if str(path) == "-" else _read(path), str(path)) for path in files]
     if not prompts:
         if sys.stdin is None or sys.stdin.isatty():
-            raise UsageError('There is nothing to answer: give --prompt "...", --prompt-file FILE, or pipe a text in.')
+            raise UsageError('no prompt; pass --prompt "...", --prompt-file FILE, or pipe text to standard input.')
         prompts = [(_standard_input(), "standard input")]
     for text, where in prompts:
         if not text.strip():
@@ -171,28 +171,28 @@ def read_prompts(texts: Iterable[str], files: Iterable[Path]) -> list[str]:
 
 
 def encode_prompts(prompts: list[str], tokenizer: Any, chat: bool | None, system: str | None) -> list[list[int]]:
-    """Token ids of prompts, in the chat template or as plain text.
+    """Return the token ids of prompts, in the chat template or as plain text.
 
     Args:
-        prompts: Texts.
+        prompts: The texts.
         tokenizer: A transformers tokenizer.
-        chat: Whether to use the chat template; None: where there is one.
+        chat: Whether to use the chat template; None: if there is one.
         system: System message, or None.
 
     Returns:
         Ids per prompt.
 
     Raises:
-        UsageError: The template is asked for and missing, or it refuses the conversation.
+        UsageError: The template is requested and missing, or it rejects the conversation.
     """
     from lorakit.data.tokens import beginning, token_ids
 
     if not _wants_chat(tokenizer, chat):
         if system is not None:
-            raise UsageError("--system needs a chat template, and the model's tokenizer has none.")
+            raise UsageError("--system needs a chat template, but the model's tokenizer has none; leave it out.")
         return [beginning(tokenizer) + token_ids(tokenizer, prompt) for prompt in prompts]
     if not tokenizer.chat_template:
-        raise UsageError("--chat was given, and the model's tokenizer has no chat template; leave it out.")
+        raise UsageError("--chat needs a chat template, but the model's tokenizer has none; leave it out.")
     before = [] if system is None else [{"role": "system", "content": system}]
     encoded = []
     for prompt in prompts:
@@ -200,14 +200,14 @@ def encode_prompts(prompts: list[str], tokenizer: Any, chat: bool | None, system
             found = tokenizer.apply_chat_template(
                 [*before, {"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
             )
-        except Exception as cause:  # a template is a program from elsewhere and may raise anything
-            raise UsageError(f"The chat template refuses this prompt ({cause}); try --no-chat.") from cause
+        except Exception as cause:  # a template is untrusted code and may raise anything
+            raise UsageError(f"The chat template rejects this prompt ({cause}); try --no-chat.") from cause
         encoded.append(list(found["input_ids"]))
     return encoded
 
 
 def end_ids(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end an answer, as model, generation config and tokenizer name them.
+    """Return the tokens that end an answer, from model, generation config and tokenizer.
 
     Args:
         model: A transformers model.
@@ -228,11 +228,11 @@ def _check(flags: Flags) -> None:
     check_adapters(flags.adapter or ())
     check_model(flags.model)
     if flags.system is not None and flags.chat is False:
-        raise UsageError("--system needs the chat template, and --no-chat leaves it out; give one of them.")
+        raise UsageError("--system needs the chat template, but --no-chat disables it; pass one of them.")
     if flags.merged and (flags.base or len(flags.adapter or ()) != 1):
         raise UsageError(
-            "--merged is for one adapter that answers alone, and here is "
-            f"{'no adapter' if not flags.adapter else 'more than one answer'}; leave it out."
+            "--merged needs exactly one adapter and no other answer; there "
+            f"{'is no adapter' if not flags.adapter else 'are several answers'}. Leave it out."
         )
 
 
@@ -243,7 +243,7 @@ def _asker(
     from lorakit.generate import generate_batch
 
     ends = end_ids(model, tokenizer)
-    adapters = names if core.adapters(model) else None  # none is left where the only one is merged
+    adapters = names if core.adapters(model) else None  # no adapter is left if the only one is merged
 
     def ask(ids: list[int]) -> Any:
         return generate_batch(

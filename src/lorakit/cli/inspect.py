@@ -1,4 +1,4 @@
-"""`lorakit inspect`: an adapter's health, config, sites and norms; its base is not loaded."""
+"""`lorakit inspect`: show an adapter's health, config, sites and norms; its base is not loaded."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ _CONFIG_IF_SET = (
 
 
 def run(
-    adapter: Annotated[
-        str, Parameter(help="Directory of an adapter, of lorakit or PEFT. Exit code 1: something looks wrong.")
-    ],
+    adapter: Annotated[str, Parameter(help="Directory of an adapter, of lorakit or PEFT.")],
     *,
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
@@ -62,7 +60,7 @@ def as_dict(summary: AdapterSummary, sizes: dict[str, int]) -> dict[str, Any]:
     """Return the report as plain JSON values.
 
     Args:
-        summary: What was found.
+        summary: The adapter's summary.
         sizes: Size in bytes of each file.
     """
     return {
@@ -81,7 +79,7 @@ def as_dict(summary: AdapterSummary, sizes: dict[str, int]) -> dict[str, Any]:
 
 
 def groups(sites: Sequence[SiteSummary]) -> list[tuple[str, dict[str, Any]]]:
-    """Group sites by the last name of their path, in order, with what they have in common.
+    """Group sites by the last name of their path, in order, with statistics of each group.
 
     Args:
         sites: Sites of an adapter.

@@ -1,4 +1,4 @@
-"""`lorakit merge`: merges adapters into a model directory."""
+"""`lorakit merge`: merge adapters into a model directory."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from cyclopts import Parameter
 from lorakit.cli import console
 from lorakit.cli.adapters import Allowances, read_adapters
 from lorakit.cli.early import MODEL_DTYPES, check_adapters, check_choice, check_model, check_new_directory
-from lorakit.cli.stored import say_how_trained
+from lorakit.cli.stored import report_training_quantization
 from lorakit.errors import MergeError
 from lorakit.plan.quantized import Quantization, stored_as
 from lorakit.tables import format_bytes, format_count, format_percent
 from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
-    from lorakit.cli.merged_model import Merged, Order
+    from lorakit.cli.merged_model import Merged, MergeRequest
 
 WORST_SITES = 5
-LITTLE_SURVIVED = 0.5
-LARGE_DIFFERENCE = 0.5  # of what the adapters do to the base
+LITTLE_RETAINED = 0.5
+LARGE_DIFFERENCE = 0.5  # as a fraction of the adapters' effect on the base
 
 
 @dataclass(frozen=True)
 class Flags:
     """The flags of the command."""
 
-    model: Annotated[str, Parameter(help="Model directory, hub id, or smollm2 (the packaged model).")]
+    model: Annotated[str, Parameter(help="Model directory, Hub id, or smollm2 (the packaged model).")]
     adapter: Annotated[list[str], Parameter(help="Adapter directories; several are added up.")]
-    output_dir: Annotated[Path, Parameter(help="Model directory to write; it must not exist, or be empty.")]
+    output_dir: Annotated[Path, Parameter(help="Model directory to create; must be new or empty.")]
     dtype: Annotated[
         str,
         Parameter(
             help="Precision of the written weights: auto (the base's), bfloat16, float16 or float32. The merge is "
-            "computed in float32; writing float32 keeps all of a small adapter, at twice the size."
+            "computed in float32; float32 keeps small updates exactly, at twice the size."
         ),
     ] = "auto"
     quantization: Annotated[
         str | None,
         Parameter(
-            help="Merge into the base as it was quantized in training (nf4, ...): the directory holds the dequantized "
-            "weights with the adapter merged. Default none: the base as published."
+            help="Merge into the base as quantized in training (nf4, ...): the directory has the dequantized "
+            "weights with the adapter merged. Default: the base as published."
         ),
     ] = None
     double_quantization: Annotated[bool, Parameter(help=DEFAULTS["double_quantization"].help())] = True
@@ -66,8 +66,8 @@ def run(
     """Merge adapters into a model directory that any program can load.
 
     The result is loaded again and compared with base and adapters; it is kept only if they agree. The merged adapters
-    are recorded in it, so that lorakit does not apply them twice. --verbose adds the steps and the sites where rounding
-    loses most.
+    are recorded, so that lorakit does not apply them twice. --verbose adds the steps and the sites with the largest
+    rounding loss.
     """
     check_choice("dtype", flags.dtype, MODEL_DTYPES)
     check_new_directory(flags.output_dir)
@@ -75,75 +75,77 @@ def run(
     check_model(flags.model)
     quantization = stored_as(flags.quantization, flags.double_quantization)
     from lorakit import hub
-    from lorakit.cli.merged_model import Order, record, write_merged
+    from lorakit.cli.merged_model import MergeRequest, record, write_merged
 
     if quantization is not None:
-        hub.require_quantiser(quantization)
+        hub.require_quantizer(quantization)
     files = read_adapters(flags.adapter)
-    say_how_trained(files, quantization)
+    report_training_quantization(files, quantization)
     source = hub.resolve(flags.model, console.note)
     hub.require(source)
-    _refuse_quantised_files(flags.model, hub.stored_as_files(source, quantization), quantization)
-    words = (allow or Allowances()).words()
-    order = Order(source, files, flags.adapter, flags.output_dir, flags.dtype, flags.untie, words, quantization)
-    done = write_merged(order, console.note if verbose else console.quiet)
-    for sentence in doubts(done):
-        console.warning(sentence)
+    _reject_quantized_files(flags.model, hub.stored_as_files(source, quantization), quantization)
+    allowed = (allow or Allowances()).names()
+    request = MergeRequest(
+        source, files, flags.adapter, flags.output_dir, flags.dtype, flags.untie, allowed, quantization
+    )
+    done = write_merged(request, console.note if verbose else console.quiet)
+    for text in merge_warnings(done):
+        console.warning(text)
     if json:
         console.emit_json(
             {
                 "output_dir": str(done.folder),
                 "weights_bytes": done.weights_bytes,
                 "parameters": done.parameters,
-                **record(order, done),
+                **record(request, done),
             }
         )
     else:
-        console.say(_text(order, done, verbose))
+        console.say(_text(request, done, verbose))
 
 
-def doubts(done: Merged) -> list[str]:
+def merge_warnings(done: Merged) -> list[str]:
     """Return warnings about a merge that worked.
 
     Args:
-        done: What was written.
+        done: The result.
     """
     found = []
-    survived = _mean_survived(done)
-    if survived < LITTLE_SURVIVED:
+    retained = _mean_retained(done)
+    if retained < LITTLE_RETAINED:
         found.append(
-            f"only {format_percent(survived, 0)} of the adapter's update fits into {done.dtype} weights; the rest is "
+            f"only {format_percent(retained, 0)} of the adapter's update fits into {done.dtype} weights; the rest is "
             "smaller than that precision can represent. --dtype float32 keeps it."
         )
     if done.probe is not None and done.probe.max_difference > LARGE_DIFFERENCE * done.probe.effect:
         found.append(
             f"the logits of the merged model differ from those of base and adapters by up to "
             f"{done.probe.max_difference:.2g}, and the adapters change the base's by up to {done.probe.effect:.2g}: "
-            "much of their effect is lost."
+            "most of their effect is lost. --dtype float32 may keep it."
         )
     if not done.has_tokenizer:
         found.append("neither the model nor the adapters have a tokenizer, so none was written.")
     return found
 
 
-def _refuse_quantised_files(model: str, stored: Quantization | None, wanted: Quantization | None) -> None:
+def _reject_quantized_files(model: str, stored: Quantization | None, wanted: Quantization | None) -> None:
     if stored is not None and wanted is None:
         raise MergeError(
-            f"{model}: its files are quantized ({stored.name}); a merge needs the base that is not. Pass that as "
+            f"{model}: the files are quantized ({stored.name}); a merge needs the unquantized base. Pass that as "
             f"--model, with --quantization {stored.name} for the weights that the adapter was trained on.",
             where=model,
         )
 
 
-def _mean_survived(done: Merged) -> float:
-    shares = [site.survived for site in done.sites]
-    return sum(shares) / len(shares) if shares else 1.0
+def _mean_retained(done: Merged) -> float:
+    fractions = [site.retained for site in done.sites]
+    return sum(fractions) / len(fractions) if fractions else 1.0
 
 
-def _text(order: Order, done: Merged, verbose: bool) -> str:
+def _text(request: MergeRequest, done: Merged, verbose: bool) -> str:
     lines = [
         f"{done.folder}: {done.parameters:,} parameters, {format_bytes(done.weights_bytes)} in {done.dtype}",
-        f"merged     {' + '.join(order.folders)} at {format_count(len(done.sites), 'site')}",
+        f"merged     {' + '.join(request.folders)} at {format_count(len(done.sites), 'site')}",
     ]
     if done.probe is not None:
         probe = done.probe
@@ -153,12 +155,12 @@ def _text(order: Order, done: Merged, verbose: bool) -> str:
             f"by up to {probe.effect:.2g}",
         ]
     lines.append(
-        f"retained   {format_percent(_mean_survived(done))} of the update on average, after rounding to {done.dtype}"
+        f"retained   {format_percent(_mean_retained(done))} of the update on average, after rounding to {done.dtype}"
     )
     if done.untied:
         lines.append("untied     input and output embeddings are separate weights (tie_word_embeddings is false)")
-    worst = sorted(done.sites, key=lambda site: site.survived)[:WORST_SITES] if verbose else []
+    worst = sorted(done.sites, key=lambda site: site.retained)[:WORST_SITES] if verbose else []
     if worst:
-        rows = [[site.path, format_percent(site.survived), format_percent(site.changed)] for site in worst]
+        rows = [[site.path, format_percent(site.retained), format_percent(site.changed)] for site in worst]
         lines += ["", console.table(["sites that retain least", "retained", "weights changed"], rows)]
     return "\n".join(lines)

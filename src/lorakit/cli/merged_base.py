@@ -1,6 +1,6 @@
-"""Writes the one adapter that answers into a base that the verb loaded for itself, where that loses nothing.
+"""Merge the only answering adapter into a base that the command loaded for itself, if that is exact.
 
-No other thread or adapter uses such a base, so no copy of it is kept.
+No other thread or adapter uses this base, so no copy of its weights is kept.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from lorakit.cli import console
 from lorakit.errors import MergeError
 
 WORTHWHILE_TOKENS = 128
-"""Where fewer are asked for, no merge is made by itself: it takes as long as the adapter adds to about a hundred tokens
-of SmolLM2-135M with rank 16 on all linear layers (rough; longer for larger models, where an adapter adds less)."""
+"""Minimum number of tokens for an automatic merge: a merge takes as long as the adapter adds to about a hundred tokens
+of SmolLM2-135M with rank 16 on all linear layers (rough; longer for larger models, in which an adapter adds less)."""
 
 
 def write_into_base(
@@ -24,21 +24,21 @@ def write_into_base(
     tokens: int,
     detail: Callable[[str], None] = console.note,
 ) -> bool:
-    """Merge an adapter that answers alone into the base for good, or leave it beside the base.
+    """Merge the only answering adapter into the base permanently, or leave it unmerged.
 
     Args:
-        model: The base, of which no one else knows, with its adapters; after a merge it is a plain model.
-        names: Who answers: adapters, or None for the base.
-        labels: Adapter -> its folder as the user gave it.
-        wanted: True to merge, False not to, None where the merge is exact and pays.
-        tokens: New tokens that may be generated in total.
-        detail: Called with a line if it is merged.
+        model: The base with its adapters, not used elsewhere; after a merge it is a plain model.
+        names: Adapters that answer, or None for the base.
+        labels: Adapter -> its folder as given by the user.
+        wanted: True to merge, False not to, None if the merge is exact and saves time.
+        tokens: Maximum number of new tokens in total.
+        detail: Called with a line if the adapter is merged.
 
     Returns:
-        Whether it is merged.
+        Whether the adapter is merged.
 
     Raises:
-        MergeError: The merge was asked for, and it is not exact or cannot be done. The model is as it was.
+        MergeError: A merge was requested that is not exact or not possible. The model is unchanged.
     """
     from lorakit import core
 
@@ -46,17 +46,17 @@ def write_into_base(
     if name is None or wanted is False or (wanted is None and tokens < WORTHWHILE_TOKENS):
         return False
     folder = labels[name]
-    reason = core.why_merge_is_inexact(model, name)
+    reason = core.explain_inexact_merge(model, name)
     if reason is None:
         try:
             core.merge_and_unload(model, name)
-        except MergeError as refusal:  # such as NaN in the result, which only the merge itself finds
+        except MergeError as refusal:  # such as NaN in the result, which only the merge itself detects
             reason = str(refusal)
     if reason is None:
         dtype = str(model.dtype).removeprefix("torch.")
         detail(f"{folder}: merged into the base in memory, which is exact in {dtype} (--no-merged: not merged)")
     elif wanted:
         raise MergeError(
-            f"{folder}: --merged is for exact merges, and this is none. {reason} Leave out --merged.", where=folder
+            f"{folder}: --merged is for exact merges, and this one is not. {reason} Leave out --merged.", where=folder
         )
     return reason is None

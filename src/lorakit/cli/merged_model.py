@@ -1,7 +1,7 @@
-"""A base and adapters as one plain model directory, checked by loading it again before it gets its name.
+"""Merge a base and adapters into a plain model directory, which is verified by loading it before it is published.
 
-The weights are merged site by site in fp32 or wider (`lorakit.core`); what stands on the disk is loaded anew and must
-say the same as base and adapters did. Knows nothing of flags or the terminal.
+Weights are merged site by site in fp32 or wider (`lorakit.core`). The directory is loaded again, and its logits must
+match those of base and adapters. This module does not depend on flags or the terminal.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from lorakit import core, hub
 from lorakit.cli.adapters import load_adapters, tokenizer_for
 from lorakit.cli.early import check_new_directory
-from lorakit.core.layers.merged_weight import SiteMerge
+from lorakit.core.layers.adapter_component import SiteMerge
 from lorakit.core.merging.checks import tied_sites
 from lorakit.core.model.base_view import multiply_out
 from lorakit.core.model.fingerprint import note_applied, vocabulary_of
@@ -35,29 +35,29 @@ if TYPE_CHECKING:
 RECORD_FILE = "lorakit_merged.json"
 PROBE_TOKENS = 48
 ROUNDING = {"float32": 0.0, "float16": 0.05, "bfloat16": 0.3}
-"""By dtype of the merged weights: what rounding them may change a logit by, in standard deviations of the logits."""
+"""Dtype of the merged weights -> allowed change of a logit by rounding, in standard deviations of the logits."""
 
 NOISE = {"float32": 0.001, "float16": 0.1, "bfloat16": 0.6}
-"""By dtype of the comparison: what two ways to compute the same may differ by, in the same unit. In bf16 that is more
-than most adapters change, so the comparison is made in fp32 wherever that fits into memory."""
+"""Dtype of the comparison -> allowed numerical difference of a logit, in the same unit. In bf16 it exceeds the effect
+of most adapters, so the comparison uses fp32 if that fits into memory."""
 
 ROUNDED_ACTIVATIONS = 0.3
-"""What bitsandbytes' int8 may change a logit by when it evaluates, since it rounds activations; in the same unit."""
+"""Allowed change of a logit by bitsandbytes' int8 in evaluation, which rounds activations; in the same unit."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """What to merge into what.
+class MergeRequest:
+    """Specification of a merge.
 
     Attributes:
         source: The base.
         adapters: The adapters' files, in order.
-        folders: Their folders as the user gave them.
-        target: The directory to make.
+        folders: Their folders as given by the user.
+        target: The directory to create.
         dtype: "auto" (the base's) or a name of `hub.models.DTYPES`.
-        untie: Give sites that share a weight one of their own.
-        allow: Refusals of `core.load_adapter` to lift.
-        quantization: How the base was stored when the adapters were trained, or None for as it is.
+        untie: Whether to give sites that share a weight their own.
+        allow: Checks of `core.load_adapter` to override.
+        quantization: Quantization of the base in training, or None.
     """
 
     source: hub.ModelSource
@@ -72,14 +72,14 @@ class Order:
 
 @dataclass(frozen=True)
 class Probe:
-    """How the merged directory compares with base and adapters on a few tokens.
+    """Comparison of the merged directory with base and adapters on a few tokens.
 
     Attributes:
         max_difference: Largest difference of a logit.
-        tolerance: What would have been too much.
-        dtype: What it was computed in.
+        tolerance: Largest allowed difference.
+        dtype: Dtype of the computation.
         effect: Largest change of a logit that the adapters make to the base, for comparison.
-        same_top: Share of positions with the same most likely token.
+        same_top: Fraction of positions with the same most likely token.
     """
 
     max_difference: float
@@ -91,17 +91,17 @@ class Probe:
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written.
+    """Result of a merge.
 
     Attributes:
-        folder: Where.
-        dtype: Of the weights.
-        parameters: Numbers in the model, shared ones once.
+        folder: The directory.
+        dtype: Dtype of the weights.
+        parameters: Number of parameters; shared ones count once.
         weights_bytes: Size of the safetensors files.
-        untied: Input and output embeddings were one weight and are two now.
-        has_tokenizer: A tokenizer was written too.
-        sites: How each site took the merge.
-        probe: The check, once it was made.
+        untied: Whether input and output embeddings were untied.
+        has_tokenizer: Whether a tokenizer was written.
+        sites: Merge statistics of each site.
+        probe: The comparison, once it is made.
     """
 
     folder: Path
@@ -114,52 +114,52 @@ class Merged:
     probe: Probe | None
 
 
-def write_merged(order: Order, say: Callable[[str], None]) -> Merged:
-    """Merge and write; the directory appears whole and checked, or not at all.
+def write_merged(request: MergeRequest, say: Callable[[str], None]) -> Merged:
+    """Merge and write; the directory is published complete and verified, or not at all.
 
     Args:
-        order: What to merge into what.
-        say: Told what takes long.
+        request: Specification of the merge.
+        say: Called with a message before anything that takes long.
 
     Returns:
-        What was written.
+        The result.
 
     Raises:
-        MergeError: An adapter cannot be merged, or the directory does not say what base and adapters did.
-        DiskError: The disk refuses.
-        LorakitError: Model or adapters cannot be used; class and message say what.
+        MergeError: An adapter cannot be merged, or the logits of the directory differ from base and adapters.
+        DiskError: Writing failed.
+        LorakitError: Model or adapters cannot be used.
     """
-    check_new_directory(order.target)
-    with publish_directory(order.target) as folder:  # first of all, so that a disk that refuses is known at once
-        tokenizer = _tokenizer(order)
-        computing = probe_dtype(order.source)
-        say(f"Asking base and adapters, in {computing}.")
-        expected = _ask_unmerged(order, computing)
+    check_new_directory(request.target)
+    with publish_directory(request.target) as folder:  # first, to detect a disk that cannot be written
+        tokenizer = _tokenizer(request)
+        computing = probe_dtype(request.source)
+        say(f"Computing logits of base and adapters in {computing}.")
+        expected = _expected_logits(request, computing)
         say("Merging.")
-        made = _merge_into(order, folder, tokenizer)
+        made = _merge_into(request, folder, tokenizer)
         gc.collect()  # the merged and the reloaded model need not be in memory together
-        say("Loading it again and comparing.")
-        again = hub.load_model(hub.ModelSource("directory", str(order.target), str(folder), None, ""), computing)
+        say("Loading the merged model and comparing.")
+        again = hub.load_model(hub.ModelSource("directory", str(request.target), str(folder), None, ""), computing)
         done = replace(made, probe=compare(expected, _logits(again, _probe_ids(again), []), made.dtype))
-        write_json(folder / RECORD_FILE, record(order, done))
+        write_json(folder / RECORD_FILE, record(request, done))
     return done
 
 
 def probe_dtype(source: hub.ModelSource) -> str:
-    """The dtype to compare in: "float32" where the model fits into this machine's memory so, else "auto" (its own)."""
+    """Return the dtype of the comparison: "float32" if the model fits into memory in it, else "auto" (its own)."""
     free_bytes = this_machine().available_bytes
     return "float32" if free_bytes is None or 4.4 * hub.shape_of(source).parameters < free_bytes else "auto"
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What base and adapters say on the probe.
+    """Logits of base and adapters on the probe.
 
     Attributes:
         base: Logits of the base alone, (tokens, vocabulary).
-        adapted: Of base and adapters, (tokens, vocabulary).
-        dtype: What they were computed in.
-        noise: What the quantised base's own products may be off by, in standard deviations of the logits.
+        adapted: Logits of base and adapters, (tokens, vocabulary).
+        dtype: Dtype of the computation.
+        noise: Numerical error of a quantized base's matmuls, in standard deviations of the logits.
     """
 
     base: Tensor
@@ -169,99 +169,102 @@ class Expected:
 
 
 def compare(expected: Expected, merged: Tensor, dtype: str) -> Probe:
-    """Whether a merged model says what base and adapters say.
+    """Compare a merged model with base and adapters.
 
     Args:
-        expected: What they say.
+        expected: Logits of base and adapters.
         merged: Logits of the merged model, (tokens, vocabulary), computed in the same dtype.
-        dtype: Of the merged weights.
+        dtype: Dtype of the merged weights.
 
     Returns:
         The comparison.
 
     Raises:
-        MergeError: They differ by more than the dtypes explain.
+        MergeError: The logits differ by more than the dtypes explain.
     """
     adapted = expected.adapted
     difference = float((merged - adapted).abs().max())
     tolerance = (ROUNDING.get(dtype, 0.0) + NOISE.get(expected.dtype, 0.001) + expected.noise) * float(adapted.std())
-    if not difference <= tolerance:  # also where it is NaN
+    if not difference <= tolerance:  # also true for NaN
         raise MergeError(
-            f"The merged directory does not say what base and adapters say: on {len(adapted)} tokens the logits differ "
-            f"by up to {difference:.3g}, and {dtype} explains {tolerance:.3g}. Nothing was written; try "
+            f"The merged model differs from base and adapters: on {len(adapted)} tokens logits differ by up to "
+            f"{difference:.3g}; rounding to {dtype} explains {tolerance:.3g}. Nothing was written; try "
             "--dtype float32."
         )
     same = float((merged.argmax(-1) == adapted.argmax(-1)).float().mean())
     return Probe(difference, tolerance, expected.dtype, float((adapted - expected.base).abs().max()), same)
 
 
-def record(order: Order, done: Merged) -> dict[str, Any]:
-    """What `lorakit_merged.json` holds.
+def record(request: MergeRequest, done: Merged) -> dict[str, Any]:
+    """Return the contents of `lorakit_merged.json`.
 
     Args:
-        order: What was asked for.
-        done: What was written.
+        request: Specification of the merge.
+        done: Its result.
     """
-    shares = [site.survived for site in done.sites]
+    fractions = [site.retained for site in done.sites]
     return {
         "format_version": 1,
-        "base": {"name": order.source.base_name, "name_or_path": order.source.recorded_name},
+        "base": {"name": request.source.base_name, "name_or_path": request.source.recorded_name},
         "adapters": [
             {"folder": given, "weights_sha256": files.file.sha256}
-            for given, files in zip(order.folders, order.adapters, strict=True)
+            for given, files in zip(request.folders, request.adapters, strict=True)
         ],
         "dtype": done.dtype,
-        "quantization": None if order.quantization is None else hub.quantiser_facts(order.quantization),
+        "quantization": None if request.quantization is None else hub.quantization_metadata(request.quantization),
         "untied": done.untied,
         "probe": asdict(done.probe) if done.probe else None,
-        "survived": {"mean": sum(shares) / len(shares) if shares else 1.0, "worst": min(shares, default=1.0)},
-        "sites": {site.path: {"survived": site.survived, "changed": site.changed} for site in done.sites},
+        "survived": {
+            "mean": sum(fractions) / len(fractions) if fractions else 1.0,
+            "worst": min(fractions, default=1.0),
+        },
+        "sites": {site.path: {"survived": site.retained, "changed": site.changed} for site in done.sites},
     }
 
 
-def _tokenizer(order: Order) -> Any:
-    """The tokenizer to write, or None where there is none: the weights can be merged without."""
+def _tokenizer(request: MergeRequest) -> Any:
+    """Return the tokenizer to write, or None if there is none: the weights can be merged without it."""
     try:
-        return tokenizer_for(order.source, order.adapters)
+        return tokenizer_for(request.source, request.adapters)
     except ModelError:
-        if order.source.kind == "hub":
+        if request.source.kind == "hub":
             raise
         return None
 
 
-def _ask_unmerged(order: Order, computing: str) -> Expected:
-    model = hub.load_model(order.source, computing, quantization=order.quantization)
+def _expected_logits(request: MergeRequest, computing: str) -> Expected:
+    model = hub.load_model(request.source, computing, quantization=request.quantization)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they come again, and are shown, when the adapters are loaded to be merged
-        names = load_adapters(model, order.adapters, order.allow)
-    if not order.untie:
-        _refuse_tied(model, names)
+        warnings.simplefilter("ignore")  # they are issued again when the adapters are loaded for the merge
+        names = load_adapters(model, request.adapters, request.allow)
+    if not request.untie:
+        _reject_tied(model, names)
     ids = _probe_ids(model)
-    noise = ROUNDED_ACTIVATIONS if order.quantization is not None and order.quantization.name == "int8" else 0.0
+    noise = ROUNDED_ACTIVATIONS if request.quantization is not None and request.quantization.name == "int8" else 0.0
     return Expected(_logits(model, ids, []), _logits(model, ids, names), _dtype_name(model), noise)
 
 
-def _merge_into(order: Order, folder: Path, tokenizer: Any) -> Merged:
-    """Merge and save; the probe is still to come."""
-    model = hub.load_model(order.source)
-    if order.dtype != "auto" and getattr(torch, order.dtype) != model.dtype:
-        model.to(torch.float32)  # merged there and rounded once, on the way to the wanted dtype
+def _merge_into(request: MergeRequest, folder: Path, tokenizer: Any) -> Merged:
+    """Merge and save, without the comparison."""
+    model = hub.load_model(request.source)
+    if request.dtype != "auto" and getattr(torch, request.dtype) != model.dtype:
+        model.to(torch.float32)  # merged there and rounded once, to the requested dtype
     stored = model
-    if order.quantization is not None:  # what was trained on is merged, and its numbers are put into the plain model
-        stored = hub.load_model(order.source, model.dtype, quantization=order.quantization)
-    names = load_adapters(stored, order.adapters, order.allow)
-    report = core.merge_and_unload(stored, *names, untie=order.untie, dense=True)
+    if request.quantization is not None:  # merge into the quantized base, and copy its values into the plain model
+        stored = hub.load_model(request.source, model.dtype, quantization=request.quantization)
+    names = load_adapters(stored, request.adapters, request.allow)
+    report = core.merge_and_unload(stored, *names, untie=request.untie, dense=True)
     if stored is not model:
         multiply_out(stored)
-        grow_vocabulary(model, vocabulary_of(stored))  # as it did for the adapters
+        grow_vocabulary(model, vocabulary_of(stored))  # as for the adapters
         model.load_state_dict(stored.state_dict(), strict=True)
     untied = _untie_config(model)
-    if order.dtype != "auto":
-        model.to(getattr(torch, order.dtype))
-    note_applied(model, {f.file.sha256: given for f, given in zip(order.adapters, order.folders, strict=True)})
+    if request.dtype != "auto":
+        model.to(getattr(torch, request.dtype))
+    note_applied(model, {f.file.sha256: given for f, given in zip(request.adapters, request.folders, strict=True)})
     hub.save_model(model, folder, tokenizer)
     return Merged(
-        folder=order.target,
+        folder=request.target,
         dtype=_dtype_name(model),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         weights_bytes=sum(part.stat().st_size for part in folder.glob("*.safetensors")),
@@ -272,18 +275,18 @@ def _merge_into(order: Order, folder: Path, tokenizer: Any) -> Merged:
     )
 
 
-def _refuse_tied(model: Any, names: Sequence[str]) -> None:
+def _reject_tied(model: Any, names: Sequence[str]) -> None:
     tied = tied_sites(model, names)
     if tied:
         path, other = tied[0]
         raise MergeError(
-            f"{path} is adapted and shares its weight with {other}, so a merge would change both. Give --untie: "
-            "they become two weights, and the model grows by one of them."
+            f"{path} is adapted and shares its weight with {other}, so a merge would change both. Pass --untie to "
+            "make them separate weights; the model grows by one of them."
         )
 
 
 def _untie_config(model: Any) -> bool:
-    """Say in the config that the embeddings are two weights, where a merge made them two, or a load would tie them."""
+    """Record separate embeddings in the config if a merge untied them; otherwise loading would tie them again."""
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
     if not tied or inner is None or outer is None or inner.weight is outer.weight:
@@ -293,7 +296,7 @@ def _untie_config(model: Any) -> bool:
 
 
 def _probe_ids(model: Any) -> Tensor:
-    """Token ids to compare on, (1, tokens): the same for every model of this vocabulary."""
+    """Return the token ids of the comparison, (1, tokens): the same for every model with this vocabulary."""
     rows = int(model.get_input_embeddings().weight.shape[0])
     limit = getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS
     generator = torch.Generator().manual_seed(0)
@@ -301,7 +304,7 @@ def _probe_ids(model: Any) -> Tensor:
 
 
 def _logits(model: Any, ids: Tensor, names: Sequence[str]) -> Tensor:
-    """Logits with adapters or, with none, of the base: (tokens, vocabulary), fp32."""
+    """Return logits with adapters or, without names, of the base: (tokens, vocabulary), fp32."""
     with torch.no_grad():
         if not core.adapters(model):
             return model(input_ids=ids, use_cache=False).logits[0].float()

@@ -1,6 +1,6 @@
-"""`lorakit plan`: estimates the parameters, memory and time of a run.
+"""`lorakit plan`: estimate the parameters, memory and time of a run.
 
-The estimate is made by `lorakit.plan`; this module turns flags into its arguments. Torch is loaded only to measure a
+`lorakit.plan` makes the estimate; this module converts flags to its arguments. Torch is loaded only to measure a
 speed or to read a model directory.
 """
 
@@ -37,11 +37,11 @@ class AdapterFlags:
     target_modules: Annotated[list[str] | None, _flag("target_modules")] = None
     target_parameters: Annotated[
         list[str] | None,
-        Parameter(help="Bare parameters such as mlp.experts.down_proj; without --target-modules, these alone."),
+        Parameter(help="Names of parameters such as mlp.experts.down_proj; without --target-modules, only these."),
     ] = None
     exclude_modules: Annotated[list[str] | None, Parameter(help="Names of modules to leave out. Default none.")] = None
     modules_to_save: Annotated[
-        list[str] | None, Parameter(help="Names of modules that are copied and trained whole. Default none.")
+        list[str] | None, Parameter(help="Names of modules to train and save in full. Default none.")
     ] = None
     bias: Annotated[str, Parameter(help="Biases of the base to train: none, all or lora_only. Default none.")] = "none"
     new_tokens: Annotated[list[str] | None, _flag("new_tokens")] = None
@@ -50,7 +50,7 @@ class AdapterFlags:
     allow_partial_targets: Annotated[bool, _flag("allow_partial_targets")] = False
 
     def config(self) -> LoraConfig:
-        """The adapter's config.
+        """Return the adapter's config.
 
         Raises:
             ConfigError: A value is not allowed; the message names the field.
@@ -83,7 +83,7 @@ class JobFlags:
     ] = DEFAULTS["per_device_train_batch_size"].value
     max_length: Annotated[
         int | None,
-        Parameter(help="Tokens of a row. Default 512, as `lorakit train`, or what the model takes where that is less."),
+        Parameter(help="Tokens per row. Default 512, as in `lorakit train`, or the model's maximum if that is less."),
     ] = None
     gradient_accumulation_steps: Annotated[int, _flag("gradient_accumulation_steps")] = DEFAULTS[
         "gradient_accumulation_steps"
@@ -98,34 +98,34 @@ class JobFlags:
     dtype: Annotated[
         str,
         Parameter(
-            help="Precision of the base: auto, bfloat16 or float32. Default auto: what a measurement of this machine "
-            "chooses (as `lorakit train`), and without one the precision that the model is published in."
+            help="Precision of the base: auto, bfloat16 or float32. Default auto: chosen by a measurement of this "
+            "machine (as in `lorakit train`), or without one the precision of the published model."
         ),
     ] = "auto"
-    max_steps: Annotated[int | None, Parameter(help="Optimizer steps of the run. Default none: no hours.")] = None
+    max_steps: Annotated[int | None, Parameter(help="Optimizer steps of the run. Default: no time estimate.")] = None
     tokens: Annotated[
-        int | None, Parameter(help="Tokens of the run, in place of --max-steps; rounded up to whole steps.")
+        int | None, Parameter(help="Tokens of the run, instead of --max-steps; rounded up to whole steps.")
     ] = None
     tokens_per_second: Annotated[
-        float | None, Parameter(help="Speed of training, as a run prints it; then nothing is measured.")
+        float | None, Parameter(help="Training speed, as a run prints it, instead of a measurement.")
     ] = None
     calibrate: Annotated[
         bool | None,
         Parameter(
             negative="--no-calibrate",
-            help="Measure this machine (about two seconds, and torch is loaded). Default: only where --max-steps or "
-            "--tokens asks for a time and --tokens-per-second does not give the speed.",
+            help="Measure this machine (two seconds; loads torch). Default: only if --max-steps or --tokens requests "
+            "a time and --tokens-per-second is not given.",
         ),
     ] = None
 
 
 @dataclass(frozen=True)
 class _Machine:
-    """Precision, speed and lines about them."""
+    """Precision, speed and notes about them."""
 
     dtype: str
     speed: Speed | None
-    said: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 _ADAPTER, _JOB = AdapterFlags(), JobFlags()
@@ -133,12 +133,12 @@ _ADAPTER, _JOB = AdapterFlags(), JobFlags()
 
 def run(
     model: Annotated[
-        str, Parameter(help="A model directory or config.json, smollm2, a published model's name, or a hub id.")
+        str, Parameter(help="A model directory or config.json, smollm2, the name of a known model, or a Hub id.")
     ],
     /,
     *,
     ranks: Annotated[
-        list[str] | None, Parameter(help="Ranks of a table of parameters, such as 4,8,16,32. Default no table.")
+        list[str] | None, Parameter(help="Ranks for a table of parameters, such as 4,8,16,32. Default no table.")
     ] = None,
     json: console.JsonFlag = False,
     verbose: console.VerboseFlag = False,
@@ -148,8 +148,8 @@ def run(
     """Estimate parameters, memory and time of a run; no weights are loaded.
 
     MODEL is an existing path, else smollm2, else a name of the catalog (gpt2, meta-llama/Llama-3.2-1B, ...), else a
-    hub id. --max-steps or --tokens adds a time estimate: from --tokens-per-second, or from a measurement of about two
-    seconds. --verbose adds how the counts come about, formulas, FLOPs and notes.
+    Hub id. --max-steps or --tokens adds a time estimate: from --tokens-per-second, or from a measurement of about two
+    seconds. --verbose adds the derivation of the counts, formulas, FLOPs and notes.
     """
     config, columns = adapter.config(), _ranks(ranks)
     check_model(model)
@@ -188,13 +188,13 @@ def run(
         fitting = plan.within(planned, plan.bytes_of(job.memory_budget))
         planned = fitting.plan
     if json:
-        said = machine.said if fitting is None else (*machine.said, fitting.said)
-        console.emit_json({**planned.as_dict(), "machine": list(said)})
+        notes = machine.notes if fitting is None else (*machine.notes, fitting.said)
+        console.emit_json({**planned.as_dict(), "machine": list(notes)})
         return 0
     notes = () if fitting is None else (fitting.said,)
     console.say(plan.render(planned, verbose=verbose, notes=notes))
-    if verbose and machine.said:
-        console.say("\n" + "\n".join(machine.said))
+    if verbose and machine.notes:
+        console.say("\n" + "\n".join(machine.notes))
     return 0
 
 
@@ -210,18 +210,18 @@ def _machine(job: JobFlags, dtype: str, steps: int | None) -> _Machine:
     from lorakit import hub
 
     measured = hub.calibrate()
-    said = [measured.line()]
+    notes = [measured.line()]
     if job.dtype == "auto":
         choice = hub.choose_dtype("auto", measured)
         dtype = choice.dtype
-        said.append(choice.reason)
+        notes.append(choice.reason)
     rate = measured.flops_per_second(dtype, tuned=job.accelerate)
-    told = f"measured, {format_quantity(rate, 'FLOP/s')}"
-    return _Machine(dtype, Speed(flops_per_second=rate, source=told, threads=measured.threads), tuple(said))
+    basis = f"measured, {format_quantity(rate, 'FLOP/s')}"
+    return _Machine(dtype, Speed(flops_per_second=rate, source=basis, threads=measured.threads), tuple(notes))
 
 
 def _steps(job: JobFlags, wanted: Job) -> int | None:
-    """Optimizer steps of the run, from either flag."""
+    """Return the optimizer steps of the run, from either flag."""
     for name, value in (("max-steps", job.max_steps), ("tokens", job.tokens)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}; it must be a whole number of at least 1.")
@@ -236,13 +236,13 @@ def _ranks(words: Sequence[str] | None) -> list[int]:
     ranks = []
     for word in (part for given in words or () for part in given.split(",") if part):
         if not word.strip().isdigit() or int(word) < 1:
-            raise UsageError(f"--ranks holds {word!r}; give whole numbers of at least 1, such as 4,8,16,32.")
+            raise UsageError(f"--ranks contains {word!r}; pass whole numbers of at least 1, such as 4,8,16,32.")
         ranks.append(int(word))
     return ranks
 
 
 def _words(names: list[str] | str | None) -> list[str] | str | None:
-    """A list of the one word all-linear is that word."""
+    """Convert a list with the single entry all-linear to that string."""
     if not isinstance(names, list):
         return names
     return "all-linear" if [name.lower() for name in names] == ["all-linear"] else names

@@ -86,10 +86,10 @@ def run(
 def _check(settings: TrainSettings) -> None:
     """Check what needs no torch: data, model and the run directory."""
     from lorakit.report import RUN_FILE
-    from lorakit.train.run_folder import refuse_second_run
+    from lorakit.train.run_folder import raise_run_exists
 
     folder = Path(settings.output_dir)
     if not settings.resume and not settings.overwrite and (folder / RUN_FILE).exists():
-        refuse_second_run(folder)
+        raise_run_exists(folder)
     check_data([*settings.data, *(settings.eval_data or ())])
     check_model(settings.model)

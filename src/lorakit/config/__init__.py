@@ -1,12 +1,11 @@
-"""`LoraConfig` and its words: the only home of the field's defaults and of the scale rule.
+"""`LoraConfig` and its helper types: the only module that defines its field defaults and the scale rule.
 
-The field names, defaults and the file `adapter_config.json` are PEFT's, so that configs travel both ways.
-The constructor is strict; reading a file from elsewhere is tolerant and says what it does not know. This part
-knows nothing about models, matching or tensors.
+Field names, defaults and `adapter_config.json` follow PEFT, so configs can be exchanged. The constructor is strict;
+reading a file is tolerant and reports unknown keys. This package does not depend on models, matching or tensors.
 """
 
 from lorakit.config.file import config_file, looks_like_a_hub_id
-from lorakit.config.lora import LoraConfig, PeftConfig, PeftConfigMixin
+from lorakit.config.lora import PEFT_TABLES_OF_VARIANTS, LoraConfig, PeftConfig, PeftConfigMixin
 from lorakit.config.nested import (
     ArrowConfig,
     BdLoraConfig,
@@ -28,6 +27,7 @@ __all__ = [
     "CONFIG_FILE",
     "HEADS_BY_TASK",
     "NOT_BUILT",
+    "PEFT_TABLES_OF_VARIANTS",
     "ArrowConfig",
     "BdLoraConfig",
     "CordaConfig",

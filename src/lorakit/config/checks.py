@@ -1,6 +1,6 @@
-"""The checks that `LoraConfig` makes of its own fields; each names field, value and what is allowed.
+"""Checks of `LoraConfig`'s fields; each error names the field, its value and the allowed values.
 
-The beginnings of some sentences are PEFT's, because programs match them.
+Some messages start with PEFT's wording because programs match it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def task(value: TaskType | str | None) -> TaskType | None:
-    """The task type that a word means.
+    """Return the task type with this name.
 
     Raises:
-        ConfigError: There is no such task.
+        ConfigError: The task type is unknown.
     """
     if value is None:
         return None
@@ -40,14 +40,14 @@ def task(value: TaskType | str | None) -> TaskType | None:
 
 
 def lora(value: PeftType | str | None) -> PeftType:
-    """LORA, whatever the field held, as PEFT; but another method's name is not passed over.
+    """Return LORA for any value, as PEFT does, unless it names another method.
 
     Raises:
-        ConfigError: It names another method.
+        ConfigError: The value names another method.
     """
     if value != PeftType.LORA.value and value in [method.value for method in PeftType]:
         raise ConfigError(
-            f"peft_type is {value!r}; this library knows LORA only.",
+            f"peft_type is {value!r}; only LORA is supported.",
             what=value,
             field="peft_type",
             allowed=(PeftType.LORA.value,),
@@ -56,10 +56,10 @@ def lora(value: PeftType | str | None) -> PeftType:
 
 
 def names(field: str, value: Any) -> set[str] | str | None:
-    """A list of names as a set, a pattern as it is.
+    """Return a list of names as a set, or a pattern unchanged.
 
     Raises:
-        ConfigError: It is neither, or an entry is empty or no name.
+        ConfigError: The value is neither, or an entry is empty or not a string.
     """
     if value is None or (isinstance(value, str) and value):
         return value
@@ -75,10 +75,10 @@ def names(field: str, value: Any) -> set[str] | str | None:
 
 
 def plain_list(field: str, value: Any) -> list[str] | None:
-    """A list of names, copied.
+    """Return a copy of a list of names.
 
     Raises:
-        ConfigError: It is one string, or holds what is no name.
+        ConfigError: The value is a single string, or an entry is not a name.
     """
     if value is None:
         return None
@@ -92,11 +92,11 @@ def plain_list(field: str, value: Any) -> list[str] | None:
 
 
 def parameters(value: Any) -> list[str] | None:
-    """Names of bare parameters, copied.
+    """Return a copy of a list of parameter names.
 
     Raises:
-        ConfigTypeError: It is one string.
-        ConfigError: An entry is no name.
+        ConfigTypeError: The value is a single string.
+        ConfigError: An entry is not a name.
     """
     if isinstance(value, str):
         raise ConfigTypeError(
@@ -108,14 +108,14 @@ def parameters(value: Any) -> list[str] | None:
 
 
 def table(field: str, value: Any) -> dict[str, Any]:
-    """A table from patterns to numbers, copied.
+    """Return a copy of a mapping from patterns to values.
 
     Raises:
-        ConfigError: It is no table, or a key is no pattern.
+        ConfigError: The value is not a mapping, or a key is not a pattern.
     """
     if value is not None and not isinstance(value, Mapping):
         raise ConfigError(
-            f"{field} is {value!r}; it must be a table from name patterns to numbers.", what=value, field=field
+            f"{field} is {value!r}; it must be a mapping from name patterns to numbers.", what=value, field=field
         )
     bad = [key for key in value or {} if not isinstance(key, str) or not key]
     if bad:
@@ -126,17 +126,17 @@ def table(field: str, value: Any) -> dict[str, Any]:
 
 
 def check_numbers(config: LoraConfig) -> None:
-    """Ranks, alphas and dropout.
+    """Check ranks, alphas and dropout.
 
     Raises:
-        ConfigError: One is no number, or out of its range.
+        ConfigError: A value is not a number or is out of range.
     """
     _whole("r", config.r)
     _finite("lora_alpha", config.lora_alpha)
     _finite("lora_dropout", config.lora_dropout)
     if not 0 <= config.lora_dropout < 1:
         raise ConfigError(
-            f"lora_dropout is {config.lora_dropout!r}; it must lie in [0, 1).",
+            f"lora_dropout is {config.lora_dropout!r}; it must be in [0, 1).",
             what=config.lora_dropout,
             field="lora_dropout",
         )
@@ -157,7 +157,7 @@ def _finite(field: str, value: Any) -> None:
 
 
 def check_words(config: LoraConfig) -> None:
-    """Fields with a few allowed values.
+    """Check fields with a fixed set of values.
 
     Raises:
         ConfigError: A value is not one of them.
@@ -178,10 +178,10 @@ def check_words(config: LoraConfig) -> None:
 
 
 def check_layers(config: LoraConfig) -> None:
-    """Layers by number go with lists of names.
+    """Check that `layers_to_transform` and `layers_pattern` are used with a list of target modules.
 
     Raises:
-        ConfigError: They stand beside one pattern, or their list is named and they are not.
+        ConfigError: `target_modules` is a pattern, or `layers_pattern` is set without `layers_to_transform`.
     """
     if isinstance(config.target_modules, str):
         for field in ("layers_to_transform", "layers_pattern"):
@@ -198,11 +198,11 @@ def check_layers(config: LoraConfig) -> None:
 
 
 def check_inits(config: LoraConfig) -> None:
-    """An init and its settings belong together; settings without their init are said and left alone.
+    """Check that each init has its settings; warn about settings without their init, and ignore them.
 
     Raises:
         ConfigError: "loftq" without `loftq_config`.
-        ConfigTypeError: `loftq_config` is neither a table nor a `LoftQConfig`.
+        ConfigTypeError: `loftq_config` is neither a dict nor a `LoftQConfig`.
     """
     settings = config.loftq_config
     if settings is not None and not isinstance(settings, (dict, LoftQConfig)):
@@ -229,16 +229,16 @@ def check_inits(config: LoraConfig) -> None:
     if moves and config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         warn_caller(
             "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion of modified base "
-            "weights: PEFT's `path_initial_model_for_weight_conversion` is not to be had with it. "
-            "`lorakit.core.save_adapter` writes plain LoRA all the same."
+            "weights: PEFT's `path_initial_model_for_weight_conversion` cannot be used with it. "
+            "`lorakit.core.save_adapter` still writes plain LoRA."
         )
 
 
 def check_together(config: LoraConfig) -> None:
-    """Fields that exclude each other.
+    """Check fields that exclude each other.
 
     Raises:
-        ConfigError: Two of them do.
+        ConfigError: Two fields exclude each other.
     """
     if config.use_dora and config.megatron_config:
         raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.", field="use_dora")
@@ -254,4 +254,4 @@ def check_together(config: LoraConfig) -> None:
             "The argument lora_bias=True is not supported for DoRA, please pass use_dora=False.", field="lora_bias"
         )
     if config.alora_invocation_tokens is not None and config.task_type != TaskType.CAUSAL_LM:
-        warn_caller("aLoRA is currently only supported for CAUSAL_LM task; it is used in causal models alone.")
+        warn_caller("aLoRA is currently only supported for CAUSAL_LM task; it takes effect only in causal models.")

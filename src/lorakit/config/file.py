@@ -1,4 +1,4 @@
-"""Finding `adapter_config.json`, and reading it as a table of plain values."""
+"""Find `adapter_config.json` and read it as a dict of plain values."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lorakit.errors import AdapterFileError
 
 
 def looks_like_a_hub_id(name: str | os.PathLike[str]) -> bool:
-    """Whether a name that is no folder here may be one on a hub: "owner/name"."""
+    """Return whether the name of a folder that does not exist may be a Hub id, "owner/name"."""
     word = str(name)
     return word.count("/") == 1 and not word.startswith((".", "/", "~")) and CONFIG_FILE not in word
 
 
 def config_file(name: str | os.PathLike[str], subfolder: str | None = None, revision: str | None = None) -> Path:
-    """Where the config of an adapter lies.
+    """Return the path of an adapter's config.
 
     Args:
-        name: A folder, or a hub id.
+        name: A folder or a Hub id.
         subfolder: A folder inside it.
-        revision: Revision on the hub.
+        revision: Revision on the Hub.
 
     Raises:
-        AdapterFileError: There is none.
+        AdapterFileError: The config file was not found.
     """
     folder = Path(name) / subfolder if subfolder else Path(name)
     path = folder / CONFIG_FILE
@@ -35,9 +35,9 @@ def config_file(name: str | os.PathLike[str], subfolder: str | None = None, revi
         return path
     if Path(name).exists() or not looks_like_a_hub_id(name):
         raise AdapterFileError(
-            f"Can't find '{CONFIG_FILE}' at '{folder}': an adapter is a folder with that file.", where=folder
+            f"Can't find '{CONFIG_FILE}' at '{folder}': an adapter is a directory with that file.", where=folder
         )
-    try:  # the hub's door lies above this floor: it is asked by name, and only when a hub id was given
+    try:  # lorakit.hub is a higher layer: it is imported by name, and only for a Hub id
         found = import_module("lorakit.hub").adapter_from_hub(str(name), revision=revision, subfolder=subfolder)
     except ValueError as cause:
         raise AdapterFileError(f"Can't find '{CONFIG_FILE}' at '{name}': {cause}") from cause
@@ -45,15 +45,15 @@ def config_file(name: str | os.PathLike[str], subfolder: str | None = None, revi
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """A config file as a table.
+    """Return the contents of a config file.
 
     Raises:
-        AdapterFileError: The file is missing, not JSON, or no object.
+        AdapterFileError: The file is missing or not a JSON object.
     """
     values = read_json(path)
     if not isinstance(values, dict):
         raise AdapterFileError(
-            f"{path}: holds a {type(values).__name__}; an object with the config's fields was expected.",
+            f"{path}: contains a {type(values).__name__}; expected an object with the config's fields.",
             where=path,
         )
     return values

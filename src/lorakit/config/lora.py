@@ -1,7 +1,7 @@
-"""`LoraConfig`, and `PeftConfig` above it: PEFT's fields and methods; the only home of the field's defaults.
+"""`LoraConfig` and its base `PeftConfig`: PEFT's fields and methods; the only module that defines field defaults.
 
-The constructor is strict. What is known but not built is accepted here and refused where it would be used
-(`built.py`). This file knows nothing about models, matching or tensors.
+The constructor is strict. Known but unimplemented options are accepted here and rejected on use (`reading.py`). This
+module does not depend on models, matching or tensors.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ PARTS: Mapping[str, type] = {
     "arrow_config": ArrowConfig,
     "kasa_config": KasaConfig,
 }
-"""Fields that hold a config of their own."""
+"""Fields that hold a nested config."""
 
 CHECKED_BY_VALUE = frozenset(
     {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights", "loftq_config"}
 )
-"""Fields whose values have checks, and sentences, of their own."""
+"""Fields with their own value checks and messages."""
 
 NUMBERS = (
     "r",
@@ -64,19 +64,19 @@ NUMBERS = (
     "alora_invocation_tokens",
     "layer_replication",
 )
-"""Fields of numbers: a file has to hold them, so those of numpy and ranges are made plain."""
+"""Numeric fields; NumPy numbers and ranges in them are converted so that a file can store them."""
 
 
 @dataclass
 class PeftConfigMixin:
-    """What every config of the field can do: to a table, to a file, and back.
+    """Conversion of a config to a dict or a file, and back.
 
     Attributes:
-        task_type: What the model is for; picks heads that are trained whole (`HEADS_BY_TASK`).
+        task_type: Task of the model; selects heads that are trained in full (`HEADS_BY_TASK`).
         peft_type: The method.
-        auto_mapping: Class and library of the base, as PEFT writes it; kept, never imported.
-        peft_version: Level of PEFT's files that is followed.
-        unknown: Keys of a file that are no fields here, with their values; written again when it is saved.
+        auto_mapping: Class and library of the base, as PEFT writes it; stored, never imported.
+        peft_version: PEFT version whose file format is followed.
+        unknown: Unknown keys of a file with their values; they are written back on save.
     """
 
     task_type: TaskType | str | None = None
@@ -91,26 +91,26 @@ class PeftConfigMixin:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Always False: programs that hold adapters of several methods ask for it."""
+        """Return False; programs that use adapters of several methods query it."""
         return False
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """Always False, as `is_prompt_learning`."""
+        """Return False, like `is_prompt_learning`."""
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        """Field name -> value, nested configs as tables; without settings of this process."""
+        """Return the fields as a dict, nested configs as dicts; process-local settings are omitted."""
         values = dataclasses.asdict(self)
         values.pop("runtime_config", None)
         return values
 
     def as_json(self) -> dict[str, Any]:
-        """What `adapter_config.json` holds: plain values, sets as sorted lists, and the unknown keys that were read."""
+        """Return the contents of `adapter_config.json`: plain values, sets as sorted lists, unknown keys."""
         return {**self.unknown, **{name: _plain(value) for name, value in self.to_dict().items()}}
 
     def with_fields(self: Config, **fields: Any) -> Config:
-        """A copy with some fields changed; nothing is checked or warned about again, and nothing is shared.
+        """Return an independent copy with some fields changed, without repeating checks and warnings.
 
         Args:
             fields: Field name -> value.
@@ -121,14 +121,14 @@ class PeftConfigMixin:
         return twin
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write `adapter_config.json` into a folder.
+        """Write `adapter_config.json` into a directory.
 
         Args:
-            save_directory: The folder; it is made when it is missing.
-            kwargs: `auto_mapping_dict` is written as `auto_mapping`; others are PEFT's and have no effect here.
+            save_directory: The directory; created if missing.
+            kwargs: `auto_mapping_dict` is written as `auto_mapping`; PEFT's other options have no effect.
 
         Raises:
-            ConfigError: The folder is a file.
+            ConfigError: The path is a file.
             DiskError: The file cannot be written.
         """
         if Path(save_directory).is_file():
@@ -145,20 +145,20 @@ class PeftConfigMixin:
         subfolder: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Read `adapter_config.json` from a folder, or from a hub.
+        """Read `adapter_config.json` from a directory or the Hub.
 
         Args:
-            pretrained_model_name_or_path: A folder, or a hub id.
-            subfolder: A folder inside it.
-            kwargs: `revision`; other options of the hub's client have no effect here, and fields are not overridden.
+            pretrained_model_name_or_path: A directory or a Hub id.
+            subfolder: A directory inside it.
+            kwargs: `revision`; other Hub options have no effect, and fields are not overridden.
 
         Returns:
-            The config, of the class that its method asks for.
+            The config, as the class for its `peft_type`.
 
         Raises:
             AdapterFileError: The file is missing or damaged.
             ConfigError: A value is not allowed, or the method is not LORA.
-            ConfigTypeError: The file has unknown keys and does not say its method: it is no config.
+            ConfigTypeError: The file has unknown keys and no `peft_type`, so it is not a config.
         """
         path = config_file(pretrained_model_name_or_path, subfolder, kwargs.get("revision"))
         values = cls.from_json_file(path)
@@ -166,23 +166,23 @@ class PeftConfigMixin:
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
-        """What a config file holds, as a table; settings of a process do not belong there and are left out.
+        """Return the contents of a config file without process-local settings.
 
         Args:
             path_json_file: The file.
-            kwargs: PEFT's; without effect.
+            kwargs: PEFT's options; no effect.
 
         Raises:
-            AdapterFileError: The file is missing, not JSON, or no object.
+            AdapterFileError: The file is missing or not a JSON object.
         """
         values = read_values(Path(path_json_file))
         if values.pop("runtime_config", None) is not None:
-            warn_caller(f"{path_json_file} holds a `runtime_config` key. This is ignored: it is for one process only.")
+            warn_caller(f"{path_json_file} contains a `runtime_config` key. This is ignored: it is process-local.")
         return values
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> Any:
-        """A config from its fields, of the class that `peft_type` asks for; unknown names are kept aside and named.
+        """Create a config of the class for its `peft_type`; unknown fields are reported and preserved.
 
         Args:
             kwargs: Field name -> value.
@@ -204,24 +204,24 @@ class PeftConfigMixin:
             config.unknown = unknown
             warn_caller(
                 f"Unexpected keyword arguments {sorted(unknown)} for class {kind.__name__}, these are ignored. They "
-                "come from another version of PEFT, and are written again when the config is saved."
+                "come from another version of PEFT, and are written back when the config is saved."
             )
         return config
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """A place for subclasses to look at fields before they are used; returns them."""
+        """Return the fields; subclasses may check or change them first."""
         return kwargs
 
 
 @dataclass
 class PeftConfig(PeftConfigMixin):
-    """The fields that a config of every method has.
+    """Fields that every method's config has.
 
     Attributes:
-        base_model_name_or_path: What the user gave as the base.
-        revision: Revision of the base on a hub.
-        inference_mode: The adapter is loaded frozen.
+        base_model_name_or_path: Name of the base, as given by the user.
+        revision: Revision of the base on the Hub.
+        inference_mode: Whether the adapter is loaded frozen.
     """
 
     base_model_name_or_path: str | None = None
@@ -229,50 +229,54 @@ class PeftConfig(PeftConfigMixin):
     inference_mode: bool = False
 
 
+PEFT_TABLES_OF_VARIANTS = ("use_dora",)
+"""Tables by adapter on layers of PEFT, of this version or older ones, that say that an adapter is of a variant."""
+
+
 @dataclass
 class LoraConfig(PeftConfig):
-    """How an adapter looks: where it sits, its rank and scale, how it begins.
+    """Configuration of an adapter: target modules, rank, scale, initialization and variant.
 
     Attributes:
         r: Rank, at least 1.
         target_modules: Names or dotted suffixes, one regular expression, or "all-linear".
-        exclude_modules: The same, for what is left out; wins over `target_modules`.
+        exclude_modules: The same, for modules to leave out; wins over `target_modules`.
         lora_alpha: Numerator of the scale (`scale`).
         lora_dropout: Probability in [0, 1) with which an input element of A is dropped in training.
-        fan_in_fan_out: Written for other readers; here the base itself says how its weight lies.
+        fan_in_fan_out: Written for other readers; lorakit derives it from the base module.
         bias: "none", "all" or "lora_only": which biases of the base are trained too.
         use_rslora: Scale by 1/√r instead of 1/r.
-        modules_to_save: Names of modules that are copied and trained whole.
+        modules_to_save: Names of modules to train and save in full.
         init_lora_weights: True (A Kaiming, B zero), False (both random), or the name of an init.
         layers_to_transform: Indices of the layers to adapt.
         layers_pattern: Name of the list of layers that these indices count.
         rank_pattern: Name pattern -> rank, over `r`.
         alpha_pattern: Name pattern -> alpha, over `lora_alpha`.
-        megatron_config: Megatron's parallel layers; not built.
-        megatron_core: Where Megatron would be imported from; never imported.
-        trainable_token_indices: Rows of the embedding that are trained, or a table from embedding to rows.
+        megatron_config: Megatron's parallel layers; not supported.
+        megatron_core: Module path of Megatron; never imported.
+        trainable_token_indices: Token ids whose embeddings are trained, or a dict from embedding to token ids.
         loftq_config: Settings of the init "loftq".
         eva_config: Settings of the init "eva".
         corda_config: Settings of the init "corda".
         lora_ga_config: Settings of the init "lora_ga".
         use_dora: Weight-decomposed variant (arXiv:2402.09353).
-        velora_config: VeLoRA; not built.
-        alora_invocation_tokens: The adapter acts from these tokens on (aLoRA, arXiv:2504.12397).
-        use_qalora: QALoRA; not built.
-        qalora_group_size: Its groups.
-        monteclora_config: MonteCLoRA; not built.
-        layer_replication: Ranges of layers that are stacked anew, sharing their weights.
-        runtime_config: Settings of this process; never written.
-        lora_bias: B has a bias.
-        target_parameters: Names of bare parameters to adapt, such as fused experts.
-        use_bdlora: BD-LoRA; not built.
-        arrow_config: Arrow routing; not built.
-        kasa_config: KaSA; not built.
-        ensure_weight_tying: What is adapted on one of two tied weights acts on both.
+        velora_config: VeLoRA; not supported.
+        alora_invocation_tokens: Token sequence from which the adapter is active (aLoRA, arXiv:2504.12397).
+        use_qalora: QALoRA; not supported.
+        qalora_group_size: Group size of QALoRA.
+        monteclora_config: MonteCLoRA; not supported.
+        layer_replication: Ranges of layers to stack, sharing their weights.
+        runtime_config: Process-local settings; never written.
+        lora_bias: Whether B has a bias.
+        target_parameters: Names of parameters to adapt, such as fused experts.
+        use_bdlora: BD-LoRA; not supported.
+        arrow_config: Arrow routing; not supported.
+        kasa_config: KaSA; not supported.
+        ensure_weight_tying: Whether an adapter on one of two tied weights applies to both.
 
     Raises:
-        ConfigError: A field holds what is not allowed; the message names field, value and what is allowed.
-        ConfigTypeError: A field is of a type that is not allowed.
+        ConfigError: A value is not allowed; the message names the field, the value and what is allowed.
+        ConfigTypeError: A field has a wrong type.
     """
 
     r: int = 8
@@ -333,8 +337,26 @@ class LoraConfig(PeftConfig):
         checks.check_together(self)
         self.custom_modules: dict[type, type] | None = None
 
+    def own_numbers(self, rank: int, out_features: int, in_features: int) -> int:
+        """Return the number of values that the variant trains at a dense site or table, beside A and B.
+
+        Args:
+            rank: The rank there.
+            out_features: Rows of the weight.
+            in_features: Columns of the weight.
+        """
+        return out_features if self.use_dora else 0
+
+    def own_numbers_in_words(self, total: int) -> str:
+        """Return the sentence of a plan about the values that the variant trains beside A and B.
+
+        Args:
+            total: Their number over all sites.
+        """
+        return f"DoRA adds a magnitude for each output of a site: {total:,} in all." if self.use_dora else ""
+
     def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
-        """Layer classes of one's own for module types, PEFT's private way; used by `core` where that is built.
+        """Register custom layer classes for module types (a private method of PEFT); used by `core`.
 
         Args:
             mapping: Module type -> class of the layer.

@@ -1,7 +1,6 @@
-"""The configs inside a `LoraConfig`: settings of inits and variants, with PEFT's names, defaults and checks.
+"""Nested configs of `LoraConfig`: settings of inits and variants, with PEFT's names, defaults and checks.
 
-They hold numbers and words only; what uses them lives in `lorakit.core`, and what is not built yet says so when it is
-used (`built.py`).
+They hold numbers and strings only; `lorakit.core` uses them. Unsupported ones raise an error on use (`reading.py`).
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ VELORA_STARTS = ("batch_average", "batch_average_once", "random")
 
 
 def restored(field: str, value: Any, part: type[Part]) -> Part | None:
-    """A nested config as its class: what came out of JSON is a table, and its unknown keys are left out.
+    """Return a nested config as an instance of its class; unknown keys of a dict from JSON are dropped.
 
     Args:
         field: The field that holds it.
-        value: None, an instance, or a table of its fields.
+        value: None, an instance, or a dict of its fields.
         part: The class.
 
     Raises:
-        ConfigTypeError: It is none of these.
-        ConfigError: A field is not allowed.
+        ConfigTypeError: The value is none of these.
+        ConfigError: A field has a value that is not allowed.
     """
     if value is None or isinstance(value, part):
         return value
@@ -51,7 +50,7 @@ def _at_least(name: str, value: float, least: float, said: str, *, strict: bool 
 
 
 class _Typed:
-    """A config whose fields hold what they are annotated with."""
+    """A config that checks its fields against their annotations."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -59,10 +58,10 @@ class _Typed:
 
 @dataclass
 class LoraRuntimeConfig(_Typed):
-    """Settings of one process, never written to a file.
+    """Process-local settings, never written to a file.
 
     Attributes:
-        ephemeral_gpu_offload: Accepted; an init here runs where its site is.
+        ephemeral_gpu_offload: Accepted; inits here run on the device of their site.
     """
 
     ephemeral_gpu_offload: bool = False
@@ -73,8 +72,8 @@ class LoftQConfig(_Typed):
     """Settings of the init "loftq" (Li et al. 2023, arXiv:2310.08659).
 
     Attributes:
-        loftq_bits: Bits of the quantised base.
-        loftq_iter: Alternating steps of quantising and fitting.
+        loftq_bits: Bits of the quantized base.
+        loftq_iter: Alternating steps of quantization and fitting.
     """
 
     loftq_bits: int = 4
@@ -86,12 +85,12 @@ class EvaConfig(_Typed):
     """Settings of the init "eva" (Paischer et al. 2024, arXiv:2410.07170).
 
     Attributes:
-        rho: How much more than r one site may get; 1 keeps every rank.
-        tau: Cosine similarity at which a site's components count as settled.
-        use_label_mask: Leave positions out whose label is masked.
-        label_mask_value: The label that masks.
-        whiten: Divide components by their singular values.
-        adjust_scaling_factors: Keep the scale as it was where a rank changes.
+        rho: Maximum rank of a site as a multiple of r; 1 keeps every rank.
+        tau: Cosine similarity at which a site's components count as converged.
+        use_label_mask: Whether to leave out positions with a masked label.
+        label_mask_value: Value of a masked label.
+        whiten: Whether to divide components by their singular values.
+        adjust_scaling_factors: Whether to keep the scale if a rank changes.
 
     Raises:
         ConfigError: rho is below 1 or tau outside [0, 1].
@@ -116,12 +115,12 @@ class CordaConfig(_Typed):
     """Settings of the init "corda" (Yang et al. 2024, arXiv:2406.05223).
 
     Attributes:
-        cache_file: Where decompositions are kept between runs.
-        covariance_file: Where covariances are kept between runs.
-        corda_method: "ipm" (adapt to the data) or "kpm" (keep what the data shows).
-        verbose: Say what is done.
-        use_float16_for_covariance: Hold covariances in half precision.
-        prune_temporary_fields: Drop what was collected once it has been used.
+        cache_file: Cache of decompositions.
+        covariance_file: Cache of covariances.
+        corda_method: "ipm" (adapt to the data) or "kpm" (preserve what the data shows).
+        verbose: Whether to log progress.
+        use_float16_for_covariance: Whether to store covariances in half precision.
+        prune_temporary_fields: Whether to drop collected statistics after use.
     """
 
     cache_file: str | None = None
@@ -137,8 +136,8 @@ class LoraGAConfig(_Typed):
     """Settings of the init "lora_ga" (Wang et al. 2024, arXiv:2407.05000).
 
     Attributes:
-        direction: Which singular vectors of the gradient go to A and B: "ArBr", "A2rBr", "ArB2r" or "random".
-        scale: How they are scaled: "stable", "weight_svd", "gd_scale" or "unit".
+        direction: Singular vectors of the gradient for A and B: "ArBr", "A2rBr", "ArB2r" or "random".
+        scale: Scaling of A and B: "stable", "weight_svd", "gd_scale" or "unit".
         stable_gamma: Gamma of the stable scale.
     """
 
@@ -149,15 +148,15 @@ class LoraGAConfig(_Typed):
 
 @dataclass
 class VeloraConfig(_Typed):
-    """Settings of VeLoRA (arXiv:2405.17991), which is not built.
+    """Settings of VeLoRA (arXiv:2405.17991); not supported.
 
     Attributes:
-        num_groups: Groups into which an activation's depth is split.
-        scale: Factor on the activations that the backward rebuilds.
+        num_groups: Groups per activation vector.
+        scale: Factor on the activations that the backward pass reconstructs.
         init_type: "batch_average", "batch_average_once" or "random".
 
     Raises:
-        ConfigError: A number is not positive, or the start is unknown.
+        ConfigError: A number is not positive, or the init type is unknown.
     """
 
     num_groups: int = 64
@@ -179,13 +178,13 @@ class VeloraConfig(_Typed):
 
 @dataclass
 class MontecloraConfig(_Typed):
-    """Settings of MonteCLoRA, which is not built.
+    """Settings of MonteCLoRA; not supported.
 
     Attributes:
         num_samples: Samples per forward.
-        use_entropy: Keep the weights of the samples apart.
+        use_entropy: Whether to keep the samples' weights apart.
         dirichlet_prior: Concentration of the prior.
-        sample_scaler: Size of the noise.
+        sample_scaler: Scale of the noise.
         kl_loss_weight: Weight of the divergence in the loss.
         buffer_size: Length of the sampler's buffer.
 
@@ -208,13 +207,13 @@ class MontecloraConfig(_Typed):
 
 @dataclass
 class BdLoraConfig(_Typed):
-    """Settings of BD-LoRA, which is not built.
+    """Settings of BD-LoRA; not supported.
 
     Attributes:
         target_modules_bd_a: Names of sites whose A is block-diagonal.
         target_modules_bd_b: Names of sites whose B is block-diagonal.
         nblocks: Blocks per factor.
-        match_strict: Every site must be in one of the lists.
+        match_strict: Whether every site must be in one of the lists.
 
     Raises:
         ConfigError: A name is in both lists.
@@ -234,15 +233,15 @@ class BdLoraConfig(_Typed):
 
 @dataclass
 class ArrowConfig(_Typed):
-    """Settings of Arrow routing (arXiv:2405.11157), which is not built.
+    """Settings of Arrow routing (arXiv:2405.11157); not supported.
 
     Attributes:
-        top_k: Adapters that one token uses.
+        top_k: Adapters per token.
         router_temperature: Temperature of the router's softmax.
-        use_gks: Subtract general knowledge first.
-        task_adapter_names: Filled when the router is made.
-        gks_adapter_names: Filled when the router is made.
-        rng_seed: Seed of its sampling.
+        use_gks: Whether to subtract general knowledge first.
+        task_adapter_names: Set when the router is created.
+        gks_adapter_names: Set when the router is created.
+        rng_seed: Seed of the router's sampling.
 
     Raises:
         ConfigError: A number is not positive.
@@ -265,11 +264,11 @@ class ArrowConfig(_Typed):
 
 @dataclass
 class KasaConfig(_Typed):
-    """Settings of KaSA (arXiv:2412.06071), which is not built.
+    """Settings of KaSA (arXiv:2412.06071); not supported.
 
     Attributes:
         beta: Weight of the penalty on singular values.
-        gamma: Weight of the penalty on what is not orthogonal.
+        gamma: Weight of the orthogonality penalty.
 
     Raises:
         ConfigError: A weight is negative.

@@ -1,6 +1,6 @@
-"""What a config may ask for that lorakit does not build: accepted as a config, refused by name where it is used.
+"""Read configs of any PEFT version, and reject those that request unsupported features.
 
-`read_config`: a config that any version of PEFT wrote, tolerantly, for a caller that is about to use it.
+`check_built` runs when a config is used; `read_config` reads one tolerantly.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ NOT_BUILT: Mapping[str, Any] = {
     "arrow_config": None,
     "kasa_config": None,
 }
-"""Fields that are known but not built, each with the value that asks for nothing."""
+"""Fields that are not supported -> the value that leaves them off."""
 
 ARITHMETIC = ("use_", "init_", "lora_", "target_", "rank_", "alpha_", "scal")
-"""Beginnings of the names of fields that say what is computed."""
+"""Prefixes of field names that suggest a change of the computation."""
 
 
 def check_built(config: LoraConfig) -> None:
-    """Refuse a config that asks for what is not built, or that a newer PEFT wrote for arithmetic unknown here.
+    """Reject a config with unsupported features, or with unknown fields that seem to change the computation.
 
-    A key that is unknown here is harmless where its value asks for nothing (null, false, zero, empty). With
-    another value it is refused if its name speaks of arithmetic: it ends in "_config", or begins as PEFT's own
-    such fields do (`ARITHMETIC`). Anything else is passed over, and `read_config` names it.
+    An unknown field is harmless if its value is null, false, zero or empty. With another value it is rejected if its
+    name suggests arithmetic: it ends in "_config" or starts like PEFT's own such fields (`ARITHMETIC`). Other unknown
+    fields are ignored, and `read_config` reports them.
 
     Args:
-        config: A config that is about to be used.
+        config: A config about to be used.
 
     Raises:
-        NotYetSupported: It asks for what is not built; the message names the field.
+        NotYetSupported: The config uses an unsupported feature; the message names the field.
     """
     for name, neutral in NOT_BUILT.items():
         value = getattr(config, name)
         if value is not None and value != neutral:
-            raise NotYetSupported(f"{name} is {value!r}: this is not built yet. Leave it at {neutral!r}.", field=name)
+            raise NotYetSupported(f"{name} is {value!r}: not supported yet; use {neutral!r}.", field=name)
     for name, value in config.unknown.items():
         if value and (name.endswith("_config") or name.startswith(ARITHMETIC)):
             raise NotYetSupported(
-                f"{name} is {value!r}: a field of another version of PEFT that seems to change what is computed, and "
-                f"is not known here. If it does not, take it out of the config.",
+                f"{name} is {value!r}: an unknown field of another PEFT version that seems to change the computation. "
+                "Remove it from the config if it does not.",
                 field=name,
             )
 
@@ -61,33 +61,31 @@ _WITHOUT_MEANING = frozenset({"megatron_core", "qalora_group_size", "runtime_con
 
 
 def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
-    """Read a config that any version of PEFT, or lorakit, wrote.
+    """Read a config that lorakit or any version of PEFT wrote.
 
     Args:
-        folder: A folder with `adapter_config.json`, or that file.
+        folder: A directory with `adapter_config.json`, or that file.
 
     Returns:
-        The config, and the names of keys in the file that are not known here; they are kept in `config.unknown`.
+        The config, and the unknown keys of the file; they are kept in `config.unknown`.
 
     Raises:
-        AdapterFileError: The file is missing, not JSON, of another method, or a value is not allowed.
-        NotYetSupported: The file asks for what is not built yet, so its weights would be misread.
+        AdapterFileError: The file is missing, not JSON, of another method, or has a value that is not allowed.
+        NotYetSupported: The file uses an unsupported feature, so its weights would be misread.
     """
     path = Path(folder)
     if not path.exists():
         raise AdapterFileError(
-            f"{path}: there is no such folder; an adapter is a folder with {CONFIG_FILE}.", where=path
+            f"{path}: directory not found; an adapter is a directory with {CONFIG_FILE}.", where=path
         )
     path = path / CONFIG_FILE if path.is_dir() else path
     if not path.exists():
-        raise AdapterFileError(
-            f"{path.parent}: there is no {CONFIG_FILE}, so this is not an adapter.", where=path.parent
-        )
+        raise AdapterFileError(f"{path.parent}: no {CONFIG_FILE}, so this is not an adapter.", where=path.parent)
     values = read_values(path)
     method = values.get("peft_type", PeftType.LORA.value)
     if method != PeftType.LORA.value:
         raise AdapterFileError(
-            f"{path}: peft_type is {method!r}; only LORA adapters can be used here.",
+            f"{path}: peft_type is {method!r}; only LORA adapters are supported.",
             what=method,
             where=path,
             field="peft_type",

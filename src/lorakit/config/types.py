@@ -1,11 +1,7 @@
-"""The words of a config: task types, method types, file name, the level of PEFT that is followed, and the scale rule.
+"""Names and types used by configs: task types, file name, PEFT version, scale rule, and type checks of fields.
 
-This file knows nothing about fields or files.
-
-Whether values are of the types that a config's fields are annotated with; what is not is named.
-
-A program may give tuples or sets for lists, and a file gives lists for tuples; a whole number is a number, true and
-false are neither, and nothing (null) is as good as false. Knows nothing of any field but its annotation.
+Type checks are tolerant where programs and files differ: tuples, sets and lists are interchangeable, an integer is a
+number, null is as good as false; true and false are not numbers.
 """
 
 from __future__ import annotations
@@ -24,14 +20,14 @@ from typing import Any
 from lorakit.errors import ConfigTypeError
 
 API_LEVEL = "0.22.0"
-"""The level of PEFT's interface and files that is followed here."""
+"""Version of PEFT's interface and files that is followed."""
 
 CONFIG_FILE = "adapter_config.json"
 BIAS_CHOICES = ("none", "all", "lora_only")
 
 
 class TaskType(str, enum.Enum):
-    """What the adapted model is for; the names are PEFT's."""
+    """Task of the adapted model; the names are PEFT's."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -42,7 +38,7 @@ class TaskType(str, enum.Enum):
 
 
 class PeftType(str, enum.Enum):
-    """PEFT's methods by name, since programs compare against them; this library is LORA alone."""
+    """PEFT's methods by name, for programs that compare them; lorakit supports LORA only."""
 
     PROMPT_TUNING = "PROMPT_TUNING"
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
@@ -96,19 +92,19 @@ HEADS_BY_TASK: Mapping[TaskType, tuple[str, ...]] = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
-"""Heads that start untrained and so are copied and trained whole; a model has at least one of them."""
+"""Heads that start untrained and are therefore trained and saved in full; a model has at least one of them."""
 
 
 def scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
-    """The factor before B·A: alpha / r, or alpha / √r for rsLoRA.   [docs/math.md (3), (4)]
+    """Return the factor of B·A: alpha / r, or alpha / √r for rsLoRA.   [docs/math.md (3), (4)]
 
     Args:
         r: Rank of the factor, at least 1.
         lora_alpha: The config's alpha at this site.
-        use_rslora: Divide by the root of the rank.
+        use_rslora: Whether to divide by the square root of the rank.
 
     Returns:
-        The scale, without unit.
+        The scale, a dimensionless number.
 
     Source:
         Hu et al. 2021, arXiv:2106.09685, section 4.1; Kalajdzievski 2023, arXiv:2312.03732, eq. (4).
@@ -120,20 +116,20 @@ _PLAIN: Mapping[Any, tuple[type | tuple[type, ...], str]] = {
     bool: (bool, "true or false"),
     int: (numbers.Integral, "a whole number"),
     float: (numbers.Real, "a number"),
-    str: ((str, os.PathLike), "text"),
-    type(None): (type(None), "nothing"),
+    str: ((str, os.PathLike), "a string"),
+    type(None): (type(None), "None"),
 }
 
 
 def check_types(config: Any, leave: Collection[str] = ()) -> None:
-    """Refuse the fields of a dataclass that hold what their annotation does not allow.
+    """Check the fields of a dataclass against their annotations.
 
     Args:
         config: An instance.
-        leave: Names of fields that are checked elsewhere.
+        leave: Names of fields to skip.
 
     Raises:
-        ConfigTypeError: The first such field, what it holds and what it should.
+        ConfigTypeError: A field has a wrong type; the first one is named with its value and the expected type.
     """
     for name, hint in _hints(config.__class__).items():
         value = getattr(config, name)
@@ -143,17 +139,17 @@ def check_types(config: Any, leave: Collection[str] = ()) -> None:
 
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
-    """Field -> its annotation, of what lorakit itself defines; a user's subclass may have fields of its own."""
+    """Return field -> annotation for fields defined by lorakit; a user's subclass may add fields."""
     ours = next(part for part in kind.__mro__ if part.__module__.partition(".")[0] == "lorakit")
     hints = typing.get_type_hints(ours)
     return {field.name: hints[field.name] for field in dataclasses.fields(ours)}
 
 
 def plain(value: Any) -> Any:
-    """A value as a file can hold it: numbers of other libraries as Python's, ranges, arrays and generators as lists.
+    """Return a value that a file can store: foreign numbers as Python's, ranges, arrays and generators as lists.
 
     Args:
-        value: Of a field; lists, tuples, sets and tables stay what they are, with plain entries, and are copied.
+        value: Value of a field; lists, tuples, sets and dicts keep their type and are copied with plain entries.
     """
     if value is None or isinstance(value, (bool, str, bytes)):
         return value
@@ -189,7 +185,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _words(hint: Any, many: bool = False) -> str:
-    """An annotation in words: "a list of whole numbers, or nothing"."""
+    """Describe an annotation, such as "a list of whole numbers, or None"."""
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return ", or ".join(dict.fromkeys(_words(option) for option in inside))
@@ -197,7 +193,7 @@ def _words(hint: Any, many: bool = False) -> str:
         said = _PLAIN[hint][1]
         return f"{said.removeprefix('a ')}s" if many else said
     if origin is dict:
-        return "a table of " + ("anything" if inside[1] is Any else _words(inside[1], many=True))
+        return "a dict of " + ("anything" if inside[1] is Any else _words(inside[1], many=True))
     if origin is tuple:
         return f"{'lists' if many else 'a list'} of {len(inside)} {_words(inside[0], many=True)}"
     if origin in (list, set):

@@ -11,7 +11,7 @@ from lorakit.core.files.inspecting import AdapterSummary, inspect_adapter
 from lorakit.core.kinds import Kind, Slot, kind_named
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.linalg import Cut
-from lorakit.core.merging.checks import why_merge_is_inexact
+from lorakit.core.merging.checks import explain_inexact_merge
 from lorakit.core.merging.merged_state import merged_state_dict
 from lorakit.core.merging.merging import MergeReport, merge, merge_and_unload, unmerge
 from lorakit.core.model.activation import (
@@ -73,6 +73,7 @@ __all__ = [
     "compress_folder",
     "detach",
     "disable",
+    "explain_inexact_merge",
     "extract",
     "extract_to_folder",
     "fingerprint",
@@ -98,5 +99,4 @@ __all__ = [
     "trainable_parameters",
     "unmerge",
     "use",
-    "why_merge_is_inexact",
 ]

@@ -1,16 +1,15 @@
-"""What one adapter holds at one site: the modules that carry A, B and a magnitude, and the view that arithmetic reads.
+"""The modules that carry what one adapter holds at one site: A, B, dropout, and the own tensors of a variant.
 
-A and B lie in nn.Linear orientation, A (r, in) and B (out, r), whatever the base's own weight looks like. The
-modules only carry parameters under the field's names; their `forward` is not used here.
+A and B have the orientation of nn.Linear, A (r, in) and B (out, r), whatever the base's own weight looks like. The
+modules only carry parameters under PEFT's names; their `forward` is not used here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.core.quantization import is_computed
 
@@ -20,35 +19,14 @@ HOLDERS: Mapping[str, type[nn.ModuleDict | nn.ParameterDict]] = {
     "lora_B": nn.ModuleDict,
     "lora_embedding_A": nn.ParameterDict,
     "lora_embedding_B": nn.ParameterDict,
-    "lora_magnitude_vector": nn.ModuleDict,
 }
-"""Attributes that hold something per adapter; each is made when it is first asked for, since most layers need three."""
+"""Attributes that hold something per adapter, those of variants (`OwnTensor.held_as`) left out.
+
+Each is made when it is first asked for, since most layers need three.
+"""
 
 TRAINED = tuple(name for name in HOLDERS if name != "lora_dropout")
 """Those of HOLDERS that hold parameters, A's and B's first."""
-
-
-@dataclass(frozen=True)
-class Factor:
-    """One adapter at one site, as arithmetic sees it.
-
-    Attributes:
-        A: Down projection, (r, in).
-        B: Up projection, (out, r).
-        scale: alpha / r, or alpha / √r for rsLoRA.
-        dropout: What the input passes before A.
-        variant: Name of the row of VARIANTS.
-        magnitude: Norm per output that DoRA learns, (out,), or None.
-        bias: Bias of B, (out,), scaled like the rest (`lora_bias`), or None.
-    """
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    dropout: nn.Module
-    variant: str
-    magnitude: Tensor | None = None
-    bias: Tensor | None = None
 
 
 class FactorWeight(nn.Linear):
@@ -81,8 +59,8 @@ def carrier(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Module
     return FactorWeight(weight, bias) if weight.ndim == 2 else FactorKernel(weight, bias)
 
 
-class Magnitude(nn.Module):
-    """Carries DoRA's magnitude as `.weight`, (out,)."""
+class OwnWeight(nn.Module):
+    """Carries a variant's own tensor as `.weight`, in any shape (…)."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()

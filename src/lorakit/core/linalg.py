@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakit.core.kinds import Slot, per_expert, side_by_side
+from lorakit.core.kinds import Kind, Slot, per_expert, side_by_side
 from lorakit.errors import ConfigError
 
 SPARE, SKETCH = 16, 8
@@ -51,6 +51,32 @@ class Spectrum:
     U: Tensor
     S: Tensor
     Vh: Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The base's weight at a site, and its geometry.
+
+    Attributes:
+        W: Canonical weight, (out, in, …), in float64; of experts as the base stores them, (experts, …, …).
+        kind: The kind of the site.
+        slot: Its geometry.
+    """
+
+    W: Tensor
+    kind: Kind
+    slot: Slot
+
+    def matrix(self, expert: int = 0) -> Tensor:
+        """Return the weight as a matrix, (out, n), in float64; of several experts one, so that one is wide at a time.
+
+        Args:
+            expert: Which of several.
+        """
+        if not self.slot.experts:
+            return self.kind.flat_weight(self.slot, self.W)
+        W = self.W[expert].double()
+        return W.T if self.slot.in_first else W
 
 
 def product_of(A: Tensor, B: Tensor, experts: int = 1) -> Product:

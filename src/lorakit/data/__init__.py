@@ -1,8 +1,8 @@
-"""Training data: from files on disk to padded batches whose every dropped or cut token is counted.
+"""Training data: files on disk to padded batches; all dropped and truncated tokens are counted.
 
     files --read_records--> records --split--> records --encode--> sequences --Loader--> batches
 
-Tokenizers come in as arguments (`tokens.Tokenizer` says what is asked of them); nothing here imports transformers.
+Tokenizers are passed as arguments (`tokens.Tokenizer` is the protocol); this package does not import transformers.
 """
 
 from __future__ import annotations

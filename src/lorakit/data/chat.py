@@ -1,7 +1,7 @@
-"""Conversations through the chat template, and which of their tokens the assistant said.
+"""Render conversations with the chat template and mark the assistant's tokens.
 
-Where the template marks the assistant's words (`{% generation %}`), its marks are taken. Elsewhere the rendering up
-to a turn is compared with the rendering through it: what came in between is what the model would have to write.
+The template's own marks (`{% generation %}`) are used if present. Otherwise the rendering up to a turn is compared with
+the rendering through it: the difference is what the model would have to generate.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.data.records import Conversation, place
+from lorakit.data.records import Conversation, location
 from lorakit.data.tokens import Tokenizer, text_of, token_ids
 from lorakit.errors import DataError
 
@@ -19,13 +19,13 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """A conversation as tokens.
+    """A tokenized conversation.
 
     Attributes:
         ids: All tokens of the conversation.
-        trained: One truth value a token: whether the assistant said it.
-        untrained_turns: Turns of the assistant that could not be told apart in the whole.
-        ended: Whether an end after a turn is trained too.
+        trained: One bool per token: whether the assistant wrote it.
+        untrained_turns: Assistant turns that could not be located in the rendered text.
+        ended: Whether the end of a turn also has loss.
     """
 
     ids: list[int]
@@ -42,24 +42,24 @@ class _Span:
 
 
 def conversation_tokens(record: Conversation, tokenizer: Tokenizer) -> Turns:
-    """Render a conversation and mark what the assistant said, each turn with what ends it.
+    """Render a conversation and mark the assistant's tokens, each turn with its end marker.
 
     Args:
         record: The conversation.
         tokenizer: A tokenizer with a chat template.
 
     Returns:
-        Tokens and marks; the text of the marked tokens is what the template wrote for the assistant.
+        Tokens and marks; the marked tokens are what the template wrote for the assistant.
 
     Raises:
-        DataError: There is no template, it refuses this conversation, or the tokens do not give the text back.
+        DataError: There is no template, it rejects the conversation, or the tokens do not decode to the text.
     """
     template = tokenizer.chat_template
     if not template:
         raise DataError(
-            f"{place(record)}: the data holds conversations, but the model's tokenizer has no chat template. "
-            "Take an instruct model, or rows with 'prompt' and 'completion'.",
-            where=place(record),
+            f"{location(record)}: the data contains conversations, but the model's tokenizer has no template. "
+            "Use an instruct model, or rows with 'prompt' and 'completion'.",
+            where=location(record),
         )
     if isinstance(template, str) and _GENERATION.search(template):
         marked = _by_marks(record, tokenizer)
@@ -77,7 +77,7 @@ def _by_marks(record: Conversation, tokenizer: Tokenizer) -> Turns | None:
     for content in contents:
         at = said.find(content, at)
         if at < 0:
-            return None  # the marks do not cover what was said; the prefixes decide
+            return None  # the marks do not cover the assistant's text; compare prefixes instead
         at += len(content)
     return Turns(ids, trained, 0, ended=bool(said[at:].strip()))
 
@@ -98,13 +98,13 @@ def _by_prefixes(record: Conversation, tokenizer: Tokenizer) -> Turns:
 
 
 def _span(record: Conversation, tokenizer: Tokenizer, index: int, text: str) -> _Span | None:
-    """Where one turn of the assistant stands in the whole text; None where the template rewrote it."""
+    """Return the span of an assistant turn in the whole text, or None if the template rewrote it."""
     messages = record.as_dicts()
     try:
         before = _apply(record, tokenizer, messages[:index], tokenize=False, add_generation_prompt=True)
         through = _apply(record, tokenizer, messages[: index + 1], tokenize=False)
     except DataError:
-        return None  # a template may refuse a part of what it takes as a whole
+        return None  # a template may reject a prefix of a conversation that it accepts
     content = messages[index]["content"]
     if not content.strip() or not through.startswith(before):
         return None
@@ -127,9 +127,9 @@ def _tokens_of_spans(
         if found is not None and all(_faithful(tokenizer, text[s.start : s.end], ids) for s, ids in found[2]):
             return found[0], found[1]
     raise DataError(
-        f"{place(record)}: the tokens of the assistant's turns do not give back the text of the chat template, so "
-        "what would be trained is not known. Use rows with 'prompt' and 'completion' for this model.",
-        where=place(record),
+        f"{location(record)}: the tokens of the assistant's turns do not decode to the text of the chat template, so "
+        "the tokens with loss are unknown. Use rows with 'prompt' and 'completion' for this model.",
+        where=location(record),
     )
 
 
@@ -137,11 +137,11 @@ _Found = tuple[list[int], list[bool], list[tuple[_Span, list[int]]]]
 
 
 def _whole(tokenizer: Tokenizer, text: str, spans: list[_Span]) -> _Found | None:
-    """Tokens of the text as a whole, as the model will see it; None where a token lies across a border."""
+    """Tokenize the whole text, as the model will see it; return None if a token crosses a border of a turn."""
     try:
         result = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     except NotImplementedError:
-        return None  # a tokenizer written in Python knows no offsets
+        return None  # a slow tokenizer has no offsets
     ids, offsets = list(result["input_ids"]), list(result["offset_mapping"])
     trained = [False] * len(ids)
     found = []
@@ -158,7 +158,7 @@ def _whole(tokenizer: Tokenizer, text: str, spans: list[_Span]) -> _Found | None
 
 
 def _piecewise(tokenizer: Tokenizer, text: str, spans: list[_Span]) -> _Found:
-    """Tokens of the parts before, in and after each turn, each part by itself, as generation makes them."""
+    """Tokenize the parts before, in and after each turn separately, as generation does."""
     ids: list[int] = []
     trained: list[bool] = []
     found = []
@@ -176,14 +176,14 @@ def _piecewise(tokenizer: Tokenizer, text: str, spans: list[_Span]) -> _Found:
 
 def _faithful(tokenizer: Tokenizer, text: str, ids: list[int]) -> bool:
     said = text_of(tokenizer, ids)
-    # SentencePiece drops one leading space in decoding; some tokenizers normalise what they read
+    # SentencePiece drops one leading space in decoding; some tokenizers normalize their input
     return said in (text, text.removeprefix(" ")) or said == text_of(tokenizer, token_ids(tokenizer, text))
 
 
 def _apply(record: Conversation, tokenizer: Tokenizer, messages: list[dict[str, str]], **options: Any) -> Any:
     try:
         return tokenizer.apply_chat_template(messages, **options)
-    except Exception as cause:  # a template is a program from elsewhere and may raise anything
+    except Exception as cause:  # a template is untrusted code and may raise anything
         raise DataError(
-            f"{place(record)}: the chat template refuses this conversation ({cause}).", where=place(record)
+            f"{location(record)}: the chat template rejects this conversation ({cause}).", where=location(record)
         ) from cause

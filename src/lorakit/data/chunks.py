@@ -1,8 +1,8 @@
-"""Tokens of a long text, a part at a time: the same tokens as of the whole text, in bounded memory.
+"""Tokenize a long text in parts, with the same tokens as for the whole text, in bounded memory.
 
-A part is tokenized with some text after it, and the next part begins inside that text. Where the tokens of both agree
-over half of what they share, the rest cannot depend on what came before, and they are joined there, at a border of
-words. Where they do not agree, the part is made longer, in the end as long as the text.
+A part is tokenized with some text after it, and the next part starts inside that overlap. If the tokens of both agree
+over half of the overlap, the rest cannot depend on earlier text, and they are joined there, between words. If they
+do not agree, the part is extended, in the end to the whole text.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from dataclasses import dataclass
 from lorakit.data.tokens import Tokenizer, token_ids
 
 PART_CHARACTERS = 1 << 17
-"""Characters of a part."""
+"""Characters per part."""
 
 SHARED_CHARACTERS = 1 << 12
-"""Characters that two parts share."""
+"""Characters of overlap between two parts."""
 
 _LEAST_TOKENS = 16
-# after a letter: a mark, or one space and a letter; a token across such a place is in no common vocabulary
+# after a letter: a mark, or one space and a letter; no common vocabulary has a token across such a position
 _BORDER = re.compile(r"(?<=[^\W\d_])(?=[^\w\s]|\s[^\W\d_])")
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A text with its tokens: ids, and where each begins and ends in it."""
+    """A text with its tokens: ids, and their start and end offsets."""
 
     text: str
     ids: list[int]
     spans: list[tuple[int, int]]
 
-    def at(self, place: int) -> int:
-        """The first token that begins at a place or after it."""
-        return bisect_left(self.spans, (place, 0))
+    def at(self, offset: int) -> int:
+        """Return the index of the first token that starts at an offset or later."""
+        return bisect_left(self.spans, (offset, 0))
 
 
 class _Source:
-    """Gives a text out in portions of any size."""
+    """Reads a text in portions of any size."""
 
     def __init__(self, pieces: Iterable[str]) -> None:
         self._pieces = iter(pieces)
@@ -47,14 +47,14 @@ class _Source:
         self._more = True
 
     def ended(self) -> bool:
-        """Return whether all has been given out."""
+        """Return whether the text is exhausted."""
         return not self._more and not self._held
 
     def take(self, characters: int) -> str:
-        """Return so many characters, fewer only at the end."""
+        """Return this many characters, fewer only at the end."""
         held = [self._held]
         have = len(self._held)
-        while self._more and have <= characters:  # one more than asked for, to know whether it is the end
+        while self._more and have <= characters:  # one more than requested, to detect the end
             piece = next(self._pieces, None)
             self._more = piece is not None
             held.append(piece or "")
@@ -65,14 +65,14 @@ class _Source:
 
 
 def token_parts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[list[int]]:
-    """Return the tokens of a text in parts; no special token is added.
+    """Yield the tokens of a text in parts, without special tokens.
 
     Args:
         tokenizer: The tokenizer; one without offsets takes the whole text at once.
         pieces: The text, in order.
 
     Returns:
-        Lists of token ids; joined they are the tokens of the whole text.
+        Lists of token ids; concatenated they are the tokens of the whole text.
     """
     source = _Source(pieces)
     text = source.take(PART_CHARACTERS)
@@ -95,28 +95,28 @@ def token_parts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[list[in
 
 
 def _joined(tokenizer: Tokenizer, part: _Part, more: str) -> tuple[_Part, int, int] | None:
-    """The part that follows, and where the two are joined, in the text of each; None if they cannot be."""
+    """Return the part that follows, and the joint's offset in the text of each; None if they cannot be joined."""
     at = _border(part.text)
     if at is None:
         return None
     following = _part(tokenizer, part.text[at:] + more)
-    place = _joint(part, following, at)
-    return None if place is None else (following, place, place - at)
+    offset = _joint(part, following, at)
+    return None if offset is None else (following, offset, offset - at)
 
 
 def _border(text: str) -> int | None:
-    """Where the next part can begin, or None."""
+    """Return the offset at which the next part can start, or None."""
     found = _BORDER.search(text, len(text) - SHARED_CHARACTERS, len(text) - SHARED_CHARACTERS * 3 // 4)
     return found.start() if found else None
 
 
 def _joint(part: _Part, following: _Part, at: int) -> int | None:
-    """A place in a part's text where its tokens and those of the following part can be joined, or None.
+    """Return an offset in a part's text at which its tokens and those of the following part can be joined, or None.
 
     Args:
         part: The part.
-        following: The one that begins inside it.
-        at: Where.
+        following: The part that starts inside it.
+        at: Offset of its start.
     """
     low, high = len(part.text) - SHARED_CHARACTERS * 5 // 8, len(part.text) - SHARED_CHARACTERS // 8
     mine = slice(part.at(low), part.at(high))

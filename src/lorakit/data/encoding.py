@@ -1,11 +1,7 @@
-"""Token sequences: one row with its labels, and many rows in flat arrays.
+"""Encode records as token sequences with labels, and count everything that was truncated or left out.
 
-Knows nothing of records and tokenizers.
-
-From records to token sequences with labels, with a count of all that was cut or left out.
-
-Labels are -100 where the loss is not taken. The first label of a sequence is always -100, because no token comes
-before it, so the labels that are not -100 are exactly the positions that a causal loss trains.
+Labels are -100 for positions without loss. The first label of a sequence is always -100, because no token precedes it,
+so the labels that are not -100 are exactly the positions with a causal loss.
 """
 
 from __future__ import annotations
@@ -20,14 +16,14 @@ import numpy as np
 
 from lorakit.data.chat import conversation_tokens
 from lorakit.data.chunks import token_parts
-from lorakit.data.records import Completion, Conversation, Document, Record, content_key, distinct, is_empty, place
+from lorakit.data.records import Completion, Conversation, Document, Record, content_key, distinct, is_empty, location
 from lorakit.data.report import DataReport
 from lorakit.data.stored import AnyRecords, sized
 from lorakit.data.tokens import Tokenizer, beginning, token_ids
 from lorakit.errors import ConfigError, DataError
 
 IGNORED = -100
-"""The label of a token that the loss is not taken on."""
+"""The label of a token without loss."""
 
 _NARROW, _WIDE = "H", "i"
 _NARROW_IDS = 1 << 16
@@ -39,7 +35,7 @@ class Sequence:
 
     Attributes:
         input_ids: Token ids, shape (length,), four bytes each.
-        labels: The same ids where the loss is taken, -100 elsewhere; shape (length,); the first is -100.
+        labels: The same ids at positions with loss, -100 elsewhere; shape (length,); the first is -100.
     """
 
     input_ids: array[int]
@@ -50,14 +46,14 @@ class Sequence:
 
     @property
     def trained_tokens(self) -> int:
-        """Number of positions with a causal loss."""
+        """The number of positions with a causal loss."""
         return len(self.labels) - self.labels.count(IGNORED)
 
 
 class Sequences(collections.abc.Sequence[Sequence]):
-    """Rows in flat arrays: two or four bytes per token for its id, one for whether it is trained, eight per row.
+    """Rows in flat arrays: two or four bytes per token for its id, one for whether it has loss, eight per row.
 
-    A row becomes a `Sequence` when it is asked for.
+    A row becomes a `Sequence` when it is read.
     """
 
     def __init__(self) -> None:
@@ -66,11 +62,11 @@ class Sequences(collections.abc.Sequence[Sequence]):
         self._ends = array("q", [0])
 
     def add(self, ids: collections.abc.Sequence[int], trained: collections.abc.Sequence[bool] | bytes) -> None:
-        """Append a row; its first token is never trained, because no token comes before it.
+        """Append a row; its first token never has loss, because no token precedes it.
 
         Args:
             ids: Token ids, at least one.
-            trained: Whether the loss is taken on each.
+            trained: Whether each token has loss.
         """
         if self._ids.typecode == _NARROW and max(ids) >= _NARROW_IDS:
             self._ids = array(_WIDE, self._ids)
@@ -98,21 +94,21 @@ class Sequences(collections.abc.Sequence[Sequence]):
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows."""
+        """The number of tokens of all rows."""
         return len(self._ids)
 
     @property
     def trained_tokens(self) -> int:
-        """Positions of all rows that a causal loss trains."""
+        """The number of positions with a causal loss in all rows."""
         return self._trained.count(1)
 
     def lengths(self) -> array[int]:
-        """Return the tokens of each row."""
+        """Return the number of tokens of each row."""
         return array("q", np.diff(np.array(self._ends, dtype=np.int64)).tobytes())
 
 
 def lengths(sequences: Iterable[Sequence]) -> array[int]:
-    """Return the tokens of each sequence, without making those that are stored flat."""
+    """Return the number of tokens of each sequence, without creating those that are stored flat."""
     return sequences.lengths() if isinstance(sequences, Sequences) else array("q", map(len, sequences))
 
 
@@ -121,11 +117,11 @@ _TOKENS_AT_ONCE = 1 << 14
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What encoding gives.
+    """The result of encoding.
 
     Attributes:
         sequences: In the order of the records.
-        report: What became of the records.
+        report: Counts of rows and tokens.
     """
 
     sequences: Sequences
@@ -143,31 +139,31 @@ class _Row:
 def encode(
     records: Iterable[Record], tokenizer: Tokenizer, max_length: int, watch: Callable[[int], None] | None = None
 ) -> Encoded:
-    """Turn records into sequences of at most `max_length` tokens.
+    """Encode records as sequences of at most `max_length` tokens.
 
     - A document gets the tokenizer's beginning token, if it adds one, and an end-of-text token. It is cut into
-      consecutive windows; each begins with the last token of the window before, as context, so that every token
-      but the document's first is trained exactly once and none is lost.
-    - Of prompt and completion the completion is trained, with an end-of-text token.
-    - Of a conversation the assistant's turns are trained, as the chat template writes them, with what ends them.
-    - Completions and conversations that are too long are cut from the right; rows without a trained token are
-      left out; both are counted.
+      consecutive windows; each starts with the last token of the window before, as context, so that every token
+      but the document's first has loss exactly once.
+    - Of prompt and completion, the completion has loss, with an end-of-text token.
+    - Of a conversation, the assistant's turns have loss, as the chat template writes them, with their end markers.
+    - Completions and conversations that are too long are truncated on the right; rows without loss are left out; both
+      are counted.
 
     Args:
-        records: What `read_records` or `split` gives.
+        records: Records from `read_records` or `split`.
         tokenizer: Any transformers tokenizer.
         max_length: Longest sequence, in tokens; at least 2.
-        watch: Called with the bytes on disk of the records that are done, again and again.
+        watch: Called repeatedly with the bytes on disk of the processed records.
 
     Returns:
         The sequences and the counts.
 
     Raises:
         ConfigError: `max_length` is below 2.
-        DataError: No token is left to train, or a conversation does not go through the chat template.
+        DataError: No token with loss is left, or a conversation cannot be rendered.
     """
     if max_length < 2:
-        raise ConfigError(f"max_length is {max_length}; at least 2 tokens are needed, one to read and one to predict.")
+        raise ConfigError(f"max_length is {max_length}; it must be at least 2: one token to read and one to predict.")
     report = DataReport(max_length, notes=list(records.notes) if isinstance(records, AnyRecords) else [])
     work = _Work(tokenizer, report, watch or (lambda done: None))
     keys, first = bytearray(), None
@@ -186,7 +182,7 @@ def encode(
     report.tokens = sequences.tokens
     report.trained_tokens = sequences.trained_tokens
     if tokenizer.eos_token_id is None and (report.documents or report.completions):
-        report.notes.append("The tokenizer has no end-of-text token, so nothing marks where a text ends.")
+        report.notes.append("The tokenizer has no end-of-text token, so the end of a text is not marked.")
     if not report.trained_tokens:
         raise DataError(_nothing_left(report, first))
     return Encoded(sequences, report)
@@ -194,12 +190,12 @@ def encode(
 
 def _nothing_left(report: DataReport, first: Record | None) -> str:
     if first is None:
-        return "There are no rows of data; there is nothing to learn from."
+        return "The data has no rows."
     parts = [f"{report.empty_rows:,} empty"] if report.empty_rows else []
-    parts += [f"{report.dropped_rows:,} without a trained token within {report.max_length_tokens:,} tokens"]
+    parts += [f"{report.dropped_rows:,} without loss within {report.max_length_tokens:,} tokens"]
     return (
-        f"No token is left to train in {report.rows:,} rows from {place(first)} on ({', '.join(parts)}). "
-        "Look at the data, or raise --max-length."
+        f"No token with loss is left in {report.rows:,} rows from {location(first)} on ({', '.join(parts)}). "
+        "Check the data, or raise --max-length."
     )
 
 
@@ -213,10 +209,10 @@ def _count_kind(report: DataReport, record: Record) -> None:
 
 
 class _Work:
-    """What encoding has at hand while it goes through the records.
+    """State of one encoding pass.
 
     Attributes:
-        sequences: Those made so far.
+        sequences: The sequences so far.
     """
 
     def __init__(self, tokenizer: Tokenizer, report: DataReport, watch: Callable[[int], None]) -> None:
@@ -227,12 +223,12 @@ class _Work:
         self._bytes = 0
 
     def done(self, size: int) -> None:
-        """Count a record as done, by its bytes on disk."""
+        """Count a record as processed, by its bytes on disk."""
         self._bytes += size
         self._watch(self._bytes)
 
     def add(self, record: Record) -> None:
-        """Encode a record that is not empty."""
+        """Encode a nonempty record."""
         if isinstance(record, Document):
             made, ended = self._windows(record), self._tokenizer.eos_token_id is not None
         else:
@@ -243,12 +239,12 @@ class _Work:
             self._report.dropped_rows += 1
 
     def _windows(self, record: Document) -> int:
-        """Append the windows of a document, each as soon as its tokens are there; return how many."""
+        """Append the windows of a document, each as soon as its tokens are available; return their number."""
         length, made = self._report.max_length_tokens, 0
         held = array("q")
         for ids in self._tokens(record):
             held.extend(ids)
-            while len(held) > length:  # a window more is certain
+            while len(held) > length:  # another window is certain
                 self._window(held[:length])
                 del held[: length - 1]  # its last token is the next one's context
                 made += 1
@@ -261,7 +257,7 @@ class _Work:
         self.sequences.add(ids, b"\1" * len(ids))
 
     def _tokens(self, record: Document) -> Iterator[array[int]]:
-        """The tokens of a document with its beginning and its end, a limited number at a time."""
+        """Yield the tokens of a document with its start and end tokens, a limited number at a time."""
         yield array("q", beginning(self._tokenizer))
         end, last = self._tokenizer.eos_token_id, None
         for ids in token_parts(self._tokenizer, self._watched(record.pieces())):
@@ -272,7 +268,7 @@ class _Work:
             yield array("q", [end])
 
     def _watched(self, pieces: Iterable[str]) -> Iterator[str]:
-        """The pieces; each counts as done when the next one is asked for."""
+        """Yield the pieces; each counts as processed when the next one is requested."""
         done = self._bytes
         for piece in pieces:
             yield piece
@@ -280,7 +276,7 @@ class _Work:
             self._watch(done)
 
     def _cut(self, record: Completion | Conversation) -> tuple[bool, bool]:
-        """Append a row, cut to the length; return whether there is one, and whether its end is trained."""
+        """Append a row, truncated to the length; return whether it was added, and whether its end has loss."""
         report, row = self._report, _row(record, self._tokenizer)
         report.untrained_turns += row.untrained_turns
         length = report.max_length_tokens
@@ -306,11 +302,11 @@ def _row(record: Completion | Conversation, tokenizer: Tokenizer) -> _Row:
 
 
 def _completion(record: Completion, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Tokens of prompt and completion such that the prompt is what generation will see."""
+    """Tokenize prompt and completion so that the prompt is the one that generation will see."""
     start = beginning(tokenizer)
     prompt = token_ids(tokenizer, record.prompt) if record.prompt else []
     both = token_ids(tokenizer, record.prompt + record.completion)
     if both[: len(prompt)] == prompt:
         return start + prompt, both[len(prompt) :]
-    # a token lies across the border: the prompt keeps the tokens that it has when it stands alone
+    # a token crosses the border: the prompt keeps the tokens that it has alone
     return start + prompt, token_ids(tokenizer, record.completion)

@@ -1,10 +1,8 @@
-"""Holds out a share of the records for evaluation, by document, decided by a seed and the content alone.
+"""Hold out records for evaluation, and make batches of padded sequences.
 
-Equal records stay on one side, so that nothing that is trained on is also evaluated on.
-
-Batches of padded sequences in a seeded order, seekable to any point.
-
-There are no background workers: what comes next is a function of the data, the seed and two numbers.
+A document is held out by a seed and its content alone. Equal records stay on one side, so that no training text is also
+evaluated. Batches come in a seeded order and can be resumed at any point. There are no background workers: the next
+batch is a function of the data, the seed and two numbers.
 """
 
 from __future__ import annotations
@@ -32,17 +30,17 @@ if TYPE_CHECKING:
 
 
 DEFAULT_FRACTION = 0.05
-"""Share of the documents that is held out where nothing else is asked for."""
+"""Fraction of the documents that is held out by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Records to train on and records to evaluate on.
+    """Records for training and records for evaluation.
 
     Attributes:
-        train: What is trained on, in the order given; carries the notes of the input.
-        held_out: What is evaluated on, in the order given; may be empty.
-        note: A sentence to print on what was held out, or why nothing was.
+        train: Training records, in the order given; carries the notes of the input.
+        held_out: Evaluation records, in the order given; may be empty.
+        note: Message about what was held out, or why nothing was.
     """
 
     train: AnyRecords
@@ -51,33 +49,33 @@ class Split:
 
 
 def split(records: Iterable[Record], fraction: float = DEFAULT_FRACTION, seed: int = 0) -> Split:
-    """Hold out a share of the documents, whole ones, at least one where there are two.
+    """Hold out a fraction of the documents, whole ones, at least one if there are two.
 
-    Which ones depends on the seed and on what the records say, not on their order, and hardly on the others:
-    records that are added later leave most of the choice as it was.
+    The choice depends on the seed and on the records' content, not on their order, and hardly on other records:
+    adding records leaves most of the choice unchanged.
 
     Args:
         records: All records.
-        fraction: Share of the distinct documents to hold out, in [0, 1).
-        seed: Another seed, another choice.
+        fraction: Fraction of the distinct documents to hold out, in [0, 1).
+        seed: Seed of the choice.
 
     Returns:
-        Both sides and a sentence.
+        Both sides and a message.
 
     Raises:
         ConfigError: The fraction is outside [0, 1).
     """
     if not 0 <= fraction < 1:
-        raise ConfigError(f"eval_fraction is {fraction}; a share in [0, 1) is needed, such as {DEFAULT_FRACTION}.")
+        raise ConfigError(f"eval_fraction is {fraction}; it must be in [0, 1), such as {DEFAULT_FRACTION}.")
     everything = records if isinstance(records, StoredRecords | Records) else Records(records)
     notes = everything.notes
     if fraction == 0:
-        return Split(everything, Records(), "Nothing is held out for evaluation (eval_fraction is 0).")
+        return Split(everything, Records(), "No data is held out for evaluation (eval_fraction is 0).")
     digests = keys_of(b"".join(content_key(record, salt=str(seed)) for record in everything))
     distinct = np.unique(digests)
     if len(distinct) < 2:
         note = (
-            f"Nothing is held out for evaluation: the data is a single {_noun(everything)}. Pass --eval-data to "
+            f"No data is held out for evaluation: the data is a single {_noun(everything)}. Pass --eval-data to "
             "evaluate on other text."
         )
         return Split(everything, Records(), note)
@@ -103,15 +101,15 @@ def _noun(records: AnyRecords) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows padded on the right to the longest of them.
+    """Rows padded on the right to the longest one.
 
     Attributes:
         input_ids: Token ids, shape (rows, length), int64.
         attention_mask: 1 for a token, 0 for padding, shape (rows, length), int64.
-        labels: Token ids where the loss is taken, -100 elsewhere, shape (rows, length), int64.
-        epoch: How much of the data has been seen with this batch, in epochs.
-        tokens: Tokens without padding.
-        trained_tokens: Positions that a causal loss trains: labels that are not -100.
+        labels: Token ids at positions with loss, -100 elsewhere, shape (rows, length), int64.
+        epoch: Progress through the data up to this batch, in epochs.
+        tokens: Number of tokens without padding.
+        trained_tokens: Number of positions with a causal loss: labels that are not -100.
     """
 
     input_ids: torch.Tensor
@@ -123,15 +121,15 @@ class Batch:
 
 
 class Loader(Iterator[Batch]):
-    """Gives batches, epoch after epoch, each in an order of its own; the last batch of an epoch may be smaller.
+    """Yields batches, epoch after epoch, each epoch in its own order; the last batch of an epoch may be smaller.
 
     Args:
-        sequences: What `encode` made; at least one.
-        batch_rows: Rows of a batch.
-        seed: Decides the order of every epoch.
-        shuffle: False keeps the order of `sequences` in every epoch.
-        epochs: Stops after so many; None goes on forever.
-        pad_id: Token that fills rows up; the attention mask hides it. See `padding_id`.
+        sequences: Sequences from `encode`; at least one.
+        batch_rows: Rows per batch.
+        seed: Seed of every epoch's order.
+        shuffle: Whether to shuffle; False keeps the order of `sequences`.
+        epochs: Number of epochs; None is unlimited.
+        pad_id: Padding token; the attention mask hides it. See `padding_id`.
 
     Raises:
         ConfigError: `batch_rows` is below 1.
@@ -149,9 +147,9 @@ class Loader(Iterator[Batch]):
         pad_id: int = 0,
     ) -> None:
         if batch_rows < 1:
-            raise ConfigError(f"The batch size is {batch_rows}; at least 1 row is needed.")
+            raise ConfigError(f"The batch size is {batch_rows}; it must be at least 1.")
         if not sequences:
-            raise DataError("There are no sequences to make batches from.")
+            raise DataError("The data has no sequences to make batches from.")
         self.sequences = sequences
         self.batch_rows = batch_rows
         self.seed = seed
@@ -165,12 +163,12 @@ class Loader(Iterator[Batch]):
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches of one epoch, the smaller last one among them."""
+        """The number of batches per epoch, including the smaller last one."""
         return -(-len(self.sequences) // self.batch_rows)
 
     @property
     def epoch(self) -> float:
-        """How much of the data has been given out, in epochs."""
+        """Progress through the data, in epochs."""
         return self._epoch + self._batch / self.batches_per_epoch
 
     def __next__(self) -> Batch:
@@ -184,7 +182,7 @@ class Loader(Iterator[Batch]):
         return padded(rows, self.pad_id, self.epoch)
 
     def state(self) -> dict[str, Any]:
-        """Where the loader stands, as JSON values: position, seed, and a digest of the data."""
+        """Return the loader's position, seed and a digest of the data, as JSON values."""
         return {
             "epoch": self._epoch,
             "batch": self._batch,
@@ -195,24 +193,24 @@ class Loader(Iterator[Batch]):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where another loader stood; the batches that follow are the ones it would have given.
+        """Resume at the position of another loader; the following batches are the ones it would have given.
 
         Args:
-            state: What `state` gave.
+            state: State from `state`.
 
         Raises:
-            DataError: The state belongs to other data, another seed or another batch size, or is no state.
+            DataError: The state belongs to other data, another seed or another batch size, or is not valid.
         """
         mine = self.state()
         different = [key for key in ("data_sha256", "seed", "batch_rows", "shuffle") if state.get(key) != mine[key]]
         if different:
-            told = ", ".join("the data" if key == "data_sha256" else key for key in different)
-            raise DataError(f"The position in the data cannot be taken up again: {told} changed since it was kept.")
+            shown = ", ".join("the data" if key == "data_sha256" else key for key in different)
+            raise DataError(f"The position in the data cannot be restored: {shown} changed since it was saved.")
         epoch, batch = state.get("epoch"), state.get("batch")
         if isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 and 0 <= batch <= self.batches_per_epoch:
             self._seek(epoch, batch)
         else:
-            raise DataError(f"The kept position in the data is not one: epoch {epoch!r}, batch {batch!r}.")
+            raise DataError(f"The saved position in the data is not valid: epoch {epoch!r}, batch {batch!r}.")
 
     def _seek(self, epoch: int, batch: int) -> None:
         self._epoch, self._batch, self._order = epoch, batch, self._order_of(epoch)
@@ -235,17 +233,17 @@ class Loader(Iterator[Batch]):
 
 
 def padded(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
-    """The batch of some sequences.
+    """Return the batch of some sequences.
 
     Args:
         rows: At least one.
-        pad_id: Token that fills them up.
-        epoch: As `Batch` has it.
+        pad_id: Padding token.
+        epoch: As in `Batch`.
     """
     import torch
 
     longest = max(len(row) for row in rows)
-    # filled by length, never by id: where padding and end of text share an id, the end is still trained
+    # filled by length, never by id: if padding and end of text share an id, the end still has loss
     ids = [[*row.input_ids, *[pad_id] * (longest - len(row))] for row in rows]
     mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
     labels = [[*row.labels, *[IGNORED] * (longest - len(row))] for row in rows]
@@ -260,26 +258,26 @@ def padded(rows: list[Sequence], pad_id: int, epoch: float) -> Batch:
 
 
 def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0) -> Iterator[Batch]:
-    """Each sequence once, the shortest first: batches of so many rows of the longest, and of more rows of shorter ones.
+    """Yield each sequence once, the shortest first; batches of shorter sequences have more rows.
 
-    No batch has more places, padding among them, than that one of the longest: it takes no more memory, and few tokens
-    do not take the time of a batch.
+    No batch has more positions, including padding, than that of the longest sequences: it takes no more memory, and
+    short sequences do not take the time of a whole batch.
 
     Args:
         sequences: At least one.
         rows: Rows of a batch of the longest sequences.
-        pad_id: Token that fills rows up.
+        pad_id: Padding token.
 
     Raises:
         ConfigError: `rows` is below 1.
     """
     if rows < 1:
-        raise ConfigError(f"The batch size is {rows}; at least 1 row is needed.")
+        raise ConfigError(f"The batch size is {rows}; it must be at least 1.")
     sizes = lengths(sequences)
-    places, batch = rows * max(sizes), list[Sequence]()
+    positions, batch = rows * max(sizes), list[Sequence]()
     for seen, index in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
         row = sequences[index]
-        if batch and (len(batch) + 1) * len(row) > places:
+        if batch and (len(batch) + 1) * len(row) > positions:
             yield padded(batch, pad_id, seen / len(sequences))
             batch = []
         batch.append(row)
@@ -287,7 +285,7 @@ def by_length(sequences: Many[Sequence], rows: int, pad_id: int = 0) -> Iterator
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
-    """The id to fill rows up with: the tokenizer's padding, else its end of text, else 0."""
+    """Return the padding id: the tokenizer's padding token, else its end of text, else 0."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             return candidate

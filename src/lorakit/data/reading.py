@@ -1,6 +1,6 @@
-"""Reads data files strictly: text and Markdown as one document each, JSON Lines as one record a row.
+"""Read data files strictly: text and Markdown as one document each, JSON Lines as one record per row.
 
-What is wrong is said with file, line, field, what came and what is allowed. Knows nothing of tokens.
+Errors name file, line, field, the value found and what is allowed. This module does not depend on tokens.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from lorakit.durable import parse_json
 from lorakit.errors import DataError, nearest
 
 TEXT_SUFFIXES = (".txt", ".md")
-"""Files that are one document each."""
+"""Suffixes of files that are one document each."""
 
 ROWS_SUFFIX = ".jsonl"
-"""Files that hold one JSON object a line."""
+"""Suffixes of files with one JSON object per line."""
 
 SHAPES = (("text",), ("prompt", "completion"), ("messages",))
-"""The sets of fields that a row may have; exactly one of them."""
+"""The sets of fields that a row may have; a row has exactly one of them."""
 
 _FIELDS = tuple(field for shape in SHAPES for field in shape)
 _ALLOWED = "'text', or 'prompt' and 'completion', or 'messages'"
@@ -36,7 +36,7 @@ _BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
 class _BadRow(Exception):
-    """What is wrong with a row, without its place."""
+    """A problem of a row, without its location."""
 
 
 def read_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> StoredRecords:
@@ -46,15 +46,14 @@ def read_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
         paths: One path or several, ending in `.txt`, `.md` or `.jsonl`.
 
     Returns:
-        The records in order, with notes about columns that are not used. They stay in their files: each is read again
-        when it is asked for.
+        The records in order, with notes about unused columns. They stay in their files: each is read again on access.
 
     Raises:
         DataError: A file is missing, empty, binary or not UTF-8, or a row is not one of the allowed shapes.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not given:
-        raise DataError("No data file was given; give at least one that ends in .txt, .md or .jsonl.")
+        raise DataError("No data file was given; pass at least one that ends in .txt, .md or .jsonl.")
     files, notes = [], []
     for name in given:
         file, noted = _read_file(Path(name))
@@ -64,7 +63,7 @@ def read_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
 
 
 def _read_file(path: Path) -> tuple[DataFile, list[str]]:
-    """A checked file, with notes; of its text nothing is kept."""
+    """Return a checked file, with notes; its text is not kept in memory."""
     _check_kind(path)
     try:
         with path.open("rb") as file:
@@ -83,29 +82,29 @@ def _check_kind(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such data file.{_neighbours(path)}", where=path) from None
+        raise DataError(f"{path}: data file not found.{_neighbors(path)}", where=path) from None
     except OSError as cause:
         raise DataError(f"{path}: the data file cannot be read ({cause.strerror}).", where=path) from cause
     if stat.S_ISDIR(mode):
-        raise DataError(f"{path}: is a directory; give the data files in it, each by its name.", where=path)
+        raise DataError(f"{path}: is a directory; pass the data files in it by name.", where=path)
     if not stat.S_ISREG(mode):
         raise DataError(f"{path}: is not a regular file; write the data to a file first.", where=path)
     if path.suffix.lower() not in (*TEXT_SUFFIXES, ROWS_SUFFIX):
-        hint = " A .json file becomes .jsonl by writing one object a line." if path.suffix.lower() == ".json" else ""
+        hint = " Convert the .json file to .jsonl: one object per line." if path.suffix.lower() == ".json" else ""
         raise DataError(f"{path}: data files end in .txt, .md or .jsonl, not in '{path.suffix}'.{hint}", where=path)
 
 
-def _neighbours(path: Path) -> str:
+def _neighbors(path: Path) -> str:
     if not path.parent.is_dir():
-        return f" The folder {path.parent} does not exist either."
+        return f" The directory {path.parent} does not exist either."
     kept = (*TEXT_SUFFIXES, ROWS_SUFFIX)
     names = [entry.name for entry in path.parent.iterdir() if entry.suffix.lower() in kept]
     near = nearest(path.name, names)
-    return f" Near it: {', '.join(near)}." if near else ""
+    return f" Similar: {', '.join(near)}." if near else ""
 
 
 def _check_text(path: Path, file: IO[bytes]) -> None:
-    """See that a file is not empty, not binary, and UTF-8, in one pass in pieces."""
+    """Check in one pass that a file is not empty, not binary, and UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     at = lines = 0
     mark, empty, broken = None, True, None
@@ -118,7 +117,7 @@ def _check_text(path: Path, file: IO[bytes]) -> None:
             )
         empty = empty and not piece.strip()
         if broken is None and mark is None:
-            held = len(decoder.getstate()[0])  # bytes of a character that began in the piece before
+            held = len(decoder.getstate()[0])  # bytes of a character that started in the piece before
             try:
                 decoder.decode(piece)
             except UnicodeDecodeError as cause:
@@ -132,20 +131,20 @@ def _check_text(path: Path, file: IO[bytes]) -> None:
         begun = decoder.getstate()[0]
         broken = at - len(begun), begun[0], lines
     if empty:
-        raise DataError(f"{path}: the data file is empty; there is nothing to learn from.", where=path)
+        raise DataError(f"{path}: the data file is empty.", where=path)
     if mark is not None:
         raise DataError(f"{path}: the data file is {mark}; save it as UTF-8.", where=path)
     if broken is not None:
         offset, byte, before = broken
         raise DataError(
-            f"{path}: is not UTF-8: the byte 0x{byte:02x} at offset {offset} (line {before + 1}) "
-            "begins no character. Convert the file to UTF-8 first.",
+            f"{path}: is not UTF-8: byte 0x{byte:02x} at offset {offset} (line {before + 1}) "
+            "does not start a character. Convert the file to UTF-8 first.",
             where=path,
         )
 
 
 class _Rows:
-    """Parses the rows of a file, which have been checked, again."""
+    """Parser of the rows of a checked file."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -155,12 +154,12 @@ class _Rows:
 
 
 def _read_rows(path: Path, file: IO[bytes]) -> tuple[array[int], array[int], list[str]]:
-    """Where the rows begin and on which lines, with notes; every row is checked."""
+    """Return the offsets and lines of the rows, with notes; every row is checked."""
     starts, lines = array("q"), array("q")
     bad = _BadRows()
     unused: Counter[str] = Counter()
     at = 0
-    # only \n ends a row: str.splitlines would also cut inside strings, at U+2028 and its like
+    # only \n ends a row: str.splitlines would also cut inside strings, at U+2028 and similar characters
     for number, raw in enumerate(file, start=1):
         line = line_of(raw, first=at == 0)
         if line.strip():
@@ -178,7 +177,7 @@ def _read_rows(path: Path, file: IO[bytes]) -> tuple[array[int], array[int], lis
 
 @dataclass
 class _BadRows:
-    """The first bad row of a file, and how many there are."""
+    """The first bad row of a file, and the number of bad rows."""
 
     reason: str = ""
     lines: list[int] = value_of(default_factory=list)
@@ -202,7 +201,7 @@ class _BadRows:
 
 def _unused_note(path: Path, unused: Counter[str], rows: int) -> str:
     names = ", ".join(f"'{name}' ({count:,} of {rows:,} rows)" for name, count in sorted(unused.items()))
-    return f"{path}: these columns are not used: {names}."
+    return f"{path}: unused columns: {names}."
 
 
 def _row(line: str, source: str, number: int, unused: Counter[str]) -> Record:
@@ -213,7 +212,7 @@ def _row(line: str, source: str, number: int, unused: Counter[str]) -> Record:
     except ValueError as cause:
         raise _BadRow(f"not valid JSON ({cause}).") from None
     if not isinstance(row, dict):
-        raise _BadRow(f"a row is a JSON object, not {_named(row)}.")
+        raise _BadRow(f"a row must be a JSON object, not {_named(row)}.")
     shape = _shape(row)
     unused.update(name for name in row if name not in shape)
     if shape == ("text",):
@@ -227,28 +226,28 @@ def _shape(row: dict[str, Any]) -> tuple[str, ...]:
     present = [shape for shape in SHAPES if any(field in row for field in shape)]
     if len(present) > 1:
         names = " and ".join(f"'{field}'" for field in _FIELDS if field in row)
-        raise _BadRow(f"a row has {_ALLOWED}; this one has {names}.")
+        raise _BadRow(f"a row must have {_ALLOWED}; this one has {names}.")
     if not present:
         names = ", ".join(f"'{name}'" for name in list(row)[:8]) or "no fields"
         hints = [f"'{field}' for '{name}'" for name in row for field in nearest(name.lower(), list(_FIELDS), 1)]
-        hint = f" Perhaps {', '.join(hints[:2])}?" if hints else ""
-        raise _BadRow(f"a row has {_ALLOWED}; this one has {names}.{hint}")
+        hint = f" Did you mean {', '.join(hints[:2])}?" if hints else ""
+        raise _BadRow(f"a row must have {_ALLOWED}; this one has {names}.{hint}")
     for field in present[0]:
         if field not in row:
-            raise _BadRow(f"the field '{field}' is missing; a row has {_ALLOWED}.")
+            raise _BadRow(f"the field '{field}' is missing; a row must have {_ALLOWED}.")
     return present[0]
 
 
 def _string(row: dict[str, Any], field: str, where: str = "") -> str:
     value = row[field]
     if not isinstance(value, str):
-        raise _BadRow(f"the field '{where}{field}' is {_named(value)}; a string is needed.")
+        raise _BadRow(f"the field '{where}{field}' is {_named(value)}; it must be a string.")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as cause:
         raise _BadRow(
-            f"the field '{where}{field}' holds half of a surrogate pair (\\u{ord(value[cause.start]):04x}) at "
-            f"character {cause.start}, which is no character."
+            f"the field '{where}{field}' contains an unpaired surrogate (\\u{ord(value[cause.start]):04x}) at "
+            f"character {cause.start}, which is not a valid character."
         ) from None
     return value
 
@@ -256,31 +255,31 @@ def _string(row: dict[str, Any], field: str, where: str = "") -> str:
 def _messages(value: Any, unused: Counter[str]) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         came = "an empty list" if value == [] else _named(value)
-        raise _BadRow(f"the field 'messages' is {came}; a list of objects with 'role' and 'content' is needed.")
+        raise _BadRow(f"the field 'messages' is {came}; it must be a list of objects with 'role' and 'content'.")
     return tuple(_message(item, f"messages[{index}]", unused) for index, item in enumerate(value))
 
 
 def _message(item: Any, where: str, unused: Counter[str]) -> Message:
     if not isinstance(item, dict):
-        raise _BadRow(f"the field '{where}' is {_named(item)}; an object with 'role' and 'content' is needed.")
+        raise _BadRow(f"the field '{where}' is {_named(item)}; it must be an object with 'role' and 'content'.")
     for field in ("role", "content"):
         if field not in item:
-            raise _BadRow(f"the field '{where}.{field}' is missing; a message has 'role' and 'content'.")
+            raise _BadRow(f"the field '{where}.{field}' is missing; a message must have 'role' and 'content'.")
     role = _string(item, "role", f"{where}.")
     if role not in ROLES:
         near = nearest(role, list(ROLES), 1)
-        hint = f" Perhaps '{near[0]}'?" if near else ""
+        hint = f" Did you mean '{near[0]}'?" if near else ""
         raise _BadRow(f"the field '{where}.role' is '{role}'; allowed: {', '.join(ROLES)}.{hint}")
     unused.update(f"messages[].{name}" for name in item if name not in ("role", "content"))
     return Message(role, _string(item, "content", f"{where}."))
 
 
 def _named(value: Any) -> str:
-    """What a JSON value is, in words, with the value where it is short."""
+    """Describe a JSON value, with the value itself if it is short."""
     if value is None:
         return "null"
     if isinstance(value, bool):
-        return f"the truth value {str(value).lower()}"
+        return f"the boolean {str(value).lower()}"
     if isinstance(value, int | float):
         return f"the number {value}"
     if isinstance(value, str):

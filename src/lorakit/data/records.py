@@ -1,6 +1,6 @@
-"""The three kinds of a training record, and a list of them that carries what is to be said about its source.
+"""The three kinds of training records, and a list of records with notes about its source.
 
-Knows nothing of files, tokens or tensors.
+This module does not depend on files, tokens or tensors.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Any, TypeAlias
 import numpy as np
 
 KEY_BYTES = 16
-"""Bytes of a digest that tell records apart."""
+"""Bytes of a digest that distinguish records."""
 
 PIECE_CHARACTERS = 1 << 17
-"""Characters that are held at once of a long text."""
+"""Characters of a long text that are in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text that is trained on as a whole.
+    """A text in which every token has loss.
 
     Attributes:
         text: The text.
-        source: The file it stands in, or another name for messages.
-        line: Line of the file, counted from 1; None where the file is the document.
+        source: Its file, or another name for messages.
+        line: Line in the file, counted from 1; None if the file is the document.
     """
 
     text: str
@@ -42,13 +42,13 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A prompt and the answer to it; only the answer is trained.
+    """A prompt and its completion; only the completion has loss.
 
     Attributes:
-        prompt: What is given.
-        completion: What shall follow it.
-        source: The file it stands in, or another name for messages.
-        line: Line of the file, counted from 1.
+        prompt: The input.
+        completion: The text that follows it.
+        source: Its file, or another name for messages.
+        line: Line in the file, counted from 1.
     """
 
     prompt: str
@@ -62,8 +62,8 @@ class Message:
     """One turn of a conversation.
 
     Attributes:
-        role: Who speaks: one of `ROLES`.
-        content: What is said.
+        role: Role of the speaker: one of `ROLES`.
+        content: Text of the turn.
     """
 
     role: str
@@ -72,12 +72,12 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns of a chat; only those of the assistant are trained.
+    """Turns of a chat; only those of the assistant have loss.
 
     Attributes:
         messages: The turns in order.
-        source: The file it stands in, or another name for messages.
-        line: Line of the file, counted from 1.
+        source: Its file, or another name for messages.
+        line: Line in the file, counted from 1.
     """
 
     messages: tuple[Message, ...]
@@ -85,7 +85,7 @@ class Conversation:
     line: int | None = None
 
     def as_dicts(self) -> list[dict[str, str]]:
-        """The turns in the form that chat templates take."""
+        """Return the turns in the form that chat templates take."""
         return [{"role": message.role, "content": message.content} for message in self.messages]
 
 
@@ -96,10 +96,10 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class Records(list[Record]):
-    """A list of records and the sentences that were earned on the way to it.
+    """A list of records with notes.
 
     Attributes:
-        notes: Sentences to print: columns that are not used, and the like.
+        notes: Messages for the user, such as unused columns.
     """
 
     def __init__(self, records: Iterable[Record] = (), notes: Iterable[str] = ()) -> None:
@@ -107,17 +107,17 @@ class Records(list[Record]):
         self.notes = list(notes)
 
 
-def place(record: Record) -> str:
-    """Where a record stands, as `file:line` or `file`."""
+def location(record: Record) -> str:
+    """Return the location of a record, as `file:line` or `file`."""
     return record.source if record.line is None else f"{record.source}:{record.line}"
 
 
 def content_digest(record: Record, salt: str = "") -> str:
-    """SHA-256 of what a record says, whatever file and line it stands in.
+    """Return the SHA-256 of a record's content, independent of its file and line.
 
     Args:
         record: The record.
-        salt: Mixed in first, so that different salts order records differently.
+        salt: Hashed first, so that different salts order records differently.
 
     Returns:
         64 hexadecimal digits; equal for equal kind and content.
@@ -132,22 +132,22 @@ def content_digest(record: Record, salt: str = "") -> str:
 
 
 def content_key(record: Record, salt: str = "") -> bytes:
-    """Return the first `KEY_BYTES` bytes of a record's `content_digest`, which tell records apart and order them."""
+    """Return the first `KEY_BYTES` bytes of a record's `content_digest`; they distinguish and order records."""
     return bytes.fromhex(content_digest(record, salt)[: 2 * KEY_BYTES])
 
 
 def keys_of(joined: bytes | bytearray) -> np.ndarray[Any, Any]:
-    """Return joined keys as an array, shape (keys,); they compare as their digests do."""
+    """Return joined keys as an array, shape (keys,); they sort like their digests."""
     return np.frombuffer(joined, dtype=f"S{KEY_BYTES}")
 
 
 def distinct(joined: bytes | bytearray) -> int:
-    """Return how many distinct keys there are."""
+    """Return the number of distinct keys."""
     return len(np.unique(keys_of(joined)))
 
 
 def _document_digest(record: Document, salt: str) -> str:
-    """SHA-256 of `[salt, "document", text]` as JSON, a piece of the text at a time."""
+    """Return the SHA-256 of `[salt, "document", text]` as JSON, reading the text in pieces."""
     opened, closed = json.dumps([salt, "document", ""])[:-2], '"]'
     digest = hashlib.sha256(opened.encode())
     for piece in record.pieces():
@@ -157,7 +157,7 @@ def _document_digest(record: Document, salt: str) -> str:
 
 
 def is_empty(record: Record) -> bool:
-    """Whether a record has nothing to train: no text, no answer, or no turn of the assistant with content."""
+    """Return whether a record has nothing to train on: no text, no completion, or no assistant turn with content."""
     if isinstance(record, Document):
         return not any(piece.strip() for piece in record.pieces())
     if isinstance(record, Completion):

@@ -1,6 +1,6 @@
-"""Python's own language reference as training text: real prose that lies on every machine with Python.
+"""Python's language reference as training text: prose that is available on every machine with Python.
 
-The standard library carries it for `help()`, as `pydoc_data.topics`: some 80 topics, half a million characters.
+The standard library ships it for `help()`, as `pydoc_data.topics`: some 80 topics, half a million characters.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from lorakit.durable import write_text
 from lorakit.errors import DataError
 
 DEFAULT_HELD_OUT = 0.1
-"""Share of the topics that is held out where nothing else is asked for."""
+"""Fraction of the topics that is held out by default."""
 
 
 def python_reference() -> Records:
-    """The topics of the language reference, one document each, by name.
+    """Return the topics of the language reference, one document each, sorted by name.
 
     Returns:
         The documents; their `source` is `python-reference/<topic>`.
@@ -40,15 +40,15 @@ def python_reference() -> Records:
 def write_python_reference(
     directory: str | os.PathLike[str], held_out_fraction: float = DEFAULT_HELD_OUT, seed: int = 0
 ) -> tuple[Path, Path]:
-    """Write the language reference as two files of rows, whole topics held out.
+    """Write the language reference as two JSON Lines files, with whole topics held out.
 
     Args:
-        directory: Where `train.jsonl` and `eval.jsonl` are written; made when missing.
-        held_out_fraction: Share of the topics that goes into `eval.jsonl`.
-        seed: Decides which.
+        directory: Directory of `train.jsonl` and `eval.jsonl`; created if missing.
+        held_out_fraction: Fraction of the topics in `eval.jsonl`.
+        seed: Seed of the choice.
 
     Returns:
-        The paths of both files.
+        Paths of both files.
 
     Raises:
         ConfigError: The fraction is outside [0, 1).

@@ -1,6 +1,6 @@
-"""Counts of the data and how they are printed.
+"""Counts of the data, and their text.
 
-Knows nothing about files or tokenizers; `encode` sets the counts.
+This module does not depend on files or tokenizers; `encode` sets the counts.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from lorakit.tables import format_count, format_percent
 
 @dataclass(slots=True)
 class DataReport:
-    """What became of the data on its way to sequences; nothing is dropped or cut without a count here.
+    """Counts of rows and tokens; everything dropped or truncated is counted here.
 
     Attributes:
-        max_length_tokens: The longest sequence that was allowed.
-        documents: Rows or files that are texts.
-        completions: Rows of prompt and completion.
-        conversations: Rows of messages.
-        sequences: Sequences made.
+        max_length_tokens: Maximum sequence length.
+        documents: Rows or files with a text.
+        completions: Rows with prompt and completion.
+        conversations: Rows with messages.
+        sequences: Number of sequences.
         tokens: Tokens of all sequences, without padding.
-        trained_tokens: Tokens that the loss is taken on.
-        empty_rows: Rows without anything to train, left out.
-        duplicate_rows: Rows that say the same as an earlier one; they are kept.
-        cut_rows: Rows longer than `max_length_tokens`, cut from the right.
-        cut_tokens: Tokens lost by those cuts.
-        cut_trained_tokens: How many of them would have been trained.
-        dropped_rows: Rows left without a trained token, left out.
-        untrained_turns: Turns of the assistant that the chat template rewrites once others follow, or leaves out;
-            they are context only.
-        ended_rows: Rows that train an end: the end-of-text token, or what the template puts after a turn.
-        notes: Further sentences.
+        trained_tokens: Tokens with loss.
+        empty_rows: Rows left out because they have nothing to train on.
+        duplicate_rows: Rows with the content of an earlier one; they are kept.
+        cut_rows: Rows longer than `max_length_tokens`, truncated on the right.
+        cut_tokens: Tokens lost by truncation.
+        cut_trained_tokens: Number of lost tokens that would have had loss.
+        dropped_rows: Rows left out because no token has loss.
+        untrained_turns: Assistant turns that the chat template omits, or rewrites when others follow; they are
+            context only.
+        ended_rows: Rows with loss on an end: the end-of-text token, or the template's end of a turn.
+        notes: Further messages.
     """
 
     max_length_tokens: int
@@ -53,12 +53,12 @@ class DataReport:
 
     @property
     def rows(self) -> int:
-        """All rows that came in: documents, completions and conversations, the empty ones among them."""
+        """The number of input rows: documents, completions and conversations, including empty ones."""
         return self.documents + self.completions + self.conversations
 
     @property
-    def trained_share(self) -> float:
-        """Share of the tokens that is trained, in [0, 1]."""
+    def trained_fraction(self) -> float:
+        """The fraction of tokens with loss, in [0, 1]."""
         return self.trained_tokens / self.tokens if self.tokens else 0.0
 
     def as_dict(self) -> dict[str, object]:
@@ -72,11 +72,11 @@ class DataReport:
             format_count(self.completions, "prompt with completion", "prompts with completions"),
             format_count(self.conversations, "conversation"),
         ]
-        told = [kind for kind in kinds if not kind.startswith("0 ")] or [kinds[0]]
+        shown = [kind for kind in kinds if not kind.startswith("0 ")] or [kinds[0]]
         lines = [
-            f"{', '.join(told)}: {format_count(self.sequences, 'sequence')} of at most "
+            f"{', '.join(shown)}: {format_count(self.sequences, 'sequence')} of at most "
             f"{self.max_length_tokens:,} tokens, {self.tokens:,} tokens, {self.trained_tokens:,} with loss "
-            f"({format_percent(self.trained_share, 1)})."
+            f"({format_percent(self.trained_fraction, 1)})."
         ]
         return [*lines, *self._losses(), *self.notes]
 

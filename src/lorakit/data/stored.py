@@ -1,6 +1,6 @@
-"""Records that stay in their files: a place per record is held, the text is read when it is asked for.
+"""Records that stay in their files: only the position of each record is in memory, and its text is read on access.
 
-Knows files and places; how a row is parsed is the caller's. Knows nothing of tokens.
+This module handles files and positions; the caller parses rows. It does not depend on tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorakit.data.records import Document, Record, Records
 from lorakit.errors import DataError
 
 READ_BYTES = 1 << 17
-"""Bytes of a file that are held at once."""
+"""Bytes of a file that are in memory at a time."""
 
 
 class LongDocument(Document):
@@ -39,7 +39,7 @@ class LongDocument(Document):
         return "".join(self.pieces())
 
     def pieces(self) -> Iterator[str]:
-        """Return the text in pieces.
+        """Yield the text in pieces.
 
         Raises:
             DataError: The file cannot be read, or has changed.
@@ -50,15 +50,15 @@ class LongDocument(Document):
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A data file as it was when it was checked.
+    """A data file at the time of its check.
 
     Attributes:
         path: The file.
-        size: Its bytes.
-        changed_ns: Its time of change.
-        row: Makes a record of a line and its number; None if the file is one document.
+        size: Size in bytes.
+        changed_ns: Modification time.
+        row: Parser of a line and its number; None if the file is one document.
         starts: Offset of each row.
-        lines: Line of each row.
+        lines: Line number of each row.
     """
 
     path: Path
@@ -72,7 +72,7 @@ class DataFile:
         return 1 if self.row is None else len(self.starts)
 
     def bytes_of(self, index: int) -> int:
-        """Return the bytes on disk from the beginning of a record to that of the next."""
+        """Return the bytes on disk from the start of a record to that of the next."""
         if self.row is None:
             return self.size
         following = self.starts[index + 1] if index + 1 < len(self.starts) else self.size
@@ -82,7 +82,7 @@ class DataFile:
         """Open the file for reading.
 
         Raises:
-            DataError: It cannot be read, or is not as it was when it was checked.
+            DataError: The file cannot be read, or has changed since it was checked.
         """
         try:
             file = self.path.open("rb")
@@ -99,10 +99,10 @@ class DataFile:
         return file
 
     def records(self, indexes: Iterable[int]) -> Iterator[tuple[Record, int]]:
-        """Return records in the order given, each with its bytes on disk.
+        """Yield records in the order given, each with its bytes on disk.
 
         Raises:
-            DataError: As `open`.
+            DataError: As in `open`.
         """
         if self.row is None:
             for _ in indexes:
@@ -120,15 +120,15 @@ class DataFile:
 
 
 class StoredRecords(Sequence[Record]):
-    """Records of files, or some of them; each is read again whenever it is asked for.
+    """Records of files, or a selection of them; each is read again on access.
 
     Args:
         files: The files, in order.
-        notes: As `Records` has them.
-        chosen: Which of the records, ascending; None for all.
+        notes: As in `Records`.
+        chosen: Ascending indices of the selected records; None for all.
 
     Attributes:
-        notes: Sentences to print.
+        notes: Messages for the user.
     """
 
     def __init__(self, files: Sequence[DataFile], notes: Iterable[str] = (), chosen: array[int] | None = None) -> None:
@@ -153,7 +153,7 @@ class StoredRecords(Sequence[Record]):
         return (record for record, _ in self.sized())
 
     def sized(self) -> Iterator[tuple[Record, int]]:
-        """Return the records, each with its bytes on disk.
+        """Yield the records, each with its bytes on disk.
 
         Raises:
             DataError: A file cannot be read, or has changed.
@@ -165,20 +165,20 @@ class StoredRecords(Sequence[Record]):
 
         Args:
             positions: Positions in these records.
-            notes: Sentences of the new records.
+            notes: Messages of the new records.
         """
         chosen = positions if self._chosen is None else (self._chosen[at] for at in positions)
         return StoredRecords(self._files, notes, array("q", chosen))
 
     @property
     def total_bytes(self) -> int:
-        """Bytes on disk of all these records."""
+        """The bytes on disk of all these records."""
         if self._chosen is None:
             return sum(file.size for file in self._files)
         return sum(self._files[number].bytes_of(index) for number, index in map(self._place, self._chosen))
 
     def _place(self, position: int) -> tuple[int, int]:
-        """The file of a record, by its position among all, and its number there."""
+        """Return the file of a record, by its position among all, and its index there."""
         number = bisect_right(self._begins, position) - 1
         return number, position - self._begins[number]
 
@@ -189,20 +189,20 @@ class StoredRecords(Sequence[Record]):
 
 
 def line_of(raw: bytes, *, first: bool) -> str:
-    """Return a line of a file as text, without its end.
+    """Return a line of a file as text, without its line ending.
 
     Args:
         raw: The bytes.
-        first: Whether it is the first of the file, which may begin with a byte order mark.
+        first: Whether it is the first line of the file, which may start with a byte order mark.
 
     Raises:
-        UnicodeDecodeError: It is not UTF-8.
+        UnicodeDecodeError: The line is not UTF-8.
     """
     return raw.decode("utf-8-sig" if first else "utf-8").removesuffix("\n")
 
 
 def decoded(file: IO[bytes]) -> Iterator[str]:
-    """Return the text of a UTF-8 file in pieces, without its byte order mark.
+    """Yield the text of a UTF-8 file in pieces, without its byte order mark.
 
     Raises:
         UnicodeDecodeError: The bytes are not UTF-8.
@@ -214,7 +214,7 @@ def decoded(file: IO[bytes]) -> Iterator[str]:
 
 
 def sized(records: Iterable[Record]) -> Iterator[tuple[Record, int]]:
-    """Return records, each with its bytes on disk; 0 for those that were not read from files."""
+    """Yield records, each with its bytes on disk; 0 for those that are not from files."""
     return records.sized() if isinstance(records, StoredRecords) else ((record, 0) for record in records)
 
 

@@ -1,7 +1,7 @@
-"""Generation: sampling, the engine over token ids, and text that streams out of tokens.
+"""Generation: sampling, the engine over token ids, and streaming of tokens to text.
 
-The engine knows no text and no HTTP; the decoder knows no model. Nothing here imports transformers: a model is
-called as any causal language model of that library is, and its own cache of keys and values is used.
+The engine does not depend on text, the detokenizer not on the model. This package does not import transformers: a model
+is called like any of its causal language models, with its own key-value cache.
 """
 
 from lorakit.generate.detokenizing import TextStream, Tokenizer

@@ -1,8 +1,8 @@
-"""Text out of tokens as they come, in pieces that add up to what decoding all of them at once would give.
+"""Streaming detokenization, in pieces that add up to decoding all tokens at once.
 
-A token is not a text: it can hold half a character, and its beginning can depend on the token before it (a leading
-space, "##ing"). So each token is decoded beside the ones before it, and characters that are not whole yet wait.
-Knows no model.
+A token is not always a text: it can be half a character, and its start can depend on the token before it (a leading
+space, "##ing"). So each token is decoded together with the tokens before it, and incomplete characters wait. This
+module does not depend on a model.
 """
 
 from __future__ import annotations
@@ -10,72 +10,72 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no character, or none yet
-PENDING_CHARACTERS = 3  # a UTF-8 character lacks at most its last byte of four, each shown as one replacement
-PENDING_TOKENS = 4  # so many tokens make a character that comes byte by byte
-CONTEXT_TOKENS = 8  # tokens of the prompt that the first new one is decoded beside
+REPLACEMENT = "\ufffd"  # decoders output it for invalid or incomplete bytes
+PENDING_CHARACTERS = 3  # an incomplete UTF-8 character has at most three of four bytes, one replacement each
+PENDING_TOKENS = 4  # a character can take this many tokens, one per byte
+CONTEXT_TOKENS = 8  # tokens of the prompt with which the first new one is decoded
 
 
 class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that text out of tokens needs."""
+    """The part of a transformers tokenizer that detokenization uses."""
 
     def decode(self, token_ids: list[int], **options: Any) -> Any:
-        """The text of token ids."""
+        """Return the text of token ids."""
 
 
 class TextStream:
     """Text of a growing list of tokens.
 
     Args:
-        tokenizer: Decodes token ids.
-        after: Tokens that stand before the first new one (the prompt); their text does not come out.
-        skip_special_tokens: Leave special tokens such as the end of text out of the text.
+        tokenizer: Decoder of token ids.
+        after: Tokens before the first new one (the prompt); their text is not output.
+        skip_special_tokens: Whether to omit special tokens such as the end of text.
     """
 
     def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._window = list(after)[-CONTEXT_TOKENS:]
-        self._settled = len(self._window)  # tokens of the window whose text has come out whole
-        self._given = self._text(self._window)  # text of the window that has come out, or belongs to the prompt
+        self._settled = len(self._window)  # number of tokens in the window whose text was output in full
+        self._given = self._text(self._window)  # text of the window that was output, or belongs to the prompt
 
     def push(self, token: int) -> str:
-        """Take one more token.
+        """Add a token.
 
         Args:
             token: Its id.
 
         Returns:
-            The text that is certain by now and has not come out yet; often a word, sometimes nothing.
+            The text that is final by now and was not output yet; sometimes empty.
         """
         self._window.append(token)
         text = self._text(self._window)
         if not text.startswith(self._given) and len(self._window) - self._settled <= PENDING_TOKENS:
-            return ""  # a byte that awaits others can spoil the bytes before it, which were out already
+            return ""  # an incomplete byte can change the decoding of earlier bytes, which were output already
         certain = _certain(text)
         piece = text[len(self._given) : certain]
         self._given = text[: max(certain, len(self._given))]
         if certain == len(text) and piece:
-            # what was settled before was needed to decode this token; from now on these tokens serve the next one
+            # the settled tokens were needed to decode this one; from now on these tokens serve the next one
             self._window = self._window[self._settled :]
             self._settled = len(self._window)
             self._given = self._text(self._window)
         return piece
 
     def finish(self) -> str:
-        """The text that was still waiting: a character that never became whole comes out as "\ufffd"."""
+        """Return the pending text; a character that was never completed becomes "\ufffd"."""
         text = self._text(self._window)
         piece = text[len(self._given) :]
         self._given = text
         return piece
 
     def _text(self, ids: list[int]) -> str:
-        # with clean-up a later token would change text that is out already ("word ." becomes "word.")
+        # with clean-up a later token would change text that was output already ("word ." becomes "word.")
         options = {"skip_special_tokens": self._skip, "clean_up_tokenization_spaces": False}
         return str(self._tokenizer.decode(ids, **options)) if ids else ""
 
 
 def _certain(text: str) -> int:
-    """How many characters of a text later bytes cannot change."""
+    """Return the number of characters of a text that later bytes cannot change."""
     whole = len(text.rstrip(REPLACEMENT))
     return max(whole, len(text) - PENDING_CHARACTERS)

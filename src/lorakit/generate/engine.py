@@ -1,8 +1,8 @@
-"""Tokens in, tokens out: one pass over the prompts, then one token a step, with the model's own cache.
+"""Generation from token ids: one pass over the prompts, then one token per step, with the model's own cache.
 
-Prompts of several lengths form one batch, padded on the left and masked, so every row gets what it would get alone;
-each row can have its own adapter. The engine knows token ids only: no text, no tokenizer, no HTTP. Beams, and the
-many logits processors of transformers' `generate`, are not covered.
+Prompts of different lengths form one batch, padded on the left and masked, so each row gets the same result as alone;
+each row can have its own adapter. The engine works on token ids only: no text, no tokenizer, no HTTP. Beam search, and
+most logits processors of transformers' `generate`, are not supported.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from torch import Tensor, nn
 from lorakit.core import disable, invoked, route, use
 from lorakit.core.model.index import find_state, layers
 from lorakit.errors import ConfigError, ModelError, NonFiniteError, UsageError
-from lorakit.generate.prefixes import CACHE_NAMES, Prefix, check_prefix, read_prefix, shared_tokens, waits
+from lorakit.generate.prefixes import CACHE_NAMES, Prefix, check_prefix, has_alora, read_prefix, shared_tokens
 from lorakit.generate.sampling import Sampler, Sampling
 
 Ending = Literal["eos", "length", "context"]
-"""Why a row ended: a token of `eos_ids` · `max_new_tokens` reached · the model's context is full."""
+"""The reason why a row ended: a token of `eos_ids`, `max_new_tokens` reached, or the model's context is full."""
 
 
 @dataclass(frozen=True)
 class NewToken:
-    """One token of one row.
+    """A token of a row.
 
     Attributes:
-        row: Number of the prompt it continues.
+        row: Index of the prompt it continues.
         token: Its id.
-        ended: Why the row ends with this token, or None where it goes on.
+        ended: Why the row ends with this token, or None if it continues.
     """
 
     row: int
@@ -52,23 +52,23 @@ def generate(
     seed: int = 0,
     eos_ids: Collection[int] = (),
 ) -> Iterator[int]:
-    """Continue one prompt; tokens come as they are made, with the adapters that are active now.
+    """Continue one prompt with the currently active adapters; yields each token when it is generated.
 
     Args:
         model: A causal language model in eval mode.
         input_ids: The prompt, (length,) or (1, length).
-        max_new_tokens: At most so many new tokens.
+        max_new_tokens: Maximum number of new tokens.
         temperature: 0 for greedy; see `Sampling`.
         top_p: See `Sampling`.
         seed: See `Sampling`.
-        eos_ids: Tokens that end the answer; the one that did is the last that comes.
+        eos_ids: Tokens that end the answer; the ending token is the last one yielded.
 
     Returns:
-        The new tokens' ids, one by one.
+        The new token ids, one by one.
 
     Raises:
-        UsageError: The prompt is empty, holds ids the model has not, or leaves no room in the context.
-        ConfigError: A number is out of its range.
+        UsageError: The prompt is empty, has ids outside the vocabulary, or leaves no room in the context.
+        ConfigError: A value is out of range.
         ModelError: The model is in train mode or has no cache.
         NonFiniteError: The model's logits are NaN or infinite.
     """
@@ -76,8 +76,8 @@ def generate(
         rows = input_ids.shape[0] if input_ids.ndim == 2 else 1
         if rows != 1 or input_ids.ndim not in (1, 2):
             raise UsageError(
-                f"generate continues one prompt, (length,) or (1, length), and was given {tuple(input_ids.shape)}; "
-                "generate_batch takes several."
+                f"generate continues one prompt, (length,) or (1, length); got shape {tuple(input_ids.shape)}. Use "
+                "generate_batch for several prompts."
             )
         input_ids = input_ids.flatten().tolist()
     prompts = [input_ids]
@@ -96,43 +96,43 @@ def generate_batch(
     adapters: Sequence[str | None] | None = None,
     prefix: Prefix | None = None,
 ) -> Iterator[NewToken]:
-    """Continue several prompts together, each perhaps with its own adapter; tokens come as they are made.
+    """Continue several prompts together, each optionally with its own adapter; yields each token when it is generated.
 
-    Everything is checked, and the route fixed, by this call; the model runs when tokens are asked for.
+    This call checks all arguments and fixes the route; the model runs when tokens are requested.
 
     Args:
         model: A causal language model in eval mode.
         prompts: Token ids per row; the rows may differ in length.
-        max_new_tokens: At most so many new tokens per row.
+        max_new_tokens: Maximum number of new tokens per row.
         sampling: For all rows, or one per row.
-        eos_ids: Tokens that end a row; the one that did is the row's last.
-        adapters: Per row the name of an adapter, or None for the base alone; without it the adapters that are active
-            now, on every row. Factors of rows that differ are stacked once and kept (`lorakit.core.route`, keep).
-        prefix: What all prompts begin with, as the base has read it (`read_prefix`), so that it is not read again; for
-            rows of the base, and of aLoRA adapters whose invocation comes later. Without it, the model reads what such
-            rows share once by itself.
+        eos_ids: Tokens that end a row; the ending token is the row's last.
+        adapters: Per row the name of an adapter, or None for the base model; if omitted, the active adapters on every
+            row. Stacked factors of different adapters are kept for all steps (`lorakit.core.route`, keep).
+        prefix: Common start of all prompts, as processed by the base (`read_prefix`), so that it is processed once;
+            for rows of the base, and of aLoRA adapters invoked later. If omitted, a prefix that such rows share is
+            detected and processed once.
 
     Returns:
         The new tokens, step by step and within a step by row.
 
     Raises:
-        UsageError: A prompt is empty, holds ids the model has not, or leaves no room in the context; or lists that
-            should be as long as there are rows are not.
+        UsageError: A prompt is empty, has ids outside the vocabulary, or leaves no room in the context; or a list does
+            not have one entry per row.
         ConfigError: `max_new_tokens` is below 1.
-        RouteError: There is no such adapter.
+        RouteError: An adapter was not found.
         ModelError: The model is in train mode or has no cache.
         NonFiniteError: The model's logits are NaN or infinite.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
     if model.training:
-        raise ModelError("The model is in train mode, so dropout would act on the answers; call model.eval() first.")
+        raise ModelError("The model is in train mode, so dropout would affect the answers; call model.eval() first.")
     rows = [[int(token) for token in prompt] for prompt in prompts]
     limit = context_tokens(model)
     _check_prompts(rows, _vocabulary(model), limit)
     samplings = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
     if len(samplings) != len(rows):
-        raise UsageError(f"There are {len(rows)} prompts and {len(samplings)} samplings; give one per prompt, or one.")
+        raise UsageError(f"Got {len(rows)} prompts and {len(samplings)} samplings; pass one per prompt, or one.")
     scope, names = _scope(model, adapters, len(rows)), _names(model, adapters, len(rows))
     if prefix is not None:
         check_prefix(model, prefix, rows, names)
@@ -142,7 +142,7 @@ def generate_batch(
 
 
 def context_tokens(model: nn.Module) -> int | None:
-    """How many tokens, prompt and answer together, a model takes; None where its config names no limit.
+    """Return the model's maximum number of tokens, prompt and answer together; None if its config has no limit.
 
     Args:
         model: A model with a transformers config.
@@ -162,7 +162,7 @@ def _steps(forward: _Forward, rows: _Rows) -> Iterator[NewToken]:
 
 
 class _Rows:
-    """Which rows still run, what each chooses next, and why it ends."""
+    """State of the rows: which are running, the sampler of each, and why each ended."""
 
     def __init__(
         self,
@@ -182,13 +182,13 @@ class _Rows:
         return not self._open
 
     def pick(self, logits: Tensor) -> list[int]:
-        """A token per row from logits (rows, vocabulary); rows that are over get any."""
+        """Return one token per row from logits (rows, vocabulary); the token of a finished row is arbitrary."""
         best, highest = logits.argmax(-1).tolist(), logits.amax(-1).isfinite().tolist()
         for row in self._open:
             if not highest[row]:
                 raise NonFiniteError(
-                    f"The logits of row {row} are NaN or infinite at new token {self._made + 1}: the weights, or the "
-                    "adapter's, are damaged or too large for this dtype. Try float32, and look at the adapter with "
+                    f"Logits of row {row} are NaN or infinite at new token {self._made + 1}: the weights of the base "
+                    "or the adapter are damaged or too large for this dtype. Try float32, and check the adapter with "
                     "`lorakit inspect`."
                 )
         picked = list(best)
@@ -212,7 +212,7 @@ class _Rows:
 
 
 class _Forward:
-    """The model with its cache over a batch: the prompts once, then a token per row and step."""
+    """The model with its cache over a batch: the prompts once, then one token per row and step."""
 
     def __init__(
         self,
@@ -226,23 +226,23 @@ class _Forward:
         takes = inspect.signature(model.forward).parameters
         cache_name = next((name for name in CACHE_NAMES if name in takes), None)
         if cache_name is None:
-            raise ModelError(f"A {type(model).__name__} takes no cache of keys and values; only such models generate.")
+            raise ModelError(f"{type(model).__name__} takes no key-value cache, which generation requires.")
         self._cache_name = cache_name
         self._last_alone = "logits_to_keep" in takes
         self._positioned = "position_ids" in takes
         device = _device(model)
         longest = max(len(ids) for ids in prompts)
-        # what is masked is never read: any id that exists will do as padding
+        # masked positions are never read: any valid id works as padding
         read = prefix if isinstance(prefix, int) else len(prefix.tokens)
         mask = [[1] * read + [0] * (longest - len(ids)) + [1] * (len(ids) - read) for ids in prompts]
         padded = [ids[:read] + [0] * (longest - len(ids)) + ids[read:] for ids in prompts]
         self._ids, self._mask = torch.tensor(padded, device=device), torch.tensor(mask, device=device)
         self._cache: Any = None
         self._prefix, self._read = prefix, read
-        self._starts = invoked(model, self._ids, self._mask) if waits(model) else contextlib.nullcontext()
+        self._starts = invoked(model, self._ids, self._mask) if has_alora(model) else contextlib.nullcontext()
 
     def prefill(self) -> Tensor:
-        """Logits after the prompts, (rows, vocabulary)."""
+        """Return the logits after the prompts, (rows, vocabulary)."""
         if self._read:
             begun = self._prefix
             if isinstance(begun, int):
@@ -251,67 +251,65 @@ class _Forward:
         return self._run(self._ids[:, self._read :], (self._mask.cumsum(-1) - 1).clamp_min(0)[:, self._read :])
 
     def step(self, tokens: list[int]) -> Tensor:
-        """Logits after one more token per row, (rows, vocabulary)."""
+        """Return the logits after one more token per row, (rows, vocabulary)."""
         ids = torch.tensor(tokens, device=self._mask.device)[:, None]
         self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
-        # rows that are over go on for the others' sake; their positions must still exist
+        # finished rows continue along with the others; their positions must still exist
         return self._run(ids, (self._mask.sum(-1, keepdim=True) - 1).clamp_max(self._last))
 
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": self._mask, "use_cache": True}
         if self._last_alone:
-            # As an index, which makes rows that lie side by side: the slice that 1 asks for does not, and a product of
-            # torch's with it takes some 300 times as long in bf16 on a processor. aLoRA has to know how many there are.
+            # As an index, which makes the rows contiguous: the slice for an int does not, and torch's matmul with it
+            # takes some 300 times as long in bf16 on a CPU. aLoRA needs the number of positions.
             one = 1 in ids.shape or not isinstance(self._starts, contextlib.nullcontext)
             inputs["logits_to_keep"] = 1 if one else torch.tensor([-1], device=ids.device)
         if self._positioned:
             inputs["position_ids"] = positions
         if self._cache is not None:
             inputs[self._cache_name] = self._cache
-        # All blocks close before a token is handed out: an open one would act on whoever receives it. no_grad, not
-        # inference_mode: buffers that a model makes on the way must stay usable for training.
+        # All context managers are closed before a token is yielded: an open one would affect the caller. no_grad, not
+        # inference_mode: buffers that a model creates here must stay usable for training.
         with torch.no_grad(), self._scope, self._starts:
             output = self._model(**inputs)
         self._cache = getattr(output, self._cache_name, None)
         if self._cache is None:
-            raise ModelError(f"A {type(self._model).__name__} returned no cache of keys and values.")
+            raise ModelError(f"{type(self._model).__name__} returned no key-value cache, which generation requires.")
         logits: Tensor = output.logits[:, -1]
         return logits.float()
 
 
 def _check_prompts(rows: list[list[int]], vocabulary: int | None, limit: int | None) -> None:
     if not rows:
-        raise UsageError("There is no prompt to continue.")
+        raise UsageError("no prompt to continue; pass at least one.")
     for number, ids in enumerate(rows):
         which = f"prompt {number + 1} of {len(rows)}" if len(rows) > 1 else "the prompt"
         if not ids:
-            raise UsageError(f"{which} is empty: it has no token to continue from.")
+            raise UsageError(f"{which} is empty: it needs at least one token.")
         odd = [token for token in ids if token < 0 or (vocabulary is not None and token >= vocabulary)]
         if odd:
             size = f"0 to {vocabulary - 1:,}" if vocabulary is not None else "0 and up"
-            raise UsageError(f"{which} holds the token id {odd[0]}, and the model has {size}: is it another tokenizer?")
+            raise UsageError(f"{which} has the token id {odd[0]}; the model's ids are {size}. Check the tokenizer.")
         if limit is not None and len(ids) >= limit:
             raise UsageError(
-                f"{which} has {len(ids):,} tokens, and the model takes {limit:,} in all: nothing is left for an "
-                "answer. Shorten it."
+                f"{which} has {len(ids):,} tokens, but the model takes at most {limit:,} including the answer. "
+                "Shorten the prompt."
             )
 
 
 def _scope(
     model: nn.Module, adapters: Sequence[str | None] | None, rows: int
 ) -> contextlib.AbstractContextManager[None]:
-    """A block, entered anew for each step, in which the wanted adapters act."""
+    """Return a context manager, entered in each step, that activates the requested adapters."""
     state = find_state(model)
     if adapters is None:
-        # What is active now stays so, also when tokens are asked for outside the caller's block; single layers that
-        # were set apart from the default have no word in a scope, so such a model is left as it is.
+        # The currently active adapters stay active, also if tokens are requested outside the caller's block. Per-layer
+        # overrides cannot be expressed as a scope, so such a model is left unchanged.
         if state is None or any(layer.own_route is not None for _, layer in layers(model)):
             return contextlib.nullcontext()
         return state.override(state.active().keeping())
     if len(adapters) != rows:
-        raise UsageError(
-            f"There are {rows} prompts and {len(adapters)} adapters; give one adapter, or None, per prompt."
-        )
+        raise UsageError(f"Got {rows} prompts and {len(adapters)} adapters; pass one adapter, or None, per prompt.")
     if state is None and not any(adapters):
         return contextlib.nullcontext()
     first = adapters[0]
@@ -321,7 +319,7 @@ def _scope(
 
 
 def _names(model: nn.Module, adapters: Sequence[str | None] | None, rows: int) -> list[tuple[str, ...]]:
-    """Per row the adapters that act."""
+    """Return the active adapters of each row."""
     if adapters is not None:
         return [() if name is None else (name,) for name in adapters]
     state = find_state(model)

@@ -1,7 +1,7 @@
-"""A beginning that several prompts share, read once by the base, and used by every row that is the base there.
+"""A common prefix of several prompts, processed once by the base and shared by every row that uses the base there.
 
-Rows of the base are, and so are rows of Activated LoRA before their invocation. Other adapters have keys and values
-of their own from the first token on, so they cannot share.
+These are rows of the base, and rows of Activated LoRA before their invocation. Other adapters change keys and values
+from the first token on, so they cannot share.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ from lorakit.core import disable, invocation_offsets
 from lorakit.core.model.index import find_state
 from lorakit.errors import ModelError, UsageError
 
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # what transformers calls it, newest first
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # names in transformers, newest first
 
 WORTHWHILE_TOKENS = 16
-"""Fewer shared tokens than these are not read apart: a forward of its own costs more than it saves."""
+"""Minimum number of shared tokens; for fewer, a separate forward costs more than it saves."""
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The first tokens of some prompts, as the base has read them.
+    """The first tokens of some prompts, as processed by the base.
 
     Attributes:
         tokens: Their ids.
-        cache: The model's own cache of their keys and values, one row; it is copied, never written to.
+        cache: The model's own key-value cache of one row; it is copied, never written to.
     """
 
     tokens: tuple[int, ...]
     cache: Any
 
     def of_rows(self, rows: int) -> Any:
-        """A cache with these tokens in so many rows."""
+        """Return a cache of these tokens for several rows."""
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(rows)
         return cache
 
 
 def read_prefix(model: nn.Module, tokens: Sequence[int], device: torch.device | None = None) -> Prefix:
-    """Let the base read a beginning, whatever adapter is active.
+    """Process a prefix with the base, regardless of active adapters.
 
     Args:
         model: A causal language model in eval mode.
-        tokens: The beginning's ids, at least one.
-        device: Where the ids shall live; None is that of the model's first parameter.
+        tokens: The prefix's ids, at least one.
+        device: Device of the ids; None is that of the model's first parameter.
 
     Raises:
-        ModelError: The model returns no cache that can be copied to more rows.
+        ModelError: The model returns no cache that can be copied to several rows.
     """
     place = next(model.parameters()).device if device is None else device
     ids: Tensor = torch.tensor([list(tokens)], device=place)
@@ -62,28 +62,28 @@ def read_prefix(model: nn.Module, tokens: Sequence[int], device: torch.device | 
         output = model(input_ids=ids, use_cache=True)
     cache = next((output[name] for name in CACHE_NAMES if name in output), None)
     if not hasattr(cache, "batch_repeat_interleave"):
-        raise ModelError(f"A {type(model).__name__} has no cache that several rows can begin from.")
+        raise ModelError(f"{type(model).__name__} has no cache that several rows can share.")
     return Prefix(tuple(int(token) for token in tokens), cache)
 
 
-def waits(model: nn.Module) -> bool:
-    """Whether an aLoRA adapter sits on a model."""
+def has_alora(model: nn.Module) -> bool:
+    """Return whether a model has an aLoRA adapter."""
     state = find_state(model)
     return state is not None and any(c.alora_invocation_tokens is not None for c in state.configs.values())
 
 
 def shared_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], adapters: Sequence[Sequence[str]]) -> int:
-    """How many tokens all these prompts begin with while every row still is the base; one token at least is left.
+    """Return the length of the common prefix in which every row uses the base; at least one token is left.
 
     Args:
         model: A model with or without adapters.
         prompts: Ids per row.
-        adapters: Per row the adapters that act; none is the base.
+        adapters: Active adapters of each row; none is the base.
 
     Returns:
-        Their number; 0 where no aLoRA adapter takes part, or where reading them once would gain nothing.
+        The number of tokens; 0 if no aLoRA adapter takes part, or if sharing would gain nothing.
     """
-    if len(prompts) < 2 or not waits(model) or not any(adapters):
+    if len(prompts) < 2 or not has_alora(model) or not any(adapters):
         return 0
     first, length = prompts[0], min(len(prompt) for prompt in prompts) - 1
     for prompt, names in zip(prompts, adapters, strict=True):
@@ -95,25 +95,25 @@ def shared_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], adapters: 
 def check_prefix(
     model: nn.Module, prefix: Prefix, prompts: Sequence[Sequence[int]], adapters: Sequence[Sequence[str]]
 ) -> None:
-    """Refuse a prefix that some row cannot begin from.
+    """Check that every row can start from a prefix.
 
     Raises:
-        UsageError: A prompt does not begin with it, or an adapter acts in it.
+        UsageError: A prompt does not start with it, or an adapter is active in it.
     """
     size = len(prefix.tokens)
     for row, (prompt, names) in enumerate(zip(prompts, adapters, strict=True)):
         if tuple(prompt[:size]) != prefix.tokens or len(prompt) <= size:
-            raise UsageError(f"prompt {row + 1} of {len(prompts)} does not go on from the prefix of {size} tokens.")
+            raise UsageError(f"prompt {row + 1} of {len(prompts)} does not start with the prefix of {size} tokens.")
         for name in names:
             if _begin(model, prompt, name) < size:
                 raise UsageError(
-                    f"Adapter {name!r} acts within the prefix of {size} tokens in row {row + 1}, and the base has read "
-                    "that. Only base rows and aLoRA adapters whose invocation comes later share one."
+                    f"Adapter {name!r} is active within the prefix of {size} tokens in row {row + 1}, which the base "
+                    "has processed. Only base rows and aLoRA adapters invoked later can share it."
                 )
 
 
 def _begin(model: nn.Module, prompt: Sequence[int], name: str) -> int:
-    """The first position at which an adapter acts in a prompt; the prompt's length where it is not invoked."""
+    """Return the first position at which an adapter is active in a prompt; the prompt's length if it is not invoked."""
     state = find_state(model)
     tokens = state.configs[name].alora_invocation_tokens if state is not None else None
     if not tokens:

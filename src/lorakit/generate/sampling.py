@@ -1,7 +1,7 @@
-"""From the logits of one position to one token: greedy, temperature, top-k, top-p; every row has its own dice.
+"""Sampling of a token from logits: greedy, temperature, top-k, top-p; every row has its own random generator.
 
-Random numbers come from a generator that belongs to the row, on the CPU: the same seed gives the same tokens whatever
-else is in the batch, whatever the device, and whatever others draw from torch's global generator.
+Each row has a generator on the CPU: the same seed gives the same tokens, independent of the rest of the batch, of the
+device, and of torch's global generator.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from lorakit.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Settings for choosing the next token.
 
     Attributes:
-        temperature: 0 takes the most likely token (greedy); above 0 the logits are divided by it and a token is drawn.
-        top_k: Only so many of the most likely tokens can be drawn; 0 means all.
-        top_p: Only the most likely tokens that together reach this probability can be drawn; 1 means all.
-        seed: Where the row's random numbers begin; it has no effect on greedy choices.
+        temperature: 0 takes the most likely token (greedy); above 0, logits are divided by it and a token is sampled.
+        top_k: Sample only from this many most likely tokens; 0 means all.
+        top_p: Sample only from the most likely tokens that together reach this probability; 1 means all.
+        seed: Seed of the row's generator; no effect on greedy choices.
     """
 
     temperature: float = 0.0
@@ -37,7 +37,7 @@ class Sampling:
                 f"temperature is {self.temperature}; it must be 0 (greedy) or a number above 0, such as 0.7."
             )
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}; it must lie above 0 and at most at 1 (all tokens).")
+            raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (all tokens).")
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k}; it must be 0 (all tokens) or a whole number above 0.")
         if not 0 <= self.seed < 2**63:
@@ -45,7 +45,7 @@ class Sampling:
 
 
 class Sampler:
-    """One row's choices: its settings and its own random numbers."""
+    """Sampler of one row: its settings and its generator."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -53,14 +53,14 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most likely token is taken, without dice."""
+        """True if the most likely token is always taken."""
         return self.sampling.temperature == 0
 
     def pick(self, logits: Tensor) -> int:
         """Choose a token.
 
         Args:
-            logits: Of the next position, (vocabulary,), on any device.
+            logits: Logits of the next position, (vocabulary,), on any device.
 
         Returns:
             The token's id.
@@ -72,11 +72,11 @@ class Sampler:
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution that a token is drawn from.
+    """Return the distribution from which a token is sampled.
 
     With z the logits and T the temperature, p_i = exp(z_i / T) / Σ_j exp(z_j / T). top-k sets every p below the k-th
-    largest to 0. top-p sorts what is left, p_(1) ≥ p_(2) ≥ …, renormalised, and keeps i where p_(1) + … + p_(i-1) <
-    top_p: the fewest tokens that together reach it, the first of them always. The rest is 0, and the sum 1 again.
+    largest to 0. top-p sorts the rest, p_(1) ≥ p_(2) ≥ …, renormalized, and keeps i if p_(1) + … + p_(i-1) < top_p: the
+    fewest tokens that together reach it, always including the first. The others become 0, and the sum is 1 again.
 
     Args:
         logits: (vocabulary,).

@@ -1,6 +1,6 @@
-"""The one door to transformers and the model hub: finding models, loading them, their shapes, this machine's speed.
+"""Loading from transformers and the Hub: models, tokenizers, shapes, quantization, and this machine's speed.
 
-Nothing heavy is imported before a function is called. Knows nothing of adapters or training.
+Nothing heavy is imported before a function is called. This package does not depend on training.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from lorakit.hub.calibration import Calibration, DtypeChoice, calibrate, choose_dtype
 from lorakit.hub.models import load_model, save_model, stored_as_files
 from lorakit.hub.packaged import PACKAGED, packaged_directory
-from lorakit.hub.quantizing import quantiser_facts, require_quantiser
+from lorakit.hub.quantizing import quantization_metadata, require_quantizer
 from lorakit.hub.shapes import shape_of, shape_of_module, skeleton
 from lorakit.hub.sources import ModelSource, adapter_from_hub, require, resolve
 from lorakit.hub.tokenizers import AddedTokens, add_tokens, chat_template_hash, load_tokenizer, tokenizer_hash
@@ -27,9 +27,9 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "packaged_directory",
-    "quantiser_facts",
+    "quantization_metadata",
     "require",
-    "require_quantiser",
+    "require_quantizer",
     "resolve",
     "save_model",
     "shape_of",

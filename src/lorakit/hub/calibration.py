@@ -1,7 +1,7 @@
-"""Measures, in about two seconds, how fast this machine multiplies matrices and copies memory.
+"""Measure in about two seconds how fast this machine multiplies matrices and copies memory.
 
-bf16 products are six times as fast as fp32 on one processor, twice on the next and slower on an old one, so what
-dtype to train in, and how long a plan takes, is measured and not assumed.
+bf16 matmuls are six times as fast as fp32 on one processor, twice on another, and slower on an old one, so the training
+dtype and the time estimate of a plan depend on measurements.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ if TYPE_CHECKING:
     import torch
 
 SHAPE = (1024, 1024, 2048)
-"""Rows (tokens of a batch), inner and outer width of the measured product: those of a small model's MLP."""
+"""Rows (tokens of a batch), inner and outer width of the measured matmul: those of a small model's MLP."""
 
 COPIED_BYTES = 1 << 26
-"""Bytes that are copied: more than the caches of common processors hold."""
+"""Bytes copied per measurement: more than common processor caches hold."""
 
 NEEDED_FACTOR = 1.2
-"""How many times faster than fp32 products bf16 ones must be to be chosen: below, its rounding buys nothing."""
+"""Minimum speed of bf16 matmuls relative to fp32 for which bf16 is chosen; below, its rounding gains nothing."""
 
 THROUGH_FP32 = 0.85
-"""Share of fp32's rate that a product of widened bf16 operands reaches (`benchmarks/bench_products.py`)."""
+"""Fraction of fp32's rate that a matmul of upcast bf16 operands reaches (`benchmarks/bench_products.py`)."""
 
 CHOICES = ("auto", "bfloat16", "float32")
-"""What may be asked for in training."""
+"""Allowed values of a training dtype."""
 
 _BUDGET_SECONDS = 0.6
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """How fast a device is.
+    """Measured speed of a device.
 
     Attributes:
-        bf16_flops_per_second: Of a bf16 product, one multiply-add counted as two.
-        fp32_flops_per_second: Of an fp32 product.
-        copy_bytes_per_second: Bytes read plus bytes written.
-        seconds: How long the measurement took.
-        device: What was measured.
-        threads: Threads that torch uses on the processor.
+        bf16_flops_per_second: Rate of a bf16 matmul; one multiply-add counts as two FLOPs.
+        fp32_flops_per_second: Rate of an fp32 matmul.
+        copy_bytes_per_second: Bytes read plus bytes written per second.
+        seconds: Duration of the measurement.
+        device: The measured device.
+        threads: Number of CPU threads that torch uses.
     """
 
     bf16_flops_per_second: float
@@ -57,21 +57,21 @@ class Calibration:
 
     @property
     def factor(self) -> float:
-        """How many times faster bf16 products are than fp32 ones."""
+        """The speed of bf16 matmuls relative to fp32."""
         return self.bf16_flops_per_second / self.fp32_flops_per_second
 
     @property
     def dtype(self) -> str:
-        """What "auto" stands for here: bf16 where its products are `NEEDED_FACTOR` times as fast, else fp32."""
+        """The dtype that "auto" selects: bf16 if its matmuls are `NEEDED_FACTOR` times as fast, else fp32."""
         return "bfloat16" if self.factor >= NEEDED_FACTOR else "float32"
 
     def flops_per_second(self, dtype: str, *, tuned: bool) -> float:
-        """Of the products of a run.
+        """Return the matmul rate of a run.
 
         Args:
-            dtype: "float32", or another for bf16's.
-            tuned: Ways are chosen by shape (`lorakit.speed.choose`): on a processor bf16 goes through fp32 where that
-                is faster.
+            dtype: "float32"; any other name means bf16.
+            tuned: Whether kernels are autotuned by shape (`lorakit.speed.choose`): on a CPU, bf16 operands are then
+                upcast to fp32 if that is faster.
         """
         if dtype in ("float32", "fp32"):
             return self.fp32_flops_per_second
@@ -79,7 +79,7 @@ class Calibration:
         return max(self.bf16_flops_per_second, widened)
 
     def line(self) -> str:
-        """The result as one sentence to print."""
+        """The result as a line to print."""
         bf16, fp32 = (format_quantity(r, "FLOP/s") for r in (self.bf16_flops_per_second, self.fp32_flops_per_second))
         where = f"cpu ({format_count(self.threads, 'thread')})" if self.device == "cpu" else self.device
         return (
@@ -90,11 +90,11 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class DtypeChoice:
-    """A dtype and why it was taken.
+    """A dtype and the reason for it.
 
     Attributes:
         dtype: "bfloat16" or "float32".
-        reason: One sentence to print.
+        reason: Message to print.
     """
 
     dtype: str
@@ -102,13 +102,13 @@ class DtypeChoice:
 
 
 def calibrate(device: str | torch.device = "cpu") -> Calibration:
-    """Measure a device: products in bf16 and fp32 of a shape as in training, and copies.
+    """Measure a device: matmuls in bf16 and fp32 of a typical training shape, and copies.
 
     Args:
-        device: What to measure.
+        device: Device to measure.
 
     Returns:
-        The rates; each from the fastest of several runs, so that a busy machine disturbs them little.
+        The rates, each from the fastest of several runs, to limit the effect of other load.
     """
     import torch
 
@@ -126,17 +126,17 @@ def calibrate(device: str | torch.device = "cpu") -> Calibration:
 
 
 def choose_dtype(requested: str, calibration: Calibration | None = None) -> DtypeChoice:
-    """Decide in which dtype the base is held and multiplied.
+    """Choose the dtype in which the base is stored and multiplied.
 
     Args:
         requested: "auto", "bfloat16" or "float32".
-        calibration: What `calibrate` gave; measured here when "auto" needs it and it is None.
+        calibration: Result of `calibrate`; measured here if "auto" needs it and it is None.
 
     Returns:
-        The dtype and the reason in a sentence.
+        The dtype and the reason.
 
     Raises:
-        ConfigError: Anything else was asked for.
+        ConfigError: Another value was requested.
     """
     if requested not in CHOICES:
         raise ConfigError(
@@ -152,11 +152,11 @@ def choose_dtype(requested: str, calibration: Calibration | None = None) -> Dtyp
 
 
 def _product_rate(device: str | torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of x W^T, the product of a linear layer."""
+    """Return the FLOPs per second of x W^T, the matmul of a linear layer."""
     import torch
 
     rows, inner, outer = SHAPE
-    generator = torch.Generator().manual_seed(0)  # of its own, so that the caller's random numbers stay as they were
+    generator = torch.Generator().manual_seed(0)  # a separate one, to leave the caller's random state unchanged
     x = torch.randn(rows, inner, generator=generator).to(device, dtype)
     weight = torch.randn(outer, inner, generator=generator).to(device, dtype)
     with torch.no_grad():
@@ -173,7 +173,7 @@ def _copy_rate(device: str | torch.device) -> float:
 
 
 def _fastest(work: Callable[[], object], device: str | torch.device) -> float:
-    """Seconds of the fastest run within the budget; at least two, the first of which warms up."""
+    """Return the seconds of the fastest run within the budget; at least two runs, the first as warm-up."""
     import torch
 
     wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(torch.device(device).type)

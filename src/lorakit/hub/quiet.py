@@ -1,4 +1,4 @@
-"""Keeps transformers, and the quantisers that it imports, from logging over our own output while it loads."""
+"""Silence the loggers of transformers, and of the quantization packages it imports, during loading."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import logging
 from collections.abc import Iterator
 
 _CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes")
-"""Loggers that speak when a quantiser is imported, which transformers does whenever one is installed."""
+"""Loggers that write when a quantization package is imported, as transformers does if one is installed."""
 
 
 @contextlib.contextmanager
 def quiet_transformers(*, bars: bool = False) -> Iterator[None]:
-    """Errors only, and no progress bars, for the length of a block; the settings that were there come back.
+    """Limit transformers to errors and hide progress bars within a block; restore the settings afterwards.
 
     Args:
-        bars: True leaves the bars alone (a download takes long and should be seen).
+        bars: Whether to keep progress bars (for a long download).
 
     Yields:
         Nothing.

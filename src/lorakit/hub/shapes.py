@@ -1,6 +1,6 @@
 """The shape of any transformers model for `lorakit.plan`, read on the meta device: names and sizes, no weights.
 
-Models of the catalogue are answered by it, without torch.
+Known models are answered from the catalogue, without torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lorakit.errors import ModelError
 from lorakit.hub.quiet import quiet_transformers
 from lorakit.hub.sources import ModelSource, resolve
 from lorakit.plan import catalogue
+from lorakit.targets.layer_types import CONV1D, EMBEDDING, LINEAR
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,16 +50,16 @@ _DROPOUTS = {
 
 
 def shape_of(model: str | os.PathLike[str] | ModelSource) -> ModelShape:
-    """The shape of a model: of an existing path, else of the catalogue, else of the hub's config.
+    """Return the shape of a model: from a path, else from the catalogue, else from the Hub's config.
 
     Args:
-        model: A directory, a `config.json`, a packaged or catalogue name, a hub id, or what `resolve` gave.
+        model: A directory, a `config.json`, a packaged or catalogue name, a Hub id, or a result of `resolve`.
 
     Returns:
         Names and sizes of all its parts.
 
     Raises:
-        ModelError: There is no such model, or its config cannot be turned into one.
+        ModelError: The model was not found, or its config is not usable.
     """
     if not isinstance(model, ModelSource):
         given = os.fspath(model)
@@ -71,12 +72,12 @@ def shape_of(model: str | os.PathLike[str] | ModelSource) -> ModelShape:
 
 
 def shape_of_module(module: nn.Module, name: str, source: str) -> ModelShape:
-    """The shape of a transformers model that exists, on whatever device.
+    """Return the shape of an existing transformers model, on any device.
 
     Args:
         module: The model; it needs a `config`.
-        name: What people call it.
-        source: Where it comes from.
+        name: Display name.
+        source: Origin of the model.
 
     Returns:
         Names and sizes of all its parts.
@@ -120,13 +121,13 @@ def _from_config(source: ModelSource) -> ModelShape:
 
 
 def skeleton(source: ModelSource) -> nn.Module:
-    """A model's modules on the meta device, from its config: all names, no numbers.
+    """Build a model's modules on the meta device from its config: names without values.
 
     Args:
-        source: What `resolve` gave.
+        source: Result of `resolve`.
 
     Raises:
-        ModelError: Its config cannot be turned into a model.
+        ModelError: No model can be built from the config.
     """
     import torch
     import transformers
@@ -138,9 +139,9 @@ def skeleton(source: ModelSource) -> nn.Module:
             )
             with torch.device("meta"):
                 module: nn.Module = _model_class(config)(config)
-    except Exception as cause:  # configs of foreign models raise what they like
+    except Exception as cause:  # third-party configs may raise anything
         raise ModelError(
-            f"{source.given}: its config cannot be turned into a model "
+            f"{source.given}: no model can be built from its config "
             f"({type(cause).__name__}: {' '.join(str(cause).split())[:240]}).",
             where=source.given,
         ) from cause
@@ -148,7 +149,7 @@ def skeleton(source: ModelSource) -> nn.Module:
 
 
 def _model_class(config: Any) -> Any:
-    """The class that the config names, else the first automatic class that takes the config."""
+    """Return the class that the config names, else the first auto class that accepts the config."""
     import transformers
 
     for architecture in config.architectures or ():
@@ -159,13 +160,13 @@ def _model_class(config: Any) -> Any:
         found = getattr(transformers, auto)
         if type(config) in found._model_mapping:
             return found.from_config
-    raise ModelError(f"transformers has no model for the config {type(config).__name__}")
+    raise ModelError(f"transformers has no model class for the config {type(config).__name__}")
 
 
 def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[str]]:
-    """All modules: those that can carry an adapter, the others that own parameters, and mere containers.
+    """Return all modules: possible sites, other modules with parameters, and mere containers.
 
-    transformers marks fused experts by their number and by how they lie.
+    transformers marks fused experts by attributes for their number and layout.
     """
     sites: list[SiteShape] = []
     others: list[PlainShape] = []
@@ -194,24 +195,24 @@ def _parts(module: nn.Module) -> tuple[list[SiteShape], list[PlainShape], list[s
 
 def _site(path: str, kind: str, part: Any, tied_to: str | None, inner: bool) -> SiteShape:
     first, second = (int(size) for size in part.weight.shape)
-    # nn.Linear holds (out, in); Conv1D (in, out); an Embedding (rows, width), where the width is what comes out
-    out_features, in_features = (first, second) if kind == "Linear" else (second, first)
+    # nn.Linear stores (out, in), Conv1D (in, out), an Embedding (rows, width), whose output width is the second
+    out_features, in_features = (first, second) if kind == LINEAR else (second, first)
     biased = getattr(part, "bias", None) is not None
-    return SiteShape(path, kind, out_features, in_features, kind != "Embedding" and inner, biased, tied_to)
+    return SiteShape(path, kind, out_features, in_features, kind != EMBEDDING and inner, biased, tied_to)
 
 
 def _kind(part: Any) -> str | None:
     from torch import nn
 
     if isinstance(part, nn.Linear):
-        return "Linear"
+        return LINEAR
     if isinstance(part, nn.Embedding):
-        return "Embedding"
-    return "Conv1D" if type(part).__name__ == "Conv1D" else None
+        return EMBEDDING
+    return CONV1D if type(part).__name__ == CONV1D else None
 
 
 def _output_heads(module: nn.Module) -> set[int]:
-    """Identities of the modules that "all-linear" leaves out, as attaching does: the output head."""
+    """Return the ids of the output heads, which "all-linear" leaves out."""
     output = getattr(module, "get_output_embeddings", lambda: None)()
     return set() if output is None else {id(output)}
 
@@ -233,7 +234,7 @@ def _number(config: Any, fields: Iterable[str]) -> float:
 
 
 def _vocab(sites: list[SiteShape]) -> int:
-    return max((site.in_features for site in sites if site.kind == "Embedding"), default=0)
+    return max((site.in_features for site in sites if site.kind == EMBEDDING), default=0)
 
 
 def _dtype_name(config: Any) -> str:

@@ -1,10 +1,7 @@
-"""What a model's name stands for: a path, a packaged model, or a model of the hub; refused early and by name.
+"""Resolve a model name: a path, a packaged model, or a Hub model; errors come early. Hub transfers of adapters.
 
-Looks at files, the hub's cache and, for a hub id only, at the network; loads no weights. Knows nothing of torch.
-
-Adapters that live on a hub: fetched into the hub's own cache, only when a hub id was given.
-
-Putting a folder onto a model hub, only when a person asks for it.
+`resolve` reads files, the Hub's cache and, for a Hub id only, the network; it loads no weights and needs no torch.
+Adapters are downloaded into the Hub's own cache, only for a Hub id. Folders are pushed only on explicit request.
 """
 
 from __future__ import annotations
@@ -21,10 +18,10 @@ from lorakit.errors import ModelError, nearest
 from lorakit.hub.packaged import PACKAGED, packaged_directory
 
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-"""Environment variables of the field that forbid the network."""
+"""Environment variables of the Hugging Face libraries that forbid network access."""
 
 HUB_TIMEOUT_SECONDS = 10.0
-"""How long the hub may take to say whether it has a model."""
+"""Timeout for asking the Hub whether it has a model."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -34,15 +31,15 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where a model comes from.
+    """The source of a model.
 
     Attributes:
-        kind: "directory", "config" (a config.json alone: shapes, no weights), "packaged" or "hub".
-        given: What the user wrote.
-        path_or_id: What transformers loads: a directory, a file for "config", or a hub id.
-        recorded_name: What an adapter records as `base_model_name_or_path`: what was given, but None for a packaged
-            model, which is not the hub's model of that name.
-        base_name: What people and `lorakit.json` call it.
+        kind: "directory", "config" (only a config.json: shapes, no weights), "packaged" or "hub".
+        given: The user's text.
+        path_or_id: Argument for transformers: a directory, a file for "config", or a Hub id.
+        recorded_name: The adapter's `base_model_name_or_path`: as given, but None for a packaged model, which is not
+            the Hub model of that name.
+        base_name: Display name, also in `lorakit.json`.
     """
 
     kind: Literal["directory", "config", "packaged", "hub"]
@@ -53,19 +50,19 @@ class ModelSource:
 
 
 def resolve(model: str | os.PathLike[str], say: Callable[[str], None] | None = None) -> ModelSource:
-    """Find out what a model's name stands for: an existing path, else a packaged name, else a hub id.
+    """Resolve a model name: an existing path, else a packaged name, else a Hub id.
 
-    A packaged model is converted into the user's cache when it is not there yet (about 20 seconds, once).
+    A packaged model is converted into the user's cache if necessary (about 20 seconds, once).
 
     Args:
-        model: A directory, a `config.json`, a packaged name such as "smollm2", or a hub id.
-        say: Called with a sentence before anything that takes long.
+        model: A directory, a `config.json`, a packaged name such as "smollm2", or a Hub id.
+        say: Called with a message before anything that takes long.
 
     Returns:
-        The source; what it names exists, or the hub has it.
+        The source; its path exists, or the Hub has it.
 
     Raises:
-        ModelError: Nothing is there, it is no model, or the hub cannot be asked; the message says which.
+        ModelError: The name was not found, is not a model, or the Hub cannot be reached.
         MissingExtra: A packaged model needs a package that is not installed.
         DiskError: The cache cannot be written.
     """
@@ -76,33 +73,33 @@ def resolve(model: str | os.PathLike[str], say: Callable[[str], None] | None = N
     if given in PACKAGED:
         return ModelSource("packaged", given, str(packaged_directory(given, say=say)), None, given)
     if not _HUB_ID.fullmatch(given) or (given.count("/") == 1 and path.parent.is_dir()):
-        raise ModelError(f"{given!r}: there is no such model directory.{_neighbours(given, path)}")
+        raise ModelError(f"{given!r}: model directory not found.{_neighbors(given, path)}")
     _ask_hub(given, path)
     return ModelSource("hub", given, given, given, given)
 
 
 def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = False) -> None:
-    """Check, by looking at file names only, that a model can be loaded; nothing is asked of the hub.
+    """Check by file names that a model can be loaded, without network access.
 
     Args:
-        source: What `resolve` found.
-        weights: Whether safetensors weights must be there.
-        tokenizer: Whether a tokenizer must be there.
+        source: Result of `resolve`.
+        weights: Whether safetensors weights are required.
+        tokenizer: Whether a tokenizer is required.
 
     Raises:
-        ModelError: Something is missing; the message names the directory and what would have been taken.
+        ModelError: A file is missing; the message names the directory and what is accepted.
     """
     if source.kind == "hub":
         return
     if source.kind == "config":
         raise ModelError(
-            f"{source.given}: a config file gives shapes, not weights; give the model's directory.", where=source.given
+            f"{source.given}: a config file has shapes but no weights; pass the model's directory.", where=source.given
         )
     folder = Path(source.path_or_id)
     if weights and (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"{source.given}: the directory holds a model and an adapter (adapter_config.json), and transformers would "
-            "load one on top of the other; move the adapter into a directory of its own.",
+            f"{source.given}: the directory has a model and an adapter (adapter_config.json), and transformers would "
+            "load one on top of the other; move the adapter to its own directory.",
             where=source.given,
         )
     if weights and not any((folder / name).is_file() for name in _WEIGHTS):
@@ -116,7 +113,7 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
 
 
 def offline() -> str | None:
-    """The environment variable that forbids the network, or None."""
+    """Return the environment variable that forbids network access, or None."""
     for name in OFFLINE_VARIABLES:
         if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on"):
             return name
@@ -124,7 +121,7 @@ def offline() -> str | None:
 
 
 def downloaded(model_id: str) -> Path | None:
-    """The folder of the hub's cache that holds a model, or None; the network is not asked.
+    """Return the folder of the Hub's cache that has a model, or None; without network access.
 
     Args:
         model_id: Its id, "owner/name".
@@ -135,7 +132,7 @@ def downloaded(model_id: str) -> Path | None:
         return None
     try:
         return Path(huggingface_hub.snapshot_download(model_id, local_files_only=True))
-    except (OSError, ValueError):  # not in the cache, or no id of a hub
+    except (OSError, ValueError):  # not in the cache, or not a Hub id
         return None
 
 
@@ -148,9 +145,7 @@ def _local(given: str, path: Path) -> ModelSource:
             )
         return ModelSource("config", given, str(path), given, given)
     if not (path / "config.json").is_file():
-        raise ModelError(
-            f"{given}: the directory has no config.json, so it is no model.{_what_else(path)}", where=given
-        )
+        raise ModelError(f"{given}: no config.json, so this is not a model directory.{_what_else(path)}", where=given)
     return ModelSource("directory", given, str(path), given, given)
 
 
@@ -160,35 +155,35 @@ def _what_else(path: Path) -> str:
         try:
             base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
         except (OSError, ValueError, AttributeError):
-            base = None  # a damaged adapter is not what is asked about here
-        told = f" Its base is {base!r}." if isinstance(base, str) else ""
-        return f" It holds an adapter: give that as --adapter, and its base as --model.{told}"
+            base = None  # a damaged adapter does not matter here
+        shown = f" Its base is {base!r}." if isinstance(base, str) else ""
+        return f" It is an adapter: pass it as --adapter, and its base as --model.{shown}"
     below = sorted(entry.name for entry in path.iterdir() if (entry / "config.json").is_file())
-    return f" Below it, these are models: {', '.join(below[:4])}." if below else ""
+    return f" Models below it: {', '.join(below[:4])}." if below else ""
 
 
 def _no_weights(given: str, folder: Path) -> str:
     pickles = [name for name in _PICKLES if (folder / name).is_file()]
     if pickles:
         return (
-            f"{given}: the weights are a pickle ({pickles[0]}), which can run code when it is opened; only safetensors "
-            "are read. Load the model where you trust it and call save_pretrained on it."
+            f"{given}: pickle weights are not loaded ({pickles[0]}), because a pickle can run code; re-save them as "
+            "safetensors: load the model in an environment you trust and call save_pretrained."
         )
     ggufs = sorted(entry.name for entry in folder.glob("*.gguf"))
     if ggufs:
-        return f"{given}: the weights are GGUF ({ggufs[0]}); a directory with model.safetensors is needed."
-    return f"{given}: the model directory has no weights; model.safetensors (or its index and parts) is needed."
+        return f"{given}: GGUF weights are not loaded ({ggufs[0]}); a directory with model.safetensors is needed."
+    return f"{given}: the model directory has no weights; add model.safetensors (or its index and parts)."
 
 
-def _neighbours(given: str, path: Path) -> str:
-    """Near names, of the folder where the path would lie and of all names that are known."""
+def _neighbors(given: str, path: Path) -> str:
+    """List similar names, from the path's directory and from all known names."""
     names = [*PACKAGED, *_catalogue()]
     if path.parent.is_dir():
         names += [str(path.parent / entry.name) for entry in path.parent.iterdir() if entry.is_dir()]
     elif not _HUB_ID.fullmatch(given):
-        return f" The folder {path.parent} does not exist either."
+        return f" The directory {path.parent} does not exist either."
     near = nearest(given, sorted(set(names) - {given}))
-    return f" Near it: {', '.join(near)}." if near else ""
+    return f" Similar: {', '.join(near)}." if near else ""
 
 
 def _catalogue() -> list[str]:
@@ -198,40 +193,40 @@ def _catalogue() -> list[str]:
 
 
 def _ask_hub(given: str, path: Path) -> None:
-    """Raise unless the hub's cache or the hub itself has a model of this id."""
+    """Raise an error unless the Hub's cache or the Hub has a model of this id."""
     import huggingface_hub
 
-    # a look into the cache first: a model that is there needs no network
+    # the cache first: a cached model needs no network
     if isinstance(huggingface_hub.try_to_load_from_cache(given, "config.json"), str):
         return
-    missing = f"{given!r} is no directory here and no packaged model ({', '.join(PACKAGED)})"
+    missing = f"{given!r} is not a directory or a packaged model ({', '.join(PACKAGED)})"
     variable = offline()
     if variable:
         raise ModelError(
-            f"{missing}, and the hub's cache does not have it. The network is off ({variable} is set): unset it, or "
-            f"give a directory.{_neighbours(given, path)}"
+            f"{missing}, and is not in the Hub's cache. Network access is off ({variable} is set): unset it, or "
+            f"pass a directory.{_neighbors(given, path)}"
         )
     try:
         info = huggingface_hub.model_info(given, timeout=HUB_TIMEOUT_SECONDS)
     except huggingface_hub.errors.GatedRepoError:
         raise ModelError(
-            f"{given!r}: the hub asks for permission to read this model; ask for it on the model's page, then log in "
+            f"{given!r}: access to this Hub model is restricted; request it on the model's page, then log in "
             "with `hf auth login`."
         ) from None
     except huggingface_hub.errors.RepositoryNotFoundError:
         raise ModelError(
-            f"{missing}, and the hub has no model of that name that you may read.{_neighbours(given, path)}"
+            f"{missing}, and the Hub has no model of that name that you can access.{_neighbors(given, path)}"
         ) from None
-    except Exception as cause:  # the hub's client changes its transport, and with it what it raises
+    except Exception as cause:  # the Hub client's exceptions depend on its transport
         raise ModelError(
-            f"{missing}, and the hub cannot be reached ({type(cause).__name__}: {_short(cause)}). Give a directory, "
-            f"or try again with a network.{_neighbours(given, path)}"
+            f"{missing}, and the Hub cannot be reached ({type(cause).__name__}: {_short(cause)}). Pass a directory, "
+            f"or try again with a network connection.{_neighbors(given, path)}"
         ) from cause
     files = {sibling.rfilename for sibling in info.siblings or ()}
     if "config.json" not in files:
-        raise ModelError(f"{given!r}: what the hub has under this name is no transformers model (no config.json).")
+        raise ModelError(f"{given!r}: not a transformers model on the Hub (no config.json).")
     if not files.intersection(_WEIGHTS):
-        raise ModelError(f"{given!r}: the hub has no safetensors weights of this model, and only those are read.")
+        raise ModelError(f"{given!r}: the Hub has no safetensors weights of this model; other formats are not loaded.")
 
 
 def _short(cause: Exception) -> str:
@@ -239,22 +234,22 @@ def _short(cause: Exception) -> str:
 
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
-"""What is fetched; nothing that could hold code."""
+"""Patterns of downloaded files; none of them can contain code."""
 
 
 def adapter_from_hub(repository: str, *, revision: str | None = None, subfolder: str | None = None) -> Path:
-    """The local folder of an adapter on the hub.
+    """Return the local folder of an adapter on the Hub.
 
     Args:
         repository: Its id, "owner/name".
         revision: Branch, tag or commit.
-        subfolder: Folder of the adapter inside the repository.
+        subfolder: The adapter's folder in the repository.
 
     Returns:
-        The repository's folder in the hub's cache, with the adapter's files.
+        The repository's folder in the Hub's cache, with the adapter's files.
 
     Raises:
-        ModelError: There is no such repository, or it cannot be reached.
+        ModelError: The repository was not found or cannot be reached.
     """
     import huggingface_hub
 
@@ -264,11 +259,11 @@ def adapter_from_hub(repository: str, *, revision: str | None = None, subfolder:
         folder = huggingface_hub.snapshot_download(
             repository, revision=revision, allow_patterns=patterns, local_files_only=variable is not None
         )
-    except Exception as cause:  # the hub's client changes its transport, and with it what it raises
-        where = f"the hub's cache (the network is off: {variable} is set)" if variable else "the hub"
+    except Exception as cause:  # the Hub client's exceptions depend on its transport
+        where = f"in the Hub's cache (network access is off: {variable} is set)" if variable else "on the Hub"
         raise ModelError(
-            f"{repository!r} is no folder here, and {where} does not give it ({type(cause).__name__}). Check the name, "
-            "or give a folder."
+            f"{repository!r} is not a directory, and was not found {where} ({type(cause).__name__}). Check the name, "
+            "or pass a directory."
         ) from cause
     return Path(folder)
 
@@ -283,22 +278,22 @@ def push_folder(
     revision: str | None = None,
     as_pull_request: bool = False,
 ) -> str:
-    """Upload a folder's files; the repository is made where it is missing.
+    """Upload a folder's files; the repository is created if it is missing.
 
     Args:
-        folder: What to upload.
+        folder: Folder to upload.
         repository: Its id, "owner/name".
-        message: Of the commit.
-        private: A new repository is not public.
-        token: Of the hub; None takes the stored one.
+        message: Commit message.
+        private: Whether a new repository is private.
+        token: Hub token; None uses the stored one.
         revision: Branch to commit to.
-        as_pull_request: Ask for a review instead.
+        as_pull_request: Whether to open a pull request instead.
 
     Returns:
-        Where the commit can be seen.
+        URL of the commit.
 
     Raises:
-        ModelError: The hub refuses, or cannot be reached.
+        ModelError: The Hub rejects the upload, or cannot be reached.
     """
     import huggingface_hub
 
@@ -308,9 +303,9 @@ def push_folder(
         commit = client.upload_folder(
             repo_id=place, folder_path=folder, commit_message=message, revision=revision, create_pr=as_pull_request
         )
-    except Exception as cause:  # the hub's client changes its transport, and with it what it raises
+    except Exception as cause:  # the Hub client's exceptions depend on its transport
         raise ModelError(
-            f"{repository!r} could not be written on the hub ({type(cause).__name__}: {cause}). Check the name, the "
-            "token and the network."
+            f"{repository!r} could not be written on the Hub ({type(cause).__name__}: {cause}). Check the name, the "
+            "token and the network connection."
         ) from cause
     return str(commit)

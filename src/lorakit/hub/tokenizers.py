@@ -1,6 +1,6 @@
-"""Hashes by which an adapter knows the tokenizer and the chat template that it was trained with.
+"""Load and hash tokenizers, and add tokens to them.
 
-Tokens that are added to a tokenizer: what can be added, which ids they get, and what their text was until then.
+An adapter records the hashes of the tokenizer and chat template it was trained with.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> Any:
     """Load the tokenizer of a model.
 
     Args:
-        model: What `resolve` takes, or what it gave.
+        model: Argument or result of `resolve`.
 
     Returns:
         A transformers tokenizer.
 
     Raises:
-        ModelError: There is no such model, it has no tokenizer, or the tokenizer cannot be read.
+        ModelError: The model was not found, or its tokenizer is missing or cannot be read.
     """
     source = model if isinstance(model, ModelSource) else resolve(model)
     require(source, weights=False, tokenizer=True)
@@ -39,18 +39,18 @@ def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> Any:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 of all that decides how a tokenizer turns text into ids; the chat template has a hash of its own.
+    """Return a SHA-256 of everything that maps text to ids; the chat template has its own hash.
 
     Args:
         tokenizer: A transformers tokenizer.
 
     Returns:
-        64 hexadecimal digits; equal before and after saving, and whatever padding or truncation was last asked for.
+        64 hexadecimal digits; equal before and after saving, and independent of padding and truncation settings.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
-        rules.pop("padding", None)  # these two are settings of the last call, kept in the same object
+        rules.pop("padding", None)  # these two are settings of the last call, stored in the same object
         rules.pop("truncation", None)
     else:
         rules = {"vocab": tokenizer.get_vocab()}
@@ -59,13 +59,13 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def chat_template_hash(tokenizer: Any) -> str | None:
-    """SHA-256 of the chat template.
+    """Return the SHA-256 of the chat template.
 
     Args:
         tokenizer: A transformers tokenizer.
 
     Returns:
-        64 hexadecimal digits, or None where there is no template.
+        64 hexadecimal digits, or None if there is no template.
     """
     template = getattr(tokenizer, "chat_template", None)
     if not template:
@@ -79,12 +79,12 @@ def _digest(text: str) -> str:
 
 @dataclass(frozen=True)
 class AddedTokens:
-    """Tokens that were added.
+    """Tokens added to a tokenizer.
 
     Attributes:
-        ids: Token -> its id.
-        pieces: Its id -> the ids that its text was written with until then, in order; without unknown ones.
-        vocabulary: Ids that the tokenizer knows now, counted from 0 to the largest.
+        ids: Token -> id.
+        pieces: Id -> the ids of its text before the token was added, in order; without unknown ones.
+        vocabulary: Number of ids from 0 to the largest one.
     """
 
     ids: dict[str, int]
@@ -93,18 +93,18 @@ class AddedTokens:
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> AddedTokens:
-    """Add tokens to a tokenizer, each literally: found wherever its text stands, and written out when ids become text.
+    """Add tokens to a tokenizer; each is matched literally wherever its text occurs, and decoded to that text.
 
     Args:
-        tokenizer: A transformers tokenizer, changed in place, but not where this is refused.
+        tokenizer: A transformers tokenizer, changed in place unless an error is raised.
         tokens: Their texts, all different.
 
     Returns:
-        What was added.
+        The added tokens.
 
     Raises:
-        ConfigError: A token is one of the tokenizer's already.
-        ModelError: The tokenizer has no vocabulary that can grow.
+        ConfigError: The tokenizer has one of the tokens already.
+        ModelError: The tokenizer does not support adding tokens.
     """
     known = _vocabulary(tokenizer)
     written = {token: tuple(tokenizer(token, add_special_tokens=False, verbose=False)["input_ids"]) for token in tokens}
@@ -114,8 +114,7 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> AddedTokens:
             number = written[token][0]
         if number is not None:
             raise ConfigError(
-                f"new_tokens holds {token!r}, which is a token of this tokenizer already (id {number}), so there is "
-                "nothing to add. Leave it out.",
+                f"new_tokens contains {token!r}, which the tokenizer has already (id {number}). Leave it out.",
                 what=token,
                 field="new_tokens",
             )
@@ -143,6 +142,6 @@ def _vocabulary(tokenizer: Any) -> dict[str, int]:
 
 def _no_vocabulary(tokenizer: Any) -> ModelError:
     return ModelError(
-        f"new_tokens: this {type(tokenizer).__name__} has no vocabulary that tokens can be added to. Use a base whose "
-        "tokenizer has one, or leave new_tokens out."
+        f"new_tokens: this {type(tokenizer).__name__} does not support adding tokens. Use a base with a tokenizer that "
+        "does, or leave new_tokens out."
     )

@@ -45,7 +45,7 @@ __getattr__, __dir__ = paths.lazy_names(
         """,
         "lorakit.peft.status": "get_layer_status get_model_status",
         "lorakit.peft.trainer_mixin": "LoraTrainerMixin",
-        "lorakit.peft.lora_model": "LoraModel",
+        "lorakit.peft.tuner": "LoraModel",
     },
 )
 __all__ = ["__version__", *__dir__()]

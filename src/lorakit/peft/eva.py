@@ -1,10 +1,8 @@
-"""EVA in PEFT's two functions: look at what each site receives, then give an adapter that is there what was found."""
+"""EVA in PEFT's two functions: collect the directions of the inputs, then put them into an existing adapter."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,46 +10,40 @@ from torch import Tensor, nn
 
 from lorakit import core
 from lorakit.config import EvaConfig, LoraConfig
-from lorakit.core.attachment.attaching import with_targets
-from lorakit.core.inits import init_for
-from lorakit.core.kinds import kind_of
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.model.index import layers, survey
-from lorakit.core.model.target_weights import bare_parameters
-from lorakit.core.operations.data_init import ranks_by_variance, redistributed
-from lorakit.core.operations.rank_allocation import in_groups
-from lorakit.core.statistics.collecting import in_mode
-from lorakit.core.statistics.moments import InputStatistics
+from lorakit.core.model.index import layers
+from lorakit.core.operations.data_init import DataSites, ranks_by_variance, redistributed
+from lorakit.core.statistics.collecting import TakeRows, in_mode
 from lorakit.errors import AdapterError, ConfigError, ConfigTypeError, DataError, warn_caller
 from lorakit.peft import adapter_queries
 from lorakit.peft.matching import find_minimal_target_modules
-from lorakit.targets import Match, match_path, resolve
+from lorakit.targets import Match
 
 DENSE = ("Linear", "Conv1D")
 INSIDE = "base_model.model."
 CONDENSED_FROM = 20
-"""So many targets are written as the shortest suffixes that name the same, as PEFT does."""
+"""From this number of targets on, they are written as the shortest suffixes that match the same modules, as in PEFT."""
 
 PrepareLayer = Callable[[Any, Any, str], Tensor]
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """Run a model on a batch that is a table of its arguments."""
+    """Run a model on a batch that maps its argument names to values."""
     return model(**inputs)
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: LoraConfig) -> Tensor:
-    """The positions of a batch that count: not padding, and with a label where labels are asked.
+    """Return the positions of a batch that count: not padding, and with a label if the config asks for labels.
 
     Args:
-        model_input: A table with input_ids (rows, length), perhaps attention_mask and labels.
+        model_input: A dictionary with input_ids (rows, length), perhaps attention_mask and labels.
         peft_config: Its `eva_config` says whether labels count.
 
     Returns:
-        (positions, 2), row and place of each.
+        (positions, 2), row and column of each.
 
     Raises:
-        ConfigTypeError: The batch is no table.
+        ConfigTypeError: The batch is not a dictionary.
     """
     if not isinstance(model_input, dict):
         raise ConfigTypeError("When using `prepare_model_inputs_fn_language_modeling` inputs must be a dictionary")
@@ -63,7 +55,7 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Lor
 
 
 def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
-    """The rows of a site's input at the positions that count.
+    """Return the rows of a site's input at the positions that count.
 
     Args:
         layer_input: What the site received, (rows, length, in), or a tuple that begins with it.
@@ -92,42 +84,6 @@ def _tensor(layer_input: Any, layer_name: str) -> Tensor:
     return layer_input
 
 
-@dataclass(frozen=True)
-class _Looking:
-    """How to look at the batches."""
-
-    model: nn.Module
-    dataloader: Iterable[Any]
-    config: LoraConfig
-    forward: Callable[[nn.Module, Any], Any]
-    prepare_model: Callable[[Any, LoraConfig], Any] | None
-    prepare_layer: Mapping[str, PrepareLayer | None]
-
-    def at(self, modules: Mapping[str, nn.Module]) -> dict[str, InputStatistics]:
-        found = {path: InputStatistics() for path in modules}
-        batch_says: list[Any] = [None]
-
-        def look(path: str) -> Callable[..., None]:
-            prepare = self.prepare_layer[path] or _plain
-
-            def hook(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
-                found[path].add(prepare(args, batch_says[0], path))
-
-            return hook
-
-        handles = [module.register_forward_hook(look(path)) for path, module in modules.items()]
-        device = next((p.device for p in self.model.parameters() if p.device.type != "meta"), None)
-        try:
-            for batch in self.dataloader:
-                batch = _moved(batch, device)
-                batch_says[0] = batch if self.prepare_model is None else self.prepare_model(batch, self.config)
-                self.forward(self.model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
-
-
 def _moved(batch: Any, device: torch.device | None) -> Any:
     if device is None:
         return batch
@@ -140,7 +96,6 @@ def _moved(batch: Any, device: torch.device | None) -> Any:
     return batch
 
 
-@torch.no_grad()
 def get_eva_state_dict(
     model: Any,
     dataloader: Any,
@@ -154,28 +109,29 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, Tensor]:
-    """The principal directions of what each targeted dense module receives, with ranks where they explain most.
+    """Return the principal directions of the inputs of each targeted dense module, with ranks where they explain most.
 
-    PEFT goes round and round over the data until a sketch settles; here the second moment of all rows is kept, so one
-    pass (for each group of modules that fits into memory) gives the exact directions, and `tau` decides nothing.
+    PEFT repeats the data until an incremental SVD converges; here the second moment of all rows is kept, so one pass
+    per group of modules that fits into memory gives the exact directions, and `tau` has no effect.
 
     Args:
-        model: A model, or a `PeftModel` whose adapter is looked at; adapters do not act meanwhile.
-        dataloader: Batches; gone through whole.
+        model: A model, or a `PeftModel` with the adapter; adapters do not act meanwhile.
+        dataloader: Batches; all of them are used.
         peft_config: The config, for a model without adapters.
         forward_fn: Runs the model on a batch.
         prepare_model_inputs_fn: From a batch and the config to what the next function gets; None for the batch itself.
-        prepare_layer_inputs_fn: From what a module receives, that, and its name to rows; or a table of such functions.
+        prepare_layer_inputs_fn: From what a module receives, that, and its name to rows; or a mapping of names to such
+            functions.
         adapter_name: The adapter.
-        gather_distributed_inputs: Accepted; one process looks.
-        show_progress_bar: Accepted; nothing is drawn.
+        gather_distributed_inputs: Ignored; one process collects.
+        show_progress_bar: Ignored; no progress is shown.
 
     Returns:
         Name of each module -> its directions, (rank, in); rank 0 for a module that gets none.
 
     Raises:
-        ConfigError: There is no config, a table names modules that are not there, or too few directions exist.
-        DataError: There is no batch, or nothing reached a module.
+        ConfigError: There is no config, a mapping names modules that do not exist, or a rank is too large.
+        DataError: There is no batch, or no data reached a module.
     """
     if hasattr(dataloader, "__len__") and len(dataloader) == 0:
         raise DataError("dataloader is empty")
@@ -185,21 +141,41 @@ def get_eva_state_dict(
     user = model.get_base_model() if wrapped else model
     prefix = INSIDE if wrapped else ""
     config = peft_config or model.peft_config[adapter_name]
-    matches, modules = _sites(user, config, adapter_name if wrapped else None)
-    names = [prefix + match.path for match in matches]
-    prepare = _per_layer(prepare_layer_inputs_fn, names)
-    looking = _Looking(model, dataloader, config, forward_fn, prepare_model_inputs_fn, prepare)
-    settings = config.eva_config or EvaConfig()
-    found: dict[str, dict[str, Tensor]] = {}
-    by_name = dict(zip(names, matches, strict=True))
-    with core.disable(user) if wrapped else contextlib.nullcontext(), in_mode(model, False):
-        for group in in_groups(names, lambda name: 4 * _width(modules[name.removeprefix(prefix)]) ** 2):
-            here = {name: modules[name.removeprefix(prefix)] for name in group}
-            for name, statistics in looking.at(here).items():
-                found[by_name[name].path] = _principal(name, statistics, by_name[name].rank, settings)
-    ratios = {path: tensors["ratios"].tolist() for path, tensors in found.items()}
-    ranks = ranks_by_variance(settings, {match.path: match.rank for match in matches}, ratios)
-    return {prefix + match.path: _directions(found[match.path], ranks[match.path], settings) for match in matches}
+    here = {path for path, layer in layers(user) if adapter_name in layer.r} if wrapped else None
+    sites = dense_sites(user, config.with_fields(layer_replication=None), "eva", here)
+    prepare = _per_layer(prepare_layer_inputs_fn, [prefix + match.path for match in sites.matches])
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
+
+    def rows_of(batch: Any) -> TakeRows:
+        batch = _moved(batch, device)
+        prepared = batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
+        return lambda path, x: (prepare[prefix + path] or _plain)((x,), prepared, prefix + path)
+
+    with in_mode(model, False):
+        found = sites.collect(user, dataloader, lambda _, batch: forward_fn(model, _moved(batch, device)), rows_of)
+    settings, ranks = config.eva_config or EvaConfig(), {match.path: match.rank for match in sites.matches}
+    ranks = ranks_by_variance(settings, ranks, {path: tensors["ratios"].tolist() for path, tensors in found.items()})
+    return {prefix + path: _directions(found[path], rank, settings) for path, rank in ranks.items()}
+
+
+def dense_sites(model: nn.Module, config: LoraConfig, init: str, paths: Collection[str] | None = None) -> DataSites:
+    """Resolve the dense modules of a config, which PEFT's inits that use data are for; it skips the others.
+
+    Args:
+        model: The user's model.
+        config: Targets and ranks.
+        init: Name of the init.
+        paths: Leave out all other modules; None keeps all.
+
+    Raises:
+        ConfigError: The config names bare parameters.
+        TargetError: The config names nothing.
+    """
+
+    def only(match: Match) -> bool:
+        return bool(match.parameter) or (match.kind in DENSE and (paths is None or match.path in paths))
+
+    return DataSites.of(model, config.with_fields(init_lora_weights=init), ("partial_targets",), only)
 
 
 def initialize_lora_eva_weights(
@@ -215,25 +191,26 @@ def initialize_lora_eva_weights(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> None:
-    """Make an adapter with init_lora_weights="eva" what that says: its A are principal directions, its ranks spread.
+    """Initialize an adapter that has init_lora_weights="eva": A from principal directions, with redistributed ranks.
 
-    Its factors are made anew, so an optimizer comes after this. Modules that get no rank lose it.
+    The adapter's parameters are created again, so create the optimizer after this call. Modules whose rank becomes 0
+    lose the adapter.
 
     Args:
         model: A `PeftModel`.
-        dataloader: Batches, where `eva_state_dict` is not given.
+        dataloader: Batches, if `eva_state_dict` is not given.
         eva_state_dict: What `get_eva_state_dict` returned: name -> (rank, in).
-        forward_fn: As there, and so the others.
-        prepare_model_inputs_fn: Likewise.
-        prepare_layer_inputs_fn: Likewise.
+        forward_fn: As for `get_eva_state_dict`.
+        prepare_model_inputs_fn: As for `get_eva_state_dict`.
+        prepare_layer_inputs_fn: As for `get_eva_state_dict`.
         adapter_name: The adapter.
-        gather_distributed_inputs: Accepted.
-        show_progress_bar: Accepted.
+        gather_distributed_inputs: Ignored.
+        show_progress_bar: Ignored.
 
     Raises:
-        ConfigError: The model is no `PeftModel`, several adapters are active, the adapter has another init, there is
-            neither data nor a state dict, or the state dict is of another model. Nothing was changed.
-        AdapterError: There is no such adapter.
+        ConfigError: The model is not a `PeftModel`, several adapters are active, the adapter has another init, neither
+            data nor a state dict is given, or the state dict is of another model. Nothing was changed.
+        AdapterError: The adapter does not exist.
     """
     if not adapter_queries.is_wrapper(model):
         raise ConfigError("model must be a PeftModel")
@@ -247,14 +224,8 @@ def initialize_lora_eva_weights(
     if eva_state_dict is None:
         if dataloader is None:
             raise ConfigError("dataloader is required if eva_state_dict is not provided")
-        eva_state_dict = get_eva_state_dict(
-            model,
-            dataloader,
-            forward_fn=forward_fn,
-            prepare_model_inputs_fn=prepare_model_inputs_fn,
-            prepare_layer_inputs_fn=prepare_layer_inputs_fn,
-            adapter_name=adapter_name,
-        )
+        prepare = (prepare_model_inputs_fn, prepare_layer_inputs_fn)
+        eva_state_dict = get_eva_state_dict(model, dataloader, None, forward_fn, *prepare, adapter_name)
     _apply(model, {name.removeprefix(INSIDE): A for name, A in eva_state_dict.items()}, adapter_name)
 
 
@@ -263,30 +234,24 @@ def _apply(model: Any, found: Mapping[str, Tensor], name: str) -> None:
     config, active = model.peft_config[name], list(model.active_adapters)
     here = {path: layer for path, layer in layers(user) if name in layer.r}
     _check(here, found, name)
-    sample = next(iter(here.values())).factor(name).A
+    dtype = next(iter(here.values())).factor(name).A.dtype
     trained = any(parameter.requires_grad for layer in here.values() for parameter in layer.parameters_of(name))
     matches = [Match(path, layer.kind_name, layer.r[name], layer.lora_alpha[name], "") for path, layer in here.items()]
     ranks = {path: len(found[path]) if path in found else layer.r[name] for path, layer in here.items()}
-    missing = [path for path in here if path not in found]
-    if missing:
-        warn_caller(
-            "the following layers were initialized with init_lora_weights=True because they were not found in the eva "
-            f"state_dict: {missing}"
-        )
-    spread = redistributed(config, matches, ranks).with_fields(target_modules=_names(user, here, ranks))
+    config = redistributed(config, matches, ranks).with_fields(target_modules=_names(user, here, ranks))
     core.detach(user, name)
-    model.base_model.inject(name, spread, autocast_adapter_dtype=sample.dtype == torch.float32)
+    model.base_model.inject(name, config, autocast_adapter_dtype=dtype == torch.float32)
     if active != list(model.active_adapters):
         model.base_model.set_adapter(active)
     model.base_model.set_requires_grad(name, trained)
     for path, layer in layers(user):
         if name in layer.r and path in found:
-            factor = layer.factor(name)
-            factor.A.data.copy_(found[path].reshape(factor.A.shape))
+            A = layer.factor(name).A
+            A.data.copy_(found[path].reshape(A.shape))
 
 
 def _check(here: Mapping[str, LoraLayer], found: Mapping[str, Tensor], name: str) -> None:
-    """Refuse directions (rank, in) that are of another model, or that leave the adapter nothing."""
+    """Reject directions, (rank, in), that are of another model or leave the adapter no rank; warn about other gaps."""
     for path in here.keys() & found.keys():
         A, width = found[path], here[path].slot.in_features
         if A.ndim != 2 or A.shape[1] != width:
@@ -295,63 +260,39 @@ def _check(here: Mapping[str, LoraLayer], found: Mapping[str, Tensor], name: str
                 "another model."
             )
         if not bool(torch.isfinite(A).all()):
-            raise ConfigError(f"eva_state_dict: {path} holds NaN or infinite numbers. Collect it anew.")
+            raise ConfigError(f"eva_state_dict: {path} holds NaN or infinite numbers. Collect it again.")
     if here and all(path in found and not len(found[path]) for path in here):
-        raise ConfigError(f"eva_state_dict leaves no rank to any module of adapter {name!r}. Collect it anew.")
-    strangers = sorted(found.keys() - here.keys())
-    if strangers and here.keys().isdisjoint(found):
-        raise ConfigError(f"eva_state_dict has nothing for adapter {name!r}; it names {strangers[0]} and others.")
-    if strangers:
-        warn_caller(f"eva_state_dict names modules that adapter {name!r} does not have: {strangers}")
+        raise ConfigError(f"eva_state_dict leaves no rank to any module of adapter {name!r}. Collect it again.")
+    unknown = sorted(found.keys() - here.keys())
+    if unknown and here.keys().isdisjoint(found):
+        raise ConfigError(f"eva_state_dict has nothing for adapter {name!r}; it names {unknown[0]} and others.")
+    if unknown:
+        warn_caller(f"eva_state_dict names modules that adapter {name!r} does not have: {unknown}")
+    missing = [path for path in here if path not in found]
+    if missing:
+        warn_caller(
+            "the following layers were initialized with init_lora_weights=True because they were not found in the eva "
+            f"state_dict: {missing}"
+        )
 
 
 def _names(user: nn.Module, here: Mapping[str, LoraLayer], ranks: Mapping[str, int]) -> set[str]:
-    left = [path for path in here if ranks[path]]
+    left = {path for path in here if ranks[path]}
     if len(left) < CONDENSED_FROM:
-        return set(left)
-    others = [path for path, _ in user.named_modules() if path and path not in left]
-    return set(find_minimal_target_modules(left, others))
-
-
-def _sites(user: nn.Module, config: LoraConfig, adapter: str | None) -> tuple[list[Match], dict[str, nn.Module]]:
-    """The dense modules to look at, with the ranks that the config gives them."""
-    site_map = survey(user)
-    asked = with_targets(config, user)
-    bare = bare_parameters(site_map) if asked.target_parameters else None
-    named = resolve(site_map.candidates, asked, allow_partial=True, parameters=bare).matches
-    for match in named:
-        if match.parameter:
-            init_for("eva", match.kind, match_path(match))
-    matches = [match for match in named if match.kind in DENSE]
-    if adapter is not None:
-        standing_here = {path for path, layer in layers(user) if adapter in layer.r}
-        matches = [match for match in matches if match.path in standing_here]
-    return matches, {match.path: site_map.base(match.path) for match in matches}
+        return left
+    return find_minimal_target_modules(left, [path for path, _ in user.named_modules() if path and path not in left])
 
 
 def _per_layer(given: Any, names: list[str]) -> dict[str, PrepareLayer | None]:
     if not isinstance(given, Mapping):
         return dict.fromkeys(names, given)
-    strangers = given.keys() - set(names)
-    if strangers:
+    unknown = given.keys() - set(names)
+    if unknown:
         raise ConfigError(
             "prepare_layer_inputs_fn is a mapping but the following module names were not found in the model: "
-            f"{sorted(strangers)}"
+            f"{sorted(unknown)}"
         )
     return {name: given.get(name) for name in names}
-
-
-def _width(module: nn.Module) -> int:
-    kind: Any = kind_of(type(module))
-    return int(kind.slots(module)[0].in_features)
-
-
-def _principal(name: str, statistics: InputStatistics, rank: int, settings: EvaConfig) -> dict[str, Tensor]:
-    if not statistics.rows:
-        raise DataError(f"{name}: nothing of the data reached this module. Leave it out of the targets.")
-    most = round(rank * settings.rho)
-    principal = statistics.principal(most)
-    return {"directions": principal.vectors, "values": principal.values, "ratios": principal.ratios}
 
 
 def _directions(found: Mapping[str, Tensor], rank: int, settings: EvaConfig) -> Tensor:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.lora_layer import LoraLayer as BaseTunerLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies as ModulesToSaveWrapper
+from lorakit.core.layers.modules_to_save import ModulesToSave as ModulesToSaveWrapper
 from lorakit.core.layers.named_layers import LAYERS
 from lorakit.core.layers.trainable_tokens import TokenAdapter as TrainableTokensLayer
-from lorakit.core.layers.trainable_tokens import TokenRows as TrainableTokensWrapper
+from lorakit.core.layers.trainable_tokens import TrainableTokens as TrainableTokensWrapper
 from lorakit.peft.placeholders import placeholder
 
 __all__ = [
@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
 
 
 if TYPE_CHECKING:
-    from lorakit.core.layers.adapter_component import Switched as AuxiliaryTrainingWrapper
+    from lorakit.core.layers.adapter_component import AdapterModule as AuxiliaryTrainingWrapper
 else:
 
     class AuxiliaryTrainingWrapper(ABC):  # noqa: B024  # nothing is made of it

@@ -1,7 +1,4 @@
-"""Where a saved adapter lies: a folder as it is, a hub id through the hub's cache.
-
-Saved adapters onto a wrapped model: as they are, or under other names; and what PEFT's callers read of it.
-"""
+"""Loading saved adapters into a wrapped model, as they are or under other names, and the result that PEFT returns."""
 
 from __future__ import annotations
 
@@ -23,20 +20,20 @@ from lorakit.core.files.inspecting import judge_files
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.errors import ShapeMismatchError, warn_caller
 from lorakit.peft import casting
-from lorakit.peft.state_dicts import WRAPPED, StateDictError, names_of, set_peft_model_state_dict
+from lorakit.peft.state_dicts import WRAPPED, StateDictError, names_of, put_tensors
 from lorakit.peft.tuner import CONFIGS, kinds_of
 
 
 def adapter_folder(model_id: str | os.PathLike[str], subfolder: str | None, revision: str | None) -> Path:
-    """The folder of an adapter: a local one as it is, a hub id through the hub's cache.
+    """Return the local directory of an adapter; downloads a hub id into the hub's cache.
 
     Args:
-        model_id: A folder, or a hub id.
-        subfolder: A folder inside it.
+        model_id: A directory, or a hub id.
+        subfolder: A directory inside it.
         revision: Revision on the hub.
 
     Raises:
-        AdapterFileError: There is neither.
+        AdapterFileError: Neither exists.
     """
     folder = Path(model_id)
     if folder.exists() or not looks_like_a_hub_id(model_id):
@@ -48,17 +45,17 @@ def adapter_folder(model_id: str | os.PathLike[str], subfolder: str | None, revi
 
 
 LENIENT = tuple(word for word in ALLOWANCES if word != "nonfinite")
-"""What PEFT loads too, here with a warning; NaN and infinite numbers remain an error."""
+"""Checks that PEFT does not make and that only warn here; NaN and infinite numbers remain an error."""
 
 
 @dataclass
 class LoadResult:
-    """What came of loading, as PEFT's callers read it.
+    """Result of loading an adapter.
 
     Attributes:
-        missing_keys: Names in the model, of this adapter, that got nothing.
-        unexpected_keys: Names in the file that belong nowhere.
-        report: What the core says of it, where it loaded the adapter whole.
+        missing_keys: Names of this adapter in the model that got no tensor.
+        unexpected_keys: Names in the file that the model does not have.
+        report: The core's report, if it loaded the whole adapter.
     """
 
     missing_keys: list[str] = field(default_factory=list)
@@ -67,14 +64,14 @@ class LoadResult:
 
 
 def load_whole(model: Any, folder: Path, name: str, *, trainable: bool, config: LoraConfig | None = None) -> LoadResult:
-    """Put a saved adapter on a model.
+    """Load a saved adapter into a model.
 
     Args:
         model: The wrapper.
-        folder: The adapter's folder.
+        folder: The adapter's directory.
         name: Its name here.
-        trainable: Go on training it.
-        config: Used instead of the one in the folder, and noted to be frozen or not; None takes the folder's.
+        trainable: Continue training it.
+        config: Used instead of the directory's, with `inference_mode` set; None uses the directory's.
 
     Raises:
         AdapterFileError: Files are missing or damaged.
@@ -120,15 +117,15 @@ def load_by_names(
     key_mapping: Mapping[str, str] | None = None,
     ignore_sizes: bool = False,
 ) -> LoadResult:
-    """Put a saved adapter's tensors on a model by their names, into an adapter that is there or a fresh one.
+    """Load a saved adapter's tensors by their names, into an existing adapter or a new one.
 
     Args:
         model: The wrapper.
-        folder: The adapter's folder.
+        folder: The adapter's directory.
         name: Its name here.
-        trainable: Go on training it, where it is fresh.
-        key_mapping: Regular expression -> what to write instead; the first that fits a name is used.
-        ignore_sizes: Leave out what has another shape, with a warning.
+        trainable: Train it if it is new.
+        key_mapping: Regular expression -> replacement; the first that matches a name is applied.
+        ignore_sizes: Skip tensors of another shape, with a warning.
 
     Raises:
         AdapterFileError: Files are missing or damaged, or shapes do not fit.
@@ -138,9 +135,9 @@ def load_by_names(
     warn_of_problems(model, files, LENIENT, may_be_zero=trainable)
     if name not in model.peft_config:
         model.add_adapter(name, files.config.with_fields(inference_mode=not trainable))
-        casting.set_trained(model, name, trainable)
+        casting.set_requires_grad(model, name, trainable)
     tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
-    result = set_peft_model_state_dict(model, tensors, name, ignore_mismatched_sizes=ignore_sizes)
+    result = put_tensors(model, tensors, name, ignore_sizes)
     own = {key for _, key in names_of(model, name)}
     return LoadResult([key for key in result.missing_keys if key in own], result.unexpected_keys)
 
@@ -165,7 +162,7 @@ def warn_of_problems(model: Any, files: AdapterFiles, allow: Collection[str], *,
 
 
 def renamed(key: str, key_mapping: Mapping[str, str]) -> str:
-    """A name on disk after the first expression that fits; expressions see it without the wrapper's prefix."""
+    """Apply the first expression that matches to a name on disk; expressions see it without the wrapper's prefix."""
     bare = key.removeprefix(WRAPPED)
     for pattern, replacement in key_mapping.items():
         changed, count = re.subn(pattern, replacement, bare)
@@ -177,13 +174,13 @@ def renamed(key: str, key_mapping: Mapping[str, str]) -> str:
 def load_peft_weights(
     model_id: str, device: str | None = None, key_mapping: Mapping[str, str] | None = None, **kwargs: Any
 ) -> dict[str, Tensor]:
-    """The tensors of a saved adapter.
+    """Return the tensors of a saved adapter.
 
     Args:
-        model_id: A folder, or a hub id.
-        device: Where the tensors shall live; None leaves them in main memory.
+        model_id: A directory, or a hub id.
+        device: Device of the tensors; None leaves them in main memory.
         key_mapping: As for `load_by_names`.
-        kwargs: `subfolder`, `revision`; others are PEFT's and have no effect here.
+        kwargs: `subfolder`, `revision`; PEFT's other options have no effect here.
 
     Returns:
         Name on disk -> tensor (…).

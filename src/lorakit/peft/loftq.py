@@ -15,7 +15,7 @@ from lorakit.core.inits.loftq import residual_factors
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import layers
 from lorakit.core.operations.tensor_sources import TensorSource, source_of_folder
-from lorakit.core.variants import variant_named
+from lorakit.core.variants import Start
 from lorakit.errors import AdapterError, ConfigError, ConfigTypeError
 from lorakit.peft import adapter_queries
 
@@ -115,10 +115,9 @@ def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tens
         blank.check_rank(min(now.shape))
         A, B = blank.laid(*residual_factors(blank, (W.to(now) - now)[None]))
         new: list[tuple[Any, Tensor]] = [(factor.A, A), (factor.B, B)]
-        if factor.magnitude is not None:
-            held: Any = layer.lora_magnitude_vector[name].weight
-            norm = variant_named(factor.variant).magnitude(kind, layer.slot, now, A, B, factor.scale)
-            new.append((held, norm.view_as(held).to(held)))
+        start = Start(kind, layer.slot, A, B, factor.scale, lambda: now, factor.setting)
+        begins = factor.variant.starts(start)
+        new += [(tensor, begins[held].to(tensor)) for held, tensor in factor.own.items()]
         before = [(tensor, tensor.data) for tensor, _ in new]
         for tensor, numbers in new:
             tensor.data = numbers

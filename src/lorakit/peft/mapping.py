@@ -16,11 +16,10 @@ from lorakit.core.attachment.attaching import with_targets
 from lorakit.core.model.index import survey
 from lorakit.errors import ConfigError, warn_caller
 from lorakit.peft import adapter_queries
-from lorakit.peft.lora_model import LoraModel
 from lorakit.peft.model import PeftModel
 from lorakit.peft.model_classes import PeftMixedModel
 from lorakit.peft.placeholders import METHODS, PROMPT_METHODS, placeholder
-from lorakit.peft.tuner import BaseTuner
+from lorakit.peft.tuner import BaseTuner, LoraModel
 from lorakit.targets import resolve
 
 __all__ = [

@@ -208,7 +208,7 @@ def _scales(model: nn.Module) -> dict[int, float]:
     for _, layer in layers(model):
         for name in layer.r:
             factor = layer.factor(name)
-            found.update({id(t): factor.scale for t in (factor.A, factor.B, factor.magnitude) if t is not None})
+            found.update({id(t): factor.scale for t in (factor.A, factor.B, *factor.own.values())})
     return found
 
 

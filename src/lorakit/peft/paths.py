@@ -65,14 +65,15 @@ _CONSTANT_NAMES = """
 
 _CONSTANTS: Mapping[str, str] = {
     "lorakit.peft.structure": _CONSTANT_NAMES,
-    "lorakit.peft.lora_model": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    "lorakit.peft.tuner": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
 }
 
 _STRUCTURE = """
-    _freeze_adapter _get_batch_size _get_input_embeddings_name _get_module_names_tied_with_embedding
-    _get_no_split_modules _get_submodules _is_valid_match _set_adapter _set_trainable fsdp_auto_wrap_policy
-    get_gptqmodel_quant_linear get_pattern_key get_quantization_config id_tensor_storage
-    match_target_against_key set_additional_trainable_modules str_to_bool transpose
+    _freeze_adapter=unused _get_batch_size=get_batch_size _get_input_embeddings_name=input_embeddings_name
+    _get_module_names_tied_with_embedding=names_tied_with_embedding _get_no_split_modules=no_split_modules
+    _get_submodules=get_submodules _is_valid_match=is_valid_match _set_adapter=unused _set_trainable=unused
+    fsdp_auto_wrap_policy get_gptqmodel_quant_linear=unused get_pattern_key get_quantization_config id_tensor_storage
+    match_target_against_key set_additional_trainable_modules=unused str_to_bool transpose
 """
 
 _OTHER: Mapping[str, str] = {
@@ -100,10 +101,21 @@ PATHS: Mapping[str, Mapping[str, str]] = {
     },
     "helpers": {
         "lorakit.peft.adjusting": """
-            check_if_peft_model disable_input_dtype_casting DoraCaching find_kappa_target_modules KappaTuneSelector
-            rescale_adapter_scale update_forward_signature update_generate_signature update_signature
+            check_if_peft_model DoraCaching find_kappa_target_modules KappaTuneSelector rescale_adapter_scale
+            update_forward_signature update_generate_signature update_signature
         """,
+        "lorakit.peft.structure": "disable_input_dtype_casting=empty_context",
         PLACEHOLDERS: "MontecloraTrainerMixin",
+    },
+    "import_utils": {
+        "lorakit.peft.preparing": """
+            is_aqlm_available is_bnb_4bit_available is_bnb_available is_diffusers_available is_eetq_available
+            is_gptqmodel_available is_hqq_available is_inc_available is_optimum_available is_te_available
+            is_te_pytorch_available is_torch_tpu_available is_torchao_available is_torchao_ge_v0_18_0
+            is_transformers_ge_v4_57_0 is_transformers_ge_v5 is_transformers_ge_v5_13_0 is_transformers_ge_v5_17_0
+            is_transformers_ge_v5_1_0 is_transformers_ge_v5_4_0 is_transformers_ge_v5_6_0 is_transformers_le_4_53
+            is_xpu_available
+        """,
     },
     "mapping_func": {"lorakit.peft.mapping": "get_peft_model"},
     "mixed_model": {"lorakit.peft.model_classes": "PeftMixedModel"},
@@ -130,7 +142,7 @@ PATHS: Mapping[str, Mapping[str, str]] = {
         PLACEHOLDERS: f"{OTHER_METHODS} MixedModel MultitaskPromptEmbedding",
         "lorakit.peft.weighted": "convert_to_lora save_as_lora",
         "lorakit.peft.data_inits": "get_eva_state_dict initialize_lora_eva_weights preprocess_loraga",
-        "lorakit.peft.lora_model": "LoraModel",
+        "lorakit.peft.tuner": "LoraModel",
     },
     "tuners._buffer_dict": {"lorakit.peft.structure": "BufferDict"},
     "tuners.delora": {PLACEHOLDERS: "DeloraConfig DeloraLayer DeloraModel"},
@@ -145,7 +157,7 @@ PATHS: Mapping[str, Mapping[str, str]] = {
             Conv1d Conv2d Conv3d Embedding GPTQLoraLinear Linear Linear4bit Linear8bitLt LoraLayer MultiheadAttention
             ParamWrapper
         """,
-        "lorakit.peft.lora_model": "LoraModel",
+        "lorakit.peft.tuner": "LoraModel",
         "lorakit.peft.data_inits": """
             get_eva_state_dict initialize_lora_eva_weights preprocess_corda preprocess_loraga
         """,
@@ -175,7 +187,7 @@ PATHS: Mapping[str, Mapping[str, str]] = {
         """,
     },
     "tuners.lora.loraga": {"lorakit.peft.data_inits": "preprocess_loraga"},
-    "tuners.lora.model": {"lorakit.peft.lora_model": "LoraModel TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"},
+    "tuners.lora.model": {"lorakit.peft.tuner": "LoraModel TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"},
     "tuners.lora.monteclora": {PLACEHOLDERS: "MontecloraSampler"},
     "tuners.lora.te": {"lorakit.peft.layer_classes": "TeLinear"},
     "tuners.lora.torchao": {"lorakit.peft.layer_classes": "TorchaoLoraLinear"},
@@ -204,17 +216,19 @@ PATHS: Mapping[str, Mapping[str, str]] = {
     "tuners.tuners_utils": {
         "lorakit.peft.tuner": "BaseTuner delete_adapter set_adapter",
         "lorakit.peft.layer_classes": "BaseTunerLayer",
-        "lorakit.peft.matching": "check_target_module_exists ExcludedModule inspect_matched_modules",
-        "lorakit.peft.private_names": """
-            _ExcludedModule _filter_state_dict_by_key_prefixes _find_minimal_target_modules _get_in_out_features
-            _get_tuner_state_dict_key_prefixes _maybe_include_all_linear_layers check_adapters_to_merge
+        "lorakit.peft.matching": """
+            _ExcludedModule=ExcludedModule _filter_state_dict_by_key_prefixes=filter_state_dict
+            _find_minimal_target_modules=find_minimal_target_modules _get_in_out_features=in_out_features
+            _get_tuner_state_dict_key_prefixes=adapter_prefixes
+            _maybe_include_all_linear_layers=maybe_include_all_linear_layers check_adapters_to_merge
+            check_target_module_exists ExcludedModule inspect_matched_modules
         """,
         "lorakit.peft.casting": "cast_adapter_dtype set_requires_grad",
-        "lorakit.peft.structure": "find_parameter_name_by_module get_device_map onload_layer",
+        "lorakit.peft.structure": "find_parameter_name_by_module get_device_map onload_layer=empty_context",
     },
     "utils": {
         **_OTHER,
-        "lorakit.peft.structure": f"{_STRUCTURE} {_CONSTANT_NAMES} map_cache_to_layer_device_map",
+        "lorakit.peft.structure": f"{_STRUCTURE} {_CONSTANT_NAMES} map_cache_to_layer_device_map=unused",
         PLACEHOLDERS: f"""
             {TARGET_TABLES} _prepare_prompt_learning_config bloom_model_postprocess_past_key_value
             NoMatchingPeftModuleError PeftError PeftWarning register_peft_method
@@ -244,8 +258,8 @@ PATHS: Mapping[str, Mapping[str, str]] = {
     "utils.incremental_pca": {PLACEHOLDERS: "IncrementalPCA"},
     "utils.integrations": {
         "lorakit.peft.structure": """
-            check_deepspeed_zero3_enabled dequantize_module_weight gather_params_ctx get_bnb_param_type
-            get_layer_device_map init_empty_weights map_cache_to_layer_device_map skip_init_on_device
+            check_deepspeed_zero3_enabled dequantize_module_weight gather_params_ctx=empty_context get_bnb_param_type
+            get_layer_device_map=unused init_empty_weights map_cache_to_layer_device_map=unused skip_init_on_device
         """,
     },
     "utils.loftq_utils": {"lorakit.peft.data_inits": "replace_lora_weights_loftq"},
@@ -271,12 +285,15 @@ PATHS: Mapping[str, Mapping[str, str]] = {
     },
     "utils.transformers_weight_conversion": {
         "lorakit.peft.structure": """
-            build_peft_weight_mapping convert_peft_config_for_transformers get_model_conversion_mapping
+            build_peft_weight_mapping convert_peft_config_for_transformers=unused get_model_conversion_mapping
         """,
     },
     "utils.warning": {PLACEHOLDERS: "PeftWarning"},
 }
-"""Path below `peft` -> full name of a module -> names to take from it. A package comes before its modules."""
+"""Path below `peft` -> full name of a module -> names to take from it; a package comes before its modules.
+
+An entry `alias=name` offers the module's `name` as `alias`.
+"""
 
 _PACKAGES = {path.rpartition(".")[0] for path in PATHS}
 """Paths that are packages; PEFT has a module below each."""
@@ -287,7 +304,7 @@ def lazy_names(module: str, homes: Mapping[str, str]) -> tuple[Callable[[str], A
 
     Args:
         module: The module's full name.
-        homes: Full name of a module -> the names to take from it, separated by spaces.
+        homes: Full name of a module -> the names to take from it, separated by spaces; `alias=name` renames one.
 
     Returns:
         The two functions.
@@ -353,21 +370,23 @@ class _PathLoader(Loader):
 
 
 @cache
-def _table(module: str) -> dict[str, str]:
+def _table(module: str) -> dict[str, tuple[str, str]]:
     return _by_name(PATHS[module.removeprefix(f"{PACKAGE}.")])
 
 
-def _by_name(homes: Mapping[str, str]) -> dict[str, str]:
-    return {name: home for home, names in homes.items() for name in names.split()}
+def _by_name(homes: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Return name -> the module that defines it, and its name there."""
+    entries = [(home, *entry.partition("=")) for home, names in homes.items() for entry in names.split()]
+    return {name: (home, target or name) for home, name, _, target in entries}
 
 
-def _find(module: str, table: Mapping[str, str], name: str) -> Any:
+def _find(module: str, table: Mapping[str, tuple[str, str]], name: str) -> Any:
     """Import what a name of a module means: a name of its table, or a module below it (`lorakit.peft.mapping`)."""
-    home = table.get(name)
+    home, target = table.get(name, (None, name))
     if home == PLACEHOLDERS:
-        return import_module(home).placeholder(name)
+        return import_module(home).placeholder(target)
     if home is not None:
-        return getattr(import_module(home), name)
+        return getattr(import_module(home), target)
     below = f"{module}.{name}"
     try:
         if not name.startswith("_"):

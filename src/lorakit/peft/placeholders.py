@@ -36,7 +36,7 @@ METHODS: Mapping[PeftType, str] = {
     for line in _NAMES.strip().splitlines()
     for word, stem in (pair.split() for pair in line.split(" · "))
 }
-"""Method -> what its classes' names begin with: `<stem>Config`, `<stem>Model`, `<stem>Layer`."""
+"""Method -> prefix of its classes' names: `<stem>Config`, `<stem>Model`, `<stem>Layer`."""
 
 PROMPT_METHODS: Mapping[PeftType, str] = {
     PeftType.CARTRIDGE: "CartridgeConfig",
@@ -58,14 +58,14 @@ class PartialTargetsWarning(PeftWarning, RuntimeWarning):
 
 
 class PromptLearningConfig(PeftConfig):
-    """What PEFT's configs of learned prompts have in common; none can be made here."""
+    """Base class of PEFT's configs of learned prompts; creating one raises an error."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         _refuse(type(self).__name__)
 
 
 class PromptTuningInit(str, enum.Enum):
-    """How PEFT starts a learned prompt."""
+    """PEFT's ways to initialize a learned prompt."""
 
     TEXT = "TEXT"
     SAMPLE_VOCAB = "SAMPLE_VOCAB"
@@ -73,7 +73,7 @@ class PromptTuningInit(str, enum.Enum):
 
 
 class MultitaskPromptTuningInit(str, enum.Enum):
-    """How PEFT starts a prompt that several tasks share."""
+    """PEFT's ways to initialize a prompt that several tasks share."""
 
     TEXT = "TEXT"
     RANDOM = "RANDOM"
@@ -83,7 +83,7 @@ class MultitaskPromptTuningInit(str, enum.Enum):
 
 
 class PromptEncoderReparameterizationType(str, enum.Enum):
-    """What PEFT's prompt encoder is made of."""
+    """PEFT's types of prompt encoder."""
 
     MLP = "MLP"
     LSTM = "LSTM"

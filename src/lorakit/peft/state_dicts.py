@@ -1,7 +1,7 @@
 """State dicts of an adapter and of its base: names as on disk, taken from a model or put into one.
 
-On disk the adapter's name is not part of a tensor's name, in memory it is; a wrapped model's names begin with
-`base_model.model.`, those of a bare one do not.
+On disk a tensor's name does not contain the adapter's name, in memory it does; names in a wrapped model begin with
+`base_model.model.`, names in a bare model do not.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lorakit.core.layers.bias import BiasSwitch
+from lorakit.core.files.adapter_folder import Site, implausible, judge, largest_values
+from lorakit.core.files.tensor_names import parse
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.base_view import base_tensors
-from lorakit.core.model.index import walk
+from lorakit.core.model.index import layers, walk
 from lorakit.errors import AdapterError, AdapterFileError, warn_caller
 from lorakit.peft import adapter_queries, casting
 
@@ -25,19 +27,19 @@ COMPILED = "_orig_mod"
 ROWS = "token_adapter.trainable_tokens_delta"
 FSDP = "_fsdp_wrapped_module."
 AROUND = (FSDP, f"{COMPILED}.", "_checkpoint_wrapped_module.")
-"""What FSDP, torch.compile and checkpointing put into the names of what they are around."""
+"""Prefixes that FSDP, torch.compile and checkpointing add to the names of what they wrap."""
 DATA_PARALLEL = "module."
 
 
 class IncompatibleKeys(NamedTuple):
-    """What did not fit, as `load_state_dict` returns it."""
+    """Keys that did not fit, as `load_state_dict` returns them."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
 
 
 class StateDictError(AdapterFileError, RuntimeError):
-    """Tensors do not fit their places by name or shape; torch's own loader raises a RuntimeError."""
+    """Tensors do not fit the model by name or shape; a RuntimeError, as torch's own loader raises."""
 
 
 def get_peft_model_state_dict(
@@ -47,21 +49,20 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Any]:
-    """The tensors of one adapter, under their names on disk.
+    """Return the tensors of one adapter, under their names on disk.
 
     Args:
         model: A wrapped model, or a model with adapters in it.
-        state_dict: Where the values (…) come from instead of the model, as gathered from several devices.
+        state_dict: Values (…) to use instead of the model's, such as those gathered from several devices.
         adapter_name: The adapter.
         unwrap_compiled: The model may be compiled.
         save_embedding_layers: True adds the base's embedding matrices, for a vocabulary that was resized.
 
     Raises:
-        AdapterError: There is no such adapter.
+        AdapterError: The adapter does not exist.
     """
     model = getattr(model, COMPILED, model) if unwrap_compiled else model
-    if adapter_name not in adapter_queries.configs_of(model):
-        raise AdapterError(f"There is no adapter {adapter_name!r} on this model.", what=adapter_name)
+    _check_exists(model, adapter_name)
     own = list(tensors_of(model, adapter_name))
     direct = state_dict is None and not any(FSDP in in_memory for _, in_memory, _ in own)
     if direct and save_embedding_layers is not True:
@@ -85,6 +86,11 @@ def get_peft_model_state_dict(
     return found
 
 
+def _check_exists(model: nn.Module, adapter: str) -> None:
+    if adapter not in adapter_queries.configs_of(model):
+        raise AdapterError(f"adapter {adapter!r} not found on this model", what=adapter)
+
+
 def _without_wrappers(key: str) -> str:
     for around in AROUND:
         key = key.replace(around, "")
@@ -92,7 +98,7 @@ def _without_wrappers(key: str) -> str:
 
 
 def names_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str]]:
-    """The names of an adapter's tensors, on disk and in memory.
+    """Iterate over the names of an adapter's tensors.
 
     Args:
         model: A wrapped model, or a model with adapters in it.
@@ -105,7 +111,7 @@ def names_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str]]:
 
 
 def tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
-    """An adapter's tensors as they lie in the model.
+    """Iterate over the tensors of an adapter.
 
     Args:
         model: A wrapped model, or a model with adapters in it.
@@ -118,11 +124,11 @@ def tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tenso
         prefix = f"{path}." if path else ""
         if isinstance(module, LoraLayer):
             yield from _of_layer(module, prefix, adapter)
-        elif isinstance(module, ModuleCopies):
+        elif isinstance(module, ModulesToSave):
             if adapter in module.modules_to_save:
                 for leaf, tensor in module.modules_to_save[adapter].state_dict(keep_vars=True).items():
                     yield f"{prefix}{leaf}", f"{prefix}modules_to_save.{adapter}.{leaf}", tensor
-        elif isinstance(module, TokenRows):
+        elif isinstance(module, TrainableTokens):
             if adapter in module.available_adapters() and not module.follows:
                 rows = module.token_adapter.trainable_tokens_delta[adapter]
                 yield f"{prefix}{ROWS}", f"{prefix}{ROWS}.{adapter}", rows
@@ -131,19 +137,19 @@ def tensors_of(model: nn.Module, adapter: str) -> Iterator[tuple[str, str, Tenso
 
 
 def flat_factors(model: nn.Module, adapter: str, given: Mapping[str, Any] | None = None) -> list[str]:
-    """Names of an adapter's A and B that have no two axes, as parts of them on one of several devices have.
+    """Return the names of an adapter's A and B with fewer than two axes, as the shards of one device have.
 
     Args:
         model: A wrapped model, or a model with adapters in it.
         adapter: The adapter.
-        given: Name on disk -> what is written instead of the model's own, (…).
+        given: Name on disk -> tensor (…) that is written instead of the model's own.
     """
     own = {on_disk: tensor for on_disk, _, tensor in tensors_of(model, adapter)} if given is None else given
     return [key for key, held in own.items() if key.endswith((".lora_A.weight", ".lora_B.weight")) and held.ndim < 2]
 
 
 def _of_biases(module: nn.Module, prefix: str, adapter: str) -> Iterator[tuple[str, str, Tensor]]:
-    for switch in BiasSwitch.on(module):
+    for switch in BiasPatch.on(module):
         for leaf in switch.originals if switch.adapter == adapter else ():
             yield f"{prefix}{leaf}", f"{prefix}{leaf}", module._parameters[leaf]  # type: ignore[misc]
 
@@ -181,30 +187,58 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> IncompatibleKeys:
-    """Put tensors into an adapter that is on a model.
+    """Copy tensors into an adapter of a model; warns about implausible values, as `PeftModel.load_adapter` does.
 
     Args:
         model: A wrapped model, or a model with adapters in it.
         peft_model_state_dict: Name on disk -> tensor (…), with or without the prefix of a wrapped model.
         adapter_name: The adapter.
-        ignore_mismatched_sizes: Leave out, with a warning, what has another shape.
-        low_cpu_mem_usage: Accepted; factors are where they belong already.
+        ignore_mismatched_sizes: Skip tensors of another shape, with a warning.
+        low_cpu_mem_usage: Ignored; factors are on their device already.
 
     Returns:
-        Names in the model that got nothing, and names that belong nowhere; the latter are also warned about.
+        Names in the model that got no tensor, and unexpected names; the latter are also warned about.
 
     Raises:
-        AdapterError: There is no such adapter.
+        AdapterError: The adapter does not exist.
         StateDictError: A shape does not fit.
     """
-    if adapter_name not in adapter_queries.configs_of(model):
-        raise AdapterError(f"There is no adapter {adapter_name!r} on this model.", what=adapter_name)
+    _check_exists(model, adapter_name)
+    _warn_of_values(model, peft_model_state_dict, adapter_name)
+    return put_tensors(model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
+
+
+def _warn_of_values(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str) -> None:
+    own = [layer for _, layer in layers(_user_model(model)) if adapter in layer.r]
+    trained = any(parameter.requires_grad for layer in own for parameter in layer.parameters_of(adapter))
+    held = {WRAPPED + _bare(key): tensor for key, tensor in tensors.items() if not tensor.is_meta}
+    paths = {key.path for key in map(parse, held) if key is not None}
+    config = adapter_queries.configs_of(model)[adapter]
+    found = judge(config, [Site(path, None, None) for path in sorted(paths)], largest_values(held))
+    for message in implausible(f"adapter {adapter!r}", found, may_be_zero=trained):
+        warn_caller(message)
+
+
+def put_tensors(
+    model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, ignore_mismatched_sizes: bool = False
+) -> IncompatibleKeys:
+    """Copy tensors into an existing adapter without judging their values; see `set_peft_model_state_dict`.
+
+    Args:
+        model: A wrapped model, or a model with adapters in it.
+        tensors: Name on disk -> tensor (…).
+        adapter_name: The adapter.
+        ignore_mismatched_sizes: Skip tensors of another shape, with a warning.
+
+    Raises:
+        StateDictError: A shape does not fit.
+    """
     places = {_bare(on_disk): in_memory for on_disk, in_memory in names_of(model, adapter_name)}
     current = model.state_dict()
     others = {_bare(key): key for key in current}
     placed: dict[str, Tensor] = {}
     unexpected, wrong = [], []
-    for key, tensor in peft_model_state_dict.items():
+    for key, tensor in tensors.items():
         target = places.get(_bare(key)) or others.get(_bare(key))
         if target is None:
             unexpected.append(key)
@@ -234,7 +268,7 @@ def _bare(key: str) -> str:
 
 
 def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
-    """The base's own tensors as they were before any merge, (…), under the names they have without adapters.
+    """Return the base's tensors as they were before any merge, (…), under the names that they have without adapters.
 
     Args:
         model: A wrapped model, or a model with adapters in it.
@@ -243,18 +277,18 @@ def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
 
 
 def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], strict: bool = True) -> IncompatibleKeys:
-    """Put tensors into the base, under the names they have without adapters.
+    """Copy tensors into the base, under the names that they have without adapters.
 
     Args:
         model: A wrapped model, or a model with adapters in it.
         state_dict: Name in the plain base -> tensor (…).
-        strict: Names that are missing or too many are an error.
+        strict: Missing and unexpected names are an error.
 
     Returns:
-        Names that were missing and too many.
+        Missing and unexpected names.
 
     Raises:
-        StateDictError: Names do not fit and `strict` is true, or a shape does not.
+        StateDictError: A name does not fit and `strict` is true, or a shape does not fit.
     """
     own = {name: tensor for name, tensor, _ in base_tensors(_user_model(model))}
     missing = [name for name in own if name not in state_dict]

@@ -206,7 +206,7 @@ def _converted(model: nn.Module, rank: int | float, adapter_name: str) -> LooseA
         raise ConfigError(
             f"The chosen rank {rank} is larger than the weight shape ({smallest}), please choose a lower rank."
         )
-    if not loose.config.use_dora:
+    if all(factor.variant.is_low_rank for factor in loose.factors.values()):
         warn_caller("Converting a PEFT adapter to LoRA that is already a LoRA adapter; its rank may change.")
     cut = Cut(energy=rank) if isinstance(rank, float) else Cut(rank=rank)
     return plain_loose(loose, cut, reader_of(inner))[0]

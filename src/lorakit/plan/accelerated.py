@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from lorakit.architectures.shapes import ModelShape, block_of
 from lorakit.plan.job import Job
 from lorakit.plan.params import Count, SiteCount
+from lorakit.targets.layer_types import EMBEDDING
 
 _FP32, _INDEX, _SEED = 4, 8, 8
 
@@ -163,9 +164,7 @@ def makes_no_logits(shape: ModelShape, counted: Count) -> bool:
         shape: The model.
         counted: The adapter.
     """
-    head = next(
-        (s for s in shape.sites if not s.dense and s.kind != "Embedding" and s.out_features == shape.vocab), None
-    )
+    head = next((s for s in shape.sites if not s.dense and s.kind != EMBEDDING and s.out_features == shape.vocab), None)
     if head is None:
         return False
     trained = {*counted.saved, *counted.rows}

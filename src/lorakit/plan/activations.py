@@ -15,6 +15,7 @@ from lorakit.plan import accelerated
 from lorakit.plan.job import Job
 from lorakit.plan.params import Count, SiteCount
 from lorakit.plan.quantized import StoredBase
+from lorakit.targets.layer_types import EMBEDDING
 
 _FP32, _INDEX = 4, 8
 
@@ -279,7 +280,7 @@ def of_full(shape: ModelShape, job: Job) -> Activations:
     each = family.block(shape, job) + tokens * family.trained_norms(shape.hidden, number)
     by_block = dict.fromkeys(shape.blocks, each)
     outside = tokens * (family.last_norm(shape.hidden, number) + number * shape.hidden)
-    for site in _distinct_inputs(shape, [s for s in shape.sites if s.kind != "Embedding"]):
+    for site in _distinct_inputs(shape, [s for s in shape.sites if s.kind != EMBEDDING]):
         block = block_of(site.path)
         if block is not None:
             by_block[block] += number * tokens * site.in_features
@@ -290,7 +291,7 @@ def _inner(shape: ModelShape, counted: Count) -> tuple[str, ...]:
     """Blocks that keep anything: none lies below the first number that is trained."""
     paths = [*(site.path for site in counted.sites), *counted.saved, *counted.rows]
     blocks = shape.blocks
-    below = any(s.path in paths for s in shape.sites if s.kind == "Embedding")
+    below = any(s.path in paths for s in shape.sites if s.kind == EMBEDDING)
     if below or counted.biases:
         return blocks
     trained = {block_of(path) for path in paths}
@@ -307,7 +308,7 @@ def _of_sites(
     matrix that is a bare parameter lies in its module as W₀ + s·B·A for one forward, and is kept beside its input.
     """
     tokens, number = job.batch_tokens, job.dtype_bytes
-    dense = [site for site in sites if site.kind != "Embedding"]
+    dense = [site for site in sites if site.kind != EMBEDDING]
     seen = {site.path: tokens * (shape.passed(site.experts) if site.experts > 1 else 1) for site in sites}
     inputs = dense if dropout else _distinct_inputs(shape, [site for site in dense if not site.frozen])
     for site in inputs:
@@ -317,7 +318,7 @@ def _of_sites(
         kept = number * seen[site.path] * site.rank
         if site.is_bare_matrix:
             kept = number * site.out_features * site.in_features
-        if site.kind == "Embedding":
+        if site.kind == EMBEDDING:
             kept += _INDEX * tokens
         if number != _FP32:
             kept += number * site.factors  # A and B are fp32; the product is taken with a copy in the base's dtype
@@ -339,7 +340,7 @@ def _of_base(
         for site in base.sites:
             yield block_of(site.path), job.dtype_bytes * site.weight_parameters
         return
-    learning = [] if dropout else [s for s in counted.sites if s.kind != "Embedding" and not s.frozen]
+    learning = [] if dropout else [s for s in counted.sites if s.kind != EMBEDDING and not s.frozen]
     of_factors = _distinct_inputs(shape, learning)
     kept = {_input_of(site.path) for site in of_factors}
     for quantised in _distinct_inputs(shape, base.sites):

@@ -18,6 +18,7 @@ from lorakit.architectures.shapes import ModelShape
 from lorakit.plan import accelerated, activations
 from lorakit.plan.job import Job, Speed
 from lorakit.plan.params import Count, read_out
+from lorakit.targets.layer_types import EMBEDDING
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def products(shape: ModelShape) -> int:
     Args:
         shape: The model.
     """
-    dense = sum(2 * site.weight_parameters for site in shape.sites if site.kind != "Embedding")
+    dense = sum(2 * site.weight_parameters for site in shape.sites if site.kind != EMBEDDING)
     return dense + sum(2 * shape.passed(experts) * numbers for experts, numbers in shape.fused)
 
 
@@ -82,7 +83,7 @@ def lora(shape: ModelShape, counted: Count, job: Job) -> Flops:
     bare = [site for site in counted.sites if site.is_bare_matrix]
     beside = [(site, shape.passed(site.experts)) for site in counted.sites if not site.is_bare_matrix]
     added = sum(
-        2 * through * site.rank * ((0 if site.kind == "Embedding" else site.in_features) + site.out_features)
+        2 * through * site.rank * ((0 if site.kind == EMBEDDING else site.in_features) + site.out_features)
         for site, through in beside
     ) + 2 * read_out(shape, counted.rows)
     norms = sum(2 * s.out_features * s.in_features * s.rank for s in counted.sites if s.magnitudes)
@@ -114,7 +115,7 @@ def _again(shape: ModelShape, forward: float, job: Job) -> float:
     """What checkpointing computes twice: the blocks, not the head."""
     if not job.gradient_checkpointing:
         return 0.0
-    heads = sum(2 * s.weight_parameters for s in shape.sites if s.kind != "Embedding" and not s.dense)
+    heads = sum(2 * s.weight_parameters for s in shape.sites if s.kind != EMBEDDING and not s.dense)
     return forward - heads
 
 

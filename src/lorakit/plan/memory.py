@@ -16,6 +16,7 @@ from lorakit.plan.files import MASTER_BYTES
 from lorakit.plan.job import Job
 from lorakit.plan.params import Count
 from lorakit.plan.quantized import StoredBase, stored
+from lorakit.targets.layer_types import EMBEDDING
 
 RUNTIME_BYTES = 50_000_000
 """What a first training step makes resident beside tensors, on Linux with torch 2.13 for CPU: pages of the libraries
@@ -161,7 +162,7 @@ def logits_bytes(shape: ModelShape, job: Job) -> int:
         shape: The model.
         job: Tokens of a batch; all are reckoned as trained.
     """
-    has_head = any(s.kind != "Embedding" and not s.dense and s.out_features == shape.vocab for s in shape.sites)
+    has_head = any(s.kind != EMBEDDING and not s.dense and s.out_features == shape.vocab for s in shape.sites)
     return LOSS_COPIES * 4 * job.batch_tokens * shape.vocab if has_head else 0
 
 
@@ -257,8 +258,8 @@ def _how(shape: ModelShape, kept: Activations, job: Job) -> str:
     own = kept.of_blocks - kept.fused
     if own:
         said += (
-            f"; {own} of {kept.of_blocks} halves of layers run as they are, since DoRA, a copied module, a "
-            "trained bias and a quantised weight have no accelerated form"
+            f"; {own} of {kept.of_blocks} halves of layers run as they are, since a variant of LoRA, a copied "
+            "module, a trained bias and a quantised weight have no accelerated form"
         )
     if activations.packs(shape):
         said += (

@@ -19,6 +19,7 @@ from lorakit.config import LoraConfig, scale
 from lorakit.errors import TargetError
 from lorakit.plan.stacking import stacked
 from lorakit.targets import BareParameter, Candidate, Match, Note, Unmatched, match_path, names_path, resolve
+from lorakit.targets.layer_types import EMBEDDING, LINEAR, PARAMETER
 
 
 def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]) -> dict[str, int]:
@@ -38,7 +39,7 @@ def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]
     named = _named(shape, config.trainable_token_indices)
     found: dict[str, int] = {}
     leaders: dict[str, Sequence[int]] = {}
-    for site, indices in sorted(named, key=lambda pair: pair[0].kind != "Embedding"):
+    for site, indices in sorted(named, key=lambda pair: pair[0].kind != EMBEDDING):
         weight = site.tied_to or site.path
         if site.path in adapted or weight in adapted:
             raise TargetError(
@@ -47,7 +48,7 @@ def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]
             )
         if leaders.get(weight) != indices:
             leaders.setdefault(weight, indices)
-            found[site.path] = len(indices) * (site.out_features if site.kind == "Embedding" else site.in_features)
+            found[site.path] = len(indices) * (site.out_features if site.kind == EMBEDDING else site.in_features)
     return found
 
 
@@ -64,7 +65,7 @@ def with_new_tokens(shape: ModelShape, config: LoraConfig, tokens: int) -> LoraC
     """
     (embedding, _), *_ = _named(shape, [])
     rows = list(range(embedding.in_features, embedding.in_features + tokens))
-    heads = [s for s in shape.sites if s.kind == "Linear" and not s.dense and s.out_features == embedding.in_features]
+    heads = [s for s in shape.sites if s.kind == LINEAR and not s.dense and s.out_features == embedding.in_features]
     apart = [head.path for head in heads if head.tied_to != embedding.path]
     asked: Any = dict.fromkeys((embedding.path, *apart), rows) if apart else rows
     return config.with_fields(trainable_token_indices=asked)
@@ -77,7 +78,7 @@ def read_out(shape: ModelShape, rows: Mapping[str, int]) -> int:
         shape: The model.
         rows: Path of a table -> numbers in its trained rows.
     """
-    heads = {path for s in shape.sites if s.kind != "Embedding" for path in (s.path, s.tied_to)}
+    heads = {path for s in shape.sites if s.kind != EMBEDDING for path in (s.path, s.tied_to)}
     return sum(numbers for path, numbers in rows.items() if path in heads)
 
 
@@ -86,9 +87,9 @@ def _named(
 ) -> list[tuple[SiteShape, Sequence[int]]]:
     if asked is None:
         return []
-    tables = [site for site in shape.sites if site.kind in ("Embedding", "Linear")]
+    tables = [site for site in shape.sites if site.kind in (EMBEDDING, LINEAR)]
     if not isinstance(asked, Mapping):
-        inputs = [site for site in tables if site.kind == "Embedding"]
+        inputs = [site for site in tables if site.kind == EMBEDDING]
         of_tokens = [site for site in inputs if site.in_features == shape.vocab] or inputs
         if not of_tokens:
             raise TargetError("trainable_token_indices: this model has no embedding.")
@@ -108,14 +109,14 @@ class SiteCount:
 
     Attributes:
         path: Dotted path of the site.
-        kind: "Linear", "Conv1D", "Embedding", or "Parameter" for what `target_parameters` names.
+        kind: LINEAR, "Conv1D", EMBEDDING, or PARAMETER for what `target_parameters` names.
         out_features: Rows of the canonical weight; of experts, of each.
         in_features: Columns of it.
         rank: Rank here.
         scale: Factor before B·A here.
         entry: The target entry that named it.
         factors: Numbers in A and B: experts × rank × (in + out).
-        magnitudes: Numbers in DoRA's magnitude: out, or 0 without DoRA.
+        magnitudes: Numbers in the variant's own tensors (DoRA's magnitude: out); 0 without any.
         frozen: Numbers of the factors that stay: with LoRA-FA rank × in, of an embedding rank × out; with the init mica
             rank × out; else 0.
         experts: So many matrices lie in one parameter, each with a rank of its own.
@@ -136,7 +137,7 @@ class SiteCount:
     @property
     def is_bare_matrix(self) -> bool:
         """Whether it is a matrix that `target_parameters` names, into which B·A is added, and not run beside it."""
-        return self.kind == "Parameter" and self.experts == 1
+        return self.kind == PARAMETER and self.experts == 1
 
     @property
     def trainable(self) -> int:
@@ -212,7 +213,7 @@ class Count:
 
     @property
     def magnitudes(self) -> int:
-        """Numbers in all of DoRA's magnitudes."""
+        """Numbers in the own tensors of the variant (DoRA's magnitudes) at all sites."""
         return sum(site.magnitudes for site in self.sites)
 
     @property
@@ -327,7 +328,7 @@ def candidates(shape: ModelShape) -> list[Candidate]:
 
 
 def _site_count(site: SiteShape, match: Match, config: LoraConfig, optimizer: str) -> SiteCount:
-    stays = site.out_features if site.kind == "Embedding" else site.in_features
+    stays = site.out_features if site.kind == EMBEDDING else site.in_features
     lorafa = match.rank * stays if optimizer == "lorafa" else 0
     return SiteCount(
         path=site.path,
@@ -338,7 +339,7 @@ def _site_count(site: SiteShape, match: Match, config: LoraConfig, optimizer: st
         scale=scale(match.rank, match.alpha, config.use_rslora),
         entry=match.entry,
         factors=factor_parameters(match.rank, site.in_features, site.out_features),
-        magnitudes=site.out_features if config.use_dora else 0,
+        magnitudes=config.own_numbers(match.rank, site.out_features, site.in_features),
         frozen=match.rank * site.out_features if config.init_lora_weights == "mica" else lorafa,
     )
 
@@ -348,7 +349,7 @@ def _bare_parameters(shape: ModelShape) -> list[BareParameter]:
     found = []
     for site in shape.sites:
         rows = (site.out_features, site.in_features)
-        found.append(BareParameter(site.path, "weight", rows if site.kind == "Linear" else rows[::-1]))
+        found.append(BareParameter(site.path, "weight", rows if site.kind == LINEAR else rows[::-1]))
     found += [BareParameter(other.path, name, size) for other in shape.others for name, size in other.matrices]
     return found
 
@@ -365,7 +366,7 @@ def _parameter_count(size: tuple[int, int, int], match: Match, config: LoraConfi
     lorafa = match.rank * in_features if optimizer == "lorafa" else 0
     return SiteCount(
         path=match_path(match),
-        kind="Parameter",
+        kind=PARAMETER,
         out_features=out_features,
         in_features=in_features,
         rank=match.rank,

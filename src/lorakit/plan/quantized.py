@@ -11,6 +11,7 @@ from typing import Literal
 
 from lorakit.architectures.shapes import ModelShape, SiteShape
 from lorakit.errors import ConfigError, nearest
+from lorakit.targets.layer_types import DENSE, LINEAR
 
 BLOCK, DOUBLE_BLOCK = 64, 256
 """Numbers that share one scale in 4-bit and HQQ weights; scales that share one in double quantisation."""
@@ -80,12 +81,12 @@ def _hqq(bits: int) -> Callable[[int, int, int, bool], int]:
     return size
 
 
-_LINEAR, _DENSE = ("Linear",), ("Linear", "Conv1D")
+_LINEAR = (LINEAR,)
 
 STORAGES: tuple[Storage, ...] = (
-    Storage("nf4", "bitsandbytes", "4 bits, values of a normal distribution", 4, _DENSE, True, "nothing", _four_bit),
-    Storage("fp4", "bitsandbytes", "4 bits, floating point", 4, _DENSE, True, "nothing", _four_bit),
-    Storage("int8", "bitsandbytes", "8 bits, a scale per row", 8, _DENSE, False, "input", _rows_of_int8),
+    Storage("nf4", "bitsandbytes", "4 bits, values of a normal distribution", 4, DENSE, True, "nothing", _four_bit),
+    Storage("fp4", "bitsandbytes", "4 bits, floating point", 4, DENSE, True, "nothing", _four_bit),
+    Storage("int8", "bitsandbytes", "8 bits, a scale per row", 8, DENSE, False, "input", _rows_of_int8),
     Storage("int8-torchao", "torchao", "8 bits, a scale per row", 8, _LINEAR, False, "weight", _torchao_int8),
     Storage("hqq4", "hqq", "4 bits, scale and zero point per 64", 4, _LINEAR, False, "input", _hqq(4)),
     Storage("hqq8", "hqq", "8 bits, scale and zero point per 64", 8, _LINEAR, False, "input", _hqq(8)),

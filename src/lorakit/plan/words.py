@@ -29,8 +29,8 @@ def reasons(counted: Count, config: LoraConfig) -> list[str]:
     sentences = [_entry(entry, groups) for entry, groups in sorted(by_entry.items())]
     sentences.append(_sum(counted))
     sentences.append(_idle(config))
-    if config.use_dora:
-        sentences.append(f"DoRA adds a magnitude for each output of a site: {counted.magnitudes:,} in all.")
+    if counted.magnitudes:
+        sentences.append(config.own_numbers_in_words(counted.magnitudes))
     if counted.frozen:
         sentences.append(f"LoRA-FA leaves one factor of each site as it is: {counted.frozen:,} numbers beside these.")
     for path, numbers in counted.saved.items():

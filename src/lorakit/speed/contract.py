@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules import module as torch_modules
 
 from lorakit.speed.patching import plain_class
+from lorakit.targets.layer_types import CONV1D
 
 MISSING = object()
 """The value of a name that a table does not have."""
@@ -94,7 +95,7 @@ def is_operand(module: nn.Module) -> bool:
     Args:
         module: Any module.
     """
-    return _is_around_base(module) or isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return _is_around_base(module) or isinstance(module, nn.Linear) or type(module).__name__ == CONV1D
 
 
 def passed_over(module: nn.Module, within: Within) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.config import PEFT_TABLES_OF_VARIANTS
 from lorakit.core.clones import is_watched, share_dropped
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.routing.recompute import Forwards
@@ -31,6 +32,7 @@ from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.linear import linears
 from lorakit.speed.patching import FORWARDS
 from lorakit.speed.submodules import is_usual
+from lorakit.targets.layer_types import CONV1D
 
 
 def operand(module: nn.Module, route: Route | None) -> Adapted | None:
@@ -59,7 +61,7 @@ def operand(module: nn.Module, route: Route | None) -> Adapted | None:
     if found is None or not names:
         return found
     factor = module.factor(names[0])
-    if factor.variant != "plain" or factor.bias is not None or module.kind.acts_on != "input":
+    if not factor.variant.is_lora or factor.bias is not None or module.kind.acts_on != "input":
         return None
     p = share_dropped(factor.dropout)
     if p is None:
@@ -91,7 +93,7 @@ def frozen_linear(module: nn.Module) -> Adapted | None:
     """
     kind = type(module)
     is_linear = kind.forward is nn.Linear.forward
-    if not is_linear and not (kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"):
+    if not is_linear and not (kind.__name__ == CONV1D and kind.__module__ == "transformers.pytorch_utils"):
         return None
     weight: Any = module._parameters.get("weight")
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.requires_grad:
@@ -108,7 +110,7 @@ FORWARD = ("peft.tuners.lora.layer", "Linear.forward")
 TABLES = ("lora_A", "lora_B", "lora_dropout", "scaling")
 """What such a layer keeps by adapter."""
 
-ODD_TABLES = ("lora_variant", "lora_bias", "use_dora")
+ODD_TABLES = ("lora_variant", "lora_bias", *PEFT_TABLES_OF_VARIANTS)
 """Tables, of this peft or of older ones, in which a true entry means that the adapter is not plain."""
 
 

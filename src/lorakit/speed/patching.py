@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.core.layers.adapter_component import Switched
+from lorakit.core.layers.adapter_component import AdapterModule
 
 FORWARDS = "_fast_forwards"
 """Where a module with a stand-in keeps its forwards, as each layer of ours does."""
@@ -65,7 +65,9 @@ class Swap:
         for parent, attribute in self.holders:
             if parent._modules.get(attribute) is old:
                 parent._modules[attribute] = new
-        if isinstance(old, Switched) and isinstance(new, Switched):  # the state knows its layers weakly, and one may go
+        if isinstance(old, AdapterModule) and isinstance(
+            new, AdapterModule
+        ):  # the state knows its layers weakly, and one may go
             old.state.leave(old)
             new.state.join(new)
 

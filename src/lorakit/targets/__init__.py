@@ -1,4 +1,4 @@
-"""Which modules and bare parameters a config names: pure matching over paths, the same for a live model and a plan."""
+"""Resolve which modules and parameters a config targets: pure matching over paths, for live models and plans."""
 
 from lorakit.targets.resolving import (
     ALL_LINEAR,

@@ -1,10 +1,8 @@
-"""Which bare parameters a config names: `target_parameters`, paths or dotted suffixes, never a pattern.
+"""Resolve which modules and parameters a config targets, by matching paths; for live models and plans.
 
-Which modules a config names: pure matching over paths, the same for a live model and for a plan.
-
-The rules are the field's. A list entry is a path or a dotted suffix of one; a string is a regular expression
-for the whole path; "all-linear" is every dense layer but the output head. `exclude_modules` wins. This
-module knows no torch: it sees names, kinds and sizes.
+The rules are PEFT's. A list entry is a path or a dotted suffix of one; a string is a regular expression for the whole
+path; "all-linear" is every dense layer except the output head. `exclude_modules` wins. `target_parameters` takes paths
+or dotted suffixes, never a pattern. This module does not use torch: it works on names, kinds and sizes.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from lorakit.config import HEADS_BY_TASK, LoraConfig, TaskType, check_built
 from lorakit.errors import ConfigError, NoTargetError, TargetError, nearest
+from lorakit.targets.layer_types import PARAMETER, PLANNED
 from lorakit.targets.words import (
     LARGE_RANK,
     SEVERAL_MODULES,
@@ -33,15 +32,15 @@ from lorakit.targets.words import (
 def targeted_parameters(
     parameters: Sequence[BareParameter], config: LoraConfig, saved: Collection[str] = ()
 ) -> list[Match]:
-    """The bare parameters that `target_parameters` names: each entry is a path or a dotted suffix of one.
+    """Return the parameters that `target_parameters` names by a path or a dotted suffix.
 
     Args:
         parameters: Every named parameter, in the order in which modules define them.
         config: The config; it is only read.
-        saved: Paths of the modules that are copied whole; what is inside is left to the copy.
+        saved: Paths of modules saved in full; parameters inside them are skipped.
 
     Raises:
-        TargetError: One lies on the model itself, or in a module that has no matrix of that name.
+        TargetError: A parameter is on the top-level module, or does not have two or three axes.
     """
     inside = tuple(path + "." for path in saved)
     matches = []
@@ -53,25 +52,25 @@ def targeted_parameters(
         if not parameter.module:
             raise TargetError(
                 f"Targeting an nn.Parameter on the top-level module is not supported (parameter {parameter.name!r}): "
-                "a layer has to stand around the module that holds it. Put the model into another module.",
+                "LoRA wraps the module that holds it. Put the model into another module.",
                 what=parameter.name,
                 field="target_parameters",
             )
         if len(parameter.shape) not in {2, 3}:
             raise TargetError(
-                f"The parameter {path!r} has shape {parameter.shape}; LoRA on a parameter needs two axes or three.",
+                f"parameter {path!r} has shape {parameter.shape}; LoRA on a parameter needs two or three axes.",
                 what=entry,
                 where=path,
                 field="target_parameters",
             )
         rank = first_match(config.rank_pattern, path, config.r)
         alpha = first_match(config.alpha_pattern, path, config.lora_alpha)
-        matches.append(Match(parameter.module, "Parameter", rank, alpha, entry, parameter.name))
+        matches.append(Match(parameter.module, PARAMETER, rank, alpha, entry, parameter.name))
     return matches
 
 
 def match_path(match: Match) -> str:
-    """What the patterns of ranks and alphas are held against: the module's path, or the parameter's."""
+    """Return the path that rank and alpha patterns are matched against: the module's, or the parameter's."""
     return f"{match.path}.{match.parameter}" if match.parameter else match.path
 
 
@@ -81,9 +80,9 @@ def unmatched_parameters(
     """Return the entries of `target_parameters` that name nothing, with the nearest names.
 
     Args:
-        parameters: As `targeted_parameters`; so is the next.
+        parameters: As in `targeted_parameters`.
         config: The config.
-        found: What it names.
+        found: Paths of the parameters it names.
     """
     unmatched = []
     for entry in sorted(config.target_parameters or ()):
@@ -115,7 +114,7 @@ def too_large(match: Match, parameters: Sequence[BareParameter] | None) -> Note 
 
     Args:
         match: A parameter that was named.
-        parameters: As `targeted_parameters`.
+        parameters: As in `targeted_parameters`.
     """
     shapes = {(p.module, p.name): p.shape for p in parameters or ()}
     smaller = min(shapes[match.path, match.parameter][-2:])
@@ -137,19 +136,19 @@ def resolve(
     """Find the sites that a config names.
 
     Args:
-        candidates: Every named module of the model, in order, containers among them.
+        candidates: Every named module of the model, in order, including containers.
         config: The config; it is only read.
-        allow_partial: Entries that name nothing go to `missing` instead of raising an error.
-        parameters: Every named parameter, in order; None leaves `target_parameters` out of account.
+        allow_partial: Whether unmatched entries go to `missing` instead of raising an error.
+        parameters: Every named parameter, in order; None skips `target_parameters`.
 
     Returns:
         The resolution; `matches` is never empty.
 
     Raises:
-        NoTargetError: No target module is in the model.
-        TargetError: Nothing matches, an entry matches nothing, or a named module cannot take LoRA.
+        NoTargetError: No target module was found in the model.
+        TargetError: An entry matches nothing, or a named module does not support LoRA.
         ConfigError: A pattern is not a regular expression, or no targets are given.
-        NotYetSupported: The config asks for what is not built.
+        NotYetSupported: The config uses an unsupported feature.
     """
     check_built(config)
     saved, unsaved = saved_modules(candidates, config)
@@ -182,7 +181,7 @@ def resolve(
 
 
 def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], str | None]:
-    """A function from a candidate to the entry that names it, or None."""
+    """Return a function from a candidate to the entry that names it, or None."""
     if isinstance(value, str):
         if value.lower() == ALL_LINEAR:
             return lambda candidate: ALL_LINEAR if candidate.dense else None
@@ -192,7 +191,7 @@ def _matcher(name: str, value: Collection[str] | str) -> Callable[[Candidate], s
 
     def entry_of(candidate: Candidate) -> str | None:
         rest = candidate.path
-        while rest:  # the path itself, then each shorter end of it after a dot
+        while rest:  # the path itself, then each shorter dotted suffix
             if rest in entries:
                 return rest
             _, _, rest = rest.partition(".")
@@ -205,7 +204,7 @@ def saved_modules(candidates: Sequence[Candidate], config: LoraConfig) -> tuple[
     """Return the paths that `modules_to_save` and the task name, and the entries that name nothing.
 
     Args:
-        candidates: As `resolve`.
+        candidates: As in `resolve`.
         config: The config.
     """
     heads = HEADS_BY_TASK.get(config.task_type, ()) if isinstance(config.task_type, TaskType) else ()
@@ -283,7 +282,7 @@ def unfitting_keys(field: str, keys: Collection[str], paths: Sequence[str]) -> l
     """Return the patterns that fit none of the adapted modules, with the nearest names.
 
     Args:
-        field: What the patterns belong to, such as "rank_pattern".
+        field: Field that holds the patterns, such as "rank_pattern".
         keys: The patterns.
         paths: Dotted paths of the adapted modules.
 
@@ -322,7 +321,7 @@ def _nothing(candidates: Sequence[Candidate], config: LoraConfig) -> NoTargetErr
     hints = [_hint(entry, candidates) for entry in ([] if isinstance(wanted, str) else sorted(wanted or ()))]
     return NoTargetError(
         f"Target modules {shown} not found in the base model{''.join(hints[:3])}. "
-        f"Modules that can be adapted here: {', '.join(adaptable[:12]) or 'none'}.",
+        f"Supported modules of this model: {', '.join(adaptable[:12]) or 'none'}.",
         what=shown,
         field="target_modules",
         allowed=adaptable,
@@ -336,12 +335,12 @@ def _check_kinds(found: Sequence[tuple[Candidate, str]], config: LoraConfig) -> 
     candidate, entry = bad[0]
     more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
     raise TargetError(
-        f"Target module {candidate.path!r}{more}, named by {entry!r}, is a {candidate.type_name or 'module'}, "
-        "which is not supported: LoRA sits on Linear, Conv1D and Embedding modules. Name those inside it.",
+        f"{candidate.path}{more}, named by {entry!r}, is a {candidate.type_name or 'module'}, which LoRA does not "
+        "support; target its Linear, Conv1D or Embedding submodules.",
         what=entry,
         where=candidate.path,
         field="target_modules",
-        allowed=("Linear", "Conv1D", "Embedding"),
+        allowed=PLANNED,
     )
 
 

@@ -1,9 +1,8 @@
-"""The words of matching: what may be named, what was named, and the two rules for names and patterns.
+"""Types of target matching, and the rules for names and patterns.
 
-Name patterns that come from a file: read as words, never run.
-
-`rank_pattern` and `alpha_pattern` are regular expressions in the field's files. One from outside could be made to
-run for hours, so only what is a plain name is understood: a path, a dotted suffix, or a whole path after `^`.
+`rank_pattern` and `alpha_pattern` are regular expressions in PEFT's files. A pattern from an untrusted file could run
+for hours, so patterns from files are never run: only plain names are understood (a path, a dotted suffix, or a whole
+path after `^`).
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ class Candidate:
 
     Attributes:
         path: Dotted path in the model.
-        kind: The kind of site it can be ("Linear", "Conv1D", "Embedding", ...), or None where LoRA cannot sit.
+        kind: The kind of site it can be ("Linear", "Conv1D", "Embedding", ...), or None if LoRA does not support it.
         type_name: Class name of the module, for messages.
-        dense: It counts for "all-linear" (a dense layer that is not the output head).
-        out_features: Width of its output, 0 where it has none.
-        in_features: Width of its input (rows of an embedding), 0 where it has none.
+        dense: Whether it counts for "all-linear" (a dense layer that is not the output head).
+        out_features: Output width, or 0 if it has none.
+        in_features: Input width (number of embeddings), or 0 if it has none.
     """
 
     path: str
@@ -43,7 +42,7 @@ class BareParameter:
 
     Attributes:
         module: Path of the module that holds it, "" for the model itself.
-        name: Its name there.
+        name: Its name in that module.
         shape: Its shape.
     """
 
@@ -59,7 +58,7 @@ class BareParameter:
 
 @dataclass(frozen=True)
 class Match:
-    """A candidate that the config names, with what holds there.
+    """A candidate that the config targets, with its rank and alpha.
 
     Attributes:
         path: Dotted path of the module.
@@ -67,7 +66,7 @@ class Match:
         rank: Rank at this site, after `rank_pattern`.
         alpha: Alpha at this site, after `alpha_pattern`.
         entry: The target entry that named it.
-        parameter: Name of the one parameter of the module that is meant, "" where the kind says.
+        parameter: Name of the targeted parameter of the module, or "" if the kind determines it.
     """
 
     path: str
@@ -80,12 +79,12 @@ class Match:
 
 @dataclass(frozen=True)
 class Unmatched:
-    """One entry of a config that names nothing.
+    """A config entry that matches nothing.
 
     Attributes:
         field: The config's field, such as "target_modules".
         entry: The entry.
-        text: A sentence about it, with the nearest names.
+        text: Message with the nearest names.
     """
 
     field: str
@@ -102,11 +101,11 @@ SEVERAL_MODULES, LARGE_RANK = "several_modules", "large_rank"
 
 @dataclass(frozen=True)
 class Note:
-    """A remark that a person should read.
+    """A remark for the user.
 
     Attributes:
-        kind: What it is about: "several_modules" or "large_rank"; other modules have kinds of their own.
-        text: The remark, a sentence.
+        kind: Subject: "several_modules" or "large_rank"; other packages add their own.
+        text: The message.
     """
 
     kind: str
@@ -118,13 +117,13 @@ class Note:
 
 @dataclass(frozen=True)
 class Resolution:
-    """What a config names in a model.
+    """Result of matching a config against a model.
 
     Attributes:
         matches: The sites, in the model's order.
-        saved: Paths of the modules that `modules_to_save` names.
-        missing: Entries that name nothing; empty unless a partial match was allowed.
-        notes: Remarks that a person should read, such as one name that matches different modules.
+        saved: Paths of modules that `modules_to_save` names.
+        missing: Entries that match nothing; empty unless partial matches are allowed.
+        notes: Remarks for the user, such as a name that matches different modules.
     """
 
     matches: tuple[Match, ...]
@@ -134,17 +133,17 @@ class Resolution:
 
 
 def names_path(entry: str, path: str) -> bool:
-    """Whether a list entry names a path: the whole path, or its end after a dot."""
+    """Return whether a list entry names a path: the whole path, or a dotted suffix of it."""
     return path == entry or path.endswith("." + entry)
 
 
 def first_match(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that fits the end of a path, after a dot or from the start.
+    """Return the value of the first pattern that matches a dotted suffix of a path or the whole path.
 
     Args:
         pattern: Regular expression -> value, in the order they are tried.
         path: Dotted path of a site.
-        default: The value where none fits.
+        default: The value if no pattern matches.
 
     Raises:
         ConfigError: A key is not a regular expression.
@@ -153,7 +152,7 @@ def first_match(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
 
 
 def key_fits(key: str, path: str) -> bool:
-    """Whether a key of `rank_pattern` or `alpha_pattern` fits a path.
+    """Return whether a key of `rank_pattern` or `alpha_pattern` matches a path.
 
     Raises:
         ConfigError: The key is not a regular expression.
@@ -162,15 +161,15 @@ def key_fits(key: str, path: str) -> bool:
 
 
 def compiled(pattern: str, where: str, given: str | None = None) -> re.Pattern[str]:
-    """A pattern, ready to be used.
+    """Compile a pattern.
 
     Args:
         pattern: A regular expression.
-        where: The field it stands in.
-        given: What the user wrote, where that differs.
+        where: The field that holds it.
+        given: The user's text, if it differs.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: The pattern is not a regular expression.
     """
     try:
         return re.compile(pattern)
@@ -184,15 +183,15 @@ _PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_\-]|\\?\.)+\$?")
 
 
 def literal_value(patterns: Mapping[str, float], path: str, default: float) -> float:
-    """The value of the first pattern that names a path.
+    """Return the value of the first pattern that names a path.
 
     Args:
         patterns: Pattern -> value, in the order they are tried.
         path: Path of a site.
-        default: The value where none names it.
+        default: The value if no pattern names it.
 
     Raises:
-        PatternError: A pattern that is tried is not a plain name.
+        PatternError: A pattern is not a plain name.
     """
     for pattern, value in patterns.items():
         if names(pattern, path):
@@ -201,14 +200,14 @@ def literal_value(patterns: Mapping[str, float], path: str, default: float) -> f
 
 
 def names(pattern: str, path: str) -> bool:
-    """Whether a plain pattern names a path.
+    """Return whether a plain pattern names a path.
 
     Raises:
         PatternError: The pattern is not a plain name.
     """
     if not _PLAIN.fullmatch(pattern):
         raise PatternError(
-            f"{pattern!r} is a regular expression, and one from a file is not run. Write names or dotted suffixes."
+            f"{pattern!r} is a regular expression; patterns from files are not run. Use names or dotted suffixes."
         )
     word = pattern.removesuffix("$").replace("\\.", ".")
     return path == word[1:] if word.startswith("^") else names_path(word, path)

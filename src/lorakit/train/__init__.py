@@ -1,7 +1,7 @@
 """Training: settings, the loop, checkpoints that resume bit for bit, metrics, evaluation.
 
-The names below are a lazy table (PEP 562), so that reading settings for `--help` loads no torch.
-This part knows model, data and adapter only through `lorakit.hub`, `lorakit.data` and `lorakit.core`.
+The names below are a lazy table (PEP 562), so that reading settings for `--help` does not import torch. This package
+uses model, data and adapter through `lorakit.hub`, `lorakit.data` and `lorakit.core`.
 """
 
 from __future__ import annotations

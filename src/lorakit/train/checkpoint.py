@@ -1,12 +1,12 @@
-"""What a run is at a step beside its tensors: position, best so far, random generators, the machine.
+"""Checkpoints of a run: its state, the files that hold it, and their verification.
 
-Everything here becomes plain JSON or named tensors, so that no checkpoint needs pickle. Knows nothing about files.
+A checkpoint is a directory `checkpoint-<step>`, complete or absent, and valid only if every byte verifies: the adapter
+in PEFT's files, `optimizer.safetensors`, `random.safetensors`, `state.json`, and `manifest.json` with the size and
+SHA-256 of each. It is written to a temporary directory and renamed. All values are plain JSON or named tensors, so no
+file needs pickle. If a checkpoint does not fit on the disk, the adapter alone is saved as `adapter-only-<step>`; it
+loads like any adapter, but no run resumes from it.
 
-Checkpoints: a folder `checkpoint-<step>` that is whole or absent, and is believed only when every byte verifies.
-
-In it: the adapter in PEFT's files, `optimizer.safetensors`, `random.safetensors`, `state.json`, and `manifest.json`
-with size and SHA-256 of each. Written out of sight and renamed into place; read newest first until one verifies.
-Knows nothing about models or the loop: who saves hands in the tensors and a function that writes the adapter.
+This module knows neither models nor the loop: callers pass the tensors and a function that writes the adapter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,20 +37,20 @@ from lorakit.ops.kernels import compiled
 
 @dataclass
 class TrainState:
-    """Where a run stands after `step` optimizer steps.
+    """Progress of a run after `step` optimizer steps.
 
     Attributes:
-        step: Optimizer steps done.
-        data: Position in the data, as the loader gives it.
-        evaluated_step: The last step that was evaluated, or -1.
-        best_step: The trained step with the lowest evaluation loss, or None.
+        step: Optimizer steps taken.
+        data: Position in the data, from `Loader.state`.
+        evaluated_step: The last evaluated step, or -1.
+        best_step: The step with the lowest evaluation loss, or None; step 0 (the base) never counts.
         best_loss: Its evaluation loss.
         first_loss: Evaluation loss before the first step.
-        last_loss: The newest evaluation loss.
+        last_loss: The latest evaluation loss.
         stale_evaluations: Evaluations since the best one.
-        trained_tokens: Trained tokens of all steps.
-        tokens: Tokens of all steps.
-        seconds: Time in steps, without evaluations and saving.
+        trained_tokens: Tokens with loss in all steps.
+        tokens: Tokens in all steps.
+        seconds: Time spent in steps, without evaluation and saving.
     """
 
     step: int = 0
@@ -66,13 +66,13 @@ class TrainState:
     seconds: float = 0.0
 
     def note_evaluation(self, loss: float) -> bool:
-        """Take an evaluation of this step into account.
+        """Record an evaluation of this step.
 
         Args:
             loss: The evaluation loss.
 
         Returns:
-            Whether it is the best of a trained step; the one before the first step is the base's and never is.
+            Whether it is the best so far; the evaluation before the first step is the base's and never counts.
         """
         self.evaluated_step, self.last_loss = self.step, loss
         if self.step == 0:
@@ -85,12 +85,12 @@ class TrainState:
         return False
 
     def as_dict(self) -> dict[str, Any]:
-        """The state as plain JSON values."""
+        """Return the state as plain JSON values."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
-        """The state that `as_dict` gave.
+        """Restore a state from the values of `as_dict`.
 
         Raises:
             RunError: A field is missing or unknown.
@@ -98,16 +98,15 @@ class TrainState:
         names = {f.name for f in dataclasses.fields(cls)}
         if set(values) != names:
             odd = ", ".join(sorted(set(values) ^ names))
-            raise RunError(f"The checkpoint's state does not have the fields of this version of lorakit ({odd}).")
+            raise RunError(f"The checkpoint's state does not match the fields of this version of lorakit ({odd}).")
         return cls(**values)
 
 
 def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The state of every global random generator that training can draw from.
+    """Return the state of every global random generator that training can use.
 
     Returns:
-        Tensors by name ("torch", "cuda/0", "mps": bytes), and the plain part ("python", and "numpy" where it is
-        loaded).
+        Tensors by name ("torch", "cuda/0", "mps"; uint8, 1-D), and plain values ("python", and "numpy" if imported).
     """
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -124,11 +123,11 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def restore_random_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
-    """Put back what `random_state` gave; generators of devices that are not here are left alone.
+    """Restore the result of `random_state`; generators of absent devices are skipped.
 
     Args:
-        tensors: The tensors by name.
-        plain: The plain part.
+        tensors: Tensors by name (uint8, 1-D).
+        plain: Plain values by name.
     """
     torch.set_rng_state(tensors["torch"])
     if torch.cuda.is_available():
@@ -148,16 +147,16 @@ def restore_random_state(tensors: Mapping[str, torch.Tensor], plain: Mapping[str
 def environment(
     device: torch.device, dtype: str, quantization: Mapping[str, Any] | None = None, kernels: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What decides the bits of a result beside the inputs: the same here and there gives the same bits.
+    """Return everything besides the inputs that affects the bits of a result.
 
     Args:
-        device: Where the run computes.
+        device: The run's device.
         dtype: Precision of the base.
-        quantization: How the base is stored in fewer bits, or None.
-        kernels: Where another way than the usual one computes, and which.
+        quantization: How the base is quantized, or None.
+        kernels: Autotuned choices that differ from the default.
 
     Returns:
-        Plain values by name.
+        Plain values by name; two equal environments produce the same bits.
     """
     return {
         "lorakit": __version__,
@@ -177,11 +176,11 @@ def environment(
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two environments, in words.
+    """Describe the differences between two environments.
 
     Args:
-        before: The environment of the checkpoint.
-        now: That of this process.
+        before: The checkpoint's environment.
+        now: This process's environment.
 
     Returns:
         One phrase per difference, such as "threads was 4 and is 2".
@@ -196,21 +195,22 @@ STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 RANDOM = "random.safetensors"
 _NAME = re.compile(r"checkpoint-(\d{1,12})")
+_ADAPTER_ONLY_NAME = re.compile(r"adapter-only-(\d{1,12})")
 _MAX_MANIFEST_BYTES = 1 << 20
 _MAX_STATE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that a checkpoint holds beside the adapter.
+    """Content of a checkpoint except the adapter.
 
     Attributes:
-        state: Position, best so far, data position.
-        optimizer: Optimizer state by name.
-        random: Random generators' tensors by name.
-        random_plain: Their plain part.
-        environment: The machine and versions (`state.environment`).
-        schedule: The schedule's fields.
+        state: Step, best step, position in the data.
+        optimizer: Optimizer state by name, from `optimizer.state_tensors`.
+        random: Tensors of the random generators by name (uint8, 1-D).
+        random_plain: Plain values of the random generators.
+        environment: Machine and versions, from `environment`.
+        schedule: Fields of the learning rate schedule.
     """
 
     state: TrainState
@@ -221,32 +221,19 @@ class Snapshot:
     schedule: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Found:
-    """The outcome of looking for a checkpoint to go on from.
-
-    Attributes:
-        path: The newest checkpoint that verifies, or None.
-        skipped: Newer ones that do not, each with the reason, newest first.
-    """
-
-    path: Path | None
-    skipped: tuple[tuple[Path, str], ...]
-
-
 def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], object]) -> Path:
-    """Write `checkpoint-<step>`; after a crash at any moment the old ones stand and this one is whole or absent.
+    """Write `checkpoint-<step>`; a crash at any moment leaves it complete or absent, and older ones unchanged.
 
     Args:
-        folder: The run folder.
-        snapshot: What to keep; its state gives the step.
-        write_adapter: Writes the adapter's files into the folder that it is given.
+        folder: The run directory.
+        snapshot: The content; its state gives the step.
+        write_adapter: Function that writes the adapter's files into a given directory.
 
     Returns:
-        The checkpoint's folder.
+        The checkpoint's directory.
 
     Raises:
-        DiskError: The disk refuses; checkpoints that are there already are unchanged, and no part of this one is left.
+        DiskError: The checkpoint cannot be written; older ones are unchanged, and nothing of this one is left.
     """
     final = folder / f"checkpoint-{snapshot.state.step}"
     plain = {
@@ -257,26 +244,25 @@ def save(folder: Path, snapshot: Snapshot, write_adapter: Callable[[Path], objec
         "schedule": snapshot.schedule,
     }
     try:
-        with durable.publish_directory(final, replace=True) as temporary:  # the same step again, after evaluating it
+        with durable.publish_directory(final, replace=True) as temporary:  # replace: saved again after an evaluation
             write_adapter(temporary)
             durable.write_bytes(temporary / OPTIMIZER, tensors_to_bytes(dict(snapshot.optimizer)))
             durable.write_bytes(temporary / RANDOM, tensors_to_bytes(dict(snapshot.random)))
             durable.write_json(temporary / STATE, plain)
             durable.write_bytes(temporary / MANIFEST, _manifest(temporary))
     except DiskError as cause:
-        reason = getattr(cause.__cause__, "strerror", None) or str(cause)
-        raise DiskError(f"{final}: cannot be written ({reason}).", where=final) from cause
+        raise _unwritable(final, cause) from cause
     return final
 
 
 def load(path: Path) -> Snapshot:
-    """Read a checkpoint that verifies; the adapter's files are the caller's to read.
+    """Verify and read a checkpoint, except the adapter's files.
 
     Args:
-        path: The checkpoint's folder.
+        path: The checkpoint's directory.
 
     Returns:
-        What was saved.
+        The saved content.
 
     Raises:
         RunError: The checkpoint is damaged; the message names the file.
@@ -285,7 +271,7 @@ def load(path: Path) -> Snapshot:
     try:
         plain = durable.read_json(path / STATE, _MAX_STATE_BYTES)
         if plain["format"] != FORMAT:
-            text = f"{path}: written in format {plain['format']}; this version of lorakit reads {FORMAT}."
+            text = f"{path}: format {plain['format']} is not supported; this version of lorakit reads format {FORMAT}."
             raise RunError(text, what=plain["format"], where=path, field="format", allowed=(str(FORMAT),))
         return Snapshot(
             state=TrainState.from_dict(plain["state"]),
@@ -303,10 +289,10 @@ def verify(path: Path) -> None:
     """Check every file of a checkpoint against its manifest, and the manifest against itself.
 
     Args:
-        path: The checkpoint's folder.
+        path: The checkpoint's directory.
 
     Raises:
-        RunError: Something is missing or differs; the message names the first such file.
+        RunError: A file is missing or differs; the message names the first one.
     """
     fault = _fault(path)
     if fault is not None:
@@ -314,7 +300,7 @@ def verify(path: Path) -> None:
 
 
 def _fault(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint's files, as a clause, or None."""
+    """Return the first problem of a checkpoint's files as a clause, or None."""
     try:
         raw = durable.read_bytes(path / MANIFEST, _MAX_MANIFEST_BYTES)
         manifest = durable.parse_json(raw)
@@ -324,7 +310,7 @@ def _fault(path: Path) -> str | None:
     except (LorakitError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole, names = False, set()
     if not whole:
-        return f"{MANIFEST} is missing, damaged or of another checkpoint"
+        return f"{MANIFEST} is missing, damaged or from another checkpoint"
     missing = {OPTIMIZER, RANDOM, STATE} - names
     if missing:
         return f"{', '.join(sorted(missing))} is not listed in {MANIFEST}"
@@ -335,29 +321,34 @@ def _fault(path: Path) -> str | None:
     return None
 
 
-def newest_good(folder: Path) -> Found:
-    """The newest checkpoint of a run that verifies, and the newer ones that do not.
+def newest_valid(folder: Path) -> Path | None:
+    """Return the newest checkpoint of a run that verifies, or None.
 
     Args:
-        folder: The run folder.
-
-    Returns:
-        What was found; files are only read.
+        folder: The run directory; files are only read.
     """
-    skipped: list[tuple[Path, str]] = []
+    return next((path for path, fault in verified(folder) if fault is None), None)
+
+
+def verified(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """Verify the checkpoints of a run one by one, newest first.
+
+    Args:
+        folder: The run directory; files are only read.
+
+    Yields:
+        A checkpoint and its first problem as a clause, or None if it is valid.
+    """
     for path in reversed(checkpoints(folder)):
         try:
             fault = _fault(path)
         except OSError as cause:
             fault = str(cause)
-        if fault is None:
-            return Found(path, tuple(skipped))
-        skipped.append((path, fault))
-    return Found(None, tuple(skipped))
+        yield path, fault
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The folders that bear a checkpoint's name, oldest step first, whether they verify or not."""
+    """Return the directories named as checkpoints, oldest step first, valid or not."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
@@ -368,12 +359,12 @@ def prune(folder: Path, limit: int, best_step: int | None) -> list[Path]:
     """Remove the oldest checkpoints above a limit; the newest and the best always stay.
 
     Args:
-        folder: The run folder.
-        limit: How many may stay, at least 1; two stay at a limit of 1 when the best is not the newest.
+        folder: The run directory.
+        limit: Maximum number of checkpoints, at least 1; with a limit of 1, two stay if the best is not the newest.
         best_step: Step of the best checkpoint, or None.
 
     Returns:
-        The folders removed.
+        The removed directories.
     """
     present = checkpoints(folder)
     spared = set(present[-1:]) | {p for p in present if step_of(p) == best_step}
@@ -385,16 +376,16 @@ def prune(folder: Path, limit: int, best_step: int | None) -> list[Path]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint so that nothing takes it for one again; its content stays for people to look at.
+    """Rename a damaged checkpoint so that no run uses it again; its files are kept.
 
     Args:
-        path: The checkpoint's folder.
+        path: The checkpoint's directory.
 
     Returns:
-        Its new place, `damaged-checkpoint-<step>` or that with a suffix.
+        The new path, `damaged-checkpoint-<step>`, with a suffix if that exists.
 
     Raises:
-        DiskError: The disk refuses.
+        DiskError: The directory cannot be renamed.
     """
     target = path.with_name(f"damaged-{path.name}")
     if target.exists():
@@ -402,19 +393,17 @@ def set_aside(path: Path) -> Path:
     try:
         return path.rename(target)
     except OSError as cause:
-        raise DiskError(
-            f"{path}: the damaged checkpoint cannot be set aside ({cause.strerror}).", where=path
-        ) from cause
+        raise DiskError(f"{path}: the damaged checkpoint cannot be renamed ({cause.strerror}).", where=path) from cause
 
 
 def discard(path: Path) -> None:
-    """Remove a folder so that a crash leaves it whole or under a name that the next start sweeps away.
+    """Remove a directory; a crash leaves it complete, or under a temporary name that the next run removes.
 
     Args:
-        path: The folder.
+        path: The directory.
 
     Raises:
-        DiskError: The disk refuses.
+        DiskError: The directory cannot be renamed.
     """
     doomed = path.with_name(f"{durable.TEMPORARY}{secrets.token_hex(6)}-{path.name}")
     try:
@@ -425,9 +414,79 @@ def discard(path: Path) -> None:
 
 
 def step_of(path: Path) -> int:
-    """The step that the name of a checkpoint gives, or -1 if it is not the name of one."""
+    """Return the step in a checkpoint's name, or -1 for any other name."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
+
+
+def adapter_only_path(folder: Path, step: int) -> Path:
+    """Return the directory of an adapter saved without a checkpoint; it may not exist."""
+    return folder / f"adapter-only-{step}"
+
+
+def adapter_only_step(path: Path) -> int:
+    """Return the step in the name of an adapter saved without a checkpoint, or -1 for any other name."""
+    match = _ADAPTER_ONLY_NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def adapters_only(folder: Path) -> list[Path]:
+    """Return the adapters saved without a checkpoint, oldest step first."""
+    if not folder.is_dir():
+        return []
+    found = (path for path in folder.iterdir() if adapter_only_step(path) >= 0 and path.is_dir())
+    return sorted(found, key=adapter_only_step)
+
+
+def save_adapter_only(folder: Path, step: int, best_step: int | None, write_adapter: Callable[[Path], object]) -> Path:
+    """Write the adapter of a step, completely or not at all; then remove older ones except the best.
+
+    Args:
+        folder: The run directory.
+        step: The step.
+        best_step: The best step so far, or None.
+        write_adapter: Function that writes the adapter's files into a given directory.
+
+    Returns:
+        The adapter's directory.
+
+    Raises:
+        DiskError: The adapter cannot be written; older ones are unchanged.
+    """
+    final = adapter_only_path(folder, step)
+    try:
+        with durable.publish_directory(final, replace=True) as temporary:
+            write_adapter(temporary)
+    except DiskError as cause:
+        raise _unwritable(final, cause) from cause
+    prune_adapters_only(folder, step, best_step)
+    return final
+
+
+def prune_adapters_only(folder: Path, step: int, best_step: int | None) -> None:
+    """Remove adapters saved without a checkpoint before a step, except the best.
+
+    Args:
+        folder: The run directory.
+        step: The step.
+        best_step: The best step so far, or None.
+    """
+    for path in adapters_only(folder):
+        if adapter_only_step(path) < step and adapter_only_step(path) != best_step:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def describe_saved(folder: Path) -> str:
+    """Describe in a sentence what a run directory holds: the newest valid checkpoint, and adapters without one."""
+    valid = newest_valid(folder)
+    found = [] if valid is None else [f"{valid.name} (complete, for --resume)"]
+    found += [f"{path.name} (the adapter alone)" for path in adapters_only(folder)]
+    return f"Saved in {folder}: {', '.join(found) or 'no checkpoint and no adapter'}."
+
+
+def _unwritable(path: Path, cause: DiskError) -> DiskError:
+    reason = getattr(cause.__cause__, "strerror", None) or str(cause)
+    return DiskError(f"{path}: cannot be written ({reason}).", where=path)
 
 
 def _damage(path: Path, entry: Mapping[str, Any]) -> str | None:
@@ -438,7 +497,7 @@ def _damage(path: Path, entry: Mapping[str, Any]) -> str | None:
     if size != entry["bytes"]:
         return f"has {size:,} bytes instead of {entry['bytes']:,}"
     if durable.sha256_file(path) != entry["sha256"]:
-        return "does not have the SHA-256 that the manifest gives"
+        return "differs from the SHA-256 in the manifest"
     return None
 
 
@@ -453,6 +512,6 @@ def _manifest(folder: Path) -> bytes:
 
 
 def _canonical(step: int, files: Mapping[str, Any]) -> bytes:
-    """The one way in which a manifest is written, so that a change of any bit of it shows."""
+    """Return the only accepted bytes of a manifest, so that any changed bit is detected."""
     values = durable.sealed({"files": files, "format": FORMAT, "step": step})
     return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()

@@ -1,8 +1,6 @@
-"""Loss and perplexity of a model on batches, over all trained tokens alike.
+"""Evaluation: loss and perplexity over all tokens with loss, of a model or of a base and adapters (`lorakit eval`).
 
-Knows nothing about training; the command `lorakit eval` uses it too.
-
-Base and adapters on the same data, side by side: what `lorakit eval` shows.
+Knows nothing about training.
 """
 
 from __future__ import annotations
@@ -23,17 +21,17 @@ from lorakit.errors import AdapterFileError, ConfigError, DataError, NonFiniteEr
 from lorakit.plan.quantized import Quantization
 from lorakit.speed import Acceleration, accelerate
 from lorakit.train.defaults import DEFAULTS
-from lorakit.train.run_data import evaluation_batches, pick_device, row_length
-from lorakit.train.step import loss_sum, memory, relief_of_evaluation
+from lorakit.train.run_data import evaluation_batches, max_length_for, pick_device
+from lorakit.train.step import loss_sum, oom_advice_for_evaluation, oom_as_run_error
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """Result of an evaluation.
 
     Attributes:
-        loss: Mean cross entropy per trained token, in nats.
-        tokens: Trained tokens that it is the mean of.
+        loss: Mean cross entropy per token with loss, in nats.
+        tokens: Number of tokens with loss.
     """
 
     loss: float
@@ -41,7 +39,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); held below infinity, for which JSON has no word.   [docs/math.md (15)]"""
+        """exp(loss), limited so that it stays finite, as JSON has no infinity.   [docs/math.md (15)]"""
         return math.exp(min(self.loss, 700.0))
 
 
@@ -50,45 +48,43 @@ def evaluate(
     batches: Iterable[Batch],
     device: str | torch.device,
     stop: Callable[[], bool] = lambda: False,
-    fast: Acceleration | None = None,
+    acceleration: Acceleration | None = None,
 ) -> Evaluation | None:
-    """Mean loss over the trained tokens of all batches, without gradients and without dropout.
+    """Measure the mean loss over the tokens with loss of all batches, without gradients and dropout.
 
     Args:
-        model: A causal language model; its training mode is put back afterwards.
-        batches: Batches on the CPU.
-        device: Where the model is.
-        stop: Asked between batches; True abandons the evaluation.
-        fast: What `lorakit.speed.accelerate` made of the model, or None.
+        model: A causal language model; its modules' training modes are restored afterwards.
+        batches: Batches with tensors (rows, length) on the CPU.
+        device: The model's device.
+        stop: Called between batches; True stops the evaluation.
+        acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
 
     Returns:
-        The evaluation, or None when it was abandoned.
+        The evaluation, or None if it was stopped.
 
     Raises:
-        DataError: No batch holds a trained token.
+        DataError: No batch has a token with loss.
         NonFiniteError: The loss is NaN or infinite.
-        RunError: Memory ran out; the message names the batch and what helps.
+        RunError: Memory ran out; the message names the batch and what to change.
     """
     total, tokens = 0.0, 0
     with evaluating(model), torch.inference_mode():
         for batch in batches:
             if stop():
                 return None
-            with memory(batch, "while evaluating", relief_of_evaluation):
-                total += loss_sum(model, batch, device, fast).item()
+            with oom_as_run_error(batch, " while evaluating", oom_advice_for_evaluation):
+                total += loss_sum(model, batch, device, acceleration).item()
             tokens += batch.trained_tokens
     if tokens == 0:
-        raise DataError("The evaluation data holds no trained token; give --eval-data with more text.")
+        raise DataError("The evaluation data has no token with loss; pass more text as --eval-data.")
     if not math.isfinite(total):
-        raise NonFiniteError(
-            f"The evaluation loss is {total}; the adapter or the base holds values that are not finite."
-        )
+        raise NonFiniteError(f"the evaluation loss is {total}: the base or the adapter has non-finite values.")
     return Evaluation(total / tokens, tokens)
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode, and each module back in its own mode afterwards."""
+    """Put a model in evaluation mode within a block, then restore the mode of each module."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -111,7 +107,7 @@ class Compared:
     evaluation: Evaluation
 
     def as_dict(self) -> dict[str, Any]:
-        """The row as plain JSON values."""
+        """Return the row as plain JSON values."""
         return {
             "name": self.name,
             "loss": self.evaluation.loss,
@@ -122,18 +118,18 @@ class Compared:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What to evaluate on what.
+    """Settings of `compare`.
 
     Attributes:
-        model: What `hub.resolve` takes.
+        model: Model directory, hub id, or packaged model.
         data: Files to evaluate on.
         adapters: Adapter directories.
-        max_length: Longest row in tokens; the default gives way where the model takes fewer.
-        batch_rows: Rows of a batch of the longest; of shorter ones it takes more.
+        max_length: Maximum sequence length in tokens; the default is reduced to the model's limit.
+        batch_rows: Rows of a batch of the longest sequences; shorter ones are batched in larger numbers.
         dtype: "auto", "bfloat16" or "float32".
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        allow: Refusals of `core.load_adapter` to lift.
-        quantization: How to store the base, or None for as it is.
+        allow: Checks of `core.load_adapter` to override.
+        quantization: How to quantize the base, or None.
     """
 
     model: str
@@ -154,28 +150,28 @@ def compare(
 ) -> list[Compared]:
     """Measure the loss of a base, and of each adapter on it, over the same tokens.
 
-    An adapter with a tokenizer of its own, such as one with new tokens, reads the same data with that.
+    An adapter saved with its own tokenizer, such as one with new tokens, uses that on the same data.
 
     Args:
-        settings: What to evaluate on what.
-        say: Called with what was cut or left out of the data, and which adapter uses a tokenizer of its own.
-        detail: Called with the counts of the data, and the precision and its reason.
+        settings: Model, data and adapters.
+        say: Receives what was truncated or skipped in the data, and which adapters have their own tokenizer.
+        detail: Receives the counts of the data, and the precision with its reason.
 
     Returns:
         The base first, then the adapters in the order given.
 
     Raises:
-        ConfigError: The batch size is below 1, or the length is.
-        AdapterFileError: There is no such adapter directory, or it cannot be used on this base.
-        RunError: The evaluation was abandoned.
-        LorakitError: Data or model cannot be used; class and message say what.
+        ConfigError: Batch size or length is below 1.
+        AdapterFileError: An adapter directory does not exist, or does not fit this base.
+        RunError: The evaluation was stopped.
+        LorakitError: Data or model cannot be used; class and message say why.
     """
     where = _checked(settings)
     records = read_records(settings.data)
     source = hub.resolve(settings.model, say)
     hub.require(source, tokenizer=True)
-    bases = [core.inspect_adapter(folder).base for folder in settings.adapters]  # refuses what cannot be read
-    length = row_length(hub.shape_of(source), settings.max_length)
+    bases = [core.inspect_adapter(folder).base for folder in settings.adapters]  # raises before the base is loaded
+    length = max_length_for(hub.shape_of(source), settings.max_length)
     tokenizer = hub.load_tokenizer(source)
     encoded = encode(records, tokenizer, length)
     total, *losses = encoded.report.lines()
@@ -187,7 +183,7 @@ def compare(
     for folder in settings.adapters:
         own = own_tokenizer(folder, tokenizer)
         if own is not None:
-            say(f"{folder}: has a tokenizer of its own, so its loss is over its own tokens.")
+            say(f"{folder}: has its own tokenizer, so its loss is over different tokens.")
             encoded = encode(records, own, length)
         given.append(batches if own is None else evaluation_batches(encoded, settings.batch_rows, padding_id(own)))
     choice = hub.choose_dtype(settings.dtype, hub.calibrate(where) if settings.dtype == "auto" else None)
@@ -195,7 +191,7 @@ def compare(
     loaded = hub.load_model(source, choice.dtype, where, quantization=settings.quantization)
     first = _measured(loaded, "base", batches, where)
     found = {}
-    # the base grows for new tokens and stays so, and more logits are another loss: fewer tokens come first
+    # new tokens add rows to the base for good, and more logits change the loss: smaller vocabularies come first
     for number in sorted(range(len(bases)), key=lambda n: 0 if (base := bases[n]) is None else base.vocabulary):
         folder, name = settings.adapters[number], f"adapter{number}"
         core.load_adapter(loaded, folder, name, allow=settings.allow)
@@ -206,38 +202,38 @@ def compare(
 
 
 def _checked(settings: EvalSettings) -> torch.device:
-    """The device, after what can be refused at once."""
+    """Check the settings and return the device."""
     if settings.batch_rows < 1:
         raise ConfigError(f"batch_size is {settings.batch_rows}; it must be at least 1.")
     if settings.quantization is not None:
-        hub.require_quantiser(settings.quantization)
+        hub.require_quantizer(settings.quantization)
     where = pick_device(settings.device)
     for folder in settings.adapters:
         if not Path(folder).is_dir():
-            raise AdapterFileError(f"{folder}: there is no such adapter directory.", where=folder)
+            raise AdapterFileError(f"adapter directory not found: {folder}.", where=folder)
     return where
 
 
-def _measured(model: Any, name: str, batches: Callable[[], Iterable[Batch]], where: torch.device) -> Compared:
-    fast = accelerate(model)
+def _measured(model: nn.Module, name: str, batches: Callable[[], Iterable[Batch]], where: torch.device) -> Compared:
+    acceleration = accelerate(model)
     try:
-        found = evaluate(model, batches(), where, fast=fast)
+        found = evaluate(model, batches(), where, acceleration=acceleration)
     finally:
-        fast.undo()  # the next adapter may grow the base
+        acceleration.undo()  # the next adapter may add rows to the base
     if found is None:
-        raise RunError("The evaluation was abandoned.")
+        raise RunError("The evaluation was stopped.")
     return Compared(name, found)
 
 
 def own_tokenizer(folder: str, tokenizer: Any) -> Any | None:
-    """The tokenizer that lies with an adapter, where it is another than the base's.
+    """Return the tokenizer in an adapter's directory if it differs from the base's, else None.
 
     Args:
         folder: The adapter's directory.
-        tokenizer: The base's.
+        tokenizer: The base's tokenizer.
 
     Raises:
-        ModelError: It cannot be read.
+        ModelError: The tokenizer cannot be read.
     """
     if not (Path(folder) / "tokenizer_config.json").is_file():
         return None

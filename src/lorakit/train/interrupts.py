@@ -13,19 +13,19 @@ from typing import Any
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name))
 
-_ANSWER = b"\ninterrupted: finishing this step and saving a checkpoint; once more stops at once.\n"
+_ANSWER = b"\ninterrupted: finishing this step and saving a checkpoint; interrupt again to stop at once.\n"
 
 _ACTION_BYTES = 1024  # `struct sigaction` has 152 bytes with glibc and fewer elsewhere
 
 
 class Interrupts:
-    """A context in which the first signal is remembered and the second raises `KeyboardInterrupt`.
+    """Context in which the first signal is recorded and the second raises `KeyboardInterrupt`.
 
-    Outside the main thread Python gives no signals, so there it remembers nothing. On exit the handlers of before are
-    restored, those set from C as well. Where the system has no `sigaction`, a handler set from C is not replaced.
+    Python delivers signals to the main thread only; in other threads nothing is recorded. On exit the previous handlers
+    are restored, including those set from C. If the system has no `sigaction`, a handler set from C is not replaced.
 
     Attributes:
-        requested: Whether a signal has come.
+        requested: Whether a signal has arrived.
     """
 
     def __init__(self) -> None:
@@ -46,12 +46,12 @@ class Interrupts:
             raise KeyboardInterrupt
         self.requested = True
         with contextlib.suppress(OSError):
-            os.write(2, _ANSWER)  # past Python's buffers: they may be in use where the signal came
+            os.write(2, _ANSWER)  # not through Python's buffers: they may be in use when the signal arrives
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """A block in which SIGTERM raises `KeyboardInterrupt`, as Ctrl-C does, if nothing else handles it."""
+    """Raise `KeyboardInterrupt` on SIGTERM within a block, as Ctrl-C does, unless it has another handler."""
     numbers = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
     with _handled(numbers, _stop):
         yield
@@ -63,7 +63,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _handled(numbers: Iterable[int], receive: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """A block in which a function handles signals; afterwards those of before do."""
+    """Handle signals by a function within a block, then restore the previous handlers."""
     before: dict[int, tuple[Any, Any]] = {}
     try:
         for number in numbers if threading.current_thread() is threading.main_thread() else ():
@@ -74,14 +74,14 @@ def _handled(numbers: Iterable[int], receive: Callable[[int, FrameType | None], 
         yield
     finally:
         for number, (handler, action) in before.items():
-            # Python has no value for "set from C": its table says SIG_DFL then, but the action is the one of before
+            # Python has no value for "set from C": its table then says SIG_DFL, although the action is restored
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
             if action is not None:
                 _sigaction(number, action, None)
 
 
 def _action(number: int) -> Any | None:
-    """Return the action of a signal as the C library holds it, or None where it cannot be read."""
+    """Return the action of a signal as the C library holds it, or None if it cannot be read."""
     action = ctypes.create_string_buffer(_ACTION_BYTES)
     return action if _sigaction(number, None, action) else None
 

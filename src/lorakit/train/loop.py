@@ -1,255 +1,161 @@
-"""The learning rate of a step: a pure function of the step's number, so that its state is one number.
+"""The loop of a run: step, evaluate, save, stop. It decides when; the other modules do the work.
 
-Knows nothing about optimizers.
-
-Ctrl-C and SIGTERM once: finish the step and save; twice: stop at once.
-
-Knows nothing about what is being finished.
-
-The loop: step, evaluate, keep, stop. When each happens is here; how, is in the modules beside.
-
-Between two steps the run is wholly described by the trainable tensors, the optimizer's state, the random generators
-and `TrainState`; that is what makes a checkpoint enough to go on from.
+Between two steps a run is completely described by its trainable tensors, the optimizer's state, the random generators
+and `TrainState`, so a checkpoint of these is enough to resume.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorakit.data import Batch, Loader
-from lorakit.errors import NonFiniteError, RunError
+from lorakit.data import Batch
+from lorakit.errors import DiskError, NonFiniteError, RunError
 from lorakit.machine import peak_rss_bytes
-from lorakit.train.checkpoint import TrainState
+from lorakit.ops import choices
+from lorakit.train import checkpoint
 from lorakit.train.evaluation import evaluate
 from lorakit.train.interrupts import Interrupts
-from lorakit.train.progress import Progress
+from lorakit.train.optimizer import state_tensors
+from lorakit.train.run_adapter import save_adapter
 from lorakit.train.run_folder import MetricsLog
-from lorakit.train.settings import Scheduler
-from lorakit.train.step import StepResult, Trainee, train_step, without_gradient
+from lorakit.train.run_plan import check_checkpoint_space
+from lorakit.train.run_spec import Run
+from lorakit.train.step import StepResult, train_step, without_gradient
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Warm-up, then cosine, linear or constant.
-
-    Attributes:
-        peak: The rate at the end of the warm-up, per step.
-        total_steps: Steps of the whole run.
-        warmup_steps: Steps over which the rate rises linearly; the first of them already moves.
-        kind: What follows the warm-up: "cosine" or "linear" (towards zero at `total_steps`), or "constant".
-    """
-
-    peak: float
-    total_steps: int
-    warmup_steps: int
-    kind: Scheduler
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step.
-
-        Args:
-            step: Number of the step, from 0.
-
-        Returns:
-            The rate; at most `peak`, and above 0 for every step of the run.
-        """
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
-        if self.kind == "constant":
-            return self.peak
-        # the first step after the warm-up has the peak, the step after the last would have zero
-        left = max(0.0, 1 - (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
-        return self.peak * (left if self.kind == "linear" else (1 - math.cos(math.pi * left)) / 2)
-
-
-def schedule(peak: float, total_steps: int, warmup_ratio: float, kind: Scheduler) -> Schedule:
-    """A schedule with a share of its steps as warm-up.
+class Loop:
+    """The steps of a run, from its state to its end.
 
     Args:
-        peak: The largest rate.
-        total_steps: Steps of the run, at least 1.
-        warmup_ratio: Share of them in [0, 1], rounded up to whole steps.
-        kind: As `Schedule.kind`.
-
-    Returns:
-        The schedule.
-    """
-    return Schedule(peak, total_steps, math.ceil(warmup_ratio * total_steps), kind)
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How long and how often.
-
-    Attributes:
-        total_steps: Optimizer steps of the run.
-        accumulation: Batches of a step; fewer at the end of an epoch.
-        eval_steps: Steps between evaluations.
-        save_steps: Steps between checkpoints.
-        patience: Evaluations without a better one after which the run ends, or None.
+        run: The run; its loader is at the position of its state. State and status change as the loop runs.
     """
 
-    total_steps: int
-    accumulation: int
-    eval_steps: int
-    save_steps: int
-    patience: int | None
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._folder = run.spec.folder
+        self._options = run.step_options
+        self._saved = (run.state.step, run.state.evaluated_step) if run.resumed_from else (-1, -1)
 
+    def steps(self) -> None:
+        """Train to the end and set the run's status to "finished", "stopped early" or "interrupted".
 
-def steps_per_epoch(batches: int, accumulation: int) -> int:
-    """Optimizer steps of one pass over the data; the last takes the batches that are left."""
-    return -(-batches // accumulation)
-
-
-@dataclass
-class Loop:
-    """One run from a state to its end.
-
-    Attributes:
-        trainee: Model and optimizer.
-        loader: Training batches, at the state's position.
-        held_out: Gives the evaluation batches anew, or None.
-        schedule: Learning rate by step.
-        pace: How long and how often.
-        state: Where the run stands; changed as it goes on.
-        save: Saves a checkpoint of the state and returns its folder; None if the disk took the adapter alone.
-        folder: The run folder.
-        progress: Where to report to.
-        kept: Step and evaluated step of the newest checkpoint, or (-1, -1).
-    """
-
-    trainee: Trainee
-    loader: Loader
-    held_out: Callable[[], Iterable[Batch]] | None
-    schedule: Schedule
-    pace: Pace
-    state: TrainState
-    save: Callable[[TrainState], Path | None]
-    folder: Path
-    progress: Progress
-    kept: tuple[int, int] = (-1, -1)
-
-    def run(self) -> str:
-        """Go on to the end.
-
-        Returns:
-            "finished", "stopped early" or "interrupted"; a checkpoint of the last step has been saved in every case, or
-            its adapter alone.
+        In each case the last step has a checkpoint or, if the disk is full, its adapter alone.
 
         Raises:
-            NonFiniteError: A loss or gradient became NaN or infinite; the message names the last good checkpoint.
-            RunError: As `train_step`; the message names the step and the last good checkpoint.
-            DiskError: The disk refuses.
-            KeyboardInterrupt: A second signal came.
+            NonFiniteError: A loss or gradient became NaN or infinite; the message names the last valid checkpoint.
+            RunError: As `train_step`; the message names the step and the last valid checkpoint.
+            DiskError: A file cannot be written.
+            KeyboardInterrupt: A second signal arrived.
         """
-        first = self.state.step
-        self.progress.begin(first, self.pace.total_steps)
-        self.trainee.model.train()
-        with Interrupts() as interrupts, MetricsLog(self.folder) as log:
+        run = self._run
+        first = run.state.step
+        run.progress.begin(first, run.limits.total_steps)
+        run.model.train()
+        with Interrupts() as interrupts, MetricsLog(self._folder) as log:
             while True:
                 self._evaluate(log, interrupts)
                 ending = self._ending(interrupts)
-                self._keep(log, always=ending is not None)
+                self._save(log, always=ending is not None)
                 if ending is not None:
-                    return ending
+                    run.status = ending
+                    return
                 self._step(log)
-                if self.state.step == first + 1:
-                    self._say_without_gradient()
+                if run.state.step == first + 1:
+                    self._warn_without_gradient()
 
     def _ending(self, interrupts: Interrupts) -> str | None:
-        if self.state.step >= self.pace.total_steps and not self._evaluation_due():
+        state, limits = self._run.state, self._run.limits
+        if state.step >= limits.total_steps and not self._is_evaluation_due():
             return "finished"
-        if self.pace.patience is not None and self.state.stale_evaluations >= self.pace.patience:
+        if limits.patience is not None and state.stale_evaluations >= limits.patience:
             return "stopped early"
         return "interrupted" if interrupts.requested else None
 
-    def _evaluation_due(self) -> bool:
-        step = self.state.step
-        at_this_step = step % self.pace.eval_steps == 0 or step >= self.pace.total_steps
-        return self.held_out is not None and at_this_step and self.state.evaluated_step != step
+    def _is_evaluation_due(self) -> bool:
+        step, limits = self._run.state.step, self._run.limits
+        at_this_step = step % limits.eval_steps == 0 or step >= limits.total_steps
+        return self._run.batches.held_out is not None and at_this_step and self._run.state.evaluated_step != step
 
     def _evaluate(self, log: MetricsLog, interrupts: Interrupts) -> None:
-        if self.held_out is None or not self._evaluation_due():
+        run, held_out = self._run, self._run.batches.held_out
+        if held_out is None or not self._is_evaluation_due():
             return
-        self.progress.busy("evaluating")
+        run.progress.busy("evaluating")
         try:
-            with self.trainee.computing():
+            with self._options.computing():
                 found = evaluate(
-                    self.trainee.model,
-                    self.held_out(),
-                    self.trainee.device,
+                    run.model,
+                    held_out(),
+                    self._options.device,
                     stop=lambda: interrupts.requested,
-                    fast=self.trainee.fast,
+                    acceleration=run.acceleration,
                 )
         except RunError as cause:
-            text = f"{self.folder}: step {self.state.step}: {cause} {self._last_good()}"
-            raise type(cause)(text, **{**cause.fields, "where": self.folder}) from cause
+            raise self._located(cause, run.state.step) from cause
         if found is None:
             return
-        self.state.note_evaluation(found.loss)
+        run.state.note_evaluation(found.loss)
         row = {
-            "step": self.state.step,
+            "step": run.state.step,
             "eval_loss": found.loss,
             "eval_perplexity": found.perplexity,
             "eval_tokens": found.tokens,
         }
         self._log(log, row)
-        self.progress.eval_row(row)
+        run.progress.eval_row(row)
 
     def _log(self, log: MetricsLog, row: dict[str, Any]) -> None:
         log.append(row)
         if len(log.waiting) == 1:
-            self.progress.say(f"warning: {log.path}: the disk is full; rows wait in memory until they fit.")
+            self._run.progress.say(f"warning: {log.path}: the disk is full; rows are kept in memory until they fit.")
 
-    def _keep(self, log: MetricsLog, always: bool) -> None:
-        """Save where it is due: at the interval, at a new best step, and at the end."""
-        state = self.state
-        due = state.step > 0 and (state.step % self.pace.save_steps == 0 or state.best_step == state.step)
+    def _save(self, log: MetricsLog, always: bool) -> None:
+        """Save at the interval, at a new best step, and at the end."""
+        state = self._run.state
+        due = state.step > 0 and (state.step % self._run.limits.save_steps == 0 or state.best_step == state.step)
         now = (state.step, state.evaluated_step)
-        if not (due or always) or now == self.kept:
+        if not (due or always) or now == self._saved:
             return
-        self.progress.busy("saving")
+        self._run.progress.busy("saving")
         log.sync()
-        state.data = self.loader.state()
-        if self.save(state) is not None:
-            self.kept = now
+        state.data = self._run.batches.loader.state()
+        if save_checkpoint(self._run) is not None:
+            self._saved = now
 
     def _step(self, log: MetricsLog) -> None:
-        state, began = self.state, time.perf_counter()
-        rate = self.schedule.rate(state.step)
+        run, state, started = self._run, self._run.state, time.perf_counter()
+        rate = run.schedule.rate(state.step)
         try:
-            result = train_step(self.trainee, self._batches(), rate)
+            result = train_step(run.model, run.named, run.optimizer, self._batches(), rate, self._options)
         except RunError as cause:
             advice = " Try a lower --learning-rate, or --dtype float32." if type(cause) is NonFiniteError else ""
-            text = f"{self.folder}: in step {state.step + 1} {cause}{advice} {self._last_good()}"
-            raise type(cause)(text, **{**cause.fields, "where": self.folder}) from cause
-        seconds = time.perf_counter() - began
+            raise self._located(cause, state.step + 1, advice) from cause
+        seconds = time.perf_counter() - started
         state.step += 1
         state.tokens += result.tokens
         state.trained_tokens += result.trained_tokens
         state.seconds += seconds
         row = self._row(result, rate, seconds)
         self._log(log, row)
-        self.progress.train_row(row)
+        run.progress.train_row(row)
 
     def _batches(self) -> list[Batch]:
-        """The batches of the next step, which never reach over the end of an epoch."""
-        batches: list[Batch] = []
-        while len(batches) < self.pace.accumulation:
-            batches.append(next(self.loader))
-            if self.loader.epoch.is_integer():  # the batch was the last of its epoch
+        """Return the batches of the next step, which never crosses the end of an epoch."""
+        loader, batches = self._run.batches.loader, list[Batch]()
+        while len(batches) < self._run.limits.accumulation:
+            batches.append(next(loader))
+            if loader.epoch.is_integer():  # the batch was the last of its epoch
                 break
         return batches
 
     def _row(self, result: StepResult, rate: float, seconds: float) -> dict[str, float | int]:
         return {
-            "step": self.state.step,
-            "epoch": self.loader.epoch,
+            "step": self._run.state.step,
+            "epoch": self._run.batches.loader.epoch,
             "loss": result.loss,
             "learning_rate": rate,
             "grad_norm": result.grad_norm,
@@ -260,16 +166,56 @@ class Loop:
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
-    def _say_without_gradient(self) -> None:
-        names = without_gradient(self.trainee)
+    def _warn_without_gradient(self) -> None:
+        names = without_gradient(self._run.named)
         if names:
             listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            self.progress.say(
-                f"warning: the first step gave {len(names)} of {len(self.trainee.named)} trainable tensors no "
-                f"gradient ({listed}); they will not learn."
+            self._run.progress.say(
+                f"warning: {len(names)} of {len(self._run.named)} trainable tensors got no gradient in the first step "
+                f"and will not be trained: {listed}."
             )
 
-    def _last_good(self) -> str:
-        if self.kept[0] < 0:
-            return "No checkpoint had been saved yet."
-        return f"The last good checkpoint is checkpoint-{self.kept[0]}."
+    def _located(self, cause: RunError, step: int, advice: str = "") -> RunError:
+        """Return the error with run directory, step, advice and the last valid checkpoint."""
+        saved = self._saved[0]
+        last = f"Last valid checkpoint: checkpoint-{saved}." if saved >= 0 else "No checkpoint was saved."
+        text = f"{self._folder}: step {step}: {cause}{advice} {last}"
+        return type(cause)(text, **{**cause.fields, "where": self._folder})
+
+
+def save_checkpoint(run: Run) -> Path | None:
+    """Save a checkpoint and remove old ones; if it does not fit on the disk, save the adapter alone.
+
+    Args:
+        run: The run; its state includes the position in the data.
+
+    Returns:
+        The checkpoint's directory, or None if the adapter alone was saved.
+
+    Raises:
+        DiskError: Not even the adapter can be written.
+    """
+    spec, state = run.spec, run.state
+    tensors, plain = checkpoint.random_state()
+    snapshot = checkpoint.Snapshot(
+        state=state,
+        optimizer=state_tensors(run.optimizer, run.named),
+        random=tensors,
+        random_plain=plain,
+        environment=checkpoint.environment(
+            spec.device, run.plan.dtype, spec.quantization_values, choices.words(run.choices)
+        ),
+        schedule=dataclasses.asdict(run.schedule),
+    )
+    write_adapter, folder = partial(save_adapter, run), spec.folder
+    try:
+        check_checkpoint_space(folder, run.space)
+        path = checkpoint.save(folder, snapshot, write_adapter)
+    except DiskError as cause:
+        checkpoint.save_adapter_only(folder, state.step, state.best_step, write_adapter)
+        saved = checkpoint.describe_saved(folder)
+        run.progress.say(f"warning: {cause} The adapter was saved without a checkpoint. {saved}")
+        return None
+    checkpoint.prune(folder, spec.settings.save_total_limit, state.best_step)
+    checkpoint.prune_adapters_only(folder, state.step, state.best_step)
+    return path

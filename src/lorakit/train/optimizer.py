@@ -1,14 +1,9 @@
-"""AdamW and LoRA-FA over the trainable tensors, their rates, clipping, and their state as named tensors.
+"""AdamW and LoRA-FA over the trainable tensors: parameter groups, clipping, state by name, AdamW on flat buffers.
 
-The state is kept by parameter name, so that a checkpoint says which moment belongs to which tensor. Knows nothing about
-models, steps or files.
-
-AdamW over flat memory: the tensors of a group lie in one buffer, their moments in two more, and a step is few calls.
-
-A parameter stays what it is, and its numbers lie in the buffer; each begins at a multiple of 64 bytes, as in an
-allocation of its own, so that every product reads it as before. Gradients are no views: autograd hands over what a
-backward made, and a run of neighbours is laid end to end when the step takes it. So none is held during the forward, a
-tensor without one is known, and one run of them at most lies twice. Knows nothing about names or models.
+`FlatAdamW` packs the tensors of a group, and each of their moments, into one buffer, so that a step is a few calls.
+Each tensor starts at a multiple of 64 bytes, as in its own allocation, so kernels read it as before. Gradients are not
+views: autograd returns them, and the step packs them over a run of neighboring tensors. So no gradient buffer exists
+during the forward, tensors without a gradient are recognized, and at most one run is in memory twice.
 """
 
 from __future__ import annotations
@@ -22,8 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 
-from lorakit.core.optimizers import LoraFA, Pair
+from lorakit import core
+from lorakit.core.optimizers import LoraFA, Pair, Rates, freeze_factors, rates_by_name, trained_parts
 from lorakit.errors import RunError
+from lorakit.train.settings import TrainSettings
 
 Named = Sequence[tuple[str, nn.Parameter]]
 """Trainable tensors with their names in the model."""
@@ -32,32 +29,62 @@ _FUSED_DEVICES = ("cpu", "cuda", "mps")
 _EPSILON = 1e-6  # torch's own, in `clip_grads_with_norm_`
 
 
+def build_optimizer(
+    model: nn.Module, adapter: str, settings: TrainSettings
+) -> tuple[list[tuple[str, nn.Parameter]], torch.optim.Optimizer]:
+    """Build the optimizer of a run; LoRA-FA freezes one factor of each site first.
+
+    Args:
+        model: The adapted model.
+        adapter: The name of its adapter.
+        settings: Optimizer, learning rates and weight decay.
+
+    Returns:
+        The trainable tensors (any shape) by name, and the optimizer over them.
+
+    Raises:
+        RunError: No tensor is trainable.
+        ConfigError: LoRA-FA would freeze the only trained factor of a site.
+    """
+    pairs = freeze_factors(model, adapter) if settings.optimizer == "lorafa" else None
+    named = core.trainable_parameters(model, adapter)
+    peaks = Rates(
+        settings.learning_rate,
+        settings.loraplus_lr_ratio or 1.0,
+        settings.loraplus_lr_embedding,
+        settings.learning_rate_pattern,
+    )
+    rates = rates_by_name(trained_parts(model, adapter), peaks)
+    if pairs is None:
+        return named, build_adamw(named, settings.learning_rate, settings.weight_decay, rates)
+    return named, build_lorafa(named, pairs, settings.learning_rate, settings.weight_decay, rates)
+
+
 def build_adamw(
     named: Named, learning_rate: float, weight_decay: float, rates: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW, fused where the device has it; only matrices decay, since a magnitude or bias has no reason to shrink.
-    [docs/math.md (16)]
+    """Build AdamW, fused if the device supports it; only matrices decay.   [docs/math.md (16)]
 
-    Tensors that can lie in one buffer are laid into one: their numbers stay, and so do the bits of a step. Make the
-    optimizer after the model is where and as it will be trained.
+    Tensors that fit into one buffer are packed; their values and the bits of a step do not change. Build the optimizer
+    after the model is moved, cast and loaded.
 
     Args:
-        named: The trainable tensors.
-        learning_rate: The first rate; the loop sets it anew before each step.
-        weight_decay: Share of a matrix's value, times the rate, taken away each step.
-        rates: Name of a tensor -> its peak rate, where that is not `learning_rate`'s.
+        named: The trainable tensors (any shape) by name.
+        learning_rate: The initial rate; the loop sets it before each step.
+        weight_decay: Fraction of a matrix, times the rate, subtracted at each step.
+        rates: Peak rate by tensor name, if it differs from `learning_rate`.
 
     Returns:
         The optimizer, without state.
 
     Raises:
-        RunError: There is nothing to train.
+        RunError: No tensor is trainable.
 
     Source:
         Loshchilov and Hutter 2019, arXiv:1711.05101; betas 0.9 and 0.999, eps 1e-8.
     """
     groups = _groups(named, learning_rate, weight_decay, rates or {})
-    if fits([parameter for _, parameter in named]):
+    if is_packable([parameter for _, parameter in named]):
         return FlatAdamW(groups, lr=learning_rate)
     fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for _, p in named)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
@@ -70,20 +97,20 @@ def build_lorafa(
     weight_decay: float,
     rates: Mapping[str, float] | None = None,
 ) -> LoraFA:
-    """LoRA-FA with the groups that `adamw` would have.
+    """Build LoRA-FA with the groups of `build_adamw`.
 
     Args:
-        named: The trainable tensors, after `lorakit.core.optimizers.freeze_factors`.
-        pairs: What that gave.
-        learning_rate: The first rate; the loop sets it anew before each step.
-        weight_decay: Share of a matrix's value, times the rate, taken away each step.
-        rates: Name of a tensor -> its peak rate, where that is not `learning_rate`'s.
+        named: The trainable tensors (any shape) by name, after `lorakit.core.optimizers.freeze_factors`.
+        pairs: Result of `freeze_factors`.
+        learning_rate: The initial rate; the loop sets it before each step.
+        weight_decay: Fraction of a matrix, times the rate, subtracted at each step.
+        rates: Peak rate by tensor name, if it differs from `learning_rate`.
 
     Returns:
         The optimizer, without state.
 
     Raises:
-        RunError: There is nothing to train.
+        RunError: No tensor is trainable.
     """
     return LoraFA(_groups(named, learning_rate, weight_decay, rates or {}), pairs, lr=learning_rate)
 
@@ -91,9 +118,9 @@ def build_lorafa(
 def _groups(
     named: Named, learning_rate: float, weight_decay: float, rates: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Tensors by rate and decay; `share` is a group's peak rate over the run's."""
+    """Group tensors by rate and decay; `share` is the ratio of a group's peak rate to the run's."""
     if not named:
-        raise RunError("There is nothing to train: the model has no trainable tensor.")
+        raise RunError("The model has no trainable tensor.")
     gathered: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         key = (rates.get(name, learning_rate) / learning_rate, weight_decay if parameter.ndim > 1 else 0.0)
@@ -105,16 +132,16 @@ def _groups(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Give every group its share of the run's learning rate: one schedule for all, each at its own height."""
+    """Set the learning rate of every group: the run's rate times the group's ratio."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["share"]
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    """The common 2-norm of all gradients, a scalar; 0 where there is none.
+    """Return the global 2-norm of all gradients, a scalar; 0 if there are none.
 
     Args:
-        parameters: Tensors (…); those without a gradient are skipped.
+        parameters: Tensors of any shape; those without a gradient are skipped.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
@@ -123,16 +150,16 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
 def clipped_step(
     optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], norm: torch.Tensor, max_norm: float
 ) -> None:
-    """Take a step with gradients that are scaled so that their common 2-norm is at most `max_norm`.
+    """Clip the gradients to a global 2-norm and take a step.
 
     Args:
-        optimizer: From `adamw` or `lorafa`. One over flat buffers scales in the pass that steps.
-        parameters: The tensors (…) that it trains; `.grad` is scaled or left as it is.
-        norm: What `gradient_norm` gave, a scalar.
-        max_norm: The largest norm; 0 scales nothing.
+        optimizer: From `build_adamw` or `build_lorafa`; `FlatAdamW` scales the gradients within its step.
+        parameters: The trained tensors (any shape); `.grad` is scaled or unchanged.
+        norm: Result of `gradient_norm`, a scalar.
+        max_norm: The maximum norm; 0 disables clipping.
 
     Raises:
-        RunError: A tensor is not what it was when the optimizer was made; nothing has changed.
+        RunError: A tensor changed its dtype, device or shape after the optimizer was built; nothing was updated.
     """
     if isinstance(optimizer, FlatAdamW):
         factor = torch.clamp(max_norm / (norm + _EPSILON), max=1.0).item() if max_norm > 0 else 1.0
@@ -144,11 +171,11 @@ def clipped_step(
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, torch.Tensor]:
-    """The optimizer's state under names, ready for a file.
+    """Return the optimizer's state by name, ready for a file.
 
     Args:
-        optimizer: From `adamw` or `lorafa`.
-        named: The tensors that it trains.
+        optimizer: From `build_adamw` or `build_lorafa`.
+        named: The trained tensors (any shape) by name.
 
     Returns:
         "exp_avg/<name>", "exp_avg_sq/<name>" (shape of the tensor) and "step/<name>" (scalar), on the CPU.
@@ -162,15 +189,15 @@ def state_tensors(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, t
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `state_tensors` gave.
+    """Restore the result of `state_tensors`.
 
     Args:
-        optimizer: A fresh optimizer over the same tensors.
-        named: The tensors that it trains.
+        optimizer: A new optimizer over the same tensors.
+        named: The trained tensors (any shape) by name.
         tensors: State by name.
 
     Raises:
-        RunError: A name or shape does not fit; nothing has been put back then.
+        RunError: A name or shape does not match; nothing was restored.
     """
     shapes = {name: parameter.shape for name, parameter in named}
     for key, value in tensors.items():
@@ -178,7 +205,7 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: 
         wanted = shapes.get(name)
         if wanted is None or kind not in (*MOMENTS, "step") or (kind in MOMENTS and value.shape != wanted):
             raise RunError(
-                f"The optimizer state {key} of shape {tuple(value.shape)} does not fit this model's adapter."
+                f"The optimizer state {key} of shape {tuple(value.shape)} does not match this model's adapter."
             )
     for name, parameter in named:
         state = {kind: tensors[f"{kind}/{name}"] for kind in ("step", *MOMENTS) if f"{kind}/{name}" in tensors}
@@ -187,34 +214,37 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: 
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""The state that has the shape of its tensor; beside it "step" counts the steps that a tensor has taken."""
+"""State with the shape of its tensor; the rest is "step", the number of steps that the tensor has taken."""
 
 _ALIGNED = 16
-_RUN = {"cpu": 1 << 20, "cuda": 1 << 24}  # numbers: on a CPU 4 MB, which caches hold until AdamW reads them
+_RUN = {
+    "cpu": 1 << 20,
+    "cuda": 1 << 24,
+}  # elements per run: 4 MB on a CPU, which stay in the cache until AdamW reads them
 
 
-def fits(parameters: Sequence[nn.Parameter]) -> bool:
-    """Whether tensors can lie in one buffer: plain contiguous fp32 tensors of one device, none in another's memory.
+def is_packable(parameters: Sequence[nn.Parameter]) -> bool:
+    """Return whether tensors can share one buffer: contiguous fp32, on one CPU or CUDA device, without shared memory.
 
-    Those of FSDP2 (DTensor), of other precision, on several devices or on MPS cannot; torch's own AdamW takes them.
+    Others (DTensors of FSDP2, other precisions, several devices, MPS) use torch's own AdamW.
 
     Args:
-        parameters: Tensors of any shape (…).
+        parameters: Tensors of any shape.
     """
     devices = {p.device for p in parameters}
     if len(devices) != 1 or devices.pop().type not in _RUN:
         return False
     if not all(type(p.data) is Tensor and p.dtype == torch.float32 and p.is_contiguous() for p in parameters):
         return False
-    return _apart(parameters)
+    return _is_disjoint(parameters)
 
 
 class FlatAdamW(torch.optim.Optimizer):
-    """torch's fused AdamW in one call for a run of neighbouring tensors, instead of a pass and a wait for each.
+    """torch's fused AdamW in one call per run of neighboring tensors, instead of one call per tensor.
 
-    The bits are torch's; in tensors whose count is no multiple of 16 torch rounds v at the end differently by a bit.
-    `state` has for each tensor what torch's has: "step", "exp_avg", "exp_avg_sq", as views of the buffers. A tensor
-    without a gradient is left alone: no decay, no moments, no step counted.
+    Results are bit-identical to torch's, except the last elements of v in tensors whose size is not a multiple of 16:
+    there torch rounds differently. `state` has torch's entries for each tensor ("step", "exp_avg", "exp_avg_sq"), as
+    views of the buffers. A tensor without a gradient is skipped: no decay, no moments, no step counted.
     """
 
     def __init__(
@@ -226,14 +256,14 @@ class FlatAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        """Lay the tensors into buffers, one for each group; their numbers stay.
+        """Pack the tensors into one buffer per group; their values do not change.
 
         Args:
-            params: Tensors or groups, as any optimizer of torch takes them; `fits` holds for all together.
+            params: Tensors (any shape) or groups, as for torch's optimizers; `is_packable` must hold for all together.
             lr: Learning rate.
-            betas: Decay of the running means of the gradient and of its square.
-            eps: Added to the root of the latter.
-            weight_decay: Share of a tensor, times the rate, that is taken away each step.
+            betas: Decay rates of the moments.
+            eps: Term added to the root of the second moment.
+            weight_decay: Fraction of a tensor, times the rate, subtracted at each step.
         """
         fixed = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
         super().__init__(params, fixed)
@@ -244,14 +274,14 @@ class FlatAdamW(torch.optim.Optimizer):
         """Take one step.
 
         Args:
-            closure: Computes the loss anew, or None.
-            factor: What each gradient is multiplied by first; `.grad` itself may stay as it is.
+            closure: Function that recomputes the loss, or None.
+            factor: Factor applied to each gradient first; `.grad` itself may stay unchanged.
 
         Returns:
-            What the closure returned.
+            The closure's result.
 
         Raises:
-            RunError: A tensor has another dtype, device or shape than when the optimizer was made; nothing has changed.
+            RunError: A tensor changed its dtype, device or shape after the optimizer was built; nothing was updated.
         """
         loss = None
         if closure is not None:
@@ -266,7 +296,7 @@ class FlatAdamW(torch.optim.Optimizer):
 
 
 class _Lane:
-    """One buffer and the views of it that belong to the members of a group, in their order."""
+    """One buffer, and one view of it per member of a group, in their order."""
 
     def __init__(self, shapes: Sequence[torch.Size], starts: Sequence[int], device: torch.device) -> None:
         self.buffer = torch.zeros(starts[-1], dtype=torch.float32, device=device)
@@ -277,7 +307,7 @@ class _Lane:
 
 
 class _Flat:
-    """The members of one group, their numbers and their state."""
+    """The members of one group, their values and their state."""
 
     def __init__(self, members: Sequence[nn.Parameter]) -> None:
         self.members = list(members)
@@ -286,38 +316,36 @@ class _Flat:
         self.starts = list(accumulate(sizes, initial=0))
         self.gap = torch.zeros(_ALIGNED, dtype=torch.float32, device=self.device)  # AdamW leaves zeros at zero
         self.state: dict[str, _Lane] = {}
-        self._lay()
+        self._pack()
 
     def check(self) -> None:
-        """Refuse members that are not what they were."""
+        """Raise if a member changed its dtype, device or shape."""
         for p, shape in zip(self.members, self.shapes, strict=True):
             if p.dtype != torch.float32 or p.device != self.device or p.shape != shape:
                 raise RunError(
-                    f"a trained tensor, {tuple(shape)} in float32 on {self.device} when the optimizer was made, is now "
-                    f"{tuple(p.shape)} in {str(p.dtype).removeprefix('torch.')} on {p.device}; make the optimizer "
-                    "after the model is moved, cast or loaded."
+                    f"a trained tensor changed from {tuple(shape)}, float32 on {self.device} to {tuple(p.shape)}, "
+                    f"{str(p.dtype).removeprefix('torch.')} on {p.device}; build the optimizer after the model is "
+                    "moved, cast or loaded."
                 )
-        if self._replaced() and not _apart(self.members):
-            raise RunError(
-                "trained tensors lie in each other's memory now; make the optimizer after they are replaced."
-            )
+        if self._replaced() and not _is_disjoint(self.members):
+            raise RunError("trained tensors share memory; build the optimizer after they are replaced.")
 
     def gather(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Bring home numbers and state that were replaced, as by `p.data = …` or `load_state_dict`; make new state."""
+        """Copy replaced values and state (`p.data = …`, `load_state_dict`) into the buffers; create missing state."""
         if self._replaced():
-            self._lay()
+            self._pack()
         for i, p in enumerate(self.members):
             own = state.get(p)
             if not own and p.grad is None:
                 continue
-            for key, lane in (self.state or self._begin()).items():
+            for key, lane in (self.state or self._create_state()).items():
                 if not own:
                     state[p][key] = lane.views[i].zero_()
                 elif own[key].data_ptr() != lane.places[i]:
                     own[key] = lane.views[i].copy_(own[key])
 
     def step(self, group: Mapping[str, Any], factor: float) -> None:
-        """AdamW on each run, with the settings of the group."""
+        """Apply AdamW to each run, with the settings of the group."""
         beta1, beta2 = group["betas"]
         for first, last, count in self._runs():
             gradient = self._gradients(first, last)
@@ -335,31 +363,31 @@ class _Flat:
             )  # fmt: skip
             self.state["step"].buffer[first:last] += 1
             for p in self.members[first:last]:
-                increment_version(p)  # autograd sees no change that goes through the buffer
+                increment_version(p)  # autograd does not see writes through the buffer
 
     def _replaced(self) -> bool:
-        """Whether a member's numbers lie elsewhere than here."""
+        """Return whether a member's values are outside the buffer."""
         return any(
             p.data_ptr() != place or not p.is_contiguous()
             for p, place in zip(self.members, self.values.places, strict=True)
         )
 
-    def _lay(self) -> None:
-        """Put the members' numbers into a buffer: a new one each time, since who replaced one may hold the old one."""
+    def _pack(self) -> None:
+        """Copy the members' values into a new buffer; code that replaced a tensor may still hold the old one."""
         self.values = _Lane(self.shapes, self.starts, self.device)
         with torch.no_grad():
             for p, view in zip(self.members, self.values.views, strict=True):
                 p.data = view.copy_(p)
 
-    def _begin(self) -> dict[str, _Lane]:
-        """Make the buffers of the state, when there is the first: a run to come takes no memory for them."""
+    def _create_state(self) -> dict[str, _Lane]:
+        """Create the buffers of the state, at the first step only."""
         counts = [torch.Size([])] * len(self.members)
         self.state["step"] = _Lane(counts, range(len(counts) + 1), torch.device("cpu"))
         self.state.update({key: _Lane(self.shapes, self.starts, self.device) for key in MOMENTS})
         return self.state
 
     def _runs(self) -> Iterator[tuple[int, int, float]]:
-        """First, last + 1 and steps taken of neighbours that have a gradient and took as many steps."""
+        """Yield first, last + 1 and step count of neighbors that have a gradient and equal step counts."""
         counts = self.state["step"].buffer.tolist() if self.state else []
         first, limit = 0, _RUN[self.device.type]
         for i in range(len(counts)):
@@ -373,7 +401,7 @@ class _Flat:
                 first = after
 
     def _gradients(self, first: int, last: int) -> Tensor:
-        """The gradients of a run end to end, as the members lie; that of a single one may be its own `.grad`."""
+        """Return the packed gradients of a run, 1-D; that of a single tensor may be its own `.grad`."""
         pieces = []
         for i in range(first, last):
             gradient: Tensor = self.members[i].grad  # type: ignore[assignment]
@@ -384,7 +412,7 @@ class _Flat:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _apart(parameters: Sequence[nn.Parameter]) -> bool:
-    """Whether no tensor lies in another's memory."""
+def _is_disjoint(parameters: Sequence[nn.Parameter]) -> bool:
+    """Return whether no two tensors share memory."""
     spans = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in parameters if p.numel())
     return all(end <= start for (_, end), (start, _) in pairwise(spans))

@@ -1,6 +1,6 @@
 """Progress of a run: a live bar on a terminal, plain lines elsewhere.
 
-The only module of training that imports rich. Knows the rows of metrics and nothing about the loop.
+The only module of `train` that imports rich. Knows the rows of metrics, not the loop.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from lorakit.errors import printable
 from lorakit.tables import fit, format_bytes, format_percent, format_rate, format_seconds, is_animated
 
 PLAIN_SECONDS = 10.0
-"""Least time between two plain lines; the first and last step and evaluations are always printed."""
+"""Minimum time between two plain lines; the first and last step and evaluations are always printed."""
 
 LIVE_BYTES = 1_000_000
-"""Data of fewer bytes gets no bar."""
+"""Minimum size of data that gets a bar."""
 
 
 class Progress(Protocol):
@@ -212,10 +212,10 @@ class LiveProgress:
             self.say(text)
 
 
-class Silence:
-    """Progress that prints nothing; the default for programs."""
+class NullProgress:
+    """Progress that prints nothing; the default of `run`."""
 
-    def __enter__(self) -> Silence:
+    def __enter__(self) -> NullProgress:
         return self
 
     def __exit__(

@@ -1,26 +1,39 @@
-"""End of a run: publishes the adapter of its best step, draws the plot, completes the record."""
+"""The end of a run: `adapter/` of its best step with tokenizer and model card, the loss plot, the record, the result.
+
+The adapter's files are copied byte for byte from the chosen checkpoint.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorakit import hub
-from lorakit.errors import DiskError, RunError
+from lorakit import durable
+from lorakit.errors import DiskError, MissingExtra, RunError
 from lorakit.machine import peak_rss_bytes
+from lorakit.report import loss_plot, read_metrics
 from lorakit.tables import format_bytes, format_percent, format_rate, format_seconds
-from lorakit.train import adapter_only, checkpoint
-from lorakit.train.publishing import model_card, plot_loss, publish_adapter, write_tokenizer
-from lorakit.train.run_folder import ADAPTER_FOLDER, versions, write_record
-from lorakit.train.run_spec import Ready
+from lorakit.train import checkpoint
+from lorakit.train.run_adapter import write_tokenizer
+from lorakit.train.run_folder import ADAPTER_FOLDER, PLOT_FILE, versions, write_record
+from lorakit.train.run_spec import Run
 
 _WEIGHTS = "adapter_model.safetensors"
+_CHECKPOINT_ONLY = {checkpoint.MANIFEST, checkpoint.STATE, checkpoint.OPTIMIZER, checkpoint.RANDOM}
+
+_RESIZE = """rows = len(AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER"))
+if rows > base.get_input_embeddings().num_embeddings:  # peft needs this for the new tokens; lorakit resizes on its own
+    base.resize_token_embeddings(rows)
+"""
 
 
 @dataclass(frozen=True)
@@ -28,25 +41,25 @@ class RunResult:
     """The result of a run.
 
     Attributes:
-        folder: The run folder.
+        folder: The run directory.
         ending: "finished", "stopped early" or "interrupted".
-        adapter: Folder of the adapter; None after an interruption.
-        steps: Optimizer steps done.
-        total_steps: Optimizer steps asked for.
-        adapter_step: The step that `adapter` is of; None after an interruption.
+        adapter: Directory of the adapter; None after an interruption.
+        steps: Optimizer steps taken.
+        total_steps: Optimizer steps of the whole run.
+        adapter_step: The step of `adapter`; None after an interruption.
         first_loss: Evaluation loss of the base, or None without evaluation data.
         best_loss: Evaluation loss of `adapter`, or None.
-        trainable_parameters: Numbers trained.
-        total_parameters: Numbers of the base.
+        trainable_parameters: Number of trained parameters.
+        total_parameters: Number of parameters of the base.
         adapter_bytes: Size of the adapter's weights file.
         base_bytes: Size of the base's weights in memory.
-        tokens_per_second: Over all steps, without evaluations and saving.
-        peak_rss_bytes: Largest resident size of the process.
-        seconds: From the call to the return.
+        tokens_per_second: Over all steps, without evaluation and saving.
+        peak_rss_bytes: Peak resident size of the process.
+        seconds: From call to return.
         dtype: Precision of the base.
-        plan: What was planned, as `Plan.as_dict()` gives it.
-        notes: Sentences a person should read.
-        checkpoint_step: The step that `--resume` goes on from after an interruption; None without one.
+        plan: The plan, from `Plan.as_dict()`.
+        notes: Messages for the user.
+        checkpoint_step: The step at which `--resume` continues after an interruption, or None.
     """
 
     folder: Path
@@ -73,7 +86,7 @@ class RunResult:
         """Return the result as lines of text, the most important first.
 
         Args:
-            verbose: Add sizes, the planned speed and the plot.
+            verbose: Add sizes, the estimated speed and the plot.
         """
         if self.ending == "interrupted":
             return self._interrupted()
@@ -82,169 +95,107 @@ class RunResult:
         if verbose and rate:
             planned = f" (estimated {format_rate(rate, 'tokens/s')})"
         lines = [
-            _result_sentence(self.first_loss, self.best_loss),
+            _evaluation_line(self.first_loss, self.best_loss),
             f"Adapter: {self.adapter} (step {self.adapter_step}, {format_bytes(self.adapter_bytes)})",
             f"{'Stopped early' if self.ending == 'stopped early' else 'Finished'} at step {self.steps} of "
             f"{self.total_steps} in {format_seconds(self.seconds)}, {speed}{planned}, peak memory "
             f"{format_bytes(self.peak_rss_bytes)}.",
         ]
         if verbose:
-            share = format_percent(self.trainable_parameters / self.total_parameters)
+            fraction = format_percent(self.trainable_parameters / self.total_parameters)
             lines.append(
-                f"Trained {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share}); the base "
+                f"Trained {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({fraction}); the base "
                 f"has {format_bytes(self.base_bytes)}."
             )
         return [*lines, *self.notes]
 
     def _interrupted(self) -> list[str]:
-        again = f"lorakit train --output-dir {self.folder} --resume"
+        command = f"lorakit train --output-dir {self.folder} --resume"
         where = f"Interrupted at step {self.steps} of {self.total_steps}"
         if self.checkpoint_step == self.steps:
-            return [f"{where}; a checkpoint was saved. Resume with: {again}"]
+            return [f"{where}; a checkpoint was saved. Resume with: {command}"]
         start = "the beginning" if self.checkpoint_step is None else f"step {self.checkpoint_step}"
         return [
-            f"{where}; its checkpoint could not be saved. {adapter_only.account(self.folder)}",
-            f"Resume from {start} with: {again}",
+            f"{where}; its checkpoint could not be saved. {checkpoint.describe_saved(self.folder)}",
+            f"Resume from {start} with: {command}",
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as plain JSON values."""
+        """Return the result as plain JSON values."""
         values = dataclasses.asdict(self)
         values.update(folder=str(self.folder), adapter=str(self.adapter) if self.adapter else None)
         values["notes"] = list(self.notes)
         return values
 
 
-def finish(ready: Ready, ending: str, seconds: float) -> RunResult:
-    """Publish what the run came to; after an interruption only the record is written.
+def finish(run: Run) -> RunResult:
+    """Publish the adapter and write the record; after an interruption only the record is written.
 
     Args:
-        ready: The run.
-        ending: "finished", "stopped early" or "interrupted".
-        seconds: Time since the run was asked for.
+        run: The run, after its last step; its status says how it ended.
 
     Returns:
-        The result, which also stands in `run.json`.
+        The result, which is also written to `run.json`.
 
     Raises:
-        RunError: No checkpoint of the run verifies.
-        DiskError: The disk refuses.
+        RunError: The run has no valid checkpoint.
+        DiskError: A file cannot be written.
     """
-    request, state = ready.request, ready.state
-    notes = list(ready.notes)
-    adapter = step = None
-    if ending != "interrupted":
-        step, source = _chosen(ready, notes)
-        adapter = _publish(ready, step, source, notes)
-        if source == adapter_only.place(request.folder, step):
+    folder, state, notes = run.spec.folder, run.state, list(run.notes)
+    adapter = step = resumable = None
+    if run.status == "interrupted":
+        found = checkpoint.newest_valid(folder)
+        resumable = None if found is None else checkpoint.step_of(found)
+    else:
+        step, source = _chosen(run, notes)
+        adapter = _publish(run, step, source, notes)
+        if source == checkpoint.adapter_only_path(folder, step):
             shutil.rmtree(source, ignore_errors=True)
-        notes.append(plot_loss(request.folder, f"{request.source.base_name}: loss over the steps"))
+        notes.append(_plot_loss(folder, f"{run.spec.source.base_name}: loss by step"))
         if state.best_loss is not None and state.first_loss is not None and state.best_loss >= state.first_loss:
             notes.append("The adapter is not better than the base on the evaluation data; do not use it.")
     result = RunResult(
-        folder=request.folder,
-        ending=ending,
+        folder=folder,
+        ending=run.status,
         adapter=adapter,
         steps=state.step,
-        total_steps=ready.pace.total_steps,
+        total_steps=run.limits.total_steps,
         adapter_step=step,
         first_loss=state.first_loss,
         best_loss=state.best_loss,
-        trainable_parameters=ready.trainable_parameters,
-        total_parameters=ready.total_parameters,
+        trainable_parameters=run.trainable_parameters,
+        total_parameters=run.total_parameters,
         adapter_bytes=(adapter / _WEIGHTS).stat().st_size if adapter else 0,
-        base_bytes=ready.base_bytes,
+        base_bytes=run.base_bytes,
         tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
         peak_rss_bytes=peak_rss_bytes(),
-        seconds=seconds,
-        dtype=ready.planned.dtype,
-        plan=dict(ready.planned.values),
+        seconds=time.perf_counter() - run.started,
+        dtype=run.plan.dtype,
+        plan=dict(run.plan.values),
         notes=tuple(notes),
-        checkpoint_step=_resumed_from(request.folder) if ending == "interrupted" else None,
+        checkpoint_step=resumable,
     )
     try:
-        write_record(request.folder, {**record(ready, ending), "result": result.as_dict()})
-    except DiskError as cause:  # what the run came to is saved all the same
-        return dataclasses.replace(result, notes=(*result.notes, f"{cause} It does not say how the run ended."))
+        write_record(folder, {**run.record(), "result": result.as_dict()})
+    except DiskError as cause:  # the adapter is complete all the same
+        return dataclasses.replace(result, notes=(*result.notes, f"{cause} It does not contain the result of the run."))
     return result
 
 
-def record(ready: Ready, status: str) -> dict[str, Any]:
-    """The content of `run.json` but for the result.
-
-    Args:
-        ready: The run.
-        status: "running", "failed", "interrupted", "stopped early" or "finished".
-
-    Returns:
-        Plain JSON values.
-    """
-    request = ready.request
-    held_out = ready.batches.held_out_report
-    return {
-        "status": status,
-        "settings": request.settings.as_dict(),
-        "resolved": {
-            "base": request.source.base_name,
-            "dtype": ready.planned.dtype,
-            "quantization": request.quantization,
-            "device": str(request.device),
-            "max_length": request.forecast.max_length,
-            **dataclasses.asdict(ready.pace),
-            "trainable_parameters": ready.trainable_parameters,
-            "total_parameters": ready.total_parameters,
-        },
-        "versions": versions(),
-        "data_sha256": dict(request.hashes),
-        "data": ready.batches.train_report.as_dict(),
-        "evaluation_data": held_out.as_dict() if held_out else None,
-        "plan": dict(ready.planned.values),
-    }
-
-
-def adapter_facts(ready: Ready) -> dict[str, Any]:
-    """What `lorakit.json` of a saved adapter says beside core's own: base, tokenizer, training.
-
-    Args:
-        ready: The run, at the step that is saved.
-
-    Returns:
-        Plain JSON values.
-    """
-    request, state = ready.request, ready.state
-    evaluated = state.evaluated_step == state.step
-    return {
-        "base_name": request.source.base_name,
-        "tokenizer_sha256": hub.tokenizer_hash(ready.request.tokenizer),
-        "chat_template_sha256": hub.chat_template_hash(ready.request.tokenizer),
-        "training": {
-            "step": state.step,
-            "total_steps": ready.pace.total_steps,
-            "eval_loss": state.last_loss if evaluated and state.step else None,
-            "base_eval_loss": state.first_loss,
-            "trained_tokens": state.trained_tokens,
-            "data_sha256": dict(request.hashes),
-            "seed": request.settings.seed,
-            "dtype": ready.planned.dtype,
-            "quantization": request.quantization,
-        },
-    }
-
-
-def _chosen(ready: Ready, notes: list[str]) -> tuple[int, Path]:
-    """The step that becomes `adapter/`, the best by evaluation loss, else the last, and where its adapter is."""
-    folder, state = ready.request.folder, ready.state
+def _chosen(run: Run, notes: list[str]) -> tuple[int, Path]:
+    """Return the step to publish (the best by evaluation loss, else the last) and the directory of its adapter."""
+    folder, state = run.spec.folder, run.state
     wanted = state.best_step or state.step
     whole = folder / f"checkpoint-{wanted}"
     try:
         checkpoint.verify(whole)
     except RunError as cause:
-        alone = adapter_only.saved(folder)
-        if adapter_only.place(folder, wanted) in alone:
-            return wanted, adapter_only.place(folder, wanted)
-        good = checkpoint.newest_good(folder).path
-        found = [(checkpoint.step_of(good), good)] if good else []
-        found += [(adapter_only.step_of(path), path) for path in alone]
+        alone = checkpoint.adapters_only(folder)
+        if checkpoint.adapter_only_path(folder, wanted) in alone:
+            return wanted, checkpoint.adapter_only_path(folder, wanted)
+        valid = checkpoint.newest_valid(folder)
+        found = [(checkpoint.step_of(valid), valid)] if valid else []
+        found += [(checkpoint.adapter_only_step(path), path) for path in alone]
         if not found:
             raise
         step, path = max(found)
@@ -253,49 +204,109 @@ def _chosen(ready: Ready, notes: list[str]) -> tuple[int, Path]:
     return wanted, whole
 
 
-def _publish(ready: Ready, step: int, source: Path, notes: list[str]) -> Path:
-    """Publish the adapter; if the disk has no room for the base's own tokenizer, without that."""
-    request, card = ready.request, model_card(_card_facts(ready, step))
+def _publish(run: Run, step: int, source: Path, notes: list[str]) -> Path:
+    """Publish the adapter, without the base's own tokenizer if the disk has no room for it."""
+    spec, card = run.spec, model_card(run, step)
     try:
-        return publish_adapter(source, request.folder, partial(write_tokenizer, request.tokenizer), card)
+        return publish_adapter(source, spec.folder, partial(write_tokenizer, spec.tokenizer), card)
     except DiskError as cause:
-        if request.forecast.new_tokens is not None:  # the base's own tokenizer does not know them
+        if spec.forecast.new_tokens is not None:  # the base's own tokenizer does not contain them
             raise
-        adapter = publish_adapter(source, request.folder, lambda folder: None, card)
-        notes.append(f"{cause} {adapter} was saved without its tokenizer, which equals the base's.")
+        adapter = publish_adapter(source, spec.folder, lambda folder: None, card)
+        notes.append(f"{cause} {adapter} was saved without a tokenizer; it is the base's.")
         return adapter
 
 
-def _resumed_from(folder: Path) -> int | None:
-    found = checkpoint.newest_good(folder).path
-    return None if found is None else checkpoint.step_of(found)
+def publish_adapter(source: Path, folder: Path, save_tokenizer: Callable[[Path], object], card: str) -> Path:
+    """Copy a checkpoint's adapter into `adapter/`, completely or not at all.
+
+    Args:
+        source: A verified checkpoint, or an adapter saved without one; the files of the latter are linked instead of
+            copied, because the disk was full.
+        folder: The run directory.
+        save_tokenizer: Function that writes the tokenizer's files into a given directory.
+        card: Text of README.md.
+
+    Returns:
+        The adapter's directory.
+
+    Raises:
+        DiskError: A file cannot be written.
+    """
+    final = folder / ADAPTER_FOLDER
+    with durable.publish_directory(final, replace=True) as temporary:
+        for path in sorted(source.iterdir()):
+            if path.is_file() and path.name not in _CHECKPOINT_ONLY:
+                _copy(path, temporary / path.name, linked=checkpoint.adapter_only_step(source) >= 0)
+        save_tokenizer(temporary)
+        durable.write_text(temporary / "README.md", card)
+    return final
 
 
-def _card_facts(ready: Ready, step: int) -> Mapping[str, Any]:
-    settings, state = ready.request.settings, ready.state
-    targets = settings.target_modules
-    return {
-        "base": ready.request.source.base_name,
-        "base_model_name_or_path": ready.request.source.recorded_name,
-        "trainable": ready.trainable_parameters,
-        "total": ready.total_parameters,
-        "r": settings.r,
-        "lora_alpha": f"{settings.lora_alpha:g}",
-        "targets": targets if isinstance(targets, str) else ", ".join(targets),
-        "new_tokens": settings.new_tokens,
-        "data": [Path(path).name for path in settings.data],
-        "step": step,
-        "steps": ready.pace.total_steps,
-        "learning_rate": f"{settings.learning_rate:g}",
-        "seed": settings.seed,
-        "dtype": ready.planned.dtype,
-        "eval": _result_sentence(state.first_loss, state.best_loss),
-        "versions": versions(),
-    }
+def _copy(path: Path, target: Path, *, linked: bool) -> None:
+    if linked:
+        with contextlib.suppress(OSError):  # a file system without links
+            os.link(path, target)
+            return
+    shutil.copyfile(path, target)
 
 
-def _result_sentence(first: float | None, best: float | None) -> str:
+def _plot_loss(folder: Path, title: str) -> str:
+    """Draw `loss.svg` if matplotlib is installed; return a message with its path, or why there is none."""
+    path = folder / PLOT_FILE
+    try:
+        loss_plot(read_metrics(folder), path, title)
+    except (MissingExtra, DiskError) as cause:
+        return str(cause)
+    return f"Loss by step: {path}"
+
+
+def _evaluation_line(first: float | None, best: float | None) -> str:
     if best is None:
         return "Evaluation: not measured (no evaluation data)"
     before = f"{math.exp(min(first, 700)):.2f} → " if first is not None else ""
     return f"Evaluation perplexity: {before}{math.exp(min(best, 700)):.2f}"
+
+
+def model_card(run: Run, step: int) -> str:
+    """Return the README of an adapter: config, training, result and use, with the metadata that model hubs read.
+
+    Args:
+        run: The run.
+        step: The step of the adapter.
+    """
+    spec, settings, state = run.spec, run.spec.settings, run.state
+    base = spec.source.recorded_name
+    header = ["---", "library_name: peft", "tags:", "- lora", "- lorakit"]
+    if base:
+        header.append(f"base_model: {base}")
+    header.append("---")
+    tokens = ", ".join(f"`{token}`" for token in settings.new_tokens).replace("|", r"\|")
+    row = f"| new tokens | {tokens} |\n" if tokens else ""
+    targets = settings.target_modules
+    body = f"""
+# LoRA adapter for {spec.source.base_name}
+
+{run.trainable_parameters:,} trained parameters; the frozen base has {run.total_parameters:,}. Rank {settings.r},
+alpha {settings.lora_alpha:g}, target modules: {targets if isinstance(targets, str) else ", ".join(targets)}.
+
+| | |
+|---|---|
+{row}| data | {", ".join(Path(path).name for path in settings.data)} |
+| training | {step} of {run.limits.total_steps} steps, learning rate {settings.learning_rate:g}, seed {settings.seed} |
+| result | {_evaluation_line(state.first_loss, state.best_loss)} |
+| precision | base {run.plan.dtype}, adapter float32 |
+| versions | {", ".join(f"{name} {version}" for name, version in versions().items())} |
+
+```python
+from lorakit import PeftModel  # or: from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({base or "PATH_OF_THE_BASE"!r})
+{_RESIZE if tokens else ""}model = PeftModel.from_pretrained(base, "PATH_OF_THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
+```
+
+Limits: evaluated only on the data above. The license and limits of the base apply.
+"""
+    return "\n".join(header) + "\n" + body

@@ -1,13 +1,8 @@
-"""`--allocate-ranks`: what the first training rows say about the base, made into a config with a rank for each module.
+"""The adapter of a run: new or resumed, its ranks and its init from the first training rows, and its files.
 
-The criteria are `lorakit.core.operations.rank_allocation`'s; here the data is brought to it, a row at a time, so that
-less memory is taken than by a training step. Nothing random is drawn and the run's own loader is not moved.
-
-`--init-lora-weights`: what the first training rows show, for inits that look at data.
-
-The inits are `lorakit.core`'s; here the data is brought to them, a row at a time, in the order in which the run will
-see it. Nothing random is drawn and the run's own loader is not moved; a run that is resumed has its beginning in its
-checkpoint.
+The criteria of ranks and inits are those of `lorakit.core.operations`; this module supplies the data, one row at a
+time, so that less memory is used than in a training step, in the order of the run's first epoch. No random numbers are
+drawn, and the run's own loader does not advance. A resumed run has its init in its checkpoint.
 """
 
 from __future__ import annotations
@@ -15,129 +10,250 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorakit import core
+from lorakit import core, hub
 from lorakit.config import LoraConfig
+from lorakit.core.attachment.saving import saved_form
 from lorakit.core.inits import init_named
 from lorakit.core.operations.rank_allocation import allocate
 from lorakit.data import Batch, Loader
-from lorakit.errors import UsageError
+from lorakit.errors import DiskError, UsageError
 from lorakit.train.progress import Progress
-from lorakit.train.run_spec import Request
+from lorakit.train.run_spec import ADAPTER, Run, RunSpec
 from lorakit.train.step import loss_sum
 
 ROWS = 32
-"""Training rows that are looked at."""
+"""Number of training rows used for ranks and inits."""
 
 
-def first_rows(request: Request, loader: Loader) -> list[Batch]:
-    """The first training rows, one to a batch, in the order of the run's first epoch.
-
-    Args:
-        request: Names the seed.
-        loader: The run's; it is not moved.
-    """
-    own = Loader(loader.sequences, 1, request.settings.seed, epochs=1, pad_id=loader.pad_id)
-    return [batch for batch in islice(own, ROWS) if batch.trained_tokens]
-
-
-def loss_of_a_row(device: torch.device) -> Callable[[Any, Batch], torch.Tensor]:
-    """The mean loss over a batch's trained tokens, as a function of model and batch, a scalar.
+def add_adapter(
+    model: nn.Module, spec: RunSpec, loader: Loader, checkpoint: Path | None, progress: Progress
+) -> tuple[str, ...]:
+    """Attach a new adapter, or load a checkpoint's; rows for new tokens are added to the base first.
 
     Args:
-        device: Where the model is.
+        model: The base, on the run's device; changed in place.
+        spec: Config, init, rank allocation and seed.
+        loader: The run's training batches; does not advance.
+        checkpoint: The checkpoint that the run continues, or None.
+        progress: Receives what is done and why.
+
+    Returns:
+        Messages for the user.
+
+    Raises:
+        LorakitError: The adapter cannot be attached or loaded; class and message say why.
     """
+    settings, config, new = spec.settings, spec.forecast.config, spec.forecast.new_tokens
+    unseen = () if new is None else tuple(new.unseen(loader))
+    if new is not None:
+        new.add_rows(model)
+    if checkpoint is not None:
+        progress.say(f"Resuming from {checkpoint}.")
+        return core.load_adapter(model, checkpoint, ADAPTER, trainable=True).warnings + unseen
+    if settings.resume:
+        progress.say(f"{spec.folder}: no valid checkpoint; the run starts at its first step.")
+    if settings.allocate_ranks != "none":
+        config = allocate_ranks(model, spec, loader, progress)
+    if new is not None:
+        config = new.config(config, model)
+    config, statistics = init_from_data(model, config, spec, loader, progress)
+    report = core.attach(model, config, ADAPTER, allow=_allow(spec), seed=settings.seed, statistics=statistics)
+    if new is not None:
+        new.initialize(model, ADAPTER)
+    notes = (*map(str, report.notes), *unseen)
+    for note in notes:
+        progress.say(note)
+    return notes
 
-    def loss(model: Any, batch: Batch) -> torch.Tensor:
-        wide = device.type == "cpu" or next(model.parameters()).dtype == torch.float32
-        with contextlib.nullcontext() if wide else torch.autocast(device.type, dtype=torch.bfloat16):
-            return loss_sum(model, batch, device) / batch.trained_tokens
 
-    return loss
-
-
-def allotted(model: Any, request: Request, loader: Loader, progress: Progress) -> LoraConfig:
-    """The run's config with the ranks that the base and the first rows propose.
+def allocate_ranks(model: nn.Module, spec: RunSpec, loader: Loader, progress: Progress) -> LoraConfig:
+    """Return the run's config with ranks computed from the base and the first training rows.
 
     Args:
         model: The base, on the run's device.
-        request: Names the criterion, the config, the seed.
-        loader: The run's; its rows are taken in the order of its first epoch.
-        progress: Told what came of it.
+        spec: Criterion, config and seed.
+        loader: The run's training batches; does not advance.
+        progress: Receives the result.
 
     Returns:
-        The config; its adapter trains at most as many numbers as the run's config would.
+        The config; its adapter has at most as many trained parameters as the run's config.
 
     Raises:
         LorakitError: As `lorakit.core.operations.rank_allocation.allocate`.
     """
-    settings, rows = request.settings, first_rows(request, loader)
-    progress.busy(f"looking at {len(rows)} rows for the ranks")
+    settings, rows = spec.settings, first_rows(spec, loader)
+    progress.busy(f"allocating ranks from {len(rows)} rows")
     found = allocate(
         model,
-        request.forecast.config,
+        spec.forecast.config,
         rows,
-        loss_of_a_row(request.device),
+        row_loss(spec.device),
         by=cast(Literal["gradients", "inputs"], settings.allocate_ranks),
-        allow=("partial_targets",) if settings.allow_partial_targets else (),
+        allow=_allow(spec),
     )
     ranks = sorted(found.ranks.values())
     progress.say(
-        f"Ranks by {settings.allocate_ranks} of {len(rows)} rows: {ranks[0]} to {ranks[-1]}, the middle one "
-        f"{ranks[len(ranks) // 2]}; {found.parameters:,} numbers in A and B, of {found.budget:,} with r {settings.r}."
+        f"Ranks by {settings.allocate_ranks} of {len(rows)} rows: {ranks[0]} to {ranks[-1]}, median "
+        f"{ranks[len(ranks) // 2]}; {found.parameters:,} parameters in A and B (budget {found.budget:,}: r "
+        f"{settings.r} everywhere)."
     )
     return found.config
 
 
-def begun(
-    model: Any, config: LoraConfig, request: Request, loader: Loader, progress: Progress
+def init_from_data(
+    model: nn.Module, config: LoraConfig, spec: RunSpec, loader: Loader, progress: Progress
 ) -> tuple[LoraConfig, core.Statistics | None]:
-    """What to attach: the config, and what its init wants to know of the data.
+    """Return the config to attach, and the statistics of the first training rows if its init needs them.
 
     Args:
         model: The base, on the run's device.
         config: The adapter's config.
-        request: Names the seed, the device and how the base is stored.
-        loader: The run's; its rows are taken in the order of its first epoch.
-        progress: Told what is looked at.
+        spec: Seed, device and quantization.
+        loader: The run's training batches; does not advance.
+        progress: Receives the result.
 
     Returns:
-        The config, with EVA's ranks where that is the init, and the statistics, or None.
+        The config (for EVA with its ranks), and the statistics or None.
 
     Raises:
-        UsageError: The init would change a base that is stored in fewer bits.
+        UsageError: The init would change a quantized base.
         LorakitError: As `lorakit.core.collect_for`.
     """
     init = init_named(config.init_lora_weights)
-    if init.changes_base and request.stored is not None:
+    if init.changes_base and spec.quantization is not None:
         raise UsageError(
-            f"init_lora_weights is {init.name!r}, which changes the base, and this base is stored in fewer bits: what "
-            "is left would be rounded a second time. Leave quantization out, or use another init.",
+            f"init_lora_weights={init.name!r} changes the base weights, but this base is quantized and its residual "
+            "would be rounded a second time; omit --quantization or use another init.",
             what=init.name,
             field="init_lora_weights",
         )
     if not init.needs:
         return config, None
-    rows = first_rows(request, loader)
-    progress.busy(f"looking at {len(rows)} rows for {init.name}")
+    rows = first_rows(spec, loader)
+    progress.busy(f"collecting statistics of {len(rows)} rows for {init.name}")
     found = core.collect_for(
         model,
         config,
         rows,
-        loss_of_a_row(request.device),
-        keep=_trained if init.name == "eva" else None,
-        allow=("partial_targets",) if request.settings.allow_partial_targets else (),
+        row_loss(spec.device),
+        keep=_positions_with_loss if init.name == "eva" else None,
+        allow=_allow(spec),
     )
     ranks = sorted(set(found.config.rank_pattern.values()) | {found.config.r})
-    spread = f", ranks from {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ""
-    progress.say(f"The adapter begins with {init.name}, at what {len(rows)} rows show{spread}.")
+    spread = f", ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ""
+    progress.say(f"Adapter initialized by {init.name} from {len(rows)} rows{spread}.")
     return found.config, found
 
 
-def _trained(batch: Batch) -> Tensor:
-    """The positions whose label is trained, (rows, length), as EVA's `use_label_mask` has it."""
+def first_rows(spec: RunSpec, loader: Loader) -> list[Batch]:
+    """Return the first training rows with loss, one per batch, in the order of the run's first epoch.
+
+    Args:
+        spec: The seed.
+        loader: The run's training batches; does not advance.
+    """
+    own = Loader(loader.sequences, 1, spec.settings.seed, epochs=1, pad_id=loader.pad_id)
+    return [batch for batch in islice(own, ROWS) if batch.trained_tokens]
+
+
+def row_loss(device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
+    """Return a function from model and batch to the mean loss over the tokens with loss, a scalar.
+
+    Args:
+        device: The model's device.
+    """
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        is_wide = device.type == "cpu" or next(model.parameters()).dtype == torch.float32
+        with contextlib.nullcontext() if is_wide else torch.autocast(device.type, dtype=torch.bfloat16):
+            return loss_sum(model, batch, device) / batch.trained_tokens
+
+    return loss
+
+
+def _positions_with_loss(batch: Batch) -> Tensor:
+    """Return the positions whose label has loss, (rows, length), as for EVA's `use_label_mask`."""
     return (batch.labels != -100) & batch.attention_mask.bool()
+
+
+def _allow(spec: RunSpec) -> tuple[str, ...]:
+    return ("partial_targets",) if spec.settings.allow_partial_targets else ()
+
+
+def saved_sizes(model: nn.Module) -> list[int]:
+    """Return the bytes of each tensor in the adapter's file.
+
+    Args:
+        model: The adapted model.
+    """
+    tensors = saved_form(model, ADAPTER).tensors
+    return [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
+
+
+def save_adapter(run: Run, folder: Path) -> None:
+    """Write the run's adapter, with its tokenizer if the run added tokens to it.
+
+    Args:
+        run: The run, at the step to save.
+        folder: An existing directory.
+
+    Raises:
+        DiskError: A file cannot be written.
+    """
+    core.save_adapter(
+        run.model,
+        folder,
+        ADAPTER,
+        base_model_name_or_path=run.spec.source.recorded_name,
+        facts=adapter_metadata(run),
+    )
+    if run.spec.forecast.new_tokens is not None:  # the base's own tokenizer does not contain them
+        write_tokenizer(run.spec.tokenizer, folder)
+
+
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer's files.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        folder: An existing directory.
+
+    Raises:
+        DiskError: A file cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as cause:  # tokenizers raises a plain Exception on a full disk
+        raise DiskError(f"The tokenizer cannot be written ({' '.join(str(cause).split())}).") from cause
+
+
+def adapter_metadata(run: Run) -> dict[str, Any]:
+    """Return what `lorakit.json` stores besides core's entries: base, tokenizer and training, as plain JSON values.
+
+    Args:
+        run: The run, at the step to save.
+    """
+    spec, state = run.spec, run.state
+    evaluated = state.evaluated_step == state.step
+    return {
+        "base_name": spec.source.base_name,
+        "tokenizer_sha256": hub.tokenizer_hash(spec.tokenizer),
+        "chat_template_sha256": hub.chat_template_hash(spec.tokenizer),
+        "training": {
+            "step": state.step,
+            "total_steps": run.limits.total_steps,
+            "eval_loss": state.last_loss if evaluated and state.step else None,
+            "base_eval_loss": state.first_loss,
+            "trained_tokens": state.trained_tokens,
+            "data_sha256": dict(spec.hashes),
+            "seed": spec.settings.seed,
+            "dtype": run.plan.dtype,
+            "quantization": spec.quantization_values,
+        },
+    }

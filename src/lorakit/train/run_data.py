@@ -1,10 +1,7 @@
-"""What is checked and read before anything is loaded or written: place, machine, data.
+"""Inputs of a run, read and checked before weights are loaded: device, data, new tokens, the shape of the base.
 
-Each check takes far less than a second and names what is wrong. Knows nothing about models beyond a tokenizer.
-
-`--new-tokens`: a tokenizer that knows them, and what their rows ask of base and adapter.
-
-The tokens are added by `lorakit.hub`, the rows grown and trained by `lorakit.core`; here the two are brought together.
+Each check takes far less than a second and names the problem. `lorakit.hub` adds tokens to a tokenizer, `lorakit.core`
+adds and trains their rows; `NewTokens` combines the two.
 """
 
 from __future__ import annotations
@@ -37,13 +34,71 @@ from lorakit.data import (
     read_records,
     split,
 )
-from lorakit.errors import DataError, NotYetSupported, UsageError
+from lorakit.errors import ConfigError, DataError, NotYetSupported, UsageError
+from lorakit.targets import unfitting_keys
 from lorakit.train.defaults import DEFAULTS
-from lorakit.train.progress import Progress, Silence
+from lorakit.train.progress import NullProgress, Progress
 from lorakit.train.settings import TrainSettings
 
 
-def row_length(shape: plan.ModelShape, wanted: int) -> int:
+@dataclass(frozen=True)
+class Forecast:
+    """What the base's shape tells about a run, before its data is tokenized.
+
+    Attributes:
+        shape: The base's shape.
+        config: The adapter's config.
+        max_length: Maximum sequence length: the setting, or the model's limit if the setting is the default.
+        notes: Lines to print.
+        new_tokens: Tokens added to the vocabulary, or None.
+    """
+
+    shape: plan.ModelShape
+    config: LoraConfig
+    max_length: int
+    notes: tuple[str, ...]
+    new_tokens: NewTokens | None = None
+
+
+def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: Any) -> Forecast:
+    """Read the model's shape and check targets and length against it; no weights are loaded.
+
+    Args:
+        settings: Adapter and length.
+        source: The model.
+        tokenizer: Its tokenizer, to which new tokens are added.
+
+    Returns:
+        The forecast.
+
+    Raises:
+        ModelError: The model's config cannot be read, or model or tokenizer do not support new tokens.
+        TargetError: A target matches nothing.
+        ConfigError: A key of `learning_rate_pattern` matches no adapted module, or a new token already exists.
+        UsageError: `max_length` was given and exceeds the model's limit.
+    """
+    shape = hub.shape_of(source)
+    config, new = settings.lora_config(), None
+    if settings.new_tokens:
+        base = hub.skeleton(source)
+        new = add_new_tokens(tokenizer, settings.new_tokens, base)
+        config = new.config(config, base)
+    counted = plan.count(shape, config, allow_partial=settings.allow_partial_targets)
+    wrong = unfitting_keys(
+        "learning_rate_pattern", settings.learning_rate_pattern, [*(site.path for site in counted.sites), *counted.rows]
+    )
+    if wrong:
+        raise ConfigError(" ".join(map(str, wrong)), what=wrong[0].entry, field="learning_rate_pattern")
+    length = max_length_for(shape, settings.max_length)
+    notes = (
+        ()
+        if length == settings.max_length
+        else (f"maximum sequence length: {length:,} tokens, the limit of the model.",)
+    )
+    return Forecast(shape, config, length, notes, new)
+
+
+def max_length_for(shape: plan.ModelShape, wanted: int) -> int:
     """Return the maximum sequence length.
 
     Args:
@@ -71,12 +126,12 @@ def row_length(shape: plan.ModelShape, wanted: int) -> int:
 
 @dataclass(frozen=True)
 class RunData:
-    """Records of a run, before a tokenizer has seen them.
+    """Records of a run, not yet tokenized.
 
     Attributes:
-        train: What is trained on.
-        held_out: What is evaluated on; may be empty.
-        note: A sentence on what is held out, or why nothing is.
+        train: Records for training.
+        held_out: Records for evaluation; may be empty.
+        note: A message about what is held out, or why nothing is.
     """
 
     train: AnyRecords
@@ -90,9 +145,9 @@ class RunBatches:
 
     Attributes:
         loader: Training batches, endless, in a seeded order.
-        held_out: Gives the evaluation batches anew, or None where nothing is held out.
-        train_report: What became of the training records.
-        held_out_report: What became of the others, or None.
+        held_out: Function that returns the evaluation batches, or None if nothing is held out.
+        train_report: Counts of the training data.
+        held_out_report: Counts of the evaluation data, or None.
     """
 
     loader: Loader
@@ -101,8 +156,8 @@ class RunBatches:
     held_out_report: DataReport | None
 
 
-def refuse_many_processes() -> None:
-    """Refuse to run as one of several processes that know nothing of each other.
+def check_single_process() -> None:
+    """Check that this is not one of several processes, as torchrun starts them.
 
     Raises:
         NotYetSupported: WORLD_SIZE is above 1.
@@ -110,21 +165,21 @@ def refuse_many_processes() -> None:
     size = os.environ.get("WORLD_SIZE", "1")
     if size.strip() not in ("", "0", "1"):
         raise NotYetSupported(
-            f"WORLD_SIZE is {size}: training on several processes is not built yet; start one, without torchrun."
+            f"WORLD_SIZE is {size}: training in several processes is not supported yet; start one, without torchrun."
         )
 
 
 def pick_device(word: str) -> torch.device:
-    """The device that a word means on this machine.
+    """Return the device for a setting.
 
     Args:
         word: "auto", "cpu", "cuda", "cuda:N" or "mps".
 
     Returns:
-        The device; for "auto" an accelerator where there is one.
+        The device; for "auto" an accelerator if available.
 
     Raises:
-        UsageError: There is no such device here.
+        UsageError: This machine has no such device.
     """
     if word == "auto":
         if torch.cuda.is_available():
@@ -135,20 +190,20 @@ def pick_device(word: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise UsageError(
-                f"device is {word!r}, but torch {torch.__version__} finds {count} CUDA devices here.",
+                f"device is {word!r}, but torch {torch.__version__} finds {count} CUDA devices.",
                 what=word,
                 field="device",
             )
         return torch.device("cuda", device.index or 0)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError(
-            f"device is {word!r}, but torch {torch.__version__} finds no MPS device here.", what=word, field="device"
+            f"device is {word!r}, but torch {torch.__version__} finds no MPS device.", what=word, field="device"
         )
     return device
 
 
 def read_data(settings: TrainSettings) -> RunData:
-    """Read training and evaluation files, and hold out a share where no evaluation files are given.
+    """Read training and evaluation files; hold out a fraction if no evaluation files are given.
 
     Args:
         settings: `data`, `eval_data`, `eval_fraction` and `seed` are read.
@@ -157,7 +212,7 @@ def read_data(settings: TrainSettings) -> RunData:
         The records.
 
     Raises:
-        DataError: A file cannot be read, or a row is bad; the message has file and line.
+        DataError: A file cannot be read, or a record is invalid; the message has file and line.
     """
     records = read_records(settings.data)
     if settings.eval_data is not None:
@@ -170,55 +225,52 @@ def read_data(settings: TrainSettings) -> RunData:
 def make_batches(
     settings: TrainSettings, data: RunData, tokenizer: Tokenizer, max_length: int, progress: Progress | None = None
 ) -> RunBatches:
-    """Encode the records and set up the loaders.
+    """Tokenize the records and create the loaders.
 
     Args:
         settings: Batch size and seed are read.
         data: The records.
-        tokenizer: The model's.
-        max_length: Longest row, in tokens.
-        progress: Shows how far tokenizing is; None is silent.
+        tokenizer: The model's tokenizer.
+        max_length: Maximum sequence length in tokens.
+        progress: Receives the progress of tokenizing; None reports nothing.
 
     Returns:
         Loader, evaluation batches and reports.
 
     Raises:
-        DataError: No token is left to train or to evaluate on.
+        DataError: The training or evaluation data has no token with loss.
     """
     rows, pad = settings.per_device_train_batch_size, padding_id(tokenizer)
-    progress = progress or Silence()
-    train = encode(data.train, tokenizer, max_length, _watch(progress, "training data", data.train))
+    progress = progress or NullProgress()
+    train = encode(data.train, tokenizer, max_length, _listener(progress, "training data", data.train))
     loader = Loader(train.sequences, rows, settings.seed, pad_id=pad)
     if not data.held_out:
         return RunBatches(loader, None, train.report, None)
     try:
-        watch = _watch(progress, "evaluation data", data.held_out)
-        held_out = encode(data.held_out, tokenizer, max_length, watch)
+        listener = _listener(progress, "evaluation data", data.held_out)
+        held_out = encode(data.held_out, tokenizer, max_length, listener)
     except DataError as cause:
-        raise DataError(f"In the evaluation data: {cause}", **cause.fields) from cause
+        raise DataError(f"evaluation data: {cause}", **cause.fields) from cause
     return RunBatches(loader, evaluation_batches(held_out, rows, pad), train.report, held_out.report)
 
 
-def _watch(progress: Progress, what: str, records: AnyRecords) -> Callable[[int], None] | None:
+def _listener(progress: Progress, what: str, records: AnyRecords) -> Callable[[int], None] | None:
     if not isinstance(records, StoredRecords):
         return None
-    return partial(_tell, progress, what, records.total_bytes)
+    return partial(_report, progress, what, records.total_bytes)
 
 
-def _tell(progress: Progress, what: str, total: int, done: int) -> None:
+def _report(progress: Progress, what: str, total: int, done: int) -> None:
     progress.reading(what, done, total)
 
 
 def evaluation_batches(encoded: Encoded, rows: int, pad: int) -> Callable[[], Iterable[Batch]]:
-    """Batches for evaluation: each sequence once, `by_length`.
+    """Return a function that yields the evaluation batches: each sequence once, sorted by length.
 
     Args:
         encoded: The sequences.
-        rows: Rows of a batch of the longest.
-        pad: The id that fills rows up.
-
-    Returns:
-        A function that gives the batches anew.
+        rows: Rows of a batch of the longest sequences; shorter ones are batched in larger numbers.
+        pad: The padding id.
     """
     return lambda: by_length(encoded.sequences, rows, pad)
 
@@ -228,39 +280,39 @@ class NewTokens:
     """Tokens that a run adds.
 
     Attributes:
-        added: Their ids, and what their texts were until then.
-        vocabulary: Rows that the base's embedding must have.
-        rows: The rows that are trained: theirs, and any that the base lacked for older tokens.
+        added: Their ids, and how the tokenizer encoded their texts before.
+        vocabulary: Required rows of the base's embedding.
+        rows: The trained rows: theirs, and those missing in the base for older tokens.
     """
 
     added: hub.AddedTokens
     vocabulary: int
     rows: tuple[int, ...]
 
-    def sentence(self) -> str:
-        """What is done, for a person."""
+    def description(self) -> str:
+        """Return a message about the tokens."""
         words = ", ".join(f"{token} ({number})" for token, number in self.added.ids.items())
-        return f"New tokens: {words}; of the embedding and the head, their rows alone are trained."
+        return f"New tokens: {words}; embedding and head are trained in their rows only."
 
     def config(self, config: LoraConfig, model: nn.Module) -> LoraConfig:
-        """A config that trains the rows as well.
+        """Return a config that also trains the rows.
 
         Args:
-            config: The adapter's.
-            model: The base; its numbers are not needed.
+            config: The adapter's config.
+            model: The base; its weights are not read.
         """
         return with_trained_rows(config, model, self.rows)
 
-    def grow(self, model: nn.Module) -> None:
-        """Give a base the rows that it lacks.
+    def add_rows(self, model: nn.Module) -> None:
+        """Add the missing rows to the base's embeddings.
 
         Args:
             model: The base.
         """
         grow_vocabulary(model, self.vocabulary)
 
-    def begin(self, model: nn.Module, name: str) -> None:
-        """Let the rows of a fresh adapter begin where the tokens' pieces are.
+    def initialize(self, model: nn.Module, name: str) -> None:
+        """Initialize the rows of a new adapter from the tokens' pieces.
 
         Args:
             model: The adapted model.
@@ -269,32 +321,32 @@ class NewTokens:
         begin_rows(model, name, self.added.pieces)
 
     def unseen(self, loader: Loader) -> list[str]:
-        """A sentence about tokens that the training data does not have, whose rows stay as they begin.
+        """Return a warning if tokens do not occur in the training data; their rows keep their initial values.
 
         Args:
-            loader: The run's.
+            loader: The training batches.
         """
         seen = Counter(number for sequence in loader.sequences for number in sequence.input_ids)
         never = [token for token, number in self.added.ids.items() if not seen[number]]
         if not never:
             return []
-        return [f"Not in the training data, so their rows are not trained: {', '.join(never)}."]
+        return [f"New tokens not in the training data, whose rows are not trained: {', '.join(never)}."]
 
 
 def add_new_tokens(tokenizer: Any, tokens: list[str], base: nn.Module) -> NewTokens:
     """Add tokens to a run's tokenizer.
 
     Args:
-        tokenizer: The base's; changed in place.
+        tokenizer: The base's tokenizer; changed in place.
         tokens: The setting.
-        base: The base's modules; their numbers are not needed.
+        base: The base's modules; their weights are not read.
 
     Returns:
-        What that asks of the base.
+        The tokens and the rows that the base needs.
 
     Raises:
-        ConfigError: A token is in the vocabulary already.
-        ModelError: Tokenizer or base cannot take new ones.
+        ConfigError: A token is already in the vocabulary.
+        ModelError: Tokenizer or base do not support new tokens.
     """
     added = hub.add_tokens(tokenizer, tokens)
     present = vocabulary_of(base)

@@ -1,14 +1,9 @@
-"""`run.json`: what a run was asked to do, what that came to, on which machine, and how it ended.
+"""The run directory: its record `run.json`, its log `metrics.jsonl`, its lock, its creation and removal.
 
-Knows the file's fields; the numbers come from those who computed them.
-
-`metrics.jsonl`: one row per optimizer step and per evaluation, appended as they happen.
-
-Knows the rows' fields and the file; `lorakit.report` reads it back.
-
-The lock of a run directory: one process trains into a folder at a time.
-
-The folder itself is locked (flock), so that no file is left and the system frees it however the process ends.
+The record says what was requested, what that resolved to, on which machine, and how the run ended; its values come from
+the modules that compute them. The log has one row per optimizer step and per evaluation; `lorakit.report` reads it. The
+lock lets one process train into a directory at a time. It is on the directory itself (flock), so that no file is left
+and the system releases it however the process ends.
 """
 
 from __future__ import annotations
@@ -28,8 +23,7 @@ import lorakit
 from lorakit import durable
 from lorakit.errors import AdapterFileError, DiskError, RunError, UsageError
 from lorakit.report import METRICS_FILE, RUN_FILE, read_metrics
-from lorakit.train import adapter_only
-from lorakit.train.checkpoint import checkpoints
+from lorakit.train.checkpoint import adapters_only, checkpoints
 from lorakit.train.settings import TrainSettings
 
 FORMAT = 1
@@ -38,16 +32,16 @@ _MAX_RECORD_BYTES = 4 << 20
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of the run that a folder holds.
+    """Read the record of a run.
 
     Args:
-        folder: The run folder.
+        folder: The run directory.
 
     Returns:
-        The record, or None where the folder holds no run.
+        The record, or None if the directory has no run.
 
     Raises:
-        RunError: There is a record, but it cannot be read.
+        RunError: The record cannot be read.
     """
     path = folder / RUN_FILE
     if not path.exists():
@@ -55,22 +49,22 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     try:
         record = durable.read_json(path, _MAX_RECORD_BYTES)
     except AdapterFileError as cause:
-        raise RunError(f"{cause} The run cannot go on without it; train into a new --output-dir.", where=path) from None
+        raise RunError(f"{cause} The run cannot be resumed without it; use another --output-dir.", where=path) from None
     if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("settings"), dict):
         raise RunError(
-            f"{path}: not the record of a run in format {FORMAT}, which this version of lorakit reads.", where=path
+            f"{path}: not a run record of format {FORMAT}, the only one that this version of lorakit reads.", where=path
         )
     return record
 
 
-def refuse_second_run(folder: Path) -> NoReturn:
-    """Refuse to start a run where one already is.
+def raise_run_exists(folder: Path) -> NoReturn:
+    """Raise because a directory already has a run.
 
     Raises:
         RunError: That run is active.
-        UsageError: It is not; the message gives the ways out.
+        UsageError: It is not; the message gives the options.
     """
-    refuse_live(folder)
+    check_unlocked(folder)
     raise UsageError(
         f"a run exists in {folder}; pass --resume to continue it, --overwrite to replace it, or another --output-dir.",
         where=folder,
@@ -81,16 +75,16 @@ def refuse_second_run(folder: Path) -> NoReturn:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write the record, whole or not at all.
+    """Write the record, completely or not at all.
 
     Raises:
-        DiskError: The disk refuses.
+        DiskError: The file cannot be written.
     """
     durable.write_json(folder / RUN_FILE, {"format": FORMAT, **record})
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, lorakit and the packages that decide results; without those not installed."""
+    """Return the versions of Python, lorakit and the installed packages that affect results."""
     found = {"python": platform.python_version(), "lorakit": lorakit.__version__}
     for name in _PACKAGES:
         try:
@@ -101,13 +95,13 @@ def versions() -> dict[str, str]:
 
 
 def data_hashes(paths: list[str]) -> dict[str, str]:
-    """SHA-256 of data files by path.
+    """Hash data files.
 
     Args:
-        paths: The files, which have been read already.
+        paths: The files.
 
     Returns:
-        Hexadecimal digests by path, in the order given.
+        SHA-256 as hexadecimal digits by path, in the order given.
     """
     return {path: durable.sha256_file(path) for path in paths}
 
@@ -131,13 +125,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class MetricsLog:
-    """Appends whole lines to `metrics.jsonl`; a crash can only tear the last one, which readers drop.
+    """Writer of `metrics.jsonl`; a crash can only truncate the last line, which readers skip.
 
-    On a full disk rows wait in memory and are written with the next one that fits.
+    On a full disk, rows are kept in memory and written with the next one that fits.
 
     Attributes:
         path: The file.
-        waiting: Rows that have not been written, as lines.
+        waiting: Lines that have not been written.
 
     Raises:
         DiskError: The file cannot be opened or written.
@@ -171,7 +165,7 @@ class MetricsLog:
             row: Exactly the fields of `TRAIN_FIELDS` or `EVAL_FIELDS`, all finite.
 
         Raises:
-            DiskError: The disk refuses, and not because it is full.
+            DiskError: The file cannot be written, for a reason other than a full disk.
             ValueError: A value is NaN or infinite.
         """
         self.waiting.append(json.dumps(row, allow_nan=False).encode() + b"\n")
@@ -184,16 +178,16 @@ class MetricsLog:
             if written == len(lines):
                 self.waiting.clear()
             else:
-                self._file.truncate(whole)  # a part of a row must not be followed by another
+                self._file.truncate(whole)  # another row must not follow a part of one
         except OSError as cause:
             if cause.errno not in _FULL:
                 raise DiskError(f"{self.path}: cannot be written ({cause.strerror}).", where=self.path) from cause
 
     def sync(self) -> None:
-        """Flush to the disk, so that a checkpoint never knows of a row that a power cut takes away.
+        """Flush to the disk, so that a power loss never removes a row that a checkpoint counts.
 
         Raises:
-            DiskError: The disk refuses.
+            DiskError: The file cannot be written.
         """
         try:
             os.fsync(self._file.fileno())
@@ -201,19 +195,19 @@ class MetricsLog:
             raise DiskError(f"{self.path}: cannot be written ({cause.strerror}).", where=self.path) from cause
 
 
-def cut(folder: Path, step: int, evaluated_step: int) -> int:
-    """Drop the rows that a checkpoint does not know of, and a torn last line; they will come again.
+def cut_metrics(folder: Path, step: int, evaluated_step: int) -> int:
+    """Remove the rows after a checkpoint, and a truncated last line; the resumed run writes them again.
 
     Args:
-        folder: The run folder.
-        step: The last step of the checkpoint; -1 drops all.
-        evaluated_step: The last step that it knows an evaluation of; -1 for none.
+        folder: The run directory.
+        step: Step of the checkpoint; -1 removes all rows.
+        evaluated_step: Its last evaluated step; -1 for none.
 
     Returns:
-        How many whole rows were dropped.
+        The number of complete rows removed.
 
     Raises:
-        DiskError: The disk refuses; the old file then still stands.
+        DiskError: The file cannot be written; the old one is unchanged.
     """
     rows = read_metrics(folder).rows
     kept = [row for row in rows if row["step"] <= (evaluated_step if "eval_loss" in row else step)]
@@ -226,52 +220,52 @@ _PAUSE_SECONDS = 0.05
 _LOCKS = Path("/proc/locks")
 
 
-def claim(folder: Path) -> int:
-    """Lock a folder for this process.
+def lock(folder: Path) -> int:
+    """Lock a directory for this process.
 
     Args:
-        folder: The folder; it exists.
+        folder: An existing directory.
 
     Returns:
         A descriptor that holds the lock until it is closed; -1 if the system or file system has no such locks.
 
     Raises:
-        RunError: Another process has it.
+        RunError: Another process holds the lock.
     """
     for attempt in range(_ATTEMPTS):
-        descriptor = _locked(folder)
+        descriptor = _try_lock(folder)
         if descriptor is not None:
             return descriptor
-        if attempt + 1 < _ATTEMPTS:  # `refuse_live` of another process holds it for a moment
+        if attempt + 1 < _ATTEMPTS:  # `check_unlocked` of another process holds it for a moment
             time.sleep(_PAUSE_SECONDS)
-    raise _live(folder)
+    raise _locked_error(folder)
 
 
-def release(lock: int) -> None:
-    """Unlock a folder.
+def unlock(descriptor: int) -> None:
+    """Unlock a directory.
 
     Args:
-        lock: What `claim` gave.
+        descriptor: Result of `lock`.
     """
-    if lock >= 0:
-        os.close(lock)
+    if descriptor >= 0:
+        os.close(descriptor)
 
 
-def refuse_live(folder: Path) -> None:
-    """Refuse a folder that another process is training into; a folder that does not exist is free.
+def check_unlocked(folder: Path) -> None:
+    """Check that no process is training into a directory, which may not exist.
 
     Args:
-        folder: The folder.
+        folder: The directory.
 
     Raises:
-        RunError: Another process has it.
+        RunError: Another process holds the lock.
     """
     if folder.is_dir():
-        release(claim(folder))
+        unlock(lock(folder))
 
 
-def _locked(folder: Path) -> int | None:
-    """The descriptor of a locked folder, -1 without locks, None if another process has it."""
+def _try_lock(folder: Path) -> int | None:
+    """Return the descriptor of a locked directory, -1 without locks, None if another process holds the lock."""
     try:
         import fcntl
     except ImportError:
@@ -285,11 +279,11 @@ def _locked(folder: Path) -> int | None:
     return descriptor
 
 
-def _live(folder: Path) -> RunError:
+def _locked_error(folder: Path) -> RunError:
     process = _owner(folder)
     who = "another process" if process is None else f"process {process}"
     return RunError(
-        f"{folder}: a run is active here: {who} is training into this folder. Wait until it ends, or pass another "
+        f"{folder}: a run is active: {who} is training into this directory; wait until it ends, or use another "
         "--output-dir.",
         what=who,
         where=folder,
@@ -298,7 +292,7 @@ def _live(folder: Path) -> RunError:
 
 
 def _owner(folder: Path) -> int | None:
-    """The process that holds the lock, where Linux tells: number, type, kind, mode, pid, major:minor:inode, range."""
+    """Return the process that holds the lock, from Linux's table: number, type, kind, mode, pid, inode, range."""
     try:
         inode, rows = folder.stat().st_ino, _LOCKS.read_text(encoding="ascii").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -315,78 +309,76 @@ ADAPTER_FOLDER = "adapter"
 PLOT_FILE = "loss.svg"
 
 
-def check_place(settings: TrainSettings) -> None:
-    """Check that the run folder can take this run; nothing is written.
+def check_output_dir(settings: TrainSettings) -> None:
+    """Check that a run can use its directory; nothing is written.
 
     Args:
         settings: `output_dir`, `resume` and `overwrite` are read.
 
     Raises:
-        UsageError: A run is there and neither resume nor overwrite was asked for.
-        RunError: The path is no folder, another process is training into it, or resume was asked for and there is
+        UsageError: The directory has a run, and neither resume nor overwrite is set.
+        RunError: The path is not a directory, another process is training into it, or resume is set and there is
             nothing to resume.
     """
     folder = Path(settings.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RunError(
-            f"{folder}: is not a folder; --output-dir must be one, or not exist yet.", where=folder, field="output_dir"
+            f"{folder}: not a directory; --output-dir must be one, or not exist yet.", where=folder, field="output_dir"
         )
-    refuse_live(folder)
+    check_unlocked(folder)
     if settings.resume and not folder.exists():
-        raise RunError(
-            f"{folder}: holds no run to resume; leave out --resume to start one.", where=folder, field="resume"
-        )
+        raise RunError(f"{folder}: no run to resume; omit --resume to start one.", where=folder, field="resume")
     if holds_run(folder) and not (settings.resume or settings.overwrite):
-        refuse_second_run(folder)
+        raise_run_exists(folder)
 
 
-def claim_place(folder: Path) -> int:
-    """Make the run folder, take it for this process, see that it can be written to, and sweep it.
+def lock_output_dir(folder: Path) -> int:
+    """Create and lock the run directory, check that it is writable, and remove leftover temporary files.
 
     Args:
-        folder: The run folder.
+        folder: The run directory.
 
     Returns:
-        A descriptor that holds the folder until it is closed; -1 where the system has no such locks.
+        A descriptor that holds the lock until it is closed; -1 if the system has no such locks.
 
     Raises:
-        RunError: Another process has it.
-        DiskError: The disk is read-only, full, or refuses.
+        RunError: Another process holds the lock.
+        DiskError: The directory cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
-        raise DiskError(f"{folder}: cannot be made ({cause.strerror}).", where=folder) from cause
-    lock = claim(folder)
+        raise DiskError(f"{folder}: cannot be created ({cause.strerror}).", where=folder) from cause
+    descriptor = lock(folder)
     try:
         durable.write_bytes(folder / f"{durable.TEMPORARY}probe", b"")
     except DiskError:
-        release(lock)
+        unlock(descriptor)
         raise
     durable.sweep(folder)
-    return lock
+    return descriptor
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a folder holds a run, or what is left of one."""
+    """Return whether a directory has a run, or parts of one."""
     names = (RUN_FILE, METRICS_FILE, ADAPTER_FOLDER)
-    return any((folder / name).exists() for name in names) or bool(checkpoints(folder) or adapter_only.saved(folder))
+    return any((folder / name).exists() for name in names) or bool(checkpoints(folder) or adapters_only(folder))
 
 
 def run_files(folder: Path) -> list[Path]:
-    """Return what a run has written into a folder, the record last; some of it may not be there."""
-    found = [*checkpoints(folder), *adapter_only.saved(folder), *sorted(folder.glob("damaged-checkpoint-*"))]
+    """Return the files and directories that a run writes, the record last; some may not exist."""
+    found = [*checkpoints(folder), *adapters_only(folder), *sorted(folder.glob("damaged-checkpoint-*"))]
     return found + [folder / name for name in (ADAPTER_FOLDER, PLOT_FILE, METRICS_FILE, RUN_FILE)]
 
 
 def remove_run(folder: Path) -> None:
-    """Remove what a run has written into a folder, and nothing else; the record goes last.
+    """Remove what a run has written into its directory, and nothing else; the record last.
 
     Args:
-        folder: The run folder.
+        folder: The run directory.
 
     Raises:
-        DiskError: The disk refuses.
+        DiskError: A file cannot be removed.
     """
     try:
         for path in run_files(folder):

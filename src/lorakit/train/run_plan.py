@@ -1,125 +1,239 @@
-"""The estimate of a run, from its settings, its data and the measured speed of the machine.
+"""Estimates and choices of a run before its first step: time and memory, disk space, autotuned kernels.
 
-The costs are computed by `lorakit.plan`, the speed is measured by `lorakit.hub`.
-
-Which way the products and the attention of a run go, where there are several: chosen before its first step.
-
-What was chosen acts from the first step to the last and stands in every checkpoint. A run that goes on where nothing
-else has changed takes the checkpoint's, so that its bits are the same though another measurement might say otherwise.
+`lorakit.plan` computes the costs, `lorakit.hub` measures the speed of the machine, `lorakit.speed` tunes. Autotuned
+choices apply from the first step to the last and are saved in every checkpoint. A resumed run uses the checkpoint's if
+nothing else has changed, so its bits are the same even if another measurement would choose differently.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from lorakit import hub, plan
 from lorakit.data import Loader, lengths
+from lorakit.errors import DiskError
 from lorakit.ops import choices
-from lorakit.speed import choose
-from lorakit.train.checkpoint import differences, environment
-from lorakit.train.loop import Pace
+from lorakit.speed import Acceleration, choose
+from lorakit.tables import format_bytes
+from lorakit.train.checkpoint import checkpoints, differences, environment
+from lorakit.train.optimizer import Named
 from lorakit.train.progress import Progress
-from lorakit.train.run_spec import Planned, Request
-from lorakit.train.step import Trainee
+from lorakit.train.run_adapter import saved_sizes
+from lorakit.train.run_folder import run_files
+from lorakit.train.run_spec import DiskSpace, RunLimits, RunPlan, RunSpec
 
 WORTH_MEASURING_FLOPS = 2e12
-"""A run of fewer FLOPs is over before the machine is measured, unless the precision depends on it."""
+"""A run of fewer FLOPs ends before the machine is measured; it is measured only to choose the precision."""
+
+_MOMENT_BYTES = 2 * 4
+_FOLDER_BYTES = 64 << 10  # configs, manifests, random generators, the model card
+_HEADER_BYTES = 512  # of a tensor in safetensors, and its line in JSON
+_ROW_BYTES = 400  # of metrics.jsonl
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
 
 
-def planned_run(request: Request, pace: Pace, lengths: Sequence[int]) -> Planned:
-    """Plan a run: its precision first ("auto" measures the machine), then its memory and time.
+def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int]) -> RunPlan:
+    """Plan a run: its precision ("auto" measures the machine), then its memory and time.
 
     Args:
-        request: The checked request; a resumed run keeps the precision that it began with.
-        pace: Its steps.
-        lengths: Tokens of each of its rows.
+        spec: The specification; a resumed run keeps its precision.
+        limits: The steps.
+        lengths: Tokens of each sequence.
 
     Returns:
         The plan.
 
     Raises:
-        ConfigError: No way of computing fits the memory budget.
+        ConfigError: No option for `recompute` fits the memory budget.
     """
-    recorded = ((request.record or {}).get("resolved") or {}).get("dtype")
-    wanted = recorded or request.settings.dtype
+    recorded = ((spec.record or {}).get("resolved") or {}).get("dtype")
+    wanted = recorded or spec.settings.dtype
     calibration, details = None, []
-    if wanted == "auto" or _flops(request, pace, lengths, wanted) > WORTH_MEASURING_FLOPS:
-        calibration = hub.calibrate(request.device)
+    if wanted == "auto" or _flops(spec, limits, lengths, wanted) > WORTH_MEASURING_FLOPS:
+        calibration = hub.calibrate(spec.device)
         details.append(calibration.line())
     choice = hub.choose_dtype(wanted, calibration)
     details.append(f"precision: {choice.reason if recorded is None else f'{recorded}, as at the start of the run.'}")
-    lines = [f"model: {request.source.base_name} in {choice.dtype}"]
+    lines = [f"model: {spec.source.base_name} in {choice.dtype}"]
     speed = None
     if calibration is not None:
-        settings = request.settings
+        settings = spec.settings
         rate = calibration.flops_per_second(choice.dtype, tuned=settings.accelerate and settings.tuning)
-        threads = calibration.threads if request.device.type == "cpu" else None
+        threads = calibration.threads if spec.device.type == "cpu" else None
         speed = plan.Speed(flops_per_second=rate, source="measured", threads=threads)
-    made = _estimate(request, pace, lengths, choice.dtype, speed)
-    if request.settings.memory_budget is not None:
-        fitting = plan.within(made, plan.bytes_of(request.settings.memory_budget))
-        made = fitting.plan
+    estimated = _estimate(spec, limits, lengths, choice.dtype, speed)
+    if spec.settings.memory_budget is not None:
+        fitting = plan.within(estimated, plan.bytes_of(spec.settings.memory_budget))
+        estimated = fitting.plan
         lines.append(fitting.said)
-    lines += plan.summary(made)
-    details += plan.details(made)
-    return Planned(choice.dtype, made.job.recompute, made.as_dict(), tuple(lines), tuple(details))
+    lines += plan.summary(estimated)
+    details += plan.details(estimated)
+    return RunPlan(choice.dtype, estimated.job.recompute, estimated.as_dict(), tuple(lines), tuple(details))
 
 
-def _estimate(request: Request, pace: Pace, lengths: Sequence[int], dtype: str, speed: plan.Speed | None) -> plan.Plan:
-    settings, prospect = request.settings, request.forecast
+def _estimate(
+    spec: RunSpec, limits: RunLimits, lengths: Sequence[int], dtype: str, speed: plan.Speed | None
+) -> plan.Plan:
+    settings, forecast, quantization = spec.settings, spec.forecast, spec.quantization
     job = plan.Job(
         batch_rows=settings.per_device_train_batch_size,
         length_tokens=max(lengths),
-        accumulation=pace.accumulation,
-        steps=pace.total_steps,
+        accumulation=limits.accumulation,
+        steps=limits.total_steps,
         dtype=dtype,
         recompute=settings.recomputed,
         optimizer=settings.optimizer,
-        quantization=None if request.stored is None else request.stored.name,
-        double_quantization=request.stored is not None and request.stored.double,
+        quantization=None if quantization is None else quantization.name,
+        double_quantization=quantization is not None and quantization.double,
         accelerated=settings.accelerate,
         mean_tokens=sum(lengths) / len(lengths),
     )
-    return plan.estimate(prospect.shape, prospect.config, job, speed, allow_partial=settings.allow_partial_targets)
+    return plan.estimate(forecast.shape, forecast.config, job, speed, allow_partial=settings.allow_partial_targets)
 
 
-def _flops(request: Request, pace: Pace, lengths: Sequence[int], dtype: str) -> float:
-    made = _estimate(request, pace, lengths, dtype, None)
-    return made.lora.flops.total * made.job.step_tokens * pace.total_steps
+def _flops(spec: RunSpec, limits: RunLimits, lengths: Sequence[int], dtype: str) -> float:
+    estimated = _estimate(spec, limits, lengths, dtype, None)
+    return estimated.lora.flops.total * estimated.job.step_tokens * limits.total_steps
 
 
-def choices_of_run(
-    request: Request, trainee: Trainee, loader: Loader, before: Mapping[str, Any] | None, dtype: str, progress: Progress
-) -> dict[str, int]:
-    """What acts in a run, as `lorakit.ops.choices.acting` takes it; says what it cost where something was measured.
+def disk_space(spec: RunSpec, limits: RunLimits, step: int, model: nn.Module, named: Named) -> DiskSpace:
+    """Compute the disk space that a run needs from a step to its end; nothing is written.
 
     Args:
-        request: The request; without its `tuning` nothing is chosen.
-        trainee: The model; where it is not accelerated nothing looks at choices.
-        loader: Its batches.
-        before: The environment of the checkpoint that is taken up, or None.
-        dtype: Precision of the base.
-        progress: Told the cost.
+        spec: The specification.
+        limits: Length and intervals.
+        step: Steps already taken.
+        model: The adapted model.
+        named: Its trainable tensors (any shape) by name.
+
+    Returns:
+        The bytes, by purpose.
     """
-    if not request.settings.tuning or trainee.fast is None or request.device.type != "cpu":
+    settings = spec.settings
+    adapter = sum(size + _HEADER_BYTES for size in saved_sizes(model))
+    moments = sum(_MOMENT_BYTES * p.numel() + 3 * _HEADER_BYTES for _, p in named)
+    tokenizer = _tokenizer_bytes(spec)
+    steps, evaluated = max(0, limits.total_steps - step), bool(spec.data.held_out)
+    saves = -(-steps // min(limits.save_steps, limits.eval_steps if evaluated else limits.save_steps)) + 1
+    present = len(checkpoints(spec.folder)) if settings.resume else 0
+    kept = max(settings.save_total_limit, 2 if evaluated else 1)  # the best and the newest are never removed
+    return DiskSpace(
+        checkpoint=adapter + moments + _FOLDER_BYTES + (tokenizer if spec.forecast.new_tokens else 0),
+        adapter=adapter + tokenizer + _FOLDER_BYTES,
+        log=_FOLDER_BYTES + 2 * _ROW_BYTES * steps,
+        kept=max(0, min(kept, saves + present) - present),
+        writing=int(saves + present > kept),
+    )
+
+
+def check_space(spec: RunSpec, space: DiskSpace) -> list[str]:
+    """Compare the disk space that a run needs with the free space.
+
+    Args:
+        spec: The specification.
+        space: Result of `disk_space`.
+
+    Returns:
+        A warning if not all checkpoints fit.
+
+    Raises:
+        DiskError: Not even the adapter fits.
+    """
+    folder = spec.folder
+    free = shutil.disk_usage(folder).free
+    if spec.settings.overwrite:
+        free += _bytes_of(run_files(folder))
+    if free < space.least:
+        raise DiskError(
+            f"{folder}: not enough disk space for this run: the adapter alone needs {format_bytes(space.least)}, "
+            f"{format_bytes(free)} are free. Free space, or pass an --output-dir on another disk.",
+            where=folder,
+        )
+    if free < space.whole:
+        return [
+            f"warning: {folder}: not all checkpoints may fit: {format_bytes(space.whole)} needed "
+            f"({format_bytes(space.checkpoint)} each), {format_bytes(free)} free. If one does not fit, the adapter "
+            "alone is saved."
+        ]
+    return []
+
+
+def check_checkpoint_space(folder: Path, space: DiskSpace) -> None:
+    """Check that a checkpoint leaves enough disk space for the result of the run.
+
+    Args:
+        folder: The run directory.
+        space: Result of `disk_space`.
+
+    Raises:
+        DiskError: It does not.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < space.checkpoint + space.least:
+        raise DiskError(
+            f"{folder}: a checkpoint of {format_bytes(space.checkpoint)} would leave no room for the final adapter "
+            f"({format_bytes(space.least)}): {format_bytes(free)} are free.",
+            where=folder,
+        )
+
+
+def _bytes_of(paths: Iterable[Path]) -> int:
+    """Return the bytes of files, and of those in directories."""
+    files = (inner for path in paths for inner in (path, *path.rglob("*")) if inner.is_file())
+    return sum(file.stat().st_size for file in files)
+
+
+def _tokenizer_bytes(spec: RunSpec) -> int:
+    """Return the size of the tokenizer's files in the model directory, or else of its serialized text."""
+    source = Path(spec.source.path_or_id)
+    if source.is_dir():
+        return _bytes_of({path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)})
+    backend = getattr(spec.tokenizer, "backend_tokenizer", None)
+    return 0 if backend is None else len(backend.to_str(pretty=True).encode())
+
+
+def autotuned_choices(
+    spec: RunSpec,
+    dtype: str,
+    model: nn.Module,
+    acceleration: Acceleration | None,
+    loader: Loader,
+    before: Mapping[str, Any] | None,
+    progress: Progress,
+) -> dict[str, int]:
+    """Return the autotuned choices of a run, for `lorakit.ops.choices.acting`; report what was measured.
+
+    Args:
+        spec: The specification; without its setting `tuning` nothing is chosen.
+        dtype: Precision of the base.
+        model: The adapted model.
+        acceleration: Its fused forwards; without them no code reads the choices.
+        loader: The training batches.
+        before: The environment of the checkpoint that is resumed, or None.
+        progress: Receives the result of the measurement.
+    """
+    if not spec.settings.tuning or acceleration is None or spec.device.type != "cpu":
         return {}
-    here = environment(request.device, dtype, request.quantization)
+    here = environment(spec.device, dtype, spec.quantization_values)
     if before is not None and not differences({**before, "kernels": here["kernels"]}, here):
         return choices.from_words(before.get("kernels"))
-    longest = max(lengths(loader.sequences))
-    found = choose(trainee.model, most_tokens(loader, trainee.fast.packs), longest)
+    found = choose(model, most_tokens(loader, acceleration.packs), max(lengths(loader.sequences)))
     if str(found):
         progress.detail(str(found))
     return dict(found.choices)
 
 
 def most_tokens(loader: Loader, packs: bool) -> int:
-    """Tokens of the largest batch that a loader can give.
+    """Return the tokens of the largest possible batch of a loader.
 
     Args:
         loader: The batches.
-        packs: Rows lie end to end, without padding.
+        packs: Whether sequences are packed without padding.
     """
     longest = sorted(lengths(loader.sequences), reverse=True)[: loader.batch_rows]
     return sum(longest) if packs else longest[0] * len(longest)

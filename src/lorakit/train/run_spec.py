@@ -1,109 +1,202 @@
-"""Checks from the base's shape alone: whether targets match, and the maximum length. No weights are loaded.
+"""The two contexts of a run: `RunSpec`, known before a weight is loaded, and `Run`, used from then to the end.
 
-A run as asked for, after everything that can be refused before a weight is loaded.
+`RunSpec.of` rejects everything that can be rejected without weights. `run_plan.py` computes `RunPlan` and `DiskSpace`,
+`trainer.prepare` the rest of `Run`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from lorakit import hub, plan
-from lorakit.config import LoraConfig
-from lorakit.errors import ConfigError, RunError, UsageError
+from lorakit import hub
+from lorakit.data import Loader
+from lorakit.errors import RunError, UsageError
 from lorakit.plan.quantized import Quantization
-from lorakit.targets import unfitting_keys
+from lorakit.speed import Acceleration
 from lorakit.train import checkpoint
 from lorakit.train.checkpoint import TrainState
-from lorakit.train.loop import Pace, Schedule
+from lorakit.train.optimizer import Named
 from lorakit.train.progress import Progress
 from lorakit.train.run_data import (
-    NewTokens,
+    Forecast,
     RunBatches,
     RunData,
-    add_new_tokens,
+    check_single_process,
+    forecast,
     pick_device,
     read_data,
-    refuse_many_processes,
-    row_length,
 )
-from lorakit.train.run_folder import check_place, claim_place, data_hashes, read_record
+from lorakit.train.run_folder import check_output_dir, data_hashes, lock_output_dir, versions
 from lorakit.train.settings import TrainSettings
-from lorakit.train.settings_sources import resumed
-from lorakit.train.step import Trainee
+from lorakit.train.settings_sources import complete
+from lorakit.train.step import Schedule, StepOptions
+
+ADAPTER = "default"
+"""Name of the trained adapter in the model."""
+
+_EVALUATIONS = 10
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """What is known about a run before its data has been counted.
+class RunSpec:
+    """Everything known about a run before a weight is loaded.
 
     Attributes:
-        shape: The base's shape.
-        config: The adapter's config.
-        max_length: Maximum sequence length: the setting, or the model's limit if the setting was left at its default.
-        notes: Lines to print.
-        new_tokens: Tokens added to the vocabulary, or None.
+        settings: The settings; those of a resumed run are complete.
+        folder: The run directory; it exists and is writable.
+        lock: Descriptor that locks the directory for this process, or -1.
+        device: The run's device.
+        source: The base model.
+        data: Records for training and evaluation.
+        hashes: SHA-256 of the data files by path.
+        record: `run.json` of the resumed run, or None.
+        tokenizer: The base's tokenizer, with the run's new tokens.
+        forecast: Shape of the base, adapter config and maximum sequence length.
+        quantization: How the base is quantized, by the settings or in its files; None if it is not.
     """
 
-    shape: plan.ModelShape
-    config: LoraConfig
-    max_length: int
-    notes: tuple[str, ...]
-    new_tokens: NewTokens | None = None
+    settings: TrainSettings
+    folder: Path
+    lock: int
+    device: torch.device
+    source: hub.ModelSource
+    data: RunData
+    hashes: Mapping[str, str]
+    record: Mapping[str, Any] | None
+    tokenizer: Any
+    forecast: Forecast
+    quantization: Quantization | None = None
+
+    @classmethod
+    def of(cls, settings: TrainSettings, progress: Progress) -> RunSpec:
+        """Check settings, machine, data, model and run directory; lock the directory last.
+
+        Args:
+            settings: The settings as given; what is not given is taken from the run if it is resumed.
+            progress: Receives a line before slow work.
+
+        Returns:
+            The specification; nothing has been written but an empty directory.
+
+        Raises:
+            UsageError: The settings do not fit the data, this machine or the run directory.
+            LorakitError: Data, model or run directory cannot be used; class and message say why.
+        """
+        check_single_process()
+        settings = complete(settings)
+        settings.lora_config()
+        quantization = settings.stored_as()
+        if quantization is not None:
+            hub.require_quantizer(quantization)
+        device = pick_device(settings.device)
+        check_output_dir(settings)
+        folder, data = Path(settings.output_dir), read_data(settings)
+        if settings.early_stopping_patience is not None and not data.held_out:
+            raise UsageError(
+                f"early_stopping_patience needs evaluation data. {data.note}", field="early_stopping_patience"
+            )
+        hashes = data_hashes([*settings.data, *(settings.eval_data or ())])
+        record = settings.run_record
+        if record is not None:
+            _check_same_data(folder, record, hashes)
+            _check_steps_left(folder, settings.max_steps)
+        source = hub.resolve(settings.model, progress.say)
+        hub.require(source, tokenizer=True)
+        quantization = hub.stored_as_files(source, quantization)
+        tokenizer = hub.load_tokenizer(source)
+        found = forecast(settings, source, tokenizer)
+        lock = lock_output_dir(folder)
+        return cls(settings, folder, lock, device, source, data, hashes, record, tokenizer, found, quantization)
+
+    @property
+    def quantization_values(self) -> dict[str, Any] | None:
+        """The quantization as plain JSON values, or None."""
+        return None if self.quantization is None else hub.quantization_metadata(self.quantization)
 
 
-def forecast(settings: TrainSettings, source: hub.ModelSource, tokenizer: Any) -> Forecast:
-    """Read the model's shape and check targets and length against it; no weights are loaded.
+def _check_same_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
+    before = record.get("data_sha256", {})
+    changed = [path for path in hashes if hashes[path] != before.get(path)]
+    if changed:
+        raise RunError(
+            f"cannot resume {folder}: data changed: {', '.join(changed)}; restore it or use another --output-dir.",
+            what=changed[0],
+            where=folder,
+            field="data",
+        )
 
-    Args:
-        settings: Adapter and length.
-        source: The model.
-        tokenizer: Its tokenizer, to which new tokens are added.
 
-    Returns:
-        The forecast.
-
-    Raises:
-        ModelError: The model's config cannot be read, or model or tokenizer cannot take new tokens.
-        TargetError: A target matches nothing.
-        ConfigError: A key of `learning_rate_pattern` fits no adapted module, or a new token is not new.
-        UsageError: `max_length` was given and the model cannot take it.
-    """
-    shape = hub.shape_of(source)
-    config, new = settings.lora_config(), None
-    if settings.new_tokens:
-        base = hub.skeleton(source)
-        new = add_new_tokens(tokenizer, settings.new_tokens, base)
-        config = new.config(config, base)
-    counted = plan.count(shape, config, allow_partial=settings.allow_partial_targets)
-    wrong = unfitting_keys(
-        "learning_rate_pattern", settings.learning_rate_pattern, [*(site.path for site in counted.sites), *counted.rows]
-    )
-    if wrong:
-        raise ConfigError(" ".join(map(str, wrong)), what=wrong[0].entry, field="learning_rate_pattern")
-    length = row_length(shape, settings.max_length)
-    notes = (
-        ()
-        if length == settings.max_length
-        else (f"maximum sequence length: {length:,} tokens, the limit of the model.",)
-    )
-    return Forecast(shape, config, length, notes, new)
+def _check_steps_left(folder: Path, max_steps: int | None) -> None:
+    """Raise if the newest valid checkpoint is past the last step; checkpoints are verified only if a name says so."""
+    if max_steps is None or all(checkpoint.step_of(path) <= max_steps for path in checkpoint.checkpoints(folder)):
+        return
+    found = checkpoint.newest_valid(folder)
+    if found is not None and checkpoint.step_of(found) > max_steps:
+        raise UsageError(
+            f"cannot resume {folder}: max_steps is {max_steps}, but the run is already at {found.name}; pass a larger "
+            "--max-steps, or use another --output-dir.",
+            what=max_steps,
+            where=folder,
+            field="max_steps",
+        )
 
 
 @dataclass(frozen=True)
-class Planned:
+class RunLimits:
+    """Length and intervals of a run.
+
+    Attributes:
+        total_steps: Optimizer steps of the run.
+        accumulation: Batches per step; fewer at the end of an epoch.
+        eval_steps: Steps between evaluations.
+        save_steps: Steps between checkpoints.
+        patience: Evaluations without improvement after which the run stops, or None.
+    """
+
+    total_steps: int
+    accumulation: int
+    eval_steps: int
+    save_steps: int
+    patience: int | None
+
+    @classmethod
+    def of(cls, settings: TrainSettings, loader: Loader) -> RunLimits:
+        """Compute the limits; intervals that are not set are a tenth of the run.
+
+        Args:
+            settings: Length and intervals.
+            loader: The training batches.
+        """
+        accumulation = settings.gradient_accumulation_steps
+        epoch = steps_per_epoch(loader.batches_per_epoch, accumulation)
+        total = settings.max_steps or max(1, math.ceil(settings.num_train_epochs * epoch))
+        eval_steps = settings.eval_steps or max(1, math.ceil(total / _EVALUATIONS))
+        return cls(total, accumulation, eval_steps, settings.save_steps or eval_steps, settings.early_stopping_patience)
+
+
+def steps_per_epoch(batches: int, accumulation: int) -> int:
+    """Return the optimizer steps of one epoch; the last one takes the remaining batches."""
+    return -(-batches // accumulation)
+
+
+@dataclass(frozen=True)
+class RunPlan:
     """A plan and its text.
 
     Attributes:
         dtype: Precision of the base: "bfloat16" or "float32".
-        recompute: What the backward computes again, a word of `lorakit.plan.job.RECOMPUTED`.
+        recompute: What the backward pass recomputes, from `lorakit.plan.job.RECOMPUTED`.
         values: The plan as plain JSON values.
-        lines: What is printed.
-        details: What is printed with `--verbose`.
+        lines: Text to print.
+        details: Text to print with `--verbose`.
     """
 
     dtype: str
@@ -114,147 +207,122 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is known before a weight is loaded.
+class DiskSpace:
+    """Bytes on disk that a run needs.
 
     Attributes:
-        settings: The settings; on resume those of the run.
-        folder: The run folder; it exists and can be written to.
-        device: Where to compute.
-        source: The base.
-        data: Records to train and evaluate on.
-        hashes: SHA-256 of the data files by path.
-        record: `run.json` of the run that is resumed, or None.
-        tokenizer: The base's tokenizer, with the run's new tokens.
-        forecast: Shape, adapter config and length.
-        lock: Descriptor that holds the folder for this process, or -1.
-        stored: How the base is stored in fewer bits: as was asked for, or as its files are; None for as it is.
+        checkpoint: One checkpoint.
+        adapter: The published adapter with its tokenizer.
+        log: `metrics.jsonl` and `run.json`.
+        kept: Maximum number of checkpoints at the same time, without those already on disk.
+        writing: 1 if another checkpoint is written before the oldest is removed, else 0.
     """
 
-    settings: TrainSettings
-    folder: Path
-    device: torch.device
-    source: hub.ModelSource
-    data: RunData
-    hashes: Mapping[str, str]
-    record: Mapping[str, Any] | None
-    tokenizer: Any
-    forecast: Forecast
-    lock: int
-    stored: Quantization | None = None
+    checkpoint: int
+    adapter: int
+    log: int
+    kept: int
+    writing: int
 
     @property
-    def quantization(self) -> dict[str, Any] | None:
-        """How the base is stored in fewer bits, as plain JSON values, or None for as it is."""
-        return None if self.stored is None else hub.quantiser_facts(self.stored)
+    def least(self) -> int:
+        """Bytes that the result alone needs."""
+        return self.adapter + self.log
+
+    @property
+    def whole(self) -> int:
+        """The maximum at any time."""
+        return self.kept * self.checkpoint + max(self.writing * self.checkpoint, self.adapter) + self.log
 
 
-def check(settings: TrainSettings, progress: Progress) -> Request:
-    """Refuse what can be refused; nothing is written but an empty folder at the very end.
-
-    Args:
-        settings: What was asked for.
-        progress: Told before something takes long.
-
-    Returns:
-        The request.
-
-    Raises:
-        UsageError: Early stopping without evaluation data, a device that is not here, or a folder that holds a run.
-        LorakitError: Something cannot be done as asked; class and message say what.
-    """
-    refuse_many_processes()
-    if settings.resume:
-        settings = resumed({name: getattr(settings, name) for name in settings.model_fields_set})
-    settings.lora_config()
-    wanted = settings.stored_as()
-    if wanted is not None:
-        hub.require_quantiser(wanted)
-    device = pick_device(settings.device)
-    check_place(settings)
-    folder = Path(settings.output_dir)
-    data = read_data(settings)
-    if settings.early_stopping_patience is not None and not data.held_out:
-        raise UsageError(f"early_stopping_patience needs evaluation data. {data.note}", field="early_stopping_patience")
-    hashes = data_hashes([*settings.data, *(settings.eval_data or ())])
-    record = read_record(folder) if settings.resume else None
-    if record is not None:
-        _refuse_other_data(folder, record, hashes)
-        _refuse_fewer_steps(folder, settings.max_steps)
-    source = hub.resolve(settings.model, progress.say)
-    hub.require(source, tokenizer=True)
-    stored = hub.stored_as_files(source, wanted)
-    tokenizer = hub.load_tokenizer(source)
-    prospect = forecast(settings, source, tokenizer)
-    lock = claim_place(folder)
-    return Request(settings, folder, device, source, data, hashes, record, tokenizer, prospect, lock, stored)
-
-
-def _refuse_other_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
-    before = record.get("data_sha256", {})
-    changed = [path for path in hashes if hashes[path] != before.get(path)]
-    if changed:
-        raise RunError(
-            f"{folder}: the run cannot go on, because its data changed since it began: {', '.join(changed)}. "
-            "Put the file back, or train into a new --output-dir.",
-            what=changed[0],
-            where=folder,
-            field="data",
-        )
-
-
-def _refuse_fewer_steps(folder: Path, max_steps: int | None) -> None:
-    """Checkpoints are read only if the name of one says that it has more steps than are asked for."""
-    if max_steps is None or all(checkpoint.step_of(path) <= max_steps for path in checkpoint.checkpoints(folder)):
-        return
-    found = checkpoint.newest_good(folder).path
-    if found is not None and checkpoint.step_of(found) > max_steps:
-        raise UsageError(
-            f"{folder}: max_steps is {max_steps}, but the run is already at {found.name}; pass a larger --max-steps "
-            "to train further, or train into a new --output-dir.",
-            what=max_steps,
-            where=folder,
-            field="max_steps",
-        )
-
-
-ADAPTER = "default"
-"""Name of the adapter in the model that is trained."""
-
-
-@dataclass(frozen=True)
-class Ready:
-    """What the loop and the ending need.
+@dataclass
+class Run:
+    """The context of a run from its first weight to its end.
 
     Attributes:
-        request: The request.
-        planned: The plan, and the precision of the base.
-        batches: Data as batches.
-        pace: How long and how often.
+        spec: Everything known before a weight is loaded.
+        plan: Precision, recomputation and estimated cost.
+        batches: The data.
+        limits: Length and intervals.
         schedule: Learning rate by step.
-        trainee: Model and optimizer.
-        state: Where the run stands.
-        found: The checkpoint that is taken up, and those that were skipped.
-        total_parameters: Numbers of the base.
-        base_bytes: Their size in memory.
-        notes: Sentences a person should read.
-        choices: Which way products and attention go (`lorakit.ops.choices.acting`).
+        model: The adapted model.
+        named: Its trainable tensors (any shape) by name.
+        optimizer: The optimizer over them.
+        acceleration: The model's fused forwards, or None.
+        state: Progress; the loop changes it.
+        choices: Autotuned choices, for `lorakit.ops.choices.acting`.
+        space: Disk space that the run needs.
+        base_bytes: Size of the base's weights in memory.
+        progress: Receiver of everything that is reported.
+        started: `time.perf_counter()` at the call of `run`.
+        resumed_from: The checkpoint that the run continues, or None.
+        damaged: Newer checkpoints that do not verify.
+        status: "running", "failed", "interrupted", "stopped early" or "finished".
+        notes: Messages for the user, repeated in the result.
     """
 
-    request: Request
-    planned: Planned
+    spec: RunSpec
+    plan: RunPlan
     batches: RunBatches
-    pace: Pace
+    limits: RunLimits
     schedule: Schedule
-    trainee: Trainee
+    model: nn.Module
+    named: Named
+    optimizer: torch.optim.Optimizer
+    acceleration: Acceleration | None
     state: TrainState
-    found: checkpoint.Found
-    total_parameters: int
-    base_bytes: int
-    notes: tuple[str, ...]
     choices: Mapping[str, int]
+    space: DiskSpace
+    base_bytes: int
+    progress: Progress
+    started: float
+    resumed_from: Path | None = None
+    damaged: tuple[Path, ...] = ()
+    status: str = "running"
+    notes: tuple[str, ...] = ()
 
     @property
     def trainable_parameters(self) -> int:
-        """Numbers that are trained."""
-        return sum(parameter.numel() for _, parameter in self.trainee.named)
+        """Number of trained parameters."""
+        return sum(parameter.numel() for _, parameter in self.named)
+
+    @property
+    def total_parameters(self) -> int:
+        """Number of parameters of the base."""
+        return self.spec.forecast.shape.parameters
+
+    @property
+    def step_options(self) -> StepOptions:
+        """Settings of the arithmetic of a step."""
+        settings, device = self.spec.settings, self.spec.device
+        return StepOptions(
+            device=device,
+            max_grad_norm=settings.max_grad_norm,
+            autocast=torch.bfloat16 if device.type != "cpu" and self.plan.dtype == "bfloat16" else None,
+            acceleration=self.acceleration,
+            recompute=self.plan.recompute,
+            has_budget=settings.memory_budget is not None,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return the content of `run.json` except the result, as plain JSON values."""
+        spec, held_out = self.spec, self.batches.held_out_report
+        return {
+            "status": self.status,
+            "settings": spec.settings.as_dict(),
+            "resolved": {
+                "base": spec.source.base_name,
+                "dtype": self.plan.dtype,
+                "quantization": spec.quantization_values,
+                "device": str(spec.device),
+                "max_length": spec.forecast.max_length,
+                **dataclasses.asdict(self.limits),
+                "trainable_parameters": self.trainable_parameters,
+                "total_parameters": self.total_parameters,
+            },
+            "versions": versions(),
+            "data_sha256": dict(spec.hashes),
+            "data": self.batches.train_report.as_dict(),
+            "evaluation_data": held_out.as_dict() if held_out else None,
+            "plan": dict(self.plan.values),
+        }

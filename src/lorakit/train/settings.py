@@ -1,7 +1,7 @@
-"""`TrainSettings`: everything that decides a run, checked strictly and by name.
+"""`TrainSettings`: everything that defines a run, checked strictly and by name.
 
-Values and reasons of the defaults are in `defaults.py`; reading flags and files is in `sources.py`. This module knows
-nothing about models or data: what needs one of them (does a target match, does a file exist) is checked later.
+`defaults.py` has the defaults and their reasons, `settings_sources.py` reads flags and files. This module knows neither
+models nor data; what needs one of them (does a target match, does a file exist) is checked later.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from lorakit.config import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig, TaskType
 from lorakit.errors import ConfigError, nearest
@@ -28,13 +28,13 @@ Optimizer = Literal["adamw", "lorafa"]
 Allocation = Literal["none", "gradients", "inputs"]
 Recompute = Literal["none", "feed-forward", "layers"]
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "eva", "corda", "lora_ga", "mica")
-"""Words of `init_lora_weights`; LoftQ is not among them: it needs the base both as it was and in few bits."""
+"""Values of `init_lora_weights`. LoftQ is missing: it needs both the original and the quantized base."""
 
 _DTYPE_WORDS = {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
 
 def _one_or_many(value: Any) -> Any:
-    """A single path where a list is meant becomes a list of one."""
+    """Turn a single path into a list."""
     if isinstance(value, (str, Path)):
         value = [value]
     if isinstance(value, (list, tuple)):
@@ -47,7 +47,7 @@ def _path_text(value: Any) -> Any:
 
 
 def _targets(value: Any) -> Any:
-    """A list of one word that is "all-linear" or can only be a pattern becomes that word: flags give lists."""
+    """Turn a list of one string into the string if that is "all-linear" or a pattern, because flags give lists."""
     if not isinstance(value, (list, tuple, set)):
         return value
     names = list(value)
@@ -56,11 +56,11 @@ def _targets(value: Any) -> Any:
 
 
 def _rates(value: Any) -> Any:
-    """A table from patterns to rates, from a table or from words PATTERN=RATE, as flags give them."""
+    """Return rates by pattern from a mapping, or from strings PATTERN=RATE as flags give them."""
     words = value if isinstance(value, Mapping) else _one_or_many(value)
     if not isinstance(words, (Mapping, list)):
-        raise ValueError("it must be a table from patterns to rates")
-    entries = words.items() if isinstance(words, Mapping) else [_cut(entry) for entry in words]
+        raise ValueError("it must map patterns to rates")
+    entries = words.items() if isinstance(words, Mapping) else [_split_rate(entry) for entry in words]
     table = {}
     for pattern, rate in entries:
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf or not pattern:
@@ -74,20 +74,20 @@ def _rates(value: Any) -> Any:
 
 
 def _tokens(value: Any) -> Any:
-    """A list of tokens, each as it is; one text is cut at its commas, as flags give it."""
+    """Return a list of tokens; a single string, as flags give it, is split at commas."""
     if isinstance(value, str):
         value = [token.strip() for token in value.split(",")]
     if not isinstance(value, (list, tuple)) or not all(isinstance(token, str) for token in value):
-        raise ValueError("it must be a list of texts")
+        raise ValueError("it must be a list of strings")
     if not all(value):
         raise ValueError("a token must not be empty")
     twice = [token for number, token in enumerate(value) if token in value[:number]]
     if twice:
-        raise ValueError(f"{twice[0]!r} stands twice in it")
+        raise ValueError(f"{twice[0]!r} occurs twice")
     return list(value)
 
 
-def _cut(entry: Any) -> tuple[str, float | None]:
+def _split_rate(entry: Any) -> tuple[str, float | None]:
     pattern, _, rate = str(entry).rpartition("=")
     try:
         return pattern, float(rate)
@@ -132,13 +132,12 @@ Paths = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_on
 
 
 class TrainSettings(BaseModel):
-    """What to train on what, and how; the fields are the flags of `lorakit train`.
+    """Settings of a run; the fields are the flags of `lorakit train`.
 
-    Each field's meaning, default and the default's reason are its description, from `defaults.DEFAULTS`.
+    The description of each field states its meaning, its default and the reason, from `defaults.DEFAULTS`.
 
     Raises:
-        ConfigError: A field is unknown (the nearest name is given), missing, of a wrong type or out of range; all
-            such fields are named at once.
+        ConfigError: Fields are unknown, missing, of a wrong type or out of range; the message names all of them.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
@@ -188,6 +187,7 @@ class TrainSettings(BaseModel):
     early_stopping_patience: int | None = _setting("early_stopping_patience", ge=1)
     resume: bool = _setting("resume")
     overwrite: bool = _setting("overwrite")
+    _run_record: Mapping[str, Any] | None = PrivateAttr(default=None)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -195,33 +195,42 @@ class TrainSettings(BaseModel):
         except ValidationError as cause:
             raise _error(cause) from None
         if self.resume and self.overwrite:
-            raise ConfigError(
-                "resume and overwrite exclude each other: go on with the run, or replace it.", field="resume"
-            )
+            raise ConfigError("resume and overwrite exclude each other: resume the run, or replace it.", field="resume")
         if self.init_lora_weights == "eva" and self.allocate_ranks != "none":
             raise ConfigError(
-                "allocate_ranks and the init eva exclude each other: eva spreads the ranks itself. Leave one out.",
+                "allocate_ranks and the init eva exclude each other: eva allocates ranks itself; omit one of them.",
                 field="allocate_ranks",
             )
         _ = self.recomputed
         if self.optimizer == "lorafa" and self.loraplus_lr_ratio is not None:
             raise ConfigError(
-                "loraplus_lr_ratio and the optimizer lorafa exclude each other: lorafa freezes A, so there is no rate "
-                "of A that B's could be a multiple of. Leave one of them out.",
+                "loraplus_lr_ratio and the optimizer lorafa exclude each other: lorafa freezes A, so A has no learning "
+                "rate; omit one of them.",
                 field="loraplus_lr_ratio",
             )
 
     @property
     def recomputed(self) -> str:
-        """What the backward computes again, as far as the settings say; a memory budget says it with the plan."""
+        """What the backward pass recomputes, as far as set; with a memory budget the plan decides."""
         return recomputed(self.recompute, self.gradient_checkpointing, self.memory_budget, self.accelerate)
 
+    @property
+    def run_record(self) -> Mapping[str, Any] | None:
+        """The record of the resumed run that these settings are merged with, or None."""
+        return self._run_record
+
+    def with_record(self, record: Mapping[str, Any]) -> TrainSettings:
+        """Return the same settings, marked as merged with the record of a resumed run."""
+        settings = self.model_copy()
+        settings._run_record = record
+        return settings
+
     def stored_as(self) -> Quantization | None:
-        """How the base shall be stored, or None for as it is."""
+        """Return the requested quantization of the base, or None."""
         return stored_as(self.quantization, self.double_quantization)
 
     def lora_config(self) -> LoraConfig:
-        """The adapter's config; fields without a train setting keep `LoraConfig`'s defaults.
+        """Build the adapter's config; fields without a setting keep the defaults of `LoraConfig`.
 
         Returns:
             A new config for a causal language model.
@@ -244,19 +253,19 @@ class TrainSettings(BaseModel):
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """All settings as plain JSON values, by field name."""
+        """Return all settings as plain JSON values, by field name."""
         return self.model_dump(mode="json")
 
 
 def check_names(values: dict[str, Any], where: str = "") -> None:
-    """Refuse names that are no setting.
+    """Check that names are settings.
 
     Args:
-        values: Settings by name, as a file or program gave them.
-        where: What gave them, such as a file's path; put before each sentence.
+        values: Settings by name.
+        where: Their source, such as a file's path; a prefix of each message.
 
     Raises:
-        ConfigError: A name is no setting; the message gives the nearest ones.
+        ConfigError: A name is not a setting; the message gives the nearest one.
     """
     unknown = [name for name in values if name not in TrainSettings.model_fields]
     if unknown:
@@ -275,9 +284,9 @@ def _unknown(name: str) -> str:
 
 
 def _error(cause: ValidationError) -> ConfigError:
-    """Return the error with one sentence per field; if a field allows several types, it names the first mismatch.
+    """Return an error with one message per setting; if several types are allowed, it names the first mismatch.
 
-    Its fields are those of the first setting.
+    The error's fields are those of the first setting.
     """
     errors: dict[str, Any] = {}
     for error in cause.errors(include_url=False):
@@ -285,7 +294,7 @@ def _error(cause: ValidationError) -> ConfigError:
     field, first = next(iter(errors.items()))
     unknown, missing = first["type"] == "extra_forbidden", first["type"] == "missing" or first["input"] is ...
     return ConfigError(
-        " ".join(_sentence(name, error) for name, error in errors.items()),
+        " ".join(_message(name, error) for name, error in errors.items()),
         what=field if unknown else None if missing else first["input"],
         field=field,
         allowed=TrainSettings.model_fields if unknown else _choices(field),
@@ -293,7 +302,7 @@ def _error(cause: ValidationError) -> ConfigError:
 
 
 def _choices(name: str) -> tuple[str, ...]:
-    """Return the words that a setting allows; none if it is not a choice of words."""
+    """Return the allowed values of a setting; empty if it is not a choice."""
     field = TrainSettings.model_fields.get(name)
     return () if field is None else _words(field.annotation)
 
@@ -309,18 +318,18 @@ _EXPECTED = {
     "float": "a number",
     "finite": "a finite number",
     "bool": "true or false",
-    "string": "text",
+    "string": "a string",
     "list": "a list",
 }
 
 
-def _sentence(name: str, error: Any) -> str:
+def _message(name: str, error: Any) -> str:
     kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":
         return _unknown(name)
     if value is ... or kind == "missing":
         meaning = DEFAULTS[name].meaning
-        return f"{name} is missing; give --{name.replace('_', '-')} ({meaning[0].lower()}{meaning[1:]})."
+        return f"{name} is missing; pass --{name.replace('_', '-')} ({meaning[0].lower()}{meaning[1:]})."
     if kind == "literal_error":
         allowed = error["ctx"]["expected"]
         close = nearest(str(value), list(_choices(name)), 1)

@@ -1,7 +1,6 @@
-"""Where settings come from: flags, a YAML file, and the run that is being resumed.
+"""Sources of settings: flags, a YAML file, and the record of a resumed run.
 
-Flags win over the file; on `--resume`, what is not given is taken from the run. Knows the settings' names, nothing of
-what they do.
+Flags override the file; a resumed run supplies what is not given. Knows the names of the settings, not their effect.
 """
 
 from __future__ import annotations
@@ -16,23 +15,21 @@ import yaml
 from lorakit.errors import ConfigError, RunError
 from lorakit.report import RUN_FILE
 from lorakit.train.defaults import CHANGEABLE_ON_RESUME
-from lorakit.train.run_folder import read_record, refuse_second_run
+from lorakit.train.run_folder import raise_run_exists, read_record
 from lorakit.train.settings import TrainSettings, check_names
 
 MAX_FILE_BYTES = 1 << 20
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-4` is a number, as in YAML 1.2, and a key may stand only once."""
+    """Safe YAML loader that reads `1e-4` as a number, as YAML 1.2 does, and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
             seen.add(key if isinstance(key, str) else id(key_node))
         return super().construct_mapping(node, deep)
 
@@ -43,21 +40,21 @@ _Loader.add_implicit_resolver(
 
 
 def read_settings_file(path: str | Path) -> dict[str, Any]:
-    """Read settings from a YAML file; `-` and `_` in names are alike.
+    """Read settings from a YAML file; `-` and `_` in names are equivalent.
 
     Args:
-        path: The file; paths in it are as the process would read them.
+        path: The file; paths in it are relative to the working directory.
 
     Returns:
-        Settings by field name, as far as the file gives them; values are not yet checked.
+        The given settings by field name; values are not checked yet.
 
     Raises:
-        ConfigError: The file is missing, too large, no YAML mapping, or names an unknown setting (with its nearest).
+        ConfigError: The file is missing, too large, not a YAML mapping, or has an unknown setting.
     """
     path = Path(path)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes, so not a settings file.", where=path)
+            raise ConfigError(f"{path}: not a settings file: larger than {MAX_FILE_BYTES:,} bytes.", where=path)
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as cause:
         raise ConfigError(f"{path}: the settings file cannot be read ({cause.strerror}).", where=path) from None
@@ -66,19 +63,19 @@ def read_settings_file(path: str | Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConfigError(f"{path}: holds no settings; lines such as `learning_rate: 3e-4` were expected.", where=path)
+        raise ConfigError(f"{path}: no settings found; expected lines such as `learning_rate: 3e-4`.", where=path)
     values = {key.replace("-", "_"): value for key, value in content.items()}
     if len(values) < len(content):
-        raise ConfigError(f"{path}: a setting stands twice, once with - and once with _ in its name.", where=path)
+        raise ConfigError(f"{path}: a setting is given twice, once with - and once with _ in its name.", where=path)
     check_names(values, f"{path}: ")
     return values
 
 
 def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSettings:
-    """Settings from flags over a file over the defaults; with `resume`, over the settings of the run.
+    """Combine settings: flags override a file, which overrides the defaults or the settings of the resumed run.
 
     Args:
-        given: What flags or a program gave, by field name; None counts as not given.
+        given: Settings from flags or a program, by field name; None counts as not given.
         file: A YAML file of settings, or None.
 
     Returns:
@@ -86,7 +83,7 @@ def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSet
 
     Raises:
         ConfigError: As `TrainSettings` and `read_settings_file`.
-        UsageError: Model or data are missing, and a run is already there.
+        UsageError: Model or data are missing, and the directory has a run.
         RunError: As `resumed`.
     """
     values = dict(read_settings_file(file)) if file is not None else {}
@@ -96,39 +93,57 @@ def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSet
     missing = values.get("model") is None or values.get("data") is None
     if missing and not values.get("overwrite") and isinstance(values.get("output_dir"), (str, Path)):
         folder = Path(values["output_dir"])
-        if (folder / RUN_FILE).exists():  # what is missing is --resume, not --model
-            refuse_second_run(folder)
+        if (folder / RUN_FILE).exists():  # --resume is missing, not --model
+            raise_run_exists(folder)
     return TrainSettings(**values)
 
 
-def resumed(values: Mapping[str, Any]) -> TrainSettings:
-    """The settings of the run in `output_dir`, with what may change replaced by what was given.
+def complete(settings: TrainSettings) -> TrainSettings:
+    """Return complete settings: a resumed run supplies what was not given, unless `gather` has merged it already.
 
     Args:
-        values: Settings that were given, `output_dir` among them.
+        settings: Settings from `gather` or a program.
 
     Returns:
-        The settings to go on with; those given, where the folder holds no run yet.
+        The same settings, or those of `resumed`.
+
+    Raises:
+        ConfigError: As `resumed`.
+        RunError: As `resumed`.
+    """
+    if not settings.resume or settings.run_record is not None:
+        return settings
+    return resumed({name: getattr(settings, name) for name in settings.model_fields_set})
+
+
+def resumed(values: Mapping[str, Any]) -> TrainSettings:
+    """Return the settings of the run in `output_dir`, with given values in place of those that may change.
+
+    Args:
+        values: The given settings, including `output_dir`.
+
+    Returns:
+        The settings to resume with, and the run's record in them; only the given ones if the directory has no run yet.
 
     Raises:
         ConfigError: A given value is not allowed.
-        RunError: A given value differs from the run's and may not change; each is named with both values. Or the
-            run's record cannot be read.
+        RunError: The run's record cannot be read, or a given value differs from the run's and must not change; the
+            message names each with both values.
     """
     record = read_record(Path(values["output_dir"]))
     if record is None:
         return TrainSettings(**values)
     check_names(dict(values))
     saved = {**record["settings"], "output_dir": str(values["output_dir"]), "overwrite": False}
-    settings = TrainSettings(**{**saved, **values})
+    settings = TrainSettings(**{**saved, **values}).with_record(record)
     before = TrainSettings(**{**saved, "resume": True}).as_dict()
     now = settings.as_dict()
     changed = [n for n in now if now[n] != before[n] and n not in CHANGEABLE_ON_RESUME]
     if changed:
         listed = "; ".join(f"{name} is {now[name]!r} and was {before[name]!r}" for name in changed)
         raise RunError(
-            f"{values['output_dir']}: this run cannot go on with other settings: {listed}. "
-            "Leave them out to resume, or train into a new --output-dir.",
+            f"cannot resume {values['output_dir']} with other settings: {listed}; omit them, or use another "
+            "--output-dir.",
             what=changed[0],
             where=values["output_dir"],
             field=changed[0],

@@ -1,15 +1,6 @@
-"""How much memory this process has needed; the kernel's own count, no package.
+"""One optimizer step: the learning rate, forward and backward over the step's batches, clipping, the update.
 
-Knows nothing about training.
-
-Whether memory ran out, and what is left to do for the run. Knows settings by name, nothing of models.
-
-The loss of a batch as a sum over its trained tokens, so that any split of a step adds up to the same number.
-
-Knows nothing about adapters, optimizers or files.
-
-One optimizer step: forward and backward over its batches, clipping, AdamW. All the arithmetic of training is here.
-
+The loss of a batch is a sum over its tokens with loss, so any split of a step into batches gives the same gradient.
 Knows nothing about files, intervals or progress.
 """
 
@@ -19,7 +10,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,17 +21,67 @@ from lorakit.data.encoding import IGNORED
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.job import RECOMPUTED
 from lorakit.speed import Acceleration, end_to_end
-from lorakit.train.optimizer import clipped_step, gradient_norm, set_rate
+from lorakit.train.optimizer import Named, clipped_step, gradient_norm, set_rate
+from lorakit.train.settings import Scheduler
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate by step: warm-up, then cosine, linear or constant. Its only state is the step number.
+
+    Attributes:
+        peak: Learning rate at the end of the warm-up.
+        total_steps: Optimizer steps of the run.
+        warmup_steps: Steps over which the rate rises linearly; the first one already updates.
+        kind: Course after the warm-up: "cosine" or "linear" (toward zero at `total_steps`), or "constant".
+    """
+
+    peak: float
+    total_steps: int
+    warmup_steps: int
+    kind: Scheduler
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step.
+
+        Args:
+            step: Step number, from 0.
+
+        Returns:
+            The rate; at most `peak`, and above 0 for every step of the run.
+        """
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        if self.kind == "constant":
+            return self.peak
+        # the first step after the warm-up has the peak rate, the step after the last would have zero
+        left = max(0.0, 1 - (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        return self.peak * (left if self.kind == "linear" else (1 - math.cos(math.pi * left)) / 2)
+
+
+def schedule(peak: float, total_steps: int, warmup_ratio: float, kind: Scheduler) -> Schedule:
+    """Build a schedule whose warm-up is a fraction of its steps.
+
+    Args:
+        peak: The maximum rate.
+        total_steps: Optimizer steps of the run, at least 1.
+        warmup_ratio: Fraction of them in [0, 1], rounded up to whole steps.
+        kind: As in `Schedule.kind`.
+
+    Returns:
+        The schedule.
+    """
+    return Schedule(peak, total_steps, math.ceil(warmup_ratio * total_steps), kind)
 
 
 @contextlib.contextmanager
-def memory(batch: Batch, where: str, helps: Callable[[int], str]) -> Iterator[None]:
-    """A block in which memory that runs out becomes an error that names the batch and a way out.
+def oom_as_run_error(batch: Batch, where: str, advice: Callable[[int], str]) -> Iterator[None]:
+    """Turn running out of memory within a block into an error that names the batch and what to change.
 
     Args:
-        batch: What is computed in the block.
-        where: "in" or the like, before "a batch of …".
-        helps: Gives a sentence for so many rows.
+        batch: The batch that is computed in the block.
+        where: Where it happens: "" or " while evaluating".
+        advice: Function from the number of rows to a sentence of advice.
 
     Raises:
         RunError: Memory ran out.
@@ -52,50 +92,52 @@ def memory(batch: Batch, where: str, helps: Callable[[int], str]) -> Iterator[No
         if not _is_out_of_memory(cause):
             raise
         rows, length = batch.input_ids.shape
-        raise RunError(f"memory ran out {where} a batch of {rows} rows of {length} tokens. {helps(rows)}") from cause
+        raise RunError(f"out of memory{where}: batch of {rows} × {length} tokens. {advice(rows)}") from cause
 
 
-def relief(rows: int, recompute: str, *, accelerated: bool, budgeted: bool) -> str:
-    """What makes a step need less, in the order in which to try it, without what is done already.
+def oom_advice(rows: int, recompute: str, *, accelerated: bool, has_budget: bool) -> str:
+    """Return what reduces the memory of a step, in the order to try, without what is already enabled.
 
     Args:
-        rows: Rows of the batch that memory ran out in.
-        recompute: What the backward computes again, a word of `lorakit.plan.job.RECOMPUTED`.
-        accelerated: Whether the model runs by the functions of `lorakit.speed.accelerate`.
-        budgeted: Whether `recompute` was chosen for a memory budget, beside which it cannot be given.
+        rows: Rows of the batch that did not fit.
+        recompute: What the backward pass recomputes, from `lorakit.plan.job.RECOMPUTED`.
+        accelerated: Whether the model runs fused forwards (`lorakit.speed.accelerate`).
+        has_budget: Whether `recompute` was chosen for a memory budget; the two flags exclude each other.
 
     Returns:
         A sentence.
     """
     more = [way for way in RECOMPUTED[RECOMPUTED.index(recompute) + 1 :] if accelerated or way != "feed-forward"]
-    helps = [] if accelerated else ["accelerated forwards (leave --no-accelerate out)"]
-    if budgeted:
-        helps += ["a smaller --memory-budget"] if more else []
+    options = [] if accelerated else ["fused forwards (omit --no-accelerate)"]
+    if has_budget:
+        options += ["a smaller --memory-budget"] if more else []
     else:
-        helps += [f"--recompute {way}" + (" (or --gradient-checkpointing)" if way == "layers" else "") for way in more]
-        helps += ["--memory-budget, which chooses between these two"] if len(more) > 1 else []
+        options += [
+            f"--recompute {way}" + (" (or --gradient-checkpointing)" if way == "layers" else "") for way in more
+        ]
+        options += ["--memory-budget, which chooses between these two"] if len(more) > 1 else []
     if rows > 1:
-        helps.append(
-            "half the --per-device-train-batch-size and twice the --gradient-accumulation-steps: the same result"
+        options.append(
+            "half the --per-device-train-batch-size with twice the --gradient-accumulation-steps (same result)"
         )
-    return f"What helps, to try in this order: {'; '.join([*helps, 'a smaller --max-length'])}."
+    return f"Try, in this order: {'; '.join([*options, 'a smaller --max-length'])}."
 
 
-def relief_of_evaluation(rows: int) -> str:
-    """The same of an evaluation, which computes nothing for a backward.
+def oom_advice_for_evaluation(rows: int) -> str:
+    """Return what reduces the memory of an evaluation.
 
     Args:
-        rows: Rows of the batch that memory ran out in.
+        rows: Rows of the batch that did not fit.
     """
-    fewer = "fewer rows (--per-device-train-batch-size of train, --batch-size of eval) or " if rows > 1 else ""
-    return f"What helps: {fewer}a smaller --max-length."
+    fewer = "fewer rows per batch (train: --per-device-train-batch-size, eval: --batch-size) or " if rows > 1 else ""
+    return f"Try {fewer}a smaller --max-length."
 
 
 def _is_out_of_memory(cause: BaseException) -> bool:
     """Return whether an error means that memory ran out.
 
-    The only place that reads torch's text: its allocators for a CPU and some of its libraries raise a plain
-    RuntimeError without attributes; only the one for CUDA has a class.
+    The only place that reads torch's text: its CPU allocator and some of its libraries raise a plain RuntimeError
+    without attributes; only CUDA's error has its own class.
     """
     if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
         return True
@@ -104,34 +146,34 @@ def _is_out_of_memory(cause: BaseException) -> bool:
 
 
 def loss_sum(
-    model: nn.Module, batch: Batch, device: str | torch.device, fast: Acceleration | None = None
+    model: nn.Module, batch: Batch, device: str | torch.device, acceleration: Acceleration | None = None
 ) -> torch.Tensor:
-    """Cross entropy of the next token, summed over the trained tokens of a batch.
+    """Sum the next-token cross entropy over the tokens with loss of a batch.
 
     Args:
         model: A causal language model; its output has `logits` (rows, length, vocabulary).
-        batch: Rows on the CPU; a label that is not -100 is trained, from the position before it.
-        device: Where the model is.
-        fast: What `accelerate` made of the model, or None.
+        batch: Tensors (rows, length) on the CPU; a label other than -100 is predicted from the position before it.
+        device: The model's device.
+        acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
 
     Returns:
-        A float32 scalar (float64 for a float64 model). Divided by the trained tokens of the whole step it is the mean.
+        A float32 scalar (float64 for a float64 model); divided by the step's tokens with loss it is the mean.
     """
     inputs: dict[str, Any]
     inputs, labels = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}, batch.labels
-    if fast is not None and fast.packs and batch.tokens < batch.input_ids.numel():
+    if acceleration is not None and acceleration.packs and batch.tokens < batch.input_ids.numel():
         inputs, labels = end_to_end(batch.input_ids, batch.attention_mask, labels)
-    for name, value in inputs.items():  # boundaries are read here, where nothing waits for a device
+    for name, value in inputs.items():  # sequence boundaries are read on the CPU, so that nothing waits for the device
         if isinstance(value, torch.Tensor) and not name.startswith("cu_seq_lens"):
             inputs[name] = value.to(device)
-    if fast is not None and fast.head is not None and fast.head.applies():
-        return fast.head.loss_sum(model, labels, **inputs, use_cache=False)
+    if acceleration is not None and acceleration.head is not None and acceleration.head.applies():
+        return acceleration.head.loss_sum(model, labels, **inputs, use_cache=False)
     output: Any = model(**inputs, use_cache=False)
     labels = labels.to(device)
     targets = labels[:, 1:].reshape(-1)
     logits = output.logits[:, :-1].reshape(targets.numel(), -1)  # (rows * (length - 1), vocabulary)
     kept = targets != IGNORED
-    if not bool(kept.all()):  # rows that count for nothing would cost a float32 copy each, the step's largest memory
+    if not bool(kept.all()):  # each position without loss would cost a float32 copy of its logits, the largest tensor
         logits, targets = logits[kept], targets[kept]
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -139,47 +181,46 @@ def loss_sum(
 
 
 @dataclass(frozen=True)
-class Trainee:
-    """What a step acts on.
+class StepOptions:
+    """Settings of the arithmetic of a step.
 
     Attributes:
-        model: The adapted model, in training mode.
-        named: Its trainable tensors with their names.
-        optimizer: AdamW over them.
-        device: Where the model is.
-        max_grad_norm: The largest gradient norm; 0 clips nothing.
-        autocast: The dtype in which an accelerator computes products of float32 tensors, or None for as they are.
-        fast: What `lorakit.speed.accelerate` made of the model, or None.
-        recompute: What the backward computes again, a word of `lorakit.plan.job.RECOMPUTED`.
-        budgeted: Whether that was chosen for a memory budget.
+        device: The model's device.
+        max_grad_norm: Maximum gradient norm; 0 disables clipping.
+        autocast: Dtype of an accelerator's matmuls over float32 tensors, or None.
+        acceleration: Result of `lorakit.speed.accelerate` on the model, or None.
+        recompute: What the backward pass recomputes, from `lorakit.plan.job.RECOMPUTED`; for the advice when out of
+            memory.
+        has_budget: Whether `recompute` was chosen for a memory budget; for the same advice.
     """
 
-    model: nn.Module
-    named: Sequence[tuple[str, nn.Parameter]]
-    optimizer: torch.optim.Optimizer
     device: torch.device
-    max_grad_norm: float
+    max_grad_norm: float = 1.0
     autocast: torch.dtype | None = None
-    fast: Acceleration | None = None
+    acceleration: Acceleration | None = None
     recompute: str = "none"
-    budgeted: bool = False
+    has_budget: bool = False
 
     def computing(self) -> contextlib.AbstractContextManager[object]:
-        """The context in which the model is called."""
+        """Return the context in which the model is called."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
 
+    def oom_advice(self, rows: int) -> str:
+        """Return what reduces the memory of a step with these options, as `oom_advice` does."""
+        return oom_advice(rows, self.recompute, accelerated=self.acceleration is not None, has_budget=self.has_budget)
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step found.
+    """Result of a step.
 
     Attributes:
-        loss: Mean over the trained tokens of all its batches, before the step.
+        loss: Mean over the tokens with loss of all its batches, before the update.
         grad_norm: Norm of the gradient before clipping.
         tokens: Tokens without padding.
-        trained_tokens: Tokens that the loss is the mean of.
+        trained_tokens: Tokens with loss.
     """
 
     loss: float
@@ -188,72 +229,78 @@ class StepResult:
     trained_tokens: int
 
 
-def train_step(trainee: Trainee, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-    """Take one optimizer step on the mean loss over the trained tokens of all batches.   [docs/math.md (14)]
+def train_step(
+    model: nn.Module,
+    named: Named,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    learning_rate: float,
+    options: StepOptions,
+) -> StepResult:
+    """Take one optimizer step on the mean loss over the tokens with loss of all batches.   [docs/math.md (14)]
 
-    The tokens are counted before the first forward, so each batch's sum is divided by the count of the whole step and
+    The tokens are counted before the first forward, so each batch's sum is divided by the count of the whole step, and
     the gradient does not depend on how the rows are split into batches.
 
     Args:
-        trainee: Model and optimizer; gradients of this step are left in `.grad`, clipped or not.
+        model: The adapted model, in training mode.
+        named: Its trainable tensors (any shape) by name; `.grad` holds the step's gradients afterwards, clipped or not.
+        optimizer: An optimizer over them, from `lorakit.train.optimizer`.
         batches: The step's batches, on the CPU.
         learning_rate: The rate of this step.
+        options: Device, clipping, precision and acceleration.
 
     Returns:
-        Loss, norm and counts.
+        Loss, gradient norm and token counts.
 
     Raises:
-        NonFiniteError: Loss or gradient is NaN or infinite; no tensor has been changed.
-        DataError: No batch holds a trained token.
+        NonFiniteError: The loss or the gradient is NaN or infinite; no tensor has been changed.
+        DataError: No batch has a token with loss.
         RunError: Memory ran out, the loss does not depend on the adapter, or a trained tensor was replaced.
     """
     trained = sum(batch.trained_tokens for batch in batches)
     if trained == 0:
-        raise DataError("The rows of this step hold no trained token, so there is nothing to learn from.")
-    trainee.optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=trainee.device)
+        raise DataError("The batches of this step have no token with loss, so there is nothing to train on.")
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=options.device)
     for batch in batches:
-        with memory(batch, "in", partial(_relief, trainee)):
-            with trainee.computing():
-                loss = loss_sum(trainee.model, batch, trainee.device, trainee.fast)
+        with oom_as_run_error(batch, "", options.oom_advice):
+            with options.computing():
+                loss = loss_sum(model, batch, options.device, options.acceleration)
             if not loss.requires_grad:
                 raise RunError("The loss does not depend on any trainable tensor: the adapter is inactive or frozen.")
             (loss / trained).backward()
             total = total + loss.detach()
-    _refuse_replaced(trainee)
-    parameters = [parameter for _, parameter in trainee.named]
+    _check_not_replaced(model, named)
+    parameters = [parameter for _, parameter in named]
     norm = gradient_norm(parameters)
     mean, grad_norm = float(total) / trained, float(norm)
     for what, value in (("loss", mean), ("gradient norm", grad_norm)):
         if not math.isfinite(value):
-            trainee.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(f"the {what} became {value}, so the step was not taken.", what=what)
-    set_rate(trainee.optimizer, learning_rate)
-    clipped_step(trainee.optimizer, parameters, norm, trainee.max_grad_norm)
-    if trainee.device.type == "cuda":
-        torch.cuda.synchronize(trainee.device)  # so that the step's time is the step's
+            optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(f"the {what} became {value}; the step was not taken.", what=what)
+    set_rate(optimizer, learning_rate)
+    clipped_step(optimizer, parameters, norm, options.max_grad_norm)
+    if options.device.type == "cuda":
+        torch.cuda.synchronize(options.device)  # so that the measured time covers the step
     return StepResult(mean, grad_norm, sum(batch.tokens for batch in batches), trained)
 
 
-def without_gradient(trainee: Trainee) -> list[str]:
-    """Names of trainable tensors that the last step gave no gradient."""
-    return [name for name, parameter in trainee.named if parameter.grad is None]
+def without_gradient(named: Named) -> list[str]:
+    """Return the names of trainable tensors that got no gradient in the last step."""
+    return [name for name, parameter in named if parameter.grad is None]
 
 
-def _refuse_replaced(trainee: Trainee) -> None:
-    """A tensor that the model has no more gets no gradient; the one in its place would never be stepped."""
-    without = [(name, parameter) for name, parameter in trainee.named if parameter.grad is None]
+def _check_not_replaced(model: nn.Module, named: Named) -> None:
+    """Raise if the model no longer holds a trained tensor: its replacement would never be updated."""
+    without = [(name, parameter) for name, parameter in named if parameter.grad is None]
     if not without:
         return
-    held = {id(parameter) for parameter in trainee.model.parameters()}
+    held = {id(parameter) for parameter in model.parameters()}
     for name, parameter in without:
         if id(parameter) not in held:
             raise RunError(
-                f"{name} is not the tensor that the optimizer was made for: another has been put in its place, as "
-                "`load_state_dict(assign=True)` does; make the optimizer after that.",
+                f"{name} is not the tensor that the optimizer was created for; it was replaced, for example by "
+                "`load_state_dict(assign=True)`. Create the optimizer after that.",
                 what=name,
             )
-
-
-def _relief(trainee: Trainee, rows: int) -> str:
-    return relief(rows, trainee.recompute, accelerated=trainee.fast is not None, budgeted=trainee.budgeted)

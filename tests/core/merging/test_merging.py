@@ -47,9 +47,9 @@ def test_a_small_delta_in_bf16_mostly_vanishes_and_the_report_says_so() -> None:
     small = merge(with_delta(0.003, torch.bfloat16))
     large = merge(with_delta(0.5, torch.bfloat16))
     exact = merge(with_delta(0.003, torch.float32))
-    assert small.survived < 0.3
-    assert large.survived > 0.95
-    assert exact.survived > 0.99
+    assert small.retained < 0.3
+    assert large.retained > 0.95
+    assert exact.retained > 0.99
     changed = [site.changed for site in small.sites]
     assert max(changed) < 0.3 and all(site.changed > 0.95 for site in large.sites)
     assert [site.path for site in small.sites] == ["up", "square"]
@@ -67,7 +67,7 @@ def test_a_fresh_adapter_has_nothing_to_merge() -> None:
     attach(model, LINEARS.config())
     before = bits(model.up.base_layer.weight)
     report = merge(model)
-    assert report.survived == 1 and bits(model.up.base_layer.weight) == before
+    assert report.retained == 1 and bits(model.up.base_layer.weight) == before
 
 
 def test_merge_of_the_default_route() -> None:

@@ -40,7 +40,7 @@ def test_against_the_dense_updates(specimen: Specimen) -> None:
     before = snapshot(model)
     found = compare_adapters(model, "a", "b")
     assert snapshot(model) == before
-    assert found.names == ("a", "b") and not found.only_first and not found.only_second and not found.dora
+    assert found.names == ("a", "b") and not found.only_first and not found.only_second and not found.in_part
     flat = []
     for site in found.sites:
         one, other = delta(model, site.path, "a"), delta(model, site.path, "b")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import pickle
 import threading
@@ -31,7 +32,6 @@ from lorakit.core import (
     use,
 )
 from lorakit.core.routing.route import last_invocation
-from lorakit.core.routing.state import _SCOPES
 from lorakit.errors import ConfigError, MergeError, RouteError
 
 from ...laws.snapshots import same_bits
@@ -238,7 +238,7 @@ def test_a_cache_that_the_base_filled_is_used_again() -> None:
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generate_of_transformers_keeps_the_prompts_starts(specimen: Specimen, beams: int) -> None:
     """With a cache and without one, alone and in beams; tokens that the answer holds invoke nothing anew."""
-    model, ids = waiting(specimen), torch.tensor([ONCE, PLAIN, TWICE])
+    model, ids, held = waiting(specimen), torch.tensor([ONCE, PLAIN, TWICE]), context()
     words = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False, "num_beams": beams}
     words |= {"eos_token_id": 49, "pad_token_id": 0}
     with torch.no_grad():
@@ -248,21 +248,27 @@ def test_generate_of_transformers_keeps_the_prompts_starts(specimen: Specimen, b
         base = specimen.model().generate(input_ids=ids, **words)
     assert found[1].tolist() == base[1].tolist()
     assert found[0].tolist() != base[0].tolist()
-    assert not _SCOPES.get()
+    assert context() == held
 
 
 def test_a_failed_forward_leaves_nothing() -> None:
-    model, given = waiting(), text(ONCE)
+    model, given, held = waiting(), text(ONCE), context()
     wanted = run(model, given)
     with pytest.raises((IndexError, RuntimeError)):
         run(model, {"input_ids": torch.tensor([[3, 4, 99]])})
-    assert not _SCOPES.get()
+    assert context() == held
     handle = model.model.layers[1].register_forward_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(model, text(TWICE))
     handle.remove()
     assert same_bits(run(model, given), wanted)
-    assert not _SCOPES.get()
+    assert context() == held
+
+
+def context() -> dict[str, object]:
+    """The context variables of lorakit that hold something, by name."""
+    held = {variable.name: value for variable, value in contextvars.copy_context().items() if value}
+    return {name: value for name, value in held.items() if name.startswith("lorakit")}
 
 
 def interrupt(*_: object) -> None:
@@ -289,14 +295,14 @@ def test_hooks_come_with_the_first_and_go_with_the_last() -> None:
 def test_it_cannot_be_merged() -> None:
     model = waiting()
     for call in (merge, merged_state_dict, merge_and_unload):
-        with pytest.raises(MergeError, match="is alora, which cannot be merged"):
+        with pytest.raises(MergeError, match="is aLoRA, which cannot be merged"):
             call(model, "a")
     run(model, text(ONCE))
 
 
 def test_what_it_cannot_be_combined_with() -> None:
     words = {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}
-    with pytest.raises(ConfigError, match="alora_invocation_tokens at embed: alora cannot act on a Embedding"):
+    with pytest.raises(ConfigError, match="alora_invocation_tokens at embed: aLoRA cannot act on a Embedding"):
         attach(EMBEDDING.model(), EMBEDDING.config(**words))
     with pytest.raises(ConfigError, match=r"use_dora and alora_invocation_tokens at .*exclude each other"):
         attach(LLAMA.model(), LLAMA.config(use_dora=True, **words))
@@ -436,5 +442,5 @@ def test_a_site_whose_positions_are_not_known_says_so() -> None:
 def test_an_init_that_moves_the_base_is_refused() -> None:
     """Before its start the model must be the base."""
     words = {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM", "init_lora_weights": "pissa"}
-    with pytest.raises(ConfigError, match=r"'pissa' moves the base weight, and alora needs the base as it is"):
+    with pytest.raises(ConfigError, match=r"'pissa' moves the base weight, and aLoRA needs the base as it is"):
         attach(LLAMA.model(), LLAMA.config(**words))

@@ -113,7 +113,7 @@ def test_saved_and_loaded_and_never_merged(storage: Storage, tmp_path: Path) -> 
     assert same_bits(run(again, ids), run(model, ids))
     before = packed_bits(model)
     for dense in (False, True):
-        with pytest.raises(MergeError, match=r"Adapter 'a' at up is alora, which cannot be merged"):
+        with pytest.raises(MergeError, match=r"Adapter 'a' at up is aLoRA, which cannot be merged"):
             merge(model, "a", dense=dense)
     assert packed_bits(model) == before
 

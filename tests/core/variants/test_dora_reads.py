@@ -25,6 +25,7 @@ from ...laws.zoo import LINEARS, Specimen, attach_fresh, randomise, run, with_ad
 
 EVERY = pytest.mark.parametrize("storage", storages())
 FP32 = torch.float32
+MAGNITUDE = "lora_magnitude_vector"
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_values_and_gradients_are_those_of_the_formula(storage: Storage) -> None
             factor = layer.factor(name)
             A, B = factor.A.double(), factor.B.double()
             norms = torch.linalg.vector_norm(W + factor.scale * B @ A, dim=1).detach()
-            y = y + factor.magnitude.double() / norms * (y0 + factor.scale * x @ A.T @ B.T) - y0
+            y = y + factor.own[MAGNITUDE].double() / norms * (y0 + factor.scale * x @ A.T @ B.T) - y0
         return y if bias is None else y + bias.double()
 
     x = torch.tanh(adapted(model.up, given.double()))
@@ -161,7 +162,7 @@ def test_a_base_that_is_written_to_is_seen_at_once(how: str) -> None:
 def check_up(model: nn.Module, given: Tensor, dtype: torch.dtype = FP32) -> None:
     layer: Any = model.up
     W, factor = layer.read(), layer.factor("a")
-    gain = factor.magnitude / row_norms(W, factor.A, factor.B, factor.scale)
+    gain = factor.own[MAGNITUDE] / row_norms(W, factor.A, factor.B, factor.scale)
     bias = layer.original_bias()
     expected = given.float() @ (gain[:, None] * (W + factor.scale * factor.B @ factor.A)).T + bias.float()
     with torch.no_grad():

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.config import LoraConfig
-from lorakit.core.factor import Factor
 from lorakit.core.kinds import Slot, kind_named
-from lorakit.core.variants import At, row_norms, variant_for, variant_named
+from lorakit.core.variants import At, Factor, Start, row_norms, variant_for, variant_named
 from lorakit.errors import ConfigError
 
 SCALE = 0.7
+MAGNITUDE = "lora_magnitude_vector"
 KIND, SLOT = kind_named("Linear"), Slot("weight", 3, 5)
 
 
@@ -25,12 +25,14 @@ def numbers() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def factor(A: Tensor, B: Tensor, variant: str, magnitude: Tensor | None = None) -> Factor:
-    return Factor(A, B, SCALE, nn.Identity(), variant, magnitude)
+    own = {} if magnitude is None else {MAGNITUDE: magnitude}
+    return Factor(A, B, SCALE, nn.Identity(), variant_named(variant), own)
 
 
 def output(y0: Tensor, bias: Tensor | None, z: Tensor, held: Factor, W: Tensor) -> Tensor:
     """The variant's addition to an output (…, out)."""
-    return variant_named(held.variant).output(At(y0, bias, z, held, KIND, SLOT, lambda: W))
+    give = held.variant.output
+    return z if give is None else give(At(y0, bias, z, held, KIND, SLOT, lambda: W))
 
 
 def test_row_norms_are_those_of_the_dense_sum(numbers: tuple[Tensor, ...]) -> None:
@@ -54,7 +56,8 @@ def test_output_and_update_agree_with_the_formula(name: str, numbers: tuple[Tens
 def test_doras_magnitude_begins_as_the_norm_so_that_nothing_changes(numbers: tuple[Tensor, ...]) -> None:
     W, A, _, bias, x = numbers
     B, row = torch.zeros(3, 2, dtype=torch.float64), variant_named("dora")
-    held = factor(A, B, "dora", row.magnitude(KIND, SLOT, W, A, B, SCALE))
+    begins = row.starts(Start(KIND, SLOT, A, B, SCALE, lambda: W))
+    held = factor(A, B, "dora", begins[MAGNITUDE])
     y0 = F.linear(x, W, bias)
     assert not output(y0, bias, torch.zeros_like(y0), held, W).any()
 
@@ -82,9 +85,9 @@ def test_a_row_of_zeros_stays_zero_instead_of_nan(numbers: tuple[Tensor, ...]) -
 
 
 def test_a_kind_without_a_meaning_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="use_dora at mha: dora cannot act on a MultiheadAttention; it can on Linear"):
-        variant_for(LoraConfig(use_dora=True), "MultiheadAttention", "mha")
-    assert variant_for(LoraConfig(), "MultiheadAttention", "mha").name == "plain"
+    with pytest.raises(ConfigError, match="use_dora at mha: DoRA cannot act on a MultiheadAttention; it can on Linear"):
+        variant_for(LoraConfig(use_dora=True), kind_named("MultiheadAttention"), "mha")
+    assert variant_for(LoraConfig(), kind_named("MultiheadAttention"), "mha")[0].name == "plain"
 
 
 def test_factors_can_be_replaced_but_not_changed(numbers: tuple[Tensor, ...]) -> None:

@@ -26,10 +26,10 @@ from lorakit.core.attachment.build import (
 )
 from lorakit.core.attachment.residual_base import give_base_back
 from lorakit.core.kinds import Kind
-from lorakit.core.layers.bias import BiasSwitch
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.merging.checks import check_unmergeable
 from lorakit.core.merging.merging import unmerge
 from lorakit.core.model.checks import (
@@ -187,7 +187,7 @@ def _take_off(index: AdapterIndex, state: AdapterState, names: Sequence[str]) ->
         _forget(module, names, index)
     if state.biased:
         for path in index.patches:
-            BiasSwitch.uninstall(index.everything[path], names)
+            BiasPatch.uninstall(index.everything[path], names)
         note_old_biases(index)
     waited = any(config.alora_invocation_tokens is not None for config in state.configs.values())
     for gone in names:
@@ -247,7 +247,7 @@ def _forget(module: nn.Module, names: Sequence[str], index: AdapterIndex) -> Non
             index.replace(module, standing)
         for child in children:
             owner._modules[child] = _without(owner._modules[child], names)  # type: ignore[arg-type]
-    elif isinstance(module, (ModuleCopies, TokenRows)):
+    elif isinstance(module, (ModulesToSave, TrainableTokens)):
         for name in names:
             module.remove(name)
         if not module.available_adapters():

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.attachment.residual_base import UNMOVED, Cost, blank_for, check_can_move, cost_of, moved_base, written
-from lorakit.core.factor import Factor, make_dropout
-from lorakit.core.inits import Blank, fresh_bias, init_for
+from lorakit.core.factor import make_dropout
+from lorakit.core.inits import Blank, Init, fresh_bias, init_for
 from lorakit.core.inits.init import BOTH
-from lorakit.core.layers.bias import BiasSwitch
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import Extras, ModuleCopies, build_extras
+from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, build_extras
 from lorakit.core.layers.named_layers import layer_class
-from lorakit.core.layers.trainable_tokens import ChosenRows, NewRows, TokenRows
+from lorakit.core.layers.trainable_tokens import ChosenRows, NewRows, TrainableTokens
 from lorakit.core.model.index import AdapterIndex, Place, walk
 from lorakit.core.model.target_weights import dropout_at, places_of
 from lorakit.core.model.ties import tie_copies, tie_factors
@@ -32,7 +32,7 @@ from lorakit.core.routing.positions import install
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.statistics.moments import Statistics
-from lorakit.core.variants import variant_for
+from lorakit.core.variants import Factor, Start, Variant, variant_for
 from lorakit.errors import ConfigError
 from lorakit.targets import Match
 
@@ -123,16 +123,11 @@ def _fresh_factor(index: AdapterIndex, blank: Blank, match: Match, place: Place)
     config, kind, slot = blank.config, place.kind, place.slot
     check_bias_of_b(config, place)
     check_storage(index, place)
-    init = init_for(config.init_lora_weights, kind.name, place.path)
-    variant = variant_for(config, kind.name, place.path)
+    init = init_for(config.init_lora_weights, kind, place.path)
+    variant, setting = variant_for(config, kind, place.path)
     if init.changes_base:
         check_can_move(index, place, init)
-        if not variant.mergeable:
-            raise ConfigError(
-                f"{place.path}: init_lora_weights={config.init_lora_weights!r} moves the base weight, and "
-                f"{variant.name} needs the base as it is before its start. Use another init.",
-                where=place.path,
-            )
+        _check_start(init, variant, place)
     with torch.no_grad():
         filled = init.fill(blank)
     initial = (filled.A, filled.B) if init.changes_base and filled.W is None else None
@@ -141,24 +136,60 @@ def _fresh_factor(index: AdapterIndex, blank: Blank, match: Match, place: Place)
         moved = moved_base(index, place, initial, blank.scale)
     elif filled.W is not None:
         moved = written(index, place, filled.W)
-    magnitude = None
-    if variant.has_magnitude:
-        module = index.holder(place)
-        W = blank.read() if moved is None else base_of(module, slot.parameter).read(module, moved)
-        magnitude = variant.magnitude(kind, slot, W, filled.A, filled.B, blank.scale).view(kind.vector(slot))
-    dropout = make_dropout(dropout_at(config, place, index.holder(place)))
+    module = index.holder(place)
+
+    def read() -> Tensor:
+        return blank.read() if moved is None else base_of(module, slot.parameter).read(module, moved)
+
+    start = Start(kind, slot, filled.A, filled.B, blank.scale, read, setting, blank.generator)
+    if variant.move is not None:
+        moved = moved_for(variant, index, place, start)
+    own = variant.starts(start)
+    dropout = make_dropout(dropout_at(config, place, module))
     bias = fresh_bias(blank, not init.is_identity) if config.lora_bias else None
-    factor = Factor(filled.A, filled.B, blank.scale, dropout, variant.name, magnitude, bias)
+    factor = Factor(filled.A, filled.B, blank.scale, dropout, variant, own, bias, setting)
     factor = as_parameters(factor, trains=init.trains)
     cost = UNMOVED if moved is None else cost_of(index, place, moved, initial, blank.scale)
     return NewFactor(place, factor, match.rank, match.alpha, moved, init.trains, initial, cost)
+
+
+def _check_start(init: Init, variant: Variant, place: Place) -> None:
+    """Refuse an init that moves the base for a variant that moves it too, or that acts on a part of it."""
+    if variant.is_mergeable and variant.move is None:
+        return
+    needs = "moves it too" if variant.move is not None else "needs the base as it is before its start"
+    raise ConfigError(
+        f"{place.path}: init_lora_weights={init.name!r} moves the base weight, and {variant.title} {needs}. Use "
+        "another init.",
+        where=place.path,
+        field="init_lora_weights",
+    )
+
+
+def moved_for(variant: Variant, index: AdapterIndex, place: Place, start: Start) -> Any:
+    """Return what a site's module stores while an adapter is attached whose variant moves the base.
+
+    Args:
+        variant: The variant, which has a `move`.
+        index: The model's map.
+        place: The site.
+        start: The factor there, with A (r, in) and B (out, r).
+
+    Raises:
+        ConfigError: The base is moved or merged into already.
+    """
+    if variant.move is None:
+        return None
+    check_can_move(index, place)
+    with torch.no_grad():
+        return written(index, place, variant.move(start))
 
 
 def as_parameters(factor: Factor, trainable: bool = True, trains: frozenset[str] = BOTH) -> Factor:
     """A factor whose tensors are parameters.
 
     Args:
-        factor: With A (r, in), B (out, r) and perhaps a magnitude and a bias (out,) as plain tensors.
+        factor: With A (r, in), B (out, r), perhaps a bias (out,) and own tensors (…), all as plain tensors.
         trainable: They require gradients.
         trains: Which of "A" and "B" do at all.
 
@@ -166,9 +197,10 @@ def as_parameters(factor: Factor, trainable: bool = True, trains: frozenset[str]
         The factor.
     """
     A, B = nn.Parameter(factor.A, trainable and "A" in trains), nn.Parameter(factor.B, trainable and "B" in trains)
-    vector = None if factor.magnitude is None else nn.Parameter(factor.magnitude, trainable)
+    frozen = {tensor.held_as for tensor in factor.variant.tensors if not tensor.trained}
+    own = {name: nn.Parameter(tensor, trainable and name not in frozen) for name, tensor in factor.own.items()}
     bias = None if factor.bias is None else nn.Parameter(factor.bias, trainable)
-    return Factor(A, B, factor.scale, factor.dropout, factor.variant, vector, bias)
+    return dataclasses.replace(factor, A=A, B=B, own=own, bias=bias)
 
 
 def check_storage(index: AdapterIndex, place: Place) -> None:
@@ -263,7 +295,7 @@ def new_rows(
     for part in chosen:
         standing = index.modules[part.path]
         table: Tensor = index.base(part.path)._parameters["weight"]  # type: ignore[assignment]
-        if isinstance(standing, TokenRows):
+        if isinstance(standing, TrainableTokens):
             table = standing.token_adapter.original()
         if given is None:
             rows = table.detach()[torch.tensor(part.indices, device=table.device)]
@@ -299,7 +331,7 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
     for rows in extras.rows:
         _put_rows(index, name, rows, state)
     for module, originals in extras.biases:
-        BiasSwitch.install(name, originals, module, state)
+        BiasPatch.install(name, originals, module, state)
     for parameter, values in built.bias_values:
         parameter.data = values
     if not built.trainable:
@@ -341,8 +373,8 @@ def _maker(place: Place, state: AdapterState) -> Callable[[nn.Module], LoraLayer
 def _put_copies(index: AdapterIndex, built: NewAdapter, state: AdapterState) -> None:
     for path, duplicate in built.extras.copies.items():
         holder = index.modules[path]
-        if not isinstance(holder, ModuleCopies):
-            holder = ModuleCopies(holder, state)
+        if not isinstance(holder, ModulesToSave):
+            holder = ModulesToSave(holder, state)
             index.replace(index.modules[path], holder)
         holder.put(built.name, duplicate)
 
@@ -354,10 +386,10 @@ def _put_rows(index: AdapterIndex, name: str, new: NewRows, state: AdapterState)
     leader.put(name, new.chosen.indices, new.rows)
 
 
-def _table(index: AdapterIndex, path: str, state: AdapterState, leader: TokenRows | None) -> TokenRows:
+def _table(index: AdapterIndex, path: str, state: AdapterState, leader: TrainableTokens | None) -> TrainableTokens:
     standing = index.modules[path]
-    if not isinstance(standing, TokenRows):
-        made = TokenRows(standing, state, leader)
+    if not isinstance(standing, TrainableTokens):
+        made = TrainableTokens(standing, state, leader)
         index.replace(standing, made)
         index.modules[path] = standing = made
     return standing
@@ -370,7 +402,7 @@ def note_old_biases(index: AdapterIndex) -> None:
         index: The model's index.
     """
     for _, layer in index.layers():
-        found = [(s.adapter, s.originals["bias"]) for s in BiasSwitch.on(layer.owner) if "bias" in s.originals]
+        found = [(s.adapter, s.originals["bias"]) for s in BiasPatch.on(layer.owner) if "bias" in s.originals]
         layer.old_bias = found[0] if found else None
 
 

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.attachment.build import NewFactor
 from lorakit.core.files.adapter_folder import largest_value
-from lorakit.core.files.tensor_names import MAGNITUDE, PREFIX, ROWS, inside, parse
-from lorakit.core.layers.modules_to_save import Extras, ModuleCopies, biased_modules, plain_shapes
+from lorakit.core.files.tensor_names import PREFIX, ROWS, inside, parse
+from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, biased_modules, plain_shapes
 from lorakit.core.layers.trainable_tokens import ChosenRows
 from lorakit.core.model.index import INSIDE, AdapterIndex, Place
 from lorakit.core.model.ties import tied_groups, with_ties
 from lorakit.core.model.token_indices import chosen_rows
+from lorakit.core.variants import OwnTensor, variant_at
 from lorakit.errors import PatternError, TargetError, nearest
 from lorakit.targets import resolve, saved_modules
 from lorakit.targets.words import literal_value
@@ -54,7 +55,8 @@ class Fit:
     """Where an adapter's tensors go.
 
     Attributes:
-        sites: Path on disk -> its place and its parts: "A" (r, in), "B" (out, r), "bias" and "magnitude" (out,).
+        sites: Path on disk -> its place and its parts: "A" (r, in), "B" (out, r), "bias" (out,), and a variant's own
+            tensors (…) by `OwnTensor.held_as`.
         saved: Paths of the modules it copies.
         copied: (id of the original module, name inside) -> tensor's name.
         biases: (id of a module, name of the bias) -> tensor's name.
@@ -107,7 +109,7 @@ def fit(
     present: dict[str, dict[str, Tensor]] = {}
     for name in list(left):
         key = parse(name)
-        if key is not None and (key.part != "magnitude" or config.use_dora):
+        if key is not None and (key.part in OF_EVERY_VARIANT or key.part in _own_parts(config, key.path)):
             present.setdefault(key.path, {})[key.part] = left.pop(name)
     expected, result.saved = _expected(config, index)
     expected = None if expected is None else expected | set(bare or ())
@@ -120,6 +122,15 @@ def fit(
     extra = [name for name in left if not _known_extra(name, result)]
     result.problems += [Problem(UNEXPECTED, name, f"unexpected {name}{_prefix_hint(name)}") for name in extra]
     return result
+
+
+OF_EVERY_VARIANT = {"A", "B", "bias"}
+"""Parts of a site that are not a variant's own tensors."""
+
+
+def _own_parts(config: LoraConfig, path: str) -> dict[str, OwnTensor]:
+    """Return the own tensors of the variant that a config asks for at a site, by the part that they are."""
+    return {tensor.held_as: tensor for tensor in variant_at(config, path)[0].tensors}
 
 
 def _expected(config: LoraConfig, index: AdapterIndex) -> tuple[set[str] | None, tuple[str, ...]]:
@@ -165,7 +176,7 @@ def _find_places(
 def _take_copies(left: dict[str, Tensor], index: AdapterIndex, result: Fit) -> None:
     for path in result.saved:
         module = index.modules[path]
-        original = module.original_module if isinstance(module, ModuleCopies) else module
+        original = module.original_module if isinstance(module, ModulesToSave) else module
         for leaf, shape in plain_shapes(original).items():
             name = f"{PREFIX}{path}.{leaf}"
             if name not in left:
@@ -253,9 +264,10 @@ def _check_parts(config: LoraConfig, path: str, result: Fit) -> None:
         "A": kind.names[0] + kind.on_disk,
         "B": kind.names[1] + kind.on_disk,
         "bias": f"{kind.names[1]}.bias",
-        "magnitude": MAGNITUDE,
     }
-    wanted = {"A", "B"} | ({"magnitude"} if config.use_dora else set()) | ({"bias"} if config.lora_bias else set())
+    variant, setting = variant_at(config, path)
+    names |= {tensor.held_as: tensor.keys[0].removeprefix(".") for tensor in variant.tensors}
+    wanted = {"A", "B"} | {tensor.held_as for tensor in variant.tensors} | ({"bias"} if config.lora_bias else set())
     lacking = sorted(wanted - set(parts))
     result.problems += [_missing(f"{PREFIX}{path}.{names[part]}") for part in lacking]
     extra = [f"{PREFIX}{path}.{names[part]}" for part in sorted(set(parts) - wanted)]
@@ -264,8 +276,9 @@ def _check_parts(config: LoraConfig, path: str, result: Fit) -> None:
         del result.sites[path]
         return
     rank = _rank(config, place, kind.rank(slot, tuple(parts["A"].shape)))
-    shapes = dict(zip(("A", "B"), kind.shapes(slot, rank), strict=True))
-    shapes |= {"bias": (slot.out_features,), "magnitude": kind.vector(slot)}
+    shapes = dict(zip(("A", "B"), variant.shapes_of(kind, slot, rank, setting), strict=True))
+    shapes |= {"bias": (slot.out_features,)}
+    shapes |= {tensor.held_as: tensor.shape(kind, slot, rank, setting) for tensor in variant.tensors}
     for part in sorted(wanted):
         _check_shape(f"{path}.{names[part]}", parts[part], shapes[part], result)
 
@@ -349,7 +362,7 @@ def copied_tensors(extras: Extras, fitted: Fit, index: AdapterIndex) -> Iterator
     """Yield each tensor (…) of the saved modules with the name of the tensor that fills it."""
     for path, duplicate in extras.copies.items():
         standing = index.modules[path]
-        original = standing.original_module if isinstance(standing, ModuleCopies) else standing
+        original = standing.original_module if isinstance(standing, ModulesToSave) else standing
         for leaf, own in duplicate.state_dict(keep_vars=True).items():
             key = fitted.copied.get((id(original), leaf))
             if key is not None:

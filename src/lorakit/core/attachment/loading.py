@@ -11,6 +11,7 @@ import itertools
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lorakit.core.attachment.build import (
     check_bias_of_b,
     check_storage,
     commit,
+    moved_for,
     new_extras,
     new_rows,
 )
@@ -40,7 +42,7 @@ from lorakit.core.attachment.fitting import (
     out_of_range,
 )
 from lorakit.core.attachment.residual_base import Past, past_of
-from lorakit.core.factor import Factor, factor_dtype, make_dropout
+from lorakit.core.factor import factor_dtype, make_dropout
 from lorakit.core.files.adapter_folder import (
     AdapterFiles,
     Site,
@@ -70,7 +72,7 @@ from lorakit.core.model.replication import stacked_for
 from lorakit.core.model.target_weights import check_standing, dropout_at, named_places
 from lorakit.core.model.vocabulary import room_for, way_out, without_brought_rows
 from lorakit.core.quantization import base_of
-from lorakit.core.variants import variant_for
+from lorakit.core.variants import Factor, Start, variant_for
 from lorakit.errors import (
     OVERRIDE,
     AdapterFileError,
@@ -335,10 +337,13 @@ def _restored_factors(
             match = Match(place.outer, kind.name, r, alpha, "")
             moved = past.moved(index, place, path, (own["A"], own["B"]), match)
             own["A"], own["B"], stored, initial = moved.A, moved.B, moved.stored, moved.initial
-        variant = variant_for(config, kind.name, path)
+        variant, setting = variant_for(config, kind, path)
+        if variant.move is not None:
+            start = Start(kind, slot, own["A"], own["B"], factor_scale, partial(index.weight, place), setting)
+            stored = moved_for(variant, index, place, start)
         dropout = make_dropout(dropout_at(config, place, module))
-        vector = own["magnitude"].view(kind.vector(slot)) if "magnitude" in own else None
-        factor = Factor(own["A"], own["B"], factor_scale, dropout, variant.name, vector, own.get("bias"))
+        beside = {tensor.held_as: own[tensor.held_as] for tensor in variant.tensors}
+        factor = Factor(own["A"], own["B"], factor_scale, dropout, variant, beside, own.get("bias"), setting)
         factors.append(NewFactor(place, as_parameters(factor, trainable, trains), r, alpha, stored, trains, initial))
     return factors
 

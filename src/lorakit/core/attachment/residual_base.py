@@ -26,11 +26,10 @@ from lorakit.core.files.tensor_names import parse
 from lorakit.core.inits import Blank, Init, init_named
 from lorakit.core.kinds import Kind, Slot
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.merged_weight import place as put_in_place
-from lorakit.core.layers.merged_weight import stored_for
 from lorakit.core.model.index import AdapterIndex, Place
 from lorakit.core.quantization import base_of
 from lorakit.core.quantization.weight_format import NOT_WRITTEN
+from lorakit.core.variants import variant_at, variant_named
 from lorakit.errors import OVERRIDE, AdapterError, AdapterFileError, ConfigError
 from lorakit.targets import Match
 
@@ -138,13 +137,14 @@ def blank_for(
         statistics: What was made of the data for this site, name -> tensor (…), or None.
     """
     module, parameter = index.holder(place), place.slot.parameter
+    variant, setting = variant_at(config, place.path)
     device = base_of(module, parameter).device(module, parameter)
     return Blank(
         kind=place.kind,
         slot=place.slot,
         r=match.rank,
         scale=lora_scale(match.rank, match.alpha, config.use_rslora),
-        shapes=place.kind.shapes(place.slot, match.rank),
+        shapes=variant.shapes_of(place.kind, place.slot, match.rank, setting),
         device=device,
         dtype=factor_dtype(module, parameter),
         path=place.path,
@@ -261,7 +261,7 @@ def give_base_back(layer: LoraLayer) -> None:
         layer: A site whose base was moved.
     """
     layer.moved_by = layer.moved = layer.initial = None
-    put_in_place(layer, stored_for(layer, layer.merged_adapters))
+    layer.place(layer.stored_with(layer.merged_adapters))
     if not layer.merged_adapters:
         layer.kept = None
 
@@ -284,11 +284,17 @@ def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
     for path, layer in index.layers(name):
         if layer.moved_by == name and layer.initial is None:
             raise AdapterError(
-                f"{path}: {config.init_lora_weights} changed the base by more than a product of "
+                f"{path}: {_mover(config, layer, name)} changed the base by more than a product of "
                 f"low rank, so adapter {name!r} is no plain LoRA on the original: its factors alone do not say what it "
                 "does. Merge it, or write what it makes of the model with merged_state_dict.",
                 where=path,
             )
+
+
+def _mover(config: LoraConfig, layer: LoraLayer, name: str) -> str:
+    """Return what moved the base of an adapter's site: its variant, or its init."""
+    variant = variant_named(layer.variant[name])
+    return str(config.init_lora_weights) if variant.move is None else variant.title
 
 
 def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor]] | None:

@@ -38,6 +38,7 @@ from lorakit.core.model.checks import check_allowances, check_known
 from lorakit.core.model.fingerprint import fingerprint
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import paths_on_disk
+from lorakit.core.variants import variant_named
 from lorakit.durable import json_bytes, replace_files, replace_in_order, sha256_bytes
 from lorakit.errors import OVERRIDE, AdapterError
 from lorakit.targets import ALL_LINEAR, names_path, resolve
@@ -45,7 +46,7 @@ from lorakit.targets import ALL_LINEAR, names_path, resolve
 INITIAL_FILE = "lorakit_initial.safetensors"
 """The first factors of an adapter that moved the base and is written as it is trained."""
 
-Form = Literal["plain", "trained", "raw"]
+Form = Literal["as_lora", "trained", "raw"]
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,14 @@ class SavedForm:
 
 
 def saved_form(
-    model: nn.Module | AdapterIndex, name: str, form: Form = "plain", tensors: Mapping[str, Tensor] | None = None
+    model: nn.Module | AdapterIndex, name: str, form: Form = "as_lora", tensors: Mapping[str, Tensor] | None = None
 ) -> SavedForm:
     """Return an adapter's tensors and config in the form in which they are written.
 
     Args:
         model: The adapted model, or its index; only read.
         name: The adapter.
-        form: For one that moved the base: "plain", "trained", or "raw": its numbers and no word of how it began.
+        form: For one that moved the base: "as_lora", "trained", or "raw": its numbers and no word of how it began.
         tensors: Name on disk -> tensor (…) instead of the model's own, as gathered from several devices.
 
     Raises:
@@ -89,7 +90,8 @@ def saved_form(
     on_disk = paths_on_disk(index, name)
     here = [(on_disk[path], layer) for path, layer in index.layers(name)]
     sites = {path: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])} for path, layer in here}
-    moved = [(path, layer) for path, layer in here if layer.moved_by == name]
+    inits = [(path, layer) for path, layer in here if variant_named(layer.variant[name]).move is None]
+    moved = [(path, layer) for path, layer in inits if layer.moved_by == name]
     if not moved or form == "raw":
         return SavedForm(name, tensors, config, sites, {})
     began = {**beginning(config), "sites": sites}
@@ -217,7 +219,7 @@ def save_adapter(
     check_allowances(allow)
     index = AdapterIndex.of(model)
     check_known(index.known_state(), [name])
-    found = saved_form(index, name, "plain", tensors)
+    found = saved_form(index, name, "as_lora", tensors)
     return save_form(index, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
 
 

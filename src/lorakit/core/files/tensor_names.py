@@ -11,14 +11,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
-from lorakit.core.layers.trainable_tokens import TokenRows
 from lorakit.core.model.index import INSIDE, AdapterIndex
 from lorakit.core.model.target_weights import paths_on_disk
+from lorakit.core.variants import own_tensors
 
 PREFIX = "base_model.model."
-MAGNITUDE = "lora_magnitude_vector"
 ROWS = ".token_adapter.trainable_tokens_delta"
 
 ENDINGS = {
@@ -27,8 +24,6 @@ ENDINGS = {
     ".lora_embedding_A": "A",
     ".lora_embedding_B": "B",
     ".lora_B.bias": "bias",
-    f".{MAGNITUDE}": "magnitude",
-    f".{MAGNITUDE}.weight": "magnitude",  # an older PEFT wrote it so
 }
 
 
@@ -38,7 +33,7 @@ class Key:
 
     Attributes:
         path: Path of the site.
-        part: "A", "B", "bias" or "magnitude".
+        part: "A", "B", "bias", or the `held_as` of a variant's own tensor.
     """
 
     path: str
@@ -50,7 +45,8 @@ def parse(name: str) -> Key | None:
     if not name.startswith(PREFIX):
         return None
     rest = name.removeprefix(PREFIX)
-    for ending, part in ENDINGS.items():
+    own = ((ending, tensor.held_as) for tensor in own_tensors() for ending in tensor.keys)
+    for ending, part in (*ENDINGS.items(), *own):
         if rest.endswith(ending):
             return Key(rest.removesuffix(ending), part)
     return None
@@ -71,29 +67,13 @@ def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, 
     on_disk = paths_on_disk(index, adapter)
     depths = Counter(plain_path(path) for path in on_disk.values())
     for path, part in index.components.items():
-        if isinstance(part, LoraLayer) and adapter in part.r:
-            found |= _of_layer(f"{PREFIX}{on_disk[path]}", part, adapter)
-        elif isinstance(part, ModuleCopies) and adapter in part:
-            for leaf, tensor in part.modules_to_save[adapter].state_dict().items():
-                found[f"{PREFIX}{path}.{leaf}"] = tensor
-        elif isinstance(part, TokenRows) and adapter in part and not part.follows:
-            found[f"{PREFIX}{path}{ROWS}"] = part.token_adapter.trainable_tokens_delta[adapter]
+        where = on_disk.get(path, path)
+        found |= {f"{PREFIX}{where}.{key}": tensor for key, tensor in part.saved_tensors(adapter).items()}
     for path, patches in index.patches.items():
         where = inside(plain_path(path), depths)
-        for leaf in [leaf for patch in patches if patch.adapter == adapter for leaf in patch.originals]:
-            found[f"{PREFIX}{where}.{leaf}"] = index.everything[path]._parameters[leaf]  # type: ignore[assignment]
+        for patch in patches:
+            found |= {f"{PREFIX}{where}.{key}": tensor for key, tensor in patch.saved_tensors(adapter).items()}
     return dict(sorted(found.items()))
-
-
-def _of_layer(where: str, layer: LoraLayer, adapter: str) -> dict[str, Tensor]:
-    factor, kind = layer.factor(adapter), layer.kind
-    first, second = kind.names
-    found = {f"{where}.{first}{kind.on_disk}": factor.A, f"{where}.{second}{kind.on_disk}": factor.B}
-    if factor.bias is not None:
-        found[f"{where}.{second}.bias"] = factor.bias
-    if factor.magnitude is not None:
-        found[f"{where}.{MAGNITUDE}"] = factor.magnitude.view(kind.vector(layer.slot))
-    return found
 
 
 def inside(path: str, depths: Mapping[str, int]) -> str:

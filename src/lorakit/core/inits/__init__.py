@@ -17,7 +17,7 @@ from lorakit.core.inits.loftq import LOFTQ
 from lorakit.core.inits.lora_ga import LORA_GA
 from lorakit.core.inits.pissa import MICA, OLORA, PISSA
 from lorakit.core.inits.random import GAUSSIAN, KAIMING, ORTHOGONAL, RANDOM
-from lorakit.core.kinds import is_for
+from lorakit.core.kinds import KINDS, Kind, fits
 from lorakit.errors import ConfigError, nearest
 
 __all__ = ["INITS", "Blank", "Filled", "Init", "fresh_bias", "init_for", "init_named", "trains_of"]
@@ -59,22 +59,23 @@ def init_named(name: bool | str) -> Init:
     )
 
 
-def init_for(name: bool | str, kind: str, path: str) -> Init:
+def init_for(name: bool | str, kind: Kind, path: str) -> Init:
     """The row for a value of `init_lora_weights` at a site.
 
     Args:
         name: The value.
-        kind: Name of the kind of site.
+        kind: The kind of the site.
         path: Where, for the message.
 
     Raises:
         ConfigError: There is no such init, or it has no meaning on this kind.
     """
     init = init_named(name)
-    if not is_for(init.kinds, kind):
+    if not fits(init.fits, kind):
+        known = [other.name for other in KINDS if init.fits(other)]
         raise ConfigError(
-            f"init_lora_weights is {name!r}, which has no meaning on a {kind} ({path}); it has one on "
-            f"{', '.join(init.kinds)}. Leave the module out, or use True.",
+            f"init_lora_weights is {name!r}, which has no meaning on a {kind.name} ({path}); it has one on "
+            f"{', '.join(known)}. Leave the module out, or use True.",
             what=name,
             where=path,
             field="init_lora_weights",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorakit.config import CordaConfig
-from lorakit.core.inits.eva import SEES_INPUTS
+from lorakit.core.inits.eva import sees_inputs
 from lorakit.core.inits.init import Blank, Filled, Init, balanced
 from lorakit.errors import ConfigError
 
@@ -97,7 +97,7 @@ def _corda(blank: Blank) -> Filled:
 
 CORDA = Init(
     name="corda",
-    kinds=SEES_INPUTS,
+    fits=sees_inputs,
     changes_base=True,
     is_identity=True,
     needs="inputs",

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from lorakit.config import EvaConfig
 from lorakit.core.inits.init import Blank, Filled, Init, zeros
+from lorakit.core.kinds import Kind
 
-SEES_INPUTS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d")
-"""The kinds whose inputs are rows of numbers."""
+
+def sees_inputs(kind: Kind) -> bool:
+    """Fit kinds whose modules are called with numbers, not with indices."""
+    return kind.acts_on == "input" and kind.drops
 
 
 def settings_of(blank: Blank) -> EvaConfig:
@@ -42,7 +45,7 @@ def _eva(blank: Blank) -> Filled:
 
 EVA = Init(
     name="eva",
-    kinds=SEES_INPUTS,
+    fits=sees_inputs,
     changes_base=False,
     is_identity=True,
     needs="inputs",

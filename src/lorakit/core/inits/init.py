@@ -11,23 +11,10 @@ import torch
 from torch import Tensor
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds import Kind, Shape, Slot
+from lorakit.core.kinds import Fits, Kind, Shape, Slot
 from lorakit.errors import ConfigError
 
 BOTH = frozenset({"A", "B"})
-
-MATRICES: tuple[str, ...] = (
-    "Linear",
-    "Conv1D",
-    "Embedding",
-    "Conv1d",
-    "Conv2d",
-    "Conv3d",
-    "MultiheadAttention",
-    "Parameter",
-    "InnerLinear",
-)
-"""The kinds whose weight is a matrix, or several side by side, as inits that decompose it need."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +152,7 @@ class Init:
 
     Attributes:
         name: The value of `init_lora_weights` that asks for it.
-        kinds: Names of the kinds it has a meaning on.
+        fits: Kind -> whether it has a meaning on it. One that is not `every_kind` fits no kind that a user made.
         changes_base: It replaces the base weight: by W − s·B·A, unless `fill` gives another.
         is_identity: A fresh adapter changes no output, if not to the bit (`is_exact`).
         needs: What must be collected beforehand: "" nothing, "inputs" or "gradients".
@@ -178,7 +165,7 @@ class Init:
     """
 
     name: bool | str
-    kinds: tuple[str, ...]
+    fits: Fits
     changes_base: bool
     is_identity: bool
     needs: str

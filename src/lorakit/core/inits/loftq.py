@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.core.inits.init import MATRICES, Blank, Filled, Init, balanced
+from lorakit.core.inits.init import Blank, Filled, Init, balanced
+from lorakit.core.kinds import every_kind_of_the_table
 from lorakit.errors import ConfigError
 
 BLOCK = 64
@@ -133,7 +134,7 @@ def _settings(blank: Blank) -> tuple[int, int]:
 
 LOFTQ = Init(
     name="loftq",
-    kinds=MATRICES,
+    fits=every_kind_of_the_table,
     changes_base=True,
     is_identity=False,
     needs="",

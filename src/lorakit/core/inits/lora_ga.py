@@ -9,12 +9,16 @@ from torch import Tensor
 
 from lorakit.config import LoraGAConfig
 from lorakit.core.inits.init import Blank, Filled, Init
+from lorakit.core.kinds import Kind
 from lorakit.core.linalg import dense_spectrum
 from lorakit.errors import ConfigError
 
-KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")
 DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
 SCALES = ("stable", "weight_svd", "gd_scale", "unit")
+
+
+def _fits(kind: Kind) -> bool:
+    return kind.acts_on == "input"
 
 
 def settings_of(blank: Blank) -> LoraGAConfig:
@@ -106,7 +110,7 @@ def _chosen(blank: Blank, direction: str) -> tuple[Any, Any]:
 
 LORA_GA = Init(
     name="lora_ga",
-    kinds=KINDS,
+    fits=_fits,
     changes_base=True,
     is_identity=True,
     needs="gradients",

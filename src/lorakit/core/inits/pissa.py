@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorakit.core.inits.init import MATRICES, Blank, Filled, Init, balanced, zeros
+from lorakit.core.inits.init import Blank, Filled, Init, balanced, zeros
+from lorakit.core.kinds import every_kind_of_the_table
 
 FAST = "pissa_niter_"
 SPARE = 16
@@ -58,7 +59,7 @@ def sketched(blank: Blank, W: Tensor, iterations: int) -> tuple[Tensor, Tensor, 
 
 PISSA = Init(
     name="pissa",
-    kinds=MATRICES,
+    fits=every_kind_of_the_table,
     changes_base=True,
     is_identity=True,
     needs="",
@@ -82,7 +83,7 @@ def _olora(blank: Blank) -> Filled:
 
 OLORA = Init(
     name="olora",
-    kinds=MATRICES,
+    fits=every_kind_of_the_table,
     changes_base=True,
     is_identity=True,
     needs="",
@@ -107,7 +108,7 @@ def _mica(blank: Blank) -> Filled:
 
 MICA = Init(
     name="mica",
-    kinds=MATRICES,
+    fits=every_kind_of_the_table,
     changes_base=False,
     is_identity=True,
     needs="",

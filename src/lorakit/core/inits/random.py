@@ -11,11 +11,9 @@ import math
 
 import torch
 
-from lorakit.core.inits.init import MATRICES, Blank, Filled, Init, normal, uniform, zeros
-from lorakit.core.kinds import KINDS
+from lorakit.core.inits.init import Blank, Filled, Init, normal, uniform, zeros
+from lorakit.core.kinds import every_kind, every_kind_of_the_table
 from lorakit.errors import ConfigError
-
-EVERY_KIND = tuple(kind.name for kind in KINDS)
 
 
 def _kaiming(blank: Blank) -> Filled:
@@ -43,9 +41,9 @@ def _random(blank: Blank) -> Filled:
     return Filled(uniform(blank, blank.A_shape), uniform(blank, blank.B_shape))
 
 
-KAIMING = Init(name=True, kinds=EVERY_KIND, changes_base=False, is_identity=True, needs="", fill=_kaiming)
-GAUSSIAN = Init(name="gaussian", kinds=EVERY_KIND, changes_base=False, is_identity=True, needs="", fill=_gaussian)
-RANDOM = Init(name=False, kinds=EVERY_KIND, changes_base=False, is_identity=False, needs="", fill=_random)
+KAIMING = Init(name=True, fits=every_kind, changes_base=False, is_identity=True, needs="", fill=_kaiming)
+GAUSSIAN = Init(name="gaussian", fits=every_kind, changes_base=False, is_identity=True, needs="", fill=_gaussian)
+RANDOM = Init(name=False, fits=every_kind, changes_base=False, is_identity=False, needs="", fill=_random)
 
 SIZE = 0.1
 """Both factors are this times rows of standard normal numbers in an orthogonal basis."""
@@ -81,7 +79,7 @@ def _orthogonal(blank: Blank) -> Filled:
 
 ORTHOGONAL = Init(
     name="orthogonal",
-    kinds=MATRICES,
+    fits=every_kind_of_the_table,
     changes_base=False,
     is_identity=True,
     needs="",

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from torch import nn
 
 from lorakit.core.kinds.convolution import CONV1, CONV2, CONV3
 from lorakit.core.kinds.embedding import EMBEDDING
-from lorakit.core.kinds.kind import Kind, Shape, Slot, dense_delta, spread
+from lorakit.core.kinds.kind import (
+    Fits,
+    Kind,
+    Shape,
+    Slot,
+    dense_delta,
+    every_kind,
+    every_kind_of_the_table,
+    spread,
+)
 from lorakit.core.kinds.linear import CONV1D, LINEAR
 from lorakit.core.kinds.parameter import ATTENTION, INNER, PARAMETER, parameter_slot, per_expert, side_by_side
 from lorakit.errors import ConfigError
@@ -19,12 +29,15 @@ __all__ = [
     "KINDS",
     "PARAMETER",
     "READ_BY_THEIR_OWNER",
+    "Fits",
     "Kind",
     "Shape",
     "Slot",
     "checked",
     "dense_delta",
-    "is_for",
+    "every_kind",
+    "every_kind_of_the_table",
+    "fits",
     "kind_named",
     "kind_of",
     "parameter_slot",
@@ -71,10 +84,10 @@ def kind_named(name: str, own: Mapping[str, Kind] = NONE) -> Kind:
 
 
 def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
-    """Kinds that a user made, by name.
+    """Return kinds that a user made, by name, without what is true of the table's own module types alone.
 
     Args:
-        kinds: Rows, most simply `dataclasses.replace` of one of the table.
+        kinds: Entries, most simply `dataclasses.replace` of one of the table.
 
     Raises:
         ConfigError: One is no `Kind`, bears a name that is taken, or names no module type.
@@ -86,15 +99,15 @@ def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
         if kind.name in _NAMED or kind.name in found or not kind.types:
             why = "names no module type" if not kind.types else "bears the name of another"
             raise ConfigError(f"kinds: the kind {kind.name!r} {why}. Give it a name and types of its own.")
-        found[kind.name] = kind
+        found[kind.name] = dataclasses.replace(kind, is_dense=False, names_parameter=False, read_by_owner=False)
     return found
 
 
-def is_for(kinds: Collection[str], name: str) -> bool:
-    """Whether a row of INITS or VARIANTS has a meaning on a kind; one for every kind has it on a user's own too.
+def fits(check: Fits, kind: Kind) -> bool:
+    """Return whether an entry of INITS or VARIANTS works on a kind; one that is for all kinds does on a user's too.
 
     Args:
-        kinds: Names of the kinds that the row names.
-        name: The kind's name.
+        check: The entry's `fits`.
+        kind: The kind.
     """
-    return name in kinds or (name not in _NAMED and set(kinds) >= set(_NAMED))
+    return check is every_kind or (kind.name in _NAMED and check(kind))

@@ -99,6 +99,7 @@ CONV1 = replace(
     flat=_flat,
     flat_weight=_flat_weight,
     delta=_delta,
+    is_dense=False,
 )
 CONV2 = replace(CONV1, name="Conv2d", types=(nn.Conv2d,))
 CONV3 = replace(CONV1, name="Conv3d", types=(nn.Conv3d,))

@@ -60,4 +60,5 @@ EMBEDDING = replace(
     delta=_table_delta,
     down=_embedding_down,
     up=_embedding_up,
+    is_dense=False,
 )

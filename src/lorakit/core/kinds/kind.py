@@ -67,6 +67,9 @@ class Kind:
         flat_weight: The canonical weight of a slot as a matrix, (out, n).
         delta: The unscaled delta of a slot in the shape of its canonical weight; raises MergeError where it has none.
         layer: Class of the layer that stands there, of a kind that a user made; None for the table's own.
+        is_dense: The module is a dense layer, so "all-linear" means it and its products are one matrix with the input.
+        names_parameter: The site is one bare parameter of a module, named by its own path (`target_parameters`).
+        read_by_owner: The module's weight is read by the module around it, which does not call it.
     """
 
     name: str
@@ -88,11 +91,28 @@ class Kind:
     flat_weight: Callable[[Slot, Tensor], Tensor]
     delta: Callable[[Slot, Tensor, Tensor], Tensor]
     layer: type[nn.Module] | None = None
+    is_dense: bool = False
+    names_parameter: bool = False
+    read_by_owner: bool = False
 
     @property
     def takes_bias(self) -> bool:
         """Whether B can have a bias (`lora_bias`): where it makes an output of its own out of numbers."""
         return self.acts_on == "input" and self.drops
+
+
+Fits = Callable[[Kind], bool]
+"""Whether an entry of INITS or VARIANTS works on a kind."""
+
+
+def every_kind(kind: Kind) -> bool:
+    """Fit every kind, also those that users made."""
+    return True
+
+
+def every_kind_of_the_table(kind: Kind) -> bool:
+    """Fit every entry of KINDS: their weights are matrices, or several side by side."""
+    return True
 
 
 def spread(vector: Tensor, slot: Slot) -> Tensor:

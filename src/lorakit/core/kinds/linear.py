@@ -83,6 +83,7 @@ LINEAR = Kind(
     flat=as_they_are,
     flat_weight=matrix,
     delta=product,
+    is_dense=True,
 )
 
 CONV1D = replace(LINEAR, name="Conv1D", types=("transformers.pytorch_utils.Conv1D",), slots=_transposed_slots)

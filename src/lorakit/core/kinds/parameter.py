@@ -92,6 +92,8 @@ PARAMETER = replace(
     shapes=_shapes,
     rank=_rank,
     delta=_delta,
+    is_dense=False,
+    names_parameter=True,
 )
 
 ATTENTION = replace(
@@ -99,9 +101,10 @@ ATTENTION = replace(
     name="MultiheadAttention",
     types=(nn.MultiheadAttention,),
     row_axis=_attention_axis,
+    names_parameter=False,
     slots=_attention_slots,
     inner=("out_proj",),
 )
 
-INNER = replace(PARAMETER, name="InnerLinear", slots=LINEAR.slots)
+INNER = replace(PARAMETER, name="InnerLinear", slots=LINEAR.slots, names_parameter=False, read_by_owner=True)
 """A dense layer inside such a module, whose weight the module reads without calling it."""

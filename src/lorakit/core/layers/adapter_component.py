@@ -1,28 +1,123 @@
-"""What every adapted module answers about which adapters act in it: PEFT's words over the state and the own route.
+"""Everything that carries adapter state: the protocol `AdapterComponent`, and the base class of modules that carry it.
 
-Other programs switch adapters module by module; this is where they can. It knows nothing of factors or weights.
+Calls on a whole model (merge, unmerge, detach, save) go through the protocol, component by component: a component
+stages its change, and commits it after all others have staged theirs. `AdapterModule` also answers which adapters act
+in it, in PEFT's words, for programs that switch adapters module by module. Factors and weights are not known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lorakit.core.routing.route import BASE, Route
 from lorakit.core.routing.state import AdapterState
 from lorakit.errors import warn_caller
 
+KeepBase = Literal[True, False, "cpu"]
 
-class Switched(nn.Module):
-    """A module in which adapters act, as programs of the field ask it.
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How adapters are merged.
+
+    Attributes:
+        keep_base: Keep each original weight on its device (True), in main memory ("cpu"), or not (False).
+        in_place: Adapters stay on the model, so a weight must also be right for an adapter whose init moved the base.
+        dense: Dtype of the plain module that replaces a quantized one whose matmuls have no dtype of their own, and a
+            convolution with groups; None: quantized modules stay.
+        apart: The ids of components that get a parameter of their own, because they share one with other modules.
+    """
+
+    keep_base: KeepBase = True
+    in_place: bool = True
+    dense: torch.dtype | None = None
+    apart: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class SiteMerge:
+    """What a merge did to the weight of one site.   [docs/math.md (12)]
+
+    Attributes:
+        path: The site.
+        retained: Fraction of the delta in the stored weight, 1 − ‖W' − (W₀ + Δ)‖ / ‖Δ‖, at least 0.
+        changed: Fraction of the weight's elements that changed.
+        error: Relative error of the stored weight: ‖W' − (W₀ + Δ)‖ / ‖W₀ + Δ‖.
+    """
+
+    path: str
+    retained: float
+    changed: float
+    error: float
+
+
+@dataclass(frozen=True)
+class StagedMerge:
+    """A change of one component that is ready to be made.
+
+    Attributes:
+        report: What the merge does to the weight; None if the component has none, and when unmerging.
+        commit: Makes the change. It raises nothing: staging has checked everything and allocated the memory.
+    """
+
+    report: SiteMerge | None
+    commit: Callable[[], None]
+
+
+class AdapterComponent(Protocol):
+    """Whatever carries state of adapters: adapted layers, saved modules, trainable tokens, trained biases."""
+
+    @property
+    def state(self) -> AdapterState:
+        """What the model's adapted modules share."""
+
+    def available_adapters(self) -> list[str]:
+        """Return the adapters that have parameters here."""
+
+    def parameters_of(self, adapter: str) -> list[nn.Parameter]:
+        """Return an adapter's parameters here, (…); A and B first; an empty list if it has none."""
+
+    def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
+        """Return what a file stores of an adapter: key below this component's path -> tensor (…)."""
+
+    def remove(self, adapter: str) -> nn.Module:
+        """Drop what an adapter has here and return the module that belongs here afterwards."""
+
+    def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
+        """Prepare to merge adapters and change nothing; None if they have nothing here.
+
+        Raises:
+            MergeError: The result is not finite, or the component cannot take these adapters.
+        """
+
+    def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
+        """Prepare to unmerge adapters; committing restores the bits. None if none of them is merged here.
+
+        Raises:
+            MergeError: The base's values were not kept.
+        """
+
+    def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
+        """Return the base's tensors here with adapters merged: name in the plain module -> tensor (…)."""
+
+    def unload(self) -> nn.Module:
+        """Return the plain module, with what is merged in it and without adapters."""
+
+
+class AdapterModule(nn.Module):
+    """A module in which adapters act.
 
     Attributes:
         state: What the model's adapted modules share.
-        own_route: This module's exception to the model's default, or None.
-        aside: The exception that was in force before this module's adapters were disabled; a tuple, empty where they
-            are not.
+        own_route: This module's override of the model's default, or None.
+        aside: The override that was active before this module's adapters were disabled; a tuple, empty if they are
+            enabled.
     """
 
     state: AdapterState
@@ -33,19 +128,83 @@ class Switched(nn.Module):
         super().__setstate__(known)
         self.state.join(self)  # a copy belongs to the copied state
 
+    @abstractmethod
     def available_adapters(self) -> list[str]:
-        """Adapters that have something here."""
-        return []
+        """Return the adapters that have parameters here."""
 
-    def parameters_of(self, name: str) -> list[nn.Parameter]:
-        """The parameters of an adapter here, (…); none where it has nothing."""
-        return []
+    @abstractmethod
+    def parameters_of(self, adapter: str) -> list[nn.Parameter]:
+        """Return an adapter's parameters here, (…); an empty list if it has none."""
 
-    def remove(self, name: str) -> None:
-        """Drop what an adapter has here; one that has nothing is no matter."""
+    @abstractmethod
+    def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
+        """Return what a file stores of an adapter: key below this module's path -> tensor (…)."""
+
+    @abstractmethod
+    def remove(self, adapter: str) -> nn.Module:
+        """Drop what an adapter has here, if anything, and return the module that belongs here afterwards."""
+
+    @abstractmethod
+    def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
+        """Prepare to merge adapters and change nothing; see `AdapterComponent`."""
+
+    @abstractmethod
+    def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
+        """Prepare to unmerge adapters and change nothing; see `AdapterComponent`."""
+
+    @abstractmethod
+    def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
+        """Return the base's tensors here with adapters merged: name in the plain module -> tensor (…)."""
+
+    @abstractmethod
+    def unload(self) -> nn.Module:
+        """Return the plain module, with what is merged in it and without adapters."""
+
+    def merged_here(self) -> Sequence[str]:
+        """Return the adapters that are merged here now."""
+        return ()
+
+    def kept_bytes(self) -> int:
+        """Return the memory of the originals that merges kept."""
+        return 0
+
+    def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
+        """Reject adapters that no weight can hold, whatever is merged now; nothing is computed.
+
+        Args:
+            path: This module's path, for messages.
+            adapters: Adapters; those without parameters here are ignored.
+
+        Raises:
+            MergeError: One of them cannot be merged here.
+        """
+
+    def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
+        """Reject a merge that this module cannot take now; nothing is computed.
+
+        Args:
+            path: This module's path, for messages.
+            adapters: Adapters; those without parameters here are ignored.
+            options: How they are merged.
+
+        Raises:
+            MergeError: One of them cannot be merged here, or is merged already.
+        """
+        self.check_mergeable(path, adapters)
+
+    def check_unmerge(self, path: str, adapters: Sequence[str]) -> None:
+        """Reject to unmerge adapters if the base's values were not kept.
+
+        Args:
+            path: This module's path, for messages.
+            adapters: Adapters; those that are not merged here are ignored.
+
+        Raises:
+            MergeError: The message names the adapter and the path.
+        """
 
     def drop_exception(self, name: str) -> None:
-        """End this module's exception to the model's default, where it names an adapter that leaves."""
+        """End this module's override of the model's default if it names an adapter that leaves."""
         if self.own_route is not None and name in self.own_route.mentions:
             self.own_route = None
         if self.aside and self.aside[0] is not None and name in self.aside[0].mentions:

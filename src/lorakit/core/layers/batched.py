@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from torch.nn.modules import module as of_modules
 
 from lorakit.core.clones import is_watched, share_dropped
-from lorakit.core.factor import Factor
 from lorakit.core.kinds.kind import first_axis
 from lorakit.core.kinds.linear import linear_down, linear_up
 from lorakit.core.routing.route import Route
+from lorakit.core.variants import Factor
 from lorakit.ops.adapted import as_written, autocast
 from lorakit.ops.kernels.choosing import is_traced
 from lorakit.ops.segments import OwnRows, Routed, Segments, Way, are_few, compiled_way, way_of
@@ -269,7 +269,7 @@ def _made(layer: Any, names: tuple[str, ...], dtype: torch.dtype) -> Stacks:
 
 def _can_be_stacked(factor: Factor) -> bool:
     tensors = all(type(tensor) in (Tensor, nn.Parameter) for tensor in (factor.A, factor.B))
-    plain = factor.variant == "plain" and factor.bias is None
+    plain = factor.variant.is_lora and factor.bias is None
     return tensors and plain and share_dropped(factor.dropout) == 0 and not is_watched(factor.dropout)
 
 

@@ -1,33 +1,32 @@
-"""Trained biases (`bias="all"`, `"lora_only"`), and the biases that a merge brings.
+"""Trained biases (`bias="all"`, `"lora_only"`): a bias of the base that an adapter trains in place.
 
-The switch of a bias that an adapter trains in place: other routes see the base's, by a hook on its module.
-
-The bias that an adapter brings with B (`lora_bias`), written into the base's by a merge and out again.
+Other routes get the old bias, by a hook on the module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.clones import clone_with
+from lorakit.core.layers.adapter_component import MergeOptions, StagedMerge
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.quantization import at_least_fp32
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
-from lorakit.errors import MergeError, MixedRowsError, RowCountError
+from lorakit.errors import MixedRowsError, RowCountError
 
 
-class BiasSwitch:
+class BiasHook:
     """A forward hook on a module whose bias an adapter trains in place: other routes get the old bias.
 
-    Where the adapter is not active, the module runs once more as a shallow clone with the bias it had before,
-    so the result has the base's very bits, and nothing is swapped under another thread. It comes before the module's
-    other hooks, which so see what it makes.
+    If the adapter is not active, the module runs once more as a shallow clone with the bias it had before, so the
+    result has the bits of the base, and nothing is swapped under another thread. The hook comes before the module's
+    other hooks, so they see its output.
     """
 
     part_of_module = True  # clones that drop other people's hooks keep it
@@ -72,7 +71,7 @@ class BiasSwitch:
         return torch.where(ours.view(-1, *[1] * (output.ndim - 1)), output, old)
 
     def old(self, module: nn.Module) -> dict[str, Tensor]:
-        """The old biases (…) of a module by name, on the device and in the dtype that it has now."""
+        """Return the old biases (…) of a module by name, on the device and in the dtype that it has now."""
         now = {name: getattr(module, name) for name in self.originals}  # not from _parameters: FSDP, in a forward
         return {name: old.to(now[name].device, now[name].dtype) for name, old in self.originals.items()}
 
@@ -81,145 +80,121 @@ class BiasSwitch:
         clone = clone_with(module, self.old(module))
         if isinstance(module, nn.MultiheadAttention):
             inside = out_projection(module)
-            for switch in BiasSwitch.on(inside):
-                if switch.adapter == self.adapter:
-                    clone._modules["out_proj"] = clone_with(inside, switch.old(inside))
+            for hook in _hooks(inside).values():
+                if hook.adapter == self.adapter:
+                    clone._modules["out_proj"] = clone_with(inside, hook.old(inside))
         return clone
 
-    @staticmethod
-    def on(module: nn.Module) -> list[BiasSwitch]:
-        """The switches that hang on a module."""
-        return [hook for hook in module._forward_hooks.values() if isinstance(hook, BiasSwitch)]
 
-    @classmethod
-    def install(cls, adapter: str, originals: dict[str, Tensor], module: nn.Module, state: AdapterState) -> None:
-        """Hang a switch with a module's old biases on it, and make the biases trainable."""
+@dataclass(frozen=True)
+class BiasPatch:
+    """The biases of one module that an adapter trains in place: an `AdapterComponent`.
+
+    Attributes:
+        module: The base's module, whose parameters are the trained biases.
+        hook: What gives other routes the old biases.
+        key: Number of the hook on the module.
+    """
+
+    module: nn.Module
+    hook: BiasHook
+    key: int
+
+    @property
+    def adapter(self) -> str:
+        """The adapter that trains the biases."""
+        return self.hook.adapter
+
+    @property
+    def originals(self) -> dict[str, Tensor]:
+        """Name of each bias -> what it was before, (…)."""
+        return self.hook.originals
+
+    @property
+    def state(self) -> AdapterState:
+        """What the model's adapted modules share."""
+        return self.hook.state
+
+    def old(self) -> dict[str, Tensor]:
+        """Return the old biases (…) by name, on the device and in the dtype that the module has now."""
+        return self.hook.old(self.module)
+
+    def available_adapters(self) -> list[str]:
+        """Return the adapter that trains the biases, in a list."""
+        return [self.adapter]
+
+    def parameters_of(self, adapter: str) -> list[nn.Parameter]:
+        """Return the biases, (…), if this adapter trains them."""
+        if adapter != self.adapter:
+            return []
+        return [held for name in self.originals if (held := self.module._parameters[name]) is not None]
+
+    def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
+        """Return the biases by name, (…), if this adapter trains them."""
+        found = {name: self.module._parameters[name] for name in self.originals} if adapter == self.adapter else {}
+        return {name: held for name, held in found.items() if held is not None}
+
+    def remove(self, adapter: str) -> nn.Module:
+        """Restore the old biases bit for bit, if this adapter trains them, and return the module."""
+        if adapter == self.adapter:
+            self._unhook()
+            for name, old in self.originals.items():
+                parameter: nn.Parameter = self.module._parameters[name]  # type: ignore[assignment]
+                with torch.no_grad():
+                    parameter.copy_(old)
+                parameter.requires_grad_(False)
+        return self.module
+
+    def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
+        """Return None: the biases are trained in the base's own parameters."""
+        return None
+
+    def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
+        """Return None, as for `stage_merge`."""
+        return None
+
+    def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
+        """Return the biases by name, (…), if one of these adapters trains them."""
+        return {name: held.detach() for adapter in adapters for name, held in self.saved_tensors(adapter).items()}
+
+    def unload(self) -> nn.Module:
+        """Leave the biases as they were trained, and return the module."""
+        self._unhook()
+        return self.module
+
+    def _unhook(self) -> None:
+        self.module._forward_hooks.pop(self.key, None)
+        self.module._forward_hooks_with_kwargs.pop(self.key, None)
+
+    @staticmethod
+    def on(module: nn.Module) -> list[BiasPatch]:
+        """Return the patches of a module's biases."""
+        if not module._forward_hooks:
+            return []
+        return [BiasPatch(module, hook, key) for key, hook in _hooks(module).items()]
+
+    @staticmethod
+    def install(adapter: str, originals: dict[str, Tensor], module: nn.Module, state: AdapterState) -> None:
+        """Make biases of a module trainable, and give other routes the old ones, (…)."""
         state.biased = True
-        module.register_forward_hook(cls(adapter, originals, state), with_kwargs=True, prepend=True)
+        hook = BiasHook(adapter, originals, state)
+        module.register_forward_hook(hook, with_kwargs=True, prepend=True)
         for name in originals:
             module._parameters[name].requires_grad_(True)  # type: ignore[union-attr]
 
     @staticmethod
-    def forget(module: nn.Module) -> None:
-        """Take every switch off a module and leave its biases as they were trained."""
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, BiasSwitch):
-                del module._forward_hooks[key]
-                module._forward_hooks_with_kwargs.pop(key, None)
-
-    @staticmethod
     def uninstall(module: nn.Module, adapters: Collection[str]) -> None:
-        """Take the switches of some adapters off a module and give it its old biases back, bit for bit."""
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, BiasSwitch) and hook.adapter in adapters:
-                del module._forward_hooks[key]
-                module._forward_hooks_with_kwargs.pop(key, None)
-                for name, old in hook.originals.items():
-                    parameter: nn.Parameter = module._parameters[name]  # type: ignore[assignment]
-                    with torch.no_grad():
-                        parameter.copy_(old)
-                    parameter.requires_grad_(False)
+        """Restore the old biases of a module that some adapters train, bit for bit."""
+        for patch in BiasPatch.on(module):
+            if patch.adapter in adapters:
+                patch.remove(patch.adapter)
+
+
+def _hooks(module: nn.Module) -> dict[int, BiasHook]:
+    return {key: hook for key, hook in module._forward_hooks.items() if isinstance(hook, BiasHook)}
 
 
 def out_projection(attention: nn.MultiheadAttention) -> nn.Module:
     """The base's projection at the end of an attention, which reads its weight and bias and never calls it."""
     inside: nn.Module = attention._modules["out_proj"]  # type: ignore[assignment]
     return inside.owner if isinstance(inside, LoraLayer) else inside
-
-
-def brings_bias(layer: LoraLayer, names: Sequence[str]) -> bool:
-    """Whether one of some adapters has a bias of its own at a site (`lora_bias`)."""
-    return any(name in layer.r and layer.factor(name).bias is not None for name in names)
-
-
-def bias_for(layer: LoraLayer, names: Sequence[str]) -> Tensor | None:
-    """The base's bias, (out,), with those of adapters in it; None where nothing was or is written to it.
-
-    Raises:
-        MergeError: It would not be finite.
-    """
-    old = layer.original_bias()
-    if old is None or not brings_bias(layer, names):
-        if layer.kept_bias is not None:
-            layer.kept_bias = old  # as the base is now, which may have been cast
-        return layer.kept_bias
-    with torch.no_grad():
-        total = at_least_fp32(old).clone()
-        for name in names:
-            factor = layer.factor(name)
-            if factor.bias is not None:
-                total += factor.bias.to(total.dtype) * factor.scale
-        if not bool(torch.isfinite(total).all()):
-            raise MergeError(
-                f"NaNs detected in the merged weights: the bias of B of {', '.join(names)} is NaN or infinite. Nothing "
-                "was changed."
-            )
-        return total.to(old.dtype)
-
-
-def check_place(path: str, layer: LoraLayer, names: Sequence[str]) -> None:
-    """Refuse to write adapters' own biases where the base has none, or into one that another adapter trains in place.
-
-    Raises:
-        MergeError: The message names the site.
-    """
-    trainer = None if layer.old_bias is None else layer.old_bias[0]
-    for name in names:
-        if trainer is not None and name != trainer and brings_bias(layer, [name]):
-            raise MergeError(
-                f"Adapter {name!r} brings a bias of its own (lora_bias), and adapter {trainer!r} trains the base's at "
-                f"{path}, so it cannot be merged. Detach {trainer!r} first.",
-                what=name,
-                where=path,
-                field="lora_bias",
-            )
-    if layer.original_bias() is None and brings_bias(layer, names):
-        raise MergeError(
-            f"Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias: {path} has no "
-            "place for the adapter's.",
-            where=path,
-            field="lora_bias",
-        )
-
-
-def check_replaceable(model_layers: Iterable[tuple[str, LoraLayer]], names: Sequence[str], in_place: bool) -> None:
-    """Refuse to put a dense module where an adapter trains the bias of the one that stands there.
-
-    Args:
-        model_layers: Paths and layers of a model.
-        names: The adapters that shall be merged with dense=True.
-        in_place: Adapters stay on the model.
-
-    Raises:
-        MergeError: The message names the adapter and the site.
-    """
-    for path, layer in model_layers:
-        replaces = layer.base.quantised or layer.slot.groups > 1
-        if layer.old_bias is None or not replaces or not any(name in layer.r for name in names):
-            continue
-        trainer = layer.old_bias[0]
-        if in_place or trainer not in names:
-            raise MergeError(
-                f"dense=True puts another module at {path}, whose bias adapter {trainer!r} trains in place. Detach "
-                f"{trainer!r} first, or merge with dense=False.",
-                what=trainer,
-                where=path,
-            )
-
-
-def put_bias(layer: LoraLayer, bias: Tensor | None) -> None:
-    """Put what `bias_for` made, (out,), in place; None leaves the bias alone."""
-    if bias is None:
-        return
-    old = layer.original_bias()
-    layer.kept_bias = None if bias is layer.kept_bias or old is None else old.detach()
-    set_bias(layer.owner, bias)
-
-
-def set_bias(module: nn.Module, bias: Tensor) -> None:
-    """Make a tensor (out,) the bias of a module, whether that is a parameter of it or, as in HQQ, a mere attribute."""
-    held = module._parameters.get("bias")
-    if held is not None:
-        held.data = bias
-    else:
-        module.__dict__["bias"] = bias

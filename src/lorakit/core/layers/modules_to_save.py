@@ -9,26 +9,39 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.kinds import kind_of
-from lorakit.core.layers.adapter_component import Switched
-from lorakit.core.layers.bias import BiasSwitch, out_projection
+from lorakit.core.layers.adapter_component import AdapterModule, MergeOptions, StagedMerge
+from lorakit.core.layers.bias import BiasPatch, out_projection
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.trainable_tokens import NewRows, TokenRows
+from lorakit.core.layers.trainable_tokens import NewRows, TrainableTokens
 from lorakit.core.quantization import base_of
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
-from lorakit.errors import ConfigError, ConfigTypeError, MixedRowsError, RouteError, RowCountError, TargetError
+from lorakit.errors import (
+    ConfigError,
+    ConfigTypeError,
+    MergeError,
+    MixedRowsError,
+    RouteError,
+    RowCountError,
+    TargetError,
+)
 
+ONE_COPY = (
+    "{one} and {other} each have their own copy of {path} (modules_to_save), and only one can stand in its place. "
+    "Merge one of the two adapters."
+)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-class ModuleCopies(Switched):
+class ModulesToSave(AdapterModule):
     """A module with a trained copy per adapter that names it in `modules_to_save`.
 
     Attributes:
@@ -70,17 +83,72 @@ class ModuleCopies(Switched):
     other_param_names: tuple[str, ...] = ()
 
     def available_adapters(self) -> list[str]:
-        """Adapters that have a copy here."""
+        """Return the adapters that have a copy here."""
         return list(self.modules_to_save)
 
-    def parameters_of(self, name: str) -> list[nn.Parameter]:
-        """The parameters of an adapter's copy, (…); none where it has none."""
-        return list(self.modules_to_save[name].parameters()) if name in self.modules_to_save else []
+    def parameters_of(self, adapter: str) -> list[nn.Parameter]:
+        """Return the parameters of an adapter's copy, (…); an empty list if it has none."""
+        return list(self.modules_to_save[adapter].parameters()) if adapter in self.modules_to_save else []
 
-    def remove(self, name: str) -> None:
-        """Drop an adapter's copy; one that is not here is no matter."""
-        if name in self.modules_to_save:
-            del self.modules_to_save[name]
+    def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
+        """Return the state dict of an adapter's copy: name -> tensor (…); empty if it has none."""
+        found: dict[str, Tensor] = self.modules_to_save[adapter].state_dict() if adapter in self.modules_to_save else {}
+        return found
+
+    def remove(self, adapter: str) -> nn.Module:
+        """Drop an adapter's copy, if it has one, and return the module that belongs here afterwards."""
+        if adapter in self.modules_to_save:
+            del self.modules_to_save[adapter]
+        return self if len(self.modules_to_save) else self.original_module
+
+    def check_mergeable(self, path: str, adapters: Sequence[str]) -> None:
+        """Reject adapters that each have a copy here, because only one can replace the original.
+
+        Raises:
+            MergeError: The message names two of them and the path.
+        """
+        here = [name for name in adapters if name in self.modules_to_save]
+        if len(here) > 1:
+            raise MergeError(ONE_COPY.format(one=here[0], other=here[1], path=path))
+
+    def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
+        """Reject a copy if one replaces the original already.
+
+        Raises:
+            MergeError: The message names the adapter.
+        """
+        self.check_mergeable(path, adapters)
+        new = next((name for name in adapters if name in self.modules_to_save), None)
+        if new is None or self.merged_adapter is None:
+            return
+        if new == self.merged_adapter:
+            raise MergeError(f"Adapter {new!r} is merged already. Unmerge it first.", what=new)
+        raise MergeError(ONE_COPY.format(one=self.merged_adapter, other=new, path=path))
+
+    def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
+        """Prepare to let an adapter's copy replace the original; None if no adapter has a copy here."""
+        new = next((name for name in adapters if name in self.modules_to_save), None)
+        return None if new is None else StagedMerge(None, partial(setattr, self, "merged_adapter", new))
+
+    def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
+        """Prepare to put the original back; None if none of these adapters is merged here."""
+        merged = self.merged_adapter in adapters
+        return StagedMerge(None, partial(setattr, self, "merged_adapter", None)) if merged else None
+
+    def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
+        """Return the state dict of the copy that replaces the original: name -> tensor (…); empty if there is none."""
+        found: dict[str, Tensor] = {}
+        for name in adapters:
+            found |= self.saved_tensors(name)
+        return found
+
+    def unload(self) -> nn.Module:
+        """Return the copy that is merged, or else the original."""
+        return self.modules_to_save[self.merged_adapter] if self.merged_adapter else self.original_module
+
+    def merged_here(self) -> Sequence[str]:
+        """Return the adapter whose copy replaces the original, in a list."""
+        return self.merged_adapters
 
     @property
     def active_adapters(self) -> list[str]:
@@ -277,10 +345,10 @@ def _read_by(modules: Mapping[str, nn.Module], sites: Collection[str]) -> Iterat
 
 def _base_modules(standing: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """What of the base stands here: one module, or all under a module that another adapter copies."""
-    if isinstance(standing, ModuleCopies):
+    if isinstance(standing, ModulesToSave):
         yield from standing.original_module.named_modules()
     else:
-        inner = standing.original_module if isinstance(standing, TokenRows) else standing
+        inner = standing.original_module if isinstance(standing, TrainableTokens) else standing
         yield "", inner.owner if isinstance(inner, LoraLayer) else inner
 
 
@@ -291,28 +359,29 @@ def trainable_copy(path: str, standing: nn.Module) -> nn.Module:
 
     Args:
         path: Its path, for the message.
-        standing: The module, or the `ModuleCopies` that stands on it.
+        standing: The module, or the `ModulesToSave` that stands on it.
 
     Raises:
         TargetError: It holds sites or copies of another adapter.
         ConfigTypeError: It is a mere container, whose parts the model takes out and calls itself.
     """
-    original = standing.original_module if isinstance(standing, ModuleCopies) else standing
+    original = standing.original_module if isinstance(standing, ModulesToSave) else standing
     if isinstance(original, CONTAINERS):
         raise ConfigTypeError(
             f"modules_to_save cannot be applied to modules of type {type(original).__name__}: {path} is never called "
             "itself, so that a copy of it would not act. Name the modules in it."
         )
-    held = [module for module in original.modules() if isinstance(module, Switched)]
+    held = [module for module in original.modules() if isinstance(module, AdapterModule)]
     if held:
         raise TargetError(
             f"modules_to_save names {path!r}, and another adapter on this model sits inside it. One of them has to "
             "leave the other's modules alone, or they need a model each."
         )
-    states = [switch.state for module in original.modules() for switch in BiasSwitch.on(module)]
+    states = [patch.state for module in original.modules() for patch in BiasPatch.on(module)]
     duplicate = _plain(copy.deepcopy(original, {id(state): state for state in states}))
     for module in duplicate.modules():
-        BiasSwitch.uninstall(module, [switch.adapter for switch in BiasSwitch.on(module)])
+        for patch in BiasPatch.on(module):
+            patch.remove(patch.adapter)
     for parameter in duplicate.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return duplicate

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.core.factor import Factor
 from lorakit.core.kinds import Slot, per_expert
+from lorakit.core.variants import Factor
 
 MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "num_experts")
 """Attributes by which an instance states its forward."""

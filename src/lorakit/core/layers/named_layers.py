@@ -8,7 +8,8 @@ from typing import Any
 from lorakit.core.kinds import Kind
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.peft_layer import FieldLayer
-from lorakit.core.layers.weight_layer import WeightSideLayer
+from lorakit.core.layers.weight_layer import WeightLayer
+from lorakit.targets.layer_types import ATTENTION, CONVOLUTIONS, DENSE, EMBEDDING, INNER_LINEAR, PARAMETER
 
 
 class Linear(FieldLayer):
@@ -31,21 +32,21 @@ class Conv3d(FieldLayer):
     """A `LoraLayer` on an nn.Conv3d."""
 
 
-class MultiheadAttention(FieldLayer, WeightSideLayer):
+class MultiheadAttention(FieldLayer, WeightLayer):
     """A `LoraLayer` on the in-projection of an nn.MultiheadAttention."""
 
     def _restore_weights(self) -> None:
         """PEFT's step after its forward merged; here no forward writes to the base, so nothing is to be restored."""
 
 
-class InnerLinear(FieldLayer, WeightSideLayer):
+class InnerLinear(FieldLayer, WeightLayer):
     """A `LoraLayer` on a dense layer whose weight the module around it reads."""
 
     def _get_name(self) -> str:
         return super()._get_name().replace("InnerLinear", "Linear")
 
 
-class ParamWrapper(FieldLayer, WeightSideLayer):
+class ParamWrapper(FieldLayer, WeightLayer):
     """A `LoraLayer` on a bare parameter of a module."""
 
     @property
@@ -59,15 +60,12 @@ class ParamWrapper(FieldLayer, WeightSideLayer):
 
 
 LAYERS: Mapping[str, type[FieldLayer]] = {
-    "Linear": Linear,
-    "Conv1D": Linear,
-    "Embedding": Embedding,
-    "Conv1d": Conv1d,
-    "Conv2d": Conv2d,
-    "Conv3d": Conv3d,
-    "MultiheadAttention": MultiheadAttention,
-    "Parameter": ParamWrapper,
-    "InnerLinear": InnerLinear,
+    **dict.fromkeys(DENSE, Linear),
+    EMBEDDING: Embedding,
+    **dict(zip(CONVOLUTIONS, (Conv1d, Conv2d, Conv3d), strict=True)),
+    ATTENTION: MultiheadAttention,
+    PARAMETER: ParamWrapper,
+    INNER_LINEAR: InnerLinear,
 }
 """Kind -> the name that `isinstance` and `repr` show."""
 
@@ -81,4 +79,4 @@ def layer_class(kind: Kind) -> type[LoraLayer]:
     if kind.layer is not None:
         made: Any = kind.layer
         return made
-    return LAYERS.get(kind.name) or (WeightSideLayer if kind.acts_on == "weight" else LoraLayer)
+    return LAYERS.get(kind.name) or (WeightLayer if kind.acts_on == "weight" else LoraLayer)

@@ -12,20 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import scale
-from lorakit.core.factor import TRAINED, Factor
+from lorakit.core.factor import TRAINED
 from lorakit.core.kinds import Kind, Slot
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.merging.merging import merge, unmerge
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
+from lorakit.core.variants import VARIANTS, Factor, own_tensors, variant_named
 from lorakit.errors import ConfigTypeError, warn_caller
 
 
+def _tables_of_variants() -> list[str]:
+    """Return PEFT's names of tables by adapter in which its layers say of which variant an adapter is."""
+    return [word for variant in VARIANTS for word in variant.peft_names]
+
+
 class FieldLayer(LoraLayer):
-    """A `LoraLayer` as programs of the field know it.
+    """A `LoraLayer` as programs of the field know it; variants add tables by adapter (`Variant.peft_names`).
 
     Attributes:
-        use_dora: Adapter -> whether it is DoRA here.
         use_rslora: Adapter -> whether its scale is that of rsLoRA.
         lora_bias: Adapter -> whether its B has a bias here.
         frozen_peft_weight_names: Adapter -> attributes whose numbers its init froze (MiCA); others are not in it.
@@ -33,7 +38,6 @@ class FieldLayer(LoraLayer):
         cast_input_dtype_enabled: Accepted; the arithmetic here casts by itself.
     """
 
-    use_dora: dict[str, bool]
     use_rslora: dict[str, bool]
     lora_bias: dict[str, bool]
     frozen_peft_weight_names: dict[str, tuple[str, ...]]
@@ -42,27 +46,33 @@ class FieldLayer(LoraLayer):
 
     def __init__(self, base_layer: nn.Module, kind: Kind, slot: Slot, state: AdapterState) -> None:
         super().__init__(base_layer, kind, slot, state)
-        self.__dict__.update(use_dora={}, use_rslora={}, lora_bias={}, frozen_peft_weight_names={})
+        tables: dict[str, Any] = {word: {} for word in _tables_of_variants()}
+        self.__dict__.update(tables, use_rslora={}, lora_bias={}, frozen_peft_weight_names={})
 
     def put(self, name: str, factor: Factor, r: int, lora_alpha: float, trains: frozenset[str]) -> None:
         """Add an adapter's factor; see `LoraLayer.put` for shapes such as A (r, in)."""
         super().put(name, factor, r, lora_alpha, trains)
-        self.use_dora[name], self.lora_bias[name] = factor.variant == "dora", factor.bias is not None
+        self.lora_bias[name] = factor.bias is not None
+        for word in _tables_of_variants():
+            value = factor.variant.peft_names.get(word)
+            self.__dict__[word][name] = value is not None and value(factor)
         self.use_rslora[name] = name in self.state.configs and self.state.configs[name].use_rslora
         frozen = tuple(held for part, held in zip("AB", self.kind.names, strict=True) if part not in trains)
         if frozen:
             self.frozen_peft_weight_names[name] = frozen
 
-    def remove(self, name: str) -> None:
-        """Drop an adapter's factor; one that is not here is no matter."""
-        super().remove(name)
-        for table in (self.use_dora, self.use_rslora, self.lora_bias, self.frozen_peft_weight_names):
-            table.pop(name, None)
+    def remove(self, adapter: str) -> nn.Module:
+        """Drop an adapter's factor, if it has one, and return the module that belongs here afterwards."""
+        left = super().remove(adapter)
+        of_variants = [self.__dict__[word] for word in _tables_of_variants()]
+        for table in (*of_variants, self.use_rslora, self.lora_bias, self.frozen_peft_weight_names):
+            table.pop(adapter, None)
+        return left
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
         """Attributes that hold parameters per adapter."""
-        return tuple(name for name in TRAINED if name in self._modules)
+        return tuple(name for name in (*TRAINED, *(own.held_as for own in own_tensors())) if name in self._modules)
 
     @property
     def in_features(self) -> int:
@@ -189,7 +199,7 @@ class FieldLayer(LoraLayer):
         Args:
             adapter_name: The adapter.
         """
-        return self.variant.get(adapter_name, "plain") != "alora"
+        return adapter_name not in self.r or variant_named(self.variant[adapter_name]).update is not None
 
     def _all_available_adapter_names(self) -> list[str]:
         """PEFT's name for `available_adapters`, sorted."""

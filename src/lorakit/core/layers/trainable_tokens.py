@@ -6,8 +6,9 @@ never copied for a forward: what the base returns is mended where a trained row 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.core.clones import clone_with
-from lorakit.core.layers.adapter_component import Switched
+from lorakit.core.layers.adapter_component import AdapterModule, MergeOptions, StagedMerge
+from lorakit.core.layers.base_weight import give_back
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
@@ -70,7 +72,7 @@ class TokenAdapter(nn.Module):
             nn.ParameterDict() if leader is None else leader.trainable_tokens_delta
         )
         self.token_indices: dict[str, list[int]] = {} if leader is None else leader.token_indices
-        self.within: tuple[TokenRows, ...] = ()  # in a tuple, so that it is no submodule of ours
+        self.within: tuple[TrainableTokens, ...] = ()  # in a tuple, so that it is no submodule of ours
         self.kept: dict[str, Tensor | None] = {} if leader is None else leader.kept
         self.tied_weight: tuple[nn.Parameter, ...] = ()  # what the base shared before a merge untied it; no parameter
 
@@ -83,6 +85,11 @@ class TokenAdapter(nn.Module):
     def merged(self) -> bool:
         """Whether an adapter's rows are written into the table now."""
         return bool(self.kept)
+
+    @property
+    def weight_here(self) -> nn.Parameter:
+        """The parameter, (V, d), that the table has now."""
+        return self.base_layer._parameters["weight"]  # type: ignore[return-value]
 
     @property
     def trainable_tokens_original(self) -> dict[str, Tensor]:
@@ -169,7 +176,7 @@ class TokenAdapter(nn.Module):
         return torch.tensor(self.token_indices[name], device=kept.device), kept
 
 
-class TokenRows(Switched):
+class TrainableTokens(AdapterModule):
     """An embedding, or a head tied to one, of which adapters train some rows (`trainable_token_indices`).
 
     Attributes:
@@ -177,7 +184,7 @@ class TokenRows(Switched):
         follows: Its rows are those of the embedding it is tied to.
     """
 
-    def __init__(self, table: nn.Module, state: AdapterState, leader: TokenRows | None = None) -> None:
+    def __init__(self, table: nn.Module, state: AdapterState, leader: TrainableTokens | None = None) -> None:
         super().__init__()
         self.training = table.training
         self.token_adapter: TokenAdapter = TokenAdapter(table, None if leader is None else leader.token_adapter)
@@ -191,7 +198,7 @@ class TokenRows(Switched):
     adapter_layer_names: tuple[str, ...] = ("token_adapter.trainable_tokens_delta",)
     other_param_names: tuple[str, ...] = ("token_adapter.token_indices", "token_adapter.trainable_tokens_original")
 
-    def leads(self, other: TokenRows) -> bool:
+    def leads(self, other: TrainableTokens) -> bool:
         """Whether another table has its rows from here."""
         mine, others = self.token_adapter, other.token_adapter
         return other.follows and others.trainable_tokens_delta is mine.trainable_tokens_delta
@@ -234,14 +241,24 @@ class TokenRows(Switched):
         self.token_adapter.token_indices[name] = list(indices)
         self.token_adapter.trainable_tokens_delta[name] = rows
 
-    def remove(self, name: str) -> None:
-        """Drop an adapter's rows, which are not merged; one that has none is no matter."""
-        if name in self.token_adapter.token_indices:
-            del self.token_adapter.token_indices[name], self.token_adapter.trainable_tokens_delta[name]
+    def remove(self, adapter: str) -> nn.Module:
+        """Drop an adapter's rows, if it has any, and return the module that belongs here; they are not merged."""
+        if adapter in self.token_adapter.token_indices:
+            del self.token_adapter.token_indices[adapter], self.token_adapter.trainable_tokens_delta[adapter]
+        return self if self.token_adapter.token_indices else self.original_module
 
     def available_adapters(self) -> list[str]:
-        """Adapters that have rows here."""
+        """Return the adapters that have rows here."""
         return list(self.token_adapter.token_indices)
+
+    def merged_here(self) -> Sequence[str]:
+        """Return the adapters whose rows are written into the table now."""
+        return () if self.follows else self.token_adapter.merged_adapters
+
+    def kept_bytes(self) -> int:
+        """Return the memory of the base's rows that merges kept; rows of tied tables count once."""
+        kept = () if self.follows else self.token_adapter.kept.values()
+        return sum(rows.numel() * rows.element_size() for rows in kept if rows is not None)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -253,9 +270,123 @@ class TokenRows(Switched):
         """PEFT's name for `available_adapters`."""
         return set(self.available_adapters())
 
-    def parameters_of(self, name: str) -> list[nn.Parameter]:
-        """The rows of an adapter, (n, d); none where it has none, or where they are those of another module."""
-        return [self.token_adapter.trainable_tokens_delta[name]] if name in self and not self.follows else []
+    def parameters_of(self, adapter: str) -> list[nn.Parameter]:
+        """Return the rows of an adapter, (n, d); an empty list if it has none or they belong to another module."""
+        return list(self.saved_tensors(adapter).values())  # type: ignore[arg-type]
+
+    def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
+        """Return the rows of an adapter, (n, d), by key; empty if it has none or they belong to another module."""
+        if adapter not in self or self.follows:
+            return {}
+        return {"token_adapter.trainable_tokens_delta": self.token_adapter.trainable_tokens_delta[adapter]}
+
+    def check_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> None:
+        """Reject rows that are merged already, the same row twice, and rows that are not finite.
+
+        Raises:
+            MergeError: The message names the adapter.
+        """
+        table, taken = self.token_adapter, dict[int, str]()
+        for name in () if self.follows else table.kept:
+            taken |= dict.fromkeys(table.token_indices[name], name)
+        for name in [name for name in adapters if name in self and not self.follows]:
+            if name in table.kept:
+                raise MergeError(f"Adapter {name!r} is merged already. Unmerge it first.", what=name)
+            for index in table.token_indices[name]:
+                if index in taken:
+                    raise MergeError(
+                        f"Token indices of adapter {name} are already defined and would result in undefined merging "
+                        f"behavior: {taken[index]} trains row {index} of {path} too. Merge one of them."
+                    )
+            taken |= dict.fromkeys(table.token_indices[name], name)
+            if not bool(torch.isfinite(table.trainable_tokens_delta[name]).all()):
+                raise MergeError(f"Rows of {name} at {path} are NaN or infinite. Nothing was changed.")
+
+    def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
+        """Make a table with the rows of adapters in it; None if none has rows here, or if this table follows another.
+
+        Args:
+            path: Not needed.
+            adapters: Adapters.
+            options: Whether the base's rows are kept, and whether the table parts from modules that share it.
+        """
+        here = [name for name in adapters if name in self]
+        if not here or self.follows:
+            return None
+        table, held = self.token_adapter, self.token_adapter.weight_here
+        weight, kept = held.detach().clone(), dict[str, Tensor | None]()  # others may look at the memory it lies in
+        for name in here:
+            index, rows = table.rows(name)
+            index = index.to(weight.device)
+            kept[name] = None if options.keep_base is False else weight[index]
+            weight.index_copy_(0, index, rows.detach().to(weight))
+        own = nn.Parameter(weight, held.requires_grad) if id(self) in options.apart else None
+        return StagedMerge(None, partial(self._put_merged, weight, kept, own))
+
+    def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
+        """Take the base's rows in place of those of merged adapters; None if none of them is merged here.
+
+        Raises:
+            MergeError: The base's rows were not kept.
+        """
+        table = self.token_adapter
+        old = {name: table.given_back(name) for name in table.kept if name in adapters and not self.follows}
+        return StagedMerge(None, partial(self._put_unmerged, old)) if old else None
+
+    def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
+        """Return the table, (V, d), with the rows of adapters in it; also if it follows another one."""
+        here = any(name in self for name in adapters)
+        return {"weight": self.token_adapter.with_rows(adapters).detach()} if here else {}
+
+    def unload(self) -> nn.Module:
+        """Return the base's module, with what is merged in it."""
+        return self.original_module
+
+    def follow(self, leader: TrainableTokens, apart: bool) -> None:
+        """Take over what was merged or unmerged at the table that leads this one.
+
+        Args:
+            leader: The table whose rows these are.
+            apart: The leader got a parameter of its own in this merge, which this table gets, too.
+        """
+        mine, its = self.token_adapter, leader.token_adapter
+        if not mine.kept:
+            self._give_back()
+        elif apart:
+            self._part(its.weight_here, keeps=bool(its.tied_weight))
+        elif mine.weight_here is not its.weight_here:
+            mine.weight_here.data = its.weight_here.data
+
+    def _put_merged(self, weight: Tensor, kept: dict[str, Tensor | None], own: nn.Parameter | None) -> None:
+        table = self.token_adapter
+        if own is None:
+            table.weight_here.data = weight
+        else:  # the other holders keep the old one
+            self._part(own, keeps=any(rows is not None for rows in kept.values()))
+        table.kept.update(kept)
+
+    def _part(self, own: nn.Parameter, keeps: bool) -> None:
+        """Give the table a parameter, (V, d), of its own; `keeps`: the one that it shares comes back with unmerging."""
+        table = self.token_adapter
+        if keeps and not table.tied_weight:
+            table.tied_weight = (table.weight_here,)
+        table.base_layer._parameters["weight"] = own
+
+    def _put_unmerged(self, old: Mapping[str, Replacement]) -> None:
+        table, weight = self.token_adapter, self.token_adapter.weight_here
+        for name, (index, rows) in old.items():
+            del table.kept[name]
+            with torch.no_grad():  # the memory is the table's own since the merge
+                weight.index_copy_(0, index.to(weight.device), rows.to(weight))
+        if not table.kept:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Give the table the parameter again that it shared before a merge."""
+        table = self.token_adapter
+        for held in table.tied_weight:
+            give_back(table.base_layer, "weight", held, table.weight_here.detach())
+        table.tied_weight = ()
 
     @property
     def merged_adapters(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""`WeightSideLayer`: a layer whose factors act on a weight for the length of one forward.
+"""`WeightLayer`: a layer whose factors act on a weight for the length of one forward.
 
 For modules that never show what their weight is multiplied with: bare parameters, fused experts, nn.MultiheadAttention.
 One dense weight per adapted weight is made in each forward, but where fused experts show their tokens (`experts`); the
@@ -20,7 +20,7 @@ from lorakit.core.routing.route import BASE, Route
 from lorakit.errors import MixedRowsError
 
 
-class WeightSideLayer(LoraLayer):
+class WeightLayer(LoraLayer):
     """A base module, or a layer around it, one of whose weights has low-rank factors."""
 
     def adapted(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -54,7 +54,7 @@ class WeightSideLayer(LoraLayer):
         clone = clone_with(owner, tensors)
         for child in self.kind.inner:
             inside = owner._modules[child]
-            weight = inside.effective(route) if isinstance(inside, WeightSideLayer) else None
+            weight = inside.effective(route) if isinstance(inside, WeightLayer) else None
             if weight is not None:
                 clone._modules[child] = clone_with(inside.base_layer, {"weight": weight})  # type: ignore[union-attr, arg-type]
         if any(factors.values()):
@@ -67,10 +67,10 @@ class WeightSideLayer(LoraLayer):
         if isinstance(x, Tensor) and axis is not None:
             self._row_axis(route, x if x.ndim > 2 else x.unsqueeze(axis))
 
-    def chain(self) -> Iterator[WeightSideLayer]:
+    def chain(self) -> Iterator[WeightLayer]:
         """The layer and those that stand inside it around the same owner, the outermost first."""
         layer: nn.Module = self
-        while isinstance(layer, WeightSideLayer):
+        while isinstance(layer, WeightLayer):
             yield layer
             layer = layer.base_layer
 
@@ -91,7 +91,7 @@ class WeightSideLayer(LoraLayer):
             W = self.read()
             total = self.read(self.moved_by) if self.moved_by in names else W
             for name in names:
-                total = total + self.addition(name, W)
+                total = total + self.addition(name, W, self.training)
             stored: Tensor = self.base.write(self.owner, self.original(), total)
         return stored
 
@@ -112,4 +112,4 @@ class WeightSideLayer(LoraLayer):
         merged = self.inside() <= set(names)
         beside = [name for name in names if not merged or name not in self.merged_adapters]
         weight = None if merged else self.effective(BASE)
-        return weight, [expert_factor(self.slot, self.factor(name)) for name in beside]
+        return weight, [expert_factor(self.slot, self.factor(name).plain(self.training)) for name in beside]

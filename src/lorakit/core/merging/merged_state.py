@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layers.bias import BiasSwitch, bias_for, brings_bias
-from lorakit.core.layers.merged_weight import How, sum_of_updates
-from lorakit.core.merging.checks import check_variants
-from lorakit.core.merging.token_tables import merged_tables
+from lorakit.core.layers.adapter_component import MergeOptions
+from lorakit.core.merging.components import Components
 from lorakit.core.model.base_view import QuantisedWeight, base_tensors, float_dtype, quantised_weights
 from lorakit.core.model.checks import check_known
-from lorakit.core.model.index import copies, layers, state_of
-from lorakit.core.model.ties import of_one_weight
 
 __all__ = ["iter_merged", "merged_state_dict"]
 
@@ -48,61 +44,61 @@ def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
         MergeError: An adapter cannot be merged.
         AdapterError: There is no such adapter.
     """
-    state = state_of(model)
-    chosen = tuple(names or state.default.names)
-    check_known(state, chosen)
-    check_variants(model, chosen)
-    sites = {(id(layer.source), layer.slot.parameter): layer for _, layer in layers(model)}
-    led = {id(layer): leader for layer, leader in of_one_weight(model, chosen)}
-    replaced = _copied_tensors(model, chosen)
-    biased = {(id(layer.source), "bias"): layer for layer in sites.values() if brings_bias(layer, chosen)}
+    found = Components.of(model)
+    chosen = tuple(names or found.state.default.names)
+    check_known(found.state, chosen)
+    for path, part in found.modules.items():
+        part.check_mergeable(path, chosen)
+    merged = _Merged(found, chosen)
     quantised = {weight.packed: weight for weight in quantised_weights(model)}
-    how = How(False, float_dtype(model)) if quantised else How(False)
+    options = MergeOptions(in_place=False, dense=float_dtype(model) if quantised else None)
     for name, tensor, module in base_tensors(model):
-        leaf = name.rpartition(".")[2]
         if name in quantised:
-            yield from _multiplied_out(quantised[name], chosen, how, replaced)
-            continue
-        layer = sites.get((id(module), leaf))
-        if layer is not None:
-            layer = led.get(id(layer), layer)  # one weight, to the bit
-            here = [n for n in chosen if n in layer.r]
-            yield name, sum_of_updates(layer, here, How(False))[0] if here else tensor.detach()
-        elif (id(module), leaf) in biased:
-            layer = biased[id(module), leaf]
-            bias = bias_for(layer, [n for n in chosen if n in layer.r])
-            yield name, tensor.detach() if bias is None else bias
-        elif name in replaced:
-            yield name, replaced[name]
+            yield from merged.dequantized(quantised[name], options)
         else:
-            biases = [s for s in BiasSwitch.on(module) if s.adapter in chosen and leaf in s.originals]
-            yield name, (module._parameters[leaf] if biases else tensor).detach()  # type: ignore[union-attr]
+            yield name, merged.tensor(name, module, tensor)
 
 
-def _multiplied_out(
-    weight: QuantisedWeight, names: Sequence[str], how: How, replaced: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """A quantised weight with adapters in it as the plain base has it: name and tensor; also a bias of its own."""
-    here = [] if weight.layer is None else [name for name in names if name in weight.layer.r]
-    bias, of_bias = weight.loose_bias, weight.name.removesuffix("weight") + "bias"
-    if weight.name in replaced:  # an adapter's copy of the whole module stands in its place
-        yield weight.name, replaced[weight.name]
-        bias = replaced.get(of_bias) if bias is not None else None
-    elif weight.layer is None or not here:
-        yield weight.name, weight.multiplied_out(how.dense or torch.float32)._parameters["weight"].detach()  # type: ignore[union-attr]
-    else:
-        yield weight.name, sum_of_updates(weight.layer, here, how)[0]._parameters["weight"].detach()
-        bias = bias if bias is None or not brings_bias(weight.layer, here) else bias_for(weight.layer, here)
-    if bias is not None:
-        yield of_bias, bias.detach()
+class _Merged:
+    """The tensors of the base in which adapters are, computed when they are asked for."""
 
+    def __init__(self, found: Components, names: Sequence[str]) -> None:
+        self._names, self._options = names, MergeOptions(in_place=False)
+        led = found.followers(names)
+        self._sites = {  # a module's id and a name in it -> the layer whose weight that is; one weight, bit for bit
+            (id(layer.source), layer.slot.parameter): led.get(layer, layer) for _, layer in found.layers(names)
+        }
+        self._layers = {(id(layer.source), "bias"): layer for _, layer in found.layers(names)}
+        self._tensors: dict[str, Tensor] = {}  # of saved modules, trained rows
+        for path, component in (*found.copies(), *found.tables()):
+            tensors = component.merged_tensors(names, self._options)
+            self._tensors |= {f"{path}.{leaf}": tensor for leaf, tensor in tensors.items()}
+        self._biases: dict[tuple[int, str], Tensor] = {}
+        for patch in found.patches:
+            tensors = patch.merged_tensors(names, self._options)
+            self._biases |= {(id(patch.module), leaf): tensor for leaf, tensor in tensors.items()}
 
-def _copied_tensors(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """Name in the base -> tensor (…) of the copy that an adapter trained in its place."""
-    found: dict[str, Tensor] = {}
-    for path, holder in copies(model):
-        for name in names:
-            if name in holder.modules_to_save:
-                for leaf, tensor in holder.modules_to_save[name].state_dict().items():
-                    found[f"{path}.{leaf}"] = tensor
-    return found | {f"{path}.weight": table for path, table in merged_tables(model, names).items()}
+    def tensor(self, name: str, module: nn.Module, tensor: Tensor) -> Tensor:
+        """Return a tensor of the base, (…), with adapters merged; without any it is the base's own, detached."""
+        place = (id(module), name.rpartition(".")[2])
+        if place in self._sites:
+            return self._sites[place].merged_tensors(self._names, self._options)[place[1]]
+        bias = self._layers[place].merged_bias(self._names) if place in self._layers else None
+        if bias is not None:
+            return bias
+        return self._tensors[name] if name in self._tensors else self._biases.get(place, tensor.detach())
+
+    def dequantized(self, weight: QuantisedWeight, options: MergeOptions) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and tensor, (…), of a quantized weight as the plain base has it; also of a bias of its own."""
+        of_bias, bias = weight.name.removesuffix("weight") + "bias", weight.loose_bias
+        merged = {} if weight.layer is None else weight.layer.merged_tensors(self._names, options)
+        if weight.name in self._tensors:  # an adapter's copy of the whole module replaces it
+            yield weight.name, self._tensors[weight.name]
+            bias = self._tensors.get(of_bias) if bias is not None else None
+        elif merged:
+            yield weight.name, merged["weight"]
+            bias = None if bias is None else merged.get("bias", bias)
+        else:
+            yield weight.name, weight.multiplied_out(options.dense or torch.float32)._parameters["weight"].detach()  # type: ignore[union-attr]
+        if bias is not None:
+            yield of_bias, bias.detach()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.layers.bias import BiasSwitch
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.model.checks import check_known
 from lorakit.core.model.index import AdapterIndex, find_state, state_of
 from lorakit.core.routing.positions import tokens_of_call
@@ -164,7 +164,7 @@ def parameters_by_adapter(model: nn.Module, names: Collection[str]) -> dict[str,
     return {name: list({id(p): p for p in parameters}.values()) for name, parameters in found.items()}
 
 
-def _bias_patches(model: nn.Module, state: AdapterState) -> Iterator[tuple[nn.Module, BiasSwitch]]:
+def _bias_patches(model: nn.Module, state: AdapterState) -> Iterator[tuple[nn.Module, BiasPatch]]:
     """Yield modules with hooks that train biases; the model is only walked if an adapter trains some."""
     if state.biased:
         index = AdapterIndex.of(model)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lorakit.core.model.base_view import QuantisedWeight, base_tensors, quantised_weights
 from lorakit.core.model.index import AdapterIndex
+from lorakit.targets.layer_types import CONV1D
 
 _HALF, _BRAIN = torch.float16, torch.bfloat16
 WAYS: tuple[tuple[torch.dtype, ...], ...] = (
@@ -171,7 +172,7 @@ def parts_of(index: AdapterIndex, cut: Mapping[int, int]) -> dict[str, Part]:
         if weight is not None:
             rows, columns = _canonical(weight)
             before = getattr(weight.module, "source_cls", nn.Linear).__name__
-            laid = (columns, rows) if before == "Conv1D" else (rows, columns)
+            laid = (columns, rows) if before == CONV1D else (rows, columns)
             parts[weight.name] = Part(laid, weight.base.name, id(weight.module), None, weight)
             if weight.loose_bias is not None:
                 parts[weight.name.removesuffix("weight") + "bias"] = part_of(weight.loose_bias, {})

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layers.bias import BiasSwitch
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.index import identity as identity  # merging asks for it here
 from lorakit.core.quantization import Base, base_of, hold_still
@@ -220,20 +220,13 @@ def holders(model: nn.Module | AdapterIndex) -> dict[int, list[tuple[str, nn.Mod
     return AdapterIndex.of(model).holders
 
 
-def set_aside(model: nn.Module | AdapterIndex) -> set[int]:
-    """Return the ids of parameters that come back to a module when what was merged with `untie` is unmerged."""
-    index = AdapterIndex.of(model)
-    found = {id(layer.tied_weight) for _, layer in index.layers() if layer.tied_weight is not None}
-    return found | {id(held) for _, table in index.every(TokenRows) for held in table.token_adapter.tied_weight}
-
-
 def _old_biases(module: nn.Module) -> dict[str, Tensor]:
-    return {name: old for switch in BiasSwitch.on(module) for name, old in switch.old(module).items()}
+    return {name: old for patch in BiasPatch.on(module) for name, old in patch.old().items()}
 
 
 def _merged_tables(index: AdapterIndex) -> dict[int, Tensor]:
     """Return, by id of a table's weight into which rows are merged, the table without them, as far as kept."""
-    tables = [table for _, table in index.every(TokenRows) if not table.follows and table.merged_adapters]
+    tables = [table for _, table in index.every(TrainableTokens) if not table.follows and table.merged_adapters]
     return {id(t.original_module.weight): t.token_adapter.original(strict=False) for t in tables}
 
 

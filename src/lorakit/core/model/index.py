@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.clones import PARAMETRISED
-from lorakit.core.kinds import INNER, KINDS, PARAMETER, Kind, Slot, checked, kind_named, kind_of
-from lorakit.core.layers.adapter_component import Switched
-from lorakit.core.layers.bias import BiasSwitch
+from lorakit.core.kinds import INNER, KINDS, Kind, Slot, checked, kind_named, kind_of
+from lorakit.core.layers.adapter_component import AdapterModule
+from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.quantization import base_of, is_computed
 from lorakit.core.routing.state import AdapterState
 from lorakit.errors import AdapterError
@@ -34,7 +34,7 @@ DENSE_KINDS = frozenset({"Linear", "Conv1D"})
 """The kinds that "all-linear" means."""
 
 Children = Sequence[tuple[str, nn.Module]]
-Component = TypeVar("Component", bound=Switched)
+Component = TypeVar("Component", bound=AdapterModule)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Place:
     @property
     def pattern_path(self) -> str:
         """What `rank_pattern` and `alpha_pattern` are held against: the path of its module or bare parameter."""
-        return f"{self.outer}.{self.slot.parameter}" if self.kind is PARAMETER else self.outer
+        return f"{self.outer}.{self.slot.parameter}" if self.kind.names_parameter else self.outer
 
 
 @dataclass
@@ -83,8 +83,8 @@ class AdapterIndex:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     everything: dict[str, nn.Module] = field(default_factory=dict)
     parents: dict[int, list[tuple[nn.Module, str]]] = field(default_factory=dict)
-    components: dict[str, Switched] = field(default_factory=dict)
-    patches: dict[str, list[BiasSwitch]] = field(default_factory=dict)
+    components: dict[str, AdapterModule] = field(default_factory=dict)
+    patches: dict[str, list[BiasPatch]] = field(default_factory=dict)
     kinds: dict[str, Kind] = field(default_factory=dict)
     _children: dict[int, Children] = field(default_factory=dict)
     _plain: dict[bool, list[tuple[str, nn.Module]]] = field(default_factory=dict)
@@ -108,7 +108,7 @@ class AdapterIndex:
             if is_outside:
                 if path:
                     index.modules[path] = module
-                if children and not isinstance(module, Switched):
+                if children and not isinstance(module, AdapterModule):
                     for attribute, child in children:
                         index.parents.setdefault(id(child), []).append((module, attribute))
             if is_new:
@@ -122,11 +122,11 @@ class AdapterIndex:
         self.everything[path] = module
         if children:
             self._children[id(module)] = children
-            if isinstance(module, Switched):
+            if isinstance(module, AdapterModule):
                 self.state = _same_state(self.model, self.state, module.state, next(iter(self.components), path), path)
                 self.components[path] = module
         if module._forward_hooks:
-            patches = BiasSwitch.on(module)
+            patches = BiasPatch.on(module)
             if patches:
                 self.patches[path] = patches
 
@@ -141,7 +141,7 @@ class AdapterIndex:
                 yield path, layer
 
     def every(self, kind: type[Component]) -> Iterator[tuple[str, Component]]:
-        """Yield every component of a class, such as `ModuleCopies`, with its path."""
+        """Yield every component of a class, such as `ModulesToSave`, with its path."""
         for path, component in self.components.items():
             if isinstance(component, kind):
                 yield path, component
@@ -149,8 +149,8 @@ class AdapterIndex:
     def merged_adapters(self) -> list[str]:
         """Return the adapters that are written into the base somewhere now."""
         merged = {name for _, layer in self.layers() for name in layer.merged_adapters}
-        merged |= {name for _, copies in self.every(ModuleCopies) for name in copies.merged_adapters}
-        return sorted(merged.union(*(table.merged_adapters for _, table in self.every(TokenRows))))
+        merged |= {name for _, copies in self.every(ModulesToSave) for name in copies.merged_adapters}
+        return sorted(merged.union(*(table.merged_adapters for _, table in self.every(TrainableTokens))))
 
     def known_state(self) -> AdapterState:
         """Return the state that the adapted modules share.
@@ -221,7 +221,7 @@ class AdapterIndex:
             module = swapped.get(id(module), module)
             if isinstance(module, LoraLayer):
                 module = module.source
-            elif isinstance(module, (ModuleCopies, TokenRows)):
+            elif isinstance(module, (ModulesToSave, TrainableTokens)):
                 module = module.original_module
             found.append((path, module))
             prefix = f"{path}." if path else ""
@@ -236,7 +236,7 @@ class AdapterIndex:
     def base(self, path: str) -> nn.Module:
         """Return the base's module at a path, also if a layer or trained rows take its place."""
         standing = self.modules[path]
-        if isinstance(standing, TokenRows):
+        if isinstance(standing, TrainableTokens):
             return standing.original_module
         return standing.owner if isinstance(standing, LoraLayer) else standing
 
@@ -346,7 +346,7 @@ def _visits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Children, bool, 
         children = _children_of(module)
         yield path, module, children, is_new, is_outside
         if children:
-            prefix, inside = f"{path}." if path else "", is_outside and not isinstance(module, Switched)
+            prefix, inside = f"{path}." if path else "", is_outside and not isinstance(module, AdapterModule)
             waiting.extend((prefix + name, child, inside) for name, child in reversed(children))
 
 
@@ -380,7 +380,7 @@ def find_state(model: nn.Module) -> AdapterState | None:
         AdapterError: Parts of the model were adapted apart, so that no one state says what acts in it.
     """
     for _, module in walk(model):
-        if isinstance(module, Switched):
+        if isinstance(module, AdapterModule):
             return module.state if model in module.state.whole else AdapterIndex.of(model).state
     return None
 
@@ -428,7 +428,7 @@ def _same_state(
 
 def _goes_around(layer: LoraLayer, place: Place) -> bool:
     """Return whether a layer must be around the one that comes: of bare parameters, the one that is defined last."""
-    if place.kind is not PARAMETER:
+    if not place.kind.names_parameter:
         return False
     names = defined_parameters(layer.owner)
     return names.index(layer.slot.parameter) > names.index(place.slot.parameter)
@@ -438,7 +438,7 @@ def _candidate(path: str, base: nn.Module, kind: Kind | None, head: nn.Module | 
     if kind is None or not _can_be_read(base, kind):
         return Candidate(path, None, type(base).__name__)
     slot = kind.slots(base)[0]
-    dense = (kind.name in DENSE_KINDS or (kind.layer is not None and isinstance(base, nn.Linear))) and base is not head
+    dense = (kind.is_dense or (kind.layer is not None and isinstance(base, nn.Linear))) and base is not head
     return Candidate(path, kind.name, type(base).__name__, dense, slot.out_features, slot.in_features)
 
 
@@ -469,6 +469,6 @@ def layers(model: nn.Module | AdapterIndex) -> list[tuple[str, LoraLayer]]:
     return [(path, module) for path, module in walk(model) if isinstance(module, LoraLayer)]
 
 
-def copies(model: nn.Module | AdapterIndex) -> list[tuple[str, ModuleCopies]]:
+def copies(model: nn.Module | AdapterIndex) -> list[tuple[str, ModulesToSave]]:
     """Return every module with trained copies, with its path."""
-    return [(path, module) for path, module in walk(model) if isinstance(module, ModuleCopies)]
+    return [(path, module) for path, module in walk(model) if isinstance(module, ModulesToSave)]

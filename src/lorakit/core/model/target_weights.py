@@ -16,7 +16,7 @@ from torch import nn
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import PARAMETER, parameter_slot
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
+from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.moe import shows_tokens
 from lorakit.core.model.index import INSIDE, AdapterIndex, Place, defined_parameters
 from lorakit.errors import ConfigError, TargetError
@@ -133,7 +133,7 @@ def dropout_at(config: LoraConfig, place: Place, holder: nn.Module) -> float:
     """
     if place.kind.drops or not config.lora_dropout:
         return config.lora_dropout
-    if place.kind is not PARAMETER:
+    if not place.kind.names_parameter:
         return 0.0
     if not shows_tokens(holder, place.slot.parameter):
         raise ConfigError(
@@ -172,9 +172,9 @@ def check_standing(index: AdapterIndex, places: Sequence[Place]) -> None:
     Raises:
         TargetError: The message names the module.
     """
-    standing_at = {path for path, m in index.modules.items() if isinstance(m, (LoraLayer, ModuleCopies))}
+    standing_at = {path for path, m in index.modules.items() if isinstance(m, (LoraLayer, ModulesToSave))}
     taken = sorted(standing_at | {place.outer for place in places})
-    for outer in {place.outer for place in places if place.kind is PARAMETER}:
+    for outer in {place.outer for place in places if place.kind.names_parameter}:
         inside = next((path for path in taken if path.startswith(f"{outer}.")), None)
         if inside is not None:
             raise TargetError(
@@ -185,7 +185,7 @@ def check_standing(index: AdapterIndex, places: Sequence[Place]) -> None:
         standing = index.modules[place.outer]
         if not isinstance(standing, LoraLayer) or place.child:
             continue
-        if (standing.kind is PARAMETER) != (place.kind is PARAMETER):
+        if standing.kind.names_parameter != place.kind.names_parameter:
             _refuse(place.outer, place.slot.parameter, type(standing.owner).__name__)
 
 

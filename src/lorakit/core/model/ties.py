@@ -8,7 +8,7 @@ of tables have ties of their own (`row_choice`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.factor import FactorWeight
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModuleCopies
+from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.model.index import AdapterIndex, identity
 from lorakit.core.model.token_indices import input_embedding, shared_weights, sharers, table_at
+from lorakit.core.variants import variants_of
 from lorakit.errors import ConfigError
 from lorakit.targets import Match, Note, Resolution
 
@@ -139,7 +140,7 @@ def tie_factors(index: AdapterIndex, name: str, leaders: Mapping[str, str]) -> N
         layer, leading = index.modules[path], index.modules[leader]
         if not (isinstance(layer, LoraLayer) and isinstance(leading, LoraLayer) and name in layer.r.keys() & leading.r):
             continue
-        if layer.kind_name == leading.kind_name:
+        if layer.kind.names == leading.kind.names:
             for attribute in layer.kind.names:
                 getattr(layer, attribute)[name] = getattr(leading, attribute)[name]
         else:
@@ -147,16 +148,16 @@ def tie_factors(index: AdapterIndex, name: str, leaders: Mapping[str, str]) -> N
             layer.lora_B[name] = TiedWeight(leading, name, "B").train(layer.training)
 
 
-def of_one_weight(model: nn.Module | AdapterIndex, names: Collection[str]) -> list[tuple[LoraLayer, LoraLayer]]:
-    """Return the layers that are led for every one of some adapters, with the layers that lead them, of one weight.
+def of_one_weight(layers: Iterable[tuple[str, LoraLayer]], names: Collection[str]) -> list[tuple[LoraLayer, LoraLayer]]:
+    """Return the layers that are led in every one of some adapters, with the layers that lead them; one weight.
 
     Args:
-        model: An adapted model, or its index.
-        names: Adapters. Where a leading layer has one of them that a layer has not, or the reverse, they are not one.
+        layers: Paths and layers of a model, in its order.
+        names: Adapters. If only one of two layers has one of them, the two are not one.
     """
     owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that has it
     pairs = []
-    for _, layer in AdapterIndex.of(model).layers():
+    for _, layer in layers:
         here = [name for name in names if name in layer.r]
         leading = {id(found): found for found in (_leading(layer, name, owners) for name in here)}
         leader = next(iter(leading.values())) if len(leading) == 1 else None
@@ -176,12 +177,14 @@ def _leading(layer: LoraLayer, name: str, owners: dict[int, LoraLayer]) -> LoraL
 
 
 def untied_copies(
-    model: nn.Module | AdapterIndex, names: Collection[str], held: Mapping[int, Sequence[tuple[str, nn.Module]]]
+    copies: Collection[tuple[str, ModulesToSave]],
+    names: Collection[str],
+    held: Mapping[int, Sequence[tuple[str, nn.Module]]],
 ) -> list[tuple[str, str]]:
-    """Copied modules that would part from a module that shares their weight, if they took the original's place.
+    """Return saved modules that would part from a module that shares their weight, if they replaced the original.
 
     Args:
-        model: An adapted model.
+        copies: Paths and saved modules of a model.
         names: Adapters.
         held: `identity` of a weight of the base -> names and modules that hold it.
 
@@ -189,9 +192,8 @@ def untied_copies(
         Path of the copied module, and the name of the other.
     """
     found = []
-    index = AdapterIndex.of(model)
-    holders = {id(holder.original_module): holder for _, holder in index.every(ModuleCopies)}
-    for path, holder in index.every(ModuleCopies):
+    holders = {id(holder.original_module): holder for _, holder in copies}
+    for path, holder in copies:
         for name in [name for name in names if name in holder.modules_to_save]:
             parameter = holder.original_module._parameters.get("weight")
             for other, module in held.get(identity(parameter), ()):
@@ -209,17 +211,21 @@ def _tied_matches(
     index: AdapterIndex, config: LoraConfig, matches: Sequence[Match], leader: str, partners: Sequence[str]
 ) -> list[Match]:
     """The matches with one for every member of a group, all of the leader's rank and alpha."""
-    if config.use_dora:
+    own = next((variant for variant in variants_of(config) if variant.tensors), None)
+    if own is not None:
         raise ConfigError(
-            f"ensure_weight_tying ties the factors of {leader} and {partners[0]}, and use_dora gives each a magnitude "
-            "of its own. Leave one of the two off, or adapt only one of the modules without ensure_weight_tying."
+            f"ensure_weight_tying ties the factors of {leader} and {partners[0]}, and {own.field} gives each "
+            f"{own.tensors[0].held_as} of its own. Leave one of the two off, or adapt only one of the modules without "
+            "ensure_weight_tying.",
+            where=leader,
+            field=own.field,
         )
     kinds = {candidate.path: candidate.kind for candidate in index.candidates}
     members = (leader, *partners)
     here = [match for match in matches if match.path in members]
     model = next((match for match in here if match.path == leader), here[0])
-    odd = [path for path in partners if kinds.get(path) not in ("Linear", "Embedding")]
-    if kinds.get(leader) != "Embedding" or odd:
+    odd = [path for path in partners if not isinstance(index.base(path), (nn.Linear, nn.Embedding))]
+    if not isinstance(index.base(leader), nn.Embedding) or odd:
         raise ConfigError(
             f"ensure_weight_tying: {(odd or [leader])[0]} shares its weight with {leader}, and factors are tied only "
             "among nn.Embedding and nn.Linear modules. Set ensure_weight_tying=False, or do not target it."

@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.layers.modules_to_save import ModuleCopies
-from lorakit.core.layers.trainable_tokens import ChosenRows, TokenRows
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import ChosenRows, TrainableTokens
 from lorakit.core.model.index import AdapterIndex
 from lorakit.errors import ConfigError, NoTargetError, TargetError, nearest, warn_caller
 from lorakit.targets import names_path
@@ -85,7 +85,7 @@ def input_embedding(index: AdapterIndex) -> str | None:
 def table_at(index: AdapterIndex, path: str) -> nn.Module:
     """The base's module at a path, whatever stands around it."""
     standing = index.modules[path]
-    return standing.original_module if isinstance(standing, ModuleCopies) else index.base(path)
+    return standing.original_module if isinstance(standing, ModulesToSave) else index.base(path)
 
 
 def _named(index: AdapterIndex, config: LoraConfig) -> dict[str, tuple[int, ...]]:
@@ -168,7 +168,7 @@ def _check_free(
             "trainable_token_indices trains some of its rows. Name it in one of the two."
         )
     standing = index.modules[path]
-    if path in sites or (standing is not table_at(index, path) and not isinstance(standing, TokenRows)):
+    if path in sites or (standing is not table_at(index, path) and not isinstance(standing, TrainableTokens)):
         raise TargetError(
             f"trainable_token_indices cannot be applied to {path}: an adapter has factors or a copy there. Take it out "
             "of target_modules or modules_to_save, or give the adapters a model each."
@@ -178,11 +178,11 @@ def _check_free(
 def _check_standing(group: ChosenRows, index: AdapterIndex) -> None:
     """Refuse another grouping than that of adapters that are here already."""
     leader = index.modules[group.path]
-    wrong = [group.path] if isinstance(leader, TokenRows) and leader.follows else []
+    wrong = [group.path] if isinstance(leader, TrainableTokens) and leader.follows else []
     for path in group.tied:
         standing = index.modules[path]
-        together = isinstance(leader, TokenRows) and isinstance(standing, TokenRows) and standing.follows
-        fresh = not isinstance(leader, TokenRows) and not isinstance(standing, TokenRows)
+        together = isinstance(leader, TrainableTokens) and isinstance(standing, TrainableTokens) and standing.follows
+        fresh = not isinstance(leader, TrainableTokens) and not isinstance(standing, TrainableTokens)
         wrong += [] if together or fresh else [path]
     if wrong:
         raise ConfigError(

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.fingerprint import (
     DIFFERENT,
@@ -106,7 +106,7 @@ def begin_rows(model: nn.Module, name: str, pieces: Mapping[int, Sequence[int]])
         name: The adapter.
         pieces: Number of a trained row -> numbers of the rows of its pieces; others begin as they are.
     """
-    for _, module in AdapterIndex.of(model).every(TokenRows):
+    for _, module in AdapterIndex.of(model).every(TrainableTokens):
         if module.follows or name not in module:
             continue
         trained, rows = module.token_adapter.rows(name)

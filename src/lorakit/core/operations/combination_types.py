@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.files.tensor_names import PREFIX, ROWS
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.trainable_tokens import TokenRows
+from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import survey
 from lorakit.core.operations.tensor_sources import LooseAdapter
 from lorakit.errors import AdapterError, ConfigError, nearest
@@ -221,7 +221,7 @@ def row_reader(model: nn.Module) -> RowReading:
         if standing is None:
             raise AdapterError(f"The model has no {path}, of which an adapter trains rows.")
         table: Any = site_map.base(path)._parameters["weight"]
-        if isinstance(standing, TokenRows):
+        if isinstance(standing, TrainableTokens):
             table = standing.token_adapter.original()
         elif isinstance(standing, LoraLayer):
             table = standing.original()

@@ -2,21 +2,22 @@
 
 What is combined is each adapter's effect, weight · scale · B·A, site by site; the result has scale 1 everywhere, so its
 effect is what was combined and nothing else, whatever ranks, alphas and rsLoRA the adapters had. No dense product is
-made where factors suffice. DoRA adapters are combined exactly, as the sum of what each adds to the weight, which
-needs the base. Experts that lie in one parameter are combined each by itself, as if each were a site.
+made where factors suffice. A variant whose update is more than that says how such updates add up (`Variant.combine`),
+which needs the base; the factors of other variants are multiplied, and their sum is plain LoRA. Experts that
+lie in one parameter are combined each by itself, as if each were a site.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.linalg import Product, padded, spectrum, stacked, truncated
+from lorakit.core.linalg import Product, Reading, padded, spectrum, stacked, truncated
 from lorakit.core.model.checks import check_allowances
 from lorakit.core.operations.combination_types import (
     RowReading,
@@ -28,7 +29,6 @@ from lorakit.core.operations.combination_types import (
     row_reader,
 )
 from lorakit.core.operations.compatibility import check_joinable, check_one_base, joined_config, shared_facts
-from lorakit.core.operations.dora_scale import Reading, gains_of, with_gains
 from lorakit.core.operations.tensor_sources import LooseAdapter, LooseFactor, loose_from_folder, loose_from_model
 from lorakit.core.operations.writing import (
     MadeReport,
@@ -40,6 +40,7 @@ from lorakit.core.operations.writing import (
     reader_of,
     write,
 )
+from lorakit.core.variants import Variant, variants_of
 from lorakit.errors import AdapterError, ConfigError
 
 
@@ -83,14 +84,14 @@ def combine_folders(
     model: nn.Module | None = None,
     allow: Collection[str] = (),
 ) -> MadeReport:
-    """Combine adapters on disk into a new folder; the base is only needed for DoRA and rows of tokens.
+    """Combine adapters on disk into a new folder; the base is needed for some variants and for rows of tokens.
 
     Args:
         folders: Their folders.
         weights: One number each.
         output: The folder to make; nothing may stand there.
         way: How.
-        model: The base, for DoRA and for rows of tokens.
+        model: The base, for variants that read it and for rows of tokens.
         allow: Checks to override: "base_mismatch", "key_mismatch" (no common site), "nonfinite".
 
     Returns:
@@ -155,7 +156,7 @@ def combine_loose(
         adapters: Of one base.
         weights: One number each.
         way: How.
-        reading: Path -> the base's weight there; only asked where an adapter is DoRA.
+        reading: Path -> the base's weight there; only asked where the sum is of a variant that reads it.
         rows: How to read rows of the base's tables; only asked where adapters train the same rows.
 
     Returns:
@@ -168,12 +169,14 @@ def combine_loose(
     check_joinable(adapters)
     check_same_rows(adapters)
     _check(adapters, weights, way, reading is not None)
-    dora = any(adapter.config.use_dora for adapter in adapters)
+    summed = next(iter(_summed(adapters)), None)
     generator, found, sites = way.generator(), {}, []
     for path, factors in aligned(adapters).items():
         here = [(factor, weight) for factor, weight in zip(factors, weights, strict=True) if factor is not None]
         with torch.no_grad():
-            found[path], site = _site(path, here, way, generator, reading(path) if dora and reading else None)
+            found[path], site = _site(
+                path, here, way, generator, (summed, reading(path)) if summed and reading else None
+            )
         sites.append(site)
     joined = joined_config([a.config for a in adapters])
     if joined.lora_bias:
@@ -181,9 +184,9 @@ def combine_loose(
     config, found = described(joined, found, common_targets(adapters))
     others = {name: tensor for adapter in adapters for name, tensor in adapter.others.items()}
     others |= combined_rows(adapters, weights, rows)
-    base = next((adapter.base for adapter in adapters if adapter.base is not None), None)
+    known = next((adapter.base for adapter in adapters if adapter.base is not None), None)
     facts = {**shared_facts(adapters), "operation": _operation(adapters, weights, way)}
-    return LooseAdapter("", config, found, others, base, facts), tuple(sites)
+    return LooseAdapter("", config, found, others, known, facts), tuple(sites)
 
 
 def _site(
@@ -191,18 +194,17 @@ def _site(
     here: Sequence[tuple[LooseFactor, float]],
     way: Way,
     generator: torch.Generator | None,
-    reading: Reading | None,
+    summed: tuple[Variant, Reading] | None,
 ) -> tuple[LooseFactor, SiteMade]:
     """The combined factor of one site, with scale 1, and how far it is from the plain sum."""
     _check_shapes(path, [factor for factor, _ in here])
     first = here[0][0]
     acting = [(factor, weight) for factor, weight in here if weight != 0]
     acting = acting or [(first, 0.0)]
-    products = [factor.product() for factor, _ in acting]
-    total = None
-    if reading is not None:
-        gains, total = gains_of(path, acting, reading)
-        products = [Product(p.A, p.B * g.view_as(p.B[..., :1])) for p, g in zip(products, gains, strict=True)]
+    whole, products = None, [factor.product() for factor, _ in acting]
+    if summed is not None and summed[0].combine is not None:
+        whole = summed[0].combine(path, [factor.addend(weight) for factor, weight in acting], summed[1])
+        products = list(whole.products)
     exact = stacked(products, [weight * factor.scale for factor, weight in acting])
     found = spectrum(exact)
     if way.name == "cat":
@@ -217,11 +219,12 @@ def _site(
         product = _side_by_side([make(path, part, acting, way, generator) for part in parts])
         apart = float(spectrum(stacked([product, exact], [1.0, -1.0])).S.norm())
     norm = float(found.S.norm())
-    others: dict[str, tuple[str, Tensor]] = _biases(acting)
-    if reading is not None and total is not None:
-        product, magnitude = with_gains(product, total, reading, first)
-        others["magnitude"] = magnitude
-    made = dataclasses.replace(first.holding(product), others=others)
+    own: Mapping[str, Tensor] = {}
+    if whole is not None:
+        product, own = whole.finish(product)
+    made = dataclasses.replace(first.holding(product), others=_biases(acting))
+    if summed is not None:
+        made = made.of_variant(summed[0], own)
     return made, SiteMade(path, made.r, exact.rank * first.shared, norm, apart / norm if norm else 0.0)
 
 
@@ -312,11 +315,39 @@ def _check(adapters: Sequence[LooseAdapter], weights: Sequence[float], way: Way,
     bad = [weight for weight in weights if not isinstance(weight, (int, float)) or not abs(weight) < float("inf")]
     if bad:
         raise AdapterError(f"A weight is {bad[0]!r}; weights are finite numbers.")
-    dora = [adapter.label for adapter in adapters if adapter.config.use_dora]
-    if dora and not has_base:
-        raise AdapterError(f"{dora[0]} is DoRA, whose effect depends on the base's weights. Give the base model too.")
-    if dora and way.name not in ("cat", "svd"):
-        raise AdapterError(f"{dora[0]} is DoRA, which can be combined by 'cat' or 'svd', and not by {way.name!r}.")
+    summed = _summed(adapters)
+    if len(summed) > 1:
+        (one, other), labels = list(summed)[:2], list(summed.values())
+        raise AdapterError(
+            f"{labels[0]} is {one.title} and {labels[1]} is {other.title}; no one adapter can do what the two do.",
+            what=labels[1],
+            field=other.field,
+        )
+    for variant, label in summed.items():
+        about = f"{label} is {variant.title}"
+        if not has_base:
+            raise AdapterError(
+                f"{about}, whose effect depends on the base's weights. Give the base model too.", what=label
+            )
+        if way.name not in SUMS:
+            allowed = " or ".join(map(repr, SUMS))
+            raise AdapterError(
+                f"{about}, which can be combined by {allowed}, and not by {way.name!r}.", what=way.name, allowed=SUMS
+            )
+
+
+SUMS = ("cat", "svd")
+"""The ways that add updates up, and cut the sum at most."""
+
+
+def _summed(adapters: Sequence[LooseAdapter]) -> dict[Variant, str]:
+    """Return the variants that say themselves how their updates add up, each with the first adapter that is of it."""
+    found: dict[Variant, str] = {}
+    for adapter in adapters:
+        for variant in variants_of(adapter.config):
+            if variant.combine is not None:
+                found.setdefault(variant, adapter.label)
+    return found
 
 
 def _check_shapes(path: str, factors: Sequence[LooseFactor]) -> None:

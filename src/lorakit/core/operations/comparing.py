@@ -1,6 +1,7 @@
 """Compare two adapters site by site: do they change the weights in the same direction, how strongly, in which spaces.
 
-Everything comes from the factors; no product is formed and no base is needed. Of DoRA only the low-rank part is seen.
+Everything comes from the factors; no product is formed and no base is needed. A variant whose
+update is more than a product of low rank is compared by that part alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from lorakit.core.linalg import Product, Spectrum, cosines, inner, significant, 
 from lorakit.core.model.fingerprint import UNVERIFIABLE
 from lorakit.core.operations.tensor_sources import LooseAdapter, LooseFactor, loose_from_folder, loose_from_model
 from lorakit.core.operations.writing import aligned
+from lorakit.core.variants import Variant, variants_of
 from lorakit.errors import AdapterError
 
 
@@ -56,7 +58,7 @@ class Comparison:
         norms: Norm of each over all its sites.
         cosine: Of the two over all sites, as if each were one long vector; a site that one lacks counts as zero there.
         base: Whether their bases are the same: same, same at other precision, unverifiable, different.
-        dora: One of them is DoRA, of which only the low-rank part is compared.
+        in_part: Titles of variants of which only the low-rank part is compared.
     """
 
     names: tuple[str, str]
@@ -66,7 +68,7 @@ class Comparison:
     norms: tuple[float, float]
     cosine: float
     base: str
-    dora: bool
+    in_part: tuple[str, ...]
 
 
 def compare_adapters(model: nn.Module, first: str, second: str) -> Comparison:
@@ -129,8 +131,12 @@ def compare_loose(first: LooseAdapter, second: LooseAdapter) -> Comparison:
         norms=norms,
         cosine=_ratio(dot, norms[0] * norms[1]),
         base=UNVERIFIABLE if found is None else found.verdict,
-        dora=first.config.use_dora or second.config.use_dora,
+        in_part=tuple(dict.fromkeys(v.title for v in _variants(first, second) if not v.is_low_rank)),
     )
+
+
+def _variants(*adapters: LooseAdapter) -> list[Variant]:
+    return [variant for adapter in adapters for variant in variants_of(adapter.config)]
 
 
 def _scaled(factor: LooseFactor) -> Product:

@@ -12,8 +12,10 @@ from typing import Any
 
 from lorakit.config import HEADS_BY_TASK, LoraConfig
 from lorakit.core.files.tensor_names import PREFIX, ROWS
+from lorakit.core.kinds import PARAMETER
 from lorakit.core.model.fingerprint import DIFFERENT, UNVERIFIABLE
 from lorakit.core.operations.tensor_sources import LooseAdapter
+from lorakit.core.variants import VARIANTS, is_kept, variants_of, without
 from lorakit.errors import OVERRIDE, AdapterError, BaseMismatchError, ConfigError, warn_caller
 
 
@@ -107,26 +109,31 @@ def check_joinable(adapters: Sequence[LooseAdapter]) -> None:
         raise AdapterError("No adapter was named.")
     for adapter in adapters:
         check_plain_parts(adapter)
-    for field, what in MUST_AGREE.items():
+    for field, what in _must_agree().items():
         if len({str(getattr(adapter.config, field)) for adapter in adapters}) > 1:
             raise AdapterError(f"The adapters {what} ({field}), so one cannot stand for them.")
     _check_bare(adapters)
     _check_copies(adapters)
 
 
-MUST_AGREE: Mapping[str, str] = {
-    "alora_invocation_tokens": "act after different invocation tokens",
-    "layer_replication": "were made on differently replicated layers",
-}
-"""Fields of the config in which adapters must agree to become one, and what it means if they do not."""
+def _must_agree() -> dict[str, str]:
+    """Return the fields in which adapters must agree to become one, and what it means if they do not."""
+    of_variants = {variant.field: variant.must_agree for variant in VARIANTS if variant.must_agree}
+    return {**of_variants, "layer_replication": "were made on differently replicated layers"}
 
 
 def _check_bare(adapters: Sequence[LooseAdapter]) -> None:
     """Refuse, beside bare parameters, what would give the result a part that no bare parameter can have."""
     bare = next((adapter.label for adapter in adapters if adapter.config.target_parameters), None)
-    for field, what in (("use_dora", "is DoRA"), ("lora_bias", "has a bias on B (lora_bias)")):
-        other = next((adapter.label for adapter in adapters if getattr(adapter.config, field)), None)
-        if bare is not None and other is not None:
+    odd = [
+        (adapter.label, f"is {variant.title}")
+        for adapter in adapters
+        for variant in variants_of(adapter.config)
+        if not variant.fits(PARAMETER) and is_kept(variant)
+    ]
+    odd += [(adapter.label, "has a bias on B (lora_bias)") for adapter in adapters if adapter.config.lora_bias]
+    for other, what in odd:
+        if bare is not None:
             raise AdapterError(
                 f"{other} {what}, and {bare} sits on bare parameters (target_parameters), which cannot have that: no "
                 "one adapter can do what the two do. Keep both active, or merge them into a model."
@@ -165,7 +172,7 @@ def check_plain_parts(adapter: LooseAdapter) -> None:
 
 
 def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
-    """The first adapter's config with what any of them needs: DoRA, a bias on B, copied modules.
+    """The first adapter's config with what any of them needs: a variant, a bias on B, copied modules.
 
     Args:
         configs: At least one; ranks, scales and targets are not looked at.
@@ -179,13 +186,24 @@ def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
     return dataclasses.replace(
         configs[0],
         task_type=task,
-        use_dora=any(config.use_dora for config in configs),
+        **_joined_variants(configs),
         lora_bias=any(config.lora_bias for config in configs),
         target_parameters=sorted(parameters) or None,
         modules_to_save=[word for word in dict.fromkeys(copied) if word not in heads] or None,
         fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
         trainable_token_indices=next((c.trainable_token_indices for c in configs if c.trainable_token_indices), None),
     )
+
+
+def _joined_variants(configs: Sequence[LoraConfig]) -> dict[str, Any]:
+    """Return the fields of variants: as the first that asks has it where the result is of the variant, else default."""
+    plain = without(configs[0], *(variant for variant in VARIANTS if variant.field))
+    fields = {}
+    for variant in VARIANTS:
+        asking = [config for config in configs if variant in variants_of(config)]
+        if variant.field:
+            fields[variant.field] = getattr(asking[0] if asking and is_kept(variant) else plain, variant.field)
+    return fields
 
 
 def shared_facts(adapters: Sequence[LooseAdapter]) -> dict[str, Any]:

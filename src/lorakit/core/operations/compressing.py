@@ -1,4 +1,4 @@
-"""Compress an adapter to a lower rank, exactly, from its factors; turn DoRA into plain LoRA, as near as a rank allows.
+"""Compress an adapter to a lower rank, exactly, from its factors; turn any variant into plain LoRA, nearly.
 
 No dense weight is made for plain LoRA. What is lost is known exactly, and said site by site. Experts that lie in one
 parameter are cut each by itself to one common rank, for which their share of the energy is taken together.
@@ -13,12 +13,12 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.linalg import Cut, Product, cut, dense_spectrum, spectrum, truncated
+from lorakit.core.linalg import Cut, Product, Reading, cut, dense_spectrum, spectrum, truncated
 from lorakit.core.model.checks import check_allowances
 from lorakit.core.operations.compatibility import check_plain_parts, shared_facts
-from lorakit.core.operations.dora_scale import Reading, gains_of
 from lorakit.core.operations.tensor_sources import LooseAdapter, LooseFactor, loose_from_folder, loose_from_model
 from lorakit.core.operations.writing import MadeReport, SiteMade, common_targets, described, put, write
+from lorakit.core.variants import NO_TENSORS, PLAIN, variants_of, without
 from lorakit.errors import NotYetSupported
 
 
@@ -85,7 +85,7 @@ def compress_folder(
 
 
 def compress_loose(adapter: LooseAdapter, to: Cut) -> tuple[LooseAdapter, tuple[SiteMade, ...]]:
-    """Compress an adapter wherever it comes from. DoRA keeps its magnitudes, which hold the length of each row.
+    """Compress an adapter wherever it comes from. Own tensors of a variant that fit any rank stay as they are.
 
     Args:
         adapter: The adapter.
@@ -100,36 +100,40 @@ def compress_loose(adapter: LooseAdapter, to: Cut) -> tuple[LooseAdapter, tuple[
 def plain_loose(
     adapter: LooseAdapter, to: Cut, reading: Callable[[str], Reading]
 ) -> tuple[LooseAdapter, tuple[SiteMade, ...]]:
-    """An adapter as plain LoRA of scale 1, whatever variant it is; DoRA's update is taken apart as a dense matrix.
+    """Turn an adapter of any variant into plain LoRA of scale 1; an update of full rank is decomposed whole.
 
     Args:
         adapter: The adapter.
         to: Its rank or share of energy; plain sites are compressed.
-        reading: Path -> the base's weight there; only asked where the adapter is DoRA.
+        reading: Path -> the base's weight there; only asked where an update is more than a product of low rank.
 
     Returns:
         The plain adapter, and what was lost where.
 
     Raises:
         ConfigError: It trains biases of the base.
-        NotYetSupported: DoRA on a grouped convolution.
+        NotYetSupported: Such an update of a grouped convolution.
     """
     check_plain_parts(adapter)
 
     def update(path: str, factor: LooseFactor) -> Tensor | None:
-        if "magnitude" not in factor.others:
+        variant = factor.variant
+        if variant.update is None or variant.is_low_rank:
             return None
-        base = reading(path)
-        gains, _ = gains_of(path, [(factor, 1.0)], base)
-        W = base.W.flatten(1)
         product = factor.product()
         if product.A.shape[0] > 1:
-            raise NotYetSupported(f"{path} is a grouped convolution, whose DoRA cannot be turned into plain LoRA.")
-        return (gains[0] * (W + factor.scale * (product.B @ product.A)[0]) - W).float()
+            raise NotYetSupported(
+                f"{path} is a grouped convolution, whose {variant.title} cannot be turned into plain LoRA.", where=path
+            )
+        base = reading(path)
+        W, held = base.W, factor.factor()
+        A, B, own = (held.A.to(W.dtype), held.B.to(W.dtype), {name: t.to(W.dtype) for name, t in held.own.items()})
+        wide = dataclasses.replace(held, A=A, B=B, own=own)
+        delta = (factor.scale * (product.B @ product.A)[0]).view_as(W)
+        return variant.update(base.kind, base.slot, W, delta, wide).flatten(1).float()
 
     result, sites = _reduced(adapter, to, "convert", update)
-    config = dataclasses.replace(result.config, use_dora=False)
-    return dataclasses.replace(result, config=config), sites
+    return result, sites
 
 
 def _reduced(
@@ -141,14 +145,15 @@ def _reduced(
         for path, factor in adapter.factors.items():
             dense = update(path, factor)
             product, norm, lost = _cut_factor(factor, to) if dense is None else _cut_dense(dense, to)
-            others = dict(factor.others)
-            if dense is not None:
-                del others["magnitude"]
+            made = (factor if dense is None else factor.of_variant(PLAIN, NO_TENSORS)).holding(product)
+            others = dict(made.others)
             if "bias" in others:  # part of what the scale multiplies, which is 1 from now on
                 others["bias"] = (others["bias"][0], others["bias"][1] * factor.scale)
-            found[path] = dataclasses.replace(factor.holding(product), others=others)
+            found[path] = dataclasses.replace(made, others=others)
             sites.append(SiteMade(path, found[path].r, factor.r, norm, lost**0.5))
-    config, found = described(adapter.config, found, common_targets([adapter]))
+    left = {factor.variant for factor in found.values()}
+    gone = [variant for variant in variants_of(adapter.config) if variant not in left]
+    config, found = described(without(adapter.config, *gone), found, common_targets([adapter]))
     limit = {"rank": to.rank} if to.rank is not None else {"energy": to.energy}
     facts = {**shared_facts([adapter]), "operation": {"name": operation, **limit, "of": [adapter.origin()]}}
     return dataclasses.replace(adapter, config=config, factors=found, facts=facts, sha256=""), tuple(sites)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,13 +23,130 @@ from lorakit.core.inits import Blank, Init, init_for, init_named
 from lorakit.core.kinds import kind_named
 from lorakit.core.model.activation import disable
 from lorakit.core.model.fingerprint import fingerprint
-from lorakit.core.model.index import Place, find_state, survey
+from lorakit.core.model.index import AdapterIndex, Place, find_state
 from lorakit.core.model.target_weights import bare_parameters
 from lorakit.core.operations.rank_allocation import by_explained_variance, in_groups, with_ranks
-from lorakit.core.statistics.collecting import Forward, collect_gradients, collect_inputs
+from lorakit.core.statistics.collecting import Forward, TakeRows, collect_gradients, collect_inputs
 from lorakit.core.statistics.moments import Statistics
 from lorakit.errors import ConfigError, DataError
 from lorakit.targets import Match, match_path, resolve
+
+
+@dataclass(frozen=True)
+class DataSites:
+    """The sites of a config whose init uses data.
+
+    Attributes:
+        init: The config's init.
+        config: The config, with the default targets of the architecture if it names none.
+        index: Index of the base.
+        matches: The sites with their ranks.
+    """
+
+    init: Init
+    config: LoraConfig
+    index: AdapterIndex
+    matches: Sequence[Match]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        config: LoraConfig,
+        allow: Collection[str] = (),
+        only: Callable[[Match], bool] = lambda _: True,
+    ) -> DataSites:
+        """Resolve the targets of a config and check that its init supports them.
+
+        Args:
+            model: The base; only read.
+            config: Targets, ranks and init; only read.
+            allow: "partial_targets" allows entries of the config that match nothing.
+            only: Selects matches; the others are left out.
+
+        Raises:
+            ConfigError: The init uses no data, or does not support a site.
+            TargetError: The config names nothing.
+        """
+        init = init_named(config.init_lora_weights)
+        if init.digest is None:
+            raise ConfigError(
+                f"init_lora_weights is {config.init_lora_weights!r}, which looks at no data. Attach it as it is.",
+                what=config.init_lora_weights,
+                field="init_lora_weights",
+            )
+        if config.layer_replication:
+            raise ConfigError(
+                "layer_replication stacks layers that are not there while data is collected. Use another init."
+            )
+        config, index = with_targets(config, model), AdapterIndex.of(model)
+        bare = bare_parameters(index) if config.target_parameters else None
+        found = resolve(index.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
+        matches = [match for match in found.matches if only(match)]
+        for match in matches:
+            init_for(config.init_lora_weights, index.kind(match.kind or ""), match_path(match))
+        return cls(init, config, index, matches)
+
+    def collect(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        forward: Forward,
+        keep: Callable[[Any], Tensor | TakeRows | None] | None = None,
+    ) -> dict[str, dict[str, Tensor]]:
+        """Collect what the init needs, a few sites at a time; adapters on the model do not act meanwhile.
+
+        Args:
+            model: The base; it is left as it was.
+            batches: What `forward` takes; a list if all sites together need too much memory.
+            forward: Runs the model on a batch; for "lora_ga" it returns the loss, a scalar.
+            keep: As in `collect_inputs`; not for "lora_ga".
+
+        Returns:
+            Path -> name -> tensor (…), as the init defines them.
+
+        Raises:
+            ConfigError: The base cannot be changed by this init, or a rank is too large.
+            DataError: There is no batch, a mask does not fit, or no data reached a site.
+        """
+        blanks = self._blanks()
+        sites: dict[str, dict[str, Tensor]] = {}
+        groups = in_groups(list(blanks), lambda path: _size_bytes(self.init, blanks[path]))
+        if len(groups) > 1 and isinstance(batches, Iterator):
+            raise DataError(
+                f"The batches are gone through {len(groups)} times to bound memory. Give a list, no iterator."
+            )
+        with contextlib.nullcontext() if find_state(model) is None else disable(model):
+            for group in groups:
+                sites |= _looked_at(model, self.init, {path: blanks[path] for path in group}, batches, forward, keep)
+        return sites
+
+    @torch.no_grad()
+    def reduce(self, model: nn.Module, collected: Mapping[str, Any]) -> Statistics:
+        """Reduce what was collected elsewhere to statistics for `attach`.
+
+        Args:
+            model: The base; only read.
+            collected: Path -> `InputStatistics` or `GradientStatistics`; sites that are not in it are left out.
+
+        Raises:
+            ConfigError: The base cannot be changed by this init, or a rank is too large.
+        """
+        found = {
+            path: self.init.digest(blank, collected[path])  # type: ignore[misc]
+            for path, blank in self._blanks().items()
+            if path in collected
+        }
+        return Statistics(self.config, found, base=fingerprint(model))
+
+    def _blanks(self) -> dict[str, Blank]:
+        blanks: dict[str, Blank] = {}
+        for match in self.matches:
+            place = _only_place(self.index.places(match.path, kind_named(match.kind)), self.config)
+            if self.init.changes_base:
+                check_can_move(self.index, place, self.init)
+            blanks[place.path] = blank_for(self.index, self.config, match, place)
+        return blanks
 
 
 def collect_for(
@@ -61,20 +179,14 @@ def collect_for(
         TargetError: The config names nothing, or a site whose inputs are no rows of numbers.
         DataError: There is no batch, a mask does not fit, or nothing of the data reached a site.
     """
-    init, config, matches, blanks = _asked(model, config, allow)
-    sites: dict[str, dict[str, Tensor]] = {}
-    groups = in_groups(list(blanks), lambda path: _size_bytes(init, blanks[path]))
-    if len(groups) > 1 and isinstance(batches, Iterator):
-        raise DataError(f"The batches are gone through {len(groups)} times to bound memory. Give a list, no iterator.")
-    with contextlib.nullcontext() if find_state(model) is None else disable(model):
-        for group in groups:
-            sites |= _looked_at(model, init, {path: blanks[path] for path in group}, batches, forward, keep)
-    if init.name == "eva":
-        given = {match.path: match.rank for match in matches}
+    found = DataSites.of(model, config, allow)
+    config, sites = found.config, found.collect(model, batches, forward, keep)
+    if found.init.name == "eva":
+        given = {match.path: match.rank for match in found.matches}
         ratios = {path: tensors["ratios"].tolist() for path, tensors in sites.items()}
         ranks = ranks_by_variance(config.eva_config or EvaConfig(), given, ratios)
         if ranks != given:
-            config = redistributed(config, matches, ranks)
+            config = redistributed(config, found.matches, ranks)
             sites = {path: tensors for path, tensors in sites.items() if ranks[path]}
     return Statistics(config, sites, base=fingerprint(model))
 
@@ -94,10 +206,7 @@ def reduced(
         ConfigError: The init needs no data, or has no meaning at a site.
         TargetError: The config names nothing.
     """
-    init, config, _, blanks = _asked(model, config, allow)
-    with torch.no_grad():
-        found = {path: init.digest(blanks[path], collected[path]) for path in blanks if path in collected}  # type: ignore[misc]
-    return Statistics(config, found, base=fingerprint(model))
+    return DataSites.of(model, config, allow).reduce(model, collected)
 
 
 def ranks_by_variance(
@@ -147,38 +256,9 @@ def redistributed(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[s
     return found
 
 
-def _asked(
-    model: nn.Module, config: LoraConfig, allow: Collection[str]
-) -> tuple[Init, LoraConfig, Sequence[Match], dict[str, Blank]]:
-    init = init_named(config.init_lora_weights)
-    if init.digest is None:
-        raise ConfigError(
-            f"init_lora_weights is {config.init_lora_weights!r}, which looks at no data. Attach it as it is.",
-            what=config.init_lora_weights,
-            field="init_lora_weights",
-        )
-    if config.layer_replication:
-        raise ConfigError(
-            "layer_replication stacks layers that are not there while data is collected. Use another init."
-        )
-    config, site_map = with_targets(config, model), survey(model)
-    bare = bare_parameters(site_map) if config.target_parameters else None
-    found = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow, parameters=bare)
-    matches = found.matches
-    for match in matches:
-        init_for(config.init_lora_weights, match.kind, match_path(match))
-    blanks: dict[str, Blank] = {}
-    for match in matches:
-        place = _only_place(site_map.places(match.path, kind_named(match.kind)), config)
-        if init.changes_base:
-            check_can_move(site_map, place, init)
-        blanks[place.path] = blank_for(site_map, config, match, place)
-    return init, config, matches, blanks
-
-
 def _only_place(places: Sequence[Place], config: LoraConfig) -> Place:
     for place in places:
-        init_for(config.init_lora_weights, place.kind.name, place.path)
+        init_for(config.init_lora_weights, place.kind, place.path)
     return places[0]
 
 
@@ -194,7 +274,7 @@ def _looked_at(
     blanks: dict[str, Blank],
     batches: Iterable[Any],
     forward: Forward,
-    keep: Callable[[Any], Tensor | None] | None,
+    keep: Callable[[Any], Tensor | TakeRows | None] | None,
 ) -> dict[str, dict[str, Tensor]]:
     paths = list(blanks)
     collected: Any

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.attachment.attaching import with_targets
 from lorakit.core.files.tensor_names import PREFIX
-from lorakit.core.kinds import PARAMETER, Kind
+from lorakit.core.kinds import Kind
 from lorakit.core.linalg import Cut, Product, dense_spectrum, factors_of, truncated
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.checks import check_allowances
@@ -27,6 +27,7 @@ from lorakit.core.model.target_weights import bare_parameters, places_of
 from lorakit.core.operations.tensor_sources import BareSite, LooseAdapter, LooseFactor, TensorSource, source_of_model
 from lorakit.core.operations.writing import MadeReport, SiteMade, described, put, write
 from lorakit.core.quantization import base_of
+from lorakit.core.variants import variants_of
 from lorakit.errors import ConfigError, ModelError, NotYetSupported
 from lorakit.targets import resolve
 
@@ -195,8 +196,11 @@ def extract_loose(
 
 
 def _check_plain(config: LoraConfig, model: nn.Module) -> None:
-    if config.use_dora or config.bias != "none":
-        raise ConfigError("What is extracted is plain LoRA: leave use_dora off and bias at 'none'.")
+    variant = next((variant for variant in variants_of(config) if not variant.is_held_as_lora), None)
+    if variant is not None:
+        raise ConfigError(f"What is extracted is plain LoRA: leave {variant.field} off.", field=variant.field)
+    if config.bias != "none":
+        raise ConfigError("What is extracted is plain LoRA: leave bias at 'none'.", what=config.bias, field="bias")
     state = find_state(model)
     if config.layer_replication or (state is not None and state.replication is not None):
         raise ConfigError(
@@ -254,7 +258,7 @@ def _changes(
 
 
 def _bare(site_map: SiteMap, place: Place) -> BareSite | None:
-    if place.kind.name != PARAMETER.name:
+    if not place.kind.names_parameter:
         return None
     order = defined_parameters(site_map.holder(place)).index(place.slot.parameter)
     return BareSite((place.pattern_path,), order, max(1, place.slot.experts))

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.linalg import Product, padded, spectrum, stacked
+from lorakit.core.linalg import Product, Reading, padded, spectrum, stacked
 from lorakit.core.operations.compatibility import check_plain_parts
-from lorakit.core.operations.dora_scale import Reading
 from lorakit.core.operations.tensor_sources import LooseFactor, loose_from_model
 from lorakit.core.operations.writing import put, reader_of
+from lorakit.core.variants import variants_of
 from lorakit.errors import AdapterError, ConfigError
 
 
@@ -64,15 +64,20 @@ def reduce_intruders(
         What was found at each site, of experts at each expert.
 
     Raises:
-        AdapterError: There is no such adapter, it is DoRA, or the new name is taken.
+        AdapterError: There is no such adapter, its update is no low-rank product, or the new name is taken.
         ConfigError: `top` is below 1, or the adapter trains biases of the base.
     """
     if top < 1:
         raise ConfigError(f"top is {top!r}; it must be a whole number of at least 1.", what=top, field="top")
     loose = loose_from_model(model, adapter)
     check_plain_parts(loose)
-    if loose.config.use_dora:
-        raise AdapterError(f"{adapter} is DoRA; intruder dimensions are defined for plain LoRA.")
+    variant = next((variant for variant in variants_of(loose.config) if not variant.is_low_rank), None)
+    if variant is not None:
+        raise AdapterError(
+            f"{adapter} is {variant.title}; intruder dimensions are defined for plain LoRA.",
+            what=adapter,
+            field=variant.field,
+        )
     read = reader_of(model)
     found: dict[str, LooseFactor] = {}
     sites = []

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.attachment.attaching import with_targets
+from lorakit.core.kinds import Fits, Kind, fits
 from lorakit.core.model.index import survey
 from lorakit.core.quantization import base_of
 from lorakit.core.statistics.collecting import Forward, collect_gradients, collect_inputs
@@ -89,7 +90,7 @@ def allocate(
     matches = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow).matches
     modules = {match.path: site_map.base(match.path) for match in matches}
     sizes = {c.path: (c.out_features, c.in_features) for c in site_map.candidates if c.path in modules}
-    chosen = [m for m in matches if m.kind in ("Linear", "Conv1D") or (by == "gradients" and m.kind == "Embedding")]
+    chosen = [match for match in matches if fits(RANKED[by], site_map.kind(match.kind))]
     before = {match.path: match.rank for match in chosen}
     costs = {path: sum(sizes[path]) for path in before}
     ranks: dict[str, int] = {}
@@ -116,6 +117,18 @@ def allocate(
         sum(match.rank * total[match.path] for match in matches),
         evidence,
     )
+
+
+def _is_dense(kind: Kind) -> bool:
+    return kind.is_dense
+
+
+def _is_dense_or_table(kind: Kind) -> bool:
+    return kind.is_dense or (kind.acts_on == "input" and not kind.drops)
+
+
+RANKED: Mapping[str, Fits] = {"inputs": _is_dense, "gradients": _is_dense_or_table}
+"""What ranks are allocated by -> the kinds that get some."""
 
 
 def sensitivity(module: nn.Module, gradient: Tensor) -> float:

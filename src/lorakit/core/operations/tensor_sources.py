@@ -34,13 +34,13 @@ from lorakit.core.files.adapter_folder import (
 )
 from lorakit.core.files.inspecting import judge_files
 from lorakit.core.files.tensor_names import PREFIX, parse
-from lorakit.core.kinds import PARAMETER
 from lorakit.core.linalg import Product, factors_of, product_of
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.checks import check_known
 from lorakit.core.model.fingerprint import BaseVerdict, Fingerprint, compare
 from lorakit.core.model.index import INSIDE, defined_parameters, layers, state_of, survey
 from lorakit.core.model.target_weights import bare_parameters, paths_on_disk
+from lorakit.core.variants import NO_SETTING, NO_TENSORS, PLAIN, Addend, Factor, Setting, Variant, variant_at
 from lorakit.errors import AdapterFileError, ModelError, warn_caller
 from lorakit.targets import match_path, resolve
 
@@ -152,8 +152,11 @@ class LooseFactor:
         B: (out, r, …); of experts (out, r·experts).
         scale: What B·A is multiplied by.
         endings: How the names of A and B end on disk.
-        others: What else it has there, by part: "magnitude" (out,), "bias" (out,); each with its name's ending.
+        others: What else it has there, by part: "bias" (out,), and the variant's own tensors (…) by
+            `OwnTensor.held_as`; each with its name's ending.
         bare: The bare parameter it sits on, or None for a module.
+        variant: The entry of VARIANTS.
+        setting: What the config asks of the variant here.
     """
 
     A: Tensor
@@ -162,6 +165,8 @@ class LooseFactor:
     endings: tuple[str, str]
     others: Mapping[str, tuple[str, Tensor]] = field(default_factory=dict)
     bare: BareSite | None = None
+    variant: Variant = PLAIN
+    setting: Setting = field(default_factory=lambda: NO_SETTING)
 
     @property
     def experts(self) -> int:
@@ -187,14 +192,48 @@ class LooseFactor:
         """A tensor of `others`, of any shape, or None."""
         return self.others[name][1] if name in self.others else None
 
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """The variant's own tensors (…) by `OwnTensor.held_as`."""
+        return {tensor.held_as: self.others[tensor.held_as][1] for tensor in self.variant.tensors}
+
+    def factor(self) -> Factor:
+        """Return the factor as a layer would hold it, with A (r, in) and B (out, r)."""
+        return Factor(
+            self.A, self.B, self.scale, nn.Identity(), self.variant, self.own, self.part("bias"), self.setting
+        )
+
     def product(self) -> Product:
-        """A and B as matrices, (g, r, in) and (g, out, r), without the scale."""
-        return product_of(self.A, self.B, self.experts)
+        """Return A and B as they are multiplied as matrices, (g, r, in) and (g, out, r), without the scale."""
+        return product_of(*self.factor().multiplied(), self.experts)
+
+    def addend(self, weight: float) -> Addend:
+        """Return the factor as a part of a sum.
+
+        Args:
+            weight: The number that its update is multiplied by.
+        """
+        return Addend(self.factor(), weight, self.product(), self.experts)
+
+    def of_variant(self, variant: Variant, own: Mapping[str, Tensor]) -> LooseFactor:
+        """Return the same A and B as a factor of another variant.
+
+        Args:
+            variant: The variant.
+            own: Its own tensors (…) by `OwnTensor.held_as`.
+        """
+        others = {name: other for name, other in self.others.items() if name not in self.own}
+        others |= {tensor.held_as: (tensor.keys[0], own[tensor.held_as]) for tensor in variant.tensors}
+        return dataclasses.replace(self, others=others, variant=variant, setting=NO_SETTING)
 
     def holding(self, product: Product, scale: float = 1.0) -> LooseFactor:
-        """The same site with another product of any rank, (g, r, in) and (g, out, r), and another scale."""
+        """Return the same site with another product of any rank, (g, r, in) and (g, out, r), and another scale.
+
+        It is plain LoRA if the variant does not allow another rank.
+        """
         A, B = factors_of(product, self.A, self.B, self.experts)
-        return dataclasses.replace(self, A=A, B=B, scale=scale)
+        same = self if self.variant.outlasts_a_cut else self.of_variant(PLAIN, NO_TENSORS)
+        return dataclasses.replace(same, A=A, B=B, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -265,7 +304,7 @@ def loose_from_model(model: nn.Module, name: str) -> LooseAdapter:
     config = dataclasses.replace(found.config)
     known = _sites_in(model, name)
     tensors = {key: tensor.detach() for key, tensor in found.tensors.items()}
-    factors, others = _sorted_out(tensors, lambda path, A: known[path])
+    factors, others = _sorted_out(tensors, config, lambda path, A: known[path])
     site_map = survey(model)
     bare = bare_parameters(site_map) if config.target_parameters else None
     matches = resolve(site_map.candidates, config, allow_partial=True, parameters=bare).matches
@@ -294,7 +333,7 @@ def loose_from_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
     config = files.config
     _check_told(files)
     findings = judge_files(files, allow)
-    factors, others = _sorted_out(files.file.tensors, lambda path, A: _site_on_disk(files, path, A))
+    factors, others = _sorted_out(files.file.tensors, config, lambda path, A: _site_on_disk(files, path, A))
     plain = on_the_original(files, {p: (f.A, f.B, f.experts if f.names else 0) for p, f in factors.items()})
     if plain is not None:
         factors = {p: dataclasses.replace(f, A=plain[p][0], B=plain[p][1]) for p, f in factors.items()}
@@ -326,7 +365,7 @@ def _sites_in(model: nn.Module, name: str) -> dict[str, tuple[float, BareSite | 
     for path, layer in layers(model):
         if path in on_disk:
             slot, bare = layer.slot, None
-            if layer.kind_name == PARAMETER.name:
+            if layer.kind.names_parameter:
                 names = (f"{path.partition(INSIDE)[0]}.{slot.parameter}",)
                 bare = BareSite(names, defined_parameters(layer.owner).index(slot.parameter), max(1, slot.experts))
             found[on_disk[path]] = layer.scaling[name], bare
@@ -364,7 +403,9 @@ def _check_told(files: AdapterFiles) -> None:
 
 
 def _sorted_out(
-    tensors: Mapping[str, Tensor], site: Callable[[str, Tensor], tuple[float, BareSite | None]]
+    tensors: Mapping[str, Tensor],
+    config: LoraConfig,
+    site: Callable[[str, Tensor], tuple[float, BareSite | None]],
 ) -> tuple[dict[str, LooseFactor], dict[str, Tensor]]:
     parts: dict[str, dict[str, tuple[str, Tensor]]] = {}
     others: dict[str, Tensor] = {}
@@ -378,9 +419,13 @@ def _sorted_out(
     factors = {}
     for path, found in sorted(parts.items()):
         if not {"A", "B"} <= set(found):
-            lacking = " and ".join(sorted({"A", "B"} - set(found)))
-            raise AdapterFileError(f"The adapter's site {path} has no {lacking}.")
+            gone = " and ".join(sorted({"A", "B"} - set(found)))
+            raise AdapterFileError(f"The adapter's site {path} has no {gone}.", what=gone, where=path)
         (end_A, A), (end_B, B) = found.pop("A"), found.pop("B")
         scale_here, bare = site(path, A)
-        factors[path] = LooseFactor(A, B, scale_here, (end_A, end_B), found, bare)
+        variant, setting = variant_at(config, path)
+        lacking = [tensor.held_as for tensor in variant.tensors if tensor.held_as not in found]
+        if lacking:
+            raise AdapterFileError(f"The adapter's site {path} has no {lacking[0]}.", what=lacking[0], where=path)
+        factors[path] = LooseFactor(A, B, scale_here, (end_A, end_B), found, bare, variant, setting)
     return factors, others

@@ -30,9 +30,8 @@ from lorakit.core.files.adapter_folder import AdapterFiles
 from lorakit.core.files.sidecar import FORMAT_VERSION, METADATA_KEY, Sidecar
 from lorakit.core.files.tensor_file import TensorFile, encode
 from lorakit.core.kinds import PARAMETER, parameter_slot
-from lorakit.core.linalg import padded
+from lorakit.core.linalg import Reading, padded
 from lorakit.core.model.index import INSIDE, Place, SiteMap, defined_parameters, survey
-from lorakit.core.operations.dora_scale import Reading
 from lorakit.core.operations.tensor_sources import PLAIN_TARGETS, LooseAdapter, LooseFactor, outer_modules
 from lorakit.core.quantization import base_of
 from lorakit.durable import json_bytes, publish_directory
@@ -281,7 +280,7 @@ def write(
 
 
 def reader_of(model: nn.Module) -> Callable[[str], Reading]:
-    """How to read the base of a model, with or without adapters, as DoRA needs it.
+    """How to read the base of a model, with or without adapters.
 
     Args:
         model: Only read.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorakit.core.clones import clone_with
 from lorakit.core.quantization.weight_format import Base, exact_values, linear_with
 from lorakit.errors import MergeError
+from lorakit.targets.layer_types import CONV1D
 
 _ROWS = 32
 """Rows that bitsandbytes puts side by side when it repacks a 4-bit weight for a CPU."""
@@ -238,7 +239,7 @@ def _dense_four_bit(module: Any, canonical: Tensor, _: torch.dtype) -> nn.Module
 def _dense(module: Any, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
     """A plain module in its place; of the class it had before, where that stores weights as (in, out)."""
     before = getattr(module, "source_cls", nn.Linear)
-    if before.__name__ != "Conv1D":
+    if before.__name__ != CONV1D:
         return linear_with(module, canonical, dtype)
     made: Any = before(*canonical.shape).to(dtype).train(module.training)
     made.weight = nn.Parameter(canonical.T.to(dtype).contiguous(), requires_grad=False)

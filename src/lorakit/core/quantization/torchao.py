@@ -53,7 +53,7 @@ def _read(_: nn.Module, weight: Any) -> Tensor:
     except NotImplementedError as cause:
         raise MergeError(
             f"torchao cannot multiply out a {type(weight).__name__}, so nothing that needs the weight itself (merging, "
-            "DoRA) can be done on it. Plain LoRA works."
+            "variants that read it) can be done on it. Plain LoRA works."
         ) from cause
 
 

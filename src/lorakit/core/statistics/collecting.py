@@ -24,6 +24,9 @@ from lorakit.errors import DataError, RunError, TargetError, nearest
 Forward = Callable[[nn.Module, Any], Any]
 """Runs the model on one batch; for gradients it returns the scalar loss."""
 
+TakeRows = Callable[[str, Tensor], Tensor]
+"""Takes the path of a site and what it received, (…), and returns the rows that count, (n, in)."""
+
 
 def collect_inputs(
     model: nn.Module,
@@ -32,7 +35,7 @@ def collect_inputs(
     forward: Forward,
     *,
     components: int | None = None,
-    keep: Callable[[Any], Tensor | None] | None = None,
+    keep: Callable[[Any], Tensor | TakeRows | None] | None = None,
     even: bool = False,
 ) -> dict[str, InputStatistics]:
     """Moments of what each site receives, without gradients and in evaluation mode.
@@ -46,7 +49,8 @@ def collect_inputs(
         forward: Runs the model on one batch; what it returns is not looked at.
         components: None keeps the whole second moment, 4·in² bytes a site; a number keeps so many principal directions
             by incremental SVD, 4·components·in bytes, and what lies beyond them is lost.
-        keep: From a batch to a mask (rows, length) of the positions that count, such as those that are not padding.
+        keep: From a batch to a mask (rows, length) of the positions that count, such as those that are not padding, or
+            to a function that takes the rows out of what a site received.
         even: Divide what a site receives in a call by its largest number, so that no batch outweighs the others.
 
     Returns:
@@ -113,12 +117,12 @@ class _Inputs:
 
     def __init__(self, found: dict[str, InputStatistics], even: bool) -> None:
         self.found, self.even = found, even
-        self.mask: Tensor | None = None
+        self.mask: Tensor | TakeRows | None = None
         self._last: tuple[weakref.ref[Tensor], int, InputStatistics] | None = None
         self._busy = False
 
-    def begin(self, mask: Tensor | None) -> None:
-        """A new batch, with the positions of it that count."""
+    def begin(self, mask: Tensor | TakeRows | None) -> None:
+        """Start a new batch, with the positions of it that count, (rows, length), or what takes its rows."""
         self.mask, self._last = mask, None
 
     def hook(self, path: str, module: nn.Module) -> Callable[..., None]:
@@ -130,7 +134,7 @@ class _Inputs:
 
     def _take(self, path: str, module: nn.Module, x: Tensor) -> None:
         statistics = self.found[path]
-        if self._last is not None and self._last[0]() is x and self._last[1] == x._version:
+        if self._last is not None and self._last[0]() is x and self._last[1] == x._version and not callable(self.mask):
             statistics.merge(self._last[2])
             return
         self._busy = True
@@ -150,6 +154,8 @@ class _Inputs:
 
     def _rows(self, path: str, x: Tensor) -> Tensor:
         """(…, in) -> (rows that count, in)."""
+        if callable(self.mask):
+            return self.mask(path, x)
         if self.mask is None:
             return x.reshape(-1, x.shape[-1])
         mask = self.mask.to(x.device, torch.bool)

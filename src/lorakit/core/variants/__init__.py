@@ -2,49 +2,140 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
 from lorakit.config import LoraConfig
-from lorakit.core.kinds import is_for
+from lorakit.core.kinds import KINDS, Kind, fits
 from lorakit.core.variants.alora import ALORA
 from lorakit.core.variants.dora import DORA, row_norms
 from lorakit.core.variants.lora import PLAIN
-from lorakit.core.variants.variant import At, Variant
+from lorakit.core.variants.variant import (
+    NO_SETTING,
+    NO_TENSORS,
+    Addend,
+    At,
+    Factor,
+    OwnTensor,
+    Setting,
+    Start,
+    Sum,
+    Variant,
+    added,
+)
 from lorakit.errors import ConfigError
 
-__all__ = ["VARIANTS", "At", "Variant", "row_norms", "variant_for", "variant_named"]
+__all__ = [
+    "NO_SETTING",
+    "NO_TENSORS",
+    "PLAIN",
+    "VARIANTS",
+    "Addend",
+    "At",
+    "Factor",
+    "OwnTensor",
+    "Setting",
+    "Start",
+    "Sum",
+    "Variant",
+    "added",
+    "is_kept",
+    "own_tensors",
+    "row_norms",
+    "variant_at",
+    "variant_for",
+    "variant_named",
+    "variant_of",
+    "variants_of",
+    "without",
+]
 
 VARIANTS: tuple[Variant, ...] = (PLAIN, DORA, ALORA)
 
-_NAMED = {variant.name: variant for variant in VARIANTS}
-
 
 def variant_named(name: str) -> Variant:
-    """The variant with that name; names are the table's own, so a miss is a mistake in lorakit."""
-    return _NAMED[name]
+    """Return the variant with that name.
+
+    Raises:
+        KeyError: There is none; names are the table's own, so this is a mistake in lorakit.
+    """
+    for variant in VARIANTS:
+        if variant.name == name:
+            return variant
+    raise KeyError(name)
 
 
-def variant_for(config: LoraConfig, kind: str, path: str) -> Variant:
-    """The variant that a config asks for at a site.
+def own_tensors() -> Iterator[OwnTensor]:
+    """Yield every tensor of shape (…) that some variant holds beside A and B."""
+    for variant in VARIANTS:
+        yield from variant.tensors
+
+
+def variants_of(config: LoraConfig) -> list[Variant]:
+    """Return the variants that a config asks for at some site or other, LoRA itself left out."""
+    asked = (variant for variant in VARIANTS if variant.field)
+    return [variant for variant in asked if getattr(config, variant.field) not in (None, False)]
+
+
+def variant_of(config: LoraConfig) -> Variant:
+    """Return the variant that a config asks for at some site or other: the first of them, or LoRA itself."""
+    return next(iter(variants_of(config)), PLAIN)
+
+
+def is_kept(variant: Variant) -> bool:
+    """Return whether a combination of adapters of a variant is of that variant too; otherwise it is plain LoRA."""
+    return variant.combine is not None or bool(variant.must_agree)
+
+
+def without(config: LoraConfig, *variants: Variant) -> LoraConfig:
+    """Return a copy of a config that does not ask for some variants."""
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{variant.field: defaults[variant.field] for variant in variants})
+
+
+def variant_at(config: LoraConfig, path: str) -> tuple[Variant, Setting]:
+    """Return the variant that a config asks for at a site, with what it asks of it there.
 
     Args:
         config: The adapter's config.
-        kind: Name of the kind of site.
-        path: Where, for the message.
+        path: The site.
 
     Raises:
-        ConfigError: The variant has no meaning on this kind.
+        ConfigError: It asks for two.
     """
-    asked = {
-        "use_dora": "dora" if config.use_dora else None,
-        "alora_invocation_tokens": "alora" if config.alora_invocation_tokens is not None else None,
-    }
-    chosen = {field: name for field, name in asked.items() if name is not None}
+    chosen = [(v, setting) for v in variants_of(config) if (setting := v.setting(config, path)) is not None]
     if len(chosen) > 1:
-        raise ConfigError(f"{' and '.join(chosen)} at {path}: these variants exclude each other; choose one.")
-    field, name = next(iter(chosen.items()), ("", "plain"))
-    variant = variant_named(name)
-    if not is_for(variant.kinds, kind):
+        fields = " and ".join(variant.field for variant, _ in chosen)
         raise ConfigError(
-            f"{field} at {path}: {variant.name} cannot act on a {kind}; it can on {', '.join(variant.kinds)}. Take "
-            "the module out of target_modules, or leave the variant off."
+            f"{fields} at {path}: these variants exclude each other; choose one.",
+            what=[variant.field for variant, _ in chosen],
+            where=path,
+            field=chosen[0][0].field,
         )
-    return variant
+    return chosen[0] if chosen else (PLAIN, NO_SETTING)
+
+
+def variant_for(config: LoraConfig, kind: Kind, path: str) -> tuple[Variant, Setting]:
+    """Return the variant that a config asks for at a site of some kind, with what it asks of it there.
+
+    Args:
+        config: The adapter's config.
+        kind: The kind of the site.
+        path: The site, for the message.
+
+    Raises:
+        ConfigError: It asks for two, or the variant does not work on this kind.
+    """
+    variant, setting = variant_at(config, path)
+    if not fits(variant.fits, kind):
+        known = [other.name for other in KINDS if variant.fits(other)]
+        raise ConfigError(
+            f"{variant.field} at {path}: {variant.title} cannot act on a {kind.name}; it can on {', '.join(known)}. "
+            "Take the module out of target_modules, or leave the variant off.",
+            what=kind.name,
+            where=path,
+            field=variant.field,
+            allowed=known,
+        )
+    return variant, setting

@@ -1,19 +1,127 @@
-"""What a row of the table VARIANTS says, and what it is given in a forward.
+"""The entries of the table VARIANTS, the factors that they act on, and what they are given.
 
-Every variant returns an *addition* to the base output and to the base weight, so that several adapters, and
-batches whose rows use different ones, are well defined whatever their order. A row sees tensors and the kind's
-geometry; it knows nothing about adapters' names, routes or files.
+Every variant returns an *addition* to the base output and to the base weight, so that several adapters, and batches
+whose rows use different ones, are well defined in any order. An entry sees tensors and the geometry of a kind; it knows
+nothing of adapters' names, routes or files. A hook that is None costs a forward nothing but that question.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from lorakit.core.factor import Factor
-from lorakit.core.kinds import Kind, Slot
+from lorakit.config import LoraConfig
+from lorakit.core.kinds import Kind, Shape, Slot
+from lorakit.core.linalg import Product, Reading
+
+Setting = Mapping[str, "str | int | float | bool"]
+"""What a config asks of a variant at one site."""
+
+NO_SETTING: Setting = MappingProxyType({})
+NO_TENSORS: Mapping[str, Tensor] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One adapter at one site, as arithmetic sees it.
+
+    Attributes:
+        A: Down projection, (r, in).
+        B: Up projection, (out, r).
+        scale: alpha / r, or alpha / √r for rsLoRA.
+        dropout: What the input passes before A.
+        variant: The entry of VARIANTS.
+        own: The variant's own tensors by `OwnTensor.held_as`, each in its shape there.
+        bias: Bias of B, (out,), scaled like the rest (`lora_bias`), or None.
+        setting: What the config asks of the variant here.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    dropout: nn.Module
+    variant: Variant
+    own: Mapping[str, Tensor] = dataclasses.field(default_factory=lambda: NO_TENSORS)
+    bias: Tensor | None = None
+    setting: Setting = dataclasses.field(default_factory=lambda: NO_SETTING)
+
+    def multiplied(self, training: bool = False) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r) as they are multiplied.
+
+        Args:
+            training: The variant may perturb them, as in training.
+        """
+        return (self.A, self.B) if self.variant.factors is None else self.variant.factors(self, training)
+
+    def plain(self, training: bool = False) -> Factor:
+        """Return the factor with A (r, in) and B (out, r) as they are multiplied.
+
+        Args:
+            training: The variant may perturb them, as in training.
+        """
+        if self.variant.factors is None:
+            return self
+        A, B = self.variant.factors(self, training)
+        return dataclasses.replace(self, A=A, B=B)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A fresh factor at its site, as its variant's own tensors begin from it.
+
+    Attributes:
+        kind: The kind of the site.
+        slot: Its geometry.
+        A: Down projection as it begins, (r, in).
+        B: Up projection as it begins, (out, r).
+        scale: The factor's scale.
+        read: Reads the canonical base weight as the adapter sees it, (out, in) or as the kind says.
+        setting: What the config asks of the variant here.
+        generator: Source of randomness, or None for torch's own.
+    """
+
+    kind: Kind
+    slot: Slot
+    A: Tensor
+    B: Tensor
+    scale: float
+    read: Callable[[], Tensor]
+    setting: Setting = dataclasses.field(default_factory=lambda: NO_SETTING)
+    generator: torch.Generator | None = None
+
+    @property
+    def rank(self) -> int:
+        """The rank of A."""
+        return self.kind.rank(self.slot, tuple(self.A.shape))
+
+
+@dataclass(frozen=True)
+class OwnTensor:
+    """A tensor that a variant holds for each adapter and site, beside A and B.
+
+    Attributes:
+        held_as: Attribute of the layer that holds it by adapter.
+        carried: Whether that holds modules with a `.weight`, or the parameters themselves.
+        keys: Endings of its names on disk: the first is written, all are read.
+        shape: Kind, slot, rank, setting -> its shape in memory and on disk.
+        start: Fresh factor -> the tensor as it begins, in any shape with as many elements.
+        trained: Whether training changes it.
+        depends_on_rank: Whether another rank needs another tensor, so that a compressed adapter cannot keep it.
+    """
+
+    held_as: str
+    carried: Literal["module", "parameter"]
+    keys: tuple[str, ...]
+    shape: Callable[[Kind, Slot, int, Setting], Shape]
+    start: Callable[[Start], Tensor]
+    trained: bool = True
+    depends_on_rank: bool = True
 
 
 @dataclass(frozen=True)
@@ -28,8 +136,10 @@ class At:
         kind: The kind of the site.
         slot: Its geometry.
         read: Reads the canonical base weight, (out, in) or as the kind says.
-        acts: z -> where the adapter acts, shaped to multiply it, for variants that wait for an invocation; None
-            where that is not known.
+        mask: z -> where the adapter acts, shaped to multiply it, for variants with `positions`; None where that is not
+            known.
+        x: The input as A takes it, (…, in), or None where a test gives none.
+        siblings: Gives the factors of the site's other adapters, in the order they came.
     """
 
     y0: Tensor
@@ -39,32 +149,137 @@ class At:
     kind: Kind
     slot: Slot
     read: Callable[[], Tensor]
-    acts: Callable[[Tensor], Tensor] | None = None
+    mask: Callable[[Tensor], Tensor] | None = None
+    x: Tensor | None = None
+    siblings: Callable[[], Sequence[Factor]] = tuple
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One way to combine.
+class Addend:
+    """One adapter's part in a sum of updates at one site.
 
     Attributes:
-        name: What messages call it.
-        kinds: Names of the kinds it works on.
-        mergeable: Its effect can be written into the weight.
-        has_magnitude: It learns a vector of its own.
-        magnitude: Kind, slot, canonical W, A, B, scale -> the vector it begins with, (out,).
-        output: Where it is in a forward -> addition to y₀, like y₀.
-        update: Kind, slot, canonical W, scaled delta like W, factor -> addition to W.
+        factor: The adapter's factor there.
+        weight: The number that its update is multiplied by.
+        product: Its A and B as they are multiplied, as matrices (g, r, in) and (g, out, r), without the scale.
+        experts: The number of matrices that share A and B; 1 where it is one.
+    """
+
+    factor: Factor
+    weight: float
+    product: Product
+    experts: int = 1
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum of updates, of which the low-rank part is added up by whoever asked for it.
+
+    Attributes:
+        products: Of each addend the product whose weighted sum, each times its scale, is that part, (g, r, in) and
+            (g, out, r).
+        finish: That sum, at scale 1 -> the product to hold and the variant's own tensors by `OwnTensor.held_as`.
+    """
+
+    products: tuple[Product, ...]
+    finish: Callable[[Product], tuple[Product, Mapping[str, Tensor]]]
+
+
+def added(kind: Kind, slot: Slot, W: Tensor, delta: Tensor, factor: Factor) -> Tensor:
+    """Return the delta, like W (out, in), as the whole addition to the weight."""
+    return delta
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One way in which A, B and the base combine.
+
+    Attributes:
+        name: What layers and tests call it.
+        title: What messages call it.
+        field: The config's field that asks for it, "" for LoRA itself.
+        setting: Config, path of a site -> what it asks for there, or None where it does not ask for the variant.
+        fits: Kind -> whether the variant works on it. One that is not `every_kind` fits no kind that a user made.
+        tensors: What it holds beside A and B.
+        shapes: Kind, slot, rank, setting -> shapes of A and B; None for the kind's own.
+        factors: Factor, training -> A and B as they are multiplied; None for A and B as they are held.
+        down: Kind, module, input, factor -> what B is applied to, unscaled; None for the kind's A·x.
+        output: Where it is in a forward -> addition to y₀, like y₀; None for z.
+        update: Kind, slot, canonical W, scaled delta like W, factor -> addition to W; None where it has no place there.
+        unmergeable_reason: Why it has none, as the end of a sentence.
+        positions: Token ids (rows, length), config, which tokens are visible (rows, length) or None -> on how many of
+            the last positions of each row the adapter acts, (rows,) int64, 0 for none; None where it acts on all.
+        span: Config -> number of tokens that decide a position, for variants with `positions`.
+        siblings: Whether `output` asks for the site's other factors.
+        move: Fresh factor -> the canonical weight that takes the base's place while the adapter is attached.
+        penalty: Factor -> what it adds to the loss in training, a scalar.
+        combine: Path, addends, base -> their sum as one factor of this variant; None where the sum is plain LoRA.
+        must_agree: What adapters with other values of `field` do, as the end of a sentence; such adapters cannot be
+            combined, and a combination keeps the value. "" where a combination need not have it.
+        peft_names: PEFT's name of a table by adapter on its layers -> value for a factor; False for other variants.
+        is_lora: It is LoRA with other numbers at most: kept stacks and fused operations take it.
+        is_held_as_lora: It holds nothing but A and B, in the kind's own shapes.
     """
 
     name: str
-    kinds: tuple[str, ...]
-    mergeable: bool
-    has_magnitude: bool
-    magnitude: Callable[[Kind, Slot, Tensor, Tensor, Tensor, float], Tensor]
-    output: Callable[[At], Tensor]
-    update: Callable[[Kind, Slot, Tensor, Tensor, Factor], Tensor]
+    title: str
+    field: str
+    setting: Callable[[LoraConfig, str], Setting | None]
+    fits: Callable[[Kind], bool]
+    tensors: tuple[OwnTensor, ...] = ()
+    shapes: Callable[[Kind, Slot, int, Setting], tuple[Shape, Shape]] | None = None
+    factors: Callable[[Factor, bool], tuple[Tensor, Tensor]] | None = None
+    down: Callable[[Kind, nn.Module, Tensor, Factor], Tensor] | None = None
+    output: Callable[[At], Tensor] | None = None
+    update: Callable[[Kind, Slot, Tensor, Tensor, Factor], Tensor] | None = added
+    unmergeable_reason: str = ""
+    positions: Callable[[Tensor, LoraConfig, Tensor | None], Tensor] | None = None
+    span: Callable[[LoraConfig], int] | None = None
+    siblings: bool = False
+    move: Callable[[Start], Tensor] | None = None
+    penalty: Callable[[Factor], Tensor] | None = None
+    combine: Callable[[str, Sequence[Addend], Reading], Sum] | None = None
+    must_agree: str = ""
+    peft_names: Mapping[str, Callable[[Factor], object]] = dataclasses.field(default_factory=dict)
+    is_lora: bool = dataclasses.field(init=False)
+    is_held_as_lora: bool = dataclasses.field(init=False)
 
+    def __post_init__(self) -> None:
+        held = not self.tensors and self.shapes is None
+        alone = self.factors is None and self.down is None and self.output is None
+        object.__setattr__(self, "is_held_as_lora", held)
+        object.__setattr__(self, "is_lora", held and alone)
 
-def no_magnitude(kind: Kind, slot: Slot, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """The vector that acts as none: ones, (out,); W (out, in), A (r, in), B (out, r) are not looked at."""
-    return W.new_ones(slot.out_features)
+    @property
+    def outlasts_a_cut(self) -> bool:
+        """Whether A and B of another rank are still of this variant; otherwise what is left is plain LoRA."""
+        return self.factors is None and not any(tensor.depends_on_rank for tensor in self.tensors)
+
+    @property
+    def is_mergeable(self) -> bool:
+        """Whether its effect can be written into the weight."""
+        return self.update is not None
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether what it does is B·A, wherever it acts."""
+        return self.update is None or self.update is added
+
+    def shapes_of(self, kind: Kind, slot: Slot, r: int, setting: Setting = NO_SETTING) -> tuple[Shape, Shape]:
+        """Return the shapes of A and B at a site, (r, in) and (out, r) on a dense one.
+
+        Args:
+            kind: The kind of the site.
+            slot: Its geometry.
+            r: The rank.
+            setting: What the config asks of the variant there.
+
+        Raises:
+            ConfigError: The rank does not fit.
+        """
+        return kind.shapes(slot, r) if self.shapes is None else self.shapes(kind, slot, r, setting)
+
+    def starts(self, start: Start) -> dict[str, Tensor]:
+        """Return the variant's own tensors of a fresh factor by `OwnTensor.held_as`, each in its shape there."""
+        shaped = ((t, t.shape(start.kind, start.slot, start.rank, start.setting)) for t in self.tensors)
+        return {tensor.held_as: tensor.start(start).reshape(shape) for tensor, shape in shaped}

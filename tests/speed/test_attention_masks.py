@@ -1,0 +1,124 @@
+"""A mask that was changed in place is read again; what is remembered of it goes with it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorakit.ops.attention_pattern import Pattern
+from lorakit.speed import accelerate
+from lorakit.speed.attention import lengths_of, under
+
+from .test_acceleration import adapted
+
+TOKENS = 8
+IDS = torch.randint(2, 61, (2, TOKENS), generator=torch.Generator().manual_seed(3))
+
+
+def causal(dtype: torch.dtype = torch.bool) -> Tensor:
+    seen = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril().expand(2, 1, TOKENS, TOKENS).clone()
+    return seen if dtype == torch.bool else torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def hide(mask: Tensor, key: int) -> None:
+    """Hide a token from all that come after it."""
+    mask[:, :, key + 1 :, key] = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+
+
+def step(model: Any, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+    model.zero_grad()
+    logits = model(input_ids=IDS, attention_mask=mask).logits
+    logits.square().mean().backward()
+    return logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_mask_changed_between_steps_acts(dtype: torch.dtype) -> None:
+    model = adapted("llama")
+    plain = copy.deepcopy(model)
+    accelerate(model)
+    mask, before = causal(dtype), None
+    for change in (lambda: None, lambda: hide(mask, 2), lambda: hide(mask, 4)):
+        change()
+        ours, theirs = step(model, mask), step(plain, mask)
+        assert before is None or not torch.allclose(theirs[0], before)
+        before = theirs[0]
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
+        for one, other in zip(ours[1], theirs[1], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+def test_a_mask_changed_in_inference_mode_acts() -> None:
+    model = adapted("llama").eval()
+    plain = copy.deepcopy(model)
+    accelerate(model)
+    with torch.inference_mode():
+        mask = causal()
+        assert mask.is_inference()
+        usual = plain(input_ids=IDS, attention_mask=mask).logits
+        torch.testing.assert_close(model(input_ids=IDS, attention_mask=mask).logits, usual, rtol=1e-4, atol=1e-5)
+        hide(mask, 2)
+        theirs = plain(input_ids=IDS, attention_mask=mask).logits
+        assert not torch.allclose(theirs, usual)
+        torch.testing.assert_close(model(input_ids=IDS, attention_mask=mask).logits, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_is_read_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorakit.speed import attention
+
+    read: list[int] = []
+    own = attention._read
+
+    def counted(*args: Any) -> Any:
+        read.append(1)
+        return own(*args)
+
+    monkeypatch.setattr(attention, "_read", counted)
+    x, mask = torch.zeros(2, TOKENS, 4), causal()
+    hide(mask, 2)
+    pattern = Pattern(True, 1.0)
+    for _ in range(3):
+        assert under(mask, x, pattern) is not None
+    with torch.inference_mode():
+        other = causal()
+        for _ in range(3):
+            assert under(other, x, pattern) is not None
+    assert len(read) == 2
+
+
+def test_a_bias_changed_in_place_is_added_again() -> None:
+    x, mask, bias = torch.zeros(2, TOKENS, 4), causal(), torch.zeros(1, 1, TOKENS, TOKENS)
+    hide(mask, 2)
+    pattern = Pattern(True, 1.0, bias=bias)
+    first = under(mask, x, pattern)
+    bias.add_(1.0)
+    second = under(mask, x, pattern)
+    assert first is not None and first.bias is not None and second is not None and second.bias is not None
+    torch.testing.assert_close(second.bias, first.bias + 1)
+
+
+def test_what_is_remembered_does_not_outlive_the_mask() -> None:
+    x, mask = torch.zeros(2, TOKENS, 4), causal()
+    hide(mask, 2)
+    made = under(mask, x, Pattern(True, 1.0))
+    assert made is not None and made.bias is not None
+    gone, bias = weakref.ref(mask), weakref.ref(made.bias)
+    del mask, made
+    gc.collect()
+    assert gone() is None
+    assert bias() is None
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_boundaries_changed_in_place_are_read_again(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        boundaries = torch.tensor([0, 3, 8])
+        assert lengths_of(boundaries) == (3, 5)
+        boundaries[1] = 4
+        assert lengths_of(boundaries) == (4, 4)

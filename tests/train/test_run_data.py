@@ -1,0 +1,65 @@
+"""Data and device of a run, and what is rejected before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit.errors import DataError, NotYetSupported, UsageError
+from lorakit.train.run_data import check_single_process, make_batches, pick_device, read_data
+from lorakit.train.settings import TrainSettings
+
+
+def _settings(folder: Path, **values: Any) -> TrainSettings:
+    return TrainSettings(**{"model": "m", "data": ["a.txt"], "output_dir": str(folder), **values})
+
+
+def test_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_single_process()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(NotYetSupported, match=r"WORLD_SIZE is 2: .*not supported"):
+        check_single_process()
+
+
+def test_devices() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(UsageError, match=r"device is 'cuda:99'.* \d+ CUDA devices"):
+        pick_device("cuda:99")
+
+
+def test_data_is_held_out_or_given(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    for number in range(8):
+        (tmp_path / f"{number}.txt").write_text(f"The fox number {number} jumps over the dog.\n" * 5, encoding="utf-8")
+    files = [str(tmp_path / f"{number}.txt") for number in range(8)]
+    settings = _settings(tmp_path / "out", data=files[:7], per_device_train_batch_size=2)
+    data = read_data(settings)
+    assert (len(data.train), len(data.held_out)) == (6, 1)
+    batches = make_batches(settings, data, tiny_tokenizer, 16)
+    assert batches.held_out is not None
+    lengths = [batch.input_ids.shape[1] for batch in batches.held_out()]
+    assert lengths == sorted(lengths)
+    assert sum(b.tokens for b in batches.held_out()) == sum(b.tokens for b in batches.held_out())
+    given = read_data(settings.model_copy(update={"eval_data": files[7:]}))
+    assert (len(given.train), len(given.held_out)) == (7, 1)
+    assert given.note == f"Evaluation on {files[7]}."
+
+
+def test_one_document_leaves_nothing_to_hold_out(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    (tmp_path / "a.txt").write_text("The fox jumps over the dog.", encoding="utf-8")
+    settings = _settings(tmp_path / "out", data=[str(tmp_path / "a.txt")])
+    data = read_data(settings)
+    assert "a single document" in data.note
+    assert make_batches(settings, data, tiny_tokenizer, 16).held_out is None
+
+
+def test_evaluation_rows_without_anything_to_train_say_so(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    (tmp_path / "a.txt").write_text("The fox jumps over the dog.", encoding="utf-8")
+    (tmp_path / "e.jsonl").write_text('{"prompt": "x", "completion": ""}\n', encoding="utf-8")
+    settings = _settings(tmp_path / "out", data=[str(tmp_path / "a.txt")], eval_data=[str(tmp_path / "e.jsonl")])
+    with pytest.raises(DataError, match="In the evaluation data: No token is left to train"):
+        make_batches(settings, read_data(settings), tiny_tokenizer, 16)

@@ -1,0 +1,41 @@
+"""Advice for a run that is out of memory: all options, in order, without what is already enabled."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorakit.train.step import oom_advice
+
+ROWS = "half the --per-device-train-batch-size with twice the --gradient-accumulation-steps (same result)"
+LAYERS = "--recompute layers (or --gradient-checkpointing)"
+LENGTH = "a smaller --max-length"
+
+
+@pytest.mark.parametrize(
+    ("recompute", "has_budget", "helps"),
+    [
+        (
+            "none",
+            False,
+            ["--recompute feed-forward", LAYERS, "--memory-budget, which chooses between these two", ROWS, LENGTH],
+        ),
+        ("feed-forward", False, [LAYERS, ROWS, LENGTH]),
+        ("layers", False, [ROWS, LENGTH]),
+        ("none", True, ["a smaller --memory-budget", ROWS, LENGTH]),
+        ("feed-forward", True, ["a smaller --memory-budget", ROWS, LENGTH]),
+        ("layers", True, [ROWS, LENGTH]),
+    ],
+)
+def test_what_is_not_on_yet_is_named_in_order(recompute: str, has_budget: bool, helps: list[str]) -> None:
+    said = oom_advice(4, recompute, accelerated=True, has_budget=has_budget)
+    assert said == f"Try, in this order: {'; '.join(helps)}."
+
+
+def test_a_model_that_runs_as_it_is_computes_whole_layers_again_alone() -> None:
+    said = oom_advice(4, "none", accelerated=False, has_budget=False)
+    fast = "fused forwards (omit --no-accelerate)"
+    assert said == f"Try, in this order: {'; '.join([fast, LAYERS, ROWS, LENGTH])}."
+
+
+def test_one_row_cannot_be_halved() -> None:
+    assert oom_advice(1, "layers", accelerated=True, has_budget=False) == f"Try, in this order: {LENGTH}."

@@ -1,0 +1,51 @@
+"""What a run says of its accelerated model: in two lines, and one more for what stays as it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from lorakit import core
+from lorakit.config import LoraConfig
+from lorakit.ops.kernels import compiled
+from lorakit.speed import Acceleration, accelerate
+from lorakit.speed.admission import Left
+from lorakit.train.trainer import acceleration_lines
+
+
+def model(kind: type[transformers.PretrainedConfig] = transformers.LlamaConfig, **more: int) -> torch.nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    config = kind(**sizes, num_attention_heads=2, num_key_value_heads=2, **more)
+    made: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(config)
+    core.attach(made, LoraConfig(r=2, target_modules="all-linear"), allow=("partial_targets",))
+    return made
+
+
+def test_a_model_that_is_known_takes_two_lines() -> None:
+    fast = accelerate(model())
+    assert acceleration_lines(fast) == [
+        f"Acceleration: {len(fast.swaps)} fused modules, loss without logits, packed sequences.",
+        f"CPU kernels: {compiled.account()}.",
+    ]
+
+
+def test_what_stays_as_it_is_takes_a_third() -> None:
+    first, _, third = acceleration_lines(accelerate(model(transformers.MixtralConfig, num_local_experts=2)))
+    assert first.startswith("Acceleration: ")
+    assert third == "Not accelerated: 1 × MixtralSparseMoeBlock (not the children of a decoder layer that is known)."
+
+
+@pytest.mark.parametrize("left", [(Left("", "Sharded", "its weights are sharded"),), ()])
+def test_a_model_that_is_not_says_why(left: tuple[Left, ...]) -> None:
+    assert acceleration_lines(Acceleration((), left, None, "its weights are sharded")) == [
+        "Not accelerated: its weights are sharded."
+    ]
+
+
+def test_a_loss_from_logits_and_padded_rows_are_said() -> None:
+    fast = accelerate(model())
+    padded = Acceleration(fast.swaps, (), None, "its head has a bias", packs=False)
+    assert acceleration_lines(padded)[0] == (
+        f"Acceleration: {len(fast.swaps)} fused modules, loss from logits (its head has a bias), padded sequences."
+    )
