@@ -40,7 +40,7 @@ from lorakit.core.operations.extracting import ExtractReport, extract, extract_t
 from lorakit.core.operations.intruders import SiteIntruders, reduce_intruders
 from lorakit.core.operations.tensor_sources import TensorSource, source_of_folder, source_of_model
 from lorakit.core.operations.writing import MadeReport
-from lorakit.core.statistics.stored import Statistics, load_statistics
+from lorakit.core.statistics.moments import Statistics, load_statistics
 
 __all__ = [
     "WAYS",

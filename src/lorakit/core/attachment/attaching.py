@@ -50,7 +50,7 @@ from lorakit.core.quantization import let_go
 from lorakit.core.routing.positions import uninstall
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
-from lorakit.core.statistics.stored import Statistics
+from lorakit.core.statistics.moments import Statistics
 from lorakit.errors import ConfigError
 from lorakit.tables import format_bytes
 from lorakit.targets import Match, Note, Unmatched, match_path, resolve

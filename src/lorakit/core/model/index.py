@@ -87,6 +87,7 @@ class AdapterIndex:
     patches: dict[str, list[BiasPatch]] = field(default_factory=dict)
     kinds: dict[str, Kind] = field(default_factory=dict)
     _children: dict[int, Children] = field(default_factory=dict)
+    _plain: dict[bool, list[tuple[str, nn.Module]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module | AdapterIndex, kinds: Iterable[Kind] = ()) -> AdapterIndex:
@@ -204,8 +205,13 @@ class AdapterIndex:
         """Return the base's modules under the paths that they have without adapters; one in two places comes twice.
 
         Args:
-            stacked: Layers that are stacked anew (`layer_replication`) as they stand; False gives the original ones.
+            stacked: Replicated layers (`layer_replication`) as they are now; False gives the original ones.
         """
+        if stacked not in self._plain:
+            self._plain[stacked] = self._plain_modules(stacked)
+        return self._plain[stacked]
+
+    def _plain_modules(self, stacked: bool) -> list[tuple[str, nn.Module]]:
         replication = None if stacked or self.state is None else self.state.replication
         swapped = {} if replication is None else {id(replication.stacked): replication.original}
         found: list[tuple[str, nn.Module]] = []
@@ -460,9 +466,9 @@ survey = AdapterIndex.of
 
 def layers(model: nn.Module | AdapterIndex) -> list[tuple[str, LoraLayer]]:
     """Return every adapted layer with its path."""
-    return list(AdapterIndex.of(model).layers())
+    return [(path, module) for path, module in walk(model) if isinstance(module, LoraLayer)]
 
 
 def copies(model: nn.Module | AdapterIndex) -> list[tuple[str, ModulesToSave]]:
     """Return every module with trained copies, with its path."""
-    return list(AdapterIndex.of(model).every(ModulesToSave))
+    return [(path, module) for path, module in walk(model) if isinstance(module, ModulesToSave)]
