@@ -88,7 +88,7 @@ def test_what_does_not_fit() -> None:
     with pytest.warns(UserWarning, match="because you passed `ignore_mismatched_sizes=True`"):
         set_peft_model_state_dict(model, wrong, ignore_mismatched_sizes=True)
     for do in (get_peft_model_state_dict, lambda m, adapter_name: set_peft_model_state_dict(m, {}, adapter_name)):
-        with pytest.raises(AdapterError, match="There is no adapter 'c'"):
+        with pytest.raises(AdapterError, match="adapter 'c' not found on this model"):
             do(model, adapter_name="c")
 
 

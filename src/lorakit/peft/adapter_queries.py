@@ -1,7 +1,4 @@
-"""Small questions about what stands on a model, in PEFT's words: which adapters, which act, which are merged.
-
-The answers come from `lorakit.core`; other files of this part ask here.
-"""
+"""Queries about the adapters on a model, answered by `lorakit.core`."""
 
 from __future__ import annotations
 
@@ -13,31 +10,36 @@ from torch import nn
 from lorakit.config import LoraConfig
 from lorakit.core.factor import TRAINED
 from lorakit.core.layers.adapter_component import Switched
-from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModuleCopies
 from lorakit.core.layers.trainable_tokens import TokenRows
 from lorakit.core.model.index import find_state, walk
 
 
 def is_wrapper(model: nn.Module) -> bool:
-    """Whether a model is a `PeftModel`: it holds a tuner, which holds the user's model."""
+    """Return whether a model is a `PeftModel`: it holds a tuner, which holds the user's model."""
     inner = model._modules.get("base_model")
     return inner is not None and hasattr(inner, "tuner_layer_cls")
 
 
+def user_model(model: Any) -> nn.Module:
+    """Return the user's model inside a wrapper, or the model itself."""
+    inner: nn.Module = model.get_base_model() if is_wrapper(model) else model
+    return inner
+
+
 def adapted(model: nn.Module) -> Iterator[Switched]:
-    """Every adapted layer and copied module."""
+    """Iterate over adapted layers, saved modules and trainable tokens."""
     return (module for _, module in walk(model) if isinstance(module, Switched))
 
 
 def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
-    """Adapter -> config; the live table, empty where there are no adapters."""
+    """Return the dictionary of configs by adapter; empty without adapters."""
     state = find_state(model)
     return {} if state is None else state.configs
 
 
 def holders_of(module: Switched) -> Iterator[Any]:
-    """The containers of a layer that hold something per adapter."""
+    """Iterate over the containers of a layer that hold modules or parameters by adapter."""
     if isinstance(module, ModuleCopies):
         yield module.modules_to_save
     elif isinstance(module, TokenRows):
@@ -48,42 +50,21 @@ def holders_of(module: Switched) -> Iterator[Any]:
             yield held
 
 
-def available_at(module: Switched) -> set[str]:
-    """Adapters that have something at a layer."""
-    return set(module.available_adapters())
-
-
-def active_at(module: Switched) -> list[str]:
-    """Adapters that act at a layer, also while they are disabled, as PEFT lists them."""
-    return module.active_adapters
-
-
 def merged_at(module: Switched) -> list[str]:
-    """Adapters that are merged at a layer."""
+    """Return the adapters that are merged at a layer."""
     return list(getattr(module, "merged_adapters", ()))
 
 
-def is_disabled(module: Switched) -> bool:
-    """Whether a layer's adapters are switched off now."""
-    return module.disable_adapters
-
-
-BACKENDS = {"bnb-4bit": "bnb 4bit", "bnb-8bit": "bnb 8bit"}
-"""Name of a row of BASES -> PEFT's word for it, where it has another."""
-
-
-def quantisation_at(module: Switched) -> str | None:
-    """How a layer's base weight is quantised, in PEFT's words, or None."""
-    if not isinstance(module, LoraLayer) or not module.base.quantised:
-        return None
-    return BACKENDS.get(module.base.name, module.base.name)
+def merged_adapters(model: nn.Module) -> list[str]:
+    """Return the sorted names of adapters that are merged at some layer."""
+    return sorted({name for module in adapted(model) for name in merged_at(module)})
 
 
 def rows_per_prompt(kwargs: Mapping[str, Any], model: nn.Module) -> int:
-    """How many rows `generate` makes of each prompt: beams, or sequences to return.
+    """Return the number of rows of `generate` for each prompt: beams, or sequences to return.
 
     Args:
-        kwargs: What `generate` was given.
+        kwargs: Arguments of `generate`.
         model: The user's model.
     """
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)

@@ -1,8 +1,7 @@
-"""Blocks that change how adapters act for a while, and the signatures that a wrapper shows.
+"""PEFT's helpers: contexts that change how adapters act, signatures of a wrapper, and targets by condition number.
 
-Condition numbers of a base's weights: how far apart the largest and the smallest singular value lie.
-
-Targets by condition number: the modules whose weights are best conditioned, as PEFT's helper picks them.
+A condition number is the ratio of a weight's largest to its smallest singular value; `find_kappa_target_modules` picks
+the modules with the lowest.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from functools import update_wrapper
+from functools import cached_property, update_wrapper
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -25,7 +24,7 @@ from lorakit.errors import AdapterError, ConfigError, ConfigTypeError, LorakitEr
 
 @contextlib.contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """A block in which every adapter acts so many times as strongly.
+    """Multiply the scale of every adapter within a context.
 
     Args:
         model: A model with adapters in it.
@@ -35,7 +34,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         Nothing.
 
     Raises:
-        ConfigTypeError: The multiplier is no number.
+        ConfigTypeError: The multiplier is not a number.
         AdapterError: The model has no adapters.
     """
     if not isinstance(multiplier, (float, int)):
@@ -52,32 +51,18 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
             layer.scaling = scales
 
 
-@contextlib.contextmanager
-def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """PEFT's block around layers whose inputs hooks cast; nothing has to be done here, where no input is cast.
-
-    Args:
-        model: Any model.
-        active: Accepted.
-
-    Yields:
-        Nothing.
-    """
-    yield
-
-
 class DoraCaching(contextlib.AbstractContextManager["DoraCaching"]):
-    """PEFT's switch for keeping DoRA's norms between forwards; accepted, since there is no dense product to keep here.
+    """PEFT's switch for caching DoRA's norms; it has no effect, since nothing dense is computed here.
 
     Attributes:
-        enabled: What was asked.
+        enabled: The value that was set.
     """
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
 
     def __call__(self, enabled: bool = True) -> None:
-        """Set it for good, as PEFT."""
+        """Set it permanently, as PEFT does."""
         self.enabled = enabled
 
     def __exit__(self, *_: object) -> None:
@@ -85,10 +70,10 @@ class DoraCaching(contextlib.AbstractContextManager["DoraCaching"]):
 
 
 def check_if_peft_model(model_name_or_path: str) -> bool:
-    """Whether a folder or hub id holds an adapter.
+    """Return whether a directory or hub id holds an adapter.
 
     Args:
-        model_name_or_path: A folder, or a hub id.
+        model_name_or_path: A directory, or a hub id.
     """
     try:
         PeftConfig.from_pretrained(model_name_or_path)
@@ -98,7 +83,7 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
 
 
 def update_forward_signature(model: Any) -> None:
-    """Let a wrapper's `forward` show the signature of the model inside, where its own says nothing.
+    """Let a wrapper's `forward` show the signature of the inner model if its own is generic.
 
     Args:
         model: A wrapper, changed in place.
@@ -107,7 +92,7 @@ def update_forward_signature(model: Any) -> None:
 
 
 def update_generate_signature(model: Any) -> None:
-    """Let a wrapper's `generate` show the signature of the model inside, where its own says nothing.
+    """Let a wrapper's `generate` show the signature of the inner model if its own is generic.
 
     Args:
         model: A wrapper, changed in place.
@@ -117,14 +102,14 @@ def update_generate_signature(model: Any) -> None:
 
 
 def update_signature(model: Any, method: str = "all") -> None:
-    """`update_forward_signature`, `update_generate_signature`, or both.
+    """Call `update_forward_signature`, `update_generate_signature`, or both.
 
     Args:
         model: A wrapper, changed in place.
         method: "forward", "generate" or "all".
 
     Raises:
-        ConfigError: It is another word.
+        ConfigError: It is another value.
     """
     if method not in ("forward", "generate", "all"):
         raise ConfigError(f"method {method} is not supported please choose one of ['forward', 'generate', 'all']")
@@ -147,18 +132,18 @@ def _show(model: Any, method: str, silent: tuple[set[str], ...]) -> None:
 
 
 EXPERT_WEIGHTS = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
-"""How the names of fused experts' weights end."""
+"""Suffixes of the names of fused experts' weights."""
 
 SMALLEST = 1e-8
-"""Added to the smallest singular value, so that a singular weight has a number."""
+"""Added to the smallest singular value, so that a singular weight has a finite condition number."""
 
 
 def of_linear_weights(model: nn.Module, largest: int) -> dict[str, float]:
-    """Path -> condition number of every dense layer.
+    """Return path -> condition number of every dense layer.
 
     Args:
-        model: The model, only read.
-        largest: Leave out weights with a larger side.
+        model: The model; only read.
+        largest: Skip weights with a larger dimension.
     """
     found = {}
     for path, module in model.named_modules():
@@ -169,12 +154,12 @@ def of_linear_weights(model: nn.Module, largest: int) -> dict[str, float]:
 
 
 def of_expert_weights(model: nn.Module, endings: Sequence[str], largest: int) -> dict[str, float]:
-    """Name -> mean condition number over the experts of every fused weight.
+    """Return name -> mean condition number over the experts of every fused weight.
 
     Args:
-        model: The model, only read.
-        endings: How the names of fused weights end.
-        largest: Leave out weights with a larger side.
+        model: The model; only read.
+        endings: Suffixes of the names of fused weights.
+        largest: Skip weights with a larger dimension.
     """
     return {
         name: sum(condition_number(expert) for expert in parameter) / len(parameter)
@@ -184,16 +169,16 @@ def of_expert_weights(model: nn.Module, endings: Sequence[str], largest: int) ->
 
 
 def condition_number(weight: Tensor) -> float:
-    """Largest over smallest singular value of a weight, (out, in)."""
+    """Return the largest over the smallest singular value of a weight, (out, in)."""
     values = torch.linalg.svdvals(weight.detach().float())
     return float(values[0] / (values[-1] + SMALLEST))
 
 
 class KappaTuneSelector:
-    """Condition numbers of a model's weights, worked out once, and the targets with the lowest.
+    """Computes the condition numbers of a model's weights once and selects the targets with the lowest.
 
     Attributes:
-        model: The model, only read.
+        model: The model; only read.
     """
 
     def __init__(
@@ -206,35 +191,38 @@ class KappaTuneSelector:
         self.model = model
         self._largest = max_dim_size_to_analyze
         self._suffixes = tuple(moe_param_suffixes or EXPERT_WEIGHTS)
-        self._modules: Mapping[str, float] | None = None
-        self._parameters: Mapping[str, float] | None = None
+
+    @cached_property
+    def _of_modules(self) -> dict[str, float]:
+        return of_linear_weights(self.model, self._largest)
+
+    @cached_property
+    def _of_parameters(self) -> dict[str, float]:
+        return of_expert_weights(self.model, self._suffixes, self._largest)
 
     def get_best_targets(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
     ) -> list[str]:
-        """Dense modules, the best conditioned first.
+        """Return dense modules, the best conditioned first.
 
         Args:
-            top_p: The share of them to take, at least one.
-            num_modules: How many to take; before the share.
+            top_p: Fraction of them to take, at least one.
+            num_modules: Number to take; overrides the fraction.
             threshold: Take all up to this condition number.
         """
-        self._modules = of_linear_weights(self.model, self._largest) if self._modules is None else self._modules
-        return _lowest(self._modules, top_p, num_modules, threshold)
+        return _lowest(self._of_modules, top_p, num_modules, threshold)
 
     def get_best_target_parameters(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
     ) -> list[str]:
-        """Fused weights of experts, the best conditioned first.
+        """Return fused weights of experts, the best conditioned first.
 
         Args:
-            top_p: The share of them to take, at least one.
-            num_modules: How many to take; before the share.
+            top_p: Fraction of them to take, at least one.
+            num_modules: Number to take; overrides the fraction.
             threshold: Take all up to this condition number.
         """
-        if self._parameters is None:
-            self._parameters = of_expert_weights(self.model, self._suffixes, self._largest)
-        return _lowest(self._parameters, top_p, num_modules, threshold)
+        return _lowest(self._of_parameters, top_p, num_modules, threshold)
 
 
 def _lowest(numbers: Mapping[str, float], top_p: float | None, count: int | None, threshold: float | None) -> list[str]:
@@ -253,14 +241,14 @@ def find_kappa_target_modules(
     moe_param_suffixes: Sequence[str] | None = None,
     show_progress: bool = True,
 ) -> dict[str, list[str] | None]:
-    """The best conditioned modules and fused parameters of a model, as the two fields of a config.
+    """Return the best conditioned modules and fused parameters of a model, as the two fields of a config.
 
     Args:
-        model: The model, only read.
-        top_p: The share of each to take.
-        max_dim_size_to_analyze: Leave out weights with a larger side.
-        moe_param_suffixes: How the names of fused weights end.
-        show_progress: Accepted; nothing is drawn.
+        model: The model; only read.
+        top_p: Fraction of each to take.
+        max_dim_size_to_analyze: Skip weights with a larger dimension.
+        moe_param_suffixes: Suffixes of the names of fused weights.
+        show_progress: Ignored; no progress is shown.
     """
     selector = KappaTuneSelector(model, max_dim_size_to_analyze, moe_param_suffixes, show_progress)
     return {

@@ -1,12 +1,9 @@
-"""The dtype of factors: raised to fp32 where they are narrower, or that of the base's own weight.
-
-Which parameters are trained: adapters by name, and everything else as it is.
-"""
+"""The dtype of factors, and which adapters are trained."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +17,7 @@ NARROW = (torch.float16, torch.bfloat16)
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """Raise an adapter's half-precision factors to fp32.
+    """Upcast an adapter's half-precision factors to fp32.
 
     Args:
         model: A model with adapters in it.
@@ -34,7 +31,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
 
 def cast_to_base(model: nn.Module, adapter_name: str) -> None:
-    """Give an adapter's factors the dtype of the base weight that they stand beside, where that is a float.
+    """Cast an adapter's factors to the dtype of their base weight if it is floating-point.
 
     Args:
         model: A model with adapters in it.
@@ -47,7 +44,7 @@ def cast_to_base(model: nn.Module, adapter_name: str) -> None:
 
 
 def empty(model: nn.Module, adapter_name: str) -> None:
-    """Leave an adapter's factors without memory, on torch's meta device.
+    """Move an adapter's factors to torch's meta device, without memory.
 
     Args:
         model: A model with adapters in it.
@@ -64,12 +61,12 @@ def empty(model: nn.Module, adapter_name: str) -> None:
 
 
 def fill(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Give factors that have no memory their numbers, where the weight that they stand beside lies.
+    """Materialize factors on the meta device, on the device of their base weight.
 
     Args:
         model: A model with adapters in it.
         adapter_name: The adapter.
-        tensors: Name in the model -> tensor (…), for those without memory.
+        tensors: Name in the model -> tensor (…), for factors on the meta device.
     """
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
@@ -91,47 +88,26 @@ def _factors(model: nn.Module, adapter: str) -> Iterator[tuple[LoraLayer, nn.Par
                         yield layer, parameter
 
 
-def set_trained(model: nn.Module, name: str, trained: bool) -> None:
-    """Train one adapter, or freeze it; what its init says is never trained stays frozen.
-
-    Args:
-        model: A model with adapters in it.
-        name: The adapter; one that is not there is no matter.
-        trained: Whether its parameters require gradients.
-    """
-    core.set_trained(model, {name: trained})
-
-
-def train_only(model: nn.Module, names: Collection[str]) -> None:
-    """Train these adapters and freeze the others.
-
-    Args:
-        model: A model with adapters in it.
-        names: The adapters to train.
-    """
-    core.set_trained(model, dict.fromkeys(names, True), others=False)
-
-
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-    """Train adapters, or freeze them, whatever is active.
+    """Train or freeze adapters, whichever are active.
 
     Args:
         model: A model with adapters in it.
-        adapter_names: One name or several; one that is not there is passed over, as PEFT does.
-        requires_grad: Train them.
+        adapter_names: One name or several; a missing one is ignored, as in PEFT.
+        requires_grad: Whether to train them.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
     core.set_trained(model, dict.fromkeys(names, requires_grad))
 
 
 def pause(model: nn.Module) -> list[nn.Parameter]:
-    """Freeze every adapter for a while.
+    """Freeze every adapter.
 
     Args:
         model: A model with adapters in it.
 
     Returns:
-        The parameters, (…), that were trained.
+        The parameters, (…), that required gradients.
     """
     state = find_state(model)
     trained = [
@@ -148,13 +124,13 @@ def pause(model: nn.Module) -> list[nn.Parameter]:
 
 @contextlib.contextmanager
 def paused(model: nn.Module) -> Iterator[None]:
-    """A block in which a model is its original base, and its adapters are frozen, as PEFT shows it.
+    """Disable and freeze the adapters of a model within a context, as PEFT does.
 
-    The flags belong to all threads. So they are only touched where gradients are recorded: threads that serve leave
-    one that trains alone. Adapters that become active within the block keep the flags that this gave them.
+    `requires_grad` is shared by all threads, so it only changes if gradients are recorded: threads that serve do not
+    affect one that trains. Adapters that become active within the context keep their flags.
 
     Args:
-        model: A model; one without adapters is left alone.
+        model: A model; nothing happens without adapters.
 
     Yields:
         Nothing.

@@ -136,7 +136,7 @@ def load_by_names(
     warn_of_problems(model, files, LENIENT, may_be_zero=trainable)
     if name not in model.peft_config:
         model.add_adapter(name, files.config.with_fields(inference_mode=not trainable))
-        casting.set_trained(model, name, trainable)
+        casting.set_requires_grad(model, name, trainable)
     tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
     result = put_tensors(model, tensors, name, ignore_sizes)
     own = {key for _, key in names_of(model, name)}

@@ -1,12 +1,7 @@
-"""PEFT's questions about what a config names in a model, answered by `lorakit.targets`.
+"""PEFT's functions and messages about the modules that configs name, over `lorakit.targets`.
 
-Where an adapter sits, read from the names of its tensors instead of its config, as other formats' loaders need.
-
-PEFT's rule for several adapters with `target_parameters`: on one module they name the same ones.
-
-Which adapters cannot act at once: those that put something of their own in one place.
-
-What is said before a merge gives weights that are shared one of their own: tied embeddings, and stacked layers.
+They also cover the targets of a state dict's names, PEFT's rules for several adapters, and warnings before a merge
+unties shared weights.
 """
 
 from __future__ import annotations
@@ -22,36 +17,34 @@ from lorakit.config import LoraConfig, TaskType
 from lorakit.core.attachment.attaching import AttachReport, model_type_of, with_targets
 from lorakit.core.layers.adapter_component import Switched
 from lorakit.core.layers.bias import brings_bias
-from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModuleCopies
 from lorakit.core.layers.trainable_tokens import TokenRows
 from lorakit.core.merging.checks import tied_sites
 from lorakit.core.model.index import layers, survey
 from lorakit.core.model.target_weights import bare_parameters
-from lorakit.core.model.ties import LEFT_ALONE, NOTHING_TIED
 from lorakit.errors import ConfigError, ConfigTypeError, NoTargetError, RouteError, TargetError, warn_caller
 from lorakit.peft import adapter_queries
-from lorakit.targets import ALL_LINEAR, Candidate, Note, key_fits, match_path, names_path, resolve, targeted_parameters
+from lorakit.targets import ALL_LINEAR, Candidate, key_fits, match_path, names_path, resolve, targeted_parameters
 
 SEQ_CLS_HEADS = ("score", "classifier")
 
 
 class ExcludedModule:
-    """Said of a module that is left out on purpose; it counts as no."""
+    """Result for a module that is excluded explicitly; it is false."""
 
     def __bool__(self) -> bool:
         return False
 
 
 def check_target_module_exists(config: Any, key: str) -> Any:
-    """Whether a config names a module.
+    """Check whether a config targets a module.
 
     Args:
-        config: A config with `target_modules` and its like.
+        config: A config with `target_modules` and similar fields.
         key: Dotted path of the module.
 
     Returns:
-        Something true where it does; `ExcludedModule` where it is left out on purpose.
+        A true value if it does; an `ExcludedModule` if the module is excluded explicitly.
 
     Raises:
         ConfigError: A pattern is not a regular expression.
@@ -88,10 +81,10 @@ def _ends(key: str) -> range:
 
 
 def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[str, list[str]]:
-    """The modules that an adapter's config names, and those that it does not.
+    """List the modules that an adapter's config targets, and the others.
 
     Args:
-        tuner: What `PeftModel.base_model` is.
+        tuner: A `PeftModel.base_model`.
         adapter_name: The adapter.
     """
     config = tuner.peft_config[adapter_name]
@@ -102,7 +95,7 @@ def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[s
 
 
 def maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
-    """A config whose "all-linear" is spelled out, in place, as PEFT does it.
+    """Replace "all-linear" in a config by the modules that it matches, in place, as PEFT does.
 
     Args:
         peft_config: The config; it is changed and returned.
@@ -122,7 +115,7 @@ def maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
 
 
 def _heads(model: nn.Module, task: Any) -> list[nn.Module]:
-    """The classifier of a model whose task it is; the output head is never dense to begin with."""
+    """Return the classifier of a classification model; the output head is never a candidate."""
     if task != TaskType.SEQ_CLS or not hasattr(model, "get_output_embeddings"):
         return []
     found = (getattr(model, name, None) for name in SEQ_CLS_HEADS)
@@ -130,14 +123,14 @@ def _heads(model: nn.Module, task: Any) -> list[nn.Module]:
 
 
 def find_minimal_target_modules(target_modules: Collection[str], other_module_names: Collection[str]) -> set[str]:
-    """The fewest dotted ends that name these modules and none of the others.
+    """Return the fewest dotted suffixes that match these modules and none of the others.
 
     Args:
-        target_modules: Paths to name.
-        other_module_names: Paths not to name.
+        target_modules: Paths to match.
+        other_module_names: Paths not to match.
 
     Raises:
-        ConfigError: There are none, one is empty, or a path is in both.
+        ConfigError: `target_modules` is empty, a path is empty, or a path is in both.
     """
     if isinstance(target_modules, str) or not target_modules:
         raise ConfigError("target_modules should be a list or set of strings.")
@@ -166,7 +159,7 @@ NOTHING_MATCHED = {
     "target_parameters": "target_parameters={value} were set but no parameter was matched.",
     "exclude_modules": "You have passed exclude_modules={value} but no modules were excluded.",
 }
-"""Field -> what PEFT says where none of its entries names anything."""
+"""Field -> PEFT's message if none of its entries matches."""
 
 ALL_EXCLUDED = (
     "All modules were excluded. This is likely unintended. Look at `target_modules`, `exclude_modules` and "
@@ -179,8 +172,8 @@ NONE_LEFT = (
 
 
 @contextlib.contextmanager
-def refusing_in_peft_words(model: nn.Module, config: LoraConfig) -> Iterator[None]:
-    """A block that attaches an adapter; where no target is left since some are excluded, it says so as PEFT does.
+def no_target_in_peft_words(model: nn.Module, config: LoraConfig) -> Iterator[None]:
+    """Put PEFT's message before the error of a context that finds no target because modules are excluded.
 
     Args:
         model: The model.
@@ -190,21 +183,21 @@ def refusing_in_peft_words(model: nn.Module, config: LoraConfig) -> Iterator[Non
         Nothing.
 
     Raises:
-        NoTargetError: As the block's, which names the entries and the nearest modules.
+        NoTargetError: The context's error, which names the entries and the nearest modules.
     """
     try:
         yield
-    except NoTargetError as refused:
+    except NoTargetError as error:
         paths = [path for path, _ in model.named_modules() if path]
         excluded = [path for path in paths if _excluded(config, path)]
         if not excluded:
             raise
-        words = ALL_EXCLUDED if len(excluded) == len(paths) else NONE_LEFT
-        raise NoTargetError(f"{words} {refused}", **refused.fields) from None
+        message = ALL_EXCLUDED if len(excluded) == len(paths) else NONE_LEFT
+        raise NoTargetError(f"{message} {error}", **error.fields) from None
 
 
 def with_own_targets(model: nn.Module, config: LoraConfig, table: Mapping[str, str | Collection[str]]) -> LoraConfig:
-    """A config with the default targets of PEFT's table, which programs extend, where it names none.
+    """Return a config with the default targets of PEFT's table, which programs extend, if it names none.
 
     Args:
         model: The model.
@@ -217,42 +210,33 @@ def with_own_targets(model: nn.Module, config: LoraConfig, table: Mapping[str, s
     return config.with_fields(target_modules=targets if isinstance(targets, str) else set(targets))
 
 
-def said_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
-    """What is said where PEFT goes on although an entry names nothing; its own words come first where programs match.
+def messages_of_missing(config: LoraConfig, report: AttachReport) -> list[str]:
+    """Return the warnings about entries that match nothing, which PEFT ignores; its messages come first.
 
     Args:
         config: The config.
-        report: What attaching it gave.
+        report: The report of attaching it.
     """
     entries = [unmatched for unmatched in report.missing if unmatched.field not in PATTERNS]
-    said = [unmatched.text for unmatched in entries]
-    for field, words in NOTHING_MATCHED.items():
+    messages = [unmatched.text for unmatched in entries]
+    for field, message in NOTHING_MATCHED.items():
         value = getattr(config, field)
         own = [index for index, unmatched in enumerate(entries) if unmatched.field == field]
         if own and len(own) == (1 if isinstance(value, str) else len(value)):
-            said[own[0]] = f"{words.format(value=value)} {said[own[0]]}"
+            messages[own[0]] = f"{message.format(value=value)} {messages[own[0]]}"
+    paths = [match_path(match) for match in report.matches]
     for field in PATTERNS:
-        paths = [match_path(match) for match in report.matches]
-        unmatched = sorted(key for key in getattr(config, field) if not any(key_fits(key, path) for path in paths))
+        keys = sorted(key for key in getattr(config, field) if not any(key_fits(key, path) for path in paths))
         why = " ".join(unmatched.text for unmatched in report.missing if unmatched.field == field)
-        if unmatched:
-            said.append(
-                f"The following {field} keys did not match any targeted module and were ignored: {unmatched}. {why}"
+        if keys:
+            messages.append(
+                f"The following {field} keys did not match any targeted module and were ignored: {keys}. {why}"
             )
-    return said
+    return messages
 
 
-def said_of_ties(notes: Sequence[Note]) -> list[str]:
-    """What PEFT warns of where weights are tied, among the notes of an attached adapter.
-
-    Args:
-        notes: What `attach` noted.
-    """
-    return [note.text for note in notes if note.kind in {LEFT_ALONE, NOTHING_TIED}]
-
-
-def said_of_own_biases(model: nn.Module, adapter: str) -> list[str]:
-    """What PEFT warns of where an adapter's B has a bias and the base has none to which a merge could add it.
+def messages_of_own_biases(model: nn.Module, adapter: str) -> list[str]:
+    """Return PEFT's warnings about layers whose B has a bias while the base has none that a merge could change.
 
     Args:
         model: A model with adapters in it.
@@ -273,15 +257,15 @@ COMPILED = "_orig_mod."
 
 
 def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -> LoraConfig:
-    """A config that names exactly the modules that an adapter's tensors belong to.
+    """Return a config that targets exactly the modules of an adapter's tensors.
 
     Args:
         model: The base.
-        config: The config that came with them; what it would have named instead is warned about.
+        config: The config that came with them; a difference from its targets is warned about.
         keys: Names of tensors, such as "layers.0.q_proj.lora_A.weight".
 
     Raises:
-        ConfigError: The config names bare parameters, whose tensors do not say which they are for.
+        ConfigError: The config targets bare parameters, which names of tensors do not identify.
     """
     if config.target_parameters:
         raise ConfigError(
@@ -295,16 +279,16 @@ def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -
         named = {match.path for match in resolve(candidates, with_targets(config, model), allow_partial=True).matches}
     except (TargetError, ConfigError):
         named = set()
-    said = []
+    extra = []
     if named - here:
-        said.append(f"The PEFT config contained these additional target modules: {sorted(named - here)}. ")
+        extra.append(f"The PEFT config contained these additional target modules: {sorted(named - here)}. ")
     if here - named:
-        said.append(f"The state_dict contained these additional target modules: {sorted(here - named)}. ")
-    if said:
+        extra.append(f"The state_dict contained these additional target modules: {sorted(here - named)}. ")
+    if extra:
         warn_caller(
             "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
             "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
-            f"{''.join(said)}",
+            f"{''.join(extra)}",
             RuntimeWarning,
         )
     exact = "|".join(re.escape(path) for path in sorted(here))
@@ -314,18 +298,18 @@ def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -
 
 
 def check_parameters(model: nn.Module, configs: Mapping[str, LoraConfig], config: LoraConfig) -> None:
-    """Refuse an adapter that names other parameters of a module than one that is there.
+    """Reject an adapter that targets other parameters of a module than an existing one.
 
-    Tensors carry the names of modules and not of parameters, and the names in memory here are those on disk, as in
-    PEFT. The core itself (`lorakit.core.attach`) can have both.
+    Names of tensors identify modules and not parameters, and names in memory match those on disk, as in PEFT.
+    `lorakit.core.attach` supports both adapters.
 
     Args:
         model: The user's model.
         configs: The adapters on it.
-        config: The one that comes.
+        config: The new one.
 
     Raises:
-        ConfigError: The message names both sets.
+        ConfigError: They differ; the message names both sets.
     """
     mine = set(config.target_parameters or ())
     others = {name: set(other.target_parameters or ()) for name, other in configs.items()}
@@ -353,36 +337,36 @@ ALONE = "Only one adapter can be set at a time for {wrapper}, got {names}: {why}
 
 
 def check_together(modules: Iterable[Switched], names: Sequence[str]) -> None:
-    """Refuse adapters that stand in each other's place; nothing is changed.
+    """Reject adapters that replace the same module or rows; nothing is changed.
 
     Args:
         modules: The adapted modules of a model.
-        names: The adapters that shall act at once.
+        names: The adapters to activate together.
 
     Raises:
-        ConfigError: Two of them copy the same module, or train the same row of a table.
+        ConfigError: Two of them save the same module, or train the same token.
     """
     for module in modules:
-        if isinstance(module, ModuleCopies) and len(set(names) & adapter_queries.available_at(module)) > 1:
+        if isinstance(module, ModuleCopies) and len(set(names) & set(module.available_adapters())) > 1:
             why = "each has its own copy of the module."
             raise ConfigError(ALONE.format(wrapper="ModulesToSaveWrapper", names=list(names), why=why))
         if isinstance(module, TokenRows):
             try:
                 module.token_adapter.replacements(names)
-            except RouteError as refused:
-                text = ALONE.format(wrapper="TrainableTokensWrapper", names=list(names), why=refused)
-                raise ConfigError(text) from refused
+            except RouteError as error:
+                text = ALONE.format(wrapper="TrainableTokensWrapper", names=list(names), why=error)
+                raise ConfigError(text) from error
 
 
 def warn_of_ties(model: nn.Module, names: Sequence[str]) -> tuple[bool, bool]:
-    """Say which weights a merge must untie.
+    """Warn about weights that a merge must untie.
 
     Args:
         model: An adapted model.
         names: The adapters that are merged.
 
     Returns:
-        Whether something must be untied, and whether that ends `tie_word_embeddings`.
+        Whether a weight must be untied, and whether that ends `tie_word_embeddings`.
     """
     stacked: list[tuple[str, str]] = []
     tied: list[tuple[str, str]] = []
@@ -404,57 +388,64 @@ def _without_numbers(path: str) -> str:
 
 
 def check_adapters_to_merge(module: Any, adapter_names: list[str] | None = None) -> list[str]:
-    """The adapters of a layer that are to be merged and are not yet.
+    """Return the adapters of a layer to merge that are not merged yet.
 
     Args:
         module: An adapted layer.
-        adapter_names: Which; None means the active ones.
+        adapter_names: Adapters; None means the active ones.
 
     Raises:
         ConfigTypeError: The names are one string.
     """
-    if isinstance(adapter_names, str):
-        raise ConfigTypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-    asked = list(module.active_adapters if adapter_names is None else adapter_names)
-    merged = adapter_queries.merged_at(module)
-    fresh = [name for name in asked if name not in merged]
-    if merged:
+    asked = module.active_adapters if adapter_names is None else adapter_names
+    return not_yet_merged(asked, adapter_queries.merged_at(module))
+
+
+def not_yet_merged(names: Sequence[str], merged: Sequence[str], quiet: bool = False) -> list[str]:
+    """Return the adapters that are not merged yet; warns about merged ones, as PEFT does.
+
+    Args:
+        names: The adapters to merge.
+        merged: The adapters that are merged.
+        quiet: Do not warn.
+
+    Raises:
+        ConfigTypeError: The names are one string.
+    """
+    if isinstance(names, str):
+        raise ConfigTypeError(f"adapter_names should be a list of strings, got {names!r}.")
+    new = [name for name in names if name not in merged]
+    if merged and not quiet:
         warn_caller(
             f"Already following adapters were merged {','.join(merged)}. You are now additionally merging "
-            f"{','.join(fresh)}."
-            if fresh
+            f"{','.join(new)}."
+            if new
             else "All adapters are already merged, nothing to do."
         )
-    return fresh
+    return new
 
 
 def filter_state_dict(state_dict: Mapping[str, Any], prefixes: Collection[str]) -> dict[str, Any]:
-    """The entries whose names are, or lie under, one of these prefixes."""
-    return {key: value for key, value in state_dict.items() if _is_under(key, prefixes)}
-
-
-def _is_under(key: str, prefixes: Collection[str]) -> bool:
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+    """Return the entries whose names are one of these prefixes, or continue one after a dot."""
+    under = tuple(f"{prefix}." for prefix in prefixes)
+    return {key: value for key, value in state_dict.items() if key in prefixes or key.startswith(under)}
 
 
 def adapter_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]:
-    """Where the parameters of adapters lie in a model's state dict: of one adapter, or of all."""
-    found = set()
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            for attribute, held in module._modules.items():
-                if attribute == "base_layer" or held is None:
-                    continue
-                where = f"{path}.{attribute}" if path else attribute
-                if adapter_name is None:
-                    found.add(where)
-                elif adapter_name in held:  # type: ignore[operator]
-                    found.add(f"{where}.{adapter_name}")
-    return found
+    """Return the prefixes of adapters' parameters in a model's state dict: of one adapter, or of all."""
+    held = {
+        f"{path}.{attribute}".lstrip("."): holder
+        for path, layer in layers(model)
+        for attribute, holder in layer._modules.items()
+        if attribute != "base_layer" and holder is not None
+    }
+    if adapter_name is None:
+        return set(held)
+    return {f"{path}.{adapter_name}" for path, holder in held.items() if adapter_name in holder}  # type: ignore[operator]
 
 
 def in_out_features(module: nn.Module) -> tuple[int | None, int | None]:
-    """Width of a module's input and output, or None where it has none."""
+    """Return the widths of a module's input and output, or None if it has none."""
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     if isinstance(module, nn.modules.conv._ConvNd):

@@ -1,13 +1,7 @@
-"""Options of PEFT's calls beyond those that every program uses: which have no effect here, and which are not built yet.
+"""`PeftModel`: the wrapper that libraries built on PEFT use; it adapts the model it is given in place.
 
-An option that only says how PEFT shall save memory or where it shall put things is accepted in silence; one that would
-change a result is refused by name; one that nobody knows is warned about.
-
-`push_to_hub` of a wrapper: its adapters as they are saved, with their card.
-
-What a wrapper says of itself: how much is trained, the status of its layers, its card.
-
-`PeftModel`: the wrapper that programs of the field hold; it adapts the model it is given in place.
+An option that only concerns PEFT's memory use or placement has no effect here; one that would change a result raises an
+error, and an unknown one is warned about.
 """
 
 from __future__ import annotations
@@ -33,40 +27,30 @@ from lorakit.peft.saving import write_card
 from lorakit.peft.state_dicts import get_peft_model_state_dict
 from lorakit.peft.tuner import LoraModel
 
-WITHOUT_EFFECT: Mapping[str, str] = {
-    "low_cpu_mem_usage": "factors are made once, where their site is",
-    "ephemeral_gpu_offload": "nothing is moved to compute an init",
-    "torch_device": "factors go to their site's device",
-    "device_map": "factors go to their site's device",
-    "max_memory": "factors go to their site's device",
-    "offload_folder": "factors go to their site's device",
-    "offload_dir": "factors go to their site's device",
-    "torch_dtype": "factors are fp32 or wider beside any base",
-    "dtype": "factors are fp32 or wider beside any base",
-    "token": "the hub's client reads HF_TOKEN",
-    "use_auth_token": "the hub's client reads HF_TOKEN",
-    "cache_dir": "the hub's client reads HF_HOME",
-    "local_files_only": "the network is only used for a hub id, and HF_HUB_OFFLINE keeps it off",
-    "force_download": "the hub's client knows what is new",
-    "proxies": "the hub's client reads HTTPS_PROXY",
-}
-"""Option -> why nothing has to be done for it."""
+WITHOUT_EFFECT = (
+    *("low_cpu_mem_usage", "ephemeral_gpu_offload"),  # factors are created once; nothing is moved to compute an init
+    *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir"),  # factors go to their site's device
+    *("torch_dtype", "dtype"),  # factors are fp32 or wider on any base
+    *("token", "use_auth_token", "cache_dir", "proxies"),  # the hub's client reads HF_TOKEN, HF_HOME and HTTPS_PROXY
+    *("local_files_only", "force_download"),  # only a hub id needs the network, and HF_HUB_OFFLINE disables it
+)
+"""Options that need no action."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "push_to_hub": (False, None),
 }
-"""Option that is not built yet -> the values that ask for nothing that is not done anyway."""
+"""Option that is not built yet -> the values that need no action."""
 
 
 def check_options(call: str, options: Mapping[str, Any]) -> None:
-    """Look at the options that a call does not use.
+    """Check the options that a call does not use.
 
     Args:
         call: Name of the call, for messages.
-        options: What was given beyond its own arguments.
+        options: Options beyond its own arguments.
 
     Raises:
-        NotYetSupported: One of them would change the result and is not built.
+        NotYetSupported: An option would change the result and is not built.
     """
     for name, value in options.items():
         if name in NEUTRAL:
@@ -80,89 +64,12 @@ def check_options(call: str, options: Mapping[str, Any]) -> None:
             warn_caller(f"{call}: {name} is not known here and has no effect.{meant}")
 
 
-class Pushed(nn.Module):
-    """A wrapper that can be put onto a model hub."""
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        **kwargs: Any,
-    ) -> str:
-        """Save the adapters and upload them.
-
-        Args:
-            repo_id: The repository, "owner/name"; it is made where it is missing.
-            commit_message: Of the commit.
-            private: A new repository is not public.
-            token: Of the hub; None takes the stored one.
-            revision: Branch to commit to.
-            create_pr: Ask for a review instead.
-            kwargs: What `save_pretrained` takes.
-
-        Returns:
-            Where the commit can be seen.
-
-        Raises:
-            ModelError: The hub refuses, or cannot be reached.
-        """
-        from lorakit.hub.sources import push_folder
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **kwargs)  # type: ignore[operator]
-            return push_folder(
-                Path(folder),
-                repo_id,
-                message=commit_message or "Upload adapter",
-                private=private,
-                token=token,
-                revision=revision,
-                as_pull_request=create_pr,
-            )
-
-
-class Shown(nn.Module):
-    """A wrapper that says what stands on its model."""
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Trainable numbers, and all numbers of the model with its adapters."""
-        numbers = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trained in numbers if trained), sum(n for n, _ in numbers)
-
-    def print_trainable_parameters(self) -> None:
-        """Print PEFT's line: the share is of all parameters, adapters included."""
-        trainable, total = self.get_nb_trainable_parameters()
-        share = 100 * trainable / total if total else 0.0
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
-
-    def get_layer_status(self) -> list[status.TunerLayerStatus]:
-        """The status of every adapted layer; see `status.get_layer_status`."""
-        return status.get_layer_status(self)
-
-    def get_model_status(self) -> status.TunerModelStatus:
-        """The status of the model; see `status.get_model_status`."""
-        return status.get_model_status(self)
-
-    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write `README.md` beside an adapter, or put into one that is there what it lacks.
-
-        Args:
-            output_dir: The folder.
-        """
-        write_card(self, Path(output_dir))
-
-
-class PeftModel(Shown, Pushed):
+class PeftModel(nn.Module):
     """A model with adapters, as PEFT shows it.
 
     Attributes:
         base_model: The `LoraModel` around the user's model.
-        task: What the wrapper is for, or None.
+        task: The wrapper's task, or None.
     """
 
     task: ClassVar[TaskType | None] = None
@@ -177,7 +84,7 @@ class PeftModel(Shown, Pushed):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
-        checkpointing = checkpoints(model)  # asked before the layers are there, since the answer walks the model
+        checkpointing = checkpoints(model)  # before layers are added, since this walks the model
         self.base_model = LoraModel(model)
         self.training = model.training
         self.peft_type = PeftType.LORA
@@ -196,17 +103,17 @@ class PeftModel(Shown, Pushed):
 
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
-        """Adapter -> config; the live table."""
+        """The dictionary of configs by adapter."""
         return self.base_model.peft_config
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters of the route in force."""
+        """The active adapters."""
         return self.base_model.active_adapters
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The active adapter's name, or a list where several are active."""
+        """The active adapter's name, or a list if several are active."""
         return self.base_model.active_adapter
 
     @property
@@ -216,17 +123,17 @@ class PeftModel(Shown, Pushed):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """Whether an adapter acts now."""
-        return any(not adapter_queries.is_disabled(layer) for layer in adapter_queries.adapted(self))
+        """True if adapters are enabled at some layer."""
+        return any(not layer.disable_adapters for layer in adapter_queries.adapted(self))
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        """Names of the modules that some adapter copies, or None."""
+        """Names of the modules that some adapter saves in full, or None."""
         return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
-        """The base's dtype, where it says one."""
+        """The base's dtype, or None."""
         return getattr(self.base_model, "dtype", None)
 
     @classmethod
@@ -240,24 +147,24 @@ class PeftModel(Shown, Pushed):
         autocast_adapter_dtype: bool = True,
         **kwargs: Any,
     ) -> PeftModel:
-        """Load a saved adapter onto a model.
+        """Wrap a model and load a saved adapter.
 
         Args:
             model: The base, adapted in place.
-            model_id: A folder, or a hub id.
+            model_id: A directory, or a hub id.
             adapter_name: The adapter's name here.
-            is_trainable: Go on training it; otherwise it is frozen and the model is put in eval mode.
-            config: Used instead of the one in the folder, with `inference_mode` set.
-            autocast_adapter_dtype: False gives the factors the dtype of the weight they stand beside.
-            kwargs: `subfolder`, `revision`, `key_mapping`; for others see `options.py`.
+            is_trainable: Continue training it; otherwise it is frozen and the model is set to eval mode.
+            config: Used instead of the directory's, with `inference_mode` set.
+            autocast_adapter_dtype: False casts the factors to the dtype of their base weight.
+            kwargs: `subfolder`, `revision`, `key_mapping`; for others see `WITHOUT_EFFECT`.
 
         Returns:
             A wrapper of the class for the adapter's task.
 
         Raises:
-            ConfigError: `config` is no config.
+            ConfigError: `config` is not a config.
             AdapterFileError: Files are missing or damaged, or tensors do not fit.
-            NotYetSupported: The adapter, or an option, needs what is not built yet.
+            NotYetSupported: The adapter or an option needs a feature that is not built yet.
         """
         if config is not None and not isinstance(config, PeftConfig):
             raise ConfigError(f"The input config must be a PeftConfig, got {type(config)}")
@@ -274,10 +181,8 @@ class PeftModel(Shown, Pushed):
 
     @classmethod
     def for_task(cls, task: TaskType | str | None) -> type[PeftModel]:
-        """The class of wrapper for a task: this class's own subclass where it has one, otherwise this class."""
-        import_module(
-            "lorakit.peft.model_classes"
-        )  # its own subclasses are there once their module is, which needs this one
+        """Return the class of wrapper for a task: a subclass of this class if it has one, otherwise this class."""
+        import_module("lorakit.peft.model_classes")  # defines the subclasses, and imports this module
         return next((kind for kind in cls.__subclasses__() if task is not None and kind.task == task), cls)
 
     def load_adapter(
@@ -292,26 +197,26 @@ class PeftModel(Shown, Pushed):
         key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> LoadResult:
-        """Load one more adapter; it does not become active unless it is the first. One that is here gets its numbers.
+        """Load another adapter, active only if it is the first; an existing one of this name gets the saved values.
 
         Args:
-            model_id: A folder, or a hub id.
+            model_id: A directory, or a hub id.
             adapter_name: The adapter's name here.
-            is_trainable: Go on training it; otherwise it is frozen and the model is put in eval mode.
-            torch_device: Accepted; factors go to their site's device.
-            autocast_adapter_dtype: False gives the factors the dtype of the weight they stand beside.
-            ephemeral_gpu_offload: Accepted.
-            low_cpu_mem_usage: Accepted; factors are made once, where their site is.
-            key_mapping: Regular expression -> what to write instead, for names of another layout of the base.
-            kwargs: `subfolder`, `revision`, `ignore_mismatched_sizes`; for others see `options.py`.
+            is_trainable: Continue training it; otherwise it is frozen and the model is set to eval mode.
+            torch_device: Ignored; factors go to their site's device.
+            autocast_adapter_dtype: False casts the factors to the dtype of their base weight.
+            ephemeral_gpu_offload: Ignored.
+            low_cpu_mem_usage: Ignored; factors are created on their site's device.
+            key_mapping: Regular expression -> replacement, for names of another layout of the base.
+            kwargs: `subfolder`, `revision`, `ignore_mismatched_sizes`; for others see `WITHOUT_EFFECT`.
 
         Returns:
-            What was loaded; mismatches that PEFT would pass over are warned about.
+            The result; mismatches that PEFT would ignore are warned about.
 
         Raises:
             AdapterFileError: Files are missing or damaged, or shapes do not fit.
-            AdapterError: The name cannot be used.
-            NotYetSupported: The adapter, or an option, needs what is not built yet.
+            AdapterError: The name is invalid.
+            NotYetSupported: The adapter or an option needs a feature that is not built yet.
         """
         folder = adapter_folder(model_id, kwargs.pop("subfolder", None), kwargs.pop("revision", None))
         config = kwargs.pop("config", None)
@@ -336,19 +241,19 @@ class PeftModel(Shown, Pushed):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Attach a fresh adapter; the first becomes active, later ones wait for `set_adapter`.
+        """Attach a new adapter; the first becomes active, later ones need `set_adapter`.
 
         Args:
             adapter_name: Its name.
-            peft_config: Its config; it is copied, and the copy learns the base's name.
-            low_cpu_mem_usage: Accepted; factors are made once, where their site is.
-            autocast_adapter_dtype: False gives the factors the dtype of the weight they stand beside.
+            peft_config: Its config; it is copied, and the copy gets the base's name.
+            low_cpu_mem_usage: Ignored; factors are created on their site's device.
+            autocast_adapter_dtype: False casts the factors to the dtype of their base weight.
 
         Raises:
-            ConfigError: It is no LoraConfig, or does not fit.
-            AdapterError: The name is taken or cannot be used.
+            ConfigError: It is not a LoraConfig, or does not fit.
+            AdapterError: The name is taken or invalid.
             TargetError: Nothing matches.
-            NotYetSupported: The config asks for what is not built yet.
+            NotYetSupported: The config needs a feature that is not built yet.
         """
         if not isinstance(peft_config, LoraConfig):
             raise ConfigError(
@@ -364,14 +269,14 @@ class PeftModel(Shown, Pushed):
         )
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones; they alone are trained.
+        """Activate adapters and train only these.
 
         Args:
             adapter_name: One name or several.
             inference_mode: Activate them frozen.
 
         Raises:
-            AdapterError: There is no such adapter.
+            AdapterError: The adapter does not exist.
         """
         for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
             if name not in self.peft_config:
@@ -380,16 +285,16 @@ class PeftModel(Shown, Pushed):
         self.base_model.set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off.
+        """Remove an adapter.
 
         Raises:
-            AdapterError: There is no such adapter.
+            AdapterError: The adapter does not exist.
         """
         self.base_model.delete_adapter(adapter_name)
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """A block in which the model is its original base, in this thread alone; see `flags.paused`.
+        """Run the base model within a context, in this thread only; see `casting.paused`.
 
         Yields:
             Nothing.
@@ -406,7 +311,7 @@ class PeftModel(Shown, Pushed):
             self.base_model.enable_adapter_layers()
 
     def get_base_model(self) -> nn.Module:
-        """The user's model, with the adapters in it."""
+        """Return the user's model, with the adapters in it."""
         return self.base_model.model
 
     def save_pretrained(
@@ -420,31 +325,31 @@ class PeftModel(Shown, Pushed):
         state_dict: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write adapters as PEFT does: "default" into the folder itself, others into a folder of their name.
+        """Save adapters as PEFT does: "default" in the directory itself, others in a subdirectory of their name.
 
         Args:
-            save_directory: Where.
+            save_directory: The directory.
             safe_serialization: Must be true: pickles are not written.
-            selected_adapters: Which; None means all.
-            save_embedding_layers: True adds the base's embedding matrices, for a vocabulary that was resized;
-                otherwise they are not part of an adapter.
+            selected_adapters: Adapters to save; None means all.
+            save_embedding_layers: True adds the base's embedding matrices, for a resized vocabulary; otherwise they are
+                not saved.
             is_main_process: Other processes write nothing.
-            path_initial_model_for_weight_conversion: Where the adapter was saved before training: what acts on a base
-                that its init changed (PiSSA and its like) is written as plain LoRA of twice the rank.
-            state_dict: Name in the model -> tensor (…) to write instead of the model's own, as gathered elsewhere.
-            kwargs: See `options.py`.
+            path_initial_model_for_weight_conversion: Directory of the adapter saved before training: an adapter whose
+                init changed the base, such as PiSSA, is converted to LoRA of twice the rank.
+            state_dict: Name in the model -> tensor (…) to save instead of the model's own, if gathered elsewhere.
+            kwargs: See `WITHOUT_EFFECT`.
 
         Raises:
-            ConfigError: safe_serialization is false, or an adapter is not here.
-            NotYetSupported: An option asks for what is not built yet.
-            AdapterError: There is no such adapter, or its numbers are not finite.
-            DiskError: The disk refuses; files that stood there are whole.
+            ConfigError: safe_serialization is false, or an adapter does not exist.
+            NotYetSupported: An option needs a feature that is not built yet.
+            AdapterError: The adapter does not exist, or its values are not finite.
+            DiskError: Writing fails; existing files stay complete.
         """
         if not safe_serialization:
             raise ConfigError("safe_serialization=False asks for a pickle, which is not written; leave it at True.")
         check_options("save_pretrained", kwargs)
         if Path(save_directory).is_file():
-            raise ConfigError(f"{save_directory} is a file; a folder is needed.")
+            raise ConfigError(f"{save_directory} is a file; a directory is needed.")
         chosen = list(self.peft_config if selected_adapters is None else selected_adapters)
         if any(name not in self.peft_config for name in chosen):
             raise ConfigError(
@@ -462,16 +367,16 @@ class PeftModel(Shown, Pushed):
             self.create_or_update_model_card(save_directory)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train adapters, or freeze them, whatever is active.
+        """Train or freeze adapters, whichever are active.
 
         Args:
             adapter_names: One name or several.
-            requires_grad: Train them.
+            requires_grad: Whether to train them.
         """
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether an adapter's update can be written as plain LoRA.
+        """Return whether an adapter's update can be written as plain LoRA.
 
         Args:
             adapter_name: The adapter.
@@ -479,7 +384,7 @@ class PeftModel(Shown, Pushed):
         return self.base_model.supports_lora_conversion(adapter_name)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
-        """Let what comes out of the input embedding require gradients.
+        """Make the output of the input embedding require gradients.
 
         Args:
             model: The user's model.
@@ -487,35 +392,35 @@ class PeftModel(Shown, Pushed):
         take_gradients_at_the_input(model)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The model's own forward.
+        """Call the model.
 
         Args:
-            args: What the model takes.
+            args: Arguments of the model.
             adapter_names: One adapter per row of the batch, "__base__" for the base alone.
-            kwargs: What the model takes.
+            kwargs: Arguments of the model.
 
         Returns:
-            What the model returns.
+            The model's output.
 
         Raises:
-            RouteError: There is no such adapter, or the rows do not fit the batch.
+            RouteError: An adapter does not exist, or the rows do not fit the batch.
         """
         with in_peft_words(adapter_names, args, kwargs), options_of_forward(self, adapter_names, args, kwargs):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The model's own `generate`; the route travels with the call, so it may run in a thread of its own.
+        """Call the model's `generate`; the route is passed with the call, so it may run in another thread.
 
         Args:
-            args: What the model takes.
+            args: Arguments of the model.
             adapter_names: One adapter per row of the batch, "__base__" for the base alone.
-            kwargs: What the model takes.
+            kwargs: Arguments of the model.
 
         Returns:
-            What the model returns.
+            The model's output.
 
         Raises:
-            RouteError: There is no such adapter, or the rows do not fit the batch.
+            RouteError: An adapter does not exist, or the rows do not fit the batch.
         """
         model: Any = self.get_base_model()
         with in_peft_words(adapter_names), options_of_generation(self, adapter_names, args, kwargs):
@@ -523,10 +428,79 @@ class PeftModel(Shown, Pushed):
 
     @property
     def has_adapters(self) -> bool:
-        """Whether any adapter sits on the model."""
+        """True if the model has adapters."""
         return bool(self.peft_config)
 
     @property
     def device(self) -> torch.device:
-        """Where the model's first parameter lives."""
+        """Device of the model's first parameter."""
         return next(self.parameters()).device
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return the number of trained parameters, and of all parameters with the adapters."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print PEFT's line; the percentage is of all parameters, adapters included."""
+        trainable, total = self.get_nb_trainable_parameters()
+        percent = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """Return the status of every adapted layer; see `status.get_layer_status`."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """Return the status of the model; see `status.get_model_status`."""
+        return status.get_model_status(self)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write an adapter's `README.md`, or add what an existing one lacks.
+
+        Args:
+            output_dir: The adapter's directory.
+        """
+        write_card(self, Path(output_dir))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """Save the adapters and upload them.
+
+        Args:
+            repo_id: The repository, "owner/name"; created if it does not exist.
+            commit_message: Commit message.
+            private: Make a new repository private.
+            token: The hub's token; None uses the stored one.
+            revision: Branch to commit to.
+            create_pr: Open a pull request instead.
+            kwargs: Options of `save_pretrained`.
+
+        Returns:
+            URL of the commit.
+
+        Raises:
+            ModelError: The hub rejects the upload or cannot be reached.
+        """
+        from lorakit.hub.sources import push_folder
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            return push_folder(
+                Path(folder),
+                repo_id,
+                message=commit_message or "Upload adapter",
+                private=private,
+                token=token,
+                revision=revision,
+                as_pull_request=create_pr,
+            )

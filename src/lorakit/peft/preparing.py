@@ -1,7 +1,4 @@
-"""Get a base ready for training: gradients at its input, frozen and raised parameters, dtypes under autocast.
-
-How a base's weight is quantised, under PEFT's names for its backends; the arithmetic is in `lorakit.core.quantization`.
-"""
+"""Preparing a base for training, PEFT's names of quantization backends, and which optional packages are installed."""
 
 from __future__ import annotations
 
@@ -17,31 +14,32 @@ from torch import nn
 
 HALF = (torch.float16, torch.bfloat16)
 DENSE_METHODS = ("gptq", "aqlm", "eetq", "torchao", "hqq")
-"""Ways to quantise whose own tensors are halves that must stay as they are."""
+"""Quantization methods whose unquantized tensors keep their half precision."""
 
 
 def checkpoints(model: Any) -> bool:
-    """Whether gradient checkpointing is on in a model of transformers; the word for it differs by version."""
+    """Return whether a transformers model uses gradient checkpointing; the attribute differs by version."""
     newer = getattr(model, "is_activation_checkpointing", None)
     return bool(newer if newer is not None else getattr(model, "is_gradient_checkpointing", False))
 
 
 def take_gradients_at_the_input(model: Any) -> None:
-    """Let what comes out of the input embedding require gradients, as reentrant gradient checkpointing needs.
+    """Make the output of the input embedding require gradients, as reentrant gradient checkpointing needs.
 
     Args:
-        model: A model; one whose weights are loaded in 8 or 4 bits does it by itself.
+        model: A model; a quantized one does it by itself.
     """
-    if any(getattr(model, word, False) for word in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
-        return
+    quantized = any(getattr(model, f"is_{name}", False) for name in ("loaded_in_8bit", "loaded_in_4bit", "quantized"))
+    can = hasattr(model, "enable_input_require_grads") or hasattr(model, "get_input_embeddings")
+    if can and not quantized:
+        _require_input_gradients(model)
+
+
+def _require_input_gradients(model: Any) -> None:
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
-    elif hasattr(model, "get_input_embeddings"):
-        model.get_input_embeddings().register_forward_hook(_require_gradients)
-
-
-def _require_gradients(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-    output.requires_grad_(True)
+    else:
+        model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
 
 
 def prepare_model_for_kbit_training(
@@ -50,13 +48,13 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> Any:
-    """Freeze a quantised base, raise what is not quantised to fp32, and switch gradient checkpointing on.
+    """Freeze a quantized base, upcast what is not quantized to fp32, and enable gradient checkpointing.
 
     Args:
         model: The base, changed in place.
-        use_gradient_checkpointing: Switch it on where the base is quantised.
+        use_gradient_checkpointing: Enable it if the base is quantized.
         gradient_checkpointing_kwargs: Its options.
-        auto_clear_cache: Give cached memory back to a GPU.
+        auto_clear_cache: Release cached GPU memory.
 
     Returns:
         The same model.
@@ -64,49 +62,46 @@ def prepare_model_for_kbit_training(
     method = getattr(model, "quantization_method", None)
     method = getattr(method, "value", method)
     hqq = bool(getattr(model, "hqq_quantized", False))
-    quantised = method in DENSE_METHODS or hqq
+    quantized = method in DENSE_METHODS or hqq
     in_bits = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
     for parameter in model.parameters():
         parameter.requires_grad = False
-        if not quantised and parameter.dtype in HALF and type(parameter).__name__ != "Params4bit":
+        if not quantized and parameter.dtype in HALF and type(parameter).__name__ != "Params4bit":
             parameter.data = parameter.data.float()
-    if not quantised and auto_clear_cache and torch.cuda.is_available():
+    if not quantized and auto_clear_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if (in_bits or quantised) and use_gradient_checkpointing:
+    if (in_bits or quantized) and use_gradient_checkpointing:
         options = dict(gradient_checkpointing_kwargs or {})
         if options.get("use_reentrant", True):
-            if hasattr(model, "enable_input_require_grads"):
-                model.enable_input_require_grads()
-            else:
-                model.get_input_embeddings().register_forward_hook(_require_gradients)
+            _require_input_gradients(model)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     return model
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give what is frozen a half-precision dtype, and what is trained fp32.
+    """Cast frozen parameters to a half-precision dtype, and trained ones to fp32.
 
     Args:
         model: The model, changed in place.
-        dtype: For what is frozen.
+        dtype: dtype of frozen parameters.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
 def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
-    """Labels as a decoder's inputs: one place to the right, the start token first.
+    """Return labels as a decoder's inputs: shifted one position to the right, the start token first.
 
     Args:
         input_ids: (rows, tokens).
-        pad_token_id: Stands where labels are masked.
-        decoder_start_token_id: Comes first.
+        pad_token_id: Replaces masked labels.
+        decoder_start_token_id: The first token.
 
     Returns:
         (rows, tokens).
 
     Raises:
-        ValueError: There is no pad token.
+        ValueError: The pad token is None.
     """
     if pad_token_id is None:
         raise ValueError("self.model.config.pad_token_id has to be defined.")
@@ -116,7 +111,7 @@ def shift_tokens_right(input_ids: torch.Tensor, pad_token_id: int, decoder_start
 
 
 def infer_device() -> str:
-    """The kind of device that is here: "cuda", "mps", "xpu" or "cpu"."""
+    """Return the available type of device: "cuda", "mps", "xpu" or "cpu"."""
     if torch.cuda.is_available():
         return "cuda"
     if torch.backends.mps.is_available():
@@ -125,23 +120,23 @@ def infer_device() -> str:
 
 
 class QuantizationBackend:
-    """A way to quantise, by name.
+    """A quantization method.
 
     Attributes:
-        backend_name: As a layer's status shows it.
+        backend_name: Its name in a layer's status.
     """
 
     backend_name = ""
 
 
 class Bnb4bitBackend(QuantizationBackend):
-    """bitsandbytes in 4 bits."""
+    """bitsandbytes 4-bit."""
 
     backend_name = "bnb 4bit"
 
 
 class Bnb8bitBackend(QuantizationBackend):
-    """bitsandbytes in 8 bits."""
+    """bitsandbytes 8-bit."""
 
     backend_name = "bnb 8bit"
 
@@ -159,24 +154,24 @@ class HqqBackend(QuantizationBackend):
 
 
 class ForwardOnlyQuantizationBackend(QuantizationBackend):
-    """A way that can be run and not read, such as GPTQ."""
+    """A method whose weights cannot be read, such as GPTQ."""
 
 
 GptqBackend = ForwardOnlyQuantizationBackend
 
 
 def get_quantization_kwargs(model: Any) -> dict[str, Any]:
-    """What PEFT's layers want to know of a quantised model; nothing here."""
+    """Return no arguments for layers of a quantized model; layers need none here."""
     return {}
 
 
 def quantization_extra_repr(module: nn.Module) -> str:
-    """What PEFT's `repr` adds; nothing here."""
+    """Return nothing to add to the `repr` of a quantized layer."""
     return ""
 
 
 def resolve_quantization_backend(module: nn.Module, **_: Any) -> QuantizationBackend | None:
-    """The backend of a module's weight, or None where it is not quantised."""
+    """Return the backend of a module's weight, or None if it is not quantized."""
     kinds = {"Linear4bit": Bnb4bitBackend, "Linear8bitLt": Bnb8bitBackend, "HQQLinear": HqqBackend}
     kind = kinds.get(type(module).__name__)
     return kind() if kind else None

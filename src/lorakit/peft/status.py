@@ -1,38 +1,40 @@
-"""What stands on a model, layer by layer and as a whole: PEFT's two status functions and what they return."""
+"""PEFT's two status functions, of each layer and of the whole model, and their results."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 from torch import nn
 
 from lorakit.core.layers.adapter_component import Switched
+from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TokenRows
 from lorakit.errors import AdapterError
 from lorakit.peft import adapter_queries
 
+T = TypeVar("T")
 Irregular = Literal["irregular"]
 IRREGULAR: Irregular = "irregular"
-"""Said where layers do not agree."""
+"""Value if layers differ."""
 
 
 @dataclass
 class TunerLayerStatus:
-    """One adapted layer, or copied module.
+    """Status of an adapted layer or a saved module.
 
     Attributes:
         name: Its path.
         module_type: Its class as `repr` shows it.
         enabled: Its adapters are not disabled.
-        active_adapters: Adapters that act.
-        merged_adapters: Adapters that are written into the base.
+        active_adapters: Active adapters.
+        merged_adapters: Merged adapters.
         requires_grad: Adapter -> whether its parameters are trained here.
-        available_adapters: Adapters that have something here, sorted.
-        devices: Adapter -> kinds of device that hold it.
-        quantization_backend: How the base's weight is quantised, or None.
+        available_adapters: Adapters that have parameters here, sorted.
+        devices: Adapter -> types of device of its parameters.
+        quantization_backend: Backend of the base weight's quantization, or None.
     """
 
     name: str
@@ -48,22 +50,22 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """A whole model; what its layers do not agree on is "irregular".
+    """Status of a whole model; a value on which its layers differ is "irregular".
 
     Attributes:
         base_model_type: Class of the user's model.
         adapter_model_type: Class of the tuner, or "None" for a bare model.
         peft_types: Adapter -> method.
-        trainable_params: Numbers that are trained.
-        total_params: Numbers in all.
-        num_adapter_layers: Adapted layers and copied modules.
+        trainable_params: Number of trained parameters.
+        total_params: Number of parameters.
+        num_adapter_layers: Number of adapted layers and saved modules.
         enabled: Adapters are not disabled.
-        active_adapters: Adapters that act.
-        merged_adapters: Adapters that are written into the base.
+        active_adapters: Active adapters.
+        merged_adapters: Merged adapters.
         requires_grad: Adapter -> whether it is trained.
-        available_adapters: Adapters that have something here, sorted.
-        devices: Adapter -> kinds of device that hold it.
-        quantization_backend: How the base's weights are quantised, or None.
+        available_adapters: Adapters of the model, sorted.
+        devices: Adapter -> types of device of its parameters.
+        quantization_backend: Backend of the base weights' quantization, or None.
     """
 
     base_model_type: str
@@ -81,18 +83,21 @@ class TunerModelStatus:
     quantization_backend: str | None
 
 
-PARTS = {"ModuleCopies": "ModulesToSaveWrapper", "TokenRows": "TrainableTokensLayer"}
-"""Class of a part of adapters that is no layer -> PEFT's word for it."""
+MODULE_TYPES = {"ModuleCopies": "ModulesToSaveWrapper", "TokenRows": "TrainableTokensLayer"}
+"""Class of an adapted module that is not a layer -> its name in PEFT."""
+
+BACKENDS = {"bnb-4bit": "bnb 4bit", "bnb-8bit": "bnb 8bit"}
+"""Name of a weight format -> its name in PEFT if it differs."""
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """The status of every adapted layer and copied module.
+    """Return the status of every adapted layer and saved module.
 
     Args:
         model: A wrapped model, or a model with adapters in it.
 
     Raises:
-        AdapterError: There are none.
+        AdapterError: The model has no adapters.
     """
     inner = getattr(model, "base_model", model) if adapter_queries.is_wrapper(model) else model
     found = [
@@ -109,6 +114,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 
 def _layer_status(name: str, module: Switched) -> TunerLayerStatus:
+    backend = module.base.name if isinstance(module, LoraLayer) and module.base.quantised else None
     flags: dict[str, list[bool]] = defaultdict(list)
     devices: dict[str, set[str]] = defaultdict(set)
     for adapter, parameter in _parameters(module):
@@ -116,14 +122,14 @@ def _layer_status(name: str, module: Switched) -> TunerLayerStatus:
         devices[adapter].add(parameter.device.type)
     return TunerLayerStatus(
         name=name,
-        module_type=PARTS.get(type(module).__name__) or repr(module).partition("(")[0],
-        enabled=not adapter_queries.is_disabled(module),
-        active_adapters=adapter_queries.active_at(module),
+        module_type=MODULE_TYPES.get(type(module).__name__) or repr(module).partition("(")[0],
+        enabled=not module.disable_adapters,
+        active_adapters=module.active_adapters,
         merged_adapters=adapter_queries.merged_at(module),
-        requires_grad={adapter: _agreed(values) for adapter, values in flags.items()},
-        available_adapters=sorted(adapter_queries.available_at(module)),
+        requires_grad={adapter: _common(values) for adapter, values in flags.items()},
+        available_adapters=sorted(set(module.available_adapters())),
         devices={adapter: sorted(kinds) for adapter, kinds in devices.items()},
-        quantization_backend=adapter_queries.quantisation_at(module),
+        quantization_backend=None if backend is None else BACKENDS.get(backend, backend),
     )
 
 
@@ -135,18 +141,18 @@ def _parameters(module: Switched) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    """The status of a model.
+    """Return the status of a model.
 
     Args:
         model: A wrapped model, or a model with adapters in it.
 
     Raises:
-        AdapterError: It has no adapters.
+        AdapterError: The model has no adapters.
     """
     wrapped = adapter_queries.is_wrapper(model)
     found = get_layer_status(model)
-    numbers = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    user: Any = model.get_base_model() if wrapped else model  # type: ignore[operator]
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    user = adapter_queries.user_model(model)
     known = wrapped or hasattr(user, "get_output_embeddings")
     trained: dict[str, list[bool | Irregular]] = defaultdict(list)
     devices: dict[str, set[str]] = defaultdict(set)
@@ -159,33 +165,26 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         base_model_type=type(user).__name__ if known else "other",
         adapter_model_type=type(model.base_model).__name__ if wrapped else "None",
         peft_types=dict.fromkeys(adapter_queries.configs_of(user), "LORA") if wrapped else {},
-        trainable_params=sum(count for count, flag in numbers if flag),
-        total_params=sum(count for count, _ in numbers),
+        trainable_params=sum(count for count, flag in counts if flag),
+        total_params=sum(count for count, _ in counts),
         num_adapter_layers=len(found),
-        enabled=_agreed([status.enabled for status in found]),
-        active_adapters=_same([status.active_adapters for status in found]),
+        enabled=_common(status.enabled for status in found),
+        active_adapters=_common(status.active_adapters for status in found),
         merged_adapters=_merged(found),
-        requires_grad={adapter: _agreed(values) for adapter, values in trained.items()},
+        requires_grad={adapter: _common(values) for adapter, values in trained.items()},
         available_adapters=sorted({name for status in found for name in status.available_adapters}),
         devices={adapter: sorted(kinds) for adapter, kinds in devices.items()},
-        quantization_backend=_one({status.quantization_backend for status in found}),
+        quantization_backend=_common(status.quantization_backend for status in found),
     )
 
 
-def _agreed(values: Iterable[bool | Irregular]) -> bool | Irregular:
-    seen = set(values)
-    return IRREGULAR if len(seen) > 1 or IRREGULAR in seen else bool(seen.pop() if seen else True)
-
-
-def _same(lists: list[list[str]]) -> list[str] | Irregular:
-    return list(lists[0]) if all(one == lists[0] for one in lists) else IRREGULAR
+def _common(values: Iterable[T]) -> T | Irregular:
+    """Return the value that all are equal to, or "irregular"."""
+    first, *others = values
+    return first if all(value == first for value in others) else IRREGULAR
 
 
 def _merged(found: list[TunerLayerStatus]) -> list[str] | Irregular:
     merged = {name for status in found for name in status.merged_adapters}
     partly = any(merged & (set(status.available_adapters) - set(status.merged_adapters)) for status in found)
     return IRREGULAR if partly else sorted(merged)
-
-
-def _one(values: set[str | None]) -> str | None:
-    return values.pop() if len(values) == 1 else IRREGULAR

@@ -1,10 +1,7 @@
-"""Words and numbers that programs import from PEFT, with PEFT's values.
+"""Constants, a dictionary of buffers and questions about a model's modules, as programs import them from PEFT.
 
-A dictionary of buffers, as torch has one of parameters; PEFT's layers of other methods hold theirs in it.
-
-Questions about a model's parts that programs ask PEFT: names of modules, batch sizes, shared storage, devices.
-
-Answers come from the model alone; what belongs to launchers that are not here is answered with "no".
+The answers come from the model alone. What belongs to launchers that are not supported, such as DeepSpeed, is absent or
+does nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,20 +37,21 @@ UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, object] = {}
 
 
-class BufferDict(nn.Module):
-    """Name -> buffer, moved and saved with the module that holds it.
+class BufferDict(nn.Module, MutableMapping[str, Tensor]):
+    """A dictionary of buffers, which move and are saved with the module that holds it; PEFT's other methods use it.
 
     Attributes:
         persistent: Buffers are part of the state dict.
     """
+
+    __eq__, __hash__ = nn.Module.__eq__, nn.Module.__hash__
 
     def __init__(
         self, buffers: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None, persistent: bool = False
     ) -> None:
         super().__init__()
         self.persistent = persistent
-        if buffers is not None:
-            self.update(buffers)
+        self.update(buffers or {})
 
     def __getitem__(self, key: str) -> Tensor:
         return self._buffers[key]  # type: ignore[return-value]
@@ -70,47 +68,8 @@ class BufferDict(nn.Module):
     def __iter__(self) -> Iterator[str]:
         return iter(self._buffers)
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._buffers
-
-    def clear(self) -> None:
-        """Drop every buffer."""
-        self._buffers.clear()
-
-    def pop(self, key: str) -> Tensor:
-        """Take a buffer (…,) out."""
-        buffer = self[key]
-        del self[key]
-        return buffer
-
-    def keys(self) -> KeysView[str]:
-        """The names."""
-        return self._buffers.keys()
-
-    def items(self) -> ItemsView[str, Any]:
-        """Names and buffers."""
-        return self._buffers.items()
-
-    def values(self) -> ValuesView[Any]:
-        """The buffers."""
-        return self._buffers.values()
-
-    def update(self, buffers: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
-        """Add buffers.
-
-        Args:
-            buffers: Name -> tensor (…), or pairs of them.
-
-        Raises:
-            TypeError: They are neither.
-        """
-        if not isinstance(buffers, (Mapping, Iterable, BufferDict)):
-            raise TypeError(f"BuffersDict.update should be called with an iterable of pairs, got {type(buffers)}.")
-        for key, buffer in buffers.items() if isinstance(buffers, (Mapping, BufferDict)) else buffers:
-            self[key] = buffer
-
     def extra_repr(self) -> str:
-        """One line per buffer."""
+        """Return one line per buffer."""
         return "\n".join(
             f"  ({key}): Buffer containing: [{type(buffer).__name__} of size {'x'.join(map(str, buffer.shape))}]"
             for key, buffer in self.items()
@@ -118,7 +77,7 @@ class BufferDict(nn.Module):
 
 
 def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
-    """A module's parent, the module, and its name in the parent.
+    """Return a module's parent, the module, and its name in the parent.
 
     Args:
         model: The model.
@@ -129,7 +88,7 @@ def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, st
 
 
 def get_batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
-    """Rows of a batch.
+    """Return the number of rows of a batch.
 
     Args:
         input_ids: (rows, tokens), or None.
@@ -145,24 +104,24 @@ def get_batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> in
 
 
 def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
-    """The first pattern that fits the end of a path, or the path itself."""
+    """Return the first pattern that matches the end of a path, or the path itself."""
     return next((key for key in pattern_keys if re.match(rf".*\.?({key})$", key_to_match)), key_to_match)
 
 
 def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | None:
-    """A regular expression against a whole path."""
+    """Match a regular expression against a whole path."""
     return re.fullmatch(target_pattern, key)
 
 
 def input_embeddings_name(model: Any, default: str | None = None) -> str | None:
-    """Path of a model's input embedding, or a default where it does not say."""
+    """Return the path of a model's input embedding, or the default if it has none."""
     getter = getattr(model, "get_input_embeddings", None)
     wanted = getter() if callable(getter) else None
     return next((name for name, module in model.named_modules() if wanted is not None and module is wanted), default)
 
 
 def names_tied_with_embedding(model: Any) -> list[str]:
-    """Paths of modules whose weight is the input embedding's own, sorted; none where the config says untied."""
+    """Return the sorted paths of modules that share the input embedding's weight; none if the config says untied."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not getattr(getattr(inner, "config", None), "tie_word_embeddings", True):
         return []
@@ -177,30 +136,27 @@ def names_tied_with_embedding(model: Any) -> list[str]:
 
 
 def no_split_modules(model: Any) -> set[str]:
-    """Class names of modules that must stay on one device."""
-    found: set[str] = set()
-    for module in model.modules():
-        found |= set(getattr(module, "_no_split_modules", None) or ())
-    return found
+    """Return the class names of modules that must stay on one device."""
+    return {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
 
 
 def fsdp_auto_wrap_policy(model: Any) -> Callable[..., bool]:
-    """FSDP's policy for an adapted model: transformer blocks, and each trained leaf on its own.
+    """Return FSDP's wrapping policy for an adapted model: transformer blocks, and each trained leaf separately.
 
     Args:
-        model: The model; FSDP_TRANSFORMER_CLS_TO_WRAP may name the classes of its blocks.
+        model: The model; the variable FSDP_TRANSFORMER_CLS_TO_WRAP may name the classes of its blocks.
 
     Raises:
-        ConfigTypeError: No module is of a class that is named.
+        ConfigTypeError: A named class has no module.
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
-    words = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted(no_split_modules(model))))
+    names = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted(no_split_modules(model))))
     classes = {type(module).__name__: type(module) for module in model.modules()}
-    missing = [word for word in words.split(",") if word and word not in classes]
+    missing = [name for name in names.split(",") if name and name not in classes]
     if missing:
         raise ConfigTypeError(f"Could not find the transformer layer class to wrap in the model: {missing[0]}.")
-    blocks = {classes[word] for word in words.split(",") if word}
+    blocks = {classes[name] for name in names.split(",") if name}
     leaves = partial(lambda_auto_wrap_policy, lambda_fn=_is_trained_leaf)
     return partial(_or_policy, policies=[leaves, partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks)])
 
@@ -211,7 +167,7 @@ def _is_trained_leaf(module: nn.Module) -> bool:
 
 
 def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
-    """What tells one storage from another.
+    """Return the identity of a tensor's storage: device, address and size in bytes.
 
     Args:
         tensor: A tensor of any shape.
@@ -221,116 +177,82 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
 
 
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """A weight (a, b) as (b, a) where it lies transposed."""
+    """Return a weight (a, b), transposed to (b, a) if `fan_in_fan_out`."""
     if not fan_in_fan_out:
         return weight
     return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T
 
 
 def str_to_bool(value: str) -> int:
-    """1 for a word that says yes, 0 for one that says no.
+    """Return 1 for a string such as "yes", 0 for one such as "no".
 
     Raises:
-        ConfigError: It says neither.
+        ConfigError: It is neither.
     """
-    word = value.lower()
-    if word in ("y", "yes", "t", "true", "on", "1"):
-        return 1
-    if word in ("n", "no", "f", "false", "off", "0"):
-        return 0
-    raise ConfigError(f"invalid truth value {value}")
+    if value.lower() not in ("y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"):
+        raise ConfigError(f"invalid truth value {value}")
+    return int(value.lower() in ("y", "yes", "t", "true", "on", "1"))
 
 
 def get_quantization_config(model: Any, method: str) -> Any:
-    """A model's quantisation config where it is of this method, else None."""
+    """Return a model's quantization config if it is quantized by this method, or None."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     return config if getattr(model, "quantization_method", None) == method else None
 
 
 def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:
-    """Path of a module in a model, or ""."""
+    """Return the path of a module in a model, or ""."""
     return next((name for name, module in model.named_modules() if module is reference_module), "")
 
 
 def get_device_map(model: Any) -> dict[str, Any]:
-    """Part of a model -> its device."""
+    """Return module -> device."""
     return getattr(model, "hf_device_map", None) or {"": next(model.parameters()).device}
 
 
 @contextlib.contextmanager
-def onload_layer(layer: nn.Module) -> Iterator[None]:
-    """PEFT's block around a layer whose weights lie elsewhere; they do not here.
-
-    Args:
-        layer: The layer.
-
-    Yields:
-        Nothing.
-    """
+def empty_context(*_: Any, **__: Any) -> Iterator[None]:
+    """Do nothing, for PEFT's contexts that move, gather or cast what is in place here."""
     yield
 
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:
-    """A module's weight as numbers, (out, in), whatever it is stored in."""
+    """Return a module's weight dequantized, (out, in)."""
     base = base_of(module)
     return base.read(module, base.stored(module, "weight"))
 
 
 def check_deepspeed_zero3_enabled() -> bool:
-    """Whether DeepSpeed splits parameters: no, it is not supported here."""
+    """Return False: sharding by DeepSpeed is not supported."""
     return False
 
 
-@contextlib.contextmanager
-def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: nn.Module | None = None) -> Iterator[None]:
-    """PEFT's block around split parameters; none are split here.
+def init_empty_weights(include_buffers: bool | None = None) -> torch.device:
+    """Return a context in which modules are created without memory, on torch's meta device.
 
     Args:
-        param: Parameters.
-        modifier_rank: PEFT's.
-        fwd_module: PEFT's.
-
-    Yields:
-        Nothing.
+        include_buffers: Ignored; buffers are created there too.
     """
-    yield
-
-
-def get_layer_device_map(model: Any) -> None:
-    """Layer -> device: None, since layers are where the model put them."""
-
-
-@contextlib.contextmanager
-def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
-    """A block in which modules are made without memory, on torch's meta device.
-
-    Args:
-        include_buffers: Accepted; buffers are made so too.
-
-    Yields:
-        Nothing.
-    """
-    with torch.device("meta"):
-        yield
+    return torch.device("meta")
 
 
 def skip_init_on_device(func: Callable[..., Any]) -> Callable[..., Any]:
-    """PEFT's mark on functions that `init_empty_weights` must not touch; nothing has to be done here."""
+    """Return the function; PEFT marks functions that `init_empty_weights` must not change, which needs nothing here."""
     return func
 
 
 def build_peft_weight_mapping(
     weight_conversions: Iterable[Any] | None, adapter_name: str, peft_config: Any = None
 ) -> list[Any]:
-    """How transformers' own loader has to rename an adapter's tensors, as a base's are renamed.
+    """Return how transformers' loader must rename an adapter's tensors when it renames the base's.
 
     Args:
-        weight_conversions: What transformers does to the base's tensors.
+        weight_conversions: Conversions of the base's tensors.
         adapter_name: The adapter.
         peft_config: Its config.
 
     Raises:
-        NotYetSupported: The adapter acts on what transformers puts together by now, not only renames (experts).
+        NotYetSupported: The adapter targets weights that transformers now joins (experts), not only renames.
     """
     if not weight_conversions:
         return []
@@ -343,28 +265,28 @@ def build_peft_weight_mapping(
             found.append(conversion)
         elif _concerns(conversion, peft_config):
             raise NotYetSupported(
-                f"The adapter names {', '.join(sorted(_joined_words(conversion)))}, which this version of transformers "
+                f"The adapter names {', '.join(sorted(_joined_names(conversion)))}, which this version of transformers "
                 "puts together into one tensor; joining their factors is not built. Load it with the version of "
                 "transformers that it was made with."
             )
     return found
 
 
-def _joined_words(conversion: Any) -> set[str]:
-    """Last words of the modules whose tensors transformers puts together."""
+def _joined_names(conversion: Any) -> set[str]:
+    """Return the last names of the modules whose tensors transformers joins."""
     return {pattern.removesuffix(".weight").rpartition(".")[2] for pattern in conversion.source_patterns}
 
 
 def _concerns(conversion: Any, config: Any) -> bool:
-    """Whether an adapter may have factors at modules that are put together; an expression may name anything."""
+    """Return whether an adapter may have factors at joined modules; a regular expression may match any module."""
     targets = getattr(config, "target_modules", None)
     if targets is None or isinstance(targets, str):
         return config is None or isinstance(targets, str)
-    return not _joined_words(conversion).isdisjoint(target.rpartition(".")[2] for target in targets)
+    return not _joined_names(conversion).isdisjoint(target.rpartition(".")[2] for target in targets)
 
 
 def unused(*_: Any, **__: Any) -> None:
-    """PEFT's inner steps that have no counterpart here; calling one does nothing."""
+    """Do nothing, for PEFT's inner steps that have no counterpart here."""
 
 
 def is_valid_match(key: str, target_key: str) -> bool:

@@ -1,10 +1,6 @@
-"""Layer classes of one's own (`LoraConfig._register_custom_module`) as kinds of site of the core.
+"""`LoraModel`, a `PeftModel`'s `base_model`: the operations on the adapters of the model inside.
 
-Adapters in a model without a wrapper: which act, and taking one off; for libraries that have their own wrapper.
-
-`BaseTuner`: what a `PeftModel` calls its `base_model`, with the operations on the adapters of the model inside.
-
-Python's garbage collector held back while thousands of lasting objects are made, which it would walk in vain.
+`set_adapter` and `delete_adapter` do the same for a model without a wrapper.
 """
 
 from __future__ import annotations
@@ -27,6 +23,7 @@ from lorakit.core.layers.named_layers import LAYERS
 from lorakit.core.model.activation import parameters_by_adapter
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.core.model.index import find_state
+from lorakit.core.model.ties import LEFT_ALONE, NOTHING_TIED
 from lorakit.errors import AdapterError, ConfigError, NotYetSupported, RouteError, warn_caller
 from lorakit.peft import adapter_queries, casting
 from lorakit.peft.data_inits import for_attaching
@@ -34,10 +31,10 @@ from lorakit.peft.matching import (
     check_parameters,
     check_together,
     config_for_keys,
-    refusing_in_peft_words,
-    said_of_missing,
-    said_of_own_biases,
-    said_of_ties,
+    messages_of_missing,
+    messages_of_own_biases,
+    no_target_in_peft_words,
+    not_yet_merged,
     warn_of_ties,
     with_own_targets,
 )
@@ -48,13 +45,13 @@ from lorakit.peft.weighted import add_weighted_adapter
 
 
 def kinds_of(config: LoraConfig | None) -> list[Kind]:
-    """The kinds that a config's custom modules ask for; a type that has none of the table's own is warned about.
+    """Return the kinds of a config's custom modules; warns about a type that has no kind of its own.
 
     Args:
         config: The config, or None.
 
     Raises:
-        NotYetSupported: A class is built on none of the layers here.
+        NotYetSupported: A class is not a subclass of a layer.
     """
     found = []
     for module_type, layer in (config.custom_modules or {}).items() if config is not None else ():
@@ -74,16 +71,16 @@ def kinds_of(config: LoraConfig | None) -> list[Kind]:
 def set_adapter(
     model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: Any = None
 ) -> None:
-    """Make adapters the active ones; they alone are trained.
+    """Activate adapters and train only these.
 
     Args:
         model: A model with adapters in it.
         adapter_name: One name or several.
         inference_mode: Activate them frozen.
-        layer_cls: PEFT's; adapted layers are of one class here.
+        layer_cls: Ignored; adapted layers have one class here.
 
     Raises:
-        RouteError: There is no such adapter.
+        RouteError: The adapter does not exist.
     """
     BaseTuner(model).set_adapter(adapter_name, inference_mode)
 
@@ -91,16 +88,16 @@ def set_adapter(
 def delete_adapter(
     model: nn.Module, adapter_name: str, prefix: str = "lora_", layer_cls: Any = None
 ) -> list[str] | None:
-    """Take an adapter off; with an active one gone, the first that is left becomes active.
+    """Remove an adapter; if it was active, the first of the others becomes active.
 
     Args:
         model: A model with adapters in it.
-        adapter_name: The adapter; one that is not there is no matter, as in PEFT.
-        prefix: PEFT's; there is one method here.
-        layer_cls: PEFT's; adapted layers are of one class here.
+        adapter_name: The adapter; a missing one is ignored, as in PEFT.
+        prefix: Ignored; there is one method here.
+        layer_cls: Ignored; adapted layers have one class here.
 
     Returns:
-        The adapters that are active now, or None where there are none.
+        The adapters that are active now, or None if there are none.
 
     Raises:
         AdapterError: It is merged.
@@ -109,12 +106,12 @@ def delete_adapter(
     if adapter_name in adapter_queries.configs_of(model):
         tuner.delete_adapter(adapter_name)
         if not adapter_queries.configs_of(model):
-            setattr(model, CONFIGS, {})  # empty, as PEFT leaves it: transformers looks into it and takes it off itself
+            setattr(model, CONFIGS, {})  # empty as in PEFT: transformers reads it and removes it
     return tuner.active_adapters or None
 
 
 CONFIGS = "peft_config"
-"""Attribute of the user's model under which other programs look for its adapters' configs."""
+"""Attribute of the user's model that holds its adapters' configs for other programs."""
 
 
 class BaseTuner(nn.Module):
@@ -122,10 +119,10 @@ class BaseTuner(nn.Module):
 
     Attributes:
         model: The user's own model, adapted in place.
-        prefix: How the names of an adapter's parameters begin.
+        prefix: Prefix of the names of an adapter's parameters.
         tuner_layer_cls: Class of the adapted layers.
-        target_module_mapping: What is adapted where a config names nothing, by the base's `model_type`.
-        uses_shared_state: PEFT's word for methods whose parameters lie in the tuner; LoRA's do not.
+        target_module_mapping: Default targets by the base's `model_type`.
+        uses_shared_state: Whether parameters are stored in the tuner; LoRA's are not.
     """
 
     prefix: ClassVar[str] = "lora_"
@@ -162,23 +159,23 @@ class BaseTuner(nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The user's model's own forward."""
+        """Call the user's model."""
         return self.model(*args, **kwargs)
 
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
-        """Adapter -> config; the live table."""
+        """The dictionary of configs by adapter."""
         return adapter_queries.configs_of(self.model)
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that act by default, also while they are disabled."""
+        """The adapters that are active by default, also while they are disabled."""
         state = find_state(self.model)
         return [] if state is None else list(state.chosen.names)
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The active adapter's name, or a list where there is not exactly one."""
+        """The active adapter's name, or a list unless there is exactly one."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
@@ -195,7 +192,7 @@ class BaseTuner(nn.Module):
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
-        """The model's own config as a table, or one that says it is a custom model."""
+        """Return the model's config as a dictionary, or that of a custom model."""
         config = getattr(model, "config", None)
         as_table = getattr(config, "to_dict", None)
         table = as_table() if callable(as_table) else config
@@ -212,39 +209,39 @@ class BaseTuner(nn.Module):
         on_meta: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Attach a fresh adapter; entries that match nothing are warned about by name.
+        """Attach a new adapter; warns about entries that match nothing.
 
         Args:
             name: Its name.
             config: Its config; it is copied.
-            autocast_adapter_dtype: False gives the factors the dtype of the weight they stand beside.
-            on_meta: Leave the factors without memory until `set_peft_model_state_dict` fills them.
-            state_dict: Names of tensors (…) that say where the adapter sits, instead of the config.
+            autocast_adapter_dtype: False casts the factors to the dtype of their base weight.
+            on_meta: Create the factors on the meta device until `set_peft_model_state_dict` fills them.
+            state_dict: Names of tensors (…) that determine the targets instead of the config.
 
         Raises:
-            AdapterError: The name is taken or cannot be used.
+            AdapterError: The name is taken or invalid.
             TargetError: Nothing matches.
             ConfigError: The config does not fit.
         """
         self._check_new_adapter_config(config)
         active, config = self.active_adapters, with_own_targets(self.model, config, self.target_module_mapping)
         asked = config if state_dict is None else config_for_keys(self.model, config, state_dict)
-        # PEFT goes on where entries match nothing; here each comes with a warning
         asked, found = for_attaching(self.model, asked)
-        with collector_at_rest(), refusing_in_peft_words(self.model, config):
+        with garbage_collector_paused(), no_target_in_peft_words(self.model, config):
             report = core.attach(self.model, asked, name, allow=ALLOWANCES, kinds=kinds_of(config), statistics=found)
         self.peft_config[name].init_lora_weights = config.init_lora_weights
         self.peft_config[name].eva_config = config.eva_config
-        for sentence in said_of_missing(config, report):
-            warn_caller(sentence, PartialTargetsWarning)
-        for sentence in said_of_own_biases(self.model, name):
-            warn_caller(sentence, PeftWarning)
-        for sentence in said_of_ties(report.notes):
-            warn_caller(sentence)
+        for message in messages_of_missing(config, report):
+            warn_caller(message, PartialTargetsWarning)
+        for message in messages_of_own_biases(self.model, name):
+            warn_caller(message, PeftWarning)
+        for note in report.notes:
+            if note.kind in {LEFT_ALONE, NOTHING_TIED}:
+                warn_caller(note.text)
         if state_dict is not None:
             self.peft_config[name].target_modules = config.target_modules
         setattr(self.model, CONFIGS, self.peft_config)
-        casting.set_trained(self.model, name, not active and not config.inference_mode)
+        core.set_trained(self.model, {name: not active and not config.inference_mode})
         if not autocast_adapter_dtype:
             casting.cast_to_base(self.model, name)
         if on_meta:
@@ -259,22 +256,22 @@ class BaseTuner(nn.Module):
         check_parameters(self.model, self.peft_config, config)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones; they alone are trained.
+        """Activate adapters and train only these.
 
         Args:
             adapter_name: One name or several.
             inference_mode: Activate them frozen.
 
         Raises:
-            RouteError: There is no such adapter.
+            RouteError: The adapter does not exist.
             ConfigError: Two of them copy the same module.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         state = find_state(self.model)
-        if state is None and not names:
-            return
         if state is None:
-            raise RouteError(f"There is no adapter {names[0]!r} on this model. Adapters here: none.")
+            if not names:
+                return
+            raise RouteError(f"Adapter {names[0]!r} not found on this model. Adapters here: none.")
         state.check(names)
         members = state.members()
         check_together(members, names)
@@ -282,31 +279,29 @@ class BaseTuner(nn.Module):
             warn_caller("Adapter cannot be set when the model is merged. Unmerging the model first.")
             core.unmerge(self.model)
         core.activate(self.model, *names)
-        casting.train_only(self.model, names if not inference_mode else ())
+        core.set_trained(self.model, {} if inference_mode else dict.fromkeys(names, True), others=False)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Train adapters, or freeze them, whatever is active.
+        """Train or freeze adapters, whichever are active.
 
         Args:
-            adapter_names: One name or several; one that has nothing here is passed over.
-            requires_grad: Train them.
+            adapter_names: One name or several; a missing one is ignored.
+            requires_grad: Whether to train them.
         """
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name in self.peft_config:
-                casting.set_trained(self.model, name, requires_grad)
+        casting.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off; with an active one gone, the first that is left becomes active.
+        """Remove an adapter; if it was active, the first of the others becomes active.
 
         Args:
             adapter_name: Its name.
 
         Raises:
-            AdapterError: There is no such adapter, or it is merged.
+            AdapterError: The adapter does not exist or is merged.
         """
         if adapter_name not in self.peft_config:
             raise AdapterError(f"Adapter {adapter_name} does not exist", what=adapter_name, allowed=self.peft_config)
-        if any(adapter_name in adapter_queries.merged_at(module) for module in adapter_queries.adapted(self.model)):
+        if adapter_name in adapter_queries.merged_adapters(self.model):
             raise AdapterError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
@@ -320,7 +315,7 @@ class BaseTuner(nn.Module):
             self.set_adapter(left[0])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether an adapter's update can be written as plain LoRA: not where it depends on the position.
+        """Return whether an adapter's update can be written as plain LoRA: not if it depends on the position.
 
         Args:
             adapter_name: The adapter.
@@ -329,11 +324,11 @@ class BaseTuner(nn.Module):
         return config is not None and config.alora_invocation_tokens is None
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        """PEFT's name for `structure.names_tied_with_embedding`."""
+        """Call `structure.names_tied_with_embedding`, under PEFT's name."""
         return names_tied_with_embedding(self.model)
 
     def is_partly_disabled(self) -> bool:
-        """Whether adapters are switched off at some layers and on at others."""
+        """Return whether adapters are disabled at some layers and enabled at others."""
         return len({bool(module.aside) for module in adapter_queries.adapted(self.model)}) > 1
 
     def enable_adapter_layers(self) -> None:
@@ -347,7 +342,7 @@ class BaseTuner(nn.Module):
                 parameter.requires_grad_(True)
 
     def disable_adapter_layers(self) -> None:
-        """Run the base alone, and train nothing, until `enable_adapter_layers`; a block is safer: `disable_adapter`."""
+        """Disable and freeze all adapters until `enable_adapter_layers`; the context `disable_adapter` is safer."""
         state = find_state(self.model)
         if state is not None and state.aside is None:
             self.__dict__["_paused"] = casting.pause(self.model)
@@ -357,21 +352,21 @@ class BaseTuner(nn.Module):
     def _enable_peft_forward_hooks(
         self, *_: Any, adapter_names: Sequence[str] | None = None, alora_offsets: Any = None, **__: Any
     ) -> Iterator[None]:
-        """A block whose forwards take one adapter per row, as programs over a bare tuner open it."""
+        """Assign one adapter per row within a context, as programs over a bare tuner do."""
         starts = contextlib.nullcontext() if alora_offsets is None else core.invoked(self.model, offsets=alora_offsets)
         with self.rows(adapter_names), starts:
             yield
 
     def rows(self, adapter_names: Sequence[str] | None, copies: int = 0) -> contextlib.AbstractContextManager[None]:
-        """A block with one adapter per row; none where `adapter_names` is None.
+        """Return a context that assigns one adapter per row; an empty one if `adapter_names` is None.
 
         Args:
             adapter_names: One adapter per row of the batch, "__base__" for the base alone.
-            copies: Of a generation: a batch may also hold each row so many times running (beams). 0: one forward.
+            copies: Consecutive copies of each row that a batch of `generate` may hold (beams); 0 for a forward.
 
         Raises:
-            ConfigError: The model is in training mode, where PEFT refuses mixed batches too.
-            RouteError: There is no such adapter.
+            ConfigError: The model is in training mode, in which PEFT rejects mixed batches too.
+            RouteError: The adapter does not exist.
         """
         if adapter_names is None:
             return contextlib.nullcontext()
@@ -382,20 +377,20 @@ class BaseTuner(nn.Module):
             raise ConfigError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         state = find_state(self.model)
         if state is not None and state.chosen.names and not state.active().mentions:
-            return contextlib.nullcontext()  # disabled, which PEFT puts above what a call asks for
+            return contextlib.nullcontext()  # disabled, which takes precedence in PEFT
         rows = [None if name == BASE_NAME else name for name in adapter_names]
         return core.route(self.model, rows, copies=copies or 1, keep=copies > 0)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Write adapters into the base weights; the originals are kept, so `unmerge_adapter` restores their bits.
+        """Merge adapters into the base weights; the originals are kept, so `unmerge_adapter` restores them bit for bit.
 
         Args:
-            adapter_names: Which; None means the active ones.
-            safe_merge: Accepted and always true: a merge that is not finite is refused.
+            adapter_names: Adapters; None means the active ones.
+            safe_merge: Ignored: a merge that is not finite always raises.
 
         Raises:
             MergeError: An adapter cannot be merged.
-            AdapterError: There is no such adapter.
+            AdapterError: The adapter does not exist.
         """
         fresh = self._unmerged(adapter_names)
         if fresh:
@@ -403,7 +398,7 @@ class BaseTuner(nn.Module):
             core.merge(self.model, *fresh, untie=warn_of_ties(self.model, fresh)[0])
 
     def _warn_of_training(self, names: Sequence[str]) -> None:
-        """A merged layer runs its base alone, so that a loss over it reaches no factor; PEFT says nothing."""
+        """Warn that a merged layer runs only its base, so that a loss reaches no factor; PEFT gives no warning."""
         if not (self.training and torch.is_grad_enabled()):
             return
         owned = parameters_by_adapter(self.model, names)
@@ -415,8 +410,8 @@ class BaseTuner(nn.Module):
             )
 
     def unmerge_adapter(self) -> None:
-        """Take every merged adapter out again, to the very bit."""
-        if not any(adapter_queries.merged_at(module) for module in adapter_queries.adapted(self.model)):
+        """Unmerge every merged adapter; restores the base weights bit for bit."""
+        if not adapter_queries.merged_adapters(self.model):
             warn_caller("Already unmerged. Nothing to do.")
             return
         core.unmerge(self.model)
@@ -424,19 +419,19 @@ class BaseTuner(nn.Module):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        """Merge for good and give the plain model back.
+        """Merge adapters permanently and return the plain model.
 
         Args:
-            progressbar: Accepted; nothing is drawn.
-            safe_merge: Accepted and always true.
-            adapter_names: Which; None means the active ones.
+            progressbar: Ignored; no progress is shown.
+            safe_merge: Ignored; always true.
+            adapter_names: Adapters; None means the active ones.
 
         Returns:
-            The user's model, without any trace of adapters.
+            The user's model without adapter layers.
 
         Raises:
             MergeError: An adapter cannot be merged.
-            AdapterError: There is no such adapter.
+            AdapterError: The adapter does not exist.
         """
         fresh = self._unmerged(adapter_names, quiet=True)
         untie, tied = warn_of_ties(self.model, fresh) if fresh else (False, False)
@@ -450,7 +445,7 @@ class BaseTuner(nn.Module):
         return self._bare()
 
     def unload(self) -> nn.Module:
-        """Take all adapters off and give the plain base back."""
+        """Remove all adapters and return the plain base."""
         if self.peft_config:
             core.detach(self.model)
         return self._bare()
@@ -460,20 +455,9 @@ class BaseTuner(nn.Module):
         return self.model
 
     def _unmerged(self, adapter_names: Sequence[str] | None, quiet: bool = False) -> list[str]:
-        """The adapters to merge that are not merged already, as PEFT: those that are, are said."""
-        if isinstance(adapter_names, str):
-            raise ConfigError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-        asked = list(self.active_adapters if adapter_names is None else adapter_names)
-        merged = {name for module in adapter_queries.adapted(self.model) for name in adapter_queries.merged_at(module)}
-        fresh = [name for name in asked if name not in merged]
-        if merged and not quiet:
-            warn_caller(
-                f"Already following adapters were merged {','.join(sorted(merged))}. You are now additionally merging "
-                f"{','.join(fresh)}."
-                if fresh
-                else "All adapters are already merged, nothing to do."
-            )
-        return fresh
+        """Return the adapters to merge that are not merged yet; warns about the others, as PEFT does."""
+        asked = self.active_adapters if adapter_names is None else adapter_names
+        return not_yet_merged(asked, adapter_queries.merged_adapters(self.model), quiet)
 
 
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = dict(DEFAULT_TARGETS)
@@ -493,25 +477,25 @@ class LoraModel(BaseTuner):
         combination_type: str = "svd",
         **options: Any,
     ) -> None:
-        """Combine adapters into a new one, which is frozen and not active; see `weighted.add_weighted_adapter`.
+        """Combine adapters into a new, frozen and inactive one; see `weighted.add_weighted_adapter`.
 
         Args:
             adapters: Their names.
             weights: One number each; negative ones subtract.
             adapter_name: The new adapter's name.
             combination_type: One of `lorakit.core.WAYS`.
-            options: What the way takes: svd_rank, svd_clamp, density, ...
+            options: Options of the combination type: svd_rank, svd_clamp, density, ...
 
         Raises:
-            AdapterError: There is no such adapter, or the adapters cannot be combined.
-            ConfigError: The way does not exist or lacks something, or the ranks do not fit it.
+            AdapterError: An adapter does not exist, or they cannot be combined.
+            ConfigError: The combination type does not exist or lacks an option, or the ranks do not fit it.
         """
         add_weighted_adapter(self.model, adapters, weights, adapter_name, combination_type, **options)
 
 
 @contextlib.contextmanager
-def collector_at_rest() -> Iterator[None]:
-    """A block in which the garbage collector does not run, if it did before; what it missed it finds afterwards.
+def garbage_collector_paused() -> Iterator[None]:
+    """Pause Python's garbage collector within a context that creates thousands of lasting objects.
 
     Yields:
         Nothing.
