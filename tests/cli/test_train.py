@@ -1,4 +1,4 @@
-"""`lorakit train` from flags to run folder: what it leaves, and what it refuses, in which words."""
+"""`lorakit train` from flags to run directory: its files, its output and its errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 from lorakit import cli, core, hub
 from lorakit.data import encoding
-from lorakit.train import checkpoint, loop
+from lorakit.train import checkpoint, loop, run_folder
 from lorakit.train.evaluation import Evaluation
 from lorakit.train.run_folder import EVAL_FIELDS, TRAIN_FIELDS
 
@@ -41,7 +41,7 @@ def texts(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def train(tmp_path: Path, tiny_model_directory: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> Train:
-    """Runs the verb on a tiny model; keywords replace or (None) leave out flags."""
+    """Runs the command on a tiny model; keywords replace flags, None omits one."""
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)  # drawing costs more than training here
 
     def call(*more: str, **flags: Any) -> int:
@@ -183,7 +183,7 @@ def test_the_adapter_is_the_best_not_the_last(
     assert train(max_steps=5, save_total_limit=1) == 0
     folder, result = tmp_path / "run", _record(tmp_path / "run")["result"]
     assert (result["adapter_step"], result["first_loss"], result["best_loss"]) == (2, 2.0, 1.5)
-    assert [path.name for path in checkpoint.checkpoints(folder)] == ["checkpoint-2", "checkpoint-5"]
+    assert [path.name for path in run_folder.checkpoints(folder)] == ["checkpoint-2", "checkpoint-5"]
     name = "adapter_model.safetensors"
     assert (folder / "adapter" / name).read_bytes() == (folder / "checkpoint-2" / name).read_bytes()
     assert (folder / "adapter" / name).read_bytes() != (folder / "checkpoint-5" / name).read_bytes()
@@ -219,7 +219,7 @@ def test_interrupted_once_it_saves_and_exits_130_and_goes_on_to_the_same_bits(
     assert "interrupted: finishing this step and saving a checkpoint" in captured.err
     assert f"Resume with: lorakit train --output-dir {folder} --resume" in captured.out
     assert _record(folder)["status"] == "interrupted"
-    assert [path.name for path in checkpoint.checkpoints(folder)] == ["checkpoint-2"]
+    assert [path.name for path in run_folder.checkpoints(folder)] == ["checkpoint-2"]
     assert not (folder / "adapter").exists()
     monkeypatch.undo()
     assert cli.main(["train", "--output-dir", str(folder), "--resume"]) == 0
@@ -305,7 +305,7 @@ def test_resume_with_every_checkpoint_damaged_starts_over(
     assert train(eval_fraction=0) == 0
     folder = tmp_path / "run"
     weights = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-    for path in checkpoint.checkpoints(folder):
+    for path in run_folder.checkpoints(folder):
         (path / "manifest.json").unlink()
     assert cli.main(["train", "--output-dir", str(folder), "--resume"]) == 0
     assert "no valid checkpoint; the run starts at its first step" in capsys.readouterr().out
@@ -363,7 +363,7 @@ def test_overwrite_replaces_the_run_once_the_new_one_can_begin(train: Train, tmp
     assert train("--overwrite", target_modules=["q_prok"]) == 1
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert train("--overwrite", max_steps=2) == 0
-    assert [path.name for path in checkpoint.checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
+    assert [path.name for path in run_folder.checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
     assert len([row for row in _rows(folder) if "loss" in row]) == 2
 
 
@@ -500,7 +500,7 @@ def test_checkpoints_that_do_not_fit_leave_adapters(
     assert f"Saved in {folder}: adapter-only-2 (the adapter alone)." in out
     assert "Finished at step 4 of 4" in out
     assert _record(folder)["status"] == "finished"
-    assert checkpoint.checkpoints(folder) == []
+    assert run_folder.checkpoints(folder) == []
     assert not list(folder.glob(".lorakit-tmp-*"))
     assert not list(folder.glob("adapter-only-*"))  # the best, which was the last, was published
     name = "adapter/adapter_model.safetensors"
@@ -562,7 +562,7 @@ def test_no_checkpoint_takes_the_room_of_the_result(
     monkeypatch.setattr(run_plan.shutil, "disk_usage", lambda _: SimpleNamespace(total=0, used=0, free=300_000))
     assert train(r=4) == 0
     assert "would leave no room for the final adapter" in capsys.readouterr().out
-    assert checkpoint.checkpoints(tmp_path / "run") == []
+    assert run_folder.checkpoints(tmp_path / "run") == []
     assert _record(tmp_path / "run")["status"] == "finished"
 
 

@@ -96,8 +96,8 @@ def test_from_training_to_a_merged_model(
     assert _train(model, texts, folder) == 0
     said = capsys.readouterr().out
     known = len(hub.load_tokenizer(model))
-    assert f"New tokens: <think> ({known}), </think> ({known + 1}); of the embedding and the head" in said
-    assert "Not in the training data" not in said
+    assert f"New tokens: <think> ({known}), </think> ({known + 1}); embedding and head" in said
+    assert "not in the training data" not in said
 
     config = json.loads((folder / "adapter/adapter_config.json").read_text(encoding="utf-8"))
     rows = [known, known + 1]
@@ -154,7 +154,7 @@ def test_eval_and_generate_use_the_adapters_own_tokenizer(
     for adapters in (both, both[::-1]):
         assert cli.main(["eval", *words, "--data", *texts, "--max-length", "48", "--adapter", *adapters, "--json"]) == 0
         captured = capsys.readouterr()
-        assert captured.err.count("has a tokenizer of its own, so its loss is over its own tokens") == 1
+        assert captured.err.count("has its own tokenizer") == 1
         found = {row["name"]: row for row in json.loads(captured.out)["results"]}
         assert found[both[0]]["tokens"] == found["base"]["tokens"]
         assert found[both[0]]["loss"] == pytest.approx(found["base"]["loss"])  # a fresh adapter
@@ -204,7 +204,7 @@ def test_tokens_that_the_data_does_not_have(
     base: Any, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _train(base(), texts, tmp_path / "run", tokens="<think> <never>") == 0
-    assert "Not in the training data, so their rows are not trained: <never>." in capsys.readouterr().out
+    assert "not in the training data, whose rows are not trained: <never>" in capsys.readouterr().out
 
 
 def test_a_file_lists_them_as_they_are(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_file_lists_them_as_they_are(tmp_path: Path) -> None:
     [
         ("", (), "new_tokens is ''; a token must not be empty."),
         ("<a>,,<b>", (), "new_tokens is '<a>,,<b>'; a token must not be empty."),
-        ("<a>,<b>,<a>", (), "new_tokens is '<a>,<b>,<a>'; '<a>' stands twice in it."),
+        ("<a>,<b>,<a>", (), "new_tokens is '<a>,<b>,<a>'; '<a>' occurs twice."),
         ("<a>,<|im_end|>", (), "new_tokens contains '<|im_end|>', which the tokenizer has already (id 2)"),
         ("a", (), "new_tokens contains 'a', which the tokenizer has already"),
         (

@@ -92,7 +92,7 @@ def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 def outcome(folder):
-    last = checkpoint.checkpoints(folder)[-1]
+    last = run_folder.checkpoints(folder)[-1]
     files = {f"{p.parent.name}/{p.name}": digest(p) for p in [*last.iterdir(), *(folder / "adapter").iterdir()]}
     state = json.loads((last / "state.json").read_text())
     state["state"].pop("seconds")

@@ -1,4 +1,4 @@
-"""What a whole small run needs."""
+"""Settings of a small run."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import torch
 
 from lorakit import durable
 from lorakit.errors import DiskError, RunError
-from lorakit.train import checkpoint
+from lorakit.train import checkpoint, run_folder
 from lorakit.train.checkpoint import TrainState, random_state
 
 FILES = ("adapter_model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", "manifest.json")
@@ -151,7 +151,7 @@ def test_the_best_and_the_newest_are_spared(tmp_path: Path, limit: int, best: in
     for step in range(1, 6):
         _save(tmp_path, step)
     checkpoint.prune(tmp_path, limit, best)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
+    assert [path.name for path in run_folder.checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in left}
 
 
@@ -166,7 +166,7 @@ def test_a_damaged_one_set_aside_is_no_checkpoint_any_more(tmp_path: Path) -> No
     for step in (1, 1):
         moved = checkpoint.set_aside(_save(tmp_path, step))
         assert moved.name.startswith("damaged-checkpoint-1")
-    assert checkpoint.checkpoints(tmp_path) == []
+    assert run_folder.checkpoints(tmp_path) == []
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -195,7 +195,7 @@ from lorakit.train import checkpoint
 from lorakit.train.checkpoint import TrainState, random_state
 
 root, again = Path(sys.argv[1]), sys.argv[2] == "again"
-WATCHED = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+AUDITED = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 left = None
 
 def count(what):
@@ -206,7 +206,7 @@ def count(what):
             os._exit(77)
 
 def audit(event, arguments):
-    if event in WATCHED:
+    if event in AUDITED:
         count(event)
 
 class Torn:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import DiskError
-from lorakit.train import checkpoint
+from lorakit.train import checkpoint, run_folder
 
 
 def _write(folder: Path) -> None:
@@ -17,11 +17,11 @@ def _write(folder: Path) -> None:
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for step, best in ((2, 2), (4, 4), (6, 4), (10, 4)):
         path = checkpoint.save_adapter_only(tmp_path, step, best, _write)
-        assert path == checkpoint.adapter_only_path(tmp_path, step)
+        assert path == run_folder.adapter_only_path(tmp_path, step)
         assert (path / "adapter_model.safetensors").read_bytes() == b"weights"
-    assert [path.name for path in checkpoint.adapters_only(tmp_path)] == ["adapter-only-4", "adapter-only-10"]
+    assert [path.name for path in run_folder.adapters_only(tmp_path)] == ["adapter-only-4", "adapter-only-10"]
     checkpoint.prune_adapters_only(tmp_path, 12, 12)
-    assert checkpoint.adapters_only(tmp_path) == []
+    assert run_folder.adapters_only(tmp_path) == []
 
 
 def test_a_failed_one_leaves_the_older_and_no_part(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def _equal(one: tuple[torch.optim.Optimizer, Named], two: tuple[torch.optim.Opti
 
 
 SKIPS: list[tuple[int, ...]] = [(4,), (), (0, 4), (2, 4, 7), (4, 6), (), (1, 2, 3, 4, 5, 6, 7)]
-"""Which tensors have no gradient in a step."""
+"""Tensors without a gradient in a step."""
 
 
 @pytest.mark.parametrize("run", [1, 64, 1 << 20])

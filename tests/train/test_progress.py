@@ -1,4 +1,4 @@
-"""What a person sees: lines in a pipe, a bar on a terminal."""
+"""Progress of a run: lines in a pipe, a bar on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run directory: claimed by one run, checked before anything is loaded, cleared without touching other files."""
+"""The run directory: which ones a run can use, and their creation and removal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder that a live run holds: who has it, and what is advised."""
+"""A directory that an active run has locked: the owner, and the advice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="flock")
 
 @pytest.fixture
 def live(tmp_path: Path) -> Iterator[Path]:
-    """The folder of a run that is active in this process."""
+    """The directory of a run that is active in this process."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "run.json").write_text("{}", encoding="utf-8")

@@ -74,7 +74,7 @@ def test_rows_are_one_json_object_a_line(tmp_path: Path) -> None:
 
 
 class _Full:
-    """A file that takes only so many bytes."""
+    """A file on a full disk: it takes `room` bytes."""
 
     def __init__(self, file: Any, room: int) -> None:
         self.file, self.room = file, room

@@ -1,4 +1,4 @@
-"""What a run chooses before its first step acts in all of them, and stands in its checkpoints."""
+"""Autotuned choices of a run: they apply to every step and are saved in its checkpoints."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def sliced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
         monkeypatch.setattr(module, "ROWS", (48, 96))
         monkeypatch.setattr(module, "SLICES", (SLICE,))
     monkeypatch.setattr(choosing, "FEWEST_FLOPS", 0)
-    monkeypatch.setattr(choosing, "BUSY", math.inf)  # whatever else runs beside the tests
+    monkeypatch.setattr(choosing, "BUSY", math.inf)  # whatever else runs on the machine
     monkeypatch.setattr(choosing, "answer", lambda question, clock: question.others[0])
     seen, stock = [], choices.in_slices
 
@@ -114,7 +114,9 @@ def test_a_run_that_goes_on_takes_the_choices_of_its_checkpoint(
     _run(settings)
     kernels = _kernels(tmp_path / "run", 2)
     (tmp_path / "cache" / "choices.json").unlink()
-    monkeypatch.setattr(choosing, "answer", lambda question, clock: question.usual)  # another time would say so
+    monkeypatch.setattr(
+        choosing, "answer", lambda question, clock: question.usual
+    )  # as another measurement might choose
     lines = _run(settings, max_steps=3, resume=True)
     assert not any("Autotuning: " in line or "differs from" in line for line in lines)
     assert _kernels(tmp_path / "run", 3) == kernels

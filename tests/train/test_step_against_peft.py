@@ -176,4 +176,4 @@ RECIPES = {
     "bert": {"encoder layer", "norm"},
     "t5": {"sublayer", "norm", "adapted linear"},
 }
-"""What must have taken part for the comparison to say something."""
+"""Parts that must be used for the comparison to say something."""

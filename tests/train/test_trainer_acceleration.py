@@ -1,4 +1,4 @@
-"""What a run says of its accelerated model: in two lines, and one more for what stays as it is."""
+"""The lines that a run prints about its accelerated model, and about modules that are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`recompute` and `memory_budget` of a run: the same losses to the bit, the choice said and recorded, refusals early."""
+"""`recompute` and `memory_budget` of a run: losses are bit-identical, the choice is printed and recorded."""
 
 from __future__ import annotations
 

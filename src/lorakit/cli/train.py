@@ -1,4 +1,4 @@
-"""`lorakit train`: trains an adapter.
+"""`lorakit train`: train an adapter.
 
 The flags are the fields of `TrainSettings`, generated from its table of defaults; `lorakit.train` defines their effect.
 """

@@ -20,6 +20,7 @@ from lorakit.core.files.inspecting import judge_files
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.errors import ShapeMismatchError, warn_caller
 from lorakit.peft import casting
+from lorakit.peft.layer_methods import answer_as_peft
 from lorakit.peft.state_dicts import WRAPPED, StateDictError, names_of, put_tensors
 from lorakit.peft.tuner import CONFIGS, kinds_of
 
@@ -105,6 +106,7 @@ def _load(model: Any, folder: Path, name: str, trainable: bool, config: LoraConf
         config.inference_mode = not trainable
         model.peft_config[name] = config
     setattr(user, CONFIGS, model.peft_config)
+    answer_as_peft(user)
     return report
 
 

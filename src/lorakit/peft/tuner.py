@@ -24,9 +24,10 @@ from lorakit.core.model.activation import parameters_by_adapter
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.core.model.index import find_state
 from lorakit.core.model.ties import LEFT_ALONE, NOTHING_TIED
-from lorakit.errors import AdapterError, ConfigError, NotYetSupported, RouteError, warn_caller
+from lorakit.errors import AdapterError, ConfigError, MergeError, NotYetSupported, RouteError, warn_caller
 from lorakit.peft import adapter_queries, casting
 from lorakit.peft.data_inits import for_attaching
+from lorakit.peft.layer_methods import answer_as_peft
 from lorakit.peft.matching import (
     check_parameters,
     check_together,
@@ -229,6 +230,7 @@ class BaseTuner(nn.Module):
         asked, found = for_attaching(self.model, asked)
         with garbage_collector_paused(), no_target_in_peft_words(self.model, config):
             report = core.attach(self.model, asked, name, allow=ALLOWANCES, kinds=kinds_of(config), statistics=found)
+        answer_as_peft(self.model)
         self.peft_config[name].init_lora_weights = config.init_lora_weights
         self.peft_config[name].eva_config = config.eva_config
         for message in messages_of_missing(config, report):
@@ -395,7 +397,14 @@ class BaseTuner(nn.Module):
         fresh = self._unmerged(adapter_names)
         if fresh:
             self._warn_of_training(fresh)
-            core.merge(self.model, *fresh, untie=warn_of_ties(self.model, fresh)[0])
+            try:
+                core.merge(self.model, *fresh)
+                return
+            except MergeError as refusal:  # nothing has changed
+                if refusal.override != "untie":
+                    raise
+                untie = warn_of_ties(self.model, fresh)[0]
+            core.merge(self.model, *fresh, untie=untie)
 
     def _warn_of_training(self, names: Sequence[str]) -> None:
         """Warn that a merged layer runs only its base, so that a loss reaches no factor; PEFT gives no warning."""

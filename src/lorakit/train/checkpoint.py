@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import random
-import re
 import secrets
 import shutil
 import sys
@@ -33,6 +32,7 @@ from safetensors.torch import save as tensors_to_bytes
 from lorakit import __version__, durable
 from lorakit.errors import DiskError, LorakitError, RunError
 from lorakit.ops.kernels import compiled
+from lorakit.train.run_folder import adapter_only_path, adapter_only_step, adapters_only, checkpoints, step_of
 
 
 @dataclass
@@ -194,8 +194,6 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 RANDOM = "random.safetensors"
-_NAME = re.compile(r"checkpoint-(\d{1,12})")
-_ADAPTER_ONLY_NAME = re.compile(r"adapter-only-(\d{1,12})")
 _MAX_MANIFEST_BYTES = 1 << 20
 _MAX_STATE_BYTES = 16 << 20
 
@@ -347,14 +345,6 @@ def verified(folder: Path) -> Iterator[tuple[Path, str | None]]:
         yield path, fault
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the directories named as checkpoints, oldest step first, valid or not."""
-    if not folder.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, key=lambda pair: pair[0]) if path.is_dir()]
-
-
 def prune(folder: Path, limit: int, best_step: int | None) -> list[Path]:
     """Remove the oldest checkpoints above a limit; the newest and the best always stay.
 
@@ -413,31 +403,6 @@ def discard(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def step_of(path: Path) -> int:
-    """Return the step in a checkpoint's name, or -1 for any other name."""
-    match = _NAME.fullmatch(path.name)
-    return int(match[1]) if match else -1
-
-
-def adapter_only_path(folder: Path, step: int) -> Path:
-    """Return the directory of an adapter saved without a checkpoint; it may not exist."""
-    return folder / f"adapter-only-{step}"
-
-
-def adapter_only_step(path: Path) -> int:
-    """Return the step in the name of an adapter saved without a checkpoint, or -1 for any other name."""
-    match = _ADAPTER_ONLY_NAME.fullmatch(path.name)
-    return int(match[1]) if match else -1
-
-
-def adapters_only(folder: Path) -> list[Path]:
-    """Return the adapters saved without a checkpoint, oldest step first."""
-    if not folder.is_dir():
-        return []
-    found = (path for path in folder.iterdir() if adapter_only_step(path) >= 0 and path.is_dir())
-    return sorted(found, key=adapter_only_step)
-
-
 def save_adapter_only(folder: Path, step: int, best_step: int | None, write_adapter: Callable[[Path], object]) -> Path:
     """Write the adapter of a step, completely or not at all; then remove older ones except the best.
 
@@ -477,7 +442,7 @@ def prune_adapters_only(folder: Path, step: int, best_step: int | None) -> None:
 
 
 def describe_saved(folder: Path) -> str:
-    """Describe in a sentence what a run directory holds: the newest valid checkpoint, and adapters without one."""
+    """Describe the content of a run directory: the newest valid checkpoint, and adapters saved without one."""
     valid = newest_valid(folder)
     found = [] if valid is None else [f"{valid.name} (complete, for --resume)"]
     found += [f"{path.name} (the adapter alone)" for path in adapters_only(folder)]

@@ -62,7 +62,7 @@ DEFAULTS: dict[str, Default] = {
         "attention and MLP together learn more than attention alone at the same number of parameters",
     ),
     "new_tokens": Default(
-        "Add tokens to the vocabulary, such as '<think>,</think>', and train their rows of the embedding and the head; "
+        "Add tokens to the vocabulary, such as '<think>,</think>', and train their embedding and head rows only; "
         "the tokenizer is saved with the adapter",
         [],
         "the base's vocabulary is sufficient for most tasks",
@@ -99,7 +99,7 @@ DEFAULTS: dict[str, Default] = {
         "3e-4",
     ),
     "loraplus_lr_ratio": Default(
-        "Ratio of B's learning rate to A's (LoRA+)", None, "1: A and B learn at one rate; LoRA+ uses 4 to 16", "none"
+        "Ratio of B's learning rate to A's (LoRA+)", None, "A and B learn at one rate; LoRA+ uses 4 to 16", "1"
     ),
     "loraplus_lr_embedding": Default(
         "Learning rate of the factors of embeddings", None, "the same as elsewhere; PEFT's LoRA+ uses 1e-6", "none"

@@ -99,7 +99,7 @@ class Compared:
     """One row of the comparison.
 
     Attributes:
-        name: "base", or the adapter's directory as it was given.
+        name: "base", or the adapter's directory as given.
         evaluation: Loss and tokens.
     """
 
@@ -191,7 +191,7 @@ def compare(
     loaded = hub.load_model(source, choice.dtype, where, quantization=settings.quantization)
     first = _measured(loaded, "base", batches, where)
     found = {}
-    # new tokens add rows to the base for good, and more logits change the loss: smaller vocabularies come first
+    # rows for new tokens stay in the base, and more logits change the loss: smaller vocabularies come first
     for number in sorted(range(len(bases)), key=lambda n: 0 if (base := bases[n]) is None else base.vocabulary):
         folder, name = settings.adapters[number], f"adapter{number}"
         core.load_adapter(loaded, folder, name, allow=settings.allow)

@@ -29,9 +29,7 @@ _FUSED_DEVICES = ("cpu", "cuda", "mps")
 _EPSILON = 1e-6  # torch's own, in `clip_grads_with_norm_`
 
 
-def build_optimizer(
-    model: nn.Module, adapter: str, settings: TrainSettings
-) -> tuple[list[tuple[str, nn.Parameter]], torch.optim.Optimizer]:
+def build_optimizer(model: nn.Module, adapter: str, settings: TrainSettings) -> tuple[Named, torch.optim.Optimizer]:
     """Build the optimizer of a run; LoRA-FA freezes one factor of each site first.
 
     Args:
@@ -48,16 +46,12 @@ def build_optimizer(
     """
     pairs = freeze_factors(model, adapter) if settings.optimizer == "lorafa" else None
     named = core.trainable_parameters(model, adapter)
-    peaks = Rates(
-        settings.learning_rate,
-        settings.loraplus_lr_ratio or 1.0,
-        settings.loraplus_lr_embedding,
-        settings.learning_rate_pattern,
-    )
+    rate, ratio, decay = settings.learning_rate, settings.loraplus_lr_ratio or 1.0, settings.weight_decay
+    peaks = Rates(rate, ratio, settings.loraplus_lr_embedding, settings.learning_rate_pattern)
     rates = rates_by_name(trained_parts(model, adapter), peaks)
     if pairs is None:
-        return named, build_adamw(named, settings.learning_rate, settings.weight_decay, rates)
-    return named, build_lorafa(named, pairs, settings.learning_rate, settings.weight_decay, rates)
+        return named, build_adamw(named, rate, decay, rates)
+    return named, build_lorafa(named, pairs, rate, decay, rates)
 
 
 def build_adamw(
@@ -100,14 +94,11 @@ def build_lorafa(
     """Build LoRA-FA with the groups of `build_adamw`.
 
     Args:
-        named: The trainable tensors (any shape) by name, after `lorakit.core.optimizers.freeze_factors`.
+        named: As for `build_adamw`, after `lorakit.core.optimizers.freeze_factors`.
         pairs: Result of `freeze_factors`.
-        learning_rate: The initial rate; the loop sets it before each step.
-        weight_decay: Fraction of a matrix, times the rate, subtracted at each step.
-        rates: Peak rate by tensor name, if it differs from `learning_rate`.
-
-    Returns:
-        The optimizer, without state.
+        learning_rate: As for `build_adamw`.
+        weight_decay: As for `build_adamw`.
+        rates: As for `build_adamw`.
 
     Raises:
         RunError: No tensor is trainable.
@@ -204,9 +195,7 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, named: Named, tensors: 
         kind, _, name = key.partition("/")
         wanted = shapes.get(name)
         if wanted is None or kind not in (*MOMENTS, "step") or (kind in MOMENTS and value.shape != wanted):
-            raise RunError(
-                f"The optimizer state {key} of shape {tuple(value.shape)} does not match this model's adapter."
-            )
+            raise RunError(f"The optimizer state {key} {tuple(value.shape)} does not match this model's adapter.")
     for name, parameter in named:
         state = {kind: tensors[f"{kind}/{name}"] for kind in ("step", *MOMENTS) if f"{kind}/{name}" in tensors}
         if state:
@@ -217,10 +206,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """State with the shape of its tensor; the rest is "step", the number of steps that the tensor has taken."""
 
 _ALIGNED = 16
-_RUN = {
-    "cpu": 1 << 20,
-    "cuda": 1 << 24,
-}  # elements per run: 4 MB on a CPU, which stay in the cache until AdamW reads them
+_RUN = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements per run: 4 MB on a CPU stay in the cache until AdamW reads them
 
 
 def is_packable(parameters: Sequence[nn.Parameter]) -> bool:
@@ -234,9 +220,8 @@ def is_packable(parameters: Sequence[nn.Parameter]) -> bool:
     devices = {p.device for p in parameters}
     if len(devices) != 1 or devices.pop().type not in _RUN:
         return False
-    if not all(type(p.data) is Tensor and p.dtype == torch.float32 and p.is_contiguous() for p in parameters):
-        return False
-    return _is_disjoint(parameters)
+    is_plain = all(type(p.data) is Tensor and p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
+    return is_plain and _is_disjoint(parameters)
 
 
 class FlatAdamW(torch.optim.Optimizer):
@@ -274,11 +259,8 @@ class FlatAdamW(torch.optim.Optimizer):
         """Take one step.
 
         Args:
-            closure: Function that recomputes the loss, or None.
+            closure: Function that recomputes the loss, or None; its result is returned.
             factor: Factor applied to each gradient first; `.grad` itself may stay unchanged.
-
-        Returns:
-            The closure's result.
 
         Raises:
             RunError: A tensor changed its dtype, device or shape after the optimizer was built; nothing was updated.

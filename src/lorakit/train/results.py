@@ -24,7 +24,16 @@ from lorakit.report import loss_plot, read_metrics
 from lorakit.tables import format_bytes, format_percent, format_rate, format_seconds
 from lorakit.train import checkpoint
 from lorakit.train.run_adapter import write_tokenizer
-from lorakit.train.run_folder import ADAPTER_FOLDER, PLOT_FILE, versions, write_record
+from lorakit.train.run_folder import (
+    ADAPTER_FOLDER,
+    PLOT_FILE,
+    adapter_only_path,
+    adapter_only_step,
+    adapters_only,
+    step_of,
+    versions,
+    write_record,
+)
 from lorakit.train.run_spec import Run
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -145,11 +154,11 @@ def finish(run: Run) -> RunResult:
     adapter = step = resumable = None
     if run.status == "interrupted":
         found = checkpoint.newest_valid(folder)
-        resumable = None if found is None else checkpoint.step_of(found)
+        resumable = None if found is None else step_of(found)
     else:
         step, source = _chosen(run, notes)
         adapter = _publish(run, step, source, notes)
-        if source == checkpoint.adapter_only_path(folder, step):
+        if source == adapter_only_path(folder, step):
             shutil.rmtree(source, ignore_errors=True)
         notes.append(_plot_loss(folder, f"{run.spec.source.base_name}: loss by step"))
         if state.best_loss is not None and state.first_loss is not None and state.best_loss >= state.first_loss:
@@ -190,12 +199,12 @@ def _chosen(run: Run, notes: list[str]) -> tuple[int, Path]:
     try:
         checkpoint.verify(whole)
     except RunError as cause:
-        alone = checkpoint.adapters_only(folder)
-        if checkpoint.adapter_only_path(folder, wanted) in alone:
-            return wanted, checkpoint.adapter_only_path(folder, wanted)
+        alone = adapters_only(folder)
+        if adapter_only_path(folder, wanted) in alone:
+            return wanted, adapter_only_path(folder, wanted)
         valid = checkpoint.newest_valid(folder)
-        found = [(checkpoint.step_of(valid), valid)] if valid else []
-        found += [(checkpoint.adapter_only_step(path), path) for path in alone]
+        found = [(step_of(valid), valid)] if valid else []
+        found += [(adapter_only_step(path), path) for path in alone]
         if not found:
             raise
         step, path = max(found)
@@ -237,7 +246,7 @@ def publish_adapter(source: Path, folder: Path, save_tokenizer: Callable[[Path],
     with durable.publish_directory(final, replace=True) as temporary:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.name not in _CHECKPOINT_ONLY:
-                _copy(path, temporary / path.name, linked=checkpoint.adapter_only_step(source) >= 0)
+                _copy(path, temporary / path.name, linked=adapter_only_step(source) >= 0)
         save_tokenizer(temporary)
         durable.write_text(temporary / "README.md", card)
     return final

@@ -43,7 +43,7 @@ from lorakit.train.settings import TrainSettings
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the base's shape tells about a run, before its data is tokenized.
+    """Facts about a run that follow from the shape of its base, before data is tokenized.
 
     Attributes:
         shape: The base's shape.
@@ -282,7 +282,7 @@ class NewTokens:
     Attributes:
         added: Their ids, and how the tokenizer encoded their texts before.
         vocabulary: Required rows of the base's embedding.
-        rows: The trained rows: theirs, and those missing in the base for older tokens.
+        rows: Embedding rows to train: theirs, and those missing in the base for older tokens.
     """
 
     added: hub.AddedTokens

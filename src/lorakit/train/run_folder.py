@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from importlib import metadata
@@ -23,7 +24,6 @@ import lorakit
 from lorakit import durable
 from lorakit.errors import AdapterFileError, DiskError, RunError, UsageError
 from lorakit.report import METRICS_FILE, RUN_FILE, read_metrics
-from lorakit.train.checkpoint import adapters_only, checkpoints
 from lorakit.train.settings import TrainSettings
 
 FORMAT = 1
@@ -307,6 +307,8 @@ def _owner(folder: Path) -> int | None:
 
 ADAPTER_FOLDER = "adapter"
 PLOT_FILE = "loss.svg"
+_CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{1,12})")
+_ADAPTER_ONLY_NAME = re.compile(r"adapter-only-(\d{1,12})")
 
 
 def check_output_dir(settings: TrainSettings) -> None:
@@ -357,6 +359,39 @@ def lock_output_dir(folder: Path) -> int:
         raise
     durable.sweep(folder)
     return descriptor
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the directories named as checkpoints, oldest step first, valid or not."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _CHECKPOINT_NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, key=lambda pair: pair[0]) if path.is_dir()]
+
+
+def step_of(path: Path) -> int:
+    """Return the step in a checkpoint's name, or -1 for any other name."""
+    match = _CHECKPOINT_NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def adapter_only_path(folder: Path, step: int) -> Path:
+    """Return the directory of an adapter saved without a checkpoint; it may not exist."""
+    return folder / f"adapter-only-{step}"
+
+
+def adapter_only_step(path: Path) -> int:
+    """Return the step in the name of an adapter saved without a checkpoint, or -1 for any other name."""
+    match = _ADAPTER_ONLY_NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def adapters_only(folder: Path) -> list[Path]:
+    """Return the adapters saved without a checkpoint, oldest step first."""
+    if not folder.is_dir():
+        return []
+    found = (path for path in folder.iterdir() if adapter_only_step(path) >= 0 and path.is_dir())
+    return sorted(found, key=adapter_only_step)
 
 
 def holds_run(folder: Path) -> bool:

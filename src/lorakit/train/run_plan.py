@@ -20,11 +20,11 @@ from lorakit.errors import DiskError
 from lorakit.ops import choices
 from lorakit.speed import Acceleration, choose
 from lorakit.tables import format_bytes
-from lorakit.train.checkpoint import checkpoints, differences, environment
+from lorakit.train.checkpoint import differences, environment
 from lorakit.train.optimizer import Named
 from lorakit.train.progress import Progress
 from lorakit.train.run_adapter import saved_sizes
-from lorakit.train.run_folder import run_files
+from lorakit.train.run_folder import checkpoints, run_files
 from lorakit.train.run_spec import DiskSpace, RunLimits, RunPlan, RunSpec
 
 WORTH_MEASURING_FLOPS = 2e12

@@ -34,7 +34,7 @@ from lorakit.train.run_data import (
     pick_device,
     read_data,
 )
-from lorakit.train.run_folder import check_output_dir, data_hashes, lock_output_dir, versions
+from lorakit.train.run_folder import check_output_dir, checkpoints, data_hashes, lock_output_dir, step_of, versions
 from lorakit.train.settings import TrainSettings
 from lorakit.train.settings_sources import complete
 from lorakit.train.step import Schedule, StepOptions
@@ -135,11 +135,11 @@ def _check_same_data(folder: Path, record: Mapping[str, Any], hashes: Mapping[st
 
 
 def _check_steps_left(folder: Path, max_steps: int | None) -> None:
-    """Raise if the newest valid checkpoint is past the last step; checkpoints are verified only if a name says so."""
-    if max_steps is None or all(checkpoint.step_of(path) <= max_steps for path in checkpoint.checkpoints(folder)):
+    """Raise if the newest valid checkpoint is past the last step; verify only if the name of one is."""
+    if max_steps is None or all(step_of(path) <= max_steps for path in checkpoints(folder)):
         return
     found = checkpoint.newest_valid(folder)
-    if found is not None and checkpoint.step_of(found) > max_steps:
+    if found is not None and step_of(found) > max_steps:
         raise UsageError(
             f"cannot resume {folder}: max_steps is {max_steps}, but the run is already at {found.name}; pass a larger "
             "--max-steps, or use another --output-dir.",

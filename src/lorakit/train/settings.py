@@ -211,7 +211,7 @@ class TrainSettings(BaseModel):
 
     @property
     def recomputed(self) -> str:
-        """What the backward pass recomputes, as far as set; with a memory budget the plan decides."""
+        """Recomputation in the backward pass, as far as set; with a memory budget the plan decides."""
         return recomputed(self.recompute, self.gradient_checkpointing, self.memory_budget, self.accelerate)
 
     @property

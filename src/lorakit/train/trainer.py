@@ -67,8 +67,8 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
     Raises:
         LorakitError: The run is not possible as specified, or failed; class and message say why. An older run is
             unchanged unless training had started; then its last valid checkpoint is kept.
-        KeyboardInterrupt: A signal arrived before the first step (no file of the run was changed; the message says
-            so), or a second one during training.
+        KeyboardInterrupt: A signal arrived before the first step (the run directory is unchanged), or a second one
+            during training.
     """
     started = time.perf_counter()
     progress = progress or NullProgress()

@@ -191,10 +191,11 @@ def _take_off(index: AdapterIndex, state: AdapterState, names: Sequence[str]) ->
         for path in index.patches:
             BiasPatch.uninstall(index.everything[path], names)
         note_old_biases(index)
-    waited = any(config.alora_invocation_tokens is not None for config in state.configs.values())
+    waited = bool(state.waiting)
+    state.waiting = state.waiting.difference(names)
     for gone in names:
         del state.configs[gone]
-    if waited and not any(config.alora_invocation_tokens is not None for config in state.configs.values()):
+    if waited and not state.waiting:
         uninstall(index.model)
     state.default = Route(tuple(n for n in state.default.names if n not in names))
     if not state.configs:

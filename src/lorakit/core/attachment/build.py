@@ -32,7 +32,7 @@ from lorakit.core.routing.positions import install
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
 from lorakit.core.statistics.moments import Statistics
-from lorakit.core.variants import Factor, Start, Variant, variant_for
+from lorakit.core.variants import Factor, Start, Variant, variant_for, variants_of
 from lorakit.errors import ConfigError
 from lorakit.targets import Match
 
@@ -336,7 +336,8 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
         parameter.data = values
     if not built.trainable:
         _freeze(built, state)
-    if built.config.alora_invocation_tokens is not None:
+    if any(variant.positions is not None for variant in variants_of(built.config)):
+        state.waiting |= {built.name}
         install(index.model, state)
     if state.biased:
         note_old_biases(index)

@@ -39,6 +39,7 @@ class Components:
     patches: list[BiasPatch] = field(default_factory=list)
     parents: list[tuple[nn.Module, str]] = field(default_factory=list)
     plain: list[tuple[str, nn.Module]] = field(default_factory=list)
+    _led: dict[tuple[str, ...], dict[LoraLayer, LoraLayer]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> Components:
@@ -85,7 +86,10 @@ class Components:
 
     def followers(self, adapters: Sequence[str]) -> dict[LoraLayer, LoraLayer]:
         """Return the layers that are led in every one of some adapters -> the layers that lead them; one weight."""
-        return dict(of_one_weight(self.layers(), adapters))
+        key = tuple(adapters)
+        if key not in self._led:
+            self._led[key] = dict(of_one_weight(self.layers(adapters), adapters))
+        return self._led[key]
 
     def leading_tables(self) -> dict[TrainableTokens, list[TrainableTokens]]:
         """Return the tables that lead -> those that follow their rows."""

@@ -15,13 +15,20 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorakit.core.layers.adapter_component import AdapterModule, KeepBase, MergeOptions, SiteMerge, StagedMerge
+from lorakit.core.layers.adapter_component import (
+    AdapterModule,
+    KeepBase,
+    MergeOptions,
+    SiteMerge,
+    StagedMerge,
+    trainable_tensors,
+)
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.merging.checks import check_mergeable, components_apart
 from lorakit.core.merging.components import Components
 from lorakit.core.model.base_view import float_dtype
-from lorakit.core.model.checks import check_known, trainable_tensors
+from lorakit.core.model.checks import check_known
 from lorakit.core.quantization import let_go
 from lorakit.core.routing.positions import uninstall
 from lorakit.errors import MergeError

@@ -40,6 +40,7 @@ __all__ = [
     "Sum",
     "Variant",
     "added",
+    "asked_for",
     "is_kept",
     "own_tensors",
     "row_norms",
@@ -66,6 +67,11 @@ def variant_named(name: str) -> Variant:
     raise KeyError(name)
 
 
+def asked_for() -> tuple[Variant, ...]:
+    """Return the variants that a config has to ask for: all but LoRA itself."""
+    return tuple(variant for variant in VARIANTS if variant.field)
+
+
 def own_tensors() -> Iterator[OwnTensor]:
     """Yield every tensor of shape (…) that some variant holds beside A and B."""
     for variant in VARIANTS:
@@ -74,8 +80,7 @@ def own_tensors() -> Iterator[OwnTensor]:
 
 def variants_of(config: LoraConfig) -> list[Variant]:
     """Return the variants that a config asks for at some site or other, LoRA itself left out."""
-    asked = (variant for variant in VARIANTS if variant.field)
-    return [variant for variant in asked if getattr(config, variant.field) not in (None, False)]
+    return [variant for variant in asked_for() if getattr(config, variant.field) not in (None, False)]
 
 
 def variant_of(config: LoraConfig) -> Variant:

@@ -1,0 +1,39 @@
+"""`RunSpec.of`: what it knows, and that it locks the run directory only after every check; the limits of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.errors import RunError, TargetError, UsageError
+from lorakit.train import run_folder
+from lorakit.train.progress import NullProgress
+from lorakit.train.run_spec import RunSpec
+from lorakit.train.settings import TrainSettings
+
+
+def test_everything_before_the_weights_is_known(short_run: dict[str, Any], tmp_path: Path) -> None:
+    spec = RunSpec.of(TrainSettings(**short_run), NullProgress())
+    try:
+        assert spec.folder == tmp_path / "run" and list(spec.folder.iterdir()) == []
+        assert (spec.forecast.config.r, spec.forecast.max_length, spec.device.type) == (2, 24, "cpu")
+        assert sorted(spec.hashes) == [str(path) for path in short_run["data"]]
+        assert spec.record is None and spec.quantization is None and spec.quantization_values is None
+        with pytest.raises(RunError, match="a run is active"):
+            run_folder.lock(spec.folder)
+    finally:
+        run_folder.unlock(spec.lock)
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [({"target_modules": ["q_prok"]}, TargetError), ({"max_length": 4096}, UsageError)],
+)
+def test_a_rejected_run_makes_no_directory(
+    short_run: dict[str, Any], tmp_path: Path, more: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        RunSpec.of(TrainSettings(**{**short_run, **more}), NullProgress())
+    assert not (tmp_path / "run").exists()
