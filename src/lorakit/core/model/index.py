@@ -72,7 +72,8 @@ class AdapterIndex:
             the model itself.
         everything: Path -> module, also inside adapted modules and with the model itself (""), in the order of
             `named_modules`; holders of factors are left out.
-        parents: id of a module -> every (parent, attribute) that holds it, outside of adapted modules.
+        parents: id of a module -> every (parent, attribute) that holds it; of those inside adapted modules, only
+            adapted ones are listed.
         components: Path -> adapted module, in the model's order.
         patches: Path -> hooks by which adapters train biases of the module there.
         kinds: Kinds that the user made, by name.
@@ -105,12 +106,12 @@ class AdapterIndex:
             return model
         index = cls(model)
         for path, module, children, is_new, is_outside in _visits(model):
-            if is_outside:
-                if path:
-                    index.modules[path] = module
-                if children and not isinstance(module, AdapterModule):
-                    for attribute, child in children:
-                        index.parents.setdefault(id(child), []).append((module, attribute))
+            if is_outside and path:
+                index.modules[path] = module
+            plain = is_outside and not isinstance(module, AdapterModule)
+            for attribute, child in children:
+                if plain or isinstance(child, AdapterModule):
+                    index.parents.setdefault(id(child), []).append((module, attribute))
             if is_new:
                 index._note(path, module, children)
         if index.state is not None:
@@ -319,9 +320,10 @@ class AdapterIndex:
             old: A module outside of adapted ones, or an adapted one.
             new: What takes its place.
         """
-        for parent, attribute in self.parents[id(old)]:
+        places = self.parents.get(id(old), [])
+        for parent, attribute in places:
             parent._modules[attribute] = new
-        self.parents[id(new)] = self.parents[id(old)]
+        self.parents[id(new)] = places
 
 
 def _visits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Children, bool, bool]]:
