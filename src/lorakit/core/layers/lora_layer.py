@@ -58,7 +58,6 @@ class LoraLayer(BaseWeight):
         lora_embedding_B: Adapter -> B of an embedding, (d, r).
         lora_dropout: Adapter -> dropout before A.
         lora_magnitude_vector: Adapter -> carrier of DoRA's magnitude, (out,).
-        r: Adapter -> rank.
         lora_alpha: Adapter -> alpha.
         scaling: Adapter -> scale.
         trains: Adapter -> which of "A" and "B" it trains.
@@ -66,7 +65,6 @@ class LoraLayer(BaseWeight):
         forwards: The layer's forwards so far, for recomputation.
     """
 
-    r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
     trains: dict[str, frozenset[str]]
