@@ -214,8 +214,8 @@ def _tied_matches(
     if own is not None:
         raise ConfigError(
             f"ensure_weight_tying ties the factors of {leader} and {partners[0]}, and {own.field} gives each a tensor "
-            f"of its own ({own.tensors[0].held_as}). Leave one of the two off, or adapt only one of the modules without "
-            "ensure_weight_tying.",
+            f"of its own ({own.tensors[0].held_as}). Leave one of the two off, or adapt only one of the modules "
+            "without ensure_weight_tying.",
             where=leader,
             field=own.field,
         )
