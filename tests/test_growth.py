@@ -1,4 +1,4 @@
-"""Growth in benchmarks/: slopes of known powers, arithmetic of the very model that is measured, points of the axes."""
+"""Growth in benchmarks/: slopes of known powers, estimates for the measured model, points of the axes."""
 
 from __future__ import annotations
 
@@ -96,6 +96,6 @@ def test_more_adapters_are_more_to_read_and_nothing_more_to_multiply(growth: Any
     job = Job(32, 1)
     one, three, five = (growth.of_decoding(FIELDS, job, adapters) for adapters in (1, 3, 5))
     assert one.flops == three.flops
-    each = 2 * 4_884_480  # bf16 numbers of rank 16 on all linear layers
+    each = 2 * 4_884_480  # bf16 elements of rank 16 on all linear layers
     assert one.read_bytes == 2 * growth.shape_of().parameters + each
     assert three.read_bytes - one.read_bytes == five.memory_bytes - three.memory_bytes == 2 * each

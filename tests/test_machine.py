@@ -1,4 +1,4 @@
-"""lorakit.machine: facts read from the texts of the operating system."""
+"""lorakit.machine: properties parsed from texts of the operating system."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch import nn
 from lorakit import hub
 from lorakit.core.model.base_view import quantised_weights
 from lorakit.errors import ConfigError, MissingExtra, ModelError
-from lorakit.plan.quantized import STORAGES, Quantization, Storage, quantised_sites, stored
+from lorakit.plan.quantized import STORAGES, Quantization, Storage, quantized_sites, stored
 
 IDS = torch.tensor([[5, 17, 200, 3, 9, 44]])
 CLOSE = {"nf4": 0.3, "fp4": 0.4, "hqq4": 0.3, "int8": 0.1, "int8-torchao": 0.05, "hqq8": 0.05}
@@ -43,7 +43,7 @@ def test_what_plan_says_is_stored_in_fewer_bits(storage: Storage, dtype: str, wi
     model = hub.load_model(wide_model_directory, dtype, quantization=storage.name)
     shape = hub.shape_of(wide_model_directory)
     found = list(quantised_weights(model))
-    assert [weight.name for weight in found] == [f"{site.path}.weight" for site in quantised_sites(shape, storage)]
+    assert [weight.name for weight in found] == [f"{site.path}.weight" for site in quantized_sites(shape, storage)]
     rest = {
         tensor.data_ptr(): tensor.numel() * tensor.element_size()
         for name, tensor in model.named_parameters()

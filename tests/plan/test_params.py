@@ -1,4 +1,4 @@
-"""Counts: the published numbers of the design, and equality with what attaching makes."""
+"""Counts: published values, and equality with what attaching creates."""
 
 from __future__ import annotations
 

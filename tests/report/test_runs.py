@@ -1,4 +1,4 @@
-"""Reading run folders."""
+"""Reading run directories."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.ops.kernels import compiled
 from lorakit.speed import Acceleration, accelerate
-from lorakit.speed.admission import Left
+from lorakit.speed.admission import Skipped
 from lorakit.train.trainer import accelerated_lines
 
 
@@ -26,7 +26,7 @@ def test_a_model_that_is_known_takes_two_lines() -> None:
     fast = accelerate(model())
     assert accelerated_lines(fast) == [
         f"Acceleration: {len(fast.swaps)} fused modules, loss without logits, packed sequences.",
-        f"CPU kernels: {compiled.account()}.",
+        f"CPU kernels: {compiled.describe()}.",
     ]
 
 
@@ -36,8 +36,8 @@ def test_what_stays_as_it_is_takes_a_third() -> None:
     assert third == "Not accelerated: 1 × MixtralSparseMoeBlock (not the children of a decoder layer that is known)."
 
 
-@pytest.mark.parametrize("left", [(Left("", "Sharded", "its weights are sharded"),), ()])
-def test_a_model_that_is_not_says_why(left: tuple[Left, ...]) -> None:
+@pytest.mark.parametrize("left", [(Skipped("", "Sharded", "its weights are sharded"),), ()])
+def test_a_model_that_is_not_says_why(left: tuple[Skipped, ...]) -> None:
     assert accelerated_lines(Acceleration((), left, None, "its weights are sharded")) == [
         "Not accelerated: its weights are sharded."
     ]

@@ -188,10 +188,10 @@ def run(
         fitting = plan.within(planned, plan.bytes_of(job.memory_budget))
         planned = fitting.plan
     if json:
-        said = machine.said if fitting is None else (*machine.said, fitting.said)
+        said = machine.said if fitting is None else (*machine.said, fitting.reason)
         console.emit_json({**planned.as_dict(), "machine": list(said)})
         return 0
-    notes = () if fitting is None else (fitting.said,)
+    notes = () if fitting is None else (fitting.reason,)
     console.say(plan.render(planned, verbose=verbose, notes=notes))
     if verbose and machine.said:
         console.say("\n" + "\n".join(machine.said))

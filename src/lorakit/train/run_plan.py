@@ -60,7 +60,7 @@ def planned_run(request: Request, pace: Pace, lengths: Sequence[int]) -> Planned
     if request.settings.memory_budget is not None:
         fitting = plan.within(made, plan.bytes_of(request.settings.memory_budget))
         made = fitting.plan
-        lines.append(fitting.said)
+        lines.append(fitting.reason)
     lines += plan.summary(made)
     details += plan.details(made)
     return Planned(choice.dtype, made.job.recompute, made.as_dict(), tuple(lines), tuple(details))
@@ -92,7 +92,7 @@ def _flops(request: Request, pace: Pace, lengths: Sequence[int], dtype: str) -> 
 def choices_of_run(
     request: Request, trainee: Trainee, loader: Loader, before: Mapping[str, Any] | None, dtype: str, progress: Progress
 ) -> dict[str, int]:
-    """What acts in a run, as `lorakit.ops.choices.acting` takes it; says what it cost where something was measured.
+    """What acts in a run, as `lorakit.ops.choices.activate` takes it; says what it cost where something was measured.
 
     Args:
         request: The request; without its `tuning` nothing is chosen.
@@ -106,7 +106,7 @@ def choices_of_run(
         return {}
     here = environment(request.device, dtype, request.quantization)
     if before is not None and not differences({**before, "kernels": here["kernels"]}, here):
-        return choices.from_words(before.get("kernels"))
+        return choices.from_strings(before.get("kernels"))
     longest = max(lengths(loader.sequences))
     found = choose(trainee.model, most_tokens(loader, trainee.fast.packs), longest)
     if str(found):

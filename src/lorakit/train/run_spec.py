@@ -238,7 +238,7 @@ class Ready:
         total_parameters: Numbers of the base.
         base_bytes: Their size in memory.
         notes: Sentences a person should read.
-        choices: Which way products and attention go (`lorakit.ops.choices.acting`).
+        choices: Which way products and attention go (`lorakit.ops.choices.activate`).
     """
 
     request: Request

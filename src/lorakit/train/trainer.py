@@ -92,7 +92,7 @@ def make_ready(request: Request, progress: Progress) -> Ready:
     kept = None if found.path is None else checkpoint.load(found.path)
     before = None if kept is None else kept.environment
     chosen = choices_of_run(request, trainee, batches.loader, before, planned.dtype, progress)
-    now = environment(request.device, planned.dtype, request.quantization, choices.words(chosen))
+    now = environment(request.device, planned.dtype, request.quantization, choices.to_strings(chosen))
     state = _take_up(request, trainee, batches, kept, now, progress)
     return Ready(request, planned, batches, pace, rates, trainee, state, found, total, base_bytes, notes, chosen)
 
@@ -106,14 +106,14 @@ def accelerated_lines(fast: Acceleration) -> list[str]:
     Returns:
         A line about the step, one about the CPU kernels, and one about the modules that are not accelerated, if any.
     """
-    left = Counter((part.kind, part.why) for part in fast.left)
+    left = Counter((part.kind, part.why) for part in fast.skipped)
     if not (fast.swaps or fast.head or fast.packs):
-        return [f"Not accelerated: {'; '.join(dict.fromkeys(why for _, why in left)) or fast.head_left}."]
-    loss = f"loss from logits ({fast.head_left})" if fast.head_left else "loss without logits"
+        return [f"Not accelerated: {'; '.join(dict.fromkeys(why for _, why in left)) or fast.head_skipped}."]
+    loss = f"loss from logits ({fast.head_skipped})" if fast.head_skipped else "loss without logits"
     rows = "packed sequences" if fast.packs else "padded sequences"
     lines = [f"Acceleration: {format_count(len(fast.swaps), 'fused module')}, {loss}, {rows}."]
     if fast.swaps:
-        lines.append(f"CPU kernels: {compiled.account()}.")
+        lines.append(f"CPU kernels: {compiled.describe()}.")
     if left:
         lines.append(
             f"Not accelerated: {'; '.join(f'{count} × {kind} ({why})' for (kind, why), count in left.items())}."
@@ -289,7 +289,7 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
             space = needed(ready)
             for line in check_space(ready, space):
                 progress.say(line)
-        held.enter_context(choices.acting(ready.choices))
+        held.enter_context(choices.activate(ready.choices))
         _begin(ready)
         with _failure_recorded(ready):
             ending = _train(ready, space, progress)
@@ -364,7 +364,7 @@ def _save(ready: Ready, state: TrainState, space: Space, progress: Progress) -> 
         random=tensors,
         random_plain=plain,
         environment=environment(
-            request.device, ready.planned.dtype, request.quantization, choices.words(ready.choices)
+            request.device, ready.planned.dtype, request.quantization, choices.to_strings(ready.choices)
         ),
         schedule=dataclasses.asdict(ready.schedule),
     )

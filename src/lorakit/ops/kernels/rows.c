@@ -46,7 +46,7 @@ int rms_forward(const number *x, const number *w, float eps, float offset, int64
     return DONE;
 }
 
-int rms_again(const number *x, const number *w, float offset, const float *rstd, int64_t rows, int64_t d, number *n,
+int rms_recompute(const number *x, const number *w, float offset, const float *rstd, int64_t rows, int64_t d, number *n,
               int threads) {
     ROWS(i, rows) rms_row(x + i * d, w, rstd[i], offset, d, n + i * d);
     return DONE;
@@ -151,7 +151,7 @@ int gate_backward(int act, const number *da, const number *first, const number *
 
 /* ---- rotary positions */
 
-static inline void turn_head(const number *x, const number *c, const number *s, int64_t rot, int interleaved, float way,
+static inline void rotate_head(const number *x, const number *c, const number *s, int64_t rot, int interleaved, float direction,
                              number *out) {
     int64_t half = rot / 2, step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
 #pragma omp simd
@@ -159,25 +159,25 @@ static inline void turn_head(const number *x, const number *c, const number *s, 
         int64_t i = j * step, k = i + apart;
         float a = wide(x[i]), b = wide(x[k]);
         /* forward: the tables at their own places; back: the transposed turn takes each sine from the other place */
-        float sa = way > 0 ? wide(s[i]) : -wide(s[k]), sb = way > 0 ? wide(s[k]) : -wide(s[i]);
+        float sa = direction > 0 ? wide(s[i]) : -wide(s[k]), sb = direction > 0 ? wide(s[k]) : -wide(s[i]);
         out[i] = narrow(a * wide(c[i]) - b * sa);
         out[k] = narrow(b * wide(c[k]) + a * sb);
     }
 }
 
-int turn(const number *x, int64_t x_stride, const number *cos, const number *sin, int64_t table_rows, int64_t rows,
+int rotate(const number *x, int64_t x_stride, const number *cos, const number *sin, int64_t table_rows, int64_t rows,
          int64_t heads, int64_t width, int64_t rot, int interleaved, int back, number *out, int64_t out_stride,
          int threads) {
-    float way = back ? -1.0f : 1.0f;
+    float direction = back ? -1.0f : 1.0f;
     ROWS(i, rows) {
         const number *c = cos + (i % table_rows) * rot, *s = sin + (i % table_rows) * rot;
         for (int64_t h = 0; h < heads; h++) {
             const number *from = x + i * x_stride + h * width;
             number *to = out + i * out_stride + h * width;
             if (interleaved)
-                turn_head(from, c, s, rot, 1, way, to);
+                rotate_head(from, c, s, rot, 1, direction, to);
             else
-                turn_head(from, c, s, rot, 0, way, to);
+                rotate_head(from, c, s, rot, 0, direction, to);
             if (rot < width && from != to) memcpy(to + rot, from + rot, (size_t)(width - rot) * sizeof(number));
         }
     }
@@ -196,7 +196,7 @@ static inline float powers_row(float *e, int64_t n, float most) { /* e[j] = exp(
     return sum;
 }
 
-static inline float widened_row(const number *row, float scale, int64_t n, float *e) { /* returns the largest */
+static inline float upcast_row(const number *row, float scale, int64_t n, float *e) { /* returns the largest */
     float most = -INFINITY;
 #pragma omp simd reduction(max : most)
     for (int64_t j = 0; j < n; j++) {
@@ -206,7 +206,7 @@ static inline float widened_row(const number *row, float scale, int64_t n, float
     return most;
 }
 
-static inline void shares_row(const float *e, float share, int64_t n, number *row) {
+static inline void scale_row(const float *e, float share, int64_t n, number *row) {
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) row[j] = narrow(e[j] * share);
 }
@@ -226,12 +226,12 @@ int softmax(number *scores, const int32_t *low, const int32_t *high, int64_t kin
             if (!e) continue;
             int64_t first = low ? low[i % kinds] : 0, n = (high ? high[i % kinds] : m) - first;
             number *row = scores + i * m, *seen = row + first;
-            float most = widened_row(seen, 1.0f, n, e);
+            float most = upcast_row(seen, 1.0f, n, e);
             int64_t filled = (n + WHOLE - 1) / WHOLE * WHOLE;
             for (int64_t j = n; j < filled; j++) e[j] = most + 2 * LEAST;
             float sum = powers_row(e, filled, most);
             memset(row, 0, (size_t)first * sizeof(number));
-            shares_row(e, 1.0f / sum, n, seen);
+            scale_row(e, 1.0f / sum, n, seen);
             memset(seen + n, 0, (size_t)(m - first - n) * sizeof(number));
         }
         free(e);
@@ -264,11 +264,11 @@ int cross_entropy(number *logits, const int64_t *labels, float scale, int gradie
         for (int64_t i = 0; i < rows; i++) {
             if (!e) continue;
             number *row = logits + i * v;
-            float most = widened_row(row, scale, v, e), own = e[labels[i]];
+            float most = upcast_row(row, scale, v, e), own = e[labels[i]];
             float sum = powers_row(e, v, most);
             losses[i] = logf(sum) + most - own;
             if (!gradients) continue;
-            shares_row(e, 1.0f / sum, v, row);
+            scale_row(e, 1.0f / sum, v, row);
             row[labels[i]] = narrow(e[labels[i]] / sum - 1.0f);
         }
         free(e);
