@@ -132,8 +132,8 @@ def test_the_older_name_of_a_bound_counts(monkeypatch: pytest.MonkeyPatch) -> No
     assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ
 
 
-def test_what_is_said_is_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_match_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator, "keep_large_blocks", lambda: False)
     monkeypatch.setattr(allocator, "limit_compiled_matmuls", lambda: True)
-    assert allocator.set_up() == [allocator.SAID_OF_PRODUCTS]
-    assert "the last 128 stay" in allocator.SAID_OF_PRODUCTS
+    assert allocator.set_up() == [allocator.MATMUL_MESSAGE]
+    assert "the last 128" in allocator.MATMUL_MESSAGE

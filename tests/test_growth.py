@@ -41,7 +41,7 @@ def test_the_slope_is_the_least_squares_line_of_the_logarithms(growth: Any) -> N
 
 @pytest.mark.parametrize(("points", "values"), [([4], [1.0]), ([4, 4], [1.0, 2.0]), ([4, 8], [1.0, 0.0])])
 def test_what_has_no_slope_is_said(growth: Any, points: list[int], values: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"needs two different points, and numbers above 0 alone; these are \[\(4, 1"):
+    with pytest.raises(ValueError, match=r"needs two different points and values above 0; got \[\(4, 1"):
         growth.slope(points, values)
 
 

@@ -16,7 +16,9 @@ import platform
 SWITCH = "LORAKIT_ALLOCATOR"
 """Environment variable; "stock" leaves malloc unchanged."""
 
-SAID = f"malloc keeps freed memory in this process, so that the next step can reuse it (disable with {SWITCH}=stock)."
+MALLOC_MESSAGE = (
+    f"malloc keeps freed memory in this process, so that the next step can reuse it (disable with {SWITCH}=stock)."
+)
 """Message of `set_up` if `keep_large_blocks` took effect."""
 
 CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 128, "LRU_CACHE_CAPACITY": 1}
@@ -27,7 +29,7 @@ again: a step of 4 equal rows had 57 matmuls, one of 4 rows of new lengths has a
 cache, of ideep, keeps another copy of each and avoids no compilation; a capacity of 0 makes it crash.
 """
 
-SAID_OF_PRODUCTS = (
+MATMUL_MESSAGE = (
     f"oneDNN keeps the last {CACHES['ONEDNN_PRIMITIVE_CACHE_CAPACITY']} compiled bfloat16 matmuls "
     f"(set {' and '.join(CACHES)} to change this)."
 )
@@ -77,4 +79,4 @@ def set_up() -> list[str]:
         A message for each that took effect.
     """
     kept, few = keep_large_blocks(), limit_compiled_matmuls()
-    return [sentence for sentence, took in ((SAID, kept), (SAID_OF_PRODUCTS, few)) if took]
+    return [message for message, took in ((MALLOC_MESSAGE, kept), (MATMUL_MESSAGE, few)) if took]

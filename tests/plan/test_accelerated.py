@@ -180,23 +180,23 @@ def test_smollm2_needs_a_third_above_its_weights() -> None:
     needs, plain = _memory("SmolLM2-135M"), _memory("SmolLM2-135M", accelerated=False)
     assert [line.equation for line in needs.lines] == [20, 21, 23, 22, 29, 35, 26]
     assert needs.above_weights_bytes < 0.36 * plain.above_weights_bytes
-    assert "Accelerated forwards (train --no-accelerate turns them off). Rows lie end to end" in needs.notes[1]
-    assert plain.notes[1].startswith("Forwards as transformers has them (train --no-accelerate)")
+    assert "accelerated forwards (disable with train --no-accelerate). Rows are packed" in needs.notes[1]
+    assert plain.notes[1].startswith("Assumes transformers' own forwards (train --no-accelerate)")
 
 
 def test_a_base_that_drops_runs_accelerated() -> None:
     needs = _memory("gpt2")
-    assert "run as they are" not in needs.notes[1]
-    assert "end to end" in needs.notes[1]
+    assert "run unfused" not in needs.notes[1]
+    assert "packed" in needs.notes[1]
     assert [line.equation for line in needs.lines][4:6] == [29, 35]
 
 
-def test_an_architecture_that_was_not_derived_is_reckoned_plain() -> None:
+def test_an_architecture_that_was_not_derived_is_planned_unaccelerated() -> None:
     shape = dataclasses.replace(_shape("SmolLM2-135M"), architecture="StrangeForCausalLM")
     counted = count(shape, LoraConfig(target_modules="all-linear"))
     needs, plain = (memory.of_lora(shape, counted, 0.0, Job(accelerated=fast)) for fast in (True, False))
     assert needs.peak_bytes == plain.peak_bytes
-    assert needs.notes[1].startswith("What accelerated forwards keep was not derived for this architecture")
+    assert needs.notes[1].startswith("The activations of accelerated forwards were not derived")
 
 
 @pytest.mark.parametrize(

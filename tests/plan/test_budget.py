@@ -29,7 +29,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "four", "4 Gib/s", "-1GB", "0GB", "1e9", "GB", "nanGB"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no size; write a number and a unit, such as 4GiB or 800MB"):
+    with pytest.raises(ConfigError, match="is not a size; write a number and a unit, such as 4GiB or 800MB"):
         bytes_of(text)
 
 

@@ -63,13 +63,13 @@ def test_bytes_of_a_base() -> None:
     plain = estimate(shape_of("SmolLM2-135M"), CONFIG, Job(4, 256))
     assert planned.lora.memory.peak_bytes < plain.lora.memory.peak_bytes - 150_000_000
     assert planned.full.memory.peak_bytes == plain.full.memory.peak_bytes  # full fine-tuning has no quantized base
-    assert "every product multiplies its weight out first" in " ".join(planned.notes)
+    assert "every matmul dequantizes its weight first" in " ".join(planned.notes)
 
 
 def test_head_and_embedding_stay_as_they_are() -> None:
     paths = {site.path for site in quantized_sites(shape_of("gpt2"), storage_named("nf4"))}
     assert len(paths) == 48 and not any("wte" in path or "lm_head" in path for path in paths)
-    with pytest.raises(ConfigError, match="takes Linear modules, and this GPT2LMHeadModel has none"):
+    with pytest.raises(ConfigError, match="supports Linear modules, and this GPT2LMHeadModel has none"):
         stored(shape_of("gpt2"), "hqq4", 2, False)
 
 

@@ -33,7 +33,7 @@ def test_a_model_that_is_known_takes_two_lines() -> None:
 def test_what_stays_as_it_is_takes_a_third() -> None:
     first, _, third = accelerated_lines(accelerate(model(transformers.MixtralConfig, num_local_experts=2)))
     assert first.startswith("Acceleration: ")
-    assert third == "Not accelerated: 1 × MixtralSparseMoeBlock (not the children of a decoder layer that is known)."
+    assert third == "Not accelerated: 1 × MixtralSparseMoeBlock (unknown children for a decoder layer)."
 
 
 @pytest.mark.parametrize("left", [(Skipped("", "Sharded", "its weights are sharded"),), ()])

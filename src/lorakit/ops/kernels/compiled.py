@@ -33,7 +33,7 @@ def kernels() -> CompiledKernels | None:
 def describe() -> str:
     """Describe how the kernels were built, or why there are none."""
     last = _built()[-1]
-    return f"kernels {last.why}" if last.functions is not None else f"PyTorch operations ({last.why})"
+    return f"kernels {last.why}" if last.functions is not None else f"PyTorch's operations ({last.why})"
 
 
 def lacks_compiler() -> bool:
