@@ -93,11 +93,11 @@ def test_back_in_place_undoes_a_turn_and_leaves_the_gradient_that_came_in() -> N
 @pytest.mark.parametrize(
     ("cos", "sin", "said"),
     [
-        (torch.ones(4, 8), torch.ones(5, 8), r"cos has shape \(4, 8\), not \(5, rot\) or \(2, 5, rot\)"),
-        (torch.ones(3, 5, 8), torch.ones(5, 8), r"cos has shape \(3, 5, 8\)"),
+        (torch.ones(4, 8), torch.ones(5, 8), r"cos must have shape \(5, rot\) or \(2, 5, rot\); got \(4, 8\)"),
+        (torch.ones(3, 5, 8), torch.ones(5, 8), r"cos must have shape .*; got \(3, 5, 8\)"),
         (torch.ones(5, 10), torch.ones(5, 10), "cos: rot must be even and at most the head width 8; got 10"),
         (torch.ones(5, 7), torch.ones(5, 7), "cos: rot must be even and at most the head width 8; got 7"),
-        (torch.ones(5, 8), torch.ones(5, 6), r"cos \(5, 8\) and sin \(5, 6\) differ"),
+        (torch.ones(5, 8), torch.ones(5, 6), r"one shape; got cos \(5, 8\) and sin \(5, 6\)"),
         (torch.ones(5, 8), torch.ones(5, 8, requires_grad=True), "sin requires a gradient"),
     ],
 )

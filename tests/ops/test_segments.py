@@ -345,7 +345,7 @@ def test_an_index_of_any_integers_and_layout(method: Method, index: str) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
 def test_an_index_that_is_not_of_integers_is_rejected(dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match="integers"):
+    with pytest.raises(ValueError, match="integer"):
         Routed(torch.tensor([0, 1, 1], dtype=dtype), 2)
 
 

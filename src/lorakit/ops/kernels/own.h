@@ -1,4 +1,4 @@
-/* Rows that have thin factors of their own: each is read once, from end to end, and asked for two pages ahead, since
+/* Rows with per-row low-rank factors: each factor is read once, sequentially, and prefetched two pages ahead, because
  * a processor's own prefetching stops at the end of a page */
 
 #define AHEAD 8192 /* bytes */

@@ -1,15 +1,15 @@
-/* What the operations do with rows of numbers between their matrix products, in one pass each.
+/* Row-wise and elementwise operations between matmuls, each in one pass.
  *
- * Compiled by compiled.py, once for each dtype: -DBF16 for bfloat16, without it for fp32. Nothing of PyTorch is used:
- * pointers and sizes come in, numbers go out. All that is computed is fp32; a number is rounded when it is stored.
- * One library is made of this file; those that it includes have a part each.
- * What each function computes is said in protocol.py; PyTorch does the same where there is no compiler.
+ * building.py compiles this file once per dtype: with -DBF16 for bfloat16, without it for fp32. Nothing of PyTorch is used:
+ * arguments are pointers and sizes. All intermediates are fp32; a value is rounded when it is stored. The library is
+ * built from this file and the headers that it includes. protocol.py documents each function; PyTorch computes the same
+ * without a compiler.
  */
 #include "numbers.h"
 
 #include "dropout.h"
 
-/* ---- what is asked of integers before a kernel takes them for places: whether all lie in low … high */
+/* ---- range check of integers before a kernel uses them as positions: whether all are in low … high */
 
 #define ALL_WITHIN(name, integer)                                                    \
     int name(const integer *at, int64_t count, int64_t low, int64_t high) {          \
@@ -117,7 +117,7 @@ static inline void gate_backward_row(int act, const number *da, const number *fi
     }
 }
 
-#define EACH_ACTIVATION(call) /* a loop for each, so that the choice is not made for every number */ \
+#define EACH_ACTIVATION(call) /* one loop per activation, so that the branch is not inside */ \
     switch (act) {                                                                                 \
     case SILU: call(SILU); break;                                                                  \
     case GELU_TANH: call(GELU_TANH); break;                                                        \
@@ -149,7 +149,7 @@ int gate_backward(int act, const number *da, const number *first, const number *
     return DONE;
 }
 
-/* ---- rotary positions */
+/* ---- rotary position embeddings */
 
 static inline void rotate_head(const number *x, const number *c, const number *s, int64_t rot, int interleaved, float direction,
                              number *out) {
@@ -158,7 +158,7 @@ static inline void rotate_head(const number *x, const number *c, const number *s
     for (int64_t j = 0; j < half; j++) {
         int64_t i = j * step, k = i + apart;
         float a = wide(x[i]), b = wide(x[k]);
-        /* forward: the tables at their own places; back: the transposed turn takes each sine from the other place */
+        /* forward: each table entry at its own index; backward: the transpose takes each sine from the other index */
         float sa = direction > 0 ? wide(s[i]) : -wide(s[k]), sb = direction > 0 ? wide(s[k]) : -wide(s[i]);
         out[i] = narrow(a * wide(c[i]) - b * sa);
         out[k] = narrow(b * wide(c[k]) + a * sb);
@@ -184,7 +184,7 @@ int rotate(const number *x, int64_t x_stride, const number *cos, const number *s
     return DONE;
 }
 
-/* ---- softmax of rows of which each sees the places low … high, and nothing else */
+/* ---- softmax of rows, limited to the positions low … high of each row */
 
 static inline float powers_row(float *e, int64_t n, float most) { /* e[j] = exp(e[j] − most); returns their sum */
     float sum = 0.0f;
@@ -196,7 +196,7 @@ static inline float powers_row(float *e, int64_t n, float most) { /* e[j] = exp(
     return sum;
 }
 
-static inline float upcast_row(const number *row, float scale, int64_t n, float *e) { /* returns the largest */
+static inline float upcast_row(const number *row, float scale, int64_t n, float *e) { /* returns the maximum */
     float most = -INFINITY;
 #pragma omp simd reduction(max : most)
     for (int64_t j = 0; j < n; j++) {
@@ -211,7 +211,7 @@ static inline void scale_row(const float *e, float share, int64_t n, number *row
     for (int64_t j = 0; j < n; j++) row[j] = narrow(e[j] * share);
 }
 
-#define WHOLE 16 /* powers are taken of so many numbers at once; a row is filled up with ones that come out as nothing */
+#define WHOLE 16 /* exponentials are computed in groups of this size; rows are padded with values whose exponential is negligible */
 
 int softmax(number *scores, const int32_t *low, const int32_t *high, int64_t kinds, int64_t rows, int64_t m,
             int threads) {
@@ -252,7 +252,7 @@ int softmax_backward(const number *weights, int64_t rows, int64_t m, number *ds,
     return DONE;
 }
 
-/* ---- cross-entropy of rows of logits, which become the gradient of its sum */
+/* ---- cross-entropy of rows of logits, which are replaced by the gradient of the summed loss */
 
 int cross_entropy(number *logits, const int64_t *labels, float scale, int gradients, int64_t rows, int64_t v,
                   float *losses, int threads) {
