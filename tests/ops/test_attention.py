@@ -377,7 +377,7 @@ def test_patterns_that_are_refused(pattern: Pattern, said: str) -> None:
 def test_shapes_that_are_refused() -> None:
     q, k, v = operands(4, 2)
     cases: list[tuple[Operands, str]] = [
-        ((q[0], k, v), r"\(batch, heads, tokens, width\), and was given q \(4, 13, 5\)"),
+        ((q[0], k, v), r"\(batch, heads, tokens, width\) tensors; got q \(4, 13, 5\)"),
         ((q[:, :, :5], k, v), "batch, tokens"),
         ((q[..., :2], k, v), "width of q and k must match"),
         ((q[:, :3], k, v), "3 heads of q must be a multiple of the 2 heads of k"),

@@ -58,7 +58,7 @@ def test_it_is_built_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert first.functions is not None
     folder = tmp_path / "cache" / "kernels"
     (made,) = folder.iterdir()
-    assert f"kept in {folder}" in first.why
+    assert f"cached in {folder}" in first.why
     building.built.cache_clear()
     monkeypatch.setattr(building, "_build", lambda *_: pytest.fail("built again"))
     assert building.built("BF16").functions is not None
