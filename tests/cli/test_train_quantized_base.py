@@ -143,7 +143,7 @@ def test_plan_shows_the_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     values = json.loads(capsys.readouterr().out)
     assert values["job"]["quantization"] == "nf4" and values["job"]["double_quantization"] is False
     assert main(["plan", "gpt2", "--quantization", "hqq4"]) == 2
-    assert "takes Linear modules, and this GPT2LMHeadModel has none" in capsys.readouterr().err
+    assert "supports Linear modules, and this GPT2LMHeadModel has none" in capsys.readouterr().err
     assert main(["plan", "gpt2", "--quantization", "q4"]) == 2
     assert "quantization is 'q4'; it must be one of nf4, fp4" in capsys.readouterr().err
 
