@@ -1,4 +1,4 @@
-# Every target but help and clean sets up .venv first (scripts/bootstrap.py), which takes no time once it is done.
+# Every target except help and clean first sets up .venv (scripts/bootstrap.py), which is instant once it is done.
 PY := .venv/bin/python
 BOOT := $(or $(PYTHON),python3)
 # Two workers with one thread each use both cores of a small machine; more threads than cores stall torch.
@@ -6,14 +6,14 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q -n 2
 .DEFAULT_GOAL := help
 .PHONY: help setup check test test-all prose demo bench bench-gpu peft-suite hook clean
 
-help:  ## this list
+help:  ## list the targets
 	@awk -F ':.*## *' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-setup:  ## .venv with everything the other targets need
+setup:  ## set up .venv with everything the other targets need
 	@command -v $(BOOT) >/dev/null || { echo "setup: error: $(BOOT) is not on PATH; install Python 3.10 or newer" >&2; exit 1; }
 	@$(BOOT) scripts/bootstrap.py
 
-check: setup  ## lint, format, types and architecture: what a commit must pass
+check: setup  ## check lint, format, types and architecture: required for a commit
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
@@ -21,25 +21,25 @@ check: setup  ## lint, format, types and architecture: what a commit must pass
 	$(PY) -m tests.architecture.report
 	@printf 'prose: '; $(PY) scripts/prose_check.py -s | sed -n 1p
 
-test: setup  ## the whole suite without what is slow or needs a GPU
+test: setup  ## run the tests except those that are slow or need a GPU
 	$(PYTEST) -m "not slow and not gpu and not net"
 
-test-all: setup  ## the whole suite, the slow tests too
+test-all: setup  ## run the tests including the slow ones
 	$(PYTEST) -m "not gpu and not net"
 
 prose: setup  ## report idioms and private terms in the prose of the repository, or of ARGS; problems do not fail it
 	@$(PY) scripts/prose_check.py $(ARGS) || [ $$? -eq 1 ]
 
-demo: setup  ## adapt a real language model to a real text and show what it learned
+demo: setup  ## fine-tune a small language model on a text and compare it with the base
 	$(PY) scripts/demo.py
 
 bench: setup  ## run the benchmarks, in less than an hour; each appends rows to benchmarks/results
 	$(PY) benchmarks/run_all.py $(ARGS)
 
-bench-gpu: setup  ## the rows of one H100; appends to benchmarks/results and writes its table
+bench-gpu: setup  ## run the GPU benchmarks on one H100; append to benchmarks/results and update the table
 	$(PY) benchmarks/bench_gpu.py $(ARGS)
 
-peft-suite: setup  ## PEFT's own published tests over lorakit.peft (fetches its source distribution)
+peft-suite: setup  ## run PEFT's published tests on lorakit.peft (downloads its source distribution)
 	$(PY) scripts/peft_suite.py $(ARGS)
 
 hook: setup  ## run `make check` before every commit

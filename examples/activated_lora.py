@@ -1,6 +1,6 @@
-"""Activated LoRA: an adapter that acts from its invocation tokens on, so that the base's cache of a prompt serves it.
+"""Activated LoRA: an adapter that is active from its invocation tokens on, so that it can share the base's cache.
 
-A tiny model learns to answer 7 whenever it is invoked, and is the base before that, to the last bit.
+A tiny model learns to answer 7 when invoked; before the invocation its outputs are bit-identical to the base's.
 """
 
 import torch
@@ -17,14 +17,14 @@ CONFIG = LoraConfig(
 
 
 def base() -> LlamaForCausalLM:
-    """A Llama of two layers with random weights."""
+    """Return a Llama of two layers with random weights."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2))
 
 
 def train(model: LlamaForCausalLM, steps: int = 60) -> None:
-    """Texts of random tokens that end with the invocation and the answer; only the answer is learned."""
+    """Train on random tokens followed by the invocation and the answer; only the answer has loss."""
     parameters = [parameter for _, parameter in core.trainable_parameters(model)]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     for _ in range(steps):
@@ -37,7 +37,7 @@ def train(model: LlamaForCausalLM, steps: int = 60) -> None:
 
 
 def main() -> None:
-    """Train, compare with the base position by position, and let base and adapter share one cache."""
+    """Train, compare with the base position by position, and let base and adapter share a cache."""
     model = base()
     core.attach(model, CONFIG, "judge")
     train(model)
@@ -50,10 +50,10 @@ def main() -> None:
             plain: Tensor = model(input_ids=invoked).logits
     changed = (adapted - plain).abs().amax(-1)[0] > 0
     print(f"positions that the adapter changes: {[int(i) for i in changed.nonzero()]} of {invoked.shape[1]}")
-    prefix = read_prefix(model, prompt[0].tolist())  # read once, by the base
+    prefix = read_prefix(model, prompt[0].tolist())  # processed once, by the base
     rows = [invoked[0].tolist()] * 2
     answers = generate_batch(model, rows, max_new_tokens=1, adapters=["judge", None], prefix=prefix)
-    print("from one cache:", {"judge" if new.row == 0 else "base": new.token for new in answers})
+    print("from a shared cache:", {"judge" if new.row == 0 else "base": new.token for new in answers})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Is alpha a learning rate? Train one adapter with other alphas and other rates, by Adam and by SGD, and compare.
+"""Is alpha a learning rate? Train one adapter with different alphas and learning rates, with Adam and SGD, and compare.
 
-The same data, the same A at the start, float64. A row says alpha and by what the rates of A and of B are multiplied.
+Data and initial A are equal; computed in float64. A row gives alpha and the factors of the learning rates of A and B.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def train(method: str, alpha: float, times_A: float, times_B: float) -> tuple[fl
     factor = core.sites(model)[0].layer.factor("default")
     rate = RATES[method]
     groups = [{"params": [factor.A], "lr": rate * times_A}, {"params": [factor.B], "lr": rate * times_B}]
-    # eps would be the one trace that the size of a gradient leaves in Adam; next to nothing takes it out
+    # eps is the only trace of a gradient's size in Adam; a tiny value removes it
     optimizer = torch.optim.Adam(groups, eps=1e-30) if method == "Adam" else torch.optim.SGD(groups)
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -39,7 +39,7 @@ def train(method: str, alpha: float, times_A: float, times_B: float) -> tuple[fl
 
 
 def table() -> str:
-    """Loss after the steps, as Markdown."""
+    """Return the final losses as a Markdown table."""
     lines = ["| alpha | rate of A | rate of B | loss, Adam | loss, SGD |", "|---|---|---|---|---|"]
     for name, alpha, times_A, times_B in RUNS:
         losses = [f"{train(method, alpha, times_A, times_B)[0]:.6f}" for method in RATES]

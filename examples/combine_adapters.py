@@ -1,6 +1,6 @@
-"""Two adapters become one: exactly, at a lower rank, and pruned; and how far each result is from the plain sum.
+"""Combine two adapters: exactly, at a lower rank, and pruned; print each result's deviation from the plain sum.
 
-Scales of their own (ranks, alphas, rsLoRA) do not matter: what is combined is what each adapter does.
+Different ranks, alphas or rsLoRA do not matter: the adapters' updates are combined.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def base_with_adapters() -> GPT2LMHeadModel:
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
     ).eval()
-    # init False fills both factors at random, as if trained
+    # init False initializes both factors at random, as if trained
     settings = {"target_modules": ["c_attn", "c_fc"], "init_lora_weights": False}
     lorakit.attach(model, LoraConfig(r=8, lora_alpha=8, **settings), "polite", seed=1)
     lorakit.attach(model, LoraConfig(r=4, lora_alpha=6, use_rslora=True, **settings), "brief", seed=2)
@@ -39,18 +39,18 @@ def main() -> None:
 
     for way in (core.Way("svd", rank=8), core.Way("svd", rank=4), core.Way("ties_svd", rank=8, density=0.5)):
         report = core.combine(model, ["polite", "brief"], [1.0, 1.0], f"{way.name}-{way.rank}", way=way)
-        print(f"{way.name} of rank {way.rank}: {report.deviation:.0%} away from the sum at its worst site")
+        print(f"{way.name} of rank {way.rank}: {report.deviation:.0%} deviation at the worst site")
 
     report = core.subtract(model, "both", "brief", "polite-again")
     alike = core.compare_adapters(model, "polite-again", "polite")
     print(f"both - brief = polite: cosine {alike.cosine:.6f}")
 
-    with tempfile.TemporaryDirectory() as folder:  # on disk no base is needed
+    with tempfile.TemporaryDirectory() as folder:  # folders are combined without a base
         for name in ("polite", "brief"):
             lorakit.save_adapter(model, Path(folder) / name, name)
         core.combine_folders([Path(folder) / "polite", Path(folder) / "brief"], [0.5, 0.5], Path(folder) / "mean")
         smaller = core.compress_folder(Path(folder) / "mean", Path(folder) / "small", rank=2)
-        print(f"the mean at rank 2 lacks {smaller.energy_lost:.0%} of its energy")
+        print(f"the mean at rank 2 loses {smaller.energy_lost:.0%} of its energy")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""DoRA beside LoRA: when a change of row lengths is what a task asks for, and when it is not.
+"""DoRA and LoRA: a task that changes row norms, and one that does not.
 
     python examples/dora.py
 
-A dense layer shall become a teacher that differs by (a) a scaling of its rows, (b) a low-rank update. DoRA has one
-learned length per output besides A and B, so it meets (a) at once; on (b) it has nothing over LoRA.
+A dense layer is trained towards a teacher that differs by (a) scaled rows, (b) a low-rank update. DoRA trains one
+magnitude per output in addition to A and B, so it fits (a) immediately; on (b) it has no advantage over LoRA.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def teacher(W: Tensor, task: str) -> Tensor:
 
 
 def train(model: nn.Module, name: str, target: Tensor) -> float:
-    """Mean squared error after a fixed number of steps with one adapter."""
+    """Return the mean squared error after a fixed number of steps with one adapter."""
     parameters = [parameter for _, parameter in trainable_parameters(model, name)]
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
     torch.manual_seed(2)
@@ -47,12 +47,12 @@ def main() -> None:
         for name, dora in (("lora", False), ("dora", True)):
             attach(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"], use_dora=dora), name, seed=3)
             numbers = sum(parameter.numel() for _, parameter in trainable_parameters(model, name))
-            print(f"{task}: {name} with {numbers} numbers ends at {train(model, name, target):.2e}")
+            print(f"{task}: {name} with {numbers} parameters: final loss {train(model, name, target):.2e}")
         with use(model, "dora"):
             before = model(torch.ones(1, IN))
         merge(model, "dora")
         print(
-            f"{task}: merged, the answer moves by {(model[0].base_layer(torch.ones(1, IN)) - before).abs().max():.0e}"
+            f"{task}: merging changes the output by {(model[0].base_layer(torch.ones(1, IN)) - before).abs().max():.0e}"
         )
 
 

@@ -1,6 +1,6 @@
-"""Three adapters on one base: switched for whole calls, and mixed row by row in one batch.
+"""Three adapters on one base: switched between calls, and mixed row by row in one batch.
 
-The base's weights are in memory once. Each row of a mixed batch gives what its adapter gives alone.
+The base's weights are stored once. Each row of a mixed batch has the same result as its adapter alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import lorakit
 from lorakit import LoraConfig
 
-TASKS = ("summarise", "translate", "classify")
+TASKS = ("summarize", "translate", "classify")
 
 
 def base_with_adapters() -> GPT2LMHeadModel:
@@ -20,7 +20,7 @@ def base_with_adapters() -> GPT2LMHeadModel:
         GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
     ).eval()
     for seed, task in enumerate(TASKS):
-        # init False fills both factors at random, as if trained; each adapter may have its own rank and targets
+        # init False initializes both factors at random, as if trained; ranks and targets may differ between adapters
         config = LoraConfig(r=2 + seed, lora_alpha=8, target_modules=["c_attn", "c_fc"], init_lora_weights=False)
         lorakit.attach(model, config, task, seed=seed)
     return model
@@ -46,10 +46,10 @@ def main() -> None:
     tokens = torch.randint(0, 100, (len(TASKS), 12))
     alone, together = one_by_one(model, tokens), mixed(model, tokens)
     print(f"adapters: {', '.join(lorakit.adapters(model))}")
-    print(f"largest difference between a mixed batch and one by one: {(alone - together).abs().max().item():.1e}")
+    print(f"largest difference between a mixed batch and single rows: {(alone - together).abs().max().item():.1e}")
     base = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
     each = [sum(p.numel() for _, p in lorakit.trainable_parameters(model, task)) for task in TASKS]
-    print(f"base {base:,} numbers, once; adapters {', '.join(f'{n:,}' for n in each)}")
+    print(f"base {base:,} parameters, once; adapters {', '.join(f'{n:,}' for n in each)}")
 
 
 if __name__ == "__main__":

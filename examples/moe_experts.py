@@ -1,7 +1,7 @@
-"""LoRA on the experts of a mixture, which lie fused in one parameter: `target_parameters`, with dropout.
+"""LoRA on the experts of an MoE model, which are fused in one parameter: `target_parameters`, with dropout.
 
-Each expert adds its own B·A beside its tokens, so that no dense copy of the experts is made.
-The model is a tiny random Mixtral, so that this runs anywhere in seconds.
+Each expert applies its own B·A to its tokens, without a dense copy of the experts. The model is a tiny Mixtral, so
+that this runs anywhere in seconds.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def main() -> None:
     model = tiny_model()
     config = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.1, target_modules=["q_proj"], target_parameters=EXPERTS)
     report = lorakit.attach(model, config, "counting", seed=0)
-    print(f"{report.trainable_parameters:,} trained numbers; every expert has an A and a B of its own")
+    print(f"{report.trainable_parameters:,} trainable parameters; every expert has its own A and B")
 
     tokens = torch.arange(24)[None]
     optimizer = torch.optim.AdamW([p for _, p in lorakit.trainable_parameters(model)], lr=1e-2, weight_decay=0.0)
-    model.train()  # dropout acts on what each expert gets
+    model.train()  # dropout applies to each expert's input
     for step in range(40):
         loss = model(tokens, labels=tokens).loss
         if step in (0, 39):

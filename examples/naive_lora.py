@@ -1,4 +1,4 @@
-"""LoRA as most tutorials show it, in thirty lines. It runs, it is short, and it is wrong in five ways.
+"""LoRA as most tutorials show it, in thirty lines: it runs, it is short, and it is wrong in five ways.
 
 docs/math.md, "The naive version", names them, and tests/docs/test_naive.py shows each one. Do not use it.
 """
@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 class LoRA(nn.Module):
-    """Two matrices beside a layer."""
+    """Two matrices added to a layer."""
 
     def __init__(self, in_features, out_features, r, alpha):
         super().__init__()

@@ -1,4 +1,4 @@
-"""LoRA+, LoRA-FA, a rate of its own for one module, and ranks by gradients: each on the same small task, in seconds."""
+"""LoRA+, LoRA-FA, a separate learning rate for one module, and ranks by gradients, on the same small task."""
 
 import copy
 
@@ -14,7 +14,7 @@ CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2", "4"])
 
 
 def task() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """A base, inputs, and the outputs of a base whose first layer was changed by a matrix of rank 6."""
+    """Return a base, inputs, and the outputs of a base whose first layer was changed by a matrix of rank 6."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 16))
     changed, x = copy.deepcopy(base), torch.randn(512, 64)
@@ -24,7 +24,7 @@ def task() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> float:
-    """The loss after 100 steps, as a share of the base's."""
+    """Return the loss after 100 steps, as a fraction of the base's."""
     losses = []
     for _ in range(101):
         optimizer.zero_grad()
@@ -36,7 +36,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y
 
 
 def main() -> None:
-    """Train the same task five times and print what is left of the loss."""
+    """Train the same task five times and print the remaining losses."""
     runs = {"AdamW": Rates(1e-3), "LoRA+, B at 16 times the rate": Rates(1e-3, b_ratio=16)}
     runs |= {"AdamW, layer 0 at 10 times the rate": Rates(1e-3, patterns={"0": 1e-2})}
     runs |= {"LoRA-FA, A frozen": Rates(1e-3), "AdamW, ranks by gradients": Rates(1e-3)}
@@ -50,7 +50,7 @@ def main() -> None:
         groups = [{"params": [part.parameter], "lr": by_name[part.name]} for part in parts]
         left = train(model, LoraFA(groups, pairs) if pairs else torch.optim.AdamW(groups, weight_decay=0.0), x, y)
         trained, ranks = sum(p.parameter.numel() for p in parts), [s.layer.r["default"] for s in core.sites(model)]
-        print(f"{name}: {left:.0%} of the loss left; ranks {ranks}, {trained:,} numbers trained")
+        print(f"{name}: {left:.0%} of the loss remains; ranks {ranks}, {trained:,} trained parameters")
 
 
 if __name__ == "__main__":

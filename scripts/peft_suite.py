@@ -1,12 +1,12 @@
-"""Run PEFT's own published tests over `lorakit.peft`, by renaming the import, and count what passes.
+"""Run PEFT's own published tests with `lorakit.peft`, by renaming the import, and count the results.
 
-    make peft-suite                       # the files that need no model from a hub
+        make peft-suite                       # files that need no model from the Hub
     make peft-suite ARGS="test_other.py"  # some of them
 
-The tests come from the source distribution of the installed `peft` on the package index; nothing of them is kept here.
-Left out, and counted: cases of PEFT's other methods, and of LoRA variants that lorakit refuses by name. Failures that
-say nothing of this face are told apart: those that ask for a model of a hub where there is none, those of other
-methods and refused variants that no parameter of a case shows, and those that ask for a pickle, which is refused.
+The tests come from the source distribution of the installed `peft` on the package index; nothing is copied. Cases of
+PEFT's other methods, and of LoRA variants that lorakit does not support, are skipped and counted. Failures unrelated
+to the PEFT-compatible API are counted separately: cases that need a model from the Hub, cases of other methods or
+unsupported variants that their parameters do not show, and cases that use pickles, which lorakit rejects.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ FILES = (
     "test_trainable_tokens.py",
     "test_tuners_utils.py",
 )
-SAYS_NOTHING = {
+IRRELEVANT = {
     "need a hub": re.compile(
         r"offline mode|LocalEntryNotFound|couldn't connect to|Cannot reach|Couldn't reach|is not a local folder|"
         r"HF_HUB_OFFLINE|Can't load the (configuration|tokenizer)|does not appear to have a file|ConnectionError|"
         r"OfflineModeIsEnabled|not fully cached locally"
     ),
     "other methods": re.compile(
-        r"a lorakit LoraConfig is needed|Cannot combine adapters with different peft types|knows LORA only|"
-        r"this is not built yet|belongs to another method|'(?!Lora)\w+Config' object has no attribute"
+        r"a lorakit LoraConfig is needed|Cannot combine adapters with different peft types|only LORA is supported|"
+        r"not (built|supported) yet|belongs to another method|'(?!Lora)\w+Config' object has no attribute"
     ),
     "ask for a pickle": re.compile(r"asks for a pickle"),
 }
-"""What a failure is called that says nothing of this face -> what its message holds."""
+"""Category of irrelevant failures -> pattern of their messages."""
 
 CONFTEST = """
 import collections
@@ -103,7 +103,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def fetch(folder: Path) -> Path:
-    """The tests of the installed `peft`, with the import renamed."""
+    """Return the tests of the installed `peft`, with the import renamed."""
     version = importlib.metadata.version("peft")
     pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(folder)]
     subprocess.run([*pip, f"peft=={version}"], check=True)
@@ -118,13 +118,13 @@ def fetch(folder: Path) -> Path:
     needed = [sys.executable, "-m", "pip", "install", "-q", "--target", str(tests.parent), "parameterized"]
     subprocess.run(needed, check=True)
     (tests / "__init__.py").touch()
-    (tests.parent / "pyproject.toml").unlink()  # its options ask for plugins
+    (tests.parent / "pyproject.toml").unlink()  # its options require plugins
     (tests / "conftest.py").write_text(CONFTEST, "utf-8")
     return tests
 
 
 def main() -> int:
-    """Fetch, run file by file, print a line for each."""
+    """Download and run the tests file by file, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", default=FILES, help="files of PEFT's tests (default: those without a hub)")
     parser.add_argument("--failed", action="store_true", help="name each test that failed")
@@ -149,19 +149,19 @@ def main() -> int:
                 text=True,
                 check=False,
             )
-            told = counted(report, options.failed) if report.exists() else (run.stdout + run.stderr)[-300:].strip()
-            print(f"{name}: {told}", flush=True)
+            line = counted(report, options.failed) if report.exists() else (run.stdout + run.stderr)[-300:].strip()
+            print(f"{name}: {line}", flush=True)
     return 0
 
 
 def counted(report: Path, names: bool) -> str:
-    """One line for a file: what passed, what failed, what says nothing of this face; with `names`, each that failed."""
+    """Summarize a file's results in one line; with `names`, list each failure."""
     counts: collections.Counter[str] = collections.Counter()
     failed = []
     for case in ElementTree.parse(report).iter("testcase"):
         bad = [child for child in case if child.tag in {"failure", "error"}]
         text = f"{bad[0].get('message')} {bad[0].text}" if bad else ""
-        why = next((word for word, pattern in SAYS_NOTHING.items() if pattern.search(text)), None)
+        why = next((word for word, pattern in IRRELEVANT.items() if pattern.search(text)), None)
         if why is not None:
             counts[why] += 1
         elif bad:
@@ -169,7 +169,7 @@ def counted(report: Path, names: bool) -> str:
             failed.append(f"    {case.get('name')}: {(bad[0].get('message') or '').splitlines()[0][:140]}")
         else:
             counts["skipped" if any(child.tag == "skipped" for child in case) else "passed"] += 1
-    words = ("passed", "failed", "skipped", *SAYS_NOTHING)
+    words = ("passed", "failed", "skipped", *IRRELEVANT)
     line = ", ".join(f"{counts[word]} {word}" for word in words if counts[word])
     return "\n".join([line or "no test", *(failed if names else [])])
 

@@ -39,8 +39,8 @@ def make_environment(bootstrap: types.ModuleType) -> None:
         (["WARNING: Retrying after NewConnectionError", "ERROR: No matching distribution"], "index cannot be reached"),
         (["ERROR: No matching distribution found for torch"], "no release fits this Python"),
         (["ERROR: [SSL: CERTIFICATE_VERIFY_FAILED]"], "set PIP_CERT"),
-        (["ERROR: something new"], "could not be installed. pip said: ERROR: something new"),
-        ([], "pip said nothing"),
+        (["ERROR: something new"], "could not be installed. pip: ERROR: something new"),
+        ([], "pip: no output"),
     ],
 )
 def test_a_failed_pip_is_one_sentence_with_a_hint(bootstrap: types.ModuleType, tail: list[str], said: str) -> None:
@@ -55,7 +55,7 @@ def test_a_full_disk_is_said_before_anything_is_made(
 ) -> None:
     monkeypatch.setattr(bootstrap.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10**9))
     assert bootstrap.main() == 1
-    assert "setup: error: 1.0 GB are free here and 4 GB are needed" in capsys.readouterr().err
+    assert "setup: error: 1.0 GB free, 4 GB needed" in capsys.readouterr().err
 
 
 def test_a_python_without_venv_is_said(
@@ -71,7 +71,7 @@ def test_an_old_python_is_said(
 ) -> None:
     monkeypatch.setattr(bootstrap, "works", lambda path, code="pass": False)
     assert bootstrap.main() == 1
-    assert "Python 3.10 or newer is needed" in capsys.readouterr().err
+    assert "Python 3.10 or newer is required" in capsys.readouterr().err
 
 
 def test_a_failed_install_leaves_no_stamp_and_shows_no_traceback(
@@ -84,7 +84,7 @@ def test_a_failed_install_leaves_no_stamp_and_shows_no_traceback(
     monkeypatch.setenv("PIP_FIND_LINKS", str(bootstrap.ROOT))
     assert bootstrap.main() == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith("setup: error: lorakit and what its tests need")
+    assert captured.err.startswith("setup: error: lorakit and its test dependencies")
     assert "Traceback" not in captured.err
     assert not bootstrap.STAMP.exists()
 

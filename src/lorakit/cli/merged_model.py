@@ -22,8 +22,7 @@ from lorakit.cli.early import check_new_directory
 from lorakit.core.layers.adapter_component import SiteMerge
 from lorakit.core.merging.checks import tied_sites
 from lorakit.core.model.base_view import multiply_out
-from lorakit.core.model.fingerprint import vocabulary_of
-from lorakit.core.model.merge_record import note_applied
+from lorakit.core.model.fingerprint import note_applied, vocabulary_of
 from lorakit.core.model.vocabulary import grow_vocabulary
 from lorakit.durable import publish_directory, write_json
 from lorakit.errors import MergeError, ModelError

@@ -21,10 +21,13 @@ from lorakit.core.model.activation import (
     disable,
     invocation_offsets,
     invoked,
+    penalties,
+    prompt_offset,
     route,
     set_trained,
     trainable_parameters,
     use,
+    waits_for_tokens,
 )
 from lorakit.core.model.fingerprint import Fingerprint, fingerprint
 from lorakit.core.model.target_weights import Site, sites
@@ -37,7 +40,7 @@ from lorakit.core.operations.extracting import ExtractReport, extract, extract_t
 from lorakit.core.operations.intruders import SiteIntruders, reduce_intruders
 from lorakit.core.operations.tensor_sources import TensorSource, source_of_folder, source_of_model
 from lorakit.core.operations.writing import MadeReport
-from lorakit.core.statistics.stored import Statistics, load_statistics
+from lorakit.core.statistics.moments import Statistics, load_statistics
 
 __all__ = [
     "WAYS",
@@ -86,6 +89,8 @@ __all__ = [
     "merge",
     "merge_and_unload",
     "merged_state_dict",
+    "penalties",
+    "prompt_offset",
     "reduce_intruders",
     "rescale",
     "route",
@@ -99,4 +104,5 @@ __all__ = [
     "trainable_parameters",
     "unmerge",
     "use",
+    "waits_for_tokens",
 ]

@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lorakit.core import disable, invoked, route, use
+from lorakit.core import disable, invoked, route, use, waits_for_tokens
 from lorakit.core.model.index import find_state, layers
 from lorakit.errors import ConfigError, ModelError, NonFiniteError, UsageError
-from lorakit.generate.prefixes import CACHE_NAMES, Prefix, check_prefix, has_alora, read_prefix, shared_tokens
+from lorakit.generate.prefixes import CACHE_NAMES, Prefix, check_prefix, read_prefix, shared_tokens
 from lorakit.generate.sampling import Sampler, Sampling
 
 Ending = Literal["eos", "length", "context"]
@@ -239,7 +239,7 @@ class _Forward:
         self._ids, self._mask = torch.tensor(padded, device=device), torch.tensor(mask, device=device)
         self._cache: Any = None
         self._prefix, self._read = prefix, read
-        self._starts = invoked(model, self._ids, self._mask) if has_alora(model) else contextlib.nullcontext()
+        self._starts = invoked(model, self._ids, self._mask) if waits_for_tokens(model) else contextlib.nullcontext()
 
     def prefill(self) -> Tensor:
         """Return the logits after the prompts, (rows, vocabulary)."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core import disable, invocation_offsets
+from lorakit.core import disable, prompt_offset, waits_for_tokens
 from lorakit.core.model.index import find_state
 from lorakit.errors import ModelError, UsageError
 
@@ -66,12 +66,6 @@ def read_prefix(model: nn.Module, tokens: Sequence[int], device: torch.device | 
     return Prefix(tuple(int(token) for token in tokens), cache)
 
 
-def has_alora(model: nn.Module) -> bool:
-    """Return whether a model has an aLoRA adapter."""
-    state = find_state(model)
-    return state is not None and any(c.alora_invocation_tokens is not None for c in state.configs.values())
-
-
 def shared_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], adapters: Sequence[Sequence[str]]) -> int:
     """Return the length of the common prefix in which every row uses the base; at least one token is left.
 
@@ -81,9 +75,9 @@ def shared_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], adapters: 
         adapters: Active adapters of each row; none is the base.
 
     Returns:
-        The number of tokens; 0 if no aLoRA adapter takes part, or if sharing would gain nothing.
+        The number of tokens; 0 if no adapter begins later than its prompt, or if sharing would gain nothing.
     """
-    if len(prompts) < 2 or not has_alora(model) or not any(adapters):
+    if len(prompts) < 2 or not waits_for_tokens(model) or not any(adapters):
         return 0
     first, length = prompts[0], min(len(prompt) for prompt in prompts) - 1
     for prompt, names in zip(prompts, adapters, strict=True):
@@ -108,15 +102,10 @@ def check_prefix(
             if _begin(model, prompt, name) < size:
                 raise UsageError(
                     f"Adapter {name!r} is active within the prefix of {size} tokens in row {row + 1}, which the base "
-                    "has processed. Only base rows and aLoRA adapters invoked later can share it."
+                    "has processed. Only base rows and adapters that begin later can share it."
                 )
 
 
 def _begin(model: nn.Module, prompt: Sequence[int], name: str) -> int:
-    """Return the first position at which an adapter is active in a prompt; the prompt's length if it is not invoked."""
-    state = find_state(model)
-    tokens = state.configs[name].alora_invocation_tokens if state is not None else None
-    if not tokens:
-        return 0
-    (offset,) = invocation_offsets(torch.tensor([list(prompt)]), tokens)
-    return len(prompt) - (offset or 0)
+    """Return the first position at which an adapter is active in a prompt; the prompt's length if it is not."""
+    return len(prompt) - prompt_offset(model, torch.tensor(list(prompt)), name)

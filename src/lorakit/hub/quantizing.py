@@ -102,10 +102,9 @@ def finish_loading(model: nn.Module, wanted: Quantization | None, source: ModelS
     """
     if wanted is not None and wanted.storage.package == "hqq":
         _quantize_with_hqq(model, wanted, source)
-    from lorakit.core.model.base_view import wrongly_multiplied_out
-    from lorakit.core.quantization import hold_still
+    from lorakit.core.model.base_view import hold_base_still, wrongly_multiplied_out
 
-    hold_still(model.modules())
+    hold_base_still(model)
     wrong = wrongly_multiplied_out(model)
     if wrong is not None:
         raise ModelError(

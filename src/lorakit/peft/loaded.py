@@ -15,12 +15,12 @@ from torch import Tensor
 from lorakit import core
 from lorakit.config import LoraConfig, looks_like_a_hub_id
 from lorakit.core.attachment.loading import check_base, place_adapter
-from lorakit.core.files.adapter_folder import AdapterFiles, read_adapter
+from lorakit.core.files.adapter_folder import AdapterFiles, implausible, read_adapter
 from lorakit.core.files.inspecting import judge_files
-from lorakit.core.files.judging import implausible
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.errors import ShapeMismatchError, warn_caller
 from lorakit.peft import casting
+from lorakit.peft.layer_methods import answer_as_peft
 from lorakit.peft.state_dicts import WRAPPED, StateDictError, names_of, put_tensors
 from lorakit.peft.tuner import CONFIGS, kinds_of
 
@@ -106,6 +106,7 @@ def _load(model: Any, folder: Path, name: str, trainable: bool, config: LoraConf
         config.inference_mode = not trainable
         model.peft_config[name] = config
     setattr(user, CONFIGS, model.peft_config)
+    answer_as_peft(user)
     return report
 
 

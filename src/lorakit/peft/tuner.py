@@ -24,9 +24,10 @@ from lorakit.core.model.activation import parameters_by_adapter
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.core.model.index import find_state
 from lorakit.core.model.ties import LEFT_ALONE, NOTHING_TIED
-from lorakit.errors import AdapterError, ConfigError, NotYetSupported, RouteError, warn_caller
+from lorakit.errors import AdapterError, ConfigError, MergeError, NotYetSupported, RouteError, warn_caller
 from lorakit.peft import adapter_queries, casting
 from lorakit.peft.data_inits import for_attaching
+from lorakit.peft.layer_methods import answer_as_peft
 from lorakit.peft.matching import (
     check_parameters,
     check_together,
@@ -215,7 +216,7 @@ class BaseTuner(nn.Module):
             name: Its name.
             config: Its config; it is copied.
             autocast_adapter_dtype: False casts the factors to the dtype of their base weight.
-            on_meta: Leave the factors without memory until `set_peft_model_state_dict` fills them.
+            on_meta: Create the factors on the meta device until `set_peft_model_state_dict` fills them.
             state_dict: Names of tensors (…) that determine the targets instead of the config.
 
         Raises:
@@ -229,6 +230,7 @@ class BaseTuner(nn.Module):
         asked, found = for_attaching(self.model, asked)
         with garbage_collector_paused(), no_target_in_peft_words(self.model, config):
             report = core.attach(self.model, asked, name, allow=ALLOWANCES, kinds=kinds_of(config), statistics=found)
+        answer_as_peft(self.model)
         self.peft_config[name].init_lora_weights = config.init_lora_weights
         self.peft_config[name].eva_config = config.eva_config
         for message in messages_of_missing(config, report):
@@ -268,9 +270,9 @@ class BaseTuner(nn.Module):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         state = find_state(self.model)
-        if state is None and not names:
-            return
         if state is None:
+            if not names:
+                return
             raise RouteError(f"Adapter {names[0]!r} not found on this model. Adapters here: none.")
         state.check(names)
         members = state.members()
@@ -301,7 +303,7 @@ class BaseTuner(nn.Module):
         """
         if adapter_name not in self.peft_config:
             raise AdapterError(f"Adapter {adapter_name} does not exist", what=adapter_name, allowed=self.peft_config)
-        if any(adapter_name in adapter_queries.merged_at(module) for module in adapter_queries.adapted(self.model)):
+        if adapter_name in adapter_queries.merged_adapters(self.model):
             raise AdapterError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
@@ -395,7 +397,14 @@ class BaseTuner(nn.Module):
         fresh = self._unmerged(adapter_names)
         if fresh:
             self._warn_of_training(fresh)
-            core.merge(self.model, *fresh, untie=warn_of_ties(self.model, fresh)[0])
+            try:
+                core.merge(self.model, *fresh)
+                return
+            except MergeError as refusal:  # nothing has changed
+                if refusal.override != "untie":
+                    raise
+                untie = warn_of_ties(self.model, fresh)[0]
+            core.merge(self.model, *fresh, untie=untie)
 
     def _warn_of_training(self, names: Sequence[str]) -> None:
         """Warn that a merged layer runs only its base, so that a loss reaches no factor; PEFT gives no warning."""
@@ -411,7 +420,7 @@ class BaseTuner(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Unmerge every merged adapter; restores the base weights bit for bit."""
-        if not any(adapter_queries.merged_at(module) for module in adapter_queries.adapted(self.model)):
+        if not adapter_queries.merged_adapters(self.model):
             warn_caller("Already unmerged. Nothing to do.")
             return
         core.unmerge(self.model)
@@ -456,9 +465,8 @@ class BaseTuner(nn.Module):
 
     def _unmerged(self, adapter_names: Sequence[str] | None, quiet: bool = False) -> list[str]:
         """Return the adapters to merge that are not merged yet; warns about the others, as PEFT does."""
-        merged = {name for module in adapter_queries.adapted(self.model) for name in adapter_queries.merged_at(module)}
         asked = self.active_adapters if adapter_names is None else adapter_names
-        return not_yet_merged(asked, sorted(merged), quiet)
+        return not_yet_merged(asked, adapter_queries.merged_adapters(self.model), quiet)
 
 
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = dict(DEFAULT_TARGETS)

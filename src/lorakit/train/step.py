@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lorakit.core import penalties
 from lorakit.data import Batch
 from lorakit.data.encoding import IGNORED
 from lorakit.errors import DataError, NonFiniteError, RunError
@@ -240,7 +241,7 @@ def train_step(
     """Take one optimizer step on the mean loss over the tokens with loss of all batches.   [docs/math.md (14)]
 
     The tokens are counted before the first forward, so each batch's sum is divided by the count of the whole step, and
-    the gradient does not depend on how the rows are split into batches.
+    the gradient does not depend on how the rows are split into batches. Penalties of variants are added once.
 
     Args:
         model: The adapted model, in training mode.
@@ -271,6 +272,9 @@ def train_step(
                 raise RunError("The loss does not depend on any trainable tensor: the adapter is inactive or frozen.")
             (loss / trained).backward()
             total = total + loss.detach()
+    penalty = penalties(model)
+    if penalty is not None:  # of the adapter's variant: once per step, whatever the number of batches
+        penalty.backward()
     _check_not_replaced(model, named)
     parameters = [parameter for _, parameter in named]
     norm = gradient_norm(parameters)

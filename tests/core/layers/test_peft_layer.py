@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -13,7 +14,10 @@ from lorakit.config import LoraConfig
 from lorakit.core import attach, disable, merge, use
 from lorakit.core.model.index import walk
 from lorakit.errors import MergeError, RouteError
+from lorakit.peft import inject_adapter_in_model
 from lorakit.peft.adjusting import condition_number, of_expert_weights, of_linear_weights
+from lorakit.peft.layer_methods import PeftLayerMethods
+from lorakit.speed.patching import stand_in
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
 
@@ -29,11 +33,43 @@ def adapted(**fields: Any) -> nn.Sequential:
 def test_attributes() -> None:
     layer: Any = adapted(use_rslora=True)[0]
     assert (layer.in_features, layer.out_features, layer.fan_in_fan_out, layer.merged) == (4, 6, False, False)
-    assert layer.adapter_layer_names == ("lora_A", "lora_B") and layer.get_base_layer() is layer.base_layer
-    assert layer.use_rslora == {"a": True, "b": True} and layer.use_dora == layer.lora_bias == {"a": False, "b": False}
+    assert layer.get_base_layer() is layer.base_layer
     assert torch.equal(layer.get_base_weight(), layer.base_layer.weight)
+
+
+def in_peft(**fields: Any) -> nn.Sequential:
+    model = adapted(**fields)
+    config = LoraConfig(target_modules=["0", "1"], r=2, use_rslora=True)
+    injected: nn.Sequential = inject_adapter_in_model(config, model, "c")
+    return injected
+
+
+def test_what_only_peft_has_is_answered_on_models_that_it_has_met() -> None:
+    alone: Any = adapted()[0]
+    assert not any(hasattr(alone, name) for name in PeftLayerMethods.names)
+    layer: Any = in_peft(use_dora=True)[0]
+    assert layer.adapter_layer_names == ("lora_A", "lora_B", "lora_magnitude_vector")
+    assert layer.other_param_names == ("r", "lora_alpha", "scaling", "lora_dropout")
+    assert layer.use_rslora == {"a": False, "b": False, "c": True} and layer.use_dora == {
+        "a": True,
+        "b": True,
+        "c": False,
+    }
+    assert layer.lora_bias == {"a": False, "b": False, "c": False} and layer.frozen_peft_weight_names == {}
+    assert layer._all_available_adapter_names() == ["a", "b", "c"] and layer.supports_lora_conversion("a")
+    assert layer._cast_input_dtype(X, torch.float64).dtype == torch.float64
+    layer.cast_input_dtype_enabled = False
+    assert layer._cast_input_dtype(X, torch.float64) is X
     layer.remove("b")
-    assert layer.use_rslora == {"a": True}
+    assert layer.use_rslora == {"a": False, "c": True}
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_pickles_and_stand_ins_answer_for_peft_too(again: Any) -> None:
+    layer: Any = again(in_peft(lora_bias=True))[0]
+    fast: Any = stand_in(layer, lambda *_: None, {}, "any")
+    for one in (layer, fast):
+        assert one.lora_bias == {"a": True, "b": True, "c": False} and one.adapter_layer_names == ("lora_A", "lora_B")
 
 
 def test_scales() -> None:

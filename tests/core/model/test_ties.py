@@ -193,7 +193,7 @@ def test_rows_of_tied_tables() -> None:
 
 
 def test_what_cannot_be_tied(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="use_dora gives each a magnitude of its own"):
+    with pytest.raises(ConfigError, match="use_dora gives each a tensor of its own"):
         attach(TIED.model(), TIED.config(ensure_weight_tying=True, use_dora=True, **TARGETED))
     save_adapter(tied(TARGETED), tmp_path, "a")
     weights = tmp_path / "adapter_model.safetensors"

@@ -31,7 +31,7 @@ from lorakit.core import (
     save_adapter,
     use,
 )
-from lorakit.core.routing.route import last_invocation
+from lorakit.core.variants.alora import last_invocation
 from lorakit.errors import ConfigError, MergeError, RouteError
 
 from ...laws.snapshots import same_bits

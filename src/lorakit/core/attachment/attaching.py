@@ -26,10 +26,9 @@ from lorakit.core.attachment.build import (
 )
 from lorakit.core.attachment.residual_base import give_base_back
 from lorakit.core.kinds import Kind
+from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.modules_to_save import ModulesToSave
-from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.merging.checks import check_unmergeable
 from lorakit.core.merging.merging import unmerge
 from lorakit.core.model.checks import (
@@ -50,7 +49,7 @@ from lorakit.core.quantization import let_go
 from lorakit.core.routing.positions import uninstall
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
-from lorakit.core.statistics.stored import Statistics
+from lorakit.core.statistics.moments import Statistics
 from lorakit.errors import ConfigError
 from lorakit.tables import format_bytes
 from lorakit.targets import Match, Note, Unmatched, match_path, resolve
@@ -183,16 +182,20 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
 
 def _take_off(index: AdapterIndex, state: AdapterState, names: Sequence[str]) -> None:
-    for module in list(index.modules.values()):
-        _forget(module, names, index)
+    for component in reversed(index.components.values()):  # what is inside another one comes first
+        left = [_without(component, name) for name in names][-1]
+        if left is not component:
+            index.replace(component, left)
+            state.leave(component)
     if state.biased:
         for path in index.patches:
             BiasPatch.uninstall(index.everything[path], names)
         note_old_biases(index)
-    waited = any(config.alora_invocation_tokens is not None for config in state.configs.values())
+    waited = bool(state.waiting)
+    state.waiting = state.waiting.difference(names)
     for gone in names:
         del state.configs[gone]
-    if waited and not any(config.alora_invocation_tokens is not None for config in state.configs.values()):
+    if waited and not state.waiting:
         uninstall(index.model)
     state.default = Route(tuple(n for n in state.default.names if n not in names))
     if not state.configs:
@@ -239,35 +242,8 @@ def model_type_of(model: nn.Module) -> str:
     return str(said)
 
 
-def _forget(module: nn.Module, names: Sequence[str], index: AdapterIndex) -> None:
-    if isinstance(module, LoraLayer):
-        owner, children = module.owner, module.kind.inner
-        standing = _without(module, names)
-        if standing is not module:
-            index.replace(module, standing)
-        for child in children:
-            owner._modules[child] = _without(owner._modules[child], names)  # type: ignore[arg-type]
-    elif isinstance(module, (ModulesToSave, TrainableTokens)):
-        for name in names:
-            module.remove(name)
-        if not module.available_adapters():
-            index.replace(module, module.original_module)
-            module.state.leave(module)
-
-
-def _without(module: nn.Module, names: Sequence[str]) -> nn.Module:
-    """What stands at a site when some adapters have left: a layer without any leaves too."""
-    if not isinstance(module, LoraLayer):
-        return module
-    for name in names:
-        if name == module.moved_by:
-            give_base_back(module)
-        module.remove(name)
-    base_layer: nn.Module = module._modules["base_layer"]  # type: ignore[assignment]
-    inside = _without(base_layer, names)
-    if inside is not base_layer:
-        module.base_layer = inside
-    if module.r:
-        return module
-    module.state.leave(module)
-    return inside
+def _without(component: AdapterModule, name: str) -> nn.Module:
+    """Drop what an adapter has in a component, and return the module that belongs there afterwards."""
+    if isinstance(component, LoraLayer) and name == component.moved_by:
+        give_base_back(component)
+    return component.remove(name)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.config import LoraConfig, scale
-from lorakit.core.attachment.residual_base import UNMOVED, Cost, check_can_move, cost_of, moved_base, written
-from lorakit.core.factor import factor_dtype, make_dropout
+from lorakit.config import LoraConfig
+from lorakit.core.attachment.residual_base import UNMOVED, Cost, blank_for, check_can_move, cost_of, moved_base, written
+from lorakit.core.factor import make_dropout
 from lorakit.core.inits import Blank, Init, fresh_bias, init_for
 from lorakit.core.inits.init import BOTH
 from lorakit.core.layers.bias import BiasPatch
@@ -31,8 +31,8 @@ from lorakit.core.quantization import base_of, hold_still
 from lorakit.core.routing.positions import install
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
-from lorakit.core.statistics.stored import Statistics
-from lorakit.core.variants import Factor, Start, Variant, variant_at, variant_for
+from lorakit.core.statistics.moments import Statistics
+from lorakit.core.variants import Factor, Start, Variant, variant_for, variants_of
 from lorakit.errors import ConfigError
 from lorakit.targets import Match
 
@@ -117,43 +117,6 @@ def fresh_factors(
         blank = blank_for(index, asked, match, place, generators, seen)
         factors.append(_fresh_factor(index, blank, match, place))
     return factors
-
-
-def blank_for(
-    index: AdapterIndex,
-    config: LoraConfig,
-    match: Match,
-    place: Place,
-    generators: Callable[[torch.device], torch.Generator | None] = lambda _: None,
-    statistics: Mapping[str, Tensor] | None = None,
-) -> Blank:
-    """What an init is given for a site.
-
-    Args:
-        index: The model's index.
-        config: The adapter's config.
-        match: The target match that names the site.
-        place: Where.
-        generators: Source of randomness by device.
-        statistics: What was made of the data for this site, name -> tensor (…), or None.
-    """
-    module, parameter = index.holder(place), place.slot.parameter
-    variant, setting = variant_at(config, place.path)
-    device = base_of(module, parameter).device(module, parameter)
-    return Blank(
-        kind=place.kind,
-        slot=place.slot,
-        r=match.rank,
-        scale=scale(match.rank, match.alpha, config.use_rslora),
-        shapes=variant.shapes_of(place.kind, place.slot, match.rank, setting),
-        device=device,
-        dtype=factor_dtype(module, parameter),
-        path=place.path,
-        read=lambda: index.weight(place),
-        config=config,
-        generator=generators(device),
-        statistics=statistics,
-    )
 
 
 def _fresh_factor(index: AdapterIndex, blank: Blank, match: Match, place: Place) -> NewFactor:
@@ -373,7 +336,8 @@ def commit(index: AdapterIndex, built: NewAdapter) -> AdapterState:
         parameter.data = values
     if not built.trainable:
         _freeze(built, state)
-    if built.config.alora_invocation_tokens is not None:
+    if any(variant.positions is not None for variant in variants_of(built.config)):
+        state.waiting |= {built.name}
         install(index.model, state)
     if state.biased:
         note_old_biases(index)

@@ -30,12 +30,30 @@ from lorakit.core.attachment.build import (
     new_extras,
     new_rows,
 )
-from lorakit.core.attachment.fitting import MISSING, SHAPE, UNEXPECTED, Fit, Problem, fit
-from lorakit.core.attachment.restoring import Past, past_of
-from lorakit.core.attachment.value_ranges import copied_tensors, filled_biases, out_of_range
+from lorakit.core.attachment.fitting import (
+    MISSING,
+    SHAPE,
+    UNEXPECTED,
+    Fit,
+    Problem,
+    copied_tensors,
+    filled_biases,
+    fit,
+    out_of_range,
+)
+from lorakit.core.attachment.residual_base import Past, past_of
 from lorakit.core.factor import factor_dtype, make_dropout
-from lorakit.core.files.adapter_folder import AdapterFiles, alpha_at, read_adapter
-from lorakit.core.files.judging import Site, implausible, judge, largest_values, nonfinite, not_finite
+from lorakit.core.files.adapter_folder import (
+    AdapterFiles,
+    Site,
+    alpha_at,
+    implausible,
+    judge,
+    largest_values,
+    nonfinite,
+    not_finite,
+    read_adapter,
+)
 from lorakit.core.files.sidecar import KINDS_KEY
 from lorakit.core.inits import trains_of
 from lorakit.core.kinds import Kind
@@ -48,9 +66,8 @@ from lorakit.core.model.checks import (
     check_scales,
     trainable_block,
 )
-from lorakit.core.model.fingerprint import DIFFERENT, compare
+from lorakit.core.model.fingerprint import DIFFERENT, check_not_applied, compare
 from lorakit.core.model.index import AdapterIndex
-from lorakit.core.model.merge_record import check_not_applied
 from lorakit.core.model.replication import stacked_for
 from lorakit.core.model.target_weights import check_standing, dropout_at, named_places
 from lorakit.core.model.vocabulary import room_for, way_out, without_brought_rows

@@ -11,8 +11,17 @@ from typing import Any
 from torch import Tensor
 
 from lorakit.config import LoraConfig, scale
-from lorakit.core.files.adapter_folder import AdapterFiles, rank_and_alpha, read_adapter
-from lorakit.core.files.judging import NONFINITE, Finding, Site, judge, largest_values, not_finite
+from lorakit.core.files.adapter_folder import (
+    NONFINITE,
+    AdapterFiles,
+    Finding,
+    Site,
+    judge,
+    largest_values,
+    not_finite,
+    rank_and_alpha,
+    read_adapter,
+)
 from lorakit.core.files.tensor_names import parse
 from lorakit.core.kinds import Slot, per_expert
 from lorakit.core.model.fingerprint import Fingerprint

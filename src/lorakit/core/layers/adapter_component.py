@@ -9,15 +9,59 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from functools import wraps
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.routing.route import BASE, Route
 from lorakit.core.routing.state import AdapterState
-from lorakit.errors import warn_caller
+from lorakit.errors import ModelError, warn_caller
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def trainable_tensors(function: Function) -> Function:
+    """Wrap a function over a model, so that tensors that it makes can be trained if it is called in inference mode.
+
+    Args:
+        function: Takes the model, or a layer, first.
+    """
+
+    @wraps(function)
+    def called(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with trainable(model, next(model.parameters(), None)):
+            return function(model, *args, **kwargs)
+
+    return cast(Function, called)
+
+
+def trainable(model: nn.Module, first: nn.Parameter | None) -> AbstractContextManager[object]:
+    """Return a block whose new tensors can be trained afterwards, also inside `torch.inference_mode`.
+
+    A base from outside a block of `torch.inference_mode` gets tensors as if there were no block. A base that was made
+    in one can only be used in one.
+
+    Args:
+        model: The model, or a layer.
+        first: A parameter (any shape) of it, or None if it has none.
+
+    Raises:
+        ModelError: The model was made in inference mode, and this is outside of it.
+    """
+    inside = torch.is_inference_mode_enabled()
+    if (first is not None and first.is_inference()) == inside:
+        return nullcontext()
+    if not inside:
+        raise ModelError(
+            f"This {type(model).__name__} was made in torch.inference_mode(), so torch neither trains it nor tracks it "
+            "outside of such a block. Make or load it outside, or work with it inside."
+        )
+    return torch.inference_mode(False)
+
 
 KeepBase = Literal[True, False, "cpu"]
 
@@ -73,9 +117,7 @@ class StagedMerge:
 class AdapterComponent(Protocol):
     """Whatever carries state of adapters: adapted layers, saved modules, trainable tokens, trained biases."""
 
-    @property
-    def state(self) -> AdapterState:
-        """What the model's adapted modules share."""
+    state: AdapterState
 
     def available_adapters(self) -> list[str]:
         """Return the adapters that have parameters here."""

@@ -48,6 +48,7 @@ class BaseWeight(AdapterModule):
     Attributes:
         base_layer: The module that was here, or another layer around it.
         slot: The weight.
+        r: Adapter -> rank.
         variant: Adapter -> the name of its variant.
         merged_adapters: Adapters that are merged into the base weight now.
         kept: What the base stored before anything was written to it, or None.
@@ -63,6 +64,7 @@ class BaseWeight(AdapterModule):
 
     slot: Slot
     kind_name: str
+    r: dict[str, int]
     variant: dict[str, str]
     merged_adapters: list[str]
     kept: Any = None
@@ -115,7 +117,13 @@ class BaseWeight(AdapterModule):
     @property
     def base(self) -> Base:
         """The row of BASES."""
-        return base_of(self.source, self.slot.parameter, self.slot.as_stored)
+        return self.storage[0]
+
+    @property
+    def storage(self) -> tuple[Base, nn.Module]:
+        """The row of BASES, and the module that holds the weight."""
+        source = self.source
+        return base_of(source, self.slot.parameter, self.slot.as_stored), source
 
     @property
     def keeps_base(self) -> bool:
@@ -128,17 +136,17 @@ class BaseWeight(AdapterModule):
         Args:
             adapter: As this adapter sees it: one whose init moved the base has a base of its own.
         """
-        base, source = self.base, self.source
+        base, source = self.storage
         kept = self._kept_for(adapter is not None and adapter == self.moved_by)
         return base.read(source, _as_now(base, source, self.slot.parameter, kept))
 
     def original(self) -> Any:
         """Return what the base stored before anything was written to it, on the base's device and in its dtype."""
-        return _as_now(self.base, self.source, self.slot.parameter, self.kept)
+        return _as_now(*self.storage, self.slot.parameter, self.kept)
 
     def moved_base(self) -> Any:
         """Return what the base stores for the adapter that moved it, on the base's device and in its dtype."""
-        return _as_now(self.base, self.source, self.slot.parameter, self._kept_for(True))
+        return _as_now(*self.storage, self.slot.parameter, self._kept_for(True))
 
     def _kept_for(self, moved: bool) -> Any:
         """What is kept for the adapter that moved the base, or for others; None: it is in the base's module."""
@@ -216,7 +224,7 @@ class BaseWeight(AdapterModule):
             MergeError: The message names the adapter and the path.
         """
         for name in adapters:
-            variant = variant_named(self.variant[name]) if name in self.variant else None
+            variant = variant_named(self.variant[name]) if name in self.r else None
             if variant is not None and not variant.is_mergeable:
                 raise MergeError(
                     f"Adapter {name!r} at {path} is {variant.title}, which cannot be merged: "
@@ -260,7 +268,7 @@ class BaseWeight(AdapterModule):
         Raises:
             MergeError: An adapter is merged already or cannot be, or the weight cannot be written.
         """
-        here = [name for name in adapters if name in self.variant]
+        here = [name for name in adapters if name in self.r]
         if not here:
             return
         self.check_mergeable(path, here)
@@ -319,16 +327,20 @@ class BaseWeight(AdapterModule):
         Raises:
             MergeError: The result is not finite.
         """
-        new = [name for name in adapters if name in self.variant]
+        new = [name for name in adapters if name in self.r]
         if not new:
             return None
-        stored, report = merged_weight(path, self, new, options)
+        merged, report = merged_weight(path, self, new, options)
         bias = self._staged_bias([*self.merged_adapters, *new])
-        own = id(self) in options.apart
         if options.keep_base is False:
             return StagedMerge(report, functools.partial(self._write_unkept, new, options, bias))
-        put = functools.partial(self._put_merged, stored, self._to_keep(stored, options), own, bias)
-        return StagedMerge(report, functools.partial(put, keeps=True, merged=new))
+        kept = self.kept
+        if kept is None and not isinstance(merged.stored, nn.Module):
+            on_cpu = options.keep_base == "cpu" and not merged.base.quantised
+            kept = merged.original.to("cpu") if on_cpu else merged.original
+        storage = merged.base, merged.source  # without the tensors that were only needed to measure
+        put = functools.partial(self._put_merged, merged.stored, storage, kept, id(self) in options.apart, bias)
+        return StagedMerge(report, functools.partial(put, keeps=True, names=new))
 
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
         """Compute the weight without some adapters; without any, these are the original bits.
@@ -358,10 +370,10 @@ class BaseWeight(AdapterModule):
         Raises:
             MergeError: An adapter has no place in the weight, or its bias is not finite.
         """
-        here = [name for name in adapters if name in self.variant]
+        here = [name for name in adapters if name in self.r]
         if not here:
             return {}
-        stored = sum_of_updates(self, here, options)[0]
+        stored = sum_of_updates(self, here, options).stored
         found = {self.slot.parameter: stored}
         if isinstance(stored, nn.Module):
             found = {name: held.detach() for name, held in stored._parameters.items() if held is not None}
@@ -409,45 +421,45 @@ class BaseWeight(AdapterModule):
             self.replaced = self.replaced or (self.owner,)
             self.base_layer = stored
             return
-        self.base.place(self.source, self.slot.parameter, stored)
+        base, source = self.storage
+        base.place(source, self.slot.parameter, stored)
         if self.replaced:
             self.base_layer, self.replaced = self.replaced[0], ()
 
-    def _to_keep(self, stored: Any, options: MergeOptions) -> Any:
-        """The original to keep for a later `unmerge`; None if the module that holds it stays as it is."""
-        if self.kept is not None or isinstance(stored, nn.Module):
-            return self.kept
-        base, kept = self.base, self.original()
-        return kept.to("cpu") if options.keep_base == "cpu" and not base.quantised else kept
-
-    def _own_parameter(self, stored: Any) -> nn.Parameter | None:
-        """A parameter of the site's own for a weight that it shared; None if there is no parameter to part."""
-        weight = self.owner._parameters.get(self.slot.parameter)
-        if weight is None or isinstance(stored, nn.Module) or self.base.quantised:
-            return None
-        return nn.Parameter(stored, requires_grad=weight.requires_grad)
-
     def _write_unkept(self, new: Sequence[str], options: MergeOptions, bias: StagedBias | None) -> None:
         """Compute the merged weight again and put it in place; the original is not kept."""
-        stored = weight_with(self, new, options)[0]
-        self._put_merged(stored, self.kept, id(self) in options.apart, bias, keeps=False, merged=new)
+        merged = weight_with(self, new, options)
+        storage = merged.base, merged.source
+        self._put_merged(merged.stored, storage, self.kept, id(self) in options.apart, bias, keeps=False, names=new)
 
     def _put_merged(
-        self, stored: Any, kept: Any, apart: bool, bias: StagedBias | None, *, keeps: bool, merged: Sequence[str]
+        self,
+        stored: Any,
+        storage: tuple[Base, nn.Module],
+        kept: Any,
+        apart: bool,
+        bias: StagedBias | None,
+        *,
+        keeps: bool,
+        names: Sequence[str],
     ) -> None:
-        owner, parameter = self.owner, self.slot.parameter
+        """Put a merged weight in place; if it is apart, in a parameter of this site's own."""
+        (base, source), parameter = storage, self.slot.parameter
         self.kept = kept
-        own = self._own_parameter(stored) if apart else None
-        if own is not None:  # the other holder keeps the old one
+        shared = self.owner._parameters.get(parameter) if apart and not base.quantised else None
+        if shared is not None and not isinstance(stored, nn.Module):  # the other holder keeps the old one
             if keeps and self.tied_weight is None:
-                self.tied_weight = owner._parameters[parameter]
-            owner._parameters[parameter] = own
+                self.tied_weight = shared
+            self.owner._parameters[parameter] = nn.Parameter(stored, requires_grad=shared.requires_grad)
         else:
-            self.place(stored)
+            if isinstance(stored, nn.Module) or self.replaced:
+                self.place(stored)
+            else:
+                base.place(source, parameter, stored)
             if not keeps:
                 self.replaced = ()
         self._put_bias(bias)
-        self.merged_adapters = [*self.merged_adapters, *merged]
+        self.merged_adapters = [*self.merged_adapters, *names]
 
     def _put_unmerged(self, stored: Any, bias: StagedBias | None, left: list[str]) -> None:
         if self.tied_weight is not None and not left:

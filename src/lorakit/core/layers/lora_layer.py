@@ -11,22 +11,24 @@ another weight would be silently wrong.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.config import scale
 from lorakit.core.clones import bare, with_forward
 from lorakit.core.factor import HOLDERS, TRAINED, OwnWeight, carrier
 from lorakit.core.kinds import Kind, Slot, spread
+from lorakit.core.layers.adapter_component import MergeOptions, trainable_tensors
 from lorakit.core.layers.base_weight import BaseWeight
 from lorakit.core.layers.batched import add_kept, add_stacked
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
 from lorakit.core.variants import NO_SETTING, NO_TENSORS, At, Factor, Setting, own_tensors, variant_named
-from lorakit.errors import MergeError, RowCountError
+from lorakit.errors import AdapterError, ConfigTypeError, MergeError, RowCountError, warn_caller
 
 Weights = dict["str | None", Tensor]
 """What was read in one forward of one site: the adapter that moved the base, or None, -> weight."""
@@ -65,7 +67,6 @@ class LoraLayer(BaseWeight):
         lora_embedding_A: Adapter -> A of an embedding, (r, V).
         lora_embedding_B: Adapter -> B of an embedding, (d, r).
         lora_dropout: Adapter -> dropout before A.
-        r: Adapter -> rank.
         lora_alpha: Adapter -> alpha.
         scaling: Adapter -> scale.
         variant: Adapter -> name of the entry of VARIANTS, whose own tensors are held likewise (`OwnTensor.held_as`).
@@ -75,7 +76,6 @@ class LoraLayer(BaseWeight):
         forwards: The layer's forwards so far, for recomputation.
     """
 
-    r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
     settings: dict[str, Setting]
@@ -106,6 +106,10 @@ class LoraLayer(BaseWeight):
             if made is not None:
                 holder = self._modules[name] = made()
                 return holder
+            state: AdapterState | None = self.__dict__.get("state")
+            methods = None if state is None else state.peft_methods
+            if methods is not None and name in methods.names:
+                return methods.answer(self, name)
             return getattr(super().__getattr__("base_layer"), name)
 
     def available_adapters(self) -> list[str]:
@@ -298,7 +302,7 @@ class LoraLayer(BaseWeight):
         return axis
 
     def _addition(self, name: str, route: Route, x: Tensor, y0: Tensor, weights: Weights) -> Tensor:
-        """What one adapter of a route adds: x (…, in) or indices (…), y0 (…, out) -> (…, out) like y0."""
+        """What one adapter adds: x (…, in) or indices (…), y0 (…, out) -> (…, out) like y0.   [docs/math.md (2)]"""
         kind, factor, dtype = self.kind, self.factor(name), y0.dtype
         variant = factor.variant
         if kind.drops:
@@ -364,3 +368,182 @@ class LoraLayer(BaseWeight):
         A, B = factor.multiplied(training)
         delta = self.kind.delta(self.slot, A.to(W.dtype), B.to(W.dtype)) * factor.scale
         return factor.variant.update(self.kind, self.slot, seen, delta, factor)
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the base weight; rows of an embedding's table; input channels of a convolution."""
+        return self.slot.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the base weight: width of the output."""
+        return self.slot.out_features
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base stores its weight as (in, out)."""
+        return self.base.transposed
+
+    @property
+    def merged(self) -> bool:
+        """Whether an adapter is merged into the base weight now."""
+        return bool(self.merged_adapters)
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the base's own module."""
+        return self.owner
+
+    def get_base_weight(self) -> Tensor:
+        """Return the values of the base weight now, (out, in) or in the shape that is stored."""
+        base, owner = self.base, self.owner
+        stored = base.stored(owner, self.slot.parameter)
+        return base.read(owner, stored) if base.quantised else stored
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's scale as a multiple of the one in its config.
+
+        Args:
+            adapter: The adapter; one without a factor here is ignored.
+            scale: The multiple.
+        """
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._own_scale(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of the active adapters.
+
+        Args:
+            scale: The factor on their scales.
+        """
+        for name in self.active_adapters if scale != 1 else ():
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer`, or restore the scales in the configs of the active adapters.
+
+        Args:
+            scale: What `scale_layer` was given; None means the config's.
+        """
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self._own_scale(name) if scale is None else self.scaling[name] / scale
+
+    def _own_scale(self, adapter: str) -> float:
+        config = self.state.configs.get(adapter)
+        return scale(self.r[adapter], self.lora_alpha[adapter], config is not None and config.use_rslora)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what an adapter's B·A adds to the base weight, in the shape that the base stores.
+
+        Args:
+            adapter: An adapter that has a factor here.
+
+        Returns:
+            (out, in), or (in, out) if the weight is stored so; with a graph if gradients are on.
+
+        Raises:
+            MergeError: It has no place in a weight of this shape.
+        """
+        factor = self.factor(adapter)
+        A, B = factor.multiplied(self.training)
+        delta = self.kind.delta(self.slot, A, B) * factor.scale
+        return delta.transpose(0, 1) if self.base.transposed else delta
+
+    @trainable_tensors
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Merge adapters into the weight of this layer alone; the original is kept.
+
+        Args:
+            safe_merge: Accepted and always true: a merge that is not finite raises.
+            adapter_names: Which; None means the active ones.
+
+        Raises:
+            ConfigTypeError: The names are one string.
+            MergeError: An adapter cannot be merged.
+            AdapterError: There is no such adapter.
+        """
+        active, here = self.active_adapters, self._to_merge(adapter_names)
+        options = MergeOptions()
+        layers = self._around_module("") if here else {}
+        for path, layer in layers.items():
+            layer.check_merge(path, here, options)
+        led = {layer: leader for layer in layers.values() if (leader := layer.leader_of(here)) is not None}
+        staged = [layer.stage_merge(path, here, options) for path, layer in layers.items() if layer not in led]
+        for one in filter(None, staged):
+            one.commit()
+        for layer, leader in led.items():
+            layer.follow(leader)
+        if set(here) - set(active):  # the model goes on as it was, and this layer with what is merged in it
+            self.own_route = Route((*active, *(name for name in here if name not in active)))
+
+    def _to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        """The adapters with a factor here that a call of `merge` means, without those that are merged."""
+        if isinstance(adapter_names, str):
+            raise ConfigTypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        asked = self.active_adapters if adapter_names is None else list(adapter_names)
+        fresh = [name for name in asked if name not in self.merged_adapters]
+        if self.merged_adapters:
+            warn_caller(
+                f"Already following adapters were merged {','.join(self.merged_adapters)}. You are now additionally "
+                f"merging {','.join(fresh)}."
+                if fresh
+                else "All adapters are already merged, nothing to do."
+            )
+        known = self.state.configs
+        unknown = next((name for name in fresh if name not in known), None)
+        if unknown is not None:
+            raise AdapterError(
+                f"There is no adapter {unknown!r} on this model. Adapters: {', '.join(known)}.",
+                what=unknown,
+                allowed=known,
+            )
+        return [name for name in fresh if name in self.r]
+
+    @trainable_tensors
+    def unmerge(self) -> None:
+        """Take every merged adapter out of this layer's weight, bit for bit.
+
+        Raises:
+            MergeError: The base's bits were not kept.
+        """
+        if not self.merged_adapters:
+            warn_caller("Already unmerged. Nothing to do.")
+            return
+        layers = self._around_module("")
+        for path, layer in layers.items():
+            layer.check_unmerge(path, layer.merged_adapters)
+        led = {layer for layer in layers.values() if layer.leader_of(layer.merged_adapters) is not None}
+        staged = [layer.stage_unmerge(list(layer.merged_adapters)) for layer in layers.values() if layer not in led]
+        for one in filter(None, staged):
+            one.commit()
+        for layer in led:  # its weight is the leader's
+            layer.merged_adapters, layer.kept = [], layer.kept if layer.moved_by is not None else None
+
+    def leader_of(self, adapters: Sequence[str]) -> LoraLayer | None:
+        """Return the layer whose factors of some adapters this one uses, turned over, and whose weight it shares.
+
+        Args:
+            adapters: Adapters; those without a factor here are ignored.
+        """
+        here = [name for name in adapters if name in self.r]
+        held: Any = self._modules.get(self.kind.names[0])
+        leading = {leader for name in here for leader in getattr(held[name], "leader", (None,))}
+        leader = next(iter(leading)) if len(leading) == 1 else None
+        if leader is None or {name for name in adapters if name in leader.r} != set(here):
+            return None
+        mine, its = (one.source._parameters.get(one.slot.parameter) for one in (self, leader))
+        return leader if mine is its and mine is not None else None
+
+    def _around_module(self, path: str) -> dict[str, LoraLayer]:
+        """Path -> layer: this one, those inside it around the same module, and those of children its kind reads."""
+        found: dict[str, LoraLayer] = {}
+        layer: nn.Module = self
+        while isinstance(layer, LoraLayer):
+            found[path] = layer
+            layer, path = layer.base_layer, f"{path}.base_layer" if path else "base_layer"
+        for child in self.kind.inner:
+            inside = layer._modules[child]
+            if isinstance(inside, LoraLayer):
+                found |= inside._around_module(f"{path}.{child}")
+        return found

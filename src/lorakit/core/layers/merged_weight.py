@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -38,16 +39,12 @@ class WeightSite(Protocol):
         """The kind of the site."""
 
     @property
-    def base(self) -> Base:
-        """How the weight is stored."""
+    def storage(self) -> tuple[Base, nn.Module]:
+        """How the weight is stored, and the module that stores it."""
 
     @property
     def owner(self) -> nn.Module:
         """The base's module at the site now."""
-
-    @property
-    def source(self) -> nn.Module:
-        """The base's module that stores the weight."""
 
     def original(self) -> Any:
         """Return what the base stored before anything was merged."""
@@ -62,6 +59,27 @@ class WeightSite(Protocol):
         """Return an adapter's A (r, in) and B (out, r)."""
 
 
+@dataclass(frozen=True)
+class MergedWeight:
+    """The weight of a site with adapters merged.
+
+    Attributes:
+        stored: What to store, or a plain module to put in place of the base's.
+        base: How the weight is stored now.
+        source: The module that stores it now.
+        original: What that module stored before anything was merged.
+        W: The weight before anything was merged, (out, in).
+        total: The exact sum of updates, like W.
+    """
+
+    stored: Any
+    base: Base
+    source: nn.Module
+    original: Any
+    W: Tensor
+    total: Tensor
+
+
 def in_one_group(layer: WeightSite, names: Sequence[str]) -> tuple[nn.Module, Tensor, Tensor]:
     """Return a convolution that does in one group what a site does with adapters merged.
 
@@ -72,7 +90,7 @@ def in_one_group(layer: WeightSite, names: Sequence[str]) -> tuple[nn.Module, Te
     Returns:
         The module, and as one group's weights (out, in, k…) the base's and the exact sum of updates.
     """
-    kind, source = layer.kind, layer.source
+    kind, source = layer.kind, layer.storage[1]
     slot = dataclasses.replace(layer.slot, groups=1)
     shape = (slot.out_features, slot.in_features, *slot.kernel)
     W = kind.flat_weight(layer.slot, layer.read()).reshape(shape)
@@ -100,40 +118,43 @@ def _convolution(source: Any, W: Tensor) -> nn.Module:
     return made.train(source.training)
 
 
-def sum_of_updates(layer: WeightSite, names: Sequence[str], options: MergeOptions) -> tuple[Any, Tensor, Tensor]:
+def sum_of_updates(layer: WeightSite, names: Sequence[str], options: MergeOptions) -> MergedWeight:
     """Return what to store for W₀ + Σ update, with W₀ (out, in) and the exact sum (out, in).   [docs/math.md (11)]
 
     In its place in the model, the weight must also be right for an adapter that moved the base and is not merged; where
     the moved weight counts, the sum begins there, so that it is rounded once. A plain module that holds the sum can be
     stored instead of a quantized weight or of a convolution of several groups.
+
+    Args:
+        layer: The site's layer.
+        names: The adapters, at least one.
+        options: How they are merged.
     """
     with torch.no_grad():
+        (base, source), original = layer.storage, layer.original()
         if options.dense is not None and layer.slot.groups > 1:
-            return in_one_group(layer, names)
-        W = layer.read()
+            stored, W, total = in_one_group(layer, names)
+            return MergedWeight(stored, base, source, original, W, total)
+        W = base.read(source, original)
         from_moved = layer.moved_by is not None and (options.in_place or layer.moved_by in names)
         start = layer.read(layer.moved_by) if from_moved else W
         total = functools.reduce(torch.add, (layer.addition(name, W) for name in names))
-        base = layer.base
         if options.dense is not None and base.quantised:
-            stored: Any = base.dense(layer.source, start + total, options.dense)
+            stored = base.dense(source, start + total, options.dense)
         else:
-            stored = base.write(layer.source, layer.original(), start + total)
+            stored = base.write(source, original, start + total)
         if from_moved:
             total = total + (start - W)
-    return stored, W, total
+    return MergedWeight(stored, base, source, original, W, total)
 
 
-def weight_with(layer: WeightSite, new: Sequence[str], options: MergeOptions) -> tuple[Any, Tensor, Tensor]:
+def weight_with(layer: WeightSite, new: Sequence[str], options: MergeOptions) -> MergedWeight:
     """Return `sum_of_updates` of what is merged at a site and of more adapters, as an earlier merge left the site.
 
     Args:
         layer: The site's layer.
         new: The adapters that join those merged already.
         options: How they are merged.
-
-    Returns:
-        What to store, W₀ (out, in) and the exact sum of updates (out, in).
     """
     if layer.replaced:  # a plain module replaced the quantized one in an earlier merge, and stays
         options = dataclasses.replace(options, dense=_dtype_of(layer.owner))
@@ -142,7 +163,7 @@ def weight_with(layer: WeightSite, new: Sequence[str], options: MergeOptions) ->
 
 def stored_with(layer: WeightSite, merged: Sequence[str]) -> Any:
     """Return what a site's module stores while some adapters, at least one, are merged."""
-    return sum_of_updates(layer, merged, MergeOptions(dense=_dtype_of(layer.owner) if layer.replaced else None))[0]
+    return sum_of_updates(layer, merged, MergeOptions(dense=_dtype_of(layer.owner) if layer.replaced else None)).stored
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:
@@ -150,8 +171,10 @@ def _dtype_of(module: nn.Module) -> torch.dtype:
     return dtype
 
 
-def merged_weight(path: str, layer: WeightSite, new: Sequence[str], options: MergeOptions) -> tuple[Any, SiteMerge]:
-    """Return what to store at a site with more adapters merged, and what storing it loses.
+def merged_weight(
+    path: str, layer: WeightSite, new: Sequence[str], options: MergeOptions
+) -> tuple[MergedWeight, SiteMerge]:
+    """Return the weight of a site with more adapters merged, and what storing it loses.
 
     Args:
         path: The site.
@@ -162,8 +185,8 @@ def merged_weight(path: str, layer: WeightSite, new: Sequence[str], options: Mer
     Raises:
         MergeError: The result is not finite.
     """
-    stored, W, total = weight_with(layer, new, options)
-    after, exact = _read_back(layer, stored), W + total
+    merged = weight_with(layer, new, options)
+    W, total, after, exact = merged.W, merged.total, _read_back(merged), merged.W + merged.total
     wanted, whole = float(torch.linalg.vector_norm(total)), float(torch.linalg.vector_norm(exact))
     lost = float(torch.linalg.vector_norm(exact.sub_(after)))
     if not math.isfinite(lost) and not bool(torch.isfinite(after).all()):  # finite, it speaks for every element
@@ -175,12 +198,13 @@ def merged_weight(path: str, layer: WeightSite, new: Sequence[str], options: Mer
         )
     changed = int(torch.count_nonzero(after != W)) / max(after.numel(), 1)
     error = lost / max(whole, torch.finfo(torch.float32).tiny)
-    return stored, SiteMerge(path, 1.0 if wanted == 0 else max(0.0, 1.0 - lost / wanted), changed, error)
+    return merged, SiteMerge(path, 1.0 if wanted == 0 else max(0.0, 1.0 - lost / wanted), changed, error)
 
 
-def _read_back(layer: WeightSite, stored: Any) -> Tensor:
+def _read_back(merged: MergedWeight) -> Tensor:
     """Return what a merge stores as values again: (out, in)."""
+    stored = merged.stored
     if isinstance(stored, nn.Module):
         row = base_of(stored)
         return row.read(stored, row.stored(stored, "weight"))
-    return layer.base.read(layer.source, stored)
+    return merged.base.read(merged.source, stored)

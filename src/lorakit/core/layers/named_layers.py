@@ -7,46 +7,45 @@ from typing import Any
 
 from lorakit.core.kinds import Kind
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.layers.peft_layer import FieldLayer
 from lorakit.core.layers.weight_layer import WeightLayer
 from lorakit.targets.layer_types import ATTENTION, CONVOLUTIONS, DENSE, EMBEDDING, INNER_LINEAR, PARAMETER
 
 
-class Linear(FieldLayer):
+class Linear(LoraLayer):
     """A `LoraLayer` on a dense layer (nn.Linear or transformers' Conv1D)."""
 
 
-class Embedding(FieldLayer):
+class Embedding(LoraLayer):
     """A `LoraLayer` on an nn.Embedding."""
 
 
-class Conv1d(FieldLayer):
+class Conv1d(LoraLayer):
     """A `LoraLayer` on an nn.Conv1d."""
 
 
-class Conv2d(FieldLayer):
+class Conv2d(LoraLayer):
     """A `LoraLayer` on an nn.Conv2d."""
 
 
-class Conv3d(FieldLayer):
+class Conv3d(LoraLayer):
     """A `LoraLayer` on an nn.Conv3d."""
 
 
-class MultiheadAttention(FieldLayer, WeightLayer):
+class MultiheadAttention(WeightLayer):
     """A `LoraLayer` on the in-projection of an nn.MultiheadAttention."""
 
     def _restore_weights(self) -> None:
         """PEFT's step after its forward merged; here no forward writes to the base, so nothing is to be restored."""
 
 
-class InnerLinear(FieldLayer, WeightLayer):
+class InnerLinear(WeightLayer):
     """A `LoraLayer` on a dense layer whose weight the module around it reads."""
 
     def _get_name(self) -> str:
         return super()._get_name().replace("InnerLinear", "Linear")
 
 
-class ParamWrapper(FieldLayer, WeightLayer):
+class ParamWrapper(WeightLayer):
     """A `LoraLayer` on a bare parameter of a module."""
 
     @property
@@ -59,7 +58,7 @@ class ParamWrapper(FieldLayer, WeightLayer):
         return f"parameter_name={self.parameter_name!r},"
 
 
-LAYERS: Mapping[str, type[FieldLayer]] = {
+LAYERS: Mapping[str, type[LoraLayer]] = {
     **dict.fromkeys(DENSE, Linear),
     EMBEDDING: Embedding,
     **dict(zip(CONVOLUTIONS, (Conv1d, Conv2d, Conv3d), strict=True)),

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core.layers.bias import BiasPatch
+from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.checks import check_known
 from lorakit.core.model.index import AdapterIndex, find_state, state_of
-from lorakit.core.routing.positions import tokens_of_call
-from lorakit.core.routing.route import BASE, Route, Starts, last_invocation
+from lorakit.core.routing.positions import prompt_offsets
+from lorakit.core.routing.route import BASE, Offsets, Route
 from lorakit.core.routing.state import AdapterState, CheckpointContexts, Override
+from lorakit.core.variants import last_invocation, variants_of
 from lorakit.errors import RouteError
 
 
@@ -194,6 +196,34 @@ def set_trained(model: nn.Module, wanted: Mapping[str, bool], others: bool | Non
             patched._parameters[leaf].requires_grad_(flag)  # type: ignore[union-attr, arg-type]
 
 
+def penalties(model: nn.Module) -> Tensor | None:
+    """Sum the penalties that the variants of active adapters add to a training loss.
+
+    A training loop of your own adds it to the loss once per optimizer step, as `lorakit train` does. It is None for
+    LoRA and for every variant that has none, and then costs no look at the layers.
+
+    Args:
+        model: A model with or without adapters.
+
+    Returns:
+        A scalar with a graph to the adapters' parameters, or None.
+
+    Raises:
+        AdapterError: Parts of the model were adapted apart.
+    """
+    state = find_state(model)
+    configs = [] if state is None else state.configs.values()
+    if state is None or not any(variant.penalty for config in configs for variant in variants_of(config)):
+        return None
+    found: list[Tensor] = []
+    for layer in state.members():
+        if isinstance(layer, LoraLayer):
+            acting = (state.active() if layer.own_route is None else layer.own_route).mentions
+            factors = [layer.factor(name) for name in layer.r if name in acting]
+            found += [factor.variant.penalty(factor) for factor in factors if factor.variant.penalty is not None]
+    return torch.stack([one.to(found[0].device) for one in found]).sum() if found else None
+
+
 def invocation_offsets(
     input_ids: Tensor, tokens: Sequence[int], attention_mask: Tensor | None = None
 ) -> list[int | None]:
@@ -240,10 +270,36 @@ def invoked(
         backs = torch.tensor([offset or 0 for offset in offsets], dtype=torch.int64)
         if input_ids is not None and input_ids.shape[0] != len(offsets):
             raise RouteError(f"There are {input_ids.shape[0]} prompts and {len(offsets)} offsets; give one per prompt.")
-        return state.override(None, Starts(lambda _: backs, length, length))
+        waiting = tuple(sorted(state.waiting))
+        back = backs.expand(len(waiting), -1)
+        return state.override(None, Offsets(waiting, back, length, length))
     if input_ids is None:
         raise RouteError("`invoked` was given neither input_ids nor offsets; give it the prompts, (rows, length).")
-    prompts = input_ids
-    return state.override(
-        None, Starts(lambda name: last_invocation(prompts, tokens_of_call(state, name), attention_mask), length, length)
-    )
+    return state.override(None, prompt_offsets(state, input_ids, attention_mask))
+
+
+def prompt_offset(model: nn.Module, input_ids: Tensor, adapter: str) -> int:
+    """Return on how many of the last tokens of a prompt an adapter acts: on all, unless it waits for some.
+
+    Args:
+        model: A model with or without adapters.
+        input_ids: The prompt, (length,).
+        adapter: The adapter.
+
+    Raises:
+        ConfigError: A config does not say what the adapter waits for.
+    """
+    state = find_state(model)
+    if state is None or adapter not in state.waiting:
+        return input_ids.shape[0]
+    return int(prompt_offsets(state, input_ids[None], names=(adapter,)).back)
+
+
+def waits_for_tokens(model: nn.Module) -> bool:
+    """Return whether an adapter on a model does not act on all tokens of a prompt (`invoked`).
+
+    Args:
+        model: A model with or without adapters.
+    """
+    state = find_state(model)
+    return state is not None and bool(state.waiting)

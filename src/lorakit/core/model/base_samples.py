@@ -1,18 +1,11 @@
 """Samples of a base's tensors, by which a fingerprint identifies it.
 
-Decide if two lists of numbers can be one list, rounded to the dtypes that models are loaded in.
+Tensors have the names, shapes and values that the plain base gives them: adapters, merges and trained biases do not
+show. Positions follow from a tensor's name and shape alone: one in each of equal stretches, at a place drawn by a
+hash, so that neither a block nor a regular pattern can avoid them. Values keep the bits of their own dtype.
 
-Exact: the one is the other rounded, once or by way of a third dtype, or some list rounds to both. So noise of the size
-of a rounding is not taken for one.
-
-The tensors of a base under the names and shapes that the plain base gives them, and numbers read from each.
-
-Adapters, merges and trained biases do not show; a quantized weight has the name and shape it had before.
-
-Samples of a base's tensors: which positions, how they are read, and whether two samples can be of one base.
-
-Positions follow from a tensor's name and shape alone: one in each of equal stretches, at a place drawn by a hash, so
-that neither a block nor a regular pattern can avoid them. Values keep the bits of their own dtype.
+Two samples can be of one base if one is the other rounded to the dtypes that models are loaded in, once or by way of a
+third dtype, or if some list rounds to both. So noise of the size of a rounding is not taken for one.
 """
 
 from __future__ import annotations
@@ -373,3 +366,89 @@ def _decoded(data: bytes, dtype: torch.dtype) -> Tensor:
         return torch.zeros(0, dtype=torch.float64)
     values = torch.frombuffer(bytearray(data), dtype=dtype)
     return values.to(torch.float32 if dtype.itemsize < 4 else dtype).double()
+
+
+FIRST_TENSORS, FIRST_NUMBERS = 16, 16
+"""Sampled tensors and values of each in fingerprints of the first form, written before form 2, rounded to bf16.
+
+They are still compared, with the weaker guarantee that they had: other tensors, norms and biases may differ unseen,
+and so may everything within one step of bf16."""
+
+
+def first_positions(shape: tuple[int, ...]) -> Tensor:
+    """Return which values of a flattened tensor were sampled, (n,).
+
+    Args:
+        shape: Its shape.
+    """
+    size = math.prod(shape)
+    return torch.linspace(0, size - 1, min(FIRST_NUMBERS, size), dtype=torch.float64).long()
+
+
+def take_first_samples(parts: Mapping[str, Part], read: Callable[[str], Tensor] | None) -> dict[str, Sample]:
+    """Sample matrices as the first form did.
+
+    Args:
+        parts: Name -> part, readable.
+        read: Name -> tensor (…), for parts on the meta device whose values are elsewhere.
+    """
+    large = sorted(name for name, part in parts.items() if len(part.shape) >= 2 and not part.is_buffer)
+    found = {}
+    for name in large[:: max(1, len(large) // FIRST_TENSORS)][:FIRST_TENSORS]:
+        part = parts[name] if read is None else part_of(read(name), {})
+        bits, bound = part.bits(first_positions(part.shape).to(part.device))
+        values = bits.view(part.stored_dtype)
+        found[name] = Sample("bfloat16", _brain(values), b"" if bound is None else _brain(bound))
+    return found
+
+
+def first_agreement(one: Sample, other: Sample, slack: bool = True) -> bool:
+    """Return whether two samples agree within one step of bf16, or within their bounds.
+
+    Args:
+        one: A sample of the first form.
+        other: Another.
+        slack: Whether bounds count.
+    """
+    first, second = one.values(), other.values()
+    if first.shape != second.shape or not (one.is_sound() and other.is_sound()):
+        return False
+    near = (_order(one) - _order(other)).abs() <= 1
+    if slack:
+        near |= (first - second).abs() <= (one.slack() + other.slack()) * (1 + 2**-6)  # the bounds are rounded, too
+    return bool(near.all())
+
+
+def as_hex(bits: bytes) -> str:
+    """Return bf16 patterns in hexadecimal, four digits each."""
+    return _swapped(bits).hex()
+
+
+def from_hex(text: str) -> bytes:
+    """Return what `as_hex` was given.
+
+    Raises:
+        ValueError: The text is not patterns in hexadecimal.
+    """
+    if len(text) % 4:
+        raise ValueError("not whole patterns")
+    return _swapped(bytes.fromhex(text))
+
+
+def _swapped(bits: bytes) -> bytes:
+    swapped = bytearray(bits)
+    swapped[::2], swapped[1::2] = bits[1::2], bits[::2]
+    return bytes(swapped)
+
+
+def _brain(values: Tensor) -> bytes:
+    patterns = values.to(torch.bfloat16).cpu().view(torch.int16).tolist()
+    return b"".join((pattern & 0xFFFF).to_bytes(2, "little") for pattern in patterns)
+
+
+def _order(sample: Sample) -> Tensor:
+    """Return bf16 patterns as whole numbers that grow with their values, one per representable number, (n,)."""
+    if not sample.bits:
+        return torch.zeros(0, dtype=torch.int64)
+    patterns = torch.frombuffer(bytearray(sample.bits), dtype=torch.int16).long()
+    return torch.where(patterns < 0, -(patterns & 0x7FFF), patterns)

@@ -19,7 +19,7 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.index import identity as identity  # merging asks for it here
-from lorakit.core.quantization import Base, base_of
+from lorakit.core.quantization import Base, base_of, hold_still
 from lorakit.core.quantization.bitsandbytes import eight_bit_linear, four_bit_linear
 from lorakit.core.quantization.hqq import hqq_linear
 from lorakit.core.quantization.torchao import int8_linear
@@ -46,6 +46,15 @@ def multiply_out(model: nn.Module) -> int:
     for path, module in plain:
         model.set_submodule(path, module)
     return len(plain)
+
+
+def hold_base_still(model: nn.Module) -> None:
+    """Keep all modules of a model from rewriting their own weight in a forward, as those of some quantizers do.
+
+    Args:
+        model: A model without adapters; values stay as they are.
+    """
+    hold_still(AdapterIndex.of(model).everything.values())
 
 
 def wrongly_multiplied_out(model: nn.Module) -> tuple[str, float] | None:

@@ -1,26 +1,18 @@
-"""What every call on adapters checks before it touches a model: names, allowances, scales.
-
-Calls that make or write tensors, inside `torch.inference_mode`: what is made there could never be trained.
-
-A base from outside such a block gets tensors as if the block were not there. A base that was itself made in one can
-only be used in one.
-"""
+"""What every call on adapters checks before it touches a model: names, allowances, scales."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
-from typing import Any, TypeVar, cast
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 
-import torch
 from torch import nn
 
 from lorakit.config import LoraConfig
+from lorakit.core.layers.adapter_component import trainable
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.routing.state import AdapterState
-from lorakit.errors import OVERRIDE, AdapterError, ConfigError, ModelError, TargetError
+from lorakit.errors import OVERRIDE, AdapterError, ConfigError, TargetError
 
 ALLOWANCES = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init")
 """The refusals that a caller can lift by name."""
@@ -145,9 +137,6 @@ def check_bias_alone(state: AdapterState | None, config: LoraConfig) -> None:
             )
 
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
 def trainable_block(index: AdapterIndex) -> AbstractContextManager[object]:
     """Return a block whose new tensors can be trained afterwards, also inside `torch.inference_mode`.
 
@@ -158,31 +147,4 @@ def trainable_block(index: AdapterIndex) -> AbstractContextManager[object]:
         ModelError: The model was made in inference mode, and this is outside of it.
     """
     held = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
-    return _trainable(index.model, next(held, None))
-
-
-def trainable_tensors(function: Function) -> Function:
-    """Return a function whose new tensors can be trained afterwards, also if it is called in inference mode.
-
-    Args:
-        function: Takes the model first.
-    """
-
-    @wraps(function)
-    def called(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _trainable(model, next(model.parameters(), None)):
-            return function(model, *args, **kwargs)
-
-    return cast(Function, called)
-
-
-def _trainable(model: nn.Module, first: nn.Parameter | None) -> AbstractContextManager[object]:
-    inside = torch.is_inference_mode_enabled()
-    if (first is not None and first.is_inference()) == inside:
-        return nullcontext()
-    if not inside:
-        raise ModelError(
-            f"This {type(model).__name__} was made in torch.inference_mode(), so torch neither trains it nor tracks it "
-            "outside of such a block. Make or load it outside, or work with it inside."
-        )
-    return torch.inference_mode(False)
+    return trainable(index.model, next(held, None))

@@ -5,6 +5,9 @@ buffer, in the bits of their dtype. Adapters, merges and trained biases do not c
 positions that are not sampled (a change of a fraction f of a tensor's values is missed with probability (1 - f)^64),
 unless the weight files are known and differ; a change of a quantized weight below what quantizing cost; buffers that
 are not saved; the model's code and config; the tokenizer; and whatever somebody does who knows the positions.
+
+Adapters that were merged into a base for good are recorded in the model's config, which travels with the weights
+through every save and load, so that none is applied a second time.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import base64
 import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -25,15 +29,20 @@ from lorakit.core.model.base_samples import (
     Part,
     Sample,
     agreement,
+    as_hex,
+    first_agreement,
+    first_positions,
+    from_hex,
     listing,
     parameter_count,
     parts_of,
     positions,
+    take_first_samples,
     take_samples,
 )
-from lorakit.core.model.first_fingerprints import as_hex, first_agreement, first_positions, from_hex, take_first_samples
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.weight_files import weight_file_hashes
+from lorakit.errors import OVERRIDE, BaseMismatchError
 
 SAME, OTHER_PRECISION, UNVERIFIABLE, DIFFERENT = "same", "same at other precision", "unverifiable", "different"
 
@@ -358,3 +367,52 @@ def _innermost(model: nn.Module) -> nn.Module:
     """The model itself, or what a compiler's wrapper holds."""
     original = model._modules.get("_orig_mod")
     return original if original is not None else model
+
+
+CONFIG_KEY = "lorakit_merged"
+"""Field of the model's config: a list of {"sha256", "name"}, one per adapter that was merged for good."""
+
+
+def applied(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of the weights -> name of every adapter that was merged into a model for good.
+
+    Args:
+        model: Any model; one without a config, or without a sound note in it, has none.
+    """
+    noted: Any = getattr(getattr(model, "config", None), CONFIG_KEY, None)
+    entries = noted if isinstance(noted, (list, tuple)) else []
+    return {str(e["sha256"]): str(e.get("name", "")) for e in entries if isinstance(e, Mapping) and "sha256" in e}
+
+
+def note_applied(model: nn.Module, adapters: Mapping[str, str]) -> None:
+    """Write into a model's config that adapters were merged for good.
+
+    Args:
+        model: A merged model with a config.
+        adapters: SHA-256 of an adapter's weights -> its name; they join those that are noted already.
+    """
+    known = {**applied(model), **adapters}
+    setattr(model.config, CONFIG_KEY, [{"sha256": sha, "name": name} for sha, name in known.items()])
+
+
+def check_not_applied(model: nn.Module, folder: Path, weights_sha256: str, allow: Collection[str]) -> None:
+    """Refuse an adapter that is part of the weights already, unless "base_mismatch" is allowed.
+
+    Args:
+        model: The base.
+        folder: The adapter's folder, for the message.
+        weights_sha256: Of its weights.
+        allow: As in `load_adapter`.
+
+    Raises:
+        BaseMismatchError: It was merged into this model.
+    """
+    known = applied(model)
+    if weights_sha256 in known and "base_mismatch" not in allow:
+        was = f" (as {known[weights_sha256]})" if known[weights_sha256] else ""
+        raise BaseMismatchError(
+            f"{folder}: this adapter was merged into the model already{was}, and would act twice.",
+            advice=f"Use the model as it is, load the adapter's own base, or {OVERRIDE}.",
+            where=folder,
+            override="base_mismatch",
+        )

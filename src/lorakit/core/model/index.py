@@ -72,7 +72,8 @@ class AdapterIndex:
             the model itself.
         everything: Path -> module, also inside adapted modules and with the model itself (""), in the order of
             `named_modules`; holders of factors are left out.
-        parents: id of a module -> every (parent, attribute) that holds it, outside of adapted modules.
+        parents: id of a module -> every (parent, attribute) that holds it; of those inside adapted modules, only
+            adapted ones are listed.
         components: Path -> adapted module, in the model's order.
         patches: Path -> hooks by which adapters train biases of the module there.
         kinds: Kinds that the user made, by name.
@@ -87,6 +88,7 @@ class AdapterIndex:
     patches: dict[str, list[BiasPatch]] = field(default_factory=dict)
     kinds: dict[str, Kind] = field(default_factory=dict)
     _children: dict[int, Children] = field(default_factory=dict)
+    _plain: dict[bool, list[tuple[str, nn.Module]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module | AdapterIndex, kinds: Iterable[Kind] = ()) -> AdapterIndex:
@@ -104,12 +106,12 @@ class AdapterIndex:
             return model
         index = cls(model)
         for path, module, children, is_new, is_outside in _visits(model):
-            if is_outside:
-                if path:
-                    index.modules[path] = module
-                if children and not isinstance(module, AdapterModule):
-                    for attribute, child in children:
-                        index.parents.setdefault(id(child), []).append((module, attribute))
+            if is_outside and path:
+                index.modules[path] = module
+            plain = is_outside and not isinstance(module, AdapterModule)
+            for attribute, child in children:
+                if plain or isinstance(child, AdapterModule):
+                    index.parents.setdefault(id(child), []).append((module, attribute))
             if is_new:
                 index._note(path, module, children)
         if index.state is not None:
@@ -204,8 +206,13 @@ class AdapterIndex:
         """Return the base's modules under the paths that they have without adapters; one in two places comes twice.
 
         Args:
-            stacked: Layers that are stacked anew (`layer_replication`) as they stand; False gives the original ones.
+            stacked: Replicated layers (`layer_replication`) as they are now; False gives the original ones.
         """
+        if stacked not in self._plain:
+            self._plain[stacked] = self._plain_modules(stacked)
+        return self._plain[stacked]
+
+    def _plain_modules(self, stacked: bool) -> list[tuple[str, nn.Module]]:
         replication = None if stacked or self.state is None else self.state.replication
         swapped = {} if replication is None else {id(replication.stacked): replication.original}
         found: list[tuple[str, nn.Module]] = []
@@ -313,9 +320,10 @@ class AdapterIndex:
             old: A module outside of adapted ones, or an adapted one.
             new: What takes its place.
         """
-        for parent, attribute in self.parents[id(old)]:
+        places = self.parents.get(id(old), [])
+        for parent, attribute in places:
             parent._modules[attribute] = new
-        self.parents[id(new)] = self.parents[id(old)]
+        self.parents[id(new)] = places
 
 
 def _visits(model: nn.Module) -> Iterator[tuple[str, nn.Module, Children, bool, bool]]:
@@ -460,9 +468,9 @@ survey = AdapterIndex.of
 
 def layers(model: nn.Module | AdapterIndex) -> list[tuple[str, LoraLayer]]:
     """Return every adapted layer with its path."""
-    return list(AdapterIndex.of(model).layers())
+    return [(path, module) for path, module in walk(model) if isinstance(module, LoraLayer)]
 
 
 def copies(model: nn.Module | AdapterIndex) -> list[tuple[str, ModulesToSave]]:
     """Return every module with trained copies, with its path."""
-    return list(AdapterIndex.of(model).every(ModulesToSave))
+    return [(path, module) for path, module in walk(model) if isinstance(module, ModulesToSave)]

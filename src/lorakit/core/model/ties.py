@@ -159,9 +159,11 @@ def of_one_weight(layers: Iterable[tuple[str, LoraLayer]], names: Collection[str
     pairs = []
     for _, layer in layers:
         here = [name for name in names if name in layer.r]
-        leading = {id(found): found for found in (_leading(layer, name, owners) for name in here)}
-        leader = next(iter(leading.values())) if len(leading) == 1 else None
-        if leader is not None and {name for name in names if name in leader.r} == set(here):
+        leading = [_leading(layer, name, owners) for name in here]
+        leader = leading[0] if leading else None
+        if leader is None or any(other is not leader for other in leading):
+            continue
+        if {name for name in names if name in leader.r} == set(here):
             mine, its = (one.source._parameters.get(one.slot.parameter) for one in (layer, leader))
             pairs += [(layer, leader)] if mine is its and mine is not None else []
     return pairs
@@ -214,8 +216,8 @@ def _tied_matches(
     own = next((variant for variant in variants_of(config) if variant.tensors), None)
     if own is not None:
         raise ConfigError(
-            f"ensure_weight_tying ties the factors of {leader} and {partners[0]}, and {own.field} gives each "
-            f"{own.tensors[0].held_as} of its own. Leave one of the two off, or adapt only one of the modules without "
+            f"ensure_weight_tying ties the factors of {leader} and {partners[0]}, and {own.field} gives each a tensor "
+            f"of its own ({own.tensors[0].held_as}). Leave one of the two off, or adapt only one module without "
             "ensure_weight_tying.",
             where=leader,
             field=own.field,

@@ -15,7 +15,7 @@ from lorakit.core.files.tensor_names import PREFIX, ROWS
 from lorakit.core.kinds import PARAMETER
 from lorakit.core.model.fingerprint import DIFFERENT, UNVERIFIABLE
 from lorakit.core.operations.tensor_sources import LooseAdapter
-from lorakit.core.variants import VARIANTS, is_kept, variants_of, without
+from lorakit.core.variants import asked_for, is_kept, variants_of, without
 from lorakit.errors import OVERRIDE, AdapterError, BaseMismatchError, ConfigError, warn_caller
 
 
@@ -118,7 +118,7 @@ def check_joinable(adapters: Sequence[LooseAdapter]) -> None:
 
 def _must_agree() -> dict[str, str]:
     """Return the fields in which adapters must agree to become one, and what it means if they do not."""
-    of_variants = {variant.field: variant.must_agree for variant in VARIANTS if variant.must_agree}
+    of_variants = {variant.field: variant.must_agree for variant in asked_for() if variant.must_agree}
     return {**of_variants, "layer_replication": "were made on differently replicated layers"}
 
 
@@ -197,12 +197,11 @@ def joined_config(configs: Sequence[LoraConfig]) -> LoraConfig:
 
 def _joined_variants(configs: Sequence[LoraConfig]) -> dict[str, Any]:
     """Return the fields of variants: as the first that asks has it where the result is of the variant, else default."""
-    plain = without(configs[0], *(variant for variant in VARIANTS if variant.field))
+    plain = without(configs[0], *asked_for())
     fields = {}
-    for variant in VARIANTS:
+    for variant in asked_for():
         asking = [config for config in configs if variant in variants_of(config)]
-        if variant.field:
-            fields[variant.field] = getattr(asking[0] if asking and is_kept(variant) else plain, variant.field)
+        fields[variant.field] = getattr(asking[0] if asking and is_kept(variant) else plain, variant.field)
     return fields
 
 

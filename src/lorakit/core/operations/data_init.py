@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from lorakit.config import EvaConfig, LoraConfig
 from lorakit.core.attachment.attaching import with_targets
-from lorakit.core.attachment.build import blank_for
-from lorakit.core.attachment.residual_base import check_can_move
+from lorakit.core.attachment.residual_base import blank_for, check_can_move
 from lorakit.core.inits import Blank, Init, init_for, init_named
 from lorakit.core.kinds import kind_named
 from lorakit.core.model.activation import disable
@@ -28,7 +27,7 @@ from lorakit.core.model.index import AdapterIndex, Place, find_state
 from lorakit.core.model.target_weights import bare_parameters
 from lorakit.core.operations.rank_allocation import by_explained_variance, in_groups, with_ranks
 from lorakit.core.statistics.collecting import Forward, TakeRows, collect_gradients, collect_inputs
-from lorakit.core.statistics.stored import Statistics
+from lorakit.core.statistics.moments import Statistics
 from lorakit.errors import ConfigError, DataError
 from lorakit.targets import Match, match_path, resolve
 

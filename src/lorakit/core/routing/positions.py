@@ -1,21 +1,22 @@
-"""Activated LoRA's view of a forward: which tokens a model was called with, and so where its adapters begin.
+"""On which positions adapters act that wait for tokens (`Variant.positions`), found once per forward of a model.
 
-While an adapter with `alora_invocation_tokens` sits on a model, two hooks on that model lay the starts of each forward
-into the context and take them out again, also when the forward fails. A cache of keys and values keeps where the
-adapters began in its rows, so that the steps of a generation, which see one token each, go on from there.
+While such an adapter is on a model, two hooks on that model put the offsets of each forward into the context and take
+them out again, also if the forward fails. A cache of keys and values stores where the adapters began in its rows, so
+that the steps of a generation, which see one token each, continue from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.routing.route import Starts, last_invocation, of_rows
+from lorakit.core.routing.route import Offsets, of_rows
 from lorakit.core.routing.state import AdapterState, Override
-from lorakit.errors import ConfigError, RouteError
+from lorakit.core.variants import variant_of
+from lorakit.errors import RouteError
 
 CACHES = ("cache", "past_key_values", "cache_params")
 """What models of the field call their cache, as an argument and in their output."""
@@ -25,13 +26,13 @@ MEMORY = "lorakit_starts"
 
 
 NOT_IN_A_GRAPH = (
-    "Where an aLoRA adapter begins is found in the tokens of each forward, outside of a compiled graph. Compile with "
+    "Where an adapter that waits for tokens begins is found in each forward, outside of a compiled graph. Compile with "
     "fullgraph=False (the adapted layers then run uncompiled), or make another adapter the default."
 )
 
 
 class InvocationHooks:
-    """The two hooks on a model: before a forward, where its adapters begin; after it, what its cache must remember.
+    """The two hooks on a model: before a forward, its offsets; after it, what its cache must remember.
 
     They hold no state of a forward: that is in the context, so threads do not meet.
     """
@@ -40,7 +41,7 @@ class InvocationHooks:
         self.state = state
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Lay the starts of this forward into the context."""
+        """Put the offsets of this forward into the context."""
         if torch.compiler.is_compiling():
             if not self.state.fits_a_graph(self.state.default):
                 torch._dynamo.graph_break(msg=NOT_IN_A_GRAPH)
@@ -58,26 +59,26 @@ class InvocationHooks:
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _HookScope.drop(self)  # an interrupt is the one way to end a forward without its second hook
-        starts = self._starts(module, args, kwargs)
-        if starts is not None:
-            _HookScope(self, starts).__enter__()
+        offsets = self._offsets(module, args, kwargs)
+        if offsets is not None:
+            _HookScope(self, offsets).__enter__()
 
     def _close(self, kwargs: dict[str, Any], output: Any) -> None:
-        starts = _HookScope.drop(self)
-        if starts is None or output is None:
+        offsets = _HookScope.drop(self)
+        if offsets is None or output is None:
             return
         values = list(output.values()) if isinstance(output, Mapping) else output
         values = values if isinstance(values, (list, tuple)) else [values]
         if not torch.is_inference_mode_enabled():
-            self.state.invocations.note([v for v in values if isinstance(v, Tensor)], starts)
+            self.state.invocations.note([v for v in values if isinstance(v, Tensor)], offsets)
         cache = _cache(output if isinstance(output, Mapping) else kwargs)
-        if cache is not None and starts.seen is not None:
-            seen = starts.seen
-            begins = {name: torch.where(back > 0, seen - back, -1) for name, back in starts.found.items()}
+        if cache is not None and offsets.seen is not None:
+            first = torch.where(offsets.back > 0, offsets.seen - offsets.back, -1)
+            begins = dict(zip(offsets.adapters, first, strict=True))
             setattr(cache, MEMORY, {**getattr(cache, MEMORY, {}), **begins})
 
-    def _starts(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Starts | None:
-        fixed = self.state.starts()
+    def _offsets(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Offsets | None:
+        fixed = self.state.offsets()
         ids, inputs = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         given = ids if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point() else None
         inputs = inputs if given is None else given
@@ -88,42 +89,74 @@ class InvocationHooks:
         past = int(cache.get_seq_length()) if cache is not None else 0
         whole = isinstance(kwargs.get("logits_to_keep"), Tensor)
         if fixed is not None:
-            later = fixed
-            return Starts(lambda name: later.later(name, past + length, rows), length, past + length, whole)
+            return fixed.later(length, past + length, rows, whole)
         memory = getattr(cache, MEMORY, {})
         if given is None and not memory:
             return None
         visible = _visible(kwargs.get("attention_mask"), rows, length)
         if module.training:
             _check_not_packed(kwargs.get("position_ids"), visible)
+        names = self.state.awaited()
+        found = []
+        for name in names:
+            back = inputs.new_zeros(rows, dtype=torch.int64)
+            if given is not None:
+                back = _positions(self.state, name, given, visible)
+            if name in memory:
+                begin = of_rows(memory[name], rows)
+                holds = (begin >= 0) & (begin + _span(self.state, name) <= past)  # a cache may have been cut since
+                back = torch.where((back == 0) & holds, past + length - begin, back)
+            found.append(back)
+        return Offsets(names, torch.stack(found), length, past + length, whole) if names else None
 
-        def find(name: str) -> Tensor:
-            tokens = tokens_of_call(self.state, name)
-            none = inputs.new_zeros(rows, dtype=torch.int64)
-            back = none if given is None else last_invocation(given, tokens, visible)
-            if name not in memory:
-                return back
-            begin = of_rows(memory[name], rows)
-            holds = (begin >= 0) & (begin + len(tokens) <= past)  # a cache may have been cut since
-            return torch.where((back == 0) & holds, past + length - begin, back)
 
-        return Starts(find, length, past + length, whole)
+def prompt_offsets(
+    state: AdapterState, input_ids: Tensor, visible: Tensor | None = None, names: Iterable[str] | None = None
+) -> Offsets:
+    """Find on how many of the last positions of prompts adapters act that do not act on all.
+
+    Args:
+        state: The model's state.
+        input_ids: The prompts, (rows, length).
+        visible: (rows, length), true where a token counts; None if all do.
+        names: The adapters; None means all that wait.
+
+    Raises:
+        ConfigError: A config does not say what an adapter waits for.
+    """
+    waiting = tuple(sorted(state.waiting if names is None else state.waiting & set(names)))
+    rows, length = input_ids.shape
+    found = [_positions(state, name, input_ids, visible) for name in waiting]
+    back = torch.stack(found) if found else input_ids.new_zeros((0, rows), dtype=torch.int64)
+    return Offsets(waiting, back, length, length)
+
+
+def _positions(state: AdapterState, name: str, ids: Tensor, visible: Tensor | None) -> Tensor:
+    config = state.configs[name]
+    find = variant_of(config).positions
+    return ids.new_zeros(ids.shape[0], dtype=torch.int64) if find is None else find(ids, config, visible)
+
+
+def _span(state: AdapterState, name: str) -> int:
+    config = state.configs[name]
+    span = variant_of(config).span
+    return 1 if span is None else span(config)
 
 
 class _HookScope(Override):
     """What the first hook opens and the second closes: found again in the context, since hooks share no variable."""
 
-    def __init__(self, hooks: InvocationHooks, starts: Starts) -> None:
-        super().__init__(hooks.state, None, starts)
+    def __init__(self, hooks: InvocationHooks, offsets: Offsets) -> None:
+        super().__init__(hooks.state, None, offsets)
         self.hooks = hooks
 
     @staticmethod
-    def drop(hooks: InvocationHooks) -> Starts | None:
+    def drop(hooks: InvocationHooks) -> Offsets | None:
         """Close what these hooks opened in this context and backward; what it said, or None."""
         for scope in hooks.state.scopes():
             if isinstance(scope.block, _HookScope) and scope.block.hooks is hooks:
                 scope.block.__exit__()
-                return scope.starts
+                return scope.offsets
         return None
 
 
@@ -157,18 +190,6 @@ def _hooks_of(module: nn.Module) -> list[int]:
     return [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), InvocationHooks)]
 
 
-def tokens_of_call(state: AdapterState, name: str) -> Sequence[int]:
-    """Return the invocation tokens of an adapter.
-
-    Raises:
-        ConfigError: The config has none.
-    """
-    tokens = state.configs[name].alora_invocation_tokens
-    if not tokens:
-        raise ConfigError(f"alora_invocation_tokens of adapter {name!r} is {tokens!r}; it must be a list of token ids.")
-    return tokens
-
-
 def _cache(values: Mapping[str, Any]) -> Any:
     """The cache among a forward's arguments or in its output, or None."""
     found = (values.get(name) for name in CACHES)
@@ -191,6 +212,6 @@ def _check_not_packed(positions: Any, visible: Tensor | None) -> None:
         back = back & visible[:, 1:] & visible[:, :-1]
     if bool(back.any()):
         raise RouteError(
-            "An aLoRA adapter begins at the last invocation of each row, and rows of this batch hold several texts "
-            "(their position_ids start again). Train without packing."
+            "An adapter that waits for tokens begins at their last occurrence in a row, and rows of this batch hold "
+            "several texts (their position_ids start again). Train without packing."
         )

@@ -1,12 +1,8 @@
-"""Where adapters that wait for their invocation tokens (aLoRA) begin in the rows of a forward.
+"""A route: which adapter each row of a batch uses, and on which positions, once for all layers of a forward.
 
-Counted from the end of what a row holds, so that a site which sees only the last positions needs no more. All of it is
-computed on the tokens' own device, once per forward and adapter; no layer looks at tokens. It knows nothing of
-adapters' configs, of the route, or of models.
-
-A route: which adapter each row of a batch uses, and what follows from that once, for all layers of a forward.
-
-It knows nothing of which route is in force, of layers or of factors.
+Positions are counted from the end of what a row holds, so that a site that sees only the last positions needs no more.
+Everything is computed on the device of the tokens; no layer looks at tokens. It knows nothing of which route is in
+force, of configs, layers or factors.
 """
 
 from __future__ import annotations
@@ -23,105 +19,81 @@ from lorakit.errors import RouteError
 from lorakit.ops.segments import Routed
 
 
-def last_invocation(input_ids: Tensor, tokens: Sequence[int], visible: Tensor | None = None) -> Tensor:
-    """Where the last occurrence of some tokens begins in each row.   [docs/math.md (90)]
-
-    Args:
-        input_ids: (rows, length), whole numbers.
-        tokens: The invocation tokens, in order.
-        visible: (rows, length), true where a token counts; an occurrence that touches padding is none.
-
-    Returns:
-        (rows,) int64: how many positions there are from its first token to the end of the row, 0 where it is not there.
-    """
-    rows, length = input_ids.shape
-    size = len(tokens)
-    if size > length or size == 0:
-        return input_ids.new_zeros(rows, dtype=torch.int64)
-    wanted = torch.tensor(list(tokens), dtype=input_ids.dtype, device=input_ids.device)
-    found = (input_ids.unfold(1, size, 1) == wanted).all(-1)  # (rows, length - size + 1)
-    if visible is not None:
-        found = found & visible.bool().unfold(1, size, 1).all(-1)
-    numbers = torch.arange(1, found.shape[1] + 1, device=found.device)
-    last = (found * numbers).amax(1)
-    return torch.where(last > 0, length + 1 - last, 0)
-
-
-class Starts:
-    """How many of the last positions of each row an adapter acts on, for every adapter that waits.
+@dataclass(frozen=True, eq=False)
+class Offsets:
+    """On how many of the last positions of each row adapters act, for adapters that do not act on all.
 
     Attributes:
-        length: Positions of each row in this forward, or None where that is not known.
-        seen: Positions of each row up to the end of this forward, those in a cache among them, or None.
+        adapters: The adapters that it knows.
+        back: The number per adapter and row, (adapters, rows) int64, 0 if the adapter does not act in the row.
+        length: Positions of each row in this forward, or None if that is not known.
+        seen: Positions of each row up to the end of this forward, those in a cache included, or None.
         whole: A site that sees fewer positions than `length` cannot tell which they are.
     """
 
-    def __init__(
-        self,
-        find: Callable[[str], Tensor],
-        length: int | None = None,
-        seen: int | None = None,
-        whole: bool = False,
-    ) -> None:
-        self.length, self.seen, self.whole = length, seen, whole
-        self._find = find
-        self.found: dict[str, Tensor] = {}
-        self._masks: dict[tuple[str, int, bool, torch.device], Tensor] = {}
-        self._parts: dict[str, Starts] = {}
-        self.begun: dict[int, tuple[Any, Any]] = {}  # of routes: each, and itself with these starts
+    adapters: tuple[str, ...]
+    back: Tensor
+    length: int | None = None
+    seen: int | None = None
+    whole: bool = False
+    _masks: dict[tuple[str, int, bool, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _parts: dict[int, tuple[Tensor, Offsets]] = field(default_factory=dict, init=False, repr=False)
+    _routes: dict[int, tuple[Route, Route]] = field(default_factory=dict, init=False, repr=False)
 
-    def back(self, name: str) -> Tensor:
-        """So many of the last positions of each row, (rows,) int64, 0 where the row does not invoke it.
+    def of(self, adapter: str) -> Tensor:
+        """Return the numbers of one adapter, (rows,) int64.
 
         Args:
-            name: The adapter.
+            adapter: One of `adapters`.
         """
-        if name not in self.found:
-            self.found[name] = self._find(name)
-        return self.found[name]
+        return self.back[self.adapters.index(adapter)]
 
-    def agrees(self, other: Starts, names: Sequence[str]) -> bool:
-        """Whether these adapters begin at the same places in another forward.
+    def agrees(self, other: Offsets, names: Sequence[str]) -> bool:
+        """Return whether adapters act on the same positions in another forward.
 
         Args:
-            other: Of the other forward.
+            other: The other forward's.
             names: The adapters.
         """
-        pairs = [(self.back(name), other.back(name)) for name in names]
+        if not set(names) <= set(self.adapters) & set(other.adapters):
+            return False
+        pairs = [(self.of(name), other.of(name)) for name in names]
         return all(one.shape == two.shape and bool((one == two).all()) for one, two in pairs)
 
-    def later(self, name: str, seen: int, rows: int) -> Tensor:
-        """`back` in another forward over the same text, shorter or longer by what was made since; (rows,).
+    def later(self, length: int, seen: int, rows: int, whole: bool = False) -> Offsets:
+        """Return the offsets of another forward over the same text, which ends earlier or later.
 
         Args:
-            name: The adapter.
-            seen: Positions up to the end of that forward.
-            rows: Its rows: each of these may stand there several times running (beams).
+            length: Positions of each of its rows.
+            seen: Positions up to its end, those in a cache included.
+            rows: The number of its rows; each row here may be there several times in succession (beams).
+            whole: As the attribute.
+
+        Raises:
+            RouteError: The number of rows does not fit.
         """
-        back = of_rows(self.back(name), rows)
-        return back if self.seen is None else torch.where(back > 0, back + (seen - self.seen), 0).clamp_min(0)
+        back = of_rows(self.back, rows)
+        if self.seen is not None:
+            back = torch.where(back > 0, back + (seen - self.seen), 0).clamp_min(0)
+        return Offsets(self.adapters, back, length, seen, whole)
 
-    def of_rows(self, name: str, index: Tensor) -> Starts:
-        """The same for some rows, those of one adapter; made once.
+    def of_rows(self, index: Tensor) -> Offsets:
+        """Return the offsets of some rows, made once for the same tensor of numbers.
 
         Args:
-            name: The adapter.
-            index: Numbers of its rows, (rows of it,).
+            index: Numbers of the rows, (rows of it,).
         """
-        if name not in self._parts:
-            find = partial(self._selected, index)
-            self._parts[name] = Starts(find, self.length, self.seen, self.whole)
-        return self._parts[name]
+        known = self._parts.get(id(index))
+        if known is None:  # the tensor is held, so that no other one has its id
+            back = self.back.index_select(1, index.to(self.back.device))
+            known = self._parts[id(index)] = (index, Offsets(self.adapters, back, self.length, self.seen, self.whole))
+        return known[1]
 
-    def _selected(self, index: Tensor, name: str) -> Tensor:
-        back = self.back(name)
-        return back.index_select(0, index.to(back.device))
-
-    def mask(self, name: str, z: Tensor) -> Tensor:
-        """Where the adapter acts, true or false, shaped to multiply z.
+    def mask(self, adapter: str, z: Tensor) -> Tensor:
+        """Return where an adapter acts, true or false, shaped to multiply z; made once per forward and shape.
 
         Args:
-            name: The adapter.
+            adapter: One of `adapters`.
             z: What it adds, (rows, positions, out), (rows · positions, out), or (rows, out) for the last position.
 
         Returns:
@@ -130,42 +102,48 @@ class Starts:
         Raises:
             RouteError: z has no such axes, so that the positions in it cannot be told.
         """
-        back = self.back(name)
-        rows = back.shape[0]
+        rows = self.back.shape[1]
         flat = z.ndim == 2 and self.length is not None and z.shape[0] == rows * self.length
         fits = flat or (z.ndim in (2, 3) and z.shape[0] == rows)
         positions = self.length if flat else z.shape[1] if z.ndim == 3 else 1
         if not fits or positions is None or (self.whole and positions != self.length):
             raise RouteError(
-                f"Adapter {name!r} acts from its invocation tokens on, and a site received {tuple(z.shape)} where the "
-                f"batch has {rows} rows of {self.length or 'so many'} positions, so its positions are not known. Leave "
-                "the module out of target_modules."
+                f"Adapter {adapter!r} acts from its invocation tokens on, and a site received {tuple(z.shape)} where "
+                f"the batch has {rows} rows of {self.length or 'so many'} positions, so its positions are not known. "
+                "Leave the module out of target_modules."
             )
-        key = (name, positions, flat, z.device)
+        key = (adapter, positions, flat, z.device)
         if key not in self._masks:
-            acts = torch.arange(positions, device=z.device) >= positions - back.to(z.device)[:, None]
+            acts = torch.arange(positions, device=z.device) >= positions - self.of(adapter).to(z.device)[:, None]
             self._masks[key] = acts.reshape(-1, 1) if flat or z.ndim == 2 else acts[:, :, None]
         return self._masks[key]
 
+    def on(self, route: Route) -> Route:
+        """Return a route with these offsets, made once per route and forward, not per layer."""
+        known = self._routes.get(id(route))
+        if known is None:  # the route is held, so that no other one has its id
+            known = self._routes[id(route)] = (route, route.like(self, route.kept))
+        return known[1]
+
 
 def of_rows(numbers: Tensor, rows: int) -> Tensor:
-    """Numbers of each row for a batch in which each row stands several times running, (rows,).
+    """Return numbers per row for a batch that has each row several times in succession, (…, rows).
 
     Args:
-        numbers: One per row, (n,).
+        numbers: One per row, (…, n).
         rows: Rows of the batch.
 
     Raises:
         RouteError: They are not a multiple.
     """
-    if numbers.shape[0] == rows:
+    if numbers.shape[-1] == rows:
         return numbers
-    if rows % numbers.shape[0]:
+    if rows % numbers.shape[-1]:
         raise RouteError(
-            f"Where adapters begin was found for {numbers.shape[0]} rows, and the batch has {rows}. Give a batch, or a "
-            "cache, with the same rows."
+            f"Where adapters begin was found for {numbers.shape[-1]} rows, and the batch has {rows}. Give a batch, or "
+            "a cache, with the same rows."
         )
-    return numbers.repeat_interleave(rows // numbers.shape[0])
+    return numbers.repeat_interleave(rows // numbers.shape[-1], dim=-1)
 
 
 At = tuple[torch.device, int]
@@ -180,7 +158,7 @@ class Route:
         names: Adapters that act on every row, in the order given; none of them is the base alone.
         rows: One adapter per row of the batch (None: the base alone), or None where all rows are alike.
         copies: A batch may also hold each row so many times running: beams, of which an encoder sees one.
-        starts: Where adapters that wait for their invocation begin in this forward, or None where that is not known.
+        offsets: On which positions adapters act that do not act on all, or None if that is not known.
         kept: What layers keep from one forward with this route to the next, by layer; it goes with the route. None
             where they shall keep nothing.
         mentions: Every adapter that some row uses.
@@ -189,7 +167,7 @@ class Route:
     names: tuple[str, ...] = ()
     rows: tuple[str | None, ...] | None = None
     copies: int = 1
-    starts: Starts | None = field(default=None, compare=False)
+    offsets: Offsets | None = field(default=None, compare=False)
     kept: dict[Any, Any] | None = field(default=None, repr=False, compare=False)
     mentions: frozenset[str] = field(init=False, repr=False, compare=False)  # not cached: dynamo cannot trace the lock
     _indices: dict[At, list[tuple[str, Tensor]]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -202,28 +180,25 @@ class Route:
         some = self.names if self.rows is None else filter(None, self.rows)
         object.__setattr__(self, "mentions", frozenset(some))
 
-    def begun(self, starts: Starts | None) -> Route:
-        """The same route in a forward whose starts are known, or without any; a route that has some keeps them."""
-        if starts is None or self.starts is not None:
-            return self
-        if id(self) not in starts.begun:  # once per forward, not per layer
-            starts.begun[id(self)] = (self, self._like(starts, self.kept))
-        return starts.begun[id(self)][1]
+    def at(self, offsets: Offsets | None) -> Route:
+        """Return the same route in a forward with some offsets, or without any; a route that has some keeps them."""
+        return self if offsets is None or self.offsets is not None else offsets.on(self)
 
     def named(self) -> Route:
         """The route without what is true in some forwards alone, for those who hold it longer."""
-        if self.starts is None and self.kept is None:
+        if self.offsets is None and self.kept is None:
             return self
         if not self._named:  # always the same: it is asked for by every layer
-            self._named.append(self._like(None, None))
+            self._named.append(self.like(None, None))
         return self._named[0]
 
     def keeping(self) -> Route:
         """The same route, under which layers keep what they made of its adapters."""
-        return self._like(self.starts, {}) if self.mentions and self.kept is None else self
+        return self.like(self.offsets, {}) if self.mentions and self.kept is None else self
 
-    def _like(self, starts: Starts | None, kept: dict[Any, Any] | None) -> Route:
-        route = Route(self.names, self.rows, self.copies, starts, kept)
+    def like(self, offsets: Offsets | None, kept: dict[Any, Any] | None) -> Route:
+        """Return the same route with other offsets and kept things; what follows from its rows is shared."""
+        route = Route(self.names, self.rows, self.copies, offsets, kept)
         object.__setattr__(route, "_indices", self._indices)
         object.__setattr__(route, "_routed", self._routed)
         return route
@@ -235,11 +210,12 @@ class Route:
             name: The adapter.
             index: Numbers of its rows, (rows of it,).
         """
-        return Route((name,), starts=None if self.starts is None else self.starts.of_rows(name, index))
+        return Route((name,), offsets=None if self.offsets is None else self.offsets.of_rows(index))
 
     def acting(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """What tells an adapter where it acts, z (rows, positions, out) -> mask, or None where that is not known."""
-        return None if self.starts is None else partial(self.starts.mask, name)
+        """Return what masks an adapter's output, z (rows, positions, out) -> mask, or None if that is not known."""
+        offsets = self.offsets
+        return None if offsets is None or name not in offsets.adapters else partial(offsets.mask, name)
 
     def common_to_all(self, names: frozenset[str]) -> bool:
         """Whether every row uses each of these adapters."""

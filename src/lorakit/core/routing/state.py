@@ -15,13 +15,13 @@ import weakref
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from lorakit.config import LoraConfig
 from lorakit.core.routing.recompute import Forwards, Traces
-from lorakit.core.routing.route import BASE, Route, Starts
+from lorakit.core.routing.route import BASE, Offsets, Route
 from lorakit.errors import RouteError
 
 
@@ -31,8 +31,8 @@ class Scope:
 
     Attributes:
         state: The model.
-        route: What its forwards use; None where only the starts are said.
-        starts: Where adapters begin, or None where that is not said.
+        route: What its forwards use; None if only offsets are given.
+        offsets: On which positions adapters act, or None if that is not given.
         backward: Number of the backward.
         block: The block.
         thread: Number of the thread.
@@ -40,10 +40,21 @@ class Scope:
 
     state: AdapterState
     route: Route | None
-    starts: Starts | None
+    offsets: Offsets | None
     backward: int
     block: Override
     thread: int
+
+
+class PeftLayerMethodsLike(Protocol):
+    """What answers, for programs written for PEFT, the attributes of a layer that only PEFT has."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The attributes that it answers."""
+
+    def answer(self, layer: torch.nn.Module, word: str) -> object:
+        """Return the value of an attribute, one of `names`, of an adapted layer."""
 
 
 # The only global: a context variable cannot be copied or pickled, so no object of a model may hold it.
@@ -65,10 +76,14 @@ class AdapterState:
         replication: How the base's layers were stacked anew for the adapters, or None.
         kinds: Kinds of site that the user made, by name (`lorakit.core.Kind`).
         whole: Models that were looked through for adapted parts of another state, since the last copy; there are none.
+        waiting: Adapters that do not act on all positions of a row, so that a forward needs offsets.
+        peft_methods: What answers PEFT's own attributes of layers; None until `lorakit.peft` has met the model.
         biased: Whether an adapter has trained biases of the base in place, so that modules have to be asked for them.
     """
 
     biased: bool = False
+    waiting: frozenset[str] = frozenset()
+    peft_methods: PeftLayerMethodsLike | None = None
 
     def __init__(self) -> None:
         self.configs: dict[str, LoraConfig] = {}
@@ -76,7 +91,7 @@ class AdapterState:
         self.aside: Route | None = None
         self._joined: tuple[str, ...] = ()  # adapters that are in the default because they were merged
         self.frozen: list[tuple[torch.nn.Parameter, bool]] = []
-        self.invocations: Traces[Starts] = Traces()  # of forwards in which adapters waited for their invocation
+        self.invocations: Traces[Offsets] = Traces()  # of forwards that had some
         self.held: list[torch.nn.Module] = []
         self.replication: Any = None
         self.kinds: dict[str, Any] = {}
@@ -150,50 +165,59 @@ class AdapterState:
         self._joined = tuple(name for name in self._joined if name not in names)
         self.default = Route(tuple(name for name in self.default.names if name not in left))
 
-    def override(self, route: Route | None, starts: Starts | None = None) -> Override:
+    def override(self, route: Route | None, offsets: Offsets | None = None) -> Override:
         """A block in which this route is in force, in this context only.
 
         Args:
-            route: What the block's forwards use; None leaves that as it is, and only says where adapters begin.
-            starts: Where adapters begin that wait for their invocation.
+            route: What the block's forwards use; None leaves that as it is, and only gives offsets.
+            offsets: On which positions adapters act that do not act on all.
         """
-        return Override(self, route, starts)
+        return Override(self, route, offsets)
 
     def active(self) -> Route:
         """The route in force for this model in this context (not the rule for a recomputation; see `resolve`)."""
-        route, starts = self._scoped(None)
-        return (self.default if route is None else route).begun(starts)
+        route, offsets = self._scoped(None)
+        return (self.default if route is None else route).at(offsets)
 
-    def _scoped(self, backward: int | None) -> tuple[Route | None, Starts | None]:
+    def _scoped(self, backward: int | None) -> tuple[Route | None, Offsets | None]:
         """What the innermost overrides say: of any backward, or of the one with that number."""
-        starts = None
+        offsets = None
         for scope in reversed(_SCOPES.get()):
             if scope.state is self and backward in (None, scope.backward):
-                starts = scope.starts if starts is None else starts
+                offsets = scope.offsets if offsets is None else offsets
                 if scope.route is not None:
-                    return scope.route, starts
-        return None, starts
+                    return scope.route, offsets
+        return None, offsets
 
     def scopes(self) -> list[Scope]:
         """The overrides of this model that were opened in this context and backward, the innermost first."""
         backward = torch._C._current_graph_task_id()
         return [s for s in reversed(_SCOPES.get()) if s.state is self and s.backward == backward]
 
-    def starts(self) -> Starts | None:
-        """Where adapters begin, as overrides of this context and backward say it, or None."""
-        route, starts = self._scoped(torch._C._current_graph_task_id())
-        return starts if starts is not None or route is None else route.starts
+    def offsets(self) -> Offsets | None:
+        """Return the offsets that overrides of this context and backward give, or None."""
+        route, offsets = self._scoped(torch._C._current_graph_task_id())
+        return offsets if offsets is not None or route is None else route.offsets
+
+    def awaited(self) -> tuple[str, ...]:
+        """Return the waiting adapters that act somewhere in the model now, sorted."""
+        if not self.waiting:
+            return ()
+        acting = set(self.active().mentions)
+        for module in self.members():
+            if module.own_route is not None:
+                acting |= module.own_route.mentions
+        return tuple(sorted(self.waiting & acting))
 
     def awaits(self, route: Route) -> bool:
-        """Whether an adapter of a route waits for its invocation tokens."""
-        known = self.configs
-        return any(known[name].alora_invocation_tokens is not None for name in route.mentions if name in known)
+        """Return whether a route has an adapter that does not act on all positions."""
+        return not self.waiting.isdisjoint(route.mentions)
 
     def fits_a_graph(self, default: Route) -> bool:
         """Whether a compiled graph can have a layer's default, since no context variable can be read in one.
 
-        Dynamo guards on what is asked here: while a block is open anywhere, or the default waits for an invocation, the
-        layer is traced anew, cannot be, and runs uncompiled, so that it has the block's route and the forward's starts.
+        Dynamo guards on what is asked here: while a block is open anywhere, or the default waits for tokens, the
+        layer is traced again, cannot be, and runs uncompiled, so that it has the block's route and the offsets.
 
         Args:
             default: Of the layer, or of the model.
@@ -218,12 +242,12 @@ class AdapterState:
 class Override(contextlib.AbstractContextManager[None]):
     """A scoped override; it can be entered again, also by several threads and tasks at once: it holds no state."""
 
-    def __init__(self, state: AdapterState, route: Route | None, starts: Starts | None = None) -> None:
-        self._state, self._route, self._starts = state, route, starts
+    def __init__(self, state: AdapterState, route: Route | None, offsets: Offsets | None = None) -> None:
+        self._state, self._route, self._offsets = state, route, offsets
 
     def __enter__(self) -> None:
         thread = threading.get_ident()
-        scope = Scope(self._state, self._route, self._starts, torch._C._current_graph_task_id(), self, thread)
+        scope = Scope(self._state, self._route, self._offsets, torch._C._current_graph_task_id(), self, thread)
         _SCOPES.set((*_SCOPES.get(), scope))
         if self._route is not None:
             self._state._open[thread] = self._state._open.get(thread, 0) + 1
@@ -261,22 +285,22 @@ def resolve(state: AdapterState, own: Route | None, forwards: Forwards) -> tuple
         return default, False
     backward = torch._C._current_graph_task_id()
     again = backward != -1
-    route, starts = state._scoped(backward)
+    route, offsets = state._scoped(backward)
     if route is None and again:
         route = forwards.of_recomputation()
     elif route is None:
         route = default
         if state._open:
             state._tell_of_other_threads()
-    if again and starts is None and route.starts is None and state.awaits(route):
-        starts = _first_starts(state, route)
-    return route.begun(starts), again
+    if again and offsets is None and route.offsets is None and state.awaits(route):
+        offsets = _first_offsets(state, route)
+    return route.at(offsets), again
 
 
-def _first_starts(state: AdapterState, route: Route) -> Starts:
-    """Where adapters began in the forward that autograd runs again."""
+def _first_offsets(state: AdapterState, route: Route) -> Offsets:
+    """Return the offsets of the forward that autograd runs again."""
     alive = state.invocations.alive()
-    names = sorted(name for name in route.mentions if state.configs[name].alora_invocation_tokens is not None)
+    names = sorted(state.waiting & route.mentions)
     first = alive[0] if alive else None
     if first is None or not all(first.agrees(other, names) for other in alive[1:]):
         raise RouteError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.model.index import AdapterIndex
 from lorakit.core.quantization import at_least_fp32
 from lorakit.core.statistics.moments import GradientStatistics, InputStatistics
 from lorakit.errors import DataError, RunError, TargetError, nearest
@@ -268,17 +269,15 @@ def _fp32_bias(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _modules_at(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
-    """Path -> the base's own module there, below any adapters."""
-    every = dict(model.named_modules())
+    """Return path -> the base's own module there, below any adapters."""
+    index = AdapterIndex.of(model)
     found = {}
     for path in paths:
-        module = every.get(path)
+        module = index.everything.get(path)
         if module is None:
-            close = nearest(path, list(every), 1)
+            close = nearest(path, list(index.everything), 1)
             raise TargetError(f"There is no module {path!r} in the model{f'; nearest: {close[0]}' if close else ''}.")
-        while isinstance(module, LoraLayer):
-            module = module.base_layer
-        found[path] = module
+        found[path] = module.owner if isinstance(module, LoraLayer) else module
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import KINDS, Kind, fits
-from lorakit.core.variants.alora import ALORA
+from lorakit.core.variants.alora import ALORA, last_invocation
 from lorakit.core.variants.dora import DORA, row_norms
 from lorakit.core.variants.lora import PLAIN
 from lorakit.core.variants.variant import (
@@ -40,7 +40,9 @@ __all__ = [
     "Sum",
     "Variant",
     "added",
+    "asked_for",
     "is_kept",
+    "last_invocation",
     "own_tensors",
     "row_norms",
     "variant_at",
@@ -66,6 +68,11 @@ def variant_named(name: str) -> Variant:
     raise KeyError(name)
 
 
+def asked_for() -> tuple[Variant, ...]:
+    """Return the variants that a config has to ask for: all but LoRA itself."""
+    return tuple(variant for variant in VARIANTS if variant.field)
+
+
 def own_tensors() -> Iterator[OwnTensor]:
     """Yield every tensor of shape (…) that some variant holds beside A and B."""
     for variant in VARIANTS:
@@ -74,8 +81,7 @@ def own_tensors() -> Iterator[OwnTensor]:
 
 def variants_of(config: LoraConfig) -> list[Variant]:
     """Return the variants that a config asks for at some site or other, LoRA itself left out."""
-    asked = (variant for variant in VARIANTS if variant.field)
-    return [variant for variant in asked if getattr(config, variant.field) not in (None, False)]
+    return [variant for variant in asked_for() if getattr(config, variant.field) not in (None, False)]
 
 
 def variant_of(config: LoraConfig) -> Variant:

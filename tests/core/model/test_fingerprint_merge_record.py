@@ -1,4 +1,4 @@
-"""lorakit.core.model.merge_record: a note that travels with the config, read with distrust."""
+"""lorakit.core.model.fingerprint: a note that travels with the config, read with distrust."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.core.model.merge_record import CONFIG_KEY, applied, check_not_applied, note_applied
+from lorakit.core.model.fingerprint import CONFIG_KEY, applied, check_not_applied, note_applied
 from lorakit.errors import BaseMismatchError
 
 

@@ -1,4 +1,4 @@
-"""What is often said of LoRA and is half true: each statement of docs/math.md, "Half-truths", as a small proof."""
+"""Each statement of docs/math.md, "Common misconceptions", as a small proof."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakit.config import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig
 from lorakit.core import Statistics, attach, collect_for, disable, load_statistics, sites
 from lorakit.core.operations.data_init import reduced
-from lorakit.core.statistics.stored import KEY
+from lorakit.core.statistics.moments import KEY
 from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, DataError, TargetError
 
 from ...laws.snapshots import same_bits, snapshot

@@ -1,8 +1,8 @@
-"""Full fine-tuning beside LoRA: the same model and the same batches, each trained in a process of its own, measured.
+"""Full fine-tuning compared with LoRA: the same model and batches, each trained in a separate process, measured.
 
-    python examples/full_beside_lora.py [--quick]
+        python examples/full_fine_tuning.py [--quick]
 
-The last part of `reference_project.py`, whose model, text and loop it uses.
+This is the last part of `reference_project.py`, and uses its model, text and training loop.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lorakit.tables import format_bytes
 
 
 def compare(sizes: Sizes, quick: bool) -> None:
-    """LoRA and full fine-tuning of the same model on the same batches, measured."""
+    """Measure LoRA and full fine-tuning of the same model on the same batches."""
     found = {}
     for method in ("lora", "full"):
         command = [sys.executable, __file__, "--measure", method, *(["--quick"] if quick else [])]
@@ -38,16 +38,16 @@ def compare(sizes: Sizes, quick: bool) -> None:
         found[method] = json.loads(done.stdout.splitlines()[-1])
     lora, full = found["lora"], found["full"]
     print("| | LoRA, r = 8, all linear | full fine-tuning |\n|---|---|---|")
-    print(f"| trained numbers | {lora['trained']:,} | {full['trained']:,} |")
-    print(f"| seconds a step (median of {sizes.measured_steps}) | {lora['seconds']:.2f} | {full['seconds']:.2f} |")
-    for label, key in (("peak memory of the process", "peak"), ("of it above the loaded model", "above")):
+    print(f"| trained parameters | {lora['trained']:,} | {full['trained']:,} |")
+    print(f"| seconds per step (median of {sizes.measured_steps}) | {lora['seconds']:.2f} | {full['seconds']:.2f} |")
+    for label, key in (("peak memory of the process", "peak"), ("of that, above the loaded model", "above")):
         print(f"| {label} | {format_bytes(lora[key])} | {format_bytes(full[key])} |")
     print(f"| saved result | {lora['saved']} | {full['saved']} |")
-    print(f"| what resuming needs besides | {lora['besides']} | {full['besides']} |")
+    print(f"| additional state for resuming | {lora['besides']} | {full['besides']} |")
     print(
         f"\nSame model and batches of {sizes.rows} × {sizes.length} tokens. Full fine-tuning keeps an fp32 copy of the"
     )
-    print("weights beside Adam's moments: added to bf16 weights, steps below half of their last digit would be lost.")
+    print("weights in addition to Adam's moments: added to bf16 weights, small steps would be lost in rounding.")
 
 
 def measure(method: str, sizes: Sizes, quick: bool) -> None:
@@ -55,7 +55,7 @@ def measure(method: str, sizes: Sizes, quick: bool) -> None:
     model, tokenizer, _ = load(quick)
     sequences = encode(topics(PRACTICE), tokenizer, sizes.length).sequences
     for parameter in model.parameters():
-        parameter.detach().float().sum()  # a weight that was read from a file is in memory once it was touched
+        parameter.detach().float().sum()  # a weight read from a file is in memory only after it was accessed
     loaded = resident_bytes()
     job: Any = {"rows": sizes.rows, "epochs": 99, "limit": sizes.measured_steps}
     with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +73,7 @@ def measure(method: str, sizes: Sizes, quick: bool) -> None:
             peak = peak_rss_bytes()
             model.save_pretrained(result)
         kept = [value for part in parts for value in told.optimizer.state[part].values() if value.ndim]
-        kept += parts if method == "full" else []  # the fp32 copies; the adapter itself is fp32 already
+        kept += parts if method == "full" else []  # the fp32 copies; the adapter is fp32 already
         save_file({str(i): tensor.detach().contiguous() for i, tensor in enumerate(kept)}, state)
         sizes_found = {"saved": on_disk(result), "besides": on_disk(state)}
     facts = {"trained": sum(part.numel() for part in parts), "peak": peak, "above": peak - loaded}
@@ -82,7 +82,7 @@ def measure(method: str, sizes: Sizes, quick: bool) -> None:
 
 @contextmanager
 def master_copies(model: Any) -> Iterator[list[Any]]:
-    """fp32 copies for the optimizer: gradients go to them as they arrive, their values go back before each forward."""
+    """Yield fp32 copies for the optimizer: they receive gradients, and are copied back before each forward."""
     own = list(model.parameters())
     copies = [torch.nn.Parameter(parameter.detach().float().clone()) for parameter in own]
 
@@ -110,12 +110,12 @@ def master_copies(model: Any) -> Iterator[list[Any]]:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now, on Linux."""
+    """Return the resident memory of this process, on Linux."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Full fine-tuning beside LoRA, measured.")
+    parser = argparse.ArgumentParser(description="Measure full fine-tuning and LoRA.")
     parser.add_argument("--quick", action="store_true", help="a tiny random model and a few steps")
     parser.add_argument("--measure", choices=["lora", "full"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,0 +1,113 @@
+"""Attributes that programs read from PEFT's layers and that only PEFT has; every one is derived from the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit.core.factor import TRAINED
+from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.model.index import find_state
+from lorakit.core.variants import asked_for, own_tensors, variant_named
+
+
+def _words_of_variants() -> frozenset[str]:
+    """Return PEFT's names of tables by adapter in which its layers say of which variant an adapter is."""
+    return frozenset(word for variant in asked_for() for word in variant.peft_names)
+
+
+def _of_variants(layer: LoraLayer, word: str) -> dict[str, object]:
+    """Return adapter -> value of such a name; False for adapters of other variants."""
+    found: dict[str, object] = {}
+    for name, variant in layer.variant.items():
+        value = variant_named(variant).peft_names.get(word)
+        found[name] = value is not None and value(layer.factor(name))
+    return found
+
+
+def _use_rslora(layer: LoraLayer) -> dict[str, bool]:
+    configs = layer.state.configs
+    return {name: name in configs and configs[name].use_rslora for name in layer.r}
+
+
+def _lora_bias(layer: LoraLayer) -> dict[str, bool]:
+    return {name: layer.bias_of(name) is not None for name in layer.r}
+
+
+def _frozen(layer: LoraLayer) -> dict[str, tuple[str, ...]]:
+    """Adapter -> attributes whose values its init froze (MiCA); others are not in it."""
+    parts = list(zip("AB", layer.kind.names, strict=True))
+    return {
+        name: tuple(held for part, held in parts if part not in trains)
+        for name, trains in layer.trains.items()
+        if len(trains) < len(parts)
+    }
+
+
+def _supports_conversion(layer: LoraLayer, adapter_name: str = "default") -> bool:
+    """Return whether an adapter's update here can be written as plain LoRA."""
+    return adapter_name not in layer.r or variant_named(layer.variant[adapter_name]).update is not None
+
+
+def _cast_input(layer: LoraLayer, x: Any, dtype: torch.dtype) -> Any:
+    """PEFT's step before A, of any shape; the arithmetic here casts by itself."""
+    return x if x is None or not layer.cast_input_dtype_enabled else x.to(dtype)
+
+
+def _adapter_layer_names(layer: LoraLayer) -> tuple[str, ...]:
+    """Return the attributes that hold parameters by adapter."""
+    return tuple(name for name in (*TRAINED, *(own.held_as for own in own_tensors())) if name in layer._modules)
+
+
+def _sorted_adapters(layer: LoraLayer) -> list[str]:
+    return sorted(layer.available_adapters())
+
+
+VALUES: Mapping[str, Callable[[LoraLayer], object]] = {
+    "use_rslora": _use_rslora,
+    "lora_bias": _lora_bias,
+    "frozen_peft_weight_names": _frozen,
+    "adapter_layer_names": _adapter_layer_names,
+    "other_param_names": lambda _: ("r", "lora_alpha", "scaling", "lora_dropout"),
+    "cast_input_dtype_enabled": lambda _: True,
+}
+"""Attribute -> its value. Setting one of them on a layer hides what is derived here."""
+
+METHODS: Mapping[str, Callable[..., object]] = {
+    "supports_lora_conversion": _supports_conversion,
+    "_all_available_adapter_names": _sorted_adapters,
+    "_cast_input_dtype": _cast_input,
+}
+"""Method -> what it does with the layer."""
+
+
+class PeftLayerMethods:
+    """Answers PEFT's own attributes of a layer; it has no state."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The attributes that it answers; variants add theirs (`Variant.peft_names`)."""
+        return _words_of_variants().union(VALUES, METHODS)
+
+    def answer(self, layer: nn.Module, word: str) -> object:
+        """Return the value of an attribute, or a method of PEFT that belongs to a layer.
+
+        Args:
+            layer: An adapted layer.
+            word: One of `names`.
+        """
+        assert isinstance(layer, LoraLayer)  # no other module asks
+        if word in VALUES:
+            return VALUES[word](layer)
+        return partial(METHODS[word], layer) if word in METHODS else _of_variants(layer, word)
+
+
+def answer_as_peft(model: nn.Module) -> None:
+    """Let the layers of an adapted model answer PEFT's own attributes; one without adapters has no such layers."""
+    state = find_state(model)
+    if state is not None and state.peft_methods is None:
+        state.peft_methods = PeftLayerMethods()

@@ -1,0 +1,320 @@
+"""A variant is one entry of VARIANTS: made-up ones are attached, trained, saved, merged and combined like ours.
+
+No other source knows them. Between them they use every hook that an entry has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorakit import core
+from lorakit.config import LoraConfig, reading
+from lorakit.core import variants
+from lorakit.core.kinds import Kind, Shape, Slot, kind_named
+from lorakit.core.variants import NO_SETTING, At, Factor, OwnTensor, Setting, Start, Variant
+from lorakit.data import Batch
+from lorakit.errors import AdapterError, ConfigError, MergeError
+from lorakit.train.optimizer import build_adamw
+from lorakit.train.step import Trainee, train_step
+
+from ...laws.snapshots import same_bits, snapshot
+from ...laws.zoo import LINEARS, randomise, run
+
+FIELD = "use_qalora"
+"""A field of PEFT's that asks for nothing built here; the entries of this file take it over."""
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+DIAGONAL, GATE = "lora_toy_diagonal", "lora_toy_gate"
+
+
+def _asked(config: LoraConfig, path: str) -> Setting | None:
+    return NO_SETTING if getattr(config, FIELD) else None
+
+
+def _is_dense(kind: Kind) -> bool:
+    return kind.is_dense
+
+
+def _per_rank(kind: Kind, slot: Slot, r: int, setting: Setting) -> Shape:
+    return (r,)
+
+
+def _per_output(kind: Kind, slot: Slot, r: int, setting: Setting) -> Shape:
+    return kind.vector(slot)
+
+
+def _scaled(factor: Factor, training: bool) -> tuple[Tensor, Tensor]:
+    return factor.own[DIAGONAL][:, None] * factor.A, factor.B
+
+
+def _energy(factor: Factor) -> Tensor:
+    return factor.own[DIAGONAL].square().sum()
+
+
+TOY = Variant(
+    name="toy",
+    title="Toy",
+    field=FIELD,
+    setting=_asked,
+    fits=_is_dense,
+    tensors=(
+        OwnTensor(DIAGONAL, "parameter", (f".{DIAGONAL}",), _per_rank, lambda start: torch.full((start.rank,), 0.5)),
+        OwnTensor(
+            GATE,
+            "module",
+            (f".{GATE}", f".{GATE}.weight"),
+            _per_output,
+            lambda start: start.B.new_zeros(start.slot.out_features),
+            trained=False,
+        ),
+    ),
+    factors=_scaled,
+    penalty=_energy,
+)
+
+
+@pytest.fixture
+def put(monkeypatch: pytest.MonkeyPatch) -> Callable[[Variant], None]:
+    """Make a variant an entry of the table, for one test."""
+
+    def entered(variant: Variant) -> None:
+        monkeypatch.setattr(variants, "VARIANTS", (*variants.VARIANTS, variant))
+        left = {name: value for name, value in reading.NOT_BUILT.items() if name != FIELD}
+        monkeypatch.setattr(reading, "NOT_BUILT", left)
+
+    return entered
+
+
+def adapted(*names: str, **fields: Any) -> nn.Module:
+    model = LINEARS.model()
+    for index, name in enumerate(names):
+        core.attach(model, LINEARS.config(**{FIELD: True, **fields}), name)
+        randomise(model, name, seed=100 + index)
+    return model
+
+
+def factors_of(model: nn.Module, name: str) -> dict[str, Factor]:
+    return {site.path: site.layer.factor(name) for site in core.sites(model)}
+
+
+def test_it_begins_acts_and_is_trained(put: Callable[[Variant], None]) -> None:
+    put(TOY)
+    model, given = LINEARS.model(), LINEARS.given()
+    before = run(model, given)
+    core.attach(model, LINEARS.config(**{FIELD: True}), "a")
+    assert torch.equal(run(model, given), before)
+    trained = [name for name, _ in core.trainable_parameters(model)]
+    assert sum(DIAGONAL in name for name in trained) == len(core.sites(model))
+    assert not any(GATE in name for name in trained)
+    core.set_trained(model, {"a": False})
+    core.set_trained(model, {"a": True})
+    assert [name for name, _ in core.trainable_parameters(model)] == trained
+    randomise(model, "a", seed=1)
+    site = core.sites(model)[0]
+    layer, x = site.layer, torch.randn(3, site.in_features, requires_grad=True)
+    factor = layer.factor("a")
+    expected = F.linear(x, layer.read(), layer.original_bias())
+    expected = expected + F.linear(F.linear(x, factor.A) * factor.own[DIAGONAL] * factor.scale, factor.B)
+    found = layer(x)
+    torch.testing.assert_close(found, expected)
+    inputs = [x, factor.A, factor.B, factor.own[DIAGONAL]]
+    gradients = (torch.autograd.grad(y.sum(), inputs) for y in (found, expected))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_it_comes_back_from_disk(put: Callable[[Variant], None], tmp_path: Path) -> None:
+    put(TOY)
+    model, given = adapted("a"), LINEARS.given()
+    core.save_adapter(model, tmp_path / "a", "a")
+    again = LINEARS.model()
+    core.load_adapter(again, tmp_path / "a", "a", trainable=True)
+    assert torch.equal(run(again, given), run(model, given))
+    names = [name for name, _ in core.trainable_parameters(model)]
+    assert [name for name, _ in core.trainable_parameters(again)] == names
+    core.detach(again)
+    fresh = dict(LINEARS.model().named_parameters())
+    assert all(same_bits(parameter, fresh[name]) for name, parameter in again.named_parameters())
+
+
+def test_it_is_merged_and_unmerged(put: Callable[[Variant], None]) -> None:
+    put(TOY)
+    model, given = adapted("a", "b"), LINEARS.given()
+    core.activate(model, "a", "b")
+    before, bits = run(model, given), snapshot(model)["tensors"]
+    core.merge(model, "a", "b")
+    assert_close(run(model, given), before)
+    core.unmerge(model)
+    assert snapshot(model)["tensors"] == bits
+
+
+@pytest.mark.parametrize("way", ["cat", "svd"])
+def test_a_sum_of_several_is_plain_lora(put: Callable[[Variant], None], way: str) -> None:
+    put(TOY)
+    model, given = adapted("a", "b"), LINEARS.given()
+    core.activate(model, "a", "b")
+    before = run(model, given)
+    wide = core.Way(way, rank=8) if way == "svd" else way
+    made = core.combine(model, ["a", "b"], [1.0, 1.0], "sum", way=wide)
+    assert not getattr(made.config, FIELD)
+    with core.use(model, "sum"):
+        assert_close(run(model, given), before)
+    assert all(factor.variant is variants.PLAIN and not factor.own for factor in factors_of(model, "sum").values())
+
+
+def test_a_cut_of_it_is_plain_lora(put: Callable[[Variant], None]) -> None:
+    put(TOY)
+    model, given = adapted("a"), LINEARS.given()
+    before = run(model, given)
+    made = core.compress(model, "a", "small", energy=1.0)
+    assert not getattr(made.config, FIELD)
+    with core.use(model, "small"):
+        assert_close(run(model, given), before)
+
+
+def test_rows_of_a_batch_may_have_it(put: Callable[[Variant], None]) -> None:
+    put(TOY)
+    model, given = adapted("a", "b"), LINEARS.given()
+    with core.route(model, ["a", "b", None, "a"]):
+        mixed = run(model, given)
+    for row, name in enumerate(["a", "b", None, "a"]):
+        with core.use(model, name) if name else core.disable(model):
+            assert_close(mixed[row], run(model, given)[row])
+
+
+def test_its_penalty_is_added_once_per_step(put: Callable[[Variant], None], tiny_llama: nn.Module) -> None:
+    put(TOY)
+    assert core.penalties(tiny_llama) is None
+    core.attach(tiny_llama, LoraConfig(r=2, target_modules=["q_proj"], **{FIELD: True}), "a")
+    core.attach(tiny_llama, LoraConfig(r=2, target_modules=["q_proj"]), "plain")
+    number = sum("a" in site.layer.r for site in core.sites(tiny_llama))
+    penalty = core.penalties(tiny_llama)
+    assert penalty is not None and penalty.requires_grad and penalty.item() == number * 2 * 0.25
+    core.activate(tiny_llama, "plain")
+    assert core.penalties(tiny_llama) is None
+    core.activate(tiny_llama, "a")
+    core.set_trained(tiny_llama, {"plain": False})
+    named = core.trainable_parameters(tiny_llama, "a")
+    trainee = Trainee(tiny_llama.train(), named, build_adamw(named, 1.0, 0.0), torch.device("cpu"), 0)
+    gradients = []
+    for split in (1, 2):
+        train_step(trainee, _batches(split), 0.0)
+        gradients.append({name: p.grad.clone() for name, p in named if DIAGONAL in name and p.grad is not None})
+    for name, gradient in gradients[0].items():  # B is zero, so the loss itself does not depend on the diagonal
+        torch.testing.assert_close(gradient, torch.ones(2))
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def _batches(split: int) -> list[Batch]:
+    ids = torch.arange(24).reshape(4, 6)
+    rows = ids.chunk(split)
+    found = []
+    for part in rows:
+        labels = part.clone()
+        labels[:, 0] = -100
+        found.append(Batch(part, torch.ones_like(part), labels, 0.5, part.numel(), part[:, 1:].numel()))
+    return found
+
+
+def _pooled_shapes(kind: Kind, slot: Slot, r: int, setting: Setting) -> tuple[Shape, Shape]:
+    return (r, slot.in_features // 2), (slot.out_features, r)
+
+
+def _pooled_down(kind: Kind, module: nn.Module, x: Tensor, factor: Factor) -> Tensor:
+    return F.linear(x.unflatten(-1, (-1, 2)).mean(-1), factor.A.to(x.dtype))
+
+
+def test_pooled_inputs_need_factors_of_another_shape(put: Callable[[Variant], None], tmp_path: Path) -> None:
+    pooled = dataclasses.replace(
+        TOY,
+        tensors=(),
+        factors=None,
+        penalty=None,
+        shapes=_pooled_shapes,
+        down=_pooled_down,
+        update=None,
+        unmergeable_reason="its input is pooled",
+    )
+    put(pooled)
+    model, given = adapted("a"), LINEARS.given()
+    site = core.sites(model)[0]
+    factor = site.layer.factor("a")
+    assert factor.A.shape == (4, site.in_features // 2)
+    x = torch.randn(2, site.in_features)
+    y0 = F.linear(x, site.layer.read(), site.layer.original_bias())
+    z = F.linear(F.linear(x.view(2, -1, 2).mean(-1), factor.A) * factor.scale, factor.B)
+    torch.testing.assert_close(site.layer(x), y0 + z)
+    with pytest.raises(MergeError, match="is Toy, which cannot be merged: its input is pooled"):
+        core.merge(model, "a")
+    core.save_adapter(model, tmp_path / "a", "a")
+    again = LINEARS.model()
+    core.load_adapter(again, tmp_path / "a", "a")
+    assert torch.equal(run(again, given), run(model, given))
+
+
+def _without_the_last_direction(start: Start) -> Tensor:
+    U, S, Vh = torch.linalg.svd(start.read(), full_matrices=False)
+    return (U[:, :-1] * S[:-1]) @ Vh[:-1]
+
+
+def test_it_may_move_the_base_while_it_is_attached(put: Callable[[Variant], None], tmp_path: Path) -> None:
+    put(dataclasses.replace(TOY, move=_without_the_last_direction))
+    model, given = LINEARS.model(), LINEARS.given()
+    bits, plain = snapshot(model)["tensors"], run(model, given)
+    core.attach(model, LINEARS.config(**{FIELD: True}), "a")
+    randomise(model, "a", seed=1)
+    acting = run(model, given)
+    layer = core.sites(model)[0].layer
+    assert torch.linalg.matrix_rank(layer.read("a")) == min(layer.read().shape) - 1
+    with core.disable(model):
+        assert torch.equal(run(model, given), plain)
+    core.save_adapter(model, tmp_path / "a", "a")
+    again = LINEARS.model()
+    core.load_adapter(again, tmp_path / "a", "a")
+    assert_close(run(again, given), acting)
+    core.merge(model, "a")
+    assert_close(run(model, given), acting)
+    core.detach(model)
+    assert snapshot(model)["tensors"] == bits
+    with pytest.raises(ConfigError, match="moves the base weight, and Toy moves it too"):
+        core.attach(model, LINEARS.config(init_lora_weights="pissa", **{FIELD: True}), "b")
+    with pytest.raises(AdapterError, match="Toy changed the base by more than a product of low rank"):
+        core.compress(again, "a", rank=1)
+
+
+def test_it_may_see_the_other_adapters_of_its_site(put: Callable[[Variant], None]) -> None:
+    def routed(at: At) -> Tensor:
+        assert at.x is not None
+        others = [F.linear(F.linear(at.x, one.A), one.B) * one.scale for one in at.siblings()]
+        return at.z + sum(others)
+
+    put(dataclasses.replace(TOY, tensors=(), factors=None, penalty=None, output=routed, update=None, siblings=True))
+    model, given = LINEARS.model(), LINEARS.given()
+    core.attach(model, LINEARS.config(**{FIELD: True}), "router")
+    for index, name in enumerate(("a", "b")):
+        core.attach(model, LINEARS.config(), name)
+        randomise(model, name, seed=index)
+    core.activate(model, "router")
+    acting = run(model, given)
+    core.activate(model, "a", "b")
+    assert_close(run(model, given), acting)
+
+
+def test_what_it_does_not_fit_is_refused(put: Callable[[Variant], None]) -> None:
+    put(TOY)
+    with pytest.raises(ConfigError, match=f"{FIELD} at e: Toy cannot act on a Embedding; it can on Linear, Conv1D"):
+        variants.variant_for(LoraConfig(**{FIELD: True}), kind_named("Embedding"), "e")
+    with pytest.raises(ConfigError, match=f"use_dora and {FIELD} at p: these variants exclude each other"):
+        variants.variant_at(LoraConfig(use_dora=True, **{FIELD: True}), "p")
