@@ -117,9 +117,7 @@ class StagedMerge:
 class AdapterComponent(Protocol):
     """Whatever carries state of adapters: adapted layers, saved modules, trainable tokens, trained biases."""
 
-    @property
-    def state(self) -> AdapterState:
-        """What the model's adapted modules share."""
+    state: AdapterState
 
     def available_adapters(self) -> list[str]:
         """Return the adapters that have parameters here."""

@@ -48,6 +48,7 @@ class BaseWeight(AdapterModule):
     Attributes:
         base_layer: The module that was here, or another layer around it.
         slot: The weight.
+        r: Adapter -> rank.
         variant: Adapter -> the name of its variant.
         merged_adapters: Adapters that are merged into the base weight now.
         kept: What the base stored before anything was written to it, or None.
@@ -63,6 +64,7 @@ class BaseWeight(AdapterModule):
 
     slot: Slot
     kind_name: str
+    r: dict[str, int]
     variant: dict[str, str]
     merged_adapters: list[str]
     kept: Any = None
@@ -266,7 +268,7 @@ class BaseWeight(AdapterModule):
         Raises:
             MergeError: An adapter is merged already or cannot be, or the weight cannot be written.
         """
-        here = [name for name in adapters if name in self.variant]
+        here = [name for name in adapters if name in self.r]
         if not here:
             return
         self.check_mergeable(path, here)
@@ -325,7 +327,7 @@ class BaseWeight(AdapterModule):
         Raises:
             MergeError: The result is not finite.
         """
-        new = [name for name in adapters if name in self.variant]
+        new = [name for name in adapters if name in self.r]
         if not new:
             return None
         merged, report = merged_weight(path, self, new, options)
@@ -368,7 +370,7 @@ class BaseWeight(AdapterModule):
         Raises:
             MergeError: An adapter has no place in the weight, or its bias is not finite.
         """
-        here = [name for name in adapters if name in self.variant]
+        here = [name for name in adapters if name in self.r]
         if not here:
             return {}
         stored = sum_of_updates(self, here, options).stored

@@ -86,7 +86,7 @@ class BiasHook:
         return clone
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class BiasPatch:
     """The biases of one module that an adapter trains in place: an `AdapterComponent`.
 
@@ -94,11 +94,13 @@ class BiasPatch:
         module: The base's module, whose parameters are the trained biases.
         hook: What gives other routes the old biases.
         key: Number of the hook on the module.
+        state: What the model's adapted modules share.
     """
 
     module: nn.Module
     hook: BiasHook
     key: int
+    state: AdapterState
 
     @property
     def adapter(self) -> str:
@@ -109,11 +111,6 @@ class BiasPatch:
     def originals(self) -> dict[str, Tensor]:
         """Name of each bias -> what it was before, (…)."""
         return self.hook.originals
-
-    @property
-    def state(self) -> AdapterState:
-        """What the model's adapted modules share."""
-        return self.hook.state
 
     def old(self) -> dict[str, Tensor]:
         """Return the old biases (…) by name, on the device and in the dtype that the module has now."""
@@ -171,7 +168,7 @@ class BiasPatch:
         """Return the patches of a module's biases."""
         if not module._forward_hooks:
             return []
-        return [BiasPatch(module, hook, key) for key, hook in _hooks(module).items()]
+        return [BiasPatch(module, hook, key, hook.state) for key, hook in _hooks(module).items()]
 
     @staticmethod
     def install(adapter: str, originals: dict[str, Tensor], module: nn.Module, state: AdapterState) -> None:

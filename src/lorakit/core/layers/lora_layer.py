@@ -67,7 +67,6 @@ class LoraLayer(BaseWeight):
         lora_embedding_A: Adapter -> A of an embedding, (r, V).
         lora_embedding_B: Adapter -> B of an embedding, (d, r).
         lora_dropout: Adapter -> dropout before A.
-        r: Adapter -> rank.
         lora_alpha: Adapter -> alpha.
         scaling: Adapter -> scale.
         variant: Adapter -> name of the entry of VARIANTS, whose own tensors are held likewise (`OwnTensor.held_as`).
@@ -77,7 +76,6 @@ class LoraLayer(BaseWeight):
         forwards: The layer's forwards so far, for recomputation.
     """
 
-    r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
     settings: dict[str, Setting]

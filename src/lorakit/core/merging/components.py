@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import nn
 
-from lorakit.core.layers.adapter_component import AdapterModule
+from lorakit.core.layers.adapter_component import AdapterComponent, AdapterModule
 from lorakit.core.layers.base_weight import BaseWeight
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
@@ -28,7 +28,7 @@ class Components:
         model: The model.
         state: What its adapted modules share.
         modules: Path -> module that carries adapters, in the model's order.
-        patches: The biases that adapters train in place.
+        patches: Path of a module of the base -> the biases of it that adapters train in place.
         parents: Every (parent, attribute) that holds such a module.
         plain: Path in the plain base, and module of the base; one that stands in two places comes twice.
     """
@@ -36,7 +36,7 @@ class Components:
     model: nn.Module
     state: AdapterState
     modules: dict[str, AdapterModule] = field(default_factory=dict)
-    patches: list[BiasPatch] = field(default_factory=list)
+    patches: dict[str, list[BiasPatch]] = field(default_factory=dict)
     parents: list[tuple[nn.Module, str]] = field(default_factory=list)
     plain: list[tuple[str, nn.Module]] = field(default_factory=list)
     _led: dict[tuple[str, ...], dict[LoraLayer, LoraLayer]] = field(default_factory=dict)
@@ -54,6 +54,12 @@ class Components:
         found = cls(model, state_of(model))
         found._visit(model, "", "", set())
         return found
+
+    def components(self) -> Iterator[tuple[str, AdapterComponent]]:
+        """Yield paths and components: the modules in the model's order, then the trained biases."""
+        yield from self.modules.items()
+        for path, patches in self.patches.items():
+            yield from ((path, patch) for patch in patches)
 
     @cached_property
     def holders(self) -> dict[int, list[tuple[str, nn.Module]]]:
@@ -118,7 +124,9 @@ class Components:
                 module = module.original_module  # type: ignore[assignment]
         if id(module) not in seen:
             seen.add(id(module))
-            self.patches += BiasPatch.on(module)
+            patches = BiasPatch.on(module)
+            if patches:
+                self.patches[path] = patches
         self.plain.append((plain, module))
         prefix = f"{plain}." if plain else ""
         path = f"{path}." if path else ""

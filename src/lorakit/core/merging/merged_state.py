@@ -74,7 +74,7 @@ class _Merged:
             tensors = component.merged_tensors(names, self._options)
             self._tensors |= {f"{path}.{leaf}": tensor for leaf, tensor in tensors.items()}
         self._biases: dict[tuple[int, str], Tensor] = {}
-        for patch in found.patches:
+        for patch in (patch for patches in found.patches.values() for patch in patches):
             tensors = patch.merged_tensors(names, self._options)
             self._biases |= {(id(patch.module), leaf): tensor for leaf, tensor in tensors.items()}
 

@@ -96,12 +96,12 @@ def _merge(found: Components, names: Sequence[str], untie: bool, options: MergeO
     led = {} if untie else found.followers(chosen)
     staged = [
         staged
-        for path, module in found.modules.items()
-        if module not in led and (staged := module.stage_merge(path, chosen, options)) is not None
+        for path, one in found.components()
+        if one not in led and (staged := one.stage_merge(path, chosen, options)) is not None
     ]
     _commit(found, staged, led, options.apart)
     found.state.join_default(chosen)
-    reports = tuple(one.report for one in staged if one.report is not None)
+    reports = tuple(change.report for change in staged if change.report is not None)
     return MergeReport(chosen, reports, sum(module.kept_bytes() for module in found.modules.values()))
 
 
@@ -155,9 +155,7 @@ def unmerge(model: nn.Module, *names: str) -> None:
         module.check_unmerge(path, chosen)
     led = found.followers(chosen)
     staged = [
-        staged
-        for module in found.modules.values()
-        if module not in led and (staged := module.stage_unmerge(chosen)) is not None
+        staged for _, one in found.components() if one not in led and (staged := one.stage_unmerge(chosen)) is not None
     ]
     _commit(found, staged, led, frozenset())
     found.state.leave_default(chosen)
@@ -188,7 +186,7 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
         child = parent._modules[attribute]
         if isinstance(child, AdapterModule):
             parent._modules[attribute] = plain[child]
-    for patch in found.patches:
+    for patch in (patch for patches in found.patches.values() for patch in patches):
         if patch.adapter not in report.names:
             patch.remove(patch.adapter)
         patch.unload()
