@@ -176,7 +176,6 @@ MERGES: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.xfail(strict=False, reason="merging asks the model at every step until it takes the index")
 @pytest.mark.parametrize("name", MERGES)
 def test_merges_walk_once(name: str) -> None:
     model = adapted()
