@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorakit import core
 from lorakit.config import LoraConfig, PeftConfig, PeftType
 from lorakit.core.attachment.attaching import with_targets
-from lorakit.core.model.index import survey
+from lorakit.core.model.index import AdapterIndex
 from lorakit.errors import ConfigError, warn_caller
 from lorakit.peft import adapter_queries
 from lorakit.peft.model import PeftModel
@@ -89,7 +89,9 @@ def _make_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
             f"second wrapper; call `.unload()` before, if that is not meant.{replaced}"
         )
     if adapter_name in there:
-        resolve(survey(user).candidates, with_targets(config, user), allow_partial=True)  # refused before it leaves
+        resolve(
+            AdapterIndex.of(user).candidates, with_targets(config, user), allow_partial=True
+        )  # refused before it leaves
         core.detach(user, adapter_name)
 
 

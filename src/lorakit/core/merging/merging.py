@@ -31,7 +31,7 @@ from lorakit.core.quantization import let_go
 from lorakit.core.routing.positions import uninstall
 from lorakit.errors import MergeError
 
-__all__ = ["KeepBase", "MergeReport", "SiteMerge", "merge", "merge_and_unload", "merged_adapters", "unmerge"]
+__all__ = ["KeepBase", "MergeReport", "SiteMerge", "merge", "merge_and_unload", "unmerge", "unmerge_components"]
 
 Flags = list[tuple[LoraLayer | TrainableTokens, set[str]]]
 """Layers and tables, each with the names of the base's parameters there that were trained before adapters."""
@@ -120,19 +120,6 @@ def _commit(
             follower.follow(table, id(table) in apart)
 
 
-def merged_adapters(model: nn.Module) -> set[str]:
-    """Return the adapters that are merged somewhere now.
-
-    Args:
-        model: An adapted model.
-    """
-    return _merged(Components.of(model))
-
-
-def _merged(found: Components) -> set[str]:
-    return {name for module in found.modules.values() for name in module.merged_here()}
-
-
 def unmerge(model: nn.Module, *names: str) -> None:
     """Unmerge adapters; with the last of them the base weights are restored bit for bit.
 
@@ -144,14 +131,27 @@ def unmerge(model: nn.Module, *names: str) -> None:
         MergeError: One of them is not merged, or the base's bits were not kept.
         AdapterError: There is no such adapter.
     """
-    found = Components.of(model)
-    merged = _merged(found)
+    unmerge_components(Components.of(model), names)
+
+
+def unmerge_components(found: Components, names: Sequence[str]) -> None:
+    """Unmerge adapters, as `unmerge`, over the index of a call.
+
+    Args:
+        found: The components of the model, changed in place.
+        names: Adapters; none means all that are merged.
+
+    Raises:
+        MergeError: As `unmerge`.
+        AdapterError: There is no such adapter.
+    """
+    merged = found.index.merged_adapters()
     chosen = names or tuple(merged)
     check_known(found.state, chosen)
     for name in chosen:
         if name not in merged:
-            text = f"Adapter {name!r} is not merged. Merged here: {', '.join(sorted(merged)) or 'none'}."
-            raise MergeError(text, what=name, allowed=sorted(merged))
+            text = f"Adapter {name!r} is not merged. Merged here: {', '.join(merged) or 'none'}."
+            raise MergeError(text, what=name, allowed=merged)
     for path, module in found.modules.items():
         module.check_unmerge(path, chosen)
     led = found.followers(chosen)
