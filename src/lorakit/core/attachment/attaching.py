@@ -168,10 +168,10 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         MergeError: It is merged, and the base's bits were not kept.
     """
     index = AdapterIndex.of(model)
-    state = index.known_state()
-    names = list(state.configs) if name is None else [name]
-    check_known(state, names)
     with trainable_block(index):
+        state = index.known_state()
+        names = list(state.configs) if name is None else [name]
+        check_known(state, names)
         there = index.merged_adapters()
         merged = [n for n in names if n in there]
         if merged:

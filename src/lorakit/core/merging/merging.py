@@ -27,6 +27,7 @@ from lorakit.core.merging.checks import check_mergeable, components_apart
 from lorakit.core.merging.components import Components
 from lorakit.core.model.base_view import float_dtype
 from lorakit.core.model.checks import check_known, trainable_block
+from lorakit.core.model.index import AdapterIndex
 from lorakit.core.quantization import let_go
 from lorakit.core.routing.positions import uninstall
 from lorakit.errors import MergeError
@@ -84,10 +85,10 @@ def merge(
         MergeError: Already merged, not mergeable, a weight is shared, or the result is not finite.
         AdapterError: There is no such adapter.
     """
-    found = Components.of(model)
-    with trainable_block(found.index):
-        options = MergeOptions(keep_base, dense=float_dtype(found.index) if dense else None)
-        return _merge(found, names, untie, options)
+    index = AdapterIndex.of(model)
+    with trainable_block(index):
+        options = MergeOptions(keep_base, dense=float_dtype(index) if dense else None)
+        return _merge(Components.of(index), names, untie, options)
 
 
 def _merge(found: Components, names: Sequence[str], untie: bool, options: MergeOptions) -> MergeReport:
@@ -131,7 +132,9 @@ def unmerge(model: nn.Module, *names: str) -> None:
         MergeError: One of them is not merged, or the base's bits were not kept.
         AdapterError: There is no such adapter.
     """
-    unmerge_components(Components.of(model), names)
+    index = AdapterIndex.of(model)
+    with trainable_block(index):
+        unmerge_components(Components.of(index), names)
 
 
 def unmerge_components(found: Components, names: Sequence[str]) -> None:
@@ -155,9 +158,8 @@ def unmerge_components(found: Components, names: Sequence[str]) -> None:
     for path, module in found.modules.items():
         module.check_unmerge(path, chosen)
     led = found.followers(chosen)
-    with trainable_block(found.index):
-        changes = (one.stage_unmerge(chosen) for _, one in found.components() if one not in led)
-        _commit(found, [change for change in changes if change is not None], led, frozenset())
+    changes = (one.stage_unmerge(chosen) for _, one in found.components() if one not in led)
+    _commit(found, [change for change in changes if change is not None], led, frozenset())
     found.state.leave_default(chosen)
 
 
@@ -177,9 +179,10 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
         MergeError: As `merge`.
         AdapterError: There is no such adapter.
     """
-    found = Components.of(model)
-    with trainable_block(found.index):
-        options = MergeOptions(False, False, float_dtype(found.index) if dense else None)
+    index = AdapterIndex.of(model)
+    with trainable_block(index):
+        found = Components.of(index)
+        options = MergeOptions(False, False, float_dtype(index) if dense else None)
         flags = _trained_before(found)
         report = _merge(found, names, untie, options)
         _unload(found, report.names, flags)
