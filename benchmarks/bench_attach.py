@@ -1,10 +1,10 @@
-"""How long it takes to attach, load and detach adapters on 560 sites of a tiny model, beside peft in the same process.
+"""Time attaching, loading and detaching adapters on 560 sites of a tiny model, compared with peft in the same process.
 
     python benchmarks/bench_attach.py [--sites 560] [--repeats 9]
 
-The model is a Llama of width 16: its arithmetic is nothing, so what is measured is the work per site. Python's
-collector is off while a call is timed, as `timeit` has it: one full collection over all that transformers holds takes
-longer than the call, and falls into every second one by chance. `--collector` leaves it on.
+The model is a Llama of width 16, so arithmetic takes no time and the overhead per site is measured. Python's garbage
+collector is off during a call, as in `timeit`: a full collection of all objects of transformers takes longer than the
+call, and happens in about every second one. `--collector` leaves it on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def make_model(sites: int) -> torch.nn.Module:
-    """A Llama with so many dense modules, seven to a block."""
+    """Return a Llama with `sites` dense modules, seven per block."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -44,7 +44,7 @@ def make_model(sites: int) -> torch.nn.Module:
 
 
 def of_lorakit(model: torch.nn.Module, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, on one model that is given back as it was."""
+    """Return the seconds of each call, on one model that is restored after each."""
     config = LoraConfig(r=8, target_modules=TARGETS)
 
     def timed(work: Callable[[], Any], before: Callable[[], Any], after: Callable[[], Any]) -> list[float]:
@@ -73,7 +73,7 @@ def of_lorakit(model: torch.nn.Module, repeats: int) -> dict[str, list[float]]:
 
 
 def of_peft(model: torch.nn.Module, repeats: int) -> dict[str, list[float]]:
-    """The same of peft; it cannot give the model back, so each call gets a copy that is not timed."""
+    """Return the seconds of each call in peft, which cannot restore the model, so each call gets an untimed copy."""
     import peft
 
     config = peft.LoraConfig(r=8, target_modules=TARGETS)
@@ -88,7 +88,7 @@ def of_peft(model: torch.nn.Module, repeats: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Measure both and append a row of each."""
+    """Measure both libraries and append a row for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sites", type=int, default=560)
     parser.add_argument("--repeats", type=int, default=9)

@@ -1,20 +1,19 @@
-"""Claim: decoding 32 rows that each have their own adapter costs at most twice what the base alone costs.
+"""Claim: decoding 32 rows with one adapter each takes at most twice as long as the base alone.
 
-python benchmarks/bench_decode.py [--adapters 1 8 32 128] [--rounds 5] [--tokens 6] [--rows 32] [--dtype bfloat16]
+    python benchmarks/bench_decode.py [--adapters 1 8 32 128] [--rounds 5] [--tokens 6] [--rows 32] [--dtype bfloat16]
 
-SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, fp32 factors; one token a row and step,
-with the cache of keys and values that a prompt of 16 tokens left. K adapters are dealt over the rows in turn; where
-there are more adapters than rows, there are as many rows. Sides: the base alone; lorakit with an adapter per row, its
-stacks kept as `generate_batch` keeps them; the same without keeping them; lorakit with one adapter on all rows, kept
-likewise; a copy of the base into which one is merged; peft with `adapter_names`. All run the same loop over the same
-tokens, in one process, in turn: a round has the prompt (not counted) and some tokens of every side, and begins with
-another side than the one before.
+SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, fp32 factors; one token per row and step,
+with the KV cache of a prompt of 16 tokens. K adapters are assigned to the rows in turn; with more adapters than rows,
+there are as many rows as adapters. Sides: the base alone; lorakit with an adapter per row, its stacks cached as
+`generate_batch` does; the same without caching; lorakit with one adapter for all rows, cached; a copy of the base with
+one adapter merged; peft with `adapter_names`. All run the same loop over the same tokens, interleaved in one process: a
+round has the prompt (not counted) and some tokens of every side, and each round starts with another side.
 
-The merged side says the same as the side before it in fp32 alone. In bf16 its weights lose what lies below their
-roundings; its row has the share of the adapter that they took in, `survived`, and whether the merge is exact.
+The merged side computes the same as the side before it only in fp32. In bf16 the weights lose what is below their
+rounding; its row has the fraction of the delta that was retained (`survived`), and whether the merge is exact.
 
-A row has the seconds a token of all rows takes, and the ratio of its median to that of the base with as many rows. The
-numbers go into results/decode.jsonl.
+A row has the seconds per token of all rows, and the ratio of its median to that of the base with as many rows. Rows are
+appended to results/decode.jsonl.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from typing import Any
 from runner import append_row
 from stepping import Job, adapter_fields, geometry
 
-BASE, MIXED, PASSING, ONE = "base alone", "lorakit", "lorakit, nothing kept", "lorakit, one adapter"
+BASE, MIXED, UNCACHED, ONE = "base alone", "lorakit", "lorakit, nothing kept", "lorakit, one adapter"
 MERGED = "lorakit, one adapter, merged"
 PEFT = "peft"
-SIDES = (BASE, MIXED, PASSING, ONE, MERGED, PEFT)
+SIDES = (BASE, MIXED, UNCACHED, ONE, MERGED, PEFT)
 PROMPT = 16
 
 Forward = Callable[..., Any]
-"""What a model's forward takes -> its output."""
+"""The model's forward arguments -> its output."""
 
 
 def main() -> None:
@@ -53,15 +52,15 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try things")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has, for quick trials")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=6, help="of each side in a round, after the prompt")
+    parser.add_argument("--tokens", type=int, default=6, help="tokens of each side in a round, after the prompt")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     return parser.parse_args()
 
 
 def forwards_of(options: argparse.Namespace, names: list[str]) -> tuple[dict[str, Forward], dict[str, Any]]:
-    """The forward of each side, all over the same weights, and facts of the merge."""
+    """Return the forward of each side, all over the same weights, and properties of the merge."""
     import torch
 
     from lorakit import core
@@ -76,7 +75,7 @@ def forwards_of(options: argparse.Namespace, names: list[str]) -> tuple[dict[str
         core.attach(ours, LoraConfig(**fields, init_lora_weights=False), name)
     blocks = {
         MIXED: core.route(ours, names, keep=True),
-        PASSING: core.route(ours, names),
+        UNCACHED: core.route(ours, names),
         ONE: core.use(ours, names[0], keep=True),
     }
     found: dict[str, Forward] = {BASE: base}
@@ -92,7 +91,7 @@ def forwards_of(options: argparse.Namespace, names: list[str]) -> tuple[dict[str
 
 
 def merged_copy(base: Any, fields: Mapping[str, Any], job: Job) -> tuple[Forward, dict[str, Any]]:
-    """The forward of a copy of the base into which one adapter is merged, and how the weights took it."""
+    """Return the forward of a copy of the base with one adapter merged, and properties of the merge."""
     from lorakit import core
     from lorakit.config import LoraConfig
 
@@ -105,7 +104,7 @@ def merged_copy(base: Any, fields: Mapping[str, Any], job: Job) -> tuple[Forward
 
 
 def of_peft(base: Any, fields: Mapping[str, Any], names: Mapping[str, None], job: Job) -> Any:
-    """A model of peft's with so many adapters over a copy of the base."""
+    """Return a peft model with these adapters over a copy of the base."""
     import peft
 
     model = geometry(job).eval()
@@ -119,7 +118,7 @@ def of_peft(base: Any, fields: Mapping[str, Any], names: Mapping[str, None], job
 
 
 def within(block: contextlib.AbstractContextManager[None], model: Any) -> Forward:
-    """A forward inside a block that is entered anew for each, as `generate_batch` enters it."""
+    """Return a forward that enters the context for each call, as `generate_batch` does."""
 
     def forward(**given: Any) -> Any:
         with block:
@@ -129,21 +128,21 @@ def within(block: contextlib.AbstractContextManager[None], model: Any) -> Forwar
 
 
 def decoded(forwards: dict[str, Forward], rows: int, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each token of all rows, by side; the first round does not count."""
+    """Return the seconds of each token of all rows, by side; the first round is not counted."""
     import torch
 
     cache, last = (
         cache_name(),
         torch.tensor([-1]),
-    )  # an index: torch is slow with the slice of several rows that 1 means
+    )  # an index: torch is slow with a slice, which is what 1 would mean
     prompt = torch.randint(0, 49152, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
     following = torch.randint(0, 49152, (options.tokens, rows, 1), generator=torch.Generator().manual_seed(1))
     seconds: dict[str, list[float]] = {side: [] for side in forwards}
     sides = list(forwards)
     with torch.no_grad():
         for number in range(options.rounds + 1):
-            turned = number % len(sides)
-            for side in sides[turned:] + sides[:turned]:
+            rotated = number % len(sides)
+            for side in sides[rotated:] + sides[:rotated]:
                 read = getattr(forwards[side](input_ids=prompt, use_cache=True, logits_to_keep=last), cache)
                 for ids in following:
                     began = time.perf_counter()
@@ -154,7 +153,7 @@ def decoded(forwards: dict[str, Forward], rows: int, options: argparse.Namespace
 
 
 def cache_name() -> str:
-    """What the installed transformers calls the cache of keys and values."""
+    """Return the argument name of the KV cache in the installed transformers."""
     from transformers import LlamaForCausalLM
 
     takes = inspect.signature(LlamaForCausalLM.forward).parameters
@@ -164,7 +163,7 @@ def cache_name() -> str:
 def report(
     options: argparse.Namespace, batch: dict[str, int], seconds: dict[str, list[float]], merged: dict[str, Any]
 ) -> None:
-    """A row for each side; that of the merged one has the facts of the merge."""
+    """Append a row for each side; the merged one includes properties of the merge."""
     import torch
 
     base = statistics.median(seconds[BASE]) if BASE in seconds else None

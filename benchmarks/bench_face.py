@@ -1,9 +1,10 @@
-"""What the face costs beside peft on 560 sites of a tiny model: CPU seconds, both libraries in one process, in turn.
+"""Time the PEFT-compatible API, compared with peft on 560 sites of a tiny model: CPU seconds, interleaved in one
+process.
 
-A model of 80 layers with 7 targets each is as large as a 70B model to everything that walks modules, and small to
-everything that computes. Each call is timed on a fresh model, after one that does not count.
+    python benchmarks/bench_face.py [--repeats 5]
 
-Run: python benchmarks/bench_face.py [--repeats 5]
+A model of 80 layers with 7 targets each has as many modules as a 70B model, but little to compute. Each call is timed
+on a new model, after a warm-up model.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def model() -> Any:
-    """A Llama of 80 layers and width 8."""
+    """Return a Llama of 80 layers and width 8."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": SITES // len(TARGETS)}
@@ -41,21 +42,21 @@ def config(library: ModuleType) -> Any:
 
 
 class Clock:
-    """CPU seconds by what was measured."""
+    """CPU seconds by call."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
     def on(self, what: str) -> Iterator[None]:
-        """A block whose CPU time goes under this name."""
+        """Add the CPU time of a block to this call."""
         start = time.process_time()
         yield
         self.seconds[what] = time.process_time() - start
 
 
 def once(library: ModuleType, base: Callable[[], Any], folder: Path) -> dict[str, float]:
-    """Every call once, on one model."""
+    """Run every call once, on one model."""
     clock = Clock()
     with clock.on("get_peft_model"):
         wrapped = library.get_peft_model(base(), config(library))
@@ -108,7 +109,7 @@ def main() -> None:
             plain = model()
             with tempfile.TemporaryDirectory() as folder:
                 seconds = once(library, lambda plain=plain: plain, Path(folder))
-            for what, value in seconds.items() if repeat else ():  # the first warms up
+            for what, value in seconds.items() if repeat else ():  # the first one is a warm-up
                 samples[name].setdefault(what, []).append(value)
     for what in samples["peft"]:
         numbers = {f"{name}_cpu_seconds": samples[name][what] for name in libraries}

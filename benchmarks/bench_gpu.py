@@ -1,18 +1,20 @@
-"""Claim: on one H100, at least twice peft's step, at most 1.10 of the frozen model, at most half of peft's memory.
+"""Claim: on one H100, at least twice as fast as peft, at most 1.10 of the frozen model's time, at most half of peft's
+memory.
 
-python benchmarks/bench_gpu.py [--models llama-1b llama-8b] [--rounds 2] [--steps 5] [--dropout 0 0.05] [--table-only]
+    python benchmarks/bench_gpu.py [--models llama-1b llama-8b] [--rounds 2] [--steps 5] [--dropout 0 0.05]
+    [--table-only]
 
-The geometries of Llama-3.2-1B and Llama-3.1-8B with random bf16 weights, r 16 on all linear layers, 4 rows of 2048
-tokens, all trained. Sides, each on a fresh model, in turn, in one process that has nothing else on the device: the
-products with the base's weights alone (L0: forward, input gradient, head); lorakit's stack (L1) and transformers' (L2)
-without an adapter, forward and backward to the embeddings; `lorakit train`'s step; peft with the model's loss and fused
-AdamW: as it comes, with adapters in the base's dtype, under bf16 autocast. With Llama-3.1-8B the step is also taken
-with gradient checkpointing on both sides, since peft may not fit without. The first steps do not count: they compile.
+Geometries of Llama-3.2-1B and Llama-3.1-8B with random bf16 weights, r 16 on all linear layers, 4 rows of 2048 tokens,
+all with loss. Sides, each on a new model, interleaved in one process with nothing else on the device: the GEMM baseline
+(matmuls with the base's weights: forward, input gradient, head); lorakit's and transformers' forward and backward
+without an adapter; `lorakit train`'s step; peft with the model's loss and fused AdamW: default, with adapters in the
+base's dtype, under bf16 autocast. With Llama-3.1-8B the step is also measured with gradient checkpointing on both
+sides, since peft may not fit without. The first steps are not counted, because they compile.
 
-A row has milliseconds a step between two CUDA events, tokens a second, the peak of the device's memory above the
-weights, and its ratios: to peft of the same setting, or with checkpointing where it did not fit without; "memory ran
-out" where it did. The rows go into results/gpu.jsonl, and the table of the last run into benchmarks/README.md;
---table-only writes the table again from the rows. It needs CUDA, and refuses without.
+A row has milliseconds per step between two CUDA events, tokens per second, peak device memory above the weights, and
+ratios to peft in the same setting (with checkpointing if peft did not fit without), or "out of memory". Rows are
+appended to results/gpu.jsonl, and the table of the last run is written to benchmarks/README.md; --table-only rewrites
+the table from the rows. Without CUDA it exits with an error.
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ from typing import Any, NamedTuple
 from runner import RESULTS, append_row
 from stepping import (
     FROZEN_SIDES,
+    GEMM,
     LARGE,
     OURS,
     OURS_FROZEN,
     PEFT,
     PEFT_SIDES,
-    PRODUCTS,
     Job,
     geometry,
     prepared,
@@ -45,11 +47,11 @@ NAME, PAGE = "gpu", Path(__file__).resolve().parent / "README.md"
 BEGIN, END = "<!-- gpu: written by bench_gpu.py -->", "<!-- gpu: end -->"
 DEVICE = "cuda"
 CHECKPOINTED = ("llama-8b",)
-"""Models whose step is also taken with gradient checkpointing."""
+"""Models that are also measured with gradient checkpointing."""
 
 
 class Case(NamedTuple):
-    """What is measured on one model."""
+    """A case measured on one model."""
 
     model: str
     side: str
@@ -59,7 +61,7 @@ class Case(NamedTuple):
 
 @dataclass
 class Found:
-    """What the rounds of one case measured."""
+    """Measurements of one case."""
 
     milliseconds: list[float] = field(default_factory=list)
     peak_bytes: list[float] = field(default_factory=list)
@@ -73,7 +75,7 @@ def main() -> None:
         import torch
 
         if not torch.cuda.is_available():
-            raise SystemExit(f"bench_gpu needs a CUDA device, and torch {torch.__version__} finds none here.")
+            raise SystemExit(f"bench_gpu needs a CUDA device; torch {torch.__version__} finds none.")
         run = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         for model in options.models:
             report(rounds([case for case in cases_of(options) if case.model == model], options), options, run)
@@ -85,19 +87,23 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=sorted(LARGE), default=list(LARGE))
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try things")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has, for quick trials")
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.05])
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=5, help="of each round, after those that do not count")
-    parser.add_argument("--warm-up", type=int, default=2, help="steps that do not count")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no round of a model begins that would end later")
-    parser.add_argument("--sides", nargs="+", choices=[*FROZEN_SIDES, OURS, *PEFT_SIDES], help="these alone")
-    parser.add_argument("--table-only", action="store_true", help="measure nothing, write the table of the last run")
+    parser.add_argument("--steps", type=int, default=5, help="steps per round, after the warm-up")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps that are not counted")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="do not start a round of a model that would exceed this time"
+    )
+    parser.add_argument(
+        "--sides", nargs="+", choices=[*FROZEN_SIDES, OURS, *PEFT_SIDES], help="measure only these sides"
+    )
+    parser.add_argument("--table-only", action="store_true", help="only rewrite the table of the last run")
     return parser.parse_args()
 
 
 def cases_of(options: argparse.Namespace) -> list[Case]:
-    """All that is measured; a side without an adapter has no dropout and is not checkpointed."""
+    """Return all cases; a side without an adapter has no dropout and no checkpointing."""
     sides = options.sides or [*FROZEN_SIDES, OURS, *PEFT_SIDES]
     return [
         Case(model, side, dropout, checkpointing)
@@ -110,23 +116,23 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
 
 
 def rounds(cases: list[Case], options: argparse.Namespace) -> dict[Case, Found]:
-    """Every case in each round; who begins changes with the round."""
+    """Measure every case in each round, starting with another case each time."""
     found = {case: Found() for case in cases}
     deadline = time.monotonic() + 60 * options.minutes
     for number in range(options.rounds):
         began = time.monotonic()
-        turned = number % len(cases)
-        for case in cases[turned:] + cases[:turned]:
+        rotated = number % len(cases)
+        for case in cases[rotated:] + cases[:rotated]:
             if not found[case].ran_out:
                 measure(case, options, found[case])
         if time.monotonic() + (time.monotonic() - began) > deadline and number + 1 < options.rounds:
-            print(f"no time for more than {number + 1} of {options.rounds} rounds: raise --minutes")
+            print(f"no time for more than {number + 1} of {options.rounds} rounds; raise --minutes")
             break
     return found
 
 
 def measure(case: Case, options: argparse.Namespace, found: Found) -> None:
-    """Take some steps of a case, and leave nothing of it on the device."""
+    """Measure some steps of a case, and free everything on the device."""
     import torch
 
     from lorakit.errors import RunError
@@ -142,7 +148,7 @@ def measure(case: Case, options: argparse.Namespace, found: Found) -> None:
 
 
 def steps(case: Case, options: argparse.Namespace, found: Found) -> None:
-    """Steps of a fresh model: their time between two events, and the peak above the weights."""
+    """Measure steps of a new model: the time between two events, and the peak memory above the weights."""
     import torch
 
     job = Job(
@@ -168,14 +174,14 @@ def steps(case: Case, options: argparse.Namespace, found: Found) -> None:
 
 
 def report(found: dict[Case, Found], options: argparse.Namespace, run: str) -> None:
-    """A row for each case of one model."""
+    """Append a row for each case of one model."""
     for case, measured in found.items():
         r, targets = LARGE[case.model]
         facts: dict[str, Any] = {"what": case.side, "model": case.model, "dropout": case.dropout}
         facts |= {"checkpointing": case.checkpointing, "rows": options.rows, "length": options.length, "r": r}
         facts |= {"targets": targets, "layers": options.layers, "run": run}
         if not measured.peak_bytes:
-            append_row(NAME, facts | {"failed": "memory ran out"}, {})
+            append_row(NAME, facts | {"failed": "out of memory"}, {})
             continue
         facts |= {"last_loss": round(measured.loss, 4) if measured.loss > 0 else None}
         facts |= ratios(case, found, options.dropout[0])
@@ -186,11 +192,13 @@ def report(found: dict[Case, Found], options: argparse.Namespace, run: str) -> N
 
 
 def ratios(case: Case, found: dict[Case, Found], without: float) -> dict[str, float]:
-    """Time in that of the products and of our frozen stack; time and memory in peft's, which may need checkpointing."""
+    """Return ratios of time to the GEMM baseline and our frozen model, and of time and memory to peft, possibly
+    checkpointed.
+    """
     mine, made = found[case], dict[str, float]()
     theirs = case._replace(side=PEFT)
     others = {
-        "times_products": [Case(case.model, PRODUCTS, without, False)],
+        "times_products": [Case(case.model, GEMM, without, False)],
         "times_frozen": [Case(case.model, OURS_FROZEN, without, False)],
         "of_peft": [theirs, theirs._replace(checkpointing=True)],
     }
@@ -205,7 +213,7 @@ def ratios(case: Case, found: dict[Case, Found], without: float) -> dict[str, fl
 
 
 def write_table() -> None:
-    """Put the table of each model's last run between the marks of the page."""
+    """Write the table of each model's last run between the markers of the README."""
     rows = RESULTS / f"{NAME}.jsonl"
     every = [json.loads(line) for line in rows.read_text("utf-8").splitlines()] if rows.exists() else []
     page = PAGE.read_text("utf-8")
@@ -214,13 +222,13 @@ def write_table() -> None:
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    """Markdown of the last run of each model; a sentence where there is none."""
+    """Return the table of each model's last run as Markdown, or a message if there is none."""
     last: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         same = last.get(row["model"], [])
         last[row["model"]] = [*same, row] if same and same[0]["run"] == row["run"] else [row]
     if not last:
-        return "No row yet: it has not been run on a device.\n"
+        return "No rows yet: this benchmark has not been run on a device.\n"
     lines = []
     for model, measured in last.items():
         at = measured[0]
@@ -228,8 +236,8 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         lines[-1] += (
             f" · {at['machine']['gpu']}, torch {at['versions'].get('torch')}, commit {at['commit']}, {at['run']}\n"
         )
-        lines += ["| | dropout | checkpointing | ms a step, p50 (p20–p80) | tokens/s | GiB above the weights |"]
-        lines[-1] += " × products | × frozen | peft's time / this | memory of peft's |"
+        lines += ["| | dropout | checkpointing | ms/step, p50 (p20–p80) | tokens/s | GiB above the weights |"]
+        lines[-1] += " × GEMM | × frozen | speedup over peft | memory / peft |"
         lines += ["|---|" + "---|" * 9, *(_line(row) for row in measured)]
     return "\n".join(lines) + "\n"
 

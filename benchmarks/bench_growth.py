@@ -1,18 +1,17 @@
-"""Claim: time and memory grow with tokens, layers, rank and adapters as the arithmetic says, and no faster.
+"""Claim: time and memory grow with tokens, layers, rank and adapters as estimated, and no faster.
 
-python benchmarks/bench_growth.py [--axes tokens length layers rank attached decoded] [--steps 2] [--rounds 1]
+    python benchmarks/bench_growth.py [--axes tokens length layers rank attached decoded] [--steps 2] [--rounds 1]
 
 SmolLM2-135M's geometry with random weights, bf16; `lorakit train`'s step with r 16 on all linear layers and 4 rows of
-256 tokens, without dropout, of which each axis changes one thing. Axes: tokens, as more rows of 256, and as one longer
-row, in which attention is quadratic; layers; rank; adapters that are attached while one is trained; adapters that are
-dealt over 32 decoded rows. Each point is a fresh process, and one that lies on several axes is measured once a round;
-every other round begins at the end. The first step of a process does not count.
+256 tokens, without dropout; each axis varies one property. Axes: tokens, as more rows of 256, and as one longer row, in
+which attention is quadratic; layers; rank; adapters attached while one is trained; adapters assigned to 32 decoded
+rows. Each point is a new process, and a point on several axes is measured once per round; every other round runs in
+reverse order. The first step of a process is not counted.
 
-A row has a point's seconds (of a step, or of a decoded token of all rows), its peak of memory above the touched
-weights, adapters among them, and its FLOPs and bytes by `lorakit.plan`. Another row has an axis's slopes of
-log(seconds) and log(bytes) over log(point), by least squares, beside those of the arithmetic: 1 is in proportion, 0 is
-no growth. For decoding also that of the bytes of weights and factors that a token reads. The numbers go into
-results/growth.jsonl.
+A row has a point's seconds (per step, or per decoded token of all rows), its peak memory above the touched weights,
+including adapters, and its FLOPs and bytes by `lorakit.plan`. Another row has an axis's least-squares slopes of
+log(seconds) and log(bytes) over log(point), with those of the estimate: 1 is proportional, 0 is constant. For decoding
+also the slope of the bytes of weights and factors read per token. Rows are appended to results/growth.jsonl.
 """
 
 from __future__ import annotations
@@ -36,18 +35,18 @@ from stepping import OURS, TARGETS, Job, adapter_fields, geometry, prepare
 from lorakit import plan
 
 ROWS, ROUNDS, TOKENS = 32, 2, 6
-"""Of a process that decodes: rows; rounds after the one that does not count; tokens of each."""
+"""Settings of a decoding process: rows, rounds after the warm-up, tokens per round."""
 
 
 class Case(NamedTuple):
-    """What one process measures: a training step, or where adapters are given, decoding with so many."""
+    """A case measured by one process: a training step, or, with `adapters`, decoding."""
 
     job: Job
     adapters: int = 0
 
 
 class Axis(NamedTuple):
-    """What grows, at which points, and how a point changes the usual step."""
+    """A property that is varied, its values, and how a value changes the default step."""
 
     what: str
     points: tuple[int, ...]
@@ -56,7 +55,7 @@ class Axis(NamedTuple):
 
 @dataclass
 class Found:
-    """What the processes of one case measured."""
+    """Measurements of one case."""
 
     seconds: list[float] = field(default_factory=list)
     peak_bytes: list[float] = field(default_factory=list)
@@ -95,26 +94,26 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
-    parser.add_argument("--layers", type=int, default=30, help="fewer than the model has, to try things")
+    parser.add_argument("--layers", type=int, default=30, help="fewer layers than the model has, for quick trials")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=2, help="of each process, after the one that does not count")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each process, after the warm-up")
     parser.add_argument("--allocator", choices=("tuned", "stock"), default="tuned", help="as in bench_step.py")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if "layers" in options.axes and options.layers <= min(AXES["layers"].points):
-        parser.error(f"--axes layers needs --layers above {min(AXES['layers'].points)}: one point has no slope")
+        parser.error(f"--axes layers needs --layers above {min(AXES['layers'].points)}; one point has no slope")
     return options
 
 
 def cases_along(axis: Axis, layers: int) -> dict[int, Case]:
-    """Point -> what is measured there; of layers no more than the model is to have."""
+    """Return point -> case; layers are limited to those of the model."""
     usual = Job(layers=layers, rank=TARGETS[Job.model][0])
     points = [n for n in axis.points if n < layers] + [layers] if axis.what == "layers" else axis.points
     return {point: axis.case(usual, point) for point in points}
 
 
 def child(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one case in a fresh process."""
+    """Measure one case in a new process."""
     asked = {"job": asdict(case.job), "adapters": case.adapters, "steps": options.steps}
     environment = {**os.environ, "LORAKIT_ALLOCATOR": "" if options.allocator == "tuned" else "stock"}
     command = [sys.executable, __file__, "--child", json.dumps(asked)]
@@ -126,10 +125,10 @@ def child(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(case: Case, steps: int) -> dict[str, Any]:
-    """Seconds of each step or token that counts, and the peak above the weights."""
+    """Return the seconds of each counted step or token, and the peak above the weights."""
     from lorakit.allocator import keep_large_blocks
 
-    keep_large_blocks()  # unless the environment says "stock"; before torch takes any memory
+    keep_large_blocks()  # unless the environment is set to "stock"; before torch allocates memory
     if case.adapters:
         return measure_decoding(case)
     model, step = prepare(OURS, case.job)
@@ -143,7 +142,7 @@ def measure(case: Case, steps: int) -> dict[str, Any]:
 
 
 def measure_decoding(case: Case) -> dict[str, Any]:
-    """The same of decoding, in the loop of bench_decode.py."""
+    """Measure decoding, in the loop of bench_decode.py."""
     from bench_decode import decoded, within
 
     from lorakit import core
@@ -165,7 +164,7 @@ def add(found: Found, measured: dict[str, Any]) -> None:
 
 
 def work_of(case: Case) -> Work:
-    """The arithmetic of a case."""
+    """Return the estimated work of a case."""
     job, fields = case.job, adapter_fields(case.job)
     planned = plan.Job(job.rows, job.length, dtype=job.dtype, accelerated=True)
     if case.adapters:
@@ -174,7 +173,7 @@ def work_of(case: Case) -> Work:
 
 
 def report(name: str, cases: dict[int, Case], found: dict[Case, Found], options: argparse.Namespace) -> str:
-    """A row for each point and one for the slopes; the axis's line of the table."""
+    """Append a row for each point and one for the slopes; returns the axis's line of the table."""
     axis, works = AXES[name], {point: work_of(case) for point, case in cases.items()}
     settings = {"layers": options.layers, "allocator": options.allocator}
     for point, case in cases.items():

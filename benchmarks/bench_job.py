@@ -1,15 +1,15 @@
-"""Claim: an instruction-tuning job, from the start of the process to the same evaluation loss, beside `Trainer` + peft.
+"""Claim: an instruction-tuning job, from process start to the same evaluation loss, compared with `Trainer` + peft.
 
-python benchmarks/bench_job.py [--steps 60] [--dropout 0.05] [--rounds 1]
+    python benchmarks/bench_job.py [--steps 60] [--dropout 0.05] [--rounds 1]
 
-SmolLM2-135M, bf16, r 16 on all linear layers. Rows of prompt and completion cut from Python's language reference, of
-skewed lengths (log-normal), 30 % of the tokens trained. Both sides start a fresh process, import, load, encode the same
-files, take the same number of steps of 4 rows at the same constant rate, evaluate before and after on the same rows
-and save the adapter: `lorakit train`, and transformers' Trainer with peft, padding each batch to its longest row and
-AdamW fused (its default). The wall time of the whole process counts. Both have the C library's allocator as it is, and
-told to keep blocks: `lorakit train` tells it by itself, for peft the process is told at its start. Afterwards one
-function judges both saved adapters on the evaluation rows; where lorakit's loss is not within 1 % of peft's or below,
-the row says so and the benchmark fails.
+SmolLM2-135M, bf16, r 16 on all linear layers. Prompts and completions are cut from Python's language reference, with
+skewed lengths (log-normal), 30% of the tokens with loss. Both sides start a new process, import, load, encode the same
+files, take the same number of steps of 4 rows at the same constant rate, evaluate before and after on the same rows and
+save the adapter: `lorakit train`, and transformers' Trainer with peft, padding each batch to its longest row, with
+fused AdamW (its default). The wall time of the whole process counts. Both sides run with the default allocator and with
+one that keeps freed blocks: `lorakit train` configures it itself, the peft process gets it at its start. Afterwards one
+function evaluates both saved adapters on the evaluation rows; if lorakit's loss is more than 1% above peft's, the row
+records it and the benchmark fails.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from runner import append_row
 
 OURS, THEIRS = "lorakit train", "Trainer + peft"
 ROWS, EVALUATED, MAX_LENGTH, RANK, ALPHA, RATE = 4, 32, 512, 16, 32, 3e-4
-CHARACTERS, SPREAD, TRAINED = 300, 0.9, 0.285  # median of a row, deviation of its logarithm, share of the answer
+CHARACTERS, SPREAD, TRAINED = 300, 0.9, 0.285  # median length of a row, std of its logarithm, fraction of the answer
 SLACK = 1.01
 
 
@@ -50,15 +50,15 @@ def main() -> None:
         cases = [(side, allocator) for allocator in options.allocators for side in (THEIRS, OURS)]
         seconds: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
         for number in range(options.rounds):
-            for case in cases[number % 2 :] + cases[: number % 2]:  # who begins changes with the round
+            for case in cases[number % 2 :] + cases[: number % 2]:  # each round starts with another case
                 seconds[case].append(run(*case, folder, options))
-        losses = {case: judged(saved(*case, folder), folder) for case in cases}
+        losses = {case: evaluated(saved(*case, folder), folder) for case in cases}
         facts = about(folder)
     report(seconds, losses, {**facts, "steps": options.steps, "dropout": options.dropout})
 
 
 def write_rows(folder: Path, steps: int) -> None:
-    """train.jsonl, as many rows as the steps take, and eval.jsonl."""
+    """Write train.jsonl, with enough rows for the steps, and eval.jsonl."""
     from lorakit import data
 
     drawn = random.Random(0)
@@ -67,7 +67,7 @@ def write_rows(folder: Path, steps: int) -> None:
     while len(rows) < steps * ROWS + EVALUATED:
         size = max(40, min(int(drawn.lognormvariate(0, SPREAD) * CHARACTERS), 3 * MAX_LENGTH))
         if at + size > len(text):
-            raise SystemExit(f"the text gives {len(rows)} rows; fewer --steps are needed")
+            raise SystemExit(f"the text gives {len(rows)} rows; use fewer --steps")
         answer = at + int(size * (1 - TRAINED))
         rows.append({"prompt": text[at:answer], "completion": text[answer : at + size]})
         at += size
@@ -77,7 +77,7 @@ def write_rows(folder: Path, steps: int) -> None:
 
 
 def run(side: str, allocator: str, folder: Path, options: argparse.Namespace) -> float:
-    """Seconds of a whole process."""
+    """Return the seconds of a whole process."""
     target = saved(side, allocator, folder)
     if side == OURS:
         command = [sys.executable, "-m", "lorakit", "train", *flags(folder, target.parent, options)]
@@ -94,12 +94,12 @@ def run(side: str, allocator: str, folder: Path, options: argparse.Namespace) ->
 
 
 def saved(side: str, allocator: str, folder: Path) -> Path:
-    """Where a side leaves its adapter."""
+    """Return where a side saves its adapter."""
     return folder / f"{'ours' if side == OURS else 'theirs'}-{allocator}" / "adapter"
 
 
 def flags(folder: Path, target: Path, options: argparse.Namespace) -> list[str]:
-    """The command line of `lorakit train`."""
+    """Return the command line of `lorakit train`."""
     given = {
         "model": "smollm2",
         "data": folder / "train.jsonl",
@@ -123,7 +123,7 @@ def flags(folder: Path, target: Path, options: argparse.Namespace) -> list[str]:
 
 
 def sequences(folder: Path, name: str) -> Any:
-    """The rows of a file, encoded as `lorakit train` encodes them."""
+    """Return the rows of a file, encoded as in `lorakit train`."""
     from lorakit import data, hub
 
     records = data.read_records([folder / f"{name}.jsonl"])
@@ -131,10 +131,10 @@ def sequences(folder: Path, name: str) -> Any:
 
 
 def trainer(asked: dict[str, Any]) -> None:
-    """What people write: a model with peft, Trainer, a collator that pads."""
+    """Train as users commonly do: a model with peft, Trainer, a collator that pads."""
     from lorakit.allocator import keep_large_blocks
 
-    keep_large_blocks()  # unless the environment says "stock"
+    keep_large_blocks()  # unless the environment is set to "stock"
     import peft
     import transformers
 
@@ -179,8 +179,8 @@ def _row(one: Any) -> dict[str, list[int]]:
     return {"input_ids": list(one.input_ids), "attention_mask": [1] * len(one), "labels": list(one.labels)}
 
 
-def judged(adapter: Path, folder: Path) -> float:
-    """The loss of a saved adapter over the trained tokens of the evaluation rows."""
+def evaluated(adapter: Path, folder: Path) -> float:
+    """Return the loss of a saved adapter on the evaluation rows."""
     import torch
 
     from lorakit import core, data, hub
@@ -190,12 +190,12 @@ def judged(adapter: Path, folder: Path) -> float:
     core.load_adapter(model, adapter)
     found = evaluate(model, data.by_length(sequences(folder, "eval"), ROWS), torch.device("cpu"))
     if found is None:
-        raise SystemExit("the evaluation was abandoned")
+        raise SystemExit("the evaluation was interrupted")
     return found.loss
 
 
 def about(folder: Path) -> dict[str, Any]:
-    """Shares and lengths of the training rows."""
+    """Return fractions and lengths of the training rows."""
     rows = sequences(folder, "train")
     lengths = sorted(len(row) for row in rows)
     trained = sum(row.trained_tokens for row in rows) / sum(lengths)
@@ -206,7 +206,7 @@ def about(folder: Path) -> dict[str, Any]:
 def report(
     seconds: dict[tuple[str, str], list[float]], losses: dict[tuple[str, str], float], facts: dict[str, Any]
 ) -> None:
-    """A row for each side and allocator."""
+    """Append a row for each side and allocator."""
     worse = []
     for (side, allocator), taken in seconds.items():
         theirs = min(seconds[THEIRS, allocator])
@@ -216,7 +216,7 @@ def report(
         append_row("job", row, {"seconds": taken})
         worse += [] if row["same_loss"] else [f"{side}, {allocator}"]
     if worse:
-        raise SystemExit(f"more than 1 % above peft's evaluation loss: {worse}; their times are no comparison")
+        raise SystemExit(f"more than 1% above peft's evaluation loss: {worse}; times are not comparable")
 
 
 if __name__ == "__main__":

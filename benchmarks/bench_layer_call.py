@@ -1,18 +1,18 @@
 """Time one call of an adapted layer, in microseconds, with no, one and four active adapters.
 
-python benchmarks/bench_layer_call.py [--rounds 21] [--calls 100]
+    python benchmarks/bench_layer_call.py [--rounds 21] [--calls 100]
 
-A linear layer of 64 × 64 in float32, one row, rank 4: the arithmetic takes no time, so the numbers show the overhead of
-a call. Cases: the plain `nn.Linear`; adapted layers with no, one or four active adapters, and with `lorakit.disable`;
-one adapter chosen with `lorakit.use`, in a block around all calls and in a block for each call; four rows with four
-adapters (`lorakit.route`), also with stacks kept (`keep=True`); one block of a tiny Llama with adapters on its seven
-linear layers and four tokens, as transformers runs it and as `lorakit.accelerate` does. Modes: "eval" (no gradients),
-"train" (a forward that records gradients) and "train, backward" (that forward and its backward).
+A linear layer of 64 × 64 in float32, one row, rank 4: the arithmetic takes no time, so the overhead of a call is
+measured. Cases: the plain `nn.Linear`; adapted layers with no, one or four active adapters, and with `lorakit.disable`;
+one adapter chosen with `lorakit.use`, in a block around all calls and in a block per call; four rows with four adapters
+(`lorakit.route`), also with cached stacks (`keep=True`); one block of a tiny Llama with adapters on its seven linear
+layers and four tokens, as transformers runs it and with `lorakit.accelerate`. Modes: "eval" (no gradients), "train" (a
+forward that records gradients) and "train, backward" (that forward and its backward).
 
-Every round takes one sample of each case, which is the mean of all its calls, and starts with another case than the
-round before. Python's collector is off, torch has one thread. The script uses only the public names of `lorakit`, so it
-also measures an older checkout: `PYTHONPATH=/path/to/src python benchmarks/bench_layer_call.py`; to compare two trees,
-use compare_trees.py. The numbers go into results/layer_call.jsonl.
+Every round takes one sample of each case, the mean of all its calls, and starts with another case. Python's garbage
+collector is off, torch has one thread. The script uses only the public names of `lorakit`, so it also measures an older
+checkout: `PYTHONPATH=/path/to/src python benchmarks/bench_layer_call.py`; to compare two trees, use compare_trees.py.
+Rows are appended to results/layer_call.jsonl.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Holder(nn.Module):
 
 
 def adapted(mode: str, *active: str) -> Any:
-    """Return a `Holder` with four adapters, of which these are active."""
+    """Return a `Holder` with four adapters, these ones active."""
     torch.manual_seed(0)
     model = Holder().train(mode != EVAL).requires_grad_(False)
     for name in NAMES:
@@ -76,7 +76,7 @@ def adapted(mode: str, *active: str) -> Any:
 
 
 def hidden(mode: str, *shape: int) -> Tensor:
-    """Return an input (…, 64), which takes a gradient unless the mode is "eval"."""
+    """Return an input (…, 64), which requires a gradient unless the mode is "eval"."""
     values = torch.randn(*shape, FEATURES, generator=torch.Generator().manual_seed(1))
     return values.requires_grad_(mode != EVAL)
 
@@ -87,7 +87,7 @@ def all_cases() -> list[Case]:
 
 
 def layer_cases(mode: str) -> list[Case]:
-    """Return the cases of one linear layer, each on a model of its own."""
+    """Return the cases of one linear layer, each on a separate model."""
     one, rows = hidden(mode, 1), hidden(mode, len(NAMES))
 
     def case(what: str, model: Any, block: AbstractContextManager[Any] | None = None, x: Tensor = one) -> Case:
@@ -112,7 +112,7 @@ def layer_cases(mode: str) -> list[Case]:
         Case("use, one block per call", mode, in_a_block_of_its_own, contextlib.nullcontext()),
         case("route of 4 rows", mixed, lorakit.route(mixed, NAMES), rows),
     ]
-    if mode == EVAL:  # stacks are kept only if no gradient is recorded
+    if mode == EVAL:  # stacks are cached only if no gradient is recorded
         kept = adapted(mode, NAMES[0])
         made.append(case("route of 4 rows, kept", kept, lorakit.route(kept, NAMES, keep=True), rows))
     return made
@@ -124,7 +124,7 @@ def block_cases(mode: str) -> list[Case]:
 
     def case(what: str, accelerated: bool) -> Case:
         model = tiny_llama(mode)
-        words = words_of_block(model)
+        words = block_arguments(model)
         if accelerated:
             lorakit.accelerate(model)
         block = model.model.layers[0]  # read afterwards, because `accelerate` replaces it
@@ -146,8 +146,8 @@ def tiny_llama(mode: str) -> Any:
     return model
 
 
-def words_of_block(model: Any) -> dict[str, Any]:
-    """Return the keywords that the model gives its first block for `TOKENS` tokens."""
+def block_arguments(model: Any) -> dict[str, Any]:
+    """Return the keyword arguments that the model passes to its first block for `TOKENS` tokens."""
     given: list[dict[str, Any]] = []
 
     def note(_module: nn.Module, _args: tuple[Any, ...], words: dict[str, Any]) -> None:
@@ -190,7 +190,7 @@ def main() -> None:
             for position in range(len(cases)):
                 index = (position + number) % len(cases)
                 taken = microseconds(cases[index], options.calls)
-                if number:  # the first round warms up
+                if number:  # the first round is a warm-up
                     samples[index].append(taken)
             gc.collect()
     finally:

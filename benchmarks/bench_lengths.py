@@ -1,12 +1,12 @@
-"""Claim: a step over rows of ever other lengths needs no more memory after many steps than after a few.
+"""Claim: a step over rows of varying lengths needs no more memory after many steps than after a few.
 
-Each case runs in a fresh process: a Llama of SmolLM2's widths with few layers, random weights in bfloat16, adapted,
-accelerated and trained by lorakit.train's own step on 4 rows of 30 to 256 tokens, laid end to end. Measured is the
-resident size above what was resident once every weight was touched, and the page faults of a step at the end. The
-cases differ in malloc (as it is, as the command line sets it, the same and trimmed after each step, pages for each
-block of 128 KiB) and in how many compiled products are kept (PyTorch's default, the command line's bounds).
+    python benchmarks/bench_lengths.py [--steps 40] [--layers 6] [--markdown docs/memory.md]
 
-python benchmarks/bench_lengths.py [--steps 40] [--layers 6] [--markdown docs/memory.md]
+Each case runs in a new process: a Llama of SmolLM2's widths with few layers, random weights in bfloat16, adapted,
+accelerated and trained by lorakit.train's own step on 4 packed rows of 30 to 256 tokens. Measured are the resident size
+above what was resident once every weight was touched, and the page faults of a step at the end. Cases differ in malloc
+(default, as the command line sets it, the same and trimmed after each step, separate pages for each block above 128
+KiB) and in how many compiled matmuls are cached (PyTorch's default, the command line's limits).
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ DEFAULT = dict.fromkeys(allocator.CACHES, "1024")
 BOUNDED = {name: str(entries) for name, entries in allocator.CACHES.items()}
 PINNED = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 CASES: tuple[tuple[str, str, dict[str, str]], ...] = (
-    ("as it is", "1,024", DEFAULT),
+    ("default", "1,024", DEFAULT),
     ("kept", "1,024", DEFAULT),
     ("kept", "bounded", BOUNDED),
     ("kept, trimmed after each step", "bounded", BOUNDED),
-    ("pages of its own for each block", "bounded", BOUNDED | PINNED),
+    ("separate pages for each block", "bounded", BOUNDED | PINNED),
 )
 ROWS, SHORTEST, LONGEST, RANK, VOCABULARY = 4, 30, 256, 8, 16_384
 SHOWN = (1, 5, 10, 20, 30, 40, 60, 100, 200)
 
 
 def measure(malloc: str, environment: dict[str, str], steps: int, layers: int) -> dict[str, list[int]]:
-    """Run one case in a process of its own: bytes and page faults, a number a step, and the peak."""
+    """Run one case in a new process: bytes and page faults per step, and the peak."""
     command = [sys.executable, __file__, "--child", malloc, "--steps", str(steps), "--layers", str(layers)]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -53,11 +53,11 @@ def measure(malloc: str, environment: dict[str, str], steps: int, layers: int) -
 
 
 def child(malloc: str, steps: int, layers: int) -> dict[str, list[int]]:
-    """The steps of one case."""
+    """Run the steps of one case."""
     import torch
 
     if malloc.startswith("kept") and not allocator.keep_large_blocks():
-        raise SystemExit("this C library's malloc cannot be told to keep what is freed")
+        raise SystemExit("malloc of this C library cannot be configured to keep freed memory")
     torch.manual_seed(0)
     random.seed(0)
     model, step = _step(layers)
@@ -74,7 +74,7 @@ def child(malloc: str, steps: int, layers: int) -> dict[str, list[int]]:
 
 
 def _batch() -> Any:
-    """Most rows are cut at the longest, as those of long texts are."""
+    """Return a batch; most rows are truncated at the maximum, as those of long texts are."""
     import torch
 
     from lorakit.data.loader import Batch
@@ -114,7 +114,7 @@ def _step(layers: int) -> tuple[Any, Callable[[list[Any]], object]]:
 def _markdown(rows: list[dict[str, Any]], steps: int) -> str:
     shown = [step for step in SHOWN if step <= steps]
     lines = [
-        f"| malloc | compiled products | {' | '.join(f'step {step}' for step in shown)} | peak | faults of a step |",
+        f"| malloc | compiled matmuls | {' | '.join(f'step {step}' for step in shown)} | peak | page faults per step |",
         f"|---|---|{'---:|' * (len(shown) + 2)}",
     ]
     for row in rows:
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--markdown", type=Path, help="also write the table into this file, between its markers")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file, between its markers")
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(child(arguments.child, arguments.steps, arguments.layers)))

@@ -1,13 +1,13 @@
-"""Claim: the longest sequence that trains within some memory is at least three times peft's.
+"""Claim: the longest sequence that trains within a memory limit is at least three times peft's.
 
-python benchmarks/bench_longest.py [--gib 2] [--checkpointing] [--dropout 0]
+    python benchmarks/bench_longest.py [--gib 2] [--checkpointing] [--dropout 0]
 
-SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, one sequence, all tokens trained. A trial
-is a short step, which makes the optimizer's state, and one of that length, in a fresh process; it fits where the peak
-of the resident size exceeds what is resident with the weights by no more than the limit. Memory grows about as the
-tokens do, so each trial's length follows from those before; the search ends when the longest that fits and the shortest
-that does not are within 7 % of each other. The C library's allocator is as it is: told to keep blocks, a process holds
-what it does not need.
+SmolLM2-135M's geometry with random weights, bf16, r 16 on all linear layers, one sequence, all tokens with loss. A
+trial is a short step, which creates the optimizer state, and one of that length, in a new process; it fits if the peak
+resident size exceeds that with the weights by no more than the limit. Memory grows about linearly with the tokens, so
+each trial's length is predicted from earlier ones; the search ends when the longest that fits and the shortest that
+does not are within 7% of each other. The allocator is the C library's default: one that keeps freed blocks holds more
+than it needs.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from runner import append_row
 from stepping import OURS, PEFT, TARGETS, Job, prepare
 
 GRAIN, CLOSE, FIRST, SHORT = 64, 1.07, 512, 16
-MARGIN = 0.99  # aim a little below the limit: what fits is found sooner
-NEAR = 1.06  # a trial so far from what is known ends the search, where it goes as the line says
-GROWTH = 2  # a length is at most so many times one that was tried
+MARGIN = 0.99  # aim slightly below the limit: a length that fits is found sooner
+NEAR = 1.06  # a trial this far from a known length ends the search, if it follows the line
+GROWTH = 2  # maximum ratio of a length to one that was tried
 
 
 def main() -> None:
@@ -38,8 +38,10 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=2.0, help="memory above the weights")
     parser.add_argument("--model", choices=sorted(TARGETS), default="smollm2")
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--checkpointing", action="store_true", help="recompute each layer in the backward, both sides")
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try things")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="recompute each layer in the backward, on both sides"
+    )
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has, for quick trials")
     parser.add_argument("--child", nargs=2, metavar=("SIDE", "JOB"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -63,7 +65,7 @@ def main() -> None:
 
 
 def longest(trial: Callable[[int], dict[str, float]], limit: float) -> tuple[int, dict[str, float]]:
-    """The longest sequence that fits, to 7 %, and what its trial measured.
+    """Return the longest sequence that fits, to 7%, and the measurements of its trial.
 
     Args:
         trial: Length in tokens -> its "peak_bytes" above the weights, and "seconds".
@@ -73,7 +75,7 @@ def longest(trial: Callable[[int], dict[str, float]], limit: float) -> tuple[int
     while True:
         measured = trial(length)
         within = measured["peak_bytes"] <= limit
-        print(f"  {length} tokens: {measured['peak_bytes'] / 2**30:.2f} GiB, {measured['seconds']:.1f} s a step")
+        print(f"  {length} tokens: {measured['peak_bytes'] / 2**30:.2f} GiB, {measured['seconds']:.1f} s/step")
         (fits if within else exceeds)[length] = measured
         low, high = max(fits), min(exceeds, default=None)
         if high is not None and (high <= CLOSE * low or high - low <= GRAIN):
@@ -82,7 +84,7 @@ def longest(trial: Callable[[int], dict[str, float]], limit: float) -> tuple[int
 
 
 def follows(tried: dict[int, dict[str, float]], low: int, high: int | None, limit: float) -> int:
-    """The next length: where a line through the two nearest trials meets the limit, kept between low and high."""
+    """Return the next length: where a line through the two nearest trials meets the limit, within low and high."""
     known = [n for n in tried if math.isfinite(tried[n]["peak_bytes"])]
     nearest = sorted(sorted(known, key=lambda n: abs(tried[n]["peak_bytes"] - limit))[:2])
     first, second = nearest[0], nearest[-1]
@@ -98,7 +100,7 @@ def follows(tried: dict[int, dict[str, float]], low: int, high: int | None, limi
 
 
 def child(side: str, fields: dict[str, Any]) -> dict[str, float]:
-    """One trial in a fresh process; one that the kernel or malloc refuses needs more than there is."""
+    """Run one trial in a new process; if the kernel kills it or malloc fails, it does not fit."""
     environment = {**os.environ, "LORAKIT_ALLOCATOR": "stock"}
     command = [sys.executable, __file__, "--child", side, json.dumps(fields)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -111,7 +113,7 @@ def child(side: str, fields: dict[str, Any]) -> dict[str, float]:
 
 
 def measure(side: str, job: Job) -> dict[str, float]:
-    """The peak of a step above the weights, and its seconds."""
+    """Return the peak of a step above the weights, and its seconds."""
     model, step = prepare(side, job)
     resident = resident_with_weights(model)
     step(0, SHORT)

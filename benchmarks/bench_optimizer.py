@@ -1,12 +1,12 @@
-"""Claim: clipping and AdamW on a flat buffer take less time than on each tensor by itself, with the same bits.
+"""Claim: clipping and AdamW on a flat buffer are faster than tensor by tensor, with the same bits.
 
-python benchmarks/bench_optimizer.py [--layers 30] [--r 16] [--threads 1 2] [--repeats 15]
+    python benchmarks/bench_optimizer.py [--layers 30] [--r 16] [--threads 1 2] [--repeats 15]
 
-The tensors are those of an adapter on all linear modules of SmolLM2-135M's geometry; gradients lie where a backward
-puts them. In turn: the norm, its clipping and a step of torch's fused AdamW with a list of tensors, as `lorakit train`
-had it; the norm and a step with flat buffers, as it has it; and, for what is left to gain, the norm and a step on a
-gradient that lies in one buffer already. The last line is what making the images of A and B in the base's dtype takes,
-for a forward and a backward. The numbers go into results/optimizer.jsonl.
+The tensors are those of an adapter on all linear modules of SmolLM2-135M's geometry; gradients are where a backward
+puts them. Interleaved: norm, clipping and a step of torch's fused AdamW with a list of tensors; norm and a step with
+flat buffers, as in `lorakit train`; and, as the lower bound, norm and a step on a gradient that is already in one
+buffer. The last line is the time to cast A and B to the base's dtype, for a forward and a backward. Rows are appended
+to results/optimizer.jsonl.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorakit.ops.linear import Group
 from lorakit.train.optimizer import build_adamw, clipped_step, gradient_norm
 
 GROUPS = ((576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,)))
-"""in, outs: modules of a block that share an input."""
+"""(in, outs) of the modules of a block that share an input."""
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -40,16 +40,21 @@ def main() -> None:
     torch.manual_seed(0)
     modules = [(i, o) for _ in range(options.layers) for i, outs in GROUPS for o in outs]
     shapes = [shape for i, o in modules for shape in ((options.r, i), (o, options.r))]
-    ways = {"each tensor": plain(shapes), "flat": flat(shapes), "gradient in one buffer": ideal(shapes)}
-    ways["images of A and B"] = images(options.layers, options.r)
+    methods = {"each tensor": plain(shapes), "flat": flat(shapes), "gradient in one buffer": ideal(shapes)}
+    methods["casts of A and B"] = casts(options.layers, options.r)
     for threads in dict.fromkeys(options.threads):
         torch.set_num_threads(threads)
-        taken: dict[str, list[float]] = {way: [] for way in ways}
+        taken: dict[str, list[float]] = {method: [] for method in methods}
         for _ in range(options.repeats + 1):
-            for way, work in ways.items():
-                taken[way] += seconds_of(work, repeats=1, warmup=0)
-        for way, seconds in taken.items():
-            facts = {"what": way, "tensors": len(shapes), "numbers": sum(a * b for a, b in shapes), "threads": threads}
+            for method, work in methods.items():
+                taken[method] += seconds_of(work, repeats=1, warmup=0)
+        for method, seconds in taken.items():
+            facts = {
+                "what": method,
+                "tensors": len(shapes),
+                "numbers": sum(a * b for a, b in shapes),
+                "threads": threads,
+            }
             append_row("optimizer", facts, {"milliseconds": [1e3 * s for s in seconds[1:]]})
 
 
@@ -58,19 +63,19 @@ def parameters(shapes: list[tuple[int, int]]) -> Named:
 
 
 def plain(shapes: list[tuple[int, int]]) -> Callable[[], object]:
-    """The optimizer of torch, a tensor at a time."""
+    """Return torch's optimizer over a list of tensors."""
     tensors = [p for _, p in parameters(shapes)]
     return stepping(torch.optim.AdamW(tensors, lr=1e-4, weight_decay=0.0, fused=True), tensors)
 
 
 def flat(shapes: list[tuple[int, int]]) -> Callable[[], object]:
-    """`lorakit train`'s."""
+    """Return `lorakit train`'s optimizer."""
     named = parameters(shapes)
     return stepping(build_adamw(named, 1e-4, 0.0), [p for _, p in named])
 
 
 def ideal(shapes: list[tuple[int, int]]) -> Callable[[], object]:
-    """One tensor of as many numbers: nothing has to be laid end to end."""
+    """Return an optimizer over one tensor of the same size: nothing has to be flattened."""
     return flat([(1, sum(a * b for a, b in shapes))])
 
 
@@ -85,8 +90,8 @@ def stepping(optimizer: torch.optim.Optimizer, tensors: list[nn.Parameter]) -> C
     return step
 
 
-def images(layers: int, r: int) -> Callable[[], object]:
-    """What a forward and a backward make anew of all factors before their products."""
+def casts(layers: int, r: int) -> Callable[[], object]:
+    """Return the casts of all factors that a forward and a backward do before their matmuls."""
 
     def module(inner: int, outer: int) -> Adapted:
         A, B = nn.Parameter(torch.randn(r, inner)), nn.Parameter(torch.randn(outer, r))

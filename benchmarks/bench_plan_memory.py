@@ -1,12 +1,12 @@
-"""Claim: a plan's peak memory is that of a real run: within 10 %, 15 % with gradient checkpointing.
+"""Claim: a plan's peak memory equals that of a real run: within 10%, 15% with gradient checkpointing.
 
-Each case runs in a fresh process: a model with random weights of the published shape, adapted by lorakit.core, trained
-for a few steps by lorakit.train's own step, accelerated as `lorakit train` is by default, or not. Measured is the peak
-of the resident size minus what is resident once every weight was touched; planned is `Memory.above_weights_bytes`. Each
-case runs twice: with the C library's allocator as the command line sets it, which keeps what is freed, and with
-MALLOC_MMAP_THRESHOLD_ pinned, so that a freed tensor goes back to the system at once.
+    python benchmarks/bench_plan_memory.py [--steps 6] [--allocators kept pinned] [--markdown docs/memory.md]
 
-python benchmarks/bench_plan_memory.py [--steps 6] [--allocators kept pinned] [--markdown docs/memory.md]
+Each case runs in a new process: a model with random weights of the published shape, adapted by lorakit.core, trained
+for a few steps by lorakit.train's own step, accelerated as in `lorakit train` by default, or not. Measured is the peak
+resident size minus what was resident once every weight was touched; planned is `Memory.above_weights_bytes`. Each case
+runs twice: with the allocator as the command line sets it, which keeps freed blocks, and with MALLOC_MMAP_THRESHOLD_
+pinned, so that a freed tensor returns to the system at once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def planned(case: dict[str, Any]) -> Memory:
 
 
 def measure(case: dict[str, Any], steps: int, environment: dict[str, str]) -> list[int]:
-    """Run one case in a process of its own; its growth in bytes after each step."""
+    """Run one case in a new process; returns its growth in bytes after each step."""
     kept = not environment
     command = [sys.executable, __file__, "--child", json.dumps({**case, "kept": kept}), "--steps", str(steps)]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
@@ -67,7 +67,7 @@ def measure(case: dict[str, Any], steps: int, environment: dict[str, str]) -> li
 
 
 def child(case: dict[str, Any], steps: int) -> list[int]:
-    """Bytes by which the peak exceeds what was resident with every weight touched, after each step."""
+    """Return how far the peak exceeds what was resident with every weight touched, in bytes, after each step."""
     import torch
 
     from lorakit import core
@@ -78,7 +78,7 @@ def child(case: dict[str, Any], steps: int) -> list[int]:
     from lorakit.train.step import StepOptions, train_step
 
     if case["kept"] and not keep_large_blocks():
-        raise SystemExit("this C library's malloc cannot be told to keep what is freed")
+        raise SystemExit("malloc of this C library cannot be configured to keep freed memory")
     torch.manual_seed(0)
     model = _model(case)
     core.attach(model, _config())
@@ -138,7 +138,7 @@ def _word(is_on: bool) -> str:
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | dtype | its dropout | accelerated | checkpointing | allocator | planned | first step "
+        "| model | dtype | model dropout | accelerated | checkpointing | allocator | planned | first step "
         "| peak of all steps | difference |",
         "|---|---|---:|---|---|---|---:|---:|---:|---:|",
     ]
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--allocators", nargs="+", choices=tuple(ALLOCATORS), default=list(ALLOCATORS))
-    parser.add_argument("--markdown", type=Path, help="also write the table into this file, between its markers")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file, between its markers")
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(child(json.loads(arguments.child), arguments.steps)))
@@ -178,7 +178,7 @@ def main() -> None:
     if arguments.markdown:
         _insert(arguments.markdown, table)
     if missed:
-        raise SystemExit(f"outside of the bounds: {missed}")
+        raise SystemExit(f"outside of the limits: {missed}")
 
 
 def _insert(path: Path, table: str) -> None:

@@ -1,13 +1,13 @@
-"""Claim: `lorakit train` is no slower than peft in a plain loop on the same data.
+"""Claim: `lorakit train` is at least as fast as peft in a plain loop on the same data.
 
-python benchmarks/bench_train.py [--steps 4] [--rounds 2] [--dropout 0 0.05]
+    python benchmarks/bench_train.py [--steps 4] [--rounds 2] [--dropout 0 0.05]
 
-SmolLM2-135M, bf16 base, fp32 adapters and optimizer, r 16 on all linear layers, 4 rows of 256 tokens, all trained.
-Three sides, each round in turn, each in a fresh process, on the same windows of the same text in the same order:
+SmolLM2-135M, bf16 base, fp32 adapters and optimizer, r 16 on all linear layers, 4 rows of 256 tokens, all with loss.
+Three sides, interleaved in each round, each in a new process, on the same windows of the same text in the same order:
 `lorakit train` (the command's own run, seconds from its metrics.jsonl), peft with the model's own loss and fused AdamW,
-and lorakit.core in that same plain loop. The loops run under the C library's allocator as it is, the command under its
-own. A step's seconds run from fetching the batch to the end of the optimizer; the
-first step of each process does not count.
+and lorakit.core in that same plain loop. The loops run with the C library's default allocator, the command with its
+own. A step's seconds run from fetching the batch to the end of the optimizer step; the first step of each process is
+not counted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
         samples: dict[str, list[float]] = {side: [] for side in SIDES}
         losses: dict[str, float] = {}
         for number in range(options.rounds):
-            for side in SIDES[number % 3 :] + SIDES[: number % 3]:  # who begins changes with the round
+            for side in SIDES[number % 3 :] + SIDES[: number % 3]:  # each round starts with another side
                 found = child(side, dropout, options.steps)
                 samples[side] += found["seconds"]
                 losses[side] = found["last_loss"]
@@ -51,17 +51,17 @@ def main() -> None:
 
 
 def report(dropout: float, samples: dict[str, list[float]], losses: dict[str, float]) -> None:
-    """One row per side: seconds a step, tokens a second, and the ratio to peft's median."""
-    beside = statistics.median(samples["peft, plain loop"])
+    """Append a row per side: seconds per step, tokens per second, and the ratio to peft's median."""
+    baseline = statistics.median(samples["peft, plain loop"])
     for side, seconds in samples.items():
         facts = {"what": side, "model": "smollm2", "dropout": dropout, "r": RANK, "rows": ROWS, "length": LENGTH}
         facts["last_loss"] = round(losses[side], 4)
-        facts["times_peft"] = round(beside / statistics.median(seconds), 3)
+        facts["times_peft"] = round(baseline / statistics.median(seconds), 3)
         append_row("train", facts, {"seconds": seconds, "tokens_per_second": [ROWS * LENGTH / s for s in seconds]})
 
 
 def child(side: str, dropout: float, steps: int) -> dict[str, Any]:
-    """Measure one side in a fresh process."""
+    """Measure one side in a new process."""
     command = [sys.executable, __file__, "--child", side, str(dropout), str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -70,7 +70,7 @@ def child(side: str, dropout: float, steps: int) -> dict[str, Any]:
 
 
 def measure(side: str, dropout: float, steps: int) -> dict[str, Any]:
-    """Seconds of each step but the first, and the last step's loss."""
+    """Return the seconds of each step except the first, and the last step's loss."""
     if side == SIDES[0]:
         return measure_command(dropout, steps)
     model = adapted(side, dropout)
@@ -78,7 +78,7 @@ def measure(side: str, dropout: float, steps: int) -> dict[str, Any]:
 
 
 def text_file(folder: Path, steps: int) -> Path:
-    """Enough of Python's reference for the steps, as one document."""
+    """Write enough of Python's reference for the steps, as one document."""
     from lorakit import data
 
     records = data.python_reference()
@@ -89,7 +89,7 @@ def text_file(folder: Path, steps: int) -> Path:
 
 
 def measure_command(dropout: float, steps: int) -> dict[str, Any]:
-    """The command's own run; its metrics are what a user sees."""
+    """Measure the command's own run; its metrics are what a user sees."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         flags = {
@@ -120,7 +120,7 @@ def measure_command(dropout: float, steps: int) -> dict[str, Any]:
 
 
 def adapted(side: str, dropout: float) -> Any:
-    """SmolLM2 with the same adapter, by peft or by lorakit."""
+    """Return SmolLM2 with the same adapter, from peft or lorakit."""
     import torch
 
     from lorakit import core, hub
@@ -139,7 +139,7 @@ def adapted(side: str, dropout: float) -> Any:
 
 
 def plain_loop(model: Any, steps: int) -> dict[str, Any]:
-    """What people write: the model's own loss, backward, clip, fused AdamW."""
+    """Train as users commonly do: the model's own loss, backward, clip, fused AdamW."""
     import torch
 
     from lorakit import data, hub

@@ -1,17 +1,17 @@
 """Run benchmarks alternately against two source trees, and print how much longer each row takes in the second.
 
-python benchmarks/compare_trees.py --before PATH --after PATH [--rounds 5] [step 'bench_attach.py --sites 70']
+    python benchmarks/compare_trees.py --before PATH --after PATH [--rounds 5] [step 'bench_attach.py --sites 70']
 
-A tree is a checkout, or its `src` directory. A benchmark is a name from `QUICK`, which has short settings, or a command
-in quotes without the interpreter; the default is all names. Each round runs a benchmark once with each tree, in a
-process of its own, and the next round starts with the other tree. A process imports lorakit from its tree (this is
-checked) and runs the tree's own scripts, because they may import names that the other tree does not have; a script that
-a tree lacks comes from this checkout. The scripts are copied to a temporary directory, so no results file of a tree
-changes.
+A tree is a checkout, or its `src` directory. A benchmark is a name from `QUICK`, which has short settings, or a quoted
+command without the interpreter; the default is all names. Each round runs a benchmark once with each tree, in a new
+process, and the next round starts with the other tree. A process imports lorakit from its tree (this is checked) and
+runs the tree's own scripts, because they may import names that the other tree does not have; a script that a tree lacks
+comes from this checkout. The scripts are copied to a temporary directory, so no results file of a tree changes.
 
-Rows of both trees are matched by their settings. For each number of a row, every round gives one ratio, p50 after /
-p50 before; printed are the median ratio, p20 and p80, and the median of each tree. Speeds ("per_second") are left out,
-because their seconds are in the same row. A "!" marks medians above --limit. The ratios go into results/trees.jsonl.
+Rows of both trees are matched by their settings. For each value of a row, every round gives one ratio, p50 after / p50
+before; printed are the median ratio, p20 and p80, and the median of each tree. Speeds ("per_second") are omitted,
+because their seconds are in the same row. A "!" marks medians above --limit. The ratios are appended to
+results/trees.jsonl.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ QUICK: dict[str, str] = {
 HERE = Path(__file__).resolve().parent
 CIRCUMSTANCES = frozenset({"time", "commit", "machine", "versions", "environment", "threads"})
 MEASURED = ("times_", "of_peft", "memory_of_", "faster_than_", "last_loss", "survived", "exact")
-"""Beginnings of facts that are measured, and so do not identify a row."""
+"""Prefixes of facts that are measured, and so do not identify a row."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Tree:
     """One source tree and a copy of its scripts.
 
     Attributes:
-        source: The directory that holds the package `lorakit`.
-        scripts: The copy, which has a results directory of its own.
+        source: The directory that contains the package `lorakit`.
+        scripts: The copy, with a separate results directory.
     """
 
     source: Path
@@ -110,7 +110,7 @@ def rows_of(tree: Tree, command: str) -> list[dict[str, Any]]:
 
 
 def medians(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the p50 of every number of some rows by "settings: quantity"; the settings are those that differ.
+    """Return the p50 of every value of some rows by "settings: quantity"; the settings are those that differ.
 
     Args:
         rows: As `append_row` writes them.
@@ -154,7 +154,7 @@ def in_turn(before: Tree, after: Tree, command: str, rounds: int) -> dict[str, t
         rounds: Runs with each tree.
 
     Returns:
-        Row and quantity -> medians before and after, one of each round; a row that a tree lacks is named and left out.
+        Row and quantity -> medians before and after, one per round; a row that a tree lacks is printed and omitted.
     """
     found: dict[str, tuple[list[float], list[float]]] = {}
     for number in range(rounds):

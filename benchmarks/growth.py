@@ -1,7 +1,7 @@
-"""How a cost grows: the slope of a line through logarithms, and what the plan's arithmetic says of the same points.
+"""Growth of a cost: the slope of a line through logarithms, and the estimates of `lorakit.plan` for the same points.
 
-FLOPs and bytes are those of `lorakit.plan`, for SmolLM2-135M's published shape with all or fewer of its layers. Nothing
-here measures, and nothing loads torch.
+FLOPs and bytes are for SmolLM2-135M's published shape with all or fewer of its layers. Nothing here measures or imports
+torch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ MODEL = "SmolLM2-135M"
 
 
 class Work(NamedTuple):
-    """What the arithmetic says of one point.
+    """Estimated work of one point.
 
     Attributes:
-        flops: Of a step, or of a token of all rows; a multiply-add counts as two.
-        memory_bytes: Of the peak above base and adapters.
-        read_bytes: Of weights and factors that a decoded token reads; 0 for a training step.
+        flops: Per step, or per token of all rows; a multiply-add counts as two.
+        memory_bytes: Peak above base and adapters.
+        read_bytes: Weights and factors that a decoded token reads; 0 for a training step.
     """
 
     flops: float
@@ -34,18 +34,18 @@ class Work(NamedTuple):
 
 
 def slope(points: Sequence[float], values: Sequence[float]) -> float:
-    """The least-squares slope of log(value) over log(point): p where a value grows as its point to the power p.
+    """Return the least-squares slope of log(value) over log(point): p if a value grows as its point to the power p.
 
     Args:
         points: At least two different ones, above 0.
         values: One for each, above 0.
 
     Raises:
-        ValueError: They are not like that.
+        ValueError: The points or values are not like that.
     """
     pairs = list(zip(points, values, strict=True))
     if len(set(points)) < 2 or any(not number > 0 for pair in pairs for number in pair):
-        raise ValueError(f"a slope needs two different points, and numbers above 0 alone; these are {pairs}")
+        raise ValueError(f"a slope needs two different points and values above 0; got {pairs}")
     x, y = ([math.log(number) for number in numbers] for numbers in (points, values))
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     together = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
@@ -53,28 +53,28 @@ def slope(points: Sequence[float], values: Sequence[float]) -> float:
 
 
 def of_step(fields: Mapping[str, Any], job: Job, layers: int | None = None) -> Work:
-    """The arithmetic of a training step.   [docs/math.md (20)-(35)]
+    """Estimate the work of a training step. [docs/math.md (20)-(35)]
 
     Args:
-        fields: Of the adapter's config.
+        fields: Fields of the adapter's config.
         job: Rows, length, dtype, whether it is accelerated.
-        layers: Fewer than the model has.
+        layers: Fewer layers than the model has.
     """
     plan = _plan(fields, job, layers)
     return Work(plan.lora.flops.total * job.step_tokens, plan.lora.memory.above_weights_bytes)
 
 
 def of_decoding(fields: Mapping[str, Any], job: Job, adapters: int, layers: int | None = None) -> Work:
-    """The arithmetic of one token of all rows, which some adapters are dealt over.   [docs/math.md (13), (20), (32)]
+    """Estimate the work of one token of all rows, to which some adapters are assigned. [docs/math.md (13), (20), (32)]
 
-    Each row meets the factors of its own adapter, so the FLOPs are those of one. The factors of all of them are kept in
-    the base's dtype beside what any process needs, and read for each token as the base is.
+    Each row uses the factors of one adapter, so the FLOPs are those of one. The factors of all of them are held in the
+    base's dtype, and read for each token like the base.
 
     Args:
-        fields: Of each adapter's config.
-        job: Rows, a token of each, dtype.
-        adapters: How many, each with some row.
-        layers: Fewer than the model has.
+        fields: Fields of each adapter's config.
+        job: Rows, one token each, dtype.
+        adapters: Number of adapters, each with some row.
+        layers: Fewer layers than the model has.
     """
     plan = _plan(fields, job, layers)
     stacks = adapters * plan.counted.factors * job.dtype_bytes
@@ -83,7 +83,7 @@ def of_decoding(fields: Mapping[str, Any], job: Job, adapters: int, layers: int 
 
 
 def shape_of(layers: int | None = None) -> ModelShape:
-    """The published shape, with its first layers alone where a number is given."""
+    """Return the published shape, limited to its first layers if a number is given."""
     shape = catalogue.published(MODEL)
     if shape is None:
         raise SystemExit(f"{MODEL} is not in the catalogue")

@@ -1,13 +1,12 @@
-"""Where the time of a step goes, measured by torch's profiler: peft, lorakit and the products alone as stacked bars.
+"""Show where the time of a step goes, by torch's profiler: peft, lorakit and the GEMM baseline as stacked bars.
 
-python benchmarks/picture_of_step.py [--dropout 0.05] [--steps 2] [--picture docs/performance.svg]
+    python benchmarks/picture_of_step.py [--dropout 0.05] [--steps 2] [--picture docs/performance.svg]
 
-The step of bench_step.py, each side in a fresh process with the allocator told to keep blocks. The seconds of an
-operation are its own, without those that it calls, on the thread that calls it; operations are sorted into parts by
-their names and the shapes that they got; lorakit's compiled kernels are recorded as operations. What no operation
-accounts for (Python, autograd) is "between operations". A
-profiled step is slower than one that is not, in what is between operations most of all: the bars show shares, and
-bench_step.py the seconds. A row per side goes into results/picture.jsonl; the picture needs matplotlib.
+The step of bench_step.py, each side in a new process with the allocator that keeps blocks. The seconds of an operation
+exclude those of operations it calls, on the calling thread; operations are sorted into parts by name and input shapes;
+lorakit's compiled kernels are recorded as operations. Time outside operations (Python, autograd) is "between
+operations". A profiled step is slower than others, mainly between operations: the bars show fractions; bench_step.py
+measures seconds. A row per side is appended to results/picture.jsonl; the picture needs matplotlib.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from runner import append_row
-from stepping import OURS, PEFT, PRODUCTS, TARGETS, Job, prepare
+from stepping import GEMM, OURS, PEFT, TARGETS, Job, prepare
 
-BASE, HEAD, LOW, ATTENTION = "products with the base", "head's products", "adapters' products", "attention"
-LOSS, DROPOUT, COPIES, REST = "softmax of the loss", "dropout", "copies and casts", "other elementwise"
+BASE, HEAD, LOW, ATTENTION = "base matmuls", "head matmul", "adapter matmuls", "attention"
+LOSS, DROPOUT, COPIES, REST = "loss softmax", "dropout", "copies and casts", "other elementwise"
 OPTIMIZER, BETWEEN = "optimizer", "between operations"
 PARTS = {
     BASE: "#33557f",
@@ -42,7 +41,7 @@ PARTS = {
     OPTIMIZER: "#8c6d62",
     BETWEEN: "#d5d5d5",
 }
-"""Part -> its colour."""
+"""Part -> its color."""
 
 OF_PRODUCTS = ("mm", "addmm", "addmm_", "linear", "matmul")
 OF_ATTENTION = ("turn", "bmm", "baddbmm", "baddbmm_", "scaled_dot_product", "flash_attention")
@@ -58,9 +57,9 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=2, help="profiled, after one that is not")
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has, to try things")
-    parser.add_argument("--picture", type=Path, help="where to draw")
+    parser.add_argument("--steps", type=int, default=2, help="profiled steps, after one that is not")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has, for quick trials")
+    parser.add_argument("--picture", type=Path, help="file to draw to")
     parser.add_argument("--child", nargs=3, metavar=("SIDE", "JOB", "STEPS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -69,7 +68,7 @@ def main() -> None:
         return
     job = Job(options.model, rows=options.rows, length=options.length, dropout=options.dropout, layers=options.layers)
     bars = {}
-    for side in (PEFT, OURS, PRODUCTS):
+    for side in (PEFT, OURS, GEMM):
         bars[side] = child(side, job, options.steps)
         facts = {"what": side, "profiled": True, "allocator": "tuned", **asdict(job)}
         append_row("picture", facts, {f"{part}: seconds": [taken] for part, taken in bars[side].items()})
@@ -78,7 +77,7 @@ def main() -> None:
 
 
 def child(side: str, job: Job, steps: int) -> dict[str, float]:
-    """Seconds of a step by part, measured in a fresh process."""
+    """Return the seconds of a step by part, measured in a new process."""
     command = [sys.executable, __file__, "--child", side, json.dumps(asdict(job)), str(steps)]
     environment = {**os.environ, "LORAKIT_ALLOCATOR": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -89,7 +88,7 @@ def child(side: str, job: Job, steps: int) -> dict[str, float]:
 
 
 def profiled(side: str, job: Job, steps: int) -> dict[str, float]:
-    """Mean seconds of a step by part."""
+    """Return the mean seconds of a step by part."""
     from lorakit.allocator import keep_large_blocks
 
     keep_large_blocks()
@@ -107,7 +106,7 @@ def profiled(side: str, job: Job, steps: int) -> dict[str, float]:
     vocabulary, weights = model.config.vocab_size, weight_shapes(model)
     seconds: dict[str, float] = defaultdict(float)
     for event in profile.key_averages(group_by_input_shape=True):
-        if "::" in event.key:  # an operation, not a step of the optimizer or a node of autograd around operations
+        if "::" in event.key:  # an operation, not an optimizer step or an autograd node around operations
             part = part_of(event.key, event.input_shapes or [], vocabulary, weights)
             seconds[part] += event.self_cpu_time_total / 1e6
     seconds[BETWEEN] += max(0.0, wall - sum(seconds.values()))
@@ -115,7 +114,7 @@ def profiled(side: str, job: Job, steps: int) -> dict[str, float]:
 
 
 def record_kernels() -> None:
-    """Let the profiler see lorakit's compiled kernels, which are no operations of PyTorch."""
+    """Record lorakit's compiled kernels in the profiler; they are not PyTorch operations."""
     from lorakit.ops.kernels import compiled
 
     kernels = compiled.kernels()
@@ -134,7 +133,7 @@ def recorded(name: str, function: Callable[..., object]) -> Callable[..., object
 
 
 def weight_shapes(model: Any) -> set[tuple[int, ...]]:
-    """Shapes of the base's weights, either way round."""
+    """Return the shapes of the base's weights, in both orientations."""
     kinds = ("Linear", "Conv1D")
     shapes = {tuple(module.weight.shape) for module in model.modules() if type(module).__name__ in kinds}
     shapes -= {tuple(p.shape) for name, p in model.named_parameters() if "lora_" in name}
@@ -142,8 +141,8 @@ def weight_shapes(model: Any) -> set[tuple[int, ...]]:
 
 
 def part_of(name: str, shapes: list[list[int]], vocabulary: int, weights: set[tuple[int, ...]]) -> str:
-    """The part that an operation belongs to, by its name and the shapes of its inputs."""
-    from lorakit.ops.choices import BLOCK  # rows of the head that go through fp32 at a time; no width of these models
+    """Return the part of an operation, by its name and input shapes."""
+    from lorakit.ops.choices import BLOCK  # rows of the head that are upcast at a time; no width of these models
 
     name = name.split("::")[-1]
     matrices = [shape for shape in shapes if len(shape) >= 2]
@@ -167,7 +166,7 @@ def part_of(name: str, shapes: list[list[int]], vocabulary: int, weights: set[tu
 
 
 def draw(bars: dict[str, dict[str, float]], path: Path, job: Job) -> None:
-    """Stacked bars, one for each side."""
+    """Draw stacked bars, one for each side."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 3.6))
@@ -177,9 +176,7 @@ def draw(bars: dict[str, dict[str, float]], path: Path, job: Job) -> None:
         widths = [bars[name][part] for name in names]
         axes.barh(names, widths, left=[left[name] for name in names], color=colour, label=part)
         left = {name: left[name] + width for name, width in zip(names, widths, strict=True)}
-    axes.set_xlabel(
-        f"seconds a step, profiled · {job.model}, {job.rows} × {job.length} tokens, dropout {job.dropout:g}"
-    )
+    axes.set_xlabel(f"seconds/step, profiled · {job.model}, {job.rows} × {job.length} tokens, dropout {job.dropout:g}")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="upper center", ncol=5, frameon=False, fontsize=8)

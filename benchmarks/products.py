@@ -1,8 +1,8 @@
-"""The products of a step with the base's weights and nothing else: each forward, each input gradient, and the head's.
+"""GEMM baseline of a step: only the matmuls with the base's weights: each forward, each input gradient, and the head's.
 
-Rows are multiplied the way that is best for each shape on this machine, found by trial: some shapes run at half speed
-with all rows at once, and some processors multiply bf16 more slowly than its fp32 image. This is what no implementation
-of the step can go below, but for attention's own products, which are not counted.
+Each shape uses its best method on this machine, found by trial: some shapes run at half speed with all rows at once,
+and some processors multiply bf16 more slowly than fp32 copies. No implementation of a step can be faster, except for
+attention's own matmuls, which are not counted.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.ops.choices import NARROW, in_fp32
+from lorakit.ops.choices import NARROW, matmul_in_fp32
 
 SLICES = {"cpu": (128, 256, 512, 1024), "cuda": (2048, 4096, 8192)}
 OF_HEAD = {"cpu": (64, 128, 256, 512), "cuda": (1024, 2048, 4096)}
 TRIALS = 3
 
 
-class Way(NamedTuple):
-    """How rows are multiplied: so many at a time, and perhaps through fp32."""
+class Method(NamedTuple):
+    """Method of a matmul: slice size, and whether in fp32."""
 
     rows: int
     fp32: bool
 
     def multiply(self, x: Tensor, right: Tensor, out: Tensor) -> Tensor:
-        """The product of x (N, in) and right (in, out), into out."""
-        return in_fp32(x, right, out) if self.fp32 else torch.mm(x, right, out=out)
+        """Write the product of x (N, in) and right (in, out) to out."""
+        return matmul_in_fp32(x, right, out) if self.fp32 else torch.mm(x, right, out=out)
 
 
-def bare_products(model: Any, job: Any) -> Callable[[int], float]:
-    """A function that multiplies once as a step does.
+def gemm_baseline(model: Any, job: Any) -> Callable[[int], float]:
+    """Return a function that runs the matmuls of one step.
 
     Args:
         model: The base, without adapters.
@@ -50,15 +50,17 @@ def bare_products(model: Any, job: Any) -> Callable[[int], float]:
     place = {"device": W_head.device, "dtype": W_head.dtype}
     slices, of_head = SLICES[W_head.device.type], OF_HEAD[W_head.device.type]
     given = {width: torch.randn(job.tokens, width, **place) for width in widths}
-    made = {width: torch.empty_like(room) for width, room in given.items()}  # never read: numbers would die out
-    plans: dict[tuple[Any, ...], Way] = {}
+    made = {
+        width: torch.empty_like(buffer) for width, buffer in given.items()
+    }  # never read: repeated products would vanish
+    plans: dict[tuple[Any, ...], Method] = {}
     with torch.no_grad():
         for W in weights:
             for right in (W.t(), W):
                 if (key := (*right.shape, right.stride())) not in plans:
-                    ways = _ways(W, slices, job.tokens)
-                    plans[key] = _best(lambda way, right=right: _product(given, right, made, way), ways)
-        best_of_head = _best(lambda way: _head(given, W_head, made, way), _ways(W_head, of_head, job.tokens))
+                    methods = _methods(W, slices, job.tokens)
+                    plans[key] = _best(lambda method, right=right: _product(given, right, made, method), methods)
+        best_of_head = _best(lambda method: _head(given, W_head, made, method), _methods(W_head, of_head, job.tokens))
 
     def step(number: int) -> float:
         with torch.no_grad():
@@ -77,50 +79,50 @@ def _is_linear(module: Any) -> bool:
 
 
 def _as_linear(module: Any) -> Tensor:
-    """The weight (out, in)."""
+    """Return the weight as (out, in)."""
     weight: Tensor = module.weight.detach()
     return weight if isinstance(module, torch.nn.Linear) else weight.t()
 
 
-def _product(given: dict[int, Tensor], right: Tensor, made: dict[int, Tensor], way: Way) -> None:
-    """Rows (N, in) times right (in, out)."""
+def _product(given: dict[int, Tensor], right: Tensor, made: dict[int, Tensor], method: Method) -> None:
+    """Multiply rows (N, in) by right (in, out)."""
     x, y = given[right.shape[0]], made[right.shape[1]]
-    for begin in range(0, len(x), way.rows):
-        way.multiply(x[begin : begin + way.rows], right, y[begin : begin + way.rows])
+    for begin in range(0, len(x), method.rows):
+        method.multiply(x[begin : begin + method.rows], right, y[begin : begin + method.rows])
 
 
-def _head(given: dict[int, Tensor], W: Tensor, made: dict[int, Tensor], way: Way) -> None:
-    """Logits of some rows at a time, and what goes back from as many numbers."""
+def _head(given: dict[int, Tensor], W: Tensor, made: dict[int, Tensor], method: Method) -> None:
+    """Compute the logits of some rows at a time, and the gradient from as many values."""
     x, y = given[W.shape[1]], made[W.shape[1]]
-    logits = torch.empty(way.rows, len(W), dtype=W.dtype, device=W.device)
-    for begin in range(0, len(x), way.rows):
-        part = x[begin : begin + way.rows]
-        z = way.multiply(part, W.t(), logits[: len(part)])
-        way.multiply(z, W, y[begin : begin + way.rows])
+    logits = torch.empty(method.rows, len(W), dtype=W.dtype, device=W.device)
+    for begin in range(0, len(x), method.rows):
+        part = x[begin : begin + method.rows]
+        z = method.multiply(part, W.t(), logits[: len(part)])
+        method.multiply(z, W, y[begin : begin + method.rows])
 
 
-def _ways(W: Tensor, sizes: tuple[int, ...], rows: int) -> list[Way]:
-    """All that are tried."""
+def _methods(W: Tensor, sizes: tuple[int, ...], rows: int) -> list[Method]:
+    """Return all methods to try."""
     narrow = W.device.type == "cpu" and W.dtype in NARROW
     return [
-        Way(size, fp32) for size in sorted({min(size, rows) for size in (*sizes, rows)}) for fp32 in {False, narrow}
+        Method(size, fp32) for size in sorted({min(size, rows) for size in (*sizes, rows)}) for fp32 in {False, narrow}
     ]
 
 
-def _best(work: Callable[[Way], None], ways: list[Way]) -> Way:
-    """The way that takes the least time, by the median of some trials."""
+def _best(work: Callable[[Method], None], methods: list[Method]) -> Method:
+    """Return the fastest method, by the median of some trials."""
     taken = {}
-    for way in ways:
-        work(way)
+    for method in methods:
+        work(method)
         samples = []
         for _ in range(TRIALS):
             _wait()
             began = time.perf_counter()
-            work(way)
+            work(method)
             _wait()
             samples.append(time.perf_counter() - began)
-        taken[way] = statistics.median(samples)
-    return min(taken, key=lambda way: taken[way])
+        taken[method] = statistics.median(samples)
+    return min(taken, key=lambda method: taken[method])
 
 
 def _wait() -> None:

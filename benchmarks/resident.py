@@ -1,4 +1,4 @@
-"""What a process holds in memory, by the kernel's own count (Linux)."""
+"""Memory of a process, as counted by the kernel (Linux)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def resident_with_weights(model: Any) -> int:
-    """Bytes that are resident once every weight was touched and what is free was given back; the peak begins anew here.
+    """Return the resident bytes after touching every weight and trimming free memory; also resets the peak.
 
     Args:
         model: A torch module.
@@ -22,13 +22,13 @@ def resident_with_weights(model: Any) -> int:
     gc.collect()
     with contextlib.suppress(
         AttributeError
-    ):  # another C library: what was freed while making the model may still count
+    ):  # another C library: memory freed while building the model may still count
         ctypes.CDLL(None).malloc_trim(0)
     CLEAR.write_text("5")
     return status("VmRSS")
 
 
 def status(name: str) -> int:
-    """A size of this process in bytes: "VmRSS" now, "VmHWM" at its peak."""
+    """Return a size of this process in bytes: "VmRSS" now, "VmHWM" at its peak."""
     line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith(name + ":"))
     return int(line.split()[1]) * 1024

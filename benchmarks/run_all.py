@@ -1,9 +1,9 @@
-"""All benchmarks but those of a GPU, one after the other, in less than an hour on two quiet cores: `make bench`.
+"""Run all benchmarks except that of a GPU, in less than an hour on two idle cores: `make bench`.
 
-python benchmarks/run_all.py [--only step job] [--list]
+    python benchmarks/run_all.py [--only step job] [--list]
 
-Each command is one of those that benchmarks/README.md names, with settings that leave time for the others; alone they
-take more rounds. The minutes of each are printed at the end. One that fails does not keep the others from running.
+Each command is one of benchmarks/README.md, with short settings; alone they take more rounds. The minutes of each are
+printed at the end. If one fails, the others still run.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ COMMANDS: dict[str, str] = {
     "face": "bench_face.py",
     "products": "bench_products.py --repeats 5",
     "optimizer": "bench_optimizer.py",
-    "step": "bench_step.py --steps 4 --sides 'products alone' 'lorakit, frozen' lorakit peft",
+    "step": "bench_step.py --steps 4 --sides 'GEMM baseline' 'lorakit, frozen' lorakit peft",
     "step of peft's other settings": "bench_step.py --dropout 0.05 --allocators tuned "
     "--sides 'transformers, frozen' peft \"peft, adapters in the base's dtype\" 'peft, bf16 autocast'",
     "step of gpt2": "bench_step.py --model gpt2 --dropout 0.05 --allocators tuned "
-    "--sides 'products alone' 'lorakit, frozen' lorakit peft",
+    "--sides 'GEMM baseline' 'lorakit, frozen' lorakit peft",
     "step of q and v": "bench_step.py --model 'smollm2, q and v' --dtype float32 --dropout 0 --allocators tuned "
     "--steps 4 --sides 'transformers, frozen' lorakit peft",
     "ablation": "bench_step.py --ablate",
-    "ablation of untrained rows": "bench_step.py --ablate --trained 0.3 "
-    "--levers 'last layer of trained rows' 'loss without logits'",
+    "ablation with few labels": "bench_step.py --ablate --trained 0.3 "
+    "--optimizations 'skipped rows in the last layer' 'loss without logits'",
     "picture": "picture_of_step.py --picture docs/performance.svg",
     "train": "bench_train.py",
     "job": "bench_job.py --steps 20",
@@ -64,7 +64,7 @@ def main() -> None:
     for name, taken in minutes.items():
         print(f"{name:28} {taken:5.1f} minutes{' (failed)' if name in failed else ''}")
     if minutes:
-        print(f"{'in all':28} {sum(minutes.values()):5.1f} minutes")
+        print(f"{'total':28} {sum(minutes.values()):5.1f} minutes")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -1,10 +1,9 @@
-"""What every benchmark shares: time something, summarise it, append one row to benchmarks/results/<name>.jsonl.
+"""Shared by all benchmarks: time a function, summarize the samples, append a row to benchmarks/results/<name>.jsonl.
 
-A row holds the machine, the versions, the commit and the quantiles of what was measured, so that a number can be
-judged by who reads it. It knows nothing of what is measured. Use it from a file beside it:
+A row contains the machine, the versions, the commit and the quantiles of what was measured, so that readers can judge a
+value. Use it from a script in the same directory:
 
     from runner import append_row, seconds_of
-
     append_row("startup", {"what": "import lorakit"}, {"seconds": seconds_of(work, repeats=7)})
 """
 
@@ -31,7 +30,7 @@ RELEVANT_ENVIRONMENT = ("OMP_NUM_THREADS", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_
 
 
 def seconds_of(work: Callable[[], object], *, repeats: int, warmup: int = 1) -> list[float]:
-    """How long each call of `work` takes, after some that do not count.
+    """Return how long each call of `work` takes, after a warm-up.
 
     Args:
         work: What to measure.
@@ -39,7 +38,7 @@ def seconds_of(work: Callable[[], object], *, repeats: int, warmup: int = 1) -> 
         warmup: Calls before them.
 
     Returns:
-        Seconds, one per call that counts.
+        Seconds, one per counted call.
     """
     for _ in range(warmup):
         work()
@@ -52,10 +51,10 @@ def seconds_of(work: Callable[[], object], *, repeats: int, warmup: int = 1) -> 
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:
-    """The quantiles of some samples: {"n", "best", "p20", "p50", "p80"}; "best" is the smallest.
+    """Return the quantiles of samples: {"n", "best", "p20", "p50", "p80"}; "best" is the smallest.
 
     Args:
-        samples: At least one number.
+        samples: At least one value.
     """
     if len(samples) == 1:
         return {"n": 1} | dict.fromkeys(("best", "p20", "p50", "p80"), samples[0])
@@ -67,12 +66,12 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
 def append_row(
     name: str, facts: Mapping[str, Any], samples: Mapping[str, Sequence[float]], *, quiet: bool = False
 ) -> dict[str, Any]:
-    """Append one row to results/<name>.jsonl and print its numbers.
+    """Append one row to results/<name>.jsonl and print its values.
 
     Args:
         name: The claim that the row is about; the file's name.
-        facts: What was measured and under which settings, ready for JSON.
-        samples: Measured numbers by quantity; the unit ends the quantity's name.
+        facts: What was measured and with which settings, as JSON values.
+        samples: Measured values by quantity; the quantity's name ends with its unit.
         quiet: Print nothing.
 
     Returns:
@@ -90,7 +89,7 @@ def append_row(
 
 
 def circumstances() -> dict[str, Any]:
-    """When, where and of what a number was measured: time, commit, machine, versions, environment, threads."""
+    """Return when, where and with what a value was measured: time, commit, machine, versions, environment, threads."""
     torch = sys.modules.get("torch")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -103,7 +102,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def commit_of(root: Path) -> str:
-    """Return the short commit of a directory; "-dirty" is added if tracked files other than results were changed.
+    """Return the short commit of a directory, with "-dirty" if tracked files other than results were changed.
 
     Args:
         root: A checkout, or a directory in it, to whose files the changes are limited.

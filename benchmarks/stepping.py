@@ -1,7 +1,7 @@
-"""What the benchmarks of a training step share: models of published geometry, and the sides that train them.
+"""Shared by the benchmarks of a training step: models of published geometry, and the sides that train them.
 
-A side is a name; `prepare` makes of it a function that takes one whole step on batch `number` and returns the loss.
-Weights are random, batches are drawn by their number, so that every side has the same. Nothing here measures.
+A side is a name; `prepare` returns a function that runs one whole step on batch `number` and returns the loss. Weights
+are random, batches are drawn by their number, so that all sides get the same. Nothing here measures.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ TARGETS: dict[str, tuple[int, str | list[str]]] = {
     "smollm2, q and v": (8, ["q_proj", "v_proj"]),
     "gpt2": (8, ["c_attn", "c_proj"]),
 }
-"""Model -> rank and targets that it is measured with."""
+"""Model -> its measured rank and targets."""
 LARGE: dict[str, tuple[int, str | list[str]]] = {"llama-1b": (16, ALL_LINEAR), "llama-8b": (16, ALL_LINEAR)}
-"""The same of models for a GPU."""
+"""The same for models that need a GPU."""
 
 LLAMAS: dict[str, dict[str, Any]] = {
     "smollm2": {
@@ -40,48 +40,49 @@ LLAMAS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Published sizes of SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B."""
 
-PRODUCTS, OURS, OURS_FROZEN, THEIRS_FROZEN = "products alone", "lorakit", "lorakit, frozen", "transformers, frozen"
+GEMM, OURS, OURS_FROZEN, THEIRS_FROZEN = "GEMM baseline", "lorakit", "lorakit, frozen", "transformers, frozen"
 PEFT, PEFT_NARROW, PEFT_AUTOCAST = "peft", "peft, adapters in the base's dtype", "peft, bf16 autocast"
-FROZEN_SIDES = (PRODUCTS, OURS_FROZEN, THEIRS_FROZEN)
+FROZEN_SIDES = (GEMM, OURS_FROZEN, THEIRS_FROZEN)
 PEFT_SIDES = (PEFT, PEFT_NARROW, PEFT_AUTOCAST)
 
-LEVERS: dict[str, frozenset[str]] = {
-    "half layers as one function": frozenset({"decoder layer"}),
+OPTIMIZATIONS: dict[str, frozenset[str]] = {
+    "fused sublayers": frozenset({"decoder layer"}),
     "attention": frozenset({"decoder layer", "attention"}),
     "feed-forward": frozenset({"decoder layer", "feed-forward"}),
     "norms": frozenset({"decoder layer", "norm"}),
     "loss without logits": frozenset({"loss without logits"}),
-    "dropout by gaps": frozenset({"dropout by gaps"}),
-    "choice per shape": frozenset({"choice per shape"}),
+    "sampled dropout positions": frozenset({"sampled dropout positions"}),
+    "autotuning": frozenset({"autotuning"}),
     "compiled kernels": frozenset({"compiled kernels"}),
-    "what gate and up gave is kept": frozenset({"what gate and up gave is kept"}),
-    "last layer of trained rows": frozenset({"last layer of trained rows"}),
-    "all recipes": frozenset({"decoder layer", "attention", "feed-forward", "norm", "loss without logits"}),
+    "saved gate and up": frozenset({"saved gate and up"}),
+    "skipped rows in the last layer": frozenset({"skipped rows in the last layer"}),
+    "all fused forwards": frozenset({"decoder layer", "attention", "feed-forward", "norm", "loss without logits"}),
 }
-"""What can be turned off -> the recipes of `accelerate`, and other parts, that go with it: where attention or
-feed-forward is the model's own, a half layer cannot be one function."""
+"""Optimization that can be disabled -> the fused forwards of `accelerate`, and other parts, that are disabled with it:
+if attention or feed-forward is the model's own, a sublayer cannot be one function.
+"""
 
 Step = Callable[..., float]
-"""Number of the batch, and perhaps a length other than the job's -> the loss."""
+"""Number of the batch, and optionally a length other than the job's -> the loss."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One setting of a step.
+    """Settings of a step.
 
     Attributes:
-        model: "smollm2" (135M), "gpt2" (124M), "llama-1b" or "llama-8b"; after a comma, targets other than usual.
-        dtype: Of the base.
-        rows: Sequences of a batch.
-        length: Tokens of each.
-        dropout: Of the adapters.
-        base_dropout: Of GPT-2 itself; as published it has 0.1.
-        checkpointing: Recompute each layer in the backward.
-        layers: Fewer than the model has, to try things.
-        device: Where weights are made and steps are taken.
-        trained: Share of the tokens that is trained, the last ones of each sequence.
-        rank: Of the adapters, where it is not the model's usual one.
-        idle: Adapters that "lorakit" has on the model beside the one that it trains.
+        model: "smollm2" (135M), "gpt2" (124M), "llama-1b" or "llama-8b"; after a comma, non-default targets.
+        dtype: Dtype of the base.
+        rows: Sequences per batch.
+        length: Tokens per sequence.
+        dropout: Dropout of the adapters.
+        base_dropout: Dropout of GPT-2 itself; 0.1 as published.
+        checkpointing: Whether to recompute each layer in the backward.
+        layers: Fewer layers than the model has, for quick trials.
+        device: Device of weights and steps.
+        trained: Fraction of the tokens with loss, the last ones of each sequence.
+        rank: Rank of the adapters, if not the model's default.
+        idle: Additional adapters on "lorakit"'s model that are not trained.
     """
 
     model: str = "smollm2"
@@ -99,17 +100,17 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step."""
+        """Return the tokens of a step."""
         return self.rows * self.length
 
 
 def prepare(side: str, job: Job, off: Collection[str] = ()) -> tuple[Any, Step]:
-    """A side's model and its step.
+    """Return a side's model and its step.
 
     Args:
         side: One of the names above.
-        job: The setting.
-        off: Of `LEVERS`' values, what is turned off in "lorakit".
+        job: The settings.
+        off: Parts to disable in "lorakit", from the values of `OPTIMIZATIONS`.
     """
     import torch
 
@@ -119,11 +120,11 @@ def prepare(side: str, job: Job, off: Collection[str] = ()) -> tuple[Any, Step]:
 
 
 def prepared(side: str, model: Any, job: Job, off: Collection[str] = ()) -> tuple[Any, Step]:
-    """`prepare` for a model that is there: it is changed."""
-    if side == PRODUCTS:
-        from products import bare_products
+    """Return the model and its step, like `prepare`, for an existing model, which is modified."""
+    if side == GEMM:
+        from products import gemm_baseline
 
-        return model, bare_products(model, job)
+        return model, gemm_baseline(model, job)
     if side in (OURS_FROZEN, THEIRS_FROZEN):
         model.requires_grad_(False)
         return model, _frozen(model, job, ours=side == OURS_FROZEN)
@@ -131,7 +132,7 @@ def prepared(side: str, model: Any, job: Job, off: Collection[str] = ()) -> tupl
 
 
 def geometry(job: Job) -> Any:
-    """A model of published sizes with random weights."""
+    """Return a model of published sizes with random weights."""
     import torch
     import transformers
 
@@ -150,7 +151,7 @@ def geometry(job: Job) -> Any:
 
 
 def adapter_fields(job: Job) -> dict[str, Any]:
-    """The fields of a LoraConfig that both libraries take."""
+    """Return the fields of a LoraConfig that both libraries accept."""
     usual, targets = (TARGETS | LARGE)[job.model]
     r = job.rank or usual
     return {
@@ -164,7 +165,7 @@ def adapter_fields(job: Job) -> dict[str, Any]:
 
 
 def token_ids(model: Any, job: Job, number: int, length: int | None = None) -> Any:
-    """The ids of batch `number`, (rows, length), on the CPU."""
+    """Return the token ids of batch `number`, (rows, length), on the CPU."""
     import torch
 
     generator = torch.Generator().manual_seed(number)
@@ -172,15 +173,15 @@ def token_ids(model: Any, job: Job, number: int, length: int | None = None) -> A
 
 
 def labels_of(ids: Any, job: Job) -> Any:
-    """The ids (rows, length) with -100 where a token is not trained."""
+    """Return the ids (rows, length) with -100 for tokens without loss."""
     labels = ids.clone()
     labels[:, : ids.shape[1] - round(job.trained * ids.shape[1])] = -100
     return labels
 
 
 def _frozen(model: Any, job: Job, *, ours: bool) -> Step:
-    """Forward and backward to the embedded input, without any adapter."""
-    from lorakit.ops.choices import acting
+    """Return forward and backward to the embedded input, without any adapter."""
+    from lorakit.ops.choices import activate
     from lorakit.speed import accelerate, choose
 
     fast = accelerate(model) if ours else None
@@ -189,7 +190,7 @@ def _frozen(model: Any, job: Job, *, ours: bool) -> Step:
     def step(number: int) -> float:
         ids = token_ids(model, job, number).to(job.device)
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-        with acting(chosen):
+        with activate(chosen):
             if fast is not None and fast.head is not None:
                 labels = labels_of(ids, job)
                 trained = (labels[:, 1:] != -100).sum()
@@ -203,26 +204,26 @@ def _frozen(model: Any, job: Job, *, ours: bool) -> Step:
 
 
 def _ours(model: Any, job: Job, off: Collection[str]) -> Step:
-    """`lorakit train`'s own step."""
+    """Return `lorakit train`'s own step."""
     import torch
 
     from lorakit import core
     from lorakit.config import LoraConfig
     from lorakit.data import Batch
-    from lorakit.ops.choices import acting
+    from lorakit.ops.choices import activate
     from lorakit.speed import choose
     from lorakit.train.optimizer import build_adamw
     from lorakit.train.step import StepOptions, train_step
 
     config = LoraConfig(**adapter_fields(job))
     core.attach(model, config, TRAINED)
-    for number in range(job.idle):  # the first stays the active one
+    for number in range(job.idle):  # the first one stays active
         core.attach(model, config, f"idle-{number}")
     if job.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": core.checkpoint_contexts(model)})
     named = core.trainable_parameters(model, TRAINED)
     fast = _accelerated(model, off)
-    chosen = {} if "choice per shape" in off else choose(model, job.tokens, job.length).choices
+    chosen = {} if "autotuning" in off else choose(model, job.tokens, job.length).choices
     device = torch.device(job.device)
     autocast = torch.bfloat16 if device.type != "cpu" and job.dtype == "bfloat16" else None  # as `lorakit train` has it
     optimizer, options = build_adamw(named, RATE, 0.0), StepOptions(device, 1.0, autocast, fast)
@@ -231,42 +232,42 @@ def _ours(model: Any, job: Job, off: Collection[str]) -> Step:
         ids = token_ids(model, job, number, length)
         labels = labels_of(ids, job)
         batch = Batch(ids, torch.ones_like(ids), labels, 0.0, ids.numel(), int((labels[:, 1:] != -100).sum()))
-        with acting(chosen):
+        with activate(chosen):
             return train_step(model, named, optimizer, [batch], RATE, options).loss
 
     return step
 
 
 def _accelerated(model: Any, off: Collection[str]) -> Any:
-    """What `accelerate` makes of the model, without what is turned off."""
+    """Accelerate the model, except for the disabled parts."""
     from lorakit.ops import linear
     from lorakit.ops.kernels.building import SWITCH
     from lorakit.speed import accelerate
 
     if "compiled kernels" in off:
-        os.environ[SWITCH] = "off"  # before anything asks for them
-    fast = accelerate(model, keep_feed_forward="what gate and up gave is kept" not in off)
-    if "last layer of trained rows" in off and fast.head is not None:
+        os.environ[SWITCH] = "off"  # before anything loads them
+    fast = accelerate(model, keep_feed_forward="saved gate and up" not in off)
+    if "skipped rows in the last layer" in off and fast.head is not None:
         fast.head.last = None
     for recipe, swap in fast.swaps:
         if recipe in off:
             swap.undo()
     if "loss without logits" in off:
         fast = replace(fast, head=None)
-    if "dropout by gaps" in off:  # the operations have no switch for it, and need none
+    if "sampled dropout positions" in off:  # the operations have no switch for it, and need none
         linear.draw = _mask
     return fast
 
 
 def _mask(like: Any, p: float) -> Any:
-    """A decision for every number of a tensor (any shape), as `torch.nn.functional.dropout` draws them."""
+    """Draw a mask for every element of a tensor (any shape), as `torch.nn.functional.dropout` does."""
     import torch
 
     return torch.empty(like.shape, dtype=torch.bool).bernoulli_(p)
 
 
 def _peft(model: Any, job: Job, side: str) -> tuple[Any, Step]:
-    """Peft in a plain loop: the model's own loss, clipping, fused AdamW."""
+    """Return peft in a plain loop: the model's own loss, clipping, fused AdamW."""
     import contextlib
 
     import peft

@@ -1,6 +1,6 @@
-"""glibc's malloc is told to keep large blocks by the command line alone, where it can be told, and is left on request.
+"""Only the command line configures glibc's malloc to keep large blocks, if it is supported and not disabled.
 
-Steps over rows of ever other lengths do not take ever more memory: compiled products are forgotten.
+Steps over rows of varying lengths do not take more and more memory: compiled matmuls are evicted.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def told(**environment: str) -> tuple[bool, int]:
-    """Whether malloc took it, and the pages that five tensors of 64 MiB, each freed at once, had cleared."""
+    """Return whether malloc was configured, and the page faults of five tensors of 64 MiB, each freed at once."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], env={**os.environ, **environment}, capture_output=True, text=True, check=True
     )
@@ -91,7 +91,7 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def grown(**environment: str) -> int:
-    """Bytes that a process gained from its tenth to its thirtieth step, each of rows of other lengths."""
+    """Return the bytes that a process gained from its tenth to its thirtieth step, each with rows of other lengths."""
     clean = {name: value for name, value in os.environ.items() if name not in allocator.CACHES}
     done = subprocess.run(
         [sys.executable, "-c", STEPS], env={**clean, **environment}, capture_output=True, text=True, check=True
@@ -106,20 +106,22 @@ def grown(**environment: str) -> int:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_steps_over_ever_other_lengths_do_not_take_ever_more() -> None:
     assert grown() < 50e6
-    assert grown(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024", LRU_CACHE_CAPACITY="1024") > 150e6  # a person's own stay
+    assert (
+        grown(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024", LRU_CACHE_CAPACITY="1024") > 150e6
+    )  # the user's own values are kept
 
 
 def test_only_the_bounds_that_nobody_set_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*allocator.CACHES, "DNNL_PRIMITIVE_CACHE_CAPACITY"):
-        monkeypatch.setenv(name, "7")  # so that what is set below goes again
+        monkeypatch.setenv(name, "7")  # so that the settings below are undone
         monkeypatch.delenv(name)
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "9")
-    assert allocator.keep_few_products()
+    assert allocator.limit_compiled_matmuls()
     assert {name: os.environ[name] for name in allocator.CACHES} == {
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
         "LRU_CACHE_CAPACITY": "9",
     }
-    assert not allocator.keep_few_products()
+    assert not allocator.limit_compiled_matmuls()
 
 
 def test_the_older_name_of_a_bound_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,12 +129,12 @@ def test_the_older_name_of_a_bound_counts(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     monkeypatch.setenv("DNNL_PRIMITIVE_CACHE_CAPACITY", "300")
-    assert not allocator.keep_few_products()
+    assert not allocator.limit_compiled_matmuls()
     assert "ONEDNN_PRIMITIVE_CACHE_CAPACITY" not in os.environ
 
 
-def test_what_is_said_is_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_match_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator, "keep_large_blocks", lambda: False)
-    monkeypatch.setattr(allocator, "keep_few_products", lambda: True)
-    assert allocator.set_up() == [allocator.SAID_OF_PRODUCTS]
-    assert "the last 128 stay" in allocator.SAID_OF_PRODUCTS
+    monkeypatch.setattr(allocator, "limit_compiled_matmuls", lambda: True)
+    assert allocator.set_up() == [allocator.MATMUL_MESSAGE]
+    assert "the last 128" in allocator.MATMUL_MESSAGE

@@ -34,7 +34,7 @@ def trees() -> Any:
 
 
 def make_tree(root: Path, seconds: float, rows: dict[str, int], script: str = SCRIPT) -> Path:
-    """A checkout whose benchmark takes so long."""
+    """Return a checkout whose benchmark takes this long."""
     package = root / "src" / "lorakit"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(f"NAME, SECONDS, ROWS = {root.name!r}, {seconds}, {rows}\n")

@@ -1,4 +1,4 @@
-"""Files of a folder replaced together: nothing else is lost, whatever else is in the folder and whoever else writes."""
+"""Files of a directory replaced together: nothing else is lost, whatever it contains and whoever else writes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX folders")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder with two files to replace and others to keep."""
+    """Return a directory with two files to replace and others to keep."""
     folder = tmp_path / "folder"
     (folder / "sub" / "empty").mkdir(parents=True)
     for name in ("one", "two", "other", "sub/inner"):
@@ -132,7 +132,7 @@ def test_a_disk_that_is_full_or_fails_ends_the_write(
 
 
 def test_what_others_write_meanwhile_is_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the hard links were made and before the exchange: new files, a newer one, one deeper down."""
+    """Between hard links and exchange: new files, a newer one, one deeper down."""
     needs_exchange(tmp_path)
     real = folders._exchange
 
@@ -153,7 +153,7 @@ def test_what_others_write_meanwhile_is_kept(folder: Path, tmp_path: Path, monke
 
 
 def test_all_is_flushed_before_the_exchange_and_that_before_the_old_files_go(folder: Path, tmp_path: Path) -> None:
-    """The order that survives a loss of power."""
+    """The order that is safe in a power failure."""
     needs_exchange(tmp_path)
     operations = Operations(0, "error")
     with operations.watched():
@@ -163,11 +163,11 @@ def test_all_is_flushed_before_the_exchange_and_that_before_the_old_files_go(fol
     assert [name for name in log[:at] if name in ("write", "fsync")] == ["write", "fsync"] * 2 + ["fsync"] * 3
     assert log[at - 1] == "fsync" and log[at + 1 : at + 3] == ["read", "fsync"]
     assert "unlink" not in log[:at] and not {"write", "link"} & set(log[at:])
-    assert log.count("fsync") == 6  # two files, two subfolders, the folder, its parent
+    assert log.count("fsync") == 6  # two files, two subdirectories, the directory, its parent
 
 
 def test_two_writers_of_one_folder_lose_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second exchanges first, and a file comes into its folder before the first exchanges that one."""
+    """The second exchanges first, and a file is added to its directory before the first exchanges that one."""
     needs_exchange(tmp_path)
     real = folders._exchange
 
@@ -187,7 +187,7 @@ def test_a_sweep_after_the_exchange_loses_nothing(
 ) -> None:
     needs_exchange(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "_retire", fail(errno.EIO))  # as if the process had been killed there
+        patch.setattr(folders, "_retire", fail(errno.EIO))  # as if the process had been killed here
         assert replace_files(folder, NEW)
     (left,) = tmp_path.glob(f"{TEMPORARY}*")
     assert (left / "one").read_text() == "old one"

@@ -1,4 +1,4 @@
-"""Growth in benchmarks/: slopes of known powers, arithmetic of the very model that is measured, points of the axes."""
+"""Growth in benchmarks/: slopes of known powers, estimates for the measured model, points of the axes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_slope_is_the_least_squares_line_of_the_logarithms(growth: Any) -> N
 
 @pytest.mark.parametrize(("points", "values"), [([4], [1.0]), ([4, 4], [1.0, 2.0]), ([4, 8], [1.0, 0.0])])
 def test_what_has_no_slope_is_said(growth: Any, points: list[int], values: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"needs two different points, and numbers above 0 alone; these are \[\(4, 1"):
+    with pytest.raises(ValueError, match=r"needs two different points and values above 0; got \[\(4, 1"):
         growth.slope(points, values)
 
 
@@ -96,6 +96,6 @@ def test_more_adapters_are_more_to_read_and_nothing_more_to_multiply(growth: Any
     job = Job(32, 1)
     one, three, five = (growth.of_decoding(FIELDS, job, adapters) for adapters in (1, 3, 5))
     assert one.flops == three.flops
-    each = 2 * 4_884_480  # bf16 numbers of rank 16 on all linear layers
+    each = 2 * 4_884_480  # bf16 elements of rank 16 on all linear layers
     assert one.read_bytes == 2 * growth.shape_of().parameters + each
     assert three.read_bytes - one.read_bytes == five.memory_bytes - three.memory_bytes == 2 * each

@@ -24,7 +24,7 @@ def bench() -> Any:
 
 
 def output(cases: list[Any], what: str) -> Tensor:
-    """The output of one case."""
+    """Return the output of one case."""
     (case,) = (case for case in cases if case.what == what)
     with case.block:
         made: Tensor = case.call().detach()

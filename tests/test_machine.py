@@ -1,4 +1,4 @@
-"""lorakit.machine: facts read from the texts of the operating system."""
+"""lorakit.machine: properties parsed from texts of the operating system."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_without_a_home_nothing_is_kept_and_nothing_fails() -> None:
     from lorakit.speed import tuning
 
     assert tuning.read() == {}
-    assert "LORAKIT_CACHE" in tuning.keep({"a shape": 1})
+    assert "LORAKIT_CACHE" in tuning.save({"a shape": 1})
 
 
 @pytest.mark.usefixtures("_no_home")

@@ -1,4 +1,4 @@
-"""The loss plot, and what is said without matplotlib."""
+"""The loss plot, and the error without matplotlib."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading run folders."""
+"""Reading run directories."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_torn_last_line_is_dropped_and_any_other_bad_line_named(tmp_path: Path
 
 def test_a_folder_without_rows(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "nowhere").rows == ()
-    with pytest.raises(RunError, match="holds no run that can be read"):
+    with pytest.raises(RunError, match="not a readable run directory"):
         read_run(tmp_path)
     (tmp_path / "run.json").write_text("[]", encoding="utf-8")
     with pytest.raises(RunError, match="not the record of a run"):

@@ -1,4 +1,4 @@
-"""`make bench` runs every benchmark there is, but for that of a GPU."""
+"""`make bench` runs every benchmark except the one that needs a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What starting up loads: nothing heavy before it is asked for. How long it takes is benchmarks/bench_startup.py."""
+"""Imports at start-up: nothing heavy is loaded early. benchmarks/bench_startup.py measures the time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHOW = "import sys, json; print(json.dumps(sorted({name.split('.')[0] for name i
 
 
 def loaded_by(code: str) -> set[str]:
-    """Top-level packages in a fresh interpreter after the code has run."""
+    """Return the top-level packages in a new interpreter after running the code."""
     run = subprocess.run([sys.executable, "-c", f"{code}\n{SHOW}"], capture_output=True, text=True, check=True)
     return set(json.loads(run.stderr.splitlines()[-1]))
 

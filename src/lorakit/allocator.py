@@ -1,9 +1,10 @@
-"""What a process holds beside its tensors: blocks that malloc keeps, and products that oneDNN compiled.
+"""Settings for memory that a process holds besides tensors: blocks that malloc keeps, and matmuls that oneDNN compiled.
 
-A training step frees and takes tensors of the same sizes again and again; handing each to the kernel and having its
-pages cleared anew can cost a third of the step. And each new shape of a bfloat16 product on a CPU is compiled and kept,
-about 0.6 MB, up to 1024 of them in either of two caches, which with rows of ever other lengths is more than the step.
-Only the command line changes this, at its start, and says so: importing lorakit changes nothing of a process.
+A training step frees and allocates tensors of the same sizes repeatedly; returning each to the kernel, which must then
+clear its pages again, can cost a third of the step. And each new shape of a bfloat16 matmul on a CPU is compiled and
+cached: about 0.6 MB, up to 1024 of them in either of two caches. With rows of varying lengths, that is more than the
+step itself. Only the command line changes these settings, at its start, and reports it: importing lorakit changes
+nothing in a process.
 """
 
 from __future__ import annotations
@@ -13,35 +14,36 @@ import os
 import platform
 
 SWITCH = "LORAKIT_ALLOCATOR"
-"""Environment variable: "stock" leaves malloc as it is."""
+"""Environment variable; "stock" leaves malloc unchanged."""
 
-SAID = (
-    f"Memory that is freed stays with this process, so that the next step need not clear it ({SWITCH}=stock: as usual)."
+MALLOC_MESSAGE = (
+    f"malloc keeps freed memory in this process, so that the next step can reuse it (disable with {SWITCH}=stock)."
 )
-"""What a person is told where `keep_large_blocks` took effect."""
+"""Message of `set_up` if `keep_large_blocks` took effect."""
 
 CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 128, "LRU_CACHE_CAPACITY": 1}
-"""Environment variable -> entries of the cache it bounds; read at the first product, and the defaults are 1024.
+"""Environment variable -> entries of the cache it bounds; read at the first matmul, default 1024.
 
-oneDNN's own (its developer guide, "Primitive Cache") must hold what one step computes, or every layer compiles anew: a
-step of 4 equal rows had 57 products, one of 4 rows of new lengths has about 45 new ones. PyTorch's second cache, of
-ideep, keeps another copy of each and spares no compilation; a capacity of 0 makes it crash."""
+oneDNN's own cache (its developer guide, "Primitive Cache") must hold what one step computes, or every layer compiles
+again: a step of 4 equal rows had 57 matmuls, one of 4 rows of new lengths has about 45 new ones. PyTorch's second
+cache, of ideep, keeps another copy of each and avoids no compilation; a capacity of 0 makes it crash.
+"""
 
-SAID_OF_PRODUCTS = (
-    f"Of the compiled bfloat16 products the last {CACHES['ONEDNN_PRIMITIVE_CACHE_CAPACITY']} stay "
-    f"({' and '.join(CACHES)}: your own numbers)."
+MATMUL_MESSAGE = (
+    f"oneDNN keeps the last {CACHES['ONEDNN_PRIMITIVE_CACHE_CAPACITY']} compiled bfloat16 matmuls "
+    f"(set {' and '.join(CACHES)} to change this)."
 )
-"""The same, where `keep_few_products` did."""
+"""Message of `set_up` if `limit_compiled_matmuls` took effect."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST = 2**31 - 1  # mallopt takes an int: blocks below 2 GiB stay on the heap, and the heap's end is not given back
+LARGEST = 2**31 - 1  # mallopt takes an int: blocks below 2 GiB stay on the heap, and the heap is not trimmed
 
 
 def keep_large_blocks() -> bool:
-    """Tell malloc of this process to keep what is freed.
+    """Configure malloc of this process to keep freed memory.
 
     Returns:
-        Whether it took it: not where another allocator or another C library is in force, or `LORAKIT_ALLOCATOR=stock`.
+        Whether it took effect: not with another allocator or C library, or with `LORAKIT_ALLOCATOR=stock`.
     """
     if os.environ.get(SWITCH, "").lower() == "stock" or platform.libc_ver()[0] != "glibc":
         return False
@@ -54,16 +56,16 @@ def keep_large_blocks() -> bool:
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, LARGEST))
 
 
-def keep_few_products() -> bool:
-    """Have this process forget compiled products that it has not used for long; call before the first product.
+def limit_compiled_matmuls() -> bool:
+    """Limit the compiled matmuls that this process caches; call before the first matmul.
 
-    What is computed stays the same: a forgotten product is compiled again, in about 0.3 ms.
+    Results do not change: an evicted matmul is compiled again, in about 0.3 ms.
 
     Returns:
-        Whether it set a bound: a person's own values stay.
+        Whether it set a limit: values that the user set are kept.
     """
     theirs = set(os.environ)
-    if "DNNL_PRIMITIVE_CACHE_CAPACITY" in theirs:  # the name that oneDNN had before, still read
+    if "DNNL_PRIMITIVE_CACHE_CAPACITY" in theirs:  # oneDNN's former name, still read
         theirs.add("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     ours = {name: str(entries) for name, entries in CACHES.items() if name not in theirs}
     os.environ.update(ours)
@@ -71,10 +73,10 @@ def keep_few_products() -> bool:
 
 
 def set_up() -> list[str]:
-    """Both of the above, for a command that trains or evaluates.
+    """Apply both settings, for a command that trains or evaluates.
 
     Returns:
-        What a person is told, a sentence for each that took effect.
+        A message for each that took effect.
     """
-    kept, few = keep_large_blocks(), keep_few_products()
-    return [sentence for sentence, took in ((SAID, kept), (SAID_OF_PRODUCTS, few)) if took]
+    kept, few = keep_large_blocks(), limit_compiled_matmuls()
+    return [message for message, took in ((MALLOC_MESSAGE, kept), (MATMUL_MESSAGE, few)) if took]

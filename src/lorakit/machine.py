@@ -1,7 +1,7 @@
-"""What this machine is, processor, usable cores, memory, allocator, and where to keep what can be made again.
+"""Properties of this machine: processor, usable cores, memory, allocator, and the cache directory.
 
-Standard library and lorakit's errors only. Outside Linux most facts are unknown, and then say so instead of guessing.
-This module knows nothing about torch, models or speed: how fast the machine is, is measured, not looked up.
+Uses only the standard library and lorakit's errors. Outside Linux most properties are unknown and reported as such.
+This module knows nothing about torch, models or speed, which is measured, not looked up.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from pathlib import Path
 from lorakit.errors import DiskError
 
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "amx_fp16", "bf16", "sve")
-"""Processor flags that decide how fast products of matrices are; "bf16" and "sve" are ARM's."""
+"""Processor flags that determine matmul speed; "bf16" and "sve" are ARM's."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One machine, as this process may use it.
+    """A machine, as this process may use it.
 
     Attributes:
         system: Operating system and architecture.
         cpu: Name of the processor.
-        cores: Cores that this process may run on, its container's quota counted.
+        cores: Cores that this process may run on, limited by its container's quota.
         features: Those of `FEATURES` that the processor has.
-        memory_bytes: Memory of the machine or, where smaller, of its container; None where unknown.
-        available_bytes: Of it what can be used without swapping; None where unknown.
-        allocator: What serves malloc in this process, and whether it was tuned.
-        load: Mean number of running processes over the last minute; None where unknown.
+        memory_bytes: Memory of the machine or, if smaller, of its container; None if unknown.
+        available_bytes: Memory that can be used without swapping; None if unknown.
+        allocator: The malloc implementation of this process, and whether it was tuned.
+        load: Mean number of running processes over the last minute; None if unknown.
     """
 
     system: str
@@ -44,7 +44,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The machine that this process runs on, now."""
+    """Return the machine that this process runs on, in its current state."""
     cpuinfo, meminfo = _read("/proc/cpuinfo"), _read("/proc/meminfo")
     limit = _number(_read("/sys/fs/cgroup/memory.max"))
     memory = _meminfo_bytes(meminfo, "MemTotal")
@@ -66,18 +66,18 @@ def this_machine() -> Machine:
 
 
 def cpu_name(cpuinfo: str) -> str:
-    """The processor's name out of the text of /proc/cpuinfo; empty where it is not told."""
+    """Return the processor's name from the text of /proc/cpuinfo; empty if it is not given."""
     return _value(cpuinfo, "model name")
 
 
 def cpu_features(cpuinfo: str) -> tuple[str, ...]:
-    """Those of `FEATURES` that the text of /proc/cpuinfo lists."""
+    """Return those of `FEATURES` that the text of /proc/cpuinfo lists."""
     flags = set((_value(cpuinfo, "flags") or _value(cpuinfo, "Features")).split())
     return tuple(feature for feature in FEATURES if feature in flags)
 
 
 def usable_cores(cpu_max: str = "") -> int:
-    """Cores that this process may use.
+    """Return the number of cores that this process may use.
 
     Args:
         cpu_max: Text of the control group's cpu.max, "<quota> <period>"; "max" or nothing means no quota.
@@ -92,7 +92,7 @@ def usable_cores(cpu_max: str = "") -> int:
 
 
 def allocator(maps: str, environment: os._Environ[str] | dict[str, str]) -> str:
-    """What serves malloc.
+    """Return the malloc implementation.
 
     Args:
         maps: Text of /proc/self/maps, which names the libraries of the process.
@@ -118,7 +118,7 @@ def _read(path: str) -> str:
 
 
 def _value(text: str, key: str) -> str:
-    """The first `key : value` of a text of lines."""
+    """Return the first value of `key : value` lines."""
     for line in text.splitlines():
         name, _, value = line.partition(":")
         if name.strip() == key:
@@ -145,30 +145,32 @@ def home_directory() -> Path | None:
 
 
 def cache_directory() -> Path:
-    """Where lorakit keeps what can be made again: `LORAKIT_CACHE`, else `lorakit` in `XDG_CACHE_HOME` or ~/.cache.
+    """Return lorakit's cache directory: `LORAKIT_CACHE`, else `lorakit` in `XDG_CACHE_HOME` or ~/.cache.
 
     Raises:
-        DiskError: None of them is given and the user has no home, or the home that is named is unknown.
+        DiskError: None of them is set and the user has no home directory, or the given home is unknown.
     """
     own, shared = os.environ.get("LORAKIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
         try:
             return Path(own).expanduser()
         except RuntimeError:
-            raise DiskError(f"LORAKIT_CACHE={own}: there is no such home; set it to a full path.") from None
+            raise DiskError(f"LORAKIT_CACHE={own}: unknown home directory; set it to an absolute path.") from None
     if shared:
         return Path(shared) / "lorakit"
     home = home_directory()
     if home is None:
-        raise DiskError("there is no directory for caches, since this user has no home; set LORAKIT_CACHE to one.")
+        raise DiskError(
+            "no cache directory, because this user has no home directory; set LORAKIT_CACHE to a directory."
+        )
     return home / ".cache" / "lorakit"
 
 
 def peak_rss_bytes() -> int:
-    """Return the largest resident size of this process so far, in bytes; 0 if the system does not say.
+    """Return the peak resident size of this process so far, in bytes; 0 if the system does not report it.
 
-    On Linux the kernel's high-water mark of this program is read: `getrusage` there also counts what was in the
-    process before it became this program.
+    On Linux this reads the kernel's high-water mark of the current program: `getrusage` also counts what was in the
+    process before `exec`.
     """
     status = Path("/proc/self/status")
     if status.exists():

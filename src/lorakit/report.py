@@ -1,10 +1,8 @@
-"""Reads run folders: `metrics.jsonl` and `run.json`. The files are the contract; nothing of training is needed.
+"""Read run directories (`metrics.jsonl` and `run.json`) and plot them as SVG.
 
-A last line that a crash has torn is dropped; any other bad line is an error with its number.
-
-Plots of run folders as SVG: the one door to matplotlib.
-
-Draws with figure objects only, never through pyplot, so that no global state of matplotlib is touched.
+The files are the interface; nothing of training is needed. A last line truncated by a crash is dropped; any other bad
+line is an error with its number. This is the only module that imports matplotlib; it uses figure objects, never pyplot,
+so that no global state of matplotlib changes.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Metrics:
-    """The rows of a run in the order in which they were written.
+    """Rows of a run in the order in which they were written.
 
     Attributes:
         rows: All rows.
@@ -34,12 +32,12 @@ class Metrics:
 
     @property
     def train(self) -> list[dict[str, Any]]:
-        """One row per optimizer step: step, epoch, loss, learning_rate, grad_norm, tokens, ..."""
+        """Return one row per optimizer step: step, epoch, loss, learning_rate, grad_norm, tokens, ..."""
         return [row for row in self.rows if "loss" in row]
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """One row per evaluation: step, eval_loss, eval_perplexity, eval_tokens."""
+        """Return one row per evaluation: step, eval_loss, eval_perplexity, eval_tokens."""
         return [row for row in self.rows if "eval_loss" in row]
 
 
@@ -47,13 +45,13 @@ def read_metrics(folder: str | Path) -> Metrics:
     """Read `metrics.jsonl` of a run.
 
     Args:
-        folder: The run folder.
+        folder: The run directory.
 
     Returns:
-        Its rows; none where the file is missing.
+        Its rows; none if the file is missing.
 
     Raises:
-        RunError: A line other than a torn last one is no row; the message gives its number.
+        RunError: A line other than a truncated last one is not a row; the message gives its number.
     """
     path = Path(folder) / METRICS_FILE
     try:
@@ -63,7 +61,7 @@ def read_metrics(folder: str | Path) -> Metrics:
     except OSError as cause:
         raise RunError(f"{path}: cannot be read ({cause.strerror}).", where=path) from cause
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is empty or torn
+    for number, line in enumerate(lines[:-1], start=1):  # the part after the last newline is empty or truncated
         try:
             row = json.loads(line)
             whole = isinstance(row, dict) and isinstance(row.get("step"), int)
@@ -79,19 +77,19 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     """Read `run.json` of a run.
 
     Args:
-        folder: The run folder.
+        folder: The run directory.
 
     Returns:
         Its content.
 
     Raises:
-        RunError: The folder holds no run, or its record is damaged.
+        RunError: The directory contains no run, or its record is damaged.
     """
     path = Path(folder) / RUN_FILE
     try:
         record = durable.read_json(path, 4 << 20)
     except AdapterFileError as cause:
-        raise RunError(f"{folder}: holds no run that can be read. {cause}", where=folder) from None
+        raise RunError(f"{folder}: not a readable run directory. {cause}", where=folder) from None
     if not isinstance(record, dict):
         raise RunError(f"{path}: not the record of a run.", where=path)
     return record
@@ -120,7 +118,7 @@ def loss_plot(metrics: Metrics, path: str | Path, title: str = "") -> None:
         axes.plot([r["step"] for r in train], [r["loss"] for r in train], color=_TRAIN, linewidth=1.2, label="training")
     if evaluations:
         steps, losses = [r["step"] for r in evaluations], [r["eval_loss"] for r in evaluations]
-        axes.plot(steps, losses, color=_EVAL, linewidth=1.8, marker="o", markersize=4, label="held out")
+        axes.plot(steps, losses, color=_EVAL, linewidth=1.8, marker="o", markersize=4, label="evaluation")
         _mark_best(axes, steps, losses)
     axes.set_xlabel("optimizer step", color=_INK)
     axes.set_ylabel("loss (nats per token)", color=_INK)

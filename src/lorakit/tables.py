@@ -16,7 +16,7 @@ from typing import TextIO
 UNKNOWN = "unknown"
 
 NARROW = 80
-"""Columns of a terminal that does not say its width; tables fit into as many."""
+"""Columns of a terminal that does not report its width; tables fit into them."""
 
 _ROUNDING = 1e-6
 _C_LOCALES = ("C", "POSIX")
@@ -208,7 +208,7 @@ def encodable(text: str, encoding: str, *, ascii_signs: bool = False) -> str:
 
     Args:
         text: Any text.
-        encoding: Of the stream.
+        encoding: The stream's encoding.
         ascii_signs: Replace the signs, whatever the encoding can hold.
     """
     if not ascii_signs:
@@ -260,7 +260,7 @@ def is_animated(stream: TextIO) -> bool:
 
 
 def in_c_locale() -> bool:
-    """Return whether the environment asks for the C locale, in which signs beyond ASCII may not be shown."""
+    """Return whether the environment requests the C locale, in which characters beyond ASCII may not be shown."""
     if os.environ.get("PYTHONIOENCODING") or os.environ.get("PYTHONUTF8") == "1":
         return False
     language = os.environ.get("LANG", "")
@@ -271,7 +271,7 @@ def in_c_locale() -> bool:
 
 
 def _scaled(value: float) -> tuple[float, str]:
-    """The value below 999.5 with its prefix, or in the largest unit."""
+    """Return the value below 999.5 with its prefix, or in the largest unit."""
     for prefix in _UNITS[:-1]:
         if abs(value) < 999.5:
             return value, prefix
@@ -280,7 +280,7 @@ def _scaled(value: float) -> tuple[float, str]:
 
 
 def _decimals(value: float) -> int:
-    """Decimals that make three digits."""
+    """Return the number of decimals for three digits."""
     return 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
 
 

@@ -1,4 +1,4 @@
-"""The layouts are compared with transformers in test_catalogue; here are the rules that no entry shows."""
+"""Rules of the layouts that no catalogue entry covers; test_catalogue compares the layouts with transformers."""
 
 from __future__ import annotations
 

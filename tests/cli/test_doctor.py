@@ -96,7 +96,7 @@ def test_kernels_of_each_kind_of_device_are_said(
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name=names[index], total_memory=8 * 10**9)
     )
-    monkeypatch.setattr(triton, "account", lambda device: accounts[device.index])
+    monkeypatch.setattr(triton, "failure_on", lambda device: accounts[device.index])
     assert main(["doctor", "--quick"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (kernels,) = (number for number, line in enumerate(lines) if line.startswith("kernels    "))

@@ -81,7 +81,7 @@ def test_forwards_are_those_of_train(capsys: pytest.CaptureFixture[str]) -> None
     assert fast["full_fine_tuning"]["memory"] == {**own["full_fine_tuning"]["memory"]}
     assert main([*words, "--verbose"]) == 0
     out = capsys.readouterr().out
-    assert "bfloat16, accelerated" in out and "Rows lie end to end" in " ".join(out.split())
+    assert "bfloat16, accelerated" in out and "Rows are packed" in " ".join(out.split())
     assert main([*words, "--no-accelerate"]) == 0
     assert "bfloat16, not accelerated" in capsys.readouterr().out
 
@@ -100,7 +100,7 @@ def test_what_is_computed_again_is_planned_or_chosen(capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "bfloat16, feed-forward recomputed, accelerated" in out and "\nrecomputed " in out
     assert main([*words, "--memory-budget", "100MB"]) == 2
-    assert "No way of computing fits a memory budget of 100 MB" in capsys.readouterr().err
+    assert "does not fit a memory budget of 100 MB" in capsys.readouterr().err
     assert main([*words, "--memory-budget", "1GB", "--gradient-checkpointing"]) == 2
     assert "memory_budget and recompute layers exclude each other" in capsys.readouterr().err
 
@@ -119,7 +119,7 @@ def test_new_tokens_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
         assert values["lora"]["flops_per_token"]["forward"] > plain["lora"]["flops_per_token"]["forward"]
     assert main(["plan", "gpt2", *words, "--verbose"]) == 0
     out = capsys.readouterr().out
-    assert "Some rows of transformer.wte are trained, in place of the base's: 2,304." in " ".join(out.split())
+    assert "transformer.wte has trainable token rows with 2,304 parameters." in " ".join(out.split())
 
 
 def test_defaults_are_those_of_train(capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +167,7 @@ def test_a_time_without_a_speed_is_measured(
         (["gpt2", "--tokens", "9", "--max-steps", "9"], 2, "--max-steps and --tokens exclude each other"),
         (["gpt2", "--max-steps", "0"], 2, "--max-steps is 0; it must be a whole number of at least 1."),
         (["gpt2", "--calibrate", "--tokens-per-second", "9"], 2, "exclude each other; pass one of them"),
-        (["gpt2", "--tokens-per-second", "0"], 2, "a speed must be above 0"),
+        (["gpt2", "--tokens-per-second", "0"], 2, "speed must be above 0"),
         (["gpt2", "--batch-size", "0"], 2, "batch_rows is 0; it must be a whole number of at least 1."),
         (["gpt2", "--dtype", "bfloat61"], 2, "Did you mean bfloat16?"),
         (["gpt2", "--targets", "c_attn"], 2, "--target"),
@@ -203,7 +203,7 @@ def test_lorafa_trains_one_factor_of_two(capsys: pytest.CaptureFixture[str]) -> 
     assert half["adapter"] == whole["adapter"]
     assert half["optimizer"] == 8 * plans[1]["adapter"]["trainable"] < whole["optimizer"]
     assert half["activations"] < whole["activations"]
-    assert any("LoRA-FA leaves one factor of each site as it is" in r for r in plans[1]["adapter"]["reasons"])
+    assert any("LoRA-FA freezes one factor of each site" in r for r in plans[1]["adapter"]["reasons"])
     assert main(["plan", "gpt2", "--optimizer", "sgd"]) == 2
     assert "optimizer is 'sgd'; it must be adamw or lorafa." in capsys.readouterr().err
 

@@ -404,9 +404,7 @@ def test_bad_data(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "bad.jsonl" in refused(b"")
     assert "bad.jsonl" in refused(b"\x00\x01\xff\xfe" * 50)
     assert "bad.txt" in refused("straße".encode("latin-1"), "bad.txt")
-    assert "bad.jsonl:2: the field 'text' is the number 3; a string is needed." in refused(
-        b'{"text": "a"}\n{"text": 3}\n'
-    )
+    assert "bad.jsonl:2: the field 'text' is the number 3" in refused(b'{"text": "a"}\n{"text": 3}\n')
 
 
 def test_bad_models_and_targets(

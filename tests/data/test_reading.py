@@ -87,7 +87,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ("{", "not valid JSON"),
-        ('{"text": "a", "text": "b"}', "not valid JSON (the key 'text' stands twice)."),
+        ('{"text": "a", "text": "b"}', "not valid JSON (duplicate key 'text')."),
         ('{"text": "a", "weight": NaN}', "not valid JSON (NaN is not a JSON number)."),
         ("[" * 100_000, "not valid JSON (nested too deeply)."),
         ([1], "must be a JSON object, not a list."),

@@ -121,7 +121,7 @@ def test_accelerated_layers_keep_what_the_formula_says(tiny_llama: Any) -> None:
     numbers = 2 * shape.hidden + heads + 2 * shape.intermediate + 7 * 4
     assert reckoned.blocks == shape.layers * tokens * (2 * numbers + 8)
     assert reckoned.transient == 2 * tokens * (3 * shape.hidden + max(2 * shape.intermediate, heads))
-    whole = reckoned.blocks + reckoned.outside + accelerated.loss_keeps(shape, job)
+    whole = reckoned.blocks + reckoned.outside + accelerated.loss_bytes(shape, job)
     assert sum(kept_by_accelerated_loss(tiny_llama)) == pytest.approx(whole, rel=0.02)
 
 
@@ -171,7 +171,7 @@ def counted_flops(model: Any, backward: bool) -> tuple[int, int]:
 
 def test_products_cost_two_per_weight_and_token(tiny_gpt2: Any) -> None:
     products, _ = counted_flops(tiny_gpt2, backward=False)
-    assert products == flops.products(shape_of(tiny_gpt2)) * JOB.batch_tokens
+    assert products == flops.matmuls(shape_of(tiny_gpt2)) * JOB.batch_tokens
 
 
 def test_attention_costs_four_per_pair_and_width(tiny_gpt2: Any) -> None:
@@ -183,7 +183,7 @@ def test_attention_costs_four_per_pair_and_width(tiny_gpt2: Any) -> None:
 def test_frozen_weights_need_no_second_product(tiny_gpt2: Any) -> None:
     """Backward of LoRA: dX through the base, both gradients of the factors; of full fine-tuning: dX and dW."""
     shape = shape_of(tiny_gpt2)
-    tokens, base = JOB.batch_tokens, flops.products(shape)
+    tokens, base = JOB.batch_tokens, flops.matmuls(shape)
     full, _ = counted_flops(tiny_gpt2, backward=True)
     reckoned = flops.full(shape, JOB)
     within = flops.attention(shape, 16)
@@ -210,12 +210,12 @@ def test_an_accelerated_token_takes_two_terms(tiny_llama: Any) -> None:
     backward = 14 * d + 8 * f + 2 * qk + 5 * shape.heads * (T + 1) / 2
     job = Job(2, T, accelerated=True)
     numbers = shape.layers * (forward + backward) + 6 * shape.vocab
-    assert timing.numbers(shape, job) == numbers
+    assert timing.elements(shape, job) == numbers
     again = dataclasses.replace(job, recompute="layers")
-    assert timing.numbers(shape, again) == numbers + shape.layers * forward
+    assert timing.elements(shape, again) == numbers + shape.layers * forward
 
     costs, speed = flops.Flops(3e8, 5e8, 0.0), Speed(flops_per_second=4e11, threads=2)
-    wanted = 8e8 / (4e11 * timing.OF_BARE_PRODUCTS) + numbers * timing.SECONDS_PER_NUMBER / 2
+    wanted = 8e8 / (4e11 * timing.MATMUL_UTILIZATION) + numbers * timing.SECONDS_PER_ELEMENT / 2
     assert timing.token_seconds(shape, costs, job, speed) == pytest.approx(wanted, rel=1e-12)
 
 

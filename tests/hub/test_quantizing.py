@@ -13,7 +13,7 @@ from torch import nn
 from lorakit import hub
 from lorakit.core.model.base_view import quantised_weights
 from lorakit.errors import ConfigError, MissingExtra, ModelError
-from lorakit.plan.quantized import STORAGES, Quantization, Storage, quantised_sites, stored
+from lorakit.plan.quantized import STORAGES, Quantization, Storage, quantized_sites, stored
 
 IDS = torch.tensor([[5, 17, 200, 3, 9, 44]])
 CLOSE = {"nf4": 0.3, "fp4": 0.4, "hqq4": 0.3, "int8": 0.1, "int8-torchao": 0.05, "hqq8": 0.05}
@@ -43,7 +43,7 @@ def test_what_plan_says_is_stored_in_fewer_bits(storage: Storage, dtype: str, wi
     model = hub.load_model(wide_model_directory, dtype, quantization=storage.name)
     shape = hub.shape_of(wide_model_directory)
     found = list(quantised_weights(model))
-    assert [weight.name for weight in found] == [f"{site.path}.weight" for site in quantised_sites(shape, storage)]
+    assert [weight.name for weight in found] == [f"{site.path}.weight" for site in quantized_sites(shape, storage)]
     rest = {
         tensor.data_ptr(): tensor.numel() * tensor.element_size()
         for name, tensor in model.named_parameters()
@@ -140,7 +140,7 @@ def test_transformers_conv1d_is_stored_by_bitsandbytes_alone(tmp_path: Path) -> 
     assert type(model.transformer.h[0].attn.c_attn).__name__ == "Linear4bit"
     shape = hub.shape_of(tmp_path)
     assert len(list(quantised_weights(model))) == len(stored(shape, "nf4", 4, True).sites) == 4
-    with pytest.raises(ConfigError, match="takes Linear modules, and this GPT2LMHeadModel has none"):
+    with pytest.raises(ConfigError, match="supports Linear modules, and this GPT2LMHeadModel has none"):
         stored(shape, "int8-torchao", 4, True)
     multiplied = next(iter(quantised_weights(model))).multiplied_out(torch.float32)
     assert type(multiplied).__name__ == "Conv1D" and isinstance(multiplied, nn.Module)

@@ -109,7 +109,7 @@ def a_dropout() -> Case:
 
 def a_norm(kind: Any, **words: Any) -> Case:
     own = Norm(kind, normal(5, seed=1), words.pop("bias", None), 1e-5, **words)
-    return Case(lambda x: norm.normalised(x, own), lambda x: norm.reference(x, own), (normal(2, 3, 5, trained=True),))
+    return Case(lambda x: norm.normalize(x, own), lambda x: norm.reference(x, own), (normal(2, 3, 5, trained=True),))
 
 
 def an_activation(name: str) -> Case:
@@ -175,7 +175,7 @@ def a_loss(**words: Any) -> Case:
     )
 
 
-def segments_by(way: Any) -> Case:
+def segments_by(method: Any) -> Case:
     index, scales = torch.tensor([1, -1, 0, 1]), torch.tensor([0.5, 2.0], dtype=D)
     given = (
         normal(4, 3, 5, trained=True),
@@ -183,7 +183,7 @@ def segments_by(way: Any) -> Case:
         normal(2, 6, 2, seed=2, trained=True),
     )
     return Case(
-        lambda x, A, B: segments.segmented(x, A, B, scales, index, way=way),
+        lambda x, A, B: segments.segmented(x, A, B, scales, index, method=method),
         lambda x, A, B: segments.reference(x, A, B, scales, index),
         given,
     )
@@ -212,7 +212,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "rotary: half": lambda: a_turn("half"),
     "rotary: interleaved": lambda: a_turn("interleaved"),
     "attention: causal": lambda: an_attention(Pattern()),
-    "attention: flash": lambda: an_attention(Pattern(way="flash")),
+    "attention: flash": lambda: an_attention(Pattern(method="flash")),
     "attention: both directions": lambda: an_attention(Pattern(causal=False)),
     "attention: window and soft-cap": lambda: an_attention(Pattern(window=3, softcap=2.0)),
     "attention: packed": lambda: an_attention(Pattern(segments=(2, 1, 3))),
@@ -222,7 +222,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "cross-entropy": a_loss,
     "cross-entropy: chunks, scale": lambda: a_loss(chunk=2, bias=normal(9, seed=5), scale=0.25),
     "cross-entropy: soft-cap": lambda: a_loss(softcap=1.5),
-    **{f"segments: {way}": lambda way=way: segments_by(way) for way in ("masked", "rows", "sorted")},
+    **{f"segments: {method}": lambda method=method: segments_by(method) for method in ("masked", "rows", "sorted")},
 }
 
 

@@ -14,7 +14,7 @@ from lorakit.core.optimizers import LoraFA, freeze_factors
 from lorakit.errors import ConfigError
 from lorakit.hub.shapes import shape_of_module
 from lorakit.plan import Job, catalogue, count, estimate
-from lorakit.plan.flops import products
+from lorakit.plan.flops import matmuls
 from lorakit.targets import SEVERAL_MODULES, match_path
 
 from .zoo import BERT, GPT2, LLAMA, MIXTRAL, T5, TIED, Specimen
@@ -73,7 +73,7 @@ def test_lora_fa_trains_one_factor_of_two(specimen: Specimen, fields: dict[str, 
     held = trained(model)
     pairs = freeze_factors(model)
     assert planned.trainable == trained(model) == held - planned.frozen
-    assert planned.saved_numbers == whole.trainable == held
+    assert planned.saved_parameters == whole.trainable == held
     optimizer = LoraFA([p for _, p in trainable_parameters(model)], pairs)
     for _, parameter in trainable_parameters(model):
         parameter.grad = torch.ones_like(parameter)
@@ -223,7 +223,7 @@ def test_experts_cost_what_a_token_passes() -> None:
     bare = estimate(shape, MIXTRAL.config(target_parameters=[]), Job(2, 8))
     experts = 2 * 2 * (48 * 16 + 16 * 24)
     heads = 2 * 2 * (16 * 16 + 2 * 8 * 16 + 16 * 16) + 2 * 50 * 16
-    assert products(shape) == 2 * experts + heads
+    assert matmuls(shape) == 2 * experts + heads
     added = 2 * 2 * 2 * 4 * ((48 + 16) + (16 + 24))  # layers × experts × FLOPs × rank
     assert plan.lora.flops.forward - bare.lora.flops.forward == added - 2 * 2 * 4 * (16 + 16)
     assert any("each token is reckoned to pass 2 experts" in note for note in plan.notes)

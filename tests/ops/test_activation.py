@@ -1,4 +1,4 @@
-"""Activations and their gradients: as autograd has them, in every dtype, in place and slab by slab."""
+"""Activations and their gradients: equal to autograd in every dtype, in place and slab by slab."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 
 def test_the_sigmoid_form_is_the_formula() -> None:
-    """Formula (78), beside the tanh by which it is known."""
+    """Compute formula (78), to compare it with the common tanh form."""
     x = torch.linspace(-9, 9, 37, dtype=D).view(1, -1)
     a = 2 * math.sqrt(2 / math.pi)
     y = gelu_tanh(x, torch.empty_like(x))
@@ -65,7 +65,7 @@ def test_it_is_the_reference(name: str, many: int, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-3), (torch.float16, 1e-4)])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_narrow_dtypes(name: str, dtype: torch.dtype, bound: float) -> None:
-    """At most 1.5 times as far from float64 as torch's own, plus `bound`."""
+    """The error from float64 is at most 1.5 times torch's own, plus `bound`."""
     x, dy = (torch.randn(40, 50) * 3).to(dtype), torch.randn(40, 50).to(dtype)
     found, plain = fused(name, dy, x), of_autograd(name, dy, x)
     for one, other, true in zip(found, plain, of_autograd(name, dy.double(), x.double()), strict=True):
@@ -75,7 +75,7 @@ def test_narrow_dtypes(name: str, dtype: torch.dtype, bound: float) -> None:
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_far_out(name: str) -> None:
-    """No NaN where the exponential overflows, and the limits."""
+    """No NaN if the exponential overflows, and correct limits."""
     x = torch.tensor([[-60000.0, -100, 100, 60000]])
     for dtype in (torch.float32, torch.bfloat16):
         y, dx = fused(name, torch.ones(1, 4, dtype=dtype), x.to(dtype))
@@ -84,5 +84,5 @@ def test_far_out(name: str) -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'mish' has no fused form; those that have are silu, gelu, gelu_tanh"):
+    with pytest.raises(ValueError, match=r"activation 'mish'; available: silu, gelu, gelu_tanh"):
         activation("mish")

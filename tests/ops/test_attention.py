@@ -1,4 +1,4 @@
-"""Attention: both ways against plain PyTorch in value and gradients, what they keep, and what they refuse."""
+"""Attention: both methods compared with plain PyTorch in values and gradients, saved tensors, and errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lorakit.ops import attention_products
 from lorakit.ops.attention import FLASH_FROM, attention, chosen, reference
 from lorakit.ops.attention_pattern import Pattern
-from lorakit.ops.dropout import draw_of, positions
+from lorakit.ops.dropout import draw_record, positions
 
 Operands = tuple[Tensor, Tensor, Tensor]
 SHORTER = torch.zeros(2, 1, 1, 13).double().index_fill_(3, torch.tensor([9, 10, 11, 12]), -torch.inf)
@@ -53,7 +53,7 @@ FLASH = [
 
 
 def operands(heads: int, kv: int, dtype: torch.dtype = torch.float64, batch: int = 2, tokens: int = 13) -> Operands:
-    """q, k, v in the strides of a projection, one of them in a wider buffer."""
+    """Return q, k, v with the strides of a projection, one of them in a wider buffer."""
     torch.manual_seed(heads * 10 + kv)
     made = []
     for count, spare in ((heads, 0), (kv, 2), (kv, 0)):
@@ -69,15 +69,15 @@ def gradients(out: Tensor, given: Operands) -> Operands:
 
 @pytest.fixture(params=[64, 4, 3], ids=lambda rows: f"blocks of {rows}")
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Short blocks, so that few tokens have several; and then each row of the batch is alone."""
+    """Use short blocks, so that few tokens make several; then each batch row is computed alone."""
     monkeypatch.setattr(attention_products, "BLOCK", request.param)
     if request.param == 3:
         monkeypatch.setattr(attention_products, "TOGETHER", 1)
     return request.param
 
 
-def with_way(pattern: Pattern, way: str) -> Pattern:
-    return Pattern(**{**vars(pattern), "way": way})
+def with_way(pattern: Pattern, method: str) -> Pattern:
+    return Pattern(**{**vars(pattern), "method": method})
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -103,7 +103,7 @@ def test_flash_hides_padding_that_is_longer_than_its_blocks() -> None:
     given = operands(2, 1, tokens=tokens)
     bias = torch.zeros(2, 1, 1, tokens, dtype=torch.float64)
     bias[0, ..., :600] = bias[1, ..., 300:] = -torch.inf
-    pattern = Pattern(causal=False, bias=bias, way="flash")
+    pattern = Pattern(causal=False, bias=bias, method="flash")
     out, expected = attention(*given, pattern), reference(*given, pattern)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients(out, given), gradients(expected, given), rtol=1e-12, atol=1e-12)
@@ -112,14 +112,14 @@ def test_flash_hides_padding_that_is_longer_than_its_blocks() -> None:
 def test_a_bias_of_each_head_and_what_is_no_bias(block: int) -> None:
     given = operands(6, 2)
     bias = torch.arange(6 * 169.0).view(1, 6, 13, 13).cos().double()
-    for way in ("products", "flash"):
-        pattern = Pattern(causal=False, bias=bias, way=way)  # type: ignore[arg-type]
+    for method in ("matmul", "flash"):
+        pattern = Pattern(causal=False, bias=bias, method=method)  # type: ignore[arg-type]
         out, expected = attention(*given, pattern), reference(*given, pattern)
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(gradients(out, given), gradients(expected, given), rtol=1e-12, atol=1e-12)
-    with pytest.raises(ValueError, match=r"shape \(1, 5, 13, 13\), not \(2, 6, 13, 13\) or with 1"):
+    with pytest.raises(ValueError, match=r"shape \(2, 6, 13, 13\), with 1 .*; got \(1, 5, 13, 13\)"):
         attention(*given, Pattern(bias=bias[:, :5]))
-    with pytest.raises(ValueError, match=r"this one is torch\.float64 and asks for a gradient"):
+    with pytest.raises(ValueError, match=r"got torch\.float64 with requires_grad=True"):
         attention(*given, Pattern(bias=bias.clone().requires_grad_()))
 
 
@@ -128,7 +128,9 @@ def dropping(name: str, p: float = 0.3) -> Pattern:
 
 
 def kept_by(given: Operands, pattern: Pattern, seed: int) -> Tensor:
-    """Which weights (B, H, T, T) dropout keeps after this seed: with v the identity, the output is the weights."""
+    """Return the weights (B, H, T, T) that dropout keeps with this seed: if v is the identity, the output is the
+    weights.
+    """
     q, k, v = (t.detach() for t in given)
     batch, kv, tokens, _ = v.shape
     torch.manual_seed(seed)
@@ -147,7 +149,9 @@ def test_dropout_is_its_reference_with_the_mask_given(name: str, heads: int, kv:
 
 
 def test_dropout_takes_each_weight_with_its_probability(block: int) -> None:
-    """The law of (70) on the weights: the share, each place of each head alike, heads and rows independent."""
+    """The distribution of (70) on the weights: the fraction, uniform over positions and heads, independent heads and
+    rows.
+    """
     p, rounds = 0.3, 300
     given = operands(4, 2, tokens=6)
     pattern = Pattern(dropout=p, causal=False)
@@ -174,7 +178,7 @@ def test_dropout_is_the_same_when_it_is_run_again(reentrant: bool) -> None:
     straight = attention(*given, pattern)
     torch.manual_seed(3)
     again = checkpoint(attention, *given, pattern, use_reentrant=reentrant)
-    torch.manual_seed(99)  # what is drawn between does not matter
+    torch.manual_seed(99)  # draws in between do not matter
     found = []
     for out in (straight, again):
         for t in given:
@@ -193,22 +197,22 @@ def test_dropout_keeps_a_seed() -> None:
 
 
 def test_dropout_by_a_mask_is_dropout_by_positions() -> None:
-    """Off the CPU and under a compiler a Boolean mask of all blocks stands for the positions."""
+    """Off the CPU and under a compiler a boolean mask of all blocks replaces the positions."""
     given, pattern = operands(4, 2), Pattern(dropout=0.3)
     scores = attention_products._Scores(given[0], given[1], pattern)
     sizes = scores._sizes()
     assert len(sizes) > 1 or scores.rows >= given[0].shape[2]
     dropped = [positions(at, size, 0.3) for at, size in zip(scores.by_block(scores.draw()), sizes, strict=False)]
     assert all(0 < len(part) < size for part, size in zip(dropped, sizes, strict=True))
-    mask = draw_of(sum(sizes), 0.3, torch.device("meta"))
+    mask = draw_record(sum(sizes), 0.3, torch.device("meta"))
     assert (mask.dtype, mask.shape) == (torch.bool, (sum(sizes),))
     mask = torch.rand(sum(sizes)) < 0.3
     assert [len(part) for part in scores.by_block(mask)] == sizes
 
 
-@pytest.mark.parametrize("way", ["flash", "products"])
-def test_gradcheck(way: str) -> None:
-    pattern = Pattern(segments=(2, 4), way=way)  # type: ignore[arg-type]
+@pytest.mark.parametrize("method", ["flash", "matmul"])
+def test_gradcheck(method: str) -> None:
+    pattern = Pattern(segments=(2, 4), method=method)  # type: ignore[arg-type]
     assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, pattern), operands(4, 2, batch=1, tokens=6))
 
 
@@ -242,16 +246,16 @@ def test_value_of_another_width() -> None:
     torch.testing.assert_close(gradients(out, (q, k, v)), gradients(expected, (q, k, v)), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("way", ["flash", "products"])
-def test_one_token_and_none(way: str) -> None:
+@pytest.mark.parametrize("method", ["flash", "matmul"])
+def test_one_token_and_none(method: str) -> None:
     for tokens in (1, 0):
         given = operands(4, 2, tokens=tokens)
-        out = attention(*given, Pattern(way=way if tokens else "products"))  # type: ignore[arg-type]
+        out = attention(*given, Pattern(method=method if tokens else "matmul"))  # type: ignore[arg-type]
         torch.testing.assert_close(out, given[2].repeat_interleave(2, 1))
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, cap: float, s: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, weights and 1 − tanh² of one causal head, row by row."""
+    """Return output, weights and 1 − tanh² of one causal head, row by row."""
     out, weights, slopes = torch.zeros_like(v), *(torch.zeros(len(q), len(k), dtype=q.dtype) for _ in range(2))
     for i in range(len(q)):
         capped = torch.stack([torch.tanh(s * (q[i] @ k[j]) / cap) for j in range(i + 1)])
@@ -280,13 +284,13 @@ def test_its_gradients_are_the_formula(block: int) -> None:
         torch.testing.assert_close(grad[0, 0], wanted)
 
 
-@pytest.mark.parametrize("way", ["flash", "products"])
-def test_packed_is_one_by_one_and_nothing_leaks(way: str) -> None:
-    pattern = Pattern(segments=(5, 1, 7), way=way)  # type: ignore[arg-type]
+@pytest.mark.parametrize("method", ["flash", "matmul"])
+def test_packed_is_one_by_one_and_nothing_leaks(method: str) -> None:
+    pattern = Pattern(segments=(5, 1, 7), method=method)  # type: ignore[arg-type]
     given = operands(4, 2, torch.float32, batch=1)
     whole = attention(*given, pattern)
     for start, stop in itertools.pairwise((0, 5, 6, 13)):
-        alone = attention(*(t[:, :, start:stop] for t in given), Pattern(way=way))  # type: ignore[arg-type]
+        alone = attention(*(t[:, :, start:stop] for t in given), Pattern(method=method))  # type: ignore[arg-type]
         torch.testing.assert_close(whole[:, :, start:stop], alone)
     changed = [t.detach().clone() for t in given]
     for t in changed:
@@ -296,23 +300,23 @@ def test_packed_is_one_by_one_and_nothing_leaks(way: str) -> None:
     assert torch.equal(again[:, :, :5], whole[:, :, :5])
 
 
-@pytest.mark.parametrize("way", ["flash", "products"])
-def test_what_is_kept_for_the_backward(way: str) -> None:
+@pytest.mark.parametrize("method", ["flash", "matmul"])
+def test_what_is_kept_for_the_backward(method: str) -> None:
     batch, heads, kv, tokens, width = 2, 6, 2, 13, 5
     given = operands(heads, kv, torch.bfloat16)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        attention(*given, Pattern(way=way))  # type: ignore[arg-type]
+        attention(*given, Pattern(method=method))  # type: ignore[arg-type]
     expected = batch * tokens * width * (heads + 2 * kv) * 2
-    if way == "flash":
+    if method == "flash":
         expected += batch * tokens * heads * (width * 2 + 4)
     assert sum(t.numel() * t.element_size() for t in kept) == expected
 
 
 def test_output_is_stored_by_token_and_the_gradient_that_came_in_stays() -> None:
-    for way in ("flash", "products"):
+    for method in ("flash", "matmul"):
         given = operands(6, 2)
-        out = attention(*given, Pattern(way=way))  # type: ignore[arg-type]
+        out = attention(*given, Pattern(method=method))  # type: ignore[arg-type]
         assert out.transpose(1, 2).is_contiguous()
         incoming = torch.randn_like(out)
         before = incoming.clone()
@@ -341,28 +345,28 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_operands() ->
 
 def test_choice_of_the_way() -> None:
     short, long = (torch.empty(1, 1, tokens, 4) for tokens in (FLASH_FROM - 1, FLASH_FROM))
-    assert chosen(short, short, Pattern()) == "products"
+    assert chosen(short, short, Pattern()) == "matmul"
     assert chosen(long, long, Pattern()) == "flash"
-    assert chosen(long, long, Pattern(softcap=1.0)) == "products"
-    assert chosen(long, long, Pattern(window=8)) == "products"
-    assert chosen(long, long, Pattern(dropout=0.1)) == "products"
+    assert chosen(long, long, Pattern(softcap=1.0)) == "matmul"
+    assert chosen(long, long, Pattern(window=8)) == "matmul"
+    assert chosen(long, long, Pattern(dropout=0.1)) == "matmul"
     assert chosen(long, long, Pattern(window=FLASH_FROM)) == "flash"
-    assert chosen(long, long, Pattern(segments=(FLASH_FROM // 2,) * 2)) == "products"
-    assert chosen(long, long, Pattern(way="products")) == "products"
-    assert chosen(long, torch.empty(1, 1, FLASH_FROM, 2), Pattern()) == "products"
+    assert chosen(long, long, Pattern(segments=(FLASH_FROM // 2,) * 2)) == "matmul"
+    assert chosen(long, long, Pattern(method="matmul")) == "matmul"
+    assert chosen(long, torch.empty(1, 1, FLASH_FROM, 2), Pattern()) == "matmul"
 
 
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
-        (Pattern(segments=(5, 5)), "fill the 13 tokens of a row; these are 2 lengths, 10 tokens in sum"),
+        (Pattern(segments=(5, 5)), "sum to 13 tokens; got 2 lengths with 10 tokens"),
         (Pattern(segments=(0, 13)), "segments must be positive"),
-        (Pattern(window=0), "a window of 0 tokens sees nothing"),
+        (Pattern(window=0), "window must be at least 1"),
         (Pattern(softcap=0.0), "softcap must be above 0"),
-        (Pattern(way="flash", softcap=1.0), "way='flash' knows no window, no softcap"),
-        (Pattern(way="flash", window=2), "way='flash' knows no window"),
-        (Pattern(way="flash", dropout=0.1), "knows no window, no softcap, no dropout"),
-        (Pattern(dropout=1.0), "the dropout of attention's weights is at least 0 and below 1; it is 1.0"),
+        (Pattern(method="flash", softcap=1.0), "method='flash' does not support"),
+        (Pattern(method="flash", window=2), "method='flash' does not support"),
+        (Pattern(method="flash", dropout=0.1), "does not support"),
+        (Pattern(dropout=1.0), "dropout must be in .*; got 1.0"),
     ],
 )
 def test_patterns_that_are_refused(pattern: Pattern, said: str) -> None:
@@ -373,11 +377,11 @@ def test_patterns_that_are_refused(pattern: Pattern, said: str) -> None:
 def test_shapes_that_are_refused() -> None:
     q, k, v = operands(4, 2)
     cases: list[tuple[Operands, str]] = [
-        ((q[0], k, v), r"\(batch, heads, tokens, width\), and was given q \(4, 13, 5\)"),
-        ((q[:, :, :5], k, v), "batch and tokens must be the same"),
-        ((q[..., :2], k, v), "and the width of q and k"),
-        ((q[:, :3], k, v), "3 heads of q cannot share 2 heads of k and v evenly"),
-        ((q, k.float(), v), "attention takes one dtype"),
+        ((q[0], k, v), r"\(batch, heads, tokens, width\) tensors; got q \(4, 13, 5\)"),
+        ((q[:, :, :5], k, v), "batch, tokens"),
+        ((q[..., :2], k, v), "width of q and k must match"),
+        ((q[:, :3], k, v), "3 heads of q must be a multiple of the 2 heads of k"),
+        ((q, k.float(), v), "must have one dtype"),
     ]
     for given, said in cases:
         with pytest.raises(ValueError, match=said):

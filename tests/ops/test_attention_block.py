@@ -1,4 +1,4 @@
-"""The attention block against plain PyTorch and against transformers' modules: values, gradients, what is kept."""
+"""The attention block compared with plain PyTorch and with transformers' modules: values, gradients, saved tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WIDTH, HEAD, HEADS, KV, BATCH, TOKENS = 10, 4, 6, 2, 2, 9
 def adapted(
     out: int, into: int, *, r: int = 3, bias: bool = False, transposed: bool = False, p: float = 0.0
 ) -> Adapted:
-    """A frozen weight and factors of its own; r = 0 is a module without an adapter."""
+    """Return a frozen weight with factors; r = 0 is a module without an adapter."""
     W = torch.randn(out, into, dtype=torch.float64) / into**0.5
     low = None
     if r:
@@ -48,7 +48,7 @@ def layer(width: int) -> Norm:
 def block_of(
     *, fused: bool = False, kv: int = KV, r: tuple[int, ...] = (3, 3, 3, 3), seed: int = 5, **made: Any
 ) -> SelfAttention:
-    """Projections of WIDTH into HEADS and kv heads, each with an adapter of its own rank."""
+    """Return projections of WIDTH into HEADS and kv heads, each with an adapter of another rank."""
     torch.manual_seed(seed)
     how = {name: made.pop(name) for name in ("bias", "transposed", "p") if name in made}
     q, shared = HEADS * HEAD, kv * HEAD
@@ -67,8 +67,8 @@ def tables(rot: int = HEAD, pairs: str = "half", batch: int | None = None) -> Ro
 CASES: dict[str, tuple[dict[str, Any], Pattern, Rotary | None, bool]] = {
     "Llama": ({"norm": rms(WIDTH)}, Pattern(), tables(), True),
     "Llama, no norm, no residual": ({}, Pattern(), tables(batch=2), False),
-    "flash": ({"norm": rms(WIDTH)}, Pattern(way="flash"), tables(), True),
-    "flash, packed": ({}, Pattern(way="flash", segments=(2, 3, 4)), tables(), True),
+    "flash": ({"norm": rms(WIDTH)}, Pattern(method="flash"), tables(), True),
+    "flash, packed": ({}, Pattern(method="flash", segments=(2, 3, 4)), tables(), True),
     "Qwen2": ({"norm": rms(WIDTH), "bias": True}, Pattern(), tables(), True),
     "Qwen3": ({"norm": rms(WIDTH), "q_norm": rms(HEAD), "k_norm": rms(HEAD)}, Pattern(), tables(), True),
     "OLMo2": ({"q_norm": rms(HEADS * HEAD), "k_norm": rms(KV * HEAD)}, Pattern(), tables(), False),
@@ -86,21 +86,21 @@ CASES: dict[str, tuple[dict[str, Any], Pattern, Rotary | None, bool]] = {
         True,
     ),
     "Phi-3": ({"fused": True, "norm": rms(WIDTH)}, Pattern(window=5), tables(2), True),
-    "fused, q and k normalised": (
+    "fused, q and k normalized": (
         {"fused": True, "q_norm": rms(HEAD), "k_norm": layer(HEAD)},
         Pattern(),
         tables(),
         True,
     ),
-    "fused, normalised, not turned": ({"fused": True, "q_norm": rms(HEAD)}, Pattern(), None, True),
+    "fused, normalized, not turned": ({"fused": True, "q_norm": rms(HEAD)}, Pattern(), None, True),
     "GPT-NeoX": (
         {"fused": True, "interleaved": True, "kv": HEADS, "bias": True, "norm": layer(WIDTH)},
         Pattern(),
         tables(2),
         False,
     ),
-    "interleaved, flash": ({"fused": True, "interleaved": True, "kv": HEADS}, Pattern(way="flash"), None, True),
-    "interleaved, normalised": (
+    "interleaved, flash": ({"fused": True, "interleaved": True, "kv": HEADS}, Pattern(method="flash"), None, True),
+    "interleaved, normalized": (
         {"fused": True, "interleaved": True, "kv": HEADS, "q_norm": rms(HEADS * HEAD), "k_norm": rms(HEAD)},
         Pattern(),
         tables(),
@@ -120,7 +120,7 @@ def leaves(x: Tensor, block: SelfAttention) -> list[Tensor]:
 
 
 def found(function: Any, x: Tensor, block: SelfAttention, *rest: Any) -> list[Tensor]:
-    """Output and every gradient."""
+    """Return the output and every gradient."""
     out = function(x, block, *rest)
     torch.manual_seed(8)
     weight = torch.randn(out.shape, dtype=torch.float64).to(out.dtype)
@@ -133,7 +133,7 @@ def an_input(batch: int = BATCH, tokens: int = TOKENS, dtype: torch.dtype = torc
 
 
 def in_dtype(block: SelfAttention, dtype: torch.dtype, factor: torch.dtype) -> SelfAttention:
-    """The same numbers with a base in one dtype and factors in another."""
+    """Return the same values with the base in one dtype and the factors in another."""
 
     def weight(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.to(dtype)
@@ -164,7 +164,7 @@ def test_value_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 WANTED = torch.tensor([0, 3, 4, 11, 17])
-"""Of the BATCH × TOKENS tokens."""
+"""Indices among the BATCH × TOKENS tokens."""
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -244,7 +244,7 @@ def test_dropout_of_the_output_comes_before_the_residual(residual: bool) -> None
     torch.testing.assert_close(attention_block(x, none, pattern, turn), reference(x, none, pattern, turn, False))
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "Llama", "fused, q and k normalised"])
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "fused, q and k normalized"])
 def test_gradcheck_with_every_dropout(name: str) -> None:
     made, pattern, *rest = CASES[name]
     block, x = block_of(**made, p=0.2, dropout=0.3), an_input(1)
@@ -257,7 +257,7 @@ def test_gradcheck_with_every_dropout(name: str) -> None:
 
 
 def by_hand(x: Tensor, block: SelfAttention, turn: Rotary) -> Tensor:
-    """One sequence, head by head and row by row."""
+    """Compute one sequence, head by head and row by row."""
     assert block.norm is not None
     n = x / (x.square().mean(-1, keepdim=True) + block.norm.eps).sqrt() * block.norm.weight
     q, k, v = (n @ (a.W + a.low.scale * a.low.B @ a.low.A).t() for a in block.inputs)  # type: ignore[union-attr]
@@ -292,7 +292,7 @@ def test_lower_precision_is_as_near_the_truth_as_plain_pytorch(name: str, dtype:
         assert [t.dtype for t in ours] == [t.dtype for t in (x, *leaves(x, lower))]
         pairs = zip(ours, plain, truth, strict=True)
         errors.append([[(t.double() - true).norm() / true.norm() for t in (a, b)] for a, b, true in pairs])
-    for own, usual in torch.tensor(errors).mean(0):  # of one draw, either may happen to be the nearer
+    for own, usual in torch.tensor(errors).mean(0):  # a single draw may favor either
         assert own <= 2 * usual
 
 
@@ -364,14 +364,14 @@ def test_what_is_kept_where_only_the_output_is_trained() -> None:
 
 @pytest.mark.parametrize(("name", "whole"), [("Llama", 0), ("flash", 1)])
 def test_what_is_kept_of_the_wanted_rows(name: str, whole: int) -> None:
-    """Of what the heads gave, the wanted rows alone, unless attention's own backward asks for it."""
+    """Only the wanted rows of the heads' output are saved, unless attention's own backward needs all."""
     made, *rest = CASES[name]
     block, x = block_of(**made), an_input()
     less = kept_bytes(lambda: attention_block(x, block, *rest)) - kept_bytes(
         lambda: attention_block(x, block, *rest, WANTED)
     )
     unwanted = BATCH * TOKENS - len(WANTED)
-    assert less == 8 * unwanted * ((1 - whole) * HEADS * HEAD + 3)  # and of A's product of the output
+    assert less == 8 * unwanted * ((1 - whole) * HEADS * HEAD + 3)  # and of the output's low-rank activation
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -382,12 +382,12 @@ def test_checkpointing_gives_the_same_gradients_with_dropout(reentrant: bool) ->
         torch.manual_seed(4)
         return attention_block(x, block, *rest)
 
-    def again(x: Tensor, *_: Any) -> Tensor:
+    def recompute(x: Tensor, *_: Any) -> Tensor:
         torch.manual_seed(4)
         return checkpoint(attention_block, x, block, *rest, use_reentrant=reentrant)  # type: ignore[no-any-return]
 
     outcomes = []
-    for function in (straight, again):
+    for function in (straight, recompute):
         x = an_input()
         for leaf in leaves(x, block):
             leaf.grad = None
@@ -424,22 +424,26 @@ def test_parts_that_do_not_fit() -> None:
     block, x = block_of(), an_input()
     trained = replace(block.output, W=block.output.W.clone().requires_grad_())
     cases: list[tuple[Tensor, SelfAttention, str]] = [
-        (x[0], block, r"takes x \(batch, tokens, width\), and was given \(9, 10\)"),
+        (x[0], block, r"expects x \(batch, tokens, width\); got \(9, 10\)"),
         (
             x,
             replace(block, inputs=block.inputs[:2]),
-            r"projections of \[24, 8\] numbers make no heads of 4 with 2 of k",
+            r"widths \[24, 8\] do not match head_dim=4 and kv_heads=2",
         ),
-        (x, replace(block, dropout=1.0), "the dropout of an attention's output is at least 0 and below 1; it is 1.0"),
-        (x, replace(block, kv_heads=3), r"projections of \[24, 8, 8\] numbers make no heads of 4 with 3"),
-        (x, replace(block, interleaved=True), r"interleaved in one projection with as many of each, not \[24, 8, 8\]"),
-        (x, replace(block, q_norm=rms(5)), r"q_norm has a weight \(5,\); it takes \(4,\), of a head, or \(24,\)"),
-        (x, replace(block, k_norm=Norm("layer", torch.ones(KV, HEAD))), r"k_norm has a weight \(2, 4\)"),  # Cohere's
+        (x, replace(block, dropout=1.0), "output dropout must be in .*; got 1.0"),
+        (x, replace(block, kv_heads=3), r"widths \[24, 8, 8\] do not match head_dim=4 and kv_heads=3"),
+        (x, replace(block, interleaved=True), r"one fused projection with equal widths; got \[24, 8, 8\]"),
+        (x, replace(block, q_norm=rms(5)), r"q_norm: weight must have shape \(4,\) per head or \(24,\); got \(5,\)"),
+        (x, replace(block, k_norm=Norm("layer", torch.ones(KV, HEAD))), r"k_norm: weight .* got \(2, 4\)"),  # Cohere's
         (x, replace(block, output=trained), "a weight of shape"),
-        (x, replace(block, norm=Norm("rms", torch.ones(WIDTH, requires_grad=True))), "of a norm asks for a gradient"),
+        (
+            x,
+            replace(block, norm=Norm("rms", torch.ones(WIDTH, requires_grad=True))),
+            "norm's weight .* requires a gradient",
+        ),
     ]
     for given, made, said in cases:
         with pytest.raises(ValueError, match=said):
             attention_block(given, made)
-    with pytest.raises(ValueError, match="the rotary table cos has shape"):
+    with pytest.raises(ValueError, match="rotary table cos must have shape"):
         attention_block(x[:, :3], block, Pattern(), tables())

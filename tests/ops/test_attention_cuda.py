@@ -1,4 +1,4 @@
-"""The flash kernel for CUDA: what it is given and what is made of its answers, with a stand-in; its shapes, by PyTorch."""
+"""The CUDA flash kernel: its arguments and the use of its results, with a fake kernel; its shapes, by PyTorch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEADS = [(4, 4), (6, 2)]
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor, bounds: Any, longest: int, causal: bool, words: dict[str, Any]) -> Tensor:
-    """What PyTorch documents: (B, T, H, D), or (tokens, H, D) cut at the bounds; a window of places before and after."""
+    """Check the layout PyTorch documents: (B, T, H, D), or (tokens, H, D) with offsets; a window before and after."""
     if bounds is not None:
         ends = bounds.tolist()
         assert longest == max(after - before for before, after in itertools.pairwise(ends))
@@ -102,9 +102,9 @@ def copied(written: Tensor, given: Tensor) -> Tensor:
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tensors of a device that need not be there, for PyTorch's own rules of the kernels' shapes."""
+    """Create tensors of a device that need not exist, for PyTorch's shape functions of the kernels."""
     monkeypatch.setattr(attention_cuda, "_has_kernel", lambda device: True)
-    monkeypatch.setattr(Tensor, "copy_", copied)  # this one asks the device
+    monkeypatch.setattr(Tensor, "copy_", copied)  # this one queries the device
     with FakeTensorMode():
         yield
 
@@ -118,7 +118,7 @@ def heads_of(dtype: torch.dtype = torch.bfloat16, width: int = 64) -> list[Tenso
 def test_the_kernels_take_what_they_are_given(name: str) -> None:
     q, k, v = heads_of()
     assert chosen(q, v, PATTERNS[name]) == "flash"
-    saved = ops.forward(q, k, v, PATTERNS[name])  # autograd would ask the device for a stream
+    saved = ops.forward(q, k, v, PATTERNS[name])  # autograd would query the device for a stream
     assert (saved[0].shape, saved[0].dtype, saved[0].device.type) == (q.shape, q.dtype, "cuda")
     grads = ops.backward(saved[0], (q, k, v), saved, PATTERNS[name])
     assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
@@ -128,12 +128,10 @@ def test_the_kernels_take_what_they_are_given(name: str) -> None:
 def test_what_the_kernel_does_not_know_goes_by_products() -> None:
     q, _, v = heads_of()
     for pattern in (Pattern(softcap=3.0), Pattern(dropout=0.1), Pattern(bias=torch.zeros(1, 1, 1, 13, device="cuda"))):
-        assert chosen(q, v, pattern) == "products"
-    assert chosen(q, v, Pattern(way="products")) == "products"
+        assert chosen(q, v, pattern) == "matmul"
+    assert chosen(q, v, Pattern(method="matmul")) == "matmul"
     for dtype, width in ((torch.float32, 64), (torch.bfloat16, 20), (torch.bfloat16, 264)):
         q, _, v = heads_of(dtype, width)
-        assert chosen(q, v, Pattern()) == "products"
-    with pytest.raises(
-        ValueError, match="CUDA it knows windows, no bias, and takes fp16 and bf16 alone; use way='auto'"
-    ):
-        chosen(q, v, Pattern(way="flash"))
+        assert chosen(q, v, Pattern()) == "matmul"
+    with pytest.raises(ValueError, match="CUDA it has windows, but no bias, and needs fp16 or bf16"):
+        chosen(q, v, Pattern(method="flash"))

@@ -1,4 +1,4 @@
-"""The attention block is what transformers' own modules compute: tiny models, random weights, values and gradients."""
+"""The attention block computes what transformers' own modules do: tiny models, random weights, values and gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GROUPED = {"num_attention_heads": 8, "num_key_value_heads": 2}
 
 @dataclass(frozen=True)
 class Case:
-    """How to make a tiny model, and what its attention is in our terms."""
+    """A tiny model's config, and its attention in our terms."""
 
     config: dict[str, Any]
     residual: bool = True
@@ -74,7 +74,7 @@ CASES = {
 
 
 class Made:
-    """A tiny model with random weights, adapters beside the projections of its first layer, and our block of them."""
+    """Return a tiny model with random weights, adapters on the projections of its first layer, and our block of them."""
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.case = CASES[name]
@@ -131,7 +131,7 @@ class Made:
         return attention_block(self.x, self.block(), self.case.pattern(self.attn), turn, self.case.residual)
 
     def theirs(self) -> Tensor:
-        """The module itself, with W + s·B·A in the place of W."""
+        """Return the module itself, with W + s·B·A instead of W."""
         weights = {}
         for name, part in self.parts.items():
             low = self.low[name]
@@ -159,5 +159,5 @@ def test_it_is_the_module(name: str, dtype: torch.dtype) -> None:
     weight = torch.randn(2, TOKENS, WIDTH, dtype=dtype)
     found = [[out, *torch.autograd.grad(out, made.leaves(), weight)] for out in (made.ours(), made.theirs())]
     for ours, theirs in zip(*found, strict=True):
-        # norms and rotary positions of many models compute in fp32 also where the model is in float64
+        # norms and rotary embeddings of many models compute in fp32 even if the model is in float64
         assert torch.linalg.vector_norm(ours - theirs) <= 5e-6 * torch.linalg.vector_norm(theirs)

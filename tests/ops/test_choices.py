@@ -1,4 +1,4 @@
-"""What acts on products and attention: the same numbers, in this block and thread alone."""
+"""Active choices for matmuls and attention: equal results, limited to this context and thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorakit.ops import attention, choices
 from lorakit.ops.activation import activation
 from lorakit.ops.adapted import Adapted, LowRank
 from lorakit.ops.attention_pattern import Pattern
-from lorakit.ops.choices import acting, product, product_name, slices
+from lorakit.ops.choices import activate, matmul, matmul_name, slices
 from lorakit.ops.cross_entropy import Head, linear_cross_entropy
 from lorakit.ops.linear import linears
 from lorakit.ops.mlp import Form, mlp
@@ -29,7 +29,7 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 @pytest.fixture
 def counted() -> Iterator[list[int]]:
-    """Rows of each product."""
+    """Rows of each matmul."""
 
     class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,8 +69,8 @@ def test_a_product_in_slices_is_the_product(by_columns: bool, plus: str, size: i
     added = {"nothing": None, "a row": drawn(OUT), "out": room}[plus]
     wanted = x @ right + (0 if added is None else added)
     counted.clear()
-    with acting({product_name(ROWS, right): size}):
-        got = product(x, right, room if plus == "out" else None, added)
+    with activate({matmul_name(ROWS, right): size}):
+        got = matmul(x, right, room if plus == "out" else None, added)
     assert len(counted) == -(-ROWS // size)
     assert sum(counted) == ROWS
     assert (got is room) == (plus == "out")
@@ -79,7 +79,7 @@ def test_a_product_in_slices_is_the_product(by_columns: bool, plus: str, size: i
 
 @pytest.mark.parametrize("by_columns", [True, False])
 @pytest.mark.parametrize("plus", ["nothing", "a row", "rows", "out"])
-@pytest.mark.parametrize("shape", [(IN, OUT), (5000, 24), (24, 5000)])  # also of several blocks, of either side
+@pytest.mark.parametrize("shape", [(IN, OUT), (5000, 24), (24, 5000)])  # also several blocks, in either dimension
 def test_a_product_through_fp32_is_rounded_once(by_columns: bool, plus: str, shape: tuple[int, int]) -> None:
     inner, outer = shape
     x = drawn(ROWS, inner).bfloat16()
@@ -87,8 +87,8 @@ def test_a_product_through_fp32_is_rounded_once(by_columns: bool, plus: str, sha
     room = drawn(ROWS, outer).bfloat16()
     added = {"nothing": None, "a row": drawn(outer).bfloat16(), "rows": room.flip(0), "out": room}[plus]
     wanted = x.double() @ right.double() + (0 if added is None else added.double())
-    with acting({choices.fp32_name(right): 1}):
-        got = product(x, right, room if plus == "out" else None, added)
+    with activate({choices.fp32_name(right): 1}):
+        got = matmul(x, right, room if plus == "out" else None, added)
     assert got.dtype == torch.bfloat16
     assert (got is room) == (plus == "out")
     torch.testing.assert_close(got.double(), wanted, rtol=2**-8, atol=1e-4 * inner**0.5)
@@ -98,23 +98,23 @@ def test_a_product_of_wider_rows_is_in_their_dtype() -> None:
     x, right, plus = drawn(ROWS, 5000).float(), drawn(5000, OUT).bfloat16(), drawn(ROWS, OUT).float()
     wanted = x.double() @ right.double()
     for out, added in ((None, None), (None, plus), (plus.clone(), None), (plus.clone(), plus), (None, plus[0])):
-        got = product(x, right, out, added)
+        got = matmul(x, right, out, added)
         assert got.dtype == torch.float32
         assert out is None or got is out
         torch.testing.assert_close(got.double(), wanted + (0 if added is None else added), rtol=1e-5, atol=1e-3)
-    with pytest.raises(RuntimeError, match="dtype"):  # nothing is narrowed
-        product(x.double(), right)
+    with pytest.raises(RuntimeError, match="dtype"):  # nothing is downcast
+        matmul(x.double(), right)
     wanted += plus
-    assert product(x, right, plus, plus) is plus
+    assert matmul(x, right, plus, plus) is plus
     torch.testing.assert_close(plus.double(), wanted, rtol=1e-5, atol=1e-3)
 
 
 def test_few_rows_and_other_dtypes_do_not_go_through_fp32(counted: list[int]) -> None:
     x, right = drawn(choices.FEWEST_IN_FP32, IN).bfloat16(), drawn(IN, OUT).bfloat16()
-    with acting({choices.fp32_name(right): 1}):
-        assert torch.equal(product(x[1:], right), x[1:] @ right)
-        product(x.half(), right.half())
-    assert choices.fp32_name(right) != choices.fp32_name(right.t().contiguous().t())  # nor weights of other strides
+    with activate({choices.fp32_name(right): 1}):
+        assert torch.equal(matmul(x[1:], right), x[1:] @ right)
+        matmul(x.half(), right.half())
+    assert choices.fp32_name(right) != choices.fp32_name(right.t().contiguous().t())  # nor weights with other strides
 
 
 def test_head_and_loss_go_through_fp32_where_that_was_chosen() -> None:
@@ -122,7 +122,7 @@ def test_head_and_loss_go_through_fp32_where_that_was_chosen() -> None:
     results = []
     for acts in ({}, {choices.fp32_name(W.t()): 1, choices.fp32_name(W): 1}):
         leaf = h.clone().requires_grad_()
-        with acting(acts), Widths() as widths:  # type: ignore[no-untyped-call]
+        with activate(acts), Widths() as widths:  # type: ignore[no-untyped-call]
             loss = linear_cross_entropy(leaf, Head(W), labels)
             loss.backward()  # type: ignore[no-untyped-call]
         assert widths.seen == {torch.float32 if acts else torch.bfloat16}
@@ -142,7 +142,7 @@ def test_modules_that_share_an_input_are_multiplied_in_fp32_and_rounded_once(tra
         lows = [LowRank(leaves[1], leaves[2], 2.0, dropout), LowRank(leaves[3], leaves[4], 0.5, dropout), None]
         group = [Adapted(W.to(dtype), None, low, transposed) for W, low in zip(weights, lows, strict=True)]
         torch.manual_seed(3)
-        with acting({choices.fp32_name(side): 1 for W in weights for side in (W, W.t())}):
+        with activate({choices.fp32_name(side): 1 for W in weights for side in (W, W.t())}):
             with Widths() as widths:  # type: ignore[no-untyped-call]
                 ys = linears(leaves[0], group)
             assert widths.widened.count((ROWS, IN)) == (dtype == torch.bfloat16)  # once for all three
@@ -151,7 +151,7 @@ def test_modules_that_share_an_input_are_multiplied_in_fp32_and_rounded_once(tra
         assert widths.seen == {torch.float32}
         assert all(t.dtype == dtype for t in (*ys, grads[0]))
         results.append((*ys, *grads))
-    for wide, narrow in zip(*results, strict=True):  # what was computed is the same; the ends alone are rounded
+    for wide, narrow in zip(*results, strict=True):  # the computed values are equal; only the results are rounded
         torch.testing.assert_close(
             narrow, wide.to(narrow.dtype), rtol=2**-8 if narrow.dtype != torch.float32 else 1e-5, atol=1e-4
         )
@@ -167,7 +167,7 @@ def test_what_gate_and_up_gave_is_made_again_to_the_bit_in_fp32() -> None:
         lows = [LowRank(A, B, 0.5, p) for A, B, p in zip(leaves[1::2], leaves[2::2], (0.0, 0.2, 0.2), strict=True)]
         gate, up, down = (Adapted(W, None, low) for W, low in zip(weights, lows, strict=True))
         torch.manual_seed(3)
-        with acting({choices.fp32_name(side): 1 for W in weights for side in (W, W.t())}), Widths() as widths:  # type: ignore[no-untyped-call]
+        with activate({choices.fp32_name(side): 1 for W in weights for side in (W, W.t())}), Widths() as widths:  # type: ignore[no-untyped-call]
             y = mlp(leaves[0], Form((gate, up), down, activation("silu"), None, True, keep=keep))
             y.backward(x)  # type: ignore[no-untyped-call]
         assert widths.seen == {torch.float32}
@@ -176,7 +176,7 @@ def test_what_gate_and_up_gave_is_made_again_to_the_bit_in_fp32() -> None:
 
 
 class Widths(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The dtypes of what products multiply, and the shapes of what was widened to fp32."""
+    """Record the dtypes of matmul operands, and the shapes of tensors upcast to fp32."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -197,11 +197,11 @@ PRODUCTS = (aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm)
 
 def test_without_choices_a_product_is_one(counted: list[int]) -> None:
     x, right = drawn(ROWS, IN), drawn(IN, OUT)
-    product(x, right)
-    with acting({product_name(ROWS, right.t().contiguous().t()): 256}):  # of other strides
-        product(x, right)
-    with acting({product_name(2000, right): 256}):  # of other rows
-        product(x, right)
+    matmul(x, right)
+    with activate({matmul_name(ROWS, right.t().contiguous().t()): 256}):  # other strides
+        matmul(x, right)
+    with activate({matmul_name(2000, right): 256}):  # another number of rows
+        matmul(x, right)
     assert counted == [ROWS] * 3
 
 
@@ -212,13 +212,13 @@ def test_adapted_modules_have_the_same_values_and_gradients(
 ) -> None:
     W, bias, wanted = drawn(IN, OUT) if transposed else drawn(OUT, IN), drawn(OUT), []
     forward, backward = (W, W.t()) if transposed else (W.t(), W)
-    chosen = {product_name(ROWS, forward): 256, product_name(ROWS, backward): 512}
+    chosen = {matmul_name(ROWS, forward): 256, matmul_name(ROWS, backward): 512}
     leaves = [drawn(ROWS, IN), drawn(4, IN), drawn(OUT, 4)]
     for acts in ({}, chosen):
         x, A, B = (leaf.clone().requires_grad_() for leaf in leaves)
         torch.manual_seed(3)
         counted.clear()
-        with acting(acts):
+        with activate(acts):
             (y,) = linears(x, [Adapted(W, bias, LowRank(A, B, 2.0, dropout), transposed)])
             y.cos().sum().backward()  # type: ignore[no-untyped-call]
         assert (240 in counted and 352 in counted) == bool(acts)  # three slices forward, two backward
@@ -229,22 +229,22 @@ def test_adapted_modules_have_the_same_values_and_gradients(
 
 def test_choices_act_in_their_block_and_thread_alone() -> None:
     seen: list[dict[str, int]] = []
-    with acting({"a": 1}):
-        with acting({"b": 2}):
-            assert choices.in_force() == {"b": 2}
-        assert choices.in_force() == {"a": 1}
-        other = threading.Thread(target=lambda: seen.append(choices.in_force()))
+    with activate({"a": 1}):
+        with activate({"b": 2}):
+            assert choices.active_choices() == {"b": 2}
+        assert choices.active_choices() == {"a": 1}
+        other = threading.Thread(target=lambda: seen.append(choices.active_choices()))
         other.start()
         other.join()
-    assert choices.in_force() == {}
+    assert choices.active_choices() == {}
     assert seen == [{}]
 
 
 def test_a_backward_runs_under_the_choices_of_its_thread() -> None:
     seen: list[dict[str, int]] = []
     x = drawn(2).requires_grad_()
-    x.register_hook(lambda _: seen.append(choices.in_force()))  # type: ignore[no-untyped-call]
-    with acting({"a": 1}):
+    x.register_hook(lambda _: seen.append(choices.active_choices()))  # type: ignore[no-untyped-call]
+    with activate({"a": 1}):
         x.sum().backward()  # type: ignore[no-untyped-call]
     assert seen == [{"a": 1}]
 
@@ -252,17 +252,17 @@ def test_a_backward_runs_under_the_choices_of_its_thread() -> None:
 def test_attention_goes_as_chosen_for_its_heads_and_length() -> None:
     q, v = drawn(1, 4, 300, 8), drawn(1, 2, 300, 8)
     name = choices.attention_name((4, 2, 8), q.dtype, True, 300)
-    assert attention.chosen(q, v, Pattern()) == "products"
-    with acting({name: 1}):
+    assert attention.chosen(q, v, Pattern()) == "matmul"
+    with activate({name: 1}):
         assert attention.chosen(q, v, Pattern()) == "flash"
-        assert attention.chosen(q, v, Pattern(causal=False)) == "products"
-        assert attention.chosen(q, v, Pattern(window=5)) == "products"  # for which flash has no place
-        assert attention.chosen(q, v, Pattern(segments=(150, 150))) == "products"  # shorter than any that is measured
-        assert attention.chosen(q, v, Pattern(way="products")) == "products"
-        assert attention.chosen(q[:, :, :256], v[:, :, :256], Pattern()) == "flash"  # goes as the same length
+        assert attention.chosen(q, v, Pattern(causal=False)) == "matmul"
+        assert attention.chosen(q, v, Pattern(window=5)) == "matmul"  # not supported by flash
+        assert attention.chosen(q, v, Pattern(segments=(150, 150))) == "matmul"  # shorter than any measured length
+        assert attention.chosen(q, v, Pattern(method="matmul")) == "matmul"
+        assert attention.chosen(q[:, :, :256], v[:, :, :256], Pattern()) == "flash"  # uses the same length
     long = torch.empty(1, 4, 2048, 8, dtype=q.dtype)
-    with acting({choices.attention_name((4, 4, 8), q.dtype, True, 2048): 0}):
-        assert attention.chosen(long, long, Pattern()) == "products"
+    with activate({choices.attention_name((4, 4, 8), q.dtype, True, 2048): 0}):
+        assert attention.chosen(long, long, Pattern()) == "matmul"
 
 
 @pytest.mark.parametrize(
@@ -270,11 +270,11 @@ def test_attention_goes_as_chosen_for_its_heads_and_length() -> None:
 )
 def test_attention_through_fp32_has_the_values_and_gradients_of_bf16(pattern: Pattern) -> None:
     leaves, results = [drawn(1, heads, 320, 8).bfloat16() for heads in (4, 2, 2)], []
-    name = choices.through_fp32(choices.attention_name((4, 2, 8), torch.bfloat16, True, 320))
+    name = choices.fp32_choice(choices.attention_name((4, 2, 8), torch.bfloat16, True, 320))
     for acts in ({}, {name: 1}):
         q, k, v = (leaf.clone().requires_grad_() for leaf in leaves)
         torch.manual_seed(0)
-        with acting(acts), Widths() as widths:  # type: ignore[no-untyped-call]
+        with activate(acts), Widths() as widths:  # type: ignore[no-untyped-call]
             y = attention.attention(q, k, v, pattern)
             y.cos().sum().backward()  # type: ignore[no-untyped-call]
         assert widths.seen == {torch.float32 if acts else torch.bfloat16}
@@ -293,7 +293,7 @@ def test_attention_by_either_way_is_the_same() -> None:
     leaves, results = [drawn(1, 4, 300, 8), drawn(1, 2, 300, 8), drawn(1, 2, 300, 8)], []
     for acts in ({}, {choices.attention_name((4, 2, 8), torch.float64, True, 300): 1}):
         q, k, v = (leaf.clone().requires_grad_() for leaf in leaves)
-        with acting(acts):
+        with activate(acts):
             y = attention.attention(q, k, v)
             y.cos().sum().backward()  # type: ignore[no-untyped-call]
         results.append((y, q.grad, k.grad, v.grad))

@@ -1,4 +1,4 @@
-"""Head and cross-entropy in one: the loss, and every gradient, are those of logits and F.cross_entropy."""
+"""Fused head and cross-entropy: the loss and every gradient equal those of logits and F.cross_entropy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _seed() -> None:
 
 
 def made(n: int, dtype: torch.dtype = D, *, bias: bool = False, **settings: Any) -> tuple[Tensor, Head, Tensor]:
-    """Hidden states, head and labels; a third of the rows is not trained, the first among them."""
+    """Return hidden states, head and labels; a third of the rows has no label, including the first."""
     g = torch.Generator().manual_seed(n)
     W, b = torch.randn(VOCABULARY, WIDTH, generator=g, dtype=D), torch.randn(VOCABULARY, generator=g, dtype=D)
     h = torch.randn(n, WIDTH, generator=g, dtype=D).to(dtype).requires_grad_()
@@ -51,7 +51,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", HEADS)
 def test_it_is_the_formula(name: str, bias: bool, chunk: int | None) -> None:
-    """Formula (75), written out."""
+    """Compute formula (75) directly."""
     h, head, labels = made(20, bias=bias, **HEADS[name])
     z = (h @ head.W.T + (0 if head.bias is None else head.bias)) * head.scale
     if head.softcap is not None:
@@ -85,7 +85,7 @@ def test_a_trained_head_gets_its_gradient(name: str) -> None:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("name", HEADS)
 def test_narrow_dtypes_are_as_near_to_the_truth_as_the_reference(name: str, dtype: torch.dtype, bound: float) -> None:
-    """The loss and both gradients, each with at most 1.5 times the reference's distance to float64 plus `bound`/2."""
+    """Loss and both gradients: the error from float64 is at most 1.5 times the reference's plus `bound`/2."""
     h, head, labels = made(301, dtype, bias=True, **HEADS[name])
     W = head.W.requires_grad_()
     doubled = replace(head, W=W.detach().double().requires_grad_(), bias=head.bias.double())  # type: ignore[union-attr]
@@ -100,7 +100,7 @@ def test_narrow_dtypes_are_as_near_to_the_truth_as_the_reference(name: str, dtyp
 
 
 def test_a_label_without_probability_has_a_finite_loss() -> None:
-    """exp(−200) is no fp32 number, and the loss is still 200."""
+    """exp(−200) is not representable in fp32, and the loss is still 200."""
     W = torch.eye(3)
     h = torch.tensor([[200.0, 0, 0], [0, 0, 0]], requires_grad=True)
     for dtype in (torch.float32, torch.bfloat16):
@@ -112,7 +112,7 @@ def test_a_label_without_probability_has_a_finite_loss() -> None:
 
 
 def test_a_sure_label_keeps_its_small_gradient() -> None:
-    """p − 1 is rounded, not p: in bf16, p would be 1 and nothing would be left."""
+    """p − 1 is rounded, not p: in bf16, p would be 1 and the gradient 0."""
     h, W = torch.tensor([[7.0]], dtype=torch.bfloat16, requires_grad=True), torch.tensor([[1.0], [0.0]])
     loss = linear_cross_entropy(h, Head(W.bfloat16()), torch.tensor([0]))
     p = torch.sigmoid(torch.tensor(7.0))
@@ -159,7 +159,7 @@ def test_two_backwards_give_the_same() -> None:
 
 
 def test_what_is_saved() -> None:
-    """The gradient of the trained rows and their positions; all rows need no positions."""
+    """Return the gradient of the rows with loss and their positions; None if all rows have one."""
     h, head, labels = made(20, torch.bfloat16)
     for targets, expected in ((labels, 13 * WIDTH * 2 + 13 * 8), (labels.clamp_min(0), 20 * WIDTH * 2)):
         saved: list[int] = []
@@ -215,7 +215,7 @@ LAYOUTS: dict[str, Any] = {
     "shifted": lambda labels: torch.cat([torch.full_like(labels[:, :1], 10**6), labels], 1)[:, 1:],
     "transposed": lambda labels: labels.t().contiguous().t(),
 }
-"""A million stands between: a place far behind the end of a row."""
+"""A position far beyond the end of a row, with a million elements in between."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -252,7 +252,7 @@ def test_one_strided_label_out_of_range_is_rejected(dtype: torch.dtype, wrong: i
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64])
 def test_labels_that_are_not_integers_are_rejected(dtype: torch.dtype) -> None:
     h, head, labels = made(24, torch.float32)
-    with pytest.raises(ValueError, match="labels: integers"):
+    with pytest.raises(ValueError, match="labels must be integers"):
         linear_cross_entropy(h, head, labels.clamp_min(0).to(dtype))
 
 
@@ -270,16 +270,16 @@ def test_chunks_are_of_about_equal_size() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"labels": torch.zeros(3, dtype=torch.long)}, "labels: one for each row of h is needed, (20,); got (3,)"),
-        ({"labels": torch.full((20,), 11)}, "labels: they are to lie in 0..10 or be -100"),
-        ({"labels": torch.full((20,), -1)}, "labels: they are to lie in 0..10 or be -100"),
-        ({"W": torch.zeros(11, 8, dtype=D)}, "head: W (V, 7) and a bias (V,) fit h; W is (11, 8)"),
-        ({"bias": torch.zeros(7, dtype=D)}, "head: W (V, 7) and a bias (V,) fit h"),
-        ({"W": torch.zeros(11, 7)}, "head: W is torch.float32 and h torch.float64; cast h"),
-        ({"bias": torch.zeros(11, dtype=D, requires_grad=True)}, "no gradient is made for its bias"),
-        ({"softcap": 0.0}, "softcap bounds the logits and is to be above 0, not 0.0"),
-        ({"ignore_index": 0}, "ignore_index: 0 is also a label; take one outside 0..10"),
-        ({"chunk": 0}, "chunk: 0 rows at a time cannot be"),
+        ({"labels": torch.zeros(3, dtype=torch.long)}, "shape (20,), one per row of h; got (3,)"),
+        ({"labels": torch.full((20,), 11)}, "labels must be in 0..10 or -100"),
+        ({"labels": torch.full((20,), -1)}, "labels must be in 0..10 or -100"),
+        ({"W": torch.zeros(11, 8, dtype=D)}, "head must have W (V, 7) and bias (V,) for this h; W is (11, 8)"),
+        ({"bias": torch.zeros(7, dtype=D)}, "head must have W (V, 7) and bias (V,)"),
+        ({"W": torch.zeros(11, 7)}, "head: W is torch.float32 and h is torch.float64; cast h"),
+        ({"bias": torch.zeros(11, dtype=D, requires_grad=True)}, "bias requires a gradient"),
+        ({"softcap": 0.0}, "softcap must be above 0, or None; got 0.0"),
+        ({"ignore_index": 0}, "ignore_index 0 is also a valid label; use one outside 0..10"),
+        ({"chunk": 0}, "chunk must be at least 1, or None; got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], said: str) -> None:

@@ -1,4 +1,4 @@
-"""Dropout by gaps: the exact law, a record small enough to keep, and the same numbers dropped in the backward."""
+"""Dropout by sampled gaps: the exact distribution, a small record, and the same dropped elements in the backward."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from lorakit.ops.dropout import draw, dropout, positions, reference, without, zero_, zeroed
+from lorakit.ops.dropout import apply_dropout, draw, draw_positions, dropout, positions, reference, zero_
 from lorakit.ops.kernels import choosing
 
 
 def test_gaps_draw_each_position_with_its_probability() -> None:
-    """Formula (70): mean and variance of the count, each position alike, neighbours and lags independent."""
+    """Formula (70): mean and variance of the count, uniform positions, independent neighbors and lags."""
     torch.manual_seed(0)
     for p in (0.05, 0.5, 0.9):
         n, rounds = 256, 2000
         masks = torch.zeros(rounds, n)
         for row in masks:
-            row[zeroed(n, p, "cpu")] = 1
+            row[draw_positions(n, p, "cpu")] = 1
         q = p * (1 - p)
         assert abs(masks.mean() - p) < 5 * (q / n / rounds) ** 0.5
         by_position = (masks.mean(0) - p) / (q / rounds) ** 0.5
@@ -34,7 +34,7 @@ def test_gaps_draw_each_position_with_its_probability() -> None:
 def test_positions_are_sorted_within_bounds_and_whole(p: float) -> None:
     torch.manual_seed(1)
     for count in (0, 1, 2, 100_000):
-        index = zeroed(count, p, "cpu")
+        index = draw_positions(count, p, "cpu")
         assert index.dtype == torch.int64
         assert (index.diff() > 0).all()
         assert ((index >= 0) & (index < count)).all()
@@ -51,7 +51,7 @@ def test_the_last_positions_are_drawn_where_the_first_draws_end_early(monkeypatc
     monkeypatch.setattr(torch, "rand", few)
     monkeypatch.setattr("lorakit.ops.dropout.kernels_for", lambda *_: None)
     torch.manual_seed(2)
-    index = zeroed(1000, 0.1, "cpu")
+    index = draw_positions(1000, 0.1, "cpu")
     assert len(draws) > 5
     assert 60 < len(index) < 140
     assert index[-1] > 900
@@ -60,9 +60,9 @@ def test_the_last_positions_are_drawn_where_the_first_draws_end_early(monkeypatc
 
 def test_it_is_seeded_by_torchs_generator() -> None:
     torch.manual_seed(3)
-    first, second = zeroed(1000, 0.1, "cpu"), zeroed(1000, 0.1, "cpu")
+    first, second = draw_positions(1000, 0.1, "cpu"), draw_positions(1000, 0.1, "cpu")
     torch.manual_seed(3)
-    assert torch.equal(first, zeroed(1000, 0.1, "cpu"))
+    assert torch.equal(first, draw_positions(1000, 0.1, "cpu"))
     assert not torch.equal(first, second)
 
 
@@ -74,7 +74,7 @@ def test_a_record_is_a_seed_from_which_the_positions_follow(p: float, dtype: tor
     record = draw(x, p)
     assert (record.dtype, record.shape) == (torch.uint64, (1,))
     expected = positions(record, len(x), p)
-    assert torch.equal((without(x, record, p, 2.0) == 0).nonzero().flatten(), expected)
+    assert torch.equal((apply_dropout(x, record, p, 2.0) == 0).nonzero().flatten(), expected)
     assert torch.equal((zero_(x, record, p) == 0).nonzero().flatten(), expected)
     assert abs(len(expected) - p * len(x)) < 6 * (p * len(x)) ** 0.5 + 1
 
@@ -89,7 +89,7 @@ def test_a_tensor_in_any_strides_is_taken_as_it_reads() -> None:
     x = torch.arange(1.0, 13.0).view(3, 4).t()
     torch.manual_seed(7)
     record = draw(x, 0.4)
-    out = without(x, record, 0.4)
+    out = apply_dropout(x, record, 0.4)
     kept = torch.ones(12)
     kept[positions(record, 12, 0.4)] = 0
     assert torch.equal(out, x * kept.view(4, 3))
@@ -98,13 +98,13 @@ def test_a_tensor_in_any_strides_is_taken_as_it_reads() -> None:
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 5e-4])
 def test_without_kernels_the_law_is_the_same(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Count and gaps of both: a mean distance of (1 − p)/p between neighbours, and its variance (1 − p)/p²."""
+    """Count and gaps of both: a mean distance of (1 − p)/p between neighbors, and its variance (1 − p)/p²."""
     for kernels in (True, False):
         if not kernels:
             monkeypatch.setattr("lorakit.ops.dropout.kernels_for", lambda *_: None)
         torch.manual_seed(8)
         count = int(40_000 / p)
-        index = torch.cat([zeroed(count, p, "cpu") + i * count for i in range(3)])
+        index = torch.cat([draw_positions(count, p, "cpu") + i * count for i in range(3)])
         gaps = (index.diff() - 1).double()
         assert abs(len(index) - 3 * count * p) < 5 * (3 * count * p * (1 - p)) ** 0.5
         assert abs(gaps.mean() / ((1 - p) / p) - 1) < 0.03
@@ -123,7 +123,7 @@ def test_threads_do_not_change_what_is_dropped() -> None:
         found = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(without(x, record, 0.1))
+            found.append(apply_dropout(x, record, 0.1))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
@@ -139,7 +139,7 @@ def test_dropout_is_its_reference_in_value_and_gradient(dtype: torch.dtype) -> N
     y = dropout(x, 0.3, training=True)
     torch.manual_seed(6)
     keep = torch.ones(35, dtype=dtype)
-    keep[zeroed(35, 0.3, "cpu")] = 0
+    keep[draw_positions(35, 0.3, "cpu")] = 0
     expected = reference(x, 0.3, keep.view(5, 7))
     (grad,) = torch.autograd.grad((y * weights).sum(), base)
     (true,) = torch.autograd.grad((expected * weights).sum(), base)
@@ -164,8 +164,6 @@ def test_dropout_without_training_is_the_input() -> None:
 
 
 def test_a_share_outside_0_to_1_is_refused() -> None:
-    for call in (lambda: zeroed(4, 1.5, "cpu"), lambda: dropout(torch.ones(2), -0.1, training=True)):
-        with pytest.raises(
-            ValueError, match=r"dropout is the share of numbers that become zero, 0 to 1; got (1.5|-0.1)"
-        ):
+    for call in (lambda: draw_positions(4, 1.5, "cpu"), lambda: dropout(torch.ones(2), -0.1, training=True)):
+        with pytest.raises(ValueError, match=r"dropout must be .*; got (1\.5|-0\.1)"):
             call()

@@ -1,4 +1,4 @@
-"""LoRA beside frozen linear modules: the fused function is its reference in value, in every gradient and in every dtype."""
+"""Frozen linear modules with LoRA: the fused function equals its reference in value, every gradient and dtype."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.ops.adapted import Adapted, LowRank, factors
-from lorakit.ops.dropout import zeroed
+from lorakit.ops.dropout import draw_positions
 from lorakit.ops.linear import Group, linears, reference
 
 D = torch.float64
@@ -38,7 +38,7 @@ Counted = Callable[[], AbstractContextManager[Counter[str]]]
 
 
 class _Counting(TorchDispatchMode):
-    """Counts the operations that run, by name."""
+    """Count the operations that run, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,14 +77,14 @@ def made(specs: Sequence[Spec], width: int = 7, dtype: torch.dtype = D, master: 
 
 
 def keeps(x: Tensor, group: Sequence[Adapted]) -> list[Tensor | None]:
-    """What each module's dropout keeps, as the generator stands: they are drawn in the group's order."""
+    """Return the dropout mask of each module from the generator's current state, in the group's order."""
     masks: list[Tensor | None] = []
     for module in group:
         if module.low is None or module.low.p == 0:
             masks.append(None)
         else:
             mask = torch.ones(x.numel())
-            mask[zeroed(x.numel(), module.low.p, "cpu")] = 0
+            mask[draw_positions(x.numel(), module.low.p, "cpu")] = 0
             masks.append(mask.view(x.shape))
     return masks
 
@@ -99,7 +99,7 @@ def gradients(ys: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def both(x: Tensor, group: list[Adapted]) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs and gradients of the fused function, and of the reference, with the same numbers dropped."""
+    """Return outputs and gradients of the fused function and of the reference, with the same dropped elements."""
     inputs = [t for t in (x, *factors(group)) if t is not None and t.requires_grad]
     torch.manual_seed(1)
     ys = list(linears(x, group))
@@ -112,7 +112,7 @@ def both(x: Tensor, group: list[Adapted]) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize("name", GROUPS)
 @pytest.mark.parametrize("shape", [(2, 3, 7), (1, 7), (7,)])
 def test_it_is_the_formula(name: str, shape: tuple[int, ...]) -> None:
-    """Formula (71), in double precision."""
+    """Compute formula (71) in double precision."""
     x = torch.randn(*shape, dtype=D, requires_grad=True)
     fused, plain = both(x, made(GROUPS[name]))
     for a, b in zip(fused, plain, strict=True):
@@ -150,7 +150,7 @@ def test_in_single_precision(specs: list[Spec]) -> None:
 
 @pytest.mark.parametrize("specs", [MIXED, [(33, 16, 0.1, False, True), (20, 8, 0.2, False, False)]])
 def test_in_bf16_it_is_as_near_to_the_truth_as_plain_pytorch(specs: list[Spec]) -> None:
-    """Base in bf16, masters in fp32: the error against double precision, of the same rounded numbers, for every result."""
+    """bf16 base, fp32 factors: the error of every result from double precision, with equally rounded inputs."""
     x = deterministic((5, 13, 65), 1).bfloat16().requires_grad_()
     group = made(specs, 65, torch.bfloat16, torch.float32)
     fused, plain = both(x, group)
@@ -166,7 +166,7 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_plain_pytorch(specs: list[Spec]) 
 
 
 def in_double(group: Sequence[Adapted]) -> list[Adapted]:
-    """The group with the same numbers in double precision."""
+    """Return the group with the same values in double precision."""
     exact = []
     for module in group:
         low = module.low
@@ -222,7 +222,7 @@ def test_an_output_that_is_not_used_costs_nothing_and_gives_no_gradient() -> Non
 
 
 def test_the_forward_takes_one_product_for_all_a(counted: Counted) -> None:
-    """With no dropout: a product for each weight, one with all A, one for each B, added in place."""
+    """Without dropout: one matmul per weight, one with all A, one per B, accumulated in place."""
     group = made(GROUPS["qkv"], dtype=torch.bfloat16, master=torch.float32)
     with counted() as names, torch.no_grad():
         linears(deterministic((4, 7), 1).bfloat16(), group)
@@ -307,7 +307,7 @@ def test_an_owned_input_gives_the_same_numbers() -> None:
                 given = x.clone()
                 again = Group.unpack(*parts.pack()).backward(given, dys, owned=owned)[0]
             assert again is not None
-            assert (again.data_ptr() == given.data_ptr()) == owned  # room that is there is used
+            assert (again.data_ptr() == given.data_ptr()) == owned  # an existing buffer is used
             results.append([*ys, dx, *(g for pair in grads for g in pair if g is not None)])
         for a, b in zip(*results, strict=True):
             assert torch.equal(a, b)  # type: ignore[arg-type]
@@ -366,7 +366,7 @@ def test_it_compiles_as_one_graph(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["qkv", "all drop"])
 def test_a_fresh_adapter_leaves_the_base_to_the_bit(name: str, dtype: torch.dtype) -> None:
-    """With B = 0: what is dropped is dropped for the adapter alone, and adding nothing rounds nothing."""
+    """With B = 0: elements are dropped only for the adapter, and adding zero does not round."""
     group = made(GROUPS[name], 64, dtype, torch.float32)
     x = deterministic((40, 64), 1).to(dtype)
     for module in group:
@@ -377,18 +377,18 @@ def test_a_fresh_adapter_leaves_the_base_to_the_bit(name: str, dtype: torch.dtyp
 
 
 def test_a_dropout_of_one_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"the dropout beside a frozen module is at least 0 and below 1; got 1.0"):
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\); got 1\.0"):
         LowRank(torch.ones(1, 2), torch.ones(3, 1), 1.0, 1.0)
 
 
 def test_weights_that_are_trained_are_refused() -> None:
     group = [Adapted(torch.ones(2, 3, requires_grad=True))]
     with pytest.raises(
-        ValueError, match=r"a weight of shape \(2, 3\) asks for a gradient, .*; freeze it, or run the module"
+        ValueError, match=r"a weight of shape \(2, 3\) requires a gradient, .*; freeze it or call the module"
     ):
         linears(torch.ones(1, 3), group)
     group = [Adapted(torch.ones(2, 3), torch.ones(2, requires_grad=True))]
-    with pytest.raises(ValueError, match=r"a bias of shape \(2,\) asks for a gradient"):
+    with pytest.raises(ValueError, match=r"a bias of shape \(2,\) requires a gradient"):
         linears(torch.ones(1, 3), group)
     with torch.no_grad():
         assert linears(torch.ones(1, 3), group)[0].tolist() == [[4, 4]]

@@ -1,4 +1,4 @@
-"""The fused MLP: as its reference in value and in every gradient, and with no more saved than it says."""
+"""The fused MLP: equal to its reference in value and every gradient, and with no more saved than documented."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_it_is_the_reference(name: str, shape: tuple[int, ...]) -> None:
 
 
 def test_it_is_the_formula() -> None:
-    """Formula (79), written out for a gated MLP with all three adapters."""
+    """Compute formula (79) directly for a gated MLP with all three adapters."""
     form, x = made("llama"), torch.randn(5, WIDTH, dtype=D)
     assert form.norm is not None
     n = x * (x.square().mean(1, keepdim=True) + form.norm.eps) ** -0.5 * form.norm.weight
@@ -159,7 +159,7 @@ def test_what_asks_for_no_gradient_gets_none(name: str, frozen: str) -> None:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-3)])
 @pytest.mark.parametrize("name", FORMS)
 def test_narrow_dtypes(name: str, dtype: torch.dtype, bound: float) -> None:
-    """Value and every gradient: at most 1.5 times as far from float64 as the reference; fp32 masters get fp32."""
+    """Value and every gradient: the error from float64 is at most 1.5 times the reference's; fp32 factors get fp32."""
     torch.manual_seed(0)
     sizes = 48, 80
     form, x = made(name, dtype, torch.float32, sizes=sizes), torch.randn(64, 48).to(dtype).requires_grad_()
@@ -175,7 +175,7 @@ def test_narrow_dtypes(name: str, dtype: torch.dtype, bound: float) -> None:
     found, expected = gradients(fused(x, form), inputs), gradients(reference(x, form), inputs)
     assert [t.dtype for t in found] == [dtype, dtype, *[torch.float32] * (len(inputs) - 1)]
     for one, other, true in zip(found, expected, truth, strict=True):
-        # where an input of ReLU is rounded across 0, a whole number of the gradient comes or goes
+        # if rounding moves an input of ReLU across 0, the gradient jumps
         assert error(one, true) <= 1.5 * error(other, true) + (4 * bound if name == "t5" else bound)
 
 
@@ -193,7 +193,7 @@ def _doubled(part: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "only down"])
 def test_dropout(name: str) -> None:
-    """The same numbers are dropped in the forward and in the backward; each module draws its own, in order."""
+    """Forward and backward drop the same elements; each module draws separately, in order."""
     form, x = made(name, p=0.4), torch.randn(6, WIDTH, dtype=D, requires_grad=True)
     inputs = trained(form, x)
     torch.manual_seed(5)
@@ -212,7 +212,7 @@ def test_dropout(name: str) -> None:
 
 
 def test_the_value_is_that_of_transformers_or_nearer_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's own operations give transformers' bits; a kernel rounds once where those round three times."""
+    """PyTorch's operations reproduce transformers' bits; a kernel rounds once where those round three times."""
     from transformers.models.llama.configuration_llama import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
@@ -230,7 +230,7 @@ def test_the_value_is_that_of_transformers_or_nearer_the_truth(monkeypatch: pyte
 
 @pytest.mark.parametrize(("name", "numbers"), [("llama", 1), ("gpt2", 2), ("without norm", 0), ("phi3", 1)])
 def test_what_is_saved(name: str, numbers: int) -> None:
-    """x itself, its norm's numbers, what gate and up gave, and (tokens, r) of each adapter; weights as they are."""
+    """Saved: x itself, its norm's statistics, outputs of gate and up, and (tokens, r) per adapter; weights unchanged."""
     form = made(name, torch.bfloat16, torch.float32)
     x = torch.randn(5, 6, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     modules = (*form.inner, form.down)
@@ -331,7 +331,7 @@ def test_under_checkpointing_the_same_is_dropped_again(reentrant: bool) -> None:
 
 
 def test_autocast() -> None:
-    """The norm and the residual in fp32, the products in bf16: as near to fp32 as the reference under autocast."""
+    """Norm and residual in fp32, matmuls in bf16: as close to fp32 as the reference under autocast."""
     form = made("llama", torch.float32, torch.float32, sizes=(48, 80))
     x = torch.randn(64, 48, requires_grad=True)
     truth = gradients(reference(x, form), trained(form, x))
@@ -345,7 +345,7 @@ def test_autocast() -> None:
 
 
 def test_autocast_to_the_dtype_that_all_is_in_changes_nothing() -> None:
-    """Not a bit, and no more is kept: norm and residual stay inside of the function."""
+    """Bit-identical, and nothing more is saved: norm and residual stay inside the function."""
     form = made("llama", torch.bfloat16, torch.float32, sizes=(48, 80))
     x = torch.randn(64, 48).bfloat16().requires_grad_()
     runs = []
@@ -366,9 +366,9 @@ def test_a_trained_base_is_refused(part: str) -> None:
     form, x = made("gpt2"), torch.randn(2, WIDTH, dtype=D)
     asked = form.norm.weight if part == "norm" else getattr(form.down, part)  # type: ignore[union-attr]
     asked.requires_grad_()
-    with pytest.raises(ValueError, match="asks for a gradient, and the fused operations make none"):
+    with pytest.raises(ValueError, match="requires a gradient, which the fused operations do not compute"):
         fused(x, form)
-    with pytest.raises(ValueError, match="activation 'mish' has no fused form"):
+    with pytest.raises(ValueError, match="no fused form of activation 'mish'"):
         plain(x, None, form.inner[0], form.down, "mish")
 
 
@@ -385,13 +385,13 @@ def test_dropout_of_the_output_comes_before_the_residual(residual: bool) -> None
     assert 0.1 < 1 - float(kept.double().mean()) < 0.7
     y = reference(x, form._replace(residual=False)) * kept / 0.6
     same(gradients(ours(residual), inputs), gradients(x + y if residual else y, inputs))
-    with pytest.raises(ValueError, match="the dropout of an MLP's output is at least 0 and below 1; it is 1"):
+    with pytest.raises(ValueError, match="output dropout must be in"):
         plain(x, form.norm, form.inner[0], form.down, "gelu_tanh", residual, 1.0)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "only down"])
 def test_dropout_before_down(name: str) -> None:
-    """What it keeps shows where down is the identity; with that, every gradient is the reference's."""
+    """The mask is visible if down is the identity; given it, every gradient equals the reference's."""
     form = made(name)._replace(within=0.4)
     x = torch.randn(40, WIDTH, dtype=D, requires_grad=True)
     bare = form._replace(down=Adapted(torch.eye(INNER, dtype=D)), residual=False)
@@ -402,12 +402,12 @@ def test_dropout_before_down(name: str) -> None:
     inputs = trained(form, x)
     torch.manual_seed(3)
     same(gradients(fused(x, form), inputs), gradients(x + linear.reference(a, [form.down])[0], inputs))
-    with pytest.raises(ValueError, match="the dropout of an MLP's inner numbers is at least 0 and below 1; it is 1"):
+    with pytest.raises(ValueError, match="inner activation dropout must be in"):
         mlp(x, form._replace(within=1.0))
 
 
 def test_two_modules_are_not_fused() -> None:
-    with pytest.raises(ValueError, match="gate and up are fused in one module, and there are 2"):
+    with pytest.raises(ValueError, match="one gate-and-up module; got 2"):
         mlp(torch.randn(2, WIDTH, dtype=D), made("llama")._replace(fused=True))
 
 

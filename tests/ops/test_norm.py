@@ -1,4 +1,4 @@
-"""RMS norm and layer norm with frozen weights: as the formulas say, and rounded as transformers rounds."""
+"""RMS norm and layer norm with frozen weights: equal to the formulas, and rounded as in transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.ops import adapted
-from lorakit.ops.norm import Norm, layer_norm, normalised, reference, rms_norm
+from lorakit.ops.norm import Norm, layer_norm, normalize, reference, rms_norm
 
 D = torch.float64
 WIDTH = 7
@@ -49,7 +49,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 @pytest.mark.parametrize("name", ["rms", "rms from zero", "bare rms"])
 def test_rms_norm_is_the_formula(name: str) -> None:
-    """Formula (76), with the gradient written out."""
+    """Compute formula (76), with an explicit gradient."""
     norm, x = made(name), torch.randn(3, WIDTH, dtype=D, requires_grad=True)
     gain = torch.ones(WIDTH, dtype=D) if norm.weight is None else norm.weight + norm.offset
     y = rms_norm(x, norm.weight, EPS, norm.offset)
@@ -63,7 +63,7 @@ def test_rms_norm_is_the_formula(name: str) -> None:
 
 
 def test_layer_norm_is_the_formula() -> None:
-    """Formula (77), with the gradient written out."""
+    """Compute formula (77), with an explicit gradient."""
     norm, x = made("layer"), torch.randn(3, WIDTH, dtype=D, requires_grad=True)
     y = layer_norm(x, norm.weight, norm.bias, EPS)
     g = torch.randn(3, WIDTH, dtype=D)
@@ -80,23 +80,23 @@ def test_layer_norm_is_the_formula() -> None:
 @pytest.mark.parametrize("shape", [(2, 3, WIDTH), (1, WIDTH), (WIDTH,), (0, WIDTH)])
 def test_it_is_the_reference(name: str, shape: tuple[int, ...]) -> None:
     norm, x = made(name), torch.randn(shape, dtype=D, requires_grad=True)
-    for one, other in zip(both(normalised(x, norm), x), both(reference(x, norm), x), strict=True):
+    for one, other in zip(both(normalize(x, norm), x), both(reference(x, norm), x), strict=True):
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-14)
     if x.numel():
-        assert torch.autograd.gradcheck(lambda t: normalised(t, norm), (x,))
+        assert torch.autograd.gradcheck(lambda t: normalize(t, norm), (x,))
 
 
 @pytest.mark.parametrize("many", [1, 20, 1 << 20])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-3), (torch.float16, 1e-4)])
 @pytest.mark.parametrize("name", NAMES)
 def test_narrow_dtypes(name: str, dtype: torch.dtype, bound: float, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The value is the reference's to the last bit (of fp32: to 1e-6); the gradient is at least as near to float64."""
+    """The value equals the reference bit for bit (in fp32: to 1e-6); the gradient is at least as close to float64."""
     monkeypatch.setattr(adapted, "SLAB", many)
     norm, x = made(name, dtype), torch.randn(33, WIDTH).to(dtype).requires_grad_()
     double = {key: None if (t := getattr(norm, key)) is None else t.double() for key in ("weight", "bias")}
     exact = x.detach().double().requires_grad_()
     truth = both(reference(exact, replace(norm, **double)), exact)
-    found, plain = both(normalised(x, norm), x), both(reference(x, norm), x)
+    found, plain = both(normalize(x, norm), x), both(reference(x, norm), x)
     assert [t.dtype for t in found] == [dtype, dtype]
     assert torch.equal(found[0], plain[0]) or dtype == torch.float32
     for one, other, true in zip(found, plain, truth, strict=True):
@@ -120,12 +120,12 @@ def test_the_values_are_those_of_transformers_to_the_bit() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_halves(name: str) -> None:
-    """`again` gives the bits of `forward`; no half writes to what it was given; statistics are in fp32."""
+    """`recompute` gives the bits of `forward`; inputs are not modified; statistics are in fp32."""
     norm = made(name, torch.bfloat16)
     x, dn = torch.randn(9, WIDTH).bfloat16(), torch.randn(9, WIDTH).bfloat16()
     copies = x.clone(), dn.clone()
     n, stats = norm.forward(x)
-    assert torch.equal(norm.again(x, stats), n)
+    assert torch.equal(norm.recompute(x, stats), n)
     assert all(s.dtype == torch.float32 and s.shape == (9, 1) for s in stats)
     norm.backward(dn, x, stats)
     assert torch.equal(x, copies[0])
@@ -135,7 +135,7 @@ def test_the_halves(name: str) -> None:
 def test_strided_input_and_gradient() -> None:
     norm, wide = made("rms"), torch.randn(4, WIDTH, 6, dtype=D, requires_grad=True)
     x = wide.transpose(1, 2)
-    for one, other in zip(both(normalised(x, norm).mT, wide), both(reference(x, norm).mT, wide), strict=True):
+    for one, other in zip(both(normalize(x, norm).mT, wide), both(reference(x, norm).mT, wide), strict=True):
         assert torch.allclose(one, other, rtol=1e-12, atol=1e-14)
 
 
@@ -144,13 +144,13 @@ def test_what_is_saved(name: str, numbers: int) -> None:
     x = torch.randn(5, 6, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        normalised(x, made(name, torch.bfloat16))
+        normalize(x, made(name, torch.bfloat16))
         assert sum(t.nbytes for t in saved) == 30 * WIDTH * 2 + numbers * 30 * 4
         assert saved[0].data_ptr() == x.data_ptr()
         saved.clear()
         with torch.no_grad():
-            normalised(x, made(name, torch.bfloat16))
-        normalised(x.detach(), made(name, torch.bfloat16))
+            normalize(x, made(name, torch.bfloat16))
+        normalize(x.detach(), made(name, torch.bfloat16))
         assert not saved
 
 
@@ -159,7 +159,7 @@ def test_a_trained_norm_is_refused(name: str) -> None:
     norm = made("layer")
     getattr(norm, name).requires_grad_()
     x: Any = torch.randn(3, WIDTH, dtype=D)
-    with pytest.raises(ValueError, match=rf"the {name} \(7,\) of a norm asks for a gradient, .*; freeze it"):
-        normalised(x, norm)
+    with pytest.raises(ValueError, match=rf"norm\'s {name} \(7,\) requires a gradient, .*; freeze it"):
+        normalize(x, norm)
     with torch.no_grad():
-        normalised(x, norm)
+        normalize(x, norm)

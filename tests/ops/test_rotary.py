@@ -1,4 +1,4 @@
-"""Rotary positions: values and gradients of the fast way against plain PyTorch and transformers."""
+"""Rotary embeddings: values and gradients of the fused method compared with plain PyTorch and transformers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
 
-from lorakit.ops.rotary import Rotary, reference, rotate, turn_back_, turned
+from lorakit.ops.rotary import Rotary, reference, rotate, rotate_back_, rotated
 
 PAIRS = ["half", "interleaved"]
 
 
 def tables(batch: int | None, length: int, rot: int, dtype: torch.dtype = torch.float64, pairs: str = "half") -> Rotary:
-    """The angles of positions that begin elsewhere in each row."""
+    """Return angles of positions that start elsewhere in each row."""
     starts = torch.arange(1 if batch is None else batch).unsqueeze(1) * 3
     angles = (starts + torch.arange(length)).unsqueeze(-1) * 100.0 ** -(torch.arange(rot // 2) * 2 / rot).double()
     full = torch.cat((angles, angles), -1) if pairs == "half" else angles.repeat_interleave(2, -1)
@@ -26,7 +26,9 @@ def tables(batch: int | None, length: int, rot: int, dtype: torch.dtype = torch.
 @pytest.mark.parametrize(("batch", "rot"), [(None, 8), (2, 8), (2, 4), (1, 2)])
 def test_value_and_gradient(pairs: str, batch: int | None, rot: int) -> None:
     rotary = tables(batch, 5, rot, pairs=pairs)
-    if rot == 4:  # a table whose halves differ is still a linear map, and its transpose is the gradient
+    if (
+        rot == 4
+    ):  # a table with unequal halves is still a linear map, and its transpose is the gradient  # prose-check: ok
         rotary = Rotary(torch.randn_like(rotary.cos), torch.randn_like(rotary.sin), rotary.pairs)
     x = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 3, 5, 8, dtype=torch.float64)
@@ -78,8 +80,8 @@ def test_strides_of_a_projection_are_taken_and_nothing_of_x_is_kept() -> None:
 def test_back_in_place_undoes_a_turn_and_leaves_the_gradient_that_came_in() -> None:
     rotary = tables(None, 5, 8)
     x = torch.randn(2, 5, 3, 8, dtype=torch.float64)
-    once = turned(x, rotary)
-    assert turn_back_(once, rotary) is once
+    once = rotated(x, rotary)
+    assert rotate_back_(once, rotary) is once
     torch.testing.assert_close(once, x)
     leaf = torch.randn(1, 3, 5, 8, dtype=torch.float64, requires_grad=True)
     incoming = torch.randn(1, 3, 5, 8, dtype=torch.float64)
@@ -91,11 +93,11 @@ def test_back_in_place_undoes_a_turn_and_leaves_the_gradient_that_came_in() -> N
 @pytest.mark.parametrize(
     ("cos", "sin", "said"),
     [
-        (torch.ones(4, 8), torch.ones(5, 8), r"cos has shape \(4, 8\), not \(5, rot\) or \(2, 5, rot\)"),
-        (torch.ones(3, 5, 8), torch.ones(5, 8), r"cos has shape \(3, 5, 8\)"),
-        (torch.ones(5, 10), torch.ones(5, 10), "cos turns 10 of 8 numbers a head"),
-        (torch.ones(5, 7), torch.ones(5, 7), "cos turns 7 of 8 numbers a head: not even"),
-        (torch.ones(5, 8), torch.ones(5, 6), r"cos \(5, 8\) and sin \(5, 6\) differ"),
+        (torch.ones(4, 8), torch.ones(5, 8), r"cos must have shape \(5, rot\) or \(2, 5, rot\); got \(4, 8\)"),
+        (torch.ones(3, 5, 8), torch.ones(5, 8), r"cos must have shape .*; got \(3, 5, 8\)"),
+        (torch.ones(5, 10), torch.ones(5, 10), "cos: rot must be even and at most the head width 8; got 10"),
+        (torch.ones(5, 7), torch.ones(5, 7), "cos: rot must be even and at most the head width 8; got 7"),
+        (torch.ones(5, 8), torch.ones(5, 6), r"one shape; got cos \(5, 8\) and sin \(5, 6\)"),
         (torch.ones(5, 8), torch.ones(5, 8, requires_grad=True), "sin requires a gradient"),
     ],
 )

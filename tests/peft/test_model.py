@@ -339,7 +339,7 @@ class TestFiles:
 
     def test_a_file_stands_in_the_way(self, two: Any, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with pytest.raises(ConfigError, match="is a file; a folder is needed"):
+        with pytest.raises(ConfigError, match="is a file; a directory is needed"):
             two.save_pretrained(tmp_path / "file")
 
     def test_what_comes_back(self, two: Any, again: Any, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_no_package_is_imported_because_a_file_says_so(tmp_path: Path) -> None:
     config = LoraConfig(target_modules=["0"])
     model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), config)
     model.save_pretrained(tmp_path)
-    with pytest.raises(AdapterFileError, match="does not say its base"):
+    with pytest.raises(AdapterFileError, match="does not name its base"):
         AutoPeftModel.from_pretrained(tmp_path)
     evil = {"base_model_class": "System", "parent_library": "evil.package"}
     config.with_fields(base_model_name_or_path="x", auto_mapping=evil).save_pretrained(tmp_path)

@@ -205,7 +205,7 @@ def test_the_mixin_must_stand_before_the_trainer() -> None:
 
     assert issubclass(Fine, LoraTrainerMixin)
     with pytest.raises(
-        ConfigError, match=r"Wrong: LoraTrainerMixin must stand .* class Wrong\(LoraTrainerMixin, Trainer\)"
+        ConfigError, match=r"Wrong: LoraTrainerMixin must precede .* class Wrong\(LoraTrainerMixin, Trainer\)"
     ):
 
         class Wrong(Trainer, LoraTrainerMixin):

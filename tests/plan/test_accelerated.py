@@ -1,4 +1,4 @@
-"""The derived bytes of accelerated forwards against what autograd saves, counted with saved-tensor hooks."""
+"""The derived bytes of accelerated forwards compared with what autograd saves, counted with saved-tensor hooks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .test_activations import LAYERS, LENGTH, ROWS, _model
 
 
 def _saved_bytes(model: Any, fast: Any, ids: Any) -> int:
-    """Bytes of distinct storages that the graph of the loss holds, without parameters and buffers."""
+    """Return the bytes of distinct storages in the graph of the loss, without parameters and buffers."""
     import torch
 
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -32,7 +32,7 @@ def _saved_bytes(model: Any, fast: Any, ids: Any) -> int:
 
 
 def _both(name: str, targets: Any, job: Job, base_dropout: float = 0.0, **words: Any) -> tuple[int, Any, ModelShape]:
-    """Bytes that an accelerated model saved, what was reckoned, and its shape."""
+    """Return the bytes that an accelerated model saved, the estimate, and its shape."""
     import torch
 
     from lorakit import core, hub
@@ -73,7 +73,7 @@ def test_what_autograd_saves(name: str, targets: Any, dtype: str, lora_dropout: 
     job = Job(ROWS, LENGTH, dtype=dtype, accelerated=True)
     saved, planned, shape = _both(name, targets, job, lora_dropout=lora_dropout)
     assert planned.fused == planned.of_blocks == 2 * LAYERS
-    reckoned = planned.blocks + planned.outside + accelerated.loss_keeps(shape, job)
+    reckoned = planned.blocks + planned.outside + accelerated.loss_bytes(shape, job)
     assert reckoned == pytest.approx(saved, rel=0.005)
 
 
@@ -83,7 +83,7 @@ def test_what_autograd_saves(name: str, targets: Any, dtype: str, lora_dropout: 
 def test_checkpointing_keeps_the_inputs_of_the_layers(name: str, targets: Any, dtype: str, lora_dropout: float) -> None:
     job = Job(ROWS, LENGTH, dtype=dtype, accelerated=True, recompute="layers")
     saved, planned, shape = _both(name, targets, job, lora_dropout=lora_dropout)
-    reckoned = LAYERS * planned.boundary + planned.outside + accelerated.loss_keeps(shape, job)
+    reckoned = LAYERS * planned.boundary + planned.outside + accelerated.loss_bytes(shape, job)
     assert reckoned == pytest.approx(saved, rel=0.005)
     assert planned.largest_block * LAYERS == planned.blocks
 
@@ -94,20 +94,20 @@ def test_checkpointing_keeps_the_inputs_of_the_layers(name: str, targets: Any, d
 def test_what_gate_and_up_gave_is_not_kept(name: str, targets: Any, dtype: str, lora_dropout: float) -> None:
     job = Job(ROWS, LENGTH, dtype=dtype, accelerated=True, recompute="feed-forward")
     saved, planned, shape = _both(name, targets, job, lora_dropout=lora_dropout)
-    reckoned = planned.blocks + planned.outside + accelerated.loss_keeps(shape, job)
+    reckoned = planned.blocks + planned.outside + accelerated.loss_bytes(shape, job)
     assert reckoned == pytest.approx(saved, rel=0.005)
     kept = dataclasses.replace(job, recompute="none")
     more = activations.of_lora(shape, count(shape, LoraConfig(r=4, target_modules=targets)), lora_dropout, kept)
     each = job.dtype_bytes * job.batch_tokens * shape.intermediate * (2 if shape.gated else 1)
     assert more.blocks - planned.blocks == LAYERS * each
-    assert planned.transient - more.transient == each  # for one layer at a time they are there again
+    assert planned.transient - more.transient == each  # one layer at a time recomputes them
 
 
 @pytest.mark.parametrize(
     ("name", "targets", "words", "fused"),
     [
         ("llama", "all-linear", {"use_dora": True}, 0),
-        ("llama", ["q_proj", "v_proj"], {"use_dora": True}, LAYERS),  # the feed-forward alone
+        ("llama", ["q_proj", "v_proj"], {"use_dora": True}, LAYERS),  # only the feed-forward
         ("llama", ["q_proj", "v_proj"], {"use_dora": True, "recompute": "feed-forward"}, LAYERS),
         ("llama", ["gate_proj", "o_proj"], {"use_dora": True}, 0),
         ("gpt2", "all-linear", {"base_dropout": 0.1, "lora_dropout": 0.1}, 2 * LAYERS),
@@ -120,7 +120,7 @@ def test_what_is_not_plain_runs_as_it_is(name: str, targets: Any, words: Any, fu
     words = {name: value for name, value in words.items() if name != "recompute"}
     saved, planned, shape = _both(name, targets, job, **words)
     assert (planned.fused, planned.of_blocks) == (fused, 2 * LAYERS)
-    reckoned = planned.blocks + planned.outside + accelerated.loss_keeps(shape, job)
+    reckoned = planned.blocks + planned.outside + accelerated.loss_bytes(shape, job)
     assert reckoned == pytest.approx(saved, rel=0.03)
 
 
@@ -128,7 +128,7 @@ def test_what_is_not_plain_runs_as_it_is(name: str, targets: Any, words: Any, fu
 def test_a_frozen_factor_keeps_no_output_of_attention(name: str) -> None:
     job = Job(ROWS, LENGTH, dtype="float32", accelerated=True, optimizer="lorafa")
     saved, planned, shape = _both(name, "all-linear", job)
-    assert planned.blocks + planned.outside + accelerated.loss_keeps(shape, job) == pytest.approx(saved, rel=0.01)
+    assert planned.blocks + planned.outside + accelerated.loss_bytes(shape, job) == pytest.approx(saved, rel=0.01)
 
 
 def test_the_operations_cut_where_the_plan_says() -> None:
@@ -157,7 +157,7 @@ def test_long_rows_keep_the_output_and_a_number_a_head() -> None:
         s for s in count(shape, LoraConfig(target_modules=["q_proj"])).sites if s.path.startswith("model.layers.0.")
     ]
     long, short = (
-        accelerated.half(shape, sites, "attention", 0.0, Job(1, length)) / length
+        accelerated.sublayer_bytes(shape, sites, "attention", 0.0, Job(1, length)) / length
         for length in (accelerated.FLASH_FROM, accelerated.FLASH_FROM // 2)
     )
     assert saved[3].shape == q.shape and saved[4].shape == (1, 2, accelerated.FLASH_FROM)
@@ -180,23 +180,23 @@ def test_smollm2_needs_a_third_above_its_weights() -> None:
     needs, plain = _memory("SmolLM2-135M"), _memory("SmolLM2-135M", accelerated=False)
     assert [line.equation for line in needs.lines] == [20, 21, 23, 22, 29, 35, 26]
     assert needs.above_weights_bytes < 0.36 * plain.above_weights_bytes
-    assert "Accelerated forwards (train --no-accelerate turns them off). Rows lie end to end" in needs.notes[1]
-    assert plain.notes[1].startswith("Forwards as transformers has them (train --no-accelerate)")
+    assert "accelerated forwards (disable with train --no-accelerate). Rows are packed" in needs.notes[1]
+    assert plain.notes[1].startswith("Assumes transformers' own forwards (train --no-accelerate)")
 
 
 def test_a_base_that_drops_runs_accelerated() -> None:
     needs = _memory("gpt2")
-    assert "run as they are" not in needs.notes[1]
-    assert "end to end" in needs.notes[1]
+    assert "run unfused" not in needs.notes[1]
+    assert "packed" in needs.notes[1]
     assert [line.equation for line in needs.lines][4:6] == [29, 35]
 
 
-def test_an_architecture_that_was_not_derived_is_reckoned_plain() -> None:
+def test_an_architecture_that_was_not_derived_is_planned_unaccelerated() -> None:
     shape = dataclasses.replace(_shape("SmolLM2-135M"), architecture="StrangeForCausalLM")
     counted = count(shape, LoraConfig(target_modules="all-linear"))
     needs, plain = (memory.of_lora(shape, counted, 0.0, Job(accelerated=fast)) for fast in (True, False))
     assert needs.peak_bytes == plain.peak_bytes
-    assert needs.notes[1].startswith("What accelerated forwards keep was not derived for this architecture")
+    assert needs.notes[1].startswith("The activations of accelerated forwards were not derived")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_an_architecture_that_was_not_derived_is_reckoned_plain() -> None:
 def test_a_head_that_is_trained_makes_logits(words: dict[str, Any], without: bool) -> None:
     shape = _shape("SmolLM2-135M")
     counted = count(shape, LoraConfig(**{"target_modules": ["q_proj"], **words}))
-    assert accelerated.makes_no_logits(shape, counted) is without
+    assert accelerated.skips_logits(shape, counted) is without
 
 
 def test_padding_takes_time_only_without_acceleration() -> None:

@@ -1,4 +1,4 @@
-"""The derived activations against what autograd saves, counted with saved-tensor hooks over lorakit's own layers."""
+"""The derived activations compared with what autograd saves, counted with saved-tensor hooks over lorakit's layers."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def _model(name: str, dropout: float) -> Any:
 
 
 def _saved_bytes(model: Any, ids: Any) -> int:
-    """Bytes of distinct storages that the graph holds, without parameters and buffers."""
+    """Return the bytes of distinct storages in the graph, without parameters and buffers."""
     import torch
 
     plain = (t for t in (*model.parameters(), *model.buffers()) if not hasattr(t, "__tensor_flatten__"))
-    own = {t.untyped_storage().data_ptr() for t in plain}  # a quantiser's own tensor class has no storage
+    own = {t.untyped_storage().data_ptr() for t in plain}  # a quantizer's own tensor class has no storage
     held: dict[int, Any] = {}
 
     def pack(tensor: Any) -> Any:
@@ -120,14 +120,14 @@ def test_a_frozen_factor_keeps_no_input(name: str, targets: Any, dtype: str, lor
     "parameters", [["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj"], ["q_proj.weight"]], ids=str
 )
 def test_experts_and_bare_matrices_are_reckoned_nearly(parameters: list[str], lora_dropout: float, dtype: str) -> None:
-    """No architecture with experts was derived, so the whole is an estimate; what the adapter adds is near."""
+    """No architecture with experts was derived, so the total is an estimate; the adapter's part is close."""
     import torch
     import transformers as hf
 
     from lorakit import core, hub
 
     if lora_dropout and "q_proj.weight" in parameters:
-        return  # nothing of its input can be dropped
+        return  # its input is not subject to dropout
     sizes = {"hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 300, "intermediate_size": 160, "head_dim": 16}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "experts_implementation": "eager"}
     saved, planned = [], []
@@ -143,7 +143,7 @@ def test_experts_and_bare_matrices_are_reckoned_nearly(parameters: list[str], lo
         planned.append(found.blocks + found.outside + logits_bytes(shape, job) // 3)
     assert not found.is_known
     assert planned[1] == pytest.approx(saved[1], rel=0.2)
-    first = 4 if "q_proj.weight" in parameters else 10**9  # of 4 layers, the first has no ∂L/∂x, and keeps no W
+    first = 4 if "q_proj.weight" in parameters else 10**9  # of 4 layers, the first has no ∂L/∂x and saves no W
     assert planned[1] - planned[0] == pytest.approx((saved[1] - saved[0]) * first / (first - 1), rel=0.2)
 
 

@@ -1,4 +1,4 @@
-"""Every entry against the class of transformers that it stands for, built on the meta device."""
+"""Every entry compared with its transformers class, built on the meta device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _config(shape: ModelShape) -> Any:
     if shape.architecture == "BertModel":
         return transformers.BertConfig(**common)
     family = shape.architecture.removesuffix("ForCausalLM")
-    if family != "Qwen2":  # whose head_dim is hidden / heads always
+    if family != "Qwen2":  # its head_dim is always hidden / heads
         common["head_dim"] = shape.head_dim
     config_class = getattr(transformers, f"{family}Config")
     return config_class(**common, num_key_value_heads=shape.kv_heads, tie_word_embeddings=shape.tied)
@@ -41,7 +41,7 @@ def _on_meta(shape: ModelShape) -> Any:
 
 
 def _found(model: Any) -> tuple[list[tuple[Any, ...]], dict[str, tuple[int, int]]]:
-    """Sites in order as (path, kind, out, in, bias, tied to), and the other owners of parameters."""
+    """Return sites in order as (path, kind, out, in, bias, tied to), and the other owners of parameters."""
     import torch
 
     owner: dict[int, str] = {}

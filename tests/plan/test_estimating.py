@@ -44,13 +44,13 @@ def test_a_rate_of_flops_gives_the_times_with_its_share() -> None:
 def test_an_accelerated_run_is_reckoned_by_its_products_and_what_passes_beside_them() -> None:
     job, speed = Job(4, 256, accelerated=True), Speed(flops_per_second=1e11, threads=2)
     plan = _plan(job, speed)
-    beside = flops.numbers(_gpt2(), job) * flops.SECONDS_PER_NUMBER / 2
-    products = plan.lora.flops.total / (1e11 * flops.OF_BARE_PRODUCTS)
+    beside = flops.elements(_gpt2(), job) * flops.SECONDS_PER_ELEMENT / 2
+    products = plan.lora.flops.total / (1e11 * flops.MATMUL_UTILIZATION)
     assert plan.lora.step_seconds == pytest.approx(1024 * (products + beside))
-    assert plan.full.step_seconds == pytest.approx(1024 * plan.full.flops.total / 4e10)  # nothing accelerates it
+    assert plan.full.step_seconds == pytest.approx(1024 * plan.full.flops.total / 4e10)  # never accelerated
     assert any("plus the time of norms" in note for note in plan.notes)
     faster = _plan(job, Speed(flops_per_second=1e13, threads=2)).lora.step_seconds
-    assert faster == pytest.approx(1024 * (products / 100 + beside))  # which fast products do not shrink
+    assert faster == pytest.approx(1024 * (products / 100 + beside))  # not reduced by fast matmuls
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_an_accelerated_run_is_reckoned_by_its_products_and_what_passes_beside_t
     [
         ({}, Job(), Speed(flops_per_second=1e11, threads=2)),  # transformers' own forwards
         ({}, Job(accelerated=True), Speed(flops_per_second=1e11)),  # another device
-        ({"use_dora": True}, Job(accelerated=True), Speed(flops_per_second=1e11, threads=2)),  # halves as they are
+        ({"use_dora": True}, Job(accelerated=True), Speed(flops_per_second=1e11, threads=2)),  # unfused sublayers
         ({}, Job(accelerated=True, quantization="nf4"), Speed(flops_per_second=1e11, threads=2)),
     ],
 )

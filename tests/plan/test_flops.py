@@ -1,4 +1,4 @@
-"""FLOPs against torch's own counter on a small model."""
+"""FLOPs compared with torch's own counter on a small model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorakit.plan import Job, catalogue, count, flops
 def test_the_products_of_gpt2_are_twice_its_matrices() -> None:
     shape = catalogue.published("gpt2")
     assert shape is not None
-    assert flops.products(shape) == 2 * (12 * 12 * 768 * 768 + 50_257 * 768)
+    assert flops.matmuls(shape) == 2 * (12 * 12 * 768 * 768 + 50_257 * 768)
 
 
 def test_attention_counts_the_keys_a_query_meets() -> None:
@@ -64,7 +64,7 @@ def test_forward_and_backward_are_what_torch_counts(targets: Any, tiny_llama: An
     planned = flops.lora(shape, count(shape, config), job)
     outside_attention = 32 * flops.attention(shape, 16)  # the counter does not know the CPU's fused attention
     assert forward.get_total_flops() == pytest.approx(32 * planned.forward - outside_attention)
-    # the input of the first block needs no gradient, which the plan does not deduct
+    # the input of the first block needs no gradient, which the plan does not subtract
     missed = (
         32
         * 2

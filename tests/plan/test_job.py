@@ -39,5 +39,5 @@ def test_a_given_rate_of_tokens_wins() -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"tokens_per_second": 0}, {"flops_per_second": -1.0}])
 def test_a_speed_is_above_zero(fields: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="a speed must be above 0"):
+    with pytest.raises(ConfigError, match="speed must be above 0"):
         Speed(**fields)

@@ -55,7 +55,7 @@ def test_without_a_head_the_peak_is_where_the_backward_enters_the_last_block() -
 
 def test_checkpointing_without_a_head_peaks_where_gradients_are_whole() -> None:
     needs = _lora("bert-base", Job(4, 128, dtype="float32", recompute="layers"))
-    assert needs.peak_moment.endswith("block is computed anew")
+    assert needs.peak_moment.endswith("block is recomputed")
 
 
 def test_gradients_of_earlier_batches_are_held_under_accumulation() -> None:
@@ -73,8 +73,8 @@ def test_full_fine_tuning_takes_sixteen_bytes_a_number() -> None:
 def test_an_unknown_architecture_is_said_to_be_an_estimate() -> None:
     shape = dataclasses.replace(_shape("SmolLM2-135M"), architecture="StrangeForCausalLM")
     needs = memory.of_lora(shape, count(shape, LoraConfig(target_modules="all-linear")), 0.0, Job())
-    assert "StrangeForCausalLM is not an architecture whose activations were derived" in needs.notes[0]
-    assert "take them as an estimate" in needs.notes[0]
+    assert "activations of StrangeForCausalLM were not derived" in needs.notes[0]
+    assert "they are estimated" in needs.notes[0]
 
 
 def test_above_the_weights() -> None:

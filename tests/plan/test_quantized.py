@@ -1,4 +1,4 @@
-"""What a base in fewer bits takes: the table's words, the bytes of weights, and what its products keep."""
+"""Quantized bases: the table's names, the bytes of weights, and what their matmuls save."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorakit.config import LoraConfig
 from lorakit.errors import ConfigError
 from lorakit.plan import Job, activations, catalogue, count, estimate
 from lorakit.plan.memory import logits_bytes
-from lorakit.plan.quantized import STORAGES, Quantization, quantised_sites, storage_named, stored, stored_as
+from lorakit.plan.quantized import STORAGES, Quantization, quantized_sites, storage_named, stored, stored_as
 from lorakit.train.settings import Stored
 
 CONFIG = LoraConfig(r=16, target_modules="all-linear")
@@ -31,9 +31,12 @@ def test_the_words_are_those_of_the_settings() -> None:
         Job(quantization="q")
 
 
-def test_double_quantisation_is_of_the_storages_that_have_it() -> None:
+def test_double_quantization_is_of_the_storages_that_have_it() -> None:
     assert Quantization("nf4").double and not Quantization("int8").double and not Quantization("fp4", False).double
-    assert Quantization("nf4").words() == "nf4 with double quantisation" and Quantization("hqq4").words() == "hqq4"
+    assert (
+        Quantization("nf4").description() == "nf4 with double quantization"
+        and Quantization("hqq4").description() == "hqq4"
+    )
     assert stored_as(None) is None and stored_as("nf4", False) == Quantization("nf4", False)
 
 
@@ -59,14 +62,14 @@ def test_bytes_of_a_base() -> None:
     assert line.size_bytes == 2 * 28_346_688 + 54_998_520 and line.equation == 28
     plain = estimate(shape_of("SmolLM2-135M"), CONFIG, Job(4, 256))
     assert planned.lora.memory.peak_bytes < plain.lora.memory.peak_bytes - 150_000_000
-    assert planned.full.memory.peak_bytes == plain.full.memory.peak_bytes  # full fine-tuning has no quantised base
-    assert "every product multiplies its weight out first" in " ".join(planned.notes)
+    assert planned.full.memory.peak_bytes == plain.full.memory.peak_bytes  # full fine-tuning has no quantized base
+    assert "every matmul dequantizes its weight first" in " ".join(planned.notes)
 
 
 def test_head_and_embedding_stay_as_they_are() -> None:
-    paths = {site.path for site in quantised_sites(shape_of("gpt2"), storage_named("nf4"))}
+    paths = {site.path for site in quantized_sites(shape_of("gpt2"), storage_named("nf4"))}
     assert len(paths) == 48 and not any("wte" in path or "lm_head" in path for path in paths)
-    with pytest.raises(ConfigError, match="takes Linear modules, and this GPT2LMHeadModel has none"):
+    with pytest.raises(ConfigError, match="supports Linear modules, and this GPT2LMHeadModel has none"):
         stored(shape_of("gpt2"), "hqq4", 2, False)
 
 
@@ -85,7 +88,7 @@ def test_what_the_products_keep(name: str, lora_dropout: float, targets: Any) ->
         pytest.skip("not installed")
     model = _model("llama", 0.0)
     shape = hub.shape_of_module(model, "small", "here")
-    for site in quantised_sites(shape, storage_named(name)):
+    for site in quantized_sites(shape, storage_named(name)):
         model.set_submodule(site.path, quantised_linear(model.get_submodule(site.path), Quantization(name)))
     config = LoraConfig(r=4, target_modules=targets, lora_dropout=lora_dropout)
     core.attach(model, config)

@@ -15,7 +15,7 @@ def _reasons(name: str = "gpt2", **fields: Any) -> str:
 
 def test_the_c_proj_case_is_said_in_words() -> None:
     told = _reasons(target_modules=["c_attn", "c_proj"], lora_dropout=0.05)
-    assert "'c_proj' names 2 different modules, in the attention and in the MLP" in told
+    assert "'c_proj' matches 2 different modules, in the attention and in the MLP" in told
     assert "attn.c_proj (768→768, 12 × Conv1D), 12,288 each and mlp.c_proj (3,072→768, 12 × Conv1D), 30,720" in told
     assert "12 × (24,576 + 12,288 + 30,720) = 811,008" in told
     assert 'Dropout has no parameters, and bias "none" adds none.' in told
@@ -23,21 +23,21 @@ def test_the_c_proj_case_is_said_in_words() -> None:
 
 def test_one_name_one_module() -> None:
     told = _reasons(target_modules=["c_attn"])
-    assert "'c_attn' names c_attn (768→2,304, 12 × Conv1D), 24,576 each." in told
+    assert "'c_attn' matches c_attn (768→2,304, 12 × Conv1D), 24,576 each." in told
     assert "different modules" not in told
 
 
 def test_all_linear_lists_what_it_takes() -> None:
     told = _reasons("SmolLM2-135M", target_modules="all-linear")
-    assert "takes every dense layer but the output head" in told
+    assert "matches every dense layer except the output head" in told
     assert told.count("30 × Linear") == 7
 
 
-def test_what_is_trained_beside_the_factors_is_said() -> None:
+def test_parameters_besides_the_factors_are_listed() -> None:
     told = _reasons(target_modules=["c_attn"], bias="all", modules_to_save=["wpe"], use_dora=True)
-    assert "transformer.wpe is copied and trained whole: 786,432." in told
-    assert "bias 'all' trains 102,144 numbers" in told
-    assert "DoRA adds a magnitude for each output of a site: 27,648 in all." in told
+    assert "transformer.wpe is a saved module with 786,432 parameters" in told
+    assert "bias='all' trains 102,144 biases" in told
+    assert "DoRA adds a magnitude per output of a site: 27,648 in total." in told
     assert "adds none" not in told
 
 

@@ -1,6 +1,6 @@
-"""Small models with random weights of the architectures that transformers registers, from their default configs.
+"""Small models with random weights of the architectures registered in transformers, from their default configs.
 
-Sizes are replaced by name, so a new architecture is covered without an entry here, or is skipped with its error.
+Sizes are replaced by field name, so a new architecture is covered without an entry here, or is skipped with its error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REGISTRIES = (
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
 )
 LARGEST = 14_000_000
-"""Parameters of the largest model that is built."""
+"""Maximum parameters of a model."""
 
 SIZES: dict[int, tuple[str, ...]] = {
     1: ("n_group", "topk_group", "n_shared_experts", "mamba_n_groups", "n_groups", "eos_token_id"),
@@ -68,7 +68,7 @@ OTHERS: tuple[dict[str, int], ...] = (
 
 
 def architectures() -> Iterator[tuple[str, str]]:
-    """Type of config and name of class of every registered language model."""
+    """Return the config type and class name of every registered language model."""
     for registry in REGISTRIES:
         for kind, names in getattr(modeling_auto, registry).items():
             for name in (names,) if isinstance(names, str) else names:
@@ -76,7 +76,7 @@ def architectures() -> Iterator[tuple[str, str]]:
 
 
 def small(kind: str, name: str) -> Any:
-    """A small model of an architecture, frozen, in eval mode; it raises what the last attempt raised."""
+    """Return a small model of an architecture, frozen, in eval mode; raises the error of the last attempt."""
     failed: Exception | None = None
     for change in OTHERS:
         try:
@@ -91,7 +91,7 @@ def small(kind: str, name: str) -> Any:
 
 
 def inputs(model: Any, tokens: int, rows: int = 2) -> dict[str, Any]:
-    """Token ids (rows, tokens) as the arguments of a call without a cache."""
+    """Return token ids (rows, tokens) as the arguments of a call without a cache."""
     ids = torch.randint(3, 57, (rows, tokens), generator=torch.Generator().manual_seed(tokens))
     given = {"input_ids": ids}
     if model.config.is_encoder_decoder:
@@ -123,7 +123,7 @@ def _smaller(settings: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
             made[key] = [kinds[place % len(kinds)] for place in range(max(2, len(kinds)))]
             made["num_hidden_layers"] = len(made[key])
         elif key == "head_dim" and "qk_rope_head_dim" in settings:
-            continue  # it follows from the others
+            continue  # derived from the others
         elif key in sizes and key not in made and (value is not None or key == "head_dim"):
             made[key] = sizes[key]
         elif key.endswith("_token_id") and isinstance(value, int) and value > 60:

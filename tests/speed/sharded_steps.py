@@ -1,7 +1,7 @@
-"""A program for one of two processes: three steps of a tiny model, plain or accelerated, under DDP or FSDP2 over gloo.
+"""Run three steps of a tiny model in one of two processes, plain or accelerated, under DDP or FSDP2 over gloo.
 
-Arguments: rank, file to meet at, way ("ddp", "fsdp by layer", "fsdp whole", "fsdp head"), fast (0 or 1), file for losses
-and gradients.
+Arguments: rank, rendezvous file, method ("ddp", "fsdp by layer", "fsdp whole", "fsdp head"), fast (0 or 1), file for
+losses and gradients.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(rank: int, meeting: str, way: str, fast: bool, result: str) -> None:
     if way == "ddp":
         model = DistributedDataParallel(model)
     else:
-        if way == "fsdp head":  # and a part of a layer, which the layer's recipe may not pass over
+        if way == "fsdp head":  # and a part of a layer, which the layer's fused forward must not bypass
             fully_shard(model.lm_head)
             fully_shard(model.model.layers[0].mlp.up_proj)
         for layer in model.model.layers if way != "fsdp whole" else ():

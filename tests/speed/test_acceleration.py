@@ -1,4 +1,4 @@
-"""`accelerate`: the same numbers through faster forwards, which parts get them, and back again to the very module."""
+"""`accelerate`: equal results from fused forwards, which modules are replaced, and exact restoration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorakit import LoraConfig, core
 from lorakit.errors import ModelError
-from lorakit.speed import Acceleration, accelerate, acceleration, end_to_end
+from lorakit.speed import Acceleration, accelerate, acceleration, pack_rows
 
 from ..laws.snapshots import bits, snapshot
 from ..small_models import bert, gemma2, gpt2, llama, mistral, mixtral, neox, olmo2, opt, phi3, qwen2, qwen3, t5
@@ -42,11 +42,11 @@ DROPPING = ("gpt2_dropping", "phi3_dropping", "opt_dropping")
 
 
 def adapted(name: str, dtype: torch.dtype = torch.float32, **words: Any) -> Any:
-    """A model with one adapter whose B is not zero, in training mode."""
+    """Return a model with one adapter whose B is not zero, in training mode."""
     torch.manual_seed(0)
     model = (MODELS.get(name) or globals()[name])().to(dtype)
     if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # a forward that fills a cache is none that a recipe is for
+        model.config.use_cache = False  # fused forwards do not support a forward that fills a cache
     core.attach(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **words), seed=1)
     return model.train()
 
@@ -57,7 +57,7 @@ def given(model: Any) -> dict[str, Tensor]:
 
 
 def step(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients of one batch."""
+    """Return loss and gradients of one batch."""
     model.zero_grad()
     loss = model(**given(model)).loss
     loss.backward()
@@ -80,7 +80,7 @@ def test_the_same_loss_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch)
     model = adapted(name)
     theirs = step(model)
     acceleration = accelerate(model)
-    if "attention" in recipes(acceleration):  # then no attention of the model's own runs in the step
+    if "attention" in recipes(acceleration):  # the step then runs no attention of the model's own
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
     close(step(model), theirs, 2e-5)
     assert ("decoder layer" in recipes(acceleration)) == (name in WHOLE_LAYERS), str(acceleration)
@@ -88,13 +88,13 @@ def test_the_same_loss_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_rows_of_an_attention_that_drops_lie_end_to_end_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its weights are dropped within each sequence; no map of all tokens × all tokens is made."""
+    """Attention dropout is applied within each sequence; no map of all tokens × all tokens is created."""
     model = adapted("gpt2_dropping")
     acceleration = accelerate(model)
     assert acceleration.packs and acceleration.head is not None
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
     ids = given(model)["input_ids"]
-    inputs, labels = end_to_end(ids, torch.ones_like(ids), ids)
+    inputs, labels = pack_rows(ids, torch.ones_like(ids), ids)
     losses = torch.stack(
         [acceleration.head.loss_sum(model, labels, **inputs, use_cache=False).detach() / 27 for _ in range(40)]
     )
@@ -131,17 +131,17 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_the_model_itself(name: str) -> No
     def error(found: tuple[Tensor, dict[str, Tensor]]) -> float:
         return sum(float((found[1][k].double() - g).norm() / g.norm()) for k, g in truth[1].items()) / len(truth[1])
 
-    assert error(ours) <= 1.4 * error(theirs)  # one linear by itself rounds A, B and A·x to bf16; the model does not
+    assert error(ours) <= 1.4 * error(theirs)  # a single linear rounds A, B and A·x to bf16; the model does not
     assert abs(float(ours[0]) - float(truth[0])) <= 1.5 * abs(float(theirs[0]) - float(truth[0])) + 2e-3
 
 
 @pytest.mark.parametrize("name", DROPPING)
 def test_dropout_of_the_base_has_the_same_law(name: str) -> None:
-    """Mean and spread of the loss over draws, without adapters' own dropout and with it; and in eval no draw at all."""
+    """Mean and spread of the loss over draws, with and without dropout of the adapters; in eval mode nothing is drawn."""
     model = adapted(name, lora_dropout=0.2)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(2)  # so that what is dropped shows in the loss
+            parameter.mul_(2)  # so that dropout affects the loss
 
     def losses() -> Tensor:
         with torch.no_grad():
@@ -155,7 +155,7 @@ def test_dropout_of_the_base_has_the_same_law(name: str) -> None:
     torch.testing.assert_close(model.eval()(**given(model)).loss, quiet, rtol=1e-5, atol=1e-5)
     error = (theirs.var() / 200 + ours.var() / 200) ** 0.5
     assert abs(ours.mean() - theirs.mean()) < 4.5 * error, (ours.mean(), theirs.mean(), quiet)
-    assert abs(theirs.mean() - quiet) > 6 * error  # the draws do something
+    assert abs(theirs.mean() - quiet) > 6 * error  # dropout has an effect
     assert 0.7 < ours.std() / theirs.std() < 1.4
     assert recipes(acceleration) >= {"attention"}
 
@@ -269,7 +269,7 @@ def test_a_recomputation_has_its_forwards_adapter(reentrant: bool, name: str) ->
     model.zero_grad()
     with core.use(model, name):
         loss = model(**given(model), use_cache=False).loss
-    loss.backward()  # behind the block
+    loss.backward()  # after the block
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     close((loss.detach(), found), theirs, 2e-5)
 
@@ -282,7 +282,7 @@ def test_rows_end_to_end_are_the_rows_alone(name: str) -> None:
     mask = torch.ones_like(ids)
     mask[0, 6:] = mask[2, 3:] = 0
     labels = ids.masked_fill(mask == 0, -100)
-    inputs, wanted = end_to_end(ids, mask, labels)
+    inputs, wanted = pack_rows(ids, mask, labels)
     assert inputs["input_ids"].shape == (1, int(mask.sum()))
 
     def gradients(loss: Tensor) -> dict[str, Tensor]:
@@ -372,7 +372,7 @@ def test_a_model_that_takes_no_tokens_is_left_and_said() -> None:
 def test_the_report_says_what_got_what() -> None:
     said = str(accelerate(adapted("mixtral")))
     assert "2 × MixtralDecoderLayer: decoder layer" in said
-    assert "2 × MixtralSparseMoeBlock: as it is" in said or "MixtralSparseMoeBlock" not in said
+    assert "2 × MixtralSparseMoeBlock: unchanged" in said or "MixtralSparseMoeBlock" not in said
     assert "1 × Linear: loss without logits" in said
     assert "loss: from logits" in str(accelerate(adapted("t5")))
 
@@ -382,7 +382,7 @@ def test_the_heads_soft_cap_is_honoured(cap: float | None) -> None:
     torch.manual_seed(0)
     model = gemma2(final_logit_softcapping=cap)
     with torch.no_grad():
-        model.lm_head.weight.mul_(40)  # logits that the cap bounds
+        model.lm_head.weight.mul_(40)  # logits affected by the cap
     core.attach(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False), seed=1)
     theirs = step(model.train())
     acceleration = accelerate(model)
@@ -398,7 +398,7 @@ def test_the_heads_soft_cap_is_honoured(cap: float | None) -> None:
 def test_a_second_time_is_refused_and_changes_nothing() -> None:
     model = adapted("llama")
     modules, acceleration = dict(model.named_modules()), accelerate(model)
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM is accelerated already\. Call undo\(\)"):
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM is already accelerated; call undo\(\)"):
         accelerate(model)
     acceleration.undo()
     assert all(module is modules[path] for path, module in model.named_modules())
@@ -406,7 +406,7 @@ def test_a_second_time_is_refused_and_changes_nothing() -> None:
 
 
 def test_boundaries_are_read_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device each reading would wait for all that was asked of it before; and what changes is read anew."""
+    """On a device each read would synchronize; and what changes is read again."""
     from lorakit.speed.attention import lengths_of
 
     boundaries, read = torch.tensor([0, 3, 7], dtype=torch.int32), []
@@ -421,11 +421,11 @@ def test_boundaries_are_read_once_for_all_layers(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_model_is_restored_once_and_not_for_each_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the time would grow with layers squared times adapters."""
+    """Otherwise the time would grow with the square of layers times adapters."""
     model: Any = llama(num_hidden_layers=6).train()
     for number in range(4):
         core.attach(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"), f"a{number}")
-    walked, at_rest = list[torch.nn.Module](), acceleration.at_rest
-    monkeypatch.setattr(acceleration, "at_rest", lambda one: walked.append(one) or at_rest(one))
+    walked, eval_mode = list[torch.nn.Module](), acceleration.eval_mode
+    monkeypatch.setattr(acceleration, "eval_mode", lambda one: walked.append(one) or eval_mode(one))
     assert len(accelerate(model).swaps) > 12
-    assert walked == [model, model]  # the plain model, and the one with all stand-ins
+    assert walked == [model, model]  # the plain model, and the one with all replacements

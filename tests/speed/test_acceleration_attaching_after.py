@@ -1,4 +1,4 @@
-"""Adapters that come to a model after it was accelerated, and go, in any order: as on the plain model."""
+"""Adapters attached to a model after it was accelerated, and detached, in any order: as on the plain model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 import lorakit.peft
 from lorakit import LoraConfig, core
 from lorakit.speed import Acceleration, accelerate
-from lorakit.speed.patching import is_stand_in
+from lorakit.speed.patching import is_replacement
 
 from .test_acceleration import MODELS
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft calls it
 
 NAMES = ("llama", "qwen3", "gemma2", "gpt2", "neox", "opt", "bert", "t5")
 IDS = torch.randint(2, 61, (2, 10), generator=torch.Generator().manual_seed(5))
-LABELS = IDS.masked_fill(torch.arange(10) < 7, -100)  # so few that the last layer may run on their rows alone
+LABELS = IDS.masked_fill(torch.arange(10) < 7, -100)  # few enough that the last layer may run on their rows only
 SETTINGS: dict[str, dict[str, Any]] = {
     "linear": {"target_modules": "all-linear"},
     "head": {"target_modules": ["q_proj", "lm_head"]},
@@ -61,7 +61,7 @@ WAYS: dict[str, Callable[..., Any]] = {"ours": ours, "lorakit.peft": as_peft, "p
 
 
 def moved(model: Any) -> Any:
-    """Give every copy of a module other numbers than its original's."""
+    """Give every copy of a module weights that differ from the original's."""
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -71,7 +71,7 @@ def moved(model: Any) -> Any:
 
 
 def results(model: Any) -> dict[str, Tensor]:
-    """Loss and gradients in training mode, logits in eval mode."""
+    """Return loss and gradients in training mode, logits in eval mode."""
     model.zero_grad()
     trained = model.train()(input_ids=IDS, labels=LABELS)
     trained.loss.backward()
@@ -93,8 +93,8 @@ def check(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def stand_ins(model: nn.Module) -> list[str]:
-    """Paths of stand-ins anywhere in a model, also at a second place of a module."""
-    return [path for path, module in model.named_modules(remove_duplicate=False) if is_stand_in(module)]
+    """Return the paths of all replacements in a model, including second paths of a module."""
+    return [path for path, module in model.named_modules(remove_duplicate=False) if is_replacement(module)]
 
 
 def check_undone(acceleration: Acceleration, model: nn.Module, originals: dict[str, nn.Module]) -> None:
@@ -121,9 +121,7 @@ def test_adapters_on_an_accelerated_model(name: str, way: str, logits: bool) -> 
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    "name", [name for name in NAMES if name not in ("gemma2", "t5")]
-)  # which do not use sdpa alone
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("gemma2", "t5")])  # not limited to sdpa
 def test_an_accelerated_model_with_adapters_is_still_fused(
     name: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

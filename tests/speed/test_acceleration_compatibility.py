@@ -1,4 +1,4 @@
-"""An accelerated model under autocast, inference mode and compilers, and what may be done to it afterwards."""
+"""An accelerated model under autocast, inference mode and compilers, and allowed changes afterwards."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_under_autocast_it_is_as_near_to_the_truth_as_the_model_itself(name: str
         theirs = step(model)
         accelerate(model)
         ours = step(model)
-    assert error(theirs) > 1e-3  # bf16 is at work
+    assert error(theirs) > 1e-3  # bf16 is in use
     assert error(ours) <= 1.4 * error(theirs)
     assert {key: g.dtype for key, g in ours[1].items()} == {key: g.dtype for key, g in theirs[1].items()}
 
@@ -47,7 +47,9 @@ def test_under_autocast_the_recipes_run(monkeypatch: pytest.MonkeyPatch) -> None
     model = adapted("llama")
     accelerate(model)
     with torch.autocast("cpu", torch.bfloat16):
-        monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", None)  # would be called by the model's own
+        monkeypatch.setattr(
+            nn.functional, "scaled_dot_product_attention", None
+        )  # would be called by the model's own forward
         step(model)
 
 
@@ -67,14 +69,14 @@ def test_inference_mode() -> None:
         accelerate(model)
         ours = model(input_ids=ids).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    step(model.train())  # nothing of inference mode is left in the model
+    step(model.train())  # no inference tensors remain in the model
 
 
 # ---- compilers
 
 
 def graphs(fast: bool) -> tuple[list[Tensor], int]:
-    """Logits under two adapters, and how many graphs were made."""
+    """Return logits with two adapters, and how many graphs were compiled."""
     torch._dynamo.reset()
     model = adapted("llama").eval()
     core.attach(model, lora(), "b", seed=5)
@@ -128,7 +130,7 @@ def test_inductor() -> None:
     torch._dynamo.reset()
 
 
-# ---- what is done to the model afterwards
+# ---- changes to the model afterwards
 
 
 def attached(model: Any, _: Path) -> Any:
@@ -178,7 +180,7 @@ def test_what_is_done_afterwards_is_as_without(change: str, held: bool, tmp_path
         ids = given(model)["input_ids"]
         acceleration = accelerate(model) if fast else None
         if not held:
-            del acceleration  # what stood there before the stand-ins goes
+            del acceleration  # removes the originals
         model = CHANGES[change](model, tmp_path)
         found.append((model(input_ids=ids).logits, {n: p.requires_grad for n, p in model.named_parameters()}))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)

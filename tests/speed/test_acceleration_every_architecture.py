@@ -1,5 +1,5 @@
-"""`accelerate` on every architecture that transformers builds small: it never raises, changes nothing that it does not
-undo, and gives the outputs and gradients of the plain model.
+"""`accelerate` on every architecture that transformers can build small: it never raises, changes nothing that it does
+not undo, and gives the outputs and gradients of the plain model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakit.speed import accelerate
-from lorakit.speed.patching import is_stand_in
+from lorakit.speed.patching import is_replacement
 
 from .architectures import architectures, inputs, small
 
@@ -19,14 +19,14 @@ NAMED = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "moshi", "squeezebert
 """Architectures on which a probe raises, or a forward with labels."""
 
 LEAST_BUILT, LEAST_FAST = 200, 150
-"""Models that are built, and models of which some part runs a fast forward: fewer mean that nothing is tested."""
+"""Minimum number of models built, and of models with some fused forward: fewer would mean that nothing is tested."""
 
 LENGTHS = (1, 9, 24)
 BOUND = 2e-4
 
 
 def held(model: Any) -> dict[str, Any]:
-    """What `undo` has to put back, by identity where it is an object."""
+    """Return what `undo` must restore, by identity for objects."""
     modules = list(model.named_modules())
     return {
         "modules": [(path, id(module)) for path, module in modules],
@@ -40,7 +40,7 @@ def held(model: Any) -> dict[str, Any]:
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Names of what differs."""
+    """Return the names of what differs."""
 
     def same(one: Any, other: Any) -> bool:
         if isinstance(one, Tensor):
@@ -53,7 +53,7 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def answer(model: Any, tokens: int) -> tuple[Tensor, Tensor]:
-    """Logits, or another first tensor of the output, and the gradient of the input embeddings."""
+    """Return logits, or another first tensor of the output, and the gradient of the input embeddings."""
     weight = model.get_input_embeddings().weight.requires_grad_(True)
     weight.grad = None
     output = model(**inputs(model, tokens))
@@ -64,18 +64,18 @@ def answer(model: Any, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def answers(model: Any) -> list[Tensor]:
-    """Answers at those lengths that the model takes."""
+    """Return the outputs at those lengths that the model supports."""
     found = []
     for tokens in LENGTHS:
         try:
             found += answer(model, tokens)
-        except (RuntimeError, ValueError, IndexError):  # a model may have no such length
+        except (RuntimeError, ValueError, IndexError):  # the model may not support this length
             found += [torch.zeros(0), torch.zeros(0)]
     return found
 
 
 def checked(model: Any, logits: bool) -> tuple[int, list[str]]:
-    """Number of modules with a fast forward, and all that is wrong."""
+    """Return the number of modules with a fused forward, and everything that is wrong."""
     before = held(model)
     acceleration = accelerate(model, logits=logits)
     found = len(acceleration.swaps)
@@ -84,7 +84,7 @@ def checked(model: Any, logits: bool) -> tuple[int, list[str]]:
     acceleration = accelerate(model, logits=logits)
     ours = answers(model)
     acceleration.undo()
-    wrong += [f"undo: {path} stands in" for path, module in model.named_modules() if is_stand_in(module)]
+    wrong += [f"undo: {path} stands in" for path, module in model.named_modules() if is_replacement(module)]
     for place, (one, wanted) in enumerate(zip(ours, answers(model), strict=True)):
         error = float((one - wanted).norm()) / max(float(wanted.norm()), 1e-12) if one.shape == wanted.shape else 1.0
         if not error <= BOUND:

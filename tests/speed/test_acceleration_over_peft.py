@@ -1,4 +1,4 @@
-"""`accelerate` over a model that the package `peft` wrapped: the same numbers, parameters and files, and back again."""
+"""`accelerate` on a model wrapped by the package `peft`: the same results, parameters and files, and exact restoration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorakit.speed.linear import is_peft_linear, peft_operand
 from ..laws.snapshots import bits
 from .test_acceleration import MODELS, close, given, recipes, step
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft calls it
 
 
 def wrapped(name: str, dtype: torch.dtype = torch.float32, **words: Any) -> Any:

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 over gloo in two processes: three steps of the accelerated model are those of the plain one."""
+"""DDP and FSDP2 over gloo in two processes: three steps of the accelerated model equal those of the plain one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def steps(folder: Path, way: str, fast: bool) -> list[tuple[list[float], dict[str, torch.Tensor]]]:
-    """Losses and gradients of both processes."""
+    """Return losses and gradients of both processes."""
     folder.mkdir()
     common = [str(folder / "meeting"), way, str(int(fast)), str(folder / "made")]
     running = [

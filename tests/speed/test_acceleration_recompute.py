@@ -1,4 +1,4 @@
-"""What the backward computes again, and what it does not compute at all: below the lowest adapted layer there is nothing."""
+"""What the backward recomputes, and what it does not compute at all: nothing below the lowest adapted layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorakit import LoraConfig, core
 from lorakit.speed import accelerate
-from lorakit.speed.patching import AGAIN
+from lorakit.speed.patching import RECOMPUTES
 
 from ..laws.snapshots import bits
 from ..small_models import llama
@@ -21,7 +21,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def kept_bytes(model: Any) -> int:
-    """Bytes of tensors that one forward with labels keeps, weights among them."""
+    """Return the bytes of tensors that one forward with labels saves, including weights."""
     sizes: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):  # type: ignore[func-returns-value]
         model(**given(model))
@@ -41,7 +41,7 @@ def test_a_feed_forward_that_is_not_kept_gives_the_same_bits(name: str, inner: i
         found.append(step(model))
         sizes.append(kept_bytes(model))
         acceleration.undo()
-        assert not any(AGAIN in module.__dict__ for module in model.modules())
+        assert not any(RECOMPUTES in module.__dict__ for module in model.modules())
     assert bits(found[0][0]) == bits(found[1][0])
     assert all(bits(found[1][1][key]) == bits(gradient) for key, gradient in found[0][1].items())
     assert sizes[0] - sizes[1] == 2 * 4 * given(model)["input_ids"].numel() * inner  # of two layers in fp32
@@ -61,7 +61,7 @@ def test_it_goes_with_checkpointing() -> None:
 
 
 def of_layers(count: int, adapted_ones: list[int]) -> Any:
-    """A Llama of so many layers with an adapter on some, accelerated."""
+    """Return an accelerated Llama with this many layers and an adapter on some."""
     torch.manual_seed(0)
     model = llama(num_hidden_layers=count, use_cache=False)
     words = {"layers_to_transform": adapted_ones, "init_lora_weights": False, "lora_dropout": 0.1}
@@ -71,7 +71,7 @@ def of_layers(count: int, adapted_ones: list[int]) -> Any:
 
 
 def backward_flops(model: Any) -> int:
-    """FLOPs of the products of a backward."""
+    """Return the FLOPs of the matmuls of a backward."""
     loss = model(**given(model)).loss
     with FlopCounterMode(display=False) as counter:
         loss.backward()
@@ -80,7 +80,7 @@ def backward_flops(model: Any) -> int:
 
 @pytest.mark.parametrize("count", [2, 5])
 def test_below_the_lowest_adapted_layer_nothing_is_recorded_and_nothing_goes_back(count: int) -> None:
-    """Two adapted layers on frozen ones keep and cost in the backward what they keep and cost alone."""
+    """Two adapted layers on frozen ones save and cost as much in the backward as alone."""
     alone, model = of_layers(2, [0, 1]), of_layers(count, [count - 2, count - 1])
     asked: list[bool] = []
     hooks = [

@@ -1,4 +1,4 @@
-"""Other people's loops with an accelerated model: the losses that they have without, and what they write."""
+"""Third-party training loops with an accelerated model: equal losses, and the files they write."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorakit.speed import accelerate
 
 from ..small_models import llama
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft calls it
 
 
 class LoraTrainer(LoraTrainerMixin, Trainer):

@@ -1,4 +1,4 @@
-"""Which modules may run a fast forward: those of known classes that agree at every probe, with all that they fuse."""
+"""Which modules may run a fused forward: those of known classes that agree at every probe, with all they contain."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from lorakit import LoraConfig, core
 from lorakit.speed import accelerate, attention, decoder, encoder, feed_forward, sublayer
-from lorakit.speed.patching import is_stand_in
+from lorakit.speed.patching import is_replacement
 
 from ..small_models import bert, gpt2, llama, mistral, mixtral, t5
 from .test_acceleration import adapted, close, given, recipes, step
@@ -24,7 +24,7 @@ BOUND = 1e-5
 
 
 class DroppingMLP(LlamaMLP):
-    """Differs from its parent where it trains, which no probe shows."""
+    """Differs from its parent in training, which no probe shows."""
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(super().forward(x), 0.9, self.training)
@@ -36,7 +36,7 @@ class DoublingRMSNorm(LlamaRMSNorm):
 
 
 class Renamed(LlamaDecoderLayer):
-    """Computes what its parent computes."""
+    """Computes the same as its parent."""
 
     def extra_repr(self) -> str:
         return "renamed"
@@ -47,7 +47,7 @@ def with_class(module: nn.Module, kind: type) -> None:
 
 
 def swapped(model: nn.Module) -> set[str]:
-    return {path for path, module in model.named_modules() if is_stand_in(module)}
+    return {path for path, module in model.named_modules() if is_replacement(module)}
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_class_that_replaces_a_forward_keeps_it_and_so_does_what_holds_it(
     theirs, rest = step_seeded(model), kept | {"model.layers.0", "model.layers.1.self_attn"}
     acceleration = accelerate(model)
     assert swapped(model) & rest == {"model.layers.0", "model.layers.1.self_attn"}
-    assert {one.path for one in acceleration.left if kind.__name__ in one.why} == kept
+    assert {one.path for one in acceleration.skipped if kind.__name__ in one.why} == kept
     close(step_seeded(model), theirs, 2e-5)
 
 
@@ -92,7 +92,7 @@ def test_a_method_other_than_forward_counts_too() -> None:
     theirs = step(model)
     acceleration = accelerate(model)
     assert "encoder.block.0.layer.0" not in swapped(model) and "encoder.block.1.layer.0" in swapped(model)
-    assert any("Biased" in left.why for left in acceleration.left)
+    assert any("Biased" in left.why for left in acceleration.skipped)
     close(step(model), theirs, 2e-5)
 
 
@@ -112,7 +112,7 @@ def test_a_forward_that_was_set_on_a_known_class_is_not_known(wrapped: bool, mon
 
 
 def off(run: Callable[..., Any], when: Callable[[Tensor], bool] = lambda _: True) -> Callable[..., Any]:
-    """A function of module and hidden states that gives 10% too much when it gives anything."""
+    """Return a fused forward of module and hidden states whose results are 10% too large."""
 
     @functools.wraps(run)
     def made(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -123,7 +123,7 @@ def off(run: Callable[..., Any], when: Callable[[Tensor], bool] = lambda _: True
 
 
 def large(model: Any, factor: float = 200.0) -> Any:
-    """A model in which the residual is much larger than each branch."""
+    """Return a model in which the residual is much larger than each branch."""
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(factor)
     return model
@@ -147,7 +147,7 @@ def test_a_layer_does_not_fuse_a_child_whose_probe_differs(
     for layer in ("model.layers.0", "model.layers.1"):
         assert not {f"{layer}.{child}".rstrip(".") for child in kept} & swapped(model)
         assert {f"{layer}.{child}" for child in fast} <= swapped(model)
-    whys = [left.why for left in acceleration.left if left.kind == "LlamaDecoderLayer"]
+    whys = [left.why for left in acceleration.skipped if left.kind == "LlamaDecoderLayer"]
     assert len(whys) == 2 and all(why.startswith(f"its {max(kept)}: ") for why in whys)
     ids = given(model)["input_ids"]
     error = (model.eval()(ids).logits - twin(ids).logits).detach().float().norm()
@@ -155,12 +155,12 @@ def test_a_layer_does_not_fuse_a_child_whose_probe_differs(
 
 
 def test_a_layer_that_is_wrong_in_its_branch_alone_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The residual is far larger than the branch, whose halves agree when they are probed alone."""
+    """The residual is much larger than the branch, whose sublayers agree when probed alone."""
     model = large(adapted("llama"), 2e4)
     fed = decoder._fed
 
-    def wrong(module: Any, half: Any, around: Any, x: Tensor, *, residual: bool) -> Any:
-        return x + 1.01 * fed(module, half, around, x, residual=False)
+    def wrong(module: Any, sublayer: Any, around: Any, x: Tensor, *, residual: bool) -> Any:
+        return x + 1.01 * fed(module, sublayer, around, x, residual=False)
 
     monkeypatch.setattr(decoder, "_fed", wrong)
     acceleration = accelerate(model)
@@ -171,7 +171,7 @@ def test_a_layer_that_is_wrong_in_its_branch_alone_is_not_fused(monkeypatch: pyt
 def test_the_branches_of_other_layers_are_compared_alone(
     make: Callable[[], Any], part: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Behind a residual, and a norm, an attention that is wrong by 5% would pass in bf16."""
+    """After a residual and a norm, an attention that is wrong by 5% would pass in bf16."""
     torch.manual_seed(0)
     model = large(make().to(torch.bfloat16).requires_grad_(False), 20.0)
     acceleration = accelerate(model)
@@ -201,16 +201,18 @@ def test_a_part_that_differs_at_another_length_keeps_its_own_forward(
     monkeypatch.setattr(attention, "attention", off(attention.attention, lambda x: x.shape[1] == tokens))
     acceleration = accelerate(model)
     assert recipes(acceleration) & {"attention", "decoder layer", "feed-forward"} == {"feed-forward"}
-    assert any(f"length {tokens}" in left.why for left in acceleration.left)
+    assert any(f"length {tokens}" in left.why for left in acceleration.skipped)
 
 
 def test_an_attention_that_is_called_as_a_module_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mixture's layer calls its experts; a probe of what is inside them does not concern it."""
+    """A mixture-of-experts layer calls its experts; probes of modules inside them do not affect it."""
     acceleration = accelerate(adapted("mixtral"))
     assert "2 × MixtralDecoderLayer: decoder layer" in str(acceleration)
 
 
-@pytest.mark.parametrize("stage", ["obeys", "last_layer_for", "loss_for", "head_for", "admitted", "install", "do"])
+@pytest.mark.parametrize(
+    "stage", ["keeps_sequences_apart", "last_layer_for", "loss_for", "head_for", "admit", "install", "do"]
+)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_a_failure_at_any_stage_changes_nothing(
     stage: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
@@ -324,7 +326,7 @@ def test_an_empty_batch_of_a_model_that_takes_one(logits: bool) -> None:
 
 @pytest.mark.parametrize("borrowed", [True, False])
 def test_a_class_of_the_users_own_keeps_its_forward(borrowed: bool) -> None:
-    """It has the structure and the numbers of a known one, and perhaps its forward."""
+    """A subclass with the structure and values of a known one, and possibly its forward."""
 
     class OwnAttention(nn.Module):
         def __init__(self, like: LlamaAttention) -> None:
@@ -346,7 +348,7 @@ def test_a_class_of_the_users_own_keeps_its_forward(borrowed: bool) -> None:
 
 
 def test_a_layers_forward_that_transformers_wraps_is_looked_into() -> None:
-    """It wraps the forwards of all subclasses of its layers, those of users too."""
+    """It wraps the forwards of all subclasses of its layers, including those of users."""
 
     class Doubling(LlamaDecoderLayer):
         def forward(self, *args: Any, **kwargs: Any) -> Any:

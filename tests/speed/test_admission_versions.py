@@ -1,4 +1,4 @@
-"""A change in place is seen, with a count of changes and without."""
+"""In-place changes are detected, with and without a change counter."""
 
 from __future__ import annotations
 

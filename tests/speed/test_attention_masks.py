@@ -1,4 +1,4 @@
-"""A mask that was changed in place is read again; what is remembered of it goes with it."""
+"""A mask that was changed in place is read again; its cache goes with it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def causal(dtype: torch.dtype = torch.bool) -> Tensor:
 
 
 def hide(mask: Tensor, key: int) -> None:
-    """Hide a token from all that come after it."""
+    """Hide a token from all later tokens."""
     mask[:, :, key + 1 :, key] = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
 
 

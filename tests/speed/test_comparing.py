@@ -1,4 +1,4 @@
-"""How a fast forward is compared: per row, without the residual, with what narrow dtypes round, and exceptions named."""
+"""Comparison of a fused forward: per row, without the residual, with rounding in low precision, and named exceptions."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.speed.comparing import judged, judged_branches
+from lorakit.speed.comparing import compare, compare_branches
 from lorakit.speed.probe import Call
 
 
 class Branch(nn.Module):
-    """x plus a small branch."""
+    """Return x plus a small branch."""
 
     def __init__(self, size: float) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ def called(module: nn.Module, dtype: torch.dtype = torch.float32) -> Call:
 
 
 def off_by(share: float) -> Callable[..., Tensor]:
-    """A fast forward whose branch is wrong by a share."""
+    """Return a fused forward whose branch is wrong by a fraction."""
     return lambda module, x: x + (x @ module.weight) * (1 + share)
 
 
@@ -40,9 +40,9 @@ def test_the_residual_does_not_hide_a_wrong_branch(dtype: torch.dtype) -> None:
     module = Branch(3e-3)  # a branch of 2% of the output
     call = called(module, dtype)
     wrong = off_by(0.6 if dtype == torch.bfloat16 else 4e-3)
-    assert not judged(module, wrong, call).differs  # within the tolerance of the output
-    assert judged(module, wrong, call, residual=True).differs
-    assert not judged(module, off_by(0.0), call, residual=True).differs
+    assert not compare(module, wrong, call).differs  # within the tolerance of the output
+    assert compare(module, wrong, call, residual=True).differs
+    assert not compare(module, off_by(0.0), call, residual=True).differs
 
 
 def test_by_keyword_too() -> None:
@@ -53,7 +53,7 @@ def test_by_keyword_too() -> None:
     def wrong(module: Any, hidden_states: Tensor) -> Tensor:
         return off_by(5e-3)(module, hidden_states)
 
-    assert judged(module, wrong, call, residual=True).differs
+    assert compare(module, wrong, call, residual=True).differs
 
 
 def test_one_wrong_row_is_not_hidden_by_large_ones() -> None:
@@ -69,8 +69,8 @@ def test_one_wrong_row_is_not_hidden_by_large_ones() -> None:
         return made
 
     assert float((wrong(module, x) - x).norm() / x.norm()) < 1e-3
-    assert judged(module, wrong, call).differs
-    assert judged(module, lambda _, x: x.clone(), call) == ("", False)
+    assert compare(module, wrong, call).differs
+    assert compare(module, lambda _, x: x.clone(), call) == ("", False)
 
 
 class Sharp(nn.Module):
@@ -90,8 +90,8 @@ def test_a_narrow_module_that_amplifies_roundings_is_allowed_as_much() -> None:
 
     moved = one_rounding_more(module, call.args[0])
     assert float((moved - call.output).float().norm() / call.output.float().norm()) > 2e-2
-    assert not judged(module, one_rounding_more, call).differs
-    assert judged(module, lambda module, x: module(x * 0.8), call).differs
+    assert not compare(module, one_rounding_more, call).differs
+    assert compare(module, lambda module, x: module(x * 0.8), call).differs
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyError, AssertionError, NotImplementedError, RecursionError])
@@ -99,9 +99,9 @@ def test_an_exception_is_named(error: type[Exception]) -> None:
     def failing(*_: Any) -> Tensor:
         raise error
 
-    verdict = judged(Branch(1.0), failing, called(Branch(1.0)))
+    verdict = compare(Branch(1.0), failing, called(Branch(1.0)))
     assert verdict.differs and error.__name__ in verdict.why
-    branches = judged_branches(failing, Branch(1.0), called(Branch(1.0)), {})
+    branches = compare_branches(failing, Branch(1.0), called(Branch(1.0)), {})
     assert branches.differs and error.__name__ in branches.why
 
 
@@ -110,16 +110,16 @@ def test_an_interrupt_passes() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        judged(Branch(1.0), stopped, called(Branch(1.0)))
+        compare(Branch(1.0), stopped, called(Branch(1.0)))
 
 
 def test_other_shapes_and_no_numbers_differ() -> None:
     module = Branch(1.0)
     call = called(module)
-    assert judged(module, lambda *_: call.output[0], call).differs
-    assert judged(module, lambda *_: (call.output,), call).differs
-    assert judged(module, lambda *_: call.output * torch.nan, call).differs
-    declined = judged(module, lambda *_: None, call)
+    assert compare(module, lambda *_: call.output[0], call).differs
+    assert compare(module, lambda *_: (call.output,), call).differs
+    assert compare(module, lambda *_: call.output * torch.nan, call).differs
+    declined = compare(module, lambda *_: None, call)
     assert declined.why and not declined.differs
-    assert judged_branches(lambda *_: [(None, call.output)], module, call, {}).differs
-    assert not judged_branches(lambda *_: [(call.output, call.output)], module, call, {}).differs
+    assert compare_branches(lambda *_: [(None, call.output)], module, call, {}).differs
+    assert not compare_branches(lambda *_: [(call.output, call.output)], module, call, {}).differs

@@ -1,4 +1,4 @@
-"""What is changed on a model after `accelerate`, or differs before it, acts as on the plain model."""
+"""Changes to a model before or after `accelerate` have the same effect as on the plain model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit import LoraConfig, core
 from lorakit.speed import accelerate
-from lorakit.speed.acceleration import end_to_end
+from lorakit.speed.acceleration import pack_rows
 
 from ..small_models import GROUPED
 from .test_acceleration import PACKING, adapted
@@ -36,7 +36,7 @@ def with_adapter(model: Any) -> Any:
 
 
 def results(model: Any, **call: Any) -> dict[str, Tensor]:
-    """Logits and gradients of one step."""
+    """Return logits and gradients of one step."""
     model.zero_grad()
     words = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
     logits = model(input_ids=IDS, **words, **call).logits
@@ -57,7 +57,7 @@ def check(model: Any, change: Change, before: dict[str, Any] | None = None, **ca
     Args:
         model: A plain model with an adapter.
         change: Applied to both, after one of them is accelerated.
-        before: Arguments of the call in which the change must act; those of `call` by default.
+        before: Arguments of the call in which the change must have an effect; those of `call` by default.
         call: Arguments of the compared call.
     """
     plain = copy.deepcopy(model)
@@ -152,11 +152,11 @@ def test_self_attention_of_t5_with_a_keyword(causal: bool) -> None:
     assert are_close(results(model), changed)
 
 
-# ---- the way of attention
+# ---- the attention implementation
 
 
 def averaging(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
-    """Attend to all tokens alike."""
+    """Attend to all tokens equally."""
     repeats = query.shape[1] // value.shape[1]
     y = value.mean(2, keepdim=True).expand_as(value).repeat_interleave(repeats, 1)
     return y.transpose(1, 2).contiguous() * (query.mean() + key.mean()).sigmoid(), None
@@ -226,7 +226,7 @@ CLIPPED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CLIPPED)
 def test_projections_clipped_once_an_adapter_grew(name: str) -> None:
-    """The clip does not act in the probe."""
+    """The clip has no effect in the probe."""
 
     def grow(model: Any) -> None:
         with torch.no_grad():
@@ -284,7 +284,7 @@ def test_queries_scaled_by_positions_longer_than_the_probe(name: str) -> None:
     assert are_close(results(model), theirs)
 
 
-# ---- forwards of others
+# ---- third-party forwards
 
 
 PARTS = ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "act_fn", "q_norm"]
@@ -334,7 +334,7 @@ def test_a_forward_replaced_on_the_class_later(part: str, monkeypatch: pytest.Mo
 
 
 def twice_in_training(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that no probe in eval mode tells from the class's own."""
+    """A forward that no probe in eval mode distinguishes from the class's own."""
 
     def other(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = forward(self, *args, **kwargs)
@@ -451,7 +451,9 @@ HOOKS: dict[str, Callable[[nn.Module], Any]] = {
 SEEN = [*PARTS, "q_proj", "o_proj", "down_proj", "base_layer"]
 
 
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # attention is called by keyword
+@pytest.mark.filterwarnings(
+    "ignore:Full backward hook is firing:UserWarning"
+)  # attention is called with keyword arguments
 @pytest.mark.parametrize(
     ("part", "hook"),
     [(part, hook) for part in SEEN for hook in HOOKS if (part, hook) != ("self_attn", "backward")],  # gets no gradient
@@ -479,7 +481,7 @@ def test_global_hooks_see_every_module(name: str) -> None:
     assert len(theirs) > 20
 
 
-# ---- keywords
+# ---- keyword arguments
 
 
 @pytest.mark.parametrize("value", [None, False, 0, 0.5])
@@ -547,7 +549,7 @@ def test_a_changed_model_uses_neither_the_last_layer_nor_the_head_alone() -> Non
 
 
 def test_copies_and_replicas_of_a_stand_in_are_plain() -> None:
-    """A replica, as `DataParallel` makes it, has no contract, so it runs the module's own forward."""
+    """A replica, as `DataParallel` creates it, has no contract, so it runs the module's own forward."""
     model = adapted("llama")
     theirs = results(model)
     accelerate(model)
@@ -570,7 +572,7 @@ def test_a_packed_batch_that_is_handed_back_keeps_its_sequences_apart(name: str)
     ids = torch.randint(0, 61, (2, 10), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
-    packed, _ = end_to_end(ids, mask, ids)
+    packed, _ = pack_rows(ids, mask, ids)
     with torch.no_grad():
         fused = model(**packed).logits[0]
         handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)

@@ -1,4 +1,4 @@
-"""Gemma 3 runs fast forwards: layers with a window and without one, each with its own rotary positions."""
+"""Gemma 3 runs fused forwards: layers with and without a sliding window, with different rotary tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from lorakit import LoraConfig, core
-from lorakit.speed import accelerate, end_to_end
+from lorakit.speed import accelerate, pack_rows
 
 from ..small_models import GROUPED, VOCABULARY
 
@@ -45,7 +45,7 @@ def with_images() -> Any:
 
 
 def adapted(model: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """Adapters whose B is not zero, and weights with which tokens differ in what they attend to."""
+    """Return adapters whose B is not zero, and weights with which tokens attend differently."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -91,7 +91,7 @@ def test_value_and_gradients_within_and_beyond_the_window(
     theirs = step(model, **batch)
     acceleration = accelerate(model)
     assert "3 × Gemma3DecoderLayer: decoder layer" in str(acceleration)
-    if name == "text":  # then no attention of the model's own runs
+    if name == "text":  # no attention of the model's own runs then
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
     ours = step(model, **batch)
     close(ours[0], theirs[0], 2e-5)
@@ -101,7 +101,7 @@ def test_value_and_gradients_within_and_beyond_the_window(
 
 
 def test_the_window_and_both_rotaries_act_in_these_models() -> None:
-    """Otherwise the comparison above would pass whatever the fast forwards do with them."""
+    """Otherwise the comparison above would pass whatever the fused forwards do with them."""
     ids = ids_of(3 * WINDOW)
     wanted = make("text").eval()(ids).logits.detach()
     for change in ("window", "rotary"):
@@ -115,7 +115,7 @@ def test_the_window_and_both_rotaries_act_in_these_models() -> None:
 
 
 def test_an_image_shows_its_tokens_to_each_other() -> None:
-    """Its mask shows more than what came before, so those calls run the model's own attention."""
+    """Its mask shows more than earlier tokens, so those calls run the model's own attention."""
     model = make("with images").eval().requires_grad_(False)
     ids = ids_of(20)
     types = torch.zeros_like(ids)
@@ -135,7 +135,7 @@ def test_rows_laid_end_to_end_and_padded_rows() -> None:
     acceleration = accelerate(model)
     assert acceleration.packs
     close(model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()], theirs, 2e-5)
-    inputs, _ = end_to_end(ids, mask, ids)
+    inputs, _ = pack_rows(ids, mask, ids)
     close(model(**inputs, use_cache=False).logits[0], theirs, 2e-5)
 
 
@@ -152,11 +152,11 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_the_model_itself() -> None:
 
 
 def test_a_layer_that_does_not_use_its_window_keeps_its_own_forward() -> None:
-    """As EXAONE 4 has it: its layers without a window hold the model's window all the same."""
+    """As in EXAONE 4: its layers without a window still store the model's window."""
     model = make("text")
     model.model.layers[1].self_attn.sliding_window = WINDOW
     twin = copy.deepcopy(model)
     acceleration = accelerate(model)
     assert "2 × Gemma3DecoderLayer: decoder layer" in str(acceleration)
-    assert "1 × Gemma3Attention: as it is" in str(acceleration)
+    assert "1 × Gemma3Attention: unchanged" in str(acceleration)
     close(model(ids_of(30)).logits, twin(ids_of(30)).logits, 2e-5)

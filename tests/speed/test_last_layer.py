@@ -1,4 +1,4 @@
-"""The last layer where few tokens are trained: the same loss and gradients from the trained rows alone, where it is exact."""
+"""Skipped rows in the last layer: the same loss and gradients from only the rows with loss, where this is exact."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import transformers
 from torch import Tensor, nn
 
 from lorakit import LoraConfig, core
-from lorakit.speed import Acceleration, accelerate, end_to_end, last_layer
+from lorakit.speed import Acceleration, accelerate, last_layer, pack_rows
 from lorakit.speed.attention import attention
 
 from ..doubles import InDouble
 from .test_acceleration import MODELS, WHOLE_LAYERS, adapted, close, given
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft calls it
 FEW = tuple(name for name in WHOLE_LAYERS if name != "mixtral")
 
 
 @pytest.fixture
 def rows_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int | None]]:
-    """How many rows each attention of a decoder layer was asked for."""
+    """Count the rows that each attention of a decoder layer computes."""
     seen: list[int | None] = []
 
     def listening(*args: Any, wanted: Tensor | None = None, **words: Any) -> Any:
@@ -37,7 +37,7 @@ def rows_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int | None]]:
 
 
 def batch(model: Any) -> tuple[Tensor, Tensor]:
-    """Tokens, and labels of which 9 are trained."""
+    """Return tokens, and labels with 9 valid positions."""
     ids = given(model)["input_ids"]
     labels = ids.clone()
     labels[0, :7] = labels[1, 3:] = labels[2, :5] = labels[2, 8:] = -100
@@ -49,7 +49,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 def of_loop(model: Any, acceleration: Acceleration, labels: Tensor, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients as our own loop has them."""
+    """Return loss and gradients as in our own loop."""
     assert acceleration.head is not None
     model.zero_grad()
     loss = acceleration.head.loss_sum(model, labels, **inputs)
@@ -72,7 +72,7 @@ def test_loss_and_gradients_of_the_loop(name: str, rows_seen: list[int | None]) 
         theirs = of_model(model, input_ids=ids, labels=labels, num_items_in_batch=1)
         acceleration = accelerate(model)
         assert acceleration.head is not None and acceleration.head.last is not None, str(acceleration)
-        assert "the last: of a loss without logits, trained rows alone" in str(acceleration)
+        assert "only rows with loss" in str(acceleration)
         rows_seen.clear()
         close(of_loop(model, acceleration, labels, input_ids=ids), theirs, 1e-10)
     assert rows_seen == [None, 8]
@@ -84,7 +84,7 @@ def test_rows_end_to_end(name: str, rows_seen: list[int | None]) -> None:
     ids, labels = batch(model)
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
-    inputs, wanted = end_to_end(ids, mask, labels)
+    inputs, wanted = pack_rows(ids, mask, labels)
     with InDouble():
         acceleration = accelerate(model)
         assert acceleration.head is not None
@@ -117,7 +117,7 @@ def test_the_models_own_loss(inner: bool, words: dict[str, Any], rows_seen: list
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", ["llama", "gpt2_dropping"])
 def test_both_checkpoint_modes(name: str, reentrant: bool, rows_seen: list[int | None]) -> None:
-    """With dropout, too: a layer that runs again takes the same rows and draws the same."""
+    """With dropout, too: a recomputed layer uses the same rows and dropout."""
     model = adapted(name, lora_dropout=0.2)
     ids, labels = batch(model)
     acceleration = accelerate(model)
@@ -140,7 +140,7 @@ def test_dropout_has_the_same_law(name: str, rows_seen: list[int | None]) -> Non
     model = adapted(name, lora_dropout=0.3)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(2)  # so that what is dropped shows in the loss
+            parameter.mul_(2)  # so that dropout affects the loss
     ids, labels = batch(model)
     acceleration = accelerate(model)
     head: Any = acceleration.head
@@ -174,7 +174,7 @@ def test_what_shows_the_layer_to_others_takes_all_rows(rows_seen: list[int | Non
     ids, labels = batch(model)
     inputs = {"input_ids": ids, "labels": labels, "use_cache": False}
     hidden = model(**inputs, output_hidden_states=True).hidden_states
-    model = adapted("llama")  # asking for it hangs hooks into a model that stay
+    model = adapted("llama")  # requesting it leaves hooks on the model
     accelerate(model, logits=False)
     last = model.model.layers[-1]
     for module in (last.mlp, last.mlp.up_proj.base_layer, last.self_attn, last, model.model.norm, model.model):
@@ -237,7 +237,7 @@ def test_what_a_compiler_runs_gets_no_rows(part: str, rows_seen: list[int | None
 
 
 def of_class(kind: type[Any]) -> Any:
-    """A small Llama of a class of somebody's own, adapted."""
+    """A small adapted Llama of a user-defined class."""
     torch.manual_seed(0)
     model = kind(MODELS["llama"]().config)
     model.config.use_cache = False
@@ -246,7 +246,7 @@ def of_class(kind: type[Any]) -> Any:
 
 
 class MixedBehind(transformers.LlamaForCausalLM):
-    """The head sees means over what came before."""
+    """The head sees means over earlier positions."""
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
         hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
@@ -259,7 +259,7 @@ class MixedBehind(transformers.LlamaForCausalLM):
 
 
 class HeadOnTheSide(transformers.LlamaForCausalLM):
-    """Another output is made of the same hidden states."""
+    """Another output is computed from the same hidden states."""
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
         hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
@@ -284,14 +284,14 @@ class LossOnTheSide(transformers.LlamaForCausalLM):
 
 
 class KeepsWordsToItself(transformers.LlamaForCausalLM):
-    """Arguments that it does not know stay away from its layers."""
+    """Unknown arguments are not passed to its layers."""
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, use_cache: bool = False) -> Any:
         return super().forward(input_ids, labels=labels, use_cache=use_cache)
 
 
 class Twice(transformers.LlamaForCausalLM):
-    """The layers are gone through two times."""
+    """The layers run twice."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -307,7 +307,7 @@ def test_models_whose_head_reads_something_else_take_all_rows(kind: type[Any], r
     acceleration = accelerate(model, logits=False)
     head, loss = acceleration.head, acceleration.loss
     assert head is not None and loss is not None and loss.last is None
-    assert (head.last is None) == (kind is not LossOnTheSide)  # which our loop does not ask for
+    assert (head.last is None) == (kind is not LossOnTheSide)  # which our loop does not request
     rows_seen.clear()
     close(of_model(model, input_ids=ids, labels=labels), theirs, 1e-4)
     assert set(rows_seen) == {None}
@@ -338,6 +338,8 @@ def test_less_is_kept_for_the_backward() -> None:
         return sum(sizes)
 
     few, head.last = kept(), None
-    of_layer = 32 + 32 + 2 * 48 + 1 + 4 * 4  # heads' output, x, gate and up, its norm's number; h of o, gate, up, down
-    laid_back = 8 + 8 * 32  # which rows these are, and what they give
-    assert kept() - few == (ids.numel() - 8) * of_layer - laid_back
+    of_layer = (
+        32 + 32 + 2 * 48 + 1 + 4 * 4
+    )  # heads' output, x, gate and up, its norm's statistic; h of o, gate, up, down
+    scatter_rows = 8 + 8 * 32  # the row indices, and their outputs
+    assert kept() - few == (ids.numel() - 8) * of_layer - scatter_rows

@@ -1,4 +1,4 @@
-"""`accelerate(model, logits=False)`: the model's own loss without logits, where it trains, and nowhere else."""
+"""`accelerate(model, logits=False)`: the model's own loss without logits in training, and nowhere else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..laws.snapshots import bits
 from ..small_models import gemma2
 from .test_acceleration import MODELS, adapted, close, given, step
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft calls it
 CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "opt", "neox")
 
 
@@ -54,7 +54,7 @@ def test_the_loss_is_the_same_and_logits_are_none_in_training_alone(name: str) -
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "opt"])
 def test_a_cache_that_nobody_asked_for_is_not_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So the attention of a loop that leaves the default is ours as well."""
+    """So the attention of a loop that keeps the default is fused as well."""
     model = adapted(name)
     model.config.use_cache = True
     theirs = one(model)
@@ -92,7 +92,7 @@ def test_shifted_labels_and_the_ignored_one_are_honoured() -> None:
     shifted = ids.roll(1, 1).masked_fill(ids < 20, -7)
     words = {"shift_labels": shifted, "ignore_index": -7}
     theirs = one(model, **words)
-    seventh = one(model, labels=ids, ignore_index=7)  # a label that could also be trained: the stock loss
+    seventh = one(model, labels=ids, ignore_index=7)  # a label that could also be valid: the stock loss
     accelerate(model, logits=False)
     close(one(model, **words), theirs, 2e-5)
     close(one(model, labels=ids, ignore_index=7), seventh, 2e-5)

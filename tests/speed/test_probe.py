@@ -18,7 +18,7 @@ from .test_acceleration_every_architecture import changed, held
 
 
 class Lazy(nn.Module):
-    """A module that changes itself in every way when it is called."""
+    """A module that changes itself in every possible way when called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def test_parameters_are_frozen_inside_alone() -> None:
 
 
 def test_a_model_that_exchanges_its_attention_for_short_rows_keeps_its_own() -> None:
-    """BigBird does so for good the first time it sees a short row, and draws new weights on the way."""
+    """BigBird does so permanently the first time it sees a short row, and draws new weights."""
     model = small(*next(one for one in architectures() if one[0] == "big_bird"))
     before = held(model)
     acceleration = accelerate(model)
@@ -83,7 +83,7 @@ def test_a_model_that_exchanges_its_attention_for_short_rows_keeps_its_own() -> 
 
 
 def test_what_a_model_caches_in_a_probe_can_be_trained_with() -> None:
-    """A table that is kept outside of every module, as functions with a cache have it."""
+    """A table stored outside of every module, as in functions with a cache."""
     model = llama().train()
     core.attach(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     kept: dict[str, torch.Tensor] = {}

@@ -43,13 +43,13 @@ def sliced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     monkeypatch.setattr(choosing, "FEWEST_FLOPS", 0)
     monkeypatch.setattr(choosing, "BUSY", math.inf)  # whatever else runs on the machine
     monkeypatch.setattr(choosing, "answer", lambda question, clock: question.others[0])
-    seen, stock = [], choices.in_slices
+    seen, stock = [], choices.matmul_in_slices
 
     def watched(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         seen.append(len(x))
         return stock(x, *arguments)
 
-    monkeypatch.setattr(choices, "in_slices", watched)
+    monkeypatch.setattr(choices, "matmul_in_slices", watched)
     return seen
 
 
@@ -81,7 +81,7 @@ def test_what_was_chosen_acts_is_said_once_and_is_recorded(
     kernels = _kernels(tmp_path / "run", 1)
     assert kernels == sorted(kernels) and all(word.endswith(f": {SLICE}") for word in kernels)
     assert _kernels(tmp_path / "run", 2) == kernels
-    assert choices.in_force() == {}
+    assert choices.active_choices() == {}
     again = _run(settings, output_dir=tmp_path / "again")
     assert not any(line.startswith("Autotuning: ") for line in again)
     assert _losses(tmp_path / "again") == _losses(tmp_path / "run")
@@ -146,10 +146,10 @@ def test_the_largest_batch(packs: bool, tokens: int) -> None:
 
 def test_words_of_choices_come_back_and_others_are_passed_over() -> None:
     chosen = {"product 768x4x5 bfloat16 by rows": 512, "attention 256 tokens 9/3x64 bfloat16 causal": 1}
-    told = choices.words(chosen)
+    told = choices.to_strings(chosen)
     assert told == sorted(told)
-    assert choices.from_words([*told, "compiled kernels", 3, None, "x: y", ": 4", "name: -1"]) == chosen
-    assert choices.from_words(None) == choices.from_words([]) == {}
+    assert choices.from_strings([*told, "compiled kernels", 3, None, "x: y", ": 4", "name: -1"]) == chosen
+    assert choices.from_strings(None) == choices.from_strings([]) == {}
 
 
 @pytest.mark.parametrize(("before", "now"), [(None, object()), (object(), None), (None, None)])

@@ -10,7 +10,7 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.ops.kernels import compiled
 from lorakit.speed import Acceleration, accelerate
-from lorakit.speed.admission import Left
+from lorakit.speed.admission import Skipped
 from lorakit.train.trainer import acceleration_lines
 
 
@@ -26,18 +26,18 @@ def test_a_model_that_is_known_takes_two_lines() -> None:
     fast = accelerate(model())
     assert acceleration_lines(fast) == [
         f"Acceleration: {len(fast.swaps)} fused modules, loss without logits, packed sequences.",
-        f"CPU kernels: {compiled.account()}.",
+        f"CPU kernels: {compiled.describe()}.",
     ]
 
 
 def test_what_stays_as_it_is_takes_a_third() -> None:
     first, _, third = acceleration_lines(accelerate(model(transformers.MixtralConfig, num_local_experts=2)))
     assert first.startswith("Acceleration: ")
-    assert third == "Not accelerated: 1 × MixtralSparseMoeBlock (not the children of a decoder layer that is known)."
+    assert third == "Not accelerated: 1 × MixtralSparseMoeBlock (unknown children for a decoder layer)."
 
 
-@pytest.mark.parametrize("left", [(Left("", "Sharded", "its weights are sharded"),), ()])
-def test_a_model_that_is_not_says_why(left: tuple[Left, ...]) -> None:
+@pytest.mark.parametrize("left", [(Skipped("", "Sharded", "its weights are sharded"),), ()])
+def test_a_model_that_is_not_says_why(left: tuple[Skipped, ...]) -> None:
     assert acceleration_lines(Acceleration((), left, None, "its weights are sharded")) == [
         "Not accelerated: its weights are sharded."
     ]

@@ -51,7 +51,7 @@ def test_a_budget_chooses_and_says_so(
     assert job["recompute"] == "none"
     said = capsys.readouterr().out
     assert "memory budget 4.29 GB: --recompute none is the cheapest that fits, " in said
-    with pytest.raises(ConfigError, match=r"No way of computing fits a memory budget of 1.0 MB: .* Batches of 1 need"):
+    with pytest.raises(ConfigError, match=r"does not fit a memory budget of 1.0 MB: .* A batch of 1 needs"):
         losses(settings, tmp_path / "narrow", memory_budget="1MB")
     assert not (tmp_path / "narrow" / "run.json").exists()
 

@@ -1,1 +1,1 @@
-"""What lorakit knows about transformers' models: shapes from configs, default targets. Imports no torch."""
+"""Knowledge about transformers' models: shapes from configs, default targets. Does not import torch."""

@@ -1,4 +1,4 @@
-"""Which modules are adapted when a config names none: by the base's `model_type`. Data, as the field has it."""
+"""Default target modules by the base's `model_type`, as in PEFT."""
 
 from __future__ import annotations
 

@@ -1,13 +1,9 @@
-"""What plan knows of a model: the names and shapes of its parts, and nothing else.
+"""Model shapes: names and sizes of a model's modules, all that `plan` knows of a model.
 
-A `ModelShape` comes from `lorakit.plan.catalogue` (published models) or is handed in by `lorakit.hub` (any model
-directory, read on the meta device). This module knows nothing about torch, files, adapters or cost.
-
-How the parts of three families of models lie: GPT-2, BERT, and Llama with its kin (Qwen2, Qwen3, SmolLM2).
-
-One function per family turns a handful of published sizes into the full list of sites, in the order in which
-transformers' own class has them. The tests compare each list with that class on the meta device. This module knows
-no particular model: those stand in `catalogue`.
+A `ModelShape` comes from `lorakit.plan.catalogue` (published models) or from `lorakit.hub` (any model directory, read
+on the meta device). One function per family (GPT-2, BERT, and Llama with Qwen2, Qwen3 and SmolLM2) builds the full list
+of sites from a few published sizes, in the order of the transformers class. The tests compare each list with that class
+on the meta device. This module knows nothing about torch, files, adapters, cost or particular models.
 """
 
 from __future__ import annotations
@@ -18,15 +14,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class SiteShape:
-    """One module that an adapter can stand on.
+    """A module that an adapter can be attached to.
 
     Attributes:
-        path: Dotted path of the module, as `named_modules()` gives it.
+        path: Dotted path of the module, as in `named_modules()`.
         kind: "Linear", "Conv1D" or "Embedding".
-        out_features: Rows of the weight in nn.Linear's orientation; for an Embedding the width of a row of its table.
+        out_features: Rows of the weight in nn.Linear's orientation; for an Embedding the width of its rows.
         in_features: Columns of that weight; for an Embedding the number of rows of its table.
-        dense: Whether "all-linear" takes it: a Linear or Conv1D that is not the output head.
-        bias: Whether the module has a bias of `out_features` numbers.
+        dense: Whether "all-linear" includes it: a Linear or Conv1D that is not the output head.
+        bias: Whether the module has a bias of `out_features` elements.
         tied_to: Path of the module whose weight this one shares (its own weight is then not counted), or None.
     """
 
@@ -40,31 +36,31 @@ class SiteShape:
 
     @property
     def weight_parameters(self) -> int:
-        """Numbers in the weight, shared or not."""
+        """Return the elements of the weight, shared or not."""
         return self.out_features * self.in_features
 
     @property
     def bias_parameters(self) -> int:
-        """Numbers in the bias; 0 without one."""
+        """Return the elements of the bias; 0 without one."""
         return self.out_features if self.bias else 0
 
     @property
     def parameters(self) -> int:
-        """Numbers that this module adds to the model: weight and bias, without a weight shared with another module."""
+        """Return the parameters that this module adds to the model: weight and bias, without a shared weight."""
         return (0 if self.tied_to else self.weight_parameters) + self.bias_parameters
 
 
 @dataclass(frozen=True)
 class PlainShape:
-    """A module that owns parameters but cannot carry an adapter here, such as a norm.
+    """A module with parameters that cannot carry an adapter, such as a norm.
 
     Attributes:
         path: Dotted path of the module.
-        parameters: Numbers in its own parameters (not those of its children), by distinct storage.
-        biases: How many of them lie in parameters whose name contains "bias".
-        matrices: Name and shape of each of its own parameters with two axes or three, such as fused experts.
-        experts: So many experts lie in each of its parameters of three axes; 0 where it holds none.
-        in_first: They lie as (experts, in, out).
+        parameters: Elements of its own parameters (not those of its children), by distinct storage.
+        biases: How many of them are in parameters whose name contains "bias".
+        matrices: Name and shape of each of its own parameters with two or three axes, such as fused experts.
+        experts: Experts in each of its parameters with three axes; 0 if there are none.
+        in_first: Whether they are stored as (experts, in, out).
     """
 
     path: str
@@ -77,10 +73,10 @@ class PlainShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Names and shapes of a model; everything that plan computes comes from here.
+    """Names and sizes of a model; everything in a plan is computed from them.
 
     Attributes:
-        name: What people call the model.
+        name: Common name of the model.
         source: Where the shape was taken from: a paper, a config file, a path.
         architecture: Class of the model in transformers, such as "GPT2LMHeadModel".
         parameters: Exact number of parameters by distinct storage; tied weights count once.
@@ -89,19 +85,19 @@ class ModelShape:
         heads: Query heads of a block.
         kv_heads: Key and value heads of a block.
         head_dim: Width of a head.
-        intermediate: Inner width of the MLP, of experts that of each.
-        vocab: Rows of the vocabulary, which is also the width of the logits.
-        positions: Longest input that the model was made for, in tokens.
+        intermediate: Inner width of the MLP, or of each expert.
+        vocab: Size of the vocabulary, which is also the width of the logits.
+        positions: Maximum input length in tokens.
         tied: Whether the output head shares its weight with the input embedding.
-        gated: Whether the MLP is gated (SwiGLU and kin).
+        gated: Whether the MLP is gated (as SwiGLU).
         sites: Every Linear, Conv1D and Embedding in the order of `named_modules()`.
         others: Every other module that owns parameters, in the same order.
-        dtype: Type in which the weights are published, such as "float32".
-        causal: Whether a token sees only the tokens before it.
-        dropouts: Dropout of the base while it trains: {"embedding": p, "residual": p, "attention": p}; absent is 0.
+        dtype: Published dtype of the weights, such as "float32".
+        causal: Whether a token sees only itself and earlier tokens.
+        dropouts: Dropout of the base in training: {"embedding": p, "residual": p, "attention": p}; absent is 0.
         published: Whether `source` names a published model; False for one that was read from disk.
         containers: Paths of modules without parameters of their own; a target list may name one by mistake.
-        experts_per_token: Of fused experts so many see each token; 0 where there are none, or it is not known.
+        experts_per_token: Fused experts per token; 0 if there are none, or if unknown.
     """
 
     name: str
@@ -129,47 +125,49 @@ class ModelShape:
 
     @property
     def counted_parameters(self) -> int:
-        """The sum over `sites` and `others`; equal to `parameters` where every parameter belongs to one of them."""
+        """Return the sum over `sites` and `others`; equals `parameters` if every parameter belongs to one of them."""
         return sum(s.parameters for s in self.sites) + sum(o.parameters for o in self.others)
 
     @property
     def bias_parameters(self) -> int:
-        """Numbers in every parameter whose name contains "bias"."""
+        """Return the elements of every parameter whose name contains "bias"."""
         return sum(s.bias_parameters for s in self.sites) + sum(o.biases for o in self.others)
 
     @property
     def fused(self) -> tuple[tuple[int, int], ...]:
-        """Of each parameter that holds experts, their number and the numbers of one of them."""
+        """Return, for each parameter that holds experts, their number and the elements of one expert."""
         held = (other.matrices for other in self.others if other.experts)
         sizes = (size for matrices in held for _, size in matrices if len(size) == 3)
         return tuple((size[0], size[1] * size[2]) for size in sizes)
 
     def passed(self, experts: int) -> int:
-        """Through so many of a number of experts each token goes; through all where that is not known."""
+        """Return how many of a number of experts each token passes; all if unknown."""
         return min(self.experts_per_token or experts, experts)
 
     @property
     def inner_width(self) -> int:
-        """Numbers of a token in the middle of the MLP: its inner width, once for each expert that the token passes."""
+        """Return the elements per token in the middle of the MLP: its inner width, once per expert that the token
+        passes.
+        """
         return self.intermediate * (self.passed(self.fused[0][0]) if self.fused else 1)
 
     @property
     def query_width(self) -> int:
-        """Heads × head_dim: width of the queries and of what attention returns."""
+        """Return heads × head_dim: width of the queries and of the attention output."""
         return self.heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
-        """kv_heads × head_dim: width of the keys, and of the values."""
+        """Return kv_heads × head_dim: width of the keys, and of the values."""
         return self.kv_heads * self.head_dim
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Paths of the blocks, such as "model.layers.0", in order; of encoder and decoder where there are both."""
+        """Return the paths of the blocks, such as "model.layers.0", in order, including encoder and decoder."""
         return tuple(dict.fromkeys(block for site in self.sites if (block := block_of(site.path)) is not None))
 
     def site(self, path: str) -> SiteShape:
-        """The site at a path.
+        """Return the site at a path.
 
         Args:
             path: Dotted path of the module.
@@ -178,7 +176,7 @@ class ModelShape:
             The site.
 
         Raises:
-            KeyError: No Linear, Conv1D or Embedding lies there.
+            KeyError: No Linear, Conv1D or Embedding has this path.
         """
         for candidate in self.sites:
             if candidate.path == path:
@@ -187,7 +185,7 @@ class ModelShape:
 
 
 def role(path: str) -> str:
-    """What a site is for: its path without the numbers of the layers, such as "transformer.h.*.attn.c_attn".
+    """Return the path of a site without layer numbers, such as "transformer.h.*.attn.c_attn".
 
     Args:
         path: Dotted path of a module.
@@ -199,7 +197,7 @@ def role(path: str) -> str:
 
 
 def block_of(path: str) -> str | None:
-    """The block that a module lies in: its path up to the first number, such as "transformer.h.11".
+    """Return the block of a module: its path up to the first number, such as "transformer.h.11".
 
     Args:
         path: Dotted path of a module.
@@ -213,21 +211,21 @@ def block_of(path: str) -> str | None:
 
 
 def short_roles(paths: Iterable[str]) -> dict[str, str]:
-    """The shortest ending of each role that tells it from the others, for tables that people read.
+    """Return the shortest unambiguous suffix of each role, for tables.
 
     Args:
         paths: Dotted paths of modules.
 
     Returns:
-        Role -> its shortest unambiguous dotted ending, such as "attn.c_proj"; numbers of layers are left out.
+        Role -> its shortest unambiguous dotted suffix, such as "attn.c_proj"; layer numbers are omitted.
     """
     roles = list(dict.fromkeys(role(path) for path in paths))
-    words = {r: [p for p in r.split(".") if p != "*"] for r in roles}
+    parts = {r: [p for p in r.split(".") if p != "*"] for r in roles}
     short = {}
     for r in roles:
-        for count in range(1, len(words[r]) + 1):
-            ending = words[r][-count:]
-            if sum(w[-count:] == ending for w in words.values()) == 1:
+        for count in range(1, len(parts[r]) + 1):
+            ending = parts[r][-count:]
+            if sum(w[-count:] == ending for w in parts.values()) == 1:
                 break
         short[r] = ".".join(ending)
     return short
@@ -235,14 +233,14 @@ def short_roles(paths: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that a model's config.json states.
+    """Sizes in a model's config.json.
 
     Attributes:
         hidden: Width of the residual stream.
         layers: Number of blocks.
         heads: Query heads.
-        vocab: Rows of the vocabulary.
-        positions: Longest input in tokens.
+        vocab: Size of the vocabulary.
+        positions: Maximum input length in tokens.
         intermediate: Inner width of the MLP; 0 means 4 × hidden.
         kv_heads: Key and value heads; 0 means as many as query heads.
         head_dim: Width of a head; 0 means hidden / heads.
@@ -262,13 +260,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a shape is called and where it comes from.
+    """Name and source of a shape.
 
     Attributes:
-        name: What people call the model.
+        name: Common name of the model.
         source: Paper or config file.
-        parameters: The exact published count; the tests check it.
-        dtype: Type in which the weights are published.
+        parameters: The exact published count; checked by the tests.
+        dtype: Published dtype of the weights.
     """
 
     name: str
@@ -278,7 +276,7 @@ class Origin:
 
 
 def gpt2(origin: Origin, sizes: Sizes) -> ModelShape:
-    """Shape of a `GPT2LMHeadModel` (Radford et al. 2019; Conv1D sites, a tied head).
+    """Return the shape of a `GPT2LMHeadModel` (Radford et al. 2019; Conv1D sites, a tied head).
 
     Args:
         origin: Name, source, published count, dtype.
@@ -309,7 +307,7 @@ def gpt2(origin: Origin, sizes: Sizes) -> ModelShape:
 
 
 def bert(origin: Origin, sizes: Sizes) -> ModelShape:
-    """Shape of a `BertModel`, encoder and pooler (Devlin et al. 2019); task heads come on top.
+    """Return the shape of a `BertModel`, encoder and pooler (Devlin et al. 2019), without task heads.
 
     Args:
         origin: Name, source, published count, dtype.
@@ -343,7 +341,7 @@ def bert(origin: Origin, sizes: Sizes) -> ModelShape:
 
 
 def llama(origin: Origin, sizes: Sizes) -> ModelShape:
-    """Shape of a `LlamaForCausalLM` (Llama 3.x, SmolLM2): RMSNorm, rotary positions, SwiGLU, no biases.
+    """Return the shape of a `LlamaForCausalLM` (Llama 3.x, SmolLM2): RMSNorm, rotary embeddings, SwiGLU, no biases.
 
     Args:
         origin: Name, source, published count, dtype.
@@ -356,7 +354,7 @@ def llama(origin: Origin, sizes: Sizes) -> ModelShape:
 
 
 def qwen2(origin: Origin, sizes: Sizes) -> ModelShape:
-    """Shape of a `Qwen2ForCausalLM` (Qwen2.5): Llama's parts, with a bias on query, key and value.
+    """Return the shape of a `Qwen2ForCausalLM` (Qwen2.5): as Llama, with biases on query, key and value.
 
     Args:
         origin: Name, source, published count, dtype.
@@ -369,7 +367,7 @@ def qwen2(origin: Origin, sizes: Sizes) -> ModelShape:
 
 
 def qwen3(origin: Origin, sizes: Sizes) -> ModelShape:
-    """Shape of a `Qwen3ForCausalLM`: Llama's parts, with a norm on each query and key head.
+    """Return the shape of a `Qwen3ForCausalLM`: as Llama, with a norm on each query and key head.
 
     Args:
         origin: Name, source, published count, dtype.

@@ -271,7 +271,7 @@ def _speed_text(speed: Mapping[str, Any] | None) -> str:
 def _kernels() -> str:
     from lorakit.ops.kernels import compiled
 
-    return compiled.account()
+    return compiled.describe()
 
 
 def _kernels_lack() -> tuple[str, ...]:
@@ -292,7 +292,7 @@ def _cuda_kernels() -> Mapping[str, str]:
     for index in range(torch.cuda.device_count()):
         kind = torch.cuda.get_device_properties(index).name
         if kind not in kinds:
-            why = triton.account(torch.device("cuda", index))
+            why = triton.failure_on(torch.device("cuda", index))
             reason = textwrap.shorten(why, LONGEST_REASON, placeholder=" …")
             found[f"cuda:{index}"] = f"PyTorch's operations ({reason})" if why else "kernels compiled by Triton"
         kinds.add(kind)

@@ -101,7 +101,7 @@ def run(
     _check(flags)
     quantization = stored_as(flags.quantization, flags.double_quantization)
     prompts = read_prompts(flags.prompt or (), flags.prompt_file or ())
-    allocator.keep_few_products()  # each prompt length has its own matmul shapes
+    allocator.limit_compiled_matmuls()  # each prompt length has its own matmul shapes
 
     from lorakit import hub
     from lorakit.generate import Sampling

@@ -188,10 +188,10 @@ def run(
         fitting = plan.within(planned, plan.bytes_of(job.memory_budget))
         planned = fitting.plan
     if json:
-        notes = machine.notes if fitting is None else (*machine.notes, fitting.said)
+        notes = machine.notes if fitting is None else (*machine.notes, fitting.reason)
         console.emit_json({**planned.as_dict(), "machine": list(notes)})
         return 0
-    notes = () if fitting is None else (fitting.said,)
+    notes = () if fitting is None else (fitting.reason,)
     console.say(plan.render(planned, verbose=verbose, notes=notes))
     if verbose and machine.notes:
         console.say("\n" + "\n".join(machine.notes))

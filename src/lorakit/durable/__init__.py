@@ -1,7 +1,7 @@
-"""The one place that opens files for writing, and the readers that verify.
+"""Crash-safe writing and verified reading; the only package that opens files for writing.
 
-After a crash the old content or the new is there, never a part: of a file (`files.py`) or of a folder (`folders.py`).
-Only the standard library is used.
+After a crash either the old or the new content exists, never a part: of a file (`files.py`) or of a directory
+(`folders.py`). Uses only the standard library.
 """
 
 from lorakit.durable.files import (

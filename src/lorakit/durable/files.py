@@ -1,7 +1,7 @@
-"""Files: written so that a crash leaves the old content or the new, and read only if bounded, regular and sound.
+"""Files: written atomically, and read only if regular, bounded and valid.
 
-A file is written next to its final name, flushed to the disk, and renamed into place, and the folder is flushed too.
-A replaced file keeps its mode, a new one gets what the umask asks for.
+A file is written next to its final name, flushed to disk and renamed into place; then its directory is flushed too. A
+replaced file keeps its mode, a new one gets the umask's.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ JsonObject: TypeAlias = dict[str, Any]
 """A JSON object, as `read_json` gives it: str, int, float, bool, None, lists and objects by name."""
 
 TEMPORARY = ".lorakit-tmp-"
-"""Every unfinished file or folder carries this in its name, so that a sweep can find it."""
+"""Part of the name of every unfinished file or directory, so that a sweep can find it."""
 
 SEAL = "seal"
-"""Key of a table's SHA-256 over the rest of it."""
+"""Key of a table's SHA-256 over all its other entries."""
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
-    """Write a file so that a crash leaves the old content or the new.
+    """Write a file atomically: a crash leaves the old content or the new.
 
     Args:
-        path: Where the content shall stand; the folder is made when it is missing.
+        path: The file; a missing directory is created.
         data: The content.
 
     Raises:
-        DiskError: The disk is full, read-only, or refuses; what stood there before still stands.
+        DiskError: The disk is full, read-only or fails; the previous content is unchanged.
     """
     path = Path(path)
     temporary = temporary_name(path)
@@ -52,10 +52,10 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """`write_bytes` for UTF-8 text.
+    """Write UTF-8 text with `write_bytes`.
 
     Raises:
-        DiskError: As `write_bytes`.
+        DiskError: As for `write_bytes`.
     """
     write_bytes(path, text.encode("utf-8"))
 
@@ -64,26 +64,26 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write a value as JSON with sorted keys and an indent of two.
 
     Raises:
-        DiskError: As `write_bytes`.
-        ValueError: The value holds a NaN or an infinity, which JSON has no word for.
+        DiskError: As for `write_bytes`.
+        ValueError: The value contains NaN or infinity, which JSON does not support.
     """
     write_bytes(path, json_bytes(value))
 
 
 def json_bytes(value: Any) -> bytes:
-    """What `write_json` writes, for those who need its hash first.
+    """Return the bytes that `write_json` writes, to hash them first.
 
     Raises:
-        ValueError: The value holds a NaN or an infinity, which JSON has no word for.
+        ValueError: The value contains NaN or infinity, which JSON does not support.
     """
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A table with a seal over everything else in it, so that a change of any value shows when it is read.
+    """Return a table with a SHA-256 seal over all its other entries, so that any later change is detected.
 
     Args:
-        values: Plain JSON values; a seal among them is replaced.
+        values: Plain JSON values; an existing seal is replaced.
 
     Raises:
         ValueError: A value cannot be written as JSON.
@@ -92,7 +92,7 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_sealed(values: Mapping[str, Any]) -> bool:
-    """Whether a table that was read holds its own seal."""
+    """Return whether a table contains its own valid seal."""
     return values.get(SEAL) == _seal(values)
 
 
@@ -102,12 +102,12 @@ def _seal(values: Mapping[str, Any]) -> str:
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:
-    """The SHA-256 of some bytes, in hexadecimal."""
+    """Return the SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file, in hexadecimal, read in pieces of one MiB."""
+    """Return the SHA-256 of a file, in hexadecimal, read in 1 MiB blocks."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while piece := file.read(1 << 20):
@@ -116,22 +116,22 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 def read_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """Read a regular file of bounded size into memory that is ours.
+    """Read a regular file of bounded size into memory.
 
     Args:
-        path: The file; a symbolic link is followed, and what it leads to must be a regular file.
-        max_bytes: The largest size that is read.
+        path: The file; a symbolic link is followed, and its target must be a regular file.
+        max_bytes: Maximum size.
 
     Returns:
         The whole content.
 
     Raises:
-        AdapterFileError: The file is missing, not a regular file, larger than allowed, or unreadable.
+        AdapterFileError: The file is missing, not a regular file, too large, or unreadable.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
-        raise AdapterFileError(f"{path}: there is no such file.", where=path) from None
+        raise AdapterFileError(f"{path}: no such file.", where=path) from None
     except OSError as cause:
         raise AdapterFileError(f"{path}: cannot be opened ({cause.strerror}).", where=path) from cause
     status = os.fstat(descriptor)
@@ -140,24 +140,22 @@ def read_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         raise AdapterFileError(f"{path}: not a regular file; only regular files are read.", where=path)
     with os.fdopen(descriptor, "rb") as file:
         if status.st_size > max_bytes:
-            raise AdapterFileError(
-                f"{path}: {status.st_size:,} bytes, more than the {max_bytes:,} that are allowed here.", where=path
-            )
+            raise AdapterFileError(f"{path}: {status.st_size:,} bytes exceed the limit of {max_bytes:,}.", where=path)
         return file.read()
 
 
 def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 20) -> Any:
-    """Read a JSON file strictly: UTF-8, bounded size and depth, no key twice, no NaN.
+    """Read a JSON file strictly: UTF-8, bounded size and depth, no duplicate keys, no NaN.
 
     Args:
         path: The file.
-        max_bytes: The largest size that is read.
+        max_bytes: Maximum size.
 
     Returns:
         The value.
 
     Raises:
-        AdapterFileError: Missing, too large, or not such JSON; the message says where.
+        AdapterFileError: The file is missing, too large, or not valid JSON; the message says where.
     """
     data = read_bytes(path, max_bytes)
     try:
@@ -168,10 +166,10 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 20) -> Any:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Parse JSON and refuse what the standard forbids but Python lets pass.
+    """Parse JSON and reject what the standard forbids but Python accepts.
 
     Raises:
-        ValueError: Not JSON, not UTF-8, a key that stands twice, or a NaN or infinity.
+        ValueError: Not JSON, not UTF-8, a duplicate key, or NaN or infinity.
     """
     text = data if isinstance(data, str) else data.decode("utf-8")
     return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
@@ -181,17 +179,17 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"the key {key!r} stands twice")
+            raise ValueError(f"duplicate key {key!r}")
         result[key] = value
     return result
 
 
-def _no_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not a JSON number")
+def _no_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a temporary name next to a path, which a sweep finds."""
+    """Return a temporary name next to a path, recognized by a sweep."""
     return path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
 
 
@@ -199,9 +197,9 @@ def write_new(path: Path, data: bytes | memoryview, replaced: Path) -> None:
     """Write and flush a file that does not exist yet, with owner and mode of the regular file that it will replace.
 
     Args:
-        path: The file; its folder exists.
+        path: The file; its directory exists.
         data: The content.
-        replaced: The file that it will replace, if there is one. Of a symbolic link nothing is taken over.
+        replaced: The file that it will replace, if any. Owner and mode of a symbolic link are not copied.
 
     Raises:
         OSError: The disk is full or fails.
@@ -225,28 +223,28 @@ def write_new(path: Path, data: bytes | memoryview, replaced: Path) -> None:
 
 
 def sync_name(path: Path) -> None:
-    """Flush the folder of a path that got its content.
+    """Flush the directory of a newly written path.
 
     Raises:
-        DiskError: The disk fails; the content may not survive a loss of power.
+        DiskError: The disk fails; a power failure may lose the content.
     """
     try:
         sync_folder(path.parent)
     except OSError as cause:
         reason = cause.strerror or str(cause)
         raise DiskError(
-            f"{path}: written, but its folder was not flushed ({reason}); save again.", where=path
+            f"{path}: written, but its directory was not flushed ({reason}); save again.", where=path
         ) from cause
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder.
+    """Flush the names in a directory.
 
     Raises:
         OSError: The disk is full or fails.
     """
     if os.name == "nt":
-        return  # Windows has no handle on a folder to flush
+        return  # Windows cannot flush a directory
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -255,11 +253,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def raise_disk_error(path: Path, cause: OSError) -> NoReturn:
-    """Raise a failed write as an error of lorakit.
+    """Raise a failed write as a lorakit error.
 
     Raises:
         DiskError: Always.
     """
     reason = cause.strerror or str(cause)
-    text = f"{path}: cannot be written ({reason}); what stood there before is unchanged."
+    text = f"{path}: cannot be written ({reason}); the previous content is unchanged."
     raise DiskError(text, what=reason, where=path) from cause

@@ -1,6 +1,7 @@
-"""Folders: published as a whole, replaced as a whole, or replaced file by file in an order that readers can judge.
+"""Directories: published whole, replaced whole, or replaced file by file in an order that readers can check.
 
-Several files of a folder are replaced together by building a complete new folder next to it and exchanging the two.
+Several files of a directory are replaced together by building a complete new directory next to it and exchanging the
+two.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from lorakit.durable.files import TEMPORARY, raise_disk_error, sync_folder, sync
 from lorakit.errors import DiskError
 
 _EXCHANGED = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]+\+(\d+)-(.+)", re.DOTALL)
-"""A folder built to be exchanged: inode of the folder that it replaces, and that folder's name."""
+"""Name of a directory built for an exchange: inode and name of the directory it replaces."""
 
 _SET_ASIDE = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]+~(.+)", re.DOTALL)
-"""A folder that makes room for a new one: its name."""
+"""Name of a directory that was set aside for a new one: the original name."""
 
 MOST_ENTRIES = 10_000
-"""Folders with more entries, subfolders included, are not built again; their files are replaced in order."""
+"""Directories with more entries, including subdirectories, are not rebuilt; their files are replaced in order."""
 
 _CANNOT = frozenset(
     getattr(errno, name)
@@ -35,22 +36,22 @@ _CANNOT = frozenset(
         *("ENAMETOOLONG", "EEXIST", "ENOTEMPTY"),
     )
 )
-"""Errors that say that a system cannot exchange two folders; any other one, such as a full disk, ends the write."""
+"""Errors of systems that cannot exchange two directories; any other error, such as a full disk, ends the write."""
 
 
 @contextlib.contextmanager
 def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
-    """Build a folder out of sight, then rename it into place when the block ends well.
+    """Build a directory under a temporary name, then rename it into place if the block succeeds.
 
     Args:
-        final: The folder's name once it is whole; a symbolic link to a folder is followed.
-        replace: Exchange it for the folder that is there, which is removed; otherwise that folder must be empty.
+        final: The final name; a symbolic link to a directory is followed.
+        replace: Exchange it for an existing directory, which is then removed; otherwise that directory must be empty.
 
     Yields:
-        A fresh folder next to it, on the same disk, to write into.
+        A new directory next to it, on the same disk, to write into.
 
     Raises:
-        DiskError: The disk refuses, or `final` is a folder with content; nothing is left behind.
+        DiskError: The disk fails, or `final` is a directory with content; nothing is left behind.
     """
     final = Path(os.path.realpath(final))
     temporary = temporary_name(final)
@@ -81,21 +82,21 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
 
 
 def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes | None]) -> bool:
-    """Replace files of a folder together: a crash leaves all the old ones or all the new ones.
+    """Replace files of a directory together: a crash leaves all old ones or all new ones.
 
-    A complete new folder is built next to it and exchanged with it. Other files are hard links to the same files,
-    subfolders are made again. The folder keeps its owner and mode, and a symbolic link to it stays a link. A folder
-    that is the working directory of this process, a mount point, or not writable is not exchanged.
+    A complete new directory is built next to it and exchanged with it. Other files become hard links to the same files,
+    subdirectories are recreated. The directory keeps its owner and mode, and a symbolic link to it stays a link. A
+    directory that is the working directory of this process, a mount point, or not writable is not exchanged.
 
     Args:
-        folder: Where; it is made when it is missing.
+        folder: The directory; created if missing.
         contents: Name -> content; None removes the file.
 
     Returns:
-        Whether it was done. If the system cannot exchange the folders, nothing has changed.
+        Whether it was done. If the system cannot exchange directories, nothing has changed.
 
     Raises:
-        DiskError: The disk is full or fails; the folder is as it was.
+        DiskError: The disk is full or fails; the directory is unchanged.
     """
     final = Path(os.path.realpath(folder))
     if not _can_be_exchanged(final):
@@ -115,20 +116,20 @@ def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes |
             if cause.errno in _CANNOT:
                 return False
             raise_disk_error(final, cause)
-        sync_name(final)  # before the old files go
+        sync_name(final)  # before the old files are removed
     finally:
         _clear(temporary, final, old, contents)
     return True
 
 
 def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str, bytes | None]]) -> None:
-    """Replace files of a folder one by one; every step is on the disk before the next one begins.
+    """Replace files of a directory one by one; every step is on disk before the next one begins.
 
     All contents are written and flushed under temporary names before the first file is replaced, so that a full disk
     changes nothing.
 
     Args:
-        folder: Where; it is made when it is missing.
+        folder: The directory; created if missing.
         steps: Each step as name -> content; None removes the file.
 
     Raises:
@@ -165,13 +166,13 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
 
 
 def sweep(folder: str | os.PathLike[str]) -> list[str]:
-    """Remove what writers that were killed have left in a folder.
+    """Remove what killed writers left in a directory.
 
-    A folder that was set aside while nothing took its place gets its name back. Of a folder that was exchanged, what
-    the new one lacks is moved there first.
+    A directory that was set aside without a replacement gets its name back. Entries of an exchanged directory that the
+    new one lacks are moved there first.
 
     Args:
-        folder: The folder to look into; its subfolders are not entered.
+        folder: The directory; its subdirectories are not entered.
 
     Returns:
         The names removed.
@@ -192,8 +193,8 @@ def sweep(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def _can_be_exchanged(final: Path) -> bool:
-    """Return whether another folder may take this name: we do not work in it, and nothing is mounted there."""
-    with contextlib.suppress(FileNotFoundError):  # of a working directory that was removed
+    """Return whether a directory can be exchanged: it is not our working directory, and nothing is mounted there."""
+    with contextlib.suppress(FileNotFoundError):  # the working directory may have been removed
         if Path.cwd().is_relative_to(final):
             return False
     if not os.path.lexists(final):
@@ -221,7 +222,7 @@ def _build(new: Path, old: Path, contents: Mapping[str, bytes | None]) -> None:
 
 
 def _carry(old: Path, new: Path, left_out: Collection[str] = ()) -> None:
-    """Put every entry of a folder into another one: files and links as hard links, subfolders made again."""
+    """Copy every entry of a directory to another one: files and links as hard links, subdirectories recreated."""
     with os.scandir(old) as entries:
         for entry in entries:
             source, target = old / entry.name, new / entry.name
@@ -242,7 +243,9 @@ def _take_owner_and_mode(source: Path, target: Path) -> None:
 
 
 def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | None = None) -> None:
-    """Remove a folder that was built, or, if it was exchanged, the old one after moving over what came meanwhile."""
+    """Remove a directory that was built, or, if it was exchanged, the old one after moving over entries added
+    meanwhile.
+    """
     with contextlib.suppress(OSError):
         if old and temporary.stat().st_ino == old and final.is_dir():
             _retire(temporary, final, replaced)
@@ -251,12 +254,13 @@ def _clear(temporary: Path, final: Path, old: int, replaced: Collection[str] | N
 
 
 def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
-    """Empty and remove a folder that another one replaced; an entry that the new one lacks, or has older, moves there.
+    """Empty and remove a replaced directory; entries that the new one lacks, or has in an older version, are moved
+    there.
 
     Args:
-        old: The folder to remove.
-        new: The folder that replaced it.
-        replaced: Names that were replaced on purpose; None if they are not known: then nothing in `new` is changed.
+        old: The directory to remove.
+        new: The directory that replaced it.
+        replaced: Names that were replaced on purpose; None if unknown: then nothing in `new` is changed.
     """
     with os.scandir(old) as entries:
         for entry in list(entries):
@@ -275,7 +279,7 @@ def _retire(old: Path, new: Path, replaced: Collection[str] | None) -> None:
 
 
 def _put_in_place_of(new: Path, old: Path) -> None:
-    """Exchange two folders; where a system cannot, the old one is set aside under a name that a sweep undoes."""
+    """Exchange two directories; if the system cannot, set the old one aside under a name that a sweep restores."""
     try:
         _exchange(new, old)
     except OSError as cause:
@@ -292,7 +296,7 @@ def _put_in_place_of(new: Path, old: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> None:
-    """Exchange the names of two files or folders in one step, which Linux alone can do."""
+    """Exchange the names of two files or directories atomically, which only Linux supports."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: linux/fcntl.h, linux/fs.h
     if rename is None:

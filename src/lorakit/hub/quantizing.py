@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.errors import ConfigError, MissingExtra, ModelError
 from lorakit.hub.shapes import shape_of_module
 from lorakit.hub.sources import ModelSource
-from lorakit.plan.quantized import BLOCK, Quantization, quantised_sites
+from lorakit.plan.quantized import BLOCK, Quantization, quantized_sites
 from lorakit.tables import format_percent
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _quantize_with_hqq(model: nn.Module, wanted: Quantization, source: ModelSour
     from lorakit.core.model.base_view import quantised_linear
 
     storage = wanted.storage
-    for site in quantised_sites(shape_of_module(model, source.given, source.given), storage):
+    for site in quantized_sites(shape_of_module(model, source.given, source.given), storage):
         whole = BLOCK * 8 // storage.bits  # values of groups half a weight apart share packed bytes
         if site.weight_parameters % whole:
             raise ModelError(

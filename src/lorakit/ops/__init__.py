@@ -1,1 +1,1 @@
-"""Fused operations on tensors: each file says first in plain PyTorch what is computed, then computes it fast."""
+"""Fused tensor operations; each module defines its result in plain PyTorch as `reference`."""

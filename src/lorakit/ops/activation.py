@@ -1,6 +1,6 @@
-"""Activations of MLPs: their values, and their gradients from the input alone, written into a tensor that is given.
+"""Activations of MLPs: values and gradients, computed from the input alone and written to a given tensor.
 
-Torch's own kernels, but for one whose sigmoid form takes a CPU less time.
+They use torch's kernels, except for tanh GELU, whose sigmoid form is faster on a CPU.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorakit.ops.adapted import room, room_to_widen, slabs
+from lorakit.ops.adapted import scratch_like, slabs, upcast_scratch
 from lorakit.ops.kernels.choosing import kernels_for
 
 aten = torch.ops.aten
 
 SLOPE = 2 * math.sqrt(2 / math.pi)
-"""Of the sigmoid in the approximate GELU, at 0."""
+"""Slope at 0 of the sigmoid's argument in the tanh approximation of GELU."""
 QUICK = 1.702
-"""The same of "quick GELU", x·σ(1.702·x)."""
+"""The same for "quick GELU", x·σ(1.702·x)."""
 
 
 @dataclass(frozen=True)
 class Activation:
-    """One row of ACTIVATIONS.
+    """Activation with a fused value and gradient; an entry of ACTIVATIONS.
 
     Attributes:
-        name: Its own.
+        name: Its name.
         reference: f in plain PyTorch, for autograd; any shape.
-        value: `value(x, out)` writes f(x) of rows x (N, f) into out, and returns it.
-        gradient: `gradient(dy, x, out)` writes dy·f'(x) into out, which may be dy, and returns it.
+        value: `value(x, out)` writes f(x) of rows x (N, f) to out and returns it.
+        gradient: `gradient(dy, x, out)` writes dy·f'(x) to out, which may be dy, and returns it.
     """
 
     name: str
@@ -42,13 +42,13 @@ class Activation:
 
 
 def gelu_tanh(x: Tensor, out: Tensor) -> Tensor:
-    """Write the approximate GELU of rows x (N, f) into out (N, f), as x times a sigmoid, [docs/math.md (78)].
+    """Write the tanh-approximated GELU of rows x (N, f) to out (N, f), as x times a sigmoid, [docs/math.md (78)].
 
-    Torch's tanh takes a CPU four times as long as its sigmoid. Computed in fp32 or wider, some rows at a time.
+    torch's tanh is four times as slow as its sigmoid on a CPU. Computed in fp32 or wider, a slab of rows at a time.
     """
     if x.device.type != "cpu":
         return aten.gelu.out(x, approximate="tanh", out=out)
-    inputs, gates = room_to_widen(x), room(x)
+    inputs, gates = upcast_scratch(x), scratch_like(x)
     for rows in slabs(x):
         part = x[rows] if inputs is None else inputs[: len(x[rows])].copy_(x[rows])
         gate = torch.mul(part, part, out=gates[: len(part)])
@@ -96,22 +96,22 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda dy, x, out: aten.threshold_backward.grad_input(dy, x, 0, grad_input=out),
     ),
 }
-"""Name -> activation. "gelu_tanh" is also known as "gelu_new" and "gelu_pytorch_tanh", "silu" as "swish"."""
+"""Activations by name. "gelu_tanh" is also known as "gelu_new" and "gelu_pytorch_tanh", "silu" as "swish"."""
 
 
 def activation(name: str) -> Activation:
-    """A row of ACTIVATIONS.
+    """Return the activation of this name.
 
     Raises:
-        ValueError: There is none of this name.
+        ValueError: The name is unknown.
     """
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation {name!r} has no fused form; those that have are {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"no fused form of activation {name!r}; available: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
 def activate(act: Activation, first: Tensor, up: Tensor | None, out: Tensor) -> Tensor:
-    """Write f(first)·up, or f(first) where there is no up, into out, and return it; all (N, f), contiguous."""
+    """Write f(first)·up, or f(first) if up is None, to out and return it; all (N, f), contiguous."""
     kernels = kernels_for(first, up)
     if kernels is None or act.name not in kernels.activations:
         act.value(first, out)
@@ -121,7 +121,7 @@ def activate(act: Activation, first: Tensor, up: Tensor | None, out: Tensor) -> 
 
 
 def activate_backward(act: Activation, da: Tensor, first: Tensor, up: Tensor | None) -> list[Tensor]:
-    """The gradients of `activate` for first, in the place of da, and for up where there is one; all (N, f)."""
+    """Return the gradients of `activate` for first, overwriting da, and for up if given; all (N, f)."""
     kernels, dup = kernels_for(first, up, da), None if up is None else torch.empty_like(first)
     if kernels is not None and act.name in kernels.activations:
         kernels.gate_backward(act.name, da, first, up, da, dup)

@@ -1,7 +1,4 @@
-"""fp32 images of narrow tensors: the dtype that is wide enough for a sum, and few rows at a time.
-
-Frozen linear modules and the adapters beside them: the operands of the fused operations.
-"""
+"""Frozen linear modules with adapters, as operands of fused operations, and fp32 scratch for low-precision tensors."""
 
 from __future__ import annotations
 
@@ -13,28 +10,28 @@ import torch
 from torch import Tensor
 
 SLAB = 1 << 18
-"""Numbers that are widened to fp32 at a time: their images stay near the cache and take little memory."""
+"""Elements upcast to fp32 at a time, so that the copy fits the cache and takes little memory."""
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which numbers of a dtype are summed and rounded from: fp32, or float64 for float64."""
+def upcast_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype for sums and rounding: fp32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def slabs(x: Tensor) -> Iterator[slice]:
-    """Rows of x (N, d) that are worked on at a time: about SLAB numbers on a CPU, all of them elsewhere."""
+    """Yield slices of the rows of x (N, d): about SLAB elements each on a CPU, all rows elsewhere."""
     many = max(_many(x), 1)
     yield from (slice(begin, begin + many) for begin in range(0, len(x), many))
 
 
-def room(x: Tensor) -> Tensor:
-    """Scratch in the wide dtype for one slab of x (N, d), (rows, d)."""
-    return x.new_empty(_many(x), x.shape[1], dtype=wide(x.dtype))
+def scratch_like(x: Tensor) -> Tensor:
+    """Return scratch (rows, d) in fp32 or wider for one slab of x (N, d)."""
+    return x.new_empty(_many(x), x.shape[1], dtype=upcast_dtype(x.dtype))
 
 
-def room_to_widen(x: Tensor) -> Tensor | None:
-    """The same (rows, d), or None where x (N, d) is wide already and needs no image."""
-    return None if x.dtype == wide(x.dtype) else room(x)
+def upcast_scratch(x: Tensor) -> Tensor | None:
+    """Return the scratch (rows, d) of `scratch_like`, or None if x (N, d) is already fp32 or wider."""
+    return None if x.dtype == upcast_dtype(x.dtype) else scratch_like(x)
 
 
 def _many(x: Tensor) -> int:
@@ -43,10 +40,10 @@ def _many(x: Tensor) -> int:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """Factors of one adapter: A (r, in), B (out, r), the scale, and the dropout of its input that is in force now.
+    """LoRA factors of one adapter: A (r, in), B (out, r), scale, and the current input dropout.
 
     Raises:
-        ValueError: The dropout leaves nothing.
+        ValueError: The dropout is not in [0, 1).
     """
 
     A: Tensor
@@ -56,12 +53,12 @@ class LowRank:
 
     def __post_init__(self) -> None:
         if not 0 <= self.p < 1:
-            raise ValueError(f"the dropout beside a frozen module is at least 0 and below 1; got {self.p}")
+            raise ValueError(f"adapter dropout must be in [0, 1); got {self.p}")
 
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
-    """A frozen linear module and what is beside it: W (out, in), or (in, out) where transposed; bias (out,)."""
+    """Frozen linear module with an optional adapter: W (out, in), or (in, out) if transposed; bias (out,)."""
 
     W: Tensor
     bias: Tensor | None = None
@@ -69,51 +66,51 @@ class Adapted:
     transposed: bool = False
 
 
-def refuse_trained(group: Sequence[Adapted]) -> None:
-    """Refuse weights that are trained: the fused operations make no gradient for them.
+def check_frozen(group: Sequence[Adapted]) -> None:
+    """Check that all weights are frozen: the fused operations compute no gradient for them.
 
     Raises:
-        ValueError: A weight or bias asks for a gradient.
+        ValueError: A weight or bias requires a gradient.
     """
     for module in group:
         for name, tensor in (("weight", module.W), ("bias", module.bias)):
             if tensor is not None and tensor.requires_grad:
                 shape = tuple(tensor.shape)
                 raise ValueError(
-                    f"a {name} of shape {shape} asks for a gradient, and the fused operations make none for the base; "
-                    f"freeze it, or run the module itself"
+                    f"a {name} of shape {shape} requires a gradient, which the fused operations do not compute; "
+                    f"freeze it or call the module directly"
                 )
 
 
 def factors(group: Sequence[Adapted]) -> list[Tensor | None]:
-    """A_0, B_0, A_1, B_1, …: the trained inputs of a function over the group, None where a module has no adapter."""
+    """Return A_0, B_0, A_1, B_1, …: the trained inputs of a function over the group; None without adapter."""
     return [t for module in group for t in ((module.low.A, module.low.B) if module.low else (None, None))]
 
 
 def rows(x: Tensor) -> Tensor:
-    """Contiguous rows (N, in) of x (…, in); a view where it can be."""
+    """Return x (…, in) as contiguous rows (N, in); a view if possible."""
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def unflat(y: Tensor, like: Tensor) -> Tensor:
-    """Rows y (N, out) in the leading dimensions of `like` (…, in)."""
+    """Reshape rows y (N, out) to the leading dimensions of `like` (…, in)."""
     return y.view(*like.shape[:-1], y.shape[-1])
 
 
 def autocast(x: Tensor) -> Tensor:
-    """The tensor (any shape) in autocast's dtype, where that is on; double precision stays, as autocast leaves it."""
+    """Cast x (any shape) to autocast's dtype if autocast is enabled; float64 is left unchanged, as autocast does."""
     device = x.device.type
     on = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return x.to(torch.get_autocast_dtype(device)) if on else x
 
 
-def casts(x: Tensor) -> bool:
-    """Whether autocast is on and has another dtype than x (any shape): else all of a block is in one dtype anyway."""
+def is_cast_by_autocast(x: Tensor) -> bool:
+    """Return whether autocast is enabled with a dtype other than that of x (any shape)."""
     device = x.device.type
     return torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device)
 
 
-def as_written(x: Tensor) -> AbstractContextManager[object]:
-    """A block in which no product is cast by autocast, on the device of x (any shape): the operation has seen to it."""
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context without autocast on the device of x (any shape), for operations that cast explicitly."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

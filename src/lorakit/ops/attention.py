@@ -1,4 +1,4 @@
-"""Attention over grouped heads, packs, windows and soft-caps: a forward and a backward, and a function of autograd."""
+"""Attention with grouped heads, packing, windows and soft caps: forward, backward and an autograd function."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.ops import attention_cuda, attention_flash, attention_products, choices
-from lorakit.ops.adapted import as_written, autocast
+from lorakit.ops.adapted import autocast, without_autocast
 from lorakit.ops.attention_pattern import Pattern, mask
 
-# Tokens of the longest sequence from which PyTorch's kernel is taken. On a CPU without matrix units the products are
-# the faster way up to 4096 and more; with them, the kernel's work in cache wins earlier.
+# Longest sequence in tokens from which PyTorch's flash kernel is used. On a CPU without matrix units matmuls are faster
+# up to 4096 tokens and more; with matrix units the kernel's cache blocking wins earlier.
 FLASH_FROM = 2048
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kept: Tensor | None = None) -> Tensor:
-    """Softmax of the masked scores times v, in plain PyTorch. q (B, H, T, D), k, v (B, KV, T, D) -> (B, H, T, D).
+    """Compute attention in plain PyTorch: q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D).
 
-    kept (B, H, T, T): 1 for each weight that dropout keeps, 0 for the others; None where there is no dropout.
+    kept (B, H, T, T) is 1 for each weight that dropout keeps, else 0; None without dropout.
     """
     pattern.check(q, k, v)
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
@@ -36,16 +36,17 @@ def reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kept: Tensor | 
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -> Tensor:
-    """Softmax(scale·q·kᵀ under the pattern)·v, [docs/math.md (81)]; its gradients are [docs/math.md (82)].
+    """Compute softmax(scale·q·kᵀ under the pattern)·v, [docs/math.md (81)]; its gradients are [docs/math.md (82)].
 
-    q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E), KV a divisor of H, in any strides -> (B, H, T, E), stored as
-    (B, T, H, E). Kept for the backward: q, k and v; with flash also the output and a number per row. Nothing (T, T).
+    Shapes: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E), KV a divisor of H, any strides -> (B, H, T, E), stored as
+    (B, T, H, E). Saved for backward: q, k and v; with flash also the output and one value per row. No (T, T) tensor is
+    saved.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. (1); Ainslie et al. 2023, arXiv:2305.13245, for shared heads;
-    Rabe and Staats 2021, arXiv:2112.05682, for weights made again in the backward.
+    Rabe and Staats 2021, arXiv:2112.05682, for recomputing the weights in the backward.
 
     Raises:
-        ValueError: Shapes do not fit, a number of the pattern is out of range, or flash cannot compute it.
+        ValueError: Shapes do not match, a value of the pattern is out of range, or flash does not support it.
     """
     pattern = Pattern() if pattern is None else pattern
     q, k, v = (autocast(t) for t in (q, k, v))
@@ -55,41 +56,44 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None = None) -
 
 
 def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
-    """Which way computes this pattern over q (B, H, T, D) and v (B, KV, T, E): a `Pattern.way`, and not "auto".
+    """Return the method that computes this pattern for q (B, H, T, D) and v (B, KV, T, E): a `Pattern.method` except
+    "auto".
 
     Raises:
-        ValueError: Flash is asked for and has no place for what the pattern asks.
+        ValueError: Flash was requested and does not support the pattern.
     """
     on_cuda = q.device.type == "cuda"
     possible = (attention_cuda if on_cuda else attention_flash).takes(q, v, pattern)
-    if pattern.way == "flash" and not possible:
+    if pattern.method == "flash" and not possible:
         raise ValueError(
-            "way='flash' knows no window, no softcap, no dropout and no value width of its own on a CPU; on "
-            "CUDA it knows windows, no bias, and takes fp16 and bf16 alone; use way='auto' or 'products'"
+            "method='flash' does not support this pattern: on a CPU it has no window, softcap, dropout or "
+            "separate value width; on CUDA it has windows, but no bias, and needs fp16 or bf16. "
+            "Use method='auto' or 'matmul'"
         )
-    if pattern.way != "auto":
-        return pattern.way
+    if pattern.method != "auto":
+        return pattern.method
     if on_cuda:
-        return "flash" if possible else "products"
+        return "flash" if possible else "matmul"
     longest = max(pattern.lengths(q.shape[2]), default=0)
-    usual = "flash" if longest >= FLASH_FROM else "products"
-    way = choices.way_of_attention(q, v, pattern.causal, longest, usual)
-    return way if possible or way != "flash" else "products"
+    usual = "flash" if longest >= FLASH_FROM else "matmul"
+    method = choices.attention_method(q, v, pattern.causal, longest, usual)
+    return method if possible or method != "flash" else "matmul"
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`attention` without autograd: the output (B, H, T, E), stored as (B, T, H, E), and what its backward asks.
+    """Compute `attention` without autograd; returns the output (B, H, T, E), stored as (B, T, H, E), and what its
+    backward needs.
 
-    q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E). The second is log Σ exp of each row's scores in fp32 or wider with
-    flash, as its kernel lays them, None with products; the third the record of the weights that were dropped, or None.
+    Shapes: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E). With flash the second result is the log-sum-exp of each
+    row in fp32 or wider, in the kernel's layout, else None; the third is the dropout record of the weights, or None.
     """
     pattern.check(q, k, v)
-    way = chosen(q, v, pattern)
-    with as_written(q):
-        if way == "flash":
+    method = chosen(q, v, pattern)
+    with without_autocast(q):
+        if method == "flash":
             kernel = attention_cuda if q.device.type == "cuda" else attention_flash
             return *kernel.forward(q, k, v, pattern), None
-        operands = _widened((q, k, v)) if way == "products in fp32" else (q, k, v)
+        operands = _upcast((q, k, v)) if method == "matmul_fp32" else (q, k, v)
         out, record = attention_products.forward(*operands, pattern)
         return out.to(q.dtype), None, record
 
@@ -101,16 +105,20 @@ def backward(
     pattern: Pattern,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v from that of the output, in `into` or in new tensors stored as (B, T, heads, width).
+    """Return the gradients of q, k and v, in `into` or in new tensors stored as (B, T, heads, width).
 
-    dout (B, H, T, E); operands: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E); saved: what `forward` gave; of it the
-    output may be None where the second is.
+    Args:
+        dout: Gradient of the output, (B, H, T, E).
+        operands: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E).
+        saved: The results of `forward`; the output may be None if the second is.
+        pattern: The pattern of the forward.
+        into: Tensors to write to.
     """
     if into is None:
         dq, dk, dv = (_stored_by_token(t) for t in operands)
         into = (dq, dk, dv)
     out, lse, record = saved
-    with as_written(dout):
+    with without_autocast(dout):
         if lse is None or out is None:
             _by_products(dout, operands, into, pattern, record)
         else:
@@ -126,23 +134,23 @@ def _by_products(
     pattern: Pattern,
     record: Tensor | None,
 ) -> None:
-    """`backward` by products, widened where the forward's way was so."""
-    if chosen(*operands[::2], pattern) != "products in fp32":
+    """Run `backward` by matmuls, upcast if the forward was."""
+    if chosen(*operands[::2], pattern) != "matmul_fp32":
         attention_products.backward(dout, operands, into, pattern, record)
         return
     q, k, v = (_stored_by_token(t, torch.float32) for t in operands)
-    attention_products.backward(dout.float(), _widened(operands), (q, k, v), pattern, record)
+    attention_products.backward(dout.float(), _upcast(operands), (q, k, v), pattern, record)
     for grad, wide in zip(into, (q, k, v), strict=True):
         grad.copy_(wide)
 
 
-def _widened(tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _upcast(tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (t.float() for t in tensors)
     return q, k, v
 
 
 def _stored_by_token(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty tensor of the shape of x (B, H, T, D), stored as (B, T, H, D)."""
+    """Return an empty tensor of the shape of x (B, H, T, D), stored as (B, T, H, D)."""
     batch, heads, tokens, width = x.shape
     return torch.empty(batch, tokens, heads, width, dtype=dtype or x.dtype, device=x.device).transpose(1, 2)
 

@@ -1,8 +1,8 @@
-"""Half a decoder layer as one function of autograd: norm, q, k and v, rotary positions, attention, output, residual.
+"""Fused attention sublayer as one autograd function: norm, q/k/v projections, RoPE, attention, output, residual.
 
-Kept for the backward: x and the numbers of its norm, q and k as they are turned (before their own norms, where they
-have such), v, the attention's output, (tokens, r) of each adapter, and what dropout dropped. The normalised input and
-all that is elementwise is made again.
+Saved for backward: x and its norm statistics, q and k after rotation (before their own norms, if they have any), v, the
+attention output, a (tokens, r) activation per adapter, and dropout records. The normalized input and all elementwise
+results are recomputed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.ops import attention as attending
 from lorakit.ops import linear, norm, rotary
-from lorakit.ops.adapted import Adapted, as_written, casts, factors, refuse_trained, rows, unflat
+from lorakit.ops.adapted import Adapted, check_frozen, factors, is_cast_by_autocast, rows, unflat, without_autocast
 from lorakit.ops.attention_pattern import Pattern
-from lorakit.ops.dropout import join, join_backward
+from lorakit.ops.dropout import dropout_add, dropout_add_backward
 from lorakit.ops.linear import Group
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
@@ -27,18 +27,18 @@ from lorakit.ops.rotary import Rotary
 
 @dataclass(frozen=True, eq=False)
 class SelfAttention:
-    """What an attention block is made of.
+    """Modules and options of an attention sublayer.
 
     Attributes:
-        inputs: The projections q (H·D, d), k and v (KV·D, d); or one of (H·D + 2·KV·D, d) that gives them side by side,
-            or where interleaved those of one head after the other.
-        output: The projection (d, H·D) of what the heads give.
+        inputs: The projections q (H·D, d), k and v (KV·D, d); or a fused one (H·D + 2·KV·D, d).
+        output: The output projection (d, H·D).
         head_dim: D.
         kv_heads: KV, a divisor of H.
-        norm: Of the input, or None.
-        q_norm, k_norm: Of q and k before they are turned: of each head where the weight has D numbers, else of the row.
-        dropout: Share of the output's numbers that become zero, before the residual.
-        interleaved: The only projection gives q, k and v of the first head, then those of the next; KV = H.
+        norm: Norm of the input, or None.
+        q_norm, k_norm: Norms of q and k before rotation: per head if the weight has D elements, else over the whole
+            row.
+        dropout: Dropout probability of the output, before the residual.
+        interleaved: Whether the fused projection stores q, k and v per head, one head after the other; then KV = H.
     """
 
     inputs: tuple[Adapted, ...]
@@ -53,27 +53,27 @@ class SelfAttention:
 
     @property
     def widths(self) -> tuple[int, int, int]:
-        """Numbers of q, k and v of a token: H·D, KV·D, KV·D."""
+        """Return the widths of q, k and v per token: H·D, KV·D, KV·D."""
         shared = self.kv_heads * self.head_dim
         return _out(self.inputs[0]) - (0 if len(self.inputs) == 3 else 2 * shared), shared, shared
 
     @property
     def projections(self) -> tuple[Adapted, ...]:
-        """All projections, the output's last."""
+        """Return all projections, the output projection last."""
         return (*self.inputs, self.output)
 
     def heads(self, parts: Sequence[Tensor], batch: int, tokens: int) -> tuple[Tensor, ...]:
-        """Views of q, k and v (B, T, heads, D) in what the projections give, (B·T, width) each."""
+        """Return views of q, k and v (B, T, heads, D) in the projections' outputs, (B·T, width) each."""
         if self.interleaved:
             return parts[0].view(batch, tokens, self.kv_heads, 3, self.head_dim).unbind(3)
         split = parts[0].split(self.widths, -1) if len(parts) == 1 else parts
         return tuple(part.view(batch, tokens, -1, self.head_dim) for part in split)
 
     def check(self) -> None:
-        """That the parts fit each other and are frozen.
+        """Check that the modules fit together and are frozen.
 
         Raises:
-            ValueError: They do not, or a weight of the base asks for a gradient.
+            ValueError: They do not, or a base weight requires a gradient.
         """
         q, shared, _ = self.widths
         widths = [_out(part) for part in self.inputs]
@@ -84,34 +84,34 @@ class SelfAttention:
             or (len(widths) == 3 and widths[1:] != [shared] * 2)
         ):
             raise ValueError(
-                f"projections of {widths} numbers make no heads of {self.head_dim} with {self.kv_heads} of k and v: "
-                "give q, k and v, or one projection that has them side by side"
+                f"projections of widths {widths} do not match head_dim={self.head_dim} and kv_heads={self.kv_heads}: "
+                "pass q, k and v, or one fused projection"
             )
         if self.interleaved and (len(widths) != 1 or q != shared):
-            raise ValueError(
-                f"heads of q, k and v are interleaved in one projection with as many of each, not {widths}"
-            )
+            raise ValueError(f"interleaved q, k and v need one fused projection with equal widths; got {widths}")
         for name, own, width in (("q_norm", self.q_norm, q), ("k_norm", self.k_norm, shared)):
             size = None if own is None or own.weight is None else tuple(own.weight.shape)
             if size not in (None, (self.head_dim,), (width,)):
-                raise ValueError(f"{name} has a weight {size}; it takes ({self.head_dim},), of a head, or ({width},)")
+                raise ValueError(
+                    f"{name}: weight must have shape ({self.head_dim},) per head or ({width},); got {size}"
+                )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"the dropout of an attention's output is at least 0 and below 1; it is {self.dropout}")
+            raise ValueError(f"attention output dropout must be in [0, 1); got {self.dropout}")
         if torch.is_grad_enabled():
-            refuse_trained(self.projections)
+            check_frozen(self.projections)
             for own in (self.norm, self.q_norm, self.k_norm):
-                norm.refuse_trained_norm(own)
+                norm.check_frozen_norm(own)
 
 
 def reference(
     x: Tensor,
     block: SelfAttention,
     pattern: Pattern,
-    turn: Rotary | None,
+    rope: Rotary | None,
     residual: bool,
     wanted: Tensor | None = None,
 ) -> Tensor:
-    """What `attention_block` computes of x (B, T, d), in plain PyTorch and without dropout -> (B, T, d) or (n, d)."""
+    """Compute `attention_block` of x (B, T, d) in plain PyTorch, without dropout; returns (B, T, d) or (n, d)."""
     n = x if block.norm is None else norm.reference(x, block.norm)
     parts = [part.flatten(0, 1) for part in linear.reference(n, block.inputs)]
     heads = []
@@ -120,8 +120,8 @@ def reference(
             rows_of_it = part.flatten(2).unflatten(-1, (-1, _norm_width(own, block)))
             part = norm.reference(rows_of_it, own).view(part.shape)
         heads.append(part.transpose(1, 2))
-    if turn is not None:
-        heads[:2] = (rotary.reference(part, turn) for part in heads[:2])
+    if rope is not None:
+        heads[:2] = (rotary.reference(part, rope) for part in heads[:2])
     out = attending.reference(heads[0], heads[1], heads[2], pattern)
     y = linear.reference(out.transpose(1, 2).flatten(2), [block.output])[0]
     y = x + y if residual else y
@@ -132,99 +132,107 @@ def attention_block(
     x: Tensor,
     block: SelfAttention,
     pattern: Pattern | None = None,
-    turn: Rotary | None = None,
+    rope: Rotary | None = None,
     residual: bool = False,
     wanted: Tensor | None = None,
 ) -> Tensor:
-    """Attention with all that is around it: [docs/math.md (83)]. x (B, T, d) -> (B, T, d), or (n, d) where wanted.
+    """Compute a fused attention sublayer, [docs/math.md (83)]: x (B, T, d) -> (B, T, d), or (n, d) with `wanted`.
 
-    block: the projections with their adapters, and the norms; pattern: who sees whom; turn: the tables of rotary
-    positions, or None; residual: add x; wanted: which of the B·T tokens go through the output projection, sorted (n,),
-    or None for all. Gradients go to x and to the factors A and B.
+    Gradients go to x and to the factors A and B.
+
+    Args:
+        x: Hidden states.
+        block: Projections with their adapters, and norms.
+        pattern: Attention pattern; None is causal.
+        rope: Tables of rotary position embeddings, or None.
+        residual: Whether to add x.
+        wanted: Sorted indices (n,) of the B·T tokens that go through the output projection; None for all.
 
     Raises:
-        ValueError: Shapes do not fit, a weight of the base asks for a gradient, or the pattern has no way.
+        ValueError: Shapes do not match, a base weight requires a gradient, or no method supports the pattern.
     """
     pattern = Pattern() if pattern is None else pattern
     if x.dim() != 3:
-        raise ValueError(f"attention_block takes x (batch, tokens, width), and was given {tuple(x.shape)}")
+        raise ValueError(f"attention_block expects x (batch, tokens, width); got {tuple(x.shape)}")
     block.check()
-    if casts(x):
-        return _under_autocast(x, block, pattern, turn, residual, wanted)
-    form = _Form(block, pattern, turn, residual, wanted)
+    if is_cast_by_autocast(x):
+        return _under_autocast(x, block, pattern, rope, residual, wanted)
+    form = _Form(block, pattern, rope, residual, wanted)
     flat = factors(block.projections)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat)):
         y = _AttentionBlock.apply(x, form, *flat)
     else:
-        with as_written(x):
+        with without_autocast(x):
             y = _forward(x, form)[0]
-    return y if wanted is not None else unflat(y, x)  # here: a view could not be changed in place
+    return (
+        y if wanted is not None else unflat(y, x)
+    )  # outside the autograd function, whose outputs must not be views if they are changed in place
 
 
 class _Form(NamedTuple):
     block: SelfAttention
     pattern: Pattern
-    turn: Rotary | None
+    rope: Rotary | None
     residual: bool
     wanted: Tensor | None
 
     def picked(self, t: Tensor) -> Tensor:
-        """The wanted of the rows t (N, width)."""
+        """Return the `wanted` rows of t (N, width)."""
         return t if self.wanted is None or len(t) == len(self.wanted) else t.index_select(0, self.wanted)
 
 
-class _Made(NamedTuple):
-    """What a forward made that a backward may want."""
+class _Intermediates(NamedTuple):
+    """Intermediates of a forward that its backward may need."""
 
     stats: Sequence[Tensor]  # of the norm
-    heads: tuple[Tensor, Tensor, Tensor]  # q, k, v (B, T, heads, D); of q and k before their norms, where they have any
-    own: tuple[Sequence[Tensor], Sequence[Tensor]]  # numbers of these norms
+    heads: tuple[Tensor, Tensor, Tensor]  # q, k, v (B, T, heads, D); q and k before their norms, if they have any
+    own: tuple[Sequence[Tensor], Sequence[Tensor]]  # statistics of the q and k norms
     out: Tensor  # (N, H·D)
-    saved: Sequence[Tensor | None]  # of attention, besides its output
-    record: Tensor | None  # of the output's dropout
+    saved: Sequence[Tensor | None]  # by attention, besides its output
+    record: Tensor | None  # of the output dropout
     groups: tuple[Group, Group]
 
 
 def _under_autocast(
-    x: Tensor, block: SelfAttention, pattern: Pattern, turn: Rotary | None, residual: bool, wanted: Tensor | None
+    x: Tensor, block: SelfAttention, pattern: Pattern, rope: Rotary | None, residual: bool, wanted: Tensor | None
 ) -> Tensor:
-    """As autocast has it: the norm and the residual in the dtype of x, what is between them in autocast's."""
+    """Run under autocast: norm and residual in the dtype of x, everything between in autocast's dtype."""
     dtype = torch.get_autocast_dtype(x.device.type)
-    n = x if block.norm is None else norm.normalised(x, block.norm)
-    with as_written(x):
-        y = attention_block(n.to(dtype), replace(block, norm=None), pattern, turn, wanted=wanted)
+    n = x if block.norm is None else norm.normalize(x, block.norm)
+    with without_autocast(x):
+        y = attention_block(n.to(dtype), replace(block, norm=None), pattern, rope, wanted=wanted)
     if residual:
         y = (x if wanted is None else x.flatten(0, 1).index_select(0, wanted)) + y
     return y
 
 
-def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Made]:
-    """The output rows (N or as many as are wanted, d), and what was made on the way."""
-    block, pattern, turn, residual, _ = form
+def _forward(x: Tensor, form: _Form) -> tuple[Tensor, _Intermediates]:
+    """Return the output rows (N or n, d) and the intermediates."""
+    block, pattern, rope, residual, _ = form
     flat, (batch, tokens, _) = rows(x), x.shape
     n, stats = (flat, ()) if block.norm is None else block.norm.forward(flat)
     ins = Group.of(block.inputs, n)
     parts = ins.forward(n)
     del n
     q, k, v = raw = block.heads(parts, batch, tokens)
-    (q, q_stats), (k, k_stats) = _normalised(q, block.q_norm, block), _normalised(k, block.k_norm, block)
-    if turn is not None:
-        rotary.check(q.transpose(1, 2), turn)
-        q, k = rotary.turned(q, turn), rotary.turned(k, turn)
-    if len(parts) == 1 and turn is not None and block.q_norm is None:
-        v = v.contiguous()  # as a view it would keep q and k as they were before the turn
+    (q, q_stats), (k, k_stats) = _normalize(q, block.q_norm, block), _normalize(k, block.k_norm, block)
+    if rope is not None:
+        rotary.check(q.transpose(1, 2), rope)
+        q, k = rotary.rotated(q, rope), rotary.rotated(k, rope)
+    if len(parts) == 1 and rope is not None and block.q_norm is None:
+        v = v.contiguous()  # a view would keep the unrotated q and k alive
     del parts
     out, *saved = attending.forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), pattern)
     given = out.transpose(1, 2).view(len(flat), -1)
     read = form.picked(given)
     outs = Group.of([block.output], read)
-    y, record = join(outs.forward(read)[0], form.picked(flat) if residual else None, block.dropout)
+    y, record = dropout_add(outs.forward(read)[0], form.picked(flat) if residual else None, block.dropout)
     kept = raw[0] if block.q_norm else q, raw[1] if block.k_norm else k, v
-    return y, _Made(stats, kept, (q_stats, k_stats), given, saved, record, (ins, outs))
+    return y, _Intermediates(stats, kept, (q_stats, k_stats), given, saved, record, (ins, outs))
 
 
-def _normalised(part: Tensor, own: Norm | None, block: SelfAttention) -> tuple[Tensor, Sequence[Tensor]]:
-    """A norm of q or k (B, T, heads, D), of each head or of the row, and the numbers of what it normalised."""
+def _normalize(part: Tensor, own: Norm | None, block: SelfAttention) -> tuple[Tensor, Sequence[Tensor]]:
+    """Apply a q or k norm to `part` (B, T, heads, D), per head or per row; returns the result and its statistics."""
     if own is None:
         return part, ()
     n, stats = own.forward(_rows(part, own, block))
@@ -246,13 +254,13 @@ def _out(part: Adapted) -> int:
 class _AttentionBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, form: _Form, *flat: Tensor | None) -> Tensor:
-        with as_written(x):
+        with without_autocast(x):
             y, made = _forward(x, form)
         ins, outs = made.groups
-        # where neither x nor a projection of it is trained, nothing goes back through the attention
+        # if neither x nor an input projection is trained, no gradient flows through the attention
         ctx.deep = ctx.needs_input_grad[0] or any(A or B for A, B in ins.trains)
         wants_x = ins.needs_x or (form.block.norm is not None and ctx.needs_input_grad[0])
-        whole = ctx.deep and made.saved[0] is not None  # for attention's own backward
+        whole = ctx.deep and made.saved[0] is not None  # needed by the attention backward
         out = made.out if whole else form.picked(made.out) if outs.needs_x else None
         (ctx.ins, inputs), (ctx.outs, output) = ins.pack(), outs.pack()
         through = [[x if wants_x else None, *made.saved], made.heads, made.stats, *made.own, inputs]
@@ -266,9 +274,9 @@ class _AttentionBlock(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         tensors, form, wanted = iter(ctx.saved_tensors), ctx.form, ctx.form.wanted
         (out, record), output, *through = ([next(tensors) for _ in range(count)] for count in ctx.counts)
-        with as_written(dy):
+        with without_autocast(dy):
             dy = rows(dy)
-            dlast = join_backward(dy, record, form.block.dropout)
+            dlast = dropout_add_backward(dy, record, form.block.dropout)
             read = None if out is None else form.picked(out)
             given, last = Group.unpack(ctx.outs, output).backward(read, [dlast], need_dx=ctx.deep)
             if given is None:
@@ -280,11 +288,11 @@ class _AttentionBlock(torch.autograd.Function):
             del given, dlast, read
             ins, own = Group.unpack(ctx.ins, inputs), form.block.norm
             flat = None if x is None else rows(x)
-            n = own.again(flat, stats) if own is not None and ins.needs_x else flat
+            n = own.recompute(flat, stats) if own is not None and ins.needs_x else flat
             dx, grads = ins.backward(n, dparts, ctx.needs_input_grad[0], owned=own is not None and ins.needs_x)
             if dx is not None:
                 add = dy if form.residual and wanted is None else None
-                dx = norm.back_through(own, dx, flat, stats, add)
+                dx = norm.norm_backward(own, dx, flat, stats, add)
                 if form.residual and wanted is not None:
                     dx.index_add_(0, wanted, dy)
                 dx = dx.view(ctx.shape)
@@ -295,11 +303,13 @@ def _back_to_projections(
     given: Tensor,
     heads: Sequence[Tensor],
     stats: tuple[Sequence[Tensor], Sequence[Tensor]],
-    saved: tuple[Tensor | None, ...],  # the attention's output, and what it gave besides
+    saved: tuple[Tensor | None, ...],  # attention output and what the attention saved besides it
     form: _Form,
 ) -> list[Tensor]:
-    """The gradients of what the projections gave, (N, width) each, from that of the attention's output (N, H·D)."""
-    block, pattern, turn, *_ = form
+    """Return the gradients of the input projections' outputs, (N, width) each, from that of the attention output (N,
+    H·D).
+    """
+    block, pattern, rope, *_ = form
     shape = (*heads[0].shape[:2], -1, block.head_dim)
     owns = (block.q_norm, block.k_norm, None)
     operands = [_as_attended(*three, form) for three in zip(heads, (*stats, ()), owns, strict=True)]
@@ -308,23 +318,23 @@ def _back_to_projections(
     else:
         made = [given.new_empty(len(given), width) for width in block.widths]
     by_head = block.heads(made, *shape[:2])
-    # only with what flash gave besides is the output asked for, and whole
+    # the output is needed, in full, only together with the statistics of flash
     out = None if saved[0] is None or saved[1] is None else saved[0].view(shape).transpose(1, 2)
     dq, dk, dv = (grad.transpose(1, 2) for grad in by_head)
     q, k, v = (operand.transpose(1, 2) for operand in operands)
     kept = (out, saved[1], saved[2])
     attending.backward(given.view(shape).transpose(1, 2), (q, k, v), kept, pattern, (dq, dk, dv))
     for grad, raw, own_stats, own in zip(by_head[:2], heads, stats, owns, strict=False):
-        if turn is not None:
-            rotary.turn_back_(grad, turn)
+        if rope is not None:
+            rotary.rotate_back_(grad, rope)
         if own is not None:
             grad.copy_(own.backward(_rows(grad, own, block), _rows(raw, own, block), own_stats).view(grad.shape))
     return made
 
 
 def _as_attended(part: Tensor, stats: Sequence[Tensor], own: Norm | None, form: _Form) -> Tensor:
-    """q, k or v (B, T, heads, D) as attention took it; those with a norm were kept as they were before it."""
+    """Return q, k or v (B, T, heads, D) as attention used it; a part with its own norm was saved before the norm."""
     if own is None:
         return part
-    n = own.again(_rows(part, own, form.block), stats).view(part.shape)
-    return n if form.turn is None else rotary.turned(n, form.turn)
+    n = own.recompute(_rows(part, own, form.block), stats).view(part.shape)
+    return n if form.rope is None else rotary.rotated(n, form.rope)

@@ -1,7 +1,7 @@
-"""Attention by PyTorch's flash kernel for CUDA: whole batches as they are, packs by the bounds of their sequences.
+"""PyTorch's flash attention kernel for CUDA: dense batches, and packs as variable-length sequences.
 
-The kernel takes heads beside each other as a projection gives them, shares heads of k and v by itself, and knows
-windows. It may be given what no stream waits for: bounds and lengths come from Python's numbers.
+The kernel reads heads in the layout of the projections, supports grouped heads and windows. Lengths and offsets come
+from Python integers, so no call synchronizes the device.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from lorakit.ops.attention_pattern import Pattern
 aten = torch.ops.aten
 
 WIDEST = 256
-"""Numbers of a head that the kernel takes, in multiples of 8."""
+"""Largest head width of the kernel, in multiples of 8."""
 
 
 def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
-    """Whether the kernel computes this pattern: fp16 or bf16, no cap, no dropout, no bias, one width of q and v.
+    """Return whether the kernel supports the pattern: fp16 or bf16, no softcap, dropout or bias, equal widths of q and
+    v.
 
-    q (B, H, T, D), v (B, KV, T, E).
+    Shapes: q (B, H, T, D), v (B, KV, T, E).
     """
     width = q.shape[3]
     plain = pattern.softcap is None and pattern.bias is None and pattern.dropout == 0
@@ -33,12 +34,13 @@ def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """The output (B, H, T, D), stored as (B, T, H, D), and log Σ exp of the rows' scores in fp32.
+    """Return the output (B, H, T, D), stored as (B, T, H, D), and the log-sum-exp of the rows in fp32.
 
-    q (B, H, T, D), k and v (B, KV, T, D) with a contiguous D. The sums are (B, H, T), or (H, B·T) of a pack.
+    Shapes: q (B, H, T, D), k and v (B, KV, T, D) with a contiguous D. The log-sum-exp is (B, H, T), or (H, B·T) for a
+    pack.
     """
     call = _call(q, pattern)
-    operands = (_laid(t, call) for t in (q, k, v))
+    operands = (_by_token(t, call) for t in (q, k, v))
     out, lse, *_ = aten._flash_attention_forward(
         *operands, call.bounds, call.bounds, call.longest, call.longest, 0.0, pattern.causal, False, **call.words
     )
@@ -52,13 +54,13 @@ def backward(
     into: tuple[Tensor, Tensor, Tensor],
     pattern: Pattern,
 ) -> None:
-    """The gradients of q (B, H, T, D), k and v (B, KV, T, D), written `into` tensors of their shapes.
+    """Write the gradients of q (B, H, T, D), k and v (B, KV, T, D) `into` tensors of these shapes.
 
-    dout (B, H, T, D); saved: what `forward` gave.
+    dout is (B, H, T, D); `saved` is from `forward`.
     """
     call = _call(operands[0], pattern)
-    dy, q, k, v, out = (_laid(t, call) for t in (dout, *operands, saved[0]))
-    never_read = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of dropout's generator
+    dy, q, k, v, out = (_by_token(t, call) for t in (dout, *operands, saved[0]))
+    never_read = torch.zeros(2, dtype=torch.uint64, device=q.device)  # dropout RNG state, unused
     grads = aten._flash_attention_backward(
         dy, q, k, v, out, saved[1], call.bounds, call.bounds, call.longest, call.longest, 0.0, pattern.causal,
         never_read, never_read.new_empty(()), **call.words,
@@ -69,7 +71,7 @@ def backward(
 
 
 class _Call(NamedTuple):
-    bounds: Tensor | None  # of the sequences of a pack, (sequences + 1,) int32
+    bounds: Tensor | None  # offsets of a pack's sequences, (sequences + 1,) int32
     longest: int
     words: dict[str, Any]
 
@@ -86,8 +88,8 @@ def _call(q: Tensor, pattern: Pattern) -> _Call:
     return _Call(bounds.to(q.device, non_blocking=True), max(pattern.segments), words)
 
 
-def _laid(x: Tensor, call: _Call) -> Tensor:
-    """The operand (B, H, T, D) as (B, T, H, D), or as (B·T, H, D) of a pack."""
+def _by_token(x: Tensor, call: _Call) -> Tensor:
+    """Return the operand (B, H, T, D) as (B, T, H, D), or as (B·T, H, D) for a pack."""
     by_token = x.transpose(1, 2)
     by_token = by_token if by_token.stride(-1) == 1 else by_token.contiguous()
     return by_token if call.bounds is None else by_token.flatten(0, 1)
@@ -95,7 +97,7 @@ def _laid(x: Tensor, call: _Call) -> Tensor:
 
 @functools.cache
 def _has_kernel(device: torch.device) -> bool:
-    """Whether this PyTorch and this device have it: NVIDIA's from Ampere on."""
+    """Return whether this PyTorch build and device have the kernel: NVIDIA Ampere or newer."""
     if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)

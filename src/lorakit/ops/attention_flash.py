@@ -1,4 +1,4 @@
-"""Attention by PyTorch's flash kernel for CPUs, called for each sequence of a pack, with its own backward."""
+"""PyTorch's flash attention kernel for CPUs, called per sequence of a pack, with its own backward."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ class _Part(NamedTuple):
 
 
 def takes(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
-    """Whether the kernel computes this pattern: no window, no cap, no dropout, a CPU, and one width of q and v.
+    """Return whether the kernel supports the pattern: no window, softcap or dropout, a CPU, and equal widths of q and
+    v.
 
-    q (B, H, T, D), v (B, KV, T, E).
+    Shapes: q (B, H, T, D), v (B, KV, T, E).
     """
     plain = pattern.softcap is None and pattern.dropout == 0 and not pattern.windowed(q.shape[2])
     return plain and q.device.type == "cpu" and q.shape[3] == v.shape[3]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """The output (B, H, T, D), stored as (B, T, H, D), and log Σ exp of each row's scores (B, H, T) in fp32 or wider.
+    """Return the output (B, H, T, D), stored as (B, T, H, D), and the log-sum-exp of each row (B, H, T), fp32 or wider.
 
-    q (B, H, T, D), k and v (B, KV, T, D) in any strides with a contiguous D; repeated heads are strides, not copies.
+    Shapes: q (B, H, T, D), k and v (B, KV, T, D), any strides with a contiguous D; repeated heads are expanded by
+    strides, not copied.
     """
     batch, heads, tokens, width = q.shape
     out = torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -50,9 +52,9 @@ def backward(
     into: tuple[Tensor, Tensor, Tensor],
     pattern: Pattern,
 ) -> None:
-    """The gradients of q (B, H, T, D), k and v (B, KV, T, D), written `into` tensors of their shapes.
+    """Write the gradients of q (B, H, T, D), k and v (B, KV, T, D) `into` tensors of these shapes.
 
-    dout (B, H, T, D); saved: what `forward` gave.
+    dout is (B, H, T, D); `saved` is from `forward`.
     """
     q, k, v = operands
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -69,7 +71,7 @@ def backward(
 
 
 def _parts(q: Tensor, k: Tensor, pattern: Pattern) -> Iterator[_Part]:
-    """One sequence of one row of the batch, or of all rows where no head is shared."""
+    """Yield one sequence of one batch row, or of all rows if no head is shared."""
     for piece in pieces(q.shape[0], q.shape[2], pattern, rows_at_once=q.shape[0], join=0):
         if q.shape[1] == k.shape[1]:
             yield _Part(piece.batch, piece.tokens)
@@ -78,13 +80,13 @@ def _parts(q: Tensor, k: Tensor, pattern: Pattern) -> Iterator[_Part]:
 
 
 def _grouped(x: Tensor, k: Tensor, part: _Part) -> Tensor:
-    """A part of x (B, H, T, D) as (b, H, t, D), or (KV, G, t, D) where G heads share one of k; always a view."""
+    """Return a part of x (B, H, T, D) as (b, H, t, D), or (KV, G, t, D) if G heads share one of k; always a view."""
     cut = x[part.batch, :, part.tokens]
     return cut.unflatten(0, (k.shape[1], -1)) if isinstance(part.batch, int) else cut
 
 
 def _bias(q: Tensor, k: Tensor, pattern: Pattern, part: _Part) -> Tensor | None:
-    """What is added to the scores of a part, (b, H, t, t) or (KV, G, t, t), a view; None for nothing."""
+    """Return the bias of a part's scores, a view (b, H, t, t) or (KV, G, t, t), or None."""
     if pattern.bias is None:
         return None
     tokens = q.shape[2]

@@ -1,4 +1,4 @@
-"""Which token attends to which: what a pattern means, and how a computation over it is cut into pieces."""
+"""Attention patterns: which token attends to which, and how a computation over a pattern is split into pieces."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Way = Literal["auto", "flash", "products", "products in fp32"]
+Method = Literal["auto", "flash", "matmul", "matmul_fp32"]
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Who attends to whom, and how scores become weights.
+    """Mask, scaling and dropout of an attention.
 
-    causal: a token sees itself and what is before it; otherwise all.
-    scale: factor on the products of q and k; None is 1/√D.
-    window: causal: the last `window` tokens, itself included; otherwise tokens at most `window` away (as transformers).
-    softcap: c in c·tanh(score/c), on the scaled scores before the softmax.
-    segments: lengths of sequences laid end to end along T, the same in each row of the batch; no token sees another
-    sequence's.
-    dropout: share of the weights that become zero, each on its own; the others grow by 1/(1 − dropout).
-    bias: frozen numbers added to the capped scores, (B, H, T, T) or with 1 for any of the first three; −∞ hides
-    padding; who gives it sees to it that each token still sees one.
-    way: "flash" is PyTorch's kernel for CPUs, "products" batched products by blocks of query rows, "products in fp32"
-    the same of operands that are widened before; "auto" chooses by length, or as was measured.
+    Attributes:
+        causal: Whether a token sees only itself and earlier tokens.
+        scale: Factor on q·kᵀ; None is 1/√D.
+        window: Sliding window. Causal: the last `window` tokens including itself; otherwise tokens at distance at most
+            `window` (as in transformers).
+        softcap: c in c·tanh(score/c), applied to the scaled scores before the softmax.
+        segments: Lengths of packed sequences along T, the same in each batch row; sequences do not see each other.
+        dropout: Probability that an attention weight is zeroed; the others are divided by 1 − dropout.
+        bias: Frozen tensor added to the capped scores, (B, H, T, T) or with 1 in any of the first three dimensions; −∞
+            masks padding. The caller ensures that each token sees at least one.
+        method: "flash" is PyTorch's flash kernel, "matmul" batched matmuls over blocks of query rows, "matmul_fp32" the
+            same with operands upcast to fp32; "auto" chooses by length or by the autotuner's measurements.
     """
 
     causal: bool = True
@@ -37,23 +38,23 @@ class Pattern:
     segments: tuple[int, ...] | None = None
     dropout: float = 0.0
     bias: Tensor | None = field(default=None, compare=False)
-    way: Way = "auto"
+    method: Method = "auto"
 
     def scale_for(self, width: int) -> float:
-        """The factor on q·k for heads of this width."""
+        """Return the factor on q·k for heads of width `width`."""
         return width**-0.5 if self.scale is None else self.scale
 
     def lengths(self, tokens: int) -> tuple[int, ...]:
-        """Lengths of the sequences in a row of so many tokens."""
+        """Return the lengths of the sequences in a row of `tokens` tokens."""
         return (tokens,) if self.segments is None else self.segments
 
     def windowed(self, tokens: int) -> bool:
-        """Whether the window takes anything away in a row of so many tokens."""
+        """Return whether the window excludes anything in a row of `tokens` tokens."""
         longest = max(self.lengths(tokens), default=0)
         return self.window is not None and self.window < (longest if self.causal else longest - 1)
 
     def span(self, start: int, stop: int, length: int) -> tuple[int, int]:
-        """First and last-but-one place that the rows start … stop of a sequence may see."""
+        """Return the range [low, high) of positions that rows start … stop of a sequence can see."""
         low, high = 0, stop if self.causal else length
         if self.window is not None:
             low = max(0, start - self.window + (1 if self.causal else 0))
@@ -61,14 +62,14 @@ class Pattern:
         return low, high
 
     def bounds(self, lengths: tuple[int, ...], start: int, stop: int, low: int) -> Tensor:
-        """First and last-but-one place that each row start … stop of these sequences sees, from low, int32 (2, rows).
+        """Return the range [low, high) that each of the rows start … stop of these sequences sees, int32 (2, rows).
 
-        Not to be written to: who asks the same gets the same tensor.
+        Positions are relative to `low`. The tensor is cached and shared: do not write to it.
         """
         return _bounds(lengths, start, stop, low, self.causal, self.window)
 
     def allowed(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Whether places (n,) of a sequence see places (m,) of it, (n, m)."""
+        """Return a boolean mask (n, m): whether the positions `queries` (n,) see the positions `keys` (m,)."""
         distance = queries.unsqueeze(1) - keys
         seen = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         if self.window is not None:
@@ -76,32 +77,33 @@ class Pattern:
         return seen
 
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """That q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E) are attention's operands under this pattern.
+        """Check that q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E) are valid operands under this pattern.
 
         Raises:
-            ValueError: Their shapes or dtypes do not fit, segments do not fill T, or a number is out of its range.
+            ValueError: Shapes or dtypes do not match, segments do not fill T, or a value of the pattern is out of
+                range.
         """
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         if not q.dim() == k.dim() == v.dim() == 4:
-            raise ValueError(f"attention takes tensors (batch, heads, tokens, width), and was given {shapes}")
+            raise ValueError(f"attention expects (batch, heads, tokens, width) tensors; got {shapes}")
         heads = k.shape[1]
         if q.shape[0::2] != k.shape[0::2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-            raise ValueError(f"{shapes}: batch and tokens must be the same, and the width of q and k")
+            raise ValueError(f"batch, tokens and the width of q and k must match; got {shapes}")
         if heads == 0 or q.shape[1] % heads:
-            raise ValueError(f"{q.shape[1]} heads of q cannot share {heads} heads of k and v evenly")
+            raise ValueError(f"the {q.shape[1]} heads of q must be a multiple of the {heads} heads of k and v")
         if not q.dtype == k.dtype == v.dtype:
-            raise ValueError(f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; attention takes one dtype")
+            raise ValueError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
         if self.segments is not None and (sum(self.segments) != q.shape[2] or min(self.segments, default=0) < 1):
-            found = f"{len(self.segments)} lengths, {sum(self.segments)} tokens in sum"
-            raise ValueError(f"segments must be positive and fill the {q.shape[2]} tokens of a row; these are {found}")
+            found = f"{len(self.segments)} lengths with {sum(self.segments)} tokens in total"
+            raise ValueError(f"segments must be positive and sum to {q.shape[2]} tokens; got {found}")
         if self.window is not None and self.window < 1:
-            raise ValueError(f"a window of {self.window} tokens sees nothing; give 1 or more, or None for no window")
+            raise ValueError(f"window must be at least 1, or None; got {self.window}")
         if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap must be above 0, or None for none; it is {self.softcap}")
+            raise ValueError(f"softcap must be above 0, or None; got {self.softcap}")
         if self.bias is not None:
             self._check_bias(self.bias, q)
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"the dropout of attention's weights is at least 0 and below 1; it is {self.dropout}")
+            raise ValueError(f"attention dropout must be in [0, 1); got {self.dropout}")
 
     @staticmethod
     def _check_bias(bias: Tensor, q: Tensor) -> None:
@@ -110,17 +112,17 @@ class Pattern:
         wanted = (batch, heads, tokens)
         if not fits or any(size not in (1, whole) for size, whole in zip(bias.shape[:3], wanted, strict=True)):
             raise ValueError(
-                f"the bias of attention's scores has shape {tuple(bias.shape)}, not {(*wanted, tokens)} or with 1 in "
-                "the first three"
+                f"attention bias must have shape {(*wanted, tokens)}, with 1 allowed in the first three dimensions; "
+                f"got {tuple(bias.shape)}"
             )
         if bias.requires_grad or not bias.is_floating_point():
             raise ValueError(
-                f"the bias of attention's scores is frozen numbers; this one is {bias.dtype} and "
-                f"{'asks' if bias.requires_grad else 'does not ask'} for a gradient"
+                f"attention bias must be floating-point and frozen; got {bias.dtype} with "
+                f"requires_grad={bias.requires_grad}"
             )
 
 
-@functools.lru_cache(maxsize=256)  # the layers of a model ask for the same
+@functools.lru_cache(maxsize=256)  # cached: all layers of a model request the same bounds
 def _bounds(lengths: tuple[int, ...], start: int, stop: int, low: int, causal: bool, window: int | None) -> Tensor:
     places = torch.arange(start, stop, dtype=torch.int32)
     begins, ends = torch.zeros_like(places), torch.full_like(places, sum(lengths))
@@ -138,7 +140,7 @@ def _bounds(lengths: tuple[int, ...], start: int, stop: int, low: int, causal: b
 
 
 class Piece(NamedTuple):
-    """A part of attention that is alone with itself: rows of the batch × tokens that hold these sequences."""
+    """A part of attention that can be computed alone: batch rows × tokens that hold these sequences."""
 
     batch: slice
     tokens: slice
@@ -146,7 +148,7 @@ class Piece(NamedTuple):
 
 
 def pieces(batch: int, tokens: int, pattern: Pattern, rows_at_once: int, join: int) -> Iterator[Piece]:
-    """All pieces: a sequence each, or several short neighbours of at most `join` tokens together."""
+    """Yield all pieces: one sequence each, or adjacent short sequences of at most `join` tokens together."""
     start = 0
     gathered: list[int] = []
     for length in (*pattern.lengths(tokens), None):
@@ -159,7 +161,7 @@ def pieces(batch: int, tokens: int, pattern: Pattern, rows_at_once: int, join: i
 
 
 def mask(pattern: Pattern, lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Whether each token of a row sees each other, (T, T), for sequences of these lengths."""
+    """Return a boolean mask (T, T): whether each token of a row sees each other token, for packed `lengths`."""
     which = torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)], device=device)
     places = torch.arange(len(which), device=device)
     return pattern.allowed(places, places) & (which.unsqueeze(1) == which)

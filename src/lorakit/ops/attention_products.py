@@ -1,10 +1,10 @@
-"""Attention by batched products, a block of query rows at a time.
+"""Attention by batched matmuls, one block of query rows at a time.
 
-Formulas [docs/math.md (81)] and [docs/math.md (82)]. The heads of q that share a head of k are more rows of the same
-product, so k and v are not repeated. A block sees only the places that its pattern allows at all: with a causal mask
-the upper triangle is not computed, with a window only the band is. Scores live in one buffer that all blocks use; the
-backward makes them again, so that nothing of tokens × tokens is kept, and neither are sums of the softmax. Dropout is
-drawn once for the scores of all blocks, laid one after the other, and a seed is kept.
+Formulas [docs/math.md (81)] and [docs/math.md (82)]. Heads of q that share a head of k become additional rows of one
+matmul, so k and v are not repeated. A block computes only the columns its pattern can see: a causal mask skips most of
+the upper triangle, a window computes only the band. All blocks share one score buffer. The backward recomputes the
+scores, so neither a T × T tensor nor softmax statistics are saved. Dropout is drawn once for the concatenated scores of
+all blocks, and only a seed is saved.
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ import torch
 from torch import Tensor
 
 from lorakit.ops.attention_pattern import Pattern, Piece, mask, pieces
-from lorakit.ops.dropout import draw_of, without, zero_
+from lorakit.ops.dropout import apply_dropout, draw_record, zero_
 from lorakit.ops.kernels.choosing import kernels_for
 
-BLOCK = 64  # query rows of a block: long enough for the products, short enough to leave most of the triangle out
-SCORES = 2**22  # numbers in the buffer of scores, at most, as long as a block has 8 rows
-TOGETHER = 2**20  # rows of the batch are computed together while their scores stay this few and fit the cache
-ON_DEVICES = (512, 2**28, 2**28)  # the same three elsewhere: each piece is a launch, and there is no such cache
+BLOCK = 64  # query rows per block: enough for efficient matmuls, few enough to skip most of the triangle
+SCORES = 2**22  # maximum elements in the score buffer, if a block has at least 8 rows
+TOGETHER = 2**20  # batch rows are computed together while their scores stay below this, which fits the cache
+ON_DEVICES = (
+    512,
+    2**28,
+    2**28,
+)  # the same limits on other devices: each piece is a kernel launch, and cache size does not matter
 
 
 class _Block(NamedTuple):
-    """Rows start … stop of a piece, against the places low … high of it."""
+    """Query rows start … stop of a piece and the key positions low … high that they see."""
 
     start: int
     stop: int
@@ -36,9 +40,9 @@ class _Block(NamedTuple):
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None]:
-    """Softmax(scores)·v (B, H, T, E), stored as (B, T, H, E), and the record of the dropped weights, or None.
+    """Return softmax(scores)·v (B, H, T, E), stored as (B, T, H, E), and the dropout record of the weights, or None.
 
-    q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E).
+    Shapes: q (B, H, T, D), k (B, KV, T, D), v (B, KV, T, E).
     """
     batch, heads, tokens, _ = q.shape
     out = torch.empty(batch, tokens, heads, v.shape[3], dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -64,10 +68,10 @@ def backward(
     pattern: Pattern,
     record: Tensor | None = None,
 ) -> None:
-    """The gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E), written `into` tensors of their shapes.
+    """Write the gradients of q (B, H, T, D), k (B, KV, T, D) and v (B, KV, T, E) `into` tensors of these shapes.
 
-    dout (B, H, T, E); record: what `forward` gave. No tensor is read after what it shares storage with is
-    written, but for the three given.
+    dout is (B, H, T, E); `record` is from `forward`. The outputs may share storage with each other's inputs: except for
+    the operands, no tensor is read after something that shares its storage has been written.
     """
     q, k, v = operands
     scores = _Scores(q, k, pattern)
@@ -91,7 +95,7 @@ def backward(
 
 
 class _Scores:
-    """The softmax weights of one block after the other, in buffers that are made once."""
+    """Softmax weights of one block at a time, in reused buffers."""
 
     def __init__(self, q: Tensor, k: Tensor, pattern: Pattern) -> None:
         batch, heads, tokens, width = q.shape
@@ -112,20 +116,20 @@ class _Scores:
         self.masks: dict[tuple[object, ...], Tensor] = {}
 
     def blocks(self, piece: Piece) -> Iterator[_Block]:
-        """Blocks of query rows, and what each may see."""
+        """Yield the blocks of query rows of a piece, with the key positions they see."""
         length = piece.tokens.stop - piece.tokens.start
         for start in range(0, length, self.rows):
             stop = min(length, start + self.rows)
             yield _Block(start, stop, *self.pattern.span(start, stop, length))
 
     def draw(self) -> Tensor | None:
-        """The record of what dropout takes from the weights of all blocks, laid one after the other."""
+        """Draw the dropout record of the concatenated weights of all blocks."""
         if self.pattern.dropout == 0:
             return None
-        return draw_of(sum(self._sizes()), self.pattern.dropout, self.device)
+        return draw_record(sum(self._sizes()), self.pattern.dropout, self.device)
 
     def by_block(self, record: Tensor | None) -> Iterator[Tensor | None]:
-        """The record of each block: a part of a mask, or a seed of its own that follows from the first."""
+        """Yield the record of each block: a slice of the mask, or a seed derived from the first."""
         if record is None:
             return itertools.repeat(None)
         if record.dtype == torch.bool:
@@ -133,13 +137,13 @@ class _Scores:
         return ((record.view(torch.int64) + i).view(torch.uint64) for i in itertools.count())
 
     def dropped(self, weights: Tensor, zero: Tensor | None) -> Tensor:
-        """The block's weights (Z, G·n, m) without those that dropout took, beside the buffer that has them all."""
+        """Return the block's weights (Z, G·n, m) after dropout, in a second buffer."""
         if zero is None:
             return weights
-        return without(weights, zero, self.pattern.dropout, out=self._buffer(3, weights, weights.transpose(1, 2)))
+        return apply_dropout(weights, zero, self.pattern.dropout, out=self._buffer(3, weights, weights.transpose(1, 2)))
 
     def _sizes(self) -> list[int]:
-        """Numbers of scores of each block."""
+        """Return the number of scores of each block."""
         every = [(piece, block) for piece in self.pieces for block in self.blocks(piece)]
         return [
             (piece.batch.stop - piece.batch.start) * self.heads * (at.stop - at.start) * (at.high - at.low)
@@ -147,7 +151,7 @@ class _Scores:
         ]
 
     def weights(self, rows: Tensor, keys: Tensor, piece: Piece, block: _Block) -> tuple[Tensor, Tensor | None]:
-        """Softmax of the block's scores (Z, G·n, m), and tanh of them where they are capped; both in the buffers."""
+        """Return the softmax of the block's scores (Z, G·n, m), and their tanh if softcapped; both in the buffers."""
         seen, cap = keys[:, block.low : block.high], self.pattern.softcap
         scores = self._buffer(0, rows, seen)
         scale = self.scale if cap is None else self.scale / cap
@@ -173,7 +177,7 @@ class _Scores:
     def backward(
         self, dy: Tensor, values: Tensor, weights: Tensor, capped: Tensor | None, zero: Tensor | None
     ) -> Tensor:
-        """The gradient of the scaled scores (Z, G·n, m) from that of the output rows dy (Z, G·n, E)."""
+        """Return the gradient of the scaled scores (Z, G·n, m) from that of the output rows dy (Z, G·n, E)."""
         ds = self._buffer(2, dy, values)
         torch.baddbmm(ds, dy, values.transpose(1, 2), beta=0, alpha=self.share, out=ds)
         if zero is not None:
@@ -195,7 +199,7 @@ class _Scores:
         return self.buffers[which][:count].view(shape)
 
     def _bounds(self, piece: Piece, block: _Block) -> tuple[Tensor | None, Tensor | None]:
-        """First and last-but-one place of a block that each of its rows sees, int32 (n,); None where that is any."""
+        """Return the range [low, high) that each row of a block sees, int32 (n,) each; None if unbounded."""
         pattern = self.pattern
         if len(piece.lengths) == 1 and pattern.window is None and not pattern.causal:
             return None, None
@@ -203,7 +207,9 @@ class _Scores:
         return low, high
 
     def _bias(self, piece: Piece, block: _Block, rows: Tensor) -> Tensor | None:
-        """0 where a row sees a place and −∞ where not, (n, m), for the last m places of a block; None where all do."""
+        """Return 0 where a row sees a position, else −∞, (n, m), for the last m positions of a block; None if all are
+        seen.
+        """
         pattern, count = self.pattern, block.stop - block.start
         if len(piece.lengths) > 1:
             key: tuple[object, ...] = (piece.lengths,)
@@ -230,12 +236,12 @@ def _cut(x: Tensor, piece: Piece) -> Tensor:
 
 
 def _rows(x: Tensor, block: _Block, keys: Tensor) -> Tensor:
-    """Rows of a block, those of heads that share a key head one after the other: (b, H, T, D) -> (b·KV, G·n, D)."""
+    """Return the rows of a block, grouping heads that share a key head: (b, H, T, D) -> (b·KV, G·n, D)."""
     return x[:, :, block.start : block.stop].reshape(len(keys), -1, x.shape[3])
 
 
 def _put(x: Tensor, block: _Block, rows: Tensor) -> None:
-    """The reverse of `_rows`."""
+    """Write rows (b·KV, G·n, D) back to x (b, H, T, D): the inverse of `_rows`."""
     written = x[:, :, block.start : block.stop]
     written.copy_(rows.view(written.shape))
 

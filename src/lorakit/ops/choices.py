@@ -1,13 +1,12 @@
-"""Where one thing can be computed in several ways: which way is taken, by shape.
+"""Autotuned kernel choices: which method computes an operation, by shape.
 
-The usual way is taken unless choices are acting: numbers by the name of a shape, as `lorakit.speed.tuning` measured
-them on this machine. What is acting names only shapes for which another way is faster, so where nothing is gained
-there is nothing to look up. The ways agree within roundings.
+The default method is used unless choices are active: values by shape name, as `lorakit.speed.tuning` measured them on
+this machine. Active choices list only shapes for which another method is faster. Methods agree up to rounding.
 
-Some libraries multiply some shapes at half speed with all rows at once (oneDNN, bf16, on processors with matrix units)
-and at full speed some rows at a time. Some processors multiply bf16 more slowly than fp32 (those that know its dot
-products and have no matrix units for it): there operands are widened block by block, and the sum is rounded once, as a
-product in bf16 rounds it.
+Some libraries run some matmul shapes at half speed on all rows at once, and at full speed on slices of rows (oneDNN,
+bf16, on processors with matrix units). Some processors run bf16 matmuls more slowly than fp32 ones (those with bf16 dot
+products but no matrix units): there operands are upcast block by block and the sum is rounded once, as in a bf16
+matmul.
 """
 
 from __future__ import annotations
@@ -21,102 +20,106 @@ import torch
 from torch import Tensor
 
 ROWS = (768, 1024, 1280, 1536, 2048, 3072, 4096)
-"""Rows of a product that are measured; one of other size goes as the next larger. Fewer than the second largest slice
-or more than the last go all at once."""
+"""Row counts of a matmul that are measured; other counts use the next larger one. Below the second largest slice and
+above the largest count all rows are computed at once.
+"""
 
 SLICES = (512, 256)
-"""Rows at a time that may be chosen instead of all."""
+"""Slice sizes in rows that may be chosen instead of all rows."""
 
 FEWEST_IN_FP32 = 128
-"""Rows from which a product may go through fp32: below, widening the weight costs more than is gained."""
+"""Minimum rows for a matmul in fp32: below, upcasting the weight costs more than it saves."""
 
 NARROW = (torch.bfloat16, torch.float16)
-"""Dtypes whose products may be slower than fp32's."""
+"""Dtypes whose matmuls may be slower than fp32's."""
+
+IN_FP32 = " through fp32"  # prose-check: ok
+"""Suffix of the names of fp32 choices, which checkpoints and the cache contain."""
 
 BLOCK = 2048
-"""Rows and columns of a weight that are widened at a time, so that the head's fp32 image is never there as a whole."""
+"""Rows and columns of a weight that are upcast at a time, so that no full fp32 copy of the head exists."""
 
 LENGTHS = (256, 512, 1024, 2048)
-"""Tokens of attention's longest sequence that are measured; another goes as the next smaller."""
+"""Lengths in tokens of the longest sequence that are measured for attention; others use the next smaller one."""
 
-# Acting in a block of one thread and not in a process: a run's choices must not reach the next run, nor another thread
-# amid its step. A backward on CPU runs in the thread that asks for it.
-_ACTING: ContextVar[Mapping[str, int]] = ContextVar("lorakit_choices", default=MappingProxyType({}))
+# Per thread and context, not per process: the choices of one run must not affect the next run, or another thread in the
+# middle of a step. A CPU backward runs in the thread that calls it.
+_ACTIVE: ContextVar[Mapping[str, int]] = ContextVar("lorakit_choices", default=MappingProxyType({}))
 
 
 @contextlib.contextmanager
-def acting(choices: Mapping[str, int]) -> Iterator[None]:
-    """A block in which these choices act on what this thread computes; hold it open over whole steps.
+def activate(choices: Mapping[str, int]) -> Iterator[None]:
+    """Activate choices for this thread within a context; keep it open over whole steps.
 
     Args:
-        choices: Name of a shape -> rows at a time of a product; 1, a product or attention through fp32; 1 or 0,
-            attention by flash or by products.
+        choices: Shape name -> slice size in rows of a matmul; 1 for a matmul or attention in fp32; 1 or 0 for attention
+            by flash or by matmuls.
     """
-    token = _ACTING.set(MappingProxyType(dict(choices)))
+    token = _ACTIVE.set(MappingProxyType(dict(choices)))
     try:
         yield
     finally:
-        _ACTING.reset(token)
+        _ACTIVE.reset(token)
 
 
-def in_force() -> dict[str, int]:
-    """The choices that act here, for a checkpoint: with the same ones, the same kernels give the same bits."""
-    return dict(_ACTING.get())
+def active_choices() -> dict[str, int]:
+    """Return the active choices, for a checkpoint: the same choices select the same kernels and give the same bits."""
+    return dict(_ACTIVE.get())
 
 
 def _chosen() -> Mapping[str, int]:
-    """The choices that act on what is computed here: none under a compiler, which would take them for constants."""
-    return {} if torch.compiler.is_compiling() else _ACTING.get()
+    """Return the active choices; none while compiling, since a compiler would treat them as constants."""
+    return {} if torch.compiler.is_compiling() else _ACTIVE.get()
 
 
-def words(choices: Mapping[str, int]) -> list[str]:
-    """Choices as a sorted list of words, for a checkpoint and a person.
-
-    Args:
-        choices: As `acting` takes them.
-    """
-    return [f"{name}: {way}" for name, way in sorted(choices.items())]
-
-
-def from_words(told: object) -> dict[str, int]:
-    """The choices that `words` told; anything else in the list is passed over.
+def to_strings(choices: Mapping[str, int]) -> list[str]:
+    """Format choices as a sorted list of strings, for checkpoints and logs.
 
     Args:
-        told: What stands in a checkpoint.
+        choices: As for `activate`.
     """
-    pairs = [word.rpartition(": ") for word in told if isinstance(word, str)] if isinstance(told, list) else []
-    return {name: int(way) for name, _, way in pairs if name and way.isascii() and way.isdigit()}
+    return [f"{name}: {value}" for name, value in sorted(choices.items())]
 
 
-def product(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """x·right, or plus + x·right, (N, out), the way that was chosen; no gradient is recorded.
+def from_strings(stored: object) -> dict[str, int]:
+    """Parse the choices that `to_strings` wrote; other entries are ignored.
+
+    Args:
+        stored: The value read from a checkpoint.
+    """
+    pairs = [word.rpartition(": ") for word in stored if isinstance(word, str)] if isinstance(stored, list) else []
+    return {name: int(value) for name, _, value in pairs if name and value.isascii() and value.isdigit()}
+
+
+def matmul(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+    """Compute x·right, or plus + x·right, (N, out), with the active method; without autograd.
 
     Args:
         x: (N, in).
-        right: (in, out), in any strides; in the dtype of x, or narrower where x is fp32.
-        out: Where the result is written, (N, out); None makes it.
-        plus: (out,) or (N, out); it may be `out`.
+        right: (in, out), any strides; in the dtype of x, or narrower if x is fp32.
+        out: Output tensor (N, out); None allocates it.
+        plus: (out,) or (N, out); may be `out`.
     """
     if x.dtype == torch.float32 and right.dtype in NARROW:
-        return in_fp32(x, right, out, plus)
+        return matmul_in_fp32(x, right, out, plus)
     chosen = _chosen()
     if not chosen or right.device.type != "cpu":
         return _at_once(x, right, out, plus)
     if len(x) >= FEWEST_IN_FP32 and chosen.get(fp32_name(right)):
-        return in_fp32(x, right, out, plus)
-    size = chosen.get(product_name(len(x), right), 0)
+        return matmul_in_fp32(x, right, out, plus)
+    size = chosen.get(matmul_name(len(x), right), 0)
     if 0 < size < len(x):
-        return in_slices(x, right, size, out, plus)
+        return matmul_in_slices(x, right, size, out, plus)
     return _at_once(x, right, out, plus)
 
 
-def dtype_of_products(rows: int, weights: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
-    """fp32 where all products of so many rows of a dtype with these weights go through it, else the dtype.
+def matmul_dtype(rows: int, weights: Sequence[Tensor], dtype: torch.dtype) -> torch.dtype:
+    """Return fp32 if matmuls of `rows` rows with all these weights run in fp32, else `dtype`.
 
     Args:
         rows: Rows of the input.
-        weights: Either way round, as products with both are asked about: one goes forward, the other back.
-        dtype: Of the rows.
+        weights: Weights in either orientation; forward and backward use both, so both are looked up.
+        dtype: Dtype of the rows.
     """
     chosen = _chosen()
     if not chosen or rows < FEWEST_IN_FP32 or any(W.dtype != dtype or W.device.type != "cpu" for W in weights):
@@ -125,8 +128,10 @@ def dtype_of_products(rows: int, weights: Sequence[Tensor], dtype: torch.dtype) 
     return torch.float32 if through else dtype
 
 
-def in_slices(x: Tensor, right: Tensor, size: int, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """`product` of x (N, in) and right (in, out) -> (N, out), with about `size` rows at a time."""
+def matmul_in_slices(
+    x: Tensor, right: Tensor, size: int, out: Tensor | None = None, plus: Tensor | None = None
+) -> Tensor:
+    """Compute `matmul` of x (N, in) and right (in, out) -> (N, out), about `size` rows at a time."""
     if out is None:
         out = x.new_empty(len(x), right.shape[1])
     for part in slices(len(x), size):
@@ -136,10 +141,10 @@ def in_slices(x: Tensor, right: Tensor, size: int, out: Tensor | None = None, pl
     return out
 
 
-def in_fp32(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """`product` of x (N, in) and right (in, out) -> (N, out), of operands that are widened and a sum rounded once.
+def matmul_in_fp32(x: Tensor, right: Tensor, out: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+    """Compute `matmul` of x (N, in) and right (in, out) -> (N, out) with upcast operands, rounding the sum once.
 
-    Where x is fp32 already, so are `plus` and the result.
+    If x is fp32, so are `plus` and the result.
     """
     if out is None:
         out = x.new_empty(len(x), right.shape[1])
@@ -167,10 +172,11 @@ def _at_once(x: Tensor, right: Tensor, out: Tensor | None, plus: Tensor | None) 
 
 
 def slices(rows: int, size: int) -> Iterator[slice]:
-    """Slices of about equal size, at most `size` and multiples of 16: a last one of few rows would cost as a full one.
+    """Yield slices of about equal size, at most `size` and multiples of 16: a short last slice would cost as much as a
+    full one.
 
     Args:
-        rows: Rows in all.
+        rows: Total rows.
         size: A multiple of 16.
     """
     count = max(-(-rows // size), 1)
@@ -178,27 +184,27 @@ def slices(rows: int, size: int) -> Iterator[slice]:
     yield from (slice(begin, min(begin + step, rows)) for begin in range(0, rows, step))
 
 
-def way_of_attention(q: Tensor, v: Tensor, causal: bool, longest: int, usual: str) -> str:
-    """The way of attention over such tensors: a `Pattern.way`, and not "auto".
+def attention_method(q: Tensor, v: Tensor, causal: bool, longest: int, default: str) -> str:
+    """Return the attention method for these tensors: a `Pattern.method` except "auto".
 
     Args:
         q: (B, H, T, D).
         v: (B, KV, T, D).
-        causal: Whether a token sees only what is before it.
+        causal: Whether a token sees only itself and earlier tokens.
         longest: Tokens of the longest sequence.
-        usual: The way where nothing was chosen.
+        default: The method without an active choice.
     """
     chosen = _chosen()
     if not chosen:
-        return usual
+        return default
     name = attention_name((q.shape[1], v.shape[1], q.shape[3]), q.dtype, causal, longest)
-    if chosen.get(through_fp32(name)):
-        return "products in fp32"
-    return ("products", "flash")[chosen[name]] if name in chosen else usual
+    if chosen.get(fp32_choice(name)):
+        return "matmul_fp32"
+    return ("matmul", "flash")[chosen[name]] if name in chosen else default
 
 
-def product_name(rows: int, right: Tensor) -> str:
-    """The name of a product of so many rows with right (in, out); "" where there is no choice."""
+def matmul_name(rows: int, right: Tensor) -> str:
+    """Return the name of a matmul of `rows` rows with right (in, out), or "" if it is not tuned."""
     if not SLICES[0] < rows <= ROWS[-1]:
         return ""
     counted = next(count for count in ROWS if rows <= count)
@@ -206,14 +212,14 @@ def product_name(rows: int, right: Tensor) -> str:
 
 
 def fp32_name(right: Tensor) -> str:
-    """The name of products of any number of rows with right (in, out), for whether they go through fp32."""
+    """Return the name under which matmuls with right (in, out), of any number of rows, are tuned for fp32."""
     inner, outer = (min(size, BLOCK) for size in right.shape)
-    return through_fp32(f"product {inner}x{outer} {_stored(right)}")
+    return fp32_choice(f"product {inner}x{outer} {_stored(right)}")
 
 
-def through_fp32(name: str) -> str:
-    """The name of a shape for whether it goes through fp32."""
-    return f"{name} through fp32"
+def fp32_choice(name: str) -> str:
+    """Return the name of a shape's fp32 choice."""
+    return name + IN_FP32
 
 
 def _stored(right: Tensor) -> str:
@@ -221,7 +227,7 @@ def _stored(right: Tensor) -> str:
 
 
 def attention_name(heads: tuple[int, int, int], dtype: torch.dtype, causal: bool, longest: int) -> str:
-    """The name of attention over heads of q, heads of k and their width; "" where there is no choice."""
+    """Return the name of attention over (heads of q, heads of k, width), or "" if it is not tuned."""
     counted = [length for length in LENGTHS if length <= longest < 2 * length]
     if not counted:
         return ""

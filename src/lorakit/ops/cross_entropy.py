@@ -1,8 +1,8 @@
-"""Output head and cross-entropy in one: no logits are kept, and rows without a trained label are not multiplied.
+"""Fused output head and cross-entropy: full logits are never stored, and rows without a label are skipped.
 
-`reference` says what is computed. The fast path goes through the trained rows chunk by chunk; while a chunk's logits
-are there, it also makes the gradient for h from them, so that the backward has nothing left to do but to scale it. Head
-and loss cost two products of the trained rows with W, and the memory of one chunk of logits.
+`reference` defines the result. The fused path processes the labeled rows in chunks; while a chunk's logits exist, it
+also computes the gradient of h from them, so that the backward only scales it. Head and loss cost two matmuls of the
+labeled rows with W, and the memory of one chunk of logits.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorakit.ops.adapted import as_written, autocast, wide
-from lorakit.ops.choices import product, slices
+from lorakit.ops.adapted import autocast, upcast_dtype, without_autocast
+from lorakit.ops.choices import matmul, slices
 from lorakit.ops.kernels.choosing import kernels_for
 
 IGNORED = -100
-"""The label of rows that are not trained, as everywhere in the field."""
+"""Label of rows that are excluded from the loss, as in PyTorch."""
 
 CPU_CHUNK, OTHER_CHUNK = (256, 48 << 20), (4096, 256 << 20)
-"""Most rows of a chunk, and most bytes that its logits take. W is read twice for each chunk: below about 100 rows that
-costs a CPU more than the products, and above 256 it gains little. An accelerator wants more rows at once."""
+"""Maximum rows of a chunk, and maximum bytes of its logits. W is read twice per chunk: below about 100 rows that costs
+a CPU more than the matmuls, and above 256 there is little gain. Accelerators need more rows at once.
+"""
 ROWS_PER_THREAD = 4
-"""Rows of a chunk that a thread turns into gradients at a time, so that their fp32 image stays in its cache."""
+"""Rows of a chunk that a thread converts to gradients at a time, so that their fp32 copy stays in its cache."""
 SMALLEST = {torch.float32: 1e-30, torch.float64: 1e-290}
-"""Probabilities from which a logarithm is taken; that of a smaller one comes from the logits."""
+"""Smallest probability whose logarithm is taken directly; that of a smaller one is computed from the logits."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Head:
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked for."""
+    """The gradients that are needed."""
 
     h: bool
     W: bool
@@ -59,8 +60,8 @@ class Needs(NamedTuple):
 def reference(
     h: Tensor, head: Head, labels: Tensor, *, total: float | Tensor | None = None, ignore_index: int = IGNORED
 ) -> Tensor:
-    """What `linear_cross_entropy` computes (scalar) of h (..., d) and labels (...), in plain PyTorch."""
-    z = F.linear(h, head.W, head.bias).to(wide(h.dtype)) * head.scale
+    """Compute `linear_cross_entropy` (scalar) of h (..., d) and labels (...) in plain PyTorch."""
+    z = F.linear(h, head.W, head.bias).to(upcast_dtype(h.dtype)) * head.scale
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
     loss = F.cross_entropy(z.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="sum")
@@ -76,26 +77,26 @@ def linear_cross_entropy(
     ignore_index: int = IGNORED,
     chunk: int | None = None,
 ) -> Tensor:
-    """Cross-entropy of the labels under softmax of the head's logits, [docs/math.md (75)].
+    """Compute the cross-entropy of the labels under the softmax of the head's logits, [docs/math.md (75)].
 
-    Products run in the dtype of h, or autocast's. Saved for the backward: the gradient of the trained rows, and which
-    rows these are.
+    Matmuls run in the dtype of h, or autocast's. Saved for backward: the gradient of the labeled rows and their
+    indices.
 
     Args:
-        h: Hidden states (..., d), already shifted: the row i predicts labels[i].
-        head: What makes logits (V) of them. A gradient for W is made only where W requires one.
-        labels: (...) integers below V, on the device of h or on the CPU; rows with `ignore_index` cost nothing.
-        total: What the sum of the losses is divided by; None for the number of trained labels, where none gives NaN.
-        ignore_index: The label of rows that are not trained.
-        chunk: Rows whose logits exist at a time; None for a number by the vocabulary's size.
+        h: Hidden states (..., d), already shifted: row i predicts labels[i].
+        head: Head that computes logits (V). W gets a gradient only if it requires one.
+        labels: (...) integers below V, on the device of h or on the CPU; rows with `ignore_index` are excluded.
+        total: Divisor of the summed losses; None for the number of labels, which gives NaN without any.
+        ignore_index: Label of excluded rows.
+        chunk: Rows whose logits exist at a time; None chooses by vocabulary size.
 
     Returns:
-        The loss, a scalar in fp32, or in float64 where h is.
+        The loss, a scalar in fp32, or in float64 if h is.
 
     Raises:
-        ValueError: Shapes, dtypes or labels do not fit, or something other than h and W is to be trained.
+        ValueError: Shapes, dtypes or labels are invalid, or something other than h and W requires a gradient.
 
-    Source: the chunks and the gradient in the forward are those of Liger's fused linear cross-entropy, Hsu et al. 2024,
+    Source: chunks and gradient in the forward as in Liger's fused linear cross-entropy, Hsu et al. 2024,
     arXiv:2410.10989, section 3.2, here for a frozen W.
     """
     if torch.is_autocast_enabled(h.device.type):
@@ -103,37 +104,37 @@ def linear_cross_entropy(
         h, head = autocast(h), replace(head, W=autocast(head.W), bias=bias)
     _check(h, head, labels, ignore_index, chunk)
     flat, targets = h.flatten(0, -2), labels.flatten().long().contiguous()  # a view may have kept its strides
-    rows = (targets != ignore_index).nonzero().squeeze(1)  # labels that lie on the CPU let no device be waited for
+    rows = (targets != ignore_index).nonzero().squeeze(1)  # labels on the CPU avoid a device synchronization
     count, every = len(rows), len(rows) == len(targets)
     targets = targets if every else targets[rows]
     least, most = torch.stack(targets.aminmax()).tolist() if count else (0, 0)
     if least < 0 or most >= len(head.W):
-        raise ValueError(f"labels: they are to lie in 0..{len(head.W) - 1} or be {ignore_index}; mask the others.")
+        raise ValueError(f"labels must be in 0..{len(head.W) - 1} or {ignore_index}; mask the others")
     targets, rows = (t.to(h.device, non_blocking=True) for t in (targets, rows))
     trained = Trained(flat, head, targets, None if every else rows, chunk or chunk_rows(head.W))
     if torch.is_grad_enabled() and (h.requires_grad or head.W.requires_grad):
         loss = _LinearCrossEntropy.apply(flat, head.W, trained)
     else:
-        with as_written(h):
+        with without_autocast(h):
             loss = trained.run(Needs(h=False, W=False))[0]
     return loss / (count if total is None else total)
 
 
 def chunk_rows(W: Tensor) -> int:
-    """Rows whose logits are made at a time for W (V, d): a multiple of 16 within the device's bounds."""
+    """Return the rows whose logits are computed at a time for W (V, d): a multiple of 16 within the device's limits."""
     rows, size = CPU_CHUNK if W.device.type == "cpu" else OTHER_CHUNK
     return min(max(size // (len(W) * W.element_size()) // 16 * 16, 16), rows)
 
 
 class Trained(NamedTuple):
-    """The rows that have a label, and how they are gone through.
+    """The labeled rows and how they are chunked.
 
     Attributes:
         h: Hidden states of all rows, (N, d).
-        head: What makes logits of them.
-        labels: Labels of the trained rows, (n,).
-        rows: Which rows of h these are, (n,); None for all of them.
-        chunk: Rows at a time, at most.
+        head: Head that computes their logits.
+        labels: Labels of the labeled rows, (n,).
+        rows: Indices of these rows in h, (n,); None for all.
+        chunk: Maximum rows per chunk.
     """
 
     h: Tensor
@@ -143,38 +144,38 @@ class Trained(NamedTuple):
     chunk: int
 
     def run(self, needs: Needs) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Sum of the losses (scalar), and its gradients: for the trained rows of h (n, d) over scale, for W (V, d).
+        """Return the sum of the losses (scalar) and its gradients: for the labeled rows of h (n, d), and for W (V, d).
 
         Both gradients lack the factor `head.scale`; that of W is in fp32 or wider.
         """
         h, (W, bias), n = self.h.detach(), (self.head.W.detach(), self.head.bias), len(self.labels)
-        losses = h.new_empty(n, dtype=wide(h.dtype))
+        losses = h.new_empty(n, dtype=upcast_dtype(h.dtype))
         dh = h.new_empty(n, h.shape[1]) if needs.h else None
-        dW = W.new_zeros(W.shape, dtype=wide(W.dtype)) if needs.W else None
+        dW = W.new_zeros(W.shape, dtype=upcast_dtype(W.dtype)) if needs.W else None
         of_chunk = torch.empty_like(W) if needs.W else None
         logits = h.new_empty(min(self.chunk, n), len(W))
         softmax = _Softmax(self.head, logits, gradients=needs.h or needs.W)
         for part in self._parts():
             x = h[part] if self.rows is None else h.index_select(0, self.rows[part])
             z = logits[: len(x)]
-            product(x, W.t(), z, bias)
-            softmax.turn(z, self.labels[part], losses[part])
+            matmul(x, W.t(), z, bias)
+            softmax.to_gradient(z, self.labels[part], losses[part])
             if dh is not None:
-                product(z, W, dh[part])
+                matmul(z, W, dh[part])
             if dW is not None:
                 dW += torch.mm(z.t(), x, out=of_chunk)
         return losses.sum(), dh, dW
 
     def _parts(self) -> Iterator[slice]:
-        """Chunks of about equal size: a last one of few rows would read W for them alone."""
+        """Yield chunks of about equal size: a short last one would read all of W for few rows."""
         if len(self.labels):
             yield from slices(len(self.labels), self.chunk)
 
 
 class _Softmax:
-    """Losses of rows of logits, which become the gradient of the sum of the losses in place.
+    """Losses of rows of logits; replaces the logits by the gradient of the summed losses.
 
-    A few rows at a time go through scratch that stays in the cache: to fp32, softmax, minus one at the label, back.
+    A few rows at a time go through scratch that stays in the cache: upcast, softmax, subtract 1 at the label, round.
     """
 
     def __init__(self, head: Head, logits: Tensor, *, gradients: bool) -> None:
@@ -186,12 +187,12 @@ class _Softmax:
             return
         many = ROWS_PER_THREAD * torch.get_num_threads() if logits.device.type == "cpu" else len(logits)
         self.many = max(min(many, len(logits)), 1)
-        dtype = wide(logits.dtype)
+        dtype = upcast_dtype(logits.dtype)
         self.probabilities = logits.new_empty(self.many, logits.shape[1], dtype=dtype)
         self.widened = None if logits.dtype == dtype else torch.empty_like(self.probabilities)
 
-    def turn(self, z: Tensor, labels: Tensor, losses: Tensor) -> None:
-        """Fill the losses (c,) of logits z (c, V) and put the gradient in the place of z."""
+    def to_gradient(self, z: Tensor, labels: Tensor, losses: Tensor) -> None:
+        """Write the losses (c,) of logits z (c, V) and replace z by its gradient."""
         if self.kernels is not None:
             self.kernels.cross_entropy(z, labels, self.scale, self.gradients, losses, self.cap)
             return
@@ -209,7 +210,7 @@ class _Softmax:
         at_label = p.gather(1, labels)
         torch.log(at_label, out=losses).neg_()
         vanishing = at_label < SMALLEST[p.dtype]
-        if z.device.type != "cpu" or vanishing.any():  # to ask another device is to wait for it
+        if z.device.type != "cpu" or vanishing.any():  # on other devices the check itself would synchronize
             losses.copy_(torch.where(vanishing, logits.logsumexp(1, keepdim=True) - logits.gather(1, labels), losses))
         if not self.gradients:
             return
@@ -220,11 +221,11 @@ class _Softmax:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of the losses as a function of h (N, d) and W (V, d); saves its own gradient for h, of the trained rows."""
+    """Summed losses as a function of h (N, d) and W (V, d); saves the gradient of the labeled rows of h."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, W: Tensor, trained: Trained) -> Tensor:
-        with as_written(h):
+        with without_autocast(h):
             loss, dh, dW = trained.run(Needs(*ctx.needs_input_grad[:2]))
         ctx.save_for_backward(dh, dW, trained.rows)
         ctx.scale, ctx.rows_of_h, ctx.dtype_of_W = trained.head.scale, len(h), W.dtype
@@ -245,18 +246,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _check(h: Tensor, head: Head, labels: Tensor, ignore_index: int, chunk: int | None) -> None:
     W, bias = head.W, head.bias
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels: integers are needed, one for each row of h; got {labels.dtype}.")
+        raise ValueError(f"labels must be integers; got {labels.dtype}")
     if labels.shape != h.shape[:-1] or h.dim() < 2:
-        raise ValueError(f"labels: one for each row of h is needed, {tuple(h.shape[:-1])}; got {tuple(labels.shape)}.")
+        raise ValueError(f"labels must have shape {tuple(h.shape[:-1])}, one per row of h; got {tuple(labels.shape)}")
     if W.dim() != 2 or W.shape[1] != h.shape[-1] or (bias is not None and bias.shape != W.shape[:1]):
-        raise ValueError(f"head: W (V, {h.shape[-1]}) and a bias (V,) fit h; W is {tuple(W.shape)}.")
+        raise ValueError(f"head must have W (V, {h.shape[-1]}) and bias (V,) for this h; W is {tuple(W.shape)}")
     if W.dtype != h.dtype or (bias is not None and bias.dtype != h.dtype):
-        raise ValueError(f"head: W is {W.dtype} and h {h.dtype}; cast h to the dtype of the weights.")
+        raise ValueError(f"head: W is {W.dtype} and h is {h.dtype}; cast h to the dtype of W")
     if bias is not None and bias.requires_grad:
-        raise ValueError("head: no gradient is made for its bias; freeze it or use `reference`.")
+        raise ValueError("head: bias requires a gradient, which is not computed; freeze it or use `reference`")
     if head.softcap is not None and not head.softcap > 0:
-        raise ValueError(f"head: softcap bounds the logits and is to be above 0, not {head.softcap}; None is no cap.")
+        raise ValueError(f"head: softcap must be above 0, or None; got {head.softcap}")
     if 0 <= ignore_index < len(W):
-        raise ValueError(f"ignore_index: {ignore_index} is also a label; take one outside 0..{len(W) - 1}.")
+        raise ValueError(f"ignore_index {ignore_index} is also a valid label; use one outside 0..{len(W) - 1}")
     if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk: {chunk} rows at a time cannot be; leave it None or give 1 or more.")
+        raise ValueError(f"chunk must be at least 1, or None; got {chunk}")

@@ -1,6 +1,6 @@
-"""Dropout at the cost of what it drops: the dropped positions are drawn, not a decision for every number.
+"""Dropout that draws the dropped positions instead of one decision per element.
 
-Nothing of them is kept but a seed: a backward draws them again.
+Only a seed is saved; the backward draws the positions again.
 """
 
 from __future__ import annotations
@@ -15,48 +15,51 @@ from torch.nn import functional as F
 
 from lorakit.ops.kernels.choosing import kernels_for
 
-FEW = 1e-3  # below this share single precision is too coarse for the gaps, and there are few of them
+FEW = 1e-3  # below this probability fp32 is too coarse for the gaps, and there are few of them
 
 
 def reference(x: Tensor, p: float, keep: Tensor) -> Tensor:
-    """Dropout of x (any shape) with the numbers to keep given, `keep` of the same shape (1 or 0)."""
+    """Apply dropout to x (any shape) with a given mask `keep` of the same shape (1 or 0)."""
     return x * keep / (1 - p) if p < 1 else x * 0
 
 
-def zeroed(count: int, p: float, device: torch.device | str) -> Tensor:
-    """Sorted positions below `count`, each in it with probability p and independently, as int64 (dropped,).
+def draw_positions(count: int, p: float, device: torch.device | str) -> Tensor:
+    """Return the sorted positions below `count` that are dropped, each independently with probability p: int64
+    (dropped,).
 
-    They follow from a seed that torch's default generator gives. A probability is exact to 2⁻²⁴.
+    They follow from a seed drawn from torch's default generator. p is exact to 2⁻²⁴.
 
     Raises:
-        ValueError: p is no probability.
+        ValueError: p is not in [0, 1].
     """
     return positions(_seed(device), count, p, device)
 
 
 def draw(like: Tensor, p: float) -> Tensor:
-    """What to drop of a tensor like this (any shape), as a record to keep for a backward.
+    """Draw the dropout record of a tensor like this (any shape), to be saved for backward.
 
-    On a CPU, and where there are kernels, it is a seed, (1,) of uint64: the positions follow from it. Elsewhere, and
-    under a compiler, which cannot have sizes that depend on data, it is the Boolean mask (numbers,).
+    The record is a seed, uint64 (1,), on a CPU and where kernels are available. Elsewhere, and under a compiler, which
+    does not support data-dependent sizes, it is a boolean mask (elements,).
     """
-    return draw_of(like.numel(), p, like.device)
+    return draw_record(like.numel(), p, like.device)
 
 
-def draw_of(count: int, p: float, device: torch.device) -> Tensor:
-    """`draw` for so many numbers: the record, (1,) or (count,)."""
+def draw_record(count: int, p: float, device: torch.device) -> Tensor:
+    """Draw a record for `count` elements, (1,) or (count,), like `draw`."""
     if torch.compiler.is_compiling() or (device.type != "cpu" and kernels_for(torch.empty(0, device=device)) is None):
         return torch.rand(count, device=device) < p
     return _seed(device)
 
 
 def zero_(owned: Tensor, record: Tensor, p: float) -> Tensor:
-    """A contiguous tensor (any shape), zero from now on where the record says."""
-    return without(owned, record, p, out=owned)
+    """Zero the dropped elements of a contiguous tensor (any shape), in place."""
+    return apply_dropout(owned, record, p, out=owned)
 
 
-def without(x: Tensor, record: Tensor, p: float, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
-    """A contiguous scale·x (any shape) without what the record drops; in `out`, which may be x, or a new tensor."""
+def apply_dropout(x: Tensor, record: Tensor, p: float, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """Return scale·x (any shape, contiguous) with the dropped elements zeroed, in `out`, which may be x, or in a new
+    tensor.
+    """
     if out is None:
         x = x.contiguous()
         out = torch.empty_like(x)
@@ -75,13 +78,13 @@ def without(x: Tensor, record: Tensor, p: float, scale: float = 1.0, out: Tensor
 
 
 def positions(record: Tensor, count: int, p: float, device: torch.device | str = "cpu") -> Tensor:
-    """The positions that a record drops of so many numbers, sorted, int64 (dropped,).   [docs/math.md (70)]
+    """Return the positions that a record drops among `count` elements, sorted, int64 (dropped,), [docs/math.md (70)].
 
-    The distance from one to the next is geometric, so there are p·count draws instead of count. Kernels and PyTorch
-    draw others from one seed.
+    Gaps between dropped positions are geometric, so p·count draws are needed instead of count. Kernels and PyTorch draw
+    different positions from one seed.
 
     Raises:
-        ValueError: p is no probability.
+        ValueError: p is not in [0, 1].
     """
     if not 0 <= p <= 1:
         raise ValueError(_not_a_probability(p))
@@ -97,31 +100,33 @@ def positions(record: Tensor, count: int, p: float, device: torch.device | str =
     return (ones == 0).nonzero().squeeze(1)
 
 
-def join(owned: Tensor, x: Tensor | None, p: float) -> tuple[Tensor, Tensor | None]:
-    """The sum x + dropout(owned), written to owned, and the record of what was dropped: the end of a branch.
+def dropout_add(owned: Tensor, x: Tensor | None, p: float) -> tuple[Tensor, Tensor | None]:
+    """Compute x + dropout(owned) into owned; returns it and the dropout record.
 
-    owned, x (N, d) contiguous; x may be None. The record is None where p = 0.
+    owned and x are (N, d), contiguous; x may be None. The record is None if p = 0.
     """
     if p == 0:
         return owned if x is None else owned.add_(x), None
     record = draw(owned, p)
-    without(owned, record, p, 1 / (1 - p), out=owned)
+    apply_dropout(owned, record, p, 1 / (1 - p), out=owned)
     return owned if x is None else owned.add_(x), record
 
 
-def join_backward(dy: Tensor, record: Tensor | None, p: float) -> Tensor:
-    """The gradient of `join`'s owned input from that of its output dy (N, d): dy itself where nothing was dropped."""
-    return dy if record is None else without(dy, record, p, 1 / (1 - p))
+def dropout_add_backward(dy: Tensor, record: Tensor | None, p: float) -> Tensor:
+    """Return the gradient of the `owned` input of `dropout_add` from that of its output dy (N, d); dy itself without
+    dropout.
+    """
+    return dy if record is None else apply_dropout(dy, record, p, 1 / (1 - p))
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-    """The numbers of x (any shape), each zero with probability p and divided by 1 − p otherwise.
+    """Apply dropout to x (any shape): zero each element with probability p, divide the others by 1 − p.
 
-    The law of `torch.nn.functional.dropout` [docs/math.md (70)]; it is that function under a compiler, and off the CPU
-    where there are no kernels. For its backward it saves the record of `draw`.
+    Same distribution as `torch.nn.functional.dropout`, [docs/math.md (70)]; calls that function under a compiler, and
+    off the CPU without kernels. Saves the record of `draw` for backward.
 
     Raises:
-        ValueError: p is no probability.
+        ValueError: p is not in [0, 1].
     """
     if not 0 <= p <= 1:
         raise ValueError(_not_a_probability(p))
@@ -140,24 +145,26 @@ class _Dropout(torch.autograd.Function):
         record = draw(x, p)
         ctx.save_for_backward(record)
         ctx.p = p
-        return without(x, record, p, 1 / (1 - p))
+        return apply_dropout(x, record, p, 1 / (1 - p))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (record,) = ctx.saved_tensors
-        return without(dy, record, ctx.p, 1 / (1 - ctx.p)), None
+        return apply_dropout(dy, record, ctx.p, 1 / (1 - ctx.p)), None
 
 
 def _seed(device: torch.device | str) -> Tensor:
-    """The next seed of torch's default generator of the device, (1,) of uint64, which stays there."""
+    """Return the next seed of torch's default generator of the device, uint64 (1,), on that device."""
     return torch.empty(1, dtype=torch.int64, device=device).random_(-(2**63), None).view(torch.uint64)
 
 
 def _gaps(count: int, p: float, generator: torch.Generator) -> Tensor:
-    """The dropped positions, from the distances that a generator gives."""
+    """Return the dropped positions from gaps that the generator draws."""
     expected = count * p
-    draws = int(expected + 4 * math.sqrt(expected)) + 8  # past the end but for once in thousands
+    draws = (
+        int(expected + 4 * math.sqrt(expected)) + 8
+    )  # enough to pass the end, except about once in thousands of calls
     exact, whole = (torch.float32, torch.int32) if p >= FEW else (torch.float64, torch.int64)
     steps = torch.empty(0, dtype=whole, device=generator.device)
     while True:
@@ -172,4 +179,4 @@ def _gaps(count: int, p: float, generator: torch.Generator) -> Tensor:
 
 
 def _not_a_probability(p: float) -> str:
-    return f"dropout is the share of numbers that become zero, 0 to 1; got {p}"
+    return f"dropout must be a probability in [0, 1]; got {p}"

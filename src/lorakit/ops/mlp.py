@@ -1,8 +1,8 @@
-"""The other half of a decoder layer as one function of autograd: norm, gate and up, activation, down, residual.
+"""Fused MLP sublayer as one autograd function: norm, gate and up projections, activation, down projection, residual.
 
-Kept for the backward: x and the numbers of its norm, what gate and up gave (or they multiply again), (tokens, r) of
-each adapter, and what dropout dropped. The normalised input and the activation are made again, in buffers that then
-become the gradients.
+Saved for backward: x and its norm statistics, the outputs of gate and up (unless they are recomputed), a (tokens, r)
+activation per adapter, and dropout records. The normalized input and the activation are recomputed, in buffers that
+then become the gradients.
 """
 
 from __future__ import annotations
@@ -16,27 +16,35 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.ops import linear
 from lorakit.ops.activation import Activation, activate, activate_backward, activation
-from lorakit.ops.adapted import Adapted, as_written, autocast, casts, factors, refuse_trained, rows, unflat
-from lorakit.ops.dropout import join, join_backward
+from lorakit.ops.adapted import (
+    Adapted,
+    autocast,
+    check_frozen,
+    factors,
+    is_cast_by_autocast,
+    rows,
+    unflat,
+    without_autocast,
+)
+from lorakit.ops.dropout import dropout_add, dropout_add_backward
 from lorakit.ops.linear import Group
-from lorakit.ops.norm import Norm, back_through, normalised, refuse_trained_norm
+from lorakit.ops.norm import Norm, check_frozen_norm, norm_backward, normalize
 from lorakit.ops.norm import reference as norm_reference
 
 
 class Form(NamedTuple):
-    """What an MLP is made of.
+    """Modules and options of an MLP sublayer.
 
     Attributes:
-        inner: (gate, up), or (up,) alone where nothing is multiplied, or where fused one of (2·f, d) that gives the two
-            side by side.
-        down: What comes after the activation.
-        act: f, of the gate's output or of the only one.
-        norm: Of the input, or None.
+        inner: (gate, up); or (up,) without a gate; or, if fused, one module (2·f, d) that computes both.
+        down: The down projection, after the activation.
+        act: Activation of gate, or of up without a gate.
+        norm: Norm of the input, or None.
         residual: Whether x is added.
-        dropout: Share of the numbers of down's output that become zero, before the residual.
-        within: Share of the numbers of down's input that become zero.
-        fused: Gate and up are one module.
-        keep: Whether what gate and up gave is kept for the backward, else it is made again there: [docs/math.md (85)].
+        dropout: Dropout probability of the output of down, before the residual.
+        within: Dropout probability of the input of down.
+        fused: Whether gate and up are one module.
+        keep: Whether the outputs of gate and up are saved for backward; else they are recomputed, [docs/math.md (85)].
     """
 
     inner: tuple[Adapted, ...]
@@ -53,12 +61,13 @@ class Form(NamedTuple):
 def gated(
     x: Tensor, norm: Norm | None, gate: Adapted, up: Adapted, down: Adapted, act: str, residual: bool = False
 ) -> Tensor:
-    """down(act(gate(n))·up(n)) with n = norm(x), plus x where residual: [docs/math.md (79)]. x (..., d) -> (..., d).
+    """Compute down(act(gate(n))·up(n)) with n = norm(x), plus x if residual, [docs/math.md (79)]: x (..., d) -> (...,
+    d).
 
     Gradients go to x and to the factors A and B.
 
     Raises:
-        ValueError: The activation has no fused form, or a weight of the base asks for a gradient.
+        ValueError: The activation has no fused form, or a base weight requires a gradient.
 
     Source: Shazeer 2020, arXiv:2002.05202, eq. (6).
     """
@@ -68,19 +77,19 @@ def gated(
 def plain(
     x: Tensor, norm: Norm | None, up: Adapted, down: Adapted, act: str, residual: bool = False, dropout: float = 0.0
 ) -> Tensor:
-    """down(act(up(n))) with n = norm(x), plus x where residual: [docs/math.md (79)]. x (..., d) -> (..., d).
+    """Compute down(act(up(n))) with n = norm(x), plus x if residual, [docs/math.md (79)]: x (..., d) -> (..., d).
 
-    Gradients go to x and to the factors A and B. dropout: share of down's output that becomes zero, before x is added.
+    Gradients go to x and to the factors A and B. dropout is applied to the output of down, before x is added.
 
     Raises:
-        ValueError: The activation has no fused form, a weight of the base asks for a gradient, or the dropout leaves
-            nothing.
+        ValueError: The activation has no fused form, a base weight requires a gradient, or the dropout is not in [0,
+            1).
     """
     return mlp(x, Form((up,), down, activation(act), norm, residual, dropout))
 
 
 def reference(x: Tensor, form: Form) -> Tensor:
-    """What `mlp` computes of x (..., d), in plain PyTorch and without dropout -> (..., d)."""
+    """Compute `mlp` of x (..., d) in plain PyTorch, without dropout; returns (..., d)."""
     hidden = linear.reference(x if form.norm is None else norm_reference(x, form.norm), form.inner)
     first, *up = hidden[0].chunk(2, -1) if form.fused else hidden
     a = form.act.reference(first)
@@ -89,52 +98,55 @@ def reference(x: Tensor, form: Form) -> Tensor:
 
 
 def mlp(x: Tensor, form: Form) -> Tensor:
-    """An MLP of any form, [docs/math.md (79)]: x (..., d) -> (..., d). Gradients go to x and to the factors A and B.
+    """Compute an MLP sublayer of any form, [docs/math.md (79)]: x (..., d) -> (..., d).
+
+    Gradients go to x and to the factors A and B.
 
     Raises:
-        ValueError: A weight of the base asks for a gradient, a dropout leaves nothing, or what is fused has no halves.
+        ValueError: A base weight requires a gradient, a dropout is not in [0, 1), or `fused` is set with more than one
+            inner module.
     """
     modules = (*form.inner, form.down)
-    for name, share in (("output", form.dropout), ("inner numbers", form.within)):
+    for name, share in (("output", form.dropout), ("inner activation", form.within)):
         if not 0 <= share < 1:
-            raise ValueError(f"the dropout of an MLP's {name} is at least 0 and below 1; it is {share}")
+            raise ValueError(f"MLP {name} dropout must be in [0, 1); got {share}")
     if form.fused and len(form.inner) != 1:
-        raise ValueError(f"gate and up are fused in one module, and there are {len(form.inner)}")
+        raise ValueError(f"a fused MLP needs one gate-and-up module; got {len(form.inner)}")
     if torch.is_grad_enabled():
-        refuse_trained(modules)
-        refuse_trained_norm(form.norm)
-    if casts(x):
+        check_frozen(modules)
+        check_frozen_norm(form.norm)
+    if is_cast_by_autocast(x):
         return _under_autocast(x, form)
     flat = factors(modules)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat)):
         y = _Mlp.apply(x, form, *flat)
     else:
-        with as_written(x):
+        with without_autocast(x):
             y = _forward(x, form)[0]
-    return unflat(y, x)  # here: an output that is a view could not be changed in place
+    return unflat(y, x)  # outside the autograd function, whose outputs must not be views if they are changed in place
 
 
 def _under_autocast(x: Tensor, form: Form) -> Tensor:
-    """As autocast has it: the norm and the residual in the dtype of x, what is between them in autocast's."""
-    n = x if form.norm is None else normalised(x, form.norm)
+    """Run under autocast: norm and residual in the dtype of x, everything between in autocast's dtype."""
+    n = x if form.norm is None else normalize(x, form.norm)
     n = autocast(n)
-    with as_written(x):
+    with without_autocast(x):
         y = mlp(n, form._replace(norm=None, residual=False))
     return x + y if form.residual else y
 
 
-class _Made(NamedTuple):
-    """What a forward made that a backward may want."""
+class _Intermediates(NamedTuple):
+    """Intermediates of a forward that its backward may need."""
 
     stats: Sequence[Tensor]  # of the norm
-    hidden: list[Tensor]  # what gate and up gave, (N, f)
-    record: Tensor | None  # of the dropout
-    within: Tensor | None  # of the one before down
+    hidden: list[Tensor]  # outputs of gate and up, (N, f)
+    record: Tensor | None  # of the output dropout
+    within: Tensor | None  # of the dropout before down
     groups: tuple[Group, Group]
 
 
-def _forward(x: Tensor, form: Form) -> tuple[Tensor, _Made]:
-    """The output rows (N, d), and what was made on the way."""
+def _forward(x: Tensor, form: Form) -> tuple[Tensor, _Intermediates]:
+    """Return the output rows (N, d) and the intermediates."""
     flat = rows(x)
     n, stats = (flat, ()) if form.norm is None else form.norm.forward(flat)
     inner, outer = Group.of(form.inner, n), Group.of([form.down], n)
@@ -142,13 +154,13 @@ def _forward(x: Tensor, form: Form) -> tuple[Tensor, _Made]:
     del n
     hidden = _halves(hidden, form)
     a = activate(form.act, hidden[0], hidden[1] if len(hidden) == 2 else None, torch.empty_like(hidden[0]))
-    a, within = join(a, None, form.within)
-    y, record = join(outer.forward(a)[0], flat if form.residual else None, form.dropout)
-    return y, _Made(stats, hidden, record, within, (inner, outer))
+    a, within = dropout_add(a, None, form.within)
+    y, record = dropout_add(outer.forward(a)[0], flat if form.residual else None, form.dropout)
+    return y, _Intermediates(stats, hidden, record, within, (inner, outer))
 
 
 def _halves(hidden: list[Tensor], form: Form) -> list[Tensor]:
-    """What gate and up gave, (N, f) each, of what the inner modules gave."""
+    """Split the outputs of the inner modules into those of gate and up, (N, f) each."""
     return [half.contiguous() for half in hidden[0].chunk(2, 1)] if form.fused else hidden
 
 
@@ -157,18 +169,18 @@ class _Mlp(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, form: Form, *flat: Tensor | None) -> Tensor:
         y, made = _forward(x, form)
         inner, outer = made.groups
-        # where neither x nor gate or up is trained, nothing goes back through the activation
+        # if neither x nor gate or up is trained, no gradient flows through the activation
         ctx.deep = ctx.needs_input_grad[0] or any(A or B for A, B in inner.trains)
-        hidden = ctx.deep or outer.needs_x  # whether what gate and up gave is wanted
-        ctx.again = hidden and not form.keep
-        wants_x = ctx.again or inner.needs_x or (form.norm is not None and ctx.needs_input_grad[0])
+        hidden = ctx.deep or outer.needs_x  # whether the outputs of gate and up are needed
+        ctx.recompute = hidden and not form.keep
+        wants_x = ctx.recompute or inner.needs_x or (form.norm is not None and ctx.needs_input_grad[0])
         (ctx.inner, inside), (ctx.outer, outside) = inner.pack(), outer.pack()
         parts = [
             outside,
             made.hidden if hidden and form.keep else (),
             made.stats if wants_x else (),
             [x if wants_x else None, made.record, made.within],
-            inside if ctx.deep or ctx.again else (),
+            inside if ctx.deep or ctx.recompute else (),
         ]
         ctx.form, ctx.shape, ctx.counts = form, x.shape, [len(part) for part in parts]
         ctx.save_for_backward(*(tensor for part in parts for tensor in part))
@@ -181,13 +193,13 @@ class _Mlp(torch.autograd.Function):
         outside, hidden, stats, (x, record, within), inside = (
             [next(tensors) for _ in range(count)] for count in ctx.counts
         )
-        with as_written(dy):
+        with without_autocast(dy):
             dy = rows(dy)
-            outer, dlast = Group.unpack(ctx.outer, outside), join_backward(dy, record, form.dropout)
+            outer, dlast = Group.unpack(ctx.outer, outside), dropout_add_backward(dy, record, form.dropout)
             n, flat, norm = None, None if x is None else rows(x), form.norm
-            if ctx.again:
+            if ctx.recompute:
                 n = _read(flat, stats, norm)
-                hidden = _halves(Group.unpack(ctx.inner, inside).again(n, [m.bias for m in form.inner]), form)
+                hidden = _halves(Group.unpack(ctx.inner, inside).recompute(n, [m.bias for m in form.inner]), form)
             dhidden, last = _back_through_the_activation(dlast, (hidden, within), outer, form, ctx.deep)
             del hidden
             if not ctx.deep:
@@ -198,30 +210,30 @@ class _Mlp(torch.autograd.Function):
             del n, dhidden, dlast
             if dx is not None:
                 add = dy if form.residual else None
-                dx = back_through(norm, dx, flat, stats, add).view(ctx.shape)
+                dx = norm_backward(norm, dx, flat, stats, add).view(ctx.shape)
         return (dx, None, *(grad for pair in grads for grad in pair), *last)
 
 
 def _read(flat: Any, stats: Sequence[Tensor], norm: Norm | None) -> Tensor:
-    """What gate and up read of x (N, d), once more."""
-    n: Tensor = flat if norm is None else norm.again(flat, stats)
+    """Recompute the input of gate and up from x (N, d)."""
+    n: Tensor = flat if norm is None else norm.recompute(flat, stats)
     return n
 
 
 def _back_through_the_activation(
     dy: Tensor, saved: tuple[Sequence[Tensor], Tensor | None], outer: Group, form: Form, deep: bool
 ) -> tuple[list[Tensor], tuple[Tensor | None, Tensor | None]]:
-    """The gradients of what the inner modules gave, where they are wanted, and those of down's A and B.
+    """Return the gradients of the inner modules' outputs, if needed, and those of down's A and B.
 
-    saved: what gate and up gave, (N, f) each, and the record of the dropout before down.
+    `saved` holds the outputs of gate and up, (N, f) each, and the record of the dropout before down.
     """
     hidden, within = saved
     first, up = (hidden[0] if hidden else None), (hidden[1] if len(hidden) == 2 else None)
     a = None if first is None or not outer.needs_x else activate(form.act, first, up, torch.empty_like(first))
-    a = None if a is None else join_backward(a, within, form.within)  # which drops the same again
+    a = None if a is None else dropout_add_backward(a, within, form.within)  # applies the same dropout mask
     da, ((grad_a, grad_b),) = outer.backward(a, [dy], need_dx=deep, owned=True)
     del a
     if da is None or first is None:
         return [], (grad_a, grad_b)
-    both = activate_backward(form.act, join_backward(da, within, form.within), first, up)
+    both = activate_backward(form.act, dropout_add_backward(da, within, form.within), first, up)
     return [torch.cat(both, 1)] if form.fused else both, (grad_a, grad_b)

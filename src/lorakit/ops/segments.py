@@ -1,17 +1,16 @@
-"""Rows that have adapters of their own, each with its own factors alone, in one call of a compiled kernel.
+"""Batched LoRA with one adapter per row (multi-adapter batches), from stacks of all adapters' factors.
 
-Of A and B nothing is read but what a row needs, and nothing is copied: a token of many rows with many adapters costs
-the reading of their factors. No gradient is recorded. The plain way beside it is `lorakit.ops.segments.reference`.
+With B transposed, forward and backward consist of the same three matmuls: `shrink` from width to rank, `expand` from
+rank to width, `outer` of both. There are four methods with the same results:
 
-Many adapters in one batch: every row runs with its own A and B, out of stacks that hold all of them.
+- `masked` multiplies by all adapters at once and masks out the others: with few adapters the waste is cheapest.
+- `rows` runs one matmul per row with copies of its factors: for rows of many tokens, and for many adapters.
+- `sorted` groups the rows by adapter and runs one matmul per adapter: for many short rows, and for one adapter.
+- `compiled` reads each row's factors in place, in one kernel for shrink and expand (as BGMV does): for few short rows
+  without gradients, if a kernel is available. A decoding step of many rows with many adapters then costs reading their
+  factors once.
 
-With B transposed, forward and backward are the same three products: `shrink` from wide rows to thin, `expand` from thin
-to wide, `outer` of both. There are ways to take them, with the same results. `masked` multiplies by all adapters at
-once and blots out what is not a row's own: with few adapters the waste costs less than anything else. `rows` takes a
-product for each row, with copies of its factors: for rows of many tokens, and for many adapters. `sorted` puts the rows
-of one adapter together and takes one product for each: for many short rows, and for one adapter. `compiled` reads each
-row's factors where they lie, in one kernel for shrink and expand: for few short rows, where no gradient is recorded and
-there is such a kernel (`lorakit.ops.segments`).
+`reference` defines the result in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -27,53 +26,53 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorakit.ops.adapted import as_written, autocast
+from lorakit.ops.adapted import autocast, without_autocast
 from lorakit.ops.kernels.choosing import kernels_for
-from lorakit.ops.kernels.protocol import OwnProducts
+from lorakit.ops.kernels.protocol import PerRowMatmuls
 
 
-def own_products(x: Tensor, A: Tensor, Bt: Tensor) -> OwnProducts | None:
-    """The kernel for rows like x (rows, …, in) with A (K, r, in) and Bt (K, r, out); None where there is none."""
+def per_row_kernel(x: Tensor, A: Tensor, Bt: Tensor) -> PerRowMatmuls | None:
+    """Return the kernel for rows like x (rows, …, in) with A (K, r, in) and Bt (K, r, out), or None."""
     kernels = kernels_for(x, A, Bt, strided=True)
     return None if kernels is None else kernels.own
 
 
-class OwnRows:
-    """s_k·B_k·(A_k·x_i) for each row and its adapter, made ready for any number of calls.   [docs/math.md (72)]
+class PerRowLora:
+    """Compute s_k·B_k·(A_k·x_i) for each row and its adapter with a compiled kernel; reusable, [docs/math.md (72)].
 
-    A (K, r, in) with the scales in it, Bt (K, r, out), index (rows,) with −1 for no adapter, which is in bounds.
+    A (K, r, in) includes the scales, Bt (K, r, out), index (rows,) in range, −1 for no adapter.
     """
 
-    def __init__(self, A: Tensor, Bt: Tensor, index: Tensor, products: OwnProducts) -> None:
+    def __init__(self, A: Tensor, Bt: Tensor, index: Tensor, products: PerRowMatmuls) -> None:
         self.A, self.Bt, self.index, self.products = A, Bt, index.long().contiguous(), products
 
     def forward(self, x: Tensor, into: Tensor | None) -> tuple[Tensor, None]:
-        """The result (rows, …, out) for x (rows, …, in), added to `into` in place where that is given.
+        """Return the result (rows, …, out) for x (rows, …, in), added to `into` in place if given.
 
         Returns:
-            The result, and nothing that a backward could need.
+            The result, and None: nothing is saved for backward.
         """
         if into is not None and into.dtype == x.dtype and into.is_contiguous():
             room = into
         else:
             room = x.new_zeros(*x.shape[:-1], self.Bt.shape[2])
         if x.numel():
-            self.products.add_own(x.contiguous(), self.A, self.Bt, self.index, room)
+            self.products.add_per_row(x.contiguous(), self.A, self.Bt, self.index, room)
         return room if into is None or room is into else into.add_(room), None
 
 
-Way = Literal["masked", "rows", "sorted", "compiled"]
-LONG_ROW = 4  # tokens from which a row fills products of its own
-LONG_RUN, FULL_RUN = 32, 8  # rows of an adapter from which its products are full; from which they beat single rows
-FEW_ADAPTERS = 16  # up to here a product with all of them is no dearer than copies of each row's own
+Method = Literal["masked", "rows", "sorted", "compiled"]
+LONG_ROW = 4  # tokens per row from which per-row matmuls are efficient
+LONG_RUN, FULL_RUN = 32, 8  # rows per adapter from which its matmuls are efficient; from which they beat single rows
+FEW_ADAPTERS = 16  # up to this many, one matmul with all costs no more than copying each row's factors
 
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """Which adapter each row uses, index (rows,), −1 for none: made once for a forward, used by every layer.
+    """Adapter index of each row, index (rows,), −1 for none; built once per forward and used by every layer.
 
     Raises:
-        ValueError: The index does not hold integers, or a row asks for an adapter that there is not.
+        ValueError: The index is not an integer tensor or is out of range.
     """
 
     index: Tensor
@@ -81,39 +80,39 @@ class Routed:
 
     def __post_init__(self) -> None:
         if self.index.is_floating_point() or self.index.is_complex() or self.index.dtype == torch.bool:
-            raise ValueError(f"the index of rows must hold integers; got {self.index.dtype}")
+            raise ValueError(f"the adapter index of rows must be an integer tensor; got {self.index.dtype}")
         asked = self.index.tolist()
         strange = sorted({k for k in asked if not -1 <= k < self.adapters})
         if strange:
             raise ValueError(
-                f"rows ask for the adapters {strange}, and there are 0 to {self.adapters - 1}, or -1 for none"
+                f"adapter indices {strange} are out of range; valid are 0 to {self.adapters - 1}, or -1 for none"
             )
 
     @cached_property
     def own(self) -> Tensor:
-        """One where the adapter is the row's own (rows, adapters), fp32."""
+        """Return a mask (rows, adapters) in fp32: 1 at the adapter of each row."""
         return (self.index[:, None] == torch.arange(self.adapters, device=self.index.device)).float()
 
     @cached_property
     def in_place(self) -> bool:
-        """Whether each adapter has one row, in the adapters' order, whatever rows without one stand between."""
+        """Return whether each adapter has exactly one row, in order, ignoring rows without adapter."""
         return [k for k in self.index.tolist() if k >= 0] == list(range(self.adapters))
 
     @cached_property
     def served(self) -> Tensor | None:
-        """The rows that have an adapter (served,); None for all."""
+        """Return the indices of the rows with an adapter (served,); None for all."""
         return None if bool((self.index >= 0).all()) else (self.index >= 0).nonzero().flatten()
 
     @cached_property
     def order(self) -> Tensor | None:
-        """The rows that have an adapter, those of one beside one another (served,); None for all as they stand."""
+        """Return the rows with an adapter, grouped by adapter (served,); None if all rows are already in this order."""
         if self.served is None and bool((self.index.diff() >= 0).all()):
             return None
         return self.index.argsort(stable=True)[len(self.index) - int((self.index >= 0).sum()) :]
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
-        """In that order, for each adapter that has rows: the adapter, its first row, the row after its last."""
+        """Return (adapter, first row, end row) in that order, for each adapter that has rows."""
         found, end = [], 0
         for k, n in enumerate(torch.bincount(self.index + 1, minlength=self.adapters + 1).tolist()[1:]):
             found += [(k, end, end + n)] if n else []
@@ -122,7 +121,7 @@ class Routed:
 
 
 def reference(x: Tensor, A: Tensor, B: Tensor, scales: Tensor, index: Tensor) -> Tensor:
-    """What `segmented` computes, (rows, …, out), row by row in plain PyTorch."""
+    """Compute `segmented`, (rows, …, out), row by row in plain PyTorch."""
     rows = []
     for row, k in zip(x, index.tolist(), strict=True):
         if k < 0:
@@ -139,48 +138,54 @@ def segmented(
     scales: Tensor | None,
     index: Tensor | Routed,
     into: Tensor | None = None,
-    way: Way | None = None,
+    method: Method | None = None,
 ) -> Tensor:
-    """s_k·B_k·(A_k·x_i) for each row i of x (rows, …, in) and its adapter k = index[i] [docs/math.md (72)].
+    """Compute s_k·B_k·(A_k·x_i) for each row i of x (rows, …, in) and its adapter k = index[i], [docs/math.md (72)].
 
-    A (K, r, in) and B (K, out, r) hold all adapters, those of smaller rank filled up with zeros; scales (K,), or None
-    where A holds them; index (rows,) with −1 for none, or the `Routed` made of it. The result (rows, …, out) is added
-    to `into`, in place, where that is given. Gradients go to x, A, B and into. Where A and B have the dtype of x and B
-    is the transposed view of a (K, r, out), nothing is copied but each row's own factors in the way "rows". The way
-    "masked" multiplies by every adapter, so all of them must be finite; "compiled" is taken where it is asked for.
+    Gradients go to x, A, B and into. If A and B have the dtype of x and B is the transposed view of a (K, r, out),
+    nothing is copied except each row's factors with the method "rows".
+
+    Args:
+        x: (rows, …, in).
+        A: (K, r, in), the factors of all adapters, zero-padded to the largest rank.
+        B: (K, out, r), likewise.
+        scales: (K,), or None if A includes them.
+        index: (rows,) with −1 for none, or its `Routed`.
+        into: The result (rows, …, out) is added to it in place, if given.
+        method: None chooses. "masked" multiplies by every adapter, so all must be finite; "compiled" is used only on
+            request.
 
     Raises:
-        ValueError: Shapes do not fit, a row asks for an adapter that there is not, or the way is "compiled" where a
-            gradient is recorded or no kernel is to be had.
+        ValueError: Shapes do not match, an index is out of range, or the method is "compiled" while gradients are
+            recorded or without a kernel.
     """
     rows = index if isinstance(index, Routed) else Routed(index, len(A))
     _check(x, A, B, scales, rows, into)
-    way, x = way or way_of(x, rows), autocast(x)
+    method, x = method or method_for(x, rows), autocast(x)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, A, B, into)):
-        if way == "compiled":
-            raise ValueError(
-                'the way "compiled" records no gradient; leave the way out, or call it under torch.no_grad()'
-            )
-        result: Tensor = _Segmented.apply(into, x, A, B, scales, (rows, way))
+        if method == "compiled":
+            raise ValueError('method="compiled" records no gradient; omit the method, or call it under torch.no_grad()')
+        result: Tensor = _Segmented.apply(into, x, A, B, scales, (rows, method))
         return result
-    with as_written(x):
-        if way != "compiled":
-            return Segments(A, B, scales, rows, way, x.dtype).forward(x, into)[0]
-        own = compiled_way(A, B, scales, rows, x)
+    with without_autocast(x):
+        if method != "compiled":
+            return Segments(A, B, scales, rows, method, x.dtype).forward(x, into)[0]
+        own = compiled_method(A, B, scales, rows, x)
     if own is None:
-        raise ValueError(f'the way "compiled" has no kernel for {x.dtype} on {x.device.type} here; leave the way out')
+        raise ValueError(f'method="compiled" has no kernel for {x.dtype} on {x.device.type}; omit the method')
     return own.forward(x, into)[0]
 
 
-def compiled_way(A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, x: Tensor) -> OwnRows | None:
-    """The way "compiled" for rows like x (rows, …, in), made ready for any number of calls; None without a kernel.
+def compiled_method(A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, x: Tensor) -> PerRowLora | None:
+    """Return the method "compiled" for rows like x (rows, …, in), reusable for any number of calls; None without a
+    kernel.
 
-    A (K, r, in), B (K, out, r) and scales (K,) as `segmented` takes them. The kernel has the scales in A.
+    A (K, r, in), B (K, out, r) and scales (K,) are as for `segmented`; the kernel's A includes the scales.
     """
     A = (A if scales is None else A * scales[:, None, None]).to(x.dtype).contiguous()
     Bt = B.to(x.dtype).transpose(1, 2).contiguous()
-    products = own_products(x, A, Bt)
-    return None if products is None else OwnRows(A, Bt, rows.index, products)
+    products = per_row_kernel(x, A, Bt)
+    return None if products is None else PerRowLora(A, Bt, rows.index, products)
 
 
 def _check(x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, into: Tensor | None) -> None:
@@ -193,16 +198,16 @@ def _check(x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed,
         named = {"x": x, "A": A, "B": B, "scales": scales, "into": into}
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in named.items() if t is not None)
         raise ValueError(
-            f"these do not fit together: {shapes}, and {len(rows.index)} rows routed to {rows.adapters} adapters; "
-            f"they are x (rows, …, in), A (K, r, in), B (K, out, r), scales (K,), into (rows, …, out)"
+            f"shapes do not match: {shapes}, and {len(rows.index)} rows routed to {rows.adapters} adapters; "
+            f"expected x (rows, …, in), A (K, r, in), B (K, out, r), scales (K,), into (rows, …, out)"
         )
 
 
-def way_of(x: Tensor, rows: Routed, only_finite: bool = True) -> Way:
-    """The way for rows x (rows, …, in), by measurement on widths of 576 and 2048 at rank 16.
+def method_for(x: Tensor, rows: Routed, only_finite: bool = True) -> Method:
+    """Return the method for rows x (rows, …, in); thresholds measured at widths 576 and 2048 and rank 16.
 
-    "masked" only where every number of the stacks is finite: half precision can overflow in a row that an adapter
-    never meets otherwise, and what is not finite is not blotted out.
+    "masked" requires all stacked factors to be finite: fp16 can overflow in a row with an adapter it does not use, and
+    a mask does not remove Inf or NaN.
     """
     run = len(x) / rows.adapters
     if rows.adapters == 1:
@@ -215,45 +220,49 @@ def way_of(x: Tensor, rows: Routed, only_finite: bool = True) -> Way:
 
 
 def are_few(x: Tensor, rows: Routed) -> bool:
-    """Whether the rows x (rows, …, in) are short and few, so that a kernel which takes each by itself is the best."""
+    """Return whether the rows x (rows, …, in) are short and few, so that a kernel per row is fastest."""
     tokens = x.numel() // x.shape[-1]
     return tokens < LONG_ROW * len(x) and tokens <= LONG_RUN * rows.adapters
 
 
 class _Call(NamedTuple):
-    """What the products ask about the rows that they were given."""
+    """Routing of the rows that the matmuls get."""
 
     rows: Routed
-    adapter: Tensor  # (served,) of each
+    adapter: Tensor  # (served,), adapter of each row
     scales: Tensor | None  # (served,) fp32
 
 
 class _Products(NamedTuple):
-    """Wide rows are (served, T, in or out), a stack is (K, r, in or out), thin rows are as the way likes them."""
+    """The matmuls of a method. Wide rows are (served, T, in or out), stacks (K, r, in or out); the low-rank layout is
+    the method's own.
+    """
 
-    shrink: Callable[[Tensor, Tensor, _Call], Tensor]  # wide, stack -> thin, scaled
-    expand: Callable[[Tensor, Tensor, _Call, Tensor | None], Tensor]  # thin, stack -> wide, added where wide is given
-    outer: Callable[[Tensor, Tensor, Tensor, _Call], Tensor]  # thin, wide, stack -> the stack's gradient
+    shrink: Callable[[Tensor, Tensor, _Call], Tensor]  # wide, stack -> low rank, scaled
+    expand: Callable[[Tensor, Tensor, _Call, Tensor | None], Tensor]  # low rank, stack -> wide, added to the given wide
+    outer: Callable[[Tensor, Tensor, Tensor, _Call], Tensor]  # low rank, wide, stack -> gradient of the stack
 
 
 class Segments:
-    """Forward and backward in one of the ways, made ready for any number of calls in which no gradient is recorded.
+    """Forward and backward of one method, reusable for any number of calls without gradient recording.
 
-    A (K, r, in), B (K, out, r), scales (K,) as `segmented` takes them; dtype is that of the rows.
+    A (K, r, in), B (K, out, r), scales (K,) as for `segmented`; dtype is that of the rows.
     """
 
-    def __init__(self, A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, way: Way, dtype: torch.dtype) -> None:
+    def __init__(
+        self, A: Tensor, B: Tensor, scales: Tensor | None, rows: Routed, method: Method, dtype: torch.dtype
+    ) -> None:
         self.A, self.Bt = A.to(dtype), B.to(dtype).transpose(1, 2)
-        self.do = _WAYS[way]
-        self.taken = {"masked": None, "rows": rows.served, "sorted": rows.order}[way]
+        self.do = _METHODS[method]
+        self.taken = {"masked": None, "rows": rows.served, "sorted": rows.order}[method]
         adapter = rows.index if self.taken is None else rows.index.index_select(0, self.taken)
         own = None if scales is None else scales.float().index_select(0, adapter.clamp_min(0))
         self.call = _Call(rows, adapter, own)
 
     def forward(self, x: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The result (rows, …, out) for x (rows, …, in), and the thin rows that the backward needs.
+        """Return the result (rows, …, out) for x (rows, …, in), and the low-rank activation that the backward needs.
 
-        No product may be cast by autocast here (`as_written`).
+        Must run without autocast (`without_autocast`).
         """
         h = self.do.shrink(self._take(x), self.A, self.call)
         return self._put(h, self.Bt, x, into), h
@@ -261,7 +270,7 @@ class Segments:
     def backward(
         self, x: Tensor | None, h: Tensor | None, dy: Tensor, need_dx: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of x (rows, …, in), of A (K, r, in) where x is given, of B (K, out, r) where h is."""
+        """Return the gradients of x (rows, …, in), of A (K, r, in) if x is given, and of B (K, out, r) if h is."""
         dx = dA = dB = None
         wide = self._take(dy)
         if need_dx or x is not None:
@@ -273,12 +282,12 @@ class Segments:
         return dx, dA, dB
 
     def _take(self, x: Tensor) -> Tensor:
-        """The rows of x (rows, …, n) that the way multiplies, in its order (served, T, n)."""
+        """Return the rows of x (rows, …, n) that the method multiplies, in its order (served, T, n)."""
         x = x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
         return x.contiguous() if self.taken is None else x.index_select(0, self.taken)
 
     def _put(self, h: Tensor, stack: Tensor, like: Tensor, into: Tensor | None) -> Tensor:
-        """What thin rows expand to, (rows, …, n), each where its row was taken from."""
+        """Expand a low-rank activation to (rows, …, n), at the original row positions."""
         shape = (*like.shape[:-1], stack.shape[-1])
         flat = (len(like), math.prod(shape[1:-1]), shape[-1])
         if self.taken is None and into is not None and into.is_contiguous():
@@ -295,7 +304,7 @@ class Segments:
 
 
 def _masked_shrink(wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
-    """(N, in) -> (N, K·r), zero but for each row's own r."""
+    """(N, in) -> (N, K·r), zero except for the r columns of each row's adapter."""
     h = torch.mm(wide.flatten(0, 1), stack.flatten(0, 1).t())
     own = call.rows.own if call.scales is None else call.rows.own * call.scales[:, None]
     h.view(*wide.shape[:2], *stack.shape[:2]).mul_(own[:, None, :, None])
@@ -322,17 +331,17 @@ def _rows_expand(h: Tensor, stack: Tensor, call: _Call, wide: Tensor | None) -> 
 
 
 def _scaled(h: Tensor, call: _Call) -> Tensor:
-    """(rows, T, r), each row times its adapter's scale."""
+    """Multiply (rows, T, r) by the scale of each row's adapter."""
     return h if call.scales is None else h.mul_(call.scales[:, None, None])
 
 
 def _of_rows(stack: Tensor, call: _Call) -> Tensor:
-    """The factor of each row (rows, r, in): a copy, but for rows that stand as their adapters do."""
+    """Return the factor of each row (rows, r, in): a copy, unless the rows are in the order of the adapters."""
     return stack if call.rows.in_place else stack.index_select(0, call.adapter)
 
 
 def _rows_outer(h: Tensor, wide: Tensor, stack: Tensor, call: _Call) -> Tensor:
-    """The sum over each adapter's rows, in single precision or wider."""
+    """Sum over the rows of each adapter, in fp32 or wider."""
     grad = torch.zeros(stack.shape, dtype=torch.promote_types(wide.dtype, torch.float32), device=wide.device)
     return grad.index_add_(0, call.adapter, torch.bmm(h.transpose(1, 2), wide).to(grad.dtype))
 
@@ -363,7 +372,7 @@ def _sorted_outer(h: Tensor, wide: Tensor, stack: Tensor, call: _Call) -> Tensor
     return grad
 
 
-_WAYS = {
+_METHODS = {
     "masked": _Products(_masked_shrink, _masked_expand, _masked_outer),
     "rows": _Products(_rows_shrink, _rows_expand, _rows_outer),
     "sorted": _Products(_sorted_shrink, _sorted_expand, _sorted_outer),
@@ -372,12 +381,18 @@ _WAYS = {
 
 class _Segmented(torch.autograd.Function):
     @staticmethod
-    def forward(  # `into` comes first: where it is a view, autograd takes the first for what was changed in place
-        ctx: Any, into: Tensor | None, x: Tensor, A: Tensor, B: Tensor, scales: Tensor | None, how: tuple[Routed, Way]
+    def forward(  # `into` comes first: if it is a view, autograd treats the first argument as the one changed in place
+        ctx: Any,
+        into: Tensor | None,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scales: Tensor | None,
+        how: tuple[Routed, Method],
     ) -> Tensor:
         if into is not None:
             ctx.mark_dirty(into)
-        with as_written(x):
+        with without_autocast(x):
             y, h = Segments(A, B, scales, *how, x.dtype).forward(x, into)
         _, _, of_A, of_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if of_A else None, h if of_B else None, A, B, scales)
@@ -389,7 +404,7 @@ class _Segmented(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, h, A, B, scales = ctx.saved_tensors
         of_into, of_x, *_ = ctx.needs_input_grad
-        with as_written(dy):
+        with without_autocast(dy):
             dx, dA, dB = Segments(A, B, scales, *ctx.how).backward(x, h, dy, of_x)
         dA, dB = (None if d is None else d.to(of.dtype).contiguous() for d, of in ((dA, A), (dB, B)))
         return dy if of_into else None, dx, dA, dB, None, None

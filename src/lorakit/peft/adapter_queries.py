@@ -22,6 +22,12 @@ def is_wrapper(model: nn.Module) -> bool:
     return inner is not None and hasattr(inner, "tuner_layer_cls")
 
 
+def user_model(model: Any) -> nn.Module:
+    """Return the user's model inside a wrapper, or the model itself."""
+    inner: nn.Module = model.get_base_model() if is_wrapper(model) else model
+    return inner
+
+
 def adapted(model: nn.Module) -> Iterator[AdapterModule]:
     """Iterate over adapted layers, saved modules and trainable tokens."""
     return (module for _, module in walk(model) if isinstance(module, AdapterModule))
@@ -48,6 +54,11 @@ def holders_of(module: AdapterModule) -> Iterator[Any]:
 def merged_at(module: AdapterModule) -> list[str]:
     """Return the adapters that are merged at a layer."""
     return list(getattr(module, "merged_adapters", ()))
+
+
+def merged_adapters(model: nn.Module) -> list[str]:
+    """Return the sorted names of adapters that are merged at some layer."""
+    return sorted({name for module in adapted(model) for name in merged_at(module)})
 
 
 def rows_per_prompt(kwargs: Mapping[str, Any], model: nn.Module) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from functools import update_wrapper
+from functools import cached_property, update_wrapper
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -191,8 +191,14 @@ class KappaTuneSelector:
         self.model = model
         self._largest = max_dim_size_to_analyze
         self._suffixes = tuple(moe_param_suffixes or EXPERT_WEIGHTS)
-        self._modules: Mapping[str, float] | None = None
-        self._parameters: Mapping[str, float] | None = None
+
+    @cached_property
+    def _of_modules(self) -> dict[str, float]:
+        return of_linear_weights(self.model, self._largest)
+
+    @cached_property
+    def _of_parameters(self) -> dict[str, float]:
+        return of_expert_weights(self.model, self._suffixes, self._largest)
 
     def get_best_targets(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
@@ -204,8 +210,7 @@ class KappaTuneSelector:
             num_modules: Number to take; overrides the fraction.
             threshold: Take all up to this condition number.
         """
-        self._modules = of_linear_weights(self.model, self._largest) if self._modules is None else self._modules
-        return _lowest(self._modules, top_p, num_modules, threshold)
+        return _lowest(self._of_modules, top_p, num_modules, threshold)
 
     def get_best_target_parameters(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
@@ -217,9 +222,7 @@ class KappaTuneSelector:
             num_modules: Number to take; overrides the fraction.
             threshold: Take all up to this condition number.
         """
-        if self._parameters is None:
-            self._parameters = of_expert_weights(self.model, self._suffixes, self._largest)
-        return _lowest(self._parameters, top_p, num_modules, threshold)
+        return _lowest(self._of_parameters, top_p, num_modules, threshold)
 
 
 def _lowest(numbers: Mapping[str, float], top_p: float | None, count: int | None, threshold: float | None) -> list[str]:

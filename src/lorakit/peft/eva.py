@@ -25,6 +25,7 @@ CONDENSED_FROM = 20
 """From this number of targets on, they are written as the shortest suffixes that match the same modules, as in PEFT."""
 
 PrepareLayer = Callable[[Any, Any, str], Tensor]
+PrepareLayers = PrepareLayer | Mapping[str, PrepareLayer] | None
 
 
 def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -102,9 +103,7 @@ def get_eva_state_dict(
     peft_config: LoraConfig | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] = forward_fn_dict,
     prepare_model_inputs_fn: Callable[[Any, LoraConfig], Any] | None = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: PrepareLayer
-    | Mapping[str, PrepareLayer]
-    | None = prepare_layer_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: PrepareLayers = prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
@@ -138,7 +137,7 @@ def get_eva_state_dict(
     wrapped = adapter_queries.is_wrapper(model)
     if peft_config is None and not wrapped:
         raise ConfigError("peft_config is required if model is not a PeftModel")
-    user = model.get_base_model() if wrapped else model
+    user = adapter_queries.user_model(model)
     prefix = INSIDE if wrapped else ""
     config = peft_config or model.peft_config[adapter_name]
     here = {path for path, layer in layers(user) if adapter_name in layer.r} if wrapped else None
@@ -184,9 +183,7 @@ def initialize_lora_eva_weights(
     eva_state_dict: Mapping[str, Tensor] | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] = forward_fn_dict,
     prepare_model_inputs_fn: Callable[[Any, LoraConfig], Any] | None = prepare_model_inputs_fn_language_modeling,
-    prepare_layer_inputs_fn: PrepareLayer
-    | Mapping[str, PrepareLayer]
-    | None = prepare_layer_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: PrepareLayers = prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
@@ -283,7 +280,7 @@ def _names(user: nn.Module, here: Mapping[str, LoraLayer], ranks: Mapping[str, i
     return find_minimal_target_modules(left, [path for path, _ in user.named_modules() if path and path not in left])
 
 
-def _per_layer(given: Any, names: list[str]) -> dict[str, PrepareLayer | None]:
+def _per_layer(given: PrepareLayers, names: list[str]) -> dict[str, PrepareLayer | None]:
     if not isinstance(given, Mapping):
         return dict.fromkeys(names, given)
     unknown = given.keys() - set(names)

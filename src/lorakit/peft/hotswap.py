@@ -1,6 +1,6 @@
-"""Hot swapping: another adapter's numbers in the place of one that is there, without touching modules.
+"""Hot swapping: replace the values of an adapter by another one's, without touching modules.
 
-A compiled model is not compiled again: shapes stay (ranks are padded with zeros beforehand) and scales can be tensors.
+A compiled model is not recompiled: shapes stay the same (ranks are padded with zeros first), scales can be tensors.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from lorakit.peft.state_dicts import WRAPPED, StateDictError
 from lorakit.targets import first_match
 
 COMPARED: Sequence[str] = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
-"""Fields of two configs that must agree, as far as tensors do not carry them."""
+"""Fields of two configs that must be equal, since tensors do not contain them."""
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
-    """Refuse to swap between configs whose difference the tensors do not carry.
+    """Reject a swap between configs that differ in more than the tensors.
 
     Args:
-        config0: Of the adapter that is there.
-        config1: Of the one that shall take its place.
+        config0: The existing adapter's.
+        config1: The new adapter's.
 
     Raises:
         ConfigError: A field differs.
@@ -47,19 +47,19 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
 def hotswap_adapter(
     model: Any, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
 ) -> None:
-    """Put a saved adapter's numbers in the place of one that is on a model.
+    """Replace the values of an adapter by those of a saved one.
 
     Args:
         model: A wrapped model, perhaps compiled.
-        model_name_or_path: A folder, or a hub id.
-        adapter_name: The adapter whose place it takes; the name stays.
-        torch_device: Accepted; numbers go where their place is.
-        kwargs: `subfolder`, `revision`; others are PEFT's and have no effect here.
+        model_name_or_path: A directory, or a hub id.
+        adapter_name: The adapter to replace; its name is kept.
+        torch_device: Ignored; values go to the device of the existing ones.
+        kwargs: `subfolder`, `revision`; PEFT's other options have no effect here.
 
     Raises:
         AdapterFileError: Files are missing or damaged, or hold NaN or infinite numbers.
-        ConfigError: The configs do not agree.
-        StateDictError: The adapter needs places that are not there.
+        ConfigError: The configs differ.
+        StateDictError: A tensor does not fit the model.
         MergeError: The adapter is merged.
     """
     files = read_adapter(adapter_folder(model_name_or_path, kwargs.get("subfolder"), kwargs.get("revision")))
@@ -70,7 +70,7 @@ def hotswap_adapter(
 
 
 def in_memory_name(key: str, adapter_name: str) -> str:
-    """A factor's name on disk as it is in memory, with the adapter's name in it."""
+    """Return a factor's name in memory, which contains the adapter's name, from its name on disk."""
     head, found, tail = key.rpartition("lora_")
     if not found:
         return key
@@ -85,20 +85,20 @@ def hotswap_adapter_from_state_dict(
     config: LoraConfig,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """Put tensors in the place of an adapter's; what they do not name becomes zero. Nothing changes on a refusal.
+    """Replace an adapter's tensors; those without a new one become zero. Nothing changes if an error is raised.
 
     Args:
         model: A model with adapters in it, perhaps compiled.
         state_dict: Name in memory -> tensor (…).
         adapter_name: The adapter.
-        config: Of the new adapter: its ranks and alphas give the scales.
-        parameter_prefix: How the names of its parameters begin.
+        config: The new adapter's; its ranks and alphas determine the scales.
+        parameter_prefix: Prefix of the names of its parameters.
 
     Raises:
-        StateDictError: There is no place for a tensor, or it does not fit.
+        StateDictError: A tensor does not fit the model.
         MergeError: The adapter is merged.
     """
-    if any(adapter_name in adapter_queries.merged_at(module) for module in adapter_queries.adapted(model)):
+    if adapter_name in adapter_queries.merged_adapters(model):
         raise MergeError(
             f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. Unmerge "
             "it first with unmerge_adapter()."
@@ -152,7 +152,7 @@ def _put(place: Tensor, tensor: Tensor, groups: int) -> None:
     elif all(a >= b for a, b in zip(place.shape, tensor.shape, strict=True)):
         place.zero_()
         _fill(place, tensor, groups)
-    else:  # a larger rank than before: the parameter grows, which a compiled model has to be compiled again for
+    else:  # a larger rank than before: the parameter grows, so a compiled model is recompiled
         place.data = tensor.to(place.dtype)
 
 
@@ -171,19 +171,19 @@ def prepare_model_for_compiled_hotswap(
     config: LoraConfig | Mapping[str, LoraConfig] | None = None,
     check_compiled: str = "error",
 ) -> None:
-    """Get a model ready to be compiled and then swapped: scales become tensors, ranks are padded with zeros.
+    """Prepare a model for compilation and swapping: scales become tensors, ranks are padded with zeros.
 
     Args:
         model: A model with the first adapter in it.
-        target_rank: The largest rank that will come; None leaves the ranks.
+        target_rank: The largest rank to be swapped in; None keeps the ranks.
         config: Configs whose rank is set to it.
-        check_compiled: What a compiled model is: "error", "warn" or "ignore".
+        check_compiled: Reaction to a compiled model: "error", "warn" or "ignore".
 
     Raises:
-        ConfigError: The model is compiled already, it has no adapters, or the rank does not fit.
+        ConfigError: The model is already compiled or has no adapters, or the rank does not fit.
     """
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", False):
-        _about_compiled(check_compiled)
+        _check_compiled(check_compiled)
     found = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not found:
         raise ConfigError(
@@ -202,7 +202,7 @@ def prepare_model_for_compiled_hotswap(
             one.rank_pattern = dict.fromkeys(one.rank_pattern, target_rank)
 
 
-def _about_compiled(check_compiled: str) -> None:
+def _check_compiled(check_compiled: str) -> None:
     if check_compiled == "error":
         raise ConfigError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
     if check_compiled == "warn":
@@ -239,7 +239,7 @@ def _pad(layer: LoraLayer, target_rank: int) -> None:
 
 
 def _fill(place: Tensor, tensor: Tensor, groups: int) -> None:
-    """Put a tensor (…) into the front of a larger one (…); a grouped convolution's A into the front of each group."""
+    """Copy a tensor (…) to the start of a larger one (…); a grouped convolution's A to the start of each group."""
     if groups > 1:
         place, tensor = (one.view(groups, one.shape[0] // groups, *one.shape[1:]) for one in (place, tensor))
     place[tuple(slice(size) for size in tensor.shape)].copy_(tensor)

@@ -1,4 +1,4 @@
-"""LoftQ beside a base in four bits: factors that make up for what quantising lost, from the weights as they were."""
+"""LoftQ on a 4-bit base: factors that compensate for the quantization error, from the original weights."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """Give an adapter beside a 4-bit base the factors that bring it nearest to the base as it was.
+    """Replace an adapter's factors on a 4-bit base by those that bring it closest to the original base.
 
-    At each site s·B·A is the best of rank r for W − Q, with W read from the model's safetensors, one weight at a time.
-    A DoRA magnitude becomes the norm of what the site then is. PEFT leaves the scale and the magnitude out, which is
-    right at a scale of 1 without DoRA alone, and takes the weights of GPT-2's Conv1D, which lie transposed on disk, for
-    those of a dense layer. Where something is refused, or a callback raises, every site is as it was.
+    At each site s·B·A is the best approximation of rank r to W − Q, with W read from the model's safetensors, one
+    weight at a time. A DoRA magnitude becomes the norm of the resulting weight. PEFT ignores the scale and the
+    magnitude, which is correct only for a scale of 1 without DoRA, and reads GPT-2's Conv1D weights, which are stored
+    transposed, as those of a linear layer. If an error is raised, also by a callback, every site is restored.
 
     Args:
         peft_model: The wrapper.
-        model_path: Folder with the base's safetensors, or a file of them; None for where the model came from, which
-            may be the hub's cache.
-        adapter_name: The adapter, whose A and B are written.
-        callback: Called with wrapper and path after each site; where it returns False, the site is put back.
+        model_path: Directory with the base's safetensors, or a file of them; None for the model's origin, which may be
+            the hub's cache.
+        adapter_name: The adapter, whose A and B are replaced.
+        callback: Called with wrapper and path after each site; if it returns False, the site is restored.
 
     Raises:
-        ConfigError: The weights cannot be found, a weight is not among them or has another shape, the scale is 0, or r
-            is larger than a weight.
-        ConfigTypeError: The model is no wrapper.
-        AdapterError: No site of the adapter is stored in four bits, or it is merged.
-        ModelError: The folder holds no safetensors.
+        ConfigError: The weights are not found, a weight is missing or has another shape, the scale is 0, or r is
+            larger than a weight.
+        ConfigTypeError: The model is not a wrapper.
+        AdapterError: No site of the adapter is a 4-bit layer, or the adapter is merged.
+        ModelError: The directory holds no safetensors.
 
     Source:
-        Li et al. 2023, arXiv:2310.08659, one step of algorithm 1 with the quantised weight given.
+        Li et al. 2023, arXiv:2310.08659, one step of algorithm 1 for a given quantized weight.
     """
     if not isinstance(peft_model, nn.Module) or not adapter_queries.is_wrapper(peft_model):
         raise ConfigTypeError("The passed model does not appear to be a valid PeftModel; get_peft_model makes one.")
@@ -63,12 +63,12 @@ def replace_lora_weights_loftq(
     try:
         for path, layer in sites.items():
             W = source.read(names[path])
-            here = _write(layer, adapter_name, path, W.T if _lies_transposed(layer) else W)
+            here = _write(layer, adapter_name, path, W.T if _is_transposed(layer) else W)
             written += here
             if callback is not None and not callback(peft_model, path):
-                _put_back(here)
+                _restore(here)
     except BaseException:
-        _put_back(reversed(written))
+        _restore(reversed(written))
         raise
 
 
@@ -82,7 +82,7 @@ def _sites(model: nn.Module, name: str) -> dict[str, LoraLayer]:
     return found
 
 
-def _lies_transposed(layer: LoraLayer) -> bool:
+def _is_transposed(layer: LoraLayer) -> bool:
     return getattr(layer.source, "source_cls", nn.Linear).__name__ == "Conv1D"
 
 
@@ -93,7 +93,7 @@ def _name(source: TensorSource, path: str, layer: LoraLayer) -> str:
             f"{source.label}: there is no {path}.weight, so this is not where the model came from.", where=source.label
         )
     shape = (layer.slot.out_features, layer.slot.in_features)
-    expected = shape[::-1] if _lies_transposed(layer) else shape
+    expected = shape[::-1] if _is_transposed(layer) else shape
     if source.shapes[name] != expected:
         raise ConfigError(
             f"{source.label}: {name} has shape {source.shapes[name]}, and the model has {expected} there, so this is "
@@ -104,7 +104,7 @@ def _name(source: TensorSource, path: str, layer: LoraLayer) -> str:
 
 
 def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Write the factors for W (out, in); returns what was written to, each with what was there."""
+    """Write the factors for W (out, in); returns the changed tensors with their previous data."""
     factor, kind = layer.factor(name), layer.kind
     with torch.no_grad():
         now = layer.read(name)
@@ -124,7 +124,7 @@ def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tens
     return before
 
 
-def _put_back(written: Any) -> None:
+def _restore(written: Any) -> None:
     for tensor, before in written:
         tensor.data = before
 
@@ -144,9 +144,9 @@ def _where(model: Any, given: str | PathLike[str] | None) -> Path:
         found = downloaded(name)
         if found is None:
             raise ConfigError(
-                f"The model.safetensors file must be present on disk, but it could not be found: {name} is no folder, "
-                "and not in the hub's cache. Pass model_path."
+                f"The model.safetensors file must be present on disk, but it could not be found: {name} is not "
+                "a directory and not in the hub's cache. Pass model_path."
             )
         return found
     path = Path(given)
-    return path.parent if path.suffix == ".safetensors" and not path.is_file() else path  # shards lie beside it
+    return path.parent if path.suffix == ".safetensors" and not path.is_file() else path  # a sharded checkpoint

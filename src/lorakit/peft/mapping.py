@@ -1,7 +1,4 @@
-"""`get_peft_model`: adapt a model and wrap it as its task asks.
-
-PEFT's tables from method to classes, configs from a table, and adapters in a model without a wrapper.
-"""
+"""`get_peft_model`, PEFT's tables from a method to its classes, and adapters in a model without a wrapper."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from lorakit.errors import ConfigError, warn_caller
 from lorakit.peft import adapter_queries
 from lorakit.peft.model import PeftModel
 from lorakit.peft.model_classes import PeftMixedModel
-from lorakit.peft.placeholders import METHODS, PROMPT_METHODS, placeholder
+from lorakit.peft.placeholders import CONFIGS, placeholder
 from lorakit.peft.tuner import BaseTuner, LoraModel
 from lorakit.targets import resolve
 
@@ -42,16 +39,16 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> Any:
-    """Adapt a model in place and wrap it as PEFT does.
+    """Add a LoRA adapter in place and return a `PeftModel`.
 
     Args:
-        model: The base; a model that is wrapped already gets a second adapter without a second wrapper.
-        peft_config: How the adapter looks; it is only read.
+        model: The base; a wrapped model gets another adapter without a second wrapper.
+        peft_config: The adapter's config; only read.
         adapter_name: Its name.
-        mixed: Wrap it as a `PeftMixedModel`, which holds several active adapters.
-        autocast_adapter_dtype: False gives the factors the dtype of the weight they stand beside.
+        mixed: Wrap the model in a `PeftMixedModel`, which can have several active adapters.
+        autocast_adapter_dtype: False casts the factors to the dtype of their base weight.
         revision: Revision of the base, noted in the adapter's config.
-        low_cpu_mem_usage: Accepted; factors are made once, where their site is.
+        low_cpu_mem_usage: Ignored; factors are created on their site's device.
 
     Returns:
         The wrapper for the config's task.
@@ -59,12 +56,12 @@ def get_peft_model(
     Raises:
         ConfigError: The config is not a LoraConfig, or does not fit.
         TargetError: Nothing matches.
-        AdapterError: The name is taken or cannot be used.
-        NotYetSupported: The config, or an option, asks for what is not built yet.
+        AdapterError: The name is taken or invalid.
+        NotYetSupported: The config or an option needs a feature that is not built yet.
     """
     if not isinstance(peft_config, LoraConfig):
         raise ConfigError(f"peft_config is a {type(peft_config).__name__}; a lorakit LoraConfig is needed.")
-    _say_of_the_base(model, peft_config, revision)
+    _warn_of_the_base(model, peft_config, revision)
     if revision is not None:
         peft_config = peft_config.with_fields(revision=revision)
     _make_room(model, peft_config, adapter_name)
@@ -79,8 +76,8 @@ def get_peft_model(
 
 
 def _make_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
-    """What is said where a model has adapters already; one of the same name gives way, as when a cell is run again."""
-    user: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    """Warn if a model has adapters; one of the same name is replaced, as when a notebook cell runs again."""
+    user = adapter_queries.user_model(model)
     there = adapter_queries.configs_of(user)
     if there:
         replaced = f" The adapter '{adapter_name}' that was there is replaced." if adapter_name in there else ""
@@ -89,13 +86,12 @@ def _make_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
             f"second wrapper; call `.unload()` before, if that is not meant.{replaced}"
         )
     if adapter_name in there:
-        resolve(
-            AdapterIndex.of(user).candidates, with_targets(config, user), allow_partial=True
-        )  # refused before it leaves
+        candidates = AdapterIndex.of(user).candidates
+        resolve(candidates, with_targets(config, user), allow_partial=True)  # before removal
         core.detach(user, adapter_name)
 
 
-def _say_of_the_base(model: nn.Module, config: LoraConfig, revision: str | None) -> None:
+def _warn_of_the_base(model: nn.Module, config: LoraConfig, revision: str | None) -> None:
     old, new = config.base_model_name_or_path, getattr(model, "name_or_path", None) or None
     if old is not None and old != new:
         warn_caller(
@@ -111,8 +107,7 @@ def _say_of_the_base(model: nn.Module, config: LoraConfig, revision: str | None)
 
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
     PeftType.LORA: LoraConfig,
-    **{method: placeholder(f"{stem}Config") for method, stem in METHODS.items()},
-    **{method: placeholder(name) for method, name in PROMPT_METHODS.items()},
+    **{method: placeholder(name) for method, name in CONFIGS.items()},
 }
 """Method -> class of its config."""
 
@@ -123,17 +118,17 @@ PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LO
 """Method -> class of its tuner in a `PeftMixedModel`."""
 
 PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: LoraModel.prefix}
-"""Method -> how the names of its parameters begin."""
+"""Method -> prefix of the names of its parameters."""
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> Any:
-    """A config from a table that says its method.
+    """Create a config from a dictionary with its method.
 
     Args:
         config_dict: Field name -> value, `peft_type` among them.
 
     Raises:
-        ConfigError: There is no method, it is not LORA, or a value is not allowed.
+        ConfigError: The method is missing or not LORA, or a value is not allowed.
     """
     if "peft_type" not in config_dict:
         raise ConfigError("The config has no peft_type, so its method is not known; give 'LORA'.")
@@ -147,20 +142,20 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Put an adapter on a model without a wrapper; the model itself comes back.
+    """Add an adapter to a model without a wrapper, and return the model.
 
     Args:
-        peft_config: How the adapter looks; it is only read.
+        peft_config: The adapter's config; only read.
         model: The base, changed in place.
         adapter_name: Its name.
-        low_cpu_mem_usage: Leave the factors without memory until `set_peft_model_state_dict` fills them.
-        state_dict: Names of tensors (…) that say where the adapter sits, instead of the config; only names are read.
+        low_cpu_mem_usage: Create the factors on the meta device until `set_peft_model_state_dict` fills them.
+        state_dict: Names of tensors (…) that determine the targets instead of the config; only names are read.
 
     Raises:
         ConfigError: The config is not a LoraConfig, or does not fit.
         TargetError: Nothing matches.
-        AdapterError: The name is taken or cannot be used.
-        NotYetSupported: The config asks for what is not built yet.
+        AdapterError: The name is taken or invalid.
+        NotYetSupported: The config needs a feature that is not built yet.
     """
     if not isinstance(peft_config, LoraConfig):
         raise ConfigError(

@@ -16,7 +16,6 @@ from torch import nn
 from lorakit.config import LoraConfig, TaskType
 from lorakit.core.attachment.attaching import AttachReport, model_type_of, with_targets
 from lorakit.core.layers.adapter_component import AdapterModule
-from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.merging.checks import tied_sites
@@ -433,18 +432,15 @@ def filter_state_dict(state_dict: Mapping[str, Any], prefixes: Collection[str]) 
 
 def adapter_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]:
     """Return the prefixes of adapters' parameters in a model's state dict: of one adapter, or of all."""
-    found = set()
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            for attribute, held in module._modules.items():
-                if attribute == "base_layer" or held is None:
-                    continue
-                where = f"{path}.{attribute}" if path else attribute
-                if adapter_name is None:
-                    found.add(where)
-                elif adapter_name in held:  # type: ignore[operator]
-                    found.add(f"{where}.{adapter_name}")
-    return found
+    held = {
+        f"{path}.{attribute}".lstrip("."): holder
+        for path, layer in layers(model)
+        for attribute, holder in layer._modules.items()
+        if attribute != "base_layer" and holder is not None
+    }
+    if adapter_name is None:
+        return set(held)
+    return {f"{path}.{adapter_name}" for path, holder in held.items() if adapter_name in holder}  # type: ignore[operator]
 
 
 def in_out_features(module: nn.Module) -> tuple[int | None, int | None]:

@@ -27,24 +27,14 @@ from lorakit.peft.saving import write_card
 from lorakit.peft.state_dicts import get_peft_model_state_dict
 from lorakit.peft.tuner import LoraModel
 
-WITHOUT_EFFECT: Mapping[str, str] = {
-    "low_cpu_mem_usage": "factors are made once, where their site is",
-    "ephemeral_gpu_offload": "nothing is moved to compute an init",
-    "torch_device": "factors go to their site's device",
-    "device_map": "factors go to their site's device",
-    "max_memory": "factors go to their site's device",
-    "offload_folder": "factors go to their site's device",
-    "offload_dir": "factors go to their site's device",
-    "torch_dtype": "factors are fp32 or wider on any base",
-    "dtype": "factors are fp32 or wider on any base",
-    "token": "the hub's client reads HF_TOKEN",
-    "use_auth_token": "the hub's client reads HF_TOKEN",
-    "cache_dir": "the hub's client reads HF_HOME",
-    "local_files_only": "the network is only used for a hub id, and HF_HUB_OFFLINE keeps it off",
-    "force_download": "the hub's client knows what is new",
-    "proxies": "the hub's client reads HTTPS_PROXY",
-}
-"""Option -> why it needs no action."""
+WITHOUT_EFFECT = (
+    *("low_cpu_mem_usage", "ephemeral_gpu_offload"),  # factors are created once; nothing is moved to compute an init
+    *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir"),  # factors go to their site's device
+    *("torch_dtype", "dtype"),  # factors are fp32 or wider on any base
+    *("token", "use_auth_token", "cache_dir", "proxies"),  # the hub's client reads HF_TOKEN, HF_HOME and HTTPS_PROXY
+    *("local_files_only", "force_download"),  # only a hub id needs the network, and HF_HUB_OFFLINE disables it
+)
+"""Options that need no action."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "push_to_hub": (False, None),

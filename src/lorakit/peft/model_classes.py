@@ -1,10 +1,8 @@
-"""The classes by task, `AutoPeftModel…` and `PeftMixedModel`.
+"""Wrappers by task, `AutoPeftModel` classes and `PeftMixedModel`.
 
-`PeftModel` for each task: the forward states its signature, since programs read from it which columns to keep.
-
-`AutoPeftModel…`: a saved adapter with the base that its config names.
-
-`PeftMixedModel`: PEFT's wrapper for several active adapters at once; all of them are LoRA here.
+The wrapper of a task declares its forward's signature, from which programs read which columns to keep. An
+`AutoPeftModel` class loads the base of an adapter's config and the adapter. A `PeftMixedModel` can have several active
+adapters, all of them LoRA here.
 """
 
 from __future__ import annotations
@@ -25,17 +23,17 @@ _WANTED_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "
 
 
 def _forward_of(*columns: str) -> Callable[..., Any]:
-    """A forward that takes these columns, by place or by name, and PEFT's options after them.
+    """Make a forward that takes these columns, by position or by name, followed by PEFT's options.
 
-    What is None is not passed on: models differ in which names they take.
+    None is not passed to the model: models take different arguments.
     """
     names = (*columns, *_WANTED_OUTPUTS)
 
     def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward; see `PeftModel.forward` for `adapter_names`."""
+        """Call the model; see `PeftModel.forward` for `adapter_names`."""
         named = dict(zip(names, args, strict=False))
         if len(args) > len(named) or named.keys() & kwargs.keys():
-            signature.bind(self, *args, **kwargs)  # raises as Python does: too many, or given twice
+            signature.bind(self, *args, **kwargs)  # raises Python's TypeError for too many or repeated arguments
         named.update(kwargs)
         named.pop("task_ids", None)  # PEFT passes it to other methods' models only
         return PeftModel.forward(self, **{name: value for name, value in named.items() if value is not None})
@@ -65,21 +63,21 @@ class PeftModelForSeq2SeqLM(PeftModel):
 
 
 class PeftModelForSequenceClassification(PeftModel):
-    """For classifiers of whole texts; the head is copied and trained whole."""
+    """For classifiers of whole texts; the head is saved and trained in full."""
 
     task = TaskType.SEQ_CLS
     forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
 
 
 class PeftModelForTokenClassification(PeftModel):
-    """For classifiers of tokens; the head is copied and trained whole."""
+    """For classifiers of tokens; the head is saved and trained in full."""
 
     task = TaskType.TOKEN_CLS
     forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
 
 
 class PeftModelForQuestionAnswering(PeftModel):
-    """For extractive question answering; the head is copied and trained whole."""
+    """For extractive question answering; the head is saved and trained in full."""
 
     task = TaskType.QUESTION_ANS
     forward = _forward_of(
@@ -98,14 +96,14 @@ class PeftModelForFeatureExtraction(PeftModel):
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: Mapping[str, type[PeftModel]] = {
     kind.task.value: kind for kind in PeftModel.__subclasses__() if kind.task is not None
 }
-"""Task -> wrapper class, under PEFT's own name."""
+"""Task -> wrapper class, under PEFT's name."""
 
 ALLOWED_LIBRARIES = ("transformers", "diffusers", "lerobot", "megatron-core")
-"""Packages that a config from a file may name as the home of its base."""
+"""Packages from which a saved config may import its base's class."""
 
 
 class _BaseAutoPeftModel:
-    """Makes wrappers, and is none itself."""
+    """Loads wrappers; it has no instances."""
 
     task: ClassVar[TaskType | None] = None
 
@@ -130,26 +128,26 @@ class _BaseAutoPeftModel:
         """Load the base that an adapter's config names, then the adapter.
 
         Args:
-            pretrained_model_name_or_path: The adapter's folder, or its hub id.
+            pretrained_model_name_or_path: The adapter's directory, or its hub id.
             adapter_name: The adapter's name here.
-            is_trainable: Go on training it.
+            is_trainable: Continue training it.
             config: As for `PeftModel.from_pretrained`.
             revision: Revision of the adapter.
-            import_allowlist: Packages that the config may name as the home of its base.
-            kwargs: `subfolder` is the adapter's; the others go to the base.
+            import_allowlist: Packages from which the config may import its base's class.
+            kwargs: `subfolder` of the adapter; others are passed to the base.
 
         Returns:
             The wrapper for the adapter's task.
 
         Raises:
-            ConfigError: The class does not fit the adapter's task, or its base lives in a package that is not allowed.
-            AdapterFileError: The adapter does not say its base.
+            ConfigError: The class does not fit the adapter's task, or the base's package is not allowed.
+            AdapterFileError: The config does not name its base.
         """
         folder = adapter_folder(pretrained_model_name_or_path, kwargs.pop("subfolder", None), revision)
         found = read_config(folder)[0]
         if not found.base_model_name_or_path:
             raise AdapterFileError(
-                f"{folder}: the config does not say its base (base_model_name_or_path is null).", where=folder
+                f"{folder}: the config does not name its base (base_model_name_or_path is null).", where=folder
             )
         mapping = found.auto_mapping or {}
         if found.task_type is None:
@@ -197,7 +195,7 @@ def _check_library(mapping: Mapping[str, Any], allowed: Collection[str]) -> None
 
 
 class AutoPeftModel(_BaseAutoPeftModel):
-    """For adapters without a task: the config names the base's class."""
+    """For adapters without a task; the config names the base's class."""
 
 
 class AutoPeftModelForCausalLM(_BaseAutoPeftModel):
@@ -237,7 +235,7 @@ class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel):
 
 
 class PeftMixedModel(PeftModel):
-    """A wrapper whose active adapters may be several; it is not saved, as PEFT's is not."""
+    """A wrapper with several active adapters; it cannot be saved, as in PEFT."""
 
     def __init__(self, model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default") -> None:
         if not isinstance(peft_config, LoraConfig):
@@ -249,30 +247,30 @@ class PeftMixedModel(PeftModel):
 
     @classmethod
     def for_task(cls, task: Any) -> type[PeftModel]:
-        """Always this class."""
+        """Return this class."""
         return cls
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones; they alone are trained.
+        """Activate adapters and train only these.
 
         Args:
             adapter_name: One name or several.
             inference_mode: Activate them frozen.
 
         Raises:
-            AdapterError: There is no such adapter.
+            AdapterError: The adapter does not exist.
         """
         self._check_there(adapter_name)
         self.base_model.set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Take adapters off.
+        """Remove adapters.
 
         Args:
             adapter_name: One name or several.
 
         Raises:
-            AdapterError: There is no such adapter.
+            AdapterError: The adapter does not exist.
         """
         self._check_there(adapter_name)
         for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
@@ -290,14 +288,14 @@ class PeftMixedModel(PeftModel):
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, model_id: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """Load a saved adapter onto a model; see `PeftModel.from_pretrained`."""
+        """Wrap a model and load a saved adapter; see `PeftModel.from_pretrained`."""
         wrapper = PeftModel.from_pretrained(model, model_id, *args, **kwargs)
         mixed = cls.__new__(cls)
         mixed.__dict__ = dict(wrapper.__dict__)
         return mixed
 
     def get_layer_status(self) -> NoReturn:
-        """PEFT does not have it here.
+        """Raise an error: PEFT does not support it for this class.
 
         Raises:
             ConfigTypeError: Always.
@@ -305,7 +303,7 @@ class PeftMixedModel(PeftModel):
         raise ConfigTypeError(f"get_layer_status is not supported for {type(self).__name__}.")
 
     def get_model_status(self) -> NoReturn:
-        """PEFT does not have it here.
+        """Raise an error: PEFT does not support it for this class.
 
         Raises:
             ConfigTypeError: Always.
@@ -313,7 +311,7 @@ class PeftMixedModel(PeftModel):
         raise ConfigTypeError(f"get_model_status is not supported for {type(self).__name__}.")
 
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
-        """PEFT does not have it here; `PeftModel` saves.
+        """Raise an error: PEFT does not support saving this class; use a `PeftModel`.
 
         Raises:
             NotYetSupported: Always.
@@ -321,7 +319,7 @@ class PeftMixedModel(PeftModel):
         raise NotYetSupported(f"Saving is not supported for {type(self).__name__} (yet); save from a PeftModel.")
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> NoReturn:
-        """PEFT does not have it here.
+        """Raise an error: PEFT does not support it for this class.
 
         Raises:
             NotYetSupported: Always.

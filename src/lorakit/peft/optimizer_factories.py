@@ -22,17 +22,17 @@ _EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
 def create_loraplus_optimizer(
     model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
 ) -> Optimizer:
-    """An optimizer with a larger learning rate for B than for A (Hayou et al. 2024, arXiv:2402.12354).
+    """Create an optimizer with a larger learning rate for B than for A (Hayou et al. 2024, arXiv:2402.12354).
 
-    The groups are, in this order: A and copied matrices · both factors of embeddings · B and vectors · those of them
-    that do not decay (biases, and what a LayerNorm holds). Empty groups stay, so that each has the same place always.
+    The groups are, in this order: A and saved matrices; both factors of embeddings; B and vectors; B and vectors
+    without weight decay (biases and parameters of a LayerNorm). Empty groups are kept, so that the order is fixed.
 
     Args:
         model: A model whose trained tensors have `requires_grad`.
         optimizer_cls: Such as `torch.optim.AdamW`.
         lr: Learning rate of A.
         loraplus_lr_ratio: Rate of B over that of A.
-        kwargs: `loraplus_weight_decay` (0.0), `loraplus_lr_embedding` (1e-6); the rest goes to the optimizer.
+        kwargs: `loraplus_weight_decay` (0.0), `loraplus_lr_embedding` (1e-6); others are passed to the optimizer.
 
     Returns:
         The optimizer.
@@ -65,10 +65,10 @@ def create_loraplus_optimizer(
 
 
 class LoraFAOptimizer(LoraFA):
-    """AdamW on the corrected gradient of B, with PEFT's groups: `params`, `names` and `scaling_factors` side by side.
+    """AdamW on the corrected gradient of B, with PEFT's groups: `params`, `names` and `scaling_factors`.
 
-    Unlike PEFT's, it pairs A and B by adapter and site, so that several adapters, magnitudes and biases beside them are
-    stepped right, keeps its products in fp32, and its state belongs to tensors, so that it can be saved and loaded.
+    Unlike PEFT's, it pairs A and B by adapter and site, so that several adapters, magnitudes and biases are updated
+    correctly, computes in fp32, and keys its state by tensor, so that it can be saved and loaded.
     """
 
     def __init__(
@@ -86,15 +86,15 @@ class LoraFAOptimizer(LoraFA):
 
         Args:
             params: Groups with `params`, `names` and `scaling_factors`.
-            lr: Learning rate, where a group has none.
+            lr: Learning rate of groups without one.
             betas: As AdamW.
             eps: As AdamW.
             weight_decay: As AdamW.
-            correct_bias: Whether the moments are corrected for their start from zero.
-            pairs: Which factor is corrected by which; None finds them by name within each group.
+            correct_bias: Correct the moments for their initial zeros.
+            pairs: Pairs of a corrected factor and its fixed one; None finds them by name within each group.
 
         Raises:
-            ConfigError: A number is out of range.
+            ConfigError: A value is out of range.
         """
         groups = [dict(group) if isinstance(group, dict) else group for group in params]
         for group in groups:
@@ -111,10 +111,10 @@ class LoraFAOptimizer(LoraFA):
         """Take one step.
 
         Args:
-            closure: Computes the loss anew, or None.
+            closure: Recomputes the loss, or None.
 
         Returns:
-            What the closure returned.
+            The closure's result.
         """
         if not self._warned and any("scaling_factors" not in g and "scaling_factor" in g for g in self.param_groups):
             self._warned = True
@@ -129,30 +129,30 @@ class LoraFAOptimizer(LoraFA):
 def create_lorafa_optimizer(
     model: Any, r: int, lora_alpha: int, lr: float, weight_decay: float = 0.0, use_rslora: bool | None = None
 ) -> LoraFAOptimizer:
-    """An optimizer that leaves A as it is and corrects B's gradient for it (Zhang et al. 2023, arXiv:2308.03303).
+    """Create an optimizer that freezes A and corrects B's gradient for it (Zhang et al. 2023, arXiv:2308.03303).
 
-    The factors that do not begin at zero are frozen: A, on an embedding B. Each site's own scale is used, whatever
-    `r` and `lora_alpha` say; they are taken so that code written for PEFT runs.
+    The factor that is not initialized to zero is frozen: A, or B of an embedding. Each site's own scale is used; `r`
+    and `lora_alpha` are accepted for code written for PEFT.
 
     Args:
         model: A model with adapters.
-        r: Rank, for the group's deprecated entry `scaling_factor` alone.
-        lora_alpha: Alpha, likewise.
+        r: Rank, used only for the group's deprecated entry `scaling_factor`.
+        lora_alpha: Alpha, used as `r`.
         lr: Learning rate.
-        weight_decay: Of AdamW.
-        use_rslora: Deprecated: None, or what the active adapters' configs say.
+        weight_decay: As AdamW.
+        use_rslora: Deprecated: None, or the value of the active adapters' configs.
 
     Returns:
         The optimizer.
 
     Raises:
-        ConfigError: `use_rslora` is not what an active adapter's config says.
+        ConfigError: `use_rslora` differs from an active adapter's config.
     """
     configs = {name: model.peft_config[name] for name in model.active_adapters if name in model.peft_config}
-    stabilised = bool(configs) and all(config.use_rslora for config in configs.values())
+    rank_stabilized = bool(configs) and all(config.use_rslora for config in configs.values())
     if use_rslora is not None:
         _check_rslora(use_rslora, {name: bool(config.use_rslora) for name, config in configs.items()})
-        stabilised = use_rslora
+        rank_stabilized = use_rslora
     scales = _scales(model)
     pairs = freeze_factors(model)
     named = list(model.named_parameters())
@@ -161,7 +161,7 @@ def create_lorafa_optimizer(
         "lr": lr,
         "names": [name for name, _ in named],
         "scaling_factors": [scales.get(id(parameter)) for _, parameter in named],
-        "scaling_factor": lora_alpha / (math.sqrt(r) if stabilised else r),
+        "scaling_factor": lora_alpha / (math.sqrt(r) if rank_stabilized else r),
         "betas": (0.9, 0.999),
         "weight_decay": weight_decay,
     }
@@ -169,7 +169,7 @@ def create_lorafa_optimizer(
 
 
 class _StateByName(defaultdict[Any, Any]):
-    """State by tensor, in which a pair's can also be looked up as PEFT names it: "<site>.lora" -> moments of B."""
+    """State by tensor; a pair's state is also found under PEFT's key, "<site>.lora", with the moments of B."""
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         super().__init__(dict)
@@ -184,7 +184,7 @@ class _StateByName(defaultdict[Any, Any]):
 
 
 def named_b(named: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
-    """Those of a model's named tensors that are a B.
+    """Return the named tensors that are a B.
 
     Args:
         named: Pairs of name and tensor.
@@ -227,7 +227,7 @@ def _check_rslora(given: bool, configured: dict[str, bool]) -> None:
 
 
 def _keep_embeddings_wide(model: nn.Module, optimizer_cls: type[Optimizer]) -> None:
-    """Tell bitsandbytes to keep the moments of embeddings in 32 bits; its own class was given, so it is loaded."""
+    """Make bitsandbytes keep the moments of embeddings in fp32; its class was passed, so it is imported."""
     package: Any = sys.modules[optimizer_cls.__module__.partition(".")[0]]
     known = package.optim.GlobalOptimManager.get_instance()
     for module in model.modules():

@@ -8,7 +8,7 @@ by then. `lorakit.peft` always imports this file, so it imports nothing of lorak
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.machinery import ModuleSpec
@@ -56,261 +56,249 @@ _TABLES = """
 TARGET_TABLES = " ".join(f"TRANSFORMERS_MODELS_TO_{word}_MODULES_MAPPING" for word in _TABLES.split())
 """Names of other methods' tables of default targets."""
 
-_CONSTANT_NAMES = """
+AUTO_CLASSES = """
+    AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering
+    AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification
+"""
+"""Names of the classes that load a base and its adapter."""
+
+TASK_CLASSES = """
+    PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM
+    PeftModelForSequenceClassification PeftModelForTokenClassification
+"""
+"""Names of the wrappers by task."""
+
+_CONSTANTS = """
     ALLOWED_COMPUTE_DTYPES CONFIG_NAME DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES
-    INCLUDE_LINEAR_LAYERS_SHORTHAND MIN_TARGET_MODULES_FOR_OPTIMIZATION SAFETENSORS_WEIGHTS_NAME
-    SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
-    UPCAST_DTYPES WEIGHTS_NAME
+    INCLUDE_LINEAR_LAYERS_SHORTHAND MIN_TARGET_MODULES_FOR_OPTIMIZATION SAFETENSORS_WEIGHTS_NAME SEQ_CLS_HEAD_NAMES
+    TOKENIZER_CONFIG_NAME TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING UPCAST_DTYPES WEIGHTS_NAME
 """
 
-_CONSTANTS: Mapping[str, str] = {
-    "lorakit.peft.structure": _CONSTANT_NAMES,
-    "lorakit.peft.tuner": "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
-}
-
-_STRUCTURE = """
-    _freeze_adapter=unused _get_batch_size=get_batch_size _get_input_embeddings_name=input_embeddings_name
-    _get_module_names_tied_with_embedding=names_tied_with_embedding _get_no_split_modules=no_split_modules
-    _get_submodules=get_submodules _is_valid_match=is_valid_match _set_adapter=unused _set_trainable=unused
-    fsdp_auto_wrap_policy get_gptqmodel_quant_linear=unused get_pattern_key get_quantization_config id_tensor_storage
-    match_target_against_key set_additional_trainable_modules=unused str_to_bool transpose
+_OTHER = """
+    AuxiliaryTrainingWrapper cast_mixed_precision_params _freeze_adapter fsdp_auto_wrap_policy _get_batch_size
+    get_gptqmodel_quant_linear _get_input_embeddings_name _get_module_names_tied_with_embedding _get_no_split_modules
+    get_pattern_key get_quantization_config _get_submodules id_tensor_storage infer_device _is_valid_match
+    match_target_against_key ModulesToSaveWrapper prepare_model_for_kbit_training _set_adapter
+    set_additional_trainable_modules _set_trainable shift_tokens_right str_to_bool TrainableTokensWrapper transpose
 """
 
-_OTHER: Mapping[str, str] = {
-    **_CONSTANTS,
-    "lorakit.peft.layer_classes": "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper",
-    "lorakit.peft.preparing": """
-        cast_mixed_precision_params infer_device prepare_model_for_kbit_training shift_tokens_right
+_AVAILABILITY = """
+    is_aqlm_available is_bnb_4bit_available is_bnb_available is_diffusers_available is_eetq_available
+    is_gptqmodel_available is_hqq_available is_inc_available is_optimum_available is_te_available
+    is_te_pytorch_available is_torch_tpu_available is_torchao_available is_torchao_ge_v0_18_0 is_transformers_ge_v4_57_0
+    is_transformers_ge_v5 is_transformers_ge_v5_13_0 is_transformers_ge_v5_17_0 is_transformers_ge_v5_1_0
+    is_transformers_ge_v5_4_0 is_transformers_ge_v5_6_0 is_transformers_le_4_53 is_xpu_available
+"""
+
+_BACKENDS = """
+    Bnb4bitBackend Bnb8bitBackend ForwardOnlyQuantizationBackend get_quantization_kwargs GptqBackend HqqBackend
+    quantization_extra_repr QuantizationBackend resolve_quantization_backend TorchaoBackend
+"""
+
+HOMES: Mapping[str, str] = {
+    "lorakit.config": f"{LORA_CONFIGS} PeftConfig PeftConfigMixin PeftType TaskType",
+    "lorakit.peft.adjusting": """
+        check_if_peft_model DoraCaching find_kappa_target_modules KappaTuneSelector rescale_adapter_scale
+        update_forward_signature update_generate_signature update_signature
     """,
-    "lorakit.peft.structure": f"{_STRUCTURE} {_CONSTANT_NAMES}",
+    "lorakit.peft.casting": "cast_adapter_dtype set_requires_grad",
+    "lorakit.peft.data_inits": """
+        get_eva_state_dict initialize_lora_eva_weights preprocess_corda preprocess_loraga replace_lora_weights_loftq
+    """,
+    "lorakit.peft.hotswap": """
+        check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict
+        prepare_model_for_compiled_hotswap
+    """,
+    "lorakit.peft.installing": "install_as_peft stand_in",
+    "lorakit.peft.layer_classes": """
+        AqlmLoraLinear AuxiliaryTrainingWrapper AwqLoraLinear BaseTunerLayer Conv1d Conv2d Conv3d _ConvNd
+        dispatch_bnb_4bit dispatch_bnb_8bit dispatch_default EetqLoraLinear Embedding GPTQLoraLinear HqqLoraLinear
+        IncLoraLinear Linear Linear4bit Linear8bitLt _LoraFactorsProxy LoraLayer LoraParallelLinear _LoraParameterProxy
+        ModulesToSaveWrapper MultiheadAttention ParamWrapper TeLinear TorchaoLoraLinear TrainableTokensLayer
+        TrainableTokensWrapper
+    """,
+    "lorakit.peft.loaded": "load_peft_weights",
+    "lorakit.peft.mapping": """
+        get_peft_config get_peft_model inject_adapter_in_model PEFT_TYPE_TO_CONFIG_MAPPING
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING
+    """,
+    "lorakit.peft.matching": """
+        check_adapters_to_merge check_target_module_exists ExcludedModule _ExcludedModule=ExcludedModule
+        _filter_state_dict_by_key_prefixes=filter_state_dict _find_minimal_target_modules=find_minimal_target_modules
+        _get_in_out_features=in_out_features _get_tuner_state_dict_key_prefixes=adapter_prefixes inspect_matched_modules
+        _maybe_include_all_linear_layers=maybe_include_all_linear_layers
+    """,
+    "lorakit.peft.mixed_batches": """
+        calculate_alora_offsets get_alora_offsets_for_forward get_alora_offsets_for_generate is_alora_relevant_in_batch
+    """,
+    "lorakit.peft.model": "PeftModel",
+    "lorakit.peft.model_classes": f"{AUTO_CLASSES} {TASK_CLASSES} MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftMixedModel",
+    "lorakit.peft.optimizer_factories": "create_lorafa_optimizer create_loraplus_optimizer LoraFAOptimizer",
+    "lorakit.peft.preparing": f"""
+        {_AVAILABILITY} {_BACKENDS} cast_mixed_precision_params infer_device prepare_model_for_kbit_training
+        shift_tokens_right
+    """,
+    "lorakit.peft.state_dicts": """
+        get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict set_peft_model_state_dict
+    """,
+    "lorakit.peft.status": "get_layer_status get_model_status TunerLayerStatus TunerModelStatus",
+    "lorakit.peft.structure": """
+        ALLOWED_COMPUTE_DTYPES BufferDict build_peft_weight_mapping check_deepspeed_zero3_enabled CONFIG_NAME
+        convert_peft_config_for_transformers=unused dequantize_module_weight disable_input_dtype_casting=empty_context
+        DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES find_parameter_name_by_module
+        _freeze_adapter=unused fsdp_auto_wrap_policy gather_params_ctx=empty_context _get_batch_size=get_batch_size
+        get_bnb_param_type get_device_map get_gptqmodel_quant_linear=unused
+        _get_input_embeddings_name=input_embeddings_name get_layer_device_map=unused get_model_conversion_mapping
+        _get_module_names_tied_with_embedding=names_tied_with_embedding _get_no_split_modules=no_split_modules
+        get_pattern_key get_quantization_config _get_submodules=get_submodules id_tensor_storage
+        INCLUDE_LINEAR_LAYERS_SHORTHAND init_empty_weights _is_valid_match=is_valid_match
+        map_cache_to_layer_device_map=unused match_target_against_key MIN_TARGET_MODULES_FOR_OPTIMIZATION
+        onload_layer=empty_context SAFETENSORS_WEIGHTS_NAME SEQ_CLS_HEAD_NAMES _set_adapter=unused
+        set_additional_trainable_modules=unused _set_trainable=unused skip_init_on_device str_to_bool
+        TOKENIZER_CONFIG_NAME TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING transpose UPCAST_DTYPES
+        WEIGHTS_NAME
+    """,
+    "lorakit.peft.trainer_mixin": "LoraTrainerMixin",
+    "lorakit.peft.tuner": """
+        BaseTuner delete_adapter LoraModel set_adapter TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    """,
+    "lorakit.peft.weighted": "convert_to_lora reduce_intruder_dimension save_as_lora",
 }
+"""Full name of a module -> names that it defines; `alias=name` offers its `name` as `alias`.
 
-PATHS: Mapping[str, Mapping[str, str]] = {
-    "auto": {
-        "lorakit.peft.model_classes": """
-            AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering
-            AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification
-        """,
-    },
-    "config": {"lorakit.config": "PeftConfig PeftConfigMixin", PLACEHOLDERS: "PromptLearningConfig"},
-    "functional": {
-        "lorakit.peft.mapping": "inject_adapter_in_model",
-        "lorakit.peft.tuner": "delete_adapter set_adapter",
-        "lorakit.peft.casting": "cast_adapter_dtype set_requires_grad",
-        "lorakit.peft.state_dicts": "get_peft_model_state_dict set_peft_model_state_dict",
-    },
-    "helpers": {
-        "lorakit.peft.adjusting": """
-            check_if_peft_model DoraCaching find_kappa_target_modules KappaTuneSelector rescale_adapter_scale
-            update_forward_signature update_generate_signature update_signature
-        """,
-        "lorakit.peft.structure": "disable_input_dtype_casting=empty_context",
-        PLACEHOLDERS: "MontecloraTrainerMixin",
-    },
-    "import_utils": {
-        "lorakit.peft.preparing": """
-            is_aqlm_available is_bnb_4bit_available is_bnb_available is_diffusers_available is_eetq_available
-            is_gptqmodel_available is_hqq_available is_inc_available is_optimum_available is_te_available
-            is_te_pytorch_available is_torch_tpu_available is_torchao_available is_torchao_ge_v0_18_0
-            is_transformers_ge_v4_57_0 is_transformers_ge_v5 is_transformers_ge_v5_13_0 is_transformers_ge_v5_17_0
-            is_transformers_ge_v5_1_0 is_transformers_ge_v5_4_0 is_transformers_ge_v5_6_0 is_transformers_le_4_53
-            is_xpu_available
-        """,
-    },
-    "mapping_func": {"lorakit.peft.mapping": "get_peft_model"},
-    "mixed_model": {"lorakit.peft.model_classes": "PeftMixedModel"},
-    "optimizers": {
-        "lorakit.peft.optimizer_factories": "create_lorafa_optimizer create_loraplus_optimizer",
-        PLACEHOLDERS: "create_riemannian_optimizer",
-    },
-    "optimizers.lorafa": {"lorakit.peft.optimizer_factories": "create_lorafa_optimizer LoraFAOptimizer"},
-    "optimizers.loraplus": {"lorakit.peft.optimizer_factories": "create_loraplus_optimizer"},
-    "optimizers.riemannian": {PLACEHOLDERS: "create_riemannian_optimizer"},
-    "peft_model": {
-        "lorakit.peft.model": "PeftModel",
-        "lorakit.peft.model_classes": """
-            PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM
-            PeftModelForSequenceClassification PeftModelForTokenClassification
-        """,
-        "lorakit.peft.status": "get_layer_status get_model_status TunerLayerStatus TunerModelStatus",
-    },
-    "tuners": {
-        "lorakit.config": """
-            ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraRuntimeConfig
-            MontecloraConfig VeloraConfig
-        """,
-        PLACEHOLDERS: f"{OTHER_METHODS} MixedModel MultitaskPromptEmbedding",
-        "lorakit.peft.weighted": "convert_to_lora save_as_lora",
-        "lorakit.peft.data_inits": "get_eva_state_dict initialize_lora_eva_weights preprocess_loraga",
-        "lorakit.peft.tuner": "LoraModel",
-    },
-    "tuners._buffer_dict": {"lorakit.peft.structure": "BufferDict"},
-    "tuners.delora": {PLACEHOLDERS: "DeloraConfig DeloraLayer DeloraModel"},
-    "tuners.delora.model": {PLACEHOLDERS: "DeloraModel TRANSFORMERS_MODELS_TO_DELORA_TARGET_MODULES_MAPPING"},
-    "tuners.loha": {PLACEHOLDERS: "LoHaConfig LoHaLayer LoHaModel"},
-    "tuners.loha.layer": {PLACEHOLDERS: "LoHaLayer"},
-    "tuners.lokr": {PLACEHOLDERS: "LoKrConfig LoKrLayer LoKrModel"},
-    "tuners.lokr.layer": {PLACEHOLDERS: "factorization LoKrLayer"},
-    "tuners.lora": {
-        "lorakit.config": LORA_CONFIGS,
-        "lorakit.peft.layer_classes": """
-            Conv1d Conv2d Conv3d Embedding GPTQLoraLinear Linear Linear4bit Linear8bitLt LoraLayer MultiheadAttention
-            ParamWrapper
-        """,
-        "lorakit.peft.tuner": "LoraModel",
-        "lorakit.peft.data_inits": """
-            get_eva_state_dict initialize_lora_eva_weights preprocess_corda preprocess_loraga
-        """,
-        "lorakit.peft.weighted": "convert_to_lora reduce_intruder_dimension save_as_lora",
-        PLACEHOLDERS: "create_arrow_model",
-    },
-    "tuners.lora.aqlm": {"lorakit.peft.layer_classes": "AqlmLoraLinear"},
-    "tuners.lora.arrow": {PLACEHOLDERS: "_resolve_adapter_source ArrowLoraLinearLayer create_arrow_model"},
-    "tuners.lora.awq": {"lorakit.peft.layer_classes": "AwqLoraLinear"},
-    "tuners.lora.bnb": {"lorakit.peft.layer_classes": "dispatch_bnb_4bit dispatch_bnb_8bit Linear4bit Linear8bitLt"},
-    "tuners.lora.config": {"lorakit.config": LORA_CONFIGS},
-    "tuners.lora.conversion": {"lorakit.peft.weighted": "convert_to_lora save_as_lora"},
-    "tuners.lora.corda": {"lorakit.peft.data_inits": "preprocess_corda"},
-    "tuners.lora.dora": {
-        PLACEHOLDERS: "DoraConv1dLayer DoraConv2dLayer DoraConv3dLayer DoraEmbeddingLayer DoraLinearLayer",
-    },
-    "tuners.lora.eetq": {"lorakit.peft.layer_classes": "EetqLoraLinear"},
-    "tuners.lora.eva": {"lorakit.peft.data_inits": "get_eva_state_dict initialize_lora_eva_weights"},
-    "tuners.lora.gptq": {"lorakit.peft.layer_classes": "GPTQLoraLinear"},
-    "tuners.lora.hqq": {"lorakit.peft.layer_classes": "HqqLoraLinear"},
-    "tuners.lora.inc": {"lorakit.peft.layer_classes": "IncLoraLinear"},
-    "tuners.lora.intruders": {"lorakit.peft.weighted": "reduce_intruder_dimension"},
-    "tuners.lora.layer": {
-        "lorakit.peft.layer_classes": """
-            _ConvNd _LoraFactorsProxy _LoraParameterProxy Conv1d Conv2d Conv3d dispatch_default Embedding Linear
-            LoraLayer LoraParallelLinear MultiheadAttention ParamWrapper
-        """,
-    },
-    "tuners.lora.loraga": {"lorakit.peft.data_inits": "preprocess_loraga"},
-    "tuners.lora.model": {"lorakit.peft.tuner": "LoraModel TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"},
-    "tuners.lora.monteclora": {PLACEHOLDERS: "MontecloraSampler"},
-    "tuners.lora.te": {"lorakit.peft.layer_classes": "TeLinear"},
-    "tuners.lora.torchao": {"lorakit.peft.layer_classes": "TorchaoLoraLinear"},
-    "tuners.lora.variants": {
-        PLACEHOLDERS: """
-            ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant BlockDiagonalLinear DoraConv1dVariant
-            DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant DoraLinearVariant KasaLinearVariant
-            MiCAEmbeddingVariant MiCALinearVariant MontecloraLinearVariant VeloraLinearVariant
-        """,
-        "lorakit.peft.mixed_batches": """
-            calculate_alora_offsets get_alora_offsets_for_forward get_alora_offsets_for_generate
-            is_alora_relevant_in_batch
-        """,
-    },
-    "tuners.lora.velora": {
-        PLACEHOLDERS: """
-            _compress_activations _normalize_projection _reconstruct_activations _reshape_to_grouped_subtokens
-            VeloraFunction
-        """,
-    },
-    "tuners.trainable_tokens": {
-        PLACEHOLDERS: "TrainableTokensConfig TrainableTokensModel",
-        "lorakit.peft.layer_classes": "TrainableTokensLayer",
-    },
-    "tuners.trainable_tokens.layer": {"lorakit.peft.layer_classes": "TrainableTokensLayer"},
-    "tuners.tuners_utils": {
-        "lorakit.peft.tuner": "BaseTuner delete_adapter set_adapter",
-        "lorakit.peft.layer_classes": "BaseTunerLayer",
-        "lorakit.peft.matching": """
-            _ExcludedModule=ExcludedModule _filter_state_dict_by_key_prefixes=filter_state_dict
-            _find_minimal_target_modules=find_minimal_target_modules _get_in_out_features=in_out_features
-            _get_tuner_state_dict_key_prefixes=adapter_prefixes
-            _maybe_include_all_linear_layers=maybe_include_all_linear_layers check_adapters_to_merge
-            check_target_module_exists ExcludedModule inspect_matched_modules
-        """,
-        "lorakit.peft.casting": "cast_adapter_dtype set_requires_grad",
-        "lorakit.peft.structure": "find_parameter_name_by_module get_device_map onload_layer=empty_context",
-    },
-    "utils": {
-        **_OTHER,
-        "lorakit.peft.structure": f"{_STRUCTURE} {_CONSTANT_NAMES} map_cache_to_layer_device_map=unused",
-        PLACEHOLDERS: f"""
-            {TARGET_TABLES} _prepare_prompt_learning_config bloom_model_postprocess_past_key_value
-            NoMatchingPeftModuleError PeftError PeftWarning register_peft_method
-        """,
-        "lorakit.config": "PeftType TaskType",
-        "lorakit.peft.state_dicts": """
-            get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict set_peft_model_state_dict
-        """,
-        "lorakit.peft.loaded": "load_peft_weights",
-        "lorakit.peft.preparing": """
-            cast_mixed_precision_params get_quantization_kwargs infer_device prepare_model_for_kbit_training
-            quantization_extra_repr resolve_quantization_backend shift_tokens_right
-        """,
-        "lorakit.peft.data_inits": "replace_lora_weights_loftq",
-    },
-    "utils.constants": {
-        **_CONSTANTS,
-        PLACEHOLDERS: f"{TARGET_TABLES} bloom_model_postprocess_past_key_value",
-    },
-    "utils.error": {PLACEHOLDERS: "NoMatchingPeftModuleError PeftError"},
-    "utils.hotswap": {
-        "lorakit.peft.hotswap": """
-            check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict
-            prepare_model_for_compiled_hotswap
-        """,
-    },
-    "utils.incremental_pca": {PLACEHOLDERS: "IncrementalPCA"},
-    "utils.integrations": {
-        "lorakit.peft.structure": """
-            check_deepspeed_zero3_enabled dequantize_module_weight gather_params_ctx=empty_context get_bnb_param_type
-            get_layer_device_map=unused init_empty_weights map_cache_to_layer_device_map=unused skip_init_on_device
-        """,
-    },
-    "utils.loftq_utils": {"lorakit.peft.data_inits": "replace_lora_weights_loftq"},
-    "utils.other": {
-        **_OTHER,
-        PLACEHOLDERS: f"""
-            {TARGET_TABLES} _prepare_prompt_learning_config bloom_model_postprocess_past_key_value
-            starcoder_model_postprocess_past_key_value
-        """,
-    },
-    "utils.peft_types": {"lorakit.config": "PeftType TaskType", PLACEHOLDERS: "register_peft_method"},
-    "utils.quantization_utils": {
-        "lorakit.peft.preparing": """
-            Bnb4bitBackend Bnb8bitBackend ForwardOnlyQuantizationBackend get_quantization_kwargs GptqBackend
-            HqqBackend quantization_extra_repr QuantizationBackend resolve_quantization_backend TorchaoBackend
-        """,
-    },
-    "utils.save_and_load": {
-        "lorakit.peft.state_dicts": """
-            get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict set_peft_model_state_dict
-        """,
-        "lorakit.peft.loaded": "load_peft_weights",
-    },
-    "utils.transformers_weight_conversion": {
-        "lorakit.peft.structure": """
-            build_peft_weight_mapping convert_peft_config_for_transformers=unused get_model_conversion_mapping
-        """,
-    },
-    "utils.warning": {PLACEHOLDERS: "PeftWarning"},
-}
-"""Path below `peft` -> full name of a module -> names to take from it; a package comes before its modules.
-
-An entry `alias=name` offers the module's `name` as `alias`.
+Any other name of PEFT's is a placeholder.
 """
+
+PATHS: Mapping[str, str] = {
+    "auto": AUTO_CLASSES,
+    "config": "PeftConfig PeftConfigMixin PromptLearningConfig",
+    "functional": """
+        cast_adapter_dtype delete_adapter get_peft_model_state_dict inject_adapter_in_model set_adapter
+        set_peft_model_state_dict set_requires_grad
+    """,
+    "helpers": """
+        check_if_peft_model disable_input_dtype_casting DoraCaching find_kappa_target_modules KappaTuneSelector
+        MontecloraTrainerMixin rescale_adapter_scale update_forward_signature update_generate_signature update_signature
+    """,
+    "import_utils": _AVAILABILITY,
+    "mapping_func": "get_peft_model",
+    "mixed_model": "PeftMixedModel",
+    "optimizers": "create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
+    "optimizers.lorafa": "create_lorafa_optimizer LoraFAOptimizer",
+    "optimizers.loraplus": "create_loraplus_optimizer",
+    "optimizers.riemannian": "create_riemannian_optimizer",
+    "peft_model": f"{TASK_CLASSES} get_layer_status get_model_status PeftModel TunerLayerStatus TunerModelStatus",
+    "tuners": f"""
+        {OTHER_METHODS} ArrowConfig BdLoraConfig convert_to_lora EvaConfig get_eva_state_dict
+        initialize_lora_eva_weights KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel LoraRuntimeConfig
+        MixedModel MontecloraConfig MultitaskPromptEmbedding preprocess_loraga save_as_lora VeloraConfig
+    """,
+    "tuners._buffer_dict": "BufferDict",
+    "tuners.delora": "DeloraConfig DeloraLayer DeloraModel",
+    "tuners.delora.model": "DeloraModel TRANSFORMERS_MODELS_TO_DELORA_TARGET_MODULES_MAPPING",
+    "tuners.loha": "LoHaConfig LoHaLayer LoHaModel",
+    "tuners.loha.layer": "LoHaLayer",
+    "tuners.lokr": "LoKrConfig LoKrLayer LoKrModel",
+    "tuners.lokr.layer": "factorization LoKrLayer",
+    "tuners.lora": f"""
+        {LORA_CONFIGS} Conv1d Conv2d Conv3d convert_to_lora create_arrow_model Embedding get_eva_state_dict
+        GPTQLoraLinear initialize_lora_eva_weights Linear Linear4bit Linear8bitLt LoraLayer LoraModel MultiheadAttention
+        ParamWrapper preprocess_corda preprocess_loraga reduce_intruder_dimension save_as_lora
+    """,
+    "tuners.lora.aqlm": "AqlmLoraLinear",
+    "tuners.lora.arrow": "ArrowLoraLinearLayer create_arrow_model _resolve_adapter_source",
+    "tuners.lora.awq": "AwqLoraLinear",
+    "tuners.lora.bnb": "dispatch_bnb_4bit dispatch_bnb_8bit Linear4bit Linear8bitLt",
+    "tuners.lora.config": LORA_CONFIGS,
+    "tuners.lora.conversion": "convert_to_lora save_as_lora",
+    "tuners.lora.corda": "preprocess_corda",
+    "tuners.lora.dora": "DoraConv1dLayer DoraConv2dLayer DoraConv3dLayer DoraEmbeddingLayer DoraLinearLayer",
+    "tuners.lora.eetq": "EetqLoraLinear",
+    "tuners.lora.eva": "get_eva_state_dict initialize_lora_eva_weights",
+    "tuners.lora.gptq": "GPTQLoraLinear",
+    "tuners.lora.hqq": "HqqLoraLinear",
+    "tuners.lora.inc": "IncLoraLinear",
+    "tuners.lora.intruders": "reduce_intruder_dimension",
+    "tuners.lora.layer": """
+        Conv1d Conv2d Conv3d _ConvNd dispatch_default Embedding Linear _LoraFactorsProxy LoraLayer LoraParallelLinear
+        _LoraParameterProxy MultiheadAttention ParamWrapper
+    """,
+    "tuners.lora.loraga": "preprocess_loraga",
+    "tuners.lora.model": "LoraModel TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    "tuners.lora.monteclora": "MontecloraSampler",
+    "tuners.lora.te": "TeLinear",
+    "tuners.lora.torchao": "TorchaoLoraLinear",
+    "tuners.lora.variants": """
+        ALoraLinearVariant ArrowLinearVariant BdLoraLinearVariant BlockDiagonalLinear calculate_alora_offsets
+        DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant DoraEmbeddingVariant DoraLinearVariant
+        get_alora_offsets_for_forward get_alora_offsets_for_generate is_alora_relevant_in_batch KasaLinearVariant
+        MiCAEmbeddingVariant MiCALinearVariant MontecloraLinearVariant VeloraLinearVariant
+    """,
+    "tuners.lora.velora": """
+        _compress_activations _normalize_projection _reconstruct_activations _reshape_to_grouped_subtokens
+        VeloraFunction
+    """,
+    "tuners.trainable_tokens": "TrainableTokensConfig TrainableTokensLayer TrainableTokensModel",
+    "tuners.trainable_tokens.layer": "TrainableTokensLayer",
+    "tuners.tuners_utils": """
+        BaseTuner BaseTunerLayer cast_adapter_dtype check_adapters_to_merge check_target_module_exists delete_adapter
+        ExcludedModule _ExcludedModule _filter_state_dict_by_key_prefixes _find_minimal_target_modules
+        find_parameter_name_by_module get_device_map _get_in_out_features _get_tuner_state_dict_key_prefixes
+        inspect_matched_modules _maybe_include_all_linear_layers onload_layer set_adapter set_requires_grad
+    """,
+    "utils": f"""
+        {_OTHER} {_CONSTANTS} {TARGET_TABLES} bloom_model_postprocess_past_key_value get_base_model_state_dict
+        get_peft_model_state_dict get_quantization_kwargs load_peft_weights map_cache_to_layer_device_map
+        NoMatchingPeftModuleError PeftError PeftType PeftWarning _prepare_prompt_learning_config quantization_extra_repr
+        register_peft_method replace_lora_weights_loftq resolve_quantization_backend set_base_model_state_dict
+        set_peft_model_state_dict TaskType
+    """,
+    "utils.constants": f"{_CONSTANTS} {TARGET_TABLES} bloom_model_postprocess_past_key_value",
+    "utils.error": "NoMatchingPeftModuleError PeftError",
+    "utils.hotswap": """
+        check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict
+        prepare_model_for_compiled_hotswap
+    """,
+    "utils.incremental_pca": "IncrementalPCA",
+    "utils.integrations": """
+        check_deepspeed_zero3_enabled dequantize_module_weight gather_params_ctx get_bnb_param_type get_layer_device_map
+        init_empty_weights map_cache_to_layer_device_map skip_init_on_device
+    """,
+    "utils.loftq_utils": "replace_lora_weights_loftq",
+    "utils.other": f"""
+        {_OTHER} {_CONSTANTS} {TARGET_TABLES} bloom_model_postprocess_past_key_value _prepare_prompt_learning_config
+        starcoder_model_postprocess_past_key_value
+    """,
+    "utils.peft_types": "PeftType register_peft_method TaskType",
+    "utils.quantization_utils": _BACKENDS,
+    "utils.save_and_load": """
+        get_base_model_state_dict get_peft_model_state_dict load_peft_weights set_base_model_state_dict
+        set_peft_model_state_dict
+    """,
+    "utils.transformers_weight_conversion": """
+        build_peft_weight_mapping convert_peft_config_for_transformers get_model_conversion_mapping
+    """,
+    "utils.warning": "PeftWarning",
+}
+"""Path below `peft` -> its names; a package comes before its modules."""
 
 _PACKAGES = {path.rpartition(".")[0] for path in PATHS}
 """Paths that are packages; PEFT has a module below each."""
 
 
-def lazy_names(module: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Make a module's `__getattr__` and `__dir__` from a table of names.
+def lazy_names(module: str, names: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Make a module's `__getattr__` and `__dir__` from its names.
 
     Args:
         module: The module's full name.
-        homes: Full name of a module -> the names to take from it, separated by spaces; `alias=name` renames one.
+        names: Names, separated by spaces; each is imported from its home in `HOMES` on first use.
 
     Returns:
         The two functions.
     """
-    table = _by_name(homes)
-    return lambda name: _find(module, table, name), lambda: sorted(table)
+    known = frozenset(names.split())
+    return lambda name: _find(module, known, name), lambda: sorted(known)
 
 
 def register() -> None:
@@ -336,11 +324,11 @@ class _PathModule(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         """Import what a name means."""
-        return dir(self) if name == "__all__" else _find(self.__name__, _table(self.__name__), name)
+        return dir(self) if name == "__all__" else _find(self.__name__, _names(self.__name__), name)
 
     def __dir__(self) -> list[str]:
         """Return the names of the table."""
-        return sorted(_table(self.__name__))
+        return sorted(_names(self.__name__))
 
 
 class _PathLoader(Loader):
@@ -359,7 +347,7 @@ class _PathLoader(Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """Create a module with all attributes that the import system would set."""
         path = spec.name.removeprefix(f"{PACKAGE}.")
-        module = _PathModule(spec.name, f"Names of `peft.{path}`; they are defined in {', '.join(PATHS[path])}.")
+        module = _PathModule(spec.name, f"Names of `peft.{path}`; their homes are in `lorakit.peft.paths`.")
         module.__spec__, module.__loader__, module.__package__ = spec, self, spec.parent
         if spec.submodule_search_locations is not None:
             module.__path__ = spec.submodule_search_locations
@@ -370,23 +358,23 @@ class _PathLoader(Loader):
 
 
 @cache
-def _table(module: str) -> dict[str, tuple[str, str]]:
-    return _by_name(PATHS[module.removeprefix(f"{PACKAGE}.")])
+def _names(module: str) -> frozenset[str]:
+    return frozenset(PATHS[module.removeprefix(f"{PACKAGE}.")].split())
 
 
-def _by_name(homes: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+@cache
+def _homes() -> dict[str, tuple[str, str]]:
     """Return name -> the module that defines it, and its name there."""
-    entries = [(home, *entry.partition("=")) for home, names in homes.items() for entry in names.split()]
+    entries = [(home, *entry.partition("=")) for home, names in HOMES.items() for entry in names.split()]
     return {name: (home, target or name) for home, name, _, target in entries}
 
 
-def _find(module: str, table: Mapping[str, tuple[str, str]], name: str) -> Any:
-    """Import what a name of a module means: a name of its table, or a module below it (`lorakit.peft.mapping`)."""
-    home, target = table.get(name, (None, name))
-    if home == PLACEHOLDERS:
-        return import_module(home).placeholder(target)
-    if home is not None:
-        return getattr(import_module(home), target)
+def _find(module: str, names: Collection[str], name: str) -> Any:
+    """Import what a name of a module means: one of its names, or a module below it (`lorakit.peft.mapping`)."""
+    if name in names:
+        home, target = _homes().get(name, (PLACEHOLDERS, name))
+        found = import_module(home)
+        return found.placeholder(name) if home == PLACEHOLDERS else getattr(found, target)
     below = f"{module}.{name}"
     try:
         if not name.startswith("_"):

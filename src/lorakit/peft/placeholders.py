@@ -15,7 +15,7 @@ from lorakit.config import PeftConfig, PeftType
 from lorakit.errors import LorakitError as PeftError
 from lorakit.errors import NotYetSupported
 from lorakit.errors import TargetError as NoMatchingPeftModuleError
-from lorakit.peft.paths import TARGET_TABLES
+from lorakit.peft.paths import OTHER_METHODS, TARGET_TABLES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,30 +23,18 @@ if TYPE_CHECKING:
 
 __all__ = ["NoMatchingPeftModuleError", "PeftError"]
 
-_NAMES = """
-ADALORA AdaLora · ADAMSS Adamss · ADAPTION_PROMPT AdaptionPrompt · BEFT Beft · BOFT BOFT · C3A C3A · DEFT Deft
-DELORA Delora · FOURIERFT FourierFT · FROD Frod · GLORA Glora · GRALORA Gralora · HIRA Hira · HRA HRA · IA3 IA3
-LILY Lily · LN_TUNING LNTuning · LOHA LoHa · LOKR LoKr · MISS Miss · OFT OFT · OSF OSF · PEANUT Peanut · POLY Poly
-PSOFT Psoft · PVERA Pvera · RANDLORA RandLora · ROAD Road · SHADOW Shadow · SHIRA Shira · SUPERTUNING Supertuning
-TINYLORA TinyLora · TRAINABLE_TOKENS TrainableTokens · UNILORA UniLora · VBLORA VBLoRA · VERA Vera · WAVEFT WaveFT
-XLORA XLora
-"""
-METHODS: Mapping[PeftType, str] = {
-    PeftType(word): stem
-    for line in _NAMES.strip().splitlines()
-    for word, stem in (pair.split() for pair in line.split(" · "))
-}
-"""Method -> prefix of its classes' names: `<stem>Config`, `<stem>Model`, `<stem>Layer`."""
+PROMPT_CONFIGS = (
+    *("CartridgeConfig", "CPTConfig", "MultitaskPromptTuningConfig"),
+    *("PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig"),
+)
+"""Configs of methods that learn a prompt."""
 
-PROMPT_METHODS: Mapping[PeftType, str] = {
-    PeftType.CARTRIDGE: "CartridgeConfig",
-    PeftType.CPT: "CPTConfig",
-    PeftType.MULTITASK_PROMPT_TUNING: "MultitaskPromptTuningConfig",
-    PeftType.PREFIX_TUNING: "PrefixTuningConfig",
-    PeftType.PROMPT_TUNING: "PromptTuningConfig",
+_CONFIGS = {name.removesuffix("Config").upper(): name for name in OTHER_METHODS.split() if name.endswith("Config")}
+CONFIGS: Mapping[PeftType, str] = {
     PeftType.P_TUNING: "PromptEncoderConfig",
+    **{method: _CONFIGS[key] for method in PeftType if (key := method.value.replace("_", "")) in _CONFIGS},
 }
-"""Methods that learn a prompt -> their config."""
+"""Other method -> name of its config."""
 
 
 class PeftWarning(UserWarning):
@@ -140,7 +128,7 @@ def placeholder(name: str) -> Any:
         return _refusing(name)
     base: type = object
     if name.endswith("Config"):
-        base = PromptLearningConfig if name in PROMPT_METHODS.values() else PeftConfig
+        base = PromptLearningConfig if name in PROMPT_CONFIGS else PeftConfig
     about = f"A name of PEFT's: {name} belongs to another method and cannot be made here."
     return type(name, (base,), {"__init__": _refusing(name), "__doc__": about, "__module__": __name__})
 

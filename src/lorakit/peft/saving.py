@@ -1,6 +1,6 @@
-"""`README.md` beside an adapter, as a model hub shows it: what it is, on which base; what a person wrote stays.
+"""Saving as PEFT does: the card `README.md` of an adapter, and an adapter whose init changed the base.
 
-PEFT's two ways to write an adapter whose init moved the base: as it is trained, or converted to plain LoRA.
+Such an adapter is saved as it is trained, or converted to LoRA. Text that a user wrote in a card is kept.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BODY = """# A LoRA adapter for {base}
 
 These files hold a low-rank adapter: for each weight W that it adapts two small matrices A and B, so that the adapted
 weight is W + scale * B A. The base model is not among them. `adapter_config.json` says the rank, the scale and which
-modules are adapted; `adapter_model.safetensors` holds the numbers.
+modules are adapted; `adapter_model.safetensors` holds the matrices.
 
 ## How to use it
 
@@ -37,7 +37,7 @@ from lorakit.peft import PeftModel  # or: from peft import PeftModel
 
 model = ...  # {base}, loaded as usual
 model = PeftModel.from_pretrained(model, "path/of/this/folder")
-model = model.merge_and_unload()  # if it shall be written into the base for good
+model = model.merge_and_unload()  # to merge it into the base permanently
 ```
 
 ## What only its makers know
@@ -45,22 +45,22 @@ model = model.merge_and_unload()  # if it shall be written into the base for goo
 - **Purpose**: what it was trained for, and what it should not be used for: not said yet.
 - **Data**: what it was trained on, and under which licence: not said yet.
 - **Evaluation**: on what it was measured, and with which result: not said yet.
-- **Limits**: known faults and risks, beside those of the base model: not said yet.
+- **Limits**: known faults and risks, in addition to those of the base model: not said yet.
 """
-"""The text of a card where nobody has written one; nothing in it goes out of date when the adapter is trained on."""
+"""Text of a new card; it stays valid if the adapter is trained further."""
 
 
 def write_card(model: Any, folder: Path) -> None:
-    """Write a card, or put into one that is there what its header lacks.
+    """Write a card, or add fields that an existing card's header lacks.
 
     Args:
         model: The wrapper.
-        folder: The adapter's folder.
+        folder: The adapter's directory.
     """
     path = folder / "README.md"
     header, text = _parts(path.read_text("utf-8") if path.is_file() else "")
     given = {line.partition(":")[0] for line in header}
-    for field, lines in _facts(model):
+    for field, lines in _metadata(model):
         if field not in given:
             header += lines
     if not text.strip():
@@ -70,12 +70,12 @@ def write_card(model: Any, folder: Path) -> None:
     write_text(path, "\n".join([FENCE, *header, FENCE, "", text]))
 
 
-def _facts(model: Any) -> Iterator[tuple[str, list[str]]]:
-    """Fields of the header, each with its lines."""
+def _metadata(model: Any) -> Iterator[tuple[str, list[str]]]:
+    """Iterate over the fields of the header with their lines."""
     base = model.get_base_model()
     name = getattr(base, "name_or_path", None)
     if name:
-        yield "base_model", [f"base_model: {_word(name)}"]
+        yield "base_model", [f"base_model: {_quoted(name)}"]
     yield "library_name", ["library_name: peft"]
     if model.task == TaskType.CAUSAL_LM:
         yield "pipeline_tag", ["pipeline_tag: text-generation"]
@@ -84,17 +84,17 @@ def _facts(model: Any) -> Iterator[tuple[str, list[str]]]:
         tags.add("transformers")
     if name:
         tags.add(f"base_model:adapter:{name}")
-    yield "tags", ["tags:", *(f"- {_word(tag)}" for tag in sorted(tags))]
+    yield "tags", ["tags:", *(f"- {_quoted(tag)}" for tag in sorted(tags))]
 
 
-def _word(value: str) -> str:
-    """A word of the header, quoted where it would not be read as one."""
+def _quoted(value: str) -> str:
+    """Return a value of the header, quoted if YAML would not read it as a plain string."""
     plain = all(char.isalnum() or char in "-_./" for char in value)
     return value if plain and value else "'" + value.replace("'", "''") + "'"
 
 
 def _parts(text: str) -> tuple[list[str], str]:
-    """The lines of a card's header, and its text."""
+    """Return the lines of a card's header, and its text."""
     lines = text.splitlines()
     if not lines or lines[0].strip() != FENCE or FENCE not in (line.strip() for line in lines[1:]):
         return [], text
@@ -112,22 +112,22 @@ def save(
     tensors: Mapping[str, Tensor] | None = None,
     initial_folder: str | PathLike[str] | None = None,
 ) -> core.SavedAdapter:
-    """Write one adapter as PEFT does.
+    """Save one adapter as PEFT does.
 
     Args:
         model: The wrapper.
-        folder: Where.
+        folder: The directory.
         name: The adapter.
-        tensors: Name on disk -> tensor (…) to write instead of the model's own.
-        initial_folder: Where the adapter was saved before training; what is written then is plain LoRA of twice the
-            rank, for the base as it was.
+        tensors: Name on disk -> tensor (…) to save instead of the model's own.
+        initial_folder: Directory of the adapter saved before training; the adapter is then converted to LoRA of twice
+            the rank, for the original base.
 
     Returns:
-        What was written.
+        The saved adapter.
 
     Raises:
-        ConfigError: PEFT's scale would not be kept by a conversion.
-        AdapterError: What lies in `initial_folder` is another adapter.
+        ConfigError: A conversion would not keep PEFT's scale.
+        AdapterError: `initial_folder` holds another adapter.
     """
     user, config = model.get_base_model(), model.peft_config[name]
     flat = flat_factors(model, name, tensors)
@@ -154,7 +154,7 @@ def save(
         return save_form(user, folder, converted_form(user, name, initial, tensors))
     if not moved:
         return core.save_adapter(user, folder, name, tensors=tensors)
-    if config.init_lora_weights is True:  # PEFT's way to save what an adapter begins with
+    if config.init_lora_weights is True:  # as PEFT saves the initial adapter
         return save_form(user, folder, saved_form(user, name, "raw", tensors))
     warn_caller(
         f"Adapter {name!r} acts on a base that {config.init_lora_weights!r} changed, and is saved so, as PEFT does. "

@@ -209,7 +209,7 @@ def set_peft_model_state_dict(
 
 
 def _warn_of_values(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str) -> None:
-    own = [layer for _, layer in layers(_user_model(model)) if adapter in layer.r]
+    own = [layer for _, layer in layers(adapter_queries.user_model(model)) if adapter in layer.r]
     trained = any(parameter.requires_grad for layer in own for parameter in layer.parameters_of(adapter))
     held = {WRAPPED + _bare(key): tensor for key, tensor in tensors.items() if not tensor.is_meta}
     paths = {key.path for key in map(parse, held) if key is not None}
@@ -273,7 +273,7 @@ def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
     Args:
         model: A wrapped model, or a model with adapters in it.
     """
-    return {name: tensor.detach() for name, tensor, _ in base_tensors(_user_model(model))}
+    return {name: tensor.detach() for name, tensor, _ in base_tensors(adapter_queries.user_model(model))}
 
 
 def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], strict: bool = True) -> IncompatibleKeys:
@@ -290,7 +290,7 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
     Raises:
         StateDictError: A name does not fit and `strict` is true, or a shape does not fit.
     """
-    own = {name: tensor for name, tensor, _ in base_tensors(_user_model(model))}
+    own = {name: tensor for name, tensor, _ in base_tensors(adapter_queries.user_model(model))}
     missing = [name for name in own if name not in state_dict]
     unexpected = [name for name in state_dict if name not in own]
     if strict and (missing or unexpected):
@@ -304,8 +304,3 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
         if name in own:
             own[name].data.copy_(tensor)
     return IncompatibleKeys(missing, unexpected)
-
-
-def _user_model(model: Any) -> nn.Module:
-    inner: nn.Module = model.get_base_model() if adapter_queries.is_wrapper(model) else model
-    return inner

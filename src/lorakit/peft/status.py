@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.errors import AdapterError
 from lorakit.peft import adapter_queries
 
+T = TypeVar("T")
 Irregular = Literal["irregular"]
 IRREGULAR: Irregular = "irregular"
 """Value if layers differ."""
@@ -125,7 +126,7 @@ def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
         enabled=not module.disable_adapters,
         active_adapters=module.active_adapters,
         merged_adapters=adapter_queries.merged_at(module),
-        requires_grad={adapter: _agreed(values) for adapter, values in flags.items()},
+        requires_grad={adapter: _common(values) for adapter, values in flags.items()},
         available_adapters=sorted(set(module.available_adapters())),
         devices={adapter: sorted(kinds) for adapter, kinds in devices.items()},
         quantization_backend=None if backend is None else BACKENDS.get(backend, backend),
@@ -151,7 +152,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     wrapped = adapter_queries.is_wrapper(model)
     found = get_layer_status(model)
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    user: Any = model.get_base_model() if wrapped else model  # type: ignore[operator]
+    user = adapter_queries.user_model(model)
     known = wrapped or hasattr(user, "get_output_embeddings")
     trained: dict[str, list[bool | Irregular]] = defaultdict(list)
     devices: dict[str, set[str]] = defaultdict(set)
@@ -167,30 +168,23 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         trainable_params=sum(count for count, flag in counts if flag),
         total_params=sum(count for count, _ in counts),
         num_adapter_layers=len(found),
-        enabled=_agreed([status.enabled for status in found]),
-        active_adapters=_same([status.active_adapters for status in found]),
+        enabled=_common(status.enabled for status in found),
+        active_adapters=_common(status.active_adapters for status in found),
         merged_adapters=_merged(found),
-        requires_grad={adapter: _agreed(values) for adapter, values in trained.items()},
+        requires_grad={adapter: _common(values) for adapter, values in trained.items()},
         available_adapters=sorted({name for status in found for name in status.available_adapters}),
         devices={adapter: sorted(kinds) for adapter, kinds in devices.items()},
-        quantization_backend=_one({status.quantization_backend for status in found}),
+        quantization_backend=_common(status.quantization_backend for status in found),
     )
 
 
-def _agreed(values: Iterable[bool | Irregular]) -> bool | Irregular:
-    seen = set(values)
-    return IRREGULAR if len(seen) > 1 or IRREGULAR in seen else bool(seen.pop() if seen else True)
-
-
-def _same(lists: list[list[str]]) -> list[str] | Irregular:
-    return list(lists[0]) if all(one == lists[0] for one in lists) else IRREGULAR
+def _common(values: Iterable[T]) -> T | Irregular:
+    """Return the value that all are equal to, or "irregular"."""
+    first, *others = values
+    return first if all(value == first for value in others) else IRREGULAR
 
 
 def _merged(found: list[TunerLayerStatus]) -> list[str] | Irregular:
     merged = {name for status in found for name in status.merged_adapters}
     partly = any(merged & (set(status.available_adapters) - set(status.merged_adapters)) for status in found)
     return IRREGULAR if partly else sorted(merged)
-
-
-def _one(values: set[str | None]) -> str | None:
-    return values.pop() if len(values) == 1 else IRREGULAR

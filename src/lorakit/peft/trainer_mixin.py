@@ -2,9 +2,9 @@
 
     class LoraTrainer(LoraTrainerMixin, Trainer): ...
 
-The parent trains the user's own model, which has the factors in it; what is written and read is the adapter alone. It
-needs no package `peft`, and one that is installed makes no difference. This module imports no transformers: the parent
-is whatever class stands behind the mixin.
+The parent trains the user's own model, which contains the factors; only the adapter is saved and loaded. It does not
+need the package `peft`, and an installed one makes no difference. This module does not import transformers: the parent
+is any class that follows the mixin.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from lorakit.peft.mapping import get_peft_model
 from lorakit.peft.model import PeftModel
 
 ARGUMENTS_FILE = "training_args.bin"
-"""Where the parent keeps its arguments, beside the model."""
+"""File of the parent's arguments, next to the model."""
 
 
 class LoraTrainerMixin:
-    """Stands before a trainer class and makes its checkpoints adapters: small, resumable, loadable by PEFT.
+    """Precedes a trainer class and makes its checkpoints adapters: small, resumable, loadable by PEFT.
 
     Args:
         model: A `lorakit.peft.PeftModel`, a model that `lorakit.attach` adapted, or a bare one with `peft_config`.
-        args: What the parent takes, from its second argument on.
-        peft_config: A `LoraConfig` with which a bare model is adapted first.
-        kwargs: What the parent takes.
+        args: The parent's arguments from the second on.
+        peft_config: A `LoraConfig` for a bare model.
+        kwargs: The parent's arguments.
 
     Attributes:
-        lora_model: The model with its adapters, as a `PeftModel`; `model` is the same model, seen as its base.
+        lora_model: The model with its adapters, as a `PeftModel`; `model` is the user's model inside.
 
     Raises:
         ConfigError: The model has no adapter.
-        NotYetSupported: The parent was asked to shard the model (FSDP, DeepSpeed).
+        NotYetSupported: The parent shards the model (FSDP, DeepSpeed).
     """
 
     lora_model: PeftModel
@@ -55,7 +55,7 @@ class LoraTrainerMixin:
         parent = next((kind for kind in before if "_inner_training_loop" in vars(kind)), None)
         if parent is not None:
             raise ConfigError(
-                f"{cls.__name__}: LoraTrainerMixin must stand before the trainer: "
+                f"{cls.__name__}: LoraTrainerMixin must precede the trainer: "
                 f"class {cls.__name__}(LoraTrainerMixin, {parent.__name__})."
             )
 
@@ -68,7 +68,7 @@ class LoraTrainerMixin:
                 "needs a LoraConfig of lorakit, and the model itself, loaded."
             )
         parent: Any = super()
-        self._judged = True  # the parent looks at the model it is given in its constructor, and only there
+        self._judged = True  # the parent checks the model in its constructor only
         self._marked: list[Any] = []
         try:
             parent.__init__(None if model is None else self._adopt(model), *args, **kwargs)
@@ -81,10 +81,10 @@ class LoraTrainerMixin:
                 raise NotYetSupported(f"{name}: adapters of a sharded model are not written yet; train it unsharded.")
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """The parent's call of `model_init`, whose model is adopted as one that was given.
+        """Call the parent's `model_init` and adopt its model.
 
         Args:
-            trial: What the parent hands on.
+            trial: The parent's argument.
 
         Returns:
             The model that the parent trains.
@@ -96,11 +96,11 @@ class LoraTrainerMixin:
         return self._adopt(parent.call_model_init(trial))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The parent's optimizer; one without anything to train is refused.
+        """Create the parent's optimizer; raises an error if nothing is trained.
 
         Args:
-            args: What the parent takes.
-            kwargs: Likewise.
+            args: The parent's arguments.
+            kwargs: The parent's arguments.
 
         Raises:
             ConfigError: No parameter is trained, as after loading an adapter without `is_trainable`.
@@ -114,7 +114,7 @@ class LoraTrainerMixin:
         return parent.create_optimizer(*args, **kwargs)
 
     def _adopt(self, model: Any) -> nn.Module:
-        """Keep the wrapper for reading and writing; what comes back is the user's model, which the parent trains."""
+        """Keep the wrapper for loading and saving, and return the user's model, which the parent trains."""
         if not isinstance(model, PeftModel):
             if not isinstance(model, nn.Module) or find_state(model) is None:
                 raise ConfigError(
@@ -125,42 +125,42 @@ class LoraTrainerMixin:
         self.lora_model = model
         base: Any = model.get_base_model()
         if self._judged and getattr(base, "is_quantized", False) and not base._hf_peft_config_loaded:
-            # The parent refuses a quantised model without this; while it stands, the base's own save looks for peft.
+            # The parent rejects a quantized model without this; while it is set, the base's own save needs peft.
             base._hf_peft_config_loaded = True
             self._marked.append(base)
         return base
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The adapters, the tokenizer and the arguments, where the parent would write the whole model."""
+        """Save the adapters, the tokenizer and the arguments instead of the whole model."""
         if not self.args.should_save:
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.lora_model.save_pretrained(folder)
-        speaker = self.processing_class
-        if speaker is None:
-            speaker = getattr(self.data_collator, "tokenizer", None)
-        if speaker is not None:
-            speaker.save_pretrained(folder)
+        tokenizer = self.processing_class
+        if tokenizer is None:
+            tokenizer = getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         torch.save(self.args, folder / ARGUMENTS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Read every adapter of a checkpoint into the standing one, in place."""
+        """Load every adapter of a checkpoint into the existing one, in place."""
         for name, folder in self._folders(resume_from_checkpoint).items():
             result = self.lora_model.load_adapter(folder, name, is_trainable=True)
-            strange = [*result.missing_keys, *result.unexpected_keys]
-            if strange:
+            unfit = [*result.missing_keys, *result.unexpected_keys]
+            if unfit:
                 raise RunError(
-                    f"{folder}: not a checkpoint of this adapter: {len(strange)} keys, first {strange[0]}.",
+                    f"{folder}: not a checkpoint of this adapter: {len(unfit)} keys, first {unfit[0]}.",
                     where=folder,
                 )
 
     def _load_best_model(self) -> None:
-        """Read the adapters of the best checkpoint, in place."""
+        """Load the adapters of the best checkpoint, in place."""
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _folders(self, checkpoint: str | os.PathLike[str]) -> dict[str, Path]:
-        """Adapter -> its folder in a checkpoint: "default" lies in the checkpoint itself, others below it."""
+        """Return adapter -> its directory: the checkpoint itself for "default", a subdirectory for others."""
         root = Path(checkpoint)
         folders = {name: root if name == "default" else root / name for name in self.lora_model.peft_config}
         gone = [name for name, folder in folders.items() if not (folder / CONFIG_FILE).exists()]

@@ -216,7 +216,7 @@ class BaseTuner(nn.Module):
             name: Its name.
             config: Its config; it is copied.
             autocast_adapter_dtype: False casts the factors to the dtype of their base weight.
-            on_meta: Leave the factors without memory until `set_peft_model_state_dict` fills them.
+            on_meta: Create the factors on the meta device until `set_peft_model_state_dict` fills them.
             state_dict: Names of tensors (…) that determine the targets instead of the config.
 
         Raises:
@@ -270,9 +270,9 @@ class BaseTuner(nn.Module):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         state = find_state(self.model)
-        if state is None and not names:
-            return
         if state is None:
+            if not names:
+                return
             raise RouteError(f"Adapter {names[0]!r} not found on this model. Adapters here: none.")
         state.check(names)
         members = state.members()
@@ -303,7 +303,7 @@ class BaseTuner(nn.Module):
         """
         if adapter_name not in self.peft_config:
             raise AdapterError(f"Adapter {adapter_name} does not exist", what=adapter_name, allowed=self.peft_config)
-        if any(adapter_name in adapter_queries.merged_at(module) for module in adapter_queries.adapted(self.model)):
+        if adapter_name in adapter_queries.merged_adapters(self.model):
             raise AdapterError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
@@ -420,7 +420,7 @@ class BaseTuner(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Unmerge every merged adapter; restores the base weights bit for bit."""
-        if not any(adapter_queries.merged_at(module) for module in adapter_queries.adapted(self.model)):
+        if not adapter_queries.merged_adapters(self.model):
             warn_caller("Already unmerged. Nothing to do.")
             return
         core.unmerge(self.model)
@@ -465,9 +465,8 @@ class BaseTuner(nn.Module):
 
     def _unmerged(self, adapter_names: Sequence[str] | None, quiet: bool = False) -> list[str]:
         """Return the adapters to merge that are not merged yet; warns about the others, as PEFT does."""
-        merged = {name for module in adapter_queries.adapted(self.model) for name in adapter_queries.merged_at(module)}
         asked = self.active_adapters if adapter_names is None else adapter_names
-        return not_yet_merged(asked, sorted(merged), quiet)
+        return not_yet_merged(asked, adapter_queries.merged_adapters(self.model), quiet)
 
 
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = dict(DEFAULT_TARGETS)

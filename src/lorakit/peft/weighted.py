@@ -1,7 +1,7 @@
 """Combining and converting adapters under PEFT's names and with its signatures.
 
-The numbers come from `lorakit.core`, which keeps what was combined exact under rsLoRA, patterns and DoRA, where PEFT's
-own result is too strong, cannot be loaded again, or drops the magnitudes.
+`lorakit.core` keeps a combination exact under rsLoRA, patterns and DoRA, where PEFT's result is too strong, cannot be
+loaded again, or lacks the magnitudes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lorakit.core.operations.compressing import plain_loose
 from lorakit.core.operations.tensor_sources import LooseAdapter, loose_from_model
 from lorakit.core.operations.writing import reader_of, write
 from lorakit.errors import AdapterError, ConfigError, warn_caller
+from lorakit.peft.adapter_queries import user_model
 
 
 def add_weighted_adapter(
@@ -38,8 +39,8 @@ def add_weighted_adapter(
 ) -> None:
     """Combine adapters into a new one, which is frozen and not active.
 
-    As in PEFT, one adapter is taken times its weight, whatever the way, and options that a way does not use are
-    passed over. A name that exists is warned about, where PEFT returns in silence.
+    As in PEFT, a single adapter is scaled by its weight for every combination type, and options that a type does not
+    use are ignored. An existing name is warned about, where PEFT returns silently.
 
     Args:
         model: The adapted model.
@@ -47,16 +48,16 @@ def add_weighted_adapter(
         weights: One number each; negative ones subtract.
         adapter_name: The new adapter's name.
         combination_type: One of `lorakit.core.WAYS`.
-        svd_rank: Rank of the result, for ways with svd.
-        svd_clamp: Quantile beyond which numbers are cut, for ways with svd.
-        svd_full_matrices: Accepted; it has no effect on the result.
-        svd_driver: Method of torch's decomposition on CUDA.
-        density: Share of the numbers that pruning keeps.
+        svd_rank: Rank of the result, for types with svd.
+        svd_clamp: Quantile beyond which values are clamped, for types with svd.
+        svd_full_matrices: Ignored; it does not affect the result.
+        svd_driver: Driver of torch's SVD on CUDA.
+        density: Fraction of the values that pruning keeps.
         majority_sign_method: "total" or "frequency".
 
     Raises:
-        AdapterError: There is no such adapter, or the adapters cannot be combined.
-        ConfigError: The way does not exist or lacks something, or the ranks do not fit it.
+        AdapterError: An adapter does not exist, or they cannot be combined.
+        ConfigError: The combination type does not exist or lacks an option, or the ranks do not fit it.
     """
     state = find_state(model)
     configs: Mapping[str, LoraConfig] = {} if state is None else state.configs
@@ -95,24 +96,24 @@ def reduce_intruder_dimension(
     mitigation_lambda: float = 0.75,
     logging_sink: Callable[[str], Any] | None = print,
 ) -> None:
-    """Add a version of an adapter with weaker intruder dimensions, in the old one's dtype, and make it the active one.
+    """Add and activate a version of an adapter with weaker intruder dimensions, in the same dtype.
 
     Args:
         peft_model: A `PeftModel`.
-        old_adapter_name: The adapter, which stays.
+        old_adapter_name: The adapter, which is kept.
         new_adapter_name: The new one.
-        top_k: So many of the strongest directions are looked at.
+        top_k: Number of the strongest directions to compare.
         threshold_epsilon: An intruder's cosine with every direction of the base is below this.
-        mitigation_lambda: The share of each intruder that stays.
-        logging_sink: Takes one line per site; None says nothing.
+        mitigation_lambda: Fraction of each intruder that is kept.
+        logging_sink: Called with one line per site; None logs nothing.
 
     Raises:
-        AdapterError: There is no such adapter, it is DoRA, or the new name is taken.
+        AdapterError: The adapter does not exist or uses DoRA, or the new name is taken.
         ConfigError: `top_k` is below 1.
     """
-    say = logging_sink or (lambda line: None)
-    model = _user_model(peft_model)
-    told = core.reduce_intruders(
+    log = logging_sink or (lambda line: None)
+    model = user_model(peft_model)
+    reduced = core.reduce_intruders(
         model,
         old_adapter_name,
         new_adapter_name,
@@ -125,10 +126,10 @@ def reduce_intruder_dimension(
             like = layer.factor(old_adapter_name).A.dtype
             for parameter in layer.parameters_of(new_adapter_name):
                 parameter.data = parameter.data.to(like)
-    for site in told:
+    for site in reduced:
         where = site.path if site.expert is None else f"{site.path}[{site.expert}]"
-        say(f"{where}: Intruders: {len(site.indices)}" if site.indices else f"{where}: No intruders")
-    say(f"Enabling new adapter {new_adapter_name}")
+        log(f"{where}: Intruders: {len(site.indices)}" if site.indices else f"{where}: No intruders")
+    log(f"Enabling new adapter {new_adapter_name}")
     peft_model.set_adapter(new_adapter_name)
 
 
@@ -139,26 +140,26 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """An adapter as plain LoRA of scale 1, of another rank or of any variant; the model is only read.
+    """Convert an adapter of any variant to LoRA of scale 1 and another rank; the model is only read.
 
     Args:
         model: A `PeftModel`, or a model with adapters in it.
-        rank: A rank, or as a float the share of each site's energy to hold, in (0, 1].
+        rank: A rank, or as a float the fraction of each site's energy to keep, in (0, 1].
         adapter_name: The adapter.
-        progressbar: Accepted; nothing is drawn.
-        compile_kwargs: Accepted; nothing is compiled.
+        progressbar: Ignored; no progress is shown.
+        compile_kwargs: Ignored; nothing is compiled.
 
     Returns:
-        The config, and the tensors, each (r, in) or (out, r), under their names on disk (without PEFT's prefix where
-        the model is no `PeftModel`).
+        The config, and the tensors, each (r, in) or (out, r), under their names on disk (without PEFT's prefix
+        unless the model is a `PeftModel`).
 
     Raises:
-        TypeError: There is nothing to convert on this model.
+        TypeError: The model has no adapters.
         ConfigError: The rank is out of range, or the adapter trains biases of the base.
-        AdapterError: There is no such adapter.
+        AdapterError: The adapter does not exist.
     """
     found = _converted(model, rank, adapter_name)
-    prefix = PREFIX if _user_model(model) is not model else ""
+    prefix = PREFIX if user_model(model) is not model else ""
     return found.config, {prefix + name.removeprefix(PREFIX): tensor for name, tensor in found.tensors().items()}
 
 
@@ -170,21 +171,21 @@ def save_as_lora(
     progressbar: bool = False,
     compile_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
-    """`convert_to_lora`, written into a folder.
+    """Convert an adapter with `convert_to_lora` and save it.
 
     Args:
-        path: The folder; an adapter that stands there is replaced.
-        model: As for `convert_to_lora`; so are the others.
-        rank: As there.
-        adapter_name: As there.
-        progressbar: Accepted; nothing is drawn.
-        compile_kwargs: Accepted; nothing is compiled.
+        path: The directory; an adapter in it is replaced.
+        model: As for `convert_to_lora`.
+        rank: As for `convert_to_lora`.
+        adapter_name: As for `convert_to_lora`.
+        progressbar: Ignored; no progress is shown.
+        compile_kwargs: Ignored; nothing is compiled.
 
     Raises:
         TypeError: As `convert_to_lora`.
         ConfigError: As `convert_to_lora`.
         AdapterError: As `convert_to_lora`.
-        DiskError: The folder cannot be written.
+        DiskError: The directory cannot be written.
     """
     write(_converted(model, rank, adapter_name), path, replace=True)
 
@@ -196,7 +197,7 @@ def _converted(model: nn.Module, rank: int | float, adapter_name: str) -> LooseA
         )
     if rank == 0:
         raise ConfigError("Passing a rank of 0 doesn't make sense, please pass a valid value.")
-    inner = _user_model(model)
+    inner = user_model(model)
     state = find_state(inner)
     if state is None:
         raise TypeError("Could not detect any layer that supports LoRA conversion.")
@@ -210,9 +211,3 @@ def _converted(model: nn.Module, rank: int | float, adapter_name: str) -> LooseA
         warn_caller("Converting a PEFT adapter to LoRA that is already a LoRA adapter; its rank may change.")
     cut = Cut(energy=rank) if isinstance(rank, float) else Cut(rank=rank)
     return plain_loose(loose, cut, reader_of(inner))[0]
-
-
-def _user_model(model: Any) -> nn.Module:
-    """The user's own model inside a wrapper, or the model itself."""
-    inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner

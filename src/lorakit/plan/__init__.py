@@ -1,7 +1,7 @@
-"""plan: what a run will cost, known before it starts, from the shapes of a model alone.
+"""Estimate what a run will cost before it starts, from the shapes of a model alone.
 
-Exact trainable counts and why they are so, bytes by cause, FLOPs, time, sizes on disk, with full fine-tuning beside.
-Shapes come from `catalogue`, or are handed in by `lorakit.hub`. Nothing here loads torch, reads a model or measures a
+Exact trainable counts and their reasons, memory by cause, FLOPs, time and sizes on disk, compared with full
+fine-tuning. Shapes come from `catalogue` or from `lorakit.hub`. Nothing here imports torch, reads a model or measures a
 machine.
 """
 

@@ -1,8 +1,8 @@
-"""What a forward keeps for the backward where `lorakit.speed.accelerate` has put its functions in place of a layer's.
+"""Activation memory of layers accelerated by `lorakit.speed.accelerate`.
 
-A decoder layer is two halves: norm, attention, residual; norm, feed-forward, residual. Each is one function of
-autograd where everything in it is plain, else it runs as it is and keeps what `activations` says. Knows no family by
-name, and nothing of what depends on more than one block, but for the loss.
+A decoder layer has two sublayers: norm, attention, residual; norm, feed-forward, residual. A sublayer is one autograd
+function if everything in it is plain; otherwise it runs the model's own forward and saves what `activations` computes.
+This module knows no family by name and, except for the loss, nothing that depends on more than one block.
 """
 
 from __future__ import annotations
@@ -16,52 +16,56 @@ from lorakit.targets.layer_types import EMBEDDING
 
 _FP32, _INDEX, _SEED = 4, 8, 8
 
-HALVES = {"self_attn": "attention", "attn": "attention", "mlp": "feed-forward"}
-"""Child of a decoder layer -> the half it lies in."""
+SUBLAYERS = {"self_attn": "attention", "attn": "attention", "mlp": "feed-forward"}
+"""Child of a decoder layer -> its sublayer."""
 
 FLASH_FROM = 2048
-"""Tokens of a row from which attention keeps its output and a number for each head and row, on a CPU."""
+"""Row length in tokens from which attention on a CPU saves its output and one value per head and row."""
 
 CHUNK_ROWS, CHUNK_BYTES = 256, 48 << 20
-"""Most rows and most bytes of logits that exist at a time on a CPU."""
+"""Maximum rows and bytes of logits that exist at a time on a CPU."""
 
 INNER = ("gate_proj", "up_proj", "c_fc")
-"""Sites of a feed-forward that read what its norm gave."""
+"""Sites of a feed-forward whose input is the output of its norm."""
 
 
-def half_of(path: str) -> str | None:
-    """The half of a layer that a module lies in: "attention", "feed-forward", or None.
+def sublayer_of(path: str) -> str | None:
+    """Return the sublayer that a module belongs to: "attention", "feed-forward", or None.
 
     Args:
         path: Dotted path of the module.
     """
     block = block_of(path)
     inside = "" if block is None else path.removeprefix(block + ".")
-    return HALVES.get(inside.partition(".")[0])
+    return SUBLAYERS.get(inside.partition(".")[0])
 
 
-def fused(shape: ModelShape, counted: Count, quantised: bool) -> frozenset[tuple[str, str]]:
-    """Every (block, half) that runs as one function.
+def fused(shape: ModelShape, counted: Count, quantized: bool) -> frozenset[tuple[str, str]]:
+    """Return every (block, sublayer) that is fused.
 
-    A half does where its products are plain: no DoRA, no matrix as a bare parameter, no copied module, no trained bias,
-    nothing quantised.
+    A sublayer is fused if its matmuls are plain: no DoRA, no bare parameter, no saved module, no trained bias and no
+    quantized weight.
 
     Args:
         shape: The base, of a family whose layers are known.
         counted: The adapter.
-        quantised: Whether the base is stored in fewer bits.
+        quantized: Whether the base is quantized.
     """
-    if quantised or counted.biases:
+    if quantized or counted.biases:
         return frozenset()
     others = [site.path for site in counted.sites if site.magnitudes or site.is_bare_matrix or site.experts > 1]
-    left = {(block_of(path), half_of(path)) for path in (*others, *counted.saved)}
+    left = {(block_of(path), sublayer_of(path)) for path in (*others, *counted.saved)}
     return frozenset(
-        (block, half) for block in shape.blocks for half in ("attention", "feed-forward") if (block, half) not in left
+        (block, sublayer)
+        for block in shape.blocks
+        for sublayer in ("attention", "feed-forward")
+        if (block, sublayer) not in left
     )
 
 
 def norm(shape: ModelShape, job: Job) -> int:
-    """Bytes a token of a norm: its input, and one number for RMS or two for mean and deviation.   [docs/math.md (29)]
+    """Return the bytes that a norm saves per token: its input, and one value (RMS) or two (mean and std). [docs/math.md
+    (29)]
 
     Args:
         shape: The model.
@@ -70,36 +74,37 @@ def norm(shape: ModelShape, job: Job) -> int:
     return job.dtype_bytes * shape.hidden + (_FP32 if shape.gated else 2 * _FP32)
 
 
-def half(shape: ModelShape, sites: Sequence[SiteCount], name: str, dropout: float, job: Job) -> int:
-    """Bytes of a half that runs as one function, without its norm.   [docs/math.md (29)]
+def sublayer_bytes(shape: ModelShape, sites: Sequence[SiteCount], name: str, dropout: float, job: Job) -> int:
+    """Return the bytes that a fused sublayer saves, without its norm. [docs/math.md (29)]
 
     Args:
         shape: The model.
-        sites: The adapter's sites in this half of one block.
+        sites: The adapter's sites in this sublayer of one block.
         name: "attention" or "feed-forward".
         dropout: `lora_dropout`.
         job: Batch, length, dtype.
     """
-    number, tokens = job.dtype_bytes, job.batch_tokens
+    itemsize, tokens = job.dtype_bytes, job.batch_tokens
     if name == "attention":
-        numbers = shape.query_width + 2 * shape.kv_width
-        share = shape.dropouts.get("attention", 0.0)
-        flash = job.length_tokens >= FLASH_FROM and not share
+        elements = shape.query_width + 2 * shape.kv_width
+        dropout_p = shape.dropouts.get("attention", 0.0)
+        flash = job.length_tokens >= FLASH_FROM and not dropout_p
         output = any(not _reads_norm(site) and not site.frozen for site in sites)
-        kept = number * (numbers + (shape.query_width if output or flash else 0))
+        kept = itemsize * (elements + (shape.query_width if output or flash else 0))
         kept += _FP32 * shape.heads if flash else 0
-        if any(o.path.endswith("q_norm") for o in shape.others):  # q and k are kept as they are before their own norms
+        if any(o.path.endswith("q_norm") for o in shape.others):  # q and k are saved before their own norms
             kept += _FP32 * (shape.heads + shape.kv_heads)
     else:
-        kept = 0 if job.recompute == "feed-forward" else number * _inner(shape)
-    kept += sum(number * site.rank for site in sites)
+        kept = 0 if job.recompute == "feed-forward" else itemsize * _inner(shape)
+    kept += sum(itemsize * site.rank for site in sites)
     seeds = len(sites) * (dropout > 0) + (shape.dropouts.get("residual", 0.0) > 0)
     seeds += name == "attention" and shape.dropouts.get("attention", 0.0) > 0
     return tokens * kept + _SEED * seeds
 
 
-def input_alone(shape: ModelShape, sites: Sequence[SiteCount], job: Job) -> int:
-    """Bytes of what a feed-forward reads, where its norm is not in its function and an A needs it, or its products.
+def separate_input(shape: ModelShape, sites: Sequence[SiteCount], job: Job) -> int:
+    """Return the bytes of a feed-forward's input, if it is saved separately: its norm is not fused, and an A or matmul
+    needs it.
 
     Args:
         shape: The model.
@@ -111,9 +116,10 @@ def input_alone(shape: ModelShape, sites: Sequence[SiteCount], job: Job) -> int:
 
 
 def transient(shape: ModelShape, job: Job) -> int:
-    """Bytes of gradients that live at once in the backward of a layer whose halves are functions.   [docs/math.md (29)]
+    """Return the bytes of gradients that exist at once in the backward of a fused layer. [docs/math.md (29)]
 
-    Of the stream before and after, what the norm gave; and of what gate and up gave, or of q, k, v and their output.
+    Those of the residual stream before and after, of the norm's output, and of gate and up or of q, k, v and the
+    attention output.
 
     Args:
         shape: The model.
@@ -124,41 +130,42 @@ def transient(shape: ModelShape, job: Job) -> int:
     return job.dtype_bytes * job.batch_tokens * (3 * shape.hidden + max(inner, heads))
 
 
-def made_again(shape: ModelShape, fused: frozenset[tuple[str, str]], job: Job) -> int:
-    """Bytes of what gate and up give, while the backward of a layer has them once more.   [docs/math.md (85)]
+def recomputed_bytes(shape: ModelShape, fused: frozenset[tuple[str, str]], job: Job) -> int:
+    """Return the bytes of gate and up while the backward of a layer recomputes them. [docs/math.md (85)]
 
     Args:
         shape: The model.
-        fused: Every (block, half) that runs as one function.
-        job: Batch, length, dtype, and what is computed again.
+        fused: Every fused (block, sublayer).
+        job: Batch, length, dtype, and what is recomputed.
     """
-    any_is = job.recompute == "feed-forward" and any(half == "feed-forward" for _, half in fused)
+    any_is = job.recompute == "feed-forward" and any(sublayer == "feed-forward" for _, sublayer in fused)
     return job.dtype_bytes * job.batch_tokens * _inner(shape) if any_is else 0
 
 
-def products_again(shape: ModelShape, counted: Count, fused: frozenset[tuple[str, str]], job: Job) -> float:
-    """FLOPs a token of gate and up, which the backward multiplies once more.   [docs/math.md (85)]
+def recomputed_flops(shape: ModelShape, counted: Count, fused: frozenset[tuple[str, str]], job: Job) -> float:
+    """Return the FLOPs per token of recomputing gate and up in the backward. [docs/math.md (85)]
 
-    The factors' first products are kept, their second ones are not.
+    The products with A are saved, those with B are recomputed.
 
     Args:
         shape: The model.
         counted: The adapter.
-        fused: Every (block, half) that runs as one function.
-        job: What is computed again.
+        fused: Every fused (block, sublayer).
+        job: What is recomputed.
     """
     if job.recompute != "feed-forward":
         return 0.0
 
     def is_inner(path: str) -> bool:
-        return (block_of(path), half_of(path)) in fused and path.rpartition(".")[2] in INNER
+        return (block_of(path), sublayer_of(path)) in fused and path.rpartition(".")[2] in INNER
 
     base = sum(2.0 * site.weight_parameters for site in shape.sites if is_inner(site.path))
     return base + sum(2.0 * site.rank * site.out_features for site in counted.sites if is_inner(site.path))
 
 
-def makes_no_logits(shape: ModelShape, counted: Count) -> bool:
-    """Whether the loss multiplies a frozen, plain head itself: nothing of the adapter is on it or on a tied weight.
+def skips_logits(shape: ModelShape, counted: Count) -> bool:
+    """Return whether the loss is computed without logits: the head is frozen and plain, and neither it nor a tied
+    weight is adapted.
 
     Args:
         shape: The model.
@@ -172,7 +179,7 @@ def makes_no_logits(shape: ModelShape, counted: Count) -> bool:
 
 
 def chunk_rows(shape: ModelShape, job: Job) -> int:
-    """Rows of logits that exist at a time: a multiple of 16 up to 256, in 48 MiB.   [docs/math.md (35)]
+    """Return the rows of logits that exist at a time: a multiple of 16 up to 256, within 48 MiB. [docs/math.md (35)]
 
     Args:
         shape: The model.
@@ -182,21 +189,22 @@ def chunk_rows(shape: ModelShape, job: Job) -> int:
     return min(max(fitting, 16), CHUNK_ROWS, job.batch_tokens)
 
 
-def loss_keeps(shape: ModelShape, job: Job) -> int:
-    """Bytes that the loss keeps: the gradient of the hidden states, and which rows are trained.   [docs/math.md (35)]
+def loss_bytes(shape: ModelShape, job: Job) -> int:
+    """Return the bytes that the loss saves: the gradient of the hidden states, and the indices of rows with loss.
+    [docs/math.md (35)]
 
     Args:
         shape: The model.
-        job: Tokens of a batch; all are reckoned as trained.
+        job: Tokens of a batch; all are assumed to have a loss.
     """
     return job.batch_tokens * (job.dtype_bytes * shape.hidden + _INDEX)
 
 
 def _inner(shape: ModelShape) -> int:
-    """Numbers of a token that the first products of a feed-forward give."""
+    """Return the elements per token in the outputs of a feed-forward's first matmuls."""
     return shape.intermediate * (2 if shape.gated else 1)
 
 
 def _reads_norm(site: SiteCount) -> bool:
-    """Whether a site reads the output of the norm, and not that of attention or of the activation."""
+    """Return whether a site's input is the norm's output, not that of attention or the activation."""
     return site.path.rpartition(".")[2] in (*INNER, "q_proj", "k_proj", "v_proj", "c_attn")

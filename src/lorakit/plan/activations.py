@@ -1,8 +1,8 @@
-"""What the forward pass keeps for the backward, derived block by block from what autograd saves.
+"""Activation memory: what the forward saves for backward, derived block by block from what autograd saves.
 
-Three families are known exactly (the tests count them with `torch.autograd.graph.saved_tensors_hooks`); any other
-architecture is reckoned as the nearest of them, and the plan says so. A frozen linear layer keeps nothing of its
-input; it is the factor A that makes an input live. What depends on the whole vocabulary is in `memory`.
+Three families are known exactly (the tests count their saved tensors with `torch.autograd.graph.saved_tensors_hooks`);
+any other architecture is estimated as the most similar of them, and the plan notes it. A frozen linear layer does not
+save its input; a factor A does. Tensors over the whole vocabulary are in `memory`.
 """
 
 from __future__ import annotations
@@ -20,61 +20,61 @@ from lorakit.targets.layer_types import EMBEDDING
 _FP32, _INDEX = 4, 8
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
-"""Sites of a block that read the same tensor, which is then kept once."""
+"""Sites of a block that read the same tensor, which is then saved once."""
 
 ATTENTION_OUTPUTS = ("o_proj", "attn.c_proj", "attention.output.dense")
-"""Sites whose input the fused attention keeps anyway."""
+"""Sites whose input the fused attention saves anyway."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """How the blocks of some architectures compute.
+    """Activation memory of the blocks of some architectures.
 
     Attributes:
-        name: What the plan calls it.
-        architectures: Classes of transformers that compute so, checked by the tests.
-        norm: Bytes that one of a block's two norms keeps, per token, for a width and bytes per number.
-        halves: Half of a block ("attention", "feed-forward") -> bytes that it keeps for a job besides its norm,
-            whatever is adapted in it.
-        last_norm: Bytes that the norm before the head keeps, per token, for a width and bytes per number.
-        trained_norms: Bytes per token that the norms of a block keep more when their weights are trained.
-        is_fast: Whether `lorakit.speed.accelerate` has functions for its halves.
+        name: Name in the plan.
+        architectures: Transformers classes that compute this way, checked by the tests.
+        norm: Bytes that one of a block's two norms saves per token, for a width and bytes per element.
+        sublayers: Sublayer ("attention", "feed-forward") -> bytes that it saves for a job besides its norm, whatever is
+            adapted.
+        last_norm: Bytes that the norm before the head saves per token, for a width and bytes per element.
+        trained_norms: Additional bytes per token that the norms of a block save if their weights are trained.
+        is_fast: Whether `lorakit.speed.accelerate` has fused forwards for its sublayers.
     """
 
     name: str
     architectures: tuple[str, ...]
     norm: Callable[[int, int], int]
-    halves: Mapping[str, Callable[[ModelShape, Job], int]]
+    sublayers: Mapping[str, Callable[[ModelShape, Job], int]]
     last_norm: Callable[[int, int], int]
     trained_norms: Callable[[int, int], int]
     is_fast: bool
 
     def block(self, shape: ModelShape, job: Job) -> int:
-        """Bytes that one block keeps, whatever is adapted in it.
+        """Return the bytes that one block saves, whatever is adapted in it.
 
         Args:
             shape: The model.
             job: Batch, length, dtype.
         """
         norms = 2 * job.batch_tokens * self.norm(shape.hidden, job.dtype_bytes)
-        return norms + sum(kept(shape, job) for kept in self.halves.values())
+        return norms + sum(kept(shape, job) for kept in self.sublayers.values())
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept for the backward by one batch.
+    """Bytes saved for backward by one batch.
 
     Attributes:
-        family: The family that was reckoned with.
-        is_known: Whether the architecture is one of the family's own; if not, the numbers are an estimate.
+        family: The family used for the estimate.
+        is_known: Whether the architecture belongs to the family; if not, the values are an estimate.
         blocks: Bytes of all blocks.
-        largest_block: Bytes of the block that keeps most.
-        outside: Bytes kept before the first and after the last block.
+        largest_block: Bytes of the block that saves most.
+        outside: Bytes saved before the first and after the last block.
         boundary: Bytes of the input of one block.
-        blocks_kept: Blocks that keep anything: those from the first adapted one on.
-        transient: Bytes of gradients that live at once while one block is gone through backward.
-        fused: Halves of its blocks that run as one function, of `of_blocks` in all.
-        of_blocks: Halves of its blocks that keep anything, or 0 where none of them can run so.
+        blocks_kept: Blocks that save anything: those from the first adapted one on.
+        transient: Bytes of gradients that exist at once during the backward of one block.
+        fused: Number of fused sublayers, of `of_blocks` in all.
+        of_blocks: Number of sublayers that save anything, or 0 if none can be fused.
     """
 
     family: str
@@ -90,52 +90,52 @@ class Activations:
 
 
 def _rms_norm(width: int, _: int) -> int:
-    """Input in fp32 (for a bf16 model a copy of its own) and one reciprocal root per token."""
+    """Return the bytes of the input in fp32 (a copy if the model is bf16) and one rstd per token."""
     return _FP32 * width + _FP32
 
 
-def _layer_norm(width: int, number: int) -> int:
-    """Input, mean and reciprocal deviation, in the model's dtype."""
-    return number * (width + 2)
+def _layer_norm(width: int, itemsize: int) -> int:
+    """Return the bytes of input, mean and rstd, in the model's dtype."""
+    return itemsize * (width + 2)
 
 
 def _attention(shape: ModelShape, job: Job) -> int:
-    """What scaled dot-product attention keeps on a CPU.
+    """Return the bytes that scaled dot-product attention saves on a CPU.
 
-    Fused: q, k, v, the output, and a log-sum in fp32. With dropout inside, the unfused path: scaled q and k, and v,
-    all fp32; and three maps of rows × heads × T² in fp32: probabilities, dropout's noise, and their product.
+    Fused kernel: q, k, v, the output, and a log-sum-exp in fp32. With attention dropout the math path: scaled q and k,
+    and v, all fp32; and three maps of rows × heads × T² in fp32: probabilities, dropout mask, and their product.
     """
-    tokens, number = job.batch_tokens, job.dtype_bytes
+    tokens, itemsize = job.batch_tokens, job.dtype_bytes
     if shape.dropouts.get("attention"):
         maps = job.batch_rows * shape.heads * job.length_tokens**2
         return _FP32 * (tokens * (shape.query_width + 2 * shape.kv_width) + 3 * maps)
-    return tokens * (number * 2 * (shape.query_width + shape.kv_width) + _FP32 * shape.heads)
+    return tokens * (itemsize * 2 * (shape.query_width + shape.kv_width) + _FP32 * shape.heads)
 
 
 def _llama_attention(shape: ModelShape, job: Job) -> int:
-    """Attention and, in Qwen3, a norm of each head; rotary positions keep nothing per block."""
+    """Return the bytes of attention and, in Qwen3, a norm per head; rotary embeddings save nothing per block."""
     normed = any(o.path.endswith("q_norm") for o in shape.others)
     per_token = _FP32 * (shape.query_width + shape.kv_width + shape.heads + shape.kv_heads) if normed else 0
     return job.batch_tokens * per_token + _attention(shape, job)
 
 
 def _swiglu(shape: ModelShape, job: Job) -> int:
-    """Gate, silu(gate), up."""
+    """Return the bytes of gate, silu(gate) and up."""
     return job.batch_tokens * 3 * job.dtype_bytes * shape.inner_width
 
 
 def _dropping_attention(shape: ModelShape, job: Job) -> int:
-    """Attention, and the noise of the dropout behind it."""
+    """Return the bytes of attention and of the dropout mask after it."""
     return _attention(shape, job) + _noise(shape, job)
 
 
 def _tanh_gelu(shape: ModelShape, job: Job) -> int:
-    """Input, half of it, tanh, one plus tanh; and the noise of the dropout behind."""
+    """Return the bytes of x, x/2, tanh and 1 + tanh, and of the dropout mask after it."""
     return 4 * job.batch_tokens * job.dtype_bytes * shape.intermediate + _noise(shape, job)
 
 
 def _gelu(shape: ModelShape, job: Job) -> int:
-    """One operation that keeps its input alone; and the noise of the dropout behind."""
+    """Return the bytes of the input of one fused GELU, and of the dropout mask after it."""
     return job.batch_tokens * job.dtype_bytes * shape.intermediate + _noise(shape, job)
 
 
@@ -149,7 +149,7 @@ _LLAMA = Family(
     _rms_norm,
     {"attention": _llama_attention, "feed-forward": _swiglu},
     _rms_norm,
-    lambda width, number: 2 * number * width,
+    lambda width, itemsize: 2 * itemsize * width,
     is_fast=True,
 )
 _GPT2 = Family(
@@ -174,11 +174,11 @@ FAMILIES: tuple[Family, ...] = (_LLAMA, _GPT2, _BERT)
 
 
 def family_of(shape: ModelShape) -> tuple[Family, bool]:
-    """The family of an architecture, and whether it is one of the family's own.
+    """Return the family of an architecture, and whether the architecture belongs to it.
 
     Args:
-        shape: The model. An unknown one counts as Llama-like where its MLP is gated, else as GPT-2-like where it is
-            causal, else as BERT-like.
+        shape: The model. An unknown one counts as Llama-like if its MLP is gated, else as GPT-2-like if it is causal,
+            else as BERT-like.
     """
     for family in FAMILIES:
         if shape.architecture in family.architectures:
@@ -189,7 +189,7 @@ def family_of(shape: ModelShape) -> tuple[Family, bool]:
 
 
 def packs(shape: ModelShape) -> bool:
-    """Whether accelerated rows are known to lie end to end.   [docs/math.md (36)]
+    """Return whether accelerated batches of this model can be packed. [docs/math.md (36)]
 
     Args:
         shape: The model.
@@ -198,8 +198,8 @@ def packs(shape: ModelShape) -> bool:
     return is_known and family.is_fast
 
 
-def fused_halves(shape: ModelShape, counted: Count, job: Job) -> frozenset[tuple[str, str]]:
-    """Every (block, half) that runs as one function in a job.
+def fused_sublayers(shape: ModelShape, counted: Count, job: Job) -> frozenset[tuple[str, str]]:
+    """Return every (block, sublayer) that is fused in a job.
 
     Args:
         shape: The base.
@@ -212,83 +212,83 @@ def fused_halves(shape: ModelShape, counted: Count, job: Job) -> frozenset[tuple
 
 
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job, base: StoredBase | None = None) -> Activations:
-    """Bytes kept while an adapter is trained on a frozen base.   [docs/math.md (24)], accelerated [docs/math.md (29)]
+    """Return the activations of LoRA training on a frozen base. [docs/math.md (24)], accelerated [docs/math.md (29)]
 
     Args:
         shape: The base.
         counted: The adapter's sites.
-        dropout: `lora_dropout`: above 0 each site keeps its own dropped input and the noise.
+        dropout: `lora_dropout`: above 0 each site saves its own dropped-out input and the mask.
         job: Batch, length, dtype.
-        base: How the base is stored in fewer bits, or None.
+        base: How the base is quantized, or None.
     """
     family, is_known = family_of(shape)
     inner = _inner(shape, counted)
     is_fast = job.accelerated and is_known and family.is_fast
-    fused = fused_halves(shape, counted, job) if base is None else frozenset()
+    fused = fused_sublayers(shape, counted, job) if base is None else frozenset()
     norm = accelerated.norm(shape, job) if is_fast else family.norm(shape.hidden, job.dtype_bytes)
     last_norm = norm if is_fast else family.last_norm(shape.hidden, job.dtype_bytes)
     by_block = dict.fromkeys(inner, 2 * job.batch_tokens * norm)
     outside = job.batch_tokens * last_norm
-    plain = [site for site in counted.sites if (block_of(site.path), accelerated.half_of(site.path)) not in fused]
+    plain = [site for site in counted.sites if (block_of(site.path), accelerated.sublayer_of(site.path)) not in fused]
     for block, kept in (
-        *_of_halves(shape, counted, dropout, job, (family, fused)),
+        *_of_sublayers(shape, counted, dropout, job, (family, fused)),
         *_of_sites(shape, tuple(plain), dropout, job),
         *_of_base(shape, counted, dropout, job, base),
     ):
         if block in by_block:
             by_block[block] += kept
-        elif block is None:  # blocks below the first adapted one keep nothing
+        elif block is None:  # blocks below the first adapted one save nothing
             outside += kept
     found = _gathered(shape, job, (family, is_known), by_block, outside)
     if is_fast:
         ours = sum(block in by_block for block, _ in fused)
         whole = ours == 2 * len(inner)
         least = accelerated.transient(shape, job) if whole else found.transient
-        least += accelerated.made_again(shape, fused, job)
+        least += accelerated.recomputed_bytes(shape, fused, job)
         found = replace(found, fused=ours, of_blocks=2 * len(inner), transient=least)
-    return found if base is None else replace(found, transient=found.transient + _multiplied_out(counted, job, base))
+    return found if base is None else replace(found, transient=found.transient + _dequantized(counted, job, base))
 
 
-def _of_halves(
+def _of_sublayers(
     shape: ModelShape, counted: Count, dropout: float, job: Job, kind: tuple[Family, frozenset[tuple[str, str]]]
 ) -> Iterable[tuple[str, int]]:
-    """Block and bytes: each half of each block, with its sites where it runs as one function."""
+    """Yield (block, bytes) for each sublayer of each block, including its sites if it is fused."""
     family, fused = kind
     within: dict[tuple[str | None, str | None], list[SiteCount]] = {}
     for site in counted.sites:
-        within.setdefault((block_of(site.path), accelerated.half_of(site.path)), []).append(site)
+        within.setdefault((block_of(site.path), accelerated.sublayer_of(site.path)), []).append(site)
     for block in shape.blocks:
-        for name, plain in family.halves.items():
+        for name, plain in family.sublayers.items():
             sites = within.get((block, name), [])
             if (block, name) not in fused:
                 yield block, plain(shape, job)
                 continue
-            yield block, accelerated.half(shape, sites, name, dropout, job)
+            yield block, accelerated.sublayer_bytes(shape, sites, name, dropout, job)
             if name == "feed-forward" and (block, "attention") not in fused:
-                yield block, accelerated.input_alone(shape, sites, job)
+                yield block, accelerated.separate_input(shape, sites, job)
 
 
 def of_full(shape: ModelShape, job: Job) -> Activations:
-    """Bytes kept while every weight is trained: the input of every product, and the normed activations.
+    """Return the activations of full fine-tuning: the input of every matmul, and the normalized activations.
 
     Args:
         shape: The model.
         job: Batch, length, dtype.
     """
     family, is_known = family_of(shape)
-    number, tokens = job.dtype_bytes, job.batch_tokens
-    each = family.block(shape, job) + tokens * family.trained_norms(shape.hidden, number)
+    itemsize, tokens = job.dtype_bytes, job.batch_tokens
+    each = family.block(shape, job) + tokens * family.trained_norms(shape.hidden, itemsize)
     by_block = dict.fromkeys(shape.blocks, each)
-    outside = tokens * (family.last_norm(shape.hidden, number) + number * shape.hidden)
+    outside = tokens * (family.last_norm(shape.hidden, itemsize) + itemsize * shape.hidden)
     for site in _distinct_inputs(shape, [s for s in shape.sites if s.kind != EMBEDDING]):
         block = block_of(site.path)
         if block is not None:
-            by_block[block] += number * tokens * site.in_features
+            by_block[block] += itemsize * tokens * site.in_features
     return _gathered(shape, job, (family, is_known), by_block, outside)
 
 
 def _inner(shape: ModelShape, counted: Count) -> tuple[str, ...]:
-    """Blocks that keep anything: none lies below the first number that is trained."""
+    """Return the blocks that save anything: none below the first trained parameter."""
     paths = [*(site.path for site in counted.sites), *counted.saved, *counted.rows]
     blocks = shape.blocks
     below = any(s.path in paths for s in shape.sites if s.kind == EMBEDDING)
@@ -302,37 +302,37 @@ def _inner(shape: ModelShape, counted: Count) -> tuple[str, ...]:
 def _of_sites(
     shape: ModelShape, sites: tuple[SiteCount, ...], dropout: float, job: Job
 ) -> Iterable[tuple[str | None, int]]:
-    """Block and bytes: inputs of A, then for each site what lies between A and B, and casts of both.
+    """Yield (block, bytes): inputs of A, then for each site the activation between A and B, and casts of both.
 
-    An A that LoRA-FA froze needs no input, only dropout's noise. An expert's A sees the tokens that pass the expert. A
-    matrix that is a bare parameter lies in its module as W₀ + s·B·A for one forward, and is kept beside its input.
+    A factor A frozen by LoRA-FA needs no input, only the dropout mask. An expert's A sees the tokens routed to the
+    expert. A bare matrix is materialized as W₀ + s·B·A for one forward, and saved with its input.
     """
-    tokens, number = job.batch_tokens, job.dtype_bytes
+    tokens, itemsize = job.batch_tokens, job.dtype_bytes
     dense = [site for site in sites if site.kind != EMBEDDING]
     seen = {site.path: tokens * (shape.passed(site.experts) if site.experts > 1 else 1) for site in sites}
     inputs = dense if dropout else _distinct_inputs(shape, [site for site in dense if not site.frozen])
     for site in inputs:
         copies = 0 if isinstance(site, SiteCount) and site.frozen else 1
-        yield block_of(site.path), (copies + bool(dropout)) * number * seen[site.path] * site.in_features
+        yield block_of(site.path), (copies + bool(dropout)) * itemsize * seen[site.path] * site.in_features
     for site in sites:
-        kept = number * seen[site.path] * site.rank
+        kept = itemsize * seen[site.path] * site.rank
         if site.is_bare_matrix:
-            kept = number * site.out_features * site.in_features
+            kept = itemsize * site.out_features * site.in_features
         if site.kind == EMBEDDING:
             kept += _INDEX * tokens
-        if number != _FP32:
-            kept += number * site.factors  # A and B are fp32; the product is taken with a copy in the base's dtype
+        if itemsize != _FP32:
+            kept += itemsize * site.factors  # A and B are fp32; the matmul uses a copy in the base's dtype
         if site.magnitudes:
-            kept += 2 * number * tokens * site.out_features  # y₀ − b and z, both multiplied by the gain
+            kept += 2 * itemsize * tokens * site.out_features  # y₀ − b and z, both multiplied by the magnitude scale
         yield block_of(site.path), kept
 
 
 def _of_base(
     shape: ModelShape, counted: Count, dropout: float, job: Job, base: StoredBase | None
 ) -> Iterable[tuple[str | None, int]]:
-    """Block and bytes that the products with a quantised base keep: the weight multiplied out, or inputs of their own.
+    """Yield (block, bytes) that matmuls with a quantized base save: the dequantized weight, or their inputs.
 
-    An input that a factor A keeps anyway is the same tensor, unless A sees it dropped.
+    An input that a factor A saves anyway is the same tensor, unless A sees it after dropout.
     """
     if base is None or base.storage.keeps == "nothing":
         return
@@ -343,13 +343,13 @@ def _of_base(
     learning = [] if dropout else [s for s in counted.sites if s.kind != EMBEDDING and not s.frozen]
     of_factors = _distinct_inputs(shape, learning)
     kept = {_input_of(site.path) for site in of_factors}
-    for quantised in _distinct_inputs(shape, base.sites):
-        if _input_of(quantised.path) not in kept:
-            yield block_of(quantised.path), job.dtype_bytes * job.batch_tokens * quantised.in_features
+    for quantized in _distinct_inputs(shape, base.sites):
+        if _input_of(quantized.path) not in kept:
+            yield block_of(quantized.path), job.dtype_bytes * job.batch_tokens * quantized.in_features
 
 
-def _multiplied_out(counted: Count, job: Job, base: StoredBase) -> int:
-    """The largest weight in the dtype of its product, for as long as that takes; for DoRA's norm in fp32."""
+def _dequantized(counted: Count, job: Job, base: StoredBase) -> int:
+    """Return the bytes of the largest weight while it is dequantized for its matmul; for DoRA's norm in fp32."""
     if counted.magnitudes:
         return _FP32 * base.largest
     return 0 if base.storage.keeps == "weight" else job.dtype_bytes * base.largest
@@ -358,7 +358,7 @@ def _multiplied_out(counted: Count, job: Job, base: StoredBase) -> int:
 def _distinct_inputs(
     shape: ModelShape, sites: Iterable[SiteCount] | Iterable[SiteShape]
 ) -> list[SiteCount | SiteShape]:
-    """One site for each input tensor that has to be kept."""
+    """Return one site per distinct input tensor."""
     fused = not shape.dropouts.get("attention")
     found: dict[tuple[str, str], SiteCount | SiteShape] = {}
     for site in sites:
@@ -369,22 +369,22 @@ def _distinct_inputs(
 
 
 def _input_of(path: str) -> tuple[str, str]:
-    """What tells one input tensor from another: the parent, and the first of the sites that read the same tensor."""
+    """Return a key for an input tensor: the parent, and the first of the sites that share it."""
     parent, _, name = _module(path).rpartition(".")
     return parent, next((group[0] for group in SHARED_INPUTS if name in group), name)
 
 
 def _module(path: str) -> str:
-    """The module of a site that may be its weight, named as a bare parameter."""
+    """Return the module of a site that may be its weight, named as a bare parameter."""
     return path.removesuffix(".weight")
 
 
 def _gathered(
     shape: ModelShape, job: Job, family: tuple[Family, bool], by_block: dict[str, int], outside: int
 ) -> Activations:
-    number, tokens = job.dtype_bytes, job.batch_tokens
-    # the gradient of the stream and of its branch; of an inner product, and of both of its operands
-    transient = number * tokens * (2 * shape.hidden + 3 * shape.inner_width)
+    itemsize, tokens = job.dtype_bytes, job.batch_tokens
+    # the gradients of the residual stream and of its branch; of an inner product, and of both of its operands
+    transient = itemsize * tokens * (2 * shape.hidden + 3 * shape.inner_width)
     if shape.dropouts.get("attention"):
         transient += 2 * _FP32 * job.batch_rows * shape.heads * job.length_tokens**2
     return Activations(
@@ -393,7 +393,7 @@ def _gathered(
         blocks=sum(by_block.values()),
         largest_block=max(by_block.values(), default=0),
         outside=outside,
-        boundary=number * tokens * shape.hidden,
+        boundary=itemsize * tokens * shape.hidden,
         blocks_kept=len(by_block),
         transient=transient,
     )

@@ -1,7 +1,7 @@
-"""A memory budget: how it is written, and which way of computing a step is the cheapest that fits it.
+"""Memory budgets: parse sizes, and find the cheapest recomputation that fits.
 
-What the backward computes again is chosen, in the order of its price; batch, length and everything that changes the
-result stay as they are. Knows nothing about machines.
+Recomputation is chosen in the order of its cost; batch, length and everything that changes the result stay fixed. This
+module knows nothing about machines.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ BINARY_UNITS = {f"{letter}iB": 1024**n for n, letter in enumerate(("K", "M", "G"
 
 
 SIZE_FORM = "write a number and a unit, such as 4GiB or 800MB"
-"""How a size is written, for messages."""
+"""Notation of a size, for messages."""
 
 
 def bytes_of(text: str) -> int:
-    """Bytes from a number with a unit, such as "4GiB", "1.5 GB" or "800MB"; a bare number is bytes.
+    """Parse a number with a unit, such as "4GiB", "1.5 GB" or "800MB", into bytes; a bare number is bytes.
 
     Args:
         text: The number and its unit, in any case.
 
     Raises:
-        ConfigError: It is no such text, or not above 0.
+        ConfigError: The text is not a size above 0.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     units = {name.lower(): size for name, size in {**UNITS, **BINARY_UNITS, "": 1}.items()}
     size = units.get(found[2].lower()) if found else None
     if found is None or size is None or not float(found[1]) * size >= 1:
-        raise ConfigError(f"{text!r} is no size; {SIZE_FORM}.", what=text)
+        raise ConfigError(f"{text!r} is not a size; {SIZE_FORM}.", what=text)
     return int(float(found[1]) * size)
 
 
@@ -48,37 +48,37 @@ class Fitting:
 
     Attributes:
         plan: The plan.
-        said: What was chosen, and why.
+        reason: What was chosen, and why.
     """
 
     plan: Plan
-    said: str
+    reason: str
 
 
 def within(plan: Plan, budget_bytes: int) -> Fitting:
-    """The plan of the cheapest way of computing that fits a budget.
+    """Return the plan with the cheapest recomputation that fits a budget.
 
     Args:
-        plan: The plan of a job, whatever it computes again.
-        budget_bytes: What a step may take, weights and all.
+        plan: The plan of a job with any recomputation.
+        budget_bytes: Limit of a step, weights included.
 
     Returns:
-        The plan of the same job with that way, and the reason.
+        The plan of the same job with that recomputation, and the reason.
 
     Raises:
-        ConfigError: No way fits; the message says what would.
+        ConfigError: Nothing fits; the message says what would.
     """
     tried: list[tuple[str, int]] = []
-    for way in RECOMPUTED:
-        made = _with(plan, recompute=way)
+    for recompute in RECOMPUTED:
+        made = _with(plan, recompute=recompute)
         peak = made.lora.memory.peak_bytes
         if peak <= budget_bytes:
-            return Fitting(made, _said(budget_bytes, way, peak, tried))
-        tried.append((way, peak))
-    way, least = min(tried, key=lambda pair: pair[1])
+            return Fitting(made, _reason(budget_bytes, recompute, peak, tried))
+        tried.append((recompute, peak))
+    recompute, least = min(tried, key=lambda pair: pair[1])
     raise ConfigError(
-        f"No way of computing fits a memory budget of {format_bytes(budget_bytes)}: the least is "
-        f"{format_bytes(least)}, with --recompute {way}. {_what_would(plan, budget_bytes)}"
+        f"the job does not fit a memory budget of {format_bytes(budget_bytes)}: it needs at least "
+        f"{format_bytes(least)}, with --recompute {recompute}. {_what_would(plan, budget_bytes)}"
     )
 
 
@@ -87,27 +87,27 @@ def _with(plan: Plan, **fields: Any) -> Plan:
     return replace(made, ranks=plan.ranks)
 
 
-def _said(budget: int, way: str, peak: int, tried: list[tuple[str, int]]) -> str:
-    without = "".join(f"; --recompute {other} takes {format_bytes(size)}" for other, size in reversed(tried))
+def _reason(budget: int, recompute: str, peak: int, tried: list[tuple[str, int]]) -> str:
+    without = "".join(f"; --recompute {other} needs {format_bytes(size)}" for other, size in reversed(tried))
     return (
-        f"memory budget {format_bytes(budget)}: --recompute {way} is the cheapest that fits, "
+        f"memory budget {format_bytes(budget)}: --recompute {recompute} is the cheapest that fits, "
         f"{format_bytes(peak)}{without}"
     )
 
 
 def _what_would(plan: Plan, budget: int) -> str:
-    """The largest batch that would fit, or that none does."""
+    """Return the largest batch that would fit, or that none does."""
     rows, most = plan.job.batch_rows, RECOMPUTED[-1]
     while rows > 1:
         rows //= 2
         peak = _with(plan, batch_rows=rows, recompute=most).lora.memory.peak_bytes
         if peak <= budget:
             return (
-                f"Batches of {rows} would fit with --recompute {most}, {format_bytes(peak)}; with more "
-                "--gradient-accumulation-steps the result is the same."
+                f"A batch of {rows} would fit with --recompute {most} ({format_bytes(peak)}); raise "
+                "--gradient-accumulation-steps to keep the result."
             )
     needs = _with(plan, batch_rows=1, recompute=most).lora.memory
     return (
-        f"Batches of 1 need {format_bytes(needs.peak_bytes)}, of which weights "
-        f"{format_bytes(needs.bytes_of('weights'))}: take a smaller --max-length or model, or --quantization."
+        f"A batch of 1 needs {format_bytes(needs.peak_bytes)} (weights {format_bytes(needs.bytes_of('weights'))}): "
+        "use a smaller --max-length or model, or --quantization."
     )

@@ -1,8 +1,8 @@
-"""The small catalogue of published models: their sizes, their exact parameter counts, and where both come from.
+"""Catalogue of published models: sizes, exact parameter counts, and their sources.
 
-The sizes are those of each model's own config.json; the counts are those of its weights by distinct storage (tied
-weights once). The tests build every entry with transformers' classes on the meta device and compare counts and sites.
-This module knows nothing about cost, adapters or files.
+Sizes are from each model's config.json; counts are of its weights by distinct storage (tied weights once). The tests
+build every entry with transformers on the meta device and compare counts and sites. This module knows nothing about
+cost, adapters or files.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from lorakit.architectures.shapes import ModelShape, Origin, Sizes, bert, gpt2, 
 
 @dataclass(frozen=True)
 class Entry:
-    """One published model.
+    """A published model.
 
     Attributes:
-        names: What it may be called; the first is the one that is printed. Case does not matter.
-        family: The function of `families` that lays out its parts.
+        names: Accepted names; the first is printed. Case does not matter.
+        family: The function of `families` that builds its shape.
         parameters: Exact count by distinct storage.
-        sizes: The sizes of its config.json.
-        paper: Where the sizes were published, beside the config.json of the first hub id.
-        dtype: Type in which the weights are published.
+        sizes: Sizes in its config.json.
+        paper: Publication of the sizes, besides the config.json of the first hub id.
+        dtype: Published dtype of the weights.
     """
 
     names: tuple[str, ...]
@@ -36,7 +36,7 @@ class Entry:
 
     @property
     def source(self) -> str:
-        """One line that says where the sizes can be looked up."""
+        """Return the source of the sizes in one line."""
         hub_id = next((n for n in self.names if "/" in n), self.names[0])
         return f"config.json of {hub_id}; {self.paper}"
 
@@ -53,7 +53,7 @@ _CODE_VOCAB, _QWEN_BIG = 151_936, 152_064
 
 
 def _ids(owner: str, *names: str) -> tuple[str, ...]:
-    """Each name and its hub id: ("x",) of "o" -> ("x", "o/x")."""
+    """Return each name and its hub id: ("x",) of "o" -> ("x", "o/x")."""
     return tuple(form for name in names for form in (name, f"{owner}/{name}"))
 
 
@@ -169,23 +169,23 @@ _ENTRIES: tuple[Entry, ...] = (
 
 
 def names() -> list[str]:
-    """The first name of every entry, in the order of the catalogue."""
+    """Return the first name of every entry, in the order of the catalogue."""
     return [entry.names[0] for entry in _ENTRIES]
 
 
 def aliases() -> list[str]:
-    """Every name and hub id that `published` knows."""
+    """Return every name and hub id that `published` accepts."""
     return [name for entry in _ENTRIES for name in entry.names]
 
 
 def published(name: str) -> ModelShape | None:
-    """The shape of a published model.
+    """Return the shape of a published model.
 
     Args:
         name: A common name or a hub id, such as "gpt2" or "meta-llama/Llama-3.2-1B"; case does not matter.
 
     Returns:
-        Its shape, or None where the catalogue does not have it.
+        Its shape, or None if it is not in the catalogue.
     """
     wanted = name.casefold()
     for entry in _ENTRIES:

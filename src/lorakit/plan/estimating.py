@@ -1,7 +1,7 @@
-"""`estimate`: the plan of a run, from the shape of a model, a config, a job and, where there is one, a speed.
+"""`estimate`: plan a run from a model's shape, a config, a job and, optionally, a speed.
 
-Brings counts, bytes, FLOPs, time and files together; each is computed in its own module. Knows nothing about how a
-plan is printed, where a shape comes from, or how a speed is measured.
+Combines counts, bytes, FLOPs, time and files, each computed in its own module. Knows nothing about how a plan is
+printed, where a shape comes from, or how a speed is measured.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from lorakit.tables import format_percent
 
 @dataclass(frozen=True)
 class Method:
-    """What one way to train costs: LoRA, or every weight.
+    """Cost of one training method: LoRA, or full fine-tuning.
 
     Attributes:
         name: "LoRA" or "full fine-tuning".
-        trainable: Numbers that are trained.
+        trainable: Trainable parameters.
         memory: Bytes of a step.
         flops: FLOPs per token.
-        tokens_per_second: Expected speed, or None where no speed is known.
-        step_seconds: Expected length of an optimizer step, or None.
-        run_seconds: Expected length of the run, or None where speed or steps are not known.
-        saved_bytes: What one saved result takes on disk.
-        resumable_bytes: What a checkpoint with the optimizer's state takes on disk.
+        tokens_per_second: Expected speed, or None if no speed is known.
+        step_seconds: Expected duration of an optimizer step, or None.
+        run_seconds: Expected duration of the run, or None if speed or steps are unknown.
+        saved_bytes: Size on disk of a saved result.
+        resumable_bytes: Size on disk of a checkpoint with optimizer state.
     """
 
     name: str
@@ -54,20 +54,20 @@ class Method:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will cost.
+    """Estimated cost of a run.
 
     Attributes:
         shape: The base.
         config: The adapter.
         job: The job.
         speed: The machine's speed, or None.
-        counted: Trainable numbers.
-        reasons: Why there are so many, in sentences.
+        counted: Trainable parameters.
+        reasons: Where the count comes from, as messages.
         lora: Cost of the run.
         full: Cost of full fine-tuning of the same model on the same job.
         files: Sizes on disk.
-        ranks: The rank table, or None where no ranks were asked for.
-        notes: What else a person should know.
+        ranks: The rank table, or None if no ranks were given.
+        notes: Further remarks for the user.
     """
 
     shape: ModelShape
@@ -83,7 +83,7 @@ class Plan:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The whole plan as JSON values: the same content as the text."""
+        """Return the whole plan as JSON values: the same content as the text."""
         shape, counted = self.shape, self.counted
         return {
             "model": {
@@ -134,25 +134,25 @@ def estimate(
     ranks: Sequence[int] = (),
     allow_partial: bool = False,
 ) -> Plan:
-    """Say what training an adapter will cost; nothing is loaded and nothing is measured.
+    """Estimate parameters, memory, FLOPs and time of training an adapter; loads no weights and measures nothing.
 
     Args:
         shape: The base: `catalogue.published(name)`, or `lorakit.hub.shape_of(model)`.
-        config: The adapter; `target_modules` has to be set.
+        config: The adapter; `target_modules` must be set.
         job: Batch, length, steps, dtype; 4 rows of 256 tokens by default.
-        speed: Of the machine; without one the plan has no times.
+        speed: Speed of the machine; without one the plan has no times.
         ranks: Columns of the rank table; none by default.
-        allow_partial: Targets that match nothing become sentences instead of an error.
+        allow_partial: Targets that match nothing become notes instead of an error.
 
     Returns:
         The plan.
 
     Raises:
-        TargetError: A target matches nothing, or a module that cannot take LoRA.
-        ConfigError: The config has no targets, or a pattern cannot be used.
+        TargetError: A target matches nothing, or a module that does not support LoRA.
+        ConfigError: The config has no targets, or an invalid pattern.
     """
     job = job or Job()
-    job = job if activations.packs(shape) else dataclasses.replace(job, mean_tokens=None)  # then padding is computed
+    job = job if activations.packs(shape) else dataclasses.replace(job, mean_tokens=None)  # padding is then computed
     shape, config = stacked(shape, config), dataclasses.replace(config, layer_replication=None)
     counted = params.count(shape, config, allow_partial=allow_partial, optimizer=job.optimizer)
     sizes = files.sizes(shape, counted)
@@ -203,7 +203,7 @@ def _method(
 
 
 def _rate(shape: ModelShape, counted: Count, job: Job, speed: Speed | None) -> float | None:
-    """Tokens a second of LoRA training."""
+    """Return the tokens per second of LoRA training."""
     if speed is None:
         return None
     costs = flops.lora(shape, counted, job)
@@ -212,7 +212,9 @@ def _rate(shape: ModelShape, counted: Count, job: Job, speed: Speed | None) -> f
 
 
 def _rate_of_full(speed: Speed | None, lora: Flops, full: Flops) -> float | None:
-    """Tokens a second of full fine-tuning, which nothing accelerates; a given rate is LoRA's, slower by the FLOPs."""
+    """Return the tokens per second of full fine-tuning, which is never accelerated; a given rate is LoRA's, scaled by
+    FLOPs.
+    """
     if speed is None:
         return None
     given = speed.tokens_per_second is not None
@@ -220,7 +222,7 @@ def _rate_of_full(speed: Speed | None, lora: Flops, full: Flops) -> float | None
 
 
 def _is_fast(shape: ModelShape, counted: Count, job: Job) -> bool:
-    """Whether every half of every layer runs as one function, which is what the time of an accelerated step is of."""
+    """Return whether every sublayer of every layer is fused, which the time of an accelerated step assumes."""
     if not job.accelerated or not activations.packs(shape):
         return False
     return len(accelerated.fused(shape, counted, job.quantization is not None)) == 2 * len(shape.blocks)
@@ -229,13 +231,11 @@ def _is_fast(shape: ModelShape, counted: Count, job: Job) -> bool:
 def _notes(shape: ModelShape, counted: Count, job: Job, speed: Speed | None, needs: Memory) -> tuple[str, ...]:
     notes = list(needs.notes)
     if 0 < shape.positions < job.length_tokens:
-        notes.append(
-            f"{shape.name} was made for at most {shape.positions:,} tokens; the job has {job.length_tokens:,}."
-        )
+        notes.append(f"{shape.name} supports at most {shape.positions:,} tokens; the job has {job.length_tokens:,}.")
     if job.quantization is not None:
         notes.append(
-            f"{job.quantization}: every product multiplies its weight out first, which the times leave out; full "
-            "fine-tuning is that of the plain base."
+            f"{job.quantization}: every matmul dequantizes its weight first, which the times do not include; full "
+            "fine-tuning is that of the unquantized base."
         )
     if speed is None:
         notes.append(
@@ -243,8 +243,8 @@ def _notes(shape: ModelShape, counted: Count, job: Job, speed: Speed | None, nee
         )
     elif speed.tokens_per_second is None and speed.threads is not None and _is_fast(shape, counted, job):
         notes.append(
-            f"Times assume {format_percent(timing.OF_BARE_PRODUCTS, 0)} of the measured matmul speed, plus the time of "
-            "norms, activations and softmax; the first steps of the run are more accurate."
+            f"Times assume {format_percent(timing.MATMUL_UTILIZATION, 0)} of the measured matmul speed, plus the time "
+            "of norms, activations and softmax; the first steps of the run are more accurate."
         )
     elif speed.tokens_per_second is None:
         notes.append(
@@ -255,13 +255,13 @@ def _notes(shape: ModelShape, counted: Count, job: Job, speed: Speed | None, nee
 
 
 def _experts_note(shape: ModelShape, counted: Count) -> list[str]:
-    """What bytes and time of experts rest on; the counts rest on nothing but shapes."""
+    """Return what memory and time of experts assume; the counts assume nothing but shapes."""
     if not shape.fused and not any(site.experts > 1 for site in counted.sites):
         return []
     through = f"{shape.experts_per_token} experts" if shape.experts_per_token else "all experts"
     return [
-        f"Bytes and time of experts: each token is reckoned to pass {through} of a layer, with A and B beside them, as "
-        "in transformers' own; a module that does not show its tokens keeps a copy of the whole weight in each forward."
+        f"Memory and time of experts: each token is assumed to pass {through} per layer, with A and B next to them, as "
+        "in transformers' own; a module that does not expose its tokens copies the whole weight in each forward."
     ]
 
 

@@ -1,4 +1,4 @@
-"""Sizes on disk of what a run writes: the adapter, its checkpoint, and the whole model beside them.
+"""Sizes on disk of what a run writes: the adapter and its checkpoint, compared with the whole model.
 
 Sizes are of the tensors; a safetensors file adds a header of about a hundred bytes per tensor. This module knows no
 file names and writes nothing.
@@ -13,16 +13,16 @@ from lorakit.plan.job import DTYPE_BYTES
 from lorakit.plan.params import Count
 
 MASTER_BYTES = 4
-"""Bytes of a trained number: adapters are kept, and saved, in fp32."""
+"""Bytes of a trained parameter: adapters are held and saved in fp32."""
 
 
 @dataclass(frozen=True)
 class FileSize:
-    """One thing on disk.
+    """Size of one file.
 
     Attributes:
-        what: In a few words.
-        formula: How the size comes about.
+        what: Its name.
+        formula: How the size is computed.
         size_bytes: The size.
     """
 
@@ -32,7 +32,7 @@ class FileSize:
 
 
 def sizes(shape: ModelShape, counted: Count) -> list[FileSize]:
-    """What lies on disk after LoRA and after full fine-tuning.   [docs/math.md (40)-(43)]
+    """Return the sizes on disk of LoRA and of full fine-tuning. [docs/math.md (40)-(43)]
 
     Args:
         shape: The base.
@@ -41,7 +41,7 @@ def sizes(shape: ModelShape, counted: Count) -> list[FileSize]:
     Returns:
         Adapter; adapter with Adam's two moments; model; checkpoint of full fine-tuning in fp32 with two moments.
     """
-    trained, held, base = counted.trainable, counted.saved_numbers, shape.parameters
+    trained, held, base = counted.trainable, counted.saved_parameters, shape.parameters
     whole = f"3 × 4 × {trained:,}" if held == trained else f"4 × {held:,} + 2 × 4 × {trained:,}"
     published = DTYPE_BYTES.get(shape.dtype, MASTER_BYTES)
     return [

@@ -1,4 +1,4 @@
-"""What is asked of a plan beside model and adapter: the training job, and the speed of a machine.
+"""Inputs of a plan besides model and adapter: the training job, and the speed of a machine.
 
 Knows nothing about models, and measures nothing.
 """
@@ -11,48 +11,49 @@ from lorakit.errors import ConfigError, nearest
 from lorakit.plan.quantized import storage_named
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-"""Bytes of one number by dtype."""
+"""Bytes per element by dtype."""
 
-DTYPE_WORDS = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
-"""Short words for the dtypes."""
+DTYPE_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+"""Short names of the dtypes."""
 
 OPTIMIZERS = ("adamw", "lorafa")
-"""AdamW over all trained numbers; LoRA-FA: the factor that does not begin at zero is frozen, AdamW over the rest."""
+"""AdamW over all trained parameters; LoRA-FA freezes the factor not initialized to zero, and uses AdamW for the rest.
+"""
 
 RECOMPUTED = ("none", "feed-forward", "layers")
-"""What the backward may compute again instead of keeping it, in the order of its price: what is elementwise alone; of
-each feed-forward that runs as one function, what its first products gave; of each layer, all but its input."""
+"""What can be recomputed in the backward instead of being saved, by cost: nothing but elementwise results; in each
+fused feed-forward also the outputs of its first matmuls; in each layer everything but its input."""
 
-UTILISATION = 0.4
-"""Share of a bare matrix product's speed that a training step of a plain transformers model reaches on a CPU.
+UTILIZATION = 0.4
+"""Fraction of the measured matmul speed that a training step of an unmodified transformers model reaches on a CPU.
 
-Measured over one step of SmolLM2-135M's geometry: 0.45 where bf16 products are slow (AVX-512), 0.27 where they are
-fast (AMX), since norms, softmax, activations and the allocator take their time beside the products.
+Measured over one step of SmolLM2-135M's geometry: 0.45 where bf16 matmuls are slow (AVX-512), 0.27 where they are fast
+(AMX), since norms, softmax, activations and the allocator take their time as well.
 """
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training job.
+    """A training job.
 
     Attributes:
         batch_rows: Rows of a batch.
         length_tokens: Tokens of a row.
-        accumulation: Batches of an optimizer step.
-        steps: Optimizer steps, or None where that is not known.
-        dtype: In which the base is held and computed with.
-        optimizer: "adamw" or "lorafa": two fp32 moments for each trained number; lorafa trains one factor of two.
-        recompute: What the backward computes again, a word of `RECOMPUTED`.
-        quantization: A name of `plan.quantised.STORAGES`, or None for a base in `dtype`.
-        double_quantization: Quantise the scales too, where that storage can.
-        accelerated: Run the layers by the functions of `lorakit.speed.accelerate` and the loss without logits, as
-            `lorakit train` does by default; else as transformers has them.
-        mean_tokens: Mean tokens of a row without padding, or None where that is not known. Accelerated rows lie end to
-            end, so padded tokens take no time; else they count as any other.
+        accumulation: Batches per optimizer step.
+        steps: Optimizer steps, or None if unknown.
+        dtype: Dtype of the base and of the computation.
+        optimizer: "adamw" or "lorafa": two fp32 moments per trained parameter; lorafa trains one factor of two.
+        recompute: What the backward recomputes, one of `RECOMPUTED`.
+        quantization: A name of `plan.quantized.STORAGES`, or None for a base in `dtype`.
+        double_quantization: Whether to quantize the scales too, if that storage supports it.
+        accelerated: Whether layers run the fused forwards of `lorakit.speed.accelerate` and the loss without logits, as
+            `lorakit train` does by default; else transformers' own.
+        mean_tokens: Mean tokens of a row without padding, or None if unknown. Accelerated rows are packed, so padding
+            takes no time; otherwise padded tokens count as any other.
 
     Raises:
-        ConfigError: A number is below 1, mean_tokens is above length_tokens, or dtype, optimizer, recompute or
-            quantization is not known.
+        ConfigError: A value is below 1, mean_tokens is above length_tokens, or dtype, optimizer, recompute or
+            quantization is unknown.
     """
 
     batch_rows: int = 4
@@ -101,58 +102,57 @@ class Job:
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether only the input of each layer is kept and the rest computed again in the backward."""
+        """Return whether only the input of each layer is saved and the rest is recomputed in the backward."""
         return self.recompute == "layers"
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of one batch: what is in memory at once."""
+        """Return the tokens of one batch, which are in memory at once."""
         return self.batch_rows * self.length_tokens
 
     @property
     def step_tokens(self) -> int:
-        """Tokens that one optimizer step computes, padding among them where it is computed.   [docs/math.md (36)]"""
+        """Return the tokens of one optimizer step, including padding if it is computed. [docs/math.md (36)]"""
         each = self.mean_tokens if self.accelerated and self.mean_tokens is not None else self.length_tokens
         return round(self.batch_rows * each) * self.accumulation
 
     @property
     def dtype_bytes(self) -> int:
-        """Bytes of one number of the base."""
+        """Return the bytes per element of the base."""
         return DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a machine is; one of the two rates is enough, and a given rate of tokens wins.
+    """Speed of a machine; one of the two rates is enough, and tokens_per_second takes precedence.
 
     Attributes:
-        flops_per_second: Of a bare matrix product in the job's dtype, one multiply-add counted as two.
-        tokens_per_second: Of training steps, as a run prints it.
-        source: Where the rate comes from, in a few words.
-        utilisation: Share of `flops_per_second` that a step of transformers' own forwards reaches.
-        threads: Of the CPU that `flops_per_second` is of, or None for another device or where that is not known. With
-            them an accelerated step is reckoned by `plan.timing`.
+        flops_per_second: Matmul FLOPs per second in the job's dtype, one multiply-add counted as two.
+        tokens_per_second: Tokens per second of training steps, as a run prints it.
+        source: Where the rate comes from.
+        utilisation: Fraction of `flops_per_second` that a step of transformers' own forwards reaches.
+        threads: CPU threads of the `flops_per_second` measurement, or None for another device or if unknown. With
+            threads, the time of an accelerated step is computed by `flops.token_seconds`.
 
     Raises:
-        ConfigError: There is no rate, or one of these is not above 0.
+        ConfigError: There is no rate, or a value is not above 0.
     """
 
     flops_per_second: float | None = None
     tokens_per_second: float | None = None
     source: str = "given"
-    utilisation: float = UTILISATION
+    utilisation: float = UTILIZATION
     threads: int | None = None
 
     def __post_init__(self) -> None:
         rates = [rate for rate in (self.flops_per_second, self.tokens_per_second) if rate is not None]
         if not rates or any(not rate > 0 for rate in (*rates, self.utilisation, self.threads or 1)):
             raise ConfigError(
-                f"a speed must be above 0; {self.flops_per_second} FLOP/s and "
-                f"{self.tokens_per_second} tokens/s were given."
+                f"speed must be above 0; got {self.flops_per_second} FLOP/s and {self.tokens_per_second} tokens/s."
             )
 
     def tokens_at(self, flops_per_token: float) -> float:
-        """Tokens per second of training that costs so many FLOPs per token.   [docs/math.md (34)]
+        """Return the tokens per second of training at this cost. [docs/math.md (34)]
 
         Args:
             flops_per_token: Forward, backward and recomputation.
@@ -163,54 +163,54 @@ class Speed:
 
 
 def recomputed(recompute: str, gradient_checkpointing: bool, memory_budget: str | None, accelerated: bool) -> str:
-    """What the backward computes again, from the settings that say it.
+    """Return what the backward recomputes, from the settings that determine it.
 
     Args:
-        recompute: A word of `RECOMPUTED`.
+        recompute: One of `RECOMPUTED`.
         gradient_checkpointing: The same as "layers".
-        memory_budget: What a step may take; it chooses by itself.
-        accelerated: Whether the layers run by the functions of `lorakit.speed.accelerate`.
+        memory_budget: Limit of a step; it chooses automatically.
+        accelerated: Whether layers run the fused forwards of `lorakit.speed.accelerate`.
 
     Returns:
-        A word of `RECOMPUTED`.
+        One of `RECOMPUTED`.
 
     Raises:
-        ConfigError: Two of them exclude each other.
+        ConfigError: Two settings exclude each other.
     """
     if gradient_checkpointing and recompute == "feed-forward":
         raise ConfigError(
             "gradient_checkpointing and recompute feed-forward exclude each other: the first is recompute layers. "
-            "Leave one out."
+            "Remove one."
         )
-    way = "layers" if gradient_checkpointing else recompute
-    if memory_budget is not None and way != "none":
+    chosen = "layers" if gradient_checkpointing else recompute
+    if memory_budget is not None and chosen != "none":
         raise ConfigError(
-            f"memory_budget and recompute {way} exclude each other: the budget chooses what is computed again. Leave "
-            "one out."
+            f"memory_budget and recompute {chosen} exclude each other: the budget chooses what is recomputed. "
+            "Remove one."
         )
-    if way == "feed-forward" and not accelerated:
+    if chosen == "feed-forward" and not accelerated:
         raise ConfigError(
-            "recompute feed-forward needs accelerated forwards: a model's own can compute again whole layers alone. "
-            "Take recompute layers, or leave --no-accelerate out."
+            "recompute feed-forward needs accelerated forwards; a model's own can only recompute whole layers. "
+            "Use recompute layers, or remove --no-accelerate."
         )
-    return way
+    return chosen
 
 
 def dtype_name(word: str) -> str:
-    """The full name of a dtype.
+    """Return the full name of a dtype.
 
     Args:
-        word: Such as "bf16" or "bfloat16".
+        word: For example "bf16" or "bfloat16".
 
     Returns:
-        Such as "bfloat16".
+        For example "bfloat16".
 
     Raises:
-        ConfigError: There is no such dtype here.
+        ConfigError: The dtype is unknown.
     """
-    name = DTYPE_WORDS.get(word, word)
+    name = DTYPE_NAMES.get(word, word)
     if name not in DTYPE_BYTES:
-        hint = nearest(word, [*DTYPE_BYTES, *DTYPE_WORDS], 1)
+        hint = nearest(word, [*DTYPE_BYTES, *DTYPE_NAMES], 1)
         raise ConfigError(
             f"dtype is {word!r}; it must be one of {', '.join(DTYPE_BYTES)}"
             + (f". Did you mean {hint[0]}?" if hint else ".")

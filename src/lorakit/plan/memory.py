@@ -1,7 +1,7 @@
-"""Bytes of a training step by cause, each line with its formula, and the moment at which their sum is largest.
+"""Memory of a training step by cause, each with its formula, and the moment of the peak.
 
-Reckoned is what the program holds: tensors, to the byte where the formula is exact. An allocator may hold more: as the
-command line sets glibc's, every freed block, and holes that no later block fits (`ALLOCATOR_NOTE`).
+The estimate covers what the program holds: tensors, exact to the byte if the formula is exact. An allocator may hold
+more: as the command line configures glibc, every freed block, and gaps that no later block fits (`ALLOCATOR_NOTE`).
 This module knows nothing about time or files.
 """
 
@@ -19,17 +19,19 @@ from lorakit.plan.quantized import StoredBase, stored
 from lorakit.targets.layer_types import EMBEDDING
 
 RUNTIME_BYTES = 50_000_000
-"""What a first training step makes resident beside tensors, on Linux with torch 2.13 for CPU: pages of the libraries
-that are first executed (15 to 19 MB), kernels and scratch space of oneDNN, and the heaps of its threads."""
+"""Resident memory that the first training step adds besides tensors, on Linux with torch 2.13 for CPU: pages of library
+code run for the first time (15 to 19 MB), kernels and scratch space of oneDNN, and thread heaps.
+"""
 
 LOSS_COPIES = 3
-"""Tensors of tokens × vocabulary in fp32 that live at once where the backward begins: the log-probabilities that
-cross entropy kept, the gradient that reaches them, and the gradient that leaves log-softmax."""
+"""Tensors of tokens × vocabulary in fp32 that exist at once when the backward begins: the log-probabilities saved by
+cross entropy, the gradient that reaches them, and the gradient that leaves log-softmax.
+"""
 
 ALLOCATOR_NOTE = (
-    "Memory is that of tensors. `lorakit train` has malloc keep what is freed, so a process often holds a tenth more, "
-    "and more than that over rows of many lengths. LORAKIT_ALLOCATOR=stock and MALLOC_MMAP_THRESHOLD_=131072 in the "
-    "environment give each large tensor back at once, at some cost in speed."
+    "Memory counts tensors. `lorakit train` lets malloc keep freed blocks, so a process often holds 10% more, "
+    "and more than that with rows of many lengths. LORAKIT_ALLOCATOR=stock and MALLOC_MMAP_THRESHOLD_=131072 in the "
+    "environment return each large tensor to the OS at once, at some cost in speed."
 )
 
 
@@ -39,10 +41,10 @@ class Line:
 
     Attributes:
         cause: weights, adapter, optimizer, gradients, activations, logits or runtime.
-        formula: How the bytes come about, with its numbers.
+        formula: How the bytes are computed, with values.
         equation: Number of the formula in docs/math.md.
-        size_bytes: At its largest.
-        at_peak_bytes: At the moment of the peak.
+        size_bytes: Largest size during a step.
+        at_peak_bytes: Size at the moment of the peak.
     """
 
     cause: str
@@ -54,13 +56,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a step needs.
+    """Memory of a step.
 
     Attributes:
         lines: One per cause.
         peak_bytes: The largest sum over the moments of a step.
-        peak_moment: Which moment that is.
-        notes: What the numbers rest on.
+        peak_moment: The moment of the peak.
+        notes: Assumptions of the estimate.
     """
 
     lines: tuple[Line, ...]
@@ -69,7 +71,7 @@ class Memory:
     notes: tuple[str, ...]
 
     def bytes_of(self, cause: str) -> int:
-        """Bytes of a cause at its largest.
+        """Return the largest size of a cause, in bytes.
 
         Args:
             cause: As in `Line.cause`.
@@ -78,7 +80,7 @@ class Memory:
 
     @property
     def above_weights_bytes(self) -> int:
-        """The peak without base and adapter weights: what a process grows by once every weight is resident."""
+        """Return the peak without base and adapter weights: how much a process grows after loading all weights."""
         return self.peak_bytes - self.bytes_of("weights") - self.bytes_of("adapter")
 
 
@@ -92,7 +94,7 @@ class _Part:
 
 
 def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memory:
-    """Bytes of a LoRA step: frozen weights, fp32 factors, AdamW or LoRA-FA.   [docs/math.md (20)-(29)]
+    """Return the memory of a LoRA step: frozen weights, fp32 factors, AdamW or LoRA-FA. [docs/math.md (20)-(29)]
 
     Args:
         shape: The base.
@@ -100,38 +102,38 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
         dropout: `lora_dropout`.
         job: Batch, length, dtype, accumulation, checkpointing, and whether it is accelerated.
     """
-    number, factors = job.dtype_bytes, counted.factors + counted.magnitudes + counted.row_numbers
+    itemsize, factors = job.dtype_bytes, counted.factors + counted.magnitudes + counted.row_parameters
     trained = factors - counted.frozen  # LoRA-FA's frozen factors have neither gradient nor moments
     plain = counted.copied + counted.biases  # copies and biases have the base's dtype
-    added = f" + {number} × {plain:,}" if plain else ""
-    base = stored(shape, job.quantization, number, job.double_quantization) if job.quantization else None
+    added = f" + {itemsize} × {plain:,}" if plain else ""
+    base = stored(shape, job.quantization, itemsize, job.double_quantization) if job.quantization else None
     kept = activations.of_lora(shape, counted, dropout, job, base)
     parts = {
-        "weights": _weights(shape, number, base),
+        "weights": _weights(shape, itemsize, base),
         "adapter": _Part(
-            f"4 × {factors:,}" + (f" + {number} × {counted.copied:,}" if counted.copied else ""),
-            MASTER_BYTES * factors + number * counted.copied,
+            f"4 × {factors:,}" + (f" + {itemsize} × {counted.copied:,}" if counted.copied else ""),
+            MASTER_BYTES * factors + itemsize * counted.copied,
             21,
         ),
-        "optimizer": _Part(f"2 × (4 × {trained:,}{added})", 2 * (MASTER_BYTES * trained + number * plain), 23),
-        "gradients": _Part(f"4 × {trained:,}{added}", MASTER_BYTES * trained + number * plain, 22),
+        "optimizer": _Part(f"2 × (4 × {trained:,}{added})", 2 * (MASTER_BYTES * trained + itemsize * plain), 23),
+        "gradients": _Part(f"4 × {trained:,}{added}", MASTER_BYTES * trained + itemsize * plain, 22),
     }
-    parts["logits"] = _logits(shape, job, kept.of_blocks > 0 and accelerated.makes_no_logits(shape, counted))
+    parts["logits"] = _logits(shape, job, kept.of_blocks > 0 and accelerated.skips_logits(shape, counted))
     return _memory(kept, parts, job, _notes(shape, kept, job))
 
 
-def _weights(shape: ModelShape, number: int, base: StoredBase | None) -> _Part:
+def _weights(shape: ModelShape, itemsize: int, base: StoredBase | None) -> _Part:
     if base is None:
-        return _Part(f"{number} × {shape.parameters:,}", number * shape.parameters, 20)
-    formula = f"{number} × {base.rest:,} + {base.size_bytes:,} ({base.storage.name} of {base.numbers:,})"
-    return _Part(formula, number * base.rest + base.size_bytes, 28)
+        return _Part(f"{itemsize} × {shape.parameters:,}", itemsize * shape.parameters, 20)
+    formula = f"{itemsize} × {base.rest:,} + {base.size_bytes:,} ({base.storage.name} of {base.elements:,})"
+    return _Part(formula, itemsize * base.rest + base.size_bytes, 28)
 
 
 def of_full(shape: ModelShape, job: Job) -> Memory:
-    """Bytes of full fine-tuning of the same model: 16 for each number, and what its backward needs.
+    """Return the memory of full fine-tuning of the same model: 16 bytes per parameter, and its activations.
 
-    fp32: weight, gradient, two moments of 4 bytes. bf16 or fp16: weight and gradient of 2, and an fp32 master copy
-    beside the two moments, as mixed precision has it.
+    fp32: weight, gradient, two moments of 4 bytes. bf16 or fp16: weight and gradient of 2 bytes, and an fp32 master
+    copy and two moments, as in mixed precision.
 
     Args:
         shape: The model.
@@ -140,12 +142,12 @@ def of_full(shape: ModelShape, job: Job) -> Memory:
     Source:
         Rajbhandari et al. 2020, arXiv:1910.02054, section 3.1.
     """
-    number, numbers = job.dtype_bytes, shape.parameters
-    states = 2 if number >= MASTER_BYTES else 3
+    itemsize, parameters = job.dtype_bytes, shape.parameters
+    states = 2 if itemsize >= MASTER_BYTES else 3
     parts = {
-        "weights": _Part(f"{number} × {numbers:,}", number * numbers, 20),
-        "optimizer": _Part(f"{states} × 4 × {numbers:,}", states * MASTER_BYTES * numbers, 23),
-        "gradients": _Part(f"{number} × {numbers:,}", number * numbers, 22),
+        "weights": _Part(f"{itemsize} × {parameters:,}", itemsize * parameters, 20),
+        "optimizer": _Part(f"{states} × 4 × {parameters:,}", states * MASTER_BYTES * parameters, 23),
+        "gradients": _Part(f"{itemsize} × {parameters:,}", itemsize * parameters, 22),
     }
     parts["logits"] = _logits(shape, job, without=False)
     kept = activations.of_full(shape, job)
@@ -153,21 +155,22 @@ def of_full(shape: ModelShape, job: Job) -> Memory:
 
 
 def logits_bytes(shape: ModelShape, job: Job) -> int:
-    """Bytes over the vocabulary at the start of the backward: 3 × 4 × tokens × vocabulary.   [docs/math.md (25)]
+    """Return the bytes over the vocabulary at the start of the backward: 3 × 4 × tokens × vocabulary. [docs/math.md
+    (25)]
 
-    The logits themselves, in the base's dtype, are gone by then: nothing keeps them once they are upcast. A model
-    without a head of the vocabulary's width has none.
+    The logits themselves, in the base's dtype, are freed by then, since nothing references them once they are upcast. A
+    model without a language model head has none.
 
     Args:
         shape: The model.
-        job: Tokens of a batch; all are reckoned as trained.
+        job: Tokens of a batch; all are assumed to have a loss.
     """
     has_head = any(s.kind != EMBEDDING and not s.dense and s.out_features == shape.vocab for s in shape.sites)
     return LOSS_COPIES * 4 * job.batch_tokens * shape.vocab if has_head else 0
 
 
 def _logits(shape: ModelShape, job: Job, without: bool) -> _Part:
-    """What the loss holds where it is largest: tensors over the vocabulary, or without logits a chunk of them."""
+    """Return the largest memory of the loss: tensors over the vocabulary, or a chunk of them without logits."""
     size, tokens = logits_bytes(shape, job), job.batch_tokens
     if without:
         rows = accelerated.chunk_rows(shape, job)
@@ -177,7 +180,7 @@ def _logits(shape: ModelShape, job: Job, without: bool) -> _Part:
             f"8 × {tokens:,}"
         )
         chunk = job.dtype_bytes * rows * shape.vocab
-        return _Part(formula, chunk + hidden + accelerated.loss_keeps(shape, job), 35)
+        return _Part(formula, chunk + hidden + accelerated.loss_bytes(shape, job), 35)
     formula = f"{LOSS_COPIES} × 4 × {tokens:,} tokens × {shape.vocab:,}" if size else "no head over the vocabulary"
     return _Part(formula, size, 25)
 
@@ -199,8 +202,8 @@ def _activation_part(kept: Activations, job: Job) -> _Part:
     tokens, blocks = job.batch_tokens, max(kept.blocks_kept, 1)
     if job.gradient_checkpointing:
         formula = (
-            f"{kept.blocks_kept} × {kept.boundary:,} (inputs of blocks) + {kept.largest_block:,} (one block anew) "
-            f"+ {kept.transient:,} (its gradients) + {kept.outside:,}"
+            f"{kept.blocks_kept} × {kept.boundary:,} (inputs of blocks) + {kept.largest_block:,} (one recomputed block)"
+            f" + {kept.transient:,} (its gradients) + {kept.outside:,}"
         )
         size = kept.blocks_kept * kept.boundary + kept.largest_block + kept.transient + kept.outside
     else:
@@ -212,15 +215,15 @@ def _activation_part(kept: Activations, job: Job) -> _Part:
 
 
 def _peak(parts: dict[str, _Part], kept: Activations, job: Job) -> tuple[str, dict[str, int]]:
-    """The moment at which most is held, and what is held then of the causes that come and go.   [docs/math.md (27)]"""
-    earlier = parts["gradients"].size if job.accumulation > 1 else 0  # of the step's batches before this one
+    """Return the moment of the peak, and the bytes then of the causes that vary during a step. [docs/math.md (27)]"""
+    earlier = parts["gradients"].size if job.accumulation > 1 else 0  # of earlier batches of the step
     gradients = parts["gradients"].size
     if job.gradient_checkpointing:
         inputs, block = kept.blocks_kept * kept.boundary, kept.largest_block + kept.transient
         moments = {
             "the backward begins at the loss": (inputs + kept.outside, parts["logits"].size, earlier),
-            "the last block is computed anew": (inputs + block, 0, earlier),
-            "the first block is computed anew": (kept.boundary + block, 0, gradients),
+            "the last block is recomputed": (inputs + block, 0, earlier),
+            "the first block is recomputed": (kept.boundary + block, 0, gradients),
         }
     else:
         moments = {
@@ -237,8 +240,7 @@ def _peak(parts: dict[str, _Part], kept: Activations, job: Job) -> tuple[str, di
 def _notes(shape: ModelShape, kept: Activations, job: Job) -> tuple[str, ...]:
     if not kept.is_known:
         reckoned = (
-            f"{shape.architecture} is not an architecture whose activations were derived; they are reckoned as those "
-            f"of a {kept.family}, so take them as an estimate."
+            f"The activations of {shape.architecture} were not derived; they are estimated as those of a {kept.family}."
         )
     else:
         reckoned = f"Activations: {kept.family}."
@@ -246,24 +248,24 @@ def _notes(shape: ModelShape, kept: Activations, job: Job) -> tuple[str, ...]:
 
 
 def _how(shape: ModelShape, kept: Activations, job: Job) -> str:
-    """Which forwards were reckoned, and where they are not what a run was asked for."""
+    """Return which forwards the estimate assumes, and where they differ from those of the run."""
     if not job.accelerated:
-        return "Forwards as transformers has them (train --no-accelerate): padded tokens take memory and time."
+        return "Assumes transformers' own forwards (train --no-accelerate): padded tokens take memory and time."
     if not kept.of_blocks:
         return (
-            "What accelerated forwards keep was not derived for this architecture: its own forwards are reckoned, and "
-            "a run may need less."
+            "The activations of accelerated forwards were not derived for this architecture; "
+            "its own forwards are assumed, and a run may need less."
         )
-    said = "Accelerated forwards (train --no-accelerate turns them off)"
+    reason = "Assumes accelerated forwards (disable with train --no-accelerate)"
     own = kept.of_blocks - kept.fused
     if own:
-        said += (
-            f"; {own} of {kept.of_blocks} halves of layers run as they are, since a variant of LoRA, a copied "
-            "module, a trained bias and a quantised weight have no accelerated form"
+        reason += (
+            f"; {own} of {kept.of_blocks} sublayers run unfused, because DoRA, a saved module, a trained bias or "
+            "a quantized weight has no accelerated form"
         )
     if activations.packs(shape):
-        said += (
-            f". Rows lie end to end, so padded tokens take no memory and no time; these are rows of "
+        reason += (
+            f". Rows are packed, so padded tokens take no memory and no time; these are rows of "
             f"{job.length_tokens:,} tokens each"
         )
-    return said + "."
+    return reason + "."

@@ -1,11 +1,8 @@
-"""Rows of tables that are trained alone (`trainable_token_indices`), counted.
+"""Exact trainable parameter counts: by site, by shape, by kind, and by rank.
 
-What shares its weight with a table acts with the same rows, and counts once. Knows nothing about factors or bytes.
-
-Exact trainable counts: by site, by shape, by kind, and by rank.
-
-Which sites a config names is `lorakit.targets`' answer, the same that attaching uses; this module only counts. It
-knows nothing about bytes, time or files.
+Which sites a config names is determined by `lorakit.targets`, as for attaching; this module only counts. Trainable
+token rows (`trainable_token_indices`) are included; modules that share a table's weight share its rows, which count
+once. This module knows nothing about bytes, time or files.
 """
 
 from __future__ import annotations
@@ -23,12 +20,12 @@ from lorakit.targets.layer_types import EMBEDDING, LINEAR, PARAMETER
 
 
 def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]) -> dict[str, int]:
-    """Numbers in the rows that a config trains, by table.
+    """Return the parameters in the token rows that a config trains, by table.
 
     Args:
         shape: The model.
         config: The adapter.
-        adapted: Paths of the sites that it gives factors.
+        adapted: Paths of the sites with factors.
 
     Returns:
         Path of a table -> rows × width.
@@ -43,8 +40,8 @@ def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]
         weight = site.tied_to or site.path
         if site.path in adapted or weight in adapted:
             raise TargetError(
-                f"trainable_token_indices cannot be applied to {site.path}: the adapter has factors there. Take it out "
-                "of target_modules."
+                f"trainable_token_indices cannot be applied to {site.path}, which has LoRA factors; remove it "
+                "from target_modules."
             )
         if leaders.get(weight) != indices:
             leaders.setdefault(weight, indices)
@@ -53,12 +50,12 @@ def trained_rows(shape: ModelShape, config: LoraConfig, adapted: Collection[str]
 
 
 def with_new_tokens(shape: ModelShape, config: LoraConfig, tokens: int) -> LoraConfig:
-    """A copy of a config that trains as many rows more as tokens are added, as `lorakit train --new-tokens` does.
+    """Return a copy of a config that trains the rows of added tokens as well, as `lorakit train --new-tokens` does.
 
     Args:
-        shape: The model, as it is before.
+        shape: The model before the tokens are added.
         config: The adapter.
-        tokens: How many are added.
+        tokens: Number of added tokens.
 
     Raises:
         TargetError: The model has no embedding.
@@ -72,14 +69,15 @@ def with_new_tokens(shape: ModelShape, config: LoraConfig, tokens: int) -> LoraC
 
 
 def read_out(shape: ModelShape, rows: Mapping[str, int]) -> int:
-    """Numbers in trained rows of heads, and of embeddings that a head is tied to: these meet every hidden state.
+    """Return the parameters in token rows of heads, and of embeddings tied to a head, which multiply every hidden
+    state.
 
     Args:
         shape: The model.
-        rows: Path of a table -> numbers in its trained rows.
+        rows: Path of a table -> parameters in its trainable token rows.
     """
     heads = {path for s in shape.sites if s.kind != EMBEDDING for path in (s.path, s.tied_to)}
-    return sum(numbers for path, numbers in rows.items() if path in heads)
+    return sum(count for path, count in rows.items() if path in heads)
 
 
 def _named(
@@ -98,28 +96,28 @@ def _named(
     for name, indices in asked.items():
         sites = [site for site in tables if names_path(name, site.path)]
         if not sites:
-            raise TargetError(f"trainable_token_indices names {name!r}, and no table of the model is called so.")
+            raise TargetError(f"trainable_token_indices: the model has no embedding or head named {name!r}.")
         pairs += [(site, indices) for site in sites]
     return pairs
 
 
 @dataclass(frozen=True)
 class SiteCount:
-    """What one site trains.
+    """Trainable parameters of one site.
 
     Attributes:
         path: Dotted path of the site.
-        kind: LINEAR, "Conv1D", EMBEDDING, or PARAMETER for what `target_parameters` names.
-        out_features: Rows of the canonical weight; of experts, of each.
+        kind: "Linear", "Conv1D", "Embedding", or "Parameter" for a match of `target_parameters`.
+        out_features: Rows of the canonical weight; of each expert, if there are experts.
         in_features: Columns of it.
-        rank: Rank here.
-        scale: Factor before B·A here.
-        entry: The target entry that named it.
-        factors: Numbers in A and B: experts × rank × (in + out).
-        magnitudes: Numbers in the variant's own tensors (DoRA's magnitude: out); 0 without any.
-        frozen: Numbers of the factors that stay: with LoRA-FA rank × in, of an embedding rank × out; with the init mica
-            rank × out; else 0.
-        experts: So many matrices lie in one parameter, each with a rank of its own.
+        rank: Rank at this site.
+        scale: Factor of B·A at this site.
+        entry: The target entry that matched it.
+        factors: Elements of A and B: experts × rank × (in + out).
+        magnitudes: Elements of DoRA's magnitude: out, or 0 without DoRA.
+        frozen: Elements of frozen factors: with LoRA-FA rank × in, of an embedding rank × out; with the init mica rank
+            × out; else 0.
+        experts: Number of matrices in one parameter, each with its own factors.
     """
 
     path: str
@@ -136,30 +134,30 @@ class SiteCount:
 
     @property
     def is_bare_matrix(self) -> bool:
-        """Whether it is a matrix that `target_parameters` names, into which B·A is added, and not run beside it."""
-        return self.kind == PARAMETER and self.experts == 1
+        """Return whether it is a matrix of `target_parameters`, to which B·A is added in place."""
+        return self.kind == "Parameter" and self.experts == 1
 
     @property
     def trainable(self) -> int:
-        """Numbers that this site trains."""
+        """Return the parameters that this site trains."""
         return self.factors + self.magnitudes - self.frozen
 
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that are the same but for the layer.
+    """Sites that differ only in their layer.
 
     Attributes:
-        label: Shortest ending of the path that tells this module from the others, such as "attn.c_proj".
+        label: Shortest unambiguous suffix of the path, such as "attn.c_attn".
         kind: Kind of the sites.
         out_features: Rows of their weights.
         in_features: Columns of their weights.
         rank: Their rank.
         scale: Their scale.
-        entry: The target entry that named them.
-        sites: How many there are.
-        each: Numbers that one of them trains.
-        experts: So many matrices lie in each.
+        entry: The target entry that matched them.
+        sites: Number of sites.
+        each: Parameters that each of them trains.
+        experts: Number of matrices in each.
     """
 
     label: str
@@ -175,22 +173,22 @@ class Group:
 
     @property
     def trainable(self) -> int:
-        """Numbers that all of them train."""
+        """Return the parameters that all of them train."""
         return self.sites * self.each
 
 
 @dataclass(frozen=True)
 class Count:
-    """What an adapter trains in a model.
+    """Trainable parameters of an adapter in a model.
 
     Attributes:
-        base: Numbers of the base, by distinct storage.
+        base: Parameters of the base, by distinct storage.
         sites: The sites, in the model's order.
-        saved: Path -> numbers of each module that is copied and trained whole (`modules_to_save`).
-        biases: Numbers of the base's biases that are trained.
-        rows: Path -> numbers of the rows that are trained of each table (`trainable_token_indices`), tied ones once.
-        missing: Entries that name nothing, if that was allowed.
-        notes: Remarks of `lorakit.targets` that a person should read.
+        saved: Path -> parameters of each saved module (`modules_to_save`).
+        biases: Parameters in trained biases of the base.
+        rows: Path -> parameters in the token rows of each table (`trainable_token_indices`), tied ones once.
+        missing: Entries that match nothing, if that was allowed.
+        notes: Remarks of `lorakit.targets` for the user.
     """
 
     base: int
@@ -203,46 +201,46 @@ class Count:
 
     @property
     def factors(self) -> int:
-        """Numbers in all A and B."""
+        """Return the elements of all A and B."""
         return sum(site.factors for site in self.sites)
 
     @property
     def frozen(self) -> int:
-        """Numbers in factors that LoRA-FA leaves as they are."""
+        """Return the elements of factors that LoRA-FA freezes."""
         return sum(site.frozen for site in self.sites)
 
     @property
     def magnitudes(self) -> int:
-        """Numbers in the own tensors of the variant (DoRA's magnitudes) at all sites."""
+        """Return the elements of all DoRA magnitudes."""
         return sum(site.magnitudes for site in self.sites)
 
     @property
     def copied(self) -> int:
-        """Numbers in whole modules that are copied and trained."""
+        """Return the parameters in saved modules."""
         return sum(self.saved.values())
 
     @property
     def trainable(self) -> int:
-        """Everything that is trained: factors, magnitudes, copied modules, biases, rows.   [docs/math.md (10)]"""
-        return self.factors - self.frozen + self.magnitudes + self.copied + self.biases + self.row_numbers
+        """Return all trainable parameters: factors, magnitudes, saved modules, biases, rows. [docs/math.md (10)]"""
+        return self.factors - self.frozen + self.magnitudes + self.copied + self.biases + self.row_parameters
 
     @property
-    def row_numbers(self) -> int:
-        """Numbers in trained rows of tables."""
+    def row_parameters(self) -> int:
+        """Return the parameters in trainable token rows."""
         return sum(self.rows.values())
 
     @property
-    def saved_numbers(self) -> int:
-        """Everything that an adapter file holds: what is trained, and factors that are not."""
+    def saved_parameters(self) -> int:
+        """Return the parameters in an adapter file: trained ones, and frozen factors."""
         return self.trainable + self.frozen
 
     @property
     def share(self) -> float:
-        """Trainable numbers as a share of the base's, without unit."""
+        """Return the trainable fraction of the base's parameters."""
         return self.trainable / self.base if self.base else 0.0
 
     def groups(self) -> list[Group]:
-        """The sites gathered: one group per module of a block and rank, in the model's order."""
+        """Return the sites grouped by module of a block and rank, in the model's order."""
         labels = short_roles(site.path for site in self.sites)
         gathered: dict[tuple[object, ...], list[SiteCount]] = {}
         for site in self.sites:
@@ -266,7 +264,7 @@ class Count:
 
 
 def factor_parameters(rank: int, in_features: int, out_features: int) -> int:
-    """Numbers in A (rank, in) and B (out, rank): rank × (in + out).   [docs/math.md (10)]
+    """Return the parameters in A (rank, in) and B (out, rank): rank × (in + out). [docs/math.md (10)]
 
     Args:
         rank: Rank of the factor.
@@ -285,15 +283,15 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
     Args:
         shape: The model.
         config: The adapter.
-        allow_partial: Entries that name nothing become sentences instead of an error.
+        allow_partial: Entries that match nothing become notes instead of an error.
         optimizer: As in `Job`: "lorafa" freezes one factor of each site.
 
     Returns:
         The counts.
 
     Raises:
-        TargetError: A target matches nothing, or a module that cannot take LoRA.
-        ConfigError: A pattern cannot be used, or no targets are given.
+        TargetError: A target matches nothing, or a module that does not support LoRA.
+        ConfigError: A pattern is invalid, or there are no targets.
     """
     shape = stacked(shape, config)
     bare, in_first = _bare_parameters(shape), {other.path for other in shape.others if other.in_first}
@@ -313,13 +311,14 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
 
 
 def candidates(shape: ModelShape) -> list[Candidate]:
-    """What targets may name in a model: its sites, and everything else so that a wrong name is explained.
+    """Return what targets may name in a model: its sites, and all other modules, so that errors can explain a wrong
+    name.
 
     Args:
         shape: The model.
 
     Returns:
-        Sites first in the model's order, then modules that cannot take LoRA.
+        Sites first, in the model's order, then modules that do not support LoRA.
     """
     found = [Candidate(s.path, s.kind, s.kind, s.dense, s.out_features, s.in_features) for s in shape.sites]
     found += [Candidate(other.path, None, "module without a weight matrix") for other in shape.others]
@@ -345,7 +344,7 @@ def _site_count(site: SiteShape, match: Match, config: LoraConfig, optimizer: st
 
 
 def _bare_parameters(shape: ModelShape) -> list[BareParameter]:
-    """What `target_parameters` may name: weights of sites as they are stored, and other matrices."""
+    """Return what `target_parameters` may name: weights of sites as stored, and other matrices."""
     found = []
     for site in shape.sites:
         rows = (site.out_features, site.in_features)
@@ -355,13 +354,13 @@ def _bare_parameters(shape: ModelShape) -> list[BareParameter]:
 
 
 def _canonical(size: tuple[int, ...], in_first: bool) -> tuple[int, int, int]:
-    """Experts, out and in of a bare parameter; a matrix is one, whose first axis is out."""
+    """Return (experts, out, in) of a bare parameter; a plain matrix is one expert, stored as (out, in)."""
     experts, first, second = size if len(size) == 3 else (1, *size)
     return (experts, second, first) if in_first and len(size) == 3 else (experts, first, second)
 
 
 def _parameter_count(size: tuple[int, int, int], match: Match, config: LoraConfig, optimizer: str) -> SiteCount:
-    """A bare parameter: a matrix, or so many experts, each with factors of its own."""
+    """Count a bare parameter: a matrix, or several experts with separate factors."""
     experts, out_features, in_features = size
     lorafa = match.rank * in_features if optimizer == "lorafa" else 0
     return SiteCount(
@@ -380,7 +379,7 @@ def _parameter_count(size: tuple[int, int, int], match: Match, config: LoraConfi
 
 
 def _whole(shape: ModelShape, path: str) -> int:
-    """Numbers of a module and all inside it; a tied weight counts, since the copy has its own."""
+    """Return the parameters of a module and everything inside; a tied weight counts, since the copy has its own."""
     inside = path + "."
     own = sum(
         s.weight_parameters + s.bias_parameters for s in shape.sites if s.path == path or s.path.startswith(inside)
@@ -389,7 +388,7 @@ def _whole(shape: ModelShape, path: str) -> int:
 
 
 def _biases(shape: ModelShape, choice: str, adapted: set[str], saved: tuple[str, ...]) -> int:
-    """Numbers of the base's biases that are trained; modules that are copied whole do not train theirs twice."""
+    """Return the parameters in trained biases of the base; those inside saved modules are not counted twice."""
     if choice == "none":
         return 0
     copied = tuple(path + "." for path in saved)

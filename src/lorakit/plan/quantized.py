@@ -1,6 +1,7 @@
-"""The ways in which a frozen base can be stored in fewer bits, and what each weight then takes: exact, by formula.
+"""Storage formats of a quantized base and the exact size of each weight.
 
-The words of `--quantization` are the names of this table. Knows nothing of the packages that do it, beyond their names.
+The values of `--quantization` are the names of this table. Knows nothing of the packages that implement them, except
+their names.
 """
 
 from __future__ import annotations
@@ -14,25 +15,24 @@ from lorakit.errors import ConfigError, nearest
 from lorakit.targets.layer_types import DENSE, LINEAR
 
 BLOCK, DOUBLE_BLOCK = 64, 256
-"""Numbers that share one scale in 4-bit and HQQ weights; scales that share one in double quantisation."""
+"""Elements that share one scale in 4-bit and HQQ weights; scales that share one in double quantization."""
 
 _FP32, _CODE, _DOUBLE_CODE = 4, 16, 256
 
 
 @dataclass(frozen=True)
 class Storage:
-    """One way to store a weight in fewer bits.
+    """A storage format of quantized weights.
 
     Attributes:
-        name: What `--quantization` takes.
-        package: Package that does it.
-        meaning: In a few words.
-        bits: Bits of one number, scales apart.
-        kinds: Kinds of modules that it takes.
-        doubles: Whether the scales can be quantised too (double quantisation).
-        keeps: What its product keeps of a site for the backward: "nothing" more, its "input", or the "weight" in the
-            dtype of the products.
-        size: Rows, columns, bytes of a number of the products, and whether the scales are quantised -> bytes.
+        name: Value of `--quantization`.
+        package: Package that implements it.
+        meaning: Short description.
+        bits: Bits per element, without scales.
+        kinds: Kinds of modules that it supports.
+        doubles: Whether the scales can be quantized too (double quantization).
+        keeps: What its matmul saves for backward: "nothing" more, its "input", or the "weight" in the compute dtype.
+        size: (rows, columns, bytes per compute element, double quantization) -> bytes.
     """
 
     name: str
@@ -46,30 +46,33 @@ class Storage:
 
 
 def _four_bit(rows: int, columns: int, _: int, double: bool) -> int:
-    """Two numbers a byte, the 16 values, and a scale per 64: fp32, or one byte with an fp32 scale per 256 of them.
+    """Return the bytes of two elements per byte, 16 code values, and a scale per 64 elements: fp32, or 8-bit with an
+    fp32 scale per 256.
 
     Source:
         Dettmers et al. 2023, arXiv:2305.14314, section 3.
     """
-    numbers = rows * columns
-    blocks = -(-numbers // BLOCK)
-    packed = -(-numbers // 2) + _FP32 * _CODE
+    elements = rows * columns
+    blocks = -(-elements // BLOCK)
+    packed = -(-elements // 2) + _FP32 * _CODE
     if not double:
         return packed + _FP32 * blocks
     return packed + blocks + _FP32 * -(-blocks // DOUBLE_BLOCK) + _FP32 + _FP32 * _DOUBLE_CODE
 
 
 def _rows_of_int8(rows: int, columns: int, _: int, __: bool) -> int:
-    """One byte a number and an fp32 scale per row. Source: Dettmers et al. 2022, arXiv:2208.07339, section 2.1."""
+    """Return the bytes of int8 elements and an fp32 scale per row. Source: Dettmers et al. 2022, arXiv:2208.07339,
+    section 2.1.
+    """
     return rows * columns + _FP32 * rows
 
 
 def _torchao_int8(rows: int, columns: int, _: int, __: bool) -> int:
-    return rows * columns + (_FP32 + 1) * rows  # a scale in fp32 and a zero point of one byte per row
+    return rows * columns + (_FP32 + 1) * rows  # an fp32 scale and a one-byte zero point per row
 
 
 def _hqq(bits: int) -> Callable[[int, int, int, bool], int]:
-    """Packed numbers, and per 64 of them a scale and a zero point in the dtype of the products.
+    """Return a size function: packed elements, and per 64 of them a scale and a zero point in the compute dtype.
 
     Source:
         Badri and Shaji 2023, Half-Quadratic Quantization of Large Machine Learning Models.
@@ -96,10 +99,10 @@ _NAMED = {storage.name: storage for storage in STORAGES}
 
 
 def storage_named(name: str) -> Storage:
-    """The way of storage with that name.
+    """Return the storage format with this name.
 
     Raises:
-        ConfigError: There is none; the message gives the nearest.
+        ConfigError: The name is unknown; the message suggests the closest one.
     """
     if name not in _NAMED:
         hint = nearest(name, list(_NAMED), 1)
@@ -112,14 +115,14 @@ def storage_named(name: str) -> Storage:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a base shall be stored.
+    """Storage of a base.
 
     Attributes:
         name: A name of `STORAGES`.
-        double: Quantise the scales too; false where the storage cannot.
+        double: Whether to quantize the scales too; false if the storage does not support it.
 
     Raises:
-        ConfigError: There is no such storage.
+        ConfigError: The name is unknown.
     """
 
     name: str
@@ -130,87 +133,87 @@ class Quantization:
 
     @property
     def storage(self) -> Storage:
-        """The row of `STORAGES`."""
+        """Return the entry of `STORAGES`."""
         return storage_named(self.name)
 
-    def words(self) -> str:
-        """Such as "nf4 with double quantisation"."""
-        return f"{self.name} with double quantisation" if self.double else self.name
+    def description(self) -> str:
+        """Return the format as text, such as "nf4 with double quantization"."""
+        return f"{self.name} with double quantization" if self.double else self.name
 
 
 def stored_as(name: str | None, double: bool = True) -> Quantization | None:
-    """How a base shall be stored, from two settings.
+    """Return how to store a base, from two settings.
 
     Args:
-        name: A name of `STORAGES`, or None for as it is.
-        double: Quantise the scales too, where the storage can.
+        name: A name of `STORAGES`, or None for unquantized.
+        double: Whether to quantize the scales too, if the storage supports it.
 
     Raises:
-        ConfigError: There is no such storage.
+        ConfigError: The name is unknown.
     """
     return None if name is None else Quantization(name, double)
 
 
-def quantised_sites(shape: ModelShape, storage: Storage) -> tuple[SiteShape, ...]:
-    """The modules of a model that are stored so: those that "all-linear" takes, which are not the output head.
+def quantized_sites(shape: ModelShape, storage: Storage) -> tuple[SiteShape, ...]:
+    """Return the modules of a model that are quantized: those of "all-linear", which excludes the output head.
 
     Args:
         shape: The model.
-        storage: The way of storage.
+        storage: The storage format.
     """
     return tuple(s for s in shape.sites if s.dense and s.kind in storage.kinds and s.tied_to is None)
 
 
 @dataclass(frozen=True)
 class StoredBase:
-    """What a quantised base takes.
+    """Size of a quantized base.
 
     Attributes:
-        storage: The way of storage.
-        sites: Weights that are stored so.
-        numbers: Numbers in them.
-        size_bytes: What they take.
-        rest: Numbers of the base that stay as they are.
+        storage: The storage format.
+        sites: Quantized weights.
+        elements: Elements in them.
+        size_bytes: Their size.
+        rest: Unquantized parameters of the base.
     """
 
     storage: Storage
     sites: tuple[SiteShape, ...]
-    numbers: int
+    elements: int
     size_bytes: int
     rest: int
 
     @property
     def paths(self) -> frozenset[str]:
-        """Paths of the quantised weights' modules."""
+        """Return the module paths of the quantized weights."""
         return frozenset(site.path for site in self.sites)
 
     @property
     def largest(self) -> int:
-        """Numbers of the largest of these weights: what is multiplied out at once."""
+        """Return the elements of the largest of these weights, which is dequantized at once."""
         return max(site.weight_parameters for site in self.sites)
 
 
-def stored(shape: ModelShape, name: str, number_bytes: int, double: bool) -> StoredBase:
-    """The bytes of a base that is stored in fewer bits.   [docs/math.md (28)]
+def stored(shape: ModelShape, name: str, itemsize: int, double: bool) -> StoredBase:
+    """Return the size of a quantized base. [docs/math.md (28)]
 
     Args:
         shape: The base.
         name: A name of `STORAGES`.
-        number_bytes: Bytes of one number of what is not quantised, and of the products.
-        double: Quantise the scales too, where the storage can.
+        itemsize: Bytes per element of unquantized weights and of the computation.
+        double: Whether to quantize the scales too, if the storage supports it.
 
     Raises:
-        ConfigError: No such storage, or no module of this model can be stored so.
+        ConfigError: The name is unknown, or no module of this model can be stored this way.
     """
     storage = storage_named(name)
-    sites = quantised_sites(shape, storage)
+    sites = quantized_sites(shape, storage)
     if not sites:
         raise ConfigError(
-            f"{shape.name}: quantization {name!r} takes {' and '.join(storage.kinds)} modules, and this "
-            f"{shape.architecture} has none beside its output head. Leave it out, or take one of "
-            f"{', '.join(s.name for s in STORAGES if quantised_sites(shape, s)) or 'no other'}.",
+            f"{shape.name}: quantization {name!r} supports {' and '.join(storage.kinds)} modules, and this "
+            f"{shape.architecture} has none besides its output head. Omit it, or use one of "
+            f"{', '.join(s.name for s in STORAGES if quantized_sites(shape, s)) or 'no other'}.",
             where=shape.name,
         )
-    sizes = [storage.size(s.out_features, s.in_features, number_bytes, double and storage.doubles) for s in sites]
-    numbers = sum(site.weight_parameters for site in sites)
-    return StoredBase(storage, sites, numbers, sum(sizes), shape.parameters - numbers)
+    sizes = [storage.size(s.out_features, s.in_features, itemsize, double and storage.doubles) for s in sites]
+    elements = sum(site.weight_parameters for site in sites)
+    return StoredBase(storage, sites, elements, sum(sizes), shape.parameters - elements)

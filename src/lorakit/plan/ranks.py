@@ -1,6 +1,6 @@
-"""The rank table: what is trained at each of several ranks, by distinct shape of site.
+"""Rank table: trainable parameters at each of several ranks, by distinct shape of site.
 
-Counting is `lorakit.plan.params`' work; this module only lays it out.
+`lorakit.plan.params` counts; this module only builds the table.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class RankRow:
     """One distinct shape of site in a rank table.
 
     Attributes:
-        labels: The modules that have this shape.
+        labels: The modules with this shape.
         kind: Their kind.
         out_features: Rows of the weight.
         in_features: Columns of it.
-        sites: How many sites have it.
-        each: Numbers that one such site trains, by column.
+        sites: Number of sites with it.
+        each: Parameters that one such site trains, by column.
     """
 
     labels: tuple[str, ...]
@@ -38,13 +38,13 @@ class RankRow:
 
 @dataclass(frozen=True)
 class RankTable:
-    """Trainable numbers by rank.
+    """Trainable parameters by rank.
 
     Attributes:
         ranks: The columns.
         rows: One per distinct shape of site.
-        totals: All that is trained at each rank, over all sites, with copies and biases.
-        shares: The same as a share of the base, without unit.
+        totals: Trainable parameters at each rank, over all sites, with copies and biases.
+        shares: The same as a fraction of the base.
     """
 
     ranks: tuple[int, ...]
@@ -54,11 +54,11 @@ class RankTable:
 
 
 def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int], optimizer: str = "adamw") -> RankTable:
-    """Trainable numbers by rank: one row per distinct shape of site and a total, one column per rank.
+    """Return the trainable parameters by rank: one row per distinct shape of site and a total, one column per rank.
 
     Args:
         shape: The model.
-        config: The adapter; its rank and `rank_pattern` give way to the column's rank.
+        config: The adapter; the column's rank overrides its rank and `rank_pattern`.
         ranks: The columns.
         optimizer: As in `Job`.
 
@@ -67,10 +67,10 @@ def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int], opti
 
     Raises:
         UsageError: A rank is below 1, or there is none.
-        TargetError: As `count`.
+        TargetError: As for `count`.
     """
     if not ranks or any(rank < 1 for rank in ranks):
-        raise UsageError(f"ranks are {list(ranks)}; give one or more whole numbers of at least 1, such as 4,8,16,32.")
+        raise UsageError(f"ranks must be one or more integers of at least 1, such as 4,8,16,32; got {list(ranks)}.")
     columns = [
         count(shape, dataclasses.replace(config, r=rank, rank_pattern={}), optimizer=optimizer) for rank in ranks
     ]

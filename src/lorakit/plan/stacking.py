@@ -1,4 +1,4 @@
-"""The shape of a model whose layers are stacked anew (`layer_replication`): more sites, no more weights."""
+"""Shape of a model with replicated layers (`layer_replication`): more sites, no additional weights."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ LISTS = ("layers", "layer", "h")
 
 
 def stacked(shape: ModelShape, config: LoraConfig) -> ModelShape:
-    """A shape as an adapter's config stacks its layers; the shape itself where it does not.
+    """Return a shape with the layers that an adapter's config replicates; the shape itself without replication.
 
     Args:
         shape: The model.
         config: The adapter's config.
 
     Returns:
-        The shape with the layers that will stand there; a layer that stands there again shares its weights.
+        The shape with the resulting layers; repeated layers share their weights.
 
     Raises:
-        ConfigError: The shape has no list of layers, or a range does not fit.
+        ConfigError: The shape has no list of layers, or a range is out of bounds.
     """
     if not config.layer_replication:
         return shape
@@ -54,25 +54,27 @@ def stacked(shape: ModelShape, config: LoraConfig) -> ModelShape:
 
 
 def _list_and_order(shape: ModelShape, ranges: Sequence[tuple[int, int]]) -> tuple[str, list[int]]:
-    """Path of the list of layers, and the original number of each layer that will stand there."""
+    """Return the path of the list of layers, and the original index of each resulting layer."""
     lists: dict[str, set[int]] = {}
     for block in shape.blocks:
         path, _, number = block.rpartition(".")
         lists.setdefault(path, set()).add(int(number))
     name = next((path for path in lists if path.rpartition(".")[2] in LISTS), None)
     if name is None:
-        raise ConfigError(f"layer_replication: {shape.name} has no list of layers as Llama, Bert or Falcon have.")
+        raise ConfigError(f"layer_replication: {shape.name} has no list of layers as in Llama, Bert or Falcon.")
     count = len(lists[name])
     order: list[int] = []
     for start, end in ranges:
         if not 0 <= start < end <= count:
-            raise ConfigError(f"layer_replication holds ({start}, {end}); {shape.name} has layers 0 to {count - 1}.")
+            raise ConfigError(
+                f"layer_replication: range ({start}, {end}) is out of bounds; {shape.name} has layers 0 to {count - 1}."
+            )
         order += range(start, end)
     return name, order
 
 
 def _layer(path: str, name: str) -> int | None:
-    """The number of the layer of a list that a module lies in, or None."""
+    """Return the index of the layer that a module belongs to, or None."""
     block = block_of(path)
     return int(block.rpartition(".")[2]) if block is not None and block.rpartition(".")[0] == name else None
 

@@ -1,6 +1,6 @@
 """A plan as plain text: the answer first, then tables; nothing is wider than 80 columns.
 
-Knows nothing about terminals; the numbers are those of `Plan`, rounded for reading.
+Knows nothing about terminals; values are those of `Plan`, rounded for reading.
 """
 
 from __future__ import annotations
@@ -130,10 +130,10 @@ def _sites(plan: Plan) -> str:
          f"{g.each:,}", f"{g.trainable:,}"]
         for g in groups
     ]  # fmt: skip
-    for path, numbers in plan.counted.saved.items():
-        rows.append([path, "saved module", "", "1", "", "", f"{numbers:,}", f"{numbers:,}"])
-    for path, numbers in plan.counted.rows.items():
-        rows.append([path, "token rows", "", "1", "", "", f"{numbers:,}", f"{numbers:,}"])
+    for path, count in plan.counted.saved.items():
+        rows.append([path, "saved module", "", "1", "", "", f"{count:,}", f"{count:,}"])
+    for path, count in plan.counted.rows.items():
+        rows.append([path, "token rows", "", "1", "", "", f"{count:,}", f"{count:,}"])
     if plan.counted.biases:
         rows.append(["biases of the base", "", "", "", "", "", "", f"{plan.counted.biases:,}"])
     rows.append(["total", "", "", f"{len(plan.counted.sites):,}", "", "", "", f"{plan.counted.trainable:,}"])

@@ -1,7 +1,7 @@
-"""Why an adapter has as many parameters as it has, in sentences.
+"""Explanations of an adapter's parameter count.
 
-The count is a sum over sites, so the sentences say which name chose which modules, what one of each trains, and how
-the sum comes about. This module computes nothing that `params` does not.
+The count is a sum over sites; the messages say which target entry matched which modules, what each of them trains, and
+how the sum is formed. This module computes nothing that `params` does not.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ _MANY_GROUPS = 8
 
 
 def reasons(counted: Count, config: LoraConfig) -> list[str]:
-    """Why each target matched what it did, and how the total comes about.
+    """Return why each target matched what it did, and how the total is formed.
 
     Args:
         counted: The counts.
-        config: The config that they are of.
+        config: The config that was counted.
 
     Returns:
-        Sentences, each whole on its own.
+        Messages, each self-contained.
     """
     by_entry: dict[str, list[Group]] = {}
     for group in counted.groups():
@@ -29,17 +29,17 @@ def reasons(counted: Count, config: LoraConfig) -> list[str]:
     sentences = [_entry(entry, groups) for entry, groups in sorted(by_entry.items())]
     sentences.append(_sum(counted))
     sentences.append(_idle(config))
-    if counted.magnitudes:
-        sentences.append(config.own_numbers_in_words(counted.magnitudes))
+    if config.use_dora:
+        sentences.append(f"DoRA adds a magnitude per output of a site: {counted.magnitudes:,} in total.")
     if counted.frozen:
-        sentences.append(f"LoRA-FA leaves one factor of each site as it is: {counted.frozen:,} numbers beside these.")
-    for path, numbers in counted.saved.items():
-        sentences.append(f"{path} is copied and trained whole: {numbers:,}.")
-    for path, numbers in counted.rows.items():
-        sentences.append(f"Some rows of {path} are trained, in place of the base's: {numbers:,}.")
+        sentences.append(f"LoRA-FA freezes one factor of each site: {counted.frozen:,} parameters, not included.")
+    for path, count in counted.saved.items():
+        sentences.append(f"{path} is a saved module with {count:,} parameters.")
+    for path, count in counted.rows.items():
+        sentences.append(f"{path} has trainable token rows with {count:,} parameters.")
     if config.bias != "none":
-        sentences.append(f"bias {config.bias!r} trains {counted.biases:,} numbers of the base's biases.")
-    # `_entry` says which modules one name matches, with the numbers
+        sentences.append(f"bias={config.bias!r} trains {counted.biases:,} biases of the base.")
+    # `_entry` already reports which modules a name matches, with counts
     sentences += [note.text for note in counted.notes if note.kind != SEVERAL_MODULES]
     sentences += [unmatched.text for unmatched in counted.missing]
     return sentences
@@ -48,13 +48,13 @@ def reasons(counted: Count, config: LoraConfig) -> list[str]:
 def _entry(entry: str, groups: list[Group]) -> str:
     parts = [f"{g.label} ({g.in_features:,}→{g.out_features:,}, {_kinds(g)}), {g.each:,} each" for g in groups]
     if len(groups) == 1:
-        return f"{entry!r} names {parts[0]}."
+        return f"{entry!r} matches {parts[0]}."
     if entry.lower() == "all-linear":
-        return f"{entry!r} takes every dense layer but the output head: {'; '.join(parts)}."
+        return f"{entry!r} matches every dense layer except the output head: {'; '.join(parts)}."
     attention = [g.label for g in groups if "attn" in g.label or "attention" in g.label]
     mlp = [g.label for g in groups if "mlp" in g.label]
-    told = ", in the attention and in the MLP" if attention and mlp else ""
-    return f"{entry!r} names {len(groups)} different modules{told}: {' and '.join(parts)}."
+    where = ", in the attention and in the MLP" if attention and mlp else ""
+    return f"{entry!r} matches {len(groups)} different modules{where}: {' and '.join(parts)}."
 
 
 def _kinds(group: Group) -> str:
@@ -70,14 +70,14 @@ def _sum(counted: Count) -> str:
         by_sites.setdefault(group.sites, []).append(group)
     total = sum(group.trainable for group in groups)
     if len(groups) > _MANY_GROUPS:
-        return f"In all {len(counted.sites):,} sites with {total:,} numbers."
+        return f"In total {len(counted.sites):,} sites with {total:,} parameters."
     terms = []
     for count, members in by_sites.items():
         inner = " + ".join(f"{group.each:,}" for group in members)
         terms.append(f"{count} × ({inner})" if len(members) > 1 else f"{count} × {inner}")
-    each = "out (of an embedding in)" if counted.frozen else "(in + out)"
-    each += ", and each expert as much" if any(group.experts > 1 for group in groups) else ""
-    return f"{' + '.join(terms)} = {total:,}; one site trains r × {each}" + (" + out." if counted.magnitudes else ".")
+    each = "out (for an embedding in)" if counted.frozen else "(in + out)"
+    each += ", and each expert the same" if any(group.experts > 1 for group in groups) else ""
+    return f"{' + '.join(terms)} = {total:,}; each site trains r × {each}" + (" + out." if counted.magnitudes else ".")
 
 
 def _idle(config: LoraConfig) -> str:

@@ -1,11 +1,11 @@
-"""Faster forwards for the parts of a model that are known, with the same numbers, reversibly: `accelerate`.
+"""Fused forwards for supported modules of a model, with unchanged results and reversible: `accelerate`.
 
-`choose` measures which way is faster on this machine where there are several.
+`choose` measures which kernels are fastest on this machine.
 """
 
 from __future__ import annotations
 
-from lorakit.speed.acceleration import Acceleration, accelerate, end_to_end
-from lorakit.speed.tuning import Chosen, choose
+from lorakit.speed.acceleration import Acceleration, accelerate, pack_rows
+from lorakit.speed.tuning import TuningResult, choose
 
-__all__ = ["Acceleration", "Chosen", "accelerate", "choose", "end_to_end"]
+__all__ = ["Acceleration", "TuningResult", "accelerate", "choose", "pack_rows"]

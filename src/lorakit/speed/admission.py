@@ -1,12 +1,10 @@
-"""Tell if a tensor was changed in place since something about it was remembered.
+"""Decide which modules of a model may run a fused forward: by structure, by class, and by probes.
 
-What is remembered is kept in the tensor's own `__dict__`, so it goes with the tensor, and no other one with the same
-`id` is taken for it.
+A module keeps its own forward if its class, or one inside it, overrides a method of a known class; if a probe at one of
+several lengths differs or raises; or if that happened to a module that the fused forward would bypass.
 
-Decide which modules of a model may run a fast forward: by structure, by class, and by probes.
-
-A module keeps its own forward if its class, or one below it, replaces a method of a known class; if a probe at one of
-several lengths differs or raises; or if that happened to a module that its fast forward would run without calling it.
+This module also detects in-place changes of tensors. What is remembered about a tensor is stored in its own `__dict__`,
+so it lives as long as the tensor and cannot be confused with another one that gets the same `id`.
 """
 
 from __future__ import annotations
@@ -19,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.speed import linear
-from lorakit.speed.comparing import Branches, Verdict, judged, judged_branches
+from lorakit.speed.comparing import Branches, Verdict, compare, compare_branches
 from lorakit.speed.contract import is_own_forward
 from lorakit.speed.probe import Call, attempt, first_calls
 
 
 def version_of(x: Tensor) -> int | Tensor:
-    """Return what `is_version` compares later: the count of changes, or a copy of an inference tensor, which has none.
+    """Return a version for `is_version`: the tensor's change counter, or a copy of an inference tensor, which has none.
 
     Args:
         x: A tensor of any shape (…).
@@ -34,11 +32,11 @@ def version_of(x: Tensor) -> int | Tensor:
 
 
 def is_version(x: Tensor, version: int | Tensor) -> bool:
-    """Return whether a tensor is as it was.
+    """Return whether a tensor is unchanged.
 
     Args:
         x: The tensor, of any shape (…).
-        version: What `version_of` returned for it.
+        version: The result of `version_of` for it.
     """
     if isinstance(version, Tensor):
         return torch.equal(x, version)
@@ -46,32 +44,32 @@ def is_version(x: Tensor, version: int | Tensor) -> bool:
 
 
 LENGTHS = (1, 33)
-"""Tokens of one row in the further probes, each of one module per kind."""
+"""Tokens of one row in the further probes, which run on one module per kind."""
 
 KNOWN = frozenset({"torch", "transformers", "peft", "lorakit"})
 """Packages whose classes the structure checks were written for."""
 
 HARMLESS = frozenset({"extra_repr"})
-"""Methods that a class may replace without changing what a module computes."""
+"""Methods that a class may override without changing what a module computes."""
 
 CALLED = frozenset({"__call__", "__getattr__", "__getattribute__"})
-"""Special methods that take part in a call of a module."""
+"""Special methods involved in calling a module."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A fast forward.
+class FusedForward:
+    """A fused forward.
 
     Attributes:
-        name: Said in the report.
-        fits: Module -> None where it has the structure, else why not, as a short phrase.
-        run: Module and the arguments of a call -> the output, or None where the module's own forward has to run.
-        concerns: Whether a module that does not fit is reported as left.
-        whole: It runs all that is inside by itself, of which nothing is reported then.
-        residual: The output is the input plus a branch.
-        calls: Module -> names of the children that the fast forward calls as modules.
+        name: Name in the report.
+        fits: Module -> None if the structure matches, else a short reason.
+        run: Module and the arguments of a call -> the output, or None if the module's own forward must run.
+        concerns: Whether a module that does not match is reported as skipped.
+        whole: Whether it computes everything inside the module, whose children are then not reported.
+        residual: Whether the output is the input plus a branch.
+        calls: Module -> names of the children that it calls as modules.
         traced: Module -> paths below it of the modules whose calls `branches` needs.
-        branches: Pairs the branches that a residual or a norm behind it would hide, or None.
+        branches: Pairs the branches that a residual or a norm after it would hide, or None.
     """
 
     name: str
@@ -86,13 +84,13 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Left:
-    """A module that stays as it is.
+class Skipped:
+    """A module that keeps its own forward.
 
     Attributes:
         path: Path in the model.
         kind: Its class.
-        why: The reason, as a phrase.
+        why: The reason, a short phrase.
     """
 
     path: str
@@ -100,60 +98,62 @@ class Left:
     why: str
 
 
-Parts = dict[str, tuple[nn.Module, Recipe]]
-"""Path -> module and its recipe."""
+Parts = dict[str, tuple[nn.Module, FusedForward]]
+"""Path -> module and its fused forward."""
 
 
-def candidates(modules: Mapping[str, nn.Module], recipes: tuple[Recipe, ...]) -> tuple[Parts, list[Left]]:
-    """Find the modules that have the structure and classes of a recipe.
+def candidates(
+    modules: Mapping[str, nn.Module], fused_forwards: tuple[FusedForward, ...]
+) -> tuple[Parts, list[Skipped]]:
+    """Find the modules whose structure and classes match a fused forward.
 
     Args:
         modules: Path -> module.
-        recipes: In order of preference.
+        fused_forwards: Fused forwards in order of preference.
 
     Returns:
-        The candidates, and the modules of the same sort that are none.
+        The candidates, and the modules of the same kinds that do not match.
     """
     wanted: Parts = {}
-    left: list[Left] = []
+    skipped: list[Skipped] = []
     inside = {id(part) for layer in modules.values() if linear.is_adapted(layer) for part in _of_adapters(layer)}
     foreign: dict[type, bool] = {}
     for path, module in modules.items():
         if id(module) in inside:
             continue
         reasons = []
-        for recipe in recipes:
-            why = recipe.fits(module)
-            stranger = None if why is not None else _stranger(module, recipe, foreign)
+        for fused_forward in fused_forwards:
+            why = fused_forward.fits(module)
+            stranger = None if why is not None else _stranger(module, fused_forward, foreign)
             if stranger is not None:
-                reasons.append(f"{stranger} replaces methods of a known class, or is none")
+                reasons.append(f"{stranger} overrides methods of a known class or is unknown")
             elif why is None:
-                wanted[path] = (module, recipe)
+                wanted[path] = (module, fused_forward)
                 break
-            elif recipe.concerns(module):
+            elif fused_forward.concerns(module):
                 reasons.append(why)
         else:
-            left += [Left(path, type(module).__name__, reason) for reason in reasons[:1]]
-    return wanted, left
+            skipped += [Skipped(path, type(module).__name__, reason) for reason in reasons[:1]]
+    return wanted, skipped
 
 
-def recorded(parts: Parts) -> dict[str, nn.Module]:
-    """Collect the modules whose calls the probes of these parts need.
+def modules_to_record(parts: Parts) -> dict[str, nn.Module]:
+    """Collect the modules whose calls the probes need.
 
     Args:
-        parts: The parts.
+        parts: The candidates.
 
     Returns:
-        Path -> module, of the parts and of what their branches need.
+        Path -> module, including the modules that their branches need.
     """
     found = {path: module for path, (module, _) in parts.items()}
-    for path, (module, recipe) in parts.items():
-        found |= {f"{path}.{below}": module.get_submodule(below) for below in recipe.traced(module)}
+    for path, (module, fused_forward) in parts.items():
+        found |= {f"{path}.{below}": module.get_submodule(below) for below in fused_forward.traced(module)}
     return found
 
 
-def admitted(model: nn.Module, wanted: Parts, found: Mapping[str, Call]) -> tuple[Parts, list[Left]]:
-    """Probe candidates; the caller sees to `at_rest`.
+def admit(model: nn.Module, wanted: Parts, found: Mapping[str, Call]) -> tuple[Parts, list[Skipped]]:
+    """Probe candidates; call it in `eval_mode`.
 
     Args:
         model: The model.
@@ -161,46 +161,46 @@ def admitted(model: nn.Module, wanted: Parts, found: Mapping[str, Call]) -> tupl
         found: Their calls in a first forward, and those that their branches need.
 
     Returns:
-        The candidates that may run their fast forward, and the others.
+        The candidates that may run their fused forward, and the others.
     """
     firsts, first_of = _one_of_each(wanted, found)
     at_lengths = _at_lengths(model, firsts)
     verdicts: dict[str, Verdict] = {}
     differing: list[str] = []
     for path in reversed(wanted):  # children before parents
-        module, recipe = wanted[path]
-        child = _fused_among(differing, path, module, recipe)
+        module, fused_forward = wanted[path]
+        child = _fused_among(differing, path, module, fused_forward)
         verdict = None
         if child is not None:
             verdict = Verdict(f"its {child[len(path) + 1 :]}: {verdicts[child].why}", differs=True)
-        verdict = verdict or _verdict(path, module, recipe, found)
+        verdict = verdict or _verdict(path, module, fused_forward, found)
         verdicts[path] = verdict if verdict.differs else at_lengths.get(first_of[path], verdict)
         if verdicts[path].differs:
             differing.append(path)
     fast = {path: part for path, part in wanted.items() if not verdicts[path].why}
-    left = [
-        Left(path, type(module).__name__, verdicts[path].why)
-        for path, (module, recipe) in wanted.items()
-        if verdicts[path].differs or (verdicts[path].why and recipe.concerns(module))
+    skipped = [
+        Skipped(path, type(module).__name__, verdicts[path].why)
+        for path, (module, fused_forward) in wanted.items()
+        if verdicts[path].differs or (verdicts[path].why and fused_forward.concerns(module))
     ]
-    return fast, left
+    return fast, skipped
 
 
 def _of_adapters(layer: Any) -> list[nn.Module]:
-    """The modules inside a layer that are an adapter's and not the base's."""
+    """Return the modules inside a layer that belong to adapters, not to the base."""
     base = {id(module) for module in layer.base_layer.modules()}
     return [module for module in layer.modules() if module is not layer and id(module) not in base]
 
 
-def _stranger(module: nn.Module, recipe: Recipe, foreign: dict[type, bool]) -> str | None:
-    """The class of a module that a fast forward would pass over without knowing it, or None.
+def _stranger(module: nn.Module, fused_forward: FusedForward, foreign: dict[type, bool]) -> str | None:
+    """Return the name of an unknown class that a fused forward would bypass, or None.
 
     Args:
-        module: The module that fits.
-        recipe: Its recipe.
-        foreign: Class -> whether it is one of those, as far as is known; added to.
+        module: The candidate.
+        fused_forward: Its fused forward.
+        foreign: Cache, class -> whether it is unknown.
     """
-    called = recipe.calls(module)
+    called = fused_forward.calls(module)
     parts = [
         module,
         *(part for name, child in module.named_children() if name not in called for part in child.modules()),
@@ -216,8 +216,8 @@ def _stranger(module: nn.Module, recipe: Recipe, foreign: dict[type, bool]) -> s
 def _is_foreign(kind: type) -> bool:
     """Return whether a class computes something that the structure checks were not written for.
 
-    That is a forward from another package, also one that was set on a known class, or another method of a known class
-    that a class from elsewhere replaces.
+    That is a forward from another package, even if assigned to a known class, or an override of any method of a known
+    class in a class from elsewhere.
     """
     if not _is_known(getattr(kind, "forward", None)) or not is_own_forward(kind):
         return True
@@ -235,9 +235,9 @@ def _is_foreign(kind: type) -> bool:
 
 
 def _is_known(method: Any) -> bool:
-    """Return whether a method, and all that it decorates, was written in a known package.
+    """Return whether a method, and every function it decorates, was written in a known package.
 
-    The globals of a function tell; a decorator copies its other names from what it decorates.
+    Checked by a function's globals, because decorators copy the other names from what they wrap.
     """
     while method is not None:
         if _package(getattr(method, "__globals__", {}).get("__name__", "")) not in KNOWN:
@@ -251,11 +251,11 @@ def _package(module: str) -> str:
 
 
 def _one_of_each(wanted: Parts, found: Mapping[str, Call]) -> tuple[Parts, dict[str, str]]:
-    """The first of the called modules that are alike but for their numbers; and path -> path of the first like it."""
+    """Group called modules that differ only in their weights; returns the first of each, and path -> its first."""
     first: dict[Any, str] = {}
     first_of = {}
-    for path, (module, recipe) in wanted.items():
-        settings = [path in found, type(module), recipe.name]
+    for path, (module, fused_forward) in wanted.items():
+        settings = [path in found, type(module), fused_forward.name]
         for name, part in (("", module), *module.named_children()):
             settings += [name, type(part), *sorted(_simple(part))]
         first_of[path] = first.setdefault(tuple(settings), path)
@@ -263,39 +263,39 @@ def _one_of_each(wanted: Parts, found: Mapping[str, Call]) -> tuple[Parts, dict[
 
 
 def _simple(module: nn.Module) -> list[str]:
-    """The settings of a module that are plain values, as text, without its place in the model."""
+    """Return the plain settings of a module as text, without its position in the model."""
     plain = (bool, int, float, str, type(None))
     return [f"{k}={v!r}" for k, v in vars(module).items() if isinstance(v, plain) and k != "layer_idx"]
 
 
 def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
-    """The modules whose fast forward differs at another length than that of the first probe, with the verdict."""
+    """Return the modules whose fused forward differs at another length, with the verdict."""
     differing = {}
     for tokens in LENGTHS if firsts else ():
-        found = attempt(lambda tokens=tokens: first_calls(model, recorded(firsts), tokens))  # type: ignore[misc]
+        found = attempt(lambda tokens=tokens: first_calls(model, modules_to_record(firsts), tokens))  # type: ignore[misc]
         if isinstance(found, Exception):
-            continue  # a model may have no such length
-        for path, (module, recipe) in firsts.items():
-            verdict = _verdict(path, module, recipe, found)
+            continue  # the model may not support this length
+        for path, (module, fused_forward) in firsts.items():
+            verdict = _verdict(path, module, fused_forward, found)
             if verdict.differs:
                 differing[path] = Verdict(f"at length {tokens}, {verdict.why}", differs=True)
     return differing
 
 
-def _verdict(path: str, module: nn.Module, recipe: Recipe, found: Mapping[str, Call]) -> Verdict:
-    """Compare the fast forward of a module with its recorded calls."""
+def _verdict(path: str, module: nn.Module, fused_forward: FusedForward, found: Mapping[str, Call]) -> Verdict:
+    """Compare the fused forward of a module with its modules_to_record calls."""
     call = found.get(path)
     if call is None:
-        return Verdict("it was not called")
-    verdict = judged(module, recipe.run, call, residual=recipe.residual)
-    if verdict.why or recipe.branches is None:
+        return Verdict("not called")
+    verdict = compare(module, fused_forward.run, call, residual=fused_forward.residual)
+    if verdict.why or fused_forward.branches is None:
         return verdict
-    inside = {below: found[f"{path}.{below}"] for below in recipe.traced(module) if f"{path}.{below}" in found}
-    return judged_branches(recipe.branches, module, call, inside)
+    inside = {below: found[f"{path}.{below}"] for below in fused_forward.traced(module) if f"{path}.{below}" in found}
+    return compare_branches(fused_forward.branches, module, call, inside)
 
 
-def _fused_among(differing: list[str], path: str, module: nn.Module, recipe: Recipe) -> str | None:
-    """The path of a module whose fast forward differs and that this one would run without calling it, or None."""
+def _fused_among(differing: list[str], path: str, module: nn.Module, fused_forward: FusedForward) -> str | None:
+    """Return the path of a module whose fused forward differs and that this one would bypass, or None."""
     below = [one for one in differing if one.startswith(f"{path}.")]
-    called = tuple(f"{path}.{name}." for name in recipe.calls(module)) if below else ()
+    called = tuple(f"{path}.{name}." for name in fused_forward.calls(module)) if below else ()
     return next((one for one in below if not f"{one}.".startswith(called or ("\0",))), None)

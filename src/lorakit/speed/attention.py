@@ -1,6 +1,7 @@
-"""What the mask of a call hides beside its pattern: nothing, padding, or more; a mask is read once for all layers.
+"""Fused causal self-attention, with rotary positions or none: projections, attention and output as one function.
 
-The recipe of causal self-attention with rotary positions or none: projections, heads and output as one function.
+A mask is read once for all layers of a forward, and classified by what it hides besides the pattern: nothing, padding,
+or more.
 """
 
 from __future__ import annotations
@@ -18,36 +19,36 @@ from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
 from lorakit.speed.admission import is_version, version_of
 from lorakit.speed.last_layer import KEYWORD
-from lorakit.speed.linear import acting_in, forwards_of
+from lorakit.speed.linear import active_operands, forwards_of
 from lorakit.speed.submodules import (
-    asks_for_weights,
     by_name,
-    is_usual,
+    dropout_p,
+    is_supported,
+    knows_all,
     norm_of,
-    says_nothing_else,
-    share_of,
-    unknown_fields,
-    unknown_words,
+    unknown_attributes,
+    unknown_config_fields,
+    wants_weights,
 )
 
 HIDDEN = -1e4
-"""Numbers at or below this hide a place: the least of a dtype is added to its score."""
+"""Mask values at or below this hide a position; models add the smallest value of a dtype."""
 
 MASK_FIELDS = "_lorakit_read"
-"""Where a mask, which all layers of a forward share, keeps what is known of it, with its version then."""
+"""Attribute of a mask, which all layers of a forward share, that caches what was read from it, with its version."""
 
 
 def under(mask: Any, x: Tensor, pattern: Pattern) -> Pattern | None:
-    """A pattern with what a mask hides beside it.
+    """Add what a mask hides to a pattern.
 
     Args:
         mask: (rows or 1, heads or 1, T, T), true or 0 where a token is seen; or None.
         x: Hidden states, (rows, T, d).
-        pattern: Who sees whom without it; it may have a bias.
+        pattern: The pattern without the mask; it may have a bias.
 
     Returns:
-        The pattern, with a bias where that hides more, or None where the mask shows more than the pattern, hides all
-        from a token, or is no such mask; and where there is a bias on a device of which no kernel here takes one.
+        The pattern, with a bias if the mask hides more. None if the mask shows more than the pattern, hides everything
+        from a token, or is not such a mask; or if a bias is needed on a device without a kernel for it.
     """
     made = _under(mask, x, pattern)
     return None if made is None or (made.bias is not None and x.device.type != "cpu") else made
@@ -79,7 +80,7 @@ def _under(mask: Any, x: Tensor, pattern: Pattern) -> Pattern | None:
 
 
 def _known(mask: Tensor) -> dict[Any, Any]:
-    """Return what is known of a mask as it is now, to be added to."""
+    """Return the cache of a mask in its current version, to be added to."""
     version, known = mask.__dict__.get(MASK_FIELDS, (None, {}))
     if version is None or not is_version(mask, version):
         known = {}
@@ -88,7 +89,7 @@ def _known(mask: Tensor) -> dict[Any, Any]:
 
 
 def _read(mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor | bool:
-    """What a mask adds to the scores; or whether it says what the pattern says."""
+    """Return the bias that a mask adds to the scores, or whether it equals the pattern."""
     hidden = ~mask if mask.dtype == torch.bool else mask <= HIDDEN
     if mask.dtype != torch.bool and not bool((hidden | (mask == 0)).all()):
         return False
@@ -105,14 +106,14 @@ def _read(mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor | bool:
 
 INPUTS = (("q_proj", "k_proj", "v_proj"), ("c_attn",), ("qkv_proj",), ("query_key_value",))
 INTERLEAVED = ("query_key_value",)
-"""A projection of this name gives q, k and v of one head after the other."""
+"""Projections of this name store q, k and v per head, one head after the other."""
 
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
 NORMS = ("q_norm", "k_norm")
 DROPOUTS = ("attn_dropout", "resid_dropout")
-"""Of the weights, whose share alone is read, and of the output."""
+"""Dropout modules of the weights, whose probability alone is read, and of the output."""
 
-WORDS = frozenset(
+ATTRIBUTES = frozenset(
     {
         "config",
         "layer_idx",
@@ -137,29 +138,29 @@ WORDS = frozenset(
         "max_position_embeddings",
     }
 )
-"""Attributes of attention modules that this recipe reads, or that a probe shows."""
+"""Attributes of attention modules that are read here, or whose effect a probe shows."""
 
 FIELDS = frozenset({"sliding_window", "num_attention_heads", "num_key_value_heads"})
-"""Fields of the config that this recipe reads, too, or that a probe shows."""
+"""Config fields that are read here, or whose effect a probe shows."""
 
 READ = frozenset(
     {"attention_mask", "position_embeddings", "hidden_states", "cache", "past_key_values", "use_cache", "position_ids"}
     | {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch", "output_router_logits"}
     | {"shift_labels", "ignore_index", KEYWORD}  # of the loss
 )
-"""Arguments of a call that are read or change nothing here; another one sends the call back, whatever its value."""
+"""Call arguments that are read or have no effect here; any other argument makes the module's own forward run."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What an attention module is, told by its attributes.
+    """Structure of an attention module, from its attributes.
 
     Attributes:
-        inputs: Names of its projections of the input: three, or one for all.
+        inputs: Names of its input projections: three, or one fused.
         output: Name of its output projection.
         head_dim: Width of a head.
         scale: Factor of the scores.
-        window: How far back a token sees, or None.
+        window: Sliding window in tokens, or None.
         softcap: Bound of the scores by tanh, or None.
     """
 
@@ -172,30 +173,30 @@ class Shape:
 
 
 def fits(module: nn.Module) -> str | None:
-    """Why a module is no attention that is known, or None where it is one."""
+    """Return why a module is not a supported attention, or None if it is."""
     shape = shape_of(module)
     if shape is None:
-        return "not the children of an attention that is known"
+        return "unknown children for an attention"
     if getattr(module, "is_cross_attention", False) or getattr(module, "is_causal", None) is not True:
-        return "it is not causal self-attention"
-    way = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    if way != ("sdpa" if shape.softcap is None else "eager"):
-        return f"its attention is computed by {way!r}"
+        return "not causal self-attention"
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if implementation != ("sdpa" if shape.softcap is None else "eager"):
+        return f"attention implementation {implementation!r} is not supported"
     if getattr(module, "is_sliding", shape.window is not None) is not (shape.window is not None):
         return "it has a window that it does not use"
     if getattr(module.config, "is_causal", True) is not True:
         return "its config makes it bidirectional"
-    return unknown_fields(module, FIELDS) or unknown_words(
-        module, WORDS, (*shape.inputs, shape.output, *NORMS, *DROPOUTS)
+    return unknown_config_fields(module, FIELDS) or unknown_attributes(
+        module, ATTRIBUTES, (*shape.inputs, shape.output, *NORMS, *DROPOUTS)
     )
 
 
 def shape_of(module: nn.Module) -> Shape | None:
-    """What an attention module is, or None where it is none that is known."""
-    held, words = module._modules, vars(module)
+    """Return the structure of an attention module, or None if it is unknown."""
+    held, options = module._modules, vars(module)
     inputs = next((names for names in INPUTS if all(held.get(name) is not None for name in names)), None)
     output = next((name for name in OUTPUTS if held.get(name) is not None), None)
-    head_dim, scale = words.get("head_dim", words.get("head_size")), words.get("scaling")
+    head_dim, scale = options.get("head_dim", options.get("head_size")), options.get("scaling")
     if (
         inputs is None
         or output is None
@@ -205,13 +206,13 @@ def shape_of(module: nn.Module) -> Shape | None:
     ):
         return None
     softcap: Any = getattr(module, "attn_logit_softcapping", None)
-    told: Any = module if hasattr(module, "sliding_window") else module.config
-    window: Any = getattr(told, "sliding_window", None)
+    source: Any = module if hasattr(module, "sliding_window") else module.config
+    window: Any = getattr(source, "sliding_window", None)
     return Shape(inputs, output, head_dim, scale, window, softcap)
 
 
 def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any) -> tuple[Tensor, None] | None:
-    """Output (B, T, d) and no weights, or None where the module's own forward has to run."""
+    """Return the output (B, T, d) and no weights, or None if the module's own forward must run."""
     kwargs |= by_name(module, args)
     if not isinstance(hidden_states, Tensor):
         return None
@@ -229,29 +230,29 @@ def attention(
     dropout: float = 0.0,
     wanted: Tensor | None = None,
 ) -> Tensor | None:
-    """Attention with the norm before it and the residual after it.
+    """Compute attention with the norm before it and the residual after it.
 
     Args:
         module: A module that `fits`.
         x: Hidden states, (B, T, d).
         norm: The norm before it, or None.
         call: The call's arguments by name.
-        residual: Add x.
-        dropout: Share of the output that is dropped behind it.
-        wanted: Which tokens go through the output projection, laid flat (n,), or None for all.
+        residual: Whether to add x.
+        dropout: Dropout probability after the output projection.
+        wanted: Flat indices (n,) of the tokens that go through the output projection, or None for all.
 
     Returns:
-        (B, T, d), or (n, d) of the wanted ones; None where the module's own forward has to run.
+        (B, T, d), or (n, d) with `wanted`; None if the module's own forward must run.
     """
     shape = shape_of(module)
-    if shape is None or not is_usual(x) or x.ndim != 3 or not _is_plain(module, call):
+    if shape is None or not is_supported(x) or x.ndim != 3 or not _is_plain(module, call):
         return None
-    shares = _shares(module)
-    pattern = None if shares is None else _pattern(shape, x, shares[0], call)
-    if shares is None or pattern is None or (shares[1] and dropout):
+    dropouts = _probabilities(module)
+    pattern = None if dropouts is None else _pattern(shape, x, dropouts[0], call)
+    if dropouts is None or pattern is None or (dropouts[1] and dropout):
         return None
     inside: list[nn.Module] = [module._modules[name] for name in (*shape.inputs, shape.output)]  # type: ignore[misc]
-    acting = acting_in(inside, forwards_of(module), x)
+    acting = active_operands(inside, forwards_of(module), x)
     norms = [norm_of(module._modules.get(name)) for name in NORMS]
     if acting is None or any(
         made is None and module._modules.get(name) is not None for made, name in zip(norms, NORMS, strict=True)
@@ -261,16 +262,16 @@ def attention(
     *inputs, output = operands = acting.operands
     kv_heads = _kv_heads(module, shape, operands)
     block = SelfAttention(tuple(inputs), output, shape.head_dim, kv_heads, norm, norms[0], norms[1])
-    block = replace(block, dropout=shares[1] or dropout, interleaved=shape.inputs == INTERLEAVED)
+    block = replace(block, dropout=dropouts[1] or dropout, interleaved=shape.inputs == INTERLEAVED)
     y = attention_block(x, block, pattern, None if turn is None else Rotary(*turn), residual, wanted)
     acting.note(y)
     return y
 
 
 def lengths_of(boundaries: Any) -> tuple[int, ...] | None:
-    """Lengths of sequences that lie end to end, from their boundaries (sequences + 1,); None where none are given.
+    """Return the lengths of packed sequences from their boundaries (sequences + 1,); None without boundaries.
 
-    The answer is kept on the boundaries, which all layers of a forward share: a device is waited for once.
+    The result is cached on the boundaries, which all layers of a forward share, so a device is synchronized once.
     """
     if not isinstance(boundaries, Tensor):
         return None
@@ -283,7 +284,7 @@ def lengths_of(boundaries: Any) -> tuple[int, ...] | None:
 
 
 LENGTHS = "_lorakit_lengths"
-"""Where boundaries keep the lengths between them, with their version then."""
+"""Attribute of boundaries that caches the lengths, with the version they were read from."""
 
 
 def _kv_heads(module: nn.Module, shape: Shape, operands: Any) -> int:
@@ -295,28 +296,28 @@ def _kv_heads(module: nn.Module, shape: Shape, operands: Any) -> int:
 
 
 def _pattern(shape: Shape, x: Tensor, dropped: float, call: dict[str, Any]) -> Pattern | None:
-    """Who sees whom in a call, or None where its mask is none that is known."""
+    """Return the attention pattern of a call, or None if its mask is unknown."""
     segments = lengths_of(call.get("cu_seq_lens_q"))
-    mask = None if segments else call.get("attention_mask")  # these say all that a mask of packed sequences says
+    mask = None if segments else call.get("attention_mask")  # segments say all a mask could
     if mask is None and segments is None and shape.softcap is not None:
         return None  # eager attention without a mask sees all tokens
-    # a window that is longer than the rows, or that a model does not use, comes without a mask
+    # a window longer than the rows, or not used by the model, comes without a mask
     window = None if segments is None and mask is None else shape.window
     return under(mask, x, Pattern(True, shape.scale, window, shape.softcap, segments, dropped))
 
 
 def _is_plain(module: nn.Module, call: dict[str, Any]) -> bool:
-    """Whether a call asks for attention over its own tokens and nothing else."""
-    if asks_for_weights(module, call) or call.get("cache") is not None or call.get("past_key_values") is not None:
+    """Return whether a call is plain attention over its own tokens."""
+    if wants_weights(module, call) or call.get("cache") is not None or call.get("past_key_values") is not None:
         return False
-    return says_nothing_else(call, READ)
+    return knows_all(call, READ)
 
 
-def _shares(module: nn.Module) -> tuple[float, float] | None:
-    """The shares of the weights and of the output that are dropped now, or None where it is not that simple."""
+def _probabilities(module: nn.Module) -> tuple[float, float] | None:
+    """Return the current dropout probabilities of the weights and of the output, or None if unknown."""
     weights, output = (module._modules.get(name) for name in DROPOUTS)
-    told: list[Any] = [getattr(module, name, None) for name in ("attention_dropout", "dropout")]
-    found = [one for one in (getattr(weights, "p", None), *told) if one is not None]
-    share: Any = found[0] if module.training and found else 0.0
-    last = share_of(output)
-    return None if last is None or not isinstance(share, (int, float)) or not 0 <= share < 1 else (share, last)
+    source: list[Any] = [getattr(module, name, None) for name in ("attention_dropout", "dropout")]
+    found = [one for one in (getattr(weights, "p", None), *source) if one is not None]
+    p: Any = found[0] if module.training and found else 0.0
+    last = dropout_p(output)
+    return None if last is None or not isinstance(p, (int, float)) or not 0 <= p < 1 else (p, last)

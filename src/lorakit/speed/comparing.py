@@ -1,4 +1,4 @@
-"""Compare a fast forward with the recorded call of a module, row by row and without what the row carries along."""
+"""Compare a fused forward with the modules_to_record call of a module, row by row and without the residual."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from torch import Tensor, nn
 from lorakit.speed.probe import TOLERANCES, Call, attempt
 
 FLOOR = 0.1
-"""Rows below this fraction of the root mean square of all rows are compared with that: their rounding errors are not
-smaller than those of the other rows."""
+"""Rows below this fraction of the RMS of all rows are compared relative to that RMS: their rounding errors are
+as large as those of other rows.
+"""
 
 NARROW = (torch.float16, torch.bfloat16)
-"""Dtypes whose roundings a module may amplify beyond the tolerance."""
+"""Dtypes in which a module may amplify rounding errors beyond the tolerance."""
 
 NOISE = 2.0
-"""Multiples of the module's own reaction to one rounding of its input is allowed in those dtypes."""
+"""Allowed multiple of the module's own reaction to one rounding of its input, in these dtypes."""
 
 
 class Verdict(NamedTuple):
-    """The result of comparing a fast forward with a module.
+    """Result of comparing a fused forward with a module.
 
     Attributes:
-        why: Why the module keeps its own forward, as a phrase, or "".
-        differs: A probe contradicts the fast forward, so no other module may run it either.
+        why: Why the module keeps its own forward, a short phrase, or "".
+        differs: Whether a probe contradicts the fused forward, so that no other module may run it either.
     """
 
     why: str = ""
@@ -35,29 +36,29 @@ class Verdict(NamedTuple):
 
 
 Branches = Callable[[nn.Module, Call, Mapping[str, Call]], list[tuple[Tensor | None, Tensor]]]
-"""Module, its call, calls of modules below it by their paths there -> pairs of branches: fast, and the module's own."""
+"""Module, its call, calls of modules below it by path -> pairs of branches: fused, and the module's own."""
 
 
-def judged(module: nn.Module, run: Callable[..., Any], call: Call, *, residual: bool = False) -> Verdict:
-    """Compare the output of a fast forward with the recorded one.
+def compare(module: nn.Module, run: Callable[..., Any], call: Call, *, residual: bool = False) -> Verdict:
+    """Compare the output of a fused forward with the modules_to_record one.
 
     Args:
         module: The module.
-        run: The fast forward.
-        call: What the module got and returned.
-        residual: The output is the input plus a branch; the branches are compared.
+        run: The fused forward.
+        call: The modules_to_record call of the module.
+        residual: Whether the output is the input plus a branch; then the branches are compared.
     """
     made = attempt(lambda: run(module, *call.args, **call.kwargs))
     if isinstance(made, Exception):
         return _raised(made)
     if made is None:
-        return Verdict("its calls are none that the recipe is for")
+        return Verdict("its calls are not supported")
     ours, theirs = _parts(made), _parts(call.output)
     if type(made) is not type(call.output) or len(ours) != len(theirs) or not isinstance(ours[0], Tensor):
         return Verdict("it returns something else", differs=True)
     for place, (found, wanted) in enumerate(zip(ours, theirs, strict=True)):
         if found is None:
-            continue  # the weights of attention, which are made if a call asks for them
+            continue  # attention weights, which are computed only on request
         if not isinstance(found, Tensor) or not isinstance(wanted, Tensor) or found.shape != wanted.shape:
             return Verdict("it returns something else", differs=True)
         carried = call.hidden if residual and place == 0 else None
@@ -70,9 +71,9 @@ def judged(module: nn.Module, run: Callable[..., Any], call: Call, *, residual: 
 
 
 def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
-    """Measure how far a module's own branch moves, per row, if its input is rounded once more; None if not known.
+    """Measure how far each row of a module's branch moves if its input is rounded once more; None if unknown.
 
-    Sharp attention amplifies the roundings of narrow dtypes beyond any fixed bound, in the module's own forward too.
+    Sharp attention amplifies rounding errors in low precision beyond any fixed bound, in the module's own forward too.
     """
     x = call.hidden
     if not isinstance(x, Tensor):
@@ -93,14 +94,14 @@ def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
     return _sizes(change - (_rows(moved) - _rows(x)) if residual else change)
 
 
-def judged_branches(branches: Branches, module: nn.Module, call: Call, inside: Mapping[str, Call]) -> Verdict:
-    """Compare the branches of a fast forward, before they meet the residual, with the recorded ones.
+def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: Mapping[str, Call]) -> Verdict:
+    """Compare the branches of a fused forward, before the residual, with the modules_to_record ones.
 
     Args:
         branches: Pairs them.
         module: The module.
-        call: What the module got and returned.
-        inside: Calls of modules below it, by their paths there.
+        call: The modules_to_record call of the module.
+        inside: Calls of modules below it, by path.
     """
     pairs = attempt(lambda: branches(module, call, inside))
     if isinstance(pairs, Exception):
@@ -119,18 +120,18 @@ def _raised(failed: Exception) -> Verdict:
 
 
 def _parts(output: Any) -> tuple[Any, ...]:
-    """The things that a module returned, one or more; the first is its output."""
+    """Return a module's output as a tuple; the first item is the hidden states."""
     return output if isinstance(output, tuple) and output else (output,)
 
 
 def _difference(ours: Tensor, theirs: Tensor, carried: Any, noise: Tensor | None = None) -> Verdict:
-    """Compare the rows of two tensors (…, d), minus what both carry along, (…, d) or None.
+    """Compare the rows of two tensors (…, d) after subtracting what both carry.
 
     Args:
-        ours: The fast forward's.
-        theirs: The module's.
-        carried: What both carry along, (…, d), or None.
-        noise: How far each row of the module's own moves by roundings, (rows,), or None.
+        ours: From the fused forward.
+        theirs: From the module.
+        carried: Part of both, such as a residual, (…, d), or None.
+        noise: How far rounding moves each row of the module's own output, (rows,), or None.
     """
     dtype = theirs.dtype
     tolerance = TOLERANCES.get(dtype, 0.0)

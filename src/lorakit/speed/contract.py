@@ -1,7 +1,7 @@
-"""The contract of a fused forward: facts about the modules inside it, compared at every call.
+"""Contract of a fused forward: facts about the modules inside it, compared at every call.
 
-A fused forward does not call the modules inside it. So it is right only while these modules, their forwards, their
-settings and the functions they use are those that a probe compared. It knows nothing of recipes.
+A fused forward bypasses the modules inside it. It is valid only while these modules, their forwards, settings and
+functions are those that a probe compared. This module knows nothing of particular fused forwards.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
-from lorakit.speed.patching import plain_class
+from lorakit.speed.patching import original_class
 from lorakit.targets.layer_types import CONV1D
 
 MISSING = object()
-"""The value of a name that a table does not have."""
+"""Value of a name that a table does not contain."""
 
 SETTINGS = (bool, int, float, str, type(None))
-"""Types of attributes that are compared."""
+"""Types of the attributes that are compared."""
 
 ASKED = frozenset({"training", "gradient_checkpointing", "p", "dropout", "attention_dropout"})
-"""Attributes that recipes read at each call, or that no forward reads."""
+"""Attributes that fused forwards read at each call, or that no forward reads."""
 
 IN_CONFIG = ("_attn_implementation_internal", "is_causal")
-"""Fields of a config that functions outside a forward read for it."""
+"""Config fields that functions outside a forward read for it."""
 
 INTERFACES = "ALL_ATTENTION_FUNCTIONS"
 """Global of modeling files that maps the name of an attention implementation to its function."""
 
 
 class Fact(NamedTuple):
-    """An entry of somebody's table.
+    """An entry of a table that a fused forward relies on.
 
     Attributes:
         table: The `__dict__` of a module, class, config or file, or a module's table of children.
         name: Key of the entry.
-        value: What was there, or MISSING.
+        value: Its value, or MISSING.
     """
 
     table: Mapping[str, Any]
@@ -51,16 +51,16 @@ class Contract:
     """Facts that a fused forward relies on.
 
     Args:
-        facts: Each is compared by identity; settings that are not the same object, by type and value.
+        facts: Compared by identity; settings that are not the same object, by type and value.
     """
 
     __slots__ = ("facts",)
 
     def __init__(self, facts: tuple[Fact, ...]) -> None:
-        self.facts = tuple(tuple(fact) for fact in facts)  # which Python takes apart faster than named ones
+        self.facts = tuple(tuple(fact) for fact in facts)  # plain tuples unpack faster than named ones
 
     def holds(self) -> bool:
-        """Return whether all facts are as they were and no hook is on all modules."""
+        """Return whether all facts are unchanged and no global module hook is set."""
         for table, name, value in self.facts:
             found = table.get(name, MISSING)
             if found is not value and not _is_equal_setting(found, value):
@@ -69,18 +69,18 @@ class Contract:
 
 
 Within = Callable[[nn.Module], bool]
-"""Tells of a child whether the fused forward also passes over what is inside it."""
+"""Predicate: whether the fused forward also bypasses what is inside a child."""
 
 
 def contract_for(module: nn.Module, within: Within) -> Contract:
-    """Return what a fused forward of a module relies on now.
+    """Return what a fused forward of a module currently relies on.
 
     Args:
-        module: A module whose stand-in, and those of its children, are in place.
-        within: Tells whether a child is fused, too.
+        module: A module whose replacement, and those of its children, are in place.
+        within: Whether a child is fused, too.
     """
     facts = {_key(fact): fact for fact in _of_module(module)}
-    for holder, name, child in passed_over(module, within):
+    for holder, name, child in bypassed_modules(module, within):
         if is_operand(child):
             found = [*_of_class(_base_class(child))]
         else:
@@ -90,7 +90,7 @@ def contract_for(module: nn.Module, within: Within) -> Contract:
 
 
 def is_operand(module: nn.Module) -> bool:
-    """Return whether recipes look a module up at each call: a linear one, with adapters or without.
+    """Return whether fused forwards look a module up at each call: a linear module, with or without adapters.
 
     Args:
         module: Any module.
@@ -98,12 +98,12 @@ def is_operand(module: nn.Module) -> bool:
     return _is_around_base(module) or isinstance(module, nn.Linear) or type(module).__name__ == CONV1D
 
 
-def passed_over(module: nn.Module, within: Within) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Yield (parent, name, child) of the modules that a fused forward of a module does not call.
+def bypassed_modules(module: nn.Module, within: Within) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Yield (parent, name, child) of the modules that a fused forward of a module bypasses.
 
     Args:
         module: The module.
-        within: Tells whether a child is fused, too.
+        within: Whether a child is fused, too.
     """
     if _is_around_base(module):
         return
@@ -111,16 +111,16 @@ def passed_over(module: nn.Module, within: Within) -> Iterator[tuple[nn.Module, 
         if child is not None:
             yield module, name, child
             if within(child):
-                yield from passed_over(child, within)
+                yield from bypassed_modules(child, within)
 
 
 def is_own_forward(kind: type) -> bool:
-    """Return whether the forward of a class is one that its author, or the author of a parent class, wrote there.
+    """Return whether the forward of a class was written by the author of the class or of a parent.
 
-    A parent may put its own forward into each subclass, as transformers' gradient checkpointing does.
+    A parent may set its own forward on each subclass, as gradient checkpointing in transformers does.
 
     Args:
-        kind: A class of modules.
+        kind: A module class.
     """
     owner: Any = next(base for base in kind.__mro__ if "forward" in vars(base))
     forward = vars(owner)["forward"]
@@ -134,10 +134,10 @@ def is_own_forward(kind: type) -> bool:
 
 
 def forward_code(kind: type) -> Any:
-    """Return the code of a class's forward without decorators, or None if it is not Python's.
+    """Return the code of a class's forward without decorators, or None if it is not a Python function.
 
     Args:
-        kind: A class of modules.
+        kind: A module class.
     """
     return getattr(inspect.unwrap(getattr(kind, "forward", None)), "__code__", None)  # type: ignore[arg-type]
 
@@ -146,16 +146,16 @@ def names_read(kind: type) -> set[str]:
     """Return all names and strings in the code of a class's forward.
 
     Args:
-        kind: A class of modules.
+        kind: A module class.
     """
     code = forward_code(kind)
     return set() if code is None else {*code.co_names, *(one for one in code.co_consts if isinstance(one, str))}
 
 
 def _of_module(module: nn.Module) -> Iterator[Fact]:
-    kind, own = plain_class(module), vars(module)
+    kind, own = original_class(module), vars(module)
     yield from _of_class(kind)
-    if _is_around_base(module):  # whose settings come and go with adapters
+    if _is_around_base(module):  # its settings change when adapters are attached or removed
         yield from _of_class(_base_class(module))
         return
     for name, value in own.items():
@@ -176,10 +176,10 @@ def _is_around_base(module: nn.Module) -> bool:
 
 
 def _base_class(module: nn.Module) -> type:
-    """Return the class of a module, or of what adapters are around."""
+    """Return the class of a module, or of the base layer inside an adapter layer."""
     while _is_around_base(module):
         module = module._modules["base_layer"]  # type: ignore[assignment]
-    return plain_class(module)
+    return original_class(module)
 
 
 def _of_class(kind: type) -> Iterator[Fact]:
@@ -193,10 +193,10 @@ def _of_class(kind: type) -> Iterator[Fact]:
             yield Fact(known, name, known[name])
 
 
-def _of_interface(kind: type, way: Any) -> Iterator[Fact]:
+def _of_interface(kind: type, implementation: Any) -> Iterator[Fact]:
     table = getattr(inspect.unwrap(kind.forward), "__globals__", {}).get(INTERFACES)  # type: ignore[attr-defined]
-    if isinstance(table, Mapping) and way is not None:
-        yield Fact(table, way, table.get(way, MISSING))
+    if isinstance(table, Mapping) and implementation is not None:
+        yield Fact(table, implementation, table.get(implementation, MISSING))
 
 
 def _is_equal_setting(found: Any, value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The recipe of a decoder layer: norm, attention, residual; norm, feed-forward, residual; each half as one function."""
+"""Fused decoder layer: norm, attention, residual; norm, feed-forward, residual; each sublayer as one function."""
 
 from __future__ import annotations
 
@@ -8,22 +8,29 @@ from torch import Tensor, nn
 
 from lorakit.core.clones import is_watched
 from lorakit.ops.dropout import dropout
-from lorakit.ops.norm import Norm, normalised
+from lorakit.ops.norm import Norm, normalize
 from lorakit.speed import attention, feed_forward
-from lorakit.speed.last_layer import KEYWORD, laid_back, picked, rows_for
-from lorakit.speed.patching import is_stand_in
-from lorakit.speed.submodules import activation_of, by_name, is_usual, norm_of, share_of, unknown_words
+from lorakit.speed.last_layer import KEYWORD, rows_to_compute, scatter_rows, select_rows
+from lorakit.speed.patching import is_replacement
+from lorakit.speed.submodules import (
+    activation_of,
+    by_name,
+    dropout_p,
+    is_supported,
+    norm_of,
+    unknown_attributes,
+)
 
 
-class Half(NamedTuple):
-    """Half a decoder layer, by names of children: x + dropout(after(inner(before(x)))).
+class Sublayer(NamedTuple):
+    """A sublayer of a decoder layer, by child names: x + dropout(after(inner(before(x)))).
 
     Attributes:
-        before: The norm of the input, or "".
-        inner: Attention or feed-forward; "" for a feed-forward block whose parts are the layer's own children.
-        after: The norm of what it gives, or "".
-        dropout: What comes before the residual, or "".
-        share: The attribute with the share that the layer itself drops there, or "".
+        before: Norm of the input, or "".
+        inner: Attention or feed-forward; "" for a feed-forward whose modules are children of the layer itself.
+        after: Norm of the output of `inner`, or "".
+        dropout: Dropout module before the residual, or "".
+        share: Attribute with the probability of a functional dropout there, or "".
     """
 
     before: str
@@ -34,43 +41,43 @@ class Half(NamedTuple):
 
     @property
     def children(self) -> set[str]:
-        """All that is a child of the layer."""
+        """Return the names of all children of the layer that belong to it."""
         return {self.before, self.after, self.dropout, *([self.inner] if self.inner else LOOSE)} - {""}
 
 
 LOOSE = ("fc1", "activation_fn", "fc2")
-LAYERS: tuple[tuple[Half, Half], ...] = (
-    (Half("input_layernorm", "self_attn"), Half("post_attention_layernorm", "mlp")),
-    (Half("ln_1", "attn"), Half("ln_2", "mlp")),
+LAYERS: tuple[tuple[Sublayer, Sublayer], ...] = (
+    (Sublayer("input_layernorm", "self_attn"), Sublayer("post_attention_layernorm", "mlp")),
+    (Sublayer("ln_1", "attn"), Sublayer("ln_2", "mlp")),
     (
-        Half("input_layernorm", "self_attn", "post_attention_layernorm"),
-        Half("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
+        Sublayer("input_layernorm", "self_attn", "post_attention_layernorm"),
+        Sublayer("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
     ),
-    (Half("", "self_attn", "post_attention_layernorm"), Half("", "mlp", "post_feedforward_layernorm")),
+    (Sublayer("", "self_attn", "post_attention_layernorm"), Sublayer("", "mlp", "post_feedforward_layernorm")),
     (
-        Half("input_layernorm", "self_attn", dropout="resid_attn_dropout"),
-        Half("post_attention_layernorm", "mlp", dropout="resid_mlp_dropout"),
-    ),
-    (
-        Half("input_layernorm", "attention", dropout="post_attention_dropout"),
-        Half("post_attention_layernorm", "mlp", dropout="post_mlp_dropout"),
+        Sublayer("input_layernorm", "self_attn", dropout="resid_attn_dropout"),
+        Sublayer("post_attention_layernorm", "mlp", dropout="resid_mlp_dropout"),
     ),
     (
-        Half("self_attn_layer_norm", "self_attn", share="dropout"),
-        Half("final_layer_norm", "", share="dropout"),
+        Sublayer("input_layernorm", "attention", dropout="post_attention_dropout"),
+        Sublayer("post_attention_layernorm", "mlp", dropout="post_mlp_dropout"),
+    ),
+    (
+        Sublayer("self_attn_layer_norm", "self_attn", share="dropout"),
+        Sublayer("final_layer_norm", "", share="dropout"),
     ),
 )
-"""Layers that are known: their children are these and no others."""
+"""Supported layers: their children are exactly these."""
 
 PARALLEL, FIRST = "use_parallel_residual", "do_layer_norm_before"
-WORDS = frozenset(
+ATTRIBUTES = frozenset(
     {"config", "hidden_size", "embed_dim", "layer_idx", "attention_type", "layer_type", "gradient_checkpointing"}
     | {PARALLEL, FIRST, "dropout"}
 )
 
 
 class _Around(NamedTuple):
-    """What stands around the inner module of a half."""
+    """Norms and dropout around the inner module of a sublayer."""
 
     before: Norm | None
     after: Norm | None
@@ -78,99 +85,103 @@ class _Around(NamedTuple):
 
     @property
     def is_bare(self) -> bool:
-        """Whether no norm stands between the inner module and the residual."""
+        """Return whether no norm is between the inner module and the residual."""
         return self.after is None
 
     @property
     def inside(self) -> float:
-        """The share that is dropped right behind the inner module."""
+        """Return the dropout probability directly after the inner module."""
         return self.p if self.is_bare else 0.0
 
 
 def fits(module: nn.Module) -> str | None:
-    """Why a module is no decoder layer that is known, or None where it is one."""
-    halves = _halves(module)
-    if halves is None:
-        return "not the children of a decoder layer that is known"
-    if any(_around(module, half) is None for half in halves):
-        return "its norms are none that are known"
+    """Return why a module is not a supported decoder layer, or None if it is."""
+    sublayers = _halves(module)
+    if sublayers is None:
+        return "unknown children for a decoder layer"
+    if any(_around(module, sublayer) is None for sublayer in sublayers):
+        return "unknown norms"
     if getattr(module, FIRST, True) is not True:
-        return "its norms come behind the residuals"
-    if not halves[1].inner and activation_of(module._modules[LOOSE[1]]) is None:
-        return f"its activation is {type(module._modules[LOOSE[1]]).__name__}"
-    attn = module._modules[halves[0].inner]
-    return attention.fits(attn) or unknown_words(module, WORDS, tuple(module._modules))  # type: ignore[arg-type]
+        return "its norms come after the residuals"
+    if not sublayers[1].inner and activation_of(module._modules[LOOSE[1]]) is None:
+        return f"unknown activation {type(module._modules[LOOSE[1]]).__name__}"
+    attn = module._modules[sublayers[0].inner]
+    return attention.fits(attn) or unknown_attributes(module, ATTRIBUTES, tuple(module._modules))  # type: ignore[arg-type]
 
 
 def called(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the children of a layer that fits which its fast forward calls as modules."""
-    halves = _halves(module)
-    inner = "" if halves is None else halves[1].inner
+    """Return the names of the children of a supported layer that its fused forward calls as modules."""
+    sublayers = _halves(module)
+    inner = "" if sublayers is None else sublayers[1].inner
     return (inner,) if inner and feed_forward.fits(module._modules[inner]) is not None else ()  # type: ignore[arg-type]
 
 
 def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor | None:
-    """The layer's output (B, T, d), or None where its own forward has to run."""
-    halves = _halves(module)
-    if halves is None or not isinstance(hidden_states, Tensor) or not is_usual(hidden_states):
+    """Return the layer's output (B, T, d), or None if its own forward must run."""
+    sublayers = _halves(module)
+    if sublayers is None or not isinstance(hidden_states, Tensor) or not is_supported(hidden_states):
         return None
     kwargs |= by_name(module, args)
-    first, second = (_around(module, half) for half in halves)
-    attn = module._modules[halves[0].inner]
+    first, second = (_around(module, sublayer) for sublayer in sublayers)
+    attn = module._modules[sublayers[0].inner]
     if first is None or second is None or attn is None or is_watched(attn, captures=False):
         return None
-    rows = rows_for(module, kwargs.get(KEYWORD), hidden_states)
-    words: dict[str, Any] = {"residual": first.is_bare, "dropout": first.inside, "wanted": rows}
-    x = attention.attention(attn, hidden_states, first.before, kwargs, **words)
+    rows = rows_to_compute(module, kwargs.get(KEYWORD), hidden_states)
+    options: dict[str, Any] = {"residual": first.is_bare, "dropout": first.inside, "wanted": rows}
+    x = attention.attention(attn, hidden_states, first.before, kwargs, **options)
     if x is None:
         return None
-    x = x if first.is_bare else _joined(picked(hidden_states, rows), x, first)
-    parallel = getattr(module, PARALLEL, False)  # the feed-forward block then sees what the attention saw
-    given = picked(hidden_states, rows) if parallel else x
-    made = _fed(module, halves[1], second, given, residual=second.is_bare and not parallel)
+    x = x if first.is_bare else _with_residual(select_rows(hidden_states, rows), x, first)
+    parallel = getattr(module, PARALLEL, False)  # the feed-forward then has the same input as the attention
+    given = select_rows(hidden_states, rows) if parallel else x
+    made = _fed(module, sublayers[1], second, given, residual=second.is_bare and not parallel)
     if made is None:
-        x = laid_back(x, rows, hidden_states)
-        return _joined(x, _fed_by_modules(module, halves[1], second, hidden_states if parallel else x), second)
+        x = scatter_rows(x, rows, hidden_states)
+        return _with_residual(
+            x, _fed_by_modules(module, sublayers[1], second, hidden_states if parallel else x), second
+        )
     if not second.is_bare:
-        made = _joined(x, made, second)
+        made = _with_residual(x, made, second)
     elif parallel:
         made = x + made
-    return laid_back(made, rows, hidden_states)
+    return scatter_rows(made, rows, hidden_states)
 
 
-def _fed(module: nn.Module, half: Half, around: _Around, x: Tensor, *, residual: bool) -> Tensor | None:
-    """What the feed-forward half gives of x (…, d) as one function, or None where it cannot."""
-    mlp: Any = module._modules[half.inner] if half.inner else module
-    fits = not half.inner or is_stand_in(mlp) or feed_forward.fits(mlp) is None  # a stand-in fitted, which takes longer
-    if not fits or (half.inner and is_watched(mlp)):
+def _fed(module: nn.Module, sublayer: Sublayer, around: _Around, x: Tensor, *, residual: bool) -> Tensor | None:
+    """Return the output of the feed-forward sublayer for x (…, d) as one function, or None if that is not possible."""
+    mlp: Any = module._modules[sublayer.inner] if sublayer.inner else module
+    fits = not sublayer.inner or is_replacement(mlp) or feed_forward.fits(mlp) is None  # checked when replaced
+    if not fits or (sublayer.inner and is_watched(mlp)):
         return None
     return feed_forward.feed_forward(mlp, x, around.before, residual=residual, dropout=around.inside)
 
 
-def _fed_by_modules(module: nn.Module, half: Half, around: _Around, x: Tensor) -> Tensor:
-    """What the layer's own modules give of x (B, T, d), before all that comes after them."""
-    made: Any = x if around.before is None else normalised(x, around.before)
-    for name in (half.inner,) if half.inner else LOOSE:
+def _fed_by_modules(module: nn.Module, sublayer: Sublayer, around: _Around, x: Tensor) -> Tensor:
+    """Return the output of the layer's own feed-forward modules for x (B, T, d), before norm, dropout and residual."""
+    made: Any = x if around.before is None else normalize(x, around.before)
+    for name in (sublayer.inner,) if sublayer.inner else LOOSE:
         made = module._modules[name](made)  # type: ignore[misc]
     return made
 
 
-def _joined(x: Tensor, y: Tensor, around: _Around) -> Tensor:
-    """What an inner module gave, with all that comes after it."""
-    return x + dropout(y if around.after is None else normalised(y, around.after), around.p)
+def _with_residual(x: Tensor, y: Tensor, around: _Around) -> Tensor:
+    """Return the sublayer's output: norm, dropout and residual applied to the inner module's output."""
+    return x + dropout(y if around.after is None else normalize(y, around.after), around.p)
 
 
-def _halves(module: nn.Module) -> tuple[Half, Half] | None:
+def _halves(module: nn.Module) -> tuple[Sublayer, Sublayer] | None:
     held = {name for name, child in module._modules.items() if child is not None}
-    return next((halves for halves in LAYERS if held == halves[0].children | halves[1].children), None)
+    return next((sublayers for sublayers in LAYERS if held == sublayers[0].children | sublayers[1].children), None)
 
 
-def _around(module: nn.Module, half: Half) -> _Around | None:
-    """The norms and the dropout of a half as they are now, or None where one of them is none that is known."""
-    norms = [norm_of(module._modules[name]) if name else None for name in (half.before, half.after)]
-    p = share_of(module._modules[half.dropout]) if half.dropout else 0.0
-    if half.share and module.training:
-        p = getattr(module, half.share)
-    if p is None or any(made is None for made, name in zip(norms, (half.before, half.after), strict=True) if name):
+def _around(module: nn.Module, sublayer: Sublayer) -> _Around | None:
+    """Return the current norms and dropout of a sublayer, or None if one is unknown."""
+    norms = [norm_of(module._modules[name]) if name else None for name in (sublayer.before, sublayer.after)]
+    p = dropout_p(module._modules[sublayer.dropout]) if sublayer.dropout else 0.0
+    if sublayer.share and module.training:
+        p = getattr(module, sublayer.share)
+    if p is None or any(
+        made is None for made, name in zip(norms, (sublayer.before, sublayer.after), strict=True) if name
+    ):
         return None
     return _Around(norms[0], norms[1], p)

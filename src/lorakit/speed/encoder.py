@@ -1,7 +1,7 @@
-"""The recipe of an encoder layer with its norms behind the residuals: norm(x + attention(x)), norm(x + mlp(x)).
+"""Fused encoder layer with norms after the residuals: norm(x + attention(x)), norm(x + mlp(x)).
 
-As in Devlin et al. 2018, arXiv:1810.04805: BERT and what descends from it. All that is inside runs as two functions of
-autograd and two norms; padding is hidden by a bias of the scores.
+As in Devlin et al. 2018, arXiv:1810.04805: BERT and its descendants. The layer runs as two autograd functions and two
+norms; padding is masked by a bias of the scores.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from lorakit.ops.activation import activation
 from lorakit.ops.attention_block import SelfAttention, attention_block
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.mlp import Form, mlp
-from lorakit.ops.norm import Norm, normalised
+from lorakit.ops.norm import Norm, normalize
 from lorakit.speed.attention import under
-from lorakit.speed.linear import Acting, acting_in, forwards_of
-from lorakit.speed.patching import AGAIN
+from lorakit.speed.linear import ActiveOperands, active_operands, forwards_of
+from lorakit.speed.patching import RECOMPUTES
 from lorakit.speed.probe import Call
 from lorakit.speed.submodules import (
     activation_of,
-    asks_for_weights,
     by_name,
-    is_usual,
+    dropout_p,
+    is_supported,
+    knows_all,
     norm_of,
-    says_nothing_else,
-    share_of,
-    unknown_words,
+    unknown_attributes,
+    wants_weights,
 )
 
 READ = frozenset({"attention_mask", "position_ids", "num_items_in_batch"})
-"""Arguments of a call that are read or change nothing here; another one sends the call back, whatever its value."""
+"""Call arguments that are read or have no effect here; any other argument makes the module's own forward run."""
 
-WORDS = frozenset(
+ATTRIBUTES = frozenset(
     {"config", "num_attention_heads", "attention_head_size", "all_head_size", "scaling", "n_heads", "dim", "layer_idx"}
     | {"is_decoder", "is_causal", "is_cross_attention", "add_cross_attention", "gradient_checkpointing"}
     | {"chunk_size_feed_forward", "seq_len_dim"}
 )
-"""Attributes of such layers that this recipe reads, or that a probe shows."""
+"""Attributes of such layers that are read here, or whose effect a probe shows."""
 
 
 class Layout(NamedTuple):
-    """Where an encoder layer has its parts: paths below it, "" for none.
+    """Paths of the modules of an encoder layer; "" if missing.
 
     Attributes:
-        attention: What has the settings of the attention, and the dropout of its weights as its child `dropout`.
-        q, k, v, o: The attention's projections.
-        o_dropout, o_norm: What comes before and after its residual.
-        up, act, down: The feed-forward block.
-        down_dropout, down_norm: What comes before and after its residual.
+        attention: Module with the attention settings, and with the dropout of its weights as child `dropout`.
+        q, k, v, o: Attention projections.
+        o_dropout, o_norm: Dropout before and norm after its residual.
+        up, act, down: Feed-forward modules.
+        down_dropout, down_norm: Dropout before and norm after its residual.
     """
 
     attention: str
@@ -70,11 +70,11 @@ class Layout(NamedTuple):
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """The six linear modules."""
+        """Return the six linear modules."""
         return self.q, self.k, self.v, self.o, self.up, self.down
 
     def children(self) -> dict[str, set[str]]:
-        """Path of each module that only holds others -> names of what it holds."""
+        """Return, for each module that only contains others, its path and the names of its children."""
         held: dict[str, set[str]] = {}
         for path in (*self[1:], f"{self.attention}.dropout"):
             names = path.split(".") if path else []
@@ -113,11 +113,11 @@ LAYOUTS = (
         down_norm="output_layer_norm",
     ),
 )
-"""BERT, RoBERTa, ELECTRA and their like; DistilBERT."""
+"""BERT, RoBERTa, ELECTRA and similar models; DistilBERT."""
 
 
 def layout_of(module: nn.Module) -> Layout | None:
-    """Where a module has the parts of an encoder layer, or None where it lacks one."""
+    """Return the layout of an encoder layer, or None if a module is missing."""
     for found in LAYOUTS:
         if all(_at(module, path) is not None for path in (*found, f"{found.attention}.dropout")):
             return found
@@ -125,47 +125,47 @@ def layout_of(module: nn.Module) -> Layout | None:
 
 
 def fits(module: nn.Module) -> str | None:
-    """Why a module is no encoder layer that is known, or None where it is one."""
+    """Return why a module is not a supported encoder layer, or None if it is."""
     found = layout_of(module)
     if found is None:
-        return "not the parts of an encoder layer that is known"
+        return "unknown children for an encoder layer"
     attention: Any = _at(module, found.attention)
-    if not vars(attention).keys() >= {"attention_head_size", "scaling"} or share_of(attention.dropout) is None:
-        return "not the attributes of an attention that is known"
+    if not vars(attention).keys() >= {"attention_head_size", "scaling"} or dropout_p(attention.dropout) is None:
+        return "unknown attributes for an attention"
     if getattr(attention, "is_causal", None) is not False:
         return "its attention is causal"
-    way = getattr(getattr(attention, "config", None), "_attn_implementation", None)
-    if way != "sdpa":
-        return f"its attention is computed by {way!r}"
+    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    if implementation != "sdpa":
+        return f"attention implementation {implementation!r} is not supported"
     if activation_of(_at(module, found.act)) is None:
-        return f"its activation is {type(_at(module, found.act)).__name__}"
+        return f"unknown activation {type(_at(module, found.act)).__name__}"
     holders = {path: _at(module, path) for path in found.children()}
     if any(getattr(holder, "chunk_size_feed_forward", 0) for holder in holders.values()):
-        return "its feed-forward block runs in chunks"
-    said = (unknown_words(holders[path], WORDS, tuple(names)) for path, names in found.children().items())
-    return next((words for words in said if words is not None), None)
+        return "its feed-forward runs in chunks"
+    reasons = (unknown_attributes(holders[path], ATTRIBUTES, tuple(names)) for path, names in found.children().items())
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor | None:
-    """The layer's output (B, T, d), or None where its own forward has to run."""
+    """Return the layer's output (B, T, d), or None if its own forward must run."""
     ready = _ready(module, hidden_states, kwargs | by_name(module, args))
     if ready is None:
         return None
     around = ready.around
-    x = normalised(attention_block(hidden_states, ready.block, ready.pattern, residual=True), around.o_norm)
-    y = normalised(mlp(x, ready.form), around.down_norm)
+    x = normalize(attention_block(hidden_states, ready.block, ready.pattern, residual=True), around.o_norm)
+    y = normalize(mlp(x, ready.form), around.down_norm)
     ready.acting.note(y)
     return y
 
 
 def traced(module: nn.Module) -> tuple[str, ...]:
-    """Return the paths below a layer that fits of the modules whose calls `branches` needs."""
+    """Return the paths below a supported layer of the modules whose calls `branches` needs."""
     found = layout_of(module)
     return () if found is None else (found.o, found.up, found.down)
 
 
 def branches(module: nn.Module, call: Call, inside: Mapping[str, Call]) -> list[tuple[Tensor | None, Tensor]]:
-    """Pair what the fast forward adds to the residuals with what the projections give for them, (B, T, d) each."""
+    """Pair what the fused forward adds to the residuals with the outputs of the projections, (B, T, d) each."""
     attended, up, down = (inside[path] for path in traced(module))
     ready = _ready(module, call.hidden, call.kwargs | by_name(module, call.args[1:]))
     if ready is None:
@@ -177,22 +177,22 @@ def branches(module: nn.Module, call: Call, inside: Mapping[str, Call]) -> list[
 
 
 class _Ready(NamedTuple):
-    """The operands of a layer as they act in one call."""
+    """Current operands of a layer for one call."""
 
     block: SelfAttention
     pattern: Pattern
     form: Form
     around: _Around
-    acting: Acting
+    acting: ActiveOperands
 
 
 def _ready(module: nn.Module, x: Any, call: dict[str, Any]) -> _Ready | None:
-    """The operands for hidden states x (B, T, d) and the call's arguments by name, or None where they are not known."""
+    """Return the operands for hidden states x (B, T, d) and the call's arguments by name, or None if unknown."""
     found = layout_of(module)
     if found is None or not isinstance(x, Tensor) or x.ndim != 3 or not _is_plain(module, found, x, call):
         return None
     around = _around(module, found, x)
-    acting = acting_in([_at(module, path) for path in found.linears], forwards_of(module), x)
+    acting = active_operands([_at(module, path) for path in found.linears], forwards_of(module), x)
     if around is None or acting is None:
         return None
     attention: Any = _at(module, found.attention)
@@ -204,12 +204,12 @@ def _ready(module: nn.Module, x: Any, call: dict[str, Any]) -> _Ready | None:
     if pattern is None or act is None:
         return None
     block = SelfAttention((q, k, v), o, width, heads, dropout=around.first)
-    form = Form((up,), down, activation(act), None, True, around.second, keep=AGAIN not in module.__dict__)
+    form = Form((up,), down, activation(act), None, True, around.second, keep=RECOMPUTES not in module.__dict__)
     return _Ready(block, pattern, form, around, acting)
 
 
 class _Around(NamedTuple):
-    """What stands between the products, as it is now: shares that are dropped, and norms."""
+    """Current dropout probabilities and norms of a layer."""
 
     weights: float
     first: float
@@ -220,28 +220,28 @@ class _Around(NamedTuple):
 
 def _around(module: nn.Module, found: Layout, x: Tensor) -> _Around | None:
     attention: Any = _at(module, found.attention)
-    dropped = attention.dropout.p if attention.training else 0.0  # as a share: the module itself is never called
-    shares = [share_of(_at(module, path) if path else None) for path in (found.o_dropout, found.down_dropout)]
+    dropped = attention.dropout.p if attention.training else 0.0  # the module itself is never called
+    dropouts = [dropout_p(_at(module, path) if path else None) for path in (found.o_dropout, found.down_dropout)]
     norms = [norm_of(_at(module, path)) for path in (found.o_norm, found.down_norm)]
-    if any(share is None for share in shares) or not 0 <= dropped < 1:
+    if any(share is None for share in dropouts) or not 0 <= dropped < 1:
         return None
     if any(norm is None or norm.weight is None or norm.weight.dtype != x.dtype for norm in norms):
         return None
-    return _Around(dropped, *shares, *norms)  # type: ignore[arg-type]
+    return _Around(dropped, *dropouts, *norms)  # type: ignore[arg-type]
 
 
 def _is_plain(module: nn.Module, found: Layout, x: Tensor, call: dict[str, Any]) -> bool:
-    """Whether a call asks for self-attention over its own tokens, of modules that nobody watches."""
-    if not is_usual(x) or (x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type)):
-        return False  # under autocast a layer norm gives float32
+    """Return whether a call is plain self-attention over its own tokens, with modules that have no hooks."""
+    if not is_supported(x) or (x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type)):
+        return False  # under autocast a layer norm returns float32
     holders = [_at(module, path) for path in found.children() if path]
-    if asks_for_weights(_at(module, found.attention), call) or any(is_watched(one, captures=False) for one in holders):
+    if wants_weights(_at(module, found.attention), call) or any(is_watched(one, captures=False) for one in holders):
         return False
-    return says_nothing_else(call, READ)
+    return knows_all(call, READ)
 
 
 def _at(module: nn.Module, path: str) -> Any:
-    """What stands at a path below a module, the module itself at "", or None."""
+    """Return the module at a path below a module (itself for ""), or None."""
     found: Any = module
     for name in path.split(".") if path else ():
         found = getattr(found, name, None)

@@ -1,8 +1,8 @@
-"""The last decoder layer where few tokens are trained: behind its attention, the trained rows alone go through it.
+"""Skip rows without loss in the last decoder layer: after its attention, only rows with a label are computed.
 
-Which rows these are goes with the call, as a keyword that the model hands on to its layers; so it is the same where a
-checkpointed layer runs again, and no other call and no other thread sees it. What comes out for the other rows is
-meaningless, so this is for forwards of which the loss alone reads the result. A probe shows which models allow it.
+The rows are passed with the call, as a keyword argument that the model forwards to its layers; so they are the same
+when a checkpointed layer is recomputed, and no other call or thread sees them. The output of the other rows is
+meaningless, so this is only for forwards whose loss alone is read. A probe shows which models allow it.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from lorakit.speed.patching import may_run
 from lorakit.speed.probe import TOLERANCES
 
 KEYWORD = "trained_rows"
-"""Name of the keyword."""
+"""Name of the keyword argument."""
 
 SHARE = 0.9
-"""Share of trained tokens from which on all rows go through: choosing them has its price too."""
+"""Fraction of tokens with loss from which all rows are computed: selecting rows has a cost too."""
 
 ASKED_FOR = ("output_hidden_states", "output_attentions", "output_router_logits")
-"""Words of a call, or of a config, that show what the layers gave."""
+"""Arguments of a call, or config fields, that return the outputs of layers."""
 
 
 class Trained(NamedTuple):
-    """What the keyword says.
+    """Value of the keyword argument.
 
     Attributes:
         layer: The layer that it is for.
-        rows: Which of its tokens are trained, laid flat: sorted, (n,).
-        tokens: How many there are in all.
+        rows: Flat indices of its tokens with loss: sorted, (n,).
+        tokens: Number of all tokens.
     """
 
     layer: nn.Module
@@ -47,10 +47,10 @@ class LastLayer:
     """The last layer of a model whose head reads nothing else.
 
     Attributes:
-        layer: What stands in its place.
+        layer: Its replacement.
         model: The model.
         path: Its path in the model.
-        readers: Modules that hold it, and those between it and the head: somebody's hook there would see its output.
+        readers: Modules that contain it, and those between it and the head: a hook on them would see its output.
     """
 
     layer: nn.Module
@@ -58,12 +58,12 @@ class LastLayer:
     path: str
     readers: tuple[nn.Module, ...]
 
-    def words(self, targets: Tensor, ignored: int, call: Mapping[str, Any]) -> dict[str, Trained]:
-        """What a call of the model gets besides its own arguments: the keyword, or nothing.   [docs/math.md (84)]
+    def keyword(self, targets: Tensor, ignored: int, call: Mapping[str, Any]) -> dict[str, Trained]:
+        """Return additional arguments for a call of the model: the keyword argument, or nothing, [docs/math.md (84)].
 
         Args:
-            targets: Labels that stand where they are predicted, of any shape (…).
-            ignored: The label that is not trained.
+            targets: Shifted labels, aligned with the positions that predict them, of any shape (…).
+            ignored: The label without loss.
             call: The call's arguments by name.
         """
         config, kept = getattr(self.model, "config", None), call.get("logits_to_keep")
@@ -80,7 +80,9 @@ class LastLayer:
         return {KEYWORD: Trained(self.layer, rows, len(flat))} if 0 < len(rows) < SHARE * len(flat) else {}
 
     def _is_compiled(self) -> bool:
-        """Whether a compiler runs the layer or what holds it: it would make a graph for every number of rows."""
+        """Return whether a compiler runs the layer or a module that contains it; it would compile a graph per number of
+        rows.
+        """
         module: Any = self.model
         for name in self.path.split("."):
             module = getattr(module, name)
@@ -89,41 +91,41 @@ class LastLayer:
         return False
 
 
-def rows_for(layer: nn.Module, said: Any, x: Tensor) -> Tensor | None:
-    """Which rows alone go through a layer behind its attention, (n,), or None for all.
+def rows_to_compute(layer: nn.Module, value: Any, x: Tensor) -> Tensor | None:
+    """Return the only rows to compute in a layer after its attention, (n,), or None for all.
 
     Args:
         layer: The layer.
-        said: What the keyword said, or None.
-        x: What the layer got, (B, T, d).
+        value: Value of the keyword argument, or None.
+        x: The layer's input, (B, T, d).
     """
-    if not isinstance(said, Trained) or said.layer is not layer or x.ndim != 3 or said.tokens != x.shape[:2].numel():
+    if not isinstance(value, Trained) or value.layer is not layer or x.ndim != 3 or value.tokens != x.shape[:2].numel():
         return None
-    if any(is_watched(part, captures=False) for part in layer.modules()):  # who looks inside shall see all rows
+    if any(is_watched(part, captures=False) for part in layer.modules()):  # hooks inside must see all rows
         return None
-    return said.rows.to(x.device)
+    return value.rows.to(x.device)
 
 
-def picked(x: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows (n, d) of x (B, T, d); x itself for None."""
+def select_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Return the rows (n, d) of x (B, T, d); x itself for None."""
     return x if rows is None else x.flatten(0, 1).index_select(0, rows)
 
 
-def laid_back(y: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
-    """Rows y (n, d) at their places in the shape of `like` (B, T, d), zeros elsewhere; y itself for None."""
+def scatter_rows(y: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
+    """Scatter rows y (n, d) into zeros of the shape of `like` (B, T, d); y itself for None."""
     if rows is None:
         return y
     return y.new_zeros(like.shape[:2].numel(), y.shape[-1]).index_copy(0, rows, y).view(like.shape)
 
 
 def some(ids: Tensor, ignored: int) -> Tensor:
-    """Labels for a probe, as ids (rows, tokens): of every three tokens laid flat, one is trained."""
+    """Return labels for a probe, like ids (rows, tokens): of every three tokens in flat order, one has a loss."""
     places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
     return ids.masked_fill(places % 3 != 1, ignored)
 
 
 def agree(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether ours (B, T, d), which a probe gave, is what the model gives, theirs (B, T, d), within roundings."""
+    """Return whether ours (B, T, d), from a probe, equals the model's theirs (B, T, d) up to rounding."""
     if ours.shape != theirs.shape or not bool(ours.isfinite().all()):
         return False
     error = torch.linalg.vector_norm(ours.double() - theirs.double())

@@ -1,16 +1,11 @@
-"""What a fused op needs of a site: the base's weight and the one plain adapter that acts there, or nothing at all.
+"""Operands of linear modules for one call: plain ones, adapted by lorakit, or adapted by `peft`; and fused adapted
+linears.
 
-A layer that is anything but plain under the route (several adapters, mixed rows, DoRA, a quantised or merged base,
-somebody's hooks) gives None, and is called as a module.
+A layer is an operand only if it is plain under the current route: one LoRA adapter at most. Several adapters, mixed
+rows, DoRA, a quantized or merged base, or hooks give None, and the layer is called as a module. Everything is read
+again at every call: which adapter is active, disabled or merged, and its scale.
 
-The operands of the LoRA layers that the package `peft` made, told by their attributes; it is not imported.
-
-Everything is asked anew at every call: which adapter is active, whether it is switched off or merged, its scale. What
-is anything but one plain adapter gives None, and the layer runs itself.
-
-The operands of linear modules as they act in one call: plain ones, adapted by lorakit, or adapted by `peft`.
-
-The recipe of single adapted linear modules, ours and peft's: base and adapter as one function, x kept once.
+Layers of peft are recognized by their attributes; peft is not imported.
 """
 
 from __future__ import annotations
@@ -31,19 +26,19 @@ from lorakit.core.routing.state import resolve
 from lorakit.ops.adapted import Adapted, LowRank, factors
 from lorakit.ops.linear import linears
 from lorakit.speed.patching import FORWARDS
-from lorakit.speed.submodules import is_usual
+from lorakit.speed.submodules import is_supported
 from lorakit.targets.layer_types import CONV1D
 
 
 def operand(module: nn.Module, route: Route | None) -> Adapted | None:
-    """The operands of a linear module as it acts under a route.
+    """Return the operands of a linear module under a route.
 
     Args:
-        module: A layer of ours, or a module of the base.
-        route: The route of this forward, or None where the model has no adapters.
+        module: A layer of lorakit, or a module of the base.
+        route: The route of this forward, or None if the model has no adapters.
 
     Returns:
-        W (out, in) or (in, out), bias (out,) and perhaps A (r, in) and B (out, r); None where it is not that simple.
+        W (out, in) or (in, out), bias (out,) and, with an adapter, A (r, in) and B (out, r); None if it is not plain.
     """
     if is_watched(module):
         return None
@@ -70,14 +65,14 @@ def operand(module: nn.Module, route: Route | None) -> Adapted | None:
 
 
 def resolved(modules: Iterable[nn.Module], forwards: Forwards) -> tuple[Route | None, bool]:
-    """The route that modules which are run as one use now, and whether autograd runs them again.
+    """Return the current route of modules that run as one function, and whether autograd is recomputing them.
 
     Args:
-        modules: Some of them may be layers of ours; they belong to one model.
-        forwards: The forwards of the whole so far; it takes the place of each layer's own.
+        modules: Modules of one model; some may be lorakit layers.
+        forwards: The forward history of the whole; replaces each layer's own.
 
     Raises:
-        RouteError: It runs again and its first route cannot be known.
+        RouteError: The call is a recomputation whose first route cannot be determined.
     """
     for module in modules:
         if isinstance(module, LoraLayer):
@@ -86,10 +81,10 @@ def resolved(modules: Iterable[nn.Module], forwards: Forwards) -> tuple[Route | 
 
 
 def frozen_linear(module: nn.Module) -> Adapted | None:
-    """W (out, in), or (in, out) of a Conv1D, and bias (out,) of a module; None where it is no plain, frozen linear one.
+    """Return W (out, in), or (in, out) of a Conv1D, and bias (out,); None if the module is not a plain, frozen linear.
 
     Args:
-        module: Any module; who calls has seen to its hooks.
+        module: Any module; the caller checks its hooks.
     """
     kind = type(module)
     is_linear = kind.forward is nn.Linear.forward
@@ -105,29 +100,29 @@ def frozen_linear(module: nn.Module) -> Adapted | None:
 
 
 FORWARD = ("peft.tuners.lora.layer", "Linear.forward")
-"""Module and name of the forward whose arithmetic is known; a stand-in's has the same."""
+"""Module and name of the forward whose arithmetic is known; a replacement keeps it."""
 
 TABLES = ("lora_A", "lora_B", "lora_dropout", "scaling")
-"""What such a layer keeps by adapter."""
+"""Tables of such a layer, by adapter."""
 
 ODD_TABLES = ("lora_variant", "lora_bias", *PEFT_TABLES_OF_VARIANTS)
-"""Tables, of this peft or of older ones, in which a true entry means that the adapter is not plain."""
+"""Tables of this or older peft versions in which a true entry means that the adapter is not plain LoRA."""
 
 
 def is_peft_linear(module: nn.Module) -> bool:
-    """Whether a module is peft's LoRA layer around a linear one."""
+    """Return whether a module is peft's LoRA layer around a linear module."""
     forward: Any = type(module).forward
     return (getattr(forward, "__module__", ""), getattr(forward, "__qualname__", "")) == FORWARD
 
 
 def peft_operand(module: Any) -> Adapted | None:
-    """The operands of a layer of peft's as it acts now.
+    """Return the current operands of a peft layer.
 
     Args:
-        module: A module of which `is_peft_linear` is true.
+        module: A module for which `is_peft_linear` is true.
 
     Returns:
-        W (out, in) or (in, out), bias (out,) and perhaps A (r, in) and B (out, r); None where it is not that simple.
+        W (out, in) or (in, out), bias (out,) and, with an adapter, A (r, in) and B (out, r); None if it is not plain.
     """
     if is_watched(module) or not all(hasattr(module, name) for name in TABLES) or module.merged:
         return None
@@ -152,49 +147,49 @@ def _entry(table: Any, name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Acting:
-    """What acts in one call of modules that run as one.
+class ActiveOperands:
+    """Operands of one call of modules that run as one function.
 
     Attributes:
-        operands: Of each module.
-        forwards: The forwards of the whole so far.
-        route: The route of this one, or None where the model has no adapters of ours.
-        again: Autograd runs it again.
+        operands: One per module.
+        forwards: The forward history of the whole.
+        route: The route of this call, or None if the model has no lorakit adapters.
+        is_recomputed: Whether autograd is recomputing the call.
     """
 
     operands: list[Adapted]
     forwards: Forwards
     route: Route | None
-    again: bool
+    is_recomputed: bool
 
     def note(self, y: Tensor) -> None:
-        """Remember what the call gave, y (…, d), for a backward that may run it again."""
+        """Record the output y (…, d) of the call, for a backward that may recompute it."""
         if self.route is not None:
-            self.forwards.note(y, self.route, self.again)
+            self.forwards.note(y, self.route, self.is_recomputed)
 
 
-def acting_in(modules: Sequence[nn.Module], forwards: Forwards, x: Tensor) -> Acting | None:
-    """What acts in modules that one call runs through, or None where one of them has nothing that can be used.
+def active_operands(modules: Sequence[nn.Module], forwards: Forwards, x: Tensor) -> ActiveOperands | None:
+    """Return the operands of the modules of one call, or None if one of them is not plain.
 
     Args:
-        modules: Linear modules, with adapters or without.
-        forwards: The forwards of the whole so far.
-        x: What the call got, (…, in).
+        modules: Linear modules, with or without adapters.
+        forwards: The forward history of the whole.
+        x: Input of the call, (…, in).
 
     Raises:
-        RouteError: Autograd runs the call again, and its first route cannot be known.
+        RouteError: Autograd is recomputing the call, and its first route cannot be determined.
     """
     route, again = resolved(modules, forwards)
     operands = _operands(modules, route, x)
     if operands is not None:
-        return Acting(operands, forwards, route, again)
-    if route is not None and not torch.is_grad_enabled():  # a reentrant checkpoint may ask here which run came first
+        return ActiveOperands(operands, forwards, route, again)
+    if route is not None and not torch.is_grad_enabled():  # a reentrant checkpoint may check here which run came first
         forwards.note(None, route, again)
     return None
 
 
 def forwards_of(module: nn.Module) -> Forwards:
-    """The forwards of a module with a stand-in; made when first asked for."""
+    """Return the forward history of a replaced module, created on first use."""
     forwards: Forwards = module.__dict__.setdefault(FORWARDS, Forwards())
     return forwards
 
@@ -210,36 +205,36 @@ def _operands(modules: Sequence[nn.Module], route: Route | None, x: Tensor) -> l
 
 
 def _is_here(one: Adapted, x: Tensor) -> bool:
-    """Whether all tensors are whole, on the device of x (…, in), and in a dtype with which the module would run."""
+    """Return whether all tensors are whole, on the device of x (…, in), and in a dtype that the module accepts."""
     cast = torch.is_autocast_enabled(x.device.type)
     for base in (one.W, one.bias):
         if base is not None and not (cast or base.dtype == x.dtype):
             return False
     tensors = (one.W, one.bias, *factors([one]))
-    # a shard of a tensor (DTensor) is of another type
+    # a sharded tensor (DTensor) has another type
     return all(t is None or (type(t) in (Tensor, nn.Parameter) and t.device == x.device) for t in tensors)
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether a module is a layer with adapters around a base."""
+    """Return whether a module is a layer with adapters around a base."""
     return isinstance(module, LoraLayer) or is_peft_linear(module)
 
 
 def fits(module: nn.Module) -> str | None:
-    """Why a module is no adapted linear one that is known, or None where it is one."""
+    """Return why a module is not a supported adapted linear, or None if it is."""
     if not is_adapted(module):
         return "it has no adapter"
     base: Any = module.owner if isinstance(module, LoraLayer) else module.base_layer
-    return None if frozen_linear(base) is not None else "its base is no plain, frozen linear module"
+    return None if frozen_linear(base) is not None else "its base is not a plain, frozen linear module"
 
 
 def run(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-    """The layer's output (…, out) for x (…, in), or None where its own forward has to run."""
-    if args or kwargs or not isinstance(x, Tensor) or not is_usual(x):
+    """Return the layer's output (…, out) for x (…, in), or None if its own forward must run."""
+    if args or kwargs or not isinstance(x, Tensor) or not is_supported(x):
         return None
     forwards = module.forwards if isinstance(module, LoraLayer) else Forwards()
-    acting = acting_in([module], forwards, x)
-    if acting is None or acting.operands[0].low is None:  # without an adapter there is nothing to gain
+    acting = active_operands([module], forwards, x)
+    if acting is None or acting.operands[0].low is None:  # no gain without an adapter
         return None
     (y,) = linears(x, acting.operands)
     acting.note(y)

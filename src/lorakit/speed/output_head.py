@@ -1,7 +1,7 @@
-"""The loss without logits: a model's head hands its hidden states through, and the loss multiplies them in chunks.
+"""Loss without logits: a model's head returns its hidden states, and the loss multiplies them in chunks.
 
-Only where the model's logits are the head's output, perhaps scaled or bounded by tanh, as a probe shows; elsewhere the
-loss stays the usual one.
+Only if the model's logits are the head's output, possibly scaled or soft-capped, as a probe shows; otherwise the loss
+is unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorakit.speed.probe import TOLERANCES, Call, attempt, inputs_of
 
 
 def output_head(model: Any) -> nn.Module | None:
-    """What a transformers model calls its output embeddings, or None.
+    """Return the output embeddings of a transformers model, or None.
 
     Args:
         model: Any model.
@@ -32,20 +32,20 @@ def output_head(model: Any) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
     try:
         head = getter() if callable(getter) else None
-    except (AttributeError, NotImplementedError):  # models without one differ in how they say so
+    except (AttributeError, NotImplementedError):  # models without one raise different errors
         return None
     return head if isinstance(head, nn.Module) else None
 
 
 @dataclass
-class Passing:
-    """A forward in which the head hands its hidden states through.
+class HiddenStateCapture:
+    """A forward in which the head returns its hidden states.
 
     Attributes:
-        owner: The module whose forward it is, or None for a block.
-        given: What the head got, (rows, length, d) each.
-        version: How often the first of these had been changed in place when it was given.
-        used: A loss was computed from it.
+        owner: The module whose forward it is, or None for a context.
+        given: Inputs of the head, (rows, length, d) each.
+        version: In-place change counter of the first of these when it was captured.
+        used: Whether a loss was computed from it.
     """
 
     owner: nn.Module | None
@@ -55,15 +55,15 @@ class Passing:
 
 
 class Head:
-    """The output head of a model, for a loss that needs no logits.
+    """Output head of a model, for a loss without logits.
 
     Attributes:
         scale: Factor between the head's output and the logits.
         softcap: Bound of the logits by tanh, or None.
-        module: What stands in the head's place.
+        module: Replacement of the head.
         places: Every (parent, attribute) that held it when the model was accelerated.
-        open: Thread -> the forward there in which the head multiplies nothing.
-        last: The last layer, where that can do with the trained rows alone.
+        open: Thread -> its current capturing forward.
+        last: The last layer, if that can skip rows without loss.
     """
 
     module: nn.Module
@@ -73,66 +73,68 @@ class Head:
     def __init__(self, scale: float, softcap: float | None) -> None:
         self.scale = scale
         self.softcap = softcap
-        self.open: dict[int, Passing] = {}
+        self.open: dict[int, HiddenStateCapture] = {}
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
-        """The head's stand-in: it keeps the hidden states (…, d) of a passing forward and gives them on, else None."""
-        passing = self.open.get(threading.get_ident()) if self.open else None
-        if passing is None or not args or kwargs:
+        """Run as the head's replacement: capture and return the hidden states (…, d) of a capturing forward, else
+        return None.
+        """
+        capture = self.open.get(threading.get_ident()) if self.open else None
+        if capture is None or not args or kwargs:
             return None
         hidden: Tensor = args[0]
-        passing.given.append(hidden)
-        passing.version = 0 if hidden.is_inference() else hidden._version
+        capture.given.append(hidden)
+        capture.version = 0 if hidden.is_inference() else hidden._version
         return hidden
 
     @contextlib.contextmanager
     def passing(self) -> Iterator[list[Tensor]]:
-        """A block in which the head multiplies nothing in this thread; what forwards give for logits is meaningless.
+        """Capture hidden states within a context, for this thread; the logits that forwards return are meaningless.
 
         Yields:
-            What the head gets: hidden states, (rows, length, d).
+            Inputs of the head: hidden states, (rows, length, d).
         """
         thread = threading.get_ident()
-        self.open[thread] = passing = Passing(None)
+        self.open[thread] = capture = HiddenStateCapture(None)
         try:
-            yield passing.given
+            yield capture.given
         finally:
             del self.open[thread]
 
     def applies(self) -> bool:
-        """Return whether the head is as it was when accelerated: in its place, frozen, plain and unwatched."""
+        """Return whether the head is unchanged since it was accelerated: in place, frozen, plain and without hooks."""
         if any(parent._modules.get(name) is not self.module for parent, name in self.places):
-            return False  # an adapter is around it, or the model has another one
+            return False  # it has an adapter now, or the model has another head
         weight, bias = self.module._parameters.get("weight"), self.module._parameters.get("bias")
         frozen = weight is not None and not weight.requires_grad and (bias is None or not bias.requires_grad)
         return frozen and not is_watched(self.module) and may_run(self.module)
 
     def loss_sum(self, model: nn.Module, labels: Tensor, **inputs: Any) -> Tensor:
-        """Cross entropy of the next token, summed over the trained tokens.
+        """Compute the next-token cross-entropy, summed over the tokens with loss.
 
         Args:
             model: The accelerated model.
-            labels: (rows, length); -100 is not trained, the others from the position before them.
+            labels: (rows, length); -100 has no loss, the others are predicted from the previous position.
             inputs: The model's other arguments.
 
         Returns:
             A scalar in fp32 or wider.
         """
         targets = shifted(labels, IGNORED)
-        words = {} if self.last is None else self.last.words(targets, IGNORED, inputs)
+        options = {} if self.last is None else self.last.keyword(targets, IGNORED, inputs)
         with self.passing() as given:
-            model(**inputs, **words)
+            model(**inputs, **options)
         (hidden,) = given
         return self.loss(hidden, targets, 1.0, IGNORED)
 
     def loss(self, hidden: Tensor, targets: Tensor, total: Any, ignore_index: int) -> Tensor:
-        """Cross entropy of targets that stand where they are predicted.
+        """Compute the cross-entropy of shifted targets.
 
         Args:
-            hidden: What the head got, (…, d).
-            targets: As many labels as hidden states, of any shape (…).
-            total: What the sum is divided by; None for the number of trained targets.
-            ignore_index: The label that is not trained.
+            hidden: Input of the head, (…, d).
+            targets: One label per hidden state, of any shape (…).
+            total: Divisor of the summed loss; None for the number of targets with loss.
+            ignore_index: The label without loss.
 
         Returns:
             A scalar in fp32 or wider.
@@ -145,64 +147,63 @@ class Head:
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """What the model gives for logits of hidden states (…, d), (…, V); the head is called as a module."""
+        """Return the model's logits (…, V) for hidden states (…, d); calls the head as a module."""
         logits: Tensor = self.module(hidden) * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def shifted(labels: Tensor, ignored: int) -> Tensor:
-    """Labels (…, length) moved to where they are predicted; the last place has the one that is not trained."""
+    """Shift labels (…, length) to the positions that predict them; the last position gets the label without loss."""
     return nn.functional.pad(labels[..., 1:], (0, 1), value=ignored)
 
 
 def last_layer_for(model: Any, head: Head, last: LastLayer, call: Call, output: Any) -> LastLayer | None:
-    """A last layer that may do with the trained rows alone, or None where a probe shows that it may not.
-
-    The caller sees to `at_rest`.
+    """Return the last layer if it can skip rows without loss, or None if a probe shows that it cannot; call it in
+    `eval_mode`.
 
     Args:
-        model: The model, with all stand-ins in place.
+        model: The model, with all replacements in place.
         head: Its head.
         last: The layer in question.
         call: The head's call in a probe of the plain model.
-        output: What that model returned.
+        output: The output of that model.
     """
     if not isinstance(output, Mapping):
         return None
     made = {**vars(output), **output} if hasattr(output, "__dict__") else output
     if any(made[name] is not None for name in made if name != "logits"):
-        return None  # something else may be made of what the layer gives
+        return None  # something else may read the layer's output
     inputs = inputs_of(model)
-    words = last.words(some(inputs["input_ids"], IGNORED), IGNORED, inputs)
+    options = last.keyword(some(inputs["input_ids"], IGNORED), IGNORED, inputs)
     with head.passing() as given:
-        ran = attempt(lambda: model(**inputs, **words))
-    if isinstance(ran, Exception):  # it does not hand such a word on
+        ran = attempt(lambda: model(**inputs, **options))
+    if isinstance(ran, Exception):  # the model does not forward the keyword argument
         return None
-    if not words or len(given) != 1 or given[0].shape != call.args[0].shape:
+    if not options or len(given) != 1 or given[0].shape != call.args[0].shape:
         return None
     ours, theirs = given[0].flatten(0, -2), call.args[0].flatten(0, -2)
-    rows = words[KEYWORD].rows
+    rows = options[KEYWORD].rows
     others = torch.ones(len(ours), dtype=torch.bool, device=rows.device).index_fill_(0, rows, value=False)
     arrives = not agree(ours[others], theirs[others])
     return last if arrives and agree(ours[rows], theirs[rows]) else None
 
 
 def head_for(head: nn.Module | None, given: Tensor | None, logits: Any, config: Any) -> Head | str:
-    """What stands between a head and the logits of its model.
+    """Determine how the logits of a model depend on its head.
 
     Args:
         head: The model's output embeddings.
-        given: The head's output in a probe, (rows, tokens, V), or None where it was not called.
-        logits: The model's, (rows, tokens, V).
+        given: The head's output in a probe, (rows, tokens, V), or None if it was not called.
+        logits: The model's logits, (rows, tokens, V).
         config: The model's config.
 
     Returns:
-        The head, or why its loss needs logits, as a phrase.
+        The head, or why its loss needs logits, a short phrase.
     """
     if getattr(config, "is_encoder_decoder", False):
-        return "its loss is not that of the next token"
+        return "its loss is not the next-token loss"
     if head is None or type(head).forward is not nn.Linear.forward or is_watched(head):
-        return "its head is no plain linear module"
+        return "its head is not a plain linear module"
     if head.weight.requires_grad:
         return "its head is trained"
     if given is None or not isinstance(logits, Tensor) or given.shape != logits.shape:
@@ -214,9 +215,9 @@ def head_for(head: nn.Module | None, given: Tensor | None, logits: Any, config: 
     scale = float((found * wanted).sum() / (found * found).sum().clamp_min(1e-30))
     error = torch.linalg.vector_norm(scale * found - wanted) / torch.linalg.vector_norm(wanted).clamp_min(1e-30)
     if not float(error) <= TOLERANCES.get(logits.dtype, 0.0):
-        return "its logits are more than the output of its head"
+        return "its logits are not a function of its head's output alone"
     if torch.equal(given, logits) or abs(scale - 1) < 1e-6 or (softcap is not None and abs(scale - 1) < 1e-2):
         scale = 1.0
     elif softcap is not None:
-        return "its logits are bounded and scaled"
+        return "its logits are both scaled and soft-capped"
     return Head(scale, softcap)

@@ -1,7 +1,7 @@
-"""A stand-in for one module of one model: an instance of a subclass made at run time that shares its state.
+"""Replace one module of one model by an instance of a runtime subclass that shares its state.
 
-Names in the state dict, hooks, `isinstance` and `repr` stay as they were; no class and no attribute of anybody's
-module is changed. Undoing puts the original back in its place.
+State dict names, hooks, `isinstance` and `repr` are unchanged; no class and no attribute of the original module is
+modified. Undoing puts the original back.
 """
 
 from __future__ import annotations
@@ -16,87 +16,85 @@ from torch import nn
 
 from lorakit.core.layers.adapter_component import AdapterModule
 
-FORWARDS = "_fast_forwards"
-"""Where a module with a stand-in keeps its forwards, as each layer of ours does."""
+FORWARDS = "_forward_history"
+"""Attribute of a replaced module with its forward history, as on lorakit layers."""
 
-AGAIN = "_multiplies_again"
-"""Where a feed-forward with a stand-in keeps that it multiplies again in the backward instead of keeping the result."""
+RECOMPUTES = "_recomputes_matmuls"
+"""Attribute of a replaced feed-forward: it recomputes its matmuls in the backward instead of saving the results."""
 
-OWN = (FORWARDS, AGAIN)
-"""What a stand-in adds to the state that it shares."""
+OWN = (FORWARDS, RECOMPUTES)
+"""Attributes that a replacement adds to the shared state."""
 
-MARK = "_stands_in"
-"""Attribute of the classes of stand-ins alone: the original's class."""
+MARK = "_replaced_class"
+"""Class attribute that only replacement classes have: the original's class."""
 
 CONTRACT = "_contract"
-"""Slot of a stand-in, not of the state that it shares: what its fast forward relies on."""
+"""`__slots__` entry of a replacement, not part of the shared state: what its fused forward relies on."""
 
 Forward = Callable[..., Any]
-"""What a stand-in tries first: module, arguments -> output, or None where it does not apply to this call."""
+"""The forward that a replacement tries first: module, arguments -> output, or None if it does not support the call."""
 
 
 @dataclass(frozen=True)
 class Swap:
-    """One module of a model with a stand-in in its place.
+    """A replaced module of a model.
 
     Attributes:
         path: Path in the model.
-        original: The module that stood there.
-        stand_in: What stands there now.
+        original: The original module.
+        replacement: The module that replaces it.
         holders: Every (parent, attribute) that held it.
     """
 
     path: str
     original: nn.Module
-    stand_in: nn.Module
+    replacement: nn.Module
     holders: tuple[tuple[nn.Module, str], ...]
 
     def do(self) -> None:
-        """Put the stand-in wherever the original stands."""
-        self._replace(self.original, self.stand_in)
+        """Put the replacement wherever the original is."""
+        self._replace(self.original, self.replacement)
 
     def undo(self) -> None:
-        """Put the original back, wherever the stand-in still stands."""
+        """Put the original back wherever the replacement is."""
         for name in OWN:
             self.original.__dict__.pop(name, None)
-        self._replace(self.stand_in, self.original)
+        self._replace(self.replacement, self.original)
 
     def _replace(self, old: nn.Module, new: nn.Module) -> None:
         for parent, attribute in self.holders:
             if parent._modules.get(attribute) is old:
                 parent._modules[attribute] = new
-        if isinstance(old, AdapterModule) and isinstance(
-            new, AdapterModule
-        ):  # the state knows its layers weakly, and one may go
+        if isinstance(old, AdapterModule) and isinstance(new, AdapterModule):  # weak references: one may be gone
             old.state.leave(old)
             new.state.join(new)
 
 
 def undo(model: nn.Module, swaps: Iterable[Swap]) -> None:
-    """Put all originals back, also where an adapter's layer holds a stand-in by now.
+    """Put all originals back, including inside adapter layers that hold a replacement by now.
 
     Args:
-        model: What the swaps were made in.
+        model: The model with the replacements.
         swaps: All swaps of one acceleration.
     """
     originals: dict[int, nn.Module] = {}
     for swap in swaps:
         swap.undo()
-        originals[id(swap.stand_in)] = swap.original
+        originals[id(swap.replacement)] = swap.original
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and id(child) in originals:
                 parent._modules[name] = originals[id(child)]
 
 
-def stand_in(module: nn.Module, fast: Forward, classes: dict[tuple[type, str], type], name: str) -> nn.Module:
-    """A module with the state of another and a faster forward.
+def make_replacement(module: nn.Module, fast: Forward, classes: dict[tuple[type, str], type], name: str) -> nn.Module:
+    """Create a module with the state of another and a fused forward.
 
     Args:
-        module: The original; the two share one `__dict__`.
-        fast: Tried first, with the module in front of the call's own arguments.
-        classes: Classes made so far for one model, by original class and `name`; added to.
-        name: Name of the recipe: modules of one class and recipe get one class.
+        module: The original; both share one `__dict__`.
+        fast: Tried first, with the module before the call's own arguments.
+        classes: Cache for one model, (original class, `name`) -> class.
+        name: Name of the fused forward: modules of one class and name share a class.
     """
     key = (type(module), name)
     if key not in classes:
@@ -107,27 +105,27 @@ def stand_in(module: nn.Module, fast: Forward, classes: dict[tuple[type, str], t
 
 
 def rely(made: nn.Module, contract: Any) -> None:
-    """Tell a stand-in when its fast forward may run; without a contract it never does.
+    """Set when a replacement's fused forward may run; without a contract it never does.
 
     Args:
-        made: The stand-in.
-        contract: Asked at each call whether it holds.
+        made: The replacement.
+        contract: Checked at each call.
     """
     setattr(made, CONTRACT, contract)
 
 
 def may_run(module: nn.Module) -> bool:
-    """Return whether a module is a stand-in whose fast forward may run now.
+    """Return whether a module is a replacement whose fused forward may run now.
 
     Args:
         module: Any module.
     """
-    contract = getattr(module, CONTRACT, None)  # a replica that torch made of a stand-in has none
+    contract = getattr(module, CONTRACT, None)  # a replica of a replacement made by torch has none
     return contract is not None and contract.holds()
 
 
-def plain_class(module: nn.Module) -> type:
-    """Return the class of a module, or of the original if it is a stand-in.
+def original_class(module: nn.Module) -> type:
+    """Return the class of a module, or of the original if it is a replacement.
 
     Args:
         module: Any module.
@@ -136,8 +134,8 @@ def plain_class(module: nn.Module) -> type:
     return kind
 
 
-def is_stand_in(module: nn.Module) -> bool:
-    """Whether a module is a stand-in.
+def is_replacement(module: nn.Module) -> bool:
+    """Return whether a module is a replacement.
 
     Args:
         module: Any module.
@@ -148,14 +146,14 @@ def is_stand_in(module: nn.Module) -> bool:
 def _subclass(original: Any, fast: Forward) -> type:
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # a compiler fuses by itself, and gets what it would get without us
+        if torch.compiler.is_compiling():  # a compiler fuses on its own, and gets the plain forward
             return original.forward(self, *args, **kwargs)
         if not may_run(self):
             return original.forward(self, *args, **kwargs)
         made = fast(self, *args, **kwargs)
         return original.forward(self, *args, **kwargs) if made is None else made
 
-    def as_original(self: nn.Module, protocol: Any) -> Any:  # copies and pickles are plain: a made class has no address
+    def as_original(self: nn.Module, protocol: Any) -> Any:  # a runtime class cannot be imported
         return _blank, (original,), {name: value for name, value in vars(self).items() if name not in OWN}
 
     members = {"forward": forward, "__reduce_ex__": as_original, "__module__": original.__module__, MARK: original}
@@ -165,6 +163,6 @@ def _subclass(original: Any, fast: Forward) -> type:
 
 
 def _blank(kind: Any) -> nn.Module:
-    """An instance without any state; what a class does when it is called is not asked for."""
+    """Return an instance without any state and without calling the class."""
     made: nn.Module = object.__new__(kind)
     return made

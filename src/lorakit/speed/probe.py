@@ -1,11 +1,9 @@
-"""Preserve a model while probes run it: flags, attributes, children, hooks, buffers, forward records, random state.
+"""Small probe forwards of a model on random tokens, recording the calls of its modules, with the model restored
+afterwards.
 
-A forward may change more than its output: some models build rotary caches or masks on their first call, or exchange
-their attention when the input is short. After the block the modules hold the same objects as before it.
-
-Small forwards of a model on random tokens, and the calls that its modules get in them.
-
-The model runs in eval mode and without gradients, and is restored afterwards.
+Probes run in eval mode without gradients. A forward may change more than its output: some models build rotary caches or
+masks on their first call, or switch their attention for short inputs. So flags, attributes, children, hooks, buffers,
+forward records and random state are restored; after the block the modules hold the same objects as before.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 from lorakit.core.routing.recompute import Forwards
 
 COPIED = 1 << 20
-"""Largest number of elements of a buffer that is copied before the block, to undo writes in place."""
+"""Largest buffer, in elements, that is copied before the block to undo in-place writes."""
 
 
 @contextlib.contextmanager
@@ -51,7 +49,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Freeze all parameters of a model during a block.
+    """Freeze all parameters of a model within a block.
 
     Args:
         model: Any model.
@@ -70,7 +68,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 class _Held:
-    """The attributes of one module, and the contents of its tables of parameters, buffers, children and hooks."""
+    """Attributes of one module, and the contents of its parameter, buffer, child and hook tables."""
 
     def __init__(self, module: nn.Module) -> None:
         self.now: dict[str, Any] = module.__dict__
@@ -83,7 +81,7 @@ class _Held:
                 self.now[name] = Forwards()
 
     def restore(self) -> None:
-        """Put everything back, also if only the contents of a table changed."""
+        """Restore everything, including changes inside a table."""
         for name in self.now.keys() - self.attributes.keys():
             del self.now[name]
         self.now.update(self.attributes)
@@ -96,7 +94,7 @@ class _Held:
 
 
 class _Written:
-    """The numbers of one buffer, put back if it was written to in place."""
+    """Values of one buffer, restored if it was written to in place."""
 
     def __init__(self, buffer: Tensor) -> None:
         self.buffer = buffer
@@ -104,7 +102,7 @@ class _Written:
         self.version = _version(buffer)
 
     def restore(self) -> None:
-        """Copy the numbers back if there was a write."""
+        """Copy the values back if there was a write."""
         if _version(self.buffer) != self.version:
             with torch.no_grad():
                 self.buffer.copy_(self.before)
@@ -118,18 +116,18 @@ Result = TypeVar("Result")
 
 ROWS, TOKENS = 2, 9
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-"""Largest norm of the difference beside the norm of the output: a few roundings of the dtype, far below any other
-arithmetic."""
+"""Largest relative norm of the difference: a few roundings of the dtype, far below the effect of any other arithmetic.
+"""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module.
+    """A call of a module.
 
     Attributes:
-        args: Its arguments.
-        kwargs: Those by name.
-        output: What it returned.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        output: Return value.
     """
 
     args: tuple[Any, ...]
@@ -138,38 +136,38 @@ class Call:
 
     @property
     def hidden(self) -> Any:
-        """The hidden states that the module got."""
+        """Return the hidden states that the module received."""
         return self.args[0] if self.args else self.kwargs.get("hidden_states")
 
 
 def attempt(run: Callable[[], Result]) -> Result | Exception:
     """Run a probe and return its result, or the exception that it raised.
 
-    A probe runs the code of other people's models, which may raise any exception; the caller then leaves the part
-    alone. Interrupts and exits pass.
+    A probe runs third-party model code, which may raise any exception; the caller then skips the module.
+    KeyboardInterrupt and SystemExit propagate.
 
     Args:
         run: The probe.
     """
     try:
         return run()
-    except Exception as failed:  # noqa: BLE001 - the caller reports its type and leaves the part alone
+    except Exception as failed:  # noqa: BLE001 - the caller reports its type and skips the module
         return failed
 
 
 class _Enough(Exception):
-    """Ends a forward whose remaining modules nobody asked for."""
+    """Ends a forward whose remaining modules are not needed."""
 
 
 def calls(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[str, Call], Any]:
-    """Run a model once on random tokens and record the calls of some modules; the caller sees to `at_rest`.
+    """Run a model once on random tokens and record the calls of some modules; call it in `eval_mode`.
 
     Args:
         model: A transformers model.
         modules: Path -> module.
 
     Returns:
-        Path -> its last call, for those that were called; and the model's output.
+        Path -> last call, for the modules that were called; and the model's output.
 
     Raises:
         Exception: Any exception of a model that does not run on token ids alone.
@@ -181,18 +179,18 @@ def calls(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[str,
 
 
 def first_calls(model: nn.Module, modules: Mapping[str, nn.Module], tokens: int) -> dict[str, Call]:
-    """Run a model on one row of random tokens until some modules were called; the caller sees to `at_rest`.
+    """Run a model on one row of random tokens until some modules were called; call it in `eval_mode`.
 
     Args:
         model: A transformers model.
         modules: Path -> module.
-        tokens: Tokens of the row.
+        tokens: Length of the row.
 
     Returns:
-        Path -> call, for those that were called.
+        Path -> call, for the modules that were called.
 
     Raises:
-        Exception: Any exception of a model that does not run on so many tokens.
+        Exception: Any exception of a model that does not run on this many tokens.
     """
     found: dict[str, Call] = {}
     with _recording(modules, found, stop=True), contextlib.suppress(_Enough):
@@ -202,7 +200,7 @@ def first_calls(model: nn.Module, modules: Mapping[str, nn.Module], tokens: int)
 
 @contextlib.contextmanager
 def _recording(modules: Mapping[str, nn.Module], found: dict[str, Call], stop: bool = False) -> Iterator[None]:
-    """Add the calls of these modules to `found` during a block; with `stop`, end it when all were called."""
+    """Record the calls of these modules in `found` within a block; with `stop`, end it when all were called."""
 
     def keep(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -221,12 +219,12 @@ def _recording(modules: Mapping[str, nn.Module], found: dict[str, Call], stop: b
 
 
 def token_ids(model: Any, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
-    """A few random token ids, (rows, tokens), drawn without torch's own generator.
+    """Return a few random token ids, (rows, tokens), drawn without torch's global generator.
 
     Args:
         model: A model with input embeddings.
         rows: Rows of the batch.
-        tokens: Tokens of each row.
+        tokens: Tokens per row.
     """
     embeddings = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
@@ -235,12 +233,12 @@ def token_ids(model: Any, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
 
 
 def inputs_of(model: Any, rows: int = ROWS, tokens: int = TOKENS) -> dict[str, Any]:
-    """The arguments of a small call, without a cache.
+    """Return the arguments of a small call, without a cache.
 
     Args:
         model: A model with input embeddings.
         rows: Rows of the batch.
-        tokens: Tokens of each row.
+        tokens: Tokens per row.
     """
     ids = token_ids(model, rows, tokens)
     inputs: dict[str, Any] = {"input_ids": ids}
@@ -253,10 +251,10 @@ def inputs_of(model: Any, rows: int = ROWS, tokens: int = TOKENS) -> dict[str, A
 
 
 @contextlib.contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode for a block without gradients, and restore the model after it.
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run a block in eval mode without gradients, and restore the model afterwards.
 
-    Inference mode would be wrong here: tensors that a model makes and caches in it can never be trained with.
+    Inference mode would be wrong here: tensors that a model creates and caches in it can never be used in training.
 
     Args:
         model: Any model.
@@ -266,5 +264,5 @@ def at_rest(model: nn.Module) -> Iterator[None]:
     """
     with preserved(model), torch.no_grad():
         for module in model.modules():
-            module.__dict__["training"] = False  # torch's own way to set an attribute is slow
+            module.__dict__["training"] = False  # torch's own attribute assignment is slow
         yield

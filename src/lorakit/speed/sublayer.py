@@ -1,7 +1,7 @@
-"""The recipes of T5's sublayers: x + dropout(inner(norm(x))), the inner one a feed-forward block or self-attention.
+"""Fused T5 sublayers: x + dropout(inner(norm(x))), with a feed-forward block or self-attention inside.
 
-The attention has frozen numbers for the distance of two tokens in its scores, which the first layer makes for all
-(Raffel et al. 2019, arXiv:1910.10683, section 2.1). Attention to another sequence is the model's own.
+The attention adds a frozen relative position bias to its scores, which the first layer computes for all (Raffel et al.
+2019, arXiv:1910.10683, section 2.1). Cross-attention runs the model's own forward.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from lorakit.ops.attention_block import SelfAttention, attention_block
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.speed import feed_forward
 from lorakit.speed.attention import under
-from lorakit.speed.linear import Acting, acting_in, forwards_of
+from lorakit.speed.linear import ActiveOperands, active_operands, forwards_of
 from lorakit.speed.probe import Call
 from lorakit.speed.submodules import (
-    asks_for_weights,
     by_name,
-    is_usual,
+    dropout_p,
+    is_supported,
+    knows_all,
     norm_of,
-    says_nothing_else,
-    share_of,
-    unknown_words,
+    unknown_attributes,
+    wants_weights,
 )
 
 NORM, DROPOUT = "layer_norm", "dropout"
@@ -34,39 +34,46 @@ FED, ATTENDED = "DenseReluDense", "SelfAttention"
 PROJECTIONS = ("q", "k", "v", "o")
 DISTANCES = "relative_attention_bias"
 
-WORDS = frozenset(
+ATTRIBUTES = frozenset(
     {"config", "d_model", "key_value_proj_dim", "n_heads", "inner_dim", "scaling", "layer_idx", "dropout"}
     | {"is_decoder", "is_causal", "gradient_checkpointing", "has_relative_attention_bias"}
     | {"relative_attention_num_buckets", "relative_attention_max_distance"}
 )
-"""Attributes of such an attention that this recipe reads, or that a probe shows."""
+"""Attributes of such an attention that are read here, or whose effect a probe shows."""
 
 NEEDED = {"key_value_proj_dim", "n_heads", "scaling", "is_causal", "dropout"}
 
 READ = frozenset({"attention_mask", "position_bias", "position_ids", "num_items_in_batch"})
-"""Arguments of a call that are read or change nothing here; another one sends the call back, whatever its value."""
+"""Call arguments that are read or have no effect here; any other argument makes the module's own forward run."""
 
 
 def fits(module: nn.Module) -> str | None:
-    """Why a module is no sublayer that is known, or None where it is one."""
+    """Return why a module is not a supported sublayer, or None if it is."""
     inner = _inner(module)
     if inner is None:
-        return "not the children of a sublayer that is known"
+        return "unknown children for a sublayer"
     if norm_of(module._modules[NORM]) is None:
-        return "its norm is none that is known"
-    said = unknown_words(module, (), (NORM, DROPOUT, FED, ATTENDED))
-    return said or (feed_forward.fits(inner) if FED in module._modules else _why_not(inner))
+        return "unknown norm"
+    value = unknown_attributes(module, (), (NORM, DROPOUT, FED, ATTENDED))
+    return value or (feed_forward.fits(inner) if FED in module._modules else _why_not(inner))
 
 
 def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """What the sublayer gives of hidden states (B, T, d), or None where its own forward has to run."""
+    """Return the sublayer's output for hidden states (B, T, d), or None if its own forward must run."""
     x, kwargs = hidden_states, kwargs | by_name(module, args)
-    inner, norm, p = _inner(module), norm_of(module._modules[NORM]), share_of(module._modules[DROPOUT])
-    if inner is None or norm is None or p is None or not isinstance(x, Tensor) or not is_usual(x) or is_watched(inner):
+    inner, norm, p = _inner(module), norm_of(module._modules[NORM]), dropout_p(module._modules[DROPOUT])
+    if (
+        inner is None
+        or norm is None
+        or p is None
+        or not isinstance(x, Tensor)
+        or not is_supported(x)
+        or is_watched(inner)
+    ):
         return None
     if FED in module._modules:
         return None if kwargs else feed_forward.feed_forward(inner, x, norm, residual=True, dropout=p)
-    if x.ndim != 3 or not says_nothing_else(kwargs, READ):
+    if x.ndim != 3 or not knows_all(kwargs, READ):
         return None
     ready = _ready(module, inner, x, kwargs)
     if ready is None:
@@ -83,7 +90,7 @@ def traced(module: nn.Module) -> tuple[str, ...]:
 
 
 def branches(module: nn.Module, call: Call, inside: Mapping[str, Call]) -> list[tuple[Tensor | None, Tensor]]:
-    """Pair what the fast forward adds to the residual with what the inner module adds to it, (B, T, d)."""
+    """Pair what the fused forward adds to the residual with what the inner module adds to it, (B, T, d)."""
     (own,) = (inside[path].output for path in traced(module))
     x, kwargs, inner = call.hidden, call.kwargs | by_name(module, call.args[1:]), _inner(module)
     if inner is None:
@@ -98,18 +105,18 @@ def branches(module: nn.Module, call: Call, inside: Mapping[str, Call]) -> list[
 
 
 class _Ready(NamedTuple):
-    """The operands of the attention as they act in one call."""
+    """Current operands of the attention for one call."""
 
     block: SelfAttention
     pattern: Pattern
     bias: Tensor
-    acting: Acting
+    acting: ActiveOperands
 
 
 def _ready(module: nn.Module, inner: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> _Ready | None:
-    bias = None if asks_for_weights(inner, kwargs) else _distances(inner, x, kwargs.get("position_bias"))
+    bias = None if wants_weights(inner, kwargs) else _distances(inner, x, kwargs.get("position_bias"))
     pattern = None if bias is None else _pattern(inner, x, bias, kwargs.get("attention_mask"))
-    acting = acting_in([inner._modules[name] for name in PROJECTIONS], forwards_of(module), x)  # type: ignore[misc]
+    acting = active_operands([inner._modules[name] for name in PROJECTIONS], forwards_of(module), x)  # type: ignore[misc]
     if bias is None or pattern is None or acting is None:
         return None
     *inputs, o = acting.operands
@@ -124,15 +131,15 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 def _why_not(attention: nn.Module) -> str | None:
     if any(attention._modules.get(name) is None for name in PROJECTIONS) or not vars(attention).keys() >= NEEDED:
-        return "not the children of an attention that is known"
-    way = getattr(getattr(attention, "config", None), "_attn_implementation", None)
-    if way != "sdpa":
-        return f"its attention is computed by {way!r}"
-    return unknown_words(attention, WORDS, (*PROJECTIONS, DISTANCES))
+        return "unknown children for an attention"
+    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    if implementation != "sdpa":
+        return f"attention implementation {implementation!r} is not supported"
+    return unknown_attributes(attention, ATTRIBUTES, (*PROJECTIONS, DISTANCES))
 
 
 def _distances(attention: Any, x: Tensor, given: Tensor | None) -> Tensor | None:
-    """What the distance of two tokens adds to their score, (1 or B, H, T, T): given, or made; None where not frozen."""
+    """Return the relative position bias, (1 or B, H, T, T), given or computed; None if it is not frozen."""
     tokens = x.shape[1]
     if given is None:
         if attention._modules.get(DISTANCES) is None:

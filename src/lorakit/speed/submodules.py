@@ -1,6 +1,6 @@
-"""What recipes ask of a model's modules: norms, activations and linear operands, told by structure.
+"""Norms, activations and linear operands of a model's modules, recognized by structure.
 
-An answer of None means "not what a recipe knows", never a guess.
+None means unknown; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional
 from lorakit.core.clones import is_watched
 from lorakit.ops.norm import Norm
 from lorakit.speed.contract import names_read
-from lorakit.speed.patching import plain_class
+from lorakit.speed.patching import original_class
 
 ACTIVATIONS: dict[str, str] = {
     "SiLU": "silu",
@@ -29,16 +29,16 @@ ACTIVATIONS: dict[str, str] = {
     "QuickGELUActivation": "quick_gelu",
     "ReLU": "relu",
 }
-"""Class of an activation module -> its name in `lorakit.ops.activation`; a probe confirms each before it is used."""
+"""Activation class -> its name in `lorakit.ops.activation`; a probe confirms each before it is used."""
 
 RMS = ("RMSNorm", "T5LayerNorm")
-"""How the names of norms without a mean end."""
+"""Suffixes of the class names of norms without a mean."""
 
 EPSILONS = ("variance_epsilon", "eps")
 
 
 def activation_of(function: Any) -> str | None:
-    """The name of an activation, or None.
+    """Return the name of an activation, or None.
 
     Args:
         function: A module or a function of tensors (…).
@@ -51,7 +51,7 @@ def activation_of(function: Any) -> str | None:
 
 
 def norm_of(module: nn.Module | None) -> Norm | None:
-    """The operands of a norm over the last axis, or None where a module is none that is known or is not frozen."""
+    """Return the operands of a norm over the last axis, or None if it is unknown or not frozen."""
     if module is None or is_watched(module):
         return None
     weight: Any = module._parameters.get("weight")
@@ -70,8 +70,8 @@ def norm_of(module: nn.Module | None) -> Norm | None:
     return Norm("rms", weight, None, eps, 1.0 if type(module).__name__.startswith("Gemma") else 0.0)
 
 
-def share_of(dropout: nn.Module | None) -> float | None:
-    """The share of its input that a dropout drops now, 0 where there is none; None where it is no plain one."""
+def dropout_p(dropout: nn.Module | None) -> float | None:
+    """Return the current probability of a dropout, 0 if there is none, None if it is not a plain one."""
     if dropout is None or (isinstance(dropout, nn.Identity) and not is_watched(dropout)):
         return 0.0
     if not isinstance(dropout, nn.Dropout) or is_watched(dropout) or dropout.p >= 1:
@@ -79,53 +79,55 @@ def share_of(dropout: nn.Module | None) -> float | None:
     return dropout.p if dropout.training else 0.0
 
 
-def asks_for_weights(attention: nn.Module, call: Mapping[str, Any]) -> bool:
-    """Whether a call, or the model's config, asks an attention for its weights too.
+def wants_weights(attention: nn.Module, call: Mapping[str, Any]) -> bool:
+    """Return whether a call, or the model's config, requests attention weights.
 
     Args:
-        attention: A module, with a transformers config where it has one.
+        attention: A module, with a transformers config if it has one.
         call: The call's arguments by name.
     """
     asked = call.get("output_attentions")
     return bool(getattr(getattr(attention, "config", None), "output_attentions", False) if asked is None else asked)
 
 
-def unknown_words(module: nn.Module, words: Collection[str], children: Collection[str]) -> str | None:
-    """What a module has besides what a recipe knows, as a phrase, or None: a setting may change what no probe shows.
+def unknown_attributes(module: nn.Module, names: Collection[str], children: Collection[str]) -> str | None:
+    """Return what a module has besides the known attributes and children, as a phrase, or None.
+
+    An unknown setting may change something that no probe shows.
 
     Args:
         module: The module.
-        words: Attributes that are known.
-        children: Children that are known.
+        names: Known attributes.
+        children: Known children.
     """
-    own = {name for name in vars(module) if not name.startswith("_")} - {"training", *words, *children}
+    own = {name for name in vars(module) if not name.startswith("_")} - {"training", *names, *children}
     inside = {name for name, child in module._modules.items() if child is not None} - set(children)
     held = {name for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None}
     unknown = sorted(own | inside | held)
-    return f"it has {', '.join(unknown)}, which the recipe does not know" if unknown else None
+    return f"unknown attributes {', '.join(unknown)}" if unknown else None
 
 
-def unknown_fields(module: nn.Module, known: Collection[str]) -> str | None:
-    """Return what a module's forward reads of its config besides what a recipe knows, as a phrase, or None.
+def unknown_config_fields(module: nn.Module, known: Collection[str]) -> str | None:
+    """Return the unknown config fields that a module's forward reads, as a phrase, or None.
 
-    A field that is None or False is taken as switched off; a stand-in's contract has its value.
+    A field that is None or False is considered off; a replacement's contract covers its value.
 
     Args:
         module: A module with a config.
-        known: Fields that the recipe reads, too.
+        known: Fields that the fused forward reads, too.
     """
     fields = vars(module.config)
-    read = names_read(plain_class(module)) & fields.keys() - vars(module).keys() - set(known)
+    read = names_read(original_class(module)) & fields.keys() - vars(module).keys() - set(known)
     unknown = sorted(name for name in read if fields[name] is not None and fields[name] is not False)
-    return f"its forward reads {', '.join(unknown)} of its config, which the recipe does not know" if unknown else None
+    return f"its forward reads unknown config fields {', '.join(unknown)}" if unknown else None
 
 
-def says_nothing_else(call: Mapping[str, Any], read: Collection[str]) -> bool:
-    """Return whether all arguments of a call are known to a recipe, or known and not given.
+def knows_all(call: Mapping[str, Any], read: Collection[str]) -> bool:
+    """Return whether all arguments of a call are known, or unknown but not set.
 
     Args:
         call: The call's arguments by name.
-        read: Names of those that the recipe reads, or that change nothing.
+        read: Names of arguments that the fused forward reads, or that have no effect.
     """
     return all(name in read or (name in OPTIONAL and (value is None or value is False)) for name, value in call.items())
 
@@ -134,21 +136,21 @@ OPTIONAL = frozenset(
     {"cache", "past_key_values", "layer_past", "use_cache", "output_attentions", "output_hidden_states", "return_dict"}
     | {"encoder_hidden_states", "encoder_attention_mask", "key_value_states", "mask", "head_mask", "cache_position"}
 )
-"""Arguments that change nothing where they are None or False; the others do so where they are left out."""
+"""Arguments without effect if None or False; all others have no effect only if omitted."""
 
 
 def by_name(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
-    """The arguments behind the first by the names that the module's own forward gives them."""
+    """Return the arguments after the first by their names in the module's own forward."""
     if not args:
         return {}
     names = list(inspect.signature(type(module).forward).parameters)[2:]  # without self and the hidden states
     return dict(zip(names, args, strict=False))
 
 
-def is_usual(x: torch.Tensor) -> bool:
-    """Whether a call with x (…, d) is one that fast forwards are for: floats, at least one row, no tracing.
+def is_supported(x: torch.Tensor) -> bool:
+    """Return whether fused forwards support a call with x (…, d): floating-point, at least one row, no tracing.
 
-    Under autocast they compute as it has it; double precision, which it leaves alone, is left alone here too.
+    Under autocast they compute in its dtype; float64, which autocast does not cast, is left alone here too.
     """
     if torch.compiler.is_compiling() or not x.is_floating_point() or not x.numel():
         return False

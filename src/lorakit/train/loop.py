@@ -203,7 +203,7 @@ def save_checkpoint(run: Run) -> Path | None:
         random=tensors,
         random_plain=plain,
         environment=checkpoint.environment(
-            spec.device, run.plan.dtype, spec.quantization_values, choices.words(run.choices)
+            spec.device, run.plan.dtype, spec.quantization_values, choices.to_strings(run.choices)
         ),
         schedule=dataclasses.asdict(run.schedule),
     )

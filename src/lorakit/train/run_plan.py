@@ -70,7 +70,7 @@ def plan_run(spec: RunSpec, limits: RunLimits, lengths: Sequence[int]) -> RunPla
     if spec.settings.memory_budget is not None:
         fitting = plan.within(estimated, plan.bytes_of(spec.settings.memory_budget))
         estimated = fitting.plan
-        lines.append(fitting.said)
+        lines.append(fitting.reason)
     lines += plan.summary(estimated)
     details += plan.details(estimated)
     return RunPlan(choice.dtype, estimated.job.recompute, estimated.as_dict(), tuple(lines), tuple(details))
@@ -206,7 +206,7 @@ def autotuned_choices(
     before: Mapping[str, Any] | None,
     progress: Progress,
 ) -> dict[str, int]:
-    """Return the autotuned choices of a run, for `lorakit.ops.choices.acting`; report what was measured.
+    """Return the autotuned choices of a run, for `lorakit.ops.choices.activate`; report what was measured.
 
     Args:
         spec: The specification; without its setting `tuning` nothing is chosen.
@@ -221,7 +221,7 @@ def autotuned_choices(
         return {}
     here = environment(spec.device, dtype, spec.quantization_values)
     if before is not None and not differences({**before, "kernels": here["kernels"]}, here):
-        return choices.from_words(before.get("kernels"))
+        return choices.from_strings(before.get("kernels"))
     found = choose(model, most_tokens(loader, acceleration.packs), max(lengths(loader.sequences)))
     if str(found):
         progress.detail(str(found))

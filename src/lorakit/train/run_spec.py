@@ -250,7 +250,7 @@ class Run:
         optimizer: The optimizer over them.
         acceleration: The model's fused forwards, or None.
         state: Progress; the loop changes it.
-        choices: Autotuned choices, for `lorakit.ops.choices.acting`.
+        choices: Autotuned choices, for `lorakit.ops.choices.activate`.
         space: Disk space that the run needs.
         base_bytes: Size of the base's weights in memory.
         progress: Receiver of everything that is reported.

@@ -21,7 +21,7 @@ from lorakit.data import Batch
 from lorakit.data.encoding import IGNORED
 from lorakit.errors import DataError, NonFiniteError, RunError
 from lorakit.plan.job import RECOMPUTED
-from lorakit.speed import Acceleration, end_to_end
+from lorakit.speed import Acceleration, pack_rows
 from lorakit.train.optimizer import Named, clipped_step, gradient_norm, set_rate
 from lorakit.train.settings import Scheduler
 
@@ -163,7 +163,7 @@ def loss_sum(
     inputs: dict[str, Any]
     inputs, labels = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}, batch.labels
     if acceleration is not None and acceleration.packs and batch.tokens < batch.input_ids.numel():
-        inputs, labels = end_to_end(batch.input_ids, batch.attention_mask, labels)
+        inputs, labels = pack_rows(batch.input_ids, batch.attention_mask, labels)
     for name, value in inputs.items():  # sequence boundaries are read on the CPU, so that nothing waits for the device
         if isinstance(value, torch.Tensor) and not name.startswith("cu_seq_lens"):
             inputs[name] = value.to(device)

@@ -79,7 +79,7 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
             current = prepare(spec, progress, started)
             for line in check_space(spec, current.space):
                 progress.say(line)
-        held.enter_context(choices.acting(current.choices))
+        held.enter_context(choices.activate(current.choices))
         _start(current)
         with _failure_recorded(current):
             Loop(current).steps()
@@ -128,7 +128,7 @@ def prepare(spec: RunSpec, progress: Progress, started: float) -> Run:
     if snapshot is not None:
         load_state_tensors(optimizer, named, snapshot.optimizer)
         loader.load_state(snapshot.state.data)
-        here = environment(spec.device, plan.dtype, spec.quantization_values, choices.words(chosen))
+        here = environment(spec.device, plan.dtype, spec.quantization_values, choices.to_strings(chosen))
         state = _restore(snapshot, here, progress)
     return Run(
         spec=spec,
@@ -219,15 +219,15 @@ def acceleration_lines(acceleration: Acceleration) -> list[str]:
     Returns:
         A line about the step, one about the CPU kernels, and one about modules that are not accelerated, if any.
     """
-    left = Counter((part.kind, part.why) for part in acceleration.left)
+    left = Counter((part.kind, part.why) for part in acceleration.skipped)
     if not (acceleration.swaps or acceleration.head or acceleration.packs):
         reasons = dict.fromkeys(why for _, why in left)
-        return [f"Not accelerated: {'; '.join(reasons) or acceleration.head_left}."]
-    loss = f"loss from logits ({acceleration.head_left})" if acceleration.head_left else "loss without logits"
+        return [f"Not accelerated: {'; '.join(reasons) or acceleration.head_skipped}."]
+    loss = f"loss from logits ({acceleration.head_skipped})" if acceleration.head_skipped else "loss without logits"
     rows = "packed sequences" if acceleration.packs else "padded sequences"
     lines = [f"Acceleration: {format_count(len(acceleration.swaps), 'fused module')}, {loss}, {rows}."]
     if acceleration.swaps:
-        lines.append(f"CPU kernels: {compiled.account()}.")
+        lines.append(f"CPU kernels: {compiled.describe()}.")
     if left:
         lines.append(
             f"Not accelerated: {'; '.join(f'{count} × {kind} ({why})' for (kind, why), count in left.items())}."

@@ -159,7 +159,7 @@ REDOS = "(a+)+$"
 FILES: dict[str, tuple[Damage, str]] = {
     "no folder": (shutil.rmtree, "no such folder"),
     "no config": (lambda f: (f / CONFIG_FILE).unlink(), CONFIG_FILE),
-    "no weights": (lambda f: (f / WEIGHTS_FILE).unlink(), f"{WEIGHTS_FILE}: there is no such file"),
+    "no weights": (lambda f: (f / WEIGHTS_FILE).unlink(), f"{WEIGHTS_FILE}: no such file"),
     "empty": (write_weights(b""), f"{WEIGHTS_FILE}.*empty or truncated"),
     "seven bytes": (write_weights(b"1234567"), "empty or truncated"),
     "truncated": (change_bytes(lambda d: d[:-10]), "truncated or damaged"),
@@ -178,7 +178,7 @@ FILES: dict[str, tuple[Damage, str]] = {
     "header of no UTF-8": (with_header(b'{"\xff\xfe": 1}'), "header is not valid JSON"),
     "header of a list": (with_header([1]), "header is not a table"),
     "deep header": (with_header(b"[" * 100_000), "header is not valid JSON"),
-    "duplicate names": (with_header(b'{"a":%b,"a":%b}' % ((json.dumps(ENTRY).encode(),) * 2), b"0000"), "'a' stands twice"),
+    "duplicate names": (with_header(b'{"a":%b,"a":%b}' % ((json.dumps(ENTRY).encode(),) * 2), b"0000"), "duplicate key 'a'"),
     "a million tensors": (
         with_header(b"{" + b",".join(b'"%d":0' % i for i in range(700_000)) + b"}"), "tensors; at most"
     ),
@@ -240,7 +240,7 @@ FILES: dict[str, tuple[Damage, str]] = {
     "config of another method": (edit_config(peft_type="LOHA"), "peft_type is 'LOHA'; only LORA"),
     "config of a list": (lambda f: (f / CONFIG_FILE).write_text("[]") and None, f"{CONFIG_FILE}: holds a list"),
     "config empty": (lambda f: (f / CONFIG_FILE).write_text("") and None, f"{CONFIG_FILE}: not valid JSON"),
-    "config twice": (lambda f: (f / CONFIG_FILE).write_text('{"r": 4, "r": 5}') and None, "'r' stands twice"),
+    "config twice": (lambda f: (f / CONFIG_FILE).write_text('{"r": 4, "r": 5}') and None, "duplicate key 'r'"),
     "config huge": (lambda f: (f / CONFIG_FILE).write_text(" " * (2 << 20)) and None, f"{CONFIG_FILE}: 2,097,152 bytes"),
     "config deep": (lambda f: (f / CONFIG_FILE).write_text("[" * 100_000) and None, f"{CONFIG_FILE}: not valid JSON"),
     "config of no UTF-8": (lambda f: (f / CONFIG_FILE).write_bytes(b'{"a": "\xff"}') and None, f"{CONFIG_FILE}: not valid JSON"),

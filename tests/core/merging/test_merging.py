@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit.core import (
     attach,
@@ -16,11 +21,32 @@ from lorakit.core import (
     unmerge,
     use,
 )
+from lorakit.core.layers.adapter_component import KeepBase, MergeOptions
+from lorakit.core.merging.components import Components
 from lorakit.errors import MergeError
 
 from ...laws.snapshots import bits, same_bits, snapshot
 from ...laws.tolerances import assert_close
 from ...laws.zoo import BERT, CONV1DS, EVERY_KIND, GPT2, LINEARS, TIED, randomise, run, with_adapters
+
+
+class CountedTensors(TorchDispatchMode):
+    """Within the block: storages that operations made, held weakly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[weakref.ref[torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.made.append(weakref.ref(result))
+        return result
+
+    def alive(self, base: torch.Tensor) -> int:
+        """Return how many tensors of this shape are held, apart from what shares memory with this one."""
+        alive = [tensor for made in self.made if (tensor := made()) is not None and tensor.shape == base.shape]
+        return len({tensor.data_ptr() for tensor in alive} - {base.data_ptr()})
 
 
 def with_delta(size: float, dtype: torch.dtype) -> torch.nn.Module:
@@ -169,3 +195,57 @@ def test_dora_is_merged_with_its_magnitude() -> None:
     V = layer.base_layer.weight + 2 * layer.lora_B["a"].weight @ layer.lora_A["a"].weight
     expected = (layer.lora_magnitude_vector["a"].weight / V.norm(dim=1))[:, None] * V
     assert_close(merged_state_dict(model, "a")["up.weight"], expected.detach(), torch.float64)
+
+
+@pytest.mark.parametrize("keep_base", [True, False, "cpu"])
+def test_a_component_that_cannot_be_staged_leaves_all_others_unchanged(keep_base: KeepBase) -> None:
+    model = with_adapters(BERT, "a", lora_bias=True)
+    with torch.no_grad():
+        sites(model)[-1].layer.lora_B["a"].bias.fill_(float("nan"))
+    before = snapshot(model)
+    with pytest.raises(MergeError, match="the bias of B of a is NaN"):
+        merge(model, "a", keep_base=keep_base)
+    assert snapshot(model) == before
+
+
+def test_a_staged_merge_holds_no_tensors_that_were_only_measured() -> None:
+    model = with_adapters(LINEARS, "a", dtype=torch.bfloat16)
+    layer = model.up
+    for keep_base, most in ((True, 1), (False, 0)):
+        with CountedTensors() as made:
+            staged = layer.stage_merge("up", ["a"], MergeOptions(keep_base=keep_base))
+            gc.collect()
+            assert made.alive(layer.base_layer.weight) <= most
+        assert staged is not None and staged.report is not None
+
+
+def test_each_call_finds_the_components_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_adapters(BERT, "a", modules_to_save=["classifier"], bias="all")
+    found: list[torch.nn.Module] = []
+    of = Components.of
+
+    def counted(looked_at: torch.nn.Module) -> Components:
+        found.append(looked_at)
+        return of(looked_at)
+
+    monkeypatch.setattr(Components, "of", counted)
+    merge(model, "a")
+    unmerge(model, "a")
+    merge_and_unload(model, "a")
+    assert found == [model, model, model]
+
+
+def test_every_component_answers_the_protocol() -> None:
+    model = with_adapters(
+        TIED, "a", trainable_token_indices={"embed_tokens": [1, 2]}, modules_to_save=["norm"], target_modules=["q_proj"]
+    )
+    found = dict(Components.of(model).components())
+    assert {type(one).__name__ for one in found.values()} >= {"Linear", "ModulesToSave", "TrainableTokens"}
+    for one in found.values():
+        assert one.available_adapters() == ["a"]
+        assert one.saved_tensors("nobody") == {} == one.merged_tensors([], MergeOptions())
+        assert one.stage_merge("", ["nobody"], MergeOptions()) is None and one.stage_unmerge(["a"]) is None
+        assert one.remove("nobody") is one
+    for one in found.values():
+        plain = one.unload()
+        assert one.remove("a") is plain

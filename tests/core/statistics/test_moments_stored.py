@@ -117,7 +117,7 @@ def test_what_is_no_whole_file_of_statistics_is_refused(tmp_path: Path) -> None:
     dataclasses.replace(found, sites=sick).save(path)
     refused("up/values holds NaN or infinite numbers")
     path.unlink()
-    refused("there is no such file")
+    refused("no such file")
 
 
 def header(content: bytes) -> dict[str, str]:

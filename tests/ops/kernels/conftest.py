@@ -1,4 +1,4 @@
-"""Triton's kernels: on the device where there is one, else in Triton's interpreter."""
+"""Triton's kernels: on a device if there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(scope="session")
 def triton_kernels(device: str) -> Any:
-    """What `lorakit.ops.kernels.triton` gives; tests/conftest.py settles whether they are interpreted."""
+    """Return the kernels of `lorakit.ops.kernels.triton`; tests/conftest.py decides whether they are interpreted."""
     pytest.importorskip("triton", reason="the package triton is not installed: pip install 'lorakit[triton]'")
     from lorakit.ops.kernels.triton.launching import TritonKernels
 

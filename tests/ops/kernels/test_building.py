@@ -1,4 +1,4 @@
-"""Building the kernels: once, by the compiler that is there, and with a reason where it cannot be."""
+"""Building the kernels: once, by the available compiler, and with a reason if it fails."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_a_compiler = pytest.mark.skipif(
 needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may be another user")
 ROOT = Path(__file__).resolve().parents[3]
 OTHER = 54321
-"""The number of a user without a passwd entry."""
+"""A user id without a passwd entry."""
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_it_is_built_once_and_kept(tmp_path: Path) -> None:
     assert first.functions is not None
     folder = tmp_path / "cache" / "kernels"
     (made,) = folder.iterdir()
-    assert f"kept in {folder}" in first.why
+    assert f"cached in {folder}" in first.why
     before = made.stat()
     building.built.cache_clear()
     assert building.built("BF16").functions is not None
@@ -108,10 +108,10 @@ def test_a_cache_that_cannot_be_written_leaves_pytorch_and_one_message(
     compiled.kernels.cache_clear()
     try:
         assert compiled.kernels() is None
-        assert f"{tmp_path / 'a file'}" in compiled.account()
+        assert f"{tmp_path / 'a file'}" in compiled.describe()
     finally:
         compiled.kernels.cache_clear()
-    assert sorted(tmp_path.iterdir()) == before  # also the folder of temporary files
+    assert sorted(tmp_path.iterdir()) == before  # also the directory of temporary files
     (record,) = caplog.records
     assert record.name.startswith("lorakit")
     assert f"{tmp_path / 'a file'}" in record.getMessage()
@@ -179,7 +179,7 @@ def test_a_library_that_is_not_ours_or_not_whole_is_built_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: str
 ) -> None:
     assert building.built("").functions is not None
-    (tmp_path / "cache").rename(tmp_path / "moved")  # a path that is loaded already is not loaded again
+    (tmp_path / "cache").rename(tmp_path / "moved")  # a path that is already loaded is not loaded again
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "moved"))
     folder = tmp_path / "moved" / "kernels"
     (made,) = folder.iterdir()
@@ -238,7 +238,7 @@ print("none" if compiled.kernels() is None else "some", flush=True)
 @needs_root
 @pytest.mark.parametrize("variable", ["X=", "HOME=/", "HOME=/root", "HOME=/nowhere", "LORAKIT_CACHE=~strange/x"])
 def test_operations_of_a_user_without_a_home(variable: str) -> None:
-    """A container often runs as a number that no passwd entry names."""
+    """A container often runs with a user id that has no passwd entry."""
     name, _, value = variable.partition("=")
     environment = {name: value, "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "error", "-c", PROGRAM]
@@ -321,7 +321,7 @@ def test_processes_that_build_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_all_operations_without_kernels() -> None:
-    """PyTorch's own operations are the other half of each operation: its tests hold for them too."""
+    """Every operation falls back to PyTorch: its tests hold for the fallback too."""
     command = [
         sys.executable,
         "-m",

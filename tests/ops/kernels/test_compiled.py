@@ -1,4 +1,4 @@
-"""The kernels in C beside double precision: values, odd sizes, what may lie on what, threads, and numbers that are none."""
+"""The C kernels compared with double precision: values, odd sizes, allowed aliasing, threads, NaN and infinity."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lorakit.ops.rotary import Rotary
 from lorakit.ops.rotary import reference as rotary_reference
 
 KERNELS = compiled.kernels()
-pytestmark = pytest.mark.skipif(KERNELS is None, reason=f"no kernels: {compiled.account()}")
+pytestmark = pytest.mark.skipif(KERNELS is None, reason=f"no kernels: {compiled.describe()}")
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
-"""Of the norm of the difference beside that of the truth: sums in fp32; half a unit of the last place and a little."""
+"""Relative norm of the difference: sums in fp32; slightly above half a unit in the last place."""
 DTYPES = pytest.mark.parametrize("dtype", list(BOUNDS), ids=["fp32", "bf16"])
 SHAPES = pytest.mark.parametrize("shape", [(1, 1), (3, 31), (70, 577), (64, 64)], ids=str)
 
@@ -53,7 +53,7 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, int], weighted: bool, of
     w = some(shape[1], dtype=dtype) + 2 if weighted else None
     n, again, dx, rstd = torch.empty_like(x), torch.empty_like(x), dn.clone(), torch.empty(shape[0], 1)
     KERNELS.rms_forward(x, w, 1e-5, offset, n, rstd)
-    KERNELS.rms_again(x, w, offset, rstd, again)
+    KERNELS.rms_recompute(x, w, offset, rstd, again)
     KERNELS.rms_backward(dn, x, w, offset, rstd, None, dx)
     exact = leaf(x)
     truth = norm_reference(exact, Norm("rms", None if w is None else w.double(), None, 1e-5, offset))
@@ -65,7 +65,7 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, int], weighted: bool, of
     )
     error = float((n.double() - truth).norm() / truth.norm())
     assert error < 2 * BOUNDS[dtype]  # rounded before the weight too, as transformers has it
-    bound = float(dn.double().norm() * rstd.max() * 4)  # where a row has one number, its gradient is nearly none
+    bound = float(dn.double().norm() * rstd.max() * 4)  # if a row has one element, its gradient is almost zero
     assert float((dx.double() - exact.grad).norm()) < BOUNDS[dtype] * bound
     KERNELS.rms_backward(dx.copy_(dn), x, w, offset, rstd, add, dx)
     assert float((dx.double() - exact.grad - add.double()).norm()) < BOUNDS[dtype] * (
@@ -83,7 +83,7 @@ def test_a_norm_rounds_where_transformers_rounds() -> None:
         torch.nn.init.normal_(module.weight, 1 - offset, 0.3)
         module.bfloat16()
         KERNELS.rms_forward(x, module.weight, 1e-6, offset, n, rstd)
-        assert (n != module(x)).float().mean() < 1e-3  # a sum in another order may fall on the other side
+        assert (n != module(x)).float().mean() < 1e-3  # a sum in another order may round differently
 
 
 @DTYPES
@@ -123,18 +123,21 @@ def test_gates_of_large_numbers_and_of_none(act: str) -> None:
 @pytest.mark.parametrize("rows", [1, 2])
 def test_rotary_positions(dtype: torch.dtype, pairs: str, rot: int, rows: int) -> None:
     wide = some(2, 5, 3 * 16 + 7, dtype=dtype)
-    x = wide[..., :48].view(2, 5, 3, 16)  # tokens further apart than their heads are wide
+    x = wide[..., :48].view(2, 5, 3, 16)  # tokens further apart than the total width of their heads
     angle = torch.rand(rows, 5, rot) * 6
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)  # any tables, not only those whose halves are alike
+    cos, sin = (
+        angle.cos().to(dtype),
+        angle.sin().to(dtype),
+    )  # any tables, not only those with equal halves  # prose-check: ok
     sin = sin.roll(1, -1)
     out = torch.empty(2, 5, 3, 16, dtype=dtype)
-    KERNELS.turn(x, cos, sin, pairs == "interleaved", False, out)
+    KERNELS.rotate(x, cos, sin, pairs == "interleaved", False, out)
     exact = leaf(x.transpose(1, 2))
     truth = rotary_reference(exact, Rotary(cos.double(), sin.double(), pairs))  # type: ignore[arg-type]
     close(out.transpose(1, 2), truth)
     dy = some(2, 5, 3, 16, dtype=dtype)
     truth.backward(dy.transpose(1, 2).double())
-    KERNELS.turn(dy, cos, sin, pairs == "interleaved", True, dy)
+    KERNELS.rotate(dy, cos, sin, pairs == "interleaved", True, dy)
     close(dy.transpose(1, 2), exact.grad)
 
 
@@ -163,7 +166,7 @@ def test_softmax_of_what_a_row_sees(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_cross_entropy(dtype: torch.dtype, scale: float) -> None:
     logits, labels, losses = some(5, 1003, dtype=dtype, scale=5), torch.randint(1003, (5,)), torch.empty(5)
-    logits[0, 7], labels[0] = 300.0, 8  # a label whose share is 0 in fp32
+    logits[0, 7], labels[0] = 300.0, 8  # a label whose probability is 0 in fp32
     exact = leaf(logits)
     truth = F.cross_entropy(exact * scale, labels, reduction="none")
     truth.sum().backward()
@@ -189,15 +192,15 @@ def test_rows_with_factors_of_their_own(
     for i, k in enumerate(index.tolist()):
         if k >= 0:
             truth[i] += (x[i].double() @ A[k].double().t()) @ Bt[k].double()
-    KERNELS.own.add_own(x, A, Bt, index, y)
+    KERNELS.own.add_per_row(x, A, Bt, index, y)
     assert torch.equal(y[index < 0], before[index < 0])
     error = float((y.double() - truth).norm() / truth.norm())
-    assert error < 2 * BOUNDS[dtype]  # what A makes is rounded, then the sum
-    if dtype == torch.bfloat16:  # where the ways in products round
+    assert error < 2 * BOUNDS[dtype]  # the low-rank activation is rounded, then the sum
+    if dtype == torch.bfloat16:  # where the matmul methods round
         i, k = 3, 3
         h = (x[i].float() @ A[k].float().t()).bfloat16()
         plain = (before[i].float() + h.float() @ Bt[k].float()).bfloat16()
-        assert (y[i] != plain).float().mean() < 0.05  # a sum in another order may fall on the other side
+        assert (y[i] != plain).float().mean() < 0.05  # a sum in another order may round differently
 
 
 def test_a_number_that_is_none_stays_so() -> None:
@@ -209,7 +212,7 @@ def test_a_number_that_is_none_stays_so() -> None:
         assert out[1].isfinite().all()
         KERNELS.softmax(out.copy_(x), None, None)
         assert out[0].isnan().all()
-        KERNELS.own.add_own(
+        KERNELS.own.add_per_row(
             x, torch.ones(1, 2, 40, dtype=dtype), x[None], torch.zeros(2, dtype=torch.int64), out.zero_()
         )
         assert out[0].isnan().all()
@@ -233,7 +236,7 @@ def test_threads_change_no_bit() -> None:
             s = x.clone()
             KERNELS.softmax(s, None, None)
             y = torch.zeros_like(x)
-            KERNELS.own.add_own(x, stack, stack, torch.arange(300) % 3, y)
+            KERNELS.own.add_per_row(x, stack, stack, torch.arange(300) % 3, y)
             found.append((n, dx, a, s, y))
     finally:
         torch.set_num_threads(before)

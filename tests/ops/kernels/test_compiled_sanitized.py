@@ -1,6 +1,6 @@
-"""The C code under gcc's sanitizers for addresses and undefined behavior, and without memory for its scratch.
+"""The C code under gcc's address and undefined-behavior sanitizers, and without memory for its scratch.
 
-CC may name options, so the library is built as always; nothing in the package knows of these tests.
+CC may contain options, so the library is built as always; nothing in the package knows of these tests.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PROPERTIES = [
 
 @pytest.fixture
 def cc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Sets the options with which this process's kernels are built, apart from all others."""
+    """Set the options with which this process's kernels are built, separate from all others."""
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(building.SWITCH, raising=False)
     building.built.cache_clear()
@@ -59,7 +59,7 @@ static void *no_memory(size_t bytes) {
 @needs_gcc
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=["fp32", "bf16"])
 @pytest.mark.parametrize("at_first", [0, 1], ids=["in no thread", "in one thread"])
-@pytest.mark.parametrize("name", ["softmax", "cross_entropy", "add_own"])
+@pytest.mark.parametrize("name", ["softmax", "cross_entropy", "add_per_row"])
 def test_no_memory_for_scratch_is_a_memory_error(
     tmp_path: Path, cc: Any, name: str, dtype: torch.dtype, at_first: int
 ) -> None:
@@ -74,7 +74,7 @@ def test_no_memory_for_scratch_is_a_memory_error(
         "cross_entropy": lambda: kernels.cross_entropy(
             x.flatten(0, 1), torch.zeros(128, dtype=torch.int64), 1.0, True, torch.empty(128)
         ),
-        "add_own": lambda: kernels.own.add_own(x, stack, stack, torch.zeros(4, dtype=torch.int64), x),
+        "add_per_row": lambda: kernels.own.add_per_row(x, stack, stack, torch.zeros(4, dtype=torch.int64), x),
     }
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -86,7 +86,7 @@ def test_no_memory_for_scratch_is_a_memory_error(
 
 
 def preloaded() -> str:
-    """The sanitizer's library, which has to be in a process before any other, and C++'s, whose exceptions it asks for."""
+    """Return the sanitizer's library, which must be loaded first, and C++'s, whose exceptions it needs."""
     if GCC is None:
         pytest.skip("no gcc")
     found = []
@@ -132,7 +132,7 @@ print("within", within)
 @pytest.mark.slow
 @pytest.mark.parametrize("define", list(DTYPES.values()), ids=["fp32", "bf16"])
 def test_the_sanitizers_see_what_is_wrong(tmp_path: Path, define: str) -> None:
-    """Else the next test would pass whatever the code does."""
+    """Otherwise the next test would pass whatever the code does."""
     well, beyond, askew = (
         sanitized(tmp_path, "-c", CONTROL, define, *at) for at in (("0", "64"), ("0", "65"), ("1", "1"))
     )
@@ -145,7 +145,7 @@ def test_the_sanitizers_see_what_is_wrong(tmp_path: Path, define: str) -> None:
 
 @pytest.mark.slow
 def test_the_properties_hold_under_the_sanitizers(tmp_path: Path) -> None:
-    options = ["-q", "-x", "-s", "-p", "no:cacheprovider"]  # -s: a report is the process's last word
+    options = ["-q", "-x", "-s", "-p", "no:cacheprovider"]  # -s: the report is the last output of the process
     chosen = ["-m", "not slow and not gpu", "-k", "not gradcheck and not the_mean and not probability"]
     done = sanitized(tmp_path, "-m", "pytest", *options, *chosen, *PROPERTIES)
     assert done.returncode == 0, (done.stdout[-3000:], done.stderr[:3000])

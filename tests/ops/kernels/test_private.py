@@ -70,7 +70,7 @@ def test_a_parent_that_others_can_write_to_needs_the_sticky_bit(tmp_path: Path) 
 @pytest.mark.parametrize("which", ["a", "a/b"])
 @pytest.mark.parametrize("bits", [0o700, 0o755])
 def test_a_directory_of_another_user_is_rejected(tmp_path: Path, which: str, bits: int) -> None:
-    """Also in a parent with the sticky bit: anyone may make a directory there before we do."""
+    """Also in a parent with the sticky bit: anyone may create a directory there before we do."""
     tmp_path.chmod(0o1777)
     private_directory(tmp_path / "a" / "b")
     (tmp_path / which).chmod(bits)
@@ -125,7 +125,7 @@ def test_a_file_in_the_way_is_an_oserror(tmp_path: Path) -> None:
 def test_the_private_group_of_the_user_may_write_to_a_parent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gid: int, name: str, members: list[str], accepted: bool
 ) -> None:
-    """A umask of 002 is the default where each user has a group of their own."""
+    """A umask of 002 is the default on systems with per-user groups."""
     parent = tmp_path.resolve() / "a"
     parent.mkdir()
     lstat = Path.lstat

@@ -1,4 +1,4 @@
-"""The kernels in Triton beside the `reference` of each operation: values, gradients, what may lie on what."""
+"""The Triton kernels compared with the `reference` of each operation: values, gradients, allowed aliasing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
-"""Norm of the difference beside that of the truth: roundings of fp32 sums, and about two roundings to bf16."""
+"""Relative norm of the difference: roundings of fp32 sums, and about two roundings to bf16."""
 EPS = 1e-5
 
 
@@ -31,7 +31,7 @@ def _seed() -> None:
 
 
 class Given:
-    """Random tensors on the device, in the dtype that is tested."""
+    """Return random tensors on the device, in the tested dtype."""
 
     def __init__(self, dtype: torch.dtype, device: str) -> None:
         self.dtype, self.device = dtype, device
@@ -55,7 +55,7 @@ def gradients(y: Tensor, dy: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
 
 
 def leaves(*tensors: Tensor) -> list[Tensor]:
-    """Double images that gradients are asked of."""
+    """Return double-precision copies that require gradients."""
     return [tensor.detach().double().requires_grad_() for tensor in tensors]
 
 
@@ -70,7 +70,7 @@ def test_rms_norm(triton_kernels: Any, given: Given, kind: str, shape: tuple[int
     offset = 1.0 if kind == "weight from zero" else 0.0
     n, again, rstd = torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x), 1, dtype=torch.float32)
     triton_kernels.rms_forward(x, w, EPS, offset, n, rstd)
-    triton_kernels.rms_again(x, w, offset, rstd, again)
+    triton_kernels.rms_recompute(x, w, offset, rstd, again)
     assert torch.equal(n, again)
     (leaf,) = leaves(x)
     truth = norm.reference(leaf, Norm("rms", None if w is None else w.double(), None, EPS, offset))
@@ -80,12 +80,12 @@ def test_rms_norm(triton_kernels: Any, given: Given, kind: str, shape: tuple[int
     found = torch.empty_like(x)
     triton_kernels.rms_backward(dn, x, w, offset, rstd, None, found)
     given.close(found, dx)
-    triton_kernels.rms_backward(dn, x, w, offset, rstd, add, dn)  # in the place of what came in
+    triton_kernels.rms_backward(dn, x, w, offset, rstd, add, dn)  # overwriting the input
     given.close(dn, dx + add)
 
 
 def test_rms_norm_rounds_before_the_weight(triton_kernels: Any, given: Given) -> None:
-    """As transformers does: in fp32 it shows nothing, in bf16 each number is the reference's."""
+    """As in transformers: invisible in fp32; in bf16 each element equals the reference's."""
     x, w = given(16, 64), given(64)
     n, rstd = torch.empty_like(x), x.new_empty(16, 1, dtype=torch.float32)
     triton_kernels.rms_forward(x, w, EPS, 0.0, n, rstd)
@@ -109,7 +109,7 @@ def test_activation(triton_kernels: Any, given: Given, act: str, gated: bool) ->
     given.close(out, truth)
     wanted = gradients(truth, da, *inputs)
     dup = None if up is None else torch.empty_like(up)
-    triton_kernels.gate_backward(act, da, first, up, da, dup)  # in the place of what came in
+    triton_kernels.gate_backward(act, da, first, up, da, dup)  # overwriting the input
     given.close(da, wanted[0])
     if dup is not None:
         given.close(dup, wanted[1])
@@ -138,35 +138,35 @@ def test_turn(triton_kernels: Any, given: Given, pairs: Any, width: int, rot: in
     truth = rotary.reference(leaf.transpose(1, 2), turn).transpose(1, 2)
     (back,) = gradients(truth, x, leaf)
     out = torch.full_like(x, torch.nan)
-    triton_kernels.turn(x, cos, sin, interleaved, False, out)
+    triton_kernels.rotate(x, cos, sin, interleaved, False, out)
     given.close(out, truth)
     out.fill_(torch.nan)
-    triton_kernels.turn(x, cos, sin, interleaved, True, out)
+    triton_kernels.rotate(x, cos, sin, interleaved, True, out)
     given.close(out, back)
-    triton_kernels.turn(x, cos, sin, interleaved, False, x)
+    triton_kernels.rotate(x, cos, sin, interleaved, False, x)
     given.close(x, truth)
 
 
 def test_turn_of_tokens_that_lie_apart(triton_kernels: Any, given: Given) -> None:
-    """q within one projection of q, k and v."""
+    """Return q within a fused projection of q, k and v."""
     every, cos, sin = given(2, 5, 12, 8), given(1, 5, 8), given(1, 5, 8)
     x = every[:, :, 4:8]
     out, untouched = torch.empty_like(every)[:, :, 2:6], every.clone()
-    triton_kernels.turn(x, cos, sin, False, False, out)
+    triton_kernels.rotate(x, cos, sin, False, False, out)
     truth = rotary.reference(x.double().transpose(1, 2), Rotary(cos.double(), sin.double())).transpose(1, 2)
     given.close(out, truth)
-    triton_kernels.turn(x, cos, sin, False, False, x)
+    triton_kernels.rotate(x, cos, sin, False, False, x)
     assert torch.equal(x, out)
     assert torch.equal(every[:, :, :4], untouched[:, :, :4]) and torch.equal(every[:, :, 8:], untouched[:, :, 8:])
 
 
-# ---- attention's weights
+# ---- attention weights
 
 
 @pytest.mark.parametrize("bounds", ["none", "low", "high", "both"])
 @pytest.mark.parametrize("m", [5, 64, 300])
 def test_softmax(triton_kernels: Any, given: Given, bounds: str, m: int) -> None:
-    """Rows repeat with a period of k, as the heads that share a head of k do."""
+    """Rows repeat with a period of k, like the heads that share a key head."""
     low = torch.tensor([0, 1, 2], dtype=torch.int32) if bounds in ("low", "both") else None
     high = torch.tensor([3, 4, m], dtype=torch.int32) if bounds in ("high", "both") else None
     scores, ds, places = given(2, 6, m, scale=3.0), given(2, 6, m), torch.arange(m)
@@ -207,7 +207,7 @@ def test_drop_is_a_function_of_seed_and_place(triton_kernels: Any, given: Given)
 def test_thin_products_with_dropout(
     triton_kernels: Any, given: Given, p: float, rows: int, columns: int, rank: int
 ) -> None:
-    """Of what `drop` leaves by the same seed, whatever the tiles."""
+    """Matmuls of dropout(x) with the same seed, for any tiles."""
     x, a, h, y = given(rows, columns), given(rank, columns), given(rows, rank), given(rows, columns)
     seed, kept = seed_of(2**63 + 9, given.device), torch.ones(rows, columns, device=given.device)
     triton_kernels.drop(kept, p, seed, 1.0, kept)
@@ -217,13 +217,15 @@ def test_thin_products_with_dropout(
     given.close(dA, h.double().t() @ left)
     assert dA.dtype == torch.float32
     truth = y.double() + kept * (h.double() @ a.double())
-    triton_kernels.add_thin(h, a, p, seed, y)
+    triton_kernels.add_low_rank(h, a, p, seed, y)
     given.close(y, truth)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 1.0])
 def test_drop_takes_its_share_and_no_neighbour_knows(triton_kernels: Any, device: str, p: float) -> None:
-    """The law of (70): mean and variance of the count over blocks, and pairs at the distances of the kernel's layout."""
+    """The distribution of (70): mean and variance of the count over blocks, and pairs at distances of the kernel's
+    layout.
+    """
     n = 102_400
     out = torch.ones(n, device=device)
     triton_kernels.drop(out, p, seed_of(11, device), 1.0, out)
@@ -255,7 +257,7 @@ def test_drops_of_other_seeds_are_independent(triton_kernels: Any, device: str) 
 @pytest.mark.parametrize("vocabulary", [11, 1000, 9000])
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.3, None), (1.7, 2.0)])
 def test_losses(triton_kernels: Any, given: Given, scale: float, softcap: float | None, vocabulary: int) -> None:
-    """With the unit matrix for a head, h is the logits and the gradient for it that over the scale."""
+    """With the identity as head, h is the logits, and its gradient is theirs over the scale."""
     z, labels = given(6, vocabulary, scale=4.0), torch.randint(0, vocabulary, (6,)).to(given.device)
     (leaf,) = leaves(z)
     t = leaf * scale
@@ -281,7 +283,7 @@ def test_losses_of_labels_that_are_all_but_impossible(triton_kernels: Any, devic
     assert z.tolist() == [[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]]
 
 
-# ---- where there are none
+# ---- without kernels
 
 
 def test_a_device_without_triton_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,15 +293,15 @@ def test_a_device_without_triton_has_none(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(triton, "launching", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert triton.account.__wrapped__(torch.device("cpu")) == "the package triton is not installed"
+    assert triton.failure_on.__wrapped__(torch.device("cpu")) == "the package triton is not installed"
     assert triton.lacks_package()
     monkeypatch.setenv("LORAKIT_KERNELS", "off")
-    assert not triton.lacks_package()  # nothing is wanted
+    assert not triton.lacks_package()  # kernels are disabled
 
 
 def test_the_switch_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAKIT_KERNELS", "OFF")
-    assert triton.account.__wrapped__(torch.device("cpu")) == "LORAKIT_KERNELS=off"
+    assert triton.failure_on.__wrapped__(torch.device("cpu")) == "LORAKIT_KERNELS=off"
 
 
 def test_a_device_where_nothing_compiles_has_none(triton_kernels: Any, device: str, monkeypatch: Any) -> None:
@@ -310,18 +312,18 @@ def test_a_device_where_nothing_compiles_has_none(triton_kernels: Any, device: s
 
     assert launching.failure(torch.device(device)) == ""
     monkeypatch.setattr(launching.TritonKernels, "drop", failing)
-    words = "Triton cannot compile and run here: RuntimeError: Failed to find C compiler."
-    assert launching.failure(torch.device(device)) == words
+    message = "Triton cannot compile and run here: RuntimeError: Failed to find C compiler."
+    assert launching.failure(torch.device(device)) == message
     monkeypatch.setattr(launching.TritonKernels, "drop", lambda *args: None)
-    assert launching.failure(torch.device(device)) == "a kernel of Triton gave something else than it computes"
+    assert launching.failure(torch.device(device)) == "a Triton kernel returned a wrong result"
 
 
-# ---- what the interpreter does not show
+# ---- not covered by the interpreter
 
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_hopper(triton_kernels: Any) -> None:
-    """Down to machine code, which needs no device: in a process of its own, where nothing is interpreted."""
+    """Compile to machine code, which needs no device, in a separate process without interpretation."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     program = Path(__file__).parent / "programs" / "compiled_for_hopper.py"
     done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, check=False)
@@ -332,10 +334,10 @@ def test_every_kernel_compiles_for_hopper(triton_kernels: Any) -> None:
         "rms_backward",
         "gate",
         "gate_backward",
-        "turn",
+        "rotate",
         "drop",
         "shrink",
-        "add_thin",
+        "add_low_rank",
         "outer",
         "cross_entropy",
         "softmax",

@@ -27,9 +27,9 @@ from lorakit.core.kinds.kind import first_axis
 from lorakit.core.kinds.linear import linear_down, linear_up
 from lorakit.core.routing.route import Route
 from lorakit.core.variants import Factor
-from lorakit.ops.adapted import as_written, autocast
+from lorakit.ops.adapted import autocast, without_autocast
 from lorakit.ops.kernels.choosing import is_traced
-from lorakit.ops.segments import OwnRows, Routed, Segments, Way, are_few, compiled_way, way_of
+from lorakit.ops.segments import Method, PerRowLora, Routed, Segments, are_few, compiled_method, method_for
 
 _VERSION, _TRAINING = attrgetter("_version"), attrgetter("training")
 _WEIGHT, _BIAS = itemgetter("weight"), itemgetter("bias")
@@ -115,18 +115,18 @@ class Stack:
     names: tuple[str, ...]
     A: Tensor
     B: Tensor
-    ready: dict[torch.Size, Segments | OwnRows] = field(default_factory=dict)
+    ready: dict[torch.Size, Segments | PerRowLora] = field(default_factory=dict)
 
-    def made_ready(self, route: Route, x: Tensor) -> Segments | OwnRows:
+    def made_ready(self, route: Route, x: Tensor) -> Segments | PerRowLora:
         """The products with inputs like x (rows, …, in)."""
         rows = route.routed(self.names, x.device, len(x))
-        own = compiled_way(self.A, self.B, None, rows, x) if are_few(x, rows) else None
-        made = self.ready[x.shape] = own or Segments(self.A, self.B, None, rows, self._way(x, rows), x.dtype)
+        own = compiled_method(self.A, self.B, None, rows, x) if are_few(x, rows) else None
+        made = self.ready[x.shape] = own or Segments(self.A, self.B, None, rows, self._method(x, rows), x.dtype)
         return made
 
-    def _way(self, x: Tensor, rows: Routed) -> Way:
-        way = way_of(x, rows)
-        return way_of(x, rows, only_finite=False) if way == "masked" and not self.is_finite else way
+    def _method(self, x: Tensor, rows: Routed) -> Method:
+        method = method_for(x, rows)
+        return method_for(x, rows, only_finite=False) if method == "masked" and not self.is_finite else method
 
     @cached_property
     def is_finite(self) -> bool:
@@ -222,7 +222,7 @@ def add_stacked(layer: Any, segments: OfRows, route: Route, x: Tensor, y0: Tenso
     if not made.stacks:
         return y0, segments
     y = _own(layer, y0)
-    with as_written(x):
+    with without_autocast(x):
         for stack in made.stacks:
             (stack.ready.get(x.shape) or stack.made_ready(route, x)).forward(x, y)
     return y, [segment for segment in segments if segment[0] in made.rest] if made.rest else ()

@@ -302,7 +302,7 @@ class LoraLayer(BaseWeight):
         return axis
 
     def _addition(self, name: str, route: Route, x: Tensor, y0: Tensor, weights: Weights) -> Tensor:
-        """What one adapter of a route adds: x (…, in) or indices (…), y0 (…, out) -> (…, out) like y0."""
+        """What one adapter adds: x (…, in) or indices (…), y0 (…, out) -> (…, out) like y0.   [docs/math.md (2)]"""
         kind, factor, dtype = self.kind, self.factor(name), y0.dtype
         variant = factor.variant
         if kind.drops:

@@ -14,49 +14,15 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.kinds import Kind, Slot
 from lorakit.core.layers.adapter_component import MergeOptions, SiteMerge
+from lorakit.core.layers.stored_weight import StoredWeight
 from lorakit.core.quantization import Base, base_of
-from lorakit.core.variants import Factor
 from lorakit.errors import MergeError
-
-
-class WeightSite(Protocol):
-    """What computing a merged weight asks of a site's layer."""
-
-    slot: Slot
-    moved_by: str | None
-    merged_adapters: list[str]
-    replaced: tuple[nn.Module, ...]
-
-    @property
-    def kind(self) -> Kind:
-        """The kind of the site."""
-
-    @property
-    def storage(self) -> tuple[Base, nn.Module]:
-        """How the weight is stored, and the module that stores it."""
-
-    @property
-    def owner(self) -> nn.Module:
-        """The base's module at the site now."""
-
-    def original(self) -> Any:
-        """Return what the base stored before anything was merged."""
-
-    def read(self, adapter: str | None = None) -> Tensor:
-        """Return the weight, (out, in), without anything merged, as an adapter sees it."""
-
-    def addition(self, name: str, W: Tensor) -> Tensor:
-        """Return what an adapter adds to the weight W, (out, in)."""
-
-    def factor(self, name: str) -> Factor:
-        """Return an adapter's A (r, in) and B (out, r)."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +46,7 @@ class MergedWeight:
     total: Tensor
 
 
-def in_one_group(layer: WeightSite, names: Sequence[str]) -> tuple[nn.Module, Tensor, Tensor]:
+def in_one_group(layer: StoredWeight, names: Sequence[str]) -> tuple[nn.Module, Tensor, Tensor]:
     """Return a convolution that does in one group what a site does with adapters merged.
 
     Args:
@@ -118,7 +84,7 @@ def _convolution(source: Any, W: Tensor) -> nn.Module:
     return made.train(source.training)
 
 
-def sum_of_updates(layer: WeightSite, names: Sequence[str], options: MergeOptions) -> MergedWeight:
+def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOptions) -> MergedWeight:
     """Return what to store for W₀ + Σ update, with W₀ (out, in) and the exact sum (out, in).   [docs/math.md (11)]
 
     In its place in the model, the weight must also be right for an adapter that moved the base and is not merged; where
@@ -148,7 +114,7 @@ def sum_of_updates(layer: WeightSite, names: Sequence[str], options: MergeOption
     return MergedWeight(stored, base, source, original, W, total)
 
 
-def weight_with(layer: WeightSite, new: Sequence[str], options: MergeOptions) -> MergedWeight:
+def weight_with(layer: StoredWeight, new: Sequence[str], options: MergeOptions) -> MergedWeight:
     """Return `sum_of_updates` of what is merged at a site and of more adapters, as an earlier merge left the site.
 
     Args:
@@ -161,7 +127,7 @@ def weight_with(layer: WeightSite, new: Sequence[str], options: MergeOptions) ->
     return sum_of_updates(layer, [*layer.merged_adapters, *new], options)
 
 
-def stored_with(layer: WeightSite, merged: Sequence[str]) -> Any:
+def stored_with(layer: StoredWeight, merged: Sequence[str]) -> Any:
     """Return what a site's module stores while some adapters, at least one, are merged."""
     return sum_of_updates(layer, merged, MergeOptions(dense=_dtype_of(layer.owner) if layer.replaced else None)).stored
 
@@ -172,7 +138,7 @@ def _dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def merged_weight(
-    path: str, layer: WeightSite, new: Sequence[str], options: MergeOptions
+    path: str, layer: StoredWeight, new: Sequence[str], options: MergeOptions
 ) -> tuple[MergedWeight, SiteMerge]:
     """Return the weight of a site with more adapters merged, and what storing it loses.
 

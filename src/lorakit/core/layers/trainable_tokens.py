@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lorakit.core.clones import clone_with
 from lorakit.core.layers.adapter_component import AdapterModule, MergeOptions, StagedMerge
-from lorakit.core.layers.base_weight import give_back
+from lorakit.core.layers.stored_weight import give_back
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve

@@ -23,8 +23,7 @@ from lorakit.core.model.index import AdapterIndex, find_state, state_of
 from lorakit.core.routing.positions import prompt_offsets
 from lorakit.core.routing.route import BASE, Offsets, Route
 from lorakit.core.routing.state import AdapterState, CheckpointContexts, Override
-from lorakit.core.variants import variants_of
-from lorakit.core.variants.alora import last_invocation
+from lorakit.core.variants import last_invocation, variants_of
 from lorakit.errors import RouteError
 
 

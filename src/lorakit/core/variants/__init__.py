@@ -8,7 +8,7 @@ from typing import Any
 
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import KINDS, Kind, fits
-from lorakit.core.variants.alora import ALORA
+from lorakit.core.variants.alora import ALORA, last_invocation
 from lorakit.core.variants.dora import DORA, row_norms
 from lorakit.core.variants.lora import PLAIN
 from lorakit.core.variants.variant import (
@@ -42,6 +42,7 @@ __all__ = [
     "added",
     "asked_for",
     "is_kept",
+    "last_invocation",
     "own_tensors",
     "row_norms",
     "variant_at",

@@ -27,7 +27,7 @@ NO_SETTING: Setting = MappingProxyType({})
 NO_TENSORS: Mapping[str, Tensor] = MappingProxyType({})
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: each forward makes one, and the fields of a frozen one are set slowly
 class Factor:
     """One adapter at one site, as arithmetic sees it.
 
@@ -124,7 +124,7 @@ class OwnTensor:
     depends_on_rank: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen, as `Factor`
 class At:
     """One factor in one forward.
 

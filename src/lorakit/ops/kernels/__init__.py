@@ -1,1 +1,1 @@
-"""Compiled kernels for what PyTorch does in several passes: written in C for processors, in Triton for CUDA."""
+"""Compiled kernels that fuse several PyTorch passes: C for CPUs, Triton for CUDA."""

@@ -1,10 +1,9 @@
-"""The C compiler's part: rows.c, with what it includes, becomes a shared library, once for each machine, compiler and
-dtype, kept in the cache.
+"""Compile rows.c and its headers into a shared library, once per machine, compiler and dtype, and cache it.
 
-Nothing is downloaded and nothing is installed: it is the C compiler that is there, or none. A library is code, so it is
+Nothing is downloaded or installed: the C compiler on the system is used, if there is one. A library is code, so it is
 built and loaded only in a directory that no other user can write to (`lorakit.ops.kernels.private`). It is built in a
-private folder next to its final path and then moved there, so that processes that build at once do not disturb each
-other. Whatever prevents a library is a reason in `Built`, never an exception.
+private directory next to its final path and then moved there, so that concurrent builds do not interfere. Failures are
+reported in `Built`, never raised.
 """
 
 from __future__ import annotations
@@ -23,30 +22,30 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import torch  # also for its thread library, which must be there before a kernel asks for it
+import torch  # also loads torch's thread library, which must be present before a kernel uses it
 
 from lorakit.machine import cache_directory
 from lorakit.ops.kernels.private import is_private_file, private_directory
 
 SWITCH = "LORAKIT_KERNELS"
-"""Environment variable: "off" leaves everything to PyTorch's own operations."""
+"""Environment variable; "off" disables the compiled kernels."""
 
 SOURCE = Path(__file__).with_name("rows.c")
 COMPILERS = ("gcc", "cc", "clang")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 WIDEST = "-mprefer-vector-width=512"
-"""Asked for where the compiler knows it: by default GCC uses half the vectors' width of the processors that have it."""
+"""Used if the compiler supports it: by default GCC uses only half the vector width of processors with AVX-512."""
 SECONDS = 120
-"""After which a compiler is given up."""
+"""Timeout of a compiler run."""
 
 
 class Built(NamedTuple):
-    """A library, or why there is none.
+    """A library, or the reason why there is none.
 
     Attributes:
-        functions: Those of the library, or None.
-        why: How it was made, or why not; for people.
-        lacks_compiler: There is none because no C compiler was found.
+        functions: The loaded library, or None.
+        why: How it was built, or why it was not; for logs.
+        lacks_compiler: Whether no C compiler was found.
     """
 
     functions: ctypes.CDLL | None
@@ -56,32 +55,32 @@ class Built(NamedTuple):
 
 @functools.cache
 def built(define: str) -> Built:
-    """The library of rows.c, built where it is not there yet; a second's work, once in a process at most.
+    """Return the library of rows.c, building it if missing; takes about a second, at most once per process.
 
     Args:
-        define: A name to define for the preprocessor, or "".
+        define: A preprocessor name to define, or "".
     """
     if os.environ.get(SWITCH, "").lower() == "off":
         return Built(None, f"{SWITCH}=off")
     compiler = _compiler()
     if not compiler:
         asked = os.environ.get("CC", "").strip()
-        why = f"no C compiler ({asked or ', '.join(COMPILERS)}) is on the path"
+        why = f"no C compiler ({asked or ', '.join(COMPILERS)}) found on PATH"
         return Built(None, why, lacks_compiler=True)
     try:
         folder = private_directory(cache_directory() / "kernels")
     except OSError as cause:
         return _without(f"{_short(cause)}; set LORAKIT_CACHE to a directory that only you can write to")
     try:
-        return Built(_library(compiler, define, folder), f"compiled by {shlex.join(compiler)}, kept in {folder}")
+        return Built(_library(compiler, define, folder), f"compiled by {shlex.join(compiler)}, cached in {folder}")
     except (OSError, subprocess.SubprocessError) as cause:
         return _without(_short(cause))
 
 
 def _without(why: str) -> Built:
-    """No library although there is a compiler: also a line in the log, since steps are slower than they could be."""
+    """Return no library although there is a compiler, with a logged warning because steps will be slower."""
     logging.getLogger(__name__).warning(
-        "lorakit uses PyTorch's operations instead of its faster kernels for CPUs: %s (%s=off omits this message)",
+        "CPU kernels are not available, falling back to PyTorch: %s (set %s=off to silence this warning)",
         why,
         SWITCH,
     )
@@ -89,17 +88,17 @@ def _without(why: str) -> Built:
 
 
 def _compiler() -> list[str]:
-    """The compiler's command, as CC says it, with options or without; empty if there is none."""
+    """Return the compiler command from CC, with options if given; empty if there is none."""
     try:
         asked = shlex.split(os.environ.get("CC", ""))
-    except ValueError:  # a quote that is not closed
+    except ValueError:  # unbalanced quote
         return []
     commands = [asked] if asked else [[name] for name in COMPILERS]
     return next(([found, *options] for name, *options in commands if (found := shutil.which(name))), [])
 
 
 def _library(compiler: list[str], define: str, folder: Path) -> ctypes.CDLL:
-    """The library in the private folder; built if it is missing, damaged or not ours alone."""
+    """Load the library from the private directory; build it if it is missing, damaged or writable by others."""
     path = folder / f"rows-{_key(compiler, define)}.so"
     if is_private_file(path):
         with contextlib.suppress(OSError):
@@ -109,7 +108,7 @@ def _library(compiler: list[str], define: str, folder: Path) -> ctypes.CDLL:
 
 
 def _key(compiler: list[str], define: str) -> str:
-    """What a library depends on: the source, the flags, the compiler, and the processor that it is for."""
+    """Return a hash of everything a library depends on: source, flags, compiler and processor."""
     told = subprocess.run(
         [*compiler, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, check=False
     ).stdout
@@ -121,7 +120,7 @@ def _key(compiler: list[str], define: str) -> str:
 
 
 def _instructions() -> str:
-    """What the processor can do; the name of the machine if it does not say."""
+    """Return the processor's instruction sets, or the host name if unknown."""
     try:
         text = Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
@@ -134,10 +133,10 @@ _INSTRUCTIONS = ("flags", "features")
 
 
 def _build(compiler: list[str], define: str, path: Path) -> None:
-    """Compile into `path`; with threads where PyTorch's own thread library is there to be shared, else without.
+    """Compile into `path`, with threads if PyTorch's thread library can be shared.
 
     The library must not bring a second thread library: two pools on the same cores wait for each other. So it is linked
-    without one, and finds the one that PyTorch has loaded; where that does not have what it needs, it has no threads.
+    without one and uses the one PyTorch has loaded; if that lacks a needed symbol, it is built without threads.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made, whole = Path(scratch) / "rows.o", Path(scratch) / "rows.so"
@@ -151,7 +150,9 @@ def _build(compiler: list[str], define: str, path: Path) -> None:
                 _flush(whole)
                 whole.replace(path)
                 return
-    raise OSError(f"{shlex.join(compiler)} could not compile {SOURCE.name}, or {path.parent} allows no programs")
+    raise OSError(
+        f"{shlex.join(compiler)} could not compile {SOURCE.name}, or {path.parent} does not allow executables"
+    )
 
 
 def _runs(command: list[str]) -> bool:
@@ -160,7 +161,7 @@ def _runs(command: list[str]) -> bool:
 
 
 def _loads(path: Path) -> bool:
-    """Whether a library can be loaded, and shows its functions, which an option in CC may hide."""
+    """Return whether a library can be loaded and exports its functions, which an option in CC may hide."""
     try:
         return hasattr(ctypes.CDLL(str(path), mode=os.RTLD_NOW), "rms_forward")
     except OSError:
@@ -168,11 +169,11 @@ def _loads(path: Path) -> bool:
 
 
 def _flush(path: Path) -> None:
-    """Write a file through to the disk, so that a crash leaves no library that is half of one."""
+    """Flush a file to disk, so that a crash does not leave a partial library."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def _short(cause: BaseException) -> str:
-    """Return the first line of an error of the operating system or a subprocess, to be quoted in a message."""
+    """Return the first line of an operating system or subprocess error, for use in a message."""
     return str(cause).splitlines()[0].removesuffix(".") if str(cause) else type(cause).__name__

@@ -1,4 +1,4 @@
-"""Which compiled kernels a call may use, if any."""
+"""Select the compiled kernels for a call, if any."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from lorakit.ops.kernels.protocol import Kernels
 
 
 def kernels_for(x: Tensor, *others: Tensor | None, strided: bool = False) -> Kernels | None:
-    """The compiled kernels for x (any shape), or None where PyTorch's own operations have to do.
+    """Return the compiled kernels for x (any shape), or None if PyTorch's operations must be used.
 
-    That is so for other dtypes than theirs, where one of the others has another dtype or device than x, for tensors
-    that are not contiguous (x may be, where strided) or have no storage to point to (fake ones, shards), and under a
-    compiler or tracer.
+    None for unsupported dtypes; if another tensor differs in dtype or device; for non-contiguous tensors (x may be, if
+    strided) and tensors without storage (fake tensors, shards); and under a compiler or tracer.
     """
     if type(x) not in _PLAIN or x.dtype not in _DTYPES.get(x.device.type, ()):
         return None
@@ -33,5 +32,5 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def is_traced() -> bool:
-    """Whether tensors may stand for others now: under `torch.jit.trace`, an export, or a transform of `torch.func`."""
+    """Return whether tensors may be symbolic: under `torch.jit.trace`, export, or a `torch.func` transform."""
     return torch._C._get_tracing_state() is not None or torch._C._functorch.maybe_current_level() is not None

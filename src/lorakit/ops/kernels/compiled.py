@@ -1,6 +1,6 @@
-"""The kernels for CPUs: rows.c and what it includes, called with pointers.
+"""CPU kernels: calls rows.c and its headers through pointers.
 
-See `lorakit.ops.kernels.protocol` for what each computes.
+`lorakit.ops.kernels.protocol` documents what each computes.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from lorakit.ops.kernels.building import Built, built
 from lorakit.ops.kernels.gateway import Gateway
 
 DTYPES = {torch.float32: "", torch.bfloat16: "BF16"}
-"""Dtypes for which there are kernels -> what their source is compiled with."""
+"""Dtypes with kernels -> the preprocessor name their source is compiled with."""
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "quick_gelu": 2, "relu": 3}
-"""Names, as in `lorakit.ops.activation`, -> as in the source."""
+"""Names as in `lorakit.ops.activation` -> their enum in the C source."""
 
 
 @functools.cache
 def kernels() -> CompiledKernels | None:
-    """The kernels of this process, compiled where that has not been done yet; None where that is not possible."""
+    """Return the kernels of this process, compiled if necessary; None if that is not possible."""
     libraries = [each.functions for each in _built()]
     if libraries[-1] is None:
         return None
     return CompiledKernels({dtype: each for dtype, each in zip(DTYPES, libraries, strict=True) if each is not None})
 
 
-def account() -> str:
-    """How the kernels were made, or why there are none; for people."""
+def describe() -> str:
+    """Describe how the kernels were built, or why there are none."""
     last = _built()[-1]
     return f"kernels {last.why}" if last.functions is not None else f"PyTorch's operations ({last.why})"
 
@@ -42,7 +42,7 @@ def lacks_compiler() -> bool:
 
 
 def _built() -> list[Built]:
-    """What was built for each dtype, up to the first that could not be, so that one reason is told once."""
+    """Return the libraries by dtype, up to the first that could not be built, so that its reason is logged once."""
     found: list[Built] = []
     for define in DTYPES.values():
         found.append(built(define))
@@ -54,7 +54,7 @@ def _built() -> list[Built]:
 class CompiledKernels:
     """The functions of rows.c for each dtype.
 
-    Each method raises ValueError if a tensor does not fit, and MemoryError if there is no memory for scratch; see
+    Each method raises ValueError if a tensor is invalid, and MemoryError if scratch cannot be allocated; see
     `lorakit.ops.kernels.gateway`.
     """
 
@@ -64,7 +64,7 @@ class CompiledKernels:
 
     @property
     def own(self) -> CompiledKernels:
-        """Itself."""
+        """Return itself."""
         return self
 
     def __init__(self, libraries: dict[torch.dtype, ctypes.CDLL]) -> None:
@@ -89,12 +89,12 @@ class CompiledKernels:
             self._pointer("rstd", rstd, torch.float32, (rows, 1)),
         )
 
-    def rms_again(self, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, n: Tensor) -> None:
+    def rms_recompute(self, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, n: Tensor) -> None:
         """See the protocol; x, n (N, d)."""
         dtype, shape = x.dtype, x.shape
         rows, d = shape
         self._call(
-            "rms_again",
+            "rms_recompute",
             dtype,
             rows * d,
             self._pointer("x", x, dtype, shape),
@@ -147,10 +147,10 @@ class CompiledKernels:
         """See the protocol; da, first, up (N, f).
 
         Raises:
-            ValueError: A tensor does not fit, or only one of up and dup is given.
+            ValueError: A tensor is invalid, or only one of up and dup is given.
         """
         if (up is None) != (dup is None):
-            raise ValueError("up, dup: a kernel needs both or none")
+            raise ValueError("up, dup: give both or neither")
         dtype, shape, count = first.dtype, first.shape, first.numel()
         self._call(
             "gate_backward",
@@ -165,20 +165,20 @@ class CompiledKernels:
             self._optional("dup", dup, dtype, shape),
         )
 
-    def turn(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
         """See the protocol; x, out (B, T, H, D).
 
         Raises:
-            ValueError: A tensor does not fit.
+            ValueError: A tensor is invalid.
         """
         dtype, shape, tables = x.dtype, x.shape, cos.shape
         batch, tokens, heads, width = shape
         rot = tables[-1]
         table_rows = cos.numel() // max(rot, 1)
         if rot % 2 or rot > width or table_rows not in (tokens, batch * tokens):
-            raise ValueError(f"cos {tuple(tables)}: a kernel needs (1 or B, T, even rot) for x {tuple(shape)}")
+            raise ValueError(f"cos {tuple(tables)}: expected (1 or B, T, even rot) for x {tuple(shape)}")
         self._call(
-            "turn",
+            "rotate",
             dtype,
             x.numel(),
             self._pointer("x", x, dtype, shape, _heads_together(x)),
@@ -200,10 +200,10 @@ class CompiledKernels:
         """See the protocol; x, out (any shape).
 
         Raises:
-            ValueError: A tensor does not fit, or p is not in (0, 1].
+            ValueError: A tensor is invalid, or p is not in (0, 1].
         """
         if not 0 < p <= 1:
-            raise ValueError(f"p: a kernel needs a probability above 0; got {p}")
+            raise ValueError(f"p must be in (0, 1]; got {p}")
         dtype, shape, count = x.dtype, x.shape, x.numel()
         self._call(
             "drop",
@@ -221,12 +221,12 @@ class CompiledKernels:
         """See the protocol; scores (Z, n, m).
 
         Raises:
-            ValueError: A tensor does not fit, or there is not a place to see.
+            ValueError: A tensor is invalid or empty.
         """
         dtype, shape, count, m = scores.dtype, scores.shape, scores.numel(), scores.shape[-1]
         kinds = len(low) if low is not None else len(high) if high is not None else 1
         if not kinds or not m:
-            raise ValueError(f"scores {tuple(shape)}, {kinds} bounds: a kernel needs one of each at least")
+            raise ValueError(f"scores {tuple(shape)}, {kinds} bounds: neither may be empty")
         self._call(
             "softmax",
             dtype,
@@ -256,7 +256,7 @@ class CompiledKernels:
         self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses: Tensor, cap: float | None = None
     ) -> None:
         """See the protocol; logits (c, V)."""
-        assert cap is None  # `caps_logits` says so
+        assert cap is None  # callers check `caps_logits`
         rows, v = logits.shape
         self._call(
             "cross_entropy",
@@ -271,7 +271,7 @@ class CompiledKernels:
             self._pointer("losses", losses, torch.float32, (rows,)),
         )
 
-    def add_own(self, x: Tensor, A: Tensor, Bt: Tensor, index: Tensor, y: Tensor) -> None:
+    def add_per_row(self, x: Tensor, A: Tensor, Bt: Tensor, index: Tensor, y: Tensor) -> None:
         """See the protocol; x (rows, …, in), A (K, r, in), Bt (K, r, out), index (rows,), y (rows, …, out)."""
         dtype, shape, (adapters, r, out) = x.dtype, x.shape, Bt.shape
         width, asked = shape[-1], shape[0]
@@ -285,11 +285,11 @@ class CompiledKernels:
         into = self._pointer("y", y, dtype, (*shape[:-1], out))
         if rows:
             read = rows * r * (width + out)
-            self._call("add_own", dtype, read, *pointers, rows // asked, rows, width, r, out, into)
+            self._call("add_per_row", dtype, read, *pointers, rows // asked, rows, width, r, out, into)
 
 
 def _heads_together(x: Tensor) -> tuple[int, ...]:
-    """Strides of x (B, T, H, D) with the heads of a token next to each other, and all tokens at one distance."""
+    """Return the strides of x (B, T, H, D) with contiguous heads per token and evenly spaced tokens."""
     batch, tokens, heads, width = x.shape
     apart = x.stride(1) if batch * tokens == 1 else max(x.stride(1), heads * width)
     return (x.stride(0) if batch == 1 else tokens * apart, apart, width, 1)

@@ -1,9 +1,9 @@
-/* Dropout. The distance from one dropped number to the next is geometric. Each block of numbers has a stream of its
- * own, so that threads need not wait for each other; a geometric law has no memory, so that changes nothing of it. */
+/* Dropout. The gap from one dropped element to the next is geometric. Each block of elements has a separate random stream,
+ * so that threads are independent; the geometric distribution is memoryless, so block boundaries do not change it. */
 
 #define LANES 16
 
-static inline uint64_t mixed(uint64_t z) { /* the finaliser of SplitMix64 (Steele, Lea and Flood 2014) */
+static inline uint64_t mixed(uint64_t z) { /* the finalizer of SplitMix64 (Steele, Lea and Flood 2014) */
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return z ^ (z >> 31);
@@ -20,7 +20,7 @@ static inline int64_t gaps(uint64_t key, uint64_t from, float each, int32_t *gap
     return LANES;
 }
 
-static inline int64_t far_gaps(uint64_t key, uint64_t from, double each, int32_t *gap) { /* where fp32 is too coarse */
+static inline int64_t far_gaps(uint64_t key, uint64_t from, double each, int32_t *gap) { /* for small p, where fp32 is too coarse */
     for (int j = 0; j < LANES; j++) {
         double u = ((double)(mixed(key + (from + (uint64_t)j) * 0x9e3779b97f4a7c15u) >> 12) + 0.5) * 0x1p-52;
         double distance = log(u) * each;

@@ -1,6 +1,6 @@
-"""The one way from tensors into C: what a kernel takes for granted of a tensor is checked where its address is taken.
+"""The only module that passes tensors to C; checks every property that a kernel assumes before taking an address.
 
-C knows nothing of shapes: a wrong dtype, stride or index would read and write elsewhere, without an error. It knows
+C knows nothing of shapes: a wrong dtype, stride or index would access other memory without an error. This module knows
 nothing of what the kernels compute.
 """
 
@@ -14,36 +14,36 @@ import torch
 from torch import Tensor
 
 STATUSES: dict[int, tuple[type[Exception], str]] = {
-    1: (MemoryError, "there is no memory for its scratch"),
-    2: (ValueError, "the first place that a row sees is behind its last"),
+    1: (MemoryError, "out of memory for scratch"),
+    2: (ValueError, "the first visible position of a row is after its last"),
 }
-"""Status that a function of rows.c returns if it fails, as in numbers.h -> the error; 0 means done."""
+"""Status that a function of rows.c returns on failure, as in numbers.h -> the exception; 0 is success."""
 
 FEW = 1 << 14
-"""Numbers below which a second thread costs more than it saves."""
+"""Element count below which a second thread costs more than it saves."""
 
 _P, _N = c_void_p, c_int64
-SIGNATURES: dict[str, tuple[Any, ...]] = {  # as in rows.c, without the number of threads, which comes last
+SIGNATURES: dict[str, tuple[Any, ...]] = {  # as in rows.c, without the thread count, which comes last
     "rms_forward": (_P, _P, c_float, c_float, _N, _N, _P, _P),
-    "rms_again": (_P, _P, c_float, _P, _N, _N, _P),
+    "rms_recompute": (_P, _P, c_float, _P, _N, _N, _P),
     "rms_backward": (_P, _P, _P, c_float, _P, _P, _N, _N, _P),
     "gate": (c_int, _P, _P, _N, _P),
     "gate_backward": (c_int, _P, _P, _P, _N, _P, _P),
-    "turn": (_P, _N, _P, _P, _N, _N, _N, _N, _N, c_int, c_int, _P, _N),
+    "rotate": (_P, _N, _P, _P, _N, _N, _N, _N, _N, c_int, c_int, _P, _N),
     "drop": (_P, _N, c_double, c_uint64, c_float, _P),
     "softmax": (_P, _P, _P, _N, _N, _N),
     "softmax_backward": (_P, _N, _N, _P),
     "cross_entropy": (_P, _P, c_float, c_int, _N, _N, _P),
-    "add_own": (_P, _P, _P, _P, _N, _N, _N, _N, _N, _P),
+    "add_per_row": (_P, _P, _P, _P, _N, _N, _N, _N, _N, _P),
 }
 
 _ALL_WITHIN = {torch.int32: "all_within_32", torch.int64: "all_within_64"}
 
 
 class Gateway:
-    """The functions of rows.c for each dtype, and the addresses that they take.
+    """The functions of rows.c for each dtype, and checked addresses of their arguments.
 
-    A tensor that does not fit raises ValueError before anything is written.
+    An invalid tensor raises ValueError before anything is written.
     """
 
     def __init__(self, libraries: dict[torch.dtype, ctypes.CDLL]) -> None:
@@ -66,12 +66,12 @@ class Gateway:
         """Return the address of a tensor (any shape) on the CPU.
 
         Args:
-            name: What the tensor is, for the error.
+            name: Name of the tensor, for the error.
             tensor: The tensor.
             dtype: Its dtype.
             shape: Its shape.
-            strides: Its strides; None for a contiguous one.
-            within: For integers, the least and the largest that are allowed.
+            strides: Its strides; None for contiguous.
+            within: For integers, the smallest and largest allowed value.
 
         Raises:
             ValueError: The tensor has another dtype, shape, layout or device, no storage, or integers out of range.
@@ -80,7 +80,7 @@ class Gateway:
         if not is_laid_out or tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_cpu:
             layout = "contiguous" if strides is None else f"with strides {strides}"
             raise ValueError(
-                f"{name}: a kernel needs {dtype} {tuple(shape)}, {layout}, on cpu; "
+                f"{name}: expected {dtype} {tuple(shape)}, {layout}, on cpu; "
                 f"got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
             )
         address = tensor.data_ptr()
@@ -88,7 +88,7 @@ class Gateway:
             raise ValueError(f"{name}: {dtype} {tuple(shape)} has no storage")
         if within is not None and not self._all_within[dtype](address, tensor.numel(), *within):
             least, most = (int(each) for each in tensor.aminmax())
-            raise ValueError(f"{name}: a kernel needs integers in {within[0]}..{within[1]}; got {least}..{most}")
+            raise ValueError(f"{name}: integers must be in {within[0]}..{within[1]}; got {least}..{most}")
         return address
 
     def optional(
@@ -103,14 +103,14 @@ class Gateway:
         return None if tensor is None else self.pointer(name, tensor, dtype, shape, None, within)
 
     def call(self, name: str, dtype: torch.dtype, size: int, *args: Any) -> None:
-        """Call a function with the threads that `size` numbers are worth.
+        """Call a function, with more than one thread if `size` elements justify it.
 
         Raises:
-            ValueError: There is none for the dtype, or the function rejects what it got.
-            MemoryError: There is no memory for its scratch; its outputs are then undefined.
+            ValueError: The dtype has no kernel, or the function rejects its arguments.
+            MemoryError: Scratch could not be allocated; the outputs are then undefined.
         """
         if dtype not in self._functions:
-            raise ValueError(f"{name}: there is no kernel for {dtype}")
+            raise ValueError(f"{name}: no kernel for {dtype}")
         status = self._functions[dtype][name](*args, torch.get_num_threads() if size > FEW else 1)
         if status:
             error, what = STATUSES[status]

@@ -1,4 +1,4 @@
-/* Numbers of the dtype that this is compiled for, and the functions of one number. */
+/* The element type that this is compiled for, and scalar functions. */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -14,7 +14,7 @@ static inline float wide(number v) {
 
 static inline number narrow(float v) { /* to nearest, ties to even, as PyTorch rounds */
     union { float value; uint32_t bits; } u = {v};
-    return (number)((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16); /* NaN stays NaN: a made one has no low bits */
+    return (number)((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16); /* NaN stays NaN: generated NaNs have no low bits */
 }
 #else
 typedef float number;
@@ -25,11 +25,11 @@ static inline number narrow(float v) { return v; }
 
 #define ROWS(i, n) _Pragma("omp parallel for num_threads(threads) schedule(static)") for (int64_t i = 0; i < (n); i++)
 
-enum { DONE, NO_MEMORY, DISORDER }; /* what each function returns; STATUSES in gateway.py says what they mean */
+enum { DONE, NO_MEMORY, DISORDER }; /* status of each function; STATUSES in gateway.py maps them to exceptions */
 
-#define BLOCK 8192 /* numbers that a thread takes at a time, where rows mean nothing */
+#define BLOCK 8192 /* elements per chunk of a thread in elementwise functions */
 
-/* a thread's own room for so many fp32; where there is none, the thread skips its rows, and the status says so */
+/* scratch of a thread, `count` fp32 values; if allocation fails, the thread skips its rows and sets the status */
 static inline float *scratch(size_t count, int *status) {
     float *room = malloc(count ? count * sizeof(float) : 1);
     if (!room) {
@@ -41,9 +41,9 @@ static inline float *scratch(size_t count, int *status) {
 
 static inline int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* ---- functions of one number; polynomials as in Cephes (S. L. Moshier), within 2 units of the last place */
+/* ---- scalar functions; polynomials as in Cephes (S. L. Moshier), within 2 ulp */
 
-#define LEAST -87.0f /* below: e^LEAST, 1.6e-38, which is nothing beside 1 */
+#define LEAST -87.0f /* below: e^LEAST, 1.6e-38, negligible compared with 1 */
 
 static inline float power_of_e(float x) {
     x = x > 87.9f ? 87.9f : x;

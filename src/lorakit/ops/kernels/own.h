@@ -1,9 +1,9 @@
-/* Rows that have thin factors of their own: each is read once, from end to end, and asked for two pages ahead, since
+/* Rows with per-row low-rank factors: each factor is read once, sequentially, and prefetched two pages ahead, because
  * a processor's own prefetching stops at the end of a page */
 
 #define AHEAD 8192 /* bytes */
 
-static inline void ask_for(const number *from, int64_t n) {
+static inline void prefetch(const number *from, int64_t n) {
 #ifdef __GNUC__
     uintptr_t at = (uintptr_t)from + AHEAD;
     for (int64_t byte = 0; byte < n * (int64_t)sizeof(number); byte += 64) __builtin_prefetch((const void *)(at + byte));
@@ -12,7 +12,7 @@ static inline void ask_for(const number *from, int64_t n) {
 
 static inline void shrink_row(const float *x, const number *a, int64_t n, int64_t r, float *h) {
     for (int64_t k = 0; k < r; k++, a += n) {
-        ask_for(a, n);
+        prefetch(a, n);
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = 0; j < n; j++) sum += x[j] * wide(a[j]);
@@ -22,14 +22,14 @@ static inline void shrink_row(const float *x, const number *a, int64_t n, int64_
 
 static inline void expand_row(const float *h, const number *b, int64_t n, int64_t r, float *y) {
     for (int64_t k = 0; k < r; k++, b += n) {
-        ask_for(b, n);
+        prefetch(b, n);
         float by = h[k];
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) y[j] += by * wide(b[j]);
     }
 }
 
-int add_own(const number *x, const number *A, const number *Bt, const int64_t *index, int64_t tokens, int64_t rows,
+int add_per_row(const number *x, const number *A, const number *Bt, const int64_t *index, int64_t tokens, int64_t rows,
             int64_t in, int64_t r, int64_t out, number *y, int threads) {
     int64_t widest = in > out ? in : out;
     if (threads > rows) threads = (int)rows;
@@ -42,11 +42,11 @@ int add_own(const number *x, const number *A, const number *Bt, const int64_t *i
             int64_t own = index[i / tokens];
             if (own < 0 || !e) continue;
             float *h = e + widest;
-            widened_row(x + i * in, 1.0f, in, e);
+            upcast_row(x + i * in, 1.0f, in, e);
             shrink_row(e, A + own * r * in, in, r, h);
-            widened_row(y + i * out, 1.0f, out, e);
+            upcast_row(y + i * out, 1.0f, out, e);
             expand_row(h, Bt + own * r * out, out, r, e);
-            shares_row(e, 1.0f, out, y + i * out);
+            scale_row(e, 1.0f, out, y + i * out);
         }
         free(e);
     }

@@ -1,12 +1,12 @@
 """Directories and files that no other user can have written, so that code may be loaded from them.
 
-A directory qualifies if it is ours and has mode 0700, and if each of its parents belongs to us or to root and cannot be
-written by others. A parent with the sticky bit, such as /tmp, may be written by all: its entries can be renamed or
-removed only by their owner, and the owner of each entry is checked too. After the check no other user can replace any
-part of the path, so the path may be used by name.
+A directory qualifies if it belongs to the user and has mode 0700, and if each of its parents belongs to the user or
+root and cannot be written by others. A parent with the sticky bit, such as /tmp, may be world-writable: its entries can
+be renamed or removed only by their owner, and the owner of each entry is checked too. After the check no other user can
+replace any part of the path, so the path may be used by name.
 
 Not detected: access control lists beyond the mode bits (a POSIX list shows in the group's bits, an NFSv4 list does
-not), mounts over a path, and what root does.
+not), mounts over a path, and actions of root.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def private_directory(path: Path) -> Path:
-    """Return the real path of a directory that only we can write to; create what is missing of it.
+    """Return the real path of a directory that only the user can write to; create missing parts.
 
     Raises:
         PermissionError: It or a parent belongs to another user, or others may write to one of them.
         OSError: It cannot be created.
     """
     if not hasattr(os, "geteuid"):
-        raise PermissionError(f"{path}: the owners of files cannot be checked on this system")
+        raise PermissionError(f"{path}: file owners cannot be checked on this system")
     real = Path(os.path.realpath(path))
     for parent in reversed(real.parents):
         info = _directory(parent)
@@ -43,7 +43,7 @@ def private_directory(path: Path) -> Path:
 
 
 def is_private_file(path: Path) -> bool:
-    """Return whether the path is a regular file, not a link, of us or root that others may not write to."""
+    """Return whether the path is a regular file, not a link, owned by the user or root and not writable by others."""
     try:
         info = path.lstat()
     except FileNotFoundError:
@@ -52,7 +52,7 @@ def is_private_file(path: Path) -> bool:
 
 
 def _directory(path: Path) -> os.stat_result:
-    """The status of a directory, created if missing, that belongs to us or to root."""
+    """Return the status of a directory owned by the user or root; create it if missing."""
     if not os.path.lexists(path):
         path.mkdir(mode=stat.S_IRWXU, exist_ok=True)
     info = path.lstat()
@@ -70,9 +70,9 @@ def _is_writable_by_others(info: os.stat_result) -> bool:
 
 
 def _is_group_of_one(gid: int) -> bool:
-    """Return whether a group is the private one of this user, which many systems pair with a umask of 002.
+    """Return whether a group is the user's private group, which many systems pair with a umask of 002.
 
-    Its name and number are those of the user, and it lists no other member. Group 0 never counts.
+    Its name and number are those of the user, and it has no other members. Group 0 never qualifies.
     """
     import grp
     import pwd

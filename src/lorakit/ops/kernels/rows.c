@@ -1,15 +1,15 @@
-/* What the operations do with rows of numbers between their matrix products, in one pass each.
+/* Row-wise and elementwise operations between matmuls, each in one pass.
  *
- * Compiled by compiled.py, once for each dtype: -DBF16 for bfloat16, without it for fp32. Nothing of PyTorch is used:
- * pointers and sizes come in, numbers go out. All that is computed is fp32; a number is rounded when it is stored.
- * One library is made of this file; those that it includes have a part each.
- * What each function computes is said in protocol.py; PyTorch does the same where there is no compiler.
+ * building.py compiles this file once per dtype: with -DBF16 for bfloat16, without it for fp32. Nothing of PyTorch is used:
+ * arguments are pointers and sizes. All intermediates are fp32; a value is rounded when it is stored. The library is
+ * built from this file and the headers that it includes. protocol.py documents each function; PyTorch computes the same
+ * without a compiler.
  */
 #include "numbers.h"
 
 #include "dropout.h"
 
-/* ---- what is asked of integers before a kernel takes them for places: whether all lie in low … high */
+/* ---- range check of integers before a kernel uses them as positions: whether all are in low … high */
 
 #define ALL_WITHIN(name, integer)                                                    \
     int name(const integer *at, int64_t count, int64_t low, int64_t high) {          \
@@ -46,7 +46,7 @@ int rms_forward(const number *x, const number *w, float eps, float offset, int64
     return DONE;
 }
 
-int rms_again(const number *x, const number *w, float offset, const float *rstd, int64_t rows, int64_t d, number *n,
+int rms_recompute(const number *x, const number *w, float offset, const float *rstd, int64_t rows, int64_t d, number *n,
               int threads) {
     ROWS(i, rows) rms_row(x + i * d, w, rstd[i], offset, d, n + i * d);
     return DONE;
@@ -117,7 +117,7 @@ static inline void gate_backward_row(int act, const number *da, const number *fi
     }
 }
 
-#define EACH_ACTIVATION(call) /* a loop for each, so that the choice is not made for every number */ \
+#define EACH_ACTIVATION(call) /* one loop per activation, so that the branch is not inside */ \
     switch (act) {                                                                                 \
     case SILU: call(SILU); break;                                                                  \
     case GELU_TANH: call(GELU_TANH); break;                                                        \
@@ -149,42 +149,42 @@ int gate_backward(int act, const number *da, const number *first, const number *
     return DONE;
 }
 
-/* ---- rotary positions */
+/* ---- rotary position embeddings */
 
-static inline void turn_head(const number *x, const number *c, const number *s, int64_t rot, int interleaved, float way,
+static inline void rotate_head(const number *x, const number *c, const number *s, int64_t rot, int interleaved, float direction,
                              number *out) {
     int64_t half = rot / 2, step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
 #pragma omp simd
     for (int64_t j = 0; j < half; j++) {
         int64_t i = j * step, k = i + apart;
         float a = wide(x[i]), b = wide(x[k]);
-        /* forward: the tables at their own places; back: the transposed turn takes each sine from the other place */
-        float sa = way > 0 ? wide(s[i]) : -wide(s[k]), sb = way > 0 ? wide(s[k]) : -wide(s[i]);
+        /* forward: each table entry at its own index; backward: the transpose takes each sine from the other index */
+        float sa = direction > 0 ? wide(s[i]) : -wide(s[k]), sb = direction > 0 ? wide(s[k]) : -wide(s[i]);
         out[i] = narrow(a * wide(c[i]) - b * sa);
         out[k] = narrow(b * wide(c[k]) + a * sb);
     }
 }
 
-int turn(const number *x, int64_t x_stride, const number *cos, const number *sin, int64_t table_rows, int64_t rows,
+int rotate(const number *x, int64_t x_stride, const number *cos, const number *sin, int64_t table_rows, int64_t rows,
          int64_t heads, int64_t width, int64_t rot, int interleaved, int back, number *out, int64_t out_stride,
          int threads) {
-    float way = back ? -1.0f : 1.0f;
+    float direction = back ? -1.0f : 1.0f;
     ROWS(i, rows) {
         const number *c = cos + (i % table_rows) * rot, *s = sin + (i % table_rows) * rot;
         for (int64_t h = 0; h < heads; h++) {
             const number *from = x + i * x_stride + h * width;
             number *to = out + i * out_stride + h * width;
             if (interleaved)
-                turn_head(from, c, s, rot, 1, way, to);
+                rotate_head(from, c, s, rot, 1, direction, to);
             else
-                turn_head(from, c, s, rot, 0, way, to);
+                rotate_head(from, c, s, rot, 0, direction, to);
             if (rot < width && from != to) memcpy(to + rot, from + rot, (size_t)(width - rot) * sizeof(number));
         }
     }
     return DONE;
 }
 
-/* ---- softmax of rows of which each sees the places low … high, and nothing else */
+/* ---- softmax of rows, limited to the positions low … high of each row */
 
 static inline float powers_row(float *e, int64_t n, float most) { /* e[j] = exp(e[j] − most); returns their sum */
     float sum = 0.0f;
@@ -196,7 +196,7 @@ static inline float powers_row(float *e, int64_t n, float most) { /* e[j] = exp(
     return sum;
 }
 
-static inline float widened_row(const number *row, float scale, int64_t n, float *e) { /* returns the largest */
+static inline float upcast_row(const number *row, float scale, int64_t n, float *e) { /* returns the maximum */
     float most = -INFINITY;
 #pragma omp simd reduction(max : most)
     for (int64_t j = 0; j < n; j++) {
@@ -206,12 +206,12 @@ static inline float widened_row(const number *row, float scale, int64_t n, float
     return most;
 }
 
-static inline void shares_row(const float *e, float share, int64_t n, number *row) {
+static inline void scale_row(const float *e, float share, int64_t n, number *row) {
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) row[j] = narrow(e[j] * share);
 }
 
-#define WHOLE 16 /* powers are taken of so many numbers at once; a row is filled up with ones that come out as nothing */
+#define WHOLE 16 /* exponentials are computed in groups of this size; rows are padded with values whose exponential is negligible */
 
 int softmax(number *scores, const int32_t *low, const int32_t *high, int64_t kinds, int64_t rows, int64_t m,
             int threads) {
@@ -226,12 +226,12 @@ int softmax(number *scores, const int32_t *low, const int32_t *high, int64_t kin
             if (!e) continue;
             int64_t first = low ? low[i % kinds] : 0, n = (high ? high[i % kinds] : m) - first;
             number *row = scores + i * m, *seen = row + first;
-            float most = widened_row(seen, 1.0f, n, e);
+            float most = upcast_row(seen, 1.0f, n, e);
             int64_t filled = (n + WHOLE - 1) / WHOLE * WHOLE;
             for (int64_t j = n; j < filled; j++) e[j] = most + 2 * LEAST;
             float sum = powers_row(e, filled, most);
             memset(row, 0, (size_t)first * sizeof(number));
-            shares_row(e, 1.0f / sum, n, seen);
+            scale_row(e, 1.0f / sum, n, seen);
             memset(seen + n, 0, (size_t)(m - first - n) * sizeof(number));
         }
         free(e);
@@ -252,7 +252,7 @@ int softmax_backward(const number *weights, int64_t rows, int64_t m, number *ds,
     return DONE;
 }
 
-/* ---- cross-entropy of rows of logits, which become the gradient of its sum */
+/* ---- cross-entropy of rows of logits, which are replaced by the gradient of the summed loss */
 
 int cross_entropy(number *logits, const int64_t *labels, float scale, int gradients, int64_t rows, int64_t v,
                   float *losses, int threads) {
@@ -264,11 +264,11 @@ int cross_entropy(number *logits, const int64_t *labels, float scale, int gradie
         for (int64_t i = 0; i < rows; i++) {
             if (!e) continue;
             number *row = logits + i * v;
-            float most = widened_row(row, scale, v, e), own = e[labels[i]];
+            float most = upcast_row(row, scale, v, e), own = e[labels[i]];
             float sum = powers_row(e, v, most);
             losses[i] = logf(sum) + most - own;
             if (!gradients) continue;
-            shares_row(e, 1.0f / sum, v, row);
+            scale_row(e, 1.0f / sum, v, row);
             row[labels[i]] = narrow(e[labels[i]] / sum - 1.0f);
         }
         free(e);

@@ -1,4 +1,4 @@
-"""Launch every kernel on tensors of a CPU, and compile it for an H100 where it would have run; print their names."""
+"""Launch every kernel on CPU tensors, compile it for an H100 instead of running it, and print the names."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def compiled(
     enable_fp_fusion: bool,
     **constants: Any,
 ) -> None:
-    """In place of `JITFunction.run`."""
+    """Replace `JITFunction.run`."""
     given = dict(zip(function.arg_names, args, strict=False)) | constants
     constexprs = {
         name for name, parameter in zip(function.arg_names, function.params, strict=True) if parameter.is_constexpr
@@ -63,17 +63,17 @@ def main() -> None:
     table = torch.empty(1, 4, 64, dtype=torch.bfloat16)
     k.rms_forward(x, w, 1e-5, 0.0, x, rstd)
     k.rms_forward(x, None, 1e-5, 1.0, x, rstd)
-    k.rms_again(x, w, 1.0, rstd, x)
+    k.rms_recompute(x, w, 1.0, rstd, x)
     k.rms_backward(x, x, w, 0.0, rstd, x, x)
     for act in ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu"):
         k.gate_backward(act, x, x, x, x, x)
     k.gate("silu", x, x, x)
-    k.turn(heads, table, table, False, False, heads)
-    k.turn(heads, table, table, True, True, torch.empty_like(heads))
+    k.rotate(heads, table, table, False, False, heads)
+    k.rotate(heads, table, table, True, True, torch.empty_like(heads))
     k.drop(x, 0.05, torch.empty(1, dtype=torch.uint64), 1.0, x)
     h, seed = torch.empty(4, 16, dtype=torch.bfloat16), torch.empty(1, dtype=torch.uint64)
     k.shrink(x, x.new_empty(16, 4096), 0.05, seed)
-    k.add_thin(h, x.new_empty(16, 4096), 0.05, seed, x)
+    k.add_low_rank(h, x.new_empty(16, 4096), 0.05, seed, x)
     k.outer(h, x, 0.05, seed)
     k.cross_entropy(x, torch.empty(4, dtype=torch.int64), 1.0, True, torch.empty(4), 30.0)
     bound = torch.empty(2, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""The kernels for CUDA, in Triton, which is imported when a device's kernels are first asked for."""
+"""CUDA kernels in Triton, which is imported when kernels of a device are first requested."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lorakit.ops.kernels.building import SWITCH
 from lorakit.ops.kernels.protocol import Kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes for which there are kernels."""
+"""Dtypes with kernels."""
 
 
 @functools.cache
 def kernels(device: torch.device) -> Kernels | None:
-    """The kernels for a device, compiled when they are first used; None where `account` says why."""
-    if account(device):
+    """Return the kernels for a device, compiled on first use; None if `failure_on` returns a reason."""
+    if failure_on(device):
         return None
     from lorakit.ops.kernels.triton.launching import TritonKernels
 
@@ -26,8 +26,8 @@ def kernels(device: torch.device) -> Kernels | None:
 
 
 @functools.cache
-def account(device: torch.device) -> str:
-    """Why there are no kernels for a device, or "": one is compiled and run there, once in a process."""
+def failure_on(device: torch.device) -> str:
+    """Return why there are no kernels for a device, or ""; compiles and runs one on it, once per process."""
     if _is_off():
         return f"{SWITCH}=off"
     launching = _launching()
@@ -35,7 +35,7 @@ def account(device: torch.device) -> str:
 
 
 def lacks_package() -> bool:
-    """Return whether kernels are wanted and the package triton is not installed."""
+    """Return whether kernels are enabled but the package triton is not installed."""
     return not _is_off() and _launching() is None
 
 

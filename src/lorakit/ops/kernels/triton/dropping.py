@@ -1,7 +1,7 @@
-"""Dropout from a seed: whether a number is dropped is a function of seed and place, so nothing is kept but the seed.
+"""Dropout from a seed: whether an element is dropped is a function of seed and position, so only the seed is saved.
 
-The counters of Philox with seven rounds are the places, four to one; 24 bits of each word decide, so a probability is
-exact to 2⁻²⁴. Where dropout stands beside a product with a thin factor, the wide operand is read or written once.
+Positions are the counters of Philox with seven rounds, four elements per counter; 24 bits of each word decide, so p is
+exact to 2⁻²⁴. Fused with a low-rank matmul, the wide operand is read or written once.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 5.1 for the rounds.
 """
@@ -14,7 +14,9 @@ import triton.language as tl
 
 @triton.jit
 def kept(seed, counter, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which of ROWS × COLUMNS numbers stay; counter (ROWS, COLUMNS / 4) is a quarter of the place of each fourth."""
+    """Return which of ROWS × COLUMNS elements are kept; counter (ROWS, COLUMNS / 4) is position / 4 of each fourth
+    element.
+    """
     low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
     first, second, third, fourth = tl.philox(seed, low, high, low * 0, low * 0, n_rounds=7)
     words = tl.join(tl.join(first, third), tl.join(second, fourth))
@@ -23,7 +25,7 @@ def kept(seed, counter, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def drop(x, out, seed, count, threshold, scale, BLOCK: tl.constexpr):
-    """Write scale·x of so many numbers, zero where the 24 bits of a number's own word are below the threshold."""
+    """Write scale·x for `count` elements, zero where the element's 24 random bits are below the threshold."""
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     stays = kept(tl.load(seed), (begin // 4 + tl.arange(0, BLOCK // 4))[None, :], threshold, 1, BLOCK)
     at = (begin + tl.arange(0, BLOCK))[None, :]
@@ -36,7 +38,7 @@ def shrink(
     x, a, h, seed, rows, columns, rank, threshold,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Write h (rows, rank) = what `drop` leaves of x (rows, columns), times a (rank, columns) transposed."""
+    """Write h (rows, rank) = dropout(x)·aᵀ for x (rows, columns) and a (rank, columns)."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     thin, key = tl.arange(0, RANK)[None, :], tl.load(seed)
     total = tl.zeros((ROWS, RANK), tl.float32)
@@ -51,11 +53,11 @@ def shrink(
 
 
 @triton.jit
-def add_thin(
+def add_low_rank(
     h, a, y, seed, rows, columns, rank, threshold,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Add to y (rows, columns) what `drop` leaves of h (rows, rank) times a (rank, columns)."""
+    """Add dropout(h·a) to y (rows, columns), for h (rows, rank) and a (rank, columns)."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     begin = tl.program_id(1) * COLUMNS
     column, across, down = (
@@ -77,7 +79,7 @@ def outer(
     dh, x, parts, seed, rows, columns, rank, threshold, share,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Write parts (shares, rank, columns) of dh (rows, rank) transposed times what `drop` leaves of x."""
+    """Write partial sums (splits, rank, columns) of dhᵀ·dropout(x), for dh (rows, rank) and x (rows, columns)."""
     begin, part = tl.program_id(0) * COLUMNS, tl.program_id(1).to(tl.int64)
     column, thin, key = (begin + tl.arange(0, COLUMNS))[None, :], tl.arange(0, RANK)[:, None], tl.load(seed)
     total = tl.zeros((RANK, COLUMNS), tl.float32)

@@ -1,12 +1,10 @@
-"""Activations with or without a factor, and their gradients, [docs/math.md (78)] and (79): one pass, rounded once.
+"""Elementwise and row-wise Triton kernels.
 
-Cross-entropy of rows of logits, which become the gradient in place, [docs/math.md (75)]: two passes over a row.
-
-RMS norm of rows, [docs/math.md (76)]: a tile of whole rows for each program, everything in fp32 between.
-
-Rotary positions, [docs/math.md (80)]: a token's heads for each program, read before they are written.
-
-Softmax of attention's scores and back, [docs/math.md (81)] and (82): a row for each program, in place.
+Activations and their gradients, [docs/math.md (78)] and (79): one pass, rounded once. Cross-entropy of rows of logits,
+replaced by their gradient, [docs/math.md (75)]: two passes over a row. RMS norm of rows, [docs/math.md (76)]: a tile of
+whole rows per program, intermediates in fp32. Rotary positions, [docs/math.md (80)]: the heads of one token per
+program, read before they are written. Softmax of attention scores and its gradient, [docs/math.md (81)] and (82): one
+row per program, in place.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def value(x, ACT: tl.constexpr):
-    """f(x) of numbers in fp32."""
+    """Return f(x) of fp32 values."""
     if ACT == "silu":
         y = x * tl.sigmoid(x)
     elif ACT == "gelu":
@@ -27,14 +25,14 @@ def value(x, ACT: tl.constexpr):
     elif ACT == "quick_gelu":
         y = x * tl.sigmoid(1.702 * x)
     else:
-        tl.static_assert(ACT == "relu", "this activation has no kernel")
-        y = tl.where(x <= 0.0, 0.0, x)  # NaN stays
+        tl.static_assert(ACT == "relu", "no kernel for this activation")
+        y = tl.where(x <= 0.0, 0.0, x)  # keeps NaN
     return y
 
 
 @triton.jit
 def slope(x, ACT: tl.constexpr):
-    """f'(x) of numbers in fp32."""
+    """Return f'(x) of fp32 values."""
     if ACT == "silu":
         s = tl.sigmoid(x)
         y = s * (1.0 + x * (1.0 - s))
@@ -47,14 +45,14 @@ def slope(x, ACT: tl.constexpr):
         s = tl.sigmoid(1.702 * x)
         y = s * (1.0 + 1.702 * x * (1.0 - s))
     else:
-        tl.static_assert(ACT == "relu", "this activation has no kernel")
+        tl.static_assert(ACT == "relu", "no kernel for this activation")
         y = tl.where(x <= 0.0, 0.0, 1.0)
     return y
 
 
 @triton.jit
 def gate(first, up, out, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: tl.constexpr):
-    """Write f(first)·up, or f(first), of so many numbers."""
+    """Write f(first)·up, or f(first), for `count` elements."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     y = value(tl.load(first + at, mask=inside, other=0.0).to(tl.float32), ACT)
@@ -65,7 +63,7 @@ def gate(first, up, out, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: 
 
 @triton.jit
 def gate_backward(da, first, up, dfirst, dup, count, ACT: tl.constexpr, HAS_UP: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradients of `gate`: dfirst, which may be da, and dup."""
+    """Write the gradients of `gate`: dfirst, which may be da, and dup."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     g = tl.load(da + at, mask=inside, other=0.0).to(tl.float32)
@@ -82,7 +80,7 @@ def cross_entropy(
     z, labels, losses, vocabulary, scale, cap,
     CAPPED: tl.constexpr, GRADIENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The loss (rows,) of each row of z (rows, V) at its label, and in the place of z the gradient over scale."""
+    """Write the loss (rows,) of each row of z (rows, V) at its label, and replace z by its gradient over scale."""
     row = tl.program_id(0).to(tl.int64)
     z += row * vocabulary
     label = tl.load(labels + row)
@@ -119,14 +117,14 @@ def _logits(pointer, inside, scale, cap, CAPPED: tl.constexpr):
 @triton.jit
 def rms(
     x, w, n, rstd, count, d, eps, offset,
-    HAS_W: tl.constexpr, FROM_ZERO: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_W: tl.constexpr, FROM_ZERO: tl.constexpr, RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The norm n (count, d) of x (count, d), and rstd (count, 1), which is read instead where AGAIN."""
+    """Write the norm n (count, d) of x (count, d), and rstd (count, 1), which is read instead if RECOMPUTE."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside, at = (row < count) & (column < d), row * d + column
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if AGAIN:
+    if RECOMPUTE:
         r = tl.load(rstd + row, mask=row < count, other=0.0)
     else:
         r = tl.rsqrt(tl.sum(v * v, 1)[:, None] / d + eps)
@@ -146,7 +144,7 @@ def rms_backward(
     dn, x, w, rstd, add, dx, count, d, offset,
     HAS_W: tl.constexpr, HAS_ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The gradient dx (count, d), which may be dn, from dn, x and `add` (count, d), and rstd (count, 1)."""
+    """Write the gradient dx (count, d), which may be dn, from dn, x and `add` (count, d), and rstd (count, 1)."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     inside, at = (row < count) & (column < d), row * d + column
@@ -163,12 +161,12 @@ def rms_backward(
 
 
 @triton.jit
-def turn(
+def rotate(
     x, cos, sin, out, stride, stride_out, tokens, heads, width, rot,
     INTERLEAVED: tl.constexpr, BACK: tl.constexpr, PER_ROW: tl.constexpr, IN_PLACE: tl.constexpr,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Turn x (B, T, H, D), or turn it back, into out; cos and sin (B, T, rot) where PER_ROW, else (1, T, rot)."""
+    """Rotate x (B, T, H, D), or rotate it back, into out; cos and sin are (B, T, rot) if PER_ROW, else (1, T, rot)."""
     place = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
@@ -199,13 +197,15 @@ def turn(
 
 @triton.jit
 def _narrowed(pointer, mask, like):
-    """Numbers of a table, rounded as the dtype of the heads rounds them."""
+    """Load table values, rounded to the dtype of the heads."""
     return tl.load(pointer, mask=mask, other=0.0).to(like.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
 def softmax(scores, low, high, kinds, m, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, WIDTH: tl.constexpr):
-    """Row i of scores (rows, m) sees the places low[i % kinds] up to high[i % kinds] alone; the others become 0."""
+    """Compute the softmax of row i of scores (rows, m) over positions low[i % kinds] … high[i % kinds]; the others
+    become 0.
+    """
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     kind = row % kinds
     seen = column < m
@@ -221,7 +221,7 @@ def softmax(scores, low, high, kinds, m, HAS_LOW: tl.constexpr, HAS_HIGH: tl.con
 
 @triton.jit
 def softmax_backward(weights, ds, m, WIDTH: tl.constexpr):
-    """The gradient of the scores of a row (m,) in the place of that of its weights."""
+    """Replace the gradient of the weights of a row (m,) by that of its scores."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside, at = column < m, row * m + column
     w = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""`Kernels` on CUDA: how each of them is cut into programs. In Triton's interpreter they run on a CPU's tensors."""
+"""Launch grids of the Triton kernels (`Kernels` on CUDA). In Triton's interpreter they run on CPU tensors."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from lorakit.ops.kernels.protocol import DroppingProducts
+from lorakit.ops.kernels.protocol import DropoutMatmuls
 from lorakit.ops.kernels.triton import dropping, elementwise
 
 OPTIONS = {"enable_fp_fusion": True}
-"""Said, since Triton changes what it does where nothing is."""
+"""Set explicitly, because Triton behaves differently if it is unset."""
 TILE = 2048
-"""Numbers of a program where rows are short; a longer row is a tile of its own."""
+"""Elements of a program if rows are short; a longer row is a tile of its own."""
 ELEMENTWISE = 1024
 THIN = {"ROWS": 32, "COLUMNS": 128}
-"""The tile of a wide operand beside a thin one."""
+"""Tile of the wide operand of a low-rank matmul."""
 PROGRAMS = 512
 """Programs that keep a large device busy."""
 HEADS = 8
-"""Heads of a token that one program turns."""
+"""Heads of a token that one program rotates."""
 LOGITS = 8192
-"""Logits of a row at a time."""
+"""Logits of a row processed at a time."""
 
 
 class TritonKernels:
-    """`lorakit.ops.kernels.protocol.Kernels`, and what goes beyond it: softmax of scores, losses of rows of logits."""
+    """`lorakit.ops.kernels.protocol.Kernels` in Triton."""
 
     activations = frozenset({"silu", "gelu", "gelu_tanh", "quick_gelu", "relu"})
     caps_logits = True
     own = None
 
     def rms_forward(self, x: Tensor, w: Tensor | None, eps: float, offset: float, n: Tensor, rstd: Tensor) -> None:
-        """RMS norm of x (N, d) into n (N, d), and 1/rms of its rows into rstd (N, 1)."""
+        """Write the RMS norm of x (N, d) to n (N, d), and 1/rms of its rows to rstd (N, 1)."""
         self._rms(x, w, (eps, offset), n, rstd, again=False)
 
-    def rms_again(self, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, n: Tensor) -> None:
-        """What `rms_forward` wrote into n (N, d), from its rstd (N, 1)."""
+    def rms_recompute(self, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, n: Tensor) -> None:
+        """Recompute the n (N, d) of `rms_forward` from its rstd (N, 1)."""
         self._rms(x, w, (0.0, offset), n, rstd, again=True)
 
     def _rms(
         self, x: Tensor, w: Tensor | None, numbers: tuple[float, float], n: Tensor, rstd: Tensor, *, again: bool
     ) -> None:
         grid, tile = _tiles(x)
-        flags = {"HAS_W": w is not None, "FROM_ZERO": numbers[1] != 0, "AGAIN": again}
+        flags = {"HAS_W": w is not None, "FROM_ZERO": numbers[1] != 0, "RECOMPUTE": again}
         with _on(x):
             elementwise.rms[grid](x, x if w is None else w, n, rstd, *x.shape, *numbers, **flags, **tile)
 
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
     ) -> None:
-        """The gradient for x (N, d) from that for n (N, d), plus `add` (N, d), into dx (N, d), which may be dn."""
+        """Write the gradient of x (N, d) from that of n (N, d), plus `add` (N, d), to dx (N, d), which may be dn."""
         grid, tile = _tiles(x)
         flags = {"HAS_W": w is not None, "HAS_ADD": add is not None}
         given = (dn, x, x if w is None else w, rstd, x if add is None else add)
@@ -63,7 +63,7 @@ class TritonKernels:
             elementwise.rms_backward[grid](*given, dx, *x.shape, offset, **flags, **tile)
 
     def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
-        """act(first)·up, or act(first), into out; all (N, f)."""
+        """Write act(first)·up, or act(first), to out; all (N, f)."""
         flags = {"ACT": act, "HAS_UP": up is not None}
         with _on(first):
             elementwise.gate[_blocks(first)](
@@ -73,16 +73,16 @@ class TritonKernels:
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
     ) -> None:
-        """The gradients of `gate` for first and up from da, all (N, f), into dfirst, which may be da, and dup."""
+        """Write the gradients of `gate` for first and up from da, all (N, f), to dfirst, which may be da, and dup."""
         flags = {"ACT": act, "HAS_UP": up is not None}
         pointers = (da, first, first if up is None else up, dfirst, dfirst if dup is None else dup)
         with _on(first):
             elementwise.gate_backward[_blocks(first)](*pointers, first.numel(), **flags, BLOCK=ELEMENTWISE, **OPTIONS)
 
-    def turn(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
-        """Rotary positions: x (B, T, H, D) turned, or turned back, into out, which may be x; cos, sin (…, T, rot).
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
+        """Rotate x (B, T, H, D) by position, or back, into out, which may be x; cos, sin (…, T, rot).
 
-        Of x and out the heads of a token lie one after the other, and the tokens evenly.
+        The heads of each token of x and out are contiguous, and tokens are evenly spaced.
         """
         batch, tokens, heads, width = x.shape
         rot = cos.shape[-1]
@@ -95,46 +95,48 @@ class TritonKernels:
         grid = (batch * tokens, triton.cdiv(heads, sizes["HEADS"]))
         numbers = (x.stride(1), out.stride(1), tokens, heads, width, rot)
         with _on(x):
-            elementwise.turn[grid](x, cos, sin, out, *numbers, **flags, **sizes, **rest, **OPTIONS)
+            elementwise.rotate[grid](x, cos, sin, out, *numbers, **flags, **sizes, **rest, **OPTIONS)
 
     @property
-    def dropping(self) -> DroppingProducts:
-        """Itself."""
+    def dropping(self) -> DropoutMatmuls:
+        """Return itself."""
         return self
 
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
-        """scale·x (any shape) into out, which may be x, without those numbers that the seed (1,) drops."""
+        """Write scale·x (any shape) to out, which may be x, zeroing the elements that the seed (1,) drops."""
         with _on(x):
             dropping.drop[_blocks(x)](
                 x, out, seed, x.numel(), round(p * 2**24), float(scale), BLOCK=ELEMENTWISE, **OPTIONS
             )
 
     def shrink(self, x: Tensor, a: Tensor, p: float, seed: Tensor) -> Tensor:
-        """What `drop` leaves of x (N, n), times a (r, n) transposed: a new (N, r). n is a multiple of 4."""
+        """Return dropout(x)·aᵀ for x (N, n) and a (r, n): a new (N, r). n is a multiple of 4."""
         h = x.new_empty(len(x), len(a))
         with _on(x):
-            dropping.shrink[(triton.cdiv(len(x), THIN["ROWS"]),)](x, a, h, seed, *_thin(x, a, p), **_sizes(a))
+            dropping.shrink[(triton.cdiv(len(x), THIN["ROWS"]),)](x, a, h, seed, *_low_rank(x, a, p), **_sizes(a))
         return h
 
-    def add_thin(self, h: Tensor, a: Tensor, p: float, seed: Tensor, y: Tensor) -> None:
-        """Add to y (N, n) what `drop` leaves of h (N, r) times a (r, n). n is a multiple of 4."""
+    def add_low_rank(self, h: Tensor, a: Tensor, p: float, seed: Tensor, y: Tensor) -> None:
+        """Add dropout(h·a) to y (N, n), for h (N, r) and a (r, n). n is a multiple of 4."""
         grid = (triton.cdiv(len(y), THIN["ROWS"]), triton.cdiv(y.shape[1], THIN["COLUMNS"]))
         with _on(y):
-            dropping.add_thin[grid](h, a, y, seed, *_thin(y, a, p), **_sizes(a))
+            dropping.add_low_rank[grid](h, a, y, seed, *_low_rank(y, a, p), **_sizes(a))
 
     def outer(self, dh: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
-        """Transposed dh (N, r) times what `drop` leaves of x (N, n): a new (r, n) in fp32. n is a multiple of 4."""
+        """Return dhᵀ·dropout(x) for dh (N, r) and x (N, n): a new (r, n) in fp32. n is a multiple of 4."""
         a, blocks = dh.t(), triton.cdiv(x.shape[1], THIN["COLUMNS"])
         steps = triton.cdiv(len(x), THIN["ROWS"])
         each = triton.cdiv(steps, max(min(PROGRAMS // blocks, steps), 1))
         parts = x.new_empty(triton.cdiv(steps, max(each, 1)), len(a), x.shape[1], dtype=torch.float32)
-        numbers = (*_thin(x, a, p), each * THIN["ROWS"])
+        numbers = (*_low_rank(x, a, p), each * THIN["ROWS"])
         with _on(x):
             dropping.outer[(blocks, len(parts))](dh, x, parts, seed, *numbers, **_sizes(a))
         return parts.sum(0)
 
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
-        """Softmax of rows (Z, n, m), in place: row i sees the places low[i % k] … high[i % k] alone, int32 (k,)."""
+        """Compute the softmax of rows (Z, n, m) in place: row i sees positions low[i % k] … high[i % k] only, int32
+        (k,).
+        """
         bounds = [bound for bound in (low, high) if bound is not None]
         kinds, m = len(bounds[0]) if bounds else 1, scores.shape[-1]
         flags, width = {"HAS_LOW": low is not None, "HAS_HIGH": high is not None}, triton.next_power_of_2(m)
@@ -145,7 +147,7 @@ class TritonKernels:
             )
 
     def softmax_backward(self, weights_: Tensor, ds: Tensor) -> None:
-        """The gradient of the scores from that of their softmax weights, (Z, n, m) both, in the place of the latter."""
+        """Replace ds, the gradient of softmax weights (Z, n, m), by the gradient of the scores."""
         m = ds.shape[-1]
         width = triton.next_power_of_2(m)
         with _on(ds):
@@ -156,9 +158,10 @@ class TritonKernels:
     def cross_entropy(
         self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses_: Tensor, cap: float | None = None
     ) -> None:
-        """Losses (c,) in fp32 of logits (c, V) times scale, which become the gradient of their sum over scale.
+        """Write the fp32 losses (c,) of logits (c, V) times scale, and replace the logits by the gradient of their sum
+        over scale.
 
-        The scaled logits go through cap·tanh(·/cap) where there is a cap, [docs/math.md (75)].
+        With a cap, the scaled logits go through cap·tanh(·/cap), [docs/math.md (75)].
         """
         rows, vocabulary = logits.shape
         flags = {"CAPPED": cap is not None, "GRADIENTS": gradients}
@@ -171,24 +174,24 @@ class TritonKernels:
 
 
 def failure(device: torch.device) -> str:
-    """What goes wrong when a kernel is compiled and run on a device, or ""."""
+    """Compile and run a kernel on a device; returns the error, or ""."""
     x, seed = torch.ones(8, device=device), torch.zeros(1, dtype=torch.uint64, device=device)
     try:
         TritonKernels().drop(x, 1.0, seed, 1.0, x)
-        return "" if not x.any() else "a kernel of Triton gave something else than it computes"
-    except (RuntimeError, OSError, subprocess.SubprocessError, TritonError) as failed:  # no compiler of C, say
+        return "" if not x.any() else "a Triton kernel returned a wrong result"
+    except (RuntimeError, OSError, subprocess.SubprocessError, TritonError) as failed:  # for example, no C compiler
         return f"Triton cannot compile and run here: {type(failed).__name__}: {failed}"
 
 
 def _tiles(x: Tensor) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid over rows x (N, d), and the tile of each program."""
+    """Return the grid over rows x (N, d), and the tile of each program."""
     width = triton.next_power_of_2(x.shape[1])
     rows = max(TILE // width, 1)
     return (triton.cdiv(len(x), rows),), {"ROWS": rows, "WIDTH": width, "num_warps": _warps(rows * width), **OPTIONS}
 
 
-def _thin(x: Tensor, a: Tensor, p: float) -> tuple[int, int, int, int]:
-    """Rows, columns, rank and threshold of a product of x (N, n) and a thin factor (r, n)."""
+def _low_rank(x: Tensor, a: Tensor, p: float) -> tuple[int, int, int, int]:
+    """Return rows, columns, rank and threshold of a matmul of x (N, n) with a low-rank factor (r, n)."""
     return *x.shape, len(a), round(p * 2**24)
 
 
@@ -197,7 +200,7 @@ def _sizes(a: Tensor) -> dict[str, Any]:
 
 
 def _warps(numbers: int) -> int:
-    """Warps of a program: 16 numbers for each thread, as far as that goes."""
+    """Return the warps of a program: 16 elements per thread, within limits."""
     return min(max(numbers // 512, 1), 16)
 
 
@@ -206,5 +209,5 @@ def _blocks(x: Tensor) -> tuple[int]:
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Kernels are launched on the current device: for the time of the block, that of x (any shape)."""
+    """Return a context that makes the device of x (any shape) current, on which kernels are launched."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
