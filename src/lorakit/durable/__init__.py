@@ -7,6 +7,7 @@ After a crash either the old or the new content exists, never a part: of a file 
 from lorakit.durable.files import (
     SEAL,
     TEMPORARY,
+    JsonObject,
     is_sealed,
     json_bytes,
     parse_json,
@@ -24,6 +25,7 @@ from lorakit.durable.folders import publish_directory, replace_files, replace_in
 __all__ = [
     "SEAL",
     "TEMPORARY",
+    "JsonObject",
     "is_sealed",
     "json_bytes",
     "parse_json",

@@ -14,9 +14,12 @@ import secrets
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from lorakit.errors import AdapterFileError, DiskError
+
+JsonObject: TypeAlias = dict[str, Any]
+"""A JSON object, as `read_json` gives it: str, int, float, bool, None, lists and objects by name."""
 
 TEMPORARY = ".lorakit-tmp-"
 """Part of the name of every unfinished file or directory, so that a sweep can find it."""

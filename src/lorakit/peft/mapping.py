@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lorakit import core
 from lorakit.config import LoraConfig, PeftConfig, PeftType
 from lorakit.core.attachment.attaching import with_targets
-from lorakit.core.model.index import survey
+from lorakit.core.model.index import AdapterIndex
 from lorakit.errors import ConfigError, warn_caller
 from lorakit.peft import adapter_queries
 from lorakit.peft.model import PeftModel
@@ -86,7 +86,8 @@ def _make_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
             f"second wrapper; call `.unload()` before, if that is not meant.{replaced}"
         )
     if adapter_name in there:
-        resolve(survey(user).candidates, with_targets(config, user), allow_partial=True)  # before removal
+        candidates = AdapterIndex.of(user).candidates
+        resolve(candidates, with_targets(config, user), allow_partial=True)  # before removal
         core.detach(user, adapter_name)
 
 

@@ -19,7 +19,7 @@ from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.merging.checks import tied_sites
-from lorakit.core.model.index import layers, survey
+from lorakit.core.model.index import AdapterIndex, layers
 from lorakit.core.model.target_weights import bare_parameters
 from lorakit.errors import ConfigError, ConfigTypeError, NoTargetError, RouteError, TargetError, warn_caller
 from lorakit.peft import adapter_queries
@@ -104,7 +104,7 @@ def maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return peft_config
     heads = {id(head) for head in _heads(model, getattr(peft_config, "task_type", None))}
-    site_map = survey(model)
+    site_map = AdapterIndex.of(model)
     peft_config.target_modules = {
         candidate.path
         for candidate in site_map.candidates
@@ -272,7 +272,7 @@ def config_for_keys(model: nn.Module, config: LoraConfig, keys: Iterable[str]) -
             "not supported: inject it without the state_dict."
         )
     paths = {key.removeprefix(COMPILED).rsplit(".lora_", 1)[0] for key in keys}
-    candidates = survey(model).candidates
+    candidates = AdapterIndex.of(model).candidates
     here = {candidate.path for candidate in candidates} & paths
     try:
         named = {match.path for match in resolve(candidates, with_targets(config, model), allow_partial=True).matches}
@@ -327,7 +327,7 @@ def check_parameters(model: nn.Module, configs: Mapping[str, LoraConfig], config
 
 def _by_module(model: nn.Module, config: LoraConfig) -> dict[str, set[str]]:
     named: dict[str, set[str]] = {}
-    for match in targeted_parameters(bare_parameters(survey(model)), config):
+    for match in targeted_parameters(bare_parameters(AdapterIndex.of(model)), config):
         named.setdefault(match.path, set()).add(match.parameter)
     return named
 

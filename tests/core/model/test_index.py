@@ -7,7 +7,7 @@ from torch import nn
 from lorakit import LoraConfig, core
 from lorakit.core.merging.checks import tied_sites
 from lorakit.core.model.base_view import base_tensors
-from lorakit.core.model.index import find_state, state_of, survey
+from lorakit.core.model.index import AdapterIndex, find_state, state_of
 from lorakit.errors import AdapterError
 
 
@@ -28,7 +28,7 @@ class Shared(nn.Module):
 
 
 def test_candidates_have_kinds_and_sizes_and_the_head_is_not_dense() -> None:
-    found = {c.path: c for c in survey(Shared()).candidates}
+    found = {c.path: c for c in AdapterIndex.of(Shared()).candidates}
     assert (found["first"].kind, found["first"].dense) == ("Linear", True)
     assert (found["outputs"].kind, found["outputs"].dense) == ("Linear", False)
     assert (found["inputs"].kind, found["inputs"].dense) == ("Embedding", False)
@@ -63,7 +63,7 @@ def test_a_tied_weight_is_known() -> None:
 def test_a_quantised_weight_is_no_site() -> None:
     layer = nn.Linear(4, 4)
     layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    (candidate,) = survey(nn.Sequential(layer)).candidates
+    (candidate,) = AdapterIndex.of(nn.Sequential(layer)).candidates
     assert candidate.kind is None and candidate.type_name == "Linear"
 
 

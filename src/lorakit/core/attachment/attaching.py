@@ -29,8 +29,8 @@ from lorakit.core.kinds import Kind
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.merging.checks import check_unmergeable
-from lorakit.core.merging.merging import unmerge
+from lorakit.core.merging.components import Components
+from lorakit.core.merging.merging import unmerge_components
 from lorakit.core.model.checks import (
     check_allowances,
     check_bias_alone,
@@ -168,16 +168,14 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         MergeError: It is merged, and the base's bits were not kept.
     """
     index = AdapterIndex.of(model)
-    state = index.known_state()
-    names = list(state.configs) if name is None else [name]
-    check_known(state, names)
     with trainable_block(index):
+        state = index.known_state()
+        names = list(state.configs) if name is None else [name]
+        check_known(state, names)
         there = index.merged_adapters()
         merged = [n for n in names if n in there]
         if merged:
-            check_unmergeable(model, merged)
-            unmerge(model, *merged)
-            index = index.again()
+            unmerge_components(Components.of(index), merged)
         _take_off(index, state, names)
 
 

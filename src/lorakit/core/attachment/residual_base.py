@@ -30,6 +30,7 @@ from lorakit.core.model.index import AdapterIndex, Place
 from lorakit.core.quantization import base_of
 from lorakit.core.quantization.weight_format import NOT_WRITTEN
 from lorakit.core.variants import variant_at, variant_named
+from lorakit.durable import JsonObject
 from lorakit.errors import OVERRIDE, AdapterError, AdapterFileError, ConfigError
 from lorakit.targets import Match
 
@@ -112,7 +113,7 @@ def plain_config(config: LoraConfig) -> LoraConfig:
     )
 
 
-def beginning(config: LoraConfig) -> dict[str, Any]:
+def beginning(config: LoraConfig) -> JsonObject:
     """What a plain config has lost of the one it was made from, as plain JSON values."""
     values = config.as_json()
     return {name: values[name] for name in AGAIN}

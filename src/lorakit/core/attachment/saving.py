@@ -39,7 +39,7 @@ from lorakit.core.model.fingerprint import fingerprint
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.target_weights import paths_on_disk
 from lorakit.core.variants import variant_named
-from lorakit.durable import json_bytes, replace_files, replace_in_order, sha256_bytes
+from lorakit.durable import JsonObject, json_bytes, replace_files, replace_in_order, sha256_bytes
 from lorakit.errors import OVERRIDE, AdapterError
 from lorakit.targets import ALL_LINEAR, names_path, resolve
 
@@ -66,7 +66,7 @@ class SavedForm:
     tensors: dict[str, Tensor]
     config: LoraConfig
     sites: dict[str, dict[str, float]]
-    about: dict[str, Any]
+    about: JsonObject
     initial: bytes | None = None
 
 
@@ -106,7 +106,7 @@ def saved_form(
         _check_plain(path, layer, name, config)
         down, up = _keys(path, layer)
         tensors[down], tensors[up] = as_plain(layer.slot, tensors[down], tensors[up], layer.initial)  # type: ignore[arg-type]
-    return SavedForm(name, tensors, about={BEGAN: began}, **_doubled(config, sites))
+    return _doubled(SavedForm(name, tensors, config, sites, {BEGAN: began}))
 
 
 def converted_form(
@@ -137,7 +137,7 @@ def converted_form(
             raise AdapterError(f"{down} is missing in what was saved before training, or has another shape.")
         pair = found.tensors[down], found.tensors[up]
         found.tensors[down], found.tensors[up] = as_plain(layer.slot, *pair, (first[0], first[1]))  # type: ignore[arg-type]
-    return dataclasses.replace(found, **_doubled(found.config, found.sites))
+    return _doubled(found)
 
 
 def _check_plain(path: str, layer: LoraLayer, name: str, config: LoraConfig) -> None:
@@ -149,13 +149,12 @@ def _check_plain(path: str, layer: LoraLayer, name: str, config: LoraConfig) -> 
         )
 
 
-def _doubled(config: LoraConfig, sites: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    wide = plain_config(config)
+def _doubled(found: SavedForm) -> SavedForm:
+    """Return an adapter's form with the config, ranks and alphas of plain LoRA of twice the rank."""
+    config, wide = found.config, plain_config(found.config)
     more = wide.lora_alpha / config.lora_alpha if config.lora_alpha else 1.0
-    return {
-        "config": wide,
-        "sites": {path: {"r": 2 * site["r"], "lora_alpha": more * site["lora_alpha"]} for path, site in sites.items()},
-    }
+    sites = {path: {"r": 2 * site["r"], "lora_alpha": more * site["lora_alpha"]} for path, site in found.sites.items()}
+    return dataclasses.replace(found, config=wide, sites=sites)
 
 
 def _keys(path: str, layer: LoraLayer) -> tuple[str, str]:
@@ -190,7 +189,7 @@ def save_adapter(
     name: str = "default",
     *,
     base_model_name_or_path: str | None = None,
-    facts: dict[str, Any] | None = None,
+    facts: JsonObject | None = None,
     allow: Collection[str] = (),
     tensors: Mapping[str, Tensor] | None = None,
 ) -> SavedAdapter:
@@ -229,7 +228,7 @@ def save_as_trained(
     name: str = "default",
     *,
     base_model_name_or_path: str | None = None,
-    facts: dict[str, Any] | None = None,
+    facts: JsonObject | None = None,
     allow: Collection[str] = (),
     tensors: Mapping[str, Tensor] | None = None,
 ) -> SavedAdapter:
@@ -267,7 +266,7 @@ def save_form(
     found: SavedForm,
     *,
     base_model_name_or_path: str | None = None,
-    facts: dict[str, Any] | None = None,
+    facts: JsonObject | None = None,
     allow: Collection[str] = (),
 ) -> SavedAdapter:
     """Write an adapter in a form that was made ready; see `save_adapter`.

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from lorakit.core.files.adapter_folder import (
 from lorakit.core.files.tensor_names import parse
 from lorakit.core.kinds import Slot, per_expert
 from lorakit.core.model.fingerprint import Fingerprint
+from lorakit.durable import JsonObject
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class AdapterSummary:
     weights_bytes: int
     weights_sha256: str
     base: Fingerprint | None
-    facts: dict[str, Any]
+    facts: JsonObject
     findings: tuple[str, ...]
     judged: tuple[Finding, ...] = ()
 

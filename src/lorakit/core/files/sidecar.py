@@ -16,7 +16,7 @@ from typing import Any
 from lorakit.config import CONFIG_FILE
 from lorakit.core.files.tensor_file import TensorFile
 from lorakit.core.model.fingerprint import Fingerprint
-from lorakit.durable import SEAL, is_sealed, json_bytes, read_json, sealed, sha256_bytes, sha256_file
+from lorakit.durable import SEAL, JsonObject, is_sealed, json_bytes, read_json, sealed, sha256_bytes, sha256_file
 from lorakit.errors import AdapterFileError
 
 SIDECAR_FILE = "lorakit.json"
@@ -61,8 +61,8 @@ class Sidecar:
     config_sha256: str
     base: Fingerprint | None
     sites: dict[str, dict[str, float]]
-    facts: dict[str, Any]
-    began: dict[str, Any] = field(default_factory=dict)
+    facts: JsonObject
+    began: JsonObject = field(default_factory=dict)
     format_version: int = 0
     interrupted: bool = False
 
@@ -80,7 +80,7 @@ def sidecar_bytes(about: Mapping[str, Any], config: bytes, weights: bytes, repla
         weights: Content of `adapter_model.safetensors`.
         replaces: What `replaced_files` returned, while the two replace older ones one by one.
     """
-    words: dict[str, Any] = {
+    words: JsonObject = {
         **about,
         "format_version": FORMAT_VERSION,
         "weights": {"file": WEIGHTS_FILE, "sha256": sha256_bytes(weights), "bytes": len(weights)},
@@ -90,7 +90,7 @@ def sidecar_bytes(about: Mapping[str, Any], config: bytes, weights: bytes, repla
     return json_bytes(sealed(words if replaces is None else {**words, REPLACES: replaces}))
 
 
-def replaced_files(folder: Path) -> dict[str, Any]:
+def replaced_files(folder: Path) -> JsonObject:
     """What `lorakit.json` says of the files that are replaced: their SHA-256, and what it said itself.
 
     Args:
@@ -130,7 +130,7 @@ def identities(folder: Path) -> tuple[tuple[int, int, int] | None, ...]:
     return tuple(found)
 
 
-def _standing(folder: Path) -> tuple[dict[str, Any] | None, bool]:
+def _standing(folder: Path) -> tuple[JsonObject | None, bool]:
     """The values that hold for the files in a folder, and whether they are those from before an interrupted save."""
     path = folder / SIDECAR_FILE
     if not path.exists():
@@ -176,7 +176,7 @@ def _first_factors(values: Mapping[str, Any]) -> dict[str, str]:
     return {str(began["file"]): str(began.get("sha256"))} if began.get("file") else {}
 
 
-def _checked(path: Path, values: Any) -> dict[str, Any]:
+def _checked(path: Path, values: Any) -> JsonObject:
     """A table of a format that is read here, whole as far as its format tells."""
     version = values.get("format_version") if isinstance(values, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -199,7 +199,7 @@ def _checked(path: Path, values: Any) -> dict[str, Any]:
     return values
 
 
-def _parsed(path: Path, values: dict[str, Any]) -> Sidecar:
+def _parsed(path: Path, values: JsonObject) -> Sidecar:
     weights, config, sites = (_table(values.get(key)) for key in ("weights", "config", "sites"))
     shas = tuple(str(weights[key]) for key in ("sha256", "previous_sha256") if weights.get(key))
     known = {"format_version", SEAL, "weights", "config", "base", "sites", BEGAN}
@@ -261,5 +261,5 @@ def _is_site(entry: Any) -> bool:
     return all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
 
 
-def _table(value: Any) -> dict[str, Any]:
+def _table(value: Any) -> JsonObject:
     return value if isinstance(value, dict) else {}

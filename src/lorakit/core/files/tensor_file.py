@@ -16,7 +16,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from lorakit.durable import parse_json, read_bytes, sha256_bytes
+from lorakit.durable import JsonObject, parse_json, read_bytes, sha256_bytes
 from lorakit.errors import AdapterFileError
 
 MAX_FILE_BYTES = 64 << 30
@@ -108,7 +108,7 @@ def read_tensors(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) 
     return TensorFile(safetensors.torch.load(data), metadata, sha256_bytes(data), len(data))
 
 
-def _header(path: str | os.PathLike[str], data: bytes) -> tuple[dict[str, Any], int]:
+def _header(path: str | os.PathLike[str], data: bytes) -> tuple[JsonObject, int]:
     if len(data) < 8:
         raise AdapterFileError(
             f"{path}: {len(data)} bytes are too few for a safetensors file: empty or truncated.", where=path

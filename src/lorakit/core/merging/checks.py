@@ -13,24 +13,10 @@ from torch import nn
 from lorakit.core.layers.adapter_component import MergeOptions
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.merging.components import Components
-from lorakit.core.model.base_view import identity
 from lorakit.core.model.checks import check_known
+from lorakit.core.model.index import identity
 from lorakit.core.model.ties import untied_copies
 from lorakit.errors import MergeError
-
-
-def check_unmergeable(model: nn.Module, names: Sequence[str]) -> None:
-    """Reject to unmerge adapters if the base's values were not kept.
-
-    Args:
-        model: An adapted model.
-        names: Adapters to unmerge.
-
-    Raises:
-        MergeError: The message names the adapter and a site.
-    """
-    for path, module in Components.of(model).modules.items():
-        module.check_unmerge(path, names)
 
 
 def check_mergeable(found: Components, names: Sequence[str], untie: bool, options: MergeOptions) -> None:

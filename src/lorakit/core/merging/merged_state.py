@@ -50,9 +50,9 @@ def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
     for path, part in found.modules.items():
         part.check_mergeable(path, chosen)
     merged = _Merged(found, chosen)
-    quantised = {weight.packed: weight for weight in quantised_weights(model)}
-    options = MergeOptions(in_place=False, dense=float_dtype(model) if quantised else None)
-    for name, tensor, module in base_tensors(model):
+    quantised = {weight.packed: weight for weight in quantised_weights(found.index)}
+    options = MergeOptions(in_place=False, dense=float_dtype(found.index) if quantised else None)
+    for name, tensor, module in base_tensors(found.index):
         if name in quantised:
             yield from merged.dequantized(quantised[name], options)
         else:

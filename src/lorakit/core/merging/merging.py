@@ -16,24 +16,26 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorakit.core.layers.adapter_component import (
-    AdapterModule,
     KeepBase,
     MergeOptions,
     SiteMerge,
     StagedMerge,
-    trainable_tensors,
 )
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.merging.checks import check_mergeable, components_apart
 from lorakit.core.merging.components import Components
 from lorakit.core.model.base_view import float_dtype
-from lorakit.core.model.checks import check_known
+from lorakit.core.model.checks import check_known, trainable_block
+from lorakit.core.model.index import AdapterIndex
 from lorakit.core.quantization import let_go
 from lorakit.core.routing.positions import uninstall
 from lorakit.errors import MergeError
 
-__all__ = ["KeepBase", "MergeReport", "SiteMerge", "merge", "merge_and_unload", "merged_adapters", "unmerge"]
+__all__ = ["KeepBase", "MergeReport", "SiteMerge", "merge", "merge_and_unload", "unmerge", "unmerge_components"]
+
+Flags = list[tuple[LoraLayer | TrainableTokens, set[str]]]
+"""Layers and tables, each with the names of the base's parameters there that were trained before adapters."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,6 @@ class MergeReport:
         return sum(site.error for site in self.sites) / len(self.sites) if self.sites else 0.0
 
 
-@trainable_tensors
 def merge(
     model: nn.Module, *names: str, keep_base: KeepBase = True, untie: bool = False, dense: bool = False
 ) -> MergeReport:
@@ -84,8 +85,10 @@ def merge(
         MergeError: Already merged, not mergeable, a weight is shared, or the result is not finite.
         AdapterError: There is no such adapter.
     """
-    options = MergeOptions(keep_base, dense=float_dtype(model) if dense else None)
-    return _merge(Components.of(model), names, untie, options)
+    index = AdapterIndex.of(model)
+    with trainable_block(index):
+        options = MergeOptions(keep_base, dense=float_dtype(index) if dense else None)
+        return _merge(Components.of(index), names, untie, options)
 
 
 def _merge(found: Components, names: Sequence[str], untie: bool, options: MergeOptions) -> MergeReport:
@@ -118,20 +121,6 @@ def _commit(
             follower.follow(table, id(table) in apart)
 
 
-def merged_adapters(model: nn.Module) -> set[str]:
-    """Return the adapters that are merged somewhere now.
-
-    Args:
-        model: An adapted model.
-    """
-    return _merged(Components.of(model))
-
-
-def _merged(found: Components) -> set[str]:
-    return {name for module in found.modules.values() for name in module.merged_here()}
-
-
-@trainable_tensors
 def unmerge(model: nn.Module, *names: str) -> None:
     """Unmerge adapters; with the last of them the base weights are restored bit for bit.
 
@@ -143,25 +132,37 @@ def unmerge(model: nn.Module, *names: str) -> None:
         MergeError: One of them is not merged, or the base's bits were not kept.
         AdapterError: There is no such adapter.
     """
-    found = Components.of(model)
-    merged = _merged(found)
+    index = AdapterIndex.of(model)
+    with trainable_block(index):
+        unmerge_components(Components.of(index), names)
+
+
+def unmerge_components(found: Components, names: Sequence[str]) -> None:
+    """Unmerge adapters, as `unmerge`, over the index of a call.
+
+    Args:
+        found: The components of the model, changed in place.
+        names: Adapters; none means all that are merged.
+
+    Raises:
+        MergeError: As `unmerge`.
+        AdapterError: There is no such adapter.
+    """
+    merged = found.index.merged_adapters()
     chosen = names or tuple(merged)
     check_known(found.state, chosen)
     for name in chosen:
         if name not in merged:
-            text = f"Adapter {name!r} is not merged. Merged here: {', '.join(sorted(merged)) or 'none'}."
-            raise MergeError(text, what=name, allowed=sorted(merged))
+            text = f"Adapter {name!r} is not merged. Merged here: {', '.join(merged) or 'none'}."
+            raise MergeError(text, what=name, allowed=merged)
     for path, module in found.modules.items():
         module.check_unmerge(path, chosen)
     led = found.followers(chosen)
-    staged = [
-        staged for _, one in found.components() if one not in led and (staged := one.stage_unmerge(chosen)) is not None
-    ]
-    _commit(found, staged, led, frozenset())
+    changes = (one.stage_unmerge(chosen) for _, one in found.components() if one not in led)
+    _commit(found, [change for change in changes if change is not None], led, frozenset())
     found.state.leave_default(chosen)
 
 
-@trainable_tensors
 def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: bool = False) -> MergeReport:
     """Merge adapters permanently and remove all layers, hooks and copies; originals are not kept.
 
@@ -178,35 +179,43 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
         MergeError: As `merge`.
         AdapterError: There is no such adapter.
     """
-    found = Components.of(model)
-    state, flags = found.state, _trained_before(found)
-    report = _merge(found, names, untie, MergeOptions(False, False, float_dtype(model) if dense else None))
-    plain = {module: module.unload() for module in found.modules.values()}
-    for parent, attribute in found.parents:
-        child = parent._modules[attribute]
-        if isinstance(child, AdapterModule):
-            parent._modules[attribute] = plain[child]
-    for patch in (patch for patches in found.patches.values() for patch in patches):
-        if patch.adapter not in report.names:
-            patch.remove(patch.adapter)
-        patch.unload()
-    uninstall(model)
-    for parameter, trained in state.frozen:
-        parameter.requires_grad_(trained)
-    for module, trained_names in flags:
-        for name, held in plain[module]._parameters.items():
-            if name in trained_names and held is not None:
-                held.requires_grad_(True)
-    let_go(state.held)
-    if state.replication is not None:
-        state.replication.untie()
+    index = AdapterIndex.of(model)
+    with trainable_block(index):
+        found = Components.of(index)
+        options = MergeOptions(False, False, float_dtype(index) if dense else None)
+        flags = _trained_before(found)
+        report = _merge(found, names, untie, options)
+        _unload(found, report.names, flags)
     return report
 
 
-def _trained_before(found: Components) -> list[tuple[LoraLayer | TrainableTokens, set[str]]]:
+def _unload(found: Components, merged: Sequence[str], flags: Flags) -> None:
+    """Replace every adapted module by the plain one, and give the base its flags back."""
+    state = found.state
+    plain = {module: module.unload() for module in found.modules.values()}
+    for module, left in plain.items():
+        found.index.replace(module, left)
+    for patch in (patch for patches in found.patches.values() for patch in patches):
+        if patch.adapter not in merged:
+            patch.remove(patch.adapter)
+        patch.unload()
+    if state.waiting:
+        uninstall(found.index.model)
+    for parameter, trained in state.frozen:
+        parameter.requires_grad_(trained)
+    for module, names in flags:
+        for name, own in plain[module]._parameters.items():
+            if name in names and own is not None:
+                own.requires_grad_(True)
+    let_go(state.held)
+    if state.replication is not None:
+        state.replication.untie()
+
+
+def _trained_before(found: Components) -> Flags:
     """The layers and tables, each with the names of the base's parameters that were trained before adapters."""
     trained = {id(parameter) for parameter, flag in found.state.frozen if flag}
-    flags: list[tuple[LoraLayer | TrainableTokens, set[str]]] = []
+    flags: Flags = []
     for _, layer in found.layers():
         held = {**layer.source._parameters}
         if layer.tied_weight is not None:

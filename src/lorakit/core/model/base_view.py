@@ -18,7 +18,6 @@ from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import AdapterIndex
-from lorakit.core.model.index import identity as identity  # merging asks for it here
 from lorakit.core.quantization import Base, base_of, hold_still
 from lorakit.core.quantization.bitsandbytes import eight_bit_linear, four_bit_linear
 from lorakit.core.quantization.hqq import hqq_linear
@@ -213,11 +212,6 @@ def float_dtype(model: nn.Module | AdapterIndex) -> torch.dtype:
         if beside is None and name.rpartition(".")[2] == "bias":
             beside = tensor.dtype
     return beside or torch.float32
-
-
-def holders(model: nn.Module | AdapterIndex) -> dict[int, list[tuple[str, nn.Module]]]:
-    """Return who holds each weight of the base, as `AdapterIndex.holders`."""
-    return AdapterIndex.of(model).holders
 
 
 def _old_biases(module: nn.Module) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ from lorakit.core.model.base_samples import (
 )
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.weight_files import weight_file_hashes
+from lorakit.durable import JsonObject
 from lorakit.errors import OVERRIDE, BaseMismatchError
 
 SAME, OTHER_PRECISION, UNVERIFIABLE, DIFFERENT = "same", "same at other precision", "unverifiable", "different"
@@ -93,10 +94,10 @@ class Fingerprint:
         buffers = {name: sample for name, sample in self.buffers.items() if name not in names}
         return replace(self, samples=samples, buffers=buffers)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return plain values, as `lorakit.json` holds them; optional fields only if there is something in them."""
         names = ("architecture", "parameters", "names_sha256", "vocabulary", "dtype")
-        values: dict[str, Any] = {name: getattr(self, name) for name in names}
+        values: JsonObject = {name: getattr(self, name) for name in names}
         first = self.version == FIRST
         text = as_hex if first else _as_text
         bounds = {name: text(bound) for name, bound in self.bounds.items()}
@@ -303,7 +304,7 @@ def _dtype(parts: Mapping[str, Part], read: Mapping[str, Sample]) -> str:
     return max(set(dtypes), key=dtypes.count) if dtypes else ""
 
 
-def _read(values: dict[str, Any]) -> Fingerprint:
+def _read(values: JsonObject) -> Fingerprint:
     """Return the fingerprint that JSON values describe.
 
     Raises:

@@ -149,9 +149,7 @@ class AdapterIndex:
 
     def merged_adapters(self) -> list[str]:
         """Return the adapters that are written into the base somewhere now."""
-        merged = {name for _, layer in self.layers() for name in layer.merged_adapters}
-        merged |= {name for _, copies in self.every(ModulesToSave) for name in copies.merged_adapters}
-        return sorted(merged.union(*(table.merged_adapters for _, table in self.every(TrainableTokens))))
+        return sorted({name for component in self.components.values() for name in component.merged_here()})
 
     def known_state(self) -> AdapterState:
         """Return the state that the adapted modules share.
@@ -462,15 +460,6 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-SiteMap = AdapterIndex
-survey = AdapterIndex.of
-
-
 def layers(model: nn.Module | AdapterIndex) -> list[tuple[str, LoraLayer]]:
     """Return every adapted layer with its path."""
     return [(path, module) for path, module in walk(model) if isinstance(module, LoraLayer)]
-
-
-def copies(model: nn.Module | AdapterIndex) -> list[tuple[str, ModulesToSave]]:
-    """Return every module with trained copies, with its path."""
-    return [(path, module) for path, module in walk(model) if isinstance(module, ModulesToSave)]

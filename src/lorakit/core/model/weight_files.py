@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.durable import read_json, sha256_file, write_json
+from lorakit.durable import JsonObject, read_json, sha256_file, write_json
 from lorakit.errors import AdapterFileError, DiskError
 from lorakit.machine import cache_directory
 
@@ -133,7 +133,7 @@ def _facts(file: Path) -> dict[str, int]:
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
 
 
-def _read_kept() -> dict[str, Any]:
+def _read_kept() -> JsonObject:
     try:
         content = read_json(cache_directory() / FILE, 16 << 20)
     except (AdapterFileError, OSError, RuntimeError):  # none yet, damaged, or no place for a cache
@@ -143,7 +143,7 @@ def _read_kept() -> dict[str, Any]:
     return files if isinstance(files, dict) else {}
 
 
-def _keep(kept: dict[str, Any]) -> None:
+def _keep(kept: JsonObject) -> None:
     newest = dict(list(kept.items())[-MOST_KEPT:])
     try:
         write_json(cache_directory() / FILE, {"format": FORMAT, "files": newest})

@@ -22,7 +22,7 @@ from lorakit.config import LoraConfig
 from lorakit.core.files.tensor_names import PREFIX, ROWS
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TrainableTokens
-from lorakit.core.model.index import survey
+from lorakit.core.model.index import AdapterIndex
 from lorakit.core.operations.tensor_sources import LooseAdapter
 from lorakit.errors import AdapterError, ConfigError, nearest
 from lorakit.targets.words import names_path
@@ -214,7 +214,7 @@ def row_reader(model: nn.Module) -> RowReading:
     Args:
         model: Only read.
     """
-    site_map = survey(model)
+    site_map = AdapterIndex.of(model)
 
     def at(path: str, indices: Sequence[int]) -> Tensor:
         standing = site_map.modules.get(path)

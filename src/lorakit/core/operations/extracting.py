@@ -22,7 +22,7 @@ from lorakit.core.linalg import Cut, Product, dense_spectrum, factors_of, trunca
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.checks import check_allowances
 from lorakit.core.model.fingerprint import fingerprint
-from lorakit.core.model.index import Place, SiteMap, defined_parameters, find_state, survey
+from lorakit.core.model.index import AdapterIndex, Place, defined_parameters, find_state
 from lorakit.core.model.target_weights import bare_parameters, places_of
 from lorakit.core.operations.tensor_sources import BareSite, LooseAdapter, LooseFactor, TensorSource, source_of_model
 from lorakit.core.operations.writing import MadeReport, SiteMade, described, put, write
@@ -168,7 +168,7 @@ def extract_loose(
     """
     _check_plain(config, model)
     config = with_targets(config, model)
-    site_map = survey(model)
+    site_map = AdapterIndex.of(model)
     bare = bare_parameters(site_map) if config.target_parameters else None
     resolved = resolve(site_map.candidates, config, parameters=bare)
     factors: dict[str, LooseFactor] = {}
@@ -211,7 +211,7 @@ def _check_plain(config: LoraConfig, model: nn.Module) -> None:
 
 
 def _site(
-    site_map: SiteMap, place: Place, sources: tuple[TensorSource, TensorSource], cut: Cut, names: Sequence[str]
+    site_map: AdapterIndex, place: Place, sources: tuple[TensorSource, TensorSource], cut: Cut, names: Sequence[str]
 ) -> tuple[LooseFactor, SiteMade]:
     """The nearest low-rank change of one weight, of experts of each, and what it leaves out.   [docs/math.md (52)]"""
     slot, kind = place.slot, place.kind
@@ -244,7 +244,7 @@ def _site(
 
 
 def _changes(
-    site_map: SiteMap, place: Place, sources: tuple[TensorSource, TensorSource], names: Sequence[str]
+    site_map: AdapterIndex, place: Place, sources: tuple[TensorSource, TensorSource], names: Sequence[str]
 ) -> Iterator[Tensor]:
     """The change of a weight as a matrix (out, n), in fp32 or wider; of experts one after the other."""
     slot, holder = place.slot, site_map.holder(place)
@@ -257,7 +257,7 @@ def _changes(
         yield (after - before).T if slot.in_first else after - before
 
 
-def _bare(site_map: SiteMap, place: Place) -> BareSite | None:
+def _bare(site_map: AdapterIndex, place: Place) -> BareSite | None:
     if not place.kind.names_parameter:
         return None
     order = defined_parameters(site_map.holder(place)).index(place.slot.parameter)

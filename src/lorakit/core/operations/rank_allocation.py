@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core.attachment.attaching import with_targets
 from lorakit.core.kinds import Fits, Kind, fits
-from lorakit.core.model.index import survey
+from lorakit.core.model.index import AdapterIndex
 from lorakit.core.quantization import base_of
 from lorakit.core.statistics.collecting import Forward, collect_gradients, collect_inputs
 from lorakit.errors import ConfigError, DataError
@@ -86,7 +86,7 @@ def allocate(
     """
     if by not in ("gradients", "inputs"):
         raise ConfigError(f"by is {by!r}; ranks can be allocated by 'gradients' or by 'inputs'.", what=by, field="by")
-    config, site_map = with_targets(config, model), survey(model)
+    config, site_map = with_targets(config, model), AdapterIndex.of(model)
     matches = resolve(site_map.candidates, config, allow_partial="partial_targets" in allow).matches
     modules = {match.path: site_map.base(match.path) for match in matches}
     sizes = {c.path: (c.out_features, c.in_features) for c in site_map.candidates if c.path in modules}

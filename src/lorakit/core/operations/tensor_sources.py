@@ -38,7 +38,7 @@ from lorakit.core.linalg import Product, factors_of, product_of
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.checks import check_known
 from lorakit.core.model.fingerprint import BaseVerdict, Fingerprint, compare
-from lorakit.core.model.index import INSIDE, defined_parameters, layers, state_of, survey
+from lorakit.core.model.index import INSIDE, AdapterIndex, defined_parameters, layers, state_of
 from lorakit.core.model.target_weights import bare_parameters, paths_on_disk
 from lorakit.core.variants import NO_SETTING, NO_TENSORS, PLAIN, Addend, Factor, Setting, Variant, variant_at
 from lorakit.errors import AdapterFileError, ModelError, warn_caller
@@ -305,7 +305,7 @@ def loose_from_model(model: nn.Module, name: str) -> LooseAdapter:
     known = _sites_in(model, name)
     tensors = {key: tensor.detach() for key, tensor in found.tensors.items()}
     factors, others = _sorted_out(tensors, config, lambda path, A: known[path])
-    site_map = survey(model)
+    site_map = AdapterIndex.of(model)
     bare = bare_parameters(site_map) if config.target_parameters else None
     matches = resolve(site_map.candidates, config, allow_partial=True, parameters=bare).matches
     outer, parameters = outer_modules(factors), {name for factor in factors.values() for name in factor.names}

@@ -31,7 +31,7 @@ from lorakit.core.files.sidecar import FORMAT_VERSION, METADATA_KEY, Sidecar
 from lorakit.core.files.tensor_file import TensorFile, encode
 from lorakit.core.kinds import PARAMETER, parameter_slot
 from lorakit.core.linalg import Reading, padded
-from lorakit.core.model.index import INSIDE, Place, SiteMap, defined_parameters, survey
+from lorakit.core.model.index import INSIDE, AdapterIndex, Place, defined_parameters
 from lorakit.core.operations.tensor_sources import PLAIN_TARGETS, LooseAdapter, LooseFactor, outer_modules
 from lorakit.core.quantization import base_of
 from lorakit.durable import json_bytes, publish_directory
@@ -289,7 +289,7 @@ def reader_of(model: nn.Module) -> Callable[[str], Reading]:
         Path of a site, or of a bare parameter -> the weight there, (out, in, …), as it was before any merge. It raises
         AdapterError where there is none.
     """
-    site_map = survey(model)
+    site_map = AdapterIndex.of(model)
     kinds = {candidate.path: candidate.kind for candidate in site_map.candidates}
 
     def at(path: str) -> Reading:
@@ -307,7 +307,7 @@ def reader_of(model: nn.Module) -> Callable[[str], Reading]:
     return at
 
 
-def _bare_place(site_map: SiteMap, path: str) -> Place | None:
+def _bare_place(site_map: AdapterIndex, path: str) -> Place | None:
     module, _, parameter = path.rpartition(".")
     if module not in site_map.modules or parameter not in defined_parameters(site_map.base(module)):
         return None
