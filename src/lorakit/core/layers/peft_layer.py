@@ -149,7 +149,7 @@ class FieldLayer(LoraLayer):
             MergeError: It has no place in a weight of this shape.
         """
         factor = self.factor(adapter)
-        delta = self.kind.delta(self.slot, factor.A, factor.B) * factor.scale
+        delta = self.kind.delta(self.slot, *factor.multiplied()) * factor.scale
         return delta.transpose(0, 1) if self.base.transposed else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
