@@ -1,5 +1,6 @@
 """The table KINDS: which modules it finds, shapes of A and B, and the two half-products beside the dense delta."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,8 +11,20 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.config import LoraConfig
 from lorakit.core import attach
-from lorakit.core.kinds import KINDS, dense_delta, kind_named, kind_of, parameter_slot
+from lorakit.core.kinds import (
+    KINDS,
+    Kind,
+    checked,
+    dense_delta,
+    every_kind,
+    every_kind_of_the_table,
+    fits,
+    kind_named,
+    kind_of,
+    parameter_slot,
+)
 from lorakit.errors import ConfigError, MergeError, TargetError
+from lorakit.targets import layer_types
 
 
 class OwnLinear(nn.Linear):
@@ -149,3 +162,24 @@ def test_an_embedding_with_sparse_gradients_trains_as_one_without(more: dict[str
     plain, sparse_one = found
     assert plain.keys() == sparse_one.keys() and len(plain) >= 2
     assert all(torch.equal(plain[name], sparse_one[name]) for name in plain)
+
+
+def test_a_users_kind_has_nothing_that_only_our_module_types_have() -> None:
+    class Own(nn.Linear):
+        pass
+
+    linear, inner = kind_named("Linear"), kind_named("InnerLinear")
+    assert linear.is_dense and inner.read_by_owner and kind_named("Parameter").names_parameter
+    for like in (linear, inner, kind_named("Parameter")):
+        own = checked([dataclasses.replace(like, name="Own", types=(Own,))])["Own"]
+        assert not (own.is_dense or own.names_parameter or own.read_by_owner)
+        assert fits(every_kind, own) and not fits(every_kind_of_the_table, own)
+    assert kind_of(nn.modules.linear.NonDynamicallyQuantizableLinear) is None
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_names_of_layer_types_are_those_of_kinds(kind: Kind) -> None:
+    named = {value for value in vars(layer_types).values() if isinstance(value, str)}
+    assert kind.name in named | set(layer_types.CONVOLUTIONS)
+    assert kind.is_dense is (kind.name in layer_types.DENSE)
+    assert kind.names_parameter is (kind.name == layer_types.PARAMETER)

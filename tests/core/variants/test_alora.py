@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
+import dataclasses
 import pickle
 import threading
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from lorakit import LoraConfig
 from lorakit.core import (
     activate,
+    adapters,
     attach,
     checkpoint_contexts,
     detach,
@@ -27,9 +29,11 @@ from lorakit.core import (
     merge,
     merge_and_unload,
     merged_state_dict,
+    prompt_offset,
     route,
     save_adapter,
     use,
+    waits_for_tokens,
 )
 from lorakit.core.variants.alora import last_invocation
 from lorakit.errors import ConfigError, MergeError, RouteError
@@ -444,3 +448,15 @@ def test_an_init_that_moves_the_base_is_refused() -> None:
     words = {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM", "init_lora_weights": "pissa"}
     with pytest.raises(ConfigError, match=r"'pissa' moves the base weight, and aLoRA needs the base as it is"):
         attach(LLAMA.model(), LLAMA.config(**words))
+
+
+def test_a_prompt_tells_on_how_many_tokens_an_adapter_acts() -> None:
+    model = waiting()
+    ids = torch.tensor([9, *INVOCATION, 8])
+    assert waits_for_tokens(model)
+    assert prompt_offset(model, ids, "a") == 3
+    assert prompt_offset(model, ids[:1], "a") == 0
+    attach(model, dataclasses.replace(adapters(model)["a"], alora_invocation_tokens=None), "plain")
+    assert prompt_offset(model, ids, "plain") == 4
+    detach(model, "a")
+    assert not waits_for_tokens(model)

@@ -300,7 +300,7 @@ def test_it_may_see_the_other_adapters_of_its_site(put: Callable[[Variant], None
         others = [F.linear(F.linear(at.x, one.A), one.B) * one.scale for one in at.siblings()]
         return at.z + sum(others)
 
-    put(dataclasses.replace(TOY, tensors=(), factors=None, penalty=None, output=routed, update=None, siblings=True))
+    put(dataclasses.replace(TOY, tensors=(), factors=None, penalty=None, output=routed, update=None))
     model, given = LINEARS.model(), LINEARS.given()
     core.attach(model, LINEARS.config(**{FIELD: True}), "router")
     for index, name in enumerate(("a", "b")):

@@ -28,7 +28,6 @@ __all__ = [
     "INNER",
     "KINDS",
     "PARAMETER",
-    "READ_BY_THEIR_OWNER",
     "Fits",
     "Kind",
     "Shape",
@@ -52,9 +51,6 @@ NONE: Mapping[str, Kind] = MappingProxyType({})
 
 _NAMED = {kind.name: kind for kind in KINDS}
 
-READ_BY_THEIR_OWNER = frozenset({"torch.nn.modules.linear.NonDynamicallyQuantizableLinear"})
-"""Dense layers whose weight another module reads without calling them: factors beside them would do nothing."""
-
 
 def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kind | None:
     """The kind of site that a type of module can be, or None; the nearest ancestor in a row decides.
@@ -65,8 +61,8 @@ def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kin
     """
     for ancestor in module_type.__mro__:
         dotted = f"{ancestor.__module__}.{ancestor.__qualname__}"
-        if dotted in READ_BY_THEIR_OWNER:
-            return None
+        if any(dotted in kind.types for kind in KINDS if kind.read_by_owner):
+            return None  # factors beside it would do nothing; it comes with the module that reads it
         for kind in (*own.values(), *KINDS):
             if ancestor in kind.types or dotted in kind.types:
                 return kind

@@ -106,5 +106,12 @@ ATTENTION = replace(
     inner=("out_proj",),
 )
 
-INNER = replace(PARAMETER, name="InnerLinear", slots=LINEAR.slots, names_parameter=False, read_by_owner=True)
+INNER = replace(
+    PARAMETER,
+    name="InnerLinear",
+    types=("torch.nn.modules.linear.NonDynamicallyQuantizableLinear",),
+    slots=LINEAR.slots,
+    names_parameter=False,
+    read_by_owner=True,
+)
 """A dense layer inside such a module, whose weight the module reads without calling it."""

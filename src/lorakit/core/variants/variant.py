@@ -210,7 +210,6 @@ class Variant:
         positions: Token ids (rows, length), config, which tokens are visible (rows, length) or None -> on how many of
             the last positions of each row the adapter acts, (rows,) int64, 0 for none; None where it acts on all.
         span: Config -> number of tokens that decide a position, for variants with `positions`.
-        siblings: Whether `output` asks for the site's other factors.
         move: Fresh factor -> the canonical weight that takes the base's place while the adapter is attached.
         penalty: Factor -> what it adds to the loss in training, a scalar.
         combine: Path, addends, base -> their sum as one factor of this variant; None where the sum is plain LoRA.
@@ -235,7 +234,6 @@ class Variant:
     unmergeable_reason: str = ""
     positions: Callable[[Tensor, LoraConfig, Tensor | None], Tensor] | None = None
     span: Callable[[LoraConfig], int] | None = None
-    siblings: bool = False
     move: Callable[[Start], Tensor] | None = None
     penalty: Callable[[Factor], Tensor] | None = None
     combine: Callable[[str, Sequence[Addend], Reading], Sum] | None = None
