@@ -182,5 +182,5 @@ def test_files_that_are_quantised_already_are_said_to_be(
     assert "(nf4 of" in record["plan"]["lora"]["memory"]["lines"][0]["formula"]
     words = ["--model", str(packed), "--adapter", str(tmp_path / "run" / "adapter")]
     assert main(["merge", *words, "--output-dir", str(tmp_path / "merged")]) == 1
-    assert "its files are quantized (nf4); a merge needs the base that is not" in capsys.readouterr().err
+    assert "files are quantized (nf4); a merge needs the unquantized base" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()

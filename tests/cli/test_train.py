@@ -406,7 +406,7 @@ def test_bad_data(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "bad.jsonl" in refused(b"")
     assert "bad.jsonl" in refused(b"\x00\x01\xff\xfe" * 50)
     assert "bad.txt" in refused("straße".encode("latin-1"), "bad.txt")
-    assert "bad.jsonl:2: the field 'text' is the number 3; a string is needed." in refused(
+    assert "bad.jsonl:2: the field 'text' is the number 3; it must be a string" in refused(
         b'{"text": "a"}\n{"text": 3}\n'
     )
 

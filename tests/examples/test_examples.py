@@ -72,7 +72,9 @@ def test_combine_adapters(capsys: pytest.CaptureFixture[str]) -> None:
     load("examples/combine_adapters.py").main()
     told = capsys.readouterr().out
     assert float(told.split("logits differ by ")[1].split()[0]) < 1e-5
-    away = [float(line.split(": ")[1].split("%")[0]) for line in told.splitlines() if "deviation at the worst site" in line]
+    away = [
+        float(line.split(": ")[1].split("%")[0]) for line in told.splitlines() if "deviation at the worst site" in line
+    ]
     assert len(away) == 3 and 0 < away[0] < away[1]
     assert "both - brief = polite: cosine 1.000000" in told
     assert 0 < float(told.split("loses ")[1].split("%")[0]) < 60
