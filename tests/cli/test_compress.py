@@ -23,7 +23,7 @@ def test_to_a_rank(
     out = capsys.readouterr().out
     assert f"{tmp_path / 'small'}: {one} at 14 sites, ranks 56 in total before, 28 after" in out
     assert "of the energy ‖ΔW‖² of the whole adapter" in out
-    assert "site that loses most" in out
+    assert "site with most loss" in out
     loaded = core.load_adapter(hub.load_model(tiny_model_directory), tmp_path / "small")
     assert loaded.base == "same" and loaded.config.r == 2
 

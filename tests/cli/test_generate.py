@@ -256,7 +256,7 @@ def test_templates_that_are_missing_or_refuse(
     shutil.rmtree(tmp_path / "m")
     tiny_llama.save_pretrained(tmp_path / "m")
     tiny_tokenizer.save_pretrained(tmp_path / "m")
-    assert "--chat was given, and the model's tokenizer has no chat template" in refusal(capsys, 2, *words, "--chat")
+    assert "--chat needs a chat template" in refusal(capsys, 2, *words, "--chat")
     assert "--system needs a chat template" in refusal(capsys, 2, *words, "--system", "s")
 
 

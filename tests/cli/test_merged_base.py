@@ -107,10 +107,10 @@ def test_what_is_not_exact_is_refused_where_it_is_asked_for(
     waiting = save_adapter("waiting", 3, alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
     said = refusal(capsys, 1, *common, "--adapter", waiting)
     assert "model.layers.0.self_attn.q_proj is aLoRA, which cannot be merged" in said
-    alone = "--merged is for one adapter that answers alone, and here is"
-    assert f"{alone} no adapter; leave it out." in refusal(capsys, 2, *common)
-    assert f"{alone} more than one answer; leave it out." in refusal(capsys, 2, *common, "--adapter", one, two)
-    assert f"{alone} more than one answer; leave it out." in refusal(capsys, 2, *common, "--adapter", one, "--base")
+    alone = "--merged needs exactly one adapter and no other answer"
+    assert f"{alone}; there is no adapter." in refusal(capsys, 2, *common)
+    assert f"{alone}; there are several answers." in refusal(capsys, 2, *common, "--adapter", one, two)
+    assert f"{alone}; there are several answers." in refusal(capsys, 2, *common, "--adapter", one, "--base")
 
 
 def test_an_adapter_that_waits_stays_beside_the_base(

@@ -183,5 +183,5 @@ def test_files_that_are_quantised_already_are_said_to_be(
     words = ["--model", str(packed), "--adapter", str(tmp_path / "run" / "adapter")]
     assert main(["merge", *words, "--output-dir", str(tmp_path / "merged")]) == 1
     said = capsys.readouterr().err
-    assert "quantized as nf4" in said and "unquantized base" in said and "--model" in said
+    assert "files are quantized (nf4)" in said and "unquantized base" in said
     assert not (tmp_path / "merged").exists()

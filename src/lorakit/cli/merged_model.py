@@ -275,7 +275,7 @@ def _merge_into(request: MergeRequest, folder: Path, tokenizer: Any) -> Merged:
     )
 
 
-def _reject_tied(model: Any, names: Sequence[str]) -> None:
+def _reject_tied(model: torch.nn.Module, names: Sequence[str]) -> None:
     tied = tied_sites(model, names)
     if tied:
         path, other = tied[0]

@@ -287,7 +287,7 @@ def test_what_is_refused(fields: dict[str, Any], text: str) -> None:
 
 def test_other_adapters_where_rows_stand() -> None:
     model = with_rows(TIED, "a")
-    with pytest.raises(TargetError, match="is a TrainableTokens, which is not supported"):
+    with pytest.raises(TargetError, match="is a TrainableTokens, which LoRA does not support"):
         attach(model, TIED.config(target_modules=["embed_tokens"]), "b")
     with pytest.raises(TargetError, match="another adapter on this model sits inside it"):
         attach(model, TIED.config(modules_to_save=["lm_head"]), "b")

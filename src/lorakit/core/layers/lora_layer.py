@@ -446,8 +446,7 @@ class LoraLayer(BaseWeight):
             MergeError: It has no place in a weight of this shape.
         """
         factor = self.factor(adapter)
-        A, B = factor.multiplied(self.training)
-        delta = self.kind.delta(self.slot, A, B) * factor.scale
+        delta = self.kind.delta(self.slot, *factor.multiplied()) * factor.scale
         return delta.transpose(0, 1) if self.base.transposed else delta
 
     @trainable_tensors
