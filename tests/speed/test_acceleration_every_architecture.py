@@ -84,7 +84,9 @@ def checked(model: Any, logits: bool) -> tuple[int, list[str]]:
     acceleration = accelerate(model, logits=logits)
     ours = answers(model)
     acceleration.undo()
-    wrong += [f"undo: {path} stands in" for path, module in model.named_modules() if is_replacement(module)]
+    wrong += [
+        f"undo: {path} is still a replacement" for path, module in model.named_modules() if is_replacement(module)
+    ]
     for place, (one, wanted) in enumerate(zip(ours, answers(model), strict=True)):
         error = float((one - wanted).norm()) / max(float(wanted.norm()), 1e-12) if one.shape == wanted.shape else 1.0
         if not error <= BOUND:

@@ -1,4 +1,4 @@
-"""What the backward recomputes, and what it does not compute at all: nothing below the lowest adapted layer."""
+"""Recomputation in the backward, and work that it skips: nothing is computed below the lowest adapted layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which modules may run a fused forward: those of known classes that agree at every probe, with all they contain."""
+"""Admission of modules to fused forwards: known classes that agree at every probe, with all they contain."""
 
 from __future__ import annotations
 

@@ -532,11 +532,11 @@ def test_a_changed_model_uses_neither_the_last_layer_nor_the_head_alone() -> Non
     head = accelerate(model, logits=False).head
     assert head is not None and head.last is not None
     labels = IDS.masked_fill(torch.arange(IDS.shape[1]) < 9, -100)
-    assert head.last.words(labels, -100, {}) and head.applies()
+    assert head.last.keyword(labels, -100, {}) and head.applies()
     theirs = model(input_ids=IDS, labels=labels)
     assert theirs.logits is None
     model.set_attn_implementation("eager")
-    assert not head.last.words(labels, -100, {}) and head.applies()
+    assert not head.last.keyword(labels, -100, {}) and head.applies()
     torch.testing.assert_close(model(input_ids=IDS, labels=labels).loss, theirs.loss, rtol=1e-4, atol=1e-5)
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:

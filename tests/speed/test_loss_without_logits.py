@@ -150,7 +150,7 @@ def test_a_loss_of_somebodys_own_is_left_alone() -> None:
     model.loss_function = own = lambda logits, labels, vocab_size, **_: logits.square().mean()
     theirs = step(model)
     acceleration = accelerate(model, logits=False)
-    assert acceleration.loss is None and "its loss function is not that of the next token" in str(acceleration)
+    assert acceleration.loss is None and "its loss function is not the next-token loss" in str(acceleration)
     assert model.loss_function is own
     close(step(model), theirs, 2e-5)
 

@@ -1,4 +1,4 @@
-"""What a block restores: attributes, children, hooks, buffers, forward records, random state; and frozen parameters."""
+"""State that a block restores: attributes, children, hooks, buffers, forward records, random state; and frozen parameters."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ OPTIMIZERS = ("adamw", "lorafa")
 """
 
 RECOMPUTED = ("none", "feed-forward", "layers")
-"""What can be recomputed in the backward instead of being saved, by cost: nothing but elementwise results; in each
+"""Choices of recomputation in the backward, by cost: nothing but elementwise results; in each
 fused feed-forward also the outputs of its first matmuls; in each layer everything but its input."""
 
 UTILIZATION = 0.4
