@@ -25,6 +25,7 @@ from torch.nn.modules import module as of_modules
 from lorakit.core.clones import is_watched, share_dropped
 from lorakit.core.kinds.kind import first_axis
 from lorakit.core.kinds.linear import linear_down, linear_up
+from lorakit.core.layers.stored_weight import StoredWeight
 from lorakit.core.routing.route import Route
 from lorakit.core.variants import Factor
 from lorakit.ops.adapted import autocast, without_autocast
@@ -49,19 +50,21 @@ class Seen:
         AttributeError: It has another form.
     """
 
-    def __init__(self, layer: Any, names: Sequence[str]) -> None:
+    def __init__(self, layer: StoredWeight, names: Sequence[str]) -> None:
         self._pick = pick = _picker(names)
-        down, up = (layer._modules[holder] for holder in layer.kind.names)
-        self._holders, dropouts = (*layer.kind.names, "lora_dropout"), pick(layer._modules["lora_dropout"]._modules)
+        inside: Any = layer._modules
+        down, up = (inside[holder] for holder in layer.kind.names)
+        self._holders, dropouts = (*layer.kind.names, "lora_dropout"), pick(inside["lora_dropout"]._modules)
         self._modules = pick(down._modules), pick(up._modules), dropouts
         self._down, self._up = ([module._parameters for module in side] for side in self._modules[:2])
         self._modes = [module for module in dropouts if type(module) is not nn.Identity]
         self._tensors = self._look()
         self._numbers = self._count(layer, self._tensors)
 
-    def still(self, layer: Any) -> bool:
+    def still(self, layer: StoredWeight) -> bool:
         """Whether the adapters are the same modules and tensors, in the same place, unwritten, and act the same."""
-        pick, inside = self._pick, layer._modules
+        pick = self._pick
+        inside: Any = layer._modules
         try:
             for holder, modules in zip(self._holders, self._modules, strict=True):
                 if pick(inside[holder]._modules) != modules:  # tuples of the same things are equal without a look
@@ -75,7 +78,7 @@ class Seen:
         """A and B of each, and B's biases, which are none."""
         return [*map(_WEIGHT, self._down), *map(_WEIGHT, self._up), *map(_BIAS, self._up)]
 
-    def _count(self, layer: Any, tensors: list[Any]) -> list[Any]:
+    def _count(self, layer: StoredWeight, tensors: list[Any]) -> list[Any]:
         weights = tensors[: 2 * len(self._up)]
         pick = self._pick
         return [
@@ -153,12 +156,12 @@ class Stacks:
     absent: frozenset[str] = frozenset()
     seen: Seen | None = None
 
-    def still(self, layer: Any) -> bool:
+    def still(self, layer: StoredWeight) -> bool:
         """Whether they are what would be made now for the same names."""
         return self.seen is not None and self.seen.still(layer) and self.absent.isdisjoint(layer.r)
 
 
-def add_kept(layer: Any, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
+def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
     """What all adapters of a route add, where it keeps things: with what is there, or for one adapter on all rows.
 
     Args:
@@ -180,7 +183,7 @@ def add_kept(layer: Any, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
     return None if left else y
 
 
-def _again(layer: Any, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
+def _again(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
     """The short way that most tokens take: all is as it was, and inputs of this shape and dtype have come before."""
     found: Stacks | None = (route.kept or {}).get((layer, y0.dtype))
     if found is None or found.rest or type(x) is not Tensor or type(y0) is not Tensor or x.dtype != y0.dtype:
@@ -196,7 +199,7 @@ def _again(layer: Any, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
     return y
 
 
-def add_stacked(layer: Any, segments: OfRows, route: Route, x: Tensor, y0: Tensor) -> tuple[Tensor, OfRows]:
+def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, y0: Tensor) -> tuple[Tensor, OfRows]:
     """What some adapters add on their rows of a mixed batch, as far as they can be taken at once.
 
     Args:
@@ -228,9 +231,9 @@ def add_stacked(layer: Any, segments: OfRows, route: Route, x: Tensor, y0: Tenso
     return y, [segment for segment in segments if segment[0] in made.rest] if made.rest else ()
 
 
-def _own(layer: Any, y0: Tensor) -> Tensor:
+def _own(layer: StoredWeight, y0: Tensor) -> Tensor:
     """y0 (rows, …, out) where the base has just made it and nobody saw it, else a copy: it will be written to."""
-    base = layer._modules["base_layer"]
+    base: Any = layer._modules["base_layer"]
     fresh = (
         type(base).forward is nn.Linear.forward
         and type(base._parameters.get("weight")) is nn.Parameter
@@ -243,7 +246,7 @@ def _own(layer: Any, y0: Tensor) -> Tensor:
     return y0 if fresh else y0.clone(memory_format=torch.contiguous_format)
 
 
-def _stacks(layer: Any, names: tuple[str, ...], route: Route, dtype: torch.dtype) -> Stacks:
+def _stacks(layer: StoredWeight, names: tuple[str, ...], route: Route, dtype: torch.dtype) -> Stacks:
     """The stacks of these adapters: those that were kept, while the adapters are what they were."""
     kept = route.kept
     if kept is None:
@@ -260,7 +263,7 @@ def _stacks(layer: Any, names: tuple[str, ...], route: Route, dtype: torch.dtype
     return made
 
 
-def _made(layer: Any, names: tuple[str, ...], dtype: torch.dtype) -> Stacks:
+def _made(layer: StoredWeight, names: tuple[str, ...], dtype: torch.dtype) -> Stacks:
     factors = {name: layer.factor(name) for name in names}
     plain = {name: factor for name, factor in factors.items() if _can_be_stacked(factor)}
     stacks = [_stack(group, plain, dtype) for group in _of_like_rank({n: len(f.A) for n, f in plain.items()})]
