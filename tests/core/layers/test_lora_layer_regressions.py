@@ -83,3 +83,12 @@ def test_on_meta_an_init_that_moves_the_base_is_refused_before_anything_changes(
         attach(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=init))
     assert type(model[0]) is nn.Linear
     assert model[0].weight.requires_grad
+
+
+def test_an_encoder_layer_that_is_the_model_calls_its_adapted_layers() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0).eval()
+    x = torch.randn(2, 3, 16)
+    with torch.no_grad():
+        before = model(x)
+        attach(model, LoraConfig(r=2, target_modules=["linear1"], init_lora_weights=False))
+        assert not torch.equal(model(x), before)

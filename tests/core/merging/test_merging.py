@@ -23,6 +23,7 @@ from lorakit.core import (
 )
 from lorakit.core.layers.adapter_component import KeepBase, MergeOptions
 from lorakit.core.merging.components import Components
+from lorakit.core.model.index import AdapterIndex
 from lorakit.errors import MergeError
 
 from ...laws.snapshots import bits, same_bits, snapshot
@@ -219,16 +220,17 @@ def test_a_staged_merge_holds_no_tensors_that_were_only_measured() -> None:
         assert staged is not None and staged.report is not None
 
 
-def test_each_call_finds_the_components_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_call_makes_one_index(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_adapters(BERT, "a", modules_to_save=["classifier"], bias="all")
     found: list[torch.nn.Module] = []
-    of = Components.of
+    of = AdapterIndex.of
 
-    def counted(looked_at: torch.nn.Module) -> Components:
-        found.append(looked_at)
+    def counted(looked_at: torch.nn.Module | AdapterIndex) -> AdapterIndex:
+        if isinstance(looked_at, torch.nn.Module):
+            found.append(looked_at)
         return of(looked_at)
 
-    monkeypatch.setattr(Components, "of", counted)
+    monkeypatch.setattr(AdapterIndex, "of", counted)
     merge(model, "a")
     unmerge(model, "a")
     merge_and_unload(model, "a")

@@ -412,7 +412,7 @@ def _keep_off_fast_path(index: AdapterIndex) -> None:
 
     Torch's fast path reads weights without calling their modules, unless a child has a hook: one that does nothing.
     """
-    for encoder in index.modules.values():
+    for encoder in (index.model, *index.modules.values()):
         if isinstance(encoder, nn.TransformerEncoderLayer):
             for _, layer in walk(encoder):
                 if isinstance(layer, LoraLayer) and _nothing not in layer._forward_pre_hooks.values():
