@@ -34,7 +34,7 @@ class Place:
     Attributes:
         model: A key of `MODELS`.
         kind: Name of a row of KINDS.
-        base: Name of a row of BASES.
+        base: Name of a entry of WEIGHT_FORMATS.
         targets: Names for `target_modules`.
         parameters: Names for `target_parameters`.
         needs: Package that the storage needs.
@@ -107,7 +107,7 @@ PLACES = tuple(_places())
 WITHOUT_A_PLACE: Mapping[str, str] = {
     "InnerLinear": "the dense layer inside nn.MultiheadAttention is adapted together with it and never by itself",
 }
-"""Rows of KINDS and BASES that no place is of, each with its reason."""
+"""Rows of KINDS and WEIGHT_FORMATS that no place is of, each with its reason."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Cell:
 
     @property
     def base(self) -> str:
-        """Name of the row of BASES."""
+        """Name of the entry of WEIGHT_FORMATS."""
         return self.place.base
 
     @cached_property

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from lorakit.core.kinds import kind_named
-from lorakit.core.quantization import BASES
+from lorakit.core.quantization import WEIGHT_FORMATS
 from lorakit.core.variants import variant_named
 
 from .cells import Cell
@@ -20,7 +20,7 @@ from .cells import Cell
 DENSE = ("Linear", "Conv1D")
 CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
 NOT_LOFTQ = (*CONVOLUTIONS, "Embedding")
-QUANTISED = tuple(base.name for base in BASES if base.quantised)
+QUANTISED = tuple(base.name for base in WEIGHT_FORMATS if base.quantised)
 BITSANDBYTES = ("bitsandbytes 4-bit", "bitsandbytes 8-bit")
 DECOMPOSING = ("pissa", "olora", "orthogonal", "corda", "loftq", "mica")
 """Inits that look at the base weight itself."""

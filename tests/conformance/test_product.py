@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import lorakit.peft as ours
 from lorakit.core.inits import INITS
 from lorakit.core.kinds import KINDS, kind_of
-from lorakit.core.quantization import BASES, base_of
+from lorakit.core.quantization import WEIGHT_FORMATS, base_of
 from lorakit.errors import AdapterFileError
 
 from .architectures import loss_of, model_named, outputs_of
@@ -71,7 +71,7 @@ def _parameters(cells: list[Cell], usual: list[Cell]) -> list[Any]:
 
 
 def test_every_row_has_a_place() -> None:
-    for table, there in ((KINDS, {p.kind for p in PLACES}), (BASES, {p.base for p in PLACES})):
+    for table, there in ((KINDS, {p.kind for p in PLACES}), (WEIGHT_FORMATS, {p.base for p in PLACES})):
         assert {row.name for row in table} == there | (WITHOUT_A_PLACE.keys() & {row.name for row in table})
         assert not there & WITHOUT_A_PLACE.keys()
     assert {init.name for init in INITS if init.needs} == {word for word in STEPS if word != "loftq"}

@@ -51,7 +51,7 @@ def test_every_folder_of_the_core_is_named() -> None:
 def test_rows_are_those_of_the_tables() -> None:
     from lorakit.core import inits, kinds, quantization, variants
 
-    for table in (kinds.KINDS, quantization.BASES, inits.INITS, variants.VARIANTS):
+    for table in (kinds.KINDS, quantization.WEIGHT_FORMATS, inits.INITS, variants.VARIANTS):
         for row in table:  # type: ignore[attr-defined]
             assert str(row.name) in PAGE
 

@@ -226,7 +226,7 @@ def test_experts_cost_what_a_token_passes() -> None:
     assert matmuls(shape) == 2 * experts + heads
     added = 2 * 2 * 2 * 4 * ((48 + 16) + (16 + 24))  # layers × experts × FLOPs × rank
     assert plan.lora.flops.forward - bare.lora.flops.forward == added - 2 * 2 * 4 * (16 + 16)
-    assert any("each token is reckoned to pass 2 experts" in note for note in plan.notes)
+    assert any("each token is assumed to pass 2 experts" in note for note in plan.notes)
     assert "2 × 3 experts in one parameter" in " ".join(plan.reasons)
 
 
@@ -243,5 +243,5 @@ def test_stacked_layers_are_counted(specimen: Specimen, ranges: list[tuple[int, 
     assert planned.trainable == report.trainable_parameters
     assert [site.path for site in planned.sites] == [match.path for match in report.matches]
     assert estimate(shape, config).counted.trainable == planned.trainable
-    with pytest.raises(ConfigError, match=r"holds \(0, 9\)"):
+    with pytest.raises(ConfigError, match=r"range \(0, 9\)"):
         count(shape, specimen.config(layer_replication=[(0, 9)]))

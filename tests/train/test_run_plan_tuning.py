@@ -41,8 +41,8 @@ def sliced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
         monkeypatch.setattr(module, "ROWS", (48, 96))
         monkeypatch.setattr(module, "SLICES", (SLICE,))
     monkeypatch.setattr(choosing, "FEWEST_FLOPS", 0)
-    monkeypatch.setattr(choosing, "BUSY", math.inf)  # whatever else runs on the machine
-    monkeypatch.setattr(choosing, "answer", lambda question, clock: question.others[0])
+    monkeypatch.setattr(choosing, "BUSY", math.inf)  # whatever else runs beside the tests
+    monkeypatch.setattr(choosing, "fastest", lambda task, clock: task.others[0])
     seen, stock = [], choices.matmul_in_slices
 
     def watched(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
@@ -114,9 +114,7 @@ def test_a_run_that_goes_on_takes_the_choices_of_its_checkpoint(
     _run(settings)
     kernels = _kernels(tmp_path / "run", 2)
     (tmp_path / "cache" / "choices.json").unlink()
-    monkeypatch.setattr(
-        choosing, "answer", lambda question, clock: question.usual
-    )  # as another measurement might choose
+    monkeypatch.setattr(choosing, "fastest", lambda task, clock: task.default)  # another time would say so
     lines = _run(settings, max_steps=3, resume=True)
     assert not any("Autotuning: " in line or "differs from" in line for line in lines)
     assert _kernels(tmp_path / "run", 3) == kernels
@@ -127,7 +125,7 @@ def test_a_run_that_goes_on_elsewhere_chooses_anew_and_says_what_differs(
 ) -> None:
     _run(settings)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    monkeypatch.setattr(choosing, "answer", lambda question, clock: question.usual)
+    monkeypatch.setattr(choosing, "fastest", lambda task, clock: task.default)
     lines = _run(settings, max_steps=3, resume=True)
     assert any("Autotuning: " in line for line in lines)
     (differs,) = (line for line in lines if "differs from the checkpoint's" in line)

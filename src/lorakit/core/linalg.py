@@ -261,7 +261,7 @@ def cut(found: Spectrum, to: Cut, shared: int = 1) -> tuple[Product, float]:
     Args:
         found: Its decomposition.
         to: How far.
-        shared: As in `Cut.of`.
+        shared: As in `RankLimit.of`.
 
     Returns:
         The product, and the share of the energy that it lacks.

@@ -1,4 +1,4 @@
-"""The table BASES: a weight is read as (out, in) in at least fp32 and written back in its own layout and dtype."""
+"""The registry WEIGHT_FORMATS: a weight is read as (out, in) in at least fp32 and written back in its own layout and dtype."""
 
 import copy
 

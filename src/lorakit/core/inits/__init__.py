@@ -1,7 +1,7 @@
 """The table INITS: how a fresh factor is filled.
 
-Each row is a function from a `Blank` to A and B. Most fill the side that learns and leave the kind's zero side at
-zero, so that a fresh adapter changes no output. Others take a part of the base weight into A and B, and the base
+Each entry is a function from an `InitContext` to A and B. Most fill the side that learns and leave the kind's zero side
+at zero, so that a fresh adapter changes no output. Others take a part of the base weight into A and B, and the base
 becomes what is left; the layer then keeps the original. Factors are made on the device of their site, in fp32 or wider.
 """
 

@@ -59,7 +59,7 @@ class Kind:
         row_axis: Which axis of the input holds the rows of the batch, or None where that is not known. Rows can have
             different adapters where the kind acts on the input.
         shapes: Shapes of A and B for a slot and a rank; raises ConfigError where the rank does not fit.
-        rank: Slot, shape of A -> the rank it has.
+        rank: WeightSpec, shape of A -> the rank it has.
         vector: Shape in which a vector over the outputs, (out,), lies in memory and on disk.
         down: First half-product, A applied to the input.
         up: Second half-product, B applied to the first.

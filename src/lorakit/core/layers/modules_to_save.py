@@ -328,8 +328,8 @@ def biased_modules(
             leaves = tuple(leaf for leaf in held if bias == "all" or leaf == "bias")
             if isinstance(vars(module).get("bias"), Tensor) and base_of(module).quantised:
                 raise ConfigError(
-                    f"{path} is stored as {base_of(module).name}, whose bias is no parameter and cannot be trained. "
-                    "Set bias='none'."
+                    f"{path} is stored as {base_of(module).name}, whose bias is not a parameter and cannot be "
+                    "trained. Set bias='none'."
                 )
             if leaves:
                 yield f"{path}.{inner}" if inner else path, module, leaves

@@ -99,12 +99,12 @@ class StoredWeight(AdapterModule):
 
     @property
     def base(self) -> Base:
-        """The row of BASES."""
+        """The entry of WEIGHT_FORMATS."""
         return self.storage[0]
 
     @property
     def storage(self) -> tuple[Base, nn.Module]:
-        """The row of BASES, and the module that holds the weight."""
+        """The entry of WEIGHT_FORMATS, and the module that holds the weight."""
         source = self.source
         return base_of(source, self.slot.parameter, self.slot.as_stored), source
 

@@ -48,8 +48,8 @@ class Way:
     """How to combine.
 
     Attributes:
-        name: One of WAYS. "cat" is exact and adds the ranks up; "svd" is the nearest update of its rank; "linear" adds
-            A and B by themselves, which is rough; the others prune first.
+        name: One of COMBINATION_TYPES. "cat" is exact and sums the ranks; "svd" is the nearest update of its rank;
+            "linear" adds A and B separately, which is inexact; the others prune first.
         rank: Rank of the result, for ways with "svd"; None takes the largest of the adapters at each site.
         density: Share of the numbers that pruning keeps, in (0, 1]; of experts, of each expert's own.
         majority_sign: In "ties": the sign that counts is that of the sum ("total"), or of most ("frequency").

@@ -1,4 +1,4 @@
-"""What a row of the table BASES says: how one way of storing a weight maps to the canonical weight and back.
+"""What a entry of WEIGHT_FORMATS says: how one way of storing a weight maps to the canonical weight and back.
 
 Canonical is the leading axis out, in fp32 or wider. What a module stores (a tensor, or a packed thing of a quantiser)
 is its business: a row takes it out, reads it, makes a new one, puts it back. It knows nothing about A, B or adapters.
