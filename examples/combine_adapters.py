@@ -37,7 +37,11 @@ def main() -> None:
     with lorakit.use(model, "both"):
         print(f"one adapter for two: logits differ by {(model(tokens).logits - together).abs().max().item():.1e}")
 
-    for way in (core.Way("svd", rank=8), core.Way("svd", rank=4), core.Way("ties_svd", rank=8, density=0.5)):
+    for way in (
+        core.CombinationType("svd", rank=8),
+        core.CombinationType("svd", rank=4),
+        core.CombinationType("ties_svd", rank=8, density=0.5),
+    ):
         report = core.combine(model, ["polite", "brief"], [1.0, 1.0], f"{way.name}-{way.rank}", way=way)
         print(f"{way.name} of rank {way.rank}: {report.deviation:.0%} deviation at the worst site")
 

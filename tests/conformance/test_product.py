@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import lorakit.peft as ours
 from lorakit.core.inits import INITS
 from lorakit.core.kinds import KINDS, kind_of
-from lorakit.core.quantization import WEIGHT_FORMATS, base_of
+from lorakit.core.quantization import WEIGHT_FORMATS, weight_format_of
 from lorakit.errors import AdapterFileError
 
 from .architectures import loss_of, model_named, outputs_of
@@ -87,12 +87,12 @@ def test_a_place_is_what_it_says(place: Place) -> None:
         for module in named:
             kind = kind_of(type(module))
             assert kind is not None and kind.name == place.kind
-            assert base_of(module, kind.slots(module)[0].parameter).name == place.base
+            assert weight_format_of(module, kind.slots(module)[0].parameter).name == place.base
     for target in place.parameters:
         path = next(path for path, _ in model.named_parameters() if f".{path}".endswith(f".{target}"))
         module = model.get_submodule(path.rpartition(".")[0])
         assert kind_of(type(module)) is None
-        assert base_of(module, target.rpartition(".")[2]).name == place.base
+        assert weight_format_of(module, target.rpartition(".")[2]).name == place.base
 
 
 @pytest.mark.parametrize("cell", _parameters(REFUSED, EXAMPLES))

@@ -159,7 +159,7 @@ def test_a_copied_module_comes_with_what_was_trained() -> None:
 
 def test_one_adapter_is_taken_as_it_is_whatever_the_way() -> None:
     _, model = ROWS[0].pair("a", "b")
-    for way in core.WAYS:
+    for way in core.COMBINATION_TYPES:
         weighted.add_weighted_adapter(model, ["a"], [-2.0], f"new-{way}", way)
         for path, delta in deltas(model, f"new-{way}").items():
             torch.testing.assert_close(delta, -2 * deltas(model, "a")[path], rtol=1e-5, atol=1e-6)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorakit.core.linalg import (
-    Cut,
     Product,
+    RankLimit,
     cosines,
     cut,
     dense_spectrum,
@@ -74,7 +74,7 @@ def test_a_share_of_the_energy_takes_the_smallest_rank_that_holds_it(
 ) -> None:
     product = drawn(1, out, size, r)
     found = spectrum(product)
-    smaller, lost = cut(found, Cut(energy=energy))
+    smaller, lost = cut(found, RankLimit(energy=energy))
     whole = float(dense(product).square().sum())
     kept = 1 - float((dense(product) - dense(smaller)).square().sum()) / whole
     assert lost == pytest.approx(1 - kept, abs=1e-9)
@@ -86,7 +86,7 @@ def test_a_share_of_the_energy_takes_the_smallest_rank_that_holds_it(
 
 def test_nothing_has_rank_one_and_loses_nothing() -> None:
     nothing = Product(torch.zeros(1, 3, 4).double(), torch.zeros(1, 5, 3).double())
-    smaller, lost = cut(spectrum(nothing), Cut(energy=0.9))
+    smaller, lost = cut(spectrum(nothing), RankLimit(energy=0.9))
     assert (smaller.rank, lost, significant(spectrum(nothing))) == (1, 0.0, (0,))
 
 
@@ -148,4 +148,4 @@ def test_a_sketch_finds_the_largest_part_and_knows_what_it_lacks() -> None:
 )
 def test_a_cut_is_one_of_two(fields: dict[str, float], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        Cut(**fields)  # type: ignore[arg-type]
+        RankLimit(**fields)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core import attach, combine, merged_state_dict, reduce_intruders
 from lorakit.core.linalg import Product, cosines, inner, rank_for, spectrum, stacked, truncated
-from lorakit.core.operations.combination_types import Way, added_up
+from lorakit.core.operations.combination_types import CombinationType, added_up
 
 OUT, IN = 7, 6
 
@@ -63,15 +63,17 @@ def test_angles_between_subspaces() -> None:
 def test_pruning() -> None:
     tensor = torch.tensor([3.0, -1.0, 2.0, -4.0])
     torch.testing.assert_close(
-        added_up([tensor], [1.0], Way("magnitude_prune", density=0.5)), torch.tensor([3.0, 0, 0, -4.0])
+        added_up([tensor], [1.0], CombinationType("magnitude_prune", density=0.5)), torch.tensor([3.0, 0, 0, -4.0])
     )
-    drawn_at_random = added_up([tensor], [1.0], Way("dare_linear", density=0.5), torch.Generator().manual_seed(0))
+    drawn_at_random = added_up(
+        [tensor], [1.0], CombinationType("dare_linear", density=0.5), torch.Generator().manual_seed(0)
+    )
     assert set((drawn_at_random / tensor).tolist()) <= {0.0, 2.0}
 
 
 def test_election() -> None:
     one, other = torch.tensor([2.0, -1.0, 1.0]), torch.tensor([-1.0, -3.0, 1.0])
-    ties = Way("ties", density=1)
+    ties = CombinationType("ties", density=1)
     torch.testing.assert_close(added_up([one, other], [1.0, 0.5], ties), torch.tensor([2.0, (-1 - 1.5) / 2, 1.5 / 2]))
     minus = added_up([one, other], [1.0, -0.5], ties)  # the second votes with [1, 3, −1]
     torch.testing.assert_close(minus, torch.tensor([(2 + 0.5) / 2, 1.5, 1.0]))

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lorakit import core, hub
 from lorakit.config import LoraConfig
 from lorakit.core.model.base_view import quantised_linear
-from lorakit.core.quantization import base_of
+from lorakit.core.quantization import weight_format_of
 from lorakit.plan import Job, ModelShape, Plan, Speed, accelerated, activations, count, estimate, flops, memory
 from lorakit.plan import flops as timing
 from lorakit.plan.quantized import Quantization, storage_named
@@ -232,7 +232,7 @@ def test_sizes_on_disk(tiny_gpt2: Any, tmp_path: Path) -> None:
 
 
 def tensors_of(module: nn.Module) -> tuple[torch.Tensor, ...]:
-    row = base_of(module)
+    row = weight_format_of(module)
     return row.tensors(row.stored(module, "weight"))
 
 

@@ -122,8 +122,8 @@ class Squared(nn.Module):
         return (x @ self.table.T) ** 2
 
 
-def _table(module: nn.Module) -> tuple[core.Slot, ...]:
-    return (core.Slot("table", 5, 4),)
+def _table(module: nn.Module) -> tuple[core.WeightSpec, ...]:
+    return (core.WeightSpec("table", 5, 4),)
 
 
 def own_kinds() -> list[Any]:

@@ -16,7 +16,7 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import KINDS
 from lorakit.core.model.base_view import quantised_linear
-from lorakit.core.quantization import BASES, base_of
+from lorakit.core.quantization import WEIGHT_FORMATS, weight_format_of
 from lorakit.core.variants import VARIANTS
 from lorakit.errors import ConfigError, LorakitError, MergeError
 from lorakit.plan.quantized import STORAGES, Quantization, Storage
@@ -67,7 +67,7 @@ def test_nothing_is_left_out_unsaid() -> None:
     assert merged | NOT_MERGED == {variant.name for variant in VARIANTS}
     assert {kind.name for kind in KINDS} == {"Linear", "Conv1D", *NEVER_QUANTISED}
     rows = {"bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao", "HQQ"}
-    assert {base.name for base in BASES if base.quantised} == rows
+    assert {base.name for base in WEIGHT_FORMATS if base.quantised} == rows
     assert {storage.package for storage in STORAGES} == {"bitsandbytes", "torchao", "hqq"}
 
 
@@ -107,7 +107,7 @@ def test_merged_saved_and_loaded(name: str, dense: bool, storage: Storage, tmp_p
         near(run(model, given), alone["a"], 1e-5 + EVALUATED.get(storage.name, 0))
     for path, weight in wanted.items():
         owner = model.get_submodule(path).owner
-        row = base_of(owner)
+        row = weight_format_of(owner)
         near(row.read(owner, row.stored(owner, "weight")), weight, 1e-6 if dense else WRITTEN[storage.name])
     with core.use(model, "b"):
         near(run(model, given), alone["b"], 1e-5 + EVALUATED.get(storage.name, 0))

@@ -16,7 +16,7 @@ from lorakit.errors import UsageError
 from lorakit.tables import format_percent
 
 if TYPE_CHECKING:
-    from lorakit.core import MadeReport, Way
+    from lorakit.core import CombinationType, OperationReport
 
 WORST_SITES = 5
 
@@ -97,10 +97,10 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
         console.say(_text(report, way, flags.adapter, weights))
 
 
-def _way(flags: Flags) -> Way:
-    from lorakit.core import Way
+def _way(flags: Flags) -> CombinationType:
+    from lorakit.core import CombinationType
 
-    return Way(flags.way, flags.rank, flags.density, flags.majority_sign, flags.clamp, None, flags.seed)
+    return CombinationType(flags.way, flags.rank, flags.density, flags.majority_sign, flags.clamp, None, flags.seed)
 
 
 def _weights(flags: Flags) -> list[float]:
@@ -113,7 +113,7 @@ def _weights(flags: Flags) -> list[float]:
     return flags.weights
 
 
-def _text(report: MadeReport, way: Way, folders: Sequence[str], weights: Sequence[float]) -> str:
+def _text(report: OperationReport, way: CombinationType, folders: Sequence[str], weights: Sequence[float]) -> str:
     ranks = sorted({site.r for site in report.sites})
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     total = " + ".join(f"{weight:g} × {folder}" for weight, folder in zip(weights, folders, strict=True))

@@ -14,7 +14,7 @@ from lorakit.cli.early import check_adapters, check_new_directory
 from lorakit.tables import format_percent
 
 if TYPE_CHECKING:
-    from lorakit.core import MadeReport
+    from lorakit.core import OperationReport
 
 WORST_SITES = 5
 
@@ -54,7 +54,7 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
         console.say(_text(report, flags.adapter))
 
 
-def _text(report: MadeReport, folder: str) -> str:
+def _text(report: OperationReport, folder: str) -> str:
     before, after = (sum(getattr(site, name) for site in report.sites) for name in ("r_before", "r"))
     lines = [
         f"{report.name}: {folder} at {len(report.sites)} sites, ranks {before:,} in total before, {after:,} after",

@@ -58,9 +58,9 @@ def run(*, flags: Annotated[Flags, Parameter(name="*")], json: console.JsonFlag 
     check_model(flags.base)
     check_model(flags.tuned)
     from lorakit import core, hub
-    from lorakit.core import Cut
+    from lorakit.core import RankLimit
 
-    cut = Cut(flags.rank, flags.energy)
+    cut = RankLimit(flags.rank, flags.energy)
     sources = [hub.resolve(given, console.note) for given in (flags.base, flags.tuned)]
     for source in sources:
         hub.require(source)

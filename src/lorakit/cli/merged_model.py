@@ -22,7 +22,7 @@ from lorakit.cli.early import check_new_directory
 from lorakit.core.layers.adapter_component import SiteMerge
 from lorakit.core.merging.checks import tied_sites
 from lorakit.core.model.base_view import multiply_out
-from lorakit.core.model.fingerprint import note_applied, vocabulary_of
+from lorakit.core.model.fingerprint import add_merge_record, vocabulary_of
 from lorakit.core.model.vocabulary import grow_vocabulary
 from lorakit.durable import publish_directory, write_json
 from lorakit.errors import MergeError, ModelError
@@ -261,7 +261,7 @@ def _merge_into(request: MergeRequest, folder: Path, tokenizer: Any) -> Merged:
     untied = _untie_config(model)
     if request.dtype != "auto":
         model.to(getattr(torch, request.dtype))
-    note_applied(model, {f.file.sha256: given for f, given in zip(request.adapters, request.folders, strict=True)})
+    add_merge_record(model, {f.file.sha256: given for f, given in zip(request.adapters, request.folders, strict=True)})
     hub.save_model(model, folder, tokenizer)
     return Merged(
         folder=request.target,

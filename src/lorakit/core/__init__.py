@@ -8,9 +8,9 @@ from lorakit.core.attachment.attaching import AttachReport, attach, detach
 from lorakit.core.attachment.loading import LoadReport, load_adapter
 from lorakit.core.attachment.saving import SavedAdapter, save_adapter, save_as_trained
 from lorakit.core.files.inspecting import AdapterSummary, inspect_adapter
-from lorakit.core.kinds import Kind, Slot, kind_named
+from lorakit.core.kinds import Kind, WeightSpec, kind_named
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.linalg import Cut
+from lorakit.core.linalg import RankLimit
 from lorakit.core.merging.checks import explain_inexact_merge
 from lorakit.core.merging.merged_state import merged_state_dict
 from lorakit.core.merging.merging import MergeReport, merge, merge_and_unload, unmerge
@@ -31,7 +31,7 @@ from lorakit.core.model.activation import (
 )
 from lorakit.core.model.fingerprint import Fingerprint, fingerprint
 from lorakit.core.model.target_weights import Site, sites
-from lorakit.core.operations.combination_types import WAYS, Way
+from lorakit.core.operations.combination_types import COMBINATION_TYPES, CombinationType
 from lorakit.core.operations.combining import average, combine, combine_folders, rescale, subtract
 from lorakit.core.operations.comparing import Comparison, compare_adapters, compare_folders
 from lorakit.core.operations.compressing import compress, compress_folder
@@ -39,29 +39,29 @@ from lorakit.core.operations.data_init import collect_for
 from lorakit.core.operations.extracting import ExtractReport, extract, extract_to_folder
 from lorakit.core.operations.intruders import SiteIntruders, reduce_intruders
 from lorakit.core.operations.tensor_sources import TensorSource, source_of_folder, source_of_model
-from lorakit.core.operations.writing import MadeReport
+from lorakit.core.operations.writing import OperationReport
 from lorakit.core.statistics.moments import Statistics, load_statistics
 
 __all__ = [
-    "WAYS",
+    "COMBINATION_TYPES",
     "AdapterSummary",
     "AttachReport",
+    "CombinationType",
     "Comparison",
-    "Cut",
     "ExtractReport",
     "Fingerprint",
     "Kind",
     "LoadReport",
     "LoraLayer",
-    "MadeReport",
     "MergeReport",
+    "OperationReport",
+    "RankLimit",
     "SavedAdapter",
     "Site",
     "SiteIntruders",
-    "Slot",
     "Statistics",
     "TensorSource",
-    "Way",
+    "WeightSpec",
     "activate",
     "adapters",
     "attach",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakit.core.kinds import Kind, Slot, per_expert, side_by_side
+from lorakit.core.kinds import Kind, WeightSpec, per_expert, side_by_side
 from lorakit.errors import ConfigError
 
 SPARE, SKETCH = 16, 8
@@ -65,7 +65,7 @@ class Reading:
 
     W: Tensor
     kind: Kind
-    slot: Slot
+    slot: WeightSpec
 
     def matrix(self, expert: int = 0) -> Tensor:
         """Return the weight as a matrix, (out, n), in float64; of several experts one, so that one is wide at a time.
@@ -93,7 +93,7 @@ def product_of(A: Tensor, B: Tensor, experts: int = 1) -> Product:
     wide = torch.float64 if A.device.type != "mps" else torch.float32  # that device has no float64
     A, B = A.detach().to(wide).flatten(1), B.detach().to(wide).flatten(1)
     if experts > 1:
-        return Product(*per_expert(Slot("", B.shape[0], A.shape[1], experts), A, B))
+        return Product(*per_expert(WeightSpec("", B.shape[0], A.shape[1], experts), A, B))
     groups = max(1, A.shape[0] // B.shape[1])
     return Product(A.reshape(groups, -1, A.shape[1]), B.reshape(groups, -1, B.shape[1]))
 
@@ -219,7 +219,7 @@ def significant(found: Spectrum) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Cut:
+class RankLimit:
     """How far to cut a product down: to a rank, or to a share of its energy; one of the two.
 
     Attributes:
@@ -255,7 +255,7 @@ class Cut:
         return max(1, min(self.rank // shared, S.shape[1]))
 
 
-def cut(found: Spectrum, to: Cut, shared: int = 1) -> tuple[Product, float]:
+def cut(found: Spectrum, to: RankLimit, shared: int = 1) -> tuple[Product, float]:
     """Cut a product down.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorakit.config import PeftConfig
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.quantization import base_of
+from lorakit.core.quantization import weight_format_of
 from lorakit.errors import AdapterError, ConfigError, ConfigTypeError, LorakitError
 
 
@@ -148,7 +148,7 @@ def of_linear_weights(model: nn.Module, largest: int) -> dict[str, float]:
     found = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and max(module.out_features, module.in_features) <= largest:
-            base = base_of(module)
+            base = weight_format_of(module)
             found[path] = condition_number(base.read(module, base.stored(module, "weight")))
     return found
 

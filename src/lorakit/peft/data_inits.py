@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from lorakit import core
 from lorakit.config import CordaConfig, LoraConfig
 from lorakit.core.files.tensor_file import encode, read_tensors
-from lorakit.core.kinds import Slot, kind_of
+from lorakit.core.kinds import WeightSpec, kind_of
 from lorakit.core.operations.data_init import DataSites
-from lorakit.core.quantization import NOT_WRITTEN, at_least_fp32, base_of
+from lorakit.core.quantization import NOT_WRITTEN, at_least_fp32, weight_format_of
 from lorakit.core.statistics.collecting import collect_inputs, in_mode
 from lorakit.core.statistics.moments import GradientStatistics, InputStatistics
 from lorakit.durable import write_bytes
@@ -175,7 +175,7 @@ def _tensors(eigens: CordaEigens) -> dict[str, Tensor]:
 
 def _mean_gradient(module: nn.Module, gradient: Tensor) -> GradientStatistics:
     found = GradientStatistics()
-    found.add(at_least_fp32(gradient.T if base_of(module).transposed else gradient))
+    found.add(at_least_fp32(gradient.T if weight_format_of(module).transposed else gradient))
     found.batches = 1
     return found
 
@@ -329,9 +329,9 @@ def preprocess_loraga(
 
 def _check_gradients_exist(modules: Mapping[str, nn.Module]) -> None:
     for path, module in modules.items():
-        if not base_of(module).written:
+        if not weight_format_of(module).written:
             raise ConfigError(NOT_WRITTEN.format(parameter=f"{path}.weight", type=type(module).__name__))
-        if base_of(module).quantised or hasattr(module, "quant_state"):
+        if weight_format_of(module).quantised or hasattr(module, "quant_state"):
             raise ConfigError(
                 f"LoRA-GA does not support quantized models. Found quantized module: {path!r}: its weight takes no "
                 "gradient. Collect on the base as it was before it was quantized."
@@ -382,11 +382,11 @@ def _dense(model: nn.Module, config: LoraConfig, init: str, what: str) -> tuple[
     return sites, {match.path: sites.index.base(match.path) for match in sites.matches}
 
 
-def _slot(module: nn.Module) -> Slot:
+def _slot(module: nn.Module) -> WeightSpec:
     kind: Any = kind_of(type(module))
-    slot: Slot = kind.slots(module)[0]
+    slot: WeightSpec = kind.slots(module)[0]
     return slot
 
 
 def _device(module: nn.Module) -> torch.device:
-    return base_of(module).device(module, "weight")
+    return weight_format_of(module).device(module, "weight")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.inits import Blank
+from lorakit.core.inits import InitContext
 from lorakit.core.inits.loftq import residual_factors
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import layers
@@ -111,7 +111,9 @@ def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tens
         shapes = (tuple(factor.A.shape), tuple(factor.B.shape))
         device, dtype = factor.A.device, factor.A.dtype
         config = layer.state.configs[name].with_fields(init_lora_weights="loftq")
-        blank = Blank(kind, layer.slot, layer.r[name], factor.scale, shapes, device, dtype, path, lambda: now, config)
+        blank = InitContext(
+            kind, layer.slot, layer.r[name], factor.scale, shapes, device, dtype, path, lambda: now, config
+        )
         blank.check_rank(min(now.shape))
         A, B = blank.laid(*residual_factors(blank, (W.to(now) - now)[None]))
         new: list[tuple[Any, Tensor]] = [(factor.A, A), (factor.B, B)]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import CONFIG_FILE as CONFIG_NAME
-from lorakit.core.quantization import base_of
+from lorakit.core.quantization import weight_format_of
 from lorakit.errors import ConfigError, ConfigTypeError, NotYetSupported
 from lorakit.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 
@@ -218,7 +218,7 @@ def empty_context(*_: Any, **__: Any) -> Iterator[None]:
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:
     """Return a module's weight dequantized, (out, in)."""
-    base = base_of(module)
+    base = weight_format_of(module)
     return base.read(module, base.stored(module, "weight"))
 
 

@@ -492,7 +492,7 @@ class LoraModel(BaseTuner):
             adapters: Their names.
             weights: One number each; negative ones subtract.
             adapter_name: The new adapter's name.
-            combination_type: One of `lorakit.core.WAYS`.
+            combination_type: One of `lorakit.core.COMBINATION_TYPES`.
             options: Options of the combination type: svd_rank, svd_clamp, density, ...
 
         Raises:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.files.tensor_names import PREFIX
-from lorakit.core.linalg import Cut
+from lorakit.core.linalg import RankLimit
 from lorakit.core.model.index import find_state, layers
-from lorakit.core.operations.compressing import plain_loose
-from lorakit.core.operations.tensor_sources import LooseAdapter, loose_from_model
+from lorakit.core.operations.compressing import plain_weights
+from lorakit.core.operations.tensor_sources import AdapterWeights, weights_of_model
 from lorakit.core.operations.writing import reader_of, write
 from lorakit.errors import AdapterError, ConfigError, warn_caller
 from lorakit.peft.adapter_queries import user_model
@@ -47,7 +47,7 @@ def add_weighted_adapter(
         adapters: Their names.
         weights: One number each; negative ones subtract.
         adapter_name: The new adapter's name.
-        combination_type: One of `lorakit.core.WAYS`.
+        combination_type: One of `lorakit.core.COMBINATION_TYPES`.
         svd_rank: Rank of the result, for types with svd.
         svd_clamp: Quantile beyond which values are clamped, for types with svd.
         svd_full_matrices: Ignored; it does not affect the result.
@@ -68,8 +68,10 @@ def add_weighted_adapter(
         if name not in configs:
             text = f"Adapter {name} does not exist. Adapters here: {', '.join(configs)}."
             raise AdapterError(text, what=name, allowed=configs)
-    if combination_type not in core.WAYS:
-        raise ConfigError(f"Invalid combination_type: {combination_type}. There are {', '.join(core.WAYS)}.")
+    if combination_type not in core.COMBINATION_TYPES:
+        raise ConfigError(
+            f"Invalid combination_type: {combination_type}. There are {', '.join(core.COMBINATION_TYPES)}."
+        )
     if len(adapters) == 1 and not (svd_rank and combination_type.endswith("svd")):
         combination_type = "cat"  # exact, and of the adapter's own rank
     options: dict[str, Any] = {"majority_sign": majority_sign_method}
@@ -77,7 +79,9 @@ def add_weighted_adapter(
         options["density"] = _at_most_one(density)
     if combination_type.endswith("svd"):
         options |= {"rank": svd_rank, "clamp": svd_clamp, "driver": svd_driver}
-    core.combine(model, list(adapters), list(weights), adapter_name, way=core.Way(combination_type, **options))
+    core.combine(
+        model, list(adapters), list(weights), adapter_name, way=core.CombinationType(combination_type, **options)
+    )
 
 
 def _at_most_one(density: float | None) -> float | None:
@@ -190,7 +194,7 @@ def save_as_lora(
     write(_converted(model, rank, adapter_name), path, replace=True)
 
 
-def _converted(model: nn.Module, rank: int | float, adapter_name: str) -> LooseAdapter:
+def _converted(model: nn.Module, rank: int | float, adapter_name: str) -> AdapterWeights:
     if isinstance(rank, float) and not 0 < rank <= 1:
         raise ConfigError(
             f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}."
@@ -201,7 +205,7 @@ def _converted(model: nn.Module, rank: int | float, adapter_name: str) -> LooseA
     state = find_state(inner)
     if state is None:
         raise TypeError("Could not detect any layer that supports LoRA conversion.")
-    loose = loose_from_model(inner, adapter_name)
+    loose = weights_of_model(inner, adapter_name)
     smallest = min(min(f.A[0].numel(), f.B.shape[0]) for f in loose.factors.values())
     if isinstance(rank, int) and rank > smallest:
         raise ConfigError(
@@ -209,5 +213,5 @@ def _converted(model: nn.Module, rank: int | float, adapter_name: str) -> LooseA
         )
     if all(factor.variant.is_low_rank for factor in loose.factors.values()):
         warn_caller("Converting a PEFT adapter to LoRA that is already a LoRA adapter; its rank may change.")
-    cut = Cut(energy=rank) if isinstance(rank, float) else Cut(rank=rank)
-    return plain_loose(loose, cut, reader_of(inner))[0]
+    cut = RankLimit(energy=rank) if isinstance(rank, float) else RankLimit(rank=rank)
+    return plain_weights(loose, cut, reader_of(inner))[0]

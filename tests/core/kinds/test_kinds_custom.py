@@ -39,9 +39,9 @@ class Model(nn.Module):
         return self.last(self.own(self.first(x)))
 
 
-def table_slots(module: nn.Module) -> tuple[core.Slot, ...]:
+def table_slots(module: nn.Module) -> tuple[core.WeightSpec, ...]:
     """The one weight of a `Squared`."""
-    return (core.Slot("table", 5, 4),)
+    return (core.WeightSpec("table", 5, 4),)
 
 
 SQUARED = dataclasses.replace(core.kind_named("Parameter"), name="Squared", types=(Squared,), slots=table_slots)

@@ -17,7 +17,7 @@ from lorakit.core.kinds import PARAMETER, parameter_slot
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.named_layers import layer_class
 from lorakit.core.model.activation import set_trained
-from lorakit.core.model.index import AdapterIndex, Place, find_state
+from lorakit.core.model.index import AdapterIndex, TargetWeight, find_state
 from lorakit.core.model.vocabulary import grow_vocabulary
 from lorakit.core.routing.state import AdapterState
 from lorakit.errors import AdapterError
@@ -274,7 +274,7 @@ def test_what_is_put_is_in_the_index() -> None:
     model = nn.Sequential(Pair())
     index, state = AdapterIndex.of(model), AdapterState()
     for name in ("second", "first"):
-        place = Place("0", "0", PARAMETER, parameter_slot(index.base("0"), name))
+        place = TargetWeight("0", "0", PARAMETER, parameter_slot(index.base("0"), name))
         index.put(place, lambda module, slot=place.slot: layer_class(PARAMETER)(module, PARAMETER, slot, state))
     assert [(path, layer.slot.parameter) for path, layer in index.layers()] == [
         ("0", "second"),

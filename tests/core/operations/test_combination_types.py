@@ -7,22 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.core.operations.combination_types import WAYS, Way, added_up, clamped
+from lorakit.core.operations.combination_types import COMBINATION_TYPES, CombinationType, added_up, clamped
 from lorakit.errors import ConfigError
 
 
-def way(name: str, **fields: Any) -> Way:
+def way(name: str, **fields: Any) -> CombinationType:
     density = {} if name in ("svd", "linear", "cat") else {"density": 0.5}
-    return Way(name, **{**density, **fields})
+    return CombinationType(name, **{**density, **fields})
 
 
 def test_the_names_say_the_steps() -> None:
-    assert len(WAYS) == len(set(WAYS)) == 11
-    found = {name: way(name) for name in WAYS}
-    assert {n for n, w in found.items() if w.decomposes} == {n for n in WAYS if n.endswith("svd")}
+    assert len(COMBINATION_TYPES) == len(set(COMBINATION_TYPES)) == 11
+    found = {name: way(name) for name in COMBINATION_TYPES}
+    assert {n for n, w in found.items() if w.decomposes} == {n for n in COMBINATION_TYPES if n.endswith("svd")}
     assert {n for n, w in found.items() if not w.prunes} == {"svd", "linear", "cat"}
-    assert {n for n, w in found.items() if w.draws} == {n for n in WAYS if n.startswith("dare")}
-    assert {n for n, w in found.items() if w.elects} == {n for n in WAYS if "ties" in n}
+    assert {n for n, w in found.items() if w.draws} == {n for n in COMBINATION_TYPES if n.startswith("dare")}
+    assert {n for n, w in found.items() if w.elects} == {n for n in COMBINATION_TYPES if "ties" in n}
 
 
 def test_a_weighted_sum() -> None:
@@ -97,4 +97,4 @@ def test_clamping_cuts_at_a_quantile_whatever_the_signs() -> None:
 )
 def test_what_a_way_refuses(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        Way(**fields)
+        CombinationType(**fields)

@@ -23,7 +23,7 @@ from lorakit.core import (
     use,
 )
 from lorakit.core.model.index import layers
-from lorakit.core.operations.combination_types import WAYS, Way
+from lorakit.core.operations.combination_types import COMBINATION_TYPES, CombinationType
 from lorakit.errors import (
     AdapterError,
     ConfigError,
@@ -65,7 +65,7 @@ def test_cat_is_exact_under_every_scale(specimen: Specimen) -> None:
 def test_svd_is_the_nearest_of_its_rank(specimen: Specimen) -> None:
     model = made(specimen, "a", "c", "b")
     weights = {"a": 1.0, "c": -0.5, "b": 1.0}
-    report = combine(model, list(weights), list(weights.values()), "near", way=Way("svd", rank=3))
+    report = combine(model, list(weights), list(weights.values()), "near", way=CombinationType("svd", rank=3))
     exact = total(model, weights)
     same(deltas(model, "near"), {path: nearest(delta, 3) for path, delta in exact.items()}, 1e-8)
     for site in report.sites:
@@ -91,7 +91,7 @@ def test_svd_of_one_adapter_is_that_adapter() -> None:
 
 def test_a_rank_above_the_site_is_filled_with_zeros() -> None:
     model = made(LINEARS, "a", "b")
-    report = combine(model, ["a", "b"], [1.0, 1.0], "wide", way=Way("svd", rank=30))
+    report = combine(model, ["a", "b"], [1.0, 1.0], "wide", way=CombinationType("svd", rank=30))
     assert report.config.r == 30 and not report.config.rank_pattern
     same(deltas(model, "wide"), total(model, {"a": 1.0, "b": 1.0}))
 
@@ -115,8 +115,8 @@ def trimmed(delta: Tensor, density: float) -> Tensor:
 @pytest.mark.parametrize("specimen", [LINEARS, EVERY_KIND], ids=str)
 def test_ties_and_pruning_on_the_whole_update(specimen: Specimen) -> None:
     model = made(specimen, "a", "b")
-    combine(model, ["a", "b"], [1.0, 0.5], "ties", way=Way("ties_svd", rank=20, density=0.4))
-    combine(model, ["a", "b"], [1.0, 0.5], "large", way=Way("magnitude_prune_svd", rank=20, density=0.4))
+    combine(model, ["a", "b"], [1.0, 0.5], "ties", way=CombinationType("ties_svd", rank=20, density=0.4))
+    combine(model, ["a", "b"], [1.0, 0.5], "large", way=CombinationType("magnitude_prune_svd", rank=20, density=0.4))
     for path in deltas(model, "a"):
         parts = torch.stack([trimmed(deltas(model, name)[path], 0.4) for name in "ab"])
         sign = torch.where(parts.sum(0) >= 0, 1.0, -1.0)
@@ -128,10 +128,10 @@ def test_ties_and_pruning_on_the_whole_update(specimen: Specimen) -> None:
         torch.testing.assert_close(deltas(model, "large")[path], large, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", COMBINATION_TYPES)
 def test_an_adapter_of_weight_zero_is_not_there(name: str) -> None:
     density = {} if name in ("svd", "linear", "cat") else {"density": 0.5}
-    way = Way(name, **density, seed=5) if "dare" in name else Way(name, **density)
+    way = CombinationType(name, **density, seed=5) if "dare" in name else CombinationType(name, **density)
     model = made(LINEARS, "a", "c")
     combine(model, ["a", "c"], [0.8, 0.0], "both", way=way)
     combine(model, ["a"], [0.8], "alone", way=way)
@@ -140,14 +140,14 @@ def test_an_adapter_of_weight_zero_is_not_there(name: str) -> None:
     assert all(not delta.any() for delta in deltas(model, "none").values())
 
 
-@pytest.mark.parametrize("name", [name for name in WAYS if name.startswith("dare")])
+@pytest.mark.parametrize("name", [name for name in COMBINATION_TYPES if name.startswith("dare")])
 def test_what_is_drawn_follows_the_seed(name: str) -> None:
     model = made(LINEARS, "a", "c")
     for new, seed in (("x", 1), ("y", 1), ("z", 2)):
-        combine(model, ["a", "c"], [1.0, 1.0], new, way=Way(name, density=0.5, seed=seed))
+        combine(model, ["a", "c"], [1.0, 1.0], new, way=CombinationType(name, density=0.5, seed=seed))
     same(deltas(model, "x"), deltas(model, "y"))
     assert not torch.allclose(deltas(model, "x")["up"], deltas(model, "z")["up"])
-    combine(model, ["a", "c"], [1.0, 1.0], "whole", way=Way(name, density=1))
+    combine(model, ["a", "c"], [1.0, 1.0], "whole", way=CombinationType(name, density=1))
     plain = {"dare_linear": "linear", "dare_linear_svd": "svd"}
     if name in plain:
         combine(model, ["a", "c"], [1.0, 1.0], "plain", way=plain[name])
@@ -217,7 +217,7 @@ def test_cat_and_svd_for_any_shape(
     combine(model, names, list(by.values()), "cat", way="cat")
     same(deltas(model, "cat"), total(model, by), 1e-9)
     rank = max(ranks)
-    combine(model, names, list(by.values()), "svd", way=Way("svd", rank=rank))
+    combine(model, names, list(by.values()), "svd", way=CombinationType("svd", rank=rank))
     same(deltas(model, "svd"), {path: nearest(delta, rank) for path, delta in total(model, by).items()}, 1e-7)
 
 

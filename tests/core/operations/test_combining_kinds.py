@@ -21,7 +21,7 @@ from lorakit.core import (
     rescale,
     save_adapter,
 )
-from lorakit.core.operations.combination_types import Way
+from lorakit.core.operations.combination_types import CombinationType
 from lorakit.errors import (
     AdapterError,
 )
@@ -68,9 +68,9 @@ def test_dora_of_several_active_adapters_is_their_combination() -> None:
 
 def test_dora_cut_to_a_rank_keeps_its_gains() -> None:
     model = made(LINEARS, "a", "c", use_dora=True)
-    report = combine(model, ["a", "c"], [1.0, 0.5], "near", way=Way("svd", rank=2))
+    report = combine(model, ["a", "c"], [1.0, 0.5], "near", way=CombinationType("svd", rank=2))
     assert 0 < report.deviation < 1
-    combine(model, ["a", "c"], [1.0, 0.5], "all", way=Way("svd", rank=20))
+    combine(model, ["a", "c"], [1.0, 0.5], "all", way=CombinationType("svd", rank=20))
     combine(model, ["a", "c"], [1.0, 0.5], "cat", way="cat")
     torch.testing.assert_close(effect(model, LINEARS, "all"), effect(model, LINEARS, "cat"))
 
@@ -126,7 +126,7 @@ def test_combined_and_compressed_on_every_kind(specimen: Specimen, fields: dict[
         randomise(model, name, number + 1)
     both = effect(model, specimen, "a", "b")
     combine(model, ["a", "b"], [1.0, 1.0], "cat", way="cat")
-    report = combine(model, ["a", "b"], [1.0, 1.0], "svd", way=Way("svd", rank=8))
+    report = combine(model, ["a", "b"], [1.0, 1.0], "svd", way=CombinationType("svd", rank=8))
     assert {site.r for site in report.sites} == {8}
     compressed = compress(model, "svd", energy=1.0)
     assert max(site.r for site in compressed.sites) == 6

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig
 from lorakit.core import attach, compare_adapters, compare_folders, rescale, save_adapter
 from lorakit.core.model.index import layers
-from lorakit.core.operations.comparing import compare_loose
-from lorakit.core.operations.tensor_sources import loose_from_model
+from lorakit.core.operations.comparing import compare_weights
+from lorakit.core.operations.tensor_sources import weights_of_model
 from lorakit.errors import AdapterError
 
 from ...laws.snapshots import snapshot
@@ -118,4 +118,4 @@ def test_other_shapes_are_refused_by_name() -> None:
     for model in (wide, narrow):
         attach(model, LoraConfig(target_modules=["0"]), "a")
     with pytest.raises(AdapterError, match="at 0 the one is 4 × 5, the other 4 × 6"):
-        compare_loose(loose_from_model(wide, "a"), loose_from_model(narrow, "a"))
+        compare_weights(weights_of_model(wide, "a"), weights_of_model(narrow, "a"))

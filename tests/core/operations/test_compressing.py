@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core import attach, combine, compress, compress_folder, load_adapter, merged_state_dict, save_adapter, use
-from lorakit.core.linalg import Cut
+from lorakit.core.linalg import RankLimit
 from lorakit.core.model.index import layers
-from lorakit.core.operations.compressing import plain_loose
-from lorakit.core.operations.tensor_sources import loose_from_model
+from lorakit.core.operations.compressing import plain_weights
+from lorakit.core.operations.tensor_sources import weights_of_model
 from lorakit.core.operations.writing import put, reader_of
 from lorakit.errors import AdapterError, ConfigError
 
@@ -127,14 +127,14 @@ def test_a_folder_is_compressed_without_its_base(tmp_path: Path) -> None:
 def test_dora_becomes_plain_lora(specimen: Specimen) -> None:
     model = made(specimen, use_dora=True)
     base = specimen.model(torch.float64).state_dict()
-    plain, sites = plain_loose(loose_from_model(model, "a"), Cut(rank=20), reader_of(model))
+    plain, sites = plain_weights(weights_of_model(model, "a"), RankLimit(rank=20), reader_of(model))
     put(model, plain, "plain")
     assert not plain.config.use_dora and max(site.energy_lost for site in sites) < 1e-6
     for leaf in ("up.weight", "square.weight"):
         change = merged_state_dict(model, "a")[leaf] - base[leaf]
         found = merged_state_dict(model, "plain")[leaf] - base[leaf]
         torch.testing.assert_close(found, change, rtol=1e-4, atol=1e-5)
-    _, sites = plain_loose(loose_from_model(model, "a"), Cut(rank=3), reader_of(model))
+    _, sites = plain_weights(weights_of_model(model, "a"), RankLimit(rank=3), reader_of(model))
     for site in sites:
         stored = merged_state_dict(model, "a")[f"{site.path}.weight"] - base[f"{site.path}.weight"]
         S = torch.linalg.svdvals(stored)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
 from lorakit.core import (
-    Cut,
+    RankLimit,
     attach,
     extract,
     extract_to_folder,
@@ -139,7 +139,7 @@ def test_files_are_read_one_tensor_at_a_time(tmp_path: Path) -> None:
         source,
         GPT2.config(),
         tmp_path / "adapter",
-        cut=Cut(rank=4),
+        cut=RankLimit(rank=4),
     )
     assert [(change.name, change.why) for change in report.outside] == [("extra", f"only in {tmp_path / 'tuned'}")]
     load_adapter(base, tmp_path / "adapter", "found")
@@ -232,8 +232,10 @@ def test_experts_are_read_from_files_one_by_one(tmp_path: Path) -> None:
     skeleton = copy.deepcopy(base).to("meta")
     config = EXPERTS.config(target_parameters=["experts.up"], target_modules=[])
     with pytest.raises(AssertionError, match="three experts at once"):  # to say what changed outside
-        extract_to_folder(skeleton, *sources, EXPERTS.config(target_parameters=["square"]), tmp_path / "x", cut=Cut(4))
-    report = extract_to_folder(skeleton, *sources, config, tmp_path / "adapter", cut=Cut(rank=4))
+        extract_to_folder(
+            skeleton, *sources, EXPERTS.config(target_parameters=["square"]), tmp_path / "x", cut=RankLimit(4)
+        )
+    report = extract_to_folder(skeleton, *sources, config, tmp_path / "adapter", cut=RankLimit(rank=4))
     assert {change.name for change in report.outside} == {"experts.square", "down.weight"}
     load_adapter(base, tmp_path / "adapter", "found")
     attach(tuned, EXPERTS.config(), "there")

@@ -25,8 +25,8 @@ from lorakit.core import (
     save_adapter,
 )
 from lorakit.core.model.index import layers
-from lorakit.core.operations.combination_types import WAYS, Way
-from lorakit.core.operations.tensor_sources import loose_from_folder
+from lorakit.core.operations.combination_types import COMBINATION_TYPES, CombinationType
+from lorakit.core.operations.tensor_sources import weights_of_folder
 from lorakit.errors import AdapterError, AdapterFileError, ConfigError
 
 from ...laws.snapshots import snapshot
@@ -55,7 +55,7 @@ def test_cat_is_the_sum_at_every_expert(specimen: Specimen) -> None:
 @pytest.mark.parametrize("specimen", BARE, ids=str)
 def test_svd_is_the_nearest_at_every_expert(specimen: Specimen) -> None:
     model = made(specimen, "a", "b")
-    report = combine(model, ["a", "b"], [0.5, 2.0], "near", way=Way("svd", rank=3))
+    report = combine(model, ["a", "b"], [0.5, 2.0], "near", way=CombinationType("svd", rank=3))
     wanted, found = total(model, {"a": 0.5, "b": 2.0}), deltas(model, "near")
     same(found, {where: nearest(delta, 3) for where, delta in wanted.items()}, 1e-8)
     whole, apart = norms(model, wanted), norms(model, {where: found[where] - wanted[where] for where in found})
@@ -66,11 +66,11 @@ def test_svd_is_the_nearest_at_every_expert(specimen: Specimen) -> None:
 
 
 @pytest.mark.parametrize("specimen", BARE, ids=str)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", COMBINATION_TYPES)
 def test_every_way_treats_an_expert_as_a_weight_of_its_own(specimen: Specimen, way: str) -> None:
     """The same factors on dense layers, one for each expert, give the same, down to the numbers that are drawn."""
     model = made(specimen, "a", "c")
-    how = Way(
+    how = CombinationType(
         way, density=None if way in ("svd", "linear", "cat") else 0.6, clamp=0.99 if "svd" in way else None, seed=5
     )
     combine(model, ["a", "c"], [0.7, -1.2], "sum", way=how)
@@ -90,7 +90,7 @@ def test_every_way_treats_an_expert_as_a_weight_of_its_own(specimen: Specimen, w
 def test_pruned_updates_against_the_formula() -> None:
     """magnitude_prune_svd by hand: of each expert's Δ the largest numbers stay, by themselves."""
     model = made(EXPERTS, "a", "b")
-    combine(model, ["a", "b"], [1.0, 0.5], "sum", way=Way("magnitude_prune_svd", rank=4, density=0.3))
+    combine(model, ["a", "b"], [1.0, 0.5], "sum", way=CombinationType("magnitude_prune_svd", rank=4, density=0.3))
     one, other, found = deltas(model, "a"), deltas(model, "b"), deltas(model, "sum")
     for where, delta in found.items():
         kept = 0
@@ -276,7 +276,7 @@ def test_a_module_and_its_parameter_are_not_one_site(tmp_path: Path) -> None:
 def test_what_files_do_not_say(tmp_path: Path) -> None:
     model = made(EXPERTS, "a", dtype=torch.float32, r=2, rank_pattern={"experts.up": 4})
     save_adapter(model, tmp_path / "a", "a")
-    assert loose_from_folder(tmp_path / "a").factors["experts.base_layer"].experts == 3
+    assert weights_of_folder(tmp_path / "a").factors["experts.base_layer"].experts == 3
     (tmp_path / "a" / "lorakit.json").unlink()
     with pytest.raises(AdapterFileError, match=r"rank and alpha at experts(\.base_layer)? follow from which parameter"):
         compress_folder(tmp_path / "a", tmp_path / "x", rank=1)
@@ -297,7 +297,7 @@ def test_a_file_whose_experts_do_not_fit_is_refused(tmp_path: Path) -> None:
     save_file(tensors, path)
     (tmp_path / "a" / "lorakit.json").unlink()
     with pytest.raises(AdapterFileError, match=r"A and B of experts\.base_layer do not fit together: \(12, 12\)"):
-        loose_from_folder(tmp_path / "a")
+        weights_of_folder(tmp_path / "a")
 
 
 def test_the_adapter_stays_as_it_is() -> None:
@@ -337,7 +337,9 @@ def test_a_site_of_many_experts_makes_no_dense_update() -> None:
     for way in ("cat", "svd", "linear", "ties", "ties_svd"):
         sizes.clear()
         with Watch():
-            combine(model, ["a", "b"], [1.0, 1.0], way, way=Way(way, density=0.5 if "ties" in way else None))
+            combine(
+                model, ["a", "b"], [1.0, 1.0], way, way=CombinationType(way, density=0.5 if "ties" in way else None)
+            )
         assert max(sizes) <= 40 * 64 * 16
     sizes.clear()
     with Watch():

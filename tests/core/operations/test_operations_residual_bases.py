@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core import (
-    Way,
+    CombinationType,
     activate,
     combine,
     combine_folders,
@@ -28,7 +28,7 @@ from lorakit.core import (
     use,
 )
 from lorakit.core.attachment.saving import INITIAL_FILE
-from lorakit.core.operations.tensor_sources import loose_from_folder
+from lorakit.core.operations.tensor_sources import weights_of_folder
 from lorakit.errors import AdapterError, AdapterFileError
 from lorakit.plan.quantized import STORAGES
 
@@ -67,12 +67,12 @@ def test_a_combination_is_the_sum_of_what_each_adds_to_the_original(
     model, original = both(init, kind, use_dora=dora), kind.model()
     parts = [effect(model, name, original) for name in ("moved", "plain")]
     wanted = {key: 0.5 * parts[0][key] - 2.0 * parts[1][key] for key in parts[0]}
-    combine(model, ["moved", "plain"], [0.5, -2.0], "sum", way=Way("cat"))
+    combine(model, ["moved", "plain"], [0.5, -2.0], "sum", way=CombinationType("cat"))
     folders = [tmp_path / "moved", tmp_path / "plain"]
     save_as_trained(model, folders[0], "moved")
     save_adapter(model, folders[1], "plain")
     assert (folders[0] / INITIAL_FILE).exists()
-    combine_folders(folders, [0.5, -2.0], tmp_path / "sum", way=Way("cat"), model=kind.model())
+    combine_folders(folders, [0.5, -2.0], tmp_path / "sum", way=CombinationType("cat"), model=kind.model())
     loaded = kind.model()
     load_adapter(loaded, tmp_path / "sum")
     for found in (effect(model, "sum", original), effect(loaded, "default", original)):
@@ -92,7 +92,7 @@ def test_as_it_is_trained_and_as_plain_lora_are_one_adapter(init: str, tmp_path:
     loaded = LINEARS.model()
     load_adapter(loaded, tmp_path / "small")
     assert_close(run(loaded, given), run(model, given), FP32)
-    combine(model, ["moved"], [1.0], "twin", way=Way("cat"))
+    combine(model, ["moved"], [1.0], "twin", way=CombinationType("cat"))
     assert all(site.cosine == pytest.approx(1, abs=1e-4) for site in compare_adapters(model, "moved", "twin").sites)
 
 
@@ -149,7 +149,7 @@ def test_a_folder_that_does_not_say_how_the_base_was_moved_is_refused(init: str,
     (tmp_path / "a" / "adapter_config.json").write_text(
         (tmp_path / "a" / "adapter_config.json").read_text().replace(f'"{init}"', "true")
     )
-    assert set(loose_from_folder(tmp_path / "a").factors) == {"up", "square"}  # the base at hand is the changed one
+    assert set(weights_of_folder(tmp_path / "a").factors) == {"up", "square"}  # the base at hand is the changed one
 
 
 def test_first_factors_of_another_adapter_are_refused(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_first_factors_of_another_adapter_are_refused(tmp_path: Path) -> None:
         save_as_trained(both("pissa", r=r), tmp_path / name, "moved")
     (tmp_path / "a" / INITIAL_FILE).write_bytes((tmp_path / "b" / INITIAL_FILE).read_bytes())
     with pytest.raises(AdapterFileError, match="damaged, or of another adapter: its SHA-256"):
-        loose_from_folder(tmp_path / "a")
+        weights_of_folder(tmp_path / "a")
 
 
 def test_olora_on_a_quantised_base_was_rounded_twice_and_is_refused(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_olora_on_a_quantised_base_was_rounded_twice_and_is_refused(tmp_path: Pa
         assert snapshot(model) == before
     save_as_trained(model, tmp_path, "moved")
     with pytest.raises(AdapterFileError, match="changed while it was quantised, so it was rounded a second time"):
-        loose_from_folder(tmp_path)
+        weights_of_folder(tmp_path)
     again = kind.model()
     load_adapter(again, tmp_path)
     assert_close(run(again, kind.given()), run(model, kind.given()), FP32)

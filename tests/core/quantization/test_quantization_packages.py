@@ -12,7 +12,7 @@ from torch import nn
 from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.model.base_view import multiply_out, quantised_linear, quantised_weights, wrongly_multiplied_out
-from lorakit.core.quantization import base_of, hold_still, let_go
+from lorakit.core.quantization import disable_repacking, let_go, weight_format_of
 from lorakit.errors import MergeError
 from lorakit.plan.quantized import STORAGES, Quantization
 
@@ -53,7 +53,7 @@ def test_our_formula_is_the_published_one(way: Quantization, heavy: bool) -> Non
     plain = linear(heavy=heavy)
     before = plain.weight.detach().clone()
     module = quantised_linear(plain, way)
-    row = base_of(module)
+    row = weight_format_of(module)
     stored = row.stored(module, "weight")
     W = row.read(module, stored)
     assert W.shape == (64, 192) and W.dtype == torch.float32 and row.quantised
@@ -71,7 +71,7 @@ def test_our_formula_is_the_published_one(way: Quantization, heavy: bool) -> Non
 @pytest.mark.parametrize("way", WAYS)
 def test_a_written_weight_is_on_the_clone_and_not_on_the_module(way: Quantization) -> None:
     module = quantised_linear(linear(), way)
-    row, x = base_of(module), torch.randn(3, 192)
+    row, x = weight_format_of(module), torch.randn(3, 192)
     stored = row.stored(module, "weight")
     W = row.read(module, stored)
     with torch.no_grad():
@@ -120,13 +120,15 @@ def repacks(module: Any) -> bool:
 def test_held_still_no_mode_changes_a_bit_and_gradients_pass() -> None:
     module, x = four_bit(), torch.randn(3, 128, requires_grad=True)
     flag = repacks(module)
-    held = hold_still(nn.Sequential(module))
+    held = disable_repacking(nn.Sequential(module))
     bits = module.weight.data.clone()
     with torch.no_grad():
         module(x)
     assert torch.equal(module.weight.data, bits) and module.weight.quant_state.nested
     (gradient,) = torch.autograd.grad(module.train()(x).sum(), x)
-    assert torch.allclose(gradient, base_of(module).read(module, module.weight).sum(0).expand_as(gradient), atol=1e-4)
+    assert torch.allclose(
+        gradient, weight_format_of(module).read(module, module.weight).sum(0).expand_as(gradient), atol=1e-4
+    )
     let_go(held)
     assert repacks(module) == flag and len(held) == int(flag)
 
@@ -135,7 +137,7 @@ def test_what_was_repacked_for_a_cpu_is_read_and_plain_again() -> None:
     module, x = four_bit(), torch.randn(3, 128)
     if not repacks(module):
         pytest.skip("this processor has no AVX512-BF16, so bitsandbytes does not repack")
-    row = base_of(module)
+    row = weight_format_of(module)
     plain = row.read(module, module.weight)
     with torch.no_grad():
         module(x)
@@ -156,7 +158,7 @@ def test_what_was_repacked_for_a_cpu_is_read_and_plain_again() -> None:
 
 def test_a_width_that_the_package_gets_wrong_is_found() -> None:
     module = four_bit(columns=96, compress_statistics=False)
-    hold_still(nn.Sequential(module))
+    disable_repacking(nn.Sequential(module))
     with torch.no_grad():
         module.weight.quant_state.absmax.mul_(torch.linspace(0.1, 3, module.weight.quant_state.absmax.numel()))
     found = wrongly_multiplied_out(nn.Sequential(module))
@@ -166,7 +168,7 @@ def test_a_width_that_the_package_gets_wrong_is_found() -> None:
 def test_a_weight_on_the_meta_device_has_a_place() -> None:
     pytest.importorskip("bitsandbytes")
     module = quantised_linear(linear(), Quantization("nf4"))
-    assert base_of(module).device(module, "weight") == torch.device("cpu")
+    assert weight_format_of(module).device(module, "weight") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.core.quantization import at_least_fp32, base_of
+from lorakit.core.quantization import at_least_fp32, weight_format_of
 
 MODULES = {"dense": nn.Linear(5, 3), "transposed": Conv1D(3, 5), "embedding": nn.Embedding(5, 3)}
 
@@ -17,7 +17,7 @@ MODULES = {"dense": nn.Linear(5, 3), "transposed": Conv1D(3, 5), "embedding": nn
 def test_written_is_what_was_read(name: str, dtype: torch.dtype) -> None:
     module = MODULES[name]
     stored = module.weight.detach().to(dtype)
-    base = base_of(module)
+    base = weight_format_of(module)
     read = base.read(module, stored)
     assert tuple(read.shape) == (3, 5)
     assert read.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -28,7 +28,7 @@ def test_written_is_what_was_read(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_placed_is_stored_and_a_clone_leaves_the_module_alone(name: str) -> None:
     module = copy.deepcopy(MODULES[name])
-    base, before, parameter = base_of(module), module.weight.detach().clone(), module.weight
+    base, before, parameter = weight_format_of(module), module.weight.detach().clone(), module.weight
     other = base.write(module, before, base.read(module, before) + 1)
     clone = base.clone(module, "weight", other)
     assert torch.equal(module.weight, before) and torch.equal(clone.weight, other)
@@ -38,8 +38,8 @@ def test_placed_is_stored_and_a_clone_leaves_the_module_alone(name: str) -> None
 
 
 def test_which_row_it_is() -> None:
-    assert [base_of(module).name for module in MODULES.values()] == ["dense", "transposed", "transposed"]
-    assert [base_of(module).transposed for module in MODULES.values()] == [False, True, True]
+    assert [weight_format_of(module).name for module in MODULES.values()] == ["dense", "transposed", "transposed"]
+    assert [weight_format_of(module).transposed for module in MODULES.values()] == [False, True, True]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lorakit import core
 from lorakit.config import LoraConfig, reading
 from lorakit.core import variants
-from lorakit.core.kinds import Kind, Shape, Slot, kind_named
+from lorakit.core.kinds import Kind, Shape, WeightSpec, kind_named
 from lorakit.core.variants import NO_SETTING, At, Factor, OwnTensor, Setting, Start, Variant
 from lorakit.data import Batch
 from lorakit.errors import AdapterError, ConfigError, MergeError
@@ -47,11 +47,11 @@ def _is_dense(kind: Kind) -> bool:
     return kind.is_dense
 
 
-def _per_rank(kind: Kind, slot: Slot, r: int, setting: Setting) -> Shape:
+def _per_rank(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> Shape:
     return (r,)
 
 
-def _per_output(kind: Kind, slot: Slot, r: int, setting: Setting) -> Shape:
+def _per_output(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> Shape:
     return kind.vector(slot)
 
 
@@ -166,7 +166,7 @@ def test_a_sum_of_several_is_plain_lora(put: Callable[[Variant], None], way: str
     model, given = adapted("a", "b"), LINEARS.given()
     core.activate(model, "a", "b")
     before = run(model, given)
-    wide = core.Way(way, rank=8) if way == "svd" else way
+    wide = core.CombinationType(way, rank=8) if way == "svd" else way
     made = core.combine(model, ["a", "b"], [1.0, 1.0], "sum", way=wide)
     assert not getattr(made.config, FIELD)
     with core.use(model, "sum"):
@@ -228,7 +228,7 @@ def _batches(split: int) -> list[Batch]:
     return found
 
 
-def _pooled_shapes(kind: Kind, slot: Slot, r: int, setting: Setting) -> tuple[Shape, Shape]:
+def _pooled_shapes(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> tuple[Shape, Shape]:
     return (r, slot.in_features // 2), (slot.out_features, r)
 
 

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds import Slot, kind_named
+from lorakit.core.kinds import WeightSpec, kind_named
 from lorakit.core.variants import At, Factor, Start, row_norms, variant_for, variant_named
 from lorakit.errors import ConfigError
 
 SCALE = 0.7
 MAGNITUDE = "lora_magnitude_vector"
-KIND, SLOT = kind_named("Linear"), Slot("weight", 3, 5)
+KIND, SLOT = kind_named("Linear"), WeightSpec("weight", 3, 5)
 
 
 @pytest.fixture

@@ -15,19 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.attachment.residual_base import UNMOVED, Cost, blank_for, check_can_move, cost_of, moved_base, written
+from lorakit.core.attachment.residual_base import (
+    UNMOVED,
+    MoveCost,
+    check_can_move,
+    cost_of,
+    init_context_for,
+    moved_base,
+    written,
+)
 from lorakit.core.factor import make_dropout
-from lorakit.core.inits import Blank, Init, fresh_bias, init_for
+from lorakit.core.inits import Init, InitContext, fresh_bias, init_for
 from lorakit.core.inits.init import BOTH
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, build_extras
 from lorakit.core.layers.named_layers import layer_class
 from lorakit.core.layers.trainable_tokens import ChosenRows, NewRows, TrainableTokens
-from lorakit.core.model.index import AdapterIndex, Place, walk
+from lorakit.core.model.index import AdapterIndex, TargetWeight, walk
 from lorakit.core.model.target_weights import dropout_at, places_of
 from lorakit.core.model.ties import tie_copies, tie_factors
-from lorakit.core.quantization import base_of, hold_still
+from lorakit.core.quantization import disable_repacking, weight_format_of
 from lorakit.core.routing.positions import install
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
@@ -52,14 +60,14 @@ class NewFactor:
         cost: What moving the base costs.
     """
 
-    place: Place
+    place: TargetWeight
     factor: Factor
     r: int
     lora_alpha: float
     moved: Any = None
     trains: frozenset[str] = BOTH
     initial: tuple[Tensor, Tensor] | None = None
-    cost: Cost = UNMOVED
+    cost: MoveCost = UNMOVED
 
 
 @dataclass(frozen=True)
@@ -114,12 +122,12 @@ def fresh_factors(
         seen = None if statistics is None else statistics.sites.get(place.path)
         usual = statistics is not None and seen is None and statistics.others_usual
         asked = config.with_fields(init_lora_weights=True) if usual else config
-        blank = blank_for(index, asked, match, place, generators, seen)
+        blank = init_context_for(index, asked, match, place, generators, seen)
         factors.append(_fresh_factor(index, blank, match, place))
     return factors
 
 
-def _fresh_factor(index: AdapterIndex, blank: Blank, match: Match, place: Place) -> NewFactor:
+def _fresh_factor(index: AdapterIndex, blank: InitContext, match: Match, place: TargetWeight) -> NewFactor:
     config, kind, slot = blank.config, place.kind, place.slot
     check_bias_of_b(config, place)
     check_storage(index, place)
@@ -139,7 +147,7 @@ def _fresh_factor(index: AdapterIndex, blank: Blank, match: Match, place: Place)
     module = index.holder(place)
 
     def read() -> Tensor:
-        return blank.read() if moved is None else base_of(module, slot.parameter).read(module, moved)
+        return blank.read() if moved is None else weight_format_of(module, slot.parameter).read(module, moved)
 
     start = Start(kind, slot, filled.A, filled.B, blank.scale, read, setting, blank.generator)
     if variant.move is not None:
@@ -153,7 +161,7 @@ def _fresh_factor(index: AdapterIndex, blank: Blank, match: Match, place: Place)
     return NewFactor(place, factor, match.rank, match.alpha, moved, init.trains, initial, cost)
 
 
-def _check_start(init: Init, variant: Variant, place: Place) -> None:
+def _check_start(init: Init, variant: Variant, place: TargetWeight) -> None:
     """Refuse an init that moves the base for a variant that moves it too, or that acts on a part of it."""
     if variant.is_mergeable and variant.move is None:
         return
@@ -166,7 +174,7 @@ def _check_start(init: Init, variant: Variant, place: Place) -> None:
     )
 
 
-def moved_for(variant: Variant, index: AdapterIndex, place: Place, start: Start) -> Any:
+def moved_for(variant: Variant, index: AdapterIndex, place: TargetWeight, start: Start) -> Any:
     """Return what a site's module stores while an adapter is attached whose variant moves the base.
 
     Args:
@@ -203,13 +211,13 @@ def as_parameters(factor: Factor, trainable: bool = True, trains: frozenset[str]
     return dataclasses.replace(factor, A=A, B=B, own=own, bias=bias)
 
 
-def check_storage(index: AdapterIndex, place: Place) -> None:
+def check_storage(index: AdapterIndex, place: TargetWeight) -> None:
     """Refuse to act on a weight that would be rounded to few bits in each forward, and pass no gradient.
 
     Raises:
         ConfigError: The message names the site and its storage.
     """
-    base = base_of(index.holder(place), place.slot.parameter)
+    base = weight_format_of(index.holder(place), place.slot.parameter)
     if place.kind.acts_on == "weight" and base.quantised:
         raise ConfigError(
             f"{place.path} is stored as {base.name}, and a {place.kind.name} is adapted by its weight, which would be "
@@ -220,7 +228,7 @@ def check_storage(index: AdapterIndex, place: Place) -> None:
         )
 
 
-def check_bias_of_b(config: LoraConfig, place: Place) -> None:
+def check_bias_of_b(config: LoraConfig, place: TargetWeight) -> None:
     """Refuse `lora_bias` where B makes no output of its own.
 
     Raises:
@@ -357,7 +365,7 @@ def _freeze(built: NewAdapter, state: AdapterState) -> None:
 def _new_state(index: AdapterIndex, name: str) -> AdapterState:
     """Return the state for a model's first adapter, with the base frozen."""
     state = AdapterState()
-    state.held = hold_still(index.everything.values())
+    state.held = disable_repacking(index.everything.values())
     held = (p for module in index.everything.values() for p in module._parameters.values() if p is not None)
     state.frozen = [(p, p.requires_grad) for p in {id(p): p for p in held}.values()]
     for parameter, _ in state.frozen:
@@ -366,7 +374,7 @@ def _new_state(index: AdapterIndex, name: str) -> AdapterState:
     return state
 
 
-def _maker(place: Place, state: AdapterState) -> Callable[[nn.Module], LoraLayer]:
+def _maker(place: TargetWeight, state: AdapterState) -> Callable[[nn.Module], LoraLayer]:
     made = layer_class(place.kind)
     return lambda module: made(module, place.kind, place.slot, state)
 

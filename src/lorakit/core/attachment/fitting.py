@@ -20,7 +20,7 @@ from lorakit.core.files.adapter_folder import largest_value
 from lorakit.core.files.tensor_names import PREFIX, ROWS, inside, parse
 from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, biased_modules, plain_shapes
 from lorakit.core.layers.trainable_tokens import ChosenRows
-from lorakit.core.model.index import INSIDE, AdapterIndex, Place
+from lorakit.core.model.index import INSIDE, AdapterIndex, TargetWeight
 from lorakit.core.model.ties import tied_groups, with_ties
 from lorakit.core.model.token_indices import chosen_rows
 from lorakit.core.variants import OwnTensor, variant_at
@@ -65,7 +65,7 @@ class Fit:
         problems: The mismatches.
     """
 
-    sites: dict[str, tuple[Place, dict[str, Tensor]]] = field(default_factory=dict)
+    sites: dict[str, tuple[TargetWeight, dict[str, Tensor]]] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
     copied: dict[tuple[int, str], str] = field(default_factory=dict)
     biases: dict[tuple[int, str], str] = field(default_factory=dict)
@@ -87,7 +87,7 @@ def fit(
     tensors: Mapping[str, Tensor],
     config: LoraConfig,
     index: AdapterIndex,
-    bare: Mapping[str, Place] | None = None,
+    bare: Mapping[str, TargetWeight] | None = None,
 ) -> Fit:
     """Find the place of every tensor.
 
@@ -158,7 +158,7 @@ def _expected(config: LoraConfig, index: AdapterIndex) -> tuple[set[str] | None,
 
 
 def _find_places(
-    present: Mapping[str, dict[str, Tensor]], index: AdapterIndex, bare: Mapping[str, Place], result: Fit
+    present: Mapping[str, dict[str, Tensor]], index: AdapterIndex, bare: Mapping[str, TargetWeight], result: Fit
 ) -> None:
     kinds = {candidate.path: candidate.kind for candidate in index.candidates}
     inside_first = sorted(present, key=lambda path: (path.partition(INSIDE)[0], -path.count(INSIDE), path))
@@ -283,7 +283,7 @@ def _check_parts(config: LoraConfig, path: str, result: Fit) -> None:
         _check_shape(f"{path}.{names[part]}", parts[part], shapes[part], result)
 
 
-def _rank(config: LoraConfig, place: Place, found: int) -> int:
+def _rank(config: LoraConfig, place: TargetWeight, found: int) -> int:
     """The rank that a site must have; where a pattern is not a plain name, any rank that the config mentions.
 
     A pattern names the module, or one weight of several by its own path: combined adapters have a rank for each.
@@ -395,7 +395,7 @@ def _uses(
         yield name, _computed(index.base(chosen.path).weight)
 
 
-def _dtype_at(index: AdapterIndex, place: Place) -> torch.dtype:
+def _dtype_at(index: AdapterIndex, place: TargetWeight) -> torch.dtype:
     return _computed(getattr(index.holder(place), place.slot.parameter, None))
 
 

@@ -41,7 +41,7 @@ from lorakit.core.attachment.fitting import (
     fit,
     out_of_range,
 )
-from lorakit.core.attachment.residual_base import Past, past_of
+from lorakit.core.attachment.residual_base import InitRecord, init_record_of
 from lorakit.core.factor import factor_dtype, make_dropout
 from lorakit.core.files.adapter_folder import (
     AdapterFiles,
@@ -66,12 +66,12 @@ from lorakit.core.model.checks import (
     check_scales,
     trainable_block,
 )
-from lorakit.core.model.fingerprint import DIFFERENT, check_not_applied, compare
+from lorakit.core.model.fingerprint import DIFFERENT, check_not_merged_in, compare
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.replication import stacked_for
 from lorakit.core.model.target_weights import check_standing, dropout_at, named_places
 from lorakit.core.model.vocabulary import room_for, way_out, without_brought_rows
-from lorakit.core.quantization import base_of
+from lorakit.core.quantization import weight_format_of
 from lorakit.core.variants import Factor, Start, variant_for
 from lorakit.errors import (
     OVERRIDE,
@@ -142,7 +142,7 @@ def load_adapter(
     check_new_name(index.state, name)
     with trainable_block(index):
         files = read_adapter(folder)
-        check_not_applied(model, files.folder, files.file.sha256, allow)
+        check_not_merged_in(model, files.folder, files.file.sha256, allow)
         with room_for(index, files.config, files.sidecar.base) as grown:
             index = index.again() if grown else index
             verdict, said = check_base(index, files, allow)
@@ -220,7 +220,7 @@ def _place(
         check_called(index.model, fitted.outer_paths())
         largest = largest_values(tensors)
         said = [*files.warnings, *_judge(files, fitted, largest, allow)]
-        past = past_of(files.folder, config, files.sidecar.began if files.is_ours else {}, trainable, allow)
+        past = init_record_of(files.folder, config, files.sidecar.began if files.is_ours else {}, trainable, allow)
         factors = _restored_factors(files, fitted, index, past, trainable)
         check_scales([(factor.place.path, factor.factor.scale) for factor in factors], allow)
         given = {chosen.path: tensors[key] for chosen, key in fitted.rows}
@@ -317,7 +317,7 @@ def _some_of_each(problems: Sequence[Problem]) -> list[str]:
 
 
 def _restored_factors(
-    files: AdapterFiles, fitted: Fit, index: AdapterIndex, past: Past, trainable: bool
+    files: AdapterFiles, fitted: Fit, index: AdapterIndex, past: InitRecord, trainable: bool
 ) -> list[NewFactor]:
     config, factors = files.config, []
     trains = trains_of(config)
@@ -326,7 +326,7 @@ def _restored_factors(
         check_storage(index, place)
         kind, slot = place.kind, place.slot
         module, parameter = index.holder(place), slot.parameter
-        device, dtype = base_of(module, parameter).device(module, parameter), factor_dtype(module, parameter)
+        device, dtype = weight_format_of(module, parameter).device(module, parameter), factor_dtype(module, parameter)
         own: dict[str, Any] = {part: t.to(device=device, dtype=dtype, copy=True) for part, t in tensors.items()}
         before = past.sites.get(path, {})
         r = int(before.get("r", kind.rank(slot, own["A"].shape)))

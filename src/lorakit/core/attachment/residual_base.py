@@ -23,11 +23,11 @@ from lorakit.core.factor import factor_dtype
 from lorakit.core.files.adapter_folder import AdapterFiles
 from lorakit.core.files.tensor_file import read_tensors
 from lorakit.core.files.tensor_names import parse
-from lorakit.core.inits import Blank, Init, init_named
-from lorakit.core.kinds import Kind, Slot
+from lorakit.core.inits import Init, InitContext, init_named
+from lorakit.core.kinds import Kind, WeightSpec
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.model.index import AdapterIndex, Place
-from lorakit.core.quantization import base_of
+from lorakit.core.model.index import AdapterIndex, TargetWeight
+from lorakit.core.quantization import weight_format_of
 from lorakit.core.quantization.weight_format import NOT_WRITTEN
 from lorakit.core.variants import variant_at, variant_named
 from lorakit.durable import JsonObject
@@ -38,7 +38,7 @@ AGAIN = ("init_lora_weights", "r", "lora_alpha", "rank_pattern", "alpha_pattern"
 """Fields of a config that writing it as plain LoRA changes."""
 
 
-def what_is_left(kind: Kind, slot: Slot, W: Tensor, factors: tuple[Tensor, Tensor], scale: float) -> Tensor:
+def residual(kind: Kind, slot: WeightSpec, W: Tensor, factors: tuple[Tensor, Tensor], scale: float) -> Tensor:
     """W − s·B·A, canonical (out, in) or as its kind has it.   [docs/math.md (60)]
 
     Args:
@@ -52,7 +52,7 @@ def what_is_left(kind: Kind, slot: Slot, W: Tensor, factors: tuple[Tensor, Tenso
     return W - kind.delta(slot, A, B) * scale
 
 
-def as_plain(slot: Slot, A: Tensor, B: Tensor, initial: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def as_plain(slot: WeightSpec, A: Tensor, B: Tensor, initial: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """[A; A₀] and [B | −B₀], whose product is B·A − B₀·A₀.   [docs/math.md (62)]
 
     Args:
@@ -73,7 +73,7 @@ def as_plain(slot: Slot, A: Tensor, B: Tensor, initial: tuple[Tensor, Tensor]) -
     return wide_A.flatten(0, 1), wide_B.flatten(1)
 
 
-def apart(slot: Slot, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def apart(slot: WeightSpec, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """`as_plain`, backwards.
 
     Args:
@@ -119,14 +119,14 @@ def beginning(config: LoraConfig) -> JsonObject:
     return {name: values[name] for name in AGAIN}
 
 
-def blank_for(
+def init_context_for(
     index: AdapterIndex,
     config: LoraConfig,
     match: Match,
-    place: Place,
+    place: TargetWeight,
     generators: Callable[[torch.device], torch.Generator | None] = lambda _: None,
     statistics: Mapping[str, Tensor] | None = None,
-) -> Blank:
+) -> InitContext:
     """What an init is given for a site.
 
     Args:
@@ -139,8 +139,8 @@ def blank_for(
     """
     module, parameter = index.holder(place), place.slot.parameter
     variant, setting = variant_at(config, place.path)
-    device = base_of(module, parameter).device(module, parameter)
-    return Blank(
+    device = weight_format_of(module, parameter).device(module, parameter)
+    return InitContext(
         kind=place.kind,
         slot=place.slot,
         r=match.rank,
@@ -156,7 +156,7 @@ def blank_for(
     )
 
 
-def check_can_move(index: AdapterIndex, place: Place, init: Init | None = None) -> None:
+def check_can_move(index: AdapterIndex, place: TargetWeight, init: Init | None = None) -> None:
     """Refuse to move a base weight that is moved or merged into already, or that a second rounding would harm.
 
     Args:
@@ -168,7 +168,7 @@ def check_can_move(index: AdapterIndex, place: Place, init: Init | None = None) 
         ConfigError: The message says who stands in the way and what to do.
     """
     standing, module = index.layer(place), index.holder(place)
-    if base_of(module, place.slot.parameter).device(module, place.slot.parameter).type == "meta":
+    if weight_format_of(module, place.slot.parameter).device(module, place.slot.parameter).type == "meta":
         raise ConfigError(
             f"{place.path}: this init moves the base weight, and on the meta device there are no numbers to move. Load "
             "the base first, or use init_lora_weights=True.",
@@ -188,9 +188,9 @@ def check_can_move(index: AdapterIndex, place: Place, init: Init | None = None) 
             f"{place.path} shares its weight with {other}, and this init would move it for both. Leave the module out, "
             "or use an init that leaves the base alone."
         )
-    if not base_of(module, place.slot.parameter).written:
+    if not weight_format_of(module, place.slot.parameter).written:
         raise ConfigError(NOT_WRITTEN.format(parameter=place.path, type=type(module).__name__))
-    if init is not None and base_of(module, place.slot.parameter).quantised and not init.requantises:
+    if init is not None and weight_format_of(module, place.slot.parameter).quantised and not init.requantises:
         raise ConfigError(
             f"{place.path}: init_lora_weights is {init.name!r}, which needs the weight in float32, float16 or "
             "bfloat16, and this one is quantised: what is left would be rounded a second time. Attach to the base as "
@@ -199,7 +199,7 @@ def check_can_move(index: AdapterIndex, place: Place, init: Init | None = None) 
         )
 
 
-def moved_base(index: AdapterIndex, place: Place, factors: tuple[Tensor, Tensor], scale: float) -> Any:
+def moved_base(index: AdapterIndex, place: TargetWeight, factors: tuple[Tensor, Tensor], scale: float) -> Any:
     """What a site's module shall store for W − s·B·A, with W the base as it is.
 
     Args:
@@ -209,10 +209,10 @@ def moved_base(index: AdapterIndex, place: Place, factors: tuple[Tensor, Tensor]
         scale: s.
     """
     W = index.weight(place)
-    return written(index, place, what_is_left(place.kind, place.slot, W, factors, scale))
+    return written(index, place, residual(place.kind, place.slot, W, factors, scale))
 
 
-class Cost(NamedTuple):
+class MoveCost(NamedTuple):
     """What moving one site's base costs.
 
     Attributes:
@@ -224,11 +224,13 @@ class Cost(NamedTuple):
     lost: float
 
 
-UNMOVED = Cost(0, 0.0)
+UNMOVED = MoveCost(0, 0.0)
 """Of a site whose base stays."""
 
 
-def cost_of(index: AdapterIndex, place: Place, moved: Any, initial: tuple[Tensor, Tensor] | None, scale: float) -> Cost:
+def cost_of(
+    index: AdapterIndex, place: TargetWeight, moved: Any, initial: tuple[Tensor, Tensor] | None, scale: float
+) -> MoveCost:
     """What putting another base weight in place costs.
 
     Args:
@@ -238,19 +240,21 @@ def cost_of(index: AdapterIndex, place: Place, moved: Any, initial: tuple[Tensor
         initial: A (r, in) and B (out, r) where that is W − s·B·A, or None.
         scale: s.
     """
-    base = base_of(index.holder(place), place.slot.parameter)
+    base = weight_format_of(index.holder(place), place.slot.parameter)
     kept_bytes = sum(t.numel() * t.element_size() for t in (*base.tensors(moved), *(initial or ())))
     if not base.quantised or initial is None:
-        return Cost(kept_bytes, 0.0)
-    wanted = what_is_left(place.kind, place.slot, index.weight(place), initial, scale)
+        return MoveCost(kept_bytes, 0.0)
+    wanted = residual(place.kind, place.slot, index.weight(place), initial, scale)
     lost = torch.linalg.vector_norm(base.read(index.holder(place), moved) - wanted)
-    return Cost(kept_bytes, float(lost / torch.linalg.vector_norm(wanted).clamp_min(torch.finfo(wanted.dtype).tiny)))
+    return MoveCost(
+        kept_bytes, float(lost / torch.linalg.vector_norm(wanted).clamp_min(torch.finfo(wanted.dtype).tiny))
+    )
 
 
-def written(index: AdapterIndex, place: Place, W: Tensor) -> Any:
+def written(index: AdapterIndex, place: TargetWeight, W: Tensor) -> Any:
     """What a site's module shall store for a canonical weight (out, in)."""
     module, parameter = index.holder(place), place.slot.parameter
-    base = base_of(module, parameter, place.slot.as_stored)
+    base = weight_format_of(module, parameter, place.slot.as_stored)
     with torch.no_grad():
         return base.write(module, base.stored(module, parameter), W)
 
@@ -313,7 +317,7 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
         AdapterFileError: The factors act on a base that an init changed, and the folder does not say how, or that base
             was quantised.
     """
-    past = past_of(files.folder, files.config, files.sidecar.began if files.is_ours else {}, False, (RECOMPUTE,))
+    past = init_record_of(files.folder, files.config, files.sidecar.began if files.is_ours else {}, False, (RECOMPUTE,))
     if not past.moves:
         return None
     said = f"{files.folder}: init_lora_weights is {files.config.init_lora_weights!r}: the factors act on a base that it"
@@ -335,7 +339,7 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
             raise AdapterFileError(
                 f"{files.folder}: the first factors of {path} are missing or of another shape.", where=files.folder
             )
-        plain[path] = as_plain(Slot("weight", B.shape[0], A.shape[1], experts=experts), A, B, first)
+        plain[path] = as_plain(WeightSpec("weight", B.shape[0], A.shape[1], experts=experts), A, B, first)
     return plain
 
 
@@ -361,7 +365,7 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Past:
+class InitRecord:
     """How an adapter from a file began.
 
     Attributes:
@@ -384,7 +388,7 @@ class Past:
         return self.halves or self.first is not None or self.init is not None
 
     def moved(
-        self, index: AdapterIndex, place: Place, path: str, factors: tuple[Tensor, Tensor], match: Match
+        self, index: AdapterIndex, place: TargetWeight, path: str, factors: tuple[Tensor, Tensor], match: Match
     ) -> Moved:
         """What to put at a site.
 
@@ -404,7 +408,7 @@ class Past:
         check_can_move(index, place)
         if self.init is not None:
             with torch.no_grad():
-                filled = self.init.fill(blank_for(index, self.config, match, place))
+                filled = self.init.fill(init_context_for(index, self.config, match, place))
             if filled.W is not None:
                 return Moved(A, B, written(index, place, filled.W), None)
             return Moved(A, B, moved_base(index, place, (filled.A, filled.B), scale), (filled.A, filled.B))
@@ -418,9 +422,9 @@ class Past:
         return Moved(A, B, moved_base(index, place, initial, scale), initial)
 
 
-def past_of(
+def init_record_of(
     folder: Path, config: LoraConfig, began: Mapping[str, Any], trainable: bool, allow: Collection[str]
-) -> Past:
+) -> InitRecord:
     """How an adapter began.
 
     Args:
@@ -434,12 +438,16 @@ def past_of(
         AdapterFileError: The file sits on a base that it does not hold and that may not be made again, or is damaged.
     """
     if began.get("file"):
-        return Past(config, {}, first=_first_factors(folder / str(began["file"]), str(began.get("sha256"))))
+        return InitRecord(config, {}, first=_first_factors(folder / str(began["file"]), str(began.get("sha256"))))
     init = _init_of(config)
     if began and init is None:
-        return Past(_as_it_was(folder, config, began), began["sites"], halves=True) if trainable else Past(config, {})
+        return (
+            InitRecord(_as_it_was(folder, config, began), began["sites"], halves=True)
+            if trainable
+            else InitRecord(config, {})
+        )
     if init is None:
-        return Past(config, {})
+        return InitRecord(config, {})
     named = f"{folder}: init_lora_weights is {config.init_lora_weights!r}: the factors act on a base that it changed"
     if init.needs:
         raise AdapterFileError(
@@ -461,7 +469,7 @@ def past_of(
             field="init_lora_weights",
             override=RECOMPUTE,
         )
-    return Past(config, {}, init=init)
+    return InitRecord(config, {}, init=init)
 
 
 def _init_of(config: LoraConfig) -> Init | None:

@@ -22,7 +22,7 @@ from lorakit.core.files.adapter_folder import (
     read_adapter,
 )
 from lorakit.core.files.tensor_names import parse
-from lorakit.core.kinds import Slot, per_expert
+from lorakit.core.kinds import WeightSpec, per_expert
 from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.durable import JsonObject
 
@@ -174,7 +174,7 @@ def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
     effective = None if alpha is None else scale(r, alpha, files.config.use_rslora)
     pairs = [(A, B)]
     if experts:
-        slot = Slot("", int(B.shape[0]), int(A.shape[1]), experts)
+        slot = WeightSpec("", int(B.shape[0]), int(A.shape[1]), experts)
         pairs = list(zip(*per_expert(slot, A, B), strict=True))
     norm = math.sqrt(sum(delta_norm(*pair) ** 2 for pair in pairs)) * (1.0 if effective is None else abs(effective))
     return SiteSummary(path, r, alpha, effective, int(A.shape[1]), int(B.shape[0]), norm, experts)

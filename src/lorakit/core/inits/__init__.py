@@ -12,7 +12,7 @@ import re
 from lorakit.config import LoraConfig
 from lorakit.core.inits.corda import CORDA
 from lorakit.core.inits.eva import EVA
-from lorakit.core.inits.init import BOTH, Blank, Filled, Init, fresh_bias
+from lorakit.core.inits.init import BOTH, Init, InitContext, InitResult, fresh_bias
 from lorakit.core.inits.loftq import LOFTQ
 from lorakit.core.inits.lora_ga import LORA_GA
 from lorakit.core.inits.pissa import MICA, OLORA, PISSA
@@ -20,7 +20,7 @@ from lorakit.core.inits.random import GAUSSIAN, KAIMING, ORTHOGONAL, RANDOM
 from lorakit.core.kinds import KINDS, Kind, fits
 from lorakit.errors import ConfigError, nearest
 
-__all__ = ["INITS", "Blank", "Filled", "Init", "fresh_bias", "init_for", "init_named", "trains_of"]
+__all__ = ["INITS", "Init", "InitContext", "InitResult", "fresh_bias", "init_for", "init_named", "trains_of"]
 
 INITS: tuple[Init, ...] = (
     KAIMING,

@@ -9,19 +9,19 @@ from torch import Tensor
 
 from lorakit.config import CordaConfig
 from lorakit.core.inits.eva import sees_inputs
-from lorakit.core.inits.init import Blank, Filled, Init, balanced
+from lorakit.core.inits.init import Init, InitContext, InitResult, balanced
 from lorakit.errors import ConfigError
 
 DAMP, LARGEST_ERROR = 0.01, 0.05
 """Share of the mean diagonal that is added first, doubled until ‖C·C⁻¹ − I‖ is below the second number."""
 
 
-def _digest(blank: Blank, collected: Any) -> dict[str, Tensor]:
+def _digest(blank: InitContext, collected: Any) -> dict[str, Tensor]:
     """U (out, r), S (r,) and Vᵀ·C⁻¹ (r, n) of W·C, C the inputs' Σ x·xᵀ of a call, averaged over calls."""
     return cropped(blank, collected.second_moment() * (collected.rows / collected.calls))
 
 
-def cropped(blank: Blank, C: Tensor) -> dict[str, Tensor]:
+def cropped(blank: InitContext, C: Tensor) -> dict[str, Tensor]:
     """The r directions that the config's method takes.
 
     Args:
@@ -38,7 +38,7 @@ def cropped(blank: Blank, C: Tensor) -> dict[str, Tensor]:
     return {"U": U[:, part].contiguous(), "S": S[part].clone(), "Vh": Vh[part].contiguous()}
 
 
-def method_of(blank: Blank) -> str:
+def method_of(blank: InitContext) -> str:
     """Which of "ipm" and "kpm" the config asks for.
 
     Raises:
@@ -79,7 +79,7 @@ def decomposed(W: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U, S, Vh @ inverse.to(W.dtype)
 
 
-def _corda(blank: Blank) -> Filled:
+def _corda(blank: InitContext) -> InitResult:
     """A = √(S_r/s)·V_rᵀ·C⁻¹, B = U_r·√(S_r/s) of W·C = U·S·Vᵀ; the base becomes W − s·B·A.   [docs/math.md (65)]
 
     Source:
@@ -92,7 +92,7 @@ def _corda(blank: Blank) -> Filled:
             "them with the config that is attached.",
             where=blank.path,
         )
-    return Filled(*blank.laid(*balanced(blank, *(found[name][None] for name in ("U", "S", "Vh")))))
+    return InitResult(*blank.laid(*balanced(blank, *(found[name][None] for name in ("U", "S", "Vh")))))
 
 
 CORDA = Init(

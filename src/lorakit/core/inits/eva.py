@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lorakit.config import EvaConfig
-from lorakit.core.inits.init import Blank, Filled, Init, zeros
+from lorakit.core.inits.init import Init, InitContext, InitResult, zeros
 from lorakit.core.kinds import Kind
 
 
@@ -17,19 +17,19 @@ def sees_inputs(kind: Kind) -> bool:
     return kind.acts_on == "input" and kind.drops
 
 
-def settings_of(blank: Blank) -> EvaConfig:
+def settings_of(blank: InitContext) -> EvaConfig:
     """The settings, PEFT's defaults where there are none."""
     return blank.config.eva_config or EvaConfig()
 
 
-def _digest(blank: Blank, collected: Any) -> dict[str, Tensor]:
+def _digest(blank: InitContext, collected: Any) -> dict[str, Tensor]:
     """The strongest `rho`·r directions of the inputs, (k, n), with singular values and shares of the variance, (k,)."""
     blank.check_rank(math.prod(blank.A_shape[1:]))
     principal = collected.principal(round(settings_of(blank).rho * blank.r))
     return {"directions": principal.vectors, "values": principal.values, "ratios": principal.ratios}
 
 
-def _eva(blank: Blank) -> Filled:
+def _eva(blank: InitContext) -> InitResult:
     """A = the first r principal directions of the inputs, B = 0.   [docs/math.md (64)]
 
     Source:
@@ -40,7 +40,7 @@ def _eva(blank: Blank) -> Filled:
     A = found["directions"][: blank.r]
     if settings_of(blank).whiten:
         A = A / found["values"][: blank.r, None].sqrt()
-    return Filled(A.reshape(blank.A_shape).to(blank.dtype).contiguous(), zeros(blank, blank.B_shape))
+    return InitResult(A.reshape(blank.A_shape).to(blank.dtype).contiguous(), zeros(blank, blank.B_shape))
 
 
 EVA = Init(

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds import Fits, Kind, Shape, Slot
+from lorakit.core.kinds import Fits, Kind, Shape, WeightSpec
 from lorakit.errors import ConfigError
 
 BOTH = frozenset({"A", "B"})
 
 
 @dataclass(frozen=True)
-class Blank:
+class InitContext:
     """What an init is given.
 
     Attributes:
@@ -37,7 +37,7 @@ class Blank:
     """
 
     kind: Kind
-    slot: Slot
+    slot: WeightSpec
     r: int
     scale: float
     shapes: tuple[Shape, Shape]
@@ -132,7 +132,7 @@ class Blank:
 
 
 @dataclass(frozen=True)
-class Filled:
+class InitResult:
     """What an init returns.
 
     Attributes:
@@ -169,31 +169,31 @@ class Init:
     changes_base: bool
     is_identity: bool
     needs: str
-    fill: Callable[[Blank], Filled]
+    fill: Callable[[InitContext], InitResult]
     is_exact: bool = True
     trains: frozenset[str] = BOTH
-    digest: Callable[[Blank, Any], dict[str, Tensor]] | None = None
+    digest: Callable[[InitContext, Any], dict[str, Tensor]] | None = None
     family: str = ""
     requantises: bool = False
 
 
-def zeros(blank: Blank, shape: Shape) -> Tensor:
+def zeros(blank: InitContext, shape: Shape) -> Tensor:
     """Zeros, of the given shape (r, in) or (out, r), on the site's device."""
     return torch.zeros(shape, device=blank.device, dtype=blank.dtype)
 
 
-def normal(blank: Blank, shape: Shape, std: float) -> Tensor:
+def normal(blank: InitContext, shape: Shape, std: float) -> Tensor:
     """Normal numbers of mean 0, of the given shape (r, in) or (out, r)."""
     return torch.empty(shape, device=blank.device, dtype=blank.dtype).normal_(0.0, std, generator=blank.generator)
 
 
-def uniform(blank: Blank, shape: Shape) -> Tensor:
+def uniform(blank: InitContext, shape: Shape) -> Tensor:
     """Uniform numbers in ±1/√fan_in, of the given shape (r, in) or (out, r)."""
     bound = 1.0 / math.sqrt(math.prod(shape[1:]))
     return torch.empty(shape, device=blank.device, dtype=blank.dtype).uniform_(-bound, bound, generator=blank.generator)
 
 
-def balanced(blank: Blank, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
+def balanced(blank: InitContext, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """A = √(S/|s|)·Vh and B = ±U·√(S/|s|), so that s·B·A = U·S·Vh.
 
     Args:
@@ -217,7 +217,7 @@ def balanced(blank: Blank, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Te
     return root[..., None] * Vh, U * (root if blank.scale > 0 else -root)[..., None, :]
 
 
-def fresh_bias(blank: Blank, random: bool) -> Tensor:
+def fresh_bias(blank: InitContext, random: bool) -> Tensor:
     """The bias that B begins with, (out,): zeros, or random as a dense layer of r inputs has it.
 
     Args:

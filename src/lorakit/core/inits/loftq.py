@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.core.inits.init import Blank, Filled, Init, balanced
+from lorakit.core.inits.init import Init, InitContext, InitResult, balanced
 from lorakit.core.kinds import every_kind_of_the_table
 from lorakit.errors import ConfigError
 
@@ -78,7 +78,7 @@ ROUNDED: Mapping[int, Callable[[Tensor], Tensor]] = {4: on_normal_float, 8: on_i
 """Bits -> the weight on their grid."""
 
 
-def _loftq(blank: Blank) -> Filled:
+def _loftq(blank: InitContext) -> InitResult:
     """Q ← q(W − s·B·A), then s·B·A ← the r strongest directions of W − Q, so many times.   [docs/math.md (66)]
 
     The base becomes Q as a dense weight, which a quantiser of the same grid stores without a further loss.
@@ -94,10 +94,10 @@ def _loftq(blank: Blank) -> Filled:
     for _ in range(steps - 1):
         Q = ROUNDED[bits](W - blank.scale * (B @ A))
         A, B = residual_factors(blank, W - Q)
-    return Filled(*blank.laid(A, B), W=(Q.mT if blank.slot.in_first else Q).reshape(blank.read().shape))
+    return InitResult(*blank.laid(A, B), W=(Q.mT if blank.slot.in_first else Q).reshape(blank.read().shape))
 
 
-def residual_factors(blank: Blank, lost: Tensor) -> tuple[Tensor, Tensor]:
+def residual_factors(blank: InitContext, lost: Tensor) -> tuple[Tensor, Tensor]:
     """A (g, r, n) and B (g, out, r) with s·B·A nearest to what was lost.
 
     Args:
@@ -108,7 +108,7 @@ def residual_factors(blank: Blank, lost: Tensor) -> tuple[Tensor, Tensor]:
     return balanced(blank, U[..., : blank.r], S[:, : blank.r], Vh[:, : blank.r])
 
 
-def _settings(blank: Blank) -> tuple[int, int]:
+def _settings(blank: InitContext) -> tuple[int, int]:
     """Bits and steps.
 
     Raises:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorakit.config import LoraGAConfig
-from lorakit.core.inits.init import Blank, Filled, Init
+from lorakit.core.inits.init import Init, InitContext, InitResult
 from lorakit.core.kinds import Kind
 from lorakit.core.linalg import dense_spectrum
 from lorakit.errors import ConfigError
@@ -21,7 +21,7 @@ def _fits(kind: Kind) -> bool:
     return kind.acts_on == "input"
 
 
-def settings_of(blank: Blank) -> LoraGAConfig:
+def settings_of(blank: InitContext) -> LoraGAConfig:
     """The settings, PEFT's defaults where there are none.
 
     Raises:
@@ -39,13 +39,13 @@ def settings_of(blank: Blank) -> LoraGAConfig:
     return settings
 
 
-def _digest(blank: Blank, collected: Any) -> dict[str, Tensor]:
+def _digest(blank: InitContext, collected: Any) -> dict[str, Tensor]:
     """U (out, 2r), S (2r,) and Vᵀ (2r, n) of the mean gradient."""
     settings_of(blank)
     return strongest(blank, collected.mean())
 
 
-def strongest(blank: Blank, gradient: Tensor) -> dict[str, Tensor]:
+def strongest(blank: InitContext, gradient: Tensor) -> dict[str, Tensor]:
     """The 2r strongest singular directions of a gradient.
 
     Args:
@@ -67,7 +67,7 @@ def strongest(blank: Blank, gradient: Tensor) -> dict[str, Tensor]:
     return {"U": found.U[0, :, part].contiguous(), "S": found.S[0, part].clone(), "Vh": found.Vh[0, part].contiguous()}
 
 
-def _lora_ga(blank: Blank) -> Filled:
+def _lora_ga(blank: InitContext) -> InitResult:
     """A = rows of Vᵀ, B = other columns of U·S of the gradient G = U·S·Vᵀ; the base becomes W − s·B·A.
 
     [docs/math.md (67)]
@@ -92,10 +92,10 @@ def _lora_ga(blank: Blank) -> Filled:
         B = B * (largest / strength)
     elif settings.scale == "gd_scale":
         A, B = A / blank.scale, B / blank.scale
-    return Filled(*blank.laid(A[None], B[None]))
+    return InitResult(*blank.laid(A[None], B[None]))
 
 
-def _chosen(blank: Blank, direction: str) -> tuple[Any, Any]:
+def _chosen(blank: InitContext, direction: str) -> tuple[Any, Any]:
     """Which singular directions go to A and which to B."""
     r = blank.r
     if direction == "random":

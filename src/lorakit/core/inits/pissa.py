@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorakit.core.inits.init import Blank, Filled, Init, balanced, zeros
+from lorakit.core.inits.init import Init, InitContext, InitResult, balanced, zeros
 from lorakit.core.kinds import every_kind_of_the_table
 
 FAST = "pissa_niter_"
@@ -20,7 +20,7 @@ SPARE = 16
 """A sketch has so many columns more than the rank, so that its last directions are sharp too."""
 
 
-def _pissa(blank: Blank) -> Filled:
+def _pissa(blank: InitContext) -> InitResult:
     """W = U·S·Vᵀ: A = √(S_r/s)·V_rᵀ, B = U_r·√(S_r/s), and the base becomes W − s·B·A.   [docs/math.md (60)]
 
     Source:
@@ -31,10 +31,10 @@ def _pissa(blank: Blank) -> Filled:
     name = str(blank.config.init_lora_weights).lower()
     iterations = int(name.removeprefix(FAST)) if name.startswith(FAST) else None
     U, S, Vh = torch.linalg.svd(W, full_matrices=False) if iterations is None else sketched(blank, W, iterations)
-    return Filled(*blank.laid(*balanced(blank, U[..., : blank.r], S[:, : blank.r], Vh[:, : blank.r])))
+    return InitResult(*blank.laid(*balanced(blank, U[..., : blank.r], S[:, : blank.r], Vh[:, : blank.r])))
 
 
-def sketched(blank: Blank, W: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+def sketched(blank: InitContext, W: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """The strongest singular directions from a random sketch and so many power iterations.
 
     Args:
@@ -69,7 +69,7 @@ PISSA = Init(
 )
 
 
-def _olora(blank: Blank) -> Filled:
+def _olora(blank: InitContext) -> InitResult:
     """W = Q·R: B is the first r columns of Q, A the first r rows of R, the base W − s·B·A.   [docs/math.md (61)]
 
     Source:
@@ -78,7 +78,7 @@ def _olora(blank: Blank) -> Filled:
     W = blank.matrices()
     blank.check_rank(min(W.shape[1:]))
     Q, R = torch.linalg.qr(W)
-    return Filled(*blank.laid(R[:, : blank.r], Q[..., : blank.r]))
+    return InitResult(*blank.laid(R[:, : blank.r], Q[..., : blank.r]))
 
 
 OLORA = Init(
@@ -93,7 +93,7 @@ OLORA = Init(
 )
 
 
-def _mica(blank: Blank) -> Filled:
+def _mica(blank: InitContext) -> InitResult:
     """W = U·S·Vᵀ: B is the last r columns of U, A = 0.   [docs/math.md (68)]
 
     Source:
@@ -103,7 +103,7 @@ def _mica(blank: Blank) -> Filled:
     blank.check_rank(min(W.shape[1:]), "MiCA requires `r` <= min(in_features, out_features)")
     U = torch.linalg.svd(W, full_matrices=False).U
     A, B = zeros(blank, blank.A_shape), U[..., -blank.r :]
-    return Filled(A, blank.laid(A.reshape(W.shape[0], blank.r, -1), B)[1])
+    return InitResult(A, blank.laid(A.reshape(W.shape[0], blank.r, -1), B)[1])
 
 
 MICA = Init(

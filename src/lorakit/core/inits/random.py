@@ -11,34 +11,34 @@ import math
 
 import torch
 
-from lorakit.core.inits.init import Blank, Filled, Init, normal, uniform, zeros
+from lorakit.core.inits.init import Init, InitContext, InitResult, normal, uniform, zeros
 from lorakit.core.kinds import every_kind, every_kind_of_the_table
 from lorakit.errors import ConfigError
 
 
-def _kaiming(blank: Blank) -> Filled:
+def _kaiming(blank: InitContext) -> InitResult:
     """One side uniform in ±1/√fan_in (an Embedding's: standard normal), the zero side zero.  [docs/math.md (5), (6)]
 
     Source: He et al. 2015 with a = √5, as nn.Linear's own start; Hu et al. 2021, section 4.1.
     """
     if blank.kind.zero_side == "A":
-        return Filled(zeros(blank, blank.A_shape), normal(blank, blank.B_shape, 1.0))
-    return Filled(uniform(blank, blank.A_shape), zeros(blank, blank.B_shape))
+        return InitResult(zeros(blank, blank.A_shape), normal(blank, blank.B_shape, 1.0))
+    return InitResult(uniform(blank, blank.A_shape), zeros(blank, blank.B_shape))
 
 
-def _gaussian(blank: Blank) -> Filled:
+def _gaussian(blank: InitContext) -> InitResult:
     """One side normal with standard deviation 1/r, the zero side zero.  [docs/math.md (5)]."""
     std = 1.0 / blank.r
     if blank.kind.zero_side == "A":
-        return Filled(zeros(blank, blank.A_shape), normal(blank, blank.B_shape, std))
-    return Filled(normal(blank, blank.A_shape, std), zeros(blank, blank.B_shape))
+        return InitResult(zeros(blank, blank.A_shape), normal(blank, blank.B_shape, std))
+    return InitResult(normal(blank, blank.A_shape, std), zeros(blank, blank.B_shape))
 
 
-def _random(blank: Blank) -> Filled:
+def _random(blank: InitContext) -> InitResult:
     """Both sides random, so the adapter acts from the start; for tests and experiments."""
     if blank.kind.zero_side == "A":
-        return Filled(normal(blank, blank.A_shape, 1.0), normal(blank, blank.B_shape, 1.0))
-    return Filled(uniform(blank, blank.A_shape), uniform(blank, blank.B_shape))
+        return InitResult(normal(blank, blank.A_shape, 1.0), normal(blank, blank.B_shape, 1.0))
+    return InitResult(uniform(blank, blank.A_shape), uniform(blank, blank.B_shape))
 
 
 KAIMING = Init(name=True, fits=every_kind, changes_base=False, is_identity=True, needs="", fill=_kaiming)
@@ -49,7 +49,7 @@ SIZE = 0.1
 """Both factors are this times rows of standard normal numbers in an orthogonal basis."""
 
 
-def _orthogonal(blank: Blank) -> Filled:
+def _orthogonal(blank: InitContext) -> InitResult:
     """A = Q₁ᵀ·X/10 and B = Y·Q₂/10, with Q₁ and Q₂ halves of the rows of an orthogonal Q.   [docs/math.md (63)]
 
     Source:
@@ -74,7 +74,7 @@ def _orthogonal(blank: Blank) -> Filled:
 
     Q = torch.linalg.qr(random(blank.r, blank.r)).Q
     odd, even = Q[:, 0::2], Q[:, 1::2]  # (g, r / 2, r)
-    return Filled(*blank.laid(odd.mT @ random(blank.r // 2, n) * SIZE, random(out, blank.r // 2) @ even * SIZE))
+    return InitResult(*blank.laid(odd.mT @ random(blank.r // 2, n) * SIZE, random(out, blank.r // 2) @ even * SIZE))
 
 
 ORTHOGONAL = Init(

@@ -15,19 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.core.kinds.kind import Shape, Slot
+from lorakit.core.kinds.kind import Shape, WeightSpec
 from lorakit.core.kinds.linear import LINEAR
 from lorakit.errors import ConfigError, MergeError
 
 _CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 
 
-def _slots(module: Any) -> tuple[Slot, ...]:
-    slot = Slot("weight", module.out_channels, module.in_channels, kernel=module.kernel_size, groups=module.groups)
+def _slots(module: Any) -> tuple[WeightSpec, ...]:
+    slot = WeightSpec(
+        "weight", module.out_channels, module.in_channels, kernel=module.kernel_size, groups=module.groups
+    )
     return (slot,)
 
 
-def _shapes(slot: Slot, r: int) -> tuple[Shape, Shape]:
+def _shapes(slot: WeightSpec, r: int) -> tuple[Shape, Shape]:
     if r % slot.groups:
         raise ConfigError(
             f"The rank is {r}, and a convolution of {slot.groups} groups needs one that is divisible by {slot.groups}. "
@@ -49,15 +51,15 @@ def _up(module: Any, h: Tensor, B: Tensor) -> Tensor:
     return _CONVOLVE[B.ndim - 3](h, B, groups=module.groups)  # (N, r, …) -> (N, out, …)
 
 
-def _flat(slot: Slot, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def _flat(slot: WeightSpec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return A.flatten(1), _in_one_group(B.flatten(1), slot)
 
 
-def _flat_weight(slot: Slot, W: Tensor) -> Tensor:
+def _flat_weight(slot: WeightSpec, W: Tensor) -> Tensor:
     return _in_one_group(W, slot).flatten(1)
 
 
-def _in_one_group(W: Tensor, slot: Slot) -> Tensor:
+def _in_one_group(W: Tensor, slot: WeightSpec) -> Tensor:
     """A weight (out, in / groups, …) as that of one group, (out, in, …), with zeros where a group does not see."""
     if slot.groups == 1:
         return W
@@ -68,7 +70,7 @@ def _in_one_group(W: Tensor, slot: Slot) -> Tensor:
     return wide.view(W.shape[0], groups * inside, *W.shape[2:])
 
 
-def _delta(slot: Slot, A: Tensor, B: Tensor) -> Tensor:
+def _delta(slot: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
     """The delta (out, in, k…) of A (r, in, k…) and B (out, r, 1…).
 
     Raises:
@@ -83,7 +85,7 @@ def _delta(slot: Slot, A: Tensor, B: Tensor) -> Tensor:
     return (B @ A).view(slot.out_features, slot.in_features, *slot.kernel)
 
 
-def _vector(slot: Slot) -> Shape:
+def _vector(slot: WeightSpec) -> Shape:
     return (1, slot.out_features, *[1] * len(slot.kernel))
 
 

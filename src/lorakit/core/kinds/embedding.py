@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.core.kinds.kind import Slot, dense_delta
+from lorakit.core.kinds.kind import WeightSpec, dense_delta
 from lorakit.core.kinds.linear import LINEAR
 from lorakit.errors import MergeError
 
 
-def _table_slots(module: Any) -> tuple[Slot, ...]:
+def _table_slots(module: Any) -> tuple[WeightSpec, ...]:
     rows, width = module.weight.shape
-    return (Slot("weight", width, rows, bounded=module.max_norm is not None),)
+    return (WeightSpec("weight", width, rows, bounded=module.max_norm is not None),)
 
 
-def _table_delta(slot: Slot, A: Tensor, B: Tensor) -> Tensor:
+def _table_delta(slot: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
     """The delta (d, V) of A (r, V) and B (d, r).
 
     Raises:

@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Slot:
+class WeightSpec:
     """One weight of one module: the geometry that a kind works with.
 
     Attributes:
@@ -79,17 +79,17 @@ class Kind:
     names: tuple[str, str]
     on_disk: str
     drops: bool
-    slots: Callable[[nn.Module], tuple[Slot, ...]]
+    slots: Callable[[nn.Module], tuple[WeightSpec, ...]]
     inner: tuple[str, ...]
     row_axis: Callable[[nn.Module], int | None]
-    shapes: Callable[[Slot, int], tuple[Shape, Shape]]
-    rank: Callable[[Slot, Shape], int]
-    vector: Callable[[Slot], Shape]
+    shapes: Callable[[WeightSpec, int], tuple[Shape, Shape]]
+    rank: Callable[[WeightSpec, Shape], int]
+    vector: Callable[[WeightSpec], Shape]
     down: Callable[[nn.Module, Tensor, Tensor], Tensor]
     up: Callable[[nn.Module, Tensor, Tensor], Tensor]
-    flat: Callable[[Slot, Tensor, Tensor], tuple[Tensor, Tensor]]
-    flat_weight: Callable[[Slot, Tensor], Tensor]
-    delta: Callable[[Slot, Tensor, Tensor], Tensor]
+    flat: Callable[[WeightSpec, Tensor, Tensor], tuple[Tensor, Tensor]]
+    flat_weight: Callable[[WeightSpec, Tensor], Tensor]
+    delta: Callable[[WeightSpec, Tensor, Tensor], Tensor]
     layer: type[nn.Module] | None = None
     is_dense: bool = False
     names_parameter: bool = False
@@ -115,7 +115,7 @@ def every_kind_of_the_table(kind: Kind) -> bool:
     return True
 
 
-def spread(vector: Tensor, slot: Slot) -> Tensor:
+def spread(vector: Tensor, slot: WeightSpec) -> Tensor:
     """A vector (out,) shaped to act on an output (…, out) or, of a convolution, (…, out, k…)."""
     return vector.view(-1, *[1] * len(slot.kernel)) if slot.kernel else vector
 

@@ -12,25 +12,25 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.core.kinds.kind import Kind, Shape, Slot, dense_delta, first_axis
+from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, dense_delta, first_axis
 
 
-def factor_shapes(slot: Slot, r: int) -> tuple[Shape, Shape]:
+def factor_shapes(slot: WeightSpec, r: int) -> tuple[Shape, Shape]:
     """Shapes of A (r, in) and B (out, r)."""
     return (r, slot.in_features), (slot.out_features, r)
 
 
-def as_they_are(_: Slot, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def as_they_are(_: WeightSpec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """A (r, in) and B (out, r) are matrices already."""
     return A, B
 
 
-def matrix(_: Slot, W: Tensor) -> Tensor:
+def matrix(_: WeightSpec, W: Tensor) -> Tensor:
     """A canonical weight (out, in) is a matrix already."""
     return W
 
 
-def product(_: Slot, A: Tensor, B: Tensor) -> Tensor:
+def product(_: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
     """The delta (out, in) of A (r, in) and B (out, r)."""
     return dense_delta(A, B)
 
@@ -45,23 +45,23 @@ def linear_up(_: nn.Module, h: Tensor, B: Tensor) -> Tensor:
     return F.linear(h, B)
 
 
-def axis_of_rows(_: Slot, shape: Shape) -> int:
+def axis_of_rows(_: WeightSpec, shape: Shape) -> int:
     """Return the size of the first axis, which holds the rows."""
     return shape[0] if shape else 0
 
 
-def flat_vector(slot: Slot) -> Shape:
+def flat_vector(slot: WeightSpec) -> Shape:
     """Return the shape (out,) of a vector with one value per row."""
     return (slot.out_features,)
 
 
-def _linear_slots(module: Any) -> tuple[Slot, ...]:
-    return (Slot("weight", module.out_features, module.in_features),)  # a quantised weight has another shape
+def _linear_slots(module: Any) -> tuple[WeightSpec, ...]:
+    return (WeightSpec("weight", module.out_features, module.in_features),)  # a quantised weight has another shape
 
 
-def _transposed_slots(module: Any) -> tuple[Slot, ...]:
+def _transposed_slots(module: Any) -> tuple[WeightSpec, ...]:
     in_features, out_features = module.weight.shape
-    return (Slot("weight", out_features, in_features),)
+    return (WeightSpec("weight", out_features, in_features),)
 
 
 LINEAR = Kind(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.kinds.kind import Shape, Slot, dense_delta
+from lorakit.core.kinds.kind import Shape, WeightSpec, dense_delta
 from lorakit.core.kinds.linear import LINEAR
 from lorakit.errors import TargetError
 
@@ -22,7 +22,7 @@ def _no_axis(_: nn.Module) -> int | None:
     return None
 
 
-def parameter_slot(module: nn.Module, name: str) -> Slot:
+def parameter_slot(module: nn.Module, name: str) -> WeightSpec:
     """The slot of a parameter of a module, of two axes (out, in) or of three (experts, out, in), as it lies there.
 
     Args:
@@ -34,24 +34,24 @@ def parameter_slot(module: nn.Module, name: str) -> Slot:
     """
     shape = tuple(getattr(module, name).shape)
     if len(shape) == 2:
-        return Slot(name, *shape, as_stored=True)
+        return WeightSpec(name, *shape, as_stored=True)
     if len(shape) != 3:
         raise TargetError(f"The parameter {name!r} has shape {shape}; LoRA on a parameter needs two axes or three.")
     in_first = bool(getattr(module, "is_transposed", False))  # transformers' mark of experts that lie as (in, out)
     experts, first, second = shape
-    return Slot(name, *((second, first) if in_first else (first, second)), experts, in_first, as_stored=True)
+    return WeightSpec(name, *((second, first) if in_first else (first, second)), experts, in_first, as_stored=True)
 
 
-def _shapes(slot: Slot, r: int) -> tuple[Shape, Shape]:
+def _shapes(slot: WeightSpec, r: int) -> tuple[Shape, Shape]:
     wide = r * max(slot.experts, 1)
     return (wide, slot.in_features), (slot.out_features, wide)
 
 
-def _rank(slot: Slot, shape: Shape) -> int:
+def _rank(slot: WeightSpec, shape: Shape) -> int:
     return shape[0] // max(slot.experts, 1) if shape else 0
 
 
-def _delta(slot: Slot, A: Tensor, B: Tensor) -> Tensor:
+def _delta(slot: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
     """The delta in the parameter's own shape, of A (experts·r, in) and B (out, r·experts).   [docs/math.md (92)]"""
     if not slot.experts:
         return dense_delta(A, B)
@@ -59,7 +59,7 @@ def _delta(slot: Slot, A: Tensor, B: Tensor) -> Tensor:
     return torch.bmm(A.mT, B.mT) if slot.in_first else torch.bmm(B, A)
 
 
-def per_expert(slot: Slot, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def per_expert(slot: WeightSpec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """The factors of each expert: A (experts, r, in) and B (experts, out, r), from how they lie on disk."""
     A = A.view(slot.experts, -1, slot.in_features)
     B = B.view(slot.out_features, -1, slot.experts).permute(2, 0, 1)
@@ -71,7 +71,7 @@ def side_by_side(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
 
 
-def _attention_slots(module: Any) -> tuple[Slot, ...]:
+def _attention_slots(module: Any) -> tuple[WeightSpec, ...]:
     if module.in_proj_weight is not None:
         return (parameter_slot(module, "in_proj_weight"),)
     return tuple(parameter_slot(module, name) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakit.core.layers.adapter_component import MergeOptions, StagedMerge
 from lorakit.core.layers.merged_weight import merged_weight, stored_with, sum_of_updates, weight_with
 from lorakit.core.layers.stored_weight import StoredWeight, give_back, set_bias
-from lorakit.core.quantization import NOT_WRITTEN, Base, at_least_fp32
+from lorakit.core.quantization import NOT_WRITTEN, WeightFormat, at_least_fp32
 from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError
 
@@ -249,7 +249,7 @@ class BaseWeight(StoredWeight):
     def _put_merged(
         self,
         stored: Any,
-        storage: tuple[Base, nn.Module],
+        storage: tuple[WeightFormat, nn.Module],
         kept: Any,
         apart: bool,
         bias: StagedBias | None,

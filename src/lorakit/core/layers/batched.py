@@ -37,7 +37,7 @@ _WEIGHT, _BIAS = itemgetter("weight"), itemgetter("bias")
 _ADDRESS = Tensor.__base__.data_ptr  # type: ignore[union-attr]  # Tensor's own looks for overrides first
 
 
-class Seen:
+class FactorVersions:
     """Some adapters of a layer as they are now; what it remembers it also holds, so that none of it can be another.
 
     Args:
@@ -154,7 +154,7 @@ class Stacks:
     rest: tuple[str, ...]
     names: tuple[str, ...]
     absent: frozenset[str] = frozenset()
-    seen: Seen | None = None
+    seen: FactorVersions | None = None
 
     def still(self, layer: StoredWeight) -> bool:
         """Whether they are what would be made now for the same names."""
@@ -255,7 +255,7 @@ def _stacks(layer: StoredWeight, names: tuple[str, ...], route: Route, dtype: to
     if found is not None and found.names == names and found.still(layer):
         return found
     try:
-        seen = Seen(layer, names)  # first, so that what another thread changes meanwhile is seen next time
+        seen = FactorVersions(layer, names)  # first, so that what another thread changes meanwhile is seen next time
     except (KeyError, RuntimeError, AttributeError):  # a factor that another makes; tensors that count no versions
         return _made(layer, names, dtype)
     made = kept[layer, dtype] = _made(layer, names, dtype)

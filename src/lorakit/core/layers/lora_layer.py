@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorakit.config import scale
 from lorakit.core.clones import bare, with_forward
 from lorakit.core.factor import HOLDERS, TRAINED, OwnWeight, carrier
-from lorakit.core.kinds import Kind, Slot, spread
+from lorakit.core.kinds import Kind, WeightSpec, spread
 from lorakit.core.layers.adapter_component import MergeOptions, trainable_tensors
 from lorakit.core.layers.base_weight import BaseWeight
 from lorakit.core.layers.batched import add_kept, add_stacked
@@ -83,7 +83,7 @@ class LoraLayer(BaseWeight):
     own_route: Route | None = None
     forwards: Forwards
 
-    def __init__(self, base_layer: nn.Module, kind: Kind, slot: Slot, state: AdapterState) -> None:
+    def __init__(self, base_layer: nn.Module, kind: Kind, slot: WeightSpec, state: AdapterState) -> None:
         super().__init__()
         self.base_layer = base_layer
         tables: dict[str, Any] = {name: {} for name in ("r", "lora_alpha", "scaling", "variant", "settings", "trains")}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lorakit.core.layers.adapter_component import MergeOptions, SiteMerge
 from lorakit.core.layers.stored_weight import StoredWeight
-from lorakit.core.quantization import Base, base_of
+from lorakit.core.quantization import WeightFormat, weight_format_of
 from lorakit.errors import MergeError
 
 
@@ -39,7 +39,7 @@ class MergedWeight:
     """
 
     stored: Any
-    base: Base
+    base: WeightFormat
     source: nn.Module
     original: Any
     W: Tensor
@@ -171,6 +171,6 @@ def _read_back(merged: MergedWeight) -> Tensor:
     """Return what a merge stores as values again: (out, in)."""
     stored = merged.stored
     if isinstance(stored, nn.Module):
-        row = base_of(stored)
+        row = weight_format_of(stored)
         return row.read(stored, row.stored(stored, "weight"))
     return merged.base.read(merged.source, stored)

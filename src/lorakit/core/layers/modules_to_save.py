@@ -20,7 +20,7 @@ from lorakit.core.layers.adapter_component import AdapterModule, MergeOptions, S
 from lorakit.core.layers.bias import BiasPatch, out_projection
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import NewRows, TrainableTokens
-from lorakit.core.quantization import base_of
+from lorakit.core.quantization import weight_format_of
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
@@ -326,9 +326,9 @@ def biased_modules(
             held = [leaf for leaf, p in module._parameters.items() if p is not None and "bias" in leaf]
             # PEFT asks an adapted module for its `bias`, so that of an attention's in-projection is not among them
             leaves = tuple(leaf for leaf in held if bias == "all" or leaf == "bias")
-            if isinstance(vars(module).get("bias"), Tensor) and base_of(module).quantised:
+            if isinstance(vars(module).get("bias"), Tensor) and weight_format_of(module).quantised:
                 raise ConfigError(
-                    f"{path} is stored as {base_of(module).name}, whose bias is not a parameter and cannot be "
+                    f"{path} is stored as {weight_format_of(module).name}, whose bias is not a parameter and cannot be "
                     "trained. Set bias='none'."
                 )
             if leaves:
@@ -389,7 +389,7 @@ def trainable_copy(path: str, standing: nn.Module) -> nn.Module:
 
 def _plain(module: nn.Module) -> nn.Module:
     """A module with every quantised part of it multiplied out; itself where nothing is."""
-    row = base_of(module)
+    row = weight_format_of(module)
     if row.quantised:
         return row.dense(module, row.read(module, row.stored(module, "weight")), torch.float32)
     for name, child in module._modules.items():
@@ -399,12 +399,12 @@ def _plain(module: nn.Module) -> nn.Module:
 
 def plain_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name -> shape of what a trained copy of a module holds; quantised weights are plain in it."""
-    if not any(base_of(part).quantised for part in module.modules()):
+    if not any(weight_format_of(part).quantised for part in module.modules()):
         return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     shapes = {}
     for path, part in module.named_modules():
         prefix = f"{path}." if path else ""
-        row, held = base_of(part), {**part._parameters, **part._buffers}
+        row, held = weight_format_of(part), {**part._parameters, **part._buffers}
         if row.quantised:
             held = {"weight": row.read(part, row.stored(part, "weight")), "bias": getattr(part, "bias", None)}
         shapes.update({prefix + name: tuple(tensor.shape) for name, tensor in held.items() if tensor is not None})

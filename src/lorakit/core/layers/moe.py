@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit.core.kinds import Slot, per_expert
+from lorakit.core.kinds import WeightSpec, per_expert
 from lorakit.core.variants import Factor
 
 MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "num_experts")
@@ -63,7 +63,7 @@ def shows_tokens(module: nn.Module, parameter: str = "down_proj") -> bool:
     )
 
 
-def expert_factor(slot: Slot, factor: Factor) -> ExpertFactor:
+def expert_factor(slot: WeightSpec, factor: Factor) -> ExpertFactor:
     """A factor of fused experts, taken apart by expert.   [docs/math.md (92)]
 
     Args:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.kinds import Kind, Slot, kind_named
+from lorakit.core.kinds import Kind, WeightSpec, kind_named
 from lorakit.core.layers.adapter_component import AdapterModule
-from lorakit.core.quantization import Base, base_of
+from lorakit.core.quantization import WeightFormat, weight_format_of
 from lorakit.core.variants import Factor
 from lorakit.errors import MergeError
 
@@ -45,7 +45,7 @@ class StoredWeight(AdapterModule):
         old_bias: Who trains the base's bias, and what it was before, (out,), or None.
     """
 
-    slot: Slot
+    slot: WeightSpec
     kind_name: str
     r: dict[str, int]
     variant: dict[str, str]
@@ -98,15 +98,15 @@ class StoredWeight(AdapterModule):
         return self.replaced[0] if self.replaced else self.owner
 
     @property
-    def base(self) -> Base:
+    def base(self) -> WeightFormat:
         """The entry of WEIGHT_FORMATS."""
         return self.storage[0]
 
     @property
-    def storage(self) -> tuple[Base, nn.Module]:
+    def storage(self) -> tuple[WeightFormat, nn.Module]:
         """The entry of WEIGHT_FORMATS, and the module that holds the weight."""
         source = self.source
-        return base_of(source, self.slot.parameter, self.slot.as_stored), source
+        return weight_format_of(source, self.slot.parameter, self.slot.as_stored), source
 
     @property
     def keeps_base(self) -> bool:
@@ -208,7 +208,7 @@ class StoredWeight(AdapterModule):
             self.base_layer, self.replaced = self.replaced[0], ()
 
 
-def _as_now(base: Base, source: nn.Module, parameter: str, stored: Any) -> Any:
+def _as_now(base: WeightFormat, source: nn.Module, parameter: str, stored: Any) -> Any:
     """What the base stored, or what it stores now if that is None, on the base's device and in its dtype."""
     if stored is not None and (base.quantised or not isinstance(stored, Tensor)):
         return stored

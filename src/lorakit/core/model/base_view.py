@@ -18,7 +18,7 @@ from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import AdapterIndex
-from lorakit.core.quantization import Base, base_of, hold_still
+from lorakit.core.quantization import WeightFormat, disable_repacking, weight_format_of
 from lorakit.core.quantization.bitsandbytes import eight_bit_linear, four_bit_linear
 from lorakit.core.quantization.hqq import hqq_linear
 from lorakit.core.quantization.torchao import int8_linear
@@ -53,7 +53,7 @@ def hold_base_still(model: nn.Module) -> None:
     Args:
         model: A model without adapters; values stay as they are.
     """
-    hold_still(AdapterIndex.of(model).everything.values())
+    disable_repacking(AdapterIndex.of(model).everything.values())
 
 
 def wrongly_multiplied_out(model: nn.Module) -> tuple[str, float] | None:
@@ -157,7 +157,7 @@ class QuantisedWeight:
     name: str
     packed: str
     module: nn.Module
-    base: Base
+    base: WeightFormat
     stored: Any
     layer: LoraLayer | None
 
@@ -183,10 +183,10 @@ def quantised_weights(model: nn.Module | AdapterIndex, *, stacked: bool = True) 
     """
     index = AdapterIndex.of(model)
     standing = {id(layer.source): layer for _, layer in index.layers()}
-    rows: dict[tuple[type, type], Base] = {}
+    rows: dict[tuple[type, type], WeightFormat] = {}
     for path, module in index.plain_modules(stacked):
         key = (type(module), type(module._parameters.get("weight")))
-        row = rows.setdefault(key, rows[key] if key in rows else base_of(module))
+        row = rows.setdefault(key, rows[key] if key in rows else weight_format_of(module))
         if row.quantised:
             prefix = f"{path}." if path else ""
             packed = next(name for name in ("weight", *module._parameters) if name in module._parameters)
@@ -207,7 +207,7 @@ def float_dtype(model: nn.Module | AdapterIndex) -> torch.dtype:
     for name, tensor, module in base_tensors(model):
         if not tensor.is_floating_point():
             continue
-        if not base_of(module).quantised:
+        if not weight_format_of(module).quantised:
             return tensor.dtype
         if beside is None and name.rpartition(".")[2] == "bias":
             beside = tensor.dtype

@@ -374,7 +374,7 @@ CONFIG_KEY = "lorakit_merged"
 """Field of the model's config: a list of {"sha256", "name"}, one per adapter that was merged for good."""
 
 
-def applied(model: nn.Module) -> dict[str, str]:
+def merge_record(model: nn.Module) -> dict[str, str]:
     """SHA-256 of the weights -> name of every adapter that was merged into a model for good.
 
     Args:
@@ -385,18 +385,18 @@ def applied(model: nn.Module) -> dict[str, str]:
     return {str(e["sha256"]): str(e.get("name", "")) for e in entries if isinstance(e, Mapping) and "sha256" in e}
 
 
-def note_applied(model: nn.Module, adapters: Mapping[str, str]) -> None:
+def add_merge_record(model: nn.Module, adapters: Mapping[str, str]) -> None:
     """Write into a model's config that adapters were merged for good.
 
     Args:
         model: A merged model with a config.
         adapters: SHA-256 of an adapter's weights -> its name; they join those that are noted already.
     """
-    known = {**applied(model), **adapters}
+    known = {**merge_record(model), **adapters}
     setattr(model.config, CONFIG_KEY, [{"sha256": sha, "name": name} for sha, name in known.items()])
 
 
-def check_not_applied(model: nn.Module, folder: Path, weights_sha256: str, allow: Collection[str]) -> None:
+def check_not_merged_in(model: nn.Module, folder: Path, weights_sha256: str, allow: Collection[str]) -> None:
     """Refuse an adapter that is part of the weights already, unless "base_mismatch" is allowed.
 
     Args:
@@ -408,7 +408,7 @@ def check_not_applied(model: nn.Module, folder: Path, weights_sha256: str, allow
     Raises:
         BaseMismatchError: It was merged into this model.
     """
-    known = applied(model)
+    known = merge_record(model)
     if weights_sha256 in known and "base_mismatch" not in allow:
         was = f" (as {known[weights_sha256]})" if known[weights_sha256] else ""
         raise BaseMismatchError(

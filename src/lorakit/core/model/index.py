@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.clones import PARAMETRISED
-from lorakit.core.kinds import INNER, KINDS, Kind, Slot, checked, kind_named, kind_of
+from lorakit.core.kinds import INNER, KINDS, Kind, WeightSpec, checked, kind_named, kind_of
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
-from lorakit.core.quantization import base_of, is_computed
+from lorakit.core.quantization import is_computed, weight_format_of
 from lorakit.core.routing.state import AdapterState
 from lorakit.errors import AdapterError
 from lorakit.targets import Candidate
@@ -38,7 +38,7 @@ Component = TypeVar("Component", bound=AdapterModule)
 
 
 @dataclass(frozen=True)
-class Place:
+class TargetWeight:
     """Where one factor sits, before or after its layer is there.
 
     Attributes:
@@ -52,7 +52,7 @@ class Place:
     path: str
     outer: str
     kind: Kind
-    slot: Slot
+    slot: WeightSpec
     child: str = ""
 
     @property
@@ -239,7 +239,7 @@ class AdapterIndex:
             return standing.original_module
         return standing.owner if isinstance(standing, LoraLayer) else standing
 
-    def places(self, path: str, kind: Kind) -> list[Place]:
+    def places(self, path: str, kind: Kind) -> list[TargetWeight]:
         """Return every weight that naming a module adapts.
 
         Args:
@@ -251,26 +251,26 @@ class AdapterIndex:
         """
         owner = self.base(path)
         slots = kind.slots(owner)
-        found = [Place(path + INSIDE * depth, path, kind, slot) for depth, slot in enumerate(slots)]
+        found = [TargetWeight(path + INSIDE * depth, path, kind, slot) for depth, slot in enumerate(slots)]
         for child in kind.inner:
             (slot,) = INNER.slots(inner_base(owner, child))
-            found.append(Place(f"{path}{INSIDE * len(slots)}.{child}", path, INNER, slot, child))
+            found.append(TargetWeight(f"{path}{INSIDE * len(slots)}.{child}", path, INNER, slot, child))
         return found[::-1]
 
-    def holder(self, place: Place) -> nn.Module:
+    def holder(self, place: TargetWeight) -> nn.Module:
         """Return the base's module that holds a place's weight."""
         owner = self.base(place.outer)
         return inner_base(owner, place.child) if place.child else owner
 
-    def weight(self, place: Place) -> Tensor:
+    def weight(self, place: TargetWeight) -> Tensor:
         """Return the base weight at a place without anything merged, canonical (out, in), fp32 or wider."""
         standing, module, parameter = self.layer(place), self.holder(place), place.slot.parameter
         if standing is not None:
             return standing.read()
-        base = base_of(module, parameter, place.slot.as_stored)
+        base = weight_format_of(module, parameter, place.slot.as_stored)
         return base.read(module, base.stored(module, parameter))
 
-    def layer(self, place: Place) -> LoraLayer | None:
+    def layer(self, place: TargetWeight) -> LoraLayer | None:
         """Return the layer that is at a place already, or None."""
         if place.child:
             inside = self.base(place.outer)._modules[place.child]
@@ -280,7 +280,7 @@ class AdapterIndex:
             standing = standing.base_layer
         return standing if isinstance(standing, LoraLayer) else None
 
-    def put(self, place: Place, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
+    def put(self, place: TargetWeight, make: Callable[[nn.Module], LoraLayer]) -> LoraLayer:
         """Put a new layer at a place; those of one module's bare parameters keep the order of their definition.
 
         Args:
@@ -426,7 +426,7 @@ def _same_state(
     return other
 
 
-def _goes_around(layer: LoraLayer, place: Place) -> bool:
+def _goes_around(layer: LoraLayer, place: TargetWeight) -> bool:
     """Return whether a layer must be around the one that comes: of bare parameters, the one that is defined last."""
     if not place.kind.names_parameter:
         return False
@@ -446,7 +446,13 @@ def _can_be_read(module: nn.Module, kind: Kind) -> bool:
     """Return whether the weights of a module are floats, or stored in a way that WEIGHT_FORMATS knows."""
     weight = module._parameters.get("weight")
     floats = weight is not None and torch.is_floating_point(weight) and weight.ndim > 1
-    return floats or kind.acts_on == "weight" or kind not in KINDS or is_computed(module) or base_of(module).quantised
+    return (
+        floats
+        or kind.acts_on == "weight"
+        or kind not in KINDS
+        or is_computed(module)
+        or weight_format_of(module).quantised
+    )
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

@@ -18,7 +18,7 @@ from lorakit.core.kinds import PARAMETER, parameter_slot
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.moe import shows_tokens
-from lorakit.core.model.index import INSIDE, AdapterIndex, Place, defined_parameters
+from lorakit.core.model.index import INSIDE, AdapterIndex, TargetWeight, defined_parameters
 from lorakit.errors import ConfigError, TargetError
 from lorakit.targets import BareParameter, Match, targeted_parameters
 
@@ -68,7 +68,7 @@ def bare_parameters(index: AdapterIndex) -> list[BareParameter]:
     ]
 
 
-def named_places(index: AdapterIndex, config: LoraConfig) -> dict[str, Place]:
+def named_places(index: AdapterIndex, config: LoraConfig) -> dict[str, TargetWeight]:
     """Path on disk -> place, of the bare parameters that a config names; its patterns are not looked at.
 
     Args:
@@ -85,7 +85,7 @@ def named_places(index: AdapterIndex, config: LoraConfig) -> dict[str, Place]:
     return {place.path: place for _, place in places_of(index, matches)}
 
 
-def places_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Match, Place]]:
+def places_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Match, TargetWeight]]:
     """Every weight that an adapter adapts, with the match that named it.
 
     Args:
@@ -114,13 +114,13 @@ def places_of(index: AdapterIndex, matches: Sequence[Match]) -> list[tuple[Match
         order = defined_parameters(owner)
         named.sort(key=lambda match: order.index(match.parameter))
         for depth, match in zip(range(len(named))[::-1], named, strict=True):
-            place = Place(path + INSIDE * depth, path, PARAMETER, parameter_slot(owner, match.parameter))
+            place = TargetWeight(path + INSIDE * depth, path, PARAMETER, parameter_slot(owner, match.parameter))
             found.append((match, place))
     check_standing(index, [place for _, place in found])
     return found
 
 
-def dropout_at(config: LoraConfig, place: Place, holder: nn.Module) -> float:
+def dropout_at(config: LoraConfig, place: TargetWeight, holder: nn.Module) -> float:
     """How much of a site's input is dropped before A.
 
     Args:
@@ -162,7 +162,7 @@ def paths_on_disk(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, st
     return found
 
 
-def check_standing(index: AdapterIndex, places: Sequence[Place]) -> None:
+def check_standing(index: AdapterIndex, places: Sequence[TargetWeight]) -> None:
     """Refuse a module that another adapter has adapted whole, where its parameter is named now, or the other way.
 
     Args:

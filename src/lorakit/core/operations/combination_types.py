@@ -23,11 +23,11 @@ from lorakit.core.files.tensor_names import PREFIX, ROWS
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.index import AdapterIndex
-from lorakit.core.operations.tensor_sources import LooseAdapter
+from lorakit.core.operations.tensor_sources import AdapterWeights
 from lorakit.errors import AdapterError, ConfigError, nearest
 from lorakit.targets.words import names_path
 
-WAYS = (
+COMBINATION_TYPES = (
     "svd",
     "linear",
     "cat",
@@ -44,7 +44,7 @@ MAJORITIES = ("total", "frequency")
 
 
 @dataclass(frozen=True)
-class Way:
+class CombinationType:
     """How to combine.
 
     Attributes:
@@ -70,11 +70,13 @@ class Way:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in WAYS:
-            close = nearest(str(self.name), list(WAYS), 1)
+        if self.name not in COMBINATION_TYPES:
+            close = nearest(str(self.name), list(COMBINATION_TYPES), 1)
             meant = f" Did you mean {close[0]!r}?" if close else ""
-            text = f"There is no way {self.name!r} to combine adapters; there are {', '.join(WAYS)}.{meant}"
-            raise ConfigError(text, what=self.name, field="combination_type", allowed=WAYS)
+            text = (
+                f"There is no way {self.name!r} to combine adapters; there are {', '.join(COMBINATION_TYPES)}.{meant}"
+            )
+            raise ConfigError(text, what=self.name, field="combination_type", allowed=COMBINATION_TYPES)
         if self.majority_sign not in MAJORITIES:
             raise ConfigError(
                 f"majority_sign is {self.majority_sign!r}; it must be 'total' or 'frequency'.",
@@ -135,7 +137,7 @@ class Way:
 
 
 def added_up(
-    tensors: Sequence[Tensor], weights: Sequence[float], way: Way, generator: torch.Generator | None = None
+    tensors: Sequence[Tensor], weights: Sequence[float], way: CombinationType, generator: torch.Generator | None = None
 ) -> Tensor:
     """Prune, elect and add up tensors of one shape.   [docs/math.md (55), (56)]
 
@@ -194,7 +196,7 @@ RowReading = Callable[[str, Sequence[int]], Tensor]
 """Path of a table and numbers of rows -> the base's rows there, (n, d), as they were before any merge."""
 
 
-def check_same_rows(adapters: Sequence[LooseAdapter]) -> None:
+def check_same_rows(adapters: Sequence[AdapterWeights]) -> None:
     """Refuse adapters that train different rows.
 
     Raises:
@@ -232,7 +234,7 @@ def row_reader(model: nn.Module) -> RowReading:
 
 
 def combined_rows(
-    adapters: Sequence[LooseAdapter], weights: Sequence[float], reading: RowReading | None
+    adapters: Sequence[AdapterWeights], weights: Sequence[float], reading: RowReading | None
 ) -> dict[str, Tensor]:
     """The rows of adapters that train the same ones.   [docs/math.md (59)]
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lorakit.core.linalg import Product, Reading, padded, spectrum, stacked, truncated
 from lorakit.core.model.checks import check_allowances
 from lorakit.core.operations.combination_types import (
+    CombinationType,
     RowReading,
-    Way,
     added_up,
     check_same_rows,
     clamped,
@@ -29,10 +29,10 @@ from lorakit.core.operations.combination_types import (
     row_reader,
 )
 from lorakit.core.operations.compatibility import check_joinable, check_one_base, joined_config, shared_facts
-from lorakit.core.operations.tensor_sources import LooseAdapter, LooseFactor, loose_from_folder, loose_from_model
+from lorakit.core.operations.tensor_sources import AdapterWeights, SiteFactors, weights_of_folder, weights_of_model
 from lorakit.core.operations.writing import (
-    MadeReport,
-    SiteMade,
+    OperationReport,
+    SiteOperation,
     aligned,
     common_targets,
     described,
@@ -50,8 +50,8 @@ def combine(
     weights: Sequence[float],
     name: str = "combined",
     *,
-    way: Way | str = "svd",
-) -> MadeReport:
+    way: CombinationType | str = "svd",
+) -> OperationReport:
     """Put a weighted combination of adapters on their model, as a new adapter; it is frozen, and not active.
 
     Args:
@@ -68,11 +68,11 @@ def combine(
         AdapterError: There is no such adapter, the new name is taken, or the adapters cannot be combined.
         ConfigError: The way does not exist or lacks something, or the ranks do not fit it.
     """
-    way = Way(way) if isinstance(way, str) else way
-    sources = [loose_from_model(model, adapter) for adapter in adapters]
-    result, sites = combine_loose(sources, weights, way, reader_of(model), row_reader(model))
+    way = CombinationType(way) if isinstance(way, str) else way
+    sources = [weights_of_model(model, adapter) for adapter in adapters]
+    result, sites = combine_weights(sources, weights, way, reader_of(model), row_reader(model))
     put(model, result, name)
-    return MadeReport(name, result.config, sites, dict(result.facts))
+    return OperationReport(name, result.config, sites, dict(result.facts))
 
 
 def combine_folders(
@@ -80,10 +80,10 @@ def combine_folders(
     weights: Sequence[float],
     output: str | os.PathLike[str],
     *,
-    way: Way | str = "svd",
+    way: CombinationType | str = "svd",
     model: nn.Module | None = None,
     allow: Collection[str] = (),
-) -> MadeReport:
+) -> OperationReport:
     """Combine adapters on disk into a new folder; the base is needed for some variants and for rows of tokens.
 
     Args:
@@ -105,18 +105,20 @@ def combine_folders(
         DiskError: The folder cannot be written.
     """
     check_allowances(allow)
-    way = Way(way) if isinstance(way, str) else way
-    sources = [loose_from_folder(folder, allow) for folder in folders]
+    way = CombinationType(way) if isinstance(way, str) else way
+    sources = [weights_of_folder(folder, allow) for folder in folders]
     check_one_base(sources, allow)
     base = (None, None) if model is None else (reader_of(model), row_reader(model))
-    result, sites = combine_loose(sources, weights, way, *base)
+    result, sites = combine_weights(sources, weights, way, *base)
     for source in sources:
         source.report()
     write(result, output, allow=allow)
-    return MadeReport(str(output), result.config, sites, dict(result.facts))
+    return OperationReport(str(output), result.config, sites, dict(result.facts))
 
 
-def average(model: nn.Module, adapters: Sequence[str], name: str = "average", *, way: Way | str = "svd") -> MadeReport:
+def average(
+    model: nn.Module, adapters: Sequence[str], name: str = "average", *, way: CombinationType | str = "svd"
+) -> OperationReport:
     """The mean of adapters; `combine` with equal weights that add up to 1.
 
     Raises:
@@ -125,7 +127,7 @@ def average(model: nn.Module, adapters: Sequence[str], name: str = "average", *,
     return combine(model, adapters, [1 / max(1, len(adapters))] * len(adapters), name, way=way)
 
 
-def subtract(model: nn.Module, adapter: str, other: str, name: str = "difference") -> MadeReport:
+def subtract(model: nn.Module, adapter: str, other: str, name: str = "difference") -> OperationReport:
     """What one adapter has beyond another, exactly; its rank is the sum of theirs.
 
     Raises:
@@ -134,7 +136,7 @@ def subtract(model: nn.Module, adapter: str, other: str, name: str = "difference
     return combine(model, [adapter, other], [1.0, -1.0], name, way="cat")
 
 
-def rescale(model: nn.Module, adapter: str, weight: float, name: str = "rescaled") -> MadeReport:
+def rescale(model: nn.Module, adapter: str, weight: float, name: str = "rescaled") -> OperationReport:
     """An adapter with another strength, exactly.
 
     Raises:
@@ -143,13 +145,13 @@ def rescale(model: nn.Module, adapter: str, weight: float, name: str = "rescaled
     return combine(model, [adapter], [weight], name, way="cat")
 
 
-def combine_loose(
-    adapters: Sequence[LooseAdapter],
+def combine_weights(
+    adapters: Sequence[AdapterWeights],
     weights: Sequence[float],
-    way: Way,
+    way: CombinationType,
     reading: Callable[[str], Reading] | None = None,
     rows: RowReading | None = None,
-) -> tuple[LooseAdapter, tuple[SiteMade, ...]]:
+) -> tuple[AdapterWeights, tuple[SiteOperation, ...]]:
     """Combine adapters wherever they come from.
 
     Args:
@@ -186,16 +188,16 @@ def combine_loose(
     others |= combined_rows(adapters, weights, rows)
     known = next((adapter.base for adapter in adapters if adapter.base is not None), None)
     facts = {**shared_facts(adapters), "operation": _operation(adapters, weights, way)}
-    return LooseAdapter("", config, found, others, known, facts), tuple(sites)
+    return AdapterWeights("", config, found, others, known, facts), tuple(sites)
 
 
 def _site(
     path: str,
-    here: Sequence[tuple[LooseFactor, float]],
-    way: Way,
+    here: Sequence[tuple[SiteFactors, float]],
+    way: CombinationType,
     generator: torch.Generator | None,
     summed: tuple[Variant, Reading] | None,
-) -> tuple[LooseFactor, SiteMade]:
+) -> tuple[SiteFactors, SiteOperation]:
     """The combined factor of one site, with scale 1, and how far it is from the plain sum."""
     _check_shapes(path, [factor for factor, _ in here])
     first = here[0][0]
@@ -225,7 +227,7 @@ def _site(
     made = dataclasses.replace(first.holding(product), others=_biases(acting))
     if summed is not None:
         made = made.of_variant(summed[0], own)
-    return made, SiteMade(path, made.r, exact.rank * first.shared, norm, apart / norm if norm else 0.0)
+    return made, SiteOperation(path, made.r, exact.rank * first.shared, norm, apart / norm if norm else 0.0)
 
 
 def _by_expert(products: Sequence[Product], experts: int) -> Iterator[list[Product]]:
@@ -239,7 +241,7 @@ def _side_by_side(products: Sequence[Product]) -> Product:
     return Product(torch.cat([p.A for p in products]), torch.cat([p.B for p in products]))
 
 
-def _rank(path: str, acting: Sequence[tuple[LooseFactor, float]], way: Way) -> int:
+def _rank(path: str, acting: Sequence[tuple[SiteFactors, float]], way: CombinationType) -> int:
     """The rank of each group that a way with "svd" gives."""
     groups = acting[0][0].shared
     asked = way.rank if way.rank is not None else max(factor.r for factor, _ in acting)
@@ -251,8 +253,8 @@ def _rank(path: str, acting: Sequence[tuple[LooseFactor, float]], way: Way) -> i
 def _decomposed(
     path: str,
     products: Sequence[Product],
-    acting: Sequence[tuple[LooseFactor, float]],
-    way: Way,
+    acting: Sequence[tuple[SiteFactors, float]],
+    way: CombinationType,
     generator: torch.Generator | None,
 ) -> Product:
     """Ways with "svd": of the sum, from factors; of pruned updates, from the dense update, which they are made of."""
@@ -274,8 +276,8 @@ def _decomposed(
 def _by_themselves(
     path: str,
     products: Sequence[Product],
-    acting: Sequence[tuple[LooseFactor, float]],
-    way: Way,
+    acting: Sequence[tuple[SiteFactors, float]],
+    way: CombinationType,
     generator: torch.Generator | None,
 ) -> Product:
     """Ways without "svd": on A and on B by themselves, each with the root of the weight, the sign on A."""
@@ -292,7 +294,7 @@ def _by_themselves(
     return Product(A, added_up([product.B for product in products], roots, way, generator))
 
 
-def _biases(acting: Sequence[tuple[LooseFactor, float]]) -> dict[str, tuple[str, Tensor]]:
+def _biases(acting: Sequence[tuple[SiteFactors, float]]) -> dict[str, tuple[str, Tensor]]:
     """The bias of B (lora_bias), which is part of what the scale multiplies."""
     there = [(factor.others["bias"], weight * factor.scale) for factor, weight in acting if "bias" in factor.others]
     if not there:
@@ -300,7 +302,7 @@ def _biases(acting: Sequence[tuple[LooseFactor, float]]) -> dict[str, tuple[str,
     return {"bias": (there[0][0][0], torch.stack([bias * by for (_, bias), by in there]).sum(0))}
 
 
-def _with_bias(factor: LooseFactor) -> LooseFactor:
+def _with_bias(factor: SiteFactors) -> SiteFactors:
     """A config with lora_bias says that every site has one."""
     if "bias" in factor.others:
         return factor
@@ -309,7 +311,7 @@ def _with_bias(factor: LooseFactor) -> LooseFactor:
     return dataclasses.replace(factor, others={**factor.others, "bias": (ending, nothing)})
 
 
-def _check(adapters: Sequence[LooseAdapter], weights: Sequence[float], way: Way, has_base: bool) -> None:
+def _check(adapters: Sequence[AdapterWeights], weights: Sequence[float], way: CombinationType, has_base: bool) -> None:
     if len(adapters) != len(weights):
         raise AdapterError(f"There are {len(adapters)} adapters and {len(weights)} weights; give one weight each.")
     bad = [weight for weight in weights if not isinstance(weight, (int, float)) or not abs(weight) < float("inf")]
@@ -340,7 +342,7 @@ SUMS = ("cat", "svd")
 """The ways that add updates up, and cut the sum at most."""
 
 
-def _summed(adapters: Sequence[LooseAdapter]) -> dict[Variant, str]:
+def _summed(adapters: Sequence[AdapterWeights]) -> dict[Variant, str]:
     """Return the variants that say themselves how their updates add up, each with the first adapter that is of it."""
     found: dict[Variant, str] = {}
     for adapter in adapters:
@@ -350,19 +352,19 @@ def _summed(adapters: Sequence[LooseAdapter]) -> dict[Variant, str]:
     return found
 
 
-def _check_shapes(path: str, factors: Sequence[LooseFactor]) -> None:
+def _check_shapes(path: str, factors: Sequence[SiteFactors]) -> None:
     shapes = {(tuple(f.A.shape[1:]), f.B.shape[0], f.shared, f.experts, f.B.shape[2:]) for f in factors}
     if len(shapes) > 1:
         sizes = " and ".join(sorted({_size(f) for f in factors}))
         raise AdapterError(f"The adapters do not fit one base: at {path} they change weights of {sizes}.")
 
 
-def _size(factor: LooseFactor) -> str:
+def _size(factor: SiteFactors) -> str:
     one = f"{factor.B.shape[0]} × {tuple(factor.A.shape[1:])}"
     return f"{factor.experts} experts of {one}" if factor.experts > 1 else one
 
 
-def _operation(adapters: Sequence[LooseAdapter], weights: Sequence[float], way: Way) -> dict[str, Any]:
+def _operation(adapters: Sequence[AdapterWeights], weights: Sequence[float], way: CombinationType) -> dict[str, Any]:
     settings = {key: value for key, value in dataclasses.asdict(way).items() if value is not None and key != "name"}
     if not way.elects:
         settings.pop("majority_sign")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.core.linalg import Product, Spectrum, cosines, inner, significant, spectrum
 from lorakit.core.model.fingerprint import UNVERIFIABLE
-from lorakit.core.operations.tensor_sources import LooseAdapter, LooseFactor, loose_from_folder, loose_from_model
+from lorakit.core.operations.tensor_sources import AdapterWeights, SiteFactors, weights_of_folder, weights_of_model
 from lorakit.core.operations.writing import aligned
 from lorakit.core.variants import Variant, variants_of
 from lorakit.errors import AdapterError
@@ -82,7 +82,7 @@ def compare_adapters(model: nn.Module, first: str, second: str) -> Comparison:
     Raises:
         AdapterError: There is no such adapter.
     """
-    return compare_loose(loose_from_model(model, first), loose_from_model(model, second))
+    return compare_weights(weights_of_model(model, first), weights_of_model(model, second))
 
 
 def compare_folders(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Comparison:
@@ -96,10 +96,10 @@ def compare_folders(first: str | os.PathLike[str], second: str | os.PathLike[str
         AdapterFileError: A folder is no adapter, or is damaged.
         AdapterError: At some site they change weights of different shapes.
     """
-    return compare_loose(loose_from_folder(first, ["nonfinite"]), loose_from_folder(second, ["nonfinite"]))
+    return compare_weights(weights_of_folder(first, ["nonfinite"]), weights_of_folder(second, ["nonfinite"]))
 
 
-def compare_loose(first: LooseAdapter, second: LooseAdapter) -> Comparison:
+def compare_weights(first: AdapterWeights, second: AdapterWeights) -> Comparison:
     """Compare two adapters wherever they come from.
 
     Args:
@@ -135,16 +135,16 @@ def compare_loose(first: LooseAdapter, second: LooseAdapter) -> Comparison:
     )
 
 
-def _variants(*adapters: LooseAdapter) -> list[Variant]:
+def _variants(*adapters: AdapterWeights) -> list[Variant]:
     return [variant for adapter in adapters for variant in variants_of(adapter.config)]
 
 
-def _scaled(factor: LooseFactor) -> Product:
+def _scaled(factor: SiteFactors) -> Product:
     product = factor.product()
     return Product(product.A, product.B * factor.scale)
 
 
-def _norm(adapter: LooseAdapter) -> float:
+def _norm(adapter: AdapterWeights) -> float:
     scaled = (_scaled(factor) for factor in adapter.factors.values())
     return math.sqrt(max(0.0, sum(inner(product, product) for product in scaled)))
 

@@ -14,12 +14,12 @@ from lorakit.config import HEADS_BY_TASK, LoraConfig
 from lorakit.core.files.tensor_names import PREFIX, ROWS
 from lorakit.core.kinds import PARAMETER
 from lorakit.core.model.fingerprint import DIFFERENT, UNVERIFIABLE
-from lorakit.core.operations.tensor_sources import LooseAdapter
+from lorakit.core.operations.tensor_sources import AdapterWeights
 from lorakit.core.variants import asked_for, is_kept, variants_of, without
 from lorakit.errors import OVERRIDE, AdapterError, BaseMismatchError, ConfigError, warn_caller
 
 
-def check_one_base(adapters: Sequence[LooseAdapter], allow: Collection[str] = ()) -> None:
+def check_one_base(adapters: Sequence[AdapterWeights], allow: Collection[str] = ()) -> None:
     """Reject adapters from files that have no common base, task or site, as far as the files tell.
 
     Args:
@@ -57,7 +57,7 @@ SHOWN = 4
 """The number of differences that an error names."""
 
 
-def _other_base(one: LooseAdapter, other: LooseAdapter) -> list[str]:
+def _other_base(one: AdapterWeights, other: AdapterWeights) -> list[str]:
     """Return in words how the bases of two adapters differ; none if they do not, or if that is not known."""
     if _is_proven_to_share(one, other):
         return []
@@ -69,7 +69,7 @@ def _other_base(one: LooseAdapter, other: LooseAdapter) -> list[str]:
     return [f"{one.label} and {other.label} were made on different bases: {reason}."] if reason else []
 
 
-def _other_task(one: LooseAdapter, other: LooseAdapter) -> list[str]:
+def _other_task(one: AdapterWeights, other: AdapterWeights) -> list[str]:
     """Return in words how the tasks of two adapters differ; none if they do not, or if that is not known."""
     tasks = one.config.task_type, other.config.task_type
     if not all(tasks) or tasks[0] == tasks[1]:
@@ -78,27 +78,27 @@ def _other_task(one: LooseAdapter, other: LooseAdapter) -> list[str]:
     return [f"{one.label} and {other.label} were made for different tasks: {words} (task_type)."]
 
 
-def _is_known_to_share(one: LooseAdapter, other: LooseAdapter) -> bool:
+def _is_known_to_share(one: AdapterWeights, other: AdapterWeights) -> bool:
     """Return whether the files of two adapters tell which bases they have."""
     found = one.compare_base(other)
     return (found is not None and found.verdict != UNVERIFIABLE) or bool(_base_name(one) and _base_name(other))
 
 
-def _is_proven_to_share(one: LooseAdapter, other: LooseAdapter) -> bool:
+def _is_proven_to_share(one: AdapterWeights, other: AdapterWeights) -> bool:
     """Return whether the fingerprints of two adapters agree."""
     found = one.compare_base(other)
     return found is not None and found.verdict not in (DIFFERENT, UNVERIFIABLE)
 
 
-def _base_name(adapter: LooseAdapter) -> str:
+def _base_name(adapter: AdapterWeights) -> str:
     return str(adapter.config.base_model_name_or_path or adapter.facts.get("base_name") or "")
 
 
-def _shares_a_site(adapter: LooseAdapter, adapters: Sequence[LooseAdapter]) -> bool:
+def _shares_a_site(adapter: AdapterWeights, adapters: Sequence[AdapterWeights]) -> bool:
     return any(not adapter.factors.keys().isdisjoint(other.factors) for other in adapters if other is not adapter)
 
 
-def check_joinable(adapters: Sequence[LooseAdapter]) -> None:
+def check_joinable(adapters: Sequence[AdapterWeights]) -> None:
     """Refuse adapters that have parts of which no combination is defined.
 
     Raises:
@@ -122,7 +122,7 @@ def _must_agree() -> dict[str, str]:
     return {**of_variants, "layer_replication": "were made on differently replicated layers"}
 
 
-def _check_bare(adapters: Sequence[LooseAdapter]) -> None:
+def _check_bare(adapters: Sequence[AdapterWeights]) -> None:
     """Refuse, beside bare parameters, what would give the result a part that no bare parameter can have."""
     bare = next((adapter.label for adapter in adapters if adapter.config.target_parameters), None)
     odd = [
@@ -140,7 +140,7 @@ def _check_bare(adapters: Sequence[LooseAdapter]) -> None:
             )
 
 
-def _check_copies(adapters: Sequence[LooseAdapter]) -> None:
+def _check_copies(adapters: Sequence[AdapterWeights]) -> None:
     """Refuse two copies of one module, and sites inside a copied one; the copy of one adapter is taken as it is."""
     holders: dict[str, set[int]] = {}
     for number, adapter in enumerate(adapters):
@@ -158,7 +158,7 @@ def _check_copies(adapters: Sequence[LooseAdapter]) -> None:
         raise AdapterError(f"One adapter sits at {inside[0]}, which another has copied whole (modules_to_save).")
 
 
-def check_plain_parts(adapter: LooseAdapter) -> None:
+def check_plain_parts(adapter: AdapterWeights) -> None:
     """Refuse an adapter that trains biases of the base.
 
     Raises:
@@ -205,7 +205,7 @@ def _joined_variants(configs: Sequence[LoraConfig]) -> dict[str, Any]:
     return fields
 
 
-def shared_facts(adapters: Sequence[LooseAdapter]) -> dict[str, Any]:
+def shared_facts(adapters: Sequence[AdapterWeights]) -> dict[str, Any]:
     """What is true of the result because it is true of all: the base's name and the tokenizer."""
     said = ("base_name", "tokenizer_sha256", "chat_template_sha256")
     first: Mapping[str, Any] = adapters[0].facts

@@ -13,11 +13,11 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.linalg import Cut, Product, Reading, cut, dense_spectrum, spectrum, truncated
+from lorakit.core.linalg import Product, RankLimit, Reading, cut, dense_spectrum, spectrum, truncated
 from lorakit.core.model.checks import check_allowances
 from lorakit.core.operations.compatibility import check_plain_parts, shared_facts
-from lorakit.core.operations.tensor_sources import LooseAdapter, LooseFactor, loose_from_folder, loose_from_model
-from lorakit.core.operations.writing import MadeReport, SiteMade, common_targets, described, put, write
+from lorakit.core.operations.tensor_sources import AdapterWeights, SiteFactors, weights_of_folder, weights_of_model
+from lorakit.core.operations.writing import OperationReport, SiteOperation, common_targets, described, put, write
 from lorakit.core.variants import NO_TENSORS, PLAIN, variants_of, without
 from lorakit.errors import NotYetSupported
 
@@ -29,7 +29,7 @@ def compress(
     *,
     rank: int | None = None,
     energy: float | None = None,
-) -> MadeReport:
+) -> OperationReport:
     """Put a smaller version of an adapter on its model; it is frozen, and not active.
 
     Args:
@@ -46,9 +46,9 @@ def compress(
         AdapterError: There is no such adapter, or the new name is taken.
         ConfigError: Rank and energy are both given or both missing, or out of range.
     """
-    result, sites = compress_loose(loose_from_model(model, adapter), Cut(rank, energy))
+    result, sites = compress_weights(weights_of_model(model, adapter), RankLimit(rank, energy))
     put(model, result, name)
-    return MadeReport(name, result.config, sites, dict(result.facts))
+    return OperationReport(name, result.config, sites, dict(result.facts))
 
 
 def compress_folder(
@@ -58,7 +58,7 @@ def compress_folder(
     rank: int | None = None,
     energy: float | None = None,
     allow: Collection[str] = (),
-) -> MadeReport:
+) -> OperationReport:
     """Write a smaller version of an adapter on disk; its base is not needed.
 
     Args:
@@ -77,14 +77,14 @@ def compress_folder(
         DiskError: The folder cannot be written.
     """
     check_allowances(allow)
-    source = loose_from_folder(folder, allow)
-    result, sites = compress_loose(source, Cut(rank, energy))
+    source = weights_of_folder(folder, allow)
+    result, sites = compress_weights(source, RankLimit(rank, energy))
     source.report()
     write(result, output, allow=allow)
-    return MadeReport(str(output), result.config, sites, dict(result.facts))
+    return OperationReport(str(output), result.config, sites, dict(result.facts))
 
 
-def compress_loose(adapter: LooseAdapter, to: Cut) -> tuple[LooseAdapter, tuple[SiteMade, ...]]:
+def compress_weights(adapter: AdapterWeights, to: RankLimit) -> tuple[AdapterWeights, tuple[SiteOperation, ...]]:
     """Compress an adapter wherever it comes from. Own tensors of a variant that fit any rank stay as they are.
 
     Args:
@@ -97,9 +97,9 @@ def compress_loose(adapter: LooseAdapter, to: Cut) -> tuple[LooseAdapter, tuple[
     return _reduced(adapter, to, "compress", lambda path, factor: None)
 
 
-def plain_loose(
-    adapter: LooseAdapter, to: Cut, reading: Callable[[str], Reading]
-) -> tuple[LooseAdapter, tuple[SiteMade, ...]]:
+def plain_weights(
+    adapter: AdapterWeights, to: RankLimit, reading: Callable[[str], Reading]
+) -> tuple[AdapterWeights, tuple[SiteOperation, ...]]:
     """Turn an adapter of any variant into plain LoRA of scale 1; an update of full rank is decomposed whole.
 
     Args:
@@ -116,7 +116,7 @@ def plain_loose(
     """
     check_plain_parts(adapter)
 
-    def update(path: str, factor: LooseFactor) -> Tensor | None:
+    def update(path: str, factor: SiteFactors) -> Tensor | None:
         variant = factor.variant
         if variant.update is None or variant.is_low_rank:
             return None
@@ -137,9 +137,9 @@ def plain_loose(
 
 
 def _reduced(
-    adapter: LooseAdapter, to: Cut, operation: str, update: Callable[[str, LooseFactor], Tensor | None]
-) -> tuple[LooseAdapter, tuple[SiteMade, ...]]:
-    found: dict[str, LooseFactor] = {}
+    adapter: AdapterWeights, to: RankLimit, operation: str, update: Callable[[str, SiteFactors], Tensor | None]
+) -> tuple[AdapterWeights, tuple[SiteOperation, ...]]:
+    found: dict[str, SiteFactors] = {}
     sites = []
     with torch.no_grad():
         for path, factor in adapter.factors.items():
@@ -150,7 +150,7 @@ def _reduced(
             if "bias" in others:  # part of what the scale multiplies, which is 1 from now on
                 others["bias"] = (others["bias"][0], others["bias"][1] * factor.scale)
             found[path] = dataclasses.replace(made, others=others)
-            sites.append(SiteMade(path, found[path].r, factor.r, norm, lost**0.5))
+            sites.append(SiteOperation(path, found[path].r, factor.r, norm, lost**0.5))
     left = {factor.variant for factor in found.values()}
     gone = [variant for variant in variants_of(adapter.config) if variant not in left]
     config, found = described(without(adapter.config, *gone), found, common_targets([adapter]))
@@ -159,14 +159,14 @@ def _reduced(
     return dataclasses.replace(adapter, config=config, factors=found, facts=facts, sha256=""), tuple(sites)
 
 
-def _cut_factor(factor: LooseFactor, to: Cut) -> tuple[Product, float, float]:
+def _cut_factor(factor: SiteFactors, to: RankLimit) -> tuple[Product, float, float]:
     product = factor.product()
     found = spectrum(Product(product.A, product.B * factor.scale))
     smaller, lost = cut(found, to, factor.shared)
     return smaller, float(found.S.norm()), lost
 
 
-def _cut_dense(delta: Tensor, to: Cut) -> tuple[Product, float, float]:
+def _cut_dense(delta: Tensor, to: RankLimit) -> tuple[Product, float, float]:
     found, whole = dense_spectrum(delta, to.rank)
     product = truncated(found, to.of(found.S))
     kept = float(found.S[:, : product.A.shape[1]].double().square().sum())

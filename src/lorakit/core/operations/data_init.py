@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from lorakit.config import EvaConfig, LoraConfig
 from lorakit.core.attachment.attaching import with_targets
-from lorakit.core.attachment.residual_base import blank_for, check_can_move
-from lorakit.core.inits import Blank, Init, init_for, init_named
+from lorakit.core.attachment.residual_base import check_can_move, init_context_for
+from lorakit.core.inits import Init, InitContext, init_for, init_named
 from lorakit.core.kinds import kind_named
 from lorakit.core.model.activation import disable
 from lorakit.core.model.fingerprint import fingerprint
-from lorakit.core.model.index import AdapterIndex, Place, find_state
+from lorakit.core.model.index import AdapterIndex, TargetWeight, find_state
 from lorakit.core.model.target_weights import bare_parameters
 from lorakit.core.operations.rank_allocation import by_explained_variance, in_groups, with_ranks
 from lorakit.core.statistics.collecting import Forward, TakeRows, collect_gradients, collect_inputs
@@ -139,13 +139,13 @@ class DataSites:
         }
         return Statistics(self.config, found, base=fingerprint(model))
 
-    def _blanks(self) -> dict[str, Blank]:
-        blanks: dict[str, Blank] = {}
+    def _blanks(self) -> dict[str, InitContext]:
+        blanks: dict[str, InitContext] = {}
         for match in self.matches:
             place = _only_place(self.index.places(match.path, kind_named(match.kind)), self.config)
             if self.init.changes_base:
                 check_can_move(self.index, place, self.init)
-            blanks[place.path] = blank_for(self.index, self.config, match, place)
+            blanks[place.path] = init_context_for(self.index, self.config, match, place)
         return blanks
 
 
@@ -256,13 +256,13 @@ def redistributed(config: LoraConfig, matches: Sequence[Match], ranks: Mapping[s
     return found
 
 
-def _only_place(places: Sequence[Place], config: LoraConfig) -> Place:
+def _only_place(places: Sequence[TargetWeight], config: LoraConfig) -> TargetWeight:
     for place in places:
         init_for(config.init_lora_weights, place.kind, place.path)
     return places[0]
 
 
-def _size_bytes(init: Init, blank: Blank) -> int:
+def _size_bytes(init: Init, blank: InitContext) -> int:
     """Memory of what is collected at a site until it is reduced."""
     n = math.prod(blank.A_shape[1:])
     return 4 * n * (n if init.needs == "inputs" else blank.slot.out_features)
@@ -271,7 +271,7 @@ def _size_bytes(init: Init, blank: Blank) -> int:
 def _looked_at(
     model: nn.Module,
     init: Init,
-    blanks: dict[str, Blank],
+    blanks: dict[str, InitContext],
     batches: Iterable[Any],
     forward: Forward,
     keep: Callable[[Any], Tensor | TakeRows | None] | None,

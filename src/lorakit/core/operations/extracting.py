@@ -18,15 +18,15 @@ from lorakit.config import LoraConfig
 from lorakit.core.attachment.attaching import with_targets
 from lorakit.core.files.tensor_names import PREFIX
 from lorakit.core.kinds import Kind
-from lorakit.core.linalg import Cut, Product, dense_spectrum, factors_of, truncated
+from lorakit.core.linalg import Product, RankLimit, dense_spectrum, factors_of, truncated
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.checks import check_allowances
 from lorakit.core.model.fingerprint import fingerprint
-from lorakit.core.model.index import AdapterIndex, Place, defined_parameters, find_state
+from lorakit.core.model.index import AdapterIndex, TargetWeight, defined_parameters, find_state
 from lorakit.core.model.target_weights import bare_parameters, places_of
-from lorakit.core.operations.tensor_sources import BareSite, LooseAdapter, LooseFactor, TensorSource, source_of_model
-from lorakit.core.operations.writing import MadeReport, SiteMade, described, put, write
-from lorakit.core.quantization import base_of
+from lorakit.core.operations.tensor_sources import AdapterWeights, BareSite, SiteFactors, TensorSource, source_of_model
+from lorakit.core.operations.writing import OperationReport, SiteOperation, described, put, write
+from lorakit.core.quantization import weight_format_of
 from lorakit.core.variants import variants_of
 from lorakit.errors import ConfigError, ModelError, NotYetSupported
 from lorakit.targets import resolve
@@ -48,7 +48,7 @@ class OutsideChange:
 
 
 @dataclass(frozen=True)
-class ExtractReport(MadeReport):
+class ExtractReport(OperationReport):
     """What extracting gave.
 
     Attributes:
@@ -105,7 +105,7 @@ def extract(
         AdapterError: The name is taken or cannot be used.
     """
     after = tuned if isinstance(tuned, TensorSource) else source_of_model(tuned, "the fine-tuned model")
-    found, report = extract_loose(model, source_of_model(model, "the base"), after, config, Cut(rank, energy))
+    found, report = extract_weights(model, source_of_model(model, "the base"), after, config, RankLimit(rank, energy))
     put(model, found, name)
     return report(name)
 
@@ -117,7 +117,7 @@ def extract_to_folder(
     config: LoraConfig,
     output: str | os.PathLike[str],
     *,
-    cut: Cut,
+    cut: RankLimit,
     allow: Collection[str] = (),
 ) -> ExtractReport:
     """Write the low-rank part of what fine-tuning changed as an adapter's folder.
@@ -141,14 +141,14 @@ def extract_to_folder(
         DiskError: The folder cannot be written.
     """
     check_allowances(allow)
-    found, report = extract_loose(model, base, tuned, config, cut)
+    found, report = extract_weights(model, base, tuned, config, cut)
     write(found, output, allow=allow)
     return report(str(output))
 
 
-def extract_loose(
-    model: nn.Module, base: TensorSource, tuned: TensorSource, config: LoraConfig, cut: Cut
-) -> tuple[LooseAdapter, Callable[[str], ExtractReport]]:
+def extract_weights(
+    model: nn.Module, base: TensorSource, tuned: TensorSource, config: LoraConfig, cut: RankLimit
+) -> tuple[AdapterWeights, Callable[[str], ExtractReport]]:
     """Extract an adapter wherever the tensors come from.
 
     Args:
@@ -171,7 +171,7 @@ def extract_loose(
     site_map = AdapterIndex.of(model)
     bare = bare_parameters(site_map) if config.target_parameters else None
     resolved = resolve(site_map.candidates, config, parameters=bare)
-    factors: dict[str, LooseFactor] = {}
+    factors: dict[str, SiteFactors] = {}
     sites = []
     aliases, taken = _aliases(model), set[str]()
     with torch.no_grad():
@@ -191,7 +191,7 @@ def extract_loose(
     meta = any(parameter.is_meta for parameter in model.parameters())
     known = fingerprint(model, (lambda name: _weight(base, aliases[name])) if meta else None)
     others = {PREFIX + name: tensor for name, tensor in copies.items()}
-    adapter = LooseAdapter("extracted", made, factors, others, known, facts)
+    adapter = AdapterWeights("extracted", made, factors, others, known, facts)
     return adapter, lambda name: ExtractReport(name, made, tuple(sites), facts, resolved.saved, outside)
 
 
@@ -211,8 +211,12 @@ def _check_plain(config: LoraConfig, model: nn.Module) -> None:
 
 
 def _site(
-    site_map: AdapterIndex, place: Place, sources: tuple[TensorSource, TensorSource], cut: Cut, names: Sequence[str]
-) -> tuple[LooseFactor, SiteMade]:
+    site_map: AdapterIndex,
+    place: TargetWeight,
+    sources: tuple[TensorSource, TensorSource],
+    cut: RankLimit,
+    names: Sequence[str],
+) -> tuple[SiteFactors, SiteOperation]:
     """The nearest low-rank change of one weight, of experts of each, and what it leaves out.   [docs/math.md (52)]"""
     slot, kind = place.slot, place.kind
     if slot.groups > 1:
@@ -239,16 +243,16 @@ def _site(
     like = [product.A.new_empty(shape, device="meta") for shape in kind.shapes(slot, product.rank)]
     A, B = factors_of(product, like[0], like[1], max(1, slot.experts))
     lost = max(0.0, 1 - kept / whole) if whole else 0.0
-    made = LooseFactor(A, B, 1.0, _endings(kind), {}, _bare(site_map, place))
-    return made, SiteMade(place.path, made.r, min(delta.shape), whole**0.5, lost**0.5)
+    made = SiteFactors(A, B, 1.0, _endings(kind), {}, _bare(site_map, place))
+    return made, SiteOperation(place.path, made.r, min(delta.shape), whole**0.5, lost**0.5)
 
 
 def _changes(
-    site_map: AdapterIndex, place: Place, sources: tuple[TensorSource, TensorSource], names: Sequence[str]
+    site_map: AdapterIndex, place: TargetWeight, sources: tuple[TensorSource, TensorSource], names: Sequence[str]
 ) -> Iterator[Tensor]:
     """The change of a weight as a matrix (out, n), in fp32 or wider; of experts one after the other."""
     slot, holder = place.slot, site_map.holder(place)
-    row, pairs = base_of(holder, slot.parameter, slot.as_stored), list(zip(sources, names, strict=True))
+    row, pairs = weight_format_of(holder, slot.parameter, slot.as_stored), list(zip(sources, names, strict=True))
     if not slot.experts:
         before, after = (row.read(holder, source.read(name)).flatten(1) for source, name in pairs)
         yield after - before
@@ -257,7 +261,7 @@ def _changes(
         yield (after - before).T if slot.in_first else after - before
 
 
-def _bare(site_map: AdapterIndex, place: Place) -> BareSite | None:
+def _bare(site_map: AdapterIndex, place: TargetWeight) -> BareSite | None:
     if not place.kind.names_parameter:
         return None
     order = defined_parameters(site_map.holder(place)).index(place.slot.parameter)

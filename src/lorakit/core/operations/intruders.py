@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.core.linalg import Product, Reading, padded, spectrum, stacked
 from lorakit.core.operations.compatibility import check_plain_parts
-from lorakit.core.operations.tensor_sources import LooseFactor, loose_from_model
+from lorakit.core.operations.tensor_sources import SiteFactors, weights_of_model
 from lorakit.core.operations.writing import put, reader_of
 from lorakit.core.variants import variants_of
 from lorakit.errors import AdapterError, ConfigError
@@ -69,7 +69,7 @@ def reduce_intruders(
     """
     if top < 1:
         raise ConfigError(f"top is {top!r}; it must be a whole number of at least 1.", what=top, field="top")
-    loose = loose_from_model(model, adapter)
+    loose = weights_of_model(model, adapter)
     check_plain_parts(loose)
     variant = next((variant for variant in variants_of(loose.config) if not variant.is_low_rank), None)
     if variant is not None:
@@ -79,7 +79,7 @@ def reduce_intruders(
             field=variant.field,
         )
     read = reader_of(model)
-    found: dict[str, LooseFactor] = {}
+    found: dict[str, SiteFactors] = {}
     sites = []
     with torch.no_grad():
         for path, factor in loose.factors.items():
@@ -91,8 +91,8 @@ def reduce_intruders(
 
 
 def _weakened(
-    path: str, factor: LooseFactor, base: Reading, how: tuple[int, float, float]
-) -> tuple[LooseFactor, list[SiteIntruders]]:
+    path: str, factor: SiteFactors, base: Reading, how: tuple[int, float, float]
+) -> tuple[SiteFactors, list[SiteIntruders]]:
     """The factor with weaker intruders, matrix by matrix; it stays as it is where there are none."""
     if factor.shared > 1:
         raise AdapterError(f"{path} is a grouped convolution, whose intruder dimensions are not defined.")

@@ -20,7 +20,7 @@ from lorakit.config import LoraConfig
 from lorakit.core.attachment.attaching import with_targets
 from lorakit.core.kinds import Fits, Kind, fits
 from lorakit.core.model.index import AdapterIndex
-from lorakit.core.quantization import base_of
+from lorakit.core.quantization import weight_format_of
 from lorakit.core.statistics.collecting import Forward, collect_gradients, collect_inputs
 from lorakit.errors import ConfigError, DataError
 from lorakit.targets import Match, key_fits, resolve
@@ -141,7 +141,7 @@ def sensitivity(module: nn.Module, gradient: Tensor) -> float:
     Source:
         He et al. 2025, arXiv:2502.12171 (GoRA), section 3.
     """
-    base = base_of(module)
+    base = weight_format_of(module)
     return float((base.read(module, base.stored(module, "weight")) * gradient).abs().mean())
 
 

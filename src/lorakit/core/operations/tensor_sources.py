@@ -144,7 +144,7 @@ class BareSite:
 
 
 @dataclass(frozen=True)
-class LooseFactor:
+class SiteFactors:
     """One adapter at one site.
 
     Attributes:
@@ -215,7 +215,7 @@ class LooseFactor:
         """
         return Addend(self.factor(), weight, self.product(), self.experts)
 
-    def of_variant(self, variant: Variant, own: Mapping[str, Tensor]) -> LooseFactor:
+    def of_variant(self, variant: Variant, own: Mapping[str, Tensor]) -> SiteFactors:
         """Return the same A and B as a factor of another variant.
 
         Args:
@@ -226,7 +226,7 @@ class LooseFactor:
         others |= {tensor.held_as: (tensor.keys[0], own[tensor.held_as]) for tensor in variant.tensors}
         return dataclasses.replace(self, others=others, variant=variant, setting=NO_SETTING)
 
-    def holding(self, product: Product, scale: float = 1.0) -> LooseFactor:
+    def holding(self, product: Product, scale: float = 1.0) -> SiteFactors:
         """Return the same site with another product of any rank, (g, r, in) and (g, out, r), and another scale.
 
         It is plain LoRA if the variant does not allow another rank.
@@ -237,7 +237,7 @@ class LooseFactor:
 
 
 @dataclass(frozen=True)
-class LooseAdapter:
+class AdapterWeights:
     """A whole adapter.
 
     Attributes:
@@ -253,7 +253,7 @@ class LooseAdapter:
 
     label: str
     config: LoraConfig
-    factors: Mapping[str, LooseFactor]
+    factors: Mapping[str, SiteFactors]
     others: Mapping[str, Tensor] = field(default_factory=dict)
     base: Fingerprint | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -274,7 +274,7 @@ class LooseAdapter:
             found |= {stem + ending: tensor for ending, tensor in factor.others.values()}
         return dict(sorted(found.items()))
 
-    def compare_base(self, other: LooseAdapter) -> BaseVerdict | None:
+    def compare_base(self, other: AdapterWeights) -> BaseVerdict | None:
         """Compare the base with another adapter's, without modules that either brings; None if one is unknown."""
         if self.base is None or other.base is None:
             return None
@@ -287,7 +287,7 @@ class LooseAdapter:
         return {"name": name, "sha256": self.sha256} if self.sha256 else {"name": name}
 
 
-def loose_from_model(model: nn.Module, name: str) -> LooseAdapter:
+def weights_of_model(model: nn.Module, name: str) -> AdapterWeights:
     """Take an adapter's numbers off a model, which keeps it.
 
     Args:
@@ -313,10 +313,10 @@ def loose_from_model(model: nn.Module, name: str) -> LooseAdapter:
         config = dataclasses.replace(config, target_modules=outer, **PLAIN_TARGETS)  # loaded in part, as was allowed
     if {match_path(match) for match in matches if match.parameter} != parameters:
         config = dataclasses.replace(config, target_parameters=sorted(parameters) or None)
-    return LooseAdapter(name, config, factors, others)
+    return AdapterWeights(name, config, factors, others)
 
 
-def loose_from_folder(folder: str | os.PathLike[str], allow: Collection[str] = ()) -> LooseAdapter:
+def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = ()) -> AdapterWeights:
     """Read an adapter from disk; no model is needed.
 
     Args:
@@ -347,10 +347,10 @@ def loose_from_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
     if not factors:
         raise AdapterFileError(f"{folder}: there are no LoRA sites in the file.", where=folder)
     side = files.sidecar
-    return LooseAdapter(str(folder), config, factors, others, side.base, side.facts, files.file.sha256, findings)
+    return AdapterWeights(str(folder), config, factors, others, side.base, side.facts, files.file.sha256, findings)
 
 
-def outer_modules(factors: Mapping[str, LooseFactor]) -> set[str]:
+def outer_modules(factors: Mapping[str, SiteFactors]) -> set[str]:
     """The modules that must be named to have such sites: a module brings what stands inside it.
 
     Args:
@@ -406,7 +406,7 @@ def _sorted_out(
     tensors: Mapping[str, Tensor],
     config: LoraConfig,
     site: Callable[[str, Tensor], tuple[float, BareSite | None]],
-) -> tuple[dict[str, LooseFactor], dict[str, Tensor]]:
+) -> tuple[dict[str, SiteFactors], dict[str, Tensor]]:
     parts: dict[str, dict[str, tuple[str, Tensor]]] = {}
     others: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -427,5 +427,5 @@ def _sorted_out(
         lacking = [tensor.held_as for tensor in variant.tensors if tensor.held_as not in found]
         if lacking:
             raise AdapterFileError(f"The adapter's site {path} has no {lacking[0]}.", what=lacking[0], where=path)
-        factors[path] = LooseFactor(A, B, scale_here, (end_A, end_B), found, bare, variant, setting)
+        factors[path] = SiteFactors(A, B, scale_here, (end_A, end_B), found, bare, variant, setting)
     return factors, others

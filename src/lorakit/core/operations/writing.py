@@ -31,15 +31,15 @@ from lorakit.core.files.sidecar import FORMAT_VERSION, METADATA_KEY, Sidecar
 from lorakit.core.files.tensor_file import TensorFile, encode
 from lorakit.core.kinds import PARAMETER, parameter_slot
 from lorakit.core.linalg import Reading, padded
-from lorakit.core.model.index import INSIDE, AdapterIndex, Place, defined_parameters
-from lorakit.core.operations.tensor_sources import PLAIN_TARGETS, LooseAdapter, LooseFactor, outer_modules
-from lorakit.core.quantization import base_of
+from lorakit.core.model.index import INSIDE, AdapterIndex, TargetWeight, defined_parameters
+from lorakit.core.operations.tensor_sources import PLAIN_TARGETS, AdapterWeights, SiteFactors, outer_modules
+from lorakit.core.quantization import weight_format_of
 from lorakit.durable import json_bytes, publish_directory
 from lorakit.errors import AdapterError, UsageError
 
 
 @dataclass(frozen=True)
-class SiteMade:
+class SiteOperation:
     """One site of an adapter that was made.
 
     Attributes:
@@ -63,7 +63,7 @@ class SiteMade:
 
 
 @dataclass(frozen=True)
-class MadeReport:
+class OperationReport:
     """What combining, compressing or extracting gave.
 
     Attributes:
@@ -75,7 +75,7 @@ class MadeReport:
 
     name: str
     config: LoraConfig
-    sites: tuple[SiteMade, ...]
+    sites: tuple[SiteOperation, ...]
     facts: dict[str, Any]
 
     @property
@@ -104,7 +104,7 @@ _Parameter = tuple[int, tuple[str, ...]]
 """Order of definition, and what it may be called."""
 
 
-def aligned(adapters: Sequence[LooseAdapter]) -> dict[str, list[LooseFactor | None]]:
+def aligned(adapters: Sequence[AdapterWeights]) -> dict[str, list[SiteFactors | None]]:
     """The sites of several adapters together: path on disk of one that has them all -> each adapter's factor, or None.
 
     Args:
@@ -114,8 +114,8 @@ def aligned(adapters: Sequence[LooseAdapter]) -> dict[str, list[LooseFactor | No
         AdapterError: They name different parameters of a module, and it is not known which of them is defined first;
             or one adapts the whole of a module of which another names a parameter.
     """
-    modules: dict[str, list[LooseFactor | None]] = {}
-    bare: dict[str, dict[_Parameter, list[LooseFactor | None]]] = {}
+    modules: dict[str, list[SiteFactors | None]] = {}
+    bare: dict[str, dict[_Parameter, list[SiteFactors | None]]] = {}
     for number, adapter in enumerate(adapters):
         for path, factor in adapter.factors.items():
             if factor.bare is not None:
@@ -135,8 +135,8 @@ def aligned(adapters: Sequence[LooseAdapter]) -> dict[str, list[LooseFactor | No
 
 
 def described(
-    config: LoraConfig, factors: Mapping[str, LooseFactor], targets: set[str] | str | None = None
-) -> tuple[LoraConfig, dict[str, LooseFactor]]:
+    config: LoraConfig, factors: Mapping[str, SiteFactors], targets: set[str] | str | None = None
+) -> tuple[LoraConfig, dict[str, SiteFactors]]:
     """A config for factors whose scale is 1, whatever their ranks: it says of every site what lies there.
 
     Args:
@@ -167,7 +167,7 @@ def described(
     return made, factors
 
 
-def common_targets(adapters: Sequence[LooseAdapter]) -> set[str] | str | None:
+def common_targets(adapters: Sequence[AdapterWeights]) -> set[str] | str | None:
     """What names exactly the modules of some adapters together, in their configs' words; None where only paths do.
 
     Args:
@@ -204,7 +204,7 @@ def _check_told_apart(module: str, inside: Iterable[_Parameter]) -> None:
         )
 
 
-def _evened(factors: Mapping[str, LooseFactor]) -> dict[str, LooseFactor]:
+def _evened(factors: Mapping[str, SiteFactors]) -> dict[str, SiteFactors]:
     """The largest rank, filled with zeros, wherever a pattern cannot name one parameter and not another."""
     largest: dict[tuple[str, ...], int] = {}
     for factor in factors.values():
@@ -224,7 +224,7 @@ def _anchored(path: str, paths: Mapping[str, int]) -> str:
     return "^" + path.replace(".", r"\.") if ambiguous else path
 
 
-def put(model: nn.Module, adapter: LooseAdapter, name: str) -> None:
+def put(model: nn.Module, adapter: AdapterWeights, name: str) -> None:
     """Put an adapter on a model; it is frozen, and not active where there is another.
 
     Args:
@@ -244,7 +244,7 @@ def put(model: nn.Module, adapter: LooseAdapter, name: str) -> None:
 
 
 def write(
-    adapter: LooseAdapter, folder: str | os.PathLike[str], *, replace: bool = False, allow: Collection[str] = ()
+    adapter: AdapterWeights, folder: str | os.PathLike[str], *, replace: bool = False, allow: Collection[str] = ()
 ) -> SavedAdapter:
     """Write an adapter into a folder, in PEFT's format with `lorakit.json`.
 
@@ -299,7 +299,7 @@ def reader_of(model: nn.Module) -> Callable[[str], Reading]:
         if place is None:
             raise AdapterError(f"The model has no site {path}, at which an adapter sits.", what=path)
         layer, holder, parameter = site_map.layer(place), site_map.holder(place), place.slot.parameter
-        base = base_of(holder, parameter, place.slot.as_stored)
+        base = weight_format_of(holder, parameter, place.slot.as_stored)
         stored = base.stored(holder, parameter) if layer is None else layer.original()
         W = stored if place.slot.experts else base.read(holder, stored).double()
         return Reading(W, place.kind, place.slot)
@@ -307,14 +307,14 @@ def reader_of(model: nn.Module) -> Callable[[str], Reading]:
     return at
 
 
-def _bare_place(site_map: AdapterIndex, path: str) -> Place | None:
+def _bare_place(site_map: AdapterIndex, path: str) -> TargetWeight | None:
     module, _, parameter = path.rpartition(".")
     if module not in site_map.modules or parameter not in defined_parameters(site_map.base(module)):
         return None
-    return Place(path, module, PARAMETER, parameter_slot(site_map.base(module), parameter))
+    return TargetWeight(path, module, PARAMETER, parameter_slot(site_map.base(module), parameter))
 
 
-def _sites(adapter: LooseAdapter) -> dict[str, dict[str, float]]:
+def _sites(adapter: AdapterWeights) -> dict[str, dict[str, float]]:
     """Rank and alpha of each site, such that alpha gives the factor's own scale."""
     unit = {r: scale(r, 1.0, adapter.config.use_rslora) for r in {factor.r for factor in adapter.factors.values()}}
     return {path: {"r": f.r, "lora_alpha": f.scale / unit[f.r]} for path, f in adapter.factors.items()}

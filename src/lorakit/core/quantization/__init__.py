@@ -1,4 +1,4 @@
-"""The table BASES: how a base weight is read and written, whatever way it is stored."""
+"""The registry WEIGHT_FORMATS: how a base weight is read and written, whatever way it is stored."""
 
 from __future__ import annotations
 
@@ -16,16 +16,34 @@ from lorakit.core.quantization.weight_format import (
     DENSE,
     NOT_WRITTEN,
     TRANSPOSED,
-    Base,
+    WeightFormat,
     at_least_fp32,
 )
 
-__all__ = ["BASES", "NOT_WRITTEN", "Base", "at_least_fp32", "base_of", "hold_still", "is_computed", "let_go"]
+__all__ = [
+    "NOT_WRITTEN",
+    "WEIGHT_FORMATS",
+    "WeightFormat",
+    "at_least_fp32",
+    "disable_repacking",
+    "is_computed",
+    "let_go",
+    "weight_format_of",
+]
 
-BASES: tuple[Base, ...] = (FOUR_BIT, EIGHT_BIT, TORCHAO, HQQ, COMPUTED, COMPUTED_TRANSPOSED, TRANSPOSED, DENSE)
+WEIGHT_FORMATS: tuple[WeightFormat, ...] = (
+    FOUR_BIT,
+    EIGHT_BIT,
+    TORCHAO,
+    HQQ,
+    COMPUTED,
+    COMPUTED_TRANSPOSED,
+    TRANSPOSED,
+    DENSE,
+)
 
 
-def base_of(module: nn.Module, parameter: str = "weight", as_stored: bool = False) -> Base:
+def weight_format_of(module: nn.Module, parameter: str = "weight", as_stored: bool = False) -> WeightFormat:
     """How a parameter of a module is stored: the weight's type is asked first, then the module's.
 
     Args:
@@ -50,17 +68,17 @@ def is_computed(module: nn.Module, parameter: str = "weight") -> bool:
     return PARAMETRISED in module._modules and parameter not in module._parameters
 
 
-def _row_of(module: nn.Module, parameter: str) -> Base:
+def _row_of(module: nn.Module, parameter: str) -> WeightFormat:
     for owner in (type(module._parameters.get(parameter)), type(module)):
         for ancestor in owner.__mro__:
             dotted = f"{ancestor.__module__}.{ancestor.__qualname__}"
-            for base in BASES:
+            for base in WEIGHT_FORMATS:
                 if dotted in base.types:
                     return base
     return DENSE
 
 
-def hold_still(modules: Iterable[nn.Module]) -> list[nn.Module]:
+def disable_repacking(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Keep modules from rewriting their own weight in a forward, as those of some quantizers do in eval mode.
 
     Args:
@@ -69,21 +87,21 @@ def hold_still(modules: Iterable[nn.Module]) -> list[nn.Module]:
     Returns:
         The modules that had to be held; `let_go` ends it.
     """
-    rows: dict[type[nn.Module], Base] = {}
+    rows: dict[type[nn.Module], WeightFormat] = {}
     held = []
     for module in modules:
         if type(module) not in rows:
-            rows[type(module)] = base_of(module)
+            rows[type(module)] = weight_format_of(module)
         if rows[type(module)].hold(module):
             held.append(module)
     return held
 
 
 def let_go(modules: Iterable[nn.Module]) -> None:
-    """End what `hold_still` did.
+    """End what `disable_repacking` did.
 
     Args:
         modules: What it returned.
     """
     for module in modules:
-        base_of(module).let_go(module)
+        weight_format_of(module).let_go(module)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.clones import clone_with
-from lorakit.core.quantization.weight_format import Base, exact_values, linear_with
+from lorakit.core.quantization.weight_format import WeightFormat, exact_values, linear_with
 from lorakit.errors import MergeError
 from lorakit.targets.layer_types import CONV1D
 
@@ -299,7 +299,7 @@ def _unpacked(weight: Any) -> Any:
     return _parameter(weight, bytes_again.view(weight.quant_storage), plain)
 
 
-FOUR_BIT = Base(
+FOUR_BIT = WeightFormat(
     name="bitsandbytes 4-bit",
     types=("bitsandbytes.nn.modules.Linear4bit",),
     transposed=False,
@@ -317,7 +317,7 @@ FOUR_BIT = Base(
     let_go=_let_go,
 )
 
-EIGHT_BIT = Base(
+EIGHT_BIT = WeightFormat(
     name="bitsandbytes 8-bit",
     types=("bitsandbytes.nn.modules.Linear8bitLt",),
     transposed=False,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.clones import clone_with
-from lorakit.core.quantization.weight_format import Base, linear_with
+from lorakit.core.quantization.weight_format import WeightFormat, linear_with
 
 PARAMETER = "W_q"
 
@@ -110,7 +110,7 @@ def _dense(module: Any, canonical: Tensor, _: torch.dtype) -> nn.Module:
     return linear_with(module, canonical, module.compute_dtype)
 
 
-HQQ = Base(
+HQQ = WeightFormat(
     name="HQQ",
     types=("hqq.core.quantize.HQQLinear",),
     transposed=False,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.clones import clone_with
-from lorakit.core.quantization.weight_format import Base, linear_with
+from lorakit.core.quantization.weight_format import WeightFormat, linear_with
 from lorakit.errors import MergeError
 
 _INT8 = "Int8Tensor"
@@ -106,7 +106,7 @@ def _values(weight: Any, places: Tensor) -> tuple[Tensor, Tensor]:
     return weight.qdata.reshape(-1)[places].float() * steps, steps
 
 
-TORCHAO = Base(
+TORCHAO = WeightFormat(
     name="torchao",
     types=("torchao.utils.TorchAOBaseTensor",),
     transposed=False,

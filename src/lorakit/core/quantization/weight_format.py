@@ -50,7 +50,7 @@ def linear_with(module: Any, canonical: Tensor, dtype: torch.dtype) -> nn.Module
 
 
 @dataclass(frozen=True)
-class Base:
+class WeightFormat:
     """One way a weight is stored.
 
     Attributes:
@@ -149,7 +149,7 @@ NOT_WRITTEN = (
     "it. Remove the parametrization first."
 )
 
-DENSE = Base(
+DENSE = WeightFormat(
     name="dense",
     types=("torch.nn.modules.module.Module",),
     transposed=False,

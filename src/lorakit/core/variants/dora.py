@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds import Kind, Shape, Slot, spread
+from lorakit.core.kinds import Kind, Shape, WeightSpec, spread
 from lorakit.core.linalg import Product, Reading, factors_of
 from lorakit.core.quantization import at_least_fp32
 from lorakit.core.variants.variant import NO_SETTING, Addend, At, Factor, OwnTensor, Setting, Start, Sum, Variant
@@ -47,7 +47,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     return squared.clamp_min(0).sqrt()
 
 
-def _norms(kind: Kind, slot: Slot, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def _norms(kind: Kind, slot: WeightSpec, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """The length of each row of the canonical weight with its update, (out,)."""
     return row_norms(kind.flat_weight(slot, W), *kind.flat(slot, A, B), scale)
 
@@ -60,7 +60,7 @@ def _fits(kind: Kind) -> bool:
     return kind.acts_on == "input"
 
 
-def _shape(kind: Kind, slot: Slot, r: int, setting: Setting) -> Shape:
+def _shape(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> Shape:
     return kind.vector(slot)
 
 
@@ -81,12 +81,12 @@ def _output(at: At) -> Tensor:
     return (gain - 1).to(at.y0.dtype) * without_bias + gain.to(at.y0.dtype) * at.z
 
 
-def _update(kind: Kind, slot: Slot, W: Tensor, delta: Tensor, factor: Factor) -> Tensor:
+def _update(kind: Kind, slot: WeightSpec, W: Tensor, delta: Tensor, factor: Factor) -> Tensor:
     gain = _gain(kind, slot, W, factor).view(-1, *[1] * (W.ndim - 1))  # (out, 1…)
     return gain * (W + delta) - W
 
 
-def _gain(kind: Kind, slot: Slot, W: Tensor, factor: Factor) -> Tensor:
+def _gain(kind: Kind, slot: WeightSpec, W: Tensor, factor: Factor) -> Tensor:
     """G = m / ‖W + s·B·A‖, (out,); a row of zeros keeps its gain at one instead of dividing by zero."""
     with torch.no_grad():
         norms = _norms(kind, slot, W, factor.A, factor.B, factor.scale)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds import Kind, Shape, Slot
+from lorakit.core.kinds import Kind, Shape, WeightSpec
 from lorakit.core.linalg import Product, Reading
 
 Setting = Mapping[str, "str | int | float | bool"]
@@ -87,7 +87,7 @@ class Start:
     """
 
     kind: Kind
-    slot: Slot
+    slot: WeightSpec
     A: Tensor
     B: Tensor
     scale: float
@@ -118,7 +118,7 @@ class OwnTensor:
     held_as: str
     carried: Literal["module", "parameter"]
     keys: tuple[str, ...]
-    shape: Callable[[Kind, Slot, int, Setting], Shape]
+    shape: Callable[[Kind, WeightSpec, int, Setting], Shape]
     start: Callable[[Start], Tensor]
     trained: bool = True
     depends_on_rank: bool = True
@@ -147,7 +147,7 @@ class At:
     z: Tensor
     factor: Factor
     kind: Kind
-    slot: Slot
+    slot: WeightSpec
     read: Callable[[], Tensor]
     mask: Callable[[Tensor], Tensor] | None = None
     x: Tensor | None = None
@@ -185,7 +185,7 @@ class Sum:
     finish: Callable[[Product], tuple[Product, Mapping[str, Tensor]]]
 
 
-def added(kind: Kind, slot: Slot, W: Tensor, delta: Tensor, factor: Factor) -> Tensor:
+def added(kind: Kind, slot: WeightSpec, W: Tensor, delta: Tensor, factor: Factor) -> Tensor:
     """Return the delta, like W (out, in), as the whole addition to the weight."""
     return delta
 
@@ -226,11 +226,11 @@ class Variant:
     setting: Callable[[LoraConfig, str], Setting | None]
     fits: Callable[[Kind], bool]
     tensors: tuple[OwnTensor, ...] = ()
-    shapes: Callable[[Kind, Slot, int, Setting], tuple[Shape, Shape]] | None = None
+    shapes: Callable[[Kind, WeightSpec, int, Setting], tuple[Shape, Shape]] | None = None
     factors: Callable[[Factor, bool], tuple[Tensor, Tensor]] | None = None
     down: Callable[[Kind, nn.Module, Tensor, Factor], Tensor] | None = None
     output: Callable[[At], Tensor] | None = None
-    update: Callable[[Kind, Slot, Tensor, Tensor, Factor], Tensor] | None = added
+    update: Callable[[Kind, WeightSpec, Tensor, Tensor, Factor], Tensor] | None = added
     unmergeable_reason: str = ""
     positions: Callable[[Tensor, LoraConfig, Tensor | None], Tensor] | None = None
     span: Callable[[LoraConfig], int] | None = None
@@ -263,7 +263,7 @@ class Variant:
         """Whether what it does is B·A, wherever it acts."""
         return self.update is None or self.update is added
 
-    def shapes_of(self, kind: Kind, slot: Slot, r: int, setting: Setting = NO_SETTING) -> tuple[Shape, Shape]:
+    def shapes_of(self, kind: Kind, slot: WeightSpec, r: int, setting: Setting = NO_SETTING) -> tuple[Shape, Shape]:
         """Return the shapes of A and B at a site, (r, in) and (out, r) on a dense one.
 
         Args:
