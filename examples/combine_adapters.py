@@ -1,7 +1,4 @@
-"""Combine two adapters: exactly, at a lower rank, and pruned; print each result's deviation from the plain sum.
-
-Different ranks, alphas or rsLoRA do not matter: the adapters' updates are combined.
-"""
+"""Combine two adapters: exactly, at a lower rank, and pruned; print each result's deviation from the plain sum."""
 
 from __future__ import annotations
 

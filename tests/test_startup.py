@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lorakit.cli import VERBS
+from lorakit.cli import COMMANDS
 
 HEAVY = {"torch", "transformers", "numpy", "matplotlib", "gguf", "safetensors", "huggingface_hub"}
 SHOW = "import sys, json; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})), file=sys.stderr)"
@@ -33,7 +33,7 @@ def test_a_light_public_name_loads_no_torch() -> None:
     assert not loaded_by("from lorakit import LoraConfig, TaskType, LorakitError, estimate") & HEAVY
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)])
+@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
 def test_help_loads_no_torch(words: list[str]) -> None:
     found = loaded_by(f"from lorakit.cli import main; assert main({words}) == 0")
     assert not found & HEAVY

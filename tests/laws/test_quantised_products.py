@@ -42,7 +42,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 NOT_DENSE = {"biases": "puts another module at up, whose bias adapter '.' trains in place"}
 """What cannot be merged into a plain module, and what it says; the quantised one stays."""
 
-NOT_ON = {"biases": {"hqq": "is stored as HQQ, whose bias is no parameter and cannot be trained"}}
+NOT_ON = {"biases": {"hqq": "is stored as HQQ, whose bias is not a parameter and cannot be trained"}}
 """What a package's storage cannot have, and what it says."""
 
 NOT_MERGED = {"alora"}

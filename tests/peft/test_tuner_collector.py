@@ -6,18 +6,18 @@ import gc
 
 import pytest
 
-from lorakit.peft.tuner import collector_at_rest
+from lorakit.peft.tuner import garbage_collector_paused
 
 
 def test_it_rests_and_is_what_it_was() -> None:
     assert gc.isenabled()
-    with pytest.raises(ZeroDivisionError), collector_at_rest():
+    with pytest.raises(ZeroDivisionError), garbage_collector_paused():
         assert not gc.isenabled()
         raise ZeroDivisionError
     assert gc.isenabled()
     gc.disable()
     try:
-        with collector_at_rest():
+        with garbage_collector_paused():
             pass
         assert not gc.isenabled()
     finally:

@@ -157,7 +157,7 @@ ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 REDOS = "(a+)+$"
 
 FILES: dict[str, tuple[Damage, str]] = {
-    "no folder": (shutil.rmtree, "no such folder"),
+    "no folder": (shutil.rmtree, "directory not found"),
     "no config": (lambda f: (f / CONFIG_FILE).unlink(), CONFIG_FILE),
     "no weights": (lambda f: (f / WEIGHTS_FILE).unlink(), f"{WEIGHTS_FILE}: no such file"),
     "empty": (write_weights(b""), f"{WEIGHTS_FILE}.*empty or truncated"),
@@ -238,7 +238,7 @@ FILES: dict[str, tuple[Damage, str]] = {
     "pattern of words": (edit_config(alpha_pattern={"q_proj": "much"}), r"alpha_pattern\['q_proj'\] is 'much'"),
     "ReDoS in alpha_pattern": (edit_config(alpha_pattern={REDOS: 2}), f"{CONFIG_FILE}: alpha_pattern: .*regular expression"),
     "config of another method": (edit_config(peft_type="LOHA"), "peft_type is 'LOHA'; only LORA"),
-    "config of a list": (lambda f: (f / CONFIG_FILE).write_text("[]") and None, f"{CONFIG_FILE}: holds a list"),
+    "config of a list": (lambda f: (f / CONFIG_FILE).write_text("[]") and None, f"{CONFIG_FILE}: contains a list"),
     "config empty": (lambda f: (f / CONFIG_FILE).write_text("") and None, f"{CONFIG_FILE}: not valid JSON"),
     "config twice": (lambda f: (f / CONFIG_FILE).write_text('{"r": 4, "r": 5}') and None, "duplicate key 'r'"),
     "config huge": (lambda f: (f / CONFIG_FILE).write_text(" " * (2 << 20)) and None, f"{CONFIG_FILE}: 2,097,152 bytes"),

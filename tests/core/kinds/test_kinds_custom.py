@@ -71,7 +71,7 @@ def by_hand(model: nn.Module, name: str) -> Tensor:
 
 
 def test_without_the_kind_the_module_cannot_be_a_target() -> None:
-    with pytest.raises(TargetError, match="'own', named by 'own', is a Squared"):
+    with pytest.raises(TargetError, match="named by 'own', is a Squared"):
         core.attach(Model(), LoraConfig(target_modules=["own"]))
 
 

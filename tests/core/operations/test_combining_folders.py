@@ -134,7 +134,7 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path: Path) -> 
         combine_folders([tmp_path / "a", tmp_path / "b"], [1, 1], tmp_path / "a")
     with pytest.raises(AdapterError, match="NaN or infinite"):
         combine_folders([tmp_path / "a"], [1e300], tmp_path / "c")
-    with pytest.raises(AdapterFileError, match="no such folder"):
+    with pytest.raises(AdapterFileError, match="directory not found"):
         combine_folders([tmp_path / "a", tmp_path / "typo"], [1, 1], tmp_path / "c")
     with pytest.raises(ConfigError, match="allow holds 'all'"):
         combine_folders([tmp_path / "a"], [1], tmp_path / "c", allow=("all",))

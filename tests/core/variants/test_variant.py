@@ -23,7 +23,7 @@ from lorakit.core.variants import NO_SETTING, At, Factor, OwnTensor, Setting, St
 from lorakit.data import Batch
 from lorakit.errors import AdapterError, ConfigError, MergeError
 from lorakit.train.optimizer import build_adamw
-from lorakit.train.step import Trainee, train_step
+from lorakit.train.step import StepOptions, train_step
 
 from ...laws.snapshots import same_bits, snapshot
 from ...laws.zoo import LINEARS, randomise, run
@@ -207,10 +207,11 @@ def test_its_penalty_is_added_once_per_step(put: Callable[[Variant], None], tiny
     core.activate(tiny_llama, "a")
     core.set_trained(tiny_llama, {"plain": False})
     named = core.trainable_parameters(tiny_llama, "a")
-    trainee = Trainee(tiny_llama.train(), named, build_adamw(named, 1.0, 0.0), torch.device("cpu"), 0)
+    optimizer, options = build_adamw(named, 1.0, 0.0), StepOptions(torch.device("cpu"), max_grad_norm=0)
+    tiny_llama.train()
     gradients = []
     for split in (1, 2):
-        train_step(trainee, _batches(split), 0.0)
+        train_step(tiny_llama, named, optimizer, _batches(split), 0.0, options)
         gradients.append({name: p.grad.clone() for name, p in named if DIAGONAL in name and p.grad is not None})
     for name, gradient in gradients[0].items():  # B is zero, so the loss itself does not depend on the diagonal
         torch.testing.assert_close(gradient, torch.ones(2))

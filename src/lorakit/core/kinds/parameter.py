@@ -36,7 +36,7 @@ def parameter_slot(module: nn.Module, name: str) -> WeightSpec:
     if len(shape) == 2:
         return WeightSpec(name, *shape, as_stored=True)
     if len(shape) != 3:
-        raise TargetError(f"The parameter {name!r} has shape {shape}; LoRA on a parameter needs two axes or three.")
+        raise TargetError(f"The parameter {name!r} has shape {shape}; LoRA on a parameter needs two or three axes.")
     in_first = bool(getattr(module, "is_transposed", False))  # transformers' mark of experts that lie as (in, out)
     experts, first, second = shape
     return WeightSpec(name, *((second, first) if in_first else (first, second)), experts, in_first, as_stored=True)

@@ -17,7 +17,7 @@ from lorakit.errors import MergeError, RouteError
 from lorakit.peft import inject_adapter_in_model
 from lorakit.peft.adjusting import condition_number, of_expert_weights, of_linear_weights
 from lorakit.peft.layer_methods import PeftLayerMethods
-from lorakit.speed.patching import stand_in
+from lorakit.speed.patching import make_replacement
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
 
@@ -67,7 +67,7 @@ def test_what_only_peft_has_is_answered_on_models_that_it_has_met() -> None:
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_pickles_and_stand_ins_answer_for_peft_too(again: Any) -> None:
     layer: Any = again(in_peft(lora_bias=True))[0]
-    fast: Any = stand_in(layer, lambda *_: None, {}, "any")
+    fast: Any = make_replacement(layer, lambda *_: None, {}, "any")
     for one in (layer, fast):
         assert one.lora_bias == {"a": True, "b": True, "c": False} and one.adapter_layer_names == ("lora_A", "lora_B")
 
