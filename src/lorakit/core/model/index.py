@@ -392,7 +392,7 @@ def state_of(model: nn.Module) -> AdapterState:
         AdapterError: The model has no adapters, or parts of it were adapted apart.
     """
     state = find_state(model)
-    return AdapterIndex(model, state).known_state()
+    return AdapterIndex(model).known_state() if state is None else state  # an index takes time, and `use` comes often
 
 
 def identity(parameter: Tensor | None) -> int:
