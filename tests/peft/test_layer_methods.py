@@ -46,7 +46,7 @@ def in_peft(**fields: Any) -> nn.Sequential:
 
 def test_what_only_peft_has_is_answered_on_models_that_it_has_met() -> None:
     alone: Any = adapted()[0]
-    assert not any(hasattr(alone, name) for name in PeftLayerMethods().names)
+    assert not any(hasattr(alone, name) for name in PeftLayerMethods.names)
     layer: Any = in_peft(use_dora=True)[0]
     assert layer.adapter_layer_names == ("lora_A", "lora_B", "lora_magnitude_vector")
     assert layer.other_param_names == ("r", "lora_alpha", "scaling", "lora_dropout")

@@ -347,13 +347,13 @@ class LoraConfig(PeftConfig):
         """
         return out_features if self.use_dora else 0
 
-    def own_numbers_in_words(self, total: int) -> str:
-        """Return the sentence of a plan about the values that the variant trains beside A and B.
+    def notes_on_own_numbers(self, total: int) -> list[str]:
+        """Return a plan's messages about the values that the variant trains in addition to A and B.
 
         Args:
             total: Their number over all sites.
         """
-        return f"DoRA adds a magnitude for each output of a site: {total:,} in all." if self.use_dora else ""
+        return [f"DoRA adds a magnitude per output of a site: {total:,} in total."] if self.use_dora else []
 
     def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
         """Register custom layer classes for module types (a private method of PEFT); used by `core`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -13,11 +13,6 @@ from lorakit.core.factor import TRAINED
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import find_state
 from lorakit.core.variants import asked_for, own_tensors, variant_named
-
-
-def _words_of_variants() -> frozenset[str]:
-    """Return PEFT's names of tables by adapter in which its layers say of which variant an adapter is."""
-    return frozenset(word for variant in asked_for() for word in variant.peft_names)
 
 
 def _of_variants(layer: LoraLayer, word: str) -> dict[str, object]:
@@ -85,13 +80,14 @@ METHODS: Mapping[str, Callable[..., object]] = {
 """Method -> what it does with the layer."""
 
 
+WORDS_OF_VARIANTS = frozenset(word for variant in asked_for() for word in variant.peft_names)
+"""PEFT's names of tables by adapter in which its layers say of which variant an adapter is."""
+
+
 class PeftLayerMethods:
     """Answers PEFT's own attributes of a layer; it has no state."""
 
-    @property
-    def names(self) -> frozenset[str]:
-        """The attributes that it answers; variants add theirs (`Variant.peft_names`)."""
-        return _words_of_variants().union(VALUES, METHODS)
+    names: ClassVar[frozenset[str]] = frozenset((*VALUES, *METHODS, *WORDS_OF_VARIANTS))
 
     def answer(self, layer: nn.Module, word: str) -> object:
         """Return the value of an attribute, or a method of PEFT that belongs to a layer.

@@ -260,8 +260,8 @@ def _how(shape: ModelShape, kept: Activations, job: Job) -> str:
     own = kept.of_blocks - kept.fused
     if own:
         reason += (
-            f"; {own} of {kept.of_blocks} sublayers run unfused, because DoRA, a saved module, a trained bias or "
-            "a quantized weight has no accelerated form"
+            f"; {own} of {kept.of_blocks} sublayers run unfused, because a variant of LoRA, a saved module, a "
+            "trained bias or a quantized weight has no accelerated form"
         )
     if activations.packs(shape):
         reason += (

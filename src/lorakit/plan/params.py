@@ -135,7 +135,7 @@ class SiteCount:
     @property
     def is_bare_matrix(self) -> bool:
         """Return whether it is a matrix of `target_parameters`, to which B·A is added in place."""
-        return self.kind == "Parameter" and self.experts == 1
+        return self.kind == PARAMETER and self.experts == 1
 
     @property
     def trainable(self) -> int:

@@ -29,8 +29,7 @@ def reasons(counted: Count, config: LoraConfig) -> list[str]:
     sentences = [_entry(entry, groups) for entry, groups in sorted(by_entry.items())]
     sentences.append(_sum(counted))
     sentences.append(_idle(config))
-    if config.use_dora:
-        sentences.append(f"DoRA adds a magnitude per output of a site: {counted.magnitudes:,} in total.")
+    sentences += config.notes_on_own_numbers(counted.magnitudes)
     if counted.frozen:
         sentences.append(f"LoRA-FA freezes one factor of each site: {counted.frozen:,} parameters, not included.")
     for path, count in counted.saved.items():

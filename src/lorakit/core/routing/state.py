@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -49,9 +49,7 @@ class Scope:
 class PeftLayerMethodsLike(Protocol):
     """What answers, for programs written for PEFT, the attributes of a layer that only PEFT has."""
 
-    @property
-    def names(self) -> frozenset[str]:
-        """The attributes that it answers."""
+    names: ClassVar[frozenset[str]]
 
     def answer(self, layer: torch.nn.Module, word: str) -> object:
         """Return the value of an attribute, one of `names`, of an adapted layer."""
