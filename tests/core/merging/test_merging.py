@@ -22,7 +22,6 @@ from lorakit.core import (
     use,
 )
 from lorakit.core.layers.adapter_component import KeepBase, MergeOptions
-from lorakit.core.merging.components import Components
 from lorakit.core.model.index import AdapterIndex
 from lorakit.errors import MergeError
 
@@ -241,7 +240,7 @@ def test_every_component_answers_the_protocol() -> None:
     model = with_adapters(
         TIED, "a", trainable_token_indices={"embed_tokens": [1, 2]}, modules_to_save=["norm"], target_modules=["q_proj"]
     )
-    found = dict(Components.of(model).components())
+    found = dict(AdapterIndex.of(model).with_biases())
     assert {type(one).__name__ for one in found.values()} >= {"Linear", "ModulesToSave", "TrainableTokens"}
     for one in found.values():
         assert one.available_adapters() == ["a"]

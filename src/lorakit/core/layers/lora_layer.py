@@ -11,7 +11,7 @@ another weight would be silently wrong.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -529,10 +529,19 @@ class LoraLayer(BaseWeight):
         held: Any = self._modules.get(self.kind.names[0])
         leading = {leader for name in here for leader in getattr(held[name], "leader", (None,))}
         leader = next(iter(leading)) if len(leading) == 1 else None
-        if leader is None or {name for name in adapters if name in leader.r} != set(here):
-            return None
+        return leader if leader is not None and self.is_one_with(leader, adapters) else None
+
+    def is_one_with(self, leader: LoraLayer, adapters: Collection[str]) -> bool:
+        """Return whether another layer has the same of some adapters as this one, and the same weight.
+
+        Args:
+            leader: The other layer.
+            adapters: The adapters.
+        """
+        if any((name in self.r) != (name in leader.r) for name in adapters):
+            return False
         mine, its = (one.source._parameters.get(one.slot.parameter) for one in (self, leader))
-        return leader if mine is its and mine is not None else None
+        return mine is its and mine is not None
 
     def _around_module(self, path: str) -> dict[str, LoraLayer]:
         """Path -> layer: this one, those inside it around the same module, and those of children its kind reads."""

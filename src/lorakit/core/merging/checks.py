@@ -12,18 +12,29 @@ from torch import nn
 
 from lorakit.core.layers.adapter_component import MergeOptions
 from lorakit.core.layers.trainable_tokens import TrainableTokens
-from lorakit.core.merging.components import Components
 from lorakit.core.model.checks import check_known
-from lorakit.core.model.index import identity
-from lorakit.core.model.ties import untied_copies
+from lorakit.core.model.index import AdapterIndex, identity
+from lorakit.core.model.ties import leaders_of, untied_copies
 from lorakit.errors import MergeError
 
 
-def check_mergeable(found: Components, names: Sequence[str], untie: bool, options: MergeOptions) -> None:
+def names_to_merge(index: AdapterIndex, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the adapters that a call means: those that it names, or those of the default route.
+
+    Raises:
+        AdapterError: There is no such adapter, or the model has none.
+    """
+    state = index.known_state()
+    chosen = tuple(names or state.default.names)
+    check_known(state, chosen)
+    return chosen
+
+
+def check_mergeable(index: AdapterIndex, names: Sequence[str], untie: bool, options: MergeOptions) -> None:
     """Reject a merge that cannot be done; nothing is computed.
 
     Args:
-        found: The components of the model.
+        index: The model's index.
         names: Adapters to merge.
         untie: As in `merge`.
         options: How they are merged.
@@ -33,11 +44,11 @@ def check_mergeable(found: Components, names: Sequence[str], untie: bool, option
     """
     if not names:
         raise MergeError("No adapter is active, so there is nothing to merge. Name the adapters.")
-    for path, module in found.modules.items():
+    for path, module in index.components.items():
         module.check_merge(path, names, options)
     if untie:
         return
-    for path, other in shared_sites(found, names):
+    for path, other in shared_sites(index, names):
         raise MergeError(
             f"{path} shares its weight with {other}; a merge would change both. Merge with untie=True to give "
             f"{path} a weight of its own (and save with tie_word_embeddings=False), or do not adapt it.",
@@ -45,10 +56,10 @@ def check_mergeable(found: Components, names: Sequence[str], untie: bool, option
             where=path,
             override="untie",
         )
-    leading = found.leading_tables()
-    for path, table in found.tables():
+    leading = leading_tables(index)
+    for path, table in index.every(TrainableTokens):
         here = table in leading and any(name in table for name in names)
-        sharing = shared_table(found, table, leading[table]) if here else None
+        sharing = shared_table(index, table, leading[table]) if here else None
         if sharing is not None:
             raise MergeError(
                 f"{path} shares its weight with {sharing}, whose rows are not the same; a merge would change both. "
@@ -66,67 +77,73 @@ def tied_sites(model: nn.Module, names: Sequence[str]) -> list[tuple[str, str]]:
         model: An adapted model.
         names: Adapters.
     """
-    return shared_sites(Components.of(model), names)
+    return shared_sites(AdapterIndex.of(model), names)
 
 
-def shared_sites(found: Components, names: Sequence[str]) -> list[tuple[str, str]]:
+def shared_sites(index: AdapterIndex, names: Sequence[str]) -> list[tuple[str, str]]:
     """Return the sites of some adapters whose weight another module shares, each with the name of the other.
 
     Args:
-        found: The components of the model.
+        index: The model's index.
         names: Adapters.
     """
-    led, sites = found.followers(names), []
+    led, sites = leaders_of(index, names), []
     one: dict[int, set[int]] = {}  # id of a leading layer -> ids of all modules that are one with its module
-    owners = [(path, layer, layer.owner) for path, layer in found.layers()]
+    owners = [(path, layer, layer.owner) for path, layer in index.layers()]
     for _, layer, owner in owners:
         one.setdefault(id(led.get(layer, layer)), set()).add(id(owner))
     for path, layer, owner in owners:
         if any(name in layer.r for name in names):
             those = one[id(led.get(layer, layer))]
-            holders = found.holders.get(identity(owner._parameters.get(layer.slot.parameter)), ())
+            holders = index.holders.get(identity(owner._parameters.get(layer.slot.parameter)), ())
             shared = [name for name, module in holders if id(module) not in those]
             sites += [(path, shared[0])] if shared else []
-    return sites + untied_copies(list(found.copies()), names, found.holders)
+    return sites + untied_copies(index, names)
 
 
-def shared_table(found: Components, table: TrainableTokens, followers: Sequence[TrainableTokens]) -> str | None:
+def leading_tables(index: AdapterIndex) -> dict[TrainableTokens, list[TrainableTokens]]:
+    """Return the tables with trained rows that lead -> those that follow their rows."""
+    tables = [table for _, table in index.every(TrainableTokens)]
+    return {table: [other for other in tables if table.leads(other)] for table in tables if not table.follows}
+
+
+def shared_table(index: AdapterIndex, table: TrainableTokens, followers: Sequence[TrainableTokens]) -> str | None:
     """Return the name of a tensor that is a table's weight and does not follow its rows, or None.
 
     Args:
-        found: The components of the model.
+        index: The model's index.
         table: A table that leads.
         followers: The tables that follow its rows.
     """
     held = table.token_adapter.weight_here
     members = [module.token_adapter for module in (table, *followers)]
     tied = {id(member.base_layer) for member in members if member.weight_here is held}
-    return next((name for name, module in found.holders.get(identity(held), ()) if id(module) not in tied), None)
+    return next((name for name, module in index.holders.get(identity(held), ()) if id(module) not in tied), None)
 
 
-def components_apart(found: Components, names: Sequence[str], untie: bool) -> frozenset[int]:
+def components_apart(index: AdapterIndex, names: Sequence[str], untie: bool) -> frozenset[int]:
     """Return the ids of components that a merge of some adapters gives a parameter of their own.
 
     Theirs is another module's too, or comes back to one when what was merged with `untie` is unmerged.
 
     Args:
-        found: The components of the model.
+        index: The model's index.
         names: The adapters.
         untie: As in `merge`; a table whose weight is shared parts in any case.
     """
     apart = set()
-    tables = [table.token_adapter for _, table in found.tables()]
-    untied = {id(layer.tied_weight) for _, layer in found.layers() if layer.tied_weight is not None}
+    tables = [table.token_adapter for _, table in index.every(TrainableTokens)]
+    untied = {id(layer.tied_weight) for _, layer in index.layers() if layer.tied_weight is not None}
     untied |= {id(held) for table in tables for held in table.tied_weight}
-    for _, layer in found.layers(names) if untie or untied else ():
+    for _, layer in index.layers_of(names) if untie or untied else ():
         parameter = layer.source._parameters.get(layer.slot.parameter)
-        shared = any(module is not layer.source for _, module in found.holders.get(identity(parameter), ()))
+        shared = any(module is not layer.source for _, module in index.holders.get(identity(parameter), ()))
         if id(parameter) in untied or (untie and shared):
             apart.add(id(layer))
-    for table, followers in found.leading_tables().items():
+    for table, followers in leading_tables(index).items():
         if any(name in table for name in names):
             comes_back = id(table.token_adapter.weight_here) in untied
-            if comes_back or shared_table(found, table, followers) is not None:
+            if comes_back or shared_table(index, table, followers) is not None:
                 apart.add(id(table))
     return frozenset(apart)
 
@@ -154,14 +171,13 @@ def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
     Raises:
         AdapterError: There is no such adapter.
     """
-    found = Components.of(model)
-    chosen = tuple(names or found.state.default.names)
-    check_known(found.state, chosen)
+    index = AdapterIndex.of(model)
+    chosen = names_to_merge(index, names)
     try:
-        check_mergeable(found, chosen, False, MergeOptions())
+        check_mergeable(index, chosen, False, MergeOptions())
     except MergeError as refusal:
         return str(refusal)
-    for path, layer in found.layers(chosen):
+    for path, layer in index.layers_of(chosen):
         if layer.base.quantised:
             return (
                 f"{path} is stored as {layer.base.name}, and storing the merged weight so would lose most of what an "

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.layers.adapter_component import MergeOptions
-from lorakit.core.merging.components import Components
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import TrainableTokens
+from lorakit.core.merging.checks import names_to_merge
 from lorakit.core.model.base_view import QuantisedWeight, base_tensors, float_dtype, quantised_weights
-from lorakit.core.model.checks import check_known
+from lorakit.core.model.index import AdapterIndex
+from lorakit.core.model.ties import leaders_of
 
 __all__ = ["iter_merged", "merged_state_dict"]
 
@@ -44,15 +47,14 @@ def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
         MergeError: An adapter cannot be merged.
         AdapterError: There is no such adapter.
     """
-    found = Components.of(model)
-    chosen = tuple(names or found.state.default.names)
-    check_known(found.state, chosen)
-    for path, part in found.modules.items():
+    index = AdapterIndex.of(model)
+    chosen = names_to_merge(index, names)
+    for path, part in index.components.items():
         part.check_mergeable(path, chosen)
-    merged = _Merged(found, chosen)
-    quantised = {weight.packed: weight for weight in quantised_weights(found.index)}
-    options = MergeOptions(in_place=False, dense=float_dtype(found.index) if quantised else None)
-    for name, tensor, module in base_tensors(found.index):
+    merged = _Merged(index, chosen)
+    quantised = {weight.packed: weight for weight in quantised_weights(index)}
+    options = MergeOptions(in_place=False, dense=float_dtype(index) if quantised else None)
+    for name, tensor, module in base_tensors(index):
         if name in quantised:
             yield from merged.dequantized(quantised[name], options)
         else:
@@ -62,19 +64,19 @@ def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
 class _Merged:
     """The tensors of the base in which adapters are, computed when they are asked for."""
 
-    def __init__(self, found: Components, names: Sequence[str]) -> None:
+    def __init__(self, index: AdapterIndex, names: Sequence[str]) -> None:
         self._names, self._options = names, MergeOptions(in_place=False)
-        led = found.followers(names)
+        led = leaders_of(index, names)
         self._sites = {  # a module's id and a name in it -> the layer whose weight that is; one weight, bit for bit
-            (id(layer.source), layer.slot.parameter): led.get(layer, layer) for _, layer in found.layers(names)
+            (id(layer.source), layer.slot.parameter): led.get(layer, layer) for _, layer in index.layers_of(names)
         }
-        self._layers = {(id(layer.source), "bias"): layer for _, layer in found.layers(names)}
+        self._layers = {(id(layer.source), "bias"): layer for _, layer in index.layers_of(names)}
         self._tensors: dict[str, Tensor] = {}  # of saved modules, trained rows
-        for path, component in (*found.copies(), *found.tables()):
+        for path, component in (*index.every(ModulesToSave), *index.every(TrainableTokens)):
             tensors = component.merged_tensors(names, self._options)
             self._tensors |= {f"{path}.{leaf}": tensor for leaf, tensor in tensors.items()}
         self._biases: dict[tuple[int, str], Tensor] = {}
-        for patch in (patch for patches in found.patches.values() for patch in patches):
+        for patch in (patch for patches in index.patches.values() for patch in patches):
             tensors = patch.merged_tensors(names, self._options)
             self._biases |= {(id(patch.module), leaf): tensor for leaf, tensor in tensors.items()}
 

@@ -23,11 +23,11 @@ from lorakit.core.layers.adapter_component import (
 )
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TrainableTokens
-from lorakit.core.merging.checks import check_mergeable, components_apart
-from lorakit.core.merging.components import Components
+from lorakit.core.merging.checks import check_mergeable, components_apart, leading_tables, names_to_merge
 from lorakit.core.model.base_view import float_dtype
 from lorakit.core.model.checks import check_known, trainable_block
 from lorakit.core.model.index import AdapterIndex
+from lorakit.core.model.ties import leaders_of
 from lorakit.core.quantization import let_go
 from lorakit.core.routing.positions import uninstall
 from lorakit.errors import MergeError
@@ -88,35 +88,34 @@ def merge(
     index = AdapterIndex.of(model)
     with trainable_block(index):
         options = MergeOptions(keep_base, dense=float_dtype(index) if dense else None)
-        return _merge(Components.of(index), names, untie, options)
+        return _merge(index, names, untie, options)
 
 
-def _merge(found: Components, names: Sequence[str], untie: bool, options: MergeOptions) -> MergeReport:
-    chosen = tuple(names or found.state.default.names)
-    check_known(found.state, chosen)
-    check_mergeable(found, chosen, untie, options)
-    options = dataclasses.replace(options, apart=components_apart(found, chosen, untie))
-    led = {} if untie else found.followers(chosen)
+def _merge(index: AdapterIndex, names: Sequence[str], untie: bool, options: MergeOptions) -> MergeReport:
+    chosen = names_to_merge(index, names)
+    check_mergeable(index, chosen, untie, options)
+    options = dataclasses.replace(options, apart=components_apart(index, chosen, untie))
+    led = {} if untie else leaders_of(index, chosen)
     staged = [
         staged
-        for path, one in found.components()
+        for path, one in index.with_biases()
         if one not in led and (staged := one.stage_merge(path, chosen, options)) is not None
     ]
-    _commit(found, staged, led, options.apart)
-    found.state.join_default(chosen)
+    _commit(index, staged, led, options.apart)
+    index.known_state().join_default(chosen)
     reports = tuple(change.report for change in staged if change.report is not None)
-    return MergeReport(chosen, reports, sum(module.kept_bytes() for module in found.modules.values()))
+    return MergeReport(chosen, reports, sum(module.kept_bytes() for module in index.components.values()))
 
 
 def _commit(
-    found: Components, staged: Sequence[StagedMerge], led: dict[LoraLayer, LoraLayer], apart: frozenset[int]
+    index: AdapterIndex, staged: Sequence[StagedMerge], led: dict[LoraLayer, LoraLayer], apart: frozenset[int]
 ) -> None:
     """Make staged changes, then let what shares a weight with a changed component follow it."""
     for one in staged:
         one.commit()
     for layer, leader in led.items():
         layer.follow(leader)
-    for table, followers in found.leading_tables().items():
+    for table, followers in leading_tables(index).items():
         for follower in followers:
             follower.follow(table, id(table) in apart)
 
@@ -134,33 +133,33 @@ def unmerge(model: nn.Module, *names: str) -> None:
     """
     index = AdapterIndex.of(model)
     with trainable_block(index):
-        unmerge_components(Components.of(index), names)
+        unmerge_components(index, names)
 
 
-def unmerge_components(found: Components, names: Sequence[str]) -> None:
+def unmerge_components(index: AdapterIndex, names: Sequence[str]) -> None:
     """Unmerge adapters, as `unmerge`, over the index of a call.
 
     Args:
-        found: The components of the model, changed in place.
+        index: The model's index; the model is changed in place.
         names: Adapters; none means all that are merged.
 
     Raises:
         MergeError: As `unmerge`.
         AdapterError: There is no such adapter.
     """
-    merged = found.index.merged_adapters()
+    state, merged = index.known_state(), index.merged_adapters()
     chosen = names or tuple(merged)
-    check_known(found.state, chosen)
+    check_known(state, chosen)
     for name in chosen:
         if name not in merged:
             text = f"Adapter {name!r} is not merged. Merged here: {', '.join(merged) or 'none'}."
             raise MergeError(text, what=name, allowed=merged)
-    for path, module in found.modules.items():
+    for path, module in index.components.items():
         module.check_unmerge(path, chosen)
-    led = found.followers(chosen)
-    changes = (one.stage_unmerge(chosen) for _, one in found.components() if one not in led)
-    _commit(found, [change for change in changes if change is not None], led, frozenset())
-    found.state.leave_default(chosen)
+    led = leaders_of(index, chosen)
+    changes = (one.stage_unmerge(chosen) for _, one in index.with_biases() if one not in led)
+    _commit(index, [change for change in changes if change is not None], led, frozenset())
+    state.leave_default(chosen)
 
 
 def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: bool = False) -> MergeReport:
@@ -181,26 +180,25 @@ def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: 
     """
     index = AdapterIndex.of(model)
     with trainable_block(index):
-        found = Components.of(index)
         options = MergeOptions(False, False, float_dtype(index) if dense else None)
-        flags = _trained_before(found)
-        report = _merge(found, names, untie, options)
-        _unload(found, report.names, flags)
+        flags = _trained_before(index)
+        report = _merge(index, names, untie, options)
+        _unload(index, report.names, flags)
     return report
 
 
-def _unload(found: Components, merged: Sequence[str], flags: Flags) -> None:
+def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
     """Replace every adapted module by the plain one, and give the base its flags back."""
-    state = found.state
-    plain = {module: module.unload() for module in found.modules.values()}
+    state = index.known_state()
+    plain = {module: module.unload() for module in index.components.values()}
     for module, left in plain.items():
-        found.index.replace(module, left)
-    for patch in (patch for patches in found.patches.values() for patch in patches):
+        index.replace(module, left)
+    for patch in (patch for patches in index.patches.values() for patch in patches):
         if patch.adapter not in merged:
             patch.remove(patch.adapter)
         patch.unload()
     if state.waiting:
-        uninstall(found.index.model)
+        uninstall(index.model)
     for parameter, trained in state.frozen:
         parameter.requires_grad_(trained)
     for module, names in flags:
@@ -212,16 +210,16 @@ def _unload(found: Components, merged: Sequence[str], flags: Flags) -> None:
         state.replication.untie()
 
 
-def _trained_before(found: Components) -> Flags:
+def _trained_before(index: AdapterIndex) -> Flags:
     """The layers and tables, each with the names of the base's parameters that were trained before adapters."""
-    trained = {id(parameter) for parameter, flag in found.state.frozen if flag}
+    trained = {id(parameter) for parameter, flag in index.known_state().frozen if flag}
     flags: Flags = []
-    for _, layer in found.layers():
+    for _, layer in index.layers():
         held = {**layer.source._parameters}
         if layer.tied_weight is not None:
             held[layer.slot.parameter] = layer.tied_weight
         flags.append((layer, {name for name, parameter in held.items() if id(parameter) in trained}))
-    for _, table in found.tables():
+    for _, table in index.every(TrainableTokens):
         held = dict(table.original_module._parameters)
         for shared in table.token_adapter.tied_weight:
             held["weight"] = shared

@@ -7,7 +7,7 @@ configs or arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorakit.core.clones import PARAMETRISED
 from lorakit.core.kinds import INNER, KINDS, Kind, WeightSpec, checked, kind_named, kind_of
-from lorakit.core.layers.adapter_component import AdapterModule
+from lorakit.core.layers.adapter_component import AdapterComponent, AdapterModule
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
@@ -29,9 +29,6 @@ from lorakit.targets import Candidate
 
 INSIDE = ".base_layer"
 """What the path of a layer gets for each layer that stands around it."""
-
-DENSE_KINDS = frozenset({"Linear", "Conv1D"})
-"""The kinds that "all-linear" means."""
 
 Children = Sequence[tuple[str, nn.Module]]
 Component = TypeVar("Component", bound=AdapterModule)
@@ -140,6 +137,18 @@ class AdapterIndex:
         for path, layer in self.components.items():
             if isinstance(layer, LoraLayer) and (adapter is None or adapter in layer.r):
                 yield path, layer
+
+    def layers_of(self, adapters: Collection[str]) -> Iterator[tuple[str, LoraLayer]]:
+        """Yield the adapted layers that have a factor of at least one of some adapters, with their paths."""
+        for path, layer in self.layers():
+            if any(name in layer.r for name in adapters):
+                yield path, layer
+
+    def with_biases(self) -> Iterator[tuple[str, AdapterComponent]]:
+        """Yield every component with its path: adapted modules in the model's order, then trained biases."""
+        yield from self.components.items()
+        for path, patches in self.patches.items():
+            yield from ((path, patch) for patch in patches)
 
     def every(self, kind: type[Component]) -> Iterator[tuple[str, Component]]:
         """Yield every component of a class, such as `ModulesToSave`, with its path."""

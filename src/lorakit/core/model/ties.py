@@ -8,7 +8,7 @@ of tables have ties of their own (`row_choice`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -148,25 +148,21 @@ def tie_factors(index: AdapterIndex, name: str, leaders: Mapping[str, str]) -> N
             layer.lora_B[name] = TiedWeight(leading, name, "B").train(layer.training)
 
 
-def of_one_weight(layers: Iterable[tuple[str, LoraLayer]], names: Collection[str]) -> list[tuple[LoraLayer, LoraLayer]]:
-    """Return the layers that are led in every one of some adapters, with the layers that lead them; one weight.
+def leaders_of(index: AdapterIndex, names: Collection[str]) -> dict[LoraLayer, LoraLayer]:
+    """Return the layers that are led in every one of some adapters -> the layers that lead them; one weight.
 
     Args:
-        layers: Paths and layers of a model, in its order.
+        index: The model's index.
         names: Adapters. If only one of two layers has one of them, the two are not one.
     """
     owners: dict[int, LoraLayer] = {}  # id of a factor -> the first layer that has it
-    pairs = []
-    for _, layer in layers:
-        here = [name for name in names if name in layer.r]
-        leading = [_leading(layer, name, owners) for name in here]
-        leader = leading[0] if leading else None
-        if leader is None or any(other is not leader for other in leading):
-            continue
-        if {name for name in names if name in leader.r} == set(here):
-            mine, its = (one.source._parameters.get(one.slot.parameter) for one in (layer, leader))
-            pairs += [(layer, leader)] if mine is its and mine is not None else []
-    return pairs
+    found = {}
+    for _, layer in index.layers_of(names):
+        leading = [_leading(layer, name, owners) for name in names if name in layer.r]
+        leader = leading[0]
+        if leader is not None and all(other is leader for other in leading) and layer.is_one_with(leader, names):
+            found[layer] = leader
+    return found
 
 
 def _leading(layer: LoraLayer, name: str, owners: dict[int, LoraLayer]) -> LoraLayer | None:
@@ -178,27 +174,23 @@ def _leading(layer: LoraLayer, name: str, owners: dict[int, LoraLayer]) -> LoraL
     return down.leader[0] if isinstance(down, TiedWeight) else None
 
 
-def untied_copies(
-    copies: Collection[tuple[str, ModulesToSave]],
-    names: Collection[str],
-    held: Mapping[int, Sequence[tuple[str, nn.Module]]],
-) -> list[tuple[str, str]]:
+def untied_copies(index: AdapterIndex, names: Collection[str]) -> list[tuple[str, str]]:
     """Return saved modules that would part from a module that shares their weight, if they replaced the original.
 
     Args:
-        copies: Paths and saved modules of a model.
+        index: The model's index.
         names: Adapters.
-        held: `identity` of a weight of the base -> names and modules that hold it.
 
     Returns:
         Path of the copied module, and the name of the other.
     """
     found = []
-    holders = {id(holder.original_module): holder for _, holder in copies}
-    for path, holder in copies:
+    copies = dict(index.every(ModulesToSave))
+    holders = {id(holder.original_module): holder for holder in copies.values()}
+    for path, holder in copies.items():
         for name in [name for name in names if name in holder.modules_to_save]:
             parameter = holder.original_module._parameters.get("weight")
-            for other, module in held.get(identity(parameter), ()):
+            for other, module in index.holders.get(identity(parameter), ()):
                 twin = holders.get(id(module))
                 copied = twin.modules_to_save[name] if twin is not None and name in twin.modules_to_save else None
                 mine = holder.modules_to_save[name]._parameters["weight"]
