@@ -138,7 +138,16 @@ def _dtype(dtype: str | torch.dtype) -> Any:
 
 
 def call_loader(source: ModelSource, load: Any, **options: Any) -> Any:
-    """Call a loader of transformers; any exception becomes a `ModelError` with one line."""
+    """Call a loader of transformers; a model's own code is never run.
+
+    Args:
+        source: The model.
+        load: The loader, such as `AutoModelForCausalLM.from_pretrained`.
+        options: Its options.
+
+    Raises:
+        ModelError: The loader raised an exception; the message has one line.
+    """
     try:
         return load(source.path_or_id, trust_remote_code=False, local_files_only=source.kind != "hub", **options)
     except Exception as cause:  # loaders of third-party files may raise anything
