@@ -1,4 +1,4 @@
-"""lorakit.core.merging.checks: what is exact stays within roundings; what is not says which site and dtype, or why."""
+"""lorakit.core.merging.merging: what is exact stays within roundings; what is not says which site and dtype, or why."""
 
 from __future__ import annotations
 
