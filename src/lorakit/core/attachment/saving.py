@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, LoraConfig, TaskType
 from lorakit.core.attachment.residual_base import as_plain, beginning, plain_config
-from lorakit.core.files.sidecar import (
+from lorakit.core.files.adapter_folder import (
     BEGAN,
     FORMAT_VERSION,
     KINDS_KEY,
