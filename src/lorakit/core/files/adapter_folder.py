@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.config import CONFIG_FILE, LoraConfig, read_config
-from lorakit.core.files.tensor_file import TensorFile, read_tensors
+from lorakit.core.files.tensor_file import TensorFile, file_error, read_tensors
 from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.core.model.index import INSIDE
 from lorakit.durable import SEAL, JsonObject, is_sealed, json_bytes, read_json, sealed, sha256_bytes, sha256_file
@@ -30,18 +30,18 @@ SEALED_SINCE = 2
 """The first format whose file has a seal and must name the SHA-256 of weights and config."""
 
 METADATA_KEY = "lorakit"
-"""Stands in the weights file's header as long as no other program has written it anew."""
+"""Key in the header of the weights file; it is missing if another program has rewritten the file."""
 
 KINDS_KEY = "kinds"
-"""Names of the user's own kinds of site that the adapter was made with."""
+"""Key of the names of the user's kinds of site that the adapter was made with."""
 
 MAX_BYTES = 16 << 20
 
 REPLACES = "replaces"
-"""What the files were before, while they are replaced one by one: their SHA-256, and the `lorakit.json` then."""
+"""Key of the old files while they are replaced one by one: their SHA-256, and the old `lorakit.json`."""
 
 BEGAN = "began"
-"""Where it says how an adapter began whose init moved the base: its config's words, each site's rank and alpha."""
+"""Key of the initial state of an adapter with a residual base: fields of its config, rank and alpha of each site."""
 
 ATTEMPTS = 3
 """Attempts to read an adapter that another process replaces meanwhile."""
@@ -49,47 +49,43 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What `lorakit.json` says; every field is empty where there is no such file.
+    """Content of `lorakit.json`; every field is empty if there is no such file.
 
     Attributes:
-        present: The file is there.
-        weights_sha256: The weights' SHA-256, and before it that of the file they replaced while being written.
+        present: The file exists.
+        weights_sha256: The weights' SHA-256, and that of the file that they were replacing when they were written.
         config_sha256: The config's SHA-256.
         base: Fingerprint of the base, or None.
         sites: Site -> {"r", "lora_alpha"}.
-        facts: Everything else: training facts, names, hashes.
-        began: How an adapter began whose init moved the base; else empty.
-        format_version: Of the file; 0 where there is none.
-        interrupted: A save that was interrupted left the files as they were before it.
+        facts: Everything else: training metadata, names, hashes.
+        began: The initial state of an adapter with a residual base; empty for others.
+        format_version: The file's format; 0 if there is no file.
+        interrupted: A save was interrupted, and the files are those from before it.
     """
 
-    present: bool
-    weights_sha256: tuple[str, ...]
-    config_sha256: str
-    base: Fingerprint | None
-    sites: dict[str, dict[str, float]]
-    facts: JsonObject
+    present: bool = False
+    weights_sha256: tuple[str, ...] = ()
+    config_sha256: str = ""
+    base: Fingerprint | None = None
+    sites: dict[str, dict[str, float]] = field(default_factory=dict)
+    facts: JsonObject = field(default_factory=dict)
     began: JsonObject = field(default_factory=dict)
     format_version: int = 0
     interrupted: bool = False
 
-    def trusts(self, config_path: Path) -> bool:
-        """Whether the config beside it is, byte for byte, the one it was written with."""
-        return self.present and self.config_sha256 == sha256_file(config_path)
-
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter's folder as it was read.
+    """The content of an adapter's directory.
 
     Attributes:
-        folder: Where.
+        folder: The directory.
         config: The config.
         file: The weights.
-        sidecar: What `lorakit.json` says.
+        sidecar: The content of `lorakit.json`.
         config_is_ours: The config is byte for byte the one that was written with the weights.
-        warnings: Sentences a person should read.
-        made: It was made here by an operation, and may do nothing if that was asked for.
+        warnings: Messages for the user.
+        made: An operation on adapters made it in memory; its update may be zero.
     """
 
     folder: Path
@@ -102,7 +98,7 @@ class AdapterFiles:
 
     @property
     def is_ours(self) -> bool:
-        """Return whether config and weights are, byte for byte, those that `lorakit.json` speaks of."""
+        """Return whether config and weights are, byte for byte, those that `lorakit.json` describes."""
         return self.config_is_ours and self.file.sha256 in self.sidecar.weights_sha256
 
 
@@ -110,28 +106,26 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
     """Read and verify the files of an adapter; no model is needed.
 
     Args:
-        folder: A folder that PEFT or lorakit wrote.
+        folder: A directory that PEFT or lorakit wrote.
 
     Raises:
         AdapterFileError: A file is missing, damaged, or of a kind that is never loaded.
-        NotYetSupported: The adapter needs what is not built yet.
+        NotYetSupported: The adapter needs a feature that is not implemented.
     """
     folder = Path(folder)
     if folder.is_file():
-        raise AdapterFileError(f"{folder} is a file; an adapter is a folder with {CONFIG_FILE}.")
+        raise AdapterFileError(f"{folder} is a file; an adapter is a directory with {CONFIG_FILE}.")
     for _ in range(ATTEMPTS):
-        before = identities(folder)
+        before = _identities(folder)
         try:
             files = _read_once(folder)
         except (AdapterFileError, OSError):
-            if identities(folder) == before:
+            if _identities(folder) == before:
                 raise
         else:
-            if identities(folder) == before:
+            if _identities(folder) == before:
                 return files
-    raise AdapterFileError(
-        f"{folder}: its files changed while they were read. Load it when nothing writes there.", where=folder
-    )
+    raise file_error(folder, "its files changed while they were read. Load it when nothing writes there.")
 
 
 def _read_once(folder: Path) -> AdapterFiles:
@@ -139,37 +133,37 @@ def _read_once(folder: Path) -> AdapterFiles:
     config, unknown = read_config(folder)
     weights = folder / WEIGHTS_FILE
     if not weights.exists() and (folder / "adapter_model.bin").exists():
-        raise AdapterFileError(
-            f"{folder}: the weights are a pickle (adapter_model.bin), which is never loaded, since it can run code. "
-            f"Convert it to {WEIGHTS_FILE} with the program that wrote it.",
-            where=folder,
+        raise file_error(
+            folder,
+            "the weights are a pickle (adapter_model.bin), which can run code and is never loaded. Convert it to "
+            f"{WEIGHTS_FILE} with the program that wrote it.",
         )
     file = read_tensors(weights)
-    sidecar = read_sidecar(folder)
+    sidecar = _read_sidecar(folder)
     said = []
     if unknown:
         said.append(f"{folder}: fields of {CONFIG_FILE} that are not known here were left out: {', '.join(unknown)}.")
-    doubt = integrity(sidecar, file, weights)
+    doubt = _doubt(sidecar, file, weights)
     if doubt and sidecar.present:
         said.append(f"{folder}: {doubt}.")
     if sidecar.interrupted:
         said.append(f"{folder}: a save was interrupted; this is the adapter from before it.")
-    ours = sidecar.trusts(folder / CONFIG_FILE)
+    ours = sidecar.present and sidecar.config_sha256 == sha256_file(folder / CONFIG_FILE)
     if sidecar.present and not ours:
-        said.append(f"{folder}: {CONFIG_FILE} was edited since the adapter was saved; it is taken as it is.")
+        said.append(f"{folder}: {CONFIG_FILE} was edited since the adapter was saved; the edited one is used.")
     return AdapterFiles(folder, config, file, sidecar, ours, tuple(said))
 
 
 def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) -> float:
-    """Alpha at a site: from `lorakit.json` where the config is the one it was written with, else from the config.
+    """Return alpha at a site: from `lorakit.json` if the config is the one written with it, else from the config.
 
     Args:
-        files: What was read.
+        files: The adapter's files.
         path: The site's path on disk.
-        pattern_path: Path that patterns are compared with, if it is another.
+        pattern_path: The path to compare with patterns, if it differs.
 
     Raises:
-        AdapterFileError: It follows from a regular expression, which is not run.
+        AdapterFileError: It depends on a regular expression, which is not run.
     """
     if files.config_is_ours and path in files.sidecar.sites:
         return float(files.sidecar.sites[path]["lora_alpha"])
@@ -187,8 +181,8 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
 def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
     """Return the bare parameters that a site on disk may belong to, sorted; none if the module itself is a target.
 
-    The files name modules, not their bare parameters: which tensors are whose follows from the order in which the
-    module defines them, and that is known where the model is.
+    The files name modules, not their bare parameters: which parameter a tensor belongs to follows from the order in
+    which the module defines them, and only the model has that order.
 
     Args:
         config: The adapter's config.
@@ -203,15 +197,15 @@ def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
 
 
 def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, float | None]:
-    """Rank and alpha of a site; where it cannot be known, the rows for the rank and None for alpha.
+    """Return rank and alpha of a site; if they are unknown, the number of rows of A and None.
 
-    Of an adapter that PEFT wrote, a parameter's own rank and alpha are known where the patterns give all parameters
-    that may be meant the same.
+    In an adapter that PEFT wrote, rank and alpha of a bare parameter are known if the patterns give the same values to
+    all parameters that the site may belong to.
 
     Args:
-        files: What was read.
+        files: The adapter's files.
         path: The site's path on disk.
-        rows: So many rows has its A: the rank, or of experts the rank of all together.
+        rows: Rows of its A: the rank, or the rank times the number of experts.
     """
     config = files.config
     known = files.sidecar.sites.get(path) if files.config_is_ours else None
@@ -231,53 +225,53 @@ def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, floa
 
 
 def sidecar_bytes(about: Mapping[str, Any], config: bytes, weights: bytes, replaces: Any = None) -> bytes:
-    """Content of `lorakit.json`.
+    """Return the content of `lorakit.json`.
 
     Args:
-        about: What it says besides: base, sites, facts.
+        about: Its other values: base, sites, metadata.
         config: Content of `adapter_config.json`.
         weights: Content of `adapter_model.safetensors`.
-        replaces: What `replaced_files` returned, while the two replace older ones one by one.
+        replaces: The result of `replaced_files`, while the two replace older ones one by one.
     """
-    words: JsonObject = {
+    values: JsonObject = {
         **about,
         "format_version": FORMAT_VERSION,
         "weights": {"file": WEIGHTS_FILE, "sha256": sha256_bytes(weights), "bytes": len(weights)},
         "config": {"file": CONFIG_FILE, "sha256": sha256_bytes(config)},
     }
-    words.pop(REPLACES, None)
-    return json_bytes(sealed(words if replaces is None else {**words, REPLACES: replaces}))
+    values.pop(REPLACES, None)
+    return json_bytes(sealed(values if replaces is None else {**values, REPLACES: replaces}))
 
 
 def replaced_files(folder: Path) -> JsonObject:
-    """What `lorakit.json` says of the files that are replaced: their SHA-256, and what it said itself.
+    """Return what `lorakit.json` records of the files that are replaced: their SHA-256, and its own old content.
 
     Args:
-        folder: Where they are. `files` is empty where they are no whole adapter.
+        folder: Their directory; `files` of the result is empty if they are not a complete adapter.
     """
     try:
-        values, _ = _standing(folder)
+        values, _ = _valid_values(folder)
         before = {name: sha256_file(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
     except (AdapterFileError, OSError):
         return {"files": {}, "sidecar": None}
     return {"files": {**before, **_first_factors(values or {})}, "sidecar": values}
 
 
-def read_sidecar(folder: str | os.PathLike[str]) -> Sidecar:
-    """Read `lorakit.json` of an adapter's folder, if there is one.
+def _read_sidecar(folder: Path) -> Sidecar:
+    """Read `lorakit.json` of an adapter's directory, if there is one.
 
     Raises:
         AdapterFileError: It is damaged, or of a format newer than this version reads, or a save was interrupted that
             left files of two adapters.
     """
-    values, interrupted = _standing(Path(folder))
+    values, interrupted = _valid_values(folder)
     if values is None:
-        return Sidecar(False, (), "", None, {}, {}, interrupted=interrupted)
-    return dataclasses.replace(_parsed(Path(folder) / SIDECAR_FILE, values), interrupted=interrupted)
+        return Sidecar(interrupted=interrupted)
+    return dataclasses.replace(_parsed(folder / SIDECAR_FILE, values), interrupted=interrupted)
 
 
-def identities(folder: Path) -> tuple[tuple[int, int, int] | None, ...]:
-    """What tells whether the files of an adapter were replaced: inode, time and size of each, None if it is missing."""
+def _identities(folder: Path) -> tuple[tuple[int, int, int] | None, ...]:
+    """Return inode, time and size of each file of an adapter, None if it is missing: they change if it is replaced."""
     found: list[tuple[int, int, int] | None] = []
     for name in (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE):
         try:
@@ -289,8 +283,8 @@ def identities(folder: Path) -> tuple[tuple[int, int, int] | None, ...]:
     return tuple(found)
 
 
-def _standing(folder: Path) -> tuple[JsonObject | None, bool]:
-    """The values that hold for the files in a folder, and whether they are those from before an interrupted save."""
+def _valid_values(folder: Path) -> tuple[JsonObject | None, bool]:
+    """Return the values that describe the present files, and whether these are from before an interrupted save."""
     path = folder / SIDECAR_FILE
     if not path.exists():
         return None, False
@@ -308,52 +302,48 @@ def _standing(folder: Path) -> tuple[JsonObject | None, bool]:
     if all(found.get(name) == sha256 for name, sha256 in after.items()):
         return {key: value for key, value in values.items() if key != REPLACES}, False
     if before and all(found.get(name) == sha256 for name, sha256 in before.items()):
-        standing = replaces.get("sidecar")
-        return (None if standing is None else _checked(path, standing)), True
+        old = replaces.get("sidecar")
+        return (None if old is None else _checked(path, old)), True
     raise _mixed(folder, found, after, before)
 
 
 def _mixed(
     folder: Path, found: Mapping[str, str], after: Mapping[str, str], before: Mapping[str, str]
 ) -> AdapterFileError:
-    words = {name: "missing" if name not in found else "neither" for name in after}
-    words |= {name: "the old one" for name in before if found.get(name) == before[name]}
-    words |= {name: "the new one" for name in after if found.get(name) == after[name]}
-    shown = ", ".join(f"{name} is {word}" for name, word in sorted(words.items()))
+    which = {name: "missing" if name not in found else "neither" for name in after}
+    which |= {name: "the old one" for name in before if found.get(name) == before[name]}
+    which |= {name: "the new one" for name in after if found.get(name) == after[name]}
+    shown = ", ".join(f"{name} is {one}" for name, one in sorted(which.items()))
     back = [name for name in before if found.get(name) != before[name]]
     way = f", or restore the old {' and '.join(sorted(back))} from a copy" if back else ""
-    return AdapterFileError(
-        f"{folder}: a save was interrupted, and the files do not belong together: {shown}. Save the adapter "
-        f"again{way}.",
-        where=folder,
+    return file_error(
+        folder, f"a save was interrupted, and the files do not belong together: {shown}. Save the adapter again{way}."
     )
 
 
 def _first_factors(values: Mapping[str, Any]) -> dict[str, str]:
-    """The file of first factors that an adapter needs, and its SHA-256."""
+    """Return the name of the file with an adapter's initial factors and its SHA-256, if it needs one."""
     began = _table(values.get(BEGAN))
     return {str(began["file"]): str(began.get("sha256"))} if began.get("file") else {}
 
 
 def _checked(path: Path, values: Any) -> JsonObject:
-    """A table of a format that is read here, whole as far as its format tells."""
+    """Check that a value is a table of a known format, with a valid seal if its format has one."""
     version = values.get("format_version") if isinstance(values, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise AdapterFileError(
-            f"{path}: not a table with a format_version. Remove the file to load unverified.", where=path
-        )
+        raise file_error(path, "not a table with a format_version. Remove the file to load unverified.")
     if version > FORMAT_VERSION:
-        raise AdapterFileError(
-            f"{path}: format {version} is newer than the {FORMAT_VERSION} read here. Update lorakit, "
+        raise file_error(
+            path,
+            f"format {version} is newer than the {FORMAT_VERSION} read here. Update lorakit, "
             "or remove the file to load unverified.",
-            where=path,
         )
     hashes = [_table(values.get(key)).get("sha256") for key in ("weights", "config")]
     if version >= SEALED_SINCE and not (is_sealed(values) and all(isinstance(sha256, str) for sha256 in hashes)):
-        raise AdapterFileError(
-            f"{path}: damaged or edited: its {SEAL} does not fit its content. Restore it from a copy, or remove it to "
+        raise file_error(
+            path,
+            f"damaged or edited: its {SEAL} does not fit its content. Restore it from a copy, or remove it to "
             f"load unverified, with the alphas of {CONFIG_FILE}.",
-            where=path,
         )
     return values
 
@@ -365,50 +355,40 @@ def _parsed(path: Path, values: JsonObject) -> Sidecar:
     facts = {key: value for key, value in values.items() if key not in known}
     base = Fingerprint.from_dict(values["base"]) if values.get("base") else None
     if values.get("base") and base is None:
-        raise AdapterFileError(f"{path}: base is not a fingerprint. Remove the file to load unverified.", where=path)
+        raise file_error(path, "base is not a fingerprint. Remove the file to load unverified.")
     for site, entry in sites.items():
         if not _is_site(entry):
-            raise AdapterFileError(
-                f"{path}: sites[{site!r}] is {str(entry)[:60]}; numbers r and lora_alpha were expected. Remove the "
+            raise file_error(
+                path,
+                f"sites[{site!r}] is {str(entry)[:60]}; numbers r and lora_alpha were expected. Remove the "
                 "file to load unverified.",
-                where=path,
             )
     began = _table(values.get(BEGAN))
     if began and not all(map(_is_site, _table(began.get("sites")).values())):
-        raise AdapterFileError(
-            f"{path}: {BEGAN} does not hold numbers r and lora_alpha. Remove the file to load it plain.", where=path
-        )
+        raise file_error(path, f"{BEGAN} does not hold numbers r and lora_alpha. Remove the file to load unverified.")
     return Sidecar(True, shas, str(config.get("sha256", "")), base, sites, facts, began, values["format_version"])
 
 
-def integrity(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
-    """Whether the weights are those that lorakit wrote.
-
-    Args:
-        sidecar: What was written about them.
-        file: What was read.
-        path: The weights' path, for the message.
-
-    Returns:
-        None where they are the same; otherwise the reason why they cannot be verified.
+def _doubt(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
+    """Return why weights cannot be verified; None if they are those that lorakit wrote.
 
     Raises:
-        AdapterFileError: They are lorakit's own and have changed since: damaged.
+        AdapterFileError: lorakit wrote them, and they have changed since: damaged.
     """
     written = file.metadata.get(METADATA_KEY, "")
     if sidecar.present and written.isdecimal() and int(written) > sidecar.format_version:
-        raise AdapterFileError(
-            f"{path}: written in format {written}, but {SIDECAR_FILE} is of format {sidecar.format_version}: damaged, "
+        raise file_error(
+            path,
+            f"written in format {written}, but {SIDECAR_FILE} is of format {sidecar.format_version}: damaged, "
             f"or of another adapter. Restore {SIDECAR_FILE} from a copy, or remove it to load unverified.",
-            where=path,
         )
     if file.sha256 in sidecar.weights_sha256:
         return None
     if sidecar.present and METADATA_KEY in file.metadata:
-        raise AdapterFileError(
-            f"{path}: damaged: its SHA-256 is {file.sha256[:12]}…, and what was written has "
+        raise file_error(
+            path,
+            f"damaged: its SHA-256 is {file.sha256[:12]}…, and what was written has "
             f"{''.join(sidecar.weights_sha256[:1])[:12] or 'none'}…. Restore it from a copy.",
-            where=path,
         )
     if sidecar.present:
         return "the weights were rewritten by another program, so they cannot be verified"

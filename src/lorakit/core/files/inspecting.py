@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorakit.config import LoraConfig, scale
 from lorakit.core.files.adapter_folder import AdapterFiles, rank_and_alpha, read_adapter
-from lorakit.core.files.tensor_names import parse
+from lorakit.core.files.tensor_names import by_site
 from lorakit.core.inits import init_named
 from lorakit.core.kinds import WeightSpec, per_expert
 from lorakit.core.model.checks import LARGEST_USUAL_SCALE
@@ -38,19 +38,19 @@ ZERO, PARTLY_ZERO, NONFINITE, VALUES, SCALE, ALPHA, PATTERN, INIT = (
 """The kinds of findings."""
 
 LARGEST_USUAL_VALUE = 1e4
-"""From this on a number is implausible. Trained factors are below 10 and base weights below 1,000 in practice, and
-fp16 ends at 65,504."""
+"""Larger magnitudes are implausible: in practice trained factors are below 10 and base weights below 1,000; the maximum
+of fp16 is 65,504."""
 
 STEEPEST_USUAL_PATTERN = 100.0
-"""From this ratio on a site's scale is implausible next to the scale of the config. Published patterns of ranks and
-alphas stay below 64, and a pattern that follows the rank changes no scale."""
+"""A larger ratio of a site's scale to the config's scale is implausible. Published patterns of ranks and alphas stay
+below 64, and a pattern that follows the rank changes no scale."""
 
 ADVICE: Mapping[str, str] = {
-    ZERO: "the adapter does nothing there; it was never trained, or training did not change it",
-    PARTLY_ZERO: "the adapter does nothing there",
-    VALUES: f"trained numbers are below {LARGEST_USUAL_VALUE:g}",
+    ZERO: "the adapter has no effect there; it was never trained, or training did not change it",
+    PARTLY_ZERO: "the adapter has no effect there",
+    VALUES: f"trained values are below {LARGEST_USUAL_VALUE:g}",
     SCALE: "check lora_alpha, r and the patterns",
-    ALPHA: "at zero the adapter does nothing, below it does the opposite of what it was trained for",
+    ALPHA: "at zero the adapter has no effect, below zero the opposite of the trained one",
 }
 """Kind of a finding -> its meaning."""
 
@@ -60,14 +60,14 @@ NAMED = 3
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that looks wrong.
+    """One implausible property of an adapter.
 
     Attributes:
-        kind: What it is: "zero_update", "partly_zero", "nonfinite", "large_values", "large_scale",
+        kind: "zero_update", "partly_zero", "nonfinite", "large_values", "large_scale",
             "alpha_not_positive", "steep_alpha_pattern" or "unknown_init".
         where: Sites, or names of tensors for "nonfinite" and "large_values"; empty for the whole adapter.
         value: The value of the first of them, or None.
-        text: The finding in words.
+        text: The message.
     """
 
     kind: str
@@ -81,12 +81,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Site:
-    """One site as it is judged.
+    """A site, as far as it is known without a model.
 
     Attributes:
         path: Its path on disk.
         alpha: Its alpha, or None if it is unknown.
-        scale: Its effective scale, or None likewise.
+        scale: Its effective scale, or None if it is unknown.
     """
 
     path: str
@@ -95,15 +95,15 @@ class Site:
 
 
 def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float]) -> tuple[Finding, ...]:
-    """Judge an adapter.
+    """Return what is implausible about an adapter.
 
     Args:
         config: Its config.
         sites: Its sites.
-        largest: Name on disk -> largest magnitude in that tensor, as `largest_values` gives it.
+        largest: Name on disk -> largest magnitude in that tensor, as `largest_values` returns it.
 
     Returns:
-        What looks wrong; empty for a plausible adapter.
+        The findings; empty for a plausible adapter.
     """
     found = [
         _zero(sites, largest),
@@ -116,16 +116,12 @@ def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float
 
 
 def nonfinite(largest: Mapping[str, float]) -> Finding | None:
-    """Return the finding of NaN and infinite numbers, or None if there are none.
-
-    Args:
-        largest: As for `judge`.
-    """
+    """Return the finding for NaN and infinite values, or None; `largest` is as for `judge`."""
     return _of_tensors(NONFINITE, "NaN or infinite numbers", largest, lambda value: not math.isfinite(value))
 
 
 def not_finite(folder: Path, finding: Finding) -> AdapterFileError:
-    """Return the error that a finding of NaN or infinite numbers is, unless it is allowed."""
+    """Return the error for NaN or infinite values that are not allowed."""
     return AdapterFileError(
         f"{folder}: {finding}",
         advice=f"Take an earlier checkpoint, or {OVERRIDE}.",
@@ -136,19 +132,19 @@ def not_finite(folder: Path, finding: Finding) -> AdapterFileError:
 
 
 def implausible(folder: str | Path, findings: Sequence[Finding], may_be_zero: bool = False) -> tuple[str, ...]:
-    """Return one message that names all findings, or none if there are none.
+    """Return one message that names all findings, or nothing if there are none.
 
-    Some zero sites among others are not a reason for a warning: experts that no token reached and what
-    is extracted from a model that changed in part have such sites. Inspecting lists them.
+    Some zero sites among others do not cause a warning: experts that no token reached have them, and so do adapters
+    extracted from a model that changed in part. Inspecting lists them.
 
     Args:
-        folder: The adapter's folder.
-        findings: As `judge` gives them.
-        may_be_zero: The adapter may do nothing: it is going to be trained, or is one of several.
+        folder: The adapter's directory.
+        findings: The result of `judge`.
+        may_be_zero: A zero update is plausible: the adapter will be trained, or is one of several.
     """
-    passed = {PARTLY_ZERO, ZERO} if may_be_zero else {PARTLY_ZERO}
-    told = [str(finding) for finding in findings if finding.kind not in passed]
-    return (f"{folder}: implausible: {' '.join(told)}",) if told else ()
+    ignored = {PARTLY_ZERO, ZERO} if may_be_zero else {PARTLY_ZERO}
+    messages = [str(finding) for finding in findings if finding.kind not in ignored]
+    return (f"{folder}: implausible: {' '.join(messages)}",) if messages else ()
 
 
 def largest_values(tensors: Mapping[str, Tensor]) -> dict[str, float]:
@@ -157,7 +153,7 @@ def largest_values(tensors: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def largest_value(tensor: Tensor) -> float:
-    """Return the largest magnitude in a tensor of any shape: NaN if it holds NaN, 0 if it is empty or of integers."""
+    """Return the largest magnitude in a tensor of any shape: NaN if it contains NaN, 0 if empty or of integers."""
     if not tensor.numel() or not tensor.is_floating_point():
         return 0.0
     low, high = torch.aminmax(tensor)
@@ -165,14 +161,9 @@ def largest_value(tensor: Tensor) -> float:
 
 
 def _zero(sites: Sequence[Site], largest: Mapping[str, float]) -> Finding | None:
-    parts: dict[str, dict[str, float]] = {}
-    for name, value in largest.items():
-        key = parse(name)
-        if key is not None:
-            parts.setdefault(key.path, {})[key.part] = value
-    held = [parts.get(site.path, {}) for site in sites]
-    pairs = [(site.path, part) for site, part in zip(sites, held, strict=True) if {"A", "B"} <= part.keys()]
-    zero = [(path, 0.0) for path, part in pairs if 0 in (part["A"], part["B"]) and not part.get("bias")]
+    parts = by_site(largest)
+    pairs = [(site.path, parts.get(site.path, {})) for site in sites]
+    zero = [(path, 0.0) for path, part in pairs if 0 in (part.get("A"), part.get("B")) and not part.get("bias")]
     if not zero:
         return None
     many = "all" if len(zero) == len(sites) else f"{len(zero)} of {len(sites)}"
@@ -230,14 +221,14 @@ class SiteSummary:
     """One site of an adapter on disk.
 
     Attributes:
-        path: Where it sits.
-        r: Rank; of experts in one parameter, that of each.
-        lora_alpha: Alpha, or None where a pattern from the file is not a plain name.
-        scale: Effective scale, or None likewise.
+        path: Its path on disk.
+        r: Rank; for experts in one parameter, the rank of each.
+        lora_alpha: Alpha, or None if it depends on a pattern that is not a plain name.
+        scale: Effective scale, or None if alpha is None.
         in_features: Columns of A.
         out_features: Rows of B.
-        norm: Frobenius norm of scale·B·A (without scale where that is unknown).
-        experts: So many matrices share A and B; 0 where it is one.
+        norm: Frobenius norm of scale·B·A (without the scale if it is unknown).
+        experts: Number of matrices that share A and B; 0 if there is only one.
     """
 
     path: str
@@ -255,16 +246,16 @@ class AdapterSummary:
     """An adapter on disk.
 
     Attributes:
-        folder: Where.
+        folder: Its directory.
         config: Its config.
         sites: Its sites, sorted.
-        parameters: Numbers it holds.
+        parameters: Number of elements of its tensors.
         weights_bytes: Size of the weights file.
         weights_sha256: Its SHA-256.
         base: Fingerprint of its base, or None.
-        facts: What `lorakit.json` says besides.
-        findings: Sentences about what looks wrong; empty for a healthy adapter.
-        judged: The findings about its numbers and scales, as loading warns of them; each is in `findings` too.
+        facts: Metadata in `lorakit.json`.
+        findings: Messages about what looks wrong; empty for a healthy adapter.
+        judged: The findings about its values and scales, which loading warns of; they are in `findings` too.
     """
 
     folder: str
@@ -280,21 +271,21 @@ class AdapterSummary:
 
 
 def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
-    """Read an adapter's files and judge its health.
+    """Read an adapter's files and check its health.
 
     Args:
-        folder: A folder that PEFT or lorakit wrote.
+        folder: A directory that PEFT or lorakit wrote.
 
     Returns:
         The summary; `findings` names zero B, NaN, odd scales and files that changed.
 
     Raises:
         AdapterFileError: A file is missing or damaged.
-        NotYetSupported: The adapter needs what is not built yet.
+        NotYetSupported: The adapter needs a feature that is not implemented.
     """
     files = read_adapter(folder)
     tensors = files.file.tensors
-    pairs = _by_site(tensors)
+    pairs = by_site(tensors)
     whole = {path: parts for path, parts in sorted(pairs.items()) if _is_pair(parts)}
     sites = tuple(_site(files, path, parts["A"], parts["B"]) for path, parts in whole.items())
     judged = judge(files.config, [Site(s.path, s.lora_alpha, s.scale) for s in sites], largest_values(tensors))
@@ -303,7 +294,7 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
         folder=str(folder),
         config=files.config,
         sites=sites,
-        parameters=sum(tensor.numel() for tensor in files.file.tensors.values()),
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
         weights_bytes=files.file.size_bytes,
         weights_sha256=files.file.sha256,
         base=files.sidecar.base,
@@ -314,19 +305,19 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
 
 
 def judge_files(files: AdapterFiles, allow: Collection[str] = ()) -> tuple[Finding, ...]:
-    """Judge an adapter whose numbers are used without `load_adapter`.
+    """Return what is implausible about an adapter whose tensors are used without `load_adapter`.
 
     Args:
-        files: What was read.
+        files: The adapter's files.
         allow: Checks to override: "nonfinite".
 
     Returns:
-        What looks wrong, in the words of `inspect_adapter`; empty for a plausible adapter.
+        The findings, the same as those of `inspect_adapter`.
 
     Raises:
-        AdapterFileError: It holds NaN or infinite numbers.
+        AdapterFileError: It contains NaN or infinite values.
     """
-    whole = {path: parts["A"] for path, parts in _by_site(files.file.tensors).items() if _is_pair(parts)}
+    whole = {path: parts["A"] for path, parts in by_site(files.file.tensors).items() if _is_pair(parts)}
     known = [(path, *rank_and_alpha(files, path, int(A.shape[0]))) for path, A in sorted(whole.items())]
     rslora = files.config.use_rslora
     sites = [Site(path, alpha, None if alpha is None else scale(r, alpha, rslora)) for path, r, alpha in known]
@@ -337,18 +328,8 @@ def judge_files(files: AdapterFiles, allow: Collection[str] = ()) -> tuple[Findi
     return found
 
 
-def _by_site(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return path of a site -> part -> tensor, of what the file holds."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        key = parse(name)
-        if key is not None:
-            pairs.setdefault(key.path, {})[key.part] = tensor
-    return pairs
-
-
 def delta_norm(A: Tensor, B: Tensor) -> float:
-    """Frobenius norm of B·A without the product: √ trace((BᵀB)(AAᵀ)).   [docs/math.md (9)]
+    """Return the Frobenius norm of B·A without the product: √ trace((BᵀB)(AAᵀ)).   [docs/math.md (9)]
 
     Args:
         A: (r, in).
@@ -359,7 +340,7 @@ def delta_norm(A: Tensor, B: Tensor) -> float:
 
 
 def _is_pair(parts: dict[str, Tensor]) -> bool:
-    """Whether A (r, in, …) and B (out, r, …) are both there, with one rank of at least 1."""
+    """Return whether A (r, in, …) and B (out, r, …) both exist, with the same rank of at least 1."""
     if not {"A", "B"} <= set(parts):
         return False
     A, B = parts["A"], parts["B"]
@@ -379,11 +360,11 @@ def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
 
 
 def _unreadable(sites: Sequence[SiteSummary], pairs: Mapping[str, dict[str, Tensor]]) -> list[str]:
-    """Return what the files do not tell, in words."""
+    """Return messages about what the files leave unknown."""
     found = []
     unknown = [s.path for s in sites if s.scale is None]
     if unknown:
-        found.append(f"The scale of {len(unknown)} sites follows from a regular expression, which is not run.")
+        found.append(f"The scale of {len(unknown)} sites depends on a regular expression, which is not run.")
     odd_pairs = [path for path, parts in pairs.items() if not _is_pair(parts)]
     if odd_pairs:
         found.append(
