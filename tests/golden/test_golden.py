@@ -73,7 +73,7 @@ def test_our_own_format_is_verified(name: str) -> None:
 
 
 def test_the_format_of_today_has_a_golden_folder() -> None:
-    from lorakit.core.files.sidecar import FORMAT_VERSION
+    from lorakit.core.files.adapter_folder import FORMAT_VERSION
 
     assert f"lorakit-format-{FORMAT_VERSION}" in OURS
 

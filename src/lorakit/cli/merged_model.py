@@ -20,7 +20,7 @@ from lorakit import core, hub
 from lorakit.cli.adapters import load_adapters, tokenizer_for
 from lorakit.cli.early import check_new_directory
 from lorakit.core.layers.adapter_component import SiteMerge
-from lorakit.core.merging.checks import tied_sites
+from lorakit.core.merging.merging import tied_sites
 from lorakit.core.model.base_view import multiply_out
 from lorakit.core.model.fingerprint import add_merge_record, vocabulary_of
 from lorakit.core.model.vocabulary import grow_vocabulary

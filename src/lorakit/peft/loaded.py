@@ -15,8 +15,8 @@ from torch import Tensor
 from lorakit import core
 from lorakit.config import LoraConfig, looks_like_a_hub_id
 from lorakit.core.attachment.loading import check_base, place_adapter
-from lorakit.core.files.adapter_folder import AdapterFiles, implausible, read_adapter
-from lorakit.core.files.inspecting import judge_files
+from lorakit.core.files.adapter_folder import AdapterFiles, read_adapter
+from lorakit.core.files.inspecting import implausible, judge_files
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.errors import ShapeMismatchError, warn_caller
 from lorakit.peft import casting

@@ -18,7 +18,7 @@ from lorakit.core.attachment.attaching import AttachReport, model_type_of, with_
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
-from lorakit.core.merging.checks import tied_sites
+from lorakit.core.merging.merging import tied_sites
 from lorakit.core.model.index import AdapterIndex, layers
 from lorakit.core.model.target_weights import bare_parameters
 from lorakit.errors import ConfigError, ConfigTypeError, NoTargetError, RouteError, TargetError, warn_caller

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lorakit.core.files.adapter_folder import Site, implausible, judge, largest_values
+from lorakit.core.files.inspecting import Site, implausible, judge, largest_values
 from lorakit.core.files.tensor_names import parse
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer

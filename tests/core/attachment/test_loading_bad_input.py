@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorakit.config import CONFIG_FILE
 from lorakit.core import attach, inspect_adapter, load_adapter, save_adapter, use
-from lorakit.core.files.sidecar import METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
+from lorakit.core.files.adapter_folder import METADATA_KEY, SIDECAR_FILE, WEIGHTS_FILE
 from lorakit.core.files.tensor_file import MAX_TENSORS
 from lorakit.durable import sealed as resealed
 from lorakit.durable import sha256_bytes, sha256_file

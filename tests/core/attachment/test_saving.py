@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lorakit.config import CONFIG_FILE
 from lorakit.core import attach, fingerprint, inspect_adapter, load_adapter, merge, save_adapter
-from lorakit.core.files.sidecar import REPLACES, SIDECAR_FILE, WEIGHTS_FILE
+from lorakit.core.files.adapter_folder import REPLACES, SIDECAR_FILE, WEIGHTS_FILE
 from lorakit.durable import is_sealed, sha256_file
 from lorakit.errors import AdapterError, ConfigError
 

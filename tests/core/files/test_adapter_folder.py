@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lorakit.config import CONFIG_FILE, LoraConfig
 from lorakit.core import attach, inspect_adapter, load_adapter, save_adapter
-from lorakit.core.files.adapter_folder import LARGEST_USUAL_VALUE, NAMED, largest_value
-from lorakit.core.files.sidecar import SIDECAR_FILE, WEIGHTS_FILE
+from lorakit.core.files.adapter_folder import SIDECAR_FILE, WEIGHTS_FILE
+from lorakit.core.files.inspecting import LARGEST_USUAL_VALUE, NAMED, largest_value
 from lorakit.errors import AdapterFileError
 
 from ...laws.snapshots import snapshot
@@ -270,7 +270,7 @@ def test_the_largest_value() -> None:
 
 
 def test_every_init_of_the_table_is_known() -> None:
-    from lorakit.core.files.adapter_folder import judge
+    from lorakit.core.files.inspecting import judge
     from lorakit.core.inits import INITS
 
     config = LoraConfig(target_modules=["q"])

@@ -16,7 +16,7 @@ from torch import nn
 from lorakit.config import CONFIG_FILE
 from lorakit.core import adapters, inspect_adapter, load_adapter, save_adapter, save_as_trained
 from lorakit.core.files import adapter_folder
-from lorakit.core.files.sidecar import REPLACES, SIDECAR_FILE, WEIGHTS_FILE, replaced_files, sidecar_bytes
+from lorakit.core.files.adapter_folder import REPLACES, SIDECAR_FILE, WEIGHTS_FILE, replaced_files, sidecar_bytes
 from lorakit.core.model.index import layers
 from lorakit.durable import TEMPORARY, sweep
 from lorakit.errors import AdapterFileError

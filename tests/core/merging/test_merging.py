@@ -1,4 +1,4 @@
-"""What a merge reports, where it computes, and what merged_state_dict gives; the laws 2, 3 and 12 have the rest."""
+"""Report of a merge, the device of its arithmetic, and `merged_state_dict`; laws 2, 3 and 12 have the rest."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_kept_bits_lie_where_they_were_asked_for() -> None:
 
 
 def test_an_adapter_is_trained_on_while_it_is_merged() -> None:
-    """What counts is the adapter's numbers now, where its route needs them."""
+    """A route that needs the merged adapter uses its current parameters."""
     model = with_adapters(LINEARS, "a", "b")
     merge(model, "a")
     randomise(model, "b", 77)

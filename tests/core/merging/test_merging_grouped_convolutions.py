@@ -1,4 +1,4 @@
-"""Convolutions of several groups: their adapters have no place in the weight, but in one of one group they do."""
+"""Grouped convolutions: their weight cannot hold a delta, but that of an ungrouped convolution can."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merges where weights are shared, untied or laid in other modules: what they may not touch, and what comes back."""
+"""Merges of weights that are shared, untied or put into other modules: what they leave alone, and what is restored."""
 
 from __future__ import annotations
 

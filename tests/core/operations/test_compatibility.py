@@ -13,7 +13,7 @@ import torch
 from lorakit.cli import main
 from lorakit.config import CONFIG_FILE
 from lorakit.core import combine_folders, save_adapter
-from lorakit.core.files.sidecar import SIDECAR_FILE
+from lorakit.core.files.adapter_folder import SIDECAR_FILE
 from lorakit.errors import AdapterError, BaseMismatchError, LorakitError
 
 from ...laws.zoo import LLAMA

@@ -29,7 +29,7 @@ from lorakit.core.kinds import Kind
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.bias import BiasPatch
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.merging.merging import unmerge_components
+from lorakit.core.merging.merging import unmerge
 from lorakit.core.model.checks import (
     check_allowances,
     check_bias_alone,
@@ -174,7 +174,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         there = index.merged_adapters()
         merged = [n for n in names if n in there]
         if merged:
-            unmerge_components(index, merged)
+            unmerge(index, *merged)
         _take_off(index, state, names)
 
 

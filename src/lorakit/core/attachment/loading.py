@@ -43,18 +43,8 @@ from lorakit.core.attachment.fitting import (
 )
 from lorakit.core.attachment.residual_base import InitRecord, init_record_of
 from lorakit.core.factor import factor_dtype, make_dropout
-from lorakit.core.files.adapter_folder import (
-    AdapterFiles,
-    Site,
-    alpha_at,
-    implausible,
-    judge,
-    largest_values,
-    nonfinite,
-    not_finite,
-    read_adapter,
-)
-from lorakit.core.files.sidecar import KINDS_KEY
+from lorakit.core.files.adapter_folder import KINDS_KEY, AdapterFiles, alpha_at, read_adapter
+from lorakit.core.files.inspecting import Site, implausible, judge, largest_values, nonfinite, not_finite
 from lorakit.core.inits import trains_of
 from lorakit.core.kinds import Kind
 from lorakit.core.layers.modules_to_save import Extras

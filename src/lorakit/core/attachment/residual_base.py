@@ -1,9 +1,9 @@
-"""Adapters whose init moved the base: what the base becomes, and the same adapter as plain LoRA on the original.
+"""Residual bases: adapters whose init subtracts from the base weight, and their conversion to plain LoRA.
 
-Such an adapter acts on W − s·B₀·A₀, where B₀ and A₀ are its factors before training. On the original W it is plain LoRA
-of twice the rank, exactly. One adapter of a site can move its base; the original stays with the layer, so that
-`disable`, other adapters, `detach` and merges see it. Loading moves it again without running an init, unless a caller
-allows "recompute_init" for a file of another program, which holds the factors alone and not what they began as.
+Such an adapter is trained on W − s·B₀·A₀, where B₀ and A₀ are its initial factors. On the original W it is exactly
+plain LoRA of twice the rank. One adapter per site can have a residual base; the layer keeps the
+original for `disable`, other adapters, `detach` and merges. Loading restores the residual without running an init,
+unless the caller allows "recompute_init" for a file of another program, which has no initial factors.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lorakit.config import LoraConfig
 from lorakit.config import scale as lora_scale
 from lorakit.core.factor import factor_dtype
 from lorakit.core.files.adapter_folder import AdapterFiles
-from lorakit.core.files.tensor_file import read_tensors
-from lorakit.core.files.tensor_names import parse
+from lorakit.core.files.tensor_file import file_error, read_tensors
+from lorakit.core.files.tensor_names import by_site
 from lorakit.core.inits import Init, InitContext, init_named
 from lorakit.core.kinds import Kind, WeightSpec
 from lorakit.core.layers.lora_layer import LoraLayer
@@ -34,16 +34,24 @@ from lorakit.durable import JsonObject
 from lorakit.errors import OVERRIDE, AdapterError, AdapterFileError, ConfigError
 from lorakit.targets import Match
 
-AGAIN = ("init_lora_weights", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "corda_config", "lora_ga_config")
-"""Fields of a config that writing it as plain LoRA changes."""
+INIT_FIELDS = (
+    "init_lora_weights",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "corda_config",
+    "lora_ga_config",
+)
+"""Fields of a config that differ in its form as plain LoRA."""
 
 
 def residual(kind: Kind, slot: WeightSpec, W: Tensor, factors: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    """W − s·B·A, canonical (out, in) or as its kind has it.   [docs/math.md (60)]
+    """W − s·B·A, canonical (out, in) or in the kind's own shape.   [docs/math.md (60)]
 
     Args:
         kind: The kind of the site.
-        slot: Its weight.
+        slot: The geometry of its weight.
         W: Canonical, fp32 or wider.
         factors: A (r, in) and B (out, r).
         scale: s.
@@ -56,13 +64,13 @@ def as_plain(slot: WeightSpec, A: Tensor, B: Tensor, initial: tuple[Tensor, Tens
     """[A; A₀] and [B | −B₀], whose product is B·A − B₀·A₀.   [docs/math.md (62)]
 
     Args:
-        slot: The weight.
+        slot: The geometry of the weight.
         A: (r, in).
         B: (out, r).
         initial: A₀ and B₀, like A and B.
 
     Returns:
-        (2r, in) and (out, 2r); with kernels, and expert by expert, as their kind lays them.
+        (2r, in) and (out, 2r); kernels and experts in the layout of their kind.
     """
     A0, B0 = (factor.to(like) for factor, like in zip(initial, (A, B), strict=True))
     E = max(slot.experts, 1)
@@ -74,10 +82,10 @@ def as_plain(slot: WeightSpec, A: Tensor, B: Tensor, initial: tuple[Tensor, Tens
 
 
 def apart(slot: WeightSpec, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`as_plain`, backwards.
+    """Undo `as_plain`.
 
     Args:
-        slot: The weight.
+        slot: The geometry of the weight.
         A: (2r, in).
         B: (out, 2r).
 
@@ -94,10 +102,10 @@ def apart(slot: WeightSpec, A: Tensor, B: Tensor) -> tuple[tuple[Tensor, Tensor]
 
 
 def plain_config(config: LoraConfig) -> LoraConfig:
-    """The config of such an adapter written as plain LoRA: twice the rank at the same scale.
+    """Return the config of such an adapter as plain LoRA: twice the rank at the same scale.
 
     Args:
-        config: As it was attached; it is only read.
+        config: Its config when it was attached; only read.
     """
     more = math.sqrt(2) if config.use_rslora else 2
     return config.with_fields(
@@ -114,9 +122,9 @@ def plain_config(config: LoraConfig) -> LoraConfig:
 
 
 def beginning(config: LoraConfig) -> JsonObject:
-    """What a plain config has lost of the one it was made from, as plain JSON values."""
+    """Return the fields of a config that `plain_config` changes, as JSON values."""
     values = config.as_json()
-    return {name: values[name] for name in AGAIN}
+    return {name: values[name] for name in INIT_FIELDS}
 
 
 def init_context_for(
@@ -127,15 +135,15 @@ def init_context_for(
     generators: Callable[[torch.device], torch.Generator | None] = lambda _: None,
     statistics: Mapping[str, Tensor] | None = None,
 ) -> InitContext:
-    """What an init is given for a site.
+    """Return the input of an init at a site.
 
     Args:
         index: The model's index.
         config: The adapter's config.
         match: The target match that names the site.
-        place: Where.
+        place: The site.
         generators: Source of randomness by device.
-        statistics: What was made of the data for this site, name -> tensor (…), or None.
+        statistics: Statistics of the data at this site, name -> tensor (…), or None.
     """
     module, parameter = index.holder(place), place.slot.parameter
     variant, setting = variant_at(config, place.path)
@@ -157,40 +165,41 @@ def init_context_for(
 
 
 def check_can_move(index: AdapterIndex, place: TargetWeight, init: Init | None = None) -> None:
-    """Refuse to move a base weight that is moved or merged into already, or that a second rounding would harm.
+    """Check that a base weight can be replaced by a residual: not changed, merged into, shared or quantized already.
 
     Args:
-        index: The model's map.
+        index: The model's index.
         place: The site.
-        init: Who wants to; None for one that comes from a file.
+        init: The init; None for an adapter from a file.
 
     Raises:
-        ConfigError: The message says who stands in the way and what to do.
+        ConfigError: It cannot; the message says why, and what to do.
     """
-    standing, module = index.layer(place), index.holder(place)
-    if weight_format_of(module, place.slot.parameter).device(module, place.slot.parameter).type == "meta":
+    layer, module, parameter = index.layer(place), index.holder(place), place.slot.parameter
+    weight_format = weight_format_of(module, parameter)
+    if weight_format.device(module, parameter).type == "meta":
         raise ConfigError(
-            f"{place.path}: this init moves the base weight, and on the meta device there are no numbers to move. Load "
-            "the base first, or use init_lora_weights=True.",
+            f"{place.path}: this init changes the base weight, which has no values on the meta device. Load the base "
+            "first, or use init_lora_weights=True.",
             where=place.path,
         )
-    if standing is not None and (standing.moved_by is not None or standing.merged_adapters):
-        who = standing.moved_by or standing.merged_adapters[0]
+    if layer is not None and (layer.moved_by is not None or layer.merged_adapters):
+        other = layer.moved_by or layer.merged_adapters[0]
         raise ConfigError(
-            f"{place.path}: this init moves the base weight, which adapter {who!r} has moved or is merged into. Detach "
-            "or unmerge it first, or use an init that leaves the base alone.",
+            f"{place.path}: this init moves the base weight, which adapter {other!r} has moved or is merged into. "
+            "Detach or unmerge it first, or use an init that leaves the base alone.",
             where=place.path,
         )
-    sharing = index.shared.get(id(module._parameters.get(place.slot.parameter)), [])
+    sharing = index.shared.get(id(module._parameters.get(parameter)), [])
     if sharing or len(index.parents.get(id(index.modules[place.outer]), ())) > 1:
-        other = next((path for path in sharing if path != place.outer), "another place")
+        other = next((path for path in sharing if path != place.outer), "another module")
         raise ConfigError(
             f"{place.path} shares its weight with {other}, and this init would move it for both. Leave the module out, "
             "or use an init that leaves the base alone."
         )
-    if not weight_format_of(module, place.slot.parameter).written:
+    if not weight_format.written:
         raise ConfigError(NOT_WRITTEN.format(parameter=place.path, type=type(module).__name__))
-    if init is not None and weight_format_of(module, place.slot.parameter).quantised and not init.requantises:
+    if init is not None and weight_format.quantised and not init.requantises:
         raise ConfigError(
             f"{place.path}: init_lora_weights is {init.name!r}, which needs the weight in float32, float16 or "
             "bfloat16, and this one is quantised: what is left would be rounded a second time. Attach to the base as "
@@ -200,10 +209,10 @@ def check_can_move(index: AdapterIndex, place: TargetWeight, init: Init | None =
 
 
 def moved_base(index: AdapterIndex, place: TargetWeight, factors: tuple[Tensor, Tensor], scale: float) -> Any:
-    """What a site's module shall store for W − s·B·A, with W the base as it is.
+    """Return the stored form of W − s·B·A at a site, with W the current base weight.
 
     Args:
-        index: The model's map.
+        index: The model's index.
         place: The site.
         factors: A (r, in) and B (out, r).
         scale: s.
@@ -213,11 +222,11 @@ def moved_base(index: AdapterIndex, place: TargetWeight, factors: tuple[Tensor, 
 
 
 class MoveCost(NamedTuple):
-    """What moving one site's base costs.
+    """Cost of a residual base at one site.
 
     Attributes:
-        kept_bytes: Memory that the original and the first factors take beside it.
-        lost: What rounding a quantised weight a second time changes, over the weight; 0 of a plain one.
+        kept_bytes: Memory of the original weight and the initial factors, in bytes.
+        lost: Relative error from rounding a quantized weight a second time; 0 for a plain one.
     """
 
     kept_bytes: int
@@ -225,19 +234,19 @@ class MoveCost(NamedTuple):
 
 
 UNMOVED = MoveCost(0, 0.0)
-"""Of a site whose base stays."""
+"""The cost at a site without a residual base."""
 
 
 def cost_of(
     index: AdapterIndex, place: TargetWeight, moved: Any, initial: tuple[Tensor, Tensor] | None, scale: float
 ) -> MoveCost:
-    """What putting another base weight in place costs.
+    """Return the cost of replacing a base weight.
 
     Args:
-        index: The model's map.
+        index: The model's index.
         place: The site.
-        moved: What its module shall store.
-        initial: A (r, in) and B (out, r) where that is W − s·B·A, or None.
+        moved: The new stored weight.
+        initial: A (r, in) and B (out, r) if that is W − s·B·A, or None.
         scale: s.
     """
     base = weight_format_of(index.holder(place), place.slot.parameter)
@@ -252,7 +261,7 @@ def cost_of(
 
 
 def written(index: AdapterIndex, place: TargetWeight, W: Tensor) -> Any:
-    """What a site's module shall store for a canonical weight (out, in)."""
+    """Return the stored form of a canonical weight (out, in) at a site."""
     module, parameter = index.holder(place), place.slot.parameter
     base = weight_format_of(module, parameter, place.slot.as_stored)
     with torch.no_grad():
@@ -260,11 +269,7 @@ def written(index: AdapterIndex, place: TargetWeight, W: Tensor) -> Any:
 
 
 def give_base_back(layer: LoraLayer) -> None:
-    """Put the original in place of a moved base weight; adapters that are merged into it stay merged.
-
-    Args:
-        layer: A site whose base was moved.
-    """
+    """Restore the original weight of a layer with a residual base; merged adapters stay merged."""
     layer.moved_by = layer.moved = layer.initial = None
     layer.place(layer.stored_with(layer.merged_adapters))
     if not layer.merged_adapters:
@@ -275,14 +280,14 @@ Factors = tuple[Tensor, Tensor, int]
 
 
 def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
-    """Refuse an adapter on a model that no plain LoRA on the original base is.
+    """Reject an adapter on a model that cannot be converted to plain LoRA on the original base.
 
     Args:
         model: The adapted model; only read.
         name: The adapter.
 
     Raises:
-        AdapterError: Its init changed the base by more than a product of low rank.
+        AdapterError: Its init changed the base by more than a low-rank matrix.
     """
     index = AdapterIndex.of(model)
     config = index.known_state().configs[name]
@@ -290,32 +295,31 @@ def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
         if layer.moved_by == name and layer.initial is None:
             raise AdapterError(
                 f"{path}: {_mover(config, layer, name)} changed the base by more than a product of "
-                f"low rank, so adapter {name!r} is no plain LoRA on the original: its factors alone do not say what it "
-                "does. Merge it, or write what it makes of the model with merged_state_dict.",
+                f"low rank, so adapter {name!r} is not plain LoRA on the original. Merge it, or save the merged model "
+                "with merged_state_dict.",
                 where=path,
             )
 
 
 def _mover(config: LoraConfig, layer: LoraLayer, name: str) -> str:
-    """Return what moved the base of an adapter's site: its variant, or its init."""
+    """Return the name of what changed the base weight: the adapter's variant, or its init."""
     variant = variant_named(layer.variant[name])
     return str(config.init_lora_weights) if variant.move is None else variant.title
 
 
 def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor]] | None:
-    """The factors of an adapter from disk as plain LoRA of twice the rank on the original base.
+    """Return the factors of an adapter from disk as plain LoRA of twice the rank on the original base.
 
     Args:
-        files: What was read.
-        factors: Path on disk -> A (r, in), B (out, r) and the number of experts side by side in them, 0 where there are
-            none, as it lies there.
+        files: The adapter's files.
+        factors: Path on disk -> A (r, in), B (out, r) and the number of experts that they hold, 0 if none.
 
     Returns:
-        Path on disk -> A (2r, in) and B (out, 2r), or None where it is plain LoRA as it lies there.
+        Path on disk -> A (2r, in) and B (out, 2r), or None if the factors are plain LoRA already.
 
     Raises:
-        AdapterFileError: The factors act on a base that an init changed, and the folder does not say how, or that base
-            was quantised.
+        AdapterFileError: An init changed the base of the factors, and the files do not say how, or that base was
+            quantized.
     """
     past = init_record_of(files.folder, files.config, files.sidecar.began if files.is_ours else {}, False, (RECOMPUTE,))
     if not past.moves:
@@ -336,26 +340,24 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
     for path, (A, B, experts) in factors.items():
         first = past.first.get(path)
         if first is None or (first[0].shape, first[1].shape) != (A.shape, B.shape):
-            raise AdapterFileError(
-                f"{files.folder}: the first factors of {path} are missing or of another shape.", where=files.folder
-            )
+            raise file_error(files.folder, f"the first factors of {path} are missing or of another shape.")
         plain[path] = as_plain(WeightSpec("weight", B.shape[0], A.shape[1], experts=experts), A, B, first)
     return plain
 
 
 RECOMPUTE = "recompute_init"
-"""The word in `allow` that lets a deterministic init run again."""
+"""The entry of `allow` that lets a deterministic init run again."""
 
 
 @dataclass(frozen=True)
 class Moved:
-    """One site of such an adapter.
+    """The factors and the residual base of one site.
 
     Attributes:
-        A: (r, in), as it was trained.
-        B: (out, r).
-        stored: What the base's module shall store.
-        initial: A and B before training, or None where they say nothing of the base.
+        A: Trained factor, (r, in).
+        B: Trained factor, (out, r).
+        stored: The residual, in the format in which the base's module stores it.
+        initial: A and B before training, or None if the residual does not follow from them.
     """
 
     A: Tensor
@@ -366,12 +368,12 @@ class Moved:
 
 @dataclass(frozen=True)
 class InitRecord:
-    """How an adapter from a file began.
+    """The initial state of an adapter from a file.
 
     Attributes:
-        config: The config to go on with: the file's, or the one before it was written as plain LoRA.
-        sites: Path -> rank and alpha, where they are other than the file's.
-        halves: The factors on file are those of plain LoRA and come apart.
+        config: The config to use: the file's, or the one before conversion to plain LoRA.
+        sites: Path -> rank and alpha, if they differ from the file's.
+        halves: The factors in the file are plain LoRA and contain the initial ones.
         first: Path -> A and B before training, from their own file.
         init: The init to run again, or None.
     """
@@ -384,23 +386,23 @@ class InitRecord:
 
     @property
     def moves(self) -> bool:
-        """Whether the base is moved for it."""
+        """Return whether the adapter needs a residual base."""
         return self.halves or self.first is not None or self.init is not None
 
     def moved(
         self, index: AdapterIndex, place: TargetWeight, path: str, factors: tuple[Tensor, Tensor], match: Match
     ) -> Moved:
-        """What to put at a site.
+        """Return the factors and the residual base of a site.
 
         Args:
-            index: The model's map.
+            index: The model's index.
             place: The site.
             path: Its path on disk.
-            factors: As on file: A (r, in), or (2r, in) in the form of plain LoRA, and B (out, r) or (out, 2r).
-            match: The site's path, rank and alpha as it was trained.
+            factors: Those of the file: A (r, in) and B (out, r), or (2r, in) and (out, 2r) in the form of plain LoRA.
+            match: The site's path, and its rank and alpha in training.
 
         Raises:
-            ConfigError: The base is moved or merged into already.
+            ConfigError: The base is changed or merged into already.
             AdapterFileError: Its first factors are missing.
         """
         A, B = factors
@@ -425,24 +427,24 @@ class InitRecord:
 def init_record_of(
     folder: Path, config: LoraConfig, began: Mapping[str, Any], trainable: bool, allow: Collection[str]
 ) -> InitRecord:
-    """How an adapter began.
+    """Return the initial state of an adapter from a file.
 
     Args:
-        folder: Its folder.
-        config: Its config on file.
-        began: What a trusted `lorakit.json` says of it; empty otherwise.
-        trainable: It is trained on; one in the form of plain LoRA then becomes what it was.
+        folder: Its directory.
+        config: Its config in the file.
+        began: Its initial state in a trusted `lorakit.json`; empty otherwise.
+        trainable: Its training will continue; plain LoRA is then converted back.
         allow: "recompute_init" lets a deterministic init run again.
 
     Raises:
-        AdapterFileError: The file sits on a base that it does not hold and that may not be made again, or is damaged.
+        AdapterFileError: The residual base is not in the files and may not be recomputed, or a file is damaged.
     """
     if began.get("file"):
         return InitRecord(config, {}, first=_first_factors(folder / str(began["file"]), str(began.get("sha256"))))
     init = _init_of(config)
     if began and init is None:
         return (
-            InitRecord(_as_it_was(folder, config, began), began["sites"], halves=True)
+            InitRecord(_initial_config(folder, config, began), began["sites"], halves=True)
             if trainable
             else InitRecord(config, {})
         )
@@ -473,37 +475,25 @@ def init_record_of(
 
 
 def _init_of(config: LoraConfig) -> Init | None:
-    """The init of a config that changes the base, or None."""
+    """Return the init of a config if it changes the base, or None."""
     try:
         init = init_named(config.init_lora_weights)
-    except ConfigError:  # one of another program, whose factors are read as they are
+    except ConfigError:  # an init of another program, whose factors are used unchanged
         return None
     return init if init.changes_base else None
 
 
-def _as_it_was(folder: Path, config: LoraConfig, began: Mapping[str, Any]) -> LoraConfig:
+def _initial_config(folder: Path, config: LoraConfig, began: Mapping[str, Any]) -> LoraConfig:
+    known = {name: value for name, value in vars(config).items() if name in LoraConfig.__dataclass_fields__}
     try:
-        return LoraConfig(**{**vars_of(config), **{name: began[name] for name in AGAIN}})
+        return LoraConfig(**{**known, **{name: began[name] for name in INIT_FIELDS}})
     except (KeyError, ValueError, TypeError) as cause:
-        raise AdapterFileError(
-            f"{folder}: lorakit.json does not say how the adapter began ({cause}).", where=folder
-        ) from None
-
-
-def vars_of(config: LoraConfig) -> dict[str, Any]:
-    """The fields of a config that its class takes."""
-    return {name: value for name, value in vars(config).items() if name in LoraConfig.__dataclass_fields__}
+        raise file_error(folder, f"lorakit.json does not say how the adapter began ({cause}).") from None
 
 
 def _first_factors(path: Path, sha256: str) -> dict[str, tuple[Tensor, Tensor]]:
     file = read_tensors(path)
     if file.sha256 != sha256:
-        raise AdapterFileError(
-            f"{path}: damaged, or of another adapter: its SHA-256 is not the one in lorakit.json.", where=path
-        )
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in file.tensors.items():
-        key = parse(name)
-        if key is not None:
-            parts.setdefault(key.path, {})[key.part] = tensor
-    return {path: (found["A"], found["B"]) for path, found in parts.items() if {"A", "B"} <= set(found)}
+        raise file_error(path, "damaged, or of another adapter: its SHA-256 is not the one in lorakit.json.")
+    sites = by_site(file.tensors).items()
+    return {path: (found["A"], found["B"]) for path, found in sites if {"A", "B"} <= set(found)}

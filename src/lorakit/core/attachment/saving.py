@@ -1,10 +1,8 @@
-"""How an adapter whose init moved the base is written: as plain LoRA of twice the rank, or as it is trained.
+"""Save an adapter in PEFT's format and `lorakit.json`; the files are replaced together.
 
-As plain LoRA it acts on the original base in any runtime, and what it began with lies in the last half of its factors.
-As it is trained, its first factors lie in a file of their own beside it, since no other program reads them. Every
-other adapter has one form.
-
-Save an adapter in PEFT's format, with `lorakit.json` beside it; the files are replaced together.
+An adapter with a residual base is written as plain LoRA of twice the rank, or as trained. Plain LoRA runs on the
+original base in any program, and the last half of its factors are the initial ones. As trained, it keeps its rank, and
+its initial factors are written to a separate file, which no other program reads. All other adapters have one form.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 
 from lorakit.config import CONFIG_FILE, HEADS_BY_TASK, LoraConfig, TaskType
 from lorakit.core.attachment.residual_base import as_plain, beginning, plain_config
-from lorakit.core.files.sidecar import (
+from lorakit.core.files.adapter_folder import (
     BEGAN,
     FORMAT_VERSION,
     KINDS_KEY,
@@ -32,7 +30,7 @@ from lorakit.core.files.sidecar import (
     sidecar_bytes,
 )
 from lorakit.core.files.tensor_file import encode
-from lorakit.core.files.tensor_names import PREFIX, adapter_tensors
+from lorakit.core.files.tensor_names import PREFIX, adapter_tensors, endings_of
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.checks import check_allowances, check_known
 from lorakit.core.model.fingerprint import fingerprint
@@ -44,21 +42,21 @@ from lorakit.errors import OVERRIDE, AdapterError
 from lorakit.targets import ALL_LINEAR, names_path, resolve
 
 INITIAL_FILE = "lorakit_initial.safetensors"
-"""The first factors of an adapter that moved the base and is written as it is trained."""
+"""File with the initial factors of an adapter that has a residual base and is written as trained."""
 
 Form = Literal["as_lora", "trained", "raw"]
 
 
 @dataclass(frozen=True)
 class SavedForm:
-    """An adapter as it is written.
+    """An adapter, ready to be written.
 
     Attributes:
         name: The adapter.
         tensors: Name on disk -> tensor (…).
         config: Its config.
         sites: Path -> rank and alpha.
-        about: What `lorakit.json` says of how it began; empty where its init left the base alone.
+        about: Its initial state for `lorakit.json`; empty if its init does not change the base.
         initial: Content of `INITIAL_FILE`, or None.
     """
 
@@ -73,18 +71,19 @@ class SavedForm:
 def saved_form(
     model: nn.Module | AdapterIndex, name: str, form: Form = "as_lora", tensors: Mapping[str, Tensor] | None = None
 ) -> SavedForm:
-    """Return an adapter's tensors and config in the form in which they are written.
+    """Return an adapter's tensors and config, ready to be written.
 
     Args:
         model: The adapted model, or its index; only read.
         name: The adapter.
-        form: For one that moved the base: "as_lora", "trained", or "raw": its numbers and no word of how it began.
+        form: For an adapter with a residual base: "as_lora", "trained", or "raw", which omits its initial state.
         tensors: Name on disk -> tensor (…) instead of the model's own, as gathered from several devices.
 
     Raises:
-        AdapterError: It moved a quantised base, so that no plain LoRA is exactly what it is.
+        AdapterError: Its residual base is quantized, so plain LoRA cannot represent it exactly.
     """
     index = AdapterIndex.of(model)
+    check_known(index.known_state(), [name])
     config = index.known_state().configs[name]
     tensors = adapter_tensors(index, name) if tensors is None else dict(sorted(tensors.items()))
     on_disk = paths_on_disk(index, name)
@@ -98,7 +97,9 @@ def saved_form(
     if any(layer.initial is None for _, layer in moved):  # LoftQ: the base lost more than a product of low rank
         return SavedForm(name, tensors, config, sites, {BEGAN: began})
     if form == "trained":
-        first = {key: tensor for path, layer in moved for key, tensor in _initial(path, layer)}
+        first = {
+            key: t for path, layer in moved for key, t in zip(_keys(path, layer), layer.initial or (), strict=True)
+        }
         initial = encode(first, {"format": "pt"})
         began |= {"file": INITIAL_FILE, "sha256": sha256_bytes(initial)}
         return SavedForm(name, tensors, config, sites, {BEGAN: began}, initial)
@@ -115,16 +116,16 @@ def converted_form(
     initial: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor] | None = None,
 ) -> SavedForm:
-    """An adapter as plain LoRA of twice the rank, less what it began with, which comes from a file.
+    """Return an adapter as plain LoRA of twice the rank, given its initial factors from a file.
 
     Args:
         model: The adapted model; only read.
         name: The adapter.
-        initial: Name on disk -> tensor (…), as it was saved before training.
+        initial: Name on disk -> tensor (…), saved before training.
         tensors: As in `saved_form`.
 
     Raises:
-        AdapterError: The tensors are those of another adapter, or it moved a quantised base.
+        AdapterError: The tensors belong to another adapter, or the residual base is quantized.
     """
     index = AdapterIndex.of(model)
     found = saved_form(index, name, "raw", tensors)
@@ -158,23 +159,19 @@ def _doubled(found: SavedForm) -> SavedForm:
 
 
 def _keys(path: str, layer: LoraLayer) -> tuple[str, str]:
-    kind = layer.kind
-    return f"{PREFIX}{path}.{kind.names[0]}{kind.on_disk}", f"{PREFIX}{path}.{kind.names[1]}{kind.on_disk}"
-
-
-def _initial(path: str, layer: LoraLayer) -> list[tuple[str, Tensor]]:
-    return list(zip(_keys(path, layer), layer.initial or (), strict=True))
+    down, up = endings_of(layer.kind)
+    return f"{PREFIX}{path}{down}", f"{PREFIX}{path}{up}"
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """What was written.
+    """Result of saving an adapter.
 
     Attributes:
-        folder: Where.
+        folder: Its directory.
         files: The names written.
         weights_bytes: Size of the weights.
-        weights_sha256: Their SHA-256, which identifies the adapter whatever its name.
+        weights_sha256: Their SHA-256, which identifies the adapter regardless of its name.
     """
 
     folder: Path
@@ -193,31 +190,29 @@ def save_adapter(
     allow: Collection[str] = (),
     tensors: Mapping[str, Tensor] | None = None,
 ) -> SavedAdapter:
-    """Write one adapter as PEFT's two files and `lorakit.json`.
+    """Save an adapter in PEFT's format plus `lorakit.json`.
 
-    One whose init moved the base (PiSSA and its like) is written as plain LoRA of twice the rank, which any program
-    reads onto the original base; `load_adapter` makes it what it was where it is trained on.
+    An adapter with a residual base (PiSSA and similar) is written as plain LoRA of twice the rank, which any program
+    can load on the original base; `load_adapter` converts it back to continue training.
 
     Args:
-        model: The adapted model; only read. A merged adapter is saved as it is.
-        folder: Where; it is made when it is missing. An adapter there is replaced as a whole, other files stay.
+        model: The adapted model; only read. Merging does not change what is saved.
+        folder: The directory; created if missing. An adapter there is replaced as a whole, other files stay.
         name: The adapter.
-        base_model_name_or_path: What the user gave as the base; None keeps the config's own.
-        facts: More for `lorakit.json` (training facts, hashes of the tokenizer); plain JSON values.
-        allow: Refusals to lift: "nonfinite".
-        tensors: Name on disk -> tensor (…) to write instead of the model's own, as gathered from several devices.
+        base_model_name_or_path: Name or path of the base; None keeps the config's value.
+        facts: Metadata for `lorakit.json` (of the training, hashes of the tokenizer); plain JSON values.
+        allow: Checks to override: "nonfinite".
+        tensors: Name on disk -> tensor (…) to write instead of the model's, as gathered from several devices.
 
     Returns:
-        What was written.
+        The files written.
 
     Raises:
-        AdapterError: There is no such adapter, its numbers are not finite, or it has no plain form.
-        DiskError: The disk is full or fails; an adapter that was there is whole, or the message says that it is not.
-        ConfigError: A word in `allow` is unknown.
+        AdapterError: There is no such adapter, its values are not finite, or it cannot be converted to plain LoRA.
+        DiskError: The disk is full or fails; an old adapter there is intact, or the message says that it is not.
+        ConfigError: A name in `allow` is unknown.
     """
-    check_allowances(allow)
     index = AdapterIndex.of(model)
-    check_known(index.known_state(), [name])
     found = saved_form(index, name, "as_lora", tensors)
     return save_form(index, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
 
@@ -232,30 +227,29 @@ def save_as_trained(
     allow: Collection[str] = (),
     tensors: Mapping[str, Tensor] | None = None,
 ) -> SavedAdapter:
-    """`save_adapter`, but one whose init moved the base keeps the rank that it has, with its first factors beside it.
+    """Save an adapter as `save_adapter` does, but keep the rank of one with a residual base.
 
-    Other programs that know the init compute it again on the original base; `load_adapter` needs no init for it.
+    Its initial factors are written to a separate file. Other programs that know the init recompute it on the original
+    base; `load_adapter` needs no init for it.
 
     Args:
-        model: As in `save_adapter`, and so the others; tensors are (…).
-        folder: Where.
+        model: The adapted model; only read.
+        folder: The directory.
         name: The adapter.
-        base_model_name_or_path: What the user gave as the base.
-        facts: More for `lorakit.json`.
-        allow: Refusals to lift: "nonfinite".
-        tensors: What to write instead of the model's own numbers.
+        base_model_name_or_path: Name or path of the base; None keeps the config's value.
+        facts: Metadata for `lorakit.json`.
+        allow: Checks to override: "nonfinite".
+        tensors: Name on disk -> tensor (…) to write instead of the model's.
 
     Returns:
-        What was written.
+        The files written.
 
     Raises:
-        AdapterError: As `save_adapter`.
-        DiskError: Likewise.
-        ConfigError: Likewise.
+        AdapterError: There is no such adapter, or its values are not finite.
+        DiskError: The disk is full or fails.
+        ConfigError: A name in `allow` is unknown.
     """
-    check_allowances(allow)
     index = AdapterIndex.of(model)
-    check_known(index.known_state(), [name])
     found = saved_form(index, name, "trained", tensors)
     return save_form(index, folder, found, base_model_name_or_path=base_model_name_or_path, facts=facts, allow=allow)
 
@@ -269,20 +263,22 @@ def save_form(
     facts: JsonObject | None = None,
     allow: Collection[str] = (),
 ) -> SavedAdapter:
-    """Write an adapter in a form that was made ready; see `save_adapter`.
+    """Write the result of `saved_form`; see `save_adapter`.
 
     Args:
         model: The adapted model, or its index; the fingerprint of its base is written.
-        folder: Where.
+        folder: The directory.
         found: Tensors, config, sites.
-        base_model_name_or_path: What the user gave as the base.
-        facts: More for `lorakit.json`.
-        allow: Refusals to lift: "nonfinite".
+        base_model_name_or_path: Name or path of the base.
+        facts: Metadata for `lorakit.json`.
+        allow: Checks to override: "nonfinite".
 
     Raises:
-        AdapterError: Its numbers are not finite.
+        AdapterError: Its values are not finite.
         DiskError: The disk is full or fails.
+        ConfigError: A name in `allow` is unknown.
     """
+    check_allowances(allow)
     if "nonfinite" not in allow:
         _check_finite(found.name, found.tensors)
     index = AdapterIndex.of(model)
@@ -298,20 +294,20 @@ def save_form(
 def write_files(
     folder: Path, config: bytes, weights: bytes, about: Mapping[str, Any], initial: bytes | None = None
 ) -> SavedAdapter:
-    """Write the files of an adapter; a crash leaves the old adapter, the new one, or a folder that is rejected.
+    """Write the files of an adapter; a crash leaves the old adapter, the new one, or a directory that is rejected.
 
-    The folder is exchanged for a complete new one, so that it is never mixed. If the system cannot do that, the files
-    are replaced in an order in which `lorakit.json` says which ones belong together at any time.
+    The directory is exchanged for a complete new one, so that it is never mixed. If the system cannot do that, the
+    files are replaced in an order in which `lorakit.json` says which ones belong together at any time.
 
     Args:
-        folder: Where; it is made when it is missing. Other files in it stay.
+        folder: The directory; created if missing. Other files in it stay.
         config: Content of `adapter_config.json`.
         weights: Content of `adapter_model.safetensors`.
-        about: For `lorakit.json`, beside what it says of the two: base, sites, facts.
+        about: Further values of `lorakit.json`: base, sites, metadata.
         initial: Content of `lorakit_initial.safetensors`; None removes it.
 
     Returns:
-        What was written.
+        The files written.
 
     Raises:
         DiskError: The disk is full or fails.
@@ -328,7 +324,7 @@ def write_files(
 def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -> bytes:
     transposed = any(
         layer.base.transposed and layer.kind.drops for _, layer in index.layers() if layer.r
-    )  # an embedding lies transposed too, but readers ask for dense layers
+    )  # an embedding is stored transposed too, but readers mean dense layers
     heads = HEADS_BY_TASK.get(config.task_type, ()) if isinstance(config.task_type, TaskType) else ()
     config = dataclasses.replace(
         config,
@@ -343,12 +339,12 @@ def _config_on_disk(index: AdapterIndex, config: LoraConfig, base: str | None) -
 
 
 def _class_of(model: nn.Module) -> dict[str, str]:
-    """Where another program finds the base's class, written as PEFT does when no task is given; never read here."""
+    """Return where to find the base's class, which PEFT writes if no task is given; lorakit never reads it."""
     return {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
 
 
 def portable_targets(index: AdapterIndex, config: LoraConfig) -> set[str] | list[str] | str | None:
-    """Return the targets in words that every reader knows: "all-linear" becomes names, the shortest that fit.
+    """Return the targets in a form that every reader supports: "all-linear" becomes the shortest names that fit.
 
     Args:
         index: The adapted model's index.

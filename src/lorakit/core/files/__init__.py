@@ -1,1 +1,1 @@
-"""An adapter on disk: names, tensors, the file of ours beside them, what fits where."""
+"""An adapter on disk: its tensors and their names, its directory with `lorakit.json`, findings on its content."""

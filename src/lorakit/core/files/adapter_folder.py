@@ -1,47 +1,91 @@
-"""An adapter's directory, read and verified without a model; and findings on its tensors and config.
+"""An adapter's directory, read and verified without a model; and `lorakit.json`, which lorakit adds to PEFT's files.
 
-Findings are what is valid but implausible, and values that are not finite: loading warns of them or raises an error,
-and inspecting lists the same in the same words.
+`lorakit.json` holds the fingerprint of the base, SHA-256 of weights and config, rank and alpha of each site, metadata
+of the training, and a seal over itself. An adapter without it, or rewritten by another program, still loads, but cannot
+be verified. While files are replaced one by one, it also describes the old ones, so that a mixed directory is rejected.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from lorakit.config import CONFIG_FILE, LoraConfig, read_config, scale
-from lorakit.core.files.sidecar import WEIGHTS_FILE, Sidecar, identities, integrity, read_sidecar
-from lorakit.core.files.tensor_file import TensorFile, read_tensors
-from lorakit.core.files.tensor_names import parse
-from lorakit.core.inits import init_named
-from lorakit.core.model.checks import LARGEST_USUAL_SCALE
+from lorakit.config import CONFIG_FILE, LoraConfig, read_config
+from lorakit.core.files.tensor_file import TensorFile, file_error, read_tensors
+from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.core.model.index import INSIDE
-from lorakit.errors import OVERRIDE, AdapterFileError, ConfigError, PatternError
+from lorakit.durable import SEAL, JsonObject, is_sealed, json_bytes, read_json, sealed, sha256_bytes, sha256_file
+from lorakit.errors import AdapterFileError, PatternError
 from lorakit.targets import names_path
 from lorakit.targets.words import literal_value
+
+SIDECAR_FILE = "lorakit.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+FORMAT_VERSION = 2
+SEALED_SINCE = 2
+"""The first format whose file has a seal and must name the SHA-256 of weights and config."""
+
+METADATA_KEY = "lorakit"
+"""Key in the header of the weights file; it is missing if another program has rewritten the file."""
+
+KINDS_KEY = "kinds"
+"""Key of the names of the user's kinds of site that the adapter was made with."""
+
+MAX_BYTES = 16 << 20
+
+REPLACES = "replaces"
+"""Key of the old files while they are replaced one by one: their SHA-256, and the old `lorakit.json`."""
+
+BEGAN = "began"
+"""Key of the initial state of an adapter with a residual base: fields of its config, rank and alpha of each site."""
 
 ATTEMPTS = 3
 """Attempts to read an adapter that another process replaces meanwhile."""
 
 
 @dataclass(frozen=True)
-class AdapterFiles:
-    """An adapter's folder as it was read.
+class Sidecar:
+    """Content of `lorakit.json`; every field is empty if there is no such file.
 
     Attributes:
-        folder: Where.
+        present: The file exists.
+        weights_sha256: The weights' SHA-256, and that of the file that they were replacing when they were written.
+        config_sha256: The config's SHA-256.
+        base: Fingerprint of the base, or None.
+        sites: Site -> {"r", "lora_alpha"}.
+        facts: Everything else: training metadata, names, hashes.
+        began: The initial state of an adapter with a residual base; empty for others.
+        format_version: The file's format; 0 if there is no file.
+        interrupted: A save was interrupted, and the files are those from before it.
+    """
+
+    present: bool = False
+    weights_sha256: tuple[str, ...] = ()
+    config_sha256: str = ""
+    base: Fingerprint | None = None
+    sites: dict[str, dict[str, float]] = field(default_factory=dict)
+    facts: JsonObject = field(default_factory=dict)
+    began: JsonObject = field(default_factory=dict)
+    format_version: int = 0
+    interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The content of an adapter's directory.
+
+    Attributes:
+        folder: The directory.
         config: The config.
         file: The weights.
-        sidecar: What `lorakit.json` says.
+        sidecar: The content of `lorakit.json`.
         config_is_ours: The config is byte for byte the one that was written with the weights.
-        warnings: Sentences a person should read.
-        made: It was made here by an operation, and may do nothing if that was asked for.
+        warnings: Messages for the user.
+        made: An operation on adapters made it in memory; its update may be zero.
     """
 
     folder: Path
@@ -54,7 +98,7 @@ class AdapterFiles:
 
     @property
     def is_ours(self) -> bool:
-        """Return whether config and weights are, byte for byte, those that `lorakit.json` speaks of."""
+        """Return whether config and weights are, byte for byte, those that `lorakit.json` describes."""
         return self.config_is_ours and self.file.sha256 in self.sidecar.weights_sha256
 
 
@@ -62,28 +106,26 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFiles:
     """Read and verify the files of an adapter; no model is needed.
 
     Args:
-        folder: A folder that PEFT or lorakit wrote.
+        folder: A directory that PEFT or lorakit wrote.
 
     Raises:
         AdapterFileError: A file is missing, damaged, or of a kind that is never loaded.
-        NotYetSupported: The adapter needs what is not built yet.
+        NotYetSupported: The adapter needs a feature that is not implemented.
     """
     folder = Path(folder)
     if folder.is_file():
-        raise AdapterFileError(f"{folder} is a file; an adapter is a folder with {CONFIG_FILE}.")
+        raise AdapterFileError(f"{folder} is a file; an adapter is a directory with {CONFIG_FILE}.")
     for _ in range(ATTEMPTS):
-        before = identities(folder)
+        before = _identities(folder)
         try:
             files = _read_once(folder)
         except (AdapterFileError, OSError):
-            if identities(folder) == before:
+            if _identities(folder) == before:
                 raise
         else:
-            if identities(folder) == before:
+            if _identities(folder) == before:
                 return files
-    raise AdapterFileError(
-        f"{folder}: its files changed while they were read. Load it when nothing writes there.", where=folder
-    )
+    raise file_error(folder, "its files changed while they were read. Load it when nothing writes there.")
 
 
 def _read_once(folder: Path) -> AdapterFiles:
@@ -91,37 +133,37 @@ def _read_once(folder: Path) -> AdapterFiles:
     config, unknown = read_config(folder)
     weights = folder / WEIGHTS_FILE
     if not weights.exists() and (folder / "adapter_model.bin").exists():
-        raise AdapterFileError(
-            f"{folder}: the weights are a pickle (adapter_model.bin), which is never loaded, since it can run code. "
-            f"Convert it to {WEIGHTS_FILE} with the program that wrote it.",
-            where=folder,
+        raise file_error(
+            folder,
+            "the weights are a pickle (adapter_model.bin), which can run code and is never loaded. Convert it to "
+            f"{WEIGHTS_FILE} with the program that wrote it.",
         )
     file = read_tensors(weights)
-    sidecar = read_sidecar(folder)
+    sidecar = _read_sidecar(folder)
     said = []
     if unknown:
         said.append(f"{folder}: fields of {CONFIG_FILE} that are not known here were left out: {', '.join(unknown)}.")
-    doubt = integrity(sidecar, file, weights)
+    doubt = _doubt(sidecar, file, weights)
     if doubt and sidecar.present:
         said.append(f"{folder}: {doubt}.")
     if sidecar.interrupted:
         said.append(f"{folder}: a save was interrupted; this is the adapter from before it.")
-    ours = sidecar.trusts(folder / CONFIG_FILE)
+    ours = sidecar.present and sidecar.config_sha256 == sha256_file(folder / CONFIG_FILE)
     if sidecar.present and not ours:
-        said.append(f"{folder}: {CONFIG_FILE} was edited since the adapter was saved; it is taken as it is.")
+        said.append(f"{folder}: {CONFIG_FILE} was edited since the adapter was saved; the edited one is used.")
     return AdapterFiles(folder, config, file, sidecar, ours, tuple(said))
 
 
 def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) -> float:
-    """Alpha at a site: from `lorakit.json` where the config is the one it was written with, else from the config.
+    """Return alpha at a site: from `lorakit.json` if the config is the one written with it, else from the config.
 
     Args:
-        files: What was read.
+        files: The adapter's files.
         path: The site's path on disk.
-        pattern_path: Path that patterns are compared with, if it is another.
+        pattern_path: The path to compare with patterns, if it differs.
 
     Raises:
-        AdapterFileError: It follows from a regular expression, which is not run.
+        AdapterFileError: It depends on a regular expression, which is not run.
     """
     if files.config_is_ours and path in files.sidecar.sites:
         return float(files.sidecar.sites[path]["lora_alpha"])
@@ -139,8 +181,8 @@ def alpha_at(files: AdapterFiles, path: str, pattern_path: str | None = None) ->
 def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
     """Return the bare parameters that a site on disk may belong to, sorted; none if the module itself is a target.
 
-    The files name modules, not their bare parameters: which tensors are whose follows from the order in which the
-    module defines them, and that is known where the model is.
+    The files name modules, not their bare parameters: which parameter a tensor belongs to follows from the order in
+    which the module defines them, and only the model has that order.
 
     Args:
         config: The adapter's config.
@@ -155,15 +197,15 @@ def parameters_meant(config: LoraConfig, path: str) -> tuple[str, ...]:
 
 
 def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, float | None]:
-    """Rank and alpha of a site; where it cannot be known, the rows for the rank and None for alpha.
+    """Return rank and alpha of a site; if they are unknown, the number of rows of A and None.
 
-    Of an adapter that PEFT wrote, a parameter's own rank and alpha are known where the patterns give all parameters
-    that may be meant the same.
+    In an adapter that PEFT wrote, rank and alpha of a bare parameter are known if the patterns give the same values to
+    all parameters that the site may belong to.
 
     Args:
-        files: What was read.
+        files: The adapter's files.
         path: The site's path on disk.
-        rows: So many rows has its A: the rank, or of experts the rank of all together.
+        rows: Rows of its A: the rank, or the rank times the number of experts.
     """
     config = files.config
     known = files.sidecar.sites.get(path) if files.config_is_ours else None
@@ -182,201 +224,181 @@ def rank_and_alpha(files: AdapterFiles, path: str, rows: int) -> tuple[int, floa
     return fitting[0], alphas.pop()
 
 
-ZERO, PARTLY_ZERO, NONFINITE, VALUES, SCALE, ALPHA, PATTERN, INIT = (
-    "zero_update",
-    "partly_zero",
-    "nonfinite",
-    "large_values",
-    "large_scale",
-    "alpha_not_positive",
-    "steep_alpha_pattern",
-    "unknown_init",
-)
-"""The kinds of findings."""
-
-LARGEST_USUAL_VALUE = 1e4
-"""From this on a number is implausible. Trained factors are below 10 and base weights below 1,000 in practice, and
-fp16 ends at 65,504."""
-
-STEEPEST_USUAL_PATTERN = 100.0
-"""From this ratio on a site's scale is implausible next to the scale of the config. Published patterns of ranks and
-alphas stay below 64, and a pattern that follows the rank changes no scale."""
-
-ADVICE: Mapping[str, str] = {
-    ZERO: "the adapter does nothing there; it was never trained, or training did not change it",
-    PARTLY_ZERO: "the adapter does nothing there",
-    VALUES: f"trained numbers are below {LARGEST_USUAL_VALUE:g}",
-    SCALE: "check lora_alpha, r and the patterns",
-    ALPHA: "at zero the adapter does nothing, below it does the opposite of what it was trained for",
-}
-"""Kind of a finding -> its meaning."""
-
-NAMED = 3
-"""The number of sites or tensors that a finding names."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that looks wrong.
-
-    Attributes:
-        kind: What it is: "zero_update", "partly_zero", "nonfinite", "large_values", "large_scale",
-            "alpha_not_positive", "steep_alpha_pattern" or "unknown_init".
-        where: Sites, or names of tensors for "nonfinite" and "large_values"; empty for the whole adapter.
-        value: The value of the first of them, or None.
-        text: The finding in words.
-    """
-
-    kind: str
-    where: tuple[str, ...]
-    value: float | str | None
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
-
-
-@dataclass(frozen=True)
-class Site:
-    """One site as it is judged.
-
-    Attributes:
-        path: Its path on disk.
-        alpha: Its alpha, or None if it is unknown.
-        scale: Its effective scale, or None likewise.
-    """
-
-    path: str
-    alpha: float | None
-    scale: float | None
-
-
-def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float]) -> tuple[Finding, ...]:
-    """Judge an adapter.
+def sidecar_bytes(about: Mapping[str, Any], config: bytes, weights: bytes, replaces: Any = None) -> bytes:
+    """Return the content of `lorakit.json`.
 
     Args:
-        config: Its config.
-        sites: Its sites.
-        largest: Name on disk -> largest magnitude in that tensor, as `largest_values` gives it.
-
-    Returns:
-        What looks wrong; empty for a plausible adapter.
+        about: Its other values: base, sites, metadata.
+        config: Content of `adapter_config.json`.
+        weights: Content of `adapter_model.safetensors`.
+        replaces: The result of `replaced_files`, while the two replace older ones one by one.
     """
-    found = [
-        _zero(sites, largest),
-        nonfinite(largest),
-        _of_tensors(VALUES, "Implausibly large numbers", largest, lambda v: LARGEST_USUAL_VALUE <= v < math.inf),
-        *_scales(config, sites),
-        _init(config),
-    ]
-    return tuple(finding for finding in found if finding is not None)
+    values: JsonObject = {
+        **about,
+        "format_version": FORMAT_VERSION,
+        "weights": {"file": WEIGHTS_FILE, "sha256": sha256_bytes(weights), "bytes": len(weights)},
+        "config": {"file": CONFIG_FILE, "sha256": sha256_bytes(config)},
+    }
+    values.pop(REPLACES, None)
+    return json_bytes(sealed(values if replaces is None else {**values, REPLACES: replaces}))
 
 
-def nonfinite(largest: Mapping[str, float]) -> Finding | None:
-    """Return the finding of NaN and infinite numbers, or None if there are none.
+def replaced_files(folder: Path) -> JsonObject:
+    """Return what `lorakit.json` records of the files that are replaced: their SHA-256, and its own old content.
 
     Args:
-        largest: As for `judge`.
+        folder: Their directory; `files` of the result is empty if they are not a complete adapter.
     """
-    return _of_tensors(NONFINITE, "NaN or infinite numbers", largest, lambda value: not math.isfinite(value))
-
-
-def not_finite(folder: Path, finding: Finding) -> AdapterFileError:
-    """Return the error that a finding of NaN or infinite numbers is, unless it is allowed."""
-    return AdapterFileError(
-        f"{folder}: {finding}",
-        advice=f"Take an earlier checkpoint, or {OVERRIDE}.",
-        what=next(iter(finding.where), None),
-        where=folder,
-        override="nonfinite",
-    )
-
-
-def implausible(folder: str | Path, findings: Sequence[Finding], may_be_zero: bool = False) -> tuple[str, ...]:
-    """Return one message that names all findings, or none if there are none.
-
-    Some zero sites among others are not a reason for a warning: experts that no token reached and what
-    is extracted from a model that changed in part have such sites. Inspecting lists them.
-
-    Args:
-        folder: The adapter's folder.
-        findings: As `judge` gives them.
-        may_be_zero: The adapter may do nothing: it is going to be trained, or is one of several.
-    """
-    passed = {PARTLY_ZERO, ZERO} if may_be_zero else {PARTLY_ZERO}
-    told = [str(finding) for finding in findings if finding.kind not in passed]
-    return (f"{folder}: implausible: {' '.join(told)}",) if told else ()
-
-
-def largest_values(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return name -> `largest_value` of tensors, each (…)."""
-    return {name: largest_value(tensor) for name, tensor in tensors.items()}
-
-
-def largest_value(tensor: Tensor) -> float:
-    """Return the largest magnitude in a tensor of any shape: NaN if it holds NaN, 0 if it is empty or of integers."""
-    if not tensor.numel() or not tensor.is_floating_point():
-        return 0.0
-    low, high = torch.aminmax(tensor)
-    return float(torch.maximum(low.abs(), high.abs()))
-
-
-def _zero(sites: Sequence[Site], largest: Mapping[str, float]) -> Finding | None:
-    parts: dict[str, dict[str, float]] = {}
-    for name, value in largest.items():
-        key = parse(name)
-        if key is not None:
-            parts.setdefault(key.path, {})[key.part] = value
-    held = [parts.get(site.path, {}) for site in sites]
-    pairs = [(site.path, part) for site, part in zip(sites, held, strict=True) if {"A", "B"} <= part.keys()]
-    zero = [(path, 0.0) for path, part in pairs if 0 in (part["A"], part["B"]) and not part.get("bias")]
-    if not zero:
-        return None
-    many = "all" if len(zero) == len(sites) else f"{len(zero)} of {len(sites)}"
-    return _finding(ZERO if many == "all" else PARTLY_ZERO, f"B·A is zero at {many} sites", zero)
-
-
-def _of_tensors(kind: str, what: str, largest: Mapping[str, float], bad: Callable[[float], bool]) -> Finding | None:
-    found = [(name, value) for name, value in largest.items() if bad(value)]
-    return _finding(kind, f"{what} in {len(found)} tensors", found) if found else None
-
-
-def _scales(config: LoraConfig, sites: Sequence[Site]) -> list[Finding]:
-    usual = abs(scale(config.r, config.lora_alpha, config.use_rslora))
-    known = [(site.path, site.alpha, site.scale) for site in sites if site.alpha is not None and site.scale is not None]
-    alphas = [(path, alpha) for path, alpha, _ in known if not alpha > 0]
-    large = [(path, value) for path, _, value in known if not abs(value) < LARGEST_USUAL_SCALE]
-    steep = [
-        (path, value)
-        for path, alpha, value in known
-        if config.alpha_pattern and alpha != config.lora_alpha and abs(value) >= STEEPEST_USUAL_PATTERN * usual > 0
-    ]
-    steepness = f"alpha_pattern makes the scale {STEEPEST_USUAL_PATTERN:g} times that of the config or more"
-    sorts = (
-        (ALPHA, "lora_alpha, and so the scale, is zero or negative", alphas),
-        (SCALE, f"The scale is {LARGEST_USUAL_SCALE:g} or more", large),
-        (PATTERN, steepness, steep),
-    )
-    return [_finding(kind, f"{what} at {len(bad)} sites", bad) for kind, what, bad in sorts if bad]
-
-
-def _init(config: LoraConfig) -> Finding | None:
     try:
-        init_named(config.init_lora_weights)
-    except ConfigError:
-        name = str(config.init_lora_weights)
-        text = (
-            f"init_lora_weights is {name!r}, which is not known here and is ignored: if that init changes the base, "
-            "the adapter does not fit an unchanged one."
+        values, _ = _valid_values(folder)
+        before = {name: sha256_file(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    except (AdapterFileError, OSError):
+        return {"files": {}, "sidecar": None}
+    return {"files": {**before, **_first_factors(values or {})}, "sidecar": values}
+
+
+def _read_sidecar(folder: Path) -> Sidecar:
+    """Read `lorakit.json` of an adapter's directory, if there is one.
+
+    Raises:
+        AdapterFileError: It is damaged, or of a format newer than this version reads, or a save was interrupted that
+            left files of two adapters.
+    """
+    values, interrupted = _valid_values(folder)
+    if values is None:
+        return Sidecar(interrupted=interrupted)
+    return dataclasses.replace(_parsed(folder / SIDECAR_FILE, values), interrupted=interrupted)
+
+
+def _identities(folder: Path) -> tuple[tuple[int, int, int] | None, ...]:
+    """Return inode, time and size of each file of an adapter, None if it is missing: they change if it is replaced."""
+    found: list[tuple[int, int, int] | None] = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE, SIDECAR_FILE):
+        try:
+            status = (folder / name).stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+    return tuple(found)
+
+
+def _valid_values(folder: Path) -> tuple[JsonObject | None, bool]:
+    """Return the values that describe the present files, and whether these are from before an interrupted save."""
+    path = folder / SIDECAR_FILE
+    if not path.exists():
+        return None, False
+    values = _checked(path, read_json(path, MAX_BYTES))
+    if REPLACES not in values or values["format_version"] < SEALED_SINCE:
+        return values, False
+    after = {
+        CONFIG_FILE: values["config"]["sha256"],
+        WEIGHTS_FILE: values["weights"]["sha256"],
+        **_first_factors(values),
+    }
+    replaces = _table(values[REPLACES])
+    before = _table(replaces.get("files"))
+    found = {name: sha256_file(folder / name) for name in {**after, **before} if (folder / name).is_file()}
+    if all(found.get(name) == sha256 for name, sha256 in after.items()):
+        return {key: value for key, value in values.items() if key != REPLACES}, False
+    if before and all(found.get(name) == sha256 for name, sha256 in before.items()):
+        old = replaces.get("sidecar")
+        return (None if old is None else _checked(path, old)), True
+    raise _mixed(folder, found, after, before)
+
+
+def _mixed(
+    folder: Path, found: Mapping[str, str], after: Mapping[str, str], before: Mapping[str, str]
+) -> AdapterFileError:
+    which = {name: "missing" if name not in found else "neither" for name in after}
+    which |= {name: "the old one" for name in before if found.get(name) == before[name]}
+    which |= {name: "the new one" for name in after if found.get(name) == after[name]}
+    shown = ", ".join(f"{name} is {one}" for name, one in sorted(which.items()))
+    back = [name for name in before if found.get(name) != before[name]]
+    way = f", or restore the old {' and '.join(sorted(back))} from a copy" if back else ""
+    return file_error(
+        folder, f"a save was interrupted, and the files do not belong together: {shown}. Save the adapter again{way}."
+    )
+
+
+def _first_factors(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the name of the file with an adapter's initial factors and its SHA-256, if it needs one."""
+    began = _table(values.get(BEGAN))
+    return {str(began["file"]): str(began.get("sha256"))} if began.get("file") else {}
+
+
+def _checked(path: Path, values: Any) -> JsonObject:
+    """Check that a value is a table of a known format, with a valid seal if its format has one."""
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise file_error(path, "not a table with a format_version. Remove the file to load unverified.")
+    if version > FORMAT_VERSION:
+        raise file_error(
+            path,
+            f"format {version} is newer than the {FORMAT_VERSION} read here. Update lorakit, "
+            "or remove the file to load unverified.",
         )
-        return Finding(INIT, (), name, text)
-    return None
+    hashes = [_table(values.get(key)).get("sha256") for key in ("weights", "config")]
+    if version >= SEALED_SINCE and not (is_sealed(values) and all(isinstance(sha256, str) for sha256 in hashes)):
+        raise file_error(
+            path,
+            f"damaged or edited: its {SEAL} does not fit its content. Restore it from a copy, or remove it to "
+            f"load unverified, with the alphas of {CONFIG_FILE}.",
+        )
+    return values
 
 
-def _finding(kind: str, what: str, found: Sequence[tuple[str, float]]) -> Finding:
-    """Return a finding that names the first of what was found: pairs of a site or tensor and its value."""
-    shown = [name if kind in (ZERO, PARTLY_ZERO) else f"{name} ({value:g})" for name, value in found[:NAMED]]
-    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-    advice = f": {ADVICE[kind]}" if kind in ADVICE else ""
-    text = f"{what}, first {', '.join(shown)}{more}{advice}."
-    return Finding(kind, tuple(name for name, _ in found), found[0][1], text)
+def _parsed(path: Path, values: JsonObject) -> Sidecar:
+    weights, config, sites = (_table(values.get(key)) for key in ("weights", "config", "sites"))
+    shas = tuple(str(weights[key]) for key in ("sha256", "previous_sha256") if weights.get(key))
+    known = {"format_version", SEAL, "weights", "config", "base", "sites", BEGAN}
+    facts = {key: value for key, value in values.items() if key not in known}
+    base = Fingerprint.from_dict(values["base"]) if values.get("base") else None
+    if values.get("base") and base is None:
+        raise file_error(path, "base is not a fingerprint. Remove the file to load unverified.")
+    for site, entry in sites.items():
+        if not _is_site(entry):
+            raise file_error(
+                path,
+                f"sites[{site!r}] is {str(entry)[:60]}; numbers r and lora_alpha were expected. Remove the "
+                "file to load unverified.",
+            )
+    began = _table(values.get(BEGAN))
+    if began and not all(map(_is_site, _table(began.get("sites")).values())):
+        raise file_error(path, f"{BEGAN} does not hold numbers r and lora_alpha. Remove the file to load unverified.")
+    return Sidecar(True, shas, str(config.get("sha256", "")), base, sites, facts, began, values["format_version"])
+
+
+def _doubt(sidecar: Sidecar, file: TensorFile, path: Path) -> str | None:
+    """Return why weights cannot be verified; None if they are those that lorakit wrote.
+
+    Raises:
+        AdapterFileError: lorakit wrote them, and they have changed since: damaged.
+    """
+    written = file.metadata.get(METADATA_KEY, "")
+    if sidecar.present and written.isdecimal() and int(written) > sidecar.format_version:
+        raise file_error(
+            path,
+            f"written in format {written}, but {SIDECAR_FILE} is of format {sidecar.format_version}: damaged, "
+            f"or of another adapter. Restore {SIDECAR_FILE} from a copy, or remove it to load unverified.",
+        )
+    if file.sha256 in sidecar.weights_sha256:
+        return None
+    if sidecar.present and METADATA_KEY in file.metadata:
+        raise file_error(
+            path,
+            f"damaged: its SHA-256 is {file.sha256[:12]}…, and what was written has "
+            f"{''.join(sidecar.weights_sha256[:1])[:12] or 'none'}…. Restore it from a copy.",
+        )
+    if sidecar.present:
+        return "the weights were rewritten by another program, so they cannot be verified"
+    return f"there is no {SIDECAR_FILE}, so the weights cannot be verified"
+
+
+def _is_site(entry: Any) -> bool:
+    numbers = [entry.get("r"), entry.get("lora_alpha")] if isinstance(entry, dict) else [None]
+    return all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
+
+
+def _table(value: Any) -> JsonObject:
+    return value if isinstance(value, dict) else {}

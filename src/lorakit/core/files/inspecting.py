@@ -1,30 +1,219 @@
-"""Look into an adapter's files without a model: config, sites, how strong each is, and what looks wrong."""
+"""Inspect an adapter's files without a model: config, sites, the norm of each, and findings.
+
+Findings are what is valid but implausible, and values that are not finite: loading warns of them or raises an error,
+and inspecting lists the same messages.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lorakit.config import LoraConfig, scale
-from lorakit.core.files.adapter_folder import (
-    NONFINITE,
-    AdapterFiles,
-    Finding,
-    Site,
-    judge,
-    largest_values,
-    not_finite,
-    rank_and_alpha,
-    read_adapter,
-)
-from lorakit.core.files.tensor_names import parse
+from lorakit.core.files.adapter_folder import AdapterFiles, rank_and_alpha, read_adapter
+from lorakit.core.files.tensor_names import by_site
+from lorakit.core.inits import init_named
 from lorakit.core.kinds import WeightSpec, per_expert
+from lorakit.core.model.checks import LARGEST_USUAL_SCALE
 from lorakit.core.model.fingerprint import Fingerprint
 from lorakit.durable import JsonObject
+from lorakit.errors import OVERRIDE, AdapterFileError, ConfigError
+
+ZERO, PARTLY_ZERO, NONFINITE, VALUES, SCALE, ALPHA, PATTERN, INIT = (
+    "zero_update",
+    "partly_zero",
+    "nonfinite",
+    "large_values",
+    "large_scale",
+    "alpha_not_positive",
+    "steep_alpha_pattern",
+    "unknown_init",
+)
+"""The kinds of findings."""
+
+LARGEST_USUAL_VALUE = 1e4
+"""Larger magnitudes are implausible: in practice trained factors are below 10 and base weights below 1,000; the maximum
+of fp16 is 65,504."""
+
+STEEPEST_USUAL_PATTERN = 100.0
+"""A larger ratio of a site's scale to the config's scale is implausible. Published patterns of ranks and alphas stay
+below 64, and a pattern that follows the rank changes no scale."""
+
+ADVICE: Mapping[str, str] = {
+    ZERO: "the adapter has no effect there; it was never trained, or training did not change it",
+    PARTLY_ZERO: "the adapter has no effect there",
+    VALUES: f"trained values are below {LARGEST_USUAL_VALUE:g}",
+    SCALE: "check lora_alpha, r and the patterns",
+    ALPHA: "at zero the adapter has no effect, below zero the opposite of the trained one",
+}
+"""Kind of a finding -> its meaning."""
+
+NAMED = 3
+"""The number of sites or tensors that a finding names."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One implausible property of an adapter.
+
+    Attributes:
+        kind: "zero_update", "partly_zero", "nonfinite", "large_values", "large_scale",
+            "alpha_not_positive", "steep_alpha_pattern" or "unknown_init".
+        where: Sites, or names of tensors for "nonfinite" and "large_values"; empty for the whole adapter.
+        value: The value of the first of them, or None.
+        text: The message.
+    """
+
+    kind: str
+    where: tuple[str, ...]
+    value: float | str | None
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site, as far as it is known without a model.
+
+    Attributes:
+        path: Its path on disk.
+        alpha: Its alpha, or None if it is unknown.
+        scale: Its effective scale, or None if it is unknown.
+    """
+
+    path: str
+    alpha: float | None
+    scale: float | None
+
+
+def judge(config: LoraConfig, sites: Sequence[Site], largest: Mapping[str, float]) -> tuple[Finding, ...]:
+    """Return what is implausible about an adapter.
+
+    Args:
+        config: Its config.
+        sites: Its sites.
+        largest: Name on disk -> largest magnitude in that tensor, as `largest_values` returns it.
+
+    Returns:
+        The findings; empty for a plausible adapter.
+    """
+    found = [
+        _zero(sites, largest),
+        nonfinite(largest),
+        _of_tensors(VALUES, "Implausibly large numbers", largest, lambda v: LARGEST_USUAL_VALUE <= v < math.inf),
+        *_scales(config, sites),
+        _init(config),
+    ]
+    return tuple(finding for finding in found if finding is not None)
+
+
+def nonfinite(largest: Mapping[str, float]) -> Finding | None:
+    """Return the finding for NaN and infinite values, or None; `largest` is as for `judge`."""
+    return _of_tensors(NONFINITE, "NaN or infinite numbers", largest, lambda value: not math.isfinite(value))
+
+
+def not_finite(folder: Path, finding: Finding) -> AdapterFileError:
+    """Return the error for NaN or infinite values that are not allowed."""
+    return AdapterFileError(
+        f"{folder}: {finding}",
+        advice=f"Take an earlier checkpoint, or {OVERRIDE}.",
+        what=next(iter(finding.where), None),
+        where=folder,
+        override="nonfinite",
+    )
+
+
+def implausible(folder: str | Path, findings: Sequence[Finding], may_be_zero: bool = False) -> tuple[str, ...]:
+    """Return one message that names all findings, or nothing if there are none.
+
+    Some zero sites among others do not cause a warning: experts that no token reached have them, and so do adapters
+    extracted from a model that changed in part. Inspecting lists them.
+
+    Args:
+        folder: The adapter's directory.
+        findings: The result of `judge`.
+        may_be_zero: A zero update is plausible: the adapter will be trained, or is one of several.
+    """
+    ignored = {PARTLY_ZERO, ZERO} if may_be_zero else {PARTLY_ZERO}
+    messages = [str(finding) for finding in findings if finding.kind not in ignored]
+    return (f"{folder}: implausible: {' '.join(messages)}",) if messages else ()
+
+
+def largest_values(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return name -> `largest_value` of tensors, each (…)."""
+    return {name: largest_value(tensor) for name, tensor in tensors.items()}
+
+
+def largest_value(tensor: Tensor) -> float:
+    """Return the largest magnitude in a tensor of any shape: NaN if it contains NaN, 0 if empty or of integers."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return 0.0
+    low, high = torch.aminmax(tensor)
+    return float(torch.maximum(low.abs(), high.abs()))
+
+
+def _zero(sites: Sequence[Site], largest: Mapping[str, float]) -> Finding | None:
+    parts = by_site(largest)
+    pairs = [(site.path, parts.get(site.path, {})) for site in sites]
+    zero = [(path, 0.0) for path, part in pairs if 0 in (part.get("A"), part.get("B")) and not part.get("bias")]
+    if not zero:
+        return None
+    many = "all" if len(zero) == len(sites) else f"{len(zero)} of {len(sites)}"
+    return _finding(ZERO if many == "all" else PARTLY_ZERO, f"B·A is zero at {many} sites", zero)
+
+
+def _of_tensors(kind: str, what: str, largest: Mapping[str, float], bad: Callable[[float], bool]) -> Finding | None:
+    found = [(name, value) for name, value in largest.items() if bad(value)]
+    return _finding(kind, f"{what} in {len(found)} tensors", found) if found else None
+
+
+def _scales(config: LoraConfig, sites: Sequence[Site]) -> list[Finding]:
+    usual = abs(scale(config.r, config.lora_alpha, config.use_rslora))
+    known = [(site.path, site.alpha, site.scale) for site in sites if site.alpha is not None and site.scale is not None]
+    alphas = [(path, alpha) for path, alpha, _ in known if not alpha > 0]
+    large = [(path, value) for path, _, value in known if not abs(value) < LARGEST_USUAL_SCALE]
+    steep = [
+        (path, value)
+        for path, alpha, value in known
+        if config.alpha_pattern and alpha != config.lora_alpha and abs(value) >= STEEPEST_USUAL_PATTERN * usual > 0
+    ]
+    steepness = f"alpha_pattern makes the scale {STEEPEST_USUAL_PATTERN:g} times that of the config or more"
+    sorts = (
+        (ALPHA, "lora_alpha, and so the scale, is zero or negative", alphas),
+        (SCALE, f"The scale is {LARGEST_USUAL_SCALE:g} or more", large),
+        (PATTERN, steepness, steep),
+    )
+    return [_finding(kind, f"{what} at {len(bad)} sites", bad) for kind, what, bad in sorts if bad]
+
+
+def _init(config: LoraConfig) -> Finding | None:
+    try:
+        init_named(config.init_lora_weights)
+    except ConfigError:
+        name = str(config.init_lora_weights)
+        text = (
+            f"init_lora_weights is {name!r}, which is not known here and is ignored: if that init changes the base, "
+            "the adapter does not fit an unchanged one."
+        )
+        return Finding(INIT, (), name, text)
+    return None
+
+
+def _finding(kind: str, what: str, found: Sequence[tuple[str, float]]) -> Finding:
+    """Return a finding that names the first of what was found: pairs of a site or tensor and its value."""
+    shown = [name if kind in (ZERO, PARTLY_ZERO) else f"{name} ({value:g})" for name, value in found[:NAMED]]
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    advice = f": {ADVICE[kind]}" if kind in ADVICE else ""
+    text = f"{what}, first {', '.join(shown)}{more}{advice}."
+    return Finding(kind, tuple(name for name, _ in found), found[0][1], text)
 
 
 @dataclass(frozen=True)
@@ -32,14 +221,14 @@ class SiteSummary:
     """One site of an adapter on disk.
 
     Attributes:
-        path: Where it sits.
-        r: Rank; of experts in one parameter, that of each.
-        lora_alpha: Alpha, or None where a pattern from the file is not a plain name.
-        scale: Effective scale, or None likewise.
+        path: Its path on disk.
+        r: Rank; for experts in one parameter, the rank of each.
+        lora_alpha: Alpha, or None if it depends on a pattern that is not a plain name.
+        scale: Effective scale, or None if alpha is None.
         in_features: Columns of A.
         out_features: Rows of B.
-        norm: Frobenius norm of scale·B·A (without scale where that is unknown).
-        experts: So many matrices share A and B; 0 where it is one.
+        norm: Frobenius norm of scale·B·A (without the scale if it is unknown).
+        experts: Number of matrices that share A and B; 0 if there is only one.
     """
 
     path: str
@@ -57,16 +246,16 @@ class AdapterSummary:
     """An adapter on disk.
 
     Attributes:
-        folder: Where.
+        folder: Its directory.
         config: Its config.
         sites: Its sites, sorted.
-        parameters: Numbers it holds.
+        parameters: Number of elements of its tensors.
         weights_bytes: Size of the weights file.
         weights_sha256: Its SHA-256.
         base: Fingerprint of its base, or None.
-        facts: What `lorakit.json` says besides.
-        findings: Sentences about what looks wrong; empty for a healthy adapter.
-        judged: The findings about its numbers and scales, as loading warns of them; each is in `findings` too.
+        facts: Metadata in `lorakit.json`.
+        findings: Messages about what looks wrong; empty for a healthy adapter.
+        judged: The findings about its values and scales, which loading warns of; they are in `findings` too.
     """
 
     folder: str
@@ -82,21 +271,21 @@ class AdapterSummary:
 
 
 def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
-    """Read an adapter's files and judge its health.
+    """Read an adapter's files and check its health.
 
     Args:
-        folder: A folder that PEFT or lorakit wrote.
+        folder: A directory that PEFT or lorakit wrote.
 
     Returns:
         The summary; `findings` names zero B, NaN, odd scales and files that changed.
 
     Raises:
         AdapterFileError: A file is missing or damaged.
-        NotYetSupported: The adapter needs what is not built yet.
+        NotYetSupported: The adapter needs a feature that is not implemented.
     """
     files = read_adapter(folder)
     tensors = files.file.tensors
-    pairs = _by_site(tensors)
+    pairs = by_site(tensors)
     whole = {path: parts for path, parts in sorted(pairs.items()) if _is_pair(parts)}
     sites = tuple(_site(files, path, parts["A"], parts["B"]) for path, parts in whole.items())
     judged = judge(files.config, [Site(s.path, s.lora_alpha, s.scale) for s in sites], largest_values(tensors))
@@ -105,7 +294,7 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
         folder=str(folder),
         config=files.config,
         sites=sites,
-        parameters=sum(tensor.numel() for tensor in files.file.tensors.values()),
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
         weights_bytes=files.file.size_bytes,
         weights_sha256=files.file.sha256,
         base=files.sidecar.base,
@@ -116,19 +305,19 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterSummary:
 
 
 def judge_files(files: AdapterFiles, allow: Collection[str] = ()) -> tuple[Finding, ...]:
-    """Judge an adapter whose numbers are used without `load_adapter`.
+    """Return what is implausible about an adapter whose tensors are used without `load_adapter`.
 
     Args:
-        files: What was read.
+        files: The adapter's files.
         allow: Checks to override: "nonfinite".
 
     Returns:
-        What looks wrong, in the words of `inspect_adapter`; empty for a plausible adapter.
+        The findings, the same as those of `inspect_adapter`.
 
     Raises:
-        AdapterFileError: It holds NaN or infinite numbers.
+        AdapterFileError: It contains NaN or infinite values.
     """
-    whole = {path: parts["A"] for path, parts in _by_site(files.file.tensors).items() if _is_pair(parts)}
+    whole = {path: parts["A"] for path, parts in by_site(files.file.tensors).items() if _is_pair(parts)}
     known = [(path, *rank_and_alpha(files, path, int(A.shape[0]))) for path, A in sorted(whole.items())]
     rslora = files.config.use_rslora
     sites = [Site(path, alpha, None if alpha is None else scale(r, alpha, rslora)) for path, r, alpha in known]
@@ -139,18 +328,8 @@ def judge_files(files: AdapterFiles, allow: Collection[str] = ()) -> tuple[Findi
     return found
 
 
-def _by_site(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return path of a site -> part -> tensor, of what the file holds."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        key = parse(name)
-        if key is not None:
-            pairs.setdefault(key.path, {})[key.part] = tensor
-    return pairs
-
-
 def delta_norm(A: Tensor, B: Tensor) -> float:
-    """Frobenius norm of B·A without the product: √ trace((BᵀB)(AAᵀ)).   [docs/math.md (9)]
+    """Return the Frobenius norm of B·A without the product: √ trace((BᵀB)(AAᵀ)).   [docs/math.md (9)]
 
     Args:
         A: (r, in).
@@ -161,7 +340,7 @@ def delta_norm(A: Tensor, B: Tensor) -> float:
 
 
 def _is_pair(parts: dict[str, Tensor]) -> bool:
-    """Whether A (r, in, …) and B (out, r, …) are both there, with one rank of at least 1."""
+    """Return whether A (r, in, …) and B (out, r, …) both exist, with the same rank of at least 1."""
     if not {"A", "B"} <= set(parts):
         return False
     A, B = parts["A"], parts["B"]
@@ -181,11 +360,11 @@ def _site(files: AdapterFiles, path: str, A: Tensor, B: Tensor) -> SiteSummary:
 
 
 def _unreadable(sites: Sequence[SiteSummary], pairs: Mapping[str, dict[str, Tensor]]) -> list[str]:
-    """Return what the files do not tell, in words."""
+    """Return messages about what the files leave unknown."""
     found = []
     unknown = [s.path for s in sites if s.scale is None]
     if unknown:
-        found.append(f"The scale of {len(unknown)} sites follows from a regular expression, which is not run.")
+        found.append(f"The scale of {len(unknown)} sites depends on a regular expression, which is not run.")
     odd_pairs = [path for path, parts in pairs.items() if not _is_pair(parts)]
     if odd_pairs:
         found.append(

@@ -1,8 +1,8 @@
 """Read and write one safetensors file, with every check before memory is taken.
 
-The header is parsed here: its size and the number of tensors are bounded, no name stands twice, dtypes are
-floating, and the spans fill the file exactly. What passes is read into memory that is ours, never mapped, so
-that a file that changes later changes nothing here.
+The header is parsed here: its size and the number of tensors are bounded, no name occurs twice, dtypes are floating,
+and the spans fill the file exactly. A valid file is read into memory, never mapped, so that a later change of the file
+has no effect.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ MAX_FILE_BYTES = 64 << 30
 MAX_HEADER_BYTES = 8 << 20
 MAX_TENSORS = 100_000
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""dtypes that an adapter's numbers may have on disk, with their size; others would be destroyed by a cast."""
+"""dtypes that factors may have on disk, with their size in bytes; a cast from others would destroy the values."""
 
 WHOLE_BYTES = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
-"""dtypes that buffers of copied modules may have beside those, such as a batch norm's count."""
+"""Further dtypes that buffers of saved modules may have, such as a batch norm's count."""
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file as it was read.
+    """The content of a file.
 
     Attributes:
         tensors: Name -> tensor (…) on the CPU.
-        metadata: The header's own words.
-        sha256: Of the whole file.
-        size_bytes: Of the whole file.
+        metadata: The strings in the header's `__metadata__`.
+        sha256: SHA-256 of the whole file.
+        size_bytes: Size of the whole file.
     """
 
     tensors: dict[str, Tensor]
@@ -46,12 +46,17 @@ class TensorFile:
     size_bytes: int
 
 
+def file_error(path: str | os.PathLike[str], problem: str) -> AdapterFileError:
+    """Return the error for a file or directory that cannot be used: its path, then the problem."""
+    return AdapterFileError(f"{path}: {problem}", where=path)
+
+
 def encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """The bytes of a safetensors file; the same content always gives the same bytes.
+    """Return the bytes of a safetensors file; the same content always gives the same bytes.
 
     Args:
         tensors: Name -> tensor (…) on any device.
-        metadata: Words for the header.
+        metadata: Strings for the header.
 
     Returns:
         The whole file.
@@ -61,13 +66,13 @@ def encode(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def _in_order(data: bytes) -> bytes:
-    """The same file with its metadata sorted: safetensors writes them in an order that changes from call to call."""
+    """Return the same file with sorted metadata: safetensors writes them in an order that varies from call to call."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     if "__metadata__" in header:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight
+    text += b" " * (-len(text) % 8)  # the data start at a multiple of eight
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
@@ -76,60 +81,51 @@ def read_tensors(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) 
 
     Args:
         path: The file.
-        max_bytes: The largest size that is read.
+        max_bytes: Largest size to read.
 
     Returns:
         Its tensors, each (…), its metadata and its SHA-256.
 
     Raises:
-        AdapterFileError: The file is missing, not a regular file, or its content is damaged or absurd; the
+        AdapterFileError: The file is missing or not a regular file, or its content is damaged or implausible; the
             message says what was found where.
     """
     data = read_bytes(path, max_bytes)
     header, start = _header(path, data)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise AdapterFileError(f"{path}: the header's metadata is not a table of words.", where=path)
+        raise file_error(path, "the header's metadata is not a table of strings.")
     if len(header) > MAX_TENSORS:
-        raise AdapterFileError(f"{path}: names {len(header):,} tensors; at most {MAX_TENSORS:,} are read.", where=path)
+        raise file_error(path, f"names {len(header):,} tensors; at most {MAX_TENSORS:,} are read.")
     spans = sorted(_span(path, name, entry) for name, entry in header.items())
     end = 0
     for first, last, name in spans:
         if first != end:
-            raise AdapterFileError(
-                f"{path}: tensor {name!r} begins at byte {first}, where {end} was expected.", where=path
-            )
+            raise file_error(path, f"tensor {name!r} begins at byte {first}, where {end} was expected.")
         end = last
     if start + end != len(data):
-        raise AdapterFileError(
-            f"{path}: holds {len(data):,} bytes, and its header describes {start + end:,}; it is truncated or damaged.",
-            where=path,
+        raise file_error(
+            path, f"holds {len(data):,} bytes, and its header describes {start + end:,}; it is truncated or damaged."
         )
     return TensorFile(safetensors.torch.load(data), metadata, sha256_bytes(data), len(data))
 
 
 def _header(path: str | os.PathLike[str], data: bytes) -> tuple[JsonObject, int]:
     if len(data) < 8:
-        raise AdapterFileError(
-            f"{path}: {len(data)} bytes are too few for a safetensors file: empty or truncated.", where=path
-        )
+        raise file_error(path, f"{len(data)} bytes are too few for a safetensors file: empty or truncated.")
     size = int.from_bytes(data[:8], "little")
     if size > MAX_HEADER_BYTES or 8 + size > len(data):
         pickled = data[:2] == b"PK" or (data[0] == 0x80 and data[1] <= 5)  # a zip of torch's, or any protocol
         kind = "a pickle, which is never loaded" if pickled else "damaged"
-        raise AdapterFileError(
-            f"{path}: not a safetensors file (it claims a header of {size:,} bytes); it may be {kind}.", where=path
-        )
-    if data.count(b":", 8, 8 + size) > 4 * MAX_TENSORS + 10_000:  # four to a tensor; counted, since parsing takes long
-        raise AdapterFileError(
-            f"{path}: the header names too many tensors; at most {MAX_TENSORS:,} are read.", where=path
-        )
+        raise file_error(path, f"not a safetensors file (it claims a header of {size:,} bytes); it may be {kind}.")
+    if data.count(b":", 8, 8 + size) > 4 * MAX_TENSORS + 10_000:  # four per tensor; counted, since parsing takes long
+        raise file_error(path, f"the header names too many tensors; at most {MAX_TENSORS:,} are read.")
     try:
         header = parse_json(data[8 : 8 + size])
     except (ValueError, RecursionError) as cause:
-        raise AdapterFileError(f"{path}: the header is not valid JSON ({cause}).", where=path) from None
+        raise file_error(path, f"the header is not valid JSON ({cause}).") from None
     if not isinstance(header, dict):
-        raise AdapterFileError(f"{path}: the header is not a table of tensors.", where=path)
+        raise file_error(path, "the header is not a table of tensors.")
     return header, 8 + size
 
 
@@ -138,19 +134,14 @@ def _span(path: str | os.PathLike[str], name: str, entry: Any) -> tuple[int, int
         dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [first, last, *shape]
     except (TypeError, KeyError, ValueError):
-        raise AdapterFileError(f"{path}: the header's entry for {name!r} is not one of a tensor.", where=path) from None
+        raise file_error(path, f"the header's entry for {name!r} is not one of a tensor.") from None
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
-        raise AdapterFileError(
-            f"{path}: tensor {name!r} has a shape or place that is not made of whole numbers.", where=path
-        )
+        raise file_error(path, f"tensor {name!r} has a shape or offset that is not made of whole numbers.")
     sizes = ITEM_BYTES if ".lora_" in name else {**ITEM_BYTES, **WHOLE_BYTES}
     if dtype not in sizes:
-        raise AdapterFileError(
-            f"{path}: tensor {name!r} has dtype {dtype}; only {', '.join(ITEM_BYTES)} can hold an adapter's numbers.",
-            where=path,
+        raise file_error(
+            path, f"tensor {name!r} has dtype {dtype}; only {', '.join(ITEM_BYTES)} can hold an adapter's numbers."
         )
     if last - first != sizes[dtype] * math.prod(shape):
-        raise AdapterFileError(
-            f"{path}: tensor {name!r} of shape {shape} does not fit its {last - first} bytes.", where=path
-        )
+        raise file_error(path, f"tensor {name!r} of shape {shape} does not fit its {last - first} bytes.")
     return first, last, name

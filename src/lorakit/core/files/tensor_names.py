@@ -1,16 +1,17 @@
-"""Names of an adapter's tensors on disk: `base_model.model.` + path of the site + what it is.
+"""Names of an adapter's tensors on disk: `base_model.model.` + path of the site + ending.
 
-The names are PEFT's. This is their only home: saving builds names here and loading takes them apart here.
+The names are PEFT's. Only this module knows them: saving builds names here, and loading parses them here.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
+from lorakit.core.kinds import Kind
 from lorakit.core.model.index import INSIDE, AdapterIndex
 from lorakit.core.model.target_weights import paths_on_disk
 from lorakit.core.variants import own_tensors
@@ -27,9 +28,11 @@ ENDINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Key:
-    """A name taken apart.
+T = TypeVar("T")
+
+
+class Key(NamedTuple):
+    """A parsed name.
 
     Attributes:
         path: Path of the site.
@@ -41,7 +44,7 @@ class Key:
 
 
 def parse(name: str) -> Key | None:
-    """Take a name apart; None where it is not that of a factor."""
+    """Parse the name of a tensor; return None if it belongs to no factor."""
     if not name.startswith(PREFIX):
         return None
     rest = name.removeprefix(PREFIX)
@@ -52,6 +55,21 @@ def parse(name: str) -> Key | None:
     return None
 
 
+def by_site(named: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """Return path of a site -> part -> value of each name that belongs to a factor."""
+    found: dict[str, dict[str, T]] = {}
+    for name, value in named.items():
+        key = parse(name)
+        if key is not None:
+            found.setdefault(key.path, {})[key.part] = value
+    return found
+
+
+def endings_of(kind: Kind) -> tuple[str, str]:
+    """Return the endings of the names of A and B at the sites of a kind."""
+    return f".{kind.names[0]}{kind.on_disk}", f".{kind.names[1]}{kind.on_disk}"
+
+
 def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, Tensor]:
     """Return everything that one adapter trained, under its names on disk.
 
@@ -60,7 +78,7 @@ def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, 
         adapter: The adapter.
 
     Returns:
-        Name -> tensor (…), the model's own, sorted by name.
+        Name -> tensor (…) of the model, not a copy, sorted by name.
     """
     index = AdapterIndex.of(model)
     found: dict[str, Tensor] = {}
@@ -77,11 +95,11 @@ def adapter_tensors(model: nn.Module | AdapterIndex, adapter: str) -> dict[str, 
 
 
 def inside(path: str, depths: Mapping[str, int]) -> str:
-    """A path in the plain base as it is where layers stand: an attention's projection is inside two of them.
+    """Return a path of the plain base as PEFT writes it: with `.base_layer` for each layer around a module on the way.
 
     Args:
-        path: The path.
-        depths: Path of each adapted module -> layers around it.
+        path: The path in the plain base.
+        depths: Path of each adapted module -> number of layers around it.
     """
     words, where = path.split("."), ""
     for end, word in enumerate(words, 1):
@@ -90,5 +108,5 @@ def inside(path: str, depths: Mapping[str, int]) -> str:
 
 
 def plain_path(path: str) -> str:
-    """A path in an adapted model as it is in the plain base."""
+    """Return the path in the plain base of a path in an adapted model."""
     return ".".join(word for word in path.split(".") if word not in {"base_layer", "original_module", "token_adapter"})

@@ -10,16 +10,14 @@ from torch import Tensor, nn
 from lorakit.core.layers.adapter_component import MergeOptions
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
-from lorakit.core.merging.checks import names_to_merge
+from lorakit.core.merging.merging import names_to_merge
 from lorakit.core.model.base_view import QuantisedWeight, base_tensors, float_dtype, quantised_weights
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.ties import leaders_of
 
-__all__ = ["iter_merged", "merged_state_dict"]
-
 
 def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
-    """The state dict of the base with adapters merged, under the base's own names; the model is left alone.
+    """Return the state dict of the base with adapters merged, under the base's own names; the model is not modified.
 
     Args:
         model: An adapted model.
@@ -27,8 +25,8 @@ def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
 
     Returns:
         Name -> tensor (…) in the base's dtype. Tensors without an adapter are the model's own, not copies. A weight
-        that is tied in the model and adapted in one place appears under both names, no longer the same. Quantised
-        weights are multiplied out, in the dtype of their products: the state dict is that of the plain base.
+        that is tied in the model and adapted in one module appears under both names, with different values. Quantized
+        weights are dequantized, in the dtype of their matmuls: the state dict is that of the plain base.
 
     Raises:
         MergeError: An adapter cannot be merged.
@@ -38,7 +36,7 @@ def merged_state_dict(model: nn.Module, *names: str) -> dict[str, Tensor]:
 
 
 def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
-    """`merged_state_dict`, one tensor at a time.
+    """Yield the items of `merged_state_dict`, one at a time.
 
     Yields:
         Name and tensor (…).
@@ -62,7 +60,7 @@ def iter_merged(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
 
 
 class _Merged:
-    """The tensors of the base in which adapters are, computed when they are asked for."""
+    """The tensors of the base that adapters change, computed on demand."""
 
     def __init__(self, index: AdapterIndex, names: Sequence[str]) -> None:
         self._names, self._options = names, MergeOptions(in_place=False)
@@ -71,7 +69,7 @@ class _Merged:
             (id(layer.source), layer.slot.parameter): led.get(layer, layer) for _, layer in index.layers_of(names)
         }
         self._layers = {(id(layer.source), "bias"): layer for _, layer in index.layers_of(names)}
-        self._tensors: dict[str, Tensor] = {}  # of saved modules, trained rows
+        self._tensors: dict[str, Tensor] = {}  # of saved modules and trainable tokens
         for path, component in (*index.every(ModulesToSave), *index.every(TrainableTokens)):
             tensors = component.merged_tensors(names, self._options)
             self._tensors |= {f"{path}.{leaf}": tensor for leaf, tensor in tensors.items()}
@@ -91,7 +89,7 @@ class _Merged:
         return self._tensors[name] if name in self._tensors else self._biases.get(place, tensor.detach())
 
     def dequantized(self, weight: QuantisedWeight, options: MergeOptions) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and tensor, (…), of a quantized weight as the plain base has it; also of a bias of its own."""
+        """Yield name and tensor, (…), of a quantized weight as the plain base has it; also its bias."""
         of_bias, bias = weight.name.removesuffix("weight") + "bias", weight.loose_bias
         merged = {} if weight.layer is None else weight.layer.merged_tensors(self._names, options)
         if weight.name in self._tensors:  # an adapter's copy of the whole module replaces it

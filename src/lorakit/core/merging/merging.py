@@ -1,6 +1,6 @@
 """Merge adapters into the base weights, and unmerge them bit for bit.
 
-A merge computes W₀ + Σ update in fp32 or wider from the base as it was, and writes it once in the base's dtype. The
+A merge computes W₀ + Σ update in fp32 or wider from the original base, and writes it once in the base's dtype. The
 original weight is kept (on its device or in main memory) unless the caller gives it up, so several merges can be
 undone in any order. What a low-precision base loses is measured and reported.
 
@@ -13,26 +13,19 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from lorakit.core.layers.adapter_component import (
-    KeepBase,
-    MergeOptions,
-    SiteMerge,
-    StagedMerge,
-)
+from lorakit.core.layers.adapter_component import KeepBase, MergeOptions, SiteMerge, StagedMerge
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TrainableTokens
-from lorakit.core.merging.checks import check_mergeable, components_apart, leading_tables, names_to_merge
 from lorakit.core.model.base_view import float_dtype
 from lorakit.core.model.checks import check_known, trainable_block
-from lorakit.core.model.index import AdapterIndex
-from lorakit.core.model.ties import leaders_of
+from lorakit.core.model.index import AdapterIndex, identity
+from lorakit.core.model.ties import leaders_of, untied_copies
 from lorakit.core.quantization import let_go
 from lorakit.core.routing.positions import uninstall
 from lorakit.errors import MergeError
-
-__all__ = ["KeepBase", "MergeReport", "SiteMerge", "merge", "merge_and_unload", "unmerge", "unmerge_components"]
 
 Flags = list[tuple[LoraLayer | TrainableTokens, set[str]]]
 """Layers and tables, each with the names of the base's parameters there that were trained before adapters."""
@@ -40,12 +33,12 @@ Flags = list[tuple[LoraLayer | TrainableTokens, set[str]]]
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `merge` did.
+    """Result of `merge`.
 
     Attributes:
         names: The adapters merged by this call.
-        sites: What each site retained.
-        kept_bytes: Memory of the kept originals.
+        sites: How much of its delta each site retained.
+        kept_bytes: Memory of the kept originals, in bytes.
     """
 
     names: tuple[str, ...]
@@ -73,10 +66,10 @@ def merge(
         names: Adapters; none means those of the default route.
         keep_base: Keep each original weight on its device (True), in main memory ("cpu"), or not (False: this
             cannot be undone).
-        untie: Give a site that shares its weight with another module (tied embeddings) a weight of its own.
-        dense: Replace a convolution of several groups, which has no place for its delta, and a quantized module by a
-            plain one, instead of quantizing the merged weight, which loses most of a small delta; the dtype is that of
-            the quantized module's matmuls.
+        untie: Give a site that shares its weight with another module (tied embeddings) a separate weight.
+        dense: Replace a grouped convolution, whose weight cannot hold the delta, and a quantized module by a plain
+            one, instead of quantizing the merged weight, which loses most of a small delta; the dtype is that of the
+            quantized module's matmuls.
 
     Returns:
         How much of the delta is retained, what was lost, and the memory of the kept originals.
@@ -93,8 +86,8 @@ def merge(
 
 def _merge(index: AdapterIndex, names: Sequence[str], untie: bool, options: MergeOptions) -> MergeReport:
     chosen = names_to_merge(index, names)
-    check_mergeable(index, chosen, untie, options)
-    options = dataclasses.replace(options, apart=components_apart(index, chosen, untie))
+    _check_mergeable(index, chosen, untie, options)
+    options = dataclasses.replace(options, apart=_components_apart(index, chosen, untie))
     led = {} if untie else leaders_of(index, chosen)
     staged = [
         staged
@@ -115,16 +108,16 @@ def _commit(
         one.commit()
     for layer, leader in led.items():
         layer.follow(leader)
-    for table, followers in leading_tables(index).items():
+    for table, followers in _leading_tables(index).items():
         for follower in followers:
             follower.follow(table, id(table) in apart)
 
 
-def unmerge(model: nn.Module, *names: str) -> None:
+def unmerge(model: nn.Module | AdapterIndex, *names: str) -> None:
     """Unmerge adapters; with the last of them the base weights are restored bit for bit.
 
     Args:
-        model: An adapted model, changed in place.
+        model: An adapted model, changed in place, or its index.
         names: Adapters; none means all that are merged.
 
     Raises:
@@ -133,33 +126,19 @@ def unmerge(model: nn.Module, *names: str) -> None:
     """
     index = AdapterIndex.of(model)
     with trainable_block(index):
-        unmerge_components(index, names)
-
-
-def unmerge_components(index: AdapterIndex, names: Sequence[str]) -> None:
-    """Unmerge adapters, as `unmerge`, over the index of a call.
-
-    Args:
-        index: The model's index; the model is changed in place.
-        names: Adapters; none means all that are merged.
-
-    Raises:
-        MergeError: As `unmerge`.
-        AdapterError: There is no such adapter.
-    """
-    state, merged = index.known_state(), index.merged_adapters()
-    chosen = names or tuple(merged)
-    check_known(state, chosen)
-    for name in chosen:
-        if name not in merged:
-            text = f"Adapter {name!r} is not merged. Merged here: {', '.join(merged) or 'none'}."
-            raise MergeError(text, what=name, allowed=merged)
-    for path, module in index.components.items():
-        module.check_unmerge(path, chosen)
-    led = leaders_of(index, chosen)
-    changes = (one.stage_unmerge(chosen) for _, one in index.with_biases() if one not in led)
-    _commit(index, [change for change in changes if change is not None], led, frozenset())
-    state.leave_default(chosen)
+        state, merged = index.known_state(), index.merged_adapters()
+        chosen = names or tuple(merged)
+        check_known(state, chosen)
+        for name in chosen:
+            if name not in merged:
+                text = f"Adapter {name!r} is not merged. Merged here: {', '.join(merged) or 'none'}."
+                raise MergeError(text, what=name, allowed=merged)
+        for path, module in index.components.items():
+            module.check_unmerge(path, chosen)
+        led = leaders_of(index, chosen)
+        changes = (one.stage_unmerge(chosen) for _, one in index.with_biases() if one not in led)
+        _commit(index, [change for change in changes if change is not None], led, frozenset())
+        state.leave_default(chosen)
 
 
 def merge_and_unload(model: nn.Module, *names: str, untie: bool = False, dense: bool = False) -> MergeReport:
@@ -225,3 +204,155 @@ def _trained_before(index: AdapterIndex) -> Flags:
             held["weight"] = shared
         flags.append((table, {name for name, parameter in held.items() if id(parameter) in trained}))
     return flags
+
+
+def names_to_merge(index: AdapterIndex, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the adapters that a call selects: those that it names, or those of the default route.
+
+    Raises:
+        AdapterError: There is no such adapter, or the model has none.
+    """
+    state = index.known_state()
+    chosen = tuple(names or state.default.names)
+    check_known(state, chosen)
+    return chosen
+
+
+def _check_mergeable(index: AdapterIndex, names: Sequence[str], untie: bool, options: MergeOptions) -> None:
+    """Reject a merge that cannot be done; nothing is computed.
+
+    Args:
+        index: The model's index.
+        names: Adapters to merge.
+        untie: As in `merge`.
+        options: How they are merged.
+
+    Raises:
+        MergeError: Merged already, not mergeable, or a weight is shared.
+    """
+    if not names:
+        raise MergeError("No adapter is active, so there is nothing to merge. Name the adapters.")
+    for path, module in index.components.items():
+        module.check_merge(path, names, options)
+    if untie:
+        return
+    for path, other in tied_sites(index, names):
+        raise _is_shared(path, other, "", ", or do not adapt it")
+    leading = _leading_tables(index)
+    for path, table in index.every(TrainableTokens):
+        here = table in leading and any(name in table for name in names)
+        sharing = _shared_table(index, table, leading[table]) if here else None
+        if sharing is not None:
+            raise _is_shared(path, sharing, ", whose rows are not the same", "")
+
+
+def _is_shared(path: str, other: str, how: str, otherwise: str) -> MergeError:
+    return MergeError(
+        f"{path} shares its weight with {other}{how}; a merge would change both. Merge with untie=True to give {path} "
+        f"a separate weight (and save with tie_word_embeddings=False){otherwise}.",
+        what=other,
+        where=path,
+        override="untie",
+    )
+
+
+def tied_sites(model: nn.Module | AdapterIndex, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the sites of some adapters whose weight another module shares, each with the name of the other.
+
+    Args:
+        model: An adapted model, or its index.
+        names: Adapters.
+    """
+    index = AdapterIndex.of(model)
+    led, sites = leaders_of(index, names), []
+    one: dict[int, set[int]] = {}  # id of a leading layer -> ids of all modules that are one with its module
+    for _, layer in index.layers():
+        one.setdefault(id(led.get(layer, layer)), set()).add(id(layer.owner))
+    for path, layer in index.layers_of(names):
+        those = one[id(led.get(layer, layer))]
+        holders = index.holders.get(identity(layer.owner._parameters.get(layer.slot.parameter)), ())
+        shared = [name for name, module in holders if id(module) not in those]
+        sites += [(path, shared[0])] if shared else []
+    return sites + untied_copies(index, names)
+
+
+def _leading_tables(index: AdapterIndex) -> dict[TrainableTokens, list[TrainableTokens]]:
+    """Return each leading table of trainable tokens -> the tables that follow it."""
+    tables = [table for _, table in index.every(TrainableTokens)]
+    return {table: [other for other in tables if table.leads(other)] for table in tables if not table.follows}
+
+
+def _shared_table(index: AdapterIndex, table: TrainableTokens, followers: Sequence[TrainableTokens]) -> str | None:
+    """Return the name of another tensor that is the weight of a leading table and does not follow it, or None."""
+    held = table.token_adapter.weight_here
+    members = [module.token_adapter for module in (table, *followers)]
+    tied = {id(member.base_layer) for member in members if member.weight_here is held}
+    return next((name for name, module in index.holders.get(identity(held), ()) if id(module) not in tied), None)
+
+
+def _components_apart(index: AdapterIndex, names: Sequence[str], untie: bool) -> frozenset[int]:
+    """Return the ids of the components that get a separate parameter when some adapters are merged.
+
+    Their parameter is shared with another module, or will be again when a merge with `untie` is undone.
+
+    Args:
+        index: The model's index.
+        names: The adapters.
+        untie: As in `merge`; a table of trainable tokens with a shared weight is separated in any case.
+    """
+    apart = set()
+    tables = [table.token_adapter for _, table in index.every(TrainableTokens)]
+    untied = {id(layer.tied_weight) for _, layer in index.layers() if layer.tied_weight is not None}
+    untied |= {id(held) for table in tables for held in table.tied_weight}
+    for _, layer in index.layers_of(names) if untie or untied else ():
+        parameter = layer.source._parameters.get(layer.slot.parameter)
+        shared = any(module is not layer.source for _, module in index.holders.get(identity(parameter), ()))
+        if id(parameter) in untied or (untie and shared):
+            apart.add(id(layer))
+    for table, followers in _leading_tables(index).items():
+        if any(name in table for name in names):
+            comes_back = id(table.token_adapter.weight_here) in untied
+            if comes_back or _shared_table(index, table, followers) is not None:
+                apart.add(id(table))
+    return frozenset(apart)
+
+
+WIDE = (torch.float32, torch.float64)
+"""Dtypes of a base in which a merge is exact: merged weights are computed in fp32 or wider."""
+
+
+def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
+    """Explain why merging adapters would change the model's outputs; None if the merge is exact.   [docs/math.md (12)]
+
+    Exact means: in eval mode, outputs are equal within roundings of the dtype in which the base computes. (W + ΔW)·x
+    and W·x + ΔW·x are then the same sum in another order. That holds if every weight with a factor of these adapters
+    is a plain one in fp32 or wider, so that the sum of (11), computed in that dtype, is stored without rounding. A
+    bf16 or fp16 weight loses whatever is below its precision, and a quantized one far more. It does not hold for
+    matmuls that round the weight once more, as under autocast or with TF32.
+
+    Args:
+        model: An adapted model; it is not changed.
+        names: Adapters; none means those of the default route.
+
+    Returns:
+        A message that names the site and the dtype, or why there can be no merge at all; None if the merge is exact.
+
+    Raises:
+        AdapterError: There is no such adapter.
+    """
+    index = AdapterIndex.of(model)
+    chosen = names_to_merge(index, names)
+    try:
+        _check_mergeable(index, chosen, False, MergeOptions())
+    except MergeError as refusal:
+        return str(refusal)
+    for path, layer in index.layers_of(chosen):
+        if layer.base.quantised:
+            return f"{path} is stored as {layer.base.name}, in which the merged weight would lose most of the delta."
+        dtype = layer.original().dtype
+        if dtype not in WIDE:
+            name = str(dtype).removeprefix("torch.")
+            return f"{path} is {name}, and a merged weight is rounded to that precision. In float32 a merge is exact."
+        if layer.slot.groups > 1:
+            return f"{path} is a convolution of {layer.slot.groups} groups, whose weight cannot hold the delta."
+    return None

@@ -23,16 +23,8 @@ from torch import Tensor, nn
 from lorakit.config import LoraConfig, scale
 from lorakit.core.attachment.residual_base import check_plain, on_the_original, plain_config
 from lorakit.core.attachment.saving import saved_form
-from lorakit.core.files.adapter_folder import (
-    AdapterFiles,
-    Finding,
-    alpha_at,
-    implausible,
-    parameters_meant,
-    rank_and_alpha,
-    read_adapter,
-)
-from lorakit.core.files.inspecting import judge_files
+from lorakit.core.files.adapter_folder import AdapterFiles, alpha_at, parameters_meant, rank_and_alpha, read_adapter
+from lorakit.core.files.inspecting import Finding, implausible, judge_files
 from lorakit.core.files.tensor_names import PREFIX, parse
 from lorakit.core.linalg import Product, factors_of, product_of
 from lorakit.core.model.base_view import base_tensors

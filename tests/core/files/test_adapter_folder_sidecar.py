@@ -11,7 +11,7 @@ import pytest
 
 from lorakit.config import CONFIG_FILE
 from lorakit.core import inspect_adapter, load_adapter, save_adapter
-from lorakit.core.files.sidecar import FORMAT_VERSION, SIDECAR_FILE
+from lorakit.core.files.adapter_folder import FORMAT_VERSION, SIDECAR_FILE
 from lorakit.durable import SEAL, is_sealed, json_bytes, parse_json, sealed
 from lorakit.errors import AdapterFileError
 
