@@ -9,7 +9,6 @@ from types import MappingProxyType
 from torch import nn
 
 from lorakit.core.kinds.convolution import CONV1, CONV2, CONV3
-from lorakit.core.kinds.embedding import EMBEDDING
 from lorakit.core.kinds.kind import (
     Fits,
     Kind,
@@ -20,7 +19,7 @@ from lorakit.core.kinds.kind import (
     every_kind_of_the_table,
     spread,
 )
-from lorakit.core.kinds.linear import CONV1D, LINEAR
+from lorakit.core.kinds.linear import CONV1D, EMBEDDING, LINEAR
 from lorakit.core.kinds.parameter import ATTENTION, INNER, PARAMETER, parameter_slot, per_expert, side_by_side
 from lorakit.errors import ConfigError
 
