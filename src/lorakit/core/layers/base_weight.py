@@ -118,7 +118,7 @@ class BaseWeight(StoredWeight):
                 "Load the base anew and merge all adapters in one call.",
                 where=path,
             )
-        replaces = options.dense is not None and (base.quantised or self.slot.groups > 1)
+        replaces = options.dense is not None and (base.quantized or self.slot.groups > 1)
         if replaces and self.old_bias is not None and (options.in_place or self.old_bias[0] not in adapters):
             trainer = self.old_bias[0]
             raise MergeError(
@@ -170,7 +170,7 @@ class BaseWeight(StoredWeight):
             return StagedMerge(report, functools.partial(self._write_unkept, new, options, bias))
         kept = self.kept
         if kept is None and not isinstance(merged.stored, nn.Module):
-            on_cpu = options.keep_base == "cpu" and not merged.base.quantised
+            on_cpu = options.keep_base == "cpu" and not merged.base.quantized
             kept = merged.original.to("cpu") if on_cpu else merged.original
         storage = merged.base, merged.source  # without the tensors that were only needed to measure
         put = functools.partial(self._put_merged, merged.stored, storage, kept, id(self) in options.apart, bias)
@@ -258,7 +258,7 @@ class BaseWeight(StoredWeight):
     def _put_merged(
         self,
         stored: Any,
-        storage: tuple[WeightFormat, nn.Module],
+        storage: tuple[WeightFormat[Any, Any], nn.Module],
         kept: Any,
         apart: bool,
         bias: StagedBias | None,
@@ -269,7 +269,7 @@ class BaseWeight(StoredWeight):
         """Put a merged weight in place; if it is apart, in a parameter of this site's own."""
         (base, source), parameter = storage, self.slot.parameter
         self.kept = kept
-        shared = self.owner._parameters.get(parameter) if apart and not base.quantised else None
+        shared = self.owner._parameters.get(parameter) if apart and not base.quantized else None
         if shared is not None and not isinstance(stored, nn.Module):  # the other holder keeps the old one
             if keeps and self.tied_weight is None:
                 self.tied_weight = shared
@@ -339,7 +339,7 @@ class MergedWeight:
     """
 
     stored: Any
-    base: WeightFormat
+    base: WeightFormat[Any, Any]
     source: nn.Module
     original: Any
     W: Tensor
@@ -405,7 +405,7 @@ def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOpti
         from_moved = layer.moved_by is not None and (options.in_place or layer.moved_by in names)
         start = layer.read(layer.moved_by) if from_moved else W
         total = functools.reduce(torch.add, (layer.addition(name, W) for name in names))
-        if options.dense is not None and base.quantised:
+        if options.dense is not None and base.quantized:
             stored = base.dense(source, start + total, options.dense)
         else:
             stored = base.write(source, original, start + total)

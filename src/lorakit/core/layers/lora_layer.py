@@ -397,7 +397,7 @@ class LoraLayer(BaseWeight):
         """Return the values of the base weight now, (out, in) or in the shape that is stored."""
         base, owner = self.base, self.owner
         stored = base.stored(owner, self.slot.parameter)
-        return base.read(owner, stored) if base.quantised else stored
+        return base.read(owner, stored) if base.quantized else stored
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's scale as a multiple of the one in its config.

@@ -326,7 +326,7 @@ def biased_modules(
             held = [leaf for leaf, p in module._parameters.items() if p is not None and "bias" in leaf]
             # PEFT asks an adapted module for its `bias`, so that of an attention's in-projection is not among them
             leaves = tuple(leaf for leaf in held if bias == "all" or leaf == "bias")
-            if isinstance(vars(module).get("bias"), Tensor) and weight_format_of(module).quantised:
+            if isinstance(vars(module).get("bias"), Tensor) and weight_format_of(module).quantized:
                 raise ConfigError(
                     f"{path} is stored as {weight_format_of(module).name}, whose bias is not a parameter and cannot be "
                     "trained. Set bias='none'."
@@ -390,7 +390,7 @@ def trainable_copy(path: str, standing: nn.Module) -> nn.Module:
 def _plain(module: nn.Module) -> nn.Module:
     """A module with every quantised part of it multiplied out; itself where nothing is."""
     row = weight_format_of(module)
-    if row.quantised:
+    if row.quantized:
         return row.dense(module, row.read(module, row.stored(module, "weight")), torch.float32)
     for name, child in module._modules.items():
         module._modules[name] = None if child is None else _plain(child)
@@ -399,13 +399,13 @@ def _plain(module: nn.Module) -> nn.Module:
 
 def plain_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name -> shape of what a trained copy of a module holds; quantised weights are plain in it."""
-    if not any(weight_format_of(part).quantised for part in module.modules()):
+    if not any(weight_format_of(part).quantized for part in module.modules()):
         return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     shapes = {}
     for path, part in module.named_modules():
         prefix = f"{path}." if path else ""
         row, held = weight_format_of(part), {**part._parameters, **part._buffers}
-        if row.quantised:
+        if row.quantized:
             held = {"weight": row.read(part, row.stored(part, "weight")), "bias": getattr(part, "bias", None)}
         shapes.update({prefix + name: tuple(tensor.shape) for name, tensor in held.items() if tensor is not None})
     return shapes

@@ -98,12 +98,12 @@ class StoredWeight(AdapterModule):
         return self.replaced[0] if self.replaced else self.owner
 
     @property
-    def base(self) -> WeightFormat:
+    def base(self) -> WeightFormat[Any, Any]:
         """The entry of WEIGHT_FORMATS."""
         return self.storage[0]
 
     @property
-    def storage(self) -> tuple[WeightFormat, nn.Module]:
+    def storage(self) -> tuple[WeightFormat[Any, Any], nn.Module]:
         """The entry of WEIGHT_FORMATS, and the module that holds the weight."""
         source = self.source
         return weight_format_of(source, self.slot.parameter, self.slot.as_stored), source
@@ -208,9 +208,9 @@ class StoredWeight(AdapterModule):
             self.base_layer, self.replaced = self.replaced[0], ()
 
 
-def _as_now(base: WeightFormat, source: nn.Module, parameter: str, stored: Any) -> Any:
+def _as_now(base: WeightFormat[Any, Any], source: nn.Module, parameter: str, stored: Any) -> Any:
     """What the base stored, or what it stores now if that is None, on the base's device and in its dtype."""
-    if stored is not None and (base.quantised or not isinstance(stored, Tensor)):
+    if stored is not None and (base.quantized or not isinstance(stored, Tensor)):
         return stored
     now = base.stored(source, parameter)
     return now if stored is None else stored.to(device=now.device, dtype=now.dtype)

@@ -178,7 +178,7 @@ def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
     except MergeError as refusal:
         return str(refusal)
     for path, layer in index.layers_of(chosen):
-        if layer.base.quantised:
+        if layer.base.quantized:
             return (
                 f"{path} is stored as {layer.base.name}, and storing the merged weight so would lose most of what an "
                 "adapter adds."

@@ -28,7 +28,7 @@ from lorakit.core.model.base_view import float_dtype
 from lorakit.core.model.checks import check_known, trainable_block
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.ties import leaders_of
-from lorakit.core.quantization import let_go
+from lorakit.core.quantization import allow_repacking
 from lorakit.core.routing.positions import uninstall
 from lorakit.errors import MergeError
 
@@ -205,7 +205,7 @@ def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
         for name, own in plain[module]._parameters.items():
             if name in names and own is not None:
                 own.requires_grad_(True)
-    let_go(state.held)
+    allow_repacking(state.held)
     if state.replication is not None:
         state.replication.untie()
 
