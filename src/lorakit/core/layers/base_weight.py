@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lorakit.core.layers.adapter_component import MergeOptions, SiteMerge, StagedMerge
 from lorakit.core.layers.stored_weight import StoredWeight, give_back, set_bias
-from lorakit.core.quantization import NOT_WRITTEN, WeightFormat, at_least_fp32, weight_format_of
+from lorakit.core.quantization import NOT_WRITTEN, Stored, WeightFormat, at_least_fp32, weight_format_of
 from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError
 
@@ -170,8 +170,9 @@ class BaseWeight(StoredWeight):
             return StagedMerge(report, functools.partial(self._write_unkept, new, options, bias))
         kept = self.kept
         if kept is None and not isinstance(merged.stored, nn.Module):
-            on_cpu = options.keep_base == "cpu" and not merged.base.quantized
-            kept = merged.original.to("cpu") if on_cpu else merged.original
+            kept = merged.original
+            if options.keep_base == "cpu" and isinstance(kept, Tensor) and not merged.base.quantized:
+                kept = kept.to("cpu")
         storage = merged.base, merged.source  # without the tensors that were only needed to measure
         put = functools.partial(self._put_merged, merged.stored, storage, kept, id(self) in options.apart, bias)
         return StagedMerge(report, functools.partial(put, keeps=True, names=new))
@@ -208,7 +209,7 @@ class BaseWeight(StoredWeight):
         if not here:
             return {}
         stored = sum_of_updates(self, here, options).stored
-        found = {self.slot.parameter: stored}
+        found = {self.slot.parameter: stored} if isinstance(stored, Tensor) else {}
         if isinstance(stored, nn.Module):
             found = {name: held.detach() for name, held in stored._parameters.items() if held is not None}
         bias = self.merged_bias(here)
@@ -243,7 +244,7 @@ class BaseWeight(StoredWeight):
         if self.merged_adapters or self.moved_by is None:
             self.kept = leader.kept if self.merged_adapters else None
 
-    def stored_with(self, merged: Sequence[str]) -> Any:
+    def stored_with(self, merged: Sequence[str]) -> Stored | nn.Module:
         """Return what the base's module stores while these adapters are merged: the original if there are none."""
         if merged:
             return stored_with(self, merged)
@@ -257,9 +258,9 @@ class BaseWeight(StoredWeight):
 
     def _put_merged(
         self,
-        stored: Any,
+        stored: Stored | nn.Module,
         storage: tuple[WeightFormat[Any, Any], nn.Module],
-        kept: Any,
+        kept: Stored | None,
         apart: bool,
         bias: StagedBias | None,
         *,
@@ -270,7 +271,7 @@ class BaseWeight(StoredWeight):
         (base, source), parameter = storage, self.slot.parameter
         self.kept = kept
         shared = self.owner._parameters.get(parameter) if apart and not base.quantized else None
-        if shared is not None and not isinstance(stored, nn.Module):  # the other holder keeps the old one
+        if shared is not None and isinstance(stored, Tensor):  # the other holder keeps the old one
             if keeps and self.tied_weight is None:
                 self.tied_weight = shared
             self.owner._parameters[parameter] = nn.Parameter(stored, requires_grad=shared.requires_grad)
@@ -284,8 +285,8 @@ class BaseWeight(StoredWeight):
         self._put_bias(bias)
         self.merged_adapters = [*self.merged_adapters, *names]
 
-    def _put_unmerged(self, stored: Any, bias: StagedBias | None, left: list[str]) -> None:
-        if self.tied_weight is not None and not left:
+    def _put_unmerged(self, stored: Stored | nn.Module, bias: StagedBias | None, left: list[str]) -> None:
+        if self.tied_weight is not None and not left and isinstance(stored, Tensor):
             give_back(self.owner, self.slot.parameter, self.tied_weight, stored)
             self.tied_weight = None
         else:
@@ -338,10 +339,10 @@ class MergedWeight:
         total: The exact sum of updates, like W.
     """
 
-    stored: Any
+    stored: Stored | nn.Module
     base: WeightFormat[Any, Any]
     source: nn.Module
-    original: Any
+    original: Stored
     W: Tensor
     total: Tensor
 
@@ -427,7 +428,7 @@ def weight_with(layer: StoredWeight, new: Sequence[str], options: MergeOptions) 
     return sum_of_updates(layer, [*layer.merged_adapters, *new], options)
 
 
-def stored_with(layer: StoredWeight, merged: Sequence[str]) -> Any:
+def stored_with(layer: StoredWeight, merged: Sequence[str]) -> Stored | nn.Module:
     """Return what a site's module stores while some adapters, at least one, are merged."""
     return sum_of_updates(layer, merged, MergeOptions(dense=_dtype_of(layer.owner) if layer.replaced else None)).stored
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorakit.config import scale
 from lorakit.core.clones import bare, with_forward
-from lorakit.core.factor import HOLDERS, TRAINED, OwnWeight, carrier
+from lorakit.core.factor import HOLDERS, TRAINED, OwnWeight, weight_holder
 from lorakit.core.kinds import Kind, WeightSpec, spread
 from lorakit.core.layers.adapter_component import MergeOptions, trainable_tensors
 from lorakit.core.layers.base_weight import BaseWeight
@@ -145,7 +145,7 @@ class LoraLayer(BaseWeight):
         down, up = (getattr(self, attribute) for attribute in kind.names)
         made: Any = factor
         A, B, bias = made.A, made.B, made.bias
-        down[name], up[name] = (carrier(A), carrier(B, bias)) if kind.on_disk else (A, B)
+        down[name], up[name] = (weight_holder(A), weight_holder(B, bias)) if kind.on_disk else (A, B)
         self.lora_dropout[name] = factor.dropout
         for own in factor.variant.tensors:
             tensor: Any = factor.own[own.held_as]

@@ -16,21 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.kinds import kind_of
-from lorakit.core.layers.adapter_component import AdapterModule, MergeOptions, StagedMerge
+from lorakit.core.layers.adapter_component import AdapterModule, MergeOptions, ReplacingModule, StagedMerge
 from lorakit.core.layers.bias import BiasPatch, out_projection
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import NewRows, TrainableTokens
 from lorakit.core.quantization import weight_format_of
-from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
 from lorakit.errors import (
     ConfigError,
     ConfigTypeError,
     MergeError,
-    MixedRowsError,
     RouteError,
-    RowCountError,
     TargetError,
 )
 
@@ -41,7 +38,7 @@ ONE_COPY = (
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-class ModulesToSave(AdapterModule):
+class ModulesToSave(ReplacingModule):
     """A module with a trained copy per adapter that names it in `modules_to_save`.
 
     Attributes:
@@ -51,16 +48,11 @@ class ModulesToSave(AdapterModule):
     """
 
     def __init__(self, original: nn.Module, state: AdapterState) -> None:
-        super().__init__()
-        self.training = original.training
+        super().__init__(original.training, state)
         self.original_module = original
         self.modules_to_save = nn.ModuleDict()
         self.modules_to_save.training = original.training
         self.merged_adapter: str | None = None
-        self.own_route: Route | None = None
-        self.state = state
-        self.forwards = Forwards()
-        state.join(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -151,16 +143,6 @@ class ModulesToSave(AdapterModule):
         return self.merged_adapters
 
     @property
-    def active_adapters(self) -> list[str]:
-        """The adapters that act here and have a copy, also while they are disabled."""
-        return [name for name in super().active_adapters if name in self.modules_to_save]
-
-    @property
-    def _adapters(self) -> set[str]:
-        """PEFT's name for `available_adapters`."""
-        return set(self.modules_to_save)
-
-    @property
     def merged_adapters(self) -> list[str]:
         """The adapter whose copy stands in for the original, as a list."""
         return [self.merged_adapter] if self.merged_adapter is not None else []
@@ -196,38 +178,15 @@ class ModulesToSave(AdapterModule):
             copies = [self.merged_adapter]
         return self.modules_to_save[copies[0]] if copies else self.original_module
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.modules_to_save
-
     def _mixed(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        rows = None if first is None else route.rows_of(first.shape[0])
-        if first is None or rows is None:
-            raise RowCountError(
-                f"The route names {len(route.rows or ())} rows, and a copied module received "
-                f"{'no tensor' if first is None else tuple(first.shape)}. Give one adapter per row of the batch."
-            )
-        parts, order = [], []
-        for row in dict.fromkeys(rows):
-            indices = [index for index, other in enumerate(rows) if other == row]
-            chosen = torch.tensor(indices, device=first.device)
-            alone = Route((row,)) if row is not None else Route()
-            with self.state.override(alone):  # what stands inside sees these rows only
-                part = self._of(alone)(
-                    *(_rows_of(value, chosen, len(rows)) for value in args),
-                    **{key: _rows_of(value, chosen, len(rows)) for key, value in kwargs.items()},
-                )
-            parts.append(part)
-            order.extend(indices)
-        if not all(isinstance(part, Tensor) for part in parts):
-            raise MixedRowsError(
-                f"A copied module returns a {type(parts[0]).__name__}, whose rows cannot be put together again. "
-                "Run the rows of each adapter on their own with `use`.",
-                what=type(parts[0]).__name__,
-                field="modules_to_save",
-            )
-        back = torch.tensor(order, device=first.device).argsort()
-        return torch.cat(parts).index_select(0, back)
+
+        def run(alone: Route, index: Tensor) -> object:
+            pick = partial(_rows_of, index=index, rows=len(first))  # type: ignore[arg-type]
+            with self.state.override(alone):  # adapted modules inside see these rows only
+                return self._of(alone)(*map(pick, args), **{key: pick(value) for key, value in kwargs.items()})
+
+        return self._by_adapter(route, first, "a saved module", run)
 
 
 def _rows_of(value: Any, index: Tensor, rows: int) -> Any:

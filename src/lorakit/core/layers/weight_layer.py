@@ -15,7 +15,7 @@ module or of its class is replaced; this file knows the marks, not the library.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ def expert_factor(slot: WeightSpec, factor: Factor) -> ExpertFactor:
 
 
 def experts_forward(
-    module: Any,
+    module: nn.Module,
     factors: Mapping[str, Sequence[ExpertFactor]],
     hidden_states: Tensor,
     top_k_index: Tensor,
@@ -104,20 +104,20 @@ def experts_forward(
         (tokens, d). Cost beside the base: 2·r·(in + out) FLOPs per token, expert and projection; no dense weight.
     """
     first = "gate_up_proj" if module.has_gate else "up_proj"
+    activation: Callable[[Tensor], Tensor] = getattr(module, "_apply_gate" if module.has_gate else "act_fn")
     result = torch.zeros_like(hidden_states)
     for expert in top_k_index.unique().tolist():
         position, token = torch.where(expert == top_k_index.T)
         h = _project(module, first, expert, hidden_states[token], factors.get(first, ()))
-        h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
-        y = _project(module, "down_proj", expert, h, factors.get("down_proj", ()))
+        y = _project(module, "down_proj", expert, activation(h), factors.get("down_proj", ()))
         if module.has_post_expert_norm:
-            y = module.post_expert_norm(y)
+            y = module.get_submodule("post_expert_norm")(y)
         y = y * top_k_weights[token, position, None]
         result.index_add_(0, token, y.to(result.dtype))
     return result
 
 
-def _project(module: Any, name: str, expert: int, x: Tensor, factors: Sequence[ExpertFactor]) -> Tensor:
+def _project(module: nn.Module, name: str, expert: int, x: Tensor, factors: Sequence[ExpertFactor]) -> Tensor:
     """One expert's projection of its tokens x (tokens, in), with the low-rank products: (tokens, out)."""
     W = getattr(module, name)[expert]
     y0 = F.linear(x, W.T if module.is_transposed else W)
