@@ -45,7 +45,7 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class Kind:
-    """How LoRA is applied to one type of module.
+    """The geometry of LoRA on one type of module.
 
     Attributes:
         name: Its name, which the subclass of `LoraLayer` has too.
@@ -98,7 +98,7 @@ class Kind:
 
     @property
     def takes_bias(self) -> bool:
-        """Whether B can have a bias (`lora_bias`): it must produce an output, from an input of floats."""
+        """True if B can have a bias (`lora_bias`): it must produce an output, from an input of floats."""
         return self.acts_on == "input" and self.drops
 
 

@@ -226,7 +226,7 @@ class AdapterModule(nn.Module, AdapterComponent):
             MergeError: The message names the adapter and the path.
         """
 
-    def drop_exception(self, name: str) -> None:
+    def drop_override(self, name: str) -> None:
         """End this module's override of the model's default if it names an adapter that leaves."""
         if self.own_route is not None and name in self.own_route.mentions:
             self.own_route = None

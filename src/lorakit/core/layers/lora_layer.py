@@ -170,7 +170,7 @@ class LoraLayer(BaseWeight):
                 del holder[name]
         for table in (self.r, self.lora_alpha, self.scaling, self.variant, self.settings, self.trains):
             table.pop(name, None)
-        self.drop_exception(name)
+        self.drop_override(name)
         return self if self.r else self.base_layer
 
     def bias_of(self, adapter: str) -> Tensor | None:

@@ -183,7 +183,7 @@ def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
                 f"{path} is stored as {layer.base.name}, and storing the merged weight so would lose most of what an "
                 "adapter adds."
             )
-        dtype = layer.original().dtype
+        dtype = layer.base.tensors(layer.original())[0].dtype
         if dtype not in WIDE:
             return (
                 f"{path} is {str(dtype).removeprefix('torch.')}, and a merged weight loses what lies below the "

@@ -50,7 +50,7 @@ class EightBit(Packed):
 
 
 def four_bit_linear(linear: nn.Linear, quant_type: str, double: bool) -> nn.Module:
-    """Return a dense layer in 4 bits that does not repack its weight; its compute dtype is the dtype of the weight.
+    """Return a 4-bit version of a dense layer that does not repack its weight; its compute dtype is the dtype of the weight.
 
     Args:
         linear: It keeps its own weight.
@@ -73,7 +73,7 @@ def four_bit_linear(linear: nn.Linear, quant_type: str, double: bool) -> nn.Modu
 
 
 def eight_bit_linear(linear: nn.Linear) -> nn.Module:
-    """Return a dense layer in 8 bits.
+    """Return an 8-bit version of a dense layer.
 
     Args:
         linear: It keeps its own weight.
@@ -97,7 +97,7 @@ def _like(linear: nn.Linear, made: nn.Module) -> nn.Module:
 
 
 class _Format(WeightFormat[M, S]):
-    """What both widths have in common."""
+    """The conversion to a plain module, for both widths."""
 
     def dense(self, module: M, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
         """Return a plain module with a weight (out, in), of the class before quantization if that was a Conv1D."""

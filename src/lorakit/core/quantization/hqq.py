@@ -89,7 +89,7 @@ class HQQFormat(WeightFormat["HQQLinear", HQQWeight]):
     def values(self, stored: HQQWeight, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return elements (n,) as (code − zero) · scale, and a step as the bound of their errors.
 
-        With 4 bits, the upper halves of the bytes hold the codes of the first half of the groups. HQQ does not minimize
+        With 4 bits, the upper nibbles hold the codes of the first half of the groups. HQQ does not minimize
         the largest error; a value is within a step all the same.
         """
         meta = stored.meta

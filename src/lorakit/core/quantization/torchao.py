@@ -28,7 +28,7 @@ def int8_config() -> Int8WeightOnlyConfig:
 
 
 def int8_linear(linear: nn.Linear) -> nn.Module:
-    """Return a dense layer with its weight in 8 bits.
+    """Return a dense layer with an int8 weight.
 
     Args:
         linear: It keeps its own weight.

@@ -30,7 +30,7 @@ class Packed:
 
 
 Stored = Tensor | Packed
-"""What a module stores in place of a canonical weight; it may share memory with the module."""
+"""The stored form of a canonical weight; it may share memory with the module."""
 
 M = TypeVar("M", bound=nn.Module)
 S = TypeVar("S", bound=Stored)
