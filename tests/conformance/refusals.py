@@ -20,7 +20,7 @@ from .cells import Cell
 DENSE = ("Linear", "Conv1D")
 CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")
 NOT_LOFTQ = (*CONVOLUTIONS, "Embedding")
-QUANTISED = tuple(base.name for base in WEIGHT_FORMATS if base.quantised)
+QUANTISED = tuple(base.name for base in WEIGHT_FORMATS if base.quantized)
 BITSANDBYTES = ("bitsandbytes 4-bit", "bitsandbytes 8-bit")
 DECOMPOSING = ("pissa", "olora", "orthogonal", "corda", "loftq", "mica")
 """Inits that look at the base weight itself."""

@@ -67,7 +67,7 @@ def test_nothing_is_left_out_unsaid() -> None:
     assert merged | NOT_MERGED == {variant.name for variant in VARIANTS}
     assert {kind.name for kind in KINDS} == {"Linear", "Conv1D", *NEVER_QUANTISED}
     rows = {"bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao", "HQQ"}
-    assert {base.name for base in WEIGHT_FORMATS if base.quantised} == rows
+    assert {base.name for base in WEIGHT_FORMATS if base.quantized} == rows
     assert {storage.package for storage in STORAGES} == {"bitsandbytes", "torchao", "hqq"}
 
 

@@ -142,10 +142,10 @@ def test_switching() -> None:
 def test_a_default_is_laid_aside_and_taken_up() -> None:
     model = adapted()
     state, before = model[0].state, model(X)
-    state.lay_aside()
-    state.lay_aside()
+    state.suspend_default()
+    state.suspend_default()
     assert model[0].disable_adapters and model[0].active_adapters == ["a"] and not torch.equal(model(X), before)
-    state.take_up()
+    state.restore_default()
     assert torch.equal(model(X), before)
 
 

@@ -1,7 +1,7 @@
-"""The modules that carry what one adapter holds at one site: A, B, dropout, and the own tensors of a variant.
+"""Modules that hold the tensors of one adapter at one site: A, B, dropout, and the own tensors of a variant.
 
-A and B have the orientation of nn.Linear, A (r, in) and B (out, r), whatever the base's own weight looks like. The
-modules only carry parameters under PEFT's names; their `forward` is not used here.
+A and B have the orientation of nn.Linear, A (r, in) and B (out, r), whatever the layout of the base weight. The modules
+only hold parameters under PEFT's names; their `forward` is not used.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ HOLDERS: Mapping[str, type[nn.ModuleDict | nn.ParameterDict]] = {
     "lora_embedding_A": nn.ParameterDict,
     "lora_embedding_B": nn.ParameterDict,
 }
-"""Attributes that hold something per adapter, those of variants (`OwnTensor.held_as`) left out.
+"""Attributes that hold something per adapter, except those of variants (`OwnTensor.held_as`).
 
-Each is made when it is first asked for, since most layers need three.
+Each is made on first access, since most layers need three of them.
 """
 
 TRAINED = tuple(name for name in HOLDERS if name != "lora_dropout")
-"""Those of HOLDERS that hold parameters, A's and B's first."""
+"""The entries of HOLDERS that hold parameters, A and B first."""
 
 
 class FactorWeight(nn.Linear):
-    """Carries A or B as `.weight`; an nn.Linear for programs that look for one, without its random start."""
+    """A or B as `.weight`; an nn.Linear for programs that look for one, without its random initialization."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
         out_features, in_features = weight.shape
-        # hundreds are made at once, and torch's own way to set an attribute is slow
+        # hundreds are made at once, and setting attributes of a module is slow
         self.__dict__.update(out_features=out_features, in_features=in_features)
         self._parameters.update(weight=weight, bias=bias)
 
 
 class FactorKernel(nn.Module):
-    """Carries A or B of a convolution as `.weight`, (r, in, k…) or (out, r / groups, 1…)."""
+    """A or B of a convolution as `.weight`, (r, in, k…) or (out, r / groups, 1…)."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -49,18 +49,18 @@ class FactorKernel(nn.Module):
         self.register_parameter("bias", bias)
 
 
-def carrier(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Module:
-    """The module that carries A or B.
+def weight_holder(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Module:
+    """Return a module that holds A or B.
 
     Args:
-        weight: A or B, (…) with two axes or more.
+        weight: A or B, (…) with at least two axes.
         bias: Bias of B, (out,), or None.
     """
     return FactorWeight(weight, bias) if weight.ndim == 2 else FactorKernel(weight, bias)
 
 
 class OwnWeight(nn.Module):
-    """Carries a variant's own tensor as `.weight`, in any shape (…)."""
+    """An own tensor of a variant as `.weight`, in any shape (…)."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -68,12 +68,12 @@ class OwnWeight(nn.Module):
 
 
 def make_dropout(p: float) -> nn.Module:
-    """What an input passes before A: nothing where p is 0."""
+    """Return the dropout before A: an nn.Identity if p is 0."""
     return nn.Dropout(p) if p > 0 else nn.Identity()
 
 
 def factor_dtype(module: nn.Module, parameter: str) -> torch.dtype:
-    """The dtype of A and B beside a weight: fp32, or the weight's where it is wider.
+    """Return the dtype of A and B for a base weight: fp32, or the dtype of the weight if that is wider.
 
     Args:
         module: The module that holds the weight.

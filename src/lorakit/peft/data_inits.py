@@ -331,7 +331,7 @@ def _check_gradients_exist(modules: Mapping[str, nn.Module]) -> None:
     for path, module in modules.items():
         if not weight_format_of(module).written:
             raise ConfigError(NOT_WRITTEN.format(parameter=f"{path}.weight", type=type(module).__name__))
-        if weight_format_of(module).quantised or hasattr(module, "quant_state"):
+        if weight_format_of(module).quantized or hasattr(module, "quant_state"):
             raise ConfigError(
                 f"LoRA-GA does not support quantized models. Found quantized module: {path!r}: its weight takes no "
                 "gradient. Collect on the base as it was before it was quantized."

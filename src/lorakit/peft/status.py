@@ -114,7 +114,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 
 def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
-    backend = module.base.name if isinstance(module, LoraLayer) and module.base.quantised else None
+    backend = module.base.name if isinstance(module, LoraLayer) and module.base.quantized else None
     flags: dict[str, list[bool]] = defaultdict(list)
     devices: dict[str, set[str]] = defaultdict(set)
     for adapter, parameter in _parameters(module):

@@ -337,7 +337,7 @@ class BaseTuner(nn.Module):
         """Undo `disable_adapter_layers`."""
         state = find_state(self.model)
         if state is not None:
-            state.take_up()
+            state.restore_default()
             for module in adapter_queries.adapted(self.model):
                 module.enable_adapters(True)
             for parameter in self.__dict__.pop("_paused", ()):
@@ -348,7 +348,7 @@ class BaseTuner(nn.Module):
         state = find_state(self.model)
         if state is not None and state.aside is None:
             self.__dict__["_paused"] = casting.pause(self.model)
-            state.lay_aside()
+            state.suspend_default()
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(

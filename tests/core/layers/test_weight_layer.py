@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from lorakit import core
 from lorakit.config import LoraConfig
-from lorakit.core.layers.moe import MARKS, shows_tokens
 from lorakit.core.layers.named_layers import ParamWrapper
+from lorakit.core.layers.weight_layer import MARKS, shows_tokens
 from lorakit.errors import AdapterFileError, ConfigError, MergeError, RouteError, TargetError
 
 from ...laws.zoo import EVERY_KIND, run

@@ -12,7 +12,7 @@ from torch import nn
 from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.model.base_view import multiply_out, quantised_linear, quantised_weights, wrongly_multiplied_out
-from lorakit.core.quantization import disable_repacking, let_go, weight_format_of
+from lorakit.core.quantization import allow_repacking, disable_repacking, weight_format_of
 from lorakit.errors import MergeError
 from lorakit.plan.quantized import STORAGES, Quantization
 
@@ -56,7 +56,7 @@ def test_our_formula_is_the_published_one(way: Quantization, heavy: bool) -> Non
     row = weight_format_of(module)
     stored = row.stored(module, "weight")
     W = row.read(module, stored)
-    assert W.shape == (64, 192) and W.dtype == torch.float32 and row.quantised
+    assert W.shape == (64, 192) and W.dtype == torch.float32 and row.quantized
     published = PUBLISHED[row.name](module)
     assert torch.allclose(W, published, atol=1e-6)
     places = torch.arange(W.numel())
@@ -129,7 +129,7 @@ def test_held_still_no_mode_changes_a_bit_and_gradients_pass() -> None:
     assert torch.allclose(
         gradient, weight_format_of(module).read(module, module.weight).sum(0).expand_as(gradient), atol=1e-4
     )
-    let_go(held)
+    allow_repacking(held)
     assert repacks(module) == flag and len(held) == int(flag)
 
 
@@ -179,5 +179,5 @@ def test_a_layer_that_is_not_quantised_yet_can_be_adapted_and_fingerprinted(bits
     core.attach(model, LoraConfig(r=2, target_modules=["0"], use_dora=True))
     assert torch.equal(model[0].read(), module.weight.detach().float())
     assert core.fingerprint(model).samples
-    with pytest.raises(MergeError, match="has not been quantised yet"):
+    with pytest.raises(MergeError, match="has not been quantized yet"):
         core.merge(model)

@@ -44,7 +44,7 @@ from lorakit.core.model.replication import stacked_for
 from lorakit.core.model.target_weights import bare_parameters
 from lorakit.core.model.ties import Ties, with_ties
 from lorakit.core.model.token_indices import chosen_rows
-from lorakit.core.quantization import let_go
+from lorakit.core.quantization import allow_repacking
 from lorakit.core.routing.positions import uninstall
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState
@@ -198,7 +198,7 @@ def _take_off(index: AdapterIndex, state: AdapterState, names: Sequence[str]) ->
     if not state.configs:
         for parameter, trained in state.frozen:
             parameter.requires_grad_(trained)
-        let_go(state.held)
+        allow_repacking(state.held)
         if state.replication is not None:
             state.replication.undo()
 

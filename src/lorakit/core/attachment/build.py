@@ -218,7 +218,7 @@ def check_storage(index: AdapterIndex, place: TargetWeight) -> None:
         ConfigError: The message names the site and its storage.
     """
     base = weight_format_of(index.holder(place), place.slot.parameter)
-    if place.kind.acts_on == "weight" and base.quantised:
+    if place.kind.acts_on == "weight" and base.quantized:
         raise ConfigError(
             f"{place.path} is stored as {base.name}, and a {place.kind.name} is adapted by its weight, which would be "
             "rounded with its update in each forward. Name a dense layer in target_modules, where the adapter acts "

@@ -199,7 +199,7 @@ def check_can_move(index: AdapterIndex, place: TargetWeight, init: Init | None =
         )
     if not weight_format.written:
         raise ConfigError(NOT_WRITTEN.format(parameter=place.path, type=type(module).__name__))
-    if init is not None and weight_format.quantised and not init.requantises:
+    if init is not None and weight_format.quantized and not init.requantises:
         raise ConfigError(
             f"{place.path}: init_lora_weights is {init.name!r}, which needs the weight in float32, float16 or "
             "bfloat16, and this one is quantised: what is left would be rounded a second time. Attach to the base as "
@@ -251,7 +251,7 @@ def cost_of(
     """
     base = weight_format_of(index.holder(place), place.slot.parameter)
     kept_bytes = sum(t.numel() * t.element_size() for t in (*base.tensors(moved), *(initial or ())))
-    if not base.quantised or initial is None:
+    if not base.quantized or initial is None:
         return MoveCost(kept_bytes, 0.0)
     wanted = residual(place.kind, place.slot, index.weight(place), initial, scale)
     lost = torch.linalg.vector_norm(base.read(index.holder(place), moved) - wanted)

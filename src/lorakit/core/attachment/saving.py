@@ -142,7 +142,7 @@ def converted_form(
 
 
 def _check_plain(path: str, layer: LoraLayer, name: str, config: LoraConfig) -> None:
-    if layer.moved_by == name and layer.base.quantised:
+    if layer.moved_by == name and layer.base.quantized:
         raise AdapterError(
             f"{path}: {config.init_lora_weights} moved a quantised base, which was rounded a second time, so adapter "
             f"{name!r} is no plain LoRA on the original. Use `save_as_trained`, or merge it.",

@@ -1,4 +1,4 @@
-"""The table KINDS: for each type of module, how A and B act on it and what shape their product has."""
+"""The registry KINDS: how A and B are applied to each type of module, and the shape of their product."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from types import MappingProxyType
 from torch import nn
 
 from lorakit.core.kinds.convolution import CONV1, CONV2, CONV3
-from lorakit.core.kinds.embedding import EMBEDDING
 from lorakit.core.kinds.kind import (
     Fits,
     Kind,
@@ -20,7 +19,7 @@ from lorakit.core.kinds.kind import (
     every_kind_of_the_table,
     spread,
 )
-from lorakit.core.kinds.linear import CONV1D, LINEAR
+from lorakit.core.kinds.linear import CONV1D, EMBEDDING, LINEAR
 from lorakit.core.kinds.parameter import ATTENTION, INNER, PARAMETER, parameter_slot, per_expert, side_by_side
 from lorakit.errors import ConfigError
 
@@ -53,16 +52,16 @@ _NAMED = {kind.name: kind for kind in KINDS}
 
 
 def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kind | None:
-    """The kind of site that a type of module can be, or None; the nearest ancestor in a row decides.
+    """Return the kind for a type of module, or None; the nearest ancestor that an entry names decides.
 
     Args:
         module_type: Class of a module of the base.
-        own: Kinds that a user made, by name; at one ancestor they come before the table's.
+        own: Kinds that a user defined, by name; for one ancestor they come before the entries of KINDS.
     """
     for ancestor in module_type.__mro__:
         dotted = f"{ancestor.__module__}.{ancestor.__qualname__}"
         if any(dotted in kind.types for kind in KINDS if kind.read_by_owner):
-            return None  # factors beside it would do nothing; it comes with the module that reads it
+            return None  # its own forward is never called; it comes with the module that reads it
         for kind in (*own.values(), *KINDS):
             if ancestor in kind.types or dotted in kind.types:
                 return kind
@@ -70,23 +69,23 @@ def kind_of(module_type: type[nn.Module], own: Mapping[str, Kind] = NONE) -> Kin
 
 
 def kind_named(name: str, own: Mapping[str, Kind] = NONE) -> Kind:
-    """The kind with that name, one of the table or one that a user made; a miss is a mistake in lorakit.
+    """Return the kind with a name, an entry of KINDS or defined by a user; a missing one is a bug in lorakit.
 
     Args:
         name: Its name.
-        own: Kinds that a user made, by name.
+        own: Kinds that a user defined, by name.
     """
     return own[name] if name in own else _NAMED[name]
 
 
 def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
-    """Return kinds that a user made, by name, without what is true of the table's own module types alone.
+    """Return kinds that a user defined, by name, without the flags that only apply to the module types of KINDS.
 
     Args:
-        kinds: Entries, most simply `dataclasses.replace` of one of the table.
+        kinds: The kinds; `dataclasses.replace` of an entry of KINDS is the simplest way to make one.
 
     Raises:
-        ConfigError: One is no `Kind`, bears a name that is taken, or names no module type.
+        ConfigError: One is not a `Kind`, has a name that is taken, or names no module type.
     """
     found: dict[str, Kind] = {}
     for kind in kinds:
@@ -94,13 +93,13 @@ def checked(kinds: Iterable[Kind]) -> dict[str, Kind]:
             raise ConfigError(f"kinds holds {kind!r}; each must be a lorakit.core.Kind.", what=kind, field="kinds")
         if kind.name in _NAMED or kind.name in found or not kind.types:
             why = "names no module type" if not kind.types else "bears the name of another"
-            raise ConfigError(f"kinds: the kind {kind.name!r} {why}. Give it a name and types of its own.")
+            raise ConfigError(f"kinds: the kind {kind.name!r} {why}. Give it its own name and types.")
         found[kind.name] = dataclasses.replace(kind, is_dense=False, names_parameter=False, read_by_owner=False)
     return found
 
 
 def fits(check: Fits, kind: Kind) -> bool:
-    """Return whether an entry of INITS or VARIANTS works on a kind; one that is for all kinds does on a user's too.
+    """Return whether an entry of INITS or VARIANTS supports a kind; one for every kind includes those of users.
 
     Args:
         check: The entry's `fits`.

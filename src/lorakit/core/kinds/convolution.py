@@ -1,15 +1,14 @@
 """Kinds of convolutions: nn.Conv1d, nn.Conv2d, nn.Conv3d.
 
-A is a convolution to r channels that moves as the base does (stride, padding, padding mode, dilation) and sees
-all input channels; B mixes channels at one point, in the base's groups. Both lie as PEFT writes them: A (r, in, k…), B
-(out, r / groups, 1…). With groups above one the delta reaches channels that the base's weight has no place for, so
-it has no delta in the base's shape; as a convolution of one group it has one.
+A is a convolution to r channels with the stride, padding, padding mode and dilation of the base, over all input
+channels; B mixes channels at one point, in the groups of the base. Both have PEFT's layout: A (r, in, k…), B
+(out, r / groups, 1…). With more than one group the delta reaches input channels that the base's weight does not have,
+so there is no delta in its shape; there is one if the convolution is written as one group.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +18,11 @@ from lorakit.core.kinds.kind import Shape, WeightSpec
 from lorakit.core.kinds.linear import LINEAR
 from lorakit.errors import ConfigError, MergeError
 
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 
 
-def _slots(module: Any) -> tuple[WeightSpec, ...]:
+def _slots(module: Convolution) -> tuple[WeightSpec, ...]:
     slot = WeightSpec(
         "weight", module.out_channels, module.in_channels, kernel=module.kernel_size, groups=module.groups
     )
@@ -39,15 +39,15 @@ def _shapes(slot: WeightSpec, r: int) -> tuple[Shape, Shape]:
     return (r, slot.in_features, *slot.kernel), (slot.out_features, r // slot.groups, *point)
 
 
-def _down(module: Any, x: Tensor, A: Tensor) -> Tensor:
-    padding = module.padding
+def _down(module: Convolution, x: Tensor, A: Tensor) -> Tensor:
+    padding: str | tuple[int, ...] | int = module.padding
     if module.padding_mode != "zeros":
         x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
     convolve = _CONVOLVE[A.ndim - 3]
     return convolve(x, A, None, module.stride, padding, module.dilation)  # (N, in, …) -> (N, r, …)
 
 
-def _up(module: Any, h: Tensor, B: Tensor) -> Tensor:
+def _up(module: Convolution, h: Tensor, B: Tensor) -> Tensor:
     return _CONVOLVE[B.ndim - 3](h, B, groups=module.groups)  # (N, r, …) -> (N, out, …)
 
 
@@ -60,7 +60,7 @@ def _flat_weight(slot: WeightSpec, W: Tensor) -> Tensor:
 
 
 def _in_one_group(W: Tensor, slot: WeightSpec) -> Tensor:
-    """A weight (out, in / groups, …) as that of one group, (out, in, …), with zeros where a group does not see."""
+    """Return a weight (out, in / groups, …) as one group's, (out, in, …), with zeros for the inputs of other groups."""
     if slot.groups == 1:
         return W
     groups, inside = slot.groups, W.shape[1]
@@ -71,7 +71,7 @@ def _in_one_group(W: Tensor, slot: WeightSpec) -> Tensor:
 
 
 def _delta(slot: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
-    """The delta (out, in, k…) of A (r, in, k…) and B (out, r, 1…).
+    """Return the delta (out, in, k…) of A (r, in, k…) and B (out, r, 1…).
 
     Raises:
         MergeError: The convolution has groups.

@@ -1,14 +1,15 @@
-"""What a row of the table KINDS says, and the geometry it speaks of.
+"""`Kind`, an entry of KINDS, and `WeightSpec`, the geometry of one weight.
 
-A kind answers for the geometry of LoRA at one type of module: which weights it holds (slots), the shapes of A
-and B, the two half-products, and the delta in canonical orientation, its leading axis out. It knows nothing
-about scales, dropout, adapters or how the base weight is stored.
+A kind defines the geometry of LoRA on one type of module: which weights the module has, the shapes of A and B, how each
+is applied, and the delta in canonical orientation, whose leading axis is the output. It knows nothing about scales,
+dropout, adapters or how the base weight is stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,12 +24,12 @@ class WeightSpec:
         parameter: Name of the parameter in the module.
         out_features: Rows of the canonical weight.
         in_features: Columns of the canonical weight; of a convolution, all its input channels.
-        experts: So many matrices lie in one parameter, (experts, …, …); 0 where it is one matrix.
-        in_first: An expert's matrix lies as (in, out).
-        kernel: Size of a convolution's kernel, () elsewhere.
+        experts: Number of matrices in the parameter, (experts, …, …); 0 if it is one matrix.
+        in_first: An expert's matrix is stored as (in, out).
+        kernel: Size of a convolution's kernel, () for other modules.
         groups: Groups of a convolution.
-        bounded: Rows are shortened to a largest norm when they are looked up.
-        as_stored: The canonical weight is the parameter as it lies, also in a module that stores (in, out).
+        bounded: A lookup scales rows down to a maximum norm.
+        as_stored: The canonical weight is the parameter itself, even in a module that stores (in, out).
     """
 
     parameter: str
@@ -44,30 +45,30 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class Kind:
-    """How LoRA sits on one type of module.
+    """The geometry of LoRA on one type of module.
 
     Attributes:
-        name: What users call it; `LoraLayer` subclasses bear it.
+        name: Its name, which the subclass of `LoraLayer` has too.
         types: Module types, or their dotted names, which are looked up along the MRO.
-        acts_on: "input": B·A runs beside the module; "weight": it is added to the weight for one forward.
-        zero_side: Which of A, B is zero in a fresh adapter, so that it changes nothing.
+        acts_on: "input": B·A is applied to the module's input; "weight": it is added to the weight for one forward.
+        zero_side: "A" or "B": the one that is zero in a new adapter, so that the adapter changes nothing.
         names: Attributes of the layer that hold A and B, also their names on disk.
-        on_disk: What follows the attribute's name on disk.
-        drops: Whether the input can be dropped elementwise (not where it holds indices).
-        slots: The weights of a module that naming the module adapts, the outermost layer's first.
-        inner: Children that get a site of their own together with the module, because it reads their weight.
-        row_axis: Which axis of the input holds the rows of the batch, or None where that is not known. Rows can have
-            different adapters where the kind acts on the input.
-        shapes: Shapes of A and B for a slot and a rank; raises ConfigError where the rank does not fit.
-        rank: WeightSpec, shape of A -> the rank it has.
-        vector: Shape in which a vector over the outputs, (out,), lies in memory and on disk.
-        down: First half-product, A applied to the input.
-        up: Second half-product, B applied to the first.
-        flat: A and B of a slot as matrices, (r, n) and (out, r), so that the delta of one matrix is their product.
-        flat_weight: The canonical weight of a slot as a matrix, (out, n).
-        delta: The unscaled delta of a slot in the shape of its canonical weight; raises MergeError where it has none.
-        layer: Class of the layer that stands there, of a kind that a user made; None for the table's own.
-        is_dense: The module is a dense layer, so "all-linear" means it and its products are one matrix with the input.
+        on_disk: Suffix of the attribute's name on disk.
+        drops: Whether dropout can be applied to the input, which it cannot if the input holds indices.
+        slots: The weights that are adapted if a target names the module, the outermost layer's first.
+        inner: Children that become sites together with the module, because it reads their weight.
+        row_axis: Module -> the axis of its input that holds the rows of the batch, or None if that is not known. Rows
+            can have different adapters if the kind acts on the input.
+        shapes: Weight and rank -> shapes of A and B; raises ConfigError if the rank does not fit.
+        rank: Weight and shape of A -> its rank.
+        vector: Weight -> shape of a vector over the outputs, (out,), in memory and on disk.
+        down: Apply A to the input.
+        up: Apply B to the result of `down`.
+        flat: A and B of a weight as matrices, (r, n) and (out, r), so that the delta of one matrix is B·A.
+        flat_weight: The canonical weight as a matrix, (out, n).
+        delta: The unscaled delta in the shape of the canonical weight; raises MergeError if it has none.
+        layer: Class of the layer, for kinds that users define; None for the entries of KINDS.
+        is_dense: The module is a dense layer: "all-linear" includes it, and its output is one matmul with the input.
         names_parameter: The site is one bare parameter of a module, named by its own path (`target_parameters`).
         read_by_owner: The module's weight is read by the module around it, which does not call it.
     """
@@ -79,14 +80,14 @@ class Kind:
     names: tuple[str, str]
     on_disk: str
     drops: bool
-    slots: Callable[[nn.Module], tuple[WeightSpec, ...]]
+    slots: Callable[[Any], tuple[WeightSpec, ...]]
     inner: tuple[str, ...]
     row_axis: Callable[[nn.Module], int | None]
     shapes: Callable[[WeightSpec, int], tuple[Shape, Shape]]
     rank: Callable[[WeightSpec, Shape], int]
     vector: Callable[[WeightSpec], Shape]
-    down: Callable[[nn.Module, Tensor, Tensor], Tensor]
-    up: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    down: Callable[[Any, Tensor, Tensor], Tensor]
+    up: Callable[[Any, Tensor, Tensor], Tensor]
     flat: Callable[[WeightSpec, Tensor, Tensor], tuple[Tensor, Tensor]]
     flat_weight: Callable[[WeightSpec, Tensor], Tensor]
     delta: Callable[[WeightSpec, Tensor, Tensor], Tensor]
@@ -97,43 +98,43 @@ class Kind:
 
     @property
     def takes_bias(self) -> bool:
-        """Whether B can have a bias (`lora_bias`): where it makes an output of its own out of numbers."""
+        """True if B can have a bias (`lora_bias`): it must produce an output, from an input of floats."""
         return self.acts_on == "input" and self.drops
 
 
 Fits = Callable[[Kind], bool]
-"""Whether an entry of INITS or VARIANTS works on a kind."""
+"""Tells if an entry of INITS or VARIANTS supports a kind."""
 
 
 def every_kind(kind: Kind) -> bool:
-    """Fit every kind, also those that users made."""
+    """Support every kind, including those that users define."""
     return True
 
 
 def every_kind_of_the_table(kind: Kind) -> bool:
-    """Fit every entry of KINDS: their weights are matrices, or several side by side."""
+    """Support every entry of KINDS, all of whose weights are one or several matrices."""
     return True
 
 
 def spread(vector: Tensor, slot: WeightSpec) -> Tensor:
-    """A vector (out,) shaped to act on an output (…, out) or, of a convolution, (…, out, k…)."""
+    """Return a vector (out,) in a shape that broadcasts over an output (…, out), or (…, out, k…) of a convolution."""
     return vector.view(-1, *[1] * len(slot.kernel)) if slot.kernel else vector
 
 
 def first_axis(_: nn.Module) -> int | None:
-    """Rows are the first axis of the input."""
+    """Return 0: the first axis of the input holds the rows."""
     return 0
 
 
 def dense_delta(A: Tensor, B: Tensor) -> Tensor:
-    """The unscaled weight update B·A of a dense site.   [docs/math.md (1)]
+    """Return the unscaled weight update B·A of a dense site.   [docs/math.md (1)]
 
     Args:
         A: Down projection, (r, in).
         B: Up projection, (out, r), same dtype and device as A.
 
     Returns:
-        (out, in). Cost: 2·out·r·in FLOPs and out·in elements live.
+        (out, in). Cost: 2·out·r·in FLOPs and out·in elements of memory.
 
     Source:
         Hu et al. 2021, arXiv:2106.09685, eq. (3).

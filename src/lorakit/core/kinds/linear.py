@@ -7,41 +7,49 @@ is a one-hot row, so that A (r, V) is looked up instead of multiplied.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.core.kinds.kind import Kind, Shape, WeightSpec, dense_delta, first_axis
+from lorakit.errors import MergeError
+
+
+class HasWeight(Protocol):
+    """A module with one weight."""
+
+    weight: Tensor
 
 
 def factor_shapes(slot: WeightSpec, r: int) -> tuple[Shape, Shape]:
-    """Shapes of A (r, in) and B (out, r)."""
+    """Return the shapes of A (r, in) and B (out, r)."""
     return (r, slot.in_features), (slot.out_features, r)
 
 
 def as_they_are(_: WeightSpec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) are matrices already."""
+    """Return A (r, in) and B (out, r), which are matrices already."""
     return A, B
 
 
 def matrix(_: WeightSpec, W: Tensor) -> Tensor:
-    """A canonical weight (out, in) is a matrix already."""
+    """Return a canonical weight (out, in), which is a matrix already."""
     return W
 
 
 def product(_: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
-    """The delta (out, in) of A (r, in) and B (out, r)."""
+    """Return the delta (out, in) of A (r, in) and B (out, r)."""
     return dense_delta(A, B)
 
 
 def linear_down(_: nn.Module, x: Tensor, A: Tensor) -> Tensor:
-    """The first half-product: x (…, in) and A (r, in) -> (…, r)."""
+    """Apply A (r, in) to x (…, in): (…, r)."""
     return F.linear(x, A)
 
 
 def linear_up(_: nn.Module, h: Tensor, B: Tensor) -> Tensor:
-    """The second half-product: h (…, r) and B (out, r) -> (…, out)."""
+    """Apply B (out, r) to h (…, r): (…, out)."""
     return F.linear(h, B)
 
 
@@ -55,11 +63,11 @@ def flat_vector(slot: WeightSpec) -> Shape:
     return (slot.out_features,)
 
 
-def _linear_slots(module: Any) -> tuple[WeightSpec, ...]:
-    return (WeightSpec("weight", module.out_features, module.in_features),)  # a quantised weight has another shape
+def _linear_slots(module: nn.Linear) -> tuple[WeightSpec, ...]:
+    return (WeightSpec("weight", module.out_features, module.in_features),)  # a quantized weight has another shape
 
 
-def _transposed_slots(module: Any) -> tuple[WeightSpec, ...]:
+def _transposed_slots(module: HasWeight) -> tuple[WeightSpec, ...]:
     in_features, out_features = module.weight.shape
     return (WeightSpec("weight", out_features, in_features),)
 
@@ -87,3 +95,53 @@ LINEAR = Kind(
 )
 
 CONV1D = replace(LINEAR, name="Conv1D", types=("transformers.pytorch_utils.Conv1D",), slots=_transposed_slots)
+
+
+def _table_slots(module: nn.Embedding) -> tuple[WeightSpec, ...]:
+    rows, width = module.weight.shape
+    return (WeightSpec("weight", width, rows, bounded=module.max_norm is not None),)
+
+
+def _table_delta(slot: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
+    """Return the delta (d, V) of A (r, V) and B (d, r).
+
+    Raises:
+        MergeError: The table has a max_norm, which would scale down the sum of a base row and its update.
+    """
+    if slot.bounded:
+        raise MergeError(
+            "An embedding with max_norm shortens the rows that it looks up; with an adapter merged it would shorten "
+            "their sum. Keep the adapter unmerged, or remove max_norm."
+        )
+    return dense_delta(A, B)
+
+
+def _embedding_down(module: nn.Embedding, indices: Tensor, A: Tensor) -> Tensor:
+    return F.embedding(
+        indices,
+        A.T,  # (V, r)
+        padding_idx=module.padding_idx,
+        scale_grad_by_freq=module.scale_grad_by_freq,
+    )  # never sparse: a sparse gradient has no transpose in torch (peft's backward fails there), and A is small
+
+
+def _embedding_up(module: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+    z = F.linear(h, B)  # (..., r) -> (..., d)
+    embed_scale = getattr(module, "embed_scale", None)  # scaled embeddings multiply their output
+    return z if embed_scale is None else z * torch.as_tensor(embed_scale, dtype=z.dtype, device=z.device)
+
+
+EMBEDDING = replace(
+    LINEAR,
+    name="Embedding",
+    types=(nn.Embedding,),
+    zero_side="A",
+    names=("lora_embedding_A", "lora_embedding_B"),
+    on_disk="",
+    drops=False,
+    slots=_table_slots,
+    delta=_table_delta,
+    down=_embedding_down,
+    up=_embedding_up,
+    is_dense=False,
+)

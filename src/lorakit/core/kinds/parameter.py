@@ -1,14 +1,13 @@
-"""Kinds whose factors act on a weight for the length of one forward: bare parameters and nn.MultiheadAttention.
+"""Kinds whose factors are added to a weight for one forward: bare parameters and nn.MultiheadAttention.
 
-Such a module never shows what its weight is multiplied with, so B·A is added to the weight instead. Experts that
-lie in one parameter share its A and B on disk as PEFT lays them: A (experts·r, in), expert by expert, and B
-(out, r·experts) with the expert as the fastest index.
+Such a module does not expose what its weight is multiplied by, so B·A is added to the weight. Experts in one parameter
+share its A and B in PEFT's layout: A (experts·r, in), expert by expert, and B (out, r·experts) with the expert as the
+fastest index.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ def _no_axis(_: nn.Module) -> int | None:
 
 
 def parameter_slot(module: nn.Module, name: str) -> WeightSpec:
-    """The slot of a parameter of a module, of two axes (out, in) or of three (experts, out, in), as it lies there.
+    """Return the spec of a parameter with two axes (out, in) or three (experts, out, in).
 
     Args:
         module: The module that holds it.
@@ -37,7 +36,7 @@ def parameter_slot(module: nn.Module, name: str) -> WeightSpec:
         return WeightSpec(name, *shape, as_stored=True)
     if len(shape) != 3:
         raise TargetError(f"The parameter {name!r} has shape {shape}; LoRA on a parameter needs two or three axes.")
-    in_first = bool(getattr(module, "is_transposed", False))  # transformers' mark of experts that lie as (in, out)
+    in_first = bool(getattr(module, "is_transposed", False))  # how transformers marks experts stored as (in, out)
     experts, first, second = shape
     return WeightSpec(name, *((second, first) if in_first else (first, second)), experts, in_first, as_stored=True)
 
@@ -52,7 +51,7 @@ def _rank(slot: WeightSpec, shape: Shape) -> int:
 
 
 def _delta(slot: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
-    """The delta in the parameter's own shape, of A (experts·r, in) and B (out, r·experts).   [docs/math.md (92)]"""
+    """Return the delta, like the parameter, of A (experts·r, in) and B (out, r·experts).   [docs/math.md (92)]"""
     if not slot.experts:
         return dense_delta(A, B)
     A, B = per_expert(slot, A, B)
@@ -60,25 +59,24 @@ def _delta(slot: WeightSpec, A: Tensor, B: Tensor) -> Tensor:
 
 
 def per_expert(slot: WeightSpec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors of each expert: A (experts, r, in) and B (experts, out, r), from how they lie on disk."""
+    """Return A (experts, r, in) and B (experts, out, r) of the A (experts·r, in) and B (out, r·experts) on disk."""
     A = A.view(slot.experts, -1, slot.in_features)
     B = B.view(slot.out_features, -1, slot.experts).permute(2, 0, 1)
     return A, B
 
 
 def side_by_side(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """`per_expert`, backwards: (experts·r, in) and (out, r·experts) of A (experts, r, in) and B (experts, out, r)."""
+    """Undo `per_expert`: A (experts, r, in), B (experts, out, r) -> (experts·r, in), (out, r·experts)."""
     return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
 
 
-def _attention_slots(module: Any) -> tuple[WeightSpec, ...]:
-    if module.in_proj_weight is not None:
-        return (parameter_slot(module, "in_proj_weight"),)
-    return tuple(parameter_slot(module, name) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"))
+def _attention_slots(module: nn.MultiheadAttention) -> tuple[WeightSpec, ...]:
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # the first, or the other three
+    return tuple(parameter_slot(module, name) for name in names if getattr(module, name) is not None)
 
 
-def _attention_axis(module: Any) -> int | None:
-    first = getattr(module, "batch_first", None)  # a module of another make may not say
+def _attention_axis(module: nn.Module) -> int | None:
+    first = getattr(module, "batch_first", None)  # None for look-alikes without the attribute
     return None if first is None else 0 if first else 1
 
 
@@ -114,4 +112,4 @@ INNER = replace(
     names_parameter=False,
     read_by_owner=True,
 )
-"""A dense layer inside such a module, whose weight the module reads without calling it."""
+"""A dense layer in such a module, which reads its weight without calling it."""

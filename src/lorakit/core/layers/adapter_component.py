@@ -12,14 +12,15 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import BASE, Route
 from lorakit.core.routing.state import AdapterState
-from lorakit.errors import ModelError, warn_caller
+from lorakit.errors import MixedRowsError, ModelError, RowCountError, warn_caller
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -114,23 +115,32 @@ class StagedMerge:
     commit: Callable[[], None]
 
 
-class AdapterComponent(Protocol):
-    """Whatever carries state of adapters: adapted layers, saved modules, trainable tokens, trained biases."""
+class AdapterComponent:
+    """Protocol of everything that carries adapters: layers, saved modules, trainable tokens and trained biases.
+
+    Attributes:
+        state: The state shared by the adapted modules of the model.
+    """
 
     state: AdapterState
 
+    @abstractmethod
     def available_adapters(self) -> list[str]:
         """Return the adapters that have parameters here."""
 
+    @abstractmethod
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
         """Return an adapter's parameters here, (…); A and B first; an empty list if it has none."""
 
+    @abstractmethod
     def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return what a file stores of an adapter: key below this component's path -> tensor (…)."""
+        """Return the tensors of an adapter that a file stores: key below this component's path -> tensor (…)."""
 
+    @abstractmethod
     def remove(self, adapter: str) -> nn.Module:
-        """Drop what an adapter has here and return the module that belongs here afterwards."""
+        """Remove an adapter's parameters, if it has any, and return the module that belongs here afterwards."""
 
+    @abstractmethod
     def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
         """Prepare to merge adapters and change nothing; None if they have nothing here.
 
@@ -138,6 +148,7 @@ class AdapterComponent(Protocol):
             MergeError: The result is not finite, or the component cannot take these adapters.
         """
 
+    @abstractmethod
     def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
         """Prepare to unmerge adapters; committing restores the bits. None if none of them is merged here.
 
@@ -145,18 +156,20 @@ class AdapterComponent(Protocol):
             MergeError: The base's values were not kept.
         """
 
+    @abstractmethod
     def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
         """Return the base's tensors here with adapters merged: name in the plain module -> tensor (…)."""
 
+    @abstractmethod
     def unload(self) -> nn.Module:
-        """Return the plain module, with what is merged in it and without adapters."""
+        """Return the plain module, with the merged adapters and without any other."""
 
 
-class AdapterModule(nn.Module):
-    """A module in which adapters act.
+class AdapterModule(nn.Module, AdapterComponent):
+    """A module in which adapters can be active.
 
     Attributes:
-        state: What the model's adapted modules share.
+        state: The state shared by the adapted modules of the model.
         own_route: This module's override of the model's default, or None.
         aside: The override that was active before this module's adapters were disabled; a tuple, empty if they are
             enabled.
@@ -169,38 +182,6 @@ class AdapterModule(nn.Module):
     def __setstate__(self, known: dict[str, Any]) -> None:
         super().__setstate__(known)
         self.state.join(self)  # a copy belongs to the copied state
-
-    @abstractmethod
-    def available_adapters(self) -> list[str]:
-        """Return the adapters that have parameters here."""
-
-    @abstractmethod
-    def parameters_of(self, adapter: str) -> list[nn.Parameter]:
-        """Return an adapter's parameters here, (…); an empty list if it has none."""
-
-    @abstractmethod
-    def saved_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Return what a file stores of an adapter: key below this module's path -> tensor (…)."""
-
-    @abstractmethod
-    def remove(self, adapter: str) -> nn.Module:
-        """Drop what an adapter has here, if anything, and return the module that belongs here afterwards."""
-
-    @abstractmethod
-    def stage_merge(self, path: str, adapters: Sequence[str], options: MergeOptions) -> StagedMerge | None:
-        """Prepare to merge adapters and change nothing; see `AdapterComponent`."""
-
-    @abstractmethod
-    def stage_unmerge(self, adapters: Sequence[str]) -> StagedMerge | None:
-        """Prepare to unmerge adapters and change nothing; see `AdapterComponent`."""
-
-    @abstractmethod
-    def merged_tensors(self, adapters: Sequence[str], options: MergeOptions) -> dict[str, Tensor]:
-        """Return the base's tensors here with adapters merged: name in the plain module -> tensor (…)."""
-
-    @abstractmethod
-    def unload(self) -> nn.Module:
-        """Return the plain module, with what is merged in it and without adapters."""
 
     def merged_here(self) -> Sequence[str]:
         """Return the adapters that are merged here now."""
@@ -245,7 +226,7 @@ class AdapterModule(nn.Module):
             MergeError: The message names the adapter and the path.
         """
 
-    def drop_exception(self, name: str) -> None:
+    def drop_override(self, name: str) -> None:
         """End this module's override of the model's default if it names an adapter that leaves."""
         if self.own_route is not None and name in self.own_route.mentions:
             self.own_route = None
@@ -343,3 +324,69 @@ class AdapterModule(nn.Module):
     def _get_available_adapters(self) -> set[str]:
         """PEFT's name for `available_adapters`."""
         return set(self.available_adapters())
+
+
+class ReplacingModule(AdapterModule):
+    """A module that is replaced, as a whole or in some rows, in the forwards of its adapters.
+
+    Attributes:
+        forwards: The forwards so far, for recomputation.
+    """
+
+    forwards: Forwards
+
+    def __init__(self, training: bool, state: AdapterState) -> None:
+        super().__init__()
+        self.training, self.state, self.forwards = training, state, Forwards()
+        self.own_route = None
+        state.join(self)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.available_adapters()
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters that have parameters here, even while they are disabled."""
+        return [name for name in super().active_adapters if name in self]
+
+    @property
+    def _adapters(self) -> set[str]:
+        """PEFT's name for `available_adapters`."""
+        return set(self.available_adapters())
+
+    @staticmethod
+    def _by_adapter(route: Route, x: Tensor | None, what: str, run: Callable[[Route, Tensor], object]) -> Tensor:
+        """Run the rows of each adapter of a mixed batch by themselves and return all outputs in order.
+
+        Args:
+            route: It has rows.
+            x: The first tensor of the batch, (rows, …), or None if there is none.
+            what: Name of the module, for messages.
+            run: Route of one adapter, indices of its rows (n,) -> output, (n, …).
+
+        Raises:
+            RowCountError: The route does not fit the batch.
+            MixedRowsError: An output is not a tensor.
+        """
+        rows = None if x is None else route.rows_of(x.shape[0])
+        if x is None or rows is None:
+            raise RowCountError(
+                f"The route names {len(route.rows or ())} rows, and {what} received "
+                f"{'no tensor' if x is None else tuple(x.shape)}. Give one adapter per row of the batch."
+            )
+        outputs: list[Tensor] = []
+        indices = []
+        for row in dict.fromkeys(rows):
+            index = torch.tensor([i for i, other in enumerate(rows) if other == row], device=x.device)
+            output = run(BASE if row is None else Route((row,)), index)
+            if not isinstance(output, Tensor):
+                name = type(output).__name__
+                raise MixedRowsError(
+                    f"The output of {what} is a {name}, whose rows cannot be concatenated. Run the rows of each "
+                    "adapter by themselves with `use`.",
+                    what=name,
+                    field="modules_to_save",
+                )
+            outputs.append(output)
+            indices.append(index)
+        return torch.cat(outputs).index_select(0, torch.cat(indices).argsort())

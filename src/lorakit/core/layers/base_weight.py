@@ -2,11 +2,21 @@
 
 A merge is staged (everything is computed, checked and allocated) and then committed. The layer only knows one weight;
 which layers change, and in which order, is decided by `merging`.
+
+One site's weight with adapters merged: computed from the original, in the form in which the base stores it.
+
+What storing loses is measured: the rounding of a plain weight, the far larger error of a quantized one. Nothing is
+changed here; `base_weight` puts the result into the module.
+
+A convolution of several groups has no place for a delta, because its adapters reach all input channels. As a
+convolution of one group it has, at the price of a weight that is `groups` times as large.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layers.adapter_component import MergeOptions, StagedMerge
-from lorakit.core.layers.merged_weight import merged_weight, stored_with, sum_of_updates, weight_with
+from lorakit.core.layers.adapter_component import MergeOptions, SiteMerge, StagedMerge
 from lorakit.core.layers.stored_weight import StoredWeight, give_back, set_bias
-from lorakit.core.quantization import NOT_WRITTEN, WeightFormat, at_least_fp32
+from lorakit.core.quantization import NOT_WRITTEN, Stored, WeightFormat, at_least_fp32, weight_format_of
 from lorakit.core.variants import variant_named
 from lorakit.errors import MergeError
 
@@ -109,7 +118,7 @@ class BaseWeight(StoredWeight):
                 "Load the base anew and merge all adapters in one call.",
                 where=path,
             )
-        replaces = options.dense is not None and (base.quantised or self.slot.groups > 1)
+        replaces = options.dense is not None and (base.quantized or self.slot.groups > 1)
         if replaces and self.old_bias is not None and (options.in_place or self.old_bias[0] not in adapters):
             trainer = self.old_bias[0]
             raise MergeError(
@@ -161,8 +170,9 @@ class BaseWeight(StoredWeight):
             return StagedMerge(report, functools.partial(self._write_unkept, new, options, bias))
         kept = self.kept
         if kept is None and not isinstance(merged.stored, nn.Module):
-            on_cpu = options.keep_base == "cpu" and not merged.base.quantised
-            kept = merged.original.to("cpu") if on_cpu else merged.original
+            kept = merged.original
+            if options.keep_base == "cpu" and isinstance(kept, Tensor) and not merged.base.quantized:
+                kept = kept.to("cpu")
         storage = merged.base, merged.source  # without the tensors that were only needed to measure
         put = functools.partial(self._put_merged, merged.stored, storage, kept, id(self) in options.apart, bias)
         return StagedMerge(report, functools.partial(put, keeps=True, names=new))
@@ -199,7 +209,7 @@ class BaseWeight(StoredWeight):
         if not here:
             return {}
         stored = sum_of_updates(self, here, options).stored
-        found = {self.slot.parameter: stored}
+        found = {self.slot.parameter: stored} if isinstance(stored, Tensor) else {}
         if isinstance(stored, nn.Module):
             found = {name: held.detach() for name, held in stored._parameters.items() if held is not None}
         bias = self.merged_bias(here)
@@ -234,7 +244,7 @@ class BaseWeight(StoredWeight):
         if self.merged_adapters or self.moved_by is None:
             self.kept = leader.kept if self.merged_adapters else None
 
-    def stored_with(self, merged: Sequence[str]) -> Any:
+    def stored_with(self, merged: Sequence[str]) -> Stored | nn.Module:
         """Return what the base's module stores while these adapters are merged: the original if there are none."""
         if merged:
             return stored_with(self, merged)
@@ -248,9 +258,9 @@ class BaseWeight(StoredWeight):
 
     def _put_merged(
         self,
-        stored: Any,
-        storage: tuple[WeightFormat, nn.Module],
-        kept: Any,
+        stored: Stored | nn.Module,
+        storage: tuple[WeightFormat[Any, Any], nn.Module],
+        kept: Stored | None,
         apart: bool,
         bias: StagedBias | None,
         *,
@@ -260,8 +270,8 @@ class BaseWeight(StoredWeight):
         """Put a merged weight in place; if it is apart, in a parameter of this site's own."""
         (base, source), parameter = storage, self.slot.parameter
         self.kept = kept
-        shared = self.owner._parameters.get(parameter) if apart and not base.quantised else None
-        if shared is not None and not isinstance(stored, nn.Module):  # the other holder keeps the old one
+        shared = self.owner._parameters.get(parameter) if apart and not base.quantized else None
+        if shared is not None and isinstance(stored, Tensor):  # the other holder keeps the old one
             if keeps and self.tied_weight is None:
                 self.tied_weight = shared
             self.owner._parameters[parameter] = nn.Parameter(stored, requires_grad=shared.requires_grad)
@@ -275,8 +285,8 @@ class BaseWeight(StoredWeight):
         self._put_bias(bias)
         self.merged_adapters = [*self.merged_adapters, *names]
 
-    def _put_unmerged(self, stored: Any, bias: StagedBias | None, left: list[str]) -> None:
-        if self.tied_weight is not None and not left:
+    def _put_unmerged(self, stored: Stored | nn.Module, bias: StagedBias | None, left: list[str]) -> None:
+        if self.tied_weight is not None and not left and isinstance(stored, Tensor):
             give_back(self.owner, self.slot.parameter, self.tied_weight, stored)
             self.tied_weight = None
         else:
@@ -314,3 +324,154 @@ class BaseWeight(StoredWeight):
         if staged is not None:
             self.kept_bias = staged.kept
             set_bias(self.owner, staged.value)
+
+
+@dataclass(frozen=True)
+class MergedWeight:
+    """The weight of a site with adapters merged.
+
+    Attributes:
+        stored: What to store, or a plain module to put in place of the base's.
+        base: How the weight is stored now.
+        source: The module that stores it now.
+        original: What that module stored before anything was merged.
+        W: The weight before anything was merged, (out, in).
+        total: The exact sum of updates, like W.
+    """
+
+    stored: Stored | nn.Module
+    base: WeightFormat[Any, Any]
+    source: nn.Module
+    original: Stored
+    W: Tensor
+    total: Tensor
+
+
+def in_one_group(layer: StoredWeight, names: Sequence[str]) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return a convolution that does in one group what a site does with adapters merged.
+
+    Args:
+        layer: A site on a convolution of several groups.
+        names: The adapters.
+
+    Returns:
+        The module, and as one group's weights (out, in, k…) the base's and the exact sum of updates.
+    """
+    kind, source = layer.kind, layer.storage[1]
+    slot = dataclasses.replace(layer.slot, groups=1)
+    shape = (slot.out_features, slot.in_features, *slot.kernel)
+    W = kind.flat_weight(layer.slot, layer.read()).reshape(shape)
+    total = torch.zeros_like(W)
+    for name in names:
+        factor = layer.factor(name)
+        if factor.variant.update is None:
+            continue  # refused before anything is merged
+        A, B = (half.to(W.dtype) for half in factor.multiplied())
+        A, B = kind.flat(layer.slot, A, B)
+        wide = dataclasses.replace(factor, A=A.view(-1, *shape[1:]), B=B.view(*B.shape, *[1] * len(slot.kernel)))
+        delta = (B @ A).view(shape) * factor.scale
+        total += factor.variant.update(kind, slot, W, delta, wide)
+    return _convolution(source, W + total), W, total
+
+
+def _convolution(source: Any, W: Tensor) -> nn.Module:
+    """Return a convolution of one group with strides, padding and bias of another and the weight W (out, in, k…)."""
+    moves = {name: getattr(source, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+    made = nn.utils.skip_init(
+        type(source), W.shape[1], W.shape[0], source.kernel_size, bias=False, device=W.device, **moves
+    )
+    made.weight = nn.Parameter(W.to(source.weight.dtype), requires_grad=source.weight.requires_grad)
+    made.bias = source.bias
+    return made.train(source.training)
+
+
+def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOptions) -> MergedWeight:
+    """Return what to store for W₀ + Σ update, with W₀ (out, in) and the exact sum (out, in).   [docs/math.md (11)]
+
+    In its place in the model, the weight must also be right for an adapter that moved the base and is not merged; where
+    the moved weight counts, the sum begins there, so that it is rounded once. A plain module that holds the sum can be
+    stored instead of a quantized weight or of a convolution of several groups.
+
+    Args:
+        layer: The site's layer.
+        names: The adapters, at least one.
+        options: How they are merged.
+    """
+    with torch.no_grad():
+        (base, source), original = layer.storage, layer.original()
+        if options.dense is not None and layer.slot.groups > 1:
+            stored, W, total = in_one_group(layer, names)
+            return MergedWeight(stored, base, source, original, W, total)
+        W = base.read(source, original)
+        from_moved = layer.moved_by is not None and (options.in_place or layer.moved_by in names)
+        start = layer.read(layer.moved_by) if from_moved else W
+        total = functools.reduce(torch.add, (layer.addition(name, W) for name in names))
+        if options.dense is not None and base.quantized:
+            stored = base.dense(source, start + total, options.dense)
+        else:
+            stored = base.write(source, original, start + total)
+        if from_moved:
+            total = total + (start - W)
+    return MergedWeight(stored, base, source, original, W, total)
+
+
+def weight_with(layer: StoredWeight, new: Sequence[str], options: MergeOptions) -> MergedWeight:
+    """Return `sum_of_updates` of what is merged at a site and of more adapters, as an earlier merge left the site.
+
+    Args:
+        layer: The site's layer.
+        new: The adapters that join those merged already.
+        options: How they are merged.
+    """
+    if layer.replaced:  # a plain module replaced the quantized one in an earlier merge, and stays
+        options = dataclasses.replace(options, dense=_dtype_of(layer.owner))
+    return sum_of_updates(layer, [*layer.merged_adapters, *new], options)
+
+
+def stored_with(layer: StoredWeight, merged: Sequence[str]) -> Stored | nn.Module:
+    """Return what a site's module stores while some adapters, at least one, are merged."""
+    return sum_of_updates(layer, merged, MergeOptions(dense=_dtype_of(layer.owner) if layer.replaced else None)).stored
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    dtype: torch.dtype = module.weight.dtype  # type: ignore[assignment]
+    return dtype
+
+
+def merged_weight(
+    path: str, layer: StoredWeight, new: Sequence[str], options: MergeOptions
+) -> tuple[MergedWeight, SiteMerge]:
+    """Return the weight of a site with more adapters merged, and what storing it loses.
+
+    Args:
+        path: The site.
+        layer: Its layer.
+        new: The adapters that join those merged already.
+        options: How they are merged.
+
+    Raises:
+        MergeError: The result is not finite.
+    """
+    merged = weight_with(layer, new, options)
+    W, total, after, exact = merged.W, merged.total, _read_back(merged), merged.W + merged.total
+    wanted, whole = float(torch.linalg.vector_norm(total)), float(torch.linalg.vector_norm(exact))
+    lost = float(torch.linalg.vector_norm(exact.sub_(after)))
+    if not math.isfinite(lost) and not bool(torch.isfinite(after).all()):  # finite, it speaks for every element
+        raise MergeError(
+            f"NaNs detected in the merged weights. The adapter {', '.join(new)} seems to be broken: merging it at "
+            f"{path} gives NaN or infinite weights. Nothing was changed.",
+            what=", ".join(new),
+            where=path,
+        )
+    changed = int(torch.count_nonzero(after != W)) / max(after.numel(), 1)
+    error = lost / max(whole, torch.finfo(torch.float32).tiny)
+    return merged, SiteMerge(path, 1.0 if wanted == 0 else max(0.0, 1.0 - lost / wanted), changed, error)
+
+
+def _read_back(merged: MergedWeight) -> Tensor:
+    """Return what a merge stores as values again: (out, in)."""
+    stored = merged.stored
+    if isinstance(stored, nn.Module):
+        row = weight_format_of(stored)
+        return row.read(stored, row.stored(stored, "weight"))
+    return merged.base.read(merged.source, stored)

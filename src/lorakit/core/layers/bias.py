@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.clones import clone_with
-from lorakit.core.layers.adapter_component import MergeOptions, StagedMerge
+from lorakit.core.layers.adapter_component import AdapterComponent, MergeOptions, StagedMerge
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
@@ -87,8 +87,8 @@ class BiasHook:
 
 
 @dataclass(eq=False)
-class BiasPatch:
-    """The biases of one module that an adapter trains in place: an `AdapterComponent`.
+class BiasPatch(AdapterComponent):
+    """The biases of one module that an adapter trains in place.
 
     Attributes:
         module: The base's module, whose parameters are the trained biases.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorakit.config import scale
 from lorakit.core.clones import bare, with_forward
-from lorakit.core.factor import HOLDERS, TRAINED, OwnWeight, carrier
+from lorakit.core.factor import HOLDERS, TRAINED, OwnWeight, weight_holder
 from lorakit.core.kinds import Kind, WeightSpec, spread
 from lorakit.core.layers.adapter_component import MergeOptions, trainable_tensors
 from lorakit.core.layers.base_weight import BaseWeight
@@ -145,7 +145,7 @@ class LoraLayer(BaseWeight):
         down, up = (getattr(self, attribute) for attribute in kind.names)
         made: Any = factor
         A, B, bias = made.A, made.B, made.bias
-        down[name], up[name] = (carrier(A), carrier(B, bias)) if kind.on_disk else (A, B)
+        down[name], up[name] = (weight_holder(A), weight_holder(B, bias)) if kind.on_disk else (A, B)
         self.lora_dropout[name] = factor.dropout
         for own in factor.variant.tensors:
             tensor: Any = factor.own[own.held_as]
@@ -170,7 +170,7 @@ class LoraLayer(BaseWeight):
                 del holder[name]
         for table in (self.r, self.lora_alpha, self.scaling, self.variant, self.settings, self.trains):
             table.pop(name, None)
-        self.drop_exception(name)
+        self.drop_override(name)
         return self if self.r else self.base_layer
 
     def bias_of(self, adapter: str) -> Tensor | None:
@@ -397,7 +397,7 @@ class LoraLayer(BaseWeight):
         """Return the values of the base weight now, (out, in) or in the shape that is stored."""
         base, owner = self.base, self.owner
         stored = base.stored(owner, self.slot.parameter)
-        return base.read(owner, stored) if base.quantised else stored
+        return base.read(owner, stored) if base.quantized else stored
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's scale as a multiple of the one in its config.

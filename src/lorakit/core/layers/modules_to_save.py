@@ -16,21 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.kinds import kind_of
-from lorakit.core.layers.adapter_component import AdapterModule, MergeOptions, StagedMerge
+from lorakit.core.layers.adapter_component import AdapterModule, MergeOptions, ReplacingModule, StagedMerge
 from lorakit.core.layers.bias import BiasPatch, out_projection
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import NewRows, TrainableTokens
 from lorakit.core.quantization import weight_format_of
-from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
 from lorakit.errors import (
     ConfigError,
     ConfigTypeError,
     MergeError,
-    MixedRowsError,
     RouteError,
-    RowCountError,
     TargetError,
 )
 
@@ -41,7 +38,7 @@ ONE_COPY = (
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-class ModulesToSave(AdapterModule):
+class ModulesToSave(ReplacingModule):
     """A module with a trained copy per adapter that names it in `modules_to_save`.
 
     Attributes:
@@ -51,16 +48,11 @@ class ModulesToSave(AdapterModule):
     """
 
     def __init__(self, original: nn.Module, state: AdapterState) -> None:
-        super().__init__()
-        self.training = original.training
+        super().__init__(original.training, state)
         self.original_module = original
         self.modules_to_save = nn.ModuleDict()
         self.modules_to_save.training = original.training
         self.merged_adapter: str | None = None
-        self.own_route: Route | None = None
-        self.state = state
-        self.forwards = Forwards()
-        state.join(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -151,16 +143,6 @@ class ModulesToSave(AdapterModule):
         return self.merged_adapters
 
     @property
-    def active_adapters(self) -> list[str]:
-        """The adapters that act here and have a copy, also while they are disabled."""
-        return [name for name in super().active_adapters if name in self.modules_to_save]
-
-    @property
-    def _adapters(self) -> set[str]:
-        """PEFT's name for `available_adapters`."""
-        return set(self.modules_to_save)
-
-    @property
     def merged_adapters(self) -> list[str]:
         """The adapter whose copy stands in for the original, as a list."""
         return [self.merged_adapter] if self.merged_adapter is not None else []
@@ -196,38 +178,15 @@ class ModulesToSave(AdapterModule):
             copies = [self.merged_adapter]
         return self.modules_to_save[copies[0]] if copies else self.original_module
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.modules_to_save
-
     def _mixed(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        rows = None if first is None else route.rows_of(first.shape[0])
-        if first is None or rows is None:
-            raise RowCountError(
-                f"The route names {len(route.rows or ())} rows, and a copied module received "
-                f"{'no tensor' if first is None else tuple(first.shape)}. Give one adapter per row of the batch."
-            )
-        parts, order = [], []
-        for row in dict.fromkeys(rows):
-            indices = [index for index, other in enumerate(rows) if other == row]
-            chosen = torch.tensor(indices, device=first.device)
-            alone = Route((row,)) if row is not None else Route()
-            with self.state.override(alone):  # what stands inside sees these rows only
-                part = self._of(alone)(
-                    *(_rows_of(value, chosen, len(rows)) for value in args),
-                    **{key: _rows_of(value, chosen, len(rows)) for key, value in kwargs.items()},
-                )
-            parts.append(part)
-            order.extend(indices)
-        if not all(isinstance(part, Tensor) for part in parts):
-            raise MixedRowsError(
-                f"A copied module returns a {type(parts[0]).__name__}, whose rows cannot be put together again. "
-                "Run the rows of each adapter on their own with `use`.",
-                what=type(parts[0]).__name__,
-                field="modules_to_save",
-            )
-        back = torch.tensor(order, device=first.device).argsort()
-        return torch.cat(parts).index_select(0, back)
+
+        def run(alone: Route, index: Tensor) -> object:
+            pick = partial(_rows_of, index=index, rows=len(first))  # type: ignore[arg-type]
+            with self.state.override(alone):  # adapted modules inside see these rows only
+                return self._of(alone)(*map(pick, args), **{key: pick(value) for key, value in kwargs.items()})
+
+        return self._by_adapter(route, first, "a saved module", run)
 
 
 def _rows_of(value: Any, index: Tensor, rows: int) -> Any:
@@ -326,7 +285,7 @@ def biased_modules(
             held = [leaf for leaf, p in module._parameters.items() if p is not None and "bias" in leaf]
             # PEFT asks an adapted module for its `bias`, so that of an attention's in-projection is not among them
             leaves = tuple(leaf for leaf in held if bias == "all" or leaf == "bias")
-            if isinstance(vars(module).get("bias"), Tensor) and weight_format_of(module).quantised:
+            if isinstance(vars(module).get("bias"), Tensor) and weight_format_of(module).quantized:
                 raise ConfigError(
                     f"{path} is stored as {weight_format_of(module).name}, whose bias is not a parameter and cannot be "
                     "trained. Set bias='none'."
@@ -390,7 +349,7 @@ def trainable_copy(path: str, standing: nn.Module) -> nn.Module:
 def _plain(module: nn.Module) -> nn.Module:
     """A module with every quantised part of it multiplied out; itself where nothing is."""
     row = weight_format_of(module)
-    if row.quantised:
+    if row.quantized:
         return row.dense(module, row.read(module, row.stored(module, "weight")), torch.float32)
     for name, child in module._modules.items():
         module._modules[name] = None if child is None else _plain(child)
@@ -399,13 +358,13 @@ def _plain(module: nn.Module) -> nn.Module:
 
 def plain_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name -> shape of what a trained copy of a module holds; quantised weights are plain in it."""
-    if not any(weight_format_of(part).quantised for part in module.modules()):
+    if not any(weight_format_of(part).quantized for part in module.modules()):
         return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     shapes = {}
     for path, part in module.named_modules():
         prefix = f"{path}." if path else ""
         row, held = weight_format_of(part), {**part._parameters, **part._buffers}
-        if row.quantised:
+        if row.quantized:
             held = {"weight": row.read(part, row.stored(part, "weight")), "bias": getattr(part, "bias", None)}
         shapes.update({prefix + name: tuple(tensor.shape) for name, tensor in held.items() if tensor is not None})
     return shapes

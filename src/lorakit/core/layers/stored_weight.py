@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.core.kinds import Kind, WeightSpec, kind_named
 from lorakit.core.layers.adapter_component import AdapterModule
-from lorakit.core.quantization import WeightFormat, weight_format_of
+from lorakit.core.quantization import Stored, WeightFormat, weight_format_of
 from lorakit.core.variants import Factor
 from lorakit.errors import MergeError
 
@@ -50,9 +50,9 @@ class StoredWeight(AdapterModule):
     r: dict[str, int]
     variant: dict[str, str]
     merged_adapters: list[str]
-    kept: Any = None
+    kept: Stored | None = None
     moved_by: str | None = None
-    moved: Any = None
+    moved: Stored | None = None
     initial: tuple[Tensor, Tensor] | None = None
     replaced: tuple[nn.Module, ...] = ()
     kept_bias: Tensor | None = None
@@ -98,12 +98,12 @@ class StoredWeight(AdapterModule):
         return self.replaced[0] if self.replaced else self.owner
 
     @property
-    def base(self) -> WeightFormat:
+    def base(self) -> WeightFormat[Any, Any]:
         """The entry of WEIGHT_FORMATS."""
         return self.storage[0]
 
     @property
-    def storage(self) -> tuple[WeightFormat, nn.Module]:
+    def storage(self) -> tuple[WeightFormat[Any, Any], nn.Module]:
         """The entry of WEIGHT_FORMATS, and the module that holds the weight."""
         source = self.source
         return weight_format_of(source, self.slot.parameter, self.slot.as_stored), source
@@ -123,15 +123,15 @@ class StoredWeight(AdapterModule):
         kept = self._kept_for(adapter is not None and adapter == self.moved_by)
         return base.read(source, _as_now(base, source, self.slot.parameter, kept))
 
-    def original(self) -> Any:
+    def original(self) -> Stored:
         """Return what the base stored before anything was written to it, on the base's device and in its dtype."""
         return _as_now(*self.storage, self.slot.parameter, self.kept)
 
-    def moved_base(self) -> Any:
+    def moved_base(self) -> Stored:
         """Return what the base stores for the adapter that moved it, on the base's device and in its dtype."""
         return _as_now(*self.storage, self.slot.parameter, self._kept_for(True))
 
-    def _kept_for(self, moved: bool) -> Any:
+    def _kept_for(self, moved: bool) -> Stored | None:
         """What is kept for the adapter that moved the base, or for others; None: it is in the base's module."""
         if moved:
             return self.moved if self.merged_adapters else None
@@ -158,7 +158,7 @@ class StoredWeight(AdapterModule):
             held["bias"] = self.original_bias()
         return clone
 
-    def move_base(self, adapter: str, stored: Any, initial: tuple[Tensor, Tensor] | None) -> None:
+    def move_base(self, adapter: str, stored: Stored, initial: tuple[Tensor, Tensor] | None) -> None:
         """Put the base weight that the init of an adapter made in place, as stored; the original is kept.
 
         Args:
@@ -196,7 +196,7 @@ class StoredWeight(AdapterModule):
         kept = self.kept if self.kept is not None else base.stored(self.source, self.slot.parameter)
         return sum(tensor.numel() * tensor.element_size() for tensor in base.tensors(kept))
 
-    def place(self, stored: Any) -> None:
+    def place(self, stored: Stored | nn.Module) -> None:
         """Put what a merge or its undoing stores into the base: a module instead of the owner, or a weight into it."""
         if isinstance(stored, nn.Module):
             self.replaced = self.replaced or (self.owner,)
@@ -208,9 +208,9 @@ class StoredWeight(AdapterModule):
             self.base_layer, self.replaced = self.replaced[0], ()
 
 
-def _as_now(base: WeightFormat, source: nn.Module, parameter: str, stored: Any) -> Any:
+def _as_now(base: WeightFormat[Any, Any], source: nn.Module, parameter: str, stored: Stored | None) -> Stored:
     """What the base stored, or what it stores now if that is None, on the base's device and in its dtype."""
-    if stored is not None and (base.quantised or not isinstance(stored, Tensor)):
+    if stored is not None and (base.quantized or not isinstance(stored, Tensor)):
         return stored
     now = base.stored(source, parameter)
     return now if stored is None else stored.to(device=now.device, dtype=now.dtype)

@@ -6,7 +6,7 @@ never copied for a forward: what the base returns is mended where a trained row 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.core.clones import clone_with
-from lorakit.core.layers.adapter_component import AdapterModule, MergeOptions, StagedMerge
+from lorakit.core.layers.adapter_component import MergeOptions, ReplacingModule, StagedMerge
 from lorakit.core.layers.stored_weight import give_back
-from lorakit.core.routing.recompute import Forwards
 from lorakit.core.routing.route import Route
 from lorakit.core.routing.state import AdapterState, resolve
-from lorakit.errors import MergeError, RouteError, RowCountError
+from lorakit.errors import MergeError, RouteError
 
 Replacement = tuple[Tensor, Tensor]
 """Row numbers of the table, (n,), and what stands there instead, (n, d)."""
@@ -176,7 +175,7 @@ class TokenAdapter(nn.Module):
         return torch.tensor(self.token_indices[name], device=kept.device), kept
 
 
-class TrainableTokens(AdapterModule):
+class TrainableTokens(ReplacingModule):
     """An embedding, or a head tied to one, of which adapters train some rows (`trainable_token_indices`).
 
     Attributes:
@@ -185,15 +184,10 @@ class TrainableTokens(AdapterModule):
     """
 
     def __init__(self, table: nn.Module, state: AdapterState, leader: TrainableTokens | None = None) -> None:
-        super().__init__()
-        self.training = table.training
+        super().__init__(table.training, state)
         self.token_adapter: TokenAdapter = TokenAdapter(table, None if leader is None else leader.token_adapter)
         self.token_adapter.within = (self,)
         self.follows = leader is not None
-        self.own_route: Route | None = None
-        self.state = state
-        self.forwards = Forwards()
-        state.join(self)
 
     adapter_layer_names: tuple[str, ...] = ("token_adapter.trainable_tokens_delta",)
     other_param_names: tuple[str, ...] = ("token_adapter.token_indices", "token_adapter.trainable_tokens_original")
@@ -227,9 +221,6 @@ class TrainableTokens(AdapterModule):
         else:
             super().__setattr__(name, value)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.token_adapter.token_indices
-
     def put(self, name: str, indices: Sequence[int], rows: nn.Parameter) -> None:
         """Add an adapter's rows.
 
@@ -259,16 +250,6 @@ class TrainableTokens(AdapterModule):
         """Return the memory of the base's rows that merges kept; rows of tied tables count once."""
         kept = () if self.follows else self.token_adapter.kept.values()
         return sum(rows.numel() * rows.element_size() for rows in kept if rows is not None)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapters that act here and have rows, also while they are disabled."""
-        return [name for name in super().active_adapters if name in self]
-
-    @property
-    def _adapters(self) -> set[str]:
-        """PEFT's name for `available_adapters`."""
-        return set(self.available_adapters())
 
     def parameters_of(self, adapter: str) -> list[nn.Parameter]:
         """Return the rows of an adapter, (n, d); an empty list if it has none or they belong to another module."""
@@ -422,23 +403,10 @@ class TrainableTokens(AdapterModule):
         return y
 
     def _mixed(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parts, order = [], []
-        for names, index in self._parts(route, x):
-            parts.append(self._of(names, x.index_select(0, index), *args, **kwargs))
-            order.append(index)
-        return torch.cat(parts).index_select(0, torch.cat(order).argsort())
+        def run(alone: Route, index: Tensor) -> Tensor:
+            return self._of(alone.names, x.index_select(0, index), *args, **kwargs)
 
-    @staticmethod
-    def _parts(route: Route, x: Tensor) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-        rows = route.rows_of(x.shape[0])
-        if rows is None:
-            raise RowCountError(
-                f"The route names {len(route.rows or ())} rows, and a table with trained rows received "
-                f"{tuple(x.shape)}. Give one adapter per row of the batch."
-            )
-        for row in dict.fromkeys(rows):
-            index = [number for number, other in enumerate(rows) if other == row]
-            yield (() if row is None else (row,)), torch.tensor(index, device=x.device)
+        return self._by_adapter(route, x, "a table with trainable tokens", run)
 
 
 def looked_up(table: Any, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Tensor:

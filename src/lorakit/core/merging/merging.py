@@ -23,7 +23,7 @@ from lorakit.core.model.base_view import float_dtype
 from lorakit.core.model.checks import check_known, trainable_block
 from lorakit.core.model.index import AdapterIndex, identity
 from lorakit.core.model.ties import leaders_of, untied_copies
-from lorakit.core.quantization import let_go
+from lorakit.core.quantization import allow_repacking
 from lorakit.core.routing.positions import uninstall
 from lorakit.errors import MergeError
 
@@ -184,7 +184,7 @@ def _unload(index: AdapterIndex, merged: Sequence[str], flags: Flags) -> None:
         for name, own in plain[module]._parameters.items():
             if name in names and own is not None:
                 own.requires_grad_(True)
-    let_go(state.held)
+    allow_repacking(state.held)
     if state.replication is not None:
         state.replication.untie()
 
@@ -347,9 +347,9 @@ def explain_inexact_merge(model: nn.Module, *names: str) -> str | None:
     except MergeError as refusal:
         return str(refusal)
     for path, layer in index.layers_of(chosen):
-        if layer.base.quantised:
+        if layer.base.quantized:
             return f"{path} is stored as {layer.base.name}, in which the merged weight would lose most of the delta."
-        dtype = layer.original().dtype
+        dtype = layer.base.tensors(layer.original())[0].dtype
         if dtype not in WIDE:
             name = str(dtype).removeprefix("torch.")
             return f"{path} is {name}, and a merged weight is rounded to that precision. In float32 a merge is exact."

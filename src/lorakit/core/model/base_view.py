@@ -157,7 +157,7 @@ class QuantisedWeight:
     name: str
     packed: str
     module: nn.Module
-    base: WeightFormat
+    base: WeightFormat[Any, Any]
     stored: Any
     layer: LoraLayer | None
 
@@ -183,11 +183,11 @@ def quantised_weights(model: nn.Module | AdapterIndex, *, stacked: bool = True) 
     """
     index = AdapterIndex.of(model)
     standing = {id(layer.source): layer for _, layer in index.layers()}
-    rows: dict[tuple[type, type], WeightFormat] = {}
+    rows: dict[tuple[type, type], WeightFormat[Any, Any]] = {}
     for path, module in index.plain_modules(stacked):
         key = (type(module), type(module._parameters.get("weight")))
         row = rows.setdefault(key, rows[key] if key in rows else weight_format_of(module))
-        if row.quantised:
+        if row.quantized:
             prefix = f"{path}." if path else ""
             packed = next(name for name in ("weight", *module._parameters) if name in module._parameters)
             layer = standing.get(id(module))
@@ -207,7 +207,7 @@ def float_dtype(model: nn.Module | AdapterIndex) -> torch.dtype:
     for name, tensor, module in base_tensors(model):
         if not tensor.is_floating_point():
             continue
-        if not weight_format_of(module).quantised:
+        if not weight_format_of(module).quantized:
             return tensor.dtype
         if beside is None and name.rpartition(".")[2] == "bias":
             beside = tensor.dtype

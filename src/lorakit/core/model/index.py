@@ -460,7 +460,7 @@ def _can_be_read(module: nn.Module, kind: Kind) -> bool:
         or kind.acts_on == "weight"
         or kind not in KINDS
         or is_computed(module)
-        or weight_format_of(module).quantised
+        or weight_format_of(module).quantized
     )
 
 

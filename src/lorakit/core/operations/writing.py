@@ -300,7 +300,7 @@ def reader_of(model: nn.Module) -> Callable[[str], Reading]:
         layer, holder, parameter = site_map.layer(place), site_map.holder(place), place.slot.parameter
         base = weight_format_of(holder, parameter, place.slot.as_stored)
         stored = base.stored(holder, parameter) if layer is None else layer.original()
-        W = stored if place.slot.experts else base.read(holder, stored).double()
+        W: Tensor = base.tensors(stored)[0] if place.slot.experts else base.read(holder, stored).double()
         return Reading(W, place.kind, place.slot)
 
     return at

@@ -1,8 +1,9 @@
-"""The registry WEIGHT_FORMATS: how a base weight is read and written, whatever way it is stored."""
+"""The registry WEIGHT_FORMATS: how a base weight is read and written, however it is stored."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from lorakit.core.quantization.weight_format import (
     DENSE,
     NOT_WRITTEN,
     TRANSPOSED,
+    Stored,
     WeightFormat,
     at_least_fp32,
 )
@@ -23,15 +25,16 @@ from lorakit.core.quantization.weight_format import (
 __all__ = [
     "NOT_WRITTEN",
     "WEIGHT_FORMATS",
+    "Stored",
     "WeightFormat",
+    "allow_repacking",
     "at_least_fp32",
     "disable_repacking",
     "is_computed",
-    "let_go",
     "weight_format_of",
 ]
 
-WEIGHT_FORMATS: tuple[WeightFormat, ...] = (
+WEIGHT_FORMATS: tuple[WeightFormat[Any, Any], ...] = (
     FOUR_BIT,
     EIGHT_BIT,
     TORCHAO,
@@ -43,23 +46,23 @@ WEIGHT_FORMATS: tuple[WeightFormat, ...] = (
 )
 
 
-def weight_format_of(module: nn.Module, parameter: str = "weight", as_stored: bool = False) -> WeightFormat:
-    """How a parameter of a module is stored: the weight's type is asked first, then the module's.
+def weight_format_of(module: nn.Module, parameter: str = "weight", as_stored: bool = False) -> WeightFormat[Any, Any]:
+    """Return how a parameter of a module is stored: the type of the weight decides, then the type of the module.
 
     Args:
         module: A module of the base.
         parameter: Name of its weight.
-        as_stored: Read it as it lies, also where the module holds it transposed.
+        as_stored: Do not transpose the weight, even if the module stores it as (in, out).
     """
-    row = _row_of(module, parameter)
-    row = DENSE if as_stored and row.transposed else row
+    found = _registered(module, parameter)
+    found = DENSE if as_stored and found.transposed else found
     if is_computed(module, parameter):
-        return COMPUTED_TRANSPOSED if row.transposed else COMPUTED
-    return row
+        return COMPUTED_TRANSPOSED if found.transposed else COMPUTED
+    return found
 
 
 def is_computed(module: nn.Module, parameter: str = "weight") -> bool:
-    """Whether torch.nn.utils.parametrize computes a parameter.
+    """Return whether torch.nn.utils.parametrize computes a parameter.
 
     Args:
         module: A module of the base.
@@ -68,40 +71,40 @@ def is_computed(module: nn.Module, parameter: str = "weight") -> bool:
     return PARAMETRISED in module._modules and parameter not in module._parameters
 
 
-def _row_of(module: nn.Module, parameter: str) -> WeightFormat:
+def _registered(module: nn.Module, parameter: str) -> WeightFormat[Any, Any]:
     for owner in (type(module._parameters.get(parameter)), type(module)):
         for ancestor in owner.__mro__:
             dotted = f"{ancestor.__module__}.{ancestor.__qualname__}"
-            for base in WEIGHT_FORMATS:
-                if dotted in base.types:
-                    return base
+            for entry in WEIGHT_FORMATS:
+                if dotted in entry.types:
+                    return entry
     return DENSE
 
 
 def disable_repacking(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Keep modules from rewriting their own weight in a forward, as those of some quantizers do in eval mode.
+    """Keep modules from rewriting their own weights in a forward, as those of some quantizers do in eval mode.
 
     Args:
-        modules: All modules of a model; values stay as they are.
+        modules: All modules of a model; values do not change.
 
     Returns:
-        The modules that had to be held; `let_go` ends it.
+        The modules that would have repacked their weights, for `allow_repacking`.
     """
-    rows: dict[type[nn.Module], WeightFormat] = {}
-    held = []
+    formats: dict[type[nn.Module], WeightFormat[Any, Any]] = {}
+    found = []
     for module in modules:
-        if type(module) not in rows:
-            rows[type(module)] = weight_format_of(module)
-        if rows[type(module)].hold(module):
-            held.append(module)
-    return held
+        if type(module) not in formats:
+            formats[type(module)] = weight_format_of(module)
+        if formats[type(module)].disable_repacking(module):
+            found.append(module)
+    return found
 
 
-def let_go(modules: Iterable[nn.Module]) -> None:
-    """End what `disable_repacking` did.
+def allow_repacking(modules: Iterable[nn.Module]) -> None:
+    """Undo `disable_repacking`.
 
     Args:
-        modules: What it returned.
+        modules: The modules it returned.
     """
     for module in modules:
-        weight_format_of(module).let_go(module)
+        weight_format_of(module).allow_repacking(module)

@@ -1,75 +1,79 @@
-"""The door to bitsandbytes: weights of 4 bits (nf4, fp4) and of 8 bits (a scale per row).
+"""The only importer of bitsandbytes: weights of 4 bits (nf4, fp4) and of 8 bits (a scale per row).
 
-A stored 4-bit weight is the parameter itself, whose `quant_state` travels with it; a stored 8-bit weight is the
-parameter with its numbers and scales, which the module moves about between parameter and state.
+A stored 4-bit weight is the parameter itself, which carries its `quant_state`; a stored 8-bit weight is the parameter
+with its values and scales, which the module moves between parameter and state.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.clones import clone_with
-from lorakit.core.quantization.weight_format import WeightFormat, exact_values, linear_with
+from lorakit.core.quantization.weight_format import M, Packed, S, WeightFormat, exact_values, linear_with
 from lorakit.errors import MergeError
 from lorakit.targets.layer_types import CONV1D
 
-_ROWS = 32
-"""Rows that bitsandbytes puts side by side when it repacks a 4-bit weight for a CPU."""
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
-_STEADY = "support_avx512bf16_for_cpu"
-"""The flag of a `Linear4bit` that lets it repack its weight. It makes the flag itself, for the processor at hand."""
+_ROWS = 32
+"""Rows that bitsandbytes interleaves when it repacks a 4-bit weight for a CPU."""
+
+_REPACKS = "support_avx512bf16_for_cpu"
+"""The flag that lets a `Linear4bit` repack its weight; the layer sets it according to the processor."""
 
 _HALF_STEP = {"nf4": 0.153, "fp4": 0.18}
-"""Half of the widest gap between two values of a code that runs from −1 to 1: no number was moved farther. fp4 does not
-round at the very middle of its gaps."""
+"""Half of the widest gap between two values of a code in [−1, 1], which bounds the rounding error. fp4 does not round
+at the exact middle of its gaps."""
+
+_UNQUANTIZED = "This {bits}-bit layer has not been quantized yet. Move the model to its device first."
 
 
 @dataclass(frozen=True)
-class EightBit:
+class EightBit(Packed):
     """An 8-bit weight.
 
     Attributes:
         parameter: The module's `Int8Params`.
-        numbers: (out, in), int8; floats where nothing has been quantised yet.
-        scales: The largest magnitude of each row, (out,), fp32; None where nothing has been quantised yet.
+        values: (out, in), int8; floats if nothing has been quantized yet.
+        scales: The largest magnitude of each row, (out,), fp32; None if nothing has been quantized yet.
     """
 
-    parameter: Any
-    numbers: Tensor
+    parameter: Int8Params
+    values: Tensor
     scales: Tensor | None
 
 
 def four_bit_linear(linear: nn.Linear, quant_type: str, double: bool) -> nn.Module:
-    """A dense layer in 4 bits, held still; the dtype of its products is that of its weight.
+    """Return a 4-bit version of a dense layer that does not repack its weight; its compute dtype is the dtype of the weight.
 
     Args:
         linear: It keeps its own weight.
         quant_type: "nf4" or "fp4".
-        double: Quantise the scales too.
+        double: Quantize the scales too.
 
     Returns:
         A `Linear4bit` in the same mode.
     """
     import bitsandbytes as package
 
-    weight, bias = linear.weight.detach(), linear.bias
+    weight = linear.weight.detach()
     rows, columns = weight.shape
-    wanted: dict[str, Any] = {"compress_statistics": double, "quant_type": quant_type}
-    made: Any = package.nn.Linear4bit(columns, rows, False, weight.dtype, **wanted, device="meta")
-    fresh = package.nn.Params4bit(weight, requires_grad=False, **wanted, module=made)
-    _put_four_bit(made, fresh.to(weight.device))
-    made.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-    _hold(made)
-    return made.train(linear.training)
+    settings: dict[str, str | bool] = {"compress_statistics": double, "quant_type": quant_type}
+    made = package.nn.Linear4bit(columns, rows, False, weight.dtype, **settings, device="meta")
+    parameter = package.nn.Params4bit(weight, requires_grad=False, **settings, module=made)
+    FOUR_BIT.place(made, "weight", parameter.to(weight.device))
+    FOUR_BIT.disable_repacking(made)
+    return _like(linear, made)
 
 
 def eight_bit_linear(linear: nn.Linear) -> nn.Module:
-    """A dense layer in 8 bits.
+    """Return an 8-bit version of a dense layer.
 
     Args:
         linear: It keeps its own weight.
@@ -79,187 +83,186 @@ def eight_bit_linear(linear: nn.Linear) -> nn.Module:
     """
     import bitsandbytes as package
 
-    weight, bias = linear.weight.detach(), linear.bias
+    weight = linear.weight.detach()
     rows, columns = weight.shape
-    made: Any = package.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
+    made = package.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
     made.weight = package.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(weight.device)
-    made.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return _like(linear, made)
+
+
+def _like(linear: nn.Linear, made: nn.Module) -> nn.Module:
+    """Give a quantized layer the bias and the mode of a dense one."""
+    made.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
     return made.train(linear.training)
 
 
-def _hold(module: Any) -> bool:
-    """Keep a 4-bit layer from rewriting its own weight, and undo it where that has happened.
+class _Format(WeightFormat[M, S]):
+    """The conversion to a plain module, for both widths."""
 
-    On processors with AVX512-BF16, `Linear4bit` repacks its weight at the first forward in eval mode: scales are
-    rounded to bf16, no gradient passes from then on, also not in training mode, and widths that are no multiple of the
-    block fail. Held still, it has the same bits in every mode and on every processor.
-
-    It is held by a flag of its own, which it makes for the processor at hand.
-    """
-    if not getattr(module, _STEADY, False):
-        return False
-    setattr(module, _STEADY, False)
-    if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-        _put_four_bit(module, _unpacked(module.weight))
-    return True
+    def dense(self, module: M, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
+        """Return a plain module with a weight (out, in), of the class before quantization if that was a Conv1D."""
+        before: type[nn.Module] = getattr(module, "source_cls", nn.Linear)
+        if before.__name__ != CONV1D:
+            return linear_with(module, canonical, dtype)
+        made = before(*canonical.shape).to(dtype).train(module.training)
+        made.weight = nn.Parameter(canonical.T.to(dtype).contiguous(), requires_grad=False)
+        if isinstance(module.bias, Tensor):
+            made.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+        return made
 
 
-def _let_go(module: nn.Module) -> None:
-    setattr(module, _STEADY, True)
+class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
+    """A parameter of 4-bit codes with its `quant_state`."""
+
+    def stored(self, module: Linear4bit, parameter: str) -> Params4bit:
+        """Return the parameter itself."""
+        return module.weight
+
+    def read(self, module: Linear4bit, stored: Params4bit) -> Tensor:
+        """Dequantize a weight: (out, in) in fp32, whatever the compute dtype is."""
+        import bitsandbytes.functional as package
+
+        if stored.quant_state is None:  # it is quantized when it is first moved to a device
+            return stored.detach().float()
+        plain = _plain(stored)
+        state = copy.copy(plain.quant_state)
+        state.dtype = torch.float32
+        return package.dequantize_4bit(plain.data, state)
+
+    def write(self, module: Linear4bit, like: Params4bit, canonical: Tensor) -> Params4bit:
+        """Quantize a weight (out, in) with the settings of another.
+
+        Raises:
+            MergeError: The other has not been quantized yet.
+        """
+        import bitsandbytes.functional as package
+
+        state = like.quant_state
+        if state is None:
+            raise MergeError(_UNQUANTIZED.format(bits=4))
+        packed, made = package.quantize_4bit(
+            canonical.to(like.device, torch.float32).contiguous(),
+            blocksize=state.blocksize,
+            compress_statistics=bool(state.nested or getattr(state, "original_nested", False)),
+            quant_type=state.quant_type,
+            quant_storage=like.quant_storage,
+        )
+        made.dtype = state.dtype
+        return _parameter(like, packed, made)
+
+    def place(self, module: Linear4bit, parameter: str, stored: Params4bit) -> None:
+        """Make a stored weight the parameter of a layer."""
+        module._parameters["weight"] = stored
+        module.quant_state = stored.quant_state
+
+    def tensors(self, stored: Params4bit) -> tuple[Tensor, ...]:
+        """Return the packed codes (…), the scales and the tables that decode them."""
+        state = stored.quant_state
+        if state is None:
+            return (stored.data,)
+        inner = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
+        return (stored.data, state.absmax, state.code, *inner)
+
+    def values(self, stored: Params4bit, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return elements (n,): the decoded value of each times the scale of its block.
+
+        A byte holds two codes, the earlier one in its upper half.
+        """
+        if stored.quant_state is None:
+            return exact_values(stored.data, positions)
+        plain = _plain(stored)
+        state, packed = plain.quant_state, plain.data.view(torch.uint8).reshape(-1)
+        positions = positions.to(packed.device)
+        pairs = packed[positions // 2]
+        codes = torch.where(positions % 2 == 0, pairs >> 4, pairs & 0xF).long()
+        blocks = positions // state.blocksize
+        if state.nested:
+            outer = state.state2
+            scales = outer.code[state.absmax[blocks].long()] * outer.absmax[blocks // outer.blocksize] + state.offset
+            gap = outer.code.sort().values.diff().max() / 2  # the error of a scale that is stored in one byte
+            slack = gap * outer.absmax[blocks // outer.blocksize]
+        else:
+            scales, slack = state.absmax[blocks].float(), 0.0
+        return state.code[codes] * scales, _HALF_STEP[state.quant_type] * scales.abs() + slack
+
+    def dense(self, module: Linear4bit, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
+        """Return a plain module with a weight (out, in) in the compute dtype."""
+        state = module.weight.quant_state
+        fallback = canonical.dtype if state is None else state.dtype
+        return super().dense(module, canonical, module.compute_dtype or fallback)
+
+    def disable_repacking(self, module: Linear4bit) -> bool:
+        """Keep a 4-bit layer from rewriting its own weight, and undo it if that has happened.
+
+        On processors with AVX512-BF16, `Linear4bit` repacks its weight at the first forward in eval mode: it rounds
+        scales to bf16, passes no gradient from then on, even in training mode, and fails for widths that are not a
+        multiple of the block size. Without repacking, the layer has the same bits in every mode and on every processor.
+        """
+        if not getattr(module, _REPACKS, False):
+            return False
+        setattr(module, _REPACKS, False)
+        if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+            self.place(module, "weight", _unpacked(module.weight))
+        return True
+
+    def allow_repacking(self, module: Linear4bit) -> None:
+        """Undo `disable_repacking`."""
+        setattr(module, _REPACKS, True)
 
 
-def _stored_four_bit(module: Any, _: str) -> Any:
-    return module.weight
+class EightBitFormat(_Format["Linear8bitLt", EightBit]):
+    """A parameter of int8 values with a scale per row."""
+
+    def stored(self, module: Linear8bitLt, parameter: str) -> EightBit:
+        """Return the parameter with its values and scales."""
+        if module.weight.CB is not None:  # scales move from the parameter to the state, as at the first forward
+            module.init_8bit_state()
+        return EightBit(module.weight, module.weight.data, module.state.SCB)
+
+    def read(self, module: Linear8bitLt, stored: EightBit) -> Tensor:
+        """Dequantize a weight: (out, in) in fp32."""
+        if stored.scales is None:
+            return stored.values.detach().float()
+        return stored.values.float() * (stored.scales.float() / 127).unsqueeze(1)
+
+    def write(self, module: Linear8bitLt, like: EightBit, canonical: Tensor) -> EightBit:
+        """Quantize a weight (out, in).
+
+        Raises:
+            MergeError: The other weight has not been quantized yet.
+        """
+        import bitsandbytes as package
+
+        if like.scales is None:
+            raise MergeError(_UNQUANTIZED.format(bits=8))
+        values, scales, _outliers = package.functional.int8_vectorwise_quant(
+            canonical.to(like.values.device, torch.float16)
+        )
+        parameter = package.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False)
+        return EightBit(parameter, values, scales)
+
+    def place(self, module: Linear8bitLt, parameter: str, stored: EightBit) -> None:
+        """Put a weight into the parameter and the state of a layer."""
+        module._parameters["weight"] = stored.parameter
+        state = copy.copy(module.state)
+        state.CB, state.SCB = stored.values, stored.scales
+        module.state = state
+
+    def tensors(self, stored: EightBit) -> tuple[Tensor, ...]:
+        """Return the values (out, in) and the scales (out,)."""
+        return (stored.values,) if stored.scales is None else (stored.values, stored.scales)
+
+    def values(self, stored: EightBit, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return elements (n,), and a step as the bound of their errors."""
+        if stored.scales is None:
+            return exact_values(stored.values, positions)
+        columns = stored.values.shape[1]
+        positions = positions.to(stored.values.device)
+        steps = stored.scales.float()[positions // columns] / 127
+        return stored.values.reshape(-1)[positions].float() * steps, steps
 
 
-def _read_four_bit(_: nn.Module, weight: Any) -> Tensor:
-    import bitsandbytes.functional as package
-
-    if weight.quant_state is None:  # it is quantised when it is first moved to a device
-        return weight.detach().float()
-    plain = _plain(weight)
-    return package.dequantize_4bit(plain.data, _in_fp32(plain.quant_state))
-
-
-def _write_four_bit(_: nn.Module, like: Any, canonical: Tensor) -> Any:
-    import bitsandbytes.functional as package
-
-    state = like.quant_state
-    if state is None:
-        raise MergeError("A 4-bit layer has not been quantised yet, which moving the model to its device does first.")
-    packed, made = package.quantize_4bit(
-        canonical.to(like.device, torch.float32).contiguous(),
-        blocksize=state.blocksize,
-        compress_statistics=bool(state.nested or getattr(state, "original_nested", False)),
-        quant_type=state.quant_type,
-        quant_storage=like.quant_storage,
-    )
-    made.dtype = state.dtype
-    return _parameter(like, packed, made)
-
-
-def _put_four_bit(module: Any, weight: Any) -> None:
-    module._parameters["weight"] = weight
-    module.quant_state = weight.quant_state
-
-
-def _place_four_bit(module: nn.Module, _: str, weight: Any) -> None:
-    _put_four_bit(module, weight)
-
-
-def _clone_four_bit(module: nn.Module, _: str, weight: Any) -> nn.Module:
-    clone = clone_with(module, {})
-    _put_four_bit(clone, weight)
-    return clone
-
-
-def _tensors_four_bit(weight: Any) -> tuple[Tensor, ...]:
-    state = weight.quant_state
-    if state is None:
-        return (weight.data,)
-    inner = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
-    return (weight.data, state.absmax, state.code, *inner)
-
-
-def _values_four_bit(weight: Any, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Two numbers lie in a byte, the earlier in its upper half; a value of the code times the scale of its block."""
-    if weight.quant_state is None:
-        return exact_values(weight.data, places)
-    plain = _plain(weight)
-    state, packed = plain.quant_state, plain.data.view(torch.uint8).reshape(-1)
-    places = places.to(packed.device)
-    pairs = packed[places // 2]
-    codes = torch.where(places % 2 == 0, pairs >> 4, pairs & 0xF).long()
-    blocks = places // state.blocksize
-    if state.nested:
-        outer = state.state2
-        scales = outer.code[state.absmax[blocks].long()] * outer.absmax[blocks // outer.blocksize] + state.offset
-        gap = outer.code.sort().values.diff().max() / 2  # a scale of one byte is itself so far off
-        slack = gap * outer.absmax[blocks // outer.blocksize]
-    else:
-        scales, slack = state.absmax[blocks].float(), 0.0
-    return state.code[codes] * scales, _HALF_STEP[state.quant_type] * scales.abs() + slack
-
-
-def _stored_eight_bit(module: Any, _: str) -> EightBit:
-    if module.weight.CB is not None:  # scales move from the parameter to the state, as at the first forward
-        module.init_8bit_state()
-    return EightBit(module.weight, module.weight.data, module.state.SCB)
-
-
-def _read_eight_bit(_: nn.Module, stored: EightBit) -> Tensor:
-    if stored.scales is None:
-        return stored.numbers.detach().float()
-    return stored.numbers.float() * (stored.scales.float() / 127).unsqueeze(1)
-
-
-def _write_eight_bit(_: nn.Module, like: EightBit, canonical: Tensor) -> EightBit:
-    import bitsandbytes as package
-
-    if like.scales is None:
-        raise MergeError("An 8-bit layer has not been quantised yet, which moving the model to its device does first.")
-    numbers, scales, _outliers = package.functional.int8_vectorwise_quant(
-        canonical.to(like.numbers.device, torch.float16)
-    )
-    made = package.nn.Int8Params(numbers, requires_grad=False, has_fp16_weights=False)
-    return EightBit(made, numbers, scales)
-
-
-def _place_eight_bit(module: Any, _: str, stored: EightBit) -> None:
-    module._parameters["weight"] = stored.parameter
-    state = copy.copy(module.state)
-    state.CB, state.SCB = stored.numbers, stored.scales
-    module.state = state
-
-
-def _clone_eight_bit(module: nn.Module, parameter: str, stored: EightBit) -> nn.Module:
-    clone = clone_with(module, {})
-    _place_eight_bit(clone, parameter, stored)
-    return clone
-
-
-def _tensors_eight_bit(stored: EightBit) -> tuple[Tensor, ...]:
-    return (stored.numbers,) if stored.scales is None else (stored.numbers, stored.scales)
-
-
-def _values_eight_bit(stored: EightBit, places: Tensor) -> tuple[Tensor, Tensor]:
-    if stored.scales is None:
-        return exact_values(stored.numbers, places)
-    columns = stored.numbers.shape[1]
-    places = places.to(stored.numbers.device)
-    steps = stored.scales.float()[places // columns] / 127
-    return stored.numbers.reshape(-1)[places].float() * steps, steps
-
-
-def _dense_four_bit(module: Any, canonical: Tensor, _: torch.dtype) -> nn.Module:
-    state = module.weight.quant_state
-    return _dense(module, canonical, module.compute_dtype or (canonical.dtype if state is None else state.dtype))
-
-
-def _dense(module: Any, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
-    """A plain module in its place; of the class it had before, where that stores weights as (in, out)."""
-    before = getattr(module, "source_cls", nn.Linear)
-    if before.__name__ != CONV1D:
-        return linear_with(module, canonical, dtype)
-    made: Any = before(*canonical.shape).to(dtype).train(module.training)
-    made.weight = nn.Parameter(canonical.T.to(dtype).contiguous(), requires_grad=False)
-    if module.bias is not None:
-        made.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
-    return made
-
-
-def _device(module: Any, _: str) -> torch.device:
-    return module.weight.device
-
-
-def _in_fp32(state: Any) -> Any:
-    """The same quantisation, whose numbers come out in fp32 whatever the dtype of the products is."""
-    made = copy.copy(state)
-    made.dtype = torch.float32
-    return made
-
-
-def _parameter(like: Any, packed: Tensor, state: Any) -> Any:
+def _parameter(like: Params4bit, packed: Tensor, state: QuantState) -> Params4bit:
     import bitsandbytes as package
 
     return package.nn.Params4bit(
@@ -275,60 +278,29 @@ def _parameter(like: Any, packed: Tensor, state: Any) -> Any:
     )
 
 
-def _plain(weight: Any) -> Any:
+def _plain(weight: Params4bit) -> Params4bit:
     return _unpacked(weight) if getattr(weight.quant_state, "packing_format_for_cpu", False) else weight
 
 
-def _unpacked(weight: Any) -> Any:
-    """The plain form of a weight that was repacked for a CPU: the same numbers to the bit.
+def _unpacked(weight: Params4bit) -> Params4bit:
+    """Return the plain form of a weight that was repacked for a CPU, with the same values bit for bit.
 
-    There, 32 rows lie side by side, and the scales are (in/block, out) in bf16. The package's own inverse quantises
-    the scales anew, which changes them; here they become fp32, without double quantisation.
+    The repacked form interleaves 32 rows and stores the scales as (in/block, out) in bf16. The package's own inverse
+    quantizes the scales again, which changes them; here they become fp32, without double quantization.
     """
     state = weight.quant_state
     rows, columns = state.shape
     packed = weight.data.reshape(-1, _ROWS)
     codes = torch.cat([packed & 0xF, packed >> 4], dim=1).reshape(rows // _ROWS, columns // 2, _ROWS, 2)
-    flat = codes.transpose(1, 2).reshape(-1)  # number after number, row after row
+    flat = codes.transpose(1, 2).reshape(-1)  # code after code, row after row
     plain = copy.copy(state)
     plain.absmax = state.absmax.T.contiguous().float().reshape(-1)
     plain.nested, plain.offset, plain.state2 = False, None, None
     plain.packing_format_for_cpu = False
     plain.dtype = state.original_dtype
-    bytes_again = ((flat[::2] << 4) | flat[1::2]).to(torch.uint8).reshape(state.original_qshape)
-    return _parameter(weight, bytes_again.view(weight.quant_storage), plain)
+    repacked = ((flat[::2] << 4) | flat[1::2]).to(torch.uint8).reshape(state.original_qshape)
+    return _parameter(weight, repacked.view(weight.quant_storage), plain)
 
 
-FOUR_BIT = WeightFormat(
-    name="bitsandbytes 4-bit",
-    types=("bitsandbytes.nn.modules.Linear4bit",),
-    transposed=False,
-    quantised=True,
-    stored=_stored_four_bit,
-    read=_read_four_bit,
-    write=_write_four_bit,
-    place=_place_four_bit,
-    clone=_clone_four_bit,
-    device=_device,
-    tensors=_tensors_four_bit,
-    dense=_dense_four_bit,
-    values=_values_four_bit,
-    hold=_hold,
-    let_go=_let_go,
-)
-
-EIGHT_BIT = WeightFormat(
-    name="bitsandbytes 8-bit",
-    types=("bitsandbytes.nn.modules.Linear8bitLt",),
-    transposed=False,
-    quantised=True,
-    stored=_stored_eight_bit,
-    read=_read_eight_bit,
-    write=_write_eight_bit,
-    place=_place_eight_bit,
-    clone=_clone_eight_bit,
-    device=_device,
-    tensors=_tensors_eight_bit,
-    dense=_dense,
-    values=_values_eight_bit,
-)
+FOUR_BIT = FourBitFormat("bitsandbytes 4-bit", ("bitsandbytes.nn.modules.Linear4bit",))
+EIGHT_BIT = EightBitFormat("bitsandbytes 8-bit", ("bitsandbytes.nn.modules.Linear8bitLt",))

@@ -1,32 +1,43 @@
-"""The door to HQQ: half-quadratic quantisation, a scale and a zero point for each group of numbers.
-
-A stored weight is the packed parameter and the table of facts that the module keeps beside it.
-"""
+"""The only importer of HQQ: half-quadratic quantization with a scale and a zero point per group of values."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.clones import clone_with
-from lorakit.core.quantization.weight_format import WeightFormat, linear_with
+from lorakit.core.quantization.weight_format import Packed, WeightFormat
+
+if TYPE_CHECKING:
+    from hqq.core.quantize import HQQLinear
 
 PARAMETER = "W_q"
 
-Stored = tuple[Tensor, dict[str, Any]]
-"""The packed numbers, and "scale", "zero", "shape", "nbits", "group_size", ..."""
+
+@dataclass(frozen=True)
+class HQQWeight(Packed):
+    """A weight that HQQ quantized.
+
+    Attributes:
+        packed: The packed values.
+        meta: What the module keeps with them: "scale", "zero", "shape", "nbits", "group_size", …
+    """
+
+    packed: Tensor
+    meta: dict[str, Any]
 
 
 def hqq_linear(linear: nn.Linear, bits: int, group_size: int) -> nn.Module:
-    """A dense layer as HQQ stores it; the dense one gives up its weight.
+    """Return a dense layer as HQQ stores it; the dense one gives up its weight.
 
     Args:
-        linear: Frozen or not; its dtype becomes that of the products.
+        linear: Frozen or not; its dtype becomes the compute dtype.
         bits: 8 or 4.
-        group_size: Numbers that share a scale; they must divide the weight.
+        group_size: Number of values that share a scale; it must divide the number of elements.
 
     Returns:
         An `HQQLinear` in the same mode.
@@ -40,88 +51,67 @@ def hqq_linear(linear: nn.Linear, bits: int, group_size: int) -> nn.Module:
     return made.train(linear.training)
 
 
-def _stored(module: Any, _: str) -> Stored:
-    return module.W_q, module.meta
+class HQQFormat(WeightFormat["HQQLinear", HQQWeight]):
+    """The packed parameter of an `HQQLinear` with its scales."""
+
+    def stored(self, module: HQQLinear, parameter: str) -> HQQWeight:
+        """Return the packed weight of a layer."""
+        return HQQWeight(module.W_q, module.meta)
+
+    def read(self, module: HQQLinear, stored: HQQWeight) -> Tensor:
+        """Dequantize a weight: (out, in) in fp32."""
+        if _has_packed_scales(stored.meta):
+            return module.dequantize().float()  # an old format that only the module itself can read
+        from hqq.core.quantize import Quantizer
+
+        return Quantizer.dequantize(stored.packed, {**stored.meta, "compute_dtype": torch.float32}).float()
+
+    def write(self, module: HQQLinear, like: HQQWeight, canonical: Tensor) -> HQQWeight:
+        """Quantize a weight (out, in) with the settings of a layer."""
+        settings = copy.deepcopy(module.quant_config)
+        whole = {**settings, "offload_meta": module.offload_meta}
+        other = type(module)(None, whole, compute_dtype=module.compute_dtype, device=module.device)
+        other.quantize(canonical.to(device=module.W_q.device), **settings)
+        return HQQWeight(other.W_q, other.meta)
+
+    def place(self, module: HQQLinear, parameter: str, stored: HQQWeight) -> None:
+        """Put a packed weight into a layer."""
+        module._parameters[PARAMETER], module.meta = stored.packed, stored.meta
+
+    def dense(self, module: HQQLinear, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
+        """Return an nn.Linear with a weight (out, in) in the layer's compute dtype."""
+        return super().dense(module, canonical, module.compute_dtype)
+
+    def tensors(self, stored: HQQWeight) -> tuple[Tensor, ...]:
+        """Return the packed values, the scales and the zero points (…)."""
+        return (stored.packed, *(entry for entry in stored.meta.values() if isinstance(entry, Tensor)))
+
+    def values(self, stored: HQQWeight, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return elements (n,) as (code − zero) · scale, and a step as the bound of their errors.
+
+        With 4 bits, the upper nibbles hold the codes of the first half of the groups. HQQ does not minimize
+        the largest error; a value is within a step all the same.
+        """
+        meta = stored.meta
+        bits, group = meta["nbits"], meta["group_size"]
+        if _has_packed_scales(meta) or meta["axis"] != 1 or bits not in (4, 8) or meta["view_as_float"]:
+            empty = torch.zeros(positions.shape)
+            return empty, torch.full_like(empty, torch.inf)
+        packed = stored.packed
+        positions = positions.to(packed.device)
+        groups, within = positions // group, positions % group
+        if bits == 4:
+            half = packed.shape[0]
+            pairs = packed[groups % half, within]
+            codes = torch.where(groups < half, pairs >> 4, pairs & 0xF).float()
+        else:
+            codes = packed[groups, within].float()
+        steps = meta["scale"].float().reshape(-1)[groups]
+        return (codes - meta["zero"].float().reshape(-1)[groups]) * steps, steps.abs()
 
 
-def _read(module: Any, stored: Stored) -> Tensor:
-    packed, facts = stored
-    if _has_packed_scales(facts):
-        return module.dequantize().float()  # an old form, which only the module itself can read
-    from hqq.core.quantize import Quantizer
-
-    return Quantizer.dequantize(packed, {**facts, "compute_dtype": torch.float32}).float()
+def _has_packed_scales(meta: Mapping[str, Any]) -> bool:
+    return bool(meta.get("quant_zero") or meta.get("quant_scale") or "zero_scale" in meta)
 
 
-def _write(module: Any, _: Stored, canonical: Tensor) -> Stored:
-    settings = copy.deepcopy(module.quant_config)
-    whole = {**settings, "offload_meta": module.offload_meta}
-    other = type(module)(None, whole, compute_dtype=module.compute_dtype, device=module.device)
-    other.quantize(canonical.to(device=module.W_q.device), **settings)
-    return other.W_q, other.meta
-
-
-def _place(module: Any, _: str, stored: Stored) -> None:
-    module._parameters[PARAMETER], module.meta = stored
-
-
-def _clone(module: nn.Module, parameter: str, stored: Stored) -> nn.Module:
-    clone = clone_with(module, {})
-    _place(clone, parameter, stored)
-    return clone
-
-
-def _device(module: Any, _: str) -> torch.device:
-    return module.W_q.device
-
-
-def _tensors(stored: Stored) -> tuple[Tensor, ...]:
-    packed, facts = stored
-    return (packed, *(fact for fact in facts.values() if isinstance(fact, Tensor)))
-
-
-def _values(stored: Stored, places: Tensor) -> tuple[Tensor, Tensor]:
-    """(number − zero) × scale; of 4 bits, the numbers of the first half of the groups lie in the upper halves.
-
-    What HQQ optimises is not the largest error; a number lies within a step all the same.
-    """
-    packed, facts = stored
-    bits, group = facts["nbits"], facts["group_size"]
-    if _has_packed_scales(facts) or facts["axis"] != 1 or bits not in (4, 8) or facts["view_as_float"]:
-        empty = torch.zeros(places.shape)
-        return empty, torch.full_like(empty, torch.inf)
-    places = places.to(packed.device)
-    groups, within = places // group, places % group
-    if bits == 4:
-        half = packed.shape[0]
-        pairs = packed[groups % half, within]
-        numbers = torch.where(groups < half, pairs >> 4, pairs & 0xF).float()
-    else:
-        numbers = packed[groups, within].float()
-    steps = facts["scale"].float().reshape(-1)[groups]
-    return (numbers - facts["zero"].float().reshape(-1)[groups]) * steps, steps.abs()
-
-
-def _has_packed_scales(facts: dict[str, Any]) -> bool:
-    return bool(facts.get("quant_zero") or facts.get("quant_scale") or "zero_scale" in facts)
-
-
-def _dense(module: Any, canonical: Tensor, _: torch.dtype) -> nn.Module:
-    return linear_with(module, canonical, module.compute_dtype)
-
-
-HQQ = WeightFormat(
-    name="HQQ",
-    types=("hqq.core.quantize.HQQLinear",),
-    transposed=False,
-    quantised=True,
-    stored=_stored,
-    read=_read,
-    write=_write,
-    place=_place,
-    clone=_clone,
-    device=_device,
-    tensors=_tensors,
-    dense=_dense,
-    values=_values,
-)
+HQQ = HQQFormat("HQQ", ("hqq.core.quantize.HQQLinear",))

@@ -1,31 +1,34 @@
-"""The door to torchao: a weight is a tensor of its own class, which multiplies itself out.
+"""The only importer of torchao, whose weights are tensors of a class of their own that dequantize themselves.
 
-Read: whatever torchao can dequantise. Written: int8 with a scale per row, the one kind whose training torchao supports.
+Read: whatever torchao can dequantize. Written: int8 with a scale per row, the only format that torchao can train with.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.clones import clone_with
-from lorakit.core.quantization.weight_format import WeightFormat, linear_with
+from lorakit.core.quantization.weight_format import PlainFormat, linear_with
 from lorakit.errors import MergeError
+
+if TYPE_CHECKING:
+    from torchao.quantization import Int8WeightOnlyConfig
+    from torchao.utils import TorchAOBaseTensor
 
 _INT8 = "Int8Tensor"
 
 
-def int8_config() -> Any:
-    """How torchao is told to store weights in 8 bits with a scale per row, and to leave activations as they are."""
+def int8_config() -> Int8WeightOnlyConfig:
+    """Return torchao's config for 8-bit weights with a scale per row and unquantized activations."""
     from torchao.quantization import Int8WeightOnlyConfig
 
     return Int8WeightOnlyConfig()
 
 
 def int8_linear(linear: nn.Linear) -> nn.Module:
-    """A dense layer whose weight is stored in 8 bits.
+    """Return a dense layer with an int8 weight.
 
     Args:
         linear: It keeps its own weight.
@@ -33,41 +36,13 @@ def int8_linear(linear: nn.Linear) -> nn.Module:
     Returns:
         An `nn.Linear` in the same mode.
     """
-    made = nn.Linear(1, 1, bias=False, device="meta")
-    made.out_features, made.in_features = linear.weight.shape
-    made.weight = _quantised(linear.weight.detach())
-    if linear.bias is not None:
-        made.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-    return made.train(linear.training)
+    made = linear_with(linear, linear.weight.detach(), linear.weight.dtype)
+    made.weight = _quantized(made.weight.detach())
+    return made
 
 
-def _stored(module: nn.Module, parameter: str) -> Tensor:
-    return module._parameters[parameter]  # type: ignore[return-value]
-
-
-def _read(_: nn.Module, weight: Any) -> Tensor:
-    if type(weight).__name__ == _INT8:
-        return weight.dequantize(torch.float32)
-    try:
-        return weight.dequantize().float()
-    except NotImplementedError as cause:
-        raise MergeError(
-            f"torchao cannot multiply out a {type(weight).__name__}, so nothing that needs the weight itself (merging, "
-            "variants that read it) can be done on it. Plain LoRA works."
-        ) from cause
-
-
-def _write(_: nn.Module, like: Any, canonical: Tensor) -> Tensor:
-    if type(like).__name__ != _INT8 or like.act_quant_kwargs is not None or like.block_size[0] != 1:
-        raise MergeError(
-            f"A {type(like).__name__} of torchao with these settings cannot be written; only int8 weights with a scale "
-            "per row can. Merge with dense=True."
-        )
-    return _quantised(canonical.to(device=like.device, dtype=like.dtype))
-
-
-def _quantised(weight: Tensor) -> Tensor:
-    """A weight (out, in) as torchao's int8 tensor."""
+def _quantized(weight: Tensor) -> nn.Parameter:
+    """Return a weight (out, in) as torchao's int8 tensor."""
     from torchao.quantization import quantize_
 
     holder = nn.Linear(1, 1, bias=False, device="meta")
@@ -76,48 +51,70 @@ def _quantised(weight: Tensor) -> Tensor:
     return holder.weight
 
 
-def _place(module: nn.Module, parameter: str, weight: Any) -> None:
-    module._parameters[parameter] = weight
+class TorchaoFormat(PlainFormat):
+    """A parameter of a tensor class of torchao."""
+
+    quantized = True
+
+    def stored(self, module: nn.Module, parameter: str) -> TorchAOBaseTensor:
+        """Return the parameter (out, in) itself."""
+        return module._parameters[parameter]
+
+    def read(self, module: nn.Module, stored: TorchAOBaseTensor) -> Tensor:
+        """Dequantize a weight: (out, in) in fp32.
+
+        Raises:
+            MergeError: torchao cannot dequantize it.
+        """
+        return _dequantized(stored)
+
+    def write(self, module: nn.Module, like: TorchAOBaseTensor, canonical: Tensor) -> Tensor:
+        """Quantize a weight (out, in) to int8.
+
+        Raises:
+            MergeError: The other weight is not int8 with one scale per row.
+        """
+        if type(like).__name__ != _INT8 or like.act_quant_kwargs is not None or like.block_size[0] != 1:
+            raise MergeError(
+                f"A {type(like).__name__} of torchao with these settings cannot be written; only int8 weights with a "
+                "scale per row can. Merge with dense=True."
+            )
+        return _quantized(canonical.to(device=like.device, dtype=like.dtype))
+
+    def place(self, module: nn.Module, parameter: str, stored: TorchAOBaseTensor) -> None:
+        """Make a stored weight (out, in) the parameter."""
+        module._parameters[parameter] = stored
+
+    def dense(self, module: nn.Module, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
+        """Return an nn.Linear with a weight (out, in) in the dtype of the quantized one."""
+        stored: Tensor = self.stored(module, "weight")
+        return linear_with(module, canonical, stored.dtype)
+
+    def tensors(self, stored: TorchAOBaseTensor) -> tuple[Tensor, ...]:
+        """Return the tensors (…) that the class consists of."""
+        names, _ = stored.__tensor_flatten__()
+        return tuple(getattr(stored, name) for name in names)
+
+    def values(self, stored: TorchAOBaseTensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return elements (n,) of a weight and a bound of their errors, which is a step for int8, else infinite."""
+        positions = positions.to(stored.device)
+        if type(stored).__name__ != _INT8:
+            values = _dequantized(stored).reshape(-1)[positions]
+            return values, torch.full_like(values, torch.inf)
+        steps = stored.scale.float().reshape(-1)[positions // stored.shape[1]]
+        return stored.qdata.reshape(-1)[positions].float() * steps, steps
 
 
-def _clone(module: nn.Module, parameter: str, weight: Tensor) -> nn.Module:
-    return clone_with(module, {parameter: weight})
+def _dequantized(stored: TorchAOBaseTensor) -> Tensor:
+    if type(stored).__name__ == _INT8:
+        return stored.dequantize(torch.float32)
+    try:
+        return stored.dequantize().float()
+    except NotImplementedError as cause:
+        raise MergeError(
+            f"torchao cannot dequantize a {type(stored).__name__}, which merging and variants that read the weight "
+            "need. Plain LoRA works without."
+        ) from cause
 
 
-def _dense(module: Any, canonical: Tensor, _: torch.dtype) -> nn.Module:
-    return linear_with(module, canonical, module.weight.dtype)
-
-
-def _device(module: nn.Module, parameter: str) -> torch.device:
-    return module._parameters[parameter].device  # type: ignore[union-attr]
-
-
-def _tensors(weight: Any) -> tuple[Tensor, ...]:
-    names, _ = weight.__tensor_flatten__()
-    return tuple(getattr(weight, name) for name in names)
-
-
-def _values(weight: Any, places: Tensor) -> tuple[Tensor, Tensor]:
-    if type(weight).__name__ != _INT8:
-        numbers = _read(nn.Module(), weight).reshape(-1)[places.to(weight.device)]
-        return numbers, torch.full_like(numbers, torch.inf)
-    places = places.to(weight.device)
-    steps = weight.scale.float().reshape(-1)[places // weight.shape[1]]
-    return weight.qdata.reshape(-1)[places].float() * steps, steps
-
-
-TORCHAO = WeightFormat(
-    name="torchao",
-    types=("torchao.utils.TorchAOBaseTensor",),
-    transposed=False,
-    quantised=True,
-    stored=_stored,
-    read=_read,
-    write=_write,
-    place=_place,
-    clone=_clone,
-    device=_device,
-    tensors=_tensors,
-    dense=_dense,
-    values=_values,
-)
+TORCHAO = TorchaoFormat("torchao", ("torchao.utils.TorchAOBaseTensor",))

@@ -1,16 +1,17 @@
-"""What a entry of WEIGHT_FORMATS says: how one way of storing a weight maps to the canonical weight and back.
+"""`WeightFormat`: how one way of storing a weight maps to the canonical weight and back.
 
-Canonical is the leading axis out, in fp32 or wider. What a module stores (a tensor, or a packed thing of a quantiser)
-is its business: a row takes it out, reads it, makes a new one, puts it back. It knows nothing about A, B or adapters.
+The leading axis of the canonical weight is the output; its dtype is fp32 or wider. What a module stores (a tensor, or
+several packed ones) is known to the format alone, which takes it out, reads it, makes a new one and puts it back. A
+format knows nothing about A, B or adapters.
 
-Weights that are stored as plain tensors of floats, as they are or transposed.
+The formats of this module store weights as plain tensors of floats, transposed or not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,177 +19,170 @@ from torch import Tensor, nn
 from lorakit.core.clones import clone_with
 from lorakit.errors import MergeError
 
-
-def one_tensor(stored: Any) -> tuple[Tensor, ...]:
-    """A plain weight, of any shape, consists of itself."""
-    return (stored,)
-
-
-def exact_values(stored: Any, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers of a plain weight at places (n,) of it flattened, in fp32 or wider, and errors of nothing, both (n,)."""
-    numbers = at_least_fp32(stored.detach()[torch.unravel_index(places, stored.shape)])
-    return numbers, torch.zeros_like(numbers)
-
-
-def needs_no_hold(_: nn.Module) -> bool:
-    """A plain weight is not rewritten by its module."""
-    return False
-
-
-def lets_nothing_go(_: nn.Module) -> None:
-    """There was nothing to hold."""
-
-
-def linear_with(module: Any, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
-    """A plain nn.Linear in the place of a quantised one: weight (out, in) in a dtype, the same bias and mode."""
-    made = nn.Linear(1, 1, bias=False, device="meta")
-    made.out_features, made.in_features = canonical.shape
-    made.weight = nn.Parameter(canonical.to(dtype), requires_grad=False)
-    if getattr(module, "bias", None) is not None:
-        made.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
-    return made.train(module.training)
-
-
-@dataclass(frozen=True)
-class WeightFormat:
-    """One way a weight is stored.
-
-    Attributes:
-        name: What messages call it.
-        types: Types of the weight, or of the module that holds it, as dotted names.
-        transposed: The stored weight is (in, out); a reader of files needs to know.
-        quantised: Writing loses more than a rounding to the weight's dtype.
-        written: There is a place to write a new weight to.
-        stored: Module, name of its parameter -> what lies there now; it shares memory with the module.
-        read: Module, stored thing -> canonical weight, (out, in) or as its kind says, fp32 or wider.
-        write: Module, stored thing to be like, canonical weight -> a new thing to store.
-        place: Module, name, stored thing -> None: puts it into the module; a plain parameter stays the same object.
-        clone: Module, name, stored thing -> a shallow clone of the module that holds the thing.
-        device: Module, name -> where the weight lies.
-        tensors: Stored thing -> the tensors that it consists of.
-        dense: Module, canonical weight (out, in), dtype -> a plain module to put in its place, whose weight that is.
-        values: Stored thing, places in the canonical weight flattened row after row (of a plain weight: in the weight
-            as it lies), (n,) -> the numbers there, and how far each may be from what was quantised, both (n,); the
-            rest is not multiplied out.
-        hold: Module -> whether it had to be kept from rewriting its own weight in a forward, which it is now.
-        let_go: Module that was held -> None: ends that.
-    """
-
-    name: str
-    types: tuple[str, ...]
-    transposed: bool
-    quantised: bool
-    stored: Callable[[nn.Module, str], Any]
-    read: Callable[[nn.Module, Any], Tensor]
-    write: Callable[[nn.Module, Any, Tensor], Any]
-    place: Callable[[nn.Module, str, Any], None]
-    clone: Callable[[nn.Module, str, Any], nn.Module]
-    device: Callable[[nn.Module, str], torch.device]
-    written: bool = True
-    tensors: Callable[[Any], tuple[Tensor, ...]] = one_tensor
-    dense: Callable[[nn.Module, Tensor, torch.dtype], nn.Module] = linear_with
-    values: Callable[[Any, Tensor], tuple[Tensor, Tensor]] = exact_values
-    hold: Callable[[nn.Module], bool] = needs_no_hold
-    let_go: Callable[[nn.Module], None] = lets_nothing_go
-
-
-def at_least_fp32(tensor: Tensor) -> Tensor:
-    """The tensor in fp32 or, where it is wider already, as it is; any shape (…)."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _stored(module: nn.Module, parameter: str) -> Tensor:
-    tensor: Tensor = getattr(module, parameter)  # not from _parameters: FSDP has plain tensors there in a forward
-    return tensor.detach()
-
-
-def _read(_: nn.Module, stored: Tensor) -> Tensor:
-    return at_least_fp32(stored.detach())
-
-
-def _write(_: nn.Module, like: Tensor, canonical: Tensor) -> Tensor:
-    return canonical.to(like.dtype).contiguous()
-
-
-def _place(module: nn.Module, parameter: str, stored: Tensor) -> None:
-    held: nn.Parameter = module._parameters[parameter]  # type: ignore[assignment]
-    held.data = stored.to(held.device)
-
-
-def _clone(module: nn.Module, parameter: str, stored: Tensor) -> nn.Module:
-    return clone_with(module, {parameter: stored})
-
-
-def _read_transposed(_: nn.Module, stored: Tensor) -> Tensor:
-    return at_least_fp32(stored.detach()).T
-
-
-def _write_transposed(_: nn.Module, like: Tensor, canonical: Tensor) -> Tensor:
-    return canonical.T.to(like.dtype).contiguous()
-
-
-def _device(module: nn.Module, parameter: str) -> torch.device:
-    return module._parameters[parameter].device  # type: ignore[union-attr]
-
-
-def _computed(module: nn.Module, parameter: str) -> Tensor:
-    tensor: Tensor = getattr(module, parameter)
-    return tensor.detach()
-
-
-def _place_computed(module: nn.Module, parameter: str, stored: Tensor) -> None:
-    raise MergeError(NOT_WRITTEN.format(parameter=parameter, type=type(module).__name__))
-
-
-def _device_computed(module: nn.Module, parameter: str) -> torch.device:
-    return _computed(module, parameter).device
-
-
 NOT_WRITTEN = (
     "The parameter {parameter!r} of {type} is computed by torch.nn.utils.parametrize, so nothing can be written into "
     "it. Remove the parametrization first."
 )
 
-DENSE = WeightFormat(
-    name="dense",
-    types=("torch.nn.modules.module.Module",),
-    transposed=False,
-    quantised=False,
-    stored=_stored,
-    read=_read,
-    write=_write,
-    place=_place,
-    clone=_clone,
-    device=_device,
+
+class Packed:
+    """A stored weight that consists of several tensors."""
+
+
+Stored = Tensor | Packed
+"""The stored form of a canonical weight; it may share memory with the module."""
+
+M = TypeVar("M", bound=nn.Module)
+S = TypeVar("S", bound=Stored)
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """Return a tensor of any shape (…) in fp32, or unchanged if it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def exact_values(stored: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return elements of a plain weight in fp32 or wider and their errors, which are zero; both (n,).
+
+    Args:
+        stored: The weight, of any shape.
+        positions: Positions in the flattened weight, (n,).
+    """
+    values = at_least_fp32(stored.detach()[torch.unravel_index(positions, stored.shape)])
+    return values, torch.zeros_like(values)
+
+
+def linear_with(module: nn.Module, canonical: Tensor, dtype: torch.dtype) -> nn.Linear:
+    """Return a plain nn.Linear like a quantized layer: weight (out, in) in a dtype, the same bias and mode."""
+    made = nn.Linear(1, 1, bias=False, device="meta")
+    made.out_features, made.in_features = canonical.shape
+    made.weight = nn.Parameter(canonical.to(dtype), requires_grad=False)
+    bias: Tensor | None = getattr(module, "bias", None)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return made.train(module.training)
+
+
+@dataclass(frozen=True)
+class WeightFormat(Generic[M, S]):
+    """One way to store a weight: M is the module that holds it, S the stored weight.
+
+    Attributes:
+        name: Its name in messages.
+        types: Types of the weight, or of the module that holds it, as dotted names.
+        transposed: The stored weight is (in, out); a reader of files needs to know.
+        written: A new weight can be stored.
+        quantized: Writing loses more than a rounding to the weight's dtype.
+    """
+
+    name: str
+    types: tuple[str, ...] = ()
+    transposed: bool = False
+    written: bool = True
+    quantized: ClassVar[bool] = True
+
+    @abstractmethod
+    def stored(self, module: M, parameter: str) -> S:
+        """Return what a module stores for a parameter now; it shares memory with the module."""
+
+    @abstractmethod
+    def read(self, module: M, stored: S) -> Tensor:
+        """Return the canonical weight, (out, in) or as its kind defines it, in fp32 or wider."""
+
+    @abstractmethod
+    def write(self, module: M, like: S, canonical: Tensor) -> S:
+        """Return a canonical weight (out, in) in stored form, with the settings of another stored weight."""
+
+    @abstractmethod
+    def place(self, module: M, parameter: str, stored: S) -> None:
+        """Put a stored weight into a module; a plain parameter stays the same object."""
+
+    @abstractmethod
+    def tensors(self, stored: S) -> tuple[Tensor, ...]:
+        """Return the tensors (…) of a stored weight, the values first."""
+
+    @abstractmethod
+    def values(self, stored: S, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return some elements of a stored weight and bounds of their quantization errors, both (n,).
+
+        Args:
+            stored: The stored weight; only the elements asked for are dequantized.
+            positions: Positions (n,) in the flattened canonical weight; for a plain weight, in the stored one.
+        """
+
+    def device(self, module: M, parameter: str) -> torch.device:
+        """Return the device of a module's weight."""
+        return self.tensors(self.stored(module, parameter))[0].device
+
+    def clone(self, module: M, parameter: str, stored: S) -> nn.Module:
+        """Return a shallow clone of a module that holds another stored weight."""
+        clone: M = clone_with(module, {})  # type: ignore[assignment]
+        self.place(clone, parameter, stored)
+        return clone
+
+    def dense(self, module: M, canonical: Tensor, dtype: torch.dtype) -> nn.Module:
+        """Return a plain module with a canonical weight (out, in) that can replace a module with a quantized one."""
+        return linear_with(module, canonical, dtype)
+
+    def disable_repacking(self, module: M) -> bool:
+        """Keep a module from rewriting its own weight in a forward; return whether it would have."""
+        return False
+
+    def allow_repacking(self, module: M) -> None:
+        """Undo `disable_repacking`."""
+
+
+class PlainFormat(WeightFormat[nn.Module, Tensor]):
+    """One tensor of floats: a parameter, or what torch.nn.utils.parametrize computes, which cannot be written."""
+
+    quantized = False
+
+    def stored(self, module: nn.Module, parameter: str) -> Tensor:
+        """Return the tensor, (…)."""
+        tensor: Tensor = getattr(module, parameter)  # FSDP has plain tensors in _parameters during a forward
+        return tensor.detach()
+
+    def read(self, module: nn.Module, stored: Tensor) -> Tensor:
+        """Return the tensor with its leading axis out, (out, …)."""
+        weight = at_least_fp32(stored.detach())
+        return weight.T if self.transposed else weight
+
+    def write(self, module: nn.Module, like: Tensor, canonical: Tensor) -> Tensor:
+        """Return the canonical weight (out, …) in the dtype and layout of another tensor."""
+        return (canonical.T if self.transposed else canonical).to(like.dtype).contiguous()
+
+    def place(self, module: nn.Module, parameter: str, stored: Tensor) -> None:
+        """Give the parameter the memory of a tensor (…).
+
+        Raises:
+            MergeError: The parameter is computed.
+        """
+        if not self.written:
+            raise MergeError(NOT_WRITTEN.format(parameter=parameter, type=type(module).__name__))
+        held: nn.Parameter = module._parameters[parameter]  # type: ignore[assignment]
+        held.data = stored.to(held.device)
+
+    def clone(self, module: nn.Module, parameter: str, stored: Tensor) -> nn.Module:
+        """Return a shallow clone of a module with a tensor (…) instead of the parameter."""
+        return clone_with(module, {parameter: stored})
+
+    def tensors(self, stored: Tensor) -> tuple[Tensor, ...]:
+        """Return the tensor (…) itself."""
+        return (stored,)
+
+    def values(self, stored: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return elements (n,) of the tensor; their errors are zero."""
+        return exact_values(stored, positions)
+
+
+DENSE = PlainFormat("dense", ("torch.nn.modules.module.Module",))
+
+TRANSPOSED = PlainFormat(
+    "transposed", ("transformers.pytorch_utils.Conv1D", "torch.nn.modules.sparse.Embedding"), transposed=True
 )
 
-COMPUTED = replace(
-    DENSE,
-    name="computed",
-    types=(),
-    written=False,
-    stored=_computed,
-    place=_place_computed,
-    device=_device_computed,
-)
-"""A parameter that torch.nn.utils.parametrize computes: it can be read, and there is no place to write it to."""
+COMPUTED = PlainFormat("computed", written=False)
+"""A parameter that torch.nn.utils.parametrize computes: it can be read, and there is no storage to write it to."""
 
-TRANSPOSED = replace(
-    DENSE,
-    name="transposed",
-    types=("transformers.pytorch_utils.Conv1D", "torch.nn.modules.sparse.Embedding"),
-    transposed=True,
-    read=_read_transposed,
-    write=_write_transposed,
-)
-
-COMPUTED_TRANSPOSED = replace(
-    TRANSPOSED,
-    name="computed transposed",
-    types=(),
-    written=False,
-    stored=_computed,
-    place=_place_computed,
-    device=_device_computed,
-)
-"""The same of a module that stores its weight as (in, out)."""
+COMPUTED_TRANSPOSED = PlainFormat("computed transposed", transposed=True, written=False)
+"""The same in a module that stores its weight as (in, out)."""

@@ -1,1 +1,1 @@
-"""Which adapter acts in a forward, on which rows."""
+"""Routes: which adapter is active in a forward, and on which rows."""

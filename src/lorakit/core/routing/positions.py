@@ -1,8 +1,8 @@
-"""On which positions adapters act that wait for tokens (`Variant.positions`), found once per forward of a model.
+"""Positions from which adapters that wait for tokens are active (`Variant.positions`), found once per model forward.
 
-While such an adapter is on a model, two hooks on that model put the offsets of each forward into the context and take
-them out again, also if the forward fails. A cache of keys and values stores where the adapters began in its rows, so
-that the steps of a generation, which see one token each, continue from there.
+While a model has such an adapter, two hooks put the offsets of each forward into the context and remove them
+afterwards, even if the forward fails. A cache of keys and values stores where the adapters started in its rows, so that
+the steps of a generation, which see one token each, continue from there.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from lorakit.core.variants import variant_of
 from lorakit.errors import RouteError
 
 CACHES = ("cache", "past_key_values", "cache_params")
-"""What models of the field call their cache, as an argument and in their output."""
+"""Names of the cache among the arguments and in the output of transformers' models."""
 
 MEMORY = "lorakit_starts"
-"""Attribute of a cache: adapter -> first position at which it acts in each row, (rows,), -1 for none."""
+"""Attribute of a cache: adapter -> first position at which it is active in each row, (rows,), -1 for none."""
 
 
 NOT_IN_A_GRAPH = (
-    "Where an adapter that waits for tokens begins is found in each forward, outside of a compiled graph. Compile with "
+    "The position at which an adapter that waits for tokens starts is found outside of a compiled graph. Compile with "
     "fullgraph=False (the adapted layers then run uncompiled), or make another adapter the default."
 )
 
 
 class InvocationHooks:
-    """The two hooks on a model: before a forward, its offsets; after it, what its cache must remember.
+    """Two hooks on a model: one finds the offsets before a forward, the other stores them in the cache after it.
 
-    They hold no state of a forward: that is in the context, so threads do not meet.
+    The state of a forward is in the context, not in the hooks, so threads do not interfere.
     """
 
     def __init__(self, state: AdapterState) -> None:
@@ -50,7 +50,7 @@ class InvocationHooks:
             self._open(module, args, kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Take them out; called after a failed forward too, with no output."""
+        """Remove them; also called after a failed forward, without an output."""
         if torch.compiler.is_compiling():
             if not self.state.fits_a_graph(self.state.default):
                 torch._dynamo.disable(self._close)(kwargs, output)
@@ -83,7 +83,7 @@ class InvocationHooks:
         given = ids if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point() else None
         inputs = inputs if given is None else given
         if not isinstance(inputs, Tensor) or inputs.ndim < 2:
-            return None  # what is fixed holds as it is; without it, the first site that needs it says so
+            return None  # fixed offsets apply unchanged; without any, the first site that needs them raises
         cache = _cache(kwargs)
         rows, length = inputs.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
@@ -113,7 +113,7 @@ class InvocationHooks:
 def prompt_offsets(
     state: AdapterState, input_ids: Tensor, visible: Tensor | None = None, names: Iterable[str] | None = None
 ) -> Offsets:
-    """Find on how many of the last positions of prompts adapters act that do not act on all.
+    """Find how many of the last positions of prompts each waiting adapter is active on.
 
     Args:
         state: The model's state.
@@ -144,7 +144,7 @@ def _span(state: AdapterState, name: str) -> int:
 
 
 class _HookScope(Override):
-    """What the first hook opens and the second closes: found again in the context, since hooks share no variable."""
+    """Opened by the first hook and closed by the second, which finds it in the context, as hooks share no variable."""
 
     def __init__(self, hooks: InvocationHooks, offsets: Offsets) -> None:
         super().__init__(hooks.state, None, offsets)
@@ -152,7 +152,7 @@ class _HookScope(Override):
 
     @staticmethod
     def drop(hooks: InvocationHooks) -> Offsets | None:
-        """Close what these hooks opened in this context and backward; what it said, or None."""
+        """Close what these hooks opened in this context and backward, and return its offsets, or None."""
         for scope in hooks.state.scopes():
             if isinstance(scope.block, _HookScope) and scope.block.hooks is hooks:
                 scope.block.__exit__()
@@ -161,7 +161,7 @@ class _HookScope(Override):
 
 
 def install(model: nn.Module, state: AdapterState) -> None:
-    """Put the hooks on a model, where they are not there yet."""
+    """Register the hooks on a model, unless it has them."""
     if not _hooks_of(model):
         hooks = InvocationHooks(state)
         model.register_forward_pre_hook(hooks.before, with_kwargs=True)
@@ -169,7 +169,7 @@ def install(model: nn.Module, state: AdapterState) -> None:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Take the hooks off a model and all that is in it."""
+    """Remove the hooks from a model and all its modules."""
     for module in model.modules():
         for key in _hooks_of(module):
             for table in _TABLES:
@@ -191,20 +191,20 @@ def _hooks_of(module: nn.Module) -> list[int]:
 
 
 def _cache(values: Mapping[str, Any]) -> Any:
-    """The cache among a forward's arguments or in its output, or None."""
+    """Return the cache among the arguments of a forward or in its output, or None."""
     found = (values.get(name) for name in CACHES)
     return next((cache for cache in found if hasattr(cache, "get_seq_length")), None)
 
 
 def _visible(mask: Any, rows: int, length: int) -> Tensor | None:
-    """Which of this forward's tokens are no padding, (rows, length), from a mask that may cover a cache too."""
+    """Return which tokens of this forward are not padding, (rows, length), from a mask that may include a cache."""
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != rows or mask.shape[1] < length:
         return None
     return mask[:, -length:] != 0
 
 
 def _check_not_packed(positions: Any, visible: Tensor | None) -> None:
-    """Refuse rows in which several texts stand: the last invocation would be that of the last text alone."""
+    """Reject rows with several texts: only the invocation in the last text would be found."""
     if not isinstance(positions, Tensor) or positions.ndim != 2:
         return
     back = positions[:, 1:] <= positions[:, :-1]
@@ -212,6 +212,6 @@ def _check_not_packed(positions: Any, visible: Tensor | None) -> None:
         back = back & visible[:, 1:] & visible[:, :-1]
     if bool(back.any()):
         raise RouteError(
-            "An adapter that waits for tokens begins at their last occurrence in a row, and rows of this batch hold "
+            "An adapter that waits for tokens starts at their last occurrence in a row, and rows of this batch hold "
             "several texts (their position_ids start again). Train without packing."
         )

@@ -1,6 +1,6 @@
-"""What forwards leave behind for a backward that runs them again: marks that live as long as an autograd graph.
+"""Records of forwards for a backward that runs them again; each lives as long as its autograd graph.
 
-It knows nothing of which adapter is active; it only remembers what it is told.
+This module does not know which adapter is active; it only stores the routes it is given.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ What = TypeVar("What")
 
 
 class Traces(Generic[What]):
-    """Things kept alive by autograd graphs, each for as long as its graph lives.
+    """Values kept alive by autograd graphs, each as long as its graph.
 
-    Copies and pickles of it are empty, since graphs are not copied.
+    Copies and pickles are empty, since graphs are not copied.
     """
 
     def __init__(self) -> None:
@@ -38,11 +38,11 @@ class Traces(Generic[What]):
         return type(self), ()
 
     def note(self, outputs: Iterable[Tensor], what: What) -> None:
-        """Remember something of a forward.
+        """Remember a value for a forward.
 
         Args:
-            outputs: Tensors (…) that came out of it; one without a graph holds nothing.
-            what: What to remember while one of their graphs lives.
+            outputs: Outputs of the forward, (…); one without a graph keeps nothing alive.
+            what: The value to remember while one of their graphs lives.
         """
         mark, alive = _Mark(what), self._alive
         key = id(mark)
@@ -52,17 +52,17 @@ class Traces(Generic[What]):
                 output.grad_fn.metadata["lorakit", id(self)] = mark  # type: ignore[index]  # torch's stub calls it a method
 
     def alive(self) -> list[What]:
-        """What is remembered now."""
+        """Return the values whose graphs are alive."""
         return [mark.what for ref in list(self._alive.values()) if (mark := ref()) is not None]
 
 
 class Forwards:
-    """The forwards of one layer that a backward may run again, as far as they left a trace.
+    """The forwards of one layer that a backward may run again.
 
-    A forward whose output has a graph is remembered for as long as that graph lives. Forwards with gradients switched
-    off are remembered in their order, which tells the first run of a reentrant checkpoint from an evaluation. Of the
-    others, which end with their call, only the routes are kept: one, or that there were several.
-    Copies and pickles of it are empty, since graphs are not copied.
+    A forward whose output has a graph is remembered as long as that graph lives. Forwards without gradients are
+    remembered in order, which distinguishes the first run of a reentrant checkpoint from an evaluation. For the others,
+    which end with their call, only the route is kept, or the fact that there were several.
+    Copies and pickles are empty, since graphs are not copied.
     """
 
     def __init__(self) -> None:
@@ -74,32 +74,32 @@ class Forwards:
         return Forwards, ()
 
     def note(self, output: Any, route: Route, again: bool = False) -> None:
-        """Take note of a forward.
+        """Record a forward.
 
         Args:
-            output: What it returned; a tensor of any shape (…), or something else.
-            route: What it ran with.
-            again: Autograd ran it again. Noted only without gradients, for a reentrant checkpoint inside another one.
+            output: Its output: a tensor of any shape (…), or something else.
+            route: Its route.
+            again: Autograd ran it again. Recorded only without gradients, for a reentrant checkpoint inside another.
         """
         if torch.is_inference_mode_enabled():
-            return  # no backward ever comes to it
+            return  # it has no backward
         if not torch.is_grad_enabled():
             self._switched_off.add(route.named())
             return
         if again:
             return
         if isinstance(output, tuple) and output:
-            output = output[0]  # attention returns its weights beside its output
+            output = output[0]  # attention also returns its weights
         if not isinstance(output, Tensor) or output.grad_fn is None:
             self._without_graph.add(route.named())
         else:
             self._with_graph.note((output,), route.named())
 
     def of_recomputation(self) -> Route:
-        """The route of the forward that autograd runs again.
+        """Return the route of the forward that autograd runs again.
 
         Raises:
-            RouteError: Forwards that it could be used several routes, or left no trace.
+            RouteError: The forwards that it could be used several routes, or none was recorded.
         """
         node = None if _is_non_reentrant() else _reentrant_node()
         if torch.is_grad_enabled() and node is None:
@@ -113,14 +113,14 @@ class Forwards:
             return routes.pop()
         found = " and ".join(sorted(route.describe() for route in routes)) or "none"
         raise RouteError(
-            "A checkpointed forward runs again in a backward, and which adapter it used cannot be known; forwards that "
+            "A checkpointed forward runs again in a backward, and which adapter it used cannot be known; the forwards "
             f"it could be used: {found}. Enable checkpointing with gradient_checkpointing_kwargs={{'use_reentrant': "
             "False, 'context_fn': lorakit.core.checkpoint_contexts(model)}."
         )
 
 
 class _Routes:
-    """Routes as a recomputation asks for them: at most two are kept, since two are too many already."""
+    """The possible routes of a recomputation: at most two are kept, since two are ambiguous already."""
 
     def __init__(self, routes: Sequence[Route] = ()) -> None:
         self.some: tuple[Route, ...] = ()
@@ -138,7 +138,7 @@ LONGEST_HISTORY = 64
 
 @dataclass
 class _Run:
-    """Forwards in one thread, one after another, with one route; the number autograd had reached after the last."""
+    """Successive forwards in one thread with one route, and the sequence number of autograd after the last."""
 
     thread: threading.Thread
     route: Route
@@ -146,9 +146,9 @@ class _Run:
 
 
 class _Runs:
-    """Forwards with gradients switched off, oldest first.
+    """Forwards without gradients, oldest first.
 
-    Autograd numbers its nodes per thread in the order in which they are made. A reentrant checkpoint makes its node
+    Autograd numbers its nodes per thread in order of creation. A reentrant checkpoint makes its node
     before its first run, so that run is the first one that ended after the node's number.
     """
 
@@ -174,7 +174,7 @@ class _Runs:
         """Return the route of the first run after a node was made, or all possible routes if that is unknown.
 
         Args:
-            node: The node's number, or None if it is not known which node asks.
+            node: The number of the node, or None if the node is not known.
         """
         runs = list(self._runs)
         numbers = [run.number for run in runs]
@@ -194,16 +194,16 @@ def _reentrant_node() -> int | None:
 
 
 def _is_non_reentrant() -> bool:
-    """Whether non-reentrant checkpointing runs this forward again: its hook for saved tensors is then the topmost.
+    """Return whether non-reentrant checkpointing runs this forward again: its saved-tensors hook is then the topmost.
 
-    Torch has no public word for it. A torch that names the hook otherwise makes the answer no, and more refused.
+    Torch has no public API for this. If it renames the hook, the answer is False and more recomputations are rejected.
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)(True)
     return top is not None and getattr(top[0], "__qualname__", "").startswith("_recomputation_hook.")
 
 
 class _Mark:
-    """Something kept alive by an autograd graph."""
+    """A value kept alive by an autograd graph."""
 
     __slots__ = ("__weakref__", "what")
 

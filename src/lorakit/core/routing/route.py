@@ -1,8 +1,8 @@
-"""A route: which adapter each row of a batch uses, and on which positions, once for all layers of a forward.
+"""`Route`: which adapter each row of a batch uses, and on which positions, computed once for all layers of a forward.
 
-Positions are counted from the end of what a row holds, so that a site that sees only the last positions needs no more.
-Everything is computed on the device of the tokens; no layer looks at tokens. It knows nothing of which route is in
-force, of configs, layers or factors.
+Positions are counted from the end of a row, so that a site that sees only the last positions can use them too.
+Everything is computed on the device of the tokens; layers do not read tokens. A route does not depend on the active
+route, configs, layers or factors.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lorakit.ops.segments import Routed
 
 @dataclass(frozen=True, eq=False)
 class Offsets:
-    """On how many of the last positions of each row adapters act, for adapters that do not act on all.
+    """The number of last positions of each row on which adapters are active, for adapters that are not active on all.
 
     Attributes:
-        adapters: The adapters that it knows.
-        back: The number per adapter and row, (adapters, rows) int64, 0 if the adapter does not act in the row.
+        adapters: The adapters with offsets.
+        back: The number per adapter and row, (adapters, rows) int64, 0 if the adapter is not active in the row.
         length: Positions of each row in this forward, or None if that is not known.
         seen: Positions of each row up to the end of this forward, those in a cache included, or None.
-        whole: A site that sees fewer positions than `length` cannot tell which they are.
+        whole: The positions that a site sees are unknown if there are fewer than `length`.
     """
 
     adapters: tuple[str, ...]
@@ -41,7 +41,7 @@ class Offsets:
     _routes: dict[int, tuple[Route, Route]] = field(default_factory=dict, init=False, repr=False)
 
     def of(self, adapter: str) -> Tensor:
-        """Return the numbers of one adapter, (rows,) int64.
+        """Return `back` of one adapter, (rows,) int64.
 
         Args:
             adapter: One of `adapters`.
@@ -49,7 +49,7 @@ class Offsets:
         return self.back[self.adapters.index(adapter)]
 
     def agrees(self, other: Offsets, names: Sequence[str]) -> bool:
-        """Return whether adapters act on the same positions in another forward.
+        """Return whether adapters are active on the same positions in another forward.
 
         Args:
             other: The other forward's.
@@ -66,7 +66,7 @@ class Offsets:
         Args:
             length: Positions of each of its rows.
             seen: Positions up to its end, those in a cache included.
-            rows: The number of its rows; each row here may be there several times in succession (beams).
+            rows: The number of its rows; each row here may be repeated in succession (beams).
             whole: As the attribute.
 
         Raises:
@@ -78,10 +78,10 @@ class Offsets:
         return Offsets(self.adapters, back, length, seen, whole)
 
     def of_rows(self, index: Tensor) -> Offsets:
-        """Return the offsets of some rows, made once for the same tensor of numbers.
+        """Return the offsets of some rows, cached by the identity of the index tensor.
 
         Args:
-            index: Numbers of the rows, (rows of it,).
+            index: Indices of the rows, (n,).
         """
         known = self._parts.get(id(index))
         if known is None:  # the tensor is held, so that no other one has its id
@@ -90,17 +90,17 @@ class Offsets:
         return known[1]
 
     def mask(self, adapter: str, z: Tensor) -> Tensor:
-        """Return where an adapter acts, true or false, shaped to multiply z; made once per forward and shape.
+        """Return a boolean mask of the positions where an adapter is active, cached per forward and shape.
 
         Args:
             adapter: One of `adapters`.
-            z: What it adds, (rows, positions, out), (rows · positions, out), or (rows, out) for the last position.
+            z: The output of the adapter, (rows, positions, out), (rows · positions, out), or (rows, out) of the last.
 
         Returns:
             (rows, positions, 1), (rows · positions, 1) or (rows, 1).
 
         Raises:
-            RouteError: z has no such axes, so that the positions in it cannot be told.
+            RouteError: z has other axes, so its positions are unknown.
         """
         rows = self.back.shape[1]
         flat = z.ndim == 2 and self.length is not None and z.shape[0] == rows * self.length
@@ -108,8 +108,8 @@ class Offsets:
         positions = self.length if flat else z.shape[1] if z.ndim == 3 else 1
         if not fits or positions is None or (self.whole and positions != self.length):
             raise RouteError(
-                f"Adapter {adapter!r} acts from its invocation tokens on, and a site received {tuple(z.shape)} where "
-                f"the batch has {rows} rows of {self.length or 'so many'} positions, so its positions are not known. "
+                f"Adapter {adapter!r} is active from its invocation tokens on. A site received {tuple(z.shape)} for a "
+                f"batch of {rows} rows of {self.length or 'unknown'} positions, so its positions are not known. "
                 "Leave the module out of target_modules."
             )
         key = (adapter, positions, flat, z.device)
@@ -119,7 +119,7 @@ class Offsets:
         return self._masks[key]
 
     def on(self, route: Route) -> Route:
-        """Return a route with these offsets, made once per route and forward, not per layer."""
+        """Return a route with these offsets, cached per route and forward."""
         known = self._routes.get(id(route))
         if known is None:  # the route is held, so that no other one has its id
             known = self._routes[id(route)] = (route, route.like(self, route.kept))
@@ -127,40 +127,40 @@ class Offsets:
 
 
 def of_rows(numbers: Tensor, rows: int) -> Tensor:
-    """Return numbers per row for a batch that has each row several times in succession, (…, rows).
+    """Return values per row for a batch that repeats each row several times in succession, (…, rows).
 
     Args:
         numbers: One per row, (…, n).
         rows: Rows of the batch.
 
     Raises:
-        RouteError: They are not a multiple.
+        RouteError: The number of rows is not a multiple.
     """
     if numbers.shape[-1] == rows:
         return numbers
     if rows % numbers.shape[-1]:
         raise RouteError(
-            f"Where adapters begin was found for {numbers.shape[-1]} rows, and the batch has {rows}. Give a batch, or "
-            "a cache, with the same rows."
+            f"The start positions of adapters are known for {numbers.shape[-1]} rows, and the batch has {rows}. Give a "
+            "batch, or a cache, with the same rows."
         )
     return numbers.repeat_interleave(rows // numbers.shape[-1], dim=-1)
 
 
 At = tuple[torch.device, int]
-"""A device, and the rows of a batch."""
+"""A device, and the number of rows of a batch."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """Which adapters a forward uses.
+    """The adapters that a forward uses.
 
     Attributes:
-        names: Adapters that act on every row, in the order given; none of them is the base alone.
-        rows: One adapter per row of the batch (None: the base alone), or None where all rows are alike.
-        copies: A batch may also hold each row so many times running: beams, of which an encoder sees one.
-        offsets: On which positions adapters act that do not act on all, or None if that is not known.
-        kept: What layers keep from one forward with this route to the next, by layer; it goes with the route. None
-            where they shall keep nothing.
+        names: Adapters that are active on every row, in order; an empty tuple is the base alone.
+        rows: One adapter per row of the batch (None: the base alone), or None if all rows are alike.
+        copies: A batch may also repeat each row this many times in succession: beams, which an encoder does not see.
+        offsets: The positions of adapters that are not active on all, or None if they are not known.
+        kept: A cache of layers from one forward with this route to the next, by layer, which lives as long as the
+            route. None if layers must not cache anything.
         mentions: Every adapter that some row uses.
     """
 
@@ -185,40 +185,40 @@ class Route:
         return self if offsets is None or self.offsets is not None else offsets.on(self)
 
     def named(self) -> Route:
-        """The route without what is true in some forwards alone, for those who hold it longer."""
+        """Return the route without offsets and caches, to be kept beyond the forward."""
         if self.offsets is None and self.kept is None:
             return self
-        if not self._named:  # always the same: it is asked for by every layer
+        if not self._named:  # cached, since every layer needs it
             self._named.append(self.like(None, None))
         return self._named[0]
 
     def keeping(self) -> Route:
-        """The same route, under which layers keep what they made of its adapters."""
+        """Return the same route with a cache for layers."""
         return self.like(self.offsets, {}) if self.mentions and self.kept is None else self
 
     def like(self, offsets: Offsets | None, kept: dict[Any, Any] | None) -> Route:
-        """Return the same route with other offsets and kept things; what follows from its rows is shared."""
+        """Return the same route with other offsets and another cache; whatever depends on its rows alone is shared."""
         route = Route(self.names, self.rows, self.copies, offsets, kept)
         object.__setattr__(route, "_indices", self._indices)
         object.__setattr__(route, "_routed", self._routed)
         return route
 
     def alone(self, name: str, index: Tensor) -> Route:
-        """One adapter on its rows of a mixed batch.
+        """Return the route of one adapter on its rows of a mixed batch.
 
         Args:
             name: The adapter.
-            index: Numbers of its rows, (rows of it,).
+            index: Indices of its rows, (n,).
         """
         return Route((name,), offsets=None if self.offsets is None else self.offsets.of_rows(index))
 
     def acting(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """Return what masks an adapter's output, z (rows, positions, out) -> mask, or None if that is not known."""
+        """Return a function from an adapter's output z (rows, positions, out) to its mask; None without offsets."""
         offsets = self.offsets
         return None if offsets is None or name not in offsets.adapters else partial(offsets.mask, name)
 
     def common_to_all(self, names: frozenset[str]) -> bool:
-        """Whether every row uses each of these adapters."""
+        """Return whether every row uses each of these adapters."""
         if not names:
             return True
         if self.rows is None:
@@ -226,7 +226,7 @@ class Route:
         return all(names <= {row} for row in self.rows)
 
     def rows_of(self, size: int) -> tuple[str | None, ...] | None:
-        """The adapter of each row of a batch, or None where the route does not fit it.
+        """Return the adapter of each row of a batch, or None if the route does not fit it.
 
         Args:
             size: Rows of the batch.
@@ -237,14 +237,14 @@ class Route:
         return tuple(row for row in rows for _ in range(self.copies)) if size == len(rows) * self.copies else None
 
     def segments(self, device: torch.device, size: int) -> list[tuple[str, Tensor]]:
-        """The rows of each adapter, made once per device and size and kept.
+        """Return the rows of each adapter, cached per device and size.
 
         Args:
-            device: Where the indices shall live.
+            device: Device of the indices.
             size: Rows of the batch, which the route fits.
 
         Returns:
-            Pairs of an adapter and its row numbers, (rows of it,) int64; rows of the base appear in none.
+            Pairs of an adapter and the indices of its rows, (n,) int64; rows of the base are in no pair.
         """
         if (device, size) not in self._indices:
             rows = self.rows_of(size) or ()
@@ -255,16 +255,16 @@ class Route:
         return self._indices[device, size]
 
     def routed(self, names: tuple[str, ...], device: torch.device, size: int) -> Routed:
-        """Which of some adapters each row uses, made once per device and size and kept.
+        """Return which of some adapters each row uses, cached per device and size.
 
         Args:
             names: The adapters, in the order of a stack of their factors.
-            device: Where its tensors shall live.
+            device: Device of the result.
             size: Rows of the batch, which the route fits.
 
         Returns:
-            The rows' numbers among the names, (size,), −1 for the base and for adapters that are not among them; the
-            first of the names for all rows where the route has no rows.
+            The position of each row's adapter among the names, (size,), −1 for the base and for other adapters; 0
+            for all rows if the route has no rows.
         """
         key = (names, (device, size))
         if key not in self._routed:
@@ -274,7 +274,7 @@ class Route:
         return self._routed[key]
 
     def describe(self) -> str:
-        """The route in words, for messages."""
+        """Return a description of the route for messages."""
         if self.rows is not None:
             return "rows " + ", ".join(row or "base" for row in self.rows)
         return "adapter " + " + ".join(self.names) if self.names else "the base alone"

@@ -1,9 +1,9 @@
-"""Which adapter is active: one state object per model, a scoped override per context, one function that reads them.
+"""The active adapters: one state object per model, scoped overrides per context, and one function that reads both.
 
-Every layer of a model refers to the model's `AdapterState`. It holds a default, replaced whole, that a new thread
-sees. `use`, `route` and `disable` lay a scoped override over it in a context variable: it ends with its block,
-also when the block raises, and no other thread or task sees it. A forward that autograd runs again (gradient
-checkpointing) must not ask what is active *now*: it takes the route that its first run had, or it raises.
+Every layer of a model refers to the model's `AdapterState`. Its default applies in every thread and is replaced as a
+whole. `use`, `route` and `disable` override it in a context variable: the override ends with its block, even if the
+block raises, and no other thread or task sees it. A forward that autograd runs again (gradient checkpointing) must not
+use the adapters that are active *now*: it takes the route of its first run, or it raises.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from lorakit.errors import RouteError
 
 @dataclass(frozen=True)
 class Scope:
-    """An override in force: for which state, inside which backward it was opened (-1: none), and where.
+    """An active override.
 
     Attributes:
-        state: The model.
-        route: What its forwards use; None if only offsets are given.
-        offsets: On which positions adapters act, or None if that is not given.
-        backward: Number of the backward.
+        state: The state of the model.
+        route: The route of its forwards; None if only offsets are given.
+        offsets: The positions on which adapters are active, or None if they are not given.
+        backward: Number of the backward in which it was opened, -1 for none.
         block: The block.
         thread: Number of the thread.
     """
@@ -47,7 +47,7 @@ class Scope:
 
 
 class PeftLayerMethodsLike(Protocol):
-    """What answers, for programs written for PEFT, the attributes of a layer that only PEFT has."""
+    """Attributes of a layer that only PEFT has, for programs written for PEFT."""
 
     names: ClassVar[frozenset[str]]
 
@@ -59,24 +59,24 @@ class PeftLayerMethodsLike(Protocol):
 _SCOPES: ContextVar[tuple[Scope, ...]] = ContextVar("lorakit_scopes", default=())
 
 
-OF_THIS_PROCESS = frozenset({"_open", "_told", "_members", "whole"})  # members join as they are copied
+OF_THIS_PROCESS = frozenset({"_open", "_told", "_members", "whole"})  # members join when they are copied
 
 
 class AdapterState:
-    """What every adapted part of one model shares: the adapters' configs and which of them is active.
+    """The state that all adapted modules of one model share: the configs of the adapters, and which are active.
 
     Attributes:
         configs: Adapter name -> its config.
-        default: The route where no scoped override is in force.
-        aside: The default that `lay_aside` took away, or None.
-        frozen: The base's parameters with the `requires_grad` they had before the first adapter came.
-        held: The base's modules that are kept from rewriting their own weight while adapters are here.
-        replication: How the base's layers were stacked anew for the adapters, or None.
-        kinds: Kinds of site that the user made, by name (`lorakit.core.Kind`).
-        whole: Models that were looked through for adapted parts of another state, since the last copy; there are none.
-        waiting: Adapters that do not act on all positions of a row, so that a forward needs offsets.
-        peft_methods: What answers PEFT's own attributes of layers; None until `lorakit.peft` has met the model.
-        biased: Whether an adapter has trained biases of the base in place, so that modules have to be asked for them.
+        default: The route without a scoped override.
+        aside: The default that `suspend_default` removed, or None.
+        frozen: The base's parameters with the `requires_grad` they had before the first adapter was attached.
+        held: Modules of the base that must not repack their weights while there are adapters.
+        replication: How the layers of the base were replicated for the adapters, or None.
+        kinds: Kinds that the user defined, by name (`lorakit.core.Kind`).
+        whole: Models that were searched for adapted modules of another state since the last copy and have none.
+        waiting: Adapters that are not active on all positions of a row, so that a forward needs offsets.
+        peft_methods: Answers PEFT's own attributes of layers; None until `lorakit.peft` is used on the model.
+        biased: An adapter has trained biases of the base in place, so modules must be searched for them.
     """
 
     biased: bool = False
@@ -87,42 +87,42 @@ class AdapterState:
         self.configs: dict[str, LoraConfig] = {}
         self.default: Route = BASE
         self.aside: Route | None = None
-        self._joined: tuple[str, ...] = ()  # adapters that are in the default because they were merged
+        self._joined: tuple[str, ...] = ()  # adapters in the default because they were merged
         self.frozen: list[tuple[torch.nn.Parameter, bool]] = []
         self.invocations: Traces[Offsets] = Traces()  # of forwards that had some
         self.held: list[torch.nn.Module] = []
         self.replication: Any = None
         self.kinds: dict[str, Any] = {}
         self._open: dict[int, int] = {}  # thread -> overrides open in it
-        # Threads that were told of an override elsewhere; not their numbers, which come again.
+        # Threads that were warned of an override in another one; not their numbers, which are reused.
         self._told: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self.whole: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
-        self.whole.clear()  # a copied layer may come to stand beside the first
+        self.whole.clear()  # a copied layer may be put next to the first
         return {name: value for name, value in self.__dict__.items() if name not in OF_THIS_PROCESS}
 
     def __setstate__(self, known: dict[str, Any]) -> None:
         self.__dict__.update(known, _open={}, _told=weakref.WeakSet(), whole=weakref.WeakSet())
 
     def join(self, module: torch.nn.Module) -> None:
-        """Note an adapted module that refers to this state; it is held weakly."""
+        """Register an adapted module that refers to this state, by a weak reference."""
         self.__dict__.setdefault("_members", {})[id(module)] = weakref.ref(module)
 
     def leave(self, module: torch.nn.Module) -> None:
-        """Forget a module that is adapted no longer."""
+        """Forget a module that is no longer adapted."""
         self.__dict__.get("_members", {}).pop(id(module), None)
 
     def members(self) -> list[Any]:
-        """The adapted modules of this state in the order they came, found without a walk over the model."""
+        """Return the adapted modules of this state in order of registration, without a walk over the model."""
         found = [reference() for reference in self.__dict__.get("_members", {}).values()]
         return [module for module in found if module is not None]
 
     def check(self, names: Sequence[str | None]) -> None:
-        """Refuse names of adapters that are not there.
+        """Reject unknown adapters.
 
         Raises:
-            RouteError: A name is unknown; the message lists those that are known.
+            RouteError: A name is unknown; the message lists the known ones.
         """
         unknown = sorted({name for name in names if name is not None and name not in self.configs})
         if unknown:
@@ -134,51 +134,51 @@ class AdapterState:
             )
 
     def replace_default(self, names: Sequence[str]) -> None:
-        """Make these adapters the default, whatever it was."""
+        """Make these adapters the default."""
         self.default, self._joined, self.aside = Route(tuple(names)), (), None
 
     @property
     def chosen(self) -> Route:
-        """The default, also while it is laid aside."""
+        """The default, even while it is suspended."""
         return self.default if self.aside is None else self.aside
 
-    def lay_aside(self) -> None:
-        """Make the base alone the default, until `take_up`."""
+    def suspend_default(self) -> None:
+        """Make the base alone the default, until `restore_default`."""
         if self.aside is None:
             self.default, self.aside = BASE, self.default
 
-    def take_up(self) -> None:
-        """Undo `lay_aside`; adapters that left in between are not taken up."""
+    def restore_default(self) -> None:
+        """Undo `suspend_default`, without the adapters that were removed in between."""
         if self.aside is not None:
             self.default, self.aside = Route(tuple(n for n in self.aside.names if n in self.configs)), None
 
     def join_default(self, names: Sequence[str]) -> None:
-        """Put adapters that were merged into the default, behind those that are in it."""
+        """Append merged adapters to the default."""
         joined = tuple(name for name in dict.fromkeys(names) if name not in self.default.names)
         self.default, self._joined = Route((*self.default.names, *joined)), (*self._joined, *joined)
 
     def leave_default(self, names: Sequence[str]) -> None:
-        """Take adapters that were unmerged out of the default, where merging had put them there."""
+        """Remove unmerged adapters from the default if merging had added them."""
         left = tuple(name for name in self._joined if name in names)
         self._joined = tuple(name for name in self._joined if name not in names)
         self.default = Route(tuple(name for name in self.default.names if name not in left))
 
     def override(self, route: Route | None, offsets: Offsets | None = None) -> Override:
-        """A block in which this route is in force, in this context only.
+        """Return a block in which a route is active, in this context only.
 
         Args:
-            route: What the block's forwards use; None leaves that as it is, and only gives offsets.
-            offsets: On which positions adapters act that do not act on all.
+            route: The route of the block's forwards; None changes only the offsets.
+            offsets: The positions of adapters that are not active on all.
         """
         return Override(self, route, offsets)
 
     def active(self) -> Route:
-        """The route in force for this model in this context (not the rule for a recomputation; see `resolve`)."""
+        """Return the active route of this model in this context (for recomputed forwards see `resolve`)."""
         route, offsets = self._scoped(None)
         return (self.default if route is None else route).at(offsets)
 
     def _scoped(self, backward: int | None) -> tuple[Route | None, Offsets | None]:
-        """What the innermost overrides say: of any backward, or of the one with that number."""
+        """Return the route and offsets of the innermost overrides, of any backward or of the one with that number."""
         offsets = None
         for scope in reversed(_SCOPES.get()):
             if scope.state is self and backward in (None, scope.backward):
@@ -188,17 +188,17 @@ class AdapterState:
         return None, offsets
 
     def scopes(self) -> list[Scope]:
-        """The overrides of this model that were opened in this context and backward, the innermost first."""
+        """Return the overrides of this model that were opened in this context and backward, the innermost first."""
         backward = torch._C._current_graph_task_id()
         return [s for s in reversed(_SCOPES.get()) if s.state is self and s.backward == backward]
 
     def offsets(self) -> Offsets | None:
-        """Return the offsets that overrides of this context and backward give, or None."""
+        """Return the offsets of the overrides of this context and backward, or None."""
         route, offsets = self._scoped(torch._C._current_graph_task_id())
         return offsets if offsets is not None or route is None else route.offsets
 
     def awaited(self) -> tuple[str, ...]:
-        """Return the waiting adapters that act somewhere in the model now, sorted."""
+        """Return the waiting adapters that are active somewhere in the model, sorted."""
         if not self.waiting:
             return ()
         acting = set(self.active().mentions)
@@ -208,19 +208,19 @@ class AdapterState:
         return tuple(sorted(self.waiting & acting))
 
     def awaits(self, route: Route) -> bool:
-        """Return whether a route has an adapter that does not act on all positions."""
+        """Return whether a route has an adapter that is not active on all positions."""
         return not self.waiting.isdisjoint(route.mentions)
 
     def fits_a_graph(self, default: Route) -> bool:
-        """Whether a compiled graph can have a layer's default, since no context variable can be read in one.
+        """Return whether a compiled graph can use a default, since it cannot read a context variable.
 
-        Dynamo guards on what is asked here: while a block is open anywhere, or the default waits for tokens, the
-        layer is traced again, cannot be, and runs uncompiled, so that it has the block's route and the offsets.
+        Dynamo guards on the values read here: while a block is open anywhere, or the default waits for tokens, it tries
+        to trace the layer again, fails, and runs it uncompiled with the route and offsets of the block.
 
         Args:
-            default: Of the layer, or of the model.
+            default: The default of the layer or of the model.
         """
-        if self._open:  # asked by a branch: dynamo puts no guard on a `not` that is only returned
+        if self._open:  # a branch: dynamo does not guard on a `not` that is only returned
             return False
         return not self.awaits(default)
 
@@ -238,7 +238,7 @@ class AdapterState:
 
 
 class Override(contextlib.AbstractContextManager[None]):
-    """A scoped override; it can be entered again, also by several threads and tasks at once: it holds no state."""
+    """A scoped override. It has no state, so several threads and tasks can enter it at the same time."""
 
     def __init__(self, state: AdapterState, route: Route | None, offsets: Offsets | None = None) -> None:
         self._state, self._route, self._offsets = state, route, offsets
@@ -265,18 +265,18 @@ class Override(contextlib.AbstractContextManager[None]):
 
 
 def resolve(state: AdapterState, own: Route | None, forwards: Forwards) -> tuple[Route, bool]:
-    """The route that a forward of one layer uses now.
+    """Return the route of a forward of one layer.
 
     Args:
         state: The model's state.
-        own: The layer's exception to the default, or None.
+        own: The layer's override of the default, or None.
         forwards: The layer's forwards so far.
 
     Returns:
         The route, and whether autograd is running this forward again.
 
     Raises:
-        RouteError: It runs again and its first route cannot be known.
+        RouteError: It runs again and the route of its first run is not known.
     """
     default = state.default if own is None else own
     if torch.compiler.is_compiling() and state.fits_a_graph(default):
@@ -303,18 +303,18 @@ def _first_offsets(state: AdapterState, route: Route) -> Offsets:
     if first is None or not all(first.agrees(other, names) for other in alive[1:]):
         raise RouteError(
             f"A checkpointed forward runs again in a backward, and where {', '.join(names)} began in its rows cannot "
-            f"be known: {len(alive)} forwards could be meant. Enable checkpointing with gradient_checkpointing_kwargs="
+            f"be known: {len(alive)} forwards are possible. Enable checkpointing with gradient_checkpointing_kwargs="
             "{'use_reentrant': False, 'context_fn': lorakit.core.checkpoint_contexts(model)}."
         )
     return first
 
 
 class CheckpointContexts:
-    """A `context_fn` for non-reentrant checkpointing: the recomputation gets the route that the forward had."""
+    """A `context_fn` for non-reentrant checkpointing: the recomputation gets the route of the forward."""
 
     def __init__(self, state: AdapterState) -> None:
         self.state = state
 
     def __call__(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-        """The context of the forward (none) and that of its recomputation."""
+        """Return the context of the forward, which does nothing, and the context of its recomputation."""
         return contextlib.nullcontext(), self.state.override(self.state.active())
