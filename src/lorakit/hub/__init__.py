@@ -19,7 +19,7 @@ from lorakit.hub.models import (
 from lorakit.hub.packaged import PACKAGED, packaged_directory
 from lorakit.hub.quantizing import quantization_metadata, require_quantizer
 from lorakit.hub.shapes import shape_of, shape_of_module, skeleton
-from lorakit.hub.sources import ModelSource, adapter_from_hub, require, resolve
+from lorakit.hub.sources import ModelSource, require, resolve
 
 __all__ = [
     "PACKAGED",
@@ -27,7 +27,6 @@ __all__ = [
     "Calibration",
     "DtypeChoice",
     "ModelSource",
-    "adapter_from_hub",
     "add_tokens",
     "calibrate",
     "chat_template_hash",

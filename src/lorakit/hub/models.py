@@ -14,13 +14,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.errors import ConfigError, DiskError, ModelError
+from lorakit.hub.packaged import write_weights
 from lorakit.hub.quantizing import (
     check_quantized_once,
     finish_loading,
@@ -35,7 +36,9 @@ from lorakit.tables import format_bytes
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Loaded = TypeVar("Loaded")
 
 TASKS = {
     "causal": "AutoModelForCausalLM",
@@ -57,7 +60,7 @@ def load_model(
     device: str | torch.device = "cpu",
     task: str = "causal",
     quantization: str | Quantization | None = None,
-) -> Any:
+) -> PreTrainedModel:
     """Load a model with its weights.
 
     Args:
@@ -144,7 +147,7 @@ def _dtype(dtype: str | torch.dtype) -> Any:
     return getattr(torch, dtype)
 
 
-def call_loader(source: ModelSource, load: Any, **options: Any) -> Any:
+def call_loader(source: ModelSource, load: Callable[..., Loaded], **options: Any) -> Loaded:
     """Call a loader of transformers; a model's own code is never run.
 
     Args:
@@ -186,7 +189,7 @@ def _check_report(source: ModelSource, report: dict[str, Any], task: str) -> Non
         )
 
 
-def save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
+def save_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Write weights (safetensors), config, generation config and tokenizer.
 
     Args:
@@ -198,8 +201,6 @@ def save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
         DiskError: The disk is full, or writing failed.
         ModelError: transformers cannot save this model.
     """
-    from safetensors import SafetensorError
-
     needed_bytes = sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values())
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
@@ -209,10 +210,10 @@ def save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
         )
     with quiet_transformers():
         try:
-            model.save_pretrained(str(folder))
+            write_weights(model, folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(folder))
-        except (OSError, SafetensorError) as cause:  # safetensors raises the latter on a full disk
+        except OSError as cause:
             raise DiskError(
                 f"{folder.parent}: the model cannot be written ({' '.join(str(cause).split())}).", where=folder.parent
             ) from cause
@@ -220,9 +221,6 @@ def save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
             raise ModelError(
                 f"transformers cannot save this {type(model).__name__} ({' '.join(str(cause).split())[:240]})."
             ) from cause
-    readable = (folder / "config.json").stat().st_mode
-    for part in folder.glob("*.safetensors"):
-        part.chmod(readable)  # safetensors makes them private, regardless of the umask
 
 
 CLASSES: Mapping[str, str] = {
@@ -243,7 +241,7 @@ def load_base(
     written_class: tuple[str, str],
     tokenizer_folder: Path,
     options: Mapping[str, Any],
-) -> Any:
+) -> PreTrainedModel:
     """Load the base of an adapter; its embeddings are resized for a tokenizer saved with the adapter.
 
     Args:
@@ -270,7 +268,7 @@ def load_base(
     return model
 
 
-def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> Any:
+def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
     Args:
@@ -290,7 +288,7 @@ def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> Any:
         return call_loader(source, transformers.AutoTokenizer.from_pretrained)
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a SHA-256 of everything that maps text to ids; the chat template has its own hash.
 
     Args:
@@ -310,7 +308,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return _digest(json.dumps([rules, special], sort_keys=True))
 
 
-def chat_template_hash(tokenizer: Any) -> str | None:
+def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the SHA-256 of the chat template.
 
     Args:
@@ -344,7 +342,7 @@ class AddedTokens:
     vocabulary: int
 
 
-def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> AddedTokens:
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> AddedTokens:
     """Add tokens to a tokenizer; each is matched literally wherever its text occurs, and decoded to that text.
 
     Args:
@@ -385,14 +383,14 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> AddedTokens:
     return AddedTokens(ids, pieces, 1 + max(after.values()))
 
 
-def _vocabulary(tokenizer: Any) -> dict[str, int]:
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     try:
         return dict(tokenizer.get_vocab())
     except (AttributeError, NotImplementedError) as cause:
         raise _no_vocabulary(tokenizer) from cause
 
 
-def _no_vocabulary(tokenizer: Any) -> ModelError:
+def _no_vocabulary(tokenizer: PreTrainedTokenizerBase) -> ModelError:
     return ModelError(
         f"new_tokens: this {type(tokenizer).__name__} does not support adding tokens. Use a base with a tokenizer that "
         "does, or leave new_tokens out."

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lorakit.config import LoftQConfig
 from lorakit.core.inits.init import Init, InitContext, InitResult, balanced
 from lorakit.errors import ConfigError
 
@@ -111,7 +110,8 @@ def _settings(context: InitContext) -> tuple[int, int]:
     Raises:
         ConfigError: There is no grid for the bits, or no step.
     """
-    given: LoftQConfig | Mapping[str, int] = context.config.loftq_config or {}
+    config = context.config.loftq_config
+    given = config if isinstance(config, dict) else vars(config)
     bits, steps = given.get("loftq_bits", 4), given.get("loftq_iter", 1)
     if bits not in ROUNDED:
         raise ConfigError(
