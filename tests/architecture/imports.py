@@ -44,7 +44,7 @@ LOWEST = {
 DOORS = {  # third-party package -> the files or folders that may import it
     "transformers": ("hub",),
     "tokenizers": ("hub",),
-    "huggingface_hub": ("hub",),
+    "huggingface_hub": ("hub", "hub_cache.py"),
     "gguf": ("hub",),
     "bitsandbytes": ("core/quantization/bitsandbytes.py",),
     "torchao": ("core/quantization/torchao.py",),

@@ -56,7 +56,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
             not all(cell.rules.fits(kind_named(kind)) for kind in _kinds(cell))
             and (cell.init != "eva" or cell.kind == "Parameter")
         ),
-        "has no meaning on a|No supported layers found for",
+        "does not support a|No supported layers found for",
     ),
     Refusal(
         "PEFT's two steps look at Linear and Conv1D alone; lorakit.core.collect_for takes every kind of the row",
@@ -81,7 +81,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     ),
     Refusal(
         "what is left of a weight in few bits would be rounded a second time",
-        lambda cell: cell.rules.changes_base and not cell.rules.requantises and cell.base in QUANTISED,
+        lambda cell: cell.rules.changes_base and not cell.rules.requantizes and cell.base in QUANTISED,
         "and this one is quantised|does not support quantized models",
     ),
     Refusal(

@@ -8,7 +8,7 @@ import pytest
 
 from lorakit.errors import ModelError
 from lorakit.hub import require, resolve
-from lorakit.hub.sources import offline
+from lorakit.hub_cache import offline
 
 
 @pytest.fixture(autouse=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from lorakit.config.types import CONFIG_FILE
 from lorakit.durable import read_json
 from lorakit.errors import AdapterFileError
+from lorakit.hub_cache import adapter_from_hub
 
 
 def looks_like_a_hub_id(name: str | os.PathLike[str]) -> bool:
@@ -37,11 +37,11 @@ def config_file(name: str | os.PathLike[str], subfolder: str | None = None, revi
         raise AdapterFileError(
             f"Can't find '{CONFIG_FILE}' at '{folder}': an adapter is a directory with that file.", where=folder
         )
-    try:  # lorakit.hub is a higher layer: it is imported by name, and only for a Hub id
-        found = import_module("lorakit.hub").adapter_from_hub(str(name), revision=revision, subfolder=subfolder)
+    try:
+        found = adapter_from_hub(str(name), revision=revision, subfolder=subfolder)
     except ValueError as cause:
         raise AdapterFileError(f"Can't find '{CONFIG_FILE}' at '{name}': {cause}") from cause
-    return Path(found) / (subfolder or "") / CONFIG_FILE
+    return found / (subfolder or "") / CONFIG_FILE
 
 
 def read_values(path: Path) -> dict[str, Any]:

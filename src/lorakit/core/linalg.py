@@ -54,6 +54,21 @@ class Spectrum:
 
 
 @dataclass(frozen=True)
+class Principal:
+    """The principal directions of some rows.
+
+    Attributes:
+        vectors: Orthonormal directions, largest variance first, (k, in); the largest value of each is positive.
+        values: Singular values of the centered rows along them, (k,).
+        ratios: Fraction of the total variance that each explains, (k,).
+    """
+
+    vectors: Tensor
+    values: Tensor
+    ratios: Tensor
+
+
+@dataclass(frozen=True)
 class Reading:
     """The base's weight at a site, and its geometry.
 

@@ -6,12 +6,20 @@ Nothing heavy is imported before a function is called. This package does not dep
 from __future__ import annotations
 
 from lorakit.hub.calibration import Calibration, DtypeChoice, calibrate, choose_dtype
-from lorakit.hub.models import load_model, save_model, stored_as_files
+from lorakit.hub.models import (
+    AddedTokens,
+    add_tokens,
+    chat_template_hash,
+    load_model,
+    load_tokenizer,
+    save_model,
+    stored_as_files,
+    tokenizer_hash,
+)
 from lorakit.hub.packaged import PACKAGED, packaged_directory
 from lorakit.hub.quantizing import quantization_metadata, require_quantizer
 from lorakit.hub.shapes import shape_of, shape_of_module, skeleton
-from lorakit.hub.sources import ModelSource, adapter_from_hub, require, resolve
-from lorakit.hub.tokenizers import AddedTokens, add_tokens, chat_template_hash, load_tokenizer, tokenizer_hash
+from lorakit.hub.sources import ModelSource, require, resolve
 
 __all__ = [
     "PACKAGED",
@@ -19,7 +27,6 @@ __all__ = [
     "Calibration",
     "DtypeChoice",
     "ModelSource",
-    "adapter_from_hub",
     "add_tokens",
     "calibrate",
     "chat_template_hash",

@@ -2,18 +2,26 @@
 
 Models are loaded in eval mode. `quantizing` handles quantized bases. `save_model` writes a directory that
 `from_pretrained` loads; `load_base` loads the base that an adapter's config names, with the caller's options.
+
+Load and hash tokenizers, and add tokens to them.
+
+An adapter records the hashes of the tokenizer and chat template it was trained with.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.errors import ConfigError, DiskError, ModelError
+from lorakit.hub.packaged import write_weights
 from lorakit.hub.quantizing import (
     check_quantized_once,
     finish_loading,
@@ -28,7 +36,9 @@ from lorakit.tables import format_bytes
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Loaded = TypeVar("Loaded")
 
 TASKS = {
     "causal": "AutoModelForCausalLM",
@@ -50,7 +60,7 @@ def load_model(
     device: str | torch.device = "cpu",
     task: str = "causal",
     quantization: str | Quantization | None = None,
-) -> Any:
+) -> PreTrainedModel:
     """Load a model with its weights.
 
     Args:
@@ -137,7 +147,7 @@ def _dtype(dtype: str | torch.dtype) -> Any:
     return getattr(torch, dtype)
 
 
-def call_loader(source: ModelSource, load: Any, **options: Any) -> Any:
+def call_loader(source: ModelSource, load: Callable[..., Loaded], **options: Any) -> Loaded:
     """Call a loader of transformers; a model's own code is never run.
 
     Args:
@@ -179,7 +189,7 @@ def _check_report(source: ModelSource, report: dict[str, Any], task: str) -> Non
         )
 
 
-def save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
+def save_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Write weights (safetensors), config, generation config and tokenizer.
 
     Args:
@@ -191,8 +201,6 @@ def save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
         DiskError: The disk is full, or writing failed.
         ModelError: transformers cannot save this model.
     """
-    from safetensors import SafetensorError
-
     needed_bytes = sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values())
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
@@ -202,10 +210,10 @@ def save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
         )
     with quiet_transformers():
         try:
-            model.save_pretrained(str(folder))
+            write_weights(model, folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(folder))
-        except (OSError, SafetensorError) as cause:  # safetensors raises the latter on a full disk
+        except OSError as cause:
             raise DiskError(
                 f"{folder.parent}: the model cannot be written ({' '.join(str(cause).split())}).", where=folder.parent
             ) from cause
@@ -213,9 +221,6 @@ def save_model(model: Any, folder: Path, tokenizer: Any = None) -> None:
             raise ModelError(
                 f"transformers cannot save this {type(model).__name__} ({' '.join(str(cause).split())[:240]})."
             ) from cause
-    readable = (folder / "config.json").stat().st_mode
-    for part in folder.glob("*.safetensors"):
-        part.chmod(readable)  # safetensors makes them private, regardless of the umask
 
 
 CLASSES: Mapping[str, str] = {
@@ -236,7 +241,7 @@ def load_base(
     written_class: tuple[str, str],
     tokenizer_folder: Path,
     options: Mapping[str, Any],
-) -> Any:
+) -> PreTrainedModel:
     """Load the base of an adapter; its embeddings are resized for a tokenizer saved with the adapter.
 
     Args:
@@ -261,3 +266,132 @@ def load_base(
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(len(tokenizer))
     return model
+
+
+def load_tokenizer(model: str | os.PathLike[str] | ModelSource) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model.
+
+    Args:
+        model: Argument or result of `resolve`.
+
+    Returns:
+        A transformers tokenizer.
+
+    Raises:
+        ModelError: The model was not found, or its tokenizer is missing or cannot be read.
+    """
+    source = model if isinstance(model, ModelSource) else resolve(model)
+    require(source, weights=False, tokenizer=True)
+    import transformers
+
+    with quiet_transformers(bars=source.kind == "hub"):
+        return call_loader(source, transformers.AutoTokenizer.from_pretrained)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a SHA-256 of everything that maps text to ids; the chat template has its own hash.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+
+    Returns:
+        64 hexadecimal digits; equal before and after saving, and independent of padding and truncation settings.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        rules.pop("padding", None)  # these two are settings of the last call, stored in the same object
+        rules.pop("truncation", None)
+    else:
+        rules = {"vocab": tokenizer.get_vocab()}
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    return _digest(json.dumps([rules, special], sort_keys=True))
+
+
+def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the SHA-256 of the chat template.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+
+    Returns:
+        64 hexadecimal digits, or None if there is no template.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return None
+    return _digest(template if isinstance(template, str) else json.dumps(template, sort_keys=True))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class AddedTokens:
+    """Tokens added to a tokenizer.
+
+    Attributes:
+        ids: Token -> id.
+        pieces: Id -> the ids of its text before the token was added, in order; without unknown ones.
+        vocabulary: Number of ids from 0 to the largest one.
+    """
+
+    ids: dict[str, int]
+    pieces: dict[int, tuple[int, ...]]
+    vocabulary: int
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> AddedTokens:
+    """Add tokens to a tokenizer; each is matched literally wherever its text occurs, and decoded to that text.
+
+    Args:
+        tokenizer: A transformers tokenizer, changed in place unless an error is raised.
+        tokens: Their texts, all different.
+
+    Returns:
+        The added tokens.
+
+    Raises:
+        ConfigError: The tokenizer has one of the tokens already.
+        ModelError: The tokenizer does not support adding tokens.
+    """
+    known = _vocabulary(tokenizer)
+    written = {token: tuple(tokenizer(token, add_special_tokens=False, verbose=False)["input_ids"]) for token in tokens}
+    for token in tokens:
+        number = known.get(token)
+        if number is None and len(written[token]) == 1 and tokenizer.decode(list(written[token])) == token:
+            number = written[token][0]
+        if number is not None:
+            raise ConfigError(
+                f"new_tokens contains {token!r}, which the tokenizer has already (id {number}). Leave it out.",
+                what=token,
+                field="new_tokens",
+            )
+    from tokenizers import AddedToken
+
+    try:
+        count = tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+    except NotImplementedError as cause:
+        raise _no_vocabulary(tokenizer) from cause
+    after = _vocabulary(tokenizer)
+    ids = {token: after[token] for token in tokens if token in after and token not in known}
+    if count != len(tokens) or len(set(ids.values())) < len(tokens):
+        raise _no_vocabulary(tokenizer)
+    unknown = tokenizer.unk_token_id
+    pieces = {ids[token]: tuple(i for i in written[token] if i != unknown) for token in tokens}
+    return AddedTokens(ids, pieces, 1 + max(after.values()))
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    try:
+        return dict(tokenizer.get_vocab())
+    except (AttributeError, NotImplementedError) as cause:
+        raise _no_vocabulary(tokenizer) from cause
+
+
+def _no_vocabulary(tokenizer: PreTrainedTokenizerBase) -> ModelError:
+    return ModelError(
+        f"new_tokens: this {type(tokenizer).__name__} does not support adding tokens. Use a base with a tokenizer that "
+        "does, or leave new_tokens out."
+    )

@@ -15,10 +15,11 @@ import importlib.metadata
 import importlib.util
 import io
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit.durable import publish_directory, read_json, sha256_file, sweep, write_json, write_text
 from lorakit.errors import AdapterFileError, DiskError, MissingExtra, ModelError, nearest
@@ -26,17 +27,21 @@ from lorakit.hub.quiet import quiet_transformers
 from lorakit.machine import cache_directory
 from lorakit.tables import format_bytes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.core_model_loading import WeightRenaming
 
-def renaming(source: str, target: str) -> Any:
+
+def renaming(source: str, target: str) -> WeightRenaming:
     """Return a renaming rule of transformers' loader.
 
     Args:
         source: Pattern in a tensor's name.
         target: Replacement.
     """
-    from transformers.core_model_loading import WeightRenaming
+    from transformers.core_model_loading import WeightRenaming as Renaming
 
-    return WeightRenaming(source_patterns=source, target_patterns=target)
+    return Renaming(source_patterns=source, target_patterns=target)
 
 
 _CARD = """---
@@ -80,13 +85,15 @@ def convert_gguf(model: Packaged, source: Path, target: Path) -> None:
                 where=source,
             ) from cause
         dense = _dense(loaded)
-        _save(dense, target)
-        _save_tokenizer(tokenizer, model, target)
+        write_weights(dense, target)
+        _split_digits(tokenizer, model.pre_tokenizer)
+        tokenizer.model_max_length = model.positions
+        tokenizer.save_pretrained(str(target))
     _check(loaded, target)
     write_text(target / "README.md", _CARD.format(title=model.title, file=model.file, package=model.package))
 
 
-def _read(source: Path) -> tuple[Any, Any]:
+def _read(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
     import transformers
 
@@ -98,7 +105,7 @@ def _read(source: Path) -> tuple[Any, Any]:
     return loaded, transformers.AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
 
 
-def _dense(loaded: Any) -> Any:
+def _dense(loaded: PreTrainedModel) -> PreTrainedModel:
     """Return the same weights in a model without a quantization config; storage is shared."""
     import torch
     import transformers
@@ -116,25 +123,28 @@ def _dense(loaded: Any) -> Any:
     return dense
 
 
-def _save(dense: Any, target: Path) -> None:
+def write_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Write weights (safetensors), config and generation config of a model.
+
+    Args:
+        model: The model.
+        folder: An existing directory.
+
+    Raises:
+        OSError: The directory cannot be written.
+    """
     from safetensors import SafetensorError
 
     try:
-        dense.save_pretrained(str(target), safe_serialization=True)
+        model.save_pretrained(str(folder))
     except SafetensorError as cause:  # raised by the Rust writer on a full disk
         raise OSError(None, f"the weights could not be written: {cause}") from cause
-    readable = (target / "config.json").stat().st_mode
-    for part in target.glob("*.safetensors"):
+    readable = (folder / "config.json").stat().st_mode
+    for part in folder.glob("*.safetensors"):
         part.chmod(readable)  # safetensors makes them private, regardless of the umask
 
 
-def _save_tokenizer(tokenizer: Any, model: Packaged, target: Path) -> None:
-    _split_digits(tokenizer, model.pre_tokenizer)
-    tokenizer.model_max_length = model.positions
-    tokenizer.save_pretrained(str(target))
-
-
-def _split_digits(tokenizer: Any, pre_tokenizer: str) -> None:
+def _split_digits(tokenizer: PreTrainedTokenizerBase, pre_tokenizer: str) -> None:
     """Rebuild the splitting rule that the GGUF reader omits: SmolLM splits off single digits first.
 
     Without it, "  1" becomes a space and " 1" instead of two spaces and a digit: other tokens than in pretraining.
@@ -148,7 +158,7 @@ def _split_digits(tokenizer: Any, pre_tokenizer: str) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
 
 
-def _check(loaded: Any, target: Path) -> None:
+def _check(loaded: PreTrainedModel, target: Path) -> None:
     """Compare the files on disk with the loaded weights, bit for bit."""
     import torch
     from safetensors import safe_open
@@ -287,8 +297,6 @@ def _check_needs(model: Packaged) -> None:
 
 
 def _make(models: Path, model: Packaged) -> None:
-    import shutil
-
     try:
         models.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(models).free
@@ -306,7 +314,6 @@ def _make(models: Path, model: Packaged) -> None:
 
 
 def _publish(model: Packaged, source: Path, final: Path) -> None:
-
     if final.exists():
         _remove(final)
     with publish_directory(final) as folder:
@@ -326,8 +333,6 @@ def _publish(model: Packaged, source: Path, final: Path) -> None:
 
 def _remove(folder: Path) -> None:
     """Remove a directory that is damaged or of another format; only its own files are touched."""
-    import shutil
-
     try:
         shutil.rmtree(folder)
     except OSError as cause:

@@ -19,6 +19,7 @@ from lorakit.tables import format_percent
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedConfig
 
 
 _NEEDS = {
@@ -72,7 +73,7 @@ def loading_options(wanted: Quantization, dtype: torch.dtype, device: str | torc
 
     if wanted.storage.package == "bitsandbytes":
         if wanted.name == "int8":
-            config: Any = transformers.BitsAndBytesConfig(load_in_8bit=True)
+            config = transformers.BitsAndBytesConfig(load_in_8bit=True)
         else:
             config = transformers.BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -115,7 +116,7 @@ def finish_loading(model: nn.Module, wanted: Quantization | None, source: ModelS
         )
 
 
-def check_quantized_once(config: Any, wanted: Quantization | None, source: ModelSource) -> bool:
+def check_quantized_once(config: PreTrainedConfig, wanted: Quantization | None, source: ModelSource) -> bool:
     """Check that a model's quantized files are not quantized again.
 
     Args:
@@ -140,7 +141,7 @@ def check_quantized_once(config: Any, wanted: Quantization | None, source: Model
     return stored is not None
 
 
-def quantization_of_files(config: Any) -> Quantization | None:
+def quantization_of_files(config: PreTrainedConfig) -> Quantization | None:
     """Return the quantization of a model's files, by its name in `--quantization`.
 
     Args:
@@ -149,7 +150,7 @@ def quantization_of_files(config: Any) -> Quantization | None:
     Returns:
         The quantization, or None if the files are not quantized or their quantization has no name here.
     """
-    facts: Any = getattr(config, "quantization_config", None)
+    facts = getattr(config, "quantization_config", None)
     facts = facts if isinstance(facts, dict) else facts.to_dict() if facts is not None else {}
     method = str(getattr(facts.get("quant_method"), "value", facts.get("quant_method")))
     if method == "bitsandbytes" and facts.get("load_in_8bit"):

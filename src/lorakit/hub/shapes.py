@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from lorakit.targets.layer_types import CONV1D, EMBEDDING, LINEAR
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _PACKAGED_AS = {"smollm2": "SmolLM2-135M-Instruct"}
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
@@ -68,10 +69,10 @@ def shape_of(model: str | os.PathLike[str] | ModelSource) -> ModelShape:
             if known is not None:
                 return dataclasses.replace(known, name=given) if given in _PACKAGED_AS else known
         model = resolve(given)
-    return _from_config(model)
+    return shape_of_module(skeleton(model), _short_name(model), model.given)
 
 
-def shape_of_module(module: nn.Module, name: str, source: str) -> ModelShape:
+def shape_of_module(module: PreTrainedModel, name: str, source: str) -> ModelShape:
     """Return the shape of an existing transformers model, on any device.
 
     Args:
@@ -82,7 +83,7 @@ def shape_of_module(module: nn.Module, name: str, source: str) -> ModelShape:
     Returns:
         Names and sizes of all its parts.
     """
-    config: Any = module.config
+    config = module.config
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     sites, others, containers = _parts(module)
     sizes = {name: _first(text, fields) for name, fields in _SIZES.items()}
@@ -101,7 +102,8 @@ def shape_of_module(module: nn.Module, name: str, source: str) -> ModelShape:
         kv_heads=sizes["kv_heads"] or heads,
         head_dim=head_dim,
         intermediate=sizes["intermediate"] or 4 * hidden,
-        vocab=getattr(text, "vocab_size", None) or _vocab(sites),
+        vocab=getattr(text, "vocab_size", None)
+        or max((site.in_features for site in sites if site.kind == EMBEDDING), default=0),
         positions=sizes["positions"] or 0,
         tied=any(site.tied_to for site in sites if not site.dense),
         gated=any("gate" in site.path.rsplit(".", 1)[-1] or site.path.endswith(".wi_1") for site in sites)
@@ -116,11 +118,7 @@ def shape_of_module(module: nn.Module, name: str, source: str) -> ModelShape:
     )
 
 
-def _from_config(source: ModelSource) -> ModelShape:
-    return shape_of_module(skeleton(source), _short_name(source), source.given)
-
-
-def skeleton(source: ModelSource) -> nn.Module:
+def skeleton(source: ModelSource) -> PreTrainedModel:
     """Build a model's modules on the meta device from its config: names without values.
 
     Args:
@@ -138,7 +136,7 @@ def skeleton(source: ModelSource) -> nn.Module:
                 source.path_or_id, trust_remote_code=False, local_files_only=source.kind != "hub"
             )
             with torch.device("meta"):
-                module: nn.Module = _model_class(config)(config)
+                module = _model_class(config)(config)
     except Exception as cause:  # third-party configs may raise anything
         raise ModelError(
             f"{source.given}: no model can be built from its config "
@@ -148,7 +146,7 @@ def skeleton(source: ModelSource) -> nn.Module:
     return module
 
 
-def _model_class(config: Any) -> Any:
+def _model_class(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], PreTrainedModel]:
     """Return the class that the config names, else the first auto class that accepts the config."""
     import transformers
 
@@ -201,7 +199,7 @@ def _site(path: str, kind: str, part: Any, tied_to: str | None, inner: bool) -> 
     return SiteShape(path, kind, out_features, in_features, kind != EMBEDDING and inner, biased, tied_to)
 
 
-def _kind(part: Any) -> str | None:
+def _kind(part: nn.Module) -> str | None:
     from torch import nn
 
     if isinstance(part, nn.Linear):
@@ -217,7 +215,7 @@ def _output_heads(module: nn.Module) -> set[int]:
     return set() if output is None else {id(output)}
 
 
-def _first(config: Any, fields: Iterable[str]) -> int | None:
+def _first(config: PreTrainedConfig, fields: Iterable[str]) -> int | None:
     for field in fields:
         value = getattr(config, field, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -225,7 +223,7 @@ def _first(config: Any, fields: Iterable[str]) -> int | None:
     return None
 
 
-def _number(config: Any, fields: Iterable[str]) -> float:
+def _number(config: PreTrainedConfig, fields: Iterable[str]) -> float:
     for field in fields:
         value = getattr(config, field, None)
         if isinstance(value, int | float):
@@ -233,16 +231,12 @@ def _number(config: Any, fields: Iterable[str]) -> float:
     return 0.0
 
 
-def _vocab(sites: list[SiteShape]) -> int:
-    return max((site.in_features for site in sites if site.kind == EMBEDDING), default=0)
-
-
-def _dtype_name(config: Any) -> str:
+def _dtype_name(config: PreTrainedConfig) -> str:
     dtype = getattr(config, "dtype", None)
     return "float32" if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def _is_causal(module: nn.Module, config: Any) -> bool:
+def _is_causal(module: nn.Module, config: PreTrainedConfig) -> bool:
     if getattr(config, "is_encoder_decoder", False):
         return False
     return type(module).__name__.endswith(("ForCausalLM", "LMHeadModel")) or bool(getattr(config, "is_decoder", False))

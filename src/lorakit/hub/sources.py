@@ -1,7 +1,7 @@
-"""Resolve a model name: a path, a packaged model, or a Hub model; errors come early. Hub transfers of adapters.
+"""Resolve a model name: a path, a packaged model, or a Hub model; errors come early. Uploads to the Hub.
 
 `resolve` reads files, the Hub's cache and, for a Hub id only, the network; it loads no weights and needs no torch.
-Adapters are downloaded into the Hub's own cache, only for a Hub id. Folders are pushed only on explicit request.
+Folders are pushed only on explicit request.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from typing import Literal
 
 from lorakit.errors import ModelError, nearest
 from lorakit.hub.packaged import PACKAGED, packaged_directory
-
-OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-"""Environment variables of the Hugging Face libraries that forbid network access."""
+from lorakit.hub_cache import offline
 
 HUB_TIMEOUT_SECONDS = 10.0
 """Timeout for asking the Hub whether it has a model."""
@@ -112,14 +110,6 @@ def require(source: ModelSource, *, weights: bool = True, tokenizer: bool = Fals
         )
 
 
-def offline() -> str | None:
-    """Return the environment variable that forbids network access, or None."""
-    for name in OFFLINE_VARIABLES:
-        if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on"):
-            return name
-    return None
-
-
 def downloaded(model_id: str) -> Path | None:
     """Return the folder of the Hub's cache that has a model, or None; without network access.
 
@@ -177,19 +167,15 @@ def _no_weights(given: str, folder: Path) -> str:
 
 def _neighbors(given: str, path: Path) -> str:
     """List similar names, from the path's directory and from all known names."""
-    names = [*PACKAGED, *_catalogue()]
+    from lorakit.plan import catalogue
+
+    names = [*PACKAGED, *catalogue.aliases()]
     if path.parent.is_dir():
         names += [str(path.parent / entry.name) for entry in path.parent.iterdir() if entry.is_dir()]
     elif not _HUB_ID.fullmatch(given):
         return f" The directory {path.parent} does not exist either."
     near = nearest(given, sorted(set(names) - {given}))
     return f" Similar: {', '.join(near)}." if near else ""
-
-
-def _catalogue() -> list[str]:
-    from lorakit.plan import catalogue
-
-    return catalogue.aliases()
 
 
 def _ask_hub(given: str, path: Path) -> None:
@@ -231,41 +217,6 @@ def _ask_hub(given: str, path: Path) -> None:
 
 def _short(cause: Exception) -> str:
     return " ".join(str(cause).split())[:120]
-
-
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
-"""Patterns of downloaded files; none of them can contain code."""
-
-
-def adapter_from_hub(repository: str, *, revision: str | None = None, subfolder: str | None = None) -> Path:
-    """Return the local folder of an adapter on the Hub.
-
-    Args:
-        repository: Its id, "owner/name".
-        revision: Branch, tag or commit.
-        subfolder: The adapter's folder in the repository.
-
-    Returns:
-        The repository's folder in the Hub's cache, with the adapter's files.
-
-    Raises:
-        ModelError: The repository was not found or cannot be reached.
-    """
-    import huggingface_hub
-
-    patterns = [f"{subfolder}/{name}" if subfolder else name for name in ADAPTER_FILES]
-    variable = offline()
-    try:
-        folder = huggingface_hub.snapshot_download(
-            repository, revision=revision, allow_patterns=patterns, local_files_only=variable is not None
-        )
-    except Exception as cause:  # the Hub client's exceptions depend on its transport
-        where = f"in the Hub's cache (network access is off: {variable} is set)" if variable else "on the Hub"
-        raise ModelError(
-            f"{repository!r} is not a directory, and was not found {where} ({type(cause).__name__}). Check the name, "
-            "or pass a directory."
-        ) from cause
-    return Path(folder)
 
 
 def push_folder(

@@ -19,6 +19,7 @@ from lorakit.core.files.adapter_folder import AdapterFiles, read_adapter
 from lorakit.core.files.inspecting import implausible, judge_files
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.errors import ShapeMismatchError, warn_caller
+from lorakit.hub_cache import adapter_from_hub
 from lorakit.peft import casting
 from lorakit.peft.layer_methods import answer_as_peft
 from lorakit.peft.state_dicts import WRAPPED, StateDictError, names_of, put_tensors
@@ -39,8 +40,6 @@ def adapter_folder(model_id: str | os.PathLike[str], subfolder: str | None, revi
     folder = Path(model_id)
     if folder.exists() or not looks_like_a_hub_id(model_id):
         return folder / subfolder if subfolder else folder
-    from lorakit.hub import adapter_from_hub
-
     fetched = adapter_from_hub(str(model_id), revision=revision, subfolder=subfolder)
     return fetched / subfolder if subfolder else fetched
 

@@ -115,7 +115,7 @@ def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tens
             kind, layer.slot, layer.r[name], factor.scale, shapes, device, dtype, path, lambda: now, config
         )
         blank.check_rank(min(now.shape))
-        A, B = blank.laid(*residual_factors(blank, (W.to(now) - now)[None]))
+        A, B = blank.in_layout(*residual_factors(blank, (W.to(now) - now)[None]))
         new: list[tuple[Any, Tensor]] = [(factor.A, A), (factor.B, B)]
         start = Start(kind, layer.slot, A, B, factor.scale, lambda: now, factor.setting)
         begins = factor.variant.starts(start)

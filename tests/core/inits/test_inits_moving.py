@@ -210,7 +210,7 @@ def test_saved_as_plain_lora_and_trained_on(specimen: Specimen, init: str, patte
     first, last = specimen.targets[0], specimen.targets[-1]
     fields = {"use_rslora": True, "rank_pattern": {first: 2}, "alpha_pattern": {last: 3}} if patterns else {}
     if init == "lora_ga" and specimen is MHA:
-        pytest.skip("lora_ga has no meaning on attention")
+        pytest.skip("lora_ga does not support attention")
     model, given = both(init, specimen=specimen, **fields), specimen.given()
     expected = run(model, given)
     save_adapter(model, tmp_path, "moved")
@@ -344,7 +344,7 @@ def test_a_rank_that_is_too_large_a_scale_of_zero_and_numbers_that_are_none() ->
     refused("loftq_iter is 0", init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 0})
     sick = nn.Sequential(nn.Linear(6, 5))
     sick[0].weight.data[0, 0] = float("nan")
-    refused("holds NaN or infinite numbers", sick, init_lora_weights="pissa")
+    refused("contains NaN or infinite values", sick, init_lora_weights="pissa")
     refused("convolution of 2 groups", nn.Sequential(nn.Conv1d(4, 6, 1, groups=2)), r=2, init_lora_weights="olora")
 
 

@@ -43,7 +43,7 @@ from lorakit.core.model.index import AdapterIndex
 from lorakit.core.model.replication import stacked_for
 from lorakit.core.model.target_weights import bare_parameters
 from lorakit.core.model.ties import Ties, with_ties
-from lorakit.core.model.token_indices import chosen_rows
+from lorakit.core.model.vocabulary import chosen_rows
 from lorakit.core.quantization import allow_repacking
 from lorakit.core.routing.positions import uninstall
 from lorakit.core.routing.route import Route

@@ -22,7 +22,7 @@ from lorakit.core.layers.modules_to_save import Extras, ModulesToSave, biased_mo
 from lorakit.core.layers.trainable_tokens import ChosenRows
 from lorakit.core.model.index import INSIDE, AdapterIndex, TargetWeight
 from lorakit.core.model.ties import tied_groups, with_ties
-from lorakit.core.model.token_indices import chosen_rows
+from lorakit.core.model.vocabulary import chosen_rows
 from lorakit.core.variants import OwnTensor, variant_at
 from lorakit.errors import PatternError, TargetError, nearest
 from lorakit.targets import resolve, saved_modules

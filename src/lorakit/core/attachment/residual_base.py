@@ -150,7 +150,7 @@ def init_context_for(
     device = weight_format_of(module, parameter).device(module, parameter)
     return InitContext(
         kind=place.kind,
-        slot=place.slot,
+        spec=place.slot,
         r=match.rank,
         scale=lora_scale(match.rank, match.alpha, config.use_rslora),
         shapes=variant.shapes_of(place.kind, place.slot, match.rank, setting),
@@ -199,7 +199,7 @@ def check_can_move(index: AdapterIndex, place: TargetWeight, init: Init | None =
         )
     if not weight_format.written:
         raise ConfigError(NOT_WRITTEN.format(parameter=place.path, type=type(module).__name__))
-    if init is not None and weight_format.quantized and not init.requantises:
+    if init is not None and weight_format.quantized and not init.requantizes:
         raise ConfigError(
             f"{place.path}: init_lora_weights is {init.name!r}, which needs the weight in float32, float16 or "
             "bfloat16, and this one is quantised: what is left would be rounded a second time. Attach to the base as "

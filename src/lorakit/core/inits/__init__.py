@@ -1,8 +1,9 @@
-"""The table INITS: how a fresh factor is filled.
+"""The table INITS: how the factors of a new adapter are initialized.
 
-Each entry is a function from an `InitContext` to A and B. Most fill the side that learns and leave the kind's zero side
-at zero, so that a fresh adapter changes no output. Others take a part of the base weight into A and B, and the base
-becomes what is left; the layer then keeps the original. Factors are made on the device of their site, in fp32 or wider.
+Each entry is a function from an `InitContext` to A and B. Most initialize the trained side and leave the kind's zero
+side at zero, so that a new adapter does not change the output. Others move a part of the base weight into A and B and
+leave the residual in the base; the layer then keeps the original. Factors are made on the device of their site, in fp32
+or wider.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ INITS: tuple[Init, ...] = (
 
 
 def init_named(name: bool | str) -> Init:
-    """The row for a value of `init_lora_weights`.
+    """Return the entry for a value of `init_lora_weights`.
 
     Raises:
-        ConfigError: No such init; the message names the nearest.
+        ConfigError: There is no such init; the message names the most similar.
     """
     for init in INITS:
         if init.name is name or (isinstance(name, str) and init.name == name.lower()):
@@ -60,22 +61,22 @@ def init_named(name: bool | str) -> Init:
 
 
 def init_for(name: bool | str, kind: Kind, path: str) -> Init:
-    """The row for a value of `init_lora_weights` at a site.
+    """Return the entry for a value of `init_lora_weights` at a site.
 
     Args:
         name: The value.
         kind: The kind of the site.
-        path: Where, for the message.
+        path: The site, for the message.
 
     Raises:
-        ConfigError: There is no such init, or it has no meaning on this kind.
+        ConfigError: There is no such init, or it does not support this kind.
     """
     init = init_named(name)
     if not fits(init.fits, kind):
         known = [other.name for other in KINDS if init.fits(other)]
         raise ConfigError(
-            f"init_lora_weights is {name!r}, which has no meaning on a {kind.name} ({path}); it has one on "
-            f"{', '.join(known)}. Leave the module out, or use True.",
+            f"{path}: init_lora_weights={name!r} does not support a {kind.name}, only {', '.join(known)}. Leave the "
+            "module out, or use True.",
             what=name,
             where=path,
             field="init_lora_weights",
@@ -84,7 +85,7 @@ def init_for(name: bool | str, kind: Kind, path: str) -> Init:
 
 
 def trains_of(config: LoraConfig) -> frozenset[str]:
-    """Which of "A" and "B" an adapter trains, from its config; both where its init is not known here."""
+    """Return which of "A" and "B" an adapter trains, by its config; both if its init is unknown."""
     try:
         return init_named(config.init_lora_weights).trains
     except ConfigError:

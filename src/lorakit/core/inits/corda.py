@@ -1,69 +1,63 @@
-"""CorDA: W is decomposed as the inputs see it; the strongest part (or the weakest) becomes the adapter."""
+"""CorDA: W·C is decomposed, with C from the inputs; its largest (or smallest) directions become the adapter."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorakit.config import CordaConfig
-from lorakit.core.inits.eva import sees_inputs
+from lorakit.core.inits.eva import InputMoments, sees_inputs
 from lorakit.core.inits.init import Init, InitContext, InitResult, balanced
 from lorakit.errors import ConfigError
 
 DAMP, LARGEST_ERROR = 0.01, 0.05
-"""Share of the mean diagonal that is added first, doubled until ‖C·C⁻¹ − I‖ is below the second number."""
+"""Fraction of the mean diagonal that is added first; it is doubled until ‖C·C⁻¹ − I‖ is below the second number."""
+
+METHODS = ("ipm", "kpm")
 
 
-def _digest(blank: InitContext, collected: Any) -> dict[str, Tensor]:
-    """U (out, r), S (r,) and Vᵀ·C⁻¹ (r, n) of W·C, C the inputs' Σ x·xᵀ of a call, averaged over calls."""
-    return cropped(blank, collected.second_moment() * (collected.rows / collected.calls))
+def _digest(context: InitContext, statistics: InputMoments) -> dict[str, Tensor]:
+    """Return U (out, r), S (r,) and Vᵀ·C⁻¹ (r, n) of W·C; C is Σ x·xᵀ of the inputs of a call, averaged over calls."""
+    return cropped(context, statistics.second_moment() * (statistics.rows / statistics.calls))
 
 
-def cropped(blank: InitContext, C: Tensor) -> dict[str, Tensor]:
-    """The r directions that the config's method takes.
+def cropped(context: InitContext, C: Tensor) -> dict[str, Tensor]:
+    """Return the r directions that the config's method selects.
 
     Args:
-        blank: The site.
-        C: (n, n), how its inputs are spread.
+        context: The site.
+        C: Second moment of its inputs, (n, n).
 
     Returns:
         U (out, r), S (r,) and Vh (r, n), which is Vᵀ·C⁻¹.
-    """
-    (W,) = blank.matrices()
-    blank.check_rank(min(W.shape))
-    U, S, Vh = decomposed(W, C.to(W))
-    part = slice(0, blank.r) if method_of(blank) == "ipm" else slice(len(S) - blank.r, None)
-    return {"U": U[:, part].contiguous(), "S": S[part].clone(), "Vh": Vh[part].contiguous()}
-
-
-def method_of(blank: InitContext) -> str:
-    """Which of "ipm" and "kpm" the config asks for.
 
     Raises:
-        ConfigError: The config says something else.
+        ConfigError: `corda_method` is unknown.
     """
-    method = (blank.config.corda_config or CordaConfig()).corda_method
-    if method not in ("ipm", "kpm"):
+    method = (context.config.corda_config or CordaConfig()).corda_method
+    if method not in METHODS:
         raise ConfigError(
             f"Invalid corda_method found: {method}, it should be 'ipm' or 'kpm'.",
             what=method,
             field="corda_config.corda_method",
-            allowed=("ipm", "kpm"),
+            allowed=METHODS,
         )
-    return method
+    (W,) = context.matrices()
+    context.check_rank(min(W.shape))
+    U, S, Vh = decomposed(W, C.to(W))
+    part = slice(0, context.r) if method == "ipm" else slice(len(S) - context.r, None)
+    return {"U": U[:, part].contiguous(), "S": S[part].clone(), "Vh": Vh[part].contiguous()}
 
 
 def decomposed(W: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """W·C = U·S·Vᵀ, and so W = U·S·(Vᵀ·C⁻¹); C gets a share of its mean diagonal so that it has an inverse.
+    """Decompose W·C = U·S·Vᵀ, so that W = U·S·(Vᵀ·C⁻¹); C is damped until it has an inverse.
 
     Args:
         W: (out, n).
-        C: (n, n), symmetric, not negative.
+        C: (n, n), symmetric, positive semidefinite.
 
     Returns:
-        U (out, k), S (k,), Vᵀ·C⁻¹ (k, n), strongest first.
+        U (out, k), S (k,), Vᵀ·C⁻¹ (k, n), largest first.
     """
     wide = torch.float64 if C.device.type != "mps" else torch.float32  # that device has no float64
     C = C.to(wide)
@@ -79,29 +73,15 @@ def decomposed(W: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U, S, Vh @ inverse.to(W.dtype)
 
 
-def _corda(blank: InitContext) -> InitResult:
+def _corda(context: InitContext) -> InitResult:
     """A = √(S_r/s)·V_rᵀ·C⁻¹, B = U_r·√(S_r/s) of W·C = U·S·Vᵀ; the base becomes W − s·B·A.   [docs/math.md (65)]
 
     Source:
-        Yang et al. 2024, arXiv:2406.05223, eq. (3) to (6): "ipm" takes the strongest directions, "kpm" the weakest.
+        Yang et al. 2024, arXiv:2406.05223, eq. (3) to (6): "ipm" takes the largest directions, "kpm" the smallest.
     """
-    found = blank.found()
-    if found["U"].shape[1] != blank.r:
-        raise ConfigError(
-            f"{blank.path}: the statistics were collected for rank {found['U'].shape[1]}, and r is {blank.r}. Collect "
-            "them with the config that is attached.",
-            where=blank.path,
-        )
-    return InitResult(*blank.laid(*balanced(blank, *(found[name][None] for name in ("U", "S", "Vh")))))
+    found = context.collected()
+    context.check_collected(found["U"].shape[1])
+    return InitResult(*context.in_layout(*balanced(context, *(found[name][None] for name in ("U", "S", "Vh")))))
 
 
-CORDA = Init(
-    name="corda",
-    fits=sees_inputs,
-    changes_base=True,
-    is_identity=True,
-    needs="inputs",
-    fill=_corda,
-    is_exact=False,
-    digest=_digest,
-)
+CORDA = Init("corda", _corda, fits=sees_inputs, changes_base=True, is_exact=False, needs="inputs", digest=_digest)

@@ -1,54 +1,65 @@
-"""EVA: A begins at the strongest directions of what the site receives; ranks go where these explain most."""
+"""EVA: A starts as the principal directions of the site's inputs; ranks go to sites where these explain most."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor
 
 from lorakit.config import EvaConfig
 from lorakit.core.inits.init import Init, InitContext, InitResult, zeros
 from lorakit.core.kinds import Kind
+from lorakit.core.linalg import Principal
+
+
+class InputMoments(Protocol):
+    """Moments of the inputs of a site, as `lorakit.core.statistics` collects them.
+
+    Attributes:
+        rows: Number of rows.
+        calls: Number of calls in which they came.
+    """
+
+    rows: int
+    calls: int
+
+    def second_moment(self) -> Tensor:
+        """Return Σ x·xᵀ / rows, (in, in)."""
+
+    def principal(self, k: int) -> Principal:
+        """Return the first k principal directions, (k, in)."""
 
 
 def sees_inputs(kind: Kind) -> bool:
-    """Fit kinds whose modules are called with numbers, not with indices."""
+    """Fit kinds whose modules take values, not indices."""
     return kind.acts_on == "input" and kind.drops
 
 
-def settings_of(blank: InitContext) -> EvaConfig:
-    """The settings, PEFT's defaults where there are none."""
-    return blank.config.eva_config or EvaConfig()
+def settings_of(context: InitContext) -> EvaConfig:
+    """Return the settings, by default PEFT's."""
+    return context.config.eva_config or EvaConfig()
 
 
-def _digest(blank: InitContext, collected: Any) -> dict[str, Tensor]:
-    """The strongest `rho`·r directions of the inputs, (k, n), with singular values and shares of the variance, (k,)."""
-    blank.check_rank(math.prod(blank.A_shape[1:]))
-    principal = collected.principal(round(settings_of(blank).rho * blank.r))
+def _digest(context: InitContext, statistics: InputMoments) -> dict[str, Tensor]:
+    """Return the first `rho`·r principal directions (k, in), their singular values and explained variances, (k,)."""
+    context.check_rank(math.prod(context.A_shape[1:]))
+    principal = statistics.principal(round(settings_of(context).rho * context.r))
     return {"directions": principal.vectors, "values": principal.values, "ratios": principal.ratios}
 
 
-def _eva(blank: InitContext) -> InitResult:
+def _eva(context: InitContext) -> InitResult:
     """A = the first r principal directions of the inputs, B = 0.   [docs/math.md (64)]
 
     Source:
         Paischer et al. 2024, arXiv:2410.07170, section 3.2.
     """
-    found = blank.found()
-    blank.check_rank(len(found["directions"]))
-    A = found["directions"][: blank.r]
-    if settings_of(blank).whiten:
-        A = A / found["values"][: blank.r, None].sqrt()
-    return InitResult(A.reshape(blank.A_shape).to(blank.dtype).contiguous(), zeros(blank, blank.B_shape))
+    found = context.collected()
+    context.check_rank(len(found["directions"]))
+    A = found["directions"][: context.r]
+    if settings_of(context).whiten:
+        A = A / found["values"][: context.r, None].sqrt()
+    return InitResult(A.reshape(context.A_shape).to(context.dtype).contiguous(), zeros(context, context.B_shape))
 
 
-EVA = Init(
-    name="eva",
-    fits=sees_inputs,
-    changes_base=False,
-    is_identity=True,
-    needs="inputs",
-    fill=_eva,
-    digest=_digest,
-)
+EVA = Init("eva", _eva, fits=sees_inputs, needs="inputs", digest=_digest)

@@ -1,4 +1,4 @@
-"""What a row of the table INITS says, what it is given and what it returns."""
+"""The types of the table INITS: what an entry defines, what its function is given and what it returns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds import Fits, Kind, Shape, WeightSpec
+from lorakit.core.kinds import Fits, Kind, Shape, WeightSpec, every_kind_of_the_table
 from lorakit.errors import ConfigError
 
 BOTH = frozenset({"A", "B"})
@@ -19,25 +19,25 @@ BOTH = frozenset({"A", "B"})
 
 @dataclass(frozen=True)
 class InitContext:
-    """What an init is given.
+    """The site that an init fills, and what it may use.
 
     Attributes:
         kind: The kind of the site.
-        slot: Its geometry.
+        spec: The shape and layout of its weight.
         r: Rank.
         scale: alpha / r, or alpha / √r.
         shapes: Shapes of A, (r, in) on a dense site, and of B, (out, r).
-        device: Where the factor lives.
+        device: Device of the factor.
         dtype: dtype of A and B.
         path: The site, for messages.
         read: Reads the canonical base weight.
         config: The adapter's config, for the settings of an init.
-        generator: Source of randomness, or None for torch's own.
-        statistics: What was made of the data for this site beforehand, name -> tensor, or None.
+        generator: Random generator, or None for torch's default one.
+        statistics: Name -> tensor (…) that `Init.digest` computed from data for this site, or None.
     """
 
     kind: Kind
-    slot: WeightSpec
+    spec: WeightSpec
     r: int
     scale: float
     shapes: tuple[Shape, Shape]
@@ -60,85 +60,110 @@ class InitContext:
         return self.shapes[1]
 
     def matrices(self) -> Tensor:
-        """The base weight as matrices, (g, out, n): one, or one per expert; a kernel lies flat in the columns.
+        """Return the base weight as matrices, (g, out, n): one, or one per expert; kernels are flattened into n.
 
         Raises:
-            ConfigError: It is a grouped convolution's, or holds numbers that are not finite.
+            ConfigError: It is the weight of a grouped convolution, or contains NaN or infinite values.
         """
-        if self.slot.groups > 1:
-            raise ConfigError(
-                f"{self.path}: init_lora_weights is {self.config.init_lora_weights!r}, which has no meaning on a "
-                f"convolution of {self.slot.groups} groups. Leave the module out, or use True.",
-                where=self.path,
-            )
+        self.check_ungrouped()
         W = self.read()
         if W.device.type != "meta" and not bool(torch.isfinite(W).all()):
-            raise ConfigError(
-                f"{self.path}: the base weight holds NaN or infinite numbers and cannot be decomposed.", where=self.path
-            )
-        if self.slot.experts:
-            return W.mT if self.slot.in_first else W
-        return self.kind.flat_weight(self.slot, W)[None]
+            raise self.error("the base weight contains NaN or infinite values and cannot be decomposed.")
+        if self.spec.experts:
+            return W.mT if self.spec.in_first else W
+        return self.kind.flat_weight(self.spec, W)[None]
 
-    def check_rank(self, most: int, said: str = "") -> None:
-        """Refuse a rank for which the weight has too few directions.
+    def check_ungrouped(self) -> None:
+        """Reject a grouped convolution.
+
+        Raises:
+            ConfigError: The site is one.
+        """
+        if self.spec.groups > 1:
+            raise self.error(
+                f"init_lora_weights={self.config.init_lora_weights!r} does not support a convolution of "
+                f"{self.spec.groups} groups. Leave the module out, or use True."
+            )
+
+    def check_rank(self, most: int, requirement: str = "") -> None:
+        """Reject a rank that is larger than the number of directions.
 
         Args:
-            most: The largest rank there is.
-            said: What the init needs, in words; that r is at most so much where nothing is given.
+            most: The largest possible rank.
+            requirement: What the init needs, for the message; by default, as many directions as r.
 
         Raises:
             ConfigError: r is larger.
         """
         if self.r > most:
-            said = said or f"init_lora_weights={self.config.init_lora_weights!r} needs as many directions as r"
-            raise ConfigError(
-                f"{self.path}: {said}; r is {self.r}, and at most {most} is possible here. Lower r (rank_pattern for "
-                "this module alone).",
-                where=self.path,
+            needs = requirement or f"init_lora_weights={self.config.init_lora_weights!r} needs as many directions as r"
+            raise self.error(
+                f"{needs}; r is {self.r}, and at most {most} is possible here. Lower r (rank_pattern for this module "
+                "alone)."
             )
 
-    def laid(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of the matrices as a site holds them, in the dtype of the factor.
+    def check_collected(self, rank: int) -> None:
+        """Reject statistics that were collected for another rank.
+
+        Args:
+            rank: The rank they were collected for.
+
+        Raises:
+            ConfigError: r is another.
+        """
+        if rank != self.r:
+            raise self.error(
+                f"the statistics were collected for rank {rank}, and r is {self.r}. Collect them with the config that "
+                "is attached."
+            )
+
+    def in_layout(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return factors of the matrices in the layout in which the site stores them, in the factor's dtype.
 
         Args:
             A: (g, r, n).
             B: (g, out, r).
 
         Returns:
-            A (r, in) and B (out, r) of a dense site; with kernels and experts as their kind lays them.
+            A (r, in) and B (out, r) of a dense site; kernels and experts in the layout of their kind.
         """
-        if self.slot.experts:
+        if self.spec.experts:
             B = B.permute(1, 2, 0)
         return (
             A.reshape(self.A_shape).to(self.dtype).contiguous(),
             B.reshape(self.B_shape).to(self.dtype).contiguous(),
         )
 
-    def found(self) -> Mapping[str, Tensor]:
-        """What was made of the data for this site: name -> tensor (…), where the site is.
+    def collected(self) -> Mapping[str, Tensor]:
+        """Return the statistics of this site: name -> tensor (…), on its device.
 
         Raises:
             ConfigError: Nothing was collected.
         """
         if self.statistics is None:
-            raise ConfigError(
-                f"{self.path}: init_lora_weights is {self.config.init_lora_weights!r}, which looks at data, and "
-                "nothing was collected for this site. Give attach the `statistics` that lorakit.core.collect_for "
-                "makes.",
-                where=self.path,
+            raise self.error(
+                f"init_lora_weights={self.config.init_lora_weights!r} needs data, and nothing was collected for this "
+                "site. Pass the `statistics` that lorakit.core.collect_for returns to attach."
             )
         return {name: tensor.to(self.device) for name, tensor in self.statistics.items()}
+
+    def error(self, message: str) -> ConfigError:
+        """Return an error about this site.
+
+        Args:
+            message: What is wrong; the path is put before it.
+        """
+        return ConfigError(f"{self.path}: {message}", where=self.path)
 
 
 @dataclass(frozen=True)
 class InitResult:
-    """What an init returns.
+    """The initial factors, and a new base weight if there is one.
 
     Attributes:
         A: (r, in) on a dense site.
         B: (out, r) on a dense site.
-        W: The canonical weight that takes the base's place, where it is another than W − s·B·A.
+        W: The canonical weight that replaces the base weight, if it is not W − s·B·A.
     """
 
     A: Tensor
@@ -148,59 +173,60 @@ class InitResult:
 
 @dataclass(frozen=True)
 class Init:
-    """One way to begin.
+    """One way to initialize A and B.
 
     Attributes:
-        name: The value of `init_lora_weights` that asks for it.
-        fits: Kind -> whether it has a meaning on it. One that is not `every_kind` fits no kind that a user made.
-        changes_base: It replaces the base weight: by W − s·B·A, unless `fill` gives another.
-        is_identity: A fresh adapter changes no output, if not to the bit (`is_exact`).
-        needs: What must be collected beforehand: "" nothing, "inputs" or "gradients".
+        name: The value of `init_lora_weights` that selects it.
         fill: Makes A and B.
-        is_exact: A fresh adapter changes no bit of the output.
+        fits: Kind -> whether the init supports it. Only `every_kind` supports the kinds that users define.
+        changes_base: It replaces the base weight: by W − s·B·A, unless `fill` returns another.
+        is_identity: A new adapter does not change the output, except by rounding (`is_exact`).
+        is_exact: A new adapter does not change a bit of the output.
+        needs: Data to collect beforehand: "" for none, "inputs" or "gradients".
+        digest: Reduces what was collected for a site to the few tensors that `fill` needs.
         trains: Which of "A" and "B" are trained.
-        digest: From what was collected for a site to the few tensors that `fill` needs of it.
-        family: A regular expression for other values that ask for it.
-        requantises: It may replace a base weight that is stored in few bits, and so round it a second time.
+        family: A regular expression for other values that select it.
+        requantizes: It may replace a base weight that is stored quantized, which rounds it a second time.
     """
 
     name: bool | str
-    fits: Fits
-    changes_base: bool
-    is_identity: bool
-    needs: str
     fill: Callable[[InitContext], InitResult]
+    fits: Fits = every_kind_of_the_table
+    changes_base: bool = False
+    is_identity: bool = True
     is_exact: bool = True
-    trains: frozenset[str] = BOTH
+    needs: str = ""
     digest: Callable[[InitContext, Any], dict[str, Tensor]] | None = None
+    trains: frozenset[str] = BOTH
     family: str = ""
-    requantises: bool = False
+    requantizes: bool = False
 
 
-def zeros(blank: InitContext, shape: Shape) -> Tensor:
-    """Zeros, of the given shape (r, in) or (out, r), on the site's device."""
-    return torch.zeros(shape, device=blank.device, dtype=blank.dtype)
+def zeros(context: InitContext, shape: Shape) -> Tensor:
+    """Return zeros of the given shape, (r, in) or (out, r), on the site's device."""
+    return torch.zeros(shape, device=context.device, dtype=context.dtype)
 
 
-def normal(blank: InitContext, shape: Shape, std: float) -> Tensor:
-    """Normal numbers of mean 0, of the given shape (r, in) or (out, r)."""
-    return torch.empty(shape, device=blank.device, dtype=blank.dtype).normal_(0.0, std, generator=blank.generator)
+def normal(context: InitContext, shape: Shape, std: float) -> Tensor:
+    """Return normal values of mean 0, of the given shape, such as (r, in) or (out, r)."""
+    return torch.empty(shape, device=context.device, dtype=context.dtype).normal_(0.0, std, generator=context.generator)
 
 
-def uniform(blank: InitContext, shape: Shape) -> Tensor:
-    """Uniform numbers in ±1/√fan_in, of the given shape (r, in) or (out, r)."""
+def uniform(context: InitContext, shape: Shape) -> Tensor:
+    """Return uniform values in ±1/√fan_in, of the given shape, (r, in) or (out, r)."""
     bound = 1.0 / math.sqrt(math.prod(shape[1:]))
-    return torch.empty(shape, device=blank.device, dtype=blank.dtype).uniform_(-bound, bound, generator=blank.generator)
+    values = torch.empty(shape, device=context.device, dtype=context.dtype)
+    return values.uniform_(-bound, bound, generator=context.generator)
 
 
-def balanced(blank: InitContext, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
-    """A = √(S/|s|)·Vh and B = ±U·√(S/|s|), so that s·B·A = U·S·Vh.
+def balanced(context: InitContext, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A = √(S/|s|)·Vh and B = ±U·√(S/|s|) of the first r directions, so that s·B·A = U·S·Vh.
 
     Args:
-        blank: Its scale is s.
-        U: (g, out, r).
-        S: Not negative, (g, r).
-        Vh: (g, r, n).
+        context: Its scale is s.
+        U: (g, out, k), with k at least r.
+        S: Not negative, (g, k).
+        Vh: (g, k, n).
 
     Returns:
         A (g, r, n) and B (g, out, r).
@@ -208,21 +234,19 @@ def balanced(blank: InitContext, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tens
     Raises:
         ConfigError: The scale is zero.
     """
-    if blank.scale == 0:
-        raise ConfigError(
-            f"{blank.path}: the scale is 0, so no B·A can stand for a part of the base. Give an alpha.",
-            where=blank.path,
-        )
-    root = (S / abs(blank.scale)).sqrt()
-    return root[..., None] * Vh, U * (root if blank.scale > 0 else -root)[..., None, :]
+    if context.scale == 0:
+        raise context.error("the scale is 0, so B·A cannot represent a part of the base. Set an alpha.")
+    U, S, Vh = U[..., : context.r], S[:, : context.r], Vh[:, : context.r]
+    root = (S / abs(context.scale)).sqrt()
+    return root[..., None] * Vh, U * (root if context.scale > 0 else -root)[..., None, :]
 
 
-def fresh_bias(blank: InitContext, random: bool) -> Tensor:
-    """The bias that B begins with, (out,): zeros, or random as a dense layer of r inputs has it.
+def fresh_bias(context: InitContext, random: bool) -> Tensor:
+    """Return the initial bias of B, (out,): zeros, or random like that of a dense layer with r inputs.
 
     Args:
-        blank: The site.
-        random: Whether a fresh adapter shall act.
+        context: The site.
+        random: Whether a new adapter changes the output.
     """
-    shape = (blank.slot.out_features, blank.r)
-    return uniform(blank, shape)[:, 0].contiguous() if random else zeros(blank, shape[:1])
+    shape = (context.spec.out_features, context.r)
+    return uniform(context, shape)[:, 0].contiguous() if random else zeros(context, shape[:1])

@@ -1,34 +1,31 @@
-"""Weights rounded to a few bits and back, by formula: the normal-float grid of QLoRA, and int8 by row.
+"""LoftQ: the base becomes what a quantized weight can represent, and the adapter starts as the quantization error.
 
-No packed storage is made here, and no package of a quantiser is needed: what comes back is dense, on the grid.
-
-LoftQ: the base becomes what few bits can hold, and the adapter begins at what that loses.
+The grids are computed by formula: the normal-float grid of QLoRA, and int8 by row. Rounded weights stay dense, so no
+quantization package is needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorakit.core.inits.init import Init, InitContext, InitResult, balanced
-from lorakit.core.kinds import every_kind_of_the_table
 from lorakit.errors import ConfigError
 
 BLOCK = 64
-"""Numbers that share one scale on the normal-float grid."""
+"""Number of values that share one scale on the normal-float grid."""
 
 OFFSET = 0.9677083
-"""The largest quantile of the grid: (1 − 1/32 + 1 − 1/30) / 2, the mean of what 16 and 15 levels would leave out."""
+"""The largest quantile of the grid: (1 − 1/32 + 1 − 1/30) / 2, the mean of what 16 and 15 levels would omit."""
 
 
 def normal_float(device: torch.device | None = None) -> Tensor:
-    """The 16 levels of nf4: quantiles of a normal distribution, with a zero, in [−1, 1].   [docs/math.md (66)]
+    """Return the 16 levels of nf4: quantiles of a normal distribution, with a zero, in [−1, 1].   [docs/math.md (66)]
 
     Args:
-        device: Where they shall live.
+        device: Device of the result.
 
     Returns:
         (16,), ascending, fp32.
@@ -43,13 +40,13 @@ def normal_float(device: torch.device | None = None) -> Tensor:
 
 
 def on_normal_float(W: Tensor) -> Tensor:
-    """Each block of 64 numbers, in the order of rows, scaled by its largest and rounded to the nearest level.
+    """Scale each block of 64 values, in row order, by its largest, and round to the nearest level.
 
     Args:
         W: (…, n), fp32 or wider.
 
     Returns:
-        Like W.
+        Of the shape and dtype of W.
     """
     flat = W.flatten()
     lack = -len(flat) % BLOCK
@@ -62,59 +59,59 @@ def on_normal_float(W: Tensor) -> Tensor:
 
 
 def on_int8(W: Tensor) -> Tensor:
-    """Each row scaled by its largest number and rounded to 255 even steps.
+    """Scale each row by its largest value, and round to 255 even steps.
 
     Args:
         W: (…, n), fp32 or wider.
 
     Returns:
-        Like W.
+        Of the shape and dtype of W.
     """
     scales = W.abs().amax(-1, keepdim=True)
     return (W * (127 / scales.clamp_min(torch.finfo(W.dtype).tiny))).round() * scales / 127
 
 
 ROUNDED: Mapping[int, Callable[[Tensor], Tensor]] = {4: on_normal_float, 8: on_int8}
-"""Bits -> the weight on their grid."""
+"""Bits -> function that rounds a weight to their grid."""
 
 
-def _loftq(blank: InitContext) -> InitResult:
-    """Q ← q(W − s·B·A), then s·B·A ← the r strongest directions of W − Q, so many times.   [docs/math.md (66)]
+def _loftq(context: InitContext) -> InitResult:
+    """Repeat Q ← q(W − s·B·A), then s·B·A ← the r largest singular directions of W − Q.   [docs/math.md (66)]
 
-    The base becomes Q as a dense weight, which a quantiser of the same grid stores without a further loss.
+    The base becomes Q as a dense weight, which a quantizer with the same grid stores without a further loss.
 
     Source:
         Li et al. 2023, arXiv:2310.08659, algorithm 1.
     """
-    bits, steps = _settings(blank)
-    W = blank.matrices()
-    blank.check_rank(min(W.shape[1:]))
+    bits, steps = _settings(context)
+    W = context.matrices()
+    context.check_rank(min(W.shape[1:]))
     Q = ROUNDED[bits](W)
-    A, B = residual_factors(blank, W - Q)
+    A, B = residual_factors(context, W - Q)
     for _ in range(steps - 1):
-        Q = ROUNDED[bits](W - blank.scale * (B @ A))
-        A, B = residual_factors(blank, W - Q)
-    return InitResult(*blank.laid(A, B), W=(Q.mT if blank.slot.in_first else Q).reshape(blank.read().shape))
+        Q = ROUNDED[bits](W - context.scale * (B @ A))
+        A, B = residual_factors(context, W - Q)
+    return InitResult(*context.in_layout(A, B), W=(Q.mT if context.spec.in_first else Q).reshape(context.read().shape))
 
 
-def residual_factors(blank: InitContext, lost: Tensor) -> tuple[Tensor, Tensor]:
-    """A (g, r, n) and B (g, out, r) with s·B·A nearest to what was lost.
+def residual_factors(context: InitContext, lost: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A (g, r, n) and B (g, out, r) with s·B·A nearest to a quantization error.
 
     Args:
-        blank: The site.
-        lost: (g, out, n).
+        context: The site.
+        lost: The error, (g, out, n).
     """
-    U, S, Vh = torch.linalg.svd(lost, full_matrices=False)
-    return balanced(blank, U[..., : blank.r], S[:, : blank.r], Vh[:, : blank.r])
+    return balanced(context, *torch.linalg.svd(lost, full_matrices=False))
 
 
-def _settings(blank: InitContext) -> tuple[int, int]:
-    """Bits and steps.
+def _settings(context: InitContext) -> tuple[int, int]:
+    """Return bits and steps.
 
     Raises:
-        ConfigError: Bits for which there is no grid, or no step.
+        ConfigError: There is no grid for the bits, or no step.
     """
-    given: Any = blank.config.loftq_config or {}
+    config = context.config.loftq_config
+    given = config if isinstance(config, dict) else vars(config)
     bits, steps = given.get("loftq_bits", 4), given.get("loftq_iter", 1)
     if bits not in ROUNDED:
         raise ConfigError(
@@ -132,12 +129,4 @@ def _settings(blank: InitContext) -> tuple[int, int]:
     return bits, steps
 
 
-LOFTQ = Init(
-    name="loftq",
-    fits=every_kind_of_the_table,
-    changes_base=True,
-    is_identity=False,
-    needs="",
-    fill=_loftq,
-    is_exact=False,
-)
+LOFTQ = Init("loftq", _loftq, changes_base=True, is_identity=False, is_exact=False)

@@ -1,8 +1,8 @@
-"""LoRA-GA: the adapter begins where the gradient of the loss by W points, so that its first step is W's own."""
+"""LoRA-GA: the adapter starts along the gradient of the loss by W, so that its first step is that of W."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,17 +17,24 @@ DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
 SCALES = ("stable", "weight_svd", "gd_scale", "unit")
 
 
+class GradientMoments(Protocol):
+    """The gradients of a site's weight, as `lorakit.core.statistics` collects them."""
+
+    def mean(self) -> Tensor:
+        """Return their mean over the batches, in the shape of the canonical weight, (out, in) on a dense site."""
+
+
 def _fits(kind: Kind) -> bool:
     return kind.acts_on == "input"
 
 
-def settings_of(blank: InitContext) -> LoraGAConfig:
-    """The settings, PEFT's defaults where there are none.
+def settings_of(context: InitContext) -> LoraGAConfig:
+    """Return the settings, by default PEFT's.
 
     Raises:
-        ConfigError: A word is not known.
+        ConfigError: A value is not allowed.
     """
-    settings = blank.config.lora_ga_config or LoraGAConfig()
+    settings = context.config.lora_ga_config or LoraGAConfig()
     for field, value, known in (("direction", settings.direction, DIRECTIONS), ("scale", settings.scale, SCALES)):
         if value not in known:
             raise ConfigError(
@@ -39,18 +46,18 @@ def settings_of(blank: InitContext) -> LoraGAConfig:
     return settings
 
 
-def _digest(blank: InitContext, collected: Any) -> dict[str, Tensor]:
-    """U (out, 2r), S (2r,) and Vᵀ (2r, n) of the mean gradient."""
-    settings_of(blank)
-    return strongest(blank, collected.mean())
+def _digest(context: InitContext, statistics: GradientMoments) -> dict[str, Tensor]:
+    """Return U (out, 2r), S (2r,) and Vᵀ (2r, n) of the mean gradient."""
+    settings_of(context)
+    return strongest(context, statistics.mean())
 
 
-def strongest(blank: InitContext, gradient: Tensor) -> dict[str, Tensor]:
-    """The 2r strongest singular directions of a gradient.
+def strongest(context: InitContext, gradient: Tensor) -> dict[str, Tensor]:
+    """Return the 2r largest singular directions of a gradient.
 
     Args:
-        blank: The site.
-        gradient: Canonical, (out, in) or as its kind has it.
+        context: The site.
+        gradient: In the shape of the canonical weight, (out, in) on a dense site.
 
     Returns:
         U (out, 2r), S (2r,), Vh (2r, n).
@@ -58,48 +65,42 @@ def strongest(blank: InitContext, gradient: Tensor) -> dict[str, Tensor]:
     Raises:
         ConfigError: There are fewer directions.
     """
-    if blank.slot.groups > 1:
-        blank.matrices()  # says why not
-    G = blank.kind.flat_weight(blank.slot, gradient)
-    blank.check_rank(min(G.shape) // 2, "init_lora_weights='lora_ga' needs 2·r directions of the gradient")
-    found, _ = dense_spectrum(G, 2 * blank.r)
-    part = slice(0, 2 * blank.r)
+    context.check_ungrouped()
+    G = context.kind.flat_weight(context.spec, gradient)
+    context.check_rank(min(G.shape) // 2, "init_lora_weights='lora_ga' needs 2·r directions of the gradient")
+    found, _ = dense_spectrum(G, 2 * context.r)
+    part = slice(0, 2 * context.r)
     return {"U": found.U[0, :, part].contiguous(), "S": found.S[0, part].clone(), "Vh": found.Vh[0, part].contiguous()}
 
 
-def _lora_ga(blank: InitContext) -> InitResult:
+def _lora_ga(context: InitContext) -> InitResult:
     """A = rows of Vᵀ, B = other columns of U·S of the gradient G = U·S·Vᵀ; the base becomes W − s·B·A.
 
     [docs/math.md (67)]
 
     Source:
-        Wang et al. 2024, arXiv:2407.05000, section 3.2 and theorem 3.2, with B's columns times S as PEFT has them.
+        Wang et al. 2024, arXiv:2407.05000, section 3.2 and theorem 3.2; B's columns are multiplied by S, as in PEFT.
     """
-    settings, found, r = settings_of(blank), blank.found(), blank.r
+    settings, found = settings_of(context), context.collected()
     U, S, Vh = found["U"], found["S"], found["Vh"]
-    if len(S) != 2 * r:
-        raise ConfigError(
-            f"{blank.path}: the statistics were collected for rank {len(S) // 2}, and r is {r}. Collect them with the "
-            "config that is attached.",
-            where=blank.path,
-        )
-    to_A, to_B = _chosen(blank, settings.direction)
+    context.check_collected(len(S) // 2)
+    to_A, to_B = _chosen(context, settings.direction)
     A, B, strength = Vh[to_A], U[:, to_B] * S[to_B], float(S[to_B][0])
     if settings.scale == "stable":
-        B = B * (blank.slot.out_features**0.25 / settings.stable_gamma**0.5)
+        B = B * (context.spec.out_features**0.25 / settings.stable_gamma**0.5)
     elif settings.scale == "weight_svd" and strength > 0:
-        largest = float(dense_spectrum(blank.matrices()[0], 1)[0].S[0, 0])
+        largest = float(dense_spectrum(context.matrices()[0], 1)[0].S[0, 0])
         B = B * (largest / strength)
     elif settings.scale == "gd_scale":
-        A, B = A / blank.scale, B / blank.scale
-    return InitResult(*blank.laid(A[None], B[None]))
+        A, B = A / context.scale, B / context.scale
+    return InitResult(*context.in_layout(A[None], B[None]))
 
 
-def _chosen(blank: InitContext, direction: str) -> tuple[Any, Any]:
-    """Which singular directions go to A and which to B."""
-    r = blank.r
+def _chosen(context: InitContext, direction: str) -> tuple[slice | Tensor, slice | Tensor]:
+    """Return which singular directions go to A and which to B."""
+    r = context.r
     if direction == "random":
-        picked = torch.randperm(2 * r, generator=blank.generator, device=blank.device)[:r]
+        picked = torch.randperm(2 * r, generator=context.generator, device=context.device)[:r]
         return picked, picked
     return {
         "ArBr": (slice(1, 2 * r, 2), slice(0, 2 * r, 2)),
@@ -108,13 +109,4 @@ def _chosen(blank: InitContext, direction: str) -> tuple[Any, Any]:
     }[direction]
 
 
-LORA_GA = Init(
-    name="lora_ga",
-    fits=_fits,
-    changes_base=True,
-    is_identity=True,
-    needs="gradients",
-    fill=_lora_ga,
-    is_exact=False,
-    digest=_digest,
-)
+LORA_GA = Init("lora_ga", _lora_ga, fits=_fits, changes_base=True, is_exact=False, needs="gradients", digest=_digest)

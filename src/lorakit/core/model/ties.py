@@ -18,7 +18,7 @@ from lorakit.core.factor import FactorWeight
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.model.index import AdapterIndex, identity
-from lorakit.core.model.token_indices import input_embedding, shared_weights, sharers, table_at
+from lorakit.core.model.vocabulary import input_embedding, shared_weights, sharers, table_at
 from lorakit.core.variants import variants_of
 from lorakit.errors import ConfigError
 from lorakit.targets import Match, Note, Resolution

@@ -265,7 +265,7 @@ def _only_place(places: Sequence[TargetWeight], config: LoraConfig) -> TargetWei
 def _size_bytes(init: Init, blank: InitContext) -> int:
     """Memory of what is collected at a site until it is reduced."""
     n = math.prod(blank.A_shape[1:])
-    return 4 * n * (n if init.needs == "inputs" else blank.slot.out_features)
+    return 4 * n * (n if init.needs == "inputs" else blank.spec.out_features)
 
 
 def _looked_at(

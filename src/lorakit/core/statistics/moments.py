@@ -18,26 +18,12 @@ from torch import Tensor, nn
 
 from lorakit.config import CordaConfig, LoraConfig
 from lorakit.core.files.tensor_file import encode, read_tensors
+from lorakit.core.linalg import Principal
 from lorakit.core.model.fingerprint import DIFFERENT, Fingerprint, compare, fingerprint
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.quantization import at_least_fp32
 from lorakit.durable import parse_json, sha256_bytes, write_bytes
 from lorakit.errors import AdapterFileError, BaseMismatchError, ConfigError, DataError
-
-
-@dataclass(frozen=True)
-class Principal:
-    """The strongest directions of a site's inputs.
-
-    Attributes:
-        vectors: Orthonormal directions, strongest first, (k, in); the largest number of each is positive.
-        values: Singular values of the (centred) rows along them, (k,).
-        ratios: Share of the whole variance that each explains, (k,).
-    """
-
-    vectors: Tensor
-    values: Tensor
-    ratios: Tensor
 
 
 class InputStatistics:

@@ -15,9 +15,16 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorakit import LoraConfig, core
-from lorakit.core.model import weight_files
-from lorakit.core.model.fingerprint import DIFFERENT, SAME, compare, fingerprint, sampled_positions
-from lorakit.core.model.weight_files import FILE, MOST_BYTES, weight_file_hashes
+from lorakit.core.model.fingerprint import (
+    DIFFERENT,
+    FILE,
+    MOST_BYTES,
+    SAME,
+    compare,
+    fingerprint,
+    sampled_positions,
+    weight_file_hashes,
+)
 from lorakit.errors import BaseMismatchError
 
 
@@ -25,7 +32,7 @@ from lorakit.errors import BaseMismatchError
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(weight_files, "LEAST_KEPT", 0)
+    monkeypatch.setattr("lorakit.core.model.fingerprint.LEAST_KEPT", 0)
     return tmp_path / "cache" / FILE
 
 
@@ -38,7 +45,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    monkeypatch.setattr(weight_files, "sha256_file", counted)
+    monkeypatch.setattr("lorakit.core.model.fingerprint.sha256_file", counted)
     return names
 
 
@@ -139,7 +146,7 @@ def test_a_cache_that_cannot_be_written_costs_a_hash(tmp_path: Path, monkeypatch
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(weight_files, "cache_directory", homeless)
+    monkeypatch.setattr("lorakit.core.model.fingerprint.cache_directory", homeless)
     assert weight_file_hashes(model) == {"model.safetensors": sha256(b"one")}
     monkeypatch.delenv("HF_HUB_CACHE")
     monkeypatch.delenv("HF_HOME", raising=False)
@@ -151,8 +158,8 @@ def test_a_cache_that_cannot_be_written_costs_a_hash(tmp_path: Path, monkeypatch
 def test_hashes_of_small_files_are_not_kept_and_the_newest_is(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_files, "LEAST_KEPT", 4)
-    monkeypatch.setattr(weight_files, "MOST_KEPT", 2)
+    monkeypatch.setattr("lorakit.core.model.fingerprint.LEAST_KEPT", 4)
+    monkeypatch.setattr("lorakit.core.model.fingerprint.MOST_KEPT", 2)
     for name, content in (("c", b"four"), ("b", b"five"), ("a", b"seven"), ("d", b"one")):
         weight_file_hashes(from_folder(written(tmp_path / name, content)))
     kept = [Path(path).parent.name for path in json.loads(cache.read_text(encoding="utf-8"))["files"]]

@@ -1,0 +1,57 @@
+"""Adapters of the Hugging Face Hub: download one into the Hub's cache, or find it there; whether network access is off.
+
+It is below `lorakit.hub`, so that `lorakit.config` can read a config by its Hub id. Adapters are downloaded only for a
+Hub id.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lorakit.errors import ModelError
+
+OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+"""Environment variables of the Hugging Face libraries that forbid network access."""
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "lorakit.json")
+"""Patterns of downloaded files; none of them can contain code."""
+
+
+def offline() -> str | None:
+    """Return the environment variable that forbids network access, or None."""
+    for name in OFFLINE_VARIABLES:
+        if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on"):
+            return name
+    return None
+
+
+def adapter_from_hub(repository: str, *, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """Return the local folder of an adapter on the Hub.
+
+    Args:
+        repository: Its id, "owner/name".
+        revision: Branch, tag or commit.
+        subfolder: The adapter's folder in the repository.
+
+    Returns:
+        The repository's folder in the Hub's cache, with the adapter's files.
+
+    Raises:
+        ModelError: The repository was not found or cannot be reached.
+    """
+    import huggingface_hub
+
+    patterns = [f"{subfolder}/{name}" if subfolder else name for name in ADAPTER_FILES]
+    variable = offline()
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository, revision=revision, allow_patterns=patterns, local_files_only=variable is not None
+        )
+    except Exception as cause:  # the Hub client's exceptions depend on its transport
+        where = f"in the Hub's cache (network access is off: {variable} is set)" if variable else "on the Hub"
+        raise ModelError(
+            f"{repository!r} is not a directory, and was not found {where} ({type(cause).__name__}). Check the name, "
+            "or pass a directory."
+        ) from cause
+    return Path(folder)
