@@ -15,11 +15,10 @@ from typing import overload
 import numpy as np
 
 from lorakit.data.chat import conversation_tokens
-from lorakit.data.chunks import token_parts
 from lorakit.data.records import Completion, Conversation, Document, Record, content_key, distinct, is_empty, location
 from lorakit.data.report import DataReport
 from lorakit.data.stored import AnyRecords, sized
-from lorakit.data.tokens import Tokenizer, beginning, token_ids
+from lorakit.data.tokens import Tokenizer, beginning, token_ids, token_parts
 from lorakit.errors import ConfigError, DataError
 
 IGNORED = -100

@@ -1,11 +1,15 @@
 """Read data files strictly: text and Markdown as one document each, JSON Lines as one record per row.
 
 Errors name file, line, field, the value found and what is allowed. This module does not depend on tokens.
+
+Python's language reference is available as training text on every machine with Python: the standard library ships it
+for `help()`, as `pydoc_data.topics`, some 80 topics with half a million characters of prose.
 """
 
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import stat
 from array import array
@@ -16,9 +20,10 @@ from dataclasses import field as value_of
 from pathlib import Path
 from typing import IO, Any
 
-from lorakit.data.records import ROLES, Completion, Conversation, Document, Message, Record
+from lorakit.data.loader import split
+from lorakit.data.records import ROLES, Completion, Conversation, Document, Message, Record, Records
 from lorakit.data.stored import READ_BYTES, DataFile, StoredRecords, line_of
-from lorakit.durable import parse_json
+from lorakit.durable import parse_json, write_text
 from lorakit.errors import DataError, nearest
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -33,6 +38,10 @@ SHAPES = (("text",), ("prompt", "completion"), ("messages",))
 _FIELDS = tuple(field for shape in SHAPES for field in shape)
 _ALLOWED = "'text', or 'prompt' and 'completion', or 'messages'"
 _BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+DEFAULT_HELD_OUT = 0.1
+"""Fraction of the topics of Python's language reference that is held out by default."""
 
 
 class _BadRow(Exception):
@@ -285,3 +294,48 @@ def _named(value: Any) -> str:
     if isinstance(value, str):
         return f"the string {value[:30]!r}"
     return "a list" if isinstance(value, list) else "an object"
+
+
+def python_reference() -> Records:
+    """Return the topics of the language reference, one document each, sorted by name.
+
+    Returns:
+        The documents; their `source` is `python-reference/<topic>`.
+
+    Raises:
+        DataError: This Python was installed without its help texts.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as cause:
+        raise DataError(
+            "This Python has no pydoc_data.topics, the language reference that help() shows; "
+            "install the full standard library."
+        ) from cause
+    return Records(Document(topics[name], f"python-reference/{name}") for name in sorted(topics))
+
+
+def write_python_reference(
+    directory: str | os.PathLike[str], held_out_fraction: float = DEFAULT_HELD_OUT, seed: int = 0
+) -> tuple[Path, Path]:
+    """Write the language reference as two JSON Lines files, with whole topics held out.
+
+    Args:
+        directory: Directory of `train.jsonl` and `eval.jsonl`; created if missing.
+        held_out_fraction: Fraction of the topics in `eval.jsonl`.
+        seed: Seed of the choice.
+
+    Returns:
+        Paths of both files.
+
+    Raises:
+        ConfigError: The fraction is outside [0, 1).
+        DataError: This Python was installed without its help texts.
+        DiskError: The files cannot be written.
+    """
+    parts = split(python_reference(), held_out_fraction, seed)
+    paths = Path(directory) / "train.jsonl", Path(directory) / "eval.jsonl"
+    for path, records in zip(paths, (parts.train, parts.held_out), strict=True):
+        rows = [record for record in records if isinstance(record, Document)]
+        write_text(path, "".join(json.dumps({"text": row.text}) + "\n" for row in rows))
+    return paths
