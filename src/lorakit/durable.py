@@ -30,7 +30,10 @@ from typing import Any, NoReturn, TypeAlias
 from lorakit.errors import AdapterFileError, DiskError
 
 JsonObject: TypeAlias = dict[str, Any]
-"""A JSON object, as `read_json` gives it: str, int, float, bool, None, lists and objects by name."""
+"""A JSON object, as `read_json` gives it: values by name."""
+
+JsonValue: TypeAlias = bool | int | float | str | list[Any] | JsonObject | None
+"""Any JSON value."""
 
 TEMPORARY = ".lorakit-tmp-"
 """Part of the name of every unfinished file or directory, so that a sweep can find it."""
@@ -53,13 +56,13 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_new(temporary, data, path)
+        _write_new(temporary, data, path)
         temporary.replace(path)
     except OSError as cause:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise_disk_error(path, cause)
-    sync_name(path)
+        _raise_disk_error(path, cause)
+    _sync_name(path)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -71,7 +74,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: JsonValue) -> None:
     """Write a value as JSON with sorted keys and an indent of two.
 
     Raises:
@@ -81,7 +84,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_bytes(path, json_bytes(value))
 
 
-def json_bytes(value: Any) -> bytes:
+def json_bytes(value: JsonValue) -> bytes:
     """Return the bytes that `write_json` writes, to hash them first.
 
     Raises:
@@ -99,7 +102,7 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: A value cannot be written as JSON.
     """
-    return {**values, SEAL: _seal(parse_json(json_bytes(values)))}
+    return {**values, SEAL: _seal(parse_json(json_bytes(dict(values))))}
 
 
 def is_sealed(values: Mapping[str, Any]) -> bool:
@@ -204,7 +207,7 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
 
 
-def write_new(path: Path, data: bytes | memoryview, replaced: Path) -> None:
+def _write_new(path: Path, data: bytes | memoryview, replaced: Path) -> None:
     """Write and flush a file that does not exist yet, with owner and mode of the regular file that it will replace.
 
     Args:
@@ -233,14 +236,14 @@ def write_new(path: Path, data: bytes | memoryview, replaced: Path) -> None:
         os.close(descriptor)
 
 
-def sync_name(path: Path) -> None:
+def _sync_name(path: Path) -> None:
     """Flush the directory of a newly written path.
 
     Raises:
         DiskError: The disk fails; a power failure may lose the content.
     """
     try:
-        sync_folder(path.parent)
+        _sync_folder(path.parent)
     except OSError as cause:
         reason = cause.strerror or str(cause)
         raise DiskError(
@@ -248,7 +251,7 @@ def sync_name(path: Path) -> None:
         ) from cause
 
 
-def sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Flush the names in a directory.
 
     Raises:
@@ -263,7 +266,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def raise_disk_error(path: Path, cause: OSError) -> NoReturn:
+def _raise_disk_error(path: Path, cause: OSError) -> NoReturn:
     """Raise a failed write as a lorakit error.
 
     Raises:
@@ -320,17 +323,17 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
             elif path.is_dir():
-                sync_folder(path)
-        sync_folder(temporary)
+                _sync_folder(path)
+        _sync_folder(temporary)
         if replace and final.is_dir() and any(final.iterdir()):
             _put_in_place_of(temporary, final)
         else:
             temporary.rename(final)
-        sync_name(final)
+        _sync_name(final)
     except DiskError:
         raise
     except OSError as cause:
-        raise_disk_error(final, cause)
+        _raise_disk_error(final, cause)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -369,8 +372,8 @@ def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes |
         except OSError as cause:
             if cause.errno in _CANNOT:
                 return False
-            raise_disk_error(final, cause)
-        sync_name(final)  # before the old files are removed
+            _raise_disk_error(final, cause)
+        _sync_name(final)  # before the old files are removed
     finally:
         _clear(temporary, final, old, contents)
     return True
@@ -400,12 +403,12 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
                 path, temporary = folder / name, None if data is None else temporary_name(folder / name)
                 staged[-1].append((path, temporary))
                 if temporary is not None:
-                    write_new(temporary, data or b"", path)
+                    _write_new(temporary, data or b"", path)
         for places in staged:
             for path, temporary in places:
                 path.unlink(missing_ok=True) if temporary is None else temporary.replace(path)
                 begun = True
-            sync_folder(folder)
+            _sync_folder(folder)
     except OSError as cause:
         for _, temporary in (place for places in staged for place in places):
             with contextlib.suppress(OSError):
@@ -416,7 +419,7 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
                 f"{folder}: {cause.strerror or cause}; some of its files were replaced, others were not. Save again.",
                 where=folder,
             ) from cause
-        raise_disk_error(folder, cause)
+        _raise_disk_error(folder, cause)
 
 
 def sweep(folder: str | os.PathLike[str]) -> list[str]:
@@ -469,10 +472,10 @@ def _build(new: Path, old: Path, contents: Mapping[str, bytes | None]) -> None:
         _take_owner_and_mode(old, new)
     for name, data in contents.items():
         if data is not None:
-            write_new(new / name, data, old / name)
+            _write_new(new / name, data, old / name)
     if old.is_dir():
         _carry(old, new, contents)
-    sync_folder(new)
+    _sync_folder(new)
 
 
 def _carry(old: Path, new: Path, left_out: Collection[str] = ()) -> None:
@@ -484,7 +487,7 @@ def _carry(old: Path, new: Path, left_out: Collection[str] = ()) -> None:
                 target.mkdir()
                 _carry(source, target)
                 _take_owner_and_mode(source, target)
-                sync_folder(target)
+                _sync_folder(target)
             elif entry.name not in left_out:
                 os.link(source, target, follow_symlinks=False)
 
