@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,15 +30,15 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
     bos_token_id: int | None
     pad_token_id: int | None
-    chat_template: Any
+    chat_template: str | dict[str, str] | None
 
-    def __call__(self, text: str, **options: Any) -> Any:
+    def __call__(self, text: str, **options: bool) -> Mapping[str, Any]:
         """Return token ids as `input_ids`, and `offset_mapping` if requested."""
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any:
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: bool) -> Any:
         """Return a conversation as one text, or as token ids with masks."""
 
-    def decode(self, token_ids: list[int], **options: Any) -> Any:
+    def decode(self, token_ids: list[int], **options: bool) -> str:
         """Return the text of token ids."""
 
 
@@ -50,7 +50,7 @@ def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Return the text of tokens, with special tokens written out."""
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
