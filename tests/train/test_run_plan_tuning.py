@@ -15,14 +15,14 @@ from lorakit.ops import choices
 from lorakit.report import read_metrics
 from lorakit.speed import tuning as choosing
 from lorakit.train import checkpoint, run_plan
-from lorakit.train.progress import NullProgress
+from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trainer import run
 
 SLICE = 16
 
 
-class Said(NullProgress):
+class Said(Progress):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
