@@ -96,7 +96,7 @@ def tiny_llama() -> Any:
 
 @pytest.fixture
 def wide_model_directory(tmp_path: Path, tiny_tokenizer: Any) -> Path:
-    """As `tiny_model_directory`, of widths that are multiples of 64, which quantisers' kernels ask for."""
+    """Like `tiny_model_directory`, with widths that are multiples of 64, as the kernels of quantizers require."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -1,6 +1,6 @@
-"""Small models of the field's families, with random weights, no dropout and two layers, for tests of whole steps.
+"""Small models of common transformers families for tests of whole steps: random weights, no dropout, two layers.
 
-Words change a config; whoever calls seeds torch first.
+Keyword arguments change the config; the caller seeds torch first.
 """
 
 from __future__ import annotations

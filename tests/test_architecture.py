@@ -1,7 +1,7 @@
-"""The rules of the house, over the source of lorakit: see `tests/architecture`, which imports nothing of lorakit.
+"""Check the source of lorakit against the rules of `tests/architecture`, which imports nothing of lorakit.
 
-A rule may have known breaches, in `tests/architecture/known.toml`; that list may only shrink. `test_samples.py` there
-shows of each rule that it can fail.
+Known violations of a rule are listed in `tests/architecture/known.toml`, which may only shrink. `test_samples.py` there
+shows that each rule can fail.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`LoraConfig`: strict where it is made, tolerant where it is read, the field's names and defaults, JSON both ways."""
+"""`LoraConfig`: a strict constructor, a tolerant reader, PEFT's names and defaults, JSON in both directions."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_an_unknown_field_is_an_error_of_python() -> None:
     "fields", [{"r": 1}, {"lora_dropout": 0}, {"lora_dropout": 0.999}, {"lora_alpha": 0.5}, {"lora_alpha": -8}]
 )
 def test_what_is_allowed(fields: dict[str, Any]) -> None:
-    """Whether a scale makes sense is judged where an adapter is attached or loaded, with a word to lift it."""
+    """The config accepts any scale; attaching and loading check it, and that check can be overridden."""
     LoraConfig(**fields)
 
 
@@ -237,7 +237,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
 
 @pytest.mark.parametrize("field", WRONG)
 def test_a_value_of_a_wrong_type_in_a_file(field: str, tmp_path: Path) -> None:
-    """Each names the file, the field, and what stands there; none is an error of Python's."""
+    """Each error names the file, the field and the value found; none is an error of Python."""
     for value in WRONG[field]:
         content = {"peft_type": "LORA", "r": 4, "target_modules": ["q"], field: value}
         (tmp_path / CONFIG_FILE).write_text(json.dumps(content), encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +38,9 @@ def test_a_light_public_name_loads_no_torch() -> None:
 def test_help_loads_no_torch(words: list[str]) -> None:
     found = loaded_by(f"from lorakit.cli import main; assert main({words}) == 0")
     assert not found & HEAVY
+
+
+def test_wrong_usage_of_train_is_reported_before_plan_yaml_and_torch_are_loaded(tmp_path: Path) -> None:
+    words = ["train", "--model", "smollm2", "--data", str(tmp_path / "none.txt"), "--output-dir", str(tmp_path / "run")]
+    code = f"from lorakit.cli import main; assert main({words}) == 1; assert 'lorakit.plan' not in sys.modules"
+    assert not loaded_by(f"import sys; {code}") & (HEAVY | {"yaml"})

@@ -60,7 +60,7 @@ def test_what_is_trained_decodes_to_what_the_assistant_said(tiny_tokenizer: Any,
 
 
 def test_an_answer_gets_the_tokens_that_generation_will_make(tiny_tokenizer: Any) -> None:
-    """The generation prompt ends in a line feed and the answer begins with one: no token may lie across."""
+    """The generation prompt ends in a line feed and the answer begins with one: no token may span both."""
     talk = Conversation(TALK.messages[:3])
     turns = conversation_tokens(talk, tiny_tokenizer)
     prompt = tiny_tokenizer.apply_chat_template(talk.as_dicts()[:2], add_generation_prompt=True)["input_ids"]

@@ -15,11 +15,11 @@ from lorakit.data import (
     Message,
     Records,
     Sequence,
-    chunks,
     encode,
     read_records,
     split,
     stored,
+    tokens,
 )
 from lorakit.data.chat import conversation_tokens
 from lorakit.data.records import is_empty
@@ -83,8 +83,8 @@ def test_files_give_the_sequences_that_the_records_give_in_memory(
 ) -> None:
     paths = _files(tmp_path)
     monkeypatch.setattr(stored, "READ_BYTES", 1 << 12)
-    monkeypatch.setattr(chunks, "PART_CHARACTERS", 1 << 13)
-    monkeypatch.setattr(chunks, "SHARED_CHARACTERS", 1 << 10)
+    monkeypatch.setattr(tokens, "PART_CHARACTERS", 1 << 13)
+    monkeypatch.setattr(tokens, "SHARED_CHARACTERS", 1 << 10)
     records = read_records(paths)
     assert isinstance(records[0], LongDocument)
     texts = [paths[0].read_bytes().decode("utf-8-sig"), paths[1].read_bytes().decode()]

@@ -1,4 +1,4 @@
-"""The page about `accelerate`: its code runs, top to bottom, as it stands."""
+"""The code on the page about `accelerate` runs unchanged, from top to bottom."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md names the parts, floors, doors and core files that there are."""
+"""ARCHITECTURE.md lists the actual packages, layers, sole importers and core files."""
 
 from __future__ import annotations
 

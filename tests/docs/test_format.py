@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from lorakit import core
+from lorakit import core, durable
 from lorakit.config import LoraConfig
 from lorakit.core.files import sidecar, tensor_file
 from lorakit.core.files.tensor_names import ENDINGS
-from lorakit.durable import folders
 from lorakit.hub.packaged import MANIFEST
 from lorakit.train import checkpoint, run_folder
 from lorakit.train import checkpoint as state
@@ -58,6 +57,6 @@ def test_names_and_caps() -> None:
     assert tensor_file.MAX_FILE_BYTES == 64 << 30
     assert tensor_file.MAX_HEADER_BYTES == 8 << 20
     assert tensor_file.MAX_TENSORS == 100_000
-    assert folders.MOST_ENTRIES == 10_000
+    assert durable.MOST_ENTRIES == 10_000
     assert sidecar.MAX_BYTES == 16 << 20
     assert sidecar.FORMAT_VERSION == 2

@@ -1,4 +1,4 @@
-"""One test per formula of docs/math.md, (20) to (43): what the plan reckons, against tensors and counters of torch."""
+"""One test per formula of docs/math.md, (20) to (43): estimates of the plan, compared with tensors and counters of torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""docs/math.md and the code say the same: numbers of formulas, cited symbols, cited tests, and every table.
+"""docs/math.md and the code agree: numbers of formulas, cited symbols, cited tests, and every table.
 
-A table of the page stands after `<!-- table: NAME -->`; TABLES makes it anew from the code. In a table of TOLERANT the
-numbers may differ by rounding of another machine; in the others not at all.
+A table of the page follows `<!-- table: NAME -->`; TABLES computes it again from the code. Values in a table of TOLERANT
+may differ by the rounding of another machine; those of other tables must be equal.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def alpha_and_rate() -> Iterator[list[str]]:
 
 
 def survival() -> Iterator[list[str]]:
-    """Share of a merge that each dtype takes in, by the size of the delta beside the weight."""
+    """Yield the fraction of a merged delta that each dtype retains, by the size of the delta relative to the weight."""
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     yield ["‖ΔW‖ / ‖W‖", *(str(dtype).removeprefix("torch.") for dtype in dtypes)]
     for relative in (1e-1, 1e-2, 1e-3, 1e-4):

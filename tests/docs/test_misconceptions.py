@@ -88,7 +88,7 @@ def test_training_a_hundredth_of_the_numbers_is_not_a_hundred_times_faster() -> 
 
 
 def test_activations_stay() -> None:
-    """What LoRA saves is gradients and optimizer; what the forward keeps for the backward is nearly as much as ever."""
+    """LoRA reduces gradients and optimizer state, but hardly the activations that are saved for the backward pass."""
     shape = catalogue.published("SmolLM2-135M")
     assert shape is not None
     plan = estimate(shape, LoraConfig(r=8, target_modules="all-linear"), Job(4, 256))
@@ -100,7 +100,7 @@ def test_activations_stay() -> None:
 
 
 def test_a_perplexity_near_one_can_come_from_noise() -> None:
-    """Random tokens hold nothing to learn; their perplexity falls to 1 all the same, and others are no better for it."""
+    """Random tokens have no pattern, yet their perplexity falls to 1; that of other random tokens does not improve."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, initializer_range=0.4, **sizes))

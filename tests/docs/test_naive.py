@@ -1,4 +1,4 @@
-"""The five ways in which `examples/naive_lora.py` fails, each beside lorakit, which does not."""
+"""Five failures of `examples/naive_lora.py`, each compared with lorakit, which passes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_closure_that_binds_late(naive: Any) -> None:
 
 
 def test_only_targets_are_frozen(naive: Any, tiny_llama: Any, tiny_gpt2: Any) -> None:
-    """What is not a target goes on training: all of the base but the adapted weights."""
+    """Modules that are not targets remain trainable: all of the base except the adapted weights."""
     base = sum(p.numel() for p in tiny_llama.parameters())
     model = naive.get_peft_model(tiny_llama, 4, 8, ["q_proj", "v_proj"])
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,10 +1,10 @@
 """Write the golden adapters with the installed `peft`: python tests/golden/make.py [folder ...].
 
-They stand for files that are out in the world, so they are written once: run it to add one, not to mend a test.
+They represent files that users already have, so they are written once: run this to add an adapter, not to fix a test.
 
-Each folder holds what peft wrote, untouched, and `expected.json`: the base's seedless recipe (`base_of`), the input
-and the outputs that peft computed. The tests read them without peft. The base is made of plain arithmetic instead
-of a random generator, so that it is the same on every machine and version.
+Each directory has the unmodified files of peft and `expected.json`: the name of the base (`base_of`), the input, and the
+outputs that peft computed. The tests read them without peft. The base's weights come from plain arithmetic, not from a
+random generator, so they are equal on every machine and with every version.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GOLDEN: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "task_type": "CAUSAL_LM"}),
     "gpt2-classes": ("gpt2-classes", {"target_modules": ["c_attn"], "task_type": "SEQ_CLS"}),
 }
-"""Folder that peft wrote -> base and config fields, beside r=2 and lora_alpha=3."""
+"""Directory written by peft -> base, and config fields in addition to r=2 and lora_alpha=3."""
 
 OURS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "lorakit-format-1": ("dense", {**DENSE, "use_dora": True}),
@@ -67,7 +67,7 @@ def fill(model: nn.Module, shift: float) -> None:
 
 
 def output_of(model: nn.Module) -> Tensor:
-    """What the model gives for `INPUT`: its output or its logits."""
+    """Return the output of the model for `INPUT`, or its logits."""
     with torch.no_grad():
         result = model(INPUT)
     return result if isinstance(result, Tensor) else result.logits
@@ -99,7 +99,7 @@ def _gpt2_classes() -> nn.Module:
 
 
 def main() -> None:
-    """Write the folders anew that are named on the command line, or all that peft writes."""
+    """Rewrite the directories named on the command line, or all that peft writes."""
     import peft
 
     import lorakit.peft

@@ -72,7 +72,7 @@ def test_it_loads_to_be_trained_and_is_saved_as_it_was(name: str, tmp_path: Path
 @pytest.mark.parametrize("name", sorted(GOLDEN))
 def test_it_can_be_inspected(name: str) -> None:
     summary = core.inspect_adapter(ADAPTERS / name)
-    assert summary.config.r in (2, 4)  # 4 as plain LoRA of an init that moves the base
+    assert summary.config.r in (2, 4)  # 4: the plain LoRA of an init that modifies the base weights
 
 
 def test_a_byte_of_the_weights_is_still_verified(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_storage_that_was_replaced_is_taken_as_it_is(how: str) -> None:
 
 
 def test_whoever_holds_the_old_storage_keeps_its_numbers() -> None:
-    """As an average that stands in for the weights while a model is evaluated."""
+    """For example an averaged copy that replaces the weights during evaluation."""
     named = _named()
     optimizer = build_adamw(named, 0.01, 0.1)
     p, average = named[0][1], torch.ones(16, 24)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorakit.train import progress as module
-from lorakit.train.progress import LiveProgress, NullProgress, PlainProgress, progress_for
+from lorakit.train.progress import LiveProgress, PlainProgress, Progress, progress_for
 
 
 class Terminal(io.StringIO):
@@ -59,7 +59,7 @@ def test_anything_else_gets_lines() -> None:
 
 
 def test_silence_takes_everything() -> None:
-    with NullProgress() as progress:
+    with Progress() as progress:
         progress.reading("x", 0, 1)
         progress.begin(0, 1)
         progress.busy("x")
@@ -100,7 +100,7 @@ def test_a_terminal_gets_a_bar_of_bytes_that_goes() -> None:
 def test_details_are_printed_on_request() -> None:
     for verbose in (False, True):
         plain, live = io.StringIO(), Terminal()
-        for progress in (PlainProgress(plain, verbose=verbose), LiveProgress(live, verbose=verbose), NullProgress()):
+        for progress in (PlainProgress(plain, verbose=verbose), LiveProgress(live, verbose=verbose), Progress()):
             progress.detail("a detail")
         assert ("a detail" in plain.getvalue(), "a detail" in live.getvalue()) == (verbose, verbose)
 

@@ -15,14 +15,14 @@ from lorakit.ops import choices
 from lorakit.report import read_metrics
 from lorakit.speed import tuning as choosing
 from lorakit.train import checkpoint, run_plan
-from lorakit.train.progress import NullProgress
+from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
 from lorakit.train.trainer import run
 
 SLICE = 16
 
 
-class Said(NullProgress):
+class Said(Progress):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
@@ -41,7 +41,7 @@ def sliced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
         monkeypatch.setattr(module, "ROWS", (48, 96))
         monkeypatch.setattr(module, "SLICES", (SLICE,))
     monkeypatch.setattr(choosing, "FEWEST_FLOPS", 0)
-    monkeypatch.setattr(choosing, "BUSY", math.inf)  # whatever else runs beside the tests
+    monkeypatch.setattr(choosing, "BUSY", math.inf)  # whatever else runs on this machine
     monkeypatch.setattr(choosing, "fastest", lambda task, clock: task.others[0])
     seen, stock = [], choices.matmul_in_slices
 
@@ -114,7 +114,7 @@ def test_a_run_that_goes_on_takes_the_choices_of_its_checkpoint(
     _run(settings)
     kernels = _kernels(tmp_path / "run", 2)
     (tmp_path / "cache" / "choices.json").unlink()
-    monkeypatch.setattr(choosing, "fastest", lambda task, clock: task.default)  # another time would say so
+    monkeypatch.setattr(choosing, "fastest", lambda task, clock: task.default)  # a new measurement would be reported
     lines = _run(settings, max_steps=3, resume=True)
     assert not any("Autotuning: " in line or "differs from" in line for line in lines)
     assert _kernels(tmp_path / "run", 3) == kernels

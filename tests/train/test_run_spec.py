@@ -9,13 +9,13 @@ import pytest
 
 from lorakit.errors import RunError, TargetError, UsageError
 from lorakit.train import run_folder
-from lorakit.train.progress import NullProgress
+from lorakit.train.progress import Progress
 from lorakit.train.run_spec import RunSpec
 from lorakit.train.settings import TrainSettings
 
 
 def test_everything_before_the_weights_is_known(short_run: dict[str, Any], tmp_path: Path) -> None:
-    spec = RunSpec.of(TrainSettings(**short_run), NullProgress())
+    spec = RunSpec.of(TrainSettings(**short_run), Progress())
     try:
         assert spec.folder == tmp_path / "run" and list(spec.folder.iterdir()) == []
         assert (spec.forecast.config.r, spec.forecast.max_length, spec.device.type) == (2, 24, "cpu")
@@ -35,5 +35,5 @@ def test_a_rejected_run_makes_no_directory(
     short_run: dict[str, Any], tmp_path: Path, more: dict[str, Any], error: type[Exception]
 ) -> None:
     with pytest.raises(error):
-        RunSpec.of(TrainSettings(**{**short_run, **more}), NullProgress())
+        RunSpec.of(TrainSettings(**{**short_run, **more}), Progress())
     assert not (tmp_path / "run").exists()

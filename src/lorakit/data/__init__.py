@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from lorakit.data.encoding import Encoded, Sequence, Sequences, encode, lengths
 from lorakit.data.loader import Batch, Loader, Split, by_length, padding_id, split
-from lorakit.data.reading import read_records
+from lorakit.data.reading import python_reference, read_records, write_python_reference
 from lorakit.data.records import Completion, Conversation, Document, Message, Record, Records
-from lorakit.data.reference_text import python_reference, write_python_reference
 from lorakit.data.report import DataReport
 from lorakit.data.stored import AnyRecords, StoredRecords
 from lorakit.data.tokens import Tokenizer

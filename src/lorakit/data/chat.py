@@ -18,20 +18,20 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, slots=True)
-class Turns:
-    """A tokenized conversation.
+class TokenizedRow:
+    """A tokenized conversation or completion.
 
     Attributes:
-        ids: All tokens of the conversation.
-        trained: One bool per token: whether the assistant wrote it.
+        ids: All tokens.
+        trained: One bool per token: whether it has loss, as the assistant or the completion wrote it.
+        ended: Whether the end of a turn or text also has loss.
         untrained_turns: Assistant turns that could not be located in the rendered text.
-        ended: Whether the end of a turn also has loss.
     """
 
     ids: list[int]
     trained: list[bool]
-    untrained_turns: int
     ended: bool
+    untrained_turns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class _Span:
     ended: bool
 
 
-def conversation_tokens(record: Conversation, tokenizer: Tokenizer) -> Turns:
+def conversation_tokens(record: Conversation, tokenizer: Tokenizer) -> TokenizedRow:
     """Render a conversation and mark the assistant's tokens, each turn with its end marker.
 
     Args:
@@ -68,7 +68,7 @@ def conversation_tokens(record: Conversation, tokenizer: Tokenizer) -> Turns:
     return _by_prefixes(record, tokenizer)
 
 
-def _by_marks(record: Conversation, tokenizer: Tokenizer) -> Turns | None:
+def _by_marks(record: Conversation, tokenizer: Tokenizer) -> TokenizedRow | None:
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     result = _apply(record, tokenizer, record.as_dicts(), **options)
     ids, trained = list(result["input_ids"]), [bool(mark) for mark in result["assistant_masks"]]
@@ -79,10 +79,10 @@ def _by_marks(record: Conversation, tokenizer: Tokenizer) -> Turns | None:
         if at < 0:
             return None  # the marks do not cover the assistant's text; compare prefixes instead
         at += len(content)
-    return Turns(ids, trained, 0, ended=bool(said[at:].strip()))
+    return TokenizedRow(ids, trained, ended=bool(said[at:].strip()))
 
 
-def _by_prefixes(record: Conversation, tokenizer: Tokenizer) -> Turns:
+def _by_prefixes(record: Conversation, tokenizer: Tokenizer) -> TokenizedRow:
     text = _apply(record, tokenizer, record.as_dicts(), tokenize=False)
     spans, missed = [], 0
     for index, message in enumerate(record.messages):
@@ -94,7 +94,7 @@ def _by_prefixes(record: Conversation, tokenizer: Tokenizer) -> Turns:
         else:
             spans.append(span)
     ids, trained = _tokens_of_spans(record, tokenizer, text, spans)
-    return Turns(ids, trained, missed, ended=any(span.ended for span in spans))
+    return TokenizedRow(ids, trained, any(span.ended for span in spans), missed)
 
 
 def _span(record: Conversation, tokenizer: Tokenizer, index: int, text: str) -> _Span | None:
@@ -180,7 +180,7 @@ def _faithful(tokenizer: Tokenizer, text: str, ids: list[int]) -> bool:
     return said in (text, text.removeprefix(" ")) or said == text_of(tokenizer, token_ids(tokenizer, text))
 
 
-def _apply(record: Conversation, tokenizer: Tokenizer, messages: list[dict[str, str]], **options: Any) -> Any:
+def _apply(record: Conversation, tokenizer: Tokenizer, messages: list[dict[str, str]], **options: bool) -> Any:
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except Exception as cause:  # a template is untrusted code and may raise anything

@@ -14,12 +14,11 @@ from typing import overload
 
 import numpy as np
 
-from lorakit.data.chat import conversation_tokens
-from lorakit.data.chunks import token_parts
+from lorakit.data.chat import TokenizedRow, conversation_tokens
 from lorakit.data.records import Completion, Conversation, Document, Record, content_key, distinct, is_empty, location
 from lorakit.data.report import DataReport
 from lorakit.data.stored import AnyRecords, sized
-from lorakit.data.tokens import Tokenizer, beginning, token_ids
+from lorakit.data.tokens import Tokenizer, beginning, token_ids, token_parts
 from lorakit.errors import ConfigError, DataError
 
 IGNORED = -100
@@ -126,14 +125,6 @@ class Encoded:
 
     sequences: Sequences
     report: DataReport
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    ids: list[int]
-    trained: list[bool]
-    ended: bool
-    untrained_turns: int = 0
 
 
 def encode(
@@ -290,15 +281,14 @@ class _Work:
         return True, row.ended and len(row.ids) <= length
 
 
-def _row(record: Completion | Conversation, tokenizer: Tokenizer) -> _Row:
+def _row(record: Completion | Conversation, tokenizer: Tokenizer) -> TokenizedRow:
     if isinstance(record, Conversation):
-        turns = conversation_tokens(record, tokenizer)
-        return _Row(turns.ids, turns.trained, turns.ended, turns.untrained_turns)
+        return conversation_tokens(record, tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     prompt, said = _completion(record, tokenizer)
     if said[-1:] != end:
         said = said + end
-    return _Row(prompt + said, [False] * len(prompt) + [True] * len(said), bool(end))
+    return TokenizedRow(prompt + said, [False] * len(prompt) + [True] * len(said), bool(end))
 
 
 def _completion(record: Completion, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

@@ -1,24 +1,28 @@
 """Read data files strictly: text and Markdown as one document each, JSON Lines as one record per row.
 
 Errors name file, line, field, the value found and what is allowed. This module does not depend on tokens.
+
+Python's language reference is available as training text on every machine with Python: the standard library ships it
+for `help()`, as `pydoc_data.topics`, some 80 topics with half a million characters of prose.
 """
 
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import stat
 from array import array
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
-from dataclasses import field as value_of
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from lorakit.data.records import ROLES, Completion, Conversation, Document, Message, Record
+from lorakit.data.loader import split
+from lorakit.data.records import ROLES, Completion, Conversation, Document, Message, Record, Records
 from lorakit.data.stored import READ_BYTES, DataFile, StoredRecords, line_of
-from lorakit.durable import parse_json
+from lorakit.durable import JsonValue, parse_json, write_text
 from lorakit.errors import DataError, nearest
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -33,6 +37,10 @@ SHAPES = (("text",), ("prompt", "completion"), ("messages",))
 _FIELDS = tuple(field for shape in SHAPES for field in shape)
 _ALLOWED = "'text', or 'prompt' and 'completion', or 'messages'"
 _BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+DEFAULT_HELD_OUT = 0.1
+"""Fraction of the topics of Python's language reference that is held out by default."""
 
 
 class _BadRow(Exception):
@@ -75,7 +83,7 @@ def _read_file(path: Path) -> tuple[DataFile, list[str]]:
             starts, lines, notes = _read_rows(path, file)
     except OSError as cause:
         raise DataError(f"{path}: the data file cannot be read ({cause.strerror}).", where=path) from cause
-    return DataFile(path, status.st_size, status.st_mtime_ns, _Rows(str(path)), starts, lines), notes
+    return DataFile(path, status.st_size, status.st_mtime_ns, partial(_row, str(path)), starts, lines), notes
 
 
 def _check_kind(path: Path) -> None:
@@ -143,20 +151,10 @@ def _check_text(path: Path, file: IO[bytes]) -> None:
         )
 
 
-class _Rows:
-    """Parser of the rows of a checked file."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-
-    def __call__(self, line: str, number: int) -> Record:
-        return _row(line, self.source, number, Counter())
-
-
 def _read_rows(path: Path, file: IO[bytes]) -> tuple[array[int], array[int], list[str]]:
     """Return the offsets and lines of the rows, with notes; every row is checked."""
     starts, lines = array("q"), array("q")
-    bad = _BadRows()
+    bad, reason = array("q"), ""
     unused: Counter[str] = Counter()
     at = 0
     # only \n ends a row: str.splitlines would also cut inside strings, at U+2028 and similar characters
@@ -166,37 +164,24 @@ def _read_rows(path: Path, file: IO[bytes]) -> tuple[array[int], array[int], lis
             starts.append(at)
             lines.append(number)
             try:
-                _row(line, str(path), number, unused)
-            except _BadRow as reason:
-                bad.add(number, str(reason))
+                _row(str(path), line, number, unused)
+            except _BadRow as cause:
+                bad.append(number)
+                reason = reason or str(cause)
         at += len(raw)
-    if bad.count:
-        raise DataError(bad.message(path))
+    if bad:
+        raise DataError(_bad_rows_message(path, reason, bad))
     return starts, lines, [_unused_note(path, unused, len(starts))] if unused else []
 
 
-@dataclass
-class _BadRows:
-    """The first bad row of a file, and the number of bad rows."""
-
-    reason: str = ""
-    lines: list[int] = value_of(default_factory=list)
-    count: int = 0
-
-    def add(self, line: int, reason: str) -> None:
-        self.reason = self.reason or reason
-        self.count += 1
-        if len(self.lines) < 6:
-            self.lines.append(line)
-
-    def message(self, path: Path) -> str:
-        first, *rest = self.lines
-        message = f"{path}:{first}: {self.reason}"
-        if not rest:
-            return message
-        more = ", ..." if self.count > 6 else ""
-        listed = ", ".join(map(str, rest))
-        return f"{message} {self.count - 1} more rows of this file are bad (lines {listed}{more})."
+def _bad_rows_message(path: Path, reason: str, lines: Sequence[int]) -> str:
+    """Return the reason of the first bad row of a file, and the lines of further ones."""
+    first, *rest = lines
+    message = f"{path}:{first}: {reason}"
+    if not rest:
+        return message
+    listed = ", ".join(map(str, rest[:5])) + (", ..." if len(rest) > 5 else "")
+    return f"{message} {len(rest)} more rows of this file are bad (lines {listed})."
 
 
 def _unused_note(path: Path, unused: Counter[str], rows: int) -> str:
@@ -204,7 +189,8 @@ def _unused_note(path: Path, unused: Counter[str], rows: int) -> str:
     return f"{path}: unused columns: {names}."
 
 
-def _row(line: str, source: str, number: int, unused: Counter[str]) -> Record:
+def _row(source: str, line: str, number: int, unused: Counter[str] | None = None) -> Record:
+    """Parse a line of a file; unused columns are counted if wanted."""
     try:
         row = parse_json(line)
     except RecursionError:
@@ -213,7 +199,7 @@ def _row(line: str, source: str, number: int, unused: Counter[str]) -> Record:
         raise _BadRow(f"not valid JSON ({cause}).") from None
     if not isinstance(row, dict):
         raise _BadRow(f"a row must be a JSON object, not {_named(row)}.")
-    shape = _shape(row)
+    shape, unused = _shape(row), Counter() if unused is None else unused
     unused.update(name for name in row if name not in shape)
     if shape == ("text",):
         return Document(_string(row, "text"), source, number)
@@ -252,14 +238,14 @@ def _string(row: dict[str, Any], field: str, where: str = "") -> str:
     return value
 
 
-def _messages(value: Any, unused: Counter[str]) -> tuple[Message, ...]:
+def _messages(value: JsonValue, unused: Counter[str]) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         came = "an empty list" if value == [] else _named(value)
         raise _BadRow(f"the field 'messages' is {came}; it must be a list of objects with 'role' and 'content'.")
     return tuple(_message(item, f"messages[{index}]", unused) for index, item in enumerate(value))
 
 
-def _message(item: Any, where: str, unused: Counter[str]) -> Message:
+def _message(item: JsonValue, where: str, unused: Counter[str]) -> Message:
     if not isinstance(item, dict):
         raise _BadRow(f"the field '{where}' is {_named(item)}; it must be an object with 'role' and 'content'.")
     for field in ("role", "content"):
@@ -274,7 +260,7 @@ def _message(item: Any, where: str, unused: Counter[str]) -> Message:
     return Message(role, _string(item, "content", f"{where}."))
 
 
-def _named(value: Any) -> str:
+def _named(value: JsonValue) -> str:
     """Describe a JSON value, with the value itself if it is short."""
     if value is None:
         return "null"
@@ -285,3 +271,48 @@ def _named(value: Any) -> str:
     if isinstance(value, str):
         return f"the string {value[:30]!r}"
     return "a list" if isinstance(value, list) else "an object"
+
+
+def python_reference() -> Records:
+    """Return the topics of the language reference, one document each, sorted by name.
+
+    Returns:
+        The documents; their `source` is `python-reference/<topic>`.
+
+    Raises:
+        DataError: This Python was installed without its help texts.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as cause:
+        raise DataError(
+            "This Python has no pydoc_data.topics, the language reference that help() shows; "
+            "install the full standard library."
+        ) from cause
+    return Records(Document(topics[name], f"python-reference/{name}") for name in sorted(topics))
+
+
+def write_python_reference(
+    directory: str | os.PathLike[str], held_out_fraction: float = DEFAULT_HELD_OUT, seed: int = 0
+) -> tuple[Path, Path]:
+    """Write the language reference as two JSON Lines files, with whole topics held out.
+
+    Args:
+        directory: Directory of `train.jsonl` and `eval.jsonl`; created if missing.
+        held_out_fraction: Fraction of the topics in `eval.jsonl`.
+        seed: Seed of the choice.
+
+    Returns:
+        Paths of both files.
+
+    Raises:
+        ConfigError: The fraction is outside [0, 1).
+        DataError: This Python was installed without its help texts.
+        DiskError: The files cannot be written.
+    """
+    parts = split(python_reference(), held_out_fraction, seed)
+    paths = Path(directory) / "train.jsonl", Path(directory) / "eval.jsonl"
+    for path, records in zip(paths, (parts.train, parts.held_out), strict=True):
+        rows = [record for record in records if isinstance(record, Document)]
+        write_text(path, "".join(json.dumps({"text": row.text}) + "\n" for row in rows))
+    return paths

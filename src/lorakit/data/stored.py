@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, overload
 
 from lorakit.data.records import Document, Record, Records
 from lorakit.errors import DataError
@@ -138,19 +138,23 @@ class StoredRecords(Sequence[Record]):
         self._chosen = chosen
 
     def __len__(self) -> int:
-        return self._begins[-1] if self._chosen is None else len(self._chosen)
+        return len(self._all())
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
     @overload
     def __getitem__(self, index: slice) -> list[Record]: ...
     def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        wanted: Any = (range(len(self)) if self._chosen is None else self._chosen)[index]
-        found = [record for record, _ in self._read(wanted if isinstance(index, slice) else [wanted])]
-        return found if isinstance(index, slice) else found[0]
+        chosen = self._all()
+        found = self._read(chosen[index] if isinstance(index, slice) else [chosen[index]])
+        return [record for record, _ in found] if isinstance(index, slice) else next(found)[0]
 
     def __iter__(self) -> Iterator[Record]:
         return (record for record, _ in self.sized())
+
+    def _all(self) -> Sequence[int]:
+        """Return the positions of the records among all records of the files."""
+        return range(self._begins[-1]) if self._chosen is None else self._chosen
 
     def sized(self) -> Iterator[tuple[Record, int]]:
         """Yield the records, each with its bytes on disk.
@@ -158,7 +162,7 @@ class StoredRecords(Sequence[Record]):
         Raises:
             DataError: A file cannot be read, or has changed.
         """
-        return self._read(range(len(self)) if self._chosen is None else self._chosen)
+        return self._read(self._all())
 
     def some(self, positions: Iterable[int], notes: Iterable[str] = ()) -> StoredRecords:
         """Return the records at some ascending positions.
@@ -167,8 +171,8 @@ class StoredRecords(Sequence[Record]):
             positions: Positions in these records.
             notes: Messages of the new records.
         """
-        chosen = positions if self._chosen is None else (self._chosen[at] for at in positions)
-        return StoredRecords(self._files, notes, array("q", chosen))
+        chosen = self._all()
+        return StoredRecords(self._files, notes, array("q", (chosen[at] for at in positions)))
 
     @property
     def total_bytes(self) -> int:

@@ -1,10 +1,19 @@
-"""The tokenizer protocol, and three helpers that use it.
+"""The tokenizer protocol, and the tokens of texts of any length.
 
-Any transformers tokenizer implements it; this module does not import transformers.
+Any transformers tokenizer implements the protocol; this module does not import transformers.
+
+A long text is tokenized in parts, with the same tokens as for the whole text, in bounded memory. A part is tokenized
+with some text after it, and the next part starts inside that overlap. If the tokens of both agree over half of the
+overlap, the rest cannot depend on earlier text, and they are joined there, between words. If they do not agree, the
+part is extended, in the end to the whole text.
 """
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 
@@ -21,15 +30,15 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
     bos_token_id: int | None
     pad_token_id: int | None
-    chat_template: Any
+    chat_template: str | dict[str, str] | None
 
-    def __call__(self, text: str, **options: Any) -> Any:
+    def __call__(self, text: str, **options: bool) -> Mapping[str, Any]:
         """Return token ids as `input_ids`, and `offset_mapping` if requested."""
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any:
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: bool) -> Any:
         """Return a conversation as one text, or as token ids with masks."""
 
-    def decode(self, token_ids: list[int], **options: Any) -> Any:
+    def decode(self, token_ids: list[int], **options: bool) -> str:
         """Return the text of token ids."""
 
 
@@ -41,7 +50,7 @@ def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Return the text of tokens, with special tokens written out."""
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
@@ -49,3 +58,128 @@ def beginning(tokenizer: Tokenizer) -> list[int]:
     ids = list(tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"])
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and ids[:1] == [bos] else []
+
+
+PART_CHARACTERS = 1 << 17
+"""Characters per part."""
+
+SHARED_CHARACTERS = 1 << 12
+"""Characters of overlap between two parts."""
+
+_LEAST_TOKENS = 16
+# after a letter: a mark, or one space and a letter; no common vocabulary has a token across such a position
+_BORDER = re.compile(r"(?<=[^\W\d_])(?=[^\w\s]|\s[^\W\d_])")
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A text with its tokens: ids, and their start and end offsets."""
+
+    text: str
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+    def at(self, offset: int) -> int:
+        """Return the index of the first token that starts at an offset or later."""
+        return bisect_left(self.spans, (offset, 0))
+
+
+class _Source:
+    """Reads a text in portions of any size."""
+
+    def __init__(self, pieces: Iterable[str]) -> None:
+        self._pieces = iter(pieces)
+        self._held = ""
+        self._more = True
+
+    def ended(self) -> bool:
+        """Return whether the text is exhausted."""
+        return not self._more and not self._held
+
+    def take(self, characters: int) -> str:
+        """Return this many characters, fewer only at the end."""
+        held = [self._held]
+        have = len(self._held)
+        while self._more and have <= characters:  # one more than requested, to detect the end
+            piece = next(self._pieces, None)
+            self._more = piece is not None
+            held.append(piece or "")
+            have += len(held[-1])
+        whole = "".join(held)
+        self._held = whole[characters:]
+        return whole[:characters]
+
+
+def token_parts(tokenizer: Tokenizer, pieces: Iterable[str]) -> Iterator[list[int]]:
+    """Yield the tokens of a text in parts, without special tokens.
+
+    Args:
+        tokenizer: The tokenizer; one without offsets takes the whole text at once.
+        pieces: The text, in order.
+
+    Returns:
+        Lists of token ids; concatenated they are the tokens of the whole text.
+    """
+    source = _Source(pieces)
+    text = source.take(PART_CHARACTERS)
+    if source.ended() or not getattr(tokenizer, "is_fast", False):
+        while not source.ended():
+            text += source.take(max(len(text), PART_CHARACTERS))
+        yield token_ids(tokenizer, text)
+        return
+    part, begin = _part(tokenizer, text), 0
+    while not source.ended():
+        more = source.take(max(PART_CHARACTERS, len(part.text) - PART_CHARACTERS))
+        joined = _joined(tokenizer, part, more)
+        if joined is None:
+            part = _part(tokenizer, part.text + more)
+        else:
+            following, end, next_begin = joined
+            yield part.ids[part.at(begin) : part.at(end)]
+            part, begin = following, next_begin
+    yield part.ids[part.at(begin) :]
+
+
+def _joined(tokenizer: Tokenizer, part: _Part, more: str) -> tuple[_Part, int, int] | None:
+    """Return the part that follows, and the joint's offset in the text of each; None if they cannot be joined."""
+    at = _border(part.text)
+    if at is None:
+        return None
+    following = _part(tokenizer, part.text[at:] + more)
+    offset = _joint(part, following, at)
+    return None if offset is None else (following, offset, offset - at)
+
+
+def _border(text: str) -> int | None:
+    """Return the offset at which the next part can start, or None."""
+    found = _BORDER.search(text, len(text) - SHARED_CHARACTERS, len(text) - SHARED_CHARACTERS * 3 // 4)
+    return found.start() if found else None
+
+
+def _joint(part: _Part, following: _Part, at: int) -> int | None:
+    """Return an offset in a part's text at which its tokens and those of the following part can be joined, or None.
+
+    Args:
+        part: The part.
+        following: The part that starts inside it.
+        at: Offset of its start.
+    """
+    low, high = len(part.text) - SHARED_CHARACTERS * 5 // 8, len(part.text) - SHARED_CHARACTERS // 8
+    mine = slice(part.at(low), part.at(high))
+    theirs = slice(following.at(low - at), following.at(high - at))
+    moved = [(begin + at, end + at) for begin, end in following.spans[theirs]]
+    agree = part.ids[mine] == following.ids[theirs] and part.spans[mine] == moved
+    if not agree or len(moved) < _LEAST_TOKENS:
+        return None
+    begins, ends = {begin for begin, _ in moved}, {end for _, end in moved}
+    for border in _BORDER.finditer(part.text, (low + high) // 2, high):
+        if border.start() in begins and border.start() in ends:
+            return border.start()
+    return None
+
+
+def _part(tokenizer: Tokenizer, text: str) -> _Part:
+    found = tokenizer(
+        text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
+    )
+    return _Part(text, list(found["input_ids"]), list(found["offset_mapping"]))

@@ -8,9 +8,10 @@ or read.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
-from lorakit.plan.quantized import STORAGES
+Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
+"""Names of `lorakit.plan.quantized.STORAGES`, which is not imported here: reading settings must not load the plan."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ DEFAULTS: dict[str, Default] = {
         "a calibration of two seconds selects the faster one on this machine",
     ),
     "quantization": Default(
-        f"Quantize linear layers: {', '.join(storage.name for storage in STORAGES)}; --dtype sets the compute dtype",
+        f"Quantize linear layers: {', '.join(get_args(Stored))}; --dtype sets the compute dtype",
         None,
         "an unquantized base is exact; nf4 takes about a quarter of the memory of bf16 (QLoRA)",
         "none",

@@ -37,7 +37,7 @@ from lorakit.data import (
 from lorakit.errors import ConfigError, DataError, NotYetSupported, UsageError
 from lorakit.targets import unfitting_keys
 from lorakit.train.defaults import DEFAULTS
-from lorakit.train.progress import NullProgress, Progress
+from lorakit.train.progress import Progress
 from lorakit.train.settings import TrainSettings
 
 
@@ -241,7 +241,7 @@ def make_batches(
         DataError: The training or evaluation data has no token with loss.
     """
     rows, pad = settings.per_device_train_batch_size, padding_id(tokenizer)
-    progress = progress or NullProgress()
+    progress = progress or Progress()
     train = encode(data.train, tokenizer, max_length, _listener(progress, "training data", data.train))
     loader = Loader(train.sequences, rows, settings.seed, pad_id=pad)
     if not data.held_out:

@@ -1,7 +1,8 @@
 """`TrainSettings`: everything that defines a run, checked strictly and by name.
 
 `defaults.py` has the defaults and their reasons, `settings_sources.py` reads flags and files. This module knows neither
-models nor data; what needs one of them (does a target match, does a file exist) is checked later.
+models nor data; what needs one of them (does a target match, does a file exist) is checked later. `lorakit.config` and
+`lorakit.plan` are imported on use, because most errors of `lorakit train` are found without them.
 """
 
 from __future__ import annotations
@@ -10,19 +11,18 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
-from lorakit.config import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig, TaskType
 from lorakit.errors import ConfigError, nearest
-from lorakit.plan.budget import SIZE_FORM, bytes_of
-from lorakit.plan.job import recomputed
-from lorakit.plan.quantized import Quantization, stored_as
-from lorakit.train.defaults import DEFAULTS
+from lorakit.train.defaults import DEFAULTS, Stored
+
+if TYPE_CHECKING:
+    from lorakit.config import LoraConfig
+    from lorakit.plan.quantized import Quantization
 
 Dtype = Literal["auto", "bfloat16", "float32"]
-Stored = Literal["nf4", "fp4", "int8", "int8-torchao", "hqq4", "hqq8"]
 Scheduler = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw", "lorafa"]
 Allocation = Literal["none", "gradients", "inputs"]
@@ -107,6 +107,8 @@ def _device_word(value: str) -> str:
 
 
 def _size(value: str) -> str:
+    from lorakit.plan.budget import SIZE_FORM, bytes_of
+
     try:
         bytes_of(value)
     except ConfigError:
@@ -201,7 +203,8 @@ class TrainSettings(BaseModel):
                 "allocate_ranks and the init eva exclude each other: eva allocates ranks itself; omit one of them.",
                 field="allocate_ranks",
             )
-        _ = self.recomputed
+        if self.recompute != "none" or self.gradient_checkpointing:
+            _ = self.recomputed  # raises if they exclude each other or the budget
         if self.optimizer == "lorafa" and self.loraplus_lr_ratio is not None:
             raise ConfigError(
                 "loraplus_lr_ratio and the optimizer lorafa exclude each other: lorafa freezes A, so A has no learning "
@@ -212,6 +215,8 @@ class TrainSettings(BaseModel):
     @property
     def recomputed(self) -> str:
         """Recomputation in the backward pass, as far as set; with a memory budget the plan decides."""
+        from lorakit.plan.job import recomputed
+
         return recomputed(self.recompute, self.gradient_checkpointing, self.memory_budget, self.accelerate)
 
     @property
@@ -227,6 +232,8 @@ class TrainSettings(BaseModel):
 
     def stored_as(self) -> Quantization | None:
         """Return the requested quantization of the base, or None."""
+        from lorakit.plan.quantized import stored_as
+
         return stored_as(self.quantization, self.double_quantization)
 
     def lora_config(self) -> LoraConfig:
@@ -238,6 +245,8 @@ class TrainSettings(BaseModel):
         Raises:
             ConfigError: As `LoraConfig`.
         """
+        from lorakit.config import CordaConfig, EvaConfig, LoraConfig, LoraGAConfig, TaskType
+
         return LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=self.r,

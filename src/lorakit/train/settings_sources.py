@@ -8,9 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import ConfigError, RunError
 from lorakit.report import RUN_FILE
@@ -18,25 +16,10 @@ from lorakit.train.defaults import CHANGEABLE_ON_RESUME
 from lorakit.train.run_folder import raise_run_exists, read_record
 from lorakit.train.settings import TrainSettings, check_names
 
+if TYPE_CHECKING:
+    import yaml
+
 MAX_FILE_BYTES = 1 << 20
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML loader that reads `1e-4` as a number, as YAML 1.2 does, and rejects duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
-            seen.add(key if isinstance(key, str) else id(key_node))
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 def read_settings_file(path: str | Path) -> dict[str, Any]:
@@ -51,11 +34,13 @@ def read_settings_file(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file is missing, too large, not a YAML mapping, or has an unknown setting.
     """
+    import yaml
+
     path = Path(path)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigError(f"{path}: not a settings file: larger than {MAX_FILE_BYTES:,} bytes.", where=path)
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
     except OSError as cause:
         raise ConfigError(f"{path}: the settings file cannot be read ({cause.strerror}).", where=path) from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as cause:
@@ -69,6 +54,25 @@ def read_settings_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: a setting is given twice, once with - and once with _ in its name.", where=path)
     check_names(values, f"{path}: ")
     return values
+
+
+def _loader() -> type[yaml.SafeLoader]:
+    """Return a safe loader that reads `1e-4` as a number, as YAML 1.2 does, and rejects duplicate keys."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if isinstance(key, str) and key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+                seen.add(key if isinstance(key, str) else id(key_node))
+            return super().construct_mapping(node, deep)
+
+    number = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    return Loader
 
 
 def gather(given: Mapping[str, Any], file: str | Path | None = None) -> TrainSettings:

@@ -39,7 +39,7 @@ from lorakit.train.checkpoint import (
 from lorakit.train.interrupts import stoppable
 from lorakit.train.loop import Loop
 from lorakit.train.optimizer import build_optimizer, load_state_tensors
-from lorakit.train.progress import NullProgress, Progress
+from lorakit.train.progress import Progress
 from lorakit.train.results import RunResult, finish
 from lorakit.train.run_adapter import add_adapter
 from lorakit.train.run_data import RunBatches, make_batches
@@ -71,7 +71,7 @@ def run(settings: TrainSettings, progress: Progress | None = None) -> RunResult:
             during training.
     """
     started = time.perf_counter()
-    progress = progress or NullProgress()
+    progress = progress or Progress()
     with progress, stoppable(), _restored_random_state(), contextlib.ExitStack() as held:
         with _unchanged_on_failure(Path(settings.output_dir)):
             spec = RunSpec.of(settings, progress)

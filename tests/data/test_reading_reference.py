@@ -1,3 +1,5 @@
+"""Python's language reference as training text."""
+
 from pathlib import Path
 
 from lorakit.data import Document, python_reference, read_records, write_python_reference

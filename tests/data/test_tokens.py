@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.data import chunks
+from lorakit.data import tokens
 
 WORDS = "the quick brown fox jumps, it's over; the lazy dog's (not) mind\nfor i in range(10): 3.14 Wörter 速い狐。 émoji 😀".split()  # noqa: SIM905
 
@@ -21,8 +21,8 @@ def _text(words: int, seed: int = 0) -> str:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "PART_CHARACTERS", 1024)
-    monkeypatch.setattr(chunks, "SHARED_CHARACTERS", 256)
+    monkeypatch.setattr(tokens, "PART_CHARACTERS", 1024)
+    monkeypatch.setattr(tokens, "SHARED_CHARACTERS", 256)
 
 
 class Counted:
@@ -60,7 +60,7 @@ def test_parts_joined_are_the_whole(kind: Any, size: int, tiny_tokenizer: Any) -
     tokenizer = Counted(kind(tiny_tokenizer))
     text = _text(4000, seed=size)[:size]
     whole = tokenizer.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    parts = list(chunks.token_parts(tokenizer, (text[at : at + 100] for at in range(0, size, 100))))
+    parts = list(tokens.token_parts(tokenizer, (text[at : at + 100] for at in range(0, size, 100))))
     assert [token for part in parts for token in part] == whole
     if size == 7000:
         assert len(parts) > 4
@@ -73,7 +73,7 @@ def test_parts_joined_are_the_whole(kind: Any, size: int, tiny_tokenizer: Any) -
 def test_text_without_a_place_to_part_is_taken_as_long_as_it_is(odd: str, tiny_tokenizer: Any) -> None:
     text = _text(300) + odd + _text(900, seed=1)
     whole = tiny_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    assert [token for part in chunks.token_parts(tiny_tokenizer, [text]) for token in part] == whole
+    assert [token for part in tokens.token_parts(tiny_tokenizer, [text]) for token in part] == whole
 
 
 def test_a_tokenizer_without_offsets_takes_the_whole_text() -> None:
@@ -85,7 +85,7 @@ def test_a_tokenizer_without_offsets_takes_the_whole_text() -> None:
             return {"input_ids": [ord(character) for character in text]}
 
     text = _text(2000)
-    (ids,) = chunks.token_parts(Slow(), [text])  # type: ignore[arg-type]
+    (ids,) = tokens.token_parts(Slow(), [text])  # type: ignore[arg-type]
     assert ids == [ord(character) for character in text]
 
 
@@ -98,6 +98,6 @@ def test_no_more_is_read_than_is_needed(tiny_tokenizer: Any) -> None:
             read += 1
             yield _text(30, seed=at)
 
-    parts = chunks.token_parts(tiny_tokenizer, pieces())
+    parts = tokens.token_parts(tiny_tokenizer, pieces())
     assert next(parts)
     assert read < 30

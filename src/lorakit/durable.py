@@ -1,7 +1,13 @@
-"""Directories: published whole, replaced whole, or replaced file by file in an order that readers can check.
+"""Crash-safe writing and verified reading; the only module that opens files for writing.
 
-Several files of a directory are replaced together by building a complete new directory next to it and exchanging the
-two.
+After a crash either the old or the new content exists, never a part.
+
+- A file is written next to its final name, flushed to disk and renamed into place; then its directory is flushed too.
+  A replaced file keeps its mode, a new one gets the umask's. Files are read only if regular, bounded and valid.
+- A directory is published whole, replaced whole, or replaced file by file in an order that readers can check. Several
+  of its files are replaced together by building a complete new directory next to it and exchanging the two.
+
+Uses only the standard library.
 """
 
 from __future__ import annotations
@@ -9,16 +15,267 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
+import json
 import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
 
-from lorakit.durable.files import TEMPORARY, raise_disk_error, sync_folder, sync_name, temporary_name, write_new
-from lorakit.errors import DiskError
+from lorakit.errors import AdapterFileError, DiskError
+
+JsonObject: TypeAlias = dict[str, Any]
+"""A JSON object, as `read_json` gives it: values by name."""
+
+JsonValue: TypeAlias = bool | int | float | str | list[Any] | JsonObject | None
+"""Any JSON value."""
+
+TEMPORARY = ".lorakit-tmp-"
+"""Part of the name of every unfinished file or directory, so that a sweep can find it."""
+
+SEAL = "seal"
+"""Key of a table's SHA-256 over all its other entries."""
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
+    """Write a file atomically: a crash leaves the old content or the new.
+
+    Args:
+        path: The file; a missing directory is created.
+        data: The content.
+
+    Raises:
+        DiskError: The disk is full, read-only or fails; the previous content is unchanged.
+    """
+    path = Path(path)
+    temporary = temporary_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_new(temporary, data, path)
+        temporary.replace(path)
+    except OSError as cause:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        _raise_disk_error(path, cause)
+    _sync_name(path)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write UTF-8 text with `write_bytes`.
+
+    Raises:
+        DiskError: As for `write_bytes`.
+    """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | os.PathLike[str], value: JsonValue) -> None:
+    """Write a value as JSON with sorted keys and an indent of two.
+
+    Raises:
+        DiskError: As for `write_bytes`.
+        ValueError: The value contains NaN or infinity, which JSON does not support.
+    """
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: JsonValue) -> bytes:
+    """Return the bytes that `write_json` writes, to hash them first.
+
+    Raises:
+        ValueError: The value contains NaN or infinity, which JSON does not support.
+    """
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table with a SHA-256 seal over all its other entries, so that any later change is detected.
+
+    Args:
+        values: Plain JSON values; an existing seal is replaced.
+
+    Raises:
+        ValueError: A value cannot be written as JSON.
+    """
+    return {**values, SEAL: _seal(parse_json(json_bytes(dict(values))))}
+
+
+def is_sealed(values: Mapping[str, Any]) -> bool:
+    """Return whether a table contains its own valid seal."""
+    return values.get(SEAL) == _seal(values)
+
+
+def _seal(values: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in values.items() if key != SEAL}
+    return sha256_bytes(json.dumps(body, sort_keys=True).encode())
+
+
+def sha256_bytes(data: bytes | memoryview) -> str:
+    """Return the SHA-256 of bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file, in hexadecimal, read in 1 MiB blocks."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """Read a regular file of bounded size into memory.
+
+    Args:
+        path: The file; a symbolic link is followed, and its target must be a regular file.
+        max_bytes: Maximum size.
+
+    Returns:
+        The whole content.
+
+    Raises:
+        AdapterFileError: The file is missing, not a regular file, too large, or unreadable.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise AdapterFileError(f"{path}: no such file.", where=path) from None
+    except OSError as cause:
+        raise AdapterFileError(f"{path}: cannot be opened ({cause.strerror}).", where=path) from cause
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise AdapterFileError(f"{path}: not a regular file; only regular files are read.", where=path)
+    with os.fdopen(descriptor, "rb") as file:
+        if status.st_size > max_bytes:
+            raise AdapterFileError(f"{path}: {status.st_size:,} bytes exceed the limit of {max_bytes:,}.", where=path)
+        return file.read()
+
+
+def read_json(path: str | os.PathLike[str], max_bytes: int = 1 << 20) -> Any:
+    """Read a JSON file strictly: UTF-8, bounded size and depth, no duplicate keys, no NaN.
+
+    Args:
+        path: The file.
+        max_bytes: Maximum size.
+
+    Returns:
+        The value.
+
+    Raises:
+        AdapterFileError: The file is missing, too large, or not valid JSON; the message says where.
+    """
+    data = read_bytes(path, max_bytes)
+    try:
+        return parse_json(data)
+    except (ValueError, RecursionError) as cause:
+        reason = "nested too deeply" if isinstance(cause, RecursionError) else str(cause)
+        raise AdapterFileError(f"{path}: not valid JSON ({reason}).", where=path) from None
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Parse JSON and reject what the standard forbids but Python accepts.
+
+    Raises:
+        ValueError: Not JSON, not UTF-8, a duplicate key, or NaN or infinity.
+    """
+    text = data if isinstance(data, str) else data.decode("utf-8")
+    return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"duplicate key {key!r}")
+        result[key] = value
+    return result
+
+
+def _no_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a temporary name next to a path, recognized by a sweep."""
+    return path.with_name(f"{TEMPORARY}{secrets.token_hex(6)}-{path.name}")
+
+
+def _write_new(path: Path, data: bytes | memoryview, replaced: Path) -> None:
+    """Write and flush a file that does not exist yet, with owner and mode of the regular file that it will replace.
+
+    Args:
+        path: The file; its directory exists.
+        data: The content.
+        replaced: The file that it will replace, if any. Owner and mode of a symbolic link are not copied.
+
+    Raises:
+        OSError: The disk is full or fails.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            status = os.lstat(replaced)
+            if stat.S_ISREG(status.st_mode) and os.name != "nt":
+                if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+                    with contextlib.suppress(PermissionError):
+                        os.fchown(descriptor, status.st_uid, status.st_gid)
+                os.fchmod(descriptor, stat.S_IMODE(status.st_mode))
+        left = memoryview(data).cast("B")
+        while left:
+            left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_name(path: Path) -> None:
+    """Flush the directory of a newly written path.
+
+    Raises:
+        DiskError: The disk fails; a power failure may lose the content.
+    """
+    try:
+        _sync_folder(path.parent)
+    except OSError as cause:
+        reason = cause.strerror or str(cause)
+        raise DiskError(
+            f"{path}: written, but its directory was not flushed ({reason}); save again.", where=path
+        ) from cause
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush the names in a directory.
+
+    Raises:
+        OSError: The disk is full or fails.
+    """
+    if os.name == "nt":
+        return  # Windows cannot flush a directory
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _raise_disk_error(path: Path, cause: OSError) -> NoReturn:
+    """Raise a failed write as a lorakit error.
+
+    Raises:
+        DiskError: Always.
+    """
+    reason = cause.strerror or str(cause)
+    text = f"{path}: cannot be written ({reason}); the previous content is unchanged."
+    raise DiskError(text, what=reason, where=path) from cause
+
 
 _EXCHANGED = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]+\+(\d+)-(.+)", re.DOTALL)
 """Name of a directory built for an exchange: inode and name of the directory it replaces."""
@@ -66,17 +323,17 @@ def publish_directory(final: str | os.PathLike[str], *, replace: bool = False) -
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
             elif path.is_dir():
-                sync_folder(path)
-        sync_folder(temporary)
+                _sync_folder(path)
+        _sync_folder(temporary)
         if replace and final.is_dir() and any(final.iterdir()):
             _put_in_place_of(temporary, final)
         else:
             temporary.rename(final)
-        sync_name(final)
+        _sync_name(final)
     except DiskError:
         raise
     except OSError as cause:
-        raise_disk_error(final, cause)
+        _raise_disk_error(final, cause)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -115,8 +372,8 @@ def replace_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes |
         except OSError as cause:
             if cause.errno in _CANNOT:
                 return False
-            raise_disk_error(final, cause)
-        sync_name(final)  # before the old files are removed
+            _raise_disk_error(final, cause)
+        _sync_name(final)  # before the old files are removed
     finally:
         _clear(temporary, final, old, contents)
     return True
@@ -146,12 +403,12 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
                 path, temporary = folder / name, None if data is None else temporary_name(folder / name)
                 staged[-1].append((path, temporary))
                 if temporary is not None:
-                    write_new(temporary, data or b"", path)
+                    _write_new(temporary, data or b"", path)
         for places in staged:
             for path, temporary in places:
                 path.unlink(missing_ok=True) if temporary is None else temporary.replace(path)
                 begun = True
-            sync_folder(folder)
+            _sync_folder(folder)
     except OSError as cause:
         for _, temporary in (place for places in staged for place in places):
             with contextlib.suppress(OSError):
@@ -162,7 +419,7 @@ def replace_in_order(folder: str | os.PathLike[str], steps: Sequence[Mapping[str
                 f"{folder}: {cause.strerror or cause}; some of its files were replaced, others were not. Save again.",
                 where=folder,
             ) from cause
-        raise_disk_error(folder, cause)
+        _raise_disk_error(folder, cause)
 
 
 def sweep(folder: str | os.PathLike[str]) -> list[str]:
@@ -215,10 +472,10 @@ def _build(new: Path, old: Path, contents: Mapping[str, bytes | None]) -> None:
         _take_owner_and_mode(old, new)
     for name, data in contents.items():
         if data is not None:
-            write_new(new / name, data, old / name)
+            _write_new(new / name, data, old / name)
     if old.is_dir():
         _carry(old, new, contents)
-    sync_folder(new)
+    _sync_folder(new)
 
 
 def _carry(old: Path, new: Path, left_out: Collection[str] = ()) -> None:
@@ -230,7 +487,7 @@ def _carry(old: Path, new: Path, left_out: Collection[str] = ()) -> None:
                 target.mkdir()
                 _carry(source, target)
                 _take_owner_and_mode(source, target)
-                sync_folder(target)
+                _sync_folder(target)
             elif entry.name not in left_out:
                 os.link(source, target, follow_symlinks=False)
 
