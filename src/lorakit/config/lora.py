@@ -15,36 +15,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lorakit.config import checks
+from lorakit.config import checks, nested
 from lorakit.config.file import config_file, read_values
-from lorakit.config.nested import (
-    ArrowConfig,
-    BdLoraConfig,
-    CordaConfig,
-    EvaConfig,
-    KasaConfig,
-    LoftQConfig,
-    LoraGAConfig,
-    LoraRuntimeConfig,
-    MontecloraConfig,
-    VeloraConfig,
-    restored,
-)
-from lorakit.config.types import API_LEVEL, CONFIG_FILE, PeftType, TaskType, check_types, plain
+from lorakit.config.types import API_LEVEL, CONFIG_FILE, PeftType, TaskType, Value, check_types, plain
 from lorakit.durable import write_json
 from lorakit.errors import ConfigError, ConfigTypeError, warn_caller
 
 Config = TypeVar("Config", bound="PeftConfigMixin")
 
 PARTS: Mapping[str, type] = {
-    "eva_config": EvaConfig,
-    "corda_config": CordaConfig,
-    "lora_ga_config": LoraGAConfig,
-    "velora_config": VeloraConfig,
-    "monteclora_config": MontecloraConfig,
-    "use_bdlora": BdLoraConfig,
-    "arrow_config": ArrowConfig,
-    "kasa_config": KasaConfig,
+    "runtime_config": nested.LoraRuntimeConfig,
+    "eva_config": nested.EvaConfig,
+    "corda_config": nested.CordaConfig,
+    "lora_ga_config": nested.LoraGAConfig,
+    "velora_config": nested.VeloraConfig,
+    "monteclora_config": nested.MontecloraConfig,
+    "use_bdlora": nested.BdLoraConfig,
+    "arrow_config": nested.ArrowConfig,
+    "kasa_config": nested.KasaConfig,
 }
 """Fields that hold a nested config."""
 
@@ -107,9 +95,13 @@ class PeftConfigMixin:
 
     def as_json(self) -> dict[str, Any]:
         """Return the contents of `adapter_config.json`: plain values, sets as sorted lists, unknown keys."""
-        return {**self.unknown, **{name: _plain(value) for name, value in self.to_dict().items()}}
+        values = dict(self.unknown)
+        for name, value in self.to_dict().items():
+            stored = value.value if isinstance(value, enum.Enum) else value
+            values[name] = sorted(stored) if isinstance(stored, (set, frozenset)) else stored
+        return values
 
-    def with_fields(self: Config, **fields: Any) -> Config:
+    def with_fields(self: Config, **fields: Value) -> Config:
         """Return an independent copy with some fields changed, without repeating checks and warnings.
 
         Args:
@@ -120,7 +112,7 @@ class PeftConfigMixin:
             setattr(twin, name, value)
         return twin
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Value) -> None:
         """Write `adapter_config.json` into a directory.
 
         Args:
@@ -143,8 +135,8 @@ class PeftConfigMixin:
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         subfolder: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: str | bool | None,
+    ) -> PeftConfigMixin:
         """Read `adapter_config.json` from a directory or the Hub.
 
         Args:
@@ -160,12 +152,12 @@ class PeftConfigMixin:
             ConfigError: A value is not allowed, or the method is not LORA.
             ConfigTypeError: The file has unknown keys and no `peft_type`, so it is not a config.
         """
-        path = config_file(pretrained_model_name_or_path, subfolder, kwargs.get("revision"))
-        values = cls.from_json_file(path)
-        return cls.from_peft_type(**cls.check_kwargs(**values))
+        revision = kwargs.get("revision")
+        path = config_file(pretrained_model_name_or_path, subfolder, None if revision is None else str(revision))
+        return cls.from_peft_type(**cls.check_kwargs(**cls.from_json_file(path)))
 
     @classmethod
-    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Value) -> dict[str, Any]:
         """Return the contents of a config file without process-local settings.
 
         Args:
@@ -181,7 +173,7 @@ class PeftConfigMixin:
         return values
 
     @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> Any:
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfigMixin:
         """Create a config of the class for its `peft_type`; unknown fields are reported and preserved.
 
         Args:
@@ -296,23 +288,23 @@ class LoraConfig(PeftConfig):
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: LoftQConfig | dict[str, Any] = field(default_factory=dict)
-    eva_config: EvaConfig | None = None
-    corda_config: CordaConfig | None = None
-    lora_ga_config: LoraGAConfig | None = None
+    loftq_config: nested.LoftQConfig | dict[str, Any] = field(default_factory=dict)
+    eva_config: nested.EvaConfig | None = None
+    corda_config: nested.CordaConfig | None = None
+    lora_ga_config: nested.LoraGAConfig | None = None
     use_dora: bool = False
-    velora_config: VeloraConfig | None = None
+    velora_config: nested.VeloraConfig | None = None
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
-    monteclora_config: MontecloraConfig | None = None
+    monteclora_config: nested.MontecloraConfig | None = None
     layer_replication: list[tuple[int, int]] | None = None
-    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    runtime_config: nested.LoraRuntimeConfig = field(default_factory=nested.LoraRuntimeConfig)
     lora_bias: bool = False
     target_parameters: list[str] | None = None
-    use_bdlora: BdLoraConfig | None = None
-    arrow_config: ArrowConfig | None = None
-    kasa_config: KasaConfig | None = None
+    use_bdlora: nested.BdLoraConfig | None = None
+    arrow_config: nested.ArrowConfig | None = None
+    kasa_config: nested.KasaConfig | None = None
     ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
@@ -327,12 +319,10 @@ class LoraConfig(PeftConfig):
         self.rank_pattern = checks.table("rank_pattern", self.rank_pattern)
         self.alpha_pattern = checks.table("alpha_pattern", self.alpha_pattern)
         for name, part in PARTS.items():
-            setattr(self, name, restored(name, getattr(self, name), part))
-        self.runtime_config = restored("runtime_config", self.runtime_config, LoraRuntimeConfig) or LoraRuntimeConfig()
+            setattr(self, name, nested.restored(name, getattr(self, name), part))
+        self.runtime_config = self.runtime_config or nested.LoraRuntimeConfig()
         check_types(self, CHECKED_BY_VALUE)
-        checks.check_numbers(self)
-        checks.check_words(self)
-        checks.check_layers(self)
+        checks.check_values(self)
         checks.check_inits(self)
         checks.check_together(self)
         self.custom_modules: dict[type, type] | None = None
@@ -362,11 +352,3 @@ class LoraConfig(PeftConfig):
             mapping: Module type -> class of the layer.
         """
         self.custom_modules = {**(self.custom_modules or {}), **mapping}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    return value
