@@ -31,7 +31,7 @@ CASES = [
         "eval --model smollm2 --data notes.md --dtype float8",
         "dtype is 'float8'; it must be one of auto, bfloat16, float32.",
     ),
-    ("eval --model smollm2 --data notes.md --device gpu", "device is 'gpu'; it must be one of auto, cpu"),
+    ("eval --model smollm2 --data notes.md --device gpu", "device is 'gpu'; it must be auto, cpu"),
     ("eval --model smollm2 --data notes.md --quantization q4", "quantization is 'q4'"),
     ("generate --model smollm2 --prompt x --adapter no", "no: adapter directory not found"),
     ("generate --model smollm2 --prompt x --temperature -1", "temperature is -1.0"),

@@ -1,6 +1,6 @@
 """Nested configs of `LoraConfig`: settings of inits and variants, with PEFT's names, defaults and checks.
 
-They hold numbers and strings only; `lorakit.core` uses them. Unsupported ones raise an error on use (`reading.py`).
+They hold numbers and strings only; `lorakit.core` uses them. Unsupported ones raise an error on use (`check_built`).
 """
 
 from __future__ import annotations

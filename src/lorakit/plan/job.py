@@ -13,6 +13,9 @@ from lorakit.plan.quantized import storage_named
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 """Bytes per element by dtype."""
 
+MASTER_BYTES = 4
+"""Bytes of a trained parameter: adapters are held and saved in fp32."""
+
 DTYPE_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 """Short names of the dtypes."""
 
