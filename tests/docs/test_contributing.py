@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: the files that its recipes name exist, and a made-up weight format and command need no other file."""
+"""CONTRIBUTING.md: the files that it names exist, and a made-up weight format and command need no other file."""
 
 from __future__ import annotations
 
