@@ -101,6 +101,20 @@ class ConfigError(LorakitError, ValueError):
     code = "LORA-E010"
     exit_code = 2
 
+    @classmethod
+    def of(cls, field: str, value: object, rule: str = "", *, allowed: Iterable[str] = ()) -> ConfigError:
+        """Return the error of a field, such as "r is 0; it must be a whole number of at least 1.".
+
+        Args:
+            field: The config field or setting.
+            value: Its value.
+            rule: What it must be; by default one of `allowed`.
+            allowed: The allowed values, for the message's suggestion.
+        """
+        names = tuple(allowed)
+        message = f"{field} is {value!r}; it must be {rule or 'one of ' + ', '.join(names)}."
+        return cls(message + did_you_mean(str(value), names), what=value, field=field, allowed=names)
+
 
 class UsageError(ConfigError):
     """The command line or call is not valid."""
@@ -279,3 +293,14 @@ def nearest(word: str, candidates: list[str], count: int = 3) -> list[str]:
     import difflib
 
     return difflib.get_close_matches(word, candidates, n=count, cutoff=0.5)
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """Return " Did you mean x?" with the candidate closest in spelling, or nothing, to append to a message.
+
+    Args:
+        word: The user's text.
+        candidates: The allowed names.
+    """
+    close = nearest(word, list(candidates), 1)
+    return f" Did you mean {close[0]}?" if close else ""

@@ -11,10 +11,14 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit import durable
 from lorakit.errors import AdapterFileError, MissingExtra, RunError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -132,7 +136,7 @@ def loss_plot(metrics: Metrics, path: str | Path, title: str = "") -> None:
     durable.write_bytes(path, buffer.getvalue())
 
 
-def _mark_best(axes: Any, steps: list[int], losses: list[float]) -> None:
+def _mark_best(axes: Axes, steps: list[int], losses: list[float]) -> None:
     best = min(range(len(losses)), key=losses.__getitem__)
     axes.annotate(
         f"{losses[best]:.3f}",
@@ -145,7 +149,7 @@ def _mark_best(axes: Any, steps: list[int], losses: list[float]) -> None:
     )
 
 
-def _figure_type() -> Any:
+def _figure_type() -> type[Figure]:
     try:
         from matplotlib.figure import Figure
     except ImportError as cause:

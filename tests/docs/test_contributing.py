@@ -1,70 +1,93 @@
-"""The steps for adding a training setting in CONTRIBUTING.md: the files exist, and two entries are enough."""
+"""CONTRIBUTING.md: the files that it names exist, and a made-up weight format and command need no other file."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-import shutil
-import subprocess
 import sys
+import types
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-RECIPE = PAGE[PAGE.index("**A training setting**") :].split("\n\nIf an entry")[0]
-ENTRY = '    "patience_margin": Default("Smallest improvement that counts", 0.5, "noise is smaller"),\n'
-FIELD = '    patience_margin: float = _setting("patience_margin", ge=0)\n'
-CODE = """
-import json, sys
-from pathlib import Path
-from lorakit.cli import main
-from lorakit.errors import LorakitError
-from lorakit.train.settings_sources import gather
-
-folder, file = Path(sys.argv[1]), Path(sys.argv[2])
-given = {"model": "m", "data": "a.txt", "output_dir": str(folder)}
-settings = gather(given, file)
-assert main(["train", "--help"]) == 0
-wrong = main(["train", "--model", "m", "--data", "a.txt", "--output-dir", "b", "--patience-margin", "-1"])
-(folder / "run.json").write_text(json.dumps({"format": 1, "settings": settings.as_dict()}))
-try:
-    gather({"output_dir": str(folder), "resume": True, "patience_margin": 0.1})
-except LorakitError as error:
-    changed = error.fields["field"]
-resumed = gather({"output_dir": str(folder), "resume": True})
-print(json.dumps([settings.patience_margin, wrong, changed, resumed.patience_margin]))
-"""
 
 
-def test_every_file_of_the_recipe_exists_and_has_what_is_named() -> None:
-    files = {
-        name: (ROOT / name).read_text(encoding="utf-8") for name in re.findall(r"`((?:src|tests)/[\w/.]+)`", RECIPE)
-    }
-    assert len(files) == 4
-    source = "".join(files.values())
-    for name in ("DEFAULTS", "CHANGEABLE_ON_RESUME", "TrainSettings", "_LISTS", "lora_config"):
-        assert f"`{name}`" in RECIPE or f".{name}`" in RECIPE
-        assert name in source
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:src|tests|docs|scripts)/[\w./]+)`", PAGE))))
+def test_paths_of_the_page_exist(path: str) -> None:
+    assert (ROOT / path).exists()
 
 
-def test_a_setting_added_as_described_is_a_flag_a_yaml_key_and_part_of_the_record(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    for file, before, line in (
-        ("defaults.py", '    "resume": Default(', ENTRY),
-        ("settings.py", "    resume: bool", FIELD),
-    ):
-        path = tmp_path / "src" / "lorakit" / "train" / file
-        text = path.read_text(encoding="utf-8")
-        assert text.count(before) == 1
-        path.write_text(text.replace(before, line + before), encoding="utf-8")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run.yaml").write_text("patience-margin: 0.25\n")
-    words = [sys.executable, "-c", CODE, str(tmp_path / "run"), str(tmp_path / "run.yaml")]
-    environment = {"PYTHONPATH": str(tmp_path / "src"), "COLUMNS": "200"}
-    ran = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout.splitlines()[-1]) == [0.25, pytest.approx(1, abs=1), "patience_margin", 0.25]
-    assert "--patience-margin" in ran.stdout and "Smallest improvement that counts. Default 0.5" in ran.stdout
-    assert "patience_margin is -1.0; it must be at least 0" in ran.stderr
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(lorakit(?:\.\w+)+)`", PAGE))))
+def test_names_of_the_page_exist(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    assert hasattr(import_module(module), attribute)
+
+
+def test_a_made_up_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from lorakit import cli
+    from lorakit.cli import console
+
+    def run(name: str, *, json: console.JsonFlag = False) -> None:
+        """Greet.
+
+        Args:
+            name: Whom to greet.
+            json: Print one JSON document instead of text.
+        """
+        if json:
+            console.emit_json({"name": name})
+        else:
+            console.say(f"hello {name}")
+
+    run.__annotations__["json"] = console.JsonFlag
+    run.__annotations__["name"] = str
+    module = types.ModuleType("lorakit.cli.hello")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lorakit.cli.hello", module)
+    monkeypatch.setitem(cli.COMMANDS, "hello", "Greet someone.")
+    assert cli.main(["hello", "you"]) == 0
+    assert capsys.readouterr().out == "hello you\n"
+    assert cli.main(["hello", "you", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"name": "you"}
+    assert cli.main(["hello"]) == 2
+    assert "lorakit hello --help" in capsys.readouterr().err
+    assert cli.main(["--help"]) == 0
+    assert "Greet someone." in capsys.readouterr().out
+
+
+def test_a_made_up_weight_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Linear that stores half of its weight: an adapter is merged and unmerged through the entry alone."""
+    import torch
+    from torch import Tensor, nn
+
+    import lorakit
+    from lorakit.core import quantization
+    from lorakit.core.quantization.weight_format import DENSE
+
+    class Halved(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, 2 * self.weight, self.bias)
+
+    made_up = dataclasses.replace(
+        DENSE,
+        name="halved",
+        types=(f"{Halved.__module__}.{Halved.__qualname__}",),
+        read=lambda module, stored: 2 * DENSE.read(module, stored),
+        write=lambda module, like, canonical: DENSE.write(module, like, canonical / 2),
+    )
+    monkeypatch.setattr(quantization, "WEIGHT_FORMATS", (made_up, *quantization.WEIGHT_FORMATS))
+    torch.manual_seed(0)
+    model = nn.Sequential(Halved(8, 6))
+    assert quantization.weight_format_of(model[0]).name == "halved"
+    x, before = torch.randn(3, 8), model[0].weight.detach().clone()
+    lorakit.attach(model, lorakit.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), "a")
+    adapted = model(x).detach()
+    lorakit.merge(model, "a")
+    torch.testing.assert_close(model(x).detach(), adapted)
+    lorakit.unmerge(model)
+    lorakit.detach(model, "a")
+    assert torch.equal(model[0].weight, before)

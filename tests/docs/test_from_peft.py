@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lorakit.config import LoraConfig
-from lorakit.config.reading import NOT_BUILT
+from lorakit.config.lora import NOT_BUILT
 
 from ..peft.running import run
 

@@ -50,7 +50,7 @@ _EPILOGUE = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code.
 
-    argv: The arguments after the program's name; None uses those of this process.
+    Args:
         argv: The arguments after the program's name; those of this process if None.
 
     Returns:

@@ -18,8 +18,11 @@ from lorakit.cli.early import check_adapters, check_new_directory
 from lorakit.errors import LorakitError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from lorakit.core.files.adapter_folder import AdapterFiles
     from lorakit.hub import ModelSource
+    from lorakit.plan.quantized import Quantization
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def read_adapters(folders: Sequence[str]) -> list[AdapterFiles]:
     return [read_adapter(folder) for folder in folders]
 
 
-def load_adapters(model: Any, adapters: Sequence[AdapterFiles], allow: Collection[str]) -> list[str]:
+def load_adapters(model: nn.Module, adapters: Sequence[AdapterFiles], allow: Collection[str]) -> list[str]:
     """Load adapters into a model; those with new tokens come first, because only a base without adapters can grow.
 
     Args:
@@ -202,3 +205,22 @@ def _widest(tokenizers: Sequence[Any]) -> Any | None:
     template = tokenizers[most].chat_template
     fits = all(word <= words[most] for word in words) and all(t.chat_template == template for t in tokenizers)
     return tokenizers[most] if fits else None
+
+
+def report_training_quantization(adapters: Sequence[AdapterFiles], wanted: Quantization | None) -> None:
+    """Print a line for each adapter whose base was quantized differently; it works here, a little less exactly.
+
+    Args:
+        adapters: The adapters.
+        wanted: Quantization of the base now, or None.
+    """
+    now = "not quantized" if wanted is None else f"quantized as {wanted.name}"
+    for files in adapters:
+        training = files.sidecar.facts.get("training")
+        stored = training.get("quantization") if isinstance(training, dict) else None
+        method = stored.get("method") if isinstance(stored, dict) else None
+        if method is not None and (wanted is None or method != wanted.name):
+            console.note(
+                f"{files.folder}: trained on a base quantized as {method}, which is {now} here; "
+                f"--quantization {method} gives the weights of training."
+            )

@@ -16,7 +16,7 @@ from lorakit.errors import printable
 from lorakit.tables import display_width, encodable, format_count, format_rate, is_animated, screen_width, wrap
 
 if TYPE_CHECKING:
-    from lorakit.generate import NewToken
+    from lorakit.generate import NewToken, Tokenizer
 
 MIN_COLUMN = 36  # characters; narrower columns are hard to read
 _ENDINGS = {
@@ -36,7 +36,7 @@ class Answer:
         prompt_ids: Tokens of the prompt.
     """
 
-    def __init__(self, label: str, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, label: str, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         from lorakit.generate import TextStream
 
         self.label = label

@@ -45,23 +45,23 @@ def as_dict(found: Comparison) -> dict[str, Any]:
     Args:
         found: The comparison.
     """
-    return {**asdict(found), "dora": "DoRA" in found.in_part, "groups": [group for _, group in groups(found.sites)]}
+    return {**asdict(found), "dora": "DoRA" in found.in_part, "groups": groups(found.sites)}
 
 
-def groups(sites: Sequence[SiteComparison]) -> list[tuple[str, dict[str, Any]]]:
+def groups(sites: Sequence[SiteComparison]) -> list[dict[str, Any]]:
     """Group sites by the last name of their path, in order, with statistics of each group.
 
     Args:
         sites: Compared sites.
 
     Returns:
-        Name and {"module", "sites", "cosine": {"min", "median", "max"}, "norms", "output_overlap", "input_overlap"};
+        {"module", "sites", "cosine": {"min", "median", "max"}, "norms", "output_overlap", "input_overlap"};
         the last three are medians.
     """
     by_name: dict[str, list[SiteComparison]] = {}
     for site in sites:
         by_name.setdefault(site.path.rpartition(".")[2], []).append(site)
-    return [(name, _group(name, members)) for name, members in by_name.items()]
+    return [_group(name, members) for name, members in by_name.items()]
 
 
 def _group(name: str, members: list[SiteComparison]) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _text(found: Comparison) -> str:
             lines.append(f"only in    {folder}: {len(paths)} sites, first {paths[0]}")
     lines = [*map(console.inline, lines)]
     header = ["module", "sites", "cosine min", "median", "max", "‖ΔW‖", "‖ΔW‖ second", "writes", "reads"]
-    rows = [_row(group) for _, group in groups(found.sites)]
+    rows = [_row(group) for group in groups(found.sites)]
     lines += ["", console.table(header, rows) if rows else "no site in common"]
     if rows:
         lines.append("writes, reads: overlap of the output and input subspaces; medians over the sites")

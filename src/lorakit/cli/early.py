@@ -103,9 +103,7 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         ConfigError: The value is not one of them.
     """
     if value not in allowed:
-        raise ConfigError(
-            f"{name} is {value!r}; allowed: {', '.join(allowed)}.", what=value, field=name, allowed=tuple(allowed)
-        )
+        raise ConfigError.of(name, value, allowed=allowed)
 
 
 def check_device(word: str) -> None:
@@ -118,7 +116,7 @@ def check_device(word: str) -> None:
         ConfigError: The value is not the name of a device.
     """
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", word):
-        raise ConfigError(f"device is {word!r}; allowed: auto, cpu, cuda, cuda:N, mps.")
+        raise ConfigError.of("device", word, "auto, cpu, cuda, cuda:N or mps")
 
 
 def check_at_least(name: str, value: int, least: int) -> None:
@@ -133,7 +131,7 @@ def check_at_least(name: str, value: int, least: int) -> None:
         ConfigError: The value is less than the minimum.
     """
     if value < least:
-        raise ConfigError(f"{name} is {value}; it must be at least {least}.")
+        raise ConfigError.of(name, value, f"at least {least}")
 
 
 def check_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> None:
@@ -149,13 +147,13 @@ def check_sampling(temperature: float, top_p: float, top_k: int, seed: int) -> N
         ConfigError: A value is out of range.
     """
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise ConfigError(f"temperature is {temperature}; it must be 0 (greedy) or a number above 0, such as 0.7.")
+        raise ConfigError.of("temperature", temperature, "0 (greedy) or a number above 0, such as 0.7")
     if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p is {top_p}; it must be above 0 and at most 1 (all tokens).")
+        raise ConfigError.of("top_p", top_p, "above 0 and at most 1 (all tokens)")
     if top_k < 0:
-        raise ConfigError(f"top_k is {top_k}; it must be 0 (all tokens) or a whole number above 0.")
+        raise ConfigError.of("top_k", top_k, "0 (all tokens) or a whole number above 0")
     if not 0 <= seed < 2**63:
-        raise ConfigError(f"seed is {seed}; it must be a whole number from 0 to 2**63 - 1.")
+        raise ConfigError.of("seed", seed, "a whole number from 0 to 2**63 - 1")
 
 
 def _similar(path: Path) -> str:

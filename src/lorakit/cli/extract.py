@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -86,7 +86,7 @@ def _config(flags: Flags, model: nn.Module, base_name: str | None) -> LoraConfig
     from lorakit.config import LoraConfig
 
     words = flags.target_modules or ([] if flags.target_parameters else ["all-linear"])
-    targets: Any = words[0] if words == ["all-linear"] else words
+    targets = words[0] if words == ["all-linear"] else words
     return LoraConfig(
         target_modules=targets,
         target_parameters=flags.target_parameters,

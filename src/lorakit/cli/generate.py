@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,13 @@ from cyclopts import Parameter
 
 from lorakit import allocator
 from lorakit.cli import console
-from lorakit.cli.adapters import Allowances, load_adapters, read_adapters, tokenizer_for
+from lorakit.cli.adapters import (
+    Allowances,
+    load_adapters,
+    read_adapters,
+    report_training_quantization,
+    tokenizer_for,
+)
 from lorakit.cli.answers import Answer, show
 from lorakit.cli.early import (
     MODEL_DTYPES,
@@ -23,17 +29,21 @@ from lorakit.cli.early import (
     check_model,
     check_sampling,
 )
-from lorakit.cli.merged_base import WORTHWHILE_TOKENS, write_into_base
-from lorakit.cli.stored import report_training_quantization
-from lorakit.errors import DataError, UsageError
+from lorakit.errors import DataError, MergeError, UsageError
 from lorakit.plan.quantized import stored_as
 from lorakit.tables import format_bytes
 from lorakit.train.defaults import DEFAULTS
 
 if TYPE_CHECKING:
-    from lorakit.generate import Sampling
+    from torch import nn
+
+    from lorakit.generate import NewToken, Sampling
 
 MAX_PROMPT_BYTES = 64 << 20
+
+WORTHWHILE_TOKENS = 128
+"""Minimum number of tokens for an automatic merge: a merge takes as long as the adapter adds to about a hundred tokens
+of SmolLM2-135M with rank 16 on all linear layers (rough; longer for larger models, in which an adapter adds less)."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +230,52 @@ def end_ids(model: Any, tokenizer: Any) -> set[int]:
     return found
 
 
+def write_into_base(
+    model: nn.Module,
+    names: Sequence[str | None],
+    labels: Mapping[str, str],
+    wanted: bool | None,
+    tokens: int,
+    detail: Callable[[str], None] = console.note,
+) -> bool:
+    """Merge the only answering adapter into the base permanently, or leave it unmerged.
+
+    Args:
+        model: The base with its adapters, not used elsewhere; after a merge it is a plain model.
+        names: Adapters that answer, or None for the base.
+        labels: Adapter -> its folder as given by the user.
+        wanted: True to merge, False not to, None if the merge is exact and saves time.
+        tokens: Maximum number of new tokens in total.
+        detail: Called with a line if the adapter is merged.
+
+    Returns:
+        Whether the adapter is merged.
+
+    Raises:
+        MergeError: A merge was requested that is not exact or not possible. The model is unchanged.
+    """
+    from lorakit import core
+
+    name = names[0] if len(names) == 1 else None
+    if name is None or wanted is False or (wanted is None and tokens < WORTHWHILE_TOKENS):
+        return False
+    folder = labels[name]
+    reason = core.explain_inexact_merge(model, name)
+    if reason is None:
+        try:
+            core.merge_and_unload(model, name)
+        except MergeError as refusal:  # such as NaN in the result, which only the merge itself detects
+            reason = str(refusal)
+    if reason is None:
+        dtype = str(model.dtype).removeprefix("torch.")
+        detail(f"{folder}: merged into the base in memory, which is exact in {dtype} (--no-merged: not merged)")
+    elif wanted:
+        raise MergeError(
+            f"{folder}: --merged is for exact merges, and this one is not. {reason} Leave out --merged.", where=folder
+        )
+    return reason is None
+
+
 def _check(flags: Flags) -> None:
     check_sampling(flags.temperature, flags.top_p, flags.top_k, flags.seed)
     check_at_least("max_new_tokens", flags.max_new_tokens, 1)
@@ -238,14 +294,14 @@ def _check(flags: Flags) -> None:
 
 def _asker(
     model: Any, tokenizer: Any, names: list[str | None], max_new_tokens: int, sampling: Sampling
-) -> Callable[[list[int]], Any]:
+) -> Callable[[list[int]], Iterable[NewToken]]:
     from lorakit import core
     from lorakit.generate import generate_batch
 
     ends = end_ids(model, tokenizer)
     adapters = names if core.adapters(model) else None  # no adapter is left if the only one is merged
 
-    def ask(ids: list[int]) -> Any:
+    def ask(ids: list[int]) -> Iterable[NewToken]:
         return generate_batch(
             model,
             [ids] * len(names),

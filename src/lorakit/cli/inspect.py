@@ -73,25 +73,25 @@ def as_dict(summary: AdapterSummary, sizes: dict[str, int]) -> dict[str, Any]:
         "base": None if summary.base is None else summary.base.as_dict(),
         "facts": summary.facts,
         "files": sizes,
-        "groups": [group for _, group in groups(summary.sites)],
+        "groups": groups(summary.sites),
         "sites": [asdict(site) for site in summary.sites],
     }
 
 
-def groups(sites: Sequence[SiteSummary]) -> list[tuple[str, dict[str, Any]]]:
+def groups(sites: Sequence[SiteSummary]) -> list[dict[str, Any]]:
     """Group sites by the last name of their path, in order, with statistics of each group.
 
     Args:
         sites: Sites of an adapter.
 
     Returns:
-        Name and {"module", "sites", "shapes", "ranks", "experts", "scales", "norm": {"min", "median", "max"}}.
+        {"module", "sites", "shapes", "ranks", "experts", "scales", "norm": {"min", "median", "max"}}.
     """
     by_name: dict[str, list[SiteSummary]] = {}
     for site in sites:
         module, inside, deeper = site.path.partition(".base_layer")
         by_name.setdefault(module.rpartition(".")[2] + inside + deeper, []).append(site)
-    return [(name, _group(name, members)) for name, members in by_name.items()]
+    return [_group(name, members) for name, members in by_name.items()]
 
 
 def _group(name: str, members: list[SiteSummary]) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _text(summary: AdapterSummary, sizes: dict[str, int], verbose: bool) -> str:
     if not summary.sites:
         return "\n".join([*lines, "no sites"])
     header = ["module", "sites", "out × in", "r", "scale", "‖ΔW‖ min", "median", "max"]
-    return "\n".join([*lines, console.table(header, [_row(group) for _, group in groups(summary.sites)])])
+    return "\n".join([*lines, console.table(header, [_row(group) for group in groups(summary.sites)])])
 
 
 def _verdict(summary: AdapterSummary) -> list[str]:

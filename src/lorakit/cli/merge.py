@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lorakit.cli import console
-from lorakit.cli.adapters import Allowances, read_adapters
+from lorakit.cli.adapters import Allowances, read_adapters, report_training_quantization
 from lorakit.cli.early import MODEL_DTYPES, check_adapters, check_choice, check_model, check_new_directory
-from lorakit.cli.stored import report_training_quantization
 from lorakit.errors import MergeError
 from lorakit.plan.quantized import Quantization, stored_as
 from lorakit.tables import format_bytes, format_count, format_percent

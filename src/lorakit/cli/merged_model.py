@@ -303,7 +303,7 @@ def _probe_ids(model: Any) -> Tensor:
     return torch.randint(rows, (1, min(PROBE_TOKENS, int(limit))), generator=generator)
 
 
-def _logits(model: Any, ids: Tensor, names: Sequence[str]) -> Tensor:
+def _logits(model: torch.nn.Module, ids: Tensor, names: Sequence[str]) -> Tensor:
     """Return logits with adapters or, without names, of the base: (tokens, vocabulary), fp32."""
     with torch.no_grad():
         if not core.adapters(model):
@@ -312,5 +312,5 @@ def _logits(model: Any, ids: Tensor, names: Sequence[str]) -> Tensor:
             return model(input_ids=ids, use_cache=False).logits[0].float()
 
 
-def _dtype_name(model: Any) -> str:
+def _dtype_name(model: torch.nn.Module) -> str:
     return str(model.dtype).removeprefix("torch.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
@@ -56,7 +56,7 @@ class AdapterFlags:
             ConfigError: A value is not allowed; the message names the field.
         """
         usual = [] if self.target_parameters else DEFAULTS["target_modules"].value
-        targets: Any = self.target_modules or usual
+        targets: str | list[str] = self.target_modules or usual
         return LoraConfig(
             r=self.r,
             lora_alpha=self.lora_alpha,

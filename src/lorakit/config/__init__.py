@@ -5,7 +5,15 @@ reading a file is tolerant and reports unknown keys. This package does not depen
 """
 
 from lorakit.config.file import config_file, looks_like_a_hub_id
-from lorakit.config.lora import PEFT_TABLES_OF_VARIANTS, LoraConfig, PeftConfig, PeftConfigMixin
+from lorakit.config.lora import (
+    NOT_BUILT,
+    PEFT_TABLES_OF_VARIANTS,
+    LoraConfig,
+    PeftConfig,
+    PeftConfigMixin,
+    check_built,
+    read_config,
+)
 from lorakit.config.nested import (
     ArrowConfig,
     BdLoraConfig,
@@ -18,7 +26,6 @@ from lorakit.config.nested import (
     MontecloraConfig,
     VeloraConfig,
 )
-from lorakit.config.reading import NOT_BUILT, check_built, read_config
 from lorakit.config.types import API_LEVEL, BIAS_CHOICES, CONFIG_FILE, HEADS_BY_TASK, PeftType, TaskType, scale
 
 __all__ = [

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from lorakit.config.nested import CordaConfig, EvaConfig, LoftQConfig
-from lorakit.config.types import BIAS_CHOICES, PeftType, TaskType
-from lorakit.errors import ConfigError, ConfigTypeError, nearest, warn_caller
+from lorakit.config.types import BIAS_CHOICES, PeftType, TaskType, Value
+from lorakit.errors import ConfigError, ConfigTypeError, did_you_mean, warn_caller
 
 if TYPE_CHECKING:
     from lorakit.config.lora import LoraConfig
+
+Number = TypeVar("Number", int, float)
 
 
 def task(value: TaskType | str | None) -> TaskType | None:
@@ -23,16 +25,13 @@ def task(value: TaskType | str | None) -> TaskType | None:
     Raises:
         ConfigError: The task type is unknown.
     """
-    if value is None:
-        return None
     try:
-        return TaskType(value)
+        return None if value is None else TaskType(value)
     except ValueError:
         allowed = [word.value for word in TaskType]
-        hint = nearest(str(value), allowed, 1)
         raise ConfigError(
             f"Invalid task type: {value!r}. Must be one of the following task types: {', '.join(allowed)}."
-            + (f" Did you mean {hint[0]}?" if hint else ""),
+            + did_you_mean(str(value), allowed),
             what=value,
             field="task_type",
             allowed=allowed,
@@ -45,7 +44,7 @@ def lora(value: PeftType | str | None) -> PeftType:
     Raises:
         ConfigError: The value names another method.
     """
-    if value != PeftType.LORA.value and value in [method.value for method in PeftType]:
+    if value != PeftType.LORA and value in list(PeftType):
         raise ConfigError(
             f"peft_type is {value!r}; only LORA is supported.",
             what=value,
@@ -55,7 +54,7 @@ def lora(value: PeftType | str | None) -> PeftType:
     return PeftType.LORA
 
 
-def names(field: str, value: Any) -> set[str] | str | None:
+def names(field: str, value: Value) -> set[str] | str | None:
     """Return a list of names as a set, or a pattern unchanged.
 
     Raises:
@@ -63,35 +62,30 @@ def names(field: str, value: Any) -> set[str] | str | None:
     """
     if value is None or (isinstance(value, str) and value):
         return value
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise ConfigError(
-            f"{field} is {value!r}; it must be a list of names or one non-empty pattern.", what=value, field=field
-        )
-    entries = list(value)
-    bad = [entry for entry in entries if not isinstance(entry, str) or not entry]
-    if bad:
-        raise ConfigError(f"{field} holds {bad[0]!r}; each entry must be a non-empty name.", what=bad[0], field=field)
-    return set(entries)
+    return set(_entries(field, value, "a list of names or one non-empty pattern"))
 
 
-def plain_list(field: str, value: Any) -> list[str] | None:
+def plain_list(field: str, value: Value) -> list[str] | None:
     """Return a copy of a list of names.
 
     Raises:
         ConfigError: The value is a single string, or an entry is not a name.
     """
-    if value is None:
-        return None
-    if isinstance(value, str):
-        raise ConfigError(
-            f"{field} is {value!r}; it must be a list of names, such as [{value!r}].", what=value, field=field
-        )
-    entries = list(value) if isinstance(value, Iterable) and not isinstance(value, (bytes, Mapping)) else value
-    names(field, entries)
-    return list(entries)
+    return None if value is None else _entries(field, value, f"a list of names, such as [{value!r}]")
 
 
-def parameters(value: Any) -> list[str] | None:
+def _entries(field: str, value: Value, rule: str) -> list[str]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise ConfigError.of(field, value, rule)
+    found = []
+    for entry in value:
+        if not isinstance(entry, str) or not entry:
+            raise ConfigError(f"{field} holds {entry!r}; each entry must be a non-empty name.", what=entry, field=field)
+        found.append(entry)
+    return found
+
+
+def parameters(value: Value) -> list[str] | None:
     """Return a copy of a list of parameter names.
 
     Raises:
@@ -107,94 +101,45 @@ def parameters(value: Any) -> list[str] | None:
     return plain_list("target_parameters", value)
 
 
-def table(field: str, value: Any) -> dict[str, Any]:
-    """Return a copy of a mapping from patterns to values.
+def table(field: str, value: Mapping[str, Number] | None) -> dict[str, Number]:
+    """Return a copy of a mapping from patterns to numbers.
 
     Raises:
         ConfigError: The value is not a mapping, or a key is not a pattern.
     """
     if value is not None and not isinstance(value, Mapping):
-        raise ConfigError(
-            f"{field} is {value!r}; it must be a mapping from name patterns to numbers.", what=value, field=field
-        )
-    bad = [key for key in value or {} if not isinstance(key, str) or not key]
-    if bad:
-        raise ConfigError(
-            f"{field} holds the key {bad[0]!r}; each key must be a non-empty pattern.", what=bad[0], field=field
-        )
+        raise ConfigError.of(field, value, "a mapping from name patterns to numbers")
+    for key in value or {}:
+        if not isinstance(key, str) or not key:
+            raise ConfigError(
+                f"{field} holds the key {key!r}; each key must be a non-empty pattern.", what=key, field=field
+            )
     return dict(value or {})
 
 
-def check_numbers(config: LoraConfig) -> None:
-    """Check ranks, alphas and dropout.
+def check_values(config: LoraConfig) -> None:
+    """Check fields one by one: ranks, alphas and dropout, and fields with a fixed set of values.
 
     Raises:
-        ConfigError: A value is not a number or is out of range.
+        ConfigError: A value is not a number, out of range, or not one of the allowed values.
     """
-    _whole("r", config.r)
-    _finite("lora_alpha", config.lora_alpha)
-    _finite("lora_dropout", config.lora_dropout)
+    for field, rank in {"r": config.r, **_by_key("rank_pattern", config.rank_pattern)}.items():
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ConfigError.of(field, rank, "a whole number of at least 1")
+    single = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    for field, number in {**single, **_by_key("alpha_pattern", config.alpha_pattern)}.items():
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise ConfigError.of(field, number, "a finite number")
     if not 0 <= config.lora_dropout < 1:
-        raise ConfigError(
-            f"lora_dropout is {config.lora_dropout!r}; it must be in [0, 1).",
-            what=config.lora_dropout,
-            field="lora_dropout",
-        )
-    for key, rank in config.rank_pattern.items():
-        _whole(f"rank_pattern[{key!r}]", rank)
-    for key, alpha in config.alpha_pattern.items():
-        _finite(f"alpha_pattern[{key!r}]", alpha)
-
-
-def _whole(field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{field} is {value!r}; it must be a whole number of at least 1.", what=value, field=field)
-
-
-def _finite(field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"{field} is {value!r}; it must be a finite number.", what=value, field=field)
-
-
-def check_words(config: LoraConfig) -> None:
-    """Check fields with a fixed set of values.
-
-    Raises:
-        ConfigError: A value is not one of them.
-    """
+        raise ConfigError.of("lora_dropout", config.lora_dropout, "in [0, 1)")
     if config.bias not in BIAS_CHOICES:
-        raise ConfigError(
-            f"bias is {config.bias!r}; it must be one of {', '.join(map(repr, BIAS_CHOICES))}.",
-            what=config.bias,
-            field="bias",
-            allowed=BIAS_CHOICES,
-        )
+        raise ConfigError.of("bias", config.bias, f"one of {str(BIAS_CHOICES)[1:-1]}", allowed=BIAS_CHOICES)
     if not isinstance(config.init_lora_weights, (bool, str)):
-        raise ConfigError(
-            f"init_lora_weights is {config.init_lora_weights!r}; it must be True, False or a name.",
-            what=config.init_lora_weights,
-            field="init_lora_weights",
-        )
+        raise ConfigError.of("init_lora_weights", config.init_lora_weights, "True, False or a name")
 
 
-def check_layers(config: LoraConfig) -> None:
-    """Check that `layers_to_transform` and `layers_pattern` are used with a list of target modules.
-
-    Raises:
-        ConfigError: `target_modules` is a pattern, or `layers_pattern` is set without `layers_to_transform`.
-    """
-    if isinstance(config.target_modules, str):
-        for field in ("layers_to_transform", "layers_pattern"):
-            if getattr(config, field) is not None:
-                raise ConfigError(
-                    f"`{field}` cannot be used when `target_modules` is a str. Give target_modules as a list.",
-                    field=field,
-                )
-    if config.layers_pattern and config.layers_to_transform is None:
-        raise ConfigError(
-            "When `layers_pattern` is specified, `layers_to_transform` must also be specified.",
-            field="layers_pattern",
-        )
+def _by_key(field: str, pattern: Mapping[str, float]) -> dict[str, float]:
+    return {f"{field}[{key!r}]": value for key, value in pattern.items()}
 
 
 def check_inits(config: LoraConfig) -> None:
@@ -216,8 +161,8 @@ def check_inits(config: LoraConfig) -> None:
     if init != "loftq" and config.loftq_config:
         warn_caller("`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.")
         config.loftq_config = {}
-    for word, field, part in (("eva", "eva_config", EvaConfig), ("corda", "corda_config", CordaConfig)):
-        shown = part.__name__.removesuffix("Config").replace("Eva", "EVA").replace("Corda", "CorDA")
+    for word, shown, part in (("eva", "EVA", EvaConfig), ("corda", "CorDA", CordaConfig)):
+        field = f"{word}_config"
         if init == word and getattr(config, field) is None:
             warn_caller(
                 f"`init_lora_weights` is {word!r} but `{field}` is not specified. Using default {shown} config."
@@ -235,11 +180,22 @@ def check_inits(config: LoraConfig) -> None:
 
 
 def check_together(config: LoraConfig) -> None:
-    """Check fields that exclude each other.
+    """Check fields that need or exclude each other.
 
     Raises:
-        ConfigError: Two fields exclude each other.
+        ConfigError: A field is set without one that it needs, or with one that excludes it.
     """
+    of_layers = [name for name in ("layers_to_transform", "layers_pattern") if getattr(config, name) is not None]
+    if isinstance(config.target_modules, str) and of_layers:
+        raise ConfigError(
+            f"`{of_layers[0]}` cannot be used when `target_modules` is a str. Give target_modules as a list.",
+            field=of_layers[0],
+        )
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ConfigError(
+            "When `layers_pattern` is specified, `layers_to_transform` must also be specified.",
+            field="layers_pattern",
+        )
     if config.use_dora and config.megatron_config:
         raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.", field="use_dora")
     if config.lora_bias and config.init_lora_weights not in (True, False):

@@ -1,7 +1,7 @@
 """`LoraConfig` and its base `PeftConfig`: PEFT's fields and methods; the only module that defines field defaults.
 
-The constructor is strict. Known but unimplemented options are accepted here and rejected on use (`reading.py`). This
-module does not depend on models, matching or tensors.
+The constructor is strict; `read_config` reads files of any PEFT version tolerantly. Known but unimplemented options are
+accepted here and rejected on use (`check_built`). This module does not depend on models, matching or tensors.
 """
 
 from __future__ import annotations
@@ -15,36 +15,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lorakit.config import checks
+from lorakit.config import checks, nested
 from lorakit.config.file import config_file, read_values
-from lorakit.config.nested import (
-    ArrowConfig,
-    BdLoraConfig,
-    CordaConfig,
-    EvaConfig,
-    KasaConfig,
-    LoftQConfig,
-    LoraGAConfig,
-    LoraRuntimeConfig,
-    MontecloraConfig,
-    VeloraConfig,
-    restored,
-)
-from lorakit.config.types import API_LEVEL, CONFIG_FILE, PeftType, TaskType, check_types, plain
+from lorakit.config.types import API_LEVEL, CONFIG_FILE, PeftType, TaskType, Value, check_types, plain
 from lorakit.durable import write_json
-from lorakit.errors import ConfigError, ConfigTypeError, warn_caller
+from lorakit.errors import AdapterFileError, ConfigError, ConfigTypeError, NotYetSupported, warn_caller
 
 Config = TypeVar("Config", bound="PeftConfigMixin")
 
 PARTS: Mapping[str, type] = {
-    "eva_config": EvaConfig,
-    "corda_config": CordaConfig,
-    "lora_ga_config": LoraGAConfig,
-    "velora_config": VeloraConfig,
-    "monteclora_config": MontecloraConfig,
-    "use_bdlora": BdLoraConfig,
-    "arrow_config": ArrowConfig,
-    "kasa_config": KasaConfig,
+    "runtime_config": nested.LoraRuntimeConfig,
+    "eva_config": nested.EvaConfig,
+    "corda_config": nested.CordaConfig,
+    "lora_ga_config": nested.LoraGAConfig,
+    "velora_config": nested.VeloraConfig,
+    "monteclora_config": nested.MontecloraConfig,
+    "use_bdlora": nested.BdLoraConfig,
+    "arrow_config": nested.ArrowConfig,
+    "kasa_config": nested.KasaConfig,
 }
 """Fields that hold a nested config."""
 
@@ -107,9 +95,13 @@ class PeftConfigMixin:
 
     def as_json(self) -> dict[str, Any]:
         """Return the contents of `adapter_config.json`: plain values, sets as sorted lists, unknown keys."""
-        return {**self.unknown, **{name: _plain(value) for name, value in self.to_dict().items()}}
+        values = dict(self.unknown)
+        for name, value in self.to_dict().items():
+            stored = value.value if isinstance(value, enum.Enum) else value
+            values[name] = sorted(stored) if isinstance(stored, (set, frozenset)) else stored
+        return values
 
-    def with_fields(self: Config, **fields: Any) -> Config:
+    def with_fields(self: Config, **fields: Value) -> Config:
         """Return an independent copy with some fields changed, without repeating checks and warnings.
 
         Args:
@@ -120,7 +112,7 @@ class PeftConfigMixin:
             setattr(twin, name, value)
         return twin
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Value) -> None:
         """Write `adapter_config.json` into a directory.
 
         Args:
@@ -143,8 +135,8 @@ class PeftConfigMixin:
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         subfolder: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: str | bool | None,
+    ) -> PeftConfigMixin:
         """Read `adapter_config.json` from a directory or the Hub.
 
         Args:
@@ -160,12 +152,12 @@ class PeftConfigMixin:
             ConfigError: A value is not allowed, or the method is not LORA.
             ConfigTypeError: The file has unknown keys and no `peft_type`, so it is not a config.
         """
-        path = config_file(pretrained_model_name_or_path, subfolder, kwargs.get("revision"))
-        values = cls.from_json_file(path)
-        return cls.from_peft_type(**cls.check_kwargs(**values))
+        revision = kwargs.get("revision")
+        path = config_file(pretrained_model_name_or_path, subfolder, None if revision is None else str(revision))
+        return cls.from_peft_type(**cls.check_kwargs(**cls.from_json_file(path)))
 
     @classmethod
-    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Value) -> dict[str, Any]:
         """Return the contents of a config file without process-local settings.
 
         Args:
@@ -181,7 +173,7 @@ class PeftConfigMixin:
         return values
 
     @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> Any:
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfigMixin:
         """Create a config of the class for its `peft_type`; unknown fields are reported and preserved.
 
         Args:
@@ -296,23 +288,23 @@ class LoraConfig(PeftConfig):
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: LoftQConfig | dict[str, Any] = field(default_factory=dict)
-    eva_config: EvaConfig | None = None
-    corda_config: CordaConfig | None = None
-    lora_ga_config: LoraGAConfig | None = None
+    loftq_config: nested.LoftQConfig | dict[str, Any] = field(default_factory=dict)
+    eva_config: nested.EvaConfig | None = None
+    corda_config: nested.CordaConfig | None = None
+    lora_ga_config: nested.LoraGAConfig | None = None
     use_dora: bool = False
-    velora_config: VeloraConfig | None = None
+    velora_config: nested.VeloraConfig | None = None
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
-    monteclora_config: MontecloraConfig | None = None
+    monteclora_config: nested.MontecloraConfig | None = None
     layer_replication: list[tuple[int, int]] | None = None
-    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    runtime_config: nested.LoraRuntimeConfig = field(default_factory=nested.LoraRuntimeConfig)
     lora_bias: bool = False
     target_parameters: list[str] | None = None
-    use_bdlora: BdLoraConfig | None = None
-    arrow_config: ArrowConfig | None = None
-    kasa_config: KasaConfig | None = None
+    use_bdlora: nested.BdLoraConfig | None = None
+    arrow_config: nested.ArrowConfig | None = None
+    kasa_config: nested.KasaConfig | None = None
     ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
@@ -327,12 +319,10 @@ class LoraConfig(PeftConfig):
         self.rank_pattern = checks.table("rank_pattern", self.rank_pattern)
         self.alpha_pattern = checks.table("alpha_pattern", self.alpha_pattern)
         for name, part in PARTS.items():
-            setattr(self, name, restored(name, getattr(self, name), part))
-        self.runtime_config = restored("runtime_config", self.runtime_config, LoraRuntimeConfig) or LoraRuntimeConfig()
+            setattr(self, name, nested.restored(name, getattr(self, name), part))
+        self.runtime_config = self.runtime_config or nested.LoraRuntimeConfig()
         check_types(self, CHECKED_BY_VALUE)
-        checks.check_numbers(self)
-        checks.check_words(self)
-        checks.check_layers(self)
+        checks.check_values(self)
         checks.check_inits(self)
         checks.check_together(self)
         self.custom_modules: dict[type, type] | None = None
@@ -364,9 +354,88 @@ class LoraConfig(PeftConfig):
         self.custom_modules = {**(self.custom_modules or {}), **mapping}
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    return value
+NOT_BUILT: Mapping[str, Any] = {
+    "megatron_config": None,
+    "velora_config": None,
+    "use_qalora": False,
+    "monteclora_config": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+}
+"""Fields that are not supported -> the value that leaves them off."""
+
+ARITHMETIC = ("use_", "init_", "lora_", "target_", "rank_", "alpha_", "scal")
+"""Prefixes of field names that suggest a change of the computation."""
+
+
+def check_built(config: LoraConfig) -> None:
+    """Reject a config with unsupported features, or with unknown fields that seem to change the computation.
+
+    An unknown field is harmless if its value is null, false, zero or empty. With another value it is rejected if its
+    name suggests arithmetic: it ends in "_config" or starts like PEFT's own such fields (`ARITHMETIC`). Other unknown
+    fields are ignored, and `read_config` reports them.
+
+    Args:
+        config: A config about to be used.
+
+    Raises:
+        NotYetSupported: The config uses an unsupported feature; the message names the field.
+    """
+    for name, neutral in NOT_BUILT.items():
+        value = getattr(config, name)
+        if value is not None and value != neutral:
+            raise NotYetSupported(f"{name} is {value!r}: not supported yet; use {neutral!r}.", field=name)
+    for name, value in config.unknown.items():
+        if value and (name.endswith("_config") or name.startswith(ARITHMETIC)):
+            raise NotYetSupported(
+                f"{name} is {value!r}: an unknown field of another PEFT version that seems to change the computation. "
+                "Remove it from the config if it does not.",
+                field=name,
+            )
+
+
+_WITHOUT_MEANING = frozenset({"megatron_core", "qalora_group_size", "runtime_config"})
+
+
+def read_config(folder: str | os.PathLike[str]) -> tuple[LoraConfig, list[str]]:
+    """Read a config that lorakit or any version of PEFT wrote.
+
+    Args:
+        folder: A directory with `adapter_config.json`, or that file.
+
+    Returns:
+        The config, and the unknown keys of the file; they are kept in `config.unknown`.
+
+    Raises:
+        AdapterFileError: The file is missing, not JSON, of another method, or has a value that is not allowed.
+        NotYetSupported: The file uses an unsupported feature, so its weights would be misread.
+    """
+    path = Path(folder)
+    if not path.exists():
+        raise AdapterFileError(
+            f"{path}: directory not found; an adapter is a directory with {CONFIG_FILE}.", where=path
+        )
+    path = path / CONFIG_FILE if path.is_dir() else path
+    if not path.exists():
+        raise AdapterFileError(f"{path.parent}: no {CONFIG_FILE}, so this is not an adapter.", where=path.parent)
+    values = read_values(path)
+    method = values.get("peft_type", PeftType.LORA.value)
+    if method != PeftType.LORA.value:
+        raise AdapterFileError(
+            f"{path}: peft_type is {method!r}; only LORA adapters are supported.",
+            what=method,
+            where=path,
+            field="peft_type",
+            allowed=(PeftType.LORA.value,),
+        )
+    known = {f.name for f in dataclasses.fields(LoraConfig)} - _WITHOUT_MEANING
+    unknown = {key: value for key, value in values.items() if key not in known | _WITHOUT_MEANING}
+    try:
+        config = LoraConfig(**{key: value for key, value in values.items() if key in known})
+        config.unknown = unknown
+        check_built(config)
+    except (ConfigError, NotYetSupported) as cause:
+        kind = AdapterFileError if isinstance(cause, ConfigError) else NotYetSupported
+        raise kind(f"{path}: {cause}", **{**cause.fields, "where": path}) from None
+    return config, sorted(unknown)

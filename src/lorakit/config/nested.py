@@ -1,6 +1,6 @@
 """Nested configs of `LoraConfig`: settings of inits and variants, with PEFT's names, defaults and checks.
 
-They hold numbers and strings only; `lorakit.core` uses them. Unsupported ones raise an error on use (`reading.py`).
+They hold numbers and strings only; `lorakit.core` uses them. Unsupported ones raise an error on use (`check_built`).
 """
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from lorakit.config.types import check_types
+from lorakit.config.types import Dataclass, Value, check_types
 from lorakit.errors import ConfigError, ConfigTypeError
 
-Part = TypeVar("Part")
+Part = TypeVar("Part", bound=Dataclass)
 
 VELORA_STARTS = ("batch_average", "batch_average_once", "random")
 
 
-def restored(field: str, value: Any, part: type[Part]) -> Part | None:
+def restored(field: str, value: Part | Value, part: type[Part]) -> Part | None:
     """Return a nested config as an instance of its class; unknown keys of a dict from JSON are dropped.
 
     Args:
@@ -33,7 +33,7 @@ def restored(field: str, value: Any, part: type[Part]) -> Part | None:
     if value is None or isinstance(value, part):
         return value
     if isinstance(value, Mapping):
-        known = {f.name for f in dataclasses.fields(part) if f.init}  # type: ignore[arg-type]
+        known = {f.name for f in dataclasses.fields(part) if f.init}
         try:
             return part(**{key: entry for key, entry in value.items() if key in known})
         except ConfigError as cause:
@@ -49,6 +49,7 @@ def _at_least(name: str, value: float, least: float, said: str, *, strict: bool 
         raise ConfigError(f"`{name}` {said}, got {value!r}.", what=value, field=name)
 
 
+@dataclass
 class _Typed:
     """A config that checks its fields against their annotations."""
 
@@ -256,10 +257,8 @@ class ArrowConfig(_Typed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.top_k <= 0:
-            raise ConfigError(f"top_k cannot be negative or zero, got {self.top_k!r}.")
-        if self.router_temperature <= 0:
-            raise ConfigError(f"router_temperature must be greater than 0, got {self.router_temperature!r}.")
+        _at_least("top_k", self.top_k, 0, "cannot be negative or zero", strict=True)
+        _at_least("router_temperature", self.router_temperature, 0, "must be greater than 0", strict=True)
 
 
 @dataclass

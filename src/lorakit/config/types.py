@@ -15,9 +15,22 @@ import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from lorakit.errors import ConfigTypeError
+
+Value: TypeAlias = "str | bytes | float | os.PathLike[str] | Mapping[str, Value] | Iterable[Value] | None"
+"""A value of a field as users and files give it: JSON's values, and any iterable as a list."""
+
+Hint: TypeAlias = "type | types.UnionType | types.GenericAlias"
+"""A field's annotation."""
+
+
+class Dataclass(Protocol):
+    """An instance of any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
 
 API_LEVEL = "0.22.0"
 """Version of PEFT's interface and files that is followed."""
@@ -112,7 +125,7 @@ def scale(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
-_PLAIN: Mapping[Any, tuple[type | tuple[type, ...], str]] = {
+_PLAIN: Mapping[Hint, tuple[type | tuple[type, ...], str]] = {
     bool: (bool, "true or false"),
     int: (numbers.Integral, "a whole number"),
     float: (numbers.Real, "a number"),
@@ -121,7 +134,7 @@ _PLAIN: Mapping[Any, tuple[type | tuple[type, ...], str]] = {
 }
 
 
-def check_types(config: Any, leave: Collection[str] = ()) -> None:
+def check_types(config: Dataclass, leave: Collection[str] = ()) -> None:
     """Check the fields of a dataclass against their annotations.
 
     Args:
@@ -134,18 +147,17 @@ def check_types(config: Any, leave: Collection[str] = ()) -> None:
     for name, hint in _hints(config.__class__).items():
         value = getattr(config, name)
         if name not in leave and not _fits(value, hint):
-            raise ConfigTypeError(f"{name} is {value!r}; it must be {_words(hint)}.", what=value, field=name)
+            raise ConfigTypeError.of(name, value, _words(hint))
 
 
 @cache
-def _hints(kind: Any) -> dict[str, Any]:
+def _hints(kind: type) -> dict[str, Any]:
     """Return field -> annotation for fields defined by lorakit; a user's subclass may add fields."""
     ours = next(part for part in kind.__mro__ if part.__module__.partition(".")[0] == "lorakit")
-    hints = typing.get_type_hints(ours)
-    return {field.name: hints[field.name] for field in dataclasses.fields(ours)}
+    return typing.get_type_hints(ours)
 
 
-def plain(value: Any) -> Any:
+def plain(value: Value) -> Value:
     """Return a value that a file can store: foreign numbers as Python's, ranges, arrays and generators as lists.
 
     Args:
@@ -165,10 +177,8 @@ def plain(value: Any) -> Any:
     return tuple(entries) if isinstance(value, tuple) else entries
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: Value, hint: Hint) -> bool:
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in inside)
     if hint in _PLAIN:
@@ -176,15 +186,18 @@ def _fits(value: Any, hint: Any) -> bool:
             return value is None or isinstance(value, bool)
         return isinstance(value, _PLAIN[hint][0]) and not isinstance(value, bool)
     if origin is dict:
-        return isinstance(value, Mapping) and all(_fits(k, inside[0]) and _fits(v, inside[1]) for k, v in value.items())
+        if not isinstance(value, Mapping) or not all(_fits(key, inside[0]) for key in value):
+            return False
+        return inside[1] is Any or all(_fits(entry, inside[1]) for entry in value.values())
     if origin in (list, set, tuple):
-        plain = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
-        fixed = origin is tuple
-        return plain and (not fixed or len(value) == len(inside)) and all(_fits(entry, inside[0]) for entry in value)
-    return isinstance(value, hint)
+        if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+            return False
+        entries = list(value)
+        return (origin is not tuple or len(entries) == len(inside)) and all(_fits(each, inside[0]) for each in entries)
+    return isinstance(hint, type) and isinstance(value, hint)
 
 
-def _words(hint: Any, many: bool = False) -> str:
+def _words(hint: Hint, many: bool = False) -> str:
     """Describe an annotation, such as "a list of whole numbers, or None"."""
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):

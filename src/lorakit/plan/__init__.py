@@ -12,8 +12,7 @@ from lorakit.plan.estimating import Method, Plan, estimate
 from lorakit.plan.flops import Flops
 from lorakit.plan.job import Job, Speed
 from lorakit.plan.memory import Line, Memory
-from lorakit.plan.params import Count, SiteCount, count
-from lorakit.plan.ranks import RankTable, rank_table
+from lorakit.plan.params import Count, RankTable, SiteCount, count, rank_table
 from lorakit.plan.text import details, render, summary
 
 __all__ = [

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
 
 from lorakit.errors import ConfigError
 from lorakit.plan.estimating import Plan, estimate
@@ -82,8 +81,9 @@ def within(plan: Plan, budget_bytes: int) -> Fitting:
     )
 
 
-def _with(plan: Plan, **fields: Any) -> Plan:
-    made = estimate(plan.shape, plan.config, replace(plan.job, **fields), plan.speed, allow_partial=True)
+def _with(plan: Plan, recompute: str, batch_rows: int | None = None) -> Plan:
+    job = replace(plan.job, recompute=recompute, batch_rows=batch_rows or plan.job.batch_rows)
+    made = estimate(plan.shape, plan.config, job, plan.speed, allow_partial=True)
     return replace(made, ranks=plan.ranks)
 
 

@@ -58,53 +58,21 @@ def _ids(owner: str, *names: str) -> tuple[str, ...]:
 
 
 _ENTRIES: tuple[Entry, ...] = (
-    Entry(
-        ("gpt2", "openai-community/gpt2", "gpt2-small", "gpt-2"),
-        gpt2,
-        124_439_808,
-        Sizes(768, 12, 12, 50_257, 1024),
-        _GPT2,
-        "float32",
+    *(
+        Entry((name, f"openai-community/{name}", *others), gpt2, count, sizes, _GPT2, "float32")
+        for name, others, count, sizes in (
+            ("gpt2", ("gpt2-small", "gpt-2"), 124_439_808, Sizes(768, 12, 12, 50_257, 1024)),
+            ("gpt2-medium", (), 354_823_168, Sizes(1024, 24, 16, 50_257, 1024)),
+            ("gpt2-large", (), 774_030_080, Sizes(1280, 36, 20, 50_257, 1024)),
+            ("gpt2-xl", (), 1_557_611_200, Sizes(1600, 48, 25, 50_257, 1024)),
+        )
     ),
-    Entry(
-        ("gpt2-medium", "openai-community/gpt2-medium"),
-        gpt2,
-        354_823_168,
-        Sizes(1024, 24, 16, 50_257, 1024),
-        _GPT2,
-        "float32",
-    ),
-    Entry(
-        ("gpt2-large", "openai-community/gpt2-large"),
-        gpt2,
-        774_030_080,
-        Sizes(1280, 36, 20, 50_257, 1024),
-        _GPT2,
-        "float32",
-    ),
-    Entry(
-        ("gpt2-xl", "openai-community/gpt2-xl"),
-        gpt2,
-        1_557_611_200,
-        Sizes(1600, 48, 25, 50_257, 1024),
-        _GPT2,
-        "float32",
-    ),
-    Entry(
-        ("bert-base-uncased", "google-bert/bert-base-uncased", "bert-base", "bert"),
-        bert,
-        109_482_240,
-        Sizes(768, 12, 12, 30_522, 512),
-        _BERT,
-        "float32",
-    ),
-    Entry(
-        ("bert-large-uncased", "google-bert/bert-large-uncased", "bert-large"),
-        bert,
-        335_141_888,
-        Sizes(1024, 24, 16, 30_522, 512),
-        _BERT,
-        "float32",
+    *(
+        Entry((name, f"google-bert/{name}", *others), bert, count, sizes, _BERT, "float32")
+        for name, others, count, sizes in (
+            ("bert-base-uncased", ("bert-base", "bert"), 109_482_240, Sizes(768, 12, 12, 30_522, 512)),
+            ("bert-large-uncased", ("bert-large",), 335_141_888, Sizes(1024, 24, 16, 30_522, 512)),
+        )
     ),
     Entry(
         _ids("meta-llama", "Llama-3.1-8B", "Llama-3.1-8B-Instruct"),
@@ -113,19 +81,12 @@ _ENTRIES: tuple[Entry, ...] = (
         Sizes(4096, 32, 32, 128_256, 131_072, 14_336, 8, tied=False),
         _LLAMA,
     ),
-    Entry(
-        _ids("meta-llama", "Llama-3.2-1B", "Llama-3.2-1B-Instruct"),
-        llama,
-        1_235_814_400,
-        Sizes(2048, 16, 32, 128_256, 131_072, 8192, 8),
-        _LLAMA32,
-    ),
-    Entry(
-        _ids("meta-llama", "Llama-3.2-3B", "Llama-3.2-3B-Instruct"),
-        llama,
-        3_212_749_824,
-        Sizes(3072, 28, 24, 128_256, 131_072, 8192, 8),
-        _LLAMA32,
+    *(
+        Entry(_ids("meta-llama", f"Llama-3.2-{size}", f"Llama-3.2-{size}-Instruct"), llama, count, sizes, _LLAMA32)
+        for size, count, sizes in (
+            ("1B", 1_235_814_400, Sizes(2048, 16, 32, 128_256, 131_072, 8192, 8)),
+            ("3B", 3_212_749_824, Sizes(3072, 28, 24, 128_256, 131_072, 8192, 8)),
+        )
     ),
     Entry(
         _ids("meta-llama", "Llama-3.3-70B-Instruct", "Llama-3.1-70B", "Llama-3.1-70B-Instruct"),

@@ -13,16 +13,51 @@ from typing import Any
 
 from lorakit.architectures.shapes import ModelShape
 from lorakit.config import LoraConfig
-from lorakit.plan import accelerated, activations, files, flops, memory, params, words
+from lorakit.plan import accelerated, activations, flops, memory, params
 from lorakit.plan import flops as timing
-from lorakit.plan.files import FileSize
 from lorakit.plan.flops import Flops
-from lorakit.plan.job import Job, Speed
+from lorakit.plan.job import DTYPE_BYTES, MASTER_BYTES, Job, Speed
 from lorakit.plan.memory import Memory
-from lorakit.plan.params import Count
-from lorakit.plan.ranks import RankTable, rank_table
+from lorakit.plan.params import Count, Group, RankTable, rank_table
 from lorakit.plan.stacking import stacked
 from lorakit.tables import format_percent
+from lorakit.targets import SEVERAL_MODULES
+
+
+@dataclass(frozen=True)
+class FileSize:
+    """Size of one file.
+
+    Attributes:
+        what: Its name.
+        formula: How the size is computed.
+        size_bytes: The size.
+    """
+
+    what: str
+    formula: str
+    size_bytes: int
+
+
+def sizes(shape: ModelShape, counted: Count) -> list[FileSize]:
+    """Return the sizes on disk of LoRA and of full fine-tuning. [docs/math.md (40)-(43)]
+
+    Args:
+        shape: The base.
+        counted: The adapter.
+
+    Returns:
+        Adapter; adapter with Adam's two moments; model; checkpoint of full fine-tuning in fp32 with two moments.
+    """
+    trained, held, base = counted.trainable, counted.saved_parameters, shape.parameters
+    whole = f"3 × 4 × {trained:,}" if held == trained else f"4 × {held:,} + 2 × 4 × {trained:,}"
+    published = DTYPE_BYTES.get(shape.dtype, MASTER_BYTES)
+    return [
+        FileSize("adapter, fp32", f"4 × {held:,}", MASTER_BYTES * held),
+        FileSize("adapter with Adam's two moments", whole, MASTER_BYTES * (held + 2 * trained)),
+        FileSize(f"full model, {shape.dtype}", f"{published} × {base:,}", published * base),
+        FileSize("full checkpoint with Adam's two moments", f"3 × 4 × {base:,}", 3 * MASTER_BYTES * base),
+    ]
 
 
 @dataclass(frozen=True)
@@ -50,6 +85,9 @@ class Method:
     run_seconds: float | None
     saved_bytes: int
     resumable_bytes: int
+
+
+_MODEL_FIELDS = ("name", "source", "architecture", "parameters", "layers", "hidden", "vocab", "positions", "tied")
 
 
 @dataclass(frozen=True)
@@ -86,17 +124,7 @@ class Plan:
         """Return the whole plan as JSON values: the same content as the text."""
         shape, counted = self.shape, self.counted
         return {
-            "model": {
-                "name": shape.name,
-                "source": shape.source,
-                "architecture": shape.architecture,
-                "parameters": shape.parameters,
-                "layers": shape.layers,
-                "hidden": shape.hidden,
-                "vocab": shape.vocab,
-                "positions": shape.positions,
-                "tied": shape.tied,
-            },
+            "model": {name: getattr(shape, name) for name in _MODEL_FIELDS},
             "adapter": {
                 "trainable": counted.trainable,
                 "base": counted.base,
@@ -155,8 +183,8 @@ def estimate(
     job = job if activations.packs(shape) else dataclasses.replace(job, mean_tokens=None)  # padding is then computed
     shape, config = stacked(shape, config), dataclasses.replace(config, layer_replication=None)
     counted = params.count(shape, config, allow_partial=allow_partial, optimizer=job.optimizer)
-    sizes = files.sizes(shape, counted)
-    saved = [size.size_bytes for size in sizes]
+    on_disk = sizes(shape, counted)
+    saved = [file.size_bytes for file in on_disk]
     lora = _method(
         "LoRA",
         counted.trainable,
@@ -179,10 +207,10 @@ def estimate(
         job=job,
         speed=speed,
         counted=counted,
-        reasons=tuple(words.reasons(counted, config)),
+        reasons=tuple(reasons(counted, config)),
         lora=lora,
         full=full,
-        files=tuple(sizes),
+        files=tuple(on_disk),
         ranks=rank_table(shape, config, ranks, job.optimizer) if ranks else None,
         notes=(*_notes(shape, counted, job, speed, lora.memory), *_experts_note(shape, counted)),
     )
@@ -281,3 +309,77 @@ def _method_dict(method: Method) -> dict[str, Any]:
         "saved_bytes": method.saved_bytes,
         "resumable_bytes": method.resumable_bytes,
     }
+
+
+_MANY_GROUPS = 8
+
+
+def reasons(counted: Count, config: LoraConfig) -> list[str]:
+    """Return why each target matched what it did, and how the total is formed.
+
+    Args:
+        counted: The counts.
+        config: The config that was counted.
+
+    Returns:
+        Messages, each self-contained.
+    """
+    by_entry: dict[str, list[Group]] = {}
+    for group in counted.groups():
+        by_entry.setdefault(group.entry, []).append(group)
+    sentences = [_entry(entry, groups) for entry, groups in sorted(by_entry.items())]
+    sentences.append(_sum(counted))
+    sentences.append(_idle(config))
+    sentences += config.notes_on_own_numbers(counted.magnitudes)
+    if counted.frozen:
+        sentences.append(f"LoRA-FA freezes one factor of each site: {counted.frozen:,} parameters, not included.")
+    for path, count in counted.saved.items():
+        sentences.append(f"{path} is a saved module with {count:,} parameters.")
+    for path, count in counted.rows.items():
+        sentences.append(f"{path} has trainable token rows with {count:,} parameters.")
+    if config.bias != "none":
+        sentences.append(f"bias={config.bias!r} trains {counted.biases:,} biases of the base.")
+    # `_entry` already reports which modules a name matches, with counts
+    sentences += [note.text for note in counted.notes if note.kind != SEVERAL_MODULES]
+    sentences += [unmatched.text for unmatched in counted.missing]
+    return sentences
+
+
+def _entry(entry: str, groups: list[Group]) -> str:
+    parts = [f"{g.label} ({g.in_features:,}→{g.out_features:,}, {_kinds(g)}), {g.each:,} each" for g in groups]
+    if len(groups) == 1:
+        return f"{entry!r} matches {parts[0]}."
+    if entry.lower() == "all-linear":
+        return f"{entry!r} matches every dense layer except the output head: {'; '.join(parts)}."
+    attention = [g.label for g in groups if "attn" in g.label or "attention" in g.label]
+    mlp = [g.label for g in groups if "mlp" in g.label]
+    where = ", in the attention and in the MLP" if attention and mlp else ""
+    return f"{entry!r} matches {len(groups)} different modules{where}: {' and '.join(parts)}."
+
+
+def _kinds(group: Group) -> str:
+    if group.experts > 1:
+        return f"{group.sites} × {group.experts} experts in one parameter"
+    return f"{group.sites} × {group.kind}" if group.sites > 1 else f"one {group.kind}"
+
+
+def _sum(counted: Count) -> str:
+    groups = counted.groups()
+    by_sites: dict[int, list[Group]] = {}
+    for group in groups:
+        by_sites.setdefault(group.sites, []).append(group)
+    total = sum(group.trainable for group in groups)
+    if len(groups) > _MANY_GROUPS:
+        return f"In total {len(counted.sites):,} sites with {total:,} parameters."
+    terms = []
+    for count, members in by_sites.items():
+        inner = " + ".join(f"{group.each:,}" for group in members)
+        terms.append(f"{count} × ({inner})" if len(members) > 1 else f"{count} × {inner}")
+    each = "out (for an embedding in)" if counted.frozen else "(in + out)"
+    each += ", and each expert the same" if any(group.experts > 1 for group in groups) else ""
+    return f"{' + '.join(terms)} = {total:,}; each site trains r × {each}" + (" + out." if counted.magnitudes else ".")
+
+
+def _idle(config: LoraConfig) -> str:
+    parts = "Dropout has no parameters" if config.lora_dropout else "Dropout, if set, has no parameters"
+    return parts + (', and bias "none" adds none.' if config.bias == "none" else ".")

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorakit.errors import ConfigError, nearest
+from lorakit.errors import ConfigError
 from lorakit.plan.quantized import storage_named
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 """Bytes per element by dtype."""
+
+MASTER_BYTES = 4
+"""Bytes of a trained parameter: adapters are held and saved in fp32."""
 
 DTYPE_NAMES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 """Short names of the dtypes."""
@@ -73,32 +76,17 @@ class Job:
         for name in ("batch_rows", "length_tokens", "accumulation", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(
-                    f"{name} is {value!r}; it must be a whole number of at least 1.", what=value, field=name
-                )
+                raise ConfigError.of(name, value, "a whole number of at least 1")
         if self.mean_tokens is not None and not 0 < self.mean_tokens <= self.length_tokens:
-            raise ConfigError(
-                f"mean_tokens is {self.mean_tokens!r}; it must be above 0 and at most length_tokens, "
-                f"{self.length_tokens}.",
-                what=self.mean_tokens,
-                field="mean_tokens",
+            raise ConfigError.of(
+                "mean_tokens", self.mean_tokens, f"above 0, at most {self.length_tokens} (length_tokens)"
             )
         if self.quantization is not None:
             storage_named(self.quantization)
         if self.optimizer not in OPTIMIZERS:
-            raise ConfigError(
-                f"optimizer is {self.optimizer!r}; it must be {' or '.join(OPTIMIZERS)}.",
-                what=self.optimizer,
-                field="optimizer",
-                allowed=OPTIMIZERS,
-            )
+            raise ConfigError.of("optimizer", self.optimizer, " or ".join(OPTIMIZERS), allowed=OPTIMIZERS)
         if self.recompute not in RECOMPUTED:
-            raise ConfigError(
-                f"recompute is {self.recompute!r}; it must be one of {', '.join(RECOMPUTED)}.",
-                what=self.recompute,
-                field="recompute",
-                allowed=RECOMPUTED,
-            )
+            raise ConfigError.of("recompute", self.recompute, allowed=RECOMPUTED)
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -210,9 +198,5 @@ def dtype_name(word: str) -> str:
     """
     name = DTYPE_NAMES.get(word, word)
     if name not in DTYPE_BYTES:
-        hint = nearest(word, [*DTYPE_BYTES, *DTYPE_NAMES], 1)
-        raise ConfigError(
-            f"dtype is {word!r}; it must be one of {', '.join(DTYPE_BYTES)}"
-            + (f". Did you mean {hint[0]}?" if hint else ".")
-        )
+        raise ConfigError.of("dtype", word, allowed=(*DTYPE_BYTES, *DTYPE_NAMES))
     return name

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from lorakit.architectures.shapes import ModelShape
 from lorakit.plan import accelerated, activations
 from lorakit.plan.activations import Activations
-from lorakit.plan.files import MASTER_BYTES
-from lorakit.plan.job import Job
+from lorakit.plan.job import MASTER_BYTES, Job
 from lorakit.plan.params import Count
 from lorakit.plan.quantized import StoredBase, stored
 from lorakit.targets.layer_types import EMBEDDING

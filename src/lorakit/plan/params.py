@@ -7,13 +7,13 @@ once. This module knows nothing about bytes, time or files.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lorakit.architectures.shapes import ModelShape, SiteShape, role, short_roles
 from lorakit.config import LoraConfig, scale
-from lorakit.errors import TargetError
+from lorakit.errors import TargetError, UsageError
 from lorakit.plan.stacking import stacked
 from lorakit.targets import BareParameter, Candidate, Match, Note, Unmatched, match_path, names_path, resolve
 from lorakit.targets.layer_types import EMBEDDING, LINEAR, PARAMETER
@@ -64,7 +64,7 @@ def with_new_tokens(shape: ModelShape, config: LoraConfig, tokens: int) -> LoraC
     rows = list(range(embedding.in_features, embedding.in_features + tokens))
     heads = [s for s in shape.sites if s.kind == LINEAR and not s.dense and s.out_features == embedding.in_features]
     apart = [head.path for head in heads if head.tied_to != embedding.path]
-    asked: Any = dict.fromkeys((embedding.path, *apart), rows) if apart else rows
+    asked = dict.fromkeys((embedding.path, *apart), rows) if apart else rows
     return config.with_fields(trainable_token_indices=asked)
 
 
@@ -296,14 +296,9 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
     shape = stacked(shape, config)
     bare, in_first = _bare_parameters(shape), {other.path for other in shape.others if other.in_first}
     resolution = resolve(candidates(shape), config, allow_partial=allow_partial, parameters=bare)
-    by_path = {site.path: site for site in shape.sites}
-    shapes = {parameter.path: parameter.shape for parameter in bare}
-    sites = tuple(
-        _parameter_count(_canonical(shapes[match_path(match)], match.path in in_first), match, config, optimizer)
-        if match.parameter
-        else _site_count(by_path[match.path], match, config, optimizer)
-        for match in resolution.matches
-    )
+    sizes = {parameter.path: _canonical(parameter.shape, parameter.path in in_first) for parameter in bare}
+    sizes |= {site.path: (1, site.out_features, site.in_features) for site in shape.sites}
+    sites = tuple(_site_count(match, sizes[match_path(match)], config, optimizer) for match in resolution.matches)
     saved = {path: _whole(shape, path) for path in resolution.saved}
     biases = _biases(shape, config.bias, {site.path for site in sites}, tuple(saved))
     rows = trained_rows(shape, config, {site.path for site in sites})
@@ -326,20 +321,24 @@ def candidates(shape: ModelShape) -> list[Candidate]:
     return found
 
 
-def _site_count(site: SiteShape, match: Match, config: LoraConfig, optimizer: str) -> SiteCount:
-    stays = site.out_features if site.kind == EMBEDDING else site.in_features
-    lorafa = match.rank * stays if optimizer == "lorafa" else 0
+def _site_count(match: Match, size: tuple[int, int, int], config: LoraConfig, optimizer: str) -> SiteCount:
+    """Count a site of (experts, out, in): a module, or a bare parameter of a matrix or several experts."""
+    experts, out_features, in_features = size
+    kept = out_features if match.kind == EMBEDDING else in_features
+    lorafa = match.rank * kept if optimizer == "lorafa" else 0
+    own = 0 if match.parameter else config.own_numbers(match.rank, out_features, in_features)
     return SiteCount(
-        path=site.path,
-        kind=site.kind,
-        out_features=site.out_features,
-        in_features=site.in_features,
+        path=match_path(match),
+        kind=match.kind,
+        out_features=out_features,
+        in_features=in_features,
         rank=match.rank,
         scale=scale(match.rank, match.alpha, config.use_rslora),
         entry=match.entry,
-        factors=factor_parameters(match.rank, site.in_features, site.out_features),
-        magnitudes=config.own_numbers(match.rank, site.out_features, site.in_features),
-        frozen=match.rank * site.out_features if config.init_lora_weights == "mica" else lorafa,
+        factors=experts * factor_parameters(match.rank, in_features, out_features),
+        magnitudes=own,
+        frozen=experts * (match.rank * out_features if config.init_lora_weights == "mica" else lorafa),
+        experts=experts,
     )
 
 
@@ -357,25 +356,6 @@ def _canonical(size: tuple[int, ...], in_first: bool) -> tuple[int, int, int]:
     """Return (experts, out, in) of a bare parameter; a plain matrix is one expert, stored as (out, in)."""
     experts, first, second = size if len(size) == 3 else (1, *size)
     return (experts, second, first) if in_first and len(size) == 3 else (experts, first, second)
-
-
-def _parameter_count(size: tuple[int, int, int], match: Match, config: LoraConfig, optimizer: str) -> SiteCount:
-    """Count a bare parameter: a matrix, or several experts with separate factors."""
-    experts, out_features, in_features = size
-    lorafa = match.rank * in_features if optimizer == "lorafa" else 0
-    return SiteCount(
-        path=match_path(match),
-        kind=PARAMETER,
-        out_features=out_features,
-        in_features=in_features,
-        rank=match.rank,
-        scale=scale(match.rank, match.alpha, config.use_rslora),
-        entry=match.entry,
-        factors=experts * factor_parameters(match.rank, in_features, out_features),
-        magnitudes=0,
-        frozen=experts * (match.rank * out_features if config.init_lora_weights == "mica" else lorafa),
-        experts=experts,
-    )
 
 
 def _whole(shape: ModelShape, path: str) -> int:
@@ -400,3 +380,82 @@ def _biases(shape: ModelShape, choice: str, adapted: set[str], saved: tuple[str,
     if choice != "all":
         return sites
     return sites + sum(o.biases for o in shape.others if o.path not in saved and not o.path.startswith(copied))
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """One distinct shape of site in a rank table.
+
+    Attributes:
+        labels: The modules with this shape.
+        kind: Their kind.
+        out_features: Rows of the weight.
+        in_features: Columns of it.
+        sites: Number of sites with it.
+        each: Parameters that one such site trains, by column.
+    """
+
+    labels: tuple[str, ...]
+    kind: str
+    out_features: int
+    in_features: int
+    sites: int
+    each: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RankTable:
+    """Trainable parameters by rank.
+
+    Attributes:
+        ranks: The columns.
+        rows: One per distinct shape of site.
+        totals: Trainable parameters at each rank, over all sites, with copies and biases.
+        shares: The same as a fraction of the base.
+    """
+
+    ranks: tuple[int, ...]
+    rows: tuple[RankRow, ...]
+    totals: tuple[int, ...]
+    shares: tuple[float, ...]
+
+
+def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int], optimizer: str = "adamw") -> RankTable:
+    """Return the trainable parameters by rank: one row per distinct shape of site and a total, one column per rank.
+
+    Args:
+        shape: The model.
+        config: The adapter; the column's rank overrides its rank and `rank_pattern`.
+        ranks: The columns.
+        optimizer: As in `Job`.
+
+    Returns:
+        The table.
+
+    Raises:
+        UsageError: A rank is below 1, or there is none.
+        TargetError: As for `count`.
+    """
+    if not ranks or any(rank < 1 for rank in ranks):
+        raise UsageError(f"ranks must be one or more integers of at least 1, such as 4,8,16,32; got {list(ranks)}.")
+    columns = [
+        count(shape, dataclasses.replace(config, r=rank, rank_pattern={}), optimizer=optimizer) for rank in ranks
+    ]
+    labels = short_roles(site.path for site in columns[0].sites)
+    rows: dict[tuple[str, int, int, int], list[int]] = {}
+    for index, site in enumerate(columns[0].sites):
+        rows.setdefault((site.kind, site.out_features, site.in_features, site.experts), []).append(index)
+    return RankTable(
+        tuple(ranks),
+        tuple(
+            RankRow(
+                tuple(dict.fromkeys(labels[role(columns[0].sites[i].path)] for i in members)),
+                *key[:3],
+                len(members),
+                tuple(column.sites[members[0]].trainable for column in columns),
+            )
+            for key, members in rows.items()
+        ),
+        tuple(column.trainable for column in columns),
+        tuple(column.share for column in columns),
+    )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorakit.architectures.shapes import ModelShape, SiteShape
-from lorakit.errors import ConfigError, nearest
+from lorakit.errors import ConfigError
 from lorakit.targets.layer_types import DENSE, LINEAR
 
 BLOCK, DOUBLE_BLOCK = 64, 256
@@ -105,11 +105,7 @@ def storage_named(name: str) -> Storage:
         ConfigError: The name is unknown; the message suggests the closest one.
     """
     if name not in _NAMED:
-        hint = nearest(name, list(_NAMED), 1)
-        raise ConfigError(
-            f"quantization is {name!r}; it must be one of {', '.join(_NAMED)}"
-            + (f". Did you mean {hint[0]}?" if hint else ".")
-        )
+        raise ConfigError.of("quantization", name, allowed=_NAMED)
     return _NAMED[name]
 
 

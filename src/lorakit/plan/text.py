@@ -6,7 +6,7 @@ Knows nothing about terminals; values are those of `Plan`, rounded for reading.
 from __future__ import annotations
 
 from lorakit.plan.estimating import Method, Plan
-from lorakit.plan.ranks import RankTable
+from lorakit.plan.params import RankTable
 from lorakit.tables import (
     columns,
     format_bytes,

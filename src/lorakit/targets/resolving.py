@@ -87,8 +87,7 @@ def unmatched_parameters(
     unmatched = []
     for entry in sorted(config.target_parameters or ()):
         if not any(names_path(entry, match_path(match)) for match in found):
-            words = nearest(entry.rpartition(".")[2], sorted({p.name for p in parameters if len(p.shape) > 1}))
-            hint = f"; nearest: {', '.join(words)}" if words else ""
+            hint = _nearest(entry.rpartition(".")[2], {p.name for p in parameters if len(p.shape) > 1})
             text = f"target_parameters entry {entry!r} matches no parameter{hint}."
             unmatched.append(Unmatched("target_parameters", entry, text))
     return unmatched
@@ -292,8 +291,7 @@ def unfitting_keys(field: str, keys: Collection[str], paths: Sequence[str]) -> l
     unmatched = []
     for key in keys:
         if not any(key_fits(key, path) for path in paths):
-            words = nearest(key.rpartition(".")[2], sorted({path.rpartition(".")[2] for path in paths}))
-            hint = f"; nearest: {', '.join(words)}" if words else ""
+            hint = _nearest(key.rpartition(".")[2], {path.rpartition(".")[2] for path in paths})
             text = f"{field} key {key!r} matches none of the {len(paths)} adapted modules{hint}."
             unmatched.append(Unmatched(field, key, text))
     return unmatched
@@ -310,7 +308,11 @@ def _matches_none(field: str, entry: str, what: str) -> Unmatched:
 
 
 def _hint(entry: str, candidates: Sequence[Candidate]) -> str:
-    words = nearest(entry, sorted({c.path.rsplit(".", 1)[-1] for c in candidates if not c.path[-1:].isdigit()}))
+    return _nearest(entry, {c.path.rpartition(".")[2] for c in candidates if not c.path[-1:].isdigit()})
+
+
+def _nearest(word: str, names: Collection[str]) -> str:
+    words = nearest(word, sorted(names))
     return f"; nearest: {', '.join(words)}" if words else ""
 
 

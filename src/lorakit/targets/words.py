@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from lorakit.errors import ConfigError, PatternError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def names_path(entry: str, path: str) -> bool:
     return path == entry or path.endswith("." + entry)
 
 
-def first_match(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+def first_match(pattern: Mapping[str, T], path: str, default: T) -> T:
     """Return the value of the first pattern that matches a dotted suffix of a path or the whole path.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit import core
-from lorakit.config import LoraConfig, reading
+from lorakit.config import LoraConfig, lora
 from lorakit.core import variants
 from lorakit.core.kinds import Kind, Shape, WeightSpec, kind_named
 from lorakit.core.variants import NO_SETTING, At, Factor, OwnTensor, Setting, Start, Variant
@@ -91,8 +91,8 @@ def put(monkeypatch: pytest.MonkeyPatch) -> Callable[[Variant], None]:
 
     def entered(variant: Variant) -> None:
         monkeypatch.setattr(variants, "VARIANTS", (*variants.VARIANTS, variant))
-        left = {name: value for name, value in reading.NOT_BUILT.items() if name != FIELD}
-        monkeypatch.setattr(reading, "NOT_BUILT", left)
+        left = {name: value for name, value in lora.NOT_BUILT.items() if name != FIELD}
+        monkeypatch.setattr(lora, "NOT_BUILT", left)
 
     return entered
 

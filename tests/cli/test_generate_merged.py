@@ -1,4 +1,4 @@
-"""lorakit.cli.merged_base, by `lorakit generate`: when it merges by itself, that answers stay, refusals by text."""
+"""lorakit.cli.generate, by `lorakit generate`: when it merges by itself, that answers stay, refusals by text."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 
 from lorakit import core, hub
 from lorakit.cli import main
-from lorakit.cli.generate import encode_prompts
-from lorakit.cli.merged_base import WORTHWHILE_TOKENS
+from lorakit.cli.generate import WORTHWHILE_TOKENS, encode_prompts
 from lorakit.generate import generate
 
 Save = Callable[..., Path]

@@ -3,14 +3,14 @@ from __future__ import annotations
 from typing import Any
 
 from lorakit.config import LoraConfig
-from lorakit.plan import catalogue, count, words
+from lorakit.plan import catalogue, count, estimating
 
 
 def _reasons(name: str = "gpt2", **fields: Any) -> str:
     shape = catalogue.published(name)
     assert shape is not None
     config = LoraConfig(r=8, lora_alpha=16, **fields)
-    return "\n".join(words.reasons(count(shape, config), config))
+    return "\n".join(estimating.reasons(count(shape, config), config))
 
 
 def test_the_c_proj_case_is_said_in_words() -> None:
@@ -45,4 +45,4 @@ def test_a_rank_above_the_module_is_noted() -> None:
     shape = catalogue.published("gpt2")
     assert shape is not None
     config = LoraConfig(r=1000, target_modules=["h.0.attn.c_proj"])
-    assert "rank 1000 is larger" in "\n".join(words.reasons(count(shape, config), config))
+    assert "rank 1000 is larger" in "\n".join(estimating.reasons(count(shape, config), config))
