@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from lorakit.ops import attention as ops
-from lorakit.ops import attention_cuda
+from lorakit.ops import attention_flash
 from lorakit.ops.attention import chosen, reference
 from lorakit.ops.attention_pattern import Pattern
 
@@ -73,7 +73,7 @@ def backward(
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        attention_cuda, "aten", SimpleNamespace(_flash_attention_forward=forward, _flash_attention_backward=backward)
+        attention_flash, "aten", SimpleNamespace(_flash_attention_forward=forward, _flash_attention_backward=backward)
     )
 
 
@@ -87,9 +87,9 @@ def test_it_is_the_reference(name: str, heads: int, kv: int) -> None:
     truth = reference(*given, pattern)
     dout = torch.randn_like(truth)
     with torch.no_grad():
-        out, lse = attention_cuda.forward(*given, pattern)
+        out, lse = attention_flash.forward_on_cuda(*given, pattern)
         into = tuple(torch.full_like(t, torch.nan) for t in given)
-        attention_cuda.backward(dout, tuple(given), (out, lse), into, pattern)
+        attention_flash.backward_on_cuda(dout, tuple(given), (out, lse), into, pattern)
     assert out.transpose(1, 2).is_contiguous()
     torch.testing.assert_close(out, truth)
     torch.testing.assert_close(into, torch.autograd.grad(truth, given, dout))
@@ -103,7 +103,7 @@ def copied(written: Tensor, given: Tensor) -> Tensor:
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Create tensors of a device that need not exist, for PyTorch's shape functions of the kernels."""
-    monkeypatch.setattr(attention_cuda, "_has_kernel", lambda device: True)
+    monkeypatch.setattr(attention_flash, "_has_kernel", lambda device: True)
     monkeypatch.setattr(Tensor, "copy_", copied)  # this one queries the device
     with FakeTensorMode():
         yield

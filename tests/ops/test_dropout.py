@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from lorakit.ops.dropout import apply_dropout, draw, draw_positions, dropout, positions, reference, zero_
-from lorakit.ops.kernels import choosing
+from lorakit.ops.kernels import kernels_for
 
 
 def test_gaps_draw_each_position_with_its_probability() -> None:
@@ -114,7 +114,7 @@ def test_without_kernels_the_law_is_the_same(p: float, monkeypatch: pytest.Monke
 
 
 def test_threads_do_not_change_what_is_dropped() -> None:
-    if choosing.kernels_for(torch.ones(1)) is None:
+    if kernels_for(torch.ones(1)) is None:
         pytest.skip("no C compiler")
     torch.manual_seed(9)
     x = torch.ones(300_000)

@@ -19,7 +19,7 @@ from lorakit.ops.adapted import Adapted, LowRank
 from lorakit.ops.attention_block import SelfAttention
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.cross_entropy import Head
-from lorakit.ops.kernels import choosing
+from lorakit.ops.kernels import compiled, kernels_for
 from lorakit.ops.kernels.building import SWITCH
 from lorakit.ops.norm import Norm
 from lorakit.ops.rotary import Rotary
@@ -62,10 +62,10 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     if device == "cpu":
         if torch.cuda.is_available():
             pytest.skip("there is a device, so nothing is interpreted")
-        monkeypatch.setattr(choosing.compiled, "kernels", lambda: triton.kernels(torch.device("cpu")))
+        monkeypatch.setattr(compiled, "kernels", lambda: triton.kernels(torch.device("cpu")))
     torch.manual_seed(0)
     made = Place(device, dtype)
-    kernels = choosing.kernels_for(made(1))
+    kernels = kernels_for(made(1))
     assert type(kernels).__name__ == "TritonKernels", triton.failure_on(made(1).device)
     yield made
 

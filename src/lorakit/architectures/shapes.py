@@ -8,8 +8,11 @@ on the meta device. This module knows nothing about torch, files, adapters, cost
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+
+ALL_DROPOUTS = {"embedding": 0.1, "residual": 0.1, "attention": 0.1}
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 @dataclass(frozen=True)
@@ -178,10 +181,7 @@ class ModelShape:
         Raises:
             KeyError: No Linear, Conv1D or Embedding has this path.
         """
-        for candidate in self.sites:
-            if candidate.path == path:
-                return candidate
-        raise KeyError(path)
+        return {site.path: site for site in self.sites}[path]
 
 
 def role(path: str) -> str:
@@ -222,12 +222,10 @@ def short_roles(paths: Iterable[str]) -> dict[str, str]:
     roles = list(dict.fromkeys(role(path) for path in paths))
     parts = {r: [p for p in r.split(".") if p != "*"] for r in roles}
     short = {}
-    for r in roles:
-        for count in range(1, len(parts[r]) + 1):
-            ending = parts[r][-count:]
-            if sum(w[-count:] == ending for w in parts.values()) == 1:
-                break
-        short[r] = ".".join(ending)
+    for r, names in parts.items():
+        counts = range(1, len(names) + 1)
+        unique = (n for n in counts if sum(other[-n:] == names[-n:] for other in parts.values()) == 1)
+        short[r] = ".".join(names[-next(unique, len(names)) :])
     return short
 
 
@@ -286,24 +284,15 @@ def gpt2(origin: Origin, sizes: Sizes) -> ModelShape:
         The shape.
     """
     d, f = sizes.hidden, sizes.intermediate or 4 * sizes.hidden
+    inside = {"attn.c_attn": (3 * d, d), "attn.c_proj": (d, d), "mlp.c_fc": (f, d), "mlp.c_proj": (d, f)}
     sites = [
-        SiteShape("transformer.wte", "Embedding", d, sizes.vocab, dense=False),
-        SiteShape("transformer.wpe", "Embedding", d, sizes.positions, dense=False),
+        *_embeddings(d, {"transformer.wte": sizes.vocab, "transformer.wpe": sizes.positions}),
+        *_in_blocks("transformer.h", sizes, inside, kind="Conv1D", biased=inside),
+        SiteShape("lm_head", "Linear", sizes.vocab, d, dense=False, tied_to="transformer.wte"),
     ]
-    others = []
-    for layer in range(sizes.layers):
-        block = f"transformer.h.{layer}"
-        others += [PlainShape(f"{block}.ln_1", 2 * d, d), PlainShape(f"{block}.ln_2", 2 * d, d)]
-        sites += [
-            SiteShape(f"{block}.attn.c_attn", "Conv1D", 3 * d, d, bias=True),
-            SiteShape(f"{block}.attn.c_proj", "Conv1D", d, d, bias=True),
-            SiteShape(f"{block}.mlp.c_fc", "Conv1D", f, d, bias=True),
-            SiteShape(f"{block}.mlp.c_proj", "Conv1D", d, f, bias=True),
-        ]
-    others.append(PlainShape("transformer.ln_f", 2 * d, d))
-    sites.append(SiteShape("lm_head", "Linear", sizes.vocab, d, dense=False, tied_to="transformer.wte"))
-    dropouts = {"embedding": 0.1, "residual": 0.1, "attention": 0.1}
-    return _shape(origin, sizes, "GPT2LMHeadModel", sites, others, dropouts=dropouts)
+    names = [f"transformer.h.{layer}.{name}" for layer in range(sizes.layers) for name in ("ln_1", "ln_2")]
+    others = [PlainShape(name, 2 * d, d) for name in (*names, "transformer.ln_f")]
+    return _shape(origin, sizes, "GPT2LMHeadModel", sites, others, dropouts=ALL_DROPOUTS)
 
 
 def bert(origin: Origin, sizes: Sizes) -> ModelShape:
@@ -317,27 +306,18 @@ def bert(origin: Origin, sizes: Sizes) -> ModelShape:
         The shape.
     """
     d, f = sizes.hidden, sizes.intermediate or 4 * sizes.hidden
+    inside = {f"attention.self.{name}": (d, d) for name in ("query", "key", "value")}
+    inside |= {"attention.output.dense": (d, d), "intermediate.dense": (f, d), "output.dense": (d, f)}
+    tables = {"word": sizes.vocab, "position": sizes.positions, "token_type": 2}
     sites = [
-        SiteShape("embeddings.word_embeddings", "Embedding", d, sizes.vocab, dense=False),
-        SiteShape("embeddings.position_embeddings", "Embedding", d, sizes.positions, dense=False),
-        SiteShape("embeddings.token_type_embeddings", "Embedding", d, 2, dense=False),
+        *_embeddings(d, {f"embeddings.{name}_embeddings": rows for name, rows in tables.items()}),
+        *_in_blocks("encoder.layer", sizes, inside, biased=inside),
+        SiteShape("pooler.dense", "Linear", d, d, bias=True),
     ]
-    others = [PlainShape("embeddings.LayerNorm", 2 * d, d)]
-    for layer in range(sizes.layers):
-        block = f"encoder.layer.{layer}"
-        sites += [
-            *(SiteShape(f"{block}.attention.self.{n}", "Linear", d, d, bias=True) for n in ("query", "key", "value")),
-            SiteShape(f"{block}.attention.output.dense", "Linear", d, d, bias=True),
-            SiteShape(f"{block}.intermediate.dense", "Linear", f, d, bias=True),
-            SiteShape(f"{block}.output.dense", "Linear", d, f, bias=True),
-        ]
-        others += [
-            PlainShape(f"{block}.attention.output.LayerNorm", 2 * d, d),
-            PlainShape(f"{block}.output.LayerNorm", 2 * d, d),
-        ]
-    sites.append(SiteShape("pooler.dense", "Linear", d, d, bias=True))
-    dropouts = {"embedding": 0.1, "residual": 0.1, "attention": 0.1}
-    return _shape(origin, sizes, "BertModel", sites, others, dropouts=dropouts)
+    blocks = [f"encoder.layer.{layer}" for layer in range(sizes.layers)]
+    names = [f"{block}.{name}" for block in blocks for name in ("attention.output.LayerNorm", "output.LayerNorm")]
+    others = [PlainShape(name, 2 * d, d) for name in ("embeddings.LayerNorm", *names)]
+    return _shape(origin, sizes, "BertModel", sites, others, dropouts=ALL_DROPOUTS)
 
 
 def llama(origin: Origin, sizes: Sizes) -> ModelShape:
@@ -363,7 +343,7 @@ def qwen2(origin: Origin, sizes: Sizes) -> ModelShape:
     Returns:
         The shape.
     """
-    return _llama_like(origin, sizes, "Qwen2ForCausalLM", qkv_bias=True)
+    return _llama_like(origin, sizes, "Qwen2ForCausalLM", biased=QKV)
 
 
 def qwen3(origin: Origin, sizes: Sizes) -> ModelShape:
@@ -380,31 +360,45 @@ def qwen3(origin: Origin, sizes: Sizes) -> ModelShape:
 
 
 def _llama_like(
-    origin: Origin, sizes: Sizes, architecture: str, *, qkv_bias: bool = False, head_norms: bool = False
+    origin: Origin, sizes: Sizes, architecture: str, *, biased: Collection[str] = (), head_norms: bool = False
 ) -> ModelShape:
     d, f = sizes.hidden, sizes.intermediate
     head_dim = sizes.head_dim or d // sizes.heads
     q, kv = sizes.heads * head_dim, (sizes.kv_heads or sizes.heads) * head_dim
-    sites = [SiteShape("model.embed_tokens", "Embedding", d, sizes.vocab, dense=False)]
-    others = []
-    for layer in range(sizes.layers):
-        block = f"model.layers.{layer}"
-        sites += [
-            SiteShape(f"{block}.self_attn.q_proj", "Linear", q, d, bias=qkv_bias),
-            SiteShape(f"{block}.self_attn.k_proj", "Linear", kv, d, bias=qkv_bias),
-            SiteShape(f"{block}.self_attn.v_proj", "Linear", kv, d, bias=qkv_bias),
-            SiteShape(f"{block}.self_attn.o_proj", "Linear", d, q),
-            SiteShape(f"{block}.mlp.gate_proj", "Linear", f, d),
-            SiteShape(f"{block}.mlp.up_proj", "Linear", f, d),
-            SiteShape(f"{block}.mlp.down_proj", "Linear", d, f),
-        ]
-        if head_norms:
-            others += [PlainShape(f"{block}.self_attn.{n}_norm", head_dim) for n in "qk"]
-        others += [PlainShape(f"{block}.{n}_layernorm", d) for n in ("input", "post_attention")]
-    others.append(PlainShape("model.norm", d))
+    inside = {**dict(zip(QKV, ((q, d), (kv, d), (kv, d)), strict=True)), "self_attn.o_proj": (d, q)}
+    inside |= {"mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}
     tied_to = "model.embed_tokens" if sizes.tied else None
-    sites.append(SiteShape("lm_head", "Linear", sizes.vocab, d, dense=False, tied_to=tied_to))
-    return _shape(origin, sizes, architecture, sites, others, gated=True)
+    sites = [
+        *_embeddings(d, {"model.embed_tokens": sizes.vocab}),
+        *_in_blocks("model.layers", sizes, inside, biased=biased),
+        SiteShape("lm_head", "Linear", sizes.vocab, d, dense=False, tied_to=tied_to),
+    ]
+    norms = {"self_attn.q_norm": head_dim, "self_attn.k_norm": head_dim} if head_norms else {}
+    norms |= {"input_layernorm": d, "post_attention_layernorm": d}
+    blocks = [f"model.layers.{layer}" for layer in range(sizes.layers)]
+    others = [PlainShape(f"{block}.{name}", width) for block in blocks for name, width in norms.items()]
+    return _shape(origin, sizes, architecture, sites, [*others, PlainShape("model.norm", d)], gated=True)
+
+
+def _embeddings(width: int, tables: Mapping[str, int]) -> list[SiteShape]:
+    """Return embeddings of this width: path -> rows of the table."""
+    return [SiteShape(path, "Embedding", width, rows, dense=False) for path, rows in tables.items()]
+
+
+def _in_blocks(
+    blocks: str,
+    sizes: Sizes,
+    inside: Mapping[str, tuple[int, int]],
+    *,
+    kind: str = "Linear",
+    biased: Collection[str] = (),
+) -> list[SiteShape]:
+    """Return the linear modules of all blocks: path inside a block -> out and in features."""
+    return [
+        SiteShape(f"{blocks}.{layer}.{name}", kind, *features, bias=name in biased)
+        for layer in range(sizes.layers)
+        for name, features in inside.items()
+    ]
 
 
 def _shape(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorakit.ops.adapted import scratch_like, slabs, upcast_scratch
-from lorakit.ops.kernels.choosing import kernels_for
+from lorakit.ops.kernels import kernels_for
 
 aten = torch.ops.aten
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.ops import attention_cuda, attention_flash, attention_products, choices
+from lorakit.ops import attention_flash, attention_products, choices
 from lorakit.ops.adapted import autocast, without_autocast
 from lorakit.ops.attention_pattern import Pattern, mask
 
@@ -63,7 +63,7 @@ def chosen(q: Tensor, v: Tensor, pattern: Pattern) -> str:
         ValueError: Flash was requested and does not support the pattern.
     """
     on_cuda = q.device.type == "cuda"
-    possible = (attention_cuda if on_cuda else attention_flash).takes(q, v, pattern)
+    possible = (attention_flash.takes_on_cuda if on_cuda else attention_flash.takes)(q, v, pattern)
     if pattern.method == "flash" and not possible:
         raise ValueError(
             "method='flash' does not support this pattern: on a CPU it has no window, softcap, dropout or "
@@ -91,8 +91,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[Tensor, 
     method = chosen(q, v, pattern)
     with without_autocast(q):
         if method == "flash":
-            kernel = attention_cuda if q.device.type == "cuda" else attention_flash
-            return *kernel.forward(q, k, v, pattern), None
+            on_cuda = q.device.type == "cuda"
+            run = attention_flash.forward_on_cuda if on_cuda else attention_flash.forward
+            return *run(q, k, v, pattern), None
         operands = _upcast((q, k, v)) if method == "matmul_fp32" else (q, k, v)
         out, record = attention_products.forward(*operands, pattern)
         return out.to(q.dtype), None, record
@@ -122,8 +123,9 @@ def backward(
         if lse is None or out is None:
             _by_products(dout, operands, into, pattern, record)
         else:
-            kernel = attention_cuda if dout.device.type == "cuda" else attention_flash
-            kernel.backward(dout, operands, (out, lse), into, pattern)
+            on_cuda = dout.device.type == "cuda"
+            run = attention_flash.backward_on_cuda if on_cuda else attention_flash.backward
+            run(dout, operands, (out, lse), into, pattern)
     return into
 
 

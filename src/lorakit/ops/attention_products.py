@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorakit.ops.attention_pattern import Pattern, Piece, mask, pieces
 from lorakit.ops.dropout import apply_dropout, draw_record, zero_
-from lorakit.ops.kernels.choosing import kernels_for
+from lorakit.ops.kernels import kernels_for
 
 BLOCK = 64  # query rows per block: enough for efficient matmuls, few enough to skip most of the triangle
 SCORES = 2**22  # maximum elements in the score buffer, if a block has at least 8 rows

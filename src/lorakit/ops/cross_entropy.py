@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lorakit.ops.adapted import autocast, upcast_dtype, without_autocast
 from lorakit.ops.choices import matmul, slices
-from lorakit.ops.kernels.choosing import kernels_for
+from lorakit.ops.kernels import kernels_for
 
 IGNORED = -100
 """Label of rows that are excluded from the loss, as in PyTorch."""

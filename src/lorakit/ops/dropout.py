@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorakit.ops.kernels.choosing import kernels_for
+from lorakit.ops.kernels import kernels_for
 
 FEW = 1e-3  # below this probability fp32 is too coarse for the gaps, and there are few of them
 

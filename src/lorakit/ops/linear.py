@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lorakit.ops.adapted import Adapted, LowRank, autocast, check_frozen, factors, rows, unflat, without_autocast
 from lorakit.ops.choices import matmul, matmul_dtype
 from lorakit.ops.dropout import apply_dropout, draw, zero_
-from lorakit.ops.kernels.choosing import kernels_for
+from lorakit.ops.kernels import kernels_for
 from lorakit.ops.kernels.protocol import DropoutMatmuls
 
 __all__ = ["Adapted", "Form", "Group", "LowRank", "check_frozen", "factors", "linears", "reference", "rows", "unflat"]

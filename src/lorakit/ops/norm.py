@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lorakit.ops.adapted import rows as rows_of
 from lorakit.ops.adapted import scratch_like, slabs, unflat, upcast_dtype, upcast_scratch, without_autocast
-from lorakit.ops.kernels.choosing import kernels_for
+from lorakit.ops.kernels import kernels_for
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorakit.ops.adapted import autocast, without_autocast
-from lorakit.ops.kernels.choosing import kernels_for
+from lorakit.ops.kernels import kernels_for
 from lorakit.ops.kernels.protocol import PerRowMatmuls
 
 

@@ -20,12 +20,11 @@ from torch.distributed.tensor import DTensor
 from lorakit.errors import ModelError
 from lorakit.ops.cross_entropy import IGNORED
 from lorakit.ops.kernels import compiled
-from lorakit.speed import attention, decoder, dropout, encoder, feed_forward, linear, norm, sublayer
+from lorakit.speed import attention, decoder, encoder, feed_forward, linear, norm
 from lorakit.speed.admission import FusedForward, Parts, Skipped, admit, candidates, modules_to_record
 from lorakit.speed.contract import contract_for
 from lorakit.speed.last_layer import LastLayer, agree
-from lorakit.speed.loss import LossWithoutLogits, loss_for
-from lorakit.speed.output_head import Head, head_for, last_layer_for, output_head
+from lorakit.speed.loss import Head, LossWithoutLogits, head_for, last_layer_for, loss_for, output_head
 from lorakit.speed.patching import RECOMPUTES, Swap, is_replacement, make_replacement, rely, undo
 from lorakit.speed.probe import Call, attempt, calls, eval_mode, frozen, token_ids
 
@@ -91,13 +90,13 @@ RECIPES = (
     ),
     FusedForward(
         "sublayer",
-        sublayer.fits,
-        sublayer.run,
+        encoder.fits_sublayer,
+        encoder.run_sublayer,
         lambda _: False,
         whole=True,
         residual=True,
-        traced=sublayer.traced,
-        branches=sublayer.branches,
+        traced=encoder.traced_in_sublayer,
+        branches=encoder.branches_of_sublayer,
     ),
     FusedForward(
         "decoder layer", decoder.fits, decoder.run, _named("layer", "block"), residual=True, calls=decoder.called
@@ -105,7 +104,7 @@ RECIPES = (
     FusedForward("attention", attention.fits, attention.run, _named("attention")),
     FusedForward("feed-forward", feed_forward.fits, feed_forward.run, _named("mlp")),
     FusedForward("norm", norm.fits, norm.run, _named("norm")),
-    FusedForward("dropout", dropout.fits, dropout.run, lambda _: False),
+    FusedForward("dropout", norm.fits_dropout, norm.run_dropout, lambda _: False),
     FusedForward("adapted linear", linear.fits, linear.run, linear.is_adapted),
 )
 

@@ -44,7 +44,7 @@ from lorakit.ops.choices import (
 )
 from lorakit.ops.kernels import compiled
 from lorakit.speed.linear import frozen_linear
-from lorakit.speed.output_head import output_head
+from lorakit.speed.loss import output_head
 from lorakit.tables import format_count, format_seconds
 
 FILE = "choices.json"

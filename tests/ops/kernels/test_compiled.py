@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorakit.ops import activation
-from lorakit.ops.kernels import compiled
-from lorakit.ops.kernels.choosing import kernels_for
+from lorakit.ops.kernels import compiled, kernels_for
 from lorakit.ops.norm import Norm
 from lorakit.ops.norm import reference as norm_reference
 from lorakit.ops.rotary import Rotary

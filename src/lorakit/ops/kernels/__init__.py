@@ -1,1 +1,36 @@
-"""Compiled kernels that fuse several PyTorch passes: C for CPUs, Triton for CUDA."""
+"""Compiled kernels of fused operations, for CPUs in C and for CUDA in Triton; `kernels_for` selects those of a call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.ops.kernels import compiled, triton
+from lorakit.ops.kernels.protocol import Kernels
+
+
+def kernels_for(x: Tensor, *others: Tensor | None, strided: bool = False) -> Kernels | None:
+    """Return the compiled kernels for x (any shape), or None if PyTorch's operations must be used.
+
+    None for unsupported dtypes; if another tensor differs in dtype or device; for non-contiguous tensors (x may be, if
+    strided) and tensors without storage (fake tensors, shards); and under a compiler or tracer.
+    """
+    if type(x) not in _PLAIN or x.dtype not in _DTYPES.get(x.device.type, ()):
+        return None
+    if torch.compiler.is_compiling() or is_traced() or not (strided or x.is_contiguous()):
+        return None
+    for other in others:
+        if other is not None and (
+            type(other) not in _PLAIN or other.dtype != x.dtype or other.device != x.device or not other.is_contiguous()
+        ):
+            return None
+    return compiled.kernels() if x.device.type == "cpu" else triton.kernels(x.device)
+
+
+_DTYPES = {"cpu": tuple(compiled.DTYPES), "cuda": triton.DTYPES}
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def is_traced() -> bool:
+    """Return whether tensors may be symbolic: under `torch.jit.trace`, export, or a `torch.func` transform."""
+    return torch._C._get_tracing_state() is not None or torch._C._functorch.maybe_current_level() is not None

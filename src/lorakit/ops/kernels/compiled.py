@@ -75,36 +75,17 @@ class CompiledKernels:
         """See the protocol; x, n (N, d)."""
         dtype, shape = x.dtype, x.shape
         rows, d = shape
-        self._call(
-            "rms_forward",
-            dtype,
-            rows * d,
-            self._pointer("x", x, dtype, shape),
-            self._optional("w", w, dtype, (d,)),
-            eps,
-            offset,
-            rows,
-            d,
-            self._pointer("n", n, dtype, shape),
-            self._pointer("rstd", rstd, torch.float32, (rows, 1)),
-        )
+        given = self._pointer("x", x, dtype, shape), self._optional("w", w, dtype, (d,))
+        made = self._pointer("n", n, dtype, shape), self._pointer("rstd", rstd, torch.float32, (rows, 1))
+        self._call("rms_forward", dtype, rows * d, *given, eps, offset, rows, d, *made)
 
     def rms_recompute(self, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, n: Tensor) -> None:
         """See the protocol; x, n (N, d)."""
         dtype, shape = x.dtype, x.shape
         rows, d = shape
-        self._call(
-            "rms_recompute",
-            dtype,
-            rows * d,
-            self._pointer("x", x, dtype, shape),
-            self._optional("w", w, dtype, (d,)),
-            offset,
-            self._pointer("rstd", rstd, torch.float32, (rows, 1)),
-            rows,
-            d,
-            self._pointer("n", n, dtype, shape),
-        )
+        given = self._pointer("x", x, dtype, shape), self._optional("w", w, dtype, (d,))
+        stats, made = self._pointer("rstd", rstd, torch.float32, (rows, 1)), self._pointer("n", n, dtype, shape)
+        self._call("rms_recompute", dtype, rows * d, *given, offset, stats, rows, d, made)
 
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
@@ -112,34 +93,16 @@ class CompiledKernels:
         """See the protocol; dn, x, dx (N, d)."""
         dtype, shape = x.dtype, x.shape
         rows, d = shape
-        self._call(
-            "rms_backward",
-            dtype,
-            rows * d,
-            self._pointer("dn", dn, dtype, shape),
-            self._pointer("x", x, dtype, shape),
-            self._optional("w", w, dtype, (d,)),
-            offset,
-            self._pointer("rstd", rstd, torch.float32, (rows, 1)),
-            self._optional("add", add, dtype, shape),
-            rows,
-            d,
-            self._pointer("dx", dx, dtype, shape),
-        )
+        given = self._pointer("dn", dn, dtype, shape), self._pointer("x", x, dtype, shape)
+        weight, stats = self._optional("w", w, dtype, (d,)), self._pointer("rstd", rstd, torch.float32, (rows, 1))
+        added, made = self._optional("add", add, dtype, shape), self._pointer("dx", dx, dtype, shape)
+        self._call("rms_backward", dtype, rows * d, *given, weight, offset, stats, added, rows, d, made)
 
     def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
         """See the protocol; first, up, out (N, f)."""
         dtype, shape, count = first.dtype, first.shape, first.numel()
-        self._call(
-            "gate",
-            dtype,
-            count,
-            ACTIVATIONS[act],
-            self._pointer("first", first, dtype, shape),
-            self._optional("up", up, dtype, shape),
-            count,
-            self._pointer("out", out, dtype, shape),
-        )
+        given = self._pointer("first", first, dtype, shape), self._optional("up", up, dtype, shape)
+        self._call("gate", dtype, count, ACTIVATIONS[act], *given, count, self._pointer("out", out, dtype, shape))
 
     def gate_backward(
         self, act: str, da: Tensor, first: Tensor, up: Tensor | None, dfirst: Tensor, dup: Tensor | None
@@ -152,18 +115,10 @@ class CompiledKernels:
         if (up is None) != (dup is None):
             raise ValueError("up, dup: give both or neither")
         dtype, shape, count = first.dtype, first.shape, first.numel()
-        self._call(
-            "gate_backward",
-            dtype,
-            count,
-            ACTIVATIONS[act],
-            self._pointer("da", da, dtype, shape),
-            self._pointer("first", first, dtype, shape),
-            self._optional("up", up, dtype, shape),
-            count,
-            self._pointer("dfirst", dfirst, dtype, shape),
-            self._optional("dup", dup, dtype, shape),
-        )
+        given = self._pointer("da", da, dtype, shape), self._pointer("first", first, dtype, shape)
+        gate = self._optional("up", up, dtype, shape)
+        made = self._pointer("dfirst", dfirst, dtype, shape), self._optional("dup", dup, dtype, shape)
+        self._call("gate_backward", dtype, count, ACTIVATIONS[act], *given, gate, count, *made)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
         """See the protocol; x, out (B, T, H, D).
@@ -177,24 +132,11 @@ class CompiledKernels:
         table_rows = cos.numel() // max(rot, 1)
         if rot % 2 or rot > width or table_rows not in (tokens, batch * tokens):
             raise ValueError(f"cos {tuple(tables)}: expected (1 or B, T, even rot) for x {tuple(shape)}")
-        self._call(
-            "rotate",
-            dtype,
-            x.numel(),
-            self._pointer("x", x, dtype, shape, _heads_together(x)),
-            x.stride(1),
-            self._pointer("cos", cos, dtype, tables),
-            self._pointer("sin", sin, dtype, tables),
-            table_rows,
-            batch * tokens,
-            heads,
-            width,
-            rot,
-            interleaved,
-            back,
-            self._pointer("out", out, dtype, shape, _heads_together(out)),
-            out.stride(1),
-        )
+        given = self._pointer("x", x, dtype, shape, _heads_together(x)), x.stride(1)
+        angles = self._pointer("cos", cos, dtype, tables), self._pointer("sin", sin, dtype, tables), table_rows
+        sizes = (batch * tokens, heads, width, rot, interleaved, back)
+        made = self._pointer("out", out, dtype, shape, _heads_together(out)), out.stride(1)
+        self._call("rotate", dtype, x.numel(), *given, *angles, *sizes, *made)
 
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
         """See the protocol; x, out (any shape).
@@ -205,17 +147,8 @@ class CompiledKernels:
         if not 0 < p <= 1:
             raise ValueError(f"p must be in (0, 1]; got {p}")
         dtype, shape, count = x.dtype, x.shape, x.numel()
-        self._call(
-            "drop",
-            dtype,
-            count,
-            self._pointer("x", x, dtype, shape),
-            count,
-            p,
-            seed.item(),
-            scale,
-            self._pointer("out", out, dtype, shape),
-        )
+        given, made = self._pointer("x", x, dtype, shape), self._pointer("out", out, dtype, shape)
+        self._call("drop", dtype, count, given, count, p, seed.item(), scale, made)
 
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
         """See the protocol; scores (Z, n, m).
@@ -227,30 +160,15 @@ class CompiledKernels:
         kinds = len(low) if low is not None else len(high) if high is not None else 1
         if not kinds or not m:
             raise ValueError(f"scores {tuple(shape)}, {kinds} bounds: neither may be empty")
-        self._call(
-            "softmax",
-            dtype,
-            count,
-            self._pointer("scores", scores, dtype, shape),
-            self._optional("low", low, torch.int32, (kinds,), (0, m)),
-            self._optional("high", high, torch.int32, (kinds,), (0, m)),
-            kinds,
-            count // m,
-            m,
-        )
+        given, bound = self._pointer("scores", scores, dtype, shape), (torch.int32, (kinds,), (0, m))
+        bounds = self._optional("low", low, *bound), self._optional("high", high, *bound)
+        self._call("softmax", dtype, count, given, *bounds, kinds, count // m, m)
 
     def softmax_backward(self, weights: Tensor, ds: Tensor) -> None:
         """See the protocol; weights, ds (Z, n, m)."""
         dtype, shape, count, m = ds.dtype, ds.shape, ds.numel(), ds.shape[-1]
-        self._call(
-            "softmax_backward",
-            dtype,
-            count,
-            self._pointer("weights", weights, dtype, shape),
-            count // max(m, 1),
-            m,
-            self._pointer("ds", ds, dtype, shape),
-        )
+        given, made = self._pointer("weights", weights, dtype, shape), self._pointer("ds", ds, dtype, shape)
+        self._call("softmax_backward", dtype, count, given, count // max(m, 1), m, made)
 
     def cross_entropy(
         self, logits: Tensor, labels: Tensor, scale: float, gradients: bool, losses: Tensor, cap: float | None = None
@@ -258,18 +176,10 @@ class CompiledKernels:
         """See the protocol; logits (c, V)."""
         assert cap is None  # callers check `caps_logits`
         rows, v = logits.shape
-        self._call(
-            "cross_entropy",
-            logits.dtype,
-            rows * v,
-            self._pointer("logits", logits, logits.dtype, (rows, v)),
-            self._pointer("labels", labels, torch.int64, (rows,), within=(0, v - 1)),
-            scale,
-            gradients,
-            rows,
-            v,
-            self._pointer("losses", losses, torch.float32, (rows,)),
-        )
+        scores = self._pointer("logits", logits, logits.dtype, (rows, v))
+        targets = self._pointer("labels", labels, torch.int64, (rows,), within=(0, v - 1))
+        made = self._pointer("losses", losses, torch.float32, (rows,))
+        self._call("cross_entropy", logits.dtype, rows * v, scores, targets, scale, gradients, rows, v, made)
 
     def add_per_row(self, x: Tensor, A: Tensor, Bt: Tensor, index: Tensor, y: Tensor) -> None:
         """See the protocol; x (rows, …, in), A (K, r, in), Bt (K, r, out), index (rows,), y (rows, …, out)."""

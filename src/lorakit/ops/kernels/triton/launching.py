@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from lorakit.ops.kernels.protocol import DropoutMatmuls
-from lorakit.ops.kernels.triton import dropping, elementwise
+from lorakit.ops.kernels.triton import programs
 
 OPTIONS = {"enable_fp_fusion": True}
 """Set explicitly, because Triton behaves differently if it is unset."""
@@ -50,7 +50,7 @@ class TritonKernels:
         grid, tile = _tiles(x)
         flags = {"HAS_W": w is not None, "FROM_ZERO": numbers[1] != 0, "RECOMPUTE": again}
         with _on(x):
-            elementwise.rms[grid](x, x if w is None else w, n, rstd, *x.shape, *numbers, **flags, **tile)
+            programs.rms[grid](x, x if w is None else w, n, rstd, *x.shape, *numbers, **flags, **tile)
 
     def rms_backward(
         self, dn: Tensor, x: Tensor, w: Tensor | None, offset: float, rstd: Tensor, add: Tensor | None, dx: Tensor
@@ -60,13 +60,13 @@ class TritonKernels:
         flags = {"HAS_W": w is not None, "HAS_ADD": add is not None}
         given = (dn, x, x if w is None else w, rstd, x if add is None else add)
         with _on(x):
-            elementwise.rms_backward[grid](*given, dx, *x.shape, offset, **flags, **tile)
+            programs.rms_backward[grid](*given, dx, *x.shape, offset, **flags, **tile)
 
     def gate(self, act: str, first: Tensor, up: Tensor | None, out: Tensor) -> None:
         """Write act(first)·up, or act(first), to out; all (N, f)."""
         flags = {"ACT": act, "HAS_UP": up is not None}
         with _on(first):
-            elementwise.gate[_blocks(first)](
+            programs.gate[_blocks(first)](
                 first, first if up is None else up, out, first.numel(), **flags, BLOCK=ELEMENTWISE, **OPTIONS
             )
 
@@ -77,7 +77,7 @@ class TritonKernels:
         flags = {"ACT": act, "HAS_UP": up is not None}
         pointers = (da, first, first if up is None else up, dfirst, dfirst if dup is None else dup)
         with _on(first):
-            elementwise.gate_backward[_blocks(first)](*pointers, first.numel(), **flags, BLOCK=ELEMENTWISE, **OPTIONS)
+            programs.gate_backward[_blocks(first)](*pointers, first.numel(), **flags, BLOCK=ELEMENTWISE, **OPTIONS)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool, out: Tensor) -> None:
         """Rotate x (B, T, H, D) by position, or back, into out, which may be x; cos, sin (…, T, rot).
@@ -95,7 +95,7 @@ class TritonKernels:
         grid = (batch * tokens, triton.cdiv(heads, sizes["HEADS"]))
         numbers = (x.stride(1), out.stride(1), tokens, heads, width, rot)
         with _on(x):
-            elementwise.rotate[grid](x, cos, sin, out, *numbers, **flags, **sizes, **rest, **OPTIONS)
+            programs.rotate[grid](x, cos, sin, out, *numbers, **flags, **sizes, **rest, **OPTIONS)
 
     @property
     def dropping(self) -> DropoutMatmuls:
@@ -105,7 +105,7 @@ class TritonKernels:
     def drop(self, x: Tensor, p: float, seed: Tensor, scale: float, out: Tensor) -> None:
         """Write scale·x (any shape) to out, which may be x, zeroing the elements that the seed (1,) drops."""
         with _on(x):
-            dropping.drop[_blocks(x)](
+            programs.drop[_blocks(x)](
                 x, out, seed, x.numel(), round(p * 2**24), float(scale), BLOCK=ELEMENTWISE, **OPTIONS
             )
 
@@ -113,14 +113,14 @@ class TritonKernels:
         """Return dropout(x)·aᵀ for x (N, n) and a (r, n): a new (N, r). n is a multiple of 4."""
         h = x.new_empty(len(x), len(a))
         with _on(x):
-            dropping.shrink[(triton.cdiv(len(x), THIN["ROWS"]),)](x, a, h, seed, *_low_rank(x, a, p), **_sizes(a))
+            programs.shrink[(triton.cdiv(len(x), THIN["ROWS"]),)](x, a, h, seed, *_low_rank(x, a, p), **_sizes(a))
         return h
 
     def add_low_rank(self, h: Tensor, a: Tensor, p: float, seed: Tensor, y: Tensor) -> None:
         """Add dropout(h·a) to y (N, n), for h (N, r) and a (r, n). n is a multiple of 4."""
         grid = (triton.cdiv(len(y), THIN["ROWS"]), triton.cdiv(y.shape[1], THIN["COLUMNS"]))
         with _on(y):
-            dropping.add_low_rank[grid](h, a, y, seed, *_low_rank(y, a, p), **_sizes(a))
+            programs.add_low_rank[grid](h, a, y, seed, *_low_rank(y, a, p), **_sizes(a))
 
     def outer(self, dh: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
         """Return dhᵀ·dropout(x) for dh (N, r) and x (N, n): a new (r, n) in fp32. n is a multiple of 4."""
@@ -130,7 +130,7 @@ class TritonKernels:
         parts = x.new_empty(triton.cdiv(steps, max(each, 1)), len(a), x.shape[1], dtype=torch.float32)
         numbers = (*_low_rank(x, a, p), each * THIN["ROWS"])
         with _on(x):
-            dropping.outer[(blocks, len(parts))](dh, x, parts, seed, *numbers, **_sizes(a))
+            programs.outer[(blocks, len(parts))](dh, x, parts, seed, *numbers, **_sizes(a))
         return parts.sum(0)
 
     def softmax(self, scores: Tensor, low: Tensor | None, high: Tensor | None) -> None:
@@ -142,7 +142,7 @@ class TritonKernels:
         flags, width = {"HAS_LOW": low is not None, "HAS_HIGH": high is not None}, triton.next_power_of_2(m)
         pointers = (scores, scores if low is None else low, scores if high is None else high)
         with _on(scores):
-            elementwise.softmax[(scores.numel() // m,)](
+            programs.softmax[(scores.numel() // m,)](
                 *pointers, kinds, m, **flags, WIDTH=width, num_warps=_warps(width), **OPTIONS
             )
 
@@ -151,7 +151,7 @@ class TritonKernels:
         m = ds.shape[-1]
         width = triton.next_power_of_2(m)
         with _on(ds):
-            elementwise.softmax_backward[(ds.numel() // m,)](
+            programs.softmax_backward[(ds.numel() // m,)](
                 weights_, ds, m, WIDTH=width, num_warps=_warps(width), **OPTIONS
             )
 
@@ -168,7 +168,7 @@ class TritonKernels:
         block = min(LOGITS, triton.next_power_of_2(vocabulary))
         numbers = (vocabulary, float(scale), float(cap or 1.0))
         with _on(logits):
-            elementwise.cross_entropy[(rows,)](
+            programs.cross_entropy[(rows,)](
                 logits, labels, losses_, *numbers, **flags, BLOCK=block, num_warps=_warps(block), **OPTIONS
             )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.speed.comparing import compare, compare_branches
+from lorakit.speed.admission import compare, compare_branches
 from lorakit.speed.probe import Call
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lorakit.ops.kernels.private import is_private_file, private_directory
+from lorakit.ops.kernels.building import is_private_file, private_directory
 
 needs_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may be another user")
 OTHER = 54321
