@@ -17,7 +17,7 @@ from lorakit.core.files.adapter_folder import read_adapter
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.errors import ConfigError, MergeError, warn_caller
-from lorakit.peft import adapter_queries
+from lorakit.peft import model_adapters
 from lorakit.peft.loaded import adapter_folder, warn_of_problems
 from lorakit.peft.state_dicts import WRAPPED, StateDictError
 from lorakit.targets import first_match
@@ -98,7 +98,7 @@ def hotswap_adapter_from_state_dict(
         StateDictError: A tensor does not fit the model.
         MergeError: The adapter is merged.
     """
-    if adapter_name in adapter_queries.merged_adapters(model):
+    if adapter_name in model_adapters.merged_adapters(model):
         raise MergeError(
             f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. Unmerge "
             "it first with unmerge_adapter()."

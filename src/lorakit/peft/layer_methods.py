@@ -1,18 +1,25 @@
-"""Attributes that programs read from PEFT's layers and that only PEFT has; every one is derived from the layer."""
+"""PEFT's layers: attributes that only they have, derived from the layer, and the names of their classes."""
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from lorakit.core.factor import TRAINED
 from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.layers.lora_layer import LoraLayer as BaseTunerLayer
+from lorakit.core.layers.modules_to_save import ModulesToSave as ModulesToSaveWrapper
+from lorakit.core.layers.named_layers import LAYERS
+from lorakit.core.layers.trainable_tokens import TokenAdapter as TrainableTokensLayer
+from lorakit.core.layers.trainable_tokens import TrainableTokens as TrainableTokensWrapper
 from lorakit.core.model.index import find_state
 from lorakit.core.variants import asked_for, own_tensors, variant_named
+from lorakit.peft.placeholders import placeholder
 
 
 def _of_variants(layer: LoraLayer, word: str) -> dict[str, object]:
@@ -107,3 +114,46 @@ def answer_as_peft(model: nn.Module) -> None:
     state = find_state(model)
     if state is not None and state.peft_methods is None:
         state.peft_methods = PeftLayerMethods()
+
+
+__all__ = [
+    "AuxiliaryTrainingWrapper",
+    "BaseTunerLayer",
+    "LoraLayer",
+    "ModulesToSaveWrapper",
+    "TrainableTokensLayer",
+    "TrainableTokensWrapper",
+]
+
+
+NAMES = {
+    "Linear": "Linear",
+    "Embedding": "Embedding",
+    "Conv1d": "Conv1d",
+    "Conv2d": "Conv2d",
+    "Conv3d": "Conv3d",
+    "MultiheadAttention": "MultiheadAttention",
+    "ParamWrapper": "ParamWrapper",
+    "Linear4bit": "Linear4bit",
+    "Linear8bitLt": "Linear8bitLt",
+}
+"""PEFT's name -> name of the class in the core, where it has one."""
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    wanted = NAMES.get(name)
+    found = next((kind for kind in LAYERS.values() if kind.__name__ == wanted), None)
+    return found or placeholder(name)
+
+
+if TYPE_CHECKING:
+    from lorakit.core.layers.adapter_component import AdapterModule as AuxiliaryTrainingWrapper
+else:
+
+    class AuxiliaryTrainingWrapper(ABC):  # noqa: B024  # nothing is made of it
+        """What copied modules and trained rows have in common in PEFT; for `isinstance` alone."""
+
+    AuxiliaryTrainingWrapper.register(ModulesToSaveWrapper)
+    AuxiliaryTrainingWrapper.register(TrainableTokensWrapper)

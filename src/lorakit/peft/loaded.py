@@ -19,7 +19,7 @@ from lorakit.core.files.adapter_folder import AdapterFiles, implausible, read_ad
 from lorakit.core.files.inspecting import judge_files
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.errors import ShapeMismatchError, warn_caller
-from lorakit.peft import casting
+from lorakit.peft import model_adapters
 from lorakit.peft.layer_methods import answer_as_peft
 from lorakit.peft.state_dicts import WRAPPED, StateDictError, names_of, put_tensors
 from lorakit.peft.tuner import CONFIGS, kinds_of
@@ -137,7 +137,7 @@ def load_by_names(
     warn_of_problems(model, files, LENIENT, may_be_zero=trainable)
     if name not in model.peft_config:
         model.add_adapter(name, files.config.with_fields(inference_mode=not trainable))
-        casting.set_requires_grad(model, name, trainable)
+        model_adapters.set_requires_grad(model, name, trainable)
     tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
     result = put_tensors(model, tensors, name, ignore_sizes)
     own = {key for _, key in names_of(model, name)}

@@ -16,7 +16,7 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.layers.named_layers import LAYERS
 from lorakit.errors import MixedRowsError, RouteError, RowCountError, warn_caller
-from lorakit.peft import adapter_queries
+from lorakit.peft import model_adapters
 
 NOTHING: Mapping[str, Any] = {}
 
@@ -119,7 +119,7 @@ def is_alora_relevant_in_batch(model: nn.Module, adapter_names: Sequence[str] | 
         model: A `PeftModel`.
         adapter_names: One adapter per row, or None.
     """
-    configs = adapter_queries.configs_of(model)
+    configs = model_adapters.configs_of(model)
     active = model.active_adapters
     names = {*([active] if isinstance(active, str) else active), *(adapter_names or ())}  # type: ignore[misc]
     return any(getattr(configs.get(name), "alora_invocation_tokens", None) for name in names)
@@ -205,7 +205,7 @@ def options_of_generation(
         args: What `generate` takes.
         kwargs: Its options.
     """
-    rows = model.base_model.rows(names, adapter_queries.rows_per_prompt(kwargs, model.get_base_model()))
+    rows = model.base_model.rows(names, model_adapters.rows_per_prompt(kwargs, model.get_base_model()))
     with rows, _starts_of_generation(model, names, args, kwargs):
         yield
 
@@ -227,7 +227,7 @@ def _starts_of_generation(
 
 def _offsets(model: nn.Module, ids: Tensor, names: Sequence[str] | None) -> list[int | None]:
     active: Any = model.active_adapter
-    return calculate_alora_offsets(adapter_queries.configs_of(model), active, ids, names)
+    return calculate_alora_offsets(model_adapters.configs_of(model), active, ids, names)
 
 
 def _prompts(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
