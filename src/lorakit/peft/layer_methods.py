@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.core.factor import TRAINED
 from lorakit.core.layers.lora_layer import LoraLayer
@@ -36,10 +36,6 @@ def _use_rslora(layer: LoraLayer) -> dict[str, bool]:
     return {name: name in configs and configs[name].use_rslora for name in layer.r}
 
 
-def _lora_bias(layer: LoraLayer) -> dict[str, bool]:
-    return {name: layer.bias_of(name) is not None for name in layer.r}
-
-
 def _frozen(layer: LoraLayer) -> dict[str, tuple[str, ...]]:
     """Adapter -> attributes whose values its init froze (MiCA); others are not in it."""
     parts = list(zip("AB", layer.kind.names, strict=True))
@@ -50,13 +46,13 @@ def _frozen(layer: LoraLayer) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _supports_conversion(layer: LoraLayer, adapter_name: str = "default") -> bool:
-    """Return whether an adapter's update here can be written as plain LoRA."""
+def supports_conversion(layer: LoraLayer, adapter_name: str = "default") -> bool:
+    """Return whether an adapter's update at a layer can be written as plain LoRA."""
     return adapter_name not in layer.r or variant_named(layer.variant[adapter_name]).update is not None
 
 
-def _cast_input(layer: LoraLayer, x: Any, dtype: torch.dtype) -> Any:
-    """PEFT's step before A, of any shape; the arithmetic here casts by itself."""
+def _cast_input(layer: LoraLayer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """PEFT's step before A, of any shape; the arithmetic here casts automatically."""
     return x if x is None or not layer.cast_input_dtype_enabled else x.to(dtype)
 
 
@@ -65,13 +61,9 @@ def _adapter_layer_names(layer: LoraLayer) -> tuple[str, ...]:
     return tuple(name for name in (*TRAINED, *(own.held_as for own in own_tensors())) if name in layer._modules)
 
 
-def _sorted_adapters(layer: LoraLayer) -> list[str]:
-    return sorted(layer.available_adapters())
-
-
 VALUES: Mapping[str, Callable[[LoraLayer], object]] = {
     "use_rslora": _use_rslora,
-    "lora_bias": _lora_bias,
+    "lora_bias": lambda layer: {name: layer.bias_of(name) is not None for name in layer.r},
     "frozen_peft_weight_names": _frozen,
     "adapter_layer_names": _adapter_layer_names,
     "other_param_names": lambda _: ("r", "lora_alpha", "scaling", "lora_dropout"),
@@ -80,8 +72,8 @@ VALUES: Mapping[str, Callable[[LoraLayer], object]] = {
 """Attribute -> its value. Setting one of them on a layer hides what is derived here."""
 
 METHODS: Mapping[str, Callable[..., object]] = {
-    "supports_lora_conversion": _supports_conversion,
-    "_all_available_adapter_names": _sorted_adapters,
+    "supports_lora_conversion": supports_conversion,
+    "_all_available_adapter_names": lambda layer: sorted(layer.available_adapters()),
     "_cast_input_dtype": _cast_input,
 }
 """Method -> what it does with the layer."""
@@ -126,26 +118,10 @@ __all__ = [
 ]
 
 
-NAMES = {
-    "Linear": "Linear",
-    "Embedding": "Embedding",
-    "Conv1d": "Conv1d",
-    "Conv2d": "Conv2d",
-    "Conv3d": "Conv3d",
-    "MultiheadAttention": "MultiheadAttention",
-    "ParamWrapper": "ParamWrapper",
-    "Linear4bit": "Linear4bit",
-    "Linear8bitLt": "Linear8bitLt",
-}
-"""PEFT's name -> name of the class in the core, where it has one."""
-
-
 def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    wanted = NAMES.get(name)
-    found = next((kind for kind in LAYERS.values() if kind.__name__ == wanted), None)
-    return found or placeholder(name)
+    return next((kind for kind in LAYERS.values() if kind.__name__ == name), None) or placeholder(name)
 
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from lorakit.config import LoraConfig, PeftConfig, PeftType, TaskType, read_conf
 from lorakit.errors import AdapterError, ConfigError, NotYetSupported, nearest, warn_caller
 from lorakit.peft import model_adapters, saving, status
 from lorakit.peft.loaded import LoadResult, adapter_folder, load_by_names, load_whole
-from lorakit.peft.mixed_batches import in_peft_words, options_of_forward, options_of_generation
+from lorakit.peft.mixed_batches import in_peft_words, options_of_call
 from lorakit.peft.saving import write_card
 from lorakit.peft.state_dicts import get_peft_model_state_dict
 from lorakit.peft.tuner import LoraModel
@@ -404,7 +404,7 @@ class PeftModel(nn.Module):
         Raises:
             RouteError: An adapter does not exist, or the rows do not fit the batch.
         """
-        with in_peft_words(adapter_names, args, kwargs), options_of_forward(self, adapter_names, args, kwargs):
+        with in_peft_words(adapter_names, args, kwargs), options_of_call(self, adapter_names, args, kwargs):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -422,7 +422,7 @@ class PeftModel(nn.Module):
             RouteError: An adapter does not exist, or the rows do not fit the batch.
         """
         model: Any = self.get_base_model()
-        with in_peft_words(adapter_names), options_of_generation(self, adapter_names, args, kwargs):
+        with in_peft_words(adapter_names), options_of_call(self, adapter_names, args, kwargs, generates=True):
             return model.generate(*args, **kwargs)
 
     @property

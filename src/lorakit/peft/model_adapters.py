@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,22 @@ from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.modules_to_save import ModulesToSave
 from lorakit.core.layers.trainable_tokens import TrainableTokens
-from lorakit.core.model.index import find_state, walk
+from lorakit.core.model.index import find_state, layers, walk
 from lorakit.core.variants import own_tensors
 
+if TYPE_CHECKING:
+    from lorakit.peft.model import PeftModel
 
-def is_wrapper(model: nn.Module) -> bool:
+
+def is_wrapper(model: nn.Module) -> TypeGuard[PeftModel]:
     """Return whether a model is a `PeftModel`: it holds a tuner, which holds the user's model."""
     inner = model._modules.get("base_model")
     return inner is not None and hasattr(inner, "tuner_layer_cls")
 
 
-def user_model(model: Any) -> nn.Module:
+def user_model(model: nn.Module) -> nn.Module:
     """Return the user's model inside a wrapper, or the model itself."""
-    inner: nn.Module = model.get_base_model() if is_wrapper(model) else model
-    return inner
+    return model.get_base_model() if is_wrapper(model) else model
 
 
 def adapted(model: nn.Module) -> Iterator[AdapterModule]:
@@ -43,7 +45,7 @@ def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
     return {} if state is None else state.configs
 
 
-def holders_of(module: AdapterModule) -> Iterator[Any]:
+def holders_of(module: AdapterModule) -> Iterator[nn.ModuleDict | nn.ParameterDict]:
     """Iterate over the containers of a layer that hold modules or parameters by adapter."""
     if isinstance(module, ModulesToSave):
         yield module.modules_to_save
@@ -51,8 +53,16 @@ def holders_of(module: AdapterModule) -> Iterator[Any]:
         yield module.token_adapter.trainable_tokens_delta
     for attribute in (*TRAINED, *(tensor.held_as for tensor in own_tensors())):
         held = module._modules.get(attribute)
-        if held is not None:
+        if isinstance(held, (nn.ModuleDict, nn.ParameterDict)):
             yield held
+
+
+def parameters_at(module: AdapterModule) -> Iterator[tuple[str, nn.Parameter]]:
+    """Iterate over the parameters (…) that adapters have at a layer, with the adapter of each."""
+    for holder in holders_of(module):
+        for adapter, held in holder.items():
+            for parameter in held.parameters() if isinstance(held, nn.Module) else [held]:
+                yield adapter, parameter
 
 
 def merged_at(module: AdapterModule) -> list[str]:
@@ -63,18 +73,6 @@ def merged_at(module: AdapterModule) -> list[str]:
 def merged_adapters(model: nn.Module) -> list[str]:
     """Return the sorted names of adapters that are merged at some layer."""
     return sorted({name for module in adapted(model) for name in merged_at(module)})
-
-
-def rows_per_prompt(kwargs: Mapping[str, Any], model: nn.Module) -> int:
-    """Return the number of rows of `generate` for each prompt: beams, or sequences to return.
-
-    Args:
-        kwargs: Arguments of `generate`.
-        model: The user's model.
-    """
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    found = [kwargs.get(word) or getattr(config, word, None) or 1 for word in ("num_beams", "num_return_sequences")]
-    return max(int(number) for number in found)
 
 
 NARROW = (torch.float16, torch.bfloat16)
@@ -114,13 +112,13 @@ def empty(model: nn.Module, adapter_name: str) -> None:
         model: A model with adapters in it.
         adapter_name: The adapter.
     """
-    for layer in adapted(model):
-        for holder in holders_of(layer) if isinstance(layer, LoraLayer) else ():
+    for _, layer in layers(model):
+        for holder in holders_of(layer):
             if adapter_name in holder:
-                held = holder[adapter_name]
-                if isinstance(held, nn.Module):
-                    held.to("meta")
+                if isinstance(holder, nn.ModuleDict):
+                    holder[adapter_name].to("meta")
                 else:
+                    held = holder[adapter_name]
                     holder[adapter_name] = nn.Parameter(held.to("meta"), held.requires_grad)
 
 
@@ -143,13 +141,10 @@ def fill(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> 
 
 
 def _factors(model: nn.Module, adapter: str) -> Iterator[tuple[LoraLayer, nn.Parameter]]:
-    for layer in adapted(model):
-        if isinstance(layer, LoraLayer):
-            for holder in holders_of(layer):
-                if adapter in holder:
-                    held = holder[adapter]
-                    for parameter in held.parameters() if isinstance(held, nn.Module) else [held]:
-                        yield layer, parameter
+    for _, layer in layers(model):
+        for name, parameter in parameters_at(layer):
+            if name == adapter:
+                yield layer, parameter
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -117,7 +117,7 @@ def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
     backend = module.base.name if isinstance(module, LoraLayer) and module.base.quantised else None
     flags: dict[str, list[bool]] = defaultdict(list)
     devices: dict[str, set[str]] = defaultdict(set)
-    for adapter, parameter in _parameters(module):
+    for adapter, parameter in model_adapters.parameters_at(module):
         flags[adapter].append(parameter.requires_grad)
         devices[adapter].add(parameter.device.type)
     return TunerLayerStatus(
@@ -131,13 +131,6 @@ def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
         devices={adapter: sorted(kinds) for adapter, kinds in devices.items()},
         quantization_backend=None if backend is None else BACKENDS.get(backend, backend),
     )
-
-
-def _parameters(module: AdapterModule) -> Iterator[tuple[str, nn.Parameter]]:
-    for holder in model_adapters.holders_of(module):
-        for adapter, held in holder.items():
-            for parameter in held.parameters() if isinstance(held, nn.Module) else [held]:
-                yield adapter, parameter
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
