@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from lorakit.peft import model_adapters
 from lorakit.peft.loaded import adapter_folder, warn_of_problems
 from lorakit.peft.state_dicts import WRAPPED, StateDictError
 from lorakit.targets import first_match
+
+if TYPE_CHECKING:
+    from lorakit.peft.model import PeftModel
 
 COMPARED: Sequence[str] = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
 """Fields of two configs that must be equal, since tensors do not contain them."""
@@ -45,7 +48,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
 
 
 def hotswap_adapter(
-    model: Any, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
+    model: PeftModel, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
 ) -> None:
     """Replace the values of an adapter by those of a saved one.
 

@@ -80,7 +80,7 @@ METHODS: Mapping[str, Callable[..., object]] = {
 
 
 WORDS_OF_VARIANTS = frozenset(word for variant in asked_for() for word in variant.peft_names)
-"""PEFT's names of tables by adapter in which its layers say of which variant an adapter is."""
+"""PEFT's names of tables by adapter that tell the variant of each adapter."""
 
 
 class PeftLayerMethods:
@@ -128,8 +128,8 @@ if TYPE_CHECKING:
     from lorakit.core.layers.adapter_component import AdapterModule as AuxiliaryTrainingWrapper
 else:
 
-    class AuxiliaryTrainingWrapper(ABC):  # noqa: B024  # nothing is made of it
-        """What copied modules and trained rows have in common in PEFT; for `isinstance` alone."""
+    class AuxiliaryTrainingWrapper(ABC):  # noqa: B024  # it has no instances
+        """Base class in PEFT of saved modules and trainable tokens; for `isinstance` only."""
 
     AuxiliaryTrainingWrapper.register(ModulesToSaveWrapper)
     AuxiliaryTrainingWrapper.register(TrainableTokensWrapper)

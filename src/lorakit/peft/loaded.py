@@ -1,4 +1,4 @@
-"""Loading saved adapters into a wrapped model, as they are or under other names, and the result that PEFT returns."""
+"""Loading saved adapters into a wrapped model, unchanged or under other names, and the result that PEFT returns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -23,6 +23,9 @@ from lorakit.peft import model_adapters
 from lorakit.peft.layer_methods import answer_as_peft
 from lorakit.peft.state_dicts import WRAPPED, StateDictError, names_of, put_tensors
 from lorakit.peft.tuner import CONFIGS, kinds_of
+
+if TYPE_CHECKING:
+    from lorakit.peft.model import PeftModel
 
 
 def adapter_folder(model_id: str | os.PathLike[str], subfolder: str | None, revision: str | None) -> Path:
@@ -64,7 +67,9 @@ class LoadResult:
     report: core.LoadReport | None = None
 
 
-def load_whole(model: Any, folder: Path, name: str, *, trainable: bool, config: LoraConfig | None = None) -> LoadResult:
+def load_whole(
+    model: PeftModel, folder: Path, name: str, *, trainable: bool, config: LoraConfig | None = None
+) -> LoadResult:
     """Load a saved adapter into a model.
 
     Args:
@@ -92,7 +97,7 @@ def load_whole(model: Any, folder: Path, name: str, *, trainable: bool, config: 
     return result
 
 
-def _load(model: Any, folder: Path, name: str, trainable: bool, config: LoraConfig | None) -> core.LoadReport:
+def _load(model: PeftModel, folder: Path, name: str, trainable: bool, config: LoraConfig | None) -> core.LoadReport:
     user = model.get_base_model()
     if config is None:
         report = core.load_adapter(user, folder, name, trainable=trainable, allow=LENIENT)
@@ -111,7 +116,7 @@ def _load(model: Any, folder: Path, name: str, trainable: bool, config: LoraConf
 
 
 def load_by_names(
-    model: Any,
+    model: PeftModel,
     folder: Path,
     name: str,
     *,
@@ -144,7 +149,9 @@ def load_by_names(
     return LoadResult([key for key in result.missing_keys if key in own], result.unexpected_keys)
 
 
-def warn_of_problems(model: Any, files: AdapterFiles, allow: Collection[str], *, may_be_zero: bool = False) -> None:
+def warn_of_problems(
+    model: PeftModel, files: AdapterFiles, allow: Collection[str], *, may_be_zero: bool = False
+) -> None:
     """Warn if an adapter was made on another base or looks implausible.
 
     Args:

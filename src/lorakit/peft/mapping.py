@@ -19,16 +19,6 @@ from lorakit.peft.placeholders import CONFIGS, placeholder
 from lorakit.peft.tuner import BaseTuner, LoraModel
 from lorakit.targets import resolve
 
-__all__ = [
-    "PEFT_TYPE_TO_CONFIG_MAPPING",
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
-    "PEFT_TYPE_TO_PREFIX_MAPPING",
-    "PEFT_TYPE_TO_TUNER_MAPPING",
-    "get_peft_config",
-    "get_peft_model",
-    "inject_adapter_in_model",
-]
-
 
 def get_peft_model(
     model: nn.Module,

@@ -43,7 +43,7 @@ class StateDictError(AdapterFileError, RuntimeError):
 
 
 def get_peft_model_state_dict(
-    model: Any,
+    model: nn.Module,
     state_dict: Mapping[str, Any] | None = None,
     adapter_name: str = "default",
     unwrap_compiled: bool = False,
@@ -181,7 +181,7 @@ def _embeddings(model: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def set_peft_model_state_dict(
-    model: Any,
+    model: nn.Module,
     peft_model_state_dict: Mapping[str, Tensor],
     adapter_name: str = "default",
     ignore_mismatched_sizes: bool = False,
@@ -267,7 +267,7 @@ def _bare(key: str) -> str:
     return key.removeprefix(WRAPPED).replace(FSDP, "")
 
 
-def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the base's tensors as they were before any merge, (…), under the names that they have without adapters.
 
     Args:
@@ -276,7 +276,9 @@ def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor, _ in base_tensors(model_adapters.user_model(model))}
 
 
-def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], strict: bool = True) -> IncompatibleKeys:
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
+) -> IncompatibleKeys:
     """Copy tensors into the base, under the names that they have without adapters.
 
     Args:

@@ -118,7 +118,7 @@ def match_target_against_key(target_pattern: str, key: str) -> re.Match[str] | N
     return re.fullmatch(target_pattern, key)
 
 
-def input_embeddings_name(model: Any, default: str | None = None) -> str | None:
+def input_embeddings_name(model: nn.Module, default: str | None = None) -> str | None:
     """Return the path of a model's input embedding, or the default if it has none."""
     getter = getattr(model, "get_input_embeddings", None)
     wanted = getter() if callable(getter) else None
@@ -140,12 +140,12 @@ def names_tied_with_embedding(model: Any) -> list[str]:
     )
 
 
-def no_split_modules(model: Any) -> set[str]:
+def no_split_modules(model: nn.Module) -> set[str]:
     """Return the class names of modules that must stay on one device."""
     return {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
 
 
-def fsdp_auto_wrap_policy(model: Any) -> Callable[..., bool]:
+def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """Return FSDP's wrapping policy for an adapted model: transformer blocks, and each trained leaf separately.
 
     Args:
@@ -199,7 +199,7 @@ def str_to_bool(value: str) -> int:
     return int(value.lower() in ("y", "yes", "t", "true", "on", "1"))
 
 
-def get_quantization_config(model: Any, method: str) -> Any:
+def get_quantization_config(model: nn.Module, method: str) -> Any:
     """Return a model's quantization config if it is quantized by this method, or None."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     return config if getattr(model, "quantization_method", None) == method else None
@@ -210,7 +210,7 @@ def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module)
     return next((name for name, module in model.named_modules() if module is reference_module), "")
 
 
-def get_device_map(model: Any) -> dict[str, Any]:
+def get_device_map(model: nn.Module) -> dict[str, Any]:
     """Return module -> device."""
     return getattr(model, "hf_device_map", None) or {"": next(model.parameters()).device}
 
@@ -299,7 +299,7 @@ def is_valid_match(key: str, target_key: str) -> bool:
     return key == target_key or key.endswith(f".{target_key}")
 
 
-def get_model_conversion_mapping(model: Any) -> list[Any]:
+def get_model_conversion_mapping(model: nn.Module) -> list[Any]:
     """Return what transformers converts when it loads the model: nothing, since adapters are loaded as they are."""
     return []
 
@@ -318,13 +318,13 @@ DENSE_METHODS = ("gptq", "aqlm", "eetq", "torchao", "hqq")
 """Quantization methods whose unquantized tensors keep their half precision."""
 
 
-def checkpoints(model: Any) -> bool:
+def checkpoints(model: nn.Module) -> bool:
     """Return whether a transformers model uses gradient checkpointing; the attribute differs by version."""
     newer = getattr(model, "is_activation_checkpointing", None)
     return bool(newer if newer is not None else getattr(model, "is_gradient_checkpointing", False))
 
 
-def take_gradients_at_the_input(model: Any) -> None:
+def take_gradients_at_the_input(model: nn.Module) -> None:
     """Make the output of the input embedding require gradients, as reentrant gradient checkpointing needs.
 
     Args:
@@ -461,7 +461,7 @@ class ForwardOnlyQuantizationBackend(QuantizationBackend):
 GptqBackend = ForwardOnlyQuantizationBackend
 
 
-def get_quantization_kwargs(model: Any) -> dict[str, Any]:
+def get_quantization_kwargs(model: nn.Module) -> dict[str, Any]:
     """Return no arguments for layers of a quantized model; layers need none here."""
     return {}
 
@@ -478,7 +478,7 @@ def resolve_quantization_backend(module: nn.Module, **_: Any) -> QuantizationBac
     return kind() if kind else None
 
 
-def _installed(package: str, *_: Any, **__: Any) -> bool:
+def _installed(package: str, check_device: bool = True) -> bool:
     return find_spec(package) is not None
 
 
