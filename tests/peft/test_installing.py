@@ -80,8 +80,8 @@ for missing in ("peft.nothing", "peft.tuners.nothing"):
         raise AssertionError(missing)
 import importlib, importlib.metadata, importlib.util
 assert importlib.util.find_spec("peft") is not None and importlib.util.find_spec("peft.nothing") is None
-import peft.casting
-assert importlib.reload(peft.casting) is peft.casting
+import peft.model_adapters
+assert importlib.reload(peft.model_adapters) is peft.model_adapters
 assert importlib.metadata.version("peft") == lorakit.peft.__version__ == "0.22.0"
 assert importlib.metadata.metadata("peft")["Name"] == "peft"
 assert "peft" in importlib.metadata.packages_distributions()["peft"]

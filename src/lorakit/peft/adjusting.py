@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, update_wrapper
 from types import FunctionType, MethodType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from lorakit.config import PeftConfig
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.quantization import weight_format_of
 from lorakit.errors import AdapterError, ConfigError, ConfigTypeError, LorakitError
+
+if TYPE_CHECKING:
+    from lorakit.peft.model import PeftModel
 
 
 @contextlib.contextmanager
@@ -82,7 +85,7 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
     return True
 
 
-def update_forward_signature(model: Any) -> None:
+def update_forward_signature(model: PeftModel) -> None:
     """Let a wrapper's `forward` show the signature of the inner model if its own is generic.
 
     Args:
@@ -91,7 +94,7 @@ def update_forward_signature(model: Any) -> None:
     _show(model, "forward", ({"args", "kwargs"},))
 
 
-def update_generate_signature(model: Any) -> None:
+def update_generate_signature(model: PeftModel) -> None:
     """Let a wrapper's `generate` show the signature of the inner model if its own is generic.
 
     Args:
@@ -101,7 +104,7 @@ def update_generate_signature(model: Any) -> None:
         _show(model, "generate", ({"args", "kwargs"}, {"kwargs"}))
 
 
-def update_signature(model: Any, method: str = "all") -> None:
+def update_signature(model: PeftModel, method: str = "all") -> None:
     """Call `update_forward_signature`, `update_generate_signature`, or both.
 
     Args:
@@ -119,7 +122,7 @@ def update_signature(model: Any, method: str = "all") -> None:
         update_generate_signature(model)
 
 
-def _show(model: Any, method: str, silent: tuple[set[str], ...]) -> None:
+def _show(model: PeftModel, method: str, silent: tuple[set[str], ...]) -> None:
     own = {name for name in inspect.signature(getattr(model, method)).parameters if name != "adapter_names"}
     inner = getattr(type(model.get_base_model()), method, None)
     if own not in silent or inner is None:

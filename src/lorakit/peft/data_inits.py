@@ -29,19 +29,9 @@ from lorakit.core.statistics.collecting import collect_inputs, in_mode
 from lorakit.core.statistics.moments import GradientStatistics, InputStatistics
 from lorakit.durable import write_bytes
 from lorakit.errors import AdapterFileError, ConfigError, DataError, warn_caller
-from lorakit.peft.eva import dense_sites, get_eva_state_dict, initialize_lora_eva_weights
-from lorakit.peft.loftq import replace_lora_weights_loftq
+from lorakit.targets import Match
 
-__all__ = [
-    "CordaEigens",
-    "for_attaching",
-    "get_eva_state_dict",
-    "initialize_lora_eva_weights",
-    "preprocess_corda",
-    "preprocess_loraga",
-    "replace_lora_weights_loftq",
-]
-
+DENSE = ("Linear", "Conv1D")
 EIGENS, GRADIENT = "eigens", "_peft_loraga_grad"
 """Attributes under which PEFT's functions leave their results on a module."""
 
@@ -371,6 +361,26 @@ def _only_trained(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[
             parameter.requires_grad_(flag)
         for weight, gradient in zip(weights, before, strict=True):
             weight.grad = gradient
+
+
+def dense_sites(model: nn.Module, config: LoraConfig, init: str, paths: Collection[str] | None = None) -> DataSites:
+    """Resolve the dense modules of a config, which PEFT's inits that use data are for; it skips the others.
+
+    Args:
+        model: The user's model.
+        config: Targets and ranks.
+        init: Name of the init.
+        paths: Leave out all other modules; None keeps all.
+
+    Raises:
+        ConfigError: The config names bare parameters.
+        TargetError: The config names nothing.
+    """
+
+    def only(match: Match) -> bool:
+        return bool(match.parameter) or (match.kind in DENSE and (paths is None or match.path in paths))
+
+    return DataSites.of(model, config.with_fields(init_lora_weights=init), ("partial_targets",), only)
 
 
 def _dense(model: nn.Module, config: LoraConfig, init: str, what: str) -> tuple[DataSites, dict[str, nn.Module]]:

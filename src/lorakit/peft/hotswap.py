@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,13 @@ from lorakit.core.files.adapter_folder import read_adapter
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.errors import ConfigError, MergeError, warn_caller
-from lorakit.peft import adapter_queries
+from lorakit.peft import model_adapters
 from lorakit.peft.loaded import adapter_folder, warn_of_problems
 from lorakit.peft.state_dicts import WRAPPED, StateDictError
 from lorakit.targets import first_match
+
+if TYPE_CHECKING:
+    from lorakit.peft.model import PeftModel
 
 COMPARED: Sequence[str] = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
 """Fields of two configs that must be equal, since tensors do not contain them."""
@@ -45,7 +48,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
 
 
 def hotswap_adapter(
-    model: Any, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
+    model: PeftModel, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
 ) -> None:
     """Replace the values of an adapter by those of a saved one.
 
@@ -98,7 +101,7 @@ def hotswap_adapter_from_state_dict(
         StateDictError: A tensor does not fit the model.
         MergeError: The adapter is merged.
     """
-    if adapter_name in adapter_queries.merged_adapters(model):
+    if adapter_name in model_adapters.merged_adapters(model):
         raise MergeError(
             f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. Unmerge "
             "it first with unmerge_adapter()."

@@ -1,18 +1,25 @@
-"""Attributes that programs read from PEFT's layers and that only PEFT has; every one is derived from the layer."""
+"""PEFT's layers: attributes that only they have, derived from the layer, and the names of their classes."""
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.core.factor import TRAINED
 from lorakit.core.layers.lora_layer import LoraLayer
+from lorakit.core.layers.lora_layer import LoraLayer as BaseTunerLayer
+from lorakit.core.layers.modules_to_save import ModulesToSave as ModulesToSaveWrapper
+from lorakit.core.layers.named_layers import LAYERS
+from lorakit.core.layers.trainable_tokens import TokenAdapter as TrainableTokensLayer
+from lorakit.core.layers.trainable_tokens import TrainableTokens as TrainableTokensWrapper
 from lorakit.core.model.index import find_state
 from lorakit.core.variants import asked_for, own_tensors, variant_named
+from lorakit.peft.placeholders import placeholder
 
 
 def _of_variants(layer: LoraLayer, word: str) -> dict[str, object]:
@@ -29,10 +36,6 @@ def _use_rslora(layer: LoraLayer) -> dict[str, bool]:
     return {name: name in configs and configs[name].use_rslora for name in layer.r}
 
 
-def _lora_bias(layer: LoraLayer) -> dict[str, bool]:
-    return {name: layer.bias_of(name) is not None for name in layer.r}
-
-
 def _frozen(layer: LoraLayer) -> dict[str, tuple[str, ...]]:
     """Adapter -> attributes whose values its init froze (MiCA); others are not in it."""
     parts = list(zip("AB", layer.kind.names, strict=True))
@@ -43,13 +46,13 @@ def _frozen(layer: LoraLayer) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _supports_conversion(layer: LoraLayer, adapter_name: str = "default") -> bool:
-    """Return whether an adapter's update here can be written as plain LoRA."""
+def supports_conversion(layer: LoraLayer, adapter_name: str = "default") -> bool:
+    """Return whether an adapter's update at a layer can be written as plain LoRA."""
     return adapter_name not in layer.r or variant_named(layer.variant[adapter_name]).update is not None
 
 
-def _cast_input(layer: LoraLayer, x: Any, dtype: torch.dtype) -> Any:
-    """PEFT's step before A, of any shape; the arithmetic here casts by itself."""
+def _cast_input(layer: LoraLayer, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """PEFT's step before A, of any shape; the arithmetic here casts automatically."""
     return x if x is None or not layer.cast_input_dtype_enabled else x.to(dtype)
 
 
@@ -58,13 +61,9 @@ def _adapter_layer_names(layer: LoraLayer) -> tuple[str, ...]:
     return tuple(name for name in (*TRAINED, *(own.held_as for own in own_tensors())) if name in layer._modules)
 
 
-def _sorted_adapters(layer: LoraLayer) -> list[str]:
-    return sorted(layer.available_adapters())
-
-
 VALUES: Mapping[str, Callable[[LoraLayer], object]] = {
     "use_rslora": _use_rslora,
-    "lora_bias": _lora_bias,
+    "lora_bias": lambda layer: {name: layer.bias_of(name) is not None for name in layer.r},
     "frozen_peft_weight_names": _frozen,
     "adapter_layer_names": _adapter_layer_names,
     "other_param_names": lambda _: ("r", "lora_alpha", "scaling", "lora_dropout"),
@@ -73,15 +72,15 @@ VALUES: Mapping[str, Callable[[LoraLayer], object]] = {
 """Attribute -> its value. Setting one of them on a layer hides what is derived here."""
 
 METHODS: Mapping[str, Callable[..., object]] = {
-    "supports_lora_conversion": _supports_conversion,
-    "_all_available_adapter_names": _sorted_adapters,
+    "supports_lora_conversion": supports_conversion,
+    "_all_available_adapter_names": lambda layer: sorted(layer.available_adapters()),
     "_cast_input_dtype": _cast_input,
 }
 """Method -> what it does with the layer."""
 
 
 WORDS_OF_VARIANTS = frozenset(word for variant in asked_for() for word in variant.peft_names)
-"""PEFT's names of tables by adapter in which its layers say of which variant an adapter is."""
+"""PEFT's names of tables by adapter that tell the variant of each adapter."""
 
 
 class PeftLayerMethods:
@@ -107,3 +106,30 @@ def answer_as_peft(model: nn.Module) -> None:
     state = find_state(model)
     if state is not None and state.peft_methods is None:
         state.peft_methods = PeftLayerMethods()
+
+
+__all__ = [
+    "AuxiliaryTrainingWrapper",
+    "BaseTunerLayer",
+    "LoraLayer",
+    "ModulesToSaveWrapper",
+    "TrainableTokensLayer",
+    "TrainableTokensWrapper",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return next((kind for kind in LAYERS.values() if kind.__name__ == name), None) or placeholder(name)
+
+
+if TYPE_CHECKING:
+    from lorakit.core.layers.adapter_component import AdapterModule as AuxiliaryTrainingWrapper
+else:
+
+    class AuxiliaryTrainingWrapper(ABC):  # noqa: B024  # it has no instances
+        """Base class in PEFT of saved modules and trainable tokens; for `isinstance` only."""
+
+    AuxiliaryTrainingWrapper.register(ModulesToSaveWrapper)
+    AuxiliaryTrainingWrapper.register(TrainableTokensWrapper)

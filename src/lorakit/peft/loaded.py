@@ -1,4 +1,4 @@
-"""Loading saved adapters into a wrapped model, as they are or under other names, and the result that PEFT returns."""
+"""Loading saved adapters into a wrapped model, unchanged or under other names, and the result that PEFT returns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -20,10 +20,13 @@ from lorakit.core.files.inspecting import implausible, judge_files
 from lorakit.core.model.checks import ALLOWANCES
 from lorakit.errors import ShapeMismatchError, warn_caller
 from lorakit.hub_cache import adapter_from_hub
-from lorakit.peft import casting
+from lorakit.peft import model_adapters
 from lorakit.peft.layer_methods import answer_as_peft
 from lorakit.peft.state_dicts import WRAPPED, StateDictError, names_of, put_tensors
 from lorakit.peft.tuner import CONFIGS, kinds_of
+
+if TYPE_CHECKING:
+    from lorakit.peft.model import PeftModel
 
 
 def adapter_folder(model_id: str | os.PathLike[str], subfolder: str | None, revision: str | None) -> Path:
@@ -63,7 +66,9 @@ class LoadResult:
     report: core.LoadReport | None = None
 
 
-def load_whole(model: Any, folder: Path, name: str, *, trainable: bool, config: LoraConfig | None = None) -> LoadResult:
+def load_whole(
+    model: PeftModel, folder: Path, name: str, *, trainable: bool, config: LoraConfig | None = None
+) -> LoadResult:
     """Load a saved adapter into a model.
 
     Args:
@@ -91,7 +96,7 @@ def load_whole(model: Any, folder: Path, name: str, *, trainable: bool, config: 
     return result
 
 
-def _load(model: Any, folder: Path, name: str, trainable: bool, config: LoraConfig | None) -> core.LoadReport:
+def _load(model: PeftModel, folder: Path, name: str, trainable: bool, config: LoraConfig | None) -> core.LoadReport:
     user = model.get_base_model()
     if config is None:
         report = core.load_adapter(user, folder, name, trainable=trainable, allow=LENIENT)
@@ -110,7 +115,7 @@ def _load(model: Any, folder: Path, name: str, trainable: bool, config: LoraConf
 
 
 def load_by_names(
-    model: Any,
+    model: PeftModel,
     folder: Path,
     name: str,
     *,
@@ -136,14 +141,16 @@ def load_by_names(
     warn_of_problems(model, files, LENIENT, may_be_zero=trainable)
     if name not in model.peft_config:
         model.add_adapter(name, files.config.with_fields(inference_mode=not trainable))
-        casting.set_requires_grad(model, name, trainable)
+        model_adapters.set_requires_grad(model, name, trainable)
     tensors = {renamed(key, key_mapping or {}): tensor for key, tensor in files.file.tensors.items()}
     result = put_tensors(model, tensors, name, ignore_sizes)
     own = {key for _, key in names_of(model, name)}
     return LoadResult([key for key in result.missing_keys if key in own], result.unexpected_keys)
 
 
-def warn_of_problems(model: Any, files: AdapterFiles, allow: Collection[str], *, may_be_zero: bool = False) -> None:
+def warn_of_problems(
+    model: PeftModel, files: AdapterFiles, allow: Collection[str], *, may_be_zero: bool = False
+) -> None:
     """Warn if an adapter was made on another base or looks implausible.
 
     Args:

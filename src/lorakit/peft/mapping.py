@@ -12,22 +12,12 @@ from lorakit.config import LoraConfig, PeftConfig, PeftType
 from lorakit.core.attachment.attaching import with_targets
 from lorakit.core.model.index import AdapterIndex
 from lorakit.errors import ConfigError, warn_caller
-from lorakit.peft import adapter_queries
+from lorakit.peft import model_adapters
 from lorakit.peft.model import PeftModel
 from lorakit.peft.model_classes import PeftMixedModel
 from lorakit.peft.placeholders import CONFIGS, placeholder
 from lorakit.peft.tuner import BaseTuner, LoraModel
 from lorakit.targets import resolve
-
-__all__ = [
-    "PEFT_TYPE_TO_CONFIG_MAPPING",
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
-    "PEFT_TYPE_TO_PREFIX_MAPPING",
-    "PEFT_TYPE_TO_TUNER_MAPPING",
-    "get_peft_config",
-    "get_peft_model",
-    "inject_adapter_in_model",
-]
 
 
 def get_peft_model(
@@ -77,8 +67,8 @@ def get_peft_model(
 
 def _make_room(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
     """Warn if a model has adapters; one of the same name is replaced, as when a notebook cell runs again."""
-    user = adapter_queries.user_model(model)
-    there = adapter_queries.configs_of(user)
+    user = model_adapters.user_model(model)
+    there = model_adapters.configs_of(user)
     if there:
         replaced = f" The adapter '{adapter_name}' that was there is replaced." if adapter_name in there else ""
         warn_caller(

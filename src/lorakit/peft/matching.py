@@ -22,7 +22,7 @@ from lorakit.core.merging.merging import tied_sites
 from lorakit.core.model.index import AdapterIndex, layers
 from lorakit.core.model.target_weights import bare_parameters
 from lorakit.errors import ConfigError, ConfigTypeError, NoTargetError, RouteError, TargetError, warn_caller
-from lorakit.peft import adapter_queries
+from lorakit.peft import model_adapters
 from lorakit.targets import ALL_LINEAR, Candidate, key_fits, match_path, names_path, resolve, targeted_parameters
 
 SEQ_CLS_HEADS = ("score", "classifier")
@@ -397,7 +397,7 @@ def check_adapters_to_merge(module: Any, adapter_names: list[str] | None = None)
         ConfigTypeError: The names are one string.
     """
     asked = module.active_adapters if adapter_names is None else adapter_names
-    return not_yet_merged(asked, adapter_queries.merged_at(module))
+    return not_yet_merged(asked, model_adapters.merged_at(module))
 
 
 def not_yet_merged(names: Sequence[str], merged: Sequence[str], quiet: bool = False) -> list[str]:

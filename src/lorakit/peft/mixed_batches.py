@@ -1,13 +1,13 @@
-"""Batches whose rows have different adapters, in PEFT's words: what it refuses, and how programs hear of it.
+"""Batches whose rows have different adapters: PEFT's checks and messages, and the offsets of activated LoRA.
 
-Activated LoRA in PEFT's words: `alora_offsets` and what computes them, over `lorakit.core.routing.positions`.
+`alora_offsets`, and the functions that compute them, are implemented by `lorakit.core.routing.positions`.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,15 @@ from lorakit import core
 from lorakit.config import LoraConfig
 from lorakit.core.layers.named_layers import LAYERS
 from lorakit.errors import MixedRowsError, RouteError, RowCountError, warn_caller
-from lorakit.peft import adapter_queries
+from lorakit.peft import model_adapters
+
+if TYPE_CHECKING:
+    from lorakit.peft.model import PeftModel
 
 NOTHING: Mapping[str, Any] = {}
 
 BASE_NAME = "__base__"
-"""In `adapter_names`: a row that runs on the base alone."""
+"""Entry of `adapter_names` for a row that runs on the base alone."""
 
 LENGTH = "Length of `adapter_names` should be the same as the number of inputs, but got {rows}."
 ONE_WEIGHT = "lora.{layer} does not support mixed adapter batches yet."
@@ -36,12 +39,12 @@ class MixedBatchError(RouteError, TypeError):
 def in_peft_words(
     names: Sequence[str] | None, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = NOTHING
 ) -> Iterator[None]:
-    """A block around a forward, or a generation, whose refusals of a mixed batch begin as PEFT's do.
+    """Put PEFT's message before the errors about a mixed batch that a forward or generation within a context raises.
 
     Args:
         names: One adapter per row, or None.
-        args: What the forward takes; nothing of a generation, which makes rows of its own.
-        kwargs: Its options; the first tensor among them all, (rows, …), is the batch.
+        args: Arguments of the forward; empty for a generation, which creates its own rows.
+        kwargs: Its options; the first tensor in `args` and `kwargs`, (rows, …), is the batch.
 
     Yields:
         Nothing.
@@ -52,9 +55,8 @@ def in_peft_words(
     """
     batch = next((given for given in (*args, *kwargs.values()) if isinstance(given, Tensor) and given.ndim), None)
     if names is not None and set(names) == {BASE_NAME} and batch is not None and len(batch) != len(names):
-        raise RowCountError(
-            f"{LENGTH.format(rows=len(names))} The batch has {len(batch)} rows."
-        )  # no layer counts these
+        text = f"{LENGTH.format(rows=len(names))} The batch has {len(batch)} rows."
+        raise RowCountError(text)  # no layer counts these
     try:
         yield
     except RowCountError as refused:
@@ -69,7 +71,7 @@ def in_peft_words(
 
 
 def _beginning(refused: MixedRowsError) -> str:
-    """Return PEFT's sentence about a module that cannot take such a batch, or "" if it has none."""
+    """Return PEFT's message about a module that cannot take such a batch, or "" if it has none."""
     if refused.field == "modules_to_save":
         return COPIES
     if refused.field is not None:
@@ -90,7 +92,7 @@ def calculate_alora_offsets(
     input_ids: Tensor | None,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """For each row how many positions before its end the adapter of that row begins, or None where it does not.
+    """Return the distance of each row's invocation tokens from its end, in tokens; None if its adapter is not invoked.
 
     Args:
         peft_config: Adapter -> config.
@@ -112,23 +114,22 @@ def calculate_alora_offsets(
     return found
 
 
-def is_alora_relevant_in_batch(model: nn.Module, adapter_names: Sequence[str] | None = None) -> bool:
-    """Whether an active adapter, or one that rows name, waits for its invocation tokens.
+def is_alora_relevant_in_batch(model: PeftModel, adapter_names: Sequence[str] | None = None) -> bool:
+    """Return whether an active adapter, or one that rows name, has invocation tokens.
 
     Args:
         model: A `PeftModel`.
         adapter_names: One adapter per row, or None.
     """
-    configs = adapter_queries.configs_of(model)
-    active = model.active_adapters
-    names = {*([active] if isinstance(active, str) else active), *(adapter_names or ())}  # type: ignore[misc]
+    configs = model_adapters.configs_of(model)
+    names = {*model.active_adapters, *(adapter_names or ())}
     return any(getattr(configs.get(name), "alora_invocation_tokens", None) for name in names)
 
 
 def get_alora_offsets_for_forward(
-    model: nn.Module, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
+    model: PeftModel, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
 ) -> dict[str, Any]:
-    """The options of a forward with `alora_offsets` among them, where an aLoRA adapter takes part.
+    """Return the options of a forward, with `alora_offsets` if an aLoRA adapter takes part.
 
     Args:
         model: A `PeftModel`.
@@ -136,98 +137,75 @@ def get_alora_offsets_for_forward(
         inputs_embeds: (rows, length, width), or None.
         kwargs: The options.
     """
-    names = kwargs.get("adapter_names")
-    if not is_alora_relevant_in_batch(model, names) or kwargs.get("alora_offsets") is not None:
-        return kwargs
-    if input_ids is None and inputs_embeds is not None:
-        warn_caller(_ONLY_EMBEDDINGS)
-    kwargs["alora_offsets"] = None if input_ids is None else _offsets(model, input_ids, names)
-    return kwargs
+    return _with_offsets(model, input_ids, kwargs, _ONLY_EMBEDDINGS if inputs_embeds is not None else "")
 
 
-def get_alora_offsets_for_generate(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The options of `generate` with `alora_offsets` among them, where an aLoRA adapter takes part.
+def get_alora_offsets_for_generate(model: PeftModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Return the options of `generate`, with `alora_offsets` if an aLoRA adapter takes part.
 
     Args:
         model: A `PeftModel`.
-        args: What `generate` takes: first the prompts, (rows, length) or (length,).
+        args: Arguments of `generate`: first the prompts, (rows, length) or (length,).
         kwargs: The options.
     """
-    names = kwargs.get("adapter_names")
-    if not is_alora_relevant_in_batch(model, names) or kwargs.get("alora_offsets") is not None:
-        return kwargs
-    ids = _prompts(args, kwargs)
-    if ids is None:
-        warn_caller(_NO_TOKENS)
-    kwargs["alora_offsets"] = None if ids is None else _offsets(model, ids, names)
-    return kwargs
+    return _with_offsets(model, _prompts(args, kwargs), kwargs, _NO_TOKENS)
+
+
+def _with_offsets(model: PeftModel, ids: Tensor | None, options: dict[str, Any], warning: str) -> dict[str, Any]:
+    names = options.get("adapter_names")
+    if not is_alora_relevant_in_batch(model, names) or options.get("alora_offsets") is not None:
+        return options
+    if ids is None and warning:
+        warn_caller(warning)
+    configs = model_adapters.configs_of(model)
+    offsets = None if ids is None else calculate_alora_offsets(configs, model.active_adapter, ids, names)
+    return {**options, "alora_offsets": offsets}
 
 
 @contextlib.contextmanager
-def options_of_forward(
-    model: Any, names: Sequence[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+def options_of_call(
+    model: PeftModel,
+    names: Sequence[str] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    generates: bool = False,
 ) -> Iterator[None]:
-    """A block in which a forward has its rows' adapters, and aLoRA begins where `alora_offsets`, taken out, says.
+    """Assign adapters to the rows of a forward or a generation within a context, and apply `alora_offsets`.
 
-    Without it the model looks at its input_ids by itself; embeddings alone are warned about, and run on the base.
+    `alora_offsets` is removed from the options. Without it a forward finds the invocation in its input_ids, and a
+    generation in its prompts, with and without a cache; embeddings alone run on the base, with a warning.
 
     Args:
         model: A `PeftModel`.
         names: One adapter per row, or None.
-        args: What the forward takes.
+        args: Arguments of the call.
         kwargs: Its options.
+        generates: The call is `generate`, whose rows may be copies of the prompts.
+
+    Yields:
+        Nothing.
     """
-    with model.base_model.rows(names), _starts_of_forward(model, names, args, kwargs):
+    user = model.get_base_model()
+    copies = _rows_per_prompt(kwargs, user) if generates else 0
+    with model.base_model.rows(names, copies), contextlib.ExitStack() as stack:
+        offsets, embedded = kwargs.pop("alora_offsets", None), kwargs.get("inputs_embeds")
+        if is_alora_relevant_in_batch(model, names):
+            ids = _prompts(args, kwargs)
+            if offsets is None and ids is None and isinstance(embedded, Tensor):
+                warn_caller(_NO_TOKENS if generates else _ONLY_EMBEDDINGS)
+                offsets = [None] * embedded.shape[0]
+            prompts, mask = (ids, kwargs.get("attention_mask")) if generates else (None, None)
+            if prompts is not None or offsets is not None:
+                stack.enter_context(core.invoked(user, prompts, mask, offsets=offsets))
         yield
 
 
-def _starts_of_forward(
-    model: Any, names: Sequence[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> contextlib.AbstractContextManager[None]:
-    offsets, embedded = kwargs.pop("alora_offsets", None), kwargs.get("inputs_embeds")
-    if not is_alora_relevant_in_batch(model, names):
-        return contextlib.nullcontext()
-    if offsets is None and isinstance(embedded, Tensor) and _prompts(args, kwargs) is None:
-        warn_caller(_ONLY_EMBEDDINGS)
-        offsets = [None] * embedded.shape[0]
-    return contextlib.nullcontext() if offsets is None else core.invoked(model.get_base_model(), offsets=offsets)
-
-
-@contextlib.contextmanager
-def options_of_generation(
-    model: Any, names: Sequence[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[None]:
-    """The same for a generation: its prompts say where the adapters begin, with a cache and without.
-
-    Args:
-        model: A `PeftModel`.
-        names: One adapter per row, or None.
-        args: What `generate` takes.
-        kwargs: Its options.
-    """
-    rows = model.base_model.rows(names, adapter_queries.rows_per_prompt(kwargs, model.get_base_model()))
-    with rows, _starts_of_generation(model, names, args, kwargs):
-        yield
-
-
-def _starts_of_generation(
-    model: Any, names: Sequence[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> contextlib.AbstractContextManager[None]:
-    offsets = kwargs.pop("alora_offsets", None)
-    if not is_alora_relevant_in_batch(model, names):
-        return contextlib.nullcontext()
-    ids, embedded = _prompts(args, kwargs), kwargs.get("inputs_embeds")
-    if ids is None and offsets is None and isinstance(embedded, Tensor):
-        warn_caller(_NO_TOKENS)
-        offsets = [None] * embedded.shape[0]
-    if ids is None and offsets is None:
-        return contextlib.nullcontext()
-    return core.invoked(model.get_base_model(), ids, kwargs.get("attention_mask"), offsets=offsets)
-
-
-def _offsets(model: nn.Module, ids: Tensor, names: Sequence[str] | None) -> list[int | None]:
-    active: Any = model.active_adapter
-    return calculate_alora_offsets(adapter_queries.configs_of(model), active, ids, names)
+def _rows_per_prompt(options: Mapping[str, Any], model: nn.Module) -> int:
+    """Return the number of rows of `generate` for each prompt: beams, or sequences to return."""
+    config = options.get("generation_config") or getattr(model, "generation_config", None)
+    found = [options.get(word) or getattr(config, word, None) or 1 for word in ("num_beams", "num_return_sequences")]
+    return max(int(number) for number in found)
 
 
 def _prompts(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,13 +19,13 @@ from torch import nn
 
 from lorakit.config import LoraConfig, PeftConfig, PeftType, TaskType, read_config
 from lorakit.errors import AdapterError, ConfigError, NotYetSupported, nearest, warn_caller
-from lorakit.peft import adapter_queries, casting, saving, status
+from lorakit.peft import model_adapters, saving, status
 from lorakit.peft.loaded import LoadResult, adapter_folder, load_by_names, load_whole
-from lorakit.peft.mixed_batches import in_peft_words, options_of_forward, options_of_generation
-from lorakit.peft.preparing import checkpoints, take_gradients_at_the_input
+from lorakit.peft.mixed_batches import in_peft_words, options_of_call
 from lorakit.peft.saving import write_card
 from lorakit.peft.state_dicts import get_peft_model_state_dict
 from lorakit.peft.tuner import LoraModel
+from lorakit.peft.utilities import checkpoints, take_gradients_at_the_input
 
 WITHOUT_EFFECT = (
     *("low_cpu_mem_usage", "ephemeral_gpu_offload"),  # factors are created once; nothing is moved to compute an init
@@ -124,7 +124,7 @@ class PeftModel(nn.Module):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """True if adapters are enabled at some layer."""
-        return any(not layer.disable_adapters for layer in adapter_queries.adapted(self))
+        return any(not layer.disable_adapters for layer in model_adapters.adapted(self))
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -182,7 +182,6 @@ class PeftModel(nn.Module):
     @classmethod
     def for_task(cls, task: TaskType | str | None) -> type[PeftModel]:
         """Return the class of wrapper for a task: a subclass of this class if it has one, otherwise this class."""
-        import_module("lorakit.peft.model_classes")  # defines the subclasses, and imports this module
         return next((kind for kind in cls.__subclasses__() if task is not None and kind.task == task), cls)
 
     def load_adapter(
@@ -229,7 +228,7 @@ class PeftModel(nn.Module):
         else:
             result = load_whole(self, folder, adapter_name, trainable=is_trainable, config=config)
         if not autocast_adapter_dtype:
-            casting.cast_to_base(self, adapter_name)
+            model_adapters.cast_to_base(self, adapter_name)
         if not is_trainable:
             self.eval()
         return result
@@ -294,7 +293,7 @@ class PeftModel(nn.Module):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Run the base model within a context, in this thread only; see `casting.paused`.
+        """Run the base model within a context, in this thread only; see `model_adapters.paused`.
 
         Yields:
             Nothing.
@@ -305,7 +304,7 @@ class PeftModel(nn.Module):
                 "The model contains some adapter layers that are enabled and others that are disabled. This is most "
                 "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled"
             )
-        with casting.paused(self.get_base_model()):
+        with model_adapters.paused(self.get_base_model()):
             yield
         if irregular:
             self.base_model.enable_adapter_layers()
@@ -405,7 +404,7 @@ class PeftModel(nn.Module):
         Raises:
             RouteError: An adapter does not exist, or the rows do not fit the batch.
         """
-        with in_peft_words(adapter_names, args, kwargs), options_of_forward(self, adapter_names, args, kwargs):
+        with in_peft_words(adapter_names, args, kwargs), options_of_call(self, adapter_names, args, kwargs):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -423,7 +422,7 @@ class PeftModel(nn.Module):
             RouteError: An adapter does not exist, or the rows do not fit the batch.
         """
         model: Any = self.get_base_model()
-        with in_peft_words(adapter_names), options_of_generation(self, adapter_names, args, kwargs):
+        with in_peft_words(adapter_names), options_of_call(self, adapter_names, args, kwargs, generates=True):
             return model.generate(*args, **kwargs)
 
     @property
@@ -504,3 +503,77 @@ class PeftModel(nn.Module):
                 revision=revision,
                 as_pull_request=create_pr,
             )
+
+
+_WANTED_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
+
+
+def _forward_of(*columns: str) -> Callable[..., Any]:
+    """Make a forward that takes these columns, by position or by name, followed by PEFT's options.
+
+    None is not passed to the model: models take different arguments.
+    """
+    names = (*columns, *_WANTED_OUTPUTS)
+
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        """Call the model; see `PeftModel.forward` for `adapter_names`."""
+        named = dict(zip(names, args, strict=False))
+        if len(args) > len(named) or named.keys() & kwargs.keys():
+            signature.bind(self, *args, **kwargs)  # raises Python's TypeError for too many or repeated arguments
+        named.update(kwargs)
+        named.pop("task_ids", None)  # PEFT passes it to other methods' models only
+        return PeftModel.forward(self, **{name: value for name, value in named.items() if value is not None})
+
+    options = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names]
+    first, rest = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD), Parameter("kwargs", Parameter.VAR_KEYWORD)
+    signature = Signature([first, *options, rest])
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    return forward
+
+
+class PeftModelForCausalLM(PeftModel):
+    """For decoder-only language models."""
+
+    task = TaskType.CAUSAL_LM
+    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """For encoder-decoder language models."""
+
+    task = TaskType.SEQ_2_SEQ_LM
+    forward = _forward_of(
+        *("input_ids", "attention_mask", "inputs_embeds"),
+        *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels"),
+    )
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """For classifiers of whole texts; the head is saved and trained in full."""
+
+    task = TaskType.SEQ_CLS
+    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """For classifiers of tokens; the head is saved and trained in full."""
+
+    task = TaskType.TOKEN_CLS
+    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """For extractive question answering; the head is saved and trained in full."""
+
+    task = TaskType.QUESTION_ANS
+    forward = _forward_of(
+        *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
+        *("start_positions", "end_positions"),
+    )
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """For models whose hidden states are used."""
+
+    task = TaskType.FEATURE_EXTRACTION
+    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds")

@@ -8,8 +8,7 @@ adapters, all of them LoRA here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from inspect import Parameter, Signature
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 from torch import nn
@@ -18,80 +17,6 @@ from lorakit.config import LoraConfig, TaskType, read_config
 from lorakit.errors import AdapterError, AdapterFileError, ConfigError, ConfigTypeError, NotYetSupported
 from lorakit.peft.loaded import adapter_folder
 from lorakit.peft.model import PeftModel
-
-_WANTED_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
-
-
-def _forward_of(*columns: str) -> Callable[..., Any]:
-    """Make a forward that takes these columns, by position or by name, followed by PEFT's options.
-
-    None is not passed to the model: models take different arguments.
-    """
-    names = (*columns, *_WANTED_OUTPUTS)
-
-    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        """Call the model; see `PeftModel.forward` for `adapter_names`."""
-        named = dict(zip(names, args, strict=False))
-        if len(args) > len(named) or named.keys() & kwargs.keys():
-            signature.bind(self, *args, **kwargs)  # raises Python's TypeError for too many or repeated arguments
-        named.update(kwargs)
-        named.pop("task_ids", None)  # PEFT passes it to other methods' models only
-        return PeftModel.forward(self, **{name: value for name, value in named.items() if value is not None})
-
-    options = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names]
-    first, rest = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD), Parameter("kwargs", Parameter.VAR_KEYWORD)
-    signature = Signature([first, *options, rest])
-    forward.__signature__ = signature  # type: ignore[attr-defined]
-    return forward
-
-
-class PeftModelForCausalLM(PeftModel):
-    """For decoder-only language models."""
-
-    task = TaskType.CAUSAL_LM
-    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
-
-
-class PeftModelForSeq2SeqLM(PeftModel):
-    """For encoder-decoder language models."""
-
-    task = TaskType.SEQ_2_SEQ_LM
-    forward = _forward_of(
-        *("input_ids", "attention_mask", "inputs_embeds"),
-        *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels"),
-    )
-
-
-class PeftModelForSequenceClassification(PeftModel):
-    """For classifiers of whole texts; the head is saved and trained in full."""
-
-    task = TaskType.SEQ_CLS
-    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
-
-
-class PeftModelForTokenClassification(PeftModel):
-    """For classifiers of tokens; the head is saved and trained in full."""
-
-    task = TaskType.TOKEN_CLS
-    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds", "labels")
-
-
-class PeftModelForQuestionAnswering(PeftModel):
-    """For extractive question answering; the head is saved and trained in full."""
-
-    task = TaskType.QUESTION_ANS
-    forward = _forward_of(
-        *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
-        *("start_positions", "end_positions"),
-    )
-
-
-class PeftModelForFeatureExtraction(PeftModel):
-    """For models whose hidden states are used."""
-
-    task = TaskType.FEATURE_EXTRACTION
-    forward = _forward_of("input_ids", "attention_mask", "inputs_embeds")
-
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: Mapping[str, type[PeftModel]] = {
     kind.task.value: kind for kind in PeftModel.__subclasses__() if kind.task is not None

@@ -102,16 +102,14 @@ HOMES: Mapping[str, str] = {
         check_if_peft_model DoraCaching find_kappa_target_modules KappaTuneSelector rescale_adapter_scale
         update_forward_signature update_generate_signature update_signature
     """,
-    "lorakit.peft.casting": "cast_adapter_dtype set_requires_grad",
-    "lorakit.peft.data_inits": """
-        get_eva_state_dict initialize_lora_eva_weights preprocess_corda preprocess_loraga replace_lora_weights_loftq
-    """,
+    "lorakit.peft.attached_inits": "get_eva_state_dict initialize_lora_eva_weights replace_lora_weights_loftq",
+    "lorakit.peft.data_inits": "preprocess_corda preprocess_loraga",
     "lorakit.peft.hotswap": """
         check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict
         prepare_model_for_compiled_hotswap
     """,
     "lorakit.peft.installing": "install_as_peft stand_in",
-    "lorakit.peft.layer_classes": """
+    "lorakit.peft.layer_methods": """
         AqlmLoraLinear AuxiliaryTrainingWrapper AwqLoraLinear BaseTunerLayer Conv1d Conv2d Conv3d _ConvNd
         dispatch_bnb_4bit dispatch_bnb_8bit dispatch_default EetqLoraLinear Embedding GPTQLoraLinear HqqLoraLinear
         IncLoraLinear Linear Linear4bit Linear8bitLt _LoraFactorsProxy LoraLayer LoraParallelLinear _LoraParameterProxy
@@ -132,36 +130,29 @@ HOMES: Mapping[str, str] = {
     "lorakit.peft.mixed_batches": """
         calculate_alora_offsets get_alora_offsets_for_forward get_alora_offsets_for_generate is_alora_relevant_in_batch
     """,
-    "lorakit.peft.model": "PeftModel",
-    "lorakit.peft.model_classes": f"{AUTO_CLASSES} {TASK_CLASSES} MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftMixedModel",
+    "lorakit.peft.model": f"{TASK_CLASSES} PeftModel",
+    "lorakit.peft.model_adapters": "cast_adapter_dtype set_requires_grad",
+    "lorakit.peft.model_classes": f"{AUTO_CLASSES} MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftMixedModel",
     "lorakit.peft.optimizer_factories": "create_lorafa_optimizer create_loraplus_optimizer LoraFAOptimizer",
-    "lorakit.peft.preparing": f"""
-        {_AVAILABILITY} {_BACKENDS} cast_mixed_precision_params infer_device prepare_model_for_kbit_training
-        shift_tokens_right
-    """,
     "lorakit.peft.state_dicts": """
         get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict set_peft_model_state_dict
     """,
     "lorakit.peft.status": "get_layer_status get_model_status TunerLayerStatus TunerModelStatus",
-    "lorakit.peft.structure": """
-        ALLOWED_COMPUTE_DTYPES BufferDict build_peft_weight_mapping check_deepspeed_zero3_enabled CONFIG_NAME
-        convert_peft_config_for_transformers=unused dequantize_module_weight disable_input_dtype_casting=empty_context
-        DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES find_parameter_name_by_module
-        _freeze_adapter=unused fsdp_auto_wrap_policy gather_params_ctx=empty_context _get_batch_size=get_batch_size
-        get_bnb_param_type get_device_map get_gptqmodel_quant_linear=unused
-        _get_input_embeddings_name=input_embeddings_name get_layer_device_map=unused get_model_conversion_mapping
-        _get_module_names_tied_with_embedding=names_tied_with_embedding _get_no_split_modules=no_split_modules
-        get_pattern_key get_quantization_config _get_submodules=get_submodules id_tensor_storage
-        INCLUDE_LINEAR_LAYERS_SHORTHAND init_empty_weights _is_valid_match=is_valid_match
-        map_cache_to_layer_device_map=unused match_target_against_key MIN_TARGET_MODULES_FOR_OPTIMIZATION
-        onload_layer=empty_context SAFETENSORS_WEIGHTS_NAME SEQ_CLS_HEAD_NAMES _set_adapter=unused
-        set_additional_trainable_modules=unused _set_trainable=unused skip_init_on_device str_to_bool
-        TOKENIZER_CONFIG_NAME TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING transpose UPCAST_DTYPES
-        WEIGHTS_NAME
-    """,
     "lorakit.peft.trainer_mixin": "LoraTrainerMixin",
-    "lorakit.peft.tuner": """
-        BaseTuner delete_adapter LoraModel set_adapter TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    "lorakit.peft.tuner": "BaseTuner delete_adapter LoraModel set_adapter",
+    "lorakit.peft.utilities": f"""
+        {_AVAILABILITY} {_BACKENDS} {_CONSTANTS} BufferDict build_peft_weight_mapping cast_mixed_precision_params
+        check_deepspeed_zero3_enabled convert_peft_config_for_transformers=unused dequantize_module_weight
+        disable_input_dtype_casting=empty_context find_parameter_name_by_module _freeze_adapter=unused
+        fsdp_auto_wrap_policy gather_params_ctx=empty_context _get_batch_size=get_batch_size get_bnb_param_type
+        get_device_map get_gptqmodel_quant_linear=unused _get_input_embeddings_name=input_embeddings_name
+        get_layer_device_map=unused get_model_conversion_mapping
+        _get_module_names_tied_with_embedding=names_tied_with_embedding _get_no_split_modules=no_split_modules
+        get_pattern_key get_quantization_config _get_submodules=get_submodules id_tensor_storage infer_device
+        init_empty_weights _is_valid_match=is_valid_match map_cache_to_layer_device_map=unused match_target_against_key
+        onload_layer=empty_context prepare_model_for_kbit_training _set_adapter=unused
+        set_additional_trainable_modules=unused _set_trainable=unused shift_tokens_right skip_init_on_device
+        str_to_bool transpose
     """,
     "lorakit.peft.weighted": "convert_to_lora reduce_intruder_dimension save_as_lora",
 }

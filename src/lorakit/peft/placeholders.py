@@ -52,29 +52,19 @@ class PromptLearningConfig(PeftConfig):
         _refuse(type(self).__name__)
 
 
-class PromptTuningInit(str, enum.Enum):
-    """PEFT's ways to initialize a learned prompt."""
-
-    TEXT = "TEXT"
-    SAMPLE_VOCAB = "SAMPLE_VOCAB"
-    RANDOM = "RANDOM"
+def _text_enum(name: str, members: str) -> type[enum.Enum]:
+    """Create an enumeration of strings whose values are the names of its members."""
+    return enum.Enum(name, {member: member for member in members.split()}, type=str, module=__name__)  # type: ignore[return-value]
 
 
-class MultitaskPromptTuningInit(str, enum.Enum):
-    """PEFT's ways to initialize a prompt that several tasks share."""
-
-    TEXT = "TEXT"
-    RANDOM = "RANDOM"
-    AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"
-    EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"
-    ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
-
-
-class PromptEncoderReparameterizationType(str, enum.Enum):
-    """PEFT's types of prompt encoder."""
-
-    MLP = "MLP"
-    LSTM = "LSTM"
+PromptTuningInit = _text_enum("PromptTuningInit", "TEXT SAMPLE_VOCAB RANDOM")
+"""PEFT's ways to initialize a learned prompt."""
+MultitaskPromptTuningInit = _text_enum(
+    "MultitaskPromptTuningInit", "TEXT RANDOM AVERAGE_SOURCE_TASKS EXACT_SOURCE_TASK ONLY_SOURCE_SHARED"
+)
+"""PEFT's ways to initialize a prompt that several tasks share."""
+PromptEncoderReparameterizationType = _text_enum("PromptEncoderReparameterizationType", "MLP LSTM")
+"""PEFT's types of prompt encoder."""
 
 
 def register_peft_method(*, name: str, **_: Any) -> NoReturn:

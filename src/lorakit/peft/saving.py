@@ -1,6 +1,6 @@
 """Saving as PEFT does: the card `README.md` of an adapter, and an adapter whose init changed the base.
 
-Such an adapter is saved as it is trained, or converted to LoRA. Text that a user wrote in a card is kept.
+Such an adapter is saved for the changed base, or converted to LoRA. Text that a user wrote in a card is kept.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -21,6 +21,9 @@ from lorakit.durable import write_text
 from lorakit.errors import ConfigError, warn_caller
 from lorakit.peft.placeholders import PeftWarning
 from lorakit.peft.state_dicts import flat_factors
+
+if TYPE_CHECKING:
+    from lorakit.peft.model import PeftModel
 
 FENCE = "---"
 
@@ -50,7 +53,7 @@ model = model.merge_and_unload()  # to merge it into the base permanently
 """Text of a new card; it stays valid if the adapter is trained further."""
 
 
-def write_card(model: Any, folder: Path) -> None:
+def write_card(model: PeftModel, folder: Path) -> None:
     """Write a card, or add fields that an existing card's header lacks.
 
     Args:
@@ -70,7 +73,7 @@ def write_card(model: Any, folder: Path) -> None:
     write_text(path, "\n".join([FENCE, *header, FENCE, "", text]))
 
 
-def _metadata(model: Any) -> Iterator[tuple[str, list[str]]]:
+def _metadata(model: PeftModel) -> Iterator[tuple[str, list[str]]]:
     """Iterate over the fields of the header with their lines."""
     base = model.get_base_model()
     name = getattr(base, "name_or_path", None)
@@ -106,7 +109,7 @@ MOVE_THE_BASE = ("pissa", "corda", "olora", "lora_ga")
 
 
 def save(
-    model: Any,
+    model: PeftModel,
     folder: Path,
     name: str,
     tensors: Mapping[str, Tensor] | None = None,

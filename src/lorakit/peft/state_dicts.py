@@ -20,7 +20,7 @@ from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.core.model.base_view import base_tensors
 from lorakit.core.model.index import layers, walk
 from lorakit.errors import AdapterError, AdapterFileError, warn_caller
-from lorakit.peft import adapter_queries, casting
+from lorakit.peft import model_adapters
 
 WRAPPED = "base_model.model."
 COMPILED = "_orig_mod"
@@ -43,7 +43,7 @@ class StateDictError(AdapterFileError, RuntimeError):
 
 
 def get_peft_model_state_dict(
-    model: Any,
+    model: nn.Module,
     state_dict: Mapping[str, Any] | None = None,
     adapter_name: str = "default",
     unwrap_compiled: bool = False,
@@ -87,7 +87,7 @@ def get_peft_model_state_dict(
 
 
 def _check_exists(model: nn.Module, adapter: str) -> None:
-    if adapter not in adapter_queries.configs_of(model):
+    if adapter not in model_adapters.configs_of(model):
         raise AdapterError(f"adapter {adapter!r} not found on this model", what=adapter)
 
 
@@ -176,12 +176,12 @@ def _embeddings(model: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     wanted = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
     prefixes = tuple(f"{path}." for path, module in model.named_modules() if any(module is layer for layer in wanted))
-    own = {in_memory for name in adapter_queries.configs_of(model) for _, in_memory in names_of(model, name)}
+    own = {in_memory for name in model_adapters.configs_of(model) for _, in_memory in names_of(model, name)}
     return {key: value for key, value in values.items() if key.startswith(prefixes) and key not in own}
 
 
 def set_peft_model_state_dict(
-    model: Any,
+    model: nn.Module,
     peft_model_state_dict: Mapping[str, Tensor],
     adapter_name: str = "default",
     ignore_mismatched_sizes: bool = False,
@@ -209,11 +209,11 @@ def set_peft_model_state_dict(
 
 
 def _warn_of_values(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str) -> None:
-    own = [layer for _, layer in layers(adapter_queries.user_model(model)) if adapter in layer.r]
+    own = [layer for _, layer in layers(model_adapters.user_model(model)) if adapter in layer.r]
     trained = any(parameter.requires_grad for layer in own for parameter in layer.parameters_of(adapter))
     held = {WRAPPED + _bare(key): tensor for key, tensor in tensors.items() if not tensor.is_meta}
     paths = {key.path for key in map(parse, held) if key is not None}
-    config = adapter_queries.configs_of(model)[adapter]
+    config = model_adapters.configs_of(model)[adapter]
     found = judge(config, [Site(path, None, None) for path in sorted(paths)], largest_values(held))
     for message in implausible(f"adapter {adapter!r}", found, may_be_zero=trained):
         warn_caller(message)
@@ -258,7 +258,7 @@ def put_tensors(
     if unexpected:
         warn_caller(f"The adapter {adapter_name!r} has no place for these tensors: {', '.join(unexpected[:8])}.")
     hollow = {name: tensor for name, tensor in placed.items() if current[name].is_meta}
-    casting.fill(model, adapter_name, hollow)
+    model_adapters.fill(model, adapter_name, hollow)
     result = model.load_state_dict(placed, strict=False)
     return IncompatibleKeys(list(result.missing_keys), unexpected)
 
@@ -267,16 +267,18 @@ def _bare(key: str) -> str:
     return key.removeprefix(WRAPPED).replace(FSDP, "")
 
 
-def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the base's tensors as they were before any merge, (…), under the names that they have without adapters.
 
     Args:
         model: A wrapped model, or a model with adapters in it.
     """
-    return {name: tensor.detach() for name, tensor, _ in base_tensors(adapter_queries.user_model(model))}
+    return {name: tensor.detach() for name, tensor, _ in base_tensors(model_adapters.user_model(model))}
 
 
-def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], strict: bool = True) -> IncompatibleKeys:
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
+) -> IncompatibleKeys:
     """Copy tensors into the base, under the names that they have without adapters.
 
     Args:
@@ -290,7 +292,7 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
     Raises:
         StateDictError: A name does not fit and `strict` is true, or a shape does not fit.
     """
-    own = {name: tensor for name, tensor, _ in base_tensors(adapter_queries.user_model(model))}
+    own = {name: tensor for name, tensor, _ in base_tensors(model_adapters.user_model(model))}
     missing = [name for name in own if name not in state_dict]
     unexpected = [name for name in state_dict if name not in own]
     if strict and (missing or unexpected):

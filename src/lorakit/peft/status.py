@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -13,7 +13,7 @@ from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.layers.trainable_tokens import TrainableTokens
 from lorakit.errors import AdapterError
-from lorakit.peft import adapter_queries
+from lorakit.peft import model_adapters
 
 T = TypeVar("T")
 Irregular = Literal["irregular"]
@@ -99,7 +99,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     Raises:
         AdapterError: The model has no adapters.
     """
-    inner = getattr(model, "base_model", model) if adapter_queries.is_wrapper(model) else model
+    inner = getattr(model, "base_model", model) if model_adapters.is_wrapper(model) else model
     found = [
         _layer_status(f"{name}.token_adapter" if isinstance(module, TrainableTokens) else name, module)
         for name, module in inner.named_modules()
@@ -117,7 +117,7 @@ def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
     backend = module.base.name if isinstance(module, LoraLayer) and module.base.quantized else None
     flags: dict[str, list[bool]] = defaultdict(list)
     devices: dict[str, set[str]] = defaultdict(set)
-    for adapter, parameter in _parameters(module):
+    for adapter, parameter in model_adapters.parameters_at(module):
         flags[adapter].append(parameter.requires_grad)
         devices[adapter].add(parameter.device.type)
     return TunerLayerStatus(
@@ -125,19 +125,12 @@ def _layer_status(name: str, module: AdapterModule) -> TunerLayerStatus:
         module_type=MODULE_TYPES.get(type(module).__name__) or repr(module).partition("(")[0],
         enabled=not module.disable_adapters,
         active_adapters=module.active_adapters,
-        merged_adapters=adapter_queries.merged_at(module),
+        merged_adapters=model_adapters.merged_at(module),
         requires_grad={adapter: _common(values) for adapter, values in flags.items()},
         available_adapters=sorted(set(module.available_adapters())),
         devices={adapter: sorted(kinds) for adapter, kinds in devices.items()},
         quantization_backend=None if backend is None else BACKENDS.get(backend, backend),
     )
-
-
-def _parameters(module: AdapterModule) -> Iterator[tuple[str, nn.Parameter]]:
-    for holder in adapter_queries.holders_of(module):
-        for adapter, held in holder.items():
-            for parameter in held.parameters() if isinstance(held, nn.Module) else [held]:
-                yield adapter, parameter
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
@@ -149,10 +142,10 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     Raises:
         AdapterError: The model has no adapters.
     """
-    wrapped = adapter_queries.is_wrapper(model)
+    wrapped = model_adapters.is_wrapper(model)
     found = get_layer_status(model)
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    user = adapter_queries.user_model(model)
+    user = model_adapters.user_model(model)
     known = wrapped or hasattr(user, "get_output_embeddings")
     trained: dict[str, list[bool | Irregular]] = defaultdict(list)
     devices: dict[str, set[str]] = defaultdict(set)
@@ -164,7 +157,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(user).__name__ if known else "other",
         adapter_model_type=type(model.base_model).__name__ if wrapped else "None",
-        peft_types=dict.fromkeys(adapter_queries.configs_of(user), "LORA") if wrapped else {},
+        peft_types=dict.fromkeys(model_adapters.configs_of(user), "LORA") if wrapped else {},
         trainable_params=sum(count for count, flag in counts if flag),
         total_params=sum(count for count, _ in counts),
         num_adapter_layers=len(found),

@@ -25,7 +25,7 @@ from lorakit.core.model.checks import ALLOWANCES
 from lorakit.core.model.index import find_state
 from lorakit.core.model.ties import LEFT_ALONE, NOTHING_TIED
 from lorakit.errors import AdapterError, ConfigError, MergeError, NotYetSupported, RouteError, warn_caller
-from lorakit.peft import adapter_queries, casting
+from lorakit.peft import model_adapters
 from lorakit.peft.data_inits import for_attaching
 from lorakit.peft.layer_methods import answer_as_peft
 from lorakit.peft.matching import (
@@ -41,7 +41,7 @@ from lorakit.peft.matching import (
 )
 from lorakit.peft.mixed_batches import BASE_NAME
 from lorakit.peft.placeholders import PartialTargetsWarning, PeftWarning
-from lorakit.peft.structure import names_tied_with_embedding
+from lorakit.peft.utilities import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, names_tied_with_embedding
 from lorakit.peft.weighted import add_weighted_adapter
 
 
@@ -104,9 +104,9 @@ def delete_adapter(
         AdapterError: It is merged.
     """
     tuner = BaseTuner(model)
-    if adapter_name in adapter_queries.configs_of(model):
+    if adapter_name in model_adapters.configs_of(model):
         tuner.delete_adapter(adapter_name)
-        if not adapter_queries.configs_of(model):
+        if not model_adapters.configs_of(model):
             setattr(model, CONFIGS, {})  # empty as in PEFT: transformers reads it and removes it
     return tuner.active_adapters or None
 
@@ -143,7 +143,7 @@ class BaseTuner(nn.Module):
         self.model = model
         self.training = model.training
         if peft_config is not None:
-            if adapter_queries.configs_of(model):
+            if model_adapters.configs_of(model):
                 warn_caller(
                     "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters "
                     "in the model. Make sure to know what you are doing!"
@@ -166,7 +166,7 @@ class BaseTuner(nn.Module):
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
         """The dictionary of configs by adapter."""
-        return adapter_queries.configs_of(self.model)
+        return model_adapters.configs_of(self.model)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -245,9 +245,9 @@ class BaseTuner(nn.Module):
         setattr(self.model, CONFIGS, self.peft_config)
         core.set_trained(self.model, {name: not active and not config.inference_mode})
         if not autocast_adapter_dtype:
-            casting.cast_to_base(self.model, name)
+            model_adapters.cast_to_base(self.model, name)
         if on_meta:
-            casting.empty(self.model, name)
+            model_adapters.empty(self.model, name)
 
     def _check_new_adapter_config(self, config: LoraConfig) -> None:
         if config.bias != "none" and any(other.bias != "none" for other in self.peft_config.values()):
@@ -277,7 +277,7 @@ class BaseTuner(nn.Module):
         state.check(names)
         members = state.members()
         check_together(members, names)
-        if any(adapter_queries.merged_at(module) for module in members):
+        if any(model_adapters.merged_at(module) for module in members):
             warn_caller("Adapter cannot be set when the model is merged. Unmerging the model first.")
             core.unmerge(self.model)
         core.activate(self.model, *names)
@@ -290,7 +290,7 @@ class BaseTuner(nn.Module):
             adapter_names: One name or several; a missing one is ignored.
             requires_grad: Whether to train them.
         """
-        casting.set_requires_grad(self.model, adapter_names, requires_grad)
+        model_adapters.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was active, the first of the others becomes active.
@@ -303,7 +303,7 @@ class BaseTuner(nn.Module):
         """
         if adapter_name not in self.peft_config:
             raise AdapterError(f"Adapter {adapter_name} does not exist", what=adapter_name, allowed=self.peft_config)
-        if adapter_name in adapter_queries.merged_adapters(self.model):
+        if adapter_name in model_adapters.merged_adapters(self.model):
             raise AdapterError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
@@ -331,14 +331,14 @@ class BaseTuner(nn.Module):
 
     def is_partly_disabled(self) -> bool:
         """Return whether adapters are disabled at some layers and enabled at others."""
-        return len({bool(module.aside) for module in adapter_queries.adapted(self.model)}) > 1
+        return len({bool(module.aside) for module in model_adapters.adapted(self.model)}) > 1
 
     def enable_adapter_layers(self) -> None:
         """Undo `disable_adapter_layers`."""
         state = find_state(self.model)
         if state is not None:
             state.restore_default()
-            for module in adapter_queries.adapted(self.model):
+            for module in model_adapters.adapted(self.model):
                 module.enable_adapters(True)
             for parameter in self.__dict__.pop("_paused", ()):
                 parameter.requires_grad_(True)
@@ -347,7 +347,7 @@ class BaseTuner(nn.Module):
         """Disable and freeze all adapters until `enable_adapter_layers`; the context `disable_adapter` is safer."""
         state = find_state(self.model)
         if state is not None and state.aside is None:
-            self.__dict__["_paused"] = casting.pause(self.model)
+            self.__dict__["_paused"] = model_adapters.pause(self.model)
             state.suspend_default()
 
     @contextlib.contextmanager
@@ -420,7 +420,7 @@ class BaseTuner(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Unmerge every merged adapter; restores the base weights bit for bit."""
-        if not adapter_queries.merged_adapters(self.model):
+        if not model_adapters.merged_adapters(self.model):
             warn_caller("Already unmerged. Nothing to do.")
             return
         core.unmerge(self.model)
@@ -466,11 +466,7 @@ class BaseTuner(nn.Module):
     def _unmerged(self, adapter_names: Sequence[str] | None, quiet: bool = False) -> list[str]:
         """Return the adapters to merge that are not merged yet; warns about the others, as PEFT does."""
         asked = self.active_adapters if adapter_names is None else adapter_names
-        return not_yet_merged(asked, adapter_queries.merged_adapters(self.model), quiet)
-
-
-TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = dict(DEFAULT_TARGETS)
-"""Default targets by architecture, under PEFT's name; programs add architectures of their own."""
+        return not_yet_merged(asked, model_adapters.merged_adapters(self.model), quiet)
 
 
 class LoraModel(BaseTuner):

@@ -21,7 +21,7 @@ from lorakit.core.operations.compressing import plain_weights
 from lorakit.core.operations.tensor_sources import AdapterWeights, weights_of_model
 from lorakit.core.operations.writing import reader_of, write
 from lorakit.errors import AdapterError, ConfigError, warn_caller
-from lorakit.peft.adapter_queries import user_model
+from lorakit.peft.model_adapters import user_model
 
 
 def add_weighted_adapter(

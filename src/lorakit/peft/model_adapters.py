@@ -1,17 +1,79 @@
-"""The dtype of factors, and which adapters are trained."""
+"""The adapters on a model: queries about them, their dtype, and which of them are trained."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from lorakit import core
+from lorakit.config import LoraConfig
+from lorakit.core.factor import TRAINED
+from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.lora_layer import LoraLayer
-from lorakit.core.model.index import find_state
-from lorakit.peft import adapter_queries
+from lorakit.core.layers.modules_to_save import ModulesToSave
+from lorakit.core.layers.trainable_tokens import TrainableTokens
+from lorakit.core.model.index import find_state, layers, walk
+from lorakit.core.variants import own_tensors
+
+if TYPE_CHECKING:
+    from lorakit.peft.model import PeftModel
+
+
+def is_wrapper(model: nn.Module) -> TypeGuard[PeftModel]:
+    """Return whether a model is a `PeftModel`: it holds a tuner, which holds the user's model."""
+    inner = model._modules.get("base_model")
+    return inner is not None and hasattr(inner, "tuner_layer_cls")
+
+
+def user_model(model: nn.Module) -> nn.Module:
+    """Return the user's model inside a wrapper, or the model itself."""
+    return model.get_base_model() if is_wrapper(model) else model
+
+
+def adapted(model: nn.Module) -> Iterator[AdapterModule]:
+    """Iterate over adapted layers, saved modules and trainable tokens."""
+    return (module for _, module in walk(model) if isinstance(module, AdapterModule))
+
+
+def configs_of(model: nn.Module) -> dict[str, LoraConfig]:
+    """Return the dictionary of configs by adapter; empty without adapters."""
+    state = find_state(model)
+    return {} if state is None else state.configs
+
+
+def holders_of(module: AdapterModule) -> Iterator[nn.ModuleDict | nn.ParameterDict]:
+    """Iterate over the containers of a layer that hold modules or parameters by adapter."""
+    if isinstance(module, ModulesToSave):
+        yield module.modules_to_save
+    elif isinstance(module, TrainableTokens):
+        yield module.token_adapter.trainable_tokens_delta
+    for attribute in (*TRAINED, *(tensor.held_as for tensor in own_tensors())):
+        held = module._modules.get(attribute)
+        if isinstance(held, (nn.ModuleDict, nn.ParameterDict)):
+            yield held
+
+
+def parameters_at(module: AdapterModule) -> Iterator[tuple[str, nn.Parameter]]:
+    """Iterate over the parameters (…) that adapters have at a layer, with the adapter of each."""
+    for holder in holders_of(module):
+        for adapter, held in holder.items():
+            for parameter in held.parameters() if isinstance(held, nn.Module) else [held]:
+                yield adapter, parameter
+
+
+def merged_at(module: AdapterModule) -> list[str]:
+    """Return the adapters that are merged at a layer."""
+    return list(getattr(module, "merged_adapters", ()))
+
+
+def merged_adapters(model: nn.Module) -> list[str]:
+    """Return the sorted names of adapters that are merged at some layer."""
+    return sorted({name for module in adapted(model) for name in merged_at(module)})
+
 
 NARROW = (torch.float16, torch.bfloat16)
 
@@ -50,13 +112,13 @@ def empty(model: nn.Module, adapter_name: str) -> None:
         model: A model with adapters in it.
         adapter_name: The adapter.
     """
-    for layer in adapter_queries.adapted(model):
-        for holder in adapter_queries.holders_of(layer) if isinstance(layer, LoraLayer) else ():
+    for _, layer in layers(model):
+        for holder in holders_of(layer):
             if adapter_name in holder:
-                held = holder[adapter_name]
-                if isinstance(held, nn.Module):
-                    held.to("meta")
+                if isinstance(holder, nn.ModuleDict):
+                    holder[adapter_name].to("meta")
                 else:
+                    held = holder[adapter_name]
                     holder[adapter_name] = nn.Parameter(held.to("meta"), held.requires_grad)
 
 
@@ -79,13 +141,10 @@ def fill(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> 
 
 
 def _factors(model: nn.Module, adapter: str) -> Iterator[tuple[LoraLayer, nn.Parameter]]:
-    for layer in adapter_queries.adapted(model):
-        if isinstance(layer, LoraLayer):
-            for holder in adapter_queries.holders_of(layer):
-                if adapter in holder:
-                    held = holder[adapter]
-                    for parameter in held.parameters() if isinstance(held, nn.Module) else [held]:
-                        yield layer, parameter
+    for _, layer in layers(model):
+        for name, parameter in parameters_at(layer):
+            if name == adapter:
+                yield layer, parameter
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
