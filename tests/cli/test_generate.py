@@ -199,7 +199,11 @@ def test_an_adapters_own_tokenizer_is_used(
         (["--prompt", "x", "--temperature", "-1"], 2, "temperature is -1.0; it must be 0 (greedy)"),
         (["--prompt", "x", "--top-p", "2"], 2, "top_p is 2.0; it must be above 0 and at most 1"),
         (["--prompt", "x", "--max-new-tokens", "0"], 2, "max_new_tokens is 0; it must be at least 1."),
-        (["--prompt", "x", "--dtype", "int8"], 2, "dtype is 'int8'; it must be one of auto, float32, bfloat16, float16."),
+        (
+            ["--prompt", "x", "--dtype", "int8"],
+            2,
+            "dtype is 'int8'; it must be one of auto, float32, bfloat16, float16.",
+        ),
         (["--prompt", "x", "--adapter", "nowhere"], 1, "nowhere: adapter directory not found; it must hold"),
         (
             ["--prompt-file", "nowhere.txt"],
