@@ -337,15 +337,23 @@ class LoraConfig(PeftConfig):
         checks.check_together(self)
         self.custom_modules: dict[type, type] | None = None
 
-    def own_numbers(self, rank: int, out_features: int, in_features: int) -> int:
+    def own_numbers(self, path: str, rank: int, out_features: int, in_features: int) -> int:
         """Return the number of values that the variant trains at a dense site or table, beside A and B.
 
+        It is negative where the variant's A and B are smaller than LoRA's.
+
         Args:
+            path: The site.
             rank: The rank there.
             out_features: Rows of the weight.
             in_features: Columns of the weight.
         """
         return out_features if self.use_dora else 0
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether the variant reads the base weight in each forward, for one value per output."""
+        return self.use_dora
 
     def notes_on_own_numbers(self, total: int) -> list[str]:
         """Return a plan's messages about the values that the variant trains in addition to A and B.

@@ -106,6 +106,14 @@ def _name(source: TensorSource, path: str, layer: LoraLayer) -> str:
 def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Write the factors for W (out, in); returns the changed tensors with their previous data."""
     factor, kind = layer.factor(name), layer.kind
+    if factor.variant.shapes is not None or factor.variant.move is not None:
+        raise ConfigError(
+            f"{path}: adapter {name!r} is {factor.variant.title}, whose A and B cannot be what quantizing lost. Leave "
+            "the module out.",
+            what=name,
+            where=path,
+            field=factor.variant.field,
+        )
     with torch.no_grad():
         now = layer.read(name)
         shapes = (tuple(factor.A.shape), tuple(factor.B.shape))
@@ -117,7 +125,7 @@ def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tens
         blank.check_rank(min(now.shape))
         A, B = blank.laid(*residual_factors(blank, (W.to(now) - now)[None]))
         new: list[tuple[Any, Tensor]] = [(factor.A, A), (factor.B, B)]
-        start = Start(kind, layer.slot, A, B, factor.scale, lambda: now, factor.setting)
+        start = Start(kind, layer.slot, A, B, factor.scale, lambda: now, path, factor.setting)
         begins = factor.variant.starts(start)
         new += [(tensor, begins[held].to(tensor)) for held, tensor in factor.own.items()]
         before = [(tensor, tensor.data) for tensor, _ in new]

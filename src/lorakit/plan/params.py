@@ -114,7 +114,8 @@ class SiteCount:
         scale: Factor of B·A at this site.
         entry: The target entry that matched it.
         factors: Elements of A and B: experts × rank × (in + out).
-        magnitudes: Elements of DoRA's magnitude: out, or 0 without DoRA.
+        own_numbers: Values that the variant trains beside A and B; negative where its A and B are smaller than LoRA's.
+        reads_weight: Whether they are one per output, and each forward reads the weight for them (DoRA).
         frozen: Elements of frozen factors: with LoRA-FA rank × in, of an embedding rank × out; with the init mica rank
             × out; else 0.
         experts: Number of matrices in one parameter, each with its own factors.
@@ -128,7 +129,8 @@ class SiteCount:
     scale: float
     entry: str
     factors: int
-    magnitudes: int
+    own_numbers: int = 0
+    reads_weight: bool = False
     frozen: int = 0
     experts: int = 1
 
@@ -138,9 +140,14 @@ class SiteCount:
         return self.kind == PARAMETER and self.experts == 1
 
     @property
+    def magnitudes(self) -> int:
+        """Return the elements of DoRA's magnitude: out, or 0 without DoRA."""
+        return self.own_numbers if self.reads_weight else 0
+
+    @property
     def trainable(self) -> int:
         """Return the parameters that this site trains."""
-        return self.factors + self.magnitudes - self.frozen
+        return self.factors + self.own_numbers - self.frozen
 
 
 @dataclass(frozen=True)
@@ -215,14 +222,19 @@ class Count:
         return sum(site.magnitudes for site in self.sites)
 
     @property
+    def own_numbers(self) -> int:
+        """Return the values that the variant trains beside A and B."""
+        return sum(site.own_numbers for site in self.sites)
+
+    @property
     def copied(self) -> int:
         """Return the parameters in saved modules."""
         return sum(self.saved.values())
 
     @property
     def trainable(self) -> int:
-        """Return all trainable parameters: factors, magnitudes, saved modules, biases, rows. [docs/math.md (10)]"""
-        return self.factors - self.frozen + self.magnitudes + self.copied + self.biases + self.row_parameters
+        """Return all trainable parameters: factors, the variant's, saved modules, biases, rows. [docs/math.md (10)]"""
+        return self.factors - self.frozen + self.own_numbers + self.copied + self.biases + self.row_parameters
 
     @property
     def row_parameters(self) -> int:
@@ -244,7 +256,7 @@ class Count:
         labels = short_roles(site.path for site in self.sites)
         gathered: dict[tuple[object, ...], list[SiteCount]] = {}
         for site in self.sites:
-            size = (site.out_features, site.in_features, site.experts)
+            size = (site.out_features, site.in_features, site.experts, site.own_numbers)
             gathered.setdefault((labels[role(site.path)], size, site.rank, site.scale, site.entry), []).append(site)
         return [
             Group(
@@ -338,7 +350,8 @@ def _site_count(site: SiteShape, match: Match, config: LoraConfig, optimizer: st
         scale=scale(match.rank, match.alpha, config.use_rslora),
         entry=match.entry,
         factors=factor_parameters(match.rank, site.in_features, site.out_features),
-        magnitudes=config.own_numbers(match.rank, site.out_features, site.in_features),
+        own_numbers=config.own_numbers(site.path, match.rank, site.out_features, site.in_features),
+        reads_weight=config.reads_weight,
         frozen=match.rank * site.out_features if config.init_lora_weights == "mica" else lorafa,
     )
 
@@ -372,7 +385,6 @@ def _parameter_count(size: tuple[int, int, int], match: Match, config: LoraConfi
         scale=scale(match.rank, match.alpha, config.use_rslora),
         entry=match.entry,
         factors=experts * factor_parameters(match.rank, in_features, out_features),
-        magnitudes=0,
         frozen=experts * (match.rank * out_features if config.init_lora_weights == "mica" else lorafa),
         experts=experts,
     )

@@ -75,9 +75,10 @@ def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int], opti
         count(shape, dataclasses.replace(config, r=rank, rank_pattern={}), optimizer=optimizer) for rank in ranks
     ]
     labels = short_roles(site.path for site in columns[0].sites)
-    rows: dict[tuple[str, int, int, int], list[int]] = {}
+    rows: dict[tuple[str, int, int, int, int], list[int]] = {}
     for index, site in enumerate(columns[0].sites):
-        rows.setdefault((site.kind, site.out_features, site.in_features, site.experts), []).append(index)
+        size = (site.out_features, site.in_features, site.experts, site.own_numbers)
+        rows.setdefault((site.kind, *size), []).append(index)
     return RankTable(
         tuple(ranks),
         tuple(

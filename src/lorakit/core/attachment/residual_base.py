@@ -29,7 +29,7 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import AdapterIndex, TargetWeight
 from lorakit.core.quantization import weight_format_of
 from lorakit.core.quantization.weight_format import NOT_WRITTEN
-from lorakit.core.variants import variant_at, variant_named
+from lorakit.core.variants import variant_at, variants_of
 from lorakit.durable import JsonObject
 from lorakit.errors import OVERRIDE, AdapterError, AdapterFileError, ConfigError
 from lorakit.targets import Match
@@ -156,13 +156,16 @@ def init_context_for(
     )
 
 
-def check_can_move(index: AdapterIndex, place: TargetWeight, init: Init | None = None) -> None:
+def check_can_move(
+    index: AdapterIndex, place: TargetWeight, init: Init | None = None, mover: str = "this init"
+) -> None:
     """Refuse to move a base weight that is moved or merged into already, or that a second rounding would harm.
 
     Args:
         index: The model's map.
         place: The site.
-        init: Who wants to; None for one that comes from a file.
+        init: Who wants to; None for one that comes from a file, and for a variant.
+        mover: What messages call that.
 
     Raises:
         ConfigError: The message says who stands in the way and what to do.
@@ -170,23 +173,26 @@ def check_can_move(index: AdapterIndex, place: TargetWeight, init: Init | None =
     standing, module = index.layer(place), index.holder(place)
     if weight_format_of(module, place.slot.parameter).device(module, place.slot.parameter).type == "meta":
         raise ConfigError(
-            f"{place.path}: this init moves the base weight, and on the meta device there are no numbers to move. Load "
-            "the base first, or use init_lora_weights=True.",
+            f"{place.path}: {mover} moves the base weight, and on the meta device there are no numbers to move. Load "
+            "the base first, or leave the base alone (another init or variant).",
             where=place.path,
         )
-    if standing is not None and (standing.moved_by is not None or standing.merged_adapters):
-        who = standing.moved_by or standing.merged_adapters[0]
+    if standing is not None and (standing.moved_by or standing.merged_adapters):
+        who = (*standing.moved_by, *standing.merged_adapters)[0]
         raise ConfigError(
-            f"{place.path}: this init moves the base weight, which adapter {who!r} has moved or is merged into. Detach "
-            "or unmerge it first, or use an init that leaves the base alone.",
+            f"{place.path}: {mover} moves the base weight, which adapter {who!r} has moved or is merged into. Detach "
+            "or unmerge it first, or leave the base alone (another init or variant).",
+            what=who,
             where=place.path,
         )
     sharing = index.shared.get(id(module._parameters.get(place.slot.parameter)), [])
     if sharing or len(index.parents.get(id(index.modules[place.outer]), ())) > 1:
         other = next((path for path in sharing if path != place.outer), "another place")
         raise ConfigError(
-            f"{place.path} shares its weight with {other}, and this init would move it for both. Leave the module out, "
-            "or use an init that leaves the base alone."
+            f"{place.path} shares its weight with {other}, and {mover} would move it for both. Leave the module out, "
+            "or leave the base alone (another init or variant).",
+            what=other,
+            where=place.path,
         )
     if not weight_format_of(module, place.slot.parameter).written:
         raise ConfigError(NOT_WRITTEN.format(parameter=place.path, type=type(module).__name__))
@@ -259,13 +265,17 @@ def written(index: AdapterIndex, place: TargetWeight, W: Tensor) -> Any:
         return base.write(module, base.stored(module, parameter), W)
 
 
-def give_base_back(layer: LoraLayer) -> None:
+def give_base_back(layer: LoraLayer, adapter: str) -> None:
     """Put the original in place of a moved base weight; adapters that are merged into it stay merged.
 
     Args:
         layer: A site whose base was moved.
+        adapter: One for which it was; as long as others are left, the base stays moved.
     """
-    layer.moved_by = layer.moved = layer.initial = None
+    layer.moved_by = tuple(name for name in layer.moved_by if name != adapter)
+    if layer.moved_by:
+        return
+    layer.moved = layer.initial = None
     layer.place(layer.stored_with(layer.merged_adapters))
     if not layer.merged_adapters:
         layer.kept = None
@@ -287,19 +297,19 @@ def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
     index = AdapterIndex.of(model)
     config = index.known_state().configs[name]
     for path, layer in index.layers(name):
-        if layer.moved_by == name and layer.initial is None:
+        if name in layer.moved_by and layer.initial is None:
             raise AdapterError(
-                f"{path}: {_mover(config, layer, name)} changed the base by more than a product of "
-                f"low rank, so adapter {name!r} is no plain LoRA on the original: its factors alone do not say what it "
-                "does. Merge it, or write what it makes of the model with merged_state_dict.",
+                f"{path}: {mover_of(config)} changed the base by more than a product of low rank, so adapter {name!r} "
+                "is no plain LoRA on the original: its factors alone do not say what it does. Merge it, or write what "
+                "it makes of the model with merged_state_dict.",
+                what=name,
                 where=path,
             )
 
 
-def _mover(config: LoraConfig, layer: LoraLayer, name: str) -> str:
-    """Return what moved the base of an adapter's site: its variant, or its init."""
-    variant = variant_named(layer.variant[name])
-    return str(config.init_lora_weights) if variant.move is None else variant.title
+def mover_of(config: LoraConfig) -> str:
+    """Return what moves the base of an adapter's sites: its variant, or its init."""
+    return next((v.title for v in variants_of(config) if v.move is not None), str(config.init_lora_weights))
 
 
 def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor]] | None:
@@ -314,9 +324,18 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
         Path on disk -> A (2r, in) and B (out, 2r), or None where it is plain LoRA as it lies there.
 
     Raises:
-        AdapterFileError: The factors act on a base that an init changed, and the folder does not say how, or that base
-            was quantised.
+        AdapterFileError: The factors act on a base that a variant changed, or that an init changed and the folder does
+            not say how, or that was quantised.
     """
+    variant = next((variant for variant in variants_of(files.config) if variant.move is not None), None)
+    if variant is not None:
+        raise AdapterFileError(
+            f"{files.folder}: {variant.title} changed the base by more than a product of low rank, so this is no plain "
+            "LoRA on the original. Load it onto its model, and merge it.",
+            what=variant.title,
+            where=files.folder,
+            field=variant.field,
+        )
     past = init_record_of(files.folder, files.config, files.sidecar.began if files.is_ours else {}, False, (RECOMPUTE,))
     if not past.moves:
         return None

@@ -162,6 +162,7 @@ class Init:
         digest: From what was collected for a site to the few tensors that `fill` needs of it.
         family: A regular expression for other values that ask for it.
         requantises: It may replace a base weight that is stored in few bits, and so round it a second time.
+        takes_any_shape: It fills A and B whatever their shapes are, and so fits variants with shapes of their own.
     """
 
     name: bool | str
@@ -175,6 +176,7 @@ class Init:
     digest: Callable[[InitContext, Any], dict[str, Tensor]] | None = None
     family: str = ""
     requantises: bool = False
+    takes_any_shape: bool = False
 
 
 def zeros(blank: InitContext, shape: Shape) -> Tensor:

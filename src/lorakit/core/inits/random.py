@@ -41,9 +41,33 @@ def _random(blank: InitContext) -> InitResult:
     return InitResult(uniform(blank, blank.A_shape), uniform(blank, blank.B_shape))
 
 
-KAIMING = Init(name=True, fits=every_kind, changes_base=False, is_identity=True, needs="", fill=_kaiming)
-GAUSSIAN = Init(name="gaussian", fits=every_kind, changes_base=False, is_identity=True, needs="", fill=_gaussian)
-RANDOM = Init(name=False, fits=every_kind, changes_base=False, is_identity=False, needs="", fill=_random)
+KAIMING = Init(
+    name=True,
+    fits=every_kind,
+    changes_base=False,
+    is_identity=True,
+    needs="",
+    fill=_kaiming,
+    takes_any_shape=True,
+)
+GAUSSIAN = Init(
+    name="gaussian",
+    fits=every_kind,
+    changes_base=False,
+    is_identity=True,
+    needs="",
+    fill=_gaussian,
+    takes_any_shape=True,
+)
+RANDOM = Init(
+    name=False,
+    fits=every_kind,
+    changes_base=False,
+    is_identity=False,
+    needs="",
+    fill=_random,
+    takes_any_shape=True,
+)
 
 SIZE = 0.1
 """Both factors are this times rows of standard normal numbers in an orthogonal basis."""

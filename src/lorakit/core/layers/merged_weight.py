@@ -102,8 +102,8 @@ def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOpti
             stored, W, total = in_one_group(layer, names)
             return MergedWeight(stored, base, source, original, W, total)
         W = base.read(source, original)
-        from_moved = layer.moved_by is not None and (options.in_place or layer.moved_by in names)
-        start = layer.read(layer.moved_by) if from_moved else W
+        from_moved = bool(layer.moved_by) and (options.in_place or not set(layer.moved_by).isdisjoint(names))
+        start = layer.read(layer.moved_by[0]) if from_moved else W
         total = functools.reduce(torch.add, (layer.addition(name, W) for name in names))
         if options.dense is not None and base.quantised:
             stored = base.dense(source, start + total, options.dense)
