@@ -194,6 +194,11 @@ def _rows() -> list[Row]:
             llama,
             {"target_modules": attention, "rank_pattern": {"^model.layers.1.self_attn.q_proj": 3}},
         ),
+        Row("kasa", "sequential", {"target_modules": ["up", "head"], "kasa_config": {}}),
+        Row("kasa-rslora", llama, {"target_modules": attention, "kasa_config": {}, "use_rslora": True, "r": 7}),
+        Row("kasa-lora-bias", "sequential", {"target_modules": ["up"], "kasa_config": {}, "lora_bias": True, "r": 1}),
+        Row("kasa-bias", bert, {"target_modules": ["query"], "kasa_config": {}, "bias": "lora_only"}),
+        Row("kasa-ranks", llama, {"target_modules": attention, "kasa_config": {}, "rank_pattern": {"q_proj": 2}}),
         Row("large-rank", "sequential", {"target_modules": ["head"], "r": 6}),
         # parts that are not factors
         Row("bias-all", bert, {"task_type": group, "target_modules": ["query"], "bias": "all"}),

@@ -271,7 +271,7 @@ class LoraConfig(PeftConfig):
         target_parameters: Names of parameters to adapt, such as fused experts.
         use_bdlora: BD-LoRA; not supported.
         arrow_config: Arrow routing; not supported.
-        kasa_config: KaSA; not supported.
+        kasa_config: Settings of the variant KaSA (arXiv:2412.06071), which truncates the base; None leaves it off.
         ensure_weight_tying: Whether an adapter on one of two tied weights applies to both.
 
     Raises:
@@ -348,7 +348,7 @@ class LoraConfig(PeftConfig):
             out_features: Rows of the weight.
             in_features: Columns of the weight.
         """
-        return out_features if self.use_dora else 0
+        return (out_features if self.use_dora else 0) + (rank if self.kasa_config is not None else 0)
 
     @property
     def reads_weight(self) -> bool:
@@ -361,6 +361,8 @@ class LoraConfig(PeftConfig):
         Args:
             total: Their number over all sites.
         """
+        if self.kasa_config is not None:
+            return [f"KaSA adds r singular values per site: {total:,} in total."]
         return [f"DoRA adds a magnitude per output of a site: {total:,} in total."] if self.use_dora else []
 
     def _register_custom_module(self, mapping: Mapping[type, type]) -> None:

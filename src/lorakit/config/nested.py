@@ -264,7 +264,7 @@ class ArrowConfig(_Typed):
 
 @dataclass
 class KasaConfig(_Typed):
-    """Settings of KaSA (arXiv:2412.06071); not supported.
+    """Settings of KaSA (Wang et al. 2024, arXiv:2412.06071).
 
     Attributes:
         beta: Weight of the penalty on singular values.

@@ -23,7 +23,6 @@ NOT_BUILT: Mapping[str, Any] = {
     "monteclora_config": None,
     "use_bdlora": None,
     "arrow_config": None,
-    "kasa_config": None,
 }
 """Fields that are not supported -> the value that leaves them off."""
 
