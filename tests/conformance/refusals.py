@@ -77,12 +77,17 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "the row of VARIANTS does not name the kind",
         lambda cell: not all(variant_named(cell.variant).fits(kind_named(kind)) for kind in _kinds(cell)),
-        r"(use_dora|alora_invocation_tokens|kasa_config) at .*: (DoRA|aLoRA|KaSA) cannot act on a",
+        r"(use_dora|alora_invocation_tokens|kasa_config|use_bdlora) at .*: (DoRA|aLoRA|KaSA|BD-LoRA) cannot act on a",
     ),
     Refusal(
         "before its invocation aLoRA is the base, which the init moved; peft answers with the moved base there",
         lambda cell: cell.rules.changes_base and not variant_named(cell.variant).is_mergeable,
         "moves the base weight, and aLoRA needs the base as it is before its start",
+    ),
+    Refusal(
+        "BD-LoRA's blocks have other shapes than A and B that are made of the base or the data",
+        lambda cell: cell.variant == "bdlora" and not cell.rules.takes_any_shape,
+        "needs A and B in their usual shapes, and BD-LoRA has others|is invalid for input of size",
     ),
     Refusal(
         "KaSA moves the base itself",
@@ -146,8 +151,8 @@ BY_PEFT: tuple[Refusal, ...] = (
         "has no attribute 'stride'",
     ),
     Refusal(
-        "MiCA is a variant there, so it excludes DoRA and KaSA",
-        lambda cell: cell.init == "mica" and cell.variant in ("dora", "kasa"),
+        "MiCA is a variant there, so it excludes other variants",
+        lambda cell: cell.init == "mica" and cell.variant in ("dora", "kasa", "bdlora"),
         "Invalid or unsupported variant combination: .*mica",
     ),
     Refusal(
@@ -159,6 +164,21 @@ BY_PEFT: tuple[Refusal, ...] = (
         "KaSA is there for Linear alone",
         lambda cell: cell.variant == "kasa" and cell.kind != "Linear",
         "does not support KaSA|`kasa_config` is set|KaSA does not support|variant combination: .*kasa_config",
+    ),
+    Refusal(
+        "BD-LoRA is there for Linear alone",
+        lambda cell: cell.variant == "bdlora" and cell.kind != "Linear",
+        "has no attribute 'in_features'|variant combination: .*use_bdlora",
+    ),
+    Refusal(
+        "beside a weight in few bits BD-LoRA is plain LoRA there, without a word",
+        lambda cell: cell.variant == "bdlora" and cell.base in (*BITSANDBYTES, "HQQ"),
+        how="ignores",
+    ),
+    Refusal(
+        "EVA writes directions of the whole input into BD-LoRA's blocks",
+        lambda cell: cell.variant == "bdlora" and cell.init == "eva" and cell.kind == "Linear",
+        "must match the size of tensor",
     ),
     Refusal(
         "KaSA decomposes the packed weight of torchao",

@@ -24,8 +24,17 @@ EMBEDDING = Row("embedding", "llama-words", {**WORD, "target_modules": ["embed_t
 HEAD = Row("head", "bert-classes", {"task_type": "SEQ_CLS", "target_modules": ["query"]})
 DORA = Row("dora", "llama-words", {**WORD, "target_modules": ATTENTION, "use_dora": True})
 KASA = Row("kasa", "llama-words", {**WORD, "target_modules": ATTENTION, "kasa_config": {}})
+BDLORA = Row(
+    "bdlora",
+    "llama-words",
+    {
+        **WORD,
+        "target_modules": ATTENTION,
+        "use_bdlora": {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["v_proj"], "nblocks": 2},
+    },
+)
 SEQUENCES = Row("sequences", "t5-words", {"task_type": "SEQ_2_SEQ_LM", "target_modules": ["q", "wo"]})
-EACH = [LINEAR, CONV1D, EMBEDDING, HEAD, DORA, KASA, SEQUENCES]
+EACH = [LINEAR, CONV1D, EMBEDDING, HEAD, DORA, KASA, BDLORA, SEQUENCES]
 ROUTED = [LINEAR, CONV1D, EMBEDDING, SEQUENCES]  # peft mixes neither DoRA nor copied heads in its own way
 
 
@@ -71,7 +80,7 @@ def test_gradients_reach_the_active_adapter_alone(row: Row) -> None:
     assert_close(_gradients(our_model), _gradients(peft_model), rtol=1e-5)
 
 
-@pytest.mark.parametrize("row", [LINEAR, CONV1D, EMBEDDING, KASA, SEQUENCES], ids=str)
+@pytest.mark.parametrize("row", [LINEAR, CONV1D, EMBEDDING, KASA, BDLORA, SEQUENCES], ids=str)
 def test_two_active_together(row: Row) -> None:
     peft_model, our_model = row.pair("a", "b", "c")
     for model in (peft_model, our_model):

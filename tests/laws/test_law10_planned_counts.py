@@ -38,7 +38,13 @@ def trained(model: Any, name: str | None = None) -> int:
     return sum(parameter.numel() for _, parameter in trainable_parameters(model, name))
 
 
-ON_LINEAR: dict[str, dict[str, Any]] = {"kasa": {"kasa_config": {}}}
+FIRST, LATER = ([f"{word}.{n}" for word in ("layers", "encoder.layer", "block")] for n in (0, 1))
+"""In the paths of the first block, and of the second."""
+ON_LINEAR: dict[str, dict[str, Any]] = {
+    "kasa": {"kasa_config": {}},
+    "bdlora": {"use_bdlora": {"target_modules_bd_a": FIRST, "match_strict": False, "nblocks": 2}},
+    "bdlora-b": {"use_bdlora": {"target_modules_bd_b": FIRST, "target_modules_bd_a": LATER, "nblocks": 2}},
+}
 """Variants of nn.Linear alone."""
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.config import KasaConfig, LoraConfig
+from lorakit.config import BdLoraConfig, KasaConfig, LoraConfig
 from lorakit.core import attach, collect_for, trainable_parameters
 from lorakit.core.inits import INITS, init_named
 from lorakit.core.kinds import KINDS, kind_named
@@ -321,6 +321,7 @@ OF_VARIANT: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "alora": {"alora_invocation_tokens": list(INVOCATION), "task_type": "CAUSAL_LM"},
     "kasa": {"kasa_config": KasaConfig()},
+    "bdlora": {"use_bdlora": BdLoraConfig(["up"], ["square"], nblocks=2)},
 }
 """What a config says to ask for a variant, by its name."""
 
@@ -376,6 +377,8 @@ def _allowed(case: Case) -> bool:
     if not init.fits(kind_named(case.kind)):
         return False
     if init.changes_base and (variant.move is not None or not variant.is_mergeable):
+        return False
+    if variant.shapes is not None and not init.takes_any_shape:
         return False
     known = case.kind in OF_KIND  # a dense layer inside nn.MultiheadAttention comes with that
     return known and any(row.name == case.variant and row.fits(kind_named(case.kind)) for row in VARIANTS)

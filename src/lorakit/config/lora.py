@@ -269,7 +269,7 @@ class LoraConfig(PeftConfig):
         runtime_config: Process-local settings; never written.
         lora_bias: Whether B has a bias.
         target_parameters: Names of parameters to adapt, such as fused experts.
-        use_bdlora: BD-LoRA; not supported.
+        use_bdlora: Settings of the variant BD-LoRA, in which A or B is block-diagonal; None leaves it off.
         arrow_config: Arrow routing; not supported.
         kasa_config: Settings of the variant KaSA (arXiv:2412.06071), which truncates the base; None leaves it off.
         ensure_weight_tying: Whether an adapter on one of two tied weights applies to both.
@@ -348,6 +348,8 @@ class LoraConfig(PeftConfig):
             out_features: Rows of the weight.
             in_features: Columns of the weight.
         """
+        if self.use_bdlora is not None:
+            return self.use_bdlora.numbers_saved(path, rank, out_features, in_features)
         return (out_features if self.use_dora else 0) + (rank if self.kasa_config is not None else 0)
 
     @property
@@ -361,6 +363,8 @@ class LoraConfig(PeftConfig):
         Args:
             total: Their number over all sites.
         """
+        if self.use_bdlora is not None:
+            return [f"BD-LoRA's block-diagonal factors hold {-total:,} values fewer than LoRA's."]
         if self.kasa_config is not None:
             return [f"KaSA adds r singular values per site: {total:,} in total."]
         return [f"DoRA adds a magnitude per output of a site: {total:,} in total."] if self.use_dora else []

@@ -21,7 +21,6 @@ NOT_BUILT: Mapping[str, Any] = {
     "velora_config": None,
     "use_qalora": False,
     "monteclora_config": None,
-    "use_bdlora": None,
     "arrow_config": None,
 }
 """Fields that are not supported -> the value that leaves them off."""
