@@ -87,7 +87,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "BD-LoRA's blocks have other shapes than A and B that are made of the base or the data",
         lambda cell: cell.variant == "bdlora" and not cell.rules.takes_any_shape,
-        "needs A and B in their usual shapes, and BD-LoRA has others|is invalid for input of size",
+        "needs A and B in their usual shapes, and BD-LoRA has others",
     ),
     Refusal(
         "KaSA moves the base itself",
@@ -116,6 +116,11 @@ BY_LORAKIT: tuple[Refusal, ...] = (
         how="warns",
     ),
 )
+
+
+def _is_packed(cell: Cell) -> bool:
+    """Whether peft has a layer of its own for the storage, without the variants of its plain one."""
+    return cell.base in (*BITSANDBYTES, "HQQ")
 
 
 def _reads_a_weight(cell: Cell) -> bool:
@@ -172,12 +177,12 @@ BY_PEFT: tuple[Refusal, ...] = (
     ),
     Refusal(
         "beside a weight in few bits BD-LoRA is plain LoRA there, without a word",
-        lambda cell: cell.variant == "bdlora" and cell.base in (*BITSANDBYTES, "HQQ"),
+        lambda cell: cell.variant == "bdlora" and _is_packed(cell),
         how="ignores",
     ),
     Refusal(
         "EVA writes directions of the whole input into BD-LoRA's blocks",
-        lambda cell: cell.variant == "bdlora" and cell.init == "eva" and cell.kind == "Linear",
+        lambda cell: cell.variant == "bdlora" and cell.init == "eva" and cell.kind == "Linear" and not _is_packed(cell),
         "must match the size of tensor",
     ),
     Refusal(

@@ -251,6 +251,14 @@ def _check(here: Mapping[str, LoraLayer], found: Mapping[str, Tensor], name: str
     """Reject directions, (rank, in), that are of another model or leave the adapter no rank; warn about other gaps."""
     for path in here.keys() & found.keys():
         A, width = found[path], here[path].slot.in_features
+        variant = here[path].factor(name).variant
+        if variant.shapes is not None:
+            raise ConfigError(
+                f"{path}: EVA needs A and B in their usual shapes, and {variant.title} has others. Use another init.",
+                what="eva",
+                where=path,
+                field=variant.field,
+            )
         if A.ndim != 2 or A.shape[1] != width:
             raise ConfigError(
                 f"eva_state_dict: {path} has shape {tuple(A.shape)}, and (rank, {width}) was expected: it is of "
