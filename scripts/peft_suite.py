@@ -68,7 +68,7 @@ wait = time.sleep
 time.sleep = lambda seconds: wait(min(seconds, 0.01))  # retries of a hub's client that no hub will answer
 
 placeholders._refuse = lambda name: None  # cases hold configs of other methods: count them, do not raise
-REFUSED = {"velora_config", "use_qalora", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config"}
+REFUSED = {"velora_config", "use_qalora", "monteclora_config", "arrow_config"}
 LEFT_OUT = collections.Counter()
 
 

@@ -110,6 +110,14 @@ WITHOUT_A_PLACE: Mapping[str, str] = {
 """Rows of KINDS and WEIGHT_FORMATS that no place is of, each with its reason."""
 
 
+OF_VARIANT: Mapping[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "kasa": {"kasa_config": {"beta": 0.5, "gamma": 0.25}},
+    "bdlora": {"use_bdlora": {"target_modules_bd_a": [""], "nblocks": 2}},  # the empty text is in every path
+}
+"""What a config says to ask for a variant in any model, by its name."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One row of each table, in one model."""
@@ -141,7 +149,7 @@ class Cell:
             "lora_alpha": 3,
             "target_modules": list(self.place.targets),
             "init_lora_weights": self.init,
-            "use_dora": self.variant == "dora",
+            **OF_VARIANT.get(self.variant, {}),
         }
         if self.place.parameters:
             fields["target_parameters"] = list(self.place.parameters)

@@ -107,6 +107,8 @@ WHERE_PEFT_IS_WRONG: Mapping[str, str] = {
     "dropout_below_zero_is_refused": "a negative lora_dropout is accepted there and drops nothing",
     "merged_and_dora_rows_mix": "mixed batches are refused there with DoRA, and while something is merged",
     "a_converted_dora_keeps_its_magnitude": "converted from PiSSA to plain LoRA, a DoRA adapter loses what its magnitudes learned",
+    "without_kasa_the_base_is_whole": "KaSA's truncation stays there when the adapter is disabled, unloaded or unused",
+    "kasa_ranks_do_not_add_up": "a second KaSA adapter of another rank truncates the base of the first one there",
     "merging_rounds_once": "safe_merge rounds the delta to the weight's dtype before it is added there",
 }
 """Behaviour that is compared with our own formula instead; each has a test of its name in test_where_peft_is_wrong.py."""

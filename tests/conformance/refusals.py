@@ -49,6 +49,11 @@ def _kinds(cell: Cell) -> set[str]:
     return {cell.kind, "InnerLinear"} if cell.kind == "MultiheadAttention" else {cell.kind}
 
 
+def _moves(cell: Cell) -> bool:
+    """Whether the init or the variant moves the base."""
+    return cell.rules.changes_base or variant_named(cell.variant).move is not None
+
+
 BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "the row of INITS does not name the kind",
@@ -72,12 +77,27 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     Refusal(
         "the row of VARIANTS does not name the kind",
         lambda cell: not all(variant_named(cell.variant).fits(kind_named(kind)) for kind in _kinds(cell)),
-        r"(use_dora|alora_invocation_tokens) at .*: (DoRA|aLoRA) cannot act on a",
+        r"(use_dora|alora_invocation_tokens|kasa_config|use_bdlora) at .*: (DoRA|aLoRA|KaSA|BD-LoRA) cannot act on a",
     ),
     Refusal(
         "before its invocation aLoRA is the base, which the init moved; peft answers with the moved base there",
         lambda cell: cell.rules.changes_base and not variant_named(cell.variant).is_mergeable,
         "moves the base weight, and aLoRA needs the base as it is before its start",
+    ),
+    Refusal(
+        "BD-LoRA's blocks have other shapes than A and B that are made of the base or the data",
+        lambda cell: cell.variant == "bdlora" and not cell.rules.takes_any_shape,
+        "needs A and B in their usual shapes, and BD-LoRA has others",
+    ),
+    Refusal(
+        "KaSA moves the base itself",
+        lambda cell: cell.rules.changes_base and variant_named(cell.variant).move is not None,
+        "moves the base weight, and KaSA moves it too",
+    ),
+    Refusal(
+        "what a variant leaves of a weight in few bits would be rounded a second time",
+        lambda cell: variant_named(cell.variant).move is not None and cell.base in QUANTISED,
+        "KaSA moves the base weight, and this one is quantised",
     ),
     Refusal(
         "what is left of a weight in few bits would be rounded a second time",
@@ -86,7 +106,7 @@ BY_LORAKIT: tuple[Refusal, ...] = (
     ),
     Refusal(
         "nothing can be written to a weight that is computed; peft's writing changes the parametrization's own numbers",
-        lambda cell: cell.rules.changes_base and cell.base.startswith("computed"),
+        lambda cell: _moves(cell) and cell.base.startswith("computed"),
         r"computed by torch\.nn\.utils\.parametrize, so nothing can be written into it",
     ),
     Refusal(
@@ -96,6 +116,11 @@ BY_LORAKIT: tuple[Refusal, ...] = (
         how="warns",
     ),
 )
+
+
+def _is_packed(cell: Cell) -> bool:
+    """Whether peft has a layer of its own for the storage, without the variants of its plain one."""
+    return cell.base in (*BITSANDBYTES, "HQQ")
 
 
 def _reads_a_weight(cell: Cell) -> bool:
@@ -131,14 +156,39 @@ BY_PEFT: tuple[Refusal, ...] = (
         "has no attribute 'stride'",
     ),
     Refusal(
-        "MiCA is a variant there, so it excludes DoRA",
-        lambda cell: cell.init == "mica" and cell.variant == "dora",
+        "MiCA is a variant there, so it excludes other variants",
+        lambda cell: cell.init == "mica" and cell.variant in ("dora", "kasa", "bdlora"),
         "Invalid or unsupported variant combination: .*mica",
     ),
     Refusal(
         "MiCA is there for Linear, Conv1D and Embedding",
         lambda cell: cell.init == "mica" and cell.kind not in (*DENSE, "Embedding"),
         "Invalid or unsupported variant combination: .*mica",
+    ),
+    Refusal(
+        "KaSA is there for Linear alone",
+        lambda cell: cell.variant == "kasa" and cell.kind != "Linear",
+        "does not support KaSA|`kasa_config` is set|KaSA does not support|variant combination: .*kasa_config",
+    ),
+    Refusal(
+        "BD-LoRA is there for Linear alone",
+        lambda cell: cell.variant == "bdlora" and cell.kind != "Linear",
+        "has no attribute 'in_features'|variant combination: .*use_bdlora",
+    ),
+    Refusal(
+        "beside a weight in few bits BD-LoRA is plain LoRA there, without a word",
+        lambda cell: cell.variant == "bdlora" and _is_packed(cell),
+        how="ignores",
+    ),
+    Refusal(
+        "EVA writes directions of the whole input into BD-LoRA's blocks",
+        lambda cell: cell.variant == "bdlora" and cell.init == "eva" and cell.kind == "Linear" and not _is_packed(cell),
+        "must match the size of tensor",
+    ),
+    Refusal(
+        "KaSA decomposes the packed weight of torchao",
+        lambda cell: cell.variant == "kasa" and cell.base == "torchao",
+        "unimplemented operator",
     ),
     Refusal(
         "DoRA is not there for bare parameters and attention",

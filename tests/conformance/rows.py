@@ -114,9 +114,14 @@ def copy_adapters(source: nn.Module, target: nn.Module) -> None:
                 parameter.copy_(given[name])
 
 
+def _blocks(in_A: list[str], in_B: list[str], **more: Any) -> dict[str, Any]:
+    return {"target_modules_bd_a": in_A, "target_modules_bd_b": in_B, "nblocks": 2, **more}
+
+
 def _rows() -> list[Row]:
     word, pair, group, tag = "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS"
     experts = ["gate_up_proj", "down_proj"]
+    blocks = _blocks(["v_proj"], ["q_proj"])
     attention, gpt2, llama, bert, t5 = ["q_proj", "v_proj"], "gpt2-words", "llama-words", "bert-classes", "t5-words"
     return [
         # kinds x variants x inits
@@ -193,6 +198,27 @@ def _rows() -> list[Row]:
             "patterns-anchored",
             llama,
             {"target_modules": attention, "rank_pattern": {"^model.layers.1.self_attn.q_proj": 3}},
+        ),
+        Row("kasa", "sequential", {"target_modules": ["up", "head"], "kasa_config": {}}),
+        Row("kasa-rslora", llama, {"target_modules": attention, "kasa_config": {}, "use_rslora": True, "r": 7}),
+        Row("kasa-lora-bias", "sequential", {"target_modules": ["up"], "kasa_config": {}, "lora_bias": True, "r": 1}),
+        Row("kasa-bias", bert, {"target_modules": ["query"], "kasa_config": {}, "bias": "lora_only"}),
+        Row("kasa-ranks", llama, {"target_modules": attention, "kasa_config": {}, "rank_pattern": {"q_proj": 2}}),
+        Row("bdlora", "sequential", {"target_modules": ["up", "head"], "use_bdlora": _blocks(["head"], ["up"])}),
+        Row("bdlora-rslora", llama, {"target_modules": attention, "use_bdlora": blocks, "use_rslora": True}),
+        Row("bdlora-bias", "qwen2-words", {"target_modules": attention, "use_bdlora": blocks, "bias": "lora_only"}),
+        Row(
+            "bdlora-in-part",
+            llama,
+            {
+                "target_modules": attention,
+                "use_bdlora": _blocks(["q_proj"], [], match_strict=False),
+            },
+        ),
+        Row(
+            "bdlora-ranks",
+            llama,
+            {"target_modules": attention, "use_bdlora": blocks, "rank_pattern": {"q_proj": 2}, "r": 8},
         ),
         Row("large-rank", "sequential", {"target_modules": ["head"], "r": 6}),
         # parts that are not factors

@@ -263,3 +263,31 @@ def test_merging_rounds_once() -> None:
             assert float(same) > 0.999  # all but ties that fp32 rounds the other way
     assert errors["lorakit.peft"] <= errors["peft"]
     assert math.isfinite(errors["peft"])
+
+
+def test_without_kasa_the_base_is_whole() -> None:
+    row = Row("kasa", "sequential", {"target_modules": ["up"], "kasa_config": {}})
+    peft_model, model = row.pair()
+    plain = model_named(row.model)
+    with torch.no_grad():
+        expected, acting = outputs_of(plain(**row.inputs)), outputs_of(model(**row.inputs))
+        assert_close(acting, outputs_of(peft_model(**row.inputs)))
+        with model.disable_adapter(), peft_model.disable_adapter():
+            assert_same_bits(outputs_of(model(**row.inputs)), expected)
+            assert_differs(outputs_of(peft_model(**row.inputs)), expected)
+        model.merge_adapter()
+        assert_close(outputs_of(model(**row.inputs)), acting, rtol=1e-5)
+        model.unmerge_adapter()
+        unloaded, their_unloaded = model.unload(), peft_model.unload()
+        assert_same_bits(dict(unloaded.state_dict()), dict(plain.state_dict()))
+        assert not torch.equal(their_unloaded.up.weight, plain.up.weight)
+
+
+def test_kasa_ranks_do_not_add_up() -> None:
+    fields = {"target_modules": ["up"], "kasa_config": {}}
+    model = Row("kasa", "sequential", fields).pair("a")[1]
+    with pytest.raises(ConfigError, match="KaSA moves the base weight, which adapter 'a' has moved"):
+        model.add_adapter("b", ours.LoraConfig(r=2, **fields))
+    with pytest.raises(ConfigError, match="KaSA and other adapters exclude each other"):
+        model.add_adapter("b", ours.LoraConfig(r=4, target_modules=["up"]))
+    assert list(model.peft_config) == ["a"]

@@ -15,6 +15,8 @@ from lorakit.config import LoraConfig, scale
 from lorakit.core.files.inspecting import delta_norm
 from lorakit.core.kinds import dense_delta
 from lorakit.core.variants import row_norms
+from lorakit.core.variants.bdlora import block_diagonal
+from lorakit.core.variants.kasa import truncated
 from lorakit.data import Batch
 from lorakit.plan import catalogue, count
 from lorakit.plan.params import factor_parameters
@@ -56,6 +58,56 @@ def test_output_is_base_plus_scaled_low_rank() -> None:
     W, bias, A, B = parts(layer)
     x = torch.randn(4, 7, IN, dtype=torch.float64)
     torch.testing.assert_close(model(x), x @ W.T + bias + ALPHA / R * ((x @ A.T) @ B.T))
+
+
+def test_kasa_drops_the_smallest_singular_values() -> None:
+    _, layer = adapted(kasa_config={})
+    W = layer.read()
+    U, S, Vh = torch.linalg.svd(W)
+    kept = sum(S[i] * torch.outer(U[:, i], Vh[i]) for i in range(min(OUT, IN) - R))
+    torch.testing.assert_close(layer.read("default"), kept)
+    torch.testing.assert_close(truncated(W, R), kept)
+
+
+def test_kasa_scales_the_rank_by_its_diagonal() -> None:
+    model, layer = adapted(kasa_config={})
+    factor, bias, x = layer.factor("default"), layer.original_bias(), torch.randn(4, IN, dtype=torch.float64)
+    update = ALPHA / R * factor.B @ torch.diag(factor.own["lora_diag"]) @ factor.A
+    torch.testing.assert_close(model(x), x @ (layer.read("default") + update).T + bias)
+
+
+def test_kasas_penalty() -> None:
+    model, layer = adapted(kasa_config={"beta": 0.5, "gamma": 0.25})
+    factor, eye = layer.factor("default"), torch.eye(R, dtype=torch.float64)
+    by_hand = 0.5 * sum(d.item() ** 2 for d in factor.own["lora_diag"])
+    by_hand += 0.25 * (factor.B.T @ factor.B - eye).square().sum().sqrt().item()
+    by_hand += 0.25 * (factor.A @ factor.A.T - eye).square().sum().sqrt().item()
+    found = core.penalties(model)
+    assert found is not None and found.item() == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_bdlora_is_lora_with_blocks(side: str) -> None:
+    n, r, asked = 3, 6, {f"target_modules_bd_{side}": ["0"], "nblocks": 3}
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 12)).double()
+    core.attach(model, LoraConfig(r=r, lora_alpha=ALPHA, target_modules=["0"], use_bdlora=asked), seed=1)
+    layer: Any = model[0]
+    bound = 1 / math.sqrt(9 / n if side == "a" else 9)
+    assert 0.8 * bound < float(layer.factor("default").A.detach().abs().max()) <= bound
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+    W, bias, A, B = parts(layer)
+    assert (A.shape, B.shape) == (((r, 9 // n), (12, r)) if side == "a" else ((r, 9), (12, r // n)))
+    blocks = (A if side == "a" else B).chunk(n)
+    whole = torch.zeros((r, 9) if side == "a" else (12, r), dtype=torch.float64)
+    for i, block in enumerate(blocks):
+        rows, columns = block.shape
+        whole[i * rows : (i + 1) * rows, i * columns : (i + 1) * columns] = block
+    torch.testing.assert_close(block_diagonal(torch.cat(blocks), n), whole)
+    A, B = (whole, B) if side == "a" else (A, whole)
+    x = torch.randn(4, 9, dtype=torch.float64)
+    torch.testing.assert_close(model(x), x @ W.T + bias + ALPHA / r * ((x @ A.T) @ B.T))
 
 
 def test_scale_is_alpha_over_r() -> None:

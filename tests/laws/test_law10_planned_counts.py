@@ -38,6 +38,26 @@ def trained(model: Any, name: str | None = None) -> int:
     return sum(parameter.numel() for _, parameter in trainable_parameters(model, name))
 
 
+FIRST, LATER = ([f"{word}.{n}" for word in ("layers", "encoder.layer", "block")] for n in (0, 1))
+"""In the paths of the first block, and of the second."""
+ON_LINEAR: dict[str, dict[str, Any]] = {
+    "kasa": {"kasa_config": {}},
+    "bdlora": {"use_bdlora": {"target_modules_bd_a": FIRST, "match_strict": False, "nblocks": 2}},
+    "bdlora-b": {"use_bdlora": {"target_modules_bd_b": FIRST, "target_modules_bd_a": LATER, "nblocks": 2}},
+}
+"""Variants of nn.Linear alone."""
+
+
+@pytest.mark.parametrize("specimen", [LLAMA, TIED, BERT, T5], ids=str)
+@pytest.mark.parametrize("which", ON_LINEAR)
+def test_variants_of_linear_layers_are_counted(specimen: Specimen, which: str) -> None:
+    model, config = specimen.model(), specimen.config(**ON_LINEAR[which])
+    plan = estimate(shape_of_module(model, specimen.name, "here"), config, Job(dtype="float32"), ranks=[config.r])
+    assert attach(model, config).trainable_parameters == plan.counted.trainable == trained(model)
+    assert sum(group.trainable for group in plan.counted.groups()) == plan.counted.trainable
+    assert plan.ranks is not None and plan.ranks.totals == (plan.counted.trainable,)
+
+
 @pytest.mark.parametrize("specimen", [GPT2, LLAMA, TIED, BERT, T5], ids=str)
 @pytest.mark.parametrize("which", FIELDS)
 def test_planned_is_attached(specimen: Specimen, which: str) -> None:

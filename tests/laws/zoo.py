@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit.config import LoraConfig
+from lorakit.config import BdLoraConfig, KasaConfig, LoraConfig
 from lorakit.core import attach, collect_for, trainable_parameters
 from lorakit.core.inits import INITS, init_named
 from lorakit.core.kinds import KINDS, kind_named
@@ -316,6 +316,16 @@ OF_KIND = {specimen.kind: specimen for specimen in (LINEARS, CONV1DS, EMBEDDING,
 ARCHITECTURES = (GPT2, LLAMA, BERT, T5)
 
 
+OF_VARIANT: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "alora": {"alora_invocation_tokens": list(INVOCATION), "task_type": "CAUSAL_LM"},
+    "kasa": {"kasa_config": KasaConfig()},
+    "bdlora": {"use_bdlora": BdLoraConfig(["up"], ["square"], nblocks=2)},
+}
+"""What a config says to ask for a variant, by its name."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One row of each table, and a dtype for the base."""
@@ -338,9 +348,7 @@ class Case:
     @property
     def fields(self) -> dict[str, Any]:
         """What the config says beside targets, rank and alpha."""
-        waits = {"alora_invocation_tokens": list(INVOCATION), "task_type": "CAUSAL_LM"}
-        waits = waits if self.variant == "alora" else {}
-        return {"use_dora": self.variant == "dora", "init_lora_weights": self.init, **waits}
+        return {"init_lora_weights": self.init, **OF_VARIANT[self.variant]}
 
     @property
     def mergeable(self) -> bool:
@@ -349,7 +357,9 @@ class Case:
 
     @property
     def moves_base(self) -> bool:
-        """Whether its init moves the base by so much that the base's dtype shows it."""
+        """Whether it moves the base by so much that the base's dtype shows it."""
+        if variant_named(self.variant).move is not None:
+            return True
         unseen = (self.kind, self.init, self.dtype) == ("Embedding", "lora_ga", torch.bfloat16)  # B has steps of 1e-4
         return init_named(self.init).changes_base and not unseen
 
@@ -363,7 +373,12 @@ class Case:
 
 def _allowed(case: Case) -> bool:
     init = init_named(case.init)
-    if not init.fits(kind_named(case.kind)) or (init.changes_base and not variant_named(case.variant).is_mergeable):
+    variant = variant_named(case.variant)
+    if not init.fits(kind_named(case.kind)):
+        return False
+    if init.changes_base and (variant.move is not None or not variant.is_mergeable):
+        return False
+    if variant.shapes is not None and not init.takes_any_shape:
         return False
     known = case.kind in OF_KIND  # a dense layer inside nn.MultiheadAttention comes with that
     return known and any(row.name == case.variant and row.fits(kind_named(case.kind)) for row in VARIANTS)

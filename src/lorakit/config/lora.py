@@ -261,9 +261,9 @@ class LoraConfig(PeftConfig):
         runtime_config: Process-local settings; never written.
         lora_bias: Whether B has a bias.
         target_parameters: Names of parameters to adapt, such as fused experts.
-        use_bdlora: BD-LoRA; not supported.
+        use_bdlora: Settings of the variant BD-LoRA, in which A or B is block-diagonal; None leaves it off.
         arrow_config: Arrow routing; not supported.
-        kasa_config: KaSA; not supported.
+        kasa_config: Settings of the variant KaSA (arXiv:2412.06071), which truncates the base; None leaves it off.
         ensure_weight_tying: Whether an adapter on one of two tied weights applies to both.
 
     Raises:
@@ -327,15 +327,25 @@ class LoraConfig(PeftConfig):
         checks.check_together(self)
         self.custom_modules: dict[type, type] | None = None
 
-    def own_numbers(self, rank: int, out_features: int, in_features: int) -> int:
+    def own_numbers(self, path: str, rank: int, out_features: int, in_features: int) -> int:
         """Return the number of values that the variant trains at a dense site or table, beside A and B.
 
+        It is negative where the variant's A and B are smaller than LoRA's.
+
         Args:
+            path: The site.
             rank: The rank there.
             out_features: Rows of the weight.
             in_features: Columns of the weight.
         """
-        return out_features if self.use_dora else 0
+        if self.use_bdlora is not None:
+            return self.use_bdlora.numbers_saved(path, rank, out_features, in_features)
+        return (out_features if self.use_dora else 0) + (rank if self.kasa_config is not None else 0)
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether the variant reads the base weight in each forward, for one value per output."""
+        return self.use_dora
 
     def notes_on_own_numbers(self, total: int) -> list[str]:
         """Return a plan's messages about the values that the variant trains in addition to A and B.
@@ -343,6 +353,10 @@ class LoraConfig(PeftConfig):
         Args:
             total: Their number over all sites.
         """
+        if self.use_bdlora is not None:
+            return [f"BD-LoRA's block-diagonal factors hold {-total:,} values fewer than LoRA's."]
+        if self.kasa_config is not None:
+            return [f"KaSA adds r singular values per site: {total:,} in total."]
         return [f"DoRA adds a magnitude per output of a site: {total:,} in total."] if self.use_dora else []
 
     def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
@@ -359,9 +373,7 @@ NOT_BUILT: Mapping[str, Any] = {
     "velora_config": None,
     "use_qalora": False,
     "monteclora_config": None,
-    "use_bdlora": None,
     "arrow_config": None,
-    "kasa_config": None,
 }
 """Fields that are not supported -> the value that leaves them off."""
 

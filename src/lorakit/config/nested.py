@@ -208,16 +208,16 @@ class MontecloraConfig(_Typed):
 
 @dataclass
 class BdLoraConfig(_Typed):
-    """Settings of BD-LoRA; not supported.
+    """Settings of BD-LoRA: A or B of a site is block-diagonal.
 
     Attributes:
-        target_modules_bd_a: Names of sites whose A is block-diagonal.
-        target_modules_bd_b: Names of sites whose B is block-diagonal.
+        target_modules_bd_a: Parts of the paths of sites whose A is block-diagonal, anywhere in them, as in PEFT.
+        target_modules_bd_b: Parts of the paths of sites whose B is block-diagonal.
         nblocks: Blocks per factor.
-        match_strict: Whether every site must be in one of the lists.
+        match_strict: Whether every site must match one of the lists; otherwise the rest is LoRA.
 
     Raises:
-        ConfigError: A name is in both lists.
+        ConfigError: A name is in both lists, or there is less than one block.
     """
 
     target_modules_bd_a: list[str] | None = None
@@ -229,7 +229,47 @@ class BdLoraConfig(_Typed):
         super().__post_init__()
         both = sorted(set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ()))
         if both:
-            raise ConfigError(f"Found overlapping modules in target_modules_bd lists: {', '.join(both)}.")
+            raise ConfigError(
+                f"Found overlapping modules in target_modules_bd lists: {', '.join(both)}.",
+                what=both[0],
+                field="target_modules_bd_a",
+            )
+        _at_least("nblocks", self.nblocks, 1, "must be at least 1")
+
+    def side_of(self, path: str) -> str:
+        """Return which of "A" and "B" is block-diagonal at a site, "" for neither.
+
+        Args:
+            path: The site.
+
+        Raises:
+            ConfigError: Both are, or neither although `match_strict` is set.
+        """
+        lists = {"A": self.target_modules_bd_a, "B": self.target_modules_bd_b}
+        sides = [side for side, names in lists.items() if any(name in path for name in names or ())]
+        if len(sides) == 2 or (self.match_strict and not sides):
+            many = "both target_modules_bd_a and target_modules_bd_b" if sides else "neither list of use_bdlora"
+            raise ConfigError(
+                f"use_bdlora at {path}: it matches {many}. Name each module in one list"
+                + ("." if sides else ", or set match_strict=False for LoRA there."),
+                what=path,
+                where=path,
+                field="use_bdlora",
+            )
+        return "".join(sides)
+
+    def numbers_saved(self, path: str, rank: int, out_features: int, in_features: int) -> int:
+        """Return by how many values A and B of a site are smaller than LoRA's, as a number below zero.
+
+        Args:
+            path: The site.
+            rank: The rank there.
+            out_features: Rows of the weight.
+            in_features: Columns of the weight.
+        """
+        side = self.side_of(path)
+        whole, cut = {"A": (rank, in_features), "B": (out_features, rank)}.get(side, (0, 0))
+        return whole * (cut // self.nblocks - cut)
 
 
 @dataclass
@@ -263,7 +303,7 @@ class ArrowConfig(_Typed):
 
 @dataclass
 class KasaConfig(_Typed):
-    """Settings of KaSA (arXiv:2412.06071); not supported.
+    """Settings of KaSA (Wang et al. 2024, arXiv:2412.06071).
 
     Attributes:
         beta: Weight of the penalty on singular values.

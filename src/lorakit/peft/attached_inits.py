@@ -237,6 +237,14 @@ def _check(here: Mapping[str, LoraLayer], found: Mapping[str, Tensor], name: str
     """Reject directions, (rank, in), that are of another model or leave the adapter no rank; warn about other gaps."""
     for path in here.keys() & found.keys():
         A, width = found[path], here[path].slot.in_features
+        variant = here[path].factor(name).variant
+        if variant.shapes is not None:
+            raise ConfigError(
+                f"{path}: EVA needs A and B in their usual shapes, and {variant.title} has others. Use another init.",
+                what="eva",
+                where=path,
+                field=variant.field,
+            )
         if A.ndim != 2 or A.shape[1] != width:
             raise ConfigError(
                 f"eva_state_dict: {path} has shape {tuple(A.shape)}, and (rank, {width}) was expected: it is of "
@@ -370,6 +378,14 @@ def _name(source: TensorSource, path: str, layer: LoraLayer) -> str:
 def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Write the factors for W (out, in); returns the changed tensors with their previous data."""
     factor, kind = layer.factor(name), layer.kind
+    if factor.variant.shapes is not None or factor.variant.move is not None:
+        raise ConfigError(
+            f"{path}: adapter {name!r} is {factor.variant.title}, whose A and B cannot represent a quantization error. "
+            "Leave the module out.",
+            what=name,
+            where=path,
+            field=factor.variant.field,
+        )
     with torch.no_grad():
         now = layer.read(name)
         shapes = (tuple(factor.A.shape), tuple(factor.B.shape))
@@ -381,7 +397,7 @@ def _write(layer: LoraLayer, name: str, path: str, W: Tensor) -> list[tuple[Tens
         blank.check_rank(min(now.shape))
         A, B = blank.in_layout(*residual_factors(blank, (W.to(now) - now)[None]))
         new: list[tuple[Any, Tensor]] = [(factor.A, A), (factor.B, B)]
-        start = Start(kind, layer.slot, A, B, factor.scale, lambda: now, factor.setting)
+        start = Start(kind, layer.slot, A, B, factor.scale, lambda: now, path, factor.setting)
         begins = factor.variant.starts(start)
         new += [(tensor, begins[held].to(tensor)) for held, tensor in factor.own.items()]
         before = [(tensor, tensor.data) for tensor, _ in new]

@@ -56,6 +56,9 @@ _TABLES = """
 TARGET_TABLES = " ".join(f"TRANSFORMERS_MODELS_TO_{word}_MODULES_MAPPING" for word in _TABLES.split())
 """Names of other methods' tables of default targets."""
 
+PENALTY_METHODS = frozenset({"_get_kasa_loss"})
+"""PEFT's methods of a `LoraModel` that return what a variant adds to the loss in training."""
+
 AUTO_CLASSES = """
     AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering
     AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification

@@ -40,6 +40,7 @@ from lorakit.peft.matching import (
     with_own_targets,
 )
 from lorakit.peft.mixed_batches import BASE_NAME
+from lorakit.peft.paths import PENALTY_METHODS
 from lorakit.peft.placeholders import PartialTargetsWarning, PeftWarning
 from lorakit.peft.utilities import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, names_tied_with_embedding
 from lorakit.peft.weighted import add_weighted_adapter
@@ -157,7 +158,19 @@ class BaseTuner(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
+            if name in PENALTY_METHODS:
+                return self._penalty
             return getattr(self.model, name)
+
+    def _penalty(self, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
+        """Return the penalties of some adapters, the active ones where none is named: a scalar, or 0.0."""
+        if adapter_names is None:
+            found = core.penalties(self.model)
+        else:
+            names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+            with core.use(self.model, *names):
+                found = core.penalties(self.model)
+        return 0.0 if found is None else found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the user's model."""

@@ -53,7 +53,7 @@ def fused(shape: ModelShape, counted: Count, quantized: bool) -> frozenset[tuple
     """
     if quantized or counted.biases:
         return frozenset()
-    others = [site.path for site in counted.sites if site.magnitudes or site.is_bare_matrix or site.experts > 1]
+    others = [site.path for site in counted.sites if site.own_numbers or site.is_bare_matrix or site.experts > 1]
     left = {(block_of(path), sublayer_of(path)) for path in (*others, *counted.saved)}
     return frozenset(
         (block, sublayer)

@@ -330,7 +330,7 @@ def reasons(counted: Count, config: LoraConfig) -> list[str]:
     sentences = [_entry(entry, groups) for entry, groups in sorted(by_entry.items())]
     sentences.append(_sum(counted))
     sentences.append(_idle(config))
-    sentences += config.notes_on_own_numbers(counted.magnitudes)
+    sentences += config.notes_on_own_numbers(counted.own_numbers)
     if counted.frozen:
         sentences.append(f"LoRA-FA freezes one factor of each site: {counted.frozen:,} parameters, not included.")
     for path, count in counted.saved.items():
@@ -377,7 +377,9 @@ def _sum(counted: Count) -> str:
         terms.append(f"{count} × ({inner})" if len(members) > 1 else f"{count} × {inner}")
     each = "out (for an embedding in)" if counted.frozen else "(in + out)"
     each += ", and each expert the same" if any(group.experts > 1 for group in groups) else ""
-    return f"{' + '.join(terms)} = {total:,}; each site trains r × {each}" + (" + out." if counted.magnitudes else ".")
+    if counted.own_numbers:
+        each += " + out" if counted.magnitudes else ", plus or minus what its variant changes"
+    return f"{' + '.join(terms)} = {total:,}; each site trains r × {each}."
 
 
 def _idle(config: LoraConfig) -> str:

@@ -101,7 +101,7 @@ def of_lora(shape: ModelShape, counted: Count, dropout: float, job: Job) -> Memo
         dropout: `lora_dropout`.
         job: Batch, length, dtype, accumulation, checkpointing, and whether it is accelerated.
     """
-    itemsize, factors = job.dtype_bytes, counted.factors + counted.magnitudes + counted.row_parameters
+    itemsize, factors = job.dtype_bytes, counted.factors + counted.own_numbers + counted.row_parameters
     trained = factors - counted.frozen  # LoRA-FA's frozen factors have neither gradient nor moments
     plain = counted.copied + counted.biases  # copies and biases have the base's dtype
     added = f" + {itemsize} × {plain:,}" if plain else ""

@@ -114,7 +114,8 @@ class SiteCount:
         scale: Factor of B·A at this site.
         entry: The target entry that matched it.
         factors: Elements of A and B: experts × rank × (in + out).
-        magnitudes: Elements of DoRA's magnitude: out, or 0 without DoRA.
+        own_numbers: Values that the variant trains beside A and B; negative where its A and B are smaller than LoRA's.
+        reads_weight: Whether they are one per output, and each forward reads the weight for them (DoRA).
         frozen: Elements of frozen factors: with LoRA-FA rank × in, of an embedding rank × out; with the init mica rank
             × out; else 0.
         experts: Number of matrices in one parameter, each with its own factors.
@@ -128,7 +129,8 @@ class SiteCount:
     scale: float
     entry: str
     factors: int
-    magnitudes: int
+    own_numbers: int = 0
+    reads_weight: bool = False
     frozen: int = 0
     experts: int = 1
 
@@ -138,9 +140,14 @@ class SiteCount:
         return self.kind == PARAMETER and self.experts == 1
 
     @property
+    def magnitudes(self) -> int:
+        """Return the elements of DoRA's magnitude: out, or 0 without DoRA."""
+        return self.own_numbers if self.reads_weight else 0
+
+    @property
     def trainable(self) -> int:
         """Return the parameters that this site trains."""
-        return self.factors + self.magnitudes - self.frozen
+        return self.factors + self.own_numbers - self.frozen
 
 
 @dataclass(frozen=True)
@@ -215,14 +222,19 @@ class Count:
         return sum(site.magnitudes for site in self.sites)
 
     @property
+    def own_numbers(self) -> int:
+        """Return the values that the variant trains beside A and B."""
+        return sum(site.own_numbers for site in self.sites)
+
+    @property
     def copied(self) -> int:
         """Return the parameters in saved modules."""
         return sum(self.saved.values())
 
     @property
     def trainable(self) -> int:
-        """Return all trainable parameters: factors, magnitudes, saved modules, biases, rows. [docs/math.md (10)]"""
-        return self.factors - self.frozen + self.magnitudes + self.copied + self.biases + self.row_parameters
+        """Return all trainable parameters: factors, the variant's, saved modules, biases, rows. [docs/math.md (10)]"""
+        return self.factors - self.frozen + self.own_numbers + self.copied + self.biases + self.row_parameters
 
     @property
     def row_parameters(self) -> int:
@@ -244,7 +256,7 @@ class Count:
         labels = short_roles(site.path for site in self.sites)
         gathered: dict[tuple[object, ...], list[SiteCount]] = {}
         for site in self.sites:
-            size = (site.out_features, site.in_features, site.experts)
+            size = (site.out_features, site.in_features, site.experts, site.own_numbers)
             gathered.setdefault((labels[role(site.path)], size, site.rank, site.scale, site.entry), []).append(site)
         return [
             Group(
@@ -326,7 +338,7 @@ def _site_count(match: Match, size: tuple[int, int, int], config: LoraConfig, op
     experts, out_features, in_features = size
     kept = out_features if match.kind == EMBEDDING else in_features
     lorafa = match.rank * kept if optimizer == "lorafa" else 0
-    own = 0 if match.parameter else config.own_numbers(match.rank, out_features, in_features)
+    own = 0 if match.parameter else config.own_numbers(match_path(match), match.rank, out_features, in_features)
     return SiteCount(
         path=match_path(match),
         kind=match.kind,
@@ -336,7 +348,8 @@ def _site_count(match: Match, size: tuple[int, int, int], config: LoraConfig, op
         scale=scale(match.rank, match.alpha, config.use_rslora),
         entry=match.entry,
         factors=experts * factor_parameters(match.rank, in_features, out_features),
-        magnitudes=own,
+        own_numbers=own,
+        reads_weight=config.reads_weight and not match.parameter,
         frozen=experts * (match.rank * out_features if config.init_lora_weights == "mica" else lorafa),
         experts=experts,
     )
@@ -442,9 +455,10 @@ def rank_table(shape: ModelShape, config: LoraConfig, ranks: Sequence[int], opti
         count(shape, dataclasses.replace(config, r=rank, rank_pattern={}), optimizer=optimizer) for rank in ranks
     ]
     labels = short_roles(site.path for site in columns[0].sites)
-    rows: dict[tuple[str, int, int, int], list[int]] = {}
+    rows: dict[tuple[str, int, int, int, int], list[int]] = {}
     for index, site in enumerate(columns[0].sites):
-        rows.setdefault((site.kind, site.out_features, site.in_features, site.experts), []).append(index)
+        size = (site.out_features, site.in_features, site.experts, site.own_numbers)
+        rows.setdefault((site.kind, *size), []).append(index)
     return RankTable(
         tuple(ranks),
         tuple(

@@ -85,7 +85,7 @@ def test_each_adapter_sees_its_own_base(init: str, plain_first: bool) -> None:
     model, given = both(init, plain_first=plain_first), LINEARS.given()
     W = LINEARS.model().up.weight.detach()
     own = model.up.owner.weight.detach()
-    assert model.up.moved_by == "moved" and not torch.equal(own, W)
+    assert model.up.moved_by == ("moved",) and not torch.equal(own, W)
     x, bias = given.double(), model.up.owner.bias.double()
     with torch.no_grad():
         for names in (["moved"], ["plain"], ["moved", "plain"], []):
@@ -220,7 +220,7 @@ def test_saved_as_plain_lora_and_trained_on(specimen: Specimen, init: str, patte
     plain, on = specimen.model(), specimen.model()
     load_adapter(plain, tmp_path)
     assert_close(run(plain, given), expected, FP32)
-    assert BaseBits(plain).before.keys() and all(site.layer.moved_by is None for site in sites(plain))
+    assert BaseBits(plain).before.keys() and all(not site.layer.moved_by for site in sites(plain))
     load_adapter(on, tmp_path, "moved", trainable=True)  # what it was, to the bit
     assert same_bits(run(on, given), expected)
     for one, other in zip(sites(model), sites(on), strict=True):
@@ -297,7 +297,7 @@ def test_an_adapter_whose_words_were_edited_is_loaded_plain(tmp_path: Path) -> N
     model = LINEARS.model()
     with pytest.warns(UserWarning, match="was edited since"):
         load_adapter(model, tmp_path, trainable=True)
-    assert model.up.moved_by is None and model.up.r["default"] == 8
+    assert not model.up.moved_by and model.up.r["default"] == 8
 
 
 def test_operations_on_adapters_take_it_for_what_it_is() -> None:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorakit import core
+from lorakit import core, peft
 from lorakit.config import LoraConfig, lora
 from lorakit.core import variants
 from lorakit.core.kinds import Kind, Shape, WeightSpec, kind_named
 from lorakit.core.variants import NO_SETTING, At, Factor, OwnTensor, Setting, Start, Variant
 from lorakit.data import Batch
-from lorakit.errors import AdapterError, ConfigError, MergeError
+from lorakit.errors import AdapterError, AdapterFileError, ConfigError, MergeError
+from lorakit.peft import tuner
 from lorakit.train.optimizer import build_adamw
 from lorakit.train.step import StepOptions, train_step
 
@@ -293,6 +294,116 @@ def test_it_may_move_the_base_while_it_is_attached(put: Callable[[Variant], None
         core.attach(model, LINEARS.config(init_lora_weights="pissa", **{FIELD: True}), "b")
     with pytest.raises(AdapterError, match="Toy changed the base by more than a product of low rank"):
         core.compress(again, "a", rank=1)
+
+
+def test_adapters_of_one_rank_share_the_base_that_they_moved(put: Callable[[Variant], None]) -> None:
+    put(dataclasses.replace(TOY, move=_without_the_last_direction))
+    model, given = LINEARS.model(), LINEARS.given()
+    bits, plain = snapshot(model)["tensors"], run(model, given)
+    for name in ("a", "b"):
+        core.attach(model, LINEARS.config(**{FIELD: True}), name)
+        randomise(model, name, seed=ord(name))
+    alone = {}
+    for name in ("a", "b"):
+        single = LINEARS.model()
+        core.attach(single, LINEARS.config(**{FIELD: True}), name)
+        randomise(single, name, seed=ord(name))
+        alone[name] = run(single, given)
+    for merged in ((), ("a",), ("a", "b")):
+        if merged:
+            core.merge(model, *merged)
+        for name, expected in alone.items():
+            with core.use(model, name):
+                assert_close(run(model, given), expected)
+        with core.disable(model):
+            assert torch.equal(run(model, given), plain)
+        with core.route(model, ["a", None, "b", "a"]):
+            mixed = run(model, given)
+        for row, expected in enumerate((alone["a"], plain, alone["b"], alone["a"])):
+            assert_close(mixed[row], expected[row])
+        if merged:
+            core.unmerge(model)
+    core.detach(model, "a")
+    core.activate(model, "b")
+    assert_close(run(model, given), alone["b"])
+    with pytest.raises(ConfigError, match="Toy moves the base weight, which adapter 'b' has moved") as refused:
+        core.attach(model, LINEARS.config(r=2, **{FIELD: True}), "c")
+    assert (refused.value.what, refused.value.where) == ("b", "up")
+    core.detach(model)
+    assert snapshot(model)["tensors"] == bits
+
+
+def test_one_that_moves_the_base_is_no_plain_lora_on_disk(put: Callable[[Variant], None], tmp_path: Path) -> None:
+    put(dataclasses.replace(TOY, move=_without_the_last_direction))
+    core.save_adapter(adapted("a"), tmp_path / "a", "a")
+    with pytest.raises(AdapterFileError, match="Toy changed the base by more than a product of low rank") as refused:
+        core.compress_folder(tmp_path / "a", tmp_path / "small", rank=1)
+    assert refused.value.field == FIELD
+
+
+def test_it_may_exclude_others_from_its_model(put: Callable[[Variant], None], tmp_path: Path) -> None:
+    put(dataclasses.replace(TOY, excludes_others="it stands alone"))
+    core.save_adapter(adapted("a"), tmp_path / "a", "a")
+    for fields, others in (({}, {FIELD: True}), ({FIELD: True}, {})):
+        model = LINEARS.model()
+        core.attach(model, LINEARS.config(**others), "a")
+        core.attach(model, LINEARS.config(**others), "b")
+        before = snapshot(model)
+        with pytest.raises(
+            ConfigError, match=r"Toy and other adapters exclude each other .* it stands alone"
+        ) as refused:
+            core.attach(model, LINEARS.config(**fields), "c")
+        assert (refused.value.what, refused.value.field) == ("a", FIELD)
+        assert snapshot(model) == before
+    model = LINEARS.model()
+    core.attach(model, LINEARS.config(), "plain")
+    with pytest.raises(ConfigError, match="exclude each other"):
+        core.load_adapter(model, tmp_path / "a", "a")
+
+
+def _narrow_shapes(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> tuple[Shape, Shape]:
+    return (r, slot.in_features // 2), (slot.out_features, r)
+
+
+def _repeated(factor: Factor, training: bool) -> tuple[Tensor, Tensor]:
+    return torch.cat([factor.A, factor.A], dim=1), factor.B
+
+
+@pytest.mark.parametrize("way", ["cat", "svd"])
+def test_factors_in_other_shapes_are_combined_as_they_are_multiplied(
+    put: Callable[[Variant], None], way: str, tmp_path: Path
+) -> None:
+    put(dataclasses.replace(TOY, tensors=(), factors=_repeated, shapes=_narrow_shapes, penalty=None))
+    with pytest.raises(ConfigError, match="needs A and B in their usual shapes, and Toy has others") as refused:
+        core.attach(LINEARS.model(), LINEARS.config(init_lora_weights="pissa", **{FIELD: True}), "a")
+    assert refused.value.what == "pissa"
+    model, given = adapted("a", "b"), LINEARS.given()
+    core.activate(model, "a", "b")
+    before = run(model, given)
+    wide = core.CombinationType(way, rank=8) if way == "svd" else way
+    assert not getattr(core.combine(model, ["a", "b"], [1.0, 1.0], "sum", way=wide).config, FIELD)
+    with core.use(model, "sum"):
+        assert_close(run(model, given), before)
+    core.save_adapter(model, tmp_path / "a", "a")
+    core.compress_folder(tmp_path / "a", tmp_path / "small", energy=1.0)
+    core.load_adapter(model, tmp_path / "small", "small")
+    with core.use(model, "a"):
+        expected = run(model, given)
+    with core.use(model, "small"):
+        assert_close(run(model, given), expected)
+
+
+def test_its_penalty_has_a_method_in_pefts_model(put: Callable[[Variant], None], monkeypatch: Any) -> None:
+    put(TOY)
+    monkeypatch.setattr(tuner, "PENALTY_METHODS", frozenset({"_toy_loss"}))
+    model = peft.get_peft_model(LINEARS.model(), LINEARS.config(**{FIELD: True}), adapter_name="a")
+    model.add_adapter("b", LINEARS.config())
+    found = model._toy_loss()
+    assert found.requires_grad and found.item() == 2 * 4 * 0.25
+    assert model._toy_loss(["b"]) == 0.0
+    model.set_adapter("b")
+    assert model._toy_loss() == 0.0
+    assert model._toy_loss("a").item() == 2
 
 
 def test_it_may_see_the_other_adapters_of_its_site(put: Callable[[Variant], None]) -> None:

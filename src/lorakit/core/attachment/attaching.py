@@ -24,7 +24,7 @@ from lorakit.core.attachment.build import (
     new_rows,
     note_old_biases,
 )
-from lorakit.core.attachment.residual_base import give_base_back
+from lorakit.core.attachment.residual_base import give_base_back, mover_of
 from lorakit.core.kinds import Kind
 from lorakit.core.layers.adapter_component import AdapterModule
 from lorakit.core.layers.bias import BiasPatch
@@ -34,6 +34,7 @@ from lorakit.core.model.checks import (
     check_allowances,
     check_bias_alone,
     check_called,
+    check_company,
     check_known,
     check_new_name,
     check_scales,
@@ -109,6 +110,7 @@ def attach(
     check_new_name(index.state, name)
     config = with_targets(config, model)
     check_bias_alone(index.state, config)
+    check_company(index.state, config)
     if statistics is not None:
         statistics.check(config, index)
     with trainable_block(index), stacked_for(index, config) as index:
@@ -140,7 +142,7 @@ def _notes_on_moving(config: LoraConfig, factors: Sequence[NewFactor]) -> list[N
     if not costs:
         return []
     text = (
-        f"{config.init_lora_weights} moves the base's weight at {len(costs)} sites; the originals and the first "
+        f"{mover_of(config)} moves the base's weight at {len(costs)} sites; the originals and the first "
         f"factors are kept beside it, {format_bytes(sum(cost.kept_bytes for cost in costs))}, so that the base can be "
         "had back."
     )
@@ -148,7 +150,7 @@ def _notes_on_moving(config: LoraConfig, factors: Sequence[NewFactor]) -> list[N
     lost = max(cost.lost for cost in costs)
     if lost:
         text = (
-            f"The base is stored in fewer bits, and what {config.init_lora_weights} left of it was rounded a second "
+            f"The base is stored in fewer bits, and what {mover_of(config)} left of it was rounded a second "
             f"time, by up to {lost:.2g} of a weight: a fresh adapter is off by as much, and it is no plain LoRA."
         )
         notes.append(Note("rounded_base", text))
@@ -241,6 +243,6 @@ def model_type_of(model: nn.Module) -> str:
 
 def _without(component: AdapterModule, name: str) -> nn.Module:
     """Drop what an adapter has in a component, and return the module that belongs there afterwards."""
-    if isinstance(component, LoraLayer) and name == component.moved_by:
-        give_base_back(component)
+    if isinstance(component, LoraLayer) and name in component.moved_by:
+        give_base_back(component, name)
     return component.remove(name)

@@ -135,7 +135,7 @@ def _fresh_factor(index: AdapterIndex, blank: InitContext, match: Match, place: 
     variant, setting = variant_for(config, kind, place.path)
     if init.changes_base:
         check_can_move(index, place, init)
-        _check_start(init, variant, place)
+    _check_start(init, variant, place)
     with torch.no_grad():
         filled = init.fill(blank)
     initial = (filled.A, filled.B) if init.changes_base and filled.W is None else None
@@ -149,7 +149,7 @@ def _fresh_factor(index: AdapterIndex, blank: InitContext, match: Match, place: 
     def read() -> Tensor:
         return blank.read() if moved is None else weight_format_of(module, slot.parameter).read(module, moved)
 
-    start = Start(kind, slot, filled.A, filled.B, blank.scale, read, setting, blank.generator)
+    start = Start(kind, slot, filled.A, filled.B, blank.scale, read, place.path, setting, blank.generator)
     if variant.move is not None:
         moved = moved_for(variant, index, place, start)
     own = variant.starts(start)
@@ -162,13 +162,19 @@ def _fresh_factor(index: AdapterIndex, blank: InitContext, match: Match, place: 
 
 
 def _check_start(init: Init, variant: Variant, place: TargetWeight) -> None:
-    """Refuse an init that moves the base for a variant that moves it too, or that acts on a part of it."""
-    if variant.is_mergeable and variant.move is None:
+    """Refuse an init that moves the base for a variant that moves it too, acts on a part of it, or has other shapes."""
+    what = "moves the base weight"
+    if init.changes_base and variant.move is not None:
+        needs = "moves it too"
+    elif init.changes_base and not variant.is_mergeable:
+        needs = "needs the base as it is before its start"
+    elif variant.shapes is not None and not init.takes_any_shape:
+        what, needs = "needs A and B in their usual shapes", "has others"
+    else:
         return
-    needs = "moves it too" if variant.move is not None else "needs the base as it is before its start"
     raise ConfigError(
-        f"{place.path}: init_lora_weights={init.name!r} moves the base weight, and {variant.title} {needs}. Use "
-        "another init.",
+        f"{place.path}: init_lora_weights={init.name!r} {what}, and {variant.title} {needs}. Use another init.",
+        what=init.name,
         where=place.path,
         field="init_lora_weights",
     )
@@ -177,6 +183,8 @@ def _check_start(init: Init, variant: Variant, place: TargetWeight) -> None:
 def moved_for(variant: Variant, index: AdapterIndex, place: TargetWeight, start: Start) -> Any:
     """Return what a site's module stores while an adapter is attached whose variant moves the base.
 
+    Adapters of the same variant and rank share it.
+
     Args:
         variant: The variant, which has a `move`.
         index: The model's map.
@@ -184,11 +192,24 @@ def moved_for(variant: Variant, index: AdapterIndex, place: TargetWeight, start:
         start: The factor there, with A (r, in) and B (out, r).
 
     Raises:
-        ConfigError: The base is moved or merged into already.
+        ConfigError: The base is quantised, or was moved otherwise or merged into already.
     """
     if variant.move is None:
         return None
-    check_can_move(index, place)
+    standing, module, parameter = index.layer(place), index.holder(place), place.slot.parameter
+    if standing is not None and standing.moved_by:
+        first = standing.moved_by[0]
+        if standing.factor(first).variant is variant and standing.r[first] == start.rank:
+            return standing.moved
+    check_can_move(index, place, mover=variant.title)
+    if weight_format_of(module, parameter).quantized:
+        raise ConfigError(
+            f"{place.path}: {variant.title} moves the base weight, and this one is quantised: what is left would be "
+            "rounded a second time. Attach to the base as it was before it was quantised, or leave the module out.",
+            what=weight_format_of(module, parameter).name,
+            where=place.path,
+            field=variant.field,
+        )
     with torch.no_grad():
         return written(index, place, variant.move(start))
 

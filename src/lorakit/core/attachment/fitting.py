@@ -409,7 +409,8 @@ def _product_overflows(new: NewFactor, sizes: Sequence[float], limit: float) -> 
     most = by * factor.A.shape[0] * math.prod(sizes)
     if factor.A.is_meta or not all(map(math.isfinite, sizes)) or most <= limit:
         return False
-    delta = new.place.kind.delta(new.place.slot, factor.A.detach().double(), factor.B.detach().double())
+    A, B = (half.detach().double() for half in factor.multiplied())
+    delta = new.place.kind.delta(new.place.slot, A, B)
     return by * largest_value(delta) > limit
 
 

@@ -52,6 +52,7 @@ from lorakit.core.model.checks import (
     check_allowances,
     check_bias_alone,
     check_called,
+    check_company,
     check_new_name,
     check_scales,
     trainable_block,
@@ -204,6 +205,7 @@ def _place(
     check_new_name(index.state, name)
     config, tensors = files.config, files.file.tensors
     check_bias_alone(index.state, config)
+    check_company(index.state, config)
     with trainable_block(index), stacked_for(index, config) as index:
         _check_kinds(files, index)
         fitted = _fitted(files, index)
@@ -329,7 +331,7 @@ def _restored_factors(
             own["A"], own["B"], stored, initial = moved.A, moved.B, moved.stored, moved.initial
         variant, setting = variant_for(config, kind, path)
         if variant.move is not None:
-            start = Start(kind, slot, own["A"], own["B"], factor_scale, partial(index.weight, place), setting)
+            start = Start(kind, slot, own["A"], own["B"], factor_scale, partial(index.weight, place), path, setting)
             stored = moved_for(variant, index, place, start)
         dropout = make_dropout(dropout_at(config, place, module))
         beside = {tensor.held_as: own[tensor.held_as] for tensor in variant.tensors}

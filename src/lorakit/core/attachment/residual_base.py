@@ -29,7 +29,7 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import AdapterIndex, TargetWeight
 from lorakit.core.quantization import weight_format_of
 from lorakit.core.quantization.weight_format import NOT_WRITTEN
-from lorakit.core.variants import variant_at, variant_named
+from lorakit.core.variants import variant_at, variants_of
 from lorakit.durable import JsonObject
 from lorakit.errors import OVERRIDE, AdapterError, AdapterFileError, ConfigError
 from lorakit.targets import Match
@@ -164,13 +164,16 @@ def init_context_for(
     )
 
 
-def check_can_move(index: AdapterIndex, place: TargetWeight, init: Init | None = None) -> None:
+def check_can_move(
+    index: AdapterIndex, place: TargetWeight, init: Init | None = None, mover: str = "this init"
+) -> None:
     """Check that a base weight can be replaced by a residual: not changed, merged into, shared or quantized already.
 
     Args:
         index: The model's index.
         place: The site.
-        init: The init; None for an adapter from a file.
+        init: The init; None for an adapter from a file, and for a variant.
+        mover: What messages call the cause.
 
     Raises:
         ConfigError: It cannot; the message says why, and what to do.
@@ -179,23 +182,26 @@ def check_can_move(index: AdapterIndex, place: TargetWeight, init: Init | None =
     weight_format = weight_format_of(module, parameter)
     if weight_format.device(module, parameter).type == "meta":
         raise ConfigError(
-            f"{place.path}: this init changes the base weight, which has no values on the meta device. Load the base "
-            "first, or use init_lora_weights=True.",
+            f"{place.path}: {mover} changes the base weight, which has no values on the meta device. Load the base "
+            "first, or leave the base alone (another init or variant).",
             where=place.path,
         )
-    if layer is not None and (layer.moved_by is not None or layer.merged_adapters):
-        other = layer.moved_by or layer.merged_adapters[0]
+    if layer is not None and (layer.moved_by or layer.merged_adapters):
+        other = (*layer.moved_by, *layer.merged_adapters)[0]
         raise ConfigError(
-            f"{place.path}: this init moves the base weight, which adapter {other!r} has moved or is merged into. "
-            "Detach or unmerge it first, or use an init that leaves the base alone.",
+            f"{place.path}: {mover} moves the base weight, which adapter {other!r} has moved or is merged into. Detach "
+            "or unmerge it first, or leave the base alone (another init or variant).",
+            what=other,
             where=place.path,
         )
     sharing = index.shared.get(id(module._parameters.get(parameter)), [])
     if sharing or len(index.parents.get(id(index.modules[place.outer]), ())) > 1:
         other = next((path for path in sharing if path != place.outer), "another module")
         raise ConfigError(
-            f"{place.path} shares its weight with {other}, and this init would move it for both. Leave the module out, "
-            "or use an init that leaves the base alone."
+            f"{place.path} shares its weight with {other}, and {mover} would move it for both. Leave the module out, "
+            "or leave the base alone (another init or variant).",
+            what=other,
+            where=place.path,
         )
     if not weight_format.written:
         raise ConfigError(NOT_WRITTEN.format(parameter=place.path, type=type(module).__name__))
@@ -268,9 +274,17 @@ def written(index: AdapterIndex, place: TargetWeight, W: Tensor) -> Any:
         return base.write(module, base.stored(module, parameter), W)
 
 
-def give_base_back(layer: LoraLayer) -> None:
-    """Restore the original weight of a layer with a residual base; merged adapters stay merged."""
-    layer.moved_by = layer.moved = layer.initial = None
+def give_base_back(layer: LoraLayer, adapter: str) -> None:
+    """Restore the original weight of a layer with a residual base; merged adapters stay merged.
+
+    Args:
+        layer: A layer whose base was moved.
+        adapter: An adapter for which it was; while others are left, the base stays moved.
+    """
+    layer.moved_by = tuple(name for name in layer.moved_by if name != adapter)
+    if layer.moved_by:
+        return
+    layer.moved = layer.initial = None
     layer.place(layer.stored_with(layer.merged_adapters))
     if not layer.merged_adapters:
         layer.kept = None
@@ -292,19 +306,18 @@ def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
     index = AdapterIndex.of(model)
     config = index.known_state().configs[name]
     for path, layer in index.layers(name):
-        if layer.moved_by == name and layer.initial is None:
+        if name in layer.moved_by and layer.initial is None:
             raise AdapterError(
-                f"{path}: {_mover(config, layer, name)} changed the base by more than a product of "
-                f"low rank, so adapter {name!r} is not plain LoRA on the original. Merge it, or save the merged model "
-                "with merged_state_dict.",
+                f"{path}: {mover_of(config)} changed the base by more than a product of low rank, so adapter {name!r} "
+                "is not plain LoRA on the original. Merge it, or save the merged model with merged_state_dict.",
+                what=name,
                 where=path,
             )
 
 
-def _mover(config: LoraConfig, layer: LoraLayer, name: str) -> str:
-    """Return the name of what changed the base weight: the adapter's variant, or its init."""
-    variant = variant_named(layer.variant[name])
-    return str(config.init_lora_weights) if variant.move is None else variant.title
+def mover_of(config: LoraConfig) -> str:
+    """Return what changes the base weight of an adapter's layers: its variant, or its init."""
+    return next((v.title for v in variants_of(config) if v.move is not None), str(config.init_lora_weights))
 
 
 def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor]] | None:
@@ -318,9 +331,18 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
         Path on disk -> A (2r, in) and B (out, 2r), or None if the factors are plain LoRA already.
 
     Raises:
-        AdapterFileError: An init changed the base of the factors, and the files do not say how, or that base was
-            quantized.
+        AdapterFileError: A variant changed the base of the factors, or an init did and the files do not say how, or
+            that base was quantized.
     """
+    variant = next((variant for variant in variants_of(files.config) if variant.move is not None), None)
+    if variant is not None:
+        raise AdapterFileError(
+            f"{files.folder}: {variant.title} changed the base by more than a product of low rank, so this is no plain "
+            "LoRA on the original. Load it onto its model, and merge it.",
+            what=variant.title,
+            where=files.folder,
+            field=variant.field,
+        )
     past = init_record_of(files.folder, files.config, files.sidecar.began if files.is_ours else {}, False, (RECOMPUTE,))
     if not past.moves:
         return None

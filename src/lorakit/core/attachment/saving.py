@@ -90,7 +90,7 @@ def saved_form(
     here = [(on_disk[path], layer) for path, layer in index.layers(name)]
     sites = {path: {"r": layer.r[name], "lora_alpha": float(layer.lora_alpha[name])} for path, layer in here}
     inits = [(path, layer) for path, layer in here if variant_named(layer.variant[name]).move is None]
-    moved = [(path, layer) for path, layer in inits if layer.moved_by == name]
+    moved = [(path, layer) for path, layer in inits if name in layer.moved_by]
     if not moved or form == "raw":
         return SavedForm(name, tensors, config, sites, {})
     began = {**beginning(config), "sites": sites}
@@ -142,7 +142,16 @@ def converted_form(
 
 
 def _check_plain(path: str, layer: LoraLayer, name: str, config: LoraConfig) -> None:
-    if layer.moved_by == name and layer.base.quantized:
+    variant = variant_named(layer.variant[name])
+    if variant.move is not None:
+        raise AdapterError(
+            f"{path}: adapter {name!r} is {variant.title}, which is not plain LoRA on the original base. Save it as it "
+            "is, or merge it.",
+            what=name,
+            where=path,
+            field=variant.field,
+        )
+    if name in layer.moved_by and layer.base.quantized:
         raise AdapterError(
             f"{path}: {config.init_lora_weights} moved a quantised base, which was rounded a second time, so adapter "
             f"{name!r} is no plain LoRA on the original. Use `save_as_trained`, or merge it.",

@@ -187,6 +187,7 @@ class Init:
         trains: Which of "A" and "B" are trained.
         family: A regular expression for other values that select it.
         requantizes: It may replace a base weight that is stored quantized, which rounds it a second time.
+        takes_any_shape: It fills A and B whatever their shapes are, and so fits variants with shapes of their own.
     """
 
     name: bool | str
@@ -200,6 +201,7 @@ class Init:
     trains: frozenset[str] = BOTH
     family: str = ""
     requantizes: bool = False
+    takes_any_shape: bool = False
 
 
 def zeros(context: InitContext, shape: Shape) -> Tensor:

@@ -38,9 +38,9 @@ def _random(context: InitContext) -> InitResult:
     return InitResult(uniform(context, context.A_shape), uniform(context, context.B_shape))
 
 
-KAIMING = Init(True, _kaiming, fits=every_kind)
-GAUSSIAN = Init("gaussian", _gaussian, fits=every_kind)
-RANDOM = Init(False, _random, fits=every_kind, is_identity=False)
+KAIMING = Init(True, _kaiming, fits=every_kind, takes_any_shape=True)
+GAUSSIAN = Init("gaussian", _gaussian, fits=every_kind, takes_any_shape=True)
+RANDOM = Init(False, _random, fits=every_kind, is_identity=False, takes_any_shape=True)
 
 SIZE = 0.1
 """Both factors are this number times standard normal rows in an orthogonal basis."""

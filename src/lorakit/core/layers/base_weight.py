@@ -228,9 +228,9 @@ class BaseWeight(StoredWeight):
         return None if staged is None else staged.value
 
     def unload(self) -> nn.Module:
-        """Return the base's module with what is merged in it; a base that another adapter moved is moved back."""
-        if self.moved_by is not None and self.moved_by not in self.merged_adapters:
-            self.moved_by = None
+        """Return the base's module with what is merged in it; a base that other adapters moved is moved back."""
+        if self.moved_by and not set(self.moved_by).intersection(self.merged_adapters):
+            self.moved_by = ()
             self.place(self.stored_with(self.merged_adapters))
         return self.owner
 
@@ -241,14 +241,14 @@ class BaseWeight(StoredWeight):
             leader: A layer whose weight is this one's too, and whose factors this one uses.
         """
         self.merged_adapters = list(leader.merged_adapters)
-        if self.merged_adapters or self.moved_by is None:
+        if self.merged_adapters or not self.moved_by:
             self.kept = leader.kept if self.merged_adapters else None
 
     def stored_with(self, merged: Sequence[str]) -> Stored | nn.Module:
         """Return what the base's module stores while these adapters are merged: the original if there are none."""
         if merged:
             return stored_with(self, merged)
-        return self.moved_base() if self.moved_by is not None else self.original()
+        return self.moved_base() if self.moved_by else self.original()
 
     def _write_unkept(self, new: Sequence[str], options: MergeOptions, bias: StagedBias | None) -> None:
         """Compute the merged weight again and put it in place; the original is not kept."""
@@ -294,7 +294,7 @@ class BaseWeight(StoredWeight):
         self._put_bias(bias)
         self.merged_adapters = left
         if not left:
-            self.kept = self.kept if self.moved_by is not None else None
+            self.kept = self.kept if self.moved_by else None
 
     def _staged_bias(self, adapters: Sequence[str]) -> StagedBias | None:
         """The base's bias with those of adapters in it; None if nothing was or will be written to it.
@@ -403,8 +403,8 @@ def sum_of_updates(layer: StoredWeight, names: Sequence[str], options: MergeOpti
             stored, W, total = in_one_group(layer, names)
             return MergedWeight(stored, base, source, original, W, total)
         W = base.read(source, original)
-        from_moved = layer.moved_by is not None and (options.in_place or layer.moved_by in names)
-        start = layer.read(layer.moved_by) if from_moved else W
+        from_moved = bool(layer.moved_by) and (options.in_place or not set(layer.moved_by).isdisjoint(names))
+        start = layer.read(layer.moved_by[0]) if from_moved else W
         total = functools.reduce(torch.add, (layer.addition(name, W) for name in names))
         if options.dense is not None and base.quantized:
             stored = base.dense(source, start + total, options.dense)

@@ -31,18 +31,18 @@ from lorakit.core.variants import NO_SETTING, NO_TENSORS, At, Factor, Setting, o
 from lorakit.errors import AdapterError, ConfigTypeError, MergeError, RowCountError, warn_caller
 
 Weights = dict["str | None", Tensor]
-"""What was read in one forward of one site: the adapter that moved the base, or None, -> weight."""
+"""What was read in one forward of one site: the first adapter that moved the base, or None, -> weight."""
 
 
 def read_once(layer: LoraLayer, name: str, found: Weights) -> Tensor:
-    """The canonical weight (out, in) as an adapter sees it: one whose init moved the base has a base of its own.
+    """The canonical weight (out, in) as an adapter sees it: one that moved the base has a base of its own.
 
     Args:
         layer: The site's `LoraLayer`.
         name: The adapter.
         found: What was read in this forward, which is added to.
     """
-    own = name if name == layer.moved_by else None
+    own = layer.moved_by[0] if name in layer.moved_by else None
     if own not in found:
         found[own] = layer.read(own)
     return found[own]
@@ -244,7 +244,7 @@ class LoraLayer(BaseWeight):
             MergeError: What is merged is not wanted here, and the base's bits were not kept.
         """
         route, again = resolve(self.state, self.own_route, self.forwards)
-        if not self.merged_adapters and self.moved_by is None and route.mentions.isdisjoint(self.r):
+        if not self.merged_adapters and not self.moved_by and route.mentions.isdisjoint(self.r):
             y = self.base_layer(*args, **kwargs)
         else:
             y = self.adapted(route, args, kwargs)
@@ -272,9 +272,9 @@ class LoraLayer(BaseWeight):
         if route.rows is not None:
             return self._mixed(route, skip, x, y0)
         weights: Weights = {}  # not as a call of its type, which dynamo cannot trace
-        y, moved = y0, self.moved_by in route.names
+        y, moved = y0, not set(self.moved_by).isdisjoint(route.names)
         for name in [name for name in route.names if name in self.r and name not in skip]:
-            own = name == self.moved_by
+            own = name in self.moved_by
             asks = variant_named(self.variant[name]).output is not None and (bool(skip) or (moved and not own))
             seen = bare(self._base_for(own))(*args, **kwargs) if asks else y0
             y = y + self._addition(name, route, x, seen, weights)
@@ -333,10 +333,11 @@ class LoraLayer(BaseWeight):
 
     def _base_of_rows(self, route: Route, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """The base's output (rows, …, out) where its module does not hold what all rows see."""
-        if self.moved_by is None or self.moved_by not in route.mentions or route.rows is None:
-            return self._base_for(self.moved_by in route.mentions)(*args, **kwargs)
+        moved = route.mentions.intersection(self.moved_by)
+        if not moved or route.rows is None:
+            return self._base_for(bool(moved))(*args, **kwargs)
         axis = self._row_axis(route, x)
-        index = dict(route.segments(x.device, x.shape[axis]))[self.moved_by]
+        index = torch.cat([rows for name, rows in route.segments(x.device, x.shape[axis]) if name in moved])
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:  # each on all rows: hooks read the batch as the route has it
             before, moved = (bare(self._base_for(one))(*args, **kwargs) for one in (False, True))
@@ -364,7 +365,7 @@ class LoraLayer(BaseWeight):
             raise MergeError(
                 f"{factor.variant.title} has no place in a weight: {factor.variant.unmergeable_reason}.", what=name
             )
-        seen = self.read(name) if name == self.moved_by else W
+        seen = self.read(name) if name in self.moved_by else W
         A, B = factor.multiplied(training)
         delta = self.kind.delta(self.slot, A.to(W.dtype), B.to(W.dtype)) * factor.scale
         return factor.variant.update(self.kind, self.slot, seen, delta, factor)
@@ -517,7 +518,7 @@ class LoraLayer(BaseWeight):
         for one in filter(None, staged):
             one.commit()
         for layer in led:  # its weight is the leader's
-            layer.merged_adapters, layer.kept = [], layer.kept if layer.moved_by is not None else None
+            layer.merged_adapters, layer.kept = [], layer.kept if layer.moved_by else None
 
     def leader_of(self, adapters: Sequence[str]) -> LoraLayer | None:
         """Return the layer whose factors of some adapters this one uses, turned over, and whose weight it shares.

@@ -35,8 +35,9 @@ class StoredWeight(AdapterModule):
         variant: Adapter -> the name of its variant.
         merged_adapters: Adapters that are merged into the base weight now.
         kept: What the base stored before anything was written to it, or None.
-        moved_by: The adapter whose init moved the base weight (PiSSA, for example), or None.
-        moved: What the base stores for the adapter that moved it.
+        moved_by: The adapters that act on a moved base: the one whose init moved it (PiSSA, for example), or all those
+            whose variant moves it alike. Empty where the base is as it was.
+        moved: What the base stores for them.
         initial: That adapter's A and B before training, in main memory.
         replaced: The base's quantized module if a merge replaced it by a plain one, in a tuple, so that it is no
             submodule; else empty.
@@ -51,7 +52,7 @@ class StoredWeight(AdapterModule):
     variant: dict[str, str]
     merged_adapters: list[str]
     kept: Stored | None = None
-    moved_by: str | None = None
+    moved_by: tuple[str, ...] = ()
     moved: Stored | None = None
     initial: tuple[Tensor, Tensor] | None = None
     replaced: tuple[nn.Module, ...] = ()
@@ -117,10 +118,10 @@ class StoredWeight(AdapterModule):
         """Return the base weight without anything merged, canonical (out, in), fp32 or wider.
 
         Args:
-            adapter: As this adapter sees it: one whose init moved the base has a base of its own.
+            adapter: As this adapter sees it: one that moved the base has a base of its own.
         """
         base, source = self.storage
-        kept = self._kept_for(adapter is not None and adapter == self.moved_by)
+        kept = self._kept_for(adapter in self.moved_by)
         return base.read(source, _as_now(base, source, self.slot.parameter, kept))
 
     def original(self) -> Stored:
@@ -128,11 +129,11 @@ class StoredWeight(AdapterModule):
         return _as_now(*self.storage, self.slot.parameter, self.kept)
 
     def moved_base(self) -> Stored:
-        """Return what the base stores for the adapter that moved it, on the base's device and in its dtype."""
+        """Return what the base stores for the adapters that moved it, on the base's device and in its dtype."""
         return _as_now(*self.storage, self.slot.parameter, self._kept_for(True))
 
     def _kept_for(self, moved: bool) -> Stored | None:
-        """What is kept for the adapter that moved the base, or for others; None: it is in the base's module."""
+        """What is kept for adapters that moved the base, or for others; None: it is in the base's module."""
         if moved:
             return self.moved if self.merged_adapters else None
         return self.kept
@@ -144,12 +145,16 @@ class StoredWeight(AdapterModule):
         return bias if isinstance(bias, Tensor) else None
 
     def inside(self) -> frozenset[str]:
-        """Return the adapters for which the base's module is right: merged ones, and one that moved it."""
-        return frozenset((*self.merged_adapters, *([self.moved_by] if self.moved_by is not None else [])))
+        """Return the adapters for which the base's module is right: merged ones, and those that moved it.
+
+        Where one of several that moved it is merged, the others are not in the module.
+        """
+        merged = frozenset(self.merged_adapters)
+        return merged if merged.intersection(self.moved_by) else merged.union(self.moved_by)
 
     def _base_for(self, moved: bool) -> nn.Module:
-        """The base's module with nothing merged, as the adapter that moved it has it or as it was."""
-        if not self.merged_adapters and (moved or self.moved_by is None):
+        """The base's module with nothing merged, as the adapters that moved it have it or as it was."""
+        if not self.merged_adapters and (moved or not self.moved_by):
             return self.base_layer
         self.check_kept()
         clone = self.base.clone(self.source, self.slot.parameter, self.moved_base() if moved else self.original())
@@ -159,15 +164,18 @@ class StoredWeight(AdapterModule):
         return clone
 
     def move_base(self, adapter: str, stored: Stored, initial: tuple[Tensor, Tensor] | None) -> None:
-        """Put the base weight that the init of an adapter made in place, as stored; the original is kept.
+        """Put the base weight that an adapter acts on in place, as stored; the original is kept.
 
         Args:
             adapter: The adapter.
-            stored: What the base stores from now on.
+            stored: What the base stores from now on; one that another adapter moved alike stays as it is.
             initial: The adapter's A (r, in) and B (out, r) before training if the base became W − s·B·A.
         """
+        if self.moved_by:
+            self.moved_by = (*self.moved_by, adapter)
+            return
         self.kept = self.original()
-        self.moved_by, self.moved = adapter, stored
+        self.moved_by, self.moved = (adapter,), stored
         self.initial = initial and (initial[0].detach().to("cpu", copy=True), initial[1].detach().to("cpu", copy=True))
         self.base.place(self.owner, self.slot.parameter, stored)
 

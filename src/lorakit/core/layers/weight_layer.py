@@ -200,7 +200,8 @@ class WeightLayer(LoraLayer):
         self.check_kept()
         with torch.autocast(self.base.device(self.owner, self.slot.parameter).type, enabled=False):
             W = self.read()
-            total = self.read(self.moved_by) if self.moved_by in names else W
+            moved = next((name for name in names if name in self.moved_by), None)
+            total = W if moved is None else self.read(moved)
             for name in names:
                 total = total + self.addition(name, W, self.training)
             stored: Tensor = self.base.write(self.owner, self.original(), total)
@@ -218,7 +219,7 @@ class WeightLayer(LoraLayer):
         names = [name for name in route.names if name in self.r]
         drops = any(isinstance(self.lora_dropout[name], nn.Dropout) for name in names)
         whole = torch.compiler.is_compiling() and not drops  # the tokens of an expert have no size of their own there
-        if whole or self.moved_by is not None or not shows_tokens(self.owner, self.slot.parameter):
+        if whole or self.moved_by or not shows_tokens(self.owner, self.slot.parameter):
             return self.effective(route), []
         merged = self.inside() <= set(names)
         beside = [name for name in names if not merged or name not in self.merged_adapters]

@@ -12,6 +12,7 @@ from lorakit.config import LoraConfig
 from lorakit.core.layers.adapter_component import trainable
 from lorakit.core.model.index import AdapterIndex
 from lorakit.core.routing.state import AdapterState
+from lorakit.core.variants import variants_of
 from lorakit.errors import OVERRIDE, AdapterError, ConfigError, TargetError
 
 ALLOWANCES = ("partial_targets", "base_mismatch", "key_mismatch", "nonfinite", "odd_scale", "recompute_init")
@@ -135,6 +136,25 @@ def check_bias_alone(state: AdapterState | None, config: LoraConfig) -> None:
                 field="bias",
                 allowed=("none",),
             )
+
+
+def check_company(state: AdapterState | None, config: LoraConfig) -> None:
+    """Refuse an adapter next to others if the variant of one of them allows no adapters that are not of it.
+
+    Raises:
+        ConfigError: The message names the other adapter and the reason.
+    """
+    new = variants_of(config)
+    for name, other in () if state is None else state.configs.items():
+        standing = variants_of(other)
+        for variant in (*new, *standing):
+            if variant.excludes_others and (variant in new) != (variant in standing):
+                raise ConfigError(
+                    f"{variant.title} and other adapters exclude each other on one model, and adapter {name!r} is "
+                    f"there: {variant.excludes_others}. Detach {name!r} first, or load the base a second time.",
+                    what=name,
+                    field=variant.field,
+                )
 
 
 def trainable_block(index: AdapterIndex) -> AbstractContextManager[object]:

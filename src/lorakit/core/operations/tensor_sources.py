@@ -32,7 +32,18 @@ from lorakit.core.model.checks import check_known
 from lorakit.core.model.fingerprint import BaseVerdict, Fingerprint, compare
 from lorakit.core.model.index import INSIDE, AdapterIndex, defined_parameters, layers, state_of
 from lorakit.core.model.target_weights import bare_parameters, paths_on_disk
-from lorakit.core.variants import NO_SETTING, NO_TENSORS, PLAIN, Addend, Factor, Setting, Variant, variant_at
+from lorakit.core.variants import (
+    NO_SETTING,
+    NO_TENSORS,
+    PLAIN,
+    Addend,
+    Factor,
+    Setting,
+    Variant,
+    variant_at,
+    variants_of,
+    without,
+)
 from lorakit.errors import AdapterFileError, ModelError, warn_caller
 from lorakit.targets import match_path, resolve
 
@@ -218,6 +229,13 @@ class SiteFactors:
         others |= {tensor.held_as: (tensor.keys[0], own[tensor.held_as]) for tensor in variant.tensors}
         return dataclasses.replace(self, others=others, variant=variant, setting=NO_SETTING)
 
+    def in_usual_shapes(self) -> SiteFactors:
+        """Return the same factor as plain LoRA, where its variant is that but for how A and B are held."""
+        if not self.variant.is_lora_once_multiplied:
+            return self
+        A, B = self.factor().multiplied()
+        return dataclasses.replace(self.of_variant(PLAIN, NO_TENSORS), A=A, B=B)
+
     def holding(self, product: Product, scale: float = 1.0) -> SiteFactors:
         """Return the same site with another product of any rank, (g, r, in) and (g, out, r), and another scale.
 
@@ -305,7 +323,7 @@ def weights_of_model(model: nn.Module, name: str) -> AdapterWeights:
         config = dataclasses.replace(config, target_modules=outer, **PLAIN_TARGETS)  # loaded in part, as was allowed
     if {match_path(match) for match in matches if match.parameter} != parameters:
         config = dataclasses.replace(config, target_parameters=sorted(parameters) or None)
-    return AdapterWeights(name, config, factors, others)
+    return AdapterWeights(name, _in_usual_shapes(config), factors, others)
 
 
 def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = ()) -> AdapterWeights:
@@ -339,7 +357,14 @@ def weights_of_folder(folder: str | os.PathLike[str], allow: Collection[str] = (
     if not factors:
         raise AdapterFileError(f"{folder}: there are no LoRA sites in the file.", where=folder)
     side = files.sidecar
+    config = _in_usual_shapes(config)
     return AdapterWeights(str(folder), config, factors, others, side.base, side.facts, files.file.sha256, findings)
+
+
+def _in_usual_shapes(config: LoraConfig) -> LoraConfig:
+    """Return the config of the factors that `SiteFactors.in_usual_shapes` makes."""
+    gone = [variant for variant in variants_of(config) if variant.is_lora_once_multiplied]
+    return without(config, *gone) if gone else config
 
 
 def outer_modules(factors: Mapping[str, SiteFactors]) -> set[str]:
@@ -419,5 +444,6 @@ def _sorted_out(
         lacking = [tensor.held_as for tensor in variant.tensors if tensor.held_as not in found]
         if lacking:
             raise AdapterFileError(f"The adapter's site {path} has no {lacking[0]}.", what=lacking[0], where=path)
-        factors[path] = SiteFactors(A, B, scale_here, (end_A, end_B), found, bare, variant, setting)
+        made = SiteFactors(A, B, scale_here, (end_A, end_B), found, bare, variant, setting)
+        factors[path] = made.in_usual_shapes()
     return factors, others

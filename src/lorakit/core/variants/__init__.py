@@ -9,7 +9,9 @@ from typing import Any
 from lorakit.config import LoraConfig
 from lorakit.core.kinds import KINDS, Kind, fits
 from lorakit.core.variants.alora import ALORA, last_invocation
+from lorakit.core.variants.bdlora import BDLORA
 from lorakit.core.variants.dora import DORA, row_norms
+from lorakit.core.variants.kasa import KASA
 from lorakit.core.variants.lora import PLAIN
 from lorakit.core.variants.variant import (
     NO_SETTING,
@@ -53,7 +55,7 @@ __all__ = [
     "without",
 ]
 
-VARIANTS: tuple[Variant, ...] = (PLAIN, DORA, ALORA)
+VARIANTS: tuple[Variant, ...] = (PLAIN, DORA, ALORA, KASA, BDLORA)
 
 
 def variant_named(name: str) -> Variant:

@@ -82,6 +82,7 @@ class Start:
         B: Up projection as it begins, (out, r).
         scale: The factor's scale.
         read: Reads the canonical base weight as the adapter sees it, (out, in) or as the kind says.
+        path: The site, for messages.
         setting: What the config asks of the variant here.
         generator: Source of randomness, or None for torch's own.
     """
@@ -92,6 +93,7 @@ class Start:
     B: Tensor
     scale: float
     read: Callable[[], Tensor]
+    path: str = ""
     setting: Setting = dataclasses.field(default_factory=lambda: NO_SETTING)
     generator: torch.Generator | None = None
 
@@ -210,7 +212,10 @@ class Variant:
         positions: Token ids (rows, length), config, which tokens are visible (rows, length) or None -> on how many of
             the last positions of each row the adapter acts, (rows,) int64, 0 for none; None where it acts on all.
         span: Config -> number of tokens that decide a position, for variants with `positions`.
-        move: Fresh factor -> the canonical weight that takes the base's place while the adapter is attached.
+        move: Fresh factor -> the canonical weight that takes the base's place while the adapter is attached. It follows
+            from the base and the rank alone, so that adapters of one rank share it.
+        excludes_others: Why no adapter that is not of this variant can be on the same model, as the end of a sentence;
+            "" where it can.
         penalty: Factor -> what it adds to the loss in training, a scalar.
         combine: Path, addends, base -> their sum as one factor of this variant; None where the sum is plain LoRA.
         must_agree: What adapters with other values of `field` do, as the end of a sentence; such adapters cannot be
@@ -235,6 +240,7 @@ class Variant:
     positions: Callable[[Tensor, LoraConfig, Tensor | None], Tensor] | None = None
     span: Callable[[LoraConfig], int] | None = None
     move: Callable[[Start], Tensor] | None = None
+    excludes_others: str = ""
     penalty: Callable[[Factor], Tensor] | None = None
     combine: Callable[[str, Sequence[Addend], Reading], Sum] | None = None
     must_agree: str = ""
@@ -252,6 +258,11 @@ class Variant:
     def outlasts_a_cut(self) -> bool:
         """Whether A and B of another rank are still of this variant; otherwise what is left is plain LoRA."""
         return self.factors is None and not any(tensor.depends_on_rank for tensor in self.tensors)
+
+    @property
+    def is_lora_once_multiplied(self) -> bool:
+        """Whether A and B as they are multiplied are LoRA's, though they are held in other shapes."""
+        return self.shapes is not None and self.factors is not None and self.down is None and self.is_low_rank
 
     @property
     def is_mergeable(self) -> bool:

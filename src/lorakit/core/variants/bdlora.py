@@ -1,0 +1,84 @@
+"""BD-LoRA: A or B is block-diagonal, so that parallel devices multiply their own blocks without talking to each other.
+
+Only the blocks are held and saved, below one another; where they are multiplied, they stand on the diagonal of a matrix
+of the usual shape, and the rest is LoRA.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.config import LoraConfig
+from lorakit.core.kinds import Kind, Shape, WeightSpec
+from lorakit.core.variants.variant import Factor, Setting, Variant
+from lorakit.errors import ConfigError
+
+
+def block_diagonal(blocks: Tensor, number: int) -> Tensor:
+    """The matrix (m, n·number) with blocks on its diagonal and zeros elsewhere.   [docs/math.md (97)]
+
+    Args:
+        blocks: The blocks below one another, (m, n).
+        number: How many they are; it divides m.
+
+    Source:
+        Wang et al. 2025, arXiv:2510.23346, section 3.
+    """
+    return torch.block_diag(*blocks.chunk(number))
+
+
+def _setting(config: LoraConfig, path: str) -> Setting | None:
+    asked = config.use_bdlora
+    side = "" if asked is None else asked.side_of(path)
+    if asked is None or not side:
+        return None
+    if side == "B" and config.lora_bias:
+        raise ConfigError(
+            f"lora_bias at {path}: a block-diagonal B has no bias. Take the module out of target_modules_bd_b, or "
+            "leave lora_bias off.",
+            where=path,
+            field="lora_bias",
+        )
+    return {"side": side, "blocks": asked.nblocks, "path": path}
+
+
+def _fits(kind: Kind) -> bool:
+    return nn.Linear in kind.types
+
+
+def _shapes(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> tuple[Shape, Shape]:
+    """Shapes of the blocks: A (r, in / blocks), or B (out, r / blocks); the other one is as usual."""
+    if not _fits(kind):
+        return kind.shapes(slot, r)  # refused by name elsewhere
+    number, in_A = int(setting["blocks"]), setting["side"] == "A"
+    sizes = {"r": r, **({"in_features": slot.in_features} if in_A else {"out_features": slot.out_features})}
+    odd = next((name for name, size in sizes.items() if size % number), None)
+    if odd is not None:
+        raise ConfigError(
+            f"{setting['path']}: {odd} is {sizes[odd]}, which {number} blocks of {setting['side']} do not divide. "
+            "Choose another use_bdlora.nblocks or r, or leave the module out.",
+            what=sizes[odd],
+            where=str(setting["path"]),
+            field="use_bdlora",
+        )
+    A, B = kind.shapes(slot, r)
+    return ((A[0], A[1] // number), B) if in_A else (A, (B[0], B[1] // number))
+
+
+def _factors(factor: Factor, training: bool) -> tuple[Tensor, Tensor]:
+    number = int(factor.setting["blocks"])
+    if factor.setting["side"] == "A":
+        return block_diagonal(factor.A, number), factor.B
+    return factor.A, block_diagonal(factor.B, number)
+
+
+BDLORA = Variant(
+    name="bdlora",
+    title="BD-LoRA",
+    field="use_bdlora",
+    setting=_setting,
+    fits=_fits,
+    shapes=_shapes,
+    factors=_factors,
+)

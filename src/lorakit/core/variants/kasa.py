@@ -1,0 +1,102 @@
+"""KaSA: the base loses its smallest singular directions, and the update has singular values of its own.
+
+With W = U·S·Vᵀ, the base becomes W without its r smallest singular values while the adapter is attached, and the update
+is s·B·diag(d)·A, with d trained. The original stays with the layer; disabling and detaching restore its bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.config import LoraConfig
+from lorakit.core.kinds import Kind, Shape, WeightSpec
+from lorakit.core.quantization import at_least_fp32
+from lorakit.core.variants.variant import Factor, OwnTensor, Setting, Start, Variant
+from lorakit.errors import ConfigError
+
+DIAGONAL = "lora_diag"
+"""PEFT's name of the singular values of the update, on a layer and on disk."""
+
+
+def truncated(W: Tensor, r: int) -> Tensor:
+    """W without its r smallest singular values, (out, in).   [docs/math.md (94)]
+
+    Args:
+        W: Weight as a matrix, (out, in), fp32 or wider.
+        r: How many singular values are dropped, less than both dimensions.
+
+    Source:
+        Wang et al. 2024, arXiv:2412.06071, section 3.
+    """
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    return (U[:, :-r] * S[:-r]) @ Vh[:-r]
+
+
+def penalty(factor: Factor) -> Tensor:
+    """β·‖d‖² + γ·(‖Bᵀ·B − I‖ + ‖A·Aᵀ − I‖), a scalar in fp32 or wider.   [docs/math.md (96)]
+
+    Args:
+        factor: With A (r, in), B (out, r) and the diagonal (r,); its setting has β and γ.
+
+    Source:
+        Wang et al. 2024, arXiv:2412.06071, eq. (9) to (11).
+    """
+    A, B, diagonal = (at_least_fp32(tensor) for tensor in (factor.A, factor.B, factor.own[DIAGONAL]))
+    eye = torch.eye(len(diagonal), dtype=A.dtype, device=A.device)
+    apart = torch.linalg.norm(B.T @ B - eye) + torch.linalg.norm(A @ A.T - eye)
+    return float(factor.setting["beta"]) * diagonal.square().sum() + float(factor.setting["gamma"]) * apart
+
+
+def _setting(config: LoraConfig, path: str) -> Setting | None:
+    asked = config.kasa_config
+    return None if asked is None else {"beta": asked.beta, "gamma": asked.gamma}
+
+
+def _fits(kind: Kind) -> bool:
+    return nn.Linear in kind.types
+
+
+def _shape(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> Shape:
+    return (r,)
+
+
+def _start(start: Start) -> Tensor:
+    return torch.empty(start.rank, dtype=start.A.dtype, device=start.A.device).normal_(generator=start.generator)
+
+
+def _factors(factor: Factor, training: bool) -> tuple[Tensor, Tensor]:
+    """A and B·diag(d), (r, in) and (out, r).   [docs/math.md (95)]."""
+    return factor.A, factor.B * factor.own[DIAGONAL]
+
+
+def _move(start: Start) -> Tensor:
+    least = min(start.slot.out_features, start.slot.in_features)
+    if start.rank >= least:
+        raise ConfigError(
+            f"{start.path}: r is {start.rank}, and KaSA drops as many of the {least} singular values of the base "
+            f"weight; r must be below {least}. Lower r (rank_pattern for this module alone), or leave the module out.",
+            what=start.rank,
+            where=start.path,
+            field="r",
+        )
+    W = start.read()
+    if not bool(torch.isfinite(W).all()):
+        raise ConfigError(
+            f"{start.path}: the base weight holds NaN or infinite numbers and cannot be decomposed.", where=start.path
+        )
+    return truncated(W, start.rank)
+
+
+KASA = Variant(
+    name="kasa",
+    title="KaSA",
+    field="kasa_config",
+    setting=_setting,
+    fits=_fits,
+    tensors=(OwnTensor(held_as=DIAGONAL, carried="parameter", keys=(f".{DIAGONAL}",), shape=_shape, start=_start),),
+    factors=_factors,
+    move=_move,
+    excludes_others="KaSA adapters act on a base without its smallest singular values, others on the whole one",
+    penalty=penalty,
+)
