@@ -274,7 +274,8 @@ def test_adapters_that_cannot_be_used(
     said = refusal(capsys, 1, *common, tmp_path / "run")
     assert f"is a run directory; its adapter is {tmp_path / 'run' / 'adapter'}." in said
     (one / "adapter_model.safetensors").rename(one / "adapter_model.bin")
-    assert "the weights are a pickle (adapter_model.bin), which is never loaded" in refusal(capsys, 1, *common, one)
+    said = refusal(capsys, 1, *common, one)
+    assert "pickle (adapter_model.bin)" in said and "never loaded" in said
 
 
 @pytest.mark.filterwarnings("default")
