@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import sys
@@ -66,19 +65,20 @@ def test_a_made_up_weight_format(monkeypatch: pytest.MonkeyPatch) -> None:
 
     import lorakit
     from lorakit.core import quantization
-    from lorakit.core.quantization.weight_format import DENSE
+    from lorakit.core.quantization.weight_format import PlainFormat
 
     class Halved(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.linear(x, 2 * self.weight, self.bias)
 
-    made_up = dataclasses.replace(
-        DENSE,
-        name="halved",
-        types=(f"{Halved.__module__}.{Halved.__qualname__}",),
-        read=lambda module, stored: 2 * DENSE.read(module, stored),
-        write=lambda module, like, canonical: DENSE.write(module, like, canonical / 2),
-    )
+    class HalvedFormat(PlainFormat):
+        def read(self, module: nn.Module, stored: Tensor) -> Tensor:
+            return 2 * super().read(module, stored)
+
+        def write(self, module: nn.Module, like: Tensor, canonical: Tensor) -> Tensor:
+            return super().write(module, like, canonical / 2)
+
+    made_up = HalvedFormat("halved", (f"{Halved.__module__}.{Halved.__qualname__}",))
     monkeypatch.setattr(quantization, "WEIGHT_FORMATS", (made_up, *quantization.WEIGHT_FORMATS))
     torch.manual_seed(0)
     model = nn.Sequential(Halved(8, 6))

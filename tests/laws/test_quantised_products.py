@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorakit import core
-from lorakit.config import LoraConfig
+from lorakit.config import BdLoraConfig, LoraConfig
 from lorakit.core.kinds import KINDS
 from lorakit.core.model.base_view import quantised_linear
 from lorakit.core.quantization import WEIGHT_FORMATS, weight_format_of
@@ -36,6 +36,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "copied": {"target_modules": ["up"], "modules_to_save": ["square"]},
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "mica": {"init_lora_weights": "mica"},
+    "bdlora": {"use_bdlora": BdLoraConfig(["up"], ["square"], nblocks=2)},
 }
 """Every variant that has a place in a weight, and what can stand beside one."""
 
@@ -45,8 +46,8 @@ NOT_DENSE = {"biases": "puts another module at up, whose bias adapter '.' trains
 NOT_ON = {"biases": {"hqq": "is stored as HQQ, whose bias is not a parameter and cannot be trained"}}
 """What a package's storage cannot have, and what it says."""
 
-NOT_MERGED = {"alora"}
-"""Variants that depend on the position: tests/core/variants/test_alora_quantised.py."""
+NOT_MERGED = {"alora", "kasa"}
+"""Variants that depend on the position, and that reject these bases: tests/core/variants/test_alora_quantised.py, test_kasa.py."""
 
 NEVER_QUANTISED = {
     "Embedding": "a quantiser leaves tables alone, and none of ours stores them",
@@ -63,7 +64,7 @@ NO_STORAGE_OF_ITS_OWN = {"dense", "transposed", "computed", "computed, transpose
 
 
 def test_nothing_is_left_out_unsaid() -> None:
-    merged = {"dora" if "dora" in name else "plain" for name in FIELDS}
+    merged = {next((v for v in ("dora", "bdlora") if v in name), "plain") for name in FIELDS}
     assert merged | NOT_MERGED == {variant.name for variant in VARIANTS}
     assert {kind.name for kind in KINDS} == {"Linear", "Conv1D", *NEVER_QUANTISED}
     rows = {"bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao", "HQQ"}

@@ -308,7 +308,7 @@ def count(shape: ModelShape, config: LoraConfig, *, allow_partial: bool = False,
     shape = stacked(shape, config)
     bare, in_first = _bare_parameters(shape), {other.path for other in shape.others if other.in_first}
     resolution = resolve(candidates(shape), config, allow_partial=allow_partial, parameters=bare)
-    sizes = {parameter.path: _canonical(parameter.shape, parameter.path in in_first) for parameter in bare}
+    sizes = {parameter.path: _canonical(parameter.shape, parameter.module in in_first) for parameter in bare}
     sizes |= {site.path: (1, site.out_features, site.in_features) for site in shape.sites}
     sites = tuple(_site_count(match, sizes[match_path(match)], config, optimizer) for match in resolution.matches)
     saved = {path: _whole(shape, path) for path in resolution.saved}

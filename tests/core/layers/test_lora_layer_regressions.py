@@ -79,7 +79,7 @@ def test_an_exception_ends_with_its_adapter() -> None:
 def test_on_meta_an_init_that_moves_the_base_is_refused_before_anything_changes(init: str) -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(6, 5))
-    with pytest.raises(ConfigError, match="on the meta device there are no numbers to move"):
+    with pytest.raises(ConfigError, match="meta device"):
         attach(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=init))
     assert type(model[0]) is nn.Linear
     assert model[0].weight.requires_grad
