@@ -134,7 +134,7 @@ def _parts(output: Any) -> tuple[Any, ...]:
     return output if isinstance(output, tuple) and output else (output,)
 
 
-def _difference(ours: Tensor, theirs: Tensor, carried: Any, noise: Tensor | None = None) -> Verdict:
+def _difference(ours: Tensor, theirs: Tensor, carried: Tensor | None, noise: Tensor | None = None) -> Verdict:
     """Compare the rows of two tensors (…, d) after subtracting what both carry.
 
     Args:
@@ -382,7 +382,7 @@ def _is_foreign(kind: type) -> bool:
     return False
 
 
-def _is_known(method: Any) -> bool:
+def _is_known(method: Callable[..., Any] | None) -> bool:
     """Return whether a method, and every function it decorates, was written in a known package.
 
     Checked by a function's globals, because decorators copy the other names from what they wrap.
