@@ -21,7 +21,7 @@ from lorakit.speed import linear
 from lorakit.speed.contract import is_own_forward
 from lorakit.speed.probe import TOLERANCES, Call, attempt, first_calls
 
-FLOOR = 0.1
+SMALLEST_ROW = 0.1
 """Rows below this fraction of the RMS of all rows are compared relative to that RMS: their rounding errors are
 as large as those of other rows.
 """
@@ -154,7 +154,7 @@ def _difference(ours: Tensor, theirs: Tensor, carried: Tensor | None, noise: Ten
     if noise is not None:
         allowed = allowed + NOISE * torch.maximum(noise, noise.square().mean().sqrt())
     sizes = _sizes(branch)
-    usual = sizes.square().mean().sqrt() * FLOOR
+    usual = sizes.square().mean().sqrt() * SMALLEST_ROW
     error = (_sizes(ours - theirs) - allowed).clamp_min(0) / torch.maximum(sizes, usual).clamp_min(1e-30)
     largest = float(error.max()) if len(error) else 0.0
     if largest <= tolerance:
