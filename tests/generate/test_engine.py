@@ -33,7 +33,7 @@ def alone(model: Any, prompt: Sequence[int], **options: Any) -> list[int]:
 
 
 def attach_strong(model: Any, name: str, seed: int, targets: Any = "all-linear", **fields: Any) -> None:
-    """An adapter with a random B, strong enough to change what is said."""
+    """An adapter with a random B, large enough to change the generated tokens."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": targets, **fields})
     core.attach(model, config, name, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -129,7 +129,7 @@ def test_a_batch_of_mixed_adapters_is_its_rows_one_by_one(adapted: Any) -> None:
 
 
 def test_the_head_gets_rows_that_lie_side_by_side(tiny_llama: Any) -> None:
-    """Of a batch, the last position of each; torch's product with a slice takes hundreds of times as long in bf16."""
+    """Request the last position as an index: a matmul with a slice takes hundreds of times as long in bf16."""
     seen: list[tuple[tuple[int, ...], bool]] = []
     hook = tiny_llama.lm_head.register_forward_pre_hook(
         lambda _, args: seen.append((tuple(args[0].shape[:2]), args[0].is_contiguous()))
@@ -143,7 +143,7 @@ def test_the_head_gets_rows_that_lie_side_by_side(tiny_llama: Any) -> None:
 def test_factors_of_mixed_rows_are_stacked_once_and_go_with_the_stream(
     model: Any, given: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Adapters of different rank, for each of which its rows alone are the proof; the route said or in force."""
+    """Rows with adapters of different rank get what each adapter gives alone, with the route passed or active."""
     for seed, rank in enumerate([4, 1, 8, 3]):
         attach_strong(model, f"of_{rank}", seed, r=rank)
     names, stacks = ["of_3", "of_8", None, "of_1"], []

@@ -61,7 +61,7 @@ def test_one_wrong_row_is_not_hidden_by_large_ones() -> None:
     x = torch.randn(2, 9, 32)
     x[0] *= 1e4
     call = Call((x,), {}, x)
-    x[1] *= 1e3  # not below the FLOOR
+    x[1] *= 1e3  # not below SMALLEST_ROW
 
     def wrong(module: nn.Module, x: Tensor) -> Tensor:
         made = x.clone()

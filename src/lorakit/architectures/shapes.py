@@ -381,7 +381,7 @@ def _llama_like(
 
 
 def _embeddings(width: int, tables: Mapping[str, int]) -> list[SiteShape]:
-    """Return embeddings of this width: path -> rows of the table."""
+    """Return embeddings of this width; `tables` maps each path to its number of embeddings."""
     return [SiteShape(path, "Embedding", width, rows, dense=False) for path, rows in tables.items()]
 
 

@@ -53,7 +53,7 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tupl
     return {"input_ids": tokens, "position_ids": positions, **where}, wanted
 
 
-def keeps_sequences_apart(model: Any, logits: Any) -> bool:
+def keeps_sequences_apart(model: nn.Module, logits: Tensor | None) -> bool:
     """Return whether a model computes the same logits for two packed sequences as for each alone; call it in
     `eval_mode`.
 
@@ -257,7 +257,7 @@ def _as_frozen(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if is_adapted else frozen(model)
 
 
-def _inner(model: Any) -> Any:
+def _inner(model: Any) -> nn.Module:
     """Return the transformers model inside a `PeftModel`, if any."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -286,7 +286,7 @@ def _nothing(model: nn.Module, reason: str) -> Acceleration:
     return Acceleration((), (Skipped("", type(model).__name__, reason),), None, reason)
 
 
-def _may_pack(model: Any, fast: Parts) -> bool:
+def _may_pack(model: nn.Module, fast: Parts) -> bool:
     """Return whether the attention of every layer is fused, so that packed sequences cannot see each other."""
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     ours = sum(attention.fits(module) is None for module, _ in fast.values())

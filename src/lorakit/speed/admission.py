@@ -21,7 +21,7 @@ from lorakit.speed import linear
 from lorakit.speed.contract import is_own_forward
 from lorakit.speed.probe import TOLERANCES, Call, attempt, first_calls
 
-FLOOR = 0.1
+SMALLEST_ROW = 0.1
 """Rows below this fraction of the RMS of all rows are compared relative to that RMS: their rounding errors are
 as large as those of other rows.
 """
@@ -134,7 +134,7 @@ def _parts(output: Any) -> tuple[Any, ...]:
     return output if isinstance(output, tuple) and output else (output,)
 
 
-def _difference(ours: Tensor, theirs: Tensor, carried: Any, noise: Tensor | None = None) -> Verdict:
+def _difference(ours: Tensor, theirs: Tensor, carried: Tensor | None, noise: Tensor | None = None) -> Verdict:
     """Compare the rows of two tensors (…, d) after subtracting what both carry.
 
     Args:
@@ -154,7 +154,7 @@ def _difference(ours: Tensor, theirs: Tensor, carried: Any, noise: Tensor | None
     if noise is not None:
         allowed = allowed + NOISE * torch.maximum(noise, noise.square().mean().sqrt())
     sizes = _sizes(branch)
-    usual = sizes.square().mean().sqrt() * FLOOR
+    usual = sizes.square().mean().sqrt() * SMALLEST_ROW
     error = (_sizes(ours - theirs) - allowed).clamp_min(0) / torch.maximum(sizes, usual).clamp_min(1e-30)
     largest = float(error.max()) if len(error) else 0.0
     if largest <= tolerance:
@@ -382,7 +382,7 @@ def _is_foreign(kind: type) -> bool:
     return False
 
 
-def _is_known(method: Any) -> bool:
+def _is_known(method: Callable[..., Any] | None) -> bool:
     """Return whether a method, and every function it decorates, was written in a known package.
 
     Checked by a function's globals, because decorators copy the other names from what they wrap.

@@ -7,12 +7,14 @@ or more.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.ops.adapted import Adapted
 from lorakit.ops.attention_block import SelfAttention, attention_block
 from lorakit.ops.attention_pattern import Pattern
 from lorakit.ops.norm import Norm
@@ -38,7 +40,7 @@ MASK_FIELDS = "_lorakit_read"
 """Attribute of a mask, which all layers of a forward share, that caches what was read from it, with its version."""
 
 
-def under(mask: Any, x: Tensor, pattern: Pattern) -> Pattern | None:
+def under(mask: Tensor | None, x: Tensor, pattern: Pattern) -> Pattern | None:
     """Add what a mask hides to a pattern.
 
     Args:
@@ -54,7 +56,7 @@ def under(mask: Any, x: Tensor, pattern: Pattern) -> Pattern | None:
     return None if made is None or (made.bias is not None and x.device.type != "cpu") else made
 
 
-def _under(mask: Any, x: Tensor, pattern: Pattern) -> Pattern | None:
+def _under(mask: Tensor | None, x: Tensor, pattern: Pattern) -> Pattern | None:
     if mask is None:
         return pattern
     rows, tokens, _ = x.shape
@@ -205,13 +207,15 @@ def shape_of(module: nn.Module) -> Shape | None:
         or not isinstance(scale, float)
     ):
         return None
-    softcap: Any = getattr(module, "attn_logit_softcapping", None)
+    softcap: float | None = getattr(module, "attn_logit_softcapping", None)
     source: Any = module if hasattr(module, "sliding_window") else module.config
-    window: Any = getattr(source, "sliding_window", None)
+    window: int | None = getattr(source, "sliding_window", None)
     return Shape(inputs, output, head_dim, scale, window, softcap)
 
 
-def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any) -> tuple[Tensor, None] | None:
+def run(
+    module: nn.Module, hidden_states: Tensor | None = None, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None] | None:
     """Return the output (B, T, d) and no weights, or None if the module's own forward must run."""
     kwargs |= by_name(module, args)
     if not isinstance(hidden_states, Tensor):
@@ -268,7 +272,7 @@ def attention(
     return y
 
 
-def lengths_of(boundaries: Any) -> tuple[int, ...] | None:
+def lengths_of(boundaries: Tensor | None) -> tuple[int, ...] | None:
     """Return the lengths of packed sequences from their boundaries (sequences + 1,); None without boundaries.
 
     The result is cached on the boundaries, which all layers of a forward share, so a device is synchronized once.
@@ -287,7 +291,7 @@ LENGTHS = "_lorakit_lengths"
 """Attribute of boundaries that caches the lengths, with the version they were read from."""
 
 
-def _kv_heads(module: nn.Module, shape: Shape, operands: Any) -> int:
+def _kv_heads(module: nn.Module, shape: Shape, operands: Sequence[Adapted]) -> int:
     if len(operands) == 2:
         count = getattr(module, "num_key_value_heads", None) or getattr(module.config, "num_key_value_heads", None)
         return int(count or operands[1].W.shape[0 if operands[1].transposed else 1] // shape.head_dim)

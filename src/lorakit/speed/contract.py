@@ -193,7 +193,7 @@ def _of_class(kind: type) -> Iterator[Fact]:
             yield Fact(known, name, known[name])
 
 
-def _of_interface(kind: type, implementation: Any) -> Iterator[Fact]:
+def _of_interface(kind: type, implementation: str | None) -> Iterator[Fact]:
     table = getattr(inspect.unwrap(kind.forward), "__globals__", {}).get(INTERFACES)  # type: ignore[attr-defined]
     if isinstance(table, Mapping) and implementation is not None:
         yield Fact(table, implementation, table.get(implementation, MISSING))

@@ -116,7 +116,7 @@ def called(module: nn.Module) -> tuple[str, ...]:
     return (inner,) if inner and feed_forward.fits(module._modules[inner]) is not None else ()  # type: ignore[arg-type]
 
 
-def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor | None:
+def run(module: nn.Module, hidden_states: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor | None:
     """Return the layer's output (B, T, d), or None if its own forward must run."""
     sublayers = _halves(module)
     if sublayers is None or not isinstance(hidden_states, Tensor) or not is_supported(hidden_states):
@@ -158,7 +158,7 @@ def _fed(module: nn.Module, sublayer: Sublayer, around: _Around, x: Tensor, *, r
 
 def _fed_by_modules(module: nn.Module, sublayer: Sublayer, around: _Around, x: Tensor) -> Tensor:
     """Return the output of the layer's own feed-forward modules for x (B, T, d), before norm, dropout and residual."""
-    made: Any = x if around.before is None else normalize(x, around.before)
+    made = x if around.before is None else normalize(x, around.before)
     for name in (sublayer.inner,) if sublayer.inner else LOOSE:
         made = module._modules[name](made)  # type: ignore[misc]
     return made

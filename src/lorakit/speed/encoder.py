@@ -153,10 +153,10 @@ def fits(module: nn.Module) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def run(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Tensor | None:
+def run(module: nn.Module, hidden_states: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor | None:
     """Return the layer's output (B, T, d), or None if its own forward must run."""
     ready = _ready(module, hidden_states, kwargs | by_name(module, args))
-    if ready is None:
+    if ready is None or hidden_states is None:
         return None
     around = ready.around
     x = normalize(attention_block(hidden_states, ready.block, ready.pattern, residual=True), around.o_norm)
@@ -193,7 +193,7 @@ class _Ready(NamedTuple):
     acting: ActiveOperands
 
 
-def _ready(module: nn.Module, x: Any, call: dict[str, Any]) -> _Ready | None:
+def _ready(module: nn.Module, x: Tensor | None, call: dict[str, Any]) -> _Ready | None:
     """Return the operands for hidden states x (B, T, d) and the call's arguments by name, or None if unknown."""
     found = layout_of(module)
     if found is None or not isinstance(x, Tensor) or x.ndim != 3 or not _is_plain(module, found, x, call):
@@ -282,7 +282,7 @@ def fits_sublayer(module: nn.Module) -> str | None:
     return value or (feed_forward.fits(inner) if FED in module._modules else _why_not(inner))
 
 
-def run_sublayer(module: nn.Module, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
+def run_sublayer(module: nn.Module, hidden_states: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
     """Return the sublayer's output for hidden states (B, T, d), or None if its own forward must run."""
     x, kwargs = hidden_states, kwargs | by_name(module, args)
     inner, norm, p = _inner(module), norm_of(module._modules[NORM]), dropout_p(module._modules[DROPOUT])
@@ -377,7 +377,7 @@ def _distances(attention: Any, x: Tensor, given: Tensor | None) -> Tensor | None
     return given if tuple(given.shape[1:]) == wanted and not given.requires_grad else None
 
 
-def _pattern(attention: Any, x: Tensor, bias: Tensor, mask: Any) -> Pattern | None:
+def _pattern(attention: Any, x: Tensor, bias: Tensor, mask: Tensor | None) -> Pattern | None:
     dropped = attention.dropout if attention.training else 0.0
     if not 0 <= dropped < 1:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def fits(module: nn.Module) -> str | None:
     return unknown_attributes(module, ATTRIBUTES, (*names, *ACTIVATION, "dropout"))
 
 
-def run(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+def run(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """Return the block's output for x (…, d), or None if the module's own forward must run."""
     if args or kwargs:
         return None
@@ -46,7 +47,7 @@ def run(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Tensor | None:
 
 
 def feed_forward(
-    module: nn.Module, x: Any, norm: Norm | None, *, residual: bool, dropout: float = 0.0
+    module: nn.Module, x: Tensor, norm: Norm | None, *, residual: bool, dropout: float = 0.0
 ) -> Tensor | None:
     """Compute a feed-forward block with the norm before it and the residual after it.
 
@@ -92,5 +93,5 @@ def _names(module: nn.Module) -> tuple[str, ...] | None:
     return None
 
 
-def _activation(module: nn.Module) -> Any:
+def _activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     return next((getattr(module, name) for name in ACTIVATION if hasattr(module, name)), None)

@@ -91,7 +91,7 @@ class LastLayer:
         return False
 
 
-def rows_to_compute(layer: nn.Module, value: Any, x: Tensor) -> Tensor | None:
+def rows_to_compute(layer: nn.Module, value: Trained | None, x: Tensor) -> Tensor | None:
     """Return the only rows to compute in a layer after its attention, (n,), or None for all.
 
     Args:

@@ -90,10 +90,10 @@ def frozen_linear(module: nn.Module) -> Adapted | None:
     is_linear = kind.forward is nn.Linear.forward
     if not is_linear and not (kind.__name__ == CONV1D and kind.__module__ == "transformers.pytorch_utils"):
         return None
-    weight: Any = module._parameters.get("weight")
+    weight = module._parameters.get("weight")
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.requires_grad:
         return None
-    bias: Any = module._parameters.get("bias")
+    bias = module._parameters.get("bias")
     if bias is not None and bias.requires_grad:
         return None
     return Adapted(weight, bias, None, not is_linear)
@@ -228,7 +228,7 @@ def fits(module: nn.Module) -> str | None:
     return None if frozen_linear(base) is not None else "its base is not a plain, frozen linear module"
 
 
-def run(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+def run(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """Return the layer's output (…, out) for x (…, in), or None if its own forward must run."""
     if args or kwargs or not isinstance(x, Tensor) or not is_supported(x):
         return None

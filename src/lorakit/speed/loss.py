@@ -26,7 +26,7 @@ from lorakit.speed.patching import may_run
 from lorakit.speed.probe import TOLERANCES, Call, attempt, inputs_of
 
 
-def output_head(model: Any) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
     """Return the output embeddings of a transformers model, or None.
 
     Args:
@@ -130,7 +130,7 @@ class Head:
         (hidden,) = given
         return self.loss(hidden, targets, 1.0, IGNORED)
 
-    def loss(self, hidden: Tensor, targets: Tensor, total: Any, ignore_index: int) -> Tensor:
+    def loss(self, hidden: Tensor, targets: Tensor, total: float | Tensor | None, ignore_index: int) -> Tensor:
         """Compute the cross-entropy of shifted targets.
 
         Args:
@@ -191,7 +191,7 @@ def last_layer_for(model: Any, head: Head, last: LastLayer, call: Call, output: 
     return last if arrives and agree(ours[rows], theirs[rows]) else None
 
 
-def head_for(head: nn.Module | None, given: Tensor | None, logits: Any, config: Any) -> Head | str:
+def head_for(head: nn.Module | None, given: Tensor | None, logits: Tensor | None, config: Any) -> Head | str:
     """Determine how the logits of a model depend on its head.
 
     Args:
@@ -266,7 +266,7 @@ class LossWithoutLogits:
         logits: Tensor,
         labels: Tensor | None,
         vocab_size: int,
-        num_items_in_batch: Any = None,
+        num_items_in_batch: float | Tensor | None = None,
         ignore_index: int = IGNORED,
         shift_labels: Tensor | None = None,
         **kwargs: Any,

@@ -19,7 +19,7 @@ def fits(module: nn.Module) -> str | None:
     return None if norm_of(module) is not None else "not a frozen LayerNorm or RMSNorm"
 
 
-def run(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+def run(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """Return the norm of x (…, d), or None if the module's own forward must run."""
     norm = norm_of(module)
     if norm is None or args or kwargs or not isinstance(x, Tensor) or not is_supported(x):
@@ -38,7 +38,7 @@ def fits_dropout(module: nn.Module) -> str | None:
     return "not a plain active dropout"
 
 
-def run_dropout(module: nn.Dropout, x: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+def run_dropout(module: nn.Dropout, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """Return the dropout of x (any shape), or None if the module's own forward must run."""
     if args or kwargs or not isinstance(x, Tensor) or x.device.type != "cpu" or not is_supported(x):
         return None

@@ -143,7 +143,7 @@ def is_replacement(module: nn.Module) -> bool:
     return MARK in vars(type(module))
 
 
-def _subclass(original: Any, fast: Forward) -> type:
+def _subclass(original: type[nn.Module], fast: Forward) -> type:
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # a compiler fuses on its own, and gets the plain forward
@@ -153,7 +153,7 @@ def _subclass(original: Any, fast: Forward) -> type:
         made = fast(self, *args, **kwargs)
         return original.forward(self, *args, **kwargs) if made is None else made
 
-    def as_original(self: nn.Module, protocol: Any) -> Any:  # a runtime class cannot be imported
+    def as_original(self: nn.Module, protocol: int) -> Any:  # a runtime class cannot be imported
         return _blank, (original,), {name: value for name, value in vars(self).items() if name not in OWN}
 
     members = {"forward": forward, "__reduce_ex__": as_original, "__module__": original.__module__, MARK: original}
@@ -162,7 +162,6 @@ def _subclass(original: Any, fast: Forward) -> type:
     )
 
 
-def _blank(kind: Any) -> nn.Module:
+def _blank(kind: type[nn.Module]) -> nn.Module:
     """Return an instance without any state and without calling the class."""
-    made: nn.Module = object.__new__(kind)
-    return made
+    return object.__new__(kind)

@@ -203,7 +203,7 @@ def _recording(modules: Mapping[str, nn.Module], found: dict[str, Call], stop: b
     """Record the calls of these modules in `found` within a block; with `stop`, end it when all were called."""
 
     def keep(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             found[path] = Call(args, dict(kwargs), output)
             if stop and len(found) == len(modules):
                 raise _Enough
@@ -232,7 +232,7 @@ def token_ids(model: Any, rows: int = ROWS, tokens: int = TOKENS) -> Tensor:
     return ids.to(embeddings.weight.device)
 
 
-def inputs_of(model: Any, rows: int = ROWS, tokens: int = TOKENS) -> dict[str, Any]:
+def inputs_of(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS) -> dict[str, Any]:
     """Return the arguments of a small call, without a cache.
 
     Args:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from lorakit.core.clones import is_watched
@@ -54,8 +54,8 @@ def norm_of(module: nn.Module | None) -> Norm | None:
     """Return the operands of a norm over the last axis, or None if it is unknown or not frozen."""
     if module is None or is_watched(module):
         return None
-    weight: Any = module._parameters.get("weight")
-    bias: Any = module._parameters.get("bias")
+    weight = module._parameters.get("weight")
+    bias = module._parameters.get("bias")
     if (
         type(weight) is not nn.Parameter
         or weight.ndim != 1
@@ -147,7 +147,7 @@ def by_name(module: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(names, args, strict=False))
 
 
-def is_supported(x: torch.Tensor) -> bool:
+def is_supported(x: Tensor) -> bool:
     """Return whether fused forwards support a call with x (…, d): floating-point, at least one row, no tracing.
 
     Under autocast they compute in its dtype; float64, which autocast does not cast, is left alone here too.

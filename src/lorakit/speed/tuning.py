@@ -110,7 +110,7 @@ def _machines(path: Path) -> dict[str, Any]:
     return machines if isinstance(machines, dict) else {}
 
 
-def _of_machine(results: Any) -> dict[str, int]:
+def _of_machine(results: Mapping[str, int] | None) -> dict[str, int]:
     if not isinstance(results, dict):
         return {}
     return {
