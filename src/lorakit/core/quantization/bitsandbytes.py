@@ -50,7 +50,7 @@ class EightBit(Packed):
 
 
 def four_bit_linear(linear: nn.Linear, quant_type: str, double: bool) -> nn.Module:
-    """Return a 4-bit version of a dense layer that does not repack its weight; its compute dtype is the dtype of the weight.
+    """Return a 4-bit version of a dense layer that does not repack its weight and computes in the dtype of the weight.
 
     Args:
         linear: It keeps its own weight.
@@ -156,7 +156,7 @@ class FourBitFormat(_Format["Linear4bit", "Params4bit"]):
         module.quant_state = stored.quant_state
 
     def tensors(self, stored: Params4bit) -> tuple[Tensor, ...]:
-        """Return the packed codes (…), the scales and the tables that decode them."""
+        """Return the packed codes, the scales and the tables that decode them, each of any shape."""
         state = stored.quant_state
         if state is None:
             return (stored.data,)
