@@ -1,12 +1,11 @@
-"""What adapters of one site were when something was made of them, and whether they still are: asked for each token.
+"""Mixed batches: the factors of several adapters are stacked, so that few matmuls serve all rows.
 
-A write through `.data` into the same memory leaves no trace and is not seen.
+Plain adapters of dense sites are stacked if no gradient is recorded; the layer applies the others one by one. A stack
+holds adapters whose ranks differ by less than a factor of two, padded with zeros. Under a route with a cache, a single
+adapter on all rows is stacked too: its stack is a copy in the base's dtype.
 
-Rows of one batch with different adapters, taken at once: their factors in stacks, few products for each.
-
-Plain adapters of dense sites go so where no gradient is recorded; what is left, the layer takes one by one. A stack
-holds adapters whose ranks are less than twice apart, the lower ones filled up with zeros. One adapter on all rows goes
-so under a route that keeps things: its stack is its image in the base's dtype.
+`FactorVersions` checks for each token whether the cached stacks are still valid. A write through `.data` into the same
+memory cannot be detected.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _ADDRESS = Tensor.__base__.data_ptr  # type: ignore[union-attr]  # Tensor's own 
 
 
 class FactorVersions:
-    """Some adapters of a layer as they are now; what it remembers it also holds, so that none of it can be another.
+    """The current version of some adapters of a layer. It holds references, so that no id can be reused.
 
     Args:
         layer: The site's `LoraLayer`.
@@ -62,7 +61,7 @@ class FactorVersions:
         self._numbers = self._count(layer, self._tensors)
 
     def still(self, layer: StoredWeight) -> bool:
-        """Whether the adapters are the same modules and tensors, in the same place, unwritten, and act the same."""
+        """Return whether the adapters have the same modules, tensors, memory, versions, modes, scales and variants."""
         pick = self._pick
         inside: Any = layer._modules
         try:
@@ -91,7 +90,7 @@ class FactorVersions:
 
 
 def _picker(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """What takes the values of these names out of a mapping, always as a tuple."""
+    """Return a function that takes the values of these names from a mapping, always as a tuple."""
     if len(names) > 1:
         return itemgetter(*names)
     (name,) = names
@@ -101,7 +100,7 @@ def _picker(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
 OfRows = Sequence[tuple[str, Tensor]]
 
 WORTH_A_STACK = 4
-"""So many adapters pay for stacks that serve one forward alone, by measurement at width 576 and rank 16."""
+"""Minimum number of adapters for stacks that serve only one forward, measured at width 576 and rank 16."""
 
 
 @dataclass(eq=False)
@@ -133,21 +132,21 @@ class Stack:
 
     @cached_property
     def is_finite(self) -> bool:
-        """Whether every number is; sums tell, of which one that is too large says no as well."""
+        """Whether every value is finite, judged by sums; a sum that overflows also counts as not finite."""
         sums = [matrices.sum(dtype=torch.promote_types(self.A.dtype, torch.float32)) for matrices in (self.A, self.B)]
         return bool(torch.stack(sums).isfinite().all())
 
 
 @dataclass(eq=False)
 class Stacks:
-    """What was made of the adapters of one site.
+    """The stacks of the adapters of one site.
 
     Attributes:
         stacks: Of those that can be stacked.
         rest: The others.
         names: All of them.
         absent: Adapters that some rows use and that have nothing at the site.
-        seen: What tells whether the adapters are what they were; None where that is not asked, or cannot be told.
+        seen: The versions of the adapters; None if they are not checked or have none.
     """
 
     stacks: list[Stack]
@@ -157,12 +156,12 @@ class Stacks:
     seen: FactorVersions | None = None
 
     def still(self, layer: StoredWeight) -> bool:
-        """Whether they are what would be made now for the same names."""
+        """Return whether the stacks are still valid for the same names."""
         return self.seen is not None and self.seen.still(layer) and self.absent.isdisjoint(layer.r)
 
 
 def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
-    """What all adapters of a route add, where it keeps things: with what is there, or for one adapter on all rows.
+    """Add all adapters of a route that has a cache: with cached stacks, or for one adapter on all rows.
 
     Args:
         layer: The site's `LoraLayer`; nothing is merged there.
@@ -171,7 +170,7 @@ def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor
         y0: What the layer's base made of it, (rows, …, out).
 
     Returns:
-        y₀ with what was added; or None, where nothing was, and y₀ is as it was.
+        y₀ with the additions; None if nothing was added, and y₀ is unchanged.
     """
     y = _again(layer, route, x, y0)
     if y is not None or route.rows is not None:
@@ -184,7 +183,7 @@ def add_kept(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor
 
 
 def _again(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor | None:
-    """The short way that most tokens take: all is as it was, and inputs of this shape and dtype have come before."""
+    """Return the output from cached stacks, if nothing has changed and the input has a known shape and dtype."""
     found: Stacks | None = (route.kept or {}).get((layer, y0.dtype))
     if found is None or found.rest or type(x) is not Tensor or type(y0) is not Tensor or x.dtype != y0.dtype:
         return None
@@ -200,7 +199,7 @@ def _again(layer: StoredWeight, route: Route, x: Tensor, y0: Tensor) -> Tensor |
 
 
 def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, y0: Tensor) -> tuple[Tensor, OfRows]:
-    """What some adapters add on their rows of a mixed batch, as far as they can be taken at once.
+    """Add adapters on their rows of a mixed batch, as far as they can be stacked.
 
     Args:
         layer: The site's `LoraLayer`.
@@ -232,7 +231,7 @@ def add_stacked(layer: StoredWeight, segments: OfRows, route: Route, x: Tensor, 
 
 
 def _own(layer: StoredWeight, y0: Tensor) -> Tensor:
-    """y0 (rows, …, out) where the base has just made it and nobody saw it, else a copy: it will be written to."""
+    """Return y0 (rows, …, out) if nothing else can refer to it, else a copy, because it will be written to."""
     base: Any = layer._modules["base_layer"]
     fresh = (
         type(base).forward is nn.Linear.forward
@@ -247,7 +246,7 @@ def _own(layer: StoredWeight, y0: Tensor) -> Tensor:
 
 
 def _stacks(layer: StoredWeight, names: tuple[str, ...], route: Route, dtype: torch.dtype) -> Stacks:
-    """The stacks of these adapters: those that were kept, while the adapters are what they were."""
+    """Return the stacks of these adapters, from the cache if they are still valid."""
     kept = route.kept
     if kept is None:
         return _made(layer, names, dtype)
@@ -277,7 +276,7 @@ def _can_be_stacked(factor: Factor) -> bool:
 
 
 def _of_like_rank(ranks: dict[str, int]) -> Iterator[list[str]]:
-    """The adapters in groups of which each wastes less than half of its room, in their own order."""
+    """Yield groups of adapters, in order, each of which wastes less than half of its stack."""
     left = set(ranks)
     while left:
         highest = max(ranks[name] for name in left)
@@ -295,7 +294,7 @@ def _stack(names: Sequence[str], factors: dict[str, Factor], dtype: torch.dtype)
 
 
 def _filled(matrices: Iterable[Tensor]) -> Tensor:
-    """Matrices (r, n) of some ranks in one (K, highest rank, n)."""
+    """Return matrices (r, n) of several ranks as one tensor (K, highest rank, n)."""
     found = list(matrices)
     highest = max(map(len, found))
     return torch.stack([F.pad(one, (0, 0, 0, highest - len(one))) if len(one) < highest else one for one in found])

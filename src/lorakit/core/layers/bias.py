@@ -38,7 +38,7 @@ class BiasHook:
         self.forwards = Forwards()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The hook: the output as it is, or made anew with the old bias, for the rows that want it."""
+        """Return the output, computed again with the old bias for the rows that do not use the adapter."""
         route, again = resolve(self.state, None, self.forwards)
         result = self._under(route, module, args, kwargs, output)
         if not torch.compiler.is_compiling():
@@ -76,7 +76,7 @@ class BiasHook:
         return {name: old.to(now[name].device, now[name].dtype) for name, old in self.originals.items()}
 
     def _before(self, module: nn.Module) -> nn.Module:
-        """A clone of a module as it was before this adapter."""
+        """Return a clone of a module with the biases from before this adapter."""
         clone = clone_with(module, self.old(module))
         if isinstance(module, nn.MultiheadAttention):
             inside = out_projection(module)
@@ -192,6 +192,6 @@ def _hooks(module: nn.Module) -> dict[int, BiasHook]:
 
 
 def out_projection(attention: nn.MultiheadAttention) -> nn.Module:
-    """The base's projection at the end of an attention, which reads its weight and bias and never calls it."""
+    """Return the base's output projection of an attention, which reads its weight and bias without calling it."""
     inside: nn.Module = attention._modules["out_proj"]  # type: ignore[assignment]
     return inside.owner if isinstance(inside, LoraLayer) else inside

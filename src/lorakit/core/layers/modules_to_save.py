@@ -1,7 +1,8 @@
-"""The table EXTRAS: parts of an adapter that are not factors: copies of modules, rows of tables, trained biases.
+"""Saved modules (`modules_to_save`), and `Extras`: everything that an adapter trains in addition to factors.
 
-One state selects them together with the factors. All leave the original in reach: a copied module stands
-beside it, and a trained bias remembers its old value, so that `disable` and other adapters see the base.
+Extras are saved modules, trainable tokens and trained biases; they are active together with the factors. All keep the
+original: a saved module is a copy next to it, and a trained bias keeps its old value, so that `disable` and other
+adapters use the base.
 """
 
 from __future__ import annotations
@@ -148,11 +149,11 @@ class ModulesToSave(ReplacingModule):
         return [self.merged_adapter] if self.merged_adapter is not None else []
 
     def selected(self) -> nn.Module:
-        """The module that the state's route selects now, for attribute access from outside."""
+        """Return the module that the active route selects, for attribute access from outside."""
         return self._of(self.state.active() if self.own_route is None else self.own_route)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the selected module returns; a mixed batch goes through each module with its own rows.
+        """Return the output of the selected module; in a mixed batch each module gets its own rows.
 
         Args:
             args: What the module takes; in a mixed batch the first axis of every tensor holds the rows.
@@ -197,7 +198,7 @@ def _rows_of(value: Any, index: Tensor, rows: int) -> Any:
 
 @dataclass(frozen=True)
 class Extras:
-    """What an adapter trains beside its factors, built but not in place.
+    """Everything that an adapter trains in addition to its factors, built but not attached.
 
     Attributes:
         copies: Path -> trainable copy of the module there.
@@ -223,7 +224,7 @@ def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved
         bias: The config's `bias`: "none", "all", or "lora_only" for the sites alone.
 
     Returns:
-        The extras. Biases of what is copied whole are not trained twice.
+        The extras. Biases in saved modules are not trained twice.
 
     Raises:
         TargetError: What shall be copied holds sites or copies of another adapter.
@@ -250,7 +251,7 @@ def build_extras(modules: Mapping[str, nn.Module], sites: Collection[str], saved
 
 
 def _check_untouched(path: str, layer: LoraLayer | None) -> None:
-    """Refuse to train a bias in which merged adapters are, since what it was without them is asked for later."""
+    """Reject a bias with merged adapters, because its value without them is needed later."""
     if layer is not None and (layer.kept_bias is not None or layer.replaced):
         how = "with their biases (lora_bias)" if layer.kept_bias is not None else "with dense=True"
         raise ConfigError(
@@ -262,7 +263,7 @@ def _check_untouched(path: str, layer: LoraLayer | None) -> None:
 def biased_modules(
     modules: Mapping[str, nn.Module], sites: Collection[str], saved: Sequence[str], bias: str
 ) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-    """The modules of the base whose biases an adapter trains; what it copies whole it does not train twice.
+    """The modules of the base whose biases an adapter trains; those in saved modules are not trained twice.
 
     Args:
         modules: As for `build_extras`; so are the others.
@@ -295,7 +296,7 @@ def biased_modules(
 
 
 def _read_by(modules: Mapping[str, nn.Module], sites: Collection[str]) -> Iterator[str]:
-    """Paths of children whose weights get factors together with those of the sites that read them."""
+    """Yield paths of children that become sites together with the modules that read their weights."""
     for path in sites:
         standing = modules[path]
         kind = kind_of(type(standing.owner if isinstance(standing, LoraLayer) else standing))
@@ -303,7 +304,7 @@ def _read_by(modules: Mapping[str, nn.Module], sites: Collection[str]) -> Iterat
 
 
 def _base_modules(standing: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What of the base stands here: one module, or all under a module that another adapter copies."""
+    """Yield the modules of the base here: one, or all inside a module that another adapter saves."""
     if isinstance(standing, ModulesToSave):
         yield from standing.original_module.named_modules()
     else:
@@ -314,7 +315,7 @@ def _base_modules(standing: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def trainable_copy(path: str, standing: nn.Module) -> nn.Module:
     """A copy of a module of the base, as it was before any adapter, with every number trainable; it keeps the mode.
 
-    What is quantised in it becomes plain in the copy: fewer bits cannot be trained.
+    Quantized parts become plain in the copy, because they cannot be trained.
 
     Args:
         path: Its path, for the message.
@@ -347,7 +348,7 @@ def trainable_copy(path: str, standing: nn.Module) -> nn.Module:
 
 
 def _plain(module: nn.Module) -> nn.Module:
-    """A module with every quantised part of it multiplied out; itself where nothing is."""
+    """Return a module with its quantized parts dequantized; the same module if there are none."""
     row = weight_format_of(module)
     if row.quantized:
         return row.dense(module, row.read(module, row.stored(module, "weight")), torch.float32)
@@ -357,7 +358,7 @@ def _plain(module: nn.Module) -> nn.Module:
 
 
 def plain_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of what a trained copy of a module holds; quantised weights are plain in it."""
+    """Name -> shape of the tensors in a trainable copy of a module, whose quantized weights are plain."""
     if not any(weight_format_of(part).quantized for part in module.modules()):
         return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     shapes = {}

@@ -1,4 +1,4 @@
-"""The empty subclasses of `LoraLayer`, one per kind: `isinstance` and `repr` say what people of the field expect."""
+"""Subclasses of `LoraLayer`, one per kind, so that `isinstance` and `repr` show the names that PEFT users expect."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ParamWrapper(WeightLayer):
         return self.slot.parameter
 
     def extra_repr(self) -> str:
-        """What `repr` shows first: layers of several parameters stand around one module."""
+        """Return the parameter's name for `repr`, because several layers can wrap one module."""
         return f"parameter_name={self.parameter_name!r},"
 
 
@@ -66,11 +66,11 @@ LAYERS: Mapping[str, type[LoraLayer]] = {
     PARAMETER: ParamWrapper,
     INNER_LINEAR: InnerLinear,
 }
-"""Kind -> the name that `isinstance` and `repr` show."""
+"""Name of a kind -> class of its layers."""
 
 
 def layer_class(kind: Kind) -> type[LoraLayer]:
-    """The class of the layers of a kind: the one it brings, the table's, or, of a user's own, the one for its side.
+    """Return the class of the layers of a kind: its own, that of LAYERS, or a generic one for custom kinds.
 
     Args:
         kind: The kind.

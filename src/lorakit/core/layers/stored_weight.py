@@ -1,6 +1,6 @@
-"""`StoredWeight`: what the base stores at a site: read as values, kept aside, replaced, and put back.
+"""`StoredWeight`: reads, keeps, replaces and restores the stored weight of a site.
 
-The base's module changes in one place, `place`. What is stored, and when, is decided by `base_weight`.
+The base's module is only changed in `place`; `base_weight` decides what is stored, and when.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class StoredWeight(AdapterModule):
 
     @property
     def keeps_base(self) -> bool:
-        """Whether the weight from before the first merge is still there."""
+        """Whether the weight from before the first merge is kept."""
         return self.kept is not None or bool(self.replaced)
 
     def read(self, adapter: str | None = None) -> Tensor:
@@ -133,7 +133,7 @@ class StoredWeight(AdapterModule):
         return _as_now(*self.storage, self.slot.parameter, self._kept_for(True))
 
     def _kept_for(self, moved: bool) -> Stored | None:
-        """What is kept for adapters that moved the base, or for others; None: it is in the base's module."""
+        """Return the kept weight for the adapter with a residual base, or for others; None if the module holds it."""
         if moved:
             return self.moved if self.merged_adapters else None
         return self.kept
@@ -188,8 +188,8 @@ class StoredWeight(AdapterModule):
         if self.merged_adapters and self.kept is None and not self.replaced:
             raise MergeError(
                 f"{', '.join(self.merged_adapters)} is merged into the base and its bits were not kept "
-                "(keep_base=False), so the base alone and other adapters cannot be had. Merge with keep_base=True, "
-                "or load the base anew."
+                "(keep_base=False), so the base alone and other adapters are not available. Merge with "
+                "keep_base=True, or load the base again."
             )
 
     def merged_here(self) -> Sequence[str]:
@@ -217,7 +217,7 @@ class StoredWeight(AdapterModule):
 
 
 def _as_now(base: WeightFormat[Any, Any], source: nn.Module, parameter: str, stored: Stored | None) -> Stored:
-    """What the base stored, or what it stores now if that is None, on the base's device and in its dtype."""
+    """Return a stored weight, or the current one if that is None, on the base's device and in its dtype."""
     if stored is not None and (base.quantized or not isinstance(stored, Tensor)):
         return stored
     now = base.stored(source, parameter)

@@ -1,7 +1,7 @@
-"""Rows of an embedding that adapters train alone, and of the head that is tied to it.
+"""Trainable token embeddings: single rows of an embedding, and of the head that is tied to it.
 
-A row that an adapter trains replaces the base's: its numbers stand in place of W[i], they are not added. The table is
-never copied for a forward: what the base returns is mended where a trained row was looked up, or read out.
+A trained row replaces the base's row W[i]; it is not added. The table is not copied for a forward: the output of the
+base is corrected at the positions that use a trained row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorakit.core.routing.state import AdapterState, resolve
 from lorakit.errors import MergeError, RouteError
 
 Replacement = tuple[Tensor, Tensor]
-"""Row numbers of the table, (n,), and what stands there instead, (n, d)."""
+"""Indices of rows, (n,), and their new values, (n, d)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ChosenRows:
 
     Attributes:
         path: The table's path in the plain base.
-        indices: Numbers of the rows.
+        indices: Indices of the rows.
         tied: Paths of modules that share the table's weight and so act with the same rows.
     """
 
@@ -47,7 +47,7 @@ class NewRows:
 
     Attributes:
         chosen: Which they are.
-        rows: What stands there, (n, d).
+        rows: Their values, (n, d).
     """
 
     chosen: ChosenRows
@@ -55,13 +55,13 @@ class NewRows:
 
 
 class TokenAdapter(nn.Module):
-    """The rows of each adapter beside the table they belong to, under the field's names.
+    """A table with the trained rows of each adapter, under PEFT's names.
 
     Attributes:
         base_layer: The embedding, or the head.
         trainable_tokens_delta: Adapter -> its rows, (n, d).
-        token_indices: Adapter -> their numbers in the table.
-        kept: Adapter that is merged -> the base's rows in their place, (n, d), or None where they were given up.
+        token_indices: Adapter -> their indices in the table.
+        kept: Merged adapter -> the base's original rows, (n, d), or None if they were not kept.
     """
 
     def __init__(self, base_layer: nn.Module, leader: TokenAdapter | None = None) -> None:
@@ -136,7 +136,7 @@ class TokenAdapter(nn.Module):
         return table
 
     def replacements(self, names: Sequence[str]) -> list[Replacement]:
-        """What must be put over the base's output where some adapters act, in order.
+        """Return the rows to replace in the output of the base for some active adapters, in order.
 
         Args:
             names: The adapters; those without rows here are no matter, and merged ones act already.
@@ -157,7 +157,7 @@ class TokenAdapter(nn.Module):
         return [self.rows(name) for name in here if name not in self.kept or self.is_stale(names)]
 
     def is_stale(self, names: Sequence[str]) -> bool:
-        """Whether the table holds rows of a merged adapter that shall not act; `names` are those that shall."""
+        """Return whether the table holds rows of a merged adapter that is not among the active `names`."""
         return any(name not in names for name in self.kept)
 
     def given_back(self, name: str) -> Replacement:
@@ -170,7 +170,7 @@ class TokenAdapter(nn.Module):
         if kept is None:
             raise MergeError(
                 f"{name} is merged into the rows of this table and the base's were not kept (keep_base=False), so the "
-                "base alone and other adapters cannot be had. Merge with keep_base=True, or load the base anew."
+                "base alone and other adapters are not available. Merge with keep_base=True, or load the base again."
             )
         return torch.tensor(self.token_indices[name], device=kept.device), kept
 
@@ -193,7 +193,7 @@ class TrainableTokens(ReplacingModule):
     other_param_names: tuple[str, ...] = ("token_adapter.token_indices", "token_adapter.trainable_tokens_original")
 
     def leads(self, other: TrainableTokens) -> bool:
-        """Whether another table has its rows from here."""
+        """Return whether another table uses the rows of this one."""
         mine, others = self.token_adapter, other.token_adapter
         return other.follows and others.trainable_tokens_delta is mine.trainable_tokens_delta
 
@@ -226,8 +226,8 @@ class TrainableTokens(ReplacingModule):
 
         Args:
             name: The adapter.
-            indices: Their numbers in the table.
-            rows: What stands there, (n, d).
+            indices: Their indices in the table.
+            rows: Their values, (n, d).
         """
         self.token_adapter.token_indices[name] = list(indices)
         self.token_adapter.trainable_tokens_delta[name] = rows
@@ -295,7 +295,7 @@ class TrainableTokens(ReplacingModule):
         if not here or self.follows:
             return None
         table, held = self.token_adapter, self.token_adapter.weight_here
-        weight, kept = held.detach().clone(), dict[str, Tensor | None]()  # others may look at the memory it lies in
+        weight, kept = held.detach().clone(), dict[str, Tensor | None]()  # others may refer to its memory
         for name in here:
             index, rows = table.rows(name)
             index = index.to(weight.device)
@@ -375,7 +375,7 @@ class TrainableTokens(ReplacingModule):
         return self.token_adapter.merged_adapters
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the table gives where trained rows stand in it.   [docs/math.md (91)]
+        """Return the output of the table with trained rows in it.   [docs/math.md (91)]
 
         Args:
             x: Indices (…) of an embedding -> (…, d), or hidden states (…, d) of a head -> (…, V).
@@ -394,7 +394,7 @@ class TrainableTokens(ReplacingModule):
     def _of(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output, (…, d) or (…, V), where some adapters act on every row."""
         adapter, table = self.token_adapter, self.original_module
-        if adapter.is_stale(names):  # a clone with the whole table, so that the base's answer is its own to the bit
+        if adapter.is_stale(names):  # a clone with the whole table, so that the base's output is bit for bit its own
             table = clone_with(table, {"weight": adapter.original()})
         y: Tensor = table(x, *args, **kwargs)
         mend = looked_up if isinstance(table, nn.Embedding) else read_out
@@ -416,8 +416,8 @@ def looked_up(table: Any, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> 
         table: The embedding.
         x: Indices, (…).
         y: Its output, (…, d).
-        index: Numbers of the rows, (n,).
-        rows: What stands there, (n, d).
+        index: Indices of the rows, (n,).
+        rows: Their values, (n, d).
 
     Returns:
         (…, d). Cost: a search among n numbers per index; the table itself is not copied.
@@ -445,11 +445,11 @@ def read_out(table: Any, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> T
         table: The head, a dense layer.
         x: Hidden states, (…, d).
         y: Its output, (…, V).
-        index: Numbers of the rows, (n,).
-        rows: What stands there, (n, d).
+        index: Indices of the rows, (n,).
+        rows: Their values, (n, d).
 
     Returns:
         (…, V). Cost: 2·n·d FLOPs for each position.
     """
-    change = (rows - table.weight[index].to(rows)).to(y.dtype)  # nothing to the bit where they are the base's own
+    change = (rows - table.weight[index].to(rows)).to(y.dtype)  # exactly zero if they are the base's own
     return y.index_add(-1, index, F.linear(x.to(y.dtype), change))

@@ -173,20 +173,20 @@ class WeightLayer(LoraLayer):
         return clone(*args, **kwargs)
 
     def _check_rows(self, route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Refuse a route that does not fit the batch, where the module shows its rows; no batch is one row."""
+        """Reject a route that does not fit the batch, if the rows are known; unbatched input is one row."""
         x, axis = args[0] if args else next(iter(kwargs.values()), None), self.kind.row_axis(self.owner)
         if isinstance(x, Tensor) and axis is not None:
             self._row_axis(route, x if x.ndim > 2 else x.unsqueeze(axis))
 
     def chain(self) -> Iterator[WeightLayer]:
-        """The layer and those that stand inside it around the same owner, the outermost first."""
+        """Yield this layer and those inside it around the same owner, the outermost first."""
         layer: nn.Module = self
         while isinstance(layer, WeightLayer):
             yield layer
             layer = layer.base_layer
 
     def effective(self, route: Route) -> Tensor | None:
-        """The weight as it acts under a route, in the base's layout and dtype; None where it lies so already.
+        """Return the weight with a route's adapters, in the base's layout; None if the module has it already.
 
         Args:
             route: Which adapters act, on all rows.
@@ -208,13 +208,13 @@ class WeightLayer(LoraLayer):
         return stored
 
     def beside_tokens(self, route: Route) -> tuple[Tensor | None, list[ExpertFactor]]:
-        """What acts where experts show their tokens; elsewhere the weight has it all and no factor is left.
+        """Return the weight and the factors to apply to the tokens of experts; other modules have it all in the weight.
 
         Args:
             route: Which adapters act, on all rows.
 
         Returns:
-            The weight (experts, …, …) that shall lie in the module, None where it lies so already, and factors beside.
+            The weight (experts, …, …) for the module, None if the module holds it already, and the factors.
         """
         names = [name for name in route.names if name in self.r]
         drops = any(isinstance(self.lora_dropout[name], nn.Dropout) for name in names)

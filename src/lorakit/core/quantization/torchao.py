@@ -91,7 +91,7 @@ class TorchaoFormat(PlainFormat):
         return linear_with(module, canonical, stored.dtype)
 
     def tensors(self, stored: TorchAOBaseTensor) -> tuple[Tensor, ...]:
-        """Return the tensors (…) that the class consists of."""
+        """Return the tensors that the class consists of, each of any shape."""
         names, _ = stored.__tensor_flatten__()
         return tuple(getattr(stored, name) for name in names)
 

@@ -99,7 +99,7 @@ class WeightFormat(Generic[M, S]):
 
     @abstractmethod
     def tensors(self, stored: S) -> tuple[Tensor, ...]:
-        """Return the tensors (…) of a stored weight, the values first."""
+        """Return the tensors of a stored weight, of any shape, the values first."""
 
     @abstractmethod
     def values(self, stored: S, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,7 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
     quantized = False
 
     def stored(self, module: nn.Module, parameter: str) -> Tensor:
-        """Return the tensor, (…)."""
+        """Return the tensor, of any shape."""
         tensor: Tensor = getattr(module, parameter)  # FSDP has plain tensors in _parameters during a forward
         return tensor.detach()
 
@@ -157,7 +157,7 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
         return (canonical.T if self.transposed else canonical).to(like.dtype).contiguous()
 
     def place(self, module: nn.Module, parameter: str, stored: Tensor) -> None:
-        """Give the parameter the memory of a tensor (…).
+        """Give the parameter the memory of a tensor of any shape.
 
         Raises:
             MergeError: The parameter is computed.
@@ -168,11 +168,11 @@ class PlainFormat(WeightFormat[nn.Module, Tensor]):
         held.data = stored.to(held.device)
 
     def clone(self, module: nn.Module, parameter: str, stored: Tensor) -> nn.Module:
-        """Return a shallow clone of a module with a tensor (…) instead of the parameter."""
+        """Return a shallow clone of a module with a tensor of any shape instead of the parameter."""
         return clone_with(module, {parameter: stored})
 
     def tensors(self, stored: Tensor) -> tuple[Tensor, ...]:
-        """Return the tensor (…) itself."""
+        """Return the tensor itself, of any shape."""
         return (stored,)
 
     def values(self, stored: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
