@@ -12,7 +12,7 @@ import torch
 
 from lorakit import core, durable
 from lorakit.config import LoraConfig
-from lorakit.core.files import sidecar, tensor_file
+from lorakit.core.files import adapter_folder, tensor_file
 from lorakit.core.files.tensor_names import ENDINGS
 from lorakit.hub.packaged import MANIFEST
 from lorakit.train import checkpoint, run_folder
@@ -58,5 +58,5 @@ def test_names_and_caps() -> None:
     assert tensor_file.MAX_HEADER_BYTES == 8 << 20
     assert tensor_file.MAX_TENSORS == 100_000
     assert durable.MOST_ENTRIES == 10_000
-    assert sidecar.MAX_BYTES == 16 << 20
-    assert sidecar.FORMAT_VERSION == 2
+    assert adapter_folder.MAX_BYTES == 16 << 20
+    assert adapter_folder.FORMAT_VERSION == 2
