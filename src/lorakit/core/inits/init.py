@@ -102,7 +102,7 @@ class InitContext:
                 "alone)."
             )
 
-    def check_collected(self, rank: int) -> None:
+    def check_collected(self, rank: float) -> None:
         """Reject statistics that were collected for another rank.
 
         Args:
@@ -113,7 +113,7 @@ class InitContext:
         """
         if rank != self.r:
             raise self.error(
-                f"the statistics were collected for rank {rank}, and r is {self.r}. Collect them with the config that "
+                f"the statistics were collected for rank {rank:g}, and r is {self.r}. Collect them with the config that "
                 "is attached."
             )
 
