@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,3 +147,18 @@ def test_data_is_not_collected_for_a_bare_parameter(name: str) -> None:
     model, batch = nn.Sequential(OrderedDict(one=nn.Linear(4, 4))), torch.ones(2, 4)
     with pytest.raises(ConfigError, match=rf"one\.weight: init_lora_weights='{name}' does not support a Parameter"):
         collect_for(model, LoraConfig(**fields, **{f"{name}_config": {}}), [batch], lambda model, x: model(x).sum())
+
+
+def test_gradient_directions_of_an_odd_number_fit_no_rank() -> None:
+    """LoRA-GA needs 2·r directions; with 2·r + 1, which a file may hold, the parts of A and B would not be those of r."""
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(12, 10)), torch.randn(9, 12)
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="lora_ga", lora_ga_config={})
+    found = collect_for(model, config, [batch], lambda model, x: model(x).square().sum())
+    U, S, Vh = (found.sites["0"][name] for name in ("U", "S", "Vh"))
+    odd = {"U": torch.cat([U, U[:, -1:]], 1), "S": torch.cat([S, S[-1:]]), "Vh": torch.cat([Vh, Vh[-1:]])}
+    before = model[0].weight.clone()
+    with pytest.raises(ConfigError, match=r"0: .*rank 2\.5, and r is 2"):
+        attach(model, config, statistics=replace(found, sites={"0": odd}))
+    assert torch.equal(model[0].weight, before)
+    attach(model, config, statistics=found)

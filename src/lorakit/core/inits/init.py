@@ -113,8 +113,8 @@ class InitContext:
         """
         if rank != self.r:
             raise self.error(
-                f"the statistics were collected for rank {rank:g}, and r is {self.r}. Collect them with the config that "
-                "is attached."
+                f"the statistics were collected for rank {rank:g}, and r is {self.r}. Collect them with the config "
+                "that is attached."
             )
 
     def in_layout(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
