@@ -50,12 +50,12 @@ Branches = Callable[[nn.Module, Call, Mapping[str, Call]], list[tuple[Tensor | N
 
 
 def compare(module: nn.Module, run: Callable[..., Any], call: Call, *, residual: bool = False) -> Verdict:
-    """Compare the output of a fused forward with the modules_to_record one.
+    """Compare the output of a fused forward with the recorded one.
 
     Args:
         module: The module.
         run: The fused forward.
-        call: The modules_to_record call of the module.
+        call: The recorded call of the module.
         residual: Whether the output is the input plus a branch; then the branches are compared.
     """
     made = attempt(lambda: run(module, *call.args, **call.kwargs))
@@ -105,12 +105,12 @@ def _noise(module: nn.Module, call: Call, residual: bool) -> Tensor | None:
 
 
 def compare_branches(branches: Branches, module: nn.Module, call: Call, inside: Mapping[str, Call]) -> Verdict:
-    """Compare the branches of a fused forward, before the residual, with the modules_to_record ones.
+    """Compare the branches of a fused forward, before the residual, with the recorded ones.
 
     Args:
         branches: Pairs them.
         module: The module.
-        call: The modules_to_record call of the module.
+        call: The recorded call of the module.
         inside: Calls of modules below it, by path.
     """
     pairs = attempt(lambda: branches(module, call, inside))
@@ -431,7 +431,7 @@ def _at_lengths(model: nn.Module, firsts: Parts) -> dict[str, Verdict]:
 
 
 def _verdict(path: str, module: nn.Module, fused_forward: FusedForward, found: Mapping[str, Call]) -> Verdict:
-    """Compare the fused forward of a module with its modules_to_record calls."""
+    """Compare the fused forward of a module with its recorded calls."""
     call = found.get(path)
     if call is None:
         return Verdict("not called")

@@ -355,13 +355,16 @@ class ReplacingModule(AdapterModule):
         return set(self.available_adapters())
 
     @staticmethod
-    def _by_adapter(route: Route, x: Tensor | None, what: str, run: Callable[[Route, Tensor], object]) -> Tensor:
+    def _by_adapter(
+        route: Route, x: Tensor | None, what: str, field: str, run: Callable[[Route, Tensor], object]
+    ) -> Tensor:
         """Run the rows of each adapter of a mixed batch by themselves and return all outputs in order.
 
         Args:
             route: It has rows.
             x: The first tensor of the batch, (rows, …), or None if there is none.
             what: Name of the module, for messages.
+            field: Field of the config that selects such modules, for errors.
             run: Route of one adapter, indices of its rows (n,) -> output, (n, …).
 
         Raises:
@@ -385,7 +388,7 @@ class ReplacingModule(AdapterModule):
                     f"The output of {what} is a {name}, whose rows cannot be concatenated. Run the rows of each "
                     "adapter by themselves with `use`.",
                     what=name,
-                    field="modules_to_save",
+                    field=field,
                 )
             outputs.append(output)
             indices.append(index)

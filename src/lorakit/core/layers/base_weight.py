@@ -1,15 +1,14 @@
-"""`BaseWeight`: how the base's weight at a site changes: merged and unmerged, followed, and unloaded.
+"""`BaseWeight`: how the base weight of a layer changes when adapters are merged, unmerged or unloaded.
 
-A merge is staged (everything is computed, checked and allocated) and then committed. The layer only knows one weight;
-which layers change, and in which order, is decided by `merging`.
+A merge is staged (everything is computed, checked and allocated) and then committed. The layer knows only its own
+weight; `merging` decides which layers change, and in which order.
 
-One site's weight with adapters merged: computed from the original, in the form in which the base stores it.
+`sum_of_updates` computes the merged weight from the original, in the form in which the base stores it, and changes
+nothing. `merged_weight` also measures what storing it loses: the rounding error of a plain weight, or the far larger
+error of a quantized one.
 
-What storing loses is measured: the rounding of a plain weight, the far larger error of a quantized one. Nothing is
-changed here; `base_weight` puts the result into the module.
-
-A convolution of several groups has no place for a delta, because its adapters reach all input channels. As a
-convolution of one group it has, at the price of a weight that is `groups` times as large.
+The weight of a grouped convolution cannot hold an update, because an adapter reads all input channels. It is merged
+into a convolution of one group instead, whose weight is `groups` times as large.
 """
 
 from __future__ import annotations
@@ -247,7 +246,8 @@ class BaseWeight(StoredWeight):
     def stored_with(self, merged: Sequence[str]) -> Stored | nn.Module:
         """Return what the base's module stores while these adapters are merged: the original if there are none."""
         if merged:
-            return stored_with(self, merged)
+            options = MergeOptions(dense=_dtype_of(self.owner) if self.replaced else None)
+            return sum_of_updates(self, merged, options).stored
         return self.moved_base() if self.moved_by else self.original()
 
     def _write_unkept(self, new: Sequence[str], options: MergeOptions, bias: StagedBias | None) -> None:
@@ -426,11 +426,6 @@ def weight_with(layer: StoredWeight, new: Sequence[str], options: MergeOptions) 
     if layer.replaced:  # a plain module replaced the quantized one in an earlier merge, and stays
         options = dataclasses.replace(options, dense=_dtype_of(layer.owner))
     return sum_of_updates(layer, [*layer.merged_adapters, *new], options)
-
-
-def stored_with(layer: StoredWeight, merged: Sequence[str]) -> Stored | nn.Module:
-    """Return what a site's module stores while some adapters, at least one, are merged."""
-    return sum_of_updates(layer, merged, MergeOptions(dense=_dtype_of(layer.owner) if layer.replaced else None)).stored
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

@@ -272,7 +272,7 @@ class LoraLayer(BaseWeight):
         if route.rows is not None:
             return self._mixed(route, skip, x, y0)
         weights: Weights = {}  # not as a call of its type, which dynamo cannot trace
-        y, moved = y0, not set(self.moved_by).isdisjoint(route.names)
+        y, moved = y0, bool(self.moved_by) and not set(self.moved_by).isdisjoint(route.names)
         for name in [name for name in route.names if name in self.r and name not in skip]:
             own = name in self.moved_by
             asks = variant_named(self.variant[name]).output is not None and (bool(skip) or (moved and not own))

@@ -187,7 +187,7 @@ class ModulesToSave(ReplacingModule):
             with self.state.override(alone):  # adapted modules inside see these rows only
                 return self._of(alone)(*map(pick, args), **{key: pick(value) for key, value in kwargs.items()})
 
-        return self._by_adapter(route, first, "a saved module", run)
+        return self._by_adapter(route, first, "a saved module", "modules_to_save", run)
 
 
 def _rows_of(value: Any, index: Tensor, rows: int) -> Any:

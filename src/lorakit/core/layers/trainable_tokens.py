@@ -406,7 +406,7 @@ class TrainableTokens(ReplacingModule):
         def run(alone: Route, index: Tensor) -> Tensor:
             return self._of(alone.names, x.index_select(0, index), *args, **kwargs)
 
-        return self._by_adapter(route, x, "a table with trainable tokens", run)
+        return self._by_adapter(route, x, "a table with trainable tokens", "trainable_token_indices", run)
 
 
 def looked_up(table: Any, x: Tensor, y: Tensor, index: Tensor, rows: Tensor) -> Tensor:

@@ -1,16 +1,12 @@
-"""`WeightLayer`: a layer whose factors act on a weight for the length of one forward.
+"""`WeightLayer`: a layer whose factors change a weight for the duration of one forward.
 
-For modules that never show what their weight is multiplied with: bare parameters, fused experts, nn.MultiheadAttention.
-One dense weight per adapted weight is made in each forward, but where fused experts show their tokens (`experts`); the
-module itself is not touched.
+It serves modules that do not expose the input of their weight: bare parameters, fused experts, nn.MultiheadAttention.
+Each forward computes W₀ + B·A as one dense weight per adapted weight; the module itself is not changed.
 
-Experts whose forward is known: A and B act on each expert's tokens, so that no dense weight is made.
-
-transformers marks a class of fused experts with a decorator, and thereby states the whole of its forward in a few
-attributes of the instance: which projections, their layout, biases, gate and norm. Where a module carries these
-marks, the forward is written out here with the low-rank products beside each expert's own, and what an expert gets
-can be dropped before A. Any other module with bare parameters runs with W₀ + B·A in its weights. Nothing of the
-module or of its class is replaced; this file knows the marks, not the library.
+Fused experts of transformers do not need a dense weight. A decorator marks their class, and a few attributes of the
+instance then determine its forward: the projections, their layout, biases, gate and norm. For a module with these
+attributes, `experts_forward` computes the forward with A and B applied to the tokens of each expert, with dropout
+before A. This file reads the attributes and does not import transformers.
 """
 
 from __future__ import annotations

@@ -9,11 +9,10 @@ are not saved; the model's code and config; the tokenizer; and whatever somebody
 Adapters that were merged into a base for good are recorded in the model's config, which travels with the weights
 through every save and load, so that none is applied a second time.
 
-SHA-256 of the files that a base was loaded from, as far as they are known and cheap to hash.
-
-Evidence about a base, not its identity: memory can change after loading, and one base can be saved in other files. A
-hash is kept in lorakit's cache with size, modification time and inode of its file. Nothing here raises: what cannot be
-found, read or kept gives no evidence.
+`weight_file_hashes` returns the SHA-256 of the files that a base was loaded from, if they are known and small enough
+to hash. The hashes are evidence, not part of the identity: memory can change after loading, and the same base can be
+saved in other files. They are cached with the size, modification time and inode of each file. Files that cannot be
+found or read are ignored without an error.
 """
 
 from __future__ import annotations
