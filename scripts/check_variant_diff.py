@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Check that a commit that adds a variant touches nothing that knows of no variant.
+"""Check that a commit that adds a variant changes only what knows of variants.
 
     python scripts/check_variant_diff.py COMMIT [COMMIT ...]
 
 Such a commit adds exactly one file in src/lorakit/core/variants/, and enters it in the table there by adding lines to
-`__init__.py`. Beside that it may change src/lorakit/config/, PEFT's table of names (src/lorakit/peft/paths.py),
+`__init__.py`. It may also change src/lorakit/config/, PEFT's table of names (src/lorakit/peft/paths.py),
 documentation and tests. Every other path is printed, and the exit status is 1. If a variant needs more, the table of
-variants lacks a hook, which belongs in a commit of its own.
+variants lacks a hook, which belongs in a separate commit.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ ENTRY = re.compile(
 
 
 def breaches(changes: Sequence[tuple[str, str]], table: Sequence[str]) -> list[str]:
-    """Return what a commit does beyond adding one variant, in words.
+    """Return what a commit does beyond adding one variant, one message per breach.
 
     Args:
-        changes: Of each file git's letter, such as "A" or "M", and its path from the root of the repository.
+        changes: Git's letter for each file, such as "A" or "M", and its path from the root of the repository.
         table: The lines that the commit adds to or takes from the table's module, without their sign.
     """
     new = [path for status, path in changes if status == "A" and path.startswith(VARIANTS)]
@@ -45,7 +45,7 @@ def breaches(changes: Sequence[tuple[str, str]], table: Sequence[str]) -> list[s
 
 
 def of_commit(commit: str, root: Path = ROOT) -> list[str]:
-    """Return what a commit does beyond adding one variant, in words.
+    """Return what a commit does beyond adding one variant, one message per breach.
 
     Args:
         commit: Its name, which git resolves.

@@ -328,9 +328,9 @@ class LoraConfig(PeftConfig):
         self.custom_modules: dict[type, type] | None = None
 
     def own_numbers(self, path: str, rank: int, out_features: int, in_features: int) -> int:
-        """Return the number of values that the variant trains at a dense site or table, beside A and B.
+        """Return the number of values that the variant trains in addition to A and B at a dense site or embedding.
 
-        It is negative where the variant's A and B are smaller than LoRA's.
+        It is negative if the A and B of the variant are smaller than LoRA's.
 
         Args:
             path: The site.
@@ -344,7 +344,7 @@ class LoraConfig(PeftConfig):
 
     @property
     def reads_weight(self) -> bool:
-        """Whether the variant reads the base weight in each forward, for one value per output."""
+        """Whether each forward reads the base weight, for one value per output."""
         return self.use_dora
 
     def notes_on_own_numbers(self, total: int) -> list[str]:

@@ -17,7 +17,7 @@ from lorakit.config import API_LEVEL, TaskType
 from lorakit.core.attachment.saving import converted_form, save_form, saved_form
 from lorakit.core.files.adapter_folder import read_adapter
 from lorakit.core.model.index import layers
-from lorakit.core.variants import variants_of
+from lorakit.core.variants import moving_variant
 from lorakit.durable import write_text
 from lorakit.errors import ConfigError, warn_caller
 from lorakit.peft.placeholders import PeftWarning
@@ -141,8 +141,7 @@ def save(
             "that were not gathered: no program can load the file. Pass the whole tensors as `state_dict`.",
             PeftWarning,
         )
-    by_init = all(variant.move is None for variant in variants_of(config))
-    moved = by_init and any(name in layer.moved_by for _, layer in layers(user))
+    moved = moving_variant(config) is None and any(name in layer.moved_by for _, layer in layers(user))
     if initial_folder is not None:
         if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
             raise ConfigError(

@@ -196,17 +196,18 @@ def moved_for(variant: Variant, index: AdapterIndex, place: TargetWeight, start:
     """
     if variant.move is None:
         return None
-    standing, module, parameter = index.layer(place), index.holder(place), place.slot.parameter
+    standing = index.layer(place)
     if standing is not None and standing.moved_by:
         first = standing.moved_by[0]
         if standing.factor(first).variant is variant and standing.r[first] == start.rank:
             return standing.moved
     check_can_move(index, place, mover=variant.title)
-    if weight_format_of(module, parameter).quantized:
+    weight_format = weight_format_of(index.holder(place), place.slot.parameter)
+    if weight_format.quantized:
         raise ConfigError(
             f"{place.path}: {variant.title} moves the base weight, and this one is quantised: what is left would be "
             "rounded a second time. Attach to the base as it was before it was quantised, or leave the module out.",
-            what=weight_format_of(module, parameter).name,
+            what=weight_format.name,
             where=place.path,
             field=variant.field,
         )

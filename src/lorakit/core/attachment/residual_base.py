@@ -29,7 +29,7 @@ from lorakit.core.layers.lora_layer import LoraLayer
 from lorakit.core.model.index import AdapterIndex, TargetWeight
 from lorakit.core.quantization import weight_format_of
 from lorakit.core.quantization.weight_format import NOT_WRITTEN
-from lorakit.core.variants import variant_at, variants_of
+from lorakit.core.variants import moving_variant, variant_at
 from lorakit.durable import JsonObject
 from lorakit.errors import OVERRIDE, AdapterError, AdapterFileError, ConfigError
 from lorakit.targets import Match
@@ -317,7 +317,8 @@ def check_plain(model: nn.Module | AdapterIndex, name: str) -> None:
 
 def mover_of(config: LoraConfig) -> str:
     """Return what changes the base weight of an adapter's layers: its variant, or its init."""
-    return next((v.title for v in variants_of(config) if v.move is not None), str(config.init_lora_weights))
+    variant = moving_variant(config)
+    return str(config.init_lora_weights) if variant is None else variant.title
 
 
 def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor]] | None:
@@ -334,7 +335,7 @@ def on_the_original(files: AdapterFiles, factors: Mapping[str, Factors]) -> dict
         AdapterFileError: A variant changed the base of the factors, or an init did and the files do not say how, or
             that base was quantized.
     """
-    variant = next((variant for variant in variants_of(files.config) if variant.move is not None), None)
+    variant = moving_variant(files.config)
     if variant is not None:
         raise AdapterFileError(
             f"{files.folder}: {variant.title} changed the base by more than a product of low rank, so this is no plain "

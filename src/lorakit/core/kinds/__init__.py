@@ -17,6 +17,7 @@ from lorakit.core.kinds.kind import (
     dense_delta,
     every_kind,
     every_kind_of_the_table,
+    only_linear,
     spread,
 )
 from lorakit.core.kinds.linear import CONV1D, EMBEDDING, LINEAR
@@ -38,6 +39,7 @@ __all__ = [
     "fits",
     "kind_named",
     "kind_of",
+    "only_linear",
     "parameter_slot",
     "per_expert",
     "side_by_side",

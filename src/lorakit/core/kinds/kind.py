@@ -116,6 +116,11 @@ def every_kind_of_the_table(kind: Kind) -> bool:
     return True
 
 
+def only_linear(kind: Kind) -> bool:
+    """Support nn.Linear and its quantized versions, not Conv1D."""
+    return nn.Linear in kind.types
+
+
 def spread(vector: Tensor, slot: WeightSpec) -> Tensor:
     """Return a vector (out,) in a shape that broadcasts over an output (…, out), or (…, out, k…) of a convolution."""
     return vector.view(-1, *[1] * len(slot.kernel)) if slot.kernel else vector

@@ -76,7 +76,7 @@ def asked_for() -> tuple[Variant, ...]:
 
 
 def own_tensors() -> Iterator[OwnTensor]:
-    """Yield every tensor of shape (…) that some variant holds beside A and B."""
+    """Yield every tensor of shape (…) that some variant has in addition to A and B."""
     for variant in VARIANTS:
         yield from variant.tensors
 
@@ -89,6 +89,11 @@ def variants_of(config: LoraConfig) -> list[Variant]:
 def variant_of(config: LoraConfig) -> Variant:
     """Return the variant that a config asks for at some site or other: the first of them, or LoRA itself."""
     return next(iter(variants_of(config)), PLAIN)
+
+
+def moving_variant(config: LoraConfig) -> Variant | None:
+    """Return the variant of a config that replaces the base weight, or None."""
+    return next((variant for variant in variants_of(config) if variant.move is not None), None)
 
 
 def is_kept(variant: Variant) -> bool:

@@ -1,26 +1,26 @@
-"""BD-LoRA: A or B is block-diagonal, so that parallel devices multiply their own blocks without talking to each other.
+"""BD-LoRA: A or B is block-diagonal, so that parallel devices multiply their own blocks without communication.
 
-Only the blocks are held and saved, below one another; where they are multiplied, they stand on the diagonal of a matrix
-of the usual shape, and the rest is LoRA.
+Only the blocks are stored and saved, stacked along the first axis. Before a multiplication they are placed on the
+diagonal of a matrix of LoRA's shape; everything else is LoRA.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds import Kind, Shape, WeightSpec
+from lorakit.core.kinds import Kind, Shape, WeightSpec, only_linear
 from lorakit.core.variants.variant import Factor, Setting, Variant
 from lorakit.errors import ConfigError
 
 
 def block_diagonal(blocks: Tensor, number: int) -> Tensor:
-    """The matrix (m, n·number) with blocks on its diagonal and zeros elsewhere.   [docs/math.md (97)]
+    """Return the matrix (m, n·number) with blocks on its diagonal and zeros elsewhere.   [docs/math.md (97)]
 
     Args:
-        blocks: The blocks below one another, (m, n).
-        number: How many they are; it divides m.
+        blocks: The stacked blocks, (m, n).
+        number: Number of blocks; it divides m.
 
     Source:
         Wang et al. 2025, arXiv:2510.23346, section 3.
@@ -43,14 +43,8 @@ def _setting(config: LoraConfig, path: str) -> Setting | None:
     return {"side": side, "blocks": asked.nblocks, "path": path}
 
 
-def _fits(kind: Kind) -> bool:
-    return nn.Linear in kind.types
-
-
 def _shapes(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> tuple[Shape, Shape]:
-    """Shapes of the blocks: A (r, in / blocks), or B (out, r / blocks); the other one is as usual."""
-    if not _fits(kind):
-        return kind.shapes(slot, r)  # refused by name elsewhere
+    """Shapes of the blocks: A (r, in / blocks), or B (out, r / blocks); the other one has LoRA's shape."""
     number, in_A = int(setting["blocks"]), setting["side"] == "A"
     sizes = {"r": r, **({"in_features": slot.in_features} if in_A else {"out_features": slot.out_features})}
     odd = next((name for name, size in sizes.items() if size % number), None)
@@ -78,7 +72,7 @@ BDLORA = Variant(
     title="BD-LoRA",
     field="use_bdlora",
     setting=_setting,
-    fits=_fits,
+    fits=only_linear,
     shapes=_shapes,
     factors=_factors,
 )

@@ -1,16 +1,16 @@
-"""KaSA: the base loses its smallest singular directions, and the update has singular values of its own.
+"""KaSA: the base without its smallest singular values, and an update with trained singular values.
 
 With W = U·S·Vᵀ, the base becomes W without its r smallest singular values while the adapter is attached, and the update
-is s·B·diag(d)·A, with d trained. The original stays with the layer; disabling and detaching restore its bits.
+is s·B·diag(d)·A, with d trained. The layer keeps the original, and disabling or detaching restores its bits.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.config import LoraConfig
-from lorakit.core.kinds import Kind, Shape, WeightSpec
+from lorakit.core.kinds import Kind, Shape, WeightSpec, only_linear
 from lorakit.core.quantization import at_least_fp32
 from lorakit.core.variants.variant import Factor, OwnTensor, Setting, Start, Variant
 from lorakit.errors import ConfigError
@@ -20,11 +20,11 @@ DIAGONAL = "lora_diag"
 
 
 def truncated(W: Tensor, r: int) -> Tensor:
-    """W without its r smallest singular values, (out, in).   [docs/math.md (94)]
+    """Return W without its r smallest singular values, (out, in).   [docs/math.md (94)]
 
     Args:
         W: Weight as a matrix, (out, in), fp32 or wider.
-        r: How many singular values are dropped, less than both dimensions.
+        r: Number of singular values to remove, less than both dimensions.
 
     Source:
         Wang et al. 2024, arXiv:2412.06071, section 3.
@@ -51,10 +51,6 @@ def penalty(factor: Factor) -> Tensor:
 def _setting(config: LoraConfig, path: str) -> Setting | None:
     asked = config.kasa_config
     return None if asked is None else {"beta": asked.beta, "gamma": asked.gamma}
-
-
-def _fits(kind: Kind) -> bool:
-    return nn.Linear in kind.types
 
 
 def _shape(kind: Kind, slot: WeightSpec, r: int, setting: Setting) -> Shape:
@@ -93,7 +89,7 @@ KASA = Variant(
     title="KaSA",
     field="kasa_config",
     setting=_setting,
-    fits=_fits,
+    fits=only_linear,
     tensors=(OwnTensor(held_as=DIAGONAL, carried="parameter", keys=(f".{DIAGONAL}",), shape=_shape, start=_start),),
     factors=_factors,
     move=_move,

@@ -73,13 +73,13 @@ class Factor:
 
 @dataclass(frozen=True)
 class Start:
-    """A fresh factor at its site, as its variant's own tensors begin from it.
+    """A new factor at its site, from which the own tensors of its variant are initialized.
 
     Attributes:
         kind: The kind of the site.
         slot: Its geometry.
-        A: Down projection as it begins, (r, in).
-        B: Up projection as it begins, (out, r).
+        A: Initial down projection, (r, in).
+        B: Initial up projection, (out, r).
         scale: The factor's scale.
         read: Reads the canonical base weight as the adapter sees it, (out, in) or as the kind says.
         path: The site, for messages.
@@ -105,14 +105,14 @@ class Start:
 
 @dataclass(frozen=True)
 class OwnTensor:
-    """A tensor that a variant holds for each adapter and site, beside A and B.
+    """A tensor that a variant has for each adapter and site, in addition to A and B.
 
     Attributes:
         held_as: Attribute of the layer that holds it by adapter.
         carried: Whether that holds modules with a `.weight`, or the parameters themselves.
         keys: Endings of its names on disk: the first is written, all are read.
         shape: Kind, slot, rank, setting -> its shape in memory and on disk.
-        start: Fresh factor -> the tensor as it begins, in any shape with as many elements.
+        start: New factor -> the initial tensor, in any shape with as many elements.
         trained: Whether training changes it.
         depends_on_rank: Whether another rank needs another tensor, so that a compressed adapter cannot keep it.
     """
@@ -202,7 +202,7 @@ class Variant:
         field: The config's field that asks for it, "" for LoRA itself.
         setting: Config, path of a site -> what it asks for there, or None where it does not ask for the variant.
         fits: Kind -> whether the variant works on it. One that is not `every_kind` fits no kind that a user made.
-        tensors: What it holds beside A and B.
+        tensors: Its tensors in addition to A and B.
         shapes: Kind, slot, rank, setting -> shapes of A and B; None for the kind's own.
         factors: Factor, training -> A and B as they are multiplied; None for A and B as they are held.
         down: Kind, module, input, factor -> what B is applied to, unscaled; None for the kind's A·x.
@@ -212,10 +212,9 @@ class Variant:
         positions: Token ids (rows, length), config, which tokens are visible (rows, length) or None -> on how many of
             the last positions of each row the adapter acts, (rows,) int64, 0 for none; None where it acts on all.
         span: Config -> number of tokens that decide a position, for variants with `positions`.
-        move: Fresh factor -> the canonical weight that takes the base's place while the adapter is attached. It follows
-            from the base and the rank alone, so that adapters of one rank share it.
-        excludes_others: Why no adapter that is not of this variant can be on the same model, as the end of a sentence;
-            "" where it can.
+        move: New factor -> the canonical weight that replaces the base weight while the adapter is attached. It depends
+            only on the base and the rank, so that adapters of the same rank share it.
+        excludes_others: Why the model cannot have adapters of other variants, as the end of a sentence; "" if it can.
         penalty: Factor -> what it adds to the loss in training, a scalar.
         combine: Path, addends, base -> their sum as one factor of this variant; None where the sum is plain LoRA.
         must_agree: What adapters with other values of `field` do, as the end of a sentence; such adapters cannot be
@@ -261,7 +260,7 @@ class Variant:
 
     @property
     def is_lora_once_multiplied(self) -> bool:
-        """Whether A and B as they are multiplied are LoRA's, though they are held in other shapes."""
+        """The factors are stored in other shapes than LoRA's, but are plain LoRA once `factors` is applied."""
         return self.shapes is not None and self.factors is not None and self.down is None and self.is_low_rank
 
     @property
@@ -277,6 +276,8 @@ class Variant:
     def shapes_of(self, kind: Kind, slot: WeightSpec, r: int, setting: Setting = NO_SETTING) -> tuple[Shape, Shape]:
         """Return the shapes of A and B at a site, (r, in) and (out, r) on a dense one.
 
+        On a kind that the variant does not fit they are LoRA's; `variant_for` rejects it by name.
+
         Args:
             kind: The kind of the site.
             slot: Its geometry.
@@ -286,9 +287,11 @@ class Variant:
         Raises:
             ConfigError: The rank does not fit.
         """
-        return kind.shapes(slot, r) if self.shapes is None else self.shapes(kind, slot, r, setting)
+        if self.shapes is None or not self.fits(kind):
+            return kind.shapes(slot, r)
+        return self.shapes(kind, slot, r, setting)
 
     def starts(self, start: Start) -> dict[str, Tensor]:
-        """Return the variant's own tensors of a fresh factor by `OwnTensor.held_as`, each in its shape there."""
+        """Return the variant's own tensors of a new factor by `OwnTensor.held_as`, each in its shape there."""
         shaped = ((t, t.shape(start.kind, start.slot, start.rank, start.setting)) for t in self.tensors)
         return {tensor.held_as: tensor.start(start).reshape(shape) for tensor, shape in shaped}
